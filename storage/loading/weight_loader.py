@@ -10,15 +10,17 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from blake3 import blake3
 
 from storage.errors import ChecksumMismatch
 from storage.loading.memory import new_memory, populate
-from storage.loading.weight_cache import WeightCache
 from storage.models.model_repository import ModelManifest, StoredObject, layer_object
-from storage.store.object_reader import ObjectReader
+
+if TYPE_CHECKING:  # a stage imports this file for RawTensor alone
+    from storage.loading.weight_cache import WeightCache
+    from storage.store.object_reader import ObjectReader
 
 _log = logging.getLogger(__name__)
 
@@ -76,12 +78,12 @@ def stage_objects(manifest: ModelManifest, first: int, last: int) -> list[str]:
 
 
 def load_layers(
-    reader: ObjectReader,
+    reader: "ObjectReader",
     manifest: ModelManifest,
     first: int,
     last: int,
     *,
-    cache: WeightCache | None = None,
+    cache: "WeightCache | None" = None,
     on_progress: ProgressCallback | None = None,
 ) -> dict[str, RawTensor]:
     """All tensors that layers [first, last) need, by their names in the checkpoint.
@@ -95,12 +97,12 @@ def load_layers(
 
 
 def iterate_layers(
-    reader: ObjectReader,
+    reader: "ObjectReader",
     manifest: ModelManifest,
     first: int,
     last: int,
     *,
-    cache: WeightCache | None = None,
+    cache: "WeightCache | None" = None,
     on_progress: ProgressCallback | None = None,
 ) -> Iterator[LoadedObject]:
     """Like load_layers, object by object in the order of a forward pass, while later objects are still being read.
@@ -139,10 +141,10 @@ class _Load:
 
     def __init__(
         self,
-        reader: ObjectReader,
+        reader: "ObjectReader",
         manifest: ModelManifest,
         names: list[str],
-        cache: WeightCache | None,
+        cache: "WeightCache | None",
         on_progress: ProgressCallback | None,
     ) -> None:
         self._reader = reader

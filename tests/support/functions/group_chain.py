@@ -67,6 +67,15 @@ def by_plan(step: Step, texts: Mapping[str, Sequence[int]], plan: Mapping[str, S
     return {id: torch.cat(parts) for id, parts in results.items()}
 
 
+def logits_by_plan(
+    groups: Sequence[LayerGroup], texts: Mapping[str, Sequence[int]], plan: Mapping[str, Sequence[int]]
+) -> torch.Tensor:
+    """Logits of all texts, one text after the other."""
+    chain = GroupChain(groups)
+    chain.reserve(*texts, tokens=max(map(len, texts.values())))
+    return torch.cat(list(by_plan(chain.logits, texts, plan).values()))
+
+
 def tokens_of(seed: int, length: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     tokens: list[int] = torch.randint(tiny_models.VOCAB_SIZE, (length,), generator=generator).tolist()

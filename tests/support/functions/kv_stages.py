@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from eventing.http.pod_network import PodNetwork
 from eventing.wire.control import ReleaseRow, ReservedRow, ReserveRow
-from eventing.wire.events import Row, Status, Want
+from eventing.wire.events import Status
 from eventing.wire.prefix_chain import Chain, chain_key, extended, packed
 from functions.stage.engine.engine import Engine
 from functions.stage.engine.kv_tiers import MEMORY, ComputeRate, Reuse, Tier
@@ -25,7 +25,7 @@ from storage.kv.kv_store import KVObjects, Retention
 from storage.kv.sealed import Sealer
 from storage.store.payload_store import PayloadStore
 from tests.support.functions.native_models import CUT, native_groups
-from tests.support.functions.stage_pipeline import batch, engines
+from tests.support.functions.stage_pipeline import engines, generate
 from tests.support.functions.stage_server import FINGERPRINT, TOKEN, StageServer
 
 LOOPBACK: Final = PodNetwork((ipaddress.ip_network("127.0.0.0/8"),), 0)
@@ -67,20 +67,7 @@ class KVStage:
         """Reserves, computes, draws. Returns how much was held, and the tokens drawn. The sequence stays."""
         answer = self.reserve(id_, tokens, **fields)
         assert answer.status is Status.OK
-        return answer.held, self.go_on(id_, tokens, answer.held, new_tokens)
-
-    def go_on(self, id_: str, tokens: Sequence[int], held: int, new_tokens: int) -> list[int]:
-        known, position = list(tokens), held
-        while len(known) < len(tokens) + new_tokens:
-            new = known[position : position + 64]
-            want = Want.TOKEN if position + len(new) == len(known) else Want.NONE
-            row = Row(id_, 0, position, len(new), want)
-            (reply,) = self.engine.handle(batch([row], new), source="gateway").rows
-            assert reply.status is Status.OK, reply
-            position += len(new)
-            if reply.result is not None and reply.result.tokens is not None:
-                known.extend(reply.result.tokens)
-        return known[len(tokens) :]
+        return answer.held, generate([self.engine], id_, tokens, new_tokens, chunk=64, held=answer.held)
 
     def end(self, id_: str, tokens: Sequence[int]) -> None:
         """tokens: the whole conversation."""

@@ -136,12 +136,13 @@ def generate(
     *,
     attempt: int = 0,
     chunk: int = 256,
+    held: int = 0,
     sampling: Sampling | None = None,
     source: str = "gateway",
 ) -> list[int]:
-    """Generates as the gateway would. The sequence stays."""
+    """Generates as the gateway would. The sequence stays. held: tokens of the prompt that the stages hold already."""
     token_ids = list(prompt)
-    position = 0
+    position = held
     while len(token_ids) < len(prompt) + new_tokens:
         new = token_ids[position : position + chunk]
         is_end = position + len(new) == len(token_ids)

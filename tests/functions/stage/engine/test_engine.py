@@ -34,13 +34,13 @@ class Crowd:
     def __init__(self, engine: Engine, group: CountingGroup) -> None:
         self.engine = engine
         self.group = group
-        self._pool = ThreadPoolExecutor(max_workers=32)
+        self.pool = ThreadPoolExecutor(max_workers=32)
 
     def send(self, *rows: Row, tokens: Sequence[int] | None = None, **arguments: Any) -> "Future[Batch]":
         """Returns once the event waits at the stage."""
         ids = [1] * sum(row.length for row in rows) if tokens is None else tokens
         before = self._at_stage()
-        future = self._pool.submit(self.engine.handle, batch(rows, ids), source=GATEWAY, **arguments)
+        future = self.pool.submit(self.engine.handle, batch(rows, ids), source=GATEWAY, **arguments)
         wait_for(lambda: self._at_stage() > before or future.done())
         return future
 
@@ -59,10 +59,6 @@ class Crowd:
 
     def _at_stage(self) -> int:
         return sum(len(steps) for steps in self.engine._queue._steps.copy().values())
-
-    def close(self) -> None:
-        self.group.gate.set()
-        self._pool.shutdown()
 
 
 def step(id_: str, position: int, length: int, attempt: int = 0, reserve: int | None = None) -> Row:
@@ -86,7 +82,8 @@ def crowd(capacity_tokens: int = 1000, max_positions: int = 64, **settings: Any)
         try:
             yield people
         finally:
-            people.close()
+            group.gate.set()
+            people.pool.shutdown()
 
 
 def test_waiting_events_are_merged_and_their_replies_split() -> None:

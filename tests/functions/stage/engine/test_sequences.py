@@ -1,4 +1,4 @@
-"""What a stage does besides computing: it frees what lost gateways held, and holds requests that wait for memory."""
+"""Leases of gateways, whose sequences are freed when they expire, and requests that wait for memory."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Hidden states in 8 bits: what comes out is near what went in, each row by itself, and what are no numbers is refused."""
+"""Hidden states in 8 bits: near the originals, each row by itself; rows that are not finite are refused."""
 
 import numpy as np
 from hypothesis import example, given

@@ -1,4 +1,4 @@
-"""The time limit of a fetch, by what computing and fetching took lately."""
+"""The time limit of a fetch depends on how long computing and fetching took lately."""
 
 from functions.stage.engine.kv_tiers import ComputeRate
 from functions.stage.kv.fetching import LEAST_SECONDS, MOST_SECONDS, FetchEstimate

@@ -17,11 +17,9 @@ from functions.configuration.pass_times import PassTimes
 from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
 from functions.stage.models import build
 from functions.stage.models.build import GroupChoice, Kind, UnsupportedDtype, build_layer_group, choose, device_for
-from functions.stage.models.families import FAMILIES
 from functions.stage.models.kv_cache import KVBudget
 from functions.stage.models.layer_group import KVCacheFull, LayerGroup, Segment
 from storage.checkpoints.llama_config import UnsupportedConfig
-from storage.checkpoints.llama_shaped import LLAMA_FAMILIES
 from storage.errors import LibraryMissing
 from tests.support.functions.stage_pipeline import CUT, build_groups, engines, generate, stage_tensors, tensors, whole_model
 from tests.support.paths import ROOT
@@ -83,23 +81,22 @@ def test_torchs_operators_need_torch_alone(tmp_path: Path) -> None:
     assert not loaded & {"transformers", "boto3", "flask", "prometheus_client"}
 
 
-def test_missing_torch_is_named_if_a_model_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)
-    gpt2, llama = tiny_models.tiny_config("gpt2"), tiny_models.tiny_config("llama")
-    assert choose("auto", llama, "float32", "auto") == GroupChoice("native", "cpu")
-    for config, dtype, device, what in (
-        (gpt2, "float32", "auto", "a gpt2 model in float32 on cpu"),
-        (llama, "float16", "auto", "a llama model in float16 on cpu"),
-        (llama, "bfloat16", "cuda", "a llama model in bfloat16 on cuda"),
-    ):
-        with pytest.raises(LibraryMissing, match=rf"^{what} .*takes torch, which is not installed here .*target `full`"):
-            choose("auto", config, dtype, device)
-
-
-def test_missing_transformers_is_named_if_a_model_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(LibraryMissing, match="takes transformers, which is not installed here"):
-        choose("auto", tiny_models.tiny_config("gpt2"), "float32", "auto")
+@pytest.mark.parametrize(
+    ("library", "name", "dtype", "device", "what"),
+    [
+        ("torch", "gpt2", "float32", "auto", "a gpt2 model in float32 on cpu"),
+        ("torch", "llama", "float16", "auto", "a llama model in float16 on cpu"),
+        ("torch", "llama", "bfloat16", "cuda", "a llama model in bfloat16 on cuda"),
+        ("transformers", "gpt2", "float32", "auto", "a gpt2 model in float32 on cpu"),
+    ],
+)
+def test_a_missing_library_is_named_if_a_model_needs_it(
+    library: str, name: str, dtype: str, device: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    assert choose("auto", tiny_models.tiny_config("llama"), "float32", "auto") == GroupChoice("native", "cpu")
+    with pytest.raises(LibraryMissing, match=rf"^{what} .*takes {library}, which is not installed here .*target `full`"):
+        choose("auto", tiny_models.tiny_config(name), dtype, device)
 
 
 def test_requesting_native_layers_that_cannot_run_is_refused() -> None:
@@ -150,10 +147,6 @@ def test_auto_takes_the_device_that_runs_the_dtype(
 def test_q4_runs_in_c_or_not_at_all(kind: Kind, head_dim: int, why: str) -> None:
     with pytest.raises(UnsupportedDtype, match=f"q4 runs by layers in C alone, and here they do not: {why}"):
         choose(kind, tiny_models.tiny_config("llama", head_dim=head_dim), "q4", "cpu")
-
-
-def test_llama_shaped_families_are_supported_families() -> None:
-    assert set(FAMILIES) >= set(LLAMA_FAMILIES)
 
 
 @pytest.mark.parametrize("name", ["ministral", "seed_oss"])

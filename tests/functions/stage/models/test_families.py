@@ -43,8 +43,7 @@ def test_a_family_cut_in_three_gives_the_whole_models_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", tiny_models.ALL)
 def test_the_objects_of_a_publication_give_the_whole_models_logits_to_the_bit(name: str) -> None:
     """A whole prompt through stages that got exactly the objects that the model repository would give them."""
-    config = tiny_models.tiny_config(name)
-    model = describe_model(config)
+    model = describe_model(tiny_models.tiny_config(name))
     sources: Any = tensors(name)  # placing looks at their names and shapes alone
     placed = place_tensors(sources, model)
     groups = []
@@ -55,7 +54,7 @@ def test_the_objects_of_a_publication_give_the_whole_models_logits_to_the_bit(na
         if last == model.num_layers:
             objects += ["head"] if head_matrix(placed) else ["head", "embedding"]
         stage = {tensor: tensors(name)[tensor] for object_ in objects for tensor in placed[object_]}
-        groups.append(TransformersGroup.build(config, raw(stage), first, last, "float32", "cpu", 2**20))
+        groups.append(build(name, stage, first, last))
     logits = GroupPipeline(groups).logits(PROMPT, 0)
     assert torch.equal(logits, tiny_models.all_logits(whole_model(name), PROMPT))
 
@@ -77,10 +76,8 @@ def test_bfloat16_is_the_whole_models_bfloat16(name: str) -> None:
 
 def test_names_of_a_checkpoint_without_a_head_are_understood() -> None:
     """Published GPT-2 and BLOOM checkpoints were saved without the causal model's prefix."""
-    config = tiny_models.tiny_config("gpt2")
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors("gpt2").items()}
-    stages = [(first, last, tiny_models.stage_tensors(bare, first, last)) for first, last in CUT]
-    groups = [TransformersGroup.build(config, raw(own), first, last, "float32", "cpu", 2**20) for first, last, own in stages]
+    groups = [build("gpt2", tiny_models.stage_tensors(bare, first, last), first, last) for first, last in CUT]
     logits = GroupPipeline(groups).logits(PROMPT, 0)
     assert torch.equal(logits, tiny_models.all_logits(whole_model("gpt2"), PROMPT))
 
@@ -115,7 +112,7 @@ def test_a_stage_has_no_modules_of_other_stages() -> None:
 
 
 def test_kv_memory_is_as_planned() -> None:
-    group = build("llama", tiny_models.stage_tensors(tensors("llama"), 0, 2), 0, 2, kv_budget_bytes=64 * 512)
+    group = build("llama", tiny_models.stage_tensors(tensors("llama"), 0, 2), 0, 2, kv_budget=64 * 512)
     bytes_per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, head size, float32
     assert group.kv.capacity_tokens == 64 * 512 // bytes_per_token
     pipeline = GroupPipeline([group], reserve_tokens=group.kv.capacity_tokens)
@@ -138,27 +135,25 @@ def test_int8_is_refused() -> None:
         build_layer_group("auto", tiny_models.tiny_config("gpt2"), {}, 0, 1, "int8", "cpu", 1000)
 
 
-def test_a_missing_tensor_is_named() -> None:
+@pytest.mark.parametrize(
+    ("module", "tensor", "why"),
+    [
+        ("up_proj", None, r"missing tensors: .*layers.3.mlp.up_proj.weight"),
+        ("up_proj", torch.zeros(3, 3), r"layers.3.mlp.up_proj.weight is \[3, 3\], and the config makes it \[64, 32\]"),
+        ("router", torch.zeros(3, 3), r"unexpected tensors: .*layers.3.mlp.router.weight"),
+    ],
+    ids=["missing", "another shape", "another architecture"],
+)
+def test_a_tensor_that_does_not_fit_is_named(module: str, tensor: torch.Tensor | None, why: str) -> None:
     stage = tiny_models.stage_tensors(tensors("llama"), 2, 4)
-    del stage["model.layers.3.mlp.up_proj.weight"]
-    with pytest.raises(MissingTensors, match=r"missing tensors: .*layers.3.mlp.up_proj.weight"):
+    name = f"model.layers.3.mlp.{module}.weight"
+    if tensor is None:
+        del stage[name]
+    else:
+        stage[name] = tensor
+    with pytest.raises(MissingTensors, match=why):
         build("llama", stage, 2, 4)
 
 
-def test_a_tensor_of_another_shape_is_named() -> None:
-    stage = tiny_models.stage_tensors(tensors("llama"), 2, 4)
-    stage["model.layers.3.mlp.up_proj.weight"] = torch.zeros(3, 3)
-    with pytest.raises(MissingTensors, match=r"layers.3.mlp.up_proj.weight is \[3, 3\], and the config makes it \[64, 32\]"):
-        build("llama", stage, 2, 4)
-
-
-def test_a_tensor_of_another_architecture_is_named() -> None:
-    stage = tiny_models.stage_tensors(tensors("llama"), 2, 4)
-    stage["model.layers.3.mlp.router.weight"] = torch.zeros(3, 3)
-    with pytest.raises(MissingTensors, match=r"unexpected tensors: .*layers.3.mlp.router.weight"):
-        build("llama", stage, 2, 4)
-
-
-def build(name: str, stage: dict[str, torch.Tensor], first: int, last: int, **settings: Any) -> TransformersGroup:
-    budget = settings.get("kv_budget_bytes", 2**20)
-    return TransformersGroup.build(tiny_models.tiny_config(name), raw(stage), first, last, "float32", "cpu", budget)
+def build(name: str, stage: dict[str, torch.Tensor], first: int, last: int, kv_budget: int = 2**20) -> TransformersGroup:
+    return TransformersGroup.build(tiny_models.tiny_config(name), raw(stage), first, last, "float32", "cpu", kv_budget)

@@ -1,6 +1,7 @@
 """Keys and values as bytes: the same bits after a round trip in any dtype. Other bytes are refused before they are used."""
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
@@ -15,18 +16,12 @@ from tests.support.functions.native_models import native_groups, torch_groups
 CUT = ((0, 2),)
 
 
-def _first(kind: str, dtype: str) -> LayerGroup:
-    return native_groups("llama", dtype, CUT)[0] if kind == "native" else torch_groups("llama", dtype)[0]
-
-
-GROUPS: dict[tuple[str, str], LayerGroup] = {}
 KINDS = [*(("native", dtype) for dtype in ("float32", "bfloat16", "int8", "q4")), ("torch", "float32"), ("torch", "bfloat16")]
 
 
+@cache
 def group(kind: str, dtype: str) -> LayerGroup:
-    if (kind, dtype) not in GROUPS:
-        GROUPS[kind, dtype] = _first(kind, dtype)
-    return GROUPS[kind, dtype]
+    return native_groups("llama", dtype, CUT)[0] if kind == "native" else torch_groups("llama", dtype)[0]
 
 
 def pool(of: LayerGroup) -> KVRanges:
@@ -42,10 +37,6 @@ def read_kv(pool: KVRanges, handle: int, first: int, end: int) -> bytearray:
 
 def write_kv(pool: KVRanges, handle: int, data: bytes | bytearray) -> int:
     return put_kv(pool, handle, checked(pool.layout, data))
-
-
-def run(of: LayerGroup, handle: int, tokens: np.ndarray, position: int) -> np.ndarray:
-    return of.forward(tokens[position:], [Segment(handle, position, len(tokens) - position)])
 
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
@@ -66,7 +57,8 @@ def test_restored_keys_and_values_continue_with_the_same_bits(kind: str, dtype: 
         of.kv.release(aside)  # the target may move, what was read stays
         aside = of.kv.reserve(1)
         assert [write_kv(pool(of), target, part) for part in parts][-1] == held == of.kv.length(target)
-        assert np.array_equal(run(of, source, tokens, held), run(of, target, tokens, held))
+        one, other = (of.forward(tokens[held:], [Segment(handle, held, length - held)]) for handle in (source, target))
+        assert np.array_equal(one, other)
         assert read_kv(pool(of), source, 0, held) == read_kv(pool(of), target, 0, held)
     finally:
         for handle in (aside, source, target):

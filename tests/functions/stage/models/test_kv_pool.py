@@ -33,6 +33,17 @@ def assert_holds(kv: TorchKVPool, handle: int, value: float) -> None:
         assert values.eq(value + layer).all()
 
 
+def fragmented(filled: int) -> tuple[TorchKVPool, int, int]:
+    """A pool of 100 tokens with three holes of 20, and the handles between them. They hold 10.0 and 30.0 `filled` times."""
+    kv = pool(100)
+    handles = [kv.reserve(20) for _ in range(5)]
+    for number, handle in enumerate(handles):
+        fill(kv, handle, 0, filled, 10.0 * number)
+    for number in (0, 2, 4):
+        kv.release(handles[number])
+    return kv, handles[1], handles[3]
+
+
 def test_capacity_is_the_budget_to_the_token() -> None:
     kv = pool(100)
     assert (kv.capacity_tokens, kv.free_tokens, kv.bytes_per_token) == (100, 100, TOKEN_BYTES)
@@ -52,17 +63,11 @@ def test_a_refused_reservation_reports_free_tokens() -> None:
 
 
 def test_a_reservation_larger_than_every_hole_compacts_the_arena() -> None:
-    kv = pool(100)
-    handles = [kv.reserve(20) for _ in range(5)]
-    for number, handle in enumerate(handles):
-        fill(kv, handle, 0, 15, 10.0 * number)
-    for number in (0, 2, 4):
-        kv.release(handles[number])
+    kv, first, second = fragmented(filled=15)
     large = kv.reserve(60)
     fill(kv, large, 0, 60, 100.0)
-    assert_holds(kv, handles[1], 10.0)
-    assert_holds(kv, handles[3], 30.0)
-    assert_holds(kv, large, 100.0)
+    for handle, value in ((first, 10.0), (second, 30.0), (large, 100.0)):
+        assert_holds(kv, handle, value)
     assert kv.free_tokens == 0
 
 
@@ -84,23 +89,17 @@ class _CopiesFail(TorchDispatchMode):
 @pytest.mark.parametrize("copies", range(24))
 def test_a_failed_compaction_leaves_no_wrong_keys_and_values(copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "_MOVED_AT_ONCE", 5 * 2 * 2 * 4 * 4)
-    kv = pool(100)
-    handles = [kv.reserve(20) for _ in range(5)]
-    for number, handle in enumerate(handles):
-        fill(kv, handle, 0, 10, 10.0 * number)
-    for number in (0, 2, 4):
-        kv.release(handles[number])
+    kv, first, second = fragmented(filled=10)
     with pytest.raises(RuntimeError, match="no memory"), _CopiesFail(copies):
         kv.reserve(60)
     assert kv.free_tokens == 60, "the reservation that failed is not there"
-    assert [kv.length(handle) for handle in (handles[1], handles[3])].count(10) == 1
-    for number in (1, 3):
-        assert_holds(kv, handles[number], 10.0 * number)
+    assert [kv.length(handle) for handle in (first, second)].count(10) == 1
+    assert_holds(kv, first, 10.0)
+    assert_holds(kv, second, 30.0)
     large = kv.reserve(60)
-    fill(kv, large, 0, 60, 100.0)
-    fill(kv, handles[1], kv.length(handles[1]), 20, 10.0)
-    fill(kv, handles[3], kv.length(handles[3]), 20, 30.0)
-    for handle, value in ((large, 100.0), (handles[1], 10.0), (handles[3], 30.0)):
+    for handle, tokens, value in ((large, 60, 100.0), (first, 20, 10.0), (second, 20, 30.0)):
+        fill(kv, handle, kv.length(handle), tokens, value)
+    for handle, value in ((large, 100.0), (first, 10.0), (second, 30.0)):
         assert_holds(kv, handle, value)
 
 

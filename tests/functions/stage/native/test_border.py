@@ -56,43 +56,34 @@ def run(layers: NativeLayers, segments: list[tuple[int, int, int]], threads: int
     return hidden
 
 
-def test_a_correct_call_runs() -> None:
+def test_a_correct_call_runs_and_the_number_of_threads_is_capped() -> None:
     assert (run(group(), [(0, 0, 16), (48, 15, 1), (16, 3, 29)]) == 1).all()
+    assert (run(group(), [(0, 0, 40)], threads=1000) == 1).all()
 
 
 @pytest.mark.parametrize(
-    "segments",
+    ("segments", "call", "why"),
     [
-        [(8, 0, 1)],  # inside a block
-        [(-16, 0, 1)],
-        [(64, 0, 1)],
-        [(48, 16, 1)],
-        [(48, 0, 17)],
-        [(0, -1, 1)],
-        [(0, 0, 0), (16, 0, 3)],
-        [(0, 2**62, 1)],
-        [(2**62, 2**62, 1)],
+        ([(8, 0, 1)], {}, "segment|range"),  # inside a block
+        ([(-16, 0, 1)], {}, "segment|range"),
+        ([(64, 0, 1)], {}, "segment|range"),
+        ([(48, 16, 1)], {}, "segment|range"),
+        ([(48, 0, 17)], {}, "segment|range"),
+        ([(0, -1, 1)], {}, "segment|range"),
+        ([(0, 0, 0), (16, 0, 3)], {}, "segment|range"),
+        ([(0, 2**62, 1)], {}, "segment|range"),
+        ([(2**62, 2**62, 1)], {}, "segment|range"),
+        ([(0, 0, 1), (16, 0, 2)], {"rows": 2}, "segments do not cover all rows"),
+        ([(0, 0, 1), (16, 0, 2)], {"rows": 4}, "segments do not cover all rows"),
+        ([(0, 0, 1)], {"threads": 0}, "out of range"),
+        ([(0, 0, 1)], {"threads": -1}, "out of range"),
     ],
 )
-def test_segments_outside_the_arena_are_refused(segments: list[tuple[int, int, int]]) -> None:
-    with pytest.raises(NativeError, match=r"segment|range"):
-        run(group(), segments)
-
-
-@pytest.mark.parametrize("rows", [2, 4])
-def test_segments_that_do_not_cover_all_rows_are_refused(rows: int) -> None:
-    with pytest.raises(NativeError, match="segments do not cover all rows"):
-        run(group(), [(0, 0, 1), (16, 0, 2)], rows=rows)
-
-
-@pytest.mark.parametrize("threads", [0, -1])
-def test_zero_or_negative_threads_are_refused(threads: int) -> None:
-    with pytest.raises(NativeError, match="out of range"):
-        run(group(), [(0, 0, 1)], threads)
-
-
-def test_the_number_of_threads_is_capped() -> None:
-    assert (run(group(), [(0, 0, 40)], 1000) == 1).all()
+def test_wrong_segments_and_numbers_of_threads_are_refused(
+    segments: list[tuple[int, int, int]], call: dict[str, int], why: str
+) -> None:
+    with pytest.raises(NativeError, match=why):
+        run(group(), segments, **call)
 
 
 @pytest.mark.parametrize("name", ["hidden", "rotations", "segments", "workspace"])
@@ -106,21 +97,22 @@ def test_too_little_or_unaligned_memory_is_refused(name: str) -> None:
         "workspace": records.new_workspace(library().pass_bytes(group_record, 3, 3, 1)),
     }
     memory = {key: memory_of(array) for key, array in arrays.items()}
-    library().run_layers(layers._threads.pool, group_record, records.PassRecord(rows=3, threads=1, **memory))
+
+    def run_with(**changed: MemoryRecord) -> None:
+        passed = records.PassRecord(rows=3, threads=1, **(memory | changed))
+        library().run_layers(layers._threads.pool, group_record, passed)
+
+    run_with()
     for wrong in (
         MemoryRecord(arrays[name].ctypes.data, arrays[name].nbytes - 1),
         MemoryRecord(None, arrays[name].nbytes),
         MemoryRecord(None, 0),
     ):
         with pytest.raises(NativeError, match=r"memory is absent|segments do not cover"):
-            library().run_layers(
-                layers._threads.pool, group_record, records.PassRecord(rows=3, threads=1, **(memory | {name: wrong}))
-            )
+            run_with(**{name: wrong})
     shifted = MemoryRecord(arrays[name].ctypes.data + 1, arrays[name].nbytes)
     with pytest.raises(NativeError, match="not a multiple"):
-        library().run_layers(
-            layers._threads.pool, group_record, records.PassRecord(rows=3, threads=1, **(memory | {name: shifted}))
-        )
+        run_with(**{name: shifted})
 
 
 WRONG: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
@@ -167,20 +159,11 @@ WRONG_LAYER: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_an_inconsistent_group_is_refused(case: str) -> None:
-    change, why = WRONG[case]
+@pytest.mark.parametrize("case", [*WRONG, *WRONG_LAYER])
+def test_an_inconsistent_group_or_layer_is_refused(case: str) -> None:
     layers = group()
-    change(layers._group)
-    with pytest.raises(NativeError, match=why):
-        run(layers, [(0, 0, 2)])
-
-
-@pytest.mark.parametrize("case", WRONG_LAYER)
-def test_a_layer_that_does_not_fit_its_group_is_refused(case: str) -> None:
-    change, why = WRONG_LAYER[case]
-    layers = group()
-    change(layers._layers[1])
+    change, why = WRONG[case] if case in WRONG else WRONG_LAYER[case]
+    change(layers._group if case in WRONG else layers._layers[1])
     with pytest.raises(NativeError, match=why):
         run(layers, [(0, 0, 2)])
 

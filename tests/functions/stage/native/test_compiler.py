@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from functions.stage.native import compiler, library
 from functions.stage.native.compiler import CompilationFailed, Compiler, NoCompiler
 from storage.checkpoints.llama_config import LlamaConfig
 from tests.support.functions.borders import raw
-from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
+from tests.support.functions.group_chain import logits_by_plan, tokens_of
 from tests.support.functions.native_models import BUDGET, CUT, checkpoint, config, torch_groups
 from tests.support.storage import tiny_models
 
@@ -110,7 +110,7 @@ def test_the_users_folder_is_used_if_the_source_is_read_only(monkeypatch: pytest
 def test_torch_runs_the_layers_if_nothing_can_be_compiled(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, elsewhere: Path
 ) -> None:
-    wanted = logits_of(torch_groups("llama", "bfloat16"))
+    wanted = logits_by_plan(torch_groups("llama", "bfloat16"), TEXTS, PLAN)
     library.library.cache_clear()
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -122,7 +122,7 @@ def test_torch_runs_the_layers_if_nothing_can_be_compiled(
         for first, last in CUT
     ]
     assert {group.runs_by for group in groups} == {f"torch's operators: {NoCompiler()}"}
-    assert torch.equal(logits_of(groups), wanted)
+    assert torch.equal(logits_by_plan(groups, TEXTS, PLAN), wanted)
     assert "layers run by torch's operators, which is slower: no compiled library and no compiler" in caplog.text
 
 
@@ -130,12 +130,6 @@ def test_a_library_of_other_records_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(library, "RECORDS", library.RECORDS[:-1])
     with pytest.raises(ImportError, match="are others than those"):
         library.Library(str(compiler.library_file()))
-
-
-def logits_of(groups: Any) -> torch.Tensor:
-    chain = GroupChain(groups)
-    chain.reserve(*TEXTS)
-    return torch.cat(list(by_plan(chain.logits, TEXTS, PLAN).values()))
 
 
 def test_layers_in_c_are_for_cpus_and_every_dtype_but_float16() -> None:

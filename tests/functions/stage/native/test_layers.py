@@ -22,7 +22,7 @@ from functions.stage.models.floats import Array
 from functions.stage.models.layer_group import LayerGroup, Segment
 from functions.stage.models.native.group import NativeGroup
 from tests.support.functions.borders import forwarded, raw, states
-from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
+from tests.support.functions.group_chain import GroupChain, by_plan, logits_by_plan, tokens_of
 from tests.support.functions.int8_checkpoints import MATRICES
 from tests.support.functions.native_models import (
     NAMES,
@@ -48,9 +48,7 @@ TEXTS: Final = {id: tokens_of(seed, sum(lengths)) for seed, (id, lengths) in enu
 
 
 def logits_of(groups: Sequence[LayerGroup]) -> torch.Tensor:
-    chain = GroupChain(groups)
-    chain.reserve(*TEXTS, tokens=100)
-    return torch.cat(list(by_plan(chain.logits, TEXTS, PLAN).values()))
+    return logits_by_plan(groups, TEXTS, PLAN)
 
 
 def test_only_native_layers_share_their_threads() -> None:

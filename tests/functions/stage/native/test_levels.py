@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from unittest.mock import patch
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 
 from functions.stage.native.compiler import FLAGS, Compiler
 from functions.stage.native.library import Library, library
-from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
+from tests.support.functions.group_chain import logits_by_plan, tokens_of
 from tests.support.functions.native_models import error, exact_groups, native_groups, torch_groups
 
 TEXTS: Final = {"a": tokens_of(1, 30), "b": tokens_of(2, 21), "c": tokens_of(3, 6)}
@@ -32,12 +32,6 @@ def _level_as_before() -> Iterator[None]:
     library().use_level(before)
 
 
-def logits_of(groups: Any) -> torch.Tensor:
-    chain = GroupChain(groups)
-    chain.reserve(*TEXTS)
-    return torch.cat(list(by_plan(chain.logits, TEXTS, PLAN).values()))
-
-
 def test_the_best_level_is_chosen() -> None:
     assert library().level == library().levels[-1]
     assert library().levels[0] == "portable"
@@ -48,10 +42,11 @@ def test_the_best_level_is_chosen() -> None:
 @pytest.mark.parametrize("level", library().levels)
 @pytest.mark.parametrize(("name", "dtype"), MODELS)
 def test_each_level_is_nearer_to_float32_than_torchs_layers_in_bfloat16(name: str, dtype: str, level: str) -> None:
-    exact, by_torch = logits_of(exact_groups(name, dtype)), logits_of(torch_groups(name, "bfloat16"))
-    best = logits_of(native_groups(name, dtype))
+    exact = logits_by_plan(exact_groups(name, dtype), TEXTS, PLAN)
+    by_torch = logits_by_plan(torch_groups(name, "bfloat16"), TEXTS, PLAN)
+    best = logits_by_plan(native_groups(name, dtype), TEXTS, PLAN)
     library().use_level(level)
-    found = logits_of(native_groups(name, dtype))
+    found = logits_by_plan(native_groups(name, dtype), TEXTS, PLAN)
     assert error(found, exact) < error(by_torch, exact)
     assert error(found, best) < error(by_torch, exact) / 4
 
@@ -61,17 +56,8 @@ def test_a_sequences_bits_do_not_depend_on_chunks_on_any_level(level: str) -> No
     library().use_level(level)
     for dtype in ("bfloat16", "float32"):
         groups = native_groups("mistral_sliding", dtype)
-        assert torch.equal(
-            logits_of(groups),
-            torch.cat([in_steps(groups, id) for id in TEXTS]),
-        )
-
-
-def in_steps(groups: Any, id: str) -> torch.Tensor:
-    """Token by token, alone."""
-    chain = GroupChain(groups)
-    chain.reserve(id)
-    return by_plan(chain.logits, {id: TEXTS[id]}, {id: (1,) * len(TEXTS[id])})[id]
+        in_steps = [logits_by_plan(groups, {id: text}, {id: (1,) * len(text)}) for id, text in TEXTS.items()]
+        assert torch.equal(logits_by_plan(groups, TEXTS, PLAN), torch.cat(in_steps))
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to compare with")
@@ -83,6 +69,6 @@ def test_another_compiler_makes_the_same_bits(tmp_path: Path) -> None:
         library().use_level(level)
         other.use_level(level)
         for name, dtype in MODELS:
-            wanted = logits_of(native_groups(name, dtype))
+            wanted = logits_by_plan(native_groups(name, dtype), TEXTS, PLAN)
             with patch("functions.stage.models.native.group.library", lambda: other):
-                assert torch.equal(logits_of(native_groups(name, dtype)), wanted), (level, name, dtype)
+                assert torch.equal(logits_by_plan(native_groups(name, dtype), TEXTS, PLAN), wanted), (level, name, dtype)

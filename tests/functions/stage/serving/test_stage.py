@@ -45,6 +45,7 @@ from eventing.wire.signature import sign
 from functions.stage.native.library import library
 from tests.support.functions.functions import TOKEN, FunctionProcess, running, stage_environment, wait_until
 from tests.support.functions.metrics import metric
+from tests.support.functions.stage_pipeline import drawn
 from tests.support.storage.published import CUT, Published
 from tests.support.storage.tiny_models import greedy
 
@@ -130,10 +131,7 @@ def test_three_stages_give_the_tokens_of_the_whole_model(clients: list[Client], 
     batch = rows_of("exact", prompt)
     while len(seen) < len(expected):
         (row,) = step(clients, batch).rows
-        assert row.status is Status.OK
-        assert row.result is not None
-        assert row.result.tokens is not None
-        seen.extend(row.result.tokens)
+        seen.extend(drawn(row))
         batch = rows_of("exact", seen[-1:], len(prompt) + len(seen) - 1, None)
     assert seen == expected
 
@@ -217,10 +215,6 @@ def test_probes_and_metrics(stages: list[FunctionProcess], first: Client) -> Non
         assert name in text
 
 
-def past(seconds: float) -> datetime:
-    return datetime.now(UTC) - timedelta(seconds=seconds)
-
-
 @pytest.mark.parametrize(
     ("changes", "problem", "words"),
     [
@@ -228,7 +222,7 @@ def past(seconds: float) -> datetime:
         ({"pipeline": None}, MalformedEvent, "pipeline is missing"),
         ({"layer": 2}, WrongLayer, "layer 2"),
         ({"layer": "two"}, MalformedEvent, "'two'"),
-        ({"expirytime": past(5)}, EventExpired, "expired"),
+        ({"expirytime": datetime.now(UTC) - timedelta(seconds=5)}, EventExpired, "expired"),
         ({"expirytime": "soon"}, MalformedEvent, "'soon'"),
     ],
 )
@@ -315,10 +309,9 @@ def test_an_oversized_event_is_refused_before_it_is_read(first: Client) -> None:
     assert_still_serving(first)
 
 
-def post_in_chunks(url: str, headers: dict[str, str], body: list[bytes]) -> tuple[int, bytes]:
-    connection = HTTPConnection(url.removeprefix("http://"), timeout=30)
-    with closing(connection):
-        connection.request("POST", "/", iter(body), headers, encode_chunked=True)
+def exchange(url: str, method: str, path: str, **request: Any) -> tuple[int, bytes]:
+    with closing(HTTPConnection(url.removeprefix("http://"), timeout=30)) as connection:
+        connection.request(method, path, **request)
         reply = connection.getresponse()
         return reply.status, reply.read()
 
@@ -326,7 +319,8 @@ def post_in_chunks(url: str, headers: dict[str, str], body: list[bytes]) -> tupl
 def test_an_event_whose_body_comes_in_chunks_is_answered(first: Client) -> None:
     headers, _ = to_binary_http(first.event(EventType.FORWARD, b""))
     body = b"".join(encode_batch(rows_of("in chunks", [5])))
-    status, answer = post_in_chunks(first.url, headers | AUTHORIZED, [body[:30], body[30:]])
+    chunks = iter([body[:30], body[30:]])
+    status, answer = exchange(first.url, "POST", "/", body=chunks, headers=headers | AUTHORIZED, encode_chunked=True)
     assert status == 200
     assert [row.status for row in decode_batch(answer).rows] == [Status.OK]
 
@@ -344,16 +338,9 @@ def test_refused_events_are_counted_by_type_and_status(stages: list[FunctionProc
 
 
 def test_probes_on_the_clients_port_have_no_details(first: Client) -> None:
-    def get(path: str) -> tuple[int, bytes]:
-        connection = HTTPConnection(first.url.removeprefix("http://"), timeout=30)
-        with closing(connection):
-            connection.request("GET", path)
-            reply = connection.getresponse()
-            return reply.status, reply.read()
-
-    assert get("/readyz") == (200, b'{"ready":true}')
-    assert get("/healthz") == (200, b'{"alive":true}')
-    assert get("/metrics")[0] == 404
+    assert exchange(first.url, "GET", "/readyz") == (200, b'{"ready":true}')
+    assert exchange(first.url, "GET", "/healthz") == (200, b'{"alive":true}')
+    assert exchange(first.url, "GET", "/metrics")[0] == 404
 
 
 def test_strangers_are_refused_before_their_body_is_read(first: Client) -> None:
