@@ -156,7 +156,7 @@ def _function(
     told |= {"PORT": "0", "LAMINA_LISTEN": "127.0.0.1", "LAMINA_METRICS_PORT": "0", **(environ or {})}
     with started([sys.executable, "-m", "functions"], log, told) as process:
         url = wait_for(lambda: _listening_url(log), process, log)
-        wait_for(lambda: _is_ready(url), process, log)
+        wait_for(lambda: succeeds(f"{url}/readyz"), process, log)
         yield url, process.pid
 
 
@@ -270,7 +270,8 @@ def _listening_url(log: Path) -> str | None:
     return f"http://127.0.0.1:{found[1]}" if found else None
 
 
-def _is_ready(url: str) -> bool | None:
-    with suppress(OSError), urllib.request.urlopen(f"{url}/readyz", timeout=30):
+def succeeds(url: str) -> bool | None:
+    """True, or None: the reply is an error, or there is none."""
+    with suppress(OSError), urllib.request.urlopen(url, timeout=30):
         return True
     return None

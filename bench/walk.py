@@ -100,7 +100,7 @@ def traced() -> int:
 
     def owner(frame: FrameType | None) -> str:
         while frame is not None:
-            file = files.setdefault(name := frame.f_code.co_filename, _relative(name))
+            file = files.setdefault(name := frame.f_code.co_filename, name.removeprefix(f"{ROOT}/"))
             if _is_project(file):
                 return file
             frame = frame.f_back
@@ -119,7 +119,7 @@ def traced() -> int:
 
     def write(*_: object) -> None:
         sys.setprofile(None)  # its own calls are not the round's
-        seen = [[_relative(file), name, owner, calls] for (file, name, owner), calls in list(counts.items())]
+        seen = [[file.removeprefix(f"{ROOT}/"), name, owner, calls] for (file, name, owner), calls in list(counts.items())]
         draft = Path(os.environ[_REPORT] + ".draft")
         draft.write_text(json.dumps(seen), encoding="utf-8")
         draft.rename(os.environ[_REPORT])
@@ -131,10 +131,6 @@ def traced() -> int:
     from functions.__main__ import main as run
 
     return run([], {name: value for name, value in os.environ.items() if name != _REPORT})
-
-
-def _relative(file: str) -> str:
-    return file.removeprefix(f"{ROOT}/")
 
 
 # In the process that measures.

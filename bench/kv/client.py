@@ -20,6 +20,11 @@ class Answered:
     prompt_tokens: int
     cached_tokens: int
 
+    @property
+    def cached_share(self) -> float:
+        """Of the prompt."""
+        return self.cached_tokens / self.prompt_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Server:

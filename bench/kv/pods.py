@@ -12,7 +12,7 @@ import aiohttp
 
 from bench.client import connections
 from bench.kv.cases import ANSWER_TOKENS, OWN_TOKENS, TURN_TOKENS, Texts
-from bench.kv.client import Answered, Messages, Server, text_in
+from bench.kv.client import Messages, Server, text_in
 from bench.kv.deployed import Deployed, tokens_computed
 from bench.kv.report import Case, Found
 
@@ -56,9 +56,9 @@ async def from_zero(at: Deployed, texts: Texts) -> AsyncIterator[Found]:
     (cold,), _ = await at.holding.answers([[texts.question(OWN_TOKENS)]], 1)
     await at.stay_up()
     seconds, plain_seconds = (max(one.seconds for one in answers) for answers in (held, plain))
-    yield Found(
-        Case.FROM_ZERO, seconds, plain_seconds, _different(held, plain), start_seconds=cold.seconds, held=_least_held(held)
-    )
+    different = sum(one.text != other.text for one, other in zip(held, plain, strict=True))
+    least_held = min(one.cached_share for one in held)
+    yield Found(Case.FROM_ZERO, seconds, plain_seconds, different, start_seconds=cold.seconds, held=least_held)
 
 
 async def scaled_in(at: Deployed, texts: Texts, conversations: int) -> AsyncIterator[Found]:
@@ -140,18 +140,9 @@ async def _second_turns(case: Case, at: Deployed, turns: Sequence[Messages]) -> 
     held = [(await at.holding.answers([turn], ANSWER_TOKENS))[0][0] for turn in turns]
     for one, turn in zip(held, turns, strict=True):
         (other,), _ = await at.plain.answers([turn], ANSWER_TOKENS)
-        yield Found(case, one.seconds, other.seconds, _different([one], [other]), held=_least_held([one]))
+        yield Found(case, one.seconds, other.seconds, int(one.text != other.text), held=one.cached_share)
 
 
 async def _warm_up(server: Server, texts: Texts) -> None:
     """Asks another question, so that no start is measured."""
     await server.answers([[texts.question(OWN_TOKENS)]], 4)
-
-
-def _different(some: Sequence[Answered], others: Sequence[Answered]) -> int:
-    return sum(one.text != other.text for one, other in zip(some, others, strict=True))
-
-
-def _least_held(answers: Sequence[Answered]) -> float:
-    """The smallest cached share of a prompt."""
-    return min(one.cached_tokens / one.prompt_tokens for one in answers)

@@ -4,7 +4,6 @@ No package suits every CPU. The build with AMX died of an illegal instruction on
 speed of the build for AVX2. The build for AVX2 leaves AMX unused, which would flatter Lamina on a CPU with AMX.
 """
 
-import asyncio
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-import aiohttp
-
-from bench.pipeline import DidNotStart, started, wait_for
+from bench.pipeline import DidNotStart, started, succeeds, wait_for
 from knative.local.kubelet.processes import free_port
 
 LLAMA_CPP_SLOTS: Final = 16
@@ -89,13 +86,5 @@ def _running(build: Build, model: str, threads: int, log: Path, slots: int) -> I
     command += ["--ctx-size", str(_CONTEXT_TOKENS), "--parallel", str(slots)]
     with started(command, log, environ) as process:
         url = f"http://127.0.0.1:{port}"
-        wait_for(lambda: asyncio.run(_is_healthy(url)), process, log)
+        wait_for(lambda: succeeds(f"{url}/health"), process, log)
         yield LlamaCpp(url, process.pid, described)
-
-
-async def _is_healthy(url: str) -> bool | None:
-    try:
-        async with aiohttp.ClientSession() as session, session.get(f"{url}/health") as reply:
-            return True if reply.status == 200 else None
-    except aiohttp.ClientError:
-        return None

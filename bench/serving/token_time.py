@@ -21,6 +21,8 @@ from bench.serving.requests import Requests
 from knative.local.kubelet.processes import free_port
 
 _SHORT_TOKENS: Final = 8
+_TOKENS: Final = 96  # of the long answer beyond the short one
+_TURNS: Final = 5
 _LEAST_COMPUTE: Final = {"bfloat16": 0.8, "int8": 0.7}  # share of the client's time that should be compute, by dtype
 _MOST_UNACCOUNTED: Final = 0.05  # share of the client's time that the table may miss
 
@@ -52,10 +54,8 @@ class TokenTime:
         return self.compute / self.seen
 
 
-def token_times(
-    pipeline: RunningPipeline, requests: Requests, logs: Path, tokens: int = 96, turns: int = 5
-) -> Iterator[tuple[str, TokenTime]]:
-    """Medians of the turns, without queue-proxies and through them. tokens: of the long answer beyond the short one."""
+def token_times(pipeline: RunningPipeline, requests: Requests, logs: Path) -> Iterator[tuple[str, TokenTime]]:
+    """Medians of the turns, without queue-proxies and through them."""
     for name, proxies in ((pipeline.dtype, False), (f"{pipeline.dtype}, through queue-proxies", True)):
         urls = [stage.proxy if proxies else stage.function for stage in pipeline.stages]
         metrics_port = free_port()
@@ -63,21 +63,21 @@ def token_times(
         with gateway_beside(pipeline.local, urls, logs / "token-time.log", environ) as (url, _):
             client = Client(url, pipeline.model, {})
             pages = [stage.metrics for stage in pipeline.stages]
-            _decode_seconds(client, requests, tokens)
-            found = [_turn(client, requests, tokens, f"http://127.0.0.1:{metrics_port}", pages) for _ in range(turns)]
+            _decode_seconds(client, requests, _TOKENS)
+            found = [_turn(client, requests, f"http://127.0.0.1:{metrics_port}", pages) for _ in range(_TURNS)]
         yield name, TokenTime(*(median(getattr(each, field.name) for each in found) for field in fields(TokenTime)))
 
 
-def _turn(client: Client, requests: Requests, tokens: int, gateway: str, stages: Sequence[str]) -> TokenTime:
+def _turn(client: Client, requests: Requests, gateway: str, stages: Sequence[str]) -> TokenTime:
     counters = [_counters(gateway, stages)]
     spans = []
-    for length in (_SHORT_TOKENS, _SHORT_TOKENS + tokens):
+    for length in (_SHORT_TOKENS, _SHORT_TOKENS + _TOKENS):
         spans.append(_decode_seconds(client, requests, length))
         counters.append(_counters(gateway, stages))
     before, between, after = counters
-    of = {name: (after[name] - 2 * between[name] + before[name]) / tokens for name in after}
+    of = {name: (after[name] - 2 * between[name] + before[name]) / _TOKENS for name in after}
     http = of["exchange"] - of["compute"] - of["queue"] - of["codec"]
-    seen = (spans[1] - spans[0]) / tokens
+    seen = (spans[1] - spans[0]) / _TOKENS
     return TokenTime(of["compute"], of["queue"], of["codec"], http, of["events"], of["deciding"], of["rows"], seen)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import click
 import numpy as np
@@ -31,7 +31,6 @@ from storage.checkpoints.model_source import locate, open_checkpoint
 from storage.loading.weight_loader import RawTensor
 from storage.models.conversion import convert_tensor
 from storage.models.model_repository import Dtype
-from storage.models.object_writer import TargetTensor
 
 _TEXTS: Final = (Path(__file__).parents[1] / "data" / "lighthouse.txt", Path(__file__).parents[2] / "LICENSE")
 _WINDOW_TOKENS: Final = 1024
@@ -52,19 +51,15 @@ def stages(checkpoint: Checkpoint, dtype: Dtype, keep_wide: Sequence[str], count
     config = json.loads(checkpoint.files["config.json"])
     tensors: dict[str, RawTensor] = {}
     for name, source in checkpoint.tensors.items():
-        tensors |= {stored: _loaded(target) for stored, target in convert_tensor(name, source, dtype, keep_wide).items()}
+        for stored, target in convert_tensor(name, source, dtype, keep_wide).items():
+            tensors[stored] = RawTensor(target.dtype, target.shape, memoryview(bytearray(b"".join(target.blocks()))))
     layers = config["num_hidden_layers"]
     bounds = [layers * stage // count for stage in range(count + 1)]
-    return [_group(config, tensors, first, last, dtype) for first, last in pairwise(bounds)]
-
-
-def _group(config: dict[str, Any], tensors: dict[str, RawTensor], first: int, last: int, dtype: Dtype) -> LayerGroup:
-    budget = 2 * 4 * _WINDOW_TOKENS * (last - first) * config["hidden_size"]
-    return build_layer_group("auto", config, dict(tensors), first, last, dtype, "cpu", budget)
-
-
-def _loaded(target: TargetTensor) -> RawTensor:
-    return RawTensor(target.dtype, target.shape, memoryview(bytearray(b"".join(target.blocks()))))
+    groups = []
+    for first, last in pairwise(bounds):
+        kv_bytes = 2 * 4 * _WINDOW_TOKENS * (last - first) * config["hidden_size"]
+        groups.append(build_layer_group("auto", config, dict(tensors), first, last, dtype, "cpu", kv_bytes))
+    return groups
 
 
 def read(groups: Sequence[LayerGroup], token_ids: Sequence[int], wire_dtype: str | None = None) -> Reading:

@@ -4,10 +4,12 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from aiohttp import web
 
 from bench.kv.client import Server
 from bench.kv.pods import Stream
 from bench.kv.report import MOST_COMPUTED, Case, Found, NotMeasured, markdown, met, ratio, verdicts
+from tests.bench.served import serving
 
 
 def second(seconds: float, different: int = 0) -> Found:
@@ -82,16 +84,12 @@ data: [DONE]
 
 
 def test_cached_tokens_are_read_from_the_answer() -> None:
-    async def scenario() -> None:
-        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n" + _STREAMED)
-            await writer.drain()
-            writer.close()
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(body=_STREAMED, content_type="text/event-stream")
 
-        async with await asyncio.start_server(answer, "127.0.0.1") as server:
-            port = server.sockets[0].getsockname()[1]
-            (said,), seconds = await Server(f"http://127.0.0.1:{port}", "any", {}).answers([[]], 8)
+    async def scenario() -> None:
+        async with serving(web.post("/v1/chat/completions", answer)) as url:
+            (said,), seconds = await Server(url, "any", {}).answers([[]], 8)
         assert (said.text, said.prompt_tokens, said.cached_tokens) == ("a b", 50, 48)
         assert 0 < said.seconds <= seconds
 

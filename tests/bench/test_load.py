@@ -12,11 +12,9 @@ from bench.load.conversations import Load, LoadRecorder, parse_plan, read_replic
 from bench.load.report import draw
 from bench.load.series import Answer, Failure, Phase, Replicas, Second, percentile, read_records, replica_seconds
 from bench.records import of
-from eventing.http.binding import to_structured_http
-from eventing.http.sse import encode_sse
-from eventing.wire.cloud_event import json_event
 from eventing.wire.events import EventType
 from eventing.wire.generation import GenerateResponse, Timings, TokenEvent, Usage
+from tests.bench.served import message, serving
 
 PAGE = """
 # TYPE kn_revision_pods_count gauge
@@ -26,11 +24,6 @@ kn_revision_pods_pending_count{kn_service_name="stage",kn_revision_name="stage-0
 # TYPE something_else gauge
 something_else 5
 """
-
-
-def message(kind: EventType, data: TokenEvent | GenerateResponse) -> bytes:
-    _, pieces = to_structured_http(json_event(kind, "test", data))
-    return encode_sse(b"".join(pieces))
 
 
 async def answering(request: web.Request) -> web.StreamResponse:
@@ -59,16 +52,9 @@ def load(folder: Path, handler: Callable[[web.Request], Awaitable[web.StreamResp
     output = folder / "load.jsonl"
 
     async def whole() -> None:
-        app = web.Application()
-        app.add_routes([web.post("/", handler), web.get("/metrics", metrics)])
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        with LoadRecorder(output) as recorder:
-            await run(Load(url, parse_plan(plan), (2, 4), (3, 3), None, 10, f"{url}/metrics", 1), recorder)
-        await runner.cleanup()
+        async with serving(web.post("/", handler), web.get("/metrics", metrics)) as url:
+            with LoadRecorder(output) as recorder:
+                await run(Load(url, parse_plan(plan), (2, 4), (3, 3), None, 10, f"{url}/metrics", 1), recorder)
 
     asyncio.run(whole())
     return output

@@ -4,8 +4,7 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,10 @@ from bench.soak.honest import (
 )
 from bench.soak.records import GATEWAY, Answer, Lost, Plan, Refused, read_records
 from bench.soak.target import Outcomes, Target
-from eventing.http.binding import to_structured_http
 from eventing.http.sse import encode_sse
-from eventing.wire.cloud_event import json_event
 from eventing.wire.events import EventType
 from eventing.wire.generation import GenerateResponse, Timings, TokenEvent, Usage
+from tests.bench.served import message, serving
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 CHAT, TEXT = QUESTIONS[0], QUESTIONS[2]
@@ -47,23 +45,6 @@ def plan(url: str, seconds: float = 0.0) -> Plan:
     services = {GATEWAY: "soak", "stage 0": "soak-s0"}
     keys = {"honest_key": "honest", "hostile_key": "hostile", "honest": 1}
     return Plan(records="", started=0, seconds=seconds, url=url, admin_url=f"{url}/admin", services=services, model="m", **keys)
-
-
-def message(kind: EventType, data: Any) -> bytes:
-    return encode_sse(b"".join(to_structured_http(json_event(kind, "test", data))[1]))
-
-
-@asynccontextmanager
-async def gateway(handler: Handler) -> AsyncIterator[str]:
-    app = web.Application()
-    app.add_routes([web.post("/{path:.*}", handler)])
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
 
 
 async def answering(request: web.Request) -> web.StreamResponse:
@@ -85,7 +66,7 @@ async def answering(request: web.Request) -> web.StreamResponse:
 
 def asked(handler: Handler, api: Api, question: Question = TEXT) -> Given:
     async def scenario() -> Given:
-        async with gateway(handler) as url, session_of(plan(url)) as session:
+        async with serving(web.post("/{path:.*}", handler)) as url, session_of(plan(url)) as session:
             return await ask(session, plan(url), api, question)
 
     return asyncio.run(scenario())
@@ -135,7 +116,7 @@ def test_an_honest_client_retries_and_records_lost_questions(tmp_path: Path) -> 
         return await answering(request) if status == 200 else web.Response(status=status, headers={"Retry-After": "0"})
 
     async def scenario() -> None:
-        async with gateway(moody) as url:
+        async with serving(web.post("/{path:.*}", moody)) as url:
             with Recorder(tmp_path / "records") as recorder:
                 asked = plan(url, seconds=1.1)
                 async with session_of(asked) as session:

@@ -43,7 +43,7 @@ def test_simulations_write_their_sections_and_resume(tmp_path: Path, monkeypatch
     given = ("simulated", "measured", "scale", "--state", str(tmp_path / "state"), "--document", str(document))
     said = evaluated(monkeypatch, SMALL, *given)
     assert "simulated 10/10: ramp, pipeline, KPA, run 1" in said
-    assert "was there" not in said
+    assert "on disk" not in said
     text = document.read_text()
     for way in WAYS:
         assert f"| {way} | 2 |" in text
@@ -70,7 +70,9 @@ def test_the_system_runs_with_emulated_devices_and_is_compared_with_its_simulati
     (state / "quick" / "overheads.yaml").write_text("pass_seconds: 0.002\nhop_seconds: 0.004\n")
     document = tmp_path / "page.md"
     evaluated(monkeypatch, SMALL, "emulated", "calibration", "--state", str(state), "--document", str(document))
-    found = experiments_results(state)
+    results = command.Results(state / "quick" / "results")
+    (found,) = [results.read(run.key) for run in experiments.emulated(SMALL, pytest.fail, state)]
+    assert found is not None
     assert found.outcome.requests > 2
     assert found.outcome.failed < found.outcome.requests
     assert 0.05 < found.outcome.token_seconds[0] < 2
@@ -83,7 +85,7 @@ def test_the_system_runs_with_emulated_devices_and_is_compared_with_its_simulati
 
 
 def test_passes_of_a_measured_profile_are_those_that_are_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And where they become others, the results of before are none of theirs."""
+    """A changed profile has results of its own."""
     setting = experiments.setting_smollm2()
     profile = read_profile(SMOLLM2_PROFILE)
     assert setting.pass_times(WAYS[1]) == [profile.of_stage(0, 30, 30)]
@@ -94,15 +96,6 @@ def test_passes_of_a_measured_profile_are_those_that_are_simulated(monkeypatch: 
     after = next(experiments.measured(SMALL))
     assert after.key.file_name != before.key.file_name
     assert after.action().outcome.token_seconds[0] > 1.5 * before.action().outcome.token_seconds[0]
-
-
-def experiments_results(state: Path) -> experiments.Result:
-    results = command.Results(state / "quick" / "results")
-    runs = experiments.emulated(SMALL, pytest.fail, state)
-    found = [results.read(run.key) for run in runs]
-    assert len(found) == 1
-    assert found[0] is not None
-    return found[0]
 
 
 def test_an_invalid_trace_ends_the_command_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
