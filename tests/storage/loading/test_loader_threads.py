@@ -11,6 +11,7 @@ from blake3 import blake3
 from storage.loading.memory import new_memory, populate
 from storage.loading.weight_loader import CONNECTIONS, load_layers
 from storage.models.model_repository import ModelManifest, StoredObject, layer_object
+from tests.storage.models.test_model_repository import a_manifest
 
 PART: Final = 4096
 DEADLINE_SECONDS: Final = 20.0
@@ -28,23 +29,7 @@ def manifest_of(contents: dict[str, bytes]) -> ModelManifest:
         )
         for name, data in contents.items()
     }
-    return ModelManifest(
-        manifest_version=2,
-        name="made",
-        dtype="float32",
-        publication="0",
-        architecture="LlamaForCausalLM",
-        model_type="llama",
-        num_layers=100,
-        hidden_size=1,
-        vocab_size=1,
-        num_kv_heads=1,
-        head_dim=1,
-        context_length=1,
-        tied=False,
-        objects=objects,
-        files={},
-    )
+    return a_manifest(num_layers=100, objects=objects, files={})
 
 
 class MeetingReader:
