@@ -6,6 +6,7 @@ Every failure of the client leaves this file as a ClusterError.
 import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,7 @@ class Cluster:
         self.description = description
         self.default_namespace = default_namespace
         self._api = api
+        self._discovering = threading.Lock()  # discovery is not thread-safe, and a lease is renewed in a thread of its own
         # The client's default cache outlives the process, and lacks CRDs that were installed since.
         folder = tempfile.mkdtemp(prefix="lamina-discovery-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
@@ -106,7 +108,7 @@ class Cluster:
 
     def require(self, api_version: str, kind: str) -> Any:
         """The client's resource. Raises KindMissing, which says what brings the kind."""
-        with self._errors(f"looking for {kind}"):
+        with self._discovering, self._errors(f"looking for {kind}"):
             try:
                 return self._dynamic.resources.get(api_version=api_version, kind=kind)
             except ResourceNotFoundError as error:
@@ -115,7 +117,7 @@ class Cluster:
 
     def serves_group(self, group: str) -> bool:
         """Whether an API group exists, such as metrics.k8s.io."""
-        with self._errors("listing API groups"):
+        with self._discovering, self._errors("listing API groups"):
             return group in self._dynamic.resources.api_groups
 
     def get(self, ref: Ref) -> KubernetesObject | None:

@@ -32,7 +32,7 @@ def test_a_killed_gateway_frees_what_it_held_and_a_paused_one_answers_right(publ
                 killed.process.wait(10)
                 assert held(stages) >= 2 * len(stages)
                 asked.result()
-                assert held(stages) == 0
+                wait_until(lambda: held(stages) == 0, 5)  # the last answer's release may be on its way
                 assert free(stages) == capacity
                 paused.process.send_signal(signal.SIGCONT)
                 assert list(answer_of(answer).token_ids) == expected
