@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -36,7 +36,7 @@ from eventing.wire.signature import sign, verify
 from functions.stage.serving.handlers import Scorer, StageIdentity
 from storage.store.object_store import ObjectStore
 from storage.store.payload_store import PayloadStore
-from tests.support.functions.functions import TOKEN, FunctionProcess, gateway_environment, stage_environment
+from tests.support.functions.functions import TOKEN, FunctionProcess, gateway_environment, running, stage_environment
 from tests.support.storage.published import CUT, Published
 from tests.support.storage.tiny_models import CONTEXT, all_logits
 
@@ -45,10 +45,8 @@ TEXT = "The capital of France is the 12th"
 
 @pytest.fixture(scope="module")
 def stages(published: Published) -> Iterator[list[FunctionProcess]]:
-    with ExitStack() as stack:
-        environments = [stage_environment(published, group) for group in range(len(CUT))]
-        started = [stack.enter_context(FunctionProcess(environ)) for environ in environments]
-        yield [stage.wait_ready() for stage in started]
+    with running(stage_environment(published, group) for group in range(len(CUT))) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +130,6 @@ def test_all_events_of_a_score_have_the_id_of_the_reply_and_end_as_the_request_d
 def test_a_signed_event_is_good_for_an_hour_and_goes_to_sequences_only(steps: Steps, sender: Sender) -> None:
     cause = request(ScoreRequest(text=TEXT), expirytime=datetime.now(UTC) + timedelta(days=3))
     end = expiry_time(steps.events(cause)[1].get_attributes())
-    assert end is not None
     assert end <= datetime.now(UTC) + timedelta(hours=1)
     headers, body = to_binary_http(cause)
     with pytest.raises(UnknownEventType, match="from a Sequence only"):
@@ -214,7 +211,6 @@ def test_hidden_states_too_large_for_a_channel_wait_in_the_store(wide: Wide, pub
     verify(following, TOKEN)
     assert json_data(last.answer(following), ScoreResponse).logprob_sum == -99
     hidden = engines[1].seen[0].hidden
-    assert hidden is not None
     assert bytes(hidden.data[:256]) == bytes(range(256))
     for engine in engines:
         assert engine.released == [engine.seen[0].rows[0].id]

@@ -1,5 +1,9 @@
 """Complete environments of a stage and of a gateway that are never started."""
 
+from typing import cast
+
+from functions.configuration.config import GatewayConfig, read_config
+
 COMMON = {
     "LAMINA_PIPELINE": "0123456789abcdef0123456789abcdef",
     "LAMINA_PIPELINE_TOKEN": "secret-token",
@@ -13,3 +17,8 @@ COMMON = {
 }
 STAGE = {**COMMON, "LAMINA_ROLE": "stage", "LAMINA_LAYERS": "2:4"}
 GATEWAY = {**COMMON, "LAMINA_ROLE": "gateway", "LAMINA_STAGES": "0:2=http://one:81/,2:4=http://two"}
+
+
+def gateway_config(**more: str) -> GatewayConfig:
+    """more: of the gateway's environment."""
+    return cast("GatewayConfig", read_config(GATEWAY | more))

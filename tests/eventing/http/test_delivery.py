@@ -367,12 +367,9 @@ def answered(*pieces: bytes, closes: bool = False) -> HttpReply:
             thread.join()
 
 
-def bytes_of(text: bytes) -> Iterator[bytes]:
-    return (text[index : index + 1] for index in range(len(text)))
-
-
 def test_a_reply_may_come_byte_by_byte() -> None:
-    reply = answered(*bytes_of(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nCE-Id: 7\r\n\r\nabc"))
+    said = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nCE-Id: 7\r\n\r\nabc"
+    reply = answered(*(said[index : index + 1] for index in range(len(said))))
     assert (reply.status, reply.headers["ce-id"], bytes(reply.body), reply.keeps) == (200, "7", b"abc", True)
 
 

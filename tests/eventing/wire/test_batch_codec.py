@@ -56,7 +56,6 @@ def _decode_or_problem(body: bytes) -> None:
 
 def test_neither_side_copies() -> None:
     batch = make_batch([3, 2], hidden_size=8)
-    assert batch.hidden is not None
     ids, tensor = encode_batch(batch)[1], encode_batch(batch)[-1]
     assert isinstance(ids, memoryview)
     assert isinstance(tensor, memoryview)
@@ -65,7 +64,6 @@ def test_neither_side_copies() -> None:
 
     body = bytearray(encoded(batch))
     decoded = decode_batch(body)
-    assert decoded.hidden is not None
     assert decoded.token_ids.obj is body
     assert decoded.hidden.data.obj is body
 
@@ -95,7 +93,6 @@ def test_layout_of_eight_bits() -> None:
     assert struct.unpack_from("<I", body, 20) == (6,)
     assert body[-3 * (4 + 6) :] == bytes(range(30))
     last = select_rows(batch, [1]).hidden
-    assert last is not None
     assert (last.shape, last.data.tobytes()) == ((2, 6), bytes(range(10, 30)))
 
 
@@ -174,20 +171,16 @@ def test_malformed_rows_are_named(fields: dict[str, object], seen: str) -> None:
         decode_batch(_header(table=len(table)) + table)
 
 
-def _rows(*lengths: int) -> tuple[Row, ...]:
-    return tuple(Row(id=f"s{index}", attempt=0, position=0, length=length) for index, length in enumerate(lengths))
-
-
 def _one_row(dtype: str, shape: tuple[int, ...], size: int) -> Batch:
-    return Batch(_rows(1), memoryview(array("i", [1])), Tensor(dtype, shape, memoryview(bytes(size))))
+    return Batch(make_batch([1]).rows, memoryview(array("i", [1])), Tensor(dtype, shape, memoryview(bytes(size))))
 
 
 @pytest.mark.parametrize(
     ("batch", "error", "seen"),
     [
         (Batch((), memoryview(array("i"))), MalformedEvent, "no rows"),
-        (Batch(_rows(2), memoryview(array("i", [1]))), MalformedEvent, "add up to 2, there are 1"),
-        (Batch(_rows(*[0] * (MAX_ROWS + 1)), memoryview(array("i"))), EventTooLarge, "1025 rows"),
+        (Batch(make_batch([2]).rows, memoryview(array("i", [1]))), MalformedEvent, "add up to 2, there are 1"),
+        (Batch(make_batch([0] * (MAX_ROWS + 1)).rows, memoryview(array("i"))), EventTooLarge, "1025 rows"),
         (_one_row("F32", (2, 1), 8), MalformedEvent, r"\[2, 1\]"),
         (_one_row("F32", (1, 2), 7), MalformedEvent, "7 bytes"),
         (_one_row("I8", (1, 2), 2), MalformedEvent, "takes 6"),
@@ -210,7 +203,6 @@ def test_select_rows_keeps_tokens_and_tensor_rows(batch: Batch, data: st.DataObj
         expected = batch.token_ids[offsets[old] : offsets[old + 1]]
         assert selected.token_ids[kept_offsets[new] : kept_offsets[new + 1]].tolist() == expected.tolist()
     if batch.hidden is not None:
-        assert selected.hidden is not None
         size = batch.hidden.data.nbytes // max(1, len(batch.token_ids))
         expected_bytes = b"".join(batch.hidden.data[offsets[i] * size : offsets[i + 1] * size] for i in keep)
         assert selected.hidden.data.tobytes() == expected_bytes
@@ -219,11 +211,9 @@ def test_select_rows_keeps_tokens_and_tensor_rows(batch: Batch, data: st.DataObj
 
 def test_select_rows_copies_only_what_is_in_pieces() -> None:
     batch = make_batch([2, 0, 3, 1], hidden_size=2)
-    assert batch.hidden is not None
     assert select_rows(batch, range(4)) is batch
     for keep in ([0, 2, 3], [2, 3], [0], [0, 2]):
         selected = select_rows(batch, keep)
-        assert selected.hidden is not None
         assert selected.hidden.data.obj is batch.hidden.data.obj
         assert selected.token_ids.obj is batch.token_ids.obj
     in_pieces = select_rows(batch, [0, 3])

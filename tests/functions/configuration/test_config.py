@@ -11,7 +11,7 @@ from functions.configuration.api_keys import parse_keys
 from functions.configuration.config import GatewayConfig, StageConfig, environment, read_config
 from functions.configuration.environment_page import help_text, markdown_page
 from functions.configuration.settings import ConfigError
-from tests.support.environments import GATEWAY, STAGE
+from tests.support.environments import GATEWAY, STAGE, gateway_config
 from tests.support.paths import ROOT
 
 
@@ -54,9 +54,7 @@ def test_the_store_needs_keys_or_a_web_identity_token() -> None:
     ],
 )
 def test_clients_with_keys_do_not_share_prefixes_by_default(environ: Mapping[str, str], sharing: str) -> None:
-    config = read_config(GATEWAY | environ)
-    assert isinstance(config, GatewayConfig)
-    assert config.sharing == sharing
+    assert gateway_config(**environ).sharing == sharing
 
 
 def test_a_gateway_reads_its_keys() -> None:
@@ -65,17 +63,14 @@ def test_a_gateway_reads_its_keys() -> None:
     assert config.stages == (((0, 2), "http://one:81"), ((2, 4), "http://two"))
     assert config.api_keys == parse_keys("one,two")
     assert config.pod_network == (IPv4Network("10.0.0.0/8"), IPv6Network("fd00::/64"))
-    unset = read_config(GATEWAY)
-    assert isinstance(unset, GatewayConfig)
-    pods = [each for each in (*_PRIVATE, *_OTHERS) if any(ip_address(each) in network for network in unset.pod_network)]
+    networks = gateway_config().pod_network  # of the default
+    pods = [each for each in (*_PRIVATE, *_OTHERS) if any(ip_address(each) in network for network in networks)]
     assert pods == list(_PRIVATE)
 
 
 def test_an_empty_list_of_keys_is_an_error() -> None:
     """As from a Secret whose value is empty. If the key is not set, the gateway is open."""
-    config = read_config(GATEWAY)
-    assert isinstance(config, GatewayConfig)
-    assert config.api_keys is None
+    assert gateway_config().api_keys is None
     (error,) = errors({**GATEWAY, "LAMINA_API_KEYS": ""})
     assert error.startswith("LAMINA_API_KEYS is set and empty")
     assert len(errors({**GATEWAY, "LAMINA_API_KEYS": " "})) == 1

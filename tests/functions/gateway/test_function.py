@@ -5,16 +5,13 @@ import threading
 import pytest
 from werkzeug.test import Client
 
-from functions.configuration.config import GatewayConfig, read_config
 from functions.gateway.function import GatewayFunction
 from functions.hosting.startup import StartUp
-from tests.support.environments import GATEWAY
+from tests.support.environments import gateway_config
 
 
 def test_a_gateway_with_a_dead_scheduler_thread_is_not_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = read_config(GATEWAY)
-    assert isinstance(config, GatewayConfig)
-    function = GatewayFunction(config, StartUp())
+    function = GatewayFunction(gateway_config(), StartUp())
     platform = Client(function.service.management)
     try:
         assert platform.get("/healthz").status_code == 200

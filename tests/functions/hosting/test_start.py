@@ -20,6 +20,7 @@ from eventing.wire.cloud_event import batch_data, json_data, json_event, make_ev
 from eventing.wire.control import WarmupReply, WarmupRequest
 from eventing.wire.events import BATCH_CONTENT_TYPE, Batch, EventType, Row, Status
 from functions.stage.engine.threads import WAITING, PassThreads, set_openmp, thread_count
+from knative.local.kubelet.processes import free_port
 from storage.store.object_store import ObjectStore
 from tests.support.environments import GATEWAY
 from tests.support.functions.functions import ROOT, TOKEN, FunctionProcess, gateway_environment, stage_environment, wait_until
@@ -32,12 +33,6 @@ AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 def sender() -> Iterator[Sender]:
     with Sender() as sender:
         yield sender
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @pytest.mark.parametrize(

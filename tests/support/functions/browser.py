@@ -90,7 +90,6 @@ class Browser:
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    assert CHROMIUM is not None
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     # For root in a container with little shared memory, and without requests to the browser's maker.

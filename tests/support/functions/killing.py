@@ -110,7 +110,6 @@ class Killer:
         self.running.append(await self._look())
         pod = self._dice.choice(stage.ready_pods)
         restarts = pod.restarts
-        assert pod.pid is not None
         os.kill(pod.pid, signal.SIGKILL)
         await until(lambda: pod.restarts > restarts)
         assert "SIGKILL" in pod.last_end

@@ -12,7 +12,6 @@ from werkzeug.test import TestResponse
 
 from eventing.http.sse import SSEDecoder
 from eventing.problems import Problem
-from functions.configuration.config import GatewayConfig, read_config
 from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
@@ -21,7 +20,7 @@ from functions.gateway.scheduling.sequence import Prompt
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.tokenizer import ModelText
-from tests.support.environments import GATEWAY
+from tests.support.environments import gateway_config
 from tests.support.storage.published import CHAT_TEMPLATE, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -94,8 +93,7 @@ def client_of(
     template: str = CHAT_TEMPLATE,
     **environ: str,
 ) -> FlaskClient:
-    config = read_config(GATEWAY | environ)
-    assert isinstance(config, GatewayConfig)
+    config = gateway_config(**environ)
     text = ModelText(TOKENIZER, ChatTemplate(template, {}), frozenset([END]), context)
     keys = KeyRing(config.api_keys, config.api_key_files or ())
     answers = AnswerService(text, pipeline, pipeline.metrics, limits=client_limits(config, keys), model=config.model)

@@ -100,7 +100,6 @@ def serving(
     code = [sys.executable, "-c", _SERVER, json.dumps(given)]
     with subprocess.Popen(code, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
-            assert process.stdout is not None
             port, management_port = map(int, process.stdout.readline().split())
             yield Serving(process, port, management_port)
         finally:

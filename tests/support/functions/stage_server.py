@@ -4,6 +4,7 @@ Most tests have stages that count (see `counting_group`): the next token is the 
 every token lost, repeated or out of place. What goes wrong at a stage is a test's to say, event by event.
 """
 
+import itertools
 import math
 import socket
 import struct
@@ -88,6 +89,17 @@ def inspecting(when: Callable[[Seen], bool], then: Fault | Callable[[], object],
 
 def is_type(type_: EventType) -> Callable[[Seen], bool]:
     return lambda seen: seen.type == type_
+
+
+def on_forwards(then: Fault | Callable[[], object], *numbers: int) -> Inspect:
+    """For the forward events with these numbers, counted from 1: the fault, or the call, which the event waits for."""
+    forwards = itertools.count(1)
+    return inspecting(lambda seen: seen.type == EventType.FORWARD and next(forwards) in numbers, then)
+
+
+def on_forward_from(position: int, then: Callable[[], object]) -> Inspect:
+    """For the first forward event whose first row begins at this position: the call, which the event waits for."""
+    return inspecting(lambda seen: seen.type == EventType.FORWARD and seen.rows[0].position == position, then, times=1)
 
 
 class _Handler(WSGIRequestHandler):

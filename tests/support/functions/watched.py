@@ -21,14 +21,16 @@ class Watched:
     def publish(self, *of_middle: Endpoint) -> None:
         self.scheduler.endpoints_changed(1, of_middle)
 
-    def publish_ends(self) -> None:
-        for stage in (0, 2):
-            self.scheduler.endpoints_changed(stage, [Endpoint(self.stages[stage].url)])
+    def publish_ready(self, *of_middle: StageServer) -> None:
+        """Both ends are ready, and these instances of the middle stage."""
+        for stage, ready in enumerate((self.stages[:1], of_middle, self.stages[2:])):
+            self.scheduler.endpoints_changed(stage, [Endpoint(each.url) for each in ready])
 
     def run(self, number: int, max_tokens: int) -> list[TokenStream]:
         return [submit(self.scheduler, prompt(index), max_tokens) for index in range(number)]
 
     def check(self, streams: list[TokenStream], max_tokens: int) -> None:
+        """Checks every token of the answers that `run` has begun."""
         check(streams, map(prompt, range(len(streams))), max_tokens)
 
 

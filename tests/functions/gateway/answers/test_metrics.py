@@ -32,10 +32,8 @@ def test_time_is_measured_from_the_requests_arrival(
     noted: list[float] = []
     assert ask_either(client, api).status_code == 200
     ((read_at,), (prompt,)) = noted, pipeline.prompts
-    assert prompt.arrived is not None
     assert prompt.arrived < read_at
     seen = pipeline.stream.timings().time_to_first_token_seconds
-    assert seen is not None
     assert seen > pipeline.stream._put_at[0] - read_at
     assert pipeline.value("time_to_first_token_seconds_sum") == seen
 

@@ -177,12 +177,8 @@ def test_malformed_json_is_refused_also_if_it_begins_with_a_wrong_option(client:
 _THINKING = CHAT_TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
 
 
-def _thinking(pipeline: Pipeline) -> FlaskClient:
-    return client_of(pipeline, template=_THINKING)
-
-
 def test_thoughts_have_their_own_field(pipeline: Pipeline) -> None:
-    client = _thinking(pipeline)
+    client = client_of(pipeline, template=_THINKING)
     pipeline.script = pipeline.say("<think>\nHm.\n</think>\n\nSaid")
     assert chat(client).get_json()["choices"][0]["message"] == {  # type: ignore[index]
         "role": "assistant",
@@ -196,7 +192,7 @@ def test_thoughts_have_their_own_field(pipeline: Pipeline) -> None:
 
 
 def test_a_variable_reaches_the_chat_template(pipeline: Pipeline) -> None:
-    client = _thinking(pipeline)
+    client = client_of(pipeline, template=_THINKING)
     assert chat(client, chat_template_kwargs={"enable_thinking": False}).status_code == 200
     (prompt,) = pipeline.prompts
     assert TOKENIZER.decode(prompt.token_ids, skip_special_tokens=False).endswith("<think></think>")

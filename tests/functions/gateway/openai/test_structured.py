@@ -16,7 +16,6 @@ SCHEMA = {"properties": {"a": {"type": "integer"}}, "type": "object"}  # sorted,
 def grammar(pipeline: Pipeline) -> Grammar:
     sampling = pipeline.prompts[-1].sampling
     assert sampling.prompt_tokens == len(pipeline.prompts[-1].token_ids)
-    assert sampling.grammar is not None
     assert sampling.grammar.digest == grammar_digest(sampling.grammar.source)
     assert set(sampling.grammar.end_ids) == pipeline.prompts[-1].eos_ids
     return sampling.grammar

@@ -132,7 +132,6 @@ def test_a_forced_call_has_a_grammar_in_the_models_format(
 ) -> None:
     assert chat(client, tools=[ADD, LOOK_UP], **options).status_code == 200
     grammar = pipeline.prompts[-1].sampling.grammar
-    assert grammar is not None
     assert grammar.digest == grammar_digest(grammar.source)
     assert allows(grammar.source, text) is fits
 
@@ -152,7 +151,6 @@ def test_forced_calls_of_other_formats_are_parsed(pipeline: Pipeline, template: 
     assert response.get_json()["choices"][0]["finish_reason"] == "tool_calls"
     assert response.get_json()["choices"][0]["message"]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1}'}
     grammar = pipeline.prompts[-1].sampling.grammar
-    assert grammar is not None
     assert allows(grammar.source, text)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from functions.configuration.config import GatewayConfig, read_config
 from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.app import create_app
 from functions.gateway.openapi.document import openapi_document
@@ -22,15 +21,14 @@ from functions.gateway.openapi.replies import (
 )
 from functions.hosting.server import PROBES
 from tests.functions.gateway.page.test_pipeline_events import Pipe
-from tests.support.environments import GATEWAY
+from tests.support.environments import gateway_config
 from tests.support.functions.scripted_gateway import Pipeline, client_of
 
 PROBE_ROUTES = {("get", path) for path in PROBES}
 
 
 def served(page: str) -> set[tuple[str, str]]:
-    config = read_config({**GATEWAY, "LAMINA_PAGE": page})
-    assert isinstance(config, GatewayConfig)
+    config = gateway_config(LAMINA_PAGE=page)
     app = create_app(config, lambda: None, Pipeline().metrics, KeyRing(), lambda _: None, Pipe().watched)  # type: ignore[arg-type, return-value]
     rules = [(each.methods or set(), re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", each.rule)) for each in app.url_map.iter_rules()]
     return {(method.lower(), path) for methods, path in rules for method in methods - {"HEAD", "OPTIONS"}}

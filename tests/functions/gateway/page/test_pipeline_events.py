@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from werkzeug.test import TestResponse
 
 from eventing.http.sse import ServerSentEvent, SSEDecoder
-from functions.configuration.config import GatewayConfig, read_config
 from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.app import create_app
 from functions.gateway.page import pipeline_events, pipeline_watch
@@ -24,7 +23,7 @@ from functions.gateway.page.pipeline_state import PipelineState
 from functions.gateway.page.pipeline_watch import StageDescription, Watched
 from functions.gateway.scheduling.pipeline_status import AnswerStatus, InstanceStatus, PipelineStatus, StageStatus
 from functions.gateway.scheduling.wake_up import ColdStart
-from tests.support.environments import GATEWAY
+from tests.support.environments import gateway_config
 from tests.support.functions.scripted_gateway import Pipeline, refuse
 
 ADDRESS = "127.0.0.1"
@@ -60,8 +59,7 @@ class Pipe:
         self.now = dataclasses.replace(self.now, moment=self.now.moment + 1, stages=(dataclasses.replace(stage, **changes),))
 
     def client(self, **environ: str) -> FlaskClient:
-        config = read_config(GATEWAY | environ)
-        assert isinstance(config, GatewayConfig)
+        config = gateway_config(**environ)
         pipeline = Pipeline()
         pipeline.script = refuse(AssertionError)  # type: ignore[arg-type]
         return create_app(

@@ -57,12 +57,9 @@ def generate(
 
 @contextmanager
 def gateways(stages: list[StageServer], *stages_at_once: int, draft_tokens: int = 0) -> Iterator[list[Scheduler]]:
-    settings = [
-        {"chunk_tokens": 16, "micro_batch_sequences": 4, "stages_at_once": at_once, "draft_tokens": draft_tokens}
-        for at_once in stages_at_once
-    ]
+    limits = {"chunk_tokens": 16, "micro_batch_sequences": 4, "draft_tokens": draft_tokens}
     with ExitStack() as stack:
-        yield [stack.enter_context(scheduling(stages, **each)) for each in settings]
+        yield [stack.enter_context(scheduling(stages, stages_at_once=each, **limits)) for each in stages_at_once]
 
 
 @pytest.fixture(scope="module")

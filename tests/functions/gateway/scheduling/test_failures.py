@@ -1,21 +1,19 @@
 """Failures of stages and events lose and repeat no token, and cost attempts of a bounded retry budget."""
 
-import itertools
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
 
 from eventing.problems import InvalidRequest, PipelineUnavailable, ReplaysExhausted
-from eventing.wire.events import Batch, EventType, Status
+from eventing.wire.events import Batch, Status
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.scheduling.sequence import Chunk, RetryBudget
 from functions.gateway.stages.routes import Placement
 from tests.support.functions.gateway import check, counted, nothing_left, scheduling, submit, tokens_of, wait_until
-from tests.support.functions.stage_server import Fault, Inspect, Seen, counting_stages, inspecting
+from tests.support.functions.stage_server import Fault, Seen, counting_stages, inspecting, on_forward_from, on_forwards
 
 PROMPTS = [[(5 * sequence + token) % 90 for token in range(2 + 6 * sequence)] for sequence in range(8)]
 POISON = 96
@@ -26,16 +24,6 @@ def run(scheduler: Scheduler, max_tokens: int = 12) -> int:
     streams = [submit(scheduler, prompt, max_tokens) for prompt in PROMPTS]
     check(streams, PROMPTS, max_tokens)
     return sum(stream.timings().replays for stream in streams)
-
-
-def on_forwards(fault: Fault, *numbers: int) -> Inspect:
-    """The fault happens to the forward events with these numbers, counted from 1."""
-    forwards = itertools.count(1)
-    return inspecting(lambda seen: seen.type == EventType.FORWARD and next(forwards) in numbers, fault)
-
-
-def at_position(position: int) -> Callable[[Seen], bool]:
-    return lambda seen: seen.type == EventType.FORWARD and seen.rows[0].position == position
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -80,7 +68,7 @@ def test_a_restart_between_steps_costs_a_recomputation_up_to_that_stage() -> Non
             stages[1].kill()
             stages[1].start()
 
-        stages[0].inspect = inspecting(at_position(50), restart, times=1)
+        stages[0].inspect = on_forward_from(50, restart)
         stream = submit(scheduler, [3] * 40, 30)
         assert tokens_of(stream) == counted([3] * 40, 30)
         rows = [[row for seen in stage.forwards for row in seen.rows] for stage in stages]
@@ -91,7 +79,7 @@ def test_a_restart_between_steps_costs_a_recomputation_up_to_that_stage() -> Non
 
 def test_a_stage_that_drops_idle_sequences_costs_a_recomputation() -> None:
     with counting_stages(idle_seconds=0.15) as stages, scheduling(stages) as scheduler:
-        stages[1].inspect = inspecting(at_position(15), lambda: wait_until(lambda: not stages[2].engine.sequences), times=1)
+        stages[1].inspect = on_forward_from(15, lambda: wait_until(lambda: not stages[2].engine.sequences))
         stream = submit(scheduler, [3] * 10, 12)
         assert tokens_of(stream) == counted([3] * 10, 12)
         assert stream.timings().replays in (1, 2), "stage 1 may have dropped it too"
@@ -101,10 +89,8 @@ def test_a_stage_that_drops_idle_sequences_costs_a_recomputation() -> None:
 def test_a_stage_that_hangs_and_answers_late(stage: int) -> None:
     """The step times out. The late event then finds a newer attempt and changes nothing."""
     with counting_stages() as stages, scheduling(stages, step_timeout_seconds=0.3) as scheduler:
-        resumed, forwards = threading.Event(), itertools.count(1)
-        stages[stage].inspect = inspecting(
-            lambda seen: seen.type == EventType.FORWARD and next(forwards) in (6, 7), lambda: resumed.wait(10)
-        )
+        resumed = threading.Event()
+        stages[stage].inspect = on_forwards(lambda: resumed.wait(10), 6, 7)
         threading.Timer(0.8, resumed.set).start()
         assert run(scheduler) > 0
         assert scheduler.stats().replays["timeout"] > 0

@@ -13,7 +13,6 @@ from functions.gateway.scheduling import apply, decide
 from functions.gateway.scheduling import scheduler as scheduler_module
 from functions.gateway.stages import client
 from functions.gateway.stages.client import StageClient
-from functions.gateway.stages.routes import Endpoint
 from tests.support.functions.gateway import answers_of, nothing_left, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import counting_stages, inspecting, is_type
 from tests.support.functions.watched import watched
@@ -120,9 +119,8 @@ def test_a_scheduler_reports_what_is_wrong_with_it(monkeypatch: pytest.MonkeyPat
             assert "fails whenever it decides" in str(scheduler.sick())
         answers_of(scheduler, [[1]], max_tokens=2)
         assert scheduler.sick() is None
-        ended = threading.Thread(target=lambda: None)
         with monkeypatch.context() as patched:
-            patched.setattr(scheduler, "_clock", ended)
+            patched.setattr(scheduler, "_clock", threading.Thread(target=lambda: None))
             assert scheduler.sick() == "the scheduler's clock has ended"
 
 
@@ -150,11 +148,10 @@ def test_an_instance_that_does_not_reply_to_a_reservation_is_left_before_a_steps
     with watched(step_timeout_seconds=600) as pipeline:
         hung, other = pipeline.instances
         hung.inspect = inspecting(is_type(EventType.RESERVE), lambda: resumed.wait(20))
-        pipeline.publish_ends()
-        pipeline.publish(Endpoint(hung.url))
+        pipeline.publish_ready(hung)
         streams = pipeline.run(1, 5)
         wait_until(lambda: any(map(is_type(EventType.RESERVE), hung.seen)), "the reservation that hangs")
-        pipeline.publish(Endpoint(hung.url), Endpoint(other.url))
+        pipeline.publish_ready(hung, other)
         pipeline.check(streams, 5)
         assert not resumed.is_set()
         resumed.set()

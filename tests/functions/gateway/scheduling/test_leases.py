@@ -7,7 +7,7 @@ import pytest
 from eventing.wire.events import EventType
 from functions.gateway.scheduling import leases
 from tests.support.functions.gateway import counted, nothing_left, scheduling, submit, tokens_of, wait_until
-from tests.support.functions.stage_server import Fault, Seen, counting_stages, inspecting
+from tests.support.functions.stage_server import Fault, Seen, counting_stages, inspecting, on_forward_from
 
 LEASE = 1.0  # seconds
 
@@ -19,18 +19,11 @@ def _short_renewals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_step_that_takes_longer_than_a_lease_costs_nothing_at_the_other_stages() -> None:
     with counting_stages(lease_seconds=LEASE) as stages, scheduling(stages) as scheduler:
-        held_up: list[float] = []
-
-        def hold_up() -> None:
-            held_up.append(2 * LEASE)
-            time.sleep(2 * LEASE)
-
-        stages[1].inspect = inspecting(
-            lambda seen: seen.type == EventType.FORWARD and seen.rows[0].position == 15, hold_up, times=1
-        )
+        stages[1].inspect = on_forward_from(15, lambda: time.sleep(2 * LEASE))
+        began = time.monotonic()
         stream = submit(scheduler, [3] * 10, 12)
         assert tokens_of(stream) == counted([3] * 10, 12)
-        assert held_up
+        assert time.monotonic() - began > 2 * LEASE
         assert stream.timings().replays == 0
         nothing_left(stages)
 

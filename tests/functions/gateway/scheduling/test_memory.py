@@ -192,12 +192,11 @@ def test_a_new_instance_is_used_for_its_memory_although_one_micro_batch_could_ho
 
 
 @pytest.fixture
-def first_reserved_tokens(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    monkeypatch.setattr("functions.gateway.scheduling.sequence.FIRST_RESERVED_TOKENS", request.param)
+def eight_tokens_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("functions.gateway.scheduling.sequence.FIRST_RESERVED_TOKENS", 8)
 
 
-@pytest.mark.parametrize("first_reserved_tokens", [8], indirect=True)
-@pytest.mark.usefixtures("first_reserved_tokens")
+@pytest.mark.usefixtures("eight_tokens_first")
 def test_an_answer_that_fills_its_memory_goes_on_with_more() -> None:
     with counting_stages(capacity_tokens=200) as stages, scheduling(stages) as scheduler:
         stream = submit(scheduler, [1, 2, 3], 60, open_ended=True)
@@ -208,8 +207,7 @@ def test_an_answer_that_fills_its_memory_goes_on_with_more() -> None:
         nothing_left(stages)
 
 
-@pytest.mark.parametrize("first_reserved_tokens", [8], indirect=True)
-@pytest.mark.usefixtures("first_reserved_tokens")
+@pytest.mark.usefixtures("eight_tokens_first")
 def test_many_answers_that_could_fill_the_memory_alone_run_beside_each_other() -> None:
     with counting_stages(capacity_tokens=100) as stages, scheduling(stages) as scheduler:
         prompts = [[number] for number in range(1, 9)]
@@ -219,9 +217,8 @@ def test_many_answers_that_could_fill_the_memory_alone_run_beside_each_other() -
         nothing_left(stages)
 
 
-@pytest.mark.parametrize("first_reserved_tokens", [16], indirect=True)
-@pytest.mark.usefixtures("first_reserved_tokens")
-@pytest.mark.parametrize("capacity", [20, 31, 64, 65, 67])
+@pytest.mark.usefixtures("eight_tokens_first")
+@pytest.mark.parametrize("capacity", [12, 20, 31, 64, 65, 67])
 def test_an_open_ended_answer_ends_when_a_stage_can_hold_no_more(capacity: int) -> None:
     with counting_stages(capacity_tokens=capacity) as stages, scheduling(stages) as scheduler:
         stream = submit(scheduler, [1, 2, 3, 4], 400, open_ended=True)

@@ -18,7 +18,6 @@ def sequence(number: int, prompt_tokens: int = 10, *, decoding: bool = False, fa
     made = Sequence(f"id-{number}", number, prompt, TokenStream(5), Progress(1), RetryBudget(failures), reserved=True)
     if decoding:
         chunk = made.progress.next_chunk(prompt_tokens, prompt_tokens)
-        assert chunk is not None
         made.progress.send(chunk)
         made.progress.computed(0, chunk)
         made.progress.returned()

@@ -6,25 +6,22 @@ import time
 
 from eventing.wire.events import EventType
 from functions.gateway.stages.routes import Endpoint
-from tests.support.functions.gateway import counted, tokens_of, wait_until
+from tests.support.functions.gateway import wait_until
 from tests.support.functions.stage_server import Fault
-from tests.support.functions.watched import prompt, watched
+from tests.support.functions.watched import watched
 
 
 def test_a_terminating_instance_is_left_at_once_and_later_stages_compute_nothing_again() -> None:
     with watched() as pipeline:
         old, new = pipeline.instances
-        pipeline.publish_ends()
-        pipeline.publish(Endpoint(old.url))
+        pipeline.publish_ready(old)
         streams = pipeline.run(6, 120)
-        for stream in streams:
-            assert stream.next_token(10) is not None
+        wait_until(lambda: all(stream.token_ids for stream in streams), "a token of each")
         prompts_after = sum(row.position == 0 for seen in pipeline.stages[2].forwards for row in seen.rows)
         pipeline.publish(Endpoint(old.url, ready=False, terminating=True), Endpoint(new.url))
         wait_until(lambda: not old.engine.sequences, "leaving the terminating instance")
         left_at = len(old.forwards)
-        rest = [[stream.next_token(10) for _ in range(119)] for stream in streams]
-        assert rest == [counted(prompt(index), 120)[1:] for index in range(6)]
+        pipeline.check(streams, 120)
         assert len(old.forwards) == left_at
         assert sum(row.position == 0 for seen in pipeline.stages[2].forwards for row in seen.rows) == prompts_after
         assert {stream.timings().replays for stream in streams} == {1}
@@ -36,32 +33,27 @@ def test_a_terminating_instance_is_left_at_once_and_later_stages_compute_nothing
 def test_a_terminating_instance_without_another_serves_on_and_the_stage_is_woken() -> None:
     with watched() as pipeline:
         old, new = pipeline.instances
-        pipeline.publish_ends()
-        pipeline.publish(Endpoint(old.url))
+        pipeline.publish_ready(old)
         streams = pipeline.run(2, 150)
-        assert streams[0].next_token(10) is not None
+        wait_until(lambda: streams[0].token_ids, "its first token")
         pipeline.publish(Endpoint(old.url, ready=False, terminating=True))
         wait_until(lambda: EventType.WARMUP in {seen.type for seen in pipeline.stages[1].seen}, "the wake-up")
         pipeline.publish(Endpoint(old.url, ready=False, terminating=True), Endpoint(new.url))
         wait_until(lambda: new.forwards, "the migration")
-        assert [streams[0].next_token(10) for _ in range(149)] == counted(prompt(0), 150)[1:]
-        assert tokens_of(streams[1]) == counted(prompt(1), 150)
+        pipeline.check(streams, 150)
 
 
 def test_a_new_instance_gets_its_share_one_micro_batch_at_a_time() -> None:
     with watched() as pipeline:
         old, new = pipeline.instances
-        pipeline.publish_ends()
-        pipeline.publish(Endpoint(old.url))
+        pipeline.publish_ready(old)
         for stage in (*pipeline.stages, new):
             stage.seconds = 0.004
         streams = pipeline.run(24, 80)
-        assert streams[0].next_token(10) is not None
+        wait_until(lambda: streams[0].token_ids, "its first token")
         pipeline.publish(Endpoint(old.url), Endpoint(new.url))
         wait_until(lambda: new.engine.sequences >= 8, "the migration of a micro-batch")
-        assert [streams[0].next_token(10) for _ in range(79)] == counted(prompt(0), 80)[1:]
-        for index, stream in enumerate(streams[1:], 1):
-            assert tokens_of(stream) == counted(prompt(index), 80)
+        pipeline.check(streams, 80)
         assert 1 <= pipeline.scheduler.stats().migrations["balance"] <= 4
 
 
@@ -70,19 +62,16 @@ def test_service_urls_serve_until_the_watch_works() -> None:
         for stage in range(3):
             pipeline.scheduler.endpoints_changed(stage, None)
         streams = pipeline.run(4, 60)
-        assert streams[0].next_token(10) is not None
+        wait_until(lambda: streams[0].token_ids, "its first token")
         pipeline.publish(Endpoint(pipeline.instances[1].url))
         wait_until(lambda: pipeline.instances[1].engine.sequences, "the migration to the instance that the watch found")
-        assert [streams[0].next_token(10) for _ in range(59)] == counted(prompt(0), 60)[1:]
-        for index in (1, 2, 3):
-            assert tokens_of(streams[index]) == counted(prompt(index), 60)
+        pipeline.check(streams, 60)
 
 
 def test_an_instance_that_dies_is_avoided() -> None:
     with watched() as pipeline:
         dying, other = pipeline.instances
-        pipeline.publish_ends()
-        pipeline.publish(Endpoint(dying.url), Endpoint(other.url))
+        pipeline.publish_ready(dying, other)
         count = itertools.count()
         dying.inspect = lambda seen: Fault.KILLED if seen.type == EventType.FORWARD and next(count) == 10 else None
         pipeline.check(pipeline.run(8, 30), 30)
@@ -93,8 +82,7 @@ def test_an_instance_that_dies_is_avoided() -> None:
 def test_instances_that_come_and_go_at_random_lose_no_token() -> None:
     dice = random.Random(7)
     with watched(spares=2) as pipeline:
-        pipeline.publish_ends()
-        pipeline.publish(Endpoint(pipeline.instances[0].url))
+        pipeline.publish_ready(pipeline.instances[0])
         for stage in (*pipeline.stages, *pipeline.instances):
             stage.seconds = 0.002
         streams = pipeline.run(12, 80)

@@ -70,14 +70,19 @@ def migration(dtype: str) -> Iterator[Migration]:
             yield Migration(scheduler, stages, new)
 
 
+def undisturbed(dtype: str, sampling: Sampling) -> list[list[int]]:
+    """The answers without a migration."""
+    with migration(dtype) as pipeline:
+        return pipeline.answers(sampling)
+
+
 @pytest.mark.parametrize(
     ("dtype", "sampling"),
     [("float32", Sampling()), ("float32", SAMPLED), ("bfloat16", Sampling()), ("int8", SAMPLED), ("q4", Sampling())],
     ids=["fp32", "fp32-sampled", "bf16", "int8-sampled", "q4"],
 )
 def test_a_stage_that_leaves_hands_over_and_no_token_is_computed_again(dtype: str, sampling: Sampling) -> None:
-    with migration(dtype) as undisturbed:
-        expected = undisturbed.answers(sampling)
+    expected = undisturbed(dtype, sampling)
     with migration(dtype) as pipeline:
         assert pipeline.answers(sampling, after=20) == expected
         segments = [segment for each in pipeline.new.passes for segment in each]
@@ -89,16 +94,14 @@ def test_a_stage_that_leaves_hands_over_and_no_token_is_computed_again(dtype: st
 
 
 def test_a_penalized_sequence_computes_only_tokens_after_its_last_whole_block() -> None:
-    with migration("float32") as undisturbed:
-        expected = undisturbed.answers(PENALIZED)
+    expected = undisturbed("float32", PENALIZED)
     with migration("float32") as pipeline:
         assert pipeline.answers(PENALIZED, after=20) == expected
         assert min(position for each in pipeline.new.passes for position, _ in each) > 70
 
 
 def test_without_a_hand_over_all_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    with migration("float32") as undisturbed:
-        expected = undisturbed.answers(SAMPLED)
+    expected = undisturbed("float32", SAMPLED)
     monkeypatch.setattr(peer_tier, "hand_over", lambda *_: None)
     with migration("float32") as pipeline:
         assert pipeline.answers(SAMPLED, after=20) == expected
@@ -107,8 +110,7 @@ def test_without_a_hand_over_all_is_computed_again(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_old_instance_that_dies_at_the_hand_over_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    with migration("float32") as undisturbed:
-        expected = undisturbed.answers(SAMPLED)
+    expected = undisturbed("float32", SAMPLED)
     with migration("float32") as pipeline:
         asked = []
 

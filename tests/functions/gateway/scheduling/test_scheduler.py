@@ -25,9 +25,6 @@ def test_many_sequences_are_exact() -> None:
     assert (stats.running, stats.waiting, stats.micro_batches) == (0, 0, 0)
     assert dict(stats.sequences) == {"length": 16}
     for timings in (stream.timings() for stream in streams):
-        assert timings.queue_seconds is not None
-        assert timings.time_to_first_token_seconds is not None
-        assert timings.total_seconds is not None
         assert 0 <= timings.queue_seconds < timings.time_to_first_token_seconds < timings.total_seconds
         assert timings.replays == 0
 

@@ -1,6 +1,5 @@
 """Log-probabilities of prompt and answer do not depend on chunks, draft tokens and failures."""
 
-import itertools
 import math
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from eventing.wire.generation import TokenLogprob
 from tests.support.functions.counting_group import VOCAB
 from tests.support.functions.gateway import counted, nothing_left, scheduling, submit, tokens_of
-from tests.support.functions.stage_server import Fault, counting_stages, inspecting
+from tests.support.functions.stage_server import Fault, counting_stages, on_forwards
 
 PROMPT = [7, 7, 14, 28, 50, 3, 2, 1, 1, 90, 5]
 LOG_SUM = math.log(math.e + VOCAB - 1)  # counting stages have the logit 1 for the next token, 0 for every other
@@ -56,8 +55,7 @@ def test_a_prompt_of_one_token_has_nothing_to_score(max_tokens: int) -> None:
 @pytest.mark.parametrize("fault", [Fault.REPLY_LOST, Fault.REFUSED, Fault.KILLED_RESTARTED, Fault.TWICE])
 def test_scores_are_the_same_if_a_stage_breaks_meanwhile(stage: int, fault: Fault) -> None:
     with counting_stages(3) as stages, scheduling(stages, chunk_tokens=3) as scheduler:
-        forwards = itertools.count(1)
-        stages[stage].inspect = inspecting(lambda seen: seen.type.endswith("forward") and next(forwards) == 3, fault)
+        stages[stage].inspect = on_forwards(fault, 3)
         stream = submit(scheduler, PROMPT, 3, scored=True, top_logprobs=1)
         assert tokens_of(stream) == counted(PROMPT, 3)
         assert same(stream.prompt_logprobs(), expected(PROMPT, 1))

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from functions.gateway.stages import routes
-from functions.gateway.stages.routes import Endpoint, Instance, Placement, Turnstile
+from functions.gateway.stages.routes import Endpoint, Placement, Turnstile
 
 SERVICES = ["http://stage-0", "http://stage-1"]
 
@@ -18,28 +18,21 @@ def placement(*urls: str) -> Placement:
     return placed
 
 
-def url(instance: Instance | None) -> str:
-    assert instance is not None
-    return instance.url
-
-
 def test_a_new_route_takes_the_instances_with_the_fewest_routes() -> None:
     placed = placement("x", "y", "z")
     routes = [placed.place(10) for _ in range(6)]
-    seconds = [route.instances[1].url for route in routes if route is not None]
+    seconds = [route.instances[1].url for route in routes]
     assert sorted(seconds[:3]) == sorted(seconds[3:]) == ["x", "y", "z"]
-    assert routes[1] is not None
     routes[1].close()
-    assert url(placed.least_used(1)) == seconds[1]
+    assert placed.least_used(1).url == seconds[1]
 
 
 def test_full_instances_come_last() -> None:
     placed = placement("x", "y")
     full = placed.least_used(1)
-    assert full is not None
     full.replied("boot", 50)
-    assert url(placed.least_used(1, 50)) == full.url
-    assert url(placed.least_used(1, 51)) != full.url
+    assert placed.least_used(1, 50).url == full.url
+    assert placed.least_used(1, 51).url != full.url
 
 
 def test_new_routes_use_the_current_revision_and_old_ones_stay() -> None:
@@ -47,10 +40,9 @@ def test_new_routes_use_the_current_revision_and_old_ones_stay() -> None:
     placed.update(0, [Endpoint("old", "stage-0-00009")])
     route = placed.place(1)
     placed.update(0, [Endpoint("old", "stage-0-00009"), Endpoint("new", "stage-0-00010", ready=False)])
-    assert url(placed.least_used(0)) == "old"
+    assert placed.least_used(0).url == "old"
     placed.update(0, [Endpoint("old", "stage-0-00009"), Endpoint("new", "stage-0-00010")])
-    assert url(placed.least_used(0)) == "new"
-    assert route is not None
+    assert placed.least_used(0).url == "new"
     assert placed.must_leave(route) is None
     assert placed.ready_counts() == [1]
 
@@ -58,15 +50,13 @@ def test_new_routes_use_the_current_revision_and_old_ones_stay() -> None:
 def test_a_route_leaves_an_instance_that_terminates_once_there_is_another() -> None:
     placed = placement("x")
     route = placed.place(1)
-    assert route is not None
     placed.update(1, [Endpoint("x", ready=False, terminating=True)])
     assert placed.must_leave(route) is None
     assert placed.strands(route)
     assert placed.cold() == [1]
     placed.update(1, [Endpoint("x", ready=False, terminating=True), Endpoint("y")])
     target = placed.must_leave(route)
-    assert url(target) == "y"
-    assert target is not None
+    assert target.url == "y"
     assert route.replace(target).routes == 0
     assert target.routes == 1
     placed.update(1, [])
@@ -87,7 +77,6 @@ def test_two_routes_more_than_another_instance_are_unbalanced() -> None:
         placed.place(1)
     placed.update(1, [Endpoint("x"), Endpoint("y")])
     uneven = placed.unbalanced()
-    assert uneven is not None
     assert (uneven[0].url, uneven[1].url) == ("x", "y")
     placed.place(1)
     assert placed.unbalanced() is None
@@ -96,14 +85,13 @@ def test_two_routes_more_than_another_instance_are_unbalanced() -> None:
 def test_each_suspension_of_a_broken_instance_is_longer() -> None:
     placed = placement("x", "y")
     broken = placed.least_used(1)
-    assert broken is not None
     moment, pauses = time.monotonic(), []
     for _ in range(4):
         broken.suspend(moment)
         pauses.append(broken.suspended_until - moment)
         moment = broken.suspended_until
     assert pauses == sorted(pauses)
-    assert url(placed.least_used(1)) != broken.url
+    assert placed.least_used(1).url != broken.url
     assert placed.next_resumption(time.monotonic()) == broken.suspended_until
     broken.replied("boot", None)
     broken.suspend(moment)
@@ -113,7 +101,6 @@ def test_each_suspension_of_a_broken_instance_is_longer() -> None:
 def test_many_events_that_fail_together_count_as_one_failure() -> None:
     placed = placement("x")
     instance = placed.least_used(1)
-    assert instance is not None
     placed.avoid(instance)
     resumption = instance.suspended_until
     for _ in range(15):
@@ -128,7 +115,6 @@ def test_without_a_watch_the_service_url_is_the_instance_once_it_is_awake() -> N
     for stage in (0, 1):
         placed.woken(stage)
     route = placed.place(1)
-    assert route is not None
     assert [instance.url for instance in route.instances] == SERVICES
     assert placed.ready_counts() == [0, 0], "unknown"
     placed.avoid(route.instances[1])
@@ -140,7 +126,6 @@ def test_revisions_are_compared_only_when_endpoints_change(monkeypatch: pytest.M
     placed = placement("x", "y")
     monkeypatch.setattr(routes, "_revision_order", lambda _: pytest.fail("compared again"))
     route = placed.place(10)
-    assert route is not None
     assert placed.ready_counts() == [1, 2]
     assert (placed.cold(), placed.strands(route), placed.outdated(route), placed.unbalanced()) == ([], False, False, None)
     monkeypatch.undo()
