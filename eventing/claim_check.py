@@ -33,12 +33,12 @@ _REFERENCE: Final = (Attribute.DATAREF, Attribute.DATAREF_BYTES, Attribute.DATAR
 
 
 class ClaimCheck:
-    """Puts payloads under one prefix of one bucket and gets them back. References to any other place are refused."""
+    """Stores payloads of events under one prefix of one bucket and fetches them. Refuses references to any other place."""
 
     def __init__(
         self, store: PayloadStore, bucket: str, prefix: str = CLAIMS_PREFIX, lifetime: timedelta = DEFAULT_LIFETIME
     ) -> None:
-        """prefix: ends in `/`. lifetime: of the payload of an event without `expirytime`."""
+        """prefix: ends in `/`. lifetime: how long the payload of an event without `expirytime` is kept."""
         if not prefix.endswith("/"):
             raise ValueError(f"the prefix {prefix!r} must end in '/'")
         self._store = store
@@ -47,9 +47,9 @@ class ClaimCheck:
         self._root = f"s3://{bucket}/{prefix}"
 
     def check_in(self, event: CloudEvent, now: datetime) -> CloudEvent:
-        """The event itself if every intermediary must pass it on, else one with a reference in place of its data.
+        """The event itself up to SAFE_EVENT_BYTES; a larger one's data is stored, and the returned event refers to it.
 
-        Raises NotReady if the store fails.
+        now: with a time zone. Raises NotReady if the store fails.
         """
         if event_bytes(event) <= SAFE_EVENT_BYTES:
             return event
@@ -62,7 +62,7 @@ class ClaimCheck:
         return checked_event(dict(event.get_attributes()) | dict(zip(_REFERENCE, reference, strict=True)), None)
 
     def redeem(self, event: CloudEvent) -> CloudEvent:
-        """The event with its data, fetched and verified if it carries a reference.
+        """The event with its data, which is fetched and verified if the event carries a reference; otherwise the event itself.
 
         Raises MalformedEvent, EventTooLarge, EventExpired (the payload was deleted), NotReady (the store failed).
         """
@@ -94,7 +94,7 @@ class ClaimCheck:
 
 
 def sweep(store: "ObjectStore", now: datetime, prefix: str = CLAIMS_PREFIX) -> int:
-    """Deletes expired payloads; returns how many."""
+    """Deletes expired payloads under `prefix` and returns how many. now: with a time zone."""
     over = []
     for info in store.list(prefix):
         end = _end_of_hour(info.key.removeprefix(prefix).partition("/")[0])
@@ -106,7 +106,7 @@ def sweep(store: "ObjectStore", now: datetime, prefix: str = CLAIMS_PREFIX) -> i
 
 
 def event_bytes(event: CloudEvent) -> int:
-    """Approximate size of data and attributes in either mode."""
+    """Approximate size of an event on the wire, in bytes: data and attributes, in binary or structured mode."""
     attributes = event.get_attributes().items()
     return sum(memoryview(buffer).nbytes for buffer in data_buffers(event)) + sum(
         len(name) + len(attribute_text(value) or "") + len("ce-: \r\n") for name, value in attributes
@@ -115,7 +115,10 @@ def event_bytes(event: CloudEvent) -> int:
 
 @contextmanager
 def _store_errors() -> Iterator[None]:
-    """Turns failures of the store into NotReady: the event is delivered again, and a dead letter names the store's error."""
+    """Raises failures of the store as NotReady, so that the event is delivered again; passes ObjectNotFound on.
+
+    If the event becomes a dead letter, the message names the store's error.
+    """
     try:
         yield
     except ObjectNotFound:
@@ -125,7 +128,10 @@ def _store_errors() -> Iterator[None]:
 
 
 def _hour_after(moment: datetime) -> str:
-    """The hour in which a payload that expires at `moment` may be deleted; for the last hour of the calendar, that hour."""
+    """The name of the hour from whose beginning on a payload that expires at `moment` may be deleted: the next full hour.
+
+    A moment in the last hour of the calendar has that hour itself.
+    """
     latest = datetime.max.replace(tzinfo=UTC) - timedelta(hours=1)
     return (min(moment.astimezone(UTC), latest) + timedelta(hours=1)).strftime(_HOUR)
 

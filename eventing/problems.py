@@ -14,7 +14,7 @@ _TYPE_PREFIX: Final = "urn:lamina:problem:"
 
 
 class Problem(Exception):
-    """Base. `str(problem)` says what was seen and what to do."""
+    """Base class of the reasons to refuse an event. `str(problem)` says what was seen and what to do."""
 
     status: ClassVar[int] = 500
     name: ClassVar[str] = "internal"
@@ -111,7 +111,7 @@ class RateLimited(Problem):
 
 
 class ReplaysExhausted(Problem):
-    """500. A sequence broke its route three times. A retry seldom helps."""
+    """500. A sequence has used up its retry budget: its route failed again and again. A retry seldom helps."""
 
     status, name, title = 500, "replays-exhausted", "The sequence broke its route too often"
 

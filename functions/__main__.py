@@ -28,14 +28,17 @@ class Function(Protocol):
     def start(self, stop: Callable[[int], None]) -> None: ...
 
     def drain(self) -> None:
-        """Called at SIGTERM: finishes requests in hand, and refuses those that wait for readiness."""
+        """Called at SIGTERM: lets requests in hand finish, and refuses those that wait for readiness."""
 
     def close(self) -> None:
-        """Called after the last request."""
+        """Called after the last request was answered."""
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Runs until a signal ends it. Returns the status to exit with: 0, 1 (failed) or 2 (wrong environment)."""
+    """Runs the configured function until a signal ends it.
+
+    Returns the status to exit with: 0, 1 (failed) or 2 (wrong environment).
+    """
     start_up = StartUp()
     if arguments:
         return _explain(arguments)

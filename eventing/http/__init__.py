@@ -1,4 +1,4 @@
-"""Events over HTTP: the CloudEvents binding, framing of a hop, delivery over kept connections, server-sent events.
+"""Events over HTTP: the CloudEvents binding, delivery over kept-alive connections, server-sent events, addresses of pods.
 
 May import: eventing, eventing.wire.
 """

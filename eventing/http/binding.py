@@ -1,7 +1,8 @@
-"""CloudEvent ↔ HTTP, CloudEvents 1.0.2 with its HTTP protocol binding and JSON format, over the cloudevents SDK.
+"""Converts CloudEvents to HTTP and back (CloudEvents 1.0.2, HTTP protocol binding and JSON format), over the cloudevents SDK.
 
-Binary mode carries everything, structured mode JSON data only (a Batch is 415 there), batched mode is refused. The SDK's
-own JSONFormat would decode, copy and guess at event data; `_PassThrough` leaves it as the bytes it is.
+Binary mode carries any data, structured and batched mode only JSON; a Batch in structured mode is refused with 415. `from_http`
+refuses batched mode, which has functions of its own. The SDK's JSONFormat would decode event data, copy it and guess its type;
+`_PassThrough` keeps it as bytes.
 """
 
 import base64
@@ -35,7 +36,10 @@ _TO_Z: Final = re.compile(r"\+00:00\Z")
 
 
 def to_binary_http(event: CloudEvent) -> tuple[dict[str, str], list[Buffer]]:
-    """Headers (lower case) and the body in pieces, which are the event's own data: nothing is copied."""
+    """The headers (names in lower case) and the body of an event in binary mode.
+
+    The body is a list of buffers that are the event's own data: nothing is copied.
+    """
     headers = _plain_headers(event)
     if headers is None:
         headers = to_binary(event, _FORMAT).headers
@@ -43,15 +47,16 @@ def to_binary_http(event: CloudEvent) -> tuple[dict[str, str], list[Buffer]]:
 
 
 def to_structured_http(event: CloudEvent) -> tuple[dict[str, str], list[Buffer]]:
-    """Headers and body of an event whose data is JSON. Raises UnsupportedMediaType for any other."""
+    """The headers and the body of an event in structured mode. Raises UnsupportedMediaType if its data is not JSON."""
     message = to_structured(event, _FORMAT)
     return message.headers, [message.body]
 
 
 def from_http(headers: Headers, body: bytes | bytearray | memoryview) -> CloudEvent:
-    """The event of a request or reply in binary or structured mode; its data is `body`, or, structured, bytes of JSON.
+    """Reads the event of a request or reply in binary or structured mode.
 
-    Raises MalformedEvent, which names the attribute, and UnsupportedMediaType.
+    The event's data is `body` itself in binary mode, and bytes taken from the JSON document in structured mode. Raises
+    MalformedEvent, which names the attribute, and UnsupportedMediaType.
     """
     items = list(headers.items() if isinstance(headers, Mapping) else headers)
     content_type = next((value for name, value in items if name.lower() == "content-type"), "")
@@ -68,9 +73,9 @@ def is_batched(headers: Mapping[str, str]) -> bool:
 
 
 def from_batched_http(body: bytes | memoryview) -> list[CloudEvent]:
-    """The events of a request in batched mode (JSON batch format, CloudEvents 1.0.2, JSON format, section 4).
+    """Reads the events of a request in batched mode (JSON batch format, CloudEvents 1.0.2, JSON format, section 4).
 
-    Raises MalformedEvent, which says which event it is about.
+    Raises MalformedEvent, whose message says which of the events is wrong.
     """
     try:
         pieces = msgspec.json.decode(body, type=list[msgspec.Raw])
@@ -86,12 +91,12 @@ def from_batched_http(body: bytes | memoryview) -> list[CloudEvent]:
 
 
 def to_batched_http(events: Iterable[CloudEvent]) -> tuple[dict[str, str], list[Buffer]]:
-    """Headers and body of events whose data is JSON."""
+    """The headers and the body of events in batched mode. Raises UnsupportedMediaType if an event's data is not JSON."""
     return {"content-type": BATCHED_CONTENT_TYPE}, [b"[" + b",".join(_FORMAT.write(event) for event in events) + b"]"]
 
 
 def _plain_headers(event: CloudEvent) -> dict[str, str] | None:
-    """What the SDK's `to_binary` makes, in half the time; None if a value must be quoted."""
+    """The headers that the SDK's `to_binary` makes, in half the time; None if a value needs percent-encoding."""
     headers: dict[str, str] = {}
     for name, value in event.get_attributes().items():
         if name == "datacontenttype":
@@ -107,7 +112,7 @@ def _plain_headers(event: CloudEvent) -> dict[str, str] | None:
 
 
 class _PassThrough(JSONFormat):
-    """Event data as bytes, in whatever form they come, and JSON read strictly."""
+    """JSON format for the SDK: leaves event data as the bytes or buffers that it is, and reads structured events strictly."""
 
     def read_data(self, body: Any, datacontenttype: str | None) -> Any:
         return body
@@ -148,7 +153,7 @@ def _json_object(body: bytes | memoryview) -> dict[str, Any]:
 
 
 def _parsed(body: bytes | memoryview, what: str) -> Any:
-    """Strict JSON: UTF-8, no member twice, no NaN."""
+    """Decodes strict JSON: UTF-8, no member twice, no NaN. Raises MalformedEvent; `what` names the document in its message."""
     try:
         return json.loads(str(body, "utf-8"), object_pairs_hook=_without_repetition, parse_constant=_refuse_constant)
     except RecursionError as error:
@@ -167,7 +172,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _shown(value: object) -> str:
-    """The beginning of a string or number; of anything else its kind, for its text may be long and its nesting deep."""
+    """Describes a value in an error message: a string's first 40 characters, else the JSON type, since a text may be long."""
     if isinstance(value, str):
         return repr(value[:40])
     return f"a JSON {type(value).__name__}" + (f", {value}" if isinstance(value, float) else "")
@@ -178,7 +183,11 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _structured_data(members: dict[str, Any]) -> bytes | None:
-    """Takes the data out of `members` (JSON format, section 3.1) and sets datacontenttype where its default was meant."""
+    """Removes the data from the members of a structured event and returns it as bytes; None if there is no data.
+
+    Sets datacontenttype to application/json if there is data and no type is named (JSON format, section 3.1). Raises
+    MalformedEvent and UnsupportedMediaType.
+    """
     content_type = members.get("datacontenttype") or JSON_CONTENT_TYPE
     if content_type == BATCH_CONTENT_TYPE:
         raise UnsupportedMediaType(f"{BATCH_CONTENT_TYPE} travels in binary mode only")
@@ -204,7 +213,10 @@ def _structured_data(members: dict[str, Any]) -> bytes | None:
 
 
 def _attribute(name: str, value: object) -> str | datetime:
-    """A member of a structured event as the attribute that it would be in binary mode."""
+    """Converts a member of a structured event to the value that the attribute has in binary mode; `time` to a datetime.
+
+    Raises MalformedEvent.
+    """
     if not isinstance(value, str if name in _STRINGS else str | int):
         raise MalformedEvent(f"the attribute {name[:40]!r} is {_shown(value)}")
     return zoned_time(name, value) if name == "time" else cast("str", attribute_text(cast("str | int", value)))

@@ -2,7 +2,7 @@
 
 There are no retries: the gateway answers a failure with another route and a replay. Redirects are never followed, and proxies
 from the environment never used. The client is the project's own: http.client reads headers as if they were mail and sends head
-and body apart, and urllib3 holds the sending of a body to the connect timeout (docs/log.md has the numbers).
+and body apart, and urllib3 limits the sending of a body by the connect timeout (docs/log.md has the numbers).
 """
 
 import contextlib
@@ -40,11 +40,11 @@ _NEVER_SENT: Final = frozenset(
 
 
 class DeliveryError(Exception):
-    """Base. There was no reply of Lamina's. The message names the URL."""
+    """Base class: no function of Lamina replied to the request. The message names the URL."""
 
 
 class Unreachable(DeliveryError):
-    """No connection (refused, no route, unknown name, TLS, none free): nothing was delivered."""
+    """No connection could be made (refused, no route, unknown name, TLS, none free in the pool): nothing was delivered."""
 
 
 class ConnectionBroken(DeliveryError):
@@ -56,7 +56,7 @@ class DeliveryTimeout(DeliveryError):
 
 
 class InfrastructureError(DeliveryError):
-    """A reply that is neither 2xx nor a problem document of Lamina's: a proxy, an activator or a server sent it."""
+    """A reply that is neither 2xx nor a problem document of Lamina's. A proxy, an activator or a server sent it."""
 
     def __init__(self, status: int, url: str, excerpt: str) -> None:
         super().__init__(f"{url} answered {status}: {excerpt}")
@@ -66,7 +66,7 @@ class InfrastructureError(DeliveryError):
 
 
 class NoFreeConnection(Exception):
-    """As many connections to the host as may be open are in use."""
+    """The limit of open connections to the host was reached, and none became free in time."""
 
 
 class BadReply(Exception):
@@ -74,7 +74,7 @@ class BadReply(Exception):
 
 
 class ReplyTooLarge(BadReply):
-    """An HTTP reply with this status and more than MAX_REPLY_BYTES of body."""
+    """The body of an HTTP reply has more than MAX_REPLY_BYTES. `status` is the reply's."""
 
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(f"{detail}, the most is {MAX_REPLY_BYTES}")
@@ -92,16 +92,16 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class RequestTarget:
-    """A URL, split once into what a request needs of it."""
+    """A URL, parsed once into the parts that a request needs."""
 
     url: str
     origin: Origin
-    host: str  # of the Host header
-    path: str  # with the query
+    host: str  # value of the Host header
+    path: str  # with the query, if there is one
 
     @classmethod
     def of(cls, url: str) -> "RequestTarget":
-        """Raises ValueError if `url` is not an http or https URL."""
+        """Parses `url`. Raises ValueError if it is not an http or https URL."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url!r} is not an http or https URL")
@@ -111,7 +111,10 @@ class RequestTarget:
 
 
 class HttpReply:
-    """One reply. Header names are in lower case. The body is writable memory of its own, in which tensors can lie."""
+    """Reads and holds one reply. Header names are in lower case.
+
+    The body is writable memory that belongs to this reply alone, so tensors may be views of it.
+    """
 
     def __init__(self) -> None:
         self.status = 0
@@ -128,7 +131,8 @@ class HttpReply:
     def read(self, sock: socket.socket, deadline: float, begun: bytes) -> bytes:
         """Reads the head and, of a final reply, the body. Raises BadReply, OSError, and TimeoutError at `deadline`.
 
-        begun: bytes that were received before. Returns what was received after an interim reply (1xx).
+        begun: bytes of this reply that were already received. Returns the bytes that were received after an interim reply (1xx)
+        and begin the next one; after a final reply nothing.
         """
         data = begun
         while (end := data.find(_END_OF_HEAD)) < 0:
@@ -155,20 +159,20 @@ class HttpReply:
         return b""
 
     def on_headers_complete(self) -> None:
-        """Called by the parser."""
+        """Called by httptools."""
         self.status = self._parser.get_status_code()
         self.keeps = self._parser.should_keep_alive()
 
     def on_body(self, data: bytes) -> None:
-        """Called by the parser."""
+        """Called by httptools."""
         self._chunks += data
 
     def on_message_complete(self) -> None:
-        """Called by the parser."""
+        """Called by httptools."""
         self._complete = True
 
     def _read_known(self, sock: socket.socket, deadline: float, begun: bytes, length: int) -> None:
-        """Receives a body of known length straight into its memory."""
+        """Receives a body of `length` bytes directly into its final memory. begun: those that came with the head."""
         if length > MAX_REPLY_BYTES:
             raise ReplyTooLarge(self.status, f"a body of {length} bytes")
         self.body = view = memoryview(bytearray(length))
@@ -183,7 +187,7 @@ class HttpReply:
         self.keeps = self.keeps and len(begun) <= length
 
     def _read_framed(self, sock: socket.socket, deadline: float, begun: bytes) -> None:
-        """Receives chunks, or everything until the connection ends."""
+        """Receives a body in chunks, or until the connection ends. begun: its bytes that came with the head."""
         self._feed(begun)
         while not self._complete:
             sock.settimeout(remaining(deadline))
@@ -205,7 +209,10 @@ class HttpReply:
 
 
 def exchange(sock: socket.socket, head: bytes, buffers: Sequence[Buffer], deadline: float) -> HttpReply:
-    """Sends one request and reads its reply. Raises BadReply, OSError, and TimeoutError at `deadline` (time.monotonic())."""
+    """Sends one request on a connected socket and reads its reply.
+
+    deadline: in time.monotonic(), for both together. Raises BadReply, OSError, and TimeoutError at the deadline.
+    """
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server may have refused before all was sent
         for buffer in _joined((head, *buffers)):
             sock.settimeout(remaining(deadline))
@@ -219,7 +226,10 @@ def exchange(sock: socket.socket, head: bytes, buffers: Sequence[Buffer], deadli
 
 
 def request_head(target: RequestTarget, headers: Mapping[str, str], method: str = "POST") -> bytes:
-    """Raises ValueError if a line break or a blank would end the request line or a header early."""
+    """Encodes the request line and the headers, with the blank line that ends them.
+
+    Raises ValueError if a line break or a blank would end the request line or a header early.
+    """
     lines = [f"{method} {target.path} HTTP/1.1", f"Host: {target.host}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     if not target.path.isprintable() or " " in target.path or any("\r" in line or "\n" in line for line in lines):
@@ -228,14 +238,14 @@ def request_head(target: RequestTarget, headers: Mapping[str, str], method: str 
 
 
 class RequestTemplate:
-    """The head of every POST to one URL, but for a few lines that differ from request to request."""
+    """The encoded request line and headers that all POSTs to one URL have in common."""
 
     def __init__(self, target: RequestTarget, headers: Mapping[str, str]) -> None:
         self.target = target
         self._head = request_head(target, fixed_headers(headers)).removesuffix(b"\r\n")
 
     def head(self, body_bytes: int, lines: bytes) -> bytes:
-        """lines: further headers, each with its line end."""
+        """The complete head of one request. lines: its own encoded headers, each with its line end."""
         return b"%b%bContent-Length: %d\r\n\r\n" % (self._head, lines, body_bytes)
 
 
@@ -248,7 +258,7 @@ def remaining(deadline: float) -> float:
 
 
 def _joined(buffers: Iterable[Buffer]) -> Iterator[Buffer]:
-    """Joins neighbouring buffers that are small."""
+    """Joins neighbouring buffers of less than _JOIN_BELOW_BYTES, so that one system call sends them."""
     small: list[Buffer] = []
     for buffer in buffers:
         if len(buffer) < _JOIN_BELOW_BYTES:
@@ -271,7 +281,7 @@ class KeptConnection:
         self._tls = tls
 
     def connect(self, timeout_seconds: float) -> None:
-        """Raises OSError, ssl.SSLError included."""
+        """Opens the connection. Raises OSError, ssl.SSLError included."""
         address = (self.origin.host, self.origin.port or (443 if self.origin.secure else 80))
         sock = socket.create_connection(address, timeout_seconds)
         try:
@@ -287,7 +297,7 @@ class KeptConnection:
             self.sock = None
 
     def is_dropped(self) -> bool:
-        """Whether an idle connection is readable: the server has closed it, or has sent what was not asked for."""
+        """Whether an idle connection cannot be reused: it is readable, so the server closed it or sent unrequested bytes."""
         poll = select.poll()
         assert self.sock is not None
         poll.register(self.sock, select.POLLIN)
@@ -296,15 +306,17 @@ class KeptConnection:
 
 @dataclass(slots=True, eq=False)
 class _Host:
-    """Connections to one origin."""
+    """A pool's connections to one origin."""
 
-    idle: deque[tuple[float, KeptConnection]] = field(default_factory=deque)  # and since when; the last one used is last
+    idle: deque[tuple[float, KeptConnection]] = field(
+        default_factory=deque
+    )  # (idle since, connection), most recently used last
     used: set[KeptConnection] = field(default_factory=set)
     waiting: int = 0  # threads that wait for a connection
 
 
 class ConnectionPool:
-    """At most `max_connections_per_host` connections to each origin are open; idle ones are kept for IDLE_SECONDS."""
+    """Keeps at most `max_connections_per_host` connections to each origin, idle ones for IDLE_SECONDS. Thread-safe."""
 
     def __init__(self, max_connections_per_host: int, tls: ssl.SSLContext | None = None) -> None:
         self._max_connections = max_connections_per_host
@@ -316,7 +328,10 @@ class ConnectionPool:
         self._looked_at = time.monotonic()
 
     def take(self, origin: Origin, wait_seconds: float) -> KeptConnection:
-        """An idle connection, else a new one, not connected yet; to be given back. Raises NoFreeConnection."""
+        """Returns an idle connection, else a new one that the caller must connect. The caller must give it back.
+
+        If the limit is reached, waits up to `wait_seconds` for another thread to give one back; then raises NoFreeConnection.
+        """
         with self._lock:
             host = self._hosts.get(origin)
             if host is None:
@@ -336,7 +351,7 @@ class ConnectionPool:
             return connection
 
     def give_back(self, connection: KeptConnection, *, keep: bool) -> None:
-        """keep: the connection can be used again."""
+        """Returns a connection to the pool. keep: it can be used for another request; otherwise it is closed."""
         with self._lock:
             host = self._hosts[connection.origin]
             host.used.discard(connection)
@@ -373,7 +388,7 @@ class ConnectionPool:
             host.waiting -= 1
 
     def _close_old(self, now: float) -> None:
-        """Closes what a burst needed, since `take` uses the newest connection first; forgets hosts of pods that are gone."""
+        """Closes connections that were idle for IDLE_SECONDS, and forgets origins without any, such as pods that are gone."""
         for origin, host in list(self._hosts.items()):
             while host.idle and host.idle[0][0] < now - IDLE_SECONDS:
                 host.idle.popleft()[1].close()
@@ -382,7 +397,7 @@ class ConnectionPool:
 
 
 class Sender:
-    """Sends requests, one attempt each. Thread-safe. A context manager; `close` ends its connections."""
+    """Sends requests, one attempt each. Thread-safe. As a context manager it closes its connections at the end."""
 
     def __init__(
         self,
@@ -391,7 +406,7 @@ class Sender:
         max_connections_per_host: int = 64,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """tls: None for the system's trust store, with host names checked."""
+        """tls: settings for https; None for the system's trust store, with host names checked."""
         self._connect_timeout_seconds = connect_timeout_seconds
         self._pool = ConnectionPool(max_connections_per_host, tls)
         self._closed = False
@@ -404,15 +419,15 @@ class Sender:
         return self.deliver(target, head, buffers, time.monotonic() + timeout_seconds)
 
     def get(self, url: str, headers: Mapping[str, str], timeout_seconds: float) -> HttpReply:
-        """The same with GET and without a body."""
+        """Sends a GET; the whole reply must come within `timeout_seconds`. Raises as `deliver` does."""
         target = RequestTarget.of(url)
         head = request_head(target, fixed_headers(headers), "GET")
         return self.deliver(target, head, (), time.monotonic() + timeout_seconds)
 
     def deliver(self, target: RequestTarget, head: bytes, buffers: Sequence[Buffer], deadline: float) -> HttpReply:
-        """Sends a request whose head is made already, and returns its 2xx reply. deadline: in time.monotonic().
+        """Sends a request whose head is already encoded, and returns its 2xx reply. deadline: in time.monotonic().
 
-        Raises a Problem that Lamina answered with, InfrastructureError for any other refusal, or another DeliveryError.
+        Raises the Problem with which Lamina refused it, InfrastructureError for any other refusal, or another DeliveryError.
         """
         url = target.url
         if self._closed:
@@ -459,7 +474,7 @@ class Sender:
 
 
 def fixed_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """The headers of every request, with those of `headers` that a client may set."""
+    """The caller's `headers` without those that only this module may set, and with the headers that every request has."""
     own = {"Accept-Encoding": "identity", "User-Agent": USER_AGENT}
     return own | {name: value for name, value in headers.items() if name.lower() not in _NEVER_SENT}
 

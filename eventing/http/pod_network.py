@@ -1,4 +1,4 @@
-"""Limits which addresses of an EndpointSlice are used: a forged slice must not divert prompts and the pipeline token."""
+"""Tells addresses of pods from others: a forged EndpointSlice must not divert prompts and the pipeline token."""
 
 import ipaddress
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 @dataclass(frozen=True, slots=True)
 class PodNetwork:
-    """Addresses of pods, and their port."""
+    """The networks and the port at which pods may be reached. `admits` checks an address against both."""
 
     networks: Sequence[Network]
     port: int  # 0: any

@@ -17,7 +17,10 @@ _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
 class ServerSentEvent(Struct, frozen=True):
-    """id: the last one on the stream so far, perhaps an earlier event's."""
+    """One event of a stream, as its reader gets it.
+
+    id: the last id that the stream has sent so far, perhaps with an earlier event; empty: none.
+    """
 
     data: str
     event: str = "message"
@@ -25,14 +28,17 @@ class ServerSentEvent(Struct, frozen=True):
 
 
 def encode_sse(data: str | bytes, *, event: str = "", id: str = "") -> bytes:
-    """One event. data: UTF-8, may have several lines. Raises ValueError if `event` or `id` has several."""
+    """Encodes one event.
+
+    data: UTF-8 text of one or more lines. Raises ValueError if `event` or `id` contains a line break.
+    """
     lines = [*_field(b"event", event), *_field(b"id", id)]
     lines += [b"data: " + line for line in _LINE_END.split(data.encode() if isinstance(data, str) else data)]
     return b"\n".join([*lines, b"", b""])
 
 
 class SSEDecoder:
-    """Reads a stream that arrives in arbitrary chunks. Drops comments, and an event that the stream's end cuts off.
+    """Decodes a stream that arrives in chunks of any size. Drops comments, and an event that is incomplete at the stream's end.
 
     Raises MalformedEvent for an event of more than MAX_EVENT_BYTES.
     """
@@ -47,7 +53,7 @@ class SSEDecoder:
         self._id = ""
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
-        """The events that `chunk` completes."""
+        """Takes the next bytes of the stream and returns the events that they complete."""
         events = []
         for line in self._lines(chunk):
             event = self._take_line(line)
@@ -59,7 +65,7 @@ class SSEDecoder:
         if not chunk:
             return
         ends_in_carriage_return = chunk.endswith(b"\r")
-        if self._after_carriage_return:  # the line was taken already; this is the second half of its end
+        if self._after_carriage_return:  # the carriage return has ended the line; this is the rest of its end
             chunk = chunk.removeprefix(b"\n")
         self._after_carriage_return = ends_in_carriage_return
         first, *others = _LINE_END.split(chunk)

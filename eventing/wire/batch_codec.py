@@ -51,7 +51,7 @@ _decoder: Final = msgspec.msgpack.Decoder(tuple[Row, ...])
 
 
 def encode_batch(batch: Batch) -> list[bytes | memoryview]:
-    """The body as buffers, to be sent one after the other. Raises MalformedEvent or EventTooLarge for an inconsistent batch."""
+    """Encodes a batch as buffers, to be sent in this order. Raises MalformedEvent or EventTooLarge if it is inconsistent."""
     tokens = len(batch.token_ids)
     table = _encoder.encode(batch.rows)
     dtype, hidden_size = _tensor_header(batch.hidden, tokens)
@@ -66,7 +66,7 @@ def encode_batch(batch: Batch) -> list[bytes | memoryview]:
 
 
 def decode_batch(body: bytes | bytearray | memoryview) -> Batch:
-    """The batch in `body`; its token ids and tensor are views into it. Raises MalformedEvent or EventTooLarge."""
+    """Decodes a batch. Its token ids and tensor are views of `body`. Raises MalformedEvent or EventTooLarge."""
     view = memoryview(body)
     rows, tokens, table_bytes, tensor_dtype, hidden_size = _read_header(view)
     token_end = _HEADER.size + 4 * tokens
@@ -87,9 +87,9 @@ def decode_batch(body: bytes | bytearray | memoryview) -> Batch:
 
 
 def select_rows(batch: Batch, keep: Sequence[int]) -> Batch:
-    """Only the rows at the indices `keep` (ascending), with their tokens and their part of the tensor.
+    """A batch of only the rows at the indices `keep` (ascending), with their tokens and their part of the tensor.
 
-    Copies only if rows with tokens are dropped from between others.
+    Copies only if rows with tokens are dropped from between others; otherwise it holds views of `batch`.
     """
     if len(keep) == len(batch.rows):
         return batch
@@ -118,7 +118,7 @@ def _tensor_header(hidden: Tensor | None, tokens: int) -> tuple[bytes, int]:
 
 
 def _read_header(view: memoryview) -> tuple[int, int, int, str, int]:
-    """rows, tokens, table_bytes, dtype ("" without a tensor), hidden_size; each within its limits."""
+    """Reads rows, tokens, table_bytes, dtype ("" without a tensor) and hidden_size, and checks each against its limits."""
     if len(view) < _HEADER.size:
         raise MalformedEvent(f"the body has {len(view)} bytes, a Batch begins with {_HEADER.size}")
     magic, rows, tokens, table_bytes, dtype, hidden_size = _HEADER.unpack_from(view)
@@ -181,12 +181,12 @@ def _padding(tokens: int, table_bytes: int) -> int:
 
 
 def _raw(view: memoryview) -> list[memoryview]:
-    """The view as plain bytes. An empty list for an empty view, which Python cannot cast."""
+    """The view as plain bytes, in a list. The list is empty for an empty view, which Python cannot cast."""
     return [view.cast("B")] if view.nbytes else []
 
 
 def _merged(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Joins neighbouring spans (ascending) and drops empty ones."""
+    """Joins neighbouring spans (first, end), which must ascend, and drops empty ones."""
     first = last = 0
     for begin, end in spans:
         if begin == end:

@@ -56,7 +56,7 @@ def make_event(
 def json_event(
     type: str, source: str, value: msgspec.Struct, *, id: str | None = None, **extensions: AttributeValue
 ) -> CloudEvent:
-    """An event with `value` as JSON."""
+    """An event whose data is `value` as JSON."""
     return make_event(type, source, msgspec.json.encode(value), JSON_CONTENT_TYPE, id=id, **extensions)
 
 
@@ -66,7 +66,10 @@ def batch_event(type: str, source: str, batch: Batch, *, id: str | None = None, 
 
 
 def checked_event(attributes: dict[str, Any], data: Any) -> CloudEvent:
-    """An event that owns `attributes`; `data` is Data. Raises MalformedEvent, which names the attribute."""
+    """Checks the attributes and makes an event of them. It keeps `attributes` itself, so the caller must not change it.
+
+    data: of type Data. Raises MalformedEvent, which names the attribute.
+    """
     for name, value in attributes.items():
         check_attribute(name, value if isinstance(value, str) else "")
     has_time = "time" in attributes
@@ -80,7 +83,10 @@ def checked_event(attributes: dict[str, Any], data: Any) -> CloudEvent:
 
 
 def event_of(attributes: Mapping[str, Any], data: Data) -> CloudEvent:
-    """An event whose attributes were read as text. Raises MalformedEvent, which names the attribute."""
+    """Makes an event of attributes that are all text, as `framing.read_attributes` returns them.
+
+    Raises MalformedEvent, which names the attribute.
+    """
     given = dict(attributes)
     if isinstance(given.get("time"), str):
         given["time"] = zoned_time("time", given["time"])
@@ -88,7 +94,7 @@ def event_of(attributes: Mapping[str, Any], data: Data) -> CloudEvent:
 
 
 def attribute_text(value: AttributeValue) -> str | None:
-    """The canonical string of a value (CloudEvents 1.0.2, section 3.1); None for None: the attribute is not set."""
+    """The string that an attribute's value has on the wire (CloudEvents 1.0.2, section 3.1); None, not sent, for None."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, datetime):

@@ -7,7 +7,7 @@ from msgspec import Meta, Struct, field
 from eventing.wire.events import MAX_POSITION, MAX_ROWS, Status
 from eventing.wire.prefix_chain import BLOCK_TOKENS, DIGEST_BYTES, Chain, unpacked
 
-LEASE_SECONDS: Final = 20.0  # a stage frees the sequences of a gateway that was silent for so long: it may be dead
+LEASE_SECONDS: Final = 20.0  # a stage frees the sequences of a gateway without events for so long, as it may be dead
 RENEWAL_SECONDS: Final = 5.0  # how often a gateway renews its lease at every stage that holds its sequences
 HOLD_SECONDS: Final = 2.0  # longest time that a stage holds the reply to a release that waits for memory
 
@@ -26,7 +26,7 @@ class ReserveRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=
     attempt: Attempt
     reserve_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITION)]
     chain: PackedChain = b""  # of all its tokens but the newest; KV found by it is not computed again; empty: no lookup
-    # int32, little endian, the tokens that `chain` covers; only if the draw depends on them (a penalty).
+    # The tokens that `chain` covers, int32, little endian. Sent only if the draw depends on them (a penalty).
     token_ids: Annotated[bytes, Meta(max_length=4 * MAX_POSITION)] = b""
     # URLs of other instances of the stage that may hold its KV, likeliest first.
     peers: Annotated[tuple[Annotated[str, Meta(max_length=128)], ...], Meta(max_length=MAX_PEERS)] = ()
@@ -49,7 +49,10 @@ class ReserveRequest(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ReservedRow(Struct, frozen=True, omit_defaults=True):
-    """`status` is `ok`, `full` or `stale`."""
+    """The stage's decision on one ReserveRow.
+
+    `status` is `ok`, `full` (not enough memory) or `stale` (a newer attempt is known).
+    """
 
     id: SequenceId
     attempt: Attempt
@@ -58,7 +61,7 @@ class ReservedRow(Struct, frozen=True, omit_defaults=True):
 
 
 class ReserveReply(Struct, frozen=True):
-    """Has the rows of the request in their order."""
+    """Data of the reply to a reserve event: the rows of the request in their order."""
 
     rows: tuple[ReservedRow, ...]
     remembers: bool = False  # the stage has a prefix cache: sequences find what others computed
@@ -69,7 +72,7 @@ class ReleaseRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=
 
     id: SequenceId
     attempt: Attempt
-    chain: PackedChain = b""  # of all its tokens but the newest, for the prefix cache; empty: that of its reservation counts
+    chain: PackedChain = b""  # of all its tokens but the newest, for the prefix cache; empty: its reservation's chain is used
 
     def __post_init__(self) -> None:
         unpacked(self.chain)
@@ -86,11 +89,14 @@ class ReleaseReply(Struct, frozen=True):
 
 
 class WarmupRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """Data of `dev.lamina.warmup`: nothing."""
+    """Data of `dev.lamina.warmup`: an empty object."""
 
 
 class WarmupReply(Struct, frozen=True):
-    """The instance that is warm, and the seconds of each phase of its start."""
+    """Data of the reply to a warm-up event: the instance that is ready, and when each phase of its start ended.
+
+    Times are seconds since its process began.
+    """
 
     instance: str
     start_up: dict[str, float] = field(default_factory=dict)

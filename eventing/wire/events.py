@@ -86,14 +86,16 @@ TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 
 
 class Grammar(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The form that an answer must have, after `Sampling.prompt_tokens` tokens. The mask is a function of the tokens so far.
+    """The form that an answer must have. It begins after `Sampling.prompt_tokens` tokens.
+
+    Which tokens are allowed next depends on the answer's tokens so far and on nothing else.
 
     A sequence's rows that want a token carry the source until the last stage has answered one of them. Later rows carry the
     digest alone. A stage that no longer knows the digest answers with a miss at the row's position.
     """
 
     digest: Annotated[str, Meta(min_length=32, max_length=32)]  # `grammar_digest` of the source
-    # Allowed if the answer may end here; if it must, nothing else is allowed.
+    # Tokens that are allowed if the answer may end here. If it must end, nothing else is allowed.
     end_ids: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_END_TOKENS)]
     source: Annotated[str, Meta(max_length=MAX_GRAMMAR_BYTES)] = ""  # in llguidance's notation
 
@@ -125,19 +127,19 @@ class Sampling(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=Tr
 
     @property
     def adjusts(self) -> bool:
-        """The logits are changed before the draw."""
+        """Whether penalties, biases or banned tokens change the logits before the draw."""
         return bool(
             self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias or self.banned
         )
 
     @property
     def looks_back(self) -> bool:
-        """The draw also depends on which tokens came before, not only on what was computed of them."""
+        """Whether the draw may depend on which tokens came before (grammar, penalties), and not on the logits alone."""
         return self.grammar is not None or self.adjusts
 
 
 class Result(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The last stage's answer for a row that wants something."""
+    """What the last stage answers for a row whose `want` is not NONE."""
 
     # With `Want.TOKEN`: the draft tokens that were accepted, and one token more.
     tokens: tuple[TokenId, ...] | None = None
@@ -151,8 +153,8 @@ class Result(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True
 class Row(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """`length` new tokens of one sequence, at `position` of its attempt `attempt`.
 
-    Position is the truth: KV beyond `position` is dropped before computing, KV short of it is a miss. So the KV of draft tokens
-    that were not accepted is dropped.
+    Before a stage computes a row, it drops the KV that it holds beyond `position`, such as that of draft tokens that were not
+    accepted. If it holds less, it answers with a miss.
     """
 
     id: Annotated[str, Meta(min_length=1, max_length=128)]
@@ -161,11 +163,11 @@ class Row(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     length: Annotated[int, Meta(ge=0, le=MAX_BATCH_TOKENS)]
     want: Want = Want.NONE
     sampling: Sampling | None = None
-    # With a sequence's first row: its prompt and max_tokens, or the part of an unbounded answer that is reserved now. Has no
-    # effect after a reserve event for the same.
+    # With a sequence's first row: tokens of memory to reserve, for its prompt and max_tokens, or for the part of an unbounded
+    # answer that is reserved now. Has no effect if a reserve event came before it.
     reserve_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITION)] | None = None
-    # How many of its last tokens are draft tokens. With `Want.TOKEN` one token is drawn after the last known token; while the
-    # drawn token equals the next draft token, one more is drawn after that.
+    # How many of the row's last tokens are draft tokens. With `Want.TOKEN` one token is drawn after the last known token; while
+    # the drawn token equals the next draft token, one more is drawn after that.
     draft_tokens: Annotated[int, Meta(ge=0, le=MAX_DRAFT_TOKENS)] = 0
     # With `Want.TOKEN`: log-probabilities of drawn tokens are wanted. With either want: of so many alternatives per token.
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -184,7 +186,9 @@ class Tensor(Struct, frozen=True):
 
 
 class Batch(Struct, frozen=True):
-    """One micro-batch. The rows' lengths add up to `len(token_ids)` and, if there is a tensor, to `hidden.shape[0]`.
+    """What a forward event carries: rows, their token ids, and at most one tensor.
+
+    The rows' lengths add up to `len(token_ids)` and, if there is a tensor, to `hidden.shape[0]`.
 
     The first stage's request has no tensor; between stages it is hidden [sum(length), hidden_size]. The last stage's reply has
     neither tensor nor token ids: its rows have length 0 and carry results.
@@ -203,7 +207,7 @@ class Batch(Struct, frozen=True):
 
 
 def row_bytes(dtype: str, hidden_size: int) -> int:
-    """Bytes of one token's hidden states. dtype: a key of ITEM_BYTES."""
+    """Bytes of one token's hidden states on the wire, with the scale of I8. dtype: a key of ITEM_BYTES."""
     return hidden_size * ITEM_BYTES[dtype] + (SCALE_BYTES if dtype == "I8" else 0)
 
 
@@ -214,8 +218,8 @@ StageWeights = tuple[str, str]  # the dtype in which a stage computes, and the d
 def pipeline_fingerprint(weights_digest: str, cut: Cut, dtype: str, wire_dtype: str | None = None) -> str:
     """32 hexadecimal digits that depend on weights, cut, dtype, wire version and the dtype of hidden states on the wire.
 
-    wire_dtype: None if hidden states travel in the dtype of the layers. 128 bits, because two models with one fingerprint could
-    stand for each other. Names of Services carry its first eight digits, which tell successive pipelines apart.
+    wire_dtype: None if hidden states travel in the dtype of the layers. 128 bits make it practically impossible that two
+    pipelines have the same fingerprint. Names of Services carry its first eight digits, which tell successive pipelines apart.
     """
     ranges = ",".join(f"{first}:{last}" for first, last in cut)
     text = f"{weights_digest} {ranges} {dtype} {WIRE_VERSION}" + (f" {wire_dtype}" if wire_dtype else "")
@@ -223,7 +227,7 @@ def pipeline_fingerprint(weights_digest: str, cut: Cut, dtype: str, wire_dtype: 
 
 
 def fingerprint_of(weights: Sequence[StageWeights], cut: Cut, wire_dtype: str | None = None) -> str:
-    """`pipeline_fingerprint` of stages whose dtypes may differ."""
+    """The `pipeline_fingerprint` of stages whose dtypes may differ. weights: one per stage."""
     if len(set(weights)) == 1:
         ((dtype, digest),) = set(weights)
         return pipeline_fingerprint(digest, cut, dtype, wire_dtype)

@@ -1,4 +1,4 @@
-"""Finds the fault of a document that does not fit its type.
+"""Finds where a document does not fit its type, for an error message that names the path.
 
 msgspec reports a fault only in words, which differ between its versions, so the document is compared with the type again.
 """
@@ -28,6 +28,8 @@ _KINDS: Final[dict[type[inspect.Type], tuple[type | tuple[type, ...], str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
+    """One place at which a document does not fit its type."""
+
     path: str  # such as messages[0].role; empty: the document itself
     value: Any  # what was found at the path
     expected: str  # what is allowed there; empty: the type has no such field
@@ -39,7 +41,7 @@ def find_fault(document: Any, type_: type) -> Fault | None:
 
 
 def _faults(value: Any, expected: inspect.Type, path: str) -> Iterator[Fault]:
-    """Compares a value with its type, in the order in which the decoder reads it."""
+    """Yields the faults of a value, compared with its type in the order in which the decoder reads it."""
     if isinstance(expected, inspect.UnionType):
         yield from _union_faults(value, expected, path)
     elif not _is_kind(value, expected) or not _is_within_bounds(value, expected):
@@ -76,7 +78,11 @@ def _struct_faults(value: dict[str, Any], expected: inspect.StructType, path: st
 
 
 def _union_faults(value: Any, expected: inspect.UnionType, path: str) -> Iterator[Fault]:
-    """Faults of the one alternative that the value is meant to be, if that can be told."""
+    """Yields the faults of a value that may have several types.
+
+    They are those of the one alternative that fits the value's JSON type or tag; if that is none or several, the value as a
+    whole is the fault.
+    """
     meant = [each for each in expected.types if _is_kind(value, each)]
     tagged = {each.tag: each for each in meant if isinstance(each, inspect.StructType) and each.tag_field}
     if len(tagged) > 1:

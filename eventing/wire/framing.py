@@ -1,7 +1,7 @@
-"""Attributes and data of events in HTTP's binary mode, without event objects: what a hop needs of CloudEvents.
+"""Writes and reads events in HTTP's binary mode as headers and bytes, without event objects, which would slow down each hop.
 
-A sender writes the attributes that differ from event to event after a template of the others. A receiver reads all attributes
-into a dictionary. CloudEvents 1.0.2 with its HTTP protocol binding, as in `eventing.http.binding`.
+A sender keeps a template of the headers that stay the same and adds those that differ from event to event. A receiver reads all
+attributes into a dictionary. CloudEvents 1.0.2 with its HTTP protocol binding, as in `eventing.http.binding`.
 """
 
 import hashlib
@@ -38,7 +38,10 @@ _QUOTED_PAIR: Final = re.compile(r"\\(.)")
 
 
 def event_lines(extensions: Iterable[tuple[str, str]]) -> bytes:
-    """Header lines with a fresh id, the present time, and attributes whose values need no quoting."""
+    """Encodes the headers of one event: a fresh id, the present time, and `extensions` as (name, value).
+
+    The values are written as they are, so they must not need percent-encoding.
+    """
     lines = f"ce-id: {os.urandom(16).hex()}\r\nce-time: {datetime.now(UTC).isoformat()[:-6]}Z\r\n"
     for name, value in extensions:
         lines += f"ce-{name}: {value}\r\n"
@@ -46,14 +49,18 @@ def event_lines(extensions: Iterable[tuple[str, str]]) -> bytes:
 
 
 class ReplyTemplate:
-    """The headers of every reply with one type of event from one function."""
+    """The headers that all replies of one event type from one function have in common."""
 
     def __init__(self, headers: Mapping[str, str]) -> None:
-        """headers: those of one such event by `binding.to_binary_http`."""
+        """headers: those of any such reply, made by `binding.to_binary_http`. Its id and time are not used."""
         self._constant = [(name, value) for name, value in headers.items() if name not in ("ce-id", "ce-time")]
 
     def headers(self, id: str, extensions: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        """With the present time. extensions: attributes of this reply; their values need no quoting."""
+        """All headers of one reply, with the present time.
+
+        extensions: attributes of this reply as (name, value). They are written as they are, so they must not need
+        percent-encoding.
+        """
         headers = [*self._constant, ("ce-id", id), ("ce-time", datetime.now(UTC).isoformat()[:-6] + "Z")]
         for name, value in extensions:
             headers.append((f"ce-{name}", value))
@@ -61,7 +68,7 @@ class ReplyTemplate:
 
 
 def read_attributes(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The attributes of an event in binary mode, the content type as `datacontenttype`.
+    """Reads the attributes of an event in binary mode. The content type becomes `datacontenttype`.
 
     Raises MalformedEvent, which names the attribute.
     """
@@ -94,14 +101,14 @@ def read_attributes(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def unquoted(value: str) -> str:
-    """The text of a header's value (HTTP binding, section 3.1.3.2)."""
+    """Decodes an attribute's value in a header: double quotes and percent-encoding (HTTP binding, section 3.1.3.2)."""
     if len(value) > 1 and value[0] == value[-1] == '"':
         value = _QUOTED_PAIR.sub(r"\1", value[1:-1])
     return unquote(value)
 
 
 def check_attribute(name: str, value: str) -> None:
-    """Raises MalformedEvent if a name or a value is not allowed."""
+    """Raises MalformedEvent if CloudEvents does not allow the name or the value of an attribute."""
     if name == "data":
         raise MalformedEvent("attribute 'data': an event's data is its body, and no attribute has this name")
     if not value and name in ("subject", "dataschema"):
@@ -115,7 +122,7 @@ def check_attribute(name: str, value: str) -> None:
 
 
 def required_attribute(attributes: Mapping[str, Any], name: str) -> str:
-    """Raises MalformedEvent if the attribute is missing."""
+    """The value of an attribute. Raises MalformedEvent if it is missing."""
     value = attributes.get(name)
     if value is None:
         raise MalformedEvent(f"{attributes['type']}: the attribute {name} is missing")
@@ -123,7 +130,7 @@ def required_attribute(attributes: Mapping[str, Any], name: str) -> str:
 
 
 def integer_attribute(attributes: Mapping[str, Any], name: str) -> int:
-    """A required attribute of digits. Raises MalformedEvent."""
+    """The value of a required attribute that consists of digits. Raises MalformedEvent if it is missing or anything else."""
     value = required_attribute(attributes, name)
     if not (value.isascii() and value.isdigit() and len(value) <= 10):
         raise MalformedEvent(f"{attributes['type']}: the attribute {name} is {value!r}, not a number")
@@ -131,7 +138,10 @@ def integer_attribute(attributes: Mapping[str, Any], name: str) -> int:
 
 
 def zoned_time(name: str, text: str) -> datetime:
-    """The value of a time attribute: RFC 3339, and other forms of ISO 8601 as the SDK reads them. Raises MalformedEvent."""
+    """Parses a time attribute: RFC 3339, and other forms of ISO 8601 that the SDK reads.
+
+    Raises MalformedEvent, also for a time without a time zone.
+    """
     try:
         moment = datetime.fromisoformat(text.replace("z", "Z"))
     except ValueError as error:
@@ -142,7 +152,7 @@ def zoned_time(name: str, text: str) -> datetime:
 
 
 def expiry_time(attributes: Mapping[str, Any]) -> datetime | None:
-    """The time after which the answer is no longer awaited, in UTC; None: never. Raises MalformedEvent."""
+    """The time after which the answer is no longer awaited, in UTC; None if the event never expires. Raises MalformedEvent."""
     value = attributes.get(Attribute.EXPIRY_TIME)
     if value is None:
         return None
@@ -153,7 +163,7 @@ def expiry_time(attributes: Mapping[str, Any]) -> datetime | None:
 
 
 def check_not_expired(attributes: Mapping[str, Any], now: datetime) -> datetime | None:
-    """Returns `expiry_time`. Raises EventExpired if that is over. now: with a time zone."""
+    """Returns `expiry_time`. Raises EventExpired if it has passed. now: with a time zone."""
     expiry = expiry_time(attributes)
     if expiry is not None and expiry <= now:
         raise EventExpired(f"{attributes['type']} {attributes['id']} expired at {expiry.isoformat()[:-6]}Z")
@@ -161,7 +171,10 @@ def check_not_expired(attributes: Mapping[str, Any], now: datetime) -> datetime 
 
 
 def read_json(attributes: Mapping[str, Any], data: Buffer, type: type[T]) -> T:
-    """Data of an event with these attributes. Raises UnsupportedMediaType, or MalformedEvent with the path of the error."""
+    """Decodes the JSON data of an event with these attributes.
+
+    Raises UnsupportedMediaType if they name another content type, and MalformedEvent, which names the path of the fault.
+    """
     content_type = attributes.get("datacontenttype") or JSON_CONTENT_TYPE
     if not is_json(content_type):
         raise UnsupportedMediaType(f"{attributes['type']} wants {JSON_CONTENT_TYPE}, its data is {content_type}")
@@ -187,7 +200,10 @@ def decode_json(data: bytes | memoryview, type_: type[T]) -> T:
 
 
 def read_batch(attributes: Mapping[str, Any], data: Buffer) -> Batch:
-    """Data of an event with these attributes, as a view. Raises UnsupportedMediaType, MalformedEvent and EventTooLarge."""
+    """Decodes the Batch of an event with these attributes. It holds views of `data`.
+
+    Raises UnsupportedMediaType, MalformedEvent and EventTooLarge.
+    """
     content_type = attributes.get("datacontenttype")
     if content_type != BATCH_CONTENT_TYPE:
         raise UnsupportedMediaType(f"{attributes['type']} wants {BATCH_CONTENT_TYPE}, its data is {content_type}")
@@ -195,7 +211,7 @@ def read_batch(attributes: Mapping[str, Any], data: Buffer) -> Batch:
 
 
 def reply_id_of(source: str, id: str) -> str:
-    """The id of the reply to the event with this source and id."""
+    """The id of the reply to the event with this source and id. It is the same at every delivery of the event."""
     return hashlib.sha256(cause_key(source, id)).hexdigest()[:32]
 
 
@@ -205,7 +221,10 @@ def is_json(content_type: str) -> bool:
 
 
 def cause_key(source: str, id: str) -> bytes:
-    """Source and id, unique together (CloudEvents 1.0.2, section 3.1.1). The length separates them unambiguously."""
+    """Source and id of an event as one key, unique to the event (CloudEvents 1.0.2, section 3.1.1).
+
+    The length of the source comes first, so that two different pairs never give the same bytes.
+    """
     return f"{len(source)} {source} {id}".encode()
 
 

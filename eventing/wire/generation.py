@@ -100,7 +100,10 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
 
     @property
     def prompts(self) -> Sequence[str | Sequence[int] | None]:
-        """Each is a text or token ids; a single None for `messages`. Raises ValueError if kinds are mixed."""
+        """The prompts, each a text or token ids; a single None if the request has `messages`.
+
+        Raises ValueError if kinds are mixed.
+        """
         if self.prompt is None or isinstance(self.prompt, str):
             return (self.prompt,)
         kinds = {type(part) for part in self.prompt}
@@ -109,7 +112,10 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
         return (self.prompt,) if kinds == {int} else self.prompt  # type: ignore[return-value]
 
     def each(self, seed: int) -> list["GenerateRequest"]:
-        """One request per answer: the n answers to the first prompt, then to the next. seed: if the request names none."""
+        """Splits the request into one request per answer: the n answers to the first prompt, then those to the next.
+
+        Seeds are consecutive. The first is the request's own, or `seed` if the request has none.
+        """
         seed = seed if self.seed is None else self.seed % 2**63
         prompts = [prompt for prompt in self.prompts for _ in range(self.n)]
         if len(prompts) == 1:
@@ -122,23 +128,27 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
 
     @property
     def template_values(self) -> dict[str, Any]:
-        """Variables for the chat template beside the messages."""
+        """Variables that the chat template gets in addition to the messages."""
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
         return self.chat_template_kwargs | effort
 
     @property
     def scores(self) -> bool:
-        """Whether log-probabilities of the prompt's tokens are wanted."""
+        """Whether log-probabilities of the prompt's own tokens are wanted: `echo` with `logprobs`."""
         return self.echo and self.logprobs is not None
 
     def end_ids(self, eos_ids: Collection[int]) -> frozenset[int]:
-        """Tokens that end the answer; eos_ids: the model's own."""
+        """Ids of the tokens that end the answer. eos_ids: the model's own, which `ignore_eos` leaves out."""
         return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else frozenset(eos_ids))
 
     def sampling(
         self, seed: int, prompt_tokens: int = 0, eos_ids: Collection[int] = (), grammar: Grammar | None = None
     ) -> Sampling:
-        """How the last stage draws an answer after `prompt_tokens`. seed: if the request has none. eos_ids: the model's."""
+        """How the last stage draws the answer's tokens.
+
+        seed: used if the request has none. prompt_tokens: length of the prompt. eos_ids: the model's end tokens. grammar: the
+        form of the answer; None: any.
+        """
         penalized = self.presence_penalty or self.frequency_penalty
         banned = tuple(sorted(self.end_ids(eos_ids))) if self.min_tokens else ()
         return Sampling(
@@ -159,7 +169,7 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
 
 
 class CompletionTokensDetails(Struct, frozen=True):
-    """Draft tokens that were accepted and rejected."""
+    """How many draft tokens were accepted and how many were rejected."""
 
     accepted_prediction_tokens: int = 0
     rejected_prediction_tokens: int = 0
@@ -170,7 +180,7 @@ class PromptTokensDetails(Struct, frozen=True):
 
 
 class Usage(Struct, frozen=True):
-    """Tokens, as the OpenAI API counts them."""
+    """Token counts of a request, named as in the OpenAI API."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -180,7 +190,7 @@ class Usage(Struct, frozen=True):
 
 
 class Timings(Struct, frozen=True):
-    """How long an answer took."""
+    """How long an answer took, in total and in its parts."""
 
     queue_seconds: float
     time_to_first_token_seconds: float  # from the request's arrival, queue_seconds included
@@ -190,7 +200,7 @@ class Timings(Struct, frozen=True):
 
 
 class TokenLogprob(Struct, frozen=True, omit_defaults=True):
-    """A token's log-probability, and the most probable tokens at its position with theirs, most probable first."""
+    """A token's log-probability, and those of the most probable tokens at its position, most probable first."""
 
     token_id: int
     logprob: float | None  # None for a text's first token
@@ -207,7 +217,10 @@ class Choice(Struct, frozen=True, omit_defaults=True):
 
 
 class GenerateResponse(Struct, frozen=True, omit_defaults=True):
-    """Data of `dev.lamina.generate.response`; on a stream, of the last event. text to finish_reason are the first answer's."""
+    """Data of `dev.lamina.generate.response`, which on a stream is the last event.
+
+    `text`, `token_ids`, `finish_reason` and `logprobs` are those of the first answer.
+    """
 
     text: str
     token_ids: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""How one instance of a stage asks another for keys and values of some tokens: the query of a GET request.
+"""The query of a GET request by which one instance of a stage asks another for keys and values of some tokens.
 
 The reply is 200 with bytes in the format of functions/stage/models/kv_bytes.py, or 204 if they are not held.
 """
@@ -20,7 +20,7 @@ MAX_QUERY_TOKENS: Final = 64 * BLOCK_TOKENS
 
 
 class KVQuery(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Tokens [first, end) of a sequence that migrates, or of any sequence with this digest at `end`."""
+    """Asks for the KV of tokens [first, end): of one sequence (`id`), or of any whose prefix chain has `digest` at `end`."""
 
     pipeline: str
     layer: Annotated[int, Meta(ge=0)]  # the stage's first
@@ -30,7 +30,7 @@ class KVQuery(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=Tru
     digest: Annotated[str, Meta(pattern=rf"^([0-9a-f]{{{2 * DIGEST_BYTES}}})?$")] = ""
     id: SequenceId | None = None
     attempt: Attempt = 0
-    source: str = ""
+    source: str = ""  # of the gateway whose sequence it is
 
     def __post_init__(self) -> None:
         if not 0 < self.end - self.first <= MAX_QUERY_TOKENS:
@@ -40,12 +40,12 @@ class KVQuery(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=Tru
 
     @property
     def target(self) -> str:
-        """Path and query."""
+        """Path and query of the GET request."""
         return f"{KV_PATH}?{urlencode(msgspec.to_builtins(self))}"
 
     @classmethod
     def read(cls, query: str) -> "KVQuery":
-        """Raises MalformedEvent."""
+        """Parses the query of a request. Raises MalformedEvent."""
         try:
             return msgspec.convert(dict(parse_qsl(query, keep_blank_values=True, max_num_fields=16)), cls, strict=False)
         except (ValueError, msgspec.ValidationError) as error:

@@ -20,12 +20,19 @@ Chain = tuple[bytes, ...]  # the digests of successive blocks
 
 
 def chain_key(pipeline: str, sharer: str) -> bytes:
-    """32 bytes. pipeline: its fingerprint. sharer: the client whose sequences share KV; empty: all clients of the pipeline."""
+    """The key of digests, 32 bytes.
+
+    pipeline: its fingerprint. sharer: the client whose sequences may share KV with one another; empty: all clients of the
+    pipeline.
+    """
     return blake3(f"{pipeline} {sharer}".encode(), derive_key_context="lamina prefix chain 1").digest()
 
 
 def extended(chain: Chain, token_ids: Sequence[int], key: bytes) -> Chain:
-    """The chain of all whole blocks of `token_ids`. chain: of its beginning, computed before."""
+    """Computes the chain of all whole blocks of `token_ids`.
+
+    chain: the digests of its first blocks that are known already; empty if none. key: from `chain_key`.
+    """
     digests = list(chain)
     last = digests[-1] if digests else b""
     blocks = len(token_ids) // BLOCK_TOKENS
@@ -37,19 +44,19 @@ def extended(chain: Chain, token_ids: Sequence[int], key: bytes) -> Chain:
 
 
 def packed(chain: Chain) -> bytes:
-    """The wire format: digests one after the other."""
+    """Encodes a chain for the wire: its digests one after the other."""
     return b"".join(chain)
 
 
 def unpacked(data: bytes) -> Chain:
-    """Raises ValueError if `data` is not whole digests."""
+    """Decodes a chain from the wire. Raises ValueError if `data` is not whole digests."""
     if len(data) % DIGEST_BYTES:
         raise ValueError(f"a chain of {len(data)} bytes is not a multiple of {DIGEST_BYTES}")
     return tuple(data[first : first + DIGEST_BYTES] for first in range(0, len(data), DIGEST_BYTES))
 
 
 def common_blocks(one: Chain, other: Chain) -> int:
-    """Number of blocks that both begin with, by bisection: a digest covers all blocks before it."""
+    """Number of blocks with which both chains begin. It searches by bisection, as a digest covers all blocks before it."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

@@ -24,14 +24,17 @@ _SIGNED: Final = (Attribute.PIPELINE, Attribute.LAYER, Attribute.EXPIRY_TIME)
 
 
 def sign(event: CloudEvent, token: str) -> CloudEvent:
-    """The event with its signature. Raises ValueError without `expirytime`: the signature would be valid for ever."""
+    """Returns the event with the attribute `signature`.
+
+    Raises ValueError without `expirytime`, because the signature would be valid for ever.
+    """
     if event.get_extension(Attribute.EXPIRY_TIME) is None:
         raise ValueError(f"{event.get_type()} {event.get_id()} has no {Attribute.EXPIRY_TIME}, so it cannot be signed")
     return checked_event({**event.get_attributes(), Attribute.SIGNATURE.value: _signature(event, token)}, event.get_data())
 
 
 def verify(event: CloudEvent, *tokens: str) -> None:
-    """Raises Unauthorized if none of the tokens made the signature, and EventExpired if it is no longer valid.
+    """Raises Unauthorized if the signature was made with none of the `tokens`, and EventExpired if the event has expired.
 
     For an event whose data is in the store (`dataref`) the signature covers the SHA-256 that it names; `ClaimCheck.redeem` then
     checks the data against that.

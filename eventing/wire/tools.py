@@ -25,7 +25,7 @@ class FunctionName(Struct, frozen=True):
 
 
 class NamedTool(Struct, frozen=True):
-    """The function that must be called."""
+    """A tool choice that names the one function which must be called."""
 
     type: Literal["function"]
     function: FunctionName
@@ -47,7 +47,10 @@ class ToolCall(Struct, frozen=True):
 
 
 def callable_tools(tools: Tools, choice: ToolChoice) -> Tools:
-    """The tools that the prompt names. Raises ValueError if `choice` names another tool."""
+    """The tools that the prompt describes to the model; none if `choice` is "none".
+
+    Raises ValueError if `choice` names a tool that is not among `tools`, or requires a call and there are no tools.
+    """
     if choice == "none":
         return ()
     if choice == "required" and not tools:
@@ -58,7 +61,7 @@ def callable_tools(tools: Tools, choice: ToolChoice) -> Tools:
 
 
 def forced_tools(tools: Tools, choice: ToolChoice) -> Tools:
-    """The tools to choose a forced call from; an empty tuple if the model decides whether to call one."""
+    """The tools of which the answer must call one; an empty tuple if the model decides whether to call any."""
     if isinstance(choice, NamedTool):
         return tuple(tool for tool in tools if tool.function.name == choice.function.name)
     return tools if choice == "required" else ()

@@ -1,4 +1,4 @@
-"""A client's connection: how long it may take, the request that comes in on it, and the reply that goes out."""
+"""A client's connection: its time limits, the request that it receives, and the reply that is sent on it."""
 
 import contextlib
 import logging
@@ -32,7 +32,7 @@ _REASONS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """Time and connections that clients may make a server hold. A connection that exceeds a limit is closed."""
+    """How long clients may take, and how many connections they may hold. A connection that exceeds a limit is closed."""
 
     head_seconds: float = 10.0  # from a request's first byte, or the connection's start, to the end of its headers
     transfer_seconds: float = 10.0  # for a body or a reply, beside what its bytes take at the slowest rate
@@ -44,10 +44,13 @@ class ServerLimits:
 
 
 class ClientConnection:
-    """Waits for a complete request, then belongs to one thread until that is answered."""
+    """One client's connection.
+
+    The poller's thread owns it until a request is complete. Then a pool thread owns it until that request is answered.
+    """
 
     def __init__(self, sock: socket.socket, reader: RequestReader, limits: ServerLimits, port: Any) -> None:
-        """port: the poller's ListeningPort that it came by."""
+        """port: the ListeningPort that accepted the connection."""
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
         self.sock = sock
@@ -56,10 +59,13 @@ class ClientConnection:
         self.lingers = False  # the last reply is sent; what the client still sends is read and dropped
         self._limits = limits
         self._began = time.monotonic()
-        self.deadline = self._began + limits.head_seconds  # of the wait, in time.monotonic()
+        self.deadline = self._began + limits.head_seconds  # in time.monotonic(); the poller closes it if it still waits then
 
     def receive(self) -> bool:
-        """Takes what has arrived; whether the request is complete. Raises BadRequest, ClientClosed, OSError."""
+        """Reads what has arrived, without waiting, and returns whether the request is complete.
+
+        After `linger` it drops what it reads. Raises BadRequest, ClientClosed, OSError.
+        """
         if self.lingers:
             with contextlib.suppress(BlockingIOError):
                 if not self.sock.recv(2**16):
@@ -86,7 +92,10 @@ class ClientConnection:
         return False
 
     def receive_soon(self, seconds: float) -> bool:
-        """Waits at most `seconds` for a complete request, in the thread that answered the last one."""
+        """Waits at most `seconds` for the request to be complete and returns whether it is. Raises as `receive` does.
+
+        The pool thread that answered the last request calls it.
+        """
         end = time.monotonic() + seconds
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
@@ -96,7 +105,7 @@ class ClientConnection:
         return False
 
     def next_request(self) -> bool:
-        """After a reply: whether the next request arrived with the last one. Raises BadRequest."""
+        """Begins to read the next request after a reply. Returns whether it came with the last one. Raises BadRequest."""
         self.reader = self.reader.following()
         self.sock.setblocking(False)
         now = time.monotonic()
@@ -104,7 +113,10 @@ class ClientConnection:
         return self.reader.complete
 
     def linger(self) -> None:
-        """Ends sending, and goes on reading for a while: a reset would keep the client from reading the reply."""
+        """Stops sending, and lets the poller read and drop what the client still sends, for ServerLimits.linger_seconds.
+
+        If the connection were closed at once, a reset could keep the client from reading the reply.
+        """
         self.lingers = True
         self.deadline = time.monotonic() + self._limits.linger_seconds
         self.sock.setblocking(False)
@@ -112,7 +124,7 @@ class ClientConnection:
             self.sock.shutdown(socket.SHUT_WR)
 
     def refuse(self, error: BadRequest) -> bool:
-        """Sends a short reply, if it can be sent at once, and lingers. False: the client is gone."""
+        """Sends a short reply, without waiting, and lingers. Returns False if it could not be sent: close the connection."""
         detail = f"{error}\n".encode("latin-1", "replace")
         head = f"HTTP/1.1 {error.status} {_REASONS[error.status]}\r\nContent-Type: text/plain\r\n"
         try:
@@ -150,7 +162,7 @@ class ReplyWriter:
         self._whole_bytes: int | None = None  # length of a body that the application returned at once
 
     def answer(self, application: "WSGIApplication", environ: "WSGIEnvironment") -> None:
-        """Runs the application and sends its reply. Raises OSError if the client does not take it."""
+        """Runs the application and sends its reply, or 500 if the application fails. Raises OSError if sending fails."""
         pieces: Iterable[bytes] = ()
         try:
             pieces = application(environ, self.start_response)
@@ -176,7 +188,10 @@ class ReplyWriter:
         return self.write
 
     def write(self, data: bytes, /) -> None:
-        """Raises OSError; TimeoutError if the client reads more slowly than the slowest rate."""
+        """Sends a piece of the body, before the first piece the head.
+
+        Raises OSError; TimeoutError if the client reads more slowly than the slowest rate.
+        """
         if not data:
             return
         head = b"" if self._head_is_out else self._head()
@@ -204,7 +219,7 @@ class ReplyWriter:
             raise ValueError(f"the body ended {self._left} bytes before the announced length")
 
     def _fail(self) -> None:
-        """Answers 500; a reply that has begun can only be broken off."""
+        """Replies with 500 if nothing has been sent; otherwise the connection just ends, so that the client sees it."""
         self.keeps = False
         if not self._head_is_out:
             self._status = "500 Internal Server Error"
@@ -212,7 +227,7 @@ class ReplyWriter:
             self.write(_FAILED)
 
     def _head(self) -> bytes:
-        """Decides how the body is framed (RFC 9112, section 6.3)."""
+        """Encodes the reply's status line and headers, and decides how the body is framed (RFC 9112, section 6.3)."""
         self._head_is_out = True
         bodiless = self._status[:1] == "1" or self._status[:3] in ("204", "304")
         self._has_body = not bodiless and self._method != "HEAD"

@@ -17,7 +17,10 @@ _Answer = tuple[HTTPStatus, bytes, str]
 
 
 class Management:
-    """Answers `/healthz`, `/readyz` and `/metrics`. `sick` returns a defect or None; `ready` returns details as well.
+    """Answers `/healthz`, `/readyz` and `/metrics`.
+
+    sick: returns what is wrong with the process, None if nothing is. ready: returns whether the function takes work, and
+    details.
 
     On the clients' port it answers only the two probes, without details: the platform probes that port, and strangers may too.
     """

@@ -1,4 +1,4 @@
-"""The one thread that waits for all connections: accepts them, reads complete requests, closes slow ones."""
+"""The one thread that waits for all connections: accepts them, reads requests until they are complete, closes slow ones."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ _NO_MORE_FILES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM
 
 
 class ListeningPort:
-    """A listening socket, and what becomes of its connections."""
+    """A listening socket, and the functions by which the poller handles its connections."""
 
     def __init__(
         self,
@@ -32,7 +32,10 @@ class ListeningPort:
         accepts: Callable[[ClientConnection], bool],
         dispatch: Callable[[ClientConnection], object],
     ) -> None:
-        """read: makes the reader for a client. accepts: whether a complete request can be queued. dispatch: queues it."""
+        """max_waiting: limit of connections without a complete request. read: makes the reader for a client's address.
+
+        accepts: whether a complete request can be queued; if not, it is refused with 503. dispatch: queues it for a thread.
+        """
         self.listener = listener
         self.max_waiting = max_waiting
         self.read = read
@@ -42,7 +45,7 @@ class ListeningPort:
 
 
 class Poller:
-    """`run` belongs to one thread; `take_back` and `stop` may be called from any."""
+    """Waits for all connections in one thread, which calls `run`. `take_back` and `stop` may be called from any thread."""
 
     def __init__(self, ports: Sequence[ListeningPort], limits: ServerLimits) -> None:
         self._ports = ports
@@ -55,12 +58,12 @@ class Poller:
         self.stopping = False
 
     def take_back(self, connection: ClientConnection, *, keeps: bool) -> None:
-        """Called by the thread that answered on it. keeps: more may follow."""
+        """Returns a connection to the poller, after its request was answered. keeps: it stays open; otherwise it is closed."""
         self._returned.append((connection, keeps))
         os.eventfd_write(self._wake, 1)
 
     def stop(self) -> None:
-        """Accepts no connection any more, finishes what has begun, and lets `run` return. A signal's handler may call it."""
+        """Accepts no more connections; `run` returns after the requests that have begun. A signal's handler may call it."""
         self.stopping = True
         os.eventfd_write(self._wake, 1)
 
@@ -83,7 +86,7 @@ class Poller:
             if isinstance(key.data, ListeningPort):
                 self._accept(key.data)
             elif key.data is not None:
-                if key.data in key.data.port.waiting:  # not closed earlier in this turn
+                if key.data in key.data.port.waiting:  # not closed earlier in this loop
                     self._receive(key.data)
             else:
                 with contextlib.suppress(BlockingIOError):
@@ -151,7 +154,7 @@ class Poller:
         connection.port.dispatch(connection)
 
     def _go_on(self, connection: ClientConnection, keeps: bool) -> None:
-        """After a reply."""
+        """Handles a returned connection: closes it, dispatches the next request if that is complete, or waits for it."""
         if not keeps:
             connection.close()
         elif connection.reader.complete and not connection.lingers:
@@ -181,7 +184,10 @@ class Poller:
         return True
 
     def _close_ports(self) -> None:
-        """Keeps waiting connections for a moment, for requests that are on their way (RFC 9112, section 9.6)."""
+        """Closes the listening sockets.
+
+        Waiting connections stay open for linger_seconds, for requests that are on their way (RFC 9112, section 9.6).
+        """
         end = time.monotonic() + self._limits.linger_seconds
         for port in self._ports:
             self._selector.unregister(port.listener)

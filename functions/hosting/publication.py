@@ -11,9 +11,10 @@ class WrongPublication(Exception):
 
 
 def read_publication(config: CommonConfig, reader: Reader, group: LayerRange | None = None) -> ModelManifest:
-    """The manifest. group: a stage's layers, whose weights are checked; None for a gateway, which reads no weights.
+    """The manifest of the configured publication.
 
-    Raises WrongPublication, which names what was found, or a StorageError.
+    group: a stage's layers, whose weights are checked; None for a gateway, which reads no weights. Raises WrongPublication,
+    which names what was found, or a StorageError.
     """
     manifest = read_manifest(reader, config.model, config.dtype)
     what = f"model {config.model!r} in {config.dtype} in {config.store.place}"

@@ -1,7 +1,7 @@
-"""A request from its bytes to WSGI's environment (PEP 3333): head, then body, each bounded before memory is touched.
+"""Reads a request from its bytes into a WSGI environment (PEP 3333).
 
-Nothing here blocks. httptools reads the head and chunks. A body of known length goes from the socket into memory of its own,
-which the application gets without a copy.
+Head and body are checked against their limits before memory is used for them. Nothing here blocks. httptools reads the head and
+chunks. A body of known length goes from the socket into its final memory, which the application gets without a copy.
 """
 
 import io
@@ -44,7 +44,7 @@ _MAX_FRAMING: Final = 8  # bytes of chunked framing per byte of body; a chunk of
 
 
 class BadRequest(Exception):
-    """Bytes that no application can answer: the connection is answered with `status` and ends."""
+    """The bytes are not a request that the application can answer. The server replies with `status` and ends the connection."""
 
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(detail)
@@ -56,13 +56,13 @@ class ClientClosed(Exception):
 
 
 class BodyBudget:
-    """Bytes of bodies in memory, over all requests. Thread-safe."""
+    """Limits the bytes that the bodies of all requests together have in memory. Thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._held = 0
-        self._given_back: deque[int] = deque()  # and not yet subtracted from _held
+        self._given_back: deque[int] = deque()  # counts that are not yet subtracted from _held
 
     @property
     def held_bytes(self) -> int:
@@ -71,7 +71,7 @@ class BodyBudget:
             return self._held
 
     def take(self, count: int) -> None:
-        """Raises Overloaded if less is left."""
+        """Counts `count` more bytes. Raises Overloaded if the limit does not allow them."""
         with self._lock:
             self._settle()
             if self._held + count > self._max_bytes:
@@ -81,7 +81,10 @@ class BodyBudget:
             self._held += count
 
     def give_back(self, count: int) -> None:
-        """Takes no lock: destructors call it, and the garbage collector may run one inside of `take`."""
+        """Counts `count` bytes less.
+
+        Takes no lock: destructors call it, and the garbage collector may run one inside of `take`.
+        """
         self._given_back.append(count)
 
     def _settle(self) -> None:
@@ -90,13 +93,16 @@ class BodyBudget:
 
 
 class Body(bytearray):
-    """A request's body. It counts against the budget until its memory is freed."""
+    """A request's body. It counts against the BodyBudget until its memory is freed."""
 
     _budget: BodyBudget | None = None
     _charged = 0
 
     def charge(self, budget: BodyBudget, received: int) -> None:
-        """`received` bytes have come in so far. Raises Overloaded."""
+        """Counts the body against `budget`, but for its first SMALL_BODY_BYTES. Raises Overloaded.
+
+        received: bytes of it that have come in so far.
+        """
         due = received - SMALL_BODY_BYTES - self._charged
         if due > 0:
             budget.take(due)
@@ -109,7 +115,10 @@ class Body(bytearray):
 
 
 class BodyStream(io.RawIOBase):
-    """`wsgi.input`. One read of all of a large body returns the very buffer, which the stream then forgets."""
+    """The body as `wsgi.input`.
+
+    If an application reads a whole large body at once, it gets the buffer itself without a copy, and the stream is empty then.
+    """
 
     def __init__(self, body: bytes | bytearray) -> None:
         self._body = body
@@ -138,7 +147,7 @@ class BodyStream(io.RawIOBase):
 
 
 class RequestReader:
-    """Reads one request; `following` reads the next. `environ` is None until the head is complete."""
+    """Reads one request from a connection. `environ` is None until the head is complete."""
 
     def __init__(self, admit: "Admit", budget: BodyBudget, base: "WSGIEnvironment") -> None:
         self._admit = admit
@@ -164,14 +173,20 @@ class RequestReader:
         self._parser = httptools.HttpRequestParser(self)
 
     def following(self) -> "RequestReader":
-        """Reader of the next request on the connection, which may be complete already. Raises BadRequest."""
+        """Returns the reader of the connection's next request, with the bytes of it that have arrived already.
+
+        It may be complete at once. Raises BadRequest.
+        """
         reader = RequestReader(self._admit, self._budget, self._base)
         if self._rest:
             reader.feed(self._rest)
         return reader
 
     def receive(self, sock: socket.socket) -> None:
-        """Takes what has arrived. Raises BadRequest, ClientClosed, OSError; BlockingIOError if nothing has."""
+        """Reads from the socket once, without waiting.
+
+        Raises BadRequest, ClientClosed, OSError; BlockingIOError if nothing has arrived.
+        """
         if self.environ is None or self._length is None:
             data = sock.recv(_READ_BYTES)
             if not data:
@@ -189,7 +204,7 @@ class RequestReader:
         self._received(count)
 
     def feed(self, data: bytes) -> None:
-        """Takes bytes that were received before. Raises BadRequest."""
+        """Parses bytes that were received already. Raises BadRequest."""
         self.begun = True
         if self.environ is None:
             self._feed_head(data)
@@ -263,7 +278,7 @@ class RequestReader:
             raise BadRequest(400, f"no HTTP/1.1: {error}") from error
 
     def _open(self) -> None:
-        """The head is complete: makes the environment and decides how much body may follow."""
+        """Called when the head is complete: makes `environ`, and asks `admit` how many bytes of body are allowed."""
         if self._heads != 1 or self._messages != 1:
             raise BadRequest(400, "no HTTP/1.1: a blank line inside of the headers")
         if len(self._headers) > MAX_HEADERS:
@@ -303,7 +318,7 @@ class RequestReader:
             self._complete()
 
     def _received(self, count: int) -> None:
-        """`count` bytes more of a body of known length are in its memory."""
+        """Accounts for `count` bytes that were received into the memory of a body of known length."""
         assert self._body is not None
         self.received_bytes += count
         try:
@@ -327,7 +342,10 @@ class RequestReader:
         self.complete = True
 
     def _refuse(self, problem: Problem) -> None:
-        """Completes the request without its body. The connection then ends, since the body is not read."""
+        """Completes the request without its body, so that the application can reply with `problem`.
+
+        If there is a body, the connection ends after the reply, because the body is not read.
+        """
         assert self.environ is not None
         self.environ[REFUSED] = problem.with_traceback(None)  # its frames would hold the body's memory
         self._body = None
@@ -339,7 +357,7 @@ class RequestReader:
 def wsgi_environ(
     method: bytes, url: bytes, version: str, headers: Iterable[tuple[bytes, bytes]], base: "WSGIEnvironment"
 ) -> "WSGIEnvironment":
-    """The environment of a request without its `wsgi.input`. base: keys of the server and the connection."""
+    """The WSGI environment of a request, without `wsgi.input`. base: the entries that depend on server and connection only."""
     if not url.startswith(b"/"):
         url = _target(url)
     path, _, query = url.partition(b"?")
@@ -375,7 +393,7 @@ def base_environ(host: str, port: int, client: tuple[str, int]) -> "WSGIEnvironm
 
 
 def _target(url: bytes) -> bytes:
-    """Path and query of the absolute form that clients send to proxies (RFC 9112, section 3.2.2)."""
+    """Path and query of a request target. Clients send the absolute form (`http://host/path`) to proxies (RFC 9112, 3.2.2)."""
     scheme, found, rest = url.partition(b"://")
     if not found or b"/" in scheme:
         return b"/" + url
@@ -385,7 +403,10 @@ def _target(url: bytes) -> bytes:
 
 @lru_cache(maxsize=512)
 def _key(name: bytes) -> str | None:
-    """None for a name with an underscore, which would be mistaken for another header's (`ce_id`, `ce-id`)."""
+    """A header's key in the WSGI environment.
+
+    None for a name with an underscore, because WSGI would mistake it for another header (`ce_id` for `ce-id`).
+    """
     if b"_" in name:
         return None
     key = name.decode("latin-1").upper().replace("-", "_")

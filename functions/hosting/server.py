@@ -48,20 +48,23 @@ _OTHER_FILES: Final = 512  # file descriptors for connections to stages and the 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What a function answers with."""
+    """A function's WSGI applications and its limits, which a Server runs."""
 
     application: "WSGIApplication"
-    management: "WSGIApplication"  # answers probes on the clients' port and everything on its own; never blocks
-    admit: "Admit"
+    management: "WSGIApplication"  # probes on both ports, and all else on the management port; never blocks
+    admit: "Admit"  # how many bytes of body a request may have, by its head
     threads: int  # requests that are answered at the same time
     request_bytes: int  # of all bodies in memory together
 
 
 class Server:
-    """Listens from construction, so that requests wait rather than fail while the application starts."""
+    """A function's HTTP server.
+
+    It listens from construction on, so that requests wait rather than fail while the application starts.
+    """
 
     def __init__(self, host: str, port: int, management_port: int, limits: ServerLimits | None = None) -> None:
-        """Port 0: a free one. Raises OSError, which names a port that cannot be listened on."""
+        """A port of 0 lets the operating system choose one. Raises OSError, which names a port that cannot be listened on."""
         self._limits = limits or ServerLimits()
         self._listener = _listen(host, port)
         self._management_listener = _listen(host, management_port)
@@ -74,7 +77,7 @@ class Server:
     def run(self, service: Service, on_stop: Callable[[], None]) -> int:
         """Serves until SIGTERM, SIGINT or `stop`; then calls `on_stop` and finishes requests in hand. Main thread only.
 
-        Returns the exit status: 0, or that of `stop`.
+        `on_stop` runs in a thread of its own. Returns the exit status: 0, or that of `stop`.
         """
         answering = _Answering(service, self._limits)
         waiting = _connections_allowed(self._limits.waiting_connections, service.threads + _MAX_QUEUED)
@@ -104,7 +107,7 @@ class Server:
         return self._status or 0
 
     def stop(self, status: int) -> None:
-        """Ends `run` as SIGTERM would, with this exit status. From any thread; may come before `run`."""
+        """Ends `run` as SIGTERM would; `run` then returns `status`. May be called from any thread, also before `run`."""
         with self._lock:
             self._status = status
             stop = self._stop
@@ -113,7 +116,7 @@ class Server:
 
 
 class _Answering:
-    """Gives complete requests to threads, which answer them."""
+    """Queues complete requests for pool threads, which run the function's applications and send the replies."""
 
     poller: Poller
 
@@ -152,12 +155,18 @@ class _Answering:
     def _readers(
         self, host: str, listener: socket.socket, admit: "Admit", *, management: bool = False
     ) -> Callable[[tuple[str, int]], RequestReader]:
-        """Makes a request reader for a client at an address."""
+        """Returns a function that makes the request reader of a client's connection from the client's address.
+
+        management: whether `listener` is the management port.
+        """
         port = _port(listener)
         return lambda client: RequestReader(admit, self._budget, base_environ(host, port, client) | {MANAGEMENT: management})
 
     def _serve(self, connection: ClientConnection, answer: Callable[[ClientConnection], bool]) -> None:
-        """answer: returns whether more may follow on the connection."""
+        """Answers on a connection and gives it back to the poller, also after an error.
+
+        answer: returns whether the connection stays open.
+        """
         try:
             keeps = answer(connection)
         except Exception:  # noqa: BLE001 - logged; a broken connection must not take its thread with it, nor count for ever
@@ -166,12 +175,18 @@ class _Answering:
         self.poller.take_back(connection, keeps=keeps)
 
     def _answer_probe(self, connection: ClientConnection) -> bool:
-        """One probe per connection: a first reply fits into the kernel's buffer, so a slow reader cannot block the thread."""
+        """Answers one probe and returns False: the connection ends.
+
+        The reply fits into the kernel's buffer of a new connection, so a client that reads slowly cannot block the thread.
+        """
         self._answer(connection, self._service.management, keeps=False)
         return False
 
     def _answer_client(self, connection: ClientConnection) -> bool:
-        """Answers the requests of one connection for as long as each soon follows the last."""
+        """Answers the requests of one connection for as long as each soon follows the last.
+
+        Returns whether the connection stays open.
+        """
         while True:
             reader = connection.reader
             keeps = self._answer(connection, self._service.application, keeps=reader.keeps and not self.poller.stopping)
@@ -223,7 +238,7 @@ def _port(listener: socket.socket) -> int:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A listener; `::` accepts IPv4 as well."""
+    """A listening socket. The host `::` accepts IPv4 as well. Raises OSError, which names the port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     both = host == "::" and socket.has_dualstack_ipv6()
     try:

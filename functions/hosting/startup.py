@@ -19,10 +19,10 @@ _ARENAS: Final = 2
 
 
 class StartUp:
-    """Records when phases end. Thread-safe."""
+    """Records when each phase of the start ends, in seconds since the process began. Thread-safe."""
 
     def __init__(self) -> None:
-        """Marks `process`."""
+        """Marks the phase `process`, the start of Python itself, as ended."""
         self._began = time.monotonic() - _process_age_seconds()
         self._lock = threading.Lock()
         self._phases: dict[str, float] = {}
@@ -30,7 +30,7 @@ class StartUp:
         self.mark("process")
 
     def mark(self, phase: str, at: float | None = None) -> None:
-        """The phase ended now, or at this reading of time.monotonic(). Only the first mark of a phase counts."""
+        """Records that `phase` has ended now, or at `at`, a reading of time.monotonic(). Only its first mark counts."""
         seconds = (time.monotonic() if at is None else at) - self._began
         with self._lock:
             if phase in self._phases:
@@ -47,14 +47,14 @@ class StartUp:
                 tell(phase, seconds)
 
     def phases(self) -> dict[str, float]:
-        """Ended phases → seconds from the start of the process."""
+        """The seconds from the start of the process to the end of each phase that has ended."""
         with self._lock:
             return dict(self._phases)
 
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Turns the garbage collector off while modules are imported, and keeps it from ever looking at them.
+    """Turns the garbage collector off while modules are imported, and excludes their objects from all later collections.
 
     Torch makes some 170,000 objects. Collections while their number grows take 0.15 s of a stage's start, and each later one
     0.05 s.
@@ -68,7 +68,9 @@ def without_collection() -> Iterator[None]:
 
 
 def use_few_arenas() -> None:
-    """Lets all threads allocate from two arenas of glibc. Call it before there are threads. Other C libraries: no effect.
+    """Lets all threads allocate from two arenas of glibc. Has no effect with other C libraries.
+
+    Call it before there are threads.
 
     glibc makes up to eight arenas per core, and memory freed in one cannot be used by another. A gateway's hundreds of threads
     read large bodies now and then, and their 16 arenas grew for ever: 46 of 228 MiB were in use (docs/log.md). Most work holds
@@ -80,7 +82,7 @@ def use_few_arenas() -> None:
 
 
 def _process_age_seconds() -> float:
-    """How long this process has existed, by the kernel's account (to 10 ms)."""
+    """How long this process has existed, as the kernel reports it (to 10 ms)."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # proc(5): starttime is field 22, the third after the name is 0
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)

@@ -33,7 +33,7 @@ def not_served(error: HTTPException) -> Response:
 
 
 def with_allow(response: Response, error: HTTPException) -> Response:
-    """Adds the error's Allow header, if it has one."""
+    """Adds the error's Allow header, if it has one, to the response and returns it."""
     for name, value in error.get_headers():
         if name.lower() == "allow":
             response.headers[name] = value
@@ -41,9 +41,9 @@ def with_allow(response: Response, error: HTTPException) -> Response:
 
 
 def add_problem_handlers(app: Flask) -> None:
-    """Turns every exception into a problem document. Unexpected ones are logged with their traceback.
+    """Makes `app` answer every exception with a problem document. Unexpected ones are logged with their traceback.
 
-    A request that the server refused by its head is answered in the same way.
+    Requests that the server has refused by their head (REFUSED) are answered in the same way.
     """
 
     @app.before_request

@@ -1,4 +1,4 @@
-"""Logs, metrics and traces of both roles.
+"""Logs, metrics and traces of stages and gateways.
 
 May import: nothing of Lamina.
 """

@@ -1,4 +1,7 @@
-"""Logs, metrics and traces that both roles have. Each application has a registry of its own; nothing is global."""
+"""Logs, metrics and traces that stages and gateways have in common.
+
+Each application has a metrics registry of its own; nothing is global.
+"""
 
 import logging
 import sys
@@ -27,9 +30,10 @@ def set_up_logging(level: str) -> None:
 
 
 def make_tracer(endpoint: str | None, service: str, attributes: Attributes) -> Tracer:
-    """endpoint: of an OTLP collector, which OpenTelemetry reads itself with the other OTEL_* keys; None: no traces.
+    """A tracer that exports to an OTLP collector, or one that records nothing if `endpoint` is None.
 
-    service: its name, unless OTEL_SERVICE_NAME overrides it. attributes: of all spans of this process.
+    OpenTelemetry reads the endpoint itself, with the other OTEL_* keys. service: its name, unless OTEL_SERVICE_NAME overrides
+    it. attributes: of all spans of this process.
     """
     if endpoint is None:
         return PASSING
@@ -42,7 +46,7 @@ def make_tracer(endpoint: str | None, service: str, attributes: Attributes) -> T
 
 
 class FunctionMetrics:
-    """Metrics that stage and gateway share."""
+    """The metrics that stage and gateway share, in a registry of its own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

@@ -1,7 +1,7 @@
 """Traces from a client to every stage, by W3C Trace Context.
 
-Every event carries a `traceparent`, taken from the client or made here. Without an exporter, contexts are passed on, nothing is
-recorded, and OpenTelemetry is not imported.
+Every event carries a `traceparent`, which continues the client's or begins a new trace. Without an exporter, contexts are
+passed on, nothing is recorded, and OpenTelemetry is not imported.
 """
 
 import os
@@ -19,7 +19,7 @@ Attributes = Mapping[str, str | int | float | Sequence[str]]
 
 
 class TraceContext(Struct, frozen=True):
-    """Names a span."""
+    """Identifies one span of a trace. It travels as `traceparent`."""
 
     trace_id: str  # 32 hexadecimal digits
     span_id: str  # 16 hexadecimal digits
@@ -31,16 +31,19 @@ class TraceContext(Struct, frozen=True):
 
 
 class Span:
-    """An operation that takes time. A context manager, which ends it with the exception of its block, if any.
+    """A traced operation. As a context manager it ends with its block, and an exception of the block is its error.
 
-    This class records nothing.
+    This base class records nothing.
     """
 
     def __init__(self, context: TraceContext) -> None:
         self.context = context
 
     def end(self, error: str | None = None, attributes: Attributes | None = None) -> None:
-        """Records the end of the operation. Only the first call has an effect."""
+        """Ends the operation. Only the first call has an effect.
+
+        error: None if the operation succeeded. attributes: added to those from its beginning.
+        """
 
     def __enter__(self) -> Self:
         return self
@@ -50,14 +53,17 @@ class Span:
 
 
 class Tracer:
-    """Makes contexts and records nothing; `tracing_export.ExportingTracer` exports. Thread-safe."""
+    """Makes trace contexts and records nothing; `tracing_export.ExportingTracer` exports. Thread-safe."""
 
     def serve(self, name: str, parent: TraceContext | None, attributes: Attributes) -> Span:
-        """Begins handling a request: a child of the sender's span, or the first span of a new trace."""
+        """Begins the span of a request that is handled. parent: the sender's span; None begins a new trace."""
         return Span(_child_of(parent))
 
     def send(self, name: str, causes: Sequence[TraceContext], attributes: Attributes) -> Span:
-        """Begins sending on for `causes`: a child of one of them, of a sampled one if there is any, with links to all."""
+        """Begins the span of an event that is sent on behalf of several requests (`causes`), with links to all of them.
+
+        Its parent is `main_cause` of them.
+        """
         return Span(_child_of(main_cause(causes)))
 
     def close(self) -> None:
@@ -68,13 +74,13 @@ PASSING: Final = Tracer()
 
 
 def read_traceparent(text: str | None) -> TraceContext | None:
-    """None if it is missing or cannot be read: then a new trace begins (section 4.3)."""
+    """Parses a `traceparent`. None if it is missing or invalid: then a new trace begins (section 4.3)."""
     found = _TRACEPARENT.fullmatch((text or "").strip())
     return None if found is None else TraceContext(found[1], found[2], bool(int(found[3], 16) & 1))
 
 
 def main_cause(causes: Sequence[TraceContext]) -> TraceContext | None:
-    """The first that is sampled, else the first."""
+    """The first sampled context, else the first; None if there are none."""
     for cause in causes:
         if cause.sampled:
             return cause

@@ -13,7 +13,10 @@ from functions.observing.tracing import Attributes, Span, TraceContext, Tracer, 
 
 
 class ExportingTracer(Tracer):
-    """Exports in the background. Endpoint, headers, sampler and the like are OpenTelemetry's own OTEL_* keys."""
+    """Records spans and exports them in the background.
+
+    Endpoint, headers, sampler and the like are OpenTelemetry's own OTEL_* keys.
+    """
 
     def __init__(self, service: str, attributes: Attributes) -> None:
         resource = Resource({"service.name": service, **attributes}).merge(OTELResourceDetector().detect())

@@ -1,4 +1,4 @@
-"""A pool of threads that grows with its work and shrinks when the work is done.
+"""A pool of threads that grows with the number of calls and shrinks when they are done.
 
 May import: nothing of Lamina.
 """

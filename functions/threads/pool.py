@@ -18,7 +18,7 @@ IDLE_SECONDS: Final = 5.0  # a thread that is idle for so long ends
 
 @dataclass(slots=True)
 class _Call:
-    """A submitted call."""
+    """A submitted call and its future."""
 
     future: "Future[Any]"
     function: Callable[..., Any]
@@ -38,7 +38,7 @@ class _Call:
 
 @dataclass(slots=True, eq=False)
 class _Idle:
-    """An idle thread."""
+    """An idle thread. It waits for `woken`, and then runs `call`, or ends if that is None."""
 
     woken: threading.Lock = field(default_factory=threading.Lock)
     call: _Call | None = None
@@ -48,7 +48,7 @@ class _Idle:
 
 
 class ThreadPool(Executor):
-    """At most `max_threads` threads, started when they are needed.
+    """Runs calls in at most `max_threads` threads, which are started when needed and end after IDLE_SECONDS without a call.
 
     The library's ThreadPoolExecutor keeps its threads for ever, and the process waits for them when it ends. Here the thread
     that was busy last is woken first, so that the threads of a burst stay idle and end.
@@ -71,7 +71,7 @@ class ThreadPool(Executor):
 
     @property
     def waiting(self) -> int:
-        """Calls that wait for a thread."""
+        """How many calls wait for a thread."""
         return len(self._waiting)
 
     @property
@@ -80,7 +80,10 @@ class ThreadPool(Executor):
         return (self._threads - len(self._idle) + len(self._waiting)) * 2 <= self._max_threads
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
-        """Raises RuntimeError if the pool is closed. If a thread cannot be started, the call waits for the others."""
+        """Runs a call in an idle or new thread; at `max_threads` it is queued.
+
+        Raises RuntimeError if the pool is closed. If a thread cannot be started, the call waits for the others.
+        """
         call = _Call(Future(), fn, args, kwargs)
         with self._lock:
             if self._closed:
@@ -105,7 +108,7 @@ class ThreadPool(Executor):
                 self._idle.pop().woken.release()
 
     def _start(self, call: _Call) -> None:
-        """With the lock held."""
+        """Starts a thread that runs `call`; if that fails, queues it. The caller holds the lock."""
         self._started += 1
         thread = threading.Thread(target=self._run, args=(call,), name=f"{self._name}-{self._started}", daemon=True)
         try:
@@ -123,7 +126,7 @@ class ThreadPool(Executor):
             call = self._next()
 
     def _next(self) -> _Call | None:
-        """Waits for a call; None: this thread ends."""
+        """Waits for a thread's next call. None if the thread shall end: it was idle for too long, or the pool was closed."""
         with self._lock:
             if self._waiting:
                 return self._waiting.popleft()

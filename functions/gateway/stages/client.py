@@ -1,6 +1,6 @@
 """Events that the gateway sends to instances of stages, and the trip of a step through all stages.
 
-What goes wrong with an event as a whole is raised as `StageFailed` (`failures`); what goes wrong with a row is in the row.
+If an event as a whole fails, `StageFailed` is raised (`failures`); if one row fails, the reply's row says so.
 
 On a trip, while every row is ok, the body of a stage's reply is the body of the next request, byte for byte; only its table is
 read. Rows that are not ok are left out of the next request, without harm to the others.
@@ -47,11 +47,11 @@ S = TypeVar("S", bound=Struct)
 
 @dataclass(frozen=True, slots=True)
 class ReplyOrigin:
-    """The instance that replied, and what it said of itself."""
+    """The instance that replied, and the boot and free memory that its reply states."""
 
     instance: Instance
     boot: str  # the `instance` attribute: a name with a nonce of its boot
-    free_tokens: int | None
+    free_tokens: int | None  # KV tokens that can still be reserved there; None: not said
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class ForwardReply:
 
 @dataclass(frozen=True, slots=True)
 class PipelineIdentity:
-    """What every event carries."""
+    """What every event to a stage says of the pipeline and of this gateway."""
 
     fingerprint: str
     token: str
@@ -89,9 +89,10 @@ class StageClient:
     def forward(
         self, instance: Instance, body: Sequence[Buffer], ids: Sequence[str], deadline: float, traces: Traces = ()
     ) -> ForwardReply:
-        """One step at one stage. Raises StageFailed.
+        """Sends one step to one stage and returns the reply. Raises StageFailed.
 
-        ids: of the rows, in their order. deadline: in time.monotonic(). traces: of the rows' sequences.
+        body: an encoded Batch. ids: of its rows, in their order. deadline: of the clients, in time.monotonic(). traces: of the
+        rows' sequences.
         """
         timeout, client_deadline = _time_left(self._step_timeout_seconds, deadline)
         with instance.in_flight, self._span(instance, EventType.FORWARD, traces) as span:
@@ -111,10 +112,11 @@ class StageClient:
     def reserve(
         self, instance: Instance, rows: Sequence[ReserveRow], deadline: float, traces: Traces = ()
     ) -> tuple[ReplyOrigin, ReserveReply]:
-        """Reserves memory; each row of the reply has its own status. May take as long as a forward pass. Raises StageFailed.
+        """Reserves memory for sequences; each row of the reply has its own status. Raises StageFailed.
 
-        A stage replies between two passes. An instance that accepts the connection and says nothing is given less time than a
-        step, so that another instance is asked soon, and more with every failure, because some stages have long passes.
+        A stage replies between two forward passes, so this may take as long as one. An instance that accepts the connection and
+        does not reply is given less time than a step, so that another instance is asked soon. The time doubles with every
+        failure, because some stages have long passes.
         """
         seconds = min(self._step_timeout_seconds, RESERVATION_SECONDS * 2 ** min(instance.failures, 8))
         timeout, client_deadline = _time_left(seconds, deadline)
@@ -127,9 +129,9 @@ class StageClient:
         return _origin(instance, attributes), reply
 
     def release(self, instance: Instance, rows: Sequence[ReleaseRow], awaited_tokens: int = 0) -> ReplyOrigin:
-        """Frees the rows' memory. Without rows it renews this gateway's lease. Raises StageFailed.
+        """Frees the memory of sequences. Without rows it only renews this gateway's lease. Raises StageFailed.
 
-        awaited_tokens: unless 0, the stage holds its reply until it could reserve so many, or for HOLD_SECONDS.
+        awaited_tokens: if not 0, the stage holds its reply until it could reserve so many KV tokens, at most HOLD_SECONDS.
         """
         timeout = self._step_timeout_seconds if rows else min(RENEWAL_SECONDS, self._step_timeout_seconds)
         extensions = [(Attribute.AWAITED_TOKENS.value, str(awaited_tokens))] if awaited_tokens else []
@@ -138,7 +140,7 @@ class StageClient:
         return _origin(instance, attributes)
 
     def warm_up(self, stage: int, url: str, timeout_seconds: float) -> WarmupReply:
-        """Wakes a stage and returns once its weights are loaded. Raises StageFailed."""
+        """Wakes a stage by its Service URL and returns once its weights are loaded. Raises StageFailed."""
         return self._call(Instance(stage, url), EventType.WARMUP, WarmupRequest(), WarmupReply, timeout_seconds)[1]
 
     def _call(
@@ -153,7 +155,10 @@ class StageClient:
         extensions: Sequence[tuple[str, str]] = (),
         client_deadline: float | None = None,
     ) -> tuple[dict[str, str], S]:
-        """Sends one JSON event; returns its reply's attributes and data. Raises StageFailed."""
+        """Sends one JSON event and returns the attributes and the data of its reply. Raises StageFailed.
+
+        client_deadline: in time.monotonic(), if the clients' deadline is what limits the timeout; otherwise None.
+        """
         body = [msgspec.json.encode(request)]
         with self._span(instance, event_type, traces) as span:
             reply = self._send(instance, event_type, body, timeout_seconds, span.context, client_deadline, extensions)
@@ -183,7 +188,7 @@ class StageClient:
             raise stage_failed(instance.stage, error, client_deadline) from error
 
     def _make_template(self, instance: Instance, event_type: EventType) -> RequestTemplate:
-        """Frames what is the same in all events of a type to an instance, which keeps it."""
+        """Makes the part of the head that all events of a type to `instance` share, and keeps it in the instance."""
         content_type = BATCH_CONTENT_TYPE if event_type is EventType.FORWARD else JSON_CONTENT_TYPE
         own = self._identity
         layer = own.first_layers[instance.stage]
@@ -205,7 +210,10 @@ class StageClient:
 
 
 def _time_left(own_seconds: float, deadline: float) -> tuple[float, float | None]:
-    """Reply timeout in seconds; and the client's deadline, if that is what ends the wait."""
+    """The timeout of a reply in seconds: `own_seconds`, or the time until `deadline` if that is shorter.
+
+    Second: `deadline` if it is what limits the timeout, otherwise None.
+    """
     left = deadline - time.monotonic()
     return (left, deadline) if left < own_seconds else (own_seconds, None)
 
@@ -217,7 +225,10 @@ def _origin(instance: Instance, attributes: dict[str, str]) -> ReplyOrigin:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Trip:
-    """What is sent, and along which instances. Immutable: the walking thread knows which rows are still under way."""
+    """A step under way: its Batch and the instances that it visits.
+
+    Immutable: only the thread that runs `walk` knows which rows are still under way.
+    """
 
     instances: tuple[Instance, ...]
     batch: Batch  # for the first stage: token ids and no tensor
@@ -228,20 +239,26 @@ class Trip:
 
 
 class TripLog(Protocol):
-    """Receives the events of a trip, in the trip's thread."""
+    """Receives the events of a trip. The thread that runs `walk` calls it."""
 
     def replied(self, trip: Trip, stage: int, reply: ForwardReply, seconds: float) -> None:
-        """`stage` replied after `seconds`. Rows that are ok go on to the next stage. Raises StageFailed to end the trip."""
+        """Called when `stage` has replied, after `seconds`. Rows that are ok go on to the next stage.
+
+        May raise StageFailed to end the trip.
+        """
 
     def failed(self, trip: Trip, ids: Sequence[str], failure: StageFailed) -> None:
-        """The trip ended at `failure.stage` with the rows `ids`."""
+        """Called when the trip has ended at `failure.stage`. ids: of the rows that were on their way there."""
 
     def first_stage_free(self) -> None:
-        """A trip with prompt chunks has left its first stage, so that another may enter it."""
+        """Called when a trip with prompt chunks has left its first stage, so that another may enter it."""
 
 
 def walk(trip: Trip, client: StageClient, log: TripLog) -> None:
-    """Sends the trip to its stages and returns when it is over. Unexpected errors are raised and not reported to `log`."""
+    """Sends a trip to its stages one after the other and returns when it is over.
+
+    Reports replies and failures of stages to `log`. Unexpected errors are raised and not reported.
+    """
     turn = trip.instances[0].prompts if trip.chunks else None
     ids = [row.id for row in trip.batch.rows]
     try:
@@ -272,7 +289,10 @@ def walk(trip: Trip, client: StageClient, log: TripLog) -> None:
 
 
 def _next_turn(left: Turnstile, entered: Turnstile) -> Turnstile:
-    """Queues at the next stage before it leaves the last, so that chunks of one prompt stay in order."""
+    """Waits until the turnstile `entered` of the next stage lets the caller in, leaves `left`, and returns `entered`.
+
+    Queues at the next stage before it leaves the last, so that chunks of one prompt stay in order.
+    """
     turn = entered.queue()
     left.leave()
     turn.wait()

@@ -1,4 +1,4 @@
-"""EndpointSlices from the Kubernetes API: list and watch, over plain urllib3.
+"""Lists and watches EndpointSlices by the Kubernetes API, over plain urllib3.
 
 Importing the kubernetes client takes half a second. `knative/local` serves the same API, so the same code runs everywhere.
 """
@@ -94,7 +94,7 @@ read_status: Final = _reader(_Status)
 
 
 class Expired(Exception):
-    """The resourceVersion is too old: list again."""
+    """Kubernetes has no changes since this resourceVersion any more (410). The watch has to begin with a new list."""
 
 
 class KubernetesError(Exception):
@@ -111,7 +111,10 @@ class KubernetesAPI:
     def __init__(
         self, api: str, namespace: str, watch_seconds: float = WATCH_SECONDS, silence_seconds: float = SILENCE_SECONDS
     ) -> None:
-        """api: base URL, or `cluster` for the pod's own ServiceAccount."""
+        """api: base URL, or `cluster` for the cluster's API with the pod's own ServiceAccount.
+
+        watch_seconds: length of a watch. silence_seconds: how long after it a silent connection counts as dead.
+        """
         self._watch_seconds = watch_seconds
         self._silence_seconds = silence_seconds
         self._in_cluster = api == IN_CLUSTER
@@ -127,7 +130,7 @@ class KubernetesAPI:
         return read_list(response.data)
 
     def watch(self, service: str, resource_version: str) -> urllib3.BaseHTTPResponse:
-        """An open stream of changes, which the caller closes."""
+        """Opens a stream of the changes after `resource_version`; the caller closes it. Raises KubernetesError or Expired."""
         lasts = f"{max(1.0, self._watch_seconds):.0f}"
         address = self._address(
             service, watch="1", resourceVersion=resource_version, allowWatchBookmarks="true", timeoutSeconds=lasts
@@ -144,7 +147,7 @@ class KubernetesAPI:
         return f"{self._url}?{urlencode({'labelSelector': selector, **parameters})}"
 
     def _headers(self) -> dict[str, str]:
-        """Reads the token for each request, because Kubernetes rotates it."""
+        """The Authorization header. The token is read for each request, because Kubernetes rotates it."""
         if not self._in_cluster:
             return {}
         return {"Authorization": f"Bearer {(SERVICE_ACCOUNT / 'token').read_text().strip()}"}
@@ -158,7 +161,10 @@ def _check(response: urllib3.BaseHTTPResponse) -> None:
 
 
 def lines_of(stream: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
-    """Complete lines as they arrive. A line cut off by the connection's end is dropped: the next watch repeats it."""
+    """Yields complete lines as they arrive.
+
+    A line that is cut off by the connection's end is dropped: the next watch repeats it.
+    """
     begun, length = [], 0
     while part := stream.read1(2**16):
         first, *others = part.split(b"\n")

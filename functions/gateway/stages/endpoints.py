@@ -1,4 +1,4 @@
-"""Watches the ready instances of each stage: the EndpointSlices of its private Services.
+"""Watches the ready instances of each stage, in the EndpointSlices of its private Services.
 
 Lists, then watches from the list's resourceVersion, lists again on 410, and reconnects with back-off.
 """
@@ -40,19 +40,19 @@ _LONGEST_PAUSE_SECONDS: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Endpoints in a stage's EndpointSlices."""
+    """What a stage's EndpointSlices contain."""
 
     endpoints: list[Endpoint]  # inside the pod network, one per address and port
     refused: dict[str, str]  # addresses outside of it, with slice and port for the log
 
 
 def service_name(url: str) -> str:
-    """`http://stage-0.default.svc.cluster.local` → `stage-0`."""
+    """The name of the Service in its URL: `http://stage-0.default.svc.cluster.local` → `stage-0`."""
     return (urlsplit(url).hostname or "").partition(".")[0]
 
 
 def endpoints_of(slices: Iterable[Slice], pods: PodNetwork) -> Found:
-    """Missing fields of a slice have Kubernetes's defaults."""
+    """Reads the endpoints of a stage's slices. Missing fields have Kubernetes's defaults."""
     found: dict[str, Endpoint] = {}
     refused: dict[str, str] = {}
     for each in slices:
@@ -75,7 +75,7 @@ def endpoints_of(slices: Iterable[Slice], pods: PodNetwork) -> Found:
 
 
 def _port(ports: Sequence[Port]) -> int | None:
-    """The port named http, else the only port; None if that is ambiguous."""
+    """The number of the port named http, else of the only port; None if that is ambiguous."""
     named = [port for port in ports if port.name == "http"] or ports
     return named[0].port if len(named) == 1 else None
 
@@ -103,7 +103,7 @@ class EndpointsWatch:
 
 
 class _Follower:
-    """Lists and watches one stage."""
+    """Lists and watches the EndpointSlices of one stage in a thread."""
 
     def __init__(self, api: KubernetesAPI, stage: int, service: str, pods: PodNetwork, on_change: OnChange) -> None:
         self._api = api
@@ -115,7 +115,7 @@ class _Follower:
         self.refused: dict[str, str] = {}
         self._falls_back = False  # all addresses are refused, so requests go to the Service URL
         self._resource_version = ""
-        self._has_listed = False  # then its endpoints are kept while the API is unavailable
+        self._has_listed = False  # if it has, its endpoints are kept while the API is unavailable
         self._stopped = threading.Event()
         self._stream: urllib3.BaseHTTPResponse | None = None
         self.thread = threading.Thread(target=self._run, name=f"endpoints-{service}", daemon=True)
@@ -127,7 +127,7 @@ class _Follower:
             stream.shutdown()
 
     def _run(self) -> None:
-        """Survives all errors: without it the gateway would go on sending to instances that are gone."""
+        """The thread's loop. It survives all errors: otherwise the gateway would go on sending to instances that are gone."""
         pause = _FIRST_PAUSE_SECONDS
         while not self._stopped.is_set():
             try:
@@ -166,7 +166,7 @@ class _Follower:
         self._tell()
 
     def _follow(self) -> None:
-        """Applies changes until the server ends the watch."""
+        """Watches and applies changes until the server ends the watch."""
         stream = self._api.watch(self._service, self._resource_version)
         self._stream = stream
         try:

@@ -1,4 +1,4 @@
-"""Classifies events without a usable reply: whether the event may be the cause, and whether a retry can help."""
+"""Classifies failed events: whether the event may be the cause, and whether a retry can help."""
 
 import time
 from typing import Final
@@ -17,7 +17,10 @@ from eventing.problems import (
 
 
 class StageFailed(Exception):
-    """An event got no usable reply from an instance of `stage`, or from its Service URL."""
+    """An event got no usable reply from an instance of `stage`, or from its Service URL.
+
+    It may be retried on another instance, unless it is final or expired.
+    """
 
     def __init__(
         self, stage: int, cause: str, detail: str, *, blames: bool = False, final: bool = False, expired: bool = False
@@ -39,9 +42,9 @@ _REFUSED: Final = "connect: connection refused"
 
 
 def stage_failed(stage: int, error: DeliveryError | Problem, client_deadline: float | None = None) -> StageFailed:
-    """What `error` means for the sequences in the event.
+    """Classifies `error`, with which an event to `stage` failed.
 
-    client_deadline: in time.monotonic(), if it comes before the stage's own timeout.
+    client_deadline: in time.monotonic(), if it came before the stage's own timeout; otherwise None.
     """
     if client_deadline is not None:
         late = isinstance(error, DeliveryTimeout | Unreachable) and time.monotonic() >= client_deadline

@@ -29,7 +29,7 @@ OnChange = Callable[[int, Sequence[Endpoint] | None], None]  # a stage and all i
 
 
 class EarlyReadiness:
-    """Passes endpoints from the watch to `on_change`, and marks those as ready that answered a probe."""
+    """Passes endpoints from the watch to `on_change`, and marks those that answered a probe as ready."""
 
     def __init__(self, on_change: OnChange) -> None:
         self._on_change = on_change
@@ -66,7 +66,7 @@ class EarlyReadiness:
         self._on_change(stage, told)
 
     def _ask(self, stage: int, url: str) -> None:
-        """Probes until the instance is ready, or Kubernetes reports it ready or gone."""
+        """Probes one instance until it is ready, or Kubernetes reports it ready or gone. Runs in a thread of its own."""
         try:
             while not self._passes(url):
                 self._stopped.wait(_PAUSE_SECONDS)

@@ -26,7 +26,7 @@ REBALANCE_AT: Final = 2  # an instance that carries so many routes more than ano
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One instance as Kubernetes describes it."""
+    """One address of a stage's pod, as its EndpointSlice describes it."""
 
     url: str
     revision: str = ""
@@ -35,7 +35,7 @@ class Endpoint:
 
 
 class Turnstile:
-    """Admits one event at a time, in the order of `queue`."""
+    """Admits one caller at a time, in the order in which they queued. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -46,7 +46,7 @@ class Turnstile:
         return not self._queue
 
     def queue(self) -> threading.Event:
-        """The event is set when the caller may enter. Call `leave` afterwards, always."""
+        """Queues the caller. The returned event is set when it may enter. It must call `leave` afterwards, always."""
         turn = threading.Event()
         with self._lock:
             if not self._queue:
@@ -89,7 +89,10 @@ class InFlight:
             self._events -= 1
 
     def event_seconds(self) -> float:
-        """Sum over all events so far. The difference of two readings, divided by the time between them, is the concurrency."""
+        """The sum over all events so far of the seconds that each was in flight.
+
+        The difference of two readings, divided by the time between them, is the concurrency.
+        """
         with self._lock:
             return self._seconds + self._events * (time.monotonic() - self._since)
 
@@ -106,17 +109,17 @@ class Instance:
     is_service: bool = False  # it is a Service URL
     awake: bool = True  # False for a Service URL that has not replied since it last failed
     number: int = 0  # from 1 on, in the order in which this gateway learned of the stage's instances
-    routes: int = 0
-    free_tokens: int | None = None  # in its last reply
-    boot: str = ""  # name with a nonce of its boot, in its last reply
-    prompts: Turnstile = field(default_factory=Turnstile)  # one event with prompt chunks, so that decodes wait for at most one
+    routes: int = 0  # open routes that use it
+    free_tokens: int | None = None  # KV tokens that can be reserved there, by its last reply; None: unknown
+    boot: str = ""  # name with a nonce of its boot, by its last reply
+    prompts: Turnstile = field(default_factory=Turnstile)  # for events with prompt chunks: a decode waits for at most one
     in_flight: InFlight = field(default_factory=InFlight)  # forward events of this gateway
     templates: dict[str, RequestTemplate] = field(default_factory=dict)  # by event type; see StageClient
-    failures: int = 0
-    suspended_until: float = 0.0
+    failures: int = 0  # since its last reply
+    suspended_until: float = 0.0  # in time.monotonic()
 
     def suspended(self, now: float) -> bool:
-        """Whether it failed so recently that events to it would probably fail too."""
+        """Whether events to the instance would probably fail, because it failed recently. now: in time.monotonic()."""
         return now < self.suspended_until
 
     def usable(self, now: float) -> bool:
@@ -129,7 +132,7 @@ class Instance:
             self.free_tokens = free_tokens
 
     def suspend(self, now: float) -> None:
-        """Suspends it for a while, longer after each failure.
+        """Gives the instance no work for a while, which is longer after each failure.
 
         Failures during a suspension are not counted: these events were under way already. A pod may die with many events in
         hand and be back at once.
@@ -143,17 +146,17 @@ class Instance:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A number of tokens of a chain that one instance of each stage probably holds."""
+    """How many tokens of a prefix chain are probably cached, and at which instance of each stage."""
 
     tokens: int = 0
     instances: tuple[Instance, ...] = ()
 
     def at(self, instance: Instance) -> int:
-        """Tokens that `instance` probably need not compute."""
+        """How many tokens of the prefix `instance` has probably cached."""
         return self.tokens if self.instances and self.instances[instance.stage] is instance else 0
 
     def on(self, instances: Sequence[Instance]) -> float:
-        """The mean of `at` over the instances of a route."""
+        """How many tokens the instances of a route (one per stage) have probably cached, on average."""
         return sum(map(self.at, instances)) / len(instances)
 
 
@@ -161,12 +164,12 @@ NOTHING: Final = Held()
 
 
 def uneven(most_routes: int, least_routes: int) -> bool:
-    """Whether the instance of a stage with the most routes gives one to the instance with the least."""
+    """Whether a stage's instance with the most routes should give one to its instance with the least."""
     return most_routes - least_routes >= REBALANCE_AT
 
 
 class Route:
-    """One instance per stage, counted at each of them until the route is closed."""
+    """One instance per stage. Each instance counts its routes until they are closed."""
 
     def __init__(self, instances: Iterable[Instance]) -> None:
         self.instances = tuple(instances)
@@ -174,7 +177,7 @@ class Route:
             instance.routes += 1
 
     def replace(self, instance: Instance) -> Instance:
-        """Goes through `instance` from now on. Returns the instance of the same stage that it left."""
+        """Puts `instance` in the place of the instance of the same stage, which is returned."""
         left = self.instances[instance.stage]
         left.routes -= 1
         instance.routes += 1
@@ -182,11 +185,11 @@ class Route:
         return left
 
     def suspended(self, now: float) -> bool:
-        """Some instance has just failed."""
+        """Whether an instance of the route failed recently and is suspended."""
         return max([instance.suspended_until for instance in self.instances]) > now
 
     def lacks(self, reserve_tokens: int) -> bool:
-        """By its last reply, some instance has less memory."""
+        """Whether an instance of the route has, by its last reply, fewer free KV tokens than `reserve_tokens`."""
         return any(_lacks(instance, reserve_tokens) for instance in self.instances)
 
     def close(self) -> None:
@@ -195,10 +198,14 @@ class Route:
 
 
 class Placement:
-    """The instances of all stages, and which of them a route shall use."""
+    """Knows the instances of all stages, and chooses routes over them."""
 
     def __init__(self, service_urls: Sequence[str], *, watched: bool) -> None:
-        """service_urls: per stage. Without a watch they are the instances themselves, asleep until they reply."""
+        """service_urls: one per stage.
+
+        watched: an EndpointsWatch will report instances by `update`. If not, the Service URLs stand for them, asleep until they
+        reply.
+        """
         self.service_urls = tuple(service_urls)
         self.num_stages = len(service_urls)
         self._stages: list[dict[str, Instance]] = [{} for _ in service_urls]  # by URL
@@ -208,7 +215,10 @@ class Placement:
             self.unwatched(stage)
 
     def update(self, stage: int, endpoints: Iterable[Endpoint]) -> None:
-        """Takes over what the watch knows of `stage`. Instances that it no longer knows are gone: routes leave them."""
+        """Replaces the known instances of `stage` by those that the watch reports.
+
+        Instances that it does not report any more count as terminating, so that routes leave them.
+        """
         known = self._stages[stage]
         seen = {endpoint.url: endpoint for endpoint in endpoints}
         for url in known.keys() - seen.keys():
@@ -221,7 +231,7 @@ class Placement:
         self._choose_current(stage)
 
     def unwatched(self, stage: int) -> None:
-        """The instances of `stage` cannot be known: routes use its Service URL until `update` knows better."""
+        """Called if the instances of `stage` cannot be known: routes use its Service URL until `update` is called."""
         url = self.service_urls[stage]
         if url not in self._stages[stage]:
             self._add(stage, Instance(stage, url, is_service=True, awake=False))
@@ -237,7 +247,7 @@ class Placement:
         return [instance for instance in self._current[stage] if instance.usable(now)]
 
     def ready_counts(self) -> list[int]:
-        """Per stage, the instances of the current revision that take work; 0: unknown, because there is no watch."""
+        """Per stage, how many instances of the current revision take work; 0 if that is unknown without a watch."""
         return [len([each for each in current if not each.is_service]) for current in self._current]
 
     def cold(self) -> list[int]:
@@ -245,21 +255,21 @@ class Placement:
         return [stage for stage, current in enumerate(self._current) if not any(each.awake for each in current)]
 
     def woken(self, stage: int) -> None:
-        """The Service URL of `stage` replied."""
+        """Records that the Service URL of `stage` replied, so that routes may use it."""
         for instance in self._stages[stage].values():
             if instance.is_service:
                 instance.awake, instance.failures, instance.suspended_until = True, 0, 0.0
 
     def avoid(self, instance: Instance) -> None:
-        """A request to `instance` failed. A Service URL has to be woken again; an instance is suspended for a while."""
+        """Suspends an instance after a failed request. A Service URL also has to be woken again before it is used."""
         instance.suspend(time.monotonic())
         instance.awake = not instance.is_service
 
     def place(self, reserve_tokens: int, held: Held = NOTHING) -> Route | None:
-        """A new route over the least used instances, those with memory first. None: a stage has no usable instance now.
+        """A new route over the least used instances, those with enough memory first. None: a stage has no usable instance.
 
-        held: tokens that some instances need not compute. They weigh at most as much as one route, for with two more than
-        another instance the route would be moved away again.
+        held: tokens that some instances have cached. They weigh at most as much as one route: an instance with two routes more
+        than another would give one away again.
         """
         chosen = [self.least_used(stage, reserve_tokens, held) for stage in range(self.num_stages)]
         instances = [instance for instance in chosen if instance is not None]
@@ -273,11 +283,14 @@ class Placement:
         return min(self.usable(stage), key=load, default=None)
 
     def has_memory(self, stage: int, reserve_tokens: int) -> bool:
-        """By its last reply, some usable instance of `stage` has so much memory."""
+        """Whether some usable instance of `stage` has, by its last reply, `reserve_tokens` free KV tokens."""
         return any(not _lacks(instance, reserve_tokens) for instance in self.usable(stage))
 
     def must_leave(self, route: Route) -> Instance | None:
-        """The instance that `route` shall take instead of one that terminates or is not ready. None: none, or it must stay."""
+        """The instance that shall take the place of one that terminates or is not ready.
+
+        None if the route has no such instance, or its stage has no other.
+        """
         for instance in route.instances:
             if instance.terminating or not instance.ready:
                 target = self.least_used(instance.stage)
@@ -292,11 +305,11 @@ class Placement:
         return tuple(urls[:MAX_PEERS])
 
     def strands(self, route: Route) -> bool:
-        """An instance of `route` terminates and its stage has no other: the stage has to be woken."""
+        """Whether an instance of `route` terminates and its stage has no other. The stage has to be woken then."""
         return bool([each for each in route.instances if each.terminating and not self._current[each.stage]])
 
     def outdated(self, route: Route) -> bool:
-        """Instances of a newer revision take work in place of one of the route's."""
+        """Whether a stage has instances of a newer revision that take work, and `route` still uses an older one."""
         for instance in route.instances:
             current = self._current[instance.stage]
             if instance.ready and current and instance not in current:
@@ -304,7 +317,7 @@ class Placement:
         return False
 
     def unbalanced(self) -> tuple[Instance, Instance] | None:
-        """(from, to): an instance with so many more routes than another that one shall migrate. None: balanced."""
+        """(from, to): an instance with so many more routes than another that it should give one away. None if balanced."""
         for stage, current in enumerate(self._current):
             usable = self.usable(stage) if len(current) > 1 else ()
             if len(usable) > 1:
@@ -335,6 +348,6 @@ def _lacks(instance: Instance, reserve_tokens: int) -> bool:
 
 
 def _revision_order(revision: str) -> tuple[int, str]:
-    """Knative numbers revisions: `stage-0-00002`."""
+    """Sorts revisions from old to new, by the number at the end of Knative's names (`stage-0-00002`)."""
     number = re.search(r"-(\d+)$", revision)
     return (int(number[1]) if number else 0, revision)

@@ -15,7 +15,7 @@ MAX_DIGESTS: Final = 2**15  # of half a million tokens; some 8 MB
 
 
 class WhereHeld:
-    """Instances by digest; forgets the least recently used digests first. Protected by the scheduler's lock."""
+    """Maps digests of prefix chains to instances; forgets the least recently used digests. The scheduler's lock protects it."""
 
     def __init__(self, max_digests: int = MAX_DIGESTS) -> None:
         self._max_digests = max_digests
@@ -25,7 +25,7 @@ class WhereHeld:
         return len(self._places)
 
     def put(self, chain: Chain, instances: Sequence[Instance]) -> None:
-        """A sequence with this chain runs, or ran, at `instances` in their present boots."""
+        """Records that a sequence with this chain runs, or ran, at `instances` (one per stage) in their present boots."""
         place = tuple((instance, instance.boot) for instance in instances)
         for digest in chain:
             self._places[digest] = place
@@ -34,7 +34,10 @@ class WhereHeld:
             self._places.popitem(last=False)
 
     def find(self, chain: Chain) -> Held:
-        """The longest known part of the chain. Instances that have rebooted or are terminating hold nothing."""
+        """The longest known part of the chain, and where it is held; NOTHING if none is known.
+
+        Instances that have rebooted or are terminating do not count.
+        """
         for blocks in range(len(chain), 0, -1):
             place = self._places.get(chain[blocks - 1], ())
             if any(instance.boot == boot and instance.ready and not instance.terminating for instance, boot in place):

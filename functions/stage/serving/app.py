@@ -1,4 +1,4 @@
-"""A stage over HTTP: authentication, limits of size, the headers of replies, and its metrics."""
+"""A stage over HTTP: authentication, limits of size, the headers of replies, and the stage's metrics."""
 
 import hmac
 import threading
@@ -40,12 +40,12 @@ STATUSES: Final = ("200", *sorted({str(problem.status) for problem in PROBLEMS.v
 class StageApp:
     """Answers events at `POST /` as plain WSGI. Flask answers all other requests but probes, and all refusals.
 
-    Flask would cost a request as much as a small stage's layers do when these have emptied the caches, as they have in every
-    step of a stream; docs/log.md has the numbers.
+    Flask would cost a request as much as a small stage's layers do when these have emptied the CPU's caches, as they have in
+    every step of a stream; docs/log.md has the numbers.
     """
 
     def __init__(self, handlers: EventHandlers, metrics: "StageMetrics", *pipeline_tokens: str) -> None:
-        """pipeline_tokens: each of them is accepted."""
+        """pipeline_tokens: bearer tokens, each of which is accepted."""
         self._handlers = handlers
         self._pipeline_tokens = pipeline_tokens
         self._admit = stage_admission(*pipeline_tokens)
@@ -84,7 +84,7 @@ class StageApp:
         return (body,)
 
     def _hand_over(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        """Keys and values, to another instance of this stage."""
+        """Answers `GET /kv`: another instance of this stage asks for keys and values."""
         try:
             _check_token(environ.get("HTTP_AUTHORIZATION", ""), self._pipeline_tokens)
             found = self._handlers.hand_over(environ.get("QUERY_STRING", ""))
@@ -102,13 +102,13 @@ class StageApp:
     def _refuse(
         self, environ: "WSGIEnvironment", start_response: "StartResponse", error: Exception, type_: str
     ) -> Iterable[bytes]:
-        """Answers an event with its error. type_: label in metrics."""
+        """Replies with a problem document for `error`. type_: the event's type, a label in metrics."""
         environ[_ERROR], environ[_EVENT_TYPE] = error, type_
         return self._refusing_app(environ, start_response)
 
     @cached_property
     def _refusing_app(self) -> "Flask":
-        """Refuses every request: an event with the error in its environment, any other as not served.
+        """A Flask application that refuses every request: with the error in its environment, or as not served.
 
         Made at the first refusal: Flask is a third of a native stage's imports, and a start needs none of it.
         """
@@ -161,7 +161,10 @@ class StageApp:
 
 
 def stage_admission(*pipeline_tokens: str) -> "Callable[[WSGIEnvironment], int]":
-    """How many bytes of body a request may have, by its head alone. Raises Unauthorized, so that no stranger's body is read."""
+    """Returns a function that says, by a request's head alone, how many bytes of body it may have.
+
+    That function raises Unauthorized for an unknown sender, so that a stranger's body is not read.
+    """
 
     def admit(environ: "WSGIEnvironment") -> int:
         if environ["PATH_INFO"] != "/" or environ["REQUEST_METHOD"] != "POST":
@@ -176,7 +179,10 @@ def stage_admission(*pipeline_tokens: str) -> "Callable[[WSGIEnvironment], int]"
 
 
 def _is_signed(environ: "WSGIEnvironment") -> bool:
-    """Only in binary mode, as gateway and stages send it: a stranger's JSON is not parsed to look for a signature in it."""
+    """Whether an event carries a signature instead of a token.
+
+    Only binary mode counts, as gateway and stages send it: a stranger's JSON is not parsed to look for a signature in it.
+    """
     structured = environ.get("CONTENT_TYPE", "").lower().startswith("application/cloudevents")
     return _SIGNATURE in environ and "HTTP_AUTHORIZATION" not in environ and not structured
 
@@ -255,7 +261,7 @@ class StageMetrics(FunctionMetrics):
         remembered_tokens: Callable[[], float],
         kv_resident_bytes: Callable[[], float],
     ) -> None:
-        """Registers gauges that read the engine when the metrics are scraped."""
+        """Registers gauges that call these functions whenever the metrics are scraped."""
         for name, help_text, read in (
             ("free_tokens", "KV tokens that can still be reserved", free_tokens),
             ("sequences", "Sequences that hold KV", sequences),

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ArrivingModel:
-    """A model's config.json, and this stage's objects as they arrive."""
+    """A model's config.json, and the objects of this stage's layers, which are still being read."""
 
     config: dict[str, Any]
     objects: Iterator[LoadedObject]
@@ -53,7 +53,7 @@ class StartedEngine:
 
 
 def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> StartedEngine:
-    """Raises WrongPublication, UnservableModel or a StorageError."""
+    """Starts the engine and returns once it has run one step. Raises WrongPublication, UnservableModel or a StorageError."""
     threads = thread_count(config.threads)
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of numpy, which multiplies no matrices here; read when numpy is loaded
     opening = _in_background(lambda: open_model(config, start_up, metrics), "open-model")
@@ -114,13 +114,19 @@ def open_model(config: StageConfig, start_up: StartUp, metrics: StageMetrics) ->
 
 
 def _read_tokenizer(config: StageConfig) -> str:
-    """Called for the first grammar, since most pods never need it. Raises a StorageError or WrongPublication."""
+    """Reads the model's tokenizer.json. Called for the first grammar, since most pods never need it.
+
+    Raises a StorageError or WrongPublication.
+    """
     with closing(ObjectReader(config.store)) as reader:
         return read_file(reader, read_publication(config, reader, config.layers), "tokenizer.json").decode()
 
 
 def _in_background(action: Callable[[], T], name: str) -> "Future[T]":
-    """A future of `action`, in a daemon thread. The process would wait for a ThreadPoolExecutor's threads when it ends."""
+    """Runs `action` in a daemon thread and returns the future of its result.
+
+    The process would wait for a ThreadPoolExecutor's threads when it ends.
+    """
     future: Future[T] = Future()
 
     def run() -> None:

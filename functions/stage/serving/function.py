@@ -1,4 +1,4 @@
-"""The stage as a function: starts the engine while the server runs already, and answers probes."""
+"""The stage as a function: starts the engine while the server already runs, and answers probes."""
 
 import logging
 import secrets
@@ -33,7 +33,7 @@ _REQUEST_BYTES: Final = 2 * MAX_EVENT_BYTES  # of all events together
 
 
 class StageFunction:
-    """One stage of one pipeline."""
+    """The function that serves one stage of one pipeline: its engine, handlers, metrics, and their start and end."""
 
     def __init__(self, config: StageConfig, start_up: StartUp) -> None:
         self.instance = f"{socket.gethostname()}-{secrets.token_hex(4)}"
@@ -57,11 +57,11 @@ class StageFunction:
         )
 
     def start(self, stop: Callable[[int], None]) -> None:
-        """Starts the engine in a thread. If that fails, logs the cause and stops with status 1."""
+        """Starts the engine in a thread and returns. If the start fails, logs the cause and calls `stop` with status 1."""
         threading.Thread(target=self._bring_up, args=(stop,), name="start-up", daemon=True).start()
 
     def drain(self) -> None:
-        """Refuses warm-up events that would wait for weights, and answers releases that wait for memory."""
+        """Called at SIGTERM. Refuses warm-up events that wait for weights, and replies to releases that wait for memory."""
         with self._changed:
             self._draining = True
             self._changed.notify_all()
@@ -69,7 +69,7 @@ class StageFunction:
                 self._engine.drain()
 
     def close(self) -> None:
-        """Called after the last request. Writes the prefix cache to the store."""
+        """Called after the last request was answered. Writes the prefix cache to the store and stops the engine."""
         if self._engine is not None:
             if self._kv_writer is not None:
                 self._kv_writer.drain(self._engine, _KV_WRITE_SECONDS)
@@ -77,7 +77,7 @@ class StageFunction:
         self._tracer.close()
 
     def engine(self, wait_seconds: float = 0.0) -> "Engine":
-        """The engine, after it has run one step. Raises NotReady if that takes longer than `wait_seconds`."""
+        """The engine, which has run one step already. Waits up to `wait_seconds` for it and then raises NotReady."""
         if self._engine is not None:
             return self._engine
         with self._changed:

@@ -1,4 +1,4 @@
-"""What a stage answers to each type of event. Knows events and an engine, no HTTP server."""
+"""How a stage answers each type of event. Knows events and an engine, no HTTP server."""
 
 import secrets
 import time
@@ -54,18 +54,18 @@ Attributes = Mapping[str, Any]
 
 
 class EngineSource(Protocol):
-    """Gives out the engine once it has started."""
+    """Provides the engine once it has started."""
 
     def engine(self, wait_seconds: float = 0.0) -> "Engine":
-        """Raises NotReady if it has not started after `wait_seconds`."""
+        """The engine. Waits up to `wait_seconds` for its start and then raises NotReady."""
 
     def phases(self) -> dict[str, float]:
-        """Seconds of each phase of the start that has ended."""
+        """The phases of the start that have ended, with their seconds since the process began."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageIdentity:
-    """Layers [first, last) of a pipeline, and the instance that runs them."""
+    """The layers [first, last) of a pipeline, and the instance that runs them."""
 
     pipeline: str
     first: int
@@ -84,21 +84,21 @@ class StageIdentity:
         return f"/pipelines/{self.pipeline}/stages/{self.first}-{self.last}"
 
     def check_pipeline(self, seen: str) -> None:
-        """Raises WrongPipeline."""
+        """Raises WrongPipeline if `seen`, the event's fingerprint, is not this pipeline's."""
         if seen != self.pipeline:
             raise WrongPipeline(
                 f"the event is of pipeline {seen!r} and this stage of {self.pipeline!r}; send it to its own pipeline's stage"
             )
 
     def check_layer(self, layer: int) -> None:
-        """Raises WrongLayer."""
+        """Raises WrongLayer if `layer`, the next layer that an event wants, is not this stage's first."""
         if layer != self.first:
             raise WrongLayer(f"the event wants layer {layer} and this stage runs {self.first} to {self.last - 1}")
 
 
 @dataclass(slots=True)
 class EventReply:
-    """Headers and body of a reply, and the seconds that a forward event took."""
+    """Headers and body of a reply; for a forward event also the seconds that it took."""
 
     headers: Sequence[tuple[str, str]]
     body: Sequence[Buffer]
@@ -110,7 +110,7 @@ Handler = Callable[[Attributes, Buffer, float | None], EventReply]  # the float:
 
 
 class EventHandlers:
-    """Dispatches by event type."""
+    """Answers events, with one handler per event type."""
 
     def __init__(self, config: StageConfig, instance: str, engines: EngineSource, tracer: Tracer = PASSING) -> None:
         self._tracer = tracer
@@ -134,7 +134,7 @@ class EventHandlers:
         }
 
     def answer(self, attributes: Attributes, data: Buffer) -> EventReply:
-        """Raises a Problem."""
+        """Checks pipeline and expiry, and returns the reply of the type's handler. Raises a Problem to refuse the event."""
         type_ = attributes["type"]
         handler = self.table.get(type_)
         if handler is None:
@@ -150,7 +150,7 @@ class EventHandlers:
     def hand_over(self, query: str) -> tuple[bytearray, int] | None:
         """Keys and values for another instance, and how many tokens of the sequence are held (0 if a digest was asked for).
 
-        None: they are not held. Raises a Problem.
+        query: a KVQuery. None if they are not held. Raises a Problem.
         """
         asked = KVQuery.read(query)
         self._identity.check_pipeline(asked.pipeline)
@@ -161,7 +161,7 @@ class EventHandlers:
         return hand_over(asked, engine)
 
     def _engine(self, wait_seconds: float = 0.0) -> "Engine":
-        """Raises NotReady."""
+        """The started engine. Waits up to `wait_seconds` for its start and then raises NotReady."""
         if self._started is None:
             self._started = self._engines.engine(wait_seconds)
         return self._started
@@ -234,7 +234,7 @@ class Scorer:
         self._source = f"{identity.source}/scores"
 
     def answer(self, event: CloudEvent) -> CloudEvent:
-        """The next stage's event, or the response. Raises a Problem."""
+        """Runs the layers over the event's one row; returns the next stage's event, or the response. Raises a Problem."""
         self._identity.check_layer(integer_attribute(event.get_attributes(), Attribute.LAYER))
         required_attribute(event.get_attributes(), Attribute.EXPIRY_TIME)  # what follows is signed, too
         engine = self._engines.engine()
@@ -245,7 +245,7 @@ class Scorer:
         return self._claims.check_in(self._reply(event, batch, reply, engine.free_tokens), datetime.now(UTC))
 
     def _run(self, engine: "Engine", batch: Batch, event: CloudEvent) -> Batch:
-        """The engine's reply, whose only row is ok. Raises NotReady if a retry helps, else InvalidRequest."""
+        """Runs the layers over the batch; the row of the reply is ok. Raises NotReady if a retry helps, else InvalidRequest."""
         expiry = expiry_time(event.get_attributes())
         own = score_row(secrets.token_hex(12), len(batch.token_ids))
         try:
