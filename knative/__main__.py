@@ -48,7 +48,10 @@ Exit status: 0 done; 1 failed, the reason and what to do are on standard error; 
 
 
 class _Commands(click.Group):
-    """Imports commands by name, and reports their expected failures in one line."""
+    """Group of all commands.
+
+    It imports a command's module when the command is used, and prints an expected failure as one line.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -58,7 +61,7 @@ class _Commands(click.Group):
             return None
         module = importlib.import_module(f"knative.commands.{_COMMANDS[cmd_name]}")
         attribute = cmd_name.replace("-", "_")
-        command: click.Command = getattr(module, attribute, None) or getattr(module, f"{attribute}_")  # `list` is Python's
+        command: click.Command = getattr(module, attribute, None) or getattr(module, f"{attribute}_")  # such as `list_`
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

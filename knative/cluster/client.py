@@ -1,6 +1,6 @@
-"""A Kubernetes API, narrowed to what a deployment needs. The only importer of the kubernetes client.
+"""The client of a Kubernetes API, with only the requests that a deployment needs.
 
-Every failure of the client leaves this file as a ClusterError.
+Its methods raise a ClusterError for every failure. No other file imports the kubernetes client.
 """
 
 import os
@@ -37,7 +37,7 @@ _INSTALL_HINTS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """Names one object."""
+    """Identity of one Kubernetes object. namespace: empty for an object that belongs to none."""
 
     api_version: str
     kind: str
@@ -54,10 +54,13 @@ class Ref:
 
 
 class Cluster:
-    """One API server, seen by one identity."""
+    """One API server, used with the rights of one user or ServiceAccount."""
 
     def __init__(self, api: client.ApiClient, description: str, default_namespace: str = "default") -> None:
-        """Asks the server which kinds it serves. Raises ClusterUnreachable or NotPermitted."""
+        """Asks the server which kinds it serves. Raises ClusterUnreachable or NotPermitted.
+
+        description: names the server in messages. default_namespace: the one that commands use if the user names none.
+        """
         self.description = description
         self.default_namespace = default_namespace
         self._api = api
@@ -73,7 +76,11 @@ class Cluster:
 
     @classmethod
     def connect(cls, kubeconfig: str | None = None, context: str | None = None) -> "Cluster":
-        """By kubeconfig (given, $KUBECONFIG or ~/.kube/config) or, without one, as the pod that this process runs in."""
+        """Connects by a kubeconfig, or else with the ServiceAccount of the pod that this process runs in.
+
+        kubeconfig: a file; None: $KUBECONFIG or ~/.kube/config. context: a name in it; None: its current one. Raises
+        ClusterUnreachable.
+        """
         try:
             contexts, active = config.list_kube_config_contexts(kubeconfig)
             api = config.new_client_from_config(kubeconfig, context, persist_config=False)
@@ -107,7 +114,7 @@ class Cluster:
         return True
 
     def require(self, api_version: str, kind: str) -> Any:
-        """The client's resource. Raises KindMissing, which says what brings the kind."""
+        """Returns the kubernetes client's resource for a kind. Raises KindMissing; the message says what to install."""
         with self._discovering, self._errors(f"looking for {kind}"):
             try:
                 return self._dynamic.resources.get(api_version=api_version, kind=kind)
@@ -116,7 +123,7 @@ class Cluster:
                 raise KindMissing(f"{self.description} does not serve {kind} ({api_version}); {hint}") from error
 
     def serves_group(self, group: str) -> bool:
-        """Whether an API group exists, such as metrics.k8s.io."""
+        """Whether the server has an API group, such as metrics.k8s.io."""
         with self._discovering, self._errors("listing API groups"):
             return group in self._dynamic.resources.api_groups
 
@@ -129,7 +136,7 @@ class Cluster:
                 return None
 
     def find(self, api_version: str, kind: str, namespace: str | None, selector: str = "") -> list[KubernetesObject]:
-        """Objects whose labels match the selector, `a=b,c=d`; namespace None: of all namespaces."""
+        """Objects whose labels match the selector, such as `a=b,c=d`. namespace None: objects of all namespaces."""
         resource = self.require(api_version, kind)
         with self._errors(f"listing {kind} in {namespace or 'all namespaces'}"):
             found = resource.get(namespace=namespace, label_selector=selector, _request_timeout=_TIMEOUT_SECONDS)
@@ -137,7 +144,11 @@ class Cluster:
         return [{**item, "apiVersion": api_version, "kind": kind} for item in _plain(found)["items"] or []]
 
     def apply(self, manifest: KubernetesObject, *, force: bool = False, dry_run: bool = False) -> KubernetesObject:
-        """Server-side apply as field manager `lamina`. Returns the object as it then is, or with dry_run would be."""
+        """Applies the manifest by server-side apply, as field manager `lamina`. Returns the object as the server then has it.
+
+        force: take over fields that another field manager has set; without it they raise FieldConflict. dry_run: change
+        nothing, and return the object as applying would make it.
+        """
         ref = Ref.of(manifest)
         resource = self.require(ref.api_version, ref.kind)
         with self._errors(f"applying {ref}"):
@@ -154,11 +165,11 @@ class Cluster:
             )
 
     def create(self, manifest: KubernetesObject) -> KubernetesObject | None:
-        """The created object; None if one of that name exists, which stays as it was."""
+        """Creates the object and returns it. None if an object of that name exists already; it is not changed."""
         return self._write("creating", "create", manifest, ConflictError)
 
     def replace(self, manifest: KubernetesObject) -> KubernetesObject | None:
-        """The new object; None if the object has another resourceVersion than the manifest, or is gone."""
+        """Replaces the object, returns the new one. None if it does not exist or its resourceVersion is not the manifest's."""
         return self._write("replacing", "replace", manifest, ConflictError, NotFoundError)
 
     def _write(self, doing: str, verb: str, manifest: KubernetesObject, *expected: type[Exception]) -> KubernetesObject | None:
@@ -171,7 +182,10 @@ class Cluster:
                 return None
 
     def delete(self, ref: Ref, resource_version: str | None = None) -> bool:
-        """False if there is no such object, or none of that version. Dependents are deleted in the background."""
+        """Deletes the object. False if it does not exist, or if resource_version is given and is not the object's.
+
+        Objects that it owns are deleted in the background.
+        """
         resource = self.require(ref.api_version, ref.kind)
         body: dict[str, Any] = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"}
         if resource_version is not None:
@@ -186,7 +200,7 @@ class Cluster:
     def watch(
         self, api_version: str, kind: str, namespace: str, selector: str, timeout_seconds: int
     ) -> Iterator[KubernetesObject]:
-        """Each object now and after every change, for that long. Deletions are not reported."""
+        """Yields each object as it is now and again after each change, until timeout_seconds. Deletions are not reported."""
         resource = self.require(api_version, kind)
         with self._errors(f"watching {kind} in {namespace}"):
             for event in self._dynamic.watch(resource, namespace=namespace, label_selector=selector, timeout=timeout_seconds):
@@ -194,7 +208,10 @@ class Cluster:
                     yield event["raw_object"]
 
     def log_tail(self, namespace: str, pod: str, container: str, lines: int, previous: bool = False) -> list[str]:
-        """The last lines of a container's log; empty if there is no log (yet, or any more)."""
+        """The last lines of a container's log; empty if there is no log.
+
+        previous: read the log of the container that ran before the last restart.
+        """
         core = client.CoreV1Api(self._api)
         with self._errors(f"reading the log of {pod}"):
             try:
@@ -206,7 +223,7 @@ class Cluster:
         return (text or "").splitlines()
 
     def follow_log(self, namespace: str, pod: str, container: str, lines: int) -> Iterator[str]:
-        """The last lines of a log, then each new one as it is written."""
+        """Yields the last `lines` lines of a container's log, then each new line as it is written, until the log ends."""
         core = client.CoreV1Api(self._api)
         with self._errors(f"following the log of {pod}"):
             response = core.read_namespaced_pod_log(
@@ -216,7 +233,7 @@ class Cluster:
 
     @contextmanager
     def _errors(self, doing: str) -> Iterator[None]:
-        """Turns the client's errors into ClusterErrors that name the request."""
+        """Turns errors of the kubernetes client into ClusterErrors. doing: the request in words, for the message."""
         try:
             yield
         except ApiException as error:

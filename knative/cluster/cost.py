@@ -1,4 +1,4 @@
-"""Resources that a pipeline used: replica-seconds of each revision, and byte-, core- and GPU-seconds by its pods' requests.
+"""Resources that a pipeline used: replica-seconds of each revision, times the memory, cores and GPUs that its pods request.
 
 The past is known only to a Prometheus that scrapes Knative's autoscaler, whose gauge `kn_revision_pods_count` is the number of
 pods of a revision. Without one, running pods are counted, each since its start.
@@ -20,12 +20,12 @@ from knative.spec.pipeline_spec import quantity
 
 _GAUGE: Final = "kn_revision_pods_count"
 _STEP_SECONDS: Final = 15
-_MOST_POINTS: Final = 10_000  # of a series in one reply; Prometheus allows 11,000
+_MOST_POINTS: Final = 10_000  # points of a series in one reply; Prometheus allows 11,000
 _COUNTED: Final = ("cpu", "memory", "nvidia.com/gpu")
 
 
 class NotCounted(ClusterError):
-    """The Prometheus does not answer, or does not scrape the gauge. The message says what is needed."""
+    """Prometheus does not answer, or has no values of the gauge for the pipeline. The message says what is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +33,18 @@ class RevisionUsage:
     service: str
     revision: str
     replica_seconds: float
-    requests: dict[str, float] | None  # of each pod: memory (bytes), cpu (cores), nvidia.com/gpu; None if the revision is gone
+    requests: dict[str, float] | None  # by one pod: memory (bytes), cpu (cores), nvidia.com/gpu; None: revision deleted
 
     def seconds_of(self, resource: str) -> float | None:
-        """replica_seconds times the amount that each pod requests."""
+        """Amount of a resource that one pod requests, times replica_seconds. None if the requests are unknown."""
         return None if self.requests is None else self.replica_seconds * self.requests.get(resource, 0.0)
 
 
 def usage_since_start(cluster: Cluster, namespace: str, name: str, now: datetime | None = None) -> list[RevisionUsage]:
-    """Counts the pods that run now, each since its start, and none that ended before."""
+    """Usage of the pods that run now, each counted from its start until `now` (None: the current time).
+
+    Pods that have ended are not counted.
+    """
     moment = now or datetime.now(UTC)
     seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
     requests: dict[tuple[str, str], dict[str, float]] = {}
@@ -58,7 +61,10 @@ def usage_since_start(cluster: Cluster, namespace: str, name: str, now: datetime
 def usage_from_prometheus(
     cluster: Cluster, namespace: str, name: str, url: str, window_seconds: float, now: float
 ) -> list[RevisionUsage]:
-    """Over the last window_seconds before the Unix time `now`. Raises NotCounted."""
+    """Usage in the last window_seconds before the Unix time `now`, counted by the Prometheus at `url`.
+
+    Raises NotCounted.
+    """
     pattern = f"{name}(-[0-9a-f]{{8}}-(s[0-9]+|ev))?"
     query = f'{_GAUGE}{{k8s_namespace_name="{namespace}",kn_service_name=~"{pattern}"}}'
     step = max(_STEP_SECONDS, window_seconds / _MOST_POINTS)
@@ -95,7 +101,7 @@ def _query_range(url: str, query: str, start: float, end: float, step: float) ->
 
 
 def _requests(containers: list[KubernetesObject]) -> dict[str, float]:
-    """Sum over all containers, queue-proxy included."""
+    """Requested cpu, memory and GPUs, summed over the containers of a pod, queue-proxy included."""
     total: defaultdict[str, float] = defaultdict(float)
     for container in containers:
         for resource, amount in ((container.get("resources") or {}).get("requests") or {}).items():

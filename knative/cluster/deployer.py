@@ -1,8 +1,8 @@
 """Deploys rendered objects so that no answer is lost.
 
 New stages are applied beside the old ones and become Ready, which for Knative means that a pod of each has run. Then the
-gateway switches, then Eventing is applied and becomes Ready, and the old stages are deleted when no gateway drives them any
-more. The history records the outcome, good or bad, before the caller learns it.
+gateway switches, Eventing is applied and becomes Ready, and the old stages are deleted when no gateway uses them any more.
+Success or failure is recorded in the history before the caller learns it.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ from knative.spec.kubernetes_object import KubernetesObject, to_yaml
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """Objects by when they are applied."""
+    """Objects of a pipeline, grouped by when they are applied: `first`, `stages`, `gateway`, `eventing`."""
 
     gateway: KubernetesObject
     first: list[KubernetesObject]  # access, network, monitoring
-    stages: list[KubernetesObject]  # and the gateway for events, which gets no event before Eventing is applied
-    eventing: list[KubernetesObject]  # which names Services
+    stages: list[KubernetesObject]  # also the gateway for events, which gets none before Eventing is applied
+    eventing: list[KubernetesObject]  # refers to Services, which must exist before
 
     @classmethod
     def of(cls, objects: list[KubernetesObject]) -> "_Parts":
@@ -46,10 +46,11 @@ class _Parts:
 
 
 class Deployer:
-    """Acts on one namespace of one cluster. `say` gets a line for each step that a person wants to know about.
+    """Deploys, changes and deletes pipelines in one namespace of a cluster.
 
-    All methods that change a pipeline return its gateway's URL and raise ClusterError. force: take over fields that another
-    field manager has set.
+    say: gets a line for each step that a user wants to know about. timeout_seconds: limit of each wait, such as for readiness.
+    Methods that change a pipeline return the URL of its gateway and raise ClusterError. force: take over fields that another
+    field manager has set; without it they raise FieldConflict.
     """
 
     def __init__(self, cluster: Cluster, namespace: str, say: Callable[[str], None], timeout_seconds: float = 900) -> None:
@@ -61,16 +62,21 @@ class Deployer:
         self._check: Callable[[], None] = lambda: None  # raises if this deployment has lost its Lease
 
     def deploy(self, objects: list[KubernetesObject], *, force: bool = False) -> str:
-        """Idempotent. Returns when everything is Ready. Nothing that serves is changed before the new stages are Ready."""
+        """Applies the objects, waits until all of them are Ready, and returns the gateway's URL.
+
+        Requests stay with the old stages until the new ones are Ready. Deploying the same objects again changes nothing.
+        force: take over fields that another field manager has set.
+        """
         preflight.check(self._cluster, objects, self._say)
         with self._alone(gateway_of(objects)["metadata"]["name"]) as (history, wait):
             _refuse_beside_a_canary(history)
             return self._deploy(objects, history, wait, force)
 
     def rollback(self, name: str, number: int | None = None, *, force: bool = False) -> str:
-        """Deploys the version of this number; without one the last that served, or if that is the newest, the one before.
+        """Deploys an earlier version and returns the gateway's URL.
 
-        Deletes what a failed deployment or a canary has left.
+        number: the version; None: the last that served or, if that is the newest, the one that served before it. Deletes what a
+        failed deployment or a canary has left. force: take over fields that another field manager has set.
         """
         with self._alone(name) as (history, wait):
             version = history.to_go_back_to(number)
@@ -82,9 +88,10 @@ class Deployer:
             return self._deploy(version.objects, history, wait, force)
 
     def canary(self, objects: list[KubernetesObject], percent: int, *, force: bool = False) -> str:
-        """Gives the pipeline of these objects a percentage of the requests, beside the one that serves.
+        """Deploys the objects as a canary, which gets `percent` of the requests. The others stay with the version that serves.
 
-        Called again it changes the percentage. Monitoring, network and Eventing stay with the pipeline that serves.
+        Returns the gateway's URL. Called again for the same pipeline it changes the percentage. Monitoring, network and
+        Eventing stay with the version that serves. force: take over fields that another field manager has set.
         """
         gateway = gateway_of(objects)
         name, fingerprint = gateway["metadata"]["name"], fingerprint_of(gateway)
@@ -114,14 +121,20 @@ class Deployer:
             return url
 
     def promote(self, name: str, *, force: bool = False) -> str:
-        """Sends all requests to the canary; the previous pipeline is deleted as after any deployment."""
+        """Sends all requests to the canary, deletes the pipeline that served before, and returns the gateway's URL.
+
+        The old pipeline finishes its answers first. force: take over fields that another field manager has set.
+        """
         with self._alone(name) as (history, wait):
             objects = self._canary_of(name, history).objects
             preflight.check(self._cluster, objects, self._say)
             return self._deploy(objects, history, wait, force)
 
     def abort(self, name: str, *, force: bool = False) -> str:
-        """Sends no more requests to the canary, at once; then deletes its stages."""
+        """Sends no more requests to the canary, deletes its stages after their last answer, and returns the gateway's URL.
+
+        force: take over fields that another field manager has set.
+        """
         with self._alone(name) as (history, wait):
             version, serving = self._canary_of(name, history), history.serving()
             if serving is None:
@@ -134,7 +147,10 @@ class Deployer:
             return self._deploy(serving.objects, history, wait, force)
 
     def rotate_token(self, name: str, *, force: bool = False) -> str:
-        """Replaces the token between gateway and stages; no answer is lost. After an interruption it continues."""
+        """Replaces the token between gateway and stages without losing an answer, and returns the gateway's URL.
+
+        A rotation that was interrupted is continued. force: take over fields that another field manager has set.
+        """
         with self._alone(name) as (history, wait):
             version = history.serving()
             if version is None:
@@ -154,12 +170,15 @@ class Deployer:
                     return url
 
     def delete(self, name: str) -> int:
-        """Deletes everything that was made for the pipeline; returns the number of objects. Raises ClusterError."""
+        """Deletes everything that was made for the pipeline, and returns the number of deleted objects. Raises ClusterError."""
         with deploy_lease(self._cluster, self.namespace, name, self._say):
             return self._garbage.collect_all(name)
 
     def diff(self, objects: list[KubernetesObject]) -> Iterator[str]:
-        """Unified diff between the cluster's objects and what applying would make of them, by the cluster's own dry run."""
+        """Yields lines of a unified diff: what applying the objects would change on the cluster.
+
+        The cluster computes it by a server-side dry run.
+        """
         for each in with_rotation(self._cluster, objects):
             live = self._cluster.get(Ref.of(each))
             after = self._cluster.apply(each, force=True, dry_run=True)
@@ -170,7 +189,10 @@ class Deployer:
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[tuple[History, ReadinessWait]]:
-        """Holds the pipeline's Lease, so that no other deployment changes it or its history meanwhile."""
+        """Holds the pipeline's Lease, so that no other deployment changes the pipeline or its history at the same time.
+
+        Yields the history, and a wait that ends if the Lease is lost. Raises DeployInProgress if another deployment holds it.
+        """
         with deploy_lease(self._cluster, self.namespace, name, self._say) as lease:
             self._check = lease.check
             yield (
@@ -198,7 +220,10 @@ class Deployer:
     def _noted(
         self, history: History, objects: list[KubernetesObject], outcome: Outcome, reason: str = ""
     ) -> Iterator[DeployedVersion]:
-        """Records the attempt, and afterwards its outcome."""
+        """Records in the history that the objects are being deployed, and at the end the outcome. Yields the version.
+
+        The outcome is FAILED after a ClusterError, else `outcome`. reason: text that is kept with `outcome`.
+        """
         version = history.begin(objects)
         try:
             yield version
@@ -213,14 +238,14 @@ class Deployer:
     def _prepare(self, objects: list[KubernetesObject]) -> _Parts:
         for ref in map(Ref.of, objects):
             live = self._cluster.get(ref)
-            if live is not None and live["metadata"].get("deletionTimestamp"):  # it accepts no changes
+            if live is not None and live["metadata"].get("deletionTimestamp"):  # then it accepts no changes
                 self._say(f"{ref} is being deleted: waiting until it is gone")
                 self._garbage.await_absence([ref])
         ensure_token(self._cluster, objects, self._say)
         return _Parts.of(with_rotation(self._cluster, objects))
 
     def _bring_up(self, services: list[KubernetesObject], wait: ReadinessWait, force: bool) -> dict[str, KubernetesObject]:
-        """Applies the Services; returns them by name when they are Ready.
+        """Applies the Services, waits until all are Ready, and returns them by name.
 
         First deletes Services whose revisions all failed, because Knative never tries a failed revision again.
         """
@@ -239,16 +264,22 @@ class Deployer:
         return wait.await_ready(services)
 
     def _switch_gateway(self, gateway: KubernetesObject, wait: ReadinessWait, force: bool) -> str:
-        """Sends all requests to this gateway, once it is Ready. Returns its URL."""
+        """Applies the gateway without a split, so that all requests go to its new revision once that is Ready.
+
+        Returns its URL.
+        """
         live = self._cluster.get(Ref.of(gateway))
         pinned = pinned_traffic(live) if live is not None and is_ours(live) else []
         if pinned:
-            # Without a split, requests would go to the last revision that is Ready, a canary, until this one is.
+            # Keep the split until the new revision is Ready: without it all requests would go to the canary.
             self._apply_gateway(gateway, pinned, wait, force)
         return _url_of(gateway, self._bring_up([gateway], wait, force))
 
     def _apply_gateway(self, gateway: KubernetesObject, traffic: Traffic, wait: ReadinessWait, force: bool) -> str:
-        """Applies the gateway with this split. Fields of another manager are a conflict, but a split is not."""
+        """Applies the gateway with a split of requests, waits until it is Ready, and returns its URL.
+
+        Fields that another field manager has set raise FieldConflict unless `force`; the split is taken over in any case.
+        """
         self._cluster.apply(gateway, force=force, dry_run=True)
         self._check()
         self._cluster.apply({**gateway, "spec": {**gateway["spec"], "traffic": traffic}}, force=True)
@@ -288,7 +319,7 @@ def _url_of(gateway: KubernetesObject, ready: dict[str, KubernetesObject]) -> st
 
 
 def _comparable(manifest: KubernetesObject) -> str:
-    """Without status and the metadata that the server writes."""
+    """The object as YAML for a diff, without its status and the metadata that the server writes."""
     metadata: dict[str, Any] = {
         key: value
         for key, value in manifest["metadata"].items()

@@ -1,6 +1,6 @@
-"""Why an object does not become Ready: what a person would look up with five kubectl commands.
+"""Why an object does not become Ready: what a user would look up with five kubectl commands.
 
-A missing right removes only the part that it is needed for.
+If a right is missing, only the part that needs it is left out.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from knative.spec.kubernetes_object import KubernetesObject
 
 _LOG_LINES: Final = 10
 _EVENTS: Final = 5
-# Reasons why a container waits that do not pass by themselves.
+# Reasons for which a container waits, and which last until somebody changes something.
 _HOPELESS: Final = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CrashLoopBackOff", "CreateContainerConfigError")
 _NEXT_STEPS: Final = {
     "exceeded quota": "lower the resources in the spec, or have the quota raised",
@@ -38,7 +38,10 @@ _NEXT_STEPS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class HopelessPod:
-    """A pod with a container whose failure does not pass by itself, after that many restarts."""
+    """A pod with a container that will not start without a change, for example of its image.
+
+    restarts: of that container so far.
+    """
 
     name: str
     restarts: int
@@ -46,7 +49,7 @@ class HopelessPod:
 
 
 def hopeless_pods(cluster: Cluster, service: KubernetesObject) -> Iterator[HopelessPod]:
-    """Hopeless pods of the newest revision; none if we may not list pods."""
+    """Yields the hopeless pods of the Service's newest revision; nothing if listing pods is not permitted."""
     try:
         pods = newest_pods(cluster, service)
     except NotPermitted:
@@ -60,7 +63,10 @@ def hopeless_pods(cluster: Cluster, service: KubernetesObject) -> Iterator[Hopel
 
 
 def diagnose(cluster: Cluster, manifest: KubernetesObject) -> list[str]:
-    """Conditions, and of a Service its revision, containers, warnings and last log lines. Each line names its source."""
+    """Lines that say why an object is not Ready; each names the object or log that it comes from.
+
+    They are failed conditions and warning events; for a Service also its revision, containers and last log lines.
+    """
     namespace, name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
     lines = [f"{manifest['kind']} {name}: {text}" for text in failed_conditions(manifest)]
 
@@ -101,7 +107,7 @@ def _revision_lines(cluster: Cluster, namespace: str, name: str) -> list[str]:
 
 
 def _pod_lines(pod: KubernetesObject) -> list[str]:
-    """Failures of the pod's containers, and the pod's own if it was evicted."""
+    """Lines about containers of the pod that wait or have ended, and about the pod itself if it was evicted."""
     name, status = pod["metadata"]["name"], pod.get("status") or {}
     lines = []
     if status.get("reason"):
@@ -119,7 +125,7 @@ def _pod_lines(pod: KubernetesObject) -> list[str]:
 
 
 def _warnings(cluster: Cluster, namespace: str, prefix: str) -> list[str]:
-    """The last warnings about objects that Knative made for the revision: their names begin with its name."""
+    """The last five warning events about objects whose names begin with `prefix`, such as a revision's name."""
     events = [
         event
         for event in cluster.find("v1", "Event", namespace)

@@ -1,21 +1,21 @@
-"""Errors of a cluster, one class per condition, and their making from an API server's reply."""
+"""Errors of a cluster, one class per condition, and the choice of the class for an API server's reply."""
 
 import json
 from typing import Final
 
-_EXCERPT_LENGTH: Final = 200  # of a reply that is not a Kubernetes Status, such as a proxy's page
+_EXCERPT_LENGTH: Final = 200  # characters shown of a reply that is no Kubernetes Status, such as a proxy's page
 
 
 class ClusterError(Exception):
-    """Base. The message says what was seen and what to do."""
+    """Base class of a cluster's errors. The message says what was seen and what to do."""
 
 
 class ClusterUnreachable(ClusterError):
-    """No kubeconfig, no such context, or no reply. A retry helps once that is fixed."""
+    """There is no kubeconfig, no such context in it, or no reply from the API. A retry helps once that is fixed."""
 
 
 class NotPermitted(ClusterError):
-    """401 or 403 from the API itself. An administrator must grant the right."""
+    """The API itself answered 401 or 403, not an admission webhook. An administrator must grant the right."""
 
 
 class KindMissing(ClusterError):
@@ -23,11 +23,11 @@ class KindMissing(ClusterError):
 
 
 class Rejected(ClusterError):
-    """The API or an admission webhook rejects the request, or the pipeline's state does. A retry does not help."""
+    """The API or an admission webhook rejects the request, or the pipeline's state does not allow it. A retry does not help."""
 
 
 class FieldConflict(ClusterError):
-    """Another field manager owns fields that we want to set."""
+    """Another field manager has set fields that we want to set. Applying with force takes them over."""
 
 
 class PreflightFailed(ClusterError):
@@ -39,7 +39,7 @@ class DeployFailed(ClusterError):
 
 
 class DeployInProgress(ClusterError):
-    """Another deployment of this pipeline runs, or has taken over. A retry helps once that has ended."""
+    """Another deployment of this pipeline runs, or has taken over the Lease. A retry helps when that deployment has ended."""
 
 
 class NothingServes(ClusterError):
@@ -47,7 +47,10 @@ class NothingServes(ClusterError):
 
 
 def cluster_error(doing: str, status: int, body: bytes | str | None, reason: str) -> ClusterError:
-    """For a reply with an error status. doing: the request in words, such as "reading Service default/chat"."""
+    """The error for an HTTP reply with an error status.
+
+    doing: the request in words, such as "reading Service default/chat". reason: used if the body holds no message.
+    """
     text = body.decode(errors="replace") if isinstance(body, bytes) else body or ""
     try:
         message = str(json.loads(text)["message"])

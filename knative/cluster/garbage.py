@@ -1,8 +1,8 @@
 """Deletes what a pipeline no longer needs, and waits until it is gone.
 
-Everything that Lamina made carries the pipeline's name. Objects of sections that the spec no longer has are deleted at once.
-Stages are deleted when no gateway revision that gets requests drives them, and no gateway pod that still runs. The history
-deletes its own versions, and a Lease is deleted by its holder.
+Everything that Lamina made has a label with the pipeline's name. Objects that the spec no longer asks for are deleted at once.
+Stages with an old fingerprint are deleted when no gateway revision that gets requests uses them, and no gateway pod that still
+runs. `collect` leaves the history and the Lease alone: history.py deletes old versions, and the Lease's holder deletes it.
 """
 
 import time
@@ -51,11 +51,14 @@ OWN_KINDS: Final = (
     ("v1", "Secret"),
 )
 """Every kind that a pipeline may have, in the order in which objects are deleted: sources of work first."""
-_KEPT: Final = ("Secret", "ConfigMap")  # token and history, which the deployer makes and no spec lists
+_KEPT: Final = ("Secret", "ConfigMap")  # token and history, which the deployer makes and `render` does not
 
 
 class GarbageCollector:
-    """Acts on one namespace of one cluster. `say` gets a line for everything that is deleted or waited for."""
+    """Deletes objects of pipelines in one namespace of a cluster.
+
+    say: gets a line for everything that is deleted or waited for. timeout_seconds: limit of each wait.
+    """
 
     def __init__(self, cluster: Cluster, namespace: str, say: Callable[[str], None], timeout_seconds: float) -> None:
         self._cluster = cluster
@@ -64,9 +67,10 @@ class GarbageCollector:
         self._timeout_seconds = timeout_seconds
 
     def collect(self, name: str, objects: list[KubernetesObject]) -> None:
-        """Deletes everything of the pipeline except these objects; waits for sequences that still run on old stages.
+        """Deletes everything of the pipeline except `objects`, its token and its history.
 
-        Objects that we may not list stay, and are reported.
+        Waits for answers that still run on old stages; if some run after the timeout, their stages stay. `say` reports what
+        stays, and objects that may not be listed.
         """
         wanted, current = set(map(Ref.of, objects)), fingerprint_of(gateway_of(objects))
         old_pipelines, access = [], []
@@ -93,12 +97,15 @@ class GarbageCollector:
             self._say(f"did not look for objects that the spec no longer needs: {error}")
 
     def _prune(self, name: str, old: list[KubernetesObject]) -> None:
-        """Deletes stages, Sequences and gateways for events of old pipelines."""
+        """Deletes `old`: stages, Sequences and gateways for events of other fingerprints.
+
+        Stages and Sequences stay if a gateway that gets requests, or still answers after the timeout, uses them.
+        """
         rest: dict[str, list[Ref]] = {}
         for each in old:
             ref = Ref.of(each)
             if label(each, COMPONENT) == "gateway":
-                # A gateway for events; they go to the new one by now, and its pods finish their work.
+                # A gateway for events: new events go to its successor already, and its pods finish what they have.
                 self._delete(ref, f"pruned {ref}")
             else:
                 rest.setdefault(fingerprint_of(each), []).append(ref)
@@ -113,7 +120,7 @@ class GarbageCollector:
                     self._delete(ref, f"pruned {ref}")
 
     def _drivers(self, name: str) -> dict[str, str]:
-        """Fingerprint of each pipeline that a gateway revision with traffic drives → that revision."""
+        """Fingerprint of each pipeline that still gets requests → the gateway revision that sends them to its stages."""
         service = self._cluster.get(Ref(SERVING, "Service", self._namespace, name))
         if service is None:
             return {}
@@ -122,7 +129,10 @@ class GarbageCollector:
         return {label(each, PIPELINE): each["metadata"]["name"] for each in revisions if each["metadata"]["name"] in routed}
 
     def collect_all(self, name: str) -> int:
-        """Deletes everything that Lamina made for the pipeline, and waits until it is gone. Returns the number of objects."""
+        """Deletes everything that Lamina made for the pipeline, and waits until it is gone.
+
+        Returns the number of deleted objects. Secrets that another pipeline uses stay.
+        """
         own = [Ref.of(each) for each in self._own(name)]
         services = self._cluster.find(SERVING, "Service", self._namespace, f"{MANAGED_BY}=lamina")
         of_others = wanted_secrets([each for each in services if label(each, INSTANCE) != name])
@@ -135,7 +145,7 @@ class GarbageCollector:
         return count
 
     def await_absence(self, refs: Iterable[Ref]) -> None:
-        """Raises DeployFailed, with the finalizers, if an object still exists after the timeout."""
+        """Waits until none of the objects exists. Raises DeployFailed, with the finalizers, if one does after the timeout."""
         deadline = time.monotonic() + self._timeout_seconds
         for ref in refs:
             while (live := self._cluster.get(ref)) is not None:
@@ -145,7 +155,7 @@ class GarbageCollector:
                 time.sleep(_POLL_SECONDS)
 
     def await_end_of_old_gateways(self, name: str) -> bool:
-        """False if pods of gateway revisions without requests still run after the timeout."""
+        """Waits until no pod runs of gateway revisions without requests. False if one still runs after the timeout."""
 
         def is_old(pod: KubernetesObject) -> bool:
             services = self._cluster.find(SERVING, "Service", self._namespace, own_selector(name))
@@ -154,7 +164,10 @@ class GarbageCollector:
         return self._await_gateways(f"{INSTANCE}={name},{COMPONENT}=gateway", "of old revisions", is_old)
 
     def _await_gateways(self, selector: str, which: str, is_meant: Callable[[KubernetesObject], bool] = lambda _: True) -> bool:
-        """Waits for the end of these gateway pods. False if some are left after the timeout."""
+        """Waits until none of these gateway pods runs: they match the selector and `is_meant`. False at the timeout.
+
+        which: these pods in words, for the message.
+        """
         deadline = time.monotonic() + self._timeout_seconds
         said = False
         while True:
@@ -170,7 +183,7 @@ class GarbageCollector:
             time.sleep(_POLL_SECONDS)
 
     def _delete(self, ref: Ref, line: str) -> bool:
-        """Whether it existed."""
+        """Deletes the object and reports `line`. Returns whether the object existed."""
         existed = self._cluster.delete(ref)
         self._say(line)
         return existed

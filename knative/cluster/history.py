@@ -1,4 +1,7 @@
-"""Versions that were deployed or tried: objects and outcome of each in a ConfigMap, so that a rollback needs no file."""
+"""Versions of a pipeline that were deployed or tried.
+
+A ConfigMap for each keeps its objects and outcome, so that a rollback needs no file.
+"""
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -21,7 +24,7 @@ _REASON_LENGTH: Final = 500
 
 
 class Outcome(StrEnum):
-    """What became of a version."""
+    """What became of a version of a pipeline."""
 
     STARTED = "started"  # in progress, or its deployer has died
     SERVED = "served"
@@ -32,17 +35,20 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DeployedVersion:
-    """One state of a pipeline. A rollback repeats an old state under a new number."""
+    """One version of a pipeline: the objects of one deployment, and its outcome.
+
+    A rollback deploys the objects of an old version as a new version.
+    """
 
     number: int
     manifests: str  # all rendered objects, as YAML
     fingerprint: str
     outcome: Outcome
-    reason: str = ""  # first line of a failure; share of a canary
+    reason: str = ""  # FAILED: first line of the error; CANARY: its share of the requests
 
     @property
     def objects(self) -> list[KubernetesObject]:
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, in C
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML's parser in C, ten times as fast
         return list(yaml.load_all(self.manifests, Loader=loader))
 
     def __str__(self) -> str:
@@ -50,7 +56,7 @@ class DeployedVersion:
 
 
 class History:
-    """The versions of one pipeline."""
+    """The versions of one pipeline in a namespace, read from the cluster by each call."""
 
     def __init__(self, cluster: Cluster, namespace: str, name: str) -> None:
         self._cluster = cluster
@@ -58,12 +64,15 @@ class History:
         self._name = name
 
     def versions(self) -> list[DeployedVersion]:
-        """Oldest first."""
+        """All versions that are kept, oldest first."""
         found = self._cluster.find("v1", "ConfigMap", self._namespace, f"{INSTANCE}={self._name},{_HISTORY}=true")
         return sorted(map(_read, found), key=lambda version: version.number)
 
     def begin(self, objects: list[KubernetesObject]) -> DeployedVersion:
-        """Records an attempt, and deletes versions that are too old. Reuses the newest version if it has these objects."""
+        """Records that the objects are being deployed, deletes versions that are too old, and returns the version.
+
+        That is the newest version if it has the same objects, else a new one.
+        """
         known, manifests = self.versions(), to_yaml(objects)
         if known and known[-1].manifests == manifests:
             newest = known[-1]
@@ -76,25 +85,29 @@ class History:
         return version
 
     def note(self, version: DeployedVersion, outcome: Outcome, reason: str = "") -> DeployedVersion:
-        """Records the outcome. A version that served keeps that outcome, whatever becomes of later attempts at the same."""
+        """Records the outcome, and returns the version with that outcome.
+
+        A version that has served stays recorded as SERVED, even if deploying it again fails. reason: first line is kept.
+        """
         noted = replace(version, outcome=outcome, reason=reason)
         if version.outcome is not Outcome.SERVED:
             self._write(noted)
         return noted
 
     def serving(self) -> DeployedVersion | None:
-        """The last version that served. It serves now unless the pipeline was changed by other means."""
+        """The last version that served, or None. It serves now unless the pipeline was changed by other means."""
         return last_served(self.versions())
 
     def canary(self) -> DeployedVersion | None:
-        """The newest version, if it is a canary."""
+        """The newest version if it is a canary, else None."""
         known = self.versions()
         return known[-1] if known and known[-1].outcome is Outcome.CANARY else None
 
     def to_go_back_to(self, number: int | None) -> DeployedVersion:
-        """The version of this number; without one the last that served, or if that is the newest, the one before.
+        """The version that a rollback deploys. Raises NothingServes if there is none.
 
-        Raises NothingServes.
+        number: the version; None: the last that served or, if that is the newest, the one with other objects that served before
+        it.
         """
         known = self.versions()
         if not known:
@@ -138,7 +151,10 @@ def last_served(known: list[DeployedVersion]) -> DeployedVersion | None:
 
 
 def _outdated(known: list[DeployedVersion]) -> list[DeployedVersion]:
-    """All but the last ten versions and the last ten that served, so that a series of failures leaves those."""
+    """Versions to delete: all but the last ten, and the last ten that served.
+
+    So a series of failures does not delete the versions that served.
+    """
     served = [version for version in known if version.outcome is Outcome.SERVED]
     kept = {version.number for version in (*known[-KEPT_VERSIONS:], *served[-KEPT_VERSIONS:])}
     return [version for version in known if version.number not in kept]

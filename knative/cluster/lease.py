@@ -2,7 +2,7 @@
 
 A second deployment fails and names the holder of the Lease. A Lease that was not renewed in time is taken over; its former
 holder, if it still runs, stops at its next step. Times come from the machines' own clocks: if they differ by more than the
-lease's duration, it is taken over too early.
+lease's duration, a Lease is taken over too early.
 """
 
 import contextlib
@@ -31,12 +31,15 @@ def lease_ref(namespace: str, name: str) -> Ref:
 
 
 def holder(lease: KubernetesObject) -> str:
-    """Its holder, and since when."""
+    """Text that says who holds the Lease, and since when."""
     return f"{lease['spec'].get('holderIdentity')} since {lease['spec'].get('acquireTime')}"
 
 
 class DeployLease:
-    """Held by this process, and renewed by a thread of its own. lease: None if Leases are not permitted."""
+    """Context manager that keeps a Lease of this process until its end: a thread renews the Lease, and leaving deletes it.
+
+    lease: the Lease as it was acquired; None if Leases are not permitted, and then nothing is renewed or deleted.
+    """
 
     def __init__(self, cluster: Cluster, ref: Ref, lease: KubernetesObject | None, duration_seconds: float) -> None:
         self._cluster = cluster
@@ -48,7 +51,7 @@ class DeployLease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def check(self) -> None:
-        """Raises DeployInProgress if the lease was lost."""
+        """Raises DeployInProgress if the Lease was taken over by another deployment, or deleted."""
         if self._lost:
             raise DeployInProgress(self._lost)
 
@@ -56,7 +59,7 @@ class DeployLease:
         while self._lease is not None and not self._ended.wait(self._duration_seconds / _RENEWALS_PER_DURATION):
             metadata = {key: value for key, value in self._lease["metadata"].items() if key != "managedFields"}
             spec = {**self._lease["spec"], "renewTime": datetime.now(UTC).strftime(_FORMAT)}
-            with contextlib.suppress(ClusterError):  # the API is away for a moment; the next renewal may be in time
+            with contextlib.suppress(ClusterError):  # the API may be unreachable for a moment; the next renewal may be in time
                 renewed = self._cluster.replace({**self._lease, "metadata": metadata, "spec": spec})
                 if renewed is None:
                     live = self._cluster.get(self._ref)
@@ -75,7 +78,7 @@ class DeployLease:
         self._ended.set()
         self._thread.join()
         if self._lease is not None and not self._lost:
-            with contextlib.suppress(ClusterError):  # it expires by itself
+            with contextlib.suppress(ClusterError):  # a Lease that is not deleted expires by itself
                 self._cluster.delete(self._ref, self._lease["metadata"]["resourceVersion"])
 
 
@@ -83,7 +86,11 @@ class DeployLease:
 def deploy_lease(
     cluster: Cluster, namespace: str, name: str, say: Callable[[str], None], duration_seconds: float = DURATION_SECONDS
 ) -> Iterator[DeployLease]:
-    """Raises DeployInProgress if another deployment of the pipeline is under way."""
+    """Context manager that holds the Lease of the pipeline `name`. Raises DeployInProgress if another deployment holds it.
+
+    If Leases are not permitted, `say` reports that, and the deployment goes on without one. duration_seconds: time after the
+    last renewal at which others may take the Lease over.
+    """
     ref = lease_ref(namespace, name)
     try:
         lease = _acquire(cluster, ref, name, say, duration_seconds)
@@ -113,7 +120,7 @@ def _acquire(cluster: Cluster, ref: Ref, name: str, say: Callable[[str], None], 
         return created
     live = cluster.get(ref)
     if live is None:
-        return _acquire(cluster, ref, name, say, duration_seconds)  # it was released in between
+        return _acquire(cluster, ref, name, say, duration_seconds)  # the Lease was deleted between the two requests
     left_seconds = (_expires(live) - now).total_seconds()
     if left_seconds > 0:
         raise DeployInProgress(
@@ -137,7 +144,7 @@ def _expires(lease: KubernetesObject) -> datetime:
 
 
 def _identity() -> str:
-    """user@host/process."""
+    """Name of this process as holder of a Lease: user@host/process id."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name

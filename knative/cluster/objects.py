@@ -18,7 +18,7 @@ _SIDECAR: Final = "queue-proxy"
 
 
 def own_selector(name: str) -> str:
-    """Selects what Lamina made for the pipeline."""
+    """Label selector of everything that Lamina made for the pipeline."""
     return f"{INSTANCE}={name},{MANAGED_BY}=lamina"
 
 
@@ -36,14 +36,17 @@ def fingerprint_of(manifest: KubernetesObject) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ReadyCondition:
-    """ready: True, False (failed) or None (not known yet)."""
+    """Condition Ready of a Knative object. ready: True, False (failed) or None (not known yet)."""
 
     ready: bool | None
-    reason: str = ""  # Knative's own
+    reason: str = ""  # reason and message as Knative gives them
 
 
 def readiness(manifest: KubernetesObject) -> ReadyCondition:
-    """For the generation that was applied last. Services, Brokers, Triggers and Sequences report it the same way."""
+    """Condition Ready of a Service, Broker, Trigger or Sequence.
+
+    It is unknown as long as Knative has not seen the latest change of the object.
+    """
     if not observed(manifest):
         return ReadyCondition(None, "not seen by Knative yet")
     condition = _ready_condition(manifest)
@@ -52,7 +55,7 @@ def readiness(manifest: KubernetesObject) -> ReadyCondition:
 
 
 def observed(manifest: KubernetesObject) -> bool:
-    """Whether the status is of the generation that was applied last."""
+    """Whether the status belongs to the latest change of the object, rather than to an earlier generation."""
     return bool((manifest.get("status") or {}).get("observedGeneration") == manifest["metadata"].get("generation"))
 
 
@@ -68,9 +71,9 @@ def _ready_condition(manifest: KubernetesObject) -> dict[str, Any]:
 
 
 def newest_revision(cluster: Cluster, service: KubernetesObject) -> str | None:
-    """Name of the Revision of the template that was applied last; None until Knative has made it.
+    """Name of the Revision that belongs to the Service's current template; None until Knative has made it.
 
-    The Service's controller sees a change before the Configuration's does, and names the previous Revision meanwhile.
+    Reads the Configuration: the Service's status may still name the previous Revision for a moment after a change.
     """
     if not observed(service):
         return None
@@ -85,7 +88,7 @@ def newest_revision(cluster: Cluster, service: KubernetesObject) -> str | None:
 
 
 def newest_pods(cluster: Cluster, service: KubernetesObject) -> list[KubernetesObject]:
-    """Pods of the newest revision. Raises NotPermitted."""
+    """Pods of the Service's newest revision; empty if Knative has not made it yet. Raises NotPermitted."""
     revision = newest_revision(cluster, service)
     if revision is None:
         return []
@@ -93,7 +96,10 @@ def newest_pods(cluster: Cluster, service: KubernetesObject) -> list[KubernetesO
 
 
 def traffic_of(service: KubernetesObject) -> dict[str, int]:
-    """Revision → percent of requests that it gets now; a revision with only a tag has 0."""
+    """Name of each revision in the Service's status → percent of the requests that it gets.
+
+    A revision that has only a tag gets 0.
+    """
     percents: dict[str, int] = {}
     for each in (service.get("status") or {}).get("traffic") or []:
         name = each.get("revisionName", "")
@@ -108,7 +114,7 @@ def services_of(cluster: Cluster, namespace: str, name: str) -> list[KubernetesO
 
 
 def phase_of(pod: KubernetesObject) -> str:
-    """ready, starting, leaving (it terminates), or over (it has ended, or was evicted)."""
+    """Phase of a pod: `ready`, `starting`, `leaving` (it terminates) or `over` (it has ended or was evicted)."""
     status = pod.get("status") or {}
     if status.get("phase") in ("Succeeded", "Failed"):
         return "over"

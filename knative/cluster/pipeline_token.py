@@ -4,10 +4,10 @@ A rotation has three states of the Secret, with a deployment after each:
 
 1. Stages accept the new token as well (`second`); gateways still send the old one.
 2. Gateways send the new token; stages accept the old one as well, for gateways that have not ended yet.
-3. The old token is gone.
+3. The old token is deleted.
 
-Pods read Secrets when they start. So the state is counted in an annotation of the Secret and of the pods' templates, which
-makes a new revision for each state. An interrupted rotation resumes.
+Pods read a Secret only when they start. So the number of the state is an annotation of the Secret and of the Services'
+templates: a new state makes new revisions, and so new pods. A rotation that was interrupted is continued.
 """
 
 import base64
@@ -29,7 +29,10 @@ _STORE_KEYS: Final = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"})
 
 @dataclass(frozen=True, slots=True)
 class WantedSecret:
-    """What Services need of one Secret."""
+    """A Secret without which pods of a pipeline do not start.
+
+    keys: those that it must have. is_token: whether it is the token between gateway and stages.
+    """
 
     pipeline: str
     keys: frozenset[str]
@@ -37,7 +40,7 @@ class WantedSecret:
 
 
 def wanted_secrets(objects: list[KubernetesObject]) -> dict[Ref, WantedSecret]:
-    """Secrets that the Services name, and without which a pod would not start."""
+    """The Secrets that pods of the Services among `objects` need to start. Optional ones are left out."""
     wanted: dict[Ref, WantedSecret] = {}
     for service in (each for each in objects if each["kind"] == "Service"):
         pod = service["spec"]["template"]["spec"]
@@ -49,7 +52,10 @@ def wanted_secrets(objects: list[KubernetesObject]) -> dict[Ref, WantedSecret]:
 
 
 def _secrets_of(pod: KubernetesObject) -> Iterator[tuple[str, frozenset[str], bool]]:
-    """Name of each Secret, its keys, whether it is the token."""
+    """Yields name, needed keys and whether it is the token, for each use of a Secret in a pod's spec.
+
+    Optional uses are left out.
+    """
     for volume in pod.get("volumes", []):
         secret = volume.get("secret")
         if secret and not secret.get("optional"):
@@ -66,7 +72,7 @@ def _secrets_of(pod: KubernetesObject) -> Iterator[tuple[str, frozenset[str], bo
 
 
 def ensure_token(cluster: Cluster, objects: list[KubernetesObject], say: Callable[[str], None]) -> None:
-    """Creates the pipeline's token unless it exists."""
+    """Creates the Secret with the pipeline's token unless it exists, and reports that to `say`."""
     for ref, wanted in wanted_secrets(objects).items():
         if wanted.is_token and cluster.get(ref) is None:
             secret: KubernetesObject = {
@@ -85,9 +91,9 @@ def ensure_token(cluster: Cluster, objects: list[KubernetesObject], say: Callabl
 
 
 def with_rotation(cluster: Cluster, objects: list[KubernetesObject]) -> list[KubernetesObject]:
-    """The objects, with the state of the rotation in the templates of Services.
+    """The objects, with the state of the token's rotation as an annotation in the Services' templates.
 
-    Unchanged if the token was never rotated, or if we may not read it.
+    Unchanged if the token was never rotated, or if reading its Secret is not permitted.
     """
     ref = _token_ref(objects)
     try:
@@ -115,7 +121,10 @@ def rotation_is_unfinished(cluster: Cluster, objects: list[KubernetesObject]) ->
 
 
 def advance_rotation(cluster: Cluster, objects: list[KubernetesObject]) -> int:
-    """Writes the next state of the Secret; returns its number, 1 to 3. Raises PreflightFailed, Rejected."""
+    """Changes the Secret to the next state of its rotation, and returns the state's number, 1 to 3. After 3 comes 1.
+
+    Raises PreflightFailed if there is no Secret, and Rejected if another client has changed it meanwhile.
+    """
     secret, rotation, state = _token_of(cluster, objects)
     rotation, state = (rotation, state + 1) if 0 < state < LAST_STATE else (rotation + 1, 1)
     data = dict(secret["data"])
@@ -137,7 +146,10 @@ def _token_ref(objects: list[KubernetesObject]) -> Ref | None:
 
 
 def _token_of(cluster: Cluster, objects: list[KubernetesObject]) -> tuple[KubernetesObject, int, int]:
-    """The token's Secret, the number of its rotation and that one's state; 0 before the first. Raises PreflightFailed."""
+    """The token's Secret, the number of its latest rotation and the state of that; both are 0 before the first rotation.
+
+    Raises PreflightFailed if there is no Secret.
+    """
     ref = _token_ref(objects)
     secret = None if ref is None else cluster.get(ref)
     if secret is None:
@@ -147,5 +159,5 @@ def _token_of(cluster: Cluster, objects: list[KubernetesObject]) -> tuple[Kubern
 
 
 def _new_token() -> str:
-    """In base64, as a Secret holds it."""
+    """A random token in base64, as the data of a Secret has it."""
     return base64.b64encode(secrets.token_urlsafe(32).encode()).decode()

@@ -1,6 +1,6 @@
-"""Checks of a cluster: before objects are applied, and before the gateway switches to pods that it might not follow.
+"""Checks whether a cluster has what the objects need, and whether the gateway will send requests to the stages' pods.
 
-Only reads. Reports everything that is missing at once.
+Nothing is changed. Everything that is missing is reported at once.
 """
 
 import ipaddress
@@ -26,7 +26,10 @@ _EVENTING: Final = ("eventing.knative.dev", "flows.knative.dev")
 
 
 def check(cluster: Cluster, objects: list[KubernetesObject], say: Callable[[str], None]) -> None:
-    """Raises KindMissing or PreflightFailed, with a line for each thing that is missing. Reports what could not be checked."""
+    """Raises KindMissing or PreflightFailed, with a line for each thing that the objects need and the cluster lacks.
+
+    say: gets a line for each check that could not be made, because reading is not permitted.
+    """
 
     def found_by(look: Callable[[Cluster, list[KubernetesObject]], Iterator[str]]) -> list[str]:
         try:
@@ -82,11 +85,11 @@ def _missing_hpa(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[
 
 
 def _missing_features(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
-    """Pod fields whose flag of config-features is off, so that the webhook would reject them."""
+    """Yields a line for each feature of Knative that pods use and config-features turns off: the webhook would reject them."""
     wanted: dict[str, list[str]] = {}
     features: FeatureFlags | None = None
     for service in filter(is_knative_service, objects):
-        if not missing_flags(service):  # by Knative's defaults, so that clusters are not asked without need
+        if not missing_flags(service):  # with Knative's defaults nothing is missing, so the cluster need not be asked
             continue
         if features is None:
             config_map = cluster.get(Ref("v1", "ConfigMap", _SYSTEM_NAMESPACE, "config-features"))
@@ -114,7 +117,10 @@ def _missing_secrets(cluster: Cluster, objects: list[KubernetesObject]) -> Itera
 
 
 def _missing_for_pods(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
-    """ServiceAccounts and pull secrets of pods. Without its account no pod is created, and Knative does not say why."""
+    """Yields a line for each ServiceAccount and image pull secret that pods name and the cluster lacks.
+
+    Without its ServiceAccount no pod is created, and Knative does not say why.
+    """
     own = set(map(Ref.of, objects))
     wanted: dict[Ref, list[str]] = {}
     for service in filter(is_knative_service, objects):
@@ -141,7 +147,10 @@ def _missing_sinks(cluster: Cluster, objects: list[KubernetesObject]) -> Iterato
 
 
 def _destinations(value: Any, namespace: str) -> Iterator[Ref]:
-    """Every `ref: {apiVersion, kind, name}` in a spec."""
+    """Yields every `ref: {apiVersion, kind, name}` at any depth of a spec.
+
+    namespace: that of references which name none.
+    """
     if isinstance(value, dict):
         reference = value.get("ref")
         if isinstance(reference, dict):
@@ -153,7 +162,10 @@ def _destinations(value: Any, namespace: str) -> Iterator[Ref]:
 def check_pod_network(
     cluster: Cluster, gateway: KubernetesObject, stages: Iterable[KubernetesObject], say: Callable[[str], None]
 ) -> None:
-    """Raises DeployFailed if the gateway would not follow a pod of a stage. Call it before the gateway switches."""
+    """Raises DeployFailed if a pod of a stage is outside the network of pods to which the gateway sends requests.
+
+    Call it before the gateway switches. say: gets a line if reading pods is not permitted, and nothing was checked.
+    """
     networks = followed_networks(gateway)
     try:
         refused = [
@@ -175,13 +187,19 @@ def check_pod_network(
 
 
 def followed_networks(gateway: KubernetesObject) -> str:
-    """Comma-separated CIDRs whose pods the gateway follows, by its Service's environment."""
+    """CIDRs, separated by commas. The gateway sends requests directly to pods with an address in them.
+
+    Read from the environment of its Service.
+    """
     env = gateway["spec"]["template"]["spec"]["containers"][0].get("env", [])
     return next((entry["value"] for entry in env if entry["name"] == "LAMINA_POD_NETWORK"), PRIVATE_NETWORKS)
 
 
 def refused_pods(networks: str, pods: Iterable[KubernetesObject]) -> Iterator[str]:
-    """Name and addresses of pods with no address in `networks`. A pod may have an IPv4 and an IPv6 address."""
+    """Yields name and addresses of each pod that has no address in `networks`, CIDRs separated by commas.
+
+    A pod may have an IPv4 and an IPv6 address; one in the networks is enough.
+    """
     followed = [ipaddress.ip_network(each.strip()) for each in networks.split(",")]
     for pod in pods:
         status = pod.get("status") or {}

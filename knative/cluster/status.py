@@ -42,9 +42,11 @@ _EVENTING: Final = (
 
 
 def cluster_status(cluster: Cluster, namespace: str, name: str) -> dict[str, Any]:
-    """A JSON document of one pipeline.
+    """Status of one pipeline as a JSON document.
 
-    `services`: the gateway first, each with its revisions; `eventing`; `notes`: current deployment and versions; `troubles`.
+    `services`: the gateway first, each with its revisions. `eventing`: readiness of Broker, Sequence and Triggers. `notes`:
+    lines about versions and a running deployment. `troubles`: lines about what is not Ready, or does not reach the gateway, and
+    why.
     """
     services = services_of(cluster, namespace, name)
     pods = cluster.find("v1", "Pod", namespace, own_selector(name))
@@ -64,7 +66,7 @@ def cluster_status(cluster: Cluster, namespace: str, name: str) -> dict[str, Any
 
 
 def status_rows(status: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of a table with COLUMNS."""
+    """Rows of a table with COLUMNS, one for each revision. status: what `cluster_status` returns."""
     return [
         (
             service["name"],
@@ -80,7 +82,7 @@ def status_rows(status: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def status_lines(status: dict[str, Any]) -> list[str]:
-    """Lines below the table."""
+    """Lines to print below the table: notes, Eventing and troubles. status: what `cluster_status` returns."""
     eventing = [f"{each['kind']} {each['name']}: {each['ready']}{each['reason']}" for each in status["eventing"]]
     return [*status["notes"], *eventing, *status["troubles"]]
 
@@ -110,7 +112,7 @@ def _service(service: KubernetesObject, pods: list[KubernetesObject], desired: d
 
 
 def _desired_scales(cluster: Cluster, namespace: str, selector: str) -> dict[str, int]:
-    """Revision → pods that the autoscaler wants; empty if we may not list them."""
+    """Revision → number of pods that the autoscaler wants; empty if listing PodAutoscalers is not permitted."""
     try:
         found = cluster.find(*_SCALING, namespace, selector) if cluster.serves(*_SCALING) else []
     except NotPermitted:
@@ -129,7 +131,7 @@ def _eventing(manifest: KubernetesObject) -> dict[str, Any]:
 
 
 def _notes(cluster: Cluster, namespace: str, name: str) -> Iterator[str]:
-    """The version that serves, the newest if it is another one, and a deployment under way."""
+    """Yields lines about the version that serves, the newest one if it is another, and a deployment under way."""
     try:
         versions = History(cluster, namespace, name).versions()
         lease = cluster.get(lease_ref(namespace, name))
@@ -159,7 +161,7 @@ def _troubles(cluster: Cluster, services: list[KubernetesObject], eventing: list
 
 
 def _refused_pods(services: list[KubernetesObject], pods: list[KubernetesObject], name: str) -> Iterator[str]:
-    """Pods of stages outside the network that the gateway follows."""
+    """Yields a line if pods of stages are outside the network of pods to which the gateway sends requests."""
     stages = [pod for pod in pods if label(pod, COMPONENT) == "stage" and phase_of(pod) != "over"]
     if services and services[0]["metadata"]["name"] == name:
         networks = followed_networks(services[0])
@@ -173,7 +175,8 @@ def _refused_pods(services: list[KubernetesObject], pods: list[KubernetesObject]
 def pipelines(cluster: Cluster, namespace: str | None, say: Callable[[str], None]) -> list[tuple[str, ...]]:
     """All pipelines, as rows of a table with LIST_COLUMNS.
 
-    namespace None: of all namespaces or, if we may not list those, of the context's own, which is reported.
+    namespace: only pipelines in it; None: those of all namespaces. If listing all is not permitted, only the context's
+    namespace is listed, and `say` reports that.
     """
     try:
         services = cluster.find(SERVING, "Service", namespace, f"{MANAGED_BY}=lamina")

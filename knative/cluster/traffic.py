@@ -1,7 +1,7 @@
 """Splits of requests between revisions of the gateway, for a canary; and warnings if requests do not reach the gateway.
 
-Each revision drives its own stages, so an answer begins and ends in one pipeline. The canary is `latestRevision`, which for
-Knative is the last one that became Ready: until then all requests stay with the stable revision.
+Each gateway revision uses its own stages, so an answer begins and ends in one pipeline. The canary is `latestRevision`, which
+for Knative is the last one that became Ready: until then all requests stay with the stable revision.
 """
 
 from collections.abc import Iterator
@@ -18,24 +18,27 @@ Traffic = list[dict[str, Any]]  # `spec.traffic` of a Service
 
 
 def split(stable: str, percent: int) -> Traffic:
-    """percent: share of the canary; the rest goes to the revision `stable`."""
+    """Traffic that sends `percent` of the requests to the canary, and the rest to the revision `stable`."""
     return [{"revisionName": stable, "percent": 100 - percent}, {"latestRevision": True, "percent": percent}]
 
 
 def pinned_traffic(service: KubernetesObject | None) -> Traffic:
-    """The split that a Service asks for; empty if everything goes to the latest revision."""
+    """The split in a Service's spec; empty if there is no Service, or if all requests go to its latest revision."""
     traffic: Traffic = ((service or {}).get("spec") or {}).get("traffic") or []
     return traffic if any(each.get("revisionName") for each in traffic) else []
 
 
 def is_ours(service: KubernetesObject) -> bool:
-    """Whether our canary made the split, rather than kubectl or kn."""
+    """Whether Lamina wrote the split of requests into the Service, rather than kubectl or kn."""
     own = (each for each in service["metadata"].get("managedFields") or [] if each.get("manager") == FIELD_MANAGER)
     return any("f:traffic" in (each.get("fieldsV1") or {}).get("f:spec", {}) for each in own)
 
 
 def stable_revision(cluster: Cluster, namespace: str, name: str, serving: DeployedVersion) -> str:
-    """The gateway's revision that gets most requests and drives the stages of `serving`. Raises NothingServes."""
+    """Name of the gateway's revision that uses the stages of version `serving`; if several do, the one with most requests.
+
+    Raises NothingServes if none of them gets requests.
+    """
     service = cluster.get(Ref(SERVING, "Service", namespace, name))
     traffic = traffic_of(service) if service is not None else {}
     for revision_name in sorted(traffic, key=lambda each: -traffic[each]):
@@ -49,7 +52,10 @@ def stable_revision(cluster: Cluster, namespace: str, name: str, serving: Deploy
 
 
 def traffic_warnings(gateway: KubernetesObject) -> Iterator[str]:
-    """What is wrong with the way to a gateway that is Ready. gateway: as the cluster has it."""
+    """Yields a warning if clients cannot reach a Ready gateway, or if its newest revision does not get all requests.
+
+    gateway: the Service as the cluster has it.
+    """
     metadata, status = gateway["metadata"], gateway.get("status") or {}
     host = urlsplit(status.get("url", "")).hostname or ""
     if host.endswith(".svc.cluster.local") and not label(gateway, "networking.knative.dev/visibility"):

@@ -18,13 +18,17 @@ _EVENTING_SETTLES_SECONDS: Final = 30  # Eventing's conditions are False on thei
 
 @dataclass(slots=True)
 class _Waiting:
-    reason: str = ""  # last reported
+    reason: str = ""  # the last one that was reported
     failed_since: float | None = None
     started: float = field(default_factory=time.monotonic)
 
 
 class ReadinessWait:
-    """Waits for the objects of one deployment. Calls `check` repeatedly, which may raise; `say` gets each change."""
+    """Waits until objects of one deployment are Ready.
+
+    say: gets a line for each change. check: called again and again; what it raises ends the wait. timeout_seconds: limit for
+    the objects of one kind.
+    """
 
     def __init__(
         self,
@@ -39,10 +43,13 @@ class ReadinessWait:
         self._say = say
         self._timeout_seconds = timeout_seconds
         self._check = check
-        self.known_hopeless: set[HopelessPod] = set()  # failed before the deployment; only other pods count
+        self.known_hopeless: set[HopelessPod] = set()  # pods that failed before this deployment; they do not end a wait
 
     def await_ready(self, objects: list[KubernetesObject]) -> dict[str, KubernetesObject]:
-        """Name → object when Ready. Raises DeployFailed as soon as one cannot become Ready, or at the timeout."""
+        """Waits until all objects are Ready, and returns them by name, as the cluster then has them.
+
+        Raises DeployFailed as soon as one cannot become Ready, or at the timeout.
+        """
         ready: dict[str, KubernetesObject] = {}
         for (api_version, kind), group in groupby(objects, key=lambda each: (each["apiVersion"], each["kind"])):
             members = list(group)
@@ -60,7 +67,10 @@ class ReadinessWait:
         return ready
 
     def _note(self, live: KubernetesObject, waiting: dict[str, _Waiting]) -> bool:
-        """Whether the object is Ready. Reports what changed."""
+        """Reports a change of the object, and removes it from `waiting` if it is Ready. Returns whether it is.
+
+        Raises DeployFailed if a Service has failed.
+        """
         name, state = live["metadata"]["name"], readiness(live)
         if state.ready:
             del waiting[name]
@@ -96,6 +106,6 @@ class ReadinessWait:
 
 
 def _display_name(live: KubernetesObject) -> str:
-    """Services, the most common kind, are called by their name alone."""
+    """Name of an object in messages: a Service, the most common kind, by name alone, others with their kind."""
     name: str = live["metadata"]["name"]
     return name if live["apiVersion"] == SERVING else f"{live['kind']} {name}"

@@ -88,9 +88,10 @@ def is_question(text: str) -> bool:
 async def show_answer(
     console: Console, url: str, question: Question, before_text: Callable[[], object] = lambda: None
 ) -> GenerateResponse:
-    """Prints the answer's text as it comes, then one line of timings. Calls before_text ahead of each piece of text.
+    """Prints the answer's text while it streams, then one line of timings. Returns the response. Raises AskFailed.
 
-    Times are the caller's: the gateway's own clock starts after a cold start and stops before the network. Raises AskFailed.
+    before_text: called before each piece of text. Times are measured here, because the gateway's own clock starts after a cold
+    start and stops before the network.
     """
     asked_at = time.monotonic()
     first_at: float | None = None
@@ -115,7 +116,7 @@ async def show_answer(
 
 
 async def stream_answer(url: str, question: Question) -> AsyncIterator[Answer]:
-    """Token events as they come, then the response. Raises AskFailed."""
+    """Asks the gateway at `url`; yields token events as they arrive, then the complete response. Raises AskFailed."""
     headers, body = _request(question)
     timeout = aiohttp.ClientTimeout(total=question.timeout_seconds, sock_connect=10)
     try:
@@ -156,7 +157,7 @@ def _request(question: Question) -> tuple[dict[str, str], bytes]:
 
 
 def _read(event: ServerSentEvent) -> TokenEvent | GenerateResponse | ErrorEvent:
-    """Each message of the stream is a CloudEvent in structured mode."""
+    """Decodes a message of the stream, which is a CloudEvent in structured mode."""
     try:
         cloud_event = from_http({"content-type": "application/cloudevents+json"}, event.data.encode())
         return msgspec.json.decode(cloud_event.get_data() or b"", type=_TYPES[cloud_event.get_type()])  # type: ignore[arg-type]

@@ -94,7 +94,8 @@ def _check(file: Path, manifests: list[FileObject], flags: FeatureFlags) -> bool
 def kpa_replay(file: Path) -> None:
     """Replay recorded traces of Knative's autoscaler (JSON lines, plain or gzip) through the local one.
 
-    Prints `N decisions, M differ`, and the first differences to standard error. Status 1 if any differ.
+    Prints `N decisions, M differ`, and the first differences to standard error. A decision differs if the wanted scale, an
+    average, the burst capacity or the panic mode is not what Knative recorded. Status 1 if any differ.
     """
     try:
         result = replay(file)

@@ -13,7 +13,10 @@ _PLAIN_STEPS = 4
 
 
 def show_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """The first column is a name, the others are numbers. Plain: one line per row, without the title."""
+    """Prints a table. The first column has names, the others numbers.
+
+    Without a terminal it has one plain line for the columns and for each row, and no title.
+    """
     if console.is_terminal:
         console.print(rich_table(title, columns, rows))
         return
@@ -34,7 +37,10 @@ def rich_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 @contextmanager
 def publish_progress(console: Console, what: str) -> Iterator[ProgressCallback]:
-    """A progress bar on a terminal; elsewhere a line per quarter."""
+    """Shows the progress of a publication: a bar on a terminal, elsewhere a line per quarter.
+
+    Yields the callback that `publish` calls. what: the text in front.
+    """
     if console.is_terminal:
         columns = (
             TextColumn("{task.description}"),
@@ -60,7 +66,7 @@ def publish_progress(console: Console, what: str) -> Iterator[ProgressCallback]:
 
 
 def size(count: float) -> str:
-    """1610612736 → 1.5 GiB."""
+    """A number of bytes as text, such as `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def _on_a_pipeline(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds PIPELINE and the options of the cluster; the command gets the pipeline's `name` and a `deployer`."""
+    """Decorator that adds PIPELINE and the options of the cluster. The command gets the pipeline's `name` and a `deployer`."""
 
     @pipeline_options
     @timeout_option

@@ -1,4 +1,4 @@
-"""Expected failures of commands. They are reported in one line; any other exception keeps its traceback."""
+"""Failures that commands expect. Each is reported in one line; any other exception keeps its traceback."""
 
 from eventing.problems import Problem
 from knative.cluster.errors import ClusterError
@@ -28,7 +28,7 @@ _EXPECTED = (
 
 
 def one_line(error: Exception) -> str | None:
-    """The message to print; None if the exception is not an expected one."""
+    """The message to print for an expected failure; None if commands do not expect this exception."""
     if isinstance(error, _EXPECTED):
         return str(error)
     if isinstance(error, OSError) and error.strerror:  # such as a full disk or a missing permission

@@ -77,7 +77,7 @@ def _revoke(file: "KeyFile", revoke: str) -> None:
 
 
 def _quota(limits: Sequence[str]) -> Quota:
-    """Raises click.BadParameter."""
+    """The quota that options such as `requests_per_minute=60` set. Raises click.BadParameter."""
     found: dict[str, int] = {}
     for each in limits:
         name, _, value = each.partition("=")
@@ -90,7 +90,7 @@ def _quota(limits: Sequence[str]) -> Quota:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KeyFile:
-    """API keys in a file: a Secret's manifest if it is called .yaml or .yml, else a list as a gateway reads it."""
+    """API keys in a file: the manifest of a Secret if its name ends in .yaml or .yml, else a list as a gateway reads it."""
 
     path: Path
     keys: tuple[ApiKey, ...]
@@ -98,7 +98,10 @@ class KeyFile:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """If the file does not exist there are no keys, and a new Secret has the file's name. Raises SpecError."""
+        """Reads the keys of a file. If it does not exist, it has no keys, and a new Secret gets the file's name.
+
+        Raises SpecError.
+        """
         manifest = None
         if path.suffix in (".yaml", ".yml"):
             manifest = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": path.stem}, "type": "Opaque"}
@@ -113,7 +116,10 @@ class KeyFile:
             raise SpecError(f"{path}: {error}") from error
 
     def write(self, keys: tuple[ApiKey, ...]) -> None:
-        """Replaces the file atomically, because a gateway may be reading it. Keys in clear text become hashes."""
+        """Replaces the file by one with these keys, atomically, because a gateway may be reading it.
+
+        Keys in clear text are written as hashes.
+        """
         text = "".join(f"{key.written()}\n" for key in keys)
         if self.manifest is not None:
             manifest = {name: value for name, value in self.manifest.items() if name != "data"}

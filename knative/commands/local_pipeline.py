@@ -1,4 +1,4 @@
-"""The pipeline of `run`: a model in the embedded store, a spec for this machine, and its secrets."""
+"""The pipeline that `run` serves: a model in the embedded store, a spec for this machine, and its secrets."""
 
 import math
 import secrets
@@ -40,7 +40,7 @@ from storage.store.object_store import ObjectStore
 
 _RUNTIME_BYTES: Final = 2**30  # Python, torch and what a forward pass needs besides weights and KV
 _KV_CACHE: Final = "256Mi"
-_WEIGHTS_CACHE: Final = "8Gi"  # verified weights of all models that ran here lately
+_WEIGHTS_CACHE: Final = "8Gi"  # limit of the folder with verified weights; all models share it
 _KV_KEY_FILE: Final = "kv-key"
 _KV_SECRET: Final = "lamina-kv"
 _MAX_SCALE: Final = 3  # more replicas of a stage do not add cores to this machine
@@ -55,7 +55,7 @@ class LocalPipeline:
 
     @property
     def api_key(self) -> str | None:
-        """A key that the gateway accepts; None if it needs none, or only hashes are known."""
+        """An API key that the gateway accepts; None if it needs none, or if only hashes of keys are known."""
         for name in self.pipeline.spec.gateway.api_keys_secrets:
             for part in self.secrets[name][KEYS_ENTRY].replace("\n", ",").split(","):
                 if part.strip() and not part.lstrip().startswith(("#", HASHED)):
@@ -65,7 +65,7 @@ class LocalPipeline:
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """How stages share the cores of one machine. docs/log.md has the measurements."""
+    """Settings for stages that share the cores of one machine. stages: how many. docs/log.md has the measurements."""
 
     cores: int
     stages: int
@@ -79,15 +79,18 @@ class Sharing:
 
     @property
     def stages_at_once(self) -> int:
-        """With less than two cores per stage, stages that take turns with two cores are faster than side by side."""
+        """How many stages may compute at the same time.
+
+        Each gets at least two cores: stages that take turns with two cores are faster than stages side by side with fewer.
+        """
         return max(1, min(self.stages, self.cores // 2))
 
 
 def ensure_published(store: ObjectStore, model: str | None, dtype: str | None, console: Console) -> ModelManifest:
-    """Publishes the model unless the store has it.
+    """Publishes the model unless the store has it, and returns its manifest. Raises a StorageError.
 
-    model: None or DEFAULT_MODEL for the packaged one, a published name, or a source as for `push`. dtype: None for the best one
-    of the checkpoint; for a published name, the smallest that is published. Raises a StorageError.
+    model: a published name, or a source as for `push`; None or DEFAULT_MODEL: the packaged model. dtype: None: what
+    `best_dtype` says; for a published name the smallest dtype in which it is published.
     """
     source: str | Path
     if model in (None, DEFAULT_MODEL):
@@ -112,10 +115,11 @@ def local_pipeline(
     weights_cache: Path | None = None,
     kv_key: str | None = None,
 ) -> LocalPipeline:
-    """The pipeline of a spec, or without one of a spec made for this machine. Secrets that are not given are generated.
+    """Resolves the pipeline of `spec` or, if that is None, of a spec made for this machine with this number of stages.
 
-    weights_cache: folder for verified weights; kv_key: encrypts idle conversations in the store; both only without a spec.
-    Raises TooManyStages, RenderFailed or SpecError.
+    named_secrets: Secrets by name; those that it lacks are generated. weights_cache: folder for verified weights, if there is
+    no spec. kv_key: encrypts idle conversations in the store; None: a new key, and without a spec no such store. Raises
+    TooManyStages, RenderFailed or SpecError.
     """
     replace = msgspec.structs.replace
     shape = published_shape(store, manifest)
@@ -154,7 +158,10 @@ def local_pipeline(
 
 
 def kept_kv_key(state: Path) -> str:
-    """The key of this state folder, made at first use, so that a later run can read conversations of an earlier one."""
+    """The key that encrypts KV of idle conversations in the store. It is made once and kept in the state folder.
+
+    So a later run can read the conversations of an earlier one.
+    """
     file = state / _KV_KEY_FILE
     if not file.exists():
         file.touch(mode=0o600)

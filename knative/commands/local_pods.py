@@ -1,4 +1,4 @@
-"""Pods of the pipeline that runs on this machine: their metrics, how they start, and what each stage's start took."""
+"""Pods of the pipeline that runs on this machine: their metrics, how they start, and how long each phase of a start took."""
 
 import asyncio
 import re
@@ -24,9 +24,9 @@ class PodsFailed(Exception):
 
 
 def read_metrics(pod: Mapping[str, Any]) -> defaultdict[str, float]:
-    """Name → value, summed over labels; empty if the pod does not answer.
+    """Metrics of a pod: name → value, summed over labels; empty if the pod does not answer.
 
-    pod: as in the platform's status. Metrics have a port of their own, so that reading them does not keep a pod alive.
+    pod: an entry of the platform's status. Metrics have a port of their own, so that reading them does not keep a pod alive.
     """
     samples: defaultdict[str, float] = defaultdict(float)
     if pod["metrics_port"] is None:
@@ -44,9 +44,10 @@ def read_metrics(pod: Mapping[str, Any]) -> defaultdict[str, float]:
 def tokens_per_second(
     revision: Mapping[str, Any], now: float, seen: dict[str, tuple[float, float]]
 ) -> tuple[float | None, int]:
-    """Tokens per second of the revision's pods (None the first time), and requests that wait in its gateway.
+    """Tokens per second of the revision's pods, and number of sequences that wait in its gateway's queue.
 
-    seen: pod → its tokens and when they were read, from one call to the next.
+    now: the time in seconds. seen: pod → its number of tokens and the time of reading; it is updated, so that the next call can
+    compute a rate. The rate is None if no pod was seen before.
     """
     rates, waiting = [], 0
     for pod in revision["pods"]:
@@ -63,7 +64,10 @@ def tokens_per_second(
 
 
 async def watch_starts(status: Callable[[], Mapping[str, Any]], tell: Callable[[str], None]) -> None:
-    """Tells how pods start, until it is cancelled. Raises PodsFailed when one never will."""
+    """Reports to `tell` how pods start, until it is cancelled. Raises PodsFailed when a pod cannot start.
+
+    status: returns the platform's status.
+    """
     seen: dict[str, str] = {}
     while True:
         for service, revision, pod in _pods(status()):
@@ -78,7 +82,10 @@ async def watch_starts(status: Callable[[], Mapping[str, Any]], tell: Callable[[
 
 
 async def show_stages(console: Console, pipeline: ResolvedPipeline, shape: ModelShape, status: Mapping[str, Any]) -> None:
-    """A table of the stages: layers, weights, seconds of each phase of the start, tokens per second of compute."""
+    """Prints a table of the stages: layers, weights, seconds of each phase of the start, tokens per second of compute.
+
+    status: the platform's.
+    """
     ready = {service: pod for service, _, pod in reversed([*_pods(status)]) if pod["phase"] == "ready"}
     pods = [ready.get(name) for name in pipeline.stage_names]
     rates = await asyncio.gather(*(asyncio.to_thread(_compute_rate, pod) for pod in pods))
@@ -105,19 +112,22 @@ async def show_stages(console: Console, pipeline: ResolvedPipeline, shape: Model
 
 
 def _seconds(begin: float | None, end: float | None) -> str:
-    """A phase that overlapped with the one before counts only from that one's end."""
+    """Duration of a phase of a pod's start, as text; `-` if it has not ended.
+
+    end: when it ended; begin: when the phase before ended, in the same seconds. A phase that ended before `begin` took 0 s.
+    """
     return "-" if end is None else f"{max(0.0, end - (begin or 0.0)):.2f} s"
 
 
 def _compute_rate(pod: Mapping[str, Any] | None) -> float | None:
-    """Tokens per second of compute, from the stage's own metrics."""
+    """Tokens per second of compute, from the stage's own metrics; None if it has not computed yet, or has no pod."""
     samples = {} if pod is None else read_metrics(pod)
     seconds = samples.get("lamina_stage_compute_seconds_sum", 0.0)
     return samples.get("lamina_stage_tokens_total", 0.0) / seconds if seconds else None
 
 
 def _pods(status: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
-    """Name of the Service, revision and pod."""
+    """Yields name of the Service, revision and pod for each pod in the platform's status."""
     for service in status["services"]:
         for revision in service["revisions"]:
             for pod in revision["pods"]:

@@ -61,7 +61,7 @@ def _manifests(path: Path, text: str) -> Iterator[FileObject]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML as Kubernetes does: keys and dates are strings. Records repeated keys."""
+    """Reads YAML as Kubernetes does: keys and dates are strings. Records keys that occur twice in a mapping."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -98,7 +98,7 @@ def read_rendered(folder: Path) -> list[KubernetesObject]:
                         f"{file}: {min(more)} changes what is applied; build it first: "
                         f"kubectl kustomize {file.parent} > BUILT/all.yaml, then deploy BUILT"
                     )
-            elif _component(manifest) != "prune":  # the deployer prunes by itself
+            elif _component(manifest) != "prune":  # the Job that prunes: the deployer deletes old stages itself
                 found.append(manifest)
     if faults := list(_faults(found)):
         raise ManifestError("\n".join(f"{folder}: {fault}" for fault in faults))
@@ -106,7 +106,7 @@ def read_rendered(folder: Path) -> list[KubernetesObject]:
 
 
 def _order(manifest: KubernetesObject) -> int:
-    """As `render` orders them: access and monitoring, stages, the gateway, the one for events, Eventing."""
+    """Rank of an object in the order of `render`: access and monitoring, stages, gateway, gateway for events, Eventing."""
     if _component(manifest) == "eventing":
         return 4
     if not is_knative_service(manifest):
@@ -132,7 +132,7 @@ def _faults(found: list[KubernetesObject]) -> Iterator[str]:
 
 
 def _is_main_gateway(manifest: KubernetesObject) -> bool:
-    """Whether it is the gateway of clients, not the one for events."""
+    """Whether the object is the gateway for clients, rather than the one for events."""
     return _component(manifest) == "gateway" and manifest["metadata"].get("name") == _labels(manifest).get(_INSTANCE)
 
 

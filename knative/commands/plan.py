@@ -1,4 +1,4 @@
-"""`python -m knative plan`: the cut of a model, and what each stage needs and a spec gives it."""
+"""`python -m knative plan`: shows the cut of a model, what each stage needs, and what a spec gives it."""
 
 import re
 from collections.abc import Sequence
@@ -180,7 +180,10 @@ def _show_replicas(
 def _show_network(
     console: Console, plans: Sequence[StagePlan], conversations: int, micro_batch: int, step_seconds: float, link: Link
 ) -> None:
-    """For one conversation and for `conversations`: throughput with the network, and its share of that without."""
+    """Prints throughput over the network, and its share of the throughput without delays of the network.
+
+    It does so for one conversation, and for `conversations` at the same time.
+    """
     steps = [step_seconds * plan.compute_share for plan in plans]
     for count in sorted({1, conversations}):
         near, far = (network_plan(plans, steps, count, micro_batch, each) for each in (Link(0.0, None), link))
@@ -193,5 +196,5 @@ def _show_network(
 
 
 def _alike(numbers: Sequence[float]) -> str:
-    """One number if all are equal, else all."""
+    """Numbers of all stages as text: a single one if all are equal, else all, separated by `/`."""
     return "/".join(f"{each:g}" for each in (numbers[:1] if len(set(numbers)) == 1 else numbers))

@@ -58,7 +58,10 @@ def push(
 
 
 def _models(source: str | None, name: str | None, dtype: str | None, spec: Path | None) -> list[ModelSpec]:
-    """Names come from the options, then the spec, then the source. A spec may need its model in several dtypes."""
+    """The models to publish: one, or with a spec one for each dtype that it needs.
+
+    The name comes from the options, else the spec, else the source; `dtype` overrides the spec.
+    """
     if spec is None:
         default = published_name(source) if source else DEFAULT_MODEL
         return [ModelSpec(name=name or default, dtype=dtype or ModelSpec(name=default).dtype)]
@@ -78,7 +81,7 @@ def _default_source(model: ModelSpec) -> str:
 @click.option("--model", help="A folder, GGUF file or hub id, which is fetched. Default: the packaged model.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: the one that `run` would choose.")
 def requirements(model: str | None, dtype: str | None) -> None:
-    """Print the list of packages that a model needs in addition to requirements-lean.txt, if any.
+    """Print the name of the file with the packages that a model needs in addition to requirements-lean.txt, if any.
 
     The reason goes to standard error.
 
@@ -88,7 +91,7 @@ def requirements(model: str | None, dtype: str | None) -> None:
     try:
         path = locate(packaged_model() if model in (None, DEFAULT_MODEL) else model)
     except CheckpointInvalid:
-        return  # a published name, or an unknown one, which `run` will report
+        return  # the name of a published model, or an unknown one, which `run` will report
     try:
         checkpoint = open_checkpoint(path)
         reason = torch_needed(checkpoint.config, dtype or best_dtype(checkpoint))

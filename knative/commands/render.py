@@ -53,13 +53,16 @@ def render(
 
 
 def read_spec(path: Path, image: str | None) -> PipelineSpec:
-    """Raises SpecError."""
+    """Reads a spec, and replaces its image unless `image` is None. Raises SpecError."""
     spec = load_spec(path)
     return spec if image is None else msgspec.structs.replace(spec, image=image)
 
 
 def resolved(spec: PipelineSpec, open_store: OpenStore) -> ResolvedPipeline:
-    """Raises what `resolve` does."""
+    """The spec with its cut and digests. The store is opened only if the spec does not pin them.
+
+    Raises what `resolve` raises.
+    """
 
     def published(dtype: str) -> tuple[ModelManifest, ModelShape]:
         with open_store() as opened:
@@ -70,5 +73,8 @@ def resolved(spec: PipelineSpec, open_store: OpenStore) -> ResolvedPipeline:
 
 
 def rendered_objects(spec: PipelineSpec, open_store: OpenStore) -> list[KubernetesObject]:
-    """In the order in which they are applied. Raises what `resolve` does."""
+    """All objects of the spec's pipeline, in the order in which they are applied. Raises what `resolve` raises.
+
+    open_store: called only if the spec does not pin cut and digests.
+    """
     return [manifest for objects in render_files(resolved(spec, open_store)).values() for manifest in objects]

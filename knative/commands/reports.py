@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from knative.cluster.client import Cluster
     from knative.cluster.cost import RevisionUsage
 
-_RESOURCES: Final = (("memory", 2.0**30), ("cpu", 1.0), ("nvidia.com/gpu", 1.0))  # each with the unit of its column
+_RESOURCES: Final = (("memory", 2.0**30), ("cpu", 1.0), ("nvidia.com/gpu", 1.0))  # resource, one unit of its column
 _UNIT_SECONDS: Final = {"m": 60, "h": 3600, "d": 86_400}
 
 
@@ -110,6 +110,6 @@ def _row(usage: "RevisionUsage") -> tuple[str, ...]:
 
 
 def _sum(usage: "list[RevisionUsage]") -> tuple[str, ...]:
-    """Deleted revisions, whose requests are unknown, add only to the replica-seconds."""
+    """The last row: totals. Deleted revisions, whose requests are unknown, add only to the replica-seconds."""
     shown = [f"{sum(each.seconds_of(resource) or 0.0 for each in usage) / unit:.0f}" for resource, unit in _RESOURCES]
     return ("all", "", f"{sum(each.replica_seconds for each in usage):.0f}", *shown)

@@ -93,9 +93,9 @@ def run(**options: Any) -> None:
             console.out(f"an earlier run in {state.path} ended without cleaning up; its leftovers are removed", highlight=False)
         with EmbeddedStore(chosen.state / STORE_FOLDER) as embedded:
             store = ObjectStore(embedded.settings)
-            sweep(store, datetime.now(UTC))  # payloads of events that expired
+            sweep(store, datetime.now(UTC))  # deletes payloads of events that expired
             with PayloadStore(embedded.settings) as objects:
-                prune(objects, KV_PREFIX, _KV_RETENTION, datetime.now(UTC))  # idle conversations, of any pipeline
+                prune(objects, KV_PREFIX, _KV_RETENTION, datetime.now(UTC))  # deletes old KV of idle conversations
             with naming_a_full_disk(state.path):
                 local = _prepare(chosen, store, console)
             asyncio.run(_Run(chosen, state, local, store, console).run())
@@ -110,7 +110,10 @@ def _prepare(options: RunOptions, store: ObjectStore, console: Console) -> Local
 
 
 class _Run:
-    """The part that needs an event loop: platform, question, table, serving."""
+    """The part of `run` that needs an event loop.
+
+    It starts the platform, asks one question, shows the stages, and serves until a signal stops it.
+    """
 
     def __init__(
         self, options: RunOptions, state: StateFolder, local: LocalPipeline, store: ObjectStore, console: Console
@@ -188,7 +191,10 @@ class _Run:
         await show_stages(self._console, self._local.pipeline, self._local.shape, platform.status())
 
     async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
-        """False if the run was told to stop before `work` was done."""
+        """Runs `work` to its end, or cancels it when a signal stops the run. Returns False if it was cancelled.
+
+        Raises what `work` raises.
+        """
         task, stopped = asyncio.create_task(work), asyncio.create_task(self._stop.wait())
         await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()

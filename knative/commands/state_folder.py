@@ -1,4 +1,4 @@
-"""`.lamina`: the files of a run on this machine, for `status`, for the next run and for readers of the logs."""
+"""`.lamina`, the state folder: files of a run on this machine, for `status`, the next run and readers of the logs."""
 
 import contextlib
 import fcntl
@@ -23,7 +23,7 @@ class StateError(LocalError):
 
 
 class RunningPlatform(msgspec.Struct, frozen=True):
-    """The addresses of a running platform."""
+    """Process, addresses and store of a platform that runs on this machine."""
 
     pid: int
     admin_url: str
@@ -32,17 +32,20 @@ class RunningPlatform(msgspec.Struct, frozen=True):
 
 
 class StateFolder:
-    """A context manager; one run at a time holds the folder."""
+    """The state folder of a run. As a context manager it is locked, so that only one run at a time uses it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.logs = path / "logs"
-        self.recovered = False  # an earlier run was killed before it could clean up; its leftovers are removed
+        self.recovered = False  # whether an earlier run was killed, so that its leftovers had to be removed
         self._lock: int | None = None
         self._file = path / "platform.json"
 
     def __enter__(self) -> "StateFolder":
-        """Raises StateError if another run holds the folder, or if it cannot be written."""
+        """Locks the folder, and removes what an earlier run has left.
+
+        Raises StateError if another run holds the lock, or if the folder cannot be written.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -69,7 +72,7 @@ class StateFolder:
         self._release()
 
     def publish(self, running: RunningPlatform) -> None:
-        """Writes the file that `find_running` reads, atomically."""
+        """Writes the platform's addresses to the file that `find_running` reads, atomically."""
         temporary = self._file.with_suffix(".new")
         temporary.touch(mode=0o600)
         temporary.write_bytes(msgspec.json.encode(running))
@@ -83,7 +86,10 @@ class StateFolder:
 
 @contextlib.contextmanager
 def naming_a_full_disk(folder: Path) -> Iterator[None]:
-    """Raises StateError for a StorageError on a full disk; the store itself would only answer 500."""
+    """Context manager that raises StateError in place of a StorageError if the disk of the folder is full.
+
+    A store only answers 500 then, which does not tell the user what to do.
+    """
     try:
         yield
     except StorageError as error:
@@ -95,7 +101,7 @@ def naming_a_full_disk(folder: Path) -> Iterator[None]:
 
 
 def find_running(folder: Path) -> RunningPlatform | None:
-    """The platform that runs with this state folder, if there is one."""
+    """The platform that runs with this state folder; None if none does."""
     try:
         running = msgspec.json.decode((folder / "platform.json").read_bytes(), type=RunningPlatform)
     except (OSError, msgspec.MsgspecError):

@@ -32,7 +32,10 @@ _Lines = tuple[list[tuple[str, ...]], list[str]]  # rows of the table, and lines
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A source of statuses. Both functions raise if there is no status."""
+    """Where `status` reads from: this machine or a cluster. Both functions raise if there is no status.
+
+    document: reads the whole status, for --json. lines: reads rows of a table with `columns`, and lines to print below it.
+    """
 
     columns: Sequence[str]
     document: Callable[[], dict[str, Any]]
@@ -117,7 +120,7 @@ def _on_this_machine(state: Path) -> _Source:
 
     def lines() -> _Lines:
         nonlocal looked
-        if not looked:  # a rate needs two looks
+        if not looked:  # a rate needs two readings
             looked = True
             look()
             time.sleep(_FIRST_RATE_SECONDS)
@@ -157,7 +160,10 @@ def _row(name: str, revision: dict[str, Any], rate: float | None, queued: int) -
 
 
 def _event_lines(eventing: dict[str, Any]) -> list[str]:
-    """A line for each Broker, Trigger, and step of a Sequence."""
+    """Lines about Brokers, with the number of accepted events, and about Triggers and steps of Sequences.
+
+    Those say how many events were delivered, sent again or lost. eventing: from the platform's status.
+    """
     brokers = eventing.get("brokers", [])
     names = [(each["name"], each) for broker in brokers for each in broker["triggers"]]
     names += [(f"step {each['url'].rpartition('/sequences/')[2]}", each) for each in eventing.get("steps", [])]

@@ -47,7 +47,7 @@ def deployer_role(namespace: str) -> KubernetesObject:
 
 
 def gateway_access(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
-    """Lets the gateway read EndpointSlices of its namespace, and nothing else."""
+    """ServiceAccount, Role and RoleBinding that let the gateway read EndpointSlices of its namespace, and nothing else."""
     rules = [{"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["get", "list", "watch"]}]
     return service_account_with_role(pipeline, gateway_service_account(pipeline.spec), "gateway", rules)
 
@@ -55,7 +55,10 @@ def gateway_access(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
 def service_account_with_role(
     pipeline: ResolvedPipeline, name: str, component: str, rules: list[KubernetesObject]
 ) -> list[KubernetesObject]:
-    """ServiceAccount, Role and RoleBinding of one name."""
+    """A ServiceAccount, a Role with these rules, and the RoleBinding between them, all called `name`.
+
+    component: the value of their component label.
+    """
     namespace = pipeline.spec.namespace
     metadata = {"name": name, "namespace": namespace, "labels": labels(pipeline, component)}
     return [
@@ -72,7 +75,7 @@ def service_account_with_role(
 
 
 def disruption_budgets(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
-    """A PodDisruptionBudget for the gateway if the spec has `max_unavailable`: how many pods a drained node may evict at once.
+    """A PodDisruptionBudget for the gateway: how many pods a drained node may evict at once. Empty without `max_unavailable`.
 
     Stages have none: sequences leave a terminating pod by themselves, so a budget would only delay the drain.
     """
@@ -94,13 +97,13 @@ def disruption_budgets(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
 
 
 def network_policies(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
-    """One policy for the stages, one for the gateway; both limit ingress only, so that the store and DNS stay reachable.
+    """One policy for the stages and one for the gateway. Both limit only ingress, so that the store and DNS stay reachable.
 
     Requests come through queue-proxy alone: on the function's own port they would not be counted. Stages call each other to
-    hand over keys and values. Probes come from the node, which no policy blocks.
+    hand over KV. Probes come from the node, which no policy blocks.
     """
     callers = [_peer("knative-serving", app="activator"), _peer(pipeline.spec.network.ingress_namespace)]
-    # Selectors without a fingerprint: during a change the old gateway still drives the old stages.
+    # No fingerprint in the selectors, because during a deployment the old gateway still uses the old stages.
     own = [{"podSelector": _selector(pipeline, component)} for component in ("gateway", "stage")]
     # By default Eventing comes through the ingress; with a service mesh it comes from its own pods.
     eventing = [] if pipeline.spec.eventing is None else [_peer("knative-eventing")]
@@ -132,12 +135,12 @@ def _allow(callers: list[KubernetesObject], *ports: int) -> KubernetesObject:
 
 
 def _peer(namespace: str, **own_labels: str) -> dict[str, Any]:
-    """The namespace's pods with these labels; without any, all of them."""
+    """Pods of a namespace as callers in a NetworkPolicy: those with these labels or, without labels, all of them."""
     peer: dict[str, Any] = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}}}
     return {**peer, "podSelector": {"matchLabels": own_labels}} if own_labels else peer
 
 
 def _selector(pipeline: ResolvedPipeline, component: str) -> dict[str, Any]:
-    """All pods of the component, of any version of the pipeline."""
+    """Label selector for all pods of one component of the pipeline, whatever their fingerprint."""
     own = labels(pipeline, component)
     return {"matchLabels": {key: own[key] for key in _SELECTING}}

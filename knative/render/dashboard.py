@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 _OF: Final = 'namespace="$namespace",pipeline="$pipeline"'
-# The Services that knative/render/services.py names after a pipeline, but none of `$pipeline-2`.
+# Matches the Services that knative/render/services.py names after a pipeline, but none of a pipeline `$pipeline-2`.
 _KNATIVE_OF: Final = 'k8s_namespace_name="$namespace",kn_service_name=~"$pipeline(-[0-9a-f]{8}-(s[0-9]+|ev))?"'
 _RATE: Final = "[$__rate_interval]"
 _WIDTH, _HEIGHT, _COLUMNS = 8, 8, 24
@@ -125,7 +125,7 @@ ROWS: Final[dict[str, tuple[Panel, ...]]] = {
 
 
 def dashboard() -> dict[str, Any]:
-    """Grafana's dashboard model, for import or provisioning."""
+    """The dashboard as a document that Grafana can import or provision."""
     return {
         "uid": "lamina",
         "title": "Lamina pipelines",

@@ -16,7 +16,10 @@ from knative.spec.pipeline_spec import EventingSpec
 
 
 def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
-    """In the order in which they are applied. Empty without an `eventing` section."""
+    """Broker, Sequence and Triggers, in the order in which they are applied.
+
+    Empty if the spec has no `eventing` section.
+    """
     eventing, name = pipeline.spec.eventing, pipeline.spec.name
     if eventing is None:
         return []
@@ -58,7 +61,10 @@ def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
 
 
 def _delivery(eventing: EventingSpec) -> KubernetesObject:
-    """Retry n, counted from 0, comes after backoff_seconds × 2^n, or × n."""
+    """Retries, timeout and dead letter sink of a Broker, Trigger or step.
+
+    Retry n, counted from 0, comes after backoff_seconds × 2^n (exponential) or × n (linear).
+    """
     return {
         "deadLetterSink": _sink(eventing.dead_letter_sink),
         "retry": eventing.retry,
@@ -69,7 +75,7 @@ def _delivery(eventing: EventingSpec) -> KubernetesObject:
 
 
 def _sink(sink: str) -> KubernetesObject:
-    """The destination for a URL or the name of a Knative Service."""
+    """Destination of events. sink: a URL, or the name of a Knative Service in the namespace."""
     return {"uri": sink} if "://" in sink else _destination("serving.knative.dev/v1", "Service", sink)
 
 

@@ -1,7 +1,7 @@
 """Manifests for GitOps controllers (Argo CD, Flux): kustomization, order, objects that they must not prune, a Job that prunes.
 
 A new cut or model removes the old stages' files from the folder while answers still run on them. So the controller must not
-prune objects whose name carries a fingerprint. After each sync a Job deletes those that no gateway drives any more.
+prune objects whose name carries a fingerprint. After each sync a Job deletes those that no gateway uses any more.
 """
 
 from pathlib import Path
@@ -29,13 +29,13 @@ _RULES: Final[list[KubernetesObject]] = [
 
 
 def with_kustomization(files: dict[str, list[KubernetesObject]]) -> dict[str, list[KubernetesObject]]:
-    """Adds the file that `kubectl apply --kustomize` needs."""
+    """The files and one more, which `kubectl apply --kustomize` needs. files: name → objects."""
     document = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": list(files)}
     return {**files, KUSTOMIZATION: [document]}
 
 
 def for_gitops(pipeline: ResolvedPipeline, files: dict[str, list[KubernetesObject]]) -> dict[str, list[KubernetesObject]]:
-    """Annotates the objects for controllers and adds a file with the pruning Job."""
+    """The files with annotations for GitOps controllers, and one more with the Job that prunes. files: name → objects."""
     annotated = {name: [_annotated(pipeline, each) for each in objects] for name, objects in files.items()}
     return {**annotated, "prune.yaml": prune_objects(pipeline)}
 
@@ -52,9 +52,9 @@ def _annotated(pipeline: ResolvedPipeline, manifest: KubernetesObject) -> Kubern
 
 
 def prune_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
-    """The Job, and its ServiceAccount and Role.
+    """The Job that deletes old stages, preceded by its ServiceAccount and Role.
 
-    The Job's name carries the fingerprint: a Job cannot be changed, and each pipeline deletes those before it.
+    The Job's name carries the fingerprint, because a Job cannot be changed: each new pipeline gets a Job of its own.
     """
     spec, own = pipeline.spec, labels(pipeline, _PRUNE)
     account = f"{spec.name}-{_PRUNE}"

@@ -35,7 +35,10 @@ _NO_FAILURES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """expression: PromQL in which `$of` stands for the matchers of one pipeline; PromQL allows a comma after the last one."""
+    """One alert of Prometheus, which fires if `expression` holds for `for_minutes`.
+
+    expression: PromQL. In place of `$of` come the label matchers of one pipeline, or nothing: PromQL allows a comma at the end.
+    """
 
     name: str
     expression: str
@@ -125,7 +128,10 @@ ALERTS: Final = (
 
 
 def rule_groups(matchers: str = "") -> list[dict[str, Any]]:
-    """Prometheus' rule groups: for all pipelines, or for those that matchers such as `pipeline="chat"` select."""
+    """All alerts as Prometheus rule groups.
+
+    matchers: select pipelines, such as `pipeline="chat"`; empty: all pipelines.
+    """
     rules = [
         {
             "alert": alert.name,
@@ -140,7 +146,10 @@ def rule_groups(matchers: str = "") -> list[dict[str, Any]]:
 
 
 def monitoring_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
-    """PodMonitor and, unless the spec turns alerts off, PrometheusRule. Empty without a `monitoring` section."""
+    """A PodMonitor and, unless the spec turns alerts off, a PrometheusRule.
+
+    Empty if the spec has no `monitoring` section.
+    """
     spec, monitoring = pipeline.spec, pipeline.spec.monitoring
     if monitoring is None:
         return []

@@ -1,4 +1,4 @@
-"""Deletes stages of old pipelines that no gateway drives any more. The Job of `render --gitops` runs this file in a pod.
+"""Deletes stages of old pipelines that no gateway uses any more. The Job of `render --gitops` runs this file in a pod.
 
     python -c "<this file>" NAMESPACE PIPELINE FINGERPRINT [SECONDS [API]]
 
@@ -24,7 +24,10 @@ POLL_SECONDS = 2.0
 
 
 class NamespaceApi:
-    """The Kubernetes API of one namespace, with the rights of the pod's ServiceAccount."""
+    """The Kubernetes API of one namespace, used with the rights of the pod's ServiceAccount.
+
+    api: URL of the API server. name: that of the pipeline.
+    """
 
     def __init__(self, api: str, namespace: str, name: str) -> None:
         self._api, self._namespace, self._name = api, namespace, name
@@ -35,12 +38,18 @@ class NamespaceApi:
         return self._request(self._path(f"{SERVING}/services", self._name))
 
     def find(self, path: str, selector: str) -> list[Any]:
-        """Objects of the kind whose path is /apis/GROUP/VERSION/PLURAL. Empty if the cluster does not have the kind."""
+        """Objects that match a label selector. path: that of their kind, /apis/GROUP/VERSION/PLURAL.
+
+        Empty if the cluster does not have the kind.
+        """
         found = self._request(f"{self._path(path)}?labelSelector={quote(selector)}")
         return [] if found is None else list(found["items"])
 
     def own(self, path: str, more: str = "") -> list[Any]:
-        """Objects of this pipeline, of any fingerprint."""
+        """Objects of this pipeline, of any fingerprint, whose kind has this path.
+
+        more: further label requirements, which begin with a comma.
+        """
         return self.find(path, f"app.kubernetes.io/instance={self._name},app.kubernetes.io/managed-by=lamina{more}")
 
     def delete(self, path: str, found: Any) -> None:
@@ -53,7 +62,7 @@ class NamespaceApi:
         return f"{root}/namespaces/{self._namespace}/{plural}" + (f"/{name}" if name else "")
 
     def _request(self, path: str, method: str = "GET") -> Any:
-        """The reply's JSON; None for 404."""
+        """Sends a request; returns the reply's JSON, or None for 404. Ends the program at any other error status."""
         request = urllib.request.Request(self._api + path, method=method, headers={"Accept": "application/json"})
         token = ACCOUNT / "token"  # read each time: it is replaced before it expires
         if token.exists():
@@ -79,7 +88,7 @@ def is_ready(service: Any) -> bool:
 
 
 def routed(api: NamespaceApi, service: Any) -> set[str]:
-    """Fingerprints whose gateways get requests."""
+    """Fingerprints of pipelines whose gateway revision gets requests. service: the gateway's."""
     targets = [*(service["spec"].get("traffic") or []), *((service.get("status") or {}).get("traffic") or [])]
     names = {each.get("revisionName") for each in targets}
     revisions = api.find(f"{SERVING}/revisions", f"serving.knative.dev/service={service['metadata']['name']}")
@@ -87,13 +96,16 @@ def routed(api: NamespaceApi, service: Any) -> set[str]:
 
 
 def answering(api: NamespaceApi) -> set[str]:
-    """Fingerprints with a gateway pod that still runs, terminating or not: it may have answers in progress."""
+    """Fingerprints with a gateway pod that still runs, even if it terminates: it may have answers in progress."""
     pods = api.own("/api/v1/pods", f",{COMPONENT}=gateway")
     return {fingerprint_of(pod) for pod in pods if (pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed")}
 
 
 def old(api: NamespaceApi, kept: set[str], gateways: bool) -> list[tuple[str, Any]]:
-    """Gateways, or all other Services and Sequences, of pipelines not in `kept`, each with the path of its kind."""
+    """Gateways, or all other Services and Sequences, whose fingerprint is not in `kept`, each with the path of its kind.
+
+    gateways: True for gateways, False for the others.
+    """
     return [
         (path, found)
         for path in ("/apis/flows.knative.dev/v1/sequences", f"{SERVING}/services")
@@ -103,7 +115,10 @@ def old(api: NamespaceApi, kept: set[str], gateways: bool) -> list[tuple[str, An
 
 
 def prune(api: NamespaceApi, fingerprint: str, seconds: float) -> str:
-    """Returns what is left and why; empty if nothing is."""
+    """Deletes old stages, Sequences and gateways for events until none is left, or for at most `seconds`.
+
+    Returns which objects are left and why; empty if none is. fingerprint: the pipeline that is kept.
+    """
     deadline = time.monotonic() + seconds
     while True:
         service = api.gateway()

@@ -22,7 +22,10 @@ _ALL_FEATURES: Final = FeatureFlags(dict.fromkeys(POD_FIELDS.values(), "enabled"
 
 
 class RenderFailed(Exception):
-    """Knative would reject the manifests, or accept them with a certain mistake. The message names every field."""
+    """Knative would reject the manifests, or accept them although a setting is certainly wrong.
+
+    The message names every such field.
+    """
 
 
 def render(pipeline: ResolvedPipeline) -> dict[str, list[KubernetesObject]]:
@@ -47,7 +50,7 @@ def render(pipeline: ResolvedPipeline) -> dict[str, list[KubernetesObject]]:
 
 
 def resolve(spec: PipelineSpec, published: Callable[[str], tuple[ModelManifest, ModelShape]]) -> ResolvedPipeline:
-    """Fixes cut and digests.
+    """Completes a spec with its cut and the digests of its weights, and checks the result.
 
     published: returns the publication in a dtype; called only if the spec does not pin all digests and the cut. Raises what it
     raises, TooManyStages, SpecError (an override selects no stage, or too little memory) and RenderFailed.
@@ -79,7 +82,10 @@ def resolve(spec: PipelineSpec, published: Callable[[str], tuple[ModelManifest, 
 
 
 def checked(pipeline: ResolvedPipeline) -> ResolvedPipeline:
-    """Returns the pipeline. Raises RenderFailed if Knative rejects it, or accepts a certain mistake in it."""
+    """Returns the pipeline unchanged if its Services are valid.
+
+    Raises RenderFailed if Knative would reject one, or accept one with a setting that is certainly wrong.
+    """
     found = []
     for service in services(pipeline):
         complaints = [*map(str, validate(service, features=_ALL_FEATURES))]

@@ -10,15 +10,16 @@ from knative.spec.pipeline_spec import PipelineSpec, StageSpec
 
 @dataclass(frozen=True)
 class ResolvedPipeline:
-    """Names of stages, of the events' gateway and of the Sequence carry the fingerprint.
+    """A spec together with its cut and the digests of its weights.
 
-    So a new cut or model is a new set of objects beside the old one, and every object refers to its own pipeline.
+    The names of stages, of the gateway for events and of the Sequence carry the fingerprint. So a new cut or model is a new set
+    of objects beside the old one, and every object refers to its own pipeline.
     """
 
     spec: PipelineSpec
     cut: Cut
-    weights_digest: str  # in the model's own dtype
-    other_digests: Mapping[str, str] = field(default_factory=dict)  # by dtype, for stages that compute in another
+    weights_digest: str  # of the model in its own dtype
+    other_digests: Mapping[str, str] = field(default_factory=dict)  # dtype → digest, for stages that compute in another dtype
 
     @property
     def fingerprint(self) -> str:
@@ -26,13 +27,13 @@ class ResolvedPipeline:
 
     @property
     def weights(self) -> tuple[StageWeights, ...]:
-        """Dtype and digest of each stage. Raises SpecError."""
+        """Dtype and weights digest of each stage. Raises SpecError if an override selects no stage."""
         digests = {**self.other_digests, self.spec.model.dtype: self.weights_digest}
         return tuple((dtype, digests[dtype]) for dtype in self.spec.dtypes_of(self.cut))
 
     @cached_property
     def stages(self) -> tuple[StageSpec, ...]:
-        """Settings of each stage, overrides included. Raises SpecError."""
+        """Settings of each stage, overrides included. Raises SpecError if an override selects no stage."""
         return self.spec.stages_of(self.cut)
 
     @property
@@ -55,7 +56,10 @@ class ResolvedPipeline:
 
 
 def labels(pipeline: ResolvedPipeline, component: str) -> dict[str, str]:
-    """Kubernetes' recommended labels, and the fingerprint."""
+    """Labels of an object: those that Kubernetes recommends, and the fingerprint.
+
+    component: its part in the pipeline, such as `stage` or `gateway`.
+    """
     return {
         "app.kubernetes.io/name": "lamina",
         "app.kubernetes.io/instance": pipeline.spec.name,

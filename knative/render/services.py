@@ -1,4 +1,4 @@
-"""Knative Services of a resolved pipeline: one for each stage, one for the gateway, with Eventing one more gateway.
+"""Knative Services of a resolved pipeline: one for each stage, one for the gateway, and with Eventing a gateway for events.
 
 A cluster and `knative/local` run the same manifests. Environment keys are those of docs/reference.md. Secrets are only named,
 their values are never rendered.
@@ -19,7 +19,7 @@ from knative.spec.pipeline_spec import Autoscaling, PipelineSpec, PodSpec, Resou
 T = TypeVar("T")
 CONTAINER_PORT: Final = 8080
 METRICS_PORT: Final = 9464  # the functions' own default; a test compares them
-KEYS_ENTRY: Final = "api-keys"  # key of a Secret that holds API keys
+KEYS_ENTRY: Final = "api-keys"  # the key in a Secret under which API keys are
 _AUTOSCALING: Final = "autoscaling.knative.dev/"
 _CACHE_VOLUME: Final = "weights-cache"
 _CACHE_SHARE: Final = 0.95
@@ -41,7 +41,7 @@ NON_ROOT: Final = {
 
 
 def services(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
-    """Stages in their order, the gateway and, with Eventing, the events' gateway."""
+    """The stages in their order, the gateway and, if the spec has `eventing`, the gateway for events."""
     stages = [stage_service(pipeline, index) for index in range(len(pipeline.cut))]
     events = [] if pipeline.spec.eventing is None else [gateway_service(pipeline, for_events=True)]
     return [*stages, gateway_service(pipeline), *events]
@@ -59,7 +59,8 @@ def stage_service(pipeline: ResolvedPipeline, index: int) -> KubernetesObject:
     if stage.weights_cache is not None:
         pod["volumes"].append({"name": _CACHE_VOLUME, "emptyDir": {"sizeLimit": stage.weights_cache_size}})
         container["volumeMounts"].append({"name": _CACHE_VOLUME, "mountPath": stage.weights_cache})
-        # A node that is short of disk first evicts pods that use more than they requested: all pods with a cache, otherwise.
+        # A node that is short of disk first evicts pods that use more than they requested. Without a request these are all pods
+        # with a cache.
         amount = f"{math.ceil((quantity(stage.weights_cache_size) + _OTHER_FILES_BYTES) / 2**20)}Mi"
         for amounts in container["resources"].values():
             amounts["ephemeral-storage"] = amount
@@ -71,7 +72,10 @@ def gateway_service_account(spec: PipelineSpec) -> str:
 
 
 def gateway_service(pipeline: ResolvedPipeline, *, for_events: bool = False) -> KubernetesObject:
-    """for_events: the one for Eventing, which cannot send an API key: it asks for none, and only the cluster can reach it."""
+    """The Service of the gateway for clients or, with for_events, of the gateway to which Eventing delivers.
+
+    Eventing cannot send an API key. So the gateway for events asks for none, and can be reached only inside the cluster.
+    """
     spec, gateway = pipeline.spec, pipeline.spec.gateway
     name, key_secrets = (pipeline.events_gateway_name, ()) if for_events else (spec.name, gateway.api_keys_secrets)
     container = _container(spec, gateway.resources, _gateway_env(pipeline, key_secrets, for_events), gateway.pod)
@@ -107,7 +111,7 @@ def _service(
 def _template(
     spec: PipelineSpec, scaling: Autoscaling, container: KubernetesObject, timeout_seconds: int, progress_seconds: int
 ) -> KubernetesObject:
-    """The template of a revision: autoscaling, timeouts, and the volumes that every pod has."""
+    """The template of a revision: its container, autoscaling, timeouts, and the volumes that every pod has."""
     volumes: list[KubernetesObject] = [{"name": _TEMPORARY_VOLUME, "emptyDir": {}}]  # the root file system is read-only
     mounts: list[KubernetesObject] = [{"name": _TEMPORARY_VOLUME, "mountPath": "/tmp"}]
     if spec.store.web_identity is not None:
@@ -165,7 +169,10 @@ def _container(spec: PipelineSpec, resources: Resources, env: list[KubernetesObj
 
 
 def _common_env(pipeline: ResolvedPipeline, role: str, dtype: str) -> list[KubernetesObject]:
-    """dtype: of the publication that the function reads."""
+    """Environment entries that stages and the gateway have in common.
+
+    role: `stage` or `gateway`. dtype: that of the publication which the function reads.
+    """
     spec, weights = pipeline.spec, pipeline.weights
     mixed = len(set(weights)) > 1 or weights[0][0] != spec.model.dtype
     env = _values(
@@ -205,7 +212,7 @@ def _stage_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]
     concurrency = stage.autoscaling.container_concurrency
     return [
         *_common_env(pipeline, "stage", pipeline.weights[index][0]),
-        # Exists while the token is rotated: knative/cluster/pipeline_token.py.
+        # This key exists only while the token is rotated: knative/cluster/pipeline_token.py.
         _from_secret("LAMINA_SECOND_PIPELINE_TOKEN", pipeline.spec.token_secret, "second", optional=True),
         *_values(
             LAMINA_LAYERS=f"{first}:{last}",
@@ -217,7 +224,7 @@ def _stage_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]
             LAMINA_BUSY_THREADS=stage.busy_threads,
             LAMINA_KV_CACHE_BYTES=int(quantity(stage.kv_cache)),
             LAMINA_MAX_MERGE=stage.max_merge,
-            # Requests that wait for memory leave two places for those that compute; 0 concurrency is unlimited.
+            # Memory waiters leave two of the concurrent requests for those that compute. Concurrency 0 is unlimited.
             LAMINA_MAX_MEMORY_WAITERS=max(0, concurrency - 2) if 0 < concurrency < 4 else None,
             LAMINA_IDLE_SEQUENCE_SECONDS=stage.idle_sequence_seconds,
             LAMINA_WEIGHTS_CACHE=stage.weights_cache,
@@ -229,7 +236,10 @@ def _stage_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]
 
 
 def _kv_store_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]:
-    """Each stage gets a share of the bytes that is proportional to its layers."""
+    """Environment entries for the store of idle conversations' KV; empty if the spec has none.
+
+    Each stage gets a share of its bytes that is proportional to its layers.
+    """
     spec, kv_store = pipeline.spec, pipeline.spec.kv_store
     if kv_store is None:
         return []
@@ -249,7 +259,10 @@ def _kv_store_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObje
 
 
 def _emulated_device(stage: StageSpec, index: int) -> dict[str, Any]:
-    """Settings of an emulated device, which only the layer group `sleep` accepts. Raises SpecError."""
+    """Environment of a stage that emulates a device, by key; values are None if it does not.
+
+    Raises SpecError if such a field is set and the layer group is not `sleep`.
+    """
     for name in ("sleep_pass_times", "sleep_bytes_per_second"):
         if getattr(stage, name) is not None and stage.layer_group != "sleep":
             raise SpecError(f"$.stage.{name}: emulates a device, and $.stage.layer_group is {stage.layer_group}, not sleep")
@@ -261,7 +274,10 @@ def _emulated_device(stage: StageSpec, index: int) -> dict[str, Any]:
 
 
 def _for_stage(value: T | list[T] | None, index: int, name: str) -> T | None:
-    """One value for all stages, or the one of this stage. Raises SpecError."""
+    """Value of a spec field for one stage: the only value, or the stage's from a list with one for each stage.
+
+    name: the field's. Raises SpecError if the list is too short.
+    """
     if not isinstance(value, list):
         return value
     if index >= len(value):
@@ -308,7 +324,7 @@ def _gateway_env(pipeline: ResolvedPipeline, key_secrets: Sequence[str], for_eve
 
 
 def _values(**values: object) -> list[KubernetesObject]:
-    """Environment entries. None is left out, so that the function's own default applies."""
+    """Environment entries. A value None is left out, so that the function's own default applies."""
     return [{"name": name, "value": _plain(value)} for name, value in values.items() if value is not None]
 
 
@@ -318,5 +334,5 @@ def _from_secret(name: str, secret: str, key: str, *, optional: bool = False) ->
 
 
 def _plain(value: object) -> str:
-    """2.0 → 2, which Kubernetes and Knative read as well."""
+    """A value as text. 2.0 becomes `2`, which Kubernetes and Knative read as well."""
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -19,7 +19,10 @@ _TOLERANCE: Final = 1e-12
 
 
 def cut_evenly(shape: ModelShape, stages: int) -> Cut:
-    """Layer groups [first, last). Raises TooManyStages, or ValueError for fewer than one stage."""
+    """The best cut of a model into this number of stages, as layer groups [first, last).
+
+    Raises TooManyStages, or ValueError for fewer than one stage.
+    """
     layers = shape.num_layers
     if stages < 1:
         raise ValueError(f"{stages} stages requested; a pipeline has at least one")
@@ -37,7 +40,10 @@ def cut_evenly(shape: ModelShape, stages: int) -> Cut:
 
 
 def parse_cut(text: str, path: str = "cut") -> Cut:
-    """`0:10,10:20` → ((0, 10), (10, 20)). Raises SpecError if a group is empty or groups overlap or leave a gap."""
+    """The cut that a text describes: `0:10,10:20` → ((0, 10), (10, 20)). path: the text's field in the spec, for the message.
+
+    Raises SpecError if a group is empty, or if groups overlap or leave a gap.
+    """
     if re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text) is None:
         raise SpecError(f"{path}: {text!r} is not a cut such as 0:10,10:20,20:30")
     expected = 0
@@ -78,7 +84,11 @@ def _group_weight(shape: ModelShape) -> Callable[[int, int], float]:
 def _partition(
     layers: int, stages: int, weight: Callable[[int, int], float], join: Callable[[float, float], float]
 ) -> tuple[float, tuple[int, ...]]:
-    """Splits `layers` into `stages` groups at the lowest cost, by dynamic programming. Returns the cost and the bounds."""
+    """Splits `layers` layers into `stages` groups at the lowest cost, by dynamic programming.
+
+    weight: cost of the group [first, last). join: makes one cost of two, such as their maximum. Returns the whole cost, and the
+    bounds of the groups, from 0 to `layers`.
+    """
     impossible: tuple[float, tuple[int, ...]] = (math.inf, ())
     best = [(weight(0, last), (0, last)) if last else impossible for last in range(layers + 1)]
     for stage in range(2, stages + 1):

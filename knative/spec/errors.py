@@ -18,7 +18,10 @@ class UnknownShape(ValueError):
 
 
 def describe_fault(document: Any, type_: type, path: str) -> str:
-    """A message with the path and the reason why the document does not fit its type. path: the document's own in the spec."""
+    """A message that says where and why the document does not fit its type.
+
+    path: where in the spec the document is; paths inside it are appended.
+    """
     fault = find_fault(document, type_)
     if fault is None:
         return f"{path}: no valid {type_.__name__}"

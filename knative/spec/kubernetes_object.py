@@ -11,7 +11,7 @@ _NUMBER_LIKE: Final = re.compile(r"[-+.]?\d")
 
 
 def to_yaml(objects: list[KubernetesObject]) -> str:
-    """One document per object. Deterministic: keys keep their order."""
+    """One YAML document for each object. Keys keep their order, so equal objects give the same text."""
     return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=120, explicit_start=True)
 
 

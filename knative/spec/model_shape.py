@@ -19,7 +19,7 @@ from storage.models.model_repository import ModelManifest, Reader, layer_object,
 
 # Bytes of a number in a layer's matrix; q4 stores four bits and a scale and a minimum per block (storage/models/q4.py).
 _LAYER_BYTES: Final = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "q4": 0.625}
-_OUTER_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "q4": 1}  # of a number in embedding and head
+_OUTER_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "q4": 1}  # bytes of a number in embedding and head
 
 _UNGATED: Final = frozenset({"gpt2", "opt", "bloom", "gpt_neox", "gptj", "phi", "falcon", "starcoder2", "nemotron"})
 """Families whose feed-forward has two matrices instead of a gated three."""
@@ -31,7 +31,7 @@ _EMBEDDING_KEY: Final = re.compile(r"(?:embed_tokens|wte|wpe|word_embeddings|emb
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of a model as stored in one dtype. Compute is in multiply-adds per token."""
+    """Sizes of a model whose weights are stored in one dtype. Compute is in multiply-adds per token."""
 
     name: str
     dtype: str
@@ -50,14 +50,15 @@ class ModelShape:
 
     @property
     def value_bytes(self) -> int:
-        """Bytes of a number in hidden states and KV cache. int8 and q4 are dtypes of weights only."""
+        """Bytes of one number in hidden states and in KV. int8 and q4 are dtypes of weights only."""
         return 4 if self.dtype == "float32" else 2
 
 
 def shape_from_config(config: Mapping[str, Any], name: str, dtype: str) -> ModelShape:
-    """From a Hugging Face config alone; biases are left out (under 0.1 percent).
+    """Sizes that a Hugging Face config alone implies. Biases are left out (under 0.1 percent).
 
-    Raises UnknownShape, or ArchitectureUnsupported for a dtype that no stage runs the model in.
+    name: the model's, for messages. Raises UnknownShape, or ArchitectureUnsupported for a dtype that no stage runs the model
+    in.
     """
     decoder = _Decoder(config, name)
     dense, _ = decoder.layer_parameters()
@@ -66,9 +67,9 @@ def shape_from_config(config: Mapping[str, Any], name: str, dtype: str) -> Model
 
 
 def shape_from_folder(folder: Path, dtype: str) -> ModelShape:
-    """From `config.json` and, if the folder has safetensors, from their headers, which are exact.
+    """Sizes of a Hugging Face folder, by its config.json; if it has safetensors, exact sizes by their headers.
 
-    Raises as `shape_from_config`.
+    Raises what `shape_from_config` raises.
     """
     path = folder / "config.json"
     try:
@@ -96,7 +97,7 @@ def shape_from_folder(folder: Path, dtype: str) -> ModelShape:
 
 
 def published_shape(reader: Reader, manifest: ModelManifest) -> ModelShape:
-    """From the exact sizes of a publication's objects, and from its config.json for compute and KV cache.
+    """Sizes of a publication: exact bytes of its objects, and compute and KV by its config.json.
 
     Raises a StorageError, or UnknownShape.
     """
@@ -111,7 +112,10 @@ def published_shape(reader: Reader, manifest: ModelManifest) -> ModelShape:
 
 
 class _Decoder:
-    """A decoder's sizes out of a Hugging Face config, whose families use different keys. Raises UnknownShape."""
+    """Sizes of a decoder, read from a Hugging Face config. Model families use different keys for the same size.
+
+    Raises UnknownShape if a size is missing.
+    """
 
     def __init__(self, config: Mapping[str, Any], name: str) -> None:
         nested = config.get("text_config")  # models that also see or hear keep the decoder's sizes here
@@ -129,7 +133,7 @@ class _Decoder:
             self.kv_heads = self.optional("num_key_value_heads", "num_kv_heads") or self.heads
 
     def optional(self, *keys: str) -> int | None:
-        """The first of these keys that has a positive integer."""
+        """Value of the first of these keys that has a positive integer; None if none has."""
         values = (self.config.get(key) for key in keys)
         return next((value for value in values if isinstance(value, int) and value > 0), None)
 
@@ -140,7 +144,7 @@ class _Decoder:
         return found
 
     def layer_parameters(self) -> tuple[int, int]:
-        """Parameters of one layer, and how many of them one token is multiplied with (fewer with experts)."""
+        """Number of parameters of one layer, and number of those that one token is multiplied with: fewer with experts."""
         hidden = self.hidden
         norms = 2 * hidden
         attention = hidden * self.head_size * (2 * self.heads + 2 * self.kv_heads) + norms
@@ -157,7 +161,7 @@ class _Decoder:
 
 
 def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, head: int) -> ModelShape:
-    """layers, embedding, head: numbers of parameters."""
+    """The shape of a decoder whose layers, embedding and head have these numbers of parameters, stored as `dtype`."""
     check_quantizable(decoder.config, dtype)
     dense, active = decoder.layer_parameters()
     # By dtype and head size alone: only the stage knows whether it has this family in C.
@@ -168,7 +172,7 @@ def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, hea
             LlamaConfig.from_dict(decoder.config)
             head_size = padded_head(head_size)
         except UnsupportedConfig:
-            pass  # not run by native layers, which alone pad
+            pass  # layers in C do not run this model, and only they pad heads
     return ModelShape(
         name=decoder.name,
         dtype=dtype,
@@ -184,7 +188,10 @@ def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, hea
 
 
 def _tensor_sizes(path: Path) -> Iterator[tuple[str, int]]:
-    """Names and element counts from a safetensors header: 8 bytes of length, then JSON. Raises UnknownShape."""
+    """Yields name and number of elements of each tensor in a file of safetensors.
+
+    Its header is 8 bytes of length, then JSON. Raises UnknownShape.
+    """
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

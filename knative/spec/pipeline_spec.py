@@ -1,4 +1,4 @@
-"""PipelineSpec: a pipeline as a person describes it in YAML. Everything else is derived from it and the model's manifest.
+"""PipelineSpec: a pipeline as a user describes it in YAML. Everything else follows from it and from the model's manifest.
 
 Defaults are here and nowhere else. `spec_file` reads the YAML. A field that is None is explained by its comment: "Unset: …".
 """
@@ -65,17 +65,20 @@ def _check_choice(path: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A publication in the model repository, as `python -m knative push` makes it."""
+    """A model in one dtype, as `python -m knative push` publishes it in the store."""
 
     name: str
     dtype: str = "bfloat16"
     # Weights digest that `push` prints; pins the publication and lets `render` work without the store.
     digest: str | None = None
-    digests: dict[str, str] = {}  # the same for other dtypes, in which single stages compute (stage_overrides)
+    digests: dict[str, str] = {}  # dtype → digest, for other dtypes in which some stages compute (stage_overrides)
 
 
 class Resources(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Kubernetes quantities; request and limit are equal, because a throttled or evicted stage breaks routes."""
+    """Resources of a pod as Kubernetes quantities.
+
+    Each is both request and limit, because a stage that is throttled or evicted breaks routes.
+    """
 
     cpu: str = "1"
     memory: str = "2Gi"
@@ -88,7 +91,7 @@ class GatewayResources(Resources, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Autoscaling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Knative's own settings and units. The defaults have worked together on a cluster."""
+    """Settings of Knative's autoscaler for one Service, in Knative's units. The defaults have worked together on a cluster."""
 
     default_target: ClassVar[float] = 2
     autoscaler_class: Annotated[str, Meta(pattern="^(kpa|hpa)$")] = msgspec.field(name="class", default="kpa")
@@ -110,13 +113,16 @@ class Autoscaling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     @property
     def target_concurrency(self) -> float:
-        """Average requests in flight per replica above which Knative adds another; 0 with class hpa."""
+        """Average requests in flight per pod above which Knative adds another pod.
+
+        0 with class hpa, which scales by CPU.
+        """
         if self.autoscaler_class == "hpa":
             return 0.0
         return round((self.target or self.default_target) * self.target_utilization_percentage / 100, 4)
 
     def check(self, path: str) -> None:
-        """Raises SpecError. path: of these settings in the spec."""
+        """Raises SpecError if settings contradict each other. path: where in the spec they are, for the message."""
         if self.min_scale > self.max_scale:
             raise SpecError(f"{path}.min_scale: {self.min_scale} is above max_scale {self.max_scale}")
         limit = self.container_concurrency
@@ -127,7 +133,7 @@ class Autoscaling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class GatewayAutoscaling(Autoscaling, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Defaults for a gateway, which mostly waits for stages."""
+    """Autoscaling with the defaults for a gateway, which mostly waits for stages."""
 
     default_target: ClassVar[float] = 100
     container_concurrency: Concurrency = 0
@@ -135,7 +141,7 @@ class GatewayAutoscaling(Autoscaling, frozen=True, kw_only=True, forbid_unknown_
 
 
 class PodSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Kubernetes' pod fields, passed on as they are.
+    """Fields of a Kubernetes pod, passed on as they are.
 
     Knative accepts the first six only if their flags in config-features are on (knative/webhook/feature_flags.py); `deploy`
     checks the flags and names a missing one.
@@ -154,7 +160,7 @@ class PodSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     env: dict[str, str] = {}  # of the function's container, such as HTTPS_PROXY; not for settings that have a spec field
 
     def rendered(self) -> dict[str, Any]:
-        """The fields of a pod's spec that are set."""
+        """The fields that are set and belong into a pod's spec, by Kubernetes' names."""
         fields: dict[str, Any] = {
             "nodeSelector": self.node_selector,
             "tolerations": self.tolerations,
@@ -167,7 +173,7 @@ class PodSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return {name: value for name, value in fields.items() if value}
 
     def check(self, path: str) -> None:
-        """Raises SpecError. path: of these settings in the spec."""
+        """Raises SpecError for a name that is invalid or reserved. path: where in the spec the fields are, for the message."""
         for name in self.env:
             if not _ENV_NAME.fullmatch(name):
                 raise SpecError(f"{path}.env: {name!r} is not a valid name of a variable")
@@ -183,7 +189,7 @@ class PodSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class StageSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings of every stage; `stage_overrides` changes them for some."""
+    """Settings of every stage; `stage_overrides` changes them for some stages."""
 
     dtype: str | None = None  # of the weights; the model must be published in it. Unset: the model's
     resources: Resources = Resources()
@@ -191,12 +197,12 @@ class StageSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     layer_group: Annotated[str, Meta(pattern="^(auto|native|llama|transformers|sleep)$")] = "auto"
     # Layer group `sleep`: seconds per forward pass, one value or one per stage.
     sleep_seconds: Seconds | list[Seconds] | None = None
-    sleep_pass_times: PassTimes | list[PassTimes] | None = None  # instead: an emulated device, one value or one per stage
+    sleep_pass_times: PassTimes | list[PassTimes] | None = None  # instead: durations of an emulated device, likewise
     # Emulated speed of loading weights, which delays a pod's start. Unset: no delay.
     sleep_bytes_per_second: Positive | None = None
     device: Annotated[str, Meta(pattern="^(auto|cpu|cuda)$")] = "auto"
     threads: Natural = 0
-    busy_threads: Positive | None = None  # fp32 stages that share one machine: threads under load. Unset: as `threads`
+    busy_threads: Positive | None = None  # of a busy fp32 stage that shares cores with others. Unset: as `threads`
     max_merge: Positive | None = None
     idle_sequence_seconds: Seconds | None = None
     timeout_seconds: TimeoutSeconds = 600  # also the grace period of a terminating pod
@@ -209,7 +215,10 @@ class StageSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     autoscaling: Autoscaling = Autoscaling()
 
     def check(self, path: str, model_dtype: str) -> None:
-        """Raises SpecError. path: of these settings in the spec."""
+        """Raises SpecError for an invalid quantity, or for settings that contradict each other.
+
+        path: where in the spec they are, for the message. model_dtype: the model's, which applies if `dtype` is unset.
+        """
         dtype = self.dtype or model_dtype
         _check_choice(f"{path}.dtype", dtype, DTYPES)
         if dtype != model_dtype and not {dtype, model_dtype} <= MIXABLE_DTYPES:
@@ -230,7 +239,7 @@ class StageSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class GatewaySpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings of the gateway. For unset fields without a comment the function's own default applies."""
+    """Settings of the gateway. If a field without a comment is unset, the function's own default applies."""
 
     resources: GatewayResources = GatewayResources()
     micro_batch_sequences: Positive | None = None
@@ -247,21 +256,21 @@ class GatewaySpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     timeout_seconds: TimeoutSeconds = 600
     # Secret, or several, whose key `api-keys` holds API keys (`python -m knative keys`). Unset: no key is needed.
     api_keys_secret: str | Annotated[list[str], Meta(min_length=1)] | None = None
-    # Per client (key or address) and gateway pod, as the next two. Unset: no limit.
+    # This limit and the next two hold for one client (API key or address) at one gateway pod. Unset: no limit.
     client_requests_per_minute: Positive | None = None
     client_tokens_per_minute: Positive | None = None
     client_concurrent: Positive | None = None
-    client_max_tokens: Positive | None = None  # of one answer, which ends there. Unset: the rest of the context
+    client_max_tokens: Positive | None = None  # longest answer; it ends there. Unset: the rest of the context
     # Secret whose key `url` is a Redis in which all pods count together. Unset: each pod alone.
     limits_secret: str | None = None
     cors_origins: list[str] | None = None  # origins whose pages may ask from a browser, or `*`. Unset: none
     # One line of JSON per request; prompts: with prompt and answer. Unset: on.
     access_log: Annotated[str, Meta(pattern="^(on|off|prompts)$")] | None = None
-    proxies: Annotated[int, Meta(ge=0, le=16)] | None = None  # that add to X-Forwarded-For, queue-proxy included. Unset: 1
+    proxies: Annotated[int, Meta(ge=0, le=16)] | None = None  # how many add to X-Forwarded-For, with queue-proxy. Unset: 1
     page: Annotated[str, Meta(pattern="^(on|off)$")] | None = None  # `GET /`: chat and pipeline status. Unset: on
-    # Must be allowed to watch EndpointSlices. Unset: `{name}-gateway`, rendered with its Role.
+    # ServiceAccount that may watch EndpointSlices. Unset: `{name}-gateway`, which is rendered with its Role.
     service_account: str | None = None
-    pod_network: str | None = None  # CIDRs of pods, comma-separated; other addresses are not followed. Unset: private addresses
+    pod_network: str | None = None  # CIDRs, comma-separated; no requests go to pods outside. Unset: private addresses
     pod_port: Annotated[int, Meta(ge=1, le=65535)] = 8012
     max_unavailable: Positive | None = None  # pods that may be evicted at once (PodDisruptionBudget). Unset: all
     pod: PodSpec = PodSpec()
@@ -287,11 +296,11 @@ class GatewaySpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class WebIdentity(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Store access by the pods' ServiceAccount tokens (AssumeRoleWithWebIdentity)."""
+    """Access to the store with the pods' ServiceAccount tokens (AssumeRoleWithWebIdentity), instead of keys."""
 
     audience: str = "sts.amazonaws.com"
     role_arn: str | None = None  # unset: the service derives the rights from the token, as MinIO does
-    sts_endpoint: Url | None = None  # unset: AWS's own of `region`
+    sts_endpoint: Url | None = None  # unset: that of AWS in `region`
 
 
 class StoreSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -303,7 +312,7 @@ class StoreSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     # Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if needed, AWS_SESSION_TOKEN. null: pods authenticate by their
     # ServiceAccounts (stage.service_account, gateway.service_account).
     secret: str | None = "lamina-store"
-    # With `secret: null`. Unset: something in the cluster provides the token, as EKS's webhook does for annotated accounts.
+    # Only with `secret: null`. Unset: the cluster gives pods a token, as EKS's webhook does for annotated ServiceAccounts.
     web_identity: WebIdentity | None = None
 
     def __post_init__(self) -> None:
@@ -312,7 +321,7 @@ class StoreSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class KVStoreSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Keeps the KV of idle conversations, encrypted, when its pod ends, so that it is not computed again."""
+    """A store for KV of idle conversations, encrypted. Pods that end save it there, so that it is not computed again."""
 
     # Secret whose key `key` (64 hexadecimal digits) encrypts. Its AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY may read, write,
     # list and delete below the prefix; without them the pods' own keys are used.
@@ -320,7 +329,7 @@ class KVStoreSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     bucket: str | None = None  # unset: the models' bucket
     prefix: Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*$")] = KV_PREFIX
     endpoint: Url | None = None  # unset: the models' endpoint
-    max_bytes: str = "10Gi"  # of the whole pipeline, a quantity; the oldest is deleted first
+    max_bytes: str = "10Gi"  # limit for the whole pipeline, a quantity; the oldest KV is deleted first
     max_age_seconds: Seconds | None = None  # older objects are deleted. Unset: seven days
     write_rate: str | None = None  # most bytes per second that a pod writes, a quantity. Unset: 64Mi
 
@@ -330,7 +339,7 @@ class KVStoreSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class NetworkSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Namespaces whose pods may reach the pipeline, in addition to Knative's own."""
+    """NetworkPolicies, and the namespaces whose pods they let reach the pipeline, in addition to Knative's own."""
 
     policies: bool = True  # render NetworkPolicies; networks that do not implement them ignore them
     ingress_namespace: str = "kourier-system"
@@ -338,14 +347,17 @@ class NetworkSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Channel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Holds events between the steps of the Sequence."""
+    """Kind of the Knative Channel that holds events between steps of the Sequence."""
 
     api_version: str = "messaging.knative.dev/v1"
     kind: str = "InMemoryChannel"  # loses its events when its pod restarts; name a durable one if they must not be lost
 
 
 class EventingSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A Broker with Triggers, and a Sequence that scores texts. It asks for no API key: events carry none."""
+    """A Broker with Triggers that generate answers, and a Sequence that scores texts.
+
+    Both ask for no API key, because events carry none.
+    """
 
     dead_letter_sink: str  # receives events that cannot be delivered: a URL, or a Knative Service in the namespace
     reply_sink: str | None = None  # receives responses, likewise. Unset: subscribe with a Trigger of your own
@@ -365,7 +377,7 @@ class EventingSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class MonitoringSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """PodMonitor and PrometheusRule; needs the Prometheus operator."""
+    """Settings of a PodMonitor and a PrometheusRule. The cluster needs the Prometheus operator."""
 
     labels: dict[str, str] = {}  # of both objects, by which Prometheus selects them, such as `release: prometheus`
     interval_seconds: Annotated[int, Meta(ge=1, le=300)] = 15
@@ -374,15 +386,15 @@ class MonitoringSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Tracing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Traces of gateway and stages, by OTLP over HTTP."""
+    """Traces of gateway and stages, sent by OTLP over HTTP."""
 
-    endpoint: Url  # of a collector, without /v1/traces
-    # Share of the requests without a sampling decision; each step is a span per stage.
+    endpoint: Url  # URL of a collector, without /v1/traces
+    # Share of requests that are traced, if the client has not decided that. A trace has a span for each step and stage.
     sample_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.1
 
 
 class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One pipeline. It has either `stages` (cut evenly) or `cut` (`0:10,10:20,20:30`)."""
+    """A whole pipeline. It has either `stages`, a number of stages, or `cut`, their layers, such as `0:10,10:20,20:30`."""
 
     name: str
     namespace: str = "default"
@@ -397,7 +409,7 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     stage_overrides: list[dict[str, Any]] = []  # each with `stage: 1` or `layers: 10:20`, and fields of `stage` to change
     gateway: GatewaySpec = GatewaySpec()
     store: StoreSpec
-    kv_store: KVStoreSpec | None = None  # unset: KV that no pod holds any more is computed again
+    kv_store: KVStoreSpec | None = None  # unset: KV that no pod has any more is computed again
     network: NetworkSpec = NetworkSpec()
     eventing: EventingSpec | None = None  # unset: HTTP only
     monitoring: MonitoringSpec | None = None  # unset: no objects of the Prometheus operator
@@ -432,6 +444,6 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """All dtypes that the model must be published in, the model's own first."""
+        """All dtypes in which the model must be published, beginning with the model's own."""
         own = [self.stage.dtype, *(override.get("dtype") for override in self.stage_overrides)]
         return tuple(dict.fromkeys([self.model.dtype, *(dtype for dtype in own if dtype)]))

@@ -21,7 +21,7 @@ OTHER_BYTES: Final = 2**30  # Python, torch if it is used, one forward pass
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """What one stage needs."""
+    """The layers of one stage, and the memory, compute and network traffic that they need."""
 
     index: int
     first_layer: int
@@ -34,7 +34,11 @@ class StagePlan:
 
 
 def plan_stages(shape: ModelShape, cut: Cut, wire_dtype: str | None = None) -> tuple[StagePlan, ...]:
-    """wire_dtype: "int8" if hidden states travel in 8 bits. Raises ValueError if the cut does not cover the model's layers."""
+    """What each stage of the cut needs.
+
+    wire_dtype: `int8` if hidden states travel in 8 bits; None: in the dtype of the computation. Raises ValueError if the cut
+    does not end with the model's last layer.
+    """
     if not cut or cut[-1][1] != shape.num_layers:
         raise ValueError(f"the cut ends at layer {cut[-1][1] if cut else 0}, but {shape.name} has {shape.num_layers} layers")
     total_compute = sum(shape.layer_compute) + shape.head_compute
@@ -66,17 +70,18 @@ def plan_stages(shape: ModelShape, cut: Cut, wire_dtype: str | None = None) -> t
 def plan_mixed(
     shapes: Mapping[str, ModelShape], dtypes: Sequence[str], cut: Cut, wire_dtype: str | None = None
 ) -> tuple[StagePlan, ...]:
-    """As `plan_stages`, for stages of different dtypes. shapes: by dtype; dtypes: one per stage. Raises ValueError."""
+    """Like `plan_stages`, for stages that compute in different dtypes. shapes: by dtype. dtypes: one for each stage."""
     return tuple(plan_stages(shapes[dtype], cut, wire_dtype)[index] for index, dtype in enumerate(dtypes))
 
 
 def replicas_for(
     plans: tuple[StagePlan, ...], conversations: int, micro_batch: int, targets: Sequence[float], max_scales: Sequence[int]
 ) -> list[int]:
-    """Pods of each stage for N conversations, once the autoscaler has settled. targets, max_scales: per stage.
+    """How many pods each stage has under this number of conversations, once the autoscaler has settled.
 
-    A micro-batch is at one stage at a time. Once every stage has the pods it needs, a stage's share of the micro-batches
-    equals its share of the compute, and the autoscaler wants one pod for each `target` of them.
+    micro_batch: most sequences in one. targets: for each stage, requests in flight for which the autoscaler wants one pod.
+    max_scales: most pods of each stage. A micro-batch is at one stage at a time. Once every stage has the pods it needs, a
+    stage's share of the micro-batches equals its share of the compute.
     """
     micro_batches = micro_batches_wanted(conversations, len(plans), micro_batch, allowed=conversations)
     wanted = [micro_batches * plan.compute_share / target for plan, target in zip(plans, targets, strict=True)]
@@ -84,15 +89,16 @@ def replicas_for(
 
 
 def needed_bytes(stage: StageSpec, weight_bytes: int | None) -> float:
-    """Memory that a pod of the stage needs. weight_bytes: None if unknown; they are then left out."""
+    """Memory in bytes that a pod of the stage needs. weight_bytes None: unknown, so weights are not counted."""
     loaded = 0 if stage.layer_group == "sleep" else weight_bytes or 0
     return loaded * WEIGHTS_FACTOR + quantity(stage.kv_cache) + OTHER_BYTES
 
 
 def check_memory(stages: Sequence[StageSpec], weight_bytes: Sequence[int | None]) -> None:
-    """Raises SpecError, with the sum, for the first stage whose pods have too little memory.
+    """Raises SpecError for the first stage whose memory in the spec is less than it needs; the message shows the sum.
 
-    Stages with a GPU are not checked: their weights and KV cache are in GPU memory, whose size a spec does not say.
+    weight_bytes: of each stage, None if unknown. Stages with a GPU are not checked: their weights and KV are in GPU memory,
+    whose size a spec does not say.
     """
     for index, (stage, weights) in enumerate(zip(stages, weight_bytes, strict=True)):
         given, needed = quantity(stage.resources.memory), needed_bytes(stage, weights)
@@ -110,7 +116,7 @@ def _mib(count: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """The network between the gateway's pod and a stage's pod, each way."""
+    """The network between the gateway's pod and a stage's pod; both values hold for each direction."""
 
     delay_seconds: float
     bytes_per_second: float | None  # None: unlimited
@@ -118,7 +124,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class NetworkPlan:
-    """Decode throughput over a network. Prompts cost bytes only."""
+    """Estimated throughput of decoding over a network. For prompts only bytes_per_token applies."""
 
     micro_batches: int  # in flight
     round_seconds: float
@@ -129,10 +135,13 @@ class NetworkPlan:
 def network_plan(
     plans: Sequence[StagePlan], step_seconds: Sequence[float], sequences: int, micro_batch: int, link: Link
 ) -> NetworkPlan:
-    """For one replica of each stage. step_seconds: per stage, of one micro-batch of any size alone on it.
+    """Estimates throughput with one replica of each stage, with the formulas that the gateway uses.
 
-    The gateway sends each stage its predecessor's hidden states and receives its own. A round takes as long as all forward
-    passes and links, or as long as the slowest stage needs for all micro-batches. The gateway uses the same formulas.
+    step_seconds: for each stage, duration of the forward pass of one micro-batch, whatever its size. sequences: how many decode
+    at the same time. micro_batch: most sequences in one.
+
+    The gateway sends each stage the hidden states of the stage before, and receives its own. A round takes as long as all
+    forward passes and links, or as long as the slowest stage needs for all micro-batches.
     """
 
     def service_seconds(rows: float) -> list[float]:

@@ -11,7 +11,7 @@ from knative.spec.pipeline_spec import PipelineSpec
 
 
 def spec_from_dict(document: Any) -> PipelineSpec:
-    """Raises SpecError; its message begins with the path of the faulty field."""
+    """The spec in a parsed YAML document. Raises SpecError; its message begins with the path of the faulty field."""
     try:
         return msgspec.convert(document, PipelineSpec)
     except SpecError:
@@ -23,7 +23,7 @@ def spec_from_dict(document: Any) -> PipelineSpec:
 
 
 def load_spec(path: Path) -> PipelineSpec:
-    """Reads one YAML document. Raises SpecError; its message begins with the file's name."""
+    """Reads the spec in a file of one YAML document. Raises SpecError; its message begins with the file's name."""
     try:
         return spec_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -16,7 +16,10 @@ _SELECTORS: Final = ("stage", "layers")
 
 
 def overridden(base: S, overrides: Sequence[Mapping[str, Any]], cut: Cut) -> tuple[S, ...]:
-    """`base` for each stage of the cut, with the overrides that select it; later overrides win. Raises SpecError."""
+    """Settings of each stage of the cut: `base`, changed by the overrides that select the stage.
+
+    Later overrides win. Raises SpecError.
+    """
     stages = [base] * len(cut)
     for number, override in enumerate(overrides):
         for index in _selected(override, cut, f"{PATH}[{number}]"):
@@ -25,7 +28,10 @@ def overridden(base: S, overrides: Sequence[Mapping[str, Any]], cut: Cut) -> tup
 
 
 def changed(base: S, override: Mapping[str, Any], number: int) -> S:
-    """`base` with this override: mappings are merged, other values replaced. Raises SpecError."""
+    """`base` changed by one override: mappings are merged, other values replaced. Raises SpecError.
+
+    number: position of the override in the spec, for the message.
+    """
     path = f"{PATH}[{number}]"
     change = {name: value for name, value in override.items() if name not in _SELECTORS}
     if len(set(_SELECTORS) & override.keys()) != 1:
