@@ -27,7 +27,7 @@ class Quota:
     tokens_per_minute: int | None = None  # in prompts and answers
     concurrent: int | None = None  # answers at once
     max_tokens: int | None = None  # of one answer
-    priority: int | None = None  # higher is served first; unset: 0
+    priority: int | None = None  # a client with a higher one is served first; unset: 0
 
     def over(self, other: Self) -> Self:
         """This quota, with unset limits taken from `other`."""
@@ -47,23 +47,23 @@ class ApiKey:
 
     @property
     def id(self) -> str:
-        """Names the key in logs and lists. It is no secret."""
+        """The first digits of the hash, which name the key in logs and lists. They are no secret."""
         return self.hashed[:_ID_DIGITS]
 
     def written(self) -> str:
-        """As a line of a list, with the hash."""
+        """The key as a line of a list, with its hash instead of the key itself."""
         said = {name: getattr(self.quota, name) for name in LIMITS}
         words = [f"{name}={value}" for name, value in (("name", self.name or None), *said.items()) if value is not None]
         return " ".join([HASHED + self.hashed, *words])
 
 
 def sha256_of(key: str) -> str:
-    """64 hexadecimal digits. A key has 256 random bits and cannot be guessed, so a fast hash is enough."""
+    """The key's hash as 64 hexadecimal digits. A key has 256 random bits and cannot be guessed, so a fast hash is enough."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def parse_keys(text: str) -> tuple[ApiKey, ...]:
-    """Raises ValueError, also for an empty entry between two commas."""
+    """The keys of a list. Raises ValueError for an entry that is wrong, repeated, or empty between two commas."""
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     entries = [entry.split() for line in lines for entry in line.split(",")]
     found = [_key(number, words) for number, words in enumerate(entries, 1)]
@@ -76,7 +76,7 @@ def parse_keys(text: str) -> tuple[ApiKey, ...]:
 
 
 def limit(name: str, value: str) -> int:
-    """Parses one limit of a quota. Raises ValueError for an unknown name or a value out of range."""
+    """The value of one limit of a quota, as a number. Raises ValueError for an unknown name or a value out of range."""
     least = -_MOST if name == "priority" else 0
     if name not in LIMITS or not re.fullmatch("-?[0-9]{1,13}", value) or not least <= int(value) <= _MOST:
         raise ValueError(f"a limit is NAME=NUMBER, NAME one of {', '.join(LIMITS)}")

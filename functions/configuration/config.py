@@ -39,7 +39,7 @@ class StoreConfig(StoreSettings):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVStoreConfig:
-    """The store of keys and values of idle conversations whose pod has ended."""
+    """The S3-compatible store that keeps keys and values of idle conversations after their pod has ended."""
 
     place: tuple[str, str] | None = setting(
         "LAMINA_KV_STORE",
@@ -70,7 +70,7 @@ class KVStoreConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommonConfig:
-    """Keys that stage and gateway share."""
+    """Configuration that a stage and a gateway share."""
 
     port: int = setting("PORT", parsers.integer(0, 65535), "port for requests, set by Knative; 0: a free port", "8080")
     listen: str = setting(
@@ -127,7 +127,7 @@ class CommonConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageConfig(CommonConfig):
-    """Keys of a stage."""
+    """Configuration of a stage."""
 
     layers: LayerRange = setting("LAMINA_LAYERS", parsers.layers, "this stage's group of the cut, such as 10:20")  # noqa: RUF009
     second_pipeline_token: str | None = setting(
@@ -188,7 +188,7 @@ class StageConfig(CommonConfig):
 
     @property
     def pipeline_tokens(self) -> tuple[str, ...]:
-        """The stage accepts any of them."""
+        """The bearer tokens that the stage accepts: two while the token is rotated, else one."""
         return (self.pipeline_token, *([self.second_pipeline_token] if self.second_pipeline_token else []))
 
     @property
@@ -202,7 +202,7 @@ class StageConfig(CommonConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatewayConfig(CommonConfig):
-    """Keys of a gateway."""
+    """Configuration of a gateway."""
 
     stages: tuple[tuple[LayerRange, str], ...] = setting(
         "LAMINA_STAGES", parsers.stages, "URL of each group's Service: 0:10=http://…,10:20=http://…"
@@ -346,7 +346,10 @@ class GatewayConfig(CommonConfig):
 
     @property
     def sharing(self) -> str:
-        """`prefix_sharing` without auto. A hit shows in the response time, so clients with keys do not share by default."""
+        """`prefix_sharing` with auto resolved: client if there are API keys, else pipeline.
+
+        A hit in the prefix cache shows in the response time, so clients with keys do not share by default.
+        """
         if self.prefix_sharing != "auto":
             return self.prefix_sharing
         return "pipeline" if self.api_keys is None and self.api_key_files is None else "client"
@@ -380,20 +383,20 @@ def read_config(environ: Mapping[str, str]) -> Config:
 
 
 def environment() -> Iterator[tuple[str, str, str, str]]:
-    """Key, role, default and meaning of every key. The default is empty if there is none."""
+    """Name, role, default and meaning of every key. Default: `required` if the key must be set, empty if unset means None."""
     for key, role in _all_keys():
         yield key.name, role, "required" if key.default == REQUIRED else key.default, key.meaning
 
 
 def _all_keys() -> list[tuple[Key, str]]:
-    """Every key with its role: both, stage or gateway."""
+    """Every key with the role that reads it: both, stage or gateway."""
     common = list(keys(CommonConfig))
     own = [(key, role) for role, settings in _ROLES.items() for key in keys(settings) if key not in common]
     return [(_ROLE, "both"), *((key, "both") for key in common), *own]
 
 
 def _contradictions(config: Config) -> Iterator[str]:
-    """One sentence for each set of values that are valid alone and not together."""
+    """One error, a sentence, for each set of values that are valid alone but not together."""
     if config.store.web_identity_token_file is None:
         store_keys = {"AWS_ACCESS_KEY_ID": config.store.access_key_id, "AWS_SECRET_ACCESS_KEY": config.store.secret_access_key}
         for name, value in store_keys.items():

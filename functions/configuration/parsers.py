@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from functions.configuration.api_keys import ApiKey, parse_keys
 
-MAX_SECONDS = 10_000_000  # some months; from about 9e9 on a lock cannot be waited for
+MAX_SECONDS = 10_000_000  # about 115 days; waits for a lock are limited to about 9e9 (threading.TIMEOUT_MAX)
 
 LayerRange = tuple[int, int]
 
@@ -68,7 +68,7 @@ def layers(value: str) -> LayerRange:
 
 
 def weights(value: str) -> tuple[tuple[str, str], ...]:
-    """`int8=<digest>,bfloat16=<digest>`, for each group of the cut."""
+    """`int8=<digest>,bfloat16=<digest>` → (("int8", <digest>), …), one pair for each group of the cut."""
     found = [part.partition("=") for part in value.split(",")]
     if not all(dtype and equals and digest for dtype, equals, digest in found):
         raise ValueError("DTYPE=DIGEST of each layer group, separated by commas")
@@ -109,7 +109,7 @@ def key_256(value: str) -> bytes:
 
 
 def kubernetes_api(value: str) -> str:
-    """`cluster` or a URL."""
+    """`cluster`, which stands for the API of the pod's own cluster, or a URL."""
     return value if value == "cluster" else url(value)
 
 
@@ -125,7 +125,7 @@ def stages(value: str) -> tuple[tuple[LayerRange, str], ...]:
 
 
 def services(value: str) -> tuple[str, ...]:
-    """`chat-1f0a-s0,chat-1f0a-s1` → both names."""
+    """`chat-1f0a-s0,chat-1f0a-s1` → ("chat-1f0a-s0", "chat-1f0a-s1")."""
     names = tuple(value.split(","))
     if not all(re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name) for name in names):
         raise ValueError("names of Services, separated by commas")
@@ -133,7 +133,7 @@ def services(value: str) -> tuple[str, ...]:
 
 
 def targets(value: str) -> tuple[float, ...]:
-    """`1.4,1.4,0` → the three numbers."""
+    """`1.4,1.4,0` → (1.4, 1.4, 0.0), a concurrency for each stage."""
     try:
         found = tuple(float(part) for part in value.split(","))
     except ValueError:
@@ -144,7 +144,7 @@ def targets(value: str) -> tuple[float, ...]:
 
 
 def keys(value: str) -> tuple[ApiKey, ...]:
-    """Refuses an empty list: it is a mistake that would shut out all clients."""
+    """A list of API keys. An empty one is refused: it is a mistake that would shut out all clients."""
     found = parse_keys(value)
     if not found:
         raise ValueError("at least one key")
@@ -152,7 +152,7 @@ def keys(value: str) -> tuple[ApiKey, ...]:
 
 
 def paths(value: str) -> tuple[str, ...]:
-    """`/etc/a, /etc/b` → both paths."""
+    """`/etc/a, /etc/b` → ("/etc/a", "/etc/b")."""
     found = tuple(part.strip() for part in value.split(","))
     if not all(found):
         raise ValueError("paths of files, separated by commas, none of them empty")
@@ -167,7 +167,7 @@ def limits_store(value: str) -> str:
 
 
 def origins(value: str) -> tuple[str, ...]:
-    """`https://a.example,http://localhost:3000`, as browsers send them (RFC 6454, section 6.2), or `*`."""
+    """`https://a.example,http://localhost:3000` → both origins, as browsers send them (RFC 6454, section 6.2); `*`: all."""
     found = tuple(part.strip() for part in value.split(","))
     for each in found:
         parts = urlsplit(each)

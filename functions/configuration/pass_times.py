@@ -1,5 +1,5 @@
-"""The duration of a stage's forward pass on an emulated device. The sleeping layer group waits by this formula, and
-`bench/evaluation` simulates with it.
+"""The duration of a stage's forward pass on an emulated device. The layer group `sleep` waits for it instead of
+computing, and `bench/evaluation` simulates with it.
 
     forward = fixed + max(token · tokens + pair · pairs, stream + stream_token · tokens + kv_token · kv tokens)
     logits  = max(logits_row · rows, logits_stream)                               in the last stage, for rows that draw a token
@@ -21,11 +21,14 @@ class PassTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stream_seconds: _Seconds = 0.0  # reading all matrices of the stage from the device's memory once
     stream_token_seconds: _Seconds = 0.0  # what one new token adds to that: nothing on a GPU, work on vectors on a CPU
     kv_token_seconds: _Seconds = 0.0  # reading keys and values of one token once
-    logits_row_seconds: _Seconds = 0.0
-    logits_stream_seconds: _Seconds = 0.0
+    logits_row_seconds: _Seconds = 0.0  # arithmetic of the logits of one row
+    logits_stream_seconds: _Seconds = 0.0  # reading the output matrix from the device's memory once
 
     def forward_seconds(self, tokens: float, pairs: float, kv_tokens: float) -> float:
-        """Arguments are sums over all rows: new tokens, `pairs`, and tokens in the KV cache after the pass."""
+        """Duration of a pass without its logits.
+
+        Arguments are sums over all rows: new tokens, `pairs`, and tokens in the KV cache after the pass.
+        """
         arithmetic = self.token_seconds * tokens + self.pair_seconds * pairs
         streamed = self.stream_seconds + self.stream_token_seconds * tokens + self.kv_token_seconds * kv_tokens
         return self.fixed_seconds + max(arithmetic, streamed)
@@ -35,12 +38,15 @@ class PassTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def pairs(position: float, length: float) -> float:
-    """Pairs that a row's attention computes: each new token with itself and every token before it."""
+    """Pairs of tokens that a row's attention computes: each new token with itself and every token before it.
+
+    position: tokens before the new ones. length: new tokens.
+    """
     return length * (position + (length + 1) / 2)
 
 
 def parse_pass_times(text: str) -> PassTimes:
-    """Raises a ValueError that says what is allowed."""
+    """Parses a JSON object with fields of PassTimes. Raises a ValueError that says what is allowed."""
     try:
         return msgspec.json.decode(text, type=PassTimes)
     except msgspec.MsgspecError as error:

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Final, TypeVar, get_type_hints
 
-REQUIRED: Final = "\0"  # as a default: there is none, the key must be set
+REQUIRED: Final = "\0"  # stands for the default of a key that must be set
 
 _KEY: Final = "key"
 T = TypeVar("T")
@@ -25,17 +25,20 @@ class ConfigError(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Key:
-    """One key of the environment."""
+    """One key of the environment, with its parser, meaning and default."""
 
     name: str
     parse: Callable[[str], Any]  # raises ValueError that says what is allowed
     meaning: str
-    default: str  # as it would be set in the environment; empty: None
-    secret: bool
-    closes: bool = False  # closes something that is open without it, so an empty value is an error
+    default: str  # text as it would be set in the environment; empty: the value is None
+    secret: bool  # errors and repr do not show the value
+    closes: bool = False  # restricts access, which is open if the key is unset; so an empty value is an error
 
     def read(self, environ: Mapping[str, str]) -> Any:
-        """The parsed value. Raises ValueError that names key, value and what is allowed."""
+        """The parsed value; None if the key is unset and its default is empty.
+
+        Raises ValueError that names the key, its value and what is allowed.
+        """
         if self.closes and environ.get(self.name) == "":
             raise ValueError(f"{self.name} is set and empty: give it a value, or unset it ({self.meaning})")
         text = environ.get(self.name, "") or self.default
@@ -59,13 +62,13 @@ def setting(
     secret: bool = False,
     closes: bool = False,
 ) -> Any:
-    """A dataclass field that is read from the key `name`."""
+    """A dataclass field that is read from the key `name`. The arguments are the fields of Key."""
     key = Key(name, parse, meaning, default, secret, closes)
     return dataclasses.field(metadata={_KEY: key}, repr=not secret)
 
 
 def keys(settings: type) -> Iterator[Key]:
-    """The keys of a dataclass and of those nested in it, in their order."""
+    """The keys that the fields of a dataclass and of dataclasses nested in it are read from, in the order of the fields."""
     hints = get_type_hints(settings)
     for field in dataclasses.fields(settings):
         if _KEY in field.metadata:
@@ -75,7 +78,7 @@ def keys(settings: type) -> Iterator[Key]:
 
 
 def read(settings: type[T], environ: Mapping[str, str]) -> T:
-    """Reads an instance from the environment. Raises ConfigError with all mistakes."""
+    """An instance of the dataclass `settings`, read from the environment. Raises ConfigError with all mistakes."""
     errors: list[str] = []
     values = _values(settings, environ, errors)
     if errors:
@@ -87,7 +90,7 @@ def read(settings: type[T], environ: Mapping[str, str]) -> T:
 
 
 def unknown_keys(environ: Mapping[str, str], prefix: str, known: Collection[str]) -> Iterator[str]:
-    """One sentence for each undeclared key with the prefix. It names the nearest declared key."""
+    """One sentence for each key with this prefix that is not in `known`. It names the nearest known key."""
     for name in sorted(environ):
         if name.startswith(prefix) and name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _log: Final = logging.getLogger(__name__)
 
-MAX_REQUEST_BYTES: Final = 2**23  # far more than any context
+MAX_REQUEST_BYTES: Final = 2**23  # far more than the text of any model's context
 _SECURITY_HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -46,7 +46,10 @@ _SECURITY_HEADERS: Final = {
 
 
 class _Gateway(Flask):
-    """Counts refused requests by outcome. An answer that has begun counts itself."""
+    """The Flask application. Counts each POST that an API refuses in `lamina_gateway_answers`, by error.
+
+    An answer that has begun is not counted here: it counts itself when it ends (Answer.close).
+    """
 
     def __init__(self, metrics: GatewayMetrics) -> None:
         super().__init__("gateway", static_folder=None)
@@ -71,7 +74,11 @@ def create_app(
     write_line: Callable[[str], object] = lambda line: print(line, file=sys.stderr, flush=True),
     watched: Watched | None = None,
 ) -> Flask:
-    """service: raises NotReady before the tokenizer is loaded. write_line: for the access log. watched: for the page."""
+    """The application with the routes of all APIs. It can answer before the tokenizer is loaded.
+
+    service: returns the AnswerService; raises NotReady before the tokenizer is loaded. write_line: receives each line of the
+    access log. watched: sources of `GET /v1/pipeline/events`; None: that path is not served.
+    """
     app = _Gateway(metrics)
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
     add_problem_handlers(app)
@@ -109,10 +116,10 @@ def _add_headers(response: Response) -> Response:
 
 
 def _add_cross_origin_headers(origins: frozenset[str], response: Response) -> Response:
-    """Cross-Origin Resource Sharing (Fetch Standard, section 3.2): lets browsers run requests of other sites' pages.
+    """Adds the headers by which browsers let pages of other sites send requests (Fetch Standard, section 3.2).
 
-    Credentials are never allowed: a page sets the header with its key itself, and cookies are ignored.
-    origins: as browsers send them in `Origin`; `*` for all.
+    origins: sites that are allowed, as browsers send them in `Origin`; `*` for all. Cookies and other credentials of the
+    browser are never allowed: a page sets the header with the API key itself.
     """
     origin = request.headers.get("Origin", "")
     response.vary.add("Origin")
@@ -146,7 +153,11 @@ def client_limits(config: GatewayConfig, keys: KeyRing) -> ClientLimits:
 
 
 def gateway_admission(keys: KeyRing) -> "Callable[[WSGIEnvironment], int]":
-    """A function from a request's head to the most bytes that its body may have. It raises Unauthorized without a valid key."""
+    """Returns a function with which the server checks a request's head before it reads the body.
+
+    The function takes the WSGI environ and returns the most bytes that the body may have; 0 unless the method is POST. It
+    raises Unauthorized if the gateway has API keys and the request has no valid one.
+    """
     clients = Clients(keys)
 
     def admit(environ: "WSGIEnvironment") -> int:

@@ -25,11 +25,14 @@ class RunningScheduler:
     _readiness: EarlyReadiness
 
     def refused_addresses(self, stage: int) -> int:
-        """Addresses of the stage's instances that are not used, because they are outside of the pod network."""
+        """Number of addresses of this stage's instances that are not used, because they are outside of the pod network.
+
+        Always 0 without a watch of EndpointSlices.
+        """
         return 0 if self._watch is None else self._watch.refused(stage)
 
     def close(self) -> None:
-        """Ends the watch and all sequences."""
+        """Stops the watch, ends all sequences and closes the connections to the stages."""
         if self._watch is not None:
             self._watch.stop()
         self._readiness.stop()
@@ -38,7 +41,7 @@ class RunningScheduler:
 
 
 def start_scheduler(config: GatewayConfig, tracer: Tracer) -> RunningScheduler:
-    """Starts a scheduler over the configured stages. It sends nothing before the first sequence."""
+    """Starts a scheduler over the configured stages. It sends them nothing before the first sequence or `wake`."""
     identity = PipelineIdentity(
         fingerprint=config.pipeline,
         token=config.pipeline_token,

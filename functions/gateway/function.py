@@ -28,14 +28,17 @@ _log: Final = logging.getLogger(__name__)
 
 _FAILED_STATUS: Final = 1
 _RUNNING_THREADS: Final = 512  # for running answers, one each: far more than the stages of any pipeline compute at once
-_REQUEST_BYTES: Final = 8 * MAX_REQUEST_BYTES  # of all requests that are being read
+_REQUEST_BYTES: Final = 8 * MAX_REQUEST_BYTES  # most bytes of all request bodies in memory together
 
 
 class GatewayFunction:
-    """The gateway of one pipeline."""
+    """The gateway of one pipeline: its HTTP service, scheduler and metrics, from start to drain and close."""
 
     def __init__(self, config: GatewayConfig, start_up: StartUp) -> None:
-        """Raises ConfigError for a file of API keys that cannot be read or understood."""
+        """Starts the scheduler. The HTTP service answers NotReady until `start` has loaded the tokenizer.
+
+        Raises ConfigError for a file of API keys that cannot be read or parsed.
+        """
         self._keys = KeyRing(config.api_keys, config.api_key_files or ())
         self._config = config
         self._start_up = start_up
@@ -60,19 +63,20 @@ class GatewayFunction:
         self._metrics.registry.register(SchedulerCollector(self._running.scheduler.stats, names))
 
     def start(self, stop: Callable[[int], None]) -> None:
-        """Loads tokenizer and template in a thread. If that fails, logs the cause and stops with status 1.
+        """Wakes all stages, begins to load the tokenizer and the chat template in a thread, and returns.
 
-        Meanwhile it wakes the stages: a gateway at zero is started by a request, which will need them all.
+        Stages are woken because a request starts a gateway at zero, and will need them all. stop: ends the process with an
+        exit status; the thread calls it with 1 if loading fails, after it has logged the cause.
         """
         self._running.scheduler.wake()
         threading.Thread(target=self._load, args=(stop,), name="start-up", daemon=True).start()
 
     def drain(self) -> None:
-        """Reports not ready from now on; further requests are still answered."""
+        """Makes `/readyz` report not ready, so that new requests go elsewhere. Requests that still arrive are answered."""
         self._draining = True
 
     def close(self) -> None:
-        """Call it only after the last request."""
+        """Stops the scheduler and exports the remaining traces. Call it only after the last request has been answered."""
         self._running.close()
         self._tracer.close()
 

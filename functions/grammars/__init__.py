@@ -1,6 +1,6 @@
-"""What an answer must look like: grammars, compiled for a tokenizer, and the tokens that they allow.
+"""Grammars that answers must follow. Compiled for a tokenizer, a grammar says which tokens may come next.
 
-Both functions need it: the gateway refuses what does not compile, the last stage masks.
+The gateway refuses a grammar that does not compile; the last stage masks the tokens that it does not allow.
 
 May import: eventing.wire.
 """

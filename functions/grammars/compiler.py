@@ -1,8 +1,8 @@
-"""Compiles a grammar's source by llguidance, which is imported when the first grammar comes.
+"""Compiles the source of a grammar with llguidance, which is imported for the first grammar.
 
 Every cost of a source is bounded: its bytes when it is received, and by llguidance's own fuel the terminals that it compiles
 (0.2 s at worst), the items of a step (50 ms at worst) and the states that it keeps. A grammar that exceeds a limit is refused,
-and an answer whose grammar exceeds one half-way fails.
+and an answer fails if its grammar exceeds one while it is generated.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,11 @@ class GrammarCompiler:
         self._tokenizers: dict[tuple[int, ...], LLTokenizer] = {}
 
     def compile(self, source: str, end_ids: Sequence[int]) -> "Matcher":
-        """A matcher in its initial state, which allows some token. Raises UnusableGrammar, and whatever reading raises."""
+        """Compiles a grammar. Returns a Matcher at the begin of an answer, where at least one token is allowed.
+
+        end_ids: tokens that end the answer. Raises UnusableGrammar if the source does not compile, and what reading the
+        tokenizer raises.
+        """
         from llguidance import LLMatcher, LLParserLimits
 
         from functions.grammars.matcher import Matcher

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 Allowed = npt.NDArray[np.bool_]
-"""[vocab] of the tokenizer. A model's vocabulary may be larger; the rest is padding."""
+"""[vocab]: whether each token id of the tokenizer may come next. A model's logits may be longer; the rest is padding."""
 
 
 class Matcher:
-    """The state of one answer in its grammar."""
+    """Follows one answer through its grammar. Not thread-safe."""
 
     def __init__(self, matcher: "LLMatcher", vocab_size: int) -> None:
         self._matcher = matcher
@@ -26,13 +26,14 @@ class Matcher:
         self._check()
 
     def copy(self) -> "Matcher":
-        """A copy of a matcher in its initial state."""
+        """A copy. Call it only on a matcher that has followed no answer yet."""
         return Matcher(self._matcher.deep_copy(), self._vocab_size)
 
     def allowed(self, tokens: Sequence[int], draft_tokens: Sequence[int] = ()) -> list[Allowed]:
-        """Masks of what may follow `tokens`, and of what may follow each draft token, up to the first that is not allowed.
+        """Masks of the tokens that may follow `tokens`, and each draft token after them, up to the first that is not allowed.
 
-        tokens: the answer so far; it need not continue that of the previous call. Raises UnusableGrammar.
+        tokens: the answer so far; it need not continue that of the previous call. Raises UnusableGrammar if the grammar does
+        not allow it, or if no token may follow.
         """
         self._go_to(list(tokens))
         masks = [self._next()]

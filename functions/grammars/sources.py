@@ -1,4 +1,4 @@
-"""Turns what clients ask for into a grammar's source, in llguidance's notation: JSON of `grammars`, or Lark.
+"""Turns structures that clients name (JSON schema, regex, choice, grammar) into a grammar's source in llguidance's notation.
 
 llguidance is imported when a source needs it.
 """
@@ -16,8 +16,8 @@ JSON_OPTIONS: Final = {
     "coerce_one_of": False,
     "lenient": False,
 }
-"""Allows one way to write a value: given free white space, a small model writes nothing else until max_tokens. Keywords that
-could not be enforced are refused rather than ignored."""
+"""llguidance's options for JSON. White space is fixed, because given the choice a small model writes nothing else until
+max_tokens. Keywords of a schema that could not be enforced are refused and not ignored."""
 _ANY_OBJECT: Final = {"type": "object"}
 
 
@@ -26,7 +26,10 @@ class UnusableGrammar(Exception):
 
 
 def source_of(asked: StructuredOutputs) -> str:
-    """Raises UnusableGrammar if the request is no grammar at all. Most errors are found when the source is compiled."""
+    """The source for the structure that a client names: JSON of `grammars`, or Lark.
+
+    Raises UnusableGrammar if it cannot be read as a grammar. Most errors are found only when the source is compiled.
+    """
     if asked.regex is not None:
         return from_regex(asked.regex)
     if asked.choice is not None:
@@ -37,7 +40,7 @@ def source_of(asked: StructuredOutputs) -> str:
 
 
 def schema_of(asked: StructuredOutputs) -> dict[str, Any]:
-    """The JSON schema, parsed if it came as text. Raises UnusableGrammar."""
+    """The client's JSON schema, parsed if it came as text. Raises UnusableGrammar if it is no JSON object."""
     if not isinstance(asked.json, str):
         return asked.json or {}
     try:
@@ -54,7 +57,7 @@ def of_schema(schema: Mapping[str, Any]) -> str:
 
 
 def with_options(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema with JSON_OPTIONS."""
+    """A copy of the schema that carries JSON_OPTIONS, which llguidance reads from it."""
     return {**schema, "x-guidance": JSON_OPTIONS}
 
 
@@ -63,7 +66,10 @@ def of_choices(choices: Sequence[str]) -> str:
 
 
 def place_of(schema: Any, words: Sequence[str], path: str = "#") -> str | None:
-    """JSON pointer to the first key or value of the schema that is one of `words`."""
+    """JSON pointer to the first key or text value of the schema that is one of `words`; None if there is none.
+
+    path: the JSON pointer to `schema` itself.
+    """
     items = schema.items() if isinstance(schema, dict) else enumerate(schema) if isinstance(schema, list) else ()
     for key, value in items:
         here = f"{path}/{key}"
@@ -75,14 +81,14 @@ def place_of(schema: Any, words: Sequence[str], path: str = "#") -> str | None:
 
 
 def from_regex(regex: str) -> str:
-    """The grammar's source. Errors in the expression are found when the source is compiled."""
+    """The source for a regular expression. Errors in the expression are found only when the source is compiled."""
     from llguidance import LLMatcher
 
     return LLMatcher.grammar_from_regex(regex)
 
 
 def from_ebnf(grammar: str) -> str:
-    """The source of a grammar in llguidance's Lark or in llama.cpp's GBNF. Raises UnusableGrammar."""
+    """The source for a grammar in llguidance's Lark or in llama.cpp's GBNF. Raises UnusableGrammar if it cannot be read."""
     from llguidance import grammar_from
 
     try:

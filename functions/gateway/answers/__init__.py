@@ -1,4 +1,6 @@
-"""What all APIs of the gateway share: prompts go to the scheduler, tokens become answers; keys, limits, access log, metrics.
+"""Code that all APIs of the gateway share: it sends prompts to the scheduler and makes answers from the tokens.
+
+API keys, limits of clients, the access log and the metrics of answers are here, too.
 
 May import: eventing, eventing.wire, eventing.http, functions.configuration, functions.hosting, functions.observing,
 functions.gateway.text, functions.gateway.scheduling.

@@ -25,7 +25,7 @@ _ENTRY: Final = "lamina.access"
 
 @dataclass(slots=True)
 class LogEntry:
-    """Facts about a request, which its handler fills in for the log."""
+    """Data of one request for its line in the access log. The request's handler fills in the fields; None: not known."""
 
     arrived: float = 0.0  # in time.monotonic()
     request_id: str | None = None
@@ -36,13 +36,17 @@ class LogEntry:
 
 
 def log_entry() -> LogEntry:
-    """The entry of the current request."""
+    """Returns the LogEntry of the current Flask request. Without an access log it is made, but never written."""
     entry: LogEntry = request.environ.setdefault(_ENTRY, LogEntry())
     return entry
 
 
 class AccessLog:
-    """A WSGI middleware. write: receives a line, without its newline."""
+    """A WSGI middleware that writes one line for each request, when its reply is closed.
+
+    write: receives the line, JSON without a newline, in the thread that answered. with_prompts: lines also have the prompt
+    and the answer's text.
+    """
 
     def __init__(self, application: "WSGIApplication", write: Callable[[str], object], *, with_prompts: bool = False) -> None:
         self._application = application

@@ -11,7 +11,7 @@ from functions.observing.tracing import Span
 
 
 class Answer:
-    """Call `take` until it is `done`; or `close` it to cancel."""
+    """One answer while it is generated. Call `take` until `done` is true, or `close` to cancel. One thread at a time."""
 
     def __init__(
         self,
@@ -26,11 +26,15 @@ class Answer:
         *,
         scored: bool = False,
     ) -> None:
-        """echo: the prompt's text if the answer begins with it. scored: with the log-probabilities of the prompt's tokens."""
+        """release: called once, at the end, with the number of tokens of prompt and answer. span: ended with the answer.
+
+        echo: the prompt's text if the answer begins with it, else None. scored: with `echo`, the answer also has
+        log-probabilities of the prompt's tokens.
+        """
         self.prompt_ids = prompt_ids
         self.prompt_tokens = len(prompt_ids)
         self.token_stream = token_stream
-        self.done = False  # everything has been given out
+        self.done = False  # `take` has returned the last token
         self._text_stream = text_stream
         self._metrics = metrics
         self._span = span
@@ -38,20 +42,20 @@ class Answer:
         self._release = release
         self._echo = echo
         self._scored = scored
-        self._token_ids: list[int] = []  # those of the prompt included, with echo
+        self._token_ids: list[int] = []  # with echo, those of the prompt come first
         self._logprobs: list[TokenLogprob] = []
-        self._taken = 0  # tokens of the answer itself
-        self._given = 0  # tokens given out; the others wait until their text is certain
+        self._taken = 0  # tokens of the answer received so far, without an echoed prompt
+        self._given = 0  # tokens that `take` has returned; the others wait until their text is certain
         self._text: list[str] = []
-        self._certain = ""  # text that is certain but not given out: its token waits
+        self._certain = ""  # text that is certain and not yet returned with a token
         self._measured = 0  # tokens whose latency has been recorded
         self._closed = False
 
     def take(self, seconds: float) -> list[TokenEvent]:
-        """Waits up to `seconds` for a token and returns what can be given out, which may be nothing.
+        """Waits up to `seconds` for a token. Returns the tokens whose text has become certain, which may be none.
 
-        A token is given out when its text is certain, so that the texts of all tokens are the answer's text. Raises the Problem
-        that ended the answer early.
+        Text is certain when its characters are complete and no stop string can begin in it. The texts of all returned tokens
+        together are the answer's text. Raises the Problem that ended the answer early.
         """
         token_id = self.token_stream.next_token(seconds)
         if token_id is not None:
@@ -69,7 +73,10 @@ class Answer:
         return given
 
     def close(self) -> None:
-        """Cancels an unfinished answer, frees what it holds, and records how it ended. Later calls do nothing."""
+        """Cancels the answer if it is unfinished, calls `release`, and records how it ended in metrics and span.
+
+        Later calls do nothing.
+        """
         if self._closed:
             return
         self._closed = True
@@ -87,12 +94,12 @@ class Answer:
         self._metrics.gen_ai.observe(self._operation, failure, *seconds, self.completion_tokens)
 
     def choice(self) -> Choice:
-        """Call it only after the last token."""
+        """The complete answer, for the reply. Call it only when `done` is true."""
         return Choice(self.text, tuple(self._token_ids), self._finish_reason(), tuple(self._logprobs) or None)
 
     @property
     def text(self) -> str:
-        """The text that was given out so far."""
+        """The text that `take` has returned so far."""
         return "".join(self._text)
 
     @property
@@ -102,7 +109,7 @@ class Answer:
 
     @property
     def completion_tokens(self) -> int:
-        """Without those that were computed after a stop string."""
+        """Tokens of the answer so far, without those that were computed after a stop string."""
         return self._taken if self._text_stream.stopped else self.token_stream.completion_tokens
 
     def timings(self) -> Timings:
@@ -114,7 +121,10 @@ class Answer:
         return Timings(seen.queue_seconds or 0.0, first, total, rate, seen.replays)
 
     def _put_echo(self) -> None:
-        """Puts the prompt before the answer, once; only when its log-probabilities are there."""
+        """With `echo`, puts the prompt's tokens and text before the answer's, once.
+
+        Call it at the first token or at the end: only then are the prompt's log-probabilities complete.
+        """
         if self._echo is None:
             return
         self._certain, self._echo = self._echo, None
@@ -133,13 +143,16 @@ class Answer:
         self._certain += self._text_stream.push(token_id)
 
     def _measure(self) -> None:
-        """Records when the pipeline drew each token, even if the client reads slowly or has left."""
+        """Records the latency of each new token in the metrics.
+
+        The time counts at which the pipeline drew a token, not that at which the client reads it.
+        """
         for seconds in self.token_stream.waits(self._measured):
             (self._metrics.inter_token if self._measured else self._metrics.first_token).observe(seconds)
             self._measured += 1
 
     def _give(self, end: int) -> list[TokenEvent]:
-        """Gives out the tokens up to `end`. The last of them has all text that is certain."""
+        """Events for the tokens that were not yet returned, up to index `end`. The last one carries all certain text."""
         given = []
         for index in range(self._given, end):
             text = self._certain if index == end - 1 else ""

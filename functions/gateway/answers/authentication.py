@@ -22,7 +22,7 @@ from functions.configuration.settings import ConfigError
 
 _log: Final = logging.getLogger(__name__)
 
-_CHECK_SECONDS: Final = 0.5  # between looks at the files
+_CHECK_SECONDS: Final = 0.5  # least time between two checks whether the files have changed
 _MAX_ADDRESS_CHARACTERS: Final = 64
 
 
@@ -30,7 +30,10 @@ class KeyRing:
     """The API keys that are valid now. Thread-safe."""
 
     def __init__(self, keys: Sequence[ApiKey] | None = None, files: Sequence[str] = ()) -> None:
-        """Without keys and files the gateway is open to all. Raises ConfigError for a file that cannot be read or parsed."""
+        """If `keys` is None and there are no files, the gateway is open to all.
+
+        Raises ConfigError for a file that cannot be read or parsed.
+        """
         self._fixed = tuple(keys or ())
         self._files = [_KeyFile(Path(path)) for path in files]
         self.is_open = keys is None and not self._files
@@ -48,7 +51,7 @@ class KeyRing:
         return found if found is not None and hmac.compare_digest(found.hashed, hashed) else None
 
     def quota(self, client_id: str) -> Quota:
-        """The quota that is written beside the client's key; an empty one if there is none."""
+        """The quota in the list of keys for this client; one without limits if the key is unknown or has none."""
         found = self._by_id.get(client_id)
         return Quota() if found is None else found.quota
 
@@ -67,7 +70,7 @@ class KeyRing:
             self._lock.release()
 
     def _collect(self) -> None:
-        """The first entry counts if a key is listed twice."""
+        """Builds the look-up tables from all lists of keys. If a key is listed twice, its first entry counts."""
         keys = [*self._fixed, *(key for file in self._files for key in file.keys)]
         self._by_hash = {key.hashed: key for key in reversed(keys)}
         self._by_id = {key.id: key for key in reversed(keys)}
@@ -77,11 +80,14 @@ class KeyRing:
 class _KeyFile:
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.seen: tuple[int, ...] = ()  # the state that was read
+        self.seen: tuple[int, ...] = ()  # `state` at the last read; empty before the first
         self.keys: tuple[ApiKey, ...] = ()
 
     def read(self) -> str | None:
-        """Returns an error, or None. An empty or removed file has no keys; one with an error keeps the keys that it had."""
+        """Reads the file into `keys`. Returns a sentence that says what is wrong with the file, or None.
+
+        A file that is empty, or was removed after an earlier read, has no keys. After any other error `keys` stay as they were.
+        """
         existed, self.seen = bool(self.seen), self.state()
         try:
             self.keys = parse_keys(self._path.read_text(encoding="utf-8"))
@@ -95,7 +101,7 @@ class _KeyFile:
         return None
 
     def state(self) -> tuple[int, ...]:
-        """Changes when the file is replaced, as Kubernetes does, and when it is written to."""
+        """A value that differs after the file was written to or replaced; Kubernetes replaces it."""
         try:
             found = os.stat(self._path)
         except OSError:
@@ -104,10 +110,10 @@ class _KeyFile:
 
 
 class Clients:
-    """proxies: how many proxies every request passes.
+    """Identifies the client of a request: by its API key, or by its address if the gateway has no keys.
 
-    Each proxy appends the address of its peer to X-Forwarded-For. A client writes the entries before those itself, and could
-    write others for each request, to get a queue of its own each time.
+    proxies: number of proxies that every request passes; 0: X-Forwarded-For is ignored. Each proxy appends the address of its
+    peer to that header. Earlier entries are not used: a client writes them, and could pass for another client each time.
     """
 
     def __init__(self, keys: KeyRing, proxies: int = 0) -> None:
@@ -115,7 +121,10 @@ class Clients:
         self._proxies = proxies
 
     def identify(self, request: Request) -> str:
-        """The client's id, by which the pipeline is shared fairly; it is no secret. Raises Unauthorized."""
+        """The client's id, by which the pipeline is shared fairly. It is no secret.
+
+        Raises Unauthorized if the gateway has keys and the request has no valid one.
+        """
         if self._keys.is_open:
             entries = request.headers.get("X-Forwarded-For", "").split(",")
             forwarded = entries[-self._proxies].strip() if 0 < self._proxies <= len(entries) else ""

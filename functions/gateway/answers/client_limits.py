@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 _log: Final = logging.getLogger(__name__)
 T = TypeVar("T")
 
-Release = Callable[[int], None]  # ends one answer; takes its tokens, the prompt's included
+Release = Callable[[int], None]  # called when an answer ends, with the number of tokens of prompt and answer
 
 _STORE_TIMEOUT_SECONDS: Final = 0.5
-_STORE_RETRY_SECONDS: Final = 5.0  # after a failure the store is not asked for so long
+_STORE_RETRY_SECONDS: Final = 5.0  # after a failure of the store, the time without requests to it
 
 
 class ClientLimits:
-    """Thread-safe."""
+    """Admits requests that are within their client's limits, and counts what they use. Thread-safe."""
 
     def __init__(
         self,
@@ -39,7 +39,11 @@ class ClientLimits:
         store: str | None = None,
         scope: str = "",
     ) -> None:
-        """default: completes what `quota_of` returns for a client. store: URL shared by gateways. scope: key prefix there."""
+        """default: limits that hold where `quota_of` sets none. quota_of: returns the quota of a client id.
+
+        store: URL of a Redis in which all gateways count together; None: this process counts alone. scope: prefix of the
+        names in the store.
+        """
         self._default = default
         self._quota_of = quota_of
         self._store = store
@@ -49,11 +53,11 @@ class ClientLimits:
         self._lock = threading.Lock()
 
     def quota(self, client_id: str) -> Quota:
-        """None and 0 in it: no limit."""
+        """The client's own limits, completed by the default ones. In them None and 0 mean no limit."""
         return self._quota_of(client_id).over(self._default)
 
     def admit(self, client_id: str, answers: int = 1) -> Release:
-        """Admits one request for so many answers; the caller calls the result once for each of them.
+        """Admits one request for `answers` answers. The caller calls the returned function once for each answer, when it ends.
 
         Raises RateLimited, or InvalidRequest if the request has more answers than the client may ever have at once.
         """
@@ -74,7 +78,7 @@ class ClientLimits:
         return lambda tokens: self._release(client_id, tokens)
 
     def _count_request(self, client_id: str, quota: Quota) -> None:
-        """Counts one request, or counts nothing and raises RateLimited."""
+        """Counts one request of the client. Raises RateLimited instead if its tokens or requests per minute are used up."""
         for limit, unit in ((quota.tokens_per_minute, "tokens"), (quota.requests_per_minute, "requests")):
             if not limit:
                 continue
@@ -97,7 +101,7 @@ class ClientLimits:
                 del self._running[client_id]
 
     def _counted(self) -> "SlidingWindows":
-        """Made on first use: a gateway without limits does not import the package."""
+        """The counters. They are made on first use, so that a gateway without limits does not import the package `limits`."""
         with self._lock:
             if self._windows is None:
                 self._windows = SlidingWindows(self._store)
@@ -105,9 +109,10 @@ class ClientLimits:
 
 
 class SlidingWindows:
-    """Counts per minute. `names` say what is counted and for which client. Thread-safe.
+    """Counters over the last minute, in this process or in a store that gateways share. Thread-safe.
 
-    While the store does not answer, this process counts by itself: a client then gets its whole limit at each gateway.
+    In all methods `limit` is the highest count that is allowed in a minute, and `names` identify the counter: scope, unit and
+    client. While the store does not answer, this process counts alone: a client then gets its whole limit at each gateway.
     """
 
     def __init__(self, store: str | None = None) -> None:
@@ -124,15 +129,15 @@ class SlidingWindows:
         self._retry_at = 0.0
 
     def test(self, limit: int, *names: str) -> bool:
-        """Tells whether anything is left."""
+        """Tells whether the count is below `limit`. Counts nothing."""
         return self._ask(lambda limiter: limiter.test(_a_minute(limit), *names))
 
     def hit(self, limit: int, *names: str) -> bool:
-        """Takes one, if one is left."""
+        """Counts one if the count is below `limit`. Tells whether it did."""
         return self._ask(lambda limiter: limiter.hit(_a_minute(limit), *names))
 
     def charge(self, limit: int, cost: int, *names: str) -> None:
-        """Takes `cost`, or all that is left if that is less."""
+        """Adds `cost` to the count, but no more than up to `limit`."""
 
         def take(limiter: "RateLimiter") -> bool:
             left = limiter.get_window_stats(_a_minute(limit), *names).remaining
@@ -141,7 +146,7 @@ class SlidingWindows:
         self._ask(take)
 
     def seconds_left(self, limit: int, *names: str) -> int:
-        """Seconds until something is left again, at least 1."""
+        """Seconds until the count is below `limit` again, at least 1."""
         reset = self._ask(lambda limiter: limiter.get_window_stats(_a_minute(limit), *names).reset_time)
         return max(1, math.ceil(reset - time.time()))
 

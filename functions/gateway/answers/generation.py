@@ -1,4 +1,4 @@
-"""Everything that one request is answered with: one answer, or several that are generated together. Knows no HTTP."""
+"""The answers to one request: one, or several that are generated together. Knows no HTTP."""
 
 import threading
 import time
@@ -18,8 +18,8 @@ from eventing.wire.generation import (
 from functions.gateway.answers.answer import Answer
 from functions.gateway.answers.metrics import GatewayMetrics
 
-HEARTBEAT_SECONDS: Final = 3.0  # between signs of life of a stream without tokens
-LOOK_SECONDS: Final = 0.5  # between looks whether the client is still connected
+HEARTBEAT_SECONDS: Final = 3.0  # between heartbeats of a stream while no tokens come
+LOOK_SECONDS: Final = 0.5  # between checks whether the client is still connected
 
 
 class ClientLeft(Exception):
@@ -27,7 +27,10 @@ class ClientLeft(Exception):
 
 
 class StreamPace:
-    """When a stream without tokens needs a heartbeat, and when to look whether its client has left."""
+    """Timers of one stream: when a heartbeat is due because no tokens come, and when to check whether the client has left.
+
+    gone: tells without waiting whether the client has left.
+    """
 
     def __init__(self, gone: Callable[[], bool], heartbeat_seconds: float) -> None:
         self._gone = gone
@@ -36,14 +39,17 @@ class StreamPace:
         self.restart()
 
     def restart(self) -> None:
-        """Call it when something was sent."""
+        """Begins the interval between heartbeats again. Call it after a heartbeat was sent."""
         self._heartbeat_at = time.monotonic() + self._heartbeat_seconds
 
     def seconds_to_wait(self) -> float:
         return max(0.0, min(self._heartbeat_at, self._look_at) - time.monotonic())
 
     def is_heartbeat_due(self, found: bool) -> bool:
-        """Call it after each wait for tokens. found: tokens came, and were sent. Raises ClientLeft."""
+        """Tells whether to send a heartbeat now. Call it after each wait for tokens.
+
+        found: the wait brought tokens, and they were sent. Raises ClientLeft if the client has disconnected.
+        """
         now = time.monotonic()
         if now >= self._look_at:
             self._look_at = now + LOOK_SECONDS
@@ -55,7 +61,10 @@ class StreamPace:
 
 
 class Generation:
-    """Iterate `tokens` to its end, then call `response`; or `close` it to cancel."""
+    """The answers to one request while they are generated. One thread at a time.
+
+    Iterate `tokens` to its end, then call `response`; or call `close` to cancel.
+    """
 
     def __init__(
         self,
@@ -65,19 +74,19 @@ class Generation:
         gone: Callable[[], bool],
         metrics: GatewayMetrics,
     ) -> None:
-        """gone: tells whether the client has left, without waiting."""
+        """answers: those to the first prompt come first. gone: tells without waiting whether the client has left."""
         self.request_id = request_id
         self.answers = answers
         self._answers_per_prompt = answers_per_prompt
         self._gone = gone
         self._metrics = metrics
-        self._noticed = threading.Event()  # used if there are several answers
+        self._noticed = threading.Event()  # set when any answer has a token or ends; used if there are several answers
         if len(answers) > 1:
             for answer in answers:
                 answer.token_stream.notify(self._noticed.set)
 
     def tokens(self, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> Iterator[TokenEvent | None]:
-        """Yields the tokens of all answers with the text that they complete, and None after so many seconds without any.
+        """Yields the tokens of all answers as they come, and None after each `heartbeat_seconds` without any.
 
         Raises the Problem that ended an answer early, or ClientLeft. Closing the iterator cancels unfinished answers.
         """
@@ -93,7 +102,7 @@ class Generation:
             self.close()
 
     def _take(self, seconds: float) -> Generator[TokenEvent, None, bool]:
-        """Yields what comes within `seconds`. Returns whether anything did."""
+        """Yields tokens after waiting for them up to `seconds`. Returns whether a token came or an answer ended."""
         running = [(number, answer) for number, answer in enumerate(self.answers) if not answer.done]
         if len(running) > 1:
             self._noticed.wait(seconds)
@@ -112,7 +121,7 @@ class Generation:
             answer.close()
 
     def usage(self) -> Usage:
-        """Tokens so far. A prompt counts once, however many answers it has."""
+        """Numbers of tokens so far. A prompt counts once, however many answers it has."""
         one_per_prompt = self.answers[:: self._answers_per_prompt]
         prompt_tokens = sum(answer.prompt_tokens for answer in one_per_prompt)
         completion_tokens = sum(answer.completion_tokens for answer in self.answers)
@@ -124,7 +133,7 @@ class Generation:
         return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, drafts, cached)
 
     def response(self) -> GenerateResponse:
-        """Call it only after the last token."""
+        """All answers, complete. Call it once, after the last token: it also records the duration in the metrics."""
         timings = self._timings()
         self._metrics.answer.observe(timings.total_seconds)
         choices = tuple(answer.choice() for answer in self.answers)
@@ -141,11 +150,11 @@ class Generation:
 
     @property
     def text(self) -> str:
-        """The text that was given out so far."""
+        """The text of all answers so far, with a newline between two answers."""
         return "\n".join(answer.text for answer in self.answers)
 
     def account(self) -> dict[str, object]:
-        """Outcome, tokens and times for the access log, after `close`."""
+        """Fields of the access log: outcome, numbers of tokens, and times. Call it after `close`."""
         timings, usage = self._timings(), self.usage()
         # If one answer broke, the others were cancelled.
         broken = (answer for answer in self.answers if answer.token_stream.problem is not None)

@@ -34,7 +34,7 @@ class GatewayMetrics(FunctionMetrics):
         super().__init__()
         registry = self.registry
         self.answers = Counter("lamina_gateway_answers", "Answers by how they ended", ["outcome"], registry=registry)
-        for outcome in OUTCOMES:  # from 0 on, or a rate would miss the first of its kind
+        for outcome in OUTCOMES:  # exported as 0 from the start, or a rate would miss the first event of its kind
             self.answers.labels(outcome)
         self.queue_limit = Gauge("lamina_gateway_queue_limit", "Requests that may wait", registry=registry)
         self._refused = Gauge(
@@ -63,7 +63,11 @@ class GatewayMetrics(FunctionMetrics):
         )
 
     def watch(self, stages: Sequence[str], refused: Callable[[int], int]) -> None:
-        """stages: values of the label `stage`. refused: returns the refused addresses of a stage, by its number."""
+        """Connects the gauge of refused addresses to its source.
+
+        stages: value of the label `stage` for each stage. refused: returns the number of refused addresses of a stage, given
+        the stage's number; it is called whenever metrics are read.
+        """
         for number, stage in enumerate(stages):
             self._refused.labels(stage).set_function(partial(refused, number))
 
@@ -82,7 +86,7 @@ class GenAIOperation:
         return f"{self.name} {self.model}"
 
     def begin_attributes(self, request: GenerateRequest, response_id: str, prompt_tokens: int, max_tokens: int) -> Attributes:
-        """Attributes at the begin of a span, without options that have no effect."""
+        """Attributes that are known when a span begins. Sampling options that have no effect are left out."""
         options: dict[str, str | int | float | Sequence[str] | None] = {
             "top_p": request.top_p if request.top_p < 1 else None,
             "top_k": request.top_k or None,
@@ -104,7 +108,7 @@ class GenAIOperation:
 
 
 def end_attributes(outcome: str, error: str | None, completion_tokens: int, cached_tokens: int) -> Attributes:
-    """Attributes at the end of a span."""
+    """Attributes that are known when a span ends. error: name of the problem; None if the answer succeeded."""
     attributes: dict[str, str | int | float | Sequence[str]] = {
         "gen_ai.response.finish_reasons": (outcome,),
         "gen_ai.usage.output_tokens": completion_tokens,
@@ -141,7 +145,10 @@ class GenAIMetrics:
     def observe(
         self, operation: GenAIOperation, error: str | None, total_seconds: float, first_seconds: float, completion_tokens: int
     ) -> None:
-        """Records an answer that has ended. error: None if it succeeded."""
+        """Records an answer that has ended. Both durations begin when the request arrived.
+
+        error: name of the problem, or `cancelled`; None if the answer succeeded.
+        """
         labels = (operation.name, PROVIDER, operation.model)
         self._duration.labels(*labels, error or "").observe(total_seconds)
         if error is not None or not completion_tokens:

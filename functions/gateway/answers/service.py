@@ -1,4 +1,4 @@
-"""Turns a request into prompts for the scheduler, and its tokens into answers. All APIs use it. Knows no HTTP."""
+"""Turns a request into prompts for the scheduler, and the tokens drawn for them into answers. Knows no HTTP."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ class RequestContext:
     """A request's client, times and ids."""
 
     request_id: str
-    client_id: str  # clients share the pipeline fairly
+    client_id: str  # the scheduler shares the pipeline fairly between clients
     seed: int  # used if the request names none
     deadline_seconds: float  # from `arrived` on
     arrived: float  # in time.monotonic()
@@ -35,13 +35,13 @@ class RequestContext:
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
     token_ids: Sequence[int]
-    predicted_ids: Sequence[int]  # of the text that the answer is expected to repeat
-    text: str = ""  # for `echo`
-    grammar: Grammar | None = None  # of the answer
+    predicted_ids: Sequence[int]  # tokens of a text that the answer is expected to repeat, from which tokens are drafted
+    text: str = ""  # the prompt's text, if it is needed for `echo`
+    grammar: Grammar | None = None  # that the answer must follow; None: any text
 
 
 class AnswerService:
-    """Thread-safe."""
+    """Begins the answers to requests: checks and encodes each request and submits its prompts. Thread-safe."""
 
     def __init__(
         self,
@@ -60,7 +60,10 @@ class AnswerService:
         self._model = model
 
     def begin(self, request: GenerateRequest, context: RequestContext) -> Generation:
-        """Begins all answers of a request. Raises InvalidRequest, MalformedEvent, QueueFull, RateLimited, NotReady."""
+        """Begins all answers to a request, or none, and returns without waiting for tokens. The caller closes the Generation.
+
+        Raises InvalidRequest, MalformedEvent, QueueFull, RateLimited, NotReady.
+        """
         count = request.n * len(request.prompts)
         release = self._limits.admit(context.client_id, count)
         answers: list[Answer] = []
@@ -79,7 +82,7 @@ class AnswerService:
         return Generation(context.request_id, answers, request.n, context.gone, self._metrics)
 
     def _encode_prompts(self, request: GenerateRequest) -> list[EncodedPrompt]:
-        """Checks lengths and the queue before it renders, tokenizes or compiles anything."""
+        """Encodes the request's prompts. Checks lengths and the queue before it renders, tokenizes or compiles anything."""
         if request.messages is not None:
             self.text.check_messages(request.messages, request.tools)
         for prompt in request.prompts:
@@ -94,7 +97,7 @@ class AnswerService:
             return [replace(self._encode(request, prompt, predicted), grammar=grammar) for prompt in request.prompts]
 
     def _grammar(self, request: GenerateRequest) -> Grammar | None:
-        """Raises MalformedEvent."""
+        """Grammar of forced tool calls or of `structured_outputs`; None: any. Raises MalformedEvent if it cannot be used."""
         if forced := forced_tools(request.tools, request.tool_choice):
             tools = self.text.tools
             return self.text.grammars.of_tools(tools.format.grammar(forced, request.parallel_tool_calls, tools.special))
@@ -131,7 +134,7 @@ class AnswerService:
             eos_ids=request.end_ids(self.text.eos_ids),
             kept_end_ids=frozenset(request.stop_token_ids if request.include_stop_str_in_output else ()),
             top_logprobs=request.logprobs,
-            scored=request.scores or request.max_tokens == 0,  # without an answer, something must be computed
+            scored=request.scores or request.max_tokens == 0,  # without an answer, the prompt's scores are what is computed
             client_id=context.client_id,
             priority=quota.priority or 0,
             deadline_seconds=context.deadline_seconds,
@@ -160,7 +163,10 @@ class AnswerService:
         )
 
     def _longest_answer(self, token_ids: Sequence[int], max_tokens: int | None) -> int:
-        """Tokens that the context leaves for the answer. Raises InvalidRequest if there are none."""
+        """Number of tokens that the context leaves for the answer.
+
+        Raises InvalidRequest for an empty prompt, and if no token is left. max_tokens: as requested; 0 needs no token.
+        """
         if not token_ids:
             raise InvalidRequest("the prompt has no tokens")
         context = self.text.context_length

@@ -20,7 +20,7 @@ CLIENT_CLOSED_REQUEST: Final = 499  # nginx's status; no client reads it
 
 
 class TokenSource(Protocol):
-    """A Generation, or a Listener to one."""
+    """An answer whose tokens can be iterated: a Generation, or a Listener to a shared one. Yields None for a heartbeat."""
 
     request_id: str
 
@@ -30,11 +30,12 @@ class TokenSource(Protocol):
 
 
 def stream_response(source: TokenSource, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Response:
-    """Sends `events`, beginning when there is a first one. Raises the Problem that ended the answer before that.
+    """Waits for the first event, then returns a reply that streams `events`. Raises a Problem that comes before it.
 
-    A Problem after the first event becomes the last event, by `failure`. Nothing is sent before the first event, so that a
-    failed answer still gets its own status. Also, a proxy may treat a reply as an error if it begins before the proxy has sent
-    the request's last byte: Go's ReverseProxy then closes the connection.
+    failure: encodes a Problem that comes later, as the last event. source: closed when the reply ends or the client leaves.
+    Nothing is sent before the first event, so that a failed answer gets the status of its Problem. Also, a
+    proxy may treat a reply as an error if it begins before the proxy has sent the request's last byte: Go's ReverseProxy then
+    closes the connection.
     """
     try:
         first = next(events)
@@ -47,7 +48,7 @@ def stream_response(source: TokenSource, events: Iterator[bytes], failure: Calla
 
 
 def whole_response(source: TokenSource, finished: Callable[[], Response]) -> Response:
-    """Returns `finished()` after the last token. Raises the Problem that ended the answer."""
+    """Waits for the last token, then returns `finished()`. Raises the Problem that ended the answer early."""
     try:
         for _ in source.tokens():
             pass
@@ -57,7 +58,10 @@ def whole_response(source: TokenSource, finished: Callable[[], Response]) -> Res
 
 
 def after_first_token(tokens: Iterator[TokenEvent | None]) -> Iterator[TokenEvent | None]:
-    """Waits for the first token, then returns an iterator that begins with it. Raises what ended the answer before it."""
+    """Waits for the first token, then returns an iterator that begins with it. Drops heartbeats (None) before it.
+
+    Raises the Problem or ClientLeft that ended the answer before its first token.
+    """
     rest = dropwhile(lambda token: token is None, tokens)
     first = next(rest, None)
     return iter(()) if first is None else chain((first,), rest)

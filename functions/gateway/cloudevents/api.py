@@ -1,7 +1,7 @@
 """The CloudEvents API: takes `dev.lamina.generate.request` and replies with one event, or with a stream of events.
 
-As the first step of a Sequence, a gateway for events also takes `dev.lamina.score.request` and replies with the event for the
-first stage. A Sequence's delivery has the header `Prefer: reply`; requests of clients do not.
+A gateway with LAMINA_SCORES=on is the first step of a Knative Sequence, too: it takes `dev.lamina.score.request` and replies
+with the event for the first stage. A Sequence's delivery has the header `Prefer: reply`; requests of clients do not.
 """
 
 import hashlib
@@ -47,7 +47,11 @@ from functions.observing.tracing import read_traceparent
 
 
 class CloudEventsAPI:
-    """source: of all replies. request_timeout_seconds: how long one answer may take."""
+    """Answers the CloudEvents that clients post to `/`: one generate request, a batch of them, or one score request.
+
+    scores: None if score requests are not served. source: the attribute `source` of all reply events.
+    request_timeout_seconds: longest duration of one answer.
+    """
 
     def __init__(
         self,
@@ -96,7 +100,10 @@ class CloudEventsAPI:
         return whole_response(listener, lambda: _http_response(to_http(self._response(event, listener))))
 
     def _score(self, event: CloudEvent) -> Response:
-        """The reply is signed with the pipeline's token, so it may go to the next step of a Sequence only."""
+        """Replies to a score request with the event for the first stage.
+
+        That event is signed with the pipeline's token, so only a Sequence may get it. Raises UnknownEventType for clients.
+        """
         if self._scores is None:
             raise UnknownEventType(f"{event.get_type()} goes to the Broker, whose gateway is not this one")
         if "reply" not in request.headers.get("Prefer", "").lower().split():
@@ -104,7 +111,10 @@ class CloudEventsAPI:
         return _http_response(to_binary_http(self._scores.begin(event)))
 
     def _listen(self, event: CloudEvent, client_id: str, arrived: float) -> Listener:
-        """Begins the answer, or joins it if the same event is being answered or was answered recently."""
+        """Begins the answer to a generate request, or joins it if the same event is being answered or was answered recently.
+
+        arrived: in time.monotonic(). Raises the Problem with which the answer cannot begin.
+        """
 
         def begin() -> Generation:
             data = json_data(event, GenerateRequest)
@@ -132,7 +142,10 @@ class CloudEventsAPI:
         return self._deduplicator.listen(key.digest(), begin, client_gone())
 
     def _receive_batch(self, client_id: str, arrived: float) -> Response:
-        """Begins all events' answers before it waits for the first."""
+        """Answers a batch of events with a batch of reply events in the same order.
+
+        All answers begin before the first is awaited. An event that fails gets an error event as its reply.
+        """
         events = from_batched_http(request.get_data(cache=False))
         _check_batch(events)
         begun: list[Listener | Problem] = []
@@ -154,7 +167,7 @@ class CloudEventsAPI:
         return _http_response(to_batched_http(replies))
 
     def _wait(self, event: CloudEvent, listener: Listener | Problem) -> CloudEvent:
-        """The reply of one event of a batch."""
+        """Waits for the answer to `event` and returns the reply event. listener: a Problem if the answer could not begin."""
         if isinstance(listener, Problem):
             return self._problem(event, listener)
         try:

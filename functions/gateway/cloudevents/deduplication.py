@@ -1,7 +1,7 @@
 """Deduplication: deliveries of the same event, repeated or concurrent, share one generation.
 
-This holds within one gateway and for some time. Another gateway computes the answer again; it is the same one, because the
-seed follows from the event (`cloud_event.reply_seed`).
+This holds within one gateway, and for KEPT_SECONDS after the answer. Another gateway computes the answer again; it is the same
+one, because the seed follows from the event (`cloud_event.reply_seed`).
 """
 
 import threading
@@ -13,7 +13,7 @@ from typing import Final
 from eventing.wire.generation import GenerateResponse, TokenEvent
 from functions.gateway.answers.generation import HEARTBEAT_SECONDS, LOOK_SECONDS, Generation, StreamPace
 
-KEPT_SECONDS: Final = 300.0  # after the end; longer than a Broker waits before its last retry, with Knative's back-off
+KEPT_SECONDS: Final = 300.0  # after the answer's end; longer than a Broker waits before its last retry, with Knative's back-off
 MAX_KEPT_TOKENS: Final = 2**18  # of all complete answers, with the tokens in their log-probabilities; the oldest are dropped
 
 
@@ -35,7 +35,10 @@ class _SharedGeneration:
         self.ended_at = 0.0
 
     def pull(self) -> None:
-        """Waits for the next token, or for some time. The caller has set `pulling`."""
+        """Waits for the next token, up to LOOK_SECONDS. Stores it, or the response or error at the end, for all listeners.
+
+        The caller has set `pulling`, which this method clears.
+        """
         assert self.generation is not None
         token, response, problem = None, None, None
         try:
@@ -56,7 +59,7 @@ class _SharedGeneration:
 
 
 class Listener:
-    """One delivery's view of a shared generation. Iterate `tokens` to its end, then call `response`; or `close` it."""
+    """One delivery's view of a shared generation. Iterate `tokens` to its end, then call `response`; or `close` it early."""
 
     def __init__(self, shared: _SharedGeneration, gone: Callable[[], bool], leave: Callable[[], None]) -> None:
         self.request_id = shared.request_id
@@ -66,7 +69,10 @@ class Listener:
         self._closed = False
 
     def tokens(self, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> Iterator[TokenEvent | None]:
-        """The same as Generation.tokens, from the first token on."""
+        """Yields all tokens, also those from before this listener joined, and None after each `heartbeat_seconds` without any.
+
+        Raises the Problem that ended the generation, or ClientLeft if this listener's client has left.
+        """
         given = 0
         pace = StreamPace(self._gone, heartbeat_seconds)
         try:
@@ -80,7 +86,10 @@ class Listener:
             self.close()
 
     def _new_tokens(self, given: int, seconds: float) -> list[TokenEvent] | None:
-        """Tokens after the first `given`; none after some time; None at the end. Raises what ended the generation."""
+        """The tokens after the first `given`. If there are none yet, waits for a while and returns an empty list.
+
+        Returns None at the end. Raises the Problem that ended the generation. seconds: longest wait.
+        """
         shared = self._shared
         with shared.changed:
             if given < len(shared.tokens):
@@ -97,7 +106,7 @@ class Listener:
         return []
 
     def response(self) -> GenerateResponse:
-        """Call it only after the last token."""
+        """The complete answers of the generation. Call it only after the last token."""
         assert self._shared.response is not None
         return self._shared.response
 
@@ -113,12 +122,16 @@ class Deduplicator:
 
     def __init__(self) -> None:
         self._shared: dict[bytes, _SharedGeneration] = {}
-        self._complete: OrderedDict[bytes, _SharedGeneration] = OrderedDict()  # a part of them, oldest first
+        self._complete: OrderedDict[bytes, _SharedGeneration] = OrderedDict()  # part of `_shared`, oldest first
         self._kept_tokens = 0  # in the complete ones
         self._lock = threading.Lock()
 
     def listen(self, key: bytes, begin: Callable[[], Generation], gone: Callable[[], bool]) -> Listener:
-        """Joins the generation of `key`, or begins it. Raises what `begin` raises. gone: tells whether this client has left."""
+        """Joins the generation with this key, or begins one. The caller closes the returned Listener.
+
+        key: digest of the event and its client. begin: called if there is no such generation; its errors are raised here.
+        gone: tells without waiting whether this delivery's client has left.
+        """
         with self._lock:
             self._drop_old()
             shared = self._shared.setdefault(key, _SharedGeneration())

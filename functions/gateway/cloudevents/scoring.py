@@ -1,4 +1,4 @@
-"""The first step of scoring a text: makes the event that the first stage takes. Computes nothing and waits for nothing."""
+"""The first step of scoring a text: makes the event for the first stage. Runs no layers and waits for no stage."""
 
 from array import array
 from collections.abc import Callable
@@ -22,7 +22,11 @@ every step and a cold start take."""
 
 
 class ScoreEntry:
-    """text: raises NotReady before the tokenizer is loaded. source: of the event. token: of the pipeline, signs the event."""
+    """Turns score requests into signed events for the first stage.
+
+    text: returns the model's text; raises NotReady before the tokenizer is loaded. pipeline: the fingerprint. source: the
+    events' attribute `source`. token: the pipeline's token, which signs the events.
+    """
 
     def __init__(self, text: Callable[[], ModelText], claims: ClaimCheck, *, pipeline: str, source: str, token: str) -> None:
         self._text = text
@@ -32,7 +36,10 @@ class ScoreEntry:
         self._token = token
 
     def begin(self, request: CloudEvent) -> CloudEvent:
-        """The signed event for layer 0, with the id of the reply to `request`. Raises a Problem."""
+        """The signed event for layer 0. Its id is that of a reply to `request`; large data goes to the store (claim check).
+
+        Raises a Problem if the request cannot be read or scored, or if the store fails.
+        """
         token_ids = self._token_ids(json_data(request, ScoreRequest))
         id_, now = reply_id(request), datetime.now(UTC)
         latest = now + SCORE_LIFETIME
@@ -47,7 +54,7 @@ class ScoreEntry:
         return self._claims.check_in(sign(event, self._token), now)
 
     def _token_ids(self, request: ScoreRequest) -> list[int]:
-        """Raises InvalidRequest if there is nothing to score, or if the tokens exceed the context."""
+        """The tokens to score. Raises InvalidRequest if there is nothing to score, or if the tokens exceed the context."""
         text = self._text()
         token_ids = text.encode(request.text) if request.text is not None else list(request.token_ids or ())
         if len(token_ids) < 2:

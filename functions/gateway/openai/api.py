@@ -34,7 +34,7 @@ class OpenAIAPI:
         pipeline: str,
         request_timeout_seconds: float,
     ) -> None:
-        """model: the one that is served. pipeline: its fingerprint."""
+        """service: raises NotReady before the tokenizer is loaded. model: name of the served one. pipeline: its fingerprint."""
         self._service = service
         self._clients = clients
         self._pipeline = pipeline

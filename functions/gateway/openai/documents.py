@@ -23,13 +23,16 @@ class Envelope:
     """Fields that all documents of one request share."""
 
     id: str
-    created: int
+    created: int  # in Unix time
     model: str
-    pipeline: str
+    pipeline: str  # its fingerprint
 
 
 class ChoicesDocument:
-    """A document with `choices`, one for each answer. Has the same methods as ResponsesDocument."""
+    """Writes the reply to a request for completions, whole or as a stream. Its `choices` has an entry for each answer.
+
+    Has the same methods as ResponsesDocument.
+    """
 
     def __init__(
         self,
@@ -37,7 +40,7 @@ class ChoicesDocument:
         request: ChatRequest | CompletionRequest,
         new_writer: "Callable[[int, Sequence[int], ModelText], Writer]",
     ) -> None:
-        """new_writer: makes the writer for the answer with this index and these prompt tokens."""
+        """new_writer: makes the Writer of one answer, from the answer's index, its prompt's tokens and the model's text."""
         self._envelope = envelope
         self._object = "chat.completion" if isinstance(request, ChatRequest) else "text_completion"
         self._chunk_object = "chat.completion.chunk" if isinstance(request, ChatRequest) else "text_completion"
@@ -47,14 +50,14 @@ class ChoicesDocument:
         self._with_continuous_usage = self._with_usage and options is not None and bool(options.continuous_usage_stats)
 
     def whole(self, generation: Generation, text: ModelText) -> dict[str, Any]:
-        """The document; only after the last token."""
+        """The whole reply. Call it only after the last token."""
         response = generation.response()
         writers = self._writers(generation, text)
         choices = [writer.whole(answer.choice()) for writer, answer in zip(writers, generation.answers, strict=True)]
         return self._document(self._object, choices, usage=response.usage)
 
     def stream(self, generation: Generation, text: ModelText) -> Iterator[bytes]:
-        """Server-sent events with heartbeats between them."""
+        """Yields the reply as server-sent events, heartbeats included. Raises the Problem that ended an answer early."""
         writers = self._writers(generation, text)
 
         def events(chunks: list[dict[str, Any]]) -> Iterator[bytes]:
@@ -78,7 +81,7 @@ class ChoicesDocument:
         yield encode_sse("[DONE]")
 
     def failure(self, problem: Problem) -> bytes:
-        """The last event of a stream that breaks off."""
+        """The server-sent event, an error, that ends a stream which breaks off."""
         return encode_sse(msgspec.json.encode(error_document(problem.status, str(problem), problem.name)))
 
     def _writers(self, generation: Generation, text: ModelText) -> "list[Writer]":
@@ -114,7 +117,10 @@ def completion_document(envelope: Envelope, request: CompletionRequest) -> Choic
 
 @dataclass(slots=True)
 class ChatWriter:
-    """Splits one answer into thoughts, content and tool calls. Used by `whole` alone, or by the three other methods."""
+    """Writes the entry of `choices` for one chat answer, split into thoughts, content and tool calls.
+
+    For a whole reply call `whole`, once. For a stream call `first`, then `chunks` with each token, then `last`.
+    """
 
     index: int
     text: ModelText
@@ -123,17 +129,17 @@ class ChatWriter:
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of tokens whose text is not yet certain
 
     def first(self) -> list[dict[str, Any]]:
-        """Chunks before the first token."""
+        """Entries of `choices` to send before the first token, each in a chunk of its own."""
         return [self._chunk({"role": "assistant", "content": ""})]
 
     def chunks(self, token: TokenEvent) -> list[dict[str, Any]]:
-        """Chunks with the text of `token`."""
+        """Entries of `choices` to send for `token`. There are none while the text is not certain."""
         if token.logprob is not None:
             self.logprobs.append(token.logprob)
         return [self._chunk(delta) for delta in self._deltas(token.text)]
 
     def last(self, choice: Choice) -> list[dict[str, Any]]:
-        """Chunks after the last token, with the finish reason."""
+        """Entries of `choices` to send after the last token; the last one has the finish reason."""
         chunks = [self._chunk(delta) for delta in self._last_deltas()]
         if self.logprobs:
             chunks.append(self._chunk({"content": ""}))
@@ -204,7 +210,7 @@ class ChatWriter:
 
 @dataclass(slots=True)
 class CompletionWriter:
-    """Has the same methods as ChatWriter."""
+    """Writes the entry of `choices` for one text completion. Has the same methods as ChatWriter."""
 
     index: int
     text: ModelText
@@ -248,7 +254,10 @@ class CompletionWriter:
         }
 
     def _top(self, position: TokenLogprob) -> dict[str, float] | None:
-        """Log-probabilities by text, the drawn token's included; the most probable of tokens with the same text."""
+        """Log-probabilities of the likeliest tokens and of the drawn one, by the token's text.
+
+        Of several tokens with the same text the likeliest counts. None for a prompt's first token, which has no probability.
+        """
         if position.logprob is None:
             return None
         by_text: dict[str, float] = {}

@@ -14,14 +14,14 @@ _PROMPT_PARAMETERS: Final = {"/v1/chat/completions": "messages", "/v1/completion
 
 
 def refused(problem: Problem) -> Response:
-    """The problem's status, but 400 for InvalidRequest, as the OpenAI API has it."""
+    """The reply for a Problem. It has the Problem's status, but 400 for InvalidRequest, as in the OpenAI API."""
     status = 400 if isinstance(problem, InvalidRequest) else problem.status
     parameter = _PROMPT_PARAMETERS.get(request.path) if isinstance(problem, ContextExceeded) else None
     return with_retry_after(_error(status, str(problem), problem.name, parameter), problem)
 
 
 def path_not_served(error: HTTPException) -> Response:
-    """Answers requests that no route matches, also outside of /v1."""
+    """The reply to a path or method without a route: in the shape of the OpenAI API under /v1, a problem document elsewhere."""
     if not request.path.startswith("/v1"):
         return not_served(error)
     message = f"{request.method} {request.path}: {error.description or error.name}"

@@ -1,4 +1,4 @@
-"""Requests of chat completions and completions, as far as they are served. Other options are refused by name."""
+"""Types of requests for chat completions and completions. An option that is not listed here is refused by its name."""
 
 from typing import Annotated, Any, Literal
 
@@ -31,14 +31,14 @@ Content = str | tuple[TextPart, ...]
 
 
 def join_text(content: Any) -> str:
-    """The text of a string or of parts that have a `text` each."""
+    """A message's content as one string. content: a string, or parts, whose `text` fields are joined."""
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 class ChatMessage(Struct, frozen=True, kw_only=True):
-    """One turn. Other fields, such as those of an answer that a client sends back, are ignored.
+    """One message of a conversation. Fields that are not listed are ignored: clients send back answers with all their fields.
 
-    Fields that would change the answer and are not served must be null.
+    `audio` and `function_call` would change the answer and are not served, so they must be null.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -93,7 +93,7 @@ class JSONSchemaFormat(Struct, frozen=True, tag_field="type", tag="json_schema",
 
 
 class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options that all requests share. Those after `seed` are accepted because they do not change the answer.
+    """Options that all kinds of requests share. Fields after `seed` do not change the answer: they are accepted and ignored.
 
     `top_k`, `min_p`, `repetition_penalty` and `structured_outputs` are vLLM's extensions, `guided_*` its names until 0.11.
     """
@@ -137,7 +137,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"logit_bias has {wrong[0][:40]!r}; its keys are token ids in decimal")
 
     def sampling_fields(self) -> dict[str, Any]:
-        """Fields of a GenerateRequest. Raises ValueError."""
+        """These options as fields of a GenerateRequest. Raises ValueError as `structure` does."""
         return {
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": 1.0 if self.top_p is None else self.top_p,
@@ -158,7 +158,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         }
 
     def structure(self) -> StructuredOutputs | None:
-        """The structure that the answer must have. Raises ValueError if several options name one."""
+        """The structure that the answer must have; None: any text. Raises ValueError if several options name one."""
         given = [self.structured_outputs] if self.structured_outputs is not None else []
         match self.response_format:
             case JSONObjectFormat():
@@ -199,11 +199,11 @@ class ChatRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def constrained(self) -> bool:
-        """A grammar constrains the answer."""
+        """Whether a grammar constrains the answer: tool calls are forced, or a structure is required."""
         return bool(forced_tools(self.tools or (), self.tool_choice or "auto")) or self.structure() is not None
 
     def generate_request(self) -> GenerateRequest:
-        """Raises ValueError if options contradict each other."""
+        """This request in the form that AnswerService takes. Raises ValueError if options contradict each other."""
         if self.top_logprobs and not self.logprobs:
             raise ValueError(f"top_logprobs is {self.top_logprobs}, which takes `logprobs`: true")
         return GenerateRequest(
@@ -231,7 +231,7 @@ class CompletionRequest(Options, frozen=True, kw_only=True, forbid_unknown_field
     suffix: None = None
 
     def generate_request(self) -> GenerateRequest:
-        """Raises ValueError if options contradict each other."""
+        """This request in the form that AnswerService takes. Raises ValueError if options contradict each other."""
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError(f"best_of is {self.best_of} and n is {self.n or 1}; both must be the same")
         return GenerateRequest(

@@ -26,7 +26,10 @@ Event = dict[str, Any]
 
 
 class TextItem:
-    """A message (`kind` is content), or the thoughts before it (reasoning)."""
+    """An output item with text: a message (`kind` is content), or the thoughts before one (`kind` is reasoning).
+
+    `begin`, `push` and `end` return the events that build the item in a stream; `document` returns the item itself.
+    """
 
     def __init__(self, kind: str, request_id: str, index: int) -> None:
         self.kind = kind
@@ -70,7 +73,7 @@ class TextItem:
 
 
 class CallItem:
-    """The call of a function; `text` is its arguments."""
+    """An output item that calls a function; `text` is the arguments so far, as JSON. Has the same methods as TextItem."""
 
     kind = "call"
 
@@ -99,7 +102,7 @@ class CallItem:
 
 
 class Output:
-    """Splits an answer into items. Its methods return the events that build them."""
+    """Splits an answer into items. `token` and `end` yield the events that build them; iterate each of these to its end."""
 
     def __init__(self, generation: Generation, text: ModelText, request: ResponsesRequest) -> None:
         self.items: list[TextItem | CallItem] = []
@@ -123,7 +126,7 @@ class Output:
         yield from self.items[-1].end(status)
 
     def documents(self, status: str) -> list[dict[str, Any]]:
-        """All items; `status` is that of the last."""
+        """All items as the reply lists them. status: of the last item; the others are completed."""
         return [*(item.document("completed") for item in self.items[:-1]), self.items[-1].document(status)]
 
     def _add(self, deltas: Iterable[TextDelta]) -> Iterator[Event]:
@@ -157,7 +160,7 @@ class Output:
 
 
 class ResponsesDocument:
-    """A document with items. Has the same methods as ChoicesDocument."""
+    """Writes the reply of /v1/responses, whole or as a stream. Has the same methods as ChoicesDocument."""
 
     def __init__(self, envelope: Envelope, request: ResponsesRequest) -> None:
         self._envelope = envelope
@@ -198,7 +201,7 @@ class ResponsesDocument:
         return encode_sse(msgspec.json.encode(numbered), event=event["type"])
 
     def _document(self, generation: Generation, output: Output, reason: FinishReason | None) -> dict[str, Any]:
-        """reason: None before the end."""
+        """The `response` object. reason: of the answer's end; None before it, when the object has no output and no usage."""
         request = self._request
         status = "in_progress" if reason is None else _status(reason)
         text_format = None if request.text is None else request.text.format

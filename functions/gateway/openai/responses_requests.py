@@ -1,4 +1,4 @@
-"""Requests of `/v1/responses`. The gateway keeps no conversation: a client sends it whole each time."""
+"""Types of requests of `/v1/responses`. The gateway stores no conversation, so each request has all of it."""
 
 from typing import Annotated, Any, Literal
 
@@ -38,7 +38,7 @@ class ContentPart(Struct, frozen=True):
 
 
 class InputItem(Struct, frozen=True, kw_only=True):
-    """A message, or an item of an earlier response as it was received. Other fields are ignored."""
+    """A message, or an item of an earlier response that the client sends back. Fields that are not listed are ignored."""
 
     type: Literal["message", "reasoning", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -49,7 +49,7 @@ class InputItem(Struct, frozen=True, kw_only=True):
     output: str | tuple[ContentPart, ...] | None = None  # of a function_call_output
 
     def message(self, number: int) -> Message:
-        """number: of this item in `input`, for errors. Raises ValueError."""
+        """The item as a Message. number: its index in `input`, for errors. Raises ValueError if a required field is missing."""
         if self.type == "function_call":
             if self.call_id is None or self.name is None or self.arguments is None:
                 raise ValueError(f"input[{number}] is a function_call and lacks `call_id`, `name` or `arguments`")
@@ -64,7 +64,7 @@ class InputItem(Struct, frozen=True, kw_only=True):
 
 
 class ResponseTool(Struct, frozen=True):
-    """A function. Tools that the server would have to run are not served."""
+    """A function that the model may call. Tools that the server itself would have to run are not served."""
 
     type: Literal["function"]
     name: ToolName
@@ -94,7 +94,7 @@ class ResponseText(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ReasoningOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    """Thoughts are returned in full; options about a summary have no effect."""
+    """Options for the model's thoughts. They are always returned in full, so the two options for a summary have no effect."""
 
     effort: ReasoningEffort | None = None
     summary: str | None = None
@@ -134,7 +134,7 @@ class ResponsesRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields
             if item.type == "reasoning":
                 continue
             message = item.message(number)
-            # Items list calls after the assistant's message; templates want them in it.
+            # In the input, calls are items after the assistant's message; chat templates expect them inside the message.
             if message.tool_calls and messages and messages[-1].role == "assistant":
                 calls[-1] += message.tool_calls
             else:
@@ -157,7 +157,7 @@ class ResponsesRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def wire_tools(self) -> tuple[Tools, ToolChoice]:
-        """`tools` and `tool_choice` as a GenerateRequest has them."""
+        """`tools` and `tool_choice` as the fields of a GenerateRequest."""
         tools = tuple(
             Tool("function", ToolFunction(tool.name, tool.description, tool.parameters, tool.strict))
             for tool in self.tools or ()
@@ -172,11 +172,11 @@ class ResponsesRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def constrained(self) -> bool:
-        """A grammar constrains the answer."""
+        """Whether a grammar constrains the answer: tool calls are forced, or a structure is required."""
         return self.structure() is not None or bool(forced_tools(*self.wire_tools))
 
     def generate_request(self) -> GenerateRequest:
-        """Raises ValueError if options contradict each other."""
+        """This request in the form that AnswerService takes. Raises ValueError if options contradict each other."""
         if self.n not in (None, 1):
             raise ValueError(f"n is {self.n}; a response has one answer")
         logprobs = "message.output_text.logprobs" in (self.include or ())

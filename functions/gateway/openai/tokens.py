@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, as vLLM has them, and /health and /version."""
+"""The paths /tokenize, /detokenize, /health and /version, with the same fields as in vLLM."""
 
 from collections.abc import Callable
 from typing import Annotated, Final
@@ -19,7 +19,7 @@ _MAX_TOKENS: Final = 2**20
 
 
 class TokenizeRequest(Struct, frozen=True, kw_only=True):
-    """Has exactly one of `prompt` and `messages`. `add_special_tokens` is for prompts; a chat template writes its own."""
+    """Has either `prompt` or `messages`. `add_special_tokens` has no effect on messages: the chat template writes theirs."""
 
     model: str | None = None
     prompt: str | None = None

@@ -1,4 +1,4 @@
-"""JSON → a typed request. An error names the option, what was seen there, and what is allowed."""
+"""Decodes JSON as a typed request. An error names the option, what was seen there, and what is allowed."""
 
 from typing import Final, TypeVar
 
@@ -14,7 +14,7 @@ _SHOWN_CHARACTERS: Final = 60
 
 
 def read_request(body: bytes, type_: type[T]) -> T:
-    """Raises MalformedEvent."""
+    """Decodes a request's body as `type_`. Raises MalformedEvent with a sentence for the client."""
     try:
         return decode_json(body, type_)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

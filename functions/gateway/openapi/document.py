@@ -1,4 +1,4 @@
-"""`GET /openapi.json`: the gateway's paths by OpenAPI 3.1, generated from the types that check requests."""
+"""`GET /openapi.json`: describes the gateway's paths in OpenAPI 3.1, generated from the types that check requests."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -25,7 +25,7 @@ _DESCRIPTION: Final = (
 
 
 def openapi_document(operations: Iterable[Operation], model: str, *, with_keys: bool) -> dict[str, Any]:
-    """model: the one that is served. with_keys: the gateway requires one."""
+    """The document as JSON objects. model: name of the served model. with_keys: the gateway requires an API key."""
     listed = list(operations)
     types = _types(listed)
     schemas, components = msgspec.json.schema_components(types, ref_template=_SCHEMAS)
@@ -49,13 +49,13 @@ def openapi_document(operations: Iterable[Operation], model: str, *, with_keys: 
 
 
 def register_document(app: Flask, operations: Iterable[Operation], model: str, *, with_keys: bool) -> None:
-    """Serves the document. It is generated for the first request, because that would delay the gateway's start."""
+    """Serves `/openapi.json`. The document is generated at the first request, so that it does not delay the gateway's start."""
     document = cache(lambda: msgspec.json.encode(openapi_document(operations, model, with_keys=with_keys)))
     app.get("/openapi.json", endpoint="openapi")(lambda: Response(document(), content_type=JSON))
 
 
 def _types(operations: Iterable[Operation]) -> list[Any]:
-    """All types of the operations, each once."""
+    """All types of bodies and events that the operations name, and those of errors, each once."""
     found: dict[Any, None] = {ErrorReply: None, ProblemDocument: None}
     for each in operations:
         for type_ in (*each.request.values(), *(each.replies or {}).values(), each.events, each.negative):
@@ -100,13 +100,19 @@ def _responses(operation: Operation, schemas: dict[Any, Any]) -> Iterator[tuple[
 
 
 def _content(content: Content, schemas: dict[Any, Any], event: dict[str, Any] | None = None) -> dict[str, Any]:
-    """event: schema of each event, if the content may be a stream of them."""
+    """A body's `content` in the document: media type → schema.
+
+    event: schema for a body without a type that is a stream of events; None: such a body is any text.
+    """
     text = {"type": "string"} if event is None else event
     return {media_type: {"schema": text if type_ is None else schemas[type_]} for media_type, type_ in content.items()}
 
 
 def _event(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any] | None:
-    """A server-sent event. OpenAPI 3.1 cannot describe a stream, and tools take its schema for that of one event."""
+    """The schema of one server-sent event of the operation's reply; None if the reply is no stream.
+
+    OpenAPI 3.1 cannot describe a stream, so tools expect the schema of one event in its place.
+    """
     if operation.events is None:
         return None
     data = [schemas[operation.events], {"type": "object"} if operation.patched else schemas[ErrorReply]]

@@ -40,8 +40,8 @@ class Operation:
     errors: tuple[int, ...] = ()  # statuses
     keyed: bool = True  # requires an API key if the gateway has keys
     events: type | None = None  # data of each server-sent event, if the reply is a stream; an error may end it
-    patched: bool = False  # events after the first are patches of it
-    headers: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # name → JSON schema, beside `type: string`
+    patched: bool = False  # events after the first are JSON merge patches of it
+    headers: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # name → JSON schema without `type: string`
     negative: type | None = None  # body of status 503, if that is a regular reply
 
 

@@ -1,4 +1,4 @@
-"""Replies as the OpenAPI document describes them. Requests are described by the types that check them."""
+"""Types of replies, for the OpenAPI document only. Requests are described by the types that check them."""
 
 from datetime import datetime
 from typing import Annotated, Literal
@@ -25,7 +25,7 @@ class ErrorReply(Struct, frozen=True):
 
 
 class ProblemDocument(Struct, frozen=True):
-    """An error of another path (RFC 9457)."""
+    """An error of a path outside of /v1 (RFC 9457)."""
 
     title: str
     status: int
@@ -75,7 +75,7 @@ class ChatChoice(Struct, frozen=True):
 
 
 class Completed(Struct, frozen=True, kw_only=True):
-    """Fields that all documents of one request share."""
+    """Fields of every reply to a request for completions, and of every chunk of a stream."""
 
     id: str
     created: int
@@ -103,7 +103,7 @@ class ChatChunkChoice(Struct, frozen=True):
 
 
 class ChatCompletionChunk(Completed, frozen=True, kw_only=True):
-    """Data of one event. The last event is `[DONE]`."""
+    """Data of one server-sent event of a streamed chat completion. The last event's data is `[DONE]`."""
 
     object: Literal["chat.completion.chunk"]
     choices: tuple[ChatChunkChoice, ...]
@@ -125,7 +125,7 @@ class CompletionChoice(Struct, frozen=True):
 
 
 class Completion(Completed, frozen=True, kw_only=True):
-    """A reply, and the data of one event of a stream. The last event is `[DONE]`."""
+    """A reply of /v1/completions, or the data of one server-sent event of it. The last event's data is `[DONE]`."""
 
     object: Literal["text_completion"]
     choices: tuple[CompletionChoice, ...]
@@ -171,7 +171,7 @@ class ResponseObject(Struct, frozen=True, kw_only=True):
 
 
 class ResponseEvent(Struct, frozen=True):
-    """Data of one event. It has more fields, which depend on its type."""
+    """Data of one server-sent event of /v1/responses. Further fields depend on `type`."""
 
     type: str
     sequence_number: int
@@ -200,7 +200,7 @@ class ReadyReply(Struct, frozen=True):
 
 
 class CloudEvent(Struct, frozen=True, kw_only=True):
-    """In structured mode (CloudEvents 1.0)."""
+    """An event in structured mode: attributes and data in one JSON document (CloudEvents 1.0)."""
 
     specversion: Literal["1.0"]
     id: NotEmpty

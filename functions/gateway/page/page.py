@@ -12,7 +12,7 @@ _FILE: Final = "page.html"
 
 
 def register_page(app: Flask) -> None:
-    """Serves the file with a Content-Security-Policy that allows its own script and style, by their hashes, and no others."""
+    """Serves the page. Its Content-Security-Policy allows the file's own script and style, by their hashes, and no others."""
     html = files(__package__).joinpath(_FILE).read_text("utf-8")
     policy = (
         "default-src 'none'",
@@ -31,6 +31,6 @@ def register_page(app: Flask) -> None:
 
 
 def _hash_of(element: str, html: str) -> str:
-    """Hash of the text of the file's only such element, every byte between its tags (CSP level 3)."""
+    """SHA-256 of every byte between the tags of `element`, as CSP level 3 writes it. It must occur once in the file."""
     (text,) = re.findall(rf"<{element}>(.*?)</{element}>", html, re.DOTALL)
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

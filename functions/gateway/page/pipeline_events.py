@@ -19,7 +19,7 @@ from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.streaming import STREAM_HEADERS, client_gone
 from functions.gateway.page.pipeline_watch import SAMPLE_SECONDS, PipelineWatch
 
-MAX_STREAMS: Final = 32  # each has a thread
+MAX_STREAMS: Final = 32  # open at the same time; each occupies a thread
 HEARTBEAT_SECONDS: Final = 5.0
 MAX_STREAM_SECONDS: Final = 300.0  # less than a Service's timeoutSeconds
 RETRY_AFTER_SECONDS: Final = 5
@@ -62,9 +62,9 @@ class PipelineEventsAPI:
 
 
 def merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON merge patch (RFC 7396) from `old` to `new`; empty if they are equal.
+    """The JSON merge patch (RFC 7396) that turns `old` into `new`; empty if they are equal.
 
-    A removed member and one that became null look the same in it: both are null.
+    A member that was removed and one that became null are both null in the patch.
     """
     patch: dict[str, Any] = {name: None for name in old if name not in new}
     for name, value in new.items():

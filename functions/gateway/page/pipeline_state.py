@@ -1,7 +1,8 @@
-"""The document that `GET /v1/pipeline/events` sends: the pipeline's state, in which everything that comes and goes has a key.
+"""The document that `GET /v1/pipeline/events` sends: the pipeline's state.
 
-A null field may also be missing. Numbers are those of this gateway and of its last seconds. docs/openai.md says how the stream
-is read.
+Things that come and go are members of objects and not elements of lists, so that a merge patch can name them. A null field may
+also be missing. Rates and averages are those of this gateway over its last seconds. docs/openai.md says how clients read the
+stream.
 """
 
 from msgspec import Struct
@@ -16,14 +17,14 @@ class ReplicaState(Struct, frozen=True, kw_only=True):
     revision: str
     concurrency: float  # forward events in flight there, on average
     routes: int  # micro-batches whose route it is on
-    free_tokens: int | None = None  # free memory for keys and values, by its last reply
+    free_tokens: int | None = None  # free memory for keys and values, as its last reply said; None: unknown
 
 
 class ColdStartState(Struct, frozen=True, kw_only=True):
-    """A start from zero replicas."""
+    """A start of a stage from zero replicas."""
 
     seconds: float  # from the warm-up event to its reply, or until now
-    over: bool
+    over: bool  # it has ended, with or without success
     failed: str | None = None  # the cause in a word, such as timeout
     phases: dict[str, float]  # reported by the pod: phase → seconds from its process's start to the phase's end
 
@@ -41,14 +42,14 @@ class StageState(Struct, frozen=True, kw_only=True):
 
 
 class QueueState(Struct, frozen=True, kw_only=True):
-    waiting: int
-    limit: int
-    running: int
+    waiting: int  # requests
+    limit: int  # of requests that may wait
+    running: int  # sequences
     micro_batches: int
 
 
 class RunningAnswer(Struct, frozen=True, kw_only=True):
-    """An answer of the client that reads the stream."""
+    """A running or waiting answer of the client that reads the stream. Answers of other clients are not shown."""
 
     route: tuple[int, ...]  # number of the replica at each stage; empty while the answer waits
     prompt_tokens: int

@@ -1,4 +1,4 @@
-"""Samples the pipeline's state for all readers of the stream together, a few times a second, and only while there are any."""
+"""Samples the pipeline's state for `GET /v1/pipeline/events`: when a reader asks, once per SAMPLE_SECONDS for all readers."""
 
 import threading
 import time
@@ -28,13 +28,13 @@ class StageDescription:
     """The constant properties of a stage."""
 
     service: str
-    layers: tuple[int, int]
-    target: float | None  # concurrency at which the autoscaler adds a replica
+    layers: tuple[int, int]  # first, and last + 1
+    target: float | None  # concurrency at which the autoscaler adds a replica; None: unknown, or not scaled by it
 
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """The sources of a PipelineState."""
+    """Sources of a PipelineState: the pipeline's constants, and functions that return the present state of this gateway."""
 
     model: str
     pipeline: str
@@ -46,7 +46,7 @@ class Watched:
 
 
 class PipelineWatch:
-    """Thread-safe."""
+    """Computes PipelineStates from samples of the last WINDOW_SECONDS, which all readers share. Thread-safe."""
 
     def __init__(self, watched: Watched) -> None:
         self.watched = watched
@@ -54,7 +54,7 @@ class PipelineWatch:
         self._samples: deque[PipelineStatus] = deque()  # the last is the current one; rates are differences to the first
 
     def state(self, client_id: str) -> PipelineState:
-        """The state with the answers of this client only."""
+        """The pipeline's state, at most SAMPLE_SECONDS old, with the answers of this client only."""
         with self._lock:
             self._sample()
             before, now = self._samples[0], self._samples[-1]
@@ -113,7 +113,7 @@ def _cold_start(start: ColdStart) -> ColdStartState:
 
 
 def _answers_of(client_id: str, now: PipelineStatus) -> dict[str, RunningAnswer]:
-    """Running answers before waiting ones, up to MAX_ANSWERS."""
+    """The client's answers by request id, running ones before waiting ones, at most MAX_ANSWERS."""
     own = sorted((answer for answer in now.answers if answer.client_id == client_id), key=lambda each: not each.route)
     return {
         each.request_id: RunningAnswer(

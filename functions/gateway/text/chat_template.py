@@ -1,4 +1,7 @@
-"""A model's chat template: messages → the text format that the model was trained on. Sandboxed; transformers' dialect."""
+"""A model's chat template: renders messages as text in the format that the model was trained on.
+
+It runs in jinja2's sandbox, with the filters, functions and tags that transformers adds.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,7 +25,7 @@ _REFUSALS: Final = (TemplateError, TypeError, ValueError, LookupError)  # raised
 
 class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """special_tokens: bos_token, eos_token and so on, the variables by which templates refer to them.
+        """special_tokens: name → text, such as bos_token → <s>. Templates use the names as variables.
 
         Raises jinja2.TemplateSyntaxError.
         """
@@ -48,10 +51,10 @@ class ChatTemplate:
         values: Mapping[str, Any] = MappingProxyType({}),
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
-        """The conversation up to the begin of the assistant's next answer. Stops after `max_characters`.
+        """The conversation as text, up to the begin of the assistant's next answer.
 
-        turns, tools: messages and functions as templates take them. values: further variables, which the template must use.
-        Raises InvalidRequest.
+        turns, tools: messages and functions as dicts, which templates read. values: further variables of the template. Raises
+        InvalidRequest if the template does not use one of them, if it refuses the messages, or beyond `max_characters`.
         """
         if unknown := values.keys() - (self._variables - _RESERVED):
             raise InvalidRequest(f"the model's chat template knows no `{min(unknown)}`; leave it out")
@@ -72,7 +75,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks assistant turns for training. Keeps the text in it."""
+    """A jinja2 extension for `{% generation %}`, which marks assistant messages for training: renders the text inside it."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own way
 
@@ -88,7 +91,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Does not escape HTML, which jinja2's own filter does."""
+    """The template filter `tojson`. It does not escape HTML, unlike jinja2's own filter of this name."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -8,26 +8,29 @@ from tokenizers import Tokenizer
 from eventing.problems import ContextExceeded
 
 _LONG_CHARACTERS: Final = 65_536
-_CONCURRENT_LONG_TEXTS: Final = 2  # longer texts take turns, to leave memory and cores to others
-_MAX_COMPOSED_CHARACTERS: Final = 4  # that Unicode normalization (UAX 15) may turn into one
+_CONCURRENT_LONG_TEXTS: Final = 2  # encoded at the same time, to leave memory and cores to other requests
+_MAX_COMPOSED_CHARACTERS: Final = 4  # characters that Unicode normalization (UAX 15) may turn into one
 _MARGIN: Final = 1.5
-"""A text cannot fit if a prefix of it has more than so many contexts of tokens. The margin is for the prefix's last word, which
-may be cut and then has a few more tokens than in the whole text."""
+"""A text is refused if a prefix of it has more tokens than the context times this number. The margin is for the prefix's last
+word, which may be cut and then has a few more tokens than in the whole text."""
 
 
 class Encoder:
-    """Thread-safe. Accepts every text that fits, provided that the tokenizer drops no characters."""
+    """Encodes texts, and refuses early those that cannot fit into the model's context. Thread-safe.
+
+    It accepts every text that fits, provided that the tokenizer drops no characters.
+    """
 
     def __init__(self, tokenizer: Tokenizer, context_length: int) -> None:
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._longest_token = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
         composed = 1 if tokenizer.normalizer is None else _MAX_COMPOSED_CHARACTERS
-        self.max_characters = context_length * self._longest_token * composed  # of a text that can fit into the context
+        self.max_characters = context_length * self._longest_token * composed  # of a text that can fit
         self._long_texts = threading.BoundedSemaphore(_CONCURRENT_LONG_TEXTS)
 
     def check(self, characters: int) -> None:
-        """Raises ContextExceeded if no text of this length can fit."""
+        """Raises ContextExceeded if no text with this number of characters can fit."""
         if characters > self.max_characters:
             raise ContextExceeded(
                 f"the text has {characters} characters; the model's context is {self._context_length} tokens, which is "
@@ -35,7 +38,7 @@ class Encoder:
             )
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Raises ContextExceeded for a text that cannot fit, without encoding much more than would fit."""
+        """The text's token ids. Raises ContextExceeded if it cannot fit, without encoding much more than would fit."""
         self.check(len(text))
         if len(text) <= _LONG_CHARACTERS:
             return self._encode_growing(text, add_special_tokens)
@@ -43,7 +46,7 @@ class Encoder:
             return self._encode_growing(text, add_special_tokens)
 
     def _encode_growing(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Tries prefixes of doubling length first, so that memory holds at most about three contexts of tokens."""
+        """Encodes prefixes of doubling length first, so that at most about three contexts of tokens are in memory."""
         length = 2 * self._context_length
         while length < len(text):
             if len(self._encode(text[:length], False)) > _MARGIN * self._context_length + self._longest_token:

@@ -1,4 +1,4 @@
-"""Grammars of answers. One that does not compile is refused before anything is queued."""
+"""Makes the grammars that answers must follow. One that does not compile is refused before its request is queued."""
 
 import re
 import threading
@@ -17,7 +17,10 @@ _SHOWN_CHARACTERS: Final = 400
 
 
 class Grammars:
-    """Compiles one grammar at a time, to leave cores to others. Imports llguidance for the first one. Thread-safe."""
+    """Makes grammars for one model, and checks that they compile. Remembers those that do. Thread-safe.
+
+    It compiles one grammar at a time, to leave cores to other requests, and imports llguidance for the first.
+    """
 
     def __init__(self, tokenizer_json: Callable[[], str], end_ids: frozenset[int]) -> None:
         self._compiler = GrammarCompiler(tokenizer_json)
@@ -26,21 +29,24 @@ class Grammars:
         self._known: OrderedDict[str, None] = OrderedDict()  # digests of grammars that compile, least recently used first
 
     def of(self, structure: StructuredOutputs) -> Grammar:
-        """Raises MalformedEvent."""
+        """The grammar of answers with this structure. Raises MalformedEvent if there is none or it does not compile."""
         try:
             return self.of_source(source_of(structure))
         except (UnusableGrammar, RecursionError, UnicodeError) as error:
             raise MalformedEvent(_sentence(structure, _shorten(error))) from error
 
     def of_tools(self, source: str) -> Grammar:
-        """For forced tool calls. Raises MalformedEvent."""
+        """The grammar of forced tool calls. source: by ToolFormat.grammar. Raises MalformedEvent if it does not compile."""
         try:
             return self.of_source(source)
         except (UnusableGrammar, RecursionError, UnicodeError) as error:
             raise MalformedEvent(f"`tools` cannot be forced: {_shorten(error)}") from error
 
     def of_source(self, source: str) -> Grammar:
-        """Raises UnusableGrammar."""
+        """The grammar with this source, in llguidance's notation.
+
+        Raises UnusableGrammar if it is too large or does not compile, or if the model has no token that ends an answer.
+        """
         size = len(source.encode())
         if size > MAX_GRAMMAR_BYTES:
             raise UnusableGrammar(f"it has {size} bytes, the most is {MAX_GRAMMAR_BYTES}")
@@ -62,7 +68,7 @@ def _shorten(error: Exception) -> str:
 
 
 def _sentence(structure: StructuredOutputs, error: str) -> str:
-    """Names the option, and the place in a schema if one of its keys occurs in the error."""
+    """The error with the name of its option, and the place in a JSON schema if one of the schema's keys occurs in the error."""
     kind = next(name for name in structure.__struct_fields__ if getattr(structure, name) is not None)
     place = None
     if kind == "json" and isinstance(structure.json, dict):

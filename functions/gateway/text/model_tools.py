@@ -35,7 +35,7 @@ class ModelTools:
         return ToolCallParser(self.format, frozenset(tool.function.name for tool in tools))
 
     def turns(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[dict[str, Any]]:
-        """Messages for the template. Adds a system prompt with `tools` if the template does not present them."""
+        """Messages as dicts, which the chat template reads. Adds a system prompt with `tools` if it does not present tools."""
         if self.in_template:
             return [_turn(message) for message in messages]
         turns = [_plain_turn(message) for message in messages]
@@ -49,7 +49,7 @@ class ModelTools:
 
 
 def described(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Tools as templates take them."""
+    """Tools as dicts, which chat templates read."""
     found = []
     for tool in tools:
         function = tool.function
@@ -74,7 +74,7 @@ def _turn(message: Message) -> dict[str, Any]:
 
 
 def _plain_turn(message: Message) -> dict[str, Any]:
-    """Calls and their results as text, for a template that has neither."""
+    """The message for a template without tools: a call, or the result of one, is written as text."""
     if message.role == "tool":
         return {"role": "user", "content": f"<tool_response>\n{message.content}\n</tool_response>"}
     if not message.tool_calls:
@@ -87,7 +87,7 @@ def _plain_turn(message: Message) -> dict[str, Any]:
 
 
 def _arguments(call: ToolCall) -> Any:
-    """The arguments as an object, which templates write in their own way; as text if they are no object."""
+    """The call's arguments as a dict, which templates write in their own way; as text if they are no JSON object."""
     try:
         arguments = msgspec.json.decode(call.function.arguments)  # refuses lone surrogates, which no text can hold
     except (ValueError, RecursionError):

@@ -14,21 +14,21 @@ class TextDelta(NamedTuple):
 
 
 def begins_inside(prompt: str) -> bool:
-    """The prompt ends with an open <think>, so the answer begins with thoughts."""
+    """Whether the prompt ends with <think>, so that the answer begins with thoughts."""
     return prompt.rstrip().endswith(BEGIN)
 
 
 class Reasoning:
-    """Splits the text as it comes. Drops empty lines around thoughts."""
+    """Splits one answer's text into thoughts and content while it is generated. Drops empty lines around thoughts."""
 
     def __init__(self, *, inside: bool) -> None:
         """inside: the answer begins with thoughts."""
         self._state: Literal["before", "inside", "after", "content"] = "inside" if inside else "before"
         self._held = ""
-        self._begun = False  # some thought has been returned
+        self._begun = False  # part of the thoughts has been returned
 
     def push(self, text: str) -> list[TextDelta]:
-        """Returns what is certain now."""
+        """Adds text. Returns the parts that are certain now: text that may be the begin of a mark is held back."""
         self._held += text
         parts: list[TextDelta] = []
         while (part := self._next()) is not None:
@@ -36,13 +36,13 @@ class Reasoning:
         return parts
 
     def finish(self) -> list[TextDelta]:
-        """Returns the rest, which is no mark after all."""
+        """Returns the text that was held back. Call it after the last `push`."""
         held, self._held = self._held, ""
         kind: Literal["reasoning", "content"] = "reasoning" if self._state == "inside" else "content"
         return [TextDelta(kind, held)] if held and self._state != "after" else []
 
     def _next(self) -> TextDelta | None:
-        """None if more text is needed."""
+        """Removes the next part from the held text and returns it; its text may be empty. None if more text is needed."""
         if self._state == "before":
             return self._first()
         if self._state == "inside":

@@ -1,4 +1,4 @@
-"""Token ids → text as it becomes certain: whole characters only, and nothing of a stop string."""
+"""Turns token ids into text as soon as it is certain: characters are complete, and no stop string may begin in it."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -7,16 +7,18 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 _MAX_CHARACTER_TOKENS: Final = 8  # a character has at most 4 bytes, so at most 4 tokens; after 8 it never becomes whole
-_SEARCHED_TOKENS: Final = 64  # at a prompt's end, for one that is text by itself; special tokens and bytes are not
+_SEARCHED_TOKENS: Final = 64  # searched at a prompt's end for one that is text by itself, unlike special tokens and bytes
 _REPLACEMENT: Final = "\ufffd"
 
 
 class Detokenizer:
-    """Returned text never changes, and all of it together is the answer's text."""
+    """Decodes an answer token by token. Returned text never changes, and all of it together is the answer's text."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), special: bool = False) -> None:
         """before: tokens that the answer continues; empty if it is a text of its own, such as a chat message.
-        special: special tokens become text, too."""
+
+        special: special tokens become text, too; otherwise they are skipped.
+        """
         self._tokenizer = tokenizer
         self._skip_special = not special
         # A token before the answer that is text by itself. Without it, SentencePiece-like decoders take the answer's first word
@@ -26,7 +28,7 @@ class Detokenizer:
         self._pending: list[int] = []  # tokens whose text has not been returned
 
     def push(self, token_id: int) -> str:
-        """Returns an empty text while the token's last character lacks bytes."""
+        """Adds a token. Returns the text that it completes; empty while its last character lacks bytes."""
         self._pending.append(token_id)
         try:
             text: str | None = self._stream.step(self._tokenizer, token_id)
@@ -38,7 +40,7 @@ class Detokenizer:
         return text
 
     def finish(self) -> str:
-        """Returns the rest, even if its last character is incomplete."""
+        """Returns the rest of the text, after the last token, even if its last character is incomplete."""
         return self._flush() if self._pending else ""
 
     def _flush(self) -> str:
@@ -57,7 +59,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Holds text back while it may be the begin of a stop string."""
+    """Ends a text at the first stop string. Holds text back while it may be the begin of one."""
 
     def __init__(self, stop_strings: Sequence[str], *, included: bool = False) -> None:
         """included: the text ends after the stop string, not before it."""
@@ -79,13 +81,16 @@ class StopStrings:
         return text[:certain]
 
     def finish(self) -> str:
-        """Returns the held text, which is no stop string after all."""
+        """Returns the text that was held back. Call it after the last `push`."""
         held, self.held = self.held, ""
         return held
 
 
 class TextStream:
-    """A Detokenizer followed by StopStrings."""
+    """Turns one answer's tokens into text that ends at the first stop string: a Detokenizer followed by StopStrings.
+
+    before, special: as in Detokenizer. stop_included: as `included` in StopStrings.
+    """
 
     def __init__(
         self,
@@ -102,12 +107,12 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """A stop string was found; tokens after it do not count."""
+        """Whether a stop string was found. Tokens after it are no part of the answer."""
         return self._stops.found
 
     @property
     def holds(self) -> bool:
-        """Some text of the tokens so far is not certain yet."""
+        """Whether some text of the tokens so far is not certain yet."""
         return not self.stopped and (self._incomplete or bool(self._stops.held))
 
     def push(self, token_id: int) -> str:
@@ -116,7 +121,7 @@ class TextStream:
         return self._stops.push(text)
 
     def finish(self) -> str:
-        """Returns the rest, after the last token."""
+        """Returns the rest of the text, after the last token. It may set `stopped`."""
         if self.stopped:
             return ""
         text = self._stops.push(self._detokenizer.finish())
@@ -124,13 +129,13 @@ class TextStream:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` could begin with, short of the whole `stop`."""
+    """Length of the longest suffix of `text` that is a prefix of `stop`, shorter than `stop` itself."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if stop.startswith(text[-length:])), 0)
 
 
 def _readable(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
-    """The last token that is text by itself, as a list; empty if none of the last tokens is."""
+    """The last token that is text by itself, as a list; empty if none of the last _SEARCHED_TOKENS is."""
     for token_id in reversed(token_ids[-_SEARCHED_TOKENS:]):
         text = tokenizer.decode([token_id])
         if text and not text.endswith(_REPLACEMENT):

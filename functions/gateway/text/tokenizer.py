@@ -1,4 +1,4 @@
-"""Text ↔ token ids, by the files that were published with the model. No torch, no transformers."""
+"""A model's text: its tokenizer, chat template and end tokens, from the files published with it. No torch, no transformers."""
 
 import logging
 import re
@@ -23,7 +23,7 @@ from storage.models.model_repository import ModelManifest, Reader, read_file
 
 _log: Final = logging.getLogger(__name__)
 
-_TAIL_TOKENS: Final = 32  # of a prompt, searched for an open <think>
+_TAIL_TOKENS: Final = 32  # at a prompt's end, searched for an open <think>
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REPLACEMENT: Final = "\ufffd"
 _BYTE: Final = re.compile(r"<0x([0-9A-F]{2})>")  # a byte in SentencePiece's byte fallback
@@ -52,7 +52,11 @@ class ModelText:
 
     @classmethod
     def load(cls, reader: Reader, manifest: ModelManifest, tool_parser: str = "auto") -> Self:
-        """Raises ObjectNotFound if there is no tokenizer.json, ValueError for files that cannot be parsed."""
+        """Reads the files that were published with the model.
+
+        tool_parser: name of a tool format, or auto. Raises ObjectNotFound if there is no tokenizer.json, ValueError for files
+        that cannot be parsed.
+        """
         tokenizer = Tokenizer.from_str(read_file(reader, manifest, "tokenizer.json").decode())
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -70,11 +74,11 @@ class ModelText:
         )
 
     def check(self, prompt: str) -> None:
-        """Raises ContextExceeded if the text is too long to fit. Looks at its length only."""
+        """Raises ContextExceeded if a text of this length cannot fit into the context. Encodes nothing."""
         self.encoder.check(len(prompt))
 
     def check_messages(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> None:
-        """Raises ContextExceeded if a conversation and its tools cannot fit. Every message takes at least one token."""
+        """Raises ContextExceeded if a conversation with its tools cannot fit into the context. Looks at lengths only."""
         if len(messages) > self.context_length:
             raise ContextExceeded(
                 f"{len(messages)} messages are more than the model's context has tokens, {self.context_length}; send fewer"
@@ -96,19 +100,20 @@ class ModelText:
             )
 
     def encode(self, prompt: str) -> list[int]:
-        """With the special tokens that the tokenizer puts around a text. Raises ContextExceeded."""
+        """A prompt's token ids, with the special tokens that the tokenizer puts around a text. Raises ContextExceeded."""
         return self.encoder.encode(prompt, add_special_tokens=True)
 
     def encode_expected(self, answer: str) -> list[int]:
-        """Tokens of an answer or a part of one, without special tokens. Raises ContextExceeded."""
+        """Token ids of an answer or a part of one, without special tokens. Raises ContextExceeded."""
         return self.encoder.encode(answer, add_special_tokens=False)
 
     def encode_messages(
         self, messages: Sequence[Message], values: Mapping[str, Any] = MappingProxyType({}), tools: Sequence[Tool] = ()
     ) -> list[int]:
-        """Through the chat template, which writes special tokens itself. Raises InvalidRequest.
+        """Token ids of a conversation that the chat template has rendered. The template writes special tokens itself.
 
-        values: further variables of the template. tools: those that may be called.
+        values: further variables of the template. tools: those that the model may call. Raises InvalidRequest if the model has
+        no template or the template refuses the messages, ContextExceeded if they cannot fit.
         """
         if self.template is None:
             raise InvalidRequest("the model has no chat template; send `prompt` instead of `messages`")
@@ -119,19 +124,19 @@ class ModelText:
         return self.encoder.encode(text, add_special_tokens=False)
 
     def reasoning(self, prompt_ids: Sequence[int]) -> Reasoning | None:
-        """Splits the answer to messages; None if the model does not think first."""
+        """A Reasoning for the answer to this rendered prompt; None if the model's chat template has no mark for thoughts."""
         if self.template is None or not self.template.reasons:
             return None
         tail = self.tokenizer.decode(list(prompt_ids[-_TAIL_TOKENS:]), skip_special_tokens=False)
         return Reasoning(inside=begins_inside(tail))
 
     def token_text(self, token_id: int) -> str:
-        """A special token's name. Bytes that are no whole character become the replacement character."""
+        """The token's text, also of a special token. Bytes that are no whole character become the replacement character."""
         text: str = self.tokenizer.decode([token_id], skip_special_tokens=False)
         return text
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """None if they cannot be known."""
+        """The token's bytes, which may be a part of a character. None if the vocabulary does not show them."""
         text = self.token_text(token_id)
         if _REPLACEMENT not in text:
             return text.encode()
@@ -145,7 +150,7 @@ class ModelText:
 
 
 def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
-    """Name → text. In the file a token is a string, or an object with its text as `content`."""
+    """Special tokens of tokenizer_config.json: name → text. A token there is a string, or an object with it as `content`."""
     found = {}
     for name in _SPECIAL_TOKENS:
         token = tokenizer_config.get(name)
@@ -158,7 +163,10 @@ def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
 def _chat_template(
     reader: Reader, manifest: ModelManifest, tokenizer_config: Mapping[str, Any], special: Mapping[str, str]
 ) -> ChatTemplate | None:
-    """From its own file, else from tokenizer_config.json, which may have several with names."""
+    """The model's chat template: chat_template.jinja, else the one in tokenizer_config.json. None if it has none.
+
+    Of several named templates in tokenizer_config.json, the one named `default` is used.
+    """
     if "chat_template.jinja" in manifest.files:
         source: Any = read_file(reader, manifest, "chat_template.jinja").decode()
     else:

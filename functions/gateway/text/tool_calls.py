@@ -1,4 +1,4 @@
-"""Splits an answer's text into content and tool calls, as it comes."""
+"""Splits an answer's text into content and tool calls while it is generated."""
 
 import json
 import re
@@ -12,29 +12,29 @@ from functions.gateway.text.text_stream import overlap
 from functions.gateway.text.tool_formats import ToolFormat
 
 _PYTHON_TAG: Final = "<|python_tag|>"  # Llama 3 may write it before a call
-_MAX_HEAD_CHARACTERS: Final = 1024  # a call's name must come within so many
+_MAX_HEAD_CHARACTERS: Final = 1024  # from a call's begin to the end of its name; longer text is no call
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """Text of the answer, or the begin of a call with its name, or more of its arguments."""
+    """A part of an answer: text, or the begin of a call with its name, or more of a call's arguments."""
 
     content: str = ""
-    call: int | None = None
-    name: str | None = None
-    arguments: str = ""
+    call: int | None = None  # number of the call, from 0 on; None: the part is text
+    name: str | None = None  # of the function, at the begin of its call only
+    arguments: str = ""  # more text of the call's arguments
 
 
 @dataclass(slots=True)
 class _Nesting:
-    """Finds the end of a JSON object."""
+    """Finds the end of a JSON object in text that comes in pieces."""
 
-    depth: int = 0
+    depth: int = 0  # brackets that are open
     in_string: bool = False
     escaped: bool = False
 
     def end(self, text: str) -> int | None:
-        """Position after the object's last character; None if it goes on. `text` continues that of earlier calls."""
+        """Position in `text` after the object's last character; None if the object goes on. text: the next piece."""
         for place, character in enumerate(text):
             if self.in_string:
                 if self.escaped:
@@ -56,6 +56,8 @@ class _Nesting:
 
 @dataclass(slots=True)
 class ToolCallParser:
+    """Splits the text of one answer. Call `push` with each piece of text, then `finish`."""
+
     format: ToolFormat
     names: frozenset[str]  # of the tools; in a format without a marker, only these make a call
     calls: int = 0  # begun so far
@@ -65,12 +67,12 @@ class ToolCallParser:
     _marker: str = ""  # becomes text again if no call follows
 
     def push(self, text: str) -> list[ToolCallDelta]:
-        """Returns what is certain now."""
+        """Adds text. Returns the parts that are certain now: text that may be the begin of a call is held back."""
         self._text += text
         return list(self._deltas(at_end=False))
 
     def finish(self) -> list[ToolCallDelta]:
-        """Returns what was held back."""
+        """Returns what was held back. A call that has begun without a name becomes text."""
         deltas = list(self._deltas(at_end=True))
         held, self._text = self._marker + self._text, ""
         self._marker = ""
@@ -133,14 +135,17 @@ class ToolCallParser:
         may_be_call = not rest or self.format.direct or (rest[0] == "{" and end is None)
         if head is None and may_be_call and not at_end and len(rest) <= _MAX_HEAD_CHARACTERS:
             return None
-        # It is text as far as it was read. Another call may follow.
+        # What was read is text and no call. A call may follow it.
         read = at + end if end is not None else len(self._text) if rest.startswith("{") else 0
         content, self._text = self._marker + self._text[:read], self._text[read:]
         self._marker, self._state = "", "text"
         return ToolCallDelta(content) if content.strip() else None
 
     def _whole_call(self, text: str, end: int) -> ToolCallDelta | None:
-        """A complete call whose keys come in another order, or that has no arguments."""
+        """Parses a complete call that the format's `head` does not match: keys in another order, or no arguments.
+
+        text: begins with the call's object, which ends at `end`. None if the object is no call.
+        """
         try:
             call: Any = msgspec.json.decode(text[:end])  # refuses lone surrogates, which no text can hold
         except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Formats of tool calls: Hermes and Qwen, Llama 3, Mistral. A model's format is found in its chat template, or named.
+"""Formats of tool calls: Hermes and Qwen, Llama 3, Mistral. A model's format is set, or found in its chat template.
 
 A grammar writes forced calls in the model's own format, so that they are parsed like any others.
 """
@@ -36,7 +36,10 @@ class ToolFormat:
         return secrets.token_hex(5)[:9] if self.name == "mistral" else f"call_{secrets.token_hex(12)}"
 
     def grammar(self, tools: Sequence[Tool], parallel: bool, special: Mapping[str, int]) -> str:
-        """Grammar in llguidance's Lark, for an answer that calls at least one tool. special: ids of special tokens."""
+        """Source of a grammar, in llguidance's Lark, for an answer that calls one tool, or at least one if `parallel`.
+
+        special: text → id of the tokenizer's special tokens.
+        """
 
         def literal(text: str) -> str:
             return f"<[{special[text]}]>" if text in special else json.dumps(text)
@@ -80,7 +83,7 @@ MISTRAL_DIRECT: Final = ToolFormat(name="mistral", marker="[TOOL_CALLS]", head=_
 
 
 def format_of(template: str, name: str = "auto") -> ToolFormat:
-    """name: from the spec. auto: by the chat template, Hermes if it shows no format."""
+    """The format with this name; auto: the one that the chat template's source shows, Hermes if it shows none."""
     if name == "mistral" or (name == "auto" and "[TOOL_CALLS]" in template):
         return MISTRAL_DIRECT if "[ARGS]" in template else MISTRAL
     if name != "auto":
