@@ -1,4 +1,6 @@
-"""Computes events on one thread at a time: a queue, passes that merge events, checks and admission of rows, sampling.
+"""Computes a stage's events: their queue, forward passes that merge them, checks and admission of rows, and sampling.
+
+Several threads may bring events, but a lock lets only one compute at a time.
 
 May import: eventing, eventing.wire, functions.grammars, functions.stage.models.
 """

@@ -1,4 +1,4 @@
-"""Rows whose answers follow a grammar: which grammars the stage knows, and which tokens each row may draw.
+"""Holds rows to their grammars: remembers the grammars that the stage was sent, and computes which tokens a row may draw.
 
 Masks are computed on a thread of their own while the layers run.
 """
@@ -15,12 +15,12 @@ from functions.grammars.matcher import Allowed, Matcher
 from functions.grammars.sources import UnusableGrammar
 from functions.stage.engine.sequences import Refusal, SequenceState
 
-MOST_GRAMMARS: Final = 64  # kept, most recently used; a sequence that is being answered keeps its own as well
+MOST_GRAMMARS: Final = 64  # kept, the most recently used ones; a running sequence keeps its own in addition
 
 
 @dataclass(frozen=True, slots=True)
 class ConstrainedRow:
-    """A row that may draw only what its grammar allows. Token ids are copies, because the next row may overwrite the array."""
+    """A row whose next tokens a grammar restricts. Its token ids are copies, as the next pass changes the sequence's array."""
 
     grammar: Grammar
     sequence: SequenceState
@@ -28,22 +28,26 @@ class ConstrainedRow:
     draft_tokens: Sequence[int]
 
 
-Masks = Sequence[Allowed] | UnusableGrammar  # what may follow the row's tokens, and each draft token that is allowed itself
+Masks = Sequence[Allowed] | UnusableGrammar
+"""Masks of the tokens that may follow a row's last known token and each allowed draft token; or why the grammar failed."""
 
 
 class Constraints:
-    """The grammars of a last stage. Called by the thread that has the engine's turn, unless a method says otherwise."""
+    """The grammars of a last stage. Only the thread that holds the engine's lock may call its public methods."""
 
     def __init__(self, compiler: GrammarCompiler | None) -> None:
-        """compiler: None if the stage cannot read a tokenizer."""
+        """compiler: None if the stage has no tokenizer; then every row with a grammar is refused."""
         self._compiler = compiler
         self._sources: OrderedDict[str, str] = OrderedDict()  # by digest, most recently used last
         self._compiled: dict[str, Matcher] = {}  # in their initial state; used by the grammar thread only
         self._thread: ThreadPoolExecutor | None = None
 
     def admit(self, row: Row, grammar: Grammar, sequence: SequenceState) -> None:
-        """Remembers the row's grammar. Raises Refusal if the grammar is unknown or does not match its digest, or if the
-        sequence's tokens are unknown."""
+        """Checks that the row's grammar can be applied, and remembers its source for later rows, which name only its digest.
+
+        Raises Refusal if the stage has no tokenizer, the grammar is unknown or does not match its digest, or the stage does not
+        know the sequence's earlier tokens.
+        """
         if len(sequence.token_ids) < row.position:
             raise Refusal(Status.MISS, held=0)  # computed by another instance, and nothing told this one the tokens
         if self._compiler is None:
@@ -58,7 +62,10 @@ class Constraints:
             self._sources.move_to_end(grammar.digest)
 
     def begin(self, rows: Sequence[ConstrainedRow]) -> "Future[list[Masks]]":
-        """Starts computing masks for the rows, in their order. The future raises what reading the tokenizer raised."""
+        """Starts computing the masks of all rows on the grammar thread. Returns a future of one entry for each row.
+
+        The future raises what reading the tokenizer raised.
+        """
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "grammars")
         masks = self._thread.submit(self._masks, rows, dict(self._sources))
@@ -67,7 +74,7 @@ class Constraints:
         return masks
 
     def _masks(self, rows: Sequence[ConstrainedRow], sources: dict[str, str]) -> list[Masks]:
-        """Runs on the grammar thread."""
+        """Computes the rows' masks on the grammar thread. Drops compiled grammars that are not in `sources`."""
         masks = [self._masks_of(row, sources) for row in rows]
         for digest in self._compiled.keys() - sources.keys():
             del self._compiled[digest]

@@ -1,9 +1,9 @@
 """The engine of a stage: takes events from many threads, computes one forward pass at a time, and answers each event.
 
-The engine knows batches and layer groups, no HTTP. Whatever touches KV happens in a turn, which one thread has at a time. A
-thread that brings an event while the turn is free takes it and computes the event itself, which spares two hand-overs between
-threads. Otherwise the engine's own thread computes, and the others wait for their replies. Torch's operators keep threads for
-each thread that calls them, so with torch the engine's thread takes every turn.
+The engine knows batches and layer groups, no HTTP. A thread must hold the engine's lock to read or write KV. A thread that
+brings an event while the lock is free computes the event itself, which spares two hand-overs between threads. Otherwise the
+engine's own thread computes, and the others wait for their replies. Torch's operators keep threads for each thread that calls
+them, so with torch only the engine's own thread computes.
 """
 
 import logging
@@ -41,21 +41,24 @@ _log: Final = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_RESTORING_SHARE: Final = 0.7  # of the time until a reservation expires; its rows ask the tiers one after the other
+_RESTORING_SHARE: Final = 0.7  # part of the time until a reservation expires in which its rows may ask the tiers
 
 
 @dataclass(frozen=True, slots=True)
 class PassStatistics:
-    """One pass. Given to `on_pass` within the turn, after the replies."""
+    """Measurements of one forward pass, for metrics. `on_pass` gets them after the replies, while the engine's lock is held."""
 
     queue_seconds: tuple[float, ...]  # how long each merged event waited
     compute_seconds: float
-    tokens: int
-    rows: tuple[Status, ...]  # of all rows answered
+    tokens: int  # of all rows that came in
+    rows: tuple[Status, ...]  # the status of each row answered
 
 
 class Engine:
-    """Runs a layer group."""
+    """Computes the events of one stage with its layer group. All methods are thread-safe.
+
+    Call `start` once, and `stop` at the end.
+    """
 
     def __init__(
         self,
@@ -76,12 +79,17 @@ class Engine:
         on_pass: Callable[[PassStatistics], None] | None = None,
         on_reuse: Callable[[Reuse], None] = lambda reuse: None,
     ) -> None:
-        """num_stages, max_merge: see `EventQueue`. max_memory_waiters: see `MemoryWaiters`.
+        """num_stages: stages of the whole pipeline. max_merge: most events in one pass (`EventQueue`).
 
-        idle_sequence_seconds: a sequence that no event named for so long is released. lease_seconds: all sequences of a gateway
-        from which nothing came for so long are released. threads: of a pass; None: the group's default. tiers: asked in this
-        order after the prefix cache. rate: measures passes. grammars: for the last stage. wire_dtype: I8 if hidden states
-        travel in 8 bits; None: as the group has them. clock: seconds since the epoch.
+        idle_sequence_seconds: a sequence is released if no event names it for so long. lease_seconds: a gateway's sequences are
+        released if nothing comes from it for so long. max_memory_waiters: most requests that `await_memory` holds open at once.
+        threads: chooses the number of threads of each pass; None: the group's default. tiers: asked in this order for KV that
+        the prefix cache lacks. rate: is told the time of every pass. grammars: compiles grammars of answers; the last stage
+        needs it. wire_dtype: of hidden states between stages, I8 for 8 bits; None: the group's own. clock: seconds since the
+        epoch.
+
+        on_evicted: called just before a cached prefix is evicted. on_pass: called after each pass. on_reuse: called when a
+        reservation found KV in the prefix cache or a tier.
         """
         self._group = group
         self._wire_dtype = wire_dtype or group.hidden_dtype
@@ -92,7 +100,7 @@ class Engine:
         self.rate = rate or ComputeRate()
         self._sequences = SequenceTable(group.kv, idle_sequence_seconds, clock)
         self._cache = self._sequences.cache
-        self.has_prefix_cache = self._cache.ranges is not None  # sequences find what ended sequences held
+        self.has_prefix_cache = self._cache.ranges is not None  # KV of ended sequences is kept for new ones
         self.runs_by = group.runs_by
         self._cache.on_found = lambda tokens: on_reuse(self.rate.reuse(MEMORY, tokens))
         if on_evicted is not None:
@@ -104,7 +112,7 @@ class Engine:
         self._threads = threads
         self._tiers = tuple(tiers)
         self._pass_began: float | None = None
-        self._turn = threading.Lock()
+        self._compute_lock = threading.Lock()
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
 
     @property
@@ -114,12 +122,12 @@ class Engine:
 
     @property
     def kv_resident_bytes(self) -> int:
-        """Memory for keys and values that has been used at least once."""
+        """Bytes of physical memory that the KV cache takes: all that was ever written to. 0 if unknown."""
         return self._group.kv.resident_bytes
 
     @property
     def cached_tokens(self) -> int:
-        """KV tokens of ended sequences."""
+        """KV tokens that the prefix cache holds of ended sequences."""
         return self._cache.cached_tokens
 
     @property
@@ -128,54 +136,60 @@ class Engine:
         return len(self._sequences)
 
     def start(self) -> None:
+        """Starts the engine's thread. Call it once, before any event."""
         self._thread.start()
 
     def drain(self) -> None:
-        """Ends all waiting for memory, now and later: other instances may have some."""
+        """Makes `await_memory` return at once, now and later: other instances of the stage may have free memory."""
         self._memory_waiters.close()
 
     def stop(self, *, drain: bool = True) -> None:
-        """Takes no more work and ends the thread. Without `drain`, work that waits fails with NotReady."""
+        """Refuses new work, ends the engine's thread and waits for that.
+
+        drain: compute the events that wait; False: they fail with NotReady.
+        """
         self.drain()
         if drain:
             self._queue.close()
         else:
             self._queue.abandon()
         self._thread.join()
-        with self._turn:  # a thread that brought an event may still compute
+        with self._compute_lock:  # a thread that brought an event may still compute
             pass
 
     def alive(self, stuck_after_seconds: float) -> bool:
-        """False once the thread is dead, or one pass has taken longer than `stuck_after_seconds`."""
+        """False if the engine's thread has ended, or if the current pass has taken longer than `stuck_after_seconds`."""
         began = self._pass_began
         stuck = began is not None and time.perf_counter() - began > stuck_after_seconds
         return self._thread.is_alive() and not stuck
 
     def handle(self, batch: Batch, *, source: str, expires_at: float | None = None) -> Batch:
-        """The reply to a forward event. Blocks until its pass is done; any thread may call it.
+        """Computes a forward event and returns the reply. Blocks until its pass is done.
 
-        source: of the event; a sequence belongs to the source that began it. expires_at: seconds since the epoch.
+        source: names the gateway that sent the event; a sequence belongs to the source that began it. expires_at: seconds since
+        the epoch; None: the event never expires.
         Raises MalformedEvent, EventTooLarge, EventExpired, NotReady, and whatever the layer group raised for this event.
         """
         self._leases.renew(source)
         check_event(batch, self._group, self._wire_dtype)
         event = ForwardEvent(batch, source, expires_at, arrived=time.perf_counter())
-        if self._group.shares_work and self._turn.acquire(blocking=False):
+        if self._group.shares_work and self._compute_lock.acquire(blocking=False):
             try:
                 self._queue.put(event, wakes=False)
                 self._work()
             finally:
-                self._turn.release()
+                self._compute_lock.release()
                 self._queue.wake()
         else:
             self._queue.put(event)
         return event.result()
 
     def reserve(self, rows: Sequence[ReserveRow], *, source: str, expires_at: float | None = None) -> list[ReservedRow]:
-        """Status of each row (ok, full, stale or invalid), and what is held. Rows that fit stay reserved if others do not.
+        """Reserves memory for sequences, and fills it with KV from the prefix cache and the tiers as far as they have it.
 
-        Then asks the tiers for tokens that the prefix cache lacks, in the caller's thread. This may take a share of the time
-        until `expires_at`, seconds since the epoch, when the reply is due. Raises NotReady.
+        Returns for each row its status (ok, full, stale or invalid), and how many tokens of its chain are held. Rows that fit
+        stay reserved if others do not. Tiers are asked in the caller's thread. source: names the gateway. expires_at: when the
+        reply is due, seconds since the epoch; the tiers may use 70 % of the time until then. Raises NotReady.
         """
         self._leases.renew(source)
         deadline = math.inf if expires_at is None else time.monotonic() + _RESTORING_SHARE * (expires_at - self._clock())
@@ -183,11 +197,17 @@ class Engine:
         return [self._restore(row, own, source, deadline) for row, own in zip(rows, reserved, strict=True)]
 
     def with_sequences(self, action: Callable[[SequenceTable], T]) -> T:
-        """Runs `action` on the engine's thread between two passes, so that it may read what is held. Raises NotReady."""
+        """Calls `action` with the sequence table between two passes, and returns its result.
+
+        The engine's thread calls it, so it may read KV but should be short. Raises NotReady, and what `action` raises.
+        """
         return self._call(lambda: action(self._sequences))
 
     def release(self, rows: Sequence[ReleaseRow], *, source: str) -> int:
-        """How many sequences were released; unknown ones are no error. Without rows it renews the lease. Raises NotReady."""
+        """Releases sequences and returns how many there were; unknown ones are no error. Raises NotReady.
+
+        source: names the gateway, whose lease every call renews, even one without rows.
+        """
         self._leases.renew(source)
 
         def release() -> int:
@@ -200,13 +220,17 @@ class Engine:
         return self._call(release)
 
     def await_memory(self, tokens: int, *, source: str, expires_at: float | None = None) -> None:
-        """Returns when `tokens` can be reserved, or early enough for a reply before `expires_at`. Reserves nothing."""
+        """Blocks until `tokens` can be reserved, or the time is over. Reserves nothing and does not say which of both happened.
+
+        source: names the gateway, whose lease this renews. expires_at: seconds since the epoch; this returns after half of the
+        time until then, so that the reply is not late.
+        """
         self._leases.renew(source)
         left = math.inf if expires_at is None else (expires_at - self._clock()) / 2
         self._memory_waiters.wait(tokens, min(HOLD_SECONDS, left))
 
     def warm_up(self) -> None:
-        """Runs one token through all layers, so that the first event finds all kernels ready."""
+        """Runs one token through all layers, so that the first event does not wait for one-time set-up."""
         source, row_id = "warm-up", "warm-up"
         tensor = None
         if self._group.first_layer > 0:
@@ -223,7 +247,11 @@ class Engine:
         return result
 
     def _restore(self, row: ReserveRow, reserved: ReservedRow, source: str, deadline: float) -> ReservedRow:
-        """Asks tier after tier until all of the row's chain is held."""
+        """Asks tier after tier for KV until all of the row's chain is held.
+
+        Returns `reserved` with the new number of tokens held. reserved: the reply to `row` so far. deadline: in
+        time.monotonic().
+        """
 
         def with_cache(action: Callable[[KVRanges, int], int]) -> int:
             handle = self._sequences.handle(row.id, row.attempt, source)
@@ -257,7 +285,7 @@ class Engine:
         last_check = self._clock()
         try:
             while self._queue.wait(self._check_seconds):
-                with self._turn:
+                with self._compute_lock:
                     if self._clock() - last_check >= self._check_seconds:
                         last_check = self._clock()
                         self._expire()
@@ -266,13 +294,13 @@ class Engine:
             self._queue.abandon()
 
     def _expire(self) -> None:
-        """Frees what no gateway will release: idle sequences, and all sequences of gateways whose leases have expired."""
+        """Releases idle sequences, and all sequences of gateways whose leases have expired: no gateway will release them."""
         lost = self._leases.expired(self._sequences.sources())
         if released := self._sequences.expire(lost):
             _log.warning("released %d abandoned sequences; gateways with expired leases: %s", released, sorted(lost) or "none")
 
     def _work(self) -> None:
-        """Takes what is next and does it, within the turn.
+        """Runs all queued calls or, if there are none, one pass over the next events. The caller holds the engine's lock.
 
         An error that escapes here is a defect. The stage then takes no more work, and fails all waiting work.
         """
@@ -291,7 +319,7 @@ class Engine:
             raise
 
     def _answer(self, events: list[ForwardEvent]) -> None:
-        """Runs the events that have not expired, and answers all."""
+        """Computes the events that have not expired and answers them. The others fail with EventExpired."""
         now = self._clock()
         current: list[ForwardEvent] = []
         for event in events:
@@ -318,7 +346,10 @@ class Engine:
             self._report(current, outcomes, began)
 
     def _run(self, events: list[ForwardEvent]) -> Sequence[Batch | Exception]:
-        """One pass over all events. If it raises, one pass for each, so that a poisoned event fails alone."""
+        """Runs one pass over all events, or one for each if that raises, so that an event that causes an error fails alone.
+
+        Returns the reply or the error of each event.
+        """
         try:
             return self._forward_pass.run(events)
         except Exception as error:  # noqa: BLE001 - the sender of the event gets it; the engine goes on

@@ -1,4 +1,4 @@
-"""The events at a stage, waiting or being computed, and the choice of those that the next forward pass takes."""
+"""The queue of a stage's events, and the choice of those that the next forward pass merges."""
 
 import threading
 from collections import defaultdict
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 class Work(Generic[T]):
-    """Something that a thread handed to the engine, and the outcome that it waits for.
+    """Work that one thread hands to the engine, and its result, for which that thread waits. Answer it or fail it exactly once.
 
-    A lock does what a concurrent.futures.Future does, at a quarter of the Python calls.
+    It is a smaller concurrent.futures.Future, which would take four times as many Python calls.
     """
 
     def __init__(self) -> None:
@@ -43,8 +43,10 @@ class Work(Generic[T]):
 
 
 class ForwardEvent(Work[Batch]):
+    """An event to compute in a forward pass; its result is the reply."""
+
     def __init__(self, batch: Batch, source: str, expires_at: float | None = None, arrived: float = 0.0) -> None:
-        """expires_at: seconds since the epoch. arrived: time.perf_counter()."""
+        """source: names the gateway. expires_at: seconds since the epoch; None: never. arrived: time.perf_counter()."""
         super().__init__()
         self.batch = batch
         self.source = source
@@ -55,7 +57,7 @@ class ForwardEvent(Work[Batch]):
 
 
 class Call(Work[Any]):
-    """A function for the engine's thread to call between two passes."""
+    """A function that the engine calls between two passes; its result is what the function returns."""
 
     def __init__(self, action: Callable[[], Any]) -> None:
         super().__init__()
@@ -63,12 +65,12 @@ class Call(Work[Any]):
 
 
 def most_merged(waiting: int, num_stages: int, max_merge: int) -> int:
-    """Largest number of events in one pass while `waiting` events wait."""
+    """Most events that one pass merges if `waiting` events wait: one in `num_stages`, rounded up, and at most `max_merge`."""
     return min(max_merge, -(-waiting // num_stages))
 
 
 class EventQueue:
-    """Filled by many threads, emptied by the one that has the turn.
+    """Events and calls that wait for the engine. Thread-safe; only the thread that holds the engine's lock calls `take`.
 
     A pass merges the events at the head of the queue, at most `max_merge` and at most one in `num_stages` of those that wait.
     Without the second limit all micro-batches would travel as one convoy: one stage would work and the others would idle.
@@ -87,7 +89,11 @@ class EventQueue:
         self._closed = False
 
     def put(self, event: ForwardEvent, *, wakes: bool = True) -> None:
-        """wakes: wake the engine's thread; False if the caller itself will take the event. Raises NotReady once closed."""
+        """Adds an event. Raises NotReady after `close`.
+
+        Marks rows of the event that are older than others of their sequence as stale. wakes: whether to wake the engine's
+        thread; False if the caller will compute the event itself.
+        """
         with self._lock:
             if self._closed:
                 raise NotReady("the stage takes no more work: it is shutting down")
@@ -103,7 +109,7 @@ class EventQueue:
                 self._changed.notify()
 
     def call(self, call: Call) -> None:
-        """Raises NotReady once closed."""
+        """Adds a call, and wakes the engine's thread. Raises NotReady after `close`."""
         with self._lock:
             if self._closed:
                 raise NotReady("the stage takes no more work: it is shutting down")
@@ -111,13 +117,16 @@ class EventQueue:
             self._changed.notify()
 
     def wait(self, timeout_seconds: float) -> bool:
-        """Waits until there is work, or the time is over. False once closed and empty."""
+        """Blocks until there is work or the time is over.
+
+        False only if the queue is closed and empty, so that no work will come.
+        """
         with self._lock:
             self._changed.wait_for(lambda: self._calls or self._waiting or self._closed, timeout_seconds)
             return bool(self._calls or self._waiting) or not self._closed
 
     def take(self) -> tuple[list[Call], list[ForwardEvent]]:
-        """All calls or, if there are none, the events of the next pass."""
+        """Removes and returns all calls or, if there are none, the events that the next pass merges."""
         with self._lock:
             if self._calls:
                 calls, self._calls = self._calls, []
@@ -139,13 +148,13 @@ class EventQueue:
             return [], chosen
 
     def wake(self) -> None:
-        """Wakes the engine's thread if there is work for it."""
+        """Wakes the engine's thread if work waits. Call it after another thread has computed an event."""
         if self._calls or self._waiting:
             with self._lock:
                 self._changed.notify()
 
     def done(self, events: Iterable[ForwardEvent]) -> None:
-        """The events have left the stage."""
+        """Ends the bookkeeping of events that have been computed. Call it before they are answered."""
         with self._lock:
             for event in events:
                 for row in event.batch.rows:
@@ -155,7 +164,10 @@ class EventQueue:
                         del self._steps[event.source, row.id]
 
     def mark_released(self, id_: str, attempt: int, source: str) -> None:
-        """Marks waiting rows of a released sequence as stale, so that they do not bring it back."""
+        """Marks waiting rows of a released sequence as stale, so that they do not begin it again.
+
+        attempt: the one released; rows of it and of older attempts are marked.
+        """
         with self._lock:
             for event in self._waiting:
                 if event.source == source and id_ in event.ids:
@@ -164,13 +176,16 @@ class EventQueue:
                             event.stale.add(index)
 
     def close(self) -> None:
-        """Refuses new work; what waits can still be taken."""
+        """Refuses new work. Work that waits is still computed."""
         with self._lock:
             self._closed = True
             self._changed.notify()
 
     def abandon(self, in_hand: Iterable[Work[Any]] = ()) -> None:
-        """Closes the queue and fails all unanswered work with NotReady: what waits, and what was taken (`in_hand`)."""
+        """Closes the queue and fails all unanswered work with NotReady.
+
+        in_hand: work that was taken from the queue already, and fails too.
+        """
         with self._lock:
             self._closed = True
             abandoned: list[Work[Any]] = [*in_hand, *self._calls, *self._waiting]

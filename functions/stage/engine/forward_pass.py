@@ -21,7 +21,7 @@ from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
 from functions.stage.models.floats import DTYPES, Array, all_finite, finite_rows
 from functions.stage.models.layer_group import LayerGroup, Segment
 
-_TOKENS_AT_ONCE: Final = 1024  # in the layers, whose memory grows with it; more gain nothing
+_TOKENS_AT_ONCE: Final = 1024  # most tokens in the layers at a time: memory grows with it, and more are no faster
 _LOGITS_AT_ONCE: Final = 256  # rows of logits in memory: 256 × 128k × 4 bytes are 128 MiB
 
 _NO_TOKENS: Final = memoryview(array("i"))
@@ -29,14 +29,14 @@ _NO_TOKENS: Final = memoryview(array("i"))
 
 @dataclass(slots=True)
 class _PassRow:
-    """A row that goes through the layers."""
+    """A row of an event that was admitted, and goes through the layers in this pass."""
 
-    index: int  # in its event
+    index: int  # of the row in its event
     row: Row
     sequence: SequenceState
-    span: slice  # its tokens in its event
+    span: slice  # indexes of its tokens in the event
     sampling: Sampling = GREEDY
-    grammar: Grammar | None = None  # that its draws must follow
+    grammar: Grammar | None = None  # that the tokens drawn must follow
     begin: int = 0  # its tokens in the pass are [begin, end)
     end: int = 0
     masks: Sequence[Allowed] | None = None  # tokens that its grammar allows; None: all
@@ -46,11 +46,11 @@ class _PassRow:
 
 @dataclass(slots=True)
 class _EventPart:
-    """One event's part of a pass."""
+    """One event in a pass: its rows that go through the layers, and the reply to all of its rows."""
 
     batch: Batch
     inputs: Array  # token ids or hidden states of the rows that go through the layers
-    answers: list[Row]
+    answers: list[Row]  # one for each row of the event; until it is answered, the row that came in
     rows: list[_PassRow] = field(default_factory=list)
 
     def refuse(self, index: int, refusal: Refusal) -> None:
@@ -67,10 +67,13 @@ class _EventPart:
 
 
 class ForwardPass:
-    """Runs events whose sequences are all different. Only the thread that has the engine's turn may call this."""
+    """Runs forward passes over events whose sequences are all different.
+
+    Only the thread that holds the engine's lock may call it.
+    """
 
     def __init__(self, group: LayerGroup, sequences: SequenceTable, constraints: Constraints, wire_dtype: str) -> None:
-        """wire_dtype: of hidden states on the wire."""
+        """wire_dtype: dtype of hidden states in events, I8 or the group's own."""
         self._group = group
         self._wire_dtype = wire_dtype
         self._sequences = sequences
@@ -78,7 +81,10 @@ class ForwardPass:
         self._is_last = group.last_layer == group.num_layers
 
     def run(self, events: Sequence[ForwardEvent]) -> list[Batch]:
-        """One reply for each event. If this raises, every sequence's KV has been cut back to its row's position."""
+        """Runs one pass and returns the reply to each event.
+
+        If it raises, the KV of every sequence has been truncated to its row's position, so that the events can be run again.
+        """
         parts = [self._admit(event) for event in events]
         rows = [row for part in parts for row in part.rows]
         if not rows:
@@ -141,7 +147,7 @@ class ForwardPass:
         return part
 
     def _run_layers(self, parts: Sequence[_EventPart], rows: Sequence[_PassRow]) -> Array:
-        """Hidden states [tokens, hidden_size] of all rows. Places the rows in the pass."""
+        """Runs the layers. Returns hidden states [tokens, hidden_size] of all rows, and sets `begin` and `end` of each row."""
         segments: list[Segment] = []
         begin = 0
         for row in rows:
@@ -169,7 +175,7 @@ class ForwardPass:
                     part.rows.remove(row)
 
     def _take_masks(self, rows: Sequence[_PassRow], masks: "Future[list[Masks]]") -> None:
-        """Waits for the masks that were computed while the layers ran."""
+        """Waits for the grammars' masks and gives each row its own. Refuses rows whose grammar cannot be used."""
         for row, own in zip(rows, masks.result(), strict=True):
             if isinstance(own, UnusableGrammar):
                 self._refuse(row, f"this stage cannot follow the grammar: {own}")
@@ -177,7 +183,7 @@ class ForwardPass:
                 row.masks = own
 
     def _results(self, parts: Sequence[_EventPart], hidden: Array) -> list[Batch]:
-        """Replies of the last stage: a result in place of tokens, and no fields that only stages need."""
+        """The last stage's reply to each event: rows with drawn tokens or log-probabilities, without fields for stages."""
         drawing = [row for part in parts for row in part.rows if row.row.want is Want.TOKEN and row.refusal is None]
         for rows in _split_by_logits(drawing):
             self._draw(rows, hidden)
@@ -197,7 +203,10 @@ class ForwardPass:
         return replies
 
     def _relay(self, part: _EventPart, hidden: Array) -> Batch:
-        """The next stage's input. If every row is ok, rows and token ids are those that came in."""
+        """The reply to one event of a stage that is not the last: it is the next stage's input, and has refused rows too.
+
+        hidden: of all rows of the pass. If every row is ok, rows and token ids are those that came in.
+        """
         batch, rows, dtype = part.batch, part.rows, self._group.hidden_dtype
         if not rows:
             return Batch(tuple(part.answers), _NO_TOKENS)
@@ -212,7 +221,10 @@ class ForwardPass:
         return Batch(tuple(part.answers), memoryview(token_ids), wire_tensor(kept, dtype, self._wire_dtype))
 
     def _draw(self, rows: Sequence[_PassRow], hidden: Array) -> None:
-        """Draws after the last token that is certain, and after each draft token that is accepted."""
+        """Sets each row's result: the token drawn after its last known token, and one after each draft token that is accepted.
+
+        Refuses rows whose logits are not finite. hidden: of all rows of the pass.
+        """
         places: list[int] = []
         for row in rows:
             places.extend(range(row.end - 1 - row.row.draft_tokens, row.end))
@@ -232,7 +244,10 @@ class ForwardPass:
                 row.result = _with_logprobs(row, log_probabilities(own[: len(tokens)], tokens, asked.top_logprobs), tokens)
 
     def _score(self, row: _PassRow, token_ids: memoryview, hidden: Array) -> None:
-        """Each token's log-probability under the logits of the token before it, so none for the row's first token."""
+        """Sets the row's result: the log-probability of each of its tokens but the first, under the logits of the token before.
+
+        Refuses the row if one is not finite. token_ids: the row's. hidden: of all rows of the pass.
+        """
         found: list[tuple[float, TopLogprobs]] = []
         predicting, predicted = hidden[row.begin : row.end - 1], token_ids[1:]
         for first in range(0, len(predicted), _LOGITS_AT_ONCE):
@@ -261,7 +276,7 @@ def _constrained_row(row: _PassRow) -> ConstrainedRow:
 
 
 def _split_by_logits(rows: Sequence[_PassRow]) -> list[list[_PassRow]]:
-    """Splits rows into lists of at most _LOGITS_AT_ONCE logits, or of a single row."""
+    """Splits rows into lists that need at most _LOGITS_AT_ONCE rows of logits. A list with a single row may need more."""
     lists: list[list[_PassRow]] = []
     logits = _LOGITS_AT_ONCE
     for row in rows:
@@ -274,7 +289,7 @@ def _split_by_logits(rows: Sequence[_PassRow]) -> list[list[_PassRow]]:
 
 
 def _segments_within(segments: Sequence[Segment], first: int, end: int) -> list[Segment]:
-    """The parts of the segments that lie in tokens [first, end) of the pass."""
+    """The segments, or parts of them, of tokens [first, end) of the pass. Tokens are counted over all segments in order."""
     parts: list[Segment] = []
     begin = 0
     for segment in segments:

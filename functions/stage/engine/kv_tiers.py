@@ -1,6 +1,6 @@
-"""Tiers of keys and values besides a stage's own memory: their interface, and how much time a hit saves.
+"""Tiers: places besides a stage's own memory that may hold a sequence's KV. The interface, and how much time a hit saves.
 
-A tier is a peer or the store (`functions/stage/kv`). No tier is ever needed for a right answer.
+A tier is a peer or the store (`functions/stage/kv`). What no tier holds is computed, so answers never depend on tiers.
 """
 
 import math
@@ -12,26 +12,27 @@ from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain
 from functions.stage.models.kv_cache import KVRanges
 
 MEMORY: Final = "memory"  # name of the first tier, the prefix cache in the stage's own memory
-_FEWEST_TOKENS: Final = 32  # a pass with fewer says nothing about the speed of prefill
-_SMOOTHING: Final = 0.3
+_FEWEST_TOKENS: Final = 32  # passes with fewer tokens do not measure the speed of prefill
+_SMOOTHING: Final = 0.3  # weight of the newest value in a moving average
 
 
 class SequenceGone(Exception):
-    """The sequence was released, or began another attempt, while a tier was asked for its keys and values."""
+    """The sequence was released, or began another attempt, while a tier fetched its KV. Stop fetching."""
 
 
 @dataclass(frozen=True, slots=True)
 class RestoreRequest:
-    """Asks a tier for the keys and values that a sequence with a reservation lacks."""
+    """What a tier must know to fetch the KV that a sequence with a reservation lacks."""
 
-    chain: Chain
+    chain: Chain  # of the tokens whose KV is wanted
     held: int  # tokens of the chain that the stage holds already
-    # Runs an action with the cache and the sequence's handle, on the engine's thread between two passes. Returns the action's
-    # result, the tokens held afterwards. Raises SequenceGone.
+    # Calls action(cache, the sequence's handle) on the engine's thread between two passes. Both return the tokens that the
+    # sequence holds then. Raises SequenceGone.
     with_cache: Callable[[Callable[[KVRanges, int], int]], int]
-    sequence: tuple[str, int, str] = ("", 0, "")  # id, attempt and source, by which a peer that the sequence leaves knows it
+    # Id, attempt and source, by which a peer that the sequence migrates from finds it.
+    sequence: tuple[str, int, str] = ("", 0, "")
     peers: tuple[str, ...] = ()  # URLs of other instances of this stage that may hold it, the likeliest first
-    draws_by_tokens: bool = False  # sampling depends on token ids, which are unknown here after the chain: compute those
+    draws_by_tokens: bool = False  # sampling needs token ids, and those after the chain are unknown here: do not fetch their KV
     deadline: float = math.inf  # time.monotonic(); the reservation's reply is due then
 
     @property
@@ -40,24 +41,26 @@ class RestoreRequest:
 
 
 class Tier(Protocol):
+    """A place besides a stage's own memory that may hold a sequence's KV."""
+
     @property
     def name(self) -> str:
-        """Label in metrics."""
+        """Name of the tier in metrics."""
 
     def restore(self, request: RestoreRequest) -> int:
-        """Tokens of the chain held afterwards; `request.held` if nothing was found. Raises SequenceGone.
+        """Fetches KV into the sequence's memory. Returns how many tokens it holds then; `request.held` if nothing was found.
 
-        Called in the thread of a reservation, several at once, without locks. A tier has a time limit of its own.
+        Reservations call it from several threads at once. It ends by `request.deadline`. Raises SequenceGone.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Reuse:
-    """A reservation found tokens in a tier, which need not be computed."""
+    """A reservation found KV of some tokens in the prefix cache or a tier, so that they need not be computed."""
 
-    tier: str
+    tier: str  # its name, or MEMORY
     tokens: int
-    saved_seconds: float
+    saved_seconds: float  # expected time to compute the tokens, less the time of finding them; never negative
 
 
 class ComputeRate:
@@ -67,7 +70,7 @@ class ComputeRate:
         self._seconds_per_token: float | None = None
 
     def computed(self, tokens: int, seconds: float) -> None:
-        """Takes one pass into account."""
+        """Counts one pass: how many tokens it computed, in how many seconds. Ignores passes with few tokens."""
         if tokens >= _FEWEST_TOKENS:
             self._seconds_per_token = smoothed(self._seconds_per_token, seconds / tokens)
 
@@ -76,10 +79,10 @@ class ComputeRate:
         return None if self._seconds_per_token is None else tokens * self._seconds_per_token
 
     def reuse(self, tier: str, tokens: int, seconds: float = 0.0) -> Reuse:
-        """seconds: the time that finding the tokens took."""
+        """Describes a hit in `tier`. seconds: the time that finding the tokens took."""
         return Reuse(tier, tokens, max(0.0, (self.seconds(tokens) or 0.0) - seconds))
 
 
 def smoothed(old: float | None, new: float) -> float:
-    """Moving average, None before the first value."""
+    """The next value of an exponential moving average. old: the one before; None: `new` is the first."""
     return new if old is None else old + (new - old) * _SMOOTHING

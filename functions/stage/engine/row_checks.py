@@ -1,4 +1,4 @@
-"""Checks an event before it is computed: what makes the event as a whole malformed, and what makes a single row invalid."""
+"""Checks an event before it is computed. A malformed event fails as a whole; an invalid row is refused by itself."""
 
 from eventing.problems import EventTooLarge, MalformedEvent
 from eventing.wire.events import MAX_BATCH_TOKENS, MAX_ROWS, Batch, Status
@@ -7,7 +7,10 @@ from functions.stage.models.layer_group import LayerGroup
 
 
 def check_event(batch: Batch, group: LayerGroup, wire_dtype: str) -> None:
-    """Raises MalformedEvent or EventTooLarge if rows cannot be told apart, or the tensor is not the one this stage takes."""
+    """Checks an event as a whole: number of rows and tokens, lengths of rows, dtype and shape of the tensor.
+
+    wire_dtype: dtype that hidden states must have. Raises MalformedEvent or EventTooLarge.
+    """
     tokens = len(batch.token_ids)
     if not 1 <= len(batch.rows) <= MAX_ROWS:
         raise MalformedEvent(f"the batch has {len(batch.rows)} rows, it must have 1 to {MAX_ROWS}")
@@ -32,7 +35,7 @@ def check_event(batch: Batch, group: LayerGroup, wire_dtype: str) -> None:
 
 
 def invalid_rows(batch: Batch, hidden: Array | None, group: LayerGroup) -> dict[int, str]:
-    """Index → reason of each row that can never be computed. Rows whose status is not ok are skipped.
+    """Finds the rows that can never be computed: index of the row → reason. Rows whose status is not ok are skipped.
 
     hidden: [tokens, hidden_size]; None for the first stage.
     """
@@ -58,7 +61,7 @@ def invalid_rows(batch: Batch, hidden: Array | None, group: LayerGroup) -> dict[
 
 
 def _find_bad_content(batch: Batch, hidden: Array | None, group: LayerGroup, invalid: dict[int, str]) -> None:
-    """Adds the rows that have an unknown token or a hidden state that is not finite, unless they are invalid already."""
+    """Adds to `invalid` the rows that have an unknown token or a hidden state that is not finite."""
     begin = 0
     for index, row in enumerate(batch.rows):
         end = begin + row.length

@@ -1,4 +1,4 @@
-"""Logits → tokens, as a pure function of logits, sampling values, seed and position.
+"""Samples tokens from logits, as a pure function of logits, sampling values, seed and position.
 
 Filters are those of transformers' `generate`, in its order: repetition penalty, temperature, top-k, top-p, min-p. Before the
 temperature come the OpenAI API's penalties, biases and banned tokens, and before everything a grammar's mask. If values are
@@ -25,17 +25,18 @@ Mask = npt.NDArray[np.bool_]
 TopLogprobs = tuple[tuple[int, float], ...]  # token ids with their log-probabilities
 
 GREEDY: Final = Sampling()
-_FIRST_NUCLEUS: Final = 512  # tokens searched first for a nucleus: of 49k tokens it takes a quarter of the time of sorting all
+_FIRST_NUCLEUS: Final = 512  # most probable tokens in which top-p looks first: a quarter of the time of sorting 49k tokens
 _LEAST_DIVISOR: Final = 1e-100  # smaller divisors order the tokens no differently: any float32 divided by this is larger
 
 
 def draw(
     logits: Floats, sampling: Sampling, token_ids: Sequence[int], position: int, allowed: Sequence[Mask] | None = None
 ) -> list[int]:
-    """Draws one token, and one more for each draft token that is accepted. Empty if the first logits are not finite.
+    """Draws the next token of a sequence, and one more after each draft token that is accepted: one that was drawn, too.
 
-    logits: float32 [draft tokens + 1, vocab]. token_ids: of the sequence, draft tokens at the end. position: of the first token
-    drawn. allowed: by a grammar, for the first token and for the token after each draft token that the grammar allows.
+    Returns the tokens drawn, none if the first logits are not finite. logits: float32 [draft tokens + 1, vocab]. token_ids: of
+    the sequence, draft tokens at the end. position: of the first token drawn. allowed: the grammar's masks, for the first token
+    and for the token after each draft token that the grammar allows; None: there is no grammar.
     """
     drawn: list[int] = []
     for row in logits:
@@ -54,10 +55,12 @@ def draw(
 def sample(
     logits: Floats, sampling: Sampling, position: int, history: Sequence[int], allowed: Mask | None = None
 ) -> int | None:
-    """A token for float32 logits [vocab]; None if the greatest is not finite. Of equal greatest logits the lowest token wins.
+    """Draws a token from float32 logits [vocab]. None if the greatest logit is not finite.
+
+    At temperature 0 the token with the greatest logit is taken, of several equal ones the lowest token id.
 
     position: of the token that is drawn. history: all tokens before it, prompt included, used only if there is a penalty.
-    allowed: tokens that may be drawn, at least one; tokens beyond its end are not allowed. None: all are.
+    allowed: True for tokens that may be drawn, at least one; tokens beyond its end are not allowed. None: all are.
     """
     greatest = int(logits.argmax())  # the first NaN, if there is one
     if not math.isfinite(logits[greatest]):
@@ -72,10 +75,11 @@ def sample(
 def log_probabilities(
     logits: npt.NDArray[np.float32], token_ids: Sequence[int] | Tokens, most_probable: int = 0
 ) -> list[tuple[float, TopLogprobs]]:
-    """Log-probability of each of `token_ids` [n] under `logits`, float32 [n, vocab], and the most probable tokens of each row.
+    """The log-probability of each of `token_ids` [n] under `logits`, float32 [n, vocab], and each row's most probable tokens.
 
-    Natural logarithms, unfiltered. Of equally probable tokens the lowest comes first; impossible ones are left out. A row that
-    has a NaN or an infinite maximum gives NaN. Works row by row, so that memory stays at one row.
+    most_probable: how many of these. Of equally probable tokens the lowest id comes first; tokens of probability 0 are left
+    out. Logarithms are natural, and taken before penalties, temperature and filters. A row with a NaN or an infinite maximum
+    gives NaN. Works row by row, so that memory stays at one row.
     """
     found: list[tuple[float, TopLogprobs]] = []
     with np.errstate(all="ignore"):
@@ -114,14 +118,17 @@ def _sample_adjusted(scores: Floats, sampling: Sampling, position: int, history:
 
 
 def _adjust_widely(scores: Floats, sampling: Sampling, position: int, history: Sequence[int]) -> Floats:
-    """As `_adjust`, in float64."""
+    """As `_adjust`, in float64, for values that overflow float32. Returns `scores` unchanged if all tokens are banned."""
     penalty = max(sampling.repetition_penalty, _LEAST_DIVISOR)
     adjusted = _adjust(scores.astype(np.float64), sampling, position, history, penalty)
-    return adjusted if math.isfinite(adjusted.max()) else scores.astype(np.float64)  # if all tokens are banned, none is
+    return adjusted if math.isfinite(adjusted.max()) else scores.astype(np.float64)
 
 
 def _adjust(scores: Floats, sampling: Sampling, position: int, history: Sequence[int], repetition_penalty: float) -> Floats:
-    """Applies penalties, biases and bans. Skips tokens that the vocabulary does not have."""
+    """Applies the penalties, biases and bans of `sampling`; a copy unless there are none.
+
+    Ignores tokens outside the vocabulary.
+    """
     if not sampling.adjusts:
         return scores
     adjusted = scores.copy()
@@ -141,7 +148,10 @@ def _adjust(scores: Floats, sampling: Sampling, position: int, history: Sequence
 
 
 def keep(scores: Floats, sampling: Sampling, tokens: Tokens | None = None) -> tuple[Floats, Tokens]:
-    """Scores and tokens that top-k, top-p and min-p keep of float32 scores [vocab]. tokens: consider only these, ascending."""
+    """Applies top-k, top-p and min-p to float32 scores [vocab]. Returns the scores of the tokens that remain, and their ids.
+
+    tokens: ids that may remain, ascending; None: all.
+    """
     tokens = np.arange(len(scores)) if tokens is None else tokens
     if 0 < sampling.top_k < len(tokens):
         among = scores[tokens]
@@ -161,7 +171,7 @@ def _softmax(scores: Floats) -> Floats:
 
 
 def _nucleus(probabilities: Floats, top_p: float) -> Tokens:
-    """Indexes of the fewest most probable tokens that together reach `top_p`."""
+    """Indexes of the smallest set of tokens, the most probable first, whose probabilities add up to at least `top_p`."""
     for size in (_FIRST_NUCLEUS, len(probabilities)):
         order = _largest(probabilities, min(size, len(probabilities)))
         largest = probabilities[order]
@@ -181,7 +191,10 @@ def _largest(probabilities: Floats, count: int) -> Tokens:
 
 
 def _gumbel(seed: int, position: int, vocab_size: int, tokens: Tokens) -> npt.NDArray[np.float64]:
-    """Standard Gumbel noise for `tokens`. numpy keeps the stream of raw Philox numbers stable across versions."""
+    """Standard Gumbel noise for `tokens`. A token's number depends only on seed, position and the token's id.
+
+    numpy keeps the stream of raw Philox numbers stable across versions.
+    """
     raw = np.random.Philox(key=[seed, 0], counter=[0, position, 0, 0]).random_raw(vocab_size)[tokens]
     uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     return -np.log(-np.log(uniform))

@@ -1,7 +1,7 @@
-"""The sequences that a stage holds: what a row may do to them, when they expire, and who waits for their memory.
+"""The sequences that a stage holds: which rows are admitted, when sequences expire, and requests that wait for memory.
 
-Position is the truth within an attempt: KV beyond a row's position is dropped before computing, KV short of it is a miss.
-A newer attempt begins with nothing held; an older one is stale.
+Within an attempt a row's position decides: KV beyond it is dropped before computing, and a row is a miss if KV ends before it.
+A newer attempt begins with nothing held, and rows of an older one are stale.
 """
 
 import threading
@@ -17,23 +17,28 @@ from functions.grammars.matcher import Matcher
 from functions.stage.engine.prefix_cache import PrefixCache
 from functions.stage.models.layer_group import KVCache, KVCacheFull
 
-MAX_MEMORY_WAITERS: Final = 2  # above the autoscaler's target, and far enough below the usual containerConcurrency
+# More than the autoscaler's target, so that it adds pods, and far below the usual containerConcurrency.
+MAX_MEMORY_WAITERS: Final = 2
 
 
 @dataclass(slots=True)
 class SequenceState:
     source: str  # the gateway that sent its first row
     attempt: int
-    handle: int
-    last_seen: float
-    # The tokens held, for penalties and grammars. Only the last stage keeps them; what it did not compute it was told.
+    handle: int  # of its memory in the KV cache
+    last_seen: float  # when an event last named it, seconds since the epoch
+    # Ids of the tokens held, for penalties and grammars. Only the last stage keeps them. Ids of tokens that it did not compute
+    # came with the reservation.
     token_ids: "array[int]" = field(default_factory=lambda: array("i"))
     matcher: Matcher | None = None  # of its grammar; used by the grammar thread only
     grammar: str = ""  # digest of the matcher's grammar
 
 
 class Refusal(Exception):
-    """A row is not computed. It is answered with this status."""
+    """A row is not computed. Its answer has this status.
+
+    held: tokens of the sequence that the stage holds, for a miss. reason: for the log and the client.
+    """
 
     def __init__(self, status: Status, *, held: int | None = None, reason: str | None = None) -> None:
         super().__init__(reason or status)
@@ -43,10 +48,10 @@ class Refusal(Exception):
 
 
 class SequenceTable:
-    """All sequences of a stage. Only the thread that has the engine's turn may call this."""
+    """All sequences of a stage by id, with their memory. Only the thread that holds the engine's lock may call it."""
 
     def __init__(self, kv: KVCache, idle_seconds: float, clock: Callable[[], float]) -> None:
-        """idle_seconds: a sequence is released if no event named it for so long."""
+        """idle_seconds: `expire` releases a sequence if no event named it for so long. clock: seconds since the epoch."""
         self._kv = kv
         self.cache = PrefixCache(kv)
         self._idle_seconds = idle_seconds
@@ -57,7 +62,10 @@ class SequenceTable:
         return len(self._sequences)
 
     def admit(self, row: Row, source: str) -> SequenceState:
-        """The row's sequence, with its KV cut to the row's position and memory for the row. Raises Refusal."""
+        """Returns the row's sequence, ready to compute the row: its KV ends at the row's position and has memory for the row.
+
+        Begins the sequence if the row reserves memory for it. source: names the gateway that sent the row. Raises Refusal.
+        """
         if row.reserve_tokens is not None and row.position == 0:
             sequence = self._reserve(row.id, row.attempt, row.reserve_tokens, source, ())
         else:
@@ -77,7 +85,10 @@ class SequenceTable:
         return sequence
 
     def reserve(self, wanted: ReserveRow, source: str) -> ReservedRow:
-        """Idempotent: a repeated request of the same attempt is told what is held by then."""
+        """Reserves memory for a sequence and fills it from the prefix cache. A refusal is a status, not an exception.
+
+        Idempotent: a repeated request of the same attempt is answered with the tokens that are held by then.
+        """
         chain = wanted.digests
         try:
             sequence = self._reserve(wanted.id, wanted.attempt, wanted.reserve_tokens, source, chain)
@@ -88,14 +99,17 @@ class SequenceTable:
         return ReservedRow(wanted.id, wanted.attempt, Status.OK, self.cache.fill(sequence.handle, chain))
 
     def handle(self, id_: str, attempt: int, source: str) -> int | None:
-        """The KV handle of a sequence that is in exactly this attempt."""
+        """The KV handle of a sequence in exactly this attempt and of this source; None if there is none."""
         sequence = self._sequences.get(id_)
         if sequence is None or (sequence.attempt, sequence.source) != (attempt, source):
             return None
         return sequence.handle
 
     def release(self, release: ReleaseRow, source: str) -> bool:
-        """False if there was nothing to release."""
+        """Releases a sequence, and caches its KV for later ones.
+
+        False if it is unknown, in a newer attempt or of another source.
+        """
         sequence = self._sequences.get(release.id)
         if sequence is None or sequence.source != source or sequence.attempt > release.attempt:
             return False
@@ -104,11 +118,11 @@ class SequenceTable:
         return True
 
     def sources(self) -> set[str]:
-        """The gateways that have sequences here."""
+        """Names of the gateways that have sequences here."""
         return {sequence.source for sequence in self._sequences.values()}
 
     def expire(self, lost_sources: Container[str] = ()) -> int:
-        """Releases idle sequences, and all of `lost_sources`. Returns how many."""
+        """Releases sequences that have been idle too long, and all of the gateways `lost_sources`. Returns how many."""
         oldest = self._clock() - self._idle_seconds
         expired = [
             id_ for id_, sequence in self._sequences.items() if sequence.last_seen < oldest or sequence.source in lost_sources
@@ -123,7 +137,7 @@ class SequenceTable:
             self._begin_attempt(id_, sequence, attempt, source, chain)
             if tokens <= self._kv.reserved(sequence.handle):
                 return sequence
-            # It wants more than it has: release its memory, and all that it holds.
+            # More is wanted than it has reserved: release its memory, and so all KV that it holds.
             self.cache.drop(self._sequences.pop(id_).handle)
         if tokens > self._kv.capacity_tokens:
             reason = f"{tokens} tokens to reserve will never fit: this stage's KV cache has {self._kv.capacity_tokens}"
@@ -136,7 +150,10 @@ class SequenceTable:
         return self._sequences[id_]
 
     def _begin_attempt(self, id_: str, sequence: SequenceState, attempt: int, source: str, chain: Chain = ()) -> None:
-        """chain: a newer attempt keeps what it has in common with this of what the older one held. Raises Refusal."""
+        """Begins a newer attempt of a known sequence, or checks that `attempt` is the current one. Raises Refusal.
+
+        chain: the new attempt's. KV of the older attempt is kept as far as both chains are equal.
+        """
         if sequence.source != source:
             raise Refusal(Status.INVALID, reason=f"the id {id_!r} is in use by another source")
         if attempt < sequence.attempt:
@@ -148,10 +165,12 @@ class SequenceTable:
 
 
 class GatewayLeases:
-    """Which gateways are alive. Every event renews the lease of its source, which names one boot of a gateway.
+    """The leases of gateways, by which a stage finds out that one has died. Every event renews the lease of its source.
 
-    A lease is counted in checks, not in seconds: during a long pass, or a pause of this process, nothing listens, so that a
-    gateway's silence then means nothing. Any thread may call `renew`, only the engine's own thread `expired`.
+    A source names one process of a gateway: after a restart it has another.
+
+    A lease is counted in checks, not in seconds: during a long pass, or while this process is paused, no event is received, so
+    that a gateway's silence then means nothing. Any thread may call `renew`, only the engine's own thread `expired`.
     """
 
     CHECKS = 10  # checks without a renewal until a lease expires
@@ -165,12 +184,12 @@ class GatewayLeases:
         self._renewed[source] = self._checks
 
     def expired(self, holders: Collection[str]) -> set[str]:
-        """Makes one check. Returns the sources among `holders`, those that hold something here, whose leases have expired."""
+        """Makes one check. Returns those of `holders`, the sources that have sequences here, whose leases have expired."""
         self._checks += 1
         expired = {source for source, renewed in list(self._renewed.items()) if self._checks - renewed > self.CHECKS}
         for source in expired:
             self._renewed.pop(source, None)
-        for source in holders:  # a source that was heard of again just before its lease was taken for expired
+        for source in holders:  # a renewal during this check may have been removed: begin a new lease
             self._renewed.setdefault(source, self._checks)
         return expired.intersection(holders)
 
@@ -179,7 +198,7 @@ class MemoryWaiters:
     """Requests held open at a stage that lacks memory, so that its autoscaler counts them as in flight. Thread-safe."""
 
     def __init__(self, free_tokens: Callable[[], int], most: int = MAX_MEMORY_WAITERS) -> None:
-        """free_tokens: KV tokens that can be reserved. most: requests held at a time, of all gateways together."""
+        """free_tokens: returns the KV tokens that can be reserved. most: requests held at a time, of all gateways together."""
         self._free_tokens = free_tokens
         self._most = most
         self._changed = threading.Condition()
@@ -187,7 +206,10 @@ class MemoryWaiters:
         self.waiting = 0
 
     def wait(self, tokens: int, seconds: float) -> None:
-        """Returns when `tokens` can be reserved or the time is over, at once if `most` requests wait or this is closed."""
+        """Blocks until `tokens` can be reserved or `seconds` have passed; the caller is not told which.
+
+        Returns at once after `close`, and if as many requests wait already as the constructor allows.
+        """
         with self._changed:
             if self.waiting >= self._most:
                 return
@@ -198,13 +220,13 @@ class MemoryWaiters:
                 self.waiting -= 1
 
     def notify(self) -> None:
-        """Memory may have been freed. Takes no lock if no request waits."""
+        """Lets waiting requests check again whether there is memory. Cheap if none waits."""
         if self.waiting:
             with self._changed:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Ends all waiting, now and later."""
+        """Makes all calls of `wait` return, now and later."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

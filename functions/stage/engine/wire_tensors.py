@@ -1,4 +1,4 @@
-"""Hidden states on the wire ↔ the numpy arrays that a layer group takes and gives."""
+"""Converts between the tensor of an event and the numpy array of hidden states that a layer group reads and returns."""
 
 from typing import Final
 
@@ -12,9 +12,10 @@ _MOST_SCALE: Final = np.nextafter(np.finfo(np.float32).max / np.float32(127), np
 
 
 def hidden_array(hidden: Tensor, dtype: HiddenDtype) -> Array:
-    """Hidden states in `dtype`. Of any wire dtype but I8 this is a view of the body's bytes.
+    """The hidden states of an event's tensor, in the group's dtype. A view of the tensor's bytes unless these are I8.
 
-    I8 has 8 bits a number and a scale a row. A row whose scale is not finite becomes a row that is not finite.
+    I8 has 8 bits for each number and a float32 scale for each row. A row whose scale is not finite becomes numbers that are not
+    finite, which later checks find.
     """
     if hidden.dtype != "I8":
         return np.frombuffer(hidden.data, DTYPES[hidden.dtype]).reshape(hidden.shape)
@@ -24,9 +25,10 @@ def hidden_array(hidden: Tensor, dtype: HiddenDtype) -> Array:
 
 
 def wire_tensor(hidden: Array, dtype: HiddenDtype, wire_dtype: str) -> Tensor:
-    """The tensor of finite hidden states [n, hidden_size], n > 0. Copies nothing if `dtype` is the wire's.
+    """An event's tensor of hidden states [n, hidden_size], which must be finite; n > 0.
 
-    I8 scales each row by itself, so that its bits do not depend on the other rows: its largest number becomes 127 or -127.
+    dtype: of `hidden`. wire_dtype: I8, or the same dtype, for which contiguous arrays are not copied. I8 scales each row by
+    itself, so that its largest number becomes 127 or -127.
     """
     if wire_dtype != "I8":
         return Tensor(wire_dtype, hidden.shape, np.ascontiguousarray(hidden).data.cast("B"))
@@ -40,4 +42,5 @@ def wire_tensor(hidden: Array, dtype: HiddenDtype, wire_dtype: str) -> Tensor:
 
 
 def _row_of(hidden_size: int) -> np.dtype[np.void]:
+    """The bytes of one I8 row: its scale, then its numbers."""
     return np.dtype([("scale", "<f4"), ("numbers", "i1", (hidden_size,))])

@@ -18,20 +18,24 @@ from storage.kv.sealed import Sealer
 from storage.store.payload_store import PayloadStore
 from storage.store.settings import StoreSettings
 
-_THREADS: Final = 16  # that wait for parts, of all sequences and tiers together
-_RETRY_SECONDS: Final = 2.0  # of the store: what takes longer is computed sooner
+_THREADS: Final = 16  # each fetches one part at a time; shared by all sequences and tiers
+_RETRY_SECONDS: Final = 2.0  # how long a request to the store is retried; afterwards computing is faster
 
 
 @dataclass(frozen=True, slots=True)
 class Tiers:
-    """The tiers of a stage besides its memory, nearest first."""
+    """The tiers of a stage, and what writes KV to the store."""
 
-    tiers: tuple[Tier, ...] = ()
+    tiers: tuple[Tier, ...] = ()  # in the order in which they are asked, the fastest first
     writer: KVWriter | None = None  # None: there is no store for keys and values
 
 
 def tiers_of(config: StageConfig, kv: KVCache, rate: ComputeRate, observe: Observe, written: Written) -> Tiers:
-    """No tiers for a cache whose bytes cannot be read."""
+    """Builds the tiers that the configuration names; none for a KV cache that is no `KVRanges`, whose bytes cannot be read.
+
+    rate: of this stage's prefill, with which fetching is compared. observe: called after each restore. written: called after
+    each part that the store has got.
+    """
     if not isinstance(kv, KVRanges):
         return Tiers()
     threads = ThreadPool(_THREADS, "kv-part")
@@ -55,7 +59,7 @@ def tiers_of(config: StageConfig, kv: KVCache, rate: ComputeRate, observe: Obser
 
 
 def _store_settings(config: StageConfig, bucket: str) -> StoreSettings:
-    """The settings of the models' store, overridden by those of the store for keys and values."""
+    """The settings of the KV store: those of the models' store, except for what the KV store's own settings say."""
     own, models = config.kv_store, config.store
     settings = replace(models, bucket=bucket, endpoint_url=own.endpoint_url or models.endpoint_url)
     if own.access_key_id is None:

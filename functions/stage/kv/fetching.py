@@ -1,4 +1,4 @@
-"""Fetches parts of a conversation's keys and values from a tier into the arena: several at once, placed in their order."""
+"""Fetches a sequence's KV from a tier: several parts at once, which are written into the KV arena in their order."""
 
 import logging
 import math
@@ -19,13 +19,13 @@ from storage.kv.parts import KVPart, most_blocks, parts_between
 
 _log: Final = logging.getLogger(__name__)
 
-_AWAY_SECONDS: Final = 5.0  # a peer that did not answer is not asked again: sequences that move together wait for it once
+_AWAY_SECONDS: Final = 5.0  # a peer that did not answer is not asked again for this time, so that few sequences wait for it
 _AT_ONCE: Final = 4  # parts of one sequence that are requested together
 
-LEAST_SECONDS: Final = 0.5
-MOST_SECONDS: Final = 10.0  # time limit of a fetch, also before the compute rate is known
-_RELAXED: Final = 1.25
-_ENOUGH_TOKENS: Final = 256  # smaller fetches say nothing about a rate: most of their time is the round trip
+LEAST_SECONDS: Final = 0.5  # shortest time limit of a fetch; with less time left none is begun
+MOST_SECONDS: Final = 10.0  # longest time limit of a fetch, and the limit before the compute rate is known
+_RELAXED: Final = 1.25  # divides the estimate of a tier that is not asked, so that it is asked again eventually
+_ENOUGH_TOKENS: Final = 256  # smaller fetches do not measure a rate: most of their time is the round trip
 
 
 class FetchFailed(Exception):
@@ -33,15 +33,18 @@ class FetchFailed(Exception):
 
 
 class TierAway(FetchFailed):
-    """Nothing came, or not in time. Other sequences need not wait for the same."""
+    """The tier did not answer, or not in time. It is not asked for some seconds, so that other sequences do not wait for it."""
 
 
 Fetch = Callable[[KVPart, float], CheckedKV | None]
-"""Fetches a part by a deadline in time.monotonic(). None: the tier does not hold it. Raises FetchFailed."""
+"""A function (part, deadline) that fetches a part of a chain's KV. deadline: in time.monotonic().
+
+Returns None if the tier does not hold the whole part. Raises FetchFailed.
+"""
 
 
 class Observe(Protocol):
-    """Receives the outcome of each restore, for metrics."""
+    """A function that is called with the outcome of each restore, for metrics."""
 
     def __call__(self, tier: str, *, num_bytes: int, seconds: float, failed: bool) -> None: ...
 
@@ -52,11 +55,11 @@ class FetchEstimate:
     def __init__(self, rate: ComputeRate) -> None:
         self._rate = rate
         self._lock = threading.Lock()
-        self._asking_seconds: float | None = None  # to hear that something is not held, or to get a little
+        self._asking_seconds: float | None = None  # of a request that found nothing or few tokens
         self._seconds_per_token: float | None = None
 
     def time_limit(self, tokens: int) -> float | None:
-        """Most seconds to wait for so many tokens; None: computing them is faster."""
+        """Most seconds that a fetch of `tokens` may take; None: do not fetch, because computing them is faster."""
         computing = self._rate.seconds(tokens)
         if computing is None:
             return MOST_SECONDS
@@ -70,7 +73,7 @@ class FetchEstimate:
         return min(MOST_SECONDS, max(LEAST_SECONDS, computing))
 
     def fetched(self, tokens: int, seconds: float) -> None:
-        """tokens: 0 if the tier held nothing."""
+        """Counts one fetch. tokens: how many came, 0 if the tier held nothing. seconds: how long it took."""
         with self._lock:
             if tokens >= _ENOUGH_TOKENS:
                 self._seconds_per_token = smoothed(self._seconds_per_token, seconds / tokens)
@@ -80,25 +83,32 @@ class FetchEstimate:
 
 @dataclass(slots=True)
 class _Fetched:
-    held: int  # tokens of the sequence
-    bytes: int = 0
-    failure: Exception | None = None
+    """The outcome of one fetch, which may have failed after some parts."""
+
+    held: int  # tokens that the sequence holds now
+    bytes: int = 0  # fetched
+    failure: Exception | None = None  # why fetching ended early
 
 
 class Fetcher:
-    """Fetches from one tier. Thread-safe."""
+    """Fetches KV from one tier, if that is expected to be faster than computing it. Thread-safe."""
 
     def __init__(self, tier: str, layout: KVLayout, estimate: FetchEstimate, threads: Executor, observe: Observe) -> None:
+        """tier: its name, for metrics. layout: of the stage's own arena. threads: fetch the parts."""
         self.layout = layout
         self._tier = tier
         self._estimate = estimate
         self._threads = threads
         self._observe = observe
         self._lock = threading.Lock()
-        self._away_until: dict[str, float] = {}
+        self._away_until: dict[str, float] = {}  # source → time.monotonic() from which it may be asked again
 
     def restore(self, request: RestoreRequest, fetch: Fetch, source: str) -> int:
-        """Tokens of the sequence that are held afterwards. source: name of the peer or store. Raises SequenceGone."""
+        """Fetches what the sequence lacks of its chain. Returns how many tokens it holds then. Raises SequenceGone.
+
+        Fetches nothing if computing is faster, time is short, or `source` did not answer lately. A failure is logged, not
+        raised: what came before it stays. fetch: gets one part. source: name of the peer or store.
+        """
         missing = len(request.chain) * BLOCK_TOKENS - request.held
         time_limit = self._estimate.time_limit(missing)
         began = time.monotonic()
@@ -120,7 +130,7 @@ class Fetcher:
         return fetched.held
 
     def checked(self, data: bytes | bytearray | memoryview, first: int, end: int) -> CheckedKV:
-        """Verifies that `data` is of tokens [first, end). Raises AlteredKV or ForeignKV."""
+        """Verifies that `data` is KV of tokens [first, end) in this stage's layout. Raises AlteredKV or ForeignKV."""
         found = checked(self.layout, data)
         if (found.first, found.end) != (first, end):
             raise ForeignKV(f"tokens {found.first} to {found.end} in place of {first} to {end}")
@@ -133,7 +143,7 @@ class Fetcher:
             self._away_until[source] = now + _AWAY_SECONDS
 
     def _fetch_parts(self, request: RestoreRequest, fetch: Fetch, deadline: float) -> _Fetched:
-        """Keeps what has come by the deadline."""
+        """Fetches part after part until one is missing or fails, or the deadline (time.monotonic()) has passed."""
         parts = deque(parts_between(request.held // BLOCK_TOKENS, len(request.chain), part_blocks(self.layout)))
         requested: dict[KVPart, Future[CheckedKV | None]] = {}
         fetched = _Fetched(request.held)
@@ -161,10 +171,13 @@ class Fetcher:
 
 
 def part_blocks(layout: KVLayout) -> int:
-    """Most blocks of a part in this layout, at peers and in the store."""
+    """Most blocks of tokens in one part, given the size of a token's KV. The same for peers and the store."""
     return most_blocks(layout.token_bytes * BLOCK_TOKENS)
 
 
 def place(request: RestoreRequest, found: CheckedKV) -> int:
-    """Writes what was fetched into the arena. Returns the tokens held afterwards. Raises SequenceGone."""
+    """Writes fetched KV into the sequence's memory. Returns how many tokens it holds then.
+
+    Raises SequenceGone, and ValueError if tokens before `found` are missing.
+    """
     return request.with_cache(lambda pool, handle: put_kv(pool, handle, found))

@@ -1,6 +1,6 @@
-"""Other instances of the same stage as a tier: keys and values go from pod to pod.
+"""Other instances of the same stage as a tier: KV goes from pod to pod.
 
-The gateway names the instances that may hold a conversation. This file has both sides: asking, and handing over.
+The gateway names the instances that may hold a sequence's KV. This file has both sides: `PeerTier` asks, `hand_over` answers.
 """
 
 import logging
@@ -25,18 +25,21 @@ _log: Final = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_NO_CONTENT: Final = 204
+_NO_CONTENT: Final = 204  # HTTP status of a peer that does not hold the KV
 _REST_SECONDS: Final = 1.0  # time limit for the few tokens after the last whole block
 
 
 class SequenceReader(Protocol):
-    """The part of an Engine that handing over needs, so that `functions.stage.serving` can pass its own Protocol of one."""
+    """The part of `Engine` that `hand_over` needs. See `Engine.with_sequences`."""
 
     def with_sequences(self, action: Callable[[SequenceTable], T]) -> T: ...
 
 
 def hand_over(query: KVQuery, engine: SequenceReader) -> tuple[bytearray, int] | None:
-    """The bytes, and how many tokens of the sequence are held (0 if it was found by its digest). None: not held here."""
+    """Answers a peer's query: the KV in the format of `kv_bytes`, and how many tokens the sequence holds. None: not held here.
+
+    The number is 0 if the KV was found by its digest, in any sequence, and not by the sequence's id.
+    """
     found = engine.with_sequences(lambda sequences: _copied(query, sequences))
     if found is not None:
         stamp(found[0])
@@ -57,10 +60,10 @@ def _copied(query: KVQuery, sequences: SequenceTable) -> tuple[bytearray, int] |
 
 
 class PeerClient:
-    """Asks instances of one stage. Thread-safe."""
+    """Asks other instances of one stage for KV. Thread-safe."""
 
     def __init__(self, pods: PodNetwork, pipeline: str, layer: int, token: str) -> None:
-        """pods: addresses that may get the token. layer: the stage's first."""
+        """pods: addresses that may be asked, and so get the token. layer: the stage's first. token: the pipeline's secret."""
         self._pods = pods
         self._pipeline = pipeline
         self._layer = layer
@@ -68,6 +71,7 @@ class PeerClient:
         self._sender = Sender(connect_timeout_seconds=1.0)
 
     def admits(self, peer: str) -> bool:
+        """Whether a peer's URL is in the pod network, so that it may get the token. Logs a warning if not."""
         parts = urlsplit(peer)
         if parts.scheme == "http" and self._pods.admits(parts.hostname or "", parts.port or 80):
             return True
@@ -77,7 +81,11 @@ class PeerClient:
     def ask(
         self, peer: str, request: RestoreRequest, first: int, end: int, digest: bytes, deadline: float
     ) -> tuple[memoryview, int]:
-        """The bytes, empty if the peer lacks them, and how many tokens of the very sequence it holds. Raises FetchFailed."""
+        """Asks a peer for the KV of tokens [first, end), by the sequence's id and by the digest of the block that ends there.
+
+        Returns unverified bytes, empty if the peer lacks them, and how many tokens the peer holds of this sequence. digest:
+        empty: only by the id. deadline: in time.monotonic(). Raises TierAway.
+        """
         id_, attempt, source = request.sequence
         query = KVQuery(self._pipeline, self._layer, first, end, digest.hex(), id_, attempt, source)
         try:
@@ -92,7 +100,7 @@ class PeerClient:
 
 
 class PeerTier:
-    """Implements `Tier`."""
+    """Implements `Tier` by asking the peers that a request names, one after the other."""
 
     name: Final = "peer"
 
@@ -111,21 +119,25 @@ class PeerTier:
 
 
 class _PeerRestore:
-    """Restores one sequence from one peer."""
+    """Fetches the KV of one sequence from one peer."""
 
     def __init__(self, peers: PeerClient, fetcher: Fetcher, peer: str, request: RestoreRequest) -> None:
         self._peers = peers
         self._fetcher = fetcher
         self._peer = peer
         self._request = request
-        self._held_by_peer = 0
+        self._held_by_peer = 0  # tokens of this very sequence
 
     def part(self, part: KVPart, deadline: float) -> CheckedKV | None:
+        """See `Fetch`."""
         digest = self._request.chain[part.end - 1]
         return self._range(part.first * BLOCK_TOKENS, part.end * BLOCK_TOKENS, digest, deadline)
 
     def rest(self, held: int) -> int:
-        """Fetches the tokens that a sequence which moves holds after the last whole block of its chain."""
+        """Fetches the tokens after the chain's last whole block, which only the peer that a sequence migrates from can have.
+
+        held: tokens that the sequence holds here. Returns how many it holds then. Raises SequenceGone.
+        """
         end = min(self._held_by_peer, held + BLOCK_TOKENS - 1)
         if end <= held:
             return held

@@ -1,7 +1,7 @@
-"""The store as a tier: idle conversations are written to it, and reservations read from it what is nowhere nearer.
+"""The store as a tier: KV of idle conversations is written to it, and read when neither memory nor a peer has it.
 
-Written is what the prefix cache evicts, and all that it still holds when the pod ends. Bytes are copied on the engine's
-thread; another thread does the rest at a limited rate. What exceeds the queue is dropped: it is computed again.
+KV is written when the prefix cache evicts it, and when the pod ends. The engine's thread copies the bytes into a bounded queue.
+Another thread writes them to the store at a limited rate. KV that does not fit into the queue is dropped and computed again.
 """
 
 import logging
@@ -28,17 +28,17 @@ from storage.kv.parts import KVPart, parts_between
 
 _log: Final = logging.getLogger(__name__)
 
-_WAITING_PARTS: Final = 16  # copies of a few MB each
-_LISTING_SECONDS: Final = 600.0  # a listing is renewed after this: other stages delete, too
+_WAITING_PARTS: Final = 16  # most parts in the queue, of a few MB each
+_LISTING_SECONDS: Final = 600.0  # age at which the listing of stored objects is renewed: other pods write and delete, too
 _PAUSE_SECONDS: Final = 30.0  # after a failure, until the store is tried again
 _POLL_SECONDS: Final = 0.02
 
 Written = Callable[[int], None]
-"""Called with the bytes of each part that has been written."""
+"""A function that is called with the size in bytes of each part that has been written, for metrics."""
 
 
 class StoreTier:
-    """Implements `Tier`."""
+    """Implements `Tier` by reading the parts that a `KVWriter` of any pod has written."""
 
     name: Final = "store"
 
@@ -50,6 +50,7 @@ class StoreTier:
         return self._fetcher.restore(request, lambda part, _: self._part(request, part), "the store")
 
     def _part(self, request: RestoreRequest, part: KVPart) -> CheckedKV | None:
+        """Reads a part; None if it is not stored. Deletes a part that fails verification. Raises FetchFailed."""
         key = self._store.key(self._fetcher.layout.kind, request.chain[part.end - 1], part)
         try:
             data = self._store.get(key)
@@ -62,7 +63,7 @@ class StoreTier:
 
 
 class KVWriter:
-    """Writes cached prefixes to the store. Any thread may begin with `evicted` or `drain`."""
+    """Writes cached prefixes to the store, on a thread of its own that starts with the first of them. It never ends."""
 
     def __init__(self, store: KVObjects, pool: KVRanges, retention: Retention, bytes_per_second: int, written: Written) -> None:
         self._store = store
@@ -72,21 +73,27 @@ class KVWriter:
         self._bytes_per_second = bytes_per_second
         self._written = written
         self._waiting: Queue[tuple[str, bytearray]] = Queue(_WAITING_PARTS)
-        self._stored_keys: set[str] = set()  # that need not be written
+        self._stored_keys: set[str] = set()  # keys of parts that are stored and need not be written
         self._listed_at = -math.inf
         self._paused_until = -math.inf
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def evicted(self, prefix: CachedPrefix) -> None:
-        """Copies a prefix that is about to be evicted, on the engine's thread. Never waits."""
+        """Copies a prefix that is about to be evicted into the queue.
+
+        Drops what does not fit, because the engine must not wait. The caller must hold the engine's lock.
+        """
         for key, part in self._missing_parts(prefix):
             if self._waiting.full() or self._paused:
                 return
             self._offer(key, self._copied(prefix, part), wait_seconds=0.0)
 
     def drain(self, engine: Engine, seconds: float) -> None:
-        """Writes everything cached, most recently used first. Returns when that is done or fails, or the time is over."""
+        """Writes all cached prefixes, most recently used first. Call it without the engine's lock when the pod ends.
+
+        Blocks until all is written, the store fails, or `seconds` have passed.
+        """
         end = time.monotonic() + seconds
         for prefix in engine.with_sequences(lambda sequences: sequences.cache.cached()):
             for key, part in self._missing_parts(prefix):
@@ -113,7 +120,7 @@ class KVWriter:
         return copied_kv(self._pool, prefix.handle, part.first * BLOCK_TOKENS, part.end * BLOCK_TOKENS)
 
     def _offer(self, key: str, data: bytearray, wait_seconds: float) -> bool:
-        """Queues a part to be written. False if the queue stayed full."""
+        """Queues a part to be written. False if the queue is still full after `wait_seconds`."""
         try:
             self._waiting.put((key, data), wait_seconds > 0, wait_seconds or None)
         except Full:
@@ -152,7 +159,10 @@ class KVWriter:
         time.sleep(max(0.0, num_bytes / self._bytes_per_second - (time.monotonic() - began)))
 
     def _list(self) -> None:
-        """Deletes what exceeds the retention. Objects past half of their allowed age are written again when next idle."""
+        """Lists the store's objects, deletes those that exceed the retention, and updates the set of stored keys.
+
+        Objects older than half of the allowed age are left out of the set, so that they are written again while still in use.
+        """
         objects, now = self._store.list(), datetime.now(UTC)
         over = self._retention.expired(objects, now)
         self._store.delete(over)

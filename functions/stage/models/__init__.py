@@ -1,4 +1,4 @@
-"""The interface of a layer group, the model families, and the choice of an implementation.
+"""Layer groups: their interface, the supported model families, and the choice of an implementation.
 
 May import: functions.configuration, functions.stage.models.llama, functions.stage.models.native,
 functions.stage.models.transformers, functions.stage.native, storage, storage.checkpoints, storage.loading, storage.models.

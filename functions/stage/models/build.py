@@ -37,25 +37,27 @@ _MODULES: Final = {
 
 
 class UnsupportedDtype(Exception):
-    """The group cannot run the publication's dtype. Publish the model in a float dtype."""
+    """No available implementation runs the publication's dtype. Publish the model in a float dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupChoice:
-    """What runs the layers of a model, and where."""
+    """The implementation that is to run the layers of a model, and its device."""
 
     kind: Literal["native", "llama", "transformers", "sleep"]
-    device: str
-    why: str | None = None  # the layers do not run in C
+    device: str  # cpu, cuda, or another of torch's
+    why: str | None = None  # the reason why the layers cannot run in C, for logs; None: they can, or another kind was asked for
 
 
 def choose(
     kind: Kind, config: Mapping[str, Any], dtype: str, device: str, before_torch: Callable[[], None] = lambda: None
 ) -> GroupChoice:
-    """device: auto, cpu, cuda, or another of torch's. before_torch: called just before torch is imported.
+    """Chooses the implementation and device for a model, without building anything. May import torch and compile C.
 
-    `auto` prefers layers in C, then torch's operators if they run the model exactly, then transformers. Raises
-    UnsupportedArchitecture, UnsupportedConfig, UnsupportedDtype if the requested kind cannot run it, and LibraryMissing.
+    config: a config.json. dtype: of the publication. device: auto, cpu, cuda, or another of torch's. before_torch: called just
+    before torch is imported. Kind `auto` prefers layers in C, then torch's operators if they run the model exactly, then
+    transformers. Raises UnsupportedArchitecture, UnsupportedConfig, UnsupportedDtype if the requested kind cannot run it, and
+    LibraryMissing.
     """
     if kind == "sleep":
         return GroupChoice(kind, "cpu")
@@ -75,9 +77,9 @@ def choose(
 
 
 def native_obstacle(model: LlamaConfig, dtype: str, device: str) -> str | None:
-    """Why the layers cannot run in C: another dtype or device, odd sizes, or neither a library nor a compiler. None: they can.
+    """Why the layers cannot run in C: dtype, device, head size, or neither a compiled library nor a compiler. None: they can.
 
-    Logs a warning if layers in C were to be expected, on a CPU in one of their dtypes.
+    Logs a warning if dtype and device would allow it. device: cpu, cuda, or another of torch's.
     """
     obstacle = limits.obstacle(dtype, device, {"head_dim": model.head_dim})
     if obstacle is None:
@@ -91,7 +93,10 @@ def native_obstacle(model: LlamaConfig, dtype: str, device: str) -> str | None:
 
 
 def device_for(configured: str, dtype: str, before_torch: Callable[[], None] = lambda: None) -> str:
-    """The device that layers run on. `auto` takes a GPU if there is one that runs the dtype; int8 and q4 run on CPUs."""
+    """The device to run on: `configured`, or for `auto` the GPU if there is one and the dtype is a float, else the CPU.
+
+    before_torch: called just before torch is imported, which happens only on machines with a GPU.
+    """
     if configured != "auto":
         return configured
     if dtype not in FLOAT_DTYPES or not any(map(os.path.exists, _GPU_FILES)):
@@ -112,6 +117,10 @@ def _of_torch(
     why: str | None,
     before_torch: Callable[[], None],
 ) -> GroupChoice:
+    """The choice of an implementation that needs torch. why: the layers cannot run in C; None: another kind was asked for.
+
+    Raises UnsupportedDtype, and LibraryMissing if torch or transformers is not installed.
+    """
     before_torch()
     if kind == "transformers" and dtype not in FLOAT_DTYPES:
         raise UnsupportedDtype(f"{config.get('model_type')} in {dtype}: transformers runs {', '.join(FLOAT_DTYPES)} only")
@@ -127,14 +136,17 @@ def _of_torch(
 
 
 def import_group(choice: GroupChoice) -> None:
-    """Imports the group's module before its use, so that the time of imports is measured by itself."""
+    """Imports the chosen implementation's module, so that the time for imports can be measured separately."""
     import_module(_MODULES[choice.kind])
 
 
 def empty_group(
     choice: GroupChoice, config: Mapping[str, Any], first_layer: int, last_layer: int, dtype: str, kv_budget_bytes: int
 ) -> "NativeGroup | LlamaGroup":
-    """A native or llama group without weights, which are placed as they arrive. Raises what the group raises."""
+    """A native or llama group without weights. The caller calls its `place` as weights arrive, and then `finish`.
+
+    Layers are [first_layer, last_layer). dtype: of the publication. Raises what the group's constructor raises.
+    """
     if choice.kind == "native":
         from functions.stage.models.native.group import NativeGroup
 
@@ -157,8 +169,8 @@ def build_layer_group(
 ) -> LayerGroup:
     """Layers [first_layer, last_layer) of the model of a config.json, ready to run.
 
-    tensors: by checkpoint name; the group may remove them. dtype: of the publication. sleep_times: of passes of `sleep`, which
-    needs no tensors. Raises what `choose` and the group raise.
+    tensors: by checkpoint name; the group may remove them. dtype: of the publication. device: see `choose`. sleep_times: how
+    long passes take, for kind `sleep`, which needs no tensors. Raises what `choose` and the group raise.
     """
     choice = choose(kind, config, dtype, device)
     if choice.kind == "sleep":

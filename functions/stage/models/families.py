@@ -1,8 +1,8 @@
 """The model families that a stage can run, and how transformers' modules of each are sliced. Imports no heavy library.
 
 A family is a `model_type` of a checkpoint's config.json. The transformers group runs all of them;
-`storage.checkpoints.llama_config` has those that run in C. Some families do more around their layers than embed and normalize:
-for example, only the first stage may add position embeddings. `cut_config` handles what depends on a layer's number.
+`storage.checkpoints.llama_config` has those that run in C. Some families do more before and after their layers than embed and
+normalize: for example, the first stage may add position embeddings. `cut_config` handles what depends on a layer's number.
 """
 
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ class UnsupportedArchitecture(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Names are attributes of the module that holds the list of layers."""
+    """What a family's model has before and after its layers. Strings name attributes of the module that holds the layers."""
 
-    layers: str = "layers"
+    layers: str = "layers"  # the list of layers
     before: tuple[str, ...] = ("embed_tokens",)  # applied before the layers by the first stage, embedding first
-    added_before: tuple[str, ...] = ()  # the first stage adds their output to the input
+    added_before: tuple[str, ...] = ()  # position embeddings, whose output the first stage adds to the embedding
     after: tuple[str, ...] = ("norm",)  # applied after the layers by the last stage
     # Config values that act on the input → the value that does nothing, which all stages but the first get.
     neutral_unless_first: Mapping[str, float] = field(default_factory=dict)
@@ -88,7 +88,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 
 def cut_config(config: Any, family: Family, first_layer: int, last_layer: int) -> None:
-    """Changes a transformers config to describe only the layers [first_layer, last_layer), with local numbers."""
+    """Changes a transformers config in place to describe only layers [first_layer, last_layer), numbered from 0."""
     num_layers = last_layer - first_layer
     if num_layers < config.num_hidden_layers:
         # Embedding and head may be in different groups.

@@ -1,4 +1,4 @@
-"""Floating-point arrays at the border of a layer group, as numpy arrays under the wire's dtype names.
+"""Hidden states as numpy arrays, as layer groups read and return them. Dtypes have the names of the wire: F32, BF16, F16.
 
 numpy has no bfloat16: such numbers are uint16, the upper half of the float32 of the same value, as on the wire. Widen them to
 float32 before computing with them.
@@ -24,15 +24,15 @@ HIDDEN_DTYPES: Final[Mapping[str, HiddenDtype]] = {
     "int8": "BF16",
     "q4": "BF16",
 }
-"""dtype of a publication → of hidden states between its stages. With int8 and q4, bf16 halves the wire and leaves perplexity as
-it is (docs/log.md)."""
+"""dtype of a publication → dtype of hidden states between its stages. For int8 and q4, bf16 halves the bytes sent and does not
+change perplexity (docs/log.md)."""
 
 _BF16_MAGNITUDE: Final = 0x7FFF
 _BF16_INFINITY: Final = 0x7F80
 
 
 def widened(numbers: Array, dtype: HiddenDtype) -> Float32:
-    """The numbers as float32: a copy."""
+    """Converts to float32. Always returns a new array. dtype: of `numbers`."""
     if dtype != "BF16":
         return numbers.astype(np.float32)
     bits = numbers.astype(np.uint32)
@@ -41,7 +41,7 @@ def widened(numbers: Array, dtype: HiddenDtype) -> Float32:
 
 
 narrowed: Final = rounded
-"""Rounds contiguous float32 to `dtype`; F32: the array itself."""
+"""narrowed(numbers, dtype) rounds contiguous float32 numbers to `dtype`. For F32 it returns the array itself."""
 
 
 def all_finite(numbers: Array, dtype: HiddenDtype) -> bool:
@@ -51,7 +51,7 @@ def all_finite(numbers: Array, dtype: HiddenDtype) -> bool:
 
 
 def finite_rows(numbers: Array, dtype: HiddenDtype) -> npt.NDArray[np.bool_]:
-    """bool [n]: whether all numbers of a row of [n, width] are finite."""
+    """For each row of `numbers` [n, width], whether all its numbers are finite: bool [n]."""
     finite = (numbers & _BF16_MAGNITUDE) < _BF16_INFINITY if dtype == "BF16" else np.isfinite(numbers)
     rows: npt.NDArray[np.bool_] = np.all(finite, axis=-1)
     return rows

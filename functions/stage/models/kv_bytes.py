@@ -1,10 +1,10 @@
-"""Keys and values of a range of tokens ↔ bytes, which go from pod to pod and into the store.
+"""The byte format of KV: how keys and values of a range of tokens are sent between pods and kept in the store.
 
     header   96 bytes, little-endian: magic "LMKV", version, layout, first token, tokens, BLAKE3 of the payload
-    payload  [num_layers, 2, kv_heads, tokens, head_bytes], as the arena has them
+    payload  [num_layers, 2, kv_heads, tokens, head_bytes], as in the KV arena of the sender
 
-A payload is used only after header and digest have been checked against the arena. The bytes do not name model and layers:
-the request for them does (`stage/kv`).
+A payload is used only after its digest, and the header against the receiver's arena, have been checked. The bytes do not name
+the model and its layers: the request for them does (`stage/kv`).
 """
 
 import struct
@@ -24,7 +24,10 @@ _DIGEST_BYTES: Final = 32
 
 
 class ForeignKV(ValueError):
-    """The bytes have another layout, version or position: another model, dtype, CPU or release wrote them."""
+    """The bytes do not fit this arena: their layout, version or position differs.
+
+    Another model, dtype, CPU or release wrote them.
+    """
 
 
 class AlteredKV(ValueError):
@@ -33,7 +36,7 @@ class AlteredKV(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class CheckedKV:
-    """Verified bytes of tokens [first, end)."""
+    """KV of tokens [first, end), whose header and digest have been verified."""
 
     first: int
     end: int
@@ -41,9 +44,10 @@ class CheckedKV:
 
 
 def copied_kv(pool: KVRanges, handle: int, first: int, end: int) -> bytearray:
-    """A copy of tokens [first, end); `first` begins a block. Raises ValueError if the sequence does not hold them.
+    """Copies the KV of a sequence's tokens [first, end) into bytes of this format, except for the digest.
 
-    Lacks the digest, which takes longest: `stamp` adds it in any thread.
+    `stamp` adds the digest; it takes longest and, unlike this, needs no access to the arena, so any thread may do it.
+    first: must begin a block. Raises ValueError if it does not, or the sequence does not hold the tokens.
     """
     layout = pool.layout
     if not 0 <= first < end <= pool.length(handle) or first % layout.block_tokens:
@@ -57,14 +61,15 @@ def copied_kv(pool: KVRanges, handle: int, first: int, end: int) -> bytearray:
 
 
 def stamp(data: bytearray) -> None:
-    """Writes the payload's digest into the header."""
+    """Writes the payload's digest into the header of what `copied_kv` returned."""
     data[HEADER_BYTES - _DIGEST_BYTES : HEADER_BYTES] = blake3(memoryview(data)[HEADER_BYTES:]).digest()
 
 
 def put_kv(pool: KVRanges, handle: int, found: CheckedKV) -> int:
-    """Writes the tokens that the sequence lacks. Returns how many it holds then.
+    """Writes to the arena those tokens of `found` that the sequence lacks. Returns how many the sequence holds then.
 
-    found: checked with the pool's layout. Raises ValueError if tokens between would be missing, or too little is reserved.
+    found: checked against the pool's layout. Raises ValueError if the sequence lacks tokens before `found`, or has too little
+    memory reserved.
     """
     first, end = found.first, found.end
     held = pool.length(handle)
@@ -82,7 +87,7 @@ def put_kv(pool: KVRanges, handle: int, found: CheckedKV) -> int:
 
 
 def checked(layout: KVLayout, data: bytes | bytearray | memoryview) -> CheckedKV:
-    """Verifies bytes against a layout. Raises ForeignKV or AlteredKV."""
+    """Verifies the header of KV bytes against a layout, and the digest. Raises ForeignKV or AlteredKV."""
     view = memoryview(data)
     if len(view) < HEADER_BYTES:
         raise AlteredKV(f"{len(view)} bytes, fewer than a header has")

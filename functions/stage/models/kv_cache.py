@@ -1,8 +1,8 @@
 """The bookkeeping of a KV cache: how much each sequence has reserved and filled, and the place of its range in the arena.
 
-Every sequence has one contiguous range, and all that is free can be reserved. Ranges waste nothing: a reservation takes exactly
-its tokens (rounded up to blocks). They fragment, so if no hole is large enough for a reservation, ranges are moved together
-first. `llama/kv_pool.py` compares this with slots and pages.
+The arena is the memory for the KV of all sequences. Every sequence has one contiguous range of it, as long as the tokens that
+it reserved (rounded up to blocks). If no gap between ranges is large enough for a reservation, ranges are moved together first,
+so all free memory can be reserved. `llama/kv_pool.py` compares this with slots and pages.
 """
 
 from collections.abc import Sequence
@@ -12,20 +12,20 @@ from typing import Any, Final
 from functions.stage.models.floats import Array
 from functions.stage.models.layer_group import KVCacheFull
 
-_MOVED_AT_ONCE: Final = 2**20  # bytes of a layer that go through a buffer while ranges are moved, but at least one token
+_MOVED_AT_ONCE: Final = 2**20  # bytes of one layer that are copied at a time while ranges are moved, but at least one token
 
 
 @dataclass(slots=True)
 class _Reservation:
-    tokens: int
-    length: int = 0
+    tokens: int  # reserved
+    length: int = 0  # tokens held
 
 
 class KVBudget:
-    """Implements `KVCache` except for the memory itself, which layer groups own."""
+    """Implements `KVCache` by counting tokens. Subclasses or layer groups own the memory itself."""
 
     def __init__(self, capacity_tokens: int, block_tokens: int = 1) -> None:
-        """block_tokens: reservations take whole blocks; the capacity is rounded down to them."""
+        """block_tokens: reservations are rounded up, and the capacity is rounded down, to a multiple of it."""
         self.capacity_tokens = capacity_tokens // block_tokens * block_tokens
         self.free_tokens = self.capacity_tokens
         self._block_tokens = block_tokens
@@ -45,7 +45,7 @@ class KVBudget:
         return handle
 
     def taken(self, tokens: int) -> int:
-        """Memory, in tokens, that a reservation of `tokens` takes."""
+        """Tokens of memory that a reservation of `tokens` takes: rounded up to whole blocks."""
         return -(-tokens // self._block_tokens) * self._block_tokens
 
     def reserved(self, handle: int) -> int:
@@ -55,7 +55,7 @@ class KVBudget:
         return self._reservations[handle].length
 
     def extend(self, handle: int, tokens: int) -> None:
-        """Counts `tokens` more as held. Layer groups call it after a pass."""
+        """Counts `tokens` more as held by the sequence. The caller has written their KV."""
         self._reservations[handle].length += tokens
 
     def truncate(self, handle: int, length: int) -> None:
@@ -63,7 +63,7 @@ class KVBudget:
         reservation.length = min(reservation.length, length)
 
     def resize(self, handle: int, tokens: int) -> None:
-        """Changes a reservation to `tokens`. The caller knows that there is memory for them."""
+        """Changes a reservation to `tokens`. Does not check that there is enough free memory: the caller must."""
         reservation = self._reservations[handle]
         self.free_tokens -= self.taken(tokens) - self.taken(reservation.tokens)
         reservation.tokens = tokens
@@ -75,9 +75,9 @@ class KVBudget:
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """How an arena's bytes are to be read. Two arenas with equal layouts may exchange bytes."""
+    """The order and meaning of the bytes in a KV arena. Only arenas with equal layouts can use each other's bytes."""
 
-    kind: str  # what wrote them, and all that their bits depend on: `native float32 avx512`; at most 32 bytes
+    kind: str  # names the implementation and all else that bits depend on, such as `native float32 avx512`; at most 32 bytes
     num_layers: int
     kv_heads: int
     head_bytes: int  # of one key or value of one token and head, padding included
@@ -85,21 +85,25 @@ class KVLayout:
 
     @property
     def token_bytes(self) -> int:
+        """Bytes of one token's KV in all layers."""
         return self.num_layers * 2 * self.kv_heads * self.head_bytes
 
     def rounded(self, tokens: int) -> int:
-        """Rounded up to whole blocks."""
+        """`tokens` rounded up to whole blocks."""
         return -(-tokens // self.block_tokens) * self.block_tokens
 
 
 class KVRanges(KVBudget):
-    """Implements `KVCache` except for the arena, which subclasses own."""
+    """Implements `KVCache` with one contiguous range of an arena for each sequence. Subclasses own the arena.
 
-    layers: Sequence[Any]  # keys and values [2, num_kv_heads, capacity_tokens, head_dim] each, sliced as numpy arrays are
+    Unlike other KV caches, its KV can be copied between sequences, and out of and into the arena.
+    """
+
+    layers: Sequence[Any]  # arrays or tensors [2, num_kv_heads, capacity_tokens, head_dim]: each layer's keys and values
     layout: KVLayout  # of the bytes of `copy_out` and `copy_in`
 
     def __init__(self, budget_bytes: int, num_layers: int, layer_bytes_per_token: int, block_tokens: int = 1) -> None:
-        """block_tokens: ranges are rounded up to it. Raises ValueError if the budget is less than one block."""
+        """block_tokens: ranges are rounded up to a multiple of it. Raises ValueError if the budget is less than one block."""
         self.num_layers = num_layers
         self.bytes_per_token = num_layers * layer_bytes_per_token
         super().__init__(budget_bytes // self.bytes_per_token, block_tokens)
@@ -111,13 +115,13 @@ class KVRanges(KVBudget):
         self._starts: dict[int, int] = {}
 
     def start(self, handle: int) -> int:
-        """The arena's index of a sequence's first token."""
+        """Index in the arena of the sequence's first token. `reserve` may change it for any sequence."""
         return self._starts[handle]
 
     def reserve(self, tokens: int) -> int:
-        """Takes some milliseconds if ranges must be moved together first.
+        """See `KVCache`. Takes some milliseconds if ranges must be moved together first.
 
-        If a move fails, nothing is reserved, and the sequence that was being moved holds nothing.
+        If moving fails, nothing is reserved, and the sequence that was being moved holds no tokens any more.
         """
         handle = super().reserve(tokens)
         try:
@@ -133,12 +137,12 @@ class KVRanges(KVBudget):
         del self._starts[handle]
 
     def shrink(self, handle: int, tokens: int) -> None:
-        """Cuts the range and what it holds to `tokens`."""
+        """Drops tokens beyond `tokens`, and frees the memory after them."""
         self.truncate(handle, tokens)
         self.resize(handle, min(tokens, self.reserved(handle)))
 
     def grow(self, handle: int, tokens: int) -> bool:
-        """Reserves `tokens` in place. False if there is too little free memory after the range."""
+        """Raises the reservation to `tokens` without moving the range. False if there is too little free memory after it."""
         start = self._starts[handle]
         end = min((other for other in self._starts.values() if other > start), default=self.capacity_tokens)
         if self.taken(tokens) > end - start:
@@ -147,7 +151,7 @@ class KVRanges(KVBudget):
         return True
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Makes `target` hold exactly the first `tokens` of what `source` holds, which are whole blocks."""
+        """Replaces what the sequence `target` holds by a copy of the first `tokens` of `source`, which must be whole blocks."""
         self.truncate(target, 0)
         first, into = self._starts[source], self._starts[target]
         for layer in self.layers:
@@ -155,34 +159,38 @@ class KVRanges(KVBudget):
         self.extend(target, tokens)
 
     def copy_out(self, first: int, target: Array) -> None:
-        """Fills `target`, uint8 [num_layers, 2, num_kv_heads, tokens, head bytes], with the arena's tokens from `first` on."""
+        """Copies tokens of the arena, from index `first` on, to `target`.
+
+        target: uint8 [num_layers, 2, num_kv_heads, tokens, head bytes].
+        """
         end = first + target.shape[3]
         for layer, own in zip(self.layers, target, strict=True):
             own[...] = self._as_bytes(layer[:, :, first:end])
 
     def copy_in(self, first: int, source: Array) -> None:
-        """Writes `source`, as `copy_out` fills it, into the arena from `first` on."""
+        """Copies `source`, an array as `copy_out` fills it, into the arena from index `first` on."""
         end = first + source.shape[3]
         for layer, own in zip(self.layers, source, strict=True):
             self._put_bytes(layer[:, :, first:end], own)
 
     def new_buffer(self, tokens: int) -> Any:
-        """[2, num_kv_heads, tokens, head_dim] of the arena's kind, for tokens of one layer."""
+        """A new array [2, num_kv_heads, tokens, head_dim] of the arena's type, for KV of one layer."""
         raise NotImplementedError
 
     def _as_bytes(self, part: Any) -> Array:
-        """Part of a layer as uint8; only its last dimension differs."""
+        """A part of a layer viewed or copied as uint8: the last dimension becomes bytes, the others stay."""
         raise NotImplementedError
 
     def _put_bytes(self, part: Any, source: Array) -> None:
-        """Writes what `_as_bytes` has read."""
+        """Writes bytes, in the shape that `_as_bytes` returns, to a part of a layer."""
         raise NotImplementedError
 
     def to_drop(self, tokens: int, oldest_first: Sequence[int]) -> list[int]:
-        """Which of these ranges to release so that `tokens` can be reserved. None if none need be, or all are too few.
+        """Chooses which ranges to release so that `tokens` can be reserved. Releases nothing itself.
 
-        Prefers the oldest ranges that are adjacent, or separated by holes only: then nothing must be moved. If other ranges
-        lie between all candidates, the oldest ones are dropped, and `reserve` moves.
+        Returns an empty list if nothing need be released, or if releasing all would not suffice. oldest_first: handles that may
+        be released. Prefers ranges that are adjacent or separated by gaps only, and among these the oldest: then `reserve` need
+        not move ranges. Otherwise it chooses the oldest.
         """
         wanted = self.taken(tokens)
         available = self.free_tokens + sum(self.taken(self.reserved(handle)) for handle in oldest_first)
@@ -201,7 +209,10 @@ class KVRanges(KVBudget):
         return dropped
 
     def _oldest_window(self, wanted: int, oldest_first: Sequence[int]) -> list[int]:
-        """The window of `wanted` tokens that holds only candidates, and whose newest range is the oldest; or empty."""
+        """Neighbouring ranges among the candidates whose release leaves a gap of `wanted` tokens; empty if there are none.
+
+        Of several possibilities it takes the one whose newest range is oldest.
+        """
         ages = {handle: age for age, handle in enumerate(oldest_first)}
         ranges = [*self._by_start(), (-1, self.capacity_tokens)]
         best: list[int] = []
@@ -223,7 +234,7 @@ class KVRanges(KVBudget):
         return best
 
     def _hole(self, tokens: int) -> int | None:
-        """Start of the first hole of enough tokens."""
+        """Start of the first free gap of at least `tokens`; None if there is none."""
         end = 0
         for handle, start in self._by_start():
             if start - end >= tokens:
@@ -232,10 +243,10 @@ class KVRanges(KVBudget):
         return end if self.capacity_tokens - end >= tokens else None
 
     def _compact(self) -> int:
-        """Moves all ranges to the front. Returns where the free rest begins. Copies only tokens that are held.
+        """Moves all ranges to the front of the arena. Returns the index at which free memory begins then.
 
-        Allocates all memory that it needs before it moves the first range. A range counts as empty until all layers have been
-        moved: after a copy that failed half-way its sequence answers miss, and never has wrong keys and values.
+        Copies only tokens that are held. Allocates its buffer before it moves the first range. A range counts as empty until
+        all its layers have been moved: if a copy fails half-way, the sequence holds nothing, rather than wrong KV.
         """
         token_bytes = self.bytes_per_token // self.num_layers
         buffer = self.new_buffer(max(1, _MOVED_AT_ONCE // token_bytes))
@@ -251,7 +262,10 @@ class KVRanges(KVBudget):
         return end
 
     def _move(self, source: int, target: int, tokens: int, buffer: Any) -> None:
-        """Moves piece by piece from front to back, because source and target may overlap."""
+        """Moves `tokens` of all layers from index `source` to `target`, which is less, through `buffer`.
+
+        Goes piece by piece from front to back, because both may overlap.
+        """
         for layer in self.layers:
             for done in range(0, tokens, buffer.shape[2]):
                 count = min(buffer.shape[2], tokens - done)
@@ -259,4 +273,5 @@ class KVRanges(KVBudget):
                 layer[:, :, target + done : target + done + count] = buffer[:, :, :count]
 
     def _by_start(self) -> list[tuple[int, int]]:
+        """All ranges as (handle, start), in the order of their starts."""
         return sorted(self._starts.items(), key=lambda item: item[1])

@@ -1,7 +1,7 @@
 """The interface of a layer group: consecutive decoder layers with their KV cache.
 
-Three implementations: `native` (C, no torch), `llama` (torch's operators) and `transformers` (any other family). The engine
-knows this interface and numpy arrays, and nothing of an implementation.
+It has three implementations: `native` (C, no torch), `llama` (torch's operators) and `transformers` (any other family); a
+fourth, `sleep`, only simulates one. The engine uses this interface and numpy arrays only.
 """
 
 from collections.abc import Sequence
@@ -25,32 +25,37 @@ class MissingTensors(Exception):
 
 
 class KVCache(Protocol):
-    """Keys and values of many sequences under one byte budget. Handles are small integers, reused after release."""
+    """Memory for the KV of many sequences, within one byte budget.
 
-    capacity_tokens: int
+    A handle names the memory of one sequence: a small integer, which is reused after its release.
+    """
+
+    capacity_tokens: int  # in all
     free_tokens: int  # that can still be reserved
 
     @property
     def resident_bytes(self) -> int:
-        """Memory that has ever been used, and so belongs to the process; 0: unknown. Any thread may ask."""
+        """Bytes of physical memory that the cache takes: all that was ever written to. 0 if unknown. Any thread may ask."""
 
     def reserve(self, tokens: int) -> int:
-        """A handle with memory for `tokens`. Raises KVCacheFull."""
+        """Reserves memory for `tokens` of a new sequence and returns its handle. Raises KVCacheFull."""
 
-    def reserved(self, handle: int) -> int: ...
+    def reserved(self, handle: int) -> int:
+        """Tokens for which the sequence has memory reserved."""
 
     def length(self, handle: int) -> int:
-        """Tokens held."""
+        """Tokens whose KV the sequence holds."""
 
     def truncate(self, handle: int, length: int) -> None:
-        """Drops tokens beyond `length`."""
+        """Drops the KV of tokens beyond `length`; their memory stays reserved."""
 
-    def release(self, handle: int) -> None: ...
+    def release(self, handle: int) -> None:
+        """Frees the sequence's memory. The handle is not valid any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """`length` new tokens of the sequence with `handle`, whose KV holds exactly `position` tokens."""
+    """One sequence's tokens in a forward pass: `length` new ones, after the `position` tokens whose KV `handle` holds."""
 
     handle: int
     position: int
@@ -58,7 +63,7 @@ class Segment:
 
 
 class LayerGroup(Protocol):
-    """Layers [first_layer, last_layer) of a model. Not thread-safe: the engine calls it from one thread at a time."""
+    """Layers [first_layer, last_layer) of a model. Not thread-safe: only one thread at a time may call it."""
 
     first_layer: int
     last_layer: int
@@ -67,24 +72,29 @@ class LayerGroup(Protocol):
     vocab_size: int
     max_positions: int  # the model's context, tokens
     hidden_dtype: HiddenDtype
-    runs_by: str  # for people: what computes the layers and, if that is not the fastest, why
+    runs_by: str  # for logs: what computes the layers and, if that is not the fastest implementation, why
 
     @property
     def shares_work(self) -> bool:
-        """True if the group has one pool of threads for all callers, which take work from each other. Torch's operators have a
-        pool for each thread that calls them."""
+        """True if calls from different threads share one pool of worker threads, so that any thread may call the group.
+
+        Torch's operators start a pool for each thread that calls them; such a group is called from one thread only.
+        """
 
     @property
     def kv(self) -> KVCache: ...
 
     def use_threads(self, count: int) -> None:
-        """Sets the number of threads of later passes. The default is one, or torch's own."""
+        """Sets the number of threads that later passes compute with.
+
+        Before the first call it is one; with torch, torch's default.
+        """
 
     def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
         """Runs all segments, each of another sequence, in one pass, and extends their KV by their lengths.
 
         The group only reads `inputs`, which may be the bytes of an event. The caller owns the result. If this raises, the KV of
-        a segment may have grown by any part of its length: the caller truncates.
+        a segment may have grown by any part of its length: the caller must truncate it.
 
         inputs: int64 token ids [sum(length)] for the first group, else hidden states [sum(length), hidden_size].
         Returns hidden states [sum(length), hidden_size], with the final norm applied by the last group. Hidden states have
@@ -92,4 +102,7 @@ class LayerGroup(Protocol):
         """
 
     def logits(self, hidden: Array) -> Float32:
-        """For the last group only: [n, hidden_size] → float32 [n, vocab_size], with the family's scaling and soft cap."""
+        """The logits of hidden states that `forward` returned: [n, hidden_size] → float32 [n, vocab_size]. Last group only.
+
+        They include the scaling and soft cap that some families apply.
+        """

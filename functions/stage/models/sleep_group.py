@@ -1,7 +1,7 @@
-"""A layer group that sleeps as long as a pass would take on another device. Pipelining, scaling and the evaluation use it.
+"""A layer group that computes nothing and sleeps as long as a pass would take on another device. For tests and benchmarks.
 
-KV is accounted for as in a real group. Hidden states carry the token id, and the last stage returns the token that came in,
-so that a generation goes on to its end.
+KV is counted as in a real group. Hidden states carry the token's id, and the logits of the last stage select the token that
+came in, so that a generation goes on to its end.
 """
 
 import time
@@ -22,7 +22,7 @@ _LARGEST: Final = 2**7 - 1
 
 
 class SleepGroup:
-    """Implements `LayerGroup`."""
+    """Implements `LayerGroup` by sleeping."""
 
     shares_work: Final = True
     hidden_dtype: HiddenDtype = "BF16"
@@ -31,7 +31,7 @@ class SleepGroup:
     def __init__(
         self, config: Mapping[str, Any], first_layer: int, last_layer: int, kv_budget_bytes: int, times: PassTimes
     ) -> None:
-        """config: a config.json with Llama's names."""
+        """config: a config.json with Llama's names. times: how long passes take."""
         self.first_layer = first_layer
         self.last_layer = last_layer
         self.num_layers: int = config["num_hidden_layers"]

@@ -1,6 +1,7 @@
-"""numpy arrays at the border of a layer group ↔ torch tensors inside it. Memory is shared whenever both sides can use it.
+"""Converts between numpy arrays, which layer groups read and return, and torch tensors. Shares memory instead of copying if
+possible.
 
-Dtypes have the wire's names (`floats`).
+Dtypes have the names of the wire (`floats`).
 """
 
 from typing import Final
@@ -15,7 +16,10 @@ DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.floa
 
 
 def input_tensor(inputs: Array, dtype: str) -> torch.Tensor:
-    """Token ids as they are, hidden states as `dtype`. Copies read-only memory, which torch does not accept."""
+    """The tensor of a group's input: int64 token ids, or hidden states of `dtype`.
+
+    Shares memory with the array, unless that is read-only, which torch does not accept.
+    """
     if inputs.dtype == np.int64:
         return torch.from_numpy(inputs)
     tensor = torch.from_numpy(inputs if inputs.flags.writeable else inputs.copy())
@@ -23,14 +27,14 @@ def input_tensor(inputs: Array, dtype: str) -> torch.Tensor:
 
 
 def output_array(tensor: torch.Tensor) -> Array:
-    """The array of a CPU tensor; bf16 as its bits."""
+    """The numpy array of a CPU tensor, in the same memory if that is contiguous. bf16 becomes its bits in uint16."""
     contiguous = tensor.detach().contiguous()
     array: Array = (contiguous.view(torch.uint16) if contiguous.dtype == torch.bfloat16 else contiguous).numpy()
     return array
 
 
 def weight_tensor(raw: RawTensor) -> torch.Tensor:
-    """A tensor in the memory that the bytes were read into."""
+    """The torch tensor of a published one, in the same memory."""
     return torch.frombuffer(raw.data, dtype=DTYPES[raw.dtype]).view(raw.shape)
 
 

@@ -1,4 +1,6 @@
-"""Layers of Llama-shaped models in C (`c/`, whose contract is `native.h`). Knows addresses and sizes, no model, no engine.
+"""Runs the layers of Llama-shaped models in C. The C source is in `c/`, its interface in `c/native.h`.
+
+The package passes arrays and sizes to C. It knows neither model configs nor the engine.
 
 May import: nothing of Lamina.
 """

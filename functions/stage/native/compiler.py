@@ -1,7 +1,7 @@
-"""Compiles the library in `c/`, by the compiler in the package `ziglang` or the one that CC names.
+"""Compiles the C library in `c/` with the compiler that the variable CC names, or else the one in the package `ziglang`.
 
-A compiled library is cached in the source's folder under a digest of source, flags and compiler. If that folder cannot be
-written, as in a container, the library that the image brought is used, or else a folder of the user.
+The compiled library is kept in `__pycache__`, or in a folder of the user if that cannot be written to. Its name has a digest of
+source, flags and compiler. A container image brings a compiled library in `__pycache__`.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ FLAGS: Final = (
     "-fPIC",
     "-pthread",
 )
-_OLDEST_GLIBC: Final = "2.28"
+_OLDEST_GLIBC: Final = "2.28"  # with which a library that zig compiled can be loaded
 
 
 class NoCompiler(Exception):
@@ -53,12 +53,14 @@ class CompilationFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Compiler:
+    """A C compiler: the beginning of its command line, and the version that it reports."""
+
     command: tuple[str, ...]
     version: str
 
     @classmethod
     def found(cls) -> "Compiler | None":
-        """The compiler that CC names, else the package ziglang."""
+        """The compiler that the variable CC names, else the one in the package ziglang; None if there is neither."""
         if named := os.environ.get("CC"):
             command = tuple(shlex.split(named))
             return cls(command, _output((*command, "--version")))
@@ -70,12 +72,12 @@ class Compiler:
         return cls((sys.executable, "-m", "ziglang", "cc", *added), importlib.metadata.version("ziglang"))
 
     def compile(self, into: Path, flags: tuple[str, ...] = FLAGS) -> None:
-        """Raises CompilationFailed."""
+        """Compiles all C files to the shared library `into`. Raises CompilationFailed."""
         _output((*self.command, *flags, "-shared", *map(str, sorted(SOURCE.glob("*.c"))), "-o", str(into)))
 
 
 def library_file() -> Path:
-    """The compiled library, compiled first if necessary. Raises NoCompiler, CompilationFailed."""
+    """Path of the compiled library; compiled first if there is none for this source. Raises NoCompiler, CompilationFailed."""
     compiler = Compiler.found()
     name = _library_name(compiler)
     for folder in (_CACHE, _user_cache()):
@@ -99,7 +101,7 @@ def library_file() -> Path:
 
 
 def _library_name(compiler: Compiler | None) -> str:
-    """File name of the library that the compiler makes of this source. Without one, a pattern for any compiler's."""
+    """File name of the library that `compiler` makes from this source. compiler: None: a glob pattern for any compiler."""
     files = sorted(SOURCE.glob("*.[ch]"))
     source = _digest(*FLAGS, *(part for file in files for part in (file.name, file.read_text())))
     by = "*" if compiler is None else _digest(*compiler.command[1:], compiler.version)
@@ -115,6 +117,7 @@ def _user_cache() -> Path:
 
 
 def _writable_folder() -> Path:
+    """The folder to keep a new library in. Raises CompilationFailed if none can be written to."""
     for folder in (_CACHE, _user_cache()):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -126,6 +129,7 @@ def _writable_folder() -> Path:
 
 
 def _output(command: tuple[str, ...]) -> str:
+    """Runs a command and returns its standard output. Raises CompilationFailed if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A group's layers in C, over numpy arrays: one call per pass, whatever decode steps and prompt chunks it mixes."""
+"""Runs a group's layers in C on numpy arrays. One call computes a whole pass of prompt chunks and decode steps."""
 
 import ctypes
 import weakref
@@ -26,23 +26,23 @@ from functions.stage.native.records import (
 
 @dataclass(frozen=True, slots=True)
 class MatrixArrays:
-    """A matrix [outs, width] in the arrays that C reads."""
+    """A weight matrix [outs, width] with its scales and biases, in the arrays that C reads."""
 
     dtype: Dtype
     weights: Array  # [outs, width]: bf16 as its bits in int16; q4 in uint8, packed by storage/models/q4.py
     scales: Array | None = None  # float32 [outs], with int8
     biases: Array | None = None  # float32 [outs]
-    q4_shape: tuple[int, int] | None = None  # [outs, width] of a q4 matrix, which its packed weights do not tell
+    q4_shape: tuple[int, int] | None = None  # [outs, width] of a q4 matrix, whose packed weights have another shape
 
     @property
     def shape(self) -> tuple[int, int]:
-        """[outs, width]."""
+        """[outs, width], for q4 too."""
         outs, width = self.q4_shape or self.weights.shape
         return outs, width
 
 
 class NativeThreads:
-    """A pool of threads that compute together. They end with this object."""
+    """A pool of C threads that share the work of a pass. They end when this object is garbage-collected."""
 
     def __init__(self, library: Library) -> None:
         self.pool = library.new_pool()
@@ -50,10 +50,13 @@ class NativeThreads:
 
 
 class NativeLayers:
-    """The layers of a group. Arrays that it is given stay in use: the caller must not change them."""
+    """The layers of one group in C. It uses the arrays that it is given without a copy: the caller must not change them."""
 
     def __init__(self, library: Library, group: GroupRecord) -> None:
-        """group: the sizes; its layers are set here."""
+        """Creates a pool of threads, and `num_layers` empty layers, which `place` fills one by one before the first `run`.
+
+        group: all sizes of the group; its field `layers` is overwritten.
+        """
         self._library = library
         self._threads = NativeThreads(library)
         self._layers = (LayerRecord * group.num_layers)()
@@ -73,7 +76,12 @@ class NativeLayers:
         window: int | None,
         rotary: bool,
     ) -> None:
-        """Sets the layer in `slot`. Names are those of `c/native.h`. Passes write to keys and values."""
+        """Sets the weights and KV arrays of one layer.
+
+        slot: the layer's number in the group, from 0. matrices, gains: by their names in `c/native.h`; a gain of None is
+        absent. keys, values: the layer's part of the KV arena, which `run` writes to. window: tokens that a token attends to,
+        itself included; None: all. rotary: whether queries and keys are rotated by position.
+        """
         layer = self._layers[slot]
         for name, arrays in matrices.items():
             setattr(layer, name, matrix_record(arrays, self._kept))
@@ -84,9 +92,10 @@ class NativeLayers:
         layer.window, layer.rotary = window or 0, rotary
 
     def run(self, hidden: Array, rotations: Array, segments: Sequence[tuple[int, int, int]], threads: int) -> None:
-        """Overwrites hidden, float32 [n, hidden_size], with the layers' output. Raises NativeError.
+        """Computes one pass. Overwrites hidden, float32 [n, hidden_size], with the layers' output. Raises NativeError.
 
-        rotations: complex64 [n, head_dim / 2]. segments: first slot, position and length of each.
+        rotations: cosines and sines, float32 [n, head_dim / 2, 2]. segments: for each sequence the index in the KV arena at
+        which its range begins, the tokens that it holds, and its new tokens. threads: how many compute, this one included.
         """
         threads = min(threads, MOST_THREADS)
         most_tokens = 0
@@ -108,12 +117,12 @@ class NativeLayers:
         self._library.run_layers(self._threads.pool, self._group, forward_pass)
 
     def linear(self, matrix: MatrixArrays) -> "NativeLinear":
-        """A matrix outside the layers, multiplied by the same threads."""
+        """A function that multiplies by a matrix outside the layers, with the same pool of threads."""
         return NativeLinear(self._library, self._threads, matrix)
 
 
 class NativeLinear:
-    """float32 [n, width] → float32 [n, outs]."""
+    """Multiplies by one matrix in C. Called with x, float32 [n, width], it returns x Wᵀ + b, float32 [n, outs]."""
 
     def __init__(self, library: Library, threads: NativeThreads, matrix: MatrixArrays) -> None:
         self._library = library
@@ -122,7 +131,7 @@ class NativeLinear:
         self._matrix = matrix_record(matrix, self._kept)
 
     def __call__(self, x: Array, threads: int) -> Array:
-        """Raises NativeError."""
+        """threads: how many compute, this one included. Raises NativeError."""
         threads = min(threads, MOST_THREADS)
         y = np.empty((len(x), self._matrix.outs), np.float32)
         if len(x) == 0:
@@ -141,7 +150,10 @@ class NativeLinear:
 
 
 def matrix_record(matrix: MatrixArrays, kept: list[Array]) -> MatrixRecord:
-    """Adds the matrix's arrays to `kept`. Copies weights only if their width is not a multiple of STEP."""
+    """The C record of a matrix, which has the addresses of its arrays. Adds these arrays to `kept`, to keep them alive.
+
+    Copies the weights only if they must be padded to a width that is a multiple of STEP.
+    """
     outs, width = matrix.shape
     weights = matrix.weights
     if width % STEP and matrix.dtype is not Dtype.Q4:

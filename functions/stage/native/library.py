@@ -1,4 +1,4 @@
-"""The compiled library: its functions with the types of `c/native.h`, and their errors as exceptions."""
+"""Loads the compiled C library, declares its functions as `c/native.h` does, and turns their errors into exceptions."""
 
 import ctypes
 import logging
@@ -12,7 +12,7 @@ _log: Final = logging.getLogger(__name__)
 
 
 class NativeError(ValueError):
-    """The library refused its arguments: a size, a dtype, a shape or an address is wrong. Nothing was touched."""
+    """The library refused its arguments: a size, dtype, shape or address is wrong. No memory was changed."""
 
 
 _FUNCTIONS: Final[dict[str, tuple[Any, list[Any]]]] = {
@@ -32,10 +32,10 @@ _FUNCTIONS: Final[dict[str, tuple[Any, list[Any]]]] = {
 
 
 class Library:
-    """Calls release Python's lock, so that other threads run meanwhile."""
+    """The functions of the C library. Calls release Python's global lock, so that other Python threads run meanwhile."""
 
     def __init__(self, path: str) -> None:
-        """Raises OSError if it cannot be loaded, and ImportError if its records differ from records.py."""
+        """Raises OSError if the file cannot be loaded, and ImportError if its structs differ in size from records.py."""
         loaded = ctypes.CDLL(path)
         self.functions: dict[str, Any] = {}
         for name, (result, arguments) in _FUNCTIONS.items():
@@ -48,49 +48,53 @@ class Library:
 
     @property
     def levels(self) -> list[str]:
-        """Names of the levels that this CPU supports, best last."""
+        """Names of the levels that this CPU supports, the best last. A level is the set of CPU instructions that C uses."""
         name = self.functions["lamina_level_name"]
         return [name(level).decode() for level in range(self.functions["lamina_best_level"]() + 1)]
 
     @property
     def level(self) -> str:
-        """The level that passes run on."""
+        """Name of the level in use."""
         number: int = self.functions["lamina_level"]()
         return self.levels[number]
 
     def use_level(self, name: str) -> None:
-        """Replaces the best level, in the whole process. Raises ValueError if this CPU lacks it."""
+        """Uses another level than the best one, in the whole process. For tests. Raises ValueError if this CPU lacks it."""
         status = self.functions["lamina_use_level"](self.levels.index(name))
         if status:
             raise self._error(status)
 
     def new_pool(self) -> int:
+        """Creates a pool of threads and returns its address, for `run_layers` and `multiply`. Raises MemoryError."""
         pool: int | None = self.functions["lamina_new_pool"]()
         if pool is None:
             raise MemoryError("no memory for a pool of threads")
         return pool
 
     def run_layers(self, pool: int, group: GroupRecord, forward_pass: PassRecord) -> None:
-        """Raises NativeError."""
+        """Runs one pass through the group's layers. pool: serves one call at a time. Raises NativeError."""
         status = self.functions["lamina_run_layers"](pool, ctypes.byref(group), ctypes.byref(forward_pass))
         if status:
             raise self._error(status)
 
     def multiply(self, pool: int, product: ProductRecord) -> None:
-        """Raises NativeError."""
+        """Multiplies by one matrix. pool: serves one call at a time. Raises NativeError."""
         status = self.functions["lamina_multiply"](pool, ctypes.byref(product))
         if status:
             raise self._error(status)
 
     def pass_bytes(self, group: GroupRecord, rows: int, most_tokens: int, threads: int) -> int:
-        """Bytes of workspace that a pass needs. Raises NativeError for sizes that no pass may have."""
+        """Bytes of temporary memory that a pass needs. Raises NativeError for sizes that are not allowed.
+
+        rows: tokens of the pass. most_tokens: length of its longest sequence after the pass.
+        """
         needed: int = self.functions["lamina_pass_bytes"](ctypes.byref(group), rows, most_tokens, threads)
         if needed < 0:
             raise self._error(-needed)
         return needed
 
     def product_bytes(self, matrix: MatrixRecord, rows: int, threads: int) -> int:
-        """Bytes of workspace that a product needs. Raises NativeError for sizes that no product may have."""
+        """Bytes of temporary memory to multiply `rows` rows by a matrix. Raises NativeError for sizes that are not allowed."""
         needed: int = self.functions["lamina_product_bytes"](ctypes.byref(matrix), rows, threads)
         if needed < 0:
             raise self._error(-needed)
@@ -101,12 +105,12 @@ class Library:
 
 
 UNAVAILABLE: Final = (NoCompiler, CompilationFailed, OSError, ImportError)
-"""Errors of `library` on a machine that cannot run layers in C: torch's operators run them instead."""
+"""The errors that `library` raises on a machine that cannot run layers in C. Use torch's operators there."""
 
 
 @cache
 def library() -> Library:
-    """This process's library, compiled if necessary. Raises one of UNAVAILABLE."""
+    """The C library, loaded once per process and compiled first if necessary. Raises one of the errors in UNAVAILABLE."""
     loaded = Library(str(library_file()))
     _log.info("layers run in C, for %s", loaded.level)
     return loaded

@@ -1,4 +1,4 @@
-"""Which layers can run in C, and why others cannot, in words for a log or a plan. Imports no heavy library."""
+"""Decides whether layers can run in C, from dtype, device and sizes. Imports no heavy library."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -8,7 +8,10 @@ MOST_HEAD: Final = 1024  # largest head_dim: LAMINA_MOST_HEAD of `c/native.h`
 
 
 def obstacle(dtype: str, device: str, sizes: Mapping[str, int]) -> str | None:
-    """Why layers cannot run in C; None: they can. sizes: by their names in a config.json."""
+    """The reason why layers cannot run in C, as part of a sentence for logs; None: they can.
+
+    dtype: of the publication. sizes: by their names in a config.json; head_dim is enough.
+    """
     if device != "cpu":
         return f"they are on {device}"
     if dtype not in DTYPES:
@@ -20,5 +23,5 @@ def obstacle(dtype: str, device: str, sizes: Mapping[str, int]) -> str | None:
 
 
 def padded_head(head_dim: int) -> int:
-    """Numbers that a head takes in the KV arena."""
+    """Numbers that a key or value of one head takes in the KV arena: head_dim rounded up to a multiple of 16."""
     return -(-head_dim // 16) * 16

@@ -1,4 +1,4 @@
-"""The structs of `c/native.h` as ctypes records, in its order and with its field names. The header says what a field holds."""
+"""The structs and constants of `c/native.h` for ctypes, with the same names and order. The header explains their fields."""
 
 import ctypes
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
+# See LAMINA_STEP, LAMINA_BLOCK_TOKENS, LAMINA_MOST_THREADS and LAMINA_LINE_BYTES of the header.
 STEP: Final = 32
 BLOCK_TOKENS: Final = 16
 MOST_THREADS: Final = 64
@@ -97,11 +98,14 @@ RECORDS: Final[Sequence[type[ctypes.Structure]]] = (
     PassRecord,
     ProductRecord,
 )
-"""In the order of `lamina_size_of`."""
+"""All records, in the order in which `lamina_size_of` numbers the structs."""
 
 
 def memory_of(array: Array | None) -> MemoryRecord:
-    """The address and size of an array, which the caller keeps alive. Raises ValueError if it is not contiguous."""
+    """The address and size of an array; both 0 for None. The caller must keep the array alive while C uses the record.
+
+    Raises ValueError if the array is not contiguous.
+    """
     if array is None:
         return MemoryRecord(None, 0)
     if not array.flags.c_contiguous:
@@ -110,7 +114,7 @@ def memory_of(array: Array | None) -> MemoryRecord:
 
 
 def new_workspace(num_bytes: int) -> Array:
-    """Memory that begins on a cache line."""
+    """Uninitialized temporary memory for C, uint8 [num_bytes], which begins on a cache line."""
     memory = np.empty(num_bytes + LINE_BYTES, np.uint8)
     first = -memory.ctypes.data % LINE_BYTES
     return memory[first : first + num_bytes]

@@ -1,8 +1,8 @@
-"""Attention of a pass's segments over the KV pool: one call of torch's kernel, or a few, for each sequence.
+"""Attention in torch: for each sequence of a pass, one or a few calls of torch's kernel on its range of the KV pool.
 
-The linear layers see all rows of a pass as one matrix. Here each sequence reads its own range of the pool in place. Masks and
-ranges are the same in every layer and computed once per pass. A chunk whose mask would be large is attended to block by block,
-so that memory does not grow with the product of chunk and context.
+The linear layers see all rows of a pass as one matrix; attention reads each sequence's range in place. Masks and ranges are the
+same in every layer and computed once per pass. A chunk whose mask would be large is computed block by block, so that memory
+does not grow with the product of chunk and context.
 """
 
 import math
@@ -15,12 +15,15 @@ from torch.nn import functional
 from functions.stage.models.layer_group import Segment
 from functions.stage.models.llama.kv_pool import TorchKVPool
 
-_MASK_NUMBERS: Final = 2**20  # of one mask, unless a single row has more
-_MASKS_KEPT: Final = 16
+_MASK_NUMBERS: Final = 2**20  # most numbers in a mask, unless a single row has more
+_MASKS_KEPT: Final = 16  # most masks kept during a pass
 
 
 class PassAttention:
-    """The segments of one pass, in layers that look back `window` tokens (None: over all)."""
+    """Computes the attention of one pass, in all layers that have the same window.
+
+    window: tokens that a token attends to, itself included; None: all.
+    """
 
     def __init__(self, segments: Sequence[Segment], pool: TorchKVPool, window: int | None, dtype: torch.dtype) -> None:
         self._segments = segments
@@ -41,7 +44,10 @@ class PassAttention:
         )
 
     def __call__(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
-        """Queries [n, num_kv_heads, heads per kv head, head_dim] of the pass → [n, num_heads * head_dim]."""
+        """Attention of one layer. queries: [n, num_kv_heads, heads per kv head, head_dim]. Returns [n, num_heads * head_dim].
+
+        The layer's keys and values of the same tokens must be in the pool already. layer: its number in the pool.
+        """
         parts = zip(self._segments, self._firsts, torch.split(queries, self._lengths), self._reads[layer], strict=True)
         attended = [
             result
@@ -53,7 +59,7 @@ class PassAttention:
     def _segment(
         self, segment: Segment, first: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> Iterator[torch.Tensor]:
-        """first: position that keys and values begin with."""
+        """Attention of one segment, in one or more parts. first: position of the first of `keys` and `values`."""
         if segment.length == 1:
             # The heads that share a key head take the place of a chunk's tokens, so that each key is read once. Key heads are
             # the batch: the kernel's result is then in the order that the next matrix reads.
@@ -68,7 +74,7 @@ class PassAttention:
                 yield _chunk(queries[begin:end], keys[:, :, seen], values[:, :, seen], mask)
 
     def _blocks(self, segment: Segment) -> Iterator[tuple[int, int]]:
-        """Splits the segment into blocks of rows whose masks are small."""
+        """Splits the segment into blocks of rows [begin, end) whose masks have at most _MASK_NUMBERS numbers."""
         begin = 0
         while begin < segment.length:
             position = segment.position + begin
@@ -77,10 +83,11 @@ class PassAttention:
             yield begin, (begin := min(begin + rows, segment.length))
 
     def _first_seen(self, position: int) -> int:
+        """The first position that the token at `position` attends to."""
         return 0 if self._window is None else max(0, position - self._window + 1)
 
     def _mask(self, rows: int, back: int) -> torch.Tensor:
-        """Additive mask [rows, back + rows]. The first row sees `back` tokens before itself."""
+        """The mask [rows, back + rows] that is added to scores. The first row attends to `back` tokens before itself."""
         if (rows, back) not in self._masks:
             if len(self._masks) == _MASKS_KEPT:
                 self._masks.clear()
@@ -93,7 +100,7 @@ class PassAttention:
 
 
 def _chunk(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """mask: None for a chunk without earlier tokens, in which each token sees itself and those before it."""
+    """Attention of a chunk. mask: added to scores; None for a prompt's first chunk, whose tokens attend to all before them."""
     heads = queries.flatten(1, 2).transpose(0, 1).unsqueeze(0)
     keys, values = keys.transpose(0, 1), values.transpose(0, 1)
     attended = functional.scaled_dot_product_attention(heads, keys, values, mask, is_causal=mask is None, enable_gqa=True)

@@ -1,7 +1,7 @@
-"""The Llama-shaped families by torch's operators: on GPUs, and on CPUs if layers cannot run in C (`models/native`).
+"""The layer group of the Llama-shaped families in torch: on GPUs, and on CPUs if layers cannot run in C (`models/native`).
 
-All rows of a pass, prompt chunks and decode steps mixed, go through each matrix together. Only attention is computed sequence
-by sequence. Weights are placed layer by layer while later ones are still being read. Does not use transformers.
+All rows of a pass, prompt chunks and decode steps mixed, are multiplied by each matrix together. Only attention is computed
+sequence by sequence. Weights are set layer by layer while later ones are still being read. Does not use transformers.
 """
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -23,7 +23,7 @@ from storage.loading.weight_loader import RawTensor
 
 
 class LlamaGroup:
-    """Implements `LayerGroup`. Create it, `place` its weights in any order, then `finish` it."""
+    """Implements `LayerGroup`. After creation, call `place` for the weights in any order, and then `finish` once."""
 
     shares_work: Final = False
     use_threads = staticmethod(use_threads)
@@ -38,9 +38,10 @@ class LlamaGroup:
         kv_budget_bytes: int,
         why: str | None = None,
     ) -> None:
-        """config: a config.json. why: torch's operators run the layers although C would be faster.
+        """config: a config.json. Layers are [first_layer, last_layer). dtype: of the publication.
 
-        Raises UnsupportedConfig, and ValueError for an impossible cut, budget, dtype or device.
+        why: the reason why the layers do not run in C, which would be faster; it only becomes part of `runs_by`. None: no
+        reason is given. Raises UnsupportedConfig, and ValueError for impossible layers, budget, dtype or device.
         """
         model = self._model = LlamaConfig.from_dict(config)
         check_layers(model, first_layer, last_layer)
@@ -69,9 +70,10 @@ class LlamaGroup:
         self._head: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def place(self, tensors: MutableMapping[str, RawTensor]) -> None:
-        """Takes this group's weights out of `tensors`, which may be any part of the model. A layer comes whole or not at all.
+        """Removes this group's weights from `tensors` and keeps them. Ignores weights of other groups.
 
-        Raises MissingTensors if only some of a layer's tensors are there, and WrongShape.
+        tensors: any part of the model, by checkpoint name, but only whole layers. Raises MissingTensors if a layer is not
+        complete or a name is unknown, and WrongShape.
         """
         check_shapes(self._model, {name: tensor.shape for name, tensor in tensors.items()})
         for layer in sorted({int(found[1]) for found in map(LAYER_NAME.match, tensors) if found}):
@@ -89,7 +91,7 @@ class LlamaGroup:
             self._head = linear([others.matrix("lm_head")], self._precision.activations)
 
     def finish(self) -> None:
-        """Ends placing. Raises MissingTensors, naming what has not been placed."""
+        """Makes the group ready to run. Raises MissingTensors, naming the weights that `place` never got."""
         if self._is_last and self._head is None and self._model.tie_word_embeddings and self._embedding is not None:
             self._head = linear([Matrix(self._embedding)], self._precision.activations)
         check_placed(
@@ -106,7 +108,7 @@ class LlamaGroup:
 
     @torch.inference_mode()
     def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
-        """As `LayerGroup` says. Raises ValueError for segments that do not fit the cache, and then leaves it as it was."""
+        """See `LayerGroup`. Raises ValueError for segments that do not fit the KV cache, which then stays unchanged."""
         positions = checked_positions(self.kv, len(inputs), segments)
         hidden = input_tensor(inputs, self.hidden_dtype).to(self._device)
         if self._embedding is not None:
@@ -128,7 +130,7 @@ class LlamaGroup:
 
     @torch.inference_mode()
     def logits(self, hidden: Array) -> Float32:
-        """As `LayerGroup` says. Raises ValueError if the group is not the last."""
+        """See `LayerGroup`. Raises ValueError if the group is not the last."""
         if self._head is None:
             raise ValueError(f"layers {self.first_layer}:{self.last_layer} have no head: only the last group has")
         states = input_tensor(hidden, self.hidden_dtype).to(device=self._device, dtype=self._precision.activations)

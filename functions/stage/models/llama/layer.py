@@ -1,4 +1,4 @@
-"""One decoder layer of a Llama-shaped model in torch: about ten operators a pass, besides the attention of each sequence."""
+"""One decoder layer of a Llama-shaped model in torch: about ten operators, and the attention of each sequence."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from storage.checkpoints.llama_config import LlamaConfig
 
 @dataclass(frozen=True, slots=True)
 class PassState:
-    """What all layers share in one forward pass of n tokens."""
+    """Tensors that all layers use in one forward pass of n tokens."""
 
-    slots: torch.Tensor  # of the tokens in the KV pool, int64 [n]
+    slots: torch.Tensor  # index of each token in the KV pool, int64 [n]
     rotations: torch.Tensor  # complex64 [n, 1, head_dim / 2]
-    attention: Mapping[int | None, PassAttention]  # by window
+    attention: Mapping[int | None, PassAttention]  # for each window that a layer has
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """A layer's weights. In rows of queries and keys, the two halves of each rotated pair are adjacent."""
+    """The weights of one layer. Rows of queries and keys are reordered: the two halves of each rotated pair are adjacent."""
 
     input_gain: torch.Tensor
     qkv: Sequence[Matrix]  # one matrix, or three if their dtypes differ
@@ -38,7 +38,7 @@ class LayerWeights:
 
     @classmethod
     def take(cls, model: LlamaConfig, weights: TorchWeights) -> "LayerWeights":
-        """Raises MissingTensors."""
+        """Removes the layer's tensors from `weights`. Raises MissingTensors."""
         queries, keys, values = (weights.matrix(f"self_attn.{name}_proj", model.qkv_bias) for name in "qkv")
         qkv = [
             queries.with_rows(torch.from_numpy(interleaved_rows(model.num_heads, model.head_dim))),
@@ -63,6 +63,8 @@ class LayerWeights:
 
 
 class LlamaLayer:
+    """A decoder layer: attention and MLP, each with its norm and residual sum."""
+
     def __init__(self, model: LlamaConfig, layer: int, slot: int, weights: LayerWeights, precision: Precision) -> None:
         """layer: its number in the whole model. slot: its number in this group's KV pool."""
         self._slot = slot
@@ -80,7 +82,10 @@ class LlamaLayer:
         self._mlp = GatedMlp(weights.gate, weights.up, weights.down, precision.activations)
 
     def __call__(self, hidden: torch.Tensor, state: PassState, pool: TorchKVPool) -> torch.Tensor:
-        """hidden [n, hidden_size] → the same. Writes keys and values of the n tokens to the pool."""
+        """Computes the layer: hidden states [n, hidden_size] in, the same shape out.
+
+        Writes the tokens' keys and values to `pool`.
+        """
         heads = self._qkv(self._input_norm(hidden)).view(len(hidden), -1, self._head_dim)
         queries_and_keys = heads.narrow(1, 0, self._heads + self._kv_heads)
         if self._qk_norm is not None:
@@ -97,20 +102,20 @@ class LlamaLayer:
 
 
 class RmsNorm:
-    """x * weight / sqrt(mean(x²) + eps) over the last dimension, in float32, by five small operators.
+    """RMSNorm, x * weight / sqrt(mean(x²) + eps) over the last dimension, computed in float32 by five operators.
 
-    torch's own on CPUs is a chain of eight, and upcasts bf16 as well. One row of 576 in fp32 takes 6.1 µs (`F.rms_norm` 7.1),
-    512 rows 103 (638); Xeon with AMX, one thread.
+    `F.rms_norm` runs eight on CPUs. For one row of 576 in fp32 this takes 6.1 µs and `F.rms_norm` 7.1, for 512 rows 103 and 638
+    (Xeon with AMX, one thread).
     """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        """weight [size] or [heads, size]."""
+        """weight: the gain, [size], or [heads, size] if each head has its own. eps: added to the mean square."""
         self._weight = weight.float()
         self._eps = torch.tensor(eps, dtype=torch.float32, device=weight.device)
         self._share = 1 / weight.shape[-1]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., size] → the same shape and dtype."""
+        """Normalizes x [..., size] over its last dimension. Returns a new tensor of the same shape and dtype."""
         wide = x.float()
         norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = torch.addcmul(self._eps, norms, norms, value=self._share).rsqrt_()
@@ -118,21 +123,21 @@ class RmsNorm:
 
 
 class GatedMlp:
-    """hidden + W_down (silu(W_gate x) * W_up x).
+    """The gated MLP of a layer: residual + W_down (silu(W_gate x) * W_up x).
 
-    int8 gate and up are one matrix, so that x is quantized once for both. Others are two: their kernels fuse SiLU and the
-    product, and no operator remains between the matrices.
+    int8 gate and up are stacked into one matrix, so that x is quantized once for both. With other dtypes they are two matrices,
+    whose kernels compute SiLU and the product too.
     """
 
     def __init__(self, gate: Matrix, up: Matrix, down: Matrix, dtype: torch.dtype) -> None:
-        """dtype: of activations."""
+        """gate, up, down: the three matrices. dtype: of activations."""
         self._is_stacked = gate.weight.dtype == up.weight.dtype == torch.int8
         self._gate = linear([gate, up] if self._is_stacked else [gate], dtype)
         self._up = self._gate if self._is_stacked else linear([up], dtype)
         self._down = linear([down], dtype)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """residual [n, hidden_size] plus the MLP of x."""
+        """Returns residual + MLP(x). Both are [n, hidden_size]."""
         if not self._is_stacked:
             return self._down.add_to(residual, self._up.times(x, self._gate.silu(x)))
         gate, up = self._gate(x).chunk(2, 1)
@@ -140,7 +145,7 @@ class GatedMlp:
 
 
 class Rope:
-    """Rotary position embeddings: the rotations of a pass. `rotate` applies them in every layer."""
+    """Computes the rotations of rotary position embeddings, once per pass. `rotate` applies them in every layer."""
 
     def __init__(self, parameters: Mapping[str, Any], head_dim: int, device: torch.device) -> None:
         frequencies, scaling = rope_frequencies(parameters, head_dim)
@@ -148,15 +153,15 @@ class Rope:
         self._scaling = torch.tensor(scaling, dtype=torch.float32, device=device)
 
     def rotations(self, positions: torch.Tensor) -> torch.Tensor:
-        """int64 positions [n] → complex64 [n, 1, head_dim / 2]."""
+        """The rotation of each pair of a head at int64 positions [n]: complex64 [n, 1, head_dim / 2]."""
         angles = positions.float().unsqueeze(1) * self._frequencies
         return torch.polar(self._scaling.expand_as(angles), angles).unsqueeze(1)
 
 
 def rotate(heads: torch.Tensor, rotations: torch.Tensor) -> None:
-    """Rotates heads [n, heads, head_dim] in place. The halves of a pair are adjacent, and so are one complex number.
+    """Rotates heads [n, heads, head_dim] in place. The halves of a pair are adjacent: they are used as one complex number.
 
-    Complex multiplication in place took 6.6 µs for 16 rows of 12 heads, rotate-half 78 (Xeon with AMX, one thread).
+    For 16 rows of 12 heads this takes 6.6 µs; rotating halves that are apart takes 78 µs (Xeon with AMX, one thread).
     """
     pairs = heads.view(*heads.shape[:2], -1, 2)
     if heads.dtype == torch.float32:

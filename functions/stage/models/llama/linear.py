@@ -1,8 +1,8 @@
-"""Matrices in torch: read from a publication, stacked, and multiplied by the fastest kernel for their dtype and device.
+"""Matrices in torch: reads them from a publication and multiplies by them with the fastest kernel for dtype and device.
 
-On CPUs fp32 and bf16 weights are laid out once for oneDNN, whose kernels fuse the residual sum, SiLU, and the product of gate
-and up. Decoding 8 sequences, the four matrices of 10 SmolLM2 layers take 3.8 ms in bf16 this way and 5.6 ms with `F.linear`
-(fp32 11.7 and 19.2 ms), 128 tokens 7.2 and 12.5 ms (Xeon with AMX, one thread).
+On CPUs fp32 and bf16 weights are reordered once for oneDNN, whose kernels also compute the residual sum, SiLU, and the product
+of gate and up. Decoding 8 sequences, the four matrices of 10 SmolLM2 layers take 3.8 ms in bf16 this way and 5.6 ms with
+`F.linear` (fp32 11.7 and 19.2 ms), 128 tokens 7.2 and 12.5 ms (Xeon with AMX, one thread).
 """
 
 from collections.abc import MutableMapping, Sequence
@@ -16,8 +16,8 @@ from functions.stage.models.layer_group import MissingTensors
 from functions.stage.models.torch_border import weight_tensor
 from storage.loading.weight_loader import RawTensor
 
-_LARGEST: Final = 127.0
-_SMALLEST: Final = 1e-30  # divides a row of zeros
+_LARGEST: Final = 127.0  # of int8
+_SMALLEST: Final = 1e-30  # least scale, so that a row of zeros is not divided by zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Precision:
     """The dtypes in which a group computes and stores."""
 
     activations: torch.dtype
-    matrices: torch.dtype | None  # None: as published, int8 or wider
+    matrices: torch.dtype | None  # None: each as it was published, int8 or a float
     kv: torch.dtype
     hidden: torch.dtype  # between stages
 
@@ -42,19 +42,24 @@ PRECISIONS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
+    """A weight matrix with its scales and biases."""
+
     weight: torch.Tensor  # [out, in]
     scale: torch.Tensor | None = None  # [out], with an int8 weight
     bias: torch.Tensor | None = None  # [out], in the weight's dtype (int8: float32)
 
     def with_rows(self, rows: torch.Tensor) -> "Matrix":
-        """The matrix with its rows (outputs) in another order."""
+        """A copy of the matrix with its rows (outputs) in the order of the row numbers `rows`."""
         scale = None if self.scale is None else self.scale[rows]
         bias = None if self.bias is None else self.bias[rows]
         return Matrix(self.weight[rows], scale, bias)
 
 
 class TorchWeights:
-    """Tensors under one prefix. Taking a tensor removes it, so that sources are freed as stacked matrices appear."""
+    """The tensors whose names begin with one prefix. Names in calls are without it.
+
+    `vector` and `matrix` remove a tensor from the mapping, so that its memory is freed once it has been copied.
+    """
 
     def __init__(
         self, tensors: MutableMapping[str, RawTensor], prefix: str, precision: Precision, device: torch.device
@@ -68,11 +73,11 @@ class TorchWeights:
         return self._prefix + name in self._tensors
 
     def vector(self, name: str) -> torch.Tensor:
-        """A norm's gain, in the dtype of activations. Raises MissingTensors."""
+        """Removes a norm's gain and returns it in the dtype of activations. Raises MissingTensors."""
         return self._take(name).to(self._precision.activations)
 
     def matrix(self, name: str, biased: bool = False) -> Matrix:
-        """`name`.weight with its scale and bias. Raises MissingTensors."""
+        """Removes the matrix `name`.weight, with its scales and, if `biased`, biases, and returns it. Raises MissingTensors."""
         weight = self._take(f"{name}.weight")
         if weight.dtype == torch.int8:
             scale = self._take(f"{name}.weight_scale").float()
@@ -88,9 +93,10 @@ class TorchWeights:
 
 
 class Linear(Protocol):
-    """x is [n, in]; results are [n, out]."""
+    """Multiplies activations x [n, in] by a weight matrix W, and adds its biases b. Results are [n, out]."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x Wᵀ + b."""
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """residual + x Wᵀ + b."""
@@ -103,7 +109,7 @@ class Linear(Protocol):
 
 
 class _Unfused:
-    """Applies the operators around the product one by one."""
+    """Implements `Linear` except for the product itself: SiLU, sum and factor are operators of their own."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -119,7 +125,7 @@ class _Unfused:
 
 
 class PlainLinear(_Unfused):
-    """For any device and dtype."""
+    """Implements `Linear` with torch's standard operator, for any device and float dtype."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = weight
@@ -130,7 +136,7 @@ class PlainLinear(_Unfused):
 
 
 class OneDnnLinear:
-    """For fp32 or bf16 on CPUs: oneDNN's kernels, with the weight in their own layout."""
+    """Implements `Linear` for fp32 or bf16 on CPUs with oneDNN's kernels, from a copy of the weight in oneDNN's layout."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight.default(weight)
@@ -156,16 +162,16 @@ class OneDnnLinear:
 
 
 class Int8Linear(_Unfused):
-    """int8 weights per output channel; activations per row, each value as two int8 numbers. For float32 on CPUs.
+    """Implements `Linear` for int8 weights and float32 activations on CPUs, if layers cannot run in C.
 
-    A row is divided by its own largest value, and products are summed exactly in int32: a row's result never depends on
-    other rows. The kernel is oneDNN's, on weights laid out once. It is fast with AMX. Other CPUs have a reference kernel,
-    hundreds of times slower. It serves when layers cannot run in C.
+    Weights have a scale for each output, activations a scale for each row, and each activation is two int8 numbers. Products
+    are summed exactly in int32, so a row's result never depends on other rows. The kernel is oneDNN's, which is fast only with
+    AMX: other CPUs have a reference kernel that is hundreds of times slower.
 
     One int8 number per activation costs 3 to 5 % of perplexity, because a few channels of a row are far larger than the rest.
-    So what truncation to int8 leaves goes through the same kernel as a second row: 14 bits in all, and at most 0.6 %. While
-    decoding, two rows take as long as one, because reading the matrix takes the time. docs/log.md has the numbers, and compares
-    torch's other int8 operators.
+    So the remainder of truncation to int8 is multiplied by the same kernel as a second row: 14 bits in all, and at most 0.6 %.
+    While decoding, two rows take as long as one, because reading the matrix takes the time. docs/log.md has the numbers, and
+    compares torch's other int8 operators.
     """
 
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -188,7 +194,7 @@ class Int8Linear(_Unfused):
         return torch.addcmul(residual, y, row_scale)
 
     def _products(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Float32 [n, out], and the scales [n, 1] that its rows are still to be multiplied by."""
+        """x Wᵀ as float32 [n, out], and scales [n, 1]: the caller must multiply its rows by them."""
         row_scale = x.abs().amax(1, keepdim=True).clamp_min_(_SMALLEST)
         steps = x * (self._largest / row_scale)
         rows = torch.empty((2 * len(x), x.shape[1]), dtype=torch.int8)
@@ -204,7 +210,10 @@ class Int8Linear(_Unfused):
 
 
 class CastLinear(_Unfused):
-    """Computes in its matrix's dtype for activations of another one: a matrix kept wide among int8 ones."""
+    """Implements `Linear` for activations of another dtype than the matrix: converts them before, and the result back.
+
+    dtype: of `inner`'s activations. Some matrices of an int8 publication need it, because they were published as floats.
+    """
 
     def __init__(self, inner: Linear, dtype: torch.dtype) -> None:
         self._inner = inner
@@ -215,7 +224,7 @@ class CastLinear(_Unfused):
 
 
 class ConcatLinear(_Unfused):
-    """Multiplies matrices of different dtypes one by one, and concatenates the results."""
+    """Implements `Linear` for stacked matrices of different dtypes: multiplies by each and concatenates the results."""
 
     def __init__(self, parts: Sequence[Linear]) -> None:
         self._parts = parts
@@ -225,7 +234,10 @@ class ConcatLinear(_Unfused):
 
 
 def stacked(matrices: Sequence[Matrix]) -> list[Matrix]:
-    """One matrix of several; as they are if their dtypes differ. All have biases or none."""
+    """A list with one matrix that has the rows (outputs) of all; the matrices unchanged if their dtypes differ.
+
+    Either all have biases, or none has.
+    """
     if len(matrices) == 1 or len({matrix.weight.dtype for matrix in matrices}) > 1:
         return list(matrices)
     scales = [matrix.scale for matrix in matrices if matrix.scale is not None]
@@ -235,7 +247,7 @@ def stacked(matrices: Sequence[Matrix]) -> list[Matrix]:
 
 
 def linear(matrices: Sequence[Matrix], dtype: torch.dtype) -> Linear:
-    """The product with the stacked matrices, for activations of `dtype`."""
+    """The fastest `Linear` for activations of `dtype` and one matrix, or several whose outputs are concatenated."""
     matrix, *others = stacked(matrices)
     if others:
         return ConcatLinear([linear([part], dtype) for part in (matrix, *others)])

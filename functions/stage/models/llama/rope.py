@@ -1,7 +1,10 @@
-"""Rotary position embeddings: the frequencies of a config.json, and the order of a head's rows. No torch.
+"""Rotary position embeddings: the frequencies that a config.json says, and the order of rows in query and key matrices.
 
-Checkpoints keep the two halves of a rotated pair head_dim / 2 apart. `interleaved_rows` reorders the rows of query and key
-matrices so that they are adjacent. Queries and keys are permuted alike, so their products do not change.
+Needs no torch.
+
+A rotation turns pairs of numbers of a head. Checkpoints keep the two halves of a rotated pair head_dim / 2 apart.
+`interleaved_rows` reorders the rows of query and key matrices so that the halves are adjacent. Queries and keys are permuted
+alike, so their products do not change.
 
 Frequencies follow transformers' `modeling_rope_utils` in float32, except for the power, which is rounded from float64: that
 equals nearly all of torch's to the bit. `storage.checkpoints.llama_config` reads what a config says of them.
@@ -27,7 +30,7 @@ def _linear(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, floa
 
 
 def _llama3(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, float]:
-    """Stretches long waves by `factor`, keeps short ones, and interpolates between."""
+    """Llama 3's scaling: divides low frequencies by `factor`, keeps high ones, and interpolates in between."""
     frequencies, _ = _default(parameters, head_dim)
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     turns = parameters["original_max_position_embeddings"] / (2 * math.pi / frequencies)
@@ -36,7 +39,7 @@ def _llama3(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, floa
 
 
 def _yarn(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, float]:
-    """YaRN (arXiv 2309.00071): keeps fast dimensions, interpolates slow ones, and tempers scores."""
+    """YaRN (arXiv 2309.00071): keeps high frequencies, divides low ones by `factor`, and scales attention scores."""
     extrapolated, _ = _default(parameters, head_dim)
     low, high = _yarn_range(parameters, head_dim)
     ramp = (np.arange(head_dim // 2, dtype=np.float32) - low) / ((high - low) or 0.001)
@@ -46,7 +49,7 @@ def _yarn(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, float]
 
 
 def _yarn_range(parameters: Mapping[str, Any], head_dim: int) -> tuple[float, float]:
-    """The first and last dimension to interpolate."""
+    """The first and last of the dimensions between kept and divided frequencies, which may be fractions."""
 
     def dimension(rotations: float) -> float:
         wavelengths = parameters["original_max_position_embeddings"] / (rotations * 2 * math.pi)
@@ -81,10 +84,16 @@ _FREQUENCIES: Final[dict[str, Callable[[Mapping[str, Any], int], tuple[Float32, 
 
 
 def rope_frequencies(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, float]:
-    """Radians per position of each pair [head_dim / 2], and the factor of cosines and sines. parameters: LlamaConfig.rope."""
+    """Radians per position of each pair, float32 [head_dim / 2], and a factor by which cosines and sines are multiplied.
+
+    parameters: of the position embeddings, LlamaConfig.rope.
+    """
     return _FREQUENCIES[parameters["rope_type"]](parameters, head_dim)
 
 
 def interleaved_rows(num_heads: int, head_dim: int) -> Array:
-    """Row numbers [num_heads * head_dim] that make the two halves of each rotated pair adjacent."""
+    """The order of a query or key matrix's rows in which the halves of each rotated pair are adjacent.
+
+    Returns row numbers [num_heads * head_dim], with which the matrix is indexed.
+    """
     return np.arange(num_heads * head_dim).reshape(num_heads, 2, head_dim // 2).transpose(0, 2, 1).ravel()

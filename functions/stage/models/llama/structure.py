@@ -1,7 +1,7 @@
-"""The structure of a Llama-shaped model: what parts a group has, what shape each tensor has, what a pass must look like.
+"""Checks for groups of Llama-shaped models: whether all weights are there, their shapes, and the segments of a pass.
 
-Layers in C and torch's operators take sizes from the config. A tensor of another shape would have them read or write memory
-that is not its own, so every tensor is checked. No torch.
+Layers in C and torch's operators take sizes from the config. With a tensor of another shape they would access memory outside
+it, so every tensor is checked. Needs no torch.
 """
 
 import re
@@ -29,9 +29,10 @@ def check_layers(model: LlamaConfig, first: int, last: int) -> None:
 def check_placed(
     model: LlamaConfig, first: int, last: int, layers: Collection[int], *, embedding: bool, norm: bool, head: bool
 ) -> None:
-    """Raises MissingTensors if the group [first, last) lacks a layer, the embedding, or the norm and the head.
+    """Raises MissingTensors, naming them, if layers [first, last) do not have all weights that they need.
 
-    The first group has the embedding, the last one norm and head.
+    layers: numbers of those whose weights are there. embedding, norm, head: whether they are there. Only the first group of a
+    model needs the embedding, only the last one norm and head.
     """
     missing = [f"model.layers.{layer}" for layer in range(first, last) if layer not in layers]
     if first == 0 and not embedding:
@@ -45,9 +46,10 @@ def check_placed(
 
 
 def checked_positions(kv: KVCache, rows: int, segments: Sequence[Segment]) -> list[int]:
-    """The position of every token of a pass.
+    """Checks the segments of a pass and returns the position of each of its tokens.
 
-    Raises ValueError for segments that do not cover `rows`, or do not continue what their sequences hold.
+    rows: tokens of the input. Raises ValueError if the segments do not add up to `rows`, a segment does not begin after the
+    tokens that its sequence holds, exceeds its reservation, or a sequence has two.
     """
     positions: list[int] = []
     handles: set[int] = set()
@@ -65,9 +67,10 @@ def checked_positions(kv: KVCache, rows: int, segments: Sequence[Segment]) -> li
 
 
 def check_shapes(model: LlamaConfig, seen: Shapes, in_four_bits: Collection[str] = ()) -> None:
-    """Checks the shapes of any tensors of the model, by checkpoint name. in_four_bits: tensors that are packed as q4.
+    """Checks the shapes of some tensors of the model. seen: shapes by checkpoint name.
 
-    Raises WrongShape, and MissingTensors for a tensor that the config has no place for: without it the model would be another.
+    in_four_bits: names of packed q4 tensors. Raises WrongShape, and MissingTensors for a tensor that a model with this config
+    does not have: it must not be ignored.
     """
     of_layers, of_others = _with_scales(layer_shapes(model)), _with_scales(outer_shapes(model))
     for name, shape in seen.items():
@@ -85,6 +88,6 @@ def check_shapes(model: LlamaConfig, seen: Shapes, in_four_bits: Collection[str]
 
 
 def _with_scales(shapes: Shapes) -> Shapes:
-    """The shapes, and those of the scales that int8 matrices have."""
+    """The shapes, and with each matrix the shape of the scales that it has if it is int8."""
     scales = {f"{name}_scale": shape[:1] for name, shape in shapes.items() if len(shape) == 2}
     return {**shapes, **scales}

@@ -1,4 +1,4 @@
-"""Llama-shaped families by layers in C, with numpy around them. Needs no torch.
+"""Runs models of Llama-shaped families on a CPU: their layers in C, everything else in numpy. Needs no torch.
 
 May import: functions.stage.models, functions.stage.models.llama, functions.stage.native, storage.checkpoints,
 storage.loading, storage.models.

@@ -1,8 +1,8 @@
 """The layer group of the Llama-shaped families on a CPU: layers and head in C, embedding and final norm in numpy.
 
-A sequence's bits never depend on its chunks, on other rows or on threads, because every sum is of one row. Weights are
-placed layer by layer while later ones are still being read. They stay in the memory that they were read into, except for
-queries, keys and values, which C wants as one matrix.
+A sequence's results never depend on its chunks, on other rows or on the number of threads, to the bit: no sum mixes rows.
+Weights are set layer by layer while later ones are still being read. They stay in the memory that they were read into, except
+for the matrices of queries, keys and values, which C needs as one.
 """
 
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -25,18 +25,20 @@ from storage.loading.weight_loader import RawTensor
 
 # dtype of a publication → of keys and values
 _KV_DTYPES: Final = {"float32": Dtype.F32, "bfloat16": Dtype.BF16, "int8": Dtype.BF16, "q4": Dtype.BF16}
-_TABLE_ROWS: Final = 1024  # positions that the rotations' table grows by: 1.4 ms for heads of 64
+_TABLE_ROWS: Final = 1024  # positions that are added to the table of `Rotations` at a time: 1.4 ms for heads of 64
 
 
 class NativeGroup:
-    """Implements `LayerGroup`. Create it, `place` its weights in any order, then `finish` it."""
+    """Implements `LayerGroup`. After creation, call `place` for the weights in any order, and then `finish` once."""
 
     shares_work: Final = True
 
     def __init__(self, config: Mapping[str, Any], first_layer: int, last_layer: int, dtype: str, kv_budget_bytes: int) -> None:
-        """config: a config.json. dtype: of the publication, one that `native_obstacle` accepts.
+        """config: a config.json. Layers are [first_layer, last_layer).
 
-        Raises UnsupportedConfig, ValueError for an impossible cut or budget, and one of `library.UNAVAILABLE`.
+        dtype: of the publication; `native_obstacle` tells which run. Raises UnsupportedConfig, ValueError for impossible layers
+        or too small a budget, and one of the errors in `library.UNAVAILABLE` if the C library can be neither loaded nor
+        compiled.
         """
         model = self._model = LlamaConfig.from_dict(config)
         check_layers(model, first_layer, last_layer)
@@ -81,9 +83,10 @@ class NativeGroup:
         self._head: NativeLinear | None = None
 
     def place(self, tensors: MutableMapping[str, RawTensor]) -> None:
-        """Takes this group's weights out of `tensors`, which may be any part of the model. A layer comes whole or not at all.
+        """Removes this group's weights from `tensors` and keeps them. Ignores weights of other groups.
 
-        Raises MissingTensors if only some of a layer's tensors are there, and WrongShape.
+        tensors: any part of the model, by checkpoint name, but only whole layers. Raises MissingTensors if a layer is not
+        complete or a name is unknown, and WrongShape.
         """
         in_four_bits = {name for name, tensor in tensors.items() if tensor.dtype == "U8"}
         check_shapes(self._model, {name: tensor.shape for name, tensor in tensors.items()}, in_four_bits)
@@ -106,7 +109,7 @@ class NativeGroup:
             self._head = self._layers.linear(others.matrix("lm_head"))
 
     def finish(self) -> None:
-        """Ends placing. Raises MissingTensors, naming what has not been placed."""
+        """Makes the group ready to run. Raises MissingTensors, naming the weights that `place` never got."""
         if self._is_last and self._head is None and self._model.tie_word_embeddings and self._embedding is not None:
             self._head = self._layers.linear(self._embedding)
         check_placed(
@@ -125,7 +128,7 @@ class NativeGroup:
         self._threads = count
 
     def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
-        """As `LayerGroup` says. Raises ValueError for segments that do not fit the cache, and then leaves it as it was."""
+        """See `LayerGroup`. Raises ValueError for segments that do not fit the KV cache, which then stays unchanged."""
         rotations = self._rotations(checked_positions(self.kv, len(inputs), segments))
         if self._embedding is not None:
             hidden = rows_of(self._embedding, inputs)
@@ -142,7 +145,7 @@ class NativeGroup:
         return narrowed(hidden, self.hidden_dtype)
 
     def logits(self, hidden: Array) -> Float32:
-        """As `LayerGroup` says. Raises ValueError if the group is not the last."""
+        """See `LayerGroup`. Raises ValueError if the group is not the last."""
         if self._head is None:
             raise ValueError(f"layers {self.first_layer}:{self.last_layer} have no head: only the last group has")
         logits: Float32 = self._head(widened(hidden, self.hidden_dtype), self._threads)
@@ -150,19 +153,19 @@ class NativeGroup:
 
 
 class Rotations:
-    """Cosines and sines of rotary position embeddings, in a table that grows with the positions asked for.
+    """Cosines and sines of rotary position embeddings, kept in a table that grows with the largest position so far.
 
     Angles are float32, as in transformers. Cosines and sines are rounded from float64, so that they do not depend on a CPU's
     vector instructions.
     """
 
     def __init__(self, parameters: Mapping[str, Any], head_dim: int) -> None:
-        """parameters: LlamaConfig.rope."""
+        """parameters: of the position embeddings, LlamaConfig.rope."""
         self._frequencies, self._scaling = rope_frequencies(parameters, head_dim)
         self._table: Float32 = np.empty((0, head_dim // 2, 2), np.float32)
 
     def __call__(self, positions: Sequence[int]) -> Float32:
-        """[n, head_dim / 2, 2], cosine and sine."""
+        """Cosine and sine of each pair of a head at `positions` [n]: float32 [n, head_dim / 2, 2]."""
         if (end := max(positions) + 1) > len(self._table):
             parts = [self._table]
             for first in range(len(self._table), end, _TABLE_ROWS):
@@ -176,7 +179,7 @@ class Rotations:
 
 
 def rms_norm(x: Float32, gain: Float32, eps: float) -> Float32:
-    """x * gain / sqrt(mean(x²) + eps), for contiguous x [n, size]. A row's bits do not depend on other rows.
+    """RMSNorm: x * gain / sqrt(mean(x²) + eps) for each row of contiguous x [n, size], independently of other rows.
 
     One row of 576 takes 12 µs, 256 rows 160 (Xeon with AMX, one thread).
     """

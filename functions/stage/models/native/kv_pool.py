@@ -1,4 +1,4 @@
-"""The KV arena of native layers, which store each block of tokens in the order that they read it (`native/c/native.h`)."""
+"""The KV arena of layers in C. Within a block of tokens, its bytes have the order in which C reads them (`c/native.h`)."""
 
 from typing import Final
 
@@ -14,17 +14,18 @@ _NUMPY_DTYPES: Final = {Dtype.BF16: np.uint16, Dtype.F32: np.float32}
 
 
 class NativeKVPool(KVRanges):
-    """Implements `KVCache`. Memory is one array [num_layers, 2, num_kv_heads, capacity_tokens, padded head_dim].
+    """Implements `KVCache`. The arena is one array [num_layers, 2, num_kv_heads, capacity_tokens, padded head_dim].
 
-    It begins on a page, and takes physical memory only as pages are written to.
+    It takes physical memory only for pages that have been written to.
     """
 
     def __init__(
         self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: Dtype, budget_bytes: int, written_by: str = ""
     ) -> None:
-        """dtype: BF16 or F32. written_by: names all that bits depend on besides, for instances that exchange them.
+        """dtype: of keys and values, BF16 or F32.
 
-        Raises ValueError if the budget is less than one block of tokens.
+        written_by: names the publication's dtype and the CPU level, on which the KV's bits depend: only pools with the same
+        name exchange KV. Raises ValueError if the budget is less than one block of tokens.
         """
         numbers = np.dtype(_NUMPY_DTYPES[dtype])
         super().__init__(budget_bytes, num_layers, 2 * num_kv_heads * padded_head(head_dim) * numbers.itemsize, BLOCK_TOKENS)

@@ -1,4 +1,4 @@
-"""A publication's tensors as the arrays that C reads, in place if their order is C's already."""
+"""Converts a publication's tensors to the arrays that C reads. Tensors that have C's order already are not copied."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Final
@@ -18,14 +18,20 @@ from storage.models import q4
 _DTYPES: Final = {"BF16": Dtype.BF16, "I8": Dtype.INT8, "F32": Dtype.F32, "U8": Dtype.Q4}
 _FLOATS: Final[Mapping[Dtype, HiddenDtype]] = {Dtype.BF16: "BF16", Dtype.F32: "F32"}
 _NUMPY_DTYPES: Final = {"BF16": np.uint16, "I8": np.int8, "F32": np.float32, "F16": np.float16, "U8": np.uint8}
-_MATRICES: Final = {"float32": Dtype.F32, "bfloat16": Dtype.BF16}  # dtype of a publication → its matrices; others: as published
+_MATRICES: Final = {
+    "float32": Dtype.F32,
+    "bfloat16": Dtype.BF16,
+}  # dtype of a publication → dtype of its matrices in C; others stay as published
 
 
 class NativeWeights:
-    """Tensors under one prefix. Taking a tensor removes it, so that sources are freed as stacked matrices appear."""
+    """The tensors whose names begin with one prefix. Names in calls are without it.
+
+    `vector` and `matrix` remove a tensor from the mapping, so that its memory is freed once it has been copied.
+    """
 
     def __init__(self, tensors: MutableMapping[str, RawTensor], prefix: str, dtype: str, shapes: Shapes) -> None:
-        """shapes: by name without the prefix; q4 matrices do not tell theirs."""
+        """dtype: of the publication. shapes: of matrices, by name without the prefix; packed q4 tensors have another shape."""
         self._tensors = tensors
         self._prefix = prefix
         self._shapes = shapes
@@ -35,12 +41,12 @@ class NativeWeights:
         return self._prefix + name in self._tensors
 
     def vector(self, name: str) -> Float32:
-        """Raises MissingTensors."""
+        """Removes a vector and returns it in float32. Raises MissingTensors."""
         dtype, array = self._take(name)
         return array if dtype == "F32" else widened(array, _FLOATS[_DTYPES[dtype]])
 
     def matrix(self, name: str, biased: bool = False) -> MatrixArrays:
-        """`name`.weight with its scale and bias. Raises MissingTensors."""
+        """Removes the matrix `name`.weight, with its scales and, if `biased`, biases, and returns it. Raises MissingTensors."""
         dtype, weights = self._take(f"{name}.weight")
         scales = self.vector(f"{name}.weight_scale") if dtype == "I8" else None
         biases = self.vector(f"{name}.bias") if biased else None
@@ -59,9 +65,10 @@ class NativeWeights:
 
 
 def take_layer(model: LlamaConfig, weights: NativeWeights) -> tuple[Mapping[str, MatrixArrays], Mapping[str, Float32 | None]]:
-    """A layer's matrices and gains, by the names of `native/c/native.h`. Raises MissingTensors.
+    """Removes a layer's tensors from `weights` and returns its matrices and gains, by their names in `c/native.h`.
 
-    Rows of queries and keys are reordered so that the two halves of each rotated pair are adjacent.
+    A gain is None if the model does not have it. Rows of queries and keys are reordered so that the two halves of each rotated
+    pair are adjacent. Raises MissingTensors.
     """
     queries, keys, values = (weights.matrix(f"self_attn.{name}_proj", model.qkv_bias) for name in "qkv")
     qkv = [
@@ -86,7 +93,7 @@ def take_layer(model: LlamaConfig, weights: NativeWeights) -> tuple[Mapping[str,
 
 
 def rows_of(matrix: MatrixArrays, rows: Array) -> Float32:
-    """Rows of the matrix in float32: a copy."""
+    """A copy of some rows of the matrix, in float32. rows: their numbers."""
     if matrix.dtype == Dtype.INT8:
         assert matrix.scales is not None
         return matrix.weights[rows].astype(np.float32) * matrix.scales[rows, None]
@@ -96,7 +103,7 @@ def rows_of(matrix: MatrixArrays, rows: Array) -> Float32:
 
 
 def with_rows(matrix: MatrixArrays, rows: Array) -> MatrixArrays:
-    """The matrix with its rows (outputs) in another order."""
+    """A copy of the matrix with its rows (outputs) in the order of the row numbers `rows`."""
     scales = None if matrix.scales is None else matrix.scales[rows]
     biases = None if matrix.biases is None else matrix.biases[rows]
     if matrix.dtype == Dtype.Q4:
@@ -105,7 +112,7 @@ def with_rows(matrix: MatrixArrays, rows: Array) -> MatrixArrays:
 
 
 def stacked(matrices: Sequence[MatrixArrays]) -> MatrixArrays:
-    """One matrix of several of one dtype. All have biases or none."""
+    """Concatenates the rows (outputs) of matrices of one dtype. Either all have biases, or none has."""
     scales = [matrix.scales for matrix in matrices if matrix.scales is not None]
     biases = [matrix.biases for matrix in matrices if matrix.biases is not None]
     return MatrixArrays(
@@ -127,14 +134,14 @@ def _weights_stacked(matrices: Sequence[MatrixArrays]) -> Array:
 
 
 def of_one_kind(matrices: Sequence[MatrixArrays]) -> Sequence[MatrixArrays]:
-    """The matrices as they are if their dtypes are equal, else all in bf16."""
+    """The matrices unchanged if all have one dtype; otherwise all converted to bf16."""
     if len({matrix.dtype for matrix in matrices}) == 1:
         return matrices
     return [converted(matrix, Dtype.BF16) for matrix in matrices]
 
 
 def converted(matrix: MatrixArrays, dtype: Dtype) -> MatrixArrays:
-    """The matrix in float32 or bf16."""
+    """The matrix converted to `dtype`, float32 or bf16; the same object if it has that dtype."""
     if matrix.dtype == dtype:
         return matrix
     wide = rows_of(matrix, np.arange(matrix.shape[0]))
@@ -142,7 +149,7 @@ def converted(matrix: MatrixArrays, dtype: Dtype) -> MatrixArrays:
 
 
 def _qk_gains(model: LlamaConfig, weights: NativeWeights) -> Float32:
-    """Gains of all query heads and all key heads [heads + kv heads, head_dim], in the order of rotated pairs."""
+    """Norm gains of all query heads, then all key heads [heads + kv heads, head_dim], reordered as the rows of queries are."""
     order = interleaved_rows(1, model.head_dim)
     of_queries = weights.vector("self_attn.q_norm.weight")[order]
     of_keys = weights.vector("self_attn.k_norm.weight")[order]

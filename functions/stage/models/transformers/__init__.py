@@ -1,4 +1,4 @@
-"""Any other family, run by transformers' own modules.
+"""Runs models of all supported families with transformers' own modules.
 
 May import: functions.stage.models, storage.loading.
 """

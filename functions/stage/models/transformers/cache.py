@@ -1,7 +1,7 @@
 """The KV cache of transformers' modules: one cache object for each sequence, under one budget of tokens.
 
-A sequence's memory is allocated in full with its first token, so that a reservation never runs out and a step copies nothing.
-Layers with a sliding window keep all tokens as well: the mask applies the window, and rollbacks stay exact.
+All memory that a sequence reserved is allocated at its first token, so that no later step allocates or copies. Layers with a
+sliding window keep all tokens too: the mask applies the window, and truncation stays exact.
 """
 
 import torch
@@ -11,7 +11,7 @@ from functions.stage.models.kv_cache import KVBudget
 
 
 class ReservedLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of one layer and one sequence: [1, heads, reserved tokens, head size], filled up to `length`."""
+    """KV of one layer and one sequence: [1, heads, reserved tokens, head size], of which the first `length` are held."""
 
     def __init__(self, reserved_tokens: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class ReservedLayer(DynamicLayer):  # type: ignore[misc]
 
 
 class TransformersKVCache(KVBudget):
-    """A `KVCache` for a group of `num_layers` layers."""
+    """Implements `KVCache` with one of transformers' cache objects for each sequence."""
 
     def __init__(self, capacity_tokens: int, num_layers: int) -> None:
         super().__init__(capacity_tokens)
@@ -61,7 +61,7 @@ class TransformersKVCache(KVBudget):
         del self._caches[handle]
 
     def cache(self, handle: int) -> Cache:
-        """The cache object of a sequence, holding `length(handle)` tokens in every layer.
+        """The cache object of a sequence for the next pass. All its layers hold `length(handle)` tokens.
 
         Lengths are set here and not in `truncate`, because a pass that failed half-way has extended some layers only.
         """

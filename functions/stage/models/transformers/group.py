@@ -1,8 +1,8 @@
-"""A layer group made of transformers' own modules: any family of `families`, at the library's speed.
+"""A layer group of transformers' own modules, which runs any family in `families`, as fast as transformers does.
 
-transformers builds the whole causal model class from the cut config, without the modules of other stages. Its loader renames
-and fuses checkpoint tensors as the family needs, and its causal head computes the logits. Sequences run one after the other and
-are never padded together, so their results equal those of the whole model to the bit.
+transformers builds its causal model class from a config that is cut to the group's layers, without the modules of other stages.
+Its loader renames and fuses checkpoint tensors as the family needs, and its causal head computes the logits. Sequences run one
+after the other and are never padded together, so their results equal those of the whole model to the bit.
 """
 
 import inspect
@@ -33,7 +33,7 @@ _SCORES_AT_ONCE: Final = 2**22  # most numbers in a mask (rows times tokens) or 
 
 
 class TransformersGroup:
-    """Implements `LayerGroup`."""
+    """Implements `LayerGroup`. Use `build` to create it."""
 
     shares_work: Final = False
     use_threads = staticmethod(use_threads)
@@ -82,8 +82,8 @@ class TransformersGroup:
     ) -> Self:
         """Layers [first_layer, last_layer) of the model that `config` (a config.json) describes.
 
-        tensors: by checkpoint name; at least this group's layers, and the embedding and head that it owns. They are used in
-        place if they have the dtype and device already. dtype: of floats.
+        tensors: by checkpoint name; at least those of this group, embedding and head included if it has them. Their memory is
+        used without a copy if they have the dtype and device already. dtype: of the publication, one of the floats.
         Raises UnsupportedArchitecture, UnsupportedRope, MissingTensors.
         """
         family = family_of(config)
@@ -108,7 +108,7 @@ class TransformersGroup:
         return output_array(torch.cat(outputs).to("cpu", DTYPES[self.hidden_dtype]))
 
     def _forward_one(self, inputs: torch.Tensor, handle: int) -> torch.Tensor:
-        """Runs a long segment in parts: masks, and in some families scores, grow with the product of rows and tokens."""
+        """Runs one sequence's segment; a long one in parts, as masks and scores grow with the product of rows and tokens."""
         name = "input_ids" if self.first_layer == 0 else "inputs_embeds"
         cache = self.kv.cache(handle)
         self._long_rope.choose(self.kv.reserved(handle))
@@ -127,7 +127,7 @@ class TransformersGroup:
         return output_array(logits.float().cpu())
 
     def _kv_bytes_per_token(self) -> int:
-        """Measures what the modules keep for one token: families differ, and some compress it."""
+        """Computes one token to measure how many bytes of KV the modules keep for it: families differ."""
         handle = self.kv.reserve(1)
         if self.first_layer == 0:
             inputs: Array = np.zeros(1, np.int64)
@@ -138,11 +138,11 @@ class TransformersGroup:
 
 
 class _GivenHiddenStates(nn.Module):
-    """Replaces the layers of a causal model, so that the model's own forward turns hidden states into logits."""
+    """Replaces the layers of a causal model and returns its input, so that the model turns hidden states into logits."""
 
     @property
     def decoder(self) -> nn.Module:
-        """OPT's causal model finds its layers here."""
+        """OPT's causal model calls this attribute instead of the module itself."""
         return self
 
     def forward(self, *_: object, inputs_embeds: torch.Tensor, **__: object) -> "_HiddenStates":
@@ -150,12 +150,14 @@ class _GivenHiddenStates(nn.Module):
 
 
 class _HiddenStates(MoeModelOutputWithPast):  # type: ignore[misc]
-    """Has all fields that any family's causal model copies from its layers' output: routers, GPT-2's cross-attention."""
+    """The output of `_GivenHiddenStates`. It has all fields that any family's causal model reads from its layers' output."""
 
     cross_attentions = None
 
 
 class _Zero(nn.Module):
+    """Replaces position embeddings, which only the first stage adds."""
+
     def forward(self, *_: object, **__: object) -> torch.Tensor:
         return torch.zeros(())
 
@@ -163,7 +165,7 @@ class _Zero(nn.Module):
 def _sliced(
     model_class: type[PreTrainedModel], family: Family, first_layer: int, last_layer: int, num_layers: int
 ) -> type[PreTrainedModel]:
-    """The model class without the modules that other stages own, so that no memory is spent on them."""
+    """A subclass of the model class that creates no modules of other stages, so that no memory is spent on them."""
 
     def __init__(self: PreTrainedModel, config: Any) -> None:
         model_class.__init__(self, config)
@@ -183,6 +185,7 @@ def _sliced(
 
 
 def _replace(owner: nn.Module, names: Sequence[str], replacement: type[nn.Module]) -> None:
+    """Replaces the modules `names` of `owner`, unless they are None."""
     for name in names:
         if getattr(owner, name) is not None:
             setattr(owner, name, replacement())
@@ -191,7 +194,7 @@ def _replace(owner: nn.Module, names: Sequence[str], replacement: type[nn.Module
 def _own_tensors(
     tensors: Mapping[str, torch.Tensor], family: Family, config: Any, first_layer: int, is_last: bool
 ) -> dict[str, torch.Tensor]:
-    """The group's tensors with local layer numbers. A tied head is taken from the embedding."""
+    """The tensors that this group needs, their layers numbered from 0. A tied head is the embedding under the head's name."""
     own: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         modules = set(name.split("."))
@@ -213,7 +216,10 @@ def _load(
     dtype: torch.dtype,
     first_layer: int,
 ) -> Any:
-    """first_layer: for error messages, which name tensors as the whole model does."""
+    """Creates the model and loads its tensors. Raises MissingTensors if names or shapes differ from what the config says.
+
+    first_layer: added to layer numbers in error messages, so that they are those of the checkpoint.
+    """
 
     def whole(name: str) -> str:
         return _LAYER_NUMBER.sub(lambda number: str(int(number[0]) + first_layer), name, count=1)
