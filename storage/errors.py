@@ -13,7 +13,7 @@ class StoreUnreachable(StorageError):
 
 
 class AccessDenied(StorageError):
-    """The store refuses the keys. A retry does not help."""
+    """The store refuses the access keys or what they ask for. A retry does not help."""
 
 
 class BucketNotFound(StorageError):
@@ -33,7 +33,7 @@ class ObjectAltered(StorageError):
 
 
 class ChecksumMismatch(ObjectAltered):
-    """A part or a file has another checksum than its manifest says, also when read again."""
+    """The checksum of a part or a file is not the one in its manifest, also when it is read again."""
 
 
 class SealBroken(ObjectAltered):
@@ -41,7 +41,7 @@ class SealBroken(ObjectAltered):
 
 
 class ModelNotPublished(StorageError):
-    """The store holds no manifest for this name and dtype."""
+    """The store holds no manifest for this name and dtype. Publish the model first."""
 
 
 class ManifestInvalid(StorageError):
@@ -53,7 +53,7 @@ class ManifestTooNew(ManifestInvalid):
 
 
 class ManifestTooOld(ManifestInvalid):
-    """A manifest has a version whose checksums prove nothing. Publish the model again, and render its pipelines again."""
+    """A manifest has an old version, whose checksums can be forged. Publish the model again, and render its pipelines again."""
 
 
 class CheckpointInvalid(StorageError):
@@ -61,11 +61,11 @@ class CheckpointInvalid(StorageError):
 
 
 class ArchitectureUnsupported(CheckpointInvalid):
-    """A checkpoint holds a model that Lamina does not know as a decoder."""
+    """A checkpoint holds a model of a kind that Lamina cannot run, such as an encoder or an unknown family."""
 
 
 class LibraryMissing(StorageError):
-    """A request needs a library that a lean installation leaves out. Install requirements.txt."""
+    """What was asked for needs a library that a lean installation leaves out. Install requirements.txt."""
 
     def __init__(self, what: str, missing: ImportError) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""What the platform tells about itself over HTTP: EndpointSlices as the Kubernetes API serves them, status, and metrics."""
+"""The platform's admin port: EndpointSlices as the Kubernetes API serves them, status as JSON, and metrics for Prometheus."""
 
 import asyncio
 import contextlib
@@ -48,7 +48,11 @@ _UNITS: Final = {"concurrency": "Requests in flight", "rps": "Requests per secon
 
 
 class Admin:
-    """One port on 127.0.0.1: `/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices`, `/status`, `/metrics`."""
+    """HTTP server for GET on a port of 127.0.0.1: `/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices`, `/status`,
+    `/metrics`.
+
+    status: returns what `/status` answers as JSON. metrics: returns the body of `/metrics`.
+    """
 
     def __init__(self, slices: EndpointSlices, status: Callable[[], dict[str, Any]], metrics: Callable[[], bytes]) -> None:
         self._slices = slices
@@ -88,7 +92,7 @@ class Admin:
 
 
 def render_metrics(services: Iterable[LocalService]) -> bytes:
-    """The autoscaler's metrics in Prometheus' text format, under Knative's own names."""
+    """The autoscaler's metrics for all revisions of `services` in Prometheus' text format, under Knative's own names."""
     registry = CollectorRegistry()
     gauges = [(Gauge(name, text, _LABELS, registry=registry), read, "") for name, (text, read) in _METRICS.items()]
     gauges += [

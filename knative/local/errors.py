@@ -1,8 +1,8 @@
-"""Why the platform on this machine cannot do what it was asked; one class per condition."""
+"""Errors of Knative on one machine, one class per condition."""
 
 
 class LocalError(Exception):
-    """Base class. The message says what was seen and, if a person can help, what to do."""
+    """Base class of the platform's errors. The message says what was seen and, if a person can help, what to do."""
 
 
 class ManifestRefused(LocalError):

@@ -1,7 +1,7 @@
-"""Knative on one machine: Service manifests in, processes that scale with their requests out.
+"""Knative on one machine: runs the Services of manifests as processes that scale with their requests.
 
 One event loop holds everything that Knative runs besides the functions: ingress, activator, queue-proxies, autoscaler, brokers,
-and the part of the Kubernetes API that watchers of pods need. The functions are processes of their own; none outlives it.
+and the part of the Kubernetes API that watchers of pods need. The functions are processes of their own and end with it.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ FROM_ZERO: Final = AutoscalerConfig(allow_zero_initial_scale=True, initial_scale
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlatformOptions:
-    """The counterpart of a cluster's own configuration."""
+    """The settings of a platform that hold for all of its Services, as a cluster's own configuration does."""
 
     ports: Mapping[str, int] = field(default_factory=dict)  # Service → port of its URL; for others the system chooses one
     secrets: NamedData = field(default_factory=dict)
@@ -65,12 +65,15 @@ class PlatformOptions:
     folder: Path = ROOT  # working folder of the processes
     entrypoint: tuple[str, ...] = LAMINA_FUNCTION  # command of containers that name none; (): they are refused
     activator_queue_depth: int = 10_000  # requests held for one revision; more get 503
-    cpu: CpuSeconds = cpu_seconds  # what the HPA class scales by; with emulated devices, how long those were busy
-    network: EmulatedNetwork = field(default_factory=EmulatedNetwork)  # of each pod's own port; the activator uses loopback
+    cpu: CpuSeconds = cpu_seconds  # what the class HPA scales by: CPU seconds, or busy seconds of emulated devices
+    network: EmulatedNetwork = field(default_factory=EmulatedNetwork)  # in front of each pod's port; the activator bypasses it
 
 
 class Platform:
-    """`start`, `apply`, `stop`, in one event loop."""
+    """Runs Services, Brokers, Triggers and Sequences in one event loop.
+
+    Call `start`, then `apply` for manifests and for each change of them, and `stop` at the end.
+    """
 
     def __init__(self, options: PlatformOptions) -> None:
         self.services: dict[tuple[str, str], LocalService] = {}  # (namespace, name) → Service
@@ -120,7 +123,8 @@ class Platform:
         await self.eventing.apply(manifests)
 
     async def stop(self, grace_seconds: float = 5.0) -> None:
-        """Ends every pod: SIGTERM to all, SIGKILL to those that still run after the grace."""
+        """Ends every pod: SIGTERM to all, SIGKILL to those that still run after `grace_seconds`. Deliveries in progress are
+        lost."""
         await self.eventing.stop()
         await asyncio.gather(*(service.stop(grace_seconds) for service in self.services.values()))
         self._admin.server.close()

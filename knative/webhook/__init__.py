@@ -1,4 +1,4 @@
-"""Whether a cluster would accept a Service: by the rules of the API server, of Knative's webhook and of the pod.
+"""Tells whether a cluster would accept a Service, by the rules of the API server, Knative's webhook and Kubernetes for pods.
 
 Start at `check`. Sources of the rules, in knative/serving unless said otherwise:
 
@@ -11,7 +11,7 @@ Start at `check`. Sources of the rules, in knative/serving unless said otherwise
     dry_run                   kubernetes/kubernetes pkg/apis/core/validation (validation.go)
     values, violation         quantities and names of k8s.io/apimachinery, Go's durations, knative.dev/pkg/apis (field_error.go)
 
-`warnings` is Lamina's own: mistakes that a cluster accepts. All rules are held to the verdicts of a real cluster over 116
+`warnings` is Lamina's own: mistakes that a cluster accepts. Tests compare all rules with a real cluster's verdicts over 116
 manifests (tests/data/webhook-cases.json), recorded with default feature flags; the effect of flags is by the source alone.
 Knative's published schema alone finds 8 of the 71 refusals among them.
 

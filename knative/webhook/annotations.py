@@ -1,4 +1,4 @@
-"""What Knative's webhook demands of annotations (pkg/apis/autoscaling, pkg/apis/serving)."""
+"""The rules of Knative's webhook for annotations (pkg/apis/autoscaling, pkg/apis/serving)."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final, TypeVar
@@ -49,7 +49,7 @@ _DURATIONS: Final = (  # annotation, least seconds, whether in whole seconds onl
 
 
 def template_annotations(annotations: Annotations, config: AutoscalerConfig, at: str) -> Violations:
-    """The annotations of `spec.template.metadata`."""
+    """Yields violations in the annotations of `spec.template.metadata`. config: the cluster's. at: their path, for messages."""
     yield from _class_metric_and_algorithm(annotations, config, at)
     yield from _scales(annotations, config, at)
     for annotation, lowest, highest in _PERCENTAGES:
@@ -84,7 +84,7 @@ def template_annotations(annotations: Annotations, config: AutoscalerConfig, at:
 
 
 def service_annotations(annotations: Annotations, at: str) -> Violations:
-    """The annotations of the Service's own metadata, where autoscaling annotations would do nothing."""
+    """Yields violations in the annotations of the Service's own metadata, where autoscaling annotations would do nothing."""
     for key in annotations:
         if key.startswith(annotated.GROUP):
             yield Violation(
@@ -175,7 +175,8 @@ def _duration(annotation: Annotation, least_seconds: int, whole: bool, annotatio
 
 
 def _in_whole_seconds(annotation: Annotation, name: str, annotations: Annotations, at: str) -> Violations:
-    """A duration in whole seconds, not negative; empty counts as absent."""
+    """Checks a duration, which must be in whole seconds and not negative. Empty counts as absent. name: what messages call
+    it."""
     key, value = annotation.get(annotations)
     if not value:
         return

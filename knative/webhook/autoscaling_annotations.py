@@ -1,6 +1,6 @@
 """The annotations that Knative's autoscaler reads, and its defaults (config-autoscaler).
 
-Some keys have an older spelling, which counts if the newer one is absent.
+Some keys have an older spelling, which Knative reads if the newer one is absent.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ HPA: Final = f"hpa.{GROUP}"
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One setting and its keys."""
+    """One annotation in all spellings of its key."""
 
     keys: tuple[str, ...]  # the preferred one first
 
@@ -23,7 +23,7 @@ class Annotation:
         return self.keys[0]
 
     def get(self, annotations: Mapping[str, str]) -> tuple[str, str | None]:
-        """Returns (key in use, value), or (preferred key, None) if it is absent."""
+        """Returns (key in use, value), or (preferred key, None) if the annotation is absent."""
         for key in self.keys:
             if key in annotations:
                 return key, annotations[key]

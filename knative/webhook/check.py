@@ -1,7 +1,8 @@
-"""Whether a cluster would accept a Knative Service: the API server's, the webhook's and the pod's rules, in their order.
+"""Tells whether a cluster would accept a Knative Service: rules of API server, Knative's webhook and Kubernetes, in this order.
 
-Nothing here talks to a cluster. The rules are those of Knative Serving, by default with its default feature flags; tests hold
-them to a real cluster's verdict over recorded manifests. `knative.webhook.warnings` finds mistakes that a cluster accepts.
+Nothing here talks to a cluster. The rules are those of Knative Serving, by default with its default feature flags. Tests
+compare them with a real cluster's verdicts over recorded manifests. `knative.webhook.warnings` finds mistakes that a cluster
+accepts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ _DEFAULT_FEATURES: Final = FeatureFlags()
 
 
 def is_knative_service(document: object) -> bool:
-    """A Service of Knative, in any version; Kubernetes has a kind of the same name."""
+    """Whether a parsed manifest is a Service of Knative, in any version. Kubernetes has a kind of the same name."""
     if not isinstance(document, Mapping):
         return False
     return document.get("kind") == "Service" and str(document.get("apiVersion", "")).startswith("serving.knative.dev/")
@@ -37,7 +38,8 @@ def validate(
 ) -> list[Violation]:
     """Why a cluster would refuse the Service; empty if it would accept it.
 
-    As on a cluster a rule speaks only if all rules before it are kept: unknown fields, types, Knative's webhook, the pod.
+    As on a cluster, a group of rules is checked only if all groups before it are kept: unknown fields, types, Knative's
+    webhook, the pod. config, features: the cluster's settings.
     """
     decoded = as_decoded(service)
     rules: tuple[Callable[[], Violations], ...] = (
@@ -57,7 +59,8 @@ def validate(
 
 
 def missing_flags(service: dict[str, Any], features: FeatureFlags = _DEFAULT_FEATURES) -> dict[str, str]:
-    """Flags of config-features that are off, each with a field of the Service that it would let through."""
+    """The flags of config-features that the Service needs and that are off, each with one field of the Service that needs
+    it."""
     return {each.flag: each.field for each in reversed(validate(service, features=features)) if each.flag is not None}
 
 
@@ -97,7 +100,7 @@ def _metadata(metadata: dict[str, Any]) -> Violations:
 
 
 def _revision_name(template: dict[str, Any], service: dict[str, Any]) -> Violations:
-    """The name that a template gives its revision begins with the Service's name."""
+    """Checks the name that a template gives its revision; it must begin with the Service's name."""
     at, name, prefix = f"{_TEMPLATE}.metadata", template.get("name", ""), template.get("generateName", "")
     if prefix and not is_dns_1035_label(prefix, is_prefix=True):
         yield invalid(f"{at}.generateName", prefix, "not a DNS 1035 label prefix")
@@ -112,7 +115,8 @@ def _revision_name(template: dict[str, Any], service: dict[str, Any]) -> Violati
 
 
 def _traffic(targets: Sequence[dict[str, Any]], at: str) -> Violations:
-    """The traffic split (pkg/apis/serving/v1/route_validation.go); without targets the latest revision gets everything."""
+    """Checks the traffic split (pkg/apis/serving/v1/route_validation.go). Without targets the latest revision gets
+    everything."""
     tags: dict[str, int] = {}
     for index, target in enumerate(targets):
         field, tag, percent = f"{at}[{index}]", target.get("tag", ""), target.get("percent", 0)

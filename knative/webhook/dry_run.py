@@ -1,4 +1,4 @@
-"""What Kubernetes says of the pod that a revision becomes; `kubectl apply --dry-run=server` asks it through Knative's webhook.
+"""Kubernetes' rules for the pod of a revision, which `kubectl apply --dry-run=server` checks through Knative's webhook.
 
 Without a dry run the Service would be accepted, and no pod of it could ever be created. Only the rules that a manifest can
 break after Knative's own are here (k8s.io/kubernetes pkg/apis/core/validation); rules that need the cluster's state are not.
@@ -74,7 +74,8 @@ _REQUIRED: Final = (
 
 
 def pod(spec: dict[str, Any], at: str) -> Violations:
-    """at: the pod's own path, "spec", because Kubernetes speaks of the pod."""
+    """Yields violations of Kubernetes' rules in the pod `spec`. at: its path in messages, "spec", because Kubernetes sees the
+    pod only."""
     yield from broken_rules(_RULES, spec, at)
     for path, name in _REQUIRED:
         found = select(spec, path, at)

@@ -1,4 +1,4 @@
-"""config-features: which fields of a pod a cluster lets through (knative/serving, pkg/apis/config/features.go)."""
+"""The flags of config-features, which say what fields a pod may have (knative/serving, pkg/apis/config/features.go)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -47,12 +47,12 @@ _SECURE_POD_DEFAULTS_VALUES: Final = {value.lower(): value for value in (ENABLED
 
 
 class NoFeatures(ValueError):
-    """The document is not the ConfigMap config-features. The message says what it is instead."""
+    """A document is not the ConfigMap config-features. The message says what it is instead."""
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureFlags:
-    """The flags of a cluster. Absent flags and unknown values count as Knative's defaults."""
+    """The flags of a cluster's config-features. Absent flags and unknown values count as Knative's defaults."""
 
     data: Mapping[str, str] = field(default_factory=dict)
 

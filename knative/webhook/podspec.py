@@ -1,4 +1,4 @@
-"""The pod of a revision, as Knative's webhook takes it (pkg/apis/serving/k8s_validation.go, fieldmask.go)."""
+"""The rules of Knative's webhook for the pod of a revision (pkg/apis/serving/k8s_validation.go, fieldmask.go)."""
 
 import posixpath
 import re
@@ -76,7 +76,7 @@ _CONTAINER_RULES: Final[tuple[Rule, ...]] = (
 
 
 def revision_spec(spec: Fields, at: str, features: FeatureFlags) -> Violations:
-    """`spec.template.spec`: the pod, and Knative's own fields in it."""
+    """Yields violations in `spec.template.spec`, which has a pod's fields and Knative's own. at: its path, for messages."""
     yield from broken_rules(_POD_RULES, spec, at)
     yield from _fields_with_flags(spec, at, features)
     init_containers, containers = spec.get("initContainers", []), spec.get("containers", [])
@@ -116,7 +116,7 @@ def _fields_with_flags(spec: Fields, at: str, features: FeatureFlags) -> Violati
 
 
 def _volumes(volumes: list[Fields], mounted: set[str], at: str, features: FeatureFlags) -> Violations:
-    """mounted: names of all volumes that a container mounts."""
+    """Yields violations in a pod's volumes. mounted: names of all volumes that a container mounts."""
     sources = (*_VOLUMES_WITHOUT_FLAG, *(kind for kind, flag in VOLUME_FIELDS.items() if features.enabled(flag)))
     for index, volume in enumerate(volumes):
         field, name = f"{at}[{index}]", volume["name"]
@@ -160,7 +160,7 @@ def _empty(items: list[Fields], names: Iterable[str], at: str) -> Violations:
 
 
 def _containers(containers: list[Fields], volumes: set[str], at: str, features: FeatureFlags) -> Violations:
-    """Exactly one port over all containers; a lone container may leave it out."""
+    """Yields violations in all containers. They have exactly one port together; a single container may leave it out."""
     if not containers:
         yield missing(at)
     ports = [port for item in containers for port in item.get("ports", [])]
@@ -182,7 +182,10 @@ def _containers(containers: list[Fields], volumes: set[str], at: str, features: 
 
 
 def _container(item: Fields, volumes: set[str], port_name: str | None, at: str, features: FeatureFlags) -> Violations:
-    """port_name: name of the port that is served, "http" if it has none; None for a sidecar, which serves nothing."""
+    """Yields violations in one container. volumes: names of the pod's volumes.
+
+    port_name: name of the port that is served, "http" if it has none; None for a sidecar, which serves nothing.
+    """
     yield from broken_rules(_CONTAINER_RULES, item, at)
     if not item.get("image"):
         yield missing(f"{at}.image")
@@ -245,7 +248,10 @@ def _mounts(mounts: list[Fields], volumes: set[str], at: str, features: FeatureF
 
 
 def _probe(probe: Fields, port_name: str | None, at: str, features: FeatureFlags) -> Violations:
-    """Knative fills in its defaults before it looks. The probes of a sidecar need a feature flag."""
+    """Yields violations in a probe, after Knative's defaults are filled in. The probes of a sidecar need a feature flag.
+
+    at: path of the probe, which tells its kind. port_name: as in `_container`.
+    """
     readiness = at.endswith("readinessProbe")
     if readiness:
         probe = _with_defaults(probe, serving=port_name is not None)
@@ -275,7 +281,10 @@ def _probe(probe: Fields, port_name: str | None, at: str, features: FeatureFlags
 
 
 def _with_defaults(probe: Fields, *, serving: bool) -> Fields:
-    """A period of 0 means Knative's own aggressive probing; Kubernetes' defaults apply only with a period."""
+    """A copy of a readiness probe with Knative's defaults filled in. serving: False for a sidecar.
+
+    A period of 0 means Knative's own probing every 50 ms; Kubernetes' defaults apply only with a period.
+    """
     filled = dict(probe)
     if serving and not any(name in probe for name in _HANDLERS):
         filled["tcpSocket"] = {}

@@ -15,7 +15,7 @@ from knative.webhook.violation import Violation, Violations
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """An object with free keys, such as labels."""
+    """The schema of an object with any keys, such as labels; all values have the schema `values`."""
 
     values: "Schema"
 
@@ -181,7 +181,8 @@ SERVICE: Final[Schema] = {
 
 
 def unknown_fields(value: object, schema: Schema = SERVICE, at: str = "") -> Violations:
-    """Yields every field that the schema lacks, as strict field validation finds them."""
+    """Yields every field in `value` that the schema lacks, as the API server's strict field validation does. at: path of
+    `value`."""
     if isinstance(schema, Fields) and isinstance(value, dict):
         fields = {name.rstrip("!"): field for name, field in schema.items()}
         for name, item in value.items():
@@ -216,7 +217,7 @@ def _zero(schema: Schema) -> Any:
 
 
 def wrong_types(value: object, schema: Schema = SERVICE, at: str = "") -> Violations:
-    """Yields every value of another type than the schema's, and every required field that is absent."""
+    """Yields every value whose type is not the schema's, and every required field that is absent. at: path of `value`."""
     if isinstance(schema, str):
         if not _is_of(value, schema):
             yield Violation(at, f"Invalid value: {_type_name(value)}: must be of type {schema}")
@@ -259,7 +260,7 @@ def _is_of(value: object, name: str) -> bool:
 
 
 def _type_name(value: object) -> str:
-    """The value's type and text, as the API server names them."""
+    """The type and the beginning of a value, as messages of the API server have them."""
     if value is None:
         return '"null"'
     if isinstance(value, bool):

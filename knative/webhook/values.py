@@ -69,7 +69,7 @@ def parse_duration(text: str) -> int:
 
 
 def parse_quantity(value: str | float) -> Fraction:
-    """Reads a Kubernetes quantity; returns its base unit: cores, bytes, pieces."""
+    """Reads a Kubernetes quantity, such as 500m or 1Gi; returns it in its base unit: cores, bytes, pieces."""
     match = QUANTITY.fullmatch(str(value))
     if match is None:
         raise ValueError(f"{value!r} is no Kubernetes quantity, such as 500m, 2 or 512Mi")
@@ -80,7 +80,7 @@ def parse_quantity(value: str | float) -> Fraction:
 
 
 def is_dns_1035_label(name: str, *, is_prefix: bool = False) -> bool:
-    """True for names of Services, revisions and tags; is_prefix: for beginnings of generated names."""
+    """True for names of Services, revisions and tags. is_prefix: `name` is only the beginning of a generated name."""
     if is_prefix and name.endswith("-"):
         name = name[:-1] + "a"
     return len(name) <= 63 and bool(_DNS_1035_LABEL.fullmatch(name))

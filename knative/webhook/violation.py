@@ -1,4 +1,4 @@
-"""A violation of one field, in Knative's words, and the way to the fields of a manifest."""
+"""Violations of a rule by a field, in Knative's words, and the search for fields in a manifest."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One field and what is wrong with it."""
+    """A field of a manifest and what is wrong with it."""
 
     field: str  # as Knative names it: spec.template.spec.containers[0].image
     reason: str
@@ -18,11 +18,12 @@ class Violation:
 
 
 Violations = Iterator[Violation]
-Rule = tuple[str, Callable[[Any], bool], str]  # path for `select`; accepts a value; reason otherwise, with {} for the value
+# (path for `select`, whether a value keeps the rule, reason for a violation, with {} in place of the value)
+Rule = tuple[str, Callable[[Any], bool], str]
 
 
 def select(value: Any, path: str, at: str) -> Iterator[tuple[str, Any]]:
-    """Yields (field, value) of everything that `path` leads to, from `value`, which stands at the field `at`.
+    """Yields (field, value) for everything in `value` that `path` matches. at: path of `value` itself, with which fields begin.
 
     A path such as `containers[].env[].name` or `secret|configMap.items`: `[]` is each item of a list, `|` separates names.
     """
@@ -49,7 +50,7 @@ def missing(field: str) -> Violation:
 
 
 def disallowed(field: str, flag: str | None = None) -> Violation:
-    """flag: the flag of config-features that would let the field through."""
+    """The violation of a field that must not be set. flag: the flag of config-features that would let the field through."""
     off = "" if flag is None else f" (config-features has {flag} off)"
     return Violation(field, f"must not set the field(s){off}", flag)
 
@@ -63,7 +64,7 @@ def out_of_bounds(field: str, value: object, lowest: object, highest: object) ->
 
 
 def exactly_one_of(value: Any, names: Sequence[str], at: str) -> Violations:
-    """Exactly one of the fields `names` of `value` must be set."""
+    """Yields violations unless exactly one of the fields `names` is set in `value`. at: path of `value`."""
     given = [name for name in names if name in value]
     if len(given) != 1:
         for name in given or names:
@@ -71,7 +72,7 @@ def exactly_one_of(value: Any, names: Sequence[str], at: str) -> Violations:
 
 
 def in_one_line(violations: Iterable[Violation]) -> str:
-    """`reason: field, field; reason: field`, as Knative groups them."""
+    """Joins violations as Knative does: `reason: field, field; reason: field`."""
     fields: dict[str, list[str]] = {}
     for violation in violations:
         fields.setdefault(violation.reason, []).append(violation.field)

@@ -1,4 +1,4 @@
-"""Mistakes that Knative's webhook accepts without a word."""
+"""Lamina's own warnings: mistakes in a Service that Knative's webhook accepts."""
 
 import difflib
 from typing import Any, Final
@@ -36,7 +36,7 @@ _PREFERRED: Final = [annotation.key for annotation in (*_TEMPLATE_ANNOTATIONS, R
 
 
 def warnings(service: dict[str, Any]) -> list[Violation]:
-    """The service must be one that `validate` accepts."""
+    """Mistakes in a Service that a cluster accepts all the same. The Service must be one that `validate` accepts."""
     decoded = as_decoded(service)
     metadata, template = decoded.get("metadata", {}), decoded["spec"]["template"]
     annotations, spec = template.get("metadata", {}).get("annotations", {}), template["spec"]
@@ -56,7 +56,7 @@ def warnings(service: dict[str, Any]) -> list[Violation]:
 
 
 def _unread(annotations: dict[str, str], at: str) -> Violations:
-    """Keys that look like Knative's but are not read at `at`."""
+    """Yields annotations that look like Knative's but that Knative does not read at `at`, the path of their metadata."""
     # Names are compared without their group, which would make any two keys alike.
     by_name = {_plain(known): known for known in _PREFERRED}
     for key in annotations:

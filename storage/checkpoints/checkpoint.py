@@ -29,7 +29,7 @@ class SourceTensor:
     dtype: str  # a safetensors name
     shape: tuple[int, ...]
     read_rows: Callable[[int, int], memoryview]  # rows [first, last): writable bytes, C order, little endian
-    quantized: bool = False  # the checkpoint has eight bits or fewer, whatever dtype it is read as
+    quantized: bool = False  # the checkpoint stores it in eight bits or fewer, whatever dtype it is read as
     read_four_bits: Callable[[int, int], FourBits] | None = None  # the same rows, not dequantized; None: not in four bits
 
     @property
@@ -37,12 +37,13 @@ class SourceTensor:
         return self.shape[0] if self.shape else 1
 
     def blocks(self) -> Iterator[memoryview]:
-        """All rows in order, in blocks of whole rows of about BLOCK_BYTES."""
+        """Yields all rows in order, as bytes, in blocks of whole rows with about BLOCK_BYTES each."""
         for first, last in self.row_ranges():
             yield self.read_rows(first, last)
 
     def row_ranges(self, multiple: int = 1) -> Iterator[tuple[int, int]]:
-        """All rows as ranges [first, last) of about BLOCK_BYTES; all but the last range have a multiple of `multiple` rows."""
+        """Yields ranges [first, last) of about BLOCK_BYTES that cover all rows; all but the last have a multiple of `multiple`
+        rows."""
         row_bytes = tensor_bytes(self.dtype, self.shape[1:])
         step = max(1, BLOCK_BYTES // max(1, row_bytes) // multiple) * multiple
         for first in range(0, self.rows, step):
@@ -51,7 +52,7 @@ class SourceTensor:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The input of a publication."""
+    """A model to publish."""
 
     config: Mapping[str, Any]  # config.json as Hugging Face has it
     files: Mapping[str, bytes]  # small files to publish beside the tensors, config.json included

@@ -49,7 +49,10 @@ _TENSOR_NAME: Final = re.compile(r"(?:blk\.(?P<layer>\d{1,6})\.)?(?P<module>\w+)
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Raises CheckpointInvalid for anything but a whole GGUF file, ArchitectureUnsupported if it is not Llama-shaped."""
+    """Opens a GGUF file as a checkpoint; tensors are read only when they are used.
+
+    Raises CheckpointInvalid for anything but a whole GGUF file, ArchitectureUnsupported if the model is not Llama-shaped.
+    """
     header = read_header(path)
     config = model_config(path, header)
     size = path.stat().st_size
@@ -87,7 +90,10 @@ def _source(path: Path, tensor: GgufTensor, config: Mapping[str, Any], file_byte
 
 
 def _quantization(path: Path, tensor: GgufTensor, columns: int) -> tuple[Callable[[NDArray[np.uint8]], Any], int]:
-    """The function that dequantizes rows of bytes, and the bytes of a row. One block is tried before anything is written."""
+    """Returns (function that dequantizes rows of bytes, bytes of a row).
+
+    One block is tried at once, so that an unknown quantization fails before anything is published. Raises CheckpointInvalid.
+    """
     try:
         kind = _Type(tensor.kind)
         block_items, block_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -119,7 +125,7 @@ def _four_bits(kind: int, rows: NDArray[np.uint8]) -> FourBits:
 
 
 def _row_order(path: Path, tensor: GgufTensor, rows: int, config: Mapping[str, Any]) -> Callable[[int, int], NDArray[np.intp]]:
-    """A function from rows [first, last) to their places in the file.
+    """Returns a function from rows [first, last) of the tensor to their row numbers in the file.
 
     In files of `llama` llama.cpp interleaves the two halves of every rotary head; Hugging Face does not.
     """
@@ -148,7 +154,10 @@ def _read_rows(
     first: int,
     last: int,
 ) -> NDArray[np.uint8]:
-    """[last - first, row_bytes]."""
+    """Reads rows [first, last) of a tensor as bytes [last - first, row_bytes].
+
+    start: offset of the tensor in the file. order: the function that `_row_order` returns.
+    """
     places = order(first, last)
     lowest, count = int(places.min()), int(places.max() - places.min()) + 1
     data = np.empty((count, row_bytes), np.uint8)

@@ -1,4 +1,4 @@
-"""Makes config.json of a GGUF file's metadata. Keys that change a model's numbers are honoured or refused."""
+"""Makes config.json from a GGUF file's metadata. A key that changes a model's results is translated, or the file is refused."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,10 +45,10 @@ _LARGEST_SIZE: Final = 2**31
 
 
 def model_config(path: Path, header: GgufHeader) -> dict[str, Any]:
-    """Raises ArchitectureUnsupported for a model that is not plainly Llama-shaped, CheckpointInvalid if keys are missing.
+    """The config.json of a GGUF file, parsed.
 
     Every key of the architecture must be known: llama.cpp adds keys for deviations, and ignoring one would publish another
-    model.
+    model. Raises ArchitectureUnsupported for a model that is not plainly Llama-shaped, CheckpointInvalid if keys are missing.
     """
     architecture = str(header.fields.get("general.architecture"))
     if architecture not in _ARCHITECTURES:

@@ -25,24 +25,27 @@ _ARRAY: Final = 9
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """A tensor of a file."""
+    """A tensor of a GGUF file: its type, shape and place."""
 
     name: str
     kind: int  # a GGMLQuantizationType
     shape: tuple[int, ...]  # in C order, the reverse of GGUF's own
-    start: int  # from the beginning of the file
+    start: int  # offset of its first byte in the file
 
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """The metadata and tensors of a file."""
+    """The metadata and the list of tensors of a GGUF file."""
 
     fields: dict[str, Any]  # numbers, strings, and lists of either
     tensors: list[GgufTensor]
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Raises CheckpointInvalid for anything but a whole GGUF file, and for one that contradicts itself."""
+    """Reads the header of a GGUF file.
+
+    Raises CheckpointInvalid for anything but a whole GGUF file, and for one that contradicts itself.
+    """
     try:
         with path.open("rb") as file:
             return _HeaderReader(file, min(path.stat().st_size, _MAX_HEADER_BYTES)).header()
@@ -51,10 +54,10 @@ def read_header(path: Path) -> GgufHeader:
 
 
 class _HeaderReader:
-    """Reads the header once, front to back. Raises ValueError, struct.error or UnicodeDecodeError."""
+    """Reads the header of an open file once, from front to back. Raises ValueError, struct.error or UnicodeDecodeError."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
-        """size: bytes of the file that may belong to the header."""
+        """size: how many bytes the header may have at most; a length or count that leads beyond is an error."""
         self._file = file
         self._left = size
 

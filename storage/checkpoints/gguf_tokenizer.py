@@ -15,7 +15,7 @@ from storage.errors import CheckpointInvalid
 BOS: Final = "tokenizer.ggml.bos_token_id"
 EOS: Final = "tokenizer.ggml.eos_token_id"
 _CONTROL: Final = 3  # a value of tokenizer.ggml.token_type; see the GGUF specification
-_USER_DEFINED: Final = 4  # likewise
+_USER_DEFINED: Final = 4  # another value of it
 _TOKEN_IDS: Final = ("bos", "eos", "eot", "unknown", "padding")
 _QWEN2_WORDS: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -43,7 +43,7 @@ _RULES: Final[Mapping[str, Callable[[Tokenizer], None]]] = {"gpt-2": _gpt2, "smo
 
 
 def tokenizer_files(path: Path, fields: Mapping[str, Any]) -> dict[str, bytes]:
-    """tokenizer.json and its companions. fields: the GGUF's metadata. Raises CheckpointInvalid."""
+    """The files of a Hugging Face tokenizer by name, made from the GGUF's metadata `fields`. Raises CheckpointInvalid."""
     _check_types(path, fields)
     ids = {key: fields.get(f"tokenizer.ggml.{key}_token_id") for key in _TOKEN_IDS}
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
@@ -88,7 +88,7 @@ def _tokenizer(path: Path, fields: Mapping[str, Any], special: Mapping[str, str]
 
 
 def _check_types(path: Path, fields: Mapping[str, Any]) -> None:
-    """Checks the types that the rest of this file relies on."""
+    """Checks the metadata on which the rest of this file relies. Raises CheckpointInvalid."""
     for key, kind in (("tokens", str), ("merges", str), ("token_type", int)):
         values = fields.get(f"tokenizer.ggml.{key}")
         if not isinstance(values, list) or not all(type(value) is kind for value in values):

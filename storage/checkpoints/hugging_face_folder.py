@@ -24,7 +24,10 @@ _SLOW_TOKENIZERS: Final = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece
 
 
 def open_folder(folder: Path) -> Checkpoint:
-    """Raises CheckpointInvalid, naming the file and what is wrong with it."""
+    """Opens the folder of a checkpoint; tensors are read only when they are used.
+
+    Raises CheckpointInvalid, which names the file and what is wrong with it.
+    """
     config = _read_json(folder / "config.json")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "an unnamed method")
@@ -53,7 +56,7 @@ def _read_rows(path: Path, span: TensorSpan, first: int, last: int) -> memoryvie
 
 
 def _shards(folder: Path) -> dict[Path, list[str] | None]:
-    """Files and the tensors to take from each; None: all."""
+    """The safetensors files of a checkpoint, each with the names of the tensors to read from it; None: all of them."""
     if (folder / _INDEX).is_file():
         return dict(_indexed_shards(folder))
     if (folder / _SINGLE).is_file():
@@ -94,7 +97,10 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _embedded_chat_template(folder: Path) -> str | None:
-    """Older checkpoints have the template in tokenizer_config.json, as a text or a list of named ones."""
+    """The chat template in tokenizer_config.json, where older checkpoints have it; None if there is none.
+
+    Of several named templates it is the one named `default`.
+    """
     path = folder / "tokenizer_config.json"
     template = _read_json(path).get("chat_template") if path.is_file() else None
     if isinstance(template, list):

@@ -1,7 +1,7 @@
-"""A Llama-shaped model as stages run it, read from its config.json in either spelling (transformers 4 and 5).
+"""The configuration with which stages run a Llama-shaped model, read from a config.json of transformers 4 or 5.
 
-`llama_shaped` has families and sizes. Other deviations (another activation, a partial rotation, a quantized checkpoint) are
-refused: transformers then runs the model, in a float dtype.
+`llama_shaped` has families and sizes. A model that deviates otherwise (another activation, a partial rotation, a quantized
+checkpoint) is refused here; transformers then runs it, in a float dtype.
 """
 
 import math
@@ -28,21 +28,21 @@ _ROPE_NEEDED: Final[dict[str, tuple[str, ...]]] = {
 
 
 class UnsupportedConfig(Exception):
-    """The lean layers do not run this config. transformers may, in a float dtype."""
+    """Lamina's own layers cannot run a model with this config.json. transformers may, in a float dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(LlamaSizes):
-    """A whole model. `windows` and `rotary` have one entry per layer."""
+    """The configuration of a whole model. `windows` and `rotary` have one entry per layer."""
 
     rms_norm_eps: float
     windows: tuple[int | None, ...]  # how many tokens, its own included, a token attends to; None: all
     rotary: tuple[bool, ...]  # whether the layer rotates queries and keys (SmolLM3 leaves it out in some)
-    rope: Mapping[str, Any]
+    rope: Mapping[str, Any]  # parameters of the rotation, such as rope_type and rope_theta
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "LlamaConfig":
-        """Raises UnsupportedConfig, which names the obstacles."""
+        """Reads a parsed config.json. Raises UnsupportedConfig, which names everything that the layers do not run."""
         try:
             sizes = LlamaSizes.from_config(config)
         except ArchitectureUnsupported as error:
@@ -60,7 +60,10 @@ class LlamaConfig(LlamaSizes):
 
 
 def _windows(values: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Mistral slides in all layers, the others by `layer_types` (in old Qwen configs by `max_window_layers`)."""
+    """The attention window of each layer in tokens; None: no window.
+
+    Mistral has one in all layers, other families where `layer_types` says so (in old Qwen configs from `max_window_layers` on).
+    """
     model_type: str = values["model_type"]
     num_layers: int = values["num_hidden_layers"]
     window: int | None = values.get("sliding_window")
@@ -92,7 +95,8 @@ def _rotary(values: Mapping[str, Any]) -> tuple[bool, ...]:
 
 
 def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_parameters` of transformers 5, or `rope_theta` with `rope_scaling` of older configs, as one flat dict."""
+    """The parameters of the rotation as one flat dict, from `rope_parameters` (transformers 5) or `rope_theta` and
+    `rope_scaling`."""
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     given = given if isinstance(given, Mapping) else {"rope_type": repr(given)}
     parameters = {key: value for key, value in given.items() if value is not None}
@@ -107,7 +111,8 @@ def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope_supported(parameters: Mapping[str, Any]) -> bool:
-    """Whether `Rope` (functions/stage/models/llama/rope.py) reads all parameters: an unknown one may change the numbers."""
+    """Whether `Rope` (functions/stage/models/llama/rope.py) reads all of the parameters: one that it ignored might change
+    results."""
     rope_type = parameters["rope_type"]
     needed = _ROPE_NEEDED.get(rope_type) if isinstance(rope_type, str) else None
     if needed is None:

@@ -1,6 +1,6 @@
 """The Llama-shaped families: the sizes and tensors of their models, read from config.json without a library.
 
-A family is a row of a table: its biases, and the defaults of its class in transformers for keys that a config leaves out
+Each family is a row of a table: its biases, and the defaults of its class in transformers for keys that a config leaves out
 (tests/storage/checkpoints/test_llama_shaped.py compares them). Stages run these families in C and in every dtype.
 """
 
@@ -15,7 +15,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class LlamaFamily:
-    """A bias is a constant of the family, or the name of a key of the config."""
+    """The biases, the norm of queries and keys, and the defaults of one family.
+
+    A bias is True, False, or the key of the config that tells which.
+    """
 
     qkv_bias: bool | str = False
     out_bias: bool | str = False
@@ -81,7 +84,10 @@ class LlamaSizes:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Raises ArchitectureUnsupported for another family, and for a config with a missing or invalid size."""
+        """Reads a parsed config.json.
+
+        Raises ArchitectureUnsupported for a family that is not in the table, and for a missing or invalid size.
+        """
         model_type = str(config.get("model_type"))
         if model_type not in LLAMA_FAMILIES:
             raise ArchitectureUnsupported(f"model_type {model_type!r} is not one of {', '.join(LLAMA_FAMILIES)}")
@@ -106,7 +112,7 @@ class LlamaSizes:
 
 
 def layer_shapes(model: LlamaSizes) -> dict[str, tuple[int, ...]]:
-    """Shapes of one layer's tensors, by their names in a checkpoint without `model.layers.N.`."""
+    """Shapes of the tensors of one layer, by their names in a checkpoint without the prefix `model.layers.N.`."""
     hidden, queries, keys = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
     if model.qk_norm:
@@ -127,13 +133,13 @@ def layer_shapes(model: LlamaSizes) -> dict[str, tuple[int, ...]]:
 
 
 def outer_shapes(model: LlamaSizes) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors outside the layers, by whole name; a tied model may lack the last one."""
+    """Shapes of the tensors outside the layers, by their full names. A tied model may lack `lm_head.weight`."""
     matrix = (model.vocab_size, model.hidden_size)
     return {"model.embed_tokens.weight": matrix, "model.norm.weight": (model.hidden_size,), "lm_head.weight": matrix}
 
 
 class _Values:
-    """A config's values, with checked types."""
+    """Reads values from a config and checks their types."""
 
     def __init__(self, model_type: str, values: Mapping[str, Any]) -> None:
         self._model_type = model_type

@@ -16,7 +16,7 @@ _UNLIMITED_CONTEXT_TOKENS: Final = 2048  # training length of BLOOM, whose posit
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """The shape of a decoder."""
+    """The shape of a decoder-only model, as its manifest has it."""
 
     architecture: str
     model_type: str
@@ -31,7 +31,10 @@ class ModelDescription:
 
 
 def describe_model(config: Mapping[str, Any]) -> ModelDescription:
-    """config: a parsed config.json. Raises ArchitectureUnsupported, or LibraryMissing for a family without a table."""
+    """The shape of the model with this parsed config.json.
+
+    Raises ArchitectureUnsupported, or LibraryMissing for a family outside the table if transformers is not installed.
+    """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ArchitectureUnsupported(f"config.json has model_type {model_type!r}, which is no name")

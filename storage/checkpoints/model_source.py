@@ -1,4 +1,4 @@
-"""Finds a checkpoint (a folder, a GGUF file, or a hub id), opens it by its format, and tells whether it changed."""
+"""Finds a checkpoint (a folder, a GGUF file, or a hub id), opens it by its format, and tells whether its files changed."""
 
 import hashlib
 import re
@@ -20,9 +20,9 @@ _CHECKPOINT_SUFFIXES: Final = (".safetensors", ".gguf", ".json", ".jinja", ".txt
 
 
 def locate(source: str | Path) -> Path:
-    """A folder or file on this machine; a hub id (`owner/name` or `owner/name@revision`) is fetched first.
+    """The path of a checkpoint on this machine. A hub id (`owner/name` or `owner/name@revision`) is downloaded first.
 
-    Raises CheckpointInvalid.
+    Raises CheckpointInvalid if `source` is neither a path nor a hub id, or cannot be downloaded.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -45,7 +45,7 @@ def locate(source: str | Path) -> Path:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Raises CheckpointInvalid, also for a format that is not published."""
+    """Opens the checkpoint in a folder or a GGUF file. Raises CheckpointInvalid, also for any other format."""
     if path.is_dir():
         return open_folder(path)
     with path.open("rb") as file:
@@ -60,7 +60,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def checkpoint_fingerprint(path: Path) -> str:
-    """BLAKE3 (hex) of all names and contents. Every byte is read, because a copy may keep size and time of change."""
+    """BLAKE3 (hex) over the names and contents of the checkpoint's files.
+
+    Every byte is read, because a copied file may keep size and time of change.
+    """
     digests = []
     for file in _checkpoint_files(path):
         with file.open("rb") as opened:
@@ -70,9 +73,10 @@ def checkpoint_fingerprint(path: Path) -> str:
 
 
 def checkpoint_state(path: Path) -> tuple[tuple[str, int, int, int, int], ...]:
-    """The file system's state of the files. It changes when a file is written, replaced or removed.
+    """The state of each file of the checkpoint: (name, inode, bytes, mtime, ctime).
 
-    Programs can set mtime, but not ctime. Equal contents may have different states.
+    It changes when a file is written, replaced or removed: programs can set mtime, but not ctime. Equal contents may have
+    different states.
     """
     return tuple(
         (file.name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

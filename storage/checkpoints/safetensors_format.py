@@ -1,8 +1,8 @@
 """The safetensors container: reads and lays out its header without touching tensor bytes.
 
 A file is eight bytes of header length (little endian), the header (JSON, padded with spaces), and the tensors without gaps.
-Lamina's own files align every tensor to 64 bytes. The format forbids holes, so a filler tensor follows a tensor with another
-length.
+Lamina's own files align every tensor to 64 bytes. The format forbids holes, so a filler tensor follows each tensor whose length
+is not a multiple of 64.
 """
 
 import math
@@ -41,12 +41,15 @@ class _HeaderEntry(msgspec.Struct):
 
 
 def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
-    """Raises KeyError for a dtype that safetensors does not have."""
+    """The length of a tensor in bytes. Raises KeyError for a dtype that safetensors does not have."""
     return ITEM_BYTES[dtype] * math.prod(shape)
 
 
 def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, TensorSpan]]:
-    """Header and spans, fillers included, of a file with these tensors (dtype, shape) in this order."""
+    """Lays out a file with these tensors (dtype and shape by name) in this order.
+
+    Returns the header, and the span of each tensor, fillers included.
+    """
     entries: dict[str, Any] = {}
     position = 0
     for number, (name, (dtype, shape)) in enumerate(tensors.items()):
@@ -103,7 +106,7 @@ def _check(path: Path, name: str, entry: _HeaderEntry, data_bytes: int) -> None:
 
 
 def read_exactly(descriptor: int, offset: int, view: memoryview) -> None:
-    """Fills `view` from an open file. Raises CheckpointInvalid if the file is too short."""
+    """Fills `view` with the bytes of an open file from `offset` on. Raises CheckpointInvalid if the file is too short."""
     filled = 0
     while filled < len(view):
         count = os.preadv(descriptor, [view[filled:]], offset + filled)

@@ -1,4 +1,4 @@
-"""Keys and values of sequences as objects: named by content, sealed, removed by age and bytes.
+"""Keys and values of sequences as objects in the store: named by content, encrypted, deleted by age and total size.
 
 May import: storage, storage.store.
 """

@@ -2,8 +2,8 @@
 
     {prefix}/{pipeline}/{first layer}-{last layer}/{name}
 
-Pruning needs the pipeline's fingerprint and the layers, so they are legible. The name is a keyed hash of the chain's digest,
-the part, and the layout of its bytes. A lost part costs time only: it is computed again.
+Pruning needs the pipeline's fingerprint and the layers, so they are legible. The name is a keyed hash of the prefix chain's
+digest, the part, and the layout of its bytes. A lost part costs time only: it is computed again.
 """
 
 import contextlib
@@ -30,12 +30,13 @@ class KVObjects:
         self.folder = f"{prefix.strip('/')}/{pipeline}/{layers[0]}-{layers[1]}/"
 
     def key(self, kind: str, digest: bytes, part: KVPart) -> str:
-        """kind: the layout of the part's bytes. digest: the chain's, at the part's last block."""
+        """The key of the object for a part. kind: the layout of the part's bytes. digest: of the prefix chain, at the part's
+        last block."""
         place = part.first.to_bytes(4, "little") + part.count.to_bytes(4, "little")
         return self.folder + self._sealer.name(kind.encode(), digest, place)
 
     def get(self, key: str) -> bytearray | None:
-        """None: the store does not have it. Raises SealBroken or another StorageError."""
+        """The decrypted contents; None if the store does not have the object. Raises SealBroken or another StorageError."""
         try:
             sealed = self._store.get(key, max_bytes=_MAX_PART_BYTES)
         except ObjectNotFound:
@@ -43,18 +44,18 @@ class KVObjects:
         return self._sealer.open(key, sealed)
 
     def put(self, key: str, data: bytes | bytearray | memoryview) -> int:
-        """Returns the number of bytes written. Raises a StorageError."""
+        """Encrypts and stores `data`. Returns the bytes written, those of the encryption included. Raises a StorageError."""
         sealed = self._sealer.seal(key, data)
         self._store.put(key, bytes(sealed))
         return len(sealed)
 
     def forget(self, key: str) -> None:
-        """Deletes an unusable object, so that it is written anew. A failure is ignored: it costs nothing."""
+        """Deletes an unusable object, so that it is written anew. A failure is ignored, because it costs only time."""
         with contextlib.suppress(StorageError):
             self._store.delete(key)
 
     def list(self) -> list[ObjectInfo]:
-        """Raises a StorageError."""
+        """All objects of this stage. Raises a StorageError."""
         return list(self._store.list(self.folder))
 
     def delete(self, objects: Iterable[ObjectInfo]) -> None:
@@ -70,7 +71,8 @@ class Retention:
     max_age: timedelta
 
     def expired(self, objects: Iterable[ObjectInfo], now: datetime) -> list[ObjectInfo]:
-        """Objects to delete: all that are too old, and the oldest of the rest until the others fit."""
+        """The objects to delete: those older than `max_age`, and the oldest of the others until what stays has at most
+        `max_bytes`."""
         kept_bytes = 0
         expired = []
         for found in sorted(objects, key=lambda each: (each.modified, each.key), reverse=True):
@@ -81,7 +83,10 @@ class Retention:
 
 
 def prune(store: PayloadStore, prefix: str, retention: Retention, now: datetime) -> list[ObjectInfo]:
-    """Applies the retention to all pipelines together. Returns the deleted objects. Raises a StorageError."""
+    """Deletes what the retention does not keep, counting all pipelines together, and returns the deleted objects.
+
+    prefix: of all stored keys and values. Raises a StorageError.
+    """
     expired = retention.expired(store.list(f"{prefix.strip('/')}/"), now)
     for found in expired:
         store.delete(found.key)
@@ -89,6 +94,6 @@ def prune(store: PayloadStore, prefix: str, retention: Retention, now: datetime)
 
 
 def pipeline_and_layers(key: str, prefix: str) -> tuple[str, str]:
-    """The pipeline's fingerprint and the layers in an object's key."""
+    """Returns the pipeline's fingerprint and the layers (such as `0-15`) in an object's key."""
     pipeline, _, rest = key.removeprefix(prefix.strip("/") + "/").partition("/")
     return pipeline, rest.partition("/")[0]

@@ -24,13 +24,13 @@ class KVPart:
         return self.first + self.count
 
     def halves(self) -> tuple["KVPart", ...]:
-        """Empty for a single block."""
+        """The two parts that this one consists of; empty for a single block."""
         half = self.count // 2
         return (KVPart(self.first, half), KVPart(self.first + half, half)) if half else ()
 
 
 def most_blocks(block_bytes: int) -> int:
-    """The number of blocks in a part of about PART_BYTES: a power of two."""
+    """The most blocks that a part may have: a power of two, at most 64, with no more than PART_BYTES unless it is 1."""
     most = 1
     while most < _MAX_BLOCKS and 2 * most * block_bytes <= PART_BYTES:
         most *= 2
@@ -38,9 +38,11 @@ def most_blocks(block_bytes: int) -> int:
 
 
 def parts_between(first: int, end: int, most: int) -> Iterator[KVPart]:
-    """The largest possible parts that hold the blocks [first, end), in order; the first may begin before `first`.
+    """Yields the parts that hold the blocks [first, end), as large as possible and in order; the first may begin before
+    `first`.
 
-    most: blocks in a part, a power of two. Parts begin at a multiple of it, so that all readers ask for the same parts.
+    most: highest number of blocks in a part, a power of two. Parts begin at a multiple of it, so that all readers ask for the
+    same parts.
     """
     at = first // most * most
     while at < end:

@@ -28,7 +28,7 @@ class Sealer:
     """Names, encrypts and decrypts objects. Thread-safe."""
 
     def __init__(self, key: bytes) -> None:
-        """Raises ValueError for a key that has not KEY_BYTES."""
+        """key: the configured key, of KEY_BYTES; from it the two keys are derived. Raises ValueError for another length."""
         if len(key) != KEY_BYTES:
             raise ValueError(f"a key of {len(key)} bytes; it has {KEY_BYTES}")
         self._names = blake3(key, derive_key_context="lamina 2026-11 kv names").digest()
@@ -48,7 +48,7 @@ class Sealer:
         return hasher.digest(length=_NAME_BYTES).hex()
 
     def seal(self, name: str, plain: bytes | bytearray | memoryview) -> bytearray:
-        """Magic, nonce, ciphertext and tag."""
+        """Encrypts `plain` as the object `name`. Returns magic, nonce, ciphertext and tag."""
         nonce = os.urandom(_NONCE_BYTES)
         sealed = bytearray(_HEAD_BYTES + len(plain) + _TAG_BYTES)
         sealed[:_HEAD_BYTES] = _MAGIC + nonce
@@ -56,7 +56,7 @@ class Sealer:
         return sealed
 
     def open(self, name: str, sealed: bytes | bytearray | memoryview) -> bytearray:
-        """The plaintext that was sealed under this name. Raises SealBroken."""
+        """Decrypts an object. Raises SealBroken if it was altered, or was sealed under another name or with another key."""
         from cryptography.exceptions import InvalidTag
 
         view = memoryview(sealed)

@@ -11,14 +11,14 @@ _MINCORE_STEP_BYTES: Final = 2**30
 
 
 def new_memory(size: int) -> memoryview:
-    """Writable, page-aligned; its pages are zero until touched."""
+    """Allocates `size` bytes: writable, page-aligned and zero. The kernel gives each page when it is first touched."""
     # Without MADV_HUGEPAGE: measured, finding whole huge pages took a loaded machine two to three times as long to fill.
     # mmap(2) maps no empty piece.
     return memoryview(mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))[:size]
 
 
 def populate(part: memoryview) -> None:
-    """Has the kernel allocate the pages of a page-aligned part in one go; does nothing if the kernel cannot.
+    """Makes the kernel allocate all pages of a page-aligned part at once; does nothing if the kernel cannot.
 
     A read into allocated pages is a tenth faster than one that faults them in one by one.
     """
@@ -28,7 +28,7 @@ def populate(part: memoryview) -> None:
 
 
 def resident_bytes(address: int, size: int) -> int:
-    """Bytes of the memory at the page-aligned `address` that are in RAM; 0 if that is unknown.
+    """How many of the `size` bytes at a page-aligned address are in RAM; 0 if unknown.
 
     Takes about a millisecond for each resident GiB.
     """

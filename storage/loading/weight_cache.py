@@ -1,11 +1,11 @@
 """A folder of verified objects that outlives the process: the next start maps them instead of reading the store.
 
-Files are named by the digest and checksum of their contents, appear by a rename, and never change. Each use checks them again
-by xxh3, against damage only: a process that may write here has the reader's rights anyway. Several processes of one node may
-share the folder. A cache that fails costs time, never a start.
+Files are named by the digest and checksum of their contents, appear by a rename, and never change. Each use checks them by
+xxh3, which finds damage but no forgery: a process that may write here has the reader's rights anyway. Several processes of one
+node may share the folder. If the cache fails, objects are read from the store.
 
-Files are mapped, which takes a tenth of the processor time of reading them. The price: a file that is truncated while it is
-mapped, which its mode forbids, ends the process by SIGBUS; the next process finds the file too short.
+Files are mapped, which takes a tenth of the processor time of reading them. But if a mapped file is truncated, which its mode
+forbids, the process ends by SIGBUS; the next process finds the file too short and removes it.
 """
 
 import fcntl
@@ -29,7 +29,8 @@ _UNFINISHED_SUFFIX: Final = ".unfinished"
 
 
 class WeightCache:
-    """At most `max_bytes` in `folder`, unfinished files included. The least recently used object is evicted first."""
+    """A cache of at most `max_bytes` in `folder`, unfinished files included. The least recently used object is evicted
+    first."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = folder
@@ -61,7 +62,8 @@ class WeightCache:
         return None
 
     def put(self, stored: StoredObject, data: memoryview) -> None:
-        """Keeps a verified object's bytes if they fit after evictions."""
+        """Writes a verified object's bytes into the cache if they fit after evictions. An error of the file system is only
+        logged."""
         if stored.bytes > self._max_bytes:
             return
         path = self._folder / f"{stored.digest}.{xxh3_128_hexdigest(data)}{_SUFFIX}"
@@ -80,7 +82,8 @@ class WeightCache:
                 unfinished.unlink()
 
     def _reserve(self, unfinished: Path, size: int) -> BinaryIO | None:
-        """A file of this size that counts from now on, locked for as long as its writer lives; None: it does not fit."""
+        """Creates an unfinished file of `size` bytes, which count from now on, and locks it until it is closed; None: it does
+        not fit."""
         with (self._folder / ".lock").open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one thread of one process at a time evicts and reserves
             if not self._evict_for(size):
@@ -112,7 +115,8 @@ class WeightCache:
 
 
 def _removed_if_abandoned(path: Path) -> bool:
-    """A live writer holds a lock on its file."""
+    """Removes an unfinished file if its writer has ended, and returns whether it is gone. A live writer holds a lock on its
+    file."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,7 +129,7 @@ def _removed_if_abandoned(path: Path) -> bool:
 
 
 def _map_file(path: Path, size: int) -> memoryview | None:
-    """None: the file has another size."""
+    """The file's bytes, mapped privately and page-aligned; None if it has another size."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size != size:
             return None

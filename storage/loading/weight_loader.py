@@ -1,6 +1,6 @@
-"""Loads a stage's layers from the store: exactly its objects, in parallel ranged reads, into the memory that tensors use.
+"""Loads the objects of a stage's layers from the store, by parallel ranged reads, into the memory that tensors use.
 
-It imports nothing heavy, so that bytes flow while libraries are still being imported. Every part is verified when it is in.
+It imports nothing heavy, so that bytes arrive while libraries are still being imported. Every part is verified after its read.
 """
 
 import logging
@@ -30,7 +30,7 @@ _READS_OF_A_BAD_PART: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class RawTensor:
-    """A tensor's bytes where they were read to: writable, aligned to 64 bytes; `frombuffer` makes an array or tensor of them.
+    """A tensor's bytes in the memory into which they were read: writable, aligned to 64 bytes; for `frombuffer`.
 
     The memory lives for as long as any view of its object does.
     """
@@ -42,7 +42,7 @@ class RawTensor:
 
 @dataclass(frozen=True, slots=True)
 class LoadedObject:
-    """One object, complete and verified."""
+    """One object of a publication with all of its tensors, complete and verified."""
 
     name: str  # embedding, layer-00007, or head
     tensors: dict[str, RawTensor]
@@ -50,10 +50,10 @@ class LoadedObject:
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
-    """Reported after every part, from the threads that read."""
+    """The progress of a load, reported after every part, in the thread that read it."""
 
-    object: str
-    done_bytes: int
+    object: str  # the one that the part belongs to
+    done_bytes: int  # of all objects
     total_bytes: int
     seconds: float  # since the start of the load
 
@@ -64,7 +64,7 @@ ProgressCallback = Callable[[LoadProgress], None]
 def stage_objects(manifest: ModelManifest, first: int, last: int) -> list[str]:
     """Names of the objects that layers [first, last) need, in the order of a forward pass.
 
-    The first stage has the embedding. The last stage has the head, and the embedding too if they are tied.
+    The first stage has the embedding. The last stage has the head, and the embedding too if head and embedding are tied.
     Raises ValueError for a range that is not in the model.
     """
     if not 0 <= first < last <= manifest.num_layers:
@@ -86,9 +86,9 @@ def load_layers(
     cache: "WeightCache | None" = None,
     on_progress: ProgressCallback | None = None,
 ) -> dict[str, RawTensor]:
-    """All tensors that layers [first, last) need, by their names in the checkpoint.
+    """Loads all tensors that layers [first, last) need, and returns them by their names in the checkpoint.
 
-    Raises ValueError for the range, ChecksumMismatch naming object and part, or the reader's errors.
+    Raises ValueError for a range outside the model, ChecksumMismatch, which names object and part, or the reader's errors.
     """
     tensors: dict[str, RawTensor] = {}
     for loaded in iterate_layers(reader, manifest, first, last, cache=cache, on_progress=on_progress):
@@ -105,16 +105,16 @@ def iterate_layers(
     cache: "WeightCache | None" = None,
     on_progress: ProgressCallback | None = None,
 ) -> Iterator[LoadedObject]:
-    """Like load_layers, object by object in the order of a forward pass, while later objects are still being read.
+    """Loads as `load_layers` does, but yields each object when it is complete, in the order of a forward pass.
 
-    Reading starts with this call, not with the first `next`. Drop each object before taking the next one: then a caller that
-    copies needs memory for the weights and one layer more.
+    Reading starts with this call, not with the first `next`, and goes on in threads. Drop each object before taking the next
+    one: then a caller that copies needs memory for the weights and one layer more.
     """
     return _Load(reader, manifest, stage_objects(manifest, first, last), cache, on_progress).objects()
 
 
 class _ObjectLoad:
-    """One object that is being read. Several threads may read its parts."""
+    """One object that is being read, its memory, and how many of its parts are missing. Several threads may read its parts."""
 
     def __init__(self, name: str, stored: StoredObject) -> None:
         self.name = name
@@ -134,9 +134,10 @@ class _ObjectLoad:
 
 
 class _Load:
-    """The threads that read one stage's parts, in the order of a forward pass.
+    """One load of a stage: threads read its parts in the order of a forward pass.
 
-    An object is opened first: it is taken from the cache at once, several objects at a time, or its parts are queued.
+    A thread first opens an object: its bytes come from the cache, or memory is allocated and its parts are queued for all
+    threads.
     """
 
     def __init__(
@@ -184,7 +185,11 @@ class _Load:
                     incomplete.complete.set_exception(error)
 
     def _next(self) -> tuple[_ObjectLoad, int | None] | None:
-        """A part to read, or an object to open (number None). Waits while an object that is being opened may yield parts."""
+        """Returns a thread's next task: (object, number of the part to read) or (object to open, None); None if nothing is
+        left.
+
+        Waits while another thread opens an object, because that may add parts.
+        """
         with self._changed:
             while True:
                 if self._parts:
@@ -197,7 +202,7 @@ class _Load:
                 self._changed.wait()
 
     def _open(self, load: _ObjectLoad) -> None:
-        """Takes the object from the cache, or allocates its memory and queues its parts."""
+        """Completes the object from the cache, or allocates its memory and queues its parts."""
         parts = 0
         try:
             cached = self._cache.get(load.stored) if self._cache else None
@@ -268,7 +273,7 @@ class _Load:
             load.complete.set_result(load.buffer)
 
     def _stop(self) -> list[_ObjectLoad]:
-        """Begins nothing more. Returns the objects that are, and will stay, incomplete."""
+        """Drops all tasks that have not begun. Returns the objects that are incomplete, and will remain so."""
         with self._changed:
             self._parts.clear()
             self._unopened.clear()

@@ -17,7 +17,7 @@ _MAX_HEAD_DIM: Final = 1024  # LAMINA_MOST_HEAD of functions/stage/native/c/nati
 
 
 def check_quantizable(config: Mapping[str, Any], dtype: str) -> None:
-    """config: a config.json. Raises ArchitectureUnsupported for a model that no stage would run in this dtype.
+    """Raises ArchitectureUnsupported for a model that no stage could run in `dtype`. config: a parsed config.json.
 
     transformers runs floats only, and only Llama-shaped families have layers of Lamina's own. Other families may have matrices
     of the same names, so the config decides, not the names.
@@ -36,15 +36,16 @@ def check_quantizable(config: Mapping[str, Any], dtype: str) -> None:
 
 
 def is_layer_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether this tensor is a linear layer's matrix."""
+    """Whether a tensor with this name and shape is the matrix of a linear layer, which int8 and q4 quantize."""
     return len(shape) == 2 and name.endswith(tuple(f".{matrix}.weight" for matrix in _LAYER_MATRICES))
 
 
 def check_shapes(config: Mapping[str, Any], seen: Shapes) -> None:
-    """Raises CheckpointInvalid naming a tensor, its shape and the shape by `config`, a config.json. Raises LibraryMissing.
+    """Compares the shapes `seen` in a checkpoint with those that its parsed config.json implies.
 
     A Llama-shaped model must have exactly the tensors of its table. In other families, tensors with unknown names are left to
-    the stage that loads them, which runs transformers as well.
+    the stage that loads them, which runs transformers as well. Raises CheckpointInvalid, which names a tensor and both shapes,
+    or LibraryMissing.
     """
     llama_shaped = config["model_type"] in LLAMA_FAMILIES
     expected, prefix = (_shapes_by_table(config), "model") if llama_shaped else _shapes_by_transformers(config)
@@ -70,7 +71,8 @@ def _shapes_by_table(config: Mapping[str, Any]) -> Shapes:
 
 
 def _shapes_by_transformers(config: Mapping[str, Any]) -> tuple[Shapes, str]:
-    """Shapes by the names that `save_pretrained` writes, and the prefix that some checkpoints leave out."""
+    """Returns shapes by the names that `save_pretrained` writes, and the prefix of names (such as `model`) that some
+    checkpoints omit."""
     try:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM

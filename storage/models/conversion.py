@@ -1,7 +1,7 @@
-"""Converts tensors of a checkpoint to those of a publication: another float type, int8 with a scale for each row, or four bits.
+"""Converts tensors of a checkpoint to those of a publication: a float type, int8 with a scale for each row, or four bits.
 
-int8 has the matrices of layers as I8; norms, embedding and head stay bfloat16. q4 has them in four bits (`q4`), embedding and
-head as I8, and all other tensors as float32. Stages run both for Llama-shaped models only (`checks`).
+In int8 the matrices of layers are I8; norms, embedding and head are bfloat16. In q4 the matrices of layers have four bits
+(`q4`), embedding and head are I8, and all other tensors are float32. Stages run both for Llama-shaped models only (`checks`).
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -27,10 +27,10 @@ _FLOATS_OF: Final[Mapping[Dtype, FloatName]] = {
 
 
 def convert_tensor(name: str, source: SourceTensor, dtype: Dtype, keep_wide: Collection[str]) -> dict[str, TargetTensor]:
-    """The stored tensors for one of the checkpoint, by name: itself, or a quantized matrix, in int8 with its scales.
+    """The tensors to store for one tensor of the checkpoint, by name: one in the wanted type, or an int8 matrix and its scales.
 
-    `keep_wide` names matrices, such as down_proj, that stay bfloat16 in an int8 or q4 publication. Raises CheckpointInvalid
-    for a tensor that is no float.
+    keep_wide: matrices, such as down_proj, that stay bfloat16 in an int8 or q4 publication. Raises CheckpointInvalid for a
+    tensor that is no float.
     """
     if source.dtype not in FLOATS:
         raise CheckpointInvalid(f"tensor {name!r} is {source.dtype}, no float; publish the unquantized checkpoint")
@@ -60,7 +60,7 @@ def _float_tensor(name: str, source: SourceTensor, dtype: FloatName) -> TargetTe
 
 
 def _int8_matrix(name: str, source: SourceTensor) -> dict[str, TargetTensor]:
-    """Symmetric: `weight[i, j] = int8[i, j] * scale[i]`, scale = largest magnitude of output channel i / 127.
+    """A matrix in int8 and its scales: `weight[i, j] = int8[i, j] * scale[i]`, scale[i] = largest magnitude in row i / 127.
 
     The scales are known once the matrix has been iterated over, and are written after it.
     """
@@ -82,7 +82,8 @@ def _int8_matrix(name: str, source: SourceTensor) -> dict[str, TargetTensor]:
 
 
 def _q4_matrix(name: str, source: SourceTensor) -> TargetTensor:
-    """As `q4` packs it: the numbers of a checkpoint that has four bits itself, else those with the least square error."""
+    """The matrix packed as in `q4`. Four bits of the checkpoint are kept as they are; other weights get the least square
+    error."""
 
     def blocks() -> Iterator[memoryview]:
         for first, last in source.row_ranges(GROUP):
@@ -100,7 +101,8 @@ def _q4_matrix(name: str, source: SourceTensor) -> TargetTensor:
 
 
 def _int8(rows: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """rows [out, in] → weights [out, in] and scales [out]. The weights of a scale that is not finite mean nothing."""
+    """Quantizes rows [out, in]. Returns weights [out, in] and scales [out]; if a scale is not finite, its weights mean
+    nothing."""
     scales = np.abs(rows).max(axis=1, keepdims=True) / np.float32(_INT8_MAX)
     scales[scales == 0] = 1.0
     with np.errstate(invalid="ignore"):

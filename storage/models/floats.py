@@ -18,7 +18,7 @@ _QUIET_NAN: Final = 0x7FC0
 
 
 def read_floats(block: memoryview, dtype: str) -> Floats:
-    """The numbers in `block` as a flat array; numbers beyond float32 become infinite."""
+    """The numbers in `block`, whose type is `dtype`, as a flat array; numbers beyond float32 become infinite."""
     if dtype == "BF16":
         return (np.frombuffer(block, "<u2").astype(np.uint32) << 16).view(np.float32)
     with np.errstate(over="ignore"):
@@ -27,7 +27,7 @@ def read_floats(block: memoryview, dtype: str) -> Floats:
 
 
 def rounded(values: Floats, dtype: FloatName) -> NDArray[Any]:
-    """`values` in another type, bfloat16 as its bits; numbers beyond float16 become infinite."""
+    """Rounds `values` to another type, bfloat16 as its bits; numbers beyond float16 become infinite."""
     if dtype == "BF16":
         return bfloat16_bits(values)
     with np.errstate(over="ignore"):
@@ -36,7 +36,7 @@ def rounded(values: Floats, dtype: FloatName) -> NDArray[Any]:
 
 
 def bfloat16_bits(values: Floats) -> NDArray[np.uint16]:
-    """Rounds as torch does."""
+    """The bits of `values` as bfloat16, rounded to the nearest with ties to even, as torch does."""
     bits = values.view(np.uint32)
     half = bits >> 16
     half &= 1

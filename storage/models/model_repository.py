@@ -50,7 +50,7 @@ class StoredObject(msgspec.Struct, frozen=True):
 
     @property
     def digest(self) -> str:
-        """Digest of the contents, independent of the key."""
+        """SHA-256 (hex) over length and checksums: equal for equal contents, whatever the key."""
         return hashlib.sha256(msgspec.json.encode((self.bytes, self.part_bytes, self.parts))).hexdigest()
 
 
@@ -63,7 +63,7 @@ class StoredFile(msgspec.Struct, frozen=True):
 
 
 class ModelManifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """A publication. `objects` has embedding, layer-00000 … and head, in this order."""
+    """The description of one publication. `objects` has embedding, layer-00000 … and head, in this order."""
 
     manifest_version: int
     name: str
@@ -83,7 +83,7 @@ class ModelManifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def digest(self) -> str:
-        """The weights digest in the pipeline fingerprint: covers contents and description, not names and places."""
+        """SHA-256 (hex) over contents and description, not over names and places. The pipeline's fingerprint holds it."""
         contents = {name: getattr(self, name) for name in self.__struct_fields__ if name not in _PLACES} | {
             "objects": {name: (stored.digest, stored.tensors) for name, stored in self.objects.items()},
             "files": {name: stored.sha256 for name, stored in self.files.items()},
@@ -95,7 +95,7 @@ _PLACES: Final = frozenset({"manifest_version", "name", "publication"})  # field
 
 
 class Reader(Protocol):
-    """Implemented by ObjectReader and ObjectStore."""
+    """Reads whole objects by key. ObjectReader and ObjectStore are such."""
 
     def get(self, key: str) -> bytes: ...
 
@@ -110,12 +110,13 @@ def layer_object(layer: int) -> str:
 
 
 def object_names(num_layers: int) -> list[str]:
-    """All objects of a publication in the order of a forward pass."""
+    """The names of all objects of a publication, in the order of a forward pass."""
     return ["embedding", *map(layer_object, range(num_layers)), "head"]
 
 
 def model_prefix(name: str, dtype: str) -> str:
-    """Folder of a model in one dtype. Raises ValueError for an invalid name or dtype."""
+    """The prefix of the keys of a model in one dtype, with a slash at its end. Raises ValueError for an invalid name or
+    dtype."""
     if not _NAME.fullmatch(name):
         raise ValueError(
             f"model name {name!r}: letters, digits, '.', '_' and '-', at most 128, beginning with a letter or digit"
@@ -130,7 +131,10 @@ def manifest_key(name: str, dtype: str) -> str:
 
 
 def read_manifest(reader: Reader, name: str, dtype: str) -> ModelManifest:
-    """Raises ModelNotPublished, ManifestTooNew, ManifestTooOld, ManifestInvalid, or the reader's errors."""
+    """Reads the manifest of a model.
+
+    Raises ModelNotPublished, ManifestTooNew, ManifestTooOld, ManifestInvalid, or the reader's errors.
+    """
     key = manifest_key(name, dtype)
     try:
         data = reader.get(key)
@@ -140,7 +144,7 @@ def read_manifest(reader: Reader, name: str, dtype: str) -> ModelManifest:
 
 
 def decode_manifest(data: bytes, key: str) -> ModelManifest:
-    """`key` is for messages. Raises ManifestTooNew, ManifestTooOld or ManifestInvalid."""
+    """Parses and checks a manifest. key: for messages. Raises ManifestTooNew, ManifestTooOld or ManifestInvalid."""
     try:
         version = msgspec.json.decode(data, type=_Version).manifest_version
         if version > MANIFEST_VERSION:
@@ -164,7 +168,7 @@ def encode_manifest(manifest: ModelManifest) -> bytes:
 
 
 def read_file(reader: Reader, manifest: ModelManifest, name: str) -> bytes:
-    """A file of the publication, such as tokenizer.json. Raises ObjectNotFound, ChecksumMismatch."""
+    """Reads and verifies a file of the publication, such as tokenizer.json. Raises ObjectNotFound, ChecksumMismatch."""
     if name not in manifest.files:
         raise ObjectNotFound(
             f"model {manifest.name!r} was published without {name}; it has {', '.join(sorted(manifest.files))}. "

@@ -16,11 +16,11 @@ from storage.store.object_store import ObjectStore
 
 @dataclass(frozen=True, slots=True)
 class TargetTensor:
-    """A tensor to write."""
+    """A tensor to write: its type, its shape, and a function that makes its bytes."""
 
     dtype: str  # a safetensors name
     shape: tuple[int, ...]
-    blocks: Callable[[], Iterator[memoryview]]  # called once for each reading of the object, in the order of the tensors
+    blocks: Callable[[], Iterator[memoryview]]  # its bytes; called each time the object is read, in the order of the tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +42,17 @@ def plan_object(name: str, tensors: Mapping[str, TargetTensor]) -> ObjectPlan:
 
 
 def write_object(store: ObjectStore, key: str, plan: ObjectPlan, on_bytes: Callable[[int], None]) -> StoredObject:
-    """Streams the object, a few MiB in memory at a time; calls `on_bytes` with the length of every block."""
+    """Streams the object into the store, a few MiB in memory at a time, and returns what the manifest says of it.
+
+    on_bytes: called with the length of every block.
+    """
     stream = _PlanStream(plan, on_bytes)
     store.put_stream(key, cast("BinaryIO", io.BufferedReader(stream, buffer_size=2**20)))
     return StoredObject(key, plan.bytes, PART_BYTES, stream.part_digests(), plan.named_spans)
 
 
 def planned_digests(plan: ObjectPlan, on_bytes: Callable[[int], None]) -> tuple[str, ...]:
-    """Digests of the parts as `write_object` would write them: reads, converts and hashes everything, and sends nothing."""
+    """The digests of the parts that `write_object` would write. Reads, converts and hashes everything, and sends nothing."""
     stream = _PlanStream(plan, on_bytes)
     deque(stream.blocks(), maxlen=0)
     return stream.part_digests()
@@ -83,7 +86,7 @@ class _PlanStream(io.RawIOBase):
         return count
 
     def blocks(self) -> Iterator[memoryview]:
-        """The stream's bytes, block by block."""
+        """Yields the stream's bytes, block by block, and hashes them."""
         for block in self._unhashed_blocks():
             rest = block
             while len(rest):
@@ -99,7 +102,7 @@ class _PlanStream(io.RawIOBase):
             yield block
 
     def part_digests(self) -> tuple[str, ...]:
-        """Call it only after the end of the stream."""
+        """The digests of all parts. Call it only after the end of the stream."""
         return tuple(self._parts) if not self._hashed else (*self._parts, self._hash.hexdigest())
 
     def _unhashed_blocks(self) -> Iterator[memoryview]:

@@ -23,7 +23,10 @@ Placement = dict[str, dict[str, SourceTensor]]
 
 
 def place_tensors(tensors: Mapping[str, SourceTensor], model: ModelDescription) -> Placement:
-    """Object name → its tensors, all objects in order. Raises CheckpointInvalid if an object would be incomplete."""
+    """Maps the name of each object, in order, to its tensors. Raises CheckpointInvalid if an object would be incomplete.
+
+    Raises ArchitectureUnsupported for a tensor that is for no object.
+    """
     if model.num_layers > len(tensors):
         raise CheckpointInvalid(
             f"config.json says {model.num_layers} layers, and the checkpoint has {len(tensors)} tensors in all"
@@ -47,17 +50,17 @@ def place_tensors(tensors: Mapping[str, SourceTensor], model: ModelDescription) 
 
 
 def embedding_matrix(placed: Placement) -> str | None:
-    """Name of the token embedding's matrix."""
+    """Name of the token embedding's matrix, or None."""
     return next((name for name in placed["embedding"] if name.endswith(_EMBEDDING_MATRICES)), None)
 
 
 def head_matrix(placed: Placement) -> str | None:
-    """Name of the matrix that makes logits; None: the embedding's is used."""
+    """Name of the matrix that makes logits; None: the checkpoint has none and uses the embedding's."""
     return next((name for name in placed["head"] if name.endswith(_HEAD_MATRICES)), None)
 
 
 def _object_of(name: str, tensor: SourceTensor, model: ModelDescription) -> str | None:
-    """None: the tensor is not published."""
+    """Name of the object that a tensor belongs to; None: the tensor is not published."""
     # A causal mask [1, 1, n, n] has the name that a projection's bias [n] has elsewhere.
     if _BUFFER.search(name) and not (name.endswith(".bias") and len(tensor.shape) < 2):
         return None

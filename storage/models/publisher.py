@@ -46,7 +46,8 @@ _FRAGMENT_SUFFIX: Final = ".fragment.json"
 
 @dataclass(frozen=True, slots=True)
 class PublishProgress:
-    """Reported after every block. Bytes count all objects, sent ones and those that an earlier run has finished."""
+    """The progress of a publication, reported after every block. Bytes count sent objects and those that an earlier run has
+    finished."""
 
     object: str
     done_bytes: int
@@ -66,11 +67,12 @@ def publish(
     keep_wide: Collection[str] = (),
     afresh: bool = False,
 ) -> ModelManifest:
-    """Makes a model readable under `name` and `dtype`, and returns its manifest.
+    """Publishes a model under `name` and `dtype`, and returns its manifest.
 
-    source: a Hugging Face folder, a GGUF file, or a hub id. dtype: float32, bfloat16, float16, int8 or q4.
-    keep_wide: matrices, such as down_proj, that int8 and q4 leave in bfloat16.
-    afresh: writes every object, even if the store seems to have it; this repairs a damaged publication.
+    source: a Hugging Face folder, a GGUF file, or a hub id. dtype: float32, bfloat16, float16, int8 or q4. keep_wide: matrices,
+    such as down_proj, that int8 and q4 leave in bfloat16. afresh: writes every object, even if the store seems to have it; this
+    repairs a damaged publication.
+
     Raises ValueError for an invalid name or dtype, CheckpointInvalid or another StorageError. After an error, the former
     publication under this name stays as it was.
     """
@@ -125,7 +127,10 @@ def publish(
 
 
 def _settle_tie(model: ModelDescription, checkpoint: Checkpoint) -> tuple[ModelDescription, Placement]:
-    """Decides on the head of a tied checkpoint that has one: dropped if equal to the embedding, else used (as transformers)."""
+    """Places the tensors, and decides on the head matrix of a checkpoint whose config ties it to the embedding.
+
+    If both matrices are equal, the head's is dropped. Else it is used and the model counts as not tied, as in transformers.
+    """
     placed = place_tensors(checkpoint.tensors, model)
     head = head_matrix(placed)
     if not model.tied or head is None:
@@ -144,7 +149,7 @@ def _equal(left: SourceTensor, right: SourceTensor) -> bool:
 
 
 def _warn_of_losses(source: str | Path, placed: Placement) -> None:
-    """Warns if only some matrices of the checkpoint are in four bits already."""
+    """Warns if some matrices of the checkpoint are in four bits and others are not: the others lose quality in q4."""
     matrices = [
         tensor for members in placed.values() for name, tensor in members.items() if is_layer_matrix(name, tensor.shape)
     ]
@@ -159,7 +164,7 @@ def _warn_of_losses(source: str | Path, placed: Placement) -> None:
 
 
 class _Upload:
-    """Writes one publication's folder, except for the objects that an interrupted run has finished."""
+    """Writes the objects and files of one publication, except for the objects that an interrupted run has finished."""
 
     def __init__(
         self, store: ObjectStore, prefix: str, plans: list[ObjectPlan], progress: ProgressCallback | None, afresh: bool
@@ -184,7 +189,10 @@ class _Upload:
             self._store.delete(f"{self._prefix}{plan.name}{_FRAGMENT_SUFFIX}")
 
     def verified_or_written(self, plan: ObjectPlan) -> StoredObject:
-        """Writes the object, unless an earlier run has finished it and the checkpoint still gives the same bytes."""
+        """Writes the object, unless an earlier run has written it and the checkpoint still gives the same bytes.
+
+        Returns what the manifest says of it.
+        """
         key, fragment_key = f"{self._prefix}{plan.name}.safetensors", f"{self._prefix}{plan.name}{_FRAGMENT_SUFFIX}"
         report = partial(self._report, plan.name)
         done_before = self._done_bytes

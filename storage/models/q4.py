@@ -36,12 +36,13 @@ Array = NDArray[Any]
 
 
 def packed_shape(outs: int, width: int) -> tuple[int, int, int]:
-    """The shape of the U8 tensor of a matrix [outs, width]."""
+    """The shape of the packed (U8) form of a matrix [outs, width]: [groups, blocks, 320]."""
     return -(-outs // GROUP), -(-width // BLOCK), BLOCK_BYTES
 
 
 def pack(quants: Array, scales: Array, minima: Array) -> Array:
-    """U8 `packed_shape` from quants [outs, width], integers 0 … 15, and scales and minima [outs, blocks], stored as float16.
+    """Packs a matrix into U8 of `packed_shape`. quants: integers 0 … 15 [outs, width]. scales, minima: [outs, blocks], made
+    float16.
 
     Pieces of a matrix may be packed separately and concatenated, if all but the last have whole groups. Raises ValueError for
     shapes that do not match, and for numbers that q4 cannot hold.
@@ -70,7 +71,7 @@ def pack(quants: Array, scales: Array, minima: Array) -> Array:
 
 
 def unpack(packed: Array, outs: int, width: int) -> tuple[Array, Array, Array]:
-    """The inverse of `pack`: quants uint8 [outs, width], scales and minima float16 [outs, blocks]."""
+    """The inverse of `pack`. Returns quants uint8 [outs, width], and scales and minima float16 [outs, blocks]."""
     groups, blocks, _ = packed.shape
     q = packed[..., :_Q_BYTES].reshape(groups, blocks, 4, GROUP, 4).transpose(0, 3, 1, 2, 4)
     quants = np.stack([q & 15, q >> 4], axis=-2).reshape(groups * GROUP, blocks * BLOCK)[:outs, :width]
@@ -80,7 +81,7 @@ def unpack(packed: Array, outs: int, width: int) -> tuple[Array, Array, Array]:
 
 
 def dequantize(packed: Array, outs: int, width: int) -> Array:
-    """The weights, float32 [outs, width]."""
+    """The weights of a packed matrix, float32 [outs, width]."""
     quants, scales, minima = unpack(packed, outs, width)
     of_weight = [np.repeat(ends.astype(np.float32), BLOCK, axis=1)[:, :width] for ends in (scales, minima)]
     weights: Array = quants * of_weight[0] + of_weight[1]
@@ -88,7 +89,8 @@ def dequantize(packed: Array, outs: int, width: int) -> Array:
 
 
 def packed_rows(packed: Array, rows: Array) -> Array:
-    """A packed matrix of selected rows of another, in the order of `rows`: [groups, blocks, 320]."""
+    """Selects rows of a packed matrix without unpacking it. rows: their numbers. Returns [groups, blocks, 320], in their
+    order."""
     blocks = packed.shape[1]
     chosen = np.zeros(-(-len(rows) // GROUP) * GROUP, np.int64)
     chosen[: len(rows)] = rows
@@ -108,9 +110,9 @@ def packed_rows(packed: Array, rows: Array) -> Array:
 def quantize(rows: Floats) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
     """Rounds rows [outs, width] to q 0 … 15 [outs, width], scales and minima [outs, blocks], the arguments of `pack`.
 
-    Every block gets the scale and minimum with the least square error. If its smallest and largest weight become 0 and 15, the
-    others often fit badly, so some scales near that one are tried: each rounds the weights, and least squares over those give
-    scale and minimum. A scale or minimum beyond float16 is infinite.
+    Every block gets the scale and minimum with the least square error of those tried. The scale that makes its smallest and
+    largest weight 0 and 15 often fits the others badly, so some scales near it are tried too. Each of them rounds the weights;
+    least squares over these give scale and minimum. A scale or minimum beyond float16 is infinite.
     """
     outs, width = rows.shape
     # A last block that is not whole repeats its row's last weight.
@@ -124,7 +126,8 @@ def quantize(rows: Floats) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDAr
 
 
 def _best_ends(blocks: Floats) -> tuple[Floats, Floats]:
-    """Scales and minima [blocks]."""
+    """For each row of `blocks` [blocks, 32] the scale and minimum with the least square error of those tried: two arrays
+    [blocks]."""
     mean = blocks.mean(axis=1)
     centred = blocks - mean[:, None]  # else the sums below lose the digits in which close weights differ
     lowest, highest = centred.min(axis=1), centred.max(axis=1)
@@ -143,7 +146,7 @@ def _best_ends(blocks: Floats) -> tuple[Floats, Floats]:
 
 
 def _rounded(blocks: Floats, minima: Floats, inverse_scales: Floats) -> Floats:
-    """q of every weight, still as floats."""
+    """q of every weight in `blocks`, as floats, for the minimum and 1 / scale of each block."""
     quants = blocks - minima[:, None]
     quants *= inverse_scales[:, None]
     np.rint(quants, out=quants)
@@ -151,7 +154,10 @@ def _rounded(blocks: Floats, minima: Floats, inverse_scales: Floats) -> Floats:
 
 
 def _least_squares(centred: Floats, quants: Floats) -> tuple[Floats, Floats]:
-    """Scale and minimum with the least sum of (scale * q + minimum - weight)², for weights whose mean is 0."""
+    """Scale and minimum of each block with the least sum of (scale * q + minimum - weight)².
+
+    centred: weights whose mean in each block is 0. quants: their q.
+    """
     mean_q = quants.mean(axis=1)
     spread = np.einsum("ij,ij->i", quants, quants) - BLOCK * mean_q * mean_q
     scale = np.einsum("ij,ij->i", quants, centred) * _inverse(spread)
@@ -159,5 +165,5 @@ def _least_squares(centred: Floats, quants: Floats) -> tuple[Floats, Floats]:
 
 
 def _inverse(numbers: Floats) -> Floats:
-    """1 / number; 0 for a 0, which means that all weights of a block are equal."""
+    """1 / number for each number; 0 for a 0, which means that all weights of a block are equal."""
     return np.divide(1, numbers, out=np.zeros_like(numbers), where=numbers != 0)

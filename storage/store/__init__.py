@@ -1,4 +1,4 @@
-"""The S3-compatible store: objects, ranged reads, signatures, and the server that comes along for one machine.
+"""The S3-compatible store: objects, ranged reads, signatures, and an embedded server for one machine.
 
 May import: storage.
 """

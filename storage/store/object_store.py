@@ -44,10 +44,17 @@ _Returned = TypeVar("_Returned")
 
 
 class ObjectStore:
-    """One bucket. Thread-safe. Every method raises a StorageError subclass that names endpoint, bucket and key."""
+    """Reads and writes objects of one bucket. Thread-safe. Every method raises a StorageError subclass that names the key.
+
+    The message also names endpoint and bucket.
+    """
 
     def __init__(self, settings: StoreSettings, *, stall_seconds: float = _STALL_SECONDS) -> None:
-        """A transfer that stalls for `stall_seconds`, or is hardly faster (`paced`), ends an attempt; there are four."""
+        """stall_seconds: an attempt fails after this time without a byte, or if it is slower than
+        `paced.LEAST_BYTES_PER_SECOND`.
+
+        There are four attempts.
+        """
         self.settings = settings
         self._bucket = settings.bucket
         session = boto3.session.Session(
@@ -78,7 +85,7 @@ class ObjectStore:
         self._transfer.max_in_memory_upload_chunks = _CONNECTIONS  # else ten
 
     def get(self, key: str) -> bytes:
-        """The whole object; for small ones."""
+        """The whole object, in memory: for small ones."""
         return self._call(key, lambda: bytes(self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read()))
 
     def put(self, key: str, data: bytes) -> None:
@@ -93,7 +100,7 @@ class ObjectStore:
         self._call(key, lambda: self._client.upload_fileobj(stream, self._bucket, key, Config=self._transfer))
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Every object whose key begins with `prefix`, in the store's order."""
+        """Yields every object whose key begins with `prefix`, in the store's order."""
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix)
         iterator = iter(pages)
         while page := self._call(prefix, lambda: next(iterator, None)):
@@ -139,9 +146,10 @@ class ObjectStore:
 
 
 class _PacedSender:
-    """Sends boto3's requests over paced connections: its own have a timeout for each byte and none for the whole.
+    """Sends boto3's requests over the connections of `storage.store.paced`, which fail if a transfer stalls or is too slow.
 
-    botocore sends a request itself only if the handlers of `before-send` return None. Behind a proxy this handler does.
+    boto3's own connections only limit the wait for each byte. This is a handler of botocore's event `before-send`: if it
+    returns None, as it does behind a proxy, botocore sends the request itself.
     """
 
     def __init__(self, endpoint_url: str, stall_seconds: float) -> None:
@@ -187,7 +195,7 @@ class _PacedSender:
 
 
 class _BufferedBody(io.BytesIO):
-    """The body of an answer, with the method that botocore reads it by."""
+    """The body of an answer, with the method `stream`, by which botocore reads it."""
 
     def stream(self, amount: int = _BODY_READ_BYTES, **_: Any) -> Iterator[bytes]:
         while piece := self.read(amount):

@@ -1,6 +1,6 @@
-"""HTTP connections to a store with a bound on their time: a store may be slow, but may not stall or drip bytes.
+"""HTTP connections whose requests fail if the store stalls or is slower than LEAST_BYTES_PER_SECOND.
 
-A socket's timeout alone is no bound: with one byte before each timeout, a part of 16 MiB takes years.
+A socket's timeout alone is not enough: with one byte before each timeout, a part of 16 MiB takes years.
 """
 
 import io
@@ -22,20 +22,24 @@ class TooSlow(TimeoutError):
 
 
 class Pace:
-    """The waiting time that one request has left. Waiting consumes it, transferred bytes restore it."""
+    """The time that one request may still wait. Waiting consumes it, transferred bytes restore it, up to twice
+    `stall_seconds`."""
 
     def __init__(self, stall_seconds: float) -> None:
         self._max_seconds = self._seconds_left = 2 * stall_seconds
 
     def waited(self, seconds: float, count: int) -> None:
-        """Accounts for `seconds` in which `count` bytes were transferred. Raises TooSlow."""
+        """Accounts for `seconds` in which `count` bytes were transferred. Raises TooSlow if no time is left."""
         self._seconds_left = min(self._max_seconds, self._seconds_left - seconds + count / LEAST_BYTES_PER_SECOND)
         if self._seconds_left < 0:
             raise TooSlow(f"timed out: less than {LEAST_BYTES_PER_SECOND} bytes per second")
 
 
 def connect(endpoint_url: str, stall_seconds: float, tls: ssl.SSLContext | None = None) -> HTTPConnection:
-    """A connection that fails after `stall_seconds` without a byte, or at a lower rate than allowed. Raises OSError."""
+    """Opens a connection whose requests fail after `stall_seconds` without a byte, or below LEAST_BYTES_PER_SECOND.
+
+    tls: None: http.client's default. Raises OSError.
+    """
     parts = urlsplit(endpoint_url)
     pace = partial(Pace, stall_seconds)
     connection: HTTPConnection
@@ -53,7 +57,10 @@ def connect(endpoint_url: str, stall_seconds: float, tls: ssl.SSLContext | None 
 
 
 class _PacedSend:
-    """Sends in small blocks: `sendall` has one timeout for all the bytes that it is given."""
+    """Mixin for HTTPConnection that sends in small blocks and fails with TooSlow if they take too long.
+
+    `sendall` has one timeout for all the bytes that it is given. `pace` makes the time limit of each request.
+    """
 
     pace: Callable[[], Pace]
 

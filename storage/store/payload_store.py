@@ -38,7 +38,7 @@ class PayloadStore(ObjectReader):
                 response.read()
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """All objects whose keys begin with `prefix` (ListObjectsV2)."""
+        """Yields all objects whose keys begin with `prefix` (ListObjectsV2)."""
         from xml.etree import ElementTree  # only listings need it, no start of a function
 
         parameters = {"list-type": "2", "prefix": prefix}

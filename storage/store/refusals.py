@@ -29,7 +29,7 @@ def is_transient(status: int) -> bool:
 
 
 def refusal(settings: StoreSettings, key: str, status: int, code: str) -> StorageError:
-    """The exception for an error answer; `key` is "" for a request about the bucket itself."""
+    """The exception for an error answer, to be raised by the caller. key: "" for a request about the bucket itself."""
     seen = f"HTTP {status}" + (f" {code}" if code and code != str(status) else "")
     if code == "NoSuchBucket" or (status == 404 and not key):
         return BucketNotFound(f"there is no {settings.place}; create it, or correct its name")

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreSettings:
-    """One bucket at one endpoint. `repr` hides the secrets."""
+    """Address and credentials of one bucket. `repr` hides the secrets. Raises ValueError for an invalid endpoint or bucket."""
 
     endpoint_url: str  # http://host:port or https://host, without bucket: requests are in path style
     bucket: str
@@ -14,8 +14,8 @@ class StoreSettings:
     secret_access_key: str | None = field(default=None, repr=False)
     session_token: str | None = field(default=None, repr=False)
     web_identity_token_file: str | None = None  # instead of keys: a token to exchange for keys (web_identity.py)
-    role_arn: str | None = None
-    sts_endpoint: str | None = None
+    role_arn: str | None = None  # the role whose keys the token is exchanged for
+    sts_endpoint: str | None = None  # URL of the token service; None: Amazon's in `region`
     region: str = "us-east-1"
 
     def __post_init__(self) -> None:

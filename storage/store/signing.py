@@ -18,7 +18,8 @@ _ALGORITHM: Final = "AWS4-HMAC-SHA256"
 
 
 def object_path(settings: StoreSettings, key: str) -> str:
-    """The path of a path-style request, percent-encoded once, as S3 signs it."""
+    """The path of a request about an object, percent-encoded once, as S3 signs it. The bucket is in the path, not in the
+    host."""
     base = urlsplit(settings.endpoint_url).path.rstrip("/")
     return quote(f"{base}/{settings.bucket}/{key}", safe="/-_.~")
 
@@ -36,9 +37,9 @@ def signed_headers(
     now: datetime | None = None,
     query: str = "",
 ) -> dict[str, str]:
-    """Headers, Host included, that sign `method path?query`. Others, such as Range, may be added unsigned.
+    """The headers of a signed request for `path?query`, Host included. Others, such as Range, may be added unsigned.
 
-    body_sha256: hexadecimal. query: as `canonical_query` writes it. now: aware, in UTC.
+    body_sha256: hexadecimal. query: as `canonical_query` writes it. now: aware, in UTC; None: the present time.
     """
     timestamp = (now or datetime.now(UTC)).strftime("%Y%m%dT%H%M%SZ")
     endpoint = urlsplit(settings.endpoint_url)

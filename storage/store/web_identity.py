@@ -31,7 +31,7 @@ _NEEDED: Final = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration"
 
 
 def keys_of(settings: StoreSettings) -> Callable[[], StoreSettings]:
-    """A function that returns settings with keys that are valid now. Call it for every request.
+    """Returns a function that returns `settings` with keys that are valid now. Call that function before every request.
 
     It raises AccessDenied if the exchange is refused, and OSError if a retry may help.
     """
@@ -39,7 +39,7 @@ def keys_of(settings: StoreSettings) -> Callable[[], StoreSettings]:
 
 
 class _ExchangedKeys:
-    """Keys from the token service, renewed before they expire. Thread-safe."""
+    """The keys that the token service gave, renewed before they expire. Thread-safe."""
 
     def __init__(self, settings: StoreSettings) -> None:
         self._settings = settings

@@ -1,4 +1,6 @@
-"""How many pods a revision gets: Knative's autoscaler and the HPA class, held to decisions recorded from Knative.
+"""Decides how many pods a revision gets, by Knative's autoscaler (class KPA) or by the class HPA.
+
+Tests compare the class KPA with decisions recorded from Knative.
 
 May import: knative.webhook.
 """

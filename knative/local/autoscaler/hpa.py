@@ -1,9 +1,10 @@
-"""The HPA class on CPU: the Horizontal Pod Autoscaler's documented algorithm, with Knative's settings for it.
+"""The class HPA on CPU: the Horizontal Pod Autoscaler's documented algorithm, with Knative's settings for it.
 
     utilization = ⌊mean of the pods' CPU in percent of their request⌋
     desired     = ⌈pods × utilization / target⌉, unless the ratio is within 10 % of 1
 
-Pods without a report, the stabilization windows, the rate of scaling up and the bounds come on top. It never reaches zero.
+`recommend` also allows for pods without a report. `HorizontalPodAutoscaler` adds stabilization windows, a limit on the rate of
+scaling out, and the bounds. The result is never zero.
 """
 
 import math
@@ -20,7 +21,7 @@ from knative.local.autoscaler.scaler import Activity, Reconciliation, RevisionSt
 from knative.webhook.autoscaling_annotations import METRIC
 from knative.webhook.values import parse_quantity
 
-# Process id → seconds that its processors, or the device that it stands for, were busy; None: unknown.
+# Maps a process id to the CPU seconds that it has used, or to busy seconds of the device that it emulates; None: unknown.
 CpuSeconds = Callable[[int], float | None]
 
 SYNC_SECONDS: Final = 15  # how often the Horizontal Pod Autoscaler decides
@@ -43,7 +44,10 @@ class HpaSpec:
 
 
 def hpa_spec(settings: RevisionSettings) -> HpaSpec:
-    """What Knative asks of the Horizontal Pod Autoscaler; `window` is both stabilization windows. Raises SettingsError."""
+    """The settings that Knative gives to the Horizontal Pod Autoscaler of this revision.
+
+    The annotation `window` sets both stabilization windows. Raises SettingsError for any metric but cpu.
+    """
     if settings.metric != "cpu":
         raise SettingsError(f"{METRIC.key}: {settings.metric!r} has no source here; the HPA class runs on 'cpu' only")
     window = settings.window_seconds
@@ -57,10 +61,11 @@ def hpa_spec(settings: RevisionSettings) -> HpaSpec:
 
 
 def recommend(spec: HpaSpec, cpu_percent: Sequence[float], *, silent: int = 0, unready: int = 0) -> int:
-    """Pods wanted before stabilization and bounds.
+    """The number of pods that the CPU load asks for, before stabilization and bounds.
 
-    cpu_percent: of each ready pod that reports. silent: ready pods without a report; they count as at the target when scaling
-    in and as idle when scaling out. unready: pods that are not ready yet; they count as idle when scaling out.
+    cpu_percent: CPU of each ready pod that reports, in percent of its request; if there is none, the present number is
+    returned. silent: number of ready pods without a report; they count as at the target when scaling in and as idle when
+    scaling out. unready: number of pods that are not ready; they count as idle when scaling out.
     """
     current = len(cpu_percent) + silent + unready
     if not cpu_percent:
@@ -86,7 +91,10 @@ def _near_one(ratio: float) -> bool:
 
 
 class HorizontalPodAutoscaler:
-    """Stabilizes and bounds recommendations. Not thread-safe. `now` is in seconds of one clock that only grows."""
+    """Turns recommendations into replicas: it stabilizes them over time and keeps them within bounds.
+
+    Not thread-safe. `now` is in seconds of a monotonic clock.
+    """
 
     def __init__(self, spec: HpaSpec) -> None:
         self.spec = spec
@@ -94,7 +102,10 @@ class HorizontalPodAutoscaler:
         self._added: deque[tuple[float, int]] = deque()  # (when, pods added) of the last scale-ups
 
     def decide(self, now: float, cpu_percent: Sequence[float], *, silent: int = 0, unready: int = 0) -> int:
-        """Replicas wanted; arguments as for `recommend`."""
+        """The number of replicas to run: `recommend`'s answer after stabilization, rate limit and bounds.
+
+        cpu_percent, silent, unready: as for `recommend`.
+        """
         spec, current = self.spec, len(cpu_percent) + silent + unready
         wanted = self._stabilized(now, current, recommend(spec, cpu_percent, silent=silent, unready=unready))
         while self._added and self._added[0][0] <= now - _UP_PERIOD_SECONDS:
@@ -107,7 +118,11 @@ class HorizontalPodAutoscaler:
         return wanted
 
     def _stabilized(self, now: float, current: int, recommendation: int) -> int:
-        """Scales in to the highest and out to the lowest recommendation of the respective window."""
+        """Damps a recommendation, so that a short change of load does not change the number of pods.
+
+        Scaling in goes down to the highest recommendation in the scale-in window, scaling out up to the lowest in the scale-out
+        window.
+        """
         self._recommendations.append((now, recommendation))
         longest = max(self.spec.up_stabilization_seconds, self.spec.down_stabilization_seconds)
         while self._recommendations[0][0] <= now - longest and len(self._recommendations) > 1:
@@ -119,13 +134,13 @@ class HorizontalPodAutoscaler:
 
 
 class HpaRevisionAutoscaler:
-    """One revision of the HPA class, with the interface of `RevisionAutoscaler`. Always active, never at zero.
+    """The autoscaler of a revision of the class HPA, with `RevisionAutoscaler`'s interface. It scales by CPU, never to zero.
 
-    The platform calls `observe` every second, `decide` and `reconcile` every two; a decision changes every 15 s only.
+    The platform calls `observe` every second, `decide` and `reconcile` every two; the desired scale changes every 15 s only.
     """
 
     def __init__(self, settings: RevisionSettings, cpu_request_cores: float, *, now: float, cpu: CpuSeconds) -> None:
-        """Raises SettingsError."""
+        """cpu_request_cores: CPU request of one pod, in cores. cpu: returns a process's CPU seconds. Raises SettingsError."""
         self.settings = settings
         self.status = RevisionStatus(Activity.ACTIVE, now)
         self.desired_scale = max(1, settings.min_scale, settings.initial_scale)
@@ -144,7 +159,8 @@ class HpaRevisionAutoscaler:
         """Does nothing: this class does not scale by requests."""
 
     def observe(self, now: float, pods: Sequence[tuple[int | None, bool]]) -> None:
-        """pods: (process id or None, ready) of every pod that is not leaving."""
+        """Samples the CPU of all pods that are not terminating. pods: for each (process id, None if it does not run; whether it
+        is ready)."""
         self._samples = {pid: self._sampled(now, pid) for pid, _ in pods if pid is not None}
         found = [self._percent(pid) for pid, ready in pods if ready]
         self.cpu_percent = [percent for percent in found if percent is not None]
@@ -159,7 +175,10 @@ class HpaRevisionAutoscaler:
     def reconcile(
         self, now: float, *, replicas: int, ready: int, reachable: bool = True, backed_by_activator: bool = True
     ) -> Reconciliation:
-        """The activator is in the path only while no pod is ready."""
+        """Returns the replicas of the last decision; the activator is in the path only while no pod is ready.
+
+        The arguments are those of `RevisionAutoscaler.reconcile`; only `ready` is used.
+        """
         threshold = max(1, self.settings.min_scale, 0 if self.status.initialized else self.settings.initial_scale)
         self.status = replace(self.status, initialized=self.status.initialized or ready >= threshold)
         return Reconciliation(self.desired_scale, ready == 0)
@@ -173,7 +192,7 @@ class HpaRevisionAutoscaler:
         return samples
 
     def _percent(self, pid: int | None) -> float | None:
-        """Mean CPU over the window, in percent of the request; None if it was sampled too seldom."""
+        """Mean CPU of a process over the window, in percent of the request; None if there are fewer than two samples."""
         samples = self._samples.get(pid) if pid is not None else None
         if samples is None or len(samples) < 2:
             return None
@@ -182,7 +201,10 @@ class HpaRevisionAutoscaler:
 
 
 def cpu_request(template: Mapping[str, Any]) -> float:
-    """Cores that a pod of `spec.template` asks for; a limit without a request counts as a request. Raises SettingsError."""
+    """CPU request of a pod with this `spec.template`, in cores. A limit without a request counts as a request.
+
+    Raises SettingsError if a container has neither.
+    """
     cores = 0.0
     for index, container in enumerate(template["spec"]["containers"]):
         resources = container.get("resources") or {}
@@ -196,7 +218,7 @@ def cpu_request(template: Mapping[str, Any]) -> float:
 
 
 def cpu_seconds(pid: int) -> float | None:
-    """CPU time of the process and of its children that have ended; None if there is no such process."""
+    """CPU seconds that the process and its ended children have used; None if there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

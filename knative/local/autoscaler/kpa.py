@@ -1,8 +1,8 @@
-"""How many pods a revision wants: Knative's autoscaler (pkg/autoscaler/scaling) as a pure function.
+"""How many pods a revision needs: Knative's autoscaler (pkg/autoscaler/scaling) as a pure function.
 
 `scale` maps settings, state, ready pods and two averages to a decision and the next state. `Autoscaler` keeps the windows
-and the state. Neither knows min-scale, max-scale or the way to zero; `scaler` does. docs/scaling.md has the formulae, and
-tests hold both to decisions recorded from Knative's own code.
+and the state. Neither knows min-scale, max-scale or scaling to zero; `scaler` does. docs/scaling.md has the formulae, and tests
+compare both with decisions recorded from Knative's own code.
 """
 
 import math
@@ -16,7 +16,7 @@ TICK_SECONDS: Final = 2  # how often Knative decides
 
 @dataclass(frozen=True, slots=True)
 class DeciderSpec:
-    """What Knative derives for one revision from annotations and config-autoscaler."""
+    """Settings of the autoscaler for one revision, which Knative derives from annotations and config-autoscaler."""
 
     target_value: float  # of the metric per pod: what the autoscaler aims for
     total_value: float  # of the metric per pod: what a pod can bear; target_value is utilization times this
@@ -28,41 +28,46 @@ class DeciderSpec:
     panic_window_seconds: float = 6.0
     scale_down_delay_seconds: float = 0.0
     activation_scale: int = 0  # above 1: the least number of pods under any load
-    reachable: bool = True  # False once no route leads to the revision: it may then fall in one step
+    reachable: bool = True  # False once no route leads to the revision: it may then scale in at any rate
 
 
 @dataclass(frozen=True, slots=True)
 class AutoscalerState:
-    """What a decision depends on besides its inputs."""
+    """The state that `scale` passes from one decision to the next."""
 
     panic_since: float | None = None  # when the panic threshold was last exceeded; None outside panic
-    max_panic_pods: int = 0
-    # (tick, pods) of decisions that can still be the greatest of the scale-down delay: ticks rise, pods fall.
+    max_panic_pods: int = 0  # highest number of pods decided in this panic: in panic a revision does not scale in
+    # (tick, pods) of the decisions within the scale-down delay that are or may become its maximum: ticks rise, pods fall.
     delayed: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A decision before min-scale, max-scale and the rules for zero."""
+    """A decision of the autoscaler, to which `scaler` then applies min-scale, max-scale and the rules for scaling to zero."""
 
     desired_scale: int
     excess_burst_capacity: int  # requests that fit beyond load and target burst; negative: the activator buffers
-    stable: float
-    panic: float
+    stable: float  # average of the metric over the stable window
+    panic: float  # average of the metric over the panic window
     panicking: bool
 
 
 def initial_state(ready: int, now: float) -> AutoscalerState:
-    """An autoscaler that starts with several ready pods has no history, so it panics instead of scaling them in."""
+    """The state of a new autoscaler. With more than one ready pod it begins in panic, because without a history it must not
+    scale in.
+
+    ready: number of ready pods. now: seconds.
+    """
     return AutoscalerState(panic_since=now if ready > 1 else None, max_panic_pods=ready)
 
 
 def scale(
     spec: DeciderSpec, state: AutoscalerState, ready: int, stable: float, panic: float, now: float
 ) -> tuple[Decision, AutoscalerState]:
-    """One decision and the state after it.
+    """Returns a decision and the state after it.
 
-    ready: pods that are ready. stable, panic: averages of the metric over the whole revision. now: seconds.
+    ready: number of ready pods. stable, panic: the metric of all pods together, averaged over the stable and the panic window.
+    now: seconds of a monotonic clock.
     """
     pods = max(1, ready)
     wanted_panic = math.ceil(panic / spec.target_value)
@@ -87,7 +92,8 @@ def scale(
 
 
 def _bounded(spec: DeciderSpec, wanted: int, pods: int) -> int:
-    """Keeps `wanted` within the scale rates, then lifts it to the activation scale if there is any load."""
+    """Limits `wanted` to what the scale rates allow from `pods`, then raises it to the activation scale if there is any
+    load."""
     up = math.ceil(spec.max_scale_up_rate * pods)
     down = math.floor(pods / spec.max_scale_down_rate) if spec.reachable else 0
     desired = min(max(wanted, down), up)
@@ -97,7 +103,10 @@ def _bounded(spec: DeciderSpec, wanted: int, pods: int) -> int:
 
 
 def _delay(spec: DeciderSpec, delayed: tuple[tuple[int, int], ...], desired: int, now: float) -> tuple[tuple[int, int], ...]:
-    """Adds `desired` to the delay window, whose first entry is the greatest. Only the greatest decision of a tick counts."""
+    """Returns the delay window with `desired` added. Its first entry is the highest decision within the scale-down delay.
+
+    Entries are (tick, pods). Of the decisions of one tick only the highest is kept.
+    """
     tick = math.floor(now) // TICK_SECONDS
     ticks = math.ceil(spec.scale_down_delay_seconds / TICK_SECONDS)
     kept = [(at, pods) for at, pods in delayed if pods > desired and tick - at < ticks]
@@ -107,15 +116,15 @@ def _delay(spec: DeciderSpec, delayed: tuple[tuple[int, int], ...], desired: int
 
 
 class Autoscaler:
-    """The autoscaler of one revision and one metric: record once a second, decide every `TICK_SECONDS`."""
+    """The autoscaler of one revision and one metric. Call `record` once a second and `decide` every `TICK_SECONDS`."""
 
     def __init__(
         self, spec: DeciderSpec, algorithm: str = "linear", *, ready: int, now: float, pods_report: bool = True
     ) -> None:
-        """ready: pods that are ready already, 0 for a new revision.
+        """algorithm: how values are averaged, a key of `WINDOWS`. ready: number of pods ready already, 0 for a new revision.
 
-        pods_report: False if only the activator reports (target burst capacity -1): silence then means no load, not
-        that the load is unknown.
+        pods_report: False if only the activator reports (target burst capacity -1). If nothing was recorded, the load is then
+        0; else it is unknown.
         """
         self.spec = spec
         self._pods_report = pods_report
@@ -124,12 +133,14 @@ class Autoscaler:
         self._stable, self._panic = window(spec.stable_window_seconds), window(spec.panic_window_seconds)
 
     def record(self, now: float, value: float) -> None:
-        """value: of the whole revision in the second `now`, activator included: concurrency, or requests per second."""
+        """Records the metric of the second `now`. value: concurrency or requests per second of all pods and the activator
+        together."""
         self._stable.record(now, value)
         self._panic.record(now, value)
 
     def decide(self, now: float, ready: int) -> Decision | None:
-        """None if the metric is unknown, because nothing was recorded for longer than a stable window."""
+        """Decides by the recorded values. Returns None if the metric is unknown: nothing was recorded for longer than a stable
+        window."""
         if self._pods_report and self._stable.is_empty(now):
             return None
         stable, panic = self._stable.average(now), self._panic.average(now)

@@ -13,9 +13,9 @@ _LEAST_SMOOTHING: Final = 0.2  # with a smaller decay a long window would hardly
 
 
 class MetricWindow:
-    """A ring of one-second sums, with the first and last second written and the total.
+    """The sums of the last `window_seconds` seconds, in a ring of one bucket a second.
 
-    Subclasses have `average`: of the window that ends now; 0 if nothing was recorded in it.
+    Subclasses add `average(now)`: the average over the window that ends at `now`, 0 if nothing was recorded in it.
     """
 
     def __init__(self, window_seconds: float) -> None:
@@ -26,7 +26,8 @@ class MetricWindow:
         self._last: int | None = None
 
     def record(self, now: float, value: float) -> None:
-        """Adds `value` to the bucket of the second `now`; a value that is a window older than the newest is dropped."""
+        """Adds `value` to the bucket of the second `now`. A value that is older than the newest by a whole window or more is
+        dropped."""
         second = math.floor(now)
         if self._last is None:
             self._first = self._last = second
@@ -40,7 +41,8 @@ class MetricWindow:
         return self._last is None or math.floor(now) - self._last > self.size
 
     def _advance(self, second: int, last: int) -> bool:
-        """Moves the window on to `second`; False if that lies a window in the past."""
+        """Extends the window to `second` and clears the buckets that were skipped. Returns False if `second` is too old for the
+        window."""
         if second + self.size <= last:
             return False
         if self._first is None or second < self._first:
@@ -58,10 +60,10 @@ class MetricWindow:
 
 
 class LinearWindow(MetricWindow):
-    """Every second of the window counts alike.
+    """Every second of the window weighs the same.
 
-    The average is over the seconds from the first to the last that was recorded within the window. Seconds missing in
-    between count as zero.
+    The average is over the seconds from the first to the last that was recorded within the window. Seconds missing in between
+    count as zero.
     """
 
     def average(self, now: float) -> float:
@@ -78,7 +80,7 @@ class LinearWindow(MetricWindow):
 
 
 class ExponentialWindow(MetricWindow):
-    """Each second counts for a fixed share less than the next newer one; missing seconds count as zero."""
+    """Each second weighs a fixed fraction less than the second after it; seconds without a value count as zero."""
 
     def __init__(self, window_seconds: float) -> None:
         super().__init__(window_seconds)

@@ -1,4 +1,4 @@
-"""Replays traces recorded from Knative's own autoscaler through this one, and reports differences.
+"""Replays traces recorded from Knative's own autoscaler through `kpa.Autoscaler`, and reports decisions that differ.
 
 A trace is a line of JSON: `spec`, `metric_aggregation_algorithm`, `initial_ready` and `steps`. A step has the second `t`, the
 revision's concurrency `record` if data came, and, if a decision was due, the `ready` pods and Knative's answer: `stable`,
@@ -28,7 +28,7 @@ class TraceError(Exception):
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """One decision that differs from Knative's."""
+    """A decision that differs from the one that Knative made at second `t` of a trace."""
 
     trace: str
     t: float
@@ -65,7 +65,11 @@ class _Trace(msgspec.Struct, frozen=True):
 
 
 def replay(path: Path | str) -> Replay:
-    """Compares every decision of a file of traces, plain or gzip. Raises TraceError or OSError."""
+    """Runs the traces in a file through `Autoscaler` and compares each decision with the one that Knative made.
+
+    Scale, excess burst capacity and panic must be equal, averages within 1e-9. path: JSON lines, plain or gzip. Raises
+    TraceError or OSError.
+    """
     decisions = 0
     differences: list[Difference] = []
     for trace in _traces(Path(path)):
@@ -93,7 +97,7 @@ def _traces(path: Path) -> Iterator[_Trace]:
 
 
 def _compare(trace: _Trace) -> Iterator[Difference | None]:
-    """Yields one item for each decision: None if it equals Knative's."""
+    """Yields one item for each decision of the trace: how it differs from Knative's, or None if it does not."""
     autoscaler = Autoscaler(trace.spec, trace.metric_aggregation_algorithm, ready=trace.initial_ready, now=_RECORDER_CLOCK)
     for step in trace.steps:
         if step.record is not None:

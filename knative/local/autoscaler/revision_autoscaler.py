@@ -1,4 +1,4 @@
-"""The autoscaler of one revision: the platform records a load every second and asks for replicas every two.
+"""The autoscaler of one revision: the platform records its load every second and asks for replicas every two seconds.
 
 each second      record(now, concurrency, requests_per_second)
 every 2 s, and at once when a request finds the revision at zero
@@ -27,17 +27,25 @@ from knative.webhook.autoscaling_annotations import HPA
 def revision_autoscaler(
     settings: RevisionSettings, template: Mapping[str, Any], *, ready: int, now: float, cpu: CpuSeconds = cpu_seconds
 ) -> "RevisionAutoscaler | HpaRevisionAutoscaler":
-    """The autoscaler of the revision's class. Raises SettingsError."""
+    """Makes the autoscaler for the class in `settings`, KPA or HPA. Raises SettingsError.
+
+    template: the Service's `spec.template`, whose CPU request the class HPA needs. ready: number of pods that are ready
+    already. cpu: returns a process's CPU seconds, for the class HPA.
+    """
     if settings.autoscaler_class == HPA:
         return HpaRevisionAutoscaler(settings, cpu_request(template), now=now, cpu=cpu)
     return RevisionAutoscaler(settings, ready=ready, now=now)
 
 
 class RevisionAutoscaler:
-    """The KPA class. Not thread-safe. `now` is in seconds of one clock that only grows."""
+    """The autoscaler of a revision of the class KPA: it scales by requests, also to zero.
+
+    Not thread-safe. `now` is in seconds of a monotonic clock.
+    """
 
     def __init__(self, settings: RevisionSettings, *, ready: int, now: float) -> None:
-        """ready: pods that are ready already; 0 for a new revision, which starts with `settings.initial_scale` replicas."""
+        """ready: number of pods that are ready already; 0 for a new revision, which starts with `settings.initial_scale`
+        replicas."""
         self.settings = settings
         self.status = RevisionStatus(Activity.ACTIVATING, now)
         self.desired_scale = UNKNOWN
@@ -58,11 +66,11 @@ class RevisionAutoscaler:
         return self._autoscaler.state.panic_since is not None
 
     def record(self, now: float, concurrency: float, requests_per_second: float) -> None:
-        """Takes the load of the whole revision in this second: in its pods and held by the activator."""
+        """Records the load of the whole revision in this second: requests in its pods and requests that the activator holds."""
         self._autoscaler.record(now, requests_per_second if self.settings.metric == "rps" else concurrency)
 
     def decide(self, now: float, ready: int) -> Decision | None:
-        """None if the metric is unknown; everything then stays as it was."""
+        """Updates `desired_scale` from the recorded load. Returns None, and changes nothing, if the load is unknown."""
         decision = self._autoscaler.decide(now, ready)
         if decision is not None:
             self.last_decision = decision
@@ -73,7 +81,11 @@ class RevisionAutoscaler:
     def reconcile(
         self, now: float, *, replicas: int, ready: int, reachable: bool = True, backed_by_activator: bool = True
     ) -> Reconciliation:
-        """replicas: pods that the platform keeps now. backed_by_activator: whether the activator is in the path now."""
+        """Returns how many replicas to keep and whether the activator shall be in the path.
+
+        replicas, ready: pods that the platform keeps now, and how many of them are ready. reachable: whether a route leads to
+        the revision. backed_by_activator: whether the activator is in the path now.
+        """
         if reachable != self._autoscaler.spec.reachable:
             self._autoscaler.spec = replace(self._autoscaler.spec, reachable=reachable)
         target = scale_target(

@@ -1,4 +1,5 @@
-"""What one revision's template asks of the autoscaler: annotations over config-autoscaler, as Knative resolves them."""
+"""The autoscaler's settings for one revision: the annotations of its template, else config-autoscaler, as Knative resolves
+them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,19 +18,19 @@ _DEFAULTS: Final = AutoscalerConfig()
 
 
 class SettingsError(ValueError):
-    """An annotation cannot be read. The message names key and value; the webhook refuses such a manifest first."""
+    """The autoscaler cannot use an annotation or the CPU request of a template. The message names it."""
 
 
 @dataclass(frozen=True, slots=True)
 class RevisionSettings:
-    """Everything that decides about one revision's pods."""
+    """The autoscaler's settings for one revision, with all defaults filled in."""
 
     autoscaler_class: str
     metric: str  # concurrency or rps; with the HPA class cpu, memory or the name of a custom metric
     metric_aggregation_algorithm: str
-    target: float | None  # the annotation itself, which the HPA class takes as it is (cpu: percent of the request)
+    target: float | None  # the annotation, None if absent; the class HPA takes it as it is (cpu: percent of the request)
     decider: DeciderSpec
-    window_seconds: float | None  # the annotation itself: with the HPA class the stabilization window
+    window_seconds: float | None  # the annotation, None if absent; with the class HPA the stabilization window
     min_scale: int
     max_scale: int  # 0: unbounded
     initial_scale: int
@@ -40,12 +41,16 @@ class RevisionSettings:
 
     @property
     def pods_report(self) -> bool:
-        """False if the target burst capacity keeps the activator in the path for good: pods are then not scraped."""
+        """Whether the autoscaler reads the pods' queue-proxies.
+
+        False if the target burst capacity is -1: the activator then always stays in the path and reports all requests.
+        """
         return self.decider.target_burst_capacity != -1
 
 
 def revision_settings(template: Mapping[str, Any], config: AutoscalerConfig = _DEFAULTS) -> RevisionSettings:
-    """template: a Service's `spec.template`. Raises SettingsError."""
+    """The settings of a revision with this template, a Service's `spec.template`. config: for what it leaves out. Raises
+    SettingsError."""
     given = template.get("metadata", {}).get("annotations") or {}
     autoscaler_class = _read(given, annotated.CLASS, str, config.pod_autoscaler_class)
     metric = _read(given, annotated.METRIC, str, "cpu" if autoscaler_class == annotated.HPA else "concurrency")
@@ -73,7 +78,7 @@ def revision_settings(template: Mapping[str, Any], config: AutoscalerConfig = _D
 
 
 def _read(given: Mapping[str, str], annotation: Annotation, parse: Callable[[str], T], default: D) -> T | D:
-    """The parsed value, or `default` if the annotation is not given. Raises SettingsError."""
+    """The annotation's value as `parse` reads it, or `default` if `given` lacks the annotation. Raises SettingsError."""
     key, value = annotation.get(given)
     if value is None:
         return default
@@ -113,7 +118,7 @@ def _decider(given: Mapping[str, str], config: AutoscalerConfig, metric: str, co
 
 
 def _target(given: Mapping[str, str], config: AutoscalerConfig, metric: str, container_concurrency: int) -> tuple[float, float]:
-    """(what the autoscaler aims for per pod, what a pod can bear)."""
+    """Returns (value of the metric per pod that the autoscaler aims for, value that a pod can bear)."""
     if metric == "rps":
         total, utilization = config.requests_per_second_target_default, config.target_utilization
     else:

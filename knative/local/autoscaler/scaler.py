@@ -1,7 +1,7 @@
-"""From the autoscaler's desired scale to replicas: Knative's reconciler of the KPA class (pkg/reconciler/autoscaling/kpa).
+"""Turns the autoscaler's desired scale into replicas, as Knative does for the class KPA (pkg/reconciler/autoscaling/kpa).
 
-It adds min-scale, max-scale and initial-scale to the decision, and the way to zero: a revision is first marked inactive (its
-pods stay, the activator takes the traffic over), and falls to zero when the activator has been in the path for the grace
+It applies min-scale, max-scale and initial-scale, and scales to zero in two steps: a revision is first marked inactive (its
+pods stay, the activator takes the traffic over). Its pods are removed when the activator has been in the path for the grace
 period and the last pod was kept for its retention period.
 """
 
@@ -18,7 +18,7 @@ _PROXY_CHECK_SECONDS: Final = 3
 
 
 class Activity(StrEnum):
-    """The PodAutoscaler's Active condition: Unknown, True, False."""
+    """Whether a revision has the pods that it needs: the condition Active of Knative's PodAutoscaler (Unknown, True, False)."""
 
     ACTIVATING = "activating"
     ACTIVE = "active"
@@ -27,17 +27,17 @@ class Activity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RevisionStatus:
-    """The state between two reconciliations."""
+    """A revision's state, which one reconciliation leaves for the next."""
 
     activity: Activity
     since: float  # when the activity last changed
-    initialized: bool = False  # the initial scale was ready once; from then on it counts no more
+    initialized: bool = False  # as many pods as the initial scale have been ready once; it is ignored from then on
     proxied_since: float | None = None  # start of the time in which the activator gets every request; None: pods get them
 
 
 @dataclass(frozen=True, slots=True)
 class ScaleTarget:
-    """Replicas that the reconciler wants."""
+    """The answer of `scale_target`: how many replicas a revision shall have, and whether that is to be applied now."""
 
     want: int  # pods; 0 without `apply` marks the revision inactive and leaves its pods; -1: unknown
     apply: bool  # whether replicas shall be set to `want` now
@@ -46,7 +46,7 @@ class ScaleTarget:
 
 @dataclass(frozen=True, slots=True)
 class Reconciliation:
-    """Instructions for the platform."""
+    """What the platform shall do after a reconciliation."""
 
     replicas: int
     proxy: bool  # whether the activator shall be in the path
@@ -63,8 +63,9 @@ def scale_target(
 ) -> ScaleTarget:
     """How many replicas a revision shall have.
 
-    desired: the autoscaler's last answer, or UNKNOWN. reachable: a route leads to the revision.
-    backed_by_activator: the activator answers for the revision's address, as Knative probes it before the last pod goes.
+    desired: the autoscaler's last answer, or UNKNOWN. now: seconds. reachable: whether a route leads to the revision.
+    backed_by_activator: whether the activator answers at the revision's address, which Knative probes before it removes the
+    last pod.
     """
     if desired < 0 and status.activity is not Activity.ACTIVATING:
         return ScaleTarget(desired, apply=False)
@@ -112,7 +113,7 @@ def _inactive_target(
 def next_status(
     settings: RevisionSettings, status: RevisionStatus, want: int, ready: int, now: float, *, reachable: bool = True
 ) -> RevisionStatus:
-    """The status after `want` was decided with `ready` pods ready."""
+    """The status after `want` replicas were decided while `ready` pods are ready; `status` itself if nothing changes."""
     # The revision counts as active when this many pods are ready.
     threshold = max(settings.min_scale if reachable else 0, 1 if status.initialized else settings.initial_scale)
     activity = status.activity
@@ -128,5 +129,6 @@ def next_status(
 
 
 def in_proxy_mode(want: int, excess_burst_capacity: int) -> bool:
-    """Whether the activator shall be in the path: at zero, and while the ready pods could not bear the target burst."""
+    """Whether the activator shall be in the path: at zero, and while the ready pods could not take a burst of the target
+    size."""
     return not (want > 0 and excess_burst_capacity >= 0)

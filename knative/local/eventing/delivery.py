@@ -1,4 +1,4 @@
-"""Delivers an event as Knative's dispatcher does: with retries and pauses, then its reply, or else a dead letter.
+"""Delivers an event to its subscriber as Knative's dispatcher does: with retries, then the reply, or a dead letter.
 
 A delivery is retried after 404, 408, 409, 429, 5xx or no reply; every other status except 2xx is final. A dead letter is the
 original event with `knativeerrordest`, `knativeerrorcode` and `knativeerrordata`, the last reply's body in base64 and cut off.
@@ -18,7 +18,8 @@ from eventing.wire.cloud_event import checked_event
 from knative.local.eventing.objects import Delivery
 from knative.local.eventing.targets import NoReply, Target, TargetReply
 
-TTL: Final = "knativebrokerttl"  # how often an event's replies may still return to a Broker; hidden from subscribers
+# Attribute that counts how often replies to an event may still return to a Broker; subscribers do not see it.
+TTL: Final = "knativebrokerttl"
 _RETRIED: Final = frozenset({404, 408, 409, 429})
 _MAX_ERROR_DATA: Final = 1024
 
@@ -26,7 +27,8 @@ _log = logging.getLogger(__name__)
 
 
 class Undeliverable(Exception):
-    """The last attempt failed, or one had a final status."""
+    """A delivery failed: its last attempt failed, or one got a final status. `attributes` are those that the dead letter
+    adds."""
 
     def __init__(self, destination: str, status: int, body: bytes) -> None:
         super().__init__(f"{destination} answered {status}: {body[:200].decode(errors='replace')}")
@@ -39,16 +41,16 @@ class Undeliverable(Exception):
 
 @dataclass(slots=True)
 class Counts:
-    """Events of one Trigger or step."""
+    """How the deliveries of one Trigger, or of one step of a Sequence, have ended. Counts of events, except for retries."""
 
     delivered: int = 0
     retries: int = 0  # attempts, not events
     dead_letters: int = 0
-    lost: int = 0  # undeliverable, and there is no dead letter sink or it failed too
+    lost: int = 0  # undeliverable, and there was no dead letter sink or the delivery to it failed too
 
 
 class Subscription:
-    """The subscriber of a Trigger or step, the target of its replies, and the rules of delivery."""
+    """The subscriber of a Trigger or of a step of a Sequence, the target of its replies, and the rules of delivery."""
 
     def __init__(
         self, subscriber: Target, reply: Target | None, delivery: Delivery, dead_letter_sink: Target | None, counts: Counts
@@ -60,7 +62,10 @@ class Subscription:
         self._dead_letter_sink = dead_letter_sink
 
     async def run(self, event: CloudEvent) -> None:
-        """Delivers the event and its reply, or its dead letter; returns when they are delivered or lost."""
+        """Delivers the event to the subscriber and the subscriber's reply to its target, or a dead letter if one of them fails.
+
+        Returns when the last of these is delivered or lost. Failures are counted and logged, not raised.
+        """
         ttl = event.get_extension(TTL)
         try:
             reply = await self._deliver(with_attributes(event, {TTL: None}), self.subscriber)
@@ -71,7 +76,7 @@ class Subscription:
             await self._send_dead_letter(event, error)
 
     async def _deliver(self, event: CloudEvent, target: Target) -> CloudEvent | None:
-        """Returns the event of the reply. Raises Undeliverable."""
+        """Delivers with retries. Returns the event in the target's reply, None if the reply has none. Raises Undeliverable."""
         for retry in range(self._delivery.retry + 1):
             try:
                 reply = await target.deliver(event, self._delivery.timeout_seconds)
@@ -118,7 +123,7 @@ class Spool:
             _log.error("a delivery failed", exc_info=error)
 
     async def close(self) -> int:
-        """Ends all deliveries; returns how many were in progress."""
+        """Cancels all deliveries and sets `closed`. Returns how many were in progress."""
         self.closed = True
         tasks = list(self._tasks)
         for task in tasks:
@@ -128,6 +133,7 @@ class Spool:
 
 
 def with_attributes(event: CloudEvent, changes: Mapping[str, str | None]) -> CloudEvent:
-    """A copy of the event with attributes set, or removed if None. It shares the data's memory."""
+    """A copy of the event with the attributes in `changes` set, or removed where the value is None. It shares the data's
+    memory."""
     attributes = {**event.get_attributes(), **changes}
     return checked_event({name: value for name, value in attributes.items() if value is not None}, event.get_data())

@@ -29,9 +29,11 @@ MAX_EVENT_BYTES: Final = 2**20  # as a Kafka topic's default; larger payloads go
 
 
 class LocalEventing:
-    """Takes events by `POST /namespace/broker` and `POST /sequences/namespace/name`: 202 once a delivery is in progress.
+    """Runs Brokers, Triggers and Sequences on one HTTP port, in one event loop.
 
-    find_service: (namespace, name) → URL of a Service on this machine. sinks: folder for events to other Services.
+    Clients send events by `POST /namespace/broker` and `POST /sequences/namespace/name`. The answer is 202 as soon as a
+    delivery has begun. find_service: maps (namespace, name) to the URL of a Service on this machine, None if there is none.
+    sinks: folder in which events to other Services are written. max_deliveries: more at once are refused with 429.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class LocalEventing:
         self._objects: dict[tuple[type, str, str], EventingObject] = {}
 
     async def apply(self, manifests: Iterable[Mapping[str, Any]]) -> None:
-        """Creates or changes objects of Eventing; the first one opens the port.
+        """Creates or changes Brokers, Triggers and Sequences; other kinds are ignored. The port opens with the first of them.
 
         Raises UnsupportedManifest, which names object and field.
         """
@@ -64,7 +66,7 @@ class LocalEventing:
         self._objects = objects
 
     async def stop(self) -> None:
-        """Takes no more events and drops the deliveries in progress."""
+        """Refuses new events and drops the deliveries in progress."""
         dropped = await self._spool.close()
         if dropped:
             _log.warning("%d deliveries were still in progress and are lost", dropped)
@@ -76,7 +78,8 @@ class LocalEventing:
         return self._server.url + broker_path(namespace, name)
 
     def status(self) -> dict[str, Any]:
-        """Empty if no object was applied."""
+        """The deliveries in progress, and the counts of every Broker, Trigger and step, for `/status`. Empty if no object was
+        applied."""
         if self._wiring is None:
             return {}
         brokers, steps = [], []
@@ -115,7 +118,7 @@ class LocalEventing:
 
 
 class _CollectedBody:
-    """A BodySink that keeps the whole body."""
+    """A BodySink that collects the whole body of a request, up to MAX_EVENT_BYTES."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
@@ -123,7 +126,7 @@ class _CollectedBody:
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def read(self) -> bytes:
-        """Raises HttpError 413 if the body is too long."""
+        """Returns the whole body when it has arrived. Raises HttpError 413 if it is longer than MAX_EVENT_BYTES."""
         self._exchange.attach(self)
         await self._done
         return bytes(self._data)
@@ -141,7 +144,7 @@ class _CollectedBody:
             self._done.set_result(None)
 
     def pause(self, paused: bool) -> None:
-        """Does nothing: the answer is short."""
+        """Does nothing: the answer to an event is too short to wait for a slow client."""
 
 
 def _subscription_status(subscription: Subscription) -> dict[str, Any]:

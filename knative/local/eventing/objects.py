@@ -1,4 +1,4 @@
-"""Parses Brokers, Triggers and Sequences from YAML. Refuses everything that would be run differently here."""
+"""Parses Brokers, Triggers and Sequences from YAML. Refuses fields that would have another effect here than on a cluster."""
 
 import math
 import re
@@ -28,7 +28,8 @@ _TEXT_DIALECTS: Final[Mapping[str, Callable[[str, str], bool]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """An object by kind and name, an absolute URL, or both: the object's URL with a path."""
+    """The address of a delivery: an object by kind and name, or an absolute URL. With both, `uri` is a path at the object's
+    URL."""
 
     kind: tuple[str, str] | None = None  # (apiVersion, kind)
     namespace: str = ""
@@ -41,7 +42,8 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A DeliverySpec. Without one an event is delivered once, and lost if that fails."""
+    """The rules of delivery for a Trigger or step (Knative's DeliverySpec). By default there is one attempt and no dead letter
+    sink."""
 
     retry: int = 0
     policy: str | None = None  # exponential, linear, or None: no pause
@@ -50,7 +52,8 @@ class Delivery:
     dead_letter_sink: Destination | None = None
 
     def pause_seconds(self, retry: int) -> float:
-        """The pause before a retry, counted from 0 as in Knative's dispatcher: the first linear retry comes at once."""
+        """Seconds to wait before retry number `retry`. Counted from 0, as in Knative's dispatcher: the first linear retry has
+        no pause."""
         if self.policy == "exponential":
             return self.backoff_seconds * math.exp2(retry)
         return self.backoff_seconds * retry if self.policy == "linear" else 0.0
@@ -81,7 +84,7 @@ class SequenceStep:
 
 @dataclass(frozen=True, slots=True)
 class EventSequence:
-    """Knative's Sequence."""
+    """Knative's Sequence: steps that pass each reply to the next step, and the last reply to `reply`."""
 
     namespace: str
     name: str
@@ -93,7 +96,10 @@ EventingObject = Broker | Trigger | EventSequence
 
 
 def read_eventing_object(manifest: Mapping[str, Any]) -> EventingObject | None:
-    """None for an object of another API group. Raises UnsupportedManifest, which names object and field."""
+    """The Broker, Trigger or Sequence in a manifest; None for an object of an API group outside Eventing.
+
+    Raises UnsupportedManifest, which names object and field.
+    """
     kind = (str(manifest.get("apiVersion")), str(manifest.get("kind")))
     group = kind[0].split("/")[0]
     if group not in ("eventing.knative.dev", "flows.knative.dev", "messaging.knative.dev", "sources.knative.dev"):
@@ -160,7 +166,7 @@ def _delivery(value: Mapping[str, Any] | None, namespace: str) -> Delivery | Non
 
 
 def _seconds(text: str, key: str) -> float:
-    """Parses an ISO 8601 duration without years and months, such as PT1M30S."""
+    """Parses an ISO 8601 duration without years and months, such as PT1M30S. key: field that messages name."""
     match = _DURATION.fullmatch(text)
     if match is None or text[-1] in "PT":
         raise UnsupportedManifest(f"spec.delivery.{key}: {text!r} is no ISO 8601 duration such as PT1.5S")
@@ -174,13 +180,16 @@ def _required(spec: Mapping[str, Any], key: str) -> Any:
 
 
 def read_filter(spec: Mapping[str, Any]) -> Filter:
-    """spec: of a Trigger. `filters`, which must all match, takes precedence over `filter`. Raises UnsupportedManifest."""
+    """Makes the filter of a Trigger from its `spec`: a function that tells whether an event matches.
+
+    If there are `filters`, all must match and `filter` is ignored. Raises UnsupportedManifest.
+    """
     if filters := spec.get("filters"):
         return _all([_dialect_filter(each) for each in filters])
     attributes: Mapping[str, str] = (spec.get("filter") or {}).get("attributes") or {}
 
     def matches(event: CloudEvent) -> bool:
-        """Each attribute must be present and, unless the wanted value is empty, equal."""
+        """Whether the event has each attribute of the filter, with an equal value unless the filter's value is empty."""
         seen = {name: attribute_text(event.get_attributes().get(name)) for name in attributes}
         return all(value and attributes[name] in ("", value) for name, value in seen.items())
 

@@ -27,23 +27,27 @@ class TargetReply:
 
     status: int
     body: bytes = b""
-    event: CloudEvent | None = None
+    event: CloudEvent | None = None  # None: the reply carries no event
 
 
 class NoReply(Exception):
-    """Refused, broken or too late: it is unknown whether the event arrived."""
+    """A delivery got no complete reply: refused, broken off, or too late. Whether the event arrived is unknown."""
 
 
 class Target(Protocol):
     name: str  # its URL, which dead letters name in `knativeerrordest`
 
     async def deliver(self, event: CloudEvent, timeout_seconds: float | None) -> TargetReply:
-        """Raises NoReply."""
+        """Delivers the event once and returns the reply. timeout_seconds: for the whole reply; None: no limit. Raises
+        NoReply."""
 
 
 class HttpTarget:
-    """needs_event_replies: a reply that is neither empty nor an event is a failure, as for a Broker's Triggers; in a Sequence
-    it counts as empty."""
+    """A URL to which events are posted, a limited number at a time.
+
+    needs_event_replies: whether a reply that is neither empty nor an event is a failure, as for a Broker's Triggers. If not, as
+    in a Sequence, such a reply counts as empty.
+    """
 
     def __init__(self, session: aiohttp.ClientSession, url: str, *, needs_event_replies: bool) -> None:
         self.name = url
@@ -84,7 +88,7 @@ class HttpTarget:
 
 
 class FileTarget:
-    """Appends each event to a file as a line of JSON in structured mode."""
+    """A file in place of a Service that is not on this machine. Each event is appended as a line of JSON in structured mode."""
 
     def __init__(self, path: Path) -> None:
         self.name = path.as_uri()

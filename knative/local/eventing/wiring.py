@@ -1,4 +1,7 @@
-"""Joins the objects of Eventing: each Broker and step gets an inbox for events, each Trigger and step its deliveries."""
+"""Connects Brokers, Triggers and Sequences: inboxes receive events, and subscriptions deliver them.
+
+Each Broker and each step of a Sequence has an inbox; each Trigger and each step has a subscription.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -33,7 +36,7 @@ _ACCEPTED: Final = TargetReply(HTTPStatus.ACCEPTED)
 
 @dataclass(frozen=True, slots=True)
 class Subscriber:
-    """A Trigger at its Broker."""
+    """A Trigger as its Broker uses it: a filter, and the subscription that delivers matching events."""
 
     name: str
     filter: Filter
@@ -41,7 +44,7 @@ class Subscriber:
 
 
 class BrokerInbox:
-    """A Target. Each event goes to every Trigger with a matching filter, each by a delivery of its own."""
+    """Receives the events of one Broker and starts a delivery for each Trigger with a matching filter. It is a Target."""
 
     def __init__(self, url: str, spool: Spool) -> None:
         self.name = url
@@ -65,7 +68,10 @@ class BrokerInbox:
 
 
 class StepInbox:
-    """A Target: the channel in front of one step of a Sequence. The step's reply goes to the channel of the next step."""
+    """Receives the events of one step of a Sequence, in place of Knative's channel, and starts their delivery. It is a Target.
+
+    The step's reply goes to the inbox of the next step.
+    """
 
     def __init__(self, url: str, step: Subscription, spool: Spool) -> None:
         self.name = url
@@ -79,14 +85,14 @@ class StepInbox:
 
 @dataclass(frozen=True, slots=True)
 class EventingContext:
-    """What all objects share."""
+    """What all Brokers, Triggers and Sequences of a platform share."""
 
     base_url: str
     session: aiohttp.ClientSession
     spool: Spool
-    find_service: Callable[[str, str], str | None]  # (namespace, name) → URL of a Service on this machine
+    find_service: Callable[[str, str], str | None]  # (namespace, name) → URL of a Service on this machine, None: not here
     sinks: Path  # folder for events to Services that are not on this machine
-    # By Trigger or step; kept when objects change.
+    # By the name of a Trigger or step; they go on when objects change.
     counts: defaultdict[str, Counts] = field(default_factory=lambda: defaultdict(Counts))
 
 
@@ -99,10 +105,11 @@ def sequence_path(namespace: str, name: str, step: int = 0) -> str:
 
 
 class Wiring:
-    """The objects of Eventing, joined. inboxes: path of the URL → inbox."""
+    """All Brokers, Triggers and Sequences, connected. `inboxes` maps the path of a URL to the inbox there."""
 
     def __init__(self, objects: Iterable[EventingObject], context: EventingContext) -> None:
-        """Raises UnsupportedManifest if an object names another that is not here."""
+        """objects: all of them, not only changed ones. Raises UnsupportedManifest if one refers to a Broker or Sequence that is
+        missing."""
         self.inboxes: dict[str, BrokerInbox | StepInbox] = {}
         self._context = context
         objects = list(objects)
@@ -166,7 +173,8 @@ class Wiring:
         return _InboxReference(self._context.base_url, path, self.inboxes)
 
     def _http_target(self, url: str, needs_event_replies: bool) -> HttpTarget:
-        """One target for each URL, so that its limit holds for all deliveries there."""
+        """The target for a URL. There is one for each URL, so that its limit on concurrent deliveries holds for all senders
+        together."""
         key = (url, needs_event_replies)
         if key not in self._http:
             self._http[key] = HttpTarget(self._context.session, url, needs_event_replies=needs_event_replies)
@@ -174,7 +182,8 @@ class Wiring:
 
 
 class _InboxReference:
-    """A Target that is looked up when an event comes, because objects may name each other in any order."""
+    """A Target that finds the inbox at `path` only when an event comes, because objects may refer to each other in any
+    order."""
 
     def __init__(self, base_url: str, path: str, inboxes: Mapping[str, Target]) -> None:
         self.name = base_url + path
@@ -186,7 +195,10 @@ class _InboxReference:
 
 
 def _effective(own: Delivery | None, brokers: Delivery | None) -> Delivery:
-    """A Trigger's own delivery takes precedence, except that it inherits its Broker's dead letter sink."""
+    """The rules of delivery for a Trigger: those of the Trigger, else those of its Broker.
+
+    Rules of a Trigger that name no dead letter sink get the Broker's.
+    """
     if own is None or brokers is None or own.dead_letter_sink is not None:
         return own or brokers or Delivery()
     return Delivery(own.retry, own.policy, own.backoff_seconds, own.timeout_seconds, brokers.dead_letter_sink)

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as a streaming proxy needs it: heads as bytes, bodies as they arrive.
+"""An HTTP/1.1 server and client for streaming proxies: heads are bytes, bodies are passed on as they arrive.
 
 May import: nothing of Lamina.
 """

@@ -1,4 +1,4 @@
-"""Forwards an exchange to a server and its answer back, over connections that are kept for the next exchange."""
+"""The HTTP client of the proxies: forwards a request to a server and passes the answer back, over kept-alive connections."""
 
 import asyncio
 from collections.abc import Callable
@@ -13,16 +13,16 @@ REFUSED: Final = "connect: connection refused"  # Go's words, which are in the 5
 _IDLE_SECONDS: Final = 30.0  # shorter than servers keep an idle connection, so that it does not close under a request
 _CONNECT_SECONDS: Final = 10.0
 
-# Called with an answer's headers before they are passed on; may return why the answer will be broken off after its head.
+# Called with an answer's headers before they are passed on. Returns None, or why the answer is broken off after its head.
 AnswerBegins = Callable[[Exchange, Headers], str | None]
 
 
 class UpstreamFailed(Exception):
-    """The server refused the connection or broke it before its answer was complete."""
+    """The server refused the connection, or broke it before its answer was complete."""
 
 
 class UpstreamPool:
-    """Connections to one server on 127.0.0.1."""
+    """A pool of connections to one server on 127.0.0.1, for one event loop. `on_answer` is called for every answer."""
 
     def __init__(self, port: int, on_answer: AnswerBegins = lambda exchange, headers: None) -> None:
         self.port = port
@@ -31,7 +31,10 @@ class UpstreamPool:
         self._open: set[_Upstream] = set()
 
     async def forward(self, exchange: Exchange) -> None:
-        """Raises UpstreamFailed; `exchange.started` tells whether the answer had begun."""
+        """Sends the exchange's request to the server and writes the answer to the client; returns when the answer is complete.
+
+        Raises UpstreamFailed; `exchange.started` then tells whether the answer had begun.
+        """
         upstream = self._take() or await self._connect()
         self._open.add(upstream)
         try:
@@ -45,7 +48,7 @@ class UpstreamPool:
                 upstream.abort()
 
     def close(self) -> None:
-        """Breaks every connection, used or not."""
+        """Breaks all connections, idle and in use."""
         for upstream in [*self._idle, *self._open]:
             upstream.abort()
         self._idle.clear()
@@ -72,7 +75,7 @@ class UpstreamPool:
 
 
 class _Upstream(asyncio.Protocol):
-    """The callbacks of asyncio and of the parser for one connection to a server; one exchange at a time."""
+    """One connection to a server, for one exchange at a time: the callbacks of asyncio and of the HTTP parser."""
 
     def __init__(self, on_answer: AnswerBegins) -> None:
         self.idle_since = 0.0

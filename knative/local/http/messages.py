@@ -1,4 +1,4 @@
-"""HTTP/1.1 heads as bytes, and the headers that a proxy must not forward (RFC 9110 section 7.6.1)."""
+"""Writes HTTP/1.1 heads as bytes, and drops the headers that a proxy must not forward (RFC 9110 section 7.6.1)."""
 
 from http import HTTPStatus
 from typing import Final
@@ -29,7 +29,7 @@ LAST_CHUNK: Final = b"0\r\n\r\n"
 
 
 class HttpError(Exception):
-    """An error that the platform itself answers. The message is the body."""
+    """An error that the server sends to the client: `status`, and the message as body."""
 
     def __init__(self, status: HTTPStatus, text: str) -> None:
         super().__init__(text)
@@ -37,21 +37,22 @@ class HttpError(Exception):
 
 
 def forwarded(headers: Headers) -> Headers:
-    """The headers without those of a single connection. Names are compared in lower case."""
+    """The headers that a proxy passes on: without hop-by-hop headers and Knative's own marks. Upper and lower case are
+    equal."""
     named = {name.strip().lower() for key, value in headers if key.lower() == b"connection" for name in value.split(b",")}
     drop = _HOP_BY_HOP | named if named else _HOP_BY_HOP
     return [(key, value) for key, value in headers if key.lower() not in drop]
 
 
 def with_forwarded_for(headers: Headers, peers: list[bytes]) -> Headers:
-    """Appends the address that each proxy saw to X-Forwarded-For; the client's own entries stay in front."""
+    """Adds `peers`, the addresses that each proxy saw, to X-Forwarded-For, after the entries that the client sent."""
     said = [value for key, value in headers if key.lower() == _FORWARDED_FOR]
     rest = [header for header in headers if header[0].lower() != _FORWARDED_FOR] if said else headers
     return [*rest, (b"X-Forwarded-For", b", ".join([*said, *peers]))]
 
 
 def find(headers: Headers, wanted: bytes) -> bytes | None:
-    """The first value of a header; `wanted` is in lower case."""
+    """The value of the first header with this name, or None. `wanted` must be in lower case."""
     return next((value for key, value in headers if key.lower() == wanted), None)
 
 
@@ -64,5 +65,5 @@ def chunk(data: bytes) -> bytes:
 
 
 def has_body(method: bytes, status: int) -> bool:
-    """Whether a response may have a body (RFC 9110 section 6.4.1)."""
+    """Whether the response to a request with this method may have a body (RFC 9110 section 6.4.1)."""
     return method != b"HEAD" and status >= 200 and status not in (204, 304)

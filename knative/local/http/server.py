@@ -1,6 +1,6 @@
 """A small HTTP/1.1 server for a streaming proxy: handlers see heads as bytes, and bodies as they arrive.
 
-One task per request. Bodies are pushed on and never collected: a slow reader on one side pauses the sender on the other.
+Each request has a task. Bodies are passed on as they arrive, not collected: a slow reader on one side pauses the other side.
 """
 
 import asyncio
@@ -22,7 +22,10 @@ _MAX_HEAD_BYTES: Final = 64 * 1024
 
 
 class BodySink(Protocol):
-    """Takes a request's body as it arrives. It is paused while the client reads its answer too slowly."""
+    """Receives a request's body as it arrives, and produces the answer.
+
+    `pause(True)` asks it to stop producing, because the client reads too slowly; `pause(False)` to go on.
+    """
 
     def write_body(self, data: bytes) -> None: ...
 
@@ -32,7 +35,7 @@ class BodySink(Protocol):
 
 
 class Exchange:
-    """One request and its answer."""
+    """One request of a client and its answer, as the handler of an HttpServer gets it."""
 
     def __init__(
         self, connection: "_ClientConnection", method: bytes, target: bytes, headers: Headers, keep_alive: bool
@@ -55,7 +58,7 @@ class Exchange:
         self._held_bytes = 0
 
     def attach(self, sink: BodySink) -> None:
-        """Sends the request's body to `sink` from here on, the part that is held first."""
+        """Sends the request's body to `sink`: first the part that has arrived, then each further part as it comes."""
         self.sink = sink
         for data in self._held:
             sink.write_body(data)
@@ -65,7 +68,11 @@ class Exchange:
             sink.end_body()
 
     def start(self, status: int, reason: bytes, headers: Headers) -> bytes:
-        """Returns the head of the answer, to be written; it decides how the body is framed."""
+        """Returns the head of the answer, which the caller must pass to `write`.
+
+        It also chooses how the answer's body is delimited: by the Content-Length in `headers`, by chunks, or by closing the
+        connection.
+        """
         self.started = True
         extra: Headers = []
         if has_body(self.method, status) and find(headers, b"content-length") is None:
@@ -82,25 +89,28 @@ class Exchange:
         return chunk(data) if self._chunked else data
 
     def write(self, data: bytes) -> None:
-        """Writes bytes that `start` and `framed` returned."""
+        """Sends bytes that `start` and `framed` returned."""
         self.written_at = asyncio.get_running_loop().time()
         self.connection.write(data)
 
     def end(self) -> None:
-        """Completes the answer."""
+        """Ends the answer; call it after the last bytes are written."""
         if self._chunked:
             self.connection.write(LAST_CHUNK)
         self.ended = True
         self.connection.answered(self, self._keep_alive)
 
     def cut_short(self, text: bytes) -> None:
-        """Ends an answer of open length with `text`; one with a Content-Length is left to be broken off."""
+        """Ends an answer in chunks early, with `text` as its last bytes.
+
+        An answer with a Content-Length is left as it is: the server breaks the connection when the handler returns.
+        """
         if self._chunked and not self.ended:
             self.write(self.framed(text))
             self.end()
 
     def respond(self, status: HTTPStatus, body: bytes, content_type: bytes = b"text/plain; charset=utf-8") -> None:
-        """Sends a whole answer."""
+        """Sends a whole answer, head and body."""
         headers = [(b"Content-Type", content_type), (b"Content-Length", b"%d" % len(body))]
         self.write(self.start(status.value, status.phrase.encode(), headers) + (body if self.method != b"HEAD" else b""))
         self.end()
@@ -126,7 +136,7 @@ Handler = Callable[[Exchange], Awaitable[None]]
 
 
 class HttpServer:
-    """Listens on 127.0.0.1 and gives every request to `handler`."""
+    """An HTTP server on 127.0.0.1 that calls `handler` for every request."""
 
     def __init__(self, handler: Handler) -> None:
         self.handler = handler
@@ -139,7 +149,7 @@ class HttpServer:
         return f"http://127.0.0.1:{self.port}"
 
     async def start(self, port: int = 0) -> None:
-        """Port 0: the system chooses one. Raises OSError if the port is taken."""
+        """Begins to listen. Port 0: the system chooses one, see `port`. Raises OSError if the port is in use."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: _ClientConnection(self), "127.0.0.1", port, backlog=1024)
         self.port = self._server.sockets[0].getsockname()[1]
@@ -153,7 +163,7 @@ class HttpServer:
 
 
 class _ClientConnection(asyncio.Protocol):
-    """The callbacks of asyncio and of the parser for one client connection."""
+    """One connection of a client: the callbacks of asyncio and of the HTTP parser."""
 
     def __init__(self, server: HttpServer) -> None:
         self.speaks_1_1 = True
@@ -267,7 +277,7 @@ class _ClientConnection(asyncio.Protocol):
             self._transport.abort()
 
     async def _handle(self, exchange: Exchange) -> None:
-        """Runs the handler and answers its errors. An answer that has begun can only be broken off."""
+        """Runs the handler and answers its errors. If the answer has begun already, the connection is broken instead."""
         problem: HttpError | None = None
         try:
             await self._server.handler(exchange)
@@ -290,7 +300,8 @@ class _ClientConnection(asyncio.Protocol):
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"more than {_MAX_HEAD_BYTES} bytes of head")
 
     def _refuse(self, status: HTTPStatus, text: str) -> None:
-        """Answers what cannot be read, unless another answer is under way, and closes."""
+        """Answers a request that cannot be read with an error, unless another answer is being sent, and closes the
+        connection."""
         self._refused = True
         if self._exchange is None:
             body = text.encode() + b"\n"

@@ -1,4 +1,4 @@
-"""Pods as processes: the command of a container, its probes and memory, restarts and drains.
+"""Runs pods as processes: a container's command, its probes and memory limit, restarts and drains.
 
 May import: knative.webhook, knative.local, knative.local.proxies.
 """

@@ -1,4 +1,4 @@
-"""One life of a container: its process from start to end, watched by its probes and for its memory."""
+"""One run of a container's process from start to end, with its probes and its memory limit."""
 
 import asyncio
 import signal
@@ -14,10 +14,16 @@ _MEMORY_CHECK_SECONDS: Final = 1.0
 
 
 class ContainerLife:
-    """`run`, called once, returns why the process ended. Until then it calls back from the event loop."""
+    """One run of a container's process. `run` is called once, starts the process, and returns why it ended.
+
+    Until then it calls `on_port` and `on_ready` from the event loop.
+    """
 
     def __init__(self, container: Container, log: Path, on_port: Callable[[int], None], on_ready: Callable[[bool, str], None]):
-        """on_port: gets the port when the process runs. on_ready: gets each verdict of the readiness probe and its text."""
+        """on_port: called with the port when the process runs.
+
+        on_ready: called with each verdict of the readiness probe and its text.
+        """
         self.process: Process | None = None
         self.metrics_port: int | None = None
         self._container = container
@@ -91,7 +97,7 @@ class ContainerLife:
 
 
 def last_line(log: Path, most_bytes: int = 4096) -> str:
-    """The last line of a log that is not blank."""
+    """The last line of a log that is not blank, "" if there is none. Only the last `most_bytes` are read."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - most_bytes))

@@ -1,4 +1,4 @@
-"""From a Service's template to a container that can be run here: command, environment, limits, probes."""
+"""Reads from a Service's template the container to run here: command, environment, limits and probes."""
 
 import math
 import os
@@ -17,7 +17,7 @@ from knative.webhook.values import parse_quantity
 NamedData = Mapping[str, Mapping[str, str]]  # Secrets or ConfigMaps: name → key → value
 
 LAMINA_FUNCTION: Final = (sys.executable, "-m", "functions")  # the entrypoint of Lamina's own image
-# Environment that a container image would bring along; nothing else of the platform's own reaches a pod.
+# Variables that a container image would set. Pods get no others of the platform's own environment.
 _INHERITED: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "PYTHONPATH")
 _DEFAULT_TIMEOUT_SECONDS: Final = 300
 _DEFAULT_RESPONSE_START_SECONDS: Final = 300
@@ -25,7 +25,7 @@ _DEFAULT_RESPONSE_START_SECONDS: Final = 300
 
 @dataclass(frozen=True, slots=True)
 class LocalData:
-    """Stands for the objects that a pod finds in a cluster."""
+    """What pods get on one machine in place of a cluster's Secrets, ConfigMaps, DNS and ServiceAccount."""
 
     secrets: NamedData
     config_maps: NamedData
@@ -37,7 +37,7 @@ class LocalData:
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """One container, ready to be run except for its port."""
+    """A container to run here: command, environment, probes and limits. Its port is chosen at each start of its process."""
 
     command: tuple[str, ...]
     environ: Mapping[str, str]
@@ -48,7 +48,10 @@ class Container:
 
 
 def write_secrets(secrets: NamedData, given: Mapping[str, Path], parent: Path) -> dict[str, Path]:
-    """Folder of each Secret, for pods that mount it: given folders as they are, other Secrets in new folders in `parent`."""
+    """Returns the folder of each Secret, for pods that mount it.
+
+    given: folders that exist already and are used as they are. Other Secrets are written into new folders in `parent`.
+    """
     folders = {name: folder.resolve() for name, folder in given.items()}
     for name in set(secrets) - set(given):
         folders[name] = parent / name
@@ -59,7 +62,8 @@ def write_secrets(secrets: NamedData, given: Mapping[str, Path], parent: Path) -
 
 
 def read_data_folder(folder: Path | None) -> NamedData:
-    """Reads Secrets or ConfigMaps as Kubernetes mounts them: a folder for each, a file for each key."""
+    """Reads Secrets or ConfigMaps laid out as Kubernetes mounts them: a folder for each, a file for each key. None: there are
+    none."""
     if folder is None:
         return {}
     return {
@@ -70,12 +74,15 @@ def read_data_folder(folder: Path | None) -> NamedData:
 
 
 def data_folders(folder: Path | None) -> dict[str, Path]:
-    """Name → folder of each Secret that `read_data_folder` reads."""
+    """Maps the name of each Secret that `read_data_folder` reads to its folder."""
     return {} if folder is None else {each.name: each for each in folder.iterdir() if each.is_dir()}
 
 
 def read_container(template: Mapping[str, Any], local: LocalData, knative_environ: Mapping[str, str]) -> Container:
-    """knative_environ: variables that Knative itself sets. Raises UnsupportedManifest, which names the field."""
+    """Reads the only container of a Service's `spec.template`. Raises UnsupportedManifest, which names the field.
+
+    knative_environ: variables that Knative itself sets.
+    """
     pod = template["spec"]
     if len(pod["containers"]) != 1:
         raise UnsupportedManifest("spec.template.spec.containers: only one container is run on one machine")
@@ -105,7 +112,10 @@ def read_container(template: Mapping[str, Any], local: LocalData, knative_enviro
 
 
 def _timeouts(pod: Mapping[str, Any]) -> Timeouts:
-    """The defaults are those of config-defaults, which apply if they are shorter than `timeoutSeconds`."""
+    """The time limits in a pod's spec, else Knative's defaults (config-defaults).
+
+    The default for the start of the response applies only if it is shorter than `timeoutSeconds`.
+    """
     timeout, start = float(pod.get("timeoutSeconds") or _DEFAULT_TIMEOUT_SECONDS), pod.get("responseStartTimeoutSeconds")
     if start is None:
         start = _DEFAULT_RESPONSE_START_SECONDS if timeout > _DEFAULT_RESPONSE_START_SECONDS else 0
@@ -113,7 +123,8 @@ def _timeouts(pod: Mapping[str, Any]) -> Timeouts:
 
 
 def _mounts(pod: Mapping[str, Any], container: Mapping[str, Any], local: LocalData) -> dict[str, str]:
-    """Path at which a Secret is mounted → its folder here, which replaces the path in the environment's values."""
+    """Maps each path at which a Secret is mounted to the Secret's folder here, which replaces the path in the environment's
+    values."""
     secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod.get("volumes") or () if "secret" in volume}
     found = {}
     for mount in container.get("volumeMounts") or ():
@@ -143,7 +154,7 @@ def _environ(container: Mapping[str, Any], local: LocalData, mounts: Mapping[str
 
 
 def _whole_source(source: Mapping[str, Any], local: LocalData) -> dict[str, str]:
-    """An `envFrom` entry: every key of a Secret or ConfigMap."""
+    """The variables of one `envFrom` entry: every key of a Secret or ConfigMap."""
     prefix = source.get("prefix") or ""
     for kind, known in (("secretRef", local.secrets), ("configMapRef", local.config_maps)):
         if reference := source.get(kind):
@@ -171,7 +182,10 @@ def _value(entry: Mapping[str, Any], local: LocalData) -> str | None:
 
 
 def _thread_environ(container: Mapping[str, Any], cores: float) -> dict[str, str]:
-    """Tells libraries how many threads to use, because no cgroup enforces the CPU limit; own settings of the function stay."""
+    """Variables that tell libraries how many threads to use, because no cgroup enforces the CPU limit here.
+
+    OMP_NUM_THREADS is left out if the container sets it, LAMINA_THREADS unless the container sets it to 0.
+    """
     threads = str(max(1, math.ceil(cores)))
     own = {entry["name"]: entry.get("value") for entry in container.get("env") or ()}
     openmp = {"OMP_NUM_THREADS": threads} if "OMP_NUM_THREADS" not in own else {}

@@ -1,4 +1,4 @@
-"""A pod: a container and its queue-proxy, restarted when it ends, drained at scale-in."""
+"""A pod on one machine: a container and its queue-proxy. The container is restarted when it ends and drained at scale-in."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ _BACKOFF_RESET_SECONDS: Final = 600.0  # a container that ran this long starts w
 
 @dataclass(frozen=True, slots=True)
 class PodTiming:
-    """Constants of kubelet and queue-proxy."""
+    """Times for draining and restarting pods. The defaults are those of kubelet and queue-proxy."""
 
     drain_quiet_seconds: float = 30.0  # time without new requests after which a leaving pod gets SIGTERM
     # Pause before the second restart in a row, doubled each time up to the maximum. The first restart is immediate.
@@ -42,7 +42,7 @@ class Phase(StrEnum):
 
 
 class LocalPod:
-    """Calls `on_change` whenever `phase` changes."""
+    """One pod: a container's process and its queue-proxy. It calls `on_change` whenever `phase` changes."""
 
     def __init__(
         self,
@@ -85,13 +85,17 @@ class LocalPod:
         return None if self._life is None else self._life.metrics_port
 
     async def start(self, folder: Path) -> None:
-        """Returns at once; `phase` tells how the start goes on."""
+        """Starts the queue-proxy and then, in a task, the container in `folder`. Returns before the container runs; see
+        `phase`."""
         await self.proxy.start()
         self._on_change()
         self._task = asyncio.create_task(self._keep_running(folder), name=f"pod {self.name}")
 
     async def leave(self) -> None:
-        """Scale-in: serves until no request came for a while, then gets SIGTERM, and SIGKILL after its grace."""
+        """Removes the pod at scale-in: it serves until no request has come for `drain_quiet_seconds`, then it is stopped.
+
+        The whole takes at most the request timeout; after that the pod is killed.
+        """
         if self.leaving:
             return
         self._enter(Phase.LEAVING)
@@ -104,7 +108,8 @@ class LocalPod:
         await self.stop(deadline - loop.time())
 
     async def stop(self, grace_seconds: float) -> None:
-        """Sends SIGTERM, and SIGKILL to its whole session after the grace. A pod that never was ready gets no grace."""
+        """Sends SIGTERM to the container, after `grace_seconds` SIGKILL to all its processes. A pod that was never ready has no
+        grace."""
         self._enter(Phase.LEAVING)
         if self._task is not None:
             if (pid := self.pid) is None:
@@ -146,7 +151,7 @@ class LocalPod:
             self._enter(Phase.NOT_READY if self.phase is Phase.READY else self.phase)
 
     def _enter(self, phase: Phase) -> None:
-        """A leaving pod can only become GONE."""
+        """Changes the phase and calls `on_change`. A leaving pod can only become GONE: any other change is ignored."""
         if phase is self.phase or self.phase is Phase.GONE or (self.phase is Phase.LEAVING and phase is not Phase.GONE):
             return
         self.phase = phase

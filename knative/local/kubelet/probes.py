@@ -26,7 +26,7 @@ _NUMBERS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """The defaults are Kubernetes'."""
+    """A readiness or liveness probe. The defaults are those of Kubernetes."""
 
     path: str | None  # of an HTTP GET; None: only a connection
     period_seconds: float = 10
@@ -38,7 +38,7 @@ class Probe:
 
     @property
     def until_ready(self) -> "Probe":
-        """The probe of a container that has not been ready yet."""
+        """The probe as it is run until the container is ready for the first time."""
         if not self.aggressive:
             return self
         return replace(self, period_seconds=_AGGRESSIVE_SECONDS, timeout_seconds=_AGGRESSIVE_TIMEOUT_SECONDS)
@@ -51,13 +51,16 @@ class ProbeResult:
 
 
 def readiness_probe(container: Mapping[str, Any]) -> Probe:
-    """Raises UnsupportedManifest."""
+    """The readiness probe of a container, which may be a mere connection to its port. Raises UnsupportedManifest."""
     probe = read_probe(container, "readinessProbe") or Probe(path=None)
     return replace(probe, aggressive=not (container.get("readinessProbe") or {}).get("periodSeconds"))
 
 
 def read_probe(container: Mapping[str, Any], name: str) -> Probe | None:
-    """A process has one port here and speaks HTTP on it. `host` is ignored, as in Knative. Raises UnsupportedManifest."""
+    """The probe in the field `name`, such as livenessProbe; None if the container has none. Raises UnsupportedManifest.
+
+    A process has one port here and speaks HTTP on it. `host` is ignored, as in Knative.
+    """
     probe = container.get(name)
     if not probe:
         return None

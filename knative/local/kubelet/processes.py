@@ -1,4 +1,4 @@
-"""Processes of pods: each in a session of its own; none outlives the platform, not even if that is killed."""
+"""The processes of pods. Each has a session of its own and ends with the platform, even if the platform is killed."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,8 @@ Process = asyncio.subprocess.Process  # its pid is also its process group
 
 
 async def start_process(command: Sequence[str], environ: Mapping[str, str], folder: Path, log: Path) -> Process:
-    """Output is appended to `log`. Raises OSError if the command cannot be run."""
+    """Starts the command in `folder`, in a session of its own, and appends its output to `log`. Raises OSError if it cannot be
+    run."""
     with log.open("ab") as output:
         return await asyncio.create_subprocess_exec(
             *dying_with_parent(command, environ),
@@ -45,9 +46,10 @@ async def start_process(command: Sequence[str], environ: Mapping[str, str], fold
 
 
 def dying_with_parent(command: Sequence[str], environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Prepends a launcher to the command, so that the kernel kills it when its parent dies (on Linux).
+    """Returns the command with a launcher in front, so that the kernel kills it when this process dies (on Linux).
 
-    The launcher runs between fork and exec, where Python code in a process with threads must not. Raises FileNotFoundError.
+    The launcher runs between fork and exec, where Python code in a process with threads must not. environ: its PATH finds the
+    command. Raises FileNotFoundError.
     """
     executable = shutil.which(command[0], path=environ.get("PATH"))
     if executable is None:
@@ -62,7 +64,7 @@ def kill_group(pid: int) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that is free now."""
+    """A port of this machine that is free now; another process may still take it."""
     for port in (*random.sample(_POD_PORTS, _TRIES), 0):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the function does: a port in TIME_WAIT is free
@@ -73,7 +75,7 @@ def free_port() -> int:
 
 
 def memory_bytes(pid: int) -> int:
-    """Private and shared memory of the process, without mapped files; 0 if it is unknown."""
+    """Bytes of private and shared memory of the process, without mapped files; 0 if unknown."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

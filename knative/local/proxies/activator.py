@@ -1,7 +1,7 @@
 """The activator of one revision: holds requests while no pod can take them, and balances them over the pods that can.
 
-Like Knative's it knows only the requests that it sent itself. With a containerConcurrency of 1 to 3 it takes the first pod
-with a free slot, above that the pods take turns, and without a limit the less busy of two random pods gets the request.
+Like Knative's it knows only the requests that it sent itself. With a containerConcurrency of 1 to 3 a request goes to the first
+pod with a free slot, above that to the next such pod in round robin, without a limit to the less busy of two random pods.
 """
 
 import asyncio
@@ -27,12 +27,16 @@ class _PodTracker:
 
 
 class Activator:
-    """`serve` is the only way into a revision for clients that do not know its pods."""
+    """Forwards the requests of one revision to its pods and holds those for which no pod has a free slot. For one event
+    loop."""
 
     def __init__(self, container_concurrency: int, timeouts: Timeouts, queue_depth: int, wake: Callable[[], None]) -> None:
-        """wake: called when a request finds no pod at all. timeouts: the time in which a request is held counts."""
+        """queue_depth: how many requests may be held; more get 503. wake: called when a request is held and no pod is ready.
+
+        timeouts: the time in which a request is held counts.
+        """
         self.meter = ConcurrencyMeter(asyncio.get_running_loop().time())
-        self.in_path = True  # False: the ingress sends requests to the pods in turn, and the pods report them
+        self.in_path = True  # False: `serve` sends requests to the pods in round robin, and the queue-proxies report them
         self._limit = container_concurrency
         self._timeouts = timeouts
         self._queue_depth = queue_depth
@@ -46,20 +50,25 @@ class Activator:
         return len(self._waiting)
 
     def set_pods(self, proxies: list[QueueProxy]) -> None:
-        """proxies: of the ready pods, oldest first. Held requests go to new pods at once."""
+        """Replaces the pods that get requests. proxies: those of the ready pods, oldest first. Held requests go to new pods at
+        once."""
         known = {tracker.proxy: tracker for tracker in self._trackers}
         self._trackers = [known.get(proxy) or _PodTracker(proxy) for proxy in proxies]
         self._hand_out()
 
     def fail_waiting(self, reason: str) -> None:
-        """Answers all held requests with 503: the revision will not come up."""
+        """Answers all held requests with 503 and `reason`, because the revision will not come up."""
         while self._waiting:
             waiter = self._waiting.popleft()
             if not waiter.done():
                 waiter.set_exception(HttpError(HTTPStatus.SERVICE_UNAVAILABLE, reason))
 
     async def serve(self, exchange: Exchange) -> None:
-        """Raises HttpError: 504 no pod took the request in time, 503 too many requests wait, or queue-proxy's error."""
+        """Forwards a request to a pod, which it may have to wait for, and returns when it is answered.
+
+        Raises HttpError: 504 if no pod took the request in time, 503 if too many requests wait, or the error of the
+        queue-proxy.
+        """
         if not self.in_path and self._trackers:
             await self._next_in_turn().proxy.serve(exchange)
             return
@@ -84,7 +93,8 @@ class Activator:
         self._hand_out()
 
     async def _wait(self) -> _PodTracker:
-        """Waits for a pod from `_hand_out`, which counts the request as in flight there."""
+        """Holds a request until `_hand_out` gives it a pod, at which it then counts as in flight. Raises HttpError 503 if the
+        queue is full."""
         if len(self._waiting) >= self._queue_depth:
             raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, f"{self._queue_depth} requests wait for a pod already")
         waiter: asyncio.Future[_PodTracker] = asyncio.get_running_loop().create_future()
@@ -108,7 +118,7 @@ class Activator:
                 waiter.set_result(tracker)
 
     def _pick(self) -> _PodTracker | None:
-        """A pod with a free slot, by Knative's policy for this containerConcurrency."""
+        """A pod with a free slot, by Knative's policy for this containerConcurrency; None if there is none."""
         if not self._limit:
             drawn = random.sample(self._trackers, 2) if len(self._trackers) > 1 else self._trackers
             return min(drawn, key=lambda tracker: tracker.in_flight, default=None)

@@ -1,18 +1,19 @@
-"""The requests that queue-proxy and activator report: how many were in flight on average, and how many arrived."""
+"""Counts requests for the autoscaler, in queue-proxy and activator: how many were in flight on average, and how many
+arrived."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class ConcurrencyReport:
-    """Covers the time since the last report."""
+    """The requests since the previous report."""
 
     average: float  # requests in flight, weighted by time
     arrivals: int
 
 
 class ConcurrencyMeter:
-    """Counts requests in flight. `now` is in seconds of one clock that only grows."""
+    """Counts requests in flight. `now` is in seconds of a monotonic clock."""
 
     def __init__(self, now: float) -> None:
         self.in_flight = 0
@@ -32,7 +33,7 @@ class ConcurrencyMeter:
         self.in_flight -= 1
 
     def report(self, now: float) -> ConcurrencyReport:
-        """Reports the time since the last report, requests that still run included."""
+        """Reports the time since the previous report and begins the next one. Requests that still run count in the average."""
         self._advance(now)
         seconds = now - self._since
         average = self._weighted / seconds if seconds > 0 else float(self.in_flight)

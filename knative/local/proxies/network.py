@@ -17,14 +17,14 @@ _TICK_SECONDS: Final = 0.001  # an event loop may wake this much late, too much 
 
 @dataclass(frozen=True, slots=True)
 class EmulatedNetwork:
-    """The link of one pod. The defaults are those of loopback."""
+    """Delay and rate of the link to one pod. With the defaults it is as fast as loopback."""
 
     delay_seconds: float = 0.0  # each way
     bytes_per_second: float | None = None  # each way; None: no limit
 
 
 class Relay:
-    """Listens on 127.0.0.1 and carries bytes to another port and back."""
+    """Listens on 127.0.0.1 and forwards bytes to another local port and back, with the delay and rate of `network`."""
 
     def __init__(self, network: EmulatedNetwork) -> None:
         self.port = 0
@@ -34,7 +34,7 @@ class Relay:
         self._free_at = {"to": 0.0, "back": 0.0}  # direction → when the link has carried everything given to it so far
 
     async def start(self, port: int) -> None:
-        """port: the destination."""
+        """Begins to listen on a free port, see `port`. The argument is the port to forward to."""
         self._server = await asyncio.start_server(partial(self._serve, port), "127.0.0.1", 0, limit=_CHUNK_BYTES)
         self.port = self._server.sockets[0].getsockname()[1]
 
@@ -61,7 +61,7 @@ class Relay:
             self._tasks.discard(task)
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: str) -> None:
-        """Writes bytes and the end of the stream in order, each when it is due."""
+        """Copies bytes and the end of the stream from `reader` to `writer`, each when it is due. direction: "to" or "back"."""
         loop = asyncio.get_running_loop()
         arriving: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
 
@@ -87,7 +87,7 @@ class Relay:
             delivery.cancel()
 
     def _due(self, now: float, size: int, direction: str) -> float:
-        """When `size` bytes that are sent now arrive."""
+        """Reserves the link for `size` bytes that are sent now; returns when they arrive, by the event loop's clock."""
         rate = self._network.bytes_per_second
         carried = max(now, self._free_at[direction]) + (size / rate if rate else 0.0)
         self._free_at[direction] = carried if rate else 0.0
@@ -95,7 +95,7 @@ class Relay:
 
 
 async def _wait_until(due: float, loop: asyncio.AbstractEventLoop) -> None:
-    """Sleeps more exactly than the event loop can."""
+    """Sleeps until `due` (by the event loop's clock), more exactly than the event loop can."""
     if due - loop.time() > _TICK_SECONDS:
         await asyncio.sleep(due - loop.time() - _TICK_SECONDS)
     if (left := due - loop.time()) > 0:

@@ -29,20 +29,21 @@ _END_SEEN_SECONDS: Final = 0.002  # ReverseProxy has seen the end of a body this
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """The limits of a revision's template, under Knative's names."""
+    """Limits for the requests of each pod, from a revision's template and under Knative's names."""
 
-    container_concurrency: int
+    container_concurrency: int  # 0: no limit
     timeouts: Timeouts
-    full_duplex: bool = False
+    full_duplex: bool = False  # answers may begin before the request has ended; see `broken_off`
 
 
 class QueueProxy:
-    """Stands for `podIP:8012`: a port of its own on 127.0.0.1."""
+    """The queue-proxy of one pod. It has a port of 127.0.0.1 in place of `podIP:8012`."""
 
     def __init__(
         self, limits: RequestLimits, ready: Callable[[], bool] = lambda: True, network: EmulatedNetwork | None = None
     ) -> None:
-        """network: between this pod and clients of its port; None: loopback as it is."""
+        """ready: tells whether the pod is ready, for probes. network: emulated between clients and this port; None: plain
+        loopback."""
         now = asyncio.get_running_loop().time()
         self.all = ConcurrencyMeter(now)
         self.proxied = ConcurrencyMeter(now)  # requests through the activator, which reports them itself
@@ -67,7 +68,7 @@ class QueueProxy:
             await self._relay.start(self._server.port)
 
     def connect(self, port: int | None) -> None:
-        """port: where the function listens; None: it does not run. Breaks the connections to the previous port."""
+        """Sets the port on which the function listens; None: it does not run. Breaks the connections to the previous port."""
         if self._upstream is not None:
             self._upstream.close()
         self._upstream = None if port is None else UpstreamPool(port, self._answer_begins)
@@ -79,7 +80,10 @@ class QueueProxy:
             self._relay.close()
 
     async def serve(self, exchange: Exchange) -> None:
-        """Raises HttpError: 503 the queue is full, 502 no function listens, 504 no answer in time."""
+        """Waits for a slot, forwards the request to the function, and returns when it is answered.
+
+        Raises HttpError: 503 if the queue is full, 502 if the function does not listen or breaks off, 504 if time ran out.
+        """
         clock = asyncio.get_running_loop().time
         self.all.enter(clock())
         try:
@@ -97,7 +101,8 @@ class QueueProxy:
             self.all.leave(clock())
 
     async def serve_proxied(self, exchange: Exchange) -> None:
-        """Like `serve`, for the activator, which is a proxy on the way itself."""
+        """`serve` for requests through the activator. They are counted apart, because the activator reports them to the
+        autoscaler."""
         exchange.peers.append(THIS_MACHINE)
         clock = asyncio.get_running_loop().time
         self.proxied.enter(clock())
@@ -107,19 +112,23 @@ class QueueProxy:
             self.proxied.leave(clock())
 
     def report(self, now: float) -> ConcurrencyReport:
-        """What the autoscaler scrapes: without the requests that the activator reports."""
+        """The load since the previous report, for the autoscaler, without the requests that the activator reports."""
         everything, proxied = self.all.report(now), self.proxied.report(now)
         return ConcurrencyReport(max(0.0, everything.average - proxied.average), everything.arrivals - proxied.arrivals)
 
     async def quiet(self, seconds: float) -> None:
-        """Returns when no new request came for `seconds`, counted from now."""
+        """Waits until no new request has come for `seconds`. The time before this call does not count."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         while (left := max(began, self.all.last_arrival) + seconds - loop.time()) > 0:
             await asyncio.sleep(left)
 
     async def _serve_direct(self, exchange: Exchange) -> None:
-        """Answers probes itself, uncounted (knative/serving pkg/queue/sharedmain/handlers.go and pkg/queue/health)."""
+        """Handles a request that came to the pod's own port: answers Knative's probes uncounted, and forwards all others to the
+        function.
+
+        See knative/serving, pkg/queue/sharedmain/handlers.go and pkg/queue/health.
+        """
         probe = find(exchange.headers, b"k-network-probe") or b""
         if not (find(exchange.headers, b"user-agent") or b"").startswith(_PROBERS):
             await self.serve(exchange)
@@ -163,13 +172,13 @@ class Breaker:
     """Admits containerConcurrency requests at once, queues ten times as many in order of arrival, and refuses the rest."""
 
     def __init__(self, container_concurrency: int) -> None:
-        """container_concurrency: 0: no limit."""
+        """container_concurrency: number of slots; 0: no limit and no queue."""
         self._limit = container_concurrency
         self._running = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def acquire(self) -> None:
-        """Takes a slot, which `release` returns. Raises HttpError 503 if the queue is full."""
+        """Waits for a slot, which the caller gives back by `release`. Raises HttpError 503 if the queue is full."""
         if not self._limit or (self._running < self._limit and not self._waiting):
             self._running += 1
             return
@@ -187,7 +196,7 @@ class Breaker:
             raise
 
     def release(self) -> None:
-        """Gives the slot to the request that waits longest, if one waits."""
+        """Gives a slot back: to the request that has waited longest, if one waits."""
         while self._waiting:
             slot = self._waiting.popleft()
             if not slot.done():

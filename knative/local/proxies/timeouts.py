@@ -15,14 +15,18 @@ from knative.local.http.server import Exchange
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """The limits of a revision's template, under Knative's names. 0: none."""
+    """The time limits of a request, from a revision's template and under Knative's names. For the last two, 0 means no
+    limit."""
 
     timeout_seconds: float
     response_start_timeout_seconds: float = 0.0
     idle_timeout_seconds: float = 0.0  # since the answer's last bytes, or since the request's arrival before the first
 
     def next_due(self, exchange: Exchange, began: float) -> float:
-        """When the first of the limits is reached if nothing more is sent."""
+        """When the first of the limits is reached if nothing more is sent.
+
+        began: when the request arrived. Both times are by the event loop's clock.
+        """
         due = began + self.timeout_seconds
         if self.response_start_timeout_seconds and not exchange.started:
             due = min(due, began + self.response_start_timeout_seconds)
@@ -33,7 +37,10 @@ class Timeouts:
 
 @asynccontextmanager
 async def in_time(exchange: Exchange, timeouts: Timeouts, text: str) -> AsyncIterator[None]:
-    """Raises HttpError 504 with `text`. An answer that has begun ends with `text` as its last words, as in Knative."""
+    """Ends its block at the first limit that is reached, and raises HttpError 504 with `text`.
+
+    If the answer has begun, it ends with `text` as its last bytes instead, as in Knative.
+    """
     loop = asyncio.get_running_loop()
     began = loop.time()
     try:

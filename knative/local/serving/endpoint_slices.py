@@ -62,7 +62,7 @@ class _Event:
 
 
 class EndpointSlices:
-    """The current slices and the last changes to them. For one event loop."""
+    """The current slices and the last changes to them. Not thread-safe."""
 
     def __init__(self) -> None:
         self._slices: dict[tuple[str, str], Slice] = {}
@@ -87,16 +87,21 @@ class EndpointSlices:
             self._record("DELETED", known)
 
     def list(self, namespace: str, selector: str) -> dict[str, Any]:
-        """Raises HttpError 400 for a selector that cannot be read."""
+        """The slices of a namespace that match a label selector ("": all), as an EndpointSliceList of Kubernetes.
+
+        Raises HttpError 400 for a selector that cannot be read.
+        """
         matches = _selector(selector)
         items = [found for (where, _), found in sorted(self._slices.items()) if where == namespace and matches(_labels(found))]
         metadata = {"resourceVersion": str(self._version)}
         return {"kind": "EndpointSliceList", "apiVersion": _API_VERSION, "metadata": metadata, "items": items}
 
     def watch(self, namespace: str, selector: str, since: str, bookmarks: bool) -> AsyncGenerator[bytes, None]:
-        """Yields lines of JSON for ever. `since`: a resourceVersion; empty or 0 begins with the current slices as ADDED.
+        """Yields changes as lines of JSON, as a watch of Kubernetes does. It ends only if `since` is too old.
 
-        Raises HttpError 400 for a selector or version that cannot be read.
+        since: a resourceVersion, the changes after which are sent; empty or 0: the current slices come first, as ADDED.
+        bookmarks: whether a time without changes is marked by a BOOKMARK. Raises HttpError 400 for a selector or version that
+        cannot be read.
         """
         if since in ("", "0"):
             present = [_line("ADDED", found) for found in self.list(namespace, selector)["items"]]
@@ -138,7 +143,10 @@ class EndpointSlices:
 
 
 def _selector(text: str) -> Callable[[dict[str, str]], bool]:
-    """Parses Kubernetes' label selectors: `a=b`, `a!=b`, `a in (b,c)`, `a notin (b,c)`, `a`, `!a`, joined by commas."""
+    """Turns a label selector into a function that tells whether labels match.
+
+    It may hold `a=b`, `a!=b`, `a in (b,c)`, `a notin (b,c)`, `a` and `!a`, joined by commas. Raises HttpError 400.
+    """
     requirements = [_requirement(part.strip()) for part in re.split(r",(?![^(]*\))", text) if part.strip()]
     return lambda labels: all(requirement(labels) for requirement in requirements)
 

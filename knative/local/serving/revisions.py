@@ -28,14 +28,14 @@ _SCRAPE_SECONDS: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class PlatformContext:
-    """What all revisions of a platform share."""
+    """Settings and objects that all revisions of a platform share."""
 
     timing: PodTiming
     slices: EndpointSlices
     folder: Path  # working folder of the processes
     logs: Path
     activator_queue_depth: int
-    cpu: CpuSeconds
+    cpu: CpuSeconds  # what the class HPA scales by
     network: EmulatedNetwork
 
 
@@ -47,7 +47,7 @@ class RevisionName:
 
 
 class Revision:
-    """`start` begins its reconciliation, `stop` ends it and all of its pods."""
+    """A revision with its pods, its activator and its autoscaler. `start` begins to scale it, `stop` ends that and all pods."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Revision:
         local: LocalData,
         context: PlatformContext,
     ) -> None:
-        """Raises UnsupportedManifest or SettingsError."""
+        """template: the Service's `spec.template`. Raises UnsupportedManifest or SettingsError."""
         self.name = name
         self.template = template
         self.pods: list[LocalPod] = []  # oldest first, leaving ones included
@@ -89,7 +89,8 @@ class Revision:
 
     @property
     def initialized(self) -> bool:
-        """Whether its initial scale was ready once, so that traffic may move here."""
+        """Whether as many pods as the initial scale have been ready once (always if that is 0), so that traffic may move
+        here."""
         return self.autoscaler.status.initialized or not max(self._settings.initial_scale, self._settings.min_scale)
 
     def start(self) -> None:
@@ -97,7 +98,7 @@ class Revision:
         self._spawn(self._reconcile_forever(), "reconcile")
 
     async def stop(self, grace_seconds: float) -> None:
-        """Ends every pod at once, and kills it after the grace."""
+        """Sends SIGTERM to every pod, and SIGKILL after `grace_seconds`. Held requests get 503."""
         self._stopping = True
         for task in self._tasks:
             task.cancel()
@@ -107,13 +108,13 @@ class Revision:
             await asyncio.wait(self._tasks)
 
     async def serve(self, exchange: Exchange) -> None:
-        """Raises HttpError."""
+        """Forwards a request to a pod, which it may have to wait for. Raises HttpError."""
         if refusal := "the platform is stopping" if self._stopping else self.failure:
             raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, refusal)
         await self.activator.serve(exchange)
 
     async def _reconcile_forever(self) -> None:
-        """Scrapes every second and decides every two, as Knative's autoscaler does."""
+        """Reads the load every second and decides on replicas every two seconds, as Knative's autoscaler does."""
         due = self._now()
         while True:
             for _ in range(round(TICK_SECONDS / _SCRAPE_SECONDS)):
@@ -137,7 +138,7 @@ class Revision:
             self.autoscaler.record(now, self.concurrency, arrivals / _SCRAPE_SECONDS)
 
     def _wake(self) -> None:
-        """Starts a pod for the first request at zero, without waiting for the next tick."""
+        """Starts a pod for the first request at zero, without waiting for the next decision. The activator calls it."""
         if self.staying_pods:
             return
         self._reported_early = 1

@@ -27,7 +27,7 @@ class TrafficTarget:
 
 
 class LocalService:
-    """`server` listens at the URL; `apply` takes the manifest and each change of it."""
+    """A Service. `server` listens at its URL; call `apply` with its manifest and with each change of it."""
 
     def __init__(self, name: str, namespace: str, make_revision: MakeRevision) -> None:
         self.name = name
@@ -43,9 +43,9 @@ class LocalService:
         return self.server.url
 
     def apply(self, manifest: Mapping[str, Any]) -> None:
-        """A changed template becomes a new revision, to which traffic moves when it is ready.
+        """Applies the Service's manifest. A changed template becomes a new revision, to which traffic moves when it is ready.
 
-        Raises UnknownRevision or ManifestRefused before anything is started.
+        Raises UnknownRevision, ManifestRefused, UnsupportedManifest or SettingsError before anything is started.
         """
         template = manifest["spec"]["template"]
         targets = manifest["spec"].get("traffic") or [{"latestRevision": True, "percent": 100}]
@@ -92,7 +92,8 @@ class LocalService:
         await target.revision.serve(exchange)
 
     async def _move(self, traffic: list[TrafficTarget]) -> None:
-        """Waits for every revision that is to get traffic; if one fails, the traffic stays as it is."""
+        """Waits until every revision in `traffic` is ready, then makes it the traffic split. If one fails, the old split
+        stays."""
         for target in traffic:
             revision = target.revision
             while not revision.initialized:

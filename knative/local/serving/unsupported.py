@@ -1,4 +1,4 @@
-"""Fields of a Service that have no effect on one machine: refused if answers would differ, else named in the log.
+"""Finds fields of a Service that have no effect on one machine: refused if answers would differ, else logged as warnings.
 
 knative/local/README.md lists the differences to a cluster. Fields without a mention here are emulated or have no meaning on
 one machine.
@@ -14,14 +14,14 @@ Manifest = Mapping[str, Any]
 
 
 def refuse_unsupported(manifest: Manifest) -> None:
-    """Raises UnsupportedManifest, which names every field."""
+    """Raises UnsupportedManifest, which names every field of the Service that cannot be run here."""
     name, found = manifest["metadata"]["name"], list(_unsupported(manifest["spec"]))
     if found:
         raise UnsupportedManifest(f"{name}: {'; '.join(found)}")
 
 
 def ignored(manifest: Manifest) -> Iterator[str]:
-    """Yields fields that change nothing here, each with its effect on a cluster."""
+    """Yields a line for each field of the Service that is accepted but changes nothing here: its path and the difference."""
     annotations = manifest["metadata"].get("annotations") or {}
     for key in ROLLOUT_DURATION.keys:
         if key in annotations:
