@@ -60,6 +60,7 @@ def load(folder: Path, handler: Callable[[web.Request], Awaitable[web.StreamResp
     return output
 
 
+@pytest.mark.slow
 def test_a_run_is_recorded_second_by_second(tmp_path: Path) -> None:
     records = read_records(load(tmp_path, answering, "1:1.2,4:1.2,0:0"))
     answers = of(Answer, records)
@@ -77,6 +78,7 @@ def test_a_run_is_recorded_second_by_second(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_failures_are_recorded_and_do_not_storm(tmp_path: Path) -> None:
     failures = of(Failure, read_records(load(tmp_path, failing, "2:1.5,0:0")))
     assert 2 <= len(failures) <= 6

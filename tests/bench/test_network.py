@@ -53,6 +53,7 @@ def test_bytes_are_delayed_or_limited_and_arrive_in_order(network: EmulatedNetwo
         assert time.perf_counter() - began >= least_seconds  # never faster; how much slower is the machine's
 
 
+@pytest.mark.slow
 def test_each_relay_has_a_rate_of_its_own_and_all_end_with_the_benchmark() -> None:
     with echo() as upstream, relayed([upstream] * 3, EmulatedNetwork(bytes_per_second=1e6)) as urls:
         began = time.perf_counter()

@@ -108,6 +108,7 @@ def test_an_incomplete_answer_is_none(api: Api, stream: bytes) -> None:
         asked(broken, api)
 
 
+@pytest.mark.slow
 def test_an_honest_client_retries_and_records_lost_questions(tmp_path: Path) -> None:
     statuses = iter([503, 500])
 
@@ -130,6 +131,7 @@ def test_an_honest_client_retries_and_records_lost_questions(tmp_path: Path) -> 
     assert all(answer.text == "ab" for answer in of(Answer, records))
 
 
+@pytest.mark.slow
 def test_every_hostile_client_reaches_the_server_and_its_outcome_is_counted() -> None:
     """The server refuses everything; only the client that reads nothing does not see that."""
     heard = Counter[bool]()

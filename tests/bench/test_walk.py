@@ -27,6 +27,7 @@ def test_a_module_counts_once_and_a_librarys_call_belongs_to_the_part_that_makes
     assert f"| hop, together | 1 | {lines} | 3 | 3 | 1.0 |" in table(walks)
 
 
+@pytest.mark.slow
 def test_a_round_through_real_processes_is_counted(tmp_path: Path) -> None:
     gateway, stage = measure(tmp_path, tokens=16)
     assert "functions/gateway/stages/client.py" in gateway.modules

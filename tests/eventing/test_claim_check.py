@@ -76,6 +76,7 @@ def test_a_repeated_delivery_writes_the_same_object(claims: ClaimCheck, store: O
     assert len(list(store.list(PREFIX))) == 1
 
 
+@pytest.mark.slow
 def test_small_events_pass(claims: ClaimCheck, store: ObjectStore) -> None:
     event = make_event("t", "/me", b"{}")
     assert claims.check_in(event, NOW) is event
@@ -108,6 +109,7 @@ def test_sweep_deletes_expired_payloads_only(claims: ClaimCheck, store: ObjectSt
     assert [info.key for info in store.list("")] == ["models/x/manifest.json", PREFIX + "by-hand"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "reference",
     [

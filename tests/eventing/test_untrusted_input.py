@@ -84,6 +84,7 @@ def test_any_structured_event(members: dict[str, Any], data: Any) -> None:
         read_everything({"content-type": STRUCTURED_CONTENT_TYPE}, msgspec.json.encode(event))
 
 
+@pytest.mark.slow
 @given(batches(), HEADERS, st.integers(0, 300), st.binary(max_size=8))
 def test_any_damaged_batch(batch: Any, headers: dict[str, str], position: int, damage: bytes) -> None:
     body = encoded(batch)

@@ -124,6 +124,7 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", source_files(), ids=name)
 def test_imports_point_one_way(path: Path) -> None:
     layer = name(path).split("/")[0]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.support.house.rootfs import stages
@@ -65,6 +66,7 @@ def distribution(module: str) -> str:
     return COME_ALONG.get(module, names[0].lower().replace("_", "-"))
 
 
+@pytest.mark.slow
 def test_pods_get_what_they_import_and_nothing_more() -> None:
     wanted = {distribution(module) for module in libraries_of_functions() if module != "opentelemetry"}
     assert wanted == requirements("requirements-functions.txt") | requirements("requirements-torch.txt")

@@ -51,6 +51,7 @@ def wording_decides(handler: ast.ExceptHandler) -> Iterator[ast.expr]:
                 yield node
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", files(*PRODUCT), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_decision_depends_on_wording(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):

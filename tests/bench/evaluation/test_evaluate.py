@@ -38,6 +38,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch, plan: Plan, *arguments: str) -> s
     return outcome.output
 
 
+@pytest.mark.slow
 def test_simulations_write_their_sections_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = tmp_path / "page.md"
     given = ("simulated", "measured", "scale", "--state", str(tmp_path / "state"), "--document", str(document))
@@ -61,6 +62,7 @@ def test_simulations_write_their_sections_and_resume(tmp_path: Path, monkeypatch
     assert again.count("on disk") == 10 + 5 + 4 - 1
 
 
+@pytest.mark.slow
 def test_the_system_runs_with_emulated_devices_and_is_compared_with_its_simulation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

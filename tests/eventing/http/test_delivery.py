@@ -319,6 +319,7 @@ def test_unused_hosts_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not pool._hosts
 
 
+@pytest.mark.slow
 def test_connections_of_a_burst_are_closed_though_their_host_is_asked_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Single requests take the connection that was used last and never look at the others."""
     monkeypatch.setattr("eventing.http.delivery.IDLE_SECONDS", 0.5)
@@ -367,6 +368,7 @@ def answered(*pieces: bytes, closes: bool = False) -> HttpReply:
             thread.join()
 
 
+@pytest.mark.slow
 def test_a_reply_may_come_byte_by_byte() -> None:
     said = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nCE-Id: 7\r\n\r\nabc"
     reply = answered(*(said[index : index + 1] for index in range(len(said))))

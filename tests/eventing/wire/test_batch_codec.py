@@ -24,6 +24,7 @@ from tests.support.functions.batches import batches, encoded, make_batch
 HEADER_BYTES = 24
 
 
+@pytest.mark.slow
 @given(batches())
 def test_round_trip_and_pass_through(batch: Batch) -> None:
     body = encoded(batch)
@@ -32,6 +33,7 @@ def test_round_trip_and_pass_through(batch: Batch) -> None:
     assert encoded(decoded) == body
 
 
+@pytest.mark.slow
 @given(batches(), st.data())
 def test_random_corruption_raises_nothing_but_problems(batch: Batch, data: st.DataObject) -> None:
     body = bytearray(encoded(batch))
@@ -68,6 +70,7 @@ def test_neither_side_copies() -> None:
     assert decoded.hidden.data.obj is body
 
 
+@pytest.mark.slow
 @given(batches())
 def test_tensor_begins_aligned(batch: Batch) -> None:
     body = encoded(batch)
@@ -193,6 +196,7 @@ def test_inconsistent_batches_are_not_written(batch: Batch, error: type[Problem]
         encode_batch(batch)
 
 
+@pytest.mark.slow
 @given(batches(), st.data())
 def test_select_rows_keeps_tokens_and_tensor_rows(batch: Batch, data: st.DataObject) -> None:
     keep = sorted(data.draw(st.sets(st.integers(0, len(batch.rows) - 1), min_size=1)))

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from typing import Final
 
+import pytest
+
 from tests.support.paths import ROOT
 
 RACE: Final = """
@@ -32,6 +34,7 @@ for _ in range(200):
 """
 
 
+@pytest.mark.slow
 def test_the_first_to_decode_a_struct_may_be_many() -> None:
     """By `msgspec.json.decode`, the same ends by SIGSEGV within a few rounds."""
     ended = subprocess.run([sys.executable, "-c", RACE], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)

@@ -110,6 +110,7 @@ def test_a_body_beyond_its_limit_is_refused_as_soon_as_that_is_known() -> None:
         assert read.unread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framing", ["length", "chunks"])
 def test_bodies_count_until_their_memory_is_free(framing: str) -> None:
     budget, size = BodyBudget(10**6), 900_000
@@ -150,6 +151,7 @@ def test_a_refused_body_is_free_at_once(framing: str) -> None:
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_body_may_be_freed_in_the_middle_of_counting_another() -> None:
     """The garbage collector may run the destructor in the thread that holds the lock of `take`."""
 

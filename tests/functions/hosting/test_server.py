@@ -40,6 +40,7 @@ def test_a_thread_that_has_answered_takes_the_next_request_of_the_connection() -
     assert threads[2:] == [threads[0], threads[1], threads[0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_more_connections_than_threads_are_all_answered(threads: int) -> None:
     """At most half of the threads wait for a next request."""
@@ -58,6 +59,7 @@ def test_requests_sent_in_one_piece_are_all_answered() -> None:
     assert seen.count(b"HTTP/1.1 200 OK") == 3
 
 
+@pytest.mark.slow
 def test_a_kept_connection_does_not_keep_the_server_from_stopping() -> None:
     with serving(8, 0.25) as server, connections(server.port, 1) as (connection,):
         answering_thread(connection)

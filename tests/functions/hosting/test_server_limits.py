@@ -32,6 +32,7 @@ def test_probes_are_answered_while_every_thread_is_held() -> None:
             assert reply(sock).endswith(b"management")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begun", [HALF_A_HEAD, HALF_A_BODY, HALF_A_CHUNK], ids=["head", "body", "chunk"])
 def test_a_request_that_does_not_go_on_is_told_so(begun: bytes) -> None:
     with (
@@ -41,6 +42,7 @@ def test_a_request_that_does_not_go_on_is_told_so(begun: bytes) -> None:
         assert reply(sock).startswith(b"HTTP/1.1 408 Request Timeout")
 
 
+@pytest.mark.slow
 def test_a_connection_without_a_request_is_closed() -> None:
     with serving(2, head_seconds=0.1) as server, server.connect() as sock:
         assert reply(sock) == b""

@@ -64,6 +64,7 @@ def test_a_wrong_publication_or_store_is_named(
     assert "Traceback" not in function.log
 
 
+@pytest.mark.slow
 def test_altered_weights_are_never_served(tmp_path: Path) -> None:
     with published_model(tmp_path) as published:
         stored = published.manifest.objects["layer-00003"]
@@ -103,6 +104,7 @@ def test_a_port_in_use_is_named(published: Published) -> None:
     assert f"cannot listen on port {port}" in stage.log
 
 
+@pytest.mark.slow
 def test_a_starting_stage_is_alive_and_not_ready_and_can_be_stopped(published: Published, sender: Sender) -> None:
     """Its store does not answer: it goes on trying, and answers waiting events when it is stopped."""
     silent = {"LAMINA_STORE_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
@@ -123,6 +125,7 @@ def test_a_starting_stage_is_alive_and_not_ready_and_can_be_stopped(published: P
                 waiting.result()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expirytime", [None, "9999-12-31T23:59:59Z"])
 def test_a_warm_up_event_waits_for_the_weights(published: Published, sender: Sender, expirytime: str | None) -> None:
     """Also with an expiry in the year 9999, which is longer than a lock can wait."""
@@ -136,6 +139,7 @@ def test_a_warm_up_event_waits_for_the_weights(published: Published, sender: Sen
         assert stage.get("/readyz")[0] == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stage_finishes_requests_in_hand_after_a_signal(published: Published, sender: Sender, number: signal.Signals) -> None:
     sleeping = {"LAMINA_LAYER_GROUP": "sleep", "LAMINA_SLEEP_SECONDS": "1"}
@@ -206,6 +210,7 @@ def test_a_native_stage_imports_neither_torch_nor_transformers(published: Publis
     assert "numpy" in packages
 
 
+@pytest.mark.slow
 def test_a_stage_by_torchs_operators_imports_little_more_than_torch(published: Published) -> None:
     modules = imported(IMPORTS_OF_A_STAGE, stage_environment(published, 1, LAMINA_LAYER_GROUP="llama"))
     assert "torch" in modules

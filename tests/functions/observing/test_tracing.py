@@ -146,6 +146,7 @@ def named(receiver: Receiver, name: str) -> list[SeenSpan]:
     return [span for span in receiver.spans if span.name == name]
 
 
+@pytest.mark.slow
 def test_a_clients_trace_goes_through_every_stage(traced: Receiver) -> None:
     (answer,) = (span for span in named(traced, "text_completion tiny") if span.trace_id == TRACE)
     assert (answer.parent_id, answer.kind, answer.service) == (SPAN, SERVER, "lamina-gateway")

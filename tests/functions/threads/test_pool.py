@@ -35,6 +35,7 @@ def test_a_burst_is_taken_at_once_and_its_threads_end_when_it_is_over() -> None:
     assert pool.submit(int, "7").result(20) == 7
 
 
+@pytest.mark.slow
 def test_little_work_keeps_few_threads_however_steady_it_is() -> None:
     """A pool that woke its threads in turn would keep all of them alive."""
     pool = ThreadPool(64, "test", idle_seconds=0.5)
@@ -60,6 +61,7 @@ def test_more_calls_than_threads_wait_for_their_turn() -> None:
     pool.shutdown()
 
 
+@pytest.mark.slow
 def test_no_call_is_lost_between_a_thread_that_ends_and_one_that_begins() -> None:
     pool = ThreadPool(4, "test", idle_seconds=0.0005)
     pause = threading.Event()
@@ -86,6 +88,7 @@ def test_calls_wait_for_other_threads_if_none_can_be_started(monkeypatch: pytest
     pool.shutdown()
 
 
+@pytest.mark.slow
 def test_an_idle_thread_keeps_no_argument_alive() -> None:
     class Large:
         pass

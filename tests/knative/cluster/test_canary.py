@@ -18,6 +18,7 @@ def routed(site: Site) -> dict[str, int]:
     return traffic_of(site.api.objects[GATEWAY])
 
 
+@pytest.mark.slow
 def test_requests_are_split_between_two_gateways_with_stages_of_their_own(site: Site) -> None:
     old, new = objects(), other()
     site.deployer.deploy(old)
@@ -30,12 +31,14 @@ def test_requests_are_split_between_two_gateways_with_stages_of_their_own(site: 
     assert list(warnings(site.api.objects[GATEWAY] | {"metadata": {"name": "chat"}})) == []
 
 
+@pytest.mark.slow
 def test_a_second_canary_deploy_changes_the_share(serving: Site) -> None:
     serving.deployer.canary(other(), 10)
     serving.deployer.canary(other(), 50)
     assert routed(serving) == {"chat-00001": 50, "chat-00002": 50}
 
 
+@pytest.mark.slow
 def test_status_shows_both_revisions_of_the_gateway(site: Site) -> None:
     old, new = objects(), other()
     site.deployer.deploy(old)
@@ -52,6 +55,7 @@ def test_status_shows_both_revisions_of_the_gateway(site: Site) -> None:
     assert not any("that Lamina did not make" in line for line in status_lines(status))
 
 
+@pytest.mark.slow
 def test_a_promoted_canary_gets_all_requests_and_the_old_pipeline_is_deleted(site: Site) -> None:
     new = other()
     site.deployer.deploy(objects())
@@ -65,6 +69,7 @@ def test_a_promoted_canary_gets_all_requests_and_the_old_pipeline_is_deleted(sit
     assert site.api.named("services") == names_of(objects())
 
 
+@pytest.mark.slow
 def test_an_aborted_canary_gets_no_request_at_once_and_is_deleted(serving: Site) -> None:
     """No request reaches it while the gateway's old template is rolled out again."""
     serving.deployer.canary(other(), 10)
@@ -78,6 +83,7 @@ def test_an_aborted_canary_gets_no_request_at_once_and_is_deleted(serving: Site)
     assert serving.outcomes() == [(1, "served"), (2, "aborted"), (3, "served")]
 
 
+@pytest.mark.slow
 def test_a_rollback_aborts_the_canary(serving: Site) -> None:
     serving.deployer.canary(other(), 10)
     serving.deployer.rollback("chat")
@@ -85,6 +91,7 @@ def test_a_rollback_aborts_the_canary(serving: Site) -> None:
     assert serving.outcomes() == [(1, "served"), (2, "aborted"), (3, "served")]
 
 
+@pytest.mark.slow
 def test_a_canary_that_fails_gets_no_request(site: Site) -> None:
     new = other()
     site.deployer.deploy(objects())
@@ -99,6 +106,7 @@ def test_a_canary_that_fails_gets_no_request(site: Site) -> None:
     assert site.api.objects[GATEWAY]["spec"]["traffic"] == ALL
 
 
+@pytest.mark.slow
 def test_a_canary_needs_a_serving_pipeline_with_other_stages_and_no_second_canary(site: Site) -> None:
     with pytest.raises(NothingServes, match="deploy it without --canary"):
         site.deployer.canary(objects(), 10)
@@ -114,6 +122,7 @@ def test_a_canary_needs_a_serving_pipeline_with_other_stages_and_no_second_canar
         site.deployer.deploy(objects("f" * 64))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eventing")
 def test_eventing_and_network_stay_with_the_serving_pipeline(site: Site) -> None:
     section = {"eventing": {"dead_letter_sink": "dead-letters"}}

@@ -22,6 +22,7 @@ def test_stages_come_before_the_gateway_whose_url_is_returned(site: Site) -> Non
     assert any("version 1" in line for line in site.said)
 
 
+@pytest.mark.slow
 def test_a_second_deploy_changes_nothing(serving: Site) -> None:
     before = {key: each["metadata"].get("generation") for key, each in serving.api.objects.items()}
     serving.deployer.deploy(objects())
@@ -29,6 +30,7 @@ def test_a_second_deploy_changes_nothing(serving: Site) -> None:
     assert [version.number for version in serving.history.versions()] == [1]
 
 
+@pytest.mark.slow
 def test_old_stages_are_pruned_when_their_sequences_have_ended(site: Site) -> None:
     new = objects(cut="0:15,15:30")
     site.deployer.deploy(objects())
@@ -39,6 +41,7 @@ def test_old_stages_are_pruned_when_their_sequences_have_ended(site: Site) -> No
     assert finishing < next(k for k, line in enumerate(site.said) if "pruned" in line)
 
 
+@pytest.mark.slow
 def test_old_stages_stay_while_an_old_gateway_lives(site: Site) -> None:
     impatient = site.deployer_for(0.2)
     old = objects()
@@ -49,6 +52,7 @@ def test_old_stages_stay_while_an_old_gateway_lives(site: Site) -> None:
     assert any("next deploy prunes" in line for line in site.said)
 
 
+@pytest.mark.slow
 def test_diff_is_the_clusters_own_dry_run(serving: Site) -> None:
     assert list(serving.deployer.diff(objects())) == []
     before = dict(serving.api.objects)
@@ -58,6 +62,7 @@ def test_diff_is_the_clusters_own_dry_run(serving: Site) -> None:
     assert serving.api.objects == before
 
 
+@pytest.mark.slow
 def test_fields_of_another_manager_are_taken_over_only_by_force(serving: Site) -> None:
     serving.api.edit(GATEWAY, "kubectl-edit", MAX_SCALE, "99")
     with pytest.raises(FieldConflict, match=r"kubectl-edit.*max-scale.*--force-conflicts"):
@@ -89,6 +94,7 @@ def test_a_missing_right_to_read_is_reported_and_one_to_write_is_an_error(site: 
         site.deployer.deploy(other())
 
 
+@pytest.mark.slow
 def test_an_object_that_is_being_deleted_is_waited_for(serving: Site) -> None:
     held = {"deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["example.com/hold"]}
     serving.api.put({**serving.api.objects[GATEWAY], "metadata": {**serving.api.objects[GATEWAY]["metadata"], **held}})
@@ -114,6 +120,7 @@ def test_triggers_come_last_and_lead_to_the_new_sequence(site: Site) -> None:
     assert last_service < order.index(sequence) < min(order.index(name) for name in ("chat-generate", "chat-score"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eventing")
 def test_eventing_objects_of_the_old_pipeline_are_deleted_with_it(site: Site) -> None:
     old, new = objects(**WITH_EVENTING), other(**WITH_EVENTING)

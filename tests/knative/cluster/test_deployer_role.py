@@ -50,6 +50,7 @@ def run_every_command(site: Site) -> None:
     site.deployer.delete("chat")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_role_has_the_rights_that_all_commands_use(site: Site) -> None:
     site.api.kinds |= EVENTING | MONITORING

@@ -29,6 +29,7 @@ def test_delete_removes_everything_it_made_and_nothing_else(serving: Site) -> No
     assert serving.deployer.delete("chat") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("everything")
 @pytest.mark.parametrize("digest", ["d" * 64, "e" * 64], ids=["the same pipeline", "another model"])
 def test_objects_of_removed_sections_are_deleted(site: Site, digest: str) -> None:
@@ -41,6 +42,7 @@ def test_objects_of_removed_sections_are_deleted(site: Site, digest: str) -> Non
     assert {"chat-pipeline", "lamina-store"} <= set(site.api.named("secrets"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("everything")
 def test_a_rollback_removes_sections_and_restores_them(site: Site) -> None:
     site.deployer.deploy(objects(**SECTIONS))
@@ -51,6 +53,7 @@ def test_a_rollback_removes_sections_and_restores_them(site: Site) -> None:
     assert counts(site) == {}
 
 
+@pytest.mark.slow
 def test_stages_that_a_pinned_gateway_drives_stay(site: Site) -> None:
     """Even if the gateway is scaled to zero."""
     old, new = objects(), other()
@@ -66,6 +69,7 @@ def test_stages_that_a_pinned_gateway_drives_stay(site: Site) -> None:
     assert site.api.named("services") == names_of(new)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["Failed", "Succeeded"])
 def test_ended_pods_delay_no_deployment(site: Site, phase: str) -> None:
     """Kubernetes keeps evicted pods for hours."""
@@ -79,6 +83,7 @@ def test_ended_pods_delay_no_deployment(site: Site, phase: str) -> None:
     assert stage_name(old, 0) not in site.api.named("services")
 
 
+@pytest.mark.slow
 def test_the_gateways_account_stays_while_a_pod_runs_as_it(serving: Site) -> None:
     own = objects(gateway={"service_account": "ours"})
     serving.api.put(resource("ServiceAccount", "ours"))
@@ -95,6 +100,7 @@ def test_the_gateways_account_stays_while_a_pod_runs_as_it(serving: Site) -> Non
     )
 
 
+@pytest.mark.slow
 def test_each_pipeline_has_its_own_token_which_is_created_once(serving: Site) -> None:
     token = dict(serving.api.objects["v1", "secrets", "default", "chat-pipeline"]["data"])
     serving.deployer.deploy(objects(name="draft"))
@@ -106,6 +112,7 @@ def test_each_pipeline_has_its_own_token_which_is_created_once(serving: Site) ->
     assert serving.api.named("services") == names_of(objects(name="draft"))
 
 
+@pytest.mark.slow
 def test_a_token_that_two_pipelines_share_stays_with_the_second(site: Site) -> None:
     site.deployer.deploy(objects(pipeline_token_secret="shared"))
     site.deployer.deploy(objects(name="draft", pipeline_token_secret="shared"))
@@ -122,6 +129,7 @@ def test_an_existing_token_stays_as_it_is(site: Site) -> None:
     assert "chat-pipeline" in site.api.named("secrets"), "Lamina did not create it"
 
 
+@pytest.mark.slow
 def test_objects_that_may_not_be_listed_stay_and_the_deploy_succeeds(serving: Site) -> None:
     serving.api.forbidden.add(("list", "networkpolicies"))
     assert serving.deployer.deploy(other()) == "http://chat.default.example"

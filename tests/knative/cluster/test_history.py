@@ -10,6 +10,7 @@ from tests.support.knative.manifests import names_of, objects, other, stage_name
 from tests.support.knative.site import Site
 
 
+@pytest.mark.slow
 def test_a_rollback_deploys_the_previous_version_again(serving: Site) -> None:
     serving.deployer.deploy(other())
     serving.deployer.rollback("chat")
@@ -19,6 +20,7 @@ def test_a_rollback_deploys_the_previous_version_again(serving: Site) -> None:
     assert serving.api.named("services") == names_of(other())
 
 
+@pytest.mark.slow
 def test_a_rollback_after_a_failure_keeps_the_serving_version_and_deletes_the_rest(site: Site) -> None:
     first, second = objects(), other()
     site.deployer.deploy(first)
@@ -32,6 +34,7 @@ def test_a_rollback_after_a_failure_keeps_the_serving_version_and_deletes_the_re
     assert site.api.named("services") == names_of(first)
 
 
+@pytest.mark.slow
 def test_a_rollback_restores_the_settings_before_a_failed_change(site: Site) -> None:
     """The Services are the same; Knative still serves their previous revisions."""
     first = objects()
@@ -45,6 +48,7 @@ def test_a_rollback_restores_the_settings_before_a_failed_change(site: Site) -> 
     assert stage["status"]["latestReadyRevisionName"] == f"{stage_name(first, 1)}-00003"
 
 
+@pytest.mark.slow
 def test_a_failure_is_recorded_with_its_first_line_and_there_is_nothing_to_roll_back_to(site: Site) -> None:
     site.fail(objects(), crash_loops)
     assert site.outcomes() == [(1, "failed")]
@@ -55,6 +59,7 @@ def test_a_failure_is_recorded_with_its_first_line_and_there_is_nothing_to_roll_
         site.deployer.rollback("chat")
 
 
+@pytest.mark.slow
 def test_many_failures_in_a_row_keep_the_version_that_served(site: Site) -> None:
     served = objects()
     site.deployer.deploy(served)
@@ -65,6 +70,7 @@ def test_many_failures_in_a_row_keep_the_version_that_served(site: Site) -> None
     assert site.history.to_go_back_to(None).number == 1
 
 
+@pytest.mark.slow
 def test_the_same_objects_after_a_failure_are_the_same_version(site: Site) -> None:
     rendered = objects()
     site.fail(rendered, crash_loops)
@@ -73,6 +79,7 @@ def test_the_same_objects_after_a_failure_are_the_same_version(site: Site) -> No
     assert site.outcomes() == [(1, "served")]
 
 
+@pytest.mark.slow
 def test_an_interrupted_deploy_does_not_count_as_served(serving: Site) -> None:
     serving.history.begin(other())  # and then Ctrl-C
     assert serving.outcomes()[-1] == (2, "started")

@@ -42,6 +42,7 @@ def test_a_second_deploy_is_told_who_holds_the_lease_and_since_when(site: Site) 
     assert site.api.applied == []
 
 
+@pytest.mark.slow
 def test_a_deployment_locks_out_others_of_the_same_pipeline(site: Site) -> None:
     rendered = objects()
     site.api.behaviours[stage_name(rendered, 0)] = never_ready

@@ -25,6 +25,7 @@ def test_all_that_is_missing_is_reported_and_nothing_is_created(site: Site) -> N
     assert site.api.named("secrets") == site.api.named("configmaps") == site.api.named("leases") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("absent", "spec", "message"),
     [

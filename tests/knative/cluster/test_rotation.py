@@ -45,6 +45,7 @@ class Readers:
         return self.read.get(gateway["metadata"]["uid"], {"token": "?"})["token"]
 
 
+@pytest.mark.slow
 def test_no_stage_ever_refuses_a_gateway(site: Site) -> None:
     readers = Readers(site.api)
     site.deployer.deploy(objects())
@@ -58,6 +59,7 @@ def test_no_stage_ever_refuses_a_gateway(site: Site) -> None:
     assert [line for line in site.said if line.startswith("token: state")] == [f"token: state {k} of 3" for k in (1, 2, 3)]
 
 
+@pytest.mark.slow
 def test_every_state_makes_new_pods_and_no_new_version(serving: Site) -> None:
     serving.deployer.rotate_token("chat")
     assert serving.api.objects[GATEWAY]["status"]["latestReadyRevisionName"] == "chat-00004"
@@ -66,6 +68,7 @@ def test_every_state_makes_new_pods_and_no_new_version(serving: Site) -> None:
     assert serving.api.objects[GATEWAY]["status"]["latestReadyRevisionName"] == "chat-00004", "another deploy changed something"
 
 
+@pytest.mark.slow
 def test_an_interrupted_rotation_resumes(site: Site) -> None:
     readers = Readers(site.api)
     site.deployer.deploy(objects())
@@ -82,6 +85,7 @@ def test_an_interrupted_rotation_resumes(site: Site) -> None:
     assert readers.refused == []
 
 
+@pytest.mark.slow
 def test_a_rotation_waits_for_old_gateways(site: Site) -> None:
     impatient = site.deployer_for(2)
     impatient.deploy(objects())

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from knative.cluster.status import COLUMNS, status_lines, status_rows
 from tests.support.knative.knative_controllers import crash_loops
 from tests.support.knative.manifests import other, stage_name
@@ -26,6 +28,7 @@ def test_pods_are_counted_by_phase(serving: Site) -> None:
     assert gateway["url"] == "http://chat.default.example"
 
 
+@pytest.mark.slow
 def test_a_failure_is_shown_with_its_reason_and_the_serving_version(serving: Site) -> None:
     serving.fail(other(), crash_loops)
     broken = stage_name(other(), 1)
@@ -50,6 +53,7 @@ def test_a_missing_right_removes_only_its_own_part(serving: Site) -> None:
     assert any(line.startswith("versions not looked at") for line in status_lines(serving.status()))
 
 
+@pytest.mark.slow
 def test_the_status_is_a_json_document(serving: Site) -> None:
     serving.deployer.deploy(other())
     document = json.loads(json.dumps(serving.status()))

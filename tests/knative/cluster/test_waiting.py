@@ -27,6 +27,7 @@ from tests.support.knative.site import GATEWAY, Site
 WITH_EVENTING = {"eventing": {"dead_letter_sink": "dead-letters", "reply_sink": "answers"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("behaviour", "expected"),
     [
@@ -48,6 +49,7 @@ def test_a_failed_stage_is_explained_and_the_gateway_stays_as_it_was(
     assert serving.api.objects[GATEWAY]["spec"] == before
 
 
+@pytest.mark.slow
 def test_a_stage_that_never_becomes_ready_fails_at_the_timeout(site: Site) -> None:
     rendered = objects()
     site.api.behaviours[stage_name(rendered, 2)] = never_ready
@@ -63,6 +65,7 @@ def test_when_deploy_returns_broker_sequence_and_triggers_are_ready(site: Site) 
     assert [each["metadata"]["name"] for each in found if not readiness(each).ready] == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eventing")
 def test_a_broker_that_stays_unready_is_a_failure_with_its_reason(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("knative.cluster.waiting._EVENTING_SETTLES_SECONDS", 0.5)
@@ -84,6 +87,7 @@ def test_a_condition_that_is_false_for_a_moment_is_waited_for(site: Site) -> Non
     assert site.said[-1] == "Broker chat is ready"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("knative", [become_ready, slow_to_look, slow_to_configure])
 def test_the_fixed_revision_of_a_crash_loop_is_judged_by_its_own_pods(serving: Site, knative: Behaviour) -> None:
     broken, fixed = objects(stage={"kv_cache": "1Gi"}), objects(stage={"kv_cache": "768Mi"})
@@ -103,6 +107,7 @@ def test_the_same_deploy_works_once_the_cause_is_fixed(site: Site) -> None:
     assert f"deleted Service default/{stage}, because none of its revisions ever ran, to create it again" in site.said
 
 
+@pytest.mark.slow
 def test_pods_that_crashed_before_get_another_try(serving: Site) -> None:
     """The cause was outside, such as a missing bucket: the same spec works at the kubelet's next restart."""
     changed = objects(stage={"kv_cache": "1Gi"})
@@ -115,6 +120,7 @@ def test_pods_that_crashed_before_get_another_try(serving: Site) -> None:
     restart.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("behaviour", "forbidden", "expected"),
     [
@@ -142,6 +148,7 @@ def test_a_gateway_that_only_the_cluster_can_reach_is_a_warning(site: Site) -> N
     assert any("config-domain" in line for line in status_lines(site.status()))
 
 
+@pytest.mark.slow
 def test_requests_that_another_split_pins_elsewhere_are_a_warning(serving: Site) -> None:
     serving.api.edit(GATEWAY, "kn", ("spec", "traffic"), [{"revisionName": "chat-00001", "percent": 100}])
     serving.deployer.deploy(other())

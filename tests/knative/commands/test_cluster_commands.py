@@ -34,6 +34,7 @@ def output(tmp_path: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_deployed_changed_rolled_back_and_deleted(api: KubernetesApi, tmp_path: Path) -> None:
     spec = str(tmp_path / "pipeline.yaml")
     assert "+kind: Service" in output(tmp_path, "deploy", spec, "--dry-run=server")
@@ -66,6 +67,7 @@ def test_a_pipeline_is_deployed_changed_rolled_back_and_deleted(api: KubernetesA
     assert run(tmp_path, "delete", "chat").stdout == "nothing of chat is in namespace default\n"
 
 
+@pytest.mark.slow
 def test_a_failure_has_its_cause_and_no_traceback(api: KubernetesApi, tmp_path: Path) -> None:
     api.behaviours["chat"] = image_pull_fails
     failed = run(tmp_path, "deploy", str(tmp_path / "pipeline.yaml"))
@@ -81,6 +83,7 @@ def test_a_missing_cluster_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_check_reads_the_clusters_feature_flags(api: KubernetesApi, tmp_path: Path) -> None:
     (tmp_path / "service.yaml").write_text(yaml.safe_dump(service({"nodeSelector": {"disk": "fast"}})))
     command = ("check", "--features", "cluster", str(tmp_path / "service.yaml"))
@@ -89,6 +92,7 @@ def test_check_reads_the_clusters_feature_flags(api: KubernetesApi, tmp_path: Pa
     assert run(tmp_path, *command).stdout == f"{tmp_path / 'service.yaml'}: accepted\n"
 
 
+@pytest.mark.slow
 def test_logs_find_a_container_that_kn_has_renamed(api: KubernetesApi, tmp_path: Path) -> None:
     """A second `kn service apply` of the same file calls it user-container."""
     assert output(tmp_path, "deploy", str(tmp_path / "pipeline.yaml")) == URL
@@ -102,6 +106,7 @@ def test_logs_find_a_container_that_kn_has_renamed(api: KubernetesApi, tmp_path:
     assert read.stderr.count("its container user-container has no log") == 3, "pods without a log are named"
 
 
+@pytest.mark.slow
 def test_canary_promote_and_abort(api: KubernetesApi, tmp_path: Path) -> None:
     spec, other = tmp_path / "pipeline.yaml", tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump(SPEC | {"cut": "0:15,15:30"}))
@@ -113,6 +118,7 @@ def test_canary_promote_and_abort(api: KubernetesApi, tmp_path: Path) -> None:
         assert len(api.named("services")) == {"abort": 4, "promote": 3}[command]
 
 
+@pytest.mark.slow
 def test_list_and_cost(api: KubernetesApi, tmp_path: Path) -> None:
     spec = tmp_path / "pipeline.yaml"
     assert "no pipeline is in any namespace" in run(tmp_path, "list").stderr
@@ -134,6 +140,7 @@ def test_list_and_cost(api: KubernetesApi, tmp_path: Path) -> None:
     assert run(tmp_path, "cost", "chat", "--since", "soon").returncode == 2
 
 
+@pytest.mark.slow
 def test_deployer_role_and_preflight(api: KubernetesApi, tmp_path: Path) -> None:
     spec = str(tmp_path / "pipeline.yaml")
     command = [sys.executable, "-m", "knative", "render", spec, "--deployer-role"]
@@ -147,6 +154,7 @@ def test_deployer_role_and_preflight(api: KubernetesApi, tmp_path: Path) -> None
     assert "Secret default/lamina-store is missing" in lacking.stderr
 
 
+@pytest.mark.slow
 def test_a_token_is_rotated(api: KubernetesApi, tmp_path: Path) -> None:
     secret = "v1", "secrets", "default", "chat-pipeline"
     assert output(tmp_path, "deploy", str(tmp_path / "pipeline.yaml")) == URL

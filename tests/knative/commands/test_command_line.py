@@ -24,6 +24,7 @@ def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(main, arguments, prog_name="python -m knative")
 
 
+@pytest.mark.slow
 def test_run_ask_status_and_ctrl_c(running: Run) -> None:
     running.start()
     running.read_until("serving on http://")
@@ -45,6 +46,7 @@ def test_run_ask_status_and_ctrl_c(running: Run) -> None:
     assert running.processes() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("after", "number"),
     [("publishing", signal.SIGINT), ("all at zero", signal.SIGINT), ("s0: starting", signal.SIGTERM)],
@@ -59,6 +61,7 @@ def test_a_signal_at_any_phase_leaves_no_process(running: Run, after: str, numbe
     assert running.processes() == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_process_and_the_next_one_reports_it(running: Run) -> None:
     running.start()
     running.read_until("serving on")
@@ -149,6 +152,7 @@ def test_failures_are_one_line(arguments: tuple[str, ...], message: str) -> None
     assert message in line
 
 
+@pytest.mark.slow
 def test_failures_with_a_folder_are_one_line(tmp_path: Path) -> None:
     state = ("--state", str(tmp_path / "state"))
     nothing = invoke("status", *state)

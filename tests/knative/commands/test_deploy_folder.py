@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner, Result
 
 from knative.__main__ import main
@@ -15,6 +16,7 @@ def deploy(tmp_path: Path, *arguments: str) -> Result:
     return CliRunner().invoke(main, ["deploy", *arguments, "--kubeconfig", str(tmp_path / "kubeconfig")])
 
 
+@pytest.mark.slow
 def test_an_edited_folder_is_deployed_and_differs_from_the_spec_by_the_edit_alone(api: KubernetesApi, tmp_path: Path) -> None:
     out = rendered_folder(tmp_path, "--gitops")
     stage = (out / "stage-1.yaml").read_text()
@@ -33,6 +35,7 @@ def test_an_edited_folder_is_deployed_and_differs_from_the_spec_by_the_edit_alon
     ]
 
 
+@pytest.mark.slow
 def test_the_gateway_for_events_is_not_the_main_gateway(api: KubernetesApi, tmp_path: Path) -> None:
     api.kinds |= EVENTING
     assert deploy(tmp_path, str(rendered_folder(tmp_path, eventing=SINKS))).stdout == "http://chat.default.example\n"

@@ -33,6 +33,7 @@ def keep(objects: PayloadStore, pipeline: str, layers: tuple[int, int], parts: i
         store.put(store.key("native", bytes(16), KVPart(number, 1)), bytes(2**20))
 
 
+@pytest.mark.slow
 def test_kv_is_shown_by_pipeline_and_stage_and_pruned(objects: PayloadStore) -> None:
     assert "nothing is stored" in kv().stdout
     objects.put("models/tiny/manifest.json", b"{}")

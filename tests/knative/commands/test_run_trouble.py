@@ -29,6 +29,7 @@ def error_of(run: Run) -> str:
     return str(line)
 
 
+@pytest.mark.slow
 def test_a_port_in_use(running: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -36,6 +37,7 @@ def test_a_port_in_use(running: Run) -> None:
         assert error_of(running) == f"port {port} of 127.0.0.1 is in use by another process; choose another with --port"
 
 
+@pytest.mark.slow
 def test_functions_that_exit_at_once(running: Run, tmp_path: Path) -> None:
     spec = tmp_path / "small.yaml"
     spec.write_text(SMALL + "stage: {pod: {env: {PYTHONHOME: /nowhere}}}")
@@ -44,6 +46,7 @@ def test_functions_that_exit_at_once(running: Run, tmp_path: Path) -> None:
     assert re.search(r"small-\w+-s\d cannot start: exit status 1: .*; log: .*\.log$", error)
 
 
+@pytest.mark.slow
 def test_a_spec_that_knative_would_reject(running: Run, tmp_path: Path) -> None:
     spec = tmp_path / "refused.yaml"
     spec.write_text(SMALL + "gateway: {autoscaling: {target_burst_capacity: -1}}")
@@ -51,6 +54,7 @@ def test_a_spec_that_knative_would_reject(running: Run, tmp_path: Path) -> None:
     assert "target_burst_capacity" in error_of(running)
 
 
+@pytest.mark.slow
 def test_a_full_disk(running: Run) -> None:
     running.state.mkdir()
     script = f'mount -t tmpfs -o size=100k tmpfs "{running.state}" && exec "$@"'
@@ -61,6 +65,7 @@ def test_a_full_disk(running: Run) -> None:
     assert re.match(rf"the disk of {running.state} is full \(\d+ KiB left\): free some, or choose --state", error_of(running))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", ["publishing", "s0: starting", "serving on"])
 def test_a_second_ctrl_c_leaves_no_process(running: Run, after: str) -> None:
     running.start()

@@ -21,6 +21,7 @@ store: {{endpoint: "{endpoint}", bucket: {bucket}}}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["render", "deploy"])
 def test_an_unservable_model_is_refused(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = tmp_path / "odd"

@@ -37,6 +37,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_command_serves_from_zero_and_ends_its_processes(folder: Path) -> None:
     environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-m", "knative.local", "hello.yaml", "--port", "hello=0"]
@@ -81,6 +82,7 @@ def test_a_manifest_that_cannot_run_ends_the_command_with_one_error(folder: Path
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 async def test_a_plain_service_scales_from_zero_and_to_zero(folder: Path) -> None:
     manifest = yaml.safe_load((folder / "hello.yaml").read_text())
     manifest["spec"]["template"]["metadata"] = {"annotations": {"autoscaling.knative.dev/window": "6s"}}

@@ -25,6 +25,7 @@ async def test_the_first_request_starts_a_pod_and_waits_for_it(tmp_path: Path) -
         assert {int(pid) for _, pid in answers} == {pod.pid for pod in revision(platform).pods}
 
 
+@pytest.mark.slow
 async def test_one_held_request_starts_one_pod(tmp_path: Path) -> None:
     """The request that wakes a revision is not counted a second time when the second is over."""
     release = tmp_path / "release"
@@ -42,6 +43,7 @@ async def test_one_held_request_starts_one_pod(tmp_path: Path) -> None:
         assert decisions == [1, 1, 1]
 
 
+@pytest.mark.slow
 async def test_an_idle_revision_falls_to_zero_and_comes_back(tmp_path: Path) -> None:
     quick = echo_service(annotations={"window": "6s"})
     async with running_platform(tmp_path, quick) as platform, client() as session:
@@ -54,6 +56,7 @@ async def test_an_idle_revision_falls_to_zero_and_comes_back(tmp_path: Path) -> 
         assert second != first
 
 
+@pytest.mark.slow
 async def test_a_backlog_adds_pods_and_all_requests_are_answered(tmp_path: Path) -> None:
     manifest = echo_service(concurrency=1, annotations={"window": "6s", "target": "1", "max-scale": "4"})
     release = tmp_path / "release"
@@ -115,12 +118,14 @@ async def test_container_concurrency_holds_for_direct_requests_too(tmp_path: Pat
         assert {status for status, _ in await asyncio.gather(*held)} == {200}
 
 
+@pytest.mark.slow
 async def test_a_request_that_finds_no_pod_in_time_gets_504(tmp_path: Path) -> None:
     manifest = echo_service(timeout=1, environment={"NEVER_READY": "1"})
     async with running_platform(tmp_path, manifest) as platform, client() as session:
         assert await fetch(session, platform.url("echo") + "/pid") == (504, "activator request timeout\n")
 
 
+@pytest.mark.slow
 async def test_an_answer_that_does_not_begin_in_time_is_504(tmp_path: Path) -> None:
     manifest = echo_service(timeout=1)
     async with running_platform(tmp_path, manifest) as platform, client() as session:
@@ -151,6 +156,7 @@ async def test_a_crash_breaks_the_request_and_the_container_comes_back(tmp_path:
         assert (await fetch(session, platform.url("echo") + "/pid"))[0] == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "cause"), [("CRASH", "exit status 1: told to crash"), ("NEVER_READY", "readiness probe: ")]
 )
@@ -202,6 +208,7 @@ async def test_a_leaving_pod_finishes_its_requests_and_answers_until_it_is_quiet
             await fetch(session, f"{url}/pid")
 
 
+@pytest.mark.slow
 async def test_a_pod_over_its_memory_limit_is_killed_and_the_reason_shown(tmp_path: Path) -> None:
     manifest = echo_service(container={"resources": {"limits": {"memory": "64Mi"}}})
     async with running_platform(tmp_path, manifest) as platform, client() as session:
@@ -211,6 +218,7 @@ async def test_a_pod_over_its_memory_limit_is_killed_and_the_reason_shown(tmp_pa
         assert "OOMKilled" in platform.status()["services"][0]["revisions"][0]["pods"][0]["last_end"]
 
 
+@pytest.mark.slow
 async def test_a_new_revision_takes_over_once_it_is_ready(tmp_path: Path) -> None:
     async with running_platform(tmp_path, echo_service(environment={"WORD": "old"})) as platform, client() as session:
         url = platform.url("echo") + "/environment?WORD"
@@ -222,6 +230,7 @@ async def test_a_new_revision_takes_over_once_it_is_ready(tmp_path: Path) -> Non
         assert not revision(platform, index=0).reachable
 
 
+@pytest.mark.slow
 async def test_a_revision_that_fails_gets_no_traffic(tmp_path: Path) -> None:
     async with running_platform(tmp_path, echo_service()) as platform, client() as session:
         bad = echo_service(
@@ -234,6 +243,7 @@ async def test_a_revision_that_fails_gets_no_traffic(tmp_path: Path) -> None:
         assert (await fetch(session, platform.url("echo") + "/pid"))[0] == 200
 
 
+@pytest.mark.slow
 async def test_traffic_is_split_by_percent(tmp_path: Path) -> None:
     async with running_platform(tmp_path, echo_service(environment={"WORD": "old"})) as platform, client() as session:
         split = [{"revisionName": "echo-00001", "percent": 50}, {"latestRevision": True, "percent": 50}]
@@ -285,6 +295,7 @@ async def test_placement_of_pods_is_ignored(tmp_path: Path) -> None:
         assert (await fetch(session, platform.url("echo") + "/pid"))[0] == 200
 
 
+@pytest.mark.slow
 async def test_the_hpa_class_keeps_a_pod_without_requests(tmp_path: Path) -> None:
     annotations = {"class": "hpa.autoscaling.knative.dev", "metric": "cpu", "min-scale": "1"}
     manifest = echo_service(annotations=annotations, container={"resources": {"requests": {"cpu": "100m"}}})

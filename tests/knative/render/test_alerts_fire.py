@@ -227,11 +227,13 @@ FIRES: list[tuple[str, Story]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("alert", "story"), FIRES, ids=[f"{alert}-{story.__name__}" for alert, story in FIRES])
 def test_an_alert_fires(alert: str, story: Story) -> None:
     assert alert in fired(story, 45 if alert == "LaminaPodNotReady" else 25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("story", [ordinary, asleep, slow_start])
 def test_no_alert_fires_on_an_ordinary_day(story: Story) -> None:
     assert fired(story, 40 if story is ordinary else 20) == set()

@@ -129,6 +129,7 @@ def test_the_job_deletes_the_old_stages_and_nothing_else(api: KubernetesApi) -> 
     assert before - set(api.named("services")) == set(resolved_pipeline(DIGEST).stage_names)
 
 
+@pytest.mark.slow
 def test_the_job_waits_for_answers_of_an_old_gateway(api: KubernetesApi) -> None:
     put_old_gateway(api, "Running")
     with start_job(api, OTHER_DIGEST) as job:
@@ -141,6 +142,7 @@ def test_the_job_waits_for_answers_of_an_old_gateway(api: KubernetesApi) -> None
     assert len(stages(api, OTHER_DIGEST)) == 3
 
 
+@pytest.mark.slow
 def test_the_job_fails_with_the_reason_at_its_timeout(api: KubernetesApi) -> None:
     put_old_gateway(api, "Running")
     with start_job(api, OTHER_DIGEST, seconds=1) as job:

@@ -81,6 +81,7 @@ def _hold(expression: str, exported: Metrics) -> None:
         assert not missing, f"{each.metric} has no label {missing}: {expression}"
 
 
+@pytest.mark.slow
 def test_every_panel_uses_exported_metrics(exported: Metrics) -> None:
     queries = list(panel_queries())
     assert len(queries) > 30

@@ -50,6 +50,7 @@ def understood(manifest: dict[str, Any]) -> Any:
     return model.model_dump(by_alias=True, exclude_unset=True, mode="json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.parent.name}/{path.name}")
 def test_no_field_of_a_rendered_object_is_unknown(path: Path) -> None:
     objects = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))

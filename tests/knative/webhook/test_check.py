@@ -70,6 +70,7 @@ def test_a_key_that_stands_twice_is_warned_of(tmp_path: Path) -> None:
     assert "warning: name (line" in run(file).output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [b"a: [1,", b"\xff\xfe\x00", b"- 1\n- 2\n", b"just text", b"a: !!python/object:os.system {}", b"\x00", b"[" * 5000],

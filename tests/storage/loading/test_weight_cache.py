@@ -178,6 +178,7 @@ def test_unfinished_files_of_a_dead_process_are_removed(tmp_path: Path) -> None:
         assert alive.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from tests.storage.loading.test_weight_cache import an_object, WeightCache\n"

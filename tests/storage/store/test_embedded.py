@@ -66,6 +66,7 @@ def command_lines() -> str:
     return "\n".join(found)
 
 
+@pytest.mark.slow
 def test_objects_survive_a_restart(tmp_path: Path) -> None:
     with EmbeddedStore(tmp_path / "data", bucket="models") as store:
         ObjectStore(store.settings).put("key", b"value")
@@ -79,6 +80,7 @@ def test_objects_survive_a_restart(tmp_path: Path) -> None:
         assert store.settings.endpoint_url.startswith("http://127.0.0.1:")
 
 
+@pytest.mark.slow
 def test_a_store_that_comes_back_is_the_one_that_clients_know(tmp_path: Path) -> None:
     with EmbeddedStore(tmp_path) as store:
         client = ObjectStore(store.settings)
@@ -97,6 +99,7 @@ def test_closing_twice_is_harmless(tmp_path: Path) -> None:
     assert not answers(store.settings.endpoint_url)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
 def test_the_store_ends_with_its_parent(tmp_path: Path, ending: signal.Signals) -> None:
     with subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:

@@ -118,6 +118,7 @@ def test_on_bytes_gets_every_piece_once_and_in_order(proxy: FaultProxy) -> None:
     assert told == CONTENT
 
 
+@pytest.mark.slow
 def test_a_store_that_is_away_for_a_while_is_survived(proxy: FaultProxy) -> None:
     settings = proxy.settings
     proxy.down()
@@ -135,6 +136,7 @@ def slow(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> FaultProxy:
     return proxy
 
 
+@pytest.mark.slow
 def test_retries_count_from_the_last_progress(slow: FaultProxy) -> None:
     slow.faults.append(Fault(times=4, end_after=1_000_000))
     assert read(slow.settings, 0, len(CONTENT), retry_seconds=40.0) == CONTENT
@@ -148,6 +150,7 @@ def test_a_few_bytes_do_not_count_as_progress(slow: FaultProxy, delivered: int) 
         read(slow.settings, 0, len(CONTENT), retry_seconds=40.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "cause"),
     [
@@ -163,6 +166,7 @@ def test_permanent_faults_are_named(proxy: FaultProxy, fault: Fault, cause: str)
         read(proxy.settings, 0, 1000, stall_seconds=0.2, retry_seconds=0.5)
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_does_not_answer_is_named(settings: StoreSettings) -> None:
     with pytest.raises(StoreUnreachable, match=r"127\.0\.0\.1:9 did not deliver 'content' .*ConnectionRefused"):
         read(replace(settings, endpoint_url="http://127.0.0.1:9"), 0, 10, retry_seconds=0.3)

@@ -12,6 +12,7 @@ from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings
 
 
+@pytest.mark.slow
 def test_objects_are_read_as_they_were_put(store: ObjectStore) -> None:
     store.put("folder/with space/ü+%25&=.bin", b"\0\1\2")
     assert store.get("folder/with space/ü+%25&=.bin") == b"\0\1\2"
@@ -25,6 +26,7 @@ def test_streams_of_many_parts_are_stored_whole(store: ObjectStore) -> None:
     assert store.get("streams/large") == content
 
 
+@pytest.mark.slow
 def test_a_stream_that_breaks_leaves_nothing_and_says_why(store: ObjectStore) -> None:
     class Breaking(io.RawIOBase):
         left = 20
@@ -76,6 +78,7 @@ CALLS: dict[str, Callable[[ObjectStore], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize(
     ("changes", "error", "words"),

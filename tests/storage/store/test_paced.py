@@ -22,6 +22,7 @@ LENGTH = 2**24
 AT_MOST_SECONDS = 40.0  # attempts, pauses between them, and a busy machine. By bytes it would be a week
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drips", ["head", "body"])
 def test_a_pod_leaves_a_store_that_drips(drips: Drips) -> None:
     began = time.monotonic()
@@ -45,6 +46,7 @@ ACTIONS: dict[str, Callable[[ObjectStore], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("action", "drips"),
     [("put_stream", "request"), *((action, "head") for action in ACTIONS), ("get", "body"), ("list", "body")],
@@ -59,6 +61,7 @@ def test_a_publisher_leaves_a_store_that_drips(action: str, drips: Drips) -> Non
     assert time.monotonic() - began < AT_MOST_SECONDS
 
 
+@pytest.mark.slow
 def test_a_claimed_payload_is_not_written_for_ever() -> None:
     with dripping_store(NOWHERE, "request", LENGTH) as settings, PayloadStore(settings, retry_seconds=1.0) as store:
         store._stall_seconds = STALL_SECONDS

@@ -42,6 +42,7 @@ def test_more_than_allowed_is_not_read(store: PayloadStore) -> None:
         store.get(KEY, max_bytes=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
@@ -63,6 +64,7 @@ def test_a_missing_file_is_named(store: PayloadStore) -> None:
         store.get("claims/nothing")
 
 
+@pytest.mark.slow
 def test_a_listing_has_all_keys_sizes_and_times_and_deleted_ones_are_gone(store: PayloadStore) -> None:
     before = datetime.now(UTC) - timedelta(seconds=5)
     for number in range(1100):  # more than a page has

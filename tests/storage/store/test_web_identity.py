@@ -73,6 +73,7 @@ def keyless(settings: StoreSettings, service: TokenService, tmp_path: Path) -> S
     return replace(nobody, web_identity_token_file=str(tmp_path / "token"), role_arn=ROLE, sts_endpoint=service.url)
 
 
+@pytest.mark.slow
 def test_a_pod_without_keys_reads_and_writes_the_store(keyless: StoreSettings, service: TokenService) -> None:
     with PayloadStore(keyless) as store:
         store.put("models/one", b"weights")
@@ -91,6 +92,7 @@ def test_a_pod_without_keys_reads_and_writes_the_store(keyless: StoreSettings, s
     assert service.asked == [asked, asked], "once for each reader, not for each request"
 
 
+@pytest.mark.slow
 def test_keys_are_renewed_before_they_end_with_the_token_of_that_time(keyless: StoreSettings, service: TokenService) -> None:
     service.seconds = 2.0
     keys = keys_of(keyless)
@@ -103,6 +105,7 @@ def test_keys_are_renewed_before_they_end_with_the_token_of_that_time(keyless: S
     assert [asked["WebIdentityToken"] for asked in service.asked[:2]] == ["first", "second"]
 
 
+@pytest.mark.slow
 def test_keys_that_are_good_still_are_used_while_the_service_is_away(keyless: StoreSettings, service: TokenService) -> None:
     service.seconds = 4.0
     keys = keys_of(keyless)
@@ -123,6 +126,7 @@ def test_keys_that_are_good_still_are_used_while_the_service_is_away(keyless: St
         use_until_expiry()
 
 
+@pytest.mark.slow
 def test_a_service_that_comes_back_is_waited_for(keyless: StoreSettings, service: TokenService) -> None:
     service.failure = (500, "InternalError")
     threading.Timer(0.5, lambda: setattr(service, "failure", None)).start()

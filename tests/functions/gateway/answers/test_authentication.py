@@ -32,6 +32,7 @@ def test_keys_come_from_the_environment_and_from_several_files(tmp_path: Path) -
     assert not ring.is_open
 
 
+@pytest.mark.slow
 def test_a_removed_key_is_refused_within_seconds(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("alice\nbob\n")
@@ -44,6 +45,7 @@ def test_a_removed_key_is_refused_within_seconds(tmp_path: Path) -> None:
     assert ring.find("bob")
 
 
+@pytest.mark.slow
 def test_a_mounted_secret_is_read_again_when_the_kubelet_updates_it(tmp_path: Path) -> None:
     """The kubelet has a folder per version and replaces a link (pkg/volume/util/atomic_writer.go)."""
 
@@ -62,6 +64,7 @@ def test_a_mounted_secret_is_read_again_when_the_kubelet_updates_it(tmp_path: Pa
     assert ring.find("carol")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["emptied", "removed"])
 def test_a_gateway_without_keys_left_refuses_everybody(how: str, tmp_path: Path) -> None:
     file = tmp_path / "keys"
@@ -77,6 +80,7 @@ def test_a_gateway_without_keys_left_refuses_everybody(how: str, tmp_path: Path)
     soon(lambda: ring.find("alice") is not None)
 
 
+@pytest.mark.slow
 def test_a_broken_file_keeps_its_keys_and_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "keys"
     file.write_text("alice\n")

@@ -90,6 +90,7 @@ def test_a_request_that_fails_before_its_answer_begins_no_longer_counts(pipeline
     assert chat(client).status_code == 200
 
 
+@pytest.mark.slow
 def test_ten_thousand_requests_beyond_a_limit_are_not_tokenized(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[object] = []
     real = ModelText.encode
@@ -154,6 +155,7 @@ def test_gateways_count_tokens_together_in_a_store() -> None:
         one.admit("bob")(5)
 
 
+@pytest.mark.slow
 def test_a_gateway_counts_alone_while_its_store_is_down(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -110,6 +110,7 @@ def test_an_answer_that_ends_at_a_stop_string_is_not_counted_as_cancelled(client
     assert pipeline.value("answers_total", outcome="cancelled") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
 @pytest.mark.parametrize("begun", [True, False])
 def test_a_client_that_leaves_is_noticed_without_writing_to_it(

@@ -94,6 +94,7 @@ def test_an_unexpected_error_is_reported_without_its_details(
     assert "StopIteration" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_stream_without_tokens_has_heartbeats_and_a_client_that_leaves_ends_it(
     client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +110,7 @@ def test_a_stream_without_tokens_has_heartbeats_and_a_client_that_leaves_ends_it
         assert pipeline.cancelled.wait(5)
 
 
+@pytest.mark.slow
 def test_nothing_is_sent_before_the_first_token(
     client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +138,7 @@ def test_nothing_is_sent_before_the_first_token(
         response.close()
 
 
+@pytest.mark.slow
 def test_an_answer_is_cancelled_if_its_client_leaves_before_the_first_byte(client: FlaskClient, pipeline: Pipeline) -> None:
     pipeline.script = lambda _: None
     gone = {"lamina.client_gone": lambda: True}

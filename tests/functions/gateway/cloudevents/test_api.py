@@ -172,6 +172,7 @@ def test_a_batch_cannot_stream(client: FlaskClient) -> None:
     assert send(client, [event("1")], Accept="text/event-stream").status_code == 415
 
 
+@pytest.mark.slow
 def test_all_answers_of_a_batch_are_cancelled_if_its_client_leaves(client: FlaskClient, pipeline: Pipeline) -> None:
     pipeline.script = lambda _: None
     body = json.dumps([event("1"), event("2")])

@@ -74,6 +74,7 @@ def test_the_oldest_answers_are_dropped_if_there_are_too_many_tokens(
     assert len(pipeline.prompts) == 9
 
 
+@pytest.mark.slow
 def test_concurrent_deliveries_share_one_computation(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """It goes on when some of them leave, also the one that began it."""
     streams: list[TokenStream] = []
@@ -106,6 +107,7 @@ def test_concurrent_deliveries_share_one_computation(pipeline: Pipeline, monkeyp
     assert len(pipeline.prompts) == 1
 
 
+@pytest.mark.slow
 def test_the_answer_is_cancelled_when_all_deliveries_have_left(client: FlaskClient, pipeline: Pipeline) -> None:
     pipeline.script = lambda _: None
     gone = {"lamina.client_gone": lambda: True}
@@ -115,6 +117,7 @@ def test_the_answer_is_cancelled_when_all_deliveries_have_left(client: FlaskClie
     assert len(pipeline.prompts) == 2
 
 
+@pytest.mark.slow
 def test_a_kept_answer_does_not_keep_its_prompt(
     client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

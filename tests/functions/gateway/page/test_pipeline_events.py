@@ -110,6 +110,7 @@ def test_running_answers_come_before_waiting_ones(pipe: Pipe) -> None:
     assert seen["computes"]["route"] == [1]
 
 
+@pytest.mark.slow
 def test_changes_are_sent_until_the_gateway_drains(pipe: Pipe) -> None:
     with closing(pipe.client().get("/v1/pipeline/events")) as response:
         told = documents(response)

@@ -99,6 +99,7 @@ def test_a_burst_shares_reservations() -> None:
     assert reservations <= 2 * len(stages)
 
 
+@pytest.mark.slow
 def test_sequences_end_on_the_revision_where_they_began_and_none_begins_on_an_older_one() -> None:
     with running(lambda _: counting_stage(0, 1), 2) as (old, new):
         placement = Placement([old.url], watched=True)

@@ -26,6 +26,7 @@ def run(scheduler: Scheduler, max_tokens: int = 12) -> int:
     return sum(stream.timings().replays for stream in streams)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
 @pytest.mark.parametrize(
     "fault",
@@ -40,6 +41,7 @@ def test_no_token_is_lost_or_repeated(fault: Fault, stage: int) -> None:
         nothing_left(stages)
 
 
+@pytest.mark.slow
 def test_a_stage_that_comes_back_later() -> None:
     with counting_stages() as stages, scheduling(stages, chunk_tokens=16) as scheduler:
         stages[1].inspect = on_forwards(Fault.KILLED, 10)
@@ -50,6 +52,7 @@ def test_a_stage_that_comes_back_later() -> None:
         back.join()
 
 
+@pytest.mark.slow
 def test_a_stage_that_never_comes_back() -> None:
     with counting_stages() as stages, scheduling(stages, cold_start_timeout_seconds=0.8) as scheduler:
         stages[1].inspect = on_forwards(Fault.KILLED, 5)
@@ -85,6 +88,7 @@ def test_a_stage_that_drops_idle_sequences_costs_a_recomputation() -> None:
         assert stream.timings().replays in (1, 2), "stage 1 may have dropped it too"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_stage_that_hangs_and_answers_late(stage: int) -> None:
     """The step times out. The late event then finds a newer attempt and changes nothing."""
@@ -96,6 +100,7 @@ def test_a_stage_that_hangs_and_answers_late(stage: int) -> None:
         assert scheduler.stats().replays["timeout"] > 0
 
 
+@pytest.mark.slow
 def test_a_stopped_stage_costs_no_attempts() -> None:
     """While a stage answers nothing at all, only the first step of each sequence counts against it."""
     with counting_stages() as stages, scheduling(stages, step_timeout_seconds=0.15) as scheduler:
@@ -111,6 +116,7 @@ def is_poisonous(seen: Seen) -> bool:
     return POISON in seen.token_ids
 
 
+@pytest.mark.slow
 def test_a_sequence_that_kills_stages_ends_alone() -> None:
     """After its third kill it ends with an error, and all others have their answers."""
     with counting_stages() as stages, scheduling(stages, chunk_tokens=16) as scheduler:
@@ -127,6 +133,7 @@ def test_a_sequence_that_kills_stages_ends_alone() -> None:
         assert [len(seen.ids) for seen in deaths[1:]] == [1, 1], "it travelled alone"
 
 
+@pytest.mark.slow
 def test_a_sequence_whose_answer_kills_stages_ends_after_all_tokens_before() -> None:
     prompt = next([first, second] for first in range(90) for second in range(90) if counted([first, second], 6)[4] == POISON)
     with counting_stages() as stages, scheduling(stages) as scheduler:
@@ -137,6 +144,7 @@ def test_a_sequence_whose_answer_kills_stages_ends_after_all_tokens_before() -> 
         assert stream.token_ids == counted(prompt, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "problem", "message"),
     [(Status.STALE, ReplaysExhausted, "answered stale again"), (Status.INVALID, InvalidRequest, "as the test wants it")],
@@ -172,6 +180,7 @@ def test_an_invalid_row_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
     assert f"bad-one ({refused.message.split()[0]})" in told.message, "the gateway's line names the id in the stage's"
 
 
+@pytest.mark.slow
 def test_a_stage_with_other_layers_is_no_route() -> None:
     with counting_stages() as stages:
         swapped = Placement([stage.url for stage in reversed(stages)], watched=False)

@@ -79,6 +79,7 @@ def test_chunks_that_were_in_flight_leave_no_memory_taken(monkeypatch: pytest.Mo
         nothing_left(stages)
 
 
+@pytest.mark.slow
 def test_warm_up_events_are_sent_again_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with counting_stages() as stages, scheduling(stages) as scheduler:
         fails_once(scheduler._client, "warm_up", monkeypatch)
@@ -104,6 +105,7 @@ def test_no_deadline_is_too_far_for_the_clock() -> None:
         assert scheduler.sick() is None
 
 
+@pytest.mark.slow
 def test_a_scheduler_reports_what_is_wrong_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with counting_stages(1) as stages, scheduling(stages) as scheduler:
         assert scheduler.sick() is None
@@ -124,6 +126,7 @@ def test_a_scheduler_reports_what_is_wrong_with_it(monkeypatch: pytest.MonkeyPat
             assert scheduler.sick() == "the scheduler's clock has ended"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type_", [EventType.RESERVE, EventType.FORWARD, EventType.WARMUP])
 def test_closing_waits_for_no_stage_that_hangs(type_: EventType) -> None:
     closed, waited = threading.Event(), threading.Event()

@@ -17,6 +17,7 @@ def _short_renewals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "RENEWAL_SECONDS", LEASE / 8)
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_longer_than_a_lease_costs_nothing_at_the_other_stages() -> None:
     with counting_stages(lease_seconds=LEASE) as stages, scheduling(stages) as scheduler:
         stages[1].inspect = on_forward_from(15, lambda: time.sleep(2 * LEASE))
@@ -28,6 +29,7 @@ def test_a_step_that_takes_longer_than_a_lease_costs_nothing_at_the_other_stages
         nothing_left(stages)
 
 
+@pytest.mark.slow
 def test_a_gateway_that_holds_nothing_sends_nothing() -> None:
     with counting_stages(lease_seconds=LEASE) as stages, scheduling(stages) as scheduler:
         assert tokens_of(submit(scheduler, [3] * 10, 3)) == counted([3] * 10, 3)
@@ -38,6 +40,7 @@ def test_a_gateway_that_holds_nothing_sends_nothing() -> None:
         assert [len(stage.seen) for stage in stages] == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others_run", [True, False])
 def test_a_release_that_failed_is_repeated_once_the_gateway_uses_the_instance(others_run: bool) -> None:
     """Otherwise the memory would stay taken for as long as the stage hears of this gateway."""

@@ -25,6 +25,7 @@ def test_a_sequence_that_can_never_fit_is_refused_and_delays_no_other() -> None:
         nothing_left(stages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_stages", [1, 3])
 def test_two_gateways_finish_on_memory_for_one_and_a_half_sequences(num_stages: int) -> None:
     with (
@@ -38,6 +39,7 @@ def test_two_gateways_finish_on_memory_for_one_and_a_half_sequences(num_stages: 
         nothing_left(stages)
 
 
+@pytest.mark.slow
 def test_a_client_does_not_overtake_its_own_sequence_in_the_memory_backlog() -> None:
     with counting_stages(capacity_tokens=100) as stages, scheduling(stages) as scheduler:
         stages[0].seconds = 0.005
@@ -50,6 +52,7 @@ def test_a_client_does_not_overtake_its_own_sequence_in_the_memory_backlog() -> 
             tokens_of(stream)
 
 
+@pytest.mark.slow
 def test_a_client_that_wants_most_of_the_memory_does_not_hold_up_others() -> None:
     with counting_stages(capacity_tokens=100) as stages, scheduling(stages, micro_batch_sequences=16) as scheduler:
         stages[0].seconds = 0.01
@@ -66,6 +69,7 @@ def test_a_client_that_wants_most_of_the_memory_does_not_hold_up_others() -> Non
         nothing_left(stages)
 
 
+@pytest.mark.slow
 def test_a_sequence_in_the_memory_backlog_is_overtaken_only_so_far() -> None:
     with counting_stages(capacity_tokens=100) as stages, scheduling(stages, micro_batch_sequences=16) as scheduler:
         stages[0].seconds = 0.002
@@ -82,6 +86,7 @@ def test_a_sequence_in_the_memory_backlog_is_overtaken_only_so_far() -> None:
         nothing_left(stages)
 
 
+@pytest.mark.slow
 def test_cancelling_frees_memory_everywhere_at_once() -> None:
     with counting_stages() as stages, scheduling(stages, chunk_tokens=8) as scheduler:
         stages[1].seconds = 0.05
@@ -113,6 +118,7 @@ def signals(stages: list[StageServer]) -> list[int]:
     return [stage.engine._memory_waiters.waiting for stage in stages]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backlog", "held"), [(1, 1), (2, 2), (5, MAX_MEMORY_WAITERS)])
 def test_the_memory_backlog_is_in_flight_at_full_stages_only(backlog: int, held: int) -> None:
     with narrow_in_the_middle() as stages, scheduling(stages) as scheduler:
@@ -123,6 +129,7 @@ def test_the_memory_backlog_is_in_flight_at_full_stages_only(backlog: int, held:
         nothing_left(stages)
 
 
+@pytest.mark.slow
 def test_a_cancelled_sequence_leaves_no_signal() -> None:
     with narrow_in_the_middle() as stages, scheduling(stages) as scheduler:
         stages[1].seconds = 0.05
@@ -138,6 +145,7 @@ def test_a_cancelled_sequence_leaves_no_signal() -> None:
         tokens_of(holder)
 
 
+@pytest.mark.slow
 def test_several_gateways_share_the_few_signals() -> None:
     with narrow_in_the_middle() as stages, scheduling(stages) as one, scheduling(stages) as other:
         streams = [submit(gateway, [number] * 20, 40) for number in range(4) for gateway in (one, other)]
@@ -150,6 +158,7 @@ def test_several_gateways_share_the_few_signals() -> None:
         nothing_left(stages)
 
 
+@pytest.mark.slow
 def test_a_stage_that_replies_at_once_is_not_asked_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """An older stage, which does not know the attribute."""
     with narrow_in_the_middle() as stages, scheduling(stages) as scheduler:
@@ -161,6 +170,7 @@ def test_a_stage_that_replies_at_once_is_not_asked_again_and_again(monkeypatch: 
         assert len(asked) <= MAX_MEMORY_WAITERS * (1 + seconds / HOLD_SECONDS) + 2 * len(streams)
 
 
+@pytest.mark.slow
 def test_signals_that_fail_cost_no_answer() -> None:
     with narrow_in_the_middle() as stages, scheduling(stages) as scheduler:
         stages[1].inspect = inspecting(
@@ -173,6 +183,7 @@ def test_signals_that_fail_cost_no_answer() -> None:
         nothing_left(stages)
 
 
+@pytest.mark.slow
 def test_a_new_instance_is_used_for_its_memory_although_one_micro_batch_could_hold_all() -> None:
     with counting_stages(1, capacity_tokens=100) as (old,), counting_stages(1, capacity_tokens=100) as (new,):
         placement = Placement([old.url], watched=True)
@@ -207,6 +218,7 @@ def test_an_answer_that_fills_its_memory_goes_on_with_more() -> None:
         nothing_left(stages)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eight_tokens_first")
 def test_many_answers_that_could_fill_the_memory_alone_run_beside_each_other() -> None:
     with counting_stages(capacity_tokens=100) as stages, scheduling(stages) as scheduler:

@@ -4,6 +4,8 @@ import itertools
 import random
 import time
 
+import pytest
+
 from eventing.wire.events import EventType
 from functions.gateway.stages.routes import Endpoint
 from tests.support.functions.gateway import wait_until
@@ -11,6 +13,7 @@ from tests.support.functions.stage_server import Fault
 from tests.support.functions.watched import watched
 
 
+@pytest.mark.slow
 def test_a_terminating_instance_is_left_at_once_and_later_stages_compute_nothing_again() -> None:
     with watched() as pipeline:
         old, new = pipeline.instances
@@ -30,6 +33,7 @@ def test_a_terminating_instance_is_left_at_once_and_later_stages_compute_nothing
         assert stats.migrations["leaving"] == 3
 
 
+@pytest.mark.slow
 def test_a_terminating_instance_without_another_serves_on_and_the_stage_is_woken() -> None:
     with watched() as pipeline:
         old, new = pipeline.instances
@@ -43,6 +47,7 @@ def test_a_terminating_instance_without_another_serves_on_and_the_stage_is_woken
         pipeline.check(streams, 150)
 
 
+@pytest.mark.slow
 def test_a_new_instance_gets_its_share_one_micro_batch_at_a_time() -> None:
     with watched() as pipeline:
         old, new = pipeline.instances
@@ -57,6 +62,7 @@ def test_a_new_instance_gets_its_share_one_micro_batch_at_a_time() -> None:
         assert 1 <= pipeline.scheduler.stats().migrations["balance"] <= 4
 
 
+@pytest.mark.slow
 def test_service_urls_serve_until_the_watch_works() -> None:
     with watched() as pipeline:
         for stage in range(3):
@@ -68,6 +74,7 @@ def test_service_urls_serve_until_the_watch_works() -> None:
         pipeline.check(streams, 60)
 
 
+@pytest.mark.slow
 def test_an_instance_that_dies_is_avoided() -> None:
     with watched() as pipeline:
         dying, other = pipeline.instances
@@ -79,6 +86,7 @@ def test_an_instance_that_dies_is_avoided() -> None:
         assert pipeline.scheduler.stats().replays.total() > 0
 
 
+@pytest.mark.slow
 def test_instances_that_come_and_go_at_random_lose_no_token() -> None:
     dice = random.Random(7)
     with watched(spares=2) as pipeline:

@@ -15,6 +15,7 @@ from tests.support.functions.stage_server import counting_stages, inspecting, is
 PROMPTS = [[(7 * sequence + 3 * token) % 90 for token in range(1 + 5 * sequence)] for sequence in range(16)]
 
 
+@pytest.mark.slow
 def test_many_sequences_are_exact() -> None:
     with counting_stages() as stages, scheduling(stages, chunk_tokens=16) as scheduler:
         streams = answers_of(scheduler, PROMPTS, max_tokens=12)
@@ -108,6 +109,7 @@ def test_closing_ends_all_answers_and_refuses_new_ones() -> None:
         nothing_left(stages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 1000], ids=["ended just before", "ended by closing"])
 def test_closing_waits_until_the_stages_have_heard_all_releases(tokens: int) -> None:
     """Connections are closed next, so a release that was not sent would leave the memory taken until the lease ends."""

@@ -51,6 +51,7 @@ def test_a_prompt_of_one_token_has_nothing_to_score(max_tokens: int) -> None:
         nothing_left(stages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("fault", [Fault.REPLY_LOST, Fault.REFUSED, Fault.KILLED_RESTARTED, Fault.TWICE])
 def test_scores_are_the_same_if_a_stage_breaks_meanwhile(stage: int, fault: Fault) -> None:

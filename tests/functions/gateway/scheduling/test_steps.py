@@ -2,6 +2,8 @@
 
 import itertools
 
+import pytest
+
 from eventing.wire.events import Row
 from tests.support.functions.gateway import answers_of, counted, nothing_left, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import Seen, StageServer, counting_stages
@@ -13,6 +15,7 @@ def at_once(events: list[Seen]) -> int:
     return max(itertools.accumulate(step for _, step in moments))
 
 
+@pytest.mark.slow
 def test_each_stage_gets_a_micro_batch_of_equal_size() -> None:
     with counting_stages() as stages, scheduling(stages) as scheduler:
         for stage in stages:
@@ -54,6 +57,7 @@ def test_sequences_join_and_leave_between_steps() -> None:
     assert {1, 4} <= {len(seen.rows) for seen in stage.forwards}
 
 
+@pytest.mark.slow
 def test_chunks_of_one_prompt_are_at_different_stages_at_the_same_time() -> None:
     with counting_stages() as stages, scheduling(stages, chunk_tokens=8) as scheduler:
         for stage in stages:

@@ -190,6 +190,7 @@ def test_a_watch_that_ends_is_resumed(server: WatchServer) -> None:
         assert len(told.all) == 1
 
 
+@pytest.mark.slow
 def test_an_api_that_fails_is_asked_again(server: WatchServer, caplog: pytest.LogCaptureFixture) -> None:
     server.put(slice_of("one", FIRST_READY))
     server.failures = [500, 403, 200]
@@ -200,6 +201,7 @@ def test_an_api_that_fails_is_asked_again(server: WatchServer, caplog: pytest.Lo
     assert "trying again: no SliceList: " in caplog.text
 
 
+@pytest.mark.slow
 def test_without_the_right_to_watch_the_instances_are_unknown(server: WatchServer) -> None:
     with watching(server) as told:
         wait_until(lambda: server.watches, "the watch")
@@ -241,6 +243,7 @@ def test_a_listener_that_fails_is_called_again(server: WatchServer, caplog: pyte
     assert "KeyError" in caplog.text
 
 
+@pytest.mark.slow
 def test_versions_that_expire_at_once_are_asked_for_more_and_more_slowly(
     server: WatchServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

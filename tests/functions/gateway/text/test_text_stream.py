@@ -65,6 +65,7 @@ def test_tokens_before_an_answer_may_be_no_text_by_themselves(before: tuple[str,
     assert shown == [" Paris" if "▁is" in before else "Paris", ".", ""]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", SENTENCEPIECE)
 @given(text=st.lists(st.sampled_from(PARTS), max_size=12), data=st.data())
 @settings(deadline=None, max_examples=300)

@@ -220,6 +220,7 @@ def test_any_mix_of_conversations_finds_the_right_keys_and_values(turns: list[tu
     assert stage.cache.free_tokens == stage.kv.capacity_tokens
 
 
+@pytest.mark.slow
 def test_the_prefix_cache_does_not_grow_beyond_the_arena() -> None:
     stage = Stage(blocks=200)
     sizes = []

@@ -24,6 +24,7 @@ SANITIZERS: Final[dict[str, tuple[Sequence[str], str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("compiler", SANITIZERS)
 def test_random_calls_touch_no_foreign_memory(compiler: str, tmp_path: Path) -> None:

@@ -256,6 +256,7 @@ async def test_a_sequence_ends_at_a_step_without_a_reply_or_with_a_failure(tmp_p
         assert local.other.ids() == ["fails"]
 
 
+@pytest.mark.slow
 async def test_a_full_broker_refuses_events_but_takes_replies(tmp_path: Path) -> None:
     async with running(tmp_path, limit=3) as local:
         local.subscriber.answer = lambda asked: Reply(event=event(f"reply-{asked.get_id()}", "answer"), after_seconds=0.3)

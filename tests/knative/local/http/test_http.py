@@ -217,6 +217,7 @@ async def test_a_client_that_goes_away_ends_the_request_at_the_server() -> None:
         await gone.wait()
 
 
+@pytest.mark.slow
 async def test_a_slow_client_slows_the_server_down() -> None:
     """The proxy holds a bounded amount of an answer while the client does not read."""
     sent = 0

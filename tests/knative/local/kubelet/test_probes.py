@@ -11,6 +11,7 @@ from knative.local.kubelet.probes import Probe, read_probe, readiness_probe
 from tests.support.knative.platform import client, echo_service, fetch, running_platform
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("failing_probes", "probe", "at_least"),
     [

@@ -28,6 +28,7 @@ async def fetch(session: aiohttp.ClientSession, url: str) -> tuple[int, str]:
         return reply.status, await reply.text()
 
 
+@pytest.mark.slow
 async def test_waiting_for_a_slot_counts() -> None:
     """Four requests to a function that takes one at a time and never answers: all time out together."""
     async with behind_queue_proxy(never, Timeouts(0.5), concurrency=1) as (session, url):
@@ -38,6 +39,7 @@ async def test_waiting_for_a_slot_counts() -> None:
         assert loop.time() - began < 1.5
 
 
+@pytest.mark.slow
 async def test_an_answer_past_its_time_ends_with_knatives_words() -> None:
     async with behind_queue_proxy(drops, Timeouts(0.5)) as (session, url):
         status, text = await fetch(session, url)
@@ -46,6 +48,7 @@ async def test_an_answer_past_its_time_ends_with_knatives_words() -> None:
         assert text.endswith("request timeout")
 
 
+@pytest.mark.slow
 async def test_an_answer_with_a_length_past_its_time_breaks() -> None:
     async def half(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf")
@@ -56,6 +59,7 @@ async def test_an_answer_with_a_length_past_its_time_breaks() -> None:
             await fetch(session, url)
 
 
+@pytest.mark.slow
 async def test_the_response_start_timeout_ends_with_the_answers_first_byte() -> None:
     async with behind_queue_proxy(never, Timeouts(10, response_start_timeout_seconds=0.3)) as (session, url):
         assert await fetch(session, url) == (504, "request timeout\n")
@@ -63,6 +67,7 @@ async def test_the_response_start_timeout_ends_with_the_answers_first_byte() -> 
         assert (await fetch(session, url))[1].count("drop") > 10
 
 
+@pytest.mark.slow
 async def test_the_idle_timeout_counts_from_the_last_bytes() -> None:
     timeouts = Timeouts(10, idle_timeout_seconds=1.0)
     async with behind_queue_proxy(never, timeouts) as (session, url):
@@ -72,6 +77,7 @@ async def test_the_idle_timeout_counts_from_the_last_bytes() -> None:
         assert text == "drop " * 40 + "request timeout"
 
 
+@pytest.mark.slow
 async def test_a_slot_is_free_after_a_timeout() -> None:
     answers = iter([never, None])
 

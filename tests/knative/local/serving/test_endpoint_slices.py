@@ -120,6 +120,7 @@ async def test_a_watch_shows_the_life_of_a_pod(tmp_path: Path) -> None:
         assert status == 200
 
 
+@pytest.mark.slow
 async def test_a_watch_ends_after_timeout_seconds(tmp_path: Path) -> None:
     async with running_platform(tmp_path) as platform, client() as session:
         assert await fetch(session, f"{platform.admin_url}{PATH}?watch=1&timeoutSeconds=1") == (200, "")
