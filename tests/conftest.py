@@ -33,6 +33,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="leave out tests that are marked slow and files that need torch")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--fast"):
+        from tests.support.house.without import HEAVY, refusal
+
+        exec(refusal(HEAVY))  # a test that imports torch only when it runs fails here as it would without torch
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """None: other rules decide."""
     if not config.getoption("--fast"):

@@ -26,7 +26,7 @@ SPECIAL: Final = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")  # ids 0
 END_IDS: Final = (2, 4)  # either of them ends an answer
 VOCAB_SIZE: Final = len(SPECIAL) + 256 + 3
 CUT: Final = ((0, 2), (2, 4), (4, 6))
-_CONFIG: Final[dict[str, Any]] = {
+CONFIG: Final[dict[str, Any]] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "dtype": "float32",
@@ -101,18 +101,18 @@ def byte_tokenizer() -> Tokenizer:
 def save_checkpoint(folder: Path) -> None:
     """Writes a Hugging Face folder. Every weight is random, so that a skipped norm or a wrong position changes the tokens."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(_CONFIG))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "generation_config.json").write_text(
         json.dumps({"bos_token_id": 1, "eos_token_id": list(END_IDS), "pad_token_id": 0})
     )
-    _write_safetensors(folder / "model.safetensors", _tensors())
+    _write_safetensors(folder / "model.safetensors", checkpoint_tensors())
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "<|im_end|>"}}')
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
-def _tensors() -> dict[str, Any]:
-    hidden, intermediate, kv = _CONFIG["hidden_size"], _CONFIG["intermediate_size"], 16
+def checkpoint_tensors() -> dict[str, Any]:
+    hidden, intermediate, kv = CONFIG["hidden_size"], CONFIG["intermediate_size"], 16
     random = np.random.default_rng(0)
 
     def matrix(*shape: int) -> Any:
@@ -122,7 +122,7 @@ def _tensors() -> dict[str, Any]:
         return (1 + random.standard_normal(hidden) * 0.1).astype(np.float32)
 
     tensors = {"model.embed_tokens.weight": matrix(VOCAB_SIZE, hidden)}
-    for number in range(_CONFIG["num_hidden_layers"]):
+    for number in range(CONFIG["num_hidden_layers"]):
         layer = {
             "self_attn.q_proj": matrix(hidden, hidden),
             "self_attn.k_proj": matrix(kv, hidden),
