@@ -1,4 +1,7 @@
-"""What decisions ask the scheduler's threads to send. Plain data, made under the lock and carried out without it."""
+"""Actions: what `decide` asks the scheduler's threads to send. Also how a reservation is carried out.
+
+Actions are plain data. They are made while the scheduler's lock is held and carried out without it.
+"""
 
 from array import array
 from collections.abc import Mapping
@@ -22,7 +25,7 @@ _WORST_FIRST: Final = (Status.INVALID, Status.STALE, Status.MISS, Status.FULL, S
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Memory for sequences of one micro-batch, before any of their tokens is computed."""
+    """Action: ask instances for memory for sequences of one micro-batch, before any of their tokens is computed there."""
 
     sequences: Items[Sequence]
     instances: tuple[Instance, ...]  # of consecutive stages
@@ -30,13 +33,13 @@ class Reserve:
     traces: Traces
     deadline: float  # in time.monotonic()
     in_order: bool = False  # see `reserve_in_order`
-    peers: Mapping[Instance, tuple[str, ...]] = field(default_factory=dict)  # URLs where an instance may fetch cached KV
-    moved_from: Instance | None = None  # the one instance that a migration leaves; it releases the rows when this has replied
+    peers: Mapping[Instance, tuple[str, ...]] = field(default_factory=dict)  # URLs from which an instance may fetch KV
+    moved_from: Instance | None = None  # the instance that a migration leaves; its rows are released after the reply
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Release:
-    """Frees the rows' memory. Without rows it renews the gateway's lease."""
+    """Action: free the memory of `rows` at one instance. With or without rows, it renews this gateway's lease there."""
 
     instance: Instance
     rows: Items[ReleaseRow]
@@ -45,9 +48,9 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Wake:
-    """Warm-up events to these stages, all at once."""
+    """Action: send warm-up events to these stages, all at once."""
 
-    stages: Items[int]
+    stages: Items[int]  # their indexes
 
 
 Action = Trip | Reserve | Release | Wake
@@ -61,10 +64,13 @@ def reserve(
     peers: Mapping[Instance, tuple[str, ...]] | None = None,
     moved_from: Instance | None = None,
 ) -> Reserve:
-    """A reservation of `sequences` at `instances`, one for each consecutive stage."""
+    """Makes a Reserve of `sequences` at `instances`, one of each of consecutive stages. Other parameters: fields of Reserve.
+
+    Stores in each sequence the prefix chain that its row names.
+    """
     rows = []
     for sequence in sequences:
-        scores = sequence.prompt.scored and not sequence.has_drawn  # needs every token computed, so it names no chain
+        scores = sequence.prompt.scored and not sequence.has_drawn  # needs every token computed, so it uses no prefix cache
         chain = sequence.reserved_chain = () if scores else sequence.prefix_chain()
         # Penalties look at all earlier tokens, also at those whose computation the prefix cache saves.
         looks_back = sequence.prompt.sampling.looks_back
@@ -77,7 +83,7 @@ def reserve(
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What all stages replied to a `Reserve`."""
+    """The combined replies of all stages to a Reserve."""
 
     statuses: Items[Status]  # per sequence, the worst of all stages
     origins: Items[ReplyOrigin]
@@ -87,16 +93,19 @@ class Reservation:
 
 
 def reserve_at_once(client: StageClient, wanted: Reserve, calls: Executor) -> Reservation:
-    """Asks all stages at the same time. Returns after the last reply, so that no release can overtake the reservation."""
+    """Asks all instances of `wanted` at the same time, by threads of `calls`.
+
+    Returns after the last reply, so that no later release can arrive before the reservation that it releases.
+    """
     futures = [calls.submit(_ask, client, instance, wanted) for instance in wanted.instances]
     wait(futures)
     return _combined([future.result() for future in futures], len(wanted.rows))
 
 
 def reserve_in_order(client: StageClient, wanted: Reserve) -> Reservation:
-    """Asks stage after stage and stops at the first that is full.
+    """Asks stage after stage and stops at the first that does not grant everything.
 
-    Two gateways that ask all stages at once may each get a part and give it back, again and again. In order, the gateway that
+    If two gateways ask all stages at once, each may get a part and give it back, again and again. In order, the gateway that
     gets the first stage competes at the others only with those that got it before.
     """
     replies: list[tuple[ReplyOrigin, ReserveReply] | StageFailed] = []
@@ -109,6 +118,7 @@ def reserve_in_order(client: StageClient, wanted: Reserve) -> Reservation:
 
 
 def _ask(client: StageClient, instance: Instance, wanted: Reserve) -> tuple[ReplyOrigin, ReserveReply] | StageFailed:
+    """Asks one instance for memory. A StageFailed is returned, not raised."""
     peers = wanted.peers.get(instance, ())
     rows = [replace(row, peers=peers) for row in wanted.rows] if peers else wanted.rows
     try:
@@ -118,6 +128,7 @@ def _ask(client: StageClient, instance: Instance, wanted: Reserve) -> tuple[Repl
 
 
 def _combined(replies: Items[tuple[ReplyOrigin, ReserveReply] | StageFailed], num_rows: int) -> Reservation:
+    """Combines the stages' replies: each row gets the worst of its statuses. One StageFailed makes the whole a failure."""
     statuses = [Status.OK] * num_rows
     held: list[list[int]] = [[] for _ in range(num_rows)]
     origins: list[ReplyOrigin] = []

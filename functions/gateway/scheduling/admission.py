@@ -13,11 +13,14 @@ from functions.gateway.stages.routes import Instance
 
 
 def admit(state: SchedulerState, now: float) -> list[Reserve]:
-    """Admits sequences in order of their turn. Returns what must be reserved for them."""
+    """Moves waiting sequences into micro-batches as far as capacity and memory allow. Returns the reservations to ask for.
+
+    The memory backlog comes before the queue. The queue decides the order of clients.
+    """
     backlog, queue = state.waiting.backlog, state.waiting.queue
     pending = [sequence for batch in state.micro_batches for sequence in batch.sequences if not sequence.reserved]
     if any(sequence.reserves_in_order for sequence in pending):
-        return []  # others would take the memory that it asks for
+        return []  # a sequence from the backlog asks stage after stage; others would take its memory
     if backlog.sequences and (reservation := _admit_from_backlog(state, now)) is not None:
         return [reservation]
     # One reservation at a time for each micro-batch: sequences that come meanwhile share the next one. Otherwise a burst of
@@ -40,7 +43,10 @@ def admit(state: SchedulerState, now: float) -> list[Reserve]:
 
 
 def reserve_for_followers(state: SchedulerState) -> list[Reserve]:
-    """Repeats reservations of followers whose leader is done, because the stages may hold more of them now."""
+    """Repeats the reservations of followers whose prefix leader is done.
+
+    The stages may hold the shared prefix now, and their replies say so.
+    """
     reservations = []
     for batch in state.micro_batches:
         if batch.target is not None:
@@ -54,7 +60,10 @@ def reserve_for_followers(state: SchedulerState) -> list[Reserve]:
 
 
 def _admit_from_backlog(state: SchedulerState, now: float) -> Reserve | None:
-    """The oldest sequence that a stage refused; during its back-off one that may overtake it and seems to fit."""
+    """Admits the oldest sequence of the memory backlog and returns its reservation; None: no sequence can be admitted.
+
+    During the back-off it admits another one instead, if that may overtake the oldest and seems to fit.
+    """
     backlog = state.waiting.backlog
     sequence = backlog.sequences[0]
     if now < backlog.retry_at:
@@ -79,9 +88,12 @@ def _join(state: SchedulerState, batch: MicroBatch, sequence: Sequence) -> None:
 
 
 def _choose_micro_batch(state: SchedulerState, sequence: Sequence, now: float, excluded: Set[MicroBatch]) -> MicroBatch | None:
-    """The micro-batch that `sequence` shall join: a new one if one more is wanted. None: it has to wait."""
+    """The micro-batch that `sequence` shall join, a new one if one more is wanted. None: the sequence has to wait.
+
+    excluded: existing micro-batches that it must not join.
+    """
     placement, limits = state.placement, state.limits
-    # Sequences end on the revision where they began, but none begins on an older one, or it would never scale to zero.
+    # Sequences stay on their revision, but new ones join only the newest. Otherwise an old one would never scale to zero.
     current = [batch for batch in state.micro_batches if not placement.outdated(batch.route)]
     arriving = len(state.waiting.queue) + len(state.waiting.backlog.sequences)
     held = state.where_held.find(sequence.prefix_chain())
@@ -95,7 +107,11 @@ def _choose_micro_batch(state: SchedulerState, sequence: Sequence, now: float, e
         return state.micro_batches[-1]
 
     def load(batch: MicroBatch) -> tuple[bool, float]:
-        """Computing one more chunk of a prompt delays the others about as much as one more sequence."""
+        """Sort key: micro-batches whose route has memory for the sequence come first, then those with few sequences.
+
+        To compute a chunk of a prompt delays the others about as much as one more sequence. So each chunk that the prefix cache
+        saves counts as one sequence fewer.
+        """
         saved_chunks = held.on(batch.route.instances) / limits.chunk_tokens
         return batch.route.lacks(sequence.reserve_tokens), len(batch.sequences) - saved_chunks
 
@@ -111,14 +127,17 @@ def _choose_micro_batch(state: SchedulerState, sequence: Sequence, now: float, e
 
 
 def _needs_other_instances(state: SchedulerState, current: Items[MicroBatch], sequence: Sequence) -> bool:
-    """Only instances that no micro-batch uses have the memory: few sequences may fill a pod before they fill a micro-batch."""
+    """Whether the sequence needs a new micro-batch, because only instances that no micro-batch uses have memory for it.
+
+    A few long sequences may fill a pod before they fill a micro-batch. False if no more micro-batches are allowed.
+    """
     if not all(batch.route.lacks(sequence.reserve_tokens) for batch in current):
         return False
     return _seems_to_fit(state, sequence) and len(current) < state.micro_batches_allowed()
 
 
 def _seems_to_fit(state: SchedulerState, sequence: Sequence) -> bool:
-    """By the stages' last replies, some instance of each stage has memory for it."""
+    """Whether each stage has an instance with enough free memory for the sequence, by the instances' last replies."""
     placement = state.placement
     return all(placement.has_memory(stage, sequence.reserve_tokens) for stage in range(placement.num_stages))
 
@@ -130,7 +149,10 @@ def _reserve(state: SchedulerState, batch: MicroBatch, sequences: Items[Sequence
 
 
 def _peers(state: SchedulerState, instance: Instance, sequences: Items[Sequence]) -> tuple[str, ...]:
-    """URLs that may hold the sequences' KV: instances that leave, and those that computed much of a sequence last."""
+    """URLs of other instances from which `instance` may fetch KV of the sequences, at most MAX_PEERS.
+
+    These are instances that leave, and those where much of a sequence was computed last.
+    """
     places = [state.where_held.find(sequence.prefix_chain()) for sequence in sequences]
     others = [held.instances[instance.stage] for held in places if held.tokens >= state.limits.chunk_tokens]
     urls = [other.url for other in others if other is not instance and other.ready and not other.is_service]

@@ -1,6 +1,7 @@
-"""What the scheduler's state becomes after a reply, a reservation or a failure (docs/scheduling.md, "When something breaks").
+"""Applies replies, reservations and failures of stages to the scheduler's state (docs/scheduling.md, "When something breaks").
 
-A failed event costs an attempt, never an answer: its sequences begin again on another route, or up to the stage that lost them.
+The caller holds the scheduler's lock. A failed event ends no answer while its sequences have retries left: they are computed
+again on another route, or only at the stage that lost their KV.
 """
 
 import logging
@@ -32,9 +33,10 @@ _INCOMPLETE: Final = "its reply lacks a token or a log-probability that was want
 
 
 def stage_replied(state: SchedulerState, step: Step, stage: int, reply: ForwardReply, seconds: float) -> None:
-    """Applies the reply of one stage. Raises StageFailed if the last stage's lacks something that was wanted.
+    """Applies the reply of one stage to the sequences of `step`. The last stage's reply carries their new tokens.
 
-    seconds: from the request to the reply.
+    stage: its index. seconds: from the request to the reply. Raises StageFailed if the last stage's reply lacks a requested
+    token or log-probability.
     """
     rows = reply.batch.rows
     chunks = [step.chunks[row.id] for row in rows]
@@ -54,9 +56,10 @@ def stage_replied(state: SchedulerState, step: Step, stage: int, reply: ForwardR
 
 
 def note_origin(state: SchedulerState, origin: ReplyOrigin, in_trip: Items[tuple[Sequence, Chunk]] = ()) -> None:
-    """Notes which boot of an instance replied. After a new boot all that it held is lost.
+    """Records that an instance replied, and its free memory. If its boot id is a new one, the instance restarted.
 
-    in_trip: rows that the reply is about, which say themselves what they lost.
+    Sequences that it held are then computed again at this stage. in_trip: the rows of the reply, which are left out, because
+    their statuses already say what the instance has lost.
     """
     instance = origin.instance
     if instance.boot not in ("", origin.boot):
@@ -70,7 +73,10 @@ def note_origin(state: SchedulerState, origin: ReplyOrigin, in_trip: Items[tuple
 
 
 def _chunk_over(state: SchedulerState, sequence: Sequence, chunk: Chunk, result: Result | None) -> None:
-    """All stages that the chunk was for have computed it."""
+    """Applies a chunk that its last stage has computed: passes on tokens or scores, and grows a reservation that is full.
+
+    result: the row's result; None if neither a token nor log-probabilities were requested.
+    """
     sequence.progress.returned()
     if result is not None and chunk.scores:
         tokens = sequence.tokens[chunk.position + 1 : chunk.end + 1]
@@ -80,7 +86,7 @@ def _chunk_over(state: SchedulerState, sequence: Sequence, chunk: Chunk, result:
     elif result is not None and result.tokens:
         _drawn(state, sequence, len(chunk.draft_tokens), result.tokens, result)
         if not sequence.stream.over and len(sequence.tokens) >= sequence.reserve_tokens:
-            # It gives back what it holds and queues again for more memory, so that no two sequences wait for each other's.
+            # It releases its memory and queues again for more. Otherwise two sequences could wait for each other's memory.
             if sequence.grow():
                 state.stats.grown += 1
                 sequence.must_restart = True
@@ -90,7 +96,7 @@ def _chunk_over(state: SchedulerState, sequence: Sequence, chunk: Chunk, result:
 
 
 def _drawn(state: SchedulerState, sequence: Sequence, drafted: int, tokens: Items[int], result: Result) -> None:
-    """The last stage drew `tokens`: accepted draft tokens and one more."""
+    """Applies `tokens` that the last stage drew: the accepted draft tokens and one more. drafted: draft tokens in the chunk."""
     stats, stream = state.stats, sequence.stream
     accepted = len(tokens) - 1
     stats.tokens += len(tokens)
@@ -121,7 +127,7 @@ def _logprobs_of(tokens: Items[int], result: Result) -> list[TokenLogprob]:
 
 
 def _is_incomplete(result: Result | None, sequence: Sequence, chunk: Chunk) -> bool:
-    """The last stage's result lacks something, or accepts other draft tokens than were sent."""
+    """Whether a requested token or log-probability is missing, or accepted draft tokens differ from those that were sent."""
     if not (chunk.scores or chunk.position + chunk.length == len(sequence.tokens)):
         return False
     if result is None:
@@ -141,7 +147,11 @@ def _is_incomplete(result: Result | None, sequence: Sequence, chunk: Chunk) -> b
 
 
 def trip_failed(state: SchedulerState, step: Step, ids: Items[str], failure: StageFailed) -> None:
-    """The event got no usable reply. `ids` are its rows, whose sequences begin again on another route."""
+    """Applies a trip that ended at `failure.stage` without a usable reply: its sequences begin again on another route.
+
+    ids: the rows that were on their way to the stage. If these rows may have broken the stage, or the stage refuses this
+    gateway, the failure counts against their retry budgets.
+    """
     _stage_failed(state, step.trip.instances[failure.stage], failure)
     for id_ in ids:
         sequence, chunk = step.chunks[id_]
@@ -155,7 +165,11 @@ def trip_failed(state: SchedulerState, step: Step, ids: Items[str], failure: Sta
 
 
 def _row_failed(state: SchedulerState, sequence: Sequence, chunk: Chunk, stage: int, row: Row) -> None:
-    """The stage replied, but did not compute this row."""
+    """Applies a row that `stage` did not compute, by its status.
+
+    MISS: the tokens that the stage lacks are sent again. INVALID: the sequence fails with InvalidRequest, or is tried again
+    without draft tokens if it had any. Otherwise it begins again on another route.
+    """
     status, held = row.status, row.held or 0
     if status is Status.INVALID and chunk.draft_tokens and not chunk.scores and sequence.drafter is not None:
         # The draft tokens may be the reason, and the client did not ask for them: tries again without.
@@ -176,9 +190,9 @@ def _row_failed(state: SchedulerState, sequence: Sequence, chunk: Chunk, stage: 
 
 
 def _lost(state: SchedulerState, sequence: Sequence, stage: int, status: Status) -> None:
-    """`stage` has lost what it held of the sequence, for which the first time is forgiven.
+    """Counts that `stage` lost KV of the sequence. Only a second loss at the same stage uses up retry budget.
 
-    Later chunks in flight report the same loss again, which is ignored.
+    Does nothing while an earlier loss is being handled, because later chunks in flight report the same loss again.
     """
     if sequence.progress.failing or sequence.stream.over:
         return
@@ -191,7 +205,10 @@ def _lost(state: SchedulerState, sequence: Sequence, stage: int, status: Status)
 
 
 def _suspect(state: SchedulerState, sequence: Sequence, why: str, problem: type[Problem] = ReplaysExhausted) -> None:
-    """The sequence may be what broke the stage. Ends it if its retry budget is exhausted."""
+    """Makes the sequence a suspect, which may have broken a stage. Ends it with `problem` if its retry budget is exhausted.
+
+    why: the last failure, for the log and the client's error message.
+    """
     state.suspects.add(sequence)
     if sequence.retry_budget.exhausted:
         attempts = sequence.retry_budget.failures
@@ -200,7 +217,7 @@ def _suspect(state: SchedulerState, sequence: Sequence, why: str, problem: type[
 
 
 def _stage_failed(state: SchedulerState, instance: Instance, failure: StageFailed) -> None:
-    """Avoids the instance for a while. If only the client's deadline has passed, ends the sequences that are too late."""
+    """Gives the instance no work for a while. If only a client's deadline has passed, ends the sequences that are too late."""
     if failure.expired:
         state.expire(time.monotonic())
     else:
@@ -208,7 +225,7 @@ def _stage_failed(state: SchedulerState, instance: Instance, failure: StageFaile
 
 
 def gateway_failed(state: SchedulerState, sequences: Iterable[Sequence]) -> None:
-    """An error in the gateway left these sequences in an unknown state: ends them, so that others go on."""
+    """Ends these sequences with a Problem, because an unexpected error in the gateway left their state unknown."""
     for sequence in list(sequences):
         state.abandon(sequence, Problem("the gateway failed; its log has the traceback"))
 
@@ -217,7 +234,10 @@ def gateway_failed(state: SchedulerState, sequences: Iterable[Sequence]) -> None
 
 
 def reservation_over(state: SchedulerState, wanted: Reserve, reservation: Reservation) -> None:
-    """Applies what became of a reservation. Its sequences are in one micro-batch."""
+    """Applies the replies to a reservation. Its sequences can now be computed, join the memory backlog, or begin again.
+
+    All of them are in one micro-batch. Memory of those that have ended meanwhile is released.
+    """
     for origin in reservation.origins:
         note_origin(state, origin)
     if wanted.moved_from is not None:
@@ -280,7 +300,10 @@ def _reservation_refused(state: SchedulerState, sequence: Sequence, status: Stat
 
 
 def _settle(state: SchedulerState, sequence: Sequence, cause: str | None = None) -> None:
-    """If none of its chunks is in flight: dismisses a sequence that has ended, starts again one whose route broke."""
+    """If the sequence has no chunk in flight: dismisses it if it has ended, or queues it again if it must restart.
+
+    cause: why it is computed again, a key of `Stats.replays`; None: the restart does not count as a replay.
+    """
     if not sequence.at_rest:
         return
     if sequence.stream.over:
@@ -290,7 +313,7 @@ def _settle(state: SchedulerState, sequence: Sequence, cause: str | None = None)
 
 
 def _start_again(state: SchedulerState, sequence: Sequence, cause: str | None = None) -> None:
-    """Queues the sequence for another route. cause: None if nothing of it was computed yet."""
+    """Queues the sequence again, for another route. cause: key of `Stats.replays`; None: it does not count as a replay."""
     if cause is not None and not sequence.stream.over:
         sequence.waiting_since = time.monotonic()
         _replayed(state, sequence, cause)

@@ -11,7 +11,7 @@ from typing import Final
 
 from functions.gateway.scheduling.stats import RowCosts, seconds_on
 
-IN_FLIGHT_PER_INSTANCE: Final = 2  # micro-batches at each instance of the narrowest stage: above Knative's target, so it grows
+IN_FLIGHT_PER_INSTANCE: Final = 2  # micro-batches per instance of the narrowest stage: above Knative's target, so that it grows
 FAR_SHARE: Final = 0.5  # the network must take this share of the stages' seconds before micro-batches are divided for it
 _MAX_FACTOR_FOR_NETWORK: Final = 4  # bounds micro-batches added for a network, whose seconds are estimates
 _MIN_RATE_GAIN: Final = 1.08  # factor that dividing further must gain in tokens/s: costs are estimates, and dividing costs
@@ -34,13 +34,14 @@ def micro_batches_allowed(
 ) -> int:
     """How many micro-batches may be in flight: at least one for each stage.
 
-    ready_instances: per stage, how many take work; 0: unknown. service_seconds: per stage, a step that does not wait, its
-    network included; if one is 0, all stages are taken as equal. network_seconds: the part of them that keeps no instance busy.
+    ready_instances: per stage, how many take work; 0: unknown. service_seconds: per stage, of a step that does not wait,
+    network included; if one is 0 (not measured), all stages count as equal. network_seconds: per stage, the part of
+    service_seconds in which no instance computes; empty: the network is quick.
 
     The narrowest stage has the most busy seconds per instance. By Little's law, its rate times the seconds of a whole round
     keeps it busy; twice that keeps two micro-batches at each of its instances, apart from those at the other stages. Two per
-    instance counted over the whole pipeline would leave it with little more than one, below the autoscaler's target, so that
-    it would never grow (docs/scheduling.md has the numbers).
+    instance counted over the whole pipeline would leave it with little more than one, below the autoscaler's target, so that it
+    would never grow (docs/scheduling.md has the numbers).
     """
     instances = [max(1, count) for count in ready_instances]
     seconds = busy = service_seconds if all(service_seconds) else [1.0] * len(instances)
@@ -56,10 +57,11 @@ def micro_batches_allowed(
 def micro_batches_wanted(
     sequences: int, stages_at_once: int, max_sequences: int, allowed: int, filling: Callable[[int, int], int] | None = None
 ) -> int:
-    """How many micro-batches `sequences` are divided into.
+    """Into how many micro-batches this number of sequences is divided, at most `allowed`.
 
-    First one for each stage that can compute at the same time, then as many full ones as are needed and allowed.
-    filling: given the sequences and a minimum, how many keep a slow network busy; None: the network is quick.
+    There is one for each stage that can compute at the same time (`stages_at_once`), and more if one would have over
+    `max_sequences`. filling: given the sequences and this number as a minimum, returns how many keep a slow network busy; None:
+    the network is quick.
     """
     wanted = min(sequences, allowed, max(stages_at_once, math.ceil(sequences / max_sequences)))
     return wanted if filling is None or wanted < 1 else min(sequences, allowed, filling(sequences, wanted))
@@ -71,16 +73,17 @@ def admissible_sequences(running: int, allowed: int, max_sequences: int) -> int:
 
 
 def max_waiting(queue_limit: int, admissible: int) -> int:
-    """With so many waiting, a request is refused. Those that the next decision admits do not count against the limit."""
+    """How many requests may wait before new ones are refused. admissible: those that the next decision admits do not count."""
     return queue_limit + max(0, admissible)
 
 
 def micro_batches_that_fill(
     sequences: int, minimum: int, maximum: int, stages_at_once: int, costs: Items[RowCosts], network_seconds: float
 ) -> int:
-    """How many micro-batches make the most tokens a second on a slow network: some compute while others travel.
+    """How many micro-batches, `minimum` to `maximum`, make the most tokens a second on a slow network.
 
-    Smaller steps cost more for each row, so that more micro-batches may also make fewer tokens: the measured costs decide.
+    Some compute while others travel. But smaller steps cost more for each row, so the measured costs decide; if a stage has
+    none, returns `minimum`. costs: per stage. network_seconds: of a whole round.
     """
     curves = [cost.points() for cost in costs]
     if not all(curves):

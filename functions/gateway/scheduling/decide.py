@@ -1,4 +1,7 @@
-"""What happens next. `decide` changes the scheduler's state by everything that can happen now; it does no input or output."""
+"""Decides what happens next: `decide` changes the scheduler's state by everything that can happen now.
+
+Nothing here does input or output. The caller holds the scheduler's lock.
+"""
 
 import math
 
@@ -14,10 +17,10 @@ from functions.gateway.stages.routes import Instance
 
 
 def decide(state: SchedulerState, now: float) -> list[Action]:
-    """Returns what must be sent, in order. now: in time.monotonic().
+    """Makes all changes of the state that are possible now and returns what must be sent, in order. now: in time.monotonic().
 
-    Sequences expire and resume; micro-batches migrate; sequences get memory; decode and prompt steps begin; cold stages are
-    woken; memory is released.
+    Sequences expire or leave their back-off; micro-batches migrate; sequences get memory; decode and prompt steps begin; cold
+    stages are woken; memory is released.
     """
     state.expire(now)
     if state.waiting.backing_off:
@@ -50,7 +53,7 @@ def decide(state: SchedulerState, now: float) -> list[Action]:
 
 
 def next_due(state: SchedulerState, now: float) -> float:
-    """When something must be decided although nothing came back, in time.monotonic(); infinity: never."""
+    """When `decide` must be called next even if no reply comes before, in time.monotonic(); infinity: never."""
     due = [sequence.deadline for sequence in state.sequences.values()]
     if state.has_waiting:
         timeout = state.limits.cold_start_timeout_seconds
@@ -70,7 +73,10 @@ def next_due(state: SchedulerState, now: float) -> float:
 
 
 def migrate(state: SchedulerState, now: float) -> list[Reserve]:
-    """Chooses which micro-batches migrate and moves those that are at rest. Returns the reservations at their new instances."""
+    """Chooses which micro-batches migrate, and moves those that have nothing in flight.
+
+    Returns the reservations at their new instances.
+    """
     reservations: list[Reserve] = []
     placement = state.placement
     _rebalance(state)
@@ -88,7 +94,10 @@ def migrate(state: SchedulerState, now: float) -> list[Reserve]:
 
 
 def _rebalance(state: SchedulerState) -> None:
-    """Chooses one micro-batch to migrate if an instance carries too many routes, once the last one has caught up."""
+    """If an instance has many more routes than another one of its stage, chooses one of its micro-batches to migrate there.
+
+    Does nothing while the micro-batch chosen before has not moved, or is still being computed again.
+    """
     settling = state.settling
     if settling is not None and settling in state.micro_batches and (settling.target or not settling.caught_up):
         return
@@ -108,7 +117,11 @@ def _rebalance(state: SchedulerState) -> None:
 
 
 def _move(state: SchedulerState, batch: MicroBatch, target: Instance) -> list[Reserve]:
-    """Moves a micro-batch at rest. The new instance fetches the KV from the old one if it can; otherwise it is computed."""
+    """Moves a micro-batch that has nothing in flight to the instance `target`, in place of the one of the same stage.
+
+    Returns a reservation for the sequences whose KV `target` may fetch from the old instance; none if there is no such
+    sequence. The KV of all others is computed again.
+    """
     batch.target = None
     left = batch.route.replace(target)
     fetched = []
@@ -128,7 +141,10 @@ def _move(state: SchedulerState, batch: MicroBatch, target: Instance) -> list[Re
 
 
 def choose_trial(state: SchedulerState) -> None:
-    """A suspect near the end of its retry budget runs alone: if it breaks a stage, no other sequence of the gateway suffers."""
+    """Sets `state.trial` to a suspect that has used up much of its retry budget, unless a trial is under way.
+
+    It then runs alone. If it breaks a stage again, no other sequence of this gateway is affected.
+    """
     if state.trial is not None and (state.trial not in state.suspects or state.trial.route is None):
         state.trial = None
     if state.trial is None:
@@ -140,6 +156,11 @@ def choose_trial(state: SchedulerState) -> None:
 
 
 def may_send(state: SchedulerState, sequence: Sequence) -> bool:
+    """Whether a step may carry this sequence now.
+
+    During a trial that is only the suspect on trial, once nothing else is in flight. Otherwise it is every sequence that needs
+    no trial.
+    """
     if state.trial is None:
         return sequence.retry_budget.failures_here < TRIAL_AFTER_FAILURES
     return sequence is state.trial and len(state.steps) == sequence.progress.in_flight
@@ -149,7 +170,7 @@ def may_send(state: SchedulerState, sequence: Sequence) -> bool:
 
 
 def begin_decode_steps(state: SchedulerState) -> list[Trip]:
-    """A step for each micro-batch that is not decoding and has sequences that can."""
+    """Begins a decode step for each micro-batch that has none under way and does not migrate. Returns their trips."""
     trips = []
     depth = state.placement.num_stages - 1
     too_many = len(state.micro_batches) > 1 and len(state.micro_batches) > state.micro_batches_wanted(state.running)
@@ -176,7 +197,7 @@ def begin_decode_steps(state: SchedulerState) -> list[Trip]:
 
 
 def choose_drafts(state: SchedulerState, sequences: list[Sequence]) -> list[tuple[int, ...]]:
-    """For each sequence of a decode step, as many draft tokens as are worth their cost."""
+    """The draft tokens to send for each sequence of a decode step: as many as should raise the tokens per second."""
     limit = state.limits.draft_tokens
     drafts: list[tuple[int, ...]] = []
     for sequence in sequences:
@@ -195,9 +216,10 @@ def choose_drafts(state: SchedulerState, sequences: list[Sequence]) -> list[tupl
 
 
 def begin_prompt_steps(state: SchedulerState, now: float) -> list[Trip]:
-    """A step at each first stage that has no prompt chunk: the sequence that waits longest and others that fit in.
+    """Begins a prompt step at each first stage that has none in hand. Returns their trips.
 
-    None to an instance that has just broken: suspects, which travel one by one, would each lose another attempt there.
+    It carries the sequence whose last chunk is the longest ago, and others that fit in. Suspended instances, which have just
+    failed, get none: suspects travel one by one, and each would use up retry budget there.
     """
     prompts_of: dict[tuple[Instance, ...], list[Sequence]] = {}
     for batch in state.micro_batches:
@@ -217,7 +239,7 @@ def begin_prompt_steps(state: SchedulerState, now: float) -> list[Trip]:
 
 
 def _has_prompt_chunk(state: SchedulerState, sequence: Sequence) -> bool:
-    """It may send a chunk: at most as many are in flight as there are stages."""
+    """Whether a prompt chunk of the sequence may be sent now. At most one for each stage is in flight."""
     if not sequence.reserved or sequence.leader is not None or sequence.must_restart or sequence.stream.over:
         return False
     if sequence.progress.in_flight >= state.placement.num_stages or not may_send(state, sequence):
@@ -226,6 +248,7 @@ def _has_prompt_chunk(state: SchedulerState, sequence: Sequence) -> bool:
 
 
 def _begin(state: SchedulerState, step: Step) -> Trip:
+    """Records in the state, its statistics and its sequences that `step` is sent now. Returns its trip."""
     is_prompt = step.micro_batch is None
     if step.micro_batch is not None:
         step.micro_batch.decoding = True

@@ -1,4 +1,4 @@
-"""Renewal of what the gateway holds at stages, which they free if they do not hear of it (`LEASE_SECONDS`)."""
+"""Renewals of the gateway's lease at stages, which free what it holds there after `LEASE_SECONDS` without one."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -22,11 +22,11 @@ class _LostRelease:
 
 
 class LeaseRenewals:
-    """A release event, mostly without rows, renews the lease at every instance of a route.
+    """Renews the gateway's lease at every instance that a route uses, by release events, which mostly have no rows.
 
-    Steps alone do not renew it: one at another stage may take longer than the lease. A renewal also repeats releases that
-    failed. A gateway that holds nothing sends nothing, and stages free by themselves what it could not release; until then the
-    rows are kept here, for the gateway may use the instance again before.
+    Forward events are not enough: a step may spend longer at another stage than the lease lasts. A renewal also repeats
+    releases that failed. An instance that no route uses gets no renewal, and frees by itself what could not be released. Until
+    then those rows are kept here, because the gateway may use the instance again.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,11 @@ class LeaseRenewals:
         self._lost: list[_LostRelease] = []
 
     def renew(self, instances: Iterable[Instance], sequences: Mapping[str, Sequence], now: float) -> list[Release]:
-        """A renewal for each of the instances that routes use. sequences: by id."""
+        """Returns a release event for each of `instances`, with the rows whose release failed there before.
+
+        instances: all that routes use, repeats allowed. sequences: by id; rows of those that use the instance again are left
+        out. now: in time.monotonic(). The next renewal is due at `renew_at`.
+        """
         used = dict.fromkeys(instances)
         self.renew_at = now + RENEWAL_SECONDS
         lost, self._lost = self._lost, [each for each in self._lost if each.instance not in used and now < each.until]
@@ -44,13 +48,13 @@ class LeaseRenewals:
         ]
 
     def release_failed(self, instance: Instance, rows: Items[ReleaseRow]) -> None:
-        """Whether the release arrived is not known."""
+        """Keeps rows whose release got no usable reply, so that a renewal repeats it. The instance may have freed them."""
         until = time.monotonic() + _KEPT_SECONDS
         self._lost += [_LostRelease(instance, row, until) for row in rows]
 
 
 def _is_back(lost: _LostRelease, sequences: Mapping[str, Sequence]) -> bool:
-    """The sequence uses the instance again, in the same attempt."""
+    """Whether the sequence uses the instance again, in the same attempt. If so, its row must not be released."""
     sequence = sequences.get(lost.row.id)
     if sequence is None or sequence.route is None or lost.instance not in sequence.route.instances:
         return False

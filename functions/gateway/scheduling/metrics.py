@@ -21,7 +21,7 @@ _MIGRATION_CAUSES: Final = ("leaving", "balance")
 
 class SchedulerCollector(Collector):
     def __init__(self, stats: Callable[[], Stats], stage_names: list[str]) -> None:
-        """stage_names: values of the label `stage`, in order."""
+        """stats: called at each scrape. stage_names: values of the label `stage`, in the order of the stages."""
         self._stats = stats
         self._stage_names = stage_names
 
@@ -66,7 +66,10 @@ class SchedulerCollector(Collector):
 
 
 def _by_label(name: str, help_: str, label: str, values: Mapping[str, float], initial: Iterable[str]) -> CounterMetricFamily:
-    """initial: label values that exist from 0 on, because Prometheus' rate() does not see a series begin."""
+    """Makes a counter with one label. values: label value → count.
+
+    initial: label values that are exported from the start, with 0, because Prometheus' rate() does not see a series begin.
+    """
     family = CounterMetricFamily(name, help_, labels=[label])
     for value, count in {**dict.fromkeys(initial, 0), **values}.items():
         family.add_metric([value], count)

@@ -22,12 +22,12 @@ _MAX_GRAMMAR_BYTES: Final = 2**20  # of grammar sources in one event; a grammar 
 
 @dataclass(eq=False, slots=True)
 class MicroBatch:
-    """Sequences that decode together."""
+    """Sequences that decode together, on one route."""
 
     route: Route  # used by no other micro-batch
     sequences: list[Sequence] = field(default_factory=list)
     decoding: bool = False  # its decode step is under way
-    target: Instance | None = None  # it migrates there once it is at rest
+    target: Instance | None = None  # instance that it migrates to once nothing of it is in flight
 
     @property
     def at_rest(self) -> bool:
@@ -35,7 +35,7 @@ class MicroBatch:
 
     @property
     def caught_up(self) -> bool:
-        """No sequence is being computed again, so it may migrate again."""
+        """Whether every sequence's next chunk is a decode step: none is still being computed again after a migration."""
         return all(sequence.decodes for sequence in self.sequences)
 
     def join(self, sequence: Sequence) -> None:
@@ -43,13 +43,16 @@ class MicroBatch:
         sequence.route = self.route
 
     def drop(self, sequence: Sequence) -> None:
-        """Takes out a sequence whose memory has been released at all stages."""
+        """Removes a sequence and resets it for a new attempt. Its memory must have been released at all stages."""
         self.sequences.remove(sequence)
         sequence.leave()
 
 
 def level(own: MicroBatch, others: Iterable[MicroBatch], too_many: bool, max_sequences: int) -> None:
-    """Between two steps of `own`: moves sequences to smaller micro-batches on the same route, and all if there are too many."""
+    """Moves sequences of `own` to smaller micro-batches on the same route. Call it between two steps of `own`.
+
+    too_many: there are more micro-batches than wanted; then all move to the smallest, if at most `max_sequences` result.
+    """
     siblings = [
         other
         for other in others
@@ -73,9 +76,9 @@ def level(own: MicroBatch, others: Iterable[MicroBatch], too_many: bool, max_seq
 
 
 def prompt_chunks(sequences: Items[Sequence], chunk_tokens: int) -> list[tuple[Sequence, Chunk]]:
-    """Chunks for one event, in the order of `sequences`, which share a route: equally deep, at most `chunk_tokens` in all.
+    """Chooses prompt chunks for one event, in the order of `sequences`, which share a route: at most `chunk_tokens` in all.
 
-    A suspect travels alone. Empty if no sequence has anything to send.
+    All chunks end at the same stage. A suspect gets an event of its own. Empty if no sequence has anything to send.
     """
     chunks: list[tuple[Sequence, Chunk]] = []
     remaining = chunk_tokens
@@ -93,7 +96,7 @@ def prompt_chunks(sequences: Items[Sequence], chunk_tokens: int) -> list[tuple[S
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step under way."""
+    """A step under way: its trip, and which sequences and chunks it carries."""
 
     trip: Trip
     chunks: Mapping[str, tuple[Sequence, Chunk]]  # by row id
@@ -102,7 +105,10 @@ class Step:
 
 
 def make_step(chunks: Items[tuple[Sequence, Chunk]], instances: tuple[Instance, ...], micro_batch: MicroBatch | None) -> Step:
-    """chunks: equally deep, of sequences on the route `instances`. micro_batch: None for prompt chunks."""
+    """Makes a step of these chunks. They end at the same stage, and their sequences are on the route `instances`.
+
+    micro_batch: the one that decodes; None for prompt chunks.
+    """
     traces = {sequence.id: sequence.prompt.trace for sequence, _ in chunks if sequence.prompt.trace is not None}
     batch = first_batch(chunks, len(instances))
     trip = Trip(
@@ -118,7 +124,7 @@ def make_step(chunks: Items[tuple[Sequence, Chunk]], instances: tuple[Instance, 
 
 
 def first_batch(chunks: Items[tuple[Sequence, Chunk]], num_stages: int) -> Batch:
-    """The event for the first stage: token ids and no tensor."""
+    """The Batch that is sent to the first stage: a row for each chunk, token ids and no tensor."""
     token_ids = array("i")
     rows: list[Row] = []
     grammars_sent: dict[str, int] = {}  # digest → bytes of its source
@@ -147,7 +153,10 @@ def first_batch(chunks: Items[tuple[Sequence, Chunk]], num_stages: int) -> Batch
 
 
 def _sampling(sequence: Sequence, grammars_sent: dict[str, int]) -> Sampling:
-    """With the grammar's source only if the last stage may not know it and no earlier row of the event carries it."""
+    """The sampling settings for a row. They include the grammar's source only if the last stage may not know it yet.
+
+    grammars_sent: digests and sizes of the sources in earlier rows of the event, which need not be repeated; updated.
+    """
     sampling, grammar = sequence.prompt.sampling, sequence.prompt.sampling.grammar
     if grammar is None:
         return sampling

@@ -12,7 +12,7 @@ from functions.gateway.scheduling.state import SchedulerState
 from functions.gateway.scheduling.wake_up import ColdStart
 from functions.gateway.stages.routes import Instance
 
-# asleep: a Service URL, without a watch of its instances, that has to be woken. suspended: it has just failed.
+# asleep: a Service URL, used without a watch, that must be woken. suspended: gets no work for a while after a failure.
 InstanceState = Literal["asleep", "starting", "ready", "suspended", "leaving"]
 
 
@@ -21,9 +21,9 @@ class InstanceStatus:
     number: int
     revision: str
     state: InstanceState
-    routes: int
-    free_tokens: int | None
-    event_seconds: float  # sum over its events, see InFlight
+    routes: int  # how many use it
+    free_tokens: int | None  # for which it has KV memory, by its last reply; None: unknown
+    event_seconds: float  # sum over all events so far of the time in flight, see InFlight
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class StageStatus:
     instances: tuple[InstanceStatus, ...]
     steps: int
     step_seconds: float  # sum over all steps
-    cold: bool
-    start: ColdStart | None
+    cold: bool  # it has no instance that takes work
+    start: ColdStart | None  # the one under way or the last one
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class PipelineStatus:
 
 
 def pipeline_status(state: SchedulerState) -> PipelineStatus:
-    """The caller holds the scheduler's lock."""
+    """Takes a snapshot of the pipeline. The caller holds the scheduler's lock."""
     now, cold, stages = time.monotonic(), set(state.placement.cold()), []
     for stage, stats in enumerate(state.stats.stages):
         instances = tuple(_instance_status(instance, now) for instance in state.placement.instances(stage))

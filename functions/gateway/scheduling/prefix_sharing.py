@@ -4,7 +4,7 @@ The time of a cache hit tells a client that another one has asked the same, so t
 
 Sequences that begin alike and arrive together compute their common prefix once. The first is the leader. The others, its
 followers, have their memory and their place in a micro-batch, and wait. When every stage holds the prefix, the followers ask
-for their reservation again, and the reply says how much they need not compute.
+for their reservation again, and the reply says how many tokens need not be computed.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,10 @@ KeyOf = Callable[[str], bytes | None]  # client id → key of the client's prefi
 
 
 def keys_of(pipeline: str, sharing: str) -> KeyOf:
-    """pipeline: its fingerprint. sharing: `pipeline` (all clients share), `client` (each with itself), or `off`."""
+    """Returns the function that gives each client the key of its prefix chains. Equal keys share cached prefixes.
+
+    pipeline: its fingerprint. sharing: `pipeline` (all clients share), `client` (each only with itself), or `off`.
+    """
     if sharing == "off":
         return lambda client_id: None
     if sharing == "client":
@@ -30,13 +33,20 @@ def keys_of(pipeline: str, sharing: str) -> KeyOf:
 
 
 def prompt_chain(key_of: KeyOf, prompt: Prompt) -> tuple[bytes | None, Chain]:
-    """The key of the prompt's chain, and the chain of all its tokens but the last, which has to be computed."""
+    """The key and the prefix chain of a prompt; (None, ()): no prefix caching.
+
+    The chain covers all tokens but the last, which has to be computed in any case.
+    """
     key = key_of(prompt.client_id)
     return key, () if key is None else extended((), prompt.token_ids[:-1], key)
 
 
 def follow(sequence: Sequence, state: SchedulerState) -> None:
-    """Chooses the leader that saves a sequence most. It has its memory, and no chunk of it has been sent."""
+    """Chooses as leader the sequence on the same route that computes the longest common prefix, if it is worth waiting for.
+
+    The prefix must be at least MIN_SHARED_TOKENS longer than what every stage holds already. Call this after the reservation is
+    granted and before a chunk is sent. `sequence` then waits until `leader_is_done`.
+    """
     if sequence.follow_failed or sequence.retry_budget.failures_here or not sequence.at_rest or sequence.stream.over:
         return
     assert sequence.route is not None
@@ -51,7 +61,7 @@ def follow(sequence: Sequence, state: SchedulerState) -> None:
 
 
 def leader_is_done(sequence: Sequence, state: SchedulerState) -> bool:
-    """The prefix that a follower waits for is computed, or will not be: the follower shall ask for its reservation again."""
+    """Whether a follower shall ask for its reservation again: its leader has computed the shared prefix, or never will."""
     leader = sequence.leader
     if leader is None or not sequence.at_rest or sequence.must_restart or sequence.stream.over:
         return False
@@ -63,7 +73,11 @@ def leader_is_done(sequence: Sequence, state: SchedulerState) -> bool:
 
 
 def stop_following(sequence: Sequence, held_before: int) -> None:
-    """The reservation was granted again. held_before: tokens that every stage held of the sequence before it."""
+    """Ends the wait of a follower, whose repeated reservation was granted.
+
+    held_before: tokens of the sequence that every stage held before. If there are not more now although the leader has computed
+    the prefix, the sequence does not follow again.
+    """
     assert sequence.leader is not None
     found_nothing = sequence.progress.held_everywhere <= held_before
     sequence.follow_failed = found_nothing and sequence.leader.progress.held_everywhere >= sequence.leader_tokens
@@ -71,7 +85,7 @@ def stop_following(sequence: Sequence, held_before: int) -> None:
 
 
 def _computes(sequence: Sequence) -> bool:
-    """It can be a leader."""
+    """Whether the sequence can be a leader: it has memory, follows no other, has not ended and has not failed lately."""
     if not sequence.reserved or sequence.leader is not None or sequence.stream.over or sequence.must_restart:
         return False
     return not sequence.retry_budget.failures_here

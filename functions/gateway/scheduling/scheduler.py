@@ -1,6 +1,6 @@
 """The scheduler: continuous batching over a pipeline of stages. Its public interface, its lock and its threads.
 
-Whatever changes the state (a reply, a new request, the watch, the clock) does so under one lock. Then `decide` changes it by
+Replies, new requests, changed instances and the clock all change the state under one lock. Then `decide` changes it by
 everything that can happen next, and threads send what it returns and wait for the replies, without the lock.
 
 There is a thread for each event in flight rather than an event loop: `eventing.http.delivery` is synchronous, which needs less
@@ -54,7 +54,7 @@ _SHUTTING_DOWN: Final = "this gateway is shutting down; ask again, another one w
 
 
 class Scheduler:
-    """Takes prompts and puts tokens into their streams. Thread-safe."""
+    """Has the stages compute answers to prompts, and puts their tokens into streams. Thread-safe. Runs until `close`."""
 
     def __init__(self, client: StageClient, placement: Placement, limits: SchedulerLimits, key_of: KeyOf) -> None:
         self._client = client
@@ -81,7 +81,10 @@ class Scheduler:
 
     @contextmanager
     def entering(self) -> Iterator[None]:
-        """Counts a request as waiting while an API reads it, before `submit`. Raises QueueFull, or NotReady when closing."""
+        """Counts a request as waiting while an API reads it, before `submit`.
+
+        Raises QueueFull if too many wait already, or NotReady when closing.
+        """
         with self._changed:
             self._check_queue()
             self._entering += 1
@@ -92,7 +95,10 @@ class Scheduler:
                 self._entering -= 1
 
     def submit(self, prompt: Prompt) -> TokenStream:
-        """Queues a sequence; its tokens come into the stream. Raises QueueFull, InvalidRequest, or NotReady when closing."""
+        """Queues a prompt and returns the stream into which the tokens of its answer come.
+
+        Raises QueueFull if too many wait already, InvalidRequest if prompt and answer are too long, or NotReady when closing.
+        """
         total_tokens = len(prompt.token_ids) + prompt.max_tokens
         if total_tokens > MAX_POSITION:
             raise InvalidRequest(f"{total_tokens} tokens of prompt and answer; the most is {MAX_POSITION}")
@@ -133,12 +139,15 @@ class Scheduler:
                 self._act()
 
     def wake(self) -> None:
-        """If a stage is cold, sends warm-up events to all stages at once, before a request needs them."""
+        """Sends warm-up events to all stages if one is cold, so that they start before a request needs them. Does not wait."""
         with self._changed:
             self._start(self._state.wake_ups.begin(self._state.placement, all_stages=True))
 
     def sick(self) -> str | None:
-        """A defect of the scheduler; None: there is none. Takes no lock, because its holder may be stuck."""
+        """Describes a defect that keeps the scheduler from its work; None: there is none.
+
+        Takes no lock, because a stuck thread may hold it.
+        """
         if self._closed:
             return None
         if not self._clock.is_alive():
@@ -151,9 +160,9 @@ class Scheduler:
         return None
 
     def close(self) -> None:
-        """Ends all sequences with NotReady and frees their memory at the stages, for which it waits a few seconds.
+        """Ends all sequences with NotReady, releases their memory at the stages, and ends the scheduler's threads.
 
-        Threads that wait for a stage even longer end when the sender is closed.
+        Waits at most a few seconds for the releases. Threads that wait for a stage even longer end when the sender is closed.
         """
         with self._changed:
             self._closing = True
@@ -168,6 +177,7 @@ class Scheduler:
         self._calls.shutdown()
 
     def stats(self) -> Stats:
+        """A copy of the statistics, with the current numbers of sequences, micro-batches and trips."""
         with self._changed:
             state = self._state
             stats = copy.deepcopy(state.stats)
@@ -183,7 +193,10 @@ class Scheduler:
     # For the watch.
 
     def endpoints_changed(self, stage: int, endpoints: Items[Endpoint] | None) -> None:
-        """endpoints: all instances of `stage`; None: they cannot be known."""
+        """Applies what the watch saw, and acts on it.
+
+        endpoints: all instances of `stage`; None: they cannot be known, so routes use the Service's URL.
+        """
         with self._changed:
             if endpoints is None:
                 self._state.placement.unwatched(stage)
@@ -223,7 +236,10 @@ class Scheduler:
         self._start(self._decide())
 
     def _decide(self) -> list[Action]:
-        """What must be sent now. If deciding fails, the state of the sequences is unknown: all end, and new ones can come."""
+        """Calls `decide` and returns what must be sent.
+
+        If `decide` fails, the state of the sequences is unknown: all end, and new ones can come.
+        """
         try:
             actions = decide(self._state, time.monotonic())
         except Exception:  # noqa: BLE001 - whichever thread decides has other work to finish
@@ -240,7 +256,7 @@ class Scheduler:
         return actions
 
     def _start(self, actions: Items[Action]) -> None:
-        """Hands the actions to threads, and lets the clock look again if something is due before it would."""
+        """Hands the actions to threads, and wakes the clock if something is due before it would wake by itself."""
         for action in () if self._closed else actions:
             if isinstance(action, Trip):
                 self._walked.add(action)
@@ -253,7 +269,7 @@ class Scheduler:
     # In threads.
 
     def _tick(self) -> None:
-        """The clock: decides when something is due that no reply brings about."""
+        """The clock's thread: decides when something is due without a reply, such as a deadline or the end of a back-off."""
         with self._changed:
             while not self._closed:
                 self._clock_looked_at = time.monotonic()
@@ -280,7 +296,10 @@ class Scheduler:
             _log.exception("%s failed inside the gateway", type(action).__name__)
 
     def _walk(self, trip: Trip | None) -> None:
-        """Walks the trip, and then the first trip of each decision that follows: mostly its micro-batch's next step."""
+        """Walks the trip, then applies its end, decides, and walks the first trip that this began: mostly the next decode step.
+
+        Other actions go to other threads. Ends when a decision begins no trip.
+        """
         began = time.perf_counter()
         while trip is not None:
             try:
@@ -301,7 +320,7 @@ class Scheduler:
                 began = self._state.stats.step_over(began, walked)
 
     def _end_after_failure(self, sequences: Items[Sequence]) -> None:
-        """Called in an except block: ends the sequences whose step or reservation was this thread's."""
+        """Ends the sequences of a step or a reservation that failed by an error in the gateway. Called in an except block."""
         _log.exception("the gateway failed; the answers that it had in hand end: %s", names_of(sequences))
         with self._changed:
             gateway_failed(self._state, sequences)

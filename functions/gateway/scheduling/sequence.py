@@ -30,10 +30,10 @@ _GREEDY: Final = Sampling()
 class Chunk:
     """Tokens of one sequence that one step computes at stages 0 to `depth`: a part of a prompt, or the newest token."""
 
-    position: int
-    length: int
-    depth: int
-    draft_tokens: tuple[int, ...] = ()  # sent after the chunk's own tokens; held once accepted, see Progress.accepted
+    position: int  # of its first token in the sequence
+    length: int  # without draft tokens
+    depth: int  # index of the last stage
+    draft_tokens: tuple[int, ...] = ()  # sent after the chunk's own tokens; see Progress.accepted
     scores: bool = False  # the log-probabilities of tokens 2 … length + 1 are wanted; the last of them is sent as a draft token
 
     @property
@@ -42,7 +42,7 @@ class Chunk:
 
 
 class Progress:
-    """What each stage holds of the current attempt, and what must be sent next.
+    """Counts which tokens of a sequence's current attempt each stage holds, and derives what must be sent next.
 
     One rule covers prompts, decode steps, misses, migrations and replays: the next chunk begins at the position of the stage
     that holds least, and goes as far as the last stage that lacks it. A new sequence starts at 0 everywhere. A migration puts
@@ -64,7 +64,10 @@ class Progress:
         return min(self._held)
 
     def next_chunk(self, total_tokens: int, max_tokens: int) -> Chunk | None:
-        """The next chunk of a sequence of `total_tokens`. None: all is sent, or a failure must settle first."""
+        """The next chunk of a sequence of `total_tokens`, at most `max_tokens` long.
+
+        None: all is sent, or chunks in flight must return first after a failure.
+        """
         position = min(self._sent)
         if self.failing or position >= total_tokens:
             return None
@@ -73,42 +76,49 @@ class Progress:
         return Chunk(position, end - position, depth)
 
     def decodes(self, total_tokens: int) -> bool:
-        """Every stage lacks exactly the newest token: the next chunk is a decode step."""
+        """Whether every stage lacks only the newest of `total_tokens` tokens, so that the next chunk is a decode step."""
         return not self.failing and self._sent.count(total_tokens - 1) == len(self._sent)
 
     def found(self, stage: int, held: int) -> None:
-        """A reservation's reply says that `stage` holds `held` tokens. Only while nothing is in flight."""
+        """Records that `stage` holds `held` tokens, by its reply to a reservation. Call it only while nothing is in flight."""
         self._held[stage] = self._sent[stage] = max(self._held[stage], held)
 
     def send(self, chunk: Chunk) -> None:
+        """Records that `chunk` is sent to the stages 0 to `chunk.depth`."""
         self.in_flight += 1
         self._sent[: chunk.depth + 1] = [chunk.position + chunk.length] * (chunk.depth + 1)
 
     def computed(self, stage: int, chunk: Chunk) -> None:
-        """`stage` computed the chunk."""
+        """Records that `stage` has computed `chunk`, so that it holds all tokens up to its end."""
         self._held[stage] = chunk.position + chunk.length
 
     def accepted(self, draft_tokens: int) -> None:
-        """The first `draft_tokens` of the only chunk in flight became tokens of the sequence. Every stage holds them."""
+        """Records that the first `draft_tokens` draft tokens of the only chunk in flight were accepted.
+
+        Every stage holds them then.
+        """
         if draft_tokens:
             self._held = [held + draft_tokens for held in self._held]
             self._sent = [sent + draft_tokens for sent in self._sent]
 
     def missed(self, stage: int, held: int) -> None:
-        """`stage` holds only `held` tokens, or another instance takes its place and holds none: the rest is sent again."""
+        """Records that `stage` holds only `held` tokens, 0 if another instance takes its place.
+
+        The rest is sent again, once chunks in flight have returned.
+        """
         self._held[stage] = min(self._held[stage], held)
         self.grammar_known = False
         self.failing = True
         self._settle()
 
     def returned(self) -> None:
-        """A chunk is no longer in flight, computed or not."""
+        """Records that one chunk is no longer in flight, whether it was computed or not."""
         self.in_flight -= 1
         if self.failing:
             self._settle()
 
     def restart(self) -> None:
-        """Begins a new attempt. Only while nothing is in flight."""
+        """Begins a new attempt; stages hold nothing of it yet. Call it only while nothing is in flight."""
         self.attempt += 1
         self.grammar_known = False
         self._held = [0] * len(self._held)
@@ -123,7 +133,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What an API hands in. Raises ValueError for an empty prompt, or if neither an answer nor scores are wanted."""
+    """One prompt with the settings of its answer, as an API hands it to `Scheduler.submit`.
+
+    Raises ValueError if there are no prompt tokens, or if neither an answer nor scores are wanted.
+    """
 
     token_ids: Items[int]
     max_tokens: int  # of the answer; 0: the prompt is only scored
@@ -132,7 +145,7 @@ class Prompt:
     predicted_ids: Items[int] = ()  # tokens that the client expects the answer to have, for drafts
     eos_ids: frozenset[int] = frozenset()
     kept_end_ids: frozenset[int] = frozenset()  # those of eos_ids that become part of the answer which they end
-    top_logprobs: int | None = None  # alternatives at each position beside the drawn token's log-probability; None: neither
+    top_logprobs: int | None = None  # alternatives beside each drawn token's log-probability; None: no log-probabilities
     scored: bool = False  # the log-probabilities of the prompt's own tokens are wanted, too
     client_id: str = ""
     priority: int = 0  # clients of a higher priority are admitted first
@@ -148,9 +161,9 @@ class Prompt:
 
 @dataclass(slots=True)
 class RetryBudget:
-    """How often stages failed while they computed this sequence. A new token resets the counts."""
+    """Counts how often stages failed while they computed this sequence, and sets the back-off before it is tried again."""
 
-    failures_here: int = 0  # in a row at the same place, as far as the gateway can tell
+    failures_here: int = 0  # in a row at the same stage and tokens, as far as the gateway can tell
     failures: int = 0  # at any place
     last_failure: tuple[int, Chunk] | None = None  # the stage, and the chunk that it was computing
     lost_at: set[int] = field(default_factory=set)  # stages that lost the sequence; only the second loss counts as a failure
@@ -158,15 +171,20 @@ class RetryBudget:
 
     @property
     def exhausted(self) -> bool:
+        """Whether the sequence has failed so often that it must end with an error."""
         return self.failures_here >= MAX_FAILURES_AT_ONE_PLACE or self.failures >= MAX_FAILURES
 
     def reset(self) -> None:
-        """The sequence has a new token, so earlier failures were not its fault."""
+        """Clears the counts. Call it after a new token, which shows that earlier failures were not the sequence's fault."""
         self.failures_here = self.failures = 0
         self.lost_at.clear()
 
     def failed_at(self, stage: int, chunk: Chunk) -> None:
-        """`stage` failed with `chunk` in hand. Tokens that break a stage break it each time; accidents happen anywhere."""
+        """Counts a failure of `stage` while it had `chunk`.
+
+        Tokens that break a stage break it each time, but accidents happen anywhere. So `failures_here` begins again at 1 if the
+        last failure was at another stage or at other tokens.
+        """
         last_stage, last = self.last_failure or (-1, chunk)
         if last_stage != stage or chunk.position >= last.end or last.position >= chunk.end:
             self.failures_here = 0
@@ -174,7 +192,7 @@ class RetryBudget:
         self.failed()
 
     def failed(self) -> None:
-        """Backs off before the next attempt, longer each time."""
+        """Counts a failure at the same place as the last one, and sets a longer back-off before the next attempt."""
         self.failures_here += 1
         self.failures += 1
         pause = min(_LONGEST_BACK_OFF_SECONDS, _FIRST_BACK_OFF_SECONDS * 4 ** (self.failures_here - 1))
@@ -183,7 +201,10 @@ class RetryBudget:
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """First waits (no route), then has a micro-batch and asks for memory (not yet reserved), then computes."""
+    """A prompt and the answer that grows from it.
+
+    It waits first (route is None), then joins a micro-batch and asks for memory (reserved is False), and then is computed.
+    """
 
     id: str  # what the stages know it by: unique among all gateways and their restarts
     number: int  # order of arrival
@@ -223,24 +244,25 @@ class Sequence:
 
     @property
     def has_drawn(self) -> bool:
+        """Whether its answer has a token."""
         return len(self.tokens) > len(self.prompt.token_ids)
 
     @property
     def at_rest(self) -> bool:
-        """Neither a chunk nor a reservation is in flight."""
+        """Whether its memory is reserved and none of its chunks is in flight."""
         return self.progress.in_flight == 0 and self.reserved
 
     @property
     def decodes(self) -> bool:
-        """The next chunk is a decode step."""
+        """Whether its next chunk is a decode step and may be sent."""
         progress = self.progress
         return progress.in_flight == 0 and self.reserved and not self.must_restart and progress.decodes(len(self.tokens))
 
     def next_chunk(self, max_tokens: int) -> Chunk | None:
-        """The next part of what some stage lacks.
+        """The next chunk that some stage lacks, at most `max_tokens` long. None: nothing can be sent now.
 
-        A scored prompt is sent up to its last token, whose log-probability is all that is wanted of it; the rest follows when
-        all scores are there.
+        A scored prompt is first sent without its last token, because only the log-probability of that one is wanted. The last
+        token follows when all scores are there.
         """
         progress, last = self.progress, len(self.prompt.token_ids) - 1
         if self.prompt.scored and not self.has_drawn:
@@ -252,25 +274,31 @@ class Sequence:
         return progress.next_chunk(len(self.tokens), max_tokens)
 
     def prefix_chain(self) -> Chain:
-        """The chain of all tokens but the newest, which the next step has to compute in any case."""
+        """The prefix chain of all tokens but the newest, which the next step has to compute in any case.
+
+        Empty without prefix caching.
+        """
         if self.chain_key is not None and len(self.chain) < (len(self.tokens) - 1) // BLOCK_TOKENS:
             self.chain = extended(self.chain, self.tokens[:-1], self.chain_key)
         return self.chain
 
     def grow(self) -> bool:
-        """Doubles the memory for its answer. False: it cannot have more than it has."""
+        """Doubles the reservation for its answer, as far as its limits allow. Returns False if no further token would fit."""
         prompt = len(self.prompt.token_ids)
         self.reserve_tokens = min(prompt + 2 * (self.reserve_tokens - prompt), self.impossible_tokens - 1)
         return self.reserve_tokens > len(self.tokens)
 
     def shrink(self) -> bool:
-        """A stage can never hold `reserve_tokens`: asks for less. False: with less it could not draw another token."""
+        """Reduces its reservation, after a stage said that it can never hold `reserve_tokens`.
+
+        Returns False if a smaller one is no use: the answer is not open-ended, or no further token would fit.
+        """
         self.impossible_tokens = self.reserve_tokens
         self.reserve_tokens = (len(self.tokens) + self.reserve_tokens) // 2
         return self.prompt.open_ended and self.reserve_tokens > len(self.tokens)
 
     def leave(self) -> None:
-        """Gives up its route and what stages hold of it, so that it can be queued again."""
+        """Resets the sequence after it left its micro-batch: no route, no memory, a new attempt."""
         self.route = None
         self.reserved = False
         self.must_restart = False

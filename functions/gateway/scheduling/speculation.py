@@ -1,10 +1,10 @@
 """Speculative decoding: which tokens are drafted for a sequence, and how many of them a step carries.
 
 A draft is what followed the last tokens where they stood before in prompt or answer (prompt lookup), or in the text that the
-client expects. An accepted draft token saves its sequence a round; a rejected one has cost a row. A step carries as many as
-raise the tokens per second: the chance of acceptance comes from the sequence's own drafts, and from all others while it has
-few; the cost of a row comes from measured steps (`batching.RowCosts`). Answers do not depend on any of it: the last stage draws
-each token as it would without drafts.
+client expects. An accepted draft token saves the sequence a step; a rejected one has cost compute. A step carries as many as
+raise the tokens per second. The chance of acceptance comes from the sequence's own drafts, and from all others while it has
+few. The cost comes from measured steps (`stats.RowCosts`). Answers do not depend on drafts: the last stage draws each token as
+it would without them.
 """
 
 from array import array
@@ -21,16 +21,17 @@ _TOKEN_BYTES: Final = 4
 _LONG_MATCH_TOKENS: Final = 4  # from this length on a match counts as a quotation, with an acceptance rate of its own
 _DECAY: Final = 0.9  # share of a sequence's counts that is kept each round
 _SHARED_DECAY: Final = 0.99  # the same for the counts of all sequences
-_PRIOR_WEIGHT: Final = 2.0  # draft tokens that the shared rate counts for beside the sequence's own
+_PRIOR_WEIGHT: Final = 2.0  # weight of the shared rate beside the sequence's own counts, in draft tokens
 _STOP_SHARE: Final = 0.8  # stops the search when the rate falls below this share of the best
 _MARGIN: Final = 1.25  # a draft token must be worth its cost this many times: the best-looking estimates are often errors
 _MIN_GAIN: Final = 1 / 256  # expected tokens below which a draft token is not considered
 
 
 class PromptLookup:
-    """Finds what followed the longest suffix of a sequence at its latest earlier place. Not thread-safe.
+    """Prompt lookup for one sequence: drafts the tokens that followed its last tokens earlier in the text. Not thread-safe.
 
-    Holds prompt, answer and the text that the client expects, four bytes a token.
+    It takes the latest place with the longest match. It holds prompt, answer and the text that the client expects, four bytes a
+    token.
     """
 
     def __init__(self, token_ids: Items[int], predicted: Items[int] = ()) -> None:
@@ -40,7 +41,7 @@ class PromptLookup:
         self._matched = 0  # bytes of `predicted` that the answer has repeated so far; -1: it has left the prediction
 
     def add(self, token: int) -> None:
-        """`token` was drawn."""
+        """Appends a drawn token to the answer."""
         drawn = _bytes([token])
         if self._matched >= 0 and self._predicted.startswith(drawn, self._matched):
             self._matched += _TOKEN_BYTES
@@ -49,7 +50,7 @@ class PromptLookup:
         self._text += drawn
 
     def draft(self, max_tokens: int) -> tuple[tuple[int, ...], int]:
-        """At most `max_tokens` draft tokens, and the length of the match that they follow. ((), 0): no match."""
+        """Returns at most `max_tokens` draft tokens, and the number of matching tokens before them. ((), 0): no match."""
         if 0 <= self._matched < len(self._predicted):
             draft = self._predicted[self._matched :][: max_tokens * _TOKEN_BYTES]
             return _tokens(draft), max(MATCH_TOKENS[0], self._matched // _TOKEN_BYTES)
@@ -62,7 +63,10 @@ class PromptLookup:
         return _tokens((found * -(-size // len(found)))[:size]), match
 
     def _longest_match(self) -> tuple[int, int]:
-        """The byte at which the longest suffix's latest earlier place ends, and its tokens. (0, 0): none."""
+        """Finds the longest suffix of the text that also stands earlier, at its latest such place.
+
+        Returns the byte at which that place ends, and the length of the suffix in tokens. (0, 0): there is none.
+        """
         best = (0, 0)
         first = max(0, len(self._text) - MAX_LOOKED_UP_TOKENS * _TOKEN_BYTES)
         for tokens in MATCH_TOKENS:
@@ -88,24 +92,28 @@ def _tokens(data: bytearray) -> tuple[int, ...]:
 
 @dataclass(slots=True)
 class AcceptanceRate:
-    """Decaying counts of accepted draft tokens and of drafts that were rejected at some token."""
+    """Decaying counts of accepted draft tokens, and of drafts that were not accepted to their end."""
 
     decay: float = _DECAY
     accepted: float = 0.0
     rejected: float = 0.0
 
     def estimate(self, prior: float) -> float:
-        """The chance that a draft token is accepted if those before it were."""
+        """The chance that a draft token is accepted if those before it were. prior: the estimate while counts are small."""
         return (self.accepted + _PRIOR_WEIGHT * prior) / (self.accepted + self.rejected + _PRIOR_WEIGHT)
 
     def count(self, accepted: int, rejected: bool) -> None:
+        """Adds one draft: how many of its tokens were accepted, and whether the next one was rejected."""
         self.accepted = self.decay * self.accepted + accepted
         self.rejected = self.decay * self.rejected + rejected
 
 
 @dataclass(slots=True)
 class SharedRates:
-    """Acceptance of all sequences of a gateway, by length of the match. New sequences start with it; it starts at one half."""
+    """Acceptance rates over all sequences of a gateway, for short and long matches.
+
+    A new sequence's estimate starts from them; they start from one half.
+    """
 
     short: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(_SHARED_DECAY))
     long: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(_SHARED_DECAY))
@@ -113,7 +121,10 @@ class SharedRates:
 
 @dataclass(slots=True)
 class Drafter:
-    """Drafts for one sequence. It learns from drafts that were not sent as well, so none is sent only to learn."""
+    """Drafts tokens for one sequence, and measures how many of them would be accepted.
+
+    It compares drafts with the drawn tokens even if they were not sent. So none has to be sent only to learn the rate.
+    """
 
     lookup: PromptLookup
     shared: SharedRates = field(default_factory=SharedRates)
@@ -124,6 +135,7 @@ class Drafter:
     _draft: tuple[int, ...] = ()
 
     def draft(self, max_tokens: int) -> tuple[int, ...]:
+        """Drafts at most `max_tokens` tokens after the newest one, and remembers them for `drawn`."""
         self._draft = ()
         if not self.disabled and max_tokens > 0:
             self._draft, self._match = self.lookup.draft(max_tokens)
@@ -131,12 +143,12 @@ class Drafter:
 
     @property
     def chance(self) -> float:
-        """The chance of each token of the last draft to be accepted if those before it were."""
+        """The estimated chance that a token of the last draft is accepted if those before it were."""
         own, shared = self._rates()
         return own.estimate(shared.estimate(0.5))
 
     def drawn(self, tokens: Items[int]) -> None:
-        """`tokens` were drawn after those that the last draft followed."""
+        """Compares the last draft with the tokens that were drawn in its place, and appends these to the answer."""
         draft = self._draft[: len(tokens)]
         if draft:
             accepted = 0
@@ -149,16 +161,17 @@ class Drafter:
             self.lookup.add(token)
 
     def _rates(self) -> tuple[AcceptanceRate, AcceptanceRate]:
-        """The sequence's own and the shared one."""
+        """The acceptance rates for the last draft's length of match: the sequence's own and the shared one."""
         if self._match >= _LONG_MATCH_TOKENS:
             return self._long, self.shared.long
         return self._short, self.shared.short
 
 
 def step_seconds(costs: Items[RowCosts], micro_batches: int, network_seconds: float) -> Callable[[int], float | None]:
-    """A function from a step's tokens to the seconds that it costs its micro-batch; None: not measured.
+    """Returns a function: number of tokens in a step → estimated seconds per step of the pipeline; None: not measured.
 
-    With many micro-batches that is the narrowest stage's time; with few, the micro-batch's part of a whole round.
+    With many micro-batches that is the time of the slowest stage; with few, a whole round divided by their number. costs: per
+    stage. network_seconds: of a whole round.
     """
     curves = [cost.points() for cost in costs]
 
@@ -172,9 +185,10 @@ def step_seconds(costs: Items[RowCosts], micro_batches: int, network_seconds: fl
 
 
 def draft_lengths(drafts: Items[tuple[int, float]], seconds: Callable[[int], float | None]) -> list[int]:
-    """For each row of a step, how many of its draft tokens to send.
+    """Chooses how many draft tokens of each row to send, for the most expected tokens per second.
 
-    drafts: per row, the length of its draft and the chance of each token. seconds: as `step_seconds` returns.
+    drafts: per row, the length of its draft and the chance that each token is accepted. seconds: as `step_seconds` returns; all
+    lengths are 0 if it returns None.
     """
     lengths, best = [0] * len(drafts), [0] * len(drafts)
     rows, tokens = len(drafts), float(len(drafts))

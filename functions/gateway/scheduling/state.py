@@ -42,7 +42,7 @@ class SchedulerState:
         self.steps_begun = 0
         self.where_held = WhereHeld()
         self.no_route_since: float | None = None  # since when a stage has no instance for a new route, in time.monotonic()
-        self.settling: MicroBatch | None = None  # migrated for balance; the next one waits until it has caught up
+        self.settling: MicroBatch | None = None  # the last one chosen for balance; the next is chosen after it has caught up
         self.suspects: set[Sequence] = set()  # sequences with failures since their last token
         self.trial: Sequence | None = None  # the suspect that runs alone now
         self.leases = LeaseRenewals()
@@ -58,7 +58,7 @@ class SchedulerState:
 
     @property
     def has_waiting(self) -> bool:
-        """Some sequence is in no micro-batch."""
+        """Whether some sequence is in no micro-batch."""
         return len(self.sequences) > sum([len(batch.sequences) for batch in self.micro_batches])
 
     @property
@@ -89,14 +89,17 @@ class SchedulerState:
         return micro_batches_wanted(sequences, stages_at_once, self.limits.micro_batch_sequences, allowed, filling)
 
     def _is_far(self) -> bool:
-        """The network takes so much of a round that other micro-batches should compute meanwhile."""
+        """Whether the network takes so much of a round that other micro-batches should compute meanwhile."""
         network_seconds = sum([stage.network_seconds for stage in self.stats.stages])
         return network_seconds > FAR_SHARE * (sum([stage.service_seconds for stage in self.stats.stages]) - network_seconds)
 
     # The life of sequences and micro-batches.
 
     def end(self, sequence: Sequence, problem: Problem | None = None) -> None:
-        """Ends `sequence` with `problem`, or as its stream has ended already, and frees its memory at once."""
+        """Ends a sequence and releases its memory. problem: why it fails; None: its stream has ended already.
+
+        If a chunk of it is in flight, the sequence stays in its micro-batch until that has returned.
+        """
         if problem is not None:
             sequence.stream.fail(problem)
         if sequence.at_rest:
@@ -108,7 +111,10 @@ class SchedulerState:
             self._forget(sequence)
 
     def expire(self, now: float) -> None:
-        """Ends sequences whose deadline has passed, and those that have waited too long for a stage without an instance."""
+        """Ends sequences whose deadline has passed, and those that have waited too long for a stage without an instance.
+
+        now: in time.monotonic().
+        """
         for sequence in [each for each in self.sequences.values() if each.deadline <= now and not each.stream.over]:
             seconds = sequence.prompt.deadline_seconds
             why = f"no complete answer within {seconds:g} seconds; ask for fewer tokens, or later"
@@ -122,19 +128,25 @@ class SchedulerState:
             self.end(sequence, PipelineUnavailable(why))
 
     def without_route(self) -> list[tuple[float, Sequence]]:
-        """Sequences that wait for a stage without an instance, and since when."""
+        """(since, sequence) of all that wait while a stage has no instance. since: start of this wait, in time.monotonic()."""
         since = self.no_route_since
         return [] if since is None else [(max(since, each.waiting_since), each) for each in self.waiting]
 
     def dismiss(self, sequence: Sequence, problem: Problem | None = None) -> None:
-        """Takes a sequence that ends out of its micro-batch. Only while none of its chunks is in flight."""
+        """Removes a sequence that ends and releases its memory. Call it only while none of its chunks is in flight.
+
+        problem: why it fails; None: its stream has ended already.
+        """
         if problem is not None:
             sequence.stream.fail(problem)
         self.take_out(sequence)
         self._forget(sequence)
 
     def abandon(self, sequence: Sequence, problem: Problem) -> None:
-        """Ends a sequence after an error in the gateway. If a chunk is in flight, it is released again after that step."""
+        """Ends a sequence whose state is unknown after an error in the gateway.
+
+        Its memory is released at once. If a step still carries it, its memory is released once more after that step.
+        """
         if sequence.id not in self.sequences:
             return
         sequence.stream.fail(problem)
@@ -148,12 +160,12 @@ class SchedulerState:
         self._forget(sequence)
 
     def take_out(self, sequence: Sequence, *, had_memory: bool = True) -> None:
-        """Takes a sequence out of its micro-batch, to wait or for good."""
+        """Removes a sequence from its micro-batch and releases its memory. had_memory: as in `release`."""
         self.release(sequence, had_memory=had_memory)
         next(batch for batch in self.micro_batches if batch.route is sequence.route).drop(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
-        """Queues a sequence of a micro-batch again, ahead of new ones, unless it has ended meanwhile."""
+        """Moves a sequence from its micro-batch to the queue, ahead of new ones. One that has ended meanwhile is removed."""
         self.take_out(sequence)
         if sequence.stream.over:
             self._forget(sequence)
@@ -169,7 +181,7 @@ class SchedulerState:
         self.stats.sequences[stream.problem.name if stream.problem else stream.finish_reason or "?"] += 1
 
     def step_over(self, trip: Trip) -> None:
-        """The trip has ended, well or not, and its replies are applied."""
+        """Removes the step of a trip that has ended, successfully or not. Its replies must have been applied."""
         step = self.steps.pop(trip)
         if step.micro_batch is not None:
             step.micro_batch.decoding = False
@@ -181,7 +193,11 @@ class SchedulerState:
     # What must be sent.
 
     def release(self, sequence: Sequence, *, had_memory: bool = True) -> None:
-        """Frees memory at every stage of the route, also at stages that did not reply: they may have got a lost event."""
+        """Queues the release of a sequence's memory at every stage of its route.
+
+        Stages that did not reply are included: a lost event may have reached them. had_memory: whether all stages had granted
+        the memory.
+        """
         if sequence.route is None:
             return
         self.release_at(sequence.route.instances, sequence)
@@ -193,11 +209,12 @@ class SchedulerState:
         self.release_row(instances, ReleaseRow(sequence.id, sequence.progress.attempt, packed(sequence.prefix_chain())))
 
     def release_row(self, instances: Iterable[Instance], row: ReleaseRow) -> None:
-        """For a sequence that is no longer at these instances."""
+        """Queues the release of one row at these instances, for a sequence that no longer uses them."""
         for instance in instances:
             self._releases[instance].append(row)
 
     def take_releases(self) -> list[Release]:
+        """Returns all queued releases, one for each instance, and clears the queue."""
         releases = [Release(instance, rows) for instance, rows in self._releases.items()]
         self._releases.clear()
         return releases

@@ -1,4 +1,4 @@
-"""What the scheduler counts and measures: how long steps take at each stage, and what became of sequences."""
+"""Statistics of the scheduler: measured seconds of steps at each stage, and counts of tokens, sequences and replays."""
 
 import math
 import time
@@ -26,13 +26,16 @@ class _Measured:
 
 @dataclass(slots=True)
 class RowCosts:
-    """Seconds of one stage's decode steps by their number of tokens: four often cost hardly more than one, sixteen do."""
+    """Measured seconds of one stage's decode steps, by the number of tokens in a step.
+
+    Four tokens often cost hardly more than one, sixteen do.
+    """
 
     _measured: dict[int, _Measured] = field(default_factory=dict)  # by index in _SIZE_LIMITS
     _steps: int = 0
 
     def step(self, tokens: int, seconds: float) -> None:
-        """Takes in a measured decode step."""
+        """Adds a measured decode step of `tokens` tokens to the estimates."""
         self._steps += 1
         size = bisect_left(_SIZE_LIMITS, tokens)
         old = self._measured.get(size)
@@ -45,9 +48,9 @@ class RowCosts:
         old.at_step = self._steps
 
     def points(self) -> list[tuple[float, float]]:
-        """(tokens, seconds) of measured sizes, both ascending.
+        """(tokens, seconds) of each size that was measured lately, both ascending.
 
-        A step that took longer than a larger one has waited, so it counts as the larger one's seconds. If instead the larger
+        If a step took longer than a larger one, it must have waited; it gets the larger one's seconds. If instead the larger
         one were raised, one slow step of a rare size would make all further tokens look free.
         """
         points: list[tuple[float, float]] = []
@@ -59,7 +62,7 @@ class RowCosts:
 
 
 def seconds_on(points: Items[tuple[float, float]], tokens: int) -> float | None:
-    """Seconds of a step with `tokens` tokens, interpolated on `RowCosts.points`. None: nothing is measured."""
+    """Estimates the seconds of a step of `tokens` tokens by interpolation. points: of `RowCosts.points`. None: it is empty."""
     if not points:
         return None
     if tokens <= points[0][0]:
@@ -73,7 +76,7 @@ def seconds_on(points: Items[tuple[float, float]], tokens: int) -> float | None:
 
 @dataclass(slots=True)
 class StageStats:
-    """What the gateway measured of one stage."""
+    """Counters and estimates of one stage, measured by the gateway since its start."""
 
     steps: int = 0
     seconds: float = 0.0  # of all steps, from request to reply: network, queueing and compute
@@ -85,7 +88,12 @@ class StageStats:
     def step(
         self, seconds: float, decode_tokens: int, exchange_seconds: float = 0.0, engine_seconds: float | None = None
     ) -> None:
-        """Takes in a step. decode_tokens: 0 for prompt chunks. engine_seconds: the stage's own account, if it gave one."""
+        """Adds a step that took `seconds` from request to reply.
+
+        decode_tokens: draft tokens included; 0 for prompt chunks, whose times are only summed. exchange_seconds: from the
+        request's first byte to the reply's last. engine_seconds: queueing and compute as the stage reports them; None: not
+        reported.
+        """
         self.steps += 1
         self.seconds += seconds
         self.exchange_seconds += exchange_seconds
@@ -103,7 +111,11 @@ def _moved_estimate(estimate: float, seconds: float) -> float:
 
 @dataclass(slots=True)
 class Stats:
-    """Counters since the start. `waiting` to `trips` say how it stands now; `Scheduler.stats` sets them."""
+    """Counters of the scheduler since its start.
+
+    The fields `waiting` to `trips` are current numbers instead. `Scheduler.stats` sets them, and `wake_ups`, in the copy that
+    it returns.
+    """
 
     stages: list[StageStats]
     waiting: int = 0
@@ -125,9 +137,9 @@ class Stats:
     wake_ups: int = 0  # rounds of warm-up events
 
     def step_over(self, began: float, walked: float) -> float:
-        """Counts a thread's step, from `began`; its trip was over at `walked`. Returns now, when its next step begins.
+        """Adds one step of a thread that walks trips, from `began` until now. Its trip was over at `walked`.
 
-        All in time.perf_counter().
+        All times are in time.perf_counter(). Returns now, which is when the thread's next step begins.
         """
         now = time.perf_counter()
         self.deciding_seconds += now - walked
@@ -135,7 +147,11 @@ class Stats:
         return now
 
     def seconds_by_part(self) -> dict[str, float]:
-        """What the seconds of steps were spent on."""
+        """`steps_seconds` by part: `exchange`, `events`, `deciding` and `rows`.
+
+        exchange: requests and replies on the wire. events: the rest of the hops. deciding: with the lock or waiting for it.
+        rows: all else, mostly making Batches and applying replies.
+        """
         hops = sum(stage.seconds for stage in self.stages)
         exchange = sum(stage.exchange_seconds for stage in self.stages)
         rows = max(0.0, self.steps_seconds - hops - self.deciding_seconds)

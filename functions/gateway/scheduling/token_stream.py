@@ -1,6 +1,7 @@
 """The tokens of one answer on their way from the scheduler to an API, how the answer ended, and how long it took.
 
-Neither side waits for the other's lock: the stream has one of its own. The first to end the stream says how it ended.
+The stream has a lock of its own, so the scheduler and the API do not wait for each other's. Either may end it; the first end
+counts.
 """
 
 import threading
@@ -15,7 +16,7 @@ from eventing.wire.generation import FinishReason, TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class StreamTimings:
-    """Seconds from the request's arrival. None: has not happened yet."""
+    """Times of one answer, in seconds from the request's arrival. None: it has not happened yet."""
 
     queue_seconds: float | None  # until the first chunk was sent, so routes and memory are included
     time_to_first_token_seconds: float | None
@@ -24,7 +25,7 @@ class StreamTimings:
 
 
 class TokenStream:
-    """Thread-safe."""
+    """The tokens of one answer: the scheduler puts them in, an API takes them out. Thread-safe."""
 
     def __init__(
         self,
@@ -34,7 +35,10 @@ class TokenStream:
         arrived: float | None = None,
         kept_end_ids: Collection[int] = (),
     ) -> None:
-        """on_cancel: called without a lock when the client gives up the answer. arrived, kept_end_ids: as in Prompt."""
+        """max_tokens, eos_ids, arrived, kept_end_ids: as in Prompt.
+
+        on_cancel: called by `cancel`, without the stream's lock.
+        """
         self.over = False  # no more tokens will come
         self.finish_reason: FinishReason | None = None  # None before the end, and after a failure
         self.problem: Problem | None = None  # what failed
@@ -62,9 +66,9 @@ class TokenStream:
     # For the API.
 
     def next_token(self, timeout: float | None = None) -> int | None:
-        """The next token id. None: none came within `timeout` seconds, or the answer is complete.
+        """Waits for the next token and returns its id. None: the answer is complete, or none came within `timeout` seconds.
 
-        Raises the Problem that ended the answer, after all tokens before it.
+        timeout: None waits for ever. Raises the Problem that ended the answer, after all tokens before it.
         """
         with self._changed:
             if self._taken == len(self.token_ids) and not self.over:
@@ -77,29 +81,30 @@ class TokenStream:
             return None
 
     def notify(self, on_change: Callable[[], None]) -> None:
-        """From now on calls `on_change` with each token and at the end. It must not block."""
+        """From now on calls `on_change` after each token and at the end. It must not block: the stream's lock is held."""
         with self._changed:
             self._on_change = on_change
 
     def logprob(self, index: int) -> TokenLogprob | None:
-        """The log-probability of token `index` of the answer. None: not wanted."""
+        """The log-probability of token `index` of the answer. None: the prompt did not ask for log-probabilities."""
         return self._logprobs[index] if index < len(self._logprobs) else None
 
     def prompt_logprobs(self) -> list[TokenLogprob]:
-        """Those of the prompt's tokens from the second on; complete when the answer has begun or ended."""
+        """The log-probabilities of the prompt's tokens, from the second on. Complete when the answer has begun or ended."""
         with self._changed:
             return [self._prompt_logprobs[position] for position in sorted(self._prompt_logprobs)]
 
     @property
     def ended(self) -> bool:
-        """The answer is over and all its tokens have been taken."""
+        """Whether the answer is over and the API has taken all its tokens."""
         with self._changed:
             return self.over and self._taken >= len(self.token_ids)
 
     def waits(self, begin: int) -> list[float]:
-        """Seconds before each token from number `begin` on: from the request to the first, then from token to token.
+        """Seconds before each token from index `begin` on: from the request to the first, then from token to token.
 
-        Tokens count when they are drawn, not when they are taken; an end-of-text token counts only if it is the first.
+        Tokens count when they are drawn, not when the API takes them. An end-of-text token that is not kept counts only if it
+        is the first.
         """
         with self._changed:
             put_at = self._put_at or ([] if self._first_token_at is None else [self._first_token_at])
@@ -107,7 +112,7 @@ class TokenStream:
             return [later - earlier for earlier, later in pairwise([before, *put_at[begin:]])]
 
     def cancel(self, reason: FinishReason = "cancelled") -> None:
-        """Ends the answer and frees its memory at once. Does nothing if it has ended."""
+        """Ends the answer for the client and frees its memory at the stages at once. No tokens come after it."""
         self.finish(reason)
         self._on_cancel()
 
@@ -121,7 +126,10 @@ class TokenStream:
     # For the scheduler.
 
     def started(self, cached_tokens: int) -> bool:
-        """A chunk is sent, after `cached_tokens` that need not be computed. Returns whether it is the first."""
+        """Records that a chunk is sent. Returns whether it is the sequence's first.
+
+        cached_tokens: prompt tokens before it, which every stage holds already.
+        """
         if self._started_at is not None:
             return False
         self._started_at = time.monotonic()
@@ -129,16 +137,17 @@ class TokenStream:
         return True
 
     def replayed(self) -> None:
+        """Counts that KV of the sequence is computed again."""
         self._replays += 1
 
     def scored(self, position: int, logprobs: Iterable[TokenLogprob]) -> int:
-        """Log-probabilities of the prompt's tokens from `position` on. Returns how many are there now."""
+        """Adds log-probabilities of the prompt's tokens from index `position` on. Returns how many there are in all."""
         with self._changed:
             self._prompt_logprobs.update(enumerate(logprobs, position))
             return len(self._prompt_logprobs)
 
     def put(self, token: int, logprob: TokenLogprob | None = None) -> None:
-        """The last stage drew `token`. It ends the answer if it is an end-of-text token or the last one allowed."""
+        """Adds a token that the last stage drew. An end-of-text token, or the last one of `max_tokens`, ends the answer."""
         with self._changed:
             if self.over:
                 return
@@ -161,18 +170,20 @@ class TokenStream:
                 self._on_change()
 
     def finish(self, reason: FinishReason) -> None:
+        """Ends the answer for `reason`. Does nothing if it has ended."""
         with self._changed:
             if not self.over:
                 self._end(reason)
 
     def fail(self, problem: Problem) -> None:
+        """Ends the answer with an error, which `next_token` raises. Does nothing if it has ended."""
         with self._changed:
             if not self.over:
                 self.problem = problem
                 self._end(None)
 
     def _end(self, reason: FinishReason | None) -> None:
-        """With the lock held."""
+        """Ends the stream. The caller holds its lock. reason: None if the answer failed."""
         self.finish_reason = reason
         self._ended_at = time.monotonic()
         self.over = True

@@ -41,11 +41,11 @@ class FairQueue:
         self._clients.setdefault(sequence.prompt.client_id, deque()).append(sequence)
 
     def push_returned(self, sequence: Sequence) -> None:
-        """For a sequence that was admitted before: its client's turn has been counted."""
+        """Adds a sequence that was admitted before. It goes ahead of new ones and does not use its client's turn again."""
         self._returned.append(sequence)
 
     def peek(self, excluded: Container[str] = ()) -> Sequence | None:
-        """The next sequence whose client is not in `excluded`."""
+        """The sequence that is next, not removed. None: there is none. excluded: ids of clients whose sequences are skipped."""
         returned = next((sequence for sequence in self._returned if sequence.prompt.client_id not in excluded), None)
         if returned is not None:
             return returned
@@ -53,14 +53,14 @@ class FairQueue:
         return max(first, key=lambda sequence: sequence.prompt.priority, default=None)  # among equals the client next in turn
 
     def take(self, sequence: Sequence) -> None:
-        """Takes out what `peek` returned. If it is new, its client goes to the end of the round."""
+        """Removes a sequence that `peek` returned. If it was never admitted before, its client goes to the end of the round."""
         is_new = sequence not in self._returned
         self.remove(sequence)
         if is_new and sequence.prompt.client_id in self._clients:
             self._clients.move_to_end(sequence.prompt.client_id)
 
     def remove(self, sequence: Sequence) -> bool:
-        """Returns whether `sequence` was in the queue."""
+        """Removes a sequence if it is in the queue. Returns whether it was."""
         if sequence in self._returned:
             self._returned.remove(sequence)
             return True
@@ -77,8 +77,8 @@ class FairQueue:
 class MemoryBacklog:
     """Sequences that a stage refused for lack of memory, oldest first.
 
-    Other clients may overtake a sequence until they have been given `_OVERTAKE_FACTOR` times the memory that it needs. Then all
-    wait for it, so that long prompts do not starve. A client never overtakes itself.
+    Other clients' sequences may overtake one until they have got `_OVERTAKE_FACTOR` times the memory that it needs. Then all
+    wait for it, so that long prompts do not starve. Sequences of one client do not overtake each other.
     """
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class MemoryBacklog:
         bisect.insort(self.sequences, sequence, key=lambda other: other.number)
 
     def may_be_overtaken(self, by: Sequence) -> bool:
-        """`by` may itself be in the backlog."""
+        """Whether `by` may get memory before all others in the backlog. It may be in the backlog itself."""
         return all(
             sequence.prompt.client_id != by.prompt.client_id
             and sequence.overtaken_tokens + by.reserve_tokens <= _OVERTAKE_FACTOR * sequence.reserve_tokens
@@ -99,29 +99,34 @@ class MemoryBacklog:
         )
 
     def overtaken(self, by: Sequence) -> None:
+        """Counts the memory of `by`, which got ahead, for each sequence in the backlog."""
         for sequence in self.sequences:
             sequence.overtaken_tokens += by.reserve_tokens
 
     def refused(self) -> None:
-        """Backs off before the next try; jitter keeps two gateways from colliding for ever."""
+        """Sets a back-off after a stage refused memory, each time a longer one (`retry_at`).
+
+        Jitter keeps two gateways from colliding again and again.
+        """
         self.retry_at = time.monotonic() + self._back_off_seconds * random.uniform(0.5, 1.5)
         self._back_off_seconds = min(_LONGEST_BACK_OFF_SECONDS, 2 * self._back_off_seconds)
 
     def granted(self) -> None:
-        """Resets the back-off."""
+        """Resets the length of the back-off. Call it when stages have granted a sequence its memory."""
         self._back_off_seconds = _FIRST_BACK_OFF_SECONDS
 
     def freed(self) -> None:
-        """Resets the back-off and tries again at once: a stage may have memory now."""
+        """Ends and resets the back-off. Call it when a stage may have freed memory."""
         self.retry_at = 0.0
         self._back_off_seconds = _FIRST_BACK_OFF_SECONDS
 
 
 class BacklogSignals:
-    """Requests that are held open at full stages, so that their autoscalers see the memory backlog.
+    """Requests that full stages hold open, so that their autoscalers see the memory backlog.
 
-    A pod full of long answers may have a single event in flight, or none, and would get no sibling while sequences wait in the
-    gateway. So releases without rows go to each instance of such a stage, which holds its replies until it has memory.
+    A pod that is full of long answers may have a single event in flight, or none. Its autoscaler would add no pod while
+    sequences wait in the gateway. So each instance of such a stage gets releases without rows, to which it replies only when it
+    has memory, or after HOLD_SECONDS.
     """
 
     def __init__(self) -> None:
@@ -129,7 +134,11 @@ class BacklogSignals:
         self._not_before: dict[Instance, float] = {}  # next request to an instance that holds no reply, in time.monotonic()
 
     def send(self, backlog: MemoryBacklog, placement: Placement, now: float) -> list[Release]:
-        """One for each sequence in the backlog, a few for each instance at most, at stages without memory for the oldest."""
+        """Returns the releases to send now to instances of stages that lack memory for the oldest sequence of the backlog.
+
+        At each stage as many are open as the backlog has sequences, at most IN_FLIGHT_PER_INSTANCE for each instance. The
+        backlog must not be empty. now: in time.monotonic().
+        """
         self._not_before = {instance: moment for instance, moment in self._not_before.items() if moment > now}
         tokens = backlog.sequences[0].reserve_tokens
         sent: list[Release] = []
@@ -142,7 +151,10 @@ class BacklogSignals:
         return sent
 
     def replied(self, release: Release, backlog: MemoryBacklog, now: float) -> bool:
-        """`release` was answered or has failed. Returns whether it was one of these, so that the backlog may go on."""
+        """Records that `release` was answered or has failed, and ends the back-off if the instance has memory now.
+
+        Returns whether `release` was one of these signals; False for any other.
+        """
         sent_at = self._open.pop(release, None)
         if sent_at is None:
             return False
@@ -155,7 +167,7 @@ class BacklogSignals:
 
 
 class WaitingSequences:
-    """All that wait, each in one of three places."""
+    """All sequences that wait: in the queue, in the back-off before a replay, or in the memory backlog."""
 
     def __init__(self) -> None:
         self.queue = FairQueue()
@@ -172,19 +184,20 @@ class WaitingSequences:
         yield from self.backlog.sequences
 
     def put_back(self, sequence: Sequence) -> None:
-        """Queues a sequence that was admitted before, once its back-off is over."""
+        """Queues a sequence that was admitted before: at once, or after its back-off if that is not over."""
         if sequence.retry_budget.retry_at > time.monotonic():
             self.backing_off.append(sequence)
         else:
             self.queue.push_returned(sequence)
 
     def resume(self, now: float) -> None:
-        """Queues the replays whose back-off is over."""
+        """Queues the sequences whose back-off is over. now: in time.monotonic()."""
         for sequence in [each for each in self.backing_off if each.retry_budget.retry_at <= now]:
             self.backing_off.remove(sequence)
             self.queue.push_returned(sequence)
 
     def remove(self, sequence: Sequence) -> None:
+        """Removes a sequence from the queue, the back-off or the backlog. Does nothing if it is in none of them."""
         if not self.queue.remove(sequence):
             for waiting in (self.backing_off, self.backlog.sequences):
                 if sequence in waiting:

@@ -1,4 +1,4 @@
-"""Wake-ups of sleeping stages, and the cold starts that follow as this gateway saw them."""
+"""Wake-ups of stages without instances by warm-up events, and how long the cold starts took as this gateway saw it."""
 
 import time
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from eventing.wire.control import WarmupReply
 from functions.gateway.scheduling.actions import Wake
 from functions.gateway.stages.routes import Placement
 
-PAUSE_SECONDS: Final = 0.5  # between two rounds of warm-up events; the watch may see a new pod as much later than its reply
+PAUSE_SECONDS: Final = 0.5  # between two rounds of warm-up events; the watch may see a new pod that much later than its reply
 
 
 @dataclass(frozen=True, slots=True)
 class ColdStart:
-    """A stage's start from zero."""
+    """One start of a stage from zero: under way (ended is None), complete, or failed (cause is set)."""
 
     began: float  # when the warm-up event was sent, in time.monotonic()
     ended: float | None = None  # when it was answered or failed
@@ -23,7 +23,7 @@ class ColdStart:
 
 
 class WakeUps:
-    """Rounds of warm-up events: to all stages the first time, then to those that are still cold."""
+    """Begins rounds of warm-up events to cold stages, one at a time, and records the cold starts."""
 
     def __init__(self) -> None:
         self.rounds = 0  # begun so far
@@ -33,7 +33,10 @@ class WakeUps:
         self._last: dict[int, ColdStart] = {}
 
     def begin(self, placement: Placement, *, all_stages: bool) -> list[Wake]:
-        """Begins a round if a stage is cold and no round is under way."""
+        """Begins a round and returns its action. Returns nothing if no stage is cold or a round is under way.
+
+        all_stages: sends events to stages that are not cold as well.
+        """
         cold = placement.cold()
         if not cold or self.under_way:
             return []
@@ -44,22 +47,26 @@ class WakeUps:
         return [Wake(range(placement.num_stages) if all_stages else cold)]
 
     def round_over(self) -> None:
-        """All warm-up events of the round were answered or have failed."""
+        """Ends the round. Call it when all its warm-up events were answered or have failed."""
         self.under_way = False
         self.next_at = time.monotonic() + PAUSE_SECONDS
 
     def stage_woke(self, stage: int, reply: WarmupReply) -> None:
-        """Notes a cold start, unless the pod had begun to start before it was asked: then it did not start from zero."""
+        """Ends the cold start of `stage` with its reply.
+
+        It is not recorded if the pod began to start before the warm-up event was sent, because then the stage was not at zero.
+        """
         start = self._starting.pop(stage, None)
         now = time.monotonic()
         if start is not None and max(reply.start_up.values(), default=0.0) <= now - start.began:
             self._last[stage] = ColdStart(start.began, now, reply.start_up)
 
     def stage_failed(self, stage: int, cause: str) -> None:
+        """Ends the cold start of `stage` with a failure. cause: in one word, see StageFailed."""
         start = self._starting.pop(stage, None)
         if start is not None:
             self._last[stage] = ColdStart(start.began, time.monotonic(), cause=cause)
 
     def last_start(self, stage: int) -> ColdStart | None:
-        """The cold start that is under way, else the last one. None: there was none."""
+        """The cold start of `stage` that is under way, else its last one. None: there was none."""
         return self._starting.get(stage) or self._last.get(stage)
