@@ -26,7 +26,7 @@ from functions.gateway.stages.routes import Instance
 
 _log: Final = logging.getLogger(__name__)
 
-_INCOMPLETE: Final = "its reply lacks a token or a log-probability that was wanted, or has others than were drafted"
+_INCOMPLETE: Final = "its reply lacks a token or a log-probability that was wanted, or accepts draft tokens that were not sent"
 
 
 # A stage replied.

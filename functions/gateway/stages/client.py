@@ -35,7 +35,7 @@ from eventing.wire.control import (
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Status
 from eventing.wire.framing import JSON_CONTENT_TYPE, Buffer, event_lines, read_attributes, read_json
 from functions.gateway.stages.failures import StageFailed, stage_failed
-from functions.gateway.stages.routes import Instance, Turnstile
+from functions.gateway.stages.routes import FifoLock, Instance
 from functions.observing.tracing import PASSING, Attributes, Span, TraceContext, Tracer
 
 RESERVATION_SECONDS: Final = 10.0  # reply timeout of a reservation, for an instance that has not failed lately
@@ -234,7 +234,7 @@ class Trip:
     batch: Batch  # for the first stage: token ids and no tensor
     traces: Mapping[str, TraceContext]  # by row id
     depth: int  # index of the last stage of the trip
-    chunks: bool  # it carries prompt chunks, and has queued at the first stage's turnstile
+    chunks: bool  # it carries prompt chunks, and has queued at the first stage's lock for prompts
     deadline: float  # of the clients, in time.monotonic()
 
 
@@ -288,8 +288,8 @@ def walk(trip: Trip, client: StageClient, log: TripLog) -> None:
             turn.leave()
 
 
-def _next_turn(left: Turnstile, entered: Turnstile) -> Turnstile:
-    """Waits until the turnstile `entered` of the next stage lets the caller in, leaves `left`, and returns `entered`.
+def _next_turn(left: FifoLock, entered: FifoLock) -> FifoLock:
+    """Waits for the next stage's lock `entered`, leaves the last stage's `left`, and returns `entered`.
 
     Queues at the next stage before it leaves the last, so that chunks of one prompt stay in order.
     """

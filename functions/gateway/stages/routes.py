@@ -1,7 +1,7 @@
 """Instances of stages, and routes: one instance for each stage, chosen by the gateway. Session affinity on stock Knative.
 
 The scheduler's lock protects what changes. Threads of trips read an instance's `stage`, `url` and `prompts`, which do not
-change, and `failures` for a timeout. `Turnstile` and `InFlight` have locks of their own.
+change, and `failures` for a timeout. `FifoLock` and `InFlight` have locks of their own.
 """
 
 import math
@@ -34,8 +34,8 @@ class Endpoint:
     terminating: bool = False
 
 
-class Turnstile:
-    """Admits one caller at a time, in the order in which they queued. Thread-safe."""
+class FifoLock:
+    """A lock that callers get in the order in which they queued. Any thread may leave it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -112,7 +112,7 @@ class Instance:
     routes: int = 0  # open routes that use it
     free_tokens: int | None = None  # KV tokens that can be reserved there, by its last reply; None: unknown
     boot: str = ""  # name with a nonce of its boot, by its last reply
-    prompts: Turnstile = field(default_factory=Turnstile)  # for events with prompt chunks: a decode waits for at most one
+    prompts: FifoLock = field(default_factory=FifoLock)  # for events with prompt chunks: a decode waits for at most one
     in_flight: InFlight = field(default_factory=InFlight)  # forward events of this gateway
     templates: dict[str, RequestTemplate] = field(default_factory=dict)  # by event type; see StageClient
     failures: int = 0  # since its last reply

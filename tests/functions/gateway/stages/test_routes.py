@@ -5,7 +5,7 @@ import time
 import pytest
 
 from functions.gateway.stages import routes
-from functions.gateway.stages.routes import Endpoint, Placement, Turnstile
+from functions.gateway.stages.routes import Endpoint, FifoLock, Placement
 
 SERVICES = ["http://stage-0", "http://stage-1"]
 
@@ -133,12 +133,12 @@ def test_revisions_are_compared_only_when_endpoints_change(monkeypatch: pytest.M
     assert placed.ready_counts() == [1, 1]
 
 
-def test_a_turnstile_keeps_order() -> None:
-    turnstile = Turnstile()
-    first, second, third = (turnstile.queue() for _ in range(3))
+def test_a_fifo_lock_keeps_order() -> None:
+    lock = FifoLock()
+    first, second, third = (lock.queue() for _ in range(3))
     assert [turn.is_set() for turn in (first, second, third)] == [True, False, False]
-    turnstile.leave()
+    lock.leave()
     assert [turn.is_set() for turn in (second, third)] == [True, False]
-    turnstile.leave()
-    turnstile.leave()
-    assert turnstile.idle
+    lock.leave()
+    lock.leave()
+    assert lock.idle

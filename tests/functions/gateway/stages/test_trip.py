@@ -57,7 +57,7 @@ class Log:
 
 
 def walked(stages: Stages, *, depth: int = 2, chunks: bool = False, raises: type[Exception] | None = None) -> Log:
-    """Walks a trip and checks that it has left every turnstile."""
+    """Walks a trip and checks that it has left every lock for prompts."""
     instances = tuple(Instance(stage, f"http://{stage}") for stage in range(3))
     if chunks:
         instances[0].prompts.queue()
