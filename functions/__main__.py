@@ -31,7 +31,7 @@ class Function(Protocol):
         """Called at SIGTERM: lets requests in hand finish, and refuses those that wait for readiness."""
 
     def close(self) -> None:
-        """Called after the last request was answered."""
+        """Stops the function's own work, such as its scheduler or engine. Called once, after the last request was answered."""
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:

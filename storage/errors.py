@@ -29,15 +29,18 @@ class UnexpectedAnswer(StorageError):
 
 
 class ObjectAltered(StorageError):
-    """An object differs from its manifest in length or content. Publish again."""
+    """An object in the store has another length or other contents than were written. Publish an altered model again."""
 
 
 class ChecksumMismatch(ObjectAltered):
-    """The checksum of a part or a file is not the one in its manifest, also when it is read again."""
+    """The bytes read for a part or a file of a publication have another checksum than its manifest says.
+
+    Parts of weights are read several times before this is raised. The object was altered: publish again.
+    """
 
 
 class SealBroken(ObjectAltered):
-    """A sealed object was altered or truncated, or was sealed with another key. Its contents are computed again."""
+    """An encrypted KV object was altered or truncated, or encrypted with another key. Its KV is computed again."""
 
 
 class ModelNotPublished(StorageError):

@@ -4,7 +4,10 @@ computing, and `bench/evaluation` simulates with it.
     forward = fixed + max(token · tokens + pair · pairs, stream + stream_token · tokens + kv_token · kv tokens)
     logits  = max(logits_row · rows, logits_stream)                               in the last stage, for rows that draw a token
 
-The two terms of the maximum are a roofline: arithmetic, and bytes read from the device's memory.
+The coefficients are the fields of PassTimes, in seconds: `token` is token_seconds, and so on. They are multiplied by numbers of
+one pass: `tokens` are its new tokens; `pairs` are pairs of a new token and one that it attends to; `kv tokens` are all tokens
+that its sequences have in the KV cache after it. The two terms of a maximum are a roofline: the time of the arithmetic, and the
+time to read weights and KV from the device's memory.
 """
 
 from typing import Annotated
@@ -25,9 +28,10 @@ class PassTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logits_stream_seconds: _Seconds = 0.0  # reading the output matrix from the device's memory once
 
     def forward_seconds(self, tokens: float, pairs: float, kv_tokens: float) -> float:
-        """Duration of a pass without its logits.
+        """Seconds that a forward pass takes without its logits.
 
-        Arguments are sums over all rows: new tokens, `pairs`, and tokens in the KV cache after the pass.
+        All arguments are sums over the rows. tokens: new tokens. pairs: results of the function `pairs`. kv_tokens: tokens in
+        the KV cache after the pass.
         """
         arithmetic = self.token_seconds * tokens + self.pair_seconds * pairs
         streamed = self.stream_seconds + self.stream_token_seconds * tokens + self.kv_token_seconds * kv_tokens
@@ -38,9 +42,9 @@ class PassTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def pairs(position: float, length: float) -> float:
-    """Pairs of tokens that a row's attention computes: each new token with itself and every token before it.
+    """Number of pairs of tokens in the attention of one row: each new token with itself and every token before it.
 
-    position: tokens before the new ones. length: new tokens.
+    position: number of tokens before the new ones. length: number of new tokens.
     """
     return length * (position + (length + 1) / 2)
 

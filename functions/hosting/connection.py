@@ -105,7 +105,10 @@ class ClientConnection:
         return False
 
     def next_request(self) -> bool:
-        """Begins to read the next request after a reply. Returns whether it came with the last one. Raises BadRequest."""
+        """Prepares for the connection's next request, after a reply was sent. Raises BadRequest.
+
+        Returns True if that request has been received completely already, along with the bytes of the last one.
+        """
         self.reader = self.reader.following()
         self.sock.setblocking(False)
         now = time.monotonic()
@@ -124,7 +127,10 @@ class ClientConnection:
             self.sock.shutdown(socket.SHUT_WR)
 
     def refuse(self, error: BadRequest) -> bool:
-        """Sends a short reply, without waiting, and lingers. Returns False if it could not be sent: close the connection."""
+        """Replies to a bad request with the error's status and text, without waiting, and calls `linger`.
+
+        Returns False if the reply could not be sent; the caller then closes the connection.
+        """
         detail = f"{error}\n".encode("latin-1", "replace")
         head = f"HTTP/1.1 {error.status} {_REASONS[error.status]}\r\nContent-Type: text/plain\r\n"
         try:
@@ -188,9 +194,10 @@ class ReplyWriter:
         return self.write
 
     def write(self, data: bytes, /) -> None:
-        """Sends a piece of the body, before the first piece the head.
+        """Sends a piece of the body. The first call also sends the status line and headers before it.
 
-        Raises OSError; TimeoutError if the client reads more slowly than the slowest rate.
+        Raises OSError: TimeoutError if the client does not read the piece within the time that ServerLimits gives for its
+        length. Raises ValueError if the body becomes longer than its Content-Length.
         """
         if not data:
             return

@@ -99,7 +99,7 @@ class Body(bytearray):
     _charged = 0
 
     def charge(self, budget: BodyBudget, received: int) -> None:
-        """Counts the body against `budget`, but for its first SMALL_BODY_BYTES. Raises Overloaded.
+        """Takes memory for this body from the budget of all bodies; its first SMALL_BODY_BYTES are free. Raises Overloaded.
 
         received: bytes of it that have come in so far.
         """
@@ -318,7 +318,10 @@ class RequestReader:
             self._complete()
 
     def _received(self, count: int) -> None:
-        """Accounts for `count` bytes that were received into the memory of a body of known length."""
+        """Counts `count` bytes of the body that have just been received, for a body whose length is known.
+
+        Completes the request if they are the last ones. Refuses it if the memory for the bodies of all requests is used up.
+        """
         assert self._body is not None
         self.received_bytes += count
         try:

@@ -62,7 +62,7 @@ class Tracer:
     def send(self, name: str, causes: Sequence[TraceContext], attributes: Attributes) -> Span:
         """Begins the span of an event that is sent on behalf of several requests (`causes`), with links to all of them.
 
-        Its parent is `main_cause` of them.
+        Its parent is the first request of them that is sampled, else the first one; without any it begins a new trace.
         """
         return Span(_child_of(main_cause(causes)))
 
@@ -80,7 +80,7 @@ def read_traceparent(text: str | None) -> TraceContext | None:
 
 
 def main_cause(causes: Sequence[TraceContext]) -> TraceContext | None:
-    """The first sampled context, else the first; None if there are none."""
+    """The request whose trace a shared event's span joins: the first one that is sampled, else the first; None without any."""
     for cause in causes:
         if cause.sampled:
             return cause

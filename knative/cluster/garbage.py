@@ -67,10 +67,11 @@ class GarbageCollector:
         self._timeout_seconds = timeout_seconds
 
     def collect(self, name: str, objects: list[KubernetesObject]) -> None:
-        """Deletes everything of the pipeline except `objects`, its token and its history.
+        """Deletes everything of the pipeline `name` except `objects`, which its spec asks for, and its Secrets and ConfigMaps.
 
-        Waits for answers that still run on old stages; if some run after the timeout, their stages stay. `say` reports what
-        stays, and objects that may not be listed.
+        Waits for answers that still run on old stages; if some run after the timeout, their stages stay for the next deploy.
+        `say` gets a line for what stays. If the user is not permitted to list or delete some kind of object, `say` gets the
+        error, and nothing more is deleted.
         """
         wanted, current = set(map(Ref.of, objects)), fingerprint_of(gateway_of(objects))
         old_pipelines, access = [], []

@@ -24,7 +24,7 @@ _REASON_LENGTH: Final = 500
 
 
 class Outcome(StrEnum):
-    """What became of a version of a pipeline."""
+    """How the deployment of a version of a pipeline has ended, or that it is still in progress."""
 
     STARTED = "started"  # in progress, or its deployer has died
     SERVED = "served"
@@ -151,9 +151,9 @@ def last_served(known: list[DeployedVersion]) -> DeployedVersion | None:
 
 
 def _outdated(known: list[DeployedVersion]) -> list[DeployedVersion]:
-    """Versions to delete: all but the last ten, and the last ten that served.
+    """Returns the versions to delete. Kept are the last KEPT_VERSIONS and, besides, the last KEPT_VERSIONS that served.
 
-    So a series of failures does not delete the versions that served.
+    So a series of failures does not delete the versions that served. known: all versions, oldest first.
     """
     served = [version for version in known if version.outcome is Outcome.SERVED]
     kept = {version.number for version in (*known[-KEPT_VERSIONS:], *served[-KEPT_VERSIONS:])}

@@ -26,8 +26,8 @@ class _Waiting:
 class ReadinessWait:
     """Waits until objects of one deployment are Ready.
 
-    say: gets a line for each change. check: called again and again; what it raises ends the wait. timeout_seconds: limit for
-    the objects of one kind.
+    say: gets a line for each change. check: called at each poll, and may raise an error to end the wait, such as after losing
+    the deployment's Lease. timeout_seconds: limit for the objects of one kind.
     """
 
     def __init__(

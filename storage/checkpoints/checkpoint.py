@@ -52,7 +52,10 @@ class SourceTensor:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model to publish."""
+    """An opened model that can be published, in the form of a Hugging Face checkpoint whatever its source format.
+
+    Only config and small files are in memory; a tensor is read from the source when it is used.
+    """
 
     config: Mapping[str, Any]  # config.json as Hugging Face has it
     files: Mapping[str, bytes]  # small files to publish beside the tensors, config.json included

@@ -90,7 +90,7 @@ def _source(path: Path, tensor: GgufTensor, config: Mapping[str, Any], file_byte
 
 
 def _quantization(path: Path, tensor: GgufTensor, columns: int) -> tuple[Callable[[NDArray[np.uint8]], Any], int]:
-    """Returns (function that dequantizes rows of bytes, bytes of a row).
+    """Returns (function from bytes [rows, bytes of a row] to dequantized floats [rows, columns], bytes of a row in the file).
 
     One block is tried at once, so that an unknown quantization fails before anything is published. Raises CheckpointInvalid.
     """
@@ -109,7 +109,9 @@ def _quantization(path: Path, tensor: GgufTensor, columns: int) -> tuple[Callabl
 
 
 def _four_bits(kind: int, rows: NDArray[np.uint8]) -> FourBits:
-    """Splits rows [rows, row_bytes] of Q4_0 or Q4_1 into their numbers.
+    """Splits rows of a tensor in Q4_0 or Q4_1, bytes [rows, row_bytes], into 4-bit integers, scales and minima.
+
+    kind: the GGML type, Q4_0 or Q4_1.
 
     A block is 32 weights of a row (ggml-common.h): float16 `d`, in Q4_1 also float16 `m`, and 16 bytes. Their lower halves are
     q of the first 16 weights, their upper halves q of the others. Q4_1 is d * q + m, Q4_0 is d * (q - 8).
@@ -125,9 +127,10 @@ def _four_bits(kind: int, rows: NDArray[np.uint8]) -> FourBits:
 
 
 def _row_order(path: Path, tensor: GgufTensor, rows: int, config: Mapping[str, Any]) -> Callable[[int, int], NDArray[np.intp]]:
-    """Returns a function from rows [first, last) of the tensor to their row numbers in the file.
+    """Returns a function that maps rows [first, last) of a tensor in Hugging Face's order to their row numbers in the file.
 
-    In files of `llama` llama.cpp interleaves the two halves of every rotary head; Hugging Face does not.
+    They differ for queries and keys of model type `llama`, where llama.cpp interleaves the two halves of each head.
+    rows: number of rows of the whole tensor. Raises CheckpointInvalid if they cannot be divided among the heads.
     """
     heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(tensor.name.split(".")[-2])
     if config["model_type"] != "llama" or heads is None:
@@ -154,9 +157,10 @@ def _read_rows(
     first: int,
     last: int,
 ) -> NDArray[np.uint8]:
-    """Reads rows [first, last) of a tensor as bytes [last - first, row_bytes].
+    """Reads rows [first, last) of a tensor from a GGUF file, still quantized, as bytes [last - first, row_bytes].
 
-    start: offset of the tensor in the file. order: the function that `_row_order` returns.
+    start: offset of the tensor in the file, in bytes. order: maps rows [first, last), numbered as Hugging Face does, to the
+    numbers of these rows in the file, which may have them in another order. Raises OSError and CheckpointInvalid.
     """
     places = order(first, last)
     lowest, count = int(places.min()), int(places.max() - places.min()) + 1

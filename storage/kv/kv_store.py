@@ -22,7 +22,7 @@ _MAX_PART_BYTES: Final = 2**30
 
 
 class KVObjects:
-    """The stored keys and values of one stage. Thread-safe."""
+    """The objects in the store that hold KV of one stage of a pipeline. Thread-safe."""
 
     def __init__(self, store: PayloadStore, sealer: Sealer, prefix: str, pipeline: str, layers: tuple[int, int]) -> None:
         self._store = store
@@ -30,13 +30,15 @@ class KVObjects:
         self.folder = f"{prefix.strip('/')}/{pipeline}/{layers[0]}-{layers[1]}/"
 
     def key(self, kind: str, digest: bytes, part: KVPart) -> str:
-        """The key of the object for a part. kind: the layout of the part's bytes. digest: of the prefix chain, at the part's
-        last block."""
+        """The object key of a part, that is, of the KV of some successive blocks of tokens.
+
+        kind: names the layout of the part's bytes. digest: of the prefix chain at the part's last block.
+        """
         place = part.first.to_bytes(4, "little") + part.count.to_bytes(4, "little")
         return self.folder + self._sealer.name(kind.encode(), digest, place)
 
     def get(self, key: str) -> bytearray | None:
-        """The decrypted contents; None if the store does not have the object. Raises SealBroken or another StorageError."""
+        """Reads and decrypts an object; None if the store does not have it. Raises SealBroken or another StorageError."""
         try:
             sealed = self._store.get(key, max_bytes=_MAX_PART_BYTES)
         except ObjectNotFound:
@@ -44,18 +46,18 @@ class KVObjects:
         return self._sealer.open(key, sealed)
 
     def put(self, key: str, data: bytes | bytearray | memoryview) -> int:
-        """Encrypts and stores `data`. Returns the bytes written, those of the encryption included. Raises a StorageError."""
+        """Encrypts `data` and stores it as object `key`. Returns the number of bytes written. Raises a StorageError."""
         sealed = self._sealer.seal(key, data)
         self._store.put(key, bytes(sealed))
         return len(sealed)
 
     def forget(self, key: str) -> None:
-        """Deletes an unusable object, so that it is written anew. A failure is ignored, because it costs only time."""
+        """Deletes an object that cannot be used, so that it is written again. Errors of the store are ignored."""
         with contextlib.suppress(StorageError):
             self._store.delete(key)
 
     def list(self) -> list[ObjectInfo]:
-        """All objects of this stage. Raises a StorageError."""
+        """All stored KV objects of this stage. Raises a StorageError."""
         return list(self._store.list(self.folder))
 
     def delete(self, objects: Iterable[ObjectInfo]) -> None:
@@ -65,7 +67,7 @@ class KVObjects:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """How much of the keys and values stays in the store, and for how long."""
+    """How many bytes of KV stay in the store, and for how long."""
 
     max_bytes: int
     max_age: timedelta
@@ -83,9 +85,10 @@ class Retention:
 
 
 def prune(store: PayloadStore, prefix: str, retention: Retention, now: datetime) -> list[ObjectInfo]:
-    """Deletes what the retention does not keep, counting all pipelines together, and returns the deleted objects.
+    """Deletes stored KV that is too old or too much, and returns the deleted objects.
 
-    prefix: of all stored keys and values. Raises a StorageError.
+    The limits of `retention` hold for the KV of all pipelines together. prefix: folder in the bucket that holds this KV.
+    Raises a StorageError.
     """
     expired = retention.expired(store.list(f"{prefix.strip('/')}/"), now)
     for found in expired:
@@ -94,6 +97,9 @@ def prune(store: PayloadStore, prefix: str, retention: Retention, now: datetime)
 
 
 def pipeline_and_layers(key: str, prefix: str) -> tuple[str, str]:
-    """Returns the pipeline's fingerprint and the layers (such as `0-15`) in an object's key."""
+    """Returns the pipeline's fingerprint and the stage's layers (such as `0-15`) that the key of a stored KV object contains.
+
+    prefix: folder in the bucket that holds the KV of all pipelines.
+    """
     pipeline, _, rest = key.removeprefix(prefix.strip("/") + "/").partition("/")
     return pipeline, rest.partition("/")[0]

@@ -25,7 +25,10 @@ _NAME_BYTES: Final = 20
 
 
 class Sealer:
-    """Names, encrypts and decrypts objects. Thread-safe."""
+    """Encrypts and decrypts the objects that hold stored keys and values, and derives their secret names. Thread-safe.
+
+    Without the configured key nobody can read an object, or compute from a prompt which name its object would have.
+    """
 
     def __init__(self, key: bytes) -> None:
         """key: the configured key, of KEY_BYTES; from it the two keys are derived. Raises ValueError for another length."""
@@ -41,14 +44,17 @@ class Sealer:
         return AESGCM(self._contents)
 
     def name(self, *parts: bytes) -> str:
-        """A keyed hash of `parts`, in hexadecimal."""
+        """Returns the name of the object that is identified by `parts`: their keyed hash, 40 hexadecimal digits."""
         hasher = blake3(key=self._names)
         for part in parts:
             hasher.update(len(part).to_bytes(4, "little") + part)
         return hasher.digest(length=_NAME_BYTES).hex()
 
     def seal(self, name: str, plain: bytes | bytearray | memoryview) -> bytearray:
-        """Encrypts `plain` as the object `name`. Returns magic, nonce, ciphertext and tag."""
+        """Encrypts the contents `plain` of the object `name`. Returns the bytes to store: magic, nonce, ciphertext and tag.
+
+        Only `open` with the same name decrypts them.
+        """
         nonce = os.urandom(_NONCE_BYTES)
         sealed = bytearray(_HEAD_BYTES + len(plain) + _TAG_BYTES)
         sealed[:_HEAD_BYTES] = _MAGIC + nonce
@@ -56,7 +62,10 @@ class Sealer:
         return sealed
 
     def open(self, name: str, sealed: bytes | bytearray | memoryview) -> bytearray:
-        """Decrypts an object. Raises SealBroken if it was altered, or was sealed under another name or with another key."""
+        """Decrypts the stored bytes `sealed` of the object `name`, as `seal` returned them.
+
+        Raises SealBroken if they were altered, or were sealed under another name or with another key.
+        """
         from cryptography.exceptions import InvalidTag
 
         view = memoryview(sealed)

@@ -71,8 +71,11 @@ def _shapes_by_table(config: Mapping[str, Any]) -> Shapes:
 
 
 def _shapes_by_transformers(config: Mapping[str, Any]) -> tuple[Shapes, str]:
-    """Returns shapes by the names that `save_pretrained` writes, and the prefix of names (such as `model`) that some
-    checkpoints omit."""
+    """The tensors that transformers' model for this config.json has: their shapes by the names that `save_pretrained` writes.
+
+    Also returns the prefix of these names (such as `model`) that some checkpoints omit. Raises LibraryMissing, and
+    ArchitectureUnsupported if transformers has no language model for the config.
+    """
     try:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM

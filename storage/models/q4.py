@@ -36,13 +36,17 @@ Array = NDArray[Any]
 
 
 def packed_shape(outs: int, width: int) -> tuple[int, int, int]:
-    """The shape of the packed (U8) form of a matrix [outs, width]: [groups, blocks, 320]."""
+    """The shape [groups, blocks, 320] of a matrix [outs, width] that `pack` has packed into bytes.
+
+    groups: of 16 rows. blocks: of 32 weights of a row. 320: bytes of one block in the 16 rows of a group.
+    """
     return -(-outs // GROUP), -(-width // BLOCK), BLOCK_BYTES
 
 
 def pack(quants: Array, scales: Array, minima: Array) -> Array:
-    """Packs a matrix into U8 of `packed_shape`. quants: integers 0 … 15 [outs, width]. scales, minima: [outs, blocks], made
-    float16.
+    """Packs a matrix in four bits into the bytes that are published, U8 of `packed_shape`.
+
+    quants: integers 0 … 15 [outs, width]. scales, minima: [outs, blocks], converted to float16.
 
     Pieces of a matrix may be packed separately and concatenated, if all but the last have whole groups. Raises ValueError for
     shapes that do not match, and for numbers that q4 cannot hold.
@@ -89,8 +93,11 @@ def dequantize(packed: Array, outs: int, width: int) -> Array:
 
 
 def packed_rows(packed: Array, rows: Array) -> Array:
-    """Selects rows of a packed matrix without unpacking it. rows: their numbers. Returns [groups, blocks, 320], in their
-    order."""
+    """Selects rows of a matrix in four bits, and returns them as a matrix that is packed like it.
+
+    packed: U8 [groups, blocks, 320], from `pack`; it is not unpacked. rows: numbers of the rows to select, in the order of the
+    result, in which each 16 of them form a group. Rows that the last group lacks are zero bits.
+    """
     blocks = packed.shape[1]
     chosen = np.zeros(-(-len(rows) // GROUP) * GROUP, np.int64)
     chosen[: len(rows)] = rows
@@ -108,7 +115,9 @@ def packed_rows(packed: Array, rows: Array) -> Array:
 
 
 def quantize(rows: Floats) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
-    """Rounds rows [outs, width] to q 0 … 15 [outs, width], scales and minima [outs, blocks], the arguments of `pack`.
+    """Rounds rows of weights [outs, width] to four bits.
+
+    Returns q 0 … 15 [outs, width], scales and minima [outs, blocks], as `pack` takes them.
 
     Every block gets the scale and minimum with the least square error of those tried. The scale that makes its smallest and
     largest weight 0 and 15 often fits the others badly, so some scales near it are tried too. Each of them rounds the weights;
@@ -146,7 +155,10 @@ def _best_ends(blocks: Floats) -> tuple[Floats, Floats]:
 
 
 def _rounded(blocks: Floats, minima: Floats, inverse_scales: Floats) -> Floats:
-    """q of every weight in `blocks`, as floats, for the minimum and 1 / scale of each block."""
+    """Rounds each weight to its q 0 … 15, returned as float, by the minimum and 1 / scale of its block.
+
+    blocks: [blocks, 32]. minima, inverse_scales: [blocks], or one scale for all.
+    """
     quants = blocks - minima[:, None]
     quants *= inverse_scales[:, None]
     np.rint(quants, out=quants)

@@ -109,10 +109,11 @@ class ClientLimits:
 
 
 class SlidingWindows:
-    """Counters over the last minute, in this process or in a store that gateways share. Thread-safe.
+    """Counters of the last minute's requests and tokens of each client, in this process or in a store that gateways share.
 
     In all methods `limit` is the highest count that is allowed in a minute, and `names` identify the counter: scope, unit and
     client. While the store does not answer, this process counts alone: a client then gets its whole limit at each gateway.
+    Thread-safe.
     """
 
     def __init__(self, store: str | None = None) -> None:
@@ -129,15 +130,21 @@ class SlidingWindows:
         self._retry_at = 0.0
 
     def test(self, limit: int, *names: str) -> bool:
-        """Tells whether the count is below `limit`. Counts nothing."""
+        """Whether a client's counter of the last minute is below `limit`. Counts nothing. names: of the counter."""
         return self._ask(lambda limiter: limiter.test(_a_minute(limit), *names))
 
     def hit(self, limit: int, *names: str) -> bool:
-        """Counts one if the count is below `limit`. Tells whether it did."""
+        """Adds one to a client's counter of the last minute if it is below `limit`, and returns whether it was.
+
+        names: of the counter.
+        """
         return self._ask(lambda limiter: limiter.hit(_a_minute(limit), *names))
 
     def charge(self, limit: int, cost: int, *names: str) -> None:
-        """Adds `cost` to the count, but no more than up to `limit`."""
+        """Adds `cost` to a client's counter of the last minute, but at most what is left up to `limit`.
+
+        The package `limits` would refuse a larger cost and add nothing. names: of the counter.
+        """
 
         def take(limiter: "RateLimiter") -> bool:
             left = limiter.get_window_stats(_a_minute(limit), *names).remaining
@@ -146,7 +153,10 @@ class SlidingWindows:
         self._ask(take)
 
     def seconds_left(self, limit: int, *names: str) -> int:
-        """Seconds until the count is below `limit` again, at least 1."""
+        """Seconds, at least 1, until a client whose counter has reached `limit` may try again.
+
+        The counter falls as its entries become older than a minute. names: of the counter.
+        """
         reset = self._ask(lambda limiter: limiter.get_window_stats(_a_minute(limit), *names).reset_time)
         return max(1, math.ceil(reset - time.time()))
 

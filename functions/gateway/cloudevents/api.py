@@ -100,9 +100,10 @@ class CloudEventsAPI:
         return whole_response(listener, lambda: _http_response(to_http(self._response(event, listener))))
 
     def _score(self, event: CloudEvent) -> Response:
-        """Replies to a score request with the event for the first stage.
+        """Begins to score a prompt: the reply is the event that a Knative Sequence then delivers to the first stage.
 
-        That event is signed with the pipeline's token, so only a Sequence may get it. Raises UnknownEventType for clients.
+        That event contains the pipeline's token, so only a Sequence may get it. Raises UnknownEventType if the request does not
+        come from one, or this gateway does not score.
         """
         if self._scores is None:
             raise UnknownEventType(f"{event.get_type()} goes to the Broker, whose gateway is not this one")

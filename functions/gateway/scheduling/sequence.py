@@ -118,7 +118,10 @@ class Progress:
             self._settle()
 
     def restart(self) -> None:
-        """Begins a new attempt; stages hold nothing of it yet. Call it only while nothing is in flight."""
+        """Begins a new attempt at the sequence: everything is computed again, because no stage holds KV of this attempt yet.
+
+        Call it only while no chunk of the sequence is in flight.
+        """
         self.attempt += 1
         self.grammar_known = False
         self._held = [0] * len(self._held)

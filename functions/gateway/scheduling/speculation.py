@@ -99,7 +99,10 @@ class AcceptanceRate:
     rejected: float = 0.0
 
     def estimate(self, prior: float) -> float:
-        """The chance that a draft token is accepted if those before it were. prior: the estimate while counts are small."""
+        """The chance, 0 to 1, that a draft token is accepted if those before it were.
+
+        prior: a chance that is assumed before anything was counted; it weighs less the more was counted.
+        """
         return (self.accepted + _PRIOR_WEIGHT * prior) / (self.accepted + self.rejected + _PRIOR_WEIGHT)
 
     def count(self, accepted: int, rejected: bool) -> None:

@@ -35,9 +35,11 @@ class TokenStream:
         arrived: float | None = None,
         kept_end_ids: Collection[int] = (),
     ) -> None:
-        """max_tokens, eos_ids, arrived, kept_end_ids: as in Prompt.
+        """max_tokens: the answer ends after so many tokens.
 
+        eos_ids: end-of-text tokens; each ends the answer, and becomes part of `token_ids` only if it is in `kept_end_ids` too.
         on_cancel: called by `cancel`, without the stream's lock.
+        arrived: when the request came in, in time.monotonic(); None: now.
         """
         self.over = False  # no more tokens will come
         self.finish_reason: FinishReason | None = None  # None before the end, and after a failure

@@ -56,7 +56,7 @@ class ReplyOrigin:
 
 @dataclass(frozen=True, slots=True)
 class ForwardReply:
-    """A stage's reply to one step. `batch` holds views into `body`."""
+    """A stage's decoded reply to a forward event. Token ids and tensor of `batch` share the memory of `body`."""
 
     origin: ReplyOrigin
     batch: Batch

@@ -40,7 +40,10 @@ _LONGEST_PAUSE_SECONDS: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a stage's EndpointSlices contain."""
+    """The addresses of one stage's pods, as its EndpointSlices list them, whether ready or not.
+
+    Those outside the pod network are kept apart, because the gateway must not send to them.
+    """
 
     endpoints: list[Endpoint]  # inside the pod network, one per address and port
     refused: dict[str, str]  # addresses outside of it, with slice and port for the log
@@ -52,7 +55,10 @@ def service_name(url: str) -> str:
 
 
 def endpoints_of(slices: Iterable[Slice], pods: PodNetwork) -> Found:
-    """Reads the endpoints of a stage's slices. Missing fields have Kubernetes's defaults."""
+    """Collects the pods' addresses from the EndpointSlices of one stage. Missing fields have Kubernetes's defaults.
+
+    pods: the network to which requests may be sent; addresses outside it are returned as refused.
+    """
     found: dict[str, Endpoint] = {}
     refused: dict[str, str] = {}
     for each in slices:
@@ -75,13 +81,13 @@ def endpoints_of(slices: Iterable[Slice], pods: PodNetwork) -> Found:
 
 
 def _port(ports: Sequence[Port]) -> int | None:
-    """The number of the port named http, else of the only port; None if that is ambiguous."""
+    """The number of the port named http, else of the only port; None if there is no port, or several and none named http."""
     named = [port for port in ports if port.name == "http"] or ports
     return named[0].port if len(named) == 1 else None
 
 
 class EndpointsWatch:
-    """Reports the instances of each stage to `on_change`, from one thread per stage."""
+    """Watches every stage's EndpointSlices and reports changes of its instances to `on_change`, in one thread per stage."""
 
     def __init__(self, api: KubernetesAPI, services: Sequence[str], pods: PodNetwork, on_change: OnChange) -> None:
         """services: names of the stages' Knative Services."""

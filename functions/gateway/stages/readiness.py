@@ -1,10 +1,10 @@
-"""Finds instances that are ready before Kubernetes reports them, by probing their queue-proxy as the activator does.
+"""Finds instances that are ready before Kubernetes reports them, by probing their queue-proxy as Knative's activator does.
 
-queue-proxy recognizes a probe by its User-Agent (HealthCheckUAPrefixes in knative/serving pkg/queue/sharedmain/handlers.go).
-With another one the request goes to the function. It answers 200 and `queue` once the function is ready, and 400 unless
-`K-Network-Probe` is `queue` (pkg/queue/health). It probes the function every 50 ms for up to ten seconds and does not count
-such requests. The kubelet gives up its first probe after a second and repeats it ten seconds later, so an EndpointSlice alone
-can be ten seconds late.
+queue-proxy recognizes a probe by its User-Agent (HealthCheckUAPrefixes in knative/serving pkg/queue/sharedmain/handlers.go);
+a request with another one goes to the function. It replies to a probe with 200 and `queue` once the function is ready, and with
+400 unless the header `K-Network-Probe` is `queue` (pkg/queue/health). For each probe it probes the function every 50 ms for up
+to ten seconds. It does not count probes as requests. The kubelet gives up its first probe after a second and repeats it ten
+seconds later, so an EndpointSlice alone can be ten seconds late.
 """
 
 import logging

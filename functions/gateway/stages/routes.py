@@ -99,7 +99,10 @@ class InFlight:
 
 @dataclass(eq=False, slots=True)
 class Instance:
-    """One instance of a stage, or its Service URL if instances are not watched."""
+    """One instance of a stage, as this gateway knows it: its address, state and load.
+
+    If the gateway does not watch EndpointSlices, the URL of the stage's Service takes the place of all its instances.
+    """
 
     stage: int
     url: str
@@ -156,7 +159,7 @@ class Held:
         return self.tokens if self.instances and self.instances[instance.stage] is instance else 0
 
     def on(self, instances: Sequence[Instance]) -> float:
-        """How many tokens the instances of a route (one per stage) have probably cached, on average."""
+        """How many tokens of the prefix the instances of a route have probably cached, on average. instances: one per stage."""
         return sum(map(self.at, instances)) / len(instances)
 
 

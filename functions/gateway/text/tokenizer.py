@@ -104,7 +104,7 @@ class ModelText:
         return self.encoder.encode(prompt, add_special_tokens=True)
 
     def encode_expected(self, answer: str) -> list[int]:
-        """Token ids of an answer or a part of one, without special tokens. Raises ContextExceeded."""
+        """Token ids of a text as it would occur within an answer, without special tokens around it. Raises ContextExceeded."""
         return self.encoder.encode(answer, add_special_tokens=False)
 
     def encode_messages(

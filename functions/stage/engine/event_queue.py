@@ -126,7 +126,11 @@ class EventQueue:
             return bool(self._calls or self._waiting) or not self._closed
 
     def take(self) -> tuple[list[Call], list[ForwardEvent]]:
-        """Removes and returns all calls or, if there are none, the events that the next pass merges."""
+        """Removes and returns the engine's next work, without waiting: two empty lists if there is none.
+
+        Calls (functions to be called between two passes) come first: all of them and no event. Otherwise the events that the
+        next forward pass merges.
+        """
         with self._lock:
             if self._calls:
                 calls, self._calls = self._calls, []

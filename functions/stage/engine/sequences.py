@@ -165,18 +165,17 @@ class SequenceTable:
 
 
 class GatewayLeases:
-    """The leases of gateways, by which a stage finds out that one has died. Every event renews the lease of its source.
+    """The leases of gateways, by which a stage finds out that a gateway has died. Every event renews the lease of its source.
 
-    A source names one process of a gateway: after a restart it has another.
-
-    A lease is counted in checks, not in seconds: during a long pass, or while this process is paused, no event is received, so
-    that a gateway's silence then means nothing. Any thread may call `renew`, only the engine's own thread `expired`.
+    A source names one process of a gateway: after a restart it has another. The engine's thread calls `expired` at intervals of
+    at least `check_seconds`; a lease expires after CHECKS such calls without a renewal. So time in which this stage receives no
+    event, in a long pass or while the process is paused, does not count. Any thread may call `renew`.
     """
 
-    CHECKS = 10  # checks without a renewal until a lease expires
+    CHECKS = 10  # calls of `expired` without a renewal until a lease expires
 
     def __init__(self, lease_seconds: float = LEASE_SECONDS) -> None:
-        self.check_seconds = lease_seconds / self.CHECKS  # least time between two checks
+        self.check_seconds = lease_seconds / self.CHECKS  # least time between two calls of `expired`
         self._checks = 0
         self._renewed: dict[str, int] = {}
 
@@ -184,7 +183,10 @@ class GatewayLeases:
         self._renewed[source] = self._checks
 
     def expired(self, holders: Collection[str]) -> set[str]:
-        """Makes one check. Returns those of `holders`, the sources that have sequences here, whose leases have expired."""
+        """Counts one check, and returns the sources whose leases have expired.
+
+        holders: sources that have sequences at this stage; only these are returned.
+        """
         self._checks += 1
         expired = {source for source, renewed in list(self._renewed.items()) if self._checks - renewed > self.CHECKS}
         for source in expired:

@@ -36,9 +36,10 @@ class SequenceReader(Protocol):
 
 
 def hand_over(query: KVQuery, engine: SequenceReader) -> tuple[bytearray, int] | None:
-    """Answers a peer's query: the KV in the format of `kv_bytes`, and how many tokens the sequence holds. None: not held here.
+    """Answers the query of another instance of this stage for the KV of a range of tokens; None if it is not here.
 
-    The number is 0 if the KV was found by its digest, in any sequence, and not by the sequence's id.
+    Returns the KV in the format of `kv_bytes`, and how many tokens of KV the sequence has here. That number is 0 if the KV was
+    found in another sequence, by the digest of the same tokens.
     """
     found = engine.with_sequences(lambda sequences: _copied(query, sequences))
     if found is not None:

@@ -54,7 +54,7 @@ Attributes = Mapping[str, Any]
 
 
 class EngineSource(Protocol):
-    """Provides the engine once it has started."""
+    """Gives handlers the stage's engine, which starts in another thread while the server already takes requests."""
 
     def engine(self, wait_seconds: float = 0.0) -> "Engine":
         """The engine. Waits up to `wait_seconds` for its start and then raises NotReady."""

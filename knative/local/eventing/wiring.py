@@ -1,6 +1,7 @@
-"""Connects Brokers, Triggers and Sequences: inboxes receive events, and subscriptions deliver them.
+"""Connects Brokers, Triggers and Sequences: an inbox receives events at a URL, and subscriptions deliver them to subscribers.
 
-Each Broker and each step of a Sequence has an inbox; each Trigger and each step has a subscription.
+Each Broker and each step of a Sequence has an inbox, which stands for its ingress or channel in Knative. Each Trigger and each
+step has a subscription.
 """
 
 from collections import defaultdict
@@ -44,7 +45,7 @@ class Subscriber:
 
 
 class BrokerInbox:
-    """Receives the events of one Broker and starts a delivery for each Trigger with a matching filter. It is a Target."""
+    """The Target that stands for one Broker: receives events and starts a delivery for each Trigger with a matching filter."""
 
     def __init__(self, url: str, spool: Spool) -> None:
         self.name = url
@@ -105,11 +106,16 @@ def sequence_path(namespace: str, name: str, step: int = 0) -> str:
 
 
 class Wiring:
-    """All Brokers, Triggers and Sequences, connected. `inboxes` maps the path of a URL to the inbox there."""
+    """Connects all Brokers, Triggers and Sequences of a platform to each other and to their subscribers.
+
+    `inboxes` maps the path of each URL that takes events to what receives them there: a Broker or a step of a Sequence.
+    """
 
     def __init__(self, objects: Iterable[EventingObject], context: EventingContext) -> None:
-        """objects: all of them, not only changed ones. Raises UnsupportedManifest if one refers to a Broker or Sequence that is
-        missing."""
+        """objects: every Broker, Trigger and Sequence, as changes are not merged with an older Wiring.
+
+        Raises UnsupportedManifest if one refers to a Broker or Sequence that is missing.
+        """
         self.inboxes: dict[str, BrokerInbox | StepInbox] = {}
         self._context = context
         objects = list(objects)
@@ -182,8 +188,10 @@ class Wiring:
 
 
 class _InboxReference:
-    """A Target that finds the inbox at `path` only when an event comes, because objects may refer to each other in any
-    order."""
+    """A Target that passes events to the Broker or step of a Sequence at `path`.
+
+    It is looked up in `inboxes` only when an event comes, so it may be made before that Broker or step.
+    """
 
     def __init__(self, base_url: str, path: str, inboxes: Mapping[str, Target]) -> None:
         self.name = base_url + path

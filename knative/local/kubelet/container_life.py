@@ -14,15 +14,15 @@ _MEMORY_CHECK_SECONDS: Final = 1.0
 
 
 class ContainerLife:
-    """One run of a container's process. `run` is called once, starts the process, and returns why it ended.
+    """One run of a container's process. Call `run` once: it starts the process, waits for its end, and returns the cause.
 
-    Until then it calls `on_port` and `on_ready` from the event loop.
+    While it waits it calls `on_port` and `on_ready` in the event loop's thread.
     """
 
     def __init__(self, container: Container, log: Path, on_port: Callable[[int], None], on_ready: Callable[[bool, str], None]):
         """on_port: called with the port when the process runs.
 
-        on_ready: called with each verdict of the readiness probe and its text.
+        on_ready: called after readiness probes with whether the container is ready, and the text of the probe's reply or error.
         """
         self.process: Process | None = None
         self.metrics_port: int | None = None

@@ -118,7 +118,11 @@ class Activator:
                 waiter.set_result(tracker)
 
     def _pick(self) -> _PodTracker | None:
-        """A pod with a free slot, by Knative's policy for this containerConcurrency; None if there is none."""
+        """The pod that gets the next request; None if no pod has a free slot.
+
+        Knative's policies: without a containerConcurrency the less busy of two random pods; up to 3 the first pod with a free
+        slot; above 3 the next such pod in round robin.
+        """
         if not self._limit:
             drawn = random.sample(self._trackers, 2) if len(self._trackers) > 1 else self._trackers
             return min(drawn, key=lambda tracker: tracker.in_flight, default=None)

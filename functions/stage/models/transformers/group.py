@@ -33,7 +33,7 @@ _SCORES_AT_ONCE: Final = 2**22  # most numbers in a mask (rows times tokens) or 
 
 
 class TransformersGroup:
-    """Implements `LayerGroup`. Use `build` to create it."""
+    """A LayerGroup, the layers of one stage, that runs them with the modules of transformers. Use `build` to create it."""
 
     shares_work: Final = False
     use_threads = staticmethod(use_threads)
@@ -127,7 +127,7 @@ class TransformersGroup:
         return output_array(logits.float().cpu())
 
     def _kv_bytes_per_token(self) -> int:
-        """Computes one token to measure how many bytes of KV the modules keep for it: families differ."""
+        """Bytes of KV that these layers keep for a token. It is measured by computing one, because model families differ."""
         handle = self.kv.reserve(1)
         if self.first_layer == 0:
             inputs: Array = np.zeros(1, np.int64)
