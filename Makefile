@@ -154,7 +154,7 @@ setup: $(VENV)/dev.stamp ## The virtual environment with everything that tests a
 
 .PHONY: test
 test: $(VENV)/dev.stamp $(VENV)/native.stamp ## Every test; no GPU, cluster, Docker or root
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=10 --ignore=tests/clients
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 --ignore=tests/clients
 
 .PHONY: test-fast
 test-fast: $(VENV)/test.stamp $(VENV)/native.stamp ## The quick tests, without torch, in a minute; ROOM=functions/gateway/scheduling: those of one package
