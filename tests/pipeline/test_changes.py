@@ -18,13 +18,13 @@ from tests.support.functions.served import Conversations, serving, stage_revisio
 from tests.support.knative.platform import until
 from tests.support.storage.published import Published
 
-GENERATIONS = 50
+GENERATIONS = 200
 LONG = 100
 SHORT = 24
 CONVERSATIONS = 12
 
 
-def test_scale_in_amid_fifty_generations(published: Published, tmp_path: Path) -> None:
+def test_scale_in_amid_two_hundred_generations(published: Published, tmp_path: Path) -> None:
     async def scenario() -> None:
         pipeline = tiny_pipeline(published)
         manifests = services(pipeline)
@@ -36,7 +36,7 @@ def test_scale_in_amid_fifty_generations(published: Published, tmp_path: Path) -
             await until(lambda: len(middle.ready_pods) == 3)
             url = platform.url("tiny")
             asked = asyncio.gather(*(conversations.ask(url, number, LONG) for number in range(GENERATIONS)))
-            await until(lambda: conversations.begun >= GENERATIONS // 2)
+            await until(lambda: conversations.begun >= GENERATIONS // 10)
             pods = list(middle.pods)
             middle.autoscaler.settings = replace(middle.autoscaler.settings, min_scale=1, max_scale=1)
             await until(lambda: sum(pod.leaving for pod in pods) == 2)
