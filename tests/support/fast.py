@@ -4,9 +4,8 @@ import ast
 from functools import cache
 from pathlib import Path
 
+from tests.support.house.without import HEAVY
 from tests.support.paths import ROOT
-
-_HEAVY = {"torch", "transformers", "accelerate", "safetensors"}
 
 
 def needs_torch(path: Path) -> bool:
@@ -19,7 +18,7 @@ def needs_torch(path: Path) -> bool:
             continue
         seen.add(current)
         for module in _imported(current):
-            if module.split(".")[0] in _HEAVY:
+            if module.split(".")[0] in HEAVY:
                 return True
             source = ROOT / (module.replace(".", "/") + ".py")
             if source.is_file():
