@@ -5,6 +5,7 @@ that an older client can read a newer gateway. Bounds are part of the types. The
 """
 
 from collections.abc import Collection, Sequence
+from hashlib import blake2b
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
@@ -38,13 +39,23 @@ class Message(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=Tru
     name: str | None = None
 
 
+def choice_seed(seed: int, index: int) -> int:
+    """The seed of a request's answer number `index` over prompts and answers to each: a counter-based hash of both.
+
+    Answers to requests with neighbouring seeds share nothing. Number 0 has `seed` itself. seed: below 2^63, as the result.
+    """
+    if index == 0:
+        return seed
+    return int.from_bytes(blake2b(index.to_bytes(8), key=seed.to_bytes(8), digest_size=8).digest()) >> 1
+
+
 class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Data of `dev.lamina.generate.request`. Whether the answer streams is the client's Accept header, not a field."""
 
     # Text without the chat template, or its tokens. Exactly one of `prompt` and `messages` is given.
     prompt: Prompts | None = None
     messages: Annotated[tuple[Message, ...], Meta(min_length=1)] | None = None
-    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1  # answers to each prompt, with consecutive seeds
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1  # answers to each prompt
     # None: what the prompt leaves of the model's context. 0: nothing, with `echo`.
     max_tokens: Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0  # 0 is greedy
@@ -114,13 +125,13 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     def each(self, seed: int) -> list["GenerateRequest"]:
         """Splits the request into one request per answer: the n answers to the first prompt, then those to the next.
 
-        Seeds are consecutive. The first is the request's own, or `seed` if the request has none.
+        The first has the request's own seed, or `seed` if the request has none, and the others have `choice_seed` of it.
         """
         seed = seed if self.seed is None else self.seed % 2**63
         prompts = [prompt for prompt in self.prompts for _ in range(self.n)]
         if len(prompts) == 1:
             return [replace(self, prompt=prompts[0], seed=seed)]
-        return [replace(self, prompt=prompt, n=1, seed=(seed + index) % 2**63) for index, prompt in enumerate(prompts)]
+        return [replace(self, prompt=prompt, n=1, seed=choice_seed(seed, index)) for index, prompt in enumerate(prompts)]
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -60,7 +60,9 @@ class LayerRecord(ctypes.Structure):
 class GroupRecord(ctypes.Structure):
     _fields_ = (
         ("layers", MemoryRecord),
-        *_numbers("num_layers", "hidden_size", "inner_size", "heads", "kv_heads", "head_dim", "capacity_tokens", "kv_dtype"),
+        *_numbers(
+            "num_layers", "hidden_size", "inner_size", "heads", "kv_heads", "head_dim", "capacity_tokens", "kv_dtype", "rounds"
+        ),
         ("eps", ctypes.c_double),
     )
 

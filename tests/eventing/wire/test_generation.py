@@ -5,7 +5,7 @@ import pytest
 
 from eventing.problems import QueueFull
 from eventing.wire.events import Sampling
-from eventing.wire.generation import ErrorEvent, GenerateRequest, GenerateResponse, Timings, Usage
+from eventing.wire.generation import ErrorEvent, GenerateRequest, GenerateResponse, Timings, Usage, choice_seed
 from tests.support.faults import fault_of
 
 
@@ -93,6 +93,16 @@ def test_a_request_is_one_for_each_prompt_and_answer(prompt: str, expected: list
     request = _generate(f'{{"prompt": {prompt}, "n": 2, "seed": {2**63 - 1}}}')
     each = request.each(seed=1)
     assert [one.prompt for one in each] == [prompt for prompt in expected for _ in range(2)]
-    assert [one.seed for one in each] == [(2**63 - 1 + number) % 2**63 for number in range(len(each))]
+    assert [one.seed for one in each] == [choice_seed(2**63 - 1, number) for number in range(len(each))]
     assert all(one.n == 1 for one in each)
-    assert [one.seed for one in _generate(f'{{"prompt": {prompt}}}').each(seed=1)] == [*range(1, 1 + len(expected))]
+    assert [one.seed for one in _generate(f'{{"prompt": {prompt}}}').each(seed=1)] == [
+        choice_seed(1, number) for number in range(len(expected))
+    ]
+
+
+def test_answers_to_requests_with_neighbouring_seeds_share_no_seed() -> None:
+    seeds = [choice_seed(seed, index) for seed in (*range(50), *range(2**63 - 50, 2**63)) for index in range(128)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert choice_seed(7, 0) == 7
+    assert choice_seed(7, 1) == 8141747360954777192  # the same on every machine and in every version

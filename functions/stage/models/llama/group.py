@@ -122,6 +122,8 @@ class LlamaGroup:
         )
         for layer in range(self.first_layer, self.last_layer):
             hidden = self._layers[layer](hidden, state, self.kv)
+            # Rounded after each layer as at the end of a stage, so that the bits do not depend on where the model is cut.
+            hidden = hidden.to(self._precision.hidden).to(self._precision.activations)
         for segment in segments:
             self.kv.extend(segment.handle, segment.length)
         if self._norm is not None:

@@ -74,6 +74,7 @@ class NativeGroup:
                 eps=model.rms_norm_eps,
                 capacity_tokens=self.kv.capacity_tokens,
                 kv_dtype=kv_dtype,
+                rounds=self.hidden_dtype == "BF16",
             ),
         )
         self._threads = 1

@@ -9,6 +9,7 @@ enum {
     UNIT_BYTES = 98304, /* weights in a piece of work: some microseconds */
     SET = 0,
     ADD = 1,
+    ADD_AND_ROUND = 2, /* the sum becomes bf16 */
 };
 
 /* What all threads of a pass share. */
@@ -33,8 +34,8 @@ typedef struct {
     const Memory *gain; /* of the norm that x goes through first, or NULL */
     float eps;
     int64_t rows;
-    int add;
-    float *y; /* [rows, outs] */
+    int add;            /* SET, ADD or ADD_AND_ROUND */
+    float *y;           /* [rows, outs] */
 } Task;
 
 /* How a product is cut into pieces: blocks of rows, and units of outputs in each block. */
@@ -90,6 +91,19 @@ static Rows pack_all(const Task *task, const Workspace *at, const Worker *worker
     return (Rows){at->packed, at->scales, task->rows, row_bytes, true};
 }
 
+/* Rounds y [rows, outs] in columns [first, last) to bf16: to the nearest, ties to even. Numbers that are not finite stay so. */
+static void round_to_bf16(float *y, int64_t rows, int64_t outs, int64_t first, int64_t last)
+{
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t out = first; out < last; out++) {
+            uint32_t bits;
+            memcpy(&bits, y + row * outs + out, sizeof bits);
+            bool is_nan = (bits & 0x7FFFFFFF) > 0x7F800000;
+            bits = (is_nan ? bits | 0x00400000 : bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000;
+            memcpy(y + row * outs + out, &bits, sizeof bits);
+        }
+}
+
 /* Two phases: packs all rows, then computes y. */
 static void run_product(const Task *task, const Workspace *at, const Worker *worker, int64_t phase)
 {
@@ -107,7 +121,9 @@ static void run_product(const Task *task, const Workspace *at, const Worker *wor
         if (task->up)
             task->level->multiply_gated(matrix, task->up, &x, first, last, task->y + row * matrix->outs);
         else
-            task->level->multiply(matrix, &x, first, last, task->add, task->y + row * matrix->outs);
+            task->level->multiply(matrix, &x, first, last, task->add != SET, task->y + row * matrix->outs);
+        if (task->add == ADD_AND_ROUND)
+            round_to_bf16(task->y + row * matrix->outs, x.rows, matrix->outs, first, last);
     }
     finish_phase(worker, phase + 1, done, pieces.blocks * pieces.units);
 }
@@ -180,7 +196,8 @@ static void forward_layers(void *argument, int64_t number)
         attend(forward, layer, &worker, phase + ATTEND);
         multiply(forward, &layer->out, NULL, at->attended, NULL, hidden, ADD, &worker, phase + PACK_OUT);
         multiply(forward, &layer->gate, &layer->up, hidden, &layer->mlp_gain, at->inner, SET, &worker, phase + PACK_GATED);
-        multiply(forward, &layer->down, NULL, at->inner, NULL, hidden, ADD, &worker, phase + PACK_DOWN);
+        multiply(forward, &layer->down, NULL, at->inner, NULL, hidden,
+                 forward->group->rounds ? ADD_AND_ROUND : ADD, &worker, phase + PACK_DOWN);
     }
 }
 

@@ -73,7 +73,8 @@ typedef struct {
     int64_t head_dim;
     int64_t capacity_tokens; /* of the KV arena, a multiple of LAMINA_BLOCK_TOKENS */
     int64_t kv_dtype;
-    double eps; /* of the norms */
+    int64_t rounds; /* 1: each layer's output is rounded to bf16, so that the bits do not depend on where a model is cut */
+    double eps;     /* of the norms */
 } Group;
 
 /* `length` new tokens of a sequence that holds `position` tokens. Its range of the arena begins at `first_slot`, a multiple of

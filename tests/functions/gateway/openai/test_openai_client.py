@@ -13,6 +13,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from eventing.http.sse import SSEDecoder
+from eventing.wire.generation import choice_seed
 from tests.support.functions.functions import FunctionProcess, wait_until
 from tests.support.storage.published import Published
 from tests.support.storage.tiny_models import CONTEXT, greedy
@@ -88,12 +89,12 @@ def test_lists_of_prompts_are_answered_in_order(client: openai.OpenAI, published
     assert streamed == expected
 
 
-def test_several_answers_have_successive_seeds(client: openai.OpenAI) -> None:
+def test_several_answers_have_seeds_of_their_own(client: openai.OpenAI) -> None:
     fields = hi(n=4, temperature=1, seed=11)
     texts = [choice.message.content for choice in client.chat.completions.create(**fields).choices]
     assert len(set(texts)) > 1
     alone = [
-        client.chat.completions.create(**(fields | {"n": 1, "seed": 11 + number})).choices[0].message.content
+        client.chat.completions.create(**(fields | {"n": 1, "seed": choice_seed(11, number)})).choices[0].message.content
         for number in range(4)
     ]
     assert texts == alone

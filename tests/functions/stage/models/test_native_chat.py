@@ -1,22 +1,39 @@
-"""The tiny chat model in C, without torch: the same bits whatever the cut, the chunks and the company."""
+"""The tiny chat model in C, without torch: the same bits whatever the cut, the chunks and the company, in every dtype."""
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from functions.stage.models.build import build_layer_group
 from functions.stage.models.layer_group import KVCacheFull, LayerGroup, Segment
+from functions.stage.models.llama.structure import LAYER_NAME
+from storage.checkpoints.checkpoint import SourceTensor
 from storage.loading.weight_loader import RawTensor
-from tests.support.storage.published import CONFIG, CUT, VOCAB_SIZE, checkpoint_tensors
+from storage.models.conversion import convert_tensor
+from storage.models.model_repository import Dtype
+from tests.support.storage.published import CONFIG, VOCAB_SIZE, checkpoint_tensors
 
 PROMPT = [1, *range(60, 81)]
-WHOLE = ((0, 6),)
+LAYERS = 30
+WHOLE = ((0, LAYERS),)
 
 
-def groups(cut: Sequence[tuple[int, int]]) -> list[LayerGroup]:
-    tensors = {name: RawTensor("F32", array.shape, memoryview(array).cast("B")) for name, array in checkpoint_tensors().items()}
-    return [build_layer_group("native", CONFIG, dict(tensors), first, last, "float32", "cpu", 2**20) for first, last in cut]
+def groups(cut: Sequence[tuple[int, int]], dtype: Dtype = "float32") -> list[LayerGroup]:
+    """The tiny chat model in a dtype, with its six layers five times over."""
+    config = {**CONFIG, "num_hidden_layers": LAYERS}
+    tensors: dict[str, RawTensor] = {}
+    for name, array in checkpoint_tensors().items():
+        source = SourceTensor("F32", array.shape, lambda first, last, array=array: memoryview(array[first:last]).cast("B"))
+        for stored, target in convert_tensor(name, source, dtype, ()).items():
+            tensor = RawTensor(target.dtype, target.shape, memoryview(bytearray(b"".join(target.blocks()))))
+            found = LAYER_NAME.match(stored)
+            copies = range(int(found[1]), LAYERS, CONFIG["num_hidden_layers"]) if found else ()
+            names = [stored.replace(f".{found[1]}.", f".{layer}.", 1) for layer in copies] if found else [stored]
+            tensors |= dict.fromkeys(names, tensor)
+    return [build_layer_group("native", config, dict(tensors), first, last, dtype, "cpu", 2**20) for first, last in cut]
 
 
 def logits(chain: Sequence[LayerGroup], chunks: Sequence[Sequence[int]], others: int = 0) -> np.ndarray:
@@ -31,10 +48,16 @@ def logits(chain: Sequence[LayerGroup], chunks: Sequence[Sequence[int]], others:
     return chain[-1].logits(hidden[len(chunks[-1]) - 1 : len(chunks[-1])])
 
 
-def test_a_cut_gives_the_same_bits_in_float32() -> None:
-    whole, cut = logits(groups(WHOLE), [PROMPT]), logits(groups(CUT), [PROMPT])
+NATIVE_DTYPES = sorted(set(get_args(Dtype)) - {"float16"})
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+def test_every_cut_gives_the_same_bits(dtype: Dtype) -> None:
+    whole = logits(groups(WHOLE, dtype), [PROMPT[:-1], PROMPT[-1:]])
     assert whole.shape == (1, VOCAB_SIZE)
-    assert np.array_equal(whole, cut)
+    for parts in (2, 3, 5, LAYERS):
+        cut = list(pairwise(LAYERS * part // parts for part in range(parts + 1)))
+        assert np.array_equal(logits(groups(cut, dtype), [PROMPT[:-1], PROMPT[-1:]]), whole), parts
 
 
 @pytest.mark.parametrize("sizes", [[22], [1] * 22, [16, 6], [3, 7, 12]])
