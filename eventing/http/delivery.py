@@ -33,10 +33,10 @@ _JOIN_BELOW_BYTES: Final = 16 * 1024  # smaller buffers are sent together: a cop
 _READ_BYTES: Final = 2**20
 _BEGINNING: Final = b"HTTP/1."
 _END_OF_HEAD: Final = b"\r\n\r\n"
-# Knative's own headers would hide a request from the autoscaler; the others are set in this module.
-_NEVER_SENT: Final = frozenset(
-    {"k-proxy-request", "k-kubelet-probe", "host", "content-length", "transfer-encoding", "user-agent"}
-)
+_OWN_HEADERS: Final = frozenset({"host", "content-length", "transfer-encoding", "user-agent"})  # set in this module
+# Knative's own headers. With some, a request is not counted by the autoscaler; with others, no function sees it
+# (docs/reference.md, "Headers between Lamina and Knative").
+_KNATIVE_PREFIXES: Final = ("k-", "kn-", "knative-")
 
 
 class DeliveryError(Exception):
@@ -476,7 +476,10 @@ class Sender:
 def fixed_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """The caller's `headers` without those that only this module may set, and with the headers that every request has."""
     own = {"Accept-Encoding": "identity", "User-Agent": USER_AGENT}
-    return own | {name: value for name, value in headers.items() if name.lower() not in _NEVER_SENT}
+    for name, value in headers.items():
+        if name.lower() not in _OWN_HEADERS and not name.lower().startswith(_KNATIVE_PREFIXES):
+            own[name] = value
+    return own
 
 
 def _refusal(url: str, reply: HttpReply) -> Exception:

@@ -68,18 +68,18 @@ class Subscription:
         """
         ttl = event.get_extension(TTL)
         try:
-            reply = await self._deliver(with_attributes(event, {TTL: None}), self.subscriber)
+            reply = await self._deliver(with_attributes(event, {TTL: None}), self.subscriber, prefer_reply=True)
             if reply is not None and self._reply is not None:
                 await self._deliver(reply if ttl is None else with_attributes(reply, {TTL: str(ttl)}), self._reply)
             self.counts.delivered += 1
         except Undeliverable as error:
             await self._send_dead_letter(event, error)
 
-    async def _deliver(self, event: CloudEvent, target: Target) -> CloudEvent | None:
+    async def _deliver(self, event: CloudEvent, target: Target, *, prefer_reply: bool = False) -> CloudEvent | None:
         """Delivers with retries. Returns the event in the target's reply, None if the reply has none. Raises Undeliverable."""
         for retry in range(self._delivery.retry + 1):
             try:
-                reply = await target.deliver(event, self._delivery.timeout_seconds)
+                reply = await target.deliver(event, self._delivery.timeout_seconds, prefer_reply=prefer_reply)
             except NoReply as error:
                 reply = TargetReply(HTTPStatus.INTERNAL_SERVER_ERROR, f"dispatch error: {error}".encode())
             if 200 <= reply.status < 300:

@@ -37,9 +37,12 @@ class NoReply(Exception):
 class Target(Protocol):
     name: str  # its URL, which dead letters name in `knativeerrordest`
 
-    async def deliver(self, event: CloudEvent, timeout_seconds: float | None) -> TargetReply:
-        """Delivers the event once and returns the reply. timeout_seconds: for the whole reply; None: no limit. Raises
-        NoReply."""
+    async def deliver(self, event: CloudEvent, timeout_seconds: float | None, *, prefer_reply: bool) -> TargetReply:
+        """Delivers the event once and returns the reply. Raises NoReply.
+
+        timeout_seconds: for the whole reply; None: no limit. prefer_reply: the target is asked for an event in reply, as only
+        subscribers are.
+        """
 
 
 class HttpTarget:
@@ -55,14 +58,14 @@ class HttpTarget:
         self._needs_event_replies = needs_event_replies
         self._slots = asyncio.Semaphore(_CONCURRENT_DELIVERIES)
 
-    async def deliver(self, event: CloudEvent, timeout_seconds: float | None) -> TargetReply:
+    async def deliver(self, event: CloudEvent, timeout_seconds: float | None, *, prefer_reply: bool) -> TargetReply:
         headers, buffers = to_binary_http(event)
         async with self._slots:
             try:
                 async with self._session.post(
                     self.name,
                     data=b"".join(buffers),
-                    headers={**headers, "Prefer": "reply"},
+                    headers={**headers, "Prefer": "reply"} if prefer_reply else headers,
                     skip_auto_headers=("Content-Type", "User-Agent"),
                     allow_redirects=False,
                     timeout=aiohttp.ClientTimeout(total=timeout_seconds),
@@ -94,7 +97,7 @@ class FileTarget:
         self.name = path.as_uri()
         self._path = path
 
-    async def deliver(self, event: CloudEvent, timeout_seconds: float | None) -> TargetReply:
+    async def deliver(self, event: CloudEvent, timeout_seconds: float | None, *, prefer_reply: bool) -> TargetReply:
         members: dict[str, object] = {name: attribute_text(value) for name, value in event.get_attributes().items()}
         data = b"".join(data_buffers(event))
         try:

@@ -53,7 +53,9 @@ class BrokerInbox:
         self.accepted = 0
         self._spool = spool
 
-    async def deliver(self, event: CloudEvent, timeout_seconds: float | None = None) -> TargetReply:
+    async def deliver(
+        self, event: CloudEvent, timeout_seconds: float | None = None, *, prefer_reply: bool = False
+    ) -> TargetReply:
         ttl = str(event.get_extension(TTL) or "")
         left = int(ttl) - 1 if ttl.isdecimal() else _FIRST_TTL
         if left <= 0:
@@ -79,7 +81,9 @@ class StepInbox:
         self.step = step
         self._spool = spool
 
-    async def deliver(self, event: CloudEvent, timeout_seconds: float | None = None) -> TargetReply:
+    async def deliver(
+        self, event: CloudEvent, timeout_seconds: float | None = None, *, prefer_reply: bool = False
+    ) -> TargetReply:
         self._spool.start(self.step.run(event))
         return _ACCEPTED
 
@@ -198,8 +202,8 @@ class _InboxReference:
         self._path = path
         self._inboxes = inboxes
 
-    async def deliver(self, event: CloudEvent, timeout_seconds: float | None) -> TargetReply:
-        return await self._inboxes[self._path].deliver(event, timeout_seconds)
+    async def deliver(self, event: CloudEvent, timeout_seconds: float | None, *, prefer_reply: bool) -> TargetReply:
+        return await self._inboxes[self._path].deliver(event, timeout_seconds, prefer_reply=prefer_reply)
 
 
 def _effective(own: Delivery | None, brokers: Delivery | None) -> Delivery:

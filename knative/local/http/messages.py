@@ -18,9 +18,9 @@ _HOP_BY_HOP: Final = frozenset(
         b"upgrade",
         # The proxy itself answers it, because it reads the body at once.
         b"expect",
-        # Knative's own marks: a client that sends them must not escape the counting.
-        b"k-proxy-request",
-        b"k-kubelet-probe",
+        # The activator's names of a revision (RevisionHeaders in knative/serving pkg/activator/activator.go).
+        b"knative-serving-revision",
+        b"knative-serving-namespace",
     }
 )
 _FORWARDED_FOR: Final = b"x-forwarded-for"
@@ -37,8 +37,7 @@ class HttpError(Exception):
 
 
 def forwarded(headers: Headers) -> Headers:
-    """The headers that a proxy passes on: without hop-by-hop headers and Knative's own marks. Upper and lower case are
-    equal."""
+    """The headers that a proxy passes on: without hop-by-hop headers and those that name a revision, in any case."""
     named = {name.strip().lower() for key, value in headers if key.lower() == b"connection" for name in value.split(b",")}
     drop = _HOP_BY_HOP | named if named else _HOP_BY_HOP
     return [(key, value) for key, value in headers if key.lower() not in drop]

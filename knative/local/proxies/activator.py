@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from knative.local.http.messages import HttpError
-from knative.local.http.server import Exchange
+from knative.local.http.messages import HttpError, find
+from knative.local.http.server import THIS_MACHINE, Exchange
 from knative.local.proxies.concurrency import ConcurrencyMeter
-from knative.local.proxies.queue_proxy import QueueProxy
+from knative.local.proxies.queue_proxy import ACTIVATOR, PROXY_HEADER, QueueProxy
 from knative.local.proxies.timeouts import Timeouts, in_time
 
 _FIRST_AVAILABLE_UP_TO = 3
@@ -72,6 +72,11 @@ class Activator:
         if not self.in_path and self._trackers:
             await self._next_in_turn().proxy.serve(exchange)
             return
+        if _answers_probe(exchange):
+            return
+        exchange.peers.append(THIS_MACHINE)
+        others = [header for header in exchange.headers if header[0].lower() != PROXY_HEADER]
+        exchange.headers = [*others, (PROXY_HEADER, ACTIVATOR)]
         clock = asyncio.get_running_loop().time
         self.meter.enter(clock())
         try:
@@ -82,7 +87,7 @@ class Activator:
                 else:
                     tracker.in_flight += 1
                 try:
-                    await tracker.proxy.serve_proxied(exchange)
+                    await tracker.proxy.serve(exchange)
                 finally:
                     self._release(tracker)
         finally:
@@ -137,3 +142,21 @@ class Activator:
     def _next_in_turn(self) -> _PodTracker:
         self._turn = (self._turn + 1) % len(self._trackers)
         return self._trackers[self._turn]
+
+
+def _answers_probe(exchange: Exchange) -> bool:
+    """Answers a request that the activator takes for a probe of itself; no pod sees it. False if it is none.
+
+    See knative/serving, pkg/activator/handler/healthz_handler.go and probe_handler.go.
+    """
+    if find(exchange.headers, b"k-kubelet-probe") or (find(exchange.headers, b"user-agent") or b"").startswith(b"kube-probe/"):
+        exchange.respond(HTTPStatus.OK, b"")
+        return True
+    probe = find(exchange.headers, b"k-network-probe")
+    if not probe:
+        return False
+    if probe == ACTIVATOR:
+        exchange.respond(HTTPStatus.OK, ACTIVATOR)
+    else:
+        exchange.respond(HTTPStatus.BAD_REQUEST, b"unexpected probe header value: " + probe)
+    return True

@@ -6,14 +6,15 @@ It counts requests, applies containerConcurrency and the time limits, and keeps 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
 from knative.local.http.client import REFUSED, UpstreamFailed, UpstreamPool
 from knative.local.http.messages import Headers, HttpError, find
-from knative.local.http.server import THIS_MACHINE, Exchange, HttpServer
+from knative.local.http.server import Exchange, HttpServer
 from knative.local.proxies.concurrency import ConcurrencyMeter, ConcurrencyReport
 from knative.local.proxies.network import EmulatedNetwork, Relay
 from knative.local.proxies.timeouts import Timeouts, in_time
@@ -21,7 +22,9 @@ from knative.local.proxies.timeouts import Timeouts, in_time
 _log = logging.getLogger(__name__)
 
 FULL_DUPLEX_ANNOTATION: Final = "features.knative.dev/http-full-duplex"  # `Enabled` on a template; see `broken_off`
-_PROBERS: Final = (b"Knative-Activator-Probe", b"Knative-Autoscaling-Probe")  # User-Agents that ask whether the pod is ready
+_PROBERS: Final = (b"kube-probe/", b"Knative-Activator-Probe", b"Knative-Autoscaling-Probe")  # beginnings of a User-Agent
+PROXY_HEADER: Final = b"k-proxy-request"  # with the value ACTIVATOR: this request came through the activator
+ACTIVATOR: Final = b"activator"
 _QUEUE_FACTOR: Final = 10
 _BUFFERED_BYTES: Final = 2048  # Go's server sends answers with a Content-Length up to this in one piece
 _END_SEEN_SECONDS: Final = 0.002  # ReverseProxy has seen the end of a body this long after it passed it on
@@ -50,8 +53,9 @@ class QueueProxy:
         self._limits = limits
         self._ready = ready
         self._breaker = Breaker(limits.container_concurrency)
+        self._draining = False
         self._upstream: UpstreamPool | None = None
-        self._server = HttpServer(self._serve_direct)
+        self._server = HttpServer(self.serve)
         self._relay = None if network is None or network == EmulatedNetwork() else Relay(network)
 
     @property
@@ -80,36 +84,27 @@ class QueueProxy:
             self._relay.close()
 
     async def serve(self, exchange: Exchange) -> None:
-        """Waits for a slot, forwards the request to the function, and returns when it is answered.
+        """Answers Knative's probes, and forwards every other request to the function. Returns when it is answered.
 
         Raises HttpError: 503 if the queue is full, 502 if the function does not listen or breaks off, 504 if time ran out.
+        See knative/serving, pkg/queue/sharedmain/handlers.go, pkg/queue/handler.go and pkg/queue/health.
         """
-        clock = asyncio.get_running_loop().time
-        self.all.enter(clock())
+        if self._answers_probe(exchange):
+            return
         try:
             async with in_time(exchange, self._limits.timeouts, "request timeout"):
-                await self._breaker.acquire()
-                try:
-                    if self._upstream is None:
-                        raise HttpError(HTTPStatus.BAD_GATEWAY, f"dial tcp 127.0.0.1: {REFUSED}")
-                    await self._upstream.forward(exchange)
-                finally:
-                    self._breaker.release()
+                if find(exchange.headers, b"k-kubelet-probe"):
+                    await self._forward(exchange)  # neither counted nor limited
+                    return
+                through_activator = find(exchange.headers, PROXY_HEADER) == ACTIVATOR
+                with self._counted(self.all), self._counted(self.proxied) if through_activator else nullcontext():
+                    await self._breaker.acquire()
+                    try:
+                        await self._forward(exchange)
+                    finally:
+                        self._breaker.release()
         except UpstreamFailed as error:
             raise HttpError(HTTPStatus.BAD_GATEWAY, str(error)) from error
-        finally:
-            self.all.leave(clock())
-
-    async def serve_proxied(self, exchange: Exchange) -> None:
-        """`serve` for requests through the activator. They are counted apart, because the activator reports them to the
-        autoscaler."""
-        exchange.peers.append(THIS_MACHINE)
-        clock = asyncio.get_running_loop().time
-        self.proxied.enter(clock())
-        try:
-            await self.serve(exchange)
-        finally:
-            self.proxied.leave(clock())
 
     def report(self, now: float) -> ConcurrencyReport:
         """The load since the previous report, for the autoscaler, without the requests that the activator reports."""
@@ -117,27 +112,51 @@ class QueueProxy:
         return ConcurrencyReport(max(0.0, everything.average - proxied.average), everything.arrivals - proxied.arrivals)
 
     async def quiet(self, seconds: float) -> None:
-        """Waits until no new request has come for `seconds`. The time before this call does not count."""
+        """Waits until no new request has come for `seconds`, the time before this call not counted. Probes fail from now on."""
+        self._draining = True
         loop = asyncio.get_running_loop()
         began = loop.time()
         while (left := max(began, self.all.last_arrival) + seconds - loop.time()) > 0:
             await asyncio.sleep(left)
 
-    async def _serve_direct(self, exchange: Exchange) -> None:
-        """Handles a request that came to the pod's own port: answers Knative's probes uncounted, and forwards all others to the
-        function.
-
-        See knative/serving, pkg/queue/sharedmain/handlers.go and pkg/queue/health.
-        """
+    def _answers_probe(self, exchange: Exchange) -> bool:
+        """Answers a request that queue-proxy takes for a probe; such requests are not counted. False if it is none."""
         probe = find(exchange.headers, b"k-network-probe") or b""
-        if not (find(exchange.headers, b"user-agent") or b"").startswith(_PROBERS):
-            await self.serve(exchange)
-        elif probe != b"queue":
+        asks_function = (find(exchange.headers, b"user-agent") or b"").startswith(_PROBERS)
+        version = find(exchange.headers, b"k-network-hash")
+        if not asks_function and probe != b"probe":
+            return False
+        if self._draining:
+            exchange.respond(HTTPStatus.SERVICE_UNAVAILABLE, b"shutting down")
+        elif asks_function and probe != b"queue":
             exchange.respond(HTTPStatus.BAD_REQUEST, b"unexpected probe header value: " + probe)
-        elif self._ready():
-            exchange.respond(HTTPStatus.OK, b"queue")
-        else:
+        elif asks_function and not self._ready():
             exchange.respond(HTTPStatus.SERVICE_UNAVAILABLE, b"")
+        elif asks_function:
+            exchange.respond(HTTPStatus.OK, b"queue")
+        elif version is None:
+            exchange.respond(HTTPStatus.BAD_REQUEST, b'a probe request must contain a non-empty "K-Network-Hash" header')
+        else:
+            exchange.write(exchange.start(HTTPStatus.OK, b"OK", [(b"K-Network-Hash", version), (b"Content-Length", b"0")]))
+            exchange.end()
+        return True
+
+    @contextmanager
+    def _counted(self, meter: ConcurrencyMeter) -> Iterator[None]:
+        clock = asyncio.get_running_loop().time
+        meter.enter(clock())
+        try:
+            yield
+        finally:
+            meter.leave(clock())
+
+    async def _forward(self, exchange: Exchange) -> None:
+        if self._upstream is None:
+            raise HttpError(HTTPStatus.BAD_GATEWAY, f"dial tcp 127.0.0.1: {REFUSED}")
+        if host := find(exchange.headers, b"k-original-host"):
+            others = [header for header in exchange.headers if header[0].lower() not in (b"host", b"k-original-host")]
+            exchange.headers = [(b"Host", host), *others]
+        await self._upstream.forward(exchange)
 
     def _answer_begins(self, exchange: Exchange, headers: Headers) -> str | None:
         if self._limits.full_duplex:

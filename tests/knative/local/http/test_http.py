@@ -84,12 +84,12 @@ async def test_a_connection_is_kept_on_both_sides() -> None:
     assert len(connections) == 1
 
 
-async def test_hop_by_hop_headers_and_knatives_marks_do_not_pass() -> None:
+async def test_hop_by_hop_headers_do_not_pass() -> None:
     seen: list[bytes] = []
     async with proxy_to(answering(OK, seen)) as (reader, writer):
         writer.write(
             b"POST /path?q=1 HTTP/1.1\r\nHost: a\r\nConnection: x-mine, keep-alive\r\nX-Mine: 1\r\nTE: trailers\r\n"
-            b"K-Proxy-Request: activator\r\nce-id: 7\r\nContent-Length: 4\r\n\r\nbody"
+            b"ce-id: 7\r\nContent-Length: 4\r\n\r\nbody"
         )
         await reader.readexactly(len(OK))
     own = b"X-Forwarded-For: 127.0.0.1"

@@ -16,7 +16,9 @@ from knative.local.proxies.queue_proxy import Breaker, QueueProxy
 from knative.local.proxies.timeouts import Timeouts
 from tests.support.knative.platform import until
 
-ASKED = SimpleNamespace(started=False, written_at=None)  # the part of an Exchange that the activator reads
+ASKED = SimpleNamespace(
+    started=False, written_at=None, headers=[], peers=[]
+)  # the part of an Exchange that the activator reads
 
 
 class HeldProxy:
@@ -27,11 +29,9 @@ class HeldProxy:
         self.served = 0
         self.gate = asyncio.Event()
 
-    async def serve_proxied(self, exchange: object) -> None:
+    async def serve(self, exchange: object) -> None:
         self.served += 1
         await self.gate.wait()
-
-    serve = serve_proxied
 
 
 class Scene:
