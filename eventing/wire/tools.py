@@ -25,7 +25,7 @@ class FunctionName(Struct, frozen=True):
 
 
 class NamedTool(Struct, frozen=True):
-    """A tool choice that names the one function which must be called."""
+    """A tool choice that names the one function which must be called, exactly once."""
 
     type: Literal["function"]
     function: FunctionName

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from eventing.problems import ContextExceeded, InvalidRequest, Problem
 from eventing.wire.events import Grammar
 from eventing.wire.generation import GenerateRequest
-from eventing.wire.tools import callable_tools, forced_tools
+from eventing.wire.tools import NamedTool, callable_tools, forced_tools
 from functions.configuration.api_keys import Quota
 from functions.gateway.answers.answer import Answer
 from functions.gateway.answers.client_limits import ClientLimits, Release
@@ -100,7 +100,8 @@ class AnswerService:
         """Grammar of forced tool calls or of `structured_outputs`; None: any. Raises MalformedEvent if it cannot be used."""
         if forced := forced_tools(request.tools, request.tool_choice):
             tools = self.text.tools
-            return self.text.grammars.of_tools(tools.format.grammar(forced, request.parallel_tool_calls, tools.special))
+            several = request.parallel_tool_calls and not isinstance(request.tool_choice, NamedTool)
+            return self.text.grammars.of_tools(tools.format.grammar(forced, several, tools.special))
         return None if request.structured_outputs is None else self.text.grammars.of(request.structured_outputs)
 
     def _encode(self, request: GenerateRequest, prompt: str | Sequence[int] | None, predicted_ids: list[int]) -> EncodedPrompt:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from eventing.wire.generation import GenerateRequest, GenerateResponse, Usage
+from eventing.wire.tools import ToolCall
 
 NotEmpty = Annotated[str, Meta(min_length=1)]
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
@@ -62,8 +63,9 @@ class ChatLogprobs(Struct, frozen=True):
 
 class ChatAnswer(Struct, frozen=True):
     role: Literal["assistant"]
-    content: str | None
+    content: str | None  # None beside tool_calls only
     reasoning_content: str | None = None  # if the model's chat template marks thoughts
+    tool_calls: tuple[ToolCall, ...] = ()
     refusal: None = None
 
 
@@ -89,10 +91,23 @@ class ChatCompletion(Completed, frozen=True, kw_only=True):
     usage: Usage
 
 
+class FunctionCallDelta(Struct, frozen=True):
+    arguments: str  # more text of them, as JSON
+    name: str | None = None  # at the begin of the call only
+
+
+class ToolCallChunk(Struct, frozen=True):
+    index: int  # of the call
+    function: FunctionCallDelta
+    id: str | None = None  # at the begin of the call only, as is `type`
+    type: Literal["function"] | None = None
+
+
 class ChatDelta(Struct, frozen=True):
     role: Literal["assistant"] | None = None
     content: str | None = None
     reasoning_content: str | None = None
+    tool_calls: tuple[ToolCallChunk, ...] = ()
 
 
 class ChatChunkChoice(Struct, frozen=True):
@@ -147,6 +162,10 @@ class OutputItem(Struct, frozen=True, kw_only=True):
     status: Literal["in_progress", "completed", "incomplete"] | None = None
     role: Literal["assistant"] | None = None
     content: tuple[OutputPart, ...] = ()
+    summary: tuple[()] = ()  # of thoughts
+    call_id: str | None = None  # of a function_call, as are the other two
+    name: str | None = None
+    arguments: str | None = None  # JSON, as the model wrote it
 
 
 class ResponseUsage(Struct, frozen=True):

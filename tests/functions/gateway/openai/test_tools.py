@@ -18,7 +18,8 @@ ADD = {"type": "function", "function": {"name": "add", "description": "Adds numb
 LOOK_UP = {"type": "function", "function": {"name": "look_up", "parameters": {"$defs": {"q": {"const": "x"}}, "type": "object",
            "properties": {"q": {"$ref": "#/$defs/q"}}, "required": ["q"]}}}  # fmt: skip
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
-TWO = f'{CALL}\n<tool_call>\n{{"name": "look_up", "arguments": {{"q": "x"}}}}\n</tool_call>'
+LOOKED_UP = '<tool_call>\n{"name": "look_up", "arguments": {"q": "x"}}\n</tool_call>'
+TWO = f"{CALL}\n{LOOKED_UP}"
 TOLD = """\
 {%- if tools %}[TOOLS]{{ tools | tojson }}{% endif %}
 {%- for m in messages %}{{ m.role }}: {{ m.content }}
@@ -121,8 +122,10 @@ FORCED: list[tuple[dict[str, Any], str, bool]] = [
     ({"tool_choice": "required"}, CALL.replace('"a": 1', '"a": "1"'), False),
     ({"tool_choice": "required", "parallel_tool_calls": False}, CALL, True),
     ({"tool_choice": "required", "parallel_tool_calls": False}, TWO, False),
-    ({"tool_choice": NAMED}, TWO.partition("\n<tool_call>")[2].join(["<tool_call>", ""]), True),
+    ({"tool_choice": NAMED}, LOOKED_UP, True),
     ({"tool_choice": NAMED}, CALL, False),
+    ({"tool_choice": NAMED}, f"{LOOKED_UP}\n{LOOKED_UP}", False),
+    ({"tool_choice": NAMED, "parallel_tool_calls": True}, f"{LOOKED_UP}\n{LOOKED_UP}", False),
 ]
 
 

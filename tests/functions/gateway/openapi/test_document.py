@@ -2,11 +2,13 @@
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 import pytest
 
+from eventing.wire.generation import TokenLogprob
 from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.app import create_app
 from functions.gateway.openapi.document import openapi_document
@@ -19,10 +21,12 @@ from functions.gateway.openapi.replies import (
     ResponseEvent,
     ResponseObject,
 )
+from functions.gateway.scheduling.token_stream import TokenStream
 from functions.hosting.server import PROBES
 from tests.functions.gateway.page.test_pipeline_events import Pipe
 from tests.support.environments import gateway_config
-from tests.support.functions.scripted_gateway import Pipeline, client_of
+from tests.support.functions.scripted_gateway import END, TOKENIZER, Pipeline, Script, client_of
+from tests.support.storage.published import CHAT_TEMPLATE
 
 PROBE_ROUTES = {("get", path) for path in PROBES}
 
@@ -59,25 +63,64 @@ def test_the_document_is_served_and_its_references_resolve() -> None:
     assert "security" not in document["paths"]["/health"]["get"]
 
 
-def chat(**more: Any) -> dict[str, Any]:
-    return {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, **more}
+TOOL = {"name": "add", "parameters": {"type": "object"}}
+CALLING = '<think>Hm.</think>I add.<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+CHAT = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "Hi"}],
+    "tools": [{"type": "function", "function": TOOL}],
+    "logprobs": True,
+    "stream_options": {"include_usage": True},
+}
+RESPOND = {"model": "tiny", "input": "Hi", "tools": [{"type": "function", **TOOL}], "include": ["message.output_text.logprobs"]}
+COMPLETE = {"model": "tiny", "prompt": "Hi", "max_tokens": 8, "logprobs": 1}
 
 
-def test_replies_have_the_types_of_the_document() -> None:
-    client = client_of(Pipeline())
-    msgspec.json.decode(client.post("/v1/chat/completions", json=chat()).data, type=ChatCompletion)
-    asked = {"model": "tiny", "prompt": "Hi", "max_tokens": 8}
-    msgspec.json.decode(client.post("/v1/completions", json=asked).data, type=Completion)
-    respond = {"model": "tiny", "input": "Hi", "max_output_tokens": 8}
-    msgspec.json.decode(client.post("/v1/responses", json=respond).data, type=ResponseObject)
-    msgspec.json.decode(client.post("/v1/chat/completions", json={"no": 1}).data, type=ErrorReply)
-    for path, body, type_ in (
-        ("/v1/chat/completions", chat(stream=True), ChatCompletionChunk),
-        ("/v1/completions", asked | {"stream": True}, Completion),
-        ("/v1/responses", respond | {"stream": True}, ResponseEvent),
-    ):
-        events = re.findall(r"data: (.*)\n\n", client.post(path, json=body).text)
-        assert path == "/v1/responses" or events.pop() == "[DONE]"
-        for event in events:
-            msgspec.convert(json.loads(event), type_, strict=True)
+@pytest.mark.parametrize(
+    ("path", "body", "whole", "event", "open_"),
+    [
+        ("chat/completions", CHAT, ChatCompletion, ChatCompletionChunk, False),
+        ("completions", COMPLETE, Completion, Completion, False),
+        ("responses", RESPOND, ResponseObject, ResponseEvent, True),
+        ("chat/completions", {"no": 1}, ErrorReply, None, False),
+    ],
+)
+def test_replies_have_the_types_of_the_document(
+    path: str, body: dict[str, Any], whole: type, event: type | None, open_: bool
+) -> None:
+    """open_: the document says that there are fields beside those that it lists."""
+    pipeline = Pipeline()
+    pipeline.script = with_logprobs(CALLING)
+    client = client_of(pipeline, template=CHAT_TEMPLATE + "{# </think> #}", context=4096)
+    reply = client.post(f"/v1/{path}", json=body).get_json()
+    assert undocumented(reply, whole, open_) == set()
+    if whole is ResponseObject:
+        assert [item["type"] for item in reply["output"]] == ["reasoning", "message", "function_call"]
+    if event is not None:
+        events = re.findall(r"data: (.*)\n\n", client.post(f"/v1/{path}", json=body | {"stream": True}).text)
+        assert open_ or events.pop() == "[DONE]"
         assert len(events) >= 2
+        assert set().union(*(undocumented(json.loads(each), event, open_) for each in events)) == set()
+
+
+def with_logprobs(text: str) -> Script:
+    def script(stream: TokenStream) -> None:
+        for token in [*TOKENIZER.encode(text, add_special_tokens=False).ids, END]:
+            stream.put(token, TokenLogprob(token, -1.0, ((token, -1.0),)))
+
+    return script
+
+
+def undocumented(reply: Any, type_: type, open_: bool = False) -> set[str]:
+    """Paths of the reply's fields that its type lacks. open_: its first level may have others. Raises if the type differs."""
+    known = msgspec.to_builtins(msgspec.convert(reply, type_, strict=True))
+    return set(differences({key: value for key, value in reply.items() if not open_ or key in known}, known))
+
+
+def differences(seen: Any, known: Any, path: str = "") -> Iterator[str]:
+    if isinstance(seen, dict):
+        for key, value in seen.items():
+            yield from differences(value, known[key], f"{path}.{key}") if key in known else [f"{path}.{key}"]
+    elif isinstance(seen, list):
+        for one, other in zip(seen, known, strict=True):
+            yield from differences(one, other, f"{path}[]")
