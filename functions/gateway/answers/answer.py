@@ -26,7 +26,9 @@ class Answer:
         *,
         scored: bool = False,
     ) -> None:
-        """release: called once, at the end, with the number of tokens of prompt and answer. span: ended with the answer.
+        """release: called once, at the end, with the number of tokens of prompt and answer; 0 if nothing of it was computed.
+
+        span: ended with the answer.
 
         echo: the prompt's text if the answer begins with it, else None. scored: with `echo`, the answer also has
         log-probabilities of the prompt's tokens.
@@ -82,7 +84,8 @@ class Answer:
         self._closed = True
         if not self.token_stream.ended:
             self.token_stream.cancel("stop" if self._text_stream.stopped else "cancelled")
-        self._release(self.prompt_tokens + self.token_stream.completion_tokens)
+        begun = self.token_stream.timings().queue_seconds is not None
+        self._release(self.prompt_tokens + self.token_stream.completion_tokens if begun else 0)
         self._measure()
         self._metrics.answers.labels(self.outcome).inc()
         problem = self.token_stream.problem

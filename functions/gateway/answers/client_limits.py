@@ -11,14 +11,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from eventing.problems import InvalidRequest, RateLimited
 from functions.configuration.api_keys import Quota
 
 if TYPE_CHECKING:
     from limits import RateLimitItem
-    from limits.strategies import RateLimiter
+    from limits.storage.base import SlidingWindowCounterSupport
+    from limits.strategies import SlidingWindowCounterRateLimiter
 
 _log: Final = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -121,8 +122,8 @@ class SlidingWindows:
         from limits.storage import MemoryStorage, storage_from_string
         from limits.strategies import SlidingWindowCounterRateLimiter
 
-        self._local: RateLimiter = SlidingWindowCounterRateLimiter(MemoryStorage())
-        self._shared: RateLimiter | None = None
+        self._local: SlidingWindowCounterRateLimiter = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._shared: SlidingWindowCounterRateLimiter | None = None
         if store is not None:
             timeouts = {"socket_timeout": _STORE_TIMEOUT_SECONDS, "socket_connect_timeout": _STORE_TIMEOUT_SECONDS}
             self._shared = SlidingWindowCounterRateLimiter(storage_from_string(store, wrap_exceptions=True, **timeouts))
@@ -146,21 +147,33 @@ class SlidingWindows:
         The package `limits` would refuse a larger cost and add nothing. names: of the counter.
         """
 
-        def take(limiter: "RateLimiter") -> bool:
-            left = limiter.get_window_stats(_a_minute(limit), *names).remaining
-            return limiter.hit(_a_minute(limit), *names, cost=min(cost, left))
+        def take(limiter: "SlidingWindowCounterRateLimiter") -> None:
+            taken = False
+            while not taken:  # another gateway may count between the two calls, and then less is left
+                left = limiter.get_window_stats(_a_minute(limit), *names).remaining
+                taken = not left or limiter.hit(_a_minute(limit), *names, cost=min(cost, left))
 
         self._ask(take)
 
     def seconds_left(self, limit: int, *names: str) -> int:
-        """Seconds, at least 1, until a client whose counter has reached `limit` may try again.
+        """Seconds, at least 1, until a client whose counter has reached `limit` may try again, if nothing else is counted.
 
-        The counter falls as its entries become older than a minute. names: of the counter.
+        The counter is that of the current minute, plus that of the minute before times the part of it that is less than a minute
+        ago. names: of the counter.
         """
-        reset = self._ask(lambda limiter: limiter.get_window_stats(_a_minute(limit), *names).reset_time)
-        return max(1, math.ceil(reset - time.time()))
+        item = _a_minute(limit)
 
-    def _ask(self, ask: "Callable[[RateLimiter], T]") -> T:
+        def until_below(limiter: "SlidingWindowCounterRateLimiter") -> float:
+            storage = cast("SlidingWindowCounterSupport", limiter.storage)
+            expiry = item.get_expiry()
+            before, before_left, now, now_left = storage.get_sliding_window(item.key_for(*names), expiry)
+            if now < limit:
+                return before_left - (limit - now) * expiry / before if before else 0.0
+            return now_left - expiry  # a counter is kept for two minutes; in the second one it fades
+
+        return max(1, math.ceil(self._ask(until_below)))
+
+    def _ask(self, ask: "Callable[[SlidingWindowCounterRateLimiter], T]") -> T:
         from limits.errors import StorageError
 
         if self._shared is not None and time.monotonic() >= self._retry_at:

@@ -70,6 +70,7 @@ class Pipeline:
 
     def say(self, text: str, end: bool = True, then: Problem | None = None) -> Script:
         def script(stream: TokenStream) -> None:
+            stream.started(0)
             for token in TOKENIZER.encode(text, add_special_tokens=False).ids + [END] * end:
                 stream.put(token)
             if then is not None:

@@ -1,5 +1,6 @@
 """Limits of a client in both APIs, alone and counted by several gateways in one Redis."""
 
+import math
 import time
 from collections import Counter
 from typing import Any
@@ -8,12 +9,12 @@ import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from eventing.problems import RateLimited
+from eventing.problems import QueueFull, RateLimited
 from functions.configuration.api_keys import Quota
 from functions.gateway.answers import client_limits
-from functions.gateway.answers.client_limits import ClientLimits
+from functions.gateway.answers.client_limits import ClientLimits, SlidingWindows
 from functions.gateway.text.tokenizer import ModelText
-from tests.support.functions.scripted_gateway import EVENT, Pipeline, client_of
+from tests.support.functions.scripted_gateway import EVENT, Pipeline, client_of, refuse
 from tests.support.redis_server import redis_server
 
 KEYS = {"LAMINA_API_KEYS": "alice,bob"}
@@ -90,6 +91,15 @@ def test_a_request_that_fails_before_its_answer_begins_no_longer_counts(pipeline
     assert chat(client).status_code == 200
 
 
+def test_a_request_that_is_refused_after_some_of_its_answers_began_uses_no_tokens(pipeline: Pipeline) -> None:
+    client = client_of(pipeline, **KEYS, LAMINA_CLIENT_TOKENS_PER_MINUTE="50")
+    scripts = iter([lambda _: None, lambda _: None, refuse(QueueFull("256 wait"))] * 3)
+    pipeline.script = lambda stream: next(scripts)(stream)
+    assert [chat(client, n=3).get_json()["error"]["message"] for _ in range(3)] == ["256 wait"] * 3
+    pipeline.script = pipeline.say("Hello")
+    assert chat(client).status_code == 200
+
+
 @pytest.mark.slow
 def test_ten_thousand_requests_beyond_a_limit_are_not_tokenized(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[object] = []
@@ -153,6 +163,54 @@ def test_gateways_count_tokens_together_in_a_store() -> None:
         with pytest.raises(RateLimited, match="100 tokens a minute"):
             one.admit("alice")
         one.admit("bob")(5)
+
+
+def test_a_cost_is_counted_although_another_gateway_counts_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    with redis_server() as port:
+        one, other = (SlidingWindows(f"redis://127.0.0.1:{port}/0") for _ in range(2))
+        limiter = one._shared
+        assert limiter is not None
+        real = limiter.get_window_stats
+        asked: list[Any] = []
+
+        def and_then_the_other_counts(*counter: Any) -> Any:
+            asked.append(real(*counter))
+            if len(asked) < 3:
+                other.charge(100, 20, "alice")
+            return asked[-1]
+
+        monkeypatch.setattr(limiter, "get_window_stats", and_then_the_other_counts)
+        one.charge(100, 90, "alice")
+        assert [each.remaining for each in asked] == [100, 80, 60]
+        assert not other.test(100, "alice"), "60 of the 90 were left"
+        one.charge(100, 90, "alice")
+
+
+@pytest.mark.parametrize("moments", [[0], [0, 45], [0, 59.5], [0, 61], [30, 80, 100], [0, 30, 59, 61, 90, 119, 121]])
+def test_seconds_left_are_those_after_which_a_client_may_try_again(
+    moments: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """moments: seconds at which all is used that is left."""
+    now = began = math.ceil(time.time()) + 0.5
+    monkeypatch.setattr(time, "time", lambda: now)
+    windows = SlidingWindows()
+    for moment in moments:
+        now = began + moment
+        windows.charge(100, 100, "alice")
+    seconds = windows.seconds_left(100, "alice")
+    now += seconds - 1.1
+    assert seconds == 1 or not windows.test(100, "alice"), "a second less is too short"
+    now += 1.2
+    assert windows.test(100, "alice")
+
+
+def test_a_client_that_has_used_up_its_minute_in_a_store_waits_for_a_minute() -> None:
+    """Right after the first count Redis says that exactly two minutes are left of the counter."""
+    with redis_server() as port:
+        windows = SlidingWindows(f"redis://127.0.0.1:{port}/0")
+        for client in map(str, range(20)):
+            windows.charge(100, 100, client)
+            assert windows.seconds_left(100, client) > 30
 
 
 @pytest.mark.slow
