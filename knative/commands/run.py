@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import shlex
 import signal
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import click
 from rich.console import Console
 
 from eventing.claim_check import sweep
-from knative.commands.ask import Question, chat_option, is_question, show_answer
+from knative.commands.ask import AskFailed, Question, chat_option, is_question, show_answer
 from knative.commands.local_pipeline import (
     LocalPipeline,
     ensure_published,
@@ -170,10 +171,20 @@ class _Run:
             self._say(f"make, list and revoke keys while it runs: python -m knative keys {file}")
         if self._spec.eventing is not None:
             self._say(f"events go to the broker {platform.eventing.broker_url(self._spec.name, self._spec.namespace)}")
-        self._say(f"> {self._options.prompt}")
 
     async def _first_answer(self, platform: Platform, url: str) -> None:
+        """Asks the first question and shows the stages. Says why not if the gateway wants a key that is not known here.
+
+        Raises AskFailed; also for such a key if the answer is all that was wanted (--once).
+        """
         options, chat = self._options, self._options.chat
+        if self._local.pipeline.spec.gateway.api_keys_secrets and self._local.api_key is None:
+            unknown = "cannot ask the first question: the gateway wants an API key, and its Secret has none but hashes"
+            if options.once:
+                raise AskFailed(f"{unknown}; leave out --once and ask with python -m knative ask --api-key")
+            self._say(f"{unknown}; ask with a key of yours: python -m knative ask --api-key … {url} {shlex.quote(options.prompt)}")
+            return
+        self._say(f"> {options.prompt}")
         if chat is None:
             chat = "chat_template.jinja" in self._local.manifest.files and is_question(options.prompt)
         question = Question(options.prompt, options.max_tokens, chat=chat, api_key=self._local.api_key)

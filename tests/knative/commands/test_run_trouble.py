@@ -5,10 +5,12 @@ import shutil
 import signal
 import socket
 import subprocess
+import urllib.request
 from pathlib import Path
 
 import pytest
 
+from functions.configuration.api_keys import sha256_of
 from tests.support.knative.run_command import Run
 
 SMALL = """
@@ -52,6 +54,29 @@ def test_a_spec_that_knative_would_reject(running: Run, tmp_path: Path) -> None:
     spec.write_text(SMALL + "gateway: {autoscaling: {target_burst_capacity: -1}}")
     running.start("--spec", str(spec))
     assert "target_burst_capacity" in error_of(running)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("once", [False, True])
+def test_keys_of_which_only_hashes_are_known(running: Run, tmp_path: Path, once: bool) -> None:
+    """As on a cluster. The first question would get 401."""
+    spec, keys = tmp_path / "keyed.yaml", tmp_path / "secrets" / "chat-keys" / "api-keys"
+    spec.write_text(SMALL + "gateway: {api_keys_secret: chat-keys}")
+    keys.parent.mkdir(parents=True)
+    keys.write_text(f"# of people\nsha256:{sha256_of('their key')} name=alice\n")
+    running.start("--spec", str(spec), "--secrets", str(tmp_path / "secrets"), *(["--once"] if once else []))
+    if once:
+        assert error_of(running).startswith("cannot ask the first question: the gateway wants an API key")
+        return
+    running.read_until("serving on")
+    assert "cannot ask the first question: the gateway wants an API key, and its Secret has none but hashes" in running.seen
+    (url,) = re.findall(r"serving on (\S+) until", running.seen)
+    asked = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": "Bearer their key"})
+    with urllib.request.urlopen(asked, timeout=60) as reply:
+        assert b"tiny-model" in reply.read()
+    running.send(signal.SIGINT)
+    assert running.finish() == 0
+    assert running.processes() == []
 
 
 @pytest.mark.slow
