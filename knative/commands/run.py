@@ -182,7 +182,9 @@ class _Run:
             unknown = "cannot ask the first question: the gateway wants an API key, and its Secret has none but hashes"
             if options.once:
                 raise AskFailed(f"{unknown}; leave out --once and ask with python -m knative ask --api-key")
-            self._say(f"{unknown}; ask with a key of yours: python -m knative ask --api-key … {url} {shlex.quote(options.prompt)}")
+            self._say(
+                f"{unknown}; ask with a key of yours: python -m knative ask --api-key … {url} {shlex.quote(options.prompt)}"
+            )
             return
         self._say(f"> {options.prompt}")
         if chat is None:

@@ -158,8 +158,8 @@ class SlidingWindows:
     def seconds_left(self, limit: int, *names: str) -> int:
         """Seconds, at least 1, until a client whose counter has reached `limit` may try again, if nothing else is counted.
 
-        The counter is that of the current minute, plus that of the minute before times the part of it that is less than a minute
-        ago. names: of the counter.
+        The counter is that of this minute, plus that of the minute before times the part of it that is less than a minute ago.
+        names: of the counter.
         """
         item = _a_minute(limit)
 
