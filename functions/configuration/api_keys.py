@@ -27,7 +27,7 @@ class Quota:
     tokens_per_minute: int | None = None  # in prompts and answers
     concurrent: int | None = None  # answers at once
     max_tokens: int | None = None  # of one answer
-    priority: int | None = None  # a client with a higher one is served first; unset: 0
+    priority: int | None = None  # a client with a higher one is served first in most turns; unset: 0
 
     def over(self, other: Self) -> Self:
         """This quota, with unset limits taken from `other`."""

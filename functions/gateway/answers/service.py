@@ -68,7 +68,7 @@ class AnswerService:
         release = self._limits.admit(context.client_id, count)
         answers: list[Answer] = []
         try:
-            prompts = self._encode_prompts(request)
+            prompts = self._encode_prompts(request, context.client_id)
             for number, one in enumerate(request.each(context.seed)):
                 answers.append(self._begin_answer(one, prompts[number // request.n], context, release))
         except BaseException as error:
@@ -81,7 +81,7 @@ class AnswerService:
             raise
         return Generation(context.request_id, answers, request.n, context.gone, self._metrics)
 
-    def _encode_prompts(self, request: GenerateRequest) -> list[EncodedPrompt]:
+    def _encode_prompts(self, request: GenerateRequest, client_id: str) -> list[EncodedPrompt]:
         """Encodes the request's prompts. Checks lengths and the queue before it renders, tokenizes or compiles anything."""
         if request.messages is not None:
             self.text.check_messages(request.messages, request.tools)
@@ -91,7 +91,7 @@ class AnswerService:
             elif prompt is not None:
                 self.text.check_ids(prompt)
         self.text.check(request.prediction)
-        with self._scheduler.entering():
+        with self._scheduler.entering(client_id):
             grammar = self._grammar(request)
             predicted = self.text.encode_expected(request.prediction) if request.prediction else []
             return [replace(self._encode(request, prompt, predicted), grammar=grammar) for prompt in request.prompts]

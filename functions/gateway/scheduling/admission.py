@@ -1,5 +1,6 @@
 """Admission: waiting sequences join micro-batches, as many as capacity and memory allow, and ask stages for memory."""
 
+import math
 from collections.abc import Sequence as Items
 from collections.abc import Set
 
@@ -27,11 +28,8 @@ def admit(state: SchedulerState, now: float) -> list[Reserve]:
     # requests would be as many events at every stage, which its autoscaler takes for load.
     reserving = {batch for batch in state.micro_batches if not all(sequence.reserved for sequence in batch.sequences)}
     admitted: dict[MicroBatch, list[Sequence]] = {}
-    excluded = {sequence.prompt.client_id for sequence in backlog.sequences}
-    while (sequence := queue.peek(excluded)) is not None:
-        if backlog.sequences and not (backlog.may_be_overtaken(sequence) and _seems_to_fit(state, sequence)):
-            excluded.add(sequence.prompt.client_id)
-            continue
+    free_tokens = state.placement.free_tokens() if backlog.sequences else math.inf
+    while (sequence := queue.peek(min(free_tokens, backlog.overtaking_tokens()))) is not None:
         batch = _choose_micro_batch(state, sequence, now, reserving)
         if batch is None:
             break
@@ -67,7 +65,12 @@ def _admit_from_backlog(state: SchedulerState, now: float) -> Reserve | None:
     backlog = state.waiting.backlog
     sequence = backlog.sequences[0]
     if now < backlog.retry_at:
-        others = [each for each in backlog.sequences[1:] if backlog.may_be_overtaken(each) and _seems_to_fit(state, each)]
+        free_tokens = state.placement.free_tokens()
+        others = [
+            each
+            for each in backlog.sequences[1:]
+            if each.reserve_tokens <= min(free_tokens, backlog.overtaking_tokens(besides=each))
+        ]
         if not others:
             return None
         sequence = others[0]
@@ -133,13 +136,7 @@ def _needs_other_instances(state: SchedulerState, current: Items[MicroBatch], se
     """
     if not all(batch.route.lacks(sequence.reserve_tokens) for batch in current):
         return False
-    return _seems_to_fit(state, sequence) and len(current) < state.micro_batches_allowed()
-
-
-def _seems_to_fit(state: SchedulerState, sequence: Sequence) -> bool:
-    """Whether each stage has an instance with enough free memory for the sequence, by the instances' last replies."""
-    placement = state.placement
-    return all(placement.has_memory(stage, sequence.reserve_tokens) for stage in range(placement.num_stages))
+    return sequence.reserve_tokens <= state.placement.free_tokens() and len(current) < state.micro_batches_allowed()
 
 
 def _reserve(state: SchedulerState, batch: MicroBatch, sequences: Items[Sequence], *, in_order: bool = False) -> Reserve:

@@ -4,6 +4,8 @@ Nothing here does input or output. The caller holds the scheduler's lock.
 """
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 
 from functions.gateway.scheduling.actions import Action, Reserve, reserve
 from functions.gateway.scheduling.admission import admit, reserve_for_followers
@@ -218,8 +220,8 @@ def choose_drafts(state: SchedulerState, sequences: list[Sequence]) -> list[tupl
 def begin_prompt_steps(state: SchedulerState, now: float) -> list[Trip]:
     """Begins a prompt step at each first stage that has none in hand. Returns their trips.
 
-    It carries the sequence whose last chunk is the longest ago, and others that fit in. Suspended instances, which have just
-    failed, get none: suspects travel one by one, and each would use up retry budget there.
+    Clients take turns, and so do the sequences of a client. The step carries the sequence that is next and others that fit in.
+    Suspended instances, which have just failed, get none: suspects travel one by one, and each would use up retry budget there.
     """
     prompts_of: dict[tuple[Instance, ...], list[Sequence]] = {}
     for batch in state.micro_batches:
@@ -227,15 +229,42 @@ def begin_prompt_steps(state: SchedulerState, now: float) -> list[Trip]:
             prompts = [sequence for sequence in batch.sequences if _has_prompt_chunk(state, sequence)]
             if prompts:
                 prompts_of.setdefault(batch.route.instances, []).extend(prompts)
-    for prompts in prompts_of.values():
-        prompts.sort(key=lambda sequence: sequence.last_chunk_step)
+    if not prompts_of:
+        return []
+    last_step = state.last_prompt_step = _last_prompt_steps(state)
+    in_turn = {route: _by_turns(prompts, last_step) for route, prompts in prompts_of.items()}
     trips = []
-    for route, prompts in sorted(prompts_of.items(), key=lambda item: item[1][0].last_chunk_step):
+    for route, prompts in sorted(in_turn.items(), key=lambda item: last_step[item[1][0].prompt.client_id]):
         if route[0].prompts.idle:  # may have changed: routes can share their first stage
             chunks = prompt_chunks(prompts, state.limits.chunk_tokens)
             if chunks:
                 trips.append(_begin(state, make_step(chunks, route, None)))
     return trips
+
+
+def _last_prompt_steps(state: SchedulerState) -> dict[str, int]:
+    """For each client with sequences in micro-batches the number of the last step that carried a chunk of its prompts.
+
+    For a client without one that is when its first sequence joined.
+    """
+    last_step: dict[str, int] = {}
+    for batch in state.micro_batches:
+        for sequence in batch.sequences:
+            client_id = sequence.prompt.client_id
+            joined = min(sequence.last_chunk_step, last_step.get(client_id, sequence.last_chunk_step))
+            last_step[client_id] = state.last_prompt_step.get(client_id, joined)
+    return last_step
+
+
+def _by_turns(prompts: list[Sequence], last_step: Mapping[str, int]) -> list[Sequence]:
+    """The first sequence of each client, then each client's second, and so on, longest without a chunk first."""
+    taken: Counter[str] = Counter()
+    order: list[tuple[int, int, Sequence]] = []
+    for sequence in sorted(prompts, key=lambda each: each.last_chunk_step):
+        client_id = sequence.prompt.client_id
+        order.append((taken[client_id], last_step[client_id], sequence))
+        taken[client_id] += 1
+    return [sequence for _, _, sequence in sorted(order, key=lambda each: each[:2])]
 
 
 def _has_prompt_chunk(state: SchedulerState, sequence: Sequence) -> bool:
@@ -261,7 +290,7 @@ def _begin(state: SchedulerState, step: Step) -> Trip:
         if sequence.stream.started(chunk.position):
             state.stats.cached_tokens += chunk.position
         if is_prompt:
-            sequence.last_chunk_step = state.steps_begun
+            sequence.last_chunk_step = state.last_prompt_step[sequence.prompt.client_id] = state.steps_begun
         prompt_tokens = min(chunk.position + chunk.length, len(sequence.prompt.token_ids)) - chunk.position
         if prompt_tokens > 0:
             state.stats.prompt_tokens += prompt_tokens

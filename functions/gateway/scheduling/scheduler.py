@@ -38,6 +38,7 @@ from functions.gateway.scheduling.speculation import Drafter, PromptLookup, Shar
 from functions.gateway.scheduling.state import SchedulerState
 from functions.gateway.scheduling.stats import Stats
 from functions.gateway.scheduling.token_stream import TokenStream
+from functions.gateway.scheduling.waiting import Entering
 from functions.gateway.stages.client import ForwardReply, StageClient, Trip, walk
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.routes import Endpoint, Placement
@@ -50,6 +51,7 @@ _MAX_CLOCK_SECONDS: Final = 5.0  # the clock decides at least so often
 _STUCK_SECONDS: Final = 30.0  # a clock that has not decided for so long is taken for stuck
 _MAX_FAILED_DECISIONS: Final = 3  # in a row; then the gateway is taken for broken
 _CLOSE_SECONDS: Final = 5.0  # how long `close` waits for releases
+_GAVE_WAY: Final = "its client has most requests in the queue, which is full, and another client asked; ask again later"
 _SHUTTING_DOWN: Final = "this gateway is shutting down; ask again, another one will answer"
 
 
@@ -65,7 +67,6 @@ class Scheduler:
         self._shared_rates = SharedRates()
         self._boot = secrets.token_hex(6)
         self._numbers = count()
-        self._entering = 0  # requests within `entering`
         self._closing = self._closed = False
         self._walked: set[Trip] = set()  # trips that a thread walks or will walk
         self._releases_in_flight = 0
@@ -80,24 +81,29 @@ class Scheduler:
     # For the APIs.
 
     @contextmanager
-    def entering(self) -> Iterator[None]:
+    def entering(self, client_id: str) -> Iterator[None]:
         """Counts a request as waiting while an API reads it, before `submit`.
 
-        Raises QueueFull if too many wait already, or NotReady when closing.
+        Raises NotReady when closing, and QueueFull as `submit` does. At the end it raises QueueFull if the request has lost its
+        place meanwhile.
         """
+        entering = Entering()
         with self._changed:
-            self._check_queue()
-            self._entering += 1
+            self._make_room(client_id)
+            self._state.waiting.queue.places.add(client_id, entering)
         try:
             yield
         finally:
             with self._changed:
-                self._entering -= 1
+                self._state.waiting.queue.places.remove(entering)
+        if entering.gave_way:
+            raise QueueFull(_GAVE_WAY)
 
     def submit(self, prompt: Prompt) -> TokenStream:
         """Queues a prompt and returns the stream into which the tokens of its answer come.
 
-        Raises QueueFull if too many wait already, InvalidRequest if prompt and answer are too long, or NotReady when closing.
+        Raises QueueFull if too many wait already and no other client gives way, InvalidRequest if prompt and answer are too
+        long, or NotReady when closing.
         """
         total_tokens = len(prompt.token_ids) + prompt.max_tokens
         if total_tokens > MAX_POSITION:
@@ -107,7 +113,7 @@ class Scheduler:
         if self._limits.draft_tokens:
             drafter = Drafter(PromptLookup(prompt.token_ids, prompt.predicted_ids), self._shared_rates)
         with self._changed:
-            self._check_queue()
+            self._make_room(prompt.client_id)
             number = next(self._numbers)
             id_ = f"{self._boot}-{number}"
             stream = TokenStream(
@@ -222,15 +228,26 @@ class Scheduler:
 
     # With the lock held.
 
-    def _check_queue(self) -> None:
+    def _make_room(self, client_id: str) -> None:
+        """Makes sure that one more request of this client may wait. If the queue is full, another client's may give way.
+
+        Raises NotReady when closing, and QueueFull if no other client gives way.
+        """
         if self._closing:
             raise NotReady(_SHUTTING_DOWN)
         state = self._state
-        waiting = len(state.waiting) + self._entering
-        allowed = state.micro_batches_allowed()
-        admissible = admissible_sequences(state.running, allowed, self._limits.micro_batch_sequences)
-        if waiting >= max_waiting(self._limits.queue_limit, admissible):
-            raise QueueFull(f"{waiting} requests wait already; ask again later")
+        places, admitted_before = state.waiting.queue.places, state.waiting.admitted_before
+        admissible = admissible_sequences(state.running, state.micro_batches_allowed(), self._limits.micro_batch_sequences)
+        capacity = max_waiting(self._limits.queue_limit, admissible) - admitted_before
+        # If the limit falls because instances terminate, requests that wait already keep their places.
+        yielding = places.make_room(client_id, 1, max(capacity, places.total))
+        if yielding is None:
+            raise QueueFull(f"{places.total + admitted_before} requests wait already; ask again later")
+        for place in yielding:
+            if isinstance(place, Entering):
+                place.gave_way = True
+            else:
+                state.end(place, QueueFull(_GAVE_WAY))
 
     def _act(self) -> None:
         self._start(self._decide())

@@ -1,74 +1,98 @@
 """Sequences that hold no memory anywhere: in the queue, in the back-off before a replay, or refused by a full stage."""
 
 import bisect
+import math
 import random
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Container, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from eventing.wire.control import HOLD_SECONDS
+from functions.fairness.fair_shares import FairShares
 from functions.gateway.scheduling.actions import Release
 from functions.gateway.scheduling.batching import IN_FLIGHT_PER_INSTANCE
 from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.stages.routes import Instance, Placement
 
+AGEING_TURNS: Final = 4  # one in so many turns disregards priorities
 _FIRST_BACK_OFF_SECONDS: Final = 0.02
 _LONGEST_BACK_OFF_SECONDS: Final = 1.0
 _OVERTAKE_FACTOR: Final = 4
 
 
+class Entering:
+    """A request that an API reads before it submits its sequences. It takes a place in the queue meanwhile."""
+
+    def __init__(self) -> None:
+        self.gave_way = False  # it lost its place to another client's request
+
+
 class FairQueue:
     """First come, first served within a client; clients of one priority take turns, higher priorities go first.
 
+    Every AGEING_TURNS-th turn goes to the client that has waited longest for one, so that a low priority does not starve.
     Sequences that were admitted before and come back go before all new ones.
     """
 
     def __init__(self) -> None:
-        self._clients: OrderedDict[str, deque[Sequence]] = OrderedDict()
-        self._returned: deque[Sequence] = deque()
+        self.places: FairShares[Sequence | Entering] = FairShares()  # new sequences, and requests that become some
+        self._clients: OrderedDict[str, deque[Sequence]] = OrderedDict()  # new sequences; the client next in turn is first
+        self.returned: deque[Sequence] = deque()  # admitted before
+        self._turns = 0
 
     def __len__(self) -> int:
-        return len(self._returned) + sum(map(len, self._clients.values()))
+        return len(self.returned) + sum(map(len, self._clients.values()))
 
     def __iter__(self) -> Iterator[Sequence]:
         """All sequences, in no particular order."""
-        yield from self._returned
+        yield from self.returned
         for waiting in self._clients.values():
             yield from waiting
 
     def push(self, sequence: Sequence) -> None:
         self._clients.setdefault(sequence.prompt.client_id, deque()).append(sequence)
+        self.places.add(sequence.prompt.client_id, sequence)
 
     def push_returned(self, sequence: Sequence) -> None:
         """Adds a sequence that was admitted before. It goes ahead of new ones and does not use its client's turn again."""
-        self._returned.append(sequence)
+        self.returned.append(sequence)
 
-    def peek(self, excluded: Container[str] = ()) -> Sequence | None:
-        """The sequence that is next, not removed. None: there is none. excluded: ids of clients whose sequences are skipped."""
-        returned = next((sequence for sequence in self._returned if sequence.prompt.client_id not in excluded), None)
-        if returned is not None:
+    def peek(self, most_tokens: float = math.inf) -> Sequence | None:
+        """The sequence that is next, not removed. None: there is none.
+
+        most_tokens: sequences that need more memory are passed over.
+        """
+
+        def first(waiting: Iterable[Sequence]) -> Sequence | None:
+            return next((sequence for sequence in waiting if sequence.reserve_tokens <= most_tokens), None)
+
+        if (returned := first(self.returned)) is not None:
             return returned
-        first = [waiting[0] for client_id, waiting in self._clients.items() if client_id not in excluded]
-        return max(first, key=lambda sequence: sequence.prompt.priority, default=None)  # among equals the client next in turn
+        firsts = [sequence for waiting in self._clients.values() if (sequence := first(waiting)) is not None]
+        if self._turns % AGEING_TURNS == AGEING_TURNS - 1:
+            return next(iter(firsts), None)
+        return max(firsts, key=lambda sequence: sequence.prompt.priority, default=None)  # among equals the client next in turn
 
     def take(self, sequence: Sequence) -> None:
         """Removes a sequence that `peek` returned. If it was never admitted before, its client goes to the end of the round."""
-        is_new = sequence not in self._returned
+        is_new = sequence not in self.returned
         self.remove(sequence)
+        self._turns += is_new
         if is_new and sequence.prompt.client_id in self._clients:
             self._clients.move_to_end(sequence.prompt.client_id)
 
     def remove(self, sequence: Sequence) -> bool:
         """Removes a sequence if it is in the queue. Returns whether it was."""
-        if sequence in self._returned:
-            self._returned.remove(sequence)
+        if sequence in self.returned:
+            self.returned.remove(sequence)
             return True
         client_id = sequence.prompt.client_id
         waiting = self._clients.get(client_id, deque())
         if sequence not in waiting:
             return False
         waiting.remove(sequence)
+        self.places.remove(sequence)
         if not waiting:
             del self._clients[client_id]
         return True
@@ -77,8 +101,8 @@ class FairQueue:
 class MemoryBacklog:
     """Sequences that a stage refused for lack of memory, oldest first.
 
-    Other clients' sequences may overtake one until they have got `_OVERTAKE_FACTOR` times the memory that it needs. Then all
-    wait for it, so that long prompts do not starve. Sequences of one client do not overtake each other.
+    Others that fit may overtake one until they have got `_OVERTAKE_FACTOR` times the memory that it needs. Then all wait for
+    it, so that long prompts do not starve.
     """
 
     def __init__(self) -> None:
@@ -89,14 +113,17 @@ class MemoryBacklog:
     def add(self, sequence: Sequence) -> None:
         bisect.insort(self.sequences, sequence, key=lambda other: other.number)
 
-    def may_be_overtaken(self, by: Sequence) -> bool:
-        """Whether `by` may get memory before all others in the backlog. It may be in the backlog itself."""
-        return all(
-            sequence.prompt.client_id != by.prompt.client_id
-            and sequence.overtaken_tokens + by.reserve_tokens <= _OVERTAKE_FACTOR * sequence.reserve_tokens
+    def overtaking_tokens(self, besides: Sequence | None = None) -> float:
+        """The most memory that a sequence may ask for before those in the backlog get theirs; infinity if it is empty.
+
+        besides: a sequence of the backlog that is not looked at, because it is the one that would overtake.
+        """
+        allowances = [
+            _OVERTAKE_FACTOR * sequence.reserve_tokens - sequence.overtaken_tokens
             for sequence in self.sequences
-            if sequence is not by
-        )
+            if sequence is not besides
+        ]
+        return min(allowances, default=math.inf)
 
     def overtaken(self, by: Sequence) -> None:
         """Counts the memory of `by`, which got ahead, for each sequence in the backlog."""
@@ -182,6 +209,11 @@ class WaitingSequences:
         yield from self.queue
         yield from self.backing_off
         yield from self.backlog.sequences
+
+    @property
+    def admitted_before(self) -> int:
+        """How many of them were in a micro-batch already."""
+        return len(self.queue.returned) + len(self.backing_off) + len(self.backlog.sequences)
 
     def put_back(self, sequence: Sequence) -> None:
         """Queues a sequence that was admitted before: at once, or after its back-off if that is not over."""

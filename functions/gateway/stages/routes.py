@@ -289,6 +289,11 @@ class Placement:
         """Whether some usable instance of `stage` has, by its last reply, `reserve_tokens` free KV tokens."""
         return any(not _lacks(instance, reserve_tokens) for instance in self.usable(stage))
 
+    def free_tokens(self) -> float:
+        """The largest reservation for which each stage has a usable instance, by the last replies; infinity: unknown."""
+        free = [[instance.free_tokens for instance in self.usable(stage)] for stage in range(self.num_stages)]
+        return min(max((math.inf if tokens is None else tokens for tokens in stage), default=0) for stage in free)
+
     def must_leave(self, route: Route) -> Instance | None:
         """The instance that shall take the place of one that terminates or is not ready.
 

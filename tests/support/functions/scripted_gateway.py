@@ -50,7 +50,7 @@ class Pipeline:
         self.script: Script = self.say("Hello there")
 
     @contextmanager
-    def entering(self) -> Iterator[None]:
+    def entering(self, _client_id: str) -> Iterator[None]:
         self.entered += 1
         if self.full is not None:
             raise self.full

@@ -1,4 +1,4 @@
-"""Admission: clients take turns, the queue is bounded, a burst shares reservations, nothing begins on an older revision."""
+"""Admission: clients share a bounded queue, a burst shares reservations, nothing begins on an older revision."""
 
 import threading
 from contextlib import ExitStack
@@ -9,14 +9,19 @@ import pytest
 
 from eventing.problems import QueueFull
 from eventing.wire.events import EventType
-from functions.gateway.scheduling.waiting import FairQueue
+from functions.gateway.scheduling.waiting import AGEING_TURNS, FairQueue
 from functions.gateway.stages.routes import Endpoint, Placement
 from tests.support.functions.gateway import answers_of, counted, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import counting_stage, counting_stages, inspecting, is_type, running
 
 
+class SequenceStub(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
 def waiting(client_id: str, number: int, priority: int = 0) -> Any:
-    return SimpleNamespace(number=number, prompt=SimpleNamespace(client_id=client_id, priority=priority))
+    prompt = SimpleNamespace(client_id=client_id, priority=priority)
+    return SequenceStub(number=number, prompt=prompt, reserve_tokens=10 * (number + 1))
 
 
 def drain(queue: FairQueue) -> list[int]:
@@ -33,24 +38,45 @@ def test_the_queue_gives_each_client_its_turn() -> None:
     for number, client in enumerate("aaaabbc"):
         queue.push(waiting(client, number))
     returned = waiting("a", 9)
-    assert queue.remove(waiting("a", 1))
-    assert not queue.remove(waiting("a", 1))
+    second = next(sequence for sequence in queue if sequence.number == 1)
+    assert queue.remove(second)
+    assert not queue.remove(second)
     queue.push_returned(returned)
     assert len(queue) == len(list(queue)) == 7
     assert queue.peek() == returned
-    other = queue.peek(excluded={"a"})
-    assert other.number == 4
-    assert queue.peek(excluded={"a", "b", "c"}) is None
+    assert queue.peek(most_tokens=60).number == 0
+    assert queue.peek(most_tokens=9) is None
     assert drain(queue) == [9, 0, 4, 6, 2, 5, 3]
     assert len(queue) == 0
 
 
-def test_the_queue_serves_higher_priorities_first() -> None:
+def test_a_sequence_that_needs_too_much_does_not_hide_others_of_its_client() -> None:
     queue = FairQueue()
-    for number, (client, priority) in enumerate([("low", -1), ("a", 0), ("a", 0), ("b", 0), ("high", 5), ("high", 5)]):
+    for number in (5, 2, 1):
+        queue.push(waiting("a", number))
+    assert queue.peek(most_tokens=50).number == 2
+    assert queue.peek().number == 5
+
+
+def test_the_queue_serves_higher_priorities_first_in_three_of_four_turns() -> None:
+    queue = FairQueue()
+    for number, (client, priority) in enumerate([("low", -1), ("a", 0), ("a", 0), ("b", 0), *[("high", 10**12)] * 4]):
         queue.push(waiting(client, number, priority))
     queue.push_returned(waiting("low", 9, -1))
-    assert drain(queue) == [9, 4, 5, 1, 3, 2, 0]
+    assert drain(queue) == [9, 4, 5, 6, 0, 7, 1, 3, 2]
+
+
+def test_a_low_priority_is_served_however_many_of_higher_ones_come() -> None:
+    queue = FairQueue()
+    queue.push(waiting("low", 999, -1))
+    for turn in range(100):
+        for client in ("high", "higher"):
+            queue.push(waiting(client, turn, 5))
+        sequence = queue.peek()
+        queue.take(sequence)
+        if sequence.number == 999:
+            break
+    assert turn < 2 * AGEING_TURNS
 
 
 def test_a_crowd_does_not_hold_up_a_single_request_of_another_client() -> None:
@@ -78,12 +104,43 @@ def test_a_request_that_is_being_read_counts_as_waiting() -> None:
     with counting_stages(1) as (stage,), scheduling([stage], micro_batch_sequences=1, queue_limit=1) as scheduler:
         with ExitStack() as stack:
             for _ in range(2 * 1 + 1):
-                stack.enter_context(scheduler.entering())
+                stack.enter_context(scheduler.entering(""))
             with pytest.raises(QueueFull, match="3 requests wait already"):
-                stack.enter_context(scheduler.entering())
+                stack.enter_context(scheduler.entering(""))
             with pytest.raises(QueueFull, match="3 requests wait already"):
                 submit(scheduler, [1], 5)
         answers_of(scheduler, [[1]], max_tokens=2)
+
+
+def test_five_modest_clients_get_places_in_a_queue_that_a_greedy_one_has_filled() -> None:
+    """The greedy one's newest requests give way, those that run go on, and it gets no place of the others."""
+    modest = [f"modest-{number}" for number in range(5)]
+    with counting_stages(1) as (stage,), scheduling([stage], micro_batch_sequences=2, queue_limit=12) as scheduler:
+        go_on = threading.Event()
+        stage.inspect = inspecting(is_type(EventType.FORWARD), lambda: go_on.wait(30))
+        greedy = [submit(scheduler, [1], 5, client_id="greedy") for _ in range(2 * 2 + 12)]
+        with pytest.raises(QueueFull, match="requests wait already"):
+            submit(scheduler, [1], 5, client_id="greedy")
+        served = [submit(scheduler, [2], 5, client_id=client) for client in modest for _ in range(2)]
+        with pytest.raises(QueueFull, match="requests wait already"):
+            submit(scheduler, [1], 5, client_id="greedy")
+        go_on.set()
+        assert [tokens_of(stream) for stream in served] == [counted([2], 5)] * 10
+        kept = greedy[: -len(served)]
+        assert [tokens_of(stream) for stream in kept] == [counted([1], 5)] * len(kept)
+        for stream in greedy[len(kept) :]:
+            with pytest.raises(QueueFull, match="another client asked"):
+                tokens_of(stream)
+
+
+def test_a_request_that_is_being_read_gives_way_too() -> None:
+    limits = {"micro_batch_sequences": 1, "queue_limit": 1}
+    with counting_stages(1) as stages, scheduling(stages, **limits) as scheduler, ExitStack() as stack:
+        for _ in range(2 * 1):
+            stack.enter_context(scheduler.entering("greedy"))
+        with pytest.raises(QueueFull, match="another client asked"), scheduler.entering("greedy"):
+            modest = submit(scheduler, [1], 5, client_id="modest")
+        assert tokens_of(modest) == counted([1], 5)
 
 
 def test_a_burst_shares_reservations() -> None:

@@ -40,16 +40,22 @@ def test_two_gateways_finish_on_memory_for_one_and_a_half_sequences(num_stages: 
 
 
 @pytest.mark.slow
-def test_a_client_does_not_overtake_its_own_sequence_in_the_memory_backlog() -> None:
-    with counting_stages(capacity_tokens=100) as stages, scheduling(stages) as scheduler:
+def test_a_sequence_in_the_memory_backlog_blocks_smaller_ones_of_its_client_only_in_the_end() -> None:
+    """Behind an ingress without keys all requests are one client's: they overtake it too, and it does not starve."""
+    with counting_stages(capacity_tokens=100) as stages, scheduling(stages, micro_batch_sequences=16) as scheduler:
         stages[0].seconds = 0.005
-        first = [submit(scheduler, [1] * 20, 10) for _ in range(2)]
-        large = submit(scheduler, [2] * 70, 10)
-        crowd = [submit(scheduler, [3] * 20, 10) for _ in range(10)]
-        assert tokens_of(large) == counted([2] * 70, 10)
-        assert sum(stream.finish_reason is None for stream in crowd) >= 7
-        for stream in (*first, *crowd):
-            tokens_of(stream)
+        holder = submit(scheduler, [1] * 5, 45)
+        wait_until(lambda: holder.token_ids, "its first token")
+        large = [submit(scheduler, [2] * 70, 10) for _ in range(2)]
+        wait_until(lambda: scheduler.stats().memory_backlog, "a sequence in the memory backlog")
+        small = [submit(scheduler, [3] * 10, 2) for _ in range(60)]
+        assert tokens_of(small[0]) == counted([3] * 10, 2)
+        assert holder.finish_reason is None, "all of that while it runs"
+        assert [tokens_of(stream) for stream in large] == [counted([2] * 70, 10)] * 2
+        assert any(stream.finish_reason is None for stream in small), "the rest waits for the large one"
+        check([holder], [[1] * 5], 45)
+        check(small[1:], [[3] * 10] * 59, 2)
+        nothing_left(stages)
 
 
 @pytest.mark.slow

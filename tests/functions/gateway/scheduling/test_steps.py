@@ -1,12 +1,14 @@
 """Steps: how many are under way at the same time, and what each of them carries."""
 
 import itertools
+import threading
+from collections import Counter
 
 import pytest
 
-from eventing.wire.events import Row
+from eventing.wire.events import EventType, Row
 from tests.support.functions.gateway import answers_of, counted, nothing_left, scheduling, submit, tokens_of, wait_until
-from tests.support.functions.stage_server import Seen, StageServer, counting_stages
+from tests.support.functions.stage_server import Seen, StageServer, counting_stages, inspecting, is_type
 
 
 def at_once(events: list[Seen]) -> int:
@@ -102,3 +104,20 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
         tokens_of(short)
         assert long.timings().time_to_first_token_seconds is None
         assert tokens_of(long) == counted([1] * 640, 2)
+
+
+def test_chunks_of_prompts_go_by_client() -> None:
+    """A greedy client's six prompts are computed as one client's: each of five others gets as many tokens per round."""
+    with counting_stages(1) as (stage,), scheduling([stage], chunk_tokens=16, micro_batch_sequences=16) as scheduler:
+        tokens_of(submit(scheduler, [9], 1))  # wakes the stage
+        go_on = threading.Event()
+        stage.inspect = inspecting(is_type(EventType.RESERVE), lambda: go_on.wait(30))
+        submitted = [submit(scheduler, [1] * 320, 2, client_id="greedy") for _ in range(6)]
+        submitted += [submit(scheduler, [2 + number] * 320, 2, client_id=f"modest-{number}") for number in range(5)]
+        go_on.set()
+        for stream in submitted:
+            tokens_of(stream)
+    clients = [seen.token_ids[0] for seen in stage.forwards if len(seen.token_ids) == 16]
+    all_there = max(clients.index(client) for client in range(1, 7))
+    counts = Counter(clients[all_there : all_there + 60])
+    assert max(counts[client] for client in range(1, 7)) - min(counts[client] for client in range(1, 7)) <= 2
