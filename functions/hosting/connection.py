@@ -27,6 +27,7 @@ _REASONS: Final = {
     431: "Request Header Fields Too Large",
     501: "Not Implemented",
     503: "Service Unavailable",
+    505: "HTTP Version Not Supported",
 }
 
 

@@ -5,6 +5,7 @@ chunks. A body of known length goes from the socket into its final memory, which
 """
 
 import io
+import re
 import socket
 import sys
 import threading
@@ -17,6 +18,7 @@ from urllib.parse import unquote_to_bytes
 
 import httptools
 
+from eventing.http.request_target import is_authority, read_target
 from eventing.problems import EventTooLarge, Overloaded, Problem
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ ARRIVED: Final = "lamina.arrived"  # when the head was complete, before body and
 
 _READ_BYTES: Final = 2**18
 _END_OF_HEAD: Final = b"\r\n\r\n"
+_OFFER: Final = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 _MAX_FRAMING: Final = 8  # bytes of chunked framing per byte of body; a chunk of one byte takes six
 
 
@@ -262,18 +265,31 @@ class RequestReader:
         end += len(_END_OF_HEAD)
         rest = bytes(head[end:])
         self._head = bytearray()
-        self._parse(bytes(head[:end]))
+        self._parse_head(bytes(head[:end]))
         self._open()
         if self.complete:
             self._rest = rest
         elif rest:
             self.feed(rest)
 
+    def _parse_head(self, head: bytes) -> None:
+        try:
+            self._parse(head)
+        except httptools.HttpParserUpgrade:
+            if self._parser.get_method() == b"CONNECT":
+                raise BadRequest(501, "CONNECT is not served: this is no proxy") from None
+            # The offer of another protocol is declined by an answer in this one (RFC 9110, section 7.8). The parser takes the
+            # body for that protocol, so the head is read once more without the offer.
+            self._url, self._headers, self._heads, self._messages = b"", [], 0, 0
+            self._parser = httptools.HttpRequestParser(self)
+            self._parse(_OFFER.sub(b"\r\nupgrade_:", head))
+
     def _parse(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # declined by answering in the protocol that the request came in (RFC 9110, section 7.8)
+        except httptools.HttpParserUpgrade:  # after the end of a body: the next request's, which is not served
+            if self.environ is None:
+                raise
         except httptools.HttpParserError as error:
             raise BadRequest(400, f"no HTTP/1.1: {error}") from error
 
@@ -288,6 +304,9 @@ class RequestReader:
         encoding = environ.get("HTTP_TRANSFER_ENCODING", "").lower()
         if encoding not in ("", "chunked"):
             raise BadRequest(501, f"the transfer coding {encoding[:40]!r} is not served, chunked is")
+        if environ["SERVER_PROTOCOL"] == "HTTP/1.0":
+            self.keeps = self.keeps and not encoding  # RFC 9112, section 6.1: that client may not know chunks
+            environ.pop("HTTP_EXPECT", None)  # RFC 9110, section 10.1.1
         self._length = None if encoding else int(environ.get("CONTENT_LENGTH") or 0)
         try:
             self._max_body_bytes = environ[ADMITTED_BYTES] = self._admit(environ)
@@ -360,9 +379,19 @@ class RequestReader:
 def wsgi_environ(
     method: bytes, url: bytes, version: str, headers: Iterable[tuple[bytes, bytes]], base: "WSGIEnvironment"
 ) -> "WSGIEnvironment":
-    """The WSGI environment of a request, without `wsgi.input`. base: the entries that depend on server and connection only."""
-    if not url.startswith(b"/"):
-        url = _target(url)
+    """The WSGI environment of a request, without `wsgi.input`. base: the entries that depend on server and connection only.
+
+    Raises BadRequest for a target or a Host that RFC 9112, section 3.2, wants refused.
+    """
+    if version not in ("1.0", "1.1"):
+        raise BadRequest(505, f"HTTP/{version} is not served, HTTP/1.1 is")
+    authority = None
+    if not url.startswith(b"/") or b"#" in url:
+        try:
+            target, authority = read_target(method.decode("latin-1"), url.decode("latin-1"))
+        except ValueError as error:
+            raise BadRequest(400, str(error)) from error
+        url = target.encode("latin-1")
     path, _, query = url.partition(b"?")
     environ = base.copy()
     environ[ARRIVED] = time.monotonic()
@@ -375,7 +404,18 @@ def wsgi_environ(
         if key is None:
             continue
         text = value.decode("latin-1").strip()
-        environ[key] = f"{environ[key]},{text}" if key in environ else text
+        if key in environ:
+            if key == "HTTP_HOST":
+                raise BadRequest(400, "the request has several Host headers; send one")
+            text = f"{environ[key]},{text}"
+        environ[key] = text
+    host = environ.get("HTTP_HOST")
+    if host is None and version != "1.0":
+        raise BadRequest(400, "the request has no Host header, which HTTP/1.1 demands")
+    if host is not None and not is_authority(host):
+        raise BadRequest(400, "the Host header is no host with a port or without")
+    if authority is not None:
+        environ["HTTP_HOST"] = authority
     return environ
 
 
@@ -393,15 +433,6 @@ def base_environ(host: str, port: int, client: tuple[str, int]) -> "WSGIEnvironm
         "wsgi.multiprocess": False,
         "wsgi.run_once": False,
     }
-
-
-def _target(url: bytes) -> bytes:
-    """Path and query of a request target. Clients send the absolute form (`http://host/path`) to proxies (RFC 9112, 3.2.2)."""
-    scheme, found, rest = url.partition(b"://")
-    if not found or b"/" in scheme:
-        return b"/" + url
-    _, slash, path = rest.partition(b"/")
-    return slash + path or b"/"
 
 
 @lru_cache(maxsize=512)

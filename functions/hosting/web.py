@@ -6,7 +6,7 @@ import msgspec
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from eventing.problems import PROBLEM_CONTENT_TYPE, EventTooLarge, Problem
+from eventing.problems import PROBLEM_CONTENT_TYPE, EventTooLarge, Problem, Unauthorized
 from functions.hosting.requests import REFUSED
 
 _log = logging.getLogger(__name__)
@@ -17,10 +17,13 @@ def json_response(document: object, status: int = 200) -> Response:
 
 
 def problem_response(problem: Problem) -> Response:
-    return with_retry_after(Response(problem.document(), problem.status, content_type=PROBLEM_CONTENT_TYPE), problem)
+    return with_problem_headers(Response(problem.document(), problem.status, content_type=PROBLEM_CONTENT_TYPE), problem)
 
 
-def with_retry_after(response: Response, problem: Problem) -> Response:
+def with_problem_headers(response: Response, problem: Problem) -> Response:
+    """Adds the headers that go with the problem's status, Retry-After and WWW-Authenticate, and returns the response."""
+    if isinstance(problem, Unauthorized):
+        response.headers["WWW-Authenticate"] = 'Bearer realm="lamina"'  # RFC 9110, section 15.5.2; RFC 6750, section 3
     if problem.retry_after_seconds is not None:
         response.headers["Retry-After"] = str(problem.retry_after_seconds)
     return response
@@ -47,9 +50,12 @@ def add_problem_handlers(app: Flask) -> None:
     """
 
     @app.before_request
-    def refuse() -> None:
+    def refuse() -> Response | None:
         if REFUSED in request.environ:
             raise request.environ[REFUSED]
+        if request.environ["PATH_INFO"] == "*":  # OPTIONS for the server as a whole (RFC 9110, section 9.3.7)
+            return Response(status=204, headers={"Allow": "GET, HEAD, OPTIONS, POST"})
+        return None
 
     @app.errorhandler(Problem)
     def refused(problem: Problem) -> Response:

@@ -7,7 +7,7 @@ from flask import Response, request
 from werkzeug.exceptions import HTTPException
 
 from eventing.problems import ContextExceeded, InvalidRequest, Problem
-from functions.hosting.web import json_response, not_served, with_allow, with_retry_after
+from functions.hosting.web import json_response, not_served, with_allow, with_problem_headers
 
 _log: Final = logging.getLogger(__name__)
 _PROMPT_PARAMETERS: Final = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/responses": "input"}
@@ -17,7 +17,7 @@ def refused(problem: Problem) -> Response:
     """The reply for a Problem. It has the Problem's status, but 400 for InvalidRequest, as in the OpenAI API."""
     status = 400 if isinstance(problem, InvalidRequest) else problem.status
     parameter = _PROMPT_PARAMETERS.get(request.path) if isinstance(problem, ContextExceeded) else None
-    return with_retry_after(_error(status, str(problem), problem.name, parameter), problem)
+    return with_problem_headers(_error(status, str(problem), problem.name, parameter), problem)
 
 
 def path_not_served(error: HTTPException) -> Response:

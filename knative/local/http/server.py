@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 import httptools
 
+from eventing.http.request_target import is_authority, read_target
 from knative.local.http.messages import CHUNKED, LAST_CHUNK, Headers, HttpError, chunk, find, has_body, head
 
 _log = logging.getLogger(__name__)
@@ -198,8 +199,8 @@ class _ClientConnection(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._refuse(HTTPStatus.NOT_IMPLEMENTED, "upgrades are not served here")
+        except httptools.HttpParserUpgrade as offer:
+            self._decline(data[offer.args[0] :])
         except httptools.HttpParserError as error:
             self._refuse(HTTPStatus.BAD_REQUEST, f"no HTTP/1.1: {error}")
 
@@ -223,17 +224,36 @@ class _ClientConnection(asyncio.Protocol):
         self._count(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name, value))
+        if self._exchange is None:  # trailers are ignored
+            self._headers.append((name, value.strip(b" \t")))
         self._count(len(name) + len(value))
 
     def on_headers_complete(self) -> None:
-        if self._refused or self._parser.should_upgrade():  # data_received refuses an upgrade
+        if self._refused or self._parser.should_upgrade():  # data_received declines the offer of another protocol
             return
-        self.speaks_1_1 = self._parser.get_http_version() == "1.1"
+        version = self._parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            self._refuse(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, f"HTTP/{version} is not served, HTTP/1.1 is")
+            return
+        self.speaks_1_1 = version == "1.1"
         keep_alive = self._parser.should_keep_alive()
-        self._exchange = Exchange(self, self._parser.get_method(), self._target, self._headers, keep_alive)
+        method = self._parser.get_method()
+        try:
+            target = self._origin_form(method)
+        except ValueError as error:
+            self._refuse(HTTPStatus.BAD_REQUEST, str(error))
+            return
+        coding = b",".join(value for name, value in self._headers if name.lower() == b"transfer-encoding").lower()
+        if coding not in (b"", b"chunked"):
+            by_chunks = coding.rpartition(b",")[2].strip() == b"chunked"  # else the end is unknown (RFC 9112, section 6.3)
+            status = HTTPStatus.NOT_IMPLEMENTED if by_chunks else HTTPStatus.BAD_REQUEST
+            self._refuse(status, f"the transfer coding {coding.decode('latin-1')[:40]!r} is not served, chunked is")
+            return
+        if coding and not self.speaks_1_1:
+            keep_alive = False  # RFC 9112, section 6.1: that client may not know chunks
+        self._exchange = Exchange(self, method, target, self._headers, keep_alive)
         self._exchange.peers.append(self._peer)
-        if (find(self._headers, b"expect") or b"").lower() == b"100-continue":
+        if self.speaks_1_1 and (find(self._headers, b"expect") or b"").lower() == b"100-continue":
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._task = asyncio.get_running_loop().create_task(self._handle(self._exchange))
 
@@ -248,6 +268,35 @@ class _ClientConnection(asyncio.Protocol):
         if exchange.ended:
             self._exchange = None
         exchange.body_ended()
+
+    def _origin_form(self, method: bytes) -> bytes:
+        """The request's target in origin form, or `*`. If the target names an authority, Host becomes that.
+
+        Raises ValueError for a target or a Host that RFC 9112, section 3.2, wants refused.
+        """
+        hosts = [value for name, value in self._headers if name.lower() == b"host"]
+        if len(hosts) != 1 and (hosts or self.speaks_1_1):
+            raise ValueError(f"the request has {len(hosts)} Host headers; send one")
+        if hosts and not is_authority(hosts[0].decode("latin-1")):
+            raise ValueError("the Host header is no host with a port or without")
+        target, authority = read_target(method.decode(), self._target.decode("latin-1"))
+        if authority is not None or not hosts:  # a proxy sends a Host always (RFC 9110, section 7.2)
+            others = [header for header in self._headers if header[0].lower() != b"host"]
+            self._headers = [(b"Host", THIS_MACHINE if authority is None else authority.encode("latin-1")), *others]
+        return target.encode("latin-1")
+
+    def _decline(self, rest: bytes) -> None:
+        """Reads the request once more without its offer of another protocol (RFC 9110, section 7.8).
+
+        The parser took the request's body for that protocol. rest: what was received after the request's head.
+        """
+        method, version = self._parser.get_method(), self._parser.get_http_version().encode()
+        if method == b"CONNECT":
+            self._refuse(HTTPStatus.NOT_IMPLEMENTED, "CONNECT is not served here")
+            return
+        kept = [header for header in self._headers if header[0].lower() != b"upgrade"]
+        self._parser = httptools.HttpRequestParser(self)
+        self.data_received(head(b"%b %b HTTP/%b" % (method, self._target, version), kept) + rest)
 
     # Called by the exchange.
 

@@ -44,6 +44,10 @@ def application(environ, start_response):
     if "lamina.refused" in environ:
         start_response("503 Service Unavailable", [])
         return [type(environ["lamina.refused"]).__name__.encode()]
+    if given["tells"]:
+        host, body = environ.get("HTTP_HOST", "-"), environ["wsgi.input"].read().decode("latin-1")
+        target = path + "?" * bool(environ["QUERY_STRING"]) + environ["QUERY_STRING"]
+        body = " ".join([environ["REQUEST_METHOD"], target, host, body]).encode("latin-1")
     start_response("200 OK", [("Content-Length", str(len(body)))])
     return [body]
 def stream():
@@ -88,13 +92,16 @@ def serving(
     *,
     body_bytes: int = 2**20,
     request_bytes: int = 2**22,
+    tells: bool = False,
     **limits: float,
 ) -> Iterator[Serving]:
+    """tells: replies have what was read as their body: method, target, Host and body."""
     given = {
         "threads": threads,
         "next_request_seconds": next_request_seconds,
         "body_bytes": body_bytes,
         "request_bytes": request_bytes,
+        "tells": tells,
         "limits": limits,
     }
     code = [sys.executable, "-c", _SERVER, json.dumps(given)]

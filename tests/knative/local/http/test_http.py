@@ -192,7 +192,7 @@ async def test_a_port_without_a_listener_is_502() -> None:
         (b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n", b"HTTP/1.1 400"),
         (b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n", b"HTTP/1.1 400"),
         (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 70_000 + b"\r\n\r\n", b"HTTP/1.1 431"),
-        (b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n", b"HTTP/1.1 501"),
+        (b"CONNECT b:80 HTTP/1.1\r\nHost: b:80\r\n\r\n", b"HTTP/1.1 501"),
     ],
 )
 async def test_an_unsupported_request_gets_a_status_and_ends_the_connection(request_bytes: bytes, status: bytes) -> None:

@@ -1,0 +1,38 @@
+"""The target and the authority of an HTTP/1.1 request (RFC 9112, section 3.2)."""
+
+import re
+from typing import Final
+
+_AUTHORITY: Final = re.compile(
+    r"(?:\[[0-9A-Fa-f:.]+(?:%25[\w.~-]+)?\]|[\w.~!$&'()*+,;=%-]*)(?::[0-9]*)?", re.ASCII
+)  # RFC 3986, section 3.2, without user information, which RFC 9110, section 4.2.4, wants refused
+_ABSOLUTE: Final = re.compile(r"https?://([^/?]+)([^?]*)(.*)", re.IGNORECASE | re.DOTALL)
+
+
+def is_authority(text: str) -> bool:
+    """Whether `text` may be the value of a Host header: a host, with a port or without, or nothing (RFC 9110, section 7.2)."""
+    return _AUTHORITY.fullmatch(text) is not None
+
+
+def read_target(method: str, target: str) -> tuple[str, str | None]:
+    """Path and query of a request's target, or `*`; and the authority if the target names one, which overrules the Host header.
+
+    Raises ValueError if the target has none of the forms that the method may have, or a fragment. CONNECT is not supported.
+    """
+    if "#" in target:
+        raise ValueError(f"the request target {_shown(target)} has a fragment; leave it out")
+    if target.startswith("/"):
+        return target, None
+    if target == "*":
+        if method != "OPTIONS":
+            raise ValueError(f"the request target * is for OPTIONS, and the method is {method}; send a path")
+        return target, None
+    found = _ABSOLUTE.fullmatch(target)
+    if found is None or not is_authority(found[1]):
+        raise ValueError(f"the request target {_shown(target)} is neither a path nor an http URL")
+    path = found[2] or ("*" if method == "OPTIONS" and not found[3] else "/")  # RFC 9112, section 3.2.4
+    return path + found[3], found[1]
+
+
+def _shown(target: str) -> str:
+    return repr(target if len(target) <= 80 else f"{target[:79]}…")
