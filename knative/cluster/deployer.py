@@ -252,12 +252,14 @@ class Deployer:
         for ref in map(Ref.of, services):
             live = self._cluster.get(ref)
             if live is None:
+                self._garbage.await_predecessor(ref)
                 continue
             hopeless, status = set(hopeless_pods(self._cluster, live)), live.get("status") or {}
             if not status.get("latestReadyRevisionName") and (hopeless or readiness(live).ready is False):
                 self._cluster.delete(ref)
                 self._garbage.await_absence([ref])
                 self._say(f"deleted {ref}, because none of its revisions ever ran, to create it again")
+                self._garbage.await_predecessor(ref)
             else:  # pods that fail now get another try, because their cause may be fixed
                 wait.known_hopeless |= hopeless
         self._apply(services, force)

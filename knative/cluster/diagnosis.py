@@ -31,6 +31,7 @@ _NEXT_STEPS: Final = {
     "OOMKilled": "give the stage more memory, or a smaller kv_cache",
     "CrashLoopBackOff": "the last log lines say what the function lacks",
     "Insufficient": "no node has enough resources: lower them in the spec, or add nodes",
+    "NotOwned": "delete it, or give the pipeline another name",
     "dead letter sink": "create the sink that eventing.dead_letter_sink names, or name another",
 }
 """Text in a diagnosis → what to do; the first that is found counts."""

@@ -2,9 +2,11 @@
 
 Everything that Lamina made has a label with the pipeline's name. Objects that the spec no longer asks for are deleted at once.
 Stages with an old fingerprint are deleted when no gateway revision that gets requests uses them, and no gateway pod that still
-runs. `collect` leaves the history and the Lease alone: history.py deletes old versions, and the Lease's holder deletes it.
+runs. Revisions are Knative's, which keeps old ones at zero; those that would keep pods are deleted. `collect` leaves the
+history and the Lease alone: history.py deletes old versions, and the Lease's holder deletes it.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -24,12 +26,18 @@ from knative.cluster.objects import (
     label,
     own_selector,
     phase_of,
+    readiness,
+    routed_revisions,
+    services_of,
     traffic_of,
 )
 from knative.cluster.pipeline_token import wanted_secrets
 from knative.spec.kubernetes_object import KubernetesObject
 
 _POLL_SECONDS: Final = 0.5
+_UNROUTED_SECONDS: Final = 60  # how long Knative may take to note that a Route no longer uses a revision
+_CLASS: Final = "autoscaling.knative.dev/class"
+_ROUTING_STATE: Final = "serving.knative.dev/routingState"  # a revision's label: `active` if any Route uses it
 _FLOWS: Final = "flows.knative.dev/v1"
 _ACCESS: Final = (
     ("rbac.authorization.k8s.io/v1", "RoleBinding"),
@@ -86,6 +94,7 @@ class GarbageCollector:
                     access.append(ref)
                 else:
                     self._delete(ref, f"deleted {ref}, which the spec no longer needs")
+            self._delete_idle_revisions(name)  # first, because stages of old pipelines wait for pods of their gateways
             self._prune(name, old_pipelines)
             pods = self._cluster.find("v1", "Pod", self._namespace, f"{INSTANCE}={name}") if access else []
             accounts = {pod["spec"].get("serviceAccountName") for pod in pods if phase_of(pod) != "over"}
@@ -96,6 +105,45 @@ class GarbageCollector:
                     self._delete(ref, f"deleted {ref}, which the spec no longer needs")
         except NotPermitted as error:
             self._say(f"did not look for objects that the spec no longer needs: {error}")
+
+    def _delete_idle_revisions(self, name: str) -> None:
+        """Deletes revisions that get no requests and would keep pods; the pods finish their answers as they terminate.
+
+        These are revisions of class hpa, because an HPA keeps at least one pod, and those that are not Ready, whose pods try to
+        start until Knative's progress deadline. Revisions that a Route still uses after a minute stay.
+        """
+        deadline = time.monotonic() + min(_UNROUTED_SECONDS, self._timeout_seconds)
+        try:
+            while True:
+                routed = []
+                for revision in self._idle_revisions(name):
+                    ref = Ref.of(revision)
+                    if label(revision, _ROUTING_STATE) == "active":
+                        routed.append(ref)
+                    else:
+                        trait = "would keep a pod" if readiness(revision).ready else "is not Ready"
+                        self._delete(ref, f"deleted {ref}, which gets no requests and {trait}")
+                if not routed or time.monotonic() > deadline:
+                    break
+                time.sleep(_POLL_SECONDS)
+            for ref in routed:
+                self._say(f"{ref} stays with its pods: a Route still sends requests to it")
+        except NotPermitted as error:
+            self._say(f"did not delete revisions that get no requests: {error}")
+
+    def _idle_revisions(self, name: str) -> list[KubernetesObject]:
+        """Revisions that would keep pods, and that their Service has replaced. Services that are not Ready are left out."""
+        return [
+            revision
+            for service in services_of(self._cluster, self._namespace, name)
+            if readiness(service).ready
+            for revision in self._revisions(service["metadata"]["name"])
+            if revision["metadata"]["name"] not in {*routed_revisions(service), *_latest(service)}
+            and _would_keep_pods(revision)
+        ]
+
+    def _revisions(self, service: str) -> list[KubernetesObject]:
+        return self._cluster.find(SERVING, "Revision", self._namespace, f"{SERVICE_LABEL}={service}")
 
     def _prune(self, name: str, old: list[KubernetesObject]) -> None:
         """Deletes `old`: stages, Sequences and gateways for events of other fingerprints.
@@ -125,9 +173,8 @@ class GarbageCollector:
         service = self._cluster.get(Ref(SERVING, "Service", self._namespace, name))
         if service is None:
             return {}
-        routed = set(traffic_of(service)) | {each.get("revisionName") for each in service["spec"].get("traffic") or []}
-        revisions = self._cluster.find(SERVING, "Revision", self._namespace, f"{SERVICE_LABEL}={name}")
-        return {label(each, PIPELINE): each["metadata"]["name"] for each in revisions if each["metadata"]["name"] in routed}
+        routed = [each for each in self._revisions(name) if each["metadata"]["name"] in routed_revisions(service)]
+        return {label(each, PIPELINE): each["metadata"]["name"] for each in routed}
 
     def collect_all(self, name: str) -> int:
         """Deletes everything that Lamina made for the pipeline, and waits until it is gone.
@@ -154,6 +201,23 @@ class GarbageCollector:
                     finalizers = ", ".join(live["metadata"].get("finalizers") or ["none"])
                     raise DeployFailed(f"{ref} still exists; its finalizers: {finalizers}; check what should remove them")
                 time.sleep(_POLL_SECONDS)
+
+    def await_predecessor(self, service: Ref) -> None:
+        """Waits until what Knative made for a deleted Service of this name is gone. Raises DeployFailed at the timeout.
+
+        A new Service is `NotOwned` beside the old Route or Configuration, and its Configuration takes the old Revision for its
+        own until that is deleted, with its pods. What may not be read is not waited for.
+        """
+        left: list[Ref] = []
+        for kind in ("Route", "Configuration", "Revision"):
+            with contextlib.suppress(NotPermitted):
+                if kind == "Revision":
+                    left += map(Ref.of, self._revisions(service.name))
+                elif self._cluster.get(ref := Ref(SERVING, kind, service.namespace, service.name)) is not None:
+                    left.append(ref)
+        for ref in left:
+            self._say(f"waiting until {ref} is gone, which belongs to a deleted Service of that name")
+            self.await_absence([ref])
 
     def await_end_of_old_gateways(self, name: str) -> bool:
         """Waits until no pod runs of gateway revisions without requests. False if one still runs after the timeout."""
@@ -196,3 +260,14 @@ class GarbageCollector:
             if self._cluster.serves(api_version, kind)
             for each in self._cluster.find(api_version, kind, self._namespace, own_selector(name))
         ]
+
+
+def _latest(service: KubernetesObject) -> set[str]:
+    status = service["status"]
+    return {status.get("latestCreatedRevisionName", ""), status.get("latestReadyRevisionName", "")}
+
+
+def _would_keep_pods(revision: KubernetesObject) -> bool:
+    metadata = revision["metadata"]
+    keeps = (metadata.get("annotations") or {}).get(_CLASS, "").startswith("hpa.") or not readiness(revision).ready
+    return keeps and not metadata.get("deletionTimestamp")

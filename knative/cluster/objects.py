@@ -60,14 +60,22 @@ def observed(manifest: KubernetesObject) -> bool:
 
 
 def failed_conditions(manifest: KubernetesObject) -> list[str]:
-    conditions = (manifest.get("status") or {}).get("conditions") or []
-    failed = [condition for condition in conditions if condition.get("status") != "True" and condition.get("message")]
-    return [f"{condition['type']} {condition.get('reason', '')}: {condition['message']}" for condition in failed]
+    """Lines about conditions that are not True. Those of severity Info, such as a revision at zero, are no failures."""
+    failed = [each for each in _conditions(manifest) if each.get("status") != "True" and each.get("severity") != "Info"]
+    return [f"{each['type']} {each.get('reason', '')}: {each['message']}" for each in failed if each.get("message")]
+
+
+def not_owned(manifest: KubernetesObject) -> bool:
+    """Whether Knative finds an object of the name that it needs, such as a Route, which belongs to another owner."""
+    return any(each.get("status") == "False" and each.get("reason") == "NotOwned" for each in _conditions(manifest))
 
 
 def _ready_condition(manifest: KubernetesObject) -> dict[str, Any]:
-    conditions = (manifest.get("status") or {}).get("conditions") or []
-    return next((condition for condition in conditions if condition.get("type") == "Ready"), {})
+    return next((each for each in _conditions(manifest) if each.get("type") == "Ready"), {})
+
+
+def _conditions(manifest: KubernetesObject) -> list[dict[str, Any]]:
+    return (manifest.get("status") or {}).get("conditions") or []
 
 
 def newest_revision(cluster: Cluster, service: KubernetesObject) -> str | None:
@@ -105,6 +113,11 @@ def traffic_of(service: KubernetesObject) -> dict[str, int]:
         name = each.get("revisionName", "")
         percents[name] = percents.get(name, 0) + int(each.get("percent") or 0)
     return percents
+
+
+def routed_revisions(service: KubernetesObject) -> set[str]:
+    """Names of the revisions that a Service's spec or status sends requests to, even if only by a tag."""
+    return set(traffic_of(service)) | {each.get("revisionName", "") for each in service["spec"].get("traffic") or []}
 
 
 def services_of(cluster: Cluster, namespace: str, name: str) -> list[KubernetesObject]:

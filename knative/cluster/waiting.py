@@ -1,5 +1,6 @@
 """Waits until objects are Ready, and gives up early on those that cannot become Ready."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,12 +9,13 @@ from typing import Final
 
 from knative.cluster.client import Cluster, Ref
 from knative.cluster.diagnosis import HopelessPod, diagnose, hopeless_pods, next_step
-from knative.cluster.errors import DeployFailed
-from knative.cluster.objects import INSTANCE, SERVING, label, readiness
+from knative.cluster.errors import DeployFailed, NotPermitted
+from knative.cluster.objects import INSTANCE, SERVING, label, newest_revision, not_owned, readiness
 from knative.spec.kubernetes_object import KubernetesObject
 
 _WATCH_SECONDS: Final = 2
 _EVENTING_SETTLES_SECONDS: Final = 30  # Eventing's conditions are False on their way to True; after this long they failed
+_NOT_OWNED_SECONDS: Final = 60  # how long Kubernetes may take to delete what a deleted Service of the same name owned
 
 
 @dataclass(slots=True)
@@ -76,25 +78,40 @@ class ReadinessWait:
             del waiting[name]
             self._say(f"{_display_name(live)} is ready")
             return True
-        if state.ready is False and live["apiVersion"] == SERVING:
-            raise self._failure(live, f"{name} failed: {state.reason}")
+        is_service, reason = live["apiVersion"] == SERVING, state.reason
+        if state.ready is False and is_service:
+            if not self._waits_for_predecessor(live):
+                raise self._failure(live, f"{name} failed: {state.reason}")
+            reason = f"waiting until Kubernetes has deleted what an earlier Service of that name left ({state.reason})"
         known = waiting[name]
         known.failed_since = None if state.ready is None else known.failed_since or time.monotonic()
-        if state.reason and state.reason != known.reason:
-            known.reason = state.reason
-            self._say(f"{_display_name(live)}: {state.reason}")
+        if reason and reason != known.reason:
+            known.reason = reason
+            self._say(f"{_display_name(live)}: {reason}")
+        return False
+
+    def _waits_for_predecessor(self, service: KubernetesObject) -> bool:
+        """Whether the Service failed because objects of a deleted one are not gone: its Route, or its Revision's Deployment."""
+        if not_owned(service):
+            return True
+        with contextlib.suppress(NotPermitted):
+            revision = newest_revision(self._cluster, service) or ""
+            live = self._cluster.get(Ref(SERVING, "Revision", service["metadata"]["namespace"], revision)) if revision else None
+            return live is not None and not_owned(live)
         return False
 
     def _give_up_if_hopeless(self, ref: Ref, known: _Waiting) -> None:
         live = self._cluster.get(ref)
         if live is None:
             raise DeployFailed(f"{ref} was deleted by someone else while this deployment waited for it")
-        now, reason = time.monotonic(), None
+        now, reason, passes_seconds = time.monotonic(), None, _EVENTING_SETTLES_SECONDS
         if ref.api_version == SERVING:
+            passes_seconds = _NOT_OWNED_SECONDS
             hopeless = (pod for pod in hopeless_pods(self._cluster, live) if pod not in self.known_hopeless)
             reason = next((pod.reason for pod in hopeless), None)
-        elif known.failed_since is not None and now > known.failed_since + _EVENTING_SETTLES_SECONDS:
-            reason = readiness(live).reason
+        state = readiness(live)
+        if state.ready is False and known.failed_since is not None and now > known.failed_since + passes_seconds:
+            reason = state.reason
         if reason is None and now > known.started + self._timeout_seconds:
             reason = f"not ready after {self._timeout_seconds:g} s; --timeout waits longer"
         if reason is not None:

@@ -16,8 +16,8 @@ _WATCHED: Final = (*_APPLIED, "watch")
 # API group, resources, verbs. tests/knative/cluster/test_deployer_role.py compares them with the requests that commands make.
 _DEPLOYER_RULES: Final[tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]] = (
     ("serving.knative.dev", ("services",), _WATCHED),
-    ("serving.knative.dev", ("configurations",), ("get",)),
-    ("serving.knative.dev", ("revisions",), ("get", "list")),
+    ("serving.knative.dev", ("configurations", "routes"), ("get",)),
+    ("serving.knative.dev", ("revisions",), ("delete", "get", "list")),
     ("autoscaling.internal.knative.dev", ("podautoscalers",), ("list",)),
     ("eventing.knative.dev", ("brokers", "triggers"), _WATCHED),
     ("flows.knative.dev", ("sequences",), _WATCHED),

@@ -1,11 +1,15 @@
 """Manifests for GitOps controllers (Argo CD, Flux): kustomization, order, objects that they must not prune, a Job that prunes.
 
 A new cut or model removes the old stages' files from the folder while answers still run on them. So the controller must not
-prune objects whose name carries a fingerprint. After each sync a Job deletes those that no gateway uses any more.
+prune objects whose name carries a fingerprint. After each sync a Job deletes those that no gateway uses any more, and old
+revisions that would keep pods.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from knative.render import prune_script
 from knative.render.access import service_account_with_role
@@ -22,7 +26,7 @@ _ANSWERS_SECONDS: Final = 900  # how long the Job waits for answers on old stage
 _KEPT_SECONDS: Final = 86_400  # how long the finished Job is kept, so that its log can be read
 _RULES: Final[list[KubernetesObject]] = [
     {"apiGroups": ["serving.knative.dev"], "resources": ["services"], "verbs": ["get", "list", "delete"]},
-    {"apiGroups": ["serving.knative.dev"], "resources": ["revisions"], "verbs": ["list"]},
+    {"apiGroups": ["serving.knative.dev"], "resources": ["revisions"], "verbs": ["list", "delete"]},
     {"apiGroups": ["flows.knative.dev"], "resources": ["sequences"], "verbs": ["list", "delete"]},
     {"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]},
 ]
@@ -52,11 +56,12 @@ def _annotated(pipeline: ResolvedPipeline, manifest: KubernetesObject) -> Kubern
 
 
 def prune_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
-    """The Job that deletes old stages, preceded by its ServiceAccount and Role.
+    """The Job that deletes old stages and revisions, preceded by its ServiceAccount and Role.
 
-    The Job's name carries the fingerprint, because a Job cannot be changed: each new pipeline gets a Job of its own.
+    The Job's name carries a digest of the spec, because a Job cannot be changed: each change of the spec gets a Job of its own.
     """
     spec, own = pipeline.spec, labels(pipeline, _PRUNE)
+    change = hashlib.sha256(msgspec.json.encode(spec) + pipeline.fingerprint.encode()).hexdigest()[:8]
     account = f"{spec.name}-{_PRUNE}"
     source = Path(prune_script.__file__).read_text(encoding="utf-8")
     container = {
@@ -71,7 +76,7 @@ def prune_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
-            "name": f"{pipeline.sequence_name}-{_PRUNE}",
+            "name": f"{spec.name}-{_PRUNE}-{change}",
             "namespace": spec.namespace,
             "labels": own,
             "annotations": {_ARGO + "hook": "PostSync", _ARGO + "hook-delete-policy": "BeforeHookCreation"},

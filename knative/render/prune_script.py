@@ -1,9 +1,12 @@
-"""Deletes stages of old pipelines that no gateway uses any more. The Job of `render --gitops` runs this file in a pod.
+"""Deletes what a pipeline has replaced: old revisions that would keep pods, and stages of old pipelines that no gateway uses.
+
+The Job of `render --gitops` runs this file in a pod.
 
     python -c "<this file>" NAMESPACE PIPELINE FINGERPRINT [SECONDS [API]]
 
 Needs Python alone, because the functions' image has no Kubernetes client. knative/cluster/garbage.py follows the same rules.
-Status 0: nothing old is left to delete. 1: answers still ran on old stages after SECONDS, or the API refused a request.
+Status 0: nothing old is left to delete. 1: answers still ran on old stages, or a Service was not Ready, after SECONDS, or the
+API refused a request.
 """
 
 import json
@@ -20,7 +23,10 @@ ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 FINGERPRINT = "lamina.dev/pipeline"
 COMPONENT = "app.kubernetes.io/component"
 SERVING = "/apis/serving.knative.dev/v1"
+CLASS = "autoscaling.knative.dev/class"
+ROUTING_STATE = "serving.knative.dev/routingState"
 POLL_SECONDS = 2.0
+UNROUTED_SECONDS = 60.0  # how long Knative may take to note that a Route no longer uses a revision
 
 
 class NamespaceApi:
@@ -81,18 +87,35 @@ def fingerprint_of(found: Any) -> str:
     return str(found["metadata"]["labels"].get(FINGERPRINT, ""))
 
 
-def is_ready(service: Any) -> bool:
-    status = service.get("status") or {}
-    observed = status.get("observedGeneration") == service["metadata"].get("generation")
+def is_ready(found: Any) -> bool:
+    """Whether a Service or Revision is Ready, and Knative has seen its latest change."""
+    status = found.get("status") or {}
+    observed = status.get("observedGeneration") == found["metadata"].get("generation")
     return observed and any(each["type"] == "Ready" and each["status"] == "True" for each in status.get("conditions") or [])
 
 
-def routed(api: NamespaceApi, service: Any) -> set[str]:
-    """Fingerprints of pipelines whose gateway revision gets requests. service: the gateway's."""
+def revisions(api: NamespaceApi, service: Any) -> tuple[list[Any], list[Any]]:
+    """The Service's revisions that its spec or status sends requests to, and all others."""
     targets = [*(service["spec"].get("traffic") or []), *((service.get("status") or {}).get("traffic") or [])]
     names = {each.get("revisionName") for each in targets}
-    revisions = api.find(f"{SERVING}/revisions", f"serving.knative.dev/service={service['metadata']['name']}")
-    return {fingerprint_of(each) for each in revisions if each["metadata"]["name"] in names}
+    found = api.find(f"{SERVING}/revisions", f"serving.knative.dev/service={service['metadata']['name']}")
+    routed = [each for each in found if each["metadata"]["name"] in names]
+    return routed, [each for each in found if each not in routed]
+
+
+def idle(api: NamespaceApi, service: Any) -> list[Any]:
+    """Revisions that a Ready Service has replaced and that would keep pods.
+
+    An HPA keeps at least one pod, and pods of a revision that is not Ready try to start until Knative's progress deadline.
+    """
+    latest = {service["status"].get("latestCreatedRevisionName"), service["status"].get("latestReadyRevisionName")}
+    return [
+        each
+        for each in revisions(api, service)[1]
+        if each["metadata"]["name"] not in latest
+        and ((each["metadata"].get("annotations") or {}).get(CLASS, "").startswith("hpa.") or not is_ready(each))
+        and not each["metadata"].get("deletionTimestamp")
+    ]
 
 
 def answering(api: NamespaceApi) -> set[str]:
@@ -115,29 +138,39 @@ def old(api: NamespaceApi, kept: set[str], gateways: bool) -> list[tuple[str, An
 
 
 def prune(api: NamespaceApi, fingerprint: str, seconds: float) -> str:
-    """Deletes old stages, Sequences and gateways for events until none is left, or for at most `seconds`.
+    """Deletes old revisions, stages, Sequences and gateways for events until none is left, or for at most `seconds`.
 
     Returns which objects are left and why; empty if none is. fingerprint: the pipeline that is kept.
     """
-    deadline = time.monotonic() + seconds
+    begun = time.monotonic()
     while True:
         service = api.gateway()
         if service is None or fingerprint_of(service) != fingerprint:
             print(f"the gateway is no longer of pipeline {fingerprint}: another Job prunes", flush=True)
             return ""
         if is_ready(service):
-            kept = {fingerprint, *routed(api, service)}
+            own = [each for each in api.own(f"{SERVING}/services") if fingerprint_of(each) == fingerprint]
+            routed = []  # by some other Route, or until Knative has noted the change
+            for each in [found for service in own if is_ready(service) for found in idle(api, service)]:
+                if each["metadata"]["labels"].get(ROUTING_STATE) == "active":
+                    routed.append(each["metadata"]["name"])
+                else:
+                    api.delete(f"{SERVING}/revisions", each)
+            kept = {fingerprint, *map(fingerprint_of, revisions(api, service)[0])}
             for path, found in old(api, kept, gateways=True):
                 api.delete(path, found)  # gateways for events, which go to the new one by now
             for path, found in old(api, kept | answering(api), gateways=False):
                 api.delete(path, found)
             left = [found["metadata"]["name"] for _, found in old(api, kept, gateways=False)]
-            if not left:
+            coming = [service["metadata"]["name"] for service in own if not is_ready(service)]
+            waits = routed and time.monotonic() < begun + UNROUTED_SECONDS
+            if not left and not coming and not waits:
                 return ""
-            reason = f"{', '.join(left)}: gateways of their pipelines still finish answers"
+            answers = f"{', '.join(left)}: gateways of their pipelines still finish answers"
+            reason = answers if left else f"{', '.join(coming)}: not Ready" if coming else f"{', '.join(routed)}: still routed"
         else:
             reason = "the gateway is not Ready"
-        if time.monotonic() > deadline:
+        if time.monotonic() > begun + seconds:
             return reason
         time.sleep(POLL_SECONDS)
 

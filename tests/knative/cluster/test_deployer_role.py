@@ -32,8 +32,10 @@ def run_every_command(site: Site) -> None:
     everything = {**SECTIONS, "gateway": {}}
     site.deployer.deploy(objects(**everything))
     list(site.deployer.diff(objects(**everything)))
-    site.fail(objects("f" * 64, **everything), crash_loops)
-    site.deployer.rollback("chat")
+    for broken in (objects("f" * 64, **everything), objects(**everything, log_level="debug")):
+        site.fail(broken, crash_loops)
+        site.api.behaviours.clear()
+        site.deployer.rollback("chat")
     site.deployer.rotate_token("chat")
     for end in (site.deployer.abort, site.deployer.promote):
         site.deployer.canary(other(**SECTIONS), 10)

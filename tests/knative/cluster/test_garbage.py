@@ -1,10 +1,12 @@
 """Objects that a deployment or `delete` removes, keeps because they are in use, or waits for."""
 
 import time
+from typing import Any
 
 import pytest
 
-from tests.support.knative.knative_controllers import add_pod
+from knative.cluster.errors import DeployFailed
+from tests.support.knative.knative_controllers import add_pod, image_pull_fails
 from tests.support.knative.manifests import MONITORING, OF_CHAT, names_of, objects, other, resource, secret, stage_name
 from tests.support.knative.site import GATEWAY, Site
 
@@ -134,3 +136,74 @@ def test_objects_that_may_not_be_listed_stay_and_the_deploy_succeeds(serving: Si
     serving.api.forbidden.add(("list", "networkpolicies"))
     assert serving.deployer.deploy(other()) == "http://chat.default.example"
     assert any(line.startswith("did not look for objects that the spec no longer needs") for line in serving.said)
+
+
+@pytest.fixture
+def hpa(site: Site) -> dict[str, Any]:
+    """Knative's HPA extension and a metrics server are installed. Returns a pipeline's sections with the class hpa."""
+    site.api.put(resource("Deployment", "autoscaler-hpa", "apps/v1", namespace="knative-serving"))
+    site.api.kinds["metrics.k8s.io/v1"] = {"PodMetrics": "pods"}
+    scaling = {"autoscaling": {"class": "hpa", "min_scale": 1}}
+    return {"stage": scaling, "gateway": scaling}
+
+
+def with_pods(site: Site) -> set[str]:
+    """Revisions that have a pod."""
+    return {each["metadata"]["labels"]["serving.knative.dev/revision"] for each in site.api.found("pods", {})}
+
+
+def current(site: Site) -> set[str]:
+    """The revisions that the pipeline's Services made last."""
+    return {each["status"]["latestCreatedRevisionName"] for each in site.api.found("services", OF_CHAT)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("digest", ["d" * 64, "e" * 64], ids=["the same stages", "another model"])
+def test_old_revisions_of_class_hpa_are_deleted(site: Site, hpa: dict[str, Any], digest: str) -> None:
+    """An HPA keeps one pod of each for ever; another model's stages waited for the gateway's."""
+    site.deployer.deploy(objects(**hpa))
+    began = time.monotonic()
+    site.deployer.deploy(objects(digest, **hpa, log_level="debug"))
+    assert time.monotonic() - began < 4, "not its limit of 5 s"
+    assert with_pods(site) == current(site)
+    assert set(site.api.named("revisions")) == current(site)
+    assert "deleted Revision default/chat-00001, which gets no requests and would keep a pod" in site.said
+
+
+@pytest.mark.slow
+def test_a_revision_of_class_hpa_that_another_route_uses_stays(
+    site: Site, hpa: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("knative.cluster.garbage._UNROUTED_SECONDS", 0.5)
+    site.deployer.deploy(objects(**hpa))
+    site.api.routed_elsewhere.add("chat-00001")
+    site.deployer.deploy(objects(**hpa, log_level="debug"))
+    assert "chat-00001" in site.api.named("revisions")
+    assert "Revision default/chat-00001 stays with its pods: a Route still sends requests to it" in site.said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["a stage", "the gateway"])
+def test_a_rollback_deletes_the_revision_that_failed(serving: Site, where: str) -> None:
+    """Its pods would wait for their image until Knative's progress deadline."""
+    service = "chat" if where == "the gateway" else stage_name(objects(), 1)
+    serving.api.behaviours[service] = image_pull_fails
+    with pytest.raises(DeployFailed, match="ImagePullBackOff"):
+        serving.deployer.deploy(objects(image="registry.example/lamina:missing"))
+    del serving.api.behaviours[service]
+    assert f"{service}-00002" in with_pods(serving)
+    serving.deployer.rollback("chat")
+    assert with_pods(serving) == current(serving)
+    assert f"deleted Revision default/{service}-00002, which gets no requests and is not Ready" in serving.said
+
+
+@pytest.mark.slow
+def test_revisions_that_may_not_be_deleted_stay_and_old_stages_do_not(serving: Site) -> None:
+    """The Role of an earlier release lacks the right."""
+    serving.api.forbidden.add(("delete", "revisions"))
+    serving.fail(objects(image="registry.example/lamina:missing"), image_pull_fails)
+    serving.api.behaviours.clear()
+    serving.deployer.rollback("chat")
+    serving.deployer.deploy(other())
+    assert any(line.startswith("did not delete revisions that get no requests: ") for line in serving.said)
+    assert serving.api.named("services") == names_of(other())

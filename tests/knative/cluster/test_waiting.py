@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from knative.cluster.deployer import Deployer
 from knative.cluster.errors import DeployFailed
 from knative.cluster.history import Outcome
 from knative.cluster.objects import readiness
@@ -16,6 +17,7 @@ from tests.support.knative.knative_controllers import (
     broker_fails,
     crash_loops,
     image_pull_fails,
+    never_owned,
     never_ready,
     revision_fails,
     slow_to_configure,
@@ -153,3 +155,38 @@ def test_requests_that_another_split_pins_elsewhere_are_a_warning(serving: Site)
     serving.api.edit(GATEWAY, "kn", ("spec", "traffic"), [{"revisionName": "chat-00001", "percent": 100}])
     serving.deployer.deploy(other())
     assert any(line.startswith("warning: requests do not all go to chat-00002") for line in serving.said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("right", ["may read them", "may not read them"])
+def test_a_rollback_right_after_promote_waits_for_what_kubernetes_still_deletes(serving: Site, right: str) -> None:
+    """A new Service is NotOwned beside the Route of a deleted one of its name, and uses that one's Revision until it goes."""
+    serving.deployer.canary(other(), 10)
+    serving.api.collection_held = True
+    serving.deployer.promote("chat")
+    if right == "may not read them":
+        serving.api.forbidden |= {("get", "routes"), ("get", "configurations"), ("get", "revisions"), ("list", "revisions")}
+    stage = stage_name(objects(), 0)
+    expected = {
+        "may read them": f"waiting until Route default/{stage} is gone, which belongs to a deleted Service",
+        "may not read them": f"{stage}: waiting until Kubernetes has deleted what an earlier Service of that name left",
+    }
+    waited = []
+
+    def say(line: str) -> None:
+        if line.startswith(expected[right]):
+            waited.append(line)
+            serving.api.collection_held = False
+
+    Deployer(serving.cluster, "default", say, 20).rollback("chat")
+    assert len(waited) == 1
+    revisions = serving.api.found("revisions", {"serving.knative.dev/service": stage})
+    assert [each["metadata"]["name"] for each in revisions] == [f"{stage}-00001"]
+
+
+@pytest.mark.slow
+def test_a_route_of_somebody_else_is_a_failure(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("knative.cluster.waiting._NOT_OWNED_SECONDS", 0.5)
+    message = site.fail(objects(), never_owned)
+    assert 'NotOwned: There is an existing Route "' in message
+    assert "next: delete it, or give the pipeline another name" in message

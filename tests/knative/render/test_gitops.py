@@ -15,8 +15,17 @@ from knative.render.prune_script import is_ready
 from knative.render.rendering import render
 from knative.webhook.check import is_knative_service, validate, warnings
 from tests.support.functions.functions import wait_until
+from tests.support.knative.knative_controllers import image_pull_fails
 from tests.support.knative.kubernetes_api import KubernetesApi
-from tests.support.knative.manifests import DIGEST, OTHER_DIGEST, objects, rendered_folder, resolved_pipeline, resource
+from tests.support.knative.manifests import (
+    DIGEST,
+    OTHER_DIGEST,
+    objects,
+    rendered_folder,
+    resolved_pipeline,
+    resource,
+    stage_name,
+)
 from tests.support.knative.site import Site
 
 ARGO = "argocd.argoproj.io/"
@@ -108,9 +117,9 @@ def stages(api: KubernetesApi, digest: str) -> set[str]:
     return {name for name in api.named("services") if name in names}
 
 
-def start_job(api: KubernetesApi, digest: str, seconds: float = 20) -> "subprocess.Popen[str]":
+def start_job(api: KubernetesApi, digest: str, seconds: float = 20, **changes: Any) -> "subprocess.Popen[str]":
     """Runs the command of the rendered Job against the stand-in."""
-    (job,) = (each for each in prune_objects(resolved_pipeline(digest)) if each["kind"] == "Job")
+    (job,) = (each for each in prune_objects(resolved_pipeline(digest, **changes)) if each["kind"] == "Job")
     _, *command = job["spec"]["template"]["spec"]["containers"][0]["command"]
     command = [sys.executable, *command[:-1], str(seconds), api.url]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -127,6 +136,34 @@ def test_the_job_deletes_the_old_stages_and_nothing_else(api: KubernetesApi) -> 
     with start_job(api, OTHER_DIGEST) as job:
         assert job.wait(60) == 0
     assert before - set(api.named("services")) == set(resolved_pipeline(DIGEST).stage_names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scaling", [{"class": "hpa", "min_scale": 1}, {}], ids=["class hpa", "a failed revision"])
+def test_the_job_deletes_old_revisions_that_would_keep_a_pod(site: Site, scaling: dict[str, Any]) -> None:
+    api, changes = site.api, [{}, {"image": "registry.example/lamina:missing"}, {"log_level": "debug"}]
+    gateway = Ref("serving.knative.dev/v1", "Service", "default", "chat")
+    for index, change in enumerate(changes):
+        rendered = objects(stage={"autoscaling": scaling}, **change)
+        stage = stage_name(rendered, 1)
+        if index == 1 and not scaling:
+            api.behaviours[stage] = image_pull_fails
+        for each in rendered:
+            site.cluster.apply(each, force=True)
+        wait_until(lambda: is_ready(site.cluster.get(gateway)))
+        wait_until(lambda index=index, stage=stage: f"{stage}-{index + 1:05}-pod" in api.named("pods"))
+        api.behaviours.clear()
+    with start_job(api, DIGEST, stage={"autoscaling": scaling}, **changes[-1]) as job:
+        assert job.wait(60) == 0
+    kept = [f"{stage}-00003"] if scaling else [f"{stage}-00001", f"{stage}-00003"]
+    assert [name for name in api.named("revisions") if name.startswith(stage)] == kept
+    assert [name for name in api.named("pods") if name.startswith(stage)] == [f"{stage}-00003-pod"]
+
+
+def test_each_change_of_the_spec_has_a_job_of_its_own() -> None:
+    """A Job cannot be changed, and one that has ended does not run again."""
+    names = {prune_objects(resolved_pipeline(**change))[-1]["metadata"]["name"] for change in ({}, {"log_level": "debug"})}
+    assert len(names | {prune_objects(resolved_pipeline(OTHER_DIGEST))[-1]["metadata"]["name"]}) == 3
 
 
 @pytest.mark.slow

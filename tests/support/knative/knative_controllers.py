@@ -21,6 +21,9 @@ BROKER = ("eventing.knative.dev/v1", "brokers")
 TRIGGER = ("eventing.knative.dev/v1", "triggers")
 SEQUENCE = ("flows.knative.dev/v1", "sequences")
 _STEP_SECONDS = 0.01
+_OF_SERVICES = ("routes", "configurations", "revisions", "podautoscalers", "pods")  # in the order in which they are collected
+_CLASS = "autoscaling.knative.dev/class"
+_STATE = "serving.knative.dev/routingState"
 _OUT_OF_DATE = "The Configuration is still working to reflect the latest desired specification."
 _GATEWAY = "app.kubernetes.io/component"
 
@@ -45,22 +48,32 @@ class Controllers:
             self._running[key] = self._api.behaviours.get(key[3], play)(self._api, self._api.objects[key])
 
     def deleted(self, key: tuple[str, str, str, str]) -> None:
-        """Removes the objects that it owned."""
+        """Kubernetes' garbage collector removes the objects that it owned, later if `collection_held`."""
         self._running.pop(key, None)
-        if key[:2] != SERVICE:
+        kind = {SERVICE[1]: "service", "revisions": "revision"}.get(key[1]) if key[0] == SERVICE[0] else None
+        if kind is None:
             return
-        owned = {"serving.knative.dev/service": key[3]}
-        for plural in ("pods", "revisions", "configurations", "podautoscalers"):
-            for each in self._api.found(plural, owned):
-                self._api.remove(*self._api.key_of(each))
+        owned = {f"serving.knative.dev/{kind}": key[3]}
+        keys = [(self._api.key_of(each), each["metadata"]["uid"]) for p in _OF_SERVICES for each in self._api.found(p, owned)]
+        if self._api.collection_held:
+            self._running["garbage", *key[1:]] = self._collect(keys)
+        else:
+            list(self._collect(keys))
+
+    def _collect(self, keys: list[tuple[tuple[str, str, str, str], str]]) -> Steps:
+        while self._api.collection_held:
+            yield
+        for key, uid in keys:
+            if key in self._api.objects and self._api.objects[key]["metadata"]["uid"] == uid:
+                self._api.remove(*key)
 
     def end_old_pods(self) -> None:
-        """Removes pods of gateway revisions without traffic."""
+        """Removes pods of gateway revisions without traffic, which the autoscaler scales to zero."""
         for pod in self._api.found("pods", {_GATEWAY: "gateway"}):
             labels = pod["metadata"]["labels"]
             service = self._api.objects.get((*SERVICE, pod["metadata"]["namespace"], labels["serving.knative.dev/service"]))
             over = pod["status"].get("phase") in ("Failed", "Succeeded")  # Kubernetes keeps evicted pods for hours
-            if service and not over and labels["serving.knative.dev/revision"] not in _revisions_with_traffic(service):
+            if service and not over and _scales_to_zero(self._api, pod, service):
                 self._api.remove(*self._api.key_of(pod))
 
     def _run(self) -> None:
@@ -147,6 +160,13 @@ def slow_to_configure(api: "KubernetesApi", service: Object) -> Steps:
     yield from become_ready(api, service)
 
 
+def never_owned(api: "KubernetesApi", service: Object) -> Steps:
+    """Somebody else has a Route of that name."""
+    yield
+    text = f'There is an existing Route "{service["metadata"]["name"]}" that we do not own.'
+    set_conditions(api, service, "", "False", "NotOwned", text, routes=True)
+
+
 def restart_pods(api: "KubernetesApi", service: Object) -> None:
     """The kubelet tries once more."""
     for pod in api.found("pods", {"serving.knative.dev/service": service["metadata"]["name"]}):
@@ -155,9 +175,14 @@ def restart_pods(api: "KubernetesApi", service: Object) -> None:
 
 
 def make_revision(api: "KubernetesApi", service: Object) -> Iterator[None]:
-    """The Configuration sees the template and makes a Revision, unless it has one. Returns the Revision's name."""
+    """The Configuration sees the template and makes a Revision, unless it has one. Returns the Revision's name.
+
+    As pkg/reconciler/service does, it waits while a Configuration or Route of that name belongs to a deleted Service. As
+    pkg/reconciler/configuration does, it takes any Revision of its name and generation, even one of a deleted Configuration.
+    """
     yield
     key, metadata = api.key_of(service), service["metadata"]
+    yield from _await_ownership(api, service)
     _route_meanwhile(api, service)
     old = (api.objects[key].get("status") or {}).get("latestCreatedRevisionName", "")
     configuration = _configure(api, service)
@@ -173,13 +198,38 @@ def make_revision(api: "KubernetesApi", service: Object) -> Iterator[None]:
         "serving.knative.dev/configuration": metadata["name"],
         "serving.knative.dev/configurationGeneration": str(generation),
     }
-    own = {"name": revision, "namespace": metadata["namespace"], "labels": labels, "generation": 1}
-    api.put({"apiVersion": SERVICE[0], "kind": "Revision", "metadata": own, "spec": template["spec"]})
+    own = {"name": revision, "namespace": metadata["namespace"], "labels": labels | {_STATE: "active"}, "generation": 1}
+    own["annotations"] = template["metadata"].get("annotations", {})
+    made: Object = {"apiVersion": SERVICE[0], "kind": "Revision", "metadata": own, "spec": template["spec"]}
+    if api.key_of(made) not in api.objects:
+        api.put(made)
     api.put({**configuration, "status": {"observedGeneration": generation, "latestCreatedRevisionName": revision}})
     text = f'Configuration "{metadata["name"]}" is waiting for a Revision to become ready.'
     set_conditions(api, service, revision, "Unknown", "RevisionMissing", text)
     yield
     return revision
+
+
+def _await_ownership(api: "KubernetesApi", service: Object) -> Steps:
+    metadata = service["metadata"]
+    owner = api.objects[api.key_of(service)]["metadata"]["uid"]
+    for kind, plural in (("Configuration", "configurations"), ("Route", "routes")):
+        key = (SERVICE[0], plural, metadata["namespace"], metadata["name"])
+        while key in api.objects and api.objects[key]["metadata"]["ownerReferences"][0]["uid"] != owner:
+            text = f'There is an existing {kind} "{metadata["name"]}" that we do not own.'
+            set_conditions(api, service, "", "False", "NotOwned", text, routes=kind == "Route")
+            yield
+    if key not in api.objects:
+        own = _owned_by(api, service)
+        api.put({"apiVersion": SERVICE[0], "kind": "Route", "metadata": own | {"generation": 1}, "spec": {}})
+
+
+def _owned_by(api: "KubernetesApi", service: Object) -> Object:
+    """Metadata of the Service's Route and Configuration."""
+    live = api.objects[api.key_of(service)]["metadata"]
+    owner = {"apiVersion": SERVICE[0], "kind": "Service", "name": live["name"], "uid": live["uid"], "controller": True}
+    labels = {"serving.knative.dev/service": live["name"]}
+    return {"name": live["name"], "namespace": live["namespace"], "labels": labels, "ownerReferences": [owner]}
 
 
 def set_conditions(
@@ -221,11 +271,32 @@ def route(api: "KubernetesApi", service: Object, revision: str) -> None:
         "url": f"http://{metadata['name']}.{metadata['namespace']}.{domain}",
     }
     api.set_status(api.key_of(service), status)
+    live = api.objects[api.key_of(service)]
+    for each in api.found("revisions", {"serving.knative.dev/service": metadata["name"]}):
+        name, own = each["metadata"]["name"], each["metadata"]
+        routed = name == revision or name in _revisions_with_traffic(live) | api.routed_elsewhere
+        state = "active" if routed else "reserve"  # by pkg/reconciler/labeler
+        ready = {"conditions": [_condition("Ready", "True")], "observedGeneration": 1}
+        status = ready if name == revision else each.get("status", {})
+        api.put({**each, "metadata": own | {"labels": own["labels"] | {_STATE: state}}, "status": status})
     for pod in api.found("pods", {"serving.knative.dev/service": metadata["name"], _GATEWAY: "stage"}):
-        if pod["metadata"]["labels"]["serving.knative.dev/revision"] not in _revisions_with_traffic(
-            api.objects[api.key_of(service)]
-        ):
+        if _scales_to_zero(api, pod, live):
             api.remove(*api.key_of(pod))
+
+
+def _scales_to_zero(api: "KubernetesApi", pod: Object, service: Object) -> bool:
+    """Whether the pod's revision gets no requests, and the autoscaler scales it to zero.
+
+    An HPA keeps one pod; a revision that was never Ready keeps its pods until its progress deadline.
+    """
+    name = pod["metadata"]["labels"]["serving.knative.dev/revision"]
+    revision = api.objects.get((SERVICE[0], "revisions", pod["metadata"]["namespace"], name))
+    if name in _revisions_with_traffic(service):
+        return False
+    if revision is None:
+        return True
+    hpa = revision["metadata"]["annotations"].get(_CLASS, "").startswith("hpa.")
+    return not hpa and bool(revision.get("status"))
 
 
 def _route_meanwhile(api: "KubernetesApi", service: Object) -> None:
@@ -276,12 +347,7 @@ def _configure(api: "KubernetesApi", service: Object) -> Object:
     old = api.objects.get((SERVICE[0], "configurations", metadata["namespace"], metadata["name"]))
     if old is not None and old["spec"]["template"] == template:
         return old
-    own = {
-        "name": metadata["name"],
-        "namespace": metadata["namespace"],
-        "labels": {"serving.knative.dev/service": metadata["name"]},
-        "generation": old["metadata"]["generation"] + 1 if old else 1,
-    }
+    own = _owned_by(api, service) | {"generation": old["metadata"]["generation"] + 1 if old else 1}
     status = (old or {}).get("status") or {"observedGeneration": 0}
     return api.put(
         {"apiVersion": SERVICE[0], "kind": "Configuration", "metadata": own, "spec": {"template": template}, "status": status}

@@ -40,7 +40,12 @@ KINDS: dict[str, dict[str, str]] = {
     "policy/v1": {"PodDisruptionBudget": "poddisruptionbudgets"},
     "rbac.authorization.k8s.io/v1": {"Role": "roles", "RoleBinding": "rolebindings"},
     "networking.k8s.io/v1": {"NetworkPolicy": "networkpolicies"},
-    "serving.knative.dev/v1": {"Service": "services", "Configuration": "configurations", "Revision": "revisions"},
+    "serving.knative.dev/v1": {
+        "Service": "services",
+        "Route": "routes",
+        "Configuration": "configurations",
+        "Revision": "revisions",
+    },
     "autoscaling.internal.knative.dev/v1alpha1": {"PodAutoscaler": "podautoscalers"},
 }
 EVENTING = {
@@ -78,6 +83,8 @@ class KubernetesApi:
         self.calls: set[tuple[str, str, str, str]] = set()  # (verb, API group, resource, namespace) of all requests
         self.unknown: list[str] = []  # requests that a real API may know and this one does not
         self.lingering_gateways = 0  # number of pod lists that still show pods of a replaced gateway
+        self.routed_elsewhere: set[str] = set()  # revisions that a Route of no Service uses
+        self.collection_held = False  # the garbage collector removes nothing yet
         self._version = itertools.count(1)
         self.changed = threading.Condition()
         self.controllers = Controllers(self)
