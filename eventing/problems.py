@@ -5,7 +5,7 @@ There is one class per condition. Its `type` tells Lamina's refusals from the in
 """
 
 from collections.abc import Iterator
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Self
 
 import msgspec
 
@@ -91,6 +91,16 @@ class ContextExceeded(InvalidRequest):
     """422. Prompt and answer do not fit into the model's context. A retry does not help."""
 
     name, title = "context-length-exceeded", "The model's context does not hold it"
+
+    @classmethod
+    def by(cls, seen: str, context_length: int) -> Self:
+        """The error in the OpenAI API's words, by which client programs recognize it. All its places use this.
+
+        seen: what does not fit, as the rest of a sentence. context_length: in tokens.
+        """
+        return cls(
+            f"This model's maximum context length is {context_length} tokens. However, {seen}. Please reduce its length."
+        )
 
 
 class QueueFull(Problem):

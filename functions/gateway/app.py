@@ -92,9 +92,7 @@ def create_app(
     claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
     scores = None
     if config.scores == "on":
-        scores = ScoreEntry(
-            lambda: service().text, claims, pipeline=config.pipeline, source=source, token=config.pipeline_token
-        )
+        scores = ScoreEntry(service, claims, pipeline=config.pipeline, source=source, token=config.pipeline_token)
     CloudEventsAPI(service, clients, claims, scores, source, config.request_timeout_seconds).register(app)
     TokensAPI(service, clients).register(app)
     if watched is not None:

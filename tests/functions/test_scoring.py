@@ -234,7 +234,7 @@ def test_a_request_may_wait_in_the_store(steps: Steps, published: Published) -> 
         claims = ClaimCheck(store, published.store.bucket)
         by_claim_check = claims.check_in(request(ScoreRequest(text="word " * 20_000)), datetime.now(UTC))
     assert by_claim_check.get_data() is None
-    with pytest.raises(InvalidRequest, match=f"context is {CONTEXT}"):
+    with pytest.raises(InvalidRequest, match=f"context length is {CONTEXT}"):
         steps.send(steps.urls[0], by_claim_check)
 
 
@@ -280,7 +280,7 @@ def test_nothing_is_kept(steps: Steps, stages: list[FunctionProcess]) -> None:
     ("data", "problem", "words"),
     [
         (ScoreRequest(text="", token_ids=None), MalformedEvent, "text"),
-        (ScoreRequest(token_ids=tuple([5] * (CONTEXT + 1))), InvalidRequest, f"context is {CONTEXT}"),
+        (ScoreRequest(token_ids=tuple([5] * (CONTEXT + 1))), InvalidRequest, f"context length is {CONTEXT}"),
         (ScoreRequest(token_ids=(5, 300)), InvalidRequest, "300"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from eventing.problems import ContextExceeded, InvalidRequest, Problem
 from eventing.wire.events import Grammar
@@ -17,6 +18,8 @@ from functions.gateway.scheduling.sequence import Prompt
 from functions.gateway.text.text_stream import TextStream
 from functions.gateway.text.tokenizer import ModelText
 from functions.observing.tracing import PASSING, TraceContext, Tracer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,22 @@ class AnswerService:
             raise
         return Generation(context.request_id, answers, request.n, context.gone, self._metrics)
 
+    def use_text(self, client_id: str, work: Callable[[ModelText], T], tokens: Callable[[T], int] = lambda _: 0) -> T:
+        """Serves a request that gets no answer from the pipeline: returns what `work` makes of it with the model's text.
+
+        Meanwhile the request counts as waiting and as one of its client's answers. tokens: of the result, those that count for
+        the client's limits. Raises InvalidRequest, QueueFull, RateLimited, NotReady, and what `work` raises.
+        """
+        release = self._limits.admit(client_id)
+        used = 0
+        try:
+            with self._scheduler.entering(client_id):
+                result = work(self.text)
+            used = tokens(result)
+            return result
+        finally:
+            release(used)
+
     def _encode_prompts(self, request: GenerateRequest, client_id: str) -> list[EncodedPrompt]:
         """Encodes the request's prompts. Checks lengths and the queue before it renders, tokenizes or compiles anything."""
         if request.messages is not None:
@@ -111,8 +130,7 @@ class AnswerService:
             return EncodedPrompt(token_ids, predicted_ids)
         if prompt is None or isinstance(prompt, str):
             return EncodedPrompt(self.text.encode(prompt or ""), predicted_ids, prompt or "")
-        text = self.text.tokenizer.decode(list(prompt), skip_special_tokens=False) if request.echo else ""
-        return EncodedPrompt(prompt, predicted_ids, text)
+        return EncodedPrompt(prompt, predicted_ids, self.text.decode(prompt) if request.echo else "")
 
     def _begin_answer(
         self, request: GenerateRequest, encoded: EncodedPrompt, context: RequestContext, release: Release
@@ -173,8 +191,5 @@ class AnswerService:
         context = self.text.context_length
         longest = context - len(token_ids)
         if longest < (0 if max_tokens == 0 else 1):
-            raise ContextExceeded(
-                f"the prompt has {len(token_ids)} tokens and the model's context is {context}, which must hold the answer too; "
-                "shorten the prompt"
-            )
+            raise ContextExceeded.by(f"your prompt has {len(token_ids)} tokens, and the answer needs some too", context)
         return longest

@@ -89,7 +89,7 @@ class CloudEventsAPI:
         check_not_expired(event.get_attributes(), datetime.now(UTC))
         event = self._claims.redeem(event)
         if event.get_type() == EventType.SCORE_REQUEST:
-            return self._score(event)
+            return self._score(event, client_id)
         listener = self._listen(event, client_id, arrived)
         g.answering = True
         if _wants_stream():
@@ -99,7 +99,7 @@ class CloudEventsAPI:
         to_http = to_structured_http if content_type.startswith(STRUCTURED_CONTENT_TYPE) else to_binary_http
         return whole_response(listener, lambda: _http_response(to_http(self._response(event, listener))))
 
-    def _score(self, event: CloudEvent) -> Response:
+    def _score(self, event: CloudEvent, client_id: str) -> Response:
         """Begins to score a prompt: the reply is the event that a Knative Sequence then delivers to the first stage.
 
         That event contains the pipeline's token, so only a Sequence may get it. Raises UnknownEventType if the request does not
@@ -109,7 +109,7 @@ class CloudEventsAPI:
             raise UnknownEventType(f"{event.get_type()} goes to the Broker, whose gateway is not this one")
         if "reply" not in request.headers.get("Prefer", "").lower().split():
             raise UnknownEventType(f"{event.get_type()} goes to the Broker: this gateway takes it from a Sequence only")
-        return _http_response(to_binary_http(self._scores.begin(event)))
+        return _http_response(to_binary_http(self._scores.begin(event, client_id)))
 
     def _listen(self, event: CloudEvent, client_id: str, arrived: float) -> Listener:
         """Begins the answer to a generate request, or joins it if the same event is being answered or was answered recently.

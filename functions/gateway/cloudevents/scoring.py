@@ -14,6 +14,7 @@ from eventing.wire.events import Attribute, Batch, EventType
 from eventing.wire.framing import expiry_time
 from eventing.wire.score import ScoreRequest, score_row
 from eventing.wire.signature import sign
+from functions.gateway.answers.service import AnswerService
 from functions.gateway.text.tokenizer import ModelText
 
 SCORE_LIFETIME: Final = timedelta(hours=1)
@@ -24,23 +25,26 @@ every step and a cold start take."""
 class ScoreEntry:
     """Turns score requests into signed events for the first stage.
 
-    text: returns the model's text; raises NotReady before the tokenizer is loaded. pipeline: the fingerprint. source: the
-    events' attribute `source`. token: the pipeline's token, which signs the events.
+    service: raises NotReady before the tokenizer is loaded. pipeline: the fingerprint. source: the events' attribute `source`.
+    token: the pipeline's token, which signs the events.
     """
 
-    def __init__(self, text: Callable[[], ModelText], claims: ClaimCheck, *, pipeline: str, source: str, token: str) -> None:
-        self._text = text
+    def __init__(
+        self, service: Callable[[], AnswerService], claims: ClaimCheck, *, pipeline: str, source: str, token: str
+    ) -> None:
+        self._service = service
         self._claims = claims
         self._pipeline = pipeline
         self._source = source
         self._token = token
 
-    def begin(self, request: CloudEvent) -> CloudEvent:
+    def begin(self, request: CloudEvent, client_id: str) -> CloudEvent:
         """The signed event for layer 0. Its id is that of a reply to `request`; large data goes to the store (claim check).
 
-        Raises a Problem if the request cannot be read or scored, or if the store fails.
+        Raises a Problem if the request cannot be read or scored, exceeds the client's limits, or if the store fails.
         """
-        token_ids = self._token_ids(json_data(request, ScoreRequest))
+        data = json_data(request, ScoreRequest)
+        token_ids = self._service().use_text(client_id, lambda text: _token_ids(data, text), len)
         id_, now = reply_id(request), datetime.now(UTC)
         latest = now + SCORE_LIFETIME
         batch = Batch((score_row(id_, len(token_ids)),), memoryview(array("i", token_ids)))
@@ -53,14 +57,11 @@ class ScoreEntry:
         event = batch_event(EventType.FORWARD, self._source, batch, id=id_, **attributes)
         return self._claims.check_in(sign(event, self._token), now)
 
-    def _token_ids(self, request: ScoreRequest) -> list[int]:
-        """The tokens to score. Raises InvalidRequest if there is nothing to score, or if the tokens exceed the context."""
-        text = self._text()
-        token_ids = text.encode(request.text) if request.text is not None else list(request.token_ids or ())
-        if len(token_ids) < 2:
-            raise InvalidRequest("a text of one token has nothing to score: each token is scored by those before it")
-        if len(token_ids) > text.context_length:
-            raise InvalidRequest(
-                f"the text has {len(token_ids)} tokens and the model's context is {text.context_length}; score it in parts"
-            )
-        return token_ids
+
+def _token_ids(request: ScoreRequest, text: ModelText) -> list[int]:
+    """The tokens to score. Raises InvalidRequest for a single token or an unknown one, ContextExceeded for too many."""
+    token_ids = text.encode(request.text) if request.text is not None else list(request.token_ids or ())
+    if len(token_ids) < 2:
+        raise InvalidRequest("a text of one token has nothing to score: each token is scored by those before it")
+    text.check_ids(token_ids)
+    return token_ids

@@ -6,16 +6,16 @@ from typing import Annotated, Final
 from flask import Flask, Response, request
 from msgspec import Meta, Struct
 
-from eventing.problems import InvalidRequest
+from eventing.wire.events import MAX_POSITION, TokenId
 from functions.gateway.answers.access_log import log_entry
 from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.service import AnswerService
 from functions.gateway.openai.requests import ChatMessage
 from functions.gateway.openai.validation import read_request
+from functions.gateway.text.tokenizer import ModelText
 from functions.hosting.web import json_response
 
 VERSION: Final = "0.1.0"
-_MAX_TOKENS: Final = 2**20
 
 
 class TokenizeRequest(Struct, frozen=True, kw_only=True):
@@ -32,7 +32,7 @@ class TokenizeRequest(Struct, frozen=True, kw_only=True):
 
 
 class DetokenizeRequest(Struct, frozen=True, kw_only=True):
-    tokens: Annotated[tuple[Annotated[int, Meta(ge=0, lt=2**31)], ...], Meta(max_length=_MAX_TOKENS)]
+    tokens: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_POSITION)]
     model: str | None = None
 
 
@@ -48,21 +48,25 @@ class TokensAPI:
         app.get("/version", endpoint="version")(lambda: json_response({"version": VERSION}))
 
     def _tokenize(self) -> Response:
-        log_entry().client_id = self._clients.identify(request)
+        client_id = log_entry().client_id = self._clients.identify(request)
         body = read_request(request.get_data(cache=False), TokenizeRequest)
-        text = self._service().text
-        if body.messages is not None:
-            token_ids = text.encode_messages([message.message() for message in body.messages])
-        else:
+
+        def encode(text: ModelText) -> list[int]:
+            if body.messages is not None:
+                return text.encode_messages([message.message() for message in body.messages])
             prompt = body.prompt or ""
-            token_ids = text.encode(prompt) if body.add_special_tokens else text.encode_expected(prompt)
-        return json_response({"count": len(token_ids), "max_model_len": text.context_length, "tokens": token_ids})
+            return text.encode(prompt) if body.add_special_tokens else text.encode_expected(prompt)
+
+        service = self._service()
+        token_ids = service.use_text(client_id, encode)
+        return json_response({"count": len(token_ids), "max_model_len": service.text.context_length, "tokens": token_ids})
 
     def _detokenize(self) -> Response:
-        log_entry().client_id = self._clients.identify(request)
+        client_id = log_entry().client_id = self._clients.identify(request)
         body = read_request(request.get_data(cache=False), DetokenizeRequest)
-        tokenizer = self._service().text.tokenizer
-        vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
-        if unknown := [token for token in body.tokens if token >= vocabulary]:
-            raise InvalidRequest(f"token {unknown[0]} is outside of the vocabulary of {vocabulary}")
-        return json_response({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+        def decode(text: ModelText) -> str:
+            text.check_ids(body.tokens)
+            return text.decode(body.tokens)
+
+        return json_response({"prompt": self._service().use_text(client_id, decode)})

@@ -4,7 +4,7 @@ It runs in jinja2's sandbox, with the filters, functions and tags that transform
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, Final, NoReturn
@@ -47,14 +47,15 @@ class ChatTemplate:
     def render(
         self,
         turns: Sequence[Mapping[str, Any]],
-        max_characters: int,
+        check: Callable[[int], object],
         values: Mapping[str, Any] = MappingProxyType({}),
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """The conversation as text, up to the begin of the assistant's next answer.
 
-        turns, tools: messages and functions as dicts, which templates read. values: further variables of the template. Raises
-        InvalidRequest if the template does not use one of them, if it refuses the messages, or beyond `max_characters`.
+        turns, tools: messages and functions as dicts, which templates read. check: is called with the number of characters
+        so far, and raises the error if they are too many. values: further variables of the template. Raises InvalidRequest if
+        the template does not use one of them, or if it refuses the messages.
         """
         if unknown := values.keys() - (self._variables - _RESERVED):
             raise InvalidRequest(f"the model's chat template knows no `{min(unknown)}`; leave it out")
@@ -65,10 +66,7 @@ class ChatTemplate:
             for piece in self._template.generate({**self._special_tokens, **values, **own}):
                 pieces.append(piece)
                 characters += len(piece)
-                if characters > max_characters:
-                    raise InvalidRequest(
-                        f"the messages become more than {max_characters} characters of text; the context holds fewer"
-                    )
+                check(characters)
         except _REFUSALS as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}") from error
         return "".join(pieces)

@@ -32,10 +32,8 @@ class Encoder:
     def check(self, characters: int) -> None:
         """Raises ContextExceeded if no text with this number of characters can fit."""
         if characters > self.max_characters:
-            raise ContextExceeded(
-                f"the text has {characters} characters; the model's context is {self._context_length} tokens, which is "
-                f"{self.max_characters} characters at most; shorten it"
-            )
+            seen = f"your text has {characters} characters or more, and that many tokens hold {self.max_characters} at most"
+            raise ContextExceeded.by(seen, self._context_length)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """The text's token ids. Raises ContextExceeded if it cannot fit, without encoding much more than would fit."""
@@ -50,10 +48,8 @@ class Encoder:
         length = 2 * self._context_length
         while length < len(text):
             if len(self._encode(text[:length], False)) > _MARGIN * self._context_length + self._longest_token:
-                raise ContextExceeded(
-                    f"the first {length} of the text's {len(text)} characters alone have more tokens than the model's context "
-                    f"is {self._context_length}; shorten it"
-                )
+                seen = f"your text has {len(text)} characters, of which the first {length} alone are more tokens"
+                raise ContextExceeded.by(seen, self._context_length)
             length *= 2
         return self._encode(text, add_special_tokens)
 

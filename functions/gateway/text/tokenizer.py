@@ -80,9 +80,7 @@ class ModelText:
     def check_messages(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> None:
         """Raises ContextExceeded if a conversation with its tools cannot fit into the context. Looks at lengths only."""
         if len(messages) > self.context_length:
-            raise ContextExceeded(
-                f"{len(messages)} messages are more than the model's context has tokens, {self.context_length}; send fewer"
-            )
+            raise ContextExceeded.by(f"your {len(messages)} messages have at least a token each", self.context_length)
         characters = sum(len(message.content) for message in messages)
         calls = (call for message in messages for call in message.tool_calls)
         characters += sum(len(call.function.name) + len(call.function.arguments) for call in calls)
@@ -92,12 +90,10 @@ class ModelText:
     def check_ids(self, token_ids: Sequence[int]) -> None:
         """Raises InvalidRequest for a token outside of the vocabulary, ContextExceeded for too many tokens."""
         vocabulary = self.tokenizer.get_vocab_size(with_added_tokens=True)
-        if (greatest := max(token_ids)) >= vocabulary:
+        if (greatest := max(token_ids, default=0)) >= vocabulary:
             raise InvalidRequest(f"token {greatest} is outside of the vocabulary of {vocabulary}")
         if len(token_ids) > self.context_length:
-            raise ContextExceeded(
-                f"the prompt has {len(token_ids)} tokens, the model's context {self.context_length}; shorten it"
-            )
+            raise ContextExceeded.by(f"your prompt has {len(token_ids)} tokens", self.context_length)
 
     def encode(self, prompt: str) -> list[int]:
         """A prompt's token ids, with the special tokens that the tokenizer puts around a text. Raises ContextExceeded."""
@@ -120,8 +116,14 @@ class ModelText:
         self.check_messages(messages, tools)
         turns = self.tools.turns(messages, tools)
         in_template = described(tools) if self.tools.in_template else []
-        text = self.template.render(turns, self.encoder.max_characters, values, in_template)
+        text = self.template.render(turns, self.encoder.check, values, in_template)
         return self.encoder.encode(text, add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, with that of special tokens. Other threads run meanwhile."""
+        # The library releases the GIL for batches but not for a single list.
+        (text,) = self.tokenizer.decode_batch([list(token_ids)], skip_special_tokens=False)
+        return text
 
     def reasoning(self, prompt_ids: Sequence[int]) -> Reasoning | None:
         """A Reasoning for the answer to this rendered prompt; None if the model's chat template has no mark for thoughts."""

@@ -123,6 +123,39 @@ def test_ten_thousand_requests_beyond_a_limit_are_not_tokenized(pipeline: Pipeli
     assert chat(client, "bob").status_code == 200
 
 
+TEXTS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
+    ("/tokenize", {}, {"prompt": "Hi"}),
+    ("/tokenize", {}, {"messages": [{"role": "user", "content": "Hi"}]}),
+    ("/detokenize", {}, {"tokens": [70, 71]}),
+    ("/", EVENT | {"ce-type": "dev.lamina.score.request", "Prefer": "reply"}, {"text": "Hi"}),
+]
+
+
+@pytest.mark.parametrize(("path", "headers", "body"), TEXTS)
+def test_requests_that_only_encode_or_decode_a_text_are_limited_too(
+    pipeline: Pipeline, path: str, headers: dict[str, str], body: dict[str, Any]
+) -> None:
+    limits = {"LAMINA_CLIENT_REQUESTS_PER_MINUTE": "3", "LAMINA_CLIENT_CONCURRENT": "1", "LAMINA_SCORES": "on"}
+    client = client_of(pipeline, **limits)
+    pipeline.full = QueueFull("256 wait")
+    assert client.post(path, json=body, headers=headers).get_json()["detail"] == "256 wait"
+    pipeline.full = None
+    wrong = body | ({"tokens": [2**30]} if "tokens" in body else {"prompt": "x" * 9999} if "prompt" in body else {})
+    assert client.post(path, json=wrong, headers=headers).status_code in (200, 422)
+    assert client.post(path, json=body, headers=headers).status_code == 200
+    refused = client.post(path, json=body, headers=headers)
+    assert (refused.status_code, refused.get_json()["type"]) == (429, "urn:lamina:problem:rate-limited")
+    assert refused.headers["Retry-After"]
+    assert pipeline.entered == 3
+
+
+def test_the_tokens_of_scored_texts_count(pipeline: Pipeline) -> None:
+    client = client_of(pipeline, LAMINA_SCORES="on", LAMINA_CLIENT_TOKENS_PER_MINUTE="20")
+    path, headers, body = TEXTS[-1]
+    statuses = [client.post(path, json=body | {"text": "x" * 15}, headers=headers).status_code for _ in range(3)]
+    assert statuses == [200, 200, 429]
+
+
 def test_nothing_is_counted_without_limits() -> None:
     limits = ClientLimits(Quota())
     for _ in range(100):

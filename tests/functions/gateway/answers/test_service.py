@@ -1,6 +1,8 @@
 """Answers in both APIs: how they end, fail, and are refused."""
 
 import json
+import re
+from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
@@ -151,15 +153,45 @@ def test_an_answer_is_cancelled_if_its_client_leaves_before_the_first_byte(clien
 def test_prompt_and_answer_fit_into_the_context(client: FlaskClient, pipeline: Pipeline) -> None:
     ask(client, {"prompt": "x" * 50, "max_tokens": 1000})
     assert pipeline.prompts[0].max_tokens == CONTEXT - 51
-    refused = ask(client, {"prompt": "x" * 63})
-    assert refused.status_code == 422
-    assert "64 tokens" in refused.get_json()["detail"]
-    refused = chat(client, messages=[{"role": "user", "content": "x" * 63}])
-    assert refused.status_code == 400
-    assert (refused.get_json()["error"]["code"], refused.get_json()["error"]["param"]) == (
-        "context_length_exceeded",
-        "messages",
-    )
+
+
+SCORE = EVENT | {"ce-type": "dev.lamina.score.request", "Prefer": "reply"}
+TOO_LONG: list[tuple[str, dict[str, str], dict[str, Any]]] = [
+    *(
+        (path, headers, body)
+        for count in (63, 200, 5000)
+        for path, headers, body in (
+            ("/v1/chat/completions", {}, {"model": "tiny", "messages": [{"role": "user", "content": "x" * count}]}),
+            ("/v1/chat/completions", {}, {"model": "tiny", "messages": [{"role": "user", "content": "x"}] * count}),
+            ("/v1/completions", {}, {"model": "tiny", "prompt": "x" * count}),
+            ("/v1/completions", {}, {"model": "tiny", "prompt": [7] * (count + 1)}),
+            ("/v1/responses", {}, {"model": "tiny", "input": "x" * count}),
+            ("/", EVENT, {"prompt": "x" * count}),
+            ("/", SCORE, {"text": "x" * (count + 1)}),
+            ("/", SCORE, {"token_ids": [7] * (count + 2)}),
+        )
+    ),
+    ("/tokenize", {}, {"prompt": "x" * 5000}),
+    ("/tokenize", {}, {"messages": [{"role": "user", "content": "x" * 50}]}),
+    ("/detokenize", {}, {"tokens": [7] * 65}),
+]
+
+
+@pytest.mark.parametrize(("path", "headers", "body"), TOO_LONG)
+def test_what_exceeds_the_context_gets_the_error_that_client_programs_know(
+    pipeline: Pipeline, path: str, headers: dict[str, str], body: dict[str, Any]
+) -> None:
+    """LiteLLM, LangChain and Open WebUI look for these words or for the code."""
+    growing = "{% for n in range(99) %}{{ messages[0].content }}{% endfor %}"
+    reply = client_of(pipeline, template=growing, LAMINA_SCORES="on").post(path, headers=headers, json=body).get_json()
+    if path.startswith("/v1"):
+        words, code = reply["error"]["message"], reply["error"]["code"]
+        assert reply["error"]["param"] == {"chat/completions": "messages", "completions": "prompt"}.get(path[4:], "input")
+    else:
+        words, code = reply["detail"], reply["type"].removeprefix("urn:lamina:problem:").replace("-", "_")
+    assert re.match(r"This model's maximum context length is 64 tokens\. However, your .*\. Please reduce its length\.$", words)
+    assert code == "context_length_exceeded"
+    assert not pipeline.prompts
 
 
 @pytest.mark.parametrize("content", ["7" * 100_000, "7" * 500])

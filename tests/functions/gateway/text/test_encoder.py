@@ -36,7 +36,7 @@ def test_a_text_that_cannot_fit_is_refused_by_its_length() -> None:
     tokenizer = RecordingTokenizer()
     encoder = Encoder(tokenizer, CONTEXT)  # type: ignore[arg-type]
     assert encoder.max_characters == CONTEXT * LONGEST
-    with pytest.raises(InvalidRequest, match=f"1000000 characters; the model's context is {CONTEXT} tokens"):
+    with pytest.raises(InvalidRequest, match=f"{CONTEXT} tokens. However, your text has 1000000 characters"):
         encoder.encode("7" * 1_000_000, add_special_tokens=True)
     assert tokenizer.characters == []
 
@@ -44,7 +44,7 @@ def test_a_text_that_cannot_fit_is_refused_by_its_length() -> None:
 def test_encoding_stops_when_a_prefix_shows_that_the_text_cannot_fit() -> None:
     tokenizer = RecordingTokenizer()
     encoder = Encoder(tokenizer, CONTEXT)  # type: ignore[arg-type]
-    with pytest.raises(InvalidRequest, match=f"the first {2 * CONTEXT} of the text's {CONTEXT * LONGEST} characters"):
+    with pytest.raises(InvalidRequest, match=f"{CONTEXT * LONGEST} characters, of which the first {2 * CONTEXT} alone"):
         encoder.encode("7" * CONTEXT * LONGEST, add_special_tokens=True)
     assert tokenizer.characters == [2 * CONTEXT]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from eventing.problems import InvalidRequest
+from eventing.problems import ContextExceeded, InvalidRequest
 from eventing.wire.generation import Message
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.tokenizer import ModelText
@@ -87,7 +87,7 @@ def load(**files: Any) -> ModelText:
 def test_templates_render_as_in_transformers(tmp_path: Path, template: str) -> None:
     reference = transformers_tokenizer(tmp_path, template)
     expected = reference.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True)
-    rendered = ChatTemplate(template, {"bos_token": "<s>", "eos_token": "<|im_end|>"}).render(TURNS, 1000)
+    rendered = ChatTemplate(template, {"bos_token": "<s>", "eos_token": "<|im_end|>"}).render(TURNS, lambda _: None)
     assert rendered == expected
 
 
@@ -112,7 +112,7 @@ def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
 )
 def test_an_error_in_a_template_is_an_invalid_request(template: str, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
-        ChatTemplate(template, {}).render(TURNS, 1000)
+        ChatTemplate(template, {}).render(TURNS, lambda _: None)
 
 
 def test_rendering_stops_when_the_text_becomes_too_long() -> None:
@@ -124,14 +124,18 @@ def test_rendering_stops_when_the_text_becomes_too_long() -> None:
             rendered.append(1)
             return self
 
-    with pytest.raises(InvalidRequest, match="more than 1000 characters"):
-        template.render([{"role": "user", "content": Counting("x" * 100)}], 1000)
+    def check(characters: int) -> None:
+        if characters > 1000:
+            raise ContextExceeded
+
+    with pytest.raises(ContextExceeded):
+        template.render([{"role": "user", "content": Counting("x" * 100)}], check)
     assert len(rendered) == 11
 
 
 def test_more_messages_than_tokens_are_not_rendered() -> None:
     text = load(chat_template__jinja=b"{{ raise_exception('rendered') }}")
-    with pytest.raises(InvalidRequest, match="65 messages are more than the model's context has tokens, 64"):
+    with pytest.raises(InvalidRequest, match="your 65 messages have at least a token each"):
         text.encode_messages([Message("user", "")] * 65)
     with pytest.raises(InvalidRequest, match="10000 characters"):
         text.encode_messages([Message("user", "x" * 5000)] * 2)
