@@ -278,6 +278,12 @@ class GatewayConfig(CommonConfig):
         "format of the model's tool calls; auto: as its chat template shows",
         "auto",
     )
+    parse_control_tokens: str = setting(
+        "LAMINA_PARSE_CONTROL_TOKENS",
+        parsers.one_of("on", "off"),
+        "on: text of messages and tools that spells a control token, such as <|im_end|>, becomes the token; off: it stays text",
+        "off",
+    )
     scores: str = setting(
         "LAMINA_SCORES",
         parsers.one_of("on", "off"),

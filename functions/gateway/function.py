@@ -85,7 +85,8 @@ class GatewayFunction:
             reader = ObjectReader(self._config.store)
             manifest = read_publication(self._config, reader)
             self._start_up.mark("connect")
-            text = ModelText.load(reader, manifest, self._config.tool_parser)
+            parses = self._config.parse_control_tokens == "on"
+            text = ModelText.load(reader, manifest, self._config.tool_parser, parses)
             reader.close()
         except (StorageError, WrongPublication) as error:
             _log.error("the gateway cannot start: %s", error)

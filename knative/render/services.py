@@ -301,6 +301,7 @@ def _gateway_env(pipeline: ResolvedPipeline, key_secrets: Sequence[str], for_eve
             LAMINA_DRAFT_TOKENS=gateway.draft_tokens,
             LAMINA_PREFIX_SHARING=gateway.prefix_sharing,
             LAMINA_TOOL_PARSER=gateway.tool_parser,
+            LAMINA_PARSE_CONTROL_TOKENS="on" if gateway.parse_control_tokens else None,
             LAMINA_STAGES_AT_ONCE=gateway.stages_at_once,
             LAMINA_COLD_START_TIMEOUT_SECONDS=gateway.cold_start_timeout_seconds,
             LAMINA_REQUEST_TIMEOUT_SECONDS=gateway.request_timeout_seconds,

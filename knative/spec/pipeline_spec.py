@@ -249,6 +249,9 @@ class GatewaySpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     # Sharing of cached prefixes. Unset: client if there are API keys, else pipeline.
     prefix_sharing: Annotated[str, Meta(pattern="^(pipeline|client|off)$")] | None = None
     tool_parser: Literal["hermes", "llama3_json", "mistral"] | None = None  # syntax of tool calls. Unset: by the chat template
+    # Text of messages and tools that spells a control token, such as <|im_end|>, becomes that token. Then any text can end its
+    # message and open a system turn: set it only if nothing in messages comes from strangers.
+    parse_control_tokens: bool = False
     queue_limit: Positive | None = None
     cold_start_timeout_seconds: Seconds | None = None
     request_timeout_seconds: Seconds | None = None

@@ -40,6 +40,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "flask": ("functions/",),
     "httptools": ("functions/hosting/requests.py", "eventing/http/delivery.py", "knative/local/http/"),
     "tokenizers": (
+        "functions/gateway/text/control_tokens.py",
         "functions/gateway/text/encoder.py",
         "functions/gateway/text/tokenizer.py",
         "functions/gateway/text/text_stream.py",

@@ -12,13 +12,14 @@ from typing import Any, Final, NoReturn
 from jinja2 import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.meta import find_undeclared_variables
-from jinja2.nodes import Node
+from jinja2.nodes import Const, Node, TemplateData
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from eventing.problems import InvalidRequest
 from functions.gateway.text import reasoning
 
+GUARD: Final = "\ufdd0"  # a Unicode noncharacter, which `control_tokens` puts into texts of clients
 _RESERVED: Final = frozenset({"messages", "add_generation_prompt", "tools"})  # variables that the gateway sets
 _REFUSALS: Final = (TemplateError, TypeError, ValueError, LookupError)  # raised for messages that a template does not expect
 
@@ -37,7 +38,10 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda format: datetime.now().astimezone().strftime(format)
         self.source = source
         self._template = environment.from_string(source)
-        self._variables = find_undeclared_variables(environment.parse(source))
+        parsed = environment.parse(source)
+        self._variables = find_undeclared_variables(parsed)
+        written = [node.data for node in parsed.find_all(TemplateData)] + [node.value for node in parsed.find_all(Const)]
+        self.texts = [text for text in written if isinstance(text, str)]  # those in the template itself, which it may write
         self._special_tokens = dict(special_tokens)
         self.reasons = reasoning.END in source  # the model thinks before it answers
 
@@ -90,7 +94,8 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """The template filter `tojson`. It does not escape HTML, unlike jinja2's own filter of this name."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    written = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return written.replace("\\ufdd0", GUARD) if ensure_ascii else written
 
 
 def _raise_exception(message: str) -> NoReturn:

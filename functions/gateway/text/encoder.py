@@ -35,26 +35,30 @@ class Encoder:
             seen = f"your text has {characters} characters or more, and that many tokens hold {self.max_characters} at most"
             raise ContextExceeded.by(seen, self._context_length)
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """The text's token ids. Raises ContextExceeded if it cannot fit, without encoding much more than would fit."""
+    def encode(self, text: str, *, add_special_tokens: bool, tokenizer: Tokenizer | None = None) -> list[int]:
+        """The text's token ids. Raises ContextExceeded if it cannot fit, without encoding much more than would fit.
+
+        tokenizer: one with the same tokens, if not the Encoder's own.
+        """
         self.check(len(text))
         if len(text) <= _LONG_CHARACTERS:
-            return self._encode_growing(text, add_special_tokens)
+            return self._encode_growing(text, add_special_tokens, tokenizer or self._tokenizer)
         with self._long_texts:
-            return self._encode_growing(text, add_special_tokens)
+            return self._encode_growing(text, add_special_tokens, tokenizer or self._tokenizer)
 
-    def _encode_growing(self, text: str, add_special_tokens: bool) -> list[int]:
+    def _encode_growing(self, text: str, add_special_tokens: bool, tokenizer: Tokenizer) -> list[int]:
         """Encodes prefixes of doubling length first, so that at most about three contexts of tokens are in memory."""
         length = 2 * self._context_length
         while length < len(text):
-            if len(self._encode(text[:length], False)) > _MARGIN * self._context_length + self._longest_token:
+            if len(_encode(text[:length], False, tokenizer)) > _MARGIN * self._context_length + self._longest_token:
                 seen = f"your text has {len(text)} characters, of which the first {length} alone are more tokens"
                 raise ContextExceeded.by(seen, self._context_length)
             length *= 2
-        return self._encode(text, add_special_tokens)
+        return _encode(text, add_special_tokens, tokenizer)
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        # The library releases the GIL for batches but not for single texts. `fast` omits offsets.
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        ids: list[int] = encoding.ids
-        return ids
+
+def _encode(text: str, add_special_tokens: bool, tokenizer: Tokenizer) -> list[int]:
+    # The library releases the GIL for batches but not for single texts. `fast` omits offsets.
+    (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    ids: list[int] = encoding.ids
+    return ids

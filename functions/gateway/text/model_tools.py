@@ -34,18 +34,21 @@ class ModelTools:
     def parser(self, tools: Sequence[Tool]) -> ToolCallParser:
         return ToolCallParser(self.format, frozenset(tool.function.name for tool in tools))
 
-    def turns(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[dict[str, Any]]:
-        """Messages as dicts, which the chat template reads. Adds a system prompt with `tools` if it does not present tools."""
+    def presented(self, turns: list[dict[str, Any]], tools: list[dict[str, Any]]) -> tuple[Any, Any]:
+        """The turns and tools that the chat template gets. If it presents no tools, the turns present them, and it gets none.
+
+        turns, tools: by `turns_of` and `described`.
+        """
         if self.in_template:
-            return [_turn(message) for message in messages]
-        turns = [_plain_turn(message) for message in messages]
+            return turns, tools
+        turns = [_plain_turn(turn) for turn in turns]
         if tools:
-            prompt = _SYSTEM_PROMPT.format(tools="\n".join(json.dumps(each, ensure_ascii=False) for each in described(tools)))
+            prompt = _SYSTEM_PROMPT.format(tools="\n".join(json.dumps(each, ensure_ascii=False) for each in tools))
             if turns[0]["role"] == "system":
                 turns[0]["content"] = f"{turns[0]['content']}\n\n{prompt}"
             else:
                 turns.insert(0, {"role": "system", "content": prompt})
-        return turns
+        return turns, []
 
 
 def described(tools: Sequence[Tool]) -> list[dict[str, Any]]:
@@ -57,6 +60,11 @@ def described(tools: Sequence[Tool]) -> list[dict[str, Any]]:
         fields = {"name": function.name, "description": function.description or "", "parameters": parameters}
         found.append({"type": "function", "function": fields})
     return found
+
+
+def turns_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as dicts, which chat templates read."""
+    return [_turn(message) for message in messages]
 
 
 def _turn(message: Message) -> dict[str, Any]:
@@ -73,17 +81,19 @@ def _turn(message: Message) -> dict[str, Any]:
     return turn
 
 
-def _plain_turn(message: Message) -> dict[str, Any]:
-    """The message for a template without tools: a call, or the result of one, is written as text."""
-    if message.role == "tool":
-        return {"role": "user", "content": f"<tool_response>\n{message.content}\n</tool_response>"}
-    if not message.tool_calls:
-        return {"role": message.role, "content": message.content}
-    parts = [message.content] if message.content else []
-    for call in message.tool_calls:
-        written = json.dumps({"name": call.function.name, "arguments": _arguments(call)}, ensure_ascii=False)
+def _plain_turn(turn: dict[str, Any]) -> dict[str, Any]:
+    """The turn for a template without tools: a call, or the result of one, is written as text."""
+    role, content = turn["role"], turn["content"]
+    if role == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
+    if "tool_calls" not in turn:
+        return {name: value for name, value in turn.items() if name in ("role", "content", "reasoning_content")}
+    parts = [content] if content else []
+    for call in turn["tool_calls"]:
+        function = call["function"]
+        written = json.dumps({"name": function["name"], "arguments": function["arguments"]}, ensure_ascii=False)
         parts.append(f"<tool_call>\n{written}\n</tool_call>")
-    return {"role": message.role, "content": "\n".join(parts)}
+    return {"role": role, "content": "\n".join(parts)}
 
 
 def _arguments(call: ToolCall) -> Any:

@@ -1,6 +1,7 @@
 """Splits an answer's text into thoughts, between <think> and </think> at its begin, and content."""
 
-from typing import Final, Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Any, Final, Literal, NamedTuple
 
 from functions.gateway.text.text_stream import overlap
 
@@ -16,6 +17,18 @@ class TextDelta(NamedTuple):
 def begins_inside(prompt: str) -> bool:
     """Whether the prompt ends with <think>, so that the answer begins with thoughts."""
     return prompt.rstrip().endswith(BEGIN)
+
+
+def thoughts_apart(turns: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns, with the assistant's thoughts moved from `content` to `reasoning_content`."""
+    return [_apart(turn) if turn["role"] == "assistant" and END in turn["content"] else turn for turn in turns]
+
+
+def _apart(turn: dict[str, Any]) -> dict[str, Any]:
+    reasoning = Reasoning(inside=BEGIN not in turn["content"].partition(END)[0])
+    parts = [*reasoning.push(turn["content"]), *reasoning.finish()]
+    thoughts, content = ("".join(part.text for part in parts if part.kind == kind) for kind in ("reasoning", "content"))
+    return {**turn, "content": content, "reasoning_content": thoughts}
 
 
 class Reasoning:

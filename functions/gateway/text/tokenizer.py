@@ -14,10 +14,11 @@ from eventing.problems import ContextExceeded, InvalidRequest
 from eventing.wire.generation import Message
 from eventing.wire.tools import Tool
 from functions.gateway.text.chat_template import ChatTemplate
+from functions.gateway.text.control_tokens import ControlTokens
 from functions.gateway.text.encoder import Encoder
 from functions.gateway.text.grammars import Grammars
-from functions.gateway.text.model_tools import ModelTools, described
-from functions.gateway.text.reasoning import Reasoning, begins_inside
+from functions.gateway.text.model_tools import ModelTools, described, turns_of
+from functions.gateway.text.reasoning import Reasoning, begins_inside, thoughts_apart
 from functions.gateway.text.tool_formats import format_of
 from storage.models.model_repository import ModelManifest, Reader, read_file
 
@@ -38,9 +39,11 @@ class ModelText:
     eos_ids: frozenset[int]
     context_length: int  # tokens
     tool_parser: str = "auto"  # name of a tool format; auto: as the template shows
+    parse_control_tokens: bool = False  # text of messages and tools that spells a control token becomes the token
     encoder: Encoder = field(init=False)
     grammars: Grammars = field(init=False)
     tools: ModelTools = field(init=False)
+    control: ControlTokens | None = field(init=False)  # None: nothing in messages is guarded
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "encoder", Encoder(self.tokenizer, self.context_length))
@@ -49,13 +52,17 @@ class ModelText:
         format = format_of("" if template is None else template.source, self.tool_parser)
         special = {str(token): id_ for id_, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         object.__setattr__(self, "tools", ModelTools(format, template is not None and template.uses("tools"), special))
+        guarded = None if template is None or self.parse_control_tokens else ControlTokens(self.tokenizer, template)
+        object.__setattr__(self, "control", guarded)
 
     @classmethod
-    def load(cls, reader: Reader, manifest: ModelManifest, tool_parser: str = "auto") -> Self:
+    def load(
+        cls, reader: Reader, manifest: ModelManifest, tool_parser: str = "auto", parse_control_tokens: bool = False
+    ) -> Self:
         """Reads the files that were published with the model.
 
-        tool_parser: name of a tool format, or auto. Raises ObjectNotFound if there is no tokenizer.json, ValueError for files
-        that cannot be parsed.
+        tool_parser, parse_control_tokens: as the fields. Raises ObjectNotFound if there is no tokenizer.json, ValueError for
+        files that cannot be parsed.
         """
         tokenizer = Tokenizer.from_str(read_file(reader, manifest, "tokenizer.json").decode())
         tokenizer.no_truncation()
@@ -71,6 +78,7 @@ class ModelText:
             _eos_ids(tokenizer, special, generation_config, config),
             manifest.context_length,
             tool_parser,
+            parse_control_tokens,
         )
 
     def check(self, prompt: str) -> None:
@@ -114,10 +122,16 @@ class ModelText:
         if self.template is None:
             raise InvalidRequest("the model has no chat template; send `prompt` instead of `messages`")
         self.check_messages(messages, tools)
-        turns = self.tools.turns(messages, tools)
-        in_template = described(tools) if self.tools.in_template else []
-        text = self.template.render(turns, self.encoder.check, values, in_template)
-        return self.encoder.encode(text, add_special_tokens=False)
+        turns, functions, values = turns_of(messages), described(tools), dict(values)
+        control = self.control
+        if control is not None and not control.are_in(turns, functions, values):
+            control = None
+        if control is not None:
+            turns = thoughts_apart(turns) if self.template.reasons else turns
+            turns, functions, values = control.guard(turns), control.guard(functions), control.guard(values)
+        turns, functions = self.tools.presented(turns, functions)
+        text = self.template.render(turns, self.encoder.check, values, functions)
+        return self.encoder.encode(text, add_special_tokens=False) if control is None else control.encode(text, self.encoder)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, with that of special tokens. Other threads run meanwhile."""

@@ -65,7 +65,8 @@ def test_functions_accept_every_rendered_environment() -> None:
     waits = dict.fromkeys(("cold_start_timeout_seconds", "request_timeout_seconds", "step_timeout_seconds"), 30.5)
     full = pipeline(
         stage=everything,
-        gateway={**knobs, **waits, **per_client, "api_keys_secret": ["keys", "more-keys"], "proxies": 2},
+        gateway={**knobs, **waits, **per_client, "api_keys_secret": ["keys", "more-keys"], "proxies": 2}
+        | {"parse_control_tokens": True},
     )
     for variant in (pipeline(), full):
         configs = [read_config(environment_of(service)) for service in services(variant)]
@@ -73,6 +74,7 @@ def test_functions_accept_every_rendered_environment() -> None:
         assert {(config.listen, config.metrics_port) for config in configs} == {("0.0.0.0", METRICS_PORT)}
         assert [config.layers for config in configs if isinstance(config, StageConfig)] == list(CUT)
     assert [config.sleep_seconds for config in configs if isinstance(config, StageConfig)] == [0.03, 0.09, 0.03]
+    assert [config.parse_control_tokens for config in configs if isinstance(config, GatewayConfig)] == ["on"]
     gateway = configs[-1]
     assert isinstance(gateway, GatewayConfig)
     assert gateway.access_log == "prompts"
