@@ -45,6 +45,18 @@ class Unauthorized(Problem):
     status, name, title = 401, "unauthorized", "The bearer token is missing or wrong"
 
 
+class CrossSite(Problem):
+    """403. A browser sent it for a page of another site. A retry does not help."""
+
+    status, name, title = 403, "cross-site", "Pages of this site may not ask here"
+
+
+class UnknownHost(Problem):
+    """421. The Host is no name of this function, so a page may have made it up. A retry does not help."""
+
+    status, name, title = 421, "unknown-host", "This function does not answer to that name"
+
+
 class UnknownEventType(Problem):
     """400. This function does not serve events of this type. A retry does not help."""
 

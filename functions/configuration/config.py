@@ -73,6 +73,7 @@ class CommonConfig:
     """Configuration that a stage and a gateway share."""
 
     port: int = setting("PORT", parsers.integer(0, 65535), "port for requests, set by Knative; 0: a free port", "8080")
+    service: str | None = setting("K_SERVICE", str, "name of the function's Knative Service, set by Knative", "")
     listen: str = setting(
         "LAMINA_LISTEN",
         parsers.address,
@@ -257,6 +258,13 @@ class GatewayConfig(CommonConfig):
         parsers.origins,
         "origins of pages that may send requests from browsers, such as https://chat.example, separated by commas, or *; "
         "unset: none",
+        "",
+    )
+    hosts: tuple[str, ...] | None = setting(
+        "LAMINA_HOSTS",
+        parsers.hosts,
+        "more names by which a gateway without API keys is asked, such as chat.example or *.example, separated by commas, or * "
+        "for any; IP addresses, localhost, cluster-local names and the Knative Service's URL need not be listed",
         "",
     )
     access_log: str = setting(

@@ -176,6 +176,14 @@ def origins(value: str) -> tuple[str, ...]:
     return found
 
 
+def hosts(value: str) -> tuple[str, ...]:
+    """`chat.example,*.corp.example` → both; `*`: any name."""
+    names = tuple(part.strip() for part in value.split(","))
+    if not all(re.fullmatch(r"\*|(\*\.)?[a-z0-9]([a-z0-9._-]*[a-z0-9])?", name) for name in names):
+        raise ValueError("names such as chat.example or *.example, in lower case, without a port, separated by commas; or *")
+    return names
+
+
 def networks(value: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
     """`10.244.0.0/16,fd00:10:244::/56` → both networks; a cluster may have IPv4 and IPv6 pods."""
     try:

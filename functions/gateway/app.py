@@ -18,6 +18,7 @@ from functions.gateway.answers.authentication import Clients, KeyRing
 from functions.gateway.answers.client_limits import ClientLimits
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
+from functions.gateway.answers.sites import Sites, check_media_type
 from functions.gateway.cloudevents.api import CloudEventsAPI
 from functions.gateway.cloudevents.scoring import ScoreEntry
 from functions.gateway.openai.api import OpenAIAPI
@@ -150,18 +151,21 @@ def client_limits(config: GatewayConfig, keys: KeyRing) -> ClientLimits:
     return ClientLimits(default, keys.quota, config.limits_store, config.model)
 
 
-def gateway_admission(keys: KeyRing) -> "Callable[[WSGIEnvironment], int]":
+def gateway_admission(config: GatewayConfig, keys: KeyRing) -> "Callable[[WSGIEnvironment], int]":
     """Returns a function with which the server checks a request's head before it reads the body.
 
     The function takes the WSGI environ and returns the most bytes that the body may have; 0 unless the method is POST. It
-    raises Unauthorized if the gateway has API keys and the request has no valid one.
+    raises Unauthorized if the gateway has API keys and the request has no valid one, UnknownHost or CrossSite if a page of
+    another site may have sent it, and UnsupportedMediaType if the body is not said to be JSON.
     """
-    clients = Clients(keys)
+    clients, sites = Clients(keys), Sites(config, is_open=keys.is_open)
 
     def admit(environ: "WSGIEnvironment") -> int:
+        sites.check(environ)
         if environ["REQUEST_METHOD"] != "POST":
             return 0
         clients.identify(Request(environ))
+        check_media_type(environ)
         return MAX_REQUEST_BYTES
 
     return admit

@@ -54,7 +54,7 @@ class GatewayFunction:
         self.service = Service(
             create_app(config, self._ready_answer_service, self._metrics, self._keys, watched=self._watched()),
             Management(self._metrics.registry, sick=self._running.scheduler.sick, ready=self._ready),
-            gateway_admission(self._keys),
+            gateway_admission(config, self._keys),
             threads=config.queue_limit + _RUNNING_THREADS,
             request_bytes=_REQUEST_BYTES,
         )

@@ -314,6 +314,7 @@ def _gateway_env(pipeline: ResolvedPipeline, key_secrets: Sequence[str], for_eve
             LAMINA_CLIENT_CONCURRENT=gateway.client_concurrent,
             LAMINA_CLIENT_MAX_TOKENS=gateway.client_max_tokens,
             LAMINA_CORS_ORIGINS=",".join(gateway.cors_origins) if gateway.cors_origins else None,
+            LAMINA_HOSTS=",".join(gateway.hosts) if gateway.hosts else None,
             LAMINA_API_KEY_FILES=",".join(f"{_KEYS_FOLDER}/{secret}/{KEYS_ENTRY}" for secret in key_secrets) or None,
             LAMINA_PROXIES=gateway.proxies,
             LAMINA_SCORES="on" if for_events else None,

@@ -267,6 +267,8 @@ class GatewaySpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     # Secret whose key `url` is a Redis in which all pods count together. Unset: each pod alone.
     limits_secret: str | None = None
     cors_origins: list[str] | None = None  # origins whose pages may ask from a browser, or `*`. Unset: none
+    # More names by which a gateway without API keys is asked; docs/security.md, Pages of other sites. Unset: none
+    hosts: list[str] | None = None
     # One line of JSON per request; prompts: with prompt and answer. Unset: on.
     access_log: Annotated[str, Meta(pattern="^(on|off|prompts)$")] | None = None
     proxies: Annotated[int, Meta(ge=0, le=16)] | None = None  # how many add to X-Forwarded-For, with queue-proxy. Unset: 1

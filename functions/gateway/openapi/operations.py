@@ -26,7 +26,7 @@ _CE_HEADERS: Final[Mapping[str, Mapping[str, object]]] = {
     "ce-type": {"enum": [EventType.GENERATE_REQUEST]},
     "ce-expirytime": {"format": "date-time"},
 }
-_BODY_ERRORS: Final = (400, 413, 429)
+_BODY_ERRORS: Final = (400, 403, 413, 415, 421, 429)
 _ANSWER_ERRORS: Final = (500, 503, 504)
 
 
@@ -55,7 +55,7 @@ def operations(*, with_page: bool) -> Iterator[Operation]:
         "if `Accept` names one",
         {JSON: GenerateResponse, STRUCTURED_CONTENT_TYPE: replies.GenerateResponseEvent, EVENT_STREAM_CONTENT_TYPE: None},
         {STRUCTURED_CONTENT_TYPE: replies.GenerateRequestEvent, JSON: GenerateRequest},
-        (*_BODY_ERRORS, 410, 415, 422, *_ANSWER_ERRORS),
+        (*_BODY_ERRORS, 410, 422, *_ANSWER_ERRORS),
         events=replies.CloudEvent,
         headers=_CE_HEADERS,
     )

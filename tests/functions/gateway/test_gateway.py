@@ -15,6 +15,7 @@ from eventing.http.sse import SSEDecoder
 from tests.support.functions.functions import FunctionProcess, gateway_environment, running_stages, wait_until
 from tests.support.functions.metrics import metric
 from tests.support.functions.scripted_gateway import EVENT
+from tests.support.functions.server import reply
 from tests.support.knative.kubernetes_watch import WatchServer
 from tests.support.storage.published import CUT, Published, until_end
 from tests.support.storage.tiny_models import greedy
@@ -160,3 +161,26 @@ def test_a_stream_is_finished_after_sigterm(published: Published, stage_urls: li
         connection.close()
         assert json.loads(last.data)["type"] == "dev.lamina.generate.response"
         assert gateway.wait_end(30) == 0
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "says"),
+    [
+        ("Host: evil.example\r\nContent-Type: application/json", 421, "LAMINA_HOSTS"),
+        ("Host: localhost\r\nContent-Type: application/json\r\nOrigin: https://evil.example", 403, "LAMINA_CORS_ORIGINS"),
+        ("Host: localhost\r\nContent-Type: application/x-www-form-urlencoded", 415, "send Content-Type: application/json"),
+        ("Host: localhost", 415, "send Content-Type: application/json"),
+        ("Host: localhost\r\nContent-Type: application/json", 200, '"text_completion"'),
+    ],
+)
+def test_a_page_of_another_site_is_told_why_it_is_refused(
+    gateway: FunctionProcess, published: Published, headers: str, status: int, says: str
+) -> None:
+    body = json.dumps({"model": published.manifest.name, "prompt": "hello", "max_tokens": 1})
+    head = f"POST /v1/completions HTTP/1.1\r\n{headers}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=60) as sock:
+        sock.sendall(head.encode() + body.encode())
+        seen = reply(sock).decode()
+    assert seen.startswith(f"HTTP/1.1 {status} ")
+    assert says in seen
+    assert "Content-Type: application/json" in seen

@@ -60,6 +60,7 @@ def test_functions_accept_every_rendered_environment() -> None:
         "client_max_tokens": 500,
         "limits_secret": "redis",
         "cors_origins": ["https://chat.example", "http://localhost:3000"],
+        "hosts": ["chat.example", "*.corp.example"],
         "access_log": "prompts",
     }
     waits = dict.fromkeys(("cold_start_timeout_seconds", "request_timeout_seconds", "step_timeout_seconds"), 30.5)
@@ -80,6 +81,7 @@ def test_functions_accept_every_rendered_environment() -> None:
     assert gateway.access_log == "prompts"
     assert client_limits(gateway, KeyRing()).quota("anybody") == Quota(60, 9000, 4, 500)
     assert gateway.cors_origins == ("https://chat.example", "http://localhost:3000")
+    assert gateway.hosts == ("chat.example", "*.corp.example")
     assert gateway.stages[1] == ((10, 20), f"http://chat-{full.fingerprint[:8]}-s1.models.svc.cluster.local")
     assert gateway.api_keys is None
     pod = services(full)[-1]["spec"]["template"]["spec"]

@@ -1,0 +1,93 @@
+"""Keeps pages of other sites from using a gateway through the browser of a person who can reach it.
+
+A page may give a gateway's address a name of its own site (DNS rebinding), and it may send some requests to other sites without
+asking them (Fetch Standard, section 3.2.2). Programs other than browsers are not affected by anything here.
+"""
+
+import ipaddress
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+
+from eventing.problems import CrossSite, UnknownHost, UnsupportedMediaType
+from eventing.wire.framing import is_json
+from functions.configuration.config import GatewayConfig
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+_LOCAL_NAMES: Final = ("localhost", "svc", "svc.cluster.local")  # no page can have a name that ends so
+_ANY: Final = "*"
+
+
+class Sites:
+    """The hosts and the origins that a gateway answers. Thread-safe."""
+
+    def __init__(self, config: GatewayConfig, *, is_open: bool) -> None:
+        """is_open: the gateway has no API keys. If it has, a page needs one, whatever name it has for the gateway."""
+        self._origins = frozenset(config.cors_origins or ())
+        hosts = config.hosts or ()
+        self._any_host = not is_open or _ANY in hosts
+        self._names = frozenset(host for host in hosts if not host.startswith("*."))
+        self._parents = (*_LOCAL_NAMES, *(host[2:] for host in hosts if host.startswith("*.")))
+        # Knative's ingress answers only to names of its Services, so it has checked a name such as chat.default.example.org.
+        behind_ingress = config.service is not None and not ipaddress.ip_address(config.listen).is_loopback
+        self._service = (config.service or "", config.namespace) if behind_ingress else None
+        self._answers_to = lru_cache(maxsize=256)(self._is_own_host)
+
+    def check(self, environ: "WSGIEnvironment") -> None:
+        """Raises UnknownHost or CrossSite for a request that a page of another site may have sent."""
+        host = environ.get("HTTP_HOST", "")
+        if host and not self._any_host and not self._answers_to(host):  # browsers send a Host always
+            raise UnknownHost(
+                f"{host} is no name of this gateway, which has no API keys; ask it by an IP address or as localhost, list the "
+                "name in gateway.hosts (LAMINA_HOSTS), or give it keys"
+            )
+        if self._is_cross_site(environ, host):
+            raise CrossSite(
+                f"the request comes from a page of another site ({environ.get('HTTP_ORIGIN', 'without an Origin')}); list its "
+                "origin in gateway.cors_origins (LAMINA_CORS_ORIGINS)"
+            )
+
+    def _is_own_host(self, host: str) -> bool:
+        name = host.lower().rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host.lower().removesuffix(":")
+        try:
+            ipaddress.ip_address(name.strip("[]").partition("%")[0])
+        except ValueError:
+            name = name.removesuffix(".")
+        else:
+            return True
+        if name in self._names or any(name == parent or name.endswith(f".{parent}") for parent in self._parents):
+            return True
+        labels = name.split(".")
+        if self._service is None or len(labels) < 2:
+            return False
+        service, namespace = self._service
+        own = labels[0] == service or labels[0].endswith(f"-{service}")  # a traffic target's tag comes before it
+        return own and labels[1] == namespace
+
+    def _is_cross_site(self, environ: "WSGIEnvironment", host: str) -> bool:
+        """As Go's http.CrossOriginProtection decides, and also for GET, since a stream that a page opens occupies a thread."""
+        method, origin = environ["REQUEST_METHOD"], environ.get("HTTP_ORIGIN")
+        if method == "OPTIONS" or _ANY in self._origins or origin in self._origins:
+            return False
+        site = environ.get("HTTP_SEC_FETCH_SITE")
+        if site is None:  # no browser, an old one, or a page that came by plain HTTP
+            return origin is not None and origin.partition("://")[2].lower() != host.lower()
+        if site in ("same-origin", "none"):
+            return False
+        followed_link = method in ("GET", "HEAD") and environ.get("HTTP_SEC_FETCH_MODE") == "navigate"
+        return not followed_link
+
+
+def check_media_type(environ: "WSGIEnvironment") -> None:
+    """Raises UnsupportedMediaType unless a body is said to be JSON. Pages may send text/plain and forms to other sites."""
+    content_type = environ.get("CONTENT_TYPE", "")
+    if is_json(content_type):
+        return
+    is_event = environ["PATH_INFO"] == "/"
+    if is_event and not content_type and "HTTP_CE_SPECVERSION" in environ:
+        return  # an event without data, or whose data is elsewhere
+    seen = f"the content type is {content_type}" if content_type else "there is no content type"
+    form = ", as curl -d sends it" if content_type.startswith("application/x-www-form-urlencoded") else ""
+    more = ", application/cloudevents+json or application/cloudevents-batch+json" if is_event else ""
+    raise UnsupportedMediaType(f"{seen}{form}; send Content-Type: application/json{more}")
