@@ -6,6 +6,7 @@ and body apart, and urllib3 limits the sending of a body by the connect timeout 
 """
 
 import contextlib
+import functools
 import select
 import socket
 import ssl
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from eventing.http.pod_tls import PodTLS, is_refusal, tls_problem
 from eventing.problems import PROBLEM_CONTENT_TYPE, problem_from_document
 from eventing.wire.framing import Buffer
 
@@ -275,7 +277,7 @@ def _joined(buffers: Iterable[Buffer]) -> Iterator[Buffer]:
 class KeptConnection:
     """A connection to an origin; `sock` is None before `connect` and after `close`."""
 
-    def __init__(self, origin: Origin, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, origin: Origin, tls: PodTLS | None) -> None:
         self.origin = origin
         self.sock: socket.socket | None = None
         self._tls = tls
@@ -286,7 +288,12 @@ class KeptConnection:
         sock = socket.create_connection(address, timeout_seconds)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.sock = sock if self._tls is None else self._tls.wrap_socket(sock, server_hostname=self.origin.host)
+            if not self.origin.secure:
+                self.sock = sock
+            elif self._tls is None:
+                self.sock = _system_trust().wrap_socket(sock, server_hostname=self.origin.host)
+            else:
+                self.sock = self._tls.client().wrap_socket(sock, server_hostname=self._tls.name)
         except BaseException:
             sock.close()
             raise
@@ -304,6 +311,11 @@ class KeptConnection:
         return bool(poll.poll(0))
 
 
+@functools.cache
+def _system_trust() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
 @dataclass(slots=True, eq=False)
 class _Host:
     """A pool's connections to one origin."""
@@ -318,7 +330,7 @@ class _Host:
 class ConnectionPool:
     """Keeps at most `max_connections_per_host` connections to each origin, idle ones for IDLE_SECONDS. Thread-safe."""
 
-    def __init__(self, max_connections_per_host: int, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, max_connections_per_host: int, tls: PodTLS | None = None) -> None:
         self._max_connections = max_connections_per_host
         self._tls = tls
         self._lock = threading.Lock()
@@ -344,9 +356,7 @@ class ConnectionPool:
                     break
                 connection.close()
             else:
-                if origin.secure:
-                    self._tls = self._tls or ssl.create_default_context()
-                connection = KeptConnection(origin, self._tls if origin.secure else None)
+                connection = KeptConnection(origin, self._tls)
             host.used.add(connection)
             return connection
 
@@ -404,9 +414,9 @@ class Sender:
         *,
         connect_timeout_seconds: float = 5.0,
         max_connections_per_host: int = 64,
-        tls: ssl.SSLContext | None = None,
+        tls: PodTLS | None = None,
     ) -> None:
-        """tls: settings for https; None for the system's trust store, with host names checked."""
+        """tls: for https, which then leads to pods only; None: the system's trust store, with host names checked."""
         self._connect_timeout_seconds = connect_timeout_seconds
         self._pool = ConnectionPool(max_connections_per_host, tls)
         self._closed = False
@@ -450,6 +460,8 @@ class Sender:
         except ReplyTooLarge as error:
             raise InfrastructureError(error.status, url, str(error)) from error
         except (OSError, BadReply) as error:
+            if is_refusal(error):
+                raise Unreachable(f"{url}: no connection: {tls_problem(error)}") from error
             raise ConnectionBroken(f"{url}: the connection broke: {str(error) or type(error).__name__}") from error
         if not 200 <= reply.status < 300:
             raise _refusal(url, reply)
@@ -470,7 +482,7 @@ class Sender:
         try:
             connection.connect(timeout)
         except OSError as error:
-            raise Unreachable(f"{url}: no connection: {error}") from error
+            raise Unreachable(f"{url}: no connection: {tls_problem(error)}") from error
 
 
 def fixed_headers(headers: Mapping[str, str]) -> dict[str, str]:

@@ -13,6 +13,11 @@ class PodNetwork:
 
     networks: Sequence[Network]
     port: int  # 0: any
+    secure: bool = False  # pods are reached by https only
+
+    @property
+    def scheme(self) -> str:
+        return "https" if self.secure else "http"
 
     def admits(self, address: str, port: int) -> bool:
         try:

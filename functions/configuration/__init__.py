@@ -1,4 +1,4 @@
 """The configuration of functions: every key of the environment with its parser and default, read once at the start.
 
-May import: eventing.wire, storage.store.
+May import: eventing.http, eventing.wire, storage.store.
 """

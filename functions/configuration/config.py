@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from eventing.wire.events import MAX_DRAFT_TOKENS, StageWeights
 from functions.configuration import parsers
@@ -12,6 +12,9 @@ from functions.configuration.parsers import LayerRange
 from functions.configuration.pass_times import PassTimes, parse_pass_times
 from functions.configuration.settings import REQUIRED, ConfigError, Key, keys, read, setting, unknown_keys
 from storage.store.settings import StoreSettings
+
+if TYPE_CHECKING:
+    from eventing.http.pod_tls import PodTLS
 
 ROLE_KEY: Final = "LAMINA_ROLE"
 _PREFIX: Final = "LAMINA_"
@@ -69,6 +72,42 @@ class KVStoreConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TLSConfig:
+    """TLS between pods. Without a CA pods reach each other by plain HTTP."""
+
+    ca: str | None = setting(
+        "LAMINA_TLS_CA",
+        str,
+        "PEM file with CA certificates: pods of stages are reached by https only, and must show one of that CA's certificates; "
+        "unset: plain HTTP",
+        "",
+        closes=True,
+    )
+    name: str | None = setting(
+        "LAMINA_TLS_NAME", str, "DNS name in the certificates of all pods, such as Knative's kn-user-NAMESPACE", "", closes=True
+    )
+    certificate: str | None = setting(
+        "LAMINA_TLS_CERTIFICATE",
+        str,
+        "PEM file with this pod's own certificate, for mutual TLS; it is read again when it changes",
+        "",
+        closes=True,
+    )
+    key: str | None = setting("LAMINA_TLS_KEY", str, "PEM file with its key", "", closes=True)
+
+    def load(self) -> "PodTLS | None":
+        """The certificates in these files; None if pods use no TLS. Raises ConfigError for files that cannot be used."""
+        from eventing.http.pod_tls import PodTLS, TLSFiles, UnusableTLSFiles
+
+        if self.ca is None or self.name is None:
+            return None
+        try:
+            return PodTLS(TLSFiles(self.ca, self.name, self.certificate, self.key))
+        except UnusableTLSFiles as error:
+            raise ConfigError([f"TLS between pods: {error}"]) from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CommonConfig:
     """Configuration that a stage and a gateway share."""
 
@@ -115,6 +154,7 @@ class CommonConfig:
     pod_port: int = setting(
         "LAMINA_POD_PORT", parsers.integer(0, 65535), "port of pods; others are not used; 0: the EndpointSlice's own", "8012"
     )
+    tls: TLSConfig
     traces_endpoint: str | None = setting(
         "OTEL_EXPORTER_OTLP_ENDPOINT",
         parsers.url,
@@ -133,6 +173,16 @@ class StageConfig(CommonConfig):
     layers: LayerRange = setting("LAMINA_LAYERS", parsers.layers, "this stage's group of the cut, such as 10:20")  # noqa: RUF009
     second_pipeline_token: str | None = setting(
         "LAMINA_SECOND_PIPELINE_TOKEN", str, "accepted beside the other, while the token is rotated", "", secret=True
+    )
+    tls_port: int | None = setting(
+        "LAMINA_TLS_PORT",
+        parsers.integer(1, 65535),
+        "port at which the stage takes TLS connections from pods that show a certificate, and passes them to queue-proxy; "
+        "unset: none, queue-proxy has such a port itself",
+        "",
+    )
+    queue_proxy_port: int = setting(
+        "LAMINA_QUEUE_PROXY_PORT", parsers.integer(1, 65535), "port of the pod's queue-proxy, for LAMINA_TLS_PORT", "8012"
     )
     layer_group: str = setting(
         "LAMINA_LAYER_GROUP",
@@ -416,11 +466,17 @@ def _contradictions(config: Config) -> Iterator[str]:
         for name, value in store_keys.items():
             if value is None:
                 yield f"{name} is not set (the store needs keys, or AWS_WEB_IDENTITY_TOKEN_FILE to exchange a token for some)"
+    if (config.tls.ca is None) != (config.tls.name is None):
+        yield "LAMINA_TLS_CA and LAMINA_TLS_NAME belong together: set both, or none"
+    if (config.tls.certificate is None) != (config.tls.key is None) or (config.tls.certificate and not config.tls.ca):
+        yield "LAMINA_TLS_CERTIFICATE and LAMINA_TLS_KEY belong together and to LAMINA_TLS_CA: set all, or leave them out"
     yield from _stage_contradictions(config) if isinstance(config, StageConfig) else _gateway_contradictions(config)
 
 
 def _stage_contradictions(config: StageConfig) -> Iterator[str]:
     kv_store = config.kv_store
+    if config.tls_port is not None and config.tls.certificate is None:
+        yield "LAMINA_TLS_PORT needs a certificate to show: set LAMINA_TLS_CERTIFICATE, or leave it out"
     if kv_store.place is not None and kv_store.key is None:
         yield "LAMINA_KV_KEY is not set, and LAMINA_KV_STORE keeps conversations of clients: give it 64 hexadecimal digits"
     if (kv_store.access_key_id is None) != (kv_store.secret_access_key is None):
@@ -445,6 +501,8 @@ def _stage_contradictions(config: StageConfig) -> Iterator[str]:
 
 
 def _gateway_contradictions(config: GatewayConfig) -> Iterator[str]:
+    if config.tls.ca is not None and config.kubernetes_api is None:
+        yield "LAMINA_KUBERNETES_API is not set, and LAMINA_TLS_CA allows requests to pods only, which it names"
     cut = _ranges(config.cut)
     named = tuple(group for group, _ in config.stages)
     if named != config.cut:

@@ -41,15 +41,19 @@ class RunningScheduler:
 
 
 def start_scheduler(config: GatewayConfig, tracer: Tracer) -> RunningScheduler:
-    """Starts a scheduler over the configured stages. It sends them nothing before the first sequence or `wake`."""
+    """Starts a scheduler over the configured stages. It sends them nothing before the first sequence or `wake`.
+
+    Raises ConfigError for TLS files that cannot be used.
+    """
     identity = PipelineIdentity(
         fingerprint=config.pipeline,
         token=config.pipeline_token,
         source=f"/pipelines/{config.pipeline}/gateways/{secrets.token_hex(6)}",
         first_layers=tuple(first for (first, _), _ in config.stages),
     )
-    sender = Sender()
-    client = StageClient(sender, identity, config.step_timeout_seconds, tracer)
+    tls = config.tls.load()
+    sender = Sender(tls=tls)
+    client = StageClient(sender, identity, config.step_timeout_seconds, tracer, pods_only=tls is not None)
     urls = [url for _, url in config.stages]
     limits = SchedulerLimits(
         queue_limit=config.queue_limit,
@@ -59,14 +63,13 @@ def start_scheduler(config: GatewayConfig, tracer: Tracer) -> RunningScheduler:
         draft_tokens=config.draft_tokens,
         cold_start_timeout_seconds=config.cold_start_timeout_seconds,
     )
-    scheduler = Scheduler(
-        client, Placement(urls, watched=config.kubernetes_api is not None), limits, keys_of(config.pipeline, config.sharing)
-    )
-    readiness = EarlyReadiness(scheduler.endpoints_changed)
+    placement = Placement(urls, watched=config.kubernetes_api is not None, pods_only=tls is not None)
+    scheduler = Scheduler(client, placement, limits, keys_of(config.pipeline, config.sharing))
+    readiness = EarlyReadiness(scheduler.endpoints_changed, tls)
     watch = None
     if config.kubernetes_api is not None:
         api = KubernetesAPI(config.kubernetes_api, config.namespace)
-        pods = PodNetwork(config.pod_network, config.pod_port)
+        pods = PodNetwork(config.pod_network, config.pod_port, secure=tls is not None)
         services = config.stage_services or [service_name(url) for url in urls]
         watch = EndpointsWatch(api, services, pods, readiness.endpoints_changed)
         watch.start()

@@ -66,8 +66,8 @@ class Server:
     def __init__(self, host: str, port: int, management_port: int, limits: ServerLimits | None = None) -> None:
         """A port of 0 lets the operating system choose one. Raises OSError, which names a port that cannot be listened on."""
         self._limits = limits or ServerLimits()
-        self._listener = _listen(host, port)
-        self._management_listener = _listen(host, management_port)
+        self._listener = listen(host, port)
+        self._management_listener = listen(host, management_port)
         self.port, self.management_port = _port(self._listener), _port(self._management_listener)
         self._host = host
         self._lock = threading.Lock()
@@ -237,7 +237,7 @@ def _port(listener: socket.socket) -> int:
     return port
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A listening socket. The host `::` accepts IPv4 as well. Raises OSError, which names the port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     both = host == "::" and socket.has_dualstack_ipv6()

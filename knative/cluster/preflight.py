@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
+from knative.cluster.certificates import certificate_problems
 from knative.cluster.client import Cluster, Ref
 from knative.cluster.errors import DeployFailed, KindMissing, NotPermitted, PreflightFailed
 from knative.cluster.objects import SERVICE_LABEL
@@ -22,6 +23,7 @@ PRIVATE_NETWORKS: Final = "10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10
 
 _SYSTEM_NAMESPACE: Final = "knative-serving"
 _CLASS: Final = "autoscaling.knative.dev/class"
+_SERVING_CERTS: Final = "serving-certs"  # the Secret that Knative makes with system-internal-tls, with a namespace's first pod
 _EVENTING: Final = ("eventing.knative.dev", "flows.knative.dev")
 
 
@@ -46,7 +48,7 @@ def check(cluster: Cluster, objects: list[KubernetesObject], say: Callable[[str]
             cluster.require(api_version, kind)
         except KindMissing as error:
             missing.append(str(error))
-    looks = [_old_version, _missing_hpa, _missing_features, _missing_secrets, _missing_for_pods]
+    looks = [_old_version, _missing_hpa, _missing_features, _missing_secrets, _missing_for_pods, _tls_problems]
     if not missing:
         looks.append(_missing_sinks)
     problems = [*missing, *(problem for look in looks for problem in found_by(look))]
@@ -107,13 +109,55 @@ def _missing_features(cluster: Cluster, objects: list[KubernetesObject]) -> Iter
 def _missing_secrets(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
     for ref, wanted in wanted_secrets(objects).items():
         found = cluster.get(ref)
-        if found is None and wanted.is_token:
-            continue  # the deployer makes it
+        if found is None and (wanted.is_token or ref.name == _SERVING_CERTS):
+            continue  # the deployer makes it, or Knative
         if found is None or not wanted.keys <= set(found.get("data") or {}):
             keys = sorted(wanted.keys)
-            literals = " ".join(f"--from-literal={key}=…" for key in keys)
-            command = f"kubectl -n {ref.namespace} create secret generic {ref.name} {literals}"
-            yield f"{ref} is missing or lacks {', '.join(keys)}; create it with: {command}"
+            values = " ".join(f"--from-file={key}=…" if "." in key else f"--from-literal={key}=…" for key in keys)
+            command = f"create it with: kubectl -n {ref.namespace} create secret generic {ref.name} {values}"
+            if ref.name == _SERVING_CERTS:
+                command = "its issuer writes none: give the CA as a ConfigMap, and name that in network.tls.ca_config_map"
+            yield f"{ref} is missing or lacks {', '.join(keys)}; {command}"
+
+
+def _tls_problems(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
+    """Yields a line for each thing that TLS between pods lacks: Knative's setting, the CA, a valid certificate."""
+    gateway = next((each for each in filter(is_knative_service, objects) if "LAMINA_TLS_NAME" in _environment(each)), None)
+    if gateway is None:
+        return
+    namespace, environment = gateway["metadata"]["namespace"], _environment(gateway)
+    volumes = gateway["spec"]["template"]["spec"]["volumes"]
+    if "LAMINA_TLS_CERTIFICATE" not in environment:
+        network = (cluster.get(Ref("v1", "ConfigMap", _SYSTEM_NAMESPACE, "config-network")) or {}).get("data") or {}
+        seen = network.get("system-internal-tls") or "Disabled"
+        if seen.lower() != "enabled" and network.get("internal-encryption", "").lower() != "true":  # its former name
+            yield (
+                f"network.tls has no secret and so uses Knative's certificates, and config-network says system-internal-tls: "
+                f"{seen}. Name a Secret with certificates in network.tls.secret, or enable it, which needs cert-manager: "
+                f"kubectl -n {_SYSTEM_NAMESPACE} patch configmap config-network --type merge -p "
+                """'{"data":{"system-internal-tls":"Enabled"}}'; """
+                f"kubectl -n {_SYSTEM_NAMESPACE} rollout restart deployment activator"
+            )
+    authority = None
+    for name in [volume["configMap"]["name"] for volume in volumes if "configMap" in volume]:
+        ref = Ref("v1", "ConfigMap", namespace, name)
+        authority = ((cluster.get(ref) or {}).get("data") or {}).get("ca.crt")
+        if authority is None:
+            yield f"{ref} is missing or lacks ca.crt; write the CA's certificates there, as trust-manager does"
+            return
+    tls = next((volume["secret"]["secretName"] for volume in volumes if volume["name"] == "tls"), _SERVING_CERTS)
+    secret = cluster.get(Ref("v1", "Secret", namespace, tls))
+    if secret is not None and {"tls.crt", "tls.key", *(["ca.crt"] if authority is None else [])} <= set(
+        secret.get("data") or {}
+    ):
+        for problem in certificate_problems(secret, authority, environment["LAMINA_TLS_NAME"]):
+            yield f"Secret {namespace}/{tls}: {problem}"
+
+
+def _environment(service: KubernetesObject) -> dict[str, str]:
+    """The variables of a Service's container that have a value in the manifest."""
+    env = service["spec"]["template"]["spec"]["containers"][0].get("env", [])
+    return {entry["name"]: entry["value"] for entry in env if "value" in entry}
 
 
 def _missing_for_pods(cluster: Cluster, objects: list[KubernetesObject]) -> Iterator[str]:
@@ -191,8 +235,7 @@ def followed_networks(gateway: KubernetesObject) -> str:
 
     Read from the environment of its Service.
     """
-    env = gateway["spec"]["template"]["spec"]["containers"][0].get("env", [])
-    return next((entry["value"] for entry in env if entry["name"] == "LAMINA_POD_NETWORK"), PRIVATE_NETWORKS)
+    return _environment(gateway).get("LAMINA_POD_NETWORK", PRIVATE_NETWORKS)
 
 
 def refused_pods(networks: str, pods: Iterable[KubernetesObject]) -> Iterator[str]:

@@ -18,11 +18,12 @@ from typing import Any, Final
 from knative.local.admin import Admin, render_metrics, service_status
 from knative.local.autoscaler.hpa import CpuSeconds, cpu_seconds
 from knative.local.autoscaler.revision_settings import revision_settings
-from knative.local.errors import ManifestRefused, PortInUse
+from knative.local.errors import ManifestRefused, PortInUse, UnsupportedManifest
 from knative.local.eventing.local_eventing import LocalEventing
 from knative.local.kubelet.containers import LAMINA_FUNCTION, LocalData, NamedData, write_secrets
 from knative.local.kubelet.pods import PodTiming
 from knative.local.proxies.network import EmulatedNetwork
+from knative.local.proxies.serving_certs import SERVING_CERTS, ServingCerts
 from knative.local.serving.endpoint_slices import EndpointSlices
 from knative.local.serving.revisions import PlatformContext, Revision, RevisionName
 from knative.local.serving.services import LocalService
@@ -92,11 +93,20 @@ class Platform:
             activator_queue_depth=options.activator_queue_depth,
             cpu=options.cpu,
             network=options.network,
+            certs=self._serving_certs(),
         )
 
     @property
     def admin_url(self) -> str:
         return self._admin.server.url
+
+    def _serving_certs(self) -> ServingCerts | None:
+        """Like Knative's queue-proxy, those here serve TLS if the Secret with their certificate exists."""
+        folder = self.secret_folders.get(SERVING_CERTS)
+        try:
+            return None if folder is None else ServingCerts(folder)
+        except OSError as error:
+            raise UnsupportedManifest(f"Secret {SERVING_CERTS}: no certificate with its key: {error}") from error
 
     async def start(self) -> None:
         await self._admin.server.start()

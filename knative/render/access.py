@@ -3,12 +3,12 @@
 from typing import Any, Final
 
 from knative.render.resolved_pipeline import ResolvedPipeline, labels
-from knative.render.services import METRICS_PORT, gateway_service_account
+from knative.render.services import METRICS_PORT, QUEUE_PROXY, QUEUE_PROXY_TLS, gateway_service_account, pod_port
 from knative.spec.kubernetes_object import KubernetesObject
 
 RBAC: Final = "rbac.authorization.k8s.io"
 DEPLOYER_ROLE: Final = "lamina-deployer"
-_QUEUE_PROXY, _QUEUE_PROXY_STATS, _QUEUE_PROXY_METRICS = 8012, 9090, 9091  # ports for requests, autoscaler, Prometheus
+_QUEUE_PROXY_STATS, _QUEUE_PROXY_METRICS = 9090, 9091  # ports for autoscaler and Prometheus
 _SELECTING: Final = ("app.kubernetes.io/instance", "app.kubernetes.io/component")
 
 _APPLIED: Final = ("create", "delete", "get", "list", "patch")
@@ -103,10 +103,14 @@ def network_policies(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     hand over KV. Probes come from the node, which no policy blocks.
     """
     callers = [_peer("knative-serving", app="activator"), _peer(pipeline.spec.network.ingress_namespace)]
+    if pipeline.spec.eventing is not None:
+        # By default Eventing comes through the ingress; with a service mesh it comes from its own pods.
+        callers.append(_peer("knative-eventing"))
+    # With system-internal-tls they use the second port.
+    requests = _allow(callers, QUEUE_PROXY, QUEUE_PROXY_TLS)
+    own_ports = sorted({QUEUE_PROXY, pod_port(pipeline.spec)})  # both, while a deployment turns TLS on
     # No fingerprint in the selectors, because during a deployment the old gateway still uses the old stages.
     own = [{"podSelector": _selector(pipeline, component)} for component in ("gateway", "stage")]
-    # By default Eventing comes through the ingress; with a service mesh it comes from its own pods.
-    eventing = [] if pipeline.spec.eventing is None else [_peer("knative-eventing")]
     return [
         {
             "apiVersion": "networking.k8s.io/v1",
@@ -120,13 +124,13 @@ def network_policies(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
                 "podSelector": _selector(pipeline, component),
                 "policyTypes": ["Ingress"],
                 "ingress": [
-                    _allow(clients, _QUEUE_PROXY),
+                    *clients,
                     _allow([_peer("knative-serving", app="autoscaler")], _QUEUE_PROXY_STATS),
                     _allow([_peer(pipeline.spec.network.monitoring_namespace)], _QUEUE_PROXY_METRICS, METRICS_PORT),
                 ],
             },
         }
-        for component, clients in (("stage", [*callers, *own, *eventing]), ("gateway", [*callers, *eventing]))
+        for component, clients in (("stage", [requests, _allow(own, *own_ports)]), ("gateway", [requests]))
     ]
 
 

@@ -5,7 +5,7 @@ their values are never rendered.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -30,6 +30,11 @@ _TOKEN_FOLDER: Final = "/var/run/secrets/lamina/store"
 _TOKEN_SECONDS: Final = 3600
 _KEYS_FOLDER: Final = "/var/run/secrets/lamina/api-keys"
 _GATEWAY_PROGRESS_SECONDS: Final = 120
+QUEUE_PROXY, QUEUE_PROXY_TLS = 8012, 8112  # queue-proxy's ports for requests (knative/serving pkg/networking/constants.go)
+POD_TLS: Final = 8443  # the stage's own port with TLS, if the spec has certificates
+SERVING_CERTS: Final = "serving-certs"  # the Secret with queue-proxy's certificate, in each namespace with system-internal-tls
+_TLS_VOLUME, _TLS_CA_VOLUME = "tls", "tls-ca"
+_TLS_FOLDER, _TLS_CA_FOLDER = "/var/run/secrets/lamina/tls", "/var/run/secrets/lamina/ca"
 NON_ROOT: Final = {
     "runAsNonRoot": True,
     "runAsUser": 65532,
@@ -118,6 +123,9 @@ def _template(
         token = {"audience": spec.store.web_identity.audience, "expirationSeconds": _TOKEN_SECONDS, "path": "token"}
         volumes.append({"name": _TOKEN_VOLUME, "projected": {"sources": [{"serviceAccountToken": token}]}})
         mounts.append({"name": _TOKEN_VOLUME, "mountPath": _TOKEN_FOLDER, "readOnly": True})
+    for volume, folder in _tls_volumes(spec):
+        volumes.append(volume)
+        mounts.append({"name": volume["name"], "mountPath": folder, "readOnly": True})
     container["volumeMounts"] = mounts
     hpa = scaling.autoscaler_class == "hpa"
     autoscaling: dict[str, object] = {
@@ -145,6 +153,53 @@ def _template(
             "volumes": volumes,
         },
     }
+
+
+def _tls_volumes(spec: PipelineSpec) -> Iterator[tuple[KubernetesObject, str]]:
+    """Volumes with the certificates, and where they are mounted: as files, which the kubelet updates."""
+    tls = spec.network.tls
+    if tls is None:
+        return
+    keys = ["ca.crt"] if tls.ca_config_map is None else []
+    keys += ["tls.crt", "tls.key"] if tls.secret is not None else []
+    if keys:
+        items = [{"key": key, "path": key} for key in keys]
+        yield {"name": _TLS_VOLUME, "secret": {"secretName": tls.secret or SERVING_CERTS, "items": items}}, _TLS_FOLDER
+    if tls.ca_config_map is not None:
+        items = [{"key": "ca.crt", "path": "ca.crt"}]
+        yield {"name": _TLS_CA_VOLUME, "configMap": {"name": tls.ca_config_map, "items": items}}, _TLS_CA_FOLDER
+
+
+def _tls_env(spec: PipelineSpec) -> list[KubernetesObject]:
+    tls = spec.network.tls
+    if tls is None:
+        return []
+    own = tls.secret is not None
+    return _values(
+        LAMINA_TLS_CA=f"{_TLS_FOLDER if tls.ca_config_map is None else _TLS_CA_FOLDER}/ca.crt",
+        LAMINA_TLS_NAME=tls_name(spec),
+        LAMINA_TLS_CERTIFICATE=f"{_TLS_FOLDER}/tls.crt" if own else None,
+        LAMINA_TLS_KEY=f"{_TLS_FOLDER}/tls.key" if own else None,
+    )
+
+
+def _shows_certificates(spec: PipelineSpec) -> bool:
+    return spec.network.tls is not None and spec.network.tls.secret is not None
+
+
+def tls_name(spec: PipelineSpec) -> str | None:
+    """The DNS name that certificates of the pipeline's pods must have; None without TLS between pods."""
+    tls = spec.network.tls
+    if tls is None:
+        return None
+    # knative/networking pkg/certificates/constants.go, DataPlaneUserSAN
+    return tls.name or (f"kn-user-{spec.namespace}" if tls.secret is None else f"{spec.name}.{spec.namespace}")
+
+
+def pod_port(spec: PipelineSpec) -> int:
+    """The port at which gateway and stages reach the pods of stages."""
+    tls = spec.network.tls
+    return spec.gateway.pod_port or (QUEUE_PROXY if tls is None else QUEUE_PROXY_TLS if tls.secret is None else POD_TLS)
 
 
 def _container(spec: PipelineSpec, resources: Resources, env: list[KubernetesObject], pod: PodSpec) -> KubernetesObject:
@@ -187,7 +242,7 @@ def _common_env(pipeline: ResolvedPipeline, role: str, dtype: str) -> list[Kuber
         LAMINA_STORE_BUCKET=spec.store.bucket,
         LAMINA_STORE_REGION=spec.store.region,
         LAMINA_POD_NETWORK=spec.gateway.pod_network,
-        LAMINA_POD_PORT=spec.gateway.pod_port,
+        LAMINA_POD_PORT=pod_port(spec),
         LAMINA_LOG_LEVEL=spec.log_level,
     )
     if spec.store.web_identity is not None:
@@ -202,7 +257,7 @@ def _common_env(pipeline: ResolvedPipeline, role: str, dtype: str) -> list[Kuber
             OTEL_TRACES_SAMPLER="parentbased_traceidratio",
             OTEL_TRACES_SAMPLER_ARG=spec.tracing.sample_ratio,
         )
-    return [*env, _from_secret("LAMINA_PIPELINE_TOKEN", spec.token_secret, "token")]
+    return [*env, *_tls_env(spec), _from_secret("LAMINA_PIPELINE_TOKEN", spec.token_secret, "token")]
 
 
 def _stage_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]:
@@ -216,6 +271,7 @@ def _stage_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]
         _from_secret("LAMINA_SECOND_PIPELINE_TOKEN", pipeline.spec.token_secret, "second", optional=True),
         *_values(
             LAMINA_LAYERS=f"{first}:{last}",
+            LAMINA_TLS_PORT=pod_port(pipeline.spec) if _shows_certificates(pipeline.spec) else None,
             LAMINA_LAYER_GROUP=stage.layer_group,
             LAMINA_SLEEP_SECONDS=_for_stage(stage.sleep_seconds, index, "sleep_seconds"),
             **_emulated_device(stage, index),

@@ -276,7 +276,9 @@ class GatewaySpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     # ServiceAccount that may watch EndpointSlices. Unset: `{name}-gateway`, which is rendered with its Role.
     service_account: str | None = None
     pod_network: str | None = None  # CIDRs, comma-separated; no requests go to pods outside. Unset: private addresses
-    pod_port: Annotated[int, Meta(ge=1, le=65535)] = 8012
+    pod_port: Annotated[int, Meta(ge=1, le=65535)] | None = (
+        None  # unset: 8012, with TLS 8112, with certificates of its own 8443
+    )
     max_unavailable: Positive | None = None  # pods that may be evicted at once (PodDisruptionBudget). Unset: all
     pod: PodSpec = PodSpec()
     autoscaling: GatewayAutoscaling = GatewayAutoscaling()
@@ -343,12 +345,27 @@ class KVStoreSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         _check_quantity("$.kv_store.write_rate", self.write_rate or "1")
 
 
+class TLSSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """TLS between gateway and stages, and between stages.
+
+    Without `secret` it is Knative's own, which needs `system-internal-tls` in config-network.
+    """
+
+    # Secret with tls.crt, tls.key and ca.crt, as cert-manager writes it: pods show that certificate to each other (mutual TLS).
+    secret: str | None = None
+    # DNS name in the pods' certificates. Unset: with `secret` `{name}.{namespace}`, else Knative's `kn-user-{namespace}`.
+    name: str | None = None
+    # ConfigMap whose key ca.crt has the CA, as trust-manager writes it. Unset: ca.crt of the Secret (Knative's: serving-certs).
+    ca_config_map: str | None = None
+
+
 class NetworkSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """NetworkPolicies, and the namespaces whose pods they let reach the pipeline, in addition to Knative's own."""
 
     policies: bool = True  # render NetworkPolicies; networks that do not implement them ignore them
     ingress_namespace: str = "kourier-system"
     monitoring_namespace: str = "monitoring"
+    tls: TLSSpec | None = None  # unset: plain HTTP between pods
 
 
 class Channel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -34,7 +34,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
         "functions/stage/models/transformers/",
         "storage/models/checks.py",
     ),
-    "cryptography": ("storage/kv/sealed.py",),
+    "cryptography": ("storage/kv/sealed.py", "knative/cluster/certificates.py"),
     "gguf": ("storage/checkpoints/gguf_checkpoint.py",),
     "huggingface_hub": ("storage/checkpoints/model_source.py", "storage/checkpoints/model_description.py"),
     "flask": ("functions/",),

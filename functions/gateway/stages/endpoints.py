@@ -62,14 +62,14 @@ def endpoints_of(slices: Iterable[Slice], pods: PodNetwork) -> Found:
     found: dict[str, Endpoint] = {}
     refused: dict[str, str] = {}
     for each in slices:
-        port = _port(each.ports or ())
+        port = _port(each.ports or (), pods)
         for address in each.endpoints or ():
             for host in address.addresses[:1]:
                 if port is None or not pods.admits(host, port):
                     refused[host] = f"{each.metadata.name}: {host} port {port}"
                     continue
                 endpoint = Endpoint(
-                    url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
+                    url=f"{pods.scheme}://[{host}]:{port}" if ":" in host else f"{pods.scheme}://{host}:{port}",
                     revision=(each.metadata.labels or {}).get(REVISION_LABEL, ""),
                     ready=address.conditions.ready is not False,
                     terminating=bool(address.conditions.terminating),
@@ -80,9 +80,14 @@ def endpoints_of(slices: Iterable[Slice], pods: PodNetwork) -> Found:
     return Found(list(found.values()), refused)
 
 
-def _port(ports: Sequence[Port]) -> int | None:
-    """The number of the port named http, else of the only port; None if there is no port, or several and none named http."""
-    named = [port for port in ports if port.name == "http"] or ports
+def _port(ports: Sequence[Port], pods: PodNetwork) -> int | None:
+    """The port for requests: the one named http, else the only one; None if there is no port, or several and none named http.
+
+    With TLS: the pods' configured port, as Knative's activator does (`useSecurePort`), else the one named https.
+    """
+    if pods.secure and pods.port:
+        return pods.port
+    named = [port for port in ports if port.name == pods.scheme] or ([] if pods.secure else ports)
     return named[0].port if len(named) == 1 else None
 
 
@@ -207,10 +212,12 @@ class _Follower:
             self._on_change(self._stage, found.endpoints)
         elif not fell_back:
             _log.error(
-                "no instance of %s is in the pod network, %s: requests go to its Service URL, which is slower and spreads them "
-                "badly; set gateway.pod_network to the pods' network",
+                "no instance of %s is in the pod network, %s: requests %s; set gateway.pod_network to the pods' network",
                 self._service,
                 self._pods,
+                "wait, because TLS leads to pods only"
+                if self._pods.secure
+                else "go to its Service URL, which is slower and spreads them badly",
             )
             self._on_change(self._stage, ())
             self._on_change(self._stage, None)

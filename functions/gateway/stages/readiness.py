@@ -9,12 +9,14 @@ seconds later, so an EndpointSlice alone can be ten seconds late.
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
-import urllib3
-
+from eventing.http.delivery import DeliveryError, RequestTarget, Sender, request_head
+from eventing.http.pod_tls import PodTLS
+from eventing.problems import Problem
 from functions.gateway.stages.routes import Endpoint
 
 _log = logging.getLogger(__name__)
@@ -31,14 +33,15 @@ OnChange = Callable[[int, Sequence[Endpoint] | None], None]  # a stage and all i
 class EarlyReadiness:
     """Passes endpoints from the watch to `on_change`, and marks those that answered a probe as ready."""
 
-    def __init__(self, on_change: OnChange) -> None:
+    def __init__(self, on_change: OnChange, tls: PodTLS | None = None) -> None:
+        """tls: given if instances are reached by https."""
         self._on_change = on_change
         self._lock = threading.Lock()  # held during `on_change`, so that changes are passed on in their order
         self._known: dict[int, Sequence[Endpoint]] = {}
         self._ready: set[str] = set()  # URLs that answered a probe, until Kubernetes reports them ready or gone
         self._asked: set[str] = set()  # URLs that a thread is probing
         self._stopped = threading.Event()
-        self._pool = urllib3.PoolManager(num_pools=64, retries=False)
+        self._sender = Sender(connect_timeout_seconds=_CONNECT_SECONDS, tls=tls)
 
     def endpoints_changed(self, stage: int, endpoints: Sequence[Endpoint] | None) -> None:
         with self._lock:
@@ -56,7 +59,7 @@ class EarlyReadiness:
 
     def stop(self) -> None:
         self._stopped.set()
-        self._pool.clear()
+        self._sender.close()
 
     def _starting(self) -> list[str]:
         return [each.url for endpoints in self._known.values() for each in endpoints if _starts(each)]
@@ -84,12 +87,13 @@ class EarlyReadiness:
                 self._asked.discard(url)
 
     def _passes(self, url: str) -> bool:
-        timeout = urllib3.Timeout(connect=_CONNECT_SECONDS, read=_ANSWER_SECONDS)
+        target = RequestTarget.of(f"{url}/healthz")
+        head = request_head(target, _PROBE, "GET")
         try:
-            answer = self._pool.request("GET", f"{url}/healthz", headers=_PROBE, timeout=timeout, redirect=False)
-        except urllib3.exceptions.HTTPError:
+            reply = self._sender.deliver(target, head, (), time.monotonic() + _ANSWER_SECONDS)
+        except (DeliveryError, Problem):
             return False
-        return answer.status == 200 and answer.data == _PASSED
+        return reply.status == 200 and bytes(reply.body) == _PASSED
 
 
 def _starts(endpoint: Endpoint) -> bool:

@@ -203,13 +203,14 @@ class Route:
 class Placement:
     """Knows the instances of all stages, and chooses routes over them."""
 
-    def __init__(self, service_urls: Sequence[str], *, watched: bool) -> None:
+    def __init__(self, service_urls: Sequence[str], *, watched: bool, pods_only: bool = False) -> None:
         """service_urls: one per stage.
 
         watched: an EndpointsWatch will report instances by `update`. If not, the Service URLs stand for them, asleep until they
-        reply.
+        reply. pods_only: Service URLs never stand for instances, because requests to them are not encrypted.
         """
         self.service_urls = tuple(service_urls)
+        self._pods_only = pods_only
         self.num_stages = len(service_urls)
         self._stages: list[dict[str, Instance]] = [{} for _ in service_urls]  # by URL
         self._current: list[list[Instance]] = [[] for _ in service_urls]  # ready, of the newest revision that has any
@@ -236,7 +237,10 @@ class Placement:
     def unwatched(self, stage: int) -> None:
         """Called if the instances of `stage` cannot be known: routes use its Service URL until `update` is called."""
         url = self.service_urls[stage]
-        if url not in self._stages[stage]:
+        if self._pods_only:
+            self._stages[stage].clear()
+            self._choose_current(stage)
+        elif url not in self._stages[stage]:
             self._add(stage, Instance(stage, url, is_service=True, awake=False))
             self._choose_current(stage)
 

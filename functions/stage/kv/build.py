@@ -5,6 +5,7 @@ from datetime import timedelta
 from typing import Final
 
 from eventing.http.pod_network import PodNetwork
+from eventing.http.pod_tls import PodTLS
 from functions.configuration.config import StageConfig
 from functions.stage.engine.kv_tiers import ComputeRate, Tier
 from functions.stage.kv.fetching import Fetcher, FetchEstimate, Observe
@@ -30,11 +31,13 @@ class Tiers:
     writer: KVWriter | None = None  # None: there is no store for keys and values
 
 
-def tiers_of(config: StageConfig, kv: KVCache, rate: ComputeRate, observe: Observe, written: Written) -> Tiers:
+def tiers_of(
+    config: StageConfig, kv: KVCache, rate: ComputeRate, observe: Observe, written: Written, tls: PodTLS | None = None
+) -> Tiers:
     """Builds the tiers that the configuration names; none for a KV cache that is no `KVRanges`, whose bytes cannot be read.
 
     rate: of this stage's prefill, with which fetching is compared. observe: called after each restore. written: called after
-    each part that the store has got.
+    each part that the store has got. tls: given if peers are reached by https.
     """
     if not isinstance(kv, KVRanges):
         return Tiers()
@@ -43,9 +46,8 @@ def tiers_of(config: StageConfig, kv: KVCache, rate: ComputeRate, observe: Obser
     def fetcher(tier: str) -> Fetcher:
         return Fetcher(tier, kv.layout, FetchEstimate(rate), threads, observe)
 
-    peers = PeerClient(
-        PodNetwork(config.pod_network, config.pod_port), config.pipeline, config.layers[0], config.pipeline_token
-    )
+    pods = PodNetwork(config.pod_network, config.pod_port, secure=tls is not None)
+    peers = PeerClient(pods, config.pipeline, config.layers[0], config.pipeline_token, tls)
     peer_tier = PeerTier(peers, fetcher(PeerTier.name))
     own = config.kv_store
     if own.place is None or own.key is None:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from eventing.http.delivery import DeliveryError, Sender
 from eventing.http.pod_network import PodNetwork
+from eventing.http.pod_tls import PodTLS
 from eventing.problems import Problem
 from eventing.wire.kv_query import HELD_HEADER, KVQuery
 from eventing.wire.prefix_chain import BLOCK_TOKENS
@@ -63,18 +64,21 @@ def _copied(query: KVQuery, sequences: SequenceTable) -> tuple[bytearray, int] |
 class PeerClient:
     """Asks other instances of one stage for KV. Thread-safe."""
 
-    def __init__(self, pods: PodNetwork, pipeline: str, layer: int, token: str) -> None:
-        """pods: addresses that may be asked, and so get the token. layer: the stage's first. token: the pipeline's secret."""
+    def __init__(self, pods: PodNetwork, pipeline: str, layer: int, token: str, tls: PodTLS | None = None) -> None:
+        """pods: addresses that may be asked, and so get the token. layer: the stage's first. token: the pipeline's secret.
+
+        tls: given if `pods` are reached by https.
+        """
         self._pods = pods
         self._pipeline = pipeline
         self._layer = layer
         self._headers = {"authorization": f"Bearer {token}"}
-        self._sender = Sender(connect_timeout_seconds=1.0)
+        self._sender = Sender(connect_timeout_seconds=1.0, tls=tls)
 
     def admits(self, peer: str) -> bool:
         """Whether a peer's URL is in the pod network, so that it may get the token. Logs a warning if not."""
         parts = urlsplit(peer)
-        if parts.scheme == "http" and self._pods.admits(parts.hostname or "", parts.port or 80):
+        if parts.scheme == self._pods.scheme and self._pods.admits(parts.hostname or "", parts.port or 0):
             return True
         _log.warning("%s is not asked for keys and values: it is not in the pod network, %s", peer, self._pods)
         return False

@@ -24,6 +24,7 @@ from storage.models.model_repository import read_file
 from storage.store.object_reader import ObjectReader
 
 if TYPE_CHECKING:
+    from eventing.http.pod_tls import PodTLS
     from functions.stage.engine.engine import Engine
     from functions.stage.kv.build import Tiers
     from functions.stage.models.layer_group import LayerGroup
@@ -52,8 +53,11 @@ class StartedEngine:
     tiers: "Tiers"
 
 
-def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> StartedEngine:
-    """Starts the engine and returns once it has run one step. Raises WrongPublication, UnservableModel or a StorageError."""
+def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics, tls: "PodTLS | None" = None) -> StartedEngine:
+    """Starts the engine and returns once it has run one step. Raises WrongPublication, UnservableModel or a StorageError.
+
+    tls: given if other instances are reached by https.
+    """
     threads = thread_count(config.threads)
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of numpy, which multiplies no matrices here; read when numpy is loaded
     opening = _in_background(lambda: open_model(config, start_up, metrics), "open-model")
@@ -65,7 +69,7 @@ def bring_up(config: StageConfig, start_up: StartUp, metrics: StageMetrics) -> S
 
     group = _layer_group(config, opening, threads, start_up)
     rate = ComputeRate()
-    tiers = tiers_of(config, group.kv, rate, metrics.observe_restore, metrics.kept_bytes.inc)
+    tiers = tiers_of(config, group.kv, rate, metrics.observe_restore, metrics.kept_bytes.inc, tls)
 
     engine = Engine(
         group,

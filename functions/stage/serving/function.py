@@ -11,7 +11,7 @@ from eventing.problems import NotReady
 from functions.configuration.config import StageConfig
 from functions.hosting.management import Management
 from functions.hosting.publication import WrongPublication
-from functions.hosting.server import Service
+from functions.hosting.server import Service, listen
 from functions.hosting.startup import StartUp
 from functions.observing.telemetry import make_tracer
 from functions.stage.serving.app import MAX_EVENT_BYTES, StageApp, StageMetrics, stage_admission
@@ -36,8 +36,10 @@ class StageFunction:
     """The function that serves one stage of one pipeline: its engine, handlers, metrics, and their start and end."""
 
     def __init__(self, config: StageConfig, start_up: StartUp) -> None:
+        """Raises ConfigError for TLS files that cannot be used."""
         self.instance = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._config = config
+        self._tls = config.tls.load()
         self._start_up = start_up
         self._metrics = StageMetrics()
         start_up.report_to(self._metrics.phase_ended)
@@ -58,6 +60,9 @@ class StageFunction:
 
     def start(self, stop: Callable[[int], None]) -> None:
         """Starts the engine in a thread and returns. If the start fails, logs the cause and calls `stop` with status 1."""
+        if self._config.tls_port is not None and not self._open_tls_port(self._config.tls_port):
+            stop(_FAILED_STATUS)
+            return
         threading.Thread(target=self._bring_up, args=(stop,), name="start-up", daemon=True).start()
 
     def drain(self) -> None:
@@ -93,9 +98,22 @@ class StageFunction:
     def phases(self) -> dict[str, float]:
         return self._start_up.phases()
 
+    def _open_tls_port(self, port: int) -> bool:
+        from functions.hosting.tls_port import TLSPort
+
+        assert self._tls is not None, "the configuration was checked"
+        try:
+            listener = listen(self._config.listen, port)
+        except OSError as error:
+            _log.error("cannot listen on %s; choose another with LAMINA_TLS_PORT", error.strerror)
+            return False
+        TLSPort(listener, self._tls, self._config.queue_proxy_port).start()
+        _log.info("TLS on port %d", port)
+        return True
+
     def _bring_up(self, stop: Callable[[int], None]) -> None:
         try:
-            ready = bring_up(self._config, self._start_up, self._metrics)
+            ready = bring_up(self._config, self._start_up, self._metrics, self._tls)
         except (StorageError, WrongPublication, UnservableModel) as error:
             _log.error("the stage cannot start: %s", error)
             self._fail(stop)

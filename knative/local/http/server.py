@@ -6,6 +6,7 @@ Each request has a task. Bodies are passed on as they arrive, not collected: a s
 import asyncio
 import contextlib
 import logging
+import ssl
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Final, Protocol
@@ -149,10 +150,13 @@ class HttpServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    async def start(self, port: int = 0) -> None:
-        """Begins to listen. Port 0: the system chooses one, see `port`. Raises OSError if the port is in use."""
+    async def start(self, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
+        """Begins to listen. Port 0: the system chooses one, see `port`. Raises OSError if the port is in use.
+
+        tls: settings for https; None: http.
+        """
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _ClientConnection(self), "127.0.0.1", port, backlog=1024)
+        self._server = await loop.create_server(lambda: _ClientConnection(self), "127.0.0.1", port, backlog=1024, ssl=tls)
         self.port = self._server.sockets[0].getsockname()[1]
 
     def close(self) -> None:

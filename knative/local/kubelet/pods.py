@@ -6,19 +6,21 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
 from knative.local.kubelet.container_life import ContainerLife
 from knative.local.kubelet.containers import Container
-from knative.local.kubelet.processes import kill_group
+from knative.local.kubelet.processes import free_port, kill_group
 from knative.local.proxies.network import EmulatedNetwork
 from knative.local.proxies.queue_proxy import QueueProxy
+from knative.local.proxies.serving_certs import ServingCerts
 
 _log = logging.getLogger(__name__)
 
+TLS_PORT_KEY: Final = "LAMINA_TLS_PORT"  # docs/reference.md
 _BACKOFF_RESET_SECONDS: Final = 600.0  # a container that ran this long starts with the shortest back-off again
 
 
@@ -52,15 +54,18 @@ class LocalPod:
         log: Path,
         on_change: Callable[[], None],
         network: EmulatedNetwork | None = None,
+        certs: ServingCerts | None = None,
     ) -> None:
         self.name = name
-        self.proxy = QueueProxy(container.limits, lambda: self.ready, network)
+        self.proxy = QueueProxy(container.limits, lambda: self.ready, network, certs)
         self.log = log
         self.phase = Phase.STARTING
         self.restarts = 0
         self.trouble = ""  # why it is not ready: the container's end, the readiness probe's failure, or both
         self.last_end = ""  # why the container last ended; kept after its restart
         self.readiness = ""  # body of the last readiness probe that passed; Lamina's functions tell the phases of their start
+        # A function that takes TLS connections itself gets a port for them, as it would have one of the pod's address.
+        self._own_tls_port = free_port() if TLS_PORT_KEY in container.environ else 0
         self._container = container
         self._timing = timing
         self._on_change = on_change
@@ -83,6 +88,11 @@ class LocalPod:
     @property
     def metrics_port(self) -> int | None:
         return None if self._life is None else self._life.metrics_port
+
+    @property
+    def tls_port(self) -> int:
+        """Port for requests by TLS: the container's own, else the queue-proxy's; 0: there is none."""
+        return self._own_tls_port or self.proxy.tls_port
 
     async def start(self, folder: Path) -> None:
         """Starts the queue-proxy and then, in a task, the container in `folder`. Returns before the container runs; see
@@ -128,7 +138,7 @@ class LocalPod:
         while not self.leaving:
             began = loop.time()
             self._enter(Phase.STARTING)
-            self._life = ContainerLife(self._container, self.log, self.proxy.connect, self._probed)
+            self._life = ContainerLife(self._placed(), self.log, self.proxy.connect, self._probed)
             self.trouble = self.last_end = await self._life.run(folder, self.name)
             self._life = None
             self.proxy.connect(None)
@@ -140,6 +150,13 @@ class LocalPod:
             self._enter(Phase.BACK_OFF)
             await asyncio.sleep(backoff)
             backoff = min(max(2 * backoff, self._timing.restart_backoff_seconds), self._timing.restart_backoff_max_seconds)
+
+    def _placed(self) -> Container:
+        """The container, with the ports of this pod if it takes TLS connections itself."""
+        if not self._own_tls_port:
+            return self._container
+        own = {TLS_PORT_KEY: str(self._own_tls_port), "LAMINA_QUEUE_PROXY_PORT": str(self.proxy.port)}
+        return replace(self._container, environ={**self._container.environ, **own})
 
     def _probed(self, passed: bool, text: str) -> None:
         if passed:

@@ -17,6 +17,7 @@ from knative.local.http.messages import Headers, HttpError, find
 from knative.local.http.server import Exchange, HttpServer
 from knative.local.proxies.concurrency import ConcurrencyMeter, ConcurrencyReport
 from knative.local.proxies.network import EmulatedNetwork, Relay
+from knative.local.proxies.serving_certs import ServingCerts
 from knative.local.proxies.timeouts import Timeouts, in_time
 
 _log = logging.getLogger(__name__)
@@ -40,13 +41,17 @@ class RequestLimits:
 
 
 class QueueProxy:
-    """The queue-proxy of one pod. It has a port of 127.0.0.1 in place of `podIP:8012`."""
+    """The queue-proxy of one pod. It has a port of 127.0.0.1 in place of `podIP:8012`, and with certificates one for 8112."""
 
     def __init__(
-        self, limits: RequestLimits, ready: Callable[[], bool] = lambda: True, network: EmulatedNetwork | None = None
+        self,
+        limits: RequestLimits,
+        ready: Callable[[], bool] = lambda: True,
+        network: EmulatedNetwork | None = None,
+        certs: ServingCerts | None = None,
     ) -> None:
-        """ready: tells whether the pod is ready, for probes. network: emulated between clients and this port; None: plain
-        loopback."""
+        """ready: tells whether the pod is ready, for probes. network: emulated between clients and these ports; None: plain
+        loopback. certs: None: without system-internal-tls."""
         now = asyncio.get_running_loop().time()
         self.all = ConcurrencyMeter(now)
         self.proxied = ConcurrencyMeter(now)  # requests through the activator, which reports them itself
@@ -56,17 +61,30 @@ class QueueProxy:
         self._draining = False
         self._upstream: UpstreamPool | None = None
         self._server = HttpServer(self.serve)
-        self._relay = None if network is None or network == EmulatedNetwork() else Relay(network)
+        self._tls_server = HttpServer(self.serve)
+        self._certs = certs
+        emulated = None if network is None or network == EmulatedNetwork() else network
+        self._relay = None if emulated is None else Relay(emulated)
+        self._tls_relay = None if emulated is None else Relay(emulated)
 
     @property
     def port(self) -> int:
         return self._server.port if self._relay is None else self._relay.port
 
     @property
+    def tls_port(self) -> int:
+        """0 without certificates."""
+        return self._tls_server.port if self._tls_relay is None else self._tls_relay.port
+
+    @property
     def function_port(self) -> int | None:
         return None if self._upstream is None else self._upstream.port
 
     async def start(self) -> None:
+        if self._certs is not None:
+            await self._tls_server.start(tls=self._certs.listening)
+            if self._tls_relay is not None:
+                await self._tls_relay.start(self._tls_server.port)
         await self._server.start()
         if self._relay is not None:
             await self._relay.start(self._server.port)
@@ -79,9 +97,9 @@ class QueueProxy:
 
     def close(self) -> None:
         self.connect(None)
-        self._server.close()
-        if self._relay is not None:
-            self._relay.close()
+        for each in (self._server, self._tls_server, self._relay, self._tls_relay):
+            if each is not None:
+                each.close()
 
     async def serve(self, exchange: Exchange) -> None:
         """Answers Knative's probes, and forwards every other request to the function. Returns when it is answered.

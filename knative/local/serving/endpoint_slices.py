@@ -31,6 +31,7 @@ class PodEndpoint:
     ready: bool
     serving: bool  # it answers requests, also while it is terminating
     terminating: bool
+    tls_port: int = 0  # the same with TLS; 0: there is none
 
 
 def endpoint_slice(endpoint: PodEndpoint) -> Slice:
@@ -50,7 +51,11 @@ def endpoint_slice(endpoint: PodEndpoint) -> Slice:
         "metadata": {"name": f"{endpoint.pod}-private", "namespace": endpoint.namespace, "labels": labels},
         "addressType": "IPv4",
         "endpoints": [{"addresses": ["127.0.0.1"], "conditions": conditions, "targetRef": target}],
-        "ports": [{"name": "http", "protocol": "TCP", "port": endpoint.port}],
+        "ports": [
+            {"name": name, "protocol": "TCP", "port": port}
+            for name, port in (("http", endpoint.port), ("https", endpoint.tls_port))
+            if port
+        ],
     }
 
 

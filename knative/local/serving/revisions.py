@@ -19,6 +19,7 @@ from knative.local.kubelet.containers import LocalData, read_container
 from knative.local.kubelet.pods import LocalPod, Phase, PodTiming
 from knative.local.proxies.activator import Activator
 from knative.local.proxies.network import EmulatedNetwork
+from knative.local.proxies.serving_certs import ServingCerts
 from knative.local.serving.endpoint_slices import EndpointSlices, PodEndpoint, endpoint_slice
 
 _log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class PlatformContext:
     activator_queue_depth: int
     cpu: CpuSeconds  # what the class HPA scales by
     network: EmulatedNetwork
+    certs: ServingCerts | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,8 @@ class Revision:
     def _add_pod(self) -> None:
         name = f"{self.name.revision}-{secrets.token_hex(3)}"
         log = self._context.logs / f"{name}.log"
-        pod = LocalPod(name, self._container, self._context.timing, log, self._pods_changed, self._context.network)
+        context = self._context
+        pod = LocalPod(name, self._container, context.timing, log, self._pods_changed, context.network, context.certs)
         self.pods.append(pod)
         if self._without_ready_pod_since is None and not self.ready_pods:
             self._without_ready_pod_since = self._now()
@@ -199,6 +202,7 @@ class Revision:
             ready=pod.ready,
             serving=pod.ready or (pod.phase is Phase.LEAVING and bool(pod.readiness)),
             terminating=pod.leaving,
+            tls_port=pod.tls_port,
         )
         if pod.phase is Phase.GONE:
             self._context.slices.remove(endpoint_slice(endpoint))

@@ -1,11 +1,15 @@
 """Everything that a cluster lacks is reported at once, and nothing is created before."""
 
+import base64
+from datetime import timedelta
+
 import pytest
 
 from functions.configuration.config import GatewayConfig, read_config
 from knative.cluster.errors import DeployFailed, KindMissing, PreflightFailed
 from knative.cluster.preflight import PRIVATE_NETWORKS, refused_pods
 from knative.spec.kubernetes_object import KubernetesObject
+from tests.support.certificates import CertificateAuthority
 from tests.support.environments import GATEWAY
 from tests.support.knative.kubernetes_api import EVENTING
 from tests.support.knative.manifests import features, objects, resource, secret, stage_name
@@ -103,6 +107,73 @@ def test_missing_accounts_and_pull_secrets_are_named(site: Site) -> None:
     assert site.api.applied == []
     site.api.put(resource("ServiceAccount", "chat-reader"))
     site.api.put(secret("registry", ".dockerconfigjson"))
+    site.deployer.deploy(rendered)
+
+
+# -- TLS between pods ---------------------------------------------------------------------------------------------------
+
+
+def tls_secret(name: str, files: dict[str, str]) -> KubernetesObject:
+    return resource("Secret", name, data={key: base64.b64encode(value.encode()).decode() for key, value in files.items()})
+
+
+def config_network(**data: str) -> KubernetesObject:
+    return resource("ConfigMap", "config-network", namespace="knative-serving", data=data)
+
+
+def test_knatives_certificates_need_its_setting(site: Site) -> None:
+    rendered = objects(network={"tls": {}})
+    message = site.fail(rendered, expected=PreflightFailed)
+    assert "config-network says system-internal-tls: Disabled" in message
+    assert """patch configmap config-network --type merge -p '{"data":{"system-internal-tls":"Enabled"}}'""" in message
+    assert "serving-certs" not in message, "Knative makes it with the first pod of the namespace"
+    site.api.put(config_network(**{"system-internal-tls": "enabled"}))
+    without_ca = {key: value for key, value in CertificateAuthority().secret("kn-user-default").items() if key != "ca.crt"}
+    site.api.put(tls_secret("serving-certs", without_ca))
+    message = site.fail(rendered, expected=PreflightFailed)
+    assert message == (
+        "Secret default/serving-certs is missing or lacks ca.crt; its issuer writes none: give the CA as a ConfigMap, and name "
+        "that in network.tls.ca_config_map"
+    )
+    site.api.put(tls_secret("serving-certs", CertificateAuthority().secret("kn-user-default", "data-plane.knative.dev")))
+    site.deployer.deploy(rendered)
+
+
+@pytest.mark.parametrize(
+    ("names", "until", "changed", "message"),
+    [
+        (["chat.default"], timedelta(hours=-1), {}, "the certificate has expired on 20"),
+        (["other.default"], timedelta(days=1), {}, "the certificate has the DNS names other.default, not chat.default; add"),
+        (["chat.default"], timedelta(days=1), {"ca.crt": CertificateAuthority().pem}, "is not signed by the CA in ca.crt"),
+        (["chat.default"], timedelta(days=1), {"tls.key": CertificateAuthority().secret("x")["tls.key"]}, "is not the key of"),
+        (["chat.default"], timedelta(days=1), {"tls.crt": "x"}, "tls.crt, tls.key or the CA is not PEM"),
+    ],
+)
+def test_a_certificate_that_pods_could_not_use_is_refused(
+    site: Site, names: list[str], until: timedelta, changed: dict[str, str], message: str
+) -> None:
+    rendered = objects(network={"tls": {"secret": "chat-tls"}})
+    assert "Secret default/chat-tls is missing or lacks ca.crt, tls.crt, tls.key; create it with" in site.fail(
+        rendered, expected=PreflightFailed
+    )
+    authority = CertificateAuthority()
+    site.api.put(tls_secret("chat-tls", authority.secret(*names, until=until) | changed))
+    (line,) = site.fail(rendered, expected=PreflightFailed).splitlines()
+    assert line.startswith("Secret default/chat-tls: ")
+    assert message in line
+    assert site.api.applied == []
+    site.api.put(tls_secret("chat-tls", authority.secret("chat.default")))
+    site.deployer.deploy(rendered)
+
+
+def test_a_ca_in_a_config_map_is_the_one_that_counts(site: Site) -> None:
+    rendered = objects(network={"tls": {"secret": "chat-tls", "ca_config_map": "trust"}})
+    authority, other = CertificateAuthority(), CertificateAuthority()
+    site.api.put(tls_secret("chat-tls", authority.secret("chat.default")))
+    assert "ConfigMap default/trust is missing or lacks ca.crt" in site.fail(rendered, expected=PreflightFailed)
+    site.api.put(resource("ConfigMap", "trust", data={"ca.crt": other.pem}))
+    assert "is not signed by the CA" in site.fail(rendered, expected=PreflightFailed)
+    site.api.put(resource("ConfigMap", "trust", data={"ca.crt": other.pem + authority.pem}))
     site.deployer.deploy(rendered)
 
 

@@ -15,7 +15,8 @@ Path = tuple[str, ...]
 
 _CASES: Final = json.loads((DATA / "webhook-cases.json").read_text())
 # Fields of manifests that ran on a real cluster besides the recorded ones. Three are only in Knative's own documents: traffic,
-# annotations outside of its domains, and `optional` of a secretKeyRef.
+# annotations outside of its domains, and `optional` of a secretKeyRef. Volumes of Secrets and ConfigMaps are in its source
+# (knative/serving pkg/apis/serving/fieldmask.go, VolumeSourceMask).
 _RUN_ON_A_CLUSTER: Final = """
 metadata.labels.*
 spec.template.metadata.labels.*
@@ -28,6 +29,11 @@ spec.template.metadata.annotations.serving.knative.dev/progress-deadline
 spec.template.metadata.annotations.features.knative.dev/http-full-duplex
 spec.template.metadata.annotations.lamina.dev/rotation
 spec.template.spec.automountServiceAccountToken
+spec.template.spec.volumes.*.secret.secretName
+spec.template.spec.volumes.*.secret.items.*.key
+spec.template.spec.volumes.*.secret.items.*.path
+spec.template.spec.volumes.*.configMap.items.*.key
+spec.template.spec.volumes.*.configMap.items.*.path
 spec.template.spec.containers.*.env.*.valueFrom.secretKeyRef.optional
 spec.template.spec.containers.*.env.*.value
 spec.template.spec.containers.*.envFrom.*.secretRef.name

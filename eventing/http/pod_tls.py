@@ -1,0 +1,137 @@
+"""TLS between pods: the CA to trust, the DNS name that every pod's certificate has, and this pod's own certificate.
+
+A pod is reached by its address, which no certificate names. So a certificate is checked for one name that all pods share, as
+Knative's activator does for `kn-user-{namespace}` (knative/serving pkg/activator/certificate/tls_context.go).
+"""
+
+import logging
+import os
+import ssl
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+_log = logging.getLogger(__name__)
+
+_CHECK_SECONDS: Final = 1.0  # least time between two checks whether files have changed
+# Codes of X509_verify_cert (openssl/x509_vfy.h) → what is wrong and what to do.
+_VERIFY: Final = {
+    9: "its certificate is not valid yet: compare the clocks",
+    10: "its certificate has expired: renew it",
+    62: "its certificate does not have the name of the pipeline's pods: compare it with LAMINA_TLS_NAME",
+    **dict.fromkeys((7, 18, 19, 20, 21), "its certificate is not of the CA in LAMINA_TLS_CA: give both pods the same CA"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TLSFiles:
+    """Paths of PEM files, and the DNS name that certificates of pods must have. Without a certificate of its own a pod only
+    calls others."""
+
+    ca: str
+    name: str
+    certificate: str | None = None
+    key: str | None = None
+
+    def state(self) -> list[tuple[int, ...]]:
+        """A value that differs after a file was written to or replaced; Kubernetes replaces mounted ones."""
+        found = [os.stat(path) for path in (self.ca, self.certificate, self.key) if path is not None]
+        return [(each.st_ino, each.st_size, each.st_mtime_ns) for each in found]
+
+
+class UnusableTLSFiles(Exception):
+    """A certificate, key or CA cannot be read. The message names the file."""
+
+
+class PodTLS:
+    """The settings of TLS connections between pods. Changed files are read again for the next connection. Thread-safe.
+
+    If changed files cannot be used, the earlier ones stay in use, and an error is logged.
+    """
+
+    def __init__(self, files: TLSFiles) -> None:
+        """Raises UnusableTLSFiles."""
+        self.name = files.name
+        self._files = files
+        self._lock = threading.Lock()
+        self._state = self._read_state()
+        self._client, self._server = self._contexts()
+        self._check_at = time.monotonic() + _CHECK_SECONDS
+
+    def client(self) -> ssl.SSLContext:
+        """Settings for a connection to another pod. `server_hostname` must be `name`."""
+        self._read_changed_files()
+        return self._client
+
+    def server(self) -> ssl.SSLContext:
+        """Settings for a connection from another pod, which must show a certificate of the CA; see `admits`.
+
+        Needs a certificate of its own.
+        """
+        self._read_changed_files()
+        assert self._server is not None
+        return self._server
+
+    def admits(self, certificate: Mapping[str, Any] | None) -> bool:
+        """Whether a client's certificate (`SSLSocket.getpeercert`) has the name of the pipeline's pods."""
+        return ("DNS", self.name) in ((certificate or {}).get("subjectAltName") or ())
+
+    def _read_changed_files(self) -> None:
+        if time.monotonic() < self._check_at or not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._check_at = time.monotonic() + _CHECK_SECONDS
+            state = self._read_state()
+            if state != self._state:
+                self._client, self._server = self._contexts()
+                self._state = state
+                _log.info("the certificates between pods were renewed")
+        except UnusableTLSFiles as error:
+            _log.error("%s; the earlier certificates stay in use", error)
+        finally:
+            self._lock.release()
+
+    def _read_state(self) -> list[tuple[int, ...]]:
+        try:
+            return self._files.state()
+        except OSError as error:
+            raise UnusableTLSFiles(f"{error.filename}: {error.strerror}; is the Secret with it mounted?") from error
+
+    def _contexts(self) -> tuple[ssl.SSLContext, ssl.SSLContext | None]:
+        files = self._files
+        client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        server = None if files.certificate is None else ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        if server is not None:
+            server.verify_mode = ssl.CERT_REQUIRED
+        for context in (client, server):
+            if context is None:
+                continue
+            context.minimum_version = ssl.TLSVersion.TLSv1_3  # as Knative's activator and queue-proxy
+            try:
+                context.load_verify_locations(files.ca)
+            except (OSError, ValueError) as error:
+                raise UnusableTLSFiles(f"{files.ca}: no CA certificates in PEM ({error})") from error
+            if files.certificate is not None:
+                try:
+                    context.load_cert_chain(files.certificate, files.key)
+                except (OSError, ValueError) as error:
+                    raise UnusableTLSFiles(
+                        f"{files.certificate}, {files.key}: no certificate with its key in PEM ({error})"
+                    ) from error
+        return client, server
+
+
+def tls_problem(error: Exception) -> str:
+    """What went wrong with a connection, in words that say what to do if it was TLS."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"{_VERIFY.get(error.verify_code, 'its certificate is not accepted')} ({error.verify_message})"
+    if is_refusal(error):
+        return f"it refuses this pod's certificate, or none was shown ({error})"
+    return str(error) or type(error).__name__
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the server refused the client's certificate. With TLS 1.3 the client learns it from its first read."""
+    return isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or "")

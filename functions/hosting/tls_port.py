@@ -1,0 +1,193 @@
+"""The port at which a pod with a certificate of its own takes TLS connections from the pipeline's other pods.
+
+Knative's queue-proxy asks for no client certificate. So with certificates of the pipeline's own a stage listens itself, and
+passes the bytes on to the queue-proxy of its pod, on loopback: requests are counted and limited as all others.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+import threading
+from typing import Final
+
+from eventing.http.pod_tls import PodTLS
+
+_log = logging.getLogger(__name__)
+
+_HANDSHAKE_SECONDS: Final = 10.0
+_LINGER_SECONDS: Final = 2.0  # a refused client's bytes are read so long: closing earlier could destroy the refusal
+_MAX_CONNECTIONS: Final = 512
+_BUFFER_BYTES: Final = 2**20
+_READ_BYTES: Final = 2**18
+_REFUSAL: Final = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
+)
+
+
+class TLSPort:
+    """Accepts TLS connections from the pipeline's pods and carries their bytes to another port of this machine and back."""
+
+    def __init__(self, listener: socket.socket, tls: PodTLS, to_port: int) -> None:
+        """listener: is listening already. to_port: of the pod's queue-proxy."""
+        self._listener = listener
+        self._tls = tls
+        self._to_port = to_port
+        self._open: set[_Inbound] = set()
+
+    def start(self) -> None:
+        """Serves in a daemon thread until the process ends."""
+        threading.Thread(target=lambda: asyncio.run(self._serve()), name="tls-port", daemon=True).start()
+
+    async def _serve(self) -> None:
+        def connected() -> asyncio.Protocol:
+            return _Inbound(self._tls, self._to_port, self._open) if len(self._open) < _MAX_CONNECTIONS else _Full()
+
+        server = await asyncio.get_running_loop().create_server(connected, sock=self._listener)
+        await server.serve_forever()
+
+
+class _Full(asyncio.Protocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
+class _Side(asyncio.Protocol):
+    """One side of a carried connection. It stops reading while the other side takes nothing."""
+
+    other: "_Side | None" = None
+    transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        transport.set_write_buffer_limits(_BUFFER_BYTES)
+
+    def send(self, data: bytes) -> None:
+        if self.transport is not None:
+            self.transport.write(data)
+
+    def pause_writing(self) -> None:
+        if self.other is not None and self.other.transport is not None:
+            self.other.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self.other is not None and self.other.transport is not None and not self.other.transport.is_closing():
+            self.other.transport.resume_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        if self.other is not None and self.other.transport is not None:
+            self.other.transport.close()  # after what was written
+
+
+class _Onward(_Side):
+    """The side of queue-proxy."""
+
+    def __init__(self, inbound: "_Inbound") -> None:
+        self.other = inbound
+
+    def data_received(self, data: bytes) -> None:
+        assert self.other is not None
+        self.other.send(data)
+
+
+class _Inbound(_Side):
+    """The side with TLS, over MemoryBIO: asyncio's own sends no alert to a client whose certificate it refuses."""
+
+    def __init__(self, tls: PodTLS, to_port: int, connections: "set[_Inbound]") -> None:
+        self._pod_tls = tls
+        self._to_port = to_port
+        self._connections = connections
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = tls.server().wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._established = self._refused = False
+        self._opening: asyncio.Task[None] | None = None
+        self._peer = ""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._connections.add(self)
+        self._peer = str(transport.get_extra_info("peername")[0])
+        sock = transport.get_extra_info("socket")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        asyncio.get_running_loop().call_later(_HANDSHAKE_SECONDS, self._expire)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connections.discard(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        self._incoming.write(data)
+        try:
+            if not self._established:
+                self._tls.do_handshake()
+                self._established = True
+                self._admit()
+            if self.other is not None:
+                self._carry()
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            self._refuse(str(error))
+        self._flush()
+
+    def send(self, data: bytes) -> None:
+        with contextlib.suppress(ssl.SSLError):  # the client has closed
+            self._tls.write(data)
+            self._flush()
+
+    def _admit(self) -> None:
+        if self._pod_tls.admits(self._tls.getpeercert()):
+            assert self.transport is not None
+            self.transport.pause_reading()
+            self._opening = asyncio.get_running_loop().create_task(self._open())
+        else:
+            self._answer(f"the certificate of the client does not have the name {self._pod_tls.name}")
+
+    async def _open(self) -> None:
+        try:
+            _, self.other = await asyncio.get_running_loop().create_connection(
+                lambda: _Onward(self), "127.0.0.1", self._to_port
+            )
+        except OSError as error:
+            self._answer(f"queue-proxy does not answer on port {self._to_port}: {error}")
+            return
+        if self.transport is None:
+            assert self.other.transport is not None
+            self.other.transport.close()
+            return
+        self.transport.resume_reading()
+        self.data_received(b"")
+
+    def _carry(self) -> None:
+        assert self.other is not None
+        while data := self._tls.read(_READ_BYTES):
+            self.other.send(data)
+        if self.transport is not None:  # the client closes: it sent close_notify
+            self.transport.close()
+
+    def _answer(self, text: str) -> None:
+        self.send(_REFUSAL % (len(text), text.encode()))
+        self._refuse(text)
+
+    def _refuse(self, reason: str) -> None:
+        _log.warning("a connection from %s was refused: %s", self._peer, reason)
+        self._refused = True
+        self._flush()
+        if self.transport is not None:
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            self.transport.resume_reading()
+            asyncio.get_running_loop().call_later(_LINGER_SECONDS, self.transport.close)
+
+    def _expire(self) -> None:
+        if not self._established and self.transport is not None:
+            self.transport.close()
+
+    def _flush(self) -> None:
+        if self._outgoing.pending and self.transport is not None and not self.transport.is_closing():
+            self.transport.write(self._outgoing.read())
