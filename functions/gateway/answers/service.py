@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from eventing.problems import ContextExceeded, InvalidRequest, Problem
 from eventing.wire.events import Grammar
@@ -21,6 +21,8 @@ from functions.observing.tracing import PASSING, TraceContext, Tracer
 
 T = TypeVar("T")
 
+MAX_LOGPROBS: Final = 2**17  # of one request; they are in memory until its reply has been sent, with 350 to 450 bytes each
+
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
@@ -31,6 +33,7 @@ class RequestContext:
     seed: int  # used if the request names none
     deadline_seconds: float  # from `arrived` on
     arrived: float  # in time.monotonic()
+    max_logprobs: int = MAX_LOGPROBS  # of all answers together, with the alternatives
     gone: Callable[[], bool] = lambda: False  # tells whether the client has left, without waiting
     trace: TraceContext | None = None  # of the client's span, if it sent one
 
@@ -72,8 +75,10 @@ class AnswerService:
         answers: list[Answer] = []
         try:
             prompts = self._encode_prompts(request, context.client_id)
+            lengths = self._answer_lengths(request, prompts, context)
             for number, one in enumerate(request.each(context.seed)):
-                answers.append(self._begin_answer(one, prompts[number // request.n], context, release))
+                prompt = number // request.n
+                answers.append(self._begin_answer(one, prompts[prompt], lengths[prompt], context, release))
         except BaseException as error:
             for answer in answers:
                 answer.close()
@@ -133,21 +138,16 @@ class AnswerService:
         return EncodedPrompt(prompt, predicted_ids, self.text.decode(prompt) if request.echo else "")
 
     def _begin_answer(
-        self, request: GenerateRequest, encoded: EncodedPrompt, context: RequestContext, release: Release
+        self, request: GenerateRequest, encoded: EncodedPrompt, max_tokens: int, context: RequestContext, release: Release
     ) -> Answer:
         token_ids = encoded.token_ids
-        quota = self._limits.quota(context.client_id)
-        longest = self._longest_answer(token_ids, request.max_tokens)
-        if quota.max_tokens:
-            longest = min(longest, quota.max_tokens)
-        max_tokens = longest if request.max_tokens is None else min(request.max_tokens, longest)
         operation = GenAIOperation.of(request, self._model)
         attributes = operation.begin_attributes(request, context.request_id, len(token_ids), max_tokens)
         span = self._tracer.serve(operation.span_name, context.trace, attributes)
         prompt = Prompt(
             token_ids,
             max_tokens,
-            open_ended=request.max_tokens is None or request.max_tokens > longest,
+            open_ended=request.max_tokens != max_tokens,
             sampling=request.sampling(context.seed, len(token_ids), self.text.eos_ids, encoded.grammar),
             predicted_ids=encoded.predicted_ids,
             eos_ids=request.end_ids(self.text.eos_ids),
@@ -155,7 +155,7 @@ class AnswerService:
             top_logprobs=request.logprobs,
             scored=request.scores or request.max_tokens == 0,  # without an answer, the prompt's scores are what is computed
             client_id=context.client_id,
-            priority=quota.priority or 0,
+            priority=self._limits.quota(context.client_id).priority or 0,
             deadline_seconds=context.deadline_seconds,
             arrived=context.arrived,
             trace=span.context,
@@ -181,15 +181,35 @@ class AnswerService:
             token_ids, token_stream, text_stream, self._metrics, span, operation, release, echo, scored=request.scores
         )
 
-    def _longest_answer(self, token_ids: Sequence[int], max_tokens: int | None) -> int:
-        """Number of tokens that the context leaves for the answer.
+    def _answer_lengths(self, request: GenerateRequest, prompts: Sequence[EncodedPrompt], context: RequestContext) -> list[int]:
+        """The most tokens of an answer to each prompt: as requested, or fewer if the context or the client's quota ends it.
 
-        Raises InvalidRequest for an empty prompt, and if no token is left. max_tokens: as requested; 0 needs no token.
+        Raises InvalidRequest for an empty prompt, and if there may be more log-probabilities than one request may have; without
+        `max_tokens` they make the answers shorter instead. Raises ContextExceeded if no token is left for an answer.
         """
-        if not token_ids:
-            raise InvalidRequest("the prompt has no tokens")
-        context = self.text.context_length
-        longest = context - len(token_ids)
-        if longest < (0 if max_tokens == 0 else 1):
-            raise ContextExceeded.by(f"your prompt has {len(token_ids)} tokens, and the answer needs some too", context)
-        return longest
+        most = self._limits.quota(context.client_id).max_tokens or self.text.context_length
+        if request.max_tokens is not None:
+            most = min(most, request.max_tokens)
+        lengths = []
+        for prompt in prompts:
+            if not prompt.token_ids:
+                raise InvalidRequest("the prompt has no tokens")
+            left = self.text.context_length - len(prompt.token_ids)
+            if left < (0 if request.max_tokens == 0 else 1):
+                seen = f"your prompt has {len(prompt.token_ids)} tokens, and the answer needs some too"
+                raise ContextExceeded.by(seen, self.text.context_length)
+            lengths.append(min(left, most))
+        if request.logprobs is None:
+            return lengths
+        each = 1 + request.logprobs
+        echoed = sum(len(prompt.token_ids) for prompt in prompts) if request.echo else 0
+        if request.max_tokens is None:
+            allowed = (context.max_logprobs // (each * request.n) - echoed) // len(prompts)
+            lengths = [min(length, max(1, allowed)) for length in lengths]
+        tokens = echoed + sum(lengths)
+        if (product := request.n * tokens * each) > context.max_logprobs:
+            raise InvalidRequest(
+                f"{request.n} × {tokens} tokens (of all prompts and answers) × {each} log-probabilities of each are {product}; "
+                f"one request may have {context.max_logprobs}. Lower `max_tokens`, `n` or `top_logprobs`, or send fewer prompts"
+            )
+        return lengths

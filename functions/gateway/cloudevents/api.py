@@ -32,7 +32,7 @@ from eventing.wire.generation import MAX_CHOICES, ErrorEvent, GenerateRequest
 from functions.gateway.answers.access_log import log_entry
 from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.generation import ClientLeft, Generation
-from functions.gateway.answers.service import AnswerService, RequestContext
+from functions.gateway.answers.service import MAX_LOGPROBS, AnswerService, RequestContext
 from functions.gateway.answers.streaming import (
     CLIENT_CLOSED_REQUEST,
     after_first_token,
@@ -111,10 +111,10 @@ class CloudEventsAPI:
             raise UnknownEventType(f"{event.get_type()} goes to the Broker: this gateway takes it from a Sequence only")
         return _http_response(to_binary_http(self._scores.begin(event, client_id)))
 
-    def _listen(self, event: CloudEvent, client_id: str, arrived: float) -> Listener:
+    def _listen(self, event: CloudEvent, client_id: str, arrived: float, events: int = 1) -> Listener:
         """Begins the answer to a generate request, or joins it if the same event is being answered or was answered recently.
 
-        arrived: in time.monotonic(). Raises the Problem with which the answer cannot begin.
+        arrived: in time.monotonic(). events: how many the request has. Raises the Problem with which the answer cannot begin.
         """
 
         def begin() -> Generation:
@@ -129,6 +129,7 @@ class CloudEventsAPI:
                 seed=reply_seed(event),
                 deadline_seconds=seconds + time.monotonic() - arrived,
                 arrived=arrived,
+                max_logprobs=MAX_LOGPROBS // events,
                 trace=read_traceparent(str(traceparent) if traceparent else request.headers.get("traceparent")),
             )
             entry = log_entry()
@@ -154,7 +155,7 @@ class CloudEventsAPI:
             for event in events:
                 try:
                     check_not_expired(event.get_attributes(), datetime.now(UTC))
-                    begun.append(self._listen(self._claims.redeem(event), client_id, arrived))
+                    begun.append(self._listen(self._claims.redeem(event), client_id, arrived, len(events)))
                 except Problem as problem:
                     begun.append(problem)
             g.answering = True

@@ -270,9 +270,13 @@ Writer = ChatWriter | CompletionWriter
 
 
 def chat_logprobs(text: ModelText, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+    known: dict[int, dict[str, Any]] = {}  # by token: most are among the likeliest at several positions
+
     def one(token_id: int, logprob: float | None) -> dict[str, Any]:
-        raw = text.token_bytes(token_id)
-        return {"token": text.token_text(token_id), "logprob": logprob, "bytes": None if raw is None else list(raw)}
+        if token_id not in known:
+            raw = text.token_bytes(token_id)
+            known[token_id] = {"token": text.token_text(token_id), "bytes": None if raw is None else list(raw)}
+        return {"logprob": logprob, **known[token_id]}
 
     content = [
         one(each.token_id, each.logprob) | {"top_logprobs": [one(token_id, logprob) for token_id, logprob in each.top]}

@@ -11,7 +11,7 @@ from eventing.problems import NotReady, PipelineUnavailable, Problem, QueueFull
 from eventing.wire.generation import GenerateRequest, TokenLogprob
 from functions.gateway.answers import generation as core
 from functions.gateway.answers.authentication import KeyRing
-from functions.gateway.answers.service import AnswerService
+from functions.gateway.answers.service import MAX_LOGPROBS, AnswerService
 from functions.gateway.app import create_app
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.chat_template import ChatTemplate
@@ -20,6 +20,7 @@ from tests.support.environments import gateway_config
 from tests.support.functions.scripted_gateway import (
     APIS,
     CONTEXT,
+    END,
     EVENT,
     Pipeline,
     ask,
@@ -192,6 +193,57 @@ def test_what_exceeds_the_context_gets_the_error_that_client_programs_know(
     assert re.match(r"This model's maximum context length is 64 tokens\. However, your .*\. Please reduce its length\.$", words)
     assert code == "context_length_exceeded"
     assert not pipeline.prompts
+
+
+MANY_LOGPROBS = [
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}], "logprobs": True, "top_logprobs": 20}, 1, 0, 21),
+    ("/v1/completions", {"prompt": "x", "logprobs": 3, "n": 2}, 2, 0, 4),
+    ("/v1/completions", {"prompt": ["x" * 99] * 5, "logprobs": 0, "echo": True, "n": 3}, 15, 5 * 100, 1),
+    ("/v1/responses", {"input": "x", "include": ["message.output_text.logprobs"], "top_logprobs": 4}, 1, 0, 5),
+    ("/", {"prompt": "x", "logprobs": 7}, 1, 0, 8),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "answers", "echoed", "each"), MANY_LOGPROBS)
+def test_log_probabilities_of_a_request_are_bounded_before_it_is_queued(
+    pipeline: Pipeline, path: str, body: dict[str, Any], answers: int, echoed: int, each: int
+) -> None:
+    """Every answer may have as many tokens as keep all within the bound; one more is refused, if they were asked for."""
+    client = client_of(pipeline, context=200_000)
+
+    def script(stream: TokenStream) -> None:
+        stream.scored(1, [TokenLogprob(7, -1.0)] * 99)
+        stream.put(7, TokenLogprob(7, -1.0))
+        stream.put(END)
+
+    pipeline.script = script
+    longest = (MAX_LOGPROBS // each // body.get("n", 1) - echoed) // (answers // body.get("n", 1))
+
+    def send(tokens: int | None) -> Any:
+        name = "max_output_tokens" if path.endswith("responses") else "max_tokens"
+        asked = body | ({} if path == "/" else {"model": "tiny"}) | ({} if tokens is None else {name: tokens})
+        return client.post(path, json=asked, headers=EVENT | {"ce-id": f"{tokens}"} if path == "/" else {})
+
+    refused = send(longest + 1)
+    assert refused.status_code == (422 if path == "/" else 400)
+    product = (body.get("n", 1) * echoed + answers * (longest + 1)) * each
+    assert f"log-probabilities of each are {product}; one request may have {MAX_LOGPROBS}" in refused.text
+    assert not pipeline.prompts
+    assert send(longest).status_code == 200
+    assert send(None).status_code == 200
+    assert [(prompt.max_tokens, prompt.open_ended) for prompt in pipeline.prompts] == [
+        *[(longest, False)] * answers,
+        *[(longest, True)] * answers,
+    ]
+
+
+def test_echoed_prompts_alone_may_have_too_many_log_probabilities(pipeline: Pipeline) -> None:
+    client = client_of(pipeline, context=2048)
+    body = {"model": "tiny", "prompt": ["x" * 2000] * 7, "logprobs": 9, "echo": True}
+    for more in ({}, {"max_tokens": 0}):
+        assert "one request may have" in client.post("/v1/completions", json=body | more).text
+    assert not pipeline.prompts
+    assert client.post("/v1/completions", json=body | {"logprobs": None}).status_code == 200
 
 
 @pytest.mark.parametrize("content", ["7" * 100_000, "7" * 500])

@@ -8,6 +8,7 @@ import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
+from functions.gateway.answers.service import MAX_LOGPROBS
 from tests.support.functions.scripted_gateway import CONTEXT, END, EVENT, TOKENIZER, Pipeline, ask, client_of, stream
 
 
@@ -146,6 +147,16 @@ def test_a_batch_is_answered_in_order(client: FlaskClient, pipeline: Pipeline) -
     assert answers[1]["data"]["type"] == "urn:lamina:problem:context-length-exceeded"
     assert "max_tokens" in answers[3]["data"]["detail"]
     assert len(pipeline.prompts) == 2
+
+
+def test_the_events_of_a_batch_share_the_bound_of_log_probabilities(pipeline: Pipeline) -> None:
+    client = client_of(pipeline, context=200_000)
+    share = MAX_LOGPROBS // 4
+    lengths = (share, share + 1, None, 8)
+    reply = send(client, [event(f"{length}", logprobs=0, max_tokens=length) for length in lengths])
+    kinds = [answer["type"].rpartition(".")[2] for answer in json.loads(reply.data)]
+    assert kinds == ["response", "error", "response", "response"]
+    assert [prompt.max_tokens for prompt in pipeline.prompts] == [share, share, 8]
 
 
 @pytest.mark.parametrize(
