@@ -47,6 +47,15 @@ class FairShares(Generic[T]):
         self._held[client_id] += amount
         self.total += amount
 
+    def move(self, client_id: str, item: T) -> None:
+        """From now on counts an item for this client. It stays as old as it is."""
+        before = self._owners[item]
+        if before == client_id:
+            return
+        amount = self._items[before].pop(item)
+        self._subtract(before, amount)
+        self.add(client_id, item, amount)
+
     def fix(self, item: T) -> None:
         """From now on the item does not give way. It still counts. Does nothing if it is not counted."""
         if item in self._owners:
@@ -59,10 +68,7 @@ class FairShares(Generic[T]):
             return
         self._fixed.discard(item)
         amount = self._items[client_id].pop(item)
-        self._held[client_id] -= amount
-        self.total -= amount
-        if not self._items[client_id]:
-            del self._items[client_id], self._held[client_id]
+        self._subtract(client_id, amount)
 
     def make_room(self, client_id: str, amount: int, capacity: int) -> list[T] | None:
         """Removes and returns the items that give way so that a client can have `amount` more. None: it is refused.
@@ -85,6 +91,12 @@ class FairShares(Generic[T]):
         for item in yielding:
             self.remove(item)
         return yielding
+
+    def _subtract(self, client_id: str, amount: int) -> None:
+        self.total -= amount
+        self._held[client_id] -= amount
+        if not self._items[client_id]:
+            del self._items[client_id], self._held[client_id]
 
     def _next_to_yield(self, client_id: str, held: Counter[str], chosen: list[T]) -> T | None:
         """The item that gives way next. held: what each client holds after those in `chosen` have given way."""

@@ -29,6 +29,7 @@ from functions.gateway.page.page import register_page
 from functions.gateway.page.pipeline_events import PipelineEventsAPI
 from functions.gateway.page.pipeline_watch import PipelineWatch, StageDescription, Watched
 from functions.gateway.stages.endpoints import service_name
+from functions.hosting.requests import CLIENT_ID
 from functions.hosting.web import add_problem_handlers
 from storage.store.payload_store import PayloadStore
 
@@ -156,15 +157,15 @@ def gateway_admission(config: GatewayConfig, keys: KeyRing) -> "Callable[[WSGIEn
 
     The function takes the WSGI environ and returns the most bytes that the body may have; 0 unless the method is POST. It
     raises Unauthorized if the gateway has API keys and the request has no valid one, UnknownHost or CrossSite if a page of
-    another site may have sent it, and UnsupportedMediaType if the body is not said to be JSON.
+    another site may have sent it, and UnsupportedMediaType if the body is not said to be JSON. It sets CLIENT_ID.
     """
-    clients, sites = Clients(keys), Sites(config, is_open=keys.is_open)
+    clients, sites = Clients(keys, config.proxies), Sites(config, is_open=keys.is_open)
 
     def admit(environ: "WSGIEnvironment") -> int:
         sites.check(environ)
         if environ["REQUEST_METHOD"] != "POST":
             return 0
-        clients.identify(Request(environ))
+        environ[CLIENT_ID] = clients.identify(Request(environ))
         check_media_type(environ)
         return MAX_REQUEST_BYTES
 

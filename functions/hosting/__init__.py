@@ -1,4 +1,5 @@
 """Runs a function as a process: the HTTP server, the start-up, and parts that the Flask applications share.
 
-May import: eventing, eventing.http, eventing.wire, storage, storage.models, functions.configuration, functions.threads.
+May import: eventing, eventing.http, eventing.wire, storage, storage.models, functions.configuration, functions.fairness,
+functions.threads.
 """

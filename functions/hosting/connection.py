@@ -41,7 +41,7 @@ class ServerLimits:
     keep_alive_seconds: float = 75.0  # more than senders keep an idle connection (eventing/http/delivery): they close first
     linger_seconds: float = 2.0  # for a client to read a refusal while it sends; for requests on their way at the stop
     graceful_seconds: float = 600.0  # after SIGTERM; Knative's upper limit of timeoutSeconds, after which the platform kills
-    waiting_connections: int = 1024  # without a complete request; for one more, the connection that waited longest is closed
+    waiting_connections: int = 1024  # without a complete request; for one more, one of the client that has most is closed
 
 
 class ClientConnection:

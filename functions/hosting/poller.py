@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from functions.fairness.fair_shares import FairShares
 from functions.hosting.connection import ClientConnection, ServerLimits
 from functions.hosting.requests import BadRequest, ClientClosed, RequestReader
 
@@ -41,7 +42,7 @@ class ListeningPort:
         self.read = read
         self.accepts = accepts
         self.dispatch = dispatch
-        self.waiting: dict[ClientConnection, None] = {}  # without a complete request, longest waiting first
+        self.waiting: FairShares[ClientConnection] = FairShares(oldest_first=True)  # without a complete request
 
 
 class Poller:
@@ -108,20 +109,20 @@ class Poller:
             except OSError as error:
                 if error.errno not in _NO_MORE_FILES:
                     return  # it was gone before it was accepted
-                if not self._close_longest_waiting(port):
+                if not self._close_waiting(port, "", len(port.waiting)):
                     _log.warning("no connection can be accepted: %s", error.strerror)
                     return
                 continue
-            if len(port.waiting) >= port.max_waiting:
-                self._close_longest_waiting(port)
-            self._wait(ClientConnection(sock, port.read(client[:2]), self._limits, port))
+            connection = ClientConnection(sock, port.read(client[:2]), self._limits, port)
+            self._close_waiting(port, connection.reader.client_id, port.max_waiting)
+            self._wait(connection)
 
     def _wait(self, connection: ClientConnection) -> None:
-        connection.port.waiting[connection] = None
+        connection.port.waiting.add(connection.reader.client_id, connection)
         self._selector.register(connection.sock, selectors.EVENT_READ, connection)
 
     def _leave(self, connection: ClientConnection) -> None:
-        del connection.port.waiting[connection]
+        connection.port.waiting.remove(connection)
         self._selector.unregister(connection.sock)
 
     def _close(self, connection: ClientConnection) -> None:
@@ -141,6 +142,8 @@ class Poller:
         else:
             if complete:
                 self._take(connection)
+            else:
+                connection.port.waiting.move(connection.reader.client_id, connection)
 
     def _take(self, connection: ClientConnection) -> None:
         if not connection.port.accepts(connection):
@@ -170,18 +173,24 @@ class Poller:
 
     def _close_the_late(self, now: float) -> None:
         for port in self._ports:
-            for connection in [each for each in port.waiting if each.deadline <= now]:
-                if connection.reader.begun and not connection.lingers:
+            for connection in [each for each in port.waiting if each.deadline <= now or each.reader.gave_way]:
+                if connection.reader.gave_way:
+                    self._receive(connection)
+                elif connection.reader.begun and not connection.lingers:
                     self._refuse(connection, BadRequest(408, "the request did not come in time"))
                 else:
                     self._close(connection)
 
-    def _close_longest_waiting(self, port: ListeningPort) -> bool:
-        connection = next(iter(port.waiting), None)
-        if connection is None:
-            return False
-        self._close(connection)
-        return True
+    def _close_waiting(self, port: ListeningPort, client_id: str, max_waiting: int) -> bool:
+        """Closes connections until a client may have one more, and returns whether there were any.
+
+        The longest waiting one of the client that has most is closed.
+        """
+        closed = port.waiting.make_room(client_id, 1, max_waiting) or []
+        for connection in closed:
+            self._selector.unregister(connection.sock)
+            connection.close()
+        return bool(closed)
 
     def _close_ports(self) -> None:
         """Closes the listening sockets.

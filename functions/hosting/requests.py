@@ -4,12 +4,14 @@ Head and body are checked against their limits before memory is used for them. N
 chunks. A body of known length goes from the socket into its final memory, which the application gets without a copy.
 """
 
+import contextlib
 import io
 import re
 import socket
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -20,6 +22,7 @@ import httptools
 
 from eventing.http.request_target import is_authority, read_target
 from eventing.problems import EventTooLarge, Overloaded, Problem
+from functions.fairness.fair_shares import FairShares
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -36,6 +39,7 @@ SMALL_BODY_BYTES: Final = 2**14  # so many bytes of each body are not counted, s
 # Keys of the environment.
 REFUSED: Final = "lamina.refused"  # the Problem that ended the request before its body was received; the application raises it
 ADMITTED_BYTES: Final = "lamina.admitted_bytes"  # what the application's `Admit` returned for this head
+CLIENT_ID: Final = "lamina.client_id"  # set by `Admit`: for whom connection and body count; else it is the client's address
 MANAGEMENT: Final = "lamina.management"  # whether the request came by the management port, which clients do not reach
 CLIENT_GONE: Final = "lamina.client_gone"  # () -> bool: whether the client has closed its connection
 ARRIVED: Final = "lamina.arrived"  # when the head was complete, before body and thread, in time.monotonic()
@@ -58,41 +62,76 @@ class ClientClosed(Exception):
     """The connection ended before the request was complete."""
 
 
+class BodyShare:
+    """What one body has of the BodyBudget."""
+
+    def __init__(self, client_id: str, body: "Body") -> None:
+        self.client_id = client_id
+        self.body = weakref.ref(body)
+        self.gave_way = False  # another client got the memory: the request is refused
+
+
 class BodyBudget:
-    """Limits the bytes that the bodies of all requests together have in memory. Thread-safe."""
+    """Limits the bytes that the bodies of all requests together have in memory, and shares them among clients. Thread-safe.
+
+    A body that is not complete can give way.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._held = 0
-        self._given_back: deque[int] = deque()  # counts that are not yet subtracted from _held
+        self._shares: FairShares[BodyShare] = FairShares()
+        self._given_back: deque[BodyShare] = deque()  # not yet removed from _shares
 
     @property
     def held_bytes(self) -> int:
         with self._lock:
             self._settle()
-            return self._held
+            return self._shares.total
 
-    def take(self, count: int) -> None:
-        """Counts `count` more bytes. Raises Overloaded if the limit does not allow them."""
+    def take(self, share: BodyShare, count: int) -> None:
+        """Counts `count` more bytes of a body. If there are too many, bodies of another client may give way.
+
+        Raises Overloaded if none does, or if this body has given way.
+        """
         with self._lock:
             self._settle()
-            if self._held + count > self._max_bytes:
+            self._check(share)
+            yielding = self._shares.make_room(share.client_id, count, self._max_bytes)
+            if yielding is None:
                 raise Overloaded(
-                    f"requests in hand have {self._held} bytes, the most is {self._max_bytes}; send it again a little later"
+                    f"requests in hand have {self._shares.total} bytes, the most is {self._max_bytes}; send it again later"
                 )
-            self._held += count
+            self._shares.add(share.client_id, share, count)
+        for each in yielding:
+            each.gave_way = True
+            body = each.body()
+            if body is not None:
+                with contextlib.suppress(BufferError):  # bytes are being received into it: freed when its reader looks
+                    body.clear()
 
-    def give_back(self, count: int) -> None:
-        """Counts `count` bytes less.
+    def keep(self, share: BodyShare) -> None:
+        """From now on the body does not give way, because it is complete. Raises Overloaded if it has done so before."""
+        with self._lock:
+            self._check(share)
+            self._shares.fix(share)
+
+    def give_back(self, share: BodyShare) -> None:
+        """Counts a body no longer.
 
         Takes no lock: destructors call it, and the garbage collector may run one inside of `take`.
         """
-        self._given_back.append(count)
+        self._given_back.append(share)
+
+    def _check(self, share: BodyShare) -> None:
+        if share.gave_way:
+            raise Overloaded(
+                "its client has most bytes of all requests in hand, and another one sent some; send it again later"
+            )
 
     def _settle(self) -> None:
         while self._given_back:
-            self._held -= self._given_back.popleft()
+            self._shares.remove(self._given_back.popleft())
 
 
 class Body(bytearray):
@@ -101,20 +140,29 @@ class Body(bytearray):
     _budget: BodyBudget | None = None
     _charged = 0
 
+    def __init__(self, size: int, client_id: str = "") -> None:
+        super().__init__(size)
+        self.share = BodyShare(client_id, self)
+
     def charge(self, budget: BodyBudget, received: int) -> None:
         """Takes memory for this body from the budget of all bodies; its first SMALL_BODY_BYTES are free. Raises Overloaded.
 
         received: bytes of it that have come in so far.
         """
         due = received - SMALL_BODY_BYTES - self._charged
-        if due > 0:
-            budget.take(due)
+        if due > 0 or self.share.gave_way:
+            budget.take(self.share, due)
             self._budget = budget
             self._charged += due
 
+    def keep(self) -> None:
+        """The body is complete and gives way no more. Raises Overloaded if it has done so before."""
+        if self._budget is not None:
+            self._budget.keep(self.share)
+
     def __del__(self) -> None:
         if self._budget is not None:
-            self._budget.give_back(self._charged)
+            self._budget.give_back(self.share)
 
 
 class BodyStream(io.RawIOBase):
@@ -175,6 +223,18 @@ class RequestReader:
         self._rest = b""
         self._parser = httptools.HttpRequestParser(self)
 
+    @property
+    def client_id(self) -> str:
+        """The client for whom this request counts: its address until its head has come."""
+        environ = self._base if self.environ is None else self.environ
+        client_id: str = environ.get(CLIENT_ID) or environ.get("REMOTE_ADDR", "")
+        return client_id
+
+    @property
+    def gave_way(self) -> bool:
+        """Whether the body's memory was given to another client. The next `receive` then completes the request as refused."""
+        return self._body is not None and self._body.share.gave_way
+
     def following(self) -> "RequestReader":
         """Returns the reader of the connection's next request, with the bytes of it that have arrived already.
 
@@ -190,6 +250,9 @@ class RequestReader:
 
         Raises BadRequest, ClientClosed, OSError; BlockingIOError if nothing has arrived.
         """
+        if self.gave_way:
+            self._received(0)
+            return
         if self.environ is None or self._length is None:
             data = sock.recv(_READ_BYTES)
             if not data:
@@ -317,7 +380,8 @@ class RequestReader:
         if self._length == 0:
             self._complete()
         else:
-            self._body = Body(self._length or 0)  # untouched memory, which costs nothing until it is written to
+            # Untouched memory, which costs nothing until it is written to.
+            self._body = Body(self._length or 0, self.client_id)
             self.expects_continue = environ.get("HTTP_EXPECT", "").lower() == "100-continue"
 
     def _feed_chunks(self, data: bytes) -> None:
@@ -329,6 +393,8 @@ class RequestReader:
         try:
             self._check_size(self.received_bytes)
             self._body.charge(self._budget, self.received_bytes)
+            if self.complete:
+                self._body.keep()
         except Problem as problem:
             self._refuse(problem)
             return
@@ -339,12 +405,15 @@ class RequestReader:
     def _received(self, count: int) -> None:
         """Counts `count` bytes of the body that have just been received, for a body whose length is known.
 
-        Completes the request if they are the last ones. Refuses it if the memory for the bodies of all requests is used up.
+        Completes the request if they are the last ones. Refuses it if the memory for the bodies of all requests is used up, or
+        was given to another client.
         """
         assert self._body is not None
         self.received_bytes += count
         try:
             self._body.charge(self._budget, self.received_bytes)
+            if self.received_bytes == self._length:
+                self._body.keep()
         except Problem as problem:
             self._refuse(problem)
             return

@@ -1,4 +1,4 @@
 """The page at `/`, and the stream of the pipeline's state that it draws.
 
-May import: eventing, eventing.http, functions.gateway.answers, functions.gateway.scheduling.
+May import: eventing, eventing.http, functions.fairness, functions.gateway.answers, functions.gateway.scheduling.
 """

@@ -1,7 +1,8 @@
 """`GET /v1/pipeline/events`: the pipeline's state as server-sent events.
 
 The first event is a `snapshot`. A `change` follows whenever the state has changed, at most a few times a second. A stream ends
-after some minutes, before a proxy breaks it, and when the gateway drains; clients then connect again.
+after some minutes, before a proxy breaks it, when the gateway drains, and when another client wants its place; clients then
+connect again.
 """
 
 import threading
@@ -14,12 +15,13 @@ from flask import Flask, Response, request
 
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, HEARTBEAT, encode_sse
 from eventing.problems import RateLimited
+from functions.fairness.fair_shares import FairShares
 from functions.gateway.answers.access_log import log_entry
 from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.streaming import STREAM_HEADERS, client_gone
 from functions.gateway.page.pipeline_watch import SAMPLE_SECONDS, PipelineWatch
 
-MAX_STREAMS: Final = 32  # open at the same time; each occupies a thread
+MAX_STREAMS: Final = 32  # open at the same time, shared among clients; each occupies a thread
 HEARTBEAT_SECONDS: Final = 5.0
 MAX_STREAM_SECONDS: Final = 300.0  # less than a Service's timeoutSeconds
 RETRY_AFTER_SECONDS: Final = 5
@@ -29,27 +31,39 @@ class PipelineEventsAPI:
     def __init__(self, watch: PipelineWatch, clients: Clients) -> None:
         self._watch = watch
         self._clients = clients
-        self._streams = threading.Semaphore(MAX_STREAMS)
+        self._streams: FairShares[threading.Event] = FairShares()  # each stream's event is set when it must give way
+        self._lock = threading.Lock()
 
     def register(self, app: Flask) -> None:
         app.get("/v1/pipeline/events")(self._events)
 
     def _events(self) -> Response:
         client_id = log_entry().client_id = self._clients.identify(request)
-        if not self._streams.acquire(blocking=False):
-            raise RateLimited(f"{MAX_STREAMS} watch the pipeline already; try again later", RETRY_AFTER_SECONDS)
-        stream = self._stream(client_id, client_gone())
+        gave_way = threading.Event()
+        with self._lock:
+            yielding = self._streams.make_room(client_id, 1, MAX_STREAMS)
+            if yielding is None:
+                raise RateLimited(f"{MAX_STREAMS} watch the pipeline already; try again later", RETRY_AFTER_SECONDS)
+            self._streams.add(client_id, gave_way)
+        for each in yielding:
+            each.set()
+        stream = self._stream(client_id, client_gone(), gave_way)
         response = Response(stream, content_type=EVENT_STREAM_CONTENT_TYPE, headers=STREAM_HEADERS)
-        response.call_on_close(self._streams.release)
+        response.call_on_close(lambda: self._leave(gave_way))
         return response
 
-    def _stream(self, client_id: str, gone: Callable[[], bool]) -> Iterator[bytes]:
+    def _leave(self, stream: threading.Event) -> None:
+        with self._lock:
+            self._streams.remove(stream)
+
+    def _stream(self, client_id: str, gone: Callable[[], bool], gave_way: threading.Event) -> Iterator[bytes]:
         ends_at = time.monotonic() + MAX_STREAM_SECONDS
         sent = msgspec.to_builtins(self._watch.state(client_id))
         yield encode_sse(msgspec.json.encode(sent), event="snapshot")
         sent_at = time.monotonic()
         while time.monotonic() < ends_at and not gone() and not self._watch.watched.draining():
-            time.sleep(SAMPLE_SECONDS)
+            if gave_way.wait(SAMPLE_SECONDS):
+                return
             now = msgspec.to_builtins(self._watch.state(client_id))
             if patch := merge_patch(sent, now):
                 sent = now

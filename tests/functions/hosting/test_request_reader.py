@@ -17,6 +17,7 @@ from functions.hosting.requests import (
     BadRequest,
     Body,
     BodyBudget,
+    BodyShare,
     RequestReader,
 )
 
@@ -169,7 +170,7 @@ def test_a_body_may_be_freed_in_the_middle_of_counting_another() -> None:
     body.charge(budget, 900_000)
     ring = Ring(body)
     del ring, body
-    thread = threading.Thread(target=lambda: taken.append(budget.take(Collects(10))), daemon=True)
+    thread = threading.Thread(target=lambda: taken.append(budget.take(BodyShare("", Body(10)), Collects(10))), daemon=True)
     thread.start()
     thread.join(10)
     assert taken == [None], "it waits for itself"

@@ -1,6 +1,7 @@
 """Limits of the server: half-sent requests, stalled readers, too many connections, too many bytes."""
 
 import resource
+import select
 import socket
 from contextlib import ExitStack
 
@@ -114,3 +115,56 @@ def test_bodies_in_memory_have_one_limit_together() -> None:
                 sock.sendall(large % b"/" + bytes(900_000))
                 seen = reply(sock)
         assert b"request-" in seen
+
+
+MODEST = [b"modest-%d" % number for number in range(5)]
+
+
+def begun_by(client: bytes, length: int, received: int) -> bytes:
+    head = b"POST /echo HTTP/1.1\r\nHost: here\r\nConnection: close\r\nClient: %b\r\nContent-Length: %d\r\n\r\n"
+    return head % (client, length) + bytes(received)
+
+
+def test_slow_bodies_of_a_greedy_client_give_way_to_those_of_five_modest_ones() -> None:
+    """Eight bodies fill the budget and never end. The newest are refused, and the oldest can still be completed."""
+    with serving(8, request_bytes=8 * 100_000, transfer_seconds=ENOUGH) as server, ExitStack() as stack:
+        slow = [stack.enter_context(server.connect()) for _ in range(8)]
+        for sock in slow:
+            sock.sendall(begun_by(b"greedy", 110_000, 109_000))
+        refused = b""
+        while not refused.endswith(b"Overloaded"):  # not before the others' bytes have been read
+            with server.connect() as sock:
+                sock.sendall(begun_by(b"greedy", 110_000, 110_000))
+                refused = reply(sock)
+        for client in MODEST:
+            with server.connect() as sock:
+                sock.sendall(begun_by(client, 90_000, 90_000))
+                assert b" 200 OK" in reply(sock), "served at once"
+        modest = [stack.enter_context(server.connect()) for _ in MODEST]
+        for client, sock in zip(MODEST, modest, strict=True):
+            sock.sendall(begun_by(client, 110_000, 109_000))
+        refused_ones: set[socket.socket] = set()
+        while len(refused_ones) < 5:  # they are told although they send nothing more
+            refused_ones.update(select.select([sock for sock in slow if sock not in refused_ones], [], [], ENOUGH)[0])
+        assert all(reply(sock).endswith(b"Overloaded") for sock in refused_ones)
+        for sock in (*modest, *(sock for sock in slow if sock not in refused_ones)):
+            sock.sendall(bytes(1_000))
+            assert b" 200 OK" in reply(sock)
+
+
+def test_connections_of_a_greedy_client_give_way_to_those_of_five_modest_ones() -> None:
+    with (
+        serving(2, waiting_connections=40, head_seconds=ENOUGH, transfer_seconds=ENOUGH) as server,
+        ExitStack() as stack,
+    ):
+        modest = [stack.enter_context(server.connect()) for _ in MODEST]
+        for client, sock in zip(MODEST, modest, strict=True):
+            sock.sendall(begun_by(client, 1_000, 10))
+        assert server.get("/").startswith(b"request-")
+        greedy = [stack.enter_context(server.connect()) for _ in range(200)]
+        for sock in greedy:
+            sock.sendall(begun_by(b"greedy", 1_000, 10))
+        assert reply(greedy[0]) == b"", "the longest waiting one of the client that has most is closed"
+        for sock in modest:
+            sock.sendall(bytes(990))
+            assert b" 200 OK" in reply(sock)

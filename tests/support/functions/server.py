@@ -16,7 +16,7 @@ from tests.support.paths import ROOT
 _SERVER: Final = """
 import json, sys, threading, time
 import functions.hosting.server
-from functions.hosting.requests import CLIENT_GONE
+from functions.hosting.requests import CLIENT_GONE, CLIENT_ID
 from functions.hosting.connection import ServerLimits
 from functions.hosting.server import Server, Service
 given = json.loads(sys.argv[1])
@@ -56,12 +56,15 @@ def stream():
             yield bytes(2**20)
     finally:
         gone.set()
+def admit(environ):
+    environ[CLIENT_ID] = environ.get("HTTP_CLIENT", "")
+    return given["body_bytes"]
 def management(environ, start_response):
     start_response("200 OK", [])
     return [b"management" if environ["lamina.management"] else b"probe"]
 server = Server("127.0.0.1", 0, 0, ServerLimits(**given["limits"]))
 print(server.port, server.management_port, flush=True)
-service = Service(application, management, lambda environ: given["body_bytes"], given["threads"], given["request_bytes"])
+service = Service(application, management, admit, given["threads"], given["request_bytes"])
 sys.exit(server.run(service, lambda: None))
 """
 ENOUGH: Final = 60.0  # seconds; far longer than anything here takes

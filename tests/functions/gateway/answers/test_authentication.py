@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 from flask.testing import FlaskClient
+from werkzeug.test import create_environ
 
 from functions.configuration.api_keys import parse_keys
 from functions.configuration.settings import ConfigError
 from functions.gateway.answers.authentication import KeyRing
+from functions.gateway.app import gateway_admission
+from functions.hosting.requests import CLIENT_ID
+from tests.support.environments import gateway_config
 from tests.support.functions.functions import wait_until
 from tests.support.functions.scripted_gateway import Pipeline, ask, client_of
 
@@ -190,3 +194,15 @@ def test_a_client_gets_no_signed_event(client: FlaskClient, prefer: str | None) 
     assert reply.status_code == 400
     assert "ce-signature" not in reply.headers
     assert b"Broker" in reply.data
+
+
+@pytest.mark.parametrize(
+    ("keys", "proxies", "expected"), [("alice", 1, "alice's id"), (None, 1, "10.0.0.7"), (None, 0, "127.0.0.1")]
+)
+def test_a_request_counts_for_its_client_before_its_body_is_read(keys: str | None, proxies: int, expected: str) -> None:
+    ring = KeyRing(None if keys is None else parse_keys(keys))
+    config = gateway_config(LAMINA_PROXIES=str(proxies))
+    headers = {"Authorization": "Bearer alice", "X-Forwarded-For": "10.0.0.7", "Content-Type": "application/json"}
+    environ = create_environ("/v1/completions", method="POST", headers=headers, environ_base={"REMOTE_ADDR": "127.0.0.1"})
+    assert gateway_admission(config, ring)(environ) > 0
+    assert environ[CLIENT_ID] == (ring.find("alice").id if keys else expected)

@@ -148,6 +148,27 @@ def test_the_number_of_concurrent_streams_is_limited(pipe: Pipe) -> None:
             assert response.status_code == 200
 
 
+def test_streams_of_a_greedy_client_give_way_to_those_of_five_modest_ones(pipe: Pipe) -> None:
+    client = pipe.client(LAMINA_API_KEYS=",".join(["greedy", *(f"modest-{number}" for number in range(5))]))
+
+    def watch(key: str) -> TestResponse:
+        return watching.enter_context(closing(client.get("/v1/pipeline/events", headers={"Authorization": f"Bearer {key}"})))
+
+    with ExitStack() as watching:
+        greedy = [watch("greedy") for _ in range(pipeline_events.MAX_STREAMS)]
+        modest = [watch(f"modest-{number}") for number in range(5)]
+        assert watch("greedy").status_code == 429
+        assert [response.status_code for response in modest] == [200] * 5
+        for response in greedy[-5:]:
+            assert [event.event for event in events(response)] == ["snapshot"], "it ends"
+        for response in (*greedy[:-5], *modest):
+            told = documents(response)
+            next(told)
+            pipe.stage(instances=(replica(1), replica(2)))
+            assert list(next(told)["stages"]["0"]["replicas"]) == ["1", "2"]
+            pipe.stage(instances=(replica(1),))
+
+
 def test_a_stream_without_changes_has_heartbeats_and_an_end(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline_events, "HEARTBEAT_SECONDS", 0.01)
     monkeypatch.setattr(pipeline_events, "MAX_STREAM_SECONDS", 0.2)
