@@ -26,7 +26,8 @@ _CE_HEADERS: Final[Mapping[str, Mapping[str, object]]] = {
     "ce-type": {"enum": [EventType.GENERATE_REQUEST]},
     "ce-expirytime": {"format": "date-time"},
 }
-_BODY_ERRORS: Final = (400, 403, 413, 415, 421, 429)
+_SITE_ERRORS: Final = (403, 421)  # a page of another site asks
+_BODY_ERRORS: Final = (400, *_SITE_ERRORS, 413, 415, 429)
 _ANSWER_ERRORS: Final = (500, 503, 504)
 
 
@@ -37,7 +38,7 @@ class Operation:
     summary: str
     replies: Content | None  # with status 200; None: no body
     request: Content = field(default_factory=dict)
-    errors: tuple[int, ...] = ()  # statuses
+    errors: tuple[int, ...] = _SITE_ERRORS  # statuses
     keyed: bool = True  # requires an API key if the gateway has keys
     events: type | None = None  # data of each server-sent event, if the reply is a stream; an error may end it
     patched: bool = False  # events after the first are JSON merge patches of it
@@ -80,13 +81,13 @@ def operations(*, with_page: bool) -> Iterator[Operation]:
             events=event,
         )
     yield Operation("get", "/v1/models", "The one model that is served", {JSON: replies.ModelList})
-    yield Operation("get", "/v1/models/{model}", "The same by its name", {JSON: replies.ModelCard}, errors=(404,))
+    yield Operation("get", "/v1/models/{model}", "The same by its name", {JSON: replies.ModelCard}, errors=(*_SITE_ERRORS, 404))
     yield Operation(
         "get",
         "/v1/pipeline/events",
         "The pipeline as server-sent events: `snapshot`, then `change` with merge patches of it (RFC 7396)",
         {EVENT_STREAM_CONTENT_TYPE: None},
-        errors=(429,),
+        errors=(*_SITE_ERRORS, 429),
         events=PipelineState,
         patched=True,
     )
@@ -100,4 +101,4 @@ def operations(*, with_page: bool) -> Iterator[Operation]:
         ("/healthz", "Whether it is alive", replies.AliveReply),
         ("/readyz", "Whether it takes work", replies.ReadyReply),
     ):
-        yield Operation("get", path, summary, {JSON: verdict}, keyed=False, negative=verdict)
+        yield Operation("get", path, summary, {JSON: verdict}, errors=(), keyed=False, negative=verdict)

@@ -89,7 +89,8 @@ class Browser:
 
 
 @contextmanager
-def browser() -> Iterator[Browser]:
+def browser(*arguments: str) -> Iterator[Browser]:
+    """arguments: more of Chromium's command line."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     # For root in a container with little shared memory, and without requests to the browser's maker.
@@ -101,6 +102,7 @@ def browser() -> Iterator[Browser]:
         "--hide-scrollbars",
         "--disable-background-networking",
         "--no-first-run",
+        *arguments,
     ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})

@@ -140,9 +140,10 @@ def closed(pipeline: Pipeline) -> FlaskClient:
 @pytest.mark.parametrize("given", [None, "Bearer wrong-key", "first-key", "Basic first-key", "Bearer "])
 def test_both_apis_require_a_key_if_keys_are_configured(closed: FlaskClient, given: str | None) -> None:
     headers = {} if given is None else {"Authorization": given}
-    assert ask(closed, {"prompt": "Hi"}, **headers).status_code == 401
+    asked = ask(closed, {"prompt": "Hi"}, **headers)
+    assert (asked.status_code, asked.headers["WWW-Authenticate"]) == (401, 'Bearer realm="lamina"')
     for refused in (closed.get("/v1/models", headers=headers), closed.post("/v1/completions", headers=headers, data=b"{")):
-        assert refused.status_code == 401
+        assert (refused.status_code, refused.headers["WWW-Authenticate"]) == (401, 'Bearer realm="lamina"')
         assert refused.get_json()["error"]["type"] == "authentication_error"
 
 

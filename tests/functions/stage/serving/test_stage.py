@@ -353,7 +353,9 @@ def test_strangers_are_refused_before_their_body_is_read(first: Client) -> None:
     for headers in (b"", b"Authorization: Bearer wrong\r\n", structured):
         with socket.create_connection((host, int(port)), timeout=30) as sock:
             sock.sendall(b"POST / HTTP/1.1\r\nHost: here\r\n" + headers + b"Content-Length: 1000000\r\n\r\n")
-            assert sock.recv(4096).startswith(b"HTTP/1.1 401 ")
+            seen = sock.recv(4096)
+            assert seen.startswith(b"HTTP/1.1 401 ")
+            assert b'WWW-Authenticate: Bearer realm="lamina"\r\n' in seen
 
 
 def test_other_paths_and_methods_are_problem_documents(stages: list[FunctionProcess]) -> None:
