@@ -70,6 +70,9 @@ deploy-all: needs-spec needs-store $(VENV)/run.stamp needs-libraries ## Push the
 	@$(BIN)/python -m knative push --spec "$$SPEC" $${MODEL:+"$$MODEL"}
 	@url=$$($(BIN)/python -m knative deploy "$$SPEC" --timeout "$$TIMEOUT" $${IMAGE:+--image "$$IMAGE"} $${CONTEXT:+--context "$$CONTEXT"}); \
 	  echo "$$url"; \
+	  case "$$url" in *.svc.cluster.local) \
+	    echo "deployed, but not asked: no ingress serves that name. The warning above says how to get a port; then:" >&2; \
+	    echo "  $(BIN)/python -m knative ask http://127.0.0.1:8080 \"\$$PROMPT\"" >&2; exit 0 ;; esac; \
 	  exec $(BIN)/python -m knative ask "$${INGRESS:-$$url}" "$$PROMPT" --max-tokens "$$MAX_TOKENS" $${INGRESS:+--host "$${url#*://}"}
 
 .PHONY: undeploy-all
@@ -92,9 +95,14 @@ deploy-kn: needs-spec needs-store $(VENV)/run.stamp needs-libraries ## The same 
 	  done; \
 	  apply "$$folder/eventing.yaml"
 
+.PHONY: kn-plugin
+kn-plugin: $(VENV)/run.stamp ## Make `kn lamina` of this folder: a link in kn's folder of plugins
+	@plugins="$${XDG_CONFIG_HOME:-$$HOME/.config}/kn/plugins"; mkdir -p "$$plugins"; ln -sfn "$$PWD/kn-lamina" "$$plugins/kn-lamina"; \
+	  echo "kn lamina runs $$PWD/kn-lamina, by $$plugins/kn-lamina"
+
 .PHONY: test-cluster
 test-cluster: $(VENV)/dev.stamp ## The whole life of a pipeline on a real cluster (LAMINA_TEST_KUBECONFIG= LAMINA_TEST_IMAGE= and the store's keys)
-	$(BIN)/python -m pytest -m cluster tests/pipeline/test_cluster.py
+	$(BIN)/python -m pytest -m cluster -v --durations=10 tests/pipeline/test_cluster.py
 
 .PHONY: needs-spec
 needs-spec:

@@ -78,8 +78,9 @@ class Cluster:
     def connect(cls, kubeconfig: str | None = None, context: str | None = None) -> "Cluster":
         """Connects by a kubeconfig, or else with the ServiceAccount of the pod that this process runs in.
 
-        kubeconfig: a file; None: $KUBECONFIG or ~/.kube/config. context: a name in it; None: its current one. Raises
-        ClusterUnreachable.
+        kubeconfig: a file; None: $KUBECONFIG, which may name several files separated by colons, or ~/.kube/config. context: a
+        name in it; None: its current one. The pod's ServiceAccount is used only if both are None and there is no kubeconfig.
+        Raises ClusterUnreachable, or NotPermitted if the server refuses the identity.
         """
         try:
             contexts, active = config.list_kube_config_contexts(kubeconfig)

@@ -60,9 +60,12 @@ def observed(manifest: KubernetesObject) -> bool:
 
 
 def failed_conditions(manifest: KubernetesObject) -> list[str]:
-    """Lines about conditions that are not True. Those of severity Info, such as a revision at zero, are no failures."""
-    failed = [each for each in _conditions(manifest) if each.get("status") != "True" and each.get("severity") != "Info"]
-    return [f"{each['type']} {each.get('reason', '')}: {each['message']}" for each in failed if each.get("message")]
+    """Lines about conditions that are not True, one for each message. Those of severity Info, such as Active, are left out."""
+    types: dict[str, list[str]] = {}
+    for each in _conditions(manifest):
+        if each.get("status") != "True" and each.get("severity") != "Info" and each.get("message"):
+            types.setdefault(f"{each.get('reason', '')}: {each['message']}", []).append(each["type"])
+    return [f"{', '.join(names)} {text}" for text, names in types.items()]
 
 
 def not_owned(manifest: KubernetesObject) -> bool:

@@ -13,6 +13,7 @@ from knative.cluster.client import Cluster, Ref
 from knative.cluster.errors import DeployFailed, KindMissing, NotPermitted, PreflightFailed
 from knative.cluster.objects import SERVICE_LABEL
 from knative.cluster.pipeline_token import wanted_secrets
+from knative.render.services import KEYS_ENTRY
 from knative.spec.kubernetes_object import KubernetesObject
 from knative.webhook.check import is_knative_service, missing_flags
 from knative.webhook.feature_flags import FeatureFlags, read_features
@@ -115,7 +116,11 @@ def _missing_secrets(cluster: Cluster, objects: list[KubernetesObject]) -> Itera
             keys = sorted(wanted.keys)
             values = " ".join(f"--from-file={key}=…" if "." in key else f"--from-literal={key}=…" for key in keys)
             command = f"create it with: kubectl -n {ref.namespace} create secret generic {ref.name} {values}"
-            if ref.name == _SERVING_CERTS:
+            if KEYS_ENTRY in keys:  # it holds hashes of keys
+                make = f"python -m knative keys {ref.name}.yaml --make NAME"
+                apply = f"kubectl -n {ref.namespace} apply -f {ref.name}.yaml"
+                command = f"create it with: {make}, which prints a client's key, and {apply}"
+            elif ref.name == _SERVING_CERTS:
                 command = "its issuer writes none: give the CA as a ConfigMap, and name that in network.tls.ca_config_map"
             yield f"{ref} is missing or lacks {', '.join(keys)}; {command}"
 

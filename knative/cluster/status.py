@@ -61,7 +61,7 @@ def cluster_status(cluster: Cluster, namespace: str, name: str) -> dict[str, Any
         "services": [_service(each, pods, desired) for each in services],
         "eventing": [_eventing(each) for each in eventing],
         "notes": list(_notes(cluster, namespace, name)) if services else [],
-        "troubles": [*_troubles(cluster, services, eventing, name), *_refused_pods(services, pods, name)],
+        "troubles": [*_troubles(cluster, services, pods, eventing, name), *_refused_pods(services, pods, name)],
     }
 
 
@@ -117,7 +117,8 @@ def _desired_scales(cluster: Cluster, namespace: str, selector: str) -> dict[str
         found = cluster.find(*_SCALING, namespace, selector) if cluster.serves(*_SCALING) else []
     except NotPermitted:
         return {}
-    return {each["metadata"]["name"]: (each.get("status") or {}).get("desiredScale", 0) for each in found}
+    scales = {each["metadata"]["name"]: (each.get("status") or {}).get("desiredScale", -1) for each in found}
+    return {name: scale for name, scale in scales.items() if scale >= 0}  # -1: the autoscaler has no data yet
 
 
 def _eventing(manifest: KubernetesObject) -> dict[str, Any]:
@@ -149,9 +150,19 @@ def _notes(cluster: Cluster, namespace: str, name: str) -> Iterator[str]:
         yield f"being changed by {holder(lease)}"
 
 
-def _troubles(cluster: Cluster, services: list[KubernetesObject], eventing: list[KubernetesObject], name: str) -> Iterator[str]:
+def _troubles(
+    cluster: Cluster,
+    services: list[KubernetesObject],
+    pods: list[KubernetesObject],
+    eventing: list[KubernetesObject],
+    name: str,
+) -> Iterator[str]:
+    running = {label(pod, SERVICE_LABEL) for pod in pods if phase_of(pod) in ("ready", "starting")}
     for service in services:
-        if readiness(service).ready is not True:
+        state = readiness(service)
+        if state.ready is None and service["metadata"]["name"] not in running:  # its events and pods tell of former times
+            yield f"{service['metadata']['name']} has no pods, and Knative does not know yet if it is ready: {state.reason}"
+        elif not state.ready:
             yield from diagnose(cluster, service)
         if service["metadata"]["name"] == name:
             yield from traffic_warnings(service)

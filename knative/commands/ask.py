@@ -1,10 +1,13 @@
 """`python -m knative ask`: asks a gateway one question, as an HTTP CloudEvent, and prints the answer as it streams."""
 
 import asyncio
+import contextlib
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import aiohttp
 import click
@@ -18,6 +21,7 @@ from eventing.wire.cloud_event import json_event
 from eventing.wire.events import EventType
 from eventing.wire.generation import ErrorEvent, GenerateRequest, GenerateResponse, Message, TokenEvent
 
+_LIST_SECONDS: Final = 10
 _SENTENCE_ENDS: Final = ("?", ".", "!", "…", "？", "。", "！", "؟", "।")
 _TYPES: Final[dict[str, type[TokenEvent | GenerateResponse | ErrorEvent]]] = {
     "dev.lamina.generate.token": TokenEvent,
@@ -37,6 +41,10 @@ chat_option = click.option(
 
 class AskFailed(Exception):
     """The gateway did not answer, or rejected the request. The message says why."""
+
+
+class UnknownHost(AskFailed):
+    """An ingress answered instead of a gateway, because no Service has the host of the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +85,31 @@ def ask(
     python -m knative ask http://203.0.113.7 --host chat.default.example.com "What is the capital of France?"
     """
     as_chat = is_question(prompt) if chat is None else chat
-    asyncio.run(show_answer(Console(), url, Question(prompt, max_tokens, temperature, as_chat, api_key, timeout, host)))
+    try:
+        asyncio.run(show_answer(Console(), url, Question(prompt, max_tokens, temperature, as_chat, api_key, timeout, host)))
+    except UnknownHost as error:
+        raise AskFailed(f"{error}; {_known_hosts()}") from error
+
+
+def _known_hosts() -> str:
+    """Says which gateways the cluster of the kubeconfig has. If it does not answer in ten seconds, says how to list them."""
+    said: list[str] = []
+
+    def look() -> None:
+        from knative.cluster.client import Cluster
+        from knative.cluster.errors import ClusterError
+        from knative.cluster.status import LIST_COLUMNS, pipelines
+
+        with contextlib.suppress(ClusterError):
+            cluster = Cluster.connect()
+            urls = [row[LIST_COLUMNS.index("url")] for row in pipelines(cluster, None, lambda _: None)]
+            hosts = ", ".join(urlsplit(url).netloc for url in urls if url)
+            said.append(f"{cluster.description} has {hosts}" if hosts else f"{cluster.description} has no pipeline with a URL")
+
+    thread = threading.Thread(target=look, name="known-hosts", daemon=True)  # the client of Kubernetes may wait for minutes
+    thread.start()
+    thread.join(_LIST_SECONDS)
+    return said[0] if said else "python -m knative list shows the hosts of a cluster"
 
 
 def is_question(text: str) -> bool:
@@ -123,7 +155,11 @@ async def stream_answer(url: str, question: Question) -> AsyncIterator[Answer]:
         async with aiohttp.ClientSession(timeout=timeout) as session, session.post(url, data=body, headers=headers) as reply:
             if reply.status != 200:
                 body = await reply.read()
-                reason = str(problem_from_document(body) or body[:300].decode(errors="replace").strip() or "nothing")
+                problem = problem_from_document(body)
+                if reply.status == 404 and problem is None:
+                    asked = question.host or urlsplit(url).netloc
+                    raise UnknownHost(f"{url} answered 404: the ingress there knows no host {asked}")
+                reason = str(problem or body[:300].decode(errors="replace").strip() or "nothing")
                 raise AskFailed(f"{url} answered {reply.status}: {reason}")
             decoder = SSEDecoder()
             async for chunk in reply.content.iter_any():

@@ -1,7 +1,9 @@
 """The pipeline that `run` serves: a model in the embedded store, a spec for this machine, and its secrets."""
 
 import math
+import os
 import secrets
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
@@ -163,10 +165,15 @@ def kept_kv_key(state: Path) -> str:
     So a later run can read the conversations of an earlier one.
     """
     file = state / _KV_KEY_FILE
-    if not file.exists():
-        file.touch(mode=0o600)
-        file.write_text(secrets.token_hex(KEY_BYTES), encoding="ascii")
-    return file.read_text(encoding="ascii").strip()
+    kept = file.read_text(encoding="ascii").strip() if file.exists() else ""
+    if not kept:
+        kept = secrets.token_hex(KEY_BYTES)
+        # The file appears whole: a process that is killed meanwhile leaves no empty key.
+        handle, temporary = tempfile.mkstemp(dir=state, prefix=f".{_KV_KEY_FILE}-")
+        with open(handle, "w", encoding="ascii") as text:
+            text.write(kept)
+        os.replace(temporary, file)
+    return kept
 
 
 def _smallest_published(store: ObjectStore, name: str) -> str:

@@ -10,6 +10,7 @@ from typing import Final
 
 from eventing.wire.events import Cut, row_bytes
 from functions.gateway.scheduling.batching import micro_batches_allowed, micro_batches_wanted
+from knative.spec.cut import format_cut
 from knative.spec.errors import SpecError
 from knative.spec.model_shape import ModelShape
 from knative.spec.pipeline_spec import StageSpec, quantity
@@ -36,11 +37,13 @@ class StagePlan:
 def plan_stages(shape: ModelShape, cut: Cut, wire_dtype: str | None = None) -> tuple[StagePlan, ...]:
     """What each stage of the cut needs.
 
-    wire_dtype: `int8` if hidden states travel in 8 bits; None: in the dtype of the computation. Raises ValueError if the cut
-    does not end with the model's last layer.
+    wire_dtype: `int8` if hidden states travel in 8 bits; None: in the dtype of the computation. Raises ValueError if the groups
+    of the cut are not all layers of the model, each once and in order.
     """
-    if not cut or cut[-1][1] != shape.num_layers:
-        raise ValueError(f"the cut ends at layer {cut[-1][1] if cut else 0}, but {shape.name} has {shape.num_layers} layers")
+    if [layer for group in cut for layer in range(*group)] != list(range(shape.num_layers)) or any(a >= b for a, b in cut):
+        raise ValueError(
+            f"the cut {format_cut(cut)} does not have each of {shape.name}'s {shape.num_layers} layers once, in order"
+        )
     total_compute = sum(shape.layer_compute) + shape.head_compute
     hop_bytes = row_bytes("I8", shape.hidden_size) if wire_dtype == "int8" else shape.hidden_size * shape.value_bytes
     plans = []

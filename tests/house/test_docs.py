@@ -32,13 +32,14 @@ FOLDERS = ("bench", "docs", "eventing", "examples", "functions", "knative", "mon
 MODULES = ("bench", "eventing", "functions", "knative", "storage", "tests")
 MOST_PAGES = 13
 
+PYTHON = ".venv/bin/python"  # the one that `make setup` fills; another `python` lacks the packages
 # How a command of a page begins, and the test that runs it. Targets of make and `python -m knative` are tested below.
 RUN_BY = {
     "curl http://127.0.0.1:8080/": "tests/pipeline/test_page_commands.py",
     "curl -N http://127.0.0.1:8080/": "tests/pipeline/test_page_commands.py",
     "curl -i ": "tests/pipeline/test_eventing_jobs.py",  # the same events, to a Broker on one machine
-    "python -m knative.local ": "tests/knative/local/test_alone.py",
-    ".venv/bin/python -m pytest ": "tests/functions/gateway/stages/test_routes.py",
+    f"{PYTHON} -m knative.local ": "tests/knative/local/test_alone.py",
+    f"{PYTHON} -m pytest ": "tests/functions/gateway/stages/test_routes.py",
     "export ": "tests/house/test_makefile.py",
 }
 NEEDS_A_CLUSTER = ("kubectl ", "kn ", "podman push ", "curl $BROKER ", "curl -s http://127.0.0.1:9464/")
@@ -145,7 +146,7 @@ def test_every_command_is_run_by_a_test_or_needs_a_cluster(page: Path) -> None:
     for line in commands(page):
         if line.startswith(NEEDS_A_CLUSTER):
             assert "cluster" in page.read_text().split("\n\n")[1], f"{page.name} does not say that it needs a cluster: {line}"
-        elif command := re.match(r"python -m knative ([a-z-]+)", line):
+        elif command := re.match(rf"{PYTHON} -m knative ([a-z-]+)", line):
             assert f'"{command[1]}"' in tests_of_commands, f"{page.name}: no test runs {line}"
         elif not line.startswith("make "):
             assert line.startswith(tuple(RUN_BY)), f"{page.name}: no test runs {line}"

@@ -1,5 +1,6 @@
-"""`kn lamina …`: kn runs the executable `kn-lamina` of the PATH, with what stands behind the name."""
+"""`kn lamina …`: kn runs `kn-lamina` of its folder of plugins or of the PATH, with what stands behind the name."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -30,6 +31,24 @@ def test_a_link_on_the_path_is_the_command_line(elsewhere: Path) -> None:
     result = run(elsewhere, str(elsewhere / "bin" / "kn-lamina"), "--help")
     assert result.returncode == 0, result.stderr
     assert "deploy" in result.stdout
+
+
+@pytest.mark.parametrize("config", [".config", "elsewhere"], ids=["XDG_CONFIG_HOME unset", "XDG_CONFIG_HOME"])
+def test_make_kn_plugin_installs_it_and_its_help_is_that_of_the_module(elsewhere: Path, config: str) -> None:
+    """kn looks in plugins/ of its configuration, without an entry in the PATH."""
+    environ = {"PATH": os.environ["PATH"], "HOME": str(elsewhere)}
+    if config == "elsewhere":
+        environ["XDG_CONFIG_HOME"] = str(elsewhere / config)
+    command = ["make", "--no-print-directory", "-o", ".venv/run.stamp", "kn-plugin"]
+    for _ in range(2):  # again, after a move of the folder
+        subprocess.run(command, cwd=ROOT, env=environ, check=True, capture_output=True, timeout=60)
+    plugin = elsewhere / config / "kn" / "plugins" / "kn-lamina"
+    module = [str(ROOT / ".venv" / "bin" / "python"), "-m", "knative"]
+    for arguments in ([], ["--help"], ["deploy", "--help"]):
+        own = subprocess.run([*module, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert own.stdout + own.stderr
+        result = run(elsewhere, str(plugin), *arguments)
+        assert (result.returncode, result.stdout, result.stderr) == (own.returncode, own.stdout, own.stderr)
 
 
 def test_files_are_those_of_the_folder_one_works_in_and_the_status_is_passed_on(elsewhere: Path) -> None:

@@ -16,7 +16,7 @@ from tests.support.storage import tiny_models
 from tests.support.storage.published import Published
 
 # Tools of recipes, without kn, kubectl or a container engine of this machine.
-TOOLS = ("awk", "bash", "cat", "env", "mktemp", "rm", "sh")
+TOOLS = ("awk", "bash", "cat", "env", "ln", "mkdir", "mktemp", "rm", "sh")
 # Keeps make from installing anything.
 STAMPS = ("-o", ".venv/run.stamp", "-o", ".venv/native.stamp", "-o", ".venv/dev.stamp")
 
@@ -142,6 +142,19 @@ def test_deploy_all_pushes_applies_waits_and_asks(
     undone = make(tmp_path, "undeploy-all", f"SPEC={spec}", **environ)
     assert "objects deleted" in undone.stdout, undone.stderr
     assert api.named("services") == []
+
+
+@pytest.mark.parametrize("variables", [(), ("INGRESS=http://127.0.0.1:9",)], ids=["", "with INGRESS"])
+def test_without_a_domain_the_pipeline_is_deployed_and_how_to_reach_it_is_told(
+    tmp_path: Path, spec: Path, environ: dict[str, str], api: KubernetesApi, variables: tuple[str, ...]
+) -> None:
+    """No ingress serves `*.svc.cluster.local`."""
+    api.domain = "svc.cluster.local"
+    done = make(tmp_path, "deploy-all", f"SPEC={spec}", *variables, **environ)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("http://chat.models.svc.cluster.local\n")
+    assert "port-forward" in done.stderr
+    assert '.venv/bin/python -m knative ask http://127.0.0.1:8080 "$PROMPT"' in done.stderr
 
 
 def test_what_is_missing_is_named_before_anything_is_done(tmp_path: Path, spec: Path, environ: dict[str, str]) -> None:

@@ -24,6 +24,8 @@ def test_all_that_is_missing_is_reported_and_nothing_is_created(site: Site) -> N
     assert "lamina-store is missing or lacks" in message
     assert "kubectl -n default create secret generic lamina-store" in message
     assert "chat-api-keys is missing" in message
+    assert "python -m knative keys chat-api-keys.yaml --make NAME" in message
+    assert "kubectl -n default apply -f chat-api-keys.yaml" in message
     assert "Service default/dead-letters, a destination of Broker chat" in message
     assert site.api.applied == []
     assert site.api.named("secrets") == site.api.named("configmaps") == site.api.named("leases") == []

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from knative.cluster.objects import failed_conditions
 from knative.cluster.status import COLUMNS, status_lines, status_rows
-from tests.support.knative.knative_controllers import crash_loops
-from tests.support.knative.manifests import other, stage_name
+from tests.support.knative.knative_controllers import crash_loops, set_conditions
+from tests.support.knative.manifests import objects, other, stage_name
 from tests.support.knative.site import Site
 
 
@@ -45,6 +46,34 @@ def test_a_pipeline_at_zero_is_ready_and_has_no_pods(serving: Site) -> None:
     for pod in serving.api.found("pods", {}):
         serving.api.remove(*serving.api.key_of(pod))
     assert {(row["ready"], row["pods"], row["traffic"]) for row in rows(serving)} == {("yes", "0", "100 %")}
+
+
+def test_a_stage_at_zero_is_no_trouble_before_knative_says_so(serving: Site) -> None:
+    """The autoscaler writes -1 as long as it has no data. Old pods, events and logs were a diagnosis of 20 lines."""
+    stage = stage_name(objects(), 1)
+    for pod in serving.api.found("pods", {"serving.knative.dev/service": stage}):
+        serving.api.remove(*serving.api.key_of(pod))
+        serving.api.put({**pod, "metadata": {**pod["metadata"], "deletionTimestamp": "2026-01-01T00:00:00Z"}})
+    for scaler in serving.api.found("podautoscalers", {"serving.knative.dev/service": stage}):
+        serving.api.put({**scaler, "status": {"desiredScale": -1, "actualScale": 0}})
+    service = serving.api.found("services", {"app.kubernetes.io/component": "stage"})[1]
+    set_conditions(serving.api, service, f"{stage}-00001", "Unknown", "Deploying", "Waiting for the revision.")
+    assert {row["service"]: row["desired"] for row in rows(serving)}[stage] == "-"
+    (trouble,) = serving.status()["troubles"]
+    assert trouble.startswith(f"{stage} has no pods")
+    assert trouble.endswith("Deploying: Waiting for the revision.")
+
+
+def test_conditions_with_the_same_message_are_one_line_and_those_for_information_none() -> None:
+    conditions = [
+        {"type": "Active", "status": "False", "severity": "Info", "reason": "NoTraffic", "message": "at zero"},
+        *(
+            {"type": each, "status": "False", "reason": "Failed", "message": "no image"}
+            for each in ("ContainerHealthy", "Ready")
+        ),
+        {"type": "ResourcesAvailable", "status": "True"},
+    ]
+    assert failed_conditions({"status": {"conditions": conditions}}) == ["ContainerHealthy, Ready Failed: no image"]
 
 
 def test_a_missing_right_removes_only_its_own_part(serving: Site) -> None:

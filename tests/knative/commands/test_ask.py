@@ -2,7 +2,13 @@
 
 import asyncio
 import io
-from collections.abc import AsyncIterator
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -10,6 +16,8 @@ from rich.console import Console
 from eventing.wire.generation import GenerateResponse, Timings, TokenEvent, Usage
 from knative.commands import ask
 from knative.commands.ask import Answer, Question
+from tests.support.knative.site import Site
+from tests.support.paths import ROOT
 
 
 @pytest.mark.parametrize("tokens", [0, 3])
@@ -33,3 +41,45 @@ def test_times_are_those_of_the_caller(tokens: int, monkeypatch: pytest.MonkeyPa
     asyncio.run(ask.show_answer(Console(file=out), "http://gateway", Question("hello", 8)))
     rate = "1.5" if tokens else "0.0"
     assert f"({5} + {tokens + 1} tokens, first after 4.28 s, then {rate} tokens/s, stop)" in out.getvalue()
+
+
+@pytest.fixture
+def ingress() -> Iterator[str]:
+    """URL of what answers like Knative's ingress for a host that no Route has."""
+
+    class Envoy(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Envoy)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def refused(kubeconfig: Path, *arguments: str) -> str:
+    """What `ask` says that fails. A process of its own, because the client of Kubernetes reads KUBECONFIG when imported."""
+    command = [sys.executable, "-m", "knative", "ask", *arguments]
+    environ = {**os.environ, "KUBECONFIG": str(kubeconfig)}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    return done.stderr
+
+
+def test_a_host_that_the_ingress_does_not_know_is_told_with_those_that_it_knows(
+    ingress: str, serving: Site, tmp_path: Path
+) -> None:
+    said = refused(tmp_path / "kubeconfig", ingress, "hello", "--host", "chatt.default.example")
+    assert "404: the ingress there knows no host chatt.default.example; context stand-in at" in said
+    assert "has chat.default.example" in said
+
+
+def test_without_a_cluster_it_says_how_to_list_them(ingress: str, tmp_path: Path) -> None:
+    said = refused(tmp_path / "none", ingress, "hello")
+    assert f"knows no host {ingress.removeprefix('http://')}; python -m knative list shows the hosts" in said

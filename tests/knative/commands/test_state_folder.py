@@ -2,10 +2,13 @@
 
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from knative.commands.local_pipeline import kept_kv_key
 from knative.commands.state_folder import RunningPlatform, StateError, StateFolder, find_running
+from storage.kv.sealed import KEY_BYTES
 
 
 def test_a_second_run_is_told_where_the_first_is(tmp_path: Path) -> None:
@@ -41,3 +44,17 @@ def test_only_the_owner_can_read_the_stores_keys(tmp_path: Path) -> None:
     with StateFolder(tmp_path) as state:
         state.publish(RunningPlatform(pid=1, admin_url="http://a", gateway_url="http://g"))
         assert (tmp_path / "platform.json").stat().st_mode & 0o077 == 0
+
+
+def test_a_key_that_a_killed_run_did_not_write_is_made_by_the_next(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as killed:
+        killed.setattr("secrets.token_hex", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            kept_kv_key(tmp_path)
+    key = kept_kv_key(tmp_path)
+    assert len(bytes.fromhex(key)) == KEY_BYTES
+    assert kept_kv_key(tmp_path) == key
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_mode & 0o077 == 0
+    file.write_text("")  # left by an earlier release
+    assert len(bytes.fromhex(kept_kv_key(tmp_path))) == KEY_BYTES

@@ -84,6 +84,15 @@ def test_llama_2_13b_in_four_stages() -> None:
     assert [plan.hop_bytes_per_token for plan in in_8_bits] == [5124, 5124, 5124, 0], "a byte per number, and a scale of four"
 
 
+@pytest.mark.parametrize(
+    "cut", [(), ((0, 10), (20, 30)), ((0, 20), (10, 30)), ((5, 30),), ((0, 10), (10, 10), (10, 30)), ((0, 29),), ((0, 31),)]
+)
+def test_a_plan_has_each_layer_once(cut: tuple[tuple[int, int], ...]) -> None:
+    shape = shape_from_config(SMOLLM2, "smollm2", "bfloat16")
+    with pytest.raises(ValueError, match="does not have each of smollm2's 30 layers once, in order"):
+        plan_stages(shape, cut)
+
+
 def test_the_head_of_a_small_model_counts_like_eight_layers() -> None:
     shape = shape_from_config(SMOLLM2, "smollm2", "bfloat16")
     cut = cut_evenly(shape, 3)
