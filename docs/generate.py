@@ -63,7 +63,8 @@ def commands_section() -> str:
     """`--help` of the command line and of each command."""
     settings = {"terminal_width": 100, "max_content_width": 100, **command_line.context_settings}
     context = click.Context(command_line, info_name="python -m knative", **settings)
-    parts = ["## Commands", "Written by `make generate` from `--help`. In this folder `python` is `.venv/bin/python`.", _block(command_line.get_help(context))]
+    origin = "Written by `make generate` from `--help`. In this folder `python` is `.venv/bin/python`."
+    parts = ["## Commands", origin, _block(command_line.get_help(context))]
     for name in command_line.list_commands(context):
         command = command_line.get_command(context, name)
         assert command is not None
