@@ -13,8 +13,8 @@ from knative.cluster.client import Cluster, Ref
 from knative.cluster.errors import DeployFailed, KindMissing, NotPermitted, PreflightFailed
 from knative.cluster.objects import SERVICE_LABEL
 from knative.cluster.pipeline_token import wanted_secrets
-from knative.render.services import KEYS_ENTRY
 from knative.spec.kubernetes_object import KubernetesObject
+from knative.spec.pipeline_spec import KEYS_ENTRY
 from knative.webhook.check import is_knative_service, missing_flags
 from knative.webhook.feature_flags import FeatureFlags, read_features
 

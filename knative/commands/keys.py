@@ -16,9 +16,9 @@ from rich.console import Console
 
 from functions.configuration.api_keys import LIMITS, ApiKey, Quota, limit, parse_keys, sha256_of
 from knative.commands.console import show_table
-from knative.render.services import KEYS_ENTRY
 from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import to_yaml
+from knative.spec.pipeline_spec import KEYS_ENTRY
 
 
 @click.command(short_help="List, make and revoke API keys.")

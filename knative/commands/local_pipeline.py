@@ -18,10 +18,10 @@ from knative.commands.model_choice import DEFAULT_MODEL, best_dtype, packaged_mo
 from knative.local.kubelet.containers import NamedData
 from knative.render.rendering import resolve
 from knative.render.resolved_pipeline import ResolvedPipeline
-from knative.render.services import KEYS_ENTRY
 from knative.spec.cut import cut_evenly
 from knative.spec.model_shape import ModelShape, published_shape
 from knative.spec.pipeline_spec import (
+    KEYS_ENTRY,
     Autoscaling,
     GatewaySpec,
     KVStoreSpec,

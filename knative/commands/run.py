@@ -28,8 +28,8 @@ from knative.commands.state_folder import RunningPlatform, StateFolder, naming_a
 from knative.local.kubelet.containers import data_folders, read_data_folder
 from knative.local.platform import Platform, PlatformOptions
 from knative.render.eventing import eventing_objects
-from knative.render.services import KEYS_ENTRY, services
-from knative.spec.pipeline_spec import DTYPES, KV_PREFIX
+from knative.render.services import services
+from knative.spec.pipeline_spec import DTYPES, KEYS_ENTRY, KV_PREFIX
 from knative.spec.spec_file import load_spec
 from storage.kv.kv_store import Retention, prune
 from storage.store.embedded import EmbeddedStore

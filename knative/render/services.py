@@ -14,12 +14,11 @@ from knative.render.resolved_pipeline import ResolvedPipeline, labels
 from knative.spec.cut import format_cut
 from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import KubernetesObject
-from knative.spec.pipeline_spec import Autoscaling, PipelineSpec, PodSpec, Resources, StageSpec, quantity
+from knative.spec.pipeline_spec import KEYS_ENTRY, Autoscaling, PipelineSpec, PodSpec, Resources, StageSpec, quantity
 
 T = TypeVar("T")
 CONTAINER_PORT: Final = 8080
 METRICS_PORT: Final = 9464  # the functions' own default; a test compares them
-KEYS_ENTRY: Final = "api-keys"  # the key in a Secret under which API keys are
 _AUTOSCALING: Final = "autoscaling.knative.dev/"
 _CACHE_VOLUME: Final = "weights-cache"
 _CACHE_SHARE: Final = 0.95

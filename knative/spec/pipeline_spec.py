@@ -22,6 +22,7 @@ MIXABLE_DTYPES: Final = frozenset(("bfloat16", "int8", "q4"))  # hidden states t
 MAX_NAME: Final = 36  # the longest DNS label made of a name, `{name}-{fingerprint[:8]}-s{k}-00001-private`, has 63 characters
 MAX_NAME_WITH_EVENTING: Final = 28  # Eventing makes `{name}-{fingerprint[:8]}-kn-sequence-10-kn-channel` of a Sequence
 KV_PREFIX: Final = "kv"
+KEYS_ENTRY: Final = "api-keys"  # the key in a Secret under which API keys are
 
 _LABEL: Final = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
