@@ -43,7 +43,7 @@ class AskFailed(Exception):
     """The gateway did not answer, or rejected the request. The message says why."""
 
 
-class UnknownHost(AskFailed):
+class HostNotRouted(AskFailed):
     """An ingress answered instead of a gateway, because no Service has the host of the request."""
 
 
@@ -87,7 +87,7 @@ def ask(
     as_chat = is_question(prompt) if chat is None else chat
     try:
         asyncio.run(show_answer(Console(), url, Question(prompt, max_tokens, temperature, as_chat, api_key, timeout, host)))
-    except UnknownHost as error:
+    except HostNotRouted as error:
         raise AskFailed(f"{error}; {_known_hosts()}") from error
 
 
@@ -158,7 +158,7 @@ async def stream_answer(url: str, question: Question) -> AsyncIterator[Answer]:
                 problem = problem_from_document(body)
                 if reply.status == 404 and problem is None:
                     asked = question.host or urlsplit(url).netloc
-                    raise UnknownHost(f"{url} answered 404: the ingress there knows no host {asked}")
+                    raise HostNotRouted(f"{url} answered 404: the ingress there knows no host {asked}")
                 reason = str(problem or body[:300].decode(errors="replace").strip() or "nothing")
                 raise AskFailed(f"{url} answered {reply.status}: {reason}")
             decoder = SSEDecoder()
