@@ -1,5 +1,7 @@
 """A client that leaves frees its sequences at every stage within a second, in every API, plain or streaming.
 
+The sender of an event may come back for a few seconds, in which its answer goes on.
+
 It runs on a local platform, so the client's leaving passes the ingress and the gateway's queue-proxy. The stages sleep, so that
 no answer ends by itself meanwhile.
 """
@@ -15,6 +17,7 @@ from eventing.http.binding import to_binary_http
 from eventing.wire.cloud_event import json_event
 from eventing.wire.events import EventType
 from eventing.wire.generation import GenerateRequest
+from functions.gateway.answers.deduplication import ABANDONED_SECONDS
 from knative.commands.local_pods import read_metrics
 from knative.local.platform import Platform
 from knative.local.serving.revisions import Revision
@@ -24,6 +27,7 @@ from tests.support.knative.platform import until
 from tests.support.storage.published import Published
 
 FREED_SECONDS = 1.0
+COMES_BACK_SECONDS = {"CloudEvents": ABANDONED_SECONDS}  # in which an answer goes on for a client that asks again
 MEASURING_SECONDS = 0.5  # to read the metrics of all stages on a busy machine
 TOKENS = 100
 STEP_SECONDS = 0.1  # of each stage, so that an answer takes half a minute
@@ -104,4 +108,9 @@ def test_a_client_that_leaves_frees_its_sequence_at_every_stage_within_a_second(
 
     took = asyncio.run(scenario())
     assert set(took) == set(REQUESTS)
-    assert max(took.values()) < FREED_SECONDS + MEASURING_SECONDS, took
+    late = {
+        name: seconds
+        for name, seconds in took.items()
+        if seconds > FREED_SECONDS + MEASURING_SECONDS + COMES_BACK_SECONDS.get(name.partition(",")[0], 0.0)
+    }
+    assert not late, took

@@ -110,13 +110,13 @@ class Faults:
             self.repeated += 1
             await asyncio.gather(run(subscription, event), run(subscription, event))
 
-        async def failing_deliver(target: HttpTarget, event: CloudEvent, timeout_seconds: float | None) -> TargetReply:
+        async def failing_deliver(target: HttpTarget, event: CloudEvent, seconds: float | None, **more: bool) -> TargetReply:
             number = next(self.attempts)
             if number % 20:
-                return await deliver(target, event, timeout_seconds)
+                return await deliver(target, event, seconds, **more)
             self.failed += 1
             if number % 40:
-                await deliver(target, event, timeout_seconds)
+                await deliver(target, event, seconds, **more)
                 raise NoReply("the answer got lost")
             return TargetReply(HTTPStatus.SERVICE_UNAVAILABLE)
 

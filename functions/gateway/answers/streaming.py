@@ -4,14 +4,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain, dropwhile
-from typing import Final, Protocol
+from typing import Any, Final, TypeVar
 
 from flask import Response, request
 
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE
 from eventing.problems import Problem
-from eventing.wire.generation import TokenEvent
-from functions.gateway.answers.generation import ClientLeft
+from functions.gateway.answers.deduplication import Listener
+from functions.gateway.answers.generation import ClientLeft, Generation
 from functions.hosting.requests import ARRIVED, CLIENT_GONE
 
 _log: Final = logging.getLogger(__name__)
@@ -19,17 +19,11 @@ STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 CLIENT_CLOSED_REQUEST: Final = 499  # nginx's status; no client reads it
 
 
-class TokenSource(Protocol):
-    """An answer whose tokens can be iterated: a Generation, or a Listener to a shared one. Yields None for a heartbeat."""
-
-    request_id: str
-
-    def tokens(self) -> Iterator[TokenEvent | None]: ...
-
-    def close(self) -> None: ...
+Answering = Generation | Listener[Any]  # an answer on its way
+T = TypeVar("T")
 
 
-def stream_response(source: TokenSource, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Response:
+def stream_response(source: Answering, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Response:
     """Waits for the first event, then returns a reply that streams `events`. Raises a Problem that comes before it.
 
     failure: encodes a Problem that comes later, as the last event. source: closed when the reply ends or the client leaves.
@@ -47,18 +41,19 @@ def stream_response(source: TokenSource, events: Iterator[bytes], failure: Calla
     return response
 
 
-def whole_response(source: TokenSource, finished: Callable[[], Response]) -> Response:
-    """Waits for the last token, then returns `finished()`. Raises the Problem that ended the answer early."""
+def whole_response(tokens: Iterator[object], finished: Callable[[], Response]) -> Response:
+    """Iterates `tokens` to the end, then returns `finished()`. Raises the Problem that ended the answer early."""
     try:
-        for _ in source.tokens():
+        for _ in tokens:
             pass
     except ClientLeft:
         return Response(status=CLIENT_CLOSED_REQUEST)
     return finished()
 
 
-def after_first_token(tokens: Iterator[TokenEvent | None]) -> Iterator[TokenEvent | None]:
-    """Waits for the first token, then returns an iterator that begins with it. Drops heartbeats (None) before it.
+def after_first_token(tokens: Iterator[T | None]) -> Iterator[T | None]:
+    """Waits for the first token, or whatever `tokens` yields, then returns an iterator that begins with it. Drops heartbeats
+    (None) before it.
 
     Raises the Problem or ClientLeft that ended the answer before its first token.
     """
@@ -79,7 +74,7 @@ def client_gone() -> Callable[[], bool]:
     return gone
 
 
-def _guarded(source: TokenSource, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Iterator[bytes]:
+def _guarded(source: Answering, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Iterator[bytes]:
     try:
         yield from events
     except Problem as problem:

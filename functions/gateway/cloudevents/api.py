@@ -28,10 +28,11 @@ from eventing.problems import MalformedEvent, Problem, UnknownEventType, Unsuppo
 from eventing.wire.cloud_event import data_buffers, json_data, json_event, reply_id, reply_seed
 from eventing.wire.events import Attribute, EventType
 from eventing.wire.framing import Buffer, check_not_expired, expiry_time
-from eventing.wire.generation import MAX_CHOICES, ErrorEvent, GenerateRequest
+from eventing.wire.generation import MAX_CHOICES, ErrorEvent, GenerateRequest, GenerateResponse, TokenEvent
 from functions.gateway.answers.access_log import log_entry
 from functions.gateway.answers.authentication import Clients
-from functions.gateway.answers.generation import ClientLeft, Generation
+from functions.gateway.answers.deduplication import Deduplicator, Listener
+from functions.gateway.answers.generation import LOOK_SECONDS, ClientLeft, Generation
 from functions.gateway.answers.service import MAX_LOGPROBS, AnswerService, RequestContext
 from functions.gateway.answers.streaming import (
     CLIENT_CLOSED_REQUEST,
@@ -41,9 +42,10 @@ from functions.gateway.answers.streaming import (
     stream_response,
     whole_response,
 )
-from functions.gateway.cloudevents.deduplication import Deduplicator, Listener
 from functions.gateway.cloudevents.scoring import ScoreEntry
 from functions.observing.tracing import read_traceparent
+
+Item = TokenEvent | GenerateResponse  # of an answer: its tokens, then the response
 
 
 class CloudEventsAPI:
@@ -68,7 +70,7 @@ class CloudEventsAPI:
         self._scores = scores
         self._source = source
         self._timeout_seconds = request_timeout_seconds
-        self._deduplicator = Deduplicator()
+        self._deduplicator: Deduplicator[Item] = Deduplicator()
 
     def register(self, app: Flask) -> None:
         app.post("/")(self._receive)
@@ -97,7 +99,7 @@ class CloudEventsAPI:
                 listener, self._stream(event, listener), lambda problem: _structured_sse(self._problem(event, problem))
             )
         to_http = to_structured_http if content_type.startswith(STRUCTURED_CONTENT_TYPE) else to_binary_http
-        return whole_response(listener, lambda: _http_response(to_http(self._response(event, listener))))
+        return whole_response(listener.items(), lambda: _http_response(to_http(self._response(event, listener.last()))))
 
     def _score(self, event: CloudEvent, client_id: str) -> Response:
         """Begins to score a prompt: the reply is the event that a Knative Sequence then delivers to the first stage.
@@ -111,37 +113,38 @@ class CloudEventsAPI:
             raise UnknownEventType(f"{event.get_type()} goes to the Broker: this gateway takes it from a Sequence only")
         return _http_response(to_binary_http(self._scores.begin(event, client_id)))
 
-    def _listen(self, event: CloudEvent, client_id: str, arrived: float, events: int = 1) -> Listener:
+    def _listen(self, event: CloudEvent, client_id: str, arrived: float, events: int = 1) -> Listener[Item]:
         """Begins the answer to a generate request, or joins it if the same event is being answered or was answered recently.
 
         arrived: in time.monotonic(). events: how many the request has. Raises the Problem with which the answer cannot begin.
         """
 
-        def begin() -> Generation:
+        def begin(abandoned: Callable[[], bool]) -> Iterator[Item | None]:
             data = json_data(event, GenerateRequest)
             seconds, expiry = self._timeout_seconds, expiry_time(event.get_attributes())
             if expiry is not None:
                 seconds = min(seconds, (expiry - datetime.now(UTC)).total_seconds())
             traceparent = event.get_extension(Attribute.TRACEPARENT)
-            context = RequestContext(  # without `gone`: the last listener to leave cancels the answer
+            context = RequestContext(
                 request_id=reply_id(event),
                 client_id=client_id,
                 seed=reply_seed(event),
                 deadline_seconds=seconds + time.monotonic() - arrived,
                 arrived=arrived,
                 max_logprobs=MAX_LOGPROBS // events,
+                gone=abandoned,
                 trace=read_traceparent(str(traceparent) if traceparent else request.headers.get("traceparent")),
             )
             entry = log_entry()
             entry.request = data
-            entry.generation = self._service().begin(data, context)
-            return entry.generation
+            entry.generation = generation = self._service().begin(data, context)
+            return _items(generation)
 
         # The key has the data, so that different requests with one id get different answers.
         key = hashlib.sha256(f"{len(client_id)} {client_id} {reply_id(event)} ".encode())
         for buffer in data_buffers(event):
             key.update(buffer)
-        return self._deduplicator.listen(key.digest(), begin, client_gone())
+        return self._deduplicator.listen(key.digest(), reply_id(event), begin, client_gone())
 
     def _receive_batch(self, client_id: str, arrived: float) -> Response:
         """Answers a batch of events with a batch of reply events in the same order.
@@ -150,7 +153,7 @@ class CloudEventsAPI:
         """
         events = from_batched_http(request.get_data(cache=False))
         _check_batch(events)
-        begun: list[Listener | Problem] = []
+        begun: list[Listener[Item] | Problem] = []
         try:
             for event in events:
                 try:
@@ -168,29 +171,30 @@ class CloudEventsAPI:
                     listener.close()
         return _http_response(to_batched_http(replies))
 
-    def _wait(self, event: CloudEvent, listener: Listener | Problem) -> CloudEvent:
+    def _wait(self, event: CloudEvent, listener: Listener[Item] | Problem) -> CloudEvent:
         """Waits for the answer to `event` and returns the reply event. listener: a Problem if the answer could not begin."""
         if isinstance(listener, Problem):
             return self._problem(event, listener)
         try:
-            for _ in listener.tokens():
+            for _ in listener.items():
                 pass
         except Problem as problem:
             return self._problem(event, problem)
-        return self._response(event, listener)
+        return self._response(event, listener.last())
 
-    def _stream(self, cause: CloudEvent, listener: Listener) -> Iterator[bytes]:
+    def _stream(self, cause: CloudEvent, listener: Listener[Item]) -> Iterator[bytes]:
         id_ = reply_id(cause)
-        for token in after_first_token(listener.tokens()):
-            if token is None:
+        for item in after_first_token(listener.items()):
+            if item is None:
                 yield HEARTBEAT
+            elif isinstance(item, TokenEvent):
+                number = f"{item.index}" if item.choice == 0 else f"{item.choice}-{item.index}"
+                yield _structured_sse(self._event(cause, EventType.TOKEN, item, f"{id_}-{number}"))
             else:
-                number = f"{token.index}" if token.choice == 0 else f"{token.choice}-{token.index}"
-                yield _structured_sse(self._event(cause, EventType.TOKEN, token, f"{id_}-{number}"))
-        yield _structured_sse(self._response(cause, listener))
+                yield _structured_sse(self._response(cause, item))
 
-    def _response(self, cause: CloudEvent, listener: Listener) -> CloudEvent:
-        return self._event(cause, EventType.GENERATE_RESPONSE, listener.response(), reply_id(cause))
+    def _response(self, cause: CloudEvent, response: Struct) -> CloudEvent:
+        return self._event(cause, EventType.GENERATE_RESPONSE, response, reply_id(cause))
 
     def _problem(self, cause: CloudEvent, problem: Problem) -> CloudEvent:
         error = ErrorEvent(problem.type, problem.title, problem.status, str(problem))
@@ -203,6 +207,11 @@ class CloudEventsAPI:
             Attribute.CAUSATION_SOURCE: cause.get_source(),
         }
         return json_event(type_, self._source, value, id=id_, **attributes)
+
+
+def _items(generation: Generation) -> Iterator[Item | None]:
+    yield from generation.tokens(LOOK_SECONDS)
+    yield generation.response()
 
 
 def _check_batch(events: list[CloudEvent]) -> None:

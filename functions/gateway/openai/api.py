@@ -1,24 +1,30 @@
 """The routes of the OpenAI API: chat completions, completions, responses and models."""
 
+import hashlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import msgspec
 from flask import Blueprint, Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 
+from eventing.http.sse import HEARTBEAT
 from eventing.problems import MalformedEvent, Problem
 from functions.gateway.answers.access_log import log_entry
 from functions.gateway.answers.authentication import Clients
+from functions.gateway.answers.deduplication import Deduplicator, Listener
+from functions.gateway.answers.generation import Generation
 from functions.gateway.answers.service import AnswerService, RequestContext
-from functions.gateway.answers.streaming import arrival_time, client_gone, stream_response, whole_response
+from functions.gateway.answers.streaming import after_first_token, arrival_time, client_gone, stream_response, whole_response
 from functions.gateway.openai.documents import ChoicesDocument, Envelope, chat_document, completion_document
 from functions.gateway.openai.errors import model_not_found, path_not_served, refused, unexpected
 from functions.gateway.openai.requests import ChatRequest, CompletionRequest
 from functions.gateway.openai.responses import ResponsesDocument
 from functions.gateway.openai.responses_requests import ResponsesRequest
 from functions.gateway.openai.validation import read_request
+from functions.gateway.text.tokenizer import ModelText
 from functions.hosting.web import json_response
 from functions.observing.tracing import read_traceparent
 
@@ -39,6 +45,7 @@ class OpenAIAPI:
         self._clients = clients
         self._pipeline = pipeline
         self._timeout_seconds = request_timeout_seconds
+        self._deduplicator: Deduplicator[bytes] = Deduplicator()
         self._model = model
         self._model_document = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "lamina"}
 
@@ -68,11 +75,16 @@ class OpenAIAPI:
         self, type_: type[R], id_prefix: str, document_of: Callable[[Envelope, R], ChoicesDocument | ResponsesDocument]
     ) -> Response:
         arrived, entry = arrival_time(), log_entry()
-        entry.client_id = self._clients.identify(request)
-        body = read_request(request.get_data(cache=False), type_)
+        client_id = entry.client_id = self._clients.identify(request)
+        data = request.get_data(cache=False)
+        body = read_request(data, type_)
         if body.model != self._model:
             return model_not_found(body.model, self._model)
-        g.request_id = entry.request_id = id_ = id_prefix + secrets.token_hex(12)
+        key = request.headers.get("Idempotency-Key")
+        # Without a key every request is new. With one, id and seed follow from it: every gateway gives the same answer.
+        origin = f"{len(key)} {key} {request.path} ".encode() + data if key else secrets.token_bytes(32)
+        digest = hashlib.sha256(origin).digest()
+        g.request_id = entry.request_id = id_ = id_prefix + digest[:12].hex()
         try:
             generate_request = body.generate_request()
         except ValueError as error:
@@ -80,17 +92,51 @@ class OpenAIAPI:
         document = document_of(Envelope(id_, int(time.time()), self._model, self._pipeline), body)
         service = self._service()
         entry.request = generate_request
-        context = RequestContext(
-            request_id=id_,
-            client_id=entry.client_id,
-            seed=secrets.randbits(63),
-            deadline_seconds=self._timeout_seconds,
-            arrived=arrived,
-            gone=client_gone(),
-            trace=read_traceparent(request.headers.get("traceparent")),
-        )
-        entry.generation = generation = service.begin(generate_request, context)
+
+        def begin(gone: Callable[[], bool]) -> Generation:
+            context = RequestContext(
+                request_id=id_,
+                client_id=client_id,
+                seed=int.from_bytes(digest[12:20]) >> 1,
+                deadline_seconds=self._timeout_seconds,
+                arrived=arrived,
+                gone=gone,
+                trace=read_traceparent(request.headers.get("traceparent")),
+            )
+            entry.generation = service.begin(generate_request, context)
+            return entry.generation
+
+        if not key:
+            generation = begin(client_gone())
+            g.answering = True
+            if body.stream:
+                return stream_response(generation, document.stream(generation, service.text), document.failure)
+            return whole_response(generation.tokens(), lambda: json_response(document.whole(generation, service.text)))
+
+        def items(abandoned: Callable[[], bool]) -> Iterator[bytes | None]:
+            generation = begin(abandoned)
+            return _events(generation, document, service.text) if body.stream else _whole(generation, document, service.text)
+
+        shared_key = hashlib.sha256(client_id.encode() + digest).digest()
+        listener = self._deduplicator.listen(shared_key, id_, items, client_gone())
         g.answering = True
         if body.stream:
-            return stream_response(generation, document.stream(generation, service.text), document.failure)
-        return whole_response(generation, lambda: json_response(document.whole(generation, service.text)))
+            return stream_response(listener, _with_heartbeats(listener), document.failure)
+        return whole_response(listener.items(), lambda: Response(listener.last(), content_type="application/json"))
+
+
+def _events(generation: Generation, document: ChoicesDocument | ResponsesDocument, text: ModelText) -> Iterator[bytes | None]:
+    """The events of a stream, with None in place of heartbeats."""
+    return (None if event == HEARTBEAT else event for event in document.stream(generation, text))
+
+
+def _with_heartbeats(listener: Listener[bytes]) -> Iterator[bytes]:
+    for event in after_first_token(listener.items()):
+        yield HEARTBEAT if event is None else event
+
+
+def _whole(generation: Generation, document: ChoicesDocument | ResponsesDocument, text: ModelText) -> Iterator[bytes | None]:
+    """The reply as one item, after its last token."""
+    for _ in generation.tokens():
+        yield None
+    yield msgspec.json.encode(document.whole(generation, text))

@@ -84,7 +84,10 @@ def _parameters(operation: Operation, model: str) -> Iterator[dict[str, Any]]:
         yield {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": [model]}}
     for name, schema in operation.headers.items():
         described = {"type": "string", **schema}
-        yield {"name": name, "in": "header", "schema": described, "description": "In binary mode (CloudEvents 1.0)"}
+        meaning = (
+            "In binary mode (CloudEvents 1.0)" if name.startswith("ce-") else "Repeated with its key, a request gets its answer"
+        )
+        yield {"name": name, "in": "header", "schema": described, "description": meaning}
 
 
 def _responses(operation: Operation, schemas: dict[Any, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

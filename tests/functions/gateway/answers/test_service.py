@@ -11,12 +11,14 @@ from eventing.problems import NotReady, PipelineUnavailable, Problem, QueueFull
 from eventing.wire.generation import GenerateRequest, TokenLogprob
 from functions.gateway.answers import generation as core
 from functions.gateway.answers.authentication import KeyRing
+from functions.gateway.answers.deduplication import Listener
 from functions.gateway.answers.service import MAX_LOGPROBS, AnswerService
 from functions.gateway.app import create_app
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.tokenizer import ModelText
 from tests.support.environments import gateway_config
+from tests.support.functions.gateway import wait_until
 from tests.support.functions.scripted_gateway import (
     APIS,
     CONTEXT,
@@ -98,10 +100,12 @@ def test_an_unexpected_error_is_reported_without_its_details(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("abandoned_at_once")
 def test_a_stream_without_tokens_has_heartbeats_and_a_client_that_leaves_ends_it(
     client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core.Generation.tokens, "__defaults__", (0.01,))
+    for tokens in (core.Generation.tokens, Listener.items):
+        monkeypatch.setattr(tokens, "__defaults__", (0.01,))
     pipeline.script = pipeline.say("Hel", end=False)
     for api in APIS:
         pipeline.cancelled.clear()
@@ -142,13 +146,13 @@ def test_nothing_is_sent_before_the_first_token(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("abandoned_at_once")
 def test_an_answer_is_cancelled_if_its_client_leaves_before_the_first_byte(client: FlaskClient, pipeline: Pipeline) -> None:
     pipeline.script = lambda _: None
     gone = {"lamina.client_gone": lambda: True}
     response = client.post("/", json={"prompt": "Hi"}, headers=EVENT | {"Accept": "text/event-stream"}, environ_overrides=gone)
     assert (response.status_code, response.data) == (499, b"")
-    assert pipeline.cancelled.is_set()
-    assert pipeline.value("answers_total", outcome="cancelled") == 1, "counted once"
+    wait_until(lambda: pipeline.cancelled.is_set() and pipeline.value("answers_total", outcome="cancelled") == 1)
 
 
 def test_prompt_and_answer_fit_into_the_context(client: FlaskClient, pipeline: Pipeline) -> None:

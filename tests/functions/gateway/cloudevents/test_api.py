@@ -9,6 +9,7 @@ from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 from functions.gateway.answers.service import MAX_LOGPROBS
+from tests.support.functions.gateway import wait_until
 from tests.support.functions.scripted_gateway import CONTEXT, END, EVENT, TOKENIZER, Pipeline, ask, client_of, stream
 
 
@@ -184,14 +185,16 @@ def test_a_batch_cannot_stream(client: FlaskClient) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("abandoned_at_once")
 def test_all_answers_of_a_batch_are_cancelled_if_its_client_leaves(client: FlaskClient, pipeline: Pipeline) -> None:
     pipeline.script = lambda _: None
     body = json.dumps([event("1"), event("2")])
     gone = {"lamina.client_gone": lambda: True}
     assert client.post("/", data=body, content_type=BATCHED, environ_overrides=gone).status_code == 499
-    assert pipeline.value("answers_total", outcome="cancelled") == 2
+    wait_until(lambda: pipeline.value("answers_total", outcome="cancelled") == 2)
 
 
+@pytest.mark.usefixtures("abandoned_at_once")
 def test_answers_of_a_batch_are_cancelled_if_another_one_fails_unexpectedly(client: FlaskClient, pipeline: Pipeline) -> None:
     def script(_: object) -> None:
         if len(pipeline.prompts) == 2:
@@ -199,4 +202,4 @@ def test_answers_of_a_batch_are_cancelled_if_another_one_fails_unexpectedly(clie
 
     pipeline.script = script
     assert send(client, [event("1"), event("2")]).status_code == 500
-    assert pipeline.value("answers_total", outcome="cancelled") == 1
+    wait_until(lambda: pipeline.value("answers_total", outcome="cancelled") == 1)

@@ -1,4 +1,4 @@
-"""An event that is delivered several times is computed once and answered each time."""
+"""An event, or a request with an idempotency key, that comes several times is computed once and answered each time."""
 
 import gc
 import threading
@@ -10,11 +10,22 @@ import pytest
 from flask.testing import FlaskClient
 
 from eventing.problems import PipelineUnavailable
+from functions.gateway.answers import deduplication
 from functions.gateway.answers.generation import Generation
-from functions.gateway.cloudevents import deduplication
 from functions.gateway.scheduling.token_stream import TokenStream
 from tests.support.functions.gateway import wait_until
-from tests.support.functions.scripted_gateway import EVENT, Pipeline, ask, client_of, refuse, stream
+from tests.support.functions.scripted_gateway import EVENT, Pipeline, ask, chat, client_of, refuse, stream
+
+GONE: dict[str, Any] = {"lamina.client_gone": lambda: True}
+MESSAGES = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+KEY = {"Idempotency-Key": "order-66"}
+BODIES: dict[str, dict[str, Any]] = {
+    "event": {"path": "/", "json": {"prompt": "Hi"}, "headers": EVENT},
+    "chat": {"path": "/v1/chat/completions", "json": MESSAGES, "headers": KEY},
+    "stream": {"path": "/v1/chat/completions", "json": MESSAGES | {"stream": True}, "headers": KEY},
+    "completion": {"path": "/v1/completions", "json": {"model": "tiny", "prompt": "Hi"}, "headers": KEY},
+    "response": {"path": "/v1/responses", "json": {"model": "tiny", "input": "Hi"}, "headers": KEY},
+}
 
 
 def test_a_repeated_delivery_gets_the_same_answer_without_computing_it(client: FlaskClient, pipeline: Pipeline) -> None:
@@ -35,6 +46,28 @@ def test_an_event_with_other_id_source_or_data_is_computed(
     ask(client, {"prompt": "Hi"}, ce_id="7")
     ask(client, other.pop("data", {"prompt": "Hi"}), **({"ce_id": "7"} | other))
     assert len(pipeline.prompts) == 2
+
+
+@pytest.mark.parametrize(
+    "other", [{}, {"headers": {"Idempotency-Key": "order-67"}}, {"json": MESSAGES | {"seed": 1}}, {"headers": {}}]
+)
+def test_a_request_with_another_key_or_body_or_without_a_key_is_computed(
+    client: FlaskClient, pipeline: Pipeline, other: dict[str, Any]
+) -> None:
+    first = client.post(**BODIES["chat"])
+    again = client.post(**BODIES["chat"] | other)
+    assert (again.data == first.data) == (not other)
+    assert len(pipeline.prompts) == 1 + bool(other)
+
+
+def test_the_answer_at_another_gateway_has_the_same_id_and_seed(pipeline: Pipeline) -> None:
+    replies = [client_of(pipeline).post(**BODIES["chat"]) for _ in range(2)]
+    assert replies[0].get_json()["id"] == replies[1].get_json()["id"]
+    assert replies[0].headers["X-Request-Id"] == replies[1].headers["X-Request-Id"]
+    seeds = [prompt.sampling.seed for prompt in pipeline.prompts]
+    assert seeds[0] == seeds[1]
+    assert chat(client_of(pipeline)).get_json()["id"] != replies[0].get_json()["id"]
+    assert pipeline.prompts[-1].sampling.seed != seeds[0]
 
 
 def test_clients_do_not_share_answers(pipeline: Pipeline) -> None:
@@ -108,13 +141,35 @@ def test_concurrent_deliveries_share_one_computation(pipeline: Pipeline, monkeyp
 
 
 @pytest.mark.slow
-def test_the_answer_is_cancelled_when_all_deliveries_have_left(client: FlaskClient, pipeline: Pipeline) -> None:
+@pytest.mark.parametrize("body", BODIES)
+def test_the_answer_is_cancelled_if_no_client_comes_back(
+    client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    monkeypatch.setattr(deduplication, "ABANDONED_SECONDS", 0.0)
     pipeline.script = lambda _: None
-    gone = {"lamina.client_gone": lambda: True}
-    for _ in range(2):
-        assert client.post("/", json={"prompt": "Hi"}, headers=EVENT, environ_overrides=gone).status_code == 499
-    assert pipeline.cancelled.is_set()
-    assert len(pipeline.prompts) == 2
+    for asked in (1, 2):
+        assert client.post(**BODIES[body], environ_overrides=GONE).status_code == 499
+        wait_until(pipeline.cancelled.is_set, "the end of the answer")
+        pipeline.cancelled.clear()
+        assert len(pipeline.prompts) == asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("body", BODIES)
+def test_a_client_that_lost_its_connection_joins_the_running_answer(pipeline: Pipeline, body: str) -> None:
+    streams: list[TokenStream] = []
+    pipeline.script = streams.append
+    client = client_of(pipeline)
+    assert client.post(**BODIES[body], environ_overrides=GONE).status_code == 499
+    with ThreadPoolExecutor(1) as executor:
+        again = executor.submit(client.post, **BODIES[body])
+        pipeline.say("Hello there")(streams[0])
+        reply = again.result(30)
+    assert reply.status_code == 200
+    assert "Hello there" in reply.text or len(stream(reply)) > 9
+    assert not pipeline.cancelled.is_set()
+    assert len(pipeline.prompts) == 1
+    assert client.post(**BODIES[body]).data == reply.data, "the complete answer"
 
 
 @pytest.mark.slow

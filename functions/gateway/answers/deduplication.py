@@ -1,0 +1,179 @@
+"""Deduplication: repeated and concurrent requests with one key share one answer, which a thread of its own computes.
+
+A client that lost its connection and asks again within ABANDONED_SECONDS joins the running answer, from its beginning; until
+KEPT_SECONDS after the end it gets the complete one. This holds within one gateway. Another gateway computes the answer again;
+it is the same one, because the seed follows from the request too.
+"""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Final, Generic, TypeVar
+
+from eventing.wire.generation import TokenEvent
+from functions.gateway.answers.generation import HEARTBEAT_SECONDS, StreamPace
+
+ABANDONED_SECONDS: Final = 5.0  # an answer goes on so long without a client, for one that asks again
+KEPT_SECONDS: Final = 300.0  # after the answer's end; longer than a Broker waits before its last retry, with Knative's back-off
+MAX_KEPT_TOKENS: Final = 2**18  # of all complete answers, with the tokens in their log-probabilities; the oldest are dropped
+
+_TOKEN_BYTES: Final = 256  # of an encoded event that counts as one token
+
+T = TypeVar("T")
+
+
+class _SharedAnswer(Generic[T]):
+    """An answer's items so far. `listeners` and `left_at` are guarded by the Deduplicator's lock, the rest by `changed`."""
+
+    def __init__(self) -> None:
+        self.beginning = threading.Lock()  # held while the answer begins
+        self.begun = False
+        self.listeners = 0
+        self.left_at = 0.0  # when the last listener left, in time.monotonic()
+        self.changed = threading.Condition()
+        self.items: list[T] = []
+        self.ended = False
+        self.problem: Exception | None = None  # what ended the answer early
+        self.ended_at = 0.0
+        self.size = 1  # in tokens
+
+
+class Listener(Generic[T]):
+    """One request's view of a shared answer. Iterate `items` to its end, then call `last`; or `close` it early."""
+
+    def __init__(self, request_id: str, shared: _SharedAnswer[T], gone: Callable[[], bool], leave: Callable[[], None]) -> None:
+        self.request_id = request_id
+        self._shared = shared
+        self._gone = gone
+        self._leave = leave
+        self._closed = False
+
+    def items(self, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> Iterator[T | None]:
+        """Yields all items, also those from before this listener joined, and None after each `heartbeat_seconds` without any.
+
+        Raises the Problem that ended the answer, or ClientLeft if this listener's client has left.
+        """
+        given = 0
+        pace = StreamPace(self._gone, heartbeat_seconds)
+        shared = self._shared
+        try:
+            while True:
+                with shared.changed:
+                    if given == len(shared.items) and not shared.ended:
+                        shared.changed.wait(pace.seconds_to_wait())
+                    new, ended = shared.items[given:], shared.ended
+                yield from new
+                given += len(new)
+                if ended and shared.problem is not None:
+                    raise shared.problem
+                if ended:
+                    return
+                if pace.is_heartbeat_due(bool(new)):
+                    yield None
+                    pace.restart()
+        finally:
+            self.close()
+
+    def last(self) -> T:
+        """The last item of the answer. Call it only after `items` has ended."""
+        return self._shared.items[-1]
+
+    def close(self) -> None:
+        """The answer is cancelled if it is unfinished and no other listener comes within ABANDONED_SECONDS."""
+        if not self._closed:
+            self._closed = True
+            self._leave()
+
+
+class Deduplicator(Generic[T]):
+    """Running and recently completed answers, by a key of their request. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._shared: dict[bytes, _SharedAnswer[T]] = {}
+        self._complete: OrderedDict[bytes, _SharedAnswer[T]] = OrderedDict()  # part of `_shared`, oldest first
+        self._kept_tokens = 0  # in the complete ones
+        self._lock = threading.Lock()
+
+    def listen(
+        self,
+        key: bytes,
+        request_id: str,
+        begin: Callable[[Callable[[], bool]], Iterator[T | None]],
+        gone: Callable[[], bool],
+    ) -> Listener[T]:
+        """Joins the answer with this key, or begins one. The caller closes the returned Listener.
+
+        key: digest of the request and its client. begin: called if there is no such answer; its errors are raised here. It gets
+        a function that tells whether the answer is abandoned, and returns the answer's items, with None while there is none,
+        which a thread iterates. gone: tells without waiting whether this request's client has left.
+        """
+        with self._lock:
+            self._drop_old()
+            shared = self._shared.setdefault(key, _SharedAnswer())
+            shared.listeners += 1
+        try:
+            with shared.beginning:
+                if not shared.begun:
+                    items = begin(lambda: self._is_abandoned(key, shared))
+                    threading.Thread(target=self._compute, args=(key, shared, items), name="answer", daemon=True).start()
+                    shared.begun = True
+        except BaseException:
+            with self._lock:
+                shared.listeners -= 1
+                if not shared.listeners and self._shared.get(key) is shared:
+                    del self._shared[key]
+            raise
+        return Listener(request_id, shared, gone, lambda: self._leave(shared))
+
+    def _compute(self, key: bytes, shared: _SharedAnswer[T], items: Iterator[T | None]) -> None:
+        problem: Exception | None = None
+        try:
+            for item in items:
+                if item is not None:
+                    with shared.changed:
+                        shared.items.append(item)
+                        shared.size += _tokens(item)
+                        shared.changed.notify_all()
+        except Exception as error:  # noqa: BLE001 - every listener raises it
+            problem = error
+        with self._lock:
+            if self._shared.get(key) is shared and problem is None:
+                self._complete[key] = shared
+                self._kept_tokens += shared.size
+                shared.ended_at = time.monotonic()
+            elif self._shared.get(key) is shared:
+                del self._shared[key]  # the next request begins it again
+        with shared.changed:
+            shared.problem, shared.ended = problem, True
+            shared.changed.notify_all()
+
+    def _is_abandoned(self, key: bytes, shared: _SharedAnswer[T]) -> bool:
+        """Whether the answer shall be cancelled. Then no listener joins it any more."""
+        with self._lock:
+            if shared.listeners or time.monotonic() < shared.left_at + ABANDONED_SECONDS:
+                return False
+            if self._shared.get(key) is shared:
+                del self._shared[key]
+            return True
+
+    def _leave(self, shared: _SharedAnswer[T]) -> None:
+        with self._lock:
+            shared.listeners -= 1
+            shared.left_at = time.monotonic()
+
+    def _drop_old(self) -> None:
+        oldest = time.monotonic() - KEPT_SECONDS
+        while self._complete:
+            key, shared = next(iter(self._complete.items()))
+            if shared.ended_at >= oldest and self._kept_tokens <= MAX_KEPT_TOKENS:
+                break
+            self._kept_tokens -= shared.size
+            del self._complete[key], self._shared[key]
+
+
+def _tokens(item: object) -> int:
+    """The size of an item in tokens, about."""
+    if isinstance(item, bytes):
+        return 1 + len(item) // _TOKEN_BYTES
+    return 1 + (len(item.logprob.top) if isinstance(item, TokenEvent) and item.logprob is not None else 0)
