@@ -13,6 +13,7 @@ import click
 
 from bench.report import with_section
 from functions.configuration.environment_page import markdown_page
+from functions.gateway.openai import options_page
 from knative.__main__ import main as command_line
 from knative.render.dashboard import dashboard
 from knative.render.gitops import with_kustomization
@@ -27,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def generated() -> Iterator[tuple[Path, str]]:
     """Every generated file with its text."""
     yield ROOT / "docs" / "reference.md", reference_page((ROOT / "docs" / "reference.md").read_text(encoding="utf-8"))
+    openai_page = (ROOT / "docs" / "openai.md").read_text(encoding="utf-8")
+    yield ROOT / "docs" / "openai.md", with_section(openai_page, "options", options_page.markdown_table())
     yield ROOT / "monitoring" / "dashboard.json", json.dumps(dashboard(), indent=1) + "\n"
     yield ROOT / "monitoring" / "alerts.yaml", to_yaml([{"groups": rule_groups()}])
     for spec in sorted((ROOT / "examples").glob("*/pipeline.yaml")):

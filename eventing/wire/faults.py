@@ -42,10 +42,12 @@ def find_fault(document: Any, type_: type) -> Fault | None:
 
 def _faults(value: Any, expected: inspect.Type, path: str) -> Iterator[Fault]:
     """Yields the faults of a value, compared with its type in the order in which the decoder reads it."""
+    if isinstance(expected, inspect.Metadata):  # a description
+        expected = expected.type
     if isinstance(expected, inspect.UnionType):
         yield from _union_faults(value, expected, path)
     elif not _is_kind(value, expected) or not _is_within_bounds(value, expected):
-        yield Fault(path, value, f"expected {_describe(expected)}")
+        yield Fault(path, value, f"expected {describe(expected)}")
     elif isinstance(expected, inspect.StructType):
         yield from _struct_faults(value, expected, path)
     elif isinstance(expected, inspect.VarTupleType):
@@ -98,7 +100,7 @@ def _union_faults(value: Any, expected: inspect.UnionType, path: str) -> Iterato
     if len(faults) == 1 and faults[0] is not None:
         yield faults[0]
     elif None not in faults:
-        yield Fault(path, value, f"expected {_describe(expected)}")
+        yield Fault(path, value, f"expected {describe(expected)}")
 
 
 def _is_kind(value: Any, expected: inspect.Type) -> bool:
@@ -131,9 +133,12 @@ def _bounds(expected: inspect.Type) -> Iterator[tuple[str, Callable[[Any, Any], 
             yield words, allows, bound
 
 
-def _describe(expected: inspect.Type) -> str:
+def describe(expected: inspect.Type) -> str:
+    """What a type takes, in words; null is left out beside other alternatives."""
+    if isinstance(expected, inspect.Metadata):
+        return describe(expected.type)
     if isinstance(expected, inspect.UnionType):
-        return " or ".join(_describe(each) for each in expected.types if not isinstance(each, inspect.NoneType))
+        return " or ".join(dict.fromkeys(describe(each) for each in expected.types if not isinstance(each, inspect.NoneType)))
     if isinstance(expected, inspect.LiteralType):
         return _quoted(expected.values)
     described = _KINDS[type(expected)][1]

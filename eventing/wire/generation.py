@@ -82,7 +82,8 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool = False  # answer and log-probabilities begin with the prompt; not with `messages`
     chat_template_kwargs: dict[str, Any] = {}  # variables for the model's chat template, such as `enable_thinking`
-    reasoning_effort: Annotated[str, Meta(max_length=64)] | None = None  # a further variable for the chat template
+    # A further variable for the chat template. One that lacks it and can switch thoughts off does so at `none`.
+    reasoning_effort: Annotated[str, Meta(max_length=64)] | None = None
     tools: Tools = ()  # functions that the answer may call; calls are part of its text, in the model's own format
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True  # a forced call may be followed by others
@@ -136,12 +137,6 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else self.stop
-
-    @property
-    def template_values(self) -> dict[str, Any]:
-        """Variables that the chat template gets in addition to the messages."""
-        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
-        return self.chat_template_kwargs | effort
 
     @property
     def scores(self) -> bool:

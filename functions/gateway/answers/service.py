@@ -131,8 +131,8 @@ class AnswerService:
     def _encode(self, request: GenerateRequest, prompt: str | Sequence[int] | None, predicted_ids: list[int]) -> EncodedPrompt:
         if request.messages is not None:
             tools = callable_tools(request.tools, request.tool_choice)
-            token_ids = self.text.encode_messages(request.messages, request.template_values, tools)
-            return EncodedPrompt(token_ids, predicted_ids)
+            values, effort = request.chat_template_kwargs, request.reasoning_effort
+            return EncodedPrompt(self.text.encode_messages(request.messages, values, tools, effort), predicted_ids)
         if prompt is None or isinstance(prompt, str):
             return EncodedPrompt(self.text.encode(prompt or ""), predicted_ids, prompt or "")
         return EncodedPrompt(prompt, predicted_ids, self.text.decode(prompt) if request.echo else "")

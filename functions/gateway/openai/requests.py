@@ -1,6 +1,6 @@
 """Types of requests for chat completions and completions. An option that is not listed here is refused by its name."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct
 
@@ -21,9 +21,23 @@ from eventing.wire.tools import ToolCall, ToolChoice, Tools, callable_tools, for
 MaxTokens = Annotated[int, Meta(ge=1, le=MAX_POSITION)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 ReasoningEffort = Annotated[str, Meta(max_length=64)]
+Verbosity = Literal["low", "medium", "high"]
+
+# Options have descriptions, from which docs/openai.md and the OpenAPI document are generated.
+HINT: Final = Meta(description="taken, and has no effect here")
+NOT_SERVED: Final = Meta(description="would change the answer and is not served")
+EFFORT: Final = Meta(
+    description="a variable of the chat template. One that has `enable_thinking` or `thinking` instead does not think at `none`"
+)
+TEMPLATE_VARIABLES: Final = Meta(
+    description="further variables of the chat template. It must use them, but for `enable_thinking` and `thinking`"
+)
+_GUIDED: Final = Meta(description="vLLM's older name for a part of `structured_outputs`")
 
 
-class TextPart(Struct, frozen=True, tag_field="type", tag="text", forbid_unknown_fields=True):
+class TextPart(Struct, frozen=True, tag_field="type", tag="text"):
+    """Text of a message. Fields that are not listed are ignored: they are hints for caches."""
+
     text: str
 
 
@@ -62,9 +76,11 @@ class ChatMessage(Struct, frozen=True, kw_only=True):
 
 
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
-    continuous_usage_stats: bool | None = None  # with include_usage: every chunk has the usage so far
+    include_usage: Annotated[bool | None, Meta(description="the last chunk has the usage")] = None
+    include_obfuscation: Annotated[bool | None, HINT] = None
+    continuous_usage_stats: Annotated[
+        bool | None, Meta(description="with `include_usage`: every chunk has the usage so far (vLLM)")
+    ] = None
 
 
 class Prediction(Struct, frozen=True, tag_field="type", tag="content", forbid_unknown_fields=True):
@@ -93,43 +109,79 @@ class JSONSchemaFormat(Struct, frozen=True, tag_field="type", tag="json_schema",
 
 
 class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options that all kinds of requests share. Fields after `seed` do not change the answer: they are accepted and ignored.
+    """Options that all kinds of requests share. What would make the answer wrong is refused; hints are taken."""
 
-    `top_k`, `min_p`, `repetition_penalty` and `structured_outputs` are vLLM's extensions, `guided_*` its names until 0.11.
-    """
-
-    model: str
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None  # None: 1, as in the OpenAI API; the CloudEvents API has 0
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None  # -1 and 0: all tokens
-    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
-    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] | None = None
-    min_tokens: Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None = None
-    ignore_eos: bool | None = None
-    stop: StopString | Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOP_STRINGS)] | None = None
-    stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKENS)] | None = None
-    include_stop_str_in_output: bool | None = None
-    max_tokens: MaxTokens | None = None  # None: up to the end of the model's context
-    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    response_format: TextFormat | JSONObjectFormat | JSONSchemaFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: dict[str, Any] | GrammarText | None = None
-    guided_regex: GrammarText | None = None
-    guided_choice: Annotated[tuple[GrammarText, ...], Meta(min_length=1, max_length=MAX_GUIDED_CHOICES)] | None = None
-    guided_grammar: GrammarText | None = None
-    guided_decoding_backend: str | None = None
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    model: Annotated[str, Meta(description="the served model's name; another gets 404")]
+    temperature: Annotated[
+        Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="default 1, but 0 in the CloudEvents API; 0 is greedy")
+    ] = None
+    top_p: Annotated[Annotated[float, Meta(gt=0, le=1)] | None, Meta(description="as in transformers")] = None
+    top_k: Annotated[
+        Annotated[int, Meta(ge=-1, lt=2**31)] | None, Meta(description="as in transformers; -1 and 0: all tokens")
+    ] = None
+    min_p: Annotated[Annotated[float, Meta(ge=0, le=1)] | None, Meta(description="as in transformers")] = None
+    repetition_penalty: Annotated[
+        Annotated[float, Meta(gt=0, le=100)] | None, Meta(description="applied before the temperature")
+    ] = None
+    presence_penalty: Annotated[
+        Annotated[float, Meta(ge=-2, le=2)] | None, Meta(description="applied before the temperature")
+    ] = None
+    frequency_penalty: Annotated[
+        Annotated[float, Meta(ge=-2, le=2)] | None, Meta(description="applied before the temperature")
+    ] = None
+    logit_bias: Annotated[
+        Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] | None,
+        Meta(description="by token id in decimal; applied before the temperature"),
+    ] = None
+    min_tokens: Annotated[
+        Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None,
+        Meta(description="until then the model's end token and `stop_token_ids` are not drawn"),
+    ] = None
+    ignore_eos: Annotated[bool | None, Meta(description="the model's end token does not end the answer")] = None
+    stop: Annotated[
+        StopString | Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOP_STRINGS)] | None,
+        Meta(description="the answer ends before the first of these strings"),
+    ] = None
+    stop_token_ids: Annotated[
+        Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKENS)] | None,
+        Meta(description="the answer ends before the first of these tokens"),
+    ] = None
+    include_stop_str_in_output: Annotated[
+        bool | None, Meta(description="the answer has the stop string, or the stop token, at its end")
+    ] = None
+    max_tokens: Annotated[
+        MaxTokens | None,
+        Meta(description="default: what the prompt leaves of the context. Memory is then reserved as the answer grows"),
+    ] = None
+    n: Annotated[
+        Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None,
+        Meta(description="answers to each prompt, with different seeds; their prompt is computed once. In responses 1"),
+    ] = None
+    stream: Annotated[bool | None, Meta(description="server-sent events")] = None
+    stream_options: Annotated[StreamOptions | None, Meta(description="details of a stream")] = None
+    structured_outputs: Annotated[
+        StructuredOutputs | None,
+        Meta(description="the answer's form: `json`, `json_object`, `regex`, `choice`, `grammar` (vLLM)"),
+    ] = None
+    guided_json: Annotated[dict[str, Any] | GrammarText | None, _GUIDED] = None
+    guided_regex: Annotated[GrammarText | None, _GUIDED] = None
+    guided_choice: Annotated[
+        Annotated[tuple[GrammarText, ...], Meta(min_length=1, max_length=MAX_GUIDED_CHOICES)] | None, _GUIDED
+    ] = None
+    guided_grammar: Annotated[GrammarText | None, _GUIDED] = None
+    guided_decoding_backend: Annotated[str | None, HINT] = None
+    seed: Annotated[
+        Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None, Meta(description="the same seed gives the same answer")
+    ] = None
+    user: Annotated[str | None, HINT] = None
+    metadata: Annotated[dict[str, str] | None, HINT] = None
+    store: Annotated[bool | None, Meta(description="taken; nothing is stored")] = None
+    service_tier: Annotated[str | None, HINT] = None
+    safety_identifier: Annotated[str | None, HINT] = None
+    prompt_cache_key: Annotated[str | None, HINT] = None
+    prompt_cache_options: Annotated[dict[str, Any] | None, HINT] = None
+    prompt_cache_retention: Annotated[str | None, HINT] = None
+    moderation: Annotated[None, NOT_SERVED] = None
 
     def __post_init__(self) -> None:
         wrong = [token for token in self.logit_bias or {} if not (token.isascii() and token.isdecimal() and len(token) < 10)]
@@ -137,7 +189,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"logit_bias has {wrong[0][:40]!r}; its keys are token ids in decimal")
 
     def sampling_fields(self) -> dict[str, Any]:
-        """These options as fields of a GenerateRequest. Raises ValueError as `structure` does."""
+        """These options as fields of a GenerateRequest. Raises ValueError if several options say the answer's form."""
         return {
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": 1.0 if self.top_p is None else self.top_p,
@@ -157,41 +209,65 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "structured_outputs": self.structure(),
         }
 
+    def forms(self) -> list[StructuredOutputs]:
+        """The forms that the answer must have; more than one is an error."""
+        given = [] if self.structured_outputs is None else [self.structured_outputs]
+        guides = {kind: getattr(self, f"guided_{kind}") for kind in ("json", "regex", "choice", "grammar")}
+        return given + [StructuredOutputs(**{kind: guide}) for kind, guide in guides.items() if guide is not None]
+
     def structure(self) -> StructuredOutputs | None:
-        """The structure that the answer must have; None: any text. Raises ValueError if several options name one."""
-        given = [self.structured_outputs] if self.structured_outputs is not None else []
-        match self.response_format:
-            case JSONObjectFormat():
-                given.append(StructuredOutputs(json_object=True))
-            case JSONSchemaFormat(json_schema):
-                given.append(StructuredOutputs(json=json_schema.schema or {}))
-        for kind in ("json", "regex", "choice", "grammar"):
-            if (guide := getattr(self, f"guided_{kind}")) is not None:
-                given.append(StructuredOutputs(**{kind: guide}))
+        """The form that the answer must have; None: any text. Raises ValueError if several options say one."""
+        given = self.forms()
         if len(given) > 1:
             raise ValueError("what the answer must look like is said more than once; keep one of its options")
         return given[0] if given else None
 
 
-class ChatRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class FormattedOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of chat completions and completions. `/v1/responses` has the form of an answer at another place."""
+
+    response_format: Annotated[
+        TextFormat | JSONObjectFormat | JSONSchemaFormat | None,
+        Meta(description="the answer's form: any text, JSON, or a schema's"),
+    ] = None
+
+    def forms(self) -> list[StructuredOutputs]:
+        match self.response_format:
+            case JSONObjectFormat():
+                return [StructuredOutputs(json_object=True), *Options.forms(self)]
+            case JSONSchemaFormat(json_schema):
+                return [StructuredOutputs(json=json_schema.schema or {}), *Options.forms(self)]
+        return Options.forms(self)
+
+
+class ChatRequest(FormattedOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1)]
-    max_completion_tokens: MaxTokens | None = None
-    logprobs: bool | None = None
-    top_logprobs: TopLogprobs | None = None
-    tools: Tools | None = None
-    tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-    functions: tuple[()] | None = None
-    function_call: Literal["none", "auto"] | None = None
-    modalities: tuple[Literal["text"], ...] | None = None
-    audio: None = None
-    reasoning_effort: ReasoningEffort | None = None  # a variable of the chat template, which must use it
-    chat_template_kwargs: dict[str, Any] | None = None  # further such variables
-    verbosity: Literal["medium"] | None = None
-    web_search_options: None = None
-    prediction: Prediction | None = None
+    messages: Annotated[
+        Annotated[tuple[ChatMessage, ...], Meta(min_length=1)],
+        Meta(description="the conversation, for the model's chat template; other fields of a message are ignored"),
+    ]
+    max_completion_tokens: Annotated[MaxTokens | None, Meta(description="as `max_tokens`, before which it goes")] = None
+    logprobs: Annotated[
+        bool | None, Meta(description="log-probabilities of the model's own distribution, before penalties, biases and filters")
+    ] = None
+    top_logprobs: Annotated[TopLogprobs | None, Meta(description="alternatives to each token; with `logprobs`")] = None
+    tools: Annotated[Tools | None, Meta(description="functions that the answer may call")] = None
+    tool_choice: Annotated[
+        ToolChoice | None, Meta(description="whether to call one; a function by its name is called exactly once")
+    ] = None
+    parallel_tool_calls: Annotated[bool | None, Meta(description="`false`: a forced call is the only one")] = None
+    functions: Annotated[tuple[()] | None, NOT_SERVED] = None
+    function_call: Annotated[Literal["none", "auto"] | None, HINT] = None
+    modalities: Annotated[tuple[Literal["text"], ...] | None, Meta(description="answers are texts")] = None
+    audio: Annotated[None, NOT_SERVED] = None
+    reasoning_effort: Annotated[ReasoningEffort | None, EFFORT] = None
+    chat_template_kwargs: Annotated[dict[str, Any] | None, TEMPLATE_VARIABLES] = None
+    verbosity: Annotated[Verbosity | None, HINT] = None
+    web_search_options: Annotated[None, NOT_SERVED] = None
+    prediction: Annotated[
+        Prediction | None, Meta(description="a text that much of the answer repeats: faster, the same answer")
+    ] = None
 
     @property
     def callable_tools(self) -> Tools:
@@ -220,15 +296,24 @@ class ChatRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True
         )
 
 
-class CompletionRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CompletionRequest(FormattedOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`POST /v1/completions`: prompts as texts or token ids, without the chat template."""
 
-    prompt: Prompts
-    max_tokens: Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None = None  # 0: no tokens, with `echo`
-    echo: bool | None = None
-    best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None  # must equal n
-    logprobs: TopLogprobs | None = None
-    suffix: None = None
+    prompt: Annotated[
+        Prompts, Meta(description=f"a text, several texts, token ids, or lists of them; prompts × `n` ≤ {MAX_CHOICES}")
+    ]
+    max_tokens: Annotated[
+        Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None,
+        Meta(description="default: what the prompt leaves of the context; 0 samples nothing, with `echo`"),
+    ] = None
+    echo: Annotated[
+        bool | None, Meta(description="the answer begins with the prompt, with `logprobs` also its log-probabilities")
+    ] = None
+    best_of: Annotated[Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None, Meta(description="must equal `n`")] = None
+    logprobs: Annotated[
+        TopLogprobs | None, Meta(description="log-probabilities, and alternatives to each token; the drawn one is among them")
+    ] = None
+    suffix: Annotated[None, NOT_SERVED] = None
 
     def generate_request(self) -> GenerateRequest:
         """This request in the form that AnswerService takes. Raises ValueError if options contradict each other."""

@@ -22,12 +22,17 @@ from eventing.wire.tools import (
     forced_tools,
 )
 from functions.gateway.openai.requests import (
+    EFFORT,
+    HINT,
+    NOT_SERVED,
+    TEMPLATE_VARIABLES,
     JSONObjectFormat,
     MaxTokens,
     Options,
     ReasoningEffort,
     TextFormat,
     TopLogprobs,
+    Verbosity,
     join_text,
 )
 
@@ -89,38 +94,71 @@ class ResponseSchema(Struct, frozen=True, tag_field="type", tag="json_schema", f
 
 
 class ResponseText(Struct, frozen=True, forbid_unknown_fields=True):
-    format: TextFormat | JSONObjectFormat | ResponseSchema | None = None
-    verbosity: Literal["medium"] | None = None
+    format: Annotated[
+        TextFormat | JSONObjectFormat | ResponseSchema | None,
+        Meta(description="the answer's form: any text, JSON, or a schema's"),
+    ] = None
+    verbosity: Annotated[Verbosity | None, HINT] = None
 
 
 class ReasoningOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    """Options for the model's thoughts. They are always returned in full, so the two options for a summary have no effect."""
+    """Options for the model's thoughts. They are always returned in full, and never rendered again in a later turn."""
 
-    effort: ReasoningEffort | None = None
-    summary: str | None = None
-    generate_summary: str | None = None
+    effort: Annotated[ReasoningEffort | None, EFFORT] = None
+    summary: Annotated[str | None, HINT] = None
+    generate_summary: Annotated[str | None, HINT] = None
+    context: Annotated[str | None, HINT] = None
+    mode: Annotated[str | None, HINT] = None
+
+
+Includable = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
 
 
 class ResponsesRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`POST /v1/responses`, with the same Options as chat completions."""
 
-    input: Annotated[str, Meta(min_length=1)] | Annotated[tuple[InputItem, ...], Meta(min_length=1)]
-    instructions: str | None = None
-    max_output_tokens: MaxTokens | None = None
-    text: ResponseText | None = None
-    reasoning: ReasoningOptions | None = None
-    top_logprobs: TopLogprobs | None = None
-    include: tuple[Literal["message.output_text.logprobs", "reasoning.encrypted_content"], ...] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    tools: Annotated[tuple[ResponseTool, ...], Meta(max_length=MAX_TOOLS)] | None = None
-    tool_choice: ResponseToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-    max_tool_calls: int | None = None
-    truncation: Literal["disabled"] | None = None
-    background: Literal[False] | None = None
-    previous_response_id: None = None
-    conversation: None = None
-    prompt: None = None
+    input: Annotated[
+        Annotated[str, Meta(min_length=1)] | Annotated[tuple[InputItem, ...], Meta(min_length=1)],
+        Meta(description="the whole conversation, with the items of earlier answers"),
+    ]
+    instructions: Annotated[str | None, Meta(description="a system message before `input`")] = None
+    max_output_tokens: Annotated[MaxTokens | None, Meta(description="as `max_tokens`, before which it goes")] = None
+    text: Annotated[ResponseText | None, Meta(description="details of the answer's text")] = None
+    reasoning: Annotated[ReasoningOptions | None, Meta(description="details of the model's thoughts")] = None
+    top_logprobs: Annotated[TopLogprobs | None, Meta(description="alternatives to each token; with `include`")] = None
+    include: Annotated[
+        tuple[Includable, ...] | None, Meta(description="log-probabilities; of what no answer has here, nothing is included")
+    ] = None
+    chat_template_kwargs: Annotated[dict[str, Any] | None, TEMPLATE_VARIABLES] = None
+    tools: Annotated[
+        Annotated[tuple[ResponseTool, ...], Meta(max_length=MAX_TOOLS)] | None,
+        Meta(description="functions that the answer may call"),
+    ] = None
+    tool_choice: Annotated[
+        ResponseToolChoice | None, Meta(description="whether to call one; a function by its name is called exactly once")
+    ] = None
+    parallel_tool_calls: Annotated[bool | None, Meta(description="`false`: a forced call is the only one")] = None
+    max_tool_calls: Annotated[int | None, HINT] = None
+    truncation: Annotated[
+        Literal["auto", "disabled"] | None, Meta(description="an input that exceeds the context is refused, whatever it says")
+    ] = None
+    context_management: Annotated[tuple[Any, ...] | None, HINT] = None
+    image: Annotated[dict[str, Any] | None, HINT] = None
+    access_programs: Annotated[dict[str, Any] | None, HINT] = None
+    background_options: Annotated[dict[str, Any] | None, HINT] = None
+    background: Annotated[Literal[False] | None, NOT_SERVED] = None
+    previous_response_id: Annotated[None, NOT_SERVED] = None
+    conversation: Annotated[None, NOT_SERVED] = None
+    prompt: Annotated[None, NOT_SERVED] = None
 
     def messages(self) -> tuple[Message, ...]:
         """The conversation for the chat template. Raises ValueError if an item is incomplete."""
@@ -142,18 +180,13 @@ class ResponsesRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields
                 calls.append([*message.tool_calls])
         return tuple(replace(message, tool_calls=tuple(own)) for message, own in zip(messages, calls, strict=True))
 
-    def structure(self) -> StructuredOutputs | None:
-        structure = Options.structure(self)
+    def forms(self) -> list[StructuredOutputs]:
         match None if self.text is None else self.text.format:
             case JSONObjectFormat():
-                own = StructuredOutputs(json_object=True)
+                return [StructuredOutputs(json_object=True), *Options.forms(self)]
             case ResponseSchema(_, schema):
-                own = StructuredOutputs(json=schema)
-            case _:
-                return structure
-        if structure is not None:
-            raise ValueError("what the answer must look like is said more than once; keep one of its options")
-        return own
+                return [StructuredOutputs(json=schema), *Options.forms(self)]
+        return Options.forms(self)
 
     @property
     def wire_tools(self) -> tuple[Tools, ToolChoice]:

@@ -20,6 +20,10 @@ from eventing.problems import InvalidRequest
 from functions.gateway.text import reasoning
 
 GUARD: Final = "\ufdd0"  # a Unicode noncharacter, which `control_tokens` puts into texts of clients
+_SWITCHES: Final = (
+    "enable_thinking",
+    "thinking",
+)  # variables that switch thoughts on and off, in Qwen's templates and in others
 _RESERVED: Final = frozenset({"messages", "add_generation_prompt", "tools"})  # variables that the gateway sets
 _REFUSALS: Final = (TemplateError, TypeError, ValueError, LookupError)  # raised for messages that a template does not expect
 
@@ -47,6 +51,16 @@ class ChatTemplate:
 
     def uses(self, variable: str) -> bool:
         return variable in self._variables
+
+    def variables(self, given: Mapping[str, Any], effort: str | None) -> dict[str, Any]:
+        """The values of the template's further variables. given: the client's own. effort: how much the model shall think.
+
+        The effort is `reasoning_effort`, and `none` or not for a template that can only switch thoughts off and on. A template
+        without these variables gets none of them: its model thinks as it does.
+        """
+        hints = {} if effort is None else {"reasoning_effort": effort, **dict.fromkeys(_SWITCHES, effort != "none")}
+        own = {name: value for name, value in given.items() if name not in _SWITCHES or self.uses(name)}
+        return {name: value for name, value in hints.items() if self.uses(name)} | own
 
     def render(
         self,

@@ -112,17 +112,21 @@ class ModelText:
         return self.encoder.encode(answer, add_special_tokens=False)
 
     def encode_messages(
-        self, messages: Sequence[Message], values: Mapping[str, Any] = MappingProxyType({}), tools: Sequence[Tool] = ()
+        self,
+        messages: Sequence[Message],
+        values: Mapping[str, Any] = MappingProxyType({}),
+        tools: Sequence[Tool] = (),
+        effort: str | None = None,
     ) -> list[int]:
         """Token ids of a conversation that the chat template has rendered. The template writes special tokens itself.
 
-        values: further variables of the template. tools: those that the model may call. Raises InvalidRequest if the model has
-        no template or the template refuses the messages, ContextExceeded if they cannot fit.
+        values, effort: as for ChatTemplate.variables. tools: those that the model may call. Raises InvalidRequest if the model
+        has no template or the template refuses the messages, ContextExceeded if they cannot fit.
         """
         if self.template is None:
             raise InvalidRequest("the model has no chat template; send `prompt` instead of `messages`")
         self.check_messages(messages, tools)
-        turns, functions, values = turns_of(messages), described(tools), dict(values)
+        turns, functions, values = turns_of(messages), described(tools), self.template.variables(values, effort)
         control = self.control
         if control is not None and not control.are_in(turns, functions, values):
             control = None

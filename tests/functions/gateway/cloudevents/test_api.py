@@ -8,6 +8,7 @@ import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
+from eventing.wire.generation import choice_seed
 from functions.gateway.answers.service import MAX_LOGPROBS
 from tests.support.functions.gateway import wait_until
 from tests.support.functions.scripted_gateway import CONTEXT, END, EVENT, TOKENIZER, Pipeline, ask, client_of, stream
@@ -60,7 +61,7 @@ def test_several_answers_come_in_one_response(client: FlaskClient, pipeline: Pip
     answer: Any = ask(client, asked).json
     assert [choice["text"] for choice in answer["choices"]] == ["Hello there"] * 4
     assert answer["text"] == "Hello there"
-    assert [prompt.sampling.seed for prompt in pipeline.prompts] == [2**63 - 1, 0, 1, 2]
+    assert [prompt.sampling.seed for prompt in pipeline.prompts] == [choice_seed(2**63 - 1, index) for index in range(4)]
     assert answer["usage"]["prompt_tokens"] == 2 * 3
     events = stream(ask(client, asked, Accept="text/event-stream"))
     texts = dict.fromkeys(range(4), "")

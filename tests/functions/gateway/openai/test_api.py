@@ -1,12 +1,29 @@
 """The OpenAI API: options that are served, and refusals of others."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
+from msgspec import inspect
+from openai.types.chat import ChatCompletionStreamOptionsParam
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
+from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
+from openai.types.responses import ResponseTextConfigParam
+from openai.types.responses.response_create_params import ResponseCreateParamsBase as ResponseParams
+from openai.types.shared_params import Reasoning
 
-from tests.support.functions.scripted_gateway import TOKENIZER, Pipeline, chat, client_of, stream
+from functions.gateway.openai.requests import HINT, ChatRequest, CompletionRequest, StreamOptions
+from functions.gateway.openai.responses_requests import ReasoningOptions, ResponsesRequest, ResponseText
+from tests.support.functions.scripted_gateway import EVENT, TOKENIZER, Pipeline, chat, client_of, stream
 from tests.support.storage.published import CHAT_TEMPLATE
+
+REQUESTS = {"chat/completions": ChatRequest, "completions": CompletionRequest, "responses": ResponsesRequest}
+ASKED: dict[str, dict[str, Any]] = {
+    "chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
+    "completions": {"prompt": "Hi"},
+    "responses": {"input": "Hi"},
+}
 
 
 @pytest.mark.parametrize(
@@ -23,7 +40,9 @@ from tests.support.storage.published import CHAT_TEMPLATE
         ({"logit_bias": {"x": 1}}, 400, "logit_bias has 'x'; its keys are token ids in decimal"),
         ({"min_tokens": 9, "max_tokens": 8}, 400, "min_tokens is 9, more than max_tokens, 8"),
         ({"top_logprobs": 2}, 400, "top_logprobs is 2, which takes `logprobs`: true"),
-        ({"reasoning_effort": "low"}, 400, "the model's chat template knows no `reasoning_effort`; leave it out"),
+        ({"chat_template_kwargs": {"effort": 1}}, 400, "the model's chat template knows no `effort`; leave it out"),
+        ({"moderation": {"model": "m"}}, 400, '`moderation` is {"model":"m"}, which is not served here: expected null'),
+        ({"web_search_options": {}}, 400, "`web_search_options` is {}"),
         ({"chat_template_kwargs": {"messages": []}}, 400, "the model's chat template knows no `messages`"),
         ({"response_format": {"type": "yaml"}}, 400, "`response_format.type`"),
         ({"structured_outputs": {"regex": "(a"}}, 400, "structured output, `regex`: "),
@@ -77,12 +96,67 @@ def test_options_reach_the_pipeline(client: FlaskClient, pipeline: Pipeline) -> 
     assert "<|im_start|>system\nHi" in TOKENIZER.decode(prompt.token_ids, skip_special_tokens=False)
 
 
+def hints(type_: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Names of the options of a request's type that have no effect, each after the options that it is in."""
+    for field in inspect.type_info(type_).fields if isinstance(type_, type) else type_.fields:  # type: ignore[attr-defined]
+        if not isinstance(field.type, inspect.Metadata):
+            continue
+        if (field.type.extra_json_schema or {})["description"] == HINT.description:
+            yield (*prefix, field.encode_name)
+        inner = field.type.type
+        for each in inner.types if isinstance(inner, inspect.UnionType) else ():
+            if isinstance(each, inspect.StructType):
+                yield from hints(each, (*prefix, field.encode_name))
+
+
+HINTS = [(path, names) for path, type_ in REQUESTS.items() for names in hints(type_)]
+
+
+@pytest.mark.parametrize(("path", "names"), HINTS)
+def test_a_hint_is_taken_and_changes_nothing(
+    client: FlaskClient, pipeline: Pipeline, path: str, names: tuple[str, ...]
+) -> None:
+    """Each with the first value of these that its type has."""
+    plain = {"model": "tiny", "seed": 3} | ASKED[path]
+    assert client.post(f"/v1/{path}", json=plain).status_code == 200
+    statuses = []
+    for value in ("auto", "high", {}, [], True, 1):
+        option: Any = value
+        for name in reversed(names):
+            option = {name: option}
+        statuses.append(client.post(f"/v1/{path}", json=plain | option).status_code)
+    assert 200 in statuses
+    assert statuses.count(400) == len(statuses) - statuses.count(200)
+    first, *others = [(list(prompt.token_ids), prompt.sampling, prompt.max_tokens) for prompt in pipeline.prompts]
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize(
+    ("official", "type_"),
+    [
+        (ChatParams, ChatRequest),
+        (CompletionParams, CompletionRequest),
+        (ResponseParams, ResponsesRequest),
+        (Reasoning, ReasoningOptions),
+        (ResponseTextConfigParam, ResponseText),
+        (ChatCompletionStreamOptionsParam, StreamOptions),
+    ],
+)
+def test_every_parameter_of_the_official_client_is_decided(official: Any, type_: Any) -> None:
+    """It is served, taken as a hint or refused by its type, and in docs/openai.md. A new release may have new ones."""
+    fields = {field.encode_name: field for field in inspect.type_info(type_).fields}
+    assert official.__annotations__.keys() - fields.keys() == set()
+    assert [name for name, field in fields.items() if not isinstance(field.type, inspect.Metadata)] == []
+
+
 @pytest.mark.parametrize(
     "nothing",
     [
         {"n": None, "logprobs": False, "top_logprobs": 0, "logit_bias": None, "stop": None, "max_tokens": None},
         {"tools": None, "tool_choice": "none", "parallel_tool_calls": True, "functions": [], "function_call": "auto"},
-        {"response_format": {"type": "text"}, "modalities": ["text"], "audio": None, "verbosity": "medium"},
+        {"response_format": {"type": "text"}, "modalities": ["text"], "audio": None, "web_search_options": None},
+        {"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": False, "thinking": True}},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", "prompt_cache_breakpoint": {}}]}]},
         {"top_k": -1, "min_p": None, "repetition_penalty": None, "presence_penalty": 0, "ignore_eos": False, "min_tokens": 0},
         {"stream_options": {"include_usage": None, "continuous_usage_stats": False}, "stream": False},
         {"stop_token_ids": None, "include_stop_str_in_output": False, "chat_template_kwargs": {}, "reasoning_effort": None},
@@ -189,6 +263,33 @@ def test_thoughts_have_their_own_field(pipeline: Pipeline) -> None:
     deltas = [choice["delta"] for event in stream(chat(client, stream=True))[:-1] for choice in event["choices"]]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm."
     assert "".join(delta.get("content", "") for delta in deltas) == "Said"
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "rendered"),
+    [
+        ("{{ enable_thinking }}", {"reasoning_effort": "none"}, "False"),
+        ("{{ enable_thinking }}", {"reasoning_effort": "low"}, "True"),
+        ("{{ enable_thinking }}", {}, ""),
+        ("{{ enable_thinking }}", {"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, "True"),
+        ("{{ thinking }}", {"reasoning_effort": "none"}, "False"),
+        ("{{ reasoning_effort }}", {"reasoning_effort": "none"}, "none"),
+        ("{{ reasoning_effort }} {{ enable_thinking }}", {"reasoning_effort": "max"}, "max True"),
+        ("{{ reasoning_effort }}", {"chat_template_kwargs": {"enable_thinking": False}}, ""),
+    ],
+)
+def test_reasoning_effort_means_what_the_template_can_do(
+    pipeline: Pipeline, template: str, options: dict[str, Any], rendered: str
+) -> None:
+    client = client_of(pipeline, template="{{ messages[0].content }}:" + template)
+    assert chat(client, **options).status_code == 200
+    asked = {"input": "Hi", **options}
+    if "reasoning_effort" in asked:
+        asked["reasoning"] = {"effort": asked.pop("reasoning_effort")}
+    assert client.post("/v1/responses", json={"model": "tiny"} | asked).status_code == 200
+    event = {"messages": [{"role": "user", "content": "Hi"}]} | options
+    assert client.post("/", json=event, headers=EVENT).status_code == 200
+    assert [TOKENIZER.decode(list(prompt.token_ids)) for prompt in pipeline.prompts] == [f"Hi:{rendered}"] * 3
 
 
 def test_a_variable_reaches_the_chat_template(pipeline: Pipeline) -> None:

@@ -39,6 +39,8 @@ def respond(client: FlaskClient, **fields: Any) -> Any:
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input_image"),
         ({"input": [{"role": "user"}]}, "input[0] lacks `role` or `content`"),
         ({"n": 2}, "n is 2; a response has one answer"),
+        ({"response_format": {"type": "json_object"}}, "`response_format` is no option that is served here; leave it out"),
+        ({"text": {"format": {"type": "json_object"}}, "guided_regex": "a"}, "said more than once"),
         ({"top_logprobs": 2}, "top_logprobs takes `include`"),
     ],
 )
