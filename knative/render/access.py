@@ -102,7 +102,7 @@ def network_policies(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     Requests come through queue-proxy alone: on the function's own port they would not be counted. Stages call each other to
     hand over KV. Probes come from the node, which no policy blocks.
     """
-    callers = [_peer("knative-serving", app="activator"), _peer(pipeline.spec.network.ingress_namespace)]
+    callers = [_peer("knative-serving", app="activator"), *map(_peer, pipeline.spec.network.ingress_namespaces)]
     if pipeline.spec.eventing is not None:
         # By default Eventing comes through the ingress; with a service mesh it comes from its own pods.
         callers.append(_peer("knative-eventing"))

@@ -364,9 +364,15 @@ class NetworkSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """NetworkPolicies, and the namespaces whose pods they let reach the pipeline, in addition to Knative's own."""
 
     policies: bool = True  # render NetworkPolicies; networks that do not implement them ignore them
-    ingress_namespace: str = "kourier-system"
+    # One, or several: Contour has contour-external for clients and contour-internal for cluster-local Services.
+    ingress_namespace: str | Annotated[list[str], Meta(min_length=1)] = "kourier-system"
     monitoring_namespace: str = "monitoring"
     tls: TLSSpec | None = None  # unset: plain HTTP between pods
+
+    @property
+    def ingress_namespaces(self) -> tuple[str, ...]:
+        names = self.ingress_namespace
+        return (names,) if isinstance(names, str) else tuple(names)
 
 
 class Channel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
