@@ -224,6 +224,35 @@ async def wrong_key(target: Target, dice: random.Random, outcomes: Outcomes) -> 
     outcomes[await target.answered(service, target.post(path, body, authorization=authorization))] += 1
 
 
+_OTHER_SITES: Final = (
+    {"origin": "https://evil.example"},
+    {"origin": "null", "sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate"},
+    {"sec_fetch_site": "same-site"},
+    {"content_type": "text/plain"},
+    {"content_type": "application/x-www-form-urlencoded"},
+    {"content_type": ""},
+)
+
+
+async def other_site(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    """Asks as a browser does for a page of another site."""
+    body = msgspec.json.encode({"model": target.plan.model, "prompt": "a", "max_tokens": 1})
+    data = target.post(dice.choice(_PATHS[1:]), body, **dice.choice(_OTHER_SITES))
+    outcomes[await target.answered(target.some_way(dice), data)] += 1
+
+
+async def offers_h2c(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    """Offers HTTP/2 with a valid question, as Java's client does with its first one."""
+    body = msgspec.json.encode({"model": target.plan.model, "prompt": "a", "max_tokens": 1})
+    offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2_settings": "AAEAAEAAAAIAAAAA"}
+    if dice.random() < 0.5:
+        data = target.post("/v1/completions", body, **offer)
+    else:
+        head = target.head("/v1/completions", None, transfer_encoding="chunked", **offer)
+        data = head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    outcomes[await target.answered(target.some_way(dice), data)] += 1
+
+
 _PROMPT_CHARACTERS: Final = (500_000, 4_000_000)
 _TOO_MANY_WORDS: Final = 12_000  # somewhat more tokens than the model's context of 8,192
 _NESTED: Final = 100_000
@@ -326,6 +355,8 @@ KINDS: Final = (
     Kind("a wrong head", wrong_head, 0.5, refused=True),
     Kind("binary", binary, 0.5, refused=True),
     Kind("a wrong key", wrong_key, 1.0, refused=True),
+    Kind("a page of another site", other_site, 1.0, refused=True),
+    Kind("offers h2c", offers_h2c, 2.0),
     Kind("a prompt of millions of digits", huge_prompt, 4.0, refused=True),
     Kind("more tokens than the context", too_many_tokens, 3.0, refused=True),
     Kind("50,000 messages", many_messages, 5.0, refused=True),
