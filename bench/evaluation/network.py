@@ -153,6 +153,7 @@ def _spec(model: str, remedy: Remedy) -> PipelineSpec:
         gateway={
             "micro_batch_sequences": _MICRO_BATCH,
             "draft_tokens": remedy.draft_tokens,
+            "prefix_sharing": "pipeline",
             "access_log": "off",
             "autoscaling": ALWAYS_ONE,
         },

@@ -117,6 +117,7 @@ class Setting:
             gateway={
                 "micro_batch_sequences": self.micro_batch_sequences,
                 "draft_tokens": 0,
+                "prefix_sharing": "pipeline",
                 "queue_limit": _QUEUE_LIMIT,
                 "access_log": "off",
                 "autoscaling": ALWAYS_ONE,

@@ -77,7 +77,7 @@ def _spec(run: Run) -> PipelineSpec:
             "sleep_seconds": run.sleep_seconds,
             "autoscaling": {"max_scale": run.max_scale},
         },
-        gateway={"micro_batch_sequences": run.micro_batch_sequences},
+        gateway={"micro_batch_sequences": run.micro_batch_sequences, "prefix_sharing": "pipeline"},
     )
 
 

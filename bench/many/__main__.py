@@ -82,6 +82,7 @@ def _pipeline() -> Iterator[tuple[LocalPipeline, list[str], list[int]]]:
                 "micro_batch_sequences": _MICRO_BATCH_SEQUENCES,
                 "queue_limit": 1000,
                 "draft_tokens": 0,
+                "prefix_sharing": "pipeline",
                 "access_log": "off",
             },
         )

@@ -20,6 +20,7 @@ MAX_STOP_TOKENS = 128
 MAX_CHOICES = 128  # answers to one request: its prompts, n times each
 
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
+CacheSalt = Annotated[str, Meta(min_length=22, max_length=256)]  # 22 characters of base64 hold 128 random bits
 PromptText = Annotated[str, Meta(min_length=1)]
 PromptIds = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_POSITION)]
 # One text, several texts, the token ids of one text, or several such lists; not mixed.
@@ -67,6 +68,8 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     # Text that much of the answer is expected to repeat, such as a file to be edited. Changes the speed, not the answer.
     prediction: str = ""
+    # A secret of the client, made at random. Requests with the same one may reuse each other's KV.
+    cache_salt: CacheSalt | None = None
     # Subtracted from the logit of a token in the answer: once, and once per occurrence.
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0

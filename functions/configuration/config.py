@@ -371,9 +371,9 @@ class GatewayConfig(CommonConfig):
     )
     prefix_sharing: str = setting(
         "LAMINA_PREFIX_SHARING",
-        parsers.one_of("auto", "pipeline", "client", "off"),
-        "which clients may reuse a prompt's keys and values: all of the pipeline, only its own client, none (off); auto: "
-        "client if there are API keys, else pipeline",
+        parsers.one_of("auto", "pipeline", "client", "request", "off"),
+        "which requests may reuse a prompt's keys and values: all of the pipeline, those with the same API key (client), those "
+        "with the same cache_salt (request), none (off); auto: client if there are API keys, else request",
         "auto",
     )
     cold_start_timeout_seconds: float = setting(
@@ -410,13 +410,18 @@ class GatewayConfig(CommonConfig):
 
     @property
     def sharing(self) -> str:
-        """`prefix_sharing` with auto resolved: client if there are API keys, else pipeline.
+        """`prefix_sharing` with auto resolved: client if there are API keys, else request.
 
-        A hit in the prefix cache shows in the response time, so clients with keys do not share by default.
+        A hit in the prefix cache shows in the response time, so strangers do not share by default. Without keys everybody is a
+        stranger: all clients behind an ingress may have one address.
         """
         if self.prefix_sharing != "auto":
             return self.prefix_sharing
-        return "pipeline" if self.api_keys is None and self.api_key_files is None else "client"
+        return "client" if self.has_keys else "request"
+
+    @property
+    def has_keys(self) -> bool:
+        return self.api_keys is not None or self.api_key_files is not None
 
 
 Config = StageConfig | GatewayConfig
@@ -503,6 +508,8 @@ def _stage_contradictions(config: StageConfig) -> Iterator[str]:
 def _gateway_contradictions(config: GatewayConfig) -> Iterator[str]:
     if config.tls.ca is not None and config.kubernetes_api is None:
         yield "LAMINA_KUBERNETES_API is not set, and LAMINA_TLS_CA allows requests to pods only, which it names"
+    if config.prefix_sharing == "client" and not config.has_keys:
+        yield "LAMINA_PREFIX_SHARING: client is not allowed without API keys, which tell clients apart: request, or pipeline"
     cut = _ranges(config.cut)
     named = tuple(group for group, _ in config.stages)
     if named != config.cut:

@@ -7,7 +7,7 @@ from eventing.http.delivery import Sender
 from eventing.http.pod_network import PodNetwork
 from functions.configuration.config import GatewayConfig
 from functions.gateway.scheduling.batching import SchedulerLimits
-from functions.gateway.scheduling.prefix_sharing import keys_of
+from functions.gateway.scheduling.prefix_sharing import PrefixSharing
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.endpoint_slices import KubernetesAPI
@@ -64,7 +64,7 @@ def start_scheduler(config: GatewayConfig, tracer: Tracer) -> RunningScheduler:
         cold_start_timeout_seconds=config.cold_start_timeout_seconds,
     )
     placement = Placement(urls, watched=config.kubernetes_api is not None, pods_only=tls is not None)
-    scheduler = Scheduler(client, placement, limits, keys_of(config.pipeline, config.sharing))
+    scheduler = Scheduler(client, placement, limits, PrefixSharing(config.pipeline, config.sharing))
     readiness = EarlyReadiness(scheduler.endpoints_changed, tls)
     watch = None
     if config.kubernetes_api is not None:

@@ -205,6 +205,10 @@ def _spec_for_this_machine(manifest: ModelManifest, shape: ModelShape, stages: i
             kv_cache=_KV_CACHE,
             autoscaling=Autoscaling(max_scale=_MAX_SCALE),
         ),
-        gateway=GatewaySpec(micro_batch_sequences=sharing.micro_batch_sequences, stages_at_once=sharing.stages_at_once),
+        gateway=GatewaySpec(
+            micro_batch_sequences=sharing.micro_batch_sequences,
+            stages_at_once=sharing.stages_at_once,
+            prefix_sharing="pipeline",  # whoever asks this machine is its user
+        ),
         store=store,
     )

@@ -354,7 +354,8 @@ def _gateway_env(pipeline: ResolvedPipeline, key_secrets: Sequence[str], for_eve
             LAMINA_CHUNK_TOKENS=gateway.chunk_tokens,
             LAMINA_MICRO_BATCH_SEQUENCES=gateway.micro_batch_sequences,
             LAMINA_DRAFT_TOKENS=gateway.draft_tokens,
-            LAMINA_PREFIX_SHARING=gateway.prefix_sharing,
+            # `client` is the default with keys, and means nothing to the gateway for events, which has none.
+            LAMINA_PREFIX_SHARING=None if gateway.prefix_sharing == "client" else gateway.prefix_sharing,
             LAMINA_TOOL_PARSER=gateway.tool_parser,
             LAMINA_PARSE_CONTROL_TOKENS="on" if gateway.parse_control_tokens else None,
             LAMINA_STAGES_AT_ONCE=gateway.stages_at_once,

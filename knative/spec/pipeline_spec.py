@@ -247,8 +247,10 @@ class GatewaySpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     stages_at_once: Positive | None = None  # stages that can compute at the same time, if they share cores. Unset: all
     chunk_tokens: Positive | None = None
     draft_tokens: Natural | None = None  # most draft tokens of a row in one step; 0: no speculation
-    # Sharing of cached prefixes. Unset: client if there are API keys, else pipeline.
-    prefix_sharing: Annotated[str, Meta(pattern="^(pipeline|client|off)$")] | None = None
+    # Which requests reuse each other's KV: all; those with one API key; those with one cache_salt; none. The time of an
+    # answer shows whether its prompt's KV was reused, so with `pipeline` any client can guess what others asked. Unset:
+    # client if there are API keys, else request.
+    prefix_sharing: Literal["pipeline", "client", "request", "off"] | None = None
     tool_parser: Literal["hermes", "llama3_json", "mistral"] | None = None  # syntax of tool calls. Unset: by the chat template
     # Text of messages and tools that spells a control token, such as <|im_end|>, becomes that token. Then any text can end its
     # message and open a system turn: set it only if nothing in messages comes from strangers.
@@ -289,6 +291,11 @@ class GatewaySpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         _check_quantity("$.gateway.resources.cpu", self.resources.cpu)
         _check_quantity("$.gateway.resources.memory", self.resources.memory)
         self.pod.check("$.gateway.pod")
+        if self.prefix_sharing == "client" and self.api_keys_secret is None:
+            raise SpecError(
+                "$.gateway.prefix_sharing: 'client' is not allowed without api_keys_secret, because only keys tell clients "
+                "apart; use request, or pipeline to share among all"
+            )
         try:
             for part in self.pod_network.split(",") if self.pod_network else ():
                 ipaddress.ip_network(part.strip())

@@ -143,6 +143,7 @@ def two_gateways(published: Published) -> Iterator[Pipeline]:
             "LAMINA_KUBERNETES_API": api.url,
             "LAMINA_STAGE_SERVICES": ",".join(SERVICES),
             "LAMINA_DRAFT_TOKENS": "0",
+            "LAMINA_PREFIX_SHARING": "pipeline",
         }
         urls = [first.url, middle[0].url, last.url]
         with running([gateway_environment(published, urls, **watched)] * 2) as gateways:

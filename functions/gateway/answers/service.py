@@ -1,7 +1,8 @@
 """Turns a request into prompts for the scheduler, and the tokens drawn for them into answers. Knows no HTTP."""
 
+import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
 from eventing.problems import ContextExceeded, InvalidRequest, Problem
@@ -36,6 +37,7 @@ class RequestContext:
     max_logprobs: int = MAX_LOGPROBS  # of all answers together, with the alternatives
     gone: Callable[[], bool] = lambda: False  # tells whether the client has left, without waiting
     trace: TraceContext | None = None  # of the client's span, if it sent one
+    secret: str = field(default_factory=lambda: secrets.token_hex(16))  # unguessable, unlike the id, which a client may choose
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class AnswerService:
             lengths = self._answer_lengths(request, prompts, context)
             for number, one in enumerate(request.each(context.seed)):
                 prompt = number // request.n
-                answers.append(self._begin_answer(one, prompts[prompt], lengths[prompt], context, release))
+                answers.append(self._begin_answer(one, prompts[prompt], lengths[prompt], context, release, only=count == 1))
         except BaseException as error:
             for answer in answers:
                 answer.close()
@@ -138,7 +140,14 @@ class AnswerService:
         return EncodedPrompt(prompt, predicted_ids, self.text.decode(prompt) if request.echo else "")
 
     def _begin_answer(
-        self, request: GenerateRequest, encoded: EncodedPrompt, max_tokens: int, context: RequestContext, release: Release
+        self,
+        request: GenerateRequest,
+        encoded: EncodedPrompt,
+        max_tokens: int,
+        context: RequestContext,
+        release: Release,
+        *,
+        only: bool,
     ) -> Answer:
         token_ids = encoded.token_ids
         operation = GenAIOperation.of(request, self._model)
@@ -155,6 +164,9 @@ class AnswerService:
             top_logprobs=request.logprobs,
             scored=request.scores or request.max_tokens == 0,  # without an answer, the prompt's scores are what is computed
             client_id=context.client_id,
+            cache_salt=request.cache_salt or "",
+            request_secret=context.secret,
+            is_only_answer=only,
             priority=self._limits.quota(context.client_id).priority or 0,
             deadline_seconds=context.deadline_seconds,
             arrived=context.arrived,

@@ -9,6 +9,7 @@ from eventing.wire.generation import (
     MAX_CHOICES,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
+    CacheSalt,
     GenerateRequest,
     Message,
     Prompts,
@@ -181,6 +182,10 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     prompt_cache_key: Annotated[str | None, HINT] = None
     prompt_cache_options: Annotated[dict[str, Any] | None, HINT] = None
     prompt_cache_retention: Annotated[str | None, HINT] = None
+    cache_salt: Annotated[
+        CacheSalt | None,
+        Meta(description="random: requests with the same one reuse each other's keys and values, and no others do (vLLM)"),
+    ] = None
     moderation: Annotated[None, NOT_SERVED] = None
 
     def __post_init__(self) -> None:
@@ -201,6 +206,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "logit_bias": {int(token): bias for token, bias in (self.logit_bias or {}).items()},
             "min_tokens": self.min_tokens or 0,
             "ignore_eos": bool(self.ignore_eos),
+            "cache_salt": self.cache_salt,
             "seed": None if self.seed is None else self.seed % 2**63,
             "stop": self.stop or (),
             "stop_token_ids": self.stop_token_ids or (),
@@ -245,7 +251,9 @@ class ChatRequest(FormattedOptions, frozen=True, kw_only=True, forbid_unknown_fi
 
     messages: Annotated[
         Annotated[tuple[ChatMessage, ...], Meta(min_length=1)],
-        Meta(description="the conversation, for the model's chat template; other fields of a message are ignored"),
+        Meta(
+            description="the conversation, for the chat template; text that spells a control token stays text; other fields are ignored"
+        ),
     ]
     max_completion_tokens: Annotated[MaxTokens | None, Meta(description="as `max_tokens`, before which it goes")] = None
     logprobs: Annotated[

@@ -1,13 +1,13 @@
 """Prefix sharing: the keys of prefix chains, and leaders that compute a prefix for their followers.
 
-The time of a cache hit tells a client that another one has asked the same, so the configuration says which clients share.
+The time of a cache hit tells a client that another one has asked the same, so the configuration says who shares.
 
 Sequences that begin alike and arrive together compute their common prefix once. The first is the leader. The others, its
 followers, have their memory and their place in a micro-batch, and wait. When every stage holds the prefix, the followers ask
 for their reservation again, and the reply says how many tokens need not be computed.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain, chain_key, common_blocks, extended
@@ -16,28 +16,38 @@ from functions.gateway.scheduling.state import SchedulerState
 
 MIN_SHARED_TOKENS: Final = 64  # a shorter prefix is computed sooner than waited for
 
-KeyOf = Callable[[str], bytes | None]  # client id → key of the client's prefix chains; None: no prefix caching
+
+@dataclass(frozen=True, slots=True)
+class PrefixSharing:
+    """Which requests share cached prefixes: those with equal keys of their prefix chains."""
+
+    pipeline: str  # its fingerprint
+    mode: str  # pipeline: all requests share; client: those of one client; request: only the answers of one; off: none
+
+    def key(self, prompt: Prompt) -> bytes | None:
+        """The key of the prompt's prefix chain; None: no prefix caching.
+
+        A `cache_salt` narrows sharing to requests with the same one. With `request` nothing but it goes from one request to
+        another: whoever knows it has sent it, or was told it.
+        """
+        if self.mode == "off":
+            return None
+        client = prompt.client_id if self.mode == "client" else ""
+        if prompt.cache_salt:
+            return chain_key(self.pipeline, f"{client} salt {prompt.cache_salt}")
+        return chain_key(self.pipeline, f" request {prompt.request_secret}" if self.mode == "request" else client)
+
+    def leaves_kv(self, prompt: Prompt) -> bool:
+        """Whether another answer may reuse the KV of this prompt's answer after its end."""
+        return self.mode != "off" and (self.mode != "request" or bool(prompt.cache_salt) or not prompt.is_only_answer)
 
 
-def keys_of(pipeline: str, sharing: str) -> KeyOf:
-    """Returns the function that gives each client the key of its prefix chains. Equal keys share cached prefixes.
-
-    pipeline: its fingerprint. sharing: `pipeline` (all clients share), `client` (each only with itself), or `off`.
-    """
-    if sharing == "off":
-        return lambda client_id: None
-    if sharing == "client":
-        return lambda client_id: chain_key(pipeline, client_id)
-    shared = chain_key(pipeline, "")
-    return lambda client_id: shared
-
-
-def prompt_chain(key_of: KeyOf, prompt: Prompt) -> tuple[bytes | None, Chain]:
+def prompt_chain(sharing: PrefixSharing, prompt: Prompt) -> tuple[bytes | None, Chain]:
     """The key and the prefix chain of a prompt; (None, ()): no prefix caching.
 
     The chain covers all tokens but the last, which has to be computed in any case.
     """
-    key = key_of(prompt.client_id)
+    key = sharing.key(prompt)
     return key, () if key is None else extended((), prompt.token_ids[:-1], key)
 
 

@@ -32,7 +32,7 @@ from functions.gateway.scheduling.apply import (
 from functions.gateway.scheduling.batching import SchedulerLimits, admissible_sequences, max_waiting
 from functions.gateway.scheduling.decide import decide, next_due
 from functions.gateway.scheduling.pipeline_status import PipelineStatus, pipeline_status
-from functions.gateway.scheduling.prefix_sharing import KeyOf, prompt_chain
+from functions.gateway.scheduling.prefix_sharing import PrefixSharing, prompt_chain
 from functions.gateway.scheduling.sequence import Progress, Prompt, Sequence, names_of
 from functions.gateway.scheduling.speculation import Drafter, PromptLookup, SharedRates
 from functions.gateway.scheduling.state import SchedulerState
@@ -58,10 +58,10 @@ _SHUTTING_DOWN: Final = "this gateway is shutting down; ask again, another one w
 class Scheduler:
     """Has the stages compute answers to prompts, and puts their tokens into streams. Thread-safe. Runs until `close`."""
 
-    def __init__(self, client: StageClient, placement: Placement, limits: SchedulerLimits, key_of: KeyOf) -> None:
+    def __init__(self, client: StageClient, placement: Placement, limits: SchedulerLimits, sharing: PrefixSharing) -> None:
         self._client = client
         self._limits = limits
-        self._key_of = key_of
+        self._sharing = sharing
         self._state = SchedulerState(placement, limits)
         self._changed = threading.Condition()  # the lock; notified when the clock must look again, and when sequences end
         self._shared_rates = SharedRates()
@@ -108,7 +108,7 @@ class Scheduler:
         total_tokens = len(prompt.token_ids) + prompt.max_tokens
         if total_tokens > MAX_POSITION:
             raise InvalidRequest(f"{total_tokens} tokens of prompt and answer; the most is {MAX_POSITION}")
-        chain_key, chain = prompt_chain(self._key_of, prompt)
+        chain_key, chain = prompt_chain(self._sharing, prompt)
         drafter = None
         if self._limits.draft_tokens:
             drafter = Drafter(PromptLookup(prompt.token_ids, prompt.predicted_ids), self._shared_rates)
@@ -131,6 +131,7 @@ class Scheduler:
                 drafter=drafter,
                 chain_key=chain_key,
                 chain=chain,
+                leaves_kv=self._sharing.leaves_kv(prompt),
             )
             self._state.sequences[id_] = sequence
             self._state.waiting.queue.push(sequence)

@@ -4,6 +4,7 @@ Not thread-safe: the scheduler's lock guards it.
 """
 
 import random
+import secrets
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
@@ -151,6 +152,9 @@ class Prompt:
     top_logprobs: int | None = None  # alternatives beside each drawn token's log-probability; None: no log-probabilities
     scored: bool = False  # the log-probabilities of the prompt's own tokens are wanted, too
     client_id: str = ""
+    cache_salt: str = ""  # the client's own secret; see PrefixSharing
+    request_secret: str = field(default_factory=lambda: secrets.token_hex(16))  # the same for all answers to one request
+    is_only_answer: bool = True  # to its request
     priority: int = 0  # clients of a higher priority are admitted first
     deadline_seconds: float = 600.0  # counted from `arrived`
     arrived: float | None = None  # when the request came in, in time.monotonic(); None: when it is submitted
@@ -218,6 +222,7 @@ class Sequence:
     drafter: Drafter | None = None  # None: speculation is off
     chain_key: bytes | None = None  # of its prefix chain; None: it neither finds nor leaves anything in prefix caches
     chain: Chain = ()  # hashes of the blocks so far, see prefix_chain
+    leaves_kv: bool = True  # its KV stays in prefix caches when it ends
 
     tokens: list[int] = field(init=False)  # prompt and answer, an end-of-text token included; only grows
     reserve_tokens: int = field(init=False)  # memory that it needs: prompt and answer, or as far as an open-ended one has come

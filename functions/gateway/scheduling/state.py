@@ -10,7 +10,7 @@ from functools import partial
 
 from eventing.problems import DeadlineExceeded, PipelineUnavailable, Problem
 from eventing.wire.control import ReleaseRow
-from eventing.wire.prefix_chain import packed
+from eventing.wire.prefix_chain import Chain, packed
 from functions.gateway.scheduling.actions import Release
 from functions.gateway.scheduling.batching import (
     FAR_SHARE,
@@ -203,11 +203,11 @@ class SchedulerState:
             return
         self.release_at(sequence.route.instances, sequence)
         if had_memory:
-            self.where_held.put(sequence.prefix_chain(), sequence.route.instances)
+            self.where_held.put(_left_chain(sequence), sequence.route.instances)
             self.waiting.backlog.freed()
 
     def release_at(self, instances: Iterable[Instance], sequence: Sequence) -> None:
-        self.release_row(instances, ReleaseRow(sequence.id, sequence.progress.attempt, packed(sequence.prefix_chain())))
+        self.release_row(instances, ReleaseRow(sequence.id, sequence.progress.attempt, packed(_left_chain(sequence))))
 
     def release_row(self, instances: Iterable[Instance], row: ReleaseRow) -> None:
         """Queues the release of one row at these instances, for a sequence that no longer uses them."""
@@ -219,3 +219,8 @@ class SchedulerState:
         releases = [Release(instance, rows) for instance, rows in self._releases.items()]
         self._releases.clear()
         return releases
+
+
+def _left_chain(sequence: Sequence) -> Chain:
+    """Names the KV that a sequence leaves in prefix caches: for itself while it goes on, then for others if they may share."""
+    return () if sequence.stream.over and not sequence.leaves_kv else sequence.prefix_chain()

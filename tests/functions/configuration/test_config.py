@@ -47,13 +47,14 @@ def test_the_store_needs_keys_or_a_web_identity_token() -> None:
 @pytest.mark.parametrize(
     ("environ", "sharing"),
     [
-        ({}, "pipeline"),
+        ({}, "request"),
+        ({"LAMINA_PREFIX_SHARING": "pipeline"}, "pipeline"),
         ({"LAMINA_API_KEYS": "one"}, "client"),
         ({"LAMINA_API_KEY_FILES": "/keys/one"}, "client"),
         ({"LAMINA_API_KEY_FILES": "/keys/one", "LAMINA_PREFIX_SHARING": "pipeline"}, "pipeline"),
     ],
 )
-def test_clients_with_keys_do_not_share_prefixes_by_default(environ: Mapping[str, str], sharing: str) -> None:
+def test_strangers_share_no_prefixes_by_default(environ: Mapping[str, str], sharing: str) -> None:
     assert gateway_config(**environ).sharing == sharing
 
 
@@ -124,6 +125,7 @@ def test_secrets_are_not_shown() -> None:
         ({**STAGE, "LAMINA_KV_KEY": "secret"}, ("LAMINA_KV_KEY", "not shown", "openssl rand -hex 32")),
         ({**STAGE, "LAMINA_KV_STORE_ACCESS_KEY_ID": "a"}, ("LAMINA_KV_STORE_SECRET_ACCESS_KEY", "belong together")),
         ({**GATEWAY, "LAMINA_POD_NETWORK": "10.0.0.1/8"}, ("LAMINA_POD_NETWORK", "10.244.0.0/16")),
+        ({**GATEWAY, "LAMINA_PREFIX_SHARING": "client"}, ("LAMINA_PREFIX_SHARING", "client", "API keys")),
         ({**GATEWAY, "LAMINA_STAGE_TARGETS": "1.4"}, ("LAMINA_STAGE_TARGETS", "1.4", "0:2,2:4")),
         ({**GATEWAY, "LAMINA_STAGE_TARGETS": "1.4,nan"}, ("LAMINA_STAGE_TARGETS", "'1.4,nan'", "separated by commas")),
         ({**GATEWAY, "LAMINA_PAGE": "yes"}, ("LAMINA_PAGE", "'yes'", "on, off")),

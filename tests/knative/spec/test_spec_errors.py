@@ -33,6 +33,10 @@ FIELDS = [
     ({"stage": {"autoscaling": {"targt": 2}}}, r"\$\.stage\.autoscaling\.targt: unknown field, seen 2"),
     ({"stage": {"timeout_seconds": 601}}, r"\$\.stage\.timeout_seconds: .*at most 600, seen 601"),
     ({"store": {"endpoint": "store:9000"}}, r"\$\.store\.endpoint: .*seen 'store:9000'"),
+    (
+        {"gateway": {"prefix_sharing": "client"}},
+        r"\$\.gateway\.prefix_sharing: 'client' is not allowed without api_keys_secret",
+    ),
     ({"gateway": {"pod_network": "10.1.0.1/8"}}, r"\$\.gateway\.pod_network: '10\.1\.0\.1/8' is not a list of networks"),
     ({"kv_store": {"secret": "chat-kv", "max_bytes": "many"}}, r"\$\.kv_store\.max_bytes"),
     ({"wire_dtype": "q4"}, r"\$\.wire_dtype"),

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from eventing.http.delivery import Sender
 from functions.gateway.scheduling.batching import SchedulerLimits
-from functions.gateway.scheduling.prefix_sharing import keys_of
+from functions.gateway.scheduling.prefix_sharing import PrefixSharing
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.scheduling.sequence import Prompt
 from functions.gateway.scheduling.token_stream import TokenStream
@@ -34,7 +34,7 @@ def scheduling(
     with Sender() as sender:
         client = StageClient(sender, identity, step_timeout_seconds)
         placement = placement or Placement([stage.url for stage in stages], watched=False)
-        scheduler = Scheduler(client, placement, SchedulerLimits(**limits), keys_of(FINGERPRINT, sharing))
+        scheduler = Scheduler(client, placement, SchedulerLimits(**limits), PrefixSharing(FINGERPRINT, sharing))
         try:
             yield scheduler
         finally:

@@ -60,9 +60,11 @@ def tiny_pipeline(
 
 
 def keeping(pipeline: ResolvedPipeline, published: Published, kv_cache: str = "16Mi") -> ResolvedPipeline:
-    """The same pipeline with a KV store. With a small KV cache, idle conversations go there when memory is needed."""
+    """The same pipeline with a KV store, and all clients share. With a small KV cache, idle conversations go to the store."""
+    gateway = msgspec.structs.replace(pipeline.spec.gateway, prefix_sharing="pipeline")
     stage = msgspec.structs.replace(pipeline.spec.stage, kv_cache=kv_cache)
-    spec = msgspec.structs.replace(pipeline.spec, kv_store=KVStoreSpec(secret=f"{pipeline.spec.name}-kv"), stage=stage)
+    kept = KVStoreSpec(secret=f"{pipeline.spec.name}-kv")
+    spec = msgspec.structs.replace(pipeline.spec, kv_store=kept, stage=stage, gateway=gateway)
     return ResolvedPipeline(spec, pipeline.cut, published.manifest.digest)
 
 

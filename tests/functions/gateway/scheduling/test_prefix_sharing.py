@@ -5,7 +5,7 @@ import random
 import msgspec
 import pytest
 
-from eventing.wire.control import ReserveRequest
+from eventing.wire.control import ReleaseRequest, ReserveRequest
 from eventing.wire.events import EventType, Sampling
 from eventing.wire.prefix_chain import BLOCK_TOKENS
 from functions.gateway.scheduling.scheduler import Scheduler
@@ -100,6 +100,44 @@ def test_another_client_finds_a_prefix_if_all_share(sharing: str, found: bool) -
             streams.append(submit(scheduler, prompt, 2, client_id=client_id))
             tokens_of(streams[-1])
         assert [bool(stream.cached_tokens) for stream in streams] == [False, found, sharing != "off"]
+
+
+@pytest.mark.parametrize("sharing", ["request", "client", "pipeline"])
+def test_only_requests_with_the_same_salt_share_with_one_that_has_a_salt(sharing: str) -> None:
+    prompt, salts = text(1, 80), ("mine", "", "another", "mine")
+    with running(native_stage("float32"), 3) as stages, scheduling(stages, sharing=sharing) as scheduler:
+        streams = [submit(scheduler, prompt, 2, cache_salt="mine")]
+        tokens_of(streams[0])
+        for salt in salts:
+            streams.append(submit(scheduler, prompt, 2, cache_salt=salt))
+            tokens_of(streams[-1])
+        assert [bool(stream.cached_tokens) for stream in streams[1:]] == [True, False, False, True]
+
+
+def test_the_answers_of_one_request_share_its_prompt_and_the_next_request_shares_nothing() -> None:
+    with running(native_stage("float32"), 3) as stages, scheduling(stages, sharing="request", chunk_tokens=32) as scheduler:
+        prompt = text(1, 80)
+        for secret in ("one", "other"):
+            streams = [
+                submit(scheduler, prompt, 2, request_secret=secret, is_only_answer=False, request_id="chosen") for _ in range(3)
+            ]
+            assert all(len(tokens_of(stream)) == 2 for stream in streams)
+            assert sorted(stream.cached_tokens for stream in streams) == [0, 64, 64]
+            nothing_left(stages)
+
+
+def test_what_nobody_may_find_does_not_stay_in_prefix_caches() -> None:
+    with running(native_stage("float32"), 3) as stages, scheduling(stages, sharing="request") as scheduler:
+        tokens_of(submit(scheduler, text(1, 80), 2))
+        tokens_of(submit(scheduler, text(1, 80), 2, cache_salt="mine"))
+        nothing_left(stages)
+        released = [
+            row.chain
+            for seen in stages[0].seen
+            if seen.type == EventType.RELEASE
+            for row in msgspec.json.decode(seen.body, type=ReleaseRequest).rows
+        ]
+        assert [bool(chain) for chain in released] == [False, True]
 
 
 def test_a_stage_that_lost_a_prefix_and_the_stages_before_it_compute_it() -> None:
