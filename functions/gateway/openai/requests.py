@@ -251,9 +251,7 @@ class ChatRequest(FormattedOptions, frozen=True, kw_only=True, forbid_unknown_fi
 
     messages: Annotated[
         Annotated[tuple[ChatMessage, ...], Meta(min_length=1)],
-        Meta(
-            description="the conversation, for the chat template; text that spells a control token stays text; other fields are ignored"
-        ),
+        Meta(description="the conversation, for the chat template; its text has no control tokens; other fields are ignored"),
     ]
     max_completion_tokens: Annotated[MaxTokens | None, Meta(description="as `max_tokens`, before which it goes")] = None
     logprobs: Annotated[

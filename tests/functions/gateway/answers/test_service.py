@@ -258,7 +258,7 @@ def test_a_request_that_will_be_refused_is_not_tokenized(
     """Its length is checked first, then the queue. Only then is it rendered or tokenized."""
     read: list[str] = []
     monkeypatch.setattr(ModelText, "encode", lambda _, prompt: read.append(prompt) or [1])
-    monkeypatch.setattr(ModelText, "encode_messages", lambda _, messages, __, ___: read.append(messages[0].content) or [1])
+    monkeypatch.setattr(ModelText, "encode_messages", lambda _, messages, *__: read.append(messages[0].content) or [1])
     client = client_of(pipeline)
     pipeline.full = full
     long = len(content) > 1000
