@@ -5,8 +5,9 @@ msgspec reports a fault only in words, which differ between its versions, so the
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final
 
 import msgspec
@@ -26,6 +27,9 @@ _KINDS: Final[dict[type[inspect.Type], tuple[type | tuple[type, ...], str]]] = {
 """What JSON has for a type, and its name in an error. All that requests use."""
 
 
+_MAX_COMPARISONS: Final = 20_000  # a tenth of a second; a request of 8 MiB has millions of values
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One place at which a document does not fit its type."""
@@ -36,12 +40,20 @@ class Fault:
 
 
 def find_fault(document: Any, type_: type) -> Fault | None:
-    """The first fault of a document (what JSON or YAML decodes to), in the order of its fields. None: it fits."""
-    return next(_faults(document, inspect.type_info(type_), ""), None)
+    """The first fault of a document (what JSON or YAML decodes to), in the order of its fields.
+
+    None: it fits, or the fault comes after _MAX_COMPARISONS values.
+    """
+    compared = islice(_faults(document, inspect.type_info(type_), ""), _MAX_COMPARISONS)
+    return next((fault for fault in compared if fault is not None), None)
 
 
-def _faults(value: Any, expected: inspect.Type, path: str) -> Iterator[Fault]:
-    """Yields the faults of a value, compared with its type in the order in which the decoder reads it."""
+def _faults(value: Any, expected: inspect.Type, path: str) -> Iterator[Fault | None]:
+    """Yields the faults of a value, compared with its type in the order in which the decoder reads it.
+
+    Before them it yields None, once for each value that it compares.
+    """
+    yield None
     if isinstance(expected, inspect.Metadata):  # a description
         expected = expected.type
     if isinstance(expected, inspect.UnionType):
@@ -58,7 +70,7 @@ def _faults(value: Any, expected: inspect.Type, path: str) -> Iterator[Fault]:
             yield from _faults(each, expected.value_type, f"{path}.{name}")
 
 
-def _struct_faults(value: dict[str, Any], expected: inspect.StructType, path: str) -> Iterator[Fault]:
+def _struct_faults(value: dict[str, Any], expected: inspect.StructType, path: str) -> Iterator[Fault | None]:
     fields = {field.encode_name: field for field in expected.fields}
     for name, each in value.items():
         inner = f"{path}.{name}" if path else name
@@ -79,7 +91,7 @@ def _struct_faults(value: dict[str, Any], expected: inspect.StructType, path: st
             yield Fault(path, value, str(error.__cause__))
 
 
-def _union_faults(value: Any, expected: inspect.UnionType, path: str) -> Iterator[Fault]:
+def _union_faults(value: Any, expected: inspect.UnionType, path: str) -> Iterator[Fault | None]:
     """Yields the faults of a value that may have several types.
 
     They are those of the one alternative that fits the value's JSON type or tag; if that is none or several, the value as a
@@ -96,11 +108,22 @@ def _union_faults(value: Any, expected: inspect.UnionType, path: str) -> Iterato
         else:
             yield from _struct_faults(value, tagged[value[name]], path)
         return
-    faults = [next(_faults(value, each, path), None) for each in meant]
+    faults = []
+    for each in meant:
+        faults.append((yield from _first(_faults(value, each, path))))
     if len(faults) == 1 and faults[0] is not None:
         yield faults[0]
     elif None not in faults:
         yield Fault(path, value, f"expected {describe(expected)}")
+
+
+def _first(faults: Iterator[Fault | None]) -> Generator[None, None, Fault | None]:
+    """Yields None for each value that is compared, up to the first fault, and returns that; None if there is none."""
+    for fault in faults:
+        if fault is not None:
+            return fault
+        yield None
+    return None
 
 
 def _is_kind(value: Any, expected: inspect.Type) -> bool:
