@@ -168,6 +168,10 @@ test: $(VENV)/dev.stamp $(VENV)/native.stamp ## Every test; no GPU, cluster, Doc
 test-fast: $(VENV)/test.stamp $(VENV)/native.stamp ## The quick tests, without torch, in a minute; ROOM=functions/gateway/scheduling: those of one package
 	$(BIN)/python -m pytest --fast -q $(if $(ROOM),tests/$(ROOM),-n 2 --dist loadfile --durations=10)
 
+.PHONY: sanitize
+sanitize: $(VENV)/dev.stamp ## Random calls of the layers in C under the address, undefined and thread sanitizers (ROUNDS=20000)
+	LAMINA_FUZZ_ROUNDS=$${ROUNDS:-20000} $(BIN)/python -m pytest -v tests/functions/stage/native/test_fuzz.py
+
 .PHONY: test-clients
 test-clients: $(VENV)/dev.stamp $(VENV)/native.stamp $(CLIENTS)/$(CLIENTS_LIST).stamp ## Programs that people ask models with, in an environment of their own (CLIENTS_LIST=requirements-clients-light for the light ones)
 	LAMINA_TEST_CLIENTS=$(abspath $(CLIENTS)) $(BIN)/python -m pytest -n 2 --dist loadfile tests/clients

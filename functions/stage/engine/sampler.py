@@ -4,20 +4,25 @@ Filters are those of transformers' `generate`, in its order: repetition penalty,
 temperature come the OpenAI API's penalties, biases and banned tokens, and before everything a grammar's mask. If values are
 so small that float32 overflows, the same is computed in float64: every `Sampling` draws a token.
 
-The draw takes the token with the largest score plus Gumbel noise, which is a draw from the softmax of the scores. The noise
-comes from a counter-based generator (Philox) keyed by seed and position, one number for each token of the vocabulary. So a
-replay draws the same token, whatever the batch, the cut or the machine. Logits that are rounded differently in another batch
-change the outcome of this comparison far more seldom than that of a cumulative sum over the vocabulary.
+Each token has a weight, its probability up to a factor, and a number from a counter-based generator (Philox) keyed by seed and
+position. The draw takes the token whose exponential variate divided by its weight is the least, which is a draw from the
+softmax. So a replay draws the same token, whatever the batch, the cut or the machine. Logits that are rounded differently in
+another batch change the outcome of this comparison far more seldom than that of a cumulative sum over the vocabulary.
+
+What takes time runs in C (`functions/stage/native/c/sampler.inc.h`); numpy gives the same bits on machines without it.
 """
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from eventing.wire.events import Sampling
+from functions.stage.native import sampler as native_sampler
+from functions.stage.native.library import UNAVAILABLE, library
 
 Floats = npt.NDArray[np.floating[Any]]
 Tokens = npt.NDArray[np.int64]
@@ -25,8 +30,17 @@ Mask = npt.NDArray[np.bool_]
 TopLogprobs = tuple[tuple[int, float], ...]  # token ids with their log-probabilities
 
 GREEDY: Final = Sampling()
-_FIRST_NUCLEUS: Final = 512  # most probable tokens in which top-p looks first: a quarter of the time of sorting 49k tokens
 _LEAST_DIVISOR: Final = 1e-100  # smaller divisors order the tokens no differently: any float32 divided by this is larger
+_LOWEST: Final = np.float32(-87)  # tokens whose score is farther below the greatest have weight 0
+_WEIGHT_STEPS: Final = 2.0**40  # weights are summed as integers: the order of a sum does not matter
+_LOGARITHM: Final = (
+    0.15313837699209373,
+    0.1818357216161805,
+    0.22222198432149784,
+    0.2857142874366239,
+    0.3999999999940942,
+    0.6666666666666735,
+)
 
 
 def draw(
@@ -82,17 +96,34 @@ def log_probabilities(
     gives NaN. Works row by row, so that memory stays at one row.
     """
     found: list[tuple[float, TopLogprobs]] = []
-    with np.errstate(all="ignore"):
-        for row, token in zip(logits, token_ids, strict=True):
-            greatest = row.max()
-            log_sum = math.log(np.exp(row - greatest).sum())
-            top: list[tuple[int, float]] = []
-            for each in _largest(row, min(most_probable, len(row))) if most_probable else ():
-                logprob = float(row[each] - greatest) - log_sum
-                if math.isfinite(logprob):
-                    top.append((int(each), logprob))
-            found.append((float(row[int(token)] - greatest) - log_sum, tuple(top)))
+    for row, token in zip(logits, token_ids, strict=True):
+        greatest = row.max()
+        if not math.isfinite(greatest):
+            found.append((math.nan, ()))
+            continue
+        soft = native_sampler.softmax if is_native() else softmax_in_numpy
+        log_sum, top = soft(row, min(most_probable, len(row)))
+        logprobs = (row[[int(token), *top]] - greatest).astype(np.float64) - log_sum
+        ranked = zip(top, logprobs[1:].tolist(), strict=True)
+        found.append((float(logprobs[0]), tuple(each for each in ranked if math.isfinite(each[1]))))
     return found
+
+
+def softmax_in_numpy(scores: Floats, count: int) -> tuple[float, list[int]]:
+    """As `native.sampler.softmax`, to the bit, where C cannot be used."""
+    total = np.rint(_weights(scores).astype(np.float64) * _WEIGHT_STEPS).astype(np.int64).sum()
+    log_sum = _logarithm(np.array([float(total) / _WEIGHT_STEPS]))
+    return float(log_sum[0]), np.argsort(-scores, kind="stable")[:count].tolist()
+
+
+@cache
+def is_native() -> bool:
+    """Whether tokens are drawn in C; else in numpy, which gives the same tokens and takes some times as long."""
+    try:
+        library()
+    except UNAVAILABLE:
+        return False
+    return True
 
 
 def _sample_adjusted(scores: Floats, sampling: Sampling, position: int, history: Sequence[int], mask: Mask | None) -> int:
@@ -111,10 +142,18 @@ def _sample_adjusted(scores: Floats, sampling: Sampling, position: int, history:
         adjusted = _adjust_widely(scores, sampling, position, history)
         # The greatest score becomes 0, those far below it -inf.
         scaled = ((adjusted - adjusted.max()) / max(sampling.temperature, _LEAST_DIVISOR)).astype(np.float32)
-    # Only allowed tokens are filtered: mostly a small part of the vocabulary.
-    kept_scores, tokens = keep(scaled, sampling, None if mask is None else np.flatnonzero(mask[: len(scaled)]))
-    noise = _gumbel(sampling.seed, position, len(scores), tokens)
-    return int(tokens[np.argmax(kept_scores.astype(np.float64) + noise)])
+    if is_native():
+        return native_sampler.draw(
+            scaled, min(sampling.top_k, len(scaled)), sampling.top_p, sampling.min_p, sampling.seed, position
+        )
+    return draw_in_numpy(scaled, sampling, position)
+
+
+def draw_in_numpy(scores: Floats, sampling: Sampling, position: int) -> int:
+    """Draws as C does, to the bit, where C cannot be used. scores: float32 [vocab], the greatest is finite."""
+    weights, tokens = keep(scores, sampling)
+    tokens, weights = tokens[weights > 0], weights[weights > 0]
+    return int(tokens[np.argmin(_variates(sampling.seed, position, tokens) / weights.astype(np.float64))])
 
 
 def _adjust_widely(scores: Floats, sampling: Sampling, position: int, history: Sequence[int]) -> Floats:
@@ -147,54 +186,57 @@ def _adjust(scores: Floats, sampling: Sampling, position: int, history: Sequence
     return adjusted
 
 
-def keep(scores: Floats, sampling: Sampling, tokens: Tokens | None = None) -> tuple[Floats, Tokens]:
-    """Applies top-k, top-p and min-p to float32 scores [vocab]. Returns the scores of the tokens that remain, and their ids.
+def keep(scores: Floats, sampling: Sampling) -> tuple[Floats, Tokens]:
+    """Applies top-k, top-p and min-p to float32 scores [vocab]. Returns the weights of the tokens that remain, and their ids.
 
-    tokens: ids that may remain, ascending; None: all.
+    A weight is exp(score - greatest score).
     """
-    tokens = np.arange(len(scores)) if tokens is None else tokens
+    weights = _weights(scores)
+    tokens = np.argsort(-scores, kind="stable")  # of equal scores the lowest id first
     if 0 < sampling.top_k < len(tokens):
-        among = scores[tokens]
-        tokens = tokens[among >= np.partition(among, -sampling.top_k)[-sampling.top_k]]
+        tokens = tokens[scores[tokens] >= scores[tokens[sampling.top_k - 1]]]
     if sampling.top_p < 1:
-        tokens = tokens[_nucleus(_softmax(scores[tokens]), sampling.top_p)]
-    if sampling.min_p:
-        probabilities = _softmax(scores[tokens])
-        tokens = tokens[probabilities >= np.float32(sampling.min_p) * probabilities.max()]
-    return scores[tokens], tokens
+        masses = np.rint(weights[tokens].astype(np.float64) * _WEIGHT_STEPS).astype(np.int64)
+        tokens = tokens[np.cumsum(masses) - masses < sampling.top_p * float(masses.sum())]
+    tokens = np.sort(tokens[weights[tokens] >= np.float32(sampling.min_p)])
+    return weights[tokens], tokens
 
 
-def _softmax(scores: Floats) -> Floats:
-    powers = np.exp(scores - scores.max())
-    probabilities: Floats = powers / powers.sum()
-    return probabilities
+def _weights(scores: Floats) -> Floats:
+    """exp(score - greatest score), computed as `weigh` in `functions/stage/native/c/sampler.inc.h` does."""
+    x = scores - scores.max()
+    limited = np.maximum(x, _LOWEST)
+    n = np.rint(limited * np.float32(1.44269504))
+    r = limited - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
+    y = np.full_like(r, 1.9875691500e-4)
+    for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        y = y * r + np.float32(factor)
+    y = y * (r * r) + r + np.float32(1)
+    return np.where(x < _LOWEST, np.float32(0), y * ((n.astype(np.int32) + 127) << 23).view(np.float32))
 
 
-def _nucleus(probabilities: Floats, top_p: float) -> Tokens:
-    """Indexes of the smallest set of tokens, the most probable first, whose probabilities add up to at least `top_p`."""
-    for size in (_FIRST_NUCLEUS, len(probabilities)):
-        order = _largest(probabilities, min(size, len(probabilities)))
-        largest = probabilities[order]
-        reached = np.cumsum(largest, dtype=np.float64).astype(np.float32) - largest >= top_p
-        reached[0] = False  # even if top_p rounds to 0
-        kept = order[~reached]
-        if len(kept) < len(order):
-            break
-    return kept
-
-
-def _largest(probabilities: Floats, count: int) -> Tokens:
-    """Indexes of the `count` largest numbers, largest first; of equal ones the lowest index first."""
-    some = np.sort(np.argpartition(probabilities, -count)[-count:])
-    order: Tokens = some[np.argsort(-probabilities[some], kind="stable")]
-    return order
-
-
-def _gumbel(seed: int, position: int, vocab_size: int, tokens: Tokens) -> npt.NDArray[np.float64]:
-    """Standard Gumbel noise for `tokens`. A token's number depends only on seed, position and the token's id.
+def _variates(seed: int, position: int, tokens: Tokens) -> npt.NDArray[np.float64]:
+    """Exponential variates of `tokens`, ascending ids. A token's number depends only on seed, position and the token's id.
 
     numpy keeps the stream of raw Philox numbers stable across versions.
     """
-    raw = np.random.Philox(key=[seed, 0], counter=[0, position, 0, 0]).random_raw(vocab_size)[tokens]
+    raw = np.random.Philox(key=[seed, 0], counter=[0, position, 0, 0]).random_raw(int(tokens[-1]) + 1)[tokens]
     uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    return -np.log(-np.log(uniform))
+    return -_logarithm(np.minimum(uniform, 1 - 2.0**-53))
+
+
+def _logarithm(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Natural logarithm, computed as in `functions/stage/native/c/sampler.inc.h`: numpy's differs between CPUs."""
+    fraction, exponent = np.frexp(x)
+    is_small = fraction < 0.7071067811865476
+    fraction, exponent = np.where(is_small, fraction * 2, fraction), (exponent - is_small).astype(np.float64)
+    f = fraction - 1
+    s = f / (2 + f)
+    z = s * s
+    r = np.full_like(z, 0.14798198605116586)
+    for factor in _LOGARITHM:
+        r = r * z + factor
+    logarithm: npt.NDArray[np.float64] = exponent * 0.6931471803691238 + (
+        s * (r * z) + exponent * 1.9082149292705877e-10 + 2 * s
+    )
+    return logarithm

@@ -6,7 +6,15 @@ from functools import cache
 from typing import Any, Final
 
 from functions.stage.native.compiler import CompilationFailed, NoCompiler, library_file
-from functions.stage.native.records import RECORDS, GroupRecord, MatrixRecord, PassRecord, ProductRecord
+from functions.stage.native.records import (
+    RECORDS,
+    DrawRecord,
+    GroupRecord,
+    MatrixRecord,
+    PassRecord,
+    ProductRecord,
+    SoftmaxRecord,
+)
 
 _log: Final = logging.getLogger(__name__)
 
@@ -25,6 +33,8 @@ _FUNCTIONS: Final[dict[str, tuple[Any, list[Any]]]] = {
     "lamina_free_pool": (None, [ctypes.c_void_p]),
     "lamina_run_layers": (ctypes.c_int, [ctypes.c_void_p, ctypes.POINTER(GroupRecord), ctypes.POINTER(PassRecord)]),
     "lamina_multiply": (ctypes.c_int, [ctypes.c_void_p, ctypes.POINTER(ProductRecord)]),
+    "lamina_draw": (ctypes.c_int64, [ctypes.POINTER(DrawRecord)]),
+    "lamina_softmax": (ctypes.c_int, [ctypes.POINTER(SoftmaxRecord)]),
     "lamina_pass_bytes": (ctypes.c_int64, [ctypes.POINTER(GroupRecord), *[ctypes.c_int64] * 3]),
     "lamina_product_bytes": (ctypes.c_int64, [ctypes.POINTER(MatrixRecord), *[ctypes.c_int64] * 2]),
     "lamina_size_of": (ctypes.c_int64, [ctypes.c_int64]),
@@ -80,6 +90,19 @@ class Library:
     def multiply(self, pool: int, product: ProductRecord) -> None:
         """Multiplies by one matrix. pool: serves one call at a time. Raises NativeError."""
         status = self.functions["lamina_multiply"](pool, ctypes.byref(product))
+        if status:
+            raise self._error(status)
+
+    def draw(self, draw: DrawRecord) -> int:
+        """Draws a token. Raises NativeError."""
+        token: int = self.functions["lamina_draw"](ctypes.byref(draw))
+        if token < 0:
+            raise self._error(-token)
+        return token
+
+    def softmax(self, softmax: SoftmaxRecord) -> None:
+        """Computes the results of a softmax into its record. Raises NativeError."""
+        status = self.functions["lamina_softmax"](ctypes.byref(softmax))
         if status:
             raise self._error(status)
 

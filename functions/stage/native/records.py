@@ -91,6 +91,28 @@ class ProductRecord(ctypes.Structure):
     )
 
 
+class DrawRecord(ctypes.Structure):
+    _fields_ = (
+        ("scores", MemoryRecord),
+        ("weights", MemoryRecord),
+        ("keys", MemoryRecord),
+        ("top_k", ctypes.c_int64),
+        ("top_p", ctypes.c_double),
+        ("min_p", ctypes.c_double),
+        *_numbers("seed", "position"),
+    )
+
+
+class SoftmaxRecord(ctypes.Structure):
+    _fields_ = (
+        ("scores", MemoryRecord),
+        ("weights", MemoryRecord),
+        ("keys", MemoryRecord),
+        ("top", MemoryRecord),
+        ("log_sum", ctypes.c_double),
+    )
+
+
 RECORDS: Final[Sequence[type[ctypes.Structure]]] = (
     MemoryRecord,
     MatrixRecord,
@@ -99,6 +121,8 @@ RECORDS: Final[Sequence[type[ctypes.Structure]]] = (
     SegmentRecord,
     PassRecord,
     ProductRecord,
+    DrawRecord,
+    SoftmaxRecord,
 )
 """All records, in the order in which `lamina_size_of` numbers the structs."""
 

@@ -141,6 +141,36 @@ static Status check_product(const Product *product)
     return check_memory(&product->workspace, bytes, LAMINA_LINE_BYTES);
 }
 
+static const int64_t MOST_VOCABULARY = 1 << 22; /* the sum of so many weights fits 64 bits */
+
+static Status check_scores(const Memory *scores, const Memory *weights, const Memory *keys)
+{
+    if (scores->bytes % 4 || !within(scores->bytes / 4, 1, MOST_VOCABULARY))
+        return LAMINA_BAD_SIZE;
+    CHECK(check_memory(scores, 4, 4));
+    CHECK(check_memory(weights, scores->bytes, 4));
+    return check_memory(keys, scores->bytes * 2, 8);
+}
+
+int64_t lamina_draw(const Draw *draw)
+{
+    Status scores = check_scores(&draw->scores, &draw->weights, &draw->keys);
+    if (scores != LAMINA_OK)
+        return -(int64_t)scores;
+    if (!(draw->top_p > 0) || !(draw->min_p >= 0 && draw->min_p <= 1))
+        return -LAMINA_BAD_SIZE;
+    return lamina_chosen_level()->draw(draw);
+}
+
+int lamina_softmax(Softmax *softmax)
+{
+    CHECK(check_scores(&softmax->scores, &softmax->weights, &softmax->keys));
+    if (softmax->top.bytes % 8 || softmax->top.bytes / 8 > softmax->scores.bytes / 4)
+        return LAMINA_BAD_SIZE;
+    CHECK(check_optional(&softmax->top, softmax->top.bytes, 8));
+    return lamina_chosen_level()->softmax(softmax);
+}
+
 int lamina_run_layers(Pool *pool, const Group *group, const Pass *pass)
 {
     int64_t most_tokens = 0;
@@ -177,7 +207,7 @@ int64_t lamina_product_bytes(const Matrix *matrix, int64_t rows, int64_t threads
 int64_t lamina_size_of(int64_t record)
 {
     static const int64_t sizes[] = {sizeof(Memory), sizeof(Matrix), sizeof(Layer), sizeof(Group),
-                                    sizeof(Segment), sizeof(Pass), sizeof(Product)};
+                                    sizeof(Segment), sizeof(Pass), sizeof(Product), sizeof(Draw), sizeof(Softmax)};
     return within(record, 0, sizeof sizes / sizeof *sizes - 1) ? sizes[record] : 0;
 }
 
@@ -191,6 +221,7 @@ const char *lamina_message(int status)
     case LAMINA_SHORT_MEMORY: return "memory is absent, or smaller than its shape";
     case LAMINA_UNALIGNED: return "an address is not a multiple of its element's size";
     case LAMINA_BAD_SEGMENT: return "a segment leaves the arena or begins inside a block, or the segments do not cover all rows";
+    case LAMINA_NOT_FINITE: return "a score is a NaN, or the greatest is infinite";
     default: return "an unknown status";
     }
 }

@@ -74,15 +74,20 @@ static void pack_rows(const Task *task, int64_t row, int64_t rows, float *normal
         task->level->arrange((Dtype)matrix->dtype, rows, row_bytes, packed);
 }
 
-/* Packs the rows of a task: a few rows each thread packs for itself, many rows the threads pack together in one phase. */
-static Rows pack_all(const Task *task, const Workspace *at, const Worker *worker, int64_t phase)
+/* Packs a few rows into the thread's own memory. */
+static Rows pack_alone(const Task *task, const Worker *worker)
+{
+    MatrixScratch scratch = matrix_scratch(task->matrix, worker->scratch);
+    pack_rows(task, 0, task->rows, scratch.normalized, scratch.scales, scratch.packed);
+    return (Rows){scratch.packed, scratch.scales, task->rows, packed_row_bytes(task->matrix->dtype, task->matrix->width),
+                  task->rows > 1};
+}
+
+/* Packs many rows in one phase, which the threads share. */
+static Rows pack_together(const Task *task, const Workspace *at, const Worker *worker, int64_t phase)
 {
     const int64_t row_bytes = packed_row_bytes(task->matrix->dtype, task->matrix->width), pieces = (task->rows + 15) / 16;
     MatrixScratch scratch = matrix_scratch(task->matrix, worker->scratch);
-    if (task->rows <= FEW_ROWS) {
-        pack_rows(task, 0, task->rows, scratch.normalized, scratch.scales, scratch.packed);
-        return (Rows){scratch.packed, scratch.scales, task->rows, row_bytes, task->rows > 1};
-    }
     int64_t done = 0, piece;
     for (; (piece = take_piece(worker, phase, pieces, 1)) >= 0; done++)
         pack_rows(task, piece * 16, smaller(16, task->rows - piece * 16), scratch.normalized,
@@ -111,9 +116,15 @@ static void run_product(const Task *task, const Workspace *at, const Worker *wor
     const Pieces pieces = pieces_of(task->rows, matrix, task->up ? 2 : 1);
     /* With several blocks of rows, a thread keeps to its own, which are in its cache. */
     const int64_t things = pieces.blocks == 1 ? pieces.units : pieces.blocks, parts = pieces.blocks == 1 ? 1 : pieces.units;
-    const Rows all = pack_all(task, at, worker, phase);
+    const bool few = task->rows <= FEW_ROWS;
+    Rows all = {0};
+    if (!few)
+        all = pack_together(task, at, worker, phase);
     int64_t done = 0, piece;
     for (; (piece = take_piece(worker, phase + 1, things, parts)) >= 0; done++) {
+        /* Only with a piece in hand: a thread that comes too late for one would read x while the next phases write it. */
+        if (few && !done)
+            all = pack_alone(task, worker);
         int64_t row = piece / pieces.units * pieces.block_rows, first = piece % pieces.units * pieces.unit_outs;
         int64_t last = smaller(matrix->outs, first + pieces.unit_outs);
         const Rows x = {all.data + row * all.row_bytes, all.scales + row * LAMINA_TILE_OUTS,

@@ -8,6 +8,7 @@
 #define LAMINA_LEVEL_H
 
 #include <stdbool.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "native.h"
@@ -53,6 +54,10 @@ typedef struct {
        and value to the arena. is_last: no later token of its sequence is in the pass. */
     void (*write_kv)(const Group *group, const Layer *layer, int64_t kv_head, int64_t slot, bool is_last,
                      const float *rotation, float *heads);
+
+    /* The same on every level. */
+    int64_t (*draw)(const Draw *draw);
+    int (*softmax)(Softmax *softmax);
 
     /* scratch: attention_scratch_bytes (`workspace.h`) */
     void (*attend)(const Group *group, const Layer *layer, const Queries *queries, uint8_t *scratch);

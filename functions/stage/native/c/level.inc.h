@@ -12,6 +12,7 @@ enum { LANES = 16 };
 #include "q4.inc.h"
 #include "multiply.inc.h"
 #include "attention.inc.h"
+#include "sampler.inc.h"
 
 const Level LEVEL = {
     .name = LEVEL_NAME,
@@ -25,5 +26,7 @@ const Level LEVEL = {
     .multiply = multiply,
     .multiply_gated = multiply_gated,
     .write_kv = write_kv,
+    .draw = draw_token,
+    .softmax = compute_softmax,
     .attend = attend,
 };

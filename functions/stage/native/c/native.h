@@ -103,6 +103,28 @@ typedef struct {
     Memory workspace; /* at least lamina_product_bytes, aligned to 64 */
 } Product;
 
+/* How to draw a token. Scores are logits after penalties, divided by the temperature; those of tokens that must not be drawn are
+   -infinity. Filters are applied in this order. A draw depends on scores, filters, seed and position alone. */
+typedef struct {
+    Memory scores;  /* float32 [vocabulary] */
+    Memory weights; /* float32 [vocabulary], temporary */
+    Memory keys;    /* uint64 [vocabulary], temporary */
+    int64_t top_k;  /* keeps so many tokens; 0: all */
+    double top_p;   /* keeps the most probable tokens that have this share of the probability together */
+    double min_p;   /* keeps tokens that are at least so probable, compared with the most probable */
+    int64_t seed;
+    int64_t position; /* of the token that is drawn */
+} Draw;
+
+/* The softmax of logits: the logarithm of the probability of a token is its logit minus the greatest one minus `log_sum`. */
+typedef struct {
+    Memory scores;  /* float32 [vocabulary] */
+    Memory weights; /* float32 [vocabulary], temporary */
+    Memory keys;    /* uint64 [vocabulary], temporary */
+    Memory top;     /* int64 [count]: written, the most probable tokens, of equal ones the lowest token id first; or absent */
+    double log_sum; /* written */
+} Softmax;
+
 /* Threads that help with passes and sleep between them. */
 typedef struct Pool Pool;
 
@@ -114,6 +136,7 @@ typedef enum {
     LAMINA_SHORT_MEMORY,  /* memory is absent, or smaller than its shape */
     LAMINA_UNALIGNED,     /* an address is not a multiple of its element's size */
     LAMINA_BAD_SEGMENT,   /* a segment leaves the arena or begins inside a block, or the segments do not cover all rows */
+    LAMINA_NOT_FINITE,    /* a score is a NaN, or the greatest is infinite */
 } Status;
 
 /* Describes a status; never NULL. */
@@ -137,11 +160,16 @@ LAMINA_API int lamina_run_layers(Pool *pool, const Group *group, const Pass *pas
 /* Multiplies by one matrix: y = x Wᵀ + b. */
 LAMINA_API int lamina_multiply(Pool *pool, const Product *product);
 
+/* Draws a token. Returns it, or minus a status. */
+LAMINA_API int64_t lamina_draw(const Draw *draw);
+/* Computes log_sum and top. */
+LAMINA_API int lamina_softmax(Softmax *softmax);
+
 /* Bytes of workspace for rows that attend to at most most_tokens, or minus a status for sizes that are not allowed. */
 LAMINA_API int64_t lamina_pass_bytes(const Group *group, int64_t rows, int64_t most_tokens, int64_t threads);
 LAMINA_API int64_t lamina_product_bytes(const Matrix *matrix, int64_t rows, int64_t threads);
 
-/* Sizes of Memory, Matrix, Layer, Group, Segment, Pass and Product, by number, so that Python can compare its records; 0 beyond
+/* Sizes of Memory, Matrix, Layer, Group, Segment, Pass, Product, Draw and Softmax, by number, so that Python can compare its records; 0 beyond
    the last. */
 LAMINA_API int64_t lamina_size_of(int64_t record);
 

@@ -24,6 +24,8 @@ from transformers.generation.logits_process import (
 from eventing.wire.events import Sampling
 from functions.stage.engine import sampler
 from functions.stage.engine.sampler import keep, log_probabilities
+from functions.stage.native import sampler as native_sampler
+from functions.stage.native.library import library
 from tests.support.functions.stage_pipeline import whole_model
 from tests.support.storage import tiny_models
 
@@ -150,9 +152,9 @@ def test_the_filters_keep_what_transformers_keeps(
     logits = random_logits(seed)
     assume(not is_decided_by_rounding(logits[0], sampling))
     expected = processors(sampling)(torch.zeros(1, 1, dtype=torch.int64), torch.tensor(logits))[0]
-    scores, tokens = keep(logits[0] / np.float32(temperature), sampling)
-    assert sorted(tokens.tolist()) == expected.isfinite().nonzero()[:, 0].tolist()
-    torch.testing.assert_close(torch.tensor(scores), expected[tokens])
+    weights, tokens = keep(logits[0] / np.float32(temperature), sampling)
+    assert tokens.tolist() == expected.isfinite().nonzero()[:, 0].tolist()
+    torch.testing.assert_close(torch.tensor(weights / weights.sum()), expected[tokens].softmax(dim=-1), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("history", [[1, 2, 3, 3, 3], [5], list(range(VOCAB))])
@@ -243,8 +245,8 @@ def recorded_logits(number: int) -> Logits:
 def test_draws_follow_the_softmax_of_the_kept_scores() -> None:
     logits = np.array([[0.0, 1.0, 2.0, -1.0, 0.5, -20.0]], np.float32)
     sampling = Sampling(temperature=0.8, top_k=4)
-    scores, tokens = keep(logits[0] / np.float32(0.8), sampling)
-    expected = dict(zip(tokens.tolist(), torch.tensor(scores).softmax(dim=-1).tolist(), strict=True))
+    weights, tokens = keep(logits[0] / np.float32(0.8), sampling)
+    expected = dict(zip(tokens.tolist(), (weights / weights.sum()).tolist(), strict=True))
     counts = dict.fromkeys(range(6), 0)
     draws = 20_000
     for position in range(draws // 2):
@@ -255,6 +257,45 @@ def test_draws_follow_the_softmax_of_the_kept_scores() -> None:
     for token, count in counts.items():
         probability = expected.get(token, 0.0)
         assert abs(count / draws - probability) <= 4 * math.sqrt(probability * (1 - probability) / draws), token
+
+
+SPREADS: Any = st.sampled_from([0.0, 0.05, 1.0, 3.0, 30.0, 1e4, 1e37])
+
+
+@pytest.mark.parametrize("level", library().levels)
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    size=st.integers(1, 700),
+    spread=SPREADS,
+    impossible=st.floats(0, 1),
+    rounded=st.booleans(),
+    sampling=st.builds(
+        Sampling,
+        top_k=st.sampled_from([0, 1, 2, 40, 650, 2**31 - 1]),
+        top_p=st.sampled_from([1.0, 0.999999, 0.9, 0.3, 5e-324]),
+        min_p=st.sampled_from([0.0, 1e-9, 0.05, 1.0]),
+        seed=st.integers(0, 2**63 - 1),
+    ),
+)
+def test_every_level_draws_as_numpy_does(
+    level: str, seed: int, size: int, spread: float, impossible: float, rounded: bool, sampling: Sampling
+) -> None:
+    dice = np.random.default_rng(seed)
+    scores = (dice.standard_normal(size) * spread).astype(np.float32)
+    scores = np.round(scores) if rounded else scores  # many equal scores
+    scores[dice.random(size) < impossible] = -np.inf
+    scores[dice.integers(size)] = 0.5
+    filters = (min(sampling.top_k, size), sampling.top_p, sampling.min_p, sampling.seed)
+    count = int(dice.integers(0, min(size, 20) + 1))
+    before = library().level
+    try:
+        library().use_level(level)
+        for position in (0, 1, 2**24):
+            assert native_sampler.draw(scores, *filters, position) == sampler.draw_in_numpy(scores, sampling, position)
+        assert native_sampler.softmax(scores, count) == sampler.softmax_in_numpy(scores, count)
+    finally:
+        library().use_level(before)
 
 
 def test_log_probabilities_are_the_log_softmax() -> None:

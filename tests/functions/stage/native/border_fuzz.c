@@ -193,6 +193,32 @@ static int run_product(Pool *pool)
     return lamina_multiply(pool, &product);
 }
 
+static int run_draw(void)
+{
+    int64_t size = any(1, 300);
+    Draw draw = {.scores = memory_of(size * 4), .weights = memory_of(size * 4), .keys = memory_of(size * 8), .top_k = any(-1, 310),
+                 .top_p = any(0, 1) ? 1.0 : 0.9, .min_p = any(0, 1) ? 0.0 : 0.05, .seed = any(0, 1000), .position = any(0, 1000)};
+    Softmax softmax = {.scores = draw.scores, .weights = draw.weights, .keys = draw.keys, .top = memory_of(any(1, size) * 8)};
+    Draw before = draw;
+    Softmax sound = softmax;
+    for (int64_t token = 0; token < size; token++) {
+        uint32_t bits = (uint32_t)any(0, 0xFFFFFFFF); /* any float, NaN and infinity rarely */
+        ((float *)draw.scores.data)[token] = any(0, 3) ? (float)any(-50, 50) : 0.0f;
+        if (!any(0, 200))
+            memcpy((float *)draw.scores.data + token, &bits, sizeof bits);
+    }
+    if (any(0, 1))
+        spoil(&draw, sizeof draw);
+    if (any(0, 1))
+        spoil(&softmax, sizeof softmax);
+    if (!says_more(&draw.scores, &before.scores, 3)) {
+        int64_t token = lamina_draw(&draw);
+        if (token >= 0 && token >= draw.scores.bytes / 4)
+            abort();
+    }
+    return says_more(&softmax.scores, &sound.scores, 4) ? -1 : lamina_softmax(&softmax);
+}
+
 int main(int argc, char **argv)
 {
     state = argc > 1 ? strtoull(argv[1], NULL, 10) * 2654435761u + 1 : 1;
@@ -200,7 +226,8 @@ int main(int argc, char **argv)
     Pool *pool = lamina_new_pool();
     for (int round = 0; round < rounds; round++) {
         lamina_use_level(any(0, lamina_best_level()));
-        int status = any(0, 2) ? run_pass(pool) : run_product(pool);
+        int64_t kind = any(0, 3);
+        int status = kind > 1 ? run_pass(pool) : kind ? run_product(pool) : run_draw();
         accepted += status == LAMINA_OK;
         refused += status > 0;
         while (num_taken)

@@ -1,0 +1,173 @@
+"""What a stage's parts cost: passes of layers by dtype, and drawing tokens. Random weights in shapes of SmolLM2 and Qwen2.5.
+
+    python -m bench.stage                  # all tables, about two minutes
+    python -m bench.stage --only sampler
+
+Milliseconds of the best of several calls; candidates take turns, so that a machine busy with other work slows all of them.
+Tables are Markdown. Use it before and after a change, in one run on one machine.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Final
+
+import click
+import numpy as np
+
+from bench.report import machine
+from eventing.wire.events import Sampling
+from functions.stage.engine.sampler import draw, log_probabilities
+from functions.stage.models.floats import Array, narrowed
+from functions.stage.models.layer_group import Segment
+from functions.stage.models.native.group import NativeGroup
+from storage.checkpoints.checkpoint import SourceTensor
+from storage.checkpoints.llama_shaped import LlamaSizes, layer_shapes, outer_shapes
+from storage.loading.weight_loader import RawTensor
+from storage.models.conversion import convert_tensor
+from storage.models.model_repository import Dtype
+
+Ways = Mapping[str, Callable[[], object]]
+
+_DTYPES: Final[tuple[Dtype, ...]] = ("float32", "bfloat16", "int8", "q4")
+_SMOLLM2: Final[Mapping[str, Any]] = {
+    "model_type": "llama",
+    "num_hidden_layers": 10,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49_152,
+    "max_position_embeddings": 8192,
+}
+_QWEN: Final[Mapping[str, Any]] = {
+    **_SMOLLM2,
+    "num_hidden_layers": 1,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151_936,
+}
+_THREADS: Final = 2
+_ROWS: Final = 8  # of the sampler's table
+_SAMPLINGS: Final = {
+    "greedy": Sampling(),
+    "top-p 0.9, temperature 0.8": Sampling(temperature=0.8, top_p=0.9, seed=1),
+    "top-k 50, temperature 0.8": Sampling(temperature=0.8, top_k=50, seed=1),
+    "temperature 1": Sampling(temperature=1.0, seed=1),
+    "top-p 0.95, temperature 2": Sampling(temperature=2.0, top_p=0.95, seed=1),
+}
+
+
+def best_milliseconds(ways: Ways, rounds: int = 5, calls: int = 4) -> dict[str, float]:
+    """By name, the fastest of all calls; every round tries each way."""
+    best = dict.fromkeys(ways, float("inf"))
+    for _ in range(rounds):
+        for name, way in ways.items():
+            for _ in range(calls):
+                begun = time.perf_counter()
+                way()
+                best[name] = min(best[name], (time.perf_counter() - begun) * 1e3)
+    return best
+
+
+def random_group(config: Mapping[str, Any], dtype: Dtype, kv_tokens: int = 20_000) -> NativeGroup:
+    """The whole model of a config with random weights."""
+    sizes = LlamaSizes.from_config(config)
+    dice = np.random.default_rng(1)
+    shapes = {
+        f"model.layers.{layer}.{name}": shape
+        for layer in range(sizes.num_layers)
+        for name, shape in layer_shapes(sizes).items()
+    }
+    tensors: dict[str, RawTensor] = {}
+    for name, shape in (shapes | outer_shapes(sizes)).items():
+        scale = np.float32(shape[-1] ** -0.5 if len(shape) == 2 else 1.0)
+        array = dice.standard_normal(shape, np.float32) * scale
+        source = SourceTensor("F32", shape, partial(_rows, array))
+        for stored, target in convert_tensor(name, source, dtype, ()).items():
+            tensors[stored] = RawTensor(target.dtype, target.shape, memoryview(bytearray(b"".join(target.blocks()))))
+    kv_bytes = kv_tokens * sizes.num_layers * 2 * 4 * sizes.num_kv_heads * sizes.head_dim
+    group = NativeGroup(config, 0, sizes.num_layers, dtype, kv_bytes)
+    group.place(tensors)
+    group.finish()
+    group.use_threads(_THREADS)
+    return group
+
+
+def _rows(array: Array, first: int, last: int) -> memoryview:
+    return array[first:last].data.cast("B")
+
+
+def passes() -> Iterator[str]:
+    """Milliseconds of a pass through ten layers by dtype, without the head."""
+    groups = {dtype: random_group(_SMOLLM2, dtype) for dtype in _DTYPES}
+    yield "| pass | " + " | ".join(_DTYPES) + " |"
+    yield "|---" + "|---:" * len(_DTYPES) + "|"
+    for sequences, held, new in ((1, 128, 1), (8, 128, 1), (16, 128, 1), (1, 4096, 1), (1, 0, 128), (1, 0, 512)):
+        name = f"prompt of {new}" if new > 1 else f"{sequences} × a token, {held} before it"
+        handles = {dtype: [group.kv.reserve(held + new) for _ in range(sequences)] for dtype, group in groups.items()}
+        for dtype, group in groups.items():
+            for handle in handles[dtype] if held else ():
+                group.forward(np.arange(held), [Segment(handle, 0, held)])
+        ways: dict[str, Callable[[], object]] = {
+            dtype: partial(run_pass, group, handles[dtype], held, new) for dtype, group in groups.items()
+        }
+        yield f"| {name} | " + " | ".join(f"{taken:.2f}" for taken in best_milliseconds(ways).values()) + " |"
+        for dtype, group in groups.items():
+            for handle in handles[dtype]:
+                group.kv.release(handle)
+
+
+def run_pass(group: NativeGroup, handles: Sequence[int], held: int, new: int) -> None:
+    """Computes `new` tokens for each sequence after its first `held`."""
+    for handle in handles:
+        group.kv.truncate(handle, held)
+    group.forward(np.arange(len(handles) * new), [Segment(handle, held, new) for handle in handles])
+
+
+def sampler() -> Iterator[str]:
+    """Milliseconds to compute the logits of some rows and to draw a token for each, compared with greedy."""
+    yield f"| {_ROWS} rows, vocabulary {_QWEN['vocab_size']:,} | draw | head and draw | against greedy |"
+    yield "|---|---:|---:|---:|"
+    group = random_group(_QWEN, "int8", kv_tokens=100)
+    dice = np.random.default_rng(2)
+    hidden = narrowed(dice.standard_normal((_ROWS, group.hidden_size), np.float32), group.hidden_dtype)
+    head = best_milliseconds({"head": lambda: group.logits(hidden)})["head"]
+    # As a language model's: most tokens far below the best.
+    logits: Array = (dice.standard_normal((_ROWS, group.vocab_size)) * 2.5).astype(np.float32)
+    logits[:, :2000] += (dice.standard_normal((_ROWS, 2000)) * 4 + 4).astype(np.float32)
+    ways: dict[str, Callable[[], object]] = {
+        name: partial(_draw_all, logits, sampling) for name, sampling in _SAMPLINGS.items()
+    }
+    ways["greedy with log-probabilities"] = lambda: log_probabilities(logits, [5] * _ROWS)
+    ways["greedy with the 5 most probable"] = lambda: log_probabilities(logits, [5] * _ROWS, 5)
+    best = best_milliseconds(ways)
+    greedy = head + best["greedy"]
+    for name, taken in best.items():
+        yield f"| {name} | {taken:.2f} | {head + taken:.2f} | {(head + taken) / greedy:.2f} |"
+
+
+def _draw_all(logits: Array, sampling: Sampling) -> None:
+    for row in logits:
+        draw(row[None], sampling, (), 5)
+
+
+TABLES: Final[Mapping[str, Callable[[], Iterator[str]]]] = {"passes": passes, "sampler": sampler}
+
+
+@click.command()
+@click.option("--only", type=click.Choice(list(TABLES)), help="One table.")
+def main(only: str | None) -> None:
+    """Print what a stage's parts cost, as Markdown tables."""
+    click.echo(f"{machine()}; {_THREADS} threads\n")
+    for name, table in TABLES.items():
+        if only in (None, name):
+            for line in table():
+                click.echo(line)
+            click.echo()
+
+
+if __name__ == "__main__":
+    main()
