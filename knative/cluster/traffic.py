@@ -5,6 +5,7 @@ for Knative is the last one that became Ready: until then all requests stay with
 """
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -52,19 +53,28 @@ def stable_revision(cluster: Cluster, namespace: str, name: str, serving: Deploy
 
 
 def traffic_warnings(gateway: KubernetesObject) -> Iterator[str]:
-    """Yields a warning if clients cannot reach a Ready gateway, or if its newest revision does not get all requests.
+    """Yields a warning if clients cannot reach a Ready gateway, if it refuses its URL's host, or if its newest revision does
+    not get all requests.
 
     gateway: the Service as the cluster has it.
     """
     metadata, status = gateway["metadata"], gateway.get("status") or {}
+    namespace, name = metadata["namespace"], metadata["name"]
     host = urlsplit(status.get("url", "")).hostname or ""
     if host.endswith(".svc.cluster.local") and not label(gateway, "networking.knative.dev/visibility"):
-        namespace, name = metadata["namespace"], metadata["name"]
         pod = f"kubectl -n {namespace} get pods -o name -l serving.knative.dev/service={name} | head -1"
         yield (
             f"warning: http://{host} is an address inside the cluster, and the ingress answers 404 to clients outside: Knative "
             "has no domain. Set one in the ConfigMap config-domain of knative-serving, and the URL changes by itself; "
             f'until then ask from a pod, or through: kubectl -n {namespace} port-forward "$({pod})" 8080'
+        )
+    containers = (gateway.get("spec") or {}).get("template", {}).get("spec", {}).get("containers") or [{}]
+    env = {each["name"]: each.get("value", "") for each in containers[0].get("env") or ()}
+    known = (f"{name}.{namespace}.*", *env.get("LAMINA_HOSTS", "").split(","))  # functions/gateway/answers/sites.py
+    if host and "LAMINA_API_KEY_FILES" not in env and not any(fnmatchcase(host, pattern) for pattern in known):
+        yield (
+            f"warning: the gateway has no API keys and answers 421 to its own URL's host, {host}, because Knative's "
+            "domain-template does not begin with name and namespace: list it in gateway.hosts, or set gateway.api_keys_secret"
         )
     traffic, newest = traffic_of(gateway), status.get("latestReadyRevisionName", "")
     if traffic and traffic.get(newest, 0) < 100 and not is_ours(gateway):

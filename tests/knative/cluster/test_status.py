@@ -6,6 +6,7 @@ import pytest
 
 from knative.cluster.objects import failed_conditions
 from knative.cluster.status import COLUMNS, status_lines, status_rows
+from knative.cluster.traffic import traffic_warnings
 from tests.support.knative.knative_controllers import crash_loops, set_conditions
 from tests.support.knative.manifests import objects, other, stage_name
 from tests.support.knative.site import Site
@@ -88,3 +89,24 @@ def test_the_status_is_a_json_document(serving: Site) -> None:
     document = json.loads(json.dumps(serving.status()))
     assert sorted(document) == ["eventing", "notes", "services", "troubles"]
     assert document["troubles"] == []
+
+
+@pytest.mark.parametrize(
+    ("url", "environ", "warned"),
+    [
+        ("http://chat.prod.example", {}, False),
+        ("http://chat-prod.example", {}, True),  # by a domain-template of the cluster's own
+        ("http://chat-prod.example", {"LAMINA_HOSTS": "*.example"}, False),
+        ("http://chat-prod.example", {"LAMINA_HOSTS": "other.example"}, True),
+        ("http://chat-prod.example", {"LAMINA_API_KEY_FILES": "/keys"}, False),
+        ("", {}, False),
+    ],
+)
+def test_a_gateway_that_refuses_the_host_of_its_own_url_is_a_warning(url: str, environ: dict[str, str], warned: bool) -> None:
+    env = [{"name": name, "value": value} for name, value in environ.items()]
+    gateway = {
+        "metadata": {"namespace": "prod", "name": "chat"},
+        "spec": {"template": {"spec": {"containers": [{"env": env}]}}},
+        "status": {"url": url},
+    }
+    assert any("gateway.hosts" in line for line in traffic_warnings(gateway)) is warned
