@@ -44,6 +44,9 @@ def test_the_store_needs_keys_or_a_web_identity_token() -> None:
     assert store.access_key_id is None
 
 
+TLS = {"LAMINA_TLS_CA": "/certs/ca.crt", "LAMINA_TLS_NAME": "chat.default"}
+
+
 @pytest.mark.parametrize(
     ("environ", "sharing"),
     [
@@ -130,6 +133,11 @@ def test_secrets_are_not_shown() -> None:
         ({**GATEWAY, "LAMINA_STAGE_TARGETS": "1.4,nan"}, ("LAMINA_STAGE_TARGETS", "'1.4,nan'", "separated by commas")),
         ({**GATEWAY, "LAMINA_PAGE": "yes"}, ("LAMINA_PAGE", "'yes'", "on, off")),
         ({**GATEWAY, "LAMINA_POD_PORT": "-1"}, ("LAMINA_POD_PORT", "'-1'")),
+        ({**STAGE, "LAMINA_TLS_CA": "ca.crt"}, ("LAMINA_TLS_CA and LAMINA_TLS_NAME belong together",)),
+        ({**STAGE, "LAMINA_TLS_CA": "", "LAMINA_TLS_NAME": "x"}, ("LAMINA_TLS_CA is set and empty",)),
+        ({**STAGE, **TLS, "LAMINA_TLS_KEY": "k"}, ("LAMINA_TLS_CERTIFICATE and LAMINA_TLS_KEY", "LAMINA_TLS_CA")),
+        ({**STAGE, **TLS, "LAMINA_TLS_PORT": "8443"}, ("LAMINA_TLS_PORT", "LAMINA_TLS_CERTIFICATE")),
+        ({**GATEWAY, **TLS}, ("LAMINA_KUBERNETES_API is not set", "LAMINA_TLS_CA")),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -166,6 +174,13 @@ def test_the_program_prints_each_mistake_and_exits_with_status_2() -> None:
     ended = run([], {**STAGE, "LAMINA_DTYPE": "x", "LAMINA_CACHE": "1"})
     assert ended.returncode == 2
     assert [line.split()[:2] for line in ended.stderr.splitlines()] == [["error:", "LAMINA_CACHE"], ["error:", "LAMINA_DTYPE:"]]
+
+
+def test_the_program_does_not_start_without_its_certificates() -> None:
+    for role in (STAGE, {**GATEWAY, "LAMINA_KUBERNETES_API": "http://127.0.0.1:9"}):
+        ended = run([], role | TLS)
+        assert ended.returncode == 2
+        assert "TLS between pods: /certs/ca.crt: No such file or directory; is the Secret with it mounted?" in ended.stderr
 
 
 def test_help_needs_no_environment() -> None:

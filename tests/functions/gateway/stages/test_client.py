@@ -91,6 +91,21 @@ def test_reservation_release_and_warm_up() -> None:
         assert client.warm_up(1, instance.url, 5.0).start_up == {"import": 1.5}
 
 
+def test_with_tls_a_stage_is_woken_without_the_token() -> None:
+    """The Service URL leads through the ingress, without encryption."""
+    identity = PipelineIdentity("0123456789abcdef0123456789abcdef", "secret", "/gateways/1", (0, 10, 20))
+    with serving(lambda exchange: exchange.answer(200)) as server, Sender() as sender:
+        client = StageClient(sender, identity, 5.0, pods_only=True)
+        client.warm_up(1, server.url.removesuffix("/"), 5.0)
+        (request,) = server.requests
+        assert (request.command, request.path) == ("GET", "/readyz")
+        assert "secret" not in str(request.headers)
+    with client_of(lambda exchange: exchange.answer(503)) as (_, instance, server), Sender() as sender:
+        with pytest.raises(StageFailed) as failed:
+            StageClient(sender, identity, 5.0, pods_only=True).warm_up(1, instance.url, 5.0)
+        assert (failed.value.stage, failed.value.cause) == (1, "infrastructure")
+
+
 @pytest.mark.parametrize(
     ("problem", "cause", "blames", "final"),
     [

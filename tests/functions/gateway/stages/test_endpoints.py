@@ -106,6 +106,29 @@ def test_lists_then_follows(server: WatchServer) -> None:
     assert parameters["labelSelector"] == [selector]
 
 
+@pytest.mark.parametrize(
+    ("port", "ports", "url"),
+    [
+        (8112, KNATIVE_PORTS, "https://10.1.0.5:8112"),
+        (8443, KNATIVE_PORTS, "https://10.1.0.5:8443"),  # a stage's own, which no Service has
+        (0, [("http", 40001), ("https", 40002)], "https://10.1.0.5:40002"),  # knative/local
+    ],
+)
+def test_with_tls_pods_are_reached_by_https_at_their_tls_port(
+    server: WatchServer, port: int, ports: list[tuple[str | None, int]], url: str
+) -> None:
+    server.put(slice_of("one", FIRST_READY, ports=ports))
+    with watching(server, PodNetwork(PODS.networks, port, secure=True)) as told:
+        told.wait(Endpoint(url, "stage-0-00001"))
+
+
+def test_with_tls_a_pod_without_a_tls_port_is_not_used(server: WatchServer) -> None:
+    server.put(slice_of("one", FIRST_READY, ports=[("http", 40001)]))
+    with watching(server, PodNetwork(PODS.networks, 0, secure=True)) as told:
+        wait_until(lambda: told.watch.refused(0) == 1, "the address to be refused")
+        assert not any(told.all)
+
+
 def test_slices_are_merged(server: WatchServer) -> None:
     """knative/local has a slice for each pod, each with its own port; Kubernetes splits large ones."""
     local = PodNetwork((ipaddress.ip_network("127.0.0.0/8"),), 0)

@@ -1,14 +1,18 @@
 """Instances that answer a probe over HTTP before Kubernetes reports them ready."""
 
+import ssl
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
+from eventing.http.pod_tls import PodTLS, TLSFiles
 from functions.gateway.stages.readiness import EarlyReadiness
 from functions.gateway.stages.routes import Endpoint
+from tests.support.certificates import CertificateAuthority, write
 from tests.support.functions.gateway import wait_until
 
 
@@ -48,8 +52,8 @@ class Told:
 
 
 @contextmanager
-def asking(told: Told) -> Iterator[EarlyReadiness]:
-    readiness = EarlyReadiness(told)
+def asking(told: Told, tls: PodTLS | None = None) -> Iterator[EarlyReadiness]:
+    readiness = EarlyReadiness(told, tls)
     try:
         yield readiness
     finally:
@@ -84,6 +88,18 @@ def test_an_instance_is_ready_once_its_queue_proxy_says_so(proxy: QueueProxy) ->
         assert told.all[-1] == [starting], "Kubernetes has seen it fail since"
         wait_until(lambda: told.all[-1] == [ready] and len(proxy.probes) > asked, "that it has recovered")
     assert set(proxy.probes) == {"queue"}
+
+
+def test_probes_go_by_tls(proxy: QueueProxy, tmp_path: Path) -> None:
+    folder = write(CertificateAuthority().secret("kn-user-default"), tmp_path / "serving-certs")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "tls.crt", folder / "tls.key")
+    proxy.server.socket = context.wrap_socket(proxy.server.socket, server_side=True, do_handshake_on_connect=False)
+    proxy.verdict, told = (200, b"queue"), Told()
+    url = proxy.url.replace("http:", "https:")
+    with asking(told, PodTLS(TLSFiles(str(folder / "ca.crt"), "kn-user-default"))) as readiness:
+        readiness.endpoints_changed(1, [Endpoint(url, ready=False)])
+        wait_until(lambda: told.all[-1] == [Endpoint(url)], "its readiness")
 
 
 def test_only_queue_proxy_can_say_it(proxy: QueueProxy) -> None:

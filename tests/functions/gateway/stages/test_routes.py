@@ -121,6 +121,19 @@ def test_without_a_watch_the_service_url_is_the_instance_once_it_is_awake() -> N
     assert placed.cold() == [1]
 
 
+def test_with_tls_no_service_url_stands_for_instances() -> None:
+    """The way to a Service is not encrypted: requests wait until the watch reports pods."""
+    placed = Placement(SERVICES, watched=True, pods_only=True)
+    pod = Endpoint("https://10.1.0.5:8112")
+    placed.update(0, [pod])
+    placed.update(1, [Endpoint("https://10.1.0.6:8112")])
+    placed.unwatched(0)  # the gateway may not watch any more
+    placed.woken(0)
+    assert (placed.cold(), placed.place(1)) == ([0], None)
+    placed.update(0, [pod])
+    assert [instance.url for instance in placed.place(1).instances] == [pod.url, "https://10.1.0.6:8112"]
+
+
 def test_revisions_are_compared_only_when_endpoints_change(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every decision of the scheduler asks for the current instances, under its lock."""
     placed = placement("x", "y")

@@ -11,14 +11,16 @@ from typing import Any
 import msgspec
 import pytest
 
+from eventing.http.pod_network import PodNetwork
 from eventing.problems import MalformedEvent
 from eventing.wire.control import ReserveRow
 from eventing.wire.faults import find_fault
 from eventing.wire.kv_query import KVQuery
 from eventing.wire.prefix_chain import BLOCK_TOKENS
 from functions.stage.kv import peer_tier
+from functions.stage.kv.peer_tier import PeerClient
 from functions.stage.models.kv_bytes import stamp
-from tests.support.functions.kv_stages import DTYPES, LAYERS, KVStage, chain_of, drawn_without_tiers, kv_stage, text
+from tests.support.functions.kv_stages import DTYPES, LAYERS, LOOPBACK, KVStage, chain_of, drawn_without_tiers, kv_stage, text
 from tests.support.functions.native_models import native_groups
 from tests.support.functions.stage_server import FINGERPRINT, TOKEN, StageServer
 
@@ -160,6 +162,12 @@ def test_only_pods_get_the_token() -> None:
         ):
             assert stage.reserve("a", tokens, peers=(elsewhere,)).held == 0
         assert stage.restores.tokens == {}
+
+
+def test_with_tls_the_token_goes_to_no_pod_by_http() -> None:
+    tls_only = PeerClient(PodNetwork(LOOPBACK.networks, 0, secure=True), FINGERPRINT, 0, TOKEN)
+    assert not tls_only.admits("http://127.0.0.1:8012")
+    assert tls_only.admits("https://127.0.0.1:8112")
 
 
 def test_the_kv_endpoint_serves_only_its_own_pipeline() -> None:

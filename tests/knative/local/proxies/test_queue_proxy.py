@@ -6,10 +6,14 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from eventing.http.delivery import Sender
+from eventing.http.pod_tls import PodTLS, TLSFiles
 from knative.local.http.client import REFUSED
 from knative.local.proxies.queue_proxy import QueueProxy, RequestLimits
+from knative.local.proxies.serving_certs import ServingCerts
 from knative.local.proxies.timeouts import Timeouts
-from tests.support.http_server import unused_port
+from tests.support.certificates import CertificateAuthority, write
+from tests.support.http_server import serving, unused_port
 from tests.support.knative.behind_queue_proxy import behind_queue_proxy
 from tests.support.knative.platform import client, echo_service, fetch, revision, running_platform
 
@@ -36,6 +40,30 @@ async def test_a_function_that_breaks_during_a_request_is_502_without_them() -> 
         status, text = await fetch(session, url)
         assert status == 502
         assert REFUSED not in text
+
+
+async def test_with_certificates_there_is_a_port_with_tls_which_uses_renewed_ones(tmp_path: Path) -> None:
+    folder = tmp_path / "serving-certs"
+
+    def ask(tls: PodTLS, port: int) -> bytes:
+        with Sender(tls=tls) as sender:
+            return bytes(sender.get(f"https://127.0.0.1:{port}/", {}, 10).body)
+
+    def trusting(authority: str) -> PodTLS:
+        write(CertificateAuthority(authority).secret("kn-user-default"), folder)
+        return PodTLS(TLSFiles(str(folder / "ca.crt"), "kn-user-default"))
+
+    first = trusting("first")
+    proxy = QueueProxy(RequestLimits(1, Timeouts(10)), certs=ServingCerts(folder))
+    await proxy.start()
+    with serving(lambda exchange: exchange.answer(200, b"safe")) as function:
+        proxy.connect(function.server_address[1])
+        assert await asyncio.to_thread(ask, first, proxy.tls_port) == b"safe"
+        renewed = trusting("renewed")
+        assert await asyncio.to_thread(ask, renewed, proxy.tls_port) == b"safe"
+        (folder / "tls.crt").write_text("nonsense")
+        assert await asyncio.to_thread(ask, renewed, proxy.tls_port) == b"safe", "the earlier certificate stays in use"
+        proxy.close()
 
 
 @pytest.mark.parametrize("prober", ["Knative-Activator-Probe", "Knative-Autoscaling-Probe"])
