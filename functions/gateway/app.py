@@ -152,20 +152,27 @@ def client_limits(config: GatewayConfig, keys: KeyRing) -> ClientLimits:
     return ClientLimits(default, keys.quota, config.limits_store, config.model)
 
 
-def gateway_admission(config: GatewayConfig, keys: KeyRing) -> "Callable[[WSGIEnvironment], int]":
+def gateway_admission(config: GatewayConfig, keys: KeyRing, app: Flask) -> "Callable[[WSGIEnvironment], int | None]":
     """Returns a function with which the server checks a request's head before it reads the body.
 
-    The function takes the WSGI environ and returns the most bytes that the body may have; 0 unless the method is POST. It
-    raises Unauthorized if the gateway has API keys and the request has no valid one, UnknownHost or CrossSite if a page of
-    another site may have sent it, and UnsupportedMediaType if the body is not said to be JSON. It sets CLIENT_ID.
+    The function takes the WSGI environ and returns the most bytes that the body may have; 0 unless the method is POST; None if
+    `app` has no such path, or not with this method. It raises Unauthorized if the gateway has API keys and the request has no
+    valid one, UnknownHost or CrossSite if a page of another site may have sent it, and UnsupportedMediaType if the body is not
+    said to be JSON. It sets CLIENT_ID.
     """
     clients, sites = Clients(keys, config.proxies), Sites(config, is_open=keys.is_open)
+    routes = app.url_map.bind("")  # no route depends on the host
 
-    def admit(environ: "WSGIEnvironment") -> int:
+    def admit(environ: "WSGIEnvironment") -> int | None:
         sites.check(environ)
+        try:
+            routes.match(environ["PATH_INFO"], environ["REQUEST_METHOD"])
+        except HTTPException:
+            return None
         if environ["REQUEST_METHOD"] != "POST":
             return 0
-        environ[CLIENT_ID] = clients.identify(Request(environ))
+        request = Request(environ, populate_request=False)  # it would be part of the environ that it holds
+        environ[CLIENT_ID] = clients.identify(request)
         check_media_type(environ)
         return MAX_REQUEST_BYTES
 

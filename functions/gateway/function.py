@@ -51,10 +51,11 @@ class GatewayFunction:
         self._draining = False
         if self._keys.is_open:
             _log.warning("open to everybody: neither LAMINA_API_KEYS nor LAMINA_API_KEY_FILES is set")
+        app = create_app(config, self._ready_answer_service, self._metrics, self._keys, watched=self._watched())
         self.service = Service(
-            create_app(config, self._ready_answer_service, self._metrics, self._keys, watched=self._watched()),
+            app,
             Management(self._metrics.registry, sick=self._running.scheduler.sick, ready=self._ready),
-            gateway_admission(config, self._keys),
+            gateway_admission(config, self._keys, app),
             threads=config.queue_limit + _RUNNING_THREADS,
             request_bytes=_REQUEST_BYTES,
         )

@@ -144,11 +144,12 @@ class ClientConnection:
     def close(self) -> None:
         self.sock.close()
 
-    def client_gone(self) -> bool:
-        """Whether the client has closed its side. Never waits."""
-        poll = select.poll()
-        poll.register(self.sock, select.POLLRDHUP)
-        return bool(poll.poll(0))
+
+def client_gone(sock: socket.socket) -> bool:
+    """Whether the client has closed its side of a connection. Never waits."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 class ReplyWriter:

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
     from _typeshed.wsgi import WSGIEnvironment
 
-    # Maximum bytes of body for a request with this head. Raises a Problem to refuse it. The poller's thread calls it, so it may
-    # take microseconds only.
-    Admit = Callable[[WSGIEnvironment], int]
+    # Maximum bytes of body for a request with this head. None: the application answers by the head alone, as it does for an
+    # unknown path, and no body is read. Raises a Problem to refuse the request. The poller's thread calls it, so it may take
+    # microseconds only.
+    Admit = Callable[[WSGIEnvironment], int | None]
 
 MAX_HEAD_BYTES: Final = 2**16  # request line and headers; an event's attributes may have 4096 characters each
 MAX_HEADERS: Final = 128
@@ -197,6 +198,42 @@ class BodyStream(io.RawIOBase):
         return len(piece)
 
 
+class _Parsed:
+    """What httptools' parser, which calls the methods, has found so far.
+
+    It knows neither the parser nor the reader. In a cycle, a body that is not read to its end would stay in memory, and count,
+    until the garbage collector runs.
+    """
+
+    def __init__(self) -> None:
+        self.url = b""
+        self.headers: list[tuple[bytes, bytes]] = []  # of the first message, without trailers
+        self.heads = self.messages = 0
+        self.chunks: list[bytes] = []  # of the first message's body; the reader takes them out
+        self.ended = False  # the first message is complete
+
+    def on_message_begin(self) -> None:
+        self.messages += 1
+
+    def on_url(self, url: bytes) -> None:
+        if self.messages == 1:
+            self.url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.messages == 1 and not self.heads:
+            self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self.heads += 1
+
+    def on_body(self, data: bytes) -> None:
+        if not self.ended:
+            self.chunks.append(data)
+
+    def on_message_complete(self) -> None:
+        self.ended = True
+
+
 class RequestReader:
     """Reads one request from a connection. `environ` is None until the head is complete."""
 
@@ -207,21 +244,19 @@ class RequestReader:
         self.environ: WSGIEnvironment | None = None
         self.complete = False
         self.keeps = False  # another request may follow on the connection
-        self.unread = False  # refused before the body was received: the client may still be sending
+        self.unread = False  # answered before the body was received: the client may still be sending
         self.expects_continue = False  # the client waits for `100 Continue` before it sends the body
         self.begun = False
         self.received_bytes = 0  # of the body
         self._head = bytearray()
         self._searched = 0
-        self._url = b""
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._heads = self._messages = 0
         self._body: Body | None = None
         self._framed = 0  # bytes of chunks and their framing
         self._max_body_bytes = 0
         self._length: int | None = None  # of the body; None: in chunks
         self._rest = b""
-        self._parser = httptools.HttpRequestParser(self)
+        self._parsed = _Parsed()
+        self._parser = httptools.HttpRequestParser(self._parsed)
 
     @property
     def client_id(self) -> str:
@@ -283,32 +318,6 @@ class RequestReader:
             self._rest = data[count:]
             self._received(count)
 
-    # Called by the parser.
-
-    def on_message_begin(self) -> None:
-        self._messages += 1
-
-    def on_url(self, url: bytes) -> None:
-        if self._messages == 1:
-            self._url += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._messages == 1 and not self._heads:  # trailers are ignored
-            self._headers.append((name, value))
-
-    def on_headers_complete(self) -> None:
-        self._heads += 1
-        self.keeps = self._parser.should_keep_alive()  # asked later, it would be of the next message
-
-    def on_body(self, data: bytes) -> None:
-        if self._messages == 1 and not self.complete and self._body is not None:
-            self._body += data
-            self.received_bytes += len(data)
-
-    def on_message_complete(self) -> None:
-        if self.environ is not None and self._length is None:
-            self.complete = True
-
     def _feed_head(self, data: bytes) -> None:
         head: bytes | bytearray = data
         if self._head:
@@ -343,8 +352,8 @@ class RequestReader:
                 raise BadRequest(501, "CONNECT is not served: this is no proxy") from None
             # The offer of another protocol is declined by an answer in this one (RFC 9110, section 7.8). The parser takes the
             # body for that protocol, so the head is read once more without the offer.
-            self._url, self._headers, self._heads, self._messages = b"", [], 0, 0
-            self._parser = httptools.HttpRequestParser(self)
+            self._parsed = _Parsed()
+            self._parser = httptools.HttpRequestParser(self._parsed)
             self._parse(_OFFER.sub(b"\r\nupgrade_:", head))
 
     def _parse(self, data: bytes) -> None:
@@ -358,12 +367,15 @@ class RequestReader:
 
     def _open(self) -> None:
         """Called when the head is complete: makes `environ`, and asks `admit` how many bytes of body are allowed."""
-        if self._heads != 1 or self._messages != 1:
+        parsed = self._parsed
+        if parsed.heads != 1 or parsed.messages != 1:
             raise BadRequest(400, "no HTTP/1.1: a blank line inside of the headers")
-        if len(self._headers) > MAX_HEADERS:
-            raise BadRequest(431, f"the request has {len(self._headers)} headers, the most is {MAX_HEADERS}")
-        environ = wsgi_environ(self._parser.get_method(), self._url, self._parser.get_http_version(), self._headers, self._base)
+        if len(parsed.headers) > MAX_HEADERS:
+            raise BadRequest(431, f"the request has {len(parsed.headers)} headers, the most is {MAX_HEADERS}")
+        version = self._parser.get_http_version()
+        environ = wsgi_environ(self._parser.get_method(), parsed.url, version, parsed.headers, self._base)
         self.environ = environ
+        self.keeps = _keeps_alive(version, environ.get("HTTP_CONNECTION", ""))
         encoding = environ.get("HTTP_TRANSFER_ENCODING", "").lower()
         if encoding not in ("", "chunked"):
             raise BadRequest(501, f"the transfer coding {encoding[:40]!r} is not served, chunked is")
@@ -372,7 +384,11 @@ class RequestReader:
             environ.pop("HTTP_EXPECT", None)  # RFC 9110, section 10.1.1
         self._length = None if encoding else int(environ.get("CONTENT_LENGTH") or 0)
         try:
-            self._max_body_bytes = environ[ADMITTED_BYTES] = self._admit(environ)
+            admitted = self._admit(environ)
+            if admitted is None:
+                self._complete_unread()
+                return
+            self._max_body_bytes = environ[ADMITTED_BYTES] = admitted
             self._check_size(self._length or 0)
         except Problem as problem:
             self._refuse(problem)
@@ -386,7 +402,9 @@ class RequestReader:
 
     def _feed_chunks(self, data: bytes) -> None:
         self._parse(data)
+        chunks, self._parsed.chunks = self._parsed.chunks, []
         self._framed += len(data)
+        self.received_bytes += sum(map(len, chunks))
         if self._framed > MAX_HEAD_BYTES + _MAX_FRAMING * self.received_bytes:
             raise BadRequest(400, f"{self._framed} bytes of chunks hold {self.received_bytes} of a body")
         assert self._body is not None
@@ -398,8 +416,10 @@ class RequestReader:
         except Problem as problem:
             self._refuse(problem)
             return
-        if self.complete:
-            self.keeps = self.keeps and self._messages == 1
+        for chunk in chunks:
+            self._body += chunk
+        if self._parsed.ended:
+            self.keeps = self.keeps and self._parsed.messages == 1
             self._complete()
 
     def _received(self, count: int) -> None:
@@ -433,12 +453,13 @@ class RequestReader:
         self.complete = True
 
     def _refuse(self, problem: Problem) -> None:
-        """Completes the request without its body, so that the application can reply with `problem`.
-
-        If there is a body, the connection ends after the reply, because the body is not read.
-        """
+        """Completes the request without its body, so that the application can reply with `problem`."""
         assert self.environ is not None
         self.environ[REFUSED] = problem.with_traceback(None)  # its frames would hold the body's memory
+        self._complete_unread()
+
+    def _complete_unread(self) -> None:
+        """Completes the request without its body. If it has one, the connection ends after the reply."""
         self._body = None
         self.unread = self._length != 0
         self.received_bytes, self.keeps = 0, self.keeps and not self.unread
@@ -502,6 +523,12 @@ def base_environ(host: str, port: int, client: tuple[str, int]) -> "WSGIEnvironm
         "wsgi.multiprocess": False,
         "wsgi.run_once": False,
     }
+
+
+def _keeps_alive(version: str, connection: str) -> bool:
+    """Whether another request may follow (RFC 9112, section 9.3). connection: the header; empty if there is none."""
+    options = {option.strip() for option in connection.lower().split(",")}
+    return "close" not in options and (version == "1.1" or "keep-alive" in options)
 
 
 @lru_cache(maxsize=512)

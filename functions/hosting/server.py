@@ -12,9 +12,10 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from functions.hosting.connection import ClientConnection, ReplyWriter, ServerLimits
+from functions.hosting.connection import ClientConnection, ReplyWriter, ServerLimits, client_gone
 from functions.hosting.poller import ListeningPort, Poller
 from functions.hosting.requests import (
     CLIENT_GONE,
@@ -129,7 +130,7 @@ class _Answering:
         self._managers = ThreadPool(1, "management")
 
     def clients_port(self, host: str, listener: socket.socket, max_waiting: int) -> ListeningPort:
-        def admit(environ: dict[str, Any]) -> int:
+        def admit(environ: dict[str, Any]) -> int | None:
             return 0 if environ["PATH_INFO"] in PROBES else self._service.admit(environ)
 
         def accepts(connection: ClientConnection) -> bool:
@@ -208,7 +209,7 @@ class _Answering:
     def _answer(self, connection: ClientConnection, application: "WSGIApplication", *, keeps: bool) -> bool:
         environ = connection.reader.environ
         assert environ is not None
-        environ[CLIENT_GONE] = connection.client_gone
+        environ[CLIENT_GONE] = partial(client_gone, connection.sock)  # not the connection, which has the environ
         reply = ReplyWriter(connection.sock, environ, self._limits, keeps=keeps)
         try:
             reply.answer(application, environ)

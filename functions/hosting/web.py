@@ -1,4 +1,4 @@
-"""What the Flask applications of all functions share: errors as problem documents."""
+"""What a Flask application needs of the server: errors as problem documents."""
 
 import logging
 
@@ -52,10 +52,14 @@ def add_problem_handlers(app: Flask) -> None:
     @app.before_request
     def refuse() -> Response | None:
         if REFUSED in request.environ:
-            raise request.environ[REFUSED]
+            raise request.environ.pop(REFUSED)  # a raised exception holds the environ, by the frames of its traceback
         if request.environ["PATH_INFO"] == "*":  # OPTIONS for the server as a whole (RFC 9110, section 9.3.7)
             return Response(status=204, headers={"Allow": "GET, HEAD, OPTIONS, POST"})
         return None
+
+    @app.teardown_request
+    def forget_routing(_: BaseException | None) -> None:
+        request.routing_exception = None  # its frames hold the request
 
     @app.errorhandler(Problem)
     def refused(problem: Problem) -> Response:

@@ -110,7 +110,8 @@ class ThreadPool(Executor):
     def _start(self, call: _Call) -> None:
         """Starts a thread that runs `call`; if that fails, queues it. The caller holds the lock."""
         self._started += 1
-        thread = threading.Thread(target=self._run, args=(call,), name=f"{self._name}-{self._started}", daemon=True)
+        first = [call]  # taken out by the thread, which would otherwise keep its arguments until it ends
+        thread = threading.Thread(target=self._run, args=(first,), name=f"{self._name}-{self._started}", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:
@@ -119,7 +120,8 @@ class ThreadPool(Executor):
         else:
             self._threads += 1
 
-    def _run(self, call: _Call | None) -> None:
+    def _run(self, first: list[_Call]) -> None:
+        call: _Call | None = first.pop()
         while call is not None:
             call.run()
             del call  # an idle thread must not keep its arguments alive

@@ -5,14 +5,19 @@ KEPT_SECONDS after the end it gets the complete one. This holds within one gatew
 it is the same one, because the seed follows from the request too.
 """
 
+import logging
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Final, Generic, TypeVar
 
+from eventing.problems import Problem
 from eventing.wire.generation import TokenEvent
-from functions.gateway.answers.generation import HEARTBEAT_SECONDS, StreamPace
+from functions.gateway.answers.generation import HEARTBEAT_SECONDS, ClientLeft, StreamPace
+
+_log: Final = logging.getLogger(__name__)
 
 ABANDONED_SECONDS: Final = 5.0  # an answer goes on so long without a client, for one that asks again
 KEPT_SECONDS: Final = 300.0  # after the answer's end; longer than a Broker waits before its last retry, with Knative's back-off
@@ -34,7 +39,7 @@ class _SharedAnswer(Generic[T]):
         self.changed = threading.Condition()
         self.items: list[T] = []
         self.ended = False
-        self.problem: Exception | None = None  # what ended the answer early
+        self.problem: Problem | ClientLeft | None = None  # what ended the answer early
         self.ended_at = 0.0
         self.size = 1  # in tokens
 
@@ -66,7 +71,7 @@ class Listener(Generic[T]):
                 yield from new
                 given += len(new)
                 if ended and shared.problem is not None:
-                    raise shared.problem
+                    raise copy(shared.problem)  # a raised exception holds the request, by the frames of its traceback
                 if ended:
                     return
                 if pace.is_heartbeat_due(bool(new)):
@@ -116,7 +121,9 @@ class Deduplicator(Generic[T]):
             with shared.beginning:
                 if not shared.begun:
                     items = begin(lambda: self._is_abandoned(key, shared))
-                    threading.Thread(target=self._compute, args=(key, shared, items), name="answer", daemon=True).start()
+                    threading.Thread(
+                        target=self._compute, args=(key, request_id, shared, items), name="answer", daemon=True
+                    ).start()
                     shared.begun = True
         except BaseException:
             with self._lock:
@@ -126,8 +133,8 @@ class Deduplicator(Generic[T]):
             raise
         return Listener(request_id, shared, gone, lambda: self._leave(shared))
 
-    def _compute(self, key: bytes, shared: _SharedAnswer[T], items: Iterator[T | None]) -> None:
-        problem: Exception | None = None
+    def _compute(self, key: bytes, request_id: str, shared: _SharedAnswer[T], items: Iterator[T | None]) -> None:
+        problem: Problem | ClientLeft | None = None
         try:
             for item in items:
                 if item is not None:
@@ -135,8 +142,11 @@ class Deduplicator(Generic[T]):
                         shared.items.append(item)
                         shared.size += _tokens(item)
                         shared.changed.notify_all()
-        except Exception as error:  # noqa: BLE001 - every listener raises it
-            problem = error
+        except (Problem, ClientLeft) as error:
+            problem = error.with_traceback(None)
+        except Exception:  # noqa: BLE001 - logged, and every listener is told
+            _log.exception("the answer to %s broke off", request_id)
+            problem = Problem("the gateway failed; its log has the traceback")
         with self._lock:
             if self._shared.get(key) is shared and problem is None:
                 self._complete[key] = shared

@@ -93,6 +93,7 @@ class CloudEventsAPI:
         if event.get_type() == EventType.SCORE_REQUEST:
             return self._score(event, client_id)
         listener = self._listen(event, client_id, arrived)
+        event = _without_data(event)
         g.answering = True
         if _wants_stream():
             return stream_response(
@@ -155,12 +156,14 @@ class CloudEventsAPI:
         _check_batch(events)
         begun: list[Listener[Item] | Problem] = []
         try:
-            for event in events:
+            for number, event in enumerate(events):
                 try:
                     check_not_expired(event.get_attributes(), datetime.now(UTC))
                     begun.append(self._listen(self._claims.redeem(event), client_id, arrived, len(events)))
                 except Problem as problem:
                     begun.append(problem)
+                events[number] = _without_data(event)
+            del event
             g.answering = True
             replies = [self._wait(event, listener) for event, listener in zip(events, begun, strict=True)]
         except ClientLeft:
@@ -212,6 +215,11 @@ class CloudEventsAPI:
 def _items(generation: Generation) -> Iterator[Item | None]:
     yield from generation.tokens(LOOK_SECONDS)
     yield generation.response()
+
+
+def _without_data(cause: CloudEvent) -> CloudEvent:
+    """What replies need of their cause. Its data would stay in memory, and in the budget of bodies, while the answer runs."""
+    return CloudEvent(cause.get_attributes())
 
 
 def _check_batch(events: list[CloudEvent]) -> None:

@@ -82,8 +82,11 @@ class OpenAIAPI:
             return model_not_found(body.model, self._model)
         key = request.headers.get("Idempotency-Key")
         # Without a key every request is new. With one, id and seed follow from it: every gateway gives the same answer.
-        origin = f"{len(key)} {key} {request.path} ".encode() + data if key else secrets.token_bytes(32)
-        digest = hashlib.sha256(origin).digest()
+        hashed = hashlib.sha256(f"{len(key)} {key} {request.path} ".encode() if key else secrets.token_bytes(32))
+        if key:
+            hashed.update(data)
+        del data  # it would stay in memory, and in the budget of bodies, while the answer runs
+        digest = hashed.digest()
         g.request_id = entry.request_id = id_ = id_prefix + digest[:12].hex()
         try:
             generate_request = body.generate_request()

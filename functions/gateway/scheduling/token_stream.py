@@ -7,6 +7,7 @@ counts.
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
+from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -79,7 +80,7 @@ class TokenStream:
                 self._taken += 1
                 return self.token_ids[self._taken - 1]
             if self.problem is not None:
-                raise self.problem
+                raise copy(self.problem)  # a raised exception holds the stream and the request, by its traceback's frames
             return None
 
     def notify(self, on_change: Callable[[], None]) -> None:

@@ -355,6 +355,7 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - the sender of the event gets it; the engine goes on
             _log.exception("a pass failed: %s", ", ".join(row.id for event in events for row in event.batch.rows))
             if len(events) == 1:
+                error.__traceback__ = error.__context__ = error.__cause__ = None  # their frames hold the events' bytes
                 return [error]
         return [outcome for event in events for outcome in self._run([event])]
 

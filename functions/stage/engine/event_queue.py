@@ -35,10 +35,13 @@ class Work(Generic[T]):
         self._pending.release()
 
     def result(self) -> T:
-        """Blocks until there is an answer. Raises the error if the work failed."""
+        """Blocks until there is an answer. Raises the error if the work failed. Call it once."""
         with self._pending:
             if self._error is not None:
-                raise self._error
+                try:
+                    raise self._error
+                finally:
+                    self._error = None  # in a cycle with its traceback's frames, it would hold the event's bytes
             return self._value
 
 

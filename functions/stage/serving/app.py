@@ -1,15 +1,25 @@
 """A stage over HTTP: authentication, limits of size, the headers of replies, and the stage's metrics."""
 
 import hmac
+import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from functools import partial
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 from prometheus_client import Counter, Gauge, Histogram
 
 from eventing.http.binding import from_http
-from eventing.problems import PROBLEMS, EventTooLarge, MalformedEvent, Unauthorized
+from eventing.problems import (
+    PROBLEM_CONTENT_TYPE,
+    PROBLEMS,
+    EventTooLarge,
+    MalformedEvent,
+    Problem,
+    Unauthorized,
+)
 from eventing.wire.cloud_event import one_piece
 from eventing.wire.events import SAFE_EVENT_BYTES, Attribute, EventType, Status
 from eventing.wire.framing import Buffer, read_attributes
@@ -21,15 +31,13 @@ from functions.stage.serving.handlers import EventHandlers
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
-    from flask import Flask
 
     from functions.stage.engine.engine import PassStatistics
     from functions.stage.engine.kv_tiers import Reuse
 
+_log: Final = logging.getLogger(__name__)
+
 MAX_EVENT_BYTES: Final = 2**28  # a chunk of 512 tokens of the widest published models takes 32 MiB in fp32
-# Keys of the WSGI environment of a refused event.
-_ERROR: Final = "lamina.error"  # the exception
-_EVENT_TYPE: Final = "lamina.event_type"  # label in metrics
 _SIGNATURE: Final = f"HTTP_CE_{Attribute.SIGNATURE.upper()}"
 
 EVENT_TYPES: Final = (EventType.FORWARD, EventType.WARMUP, EventType.RESERVE, EventType.RELEASE, KV_PATH, "unknown", "unread")
@@ -38,7 +46,7 @@ STATUSES: Final = ("200", *sorted({str(problem.status) for problem in PROBLEMS.v
 
 
 class StageApp:
-    """Answers events at `POST /` as plain WSGI. Flask answers all other requests but probes, and all refusals.
+    """Answers events at `POST /`, and `GET /kv`, as plain WSGI.
 
     Flask would cost a request as much as a small stage's layers do when these have emptied the CPU's caches, as they have in
     every step of a stream; docs/log.md has the numbers.
@@ -60,7 +68,7 @@ class StageApp:
         if path == KV_PATH and method == "GET":
             return self._hand_over(environ, start_response)
         if path != "/" or method != "POST":
-            return self._refusing_app(environ, start_response)
+            return _refuse_route(start_response, path)
         type_ = "unread"
         with self._lock:
             self._in_flight += 1
@@ -68,8 +76,8 @@ class StageApp:
             attributes, data = self._read_event(environ)
             type_ = attributes["type"] if attributes["type"] in self._handlers.table else "unknown"
             reply = self._handlers.answer(attributes, data)
-        except Exception as error:  # noqa: BLE001 - Flask's error handlers make a reply of it
-            return self._refuse(environ, start_response, error, type_)
+        except Exception as error:  # noqa: BLE001 - the sender is told, and unexpected ones are logged
+            return self._refuse(start_response, error, type_)
         finally:
             with self._lock:
                 self._in_flight -= 1
@@ -88,8 +96,8 @@ class StageApp:
         try:
             _check_token(environ.get("HTTP_AUTHORIZATION", ""), self._pipeline_tokens)
             found = self._handlers.hand_over(environ.get("QUERY_STRING", ""))
-        except Exception as error:  # noqa: BLE001 - Flask's error handlers make a reply of it
-            return self._refuse(environ, start_response, error, KV_PATH)
+        except Exception as error:  # noqa: BLE001 - the sender is told, and unexpected ones are logged
+            return self._refuse(start_response, error, KV_PATH)
         if found is None:
             start_response("204 No Content", [])
             return ()
@@ -99,39 +107,16 @@ class StageApp:
         start_response("200 OK", [("Content-Type", "application/octet-stream"), length, (HELD_HEADER, str(held))])
         return (bytes(data),)
 
-    def _refuse(
-        self, environ: "WSGIEnvironment", start_response: "StartResponse", error: Exception, type_: str
-    ) -> Iterable[bytes]:
+    def _refuse(self, start_response: "StartResponse", error: Exception, type_: str) -> Iterable[bytes]:
         """Replies with a problem document for `error`. type_: the event's type, a label in metrics."""
-        environ[_ERROR], environ[_EVENT_TYPE] = error, type_
-        return self._refusing_app(environ, start_response)
-
-    @cached_property
-    def _refusing_app(self) -> "Flask":
-        """A Flask application that refuses every request: with the error in its environment, or as not served.
-
-        Made at the first refusal: Flask is a third of a native stage's imports, and a start needs none of it.
-        """
-        from flask import Flask, Response, request
-
-        from functions.hosting.web import add_problem_handlers
-
-        app = Flask("stage", static_folder=None)
-        app.config["MAX_CONTENT_LENGTH"] = MAX_EVENT_BYTES
-        add_problem_handlers(app)
-
-        @app.post("/")
-        @app.get(KV_PATH)
-        def raise_error() -> NoReturn:
-            raise request.environ[_ERROR]
-
-        @app.after_request
-        def count(response: Response) -> Response:
-            if _EVENT_TYPE in request.environ:
-                self._metrics.events.labels(request.environ[_EVENT_TYPE], str(response.status_code)).inc()
-            return response
-
-        return app
+        if isinstance(error, Problem):
+            problem = error
+        else:
+            _log.error("unexpected error", exc_info=error)
+            problem = Problem(f"{type(error).__name__}; the log of this instance has the traceback")
+        self._metrics.events.labels(type_, str(problem.status)).inc()
+        more = [] if problem.retry_after_seconds is None else [("Retry-After", str(problem.retry_after_seconds))]
+        return _reply_problem(start_response, HTTPStatus(problem.status), problem.document(), more)
 
     def _read_event(self, environ: "WSGIEnvironment") -> tuple[Mapping[str, Any], Buffer]:
         """Attributes and data of an event whose sender is known by its bearer token or by the event's signature.
@@ -139,8 +124,8 @@ class StageApp:
         Raises a Problem: Unauthorized, EventExpired (a signature that is no longer valid), and what is wrong with the event.
         """
         if REFUSED in environ:
-            raise environ[REFUSED]
-        most = environ[ADMITTED_BYTES] if ADMITTED_BYTES in environ else self._admit(environ)
+            raise environ.pop(REFUSED)  # a raised exception holds the environ, by the frames of its traceback
+        most: int = environ[ADMITTED_BYTES] if ADMITTED_BYTES in environ else self._admit(environ) or 0
         length = int(environ.get("CONTENT_LENGTH") or 0)
         if length > most:
             raise EventTooLarge(f"the event has {length} bytes, the most is {most}; send fewer tokens at once")
@@ -160,15 +145,31 @@ class StageApp:
         return event.get_attributes(), one_piece(event)
 
 
-def stage_admission(*pipeline_tokens: str) -> "Callable[[WSGIEnvironment], int]":
-    """Returns a function that says, by a request's head alone, how many bytes of body it may have.
+def _refuse_route(start_response: "StartResponse", path: str) -> Iterable[bytes]:
+    """Replies to a path that no stage has, or to a method that its path does not have."""
+    method = {"/": "POST", KV_PATH: "GET"}.get(path)
+    status = HTTPStatus.NOT_FOUND if method is None else HTTPStatus.METHOD_NOT_ALLOWED
+    detail = f"a stage answers POST / and GET {KV_PATH}"
+    document = {"type": "about:blank", "title": status.phrase, "status": status, "detail": detail}
+    return _reply_problem(start_response, status, msgspec.json.encode(document), [] if method is None else [("Allow", method)])
+
+
+def _reply_problem(
+    start_response: "StartResponse", status: HTTPStatus, document: bytes, headers: list[tuple[str, str]]
+) -> Iterable[bytes]:
+    start_response(f"{status.value} {status.phrase}", [("Content-Type", PROBLEM_CONTENT_TYPE), *headers])
+    return [document]
+
+
+def stage_admission(*pipeline_tokens: str) -> "Callable[[WSGIEnvironment], int | None]":
+    """Returns a function that says, by a request's head alone, how many bytes of body it may have; None: it has none to read.
 
     That function raises Unauthorized for an unknown sender, so that a stranger's body is not read.
     """
 
-    def admit(environ: "WSGIEnvironment") -> int:
+    def admit(environ: "WSGIEnvironment") -> int | None:
         if environ["PATH_INFO"] != "/" or environ["REQUEST_METHOD"] != "POST":
-            return 0
+            return None
         if _SIGNATURE in environ and _is_signed(environ):
             # A channel passes on no more than this. The signature is seen only after the body was read.
             return SAFE_EVENT_BYTES

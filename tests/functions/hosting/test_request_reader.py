@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import threading
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -111,7 +112,15 @@ def test_a_body_beyond_its_limit_is_refused_as_soon_as_that_is_known() -> None:
         assert read.unread
 
 
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_collector")
 @pytest.mark.parametrize("framing", ["length", "chunks"])
 def test_bodies_count_until_their_memory_is_free(framing: str) -> None:
     budget, size = BodyBudget(10**6), 900_000
@@ -128,28 +137,61 @@ def test_bodies_count_until_their_memory_is_free(framing: str) -> None:
     del first
     view = memoryview(whole)[5:]
     del whole
-    gc.collect()
     assert budget.held_bytes == size - SMALL_BODY_BYTES
     del view
-    gc.collect()
     assert budget.held_bytes == 0
     assert body(fed(START + b"Content-Length: 5\r\n\r\nhello", budget=BodyBudget(0))) == b"hello"
 
 
+@pytest.mark.usefixtures("without_collector")
+@pytest.mark.parametrize("ending", ["refused", "left", "complete, and not read", "complete, and read in part"])
 @pytest.mark.parametrize("framing", ["length", "chunks"])
-def test_a_refused_body_is_free_at_once(framing: str) -> None:
+def test_a_body_that_is_not_read_to_its_end_is_free_at_once(framing: str, ending: str) -> None:
     """Not only at the next garbage collection, or other requests would be refused meanwhile."""
     budget = BodyBudget(500_000)
     head = b"Content-Length: 900000\r\n\r\n" if framing == "length" else b"Transfer-Encoding: chunked\r\n\r\ndbba0\r\n"
-    gc.disable()
-    try:
-        read = fed(START + head + bytes(400_000), 10**6, budget)
-        assert budget.held_bytes > 0
+    if ending.startswith("complete"):
+        head = head.replace(b"900000", b"400000").replace(b"dbba0", b"61a80")
+    read = fed(START + head + bytes(400_000), 10**6, budget)
+    assert budget.held_bytes > 0
+    if ending == "refused":
         read.feed(bytes(200_000))
         assert isinstance(read.environ[REFUSED], Overloaded)
-        assert budget.held_bytes == 0
-    finally:
-        gc.enable()
+    else:
+        if ending.startswith("complete"):
+            if framing == "chunks":
+                read.feed(b"\r\n0\r\n\r\n")
+            assert read.complete
+        if ending == "complete, and read in part":
+            read.environ["wsgi.input"].read(10)
+        del read
+    assert budget.held_bytes == 0
+
+
+@pytest.mark.parametrize("body", [b"Content-Length: 5\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n", b"\r\n"])
+def test_a_request_that_is_answered_by_its_head_is_complete_without_its_body(body: bytes) -> None:
+    read = RequestReader(lambda _: None, BodyBudget(0), {})
+    read.feed(START + body)
+    assert read.complete
+    assert REFUSED not in read.environ
+    assert (read.unread, read.keeps) == (body != b"\r\n", body == b"\r\n")
+    assert read.environ["wsgi.input"].read() == b""
+
+
+@pytest.mark.parametrize(
+    ("line", "keeps"),
+    [
+        (b"POST / HTTP/1.1\r\n", True),
+        (b"POST / HTTP/1.1\r\nConnection: close\r\n", False),
+        (b"POST / HTTP/1.1\r\nConnection: Upgrade, CLOSE\r\n", False),
+        (b"POST / HTTP/1.1\r\nConnection: x\r\nConnection: close\r\n", False),
+        (b"POST / HTTP/1.0\r\n", False),
+        (b"POST / HTTP/1.0\r\nConnection: Keep-Alive\r\n", True),
+        (b"POST / HTTP/1.0\r\nConnection: keep-alive, close\r\n", False),
+    ],
+)
+def test_a_connection_is_kept_as_its_headers_say(line: bytes, keeps: bool) -> None:
+    assert fed(line + b"Host: here\r\nContent-Length: 0\r\n\r\n").keeps is keeps
 
 
 @pytest.mark.slow

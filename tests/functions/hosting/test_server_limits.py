@@ -94,6 +94,19 @@ def test_a_body_larger_than_admitted_is_not_read() -> None:
             assert b"Connection: close" in seen
 
 
+@pytest.mark.parametrize("framing", [b"Content-Length: 1000000000", b"Transfer-Encoding: chunked", b"Expect: 100-continue"])
+def test_a_request_can_be_answered_by_its_head_alone(framing: bytes) -> None:
+    """Nothing of the body is sent before the reply, and what is sent after it counts for nothing."""
+    length = b"\r\nContent-Length: 5" if framing.startswith(b"Expect") else b""
+    with serving(2, linger_seconds=ENOUGH, request_bytes=0) as server, server.connect() as sock:
+        sock.sendall(b"POST /unread HTTP/1.1\r\nHost: here\r\n" + framing + length + b"\r\n\r\n")
+        seen = reply(sock)
+        assert seen.startswith(b"HTTP/1.1 200 OK")
+        assert b"Connection: close" in seen
+        sock.sendall(bytes(2**20))
+        assert server.get("/").startswith(b"request-")
+
+
 def test_bodies_in_memory_have_one_limit_together() -> None:
     """Bodies beyond the limit are refused, small ones never, and freed memory can be used again."""
     large = b"POST %b HTTP/1.1\r\nHost: here\r\nConnection: close\r\nContent-Length: 900000\r\n\r\n"

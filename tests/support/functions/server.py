@@ -58,7 +58,7 @@ def stream():
         gone.set()
 def admit(environ):
     environ[CLIENT_ID] = environ.get("HTTP_CLIENT", "")
-    return given["body_bytes"]
+    return None if environ["PATH_INFO"] == "/unread" else given["body_bytes"]
 def management(environ, start_response):
     start_response("200 OK", [])
     return [b"management" if environ["lamina.management"] else b"probe"]

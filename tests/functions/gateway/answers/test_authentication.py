@@ -205,5 +205,5 @@ def test_a_request_counts_for_its_client_before_its_body_is_read(keys: str | Non
     config = gateway_config(LAMINA_PROXIES=str(proxies))
     headers = {"Authorization": "Bearer alice", "X-Forwarded-For": "10.0.0.7", "Content-Type": "application/json"}
     environ = create_environ("/v1/completions", method="POST", headers=headers, environ_base={"REMOTE_ADDR": "127.0.0.1"})
-    assert gateway_admission(config, ring)(environ) > 0
+    assert gateway_admission(config, ring, client_of(Pipeline()).application)(environ)
     assert environ[CLIENT_ID] == (ring.find("alice").id if keys else expected)

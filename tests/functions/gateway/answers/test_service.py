@@ -1,7 +1,9 @@
 """Answers in both APIs: how they end, fail, and are refused."""
 
+import gc
 import json
 import re
+import weakref
 from typing import Any
 
 import pytest
@@ -54,6 +56,22 @@ def test_a_stream_that_fails_ends_with_an_error_event(client: FlaskClient, pipel
     *_, error = stream(chat(client, stream=True))
     named = {"message": "stage 1 is gone", "type": "server_error", "param": None, "code": "pipeline_unavailable"}
     assert error["error"] == named
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("api", APIS)
+def test_an_answer_that_failed_leaves_nothing_to_the_garbage_collector(
+    client: FlaskClient, pipeline: Pipeline, api: str, streams: bool
+) -> None:
+    pipeline.script = pipeline.say("Hello", end=False, then=PipelineUnavailable("a stage is away"))
+    gc.disable()
+    try:
+        ask_either(client, api, streams=streams).close()
+        failed = weakref.ref(pipeline.stream)
+        del pipeline.stream
+        assert failed() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("api", APIS)

@@ -9,6 +9,7 @@ from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.app import gateway_admission
 from functions.hosting.requests import REFUSED, BodyBudget, RequestReader
 from tests.support.environments import GATEWAY, STAGE, gateway_config
+from tests.support.functions.scripted_gateway import Pipeline, client_of
 
 JSON = "Content-Type: application/json"
 POST, GET = "POST /v1/completions", "GET /v1/models"
@@ -20,7 +21,7 @@ KEYS = {"LAMINA_API_KEYS": "key"}
 def refusal(request: str, *headers: str, **environ: str) -> type[Problem] | None:
     """The class of the Problem with which a gateway of this environment refuses a request by its head; None: it takes it."""
     config = gateway_config(**environ)
-    admit = gateway_admission(config, KeyRing(config.api_keys))
+    admit = gateway_admission(config, KeyRing(config.api_keys), client_of(Pipeline()).application)
     reader = RequestReader(admit, BodyBudget(2**20), {})
     lines = [f"{request} HTTP/1.1", *headers, "", ""]
     reader.feed("\r\n".join(lines).encode())

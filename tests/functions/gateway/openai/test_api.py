@@ -13,8 +13,11 @@ from openai.types.responses import ResponseTextConfigParam
 from openai.types.responses.response_create_params import ResponseCreateParamsBase as ResponseParams
 from openai.types.shared_params import Reasoning
 
+from functions.gateway.answers.authentication import KeyRing
+from functions.gateway.app import MAX_REQUEST_BYTES, gateway_admission
 from functions.gateway.openai.requests import HINT, ChatRequest, CompletionRequest, StreamOptions
 from functions.gateway.openai.responses_requests import ReasoningOptions, ResponsesRequest, ResponseText
+from tests.support.environments import gateway_config
 from tests.support.functions.scripted_gateway import EVENT, TOKENIZER, Pipeline, chat, client_of, stream
 from tests.support.storage.published import CHAT_TEMPLATE
 
@@ -316,3 +319,26 @@ def test_a_variable_reaches_the_chat_template(pipeline: Pipeline) -> None:
     assert chat(client, chat_template_kwargs={"enable_thinking": False}).status_code == 200
     (prompt,) = pipeline.prompts
     assert TOKENIZER.decode(prompt.token_ids, skip_special_tokens=False).endswith("<think></think>")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "admitted"),
+    [
+        ("POST", "/v1/completions", MAX_REQUEST_BYTES),
+        ("POST", "/", MAX_REQUEST_BYTES),
+        ("GET", "/v1/models", 0),
+        ("OPTIONS", "/v1/completions", 0),
+        ("POST", "/nothing", None),
+        ("POST", "/v1/models", None),
+        ("DELETE", "/v1/completions", None),
+        ("POST", "//v1//completions", None),
+        ("BREW", "/", None),
+        ("POST", "/" + "a/" * 30_000, None),
+        ("POST", "/\xff", None),
+    ],
+)
+def test_a_body_is_read_only_for_a_path_and_method_that_are_served(
+    client: FlaskClient, method: str, path: str, admitted: int | None
+) -> None:
+    admit = gateway_admission(gateway_config(), KeyRing(), client.application)
+    assert admit({"REQUEST_METHOD": method, "PATH_INFO": path, "CONTENT_TYPE": "application/json"}) == admitted
