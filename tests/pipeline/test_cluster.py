@@ -4,13 +4,16 @@ SmolLM2 in fp32, in which replays and batches change no answer: every answer mus
 nothing else ran.
 """
 
+import asyncio
+import base64
 import os
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+from urllib.parse import urlsplit
 
 import msgspec
 import pytest
@@ -18,7 +21,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
+from eventing.wire.control import LEASE_SECONDS
 from eventing.wire.events import EventType
+from functions.configuration.api_keys import ApiKey, sha256_of
 from knative.cluster.client import Ref
 from knative.cluster.deployer import Deployer
 from knative.cluster.errors import ClusterError, DeployInProgress
@@ -28,11 +33,19 @@ from knative.cluster.status import COLUMNS, cluster_status, status_rows
 from knative.commands.model_choice import packaged_model
 from knative.render.access import deployer_role
 from knative.render.prune_script import is_ready
-from knative.spec.model_shape import published_shape
-from knative.spec.pipeline_spec import EventingSpec, GatewaySpec
+from knative.spec.pipeline_spec import (
+    KEYS_ENTRY,
+    Autoscaling,
+    EventingSpec,
+    GatewayAutoscaling,
+    GatewaySpec,
+    ModelSpec,
+    NetworkSpec,
+)
 from storage.models.model_repository import read_file
 from storage.models.publisher import publish
 from storage.store.object_store import ObjectStore
+from tests.support.knative.cluster_streams import EventStreams, RetryingClients
 from tests.support.knative.real_cluster import (
     INSTANCE,
     MAX_TOKENS,
@@ -54,6 +67,7 @@ from tests.support.knative.real_cluster import (
     wait_until,
 )
 from tests.support.paths import ROOT
+from tests.support.storage.published import save_checkpoint
 
 
 def needs(program: str) -> pytest.MarkDecorator:
@@ -63,6 +77,14 @@ def needs(program: str) -> pytest.MarkDecorator:
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 OTHER: Final = "lamina-test-b"
+TINY: Final = "lamina-test-tiny"  # another model
+API_KEYS: Final = "lamina-test-api-keys"
+CHANGE_SECONDS: Final = 300  # within which a change is done, under load; a rotation of the token is three
+CLIENTS: Final = 24
+KILL_SECONDS: Final = 20
+BREAK_SECONDS: Final = 15  # after a kill: within it its streams have broken, and the ingress knows that the pod is gone
+HPA: Final = Autoscaling(autoscaler_class="hpa", min_scale=1, max_scale=2)
+GATEWAY_HPA: Final = GatewayAutoscaling(autoscaler_class="hpa", min_scale=1, max_scale=2)
 LONG: Final = 160
 TEXT: Final = "The capital of France is Paris, and the capital of Italy is Rome."
 COLD_SECONDS: Final = 600
@@ -85,18 +107,21 @@ NOTHING_MAY_BE_LEFT: Final = (
 
 
 @pytest.fixture(scope="module")
-def scenario() -> Iterator[Scenario]:
+def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
     if missing():
         pytest.skip(f"needs a real cluster; set {', '.join(missing())} (meanings: tests/support/knative/real_cluster.py)")
     where = settings()
     store = ObjectStore(where.store)
-    publication = publish(packaged_model(), store, MODEL, "float32")
+    tiny = tmp_path_factory.mktemp("checkpoint")
+    save_checkpoint(tiny)
+    publications = [publish(packaged_model(), store, MODEL, dtype) for dtype in ("float32", "bfloat16")]
     with namespace(where):
-        tokenizer = Tokenizer.from_str(read_file(store, publication, "tokenizer.json").decode())
-        steps = Scenario(where, publication, published_shape(store, publication), tokenizer)
+        tokenizer = Tokenizer.from_str(read_file(store, publications[0], "tokenizer.json").decode())
+        steps = Scenario(where, store, [*publications, publish(tiny, store, TINY, "float32")], tokenizer)
         steps.cluster.apply(store_secret(where))
         yield steps
         Probe(steps.cluster, where).remove()
+        steps.cluster.delete(Ref("v1", "Secret", where.namespace, API_KEYS))
         for name in (NAME, OTHER):
             steps.garbage.collect_all(name)
 
@@ -204,6 +229,151 @@ def test_a_canary_gets_half_is_promoted_and_another_is_taken_back(scenario: Scen
         assert scenario.stage_services() == before, scenario.said
 
 
+def test_a_rollback_right_after_promote_waits_for_what_kubernetes_still_deletes(scenario: Scenario) -> None:
+    """A new Service was NotOwned beside the Route of the deleted one of its name."""
+    before = scenario.stage_services()
+    with scenario.streams.running(6):
+        for _ in range(3):
+            scenario.deployer.canary(scenario.objects(scenario.spec(cut="0:15,15:30")), 50)
+            scenario.deployer.promote(NAME)
+            scenario.deployer.rollback(NAME)
+            assert scenario.stage_services() == before, scenario.said
+    for service in before:
+        ref = Ref("serving.knative.dev/v1", "Configuration", scenario.where.namespace, service)
+        configuration = scenario.cluster.get(ref)
+        assert configuration is not None
+        revisions = scenario.cluster.find(ref.api_version, "Revision", ref.namespace, f"{SERVICE}={service}")
+        owners = {each["metadata"]["ownerReferences"][0]["uid"] for each in revisions}
+        assert owners == {configuration["metadata"]["uid"]}, "a Revision of the deleted Service is in use"
+
+
+def test_a_revision_that_fails_in_its_own_service_is_deleted_by_the_rollback(scenario: Scenario) -> None:
+    """Its pods stayed in ImagePullBackOff for eleven minutes."""
+    impatient = Deployer(scenario.cluster, scenario.where.namespace, scenario.said.append, timeout_seconds=120)
+    with scenario.streams.running(2):
+        with pytest.raises(ClusterError):
+            impatient.deploy(scenario.objects(scenario.spec(image=f"{scenario.where.image}-that-is-nowhere")))
+        assert "ImagePull" in str(pods(scenario.cluster, scenario.where, INSTANCE))
+        scenario.deployer.rollback(NAME)
+        wait_until(lambda: "ImagePull" not in str(pods(scenario.cluster, scenario.where, INSTANCE)), 60, "no such pod")
+    assert any(line.startswith("deleted Revision ") and "is not Ready" in line for line in scenario.said), scenario.said
+
+
+def test_class_hpa_keeps_no_pod_of_old_revisions(scenario: Scenario) -> None:
+    """Neither after other settings nor after another cut."""
+    if not scenario.has_hpa():
+        pytest.skip("Knative's HPA extension or a metrics server is not installed on this cluster")
+    base = scenario.spec(name=OTHER, cut="0:30")
+    spec = msgspec.structs.replace(
+        base,
+        stage=msgspec.structs.replace(base.stage, autoscaling=HPA),
+        gateway=GatewaySpec(autoscaling=GATEWAY_HPA),
+    )
+    for change in ({}, {"log_level": "debug"}, {"cut": "0:15,15:30"}):
+        spec = msgspec.structs.replace(spec, **change)
+        scenario.deployer.deploy(scenario.objects(spec))
+        wait_until(lambda: scenario.replaced_revisions(OTHER) == set(), 30, "old revisions are deleted")
+    assert len(scenario.stage_services(OTHER)) == 2
+    scenario.deployer.delete(OTHER)
+
+
+@pytest.mark.timeout(4 * 3600)
+def test_everything_is_changed_and_rolled_back_under_24_streams(scenario: Scenario) -> None:
+    """No stream breaks, no answer mixes two versions, and each change is done in time."""
+    scenario.deploy()
+    changes: dict[str, dict[str, Any] | None] = {
+        "image": {"image": scenario.where.other_image},
+        "dtype": {"model": ModelSpec(name=MODEL, dtype="bfloat16")},
+        "cut": {"cut": "0:15,15:30"},
+        "model": {"model": ModelSpec(name=TINY, dtype="float32"), "cut": "0:2,2:4,4:6"},
+        "token": None,
+        "keys": {"gateway": GatewaySpec(api_keys_secret=API_KEYS)},
+        "limits": {"gateway": GatewaySpec(client_requests_per_minute=100_000, client_max_tokens=1000)},
+        "number of gateways": {"gateway": GatewaySpec(autoscaling=GatewayAutoscaling(min_scale=2))},
+    }
+    if scenario.where.other_image is None:
+        del changes["image"]
+    api_key = "lamina-test-key"
+    text = base64.b64encode(f"{ApiKey(sha256_of(api_key), 'test').written()}\n".encode()).decode()
+    metadata = {"name": API_KEYS, "namespace": scenario.where.namespace}
+    scenario.cluster.apply({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": {KEYS_ENTRY: text}})
+    versions = {name: _answers_of(scenario, changes[name] or {}, api_key) for name in ("dtype", "model")}
+    usual = _answers_of(scenario, {}, api_key)
+    streams = _streams(scenario, scenario.gateway.url, api_key, [usual, *versions.values()])
+    table = []
+    with streams.running(CLIENTS):
+        for name, change in changes.items():
+            began, breaks = time.monotonic(), len(streams.broken)
+            if change is None:
+                scenario.deployer.rotate_token(NAME)
+            else:
+                scenario.deploy(**change)
+            changed = time.monotonic()
+            _answer_as(streams, versions.get(name, usual))
+            again = time.monotonic()
+            if change is None:
+                scenario.deployer.rotate_token(NAME)
+            else:
+                scenario.deployer.rollback(NAME)
+            back = time.monotonic()
+            _answer_as(streams, usual)
+            table.append((name, changed - began, back - again, len(streams.answers), len(streams.broken) - breaks))
+            print("{:20} {:4.0f} s, back in {:4.0f} s, {:5} streams so far, {} broken".format(*table[-1]))
+    assert streams.broken == []
+    assert streams.wrong() == []
+    most = {name: 3 * CHANGE_SECONDS if change is None else CHANGE_SECONDS for name, change in changes.items()}
+    assert [row for row in table if max(row[1:3]) > most[row[0]]] == []
+
+
+def _streams(scenario: Scenario, url: str, api_key: str, versions: list[dict[str, str]]) -> EventStreams:
+    ingress = scenario.where.ingress
+    allowed = {prompt: {answers[prompt] for answers in versions} for prompt in PROMPTS} if versions else {}
+    return EventStreams(ingress or url, urlsplit(url).netloc if ingress else None, api_key, allowed)
+
+
+def _answers_of(scenario: Scenario, changes: dict[str, Any], api_key: str) -> dict[str, str]:
+    """The answers of a pipeline that nothing disturbs, which is deleted again."""
+    url = scenario.deployer.deploy(scenario.objects(scenario.spec(name=OTHER, **changes)))
+    streams = _streams(scenario, url, api_key, [])
+    answers = {prompt: asyncio.run(streams.ask(prompt)) for prompt in PROMPTS}
+    scenario.deployer.delete(OTHER)
+    return answers
+
+
+def _answer_as(streams: EventStreams, expected: dict[str, str]) -> None:
+    """Waits for two answers of each client; the last of them are those of the version that serves now."""
+    answered = len(streams.answers)
+    wait_until(lambda: len(streams.answers) >= answered + 2 * CLIENTS, COLD_SECONDS, "answers after the change")
+    for prompt, text in streams.answers[answered + CLIENTS : answered + 2 * CLIENTS]:
+        assert text == expected[prompt]
+
+
+@pytest.mark.timeout(3600)
+def test_gateways_that_are_killed_break_their_own_streams_only(scenario: Scenario) -> None:
+    """Two gateways, one killed every 20 s. Clients that ask again with their key get the answer that they began."""
+    two = GatewaySpec(autoscaling=GatewayAutoscaling(min_scale=2, max_scale=2))
+    scenario.deploy(gateway=two, network=NetworkSpec(policies=False))  # so that the API server may read metrics of pods
+    wait_until(lambda: len(scenario.gateway_pods()) == 2, 120, "two gateways")
+    repeated = [scenario.gateway.complete(PROMPTS[1], MAX_TOKENS, temperature=0.9, key="a question") for _ in range(6)]
+    assert len(set(repeated)) == 1, "the seed follows from the key, at every gateway"
+    clients = RetryingClients(scenario.gateway, {prompt: scenario.expected[prompt] for prompt in PROMPTS})
+    kills = []
+    with clients.running(CLIENTS):
+        for _ in range(3):
+            wait_until(lambda: len(scenario.gateway_pods()) == 2, 120, "two gateways")
+            time.sleep(KILL_SECONDS)
+            kill(scenario.where, scenario.gateway_pods()[0])
+            kills.append(time.monotonic())
+        answered = clients.answers
+        wait_until(lambda: clients.answers >= answered + CLIENTS, COLD_SECONDS, "answers after the last kill")
+    print(f"{clients.answers} answers, {len(clients.broken_at)} broken streams")
+    for each in clients.broken_at:
+        assert any(0 <= each - at <= BREAK_SECONDS for at in kills), "a stream broke although its gateway lived"
+    assert clients.broken_at, "no stream was at a killed gateway"
+    wait_until(lambda: scenario.held_sequences() == 0, LEASE_SECONDS + 60, "stages free what the killed gateways held")
+    scenario.deploy()
+
+
 def test_a_deploy_that_fails_touches_nothing_and_is_rolled_back(scenario: Scenario) -> None:
     before = scenario.stage_services()
     impatient = Deployer(scenario.cluster, scenario.where.namespace, scenario.said.append, timeout_seconds=120)
@@ -272,6 +442,12 @@ def test_kustomize_brings_a_pipeline_up_changes_it_and_its_job_prunes(scenario: 
     )
     assert scenario.stage_services(OTHER) == set(new.stage_names)
     assert gateway.complete(PROMPTS[1], MAX_TOKENS) == scenario.expected[PROMPTS[1]]
+    if scenario.has_hpa():  # the settings change, and the Job with them
+        for level in ("info", "debug"):
+            stage = msgspec.structs.replace(spec.stage, autoscaling=HPA)
+            scenario.write_folder(folder, msgspec.structs.replace(spec, cut="0:15,15:30", log_level=level, stage=stage))
+            _apply_folder(scenario, folder)
+            wait_until(lambda: scenario.has_only_new_pods(OTHER), 1000, "the Job deletes old revisions of class hpa")
     scenario.garbage.collect_all(OTHER)
 
 

@@ -180,8 +180,9 @@ def test_a_rollback_right_after_promote_waits_for_what_kubernetes_still_deletes(
 
     Deployer(serving.cluster, "default", say, 20).rollback("chat")
     assert len(waited) == 1
-    revisions = serving.api.found("revisions", {"serving.knative.dev/service": stage})
-    assert [each["metadata"]["name"] for each in revisions] == [f"{stage}-00001"]
+    (configuration,) = serving.api.found("configurations", {"serving.knative.dev/service": stage})
+    (revision,) = serving.api.found("revisions", {"serving.knative.dev/service": stage})
+    assert revision["metadata"]["ownerReferences"][0]["uid"] == configuration["metadata"]["uid"]
 
 
 @pytest.mark.slow

@@ -200,6 +200,8 @@ def make_revision(api: "KubernetesApi", service: Object) -> Iterator[None]:
     }
     own = {"name": revision, "namespace": metadata["namespace"], "labels": labels | {_STATE: "active"}, "generation": 1}
     own["annotations"] = template["metadata"].get("annotations", {})
+    owner = {"apiVersion": SERVICE[0], "kind": "Configuration", "name": metadata["name"], "controller": True}
+    own["ownerReferences"] = [owner | {"uid": configuration["metadata"]["uid"]}]
     made: Object = {"apiVersion": SERVICE[0], "kind": "Revision", "metadata": own, "spec": template["spec"]}
     if api.key_of(made) not in api.objects:
         api.put(made)
@@ -348,6 +350,8 @@ def _configure(api: "KubernetesApi", service: Object) -> Object:
     if old is not None and old["spec"]["template"] == template:
         return old
     own = _owned_by(api, service) | {"generation": old["metadata"]["generation"] + 1 if old else 1}
+    if old is not None:
+        own["uid"] = old["metadata"]["uid"]
     status = (old or {}).get("status") or {"observedGeneration": 0}
     return api.put(
         {"apiVersion": SERVICE[0], "kind": "Configuration", "metadata": own, "spec": {"template": template}, "status": status}

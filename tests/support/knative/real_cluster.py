@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,14 +24,17 @@ from tokenizers import Tokenizer
 from knative.cluster.client import Cluster, Ref
 from knative.cluster.deployer import Deployer
 from knative.cluster.garbage import GarbageCollector
+from knative.cluster.objects import REVISION_LABEL, label, phase_of, readiness
 from knative.cluster.status import services_of
 from knative.render.gitops import for_gitops, with_kustomization
 from knative.render.rendering import render, resolve
 from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.render.services import METRICS_PORT
 from knative.spec.kubernetes_object import KubernetesObject, to_yaml
-from knative.spec.model_shape import ModelShape
+from knative.spec.model_shape import published_shape
 from knative.spec.pipeline_spec import Autoscaling, ModelSpec, PipelineSpec, Resources, StageSpec, StoreSpec
 from storage.models.model_repository import ModelManifest
+from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings
 
 NAME: Final = "lamina-test"
@@ -49,7 +53,8 @@ NEEDED: Final = {
 }
 """Optional: LAMINA_TEST_CONTEXT; LAMINA_TEST_NAMESPACE (lamina-test), which is created, and then removed, if it does not exist;
 LAMINA_TEST_STORE_LOCAL_ENDPOINT, the store as this machine reaches it; LAMINA_TEST_INGRESS, such as http://203.0.113.7, if the
-domain of Knative's URLs does not resolve here."""
+domain of Knative's URLs does not resolve here; LAMINA_TEST_OTHER_IMAGE, a second name of the image, without which no test
+changes the image."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Settings:
     store: StoreSettings  # as this machine reaches it
     store_endpoint: str  # as pods reach it
     ingress: str | None
+    other_image: str | None
 
 
 def missing() -> list[str]:
@@ -84,6 +90,7 @@ def settings() -> Settings:
         ),
         store_endpoint=endpoint,
         ingress=os.environ.get("LAMINA_TEST_INGRESS"),
+        other_image=os.environ.get("LAMINA_TEST_OTHER_IMAGE"),
     )
 
 
@@ -163,6 +170,13 @@ def drain(where: Settings, pod: str) -> None:
         core.delete_namespaced_pod(pod, where.namespace)
 
 
+def metric(where: Settings, pod: str, name: str) -> float:
+    """A metric of a pod's function, summed over all labels, read through the Kubernetes API, which policies may block."""
+    with core_api(where) as core:
+        page: str = core.connect_get_namespaced_pod_proxy_with_path(f"{pod}:{METRICS_PORT}", where.namespace, "metrics")
+    return sum(map(float, re.findall(rf"^{name}(?:{{.*}})? (\S+)$", page, re.MULTILINE)))
+
+
 def pods(cluster: Cluster, where: Settings, selector: str) -> list[KubernetesObject]:
     """Pods that are not terminating."""
     found = cluster.find("v1", "Pod", where.namespace, selector)
@@ -177,15 +191,15 @@ class Gateway:
     ingress: str | None
     model: str
 
-    def complete(self, prompt: str, max_tokens: int) -> str:
-        """Greedy. Raises AssertionError for any other status than 200."""
-        with self._asked(prompt, max_tokens, stream=False) as response:
+    def complete(self, prompt: str, max_tokens: int, *, temperature: float = 0, key: str | None = None) -> str:
+        """key: the request's Idempotency-Key. Raises AssertionError for any other status than 200."""
+        with self._asked(prompt, max_tokens, key, stream=False, temperature=temperature) as response:
             text: str = json.load(response)["choices"][0]["text"]
         return text
 
-    def stream(self, prompt: str, max_tokens: int) -> Iterator[str]:
+    def stream(self, prompt: str, max_tokens: int, key: str | None = None) -> Iterator[str]:
         """As `complete`, piece by piece."""
-        with self._asked(prompt, max_tokens, stream=True) as response:
+        with self._asked(prompt, max_tokens, key, stream=True, temperature=0) as response:
             for line in response:
                 data = line.decode().strip().removeprefix("data: ")
                 if data == "[DONE]":
@@ -197,12 +211,15 @@ class Gateway:
         raise AssertionError("the stream ended before its last event")
 
     @contextmanager
-    def _asked(self, prompt: str, max_tokens: int, *, stream: bool) -> Iterator[http.client.HTTPResponse]:
+    def _asked(
+        self, prompt: str, max_tokens: int, key: str | None, *, stream: bool, temperature: float
+    ) -> Iterator[http.client.HTTPResponse]:
         place, host = urlsplit(self.ingress or self.url), urlsplit(self.url).netloc
         kind = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
-        document = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": stream}
+        document = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature}
+        document["stream"] = stream
         with contextlib.closing(kind(place.hostname or "", place.port, timeout=600)) as connection:
-            headers = {"Host": host, "Content-Type": "application/json"}
+            headers = {"Host": host, "Content-Type": "application/json"} | ({} if key is None else {"Idempotency-Key": key})
             connection.request("POST", "/v1/completions", json.dumps(document), headers)
             response = connection.getresponse()
             if response.status != 200:
@@ -336,7 +353,8 @@ class Probe:
 class Scenario:
     """A pipeline on a real cluster, with its answers, Services and pods: shared by the steps of the test."""
 
-    def __init__(self, where: Settings, publication: ModelManifest, shape: ModelShape, tokenizer: Tokenizer) -> None:
+    def __init__(self, where: Settings, store: ObjectStore, publications: list[ModelManifest], tokenizer: Tokenizer) -> None:
+        """publications: those that specs may name. tokenizer: that of MODEL."""
         self.where = where
         self.tokenizer = tokenizer
         self.said: list[str] = []
@@ -344,8 +362,7 @@ class Scenario:
         self.deployer = Deployer(self.cluster, where.namespace, self.said.append, timeout_seconds=900)
         self.garbage = GarbageCollector(self.cluster, where.namespace, self.said.append, timeout_seconds=900)
         self.expected: dict[str, str] = {}
-        self._publication = publication
-        self._shape = shape
+        self._published = {(each.name, each.dtype): (each, published_shape(store, each)) for each in publications}
         self._gateway: Gateway | None = None
 
     @property
@@ -377,7 +394,7 @@ class Scenario:
         return msgspec.structs.replace(spec, **changes)
 
     def resolved(self, spec: PipelineSpec) -> ResolvedPipeline:
-        return resolve(spec, lambda _: (self._publication, self._shape))
+        return resolve(spec, lambda dtype: self._published[spec.model.name, dtype])
 
     def objects(self, spec: PipelineSpec) -> list[KubernetesObject]:
         return [each for rendered in render(self.resolved(spec)).values() for each in rendered]
@@ -395,6 +412,38 @@ class Scenario:
     def deploy(self, **changes: Any) -> None:
         url = self.deployer.deploy(self.objects(self.spec(**changes)))
         self._gateway = self.gateway_at(url)
+
+    def has_hpa(self) -> bool:
+        """Whether the cluster has what the class hpa needs."""
+        extension = Ref("apps/v1", "Deployment", "knative-serving", "autoscaler-hpa")
+        return self.cluster.get(extension) is not None and self.cluster.serves_group("metrics.k8s.io")
+
+    def replaced_revisions(self, name: str = NAME) -> set[str]:
+        """Revisions of the pipeline that its Services have replaced."""
+        found = set()
+        for service in services_of(self.cluster, self.where.namespace, name):
+            selector = f"{SERVICE}={service['metadata']['name']}"
+            revisions = self.cluster.find("serving.knative.dev/v1", "Revision", self.where.namespace, selector)
+            newest = (service.get("status") or {}).get("latestCreatedRevisionName")
+            found |= {each["metadata"]["name"] for each in revisions} - {newest}
+        return found
+
+    def has_only_new_pods(self, name: str) -> bool:
+        """Whether all Services of the pipeline are Ready, and no revision that they have replaced has a pod."""
+        old = self.replaced_revisions(name)
+        found = pods(self.cluster, self.where, f"app.kubernetes.io/instance={name}")
+        ready = all(readiness(each).ready for each in services_of(self.cluster, self.where.namespace, name))
+        return ready and not any(label(pod, REVISION_LABEL) in old for pod in found)
+
+    def gateway_pods(self) -> list[str]:
+        """Names of the gateway's pods that are ready and not terminating."""
+        found = pods(self.cluster, self.where, f"{INSTANCE},app.kubernetes.io/component=gateway")
+        return sorted(pod["metadata"]["name"] for pod in found if phase_of(pod) == "ready")
+
+    def held_sequences(self) -> float:
+        """Sequences that hold KV at stages."""
+        stages = [pod for pod in pods(self.cluster, self.where, STAGES) if phase_of(pod) == "ready"]
+        return sum(metric(self.where, pod["metadata"]["name"], "lamina_stage_sequences") for pod in stages)
 
     def stage_pods(self) -> dict[str, int]:
         """Number of pods that are not terminating, by Service."""
