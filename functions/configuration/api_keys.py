@@ -28,6 +28,12 @@ class Quota:
     concurrent: int | None = None  # answers at once
     max_tokens: int | None = None  # of one answer
     priority: int | None = None  # a client with a higher one is served first in most turns; unset: 0
+    tokens_per_day: int | None = None  # in prompts and answers, of a calendar day in UTC
+    tokens_per_month: int | None = None
+
+    @property
+    def has_budget(self) -> bool:
+        return bool(self.tokens_per_day or self.tokens_per_month)
 
     def over(self, other: Self) -> Self:
         """This quota, with unset limits taken from `other`."""

@@ -286,6 +286,15 @@ class GatewayConfig(CommonConfig):
         "most tokens of one client at this gateway, in prompts and answers; an answer that has begun is finished; 0: no limit",
         "0",
     )
+    client_tokens_per_day: int = setting(
+        "LAMINA_CLIENT_TOKENS_PER_DAY",
+        parsers.integer(0, 10**12),
+        "most tokens of one client in a calendar day (UTC), at all gateways that use LAMINA_LIMITS_STORE; 0: no limit",
+        "0",
+    )
+    client_tokens_per_month: int = setting(
+        "LAMINA_CLIENT_TOKENS_PER_MONTH", parsers.integer(0, 10**12), "the same for a calendar month", "0"
+    )
     client_concurrent: int = setting(
         "LAMINA_CLIENT_CONCURRENT",
         parsers.integer(0, 10**6),
@@ -510,6 +519,8 @@ def _gateway_contradictions(config: GatewayConfig) -> Iterator[str]:
         yield "LAMINA_KUBERNETES_API is not set, and LAMINA_TLS_CA allows requests to pods only, which it names"
     if config.prefix_sharing == "client" and not config.has_keys:
         yield "LAMINA_PREFIX_SHARING: client is not allowed without API keys, which tell clients apart: request, or pipeline"
+    if (config.client_tokens_per_day or config.client_tokens_per_month) and config.limits_store is None:
+        yield "LAMINA_LIMITS_STORE is not set, and counts LAMINA_CLIENT_TOKENS_PER_DAY and LAMINA_CLIENT_TOKENS_PER_MONTH"
     cut = _ranges(config.cut)
     named = tuple(group for group, _ in config.stages)
     if named != config.cut:

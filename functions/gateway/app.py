@@ -148,6 +148,8 @@ def client_limits(config: GatewayConfig, keys: KeyRing) -> ClientLimits:
         config.client_tokens_per_minute,
         config.client_concurrent,
         config.client_max_tokens,
+        tokens_per_day=config.client_tokens_per_day,
+        tokens_per_month=config.client_tokens_per_month,
     )
     return ClientLimits(default, keys.quota, config.limits_store, config.model)
 

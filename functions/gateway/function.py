@@ -37,9 +37,10 @@ class GatewayFunction:
     def __init__(self, config: GatewayConfig, start_up: StartUp) -> None:
         """Starts the scheduler. The HTTP service answers NotReady until `start` has loaded the tokenizer.
 
-        Raises ConfigError for a file of API keys that cannot be read or parsed.
+        Raises ConfigError for a file of API keys that cannot be used.
         """
-        self._keys = KeyRing(config.api_keys, config.api_key_files or ())
+        counts = config.limits_store is not None
+        self._keys = KeyRing(config.api_keys, config.api_key_files or (), takes_budgets=counts)
         self._config = config
         self._start_up = start_up
         self._metrics = GatewayMetrics()

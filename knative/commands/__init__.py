@@ -3,5 +3,6 @@
 `options` and `state_folder` find the cluster, store and pipeline that a command works on; `console` prints.
 
 May import: storage, storage.store, storage.checkpoints, storage.kv, storage.models, eventing, eventing.http, eventing.wire,
-functions.configuration, functions.gateway.scheduling, functions.stage.engine, functions.stage.native, knative.*.
+functions.configuration, functions.gateway.answers, functions.gateway.scheduling, functions.stage.engine,
+functions.stage.native, knative.*.
 """

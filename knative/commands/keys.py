@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 
 from functions.configuration.api_keys import LIMITS, ApiKey, Quota, limit, parse_keys, sha256_of
+from functions.gateway.answers.budgets import PERIODS, Budgets
 from knative.commands.console import show_table
 from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import to_yaml
@@ -26,7 +27,13 @@ from knative.spec.pipeline_spec import KEYS_ENTRY
 @click.option("--make", "name", metavar="NAME", help="Make a key for NAME and print it; it is shown only this once.")
 @click.option("--limit", "limits", metavar="NAME=NUMBER", multiple=True, help=f"Limit of the new key: {', '.join(LIMITS)}.")
 @click.option("--revoke", metavar="ID|NAME", help="Remove a key from the file.")
-def keys(file: Path, name: str | None, limits: tuple[str, ...], revoke: str | None) -> None:
+@click.option(
+    "--store",
+    envvar="LAMINA_LIMITS_STORE",
+    metavar="URL",
+    help="Redis of gateway.limits_secret (or LAMINA_LIMITS_STORE): list what keys with a budget have used.",
+)
+def keys(file: Path, name: str | None, limits: tuple[str, ...], revoke: str | None, store: str | None) -> None:
     """List the API keys in FILE, make another one or revoke one.
 
     FILE is the manifest of a Secret (.yaml; a new Secret gets the file's name), or a list of keys as a gateway reads it. It
@@ -50,12 +57,22 @@ def keys(file: Path, name: str | None, limits: tuple[str, ...], revoke: str | No
     elif revoke is not None:
         _revoke(found, revoke)
     else:
-        rows = []
-        for key in found.keys:
-            own = {limit: value for limit, value in dataclasses.asdict(key.quota).items() if value is not None}
-            shown = ", ".join(f"{limit} {value}" for limit, value in own.items()) or "-"
-            rows.append((key.id, key.name or "-", shown, "clear text: make another one" if key.in_clear_text else "hash"))
-        show_table(Console(), f"{len(rows)} keys in {file}", ("id", "name", "own limits", "stored as"), rows)
+        _list(found, None if store is None else Budgets(store))
+
+
+def _list(file: "KeyFile", budgets: Budgets | None) -> None:
+    """Shows the keys and, if there are counts of budgets, the tokens that each has used. Raises SpecError."""
+    rows = []
+    for key in file.keys:
+        own = {limit: value for limit, value in dataclasses.asdict(key.quota).items() if value is not None}
+        shown = ", ".join(f"{limit} {value}" for limit, value in own.items()) or "-"
+        try:
+            used = [] if budgets is None else [f"{budgets.read(key.id, period)}" for period in PERIODS]
+        except ConnectionError as error:
+            raise SpecError(f"--store: {error}; check its URL, and that this machine reaches it") from error
+        rows.append((key.id, key.name or "-", shown, *used, "clear text: make another one" if key.in_clear_text else "hash"))
+    counted = () if budgets is None else ("tokens this day", "this month (UTC)")
+    show_table(Console(), f"{len(rows)} keys in {file.path}", ("id", "name", "own limits", *counted, "stored as"), rows)
 
 
 def _make(file: "KeyFile", name: str, quota: Quota) -> None:
@@ -64,6 +81,8 @@ def _make(file: "KeyFile", name: str, quota: Quota) -> None:
     secret = f"lamina-{secrets.token_urlsafe(32)}"
     made = ApiKey(sha256_of(secret), name, quota)
     file.write((*file.keys, made))
+    if quota.has_budget:
+        click.echo("gateways with this key do not start unless gateway.limits_secret names a store for its budget", err=True)
     click.echo(f"logs call {name} {made.id}; this is the key, which is stored nowhere:", err=True)
     click.echo(secret)
 

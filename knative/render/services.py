@@ -367,6 +367,8 @@ def _gateway_env(pipeline: ResolvedPipeline, key_secrets: Sequence[str], for_eve
             LAMINA_ACCESS_LOG=gateway.access_log,
             LAMINA_CLIENT_REQUESTS_PER_MINUTE=gateway.client_requests_per_minute,
             LAMINA_CLIENT_TOKENS_PER_MINUTE=gateway.client_tokens_per_minute,
+            LAMINA_CLIENT_TOKENS_PER_DAY=gateway.client_tokens_per_day,
+            LAMINA_CLIENT_TOKENS_PER_MONTH=gateway.client_tokens_per_month,
             LAMINA_CLIENT_CONCURRENT=gateway.client_concurrent,
             LAMINA_CLIENT_MAX_TOKENS=gateway.client_max_tokens,
             LAMINA_CORS_ORIGINS=",".join(gateway.cors_origins) if gateway.cors_origins else None,

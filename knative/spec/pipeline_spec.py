@@ -266,6 +266,9 @@ class GatewaySpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     client_requests_per_minute: Positive | None = None
     client_tokens_per_minute: Positive | None = None
     client_concurrent: Positive | None = None
+    # Budgets of one client in a calendar day or month (UTC), at all pipelines that use the store of `limits_secret`.
+    client_tokens_per_day: Positive | None = None
+    client_tokens_per_month: Positive | None = None
     client_max_tokens: Positive | None = None  # longest answer; it ends there. Unset: the rest of the context
     # Secret whose key `url` is a Redis in which all pods count together. Unset: each pod alone.
     limits_secret: str | None = None
@@ -291,6 +294,10 @@ class GatewaySpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         _check_quantity("$.gateway.resources.cpu", self.resources.cpu)
         _check_quantity("$.gateway.resources.memory", self.resources.memory)
         self.pod.check("$.gateway.pod")
+        if self.limits_secret is None:
+            for name in ("client_tokens_per_day", "client_tokens_per_month"):
+                if getattr(self, name) is not None:
+                    raise SpecError(f"$.gateway.{name}: a budget is counted in a store; set limits_secret, or leave it out")
         if self.prefix_sharing == "client" and self.api_keys_secret is None:
             raise SpecError(
                 "$.gateway.prefix_sharing: 'client' is not allowed without api_keys_secret, because only keys tell clients "

@@ -29,16 +29,19 @@ _MAX_ADDRESS_CHARACTERS: Final = 64
 class KeyRing:
     """The API keys that are valid now. Thread-safe."""
 
-    def __init__(self, keys: Sequence[ApiKey] | None = None, files: Sequence[str] = ()) -> None:
+    def __init__(self, keys: Sequence[ApiKey] | None = None, files: Sequence[str] = (), *, takes_budgets: bool = True) -> None:
         """If `keys` is None and there are no files, the gateway is open to all.
 
-        Raises ConfigError for a file that cannot be read or parsed.
+        takes_budgets: a store counts budgets; without one a key with a budget is an error. Raises ConfigError for such a key,
+        and for a file that cannot be read or parsed.
         """
         self._fixed = tuple(keys or ())
-        self._files = [_KeyFile(Path(path)) for path in files]
+        self._files = [_KeyFile(Path(path), takes_budgets=takes_budgets) for path in files]
         self.is_open = keys is None and not self._files
         self._lock = threading.Lock()
         errors = [error for file in self._files if (error := file.read()) is not None]
+        if not takes_budgets and (uncounted := _uncounted_budget(self._fixed)):
+            errors.append(f"LAMINA_API_KEYS: {uncounted}")
         if errors:
             raise ConfigError(errors)
         self._collect()
@@ -77,9 +80,18 @@ class KeyRing:
         self._check_at = time.monotonic() + _CHECK_SECONDS
 
 
+def _uncounted_budget(keys: Sequence[ApiKey]) -> str | None:
+    """A sentence that names the first key with a budget, which nothing would count; None: no key has one."""
+    found = next((key for key in keys if key.quota.has_budget), None)
+    if found is None:
+        return None
+    return f"key {found.id} has a budget, which takes a store: set gateway.limits_secret in the spec (LAMINA_LIMITS_STORE)"
+
+
 class _KeyFile:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, takes_budgets: bool) -> None:
         self._path = path
+        self._takes_budgets = takes_budgets
         self.seen: tuple[int, ...] = ()  # `state` at the last read; empty before the first
         self.keys: tuple[ApiKey, ...] = ()
 
@@ -90,7 +102,7 @@ class _KeyFile:
         """
         existed, self.seen = bool(self.seen), self.state()
         try:
-            self.keys = parse_keys(self._path.read_text(encoding="utf-8"))
+            keys = parse_keys(self._path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             self.keys = ()
             return None if existed else f"{self._path}: there is no such file of API keys"
@@ -98,6 +110,9 @@ class _KeyFile:
             return f"{self._path}: cannot be read ({type(error).__name__})"
         except ValueError as error:
             return f"{self._path}: {error}"
+        if not self._takes_budgets and (uncounted := _uncounted_budget(keys)):
+            return f"{self._path}: {uncounted}"
+        self.keys = keys
         return None
 
     def state(self) -> tuple[int, ...]:

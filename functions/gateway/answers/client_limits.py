@@ -1,4 +1,4 @@
-"""Limits of each client: requests and tokens a minute, concurrent answers, the longest answer, and priority.
+"""Limits of each client: requests and tokens a minute, budgets, concurrent answers, the longest answer, and priority.
 
 A minute is a sliding window, counted by the package `limits`. A refused request costs nothing else: it is refused before it
 is tokenized. An answer's tokens are counted when it ends, so a client that has any left may begin one more. Concurrent answers
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from eventing.problems import InvalidRequest, RateLimited
 from functions.configuration.api_keys import Quota
+from functions.gateway.answers.budgets import STORE_RETRY_SECONDS, Budgets, Period, open_store, seconds_left
 
 if TYPE_CHECKING:
     from limits import RateLimitItem
@@ -25,9 +26,6 @@ _log: Final = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Release = Callable[[int], None]  # called when an answer ends, with the number of tokens of prompt and answer
-
-_STORE_TIMEOUT_SECONDS: Final = 0.5
-_STORE_RETRY_SECONDS: Final = 5.0  # after a failure of the store, the time without requests to it
 
 
 class ClientLimits:
@@ -50,6 +48,7 @@ class ClientLimits:
         self._store = store
         self._scope = scope
         self._windows: SlidingWindows | None = None
+        self._budgets: Budgets | None = None
         self._running: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -79,7 +78,8 @@ class ClientLimits:
         return lambda tokens: self._release(client_id, tokens)
 
     def _count_request(self, client_id: str, quota: Quota) -> None:
-        """Counts one request of the client. Raises RateLimited instead if its tokens or requests per minute are used up."""
+        """Counts one request of the client. Raises RateLimited instead if its requests or tokens are used up."""
+        self._check_budget(client_id, quota)
         for limit, unit in ((quota.tokens_per_minute, "tokens"), (quota.requests_per_minute, "requests")):
             if not limit:
                 continue
@@ -89,11 +89,24 @@ class ClientLimits:
                 seconds = windows.seconds_left(limit, self._scope, unit, client_id)
                 raise RateLimited(f"{limit} {unit} a minute are what this client may have; ask again in {seconds} s", seconds)
 
+    def _check_budget(self, client_id: str, quota: Quota) -> None:
+        limits: dict[Period, int | None] = {"day": quota.tokens_per_day, "month": quota.tokens_per_month}
+        for period, limit in limits.items():
+            if limit and (used := self._budgeted().used(client_id, period)) >= limit:
+                seconds = seconds_left(period)
+                raise RateLimited(
+                    f"{limit} tokens a {period} are what this client may have, and {used} are used; ask again in {seconds} s, "
+                    f"when the next {period} begins (UTC)",
+                    seconds,
+                )
+
     def _release(self, client_id: str, tokens: int) -> None:
         self._end(client_id, 1)
-        limit = self.quota(client_id).tokens_per_minute
-        if limit and tokens:
-            self._counted().charge(limit, tokens, self._scope, "tokens", client_id)
+        quota = self.quota(client_id)
+        if quota.tokens_per_minute and tokens:
+            self._counted().charge(quota.tokens_per_minute, tokens, self._scope, "tokens", client_id)
+        if quota.has_budget and tokens:
+            self._budgeted().add(client_id, tokens)
 
     def _end(self, client_id: str, answers: int) -> None:
         with self._lock:
@@ -108,6 +121,12 @@ class ClientLimits:
                 self._windows = SlidingWindows(self._store)
             return self._windows
 
+    def _budgeted(self) -> Budgets:
+        with self._lock:
+            if self._budgets is None:
+                self._budgets = Budgets(self._store)
+            return self._budgets
+
 
 class SlidingWindows:
     """Counters of the last minute's requests and tokens of each client, in this process or in a store that gateways share.
@@ -119,14 +138,12 @@ class SlidingWindows:
 
     def __init__(self, store: str | None = None) -> None:
         """store: None, or a URL such as redis://host:6379/0."""
-        from limits.storage import MemoryStorage, storage_from_string
         from limits.strategies import SlidingWindowCounterRateLimiter
 
-        self._local: SlidingWindowCounterRateLimiter = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._local: SlidingWindowCounterRateLimiter = SlidingWindowCounterRateLimiter(open_store(None))
         self._shared: SlidingWindowCounterRateLimiter | None = None
         if store is not None:
-            timeouts = {"socket_timeout": _STORE_TIMEOUT_SECONDS, "socket_connect_timeout": _STORE_TIMEOUT_SECONDS}
-            self._shared = SlidingWindowCounterRateLimiter(storage_from_string(store, wrap_exceptions=True, **timeouts))
+            self._shared = SlidingWindowCounterRateLimiter(open_store(store))
         self._lock = threading.Lock()
         self._retry_at = 0.0
 
@@ -180,7 +197,7 @@ class SlidingWindows:
             try:
                 return ask(self._shared)
             except StorageError as error:
-                self._retry_at = time.monotonic() + _STORE_RETRY_SECONDS
+                self._retry_at = time.monotonic() + STORE_RETRY_SECONDS
                 kind = type(error.storage_error).__name__
                 _log.warning("limits are counted by this gateway alone, their store does not answer (%s)", kind)
         with self._lock:  # `charge` reads and takes in two steps

@@ -128,6 +128,7 @@ def test_secrets_are_not_shown() -> None:
         ({**STAGE, "LAMINA_KV_KEY": "secret"}, ("LAMINA_KV_KEY", "not shown", "openssl rand -hex 32")),
         ({**STAGE, "LAMINA_KV_STORE_ACCESS_KEY_ID": "a"}, ("LAMINA_KV_STORE_SECRET_ACCESS_KEY", "belong together")),
         ({**GATEWAY, "LAMINA_POD_NETWORK": "10.0.0.1/8"}, ("LAMINA_POD_NETWORK", "10.244.0.0/16")),
+        ({**GATEWAY, "LAMINA_CLIENT_TOKENS_PER_MONTH": "9"}, ("LAMINA_LIMITS_STORE", "LAMINA_CLIENT_TOKENS_PER_MONTH")),
         ({**GATEWAY, "LAMINA_PREFIX_SHARING": "client"}, ("LAMINA_PREFIX_SHARING", "client", "API keys")),
         ({**GATEWAY, "LAMINA_STAGE_TARGETS": "1.4"}, ("LAMINA_STAGE_TARGETS", "1.4", "0:2,2:4")),
         ({**GATEWAY, "LAMINA_STAGE_TARGETS": "1.4,nan"}, ("LAMINA_STAGE_TARGETS", "'1.4,nan'", "separated by commas")),

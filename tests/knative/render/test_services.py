@@ -57,6 +57,8 @@ def test_functions_accept_every_rendered_environment() -> None:
         "client_requests_per_minute": 60,
         "client_tokens_per_minute": 9000,
         "client_concurrent": 4,
+        "client_tokens_per_day": 100_000,
+        "client_tokens_per_month": 10**9,
         "client_max_tokens": 500,
         "limits_secret": "redis",
         "cors_origins": ["https://chat.example", "http://localhost:3000"],
@@ -79,7 +81,7 @@ def test_functions_accept_every_rendered_environment() -> None:
     gateway = configs[-1]
     assert isinstance(gateway, GatewayConfig)
     assert gateway.access_log == "prompts"
-    assert client_limits(gateway, KeyRing()).quota("anybody") == Quota(60, 9000, 4, 500)
+    assert client_limits(gateway, KeyRing()).quota("anybody") == Quota(60, 9000, 4, 500, None, 100_000, 10**9)
     assert gateway.cors_origins == ("https://chat.example", "http://localhost:3000")
     assert gateway.hosts == ("chat.example", "*.corp.example")
     assert gateway.stages[1] == ((10, 20), f"http://chat-{full.fingerprint[:8]}-s1.models.svc.cluster.local")

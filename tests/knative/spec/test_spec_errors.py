@@ -33,6 +33,8 @@ FIELDS = [
     ({"stage": {"autoscaling": {"targt": 2}}}, r"\$\.stage\.autoscaling\.targt: unknown field, seen 2"),
     ({"stage": {"timeout_seconds": 601}}, r"\$\.stage\.timeout_seconds: .*at most 600, seen 601"),
     ({"store": {"endpoint": "store:9000"}}, r"\$\.store\.endpoint: .*seen 'store:9000'"),
+    ({"gateway": {"client_tokens_per_day": 9}}, r"\$\.gateway\.client_tokens_per_day: a budget is counted in a store"),
+    ({"gateway": {"client_tokens_per_month": 9}}, r"\$\.gateway\.client_tokens_per_month: a budget .* set limits_secret"),
     (
         {"gateway": {"prefix_sharing": "client"}},
         r"\$\.gateway\.prefix_sharing: 'client' is not allowed without api_keys_secret",

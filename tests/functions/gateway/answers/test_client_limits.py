@@ -250,7 +250,7 @@ def test_a_client_that_has_used_up_its_minute_in_a_store_waits_for_a_minute() ->
 def test_a_gateway_counts_alone_while_its_store_is_down(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(client_limits, "_STORE_RETRY_SECONDS", 0.3)
+    monkeypatch.setattr(client_limits, "STORE_RETRY_SECONDS", 0.3)
     with redis_server() as port:
         url = f"redis://127.0.0.1:{port}/0"
         (gateway, *_) = gateways(url, Quota(requests_per_minute=10))
