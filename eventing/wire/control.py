@@ -88,15 +88,19 @@ class ReleaseReply(Struct, frozen=True):
     released: int  # sequences that were held and are held no longer
 
 
-class WarmupRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """Data of `dev.lamina.warmup`: an empty object."""
+class WarmupRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Data of `dev.lamina.warmup`."""
+
+    wait: bool = True  # the reply comes when the instance is ready; False: at once, and says how far the start is
 
 
 class WarmupReply(Struct, frozen=True):
-    """Data of the reply to a warm-up event: the instance that is ready, and when each phase of its start ended.
+    """Data of the reply to a warm-up event: the instance, and which phases of its start have ended.
 
     Times are seconds since its process began.
     """
 
     instance: str
     start_up: dict[str, float] = field(default_factory=dict)
+    loaded_bytes: int = 0  # of its weights
+    total_bytes: int = 0  # of its weights; 0: not known yet

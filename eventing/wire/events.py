@@ -41,6 +41,7 @@ class EventType(StrEnum):
     GENERATE_REQUEST = "dev.lamina.generate.request"
     GENERATE_RESPONSE = "dev.lamina.generate.response"
     TOKEN = "dev.lamina.generate.token"
+    PROGRESS = "dev.lamina.generate.progress"
     ERROR = "dev.lamina.generate.error"  # last event of a stream that failed; its data is a problem document
     SCORE_REQUEST = "dev.lamina.score.request"
     SCORE_RESPONSE = "dev.lamina.score.response"

@@ -91,6 +91,7 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True  # a forced call may be followed by others
     structured_outputs: StructuredOutputs | None = None  # the form of the answer, which ends when the form is complete
+    include_progress: bool = False  # a stream has `dev.lamina.generate.progress` events while it waits
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
@@ -248,6 +249,21 @@ class TokenEvent(Struct, frozen=True, omit_defaults=True):
     text: str
     choice: int = 0  # index of the answer, if there are several
     logprob: TokenLogprob | None = None
+
+
+class ProgressEvent(Struct, frozen=True, omit_defaults=True):
+    """Data of `dev.lamina.generate.progress`: what an answer awaits while no token comes. A later one replaces it.
+
+    `start`: a stage that has no pod or whose pod loads weights. `memory`: for keys and values at the stages. `turn`: the
+    requests before it in the queue. `retry`: the next attempt after a stage failed. `prompt`: the prompt is being computed.
+    """
+
+    awaits: Literal["start", "memory", "turn", "retry", "prompt"]
+    text: str  # the same as a phrase, such as `stage 2 of 3 loading, 41 %`
+    stage: int | None = None  # for `start`: the number, from 1 on, of the stage that is furthest behind
+    stages: int | None = None  # for `start`: how many the pipeline has
+    percent: int | None = None  # for `start`: of the stage's weights; for `prompt`: of its tokens; None: unknown
+    waiting: int | None = None  # for `turn`: requests in the queue
 
 
 class ErrorEvent(Struct, frozen=True):

@@ -360,6 +360,12 @@ class GatewayConfig(CommonConfig):
     queue_limit: int = setting(
         "LAMINA_QUEUE_LIMIT", parsers.integer(0, 100_000), "requests that may wait; more are refused with 429", "256"
     )
+    keep_alive_seconds: float = setting(
+        "LAMINA_KEEP_ALIVE_SECONDS",
+        parsers.seconds_or_zero,
+        "silence after which a stream sends a comment, so that proxies and clients do not take it for dead; 0: never",
+        "10",
+    )
     chunk_tokens: int = setting(
         "LAMINA_CHUNK_TOKENS", parsers.integer(1, 65_536), "most prompt tokens of one sequence in one event", "256"
     )

@@ -46,6 +46,10 @@ def seconds(value: str) -> float:
     return number
 
 
+def seconds_or_zero(value: str) -> float:
+    return 0.0 if value == "0" else seconds(value)
+
+
 def fingerprint(value: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{32}", value):
         raise ValueError("32 hexadecimal digits, as `python -m knative plan` prints them")

@@ -101,8 +101,9 @@ class GatewayFunction:
         self._start_up.mark("last_byte")
         self._metrics.ready.set(1)
         limits = client_limits(self._config, self._keys)
+        config = self._config
         self._answer_service = AnswerService(
-            text, self._running.scheduler, self._metrics, self._tracer, limits, self._config.model
+            text, self._running.scheduler, self._metrics, self._tracer, limits, config.model, config.keep_alive_seconds
         )
         _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])
 

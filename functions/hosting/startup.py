@@ -27,6 +27,7 @@ class StartUp:
         self._lock = threading.Lock()
         self._phases: dict[str, float] = {}
         self._listeners: list[Callable[[str, float], None]] = []
+        self.loaded_bytes = self.total_bytes = 0  # of a stage's weights; 0 before the first came
         self.mark("process")
 
     def mark(self, phase: str, at: float | None = None) -> None:

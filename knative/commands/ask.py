@@ -19,17 +19,19 @@ from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, ServerSentEvent, SSEDec
 from eventing.problems import MalformedEvent, problem_from_document
 from eventing.wire.cloud_event import json_event
 from eventing.wire.events import EventType
-from eventing.wire.generation import ErrorEvent, GenerateRequest, GenerateResponse, Message, TokenEvent
+from eventing.wire.generation import ErrorEvent, GenerateRequest, GenerateResponse, Message, ProgressEvent, TokenEvent
 
 _LIST_SECONDS: Final = 10
 _SENTENCE_ENDS: Final = ("?", ".", "!", "…", "？", "。", "！", "؟", "।")
-_TYPES: Final[dict[str, type[TokenEvent | GenerateResponse | ErrorEvent]]] = {
+_TYPES: Final[dict[str, type[TokenEvent | ProgressEvent | GenerateResponse | ErrorEvent]]] = {
     "dev.lamina.generate.token": TokenEvent,
+    "dev.lamina.generate.progress": ProgressEvent,
     "dev.lamina.generate.response": GenerateResponse,
     "dev.lamina.generate.error": ErrorEvent,
 }
 
 Answer = TokenEvent | GenerateResponse
+OnProgress = Callable[[ProgressEvent], object]
 
 chat_option = click.option(
     "--chat/--raw",
@@ -85,10 +87,20 @@ def ask(
     python -m knative ask http://203.0.113.7 --host chat.default.example.com "What is the capital of France?"
     """
     as_chat = is_question(prompt) if chat is None else chat
+    question = Question(prompt, max_tokens, temperature, as_chat, api_key, timeout, host)
+    console = Console()
+    status = console.status("")  # shown on terminals only
+
+    def waits(progress: ProgressEvent) -> None:
+        status.update(f"waiting: {progress.text}")
+        status.start()
+
     try:
-        asyncio.run(show_answer(Console(), url, Question(prompt, max_tokens, temperature, as_chat, api_key, timeout, host)))
+        asyncio.run(show_answer(console, url, question, before_text=status.stop, on_progress=waits))
     except HostNotRouted as error:
         raise AskFailed(f"{error}; {_known_hosts()}") from error
+    finally:
+        status.stop()
 
 
 def _known_hosts() -> str:
@@ -118,16 +130,20 @@ def is_question(text: str) -> bool:
 
 
 async def show_answer(
-    console: Console, url: str, question: Question, before_text: Callable[[], object] = lambda: None
+    console: Console,
+    url: str,
+    question: Question,
+    before_text: Callable[[], object] = lambda: None,
+    on_progress: OnProgress | None = None,
 ) -> GenerateResponse:
     """Prints the answer's text while it streams, then one line of timings. Returns the response. Raises AskFailed.
 
-    before_text: called before each piece of text. Times are measured here, because the gateway's own clock starts after a cold
-    start and stops before the network.
+    before_text: called before each piece of text. on_progress: as in `stream_answer`. Times are measured here, because the
+    gateway's own clock starts after a cold start and stops before the network.
     """
     asked_at = time.monotonic()
     first_at: float | None = None
-    async for answer in stream_answer(url, question):
+    async for answer in stream_answer(url, question, on_progress):
         now = time.monotonic()
         first_at = now if first_at is None else first_at
         if isinstance(answer, GenerateResponse):
@@ -147,9 +163,12 @@ async def show_answer(
     raise AskFailed(f"{url}: the answer had no end")
 
 
-async def stream_answer(url: str, question: Question) -> AsyncIterator[Answer]:
-    """Asks the gateway at `url`; yields token events as they arrive, then the complete response. Raises AskFailed."""
-    headers, body = _request(question)
+async def stream_answer(url: str, question: Question, on_progress: OnProgress | None = None) -> AsyncIterator[Answer]:
+    """Asks the gateway at `url`; yields token events as they arrive, then the complete response. Raises AskFailed.
+
+    on_progress: called with what the answer awaits, while no tokens come; None: the gateway is not asked for that.
+    """
+    headers, body = _request(question, include_progress=on_progress is not None)
     timeout = aiohttp.ClientTimeout(total=question.timeout_seconds, sock_connect=10)
     try:
         async with aiohttp.ClientSession(timeout=timeout) as session, session.post(url, data=body, headers=headers) as reply:
@@ -167,6 +186,10 @@ async def stream_answer(url: str, question: Question) -> AsyncIterator[Answer]:
                     answer = _read(event)
                     if isinstance(answer, ErrorEvent):
                         raise AskFailed(f"the answer broke off: {answer.title}: {answer.detail}")
+                    if isinstance(answer, ProgressEvent):
+                        if on_progress is not None:
+                            on_progress(answer)
+                        continue
                     yield answer
                     if isinstance(answer, GenerateResponse):
                         return
@@ -177,8 +200,12 @@ async def stream_answer(url: str, question: Question) -> AsyncIterator[Answer]:
         raise AskFailed(f"{url}: {error or f'no answer in {question.timeout_seconds:g} seconds'}") from error
 
 
-def _request(question: Question) -> tuple[dict[str, str], bytes]:
-    sampling: dict[str, Any] = {"max_tokens": question.max_tokens, "temperature": question.temperature}
+def _request(question: Question, *, include_progress: bool) -> tuple[dict[str, str], bytes]:
+    sampling: dict[str, Any] = {
+        "max_tokens": question.max_tokens,
+        "temperature": question.temperature,
+        "include_progress": include_progress,
+    }
     if question.chat:
         data = GenerateRequest(messages=(Message(role="user", content=question.text),), **sampling)
     else:
@@ -192,7 +219,7 @@ def _request(question: Question) -> tuple[dict[str, str], bytes]:
     return headers, b"".join(pieces)
 
 
-def _read(event: ServerSentEvent) -> TokenEvent | GenerateResponse | ErrorEvent:
+def _read(event: ServerSentEvent) -> TokenEvent | ProgressEvent | GenerateResponse | ErrorEvent:
     """Decodes a message of the stream, which is a CloudEvent in structured mode."""
     try:
         cloud_event = from_http({"content-type": "application/cloudevents+json"}, event.data.encode())

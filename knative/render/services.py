@@ -351,6 +351,7 @@ def _gateway_env(pipeline: ResolvedPipeline, key_secrets: Sequence[str], for_eve
             LAMINA_STAGE_TARGETS=",".join(_plain(stage.autoscaling.target_concurrency) for stage in pipeline.stages),
             LAMINA_PAGE="off" if for_events else gateway.page,
             LAMINA_QUEUE_LIMIT=gateway.queue_limit,
+            LAMINA_KEEP_ALIVE_SECONDS=gateway.keep_alive_seconds,
             LAMINA_CHUNK_TOKENS=gateway.chunk_tokens,
             LAMINA_MICRO_BATCH_SEQUENCES=gateway.micro_batch_sequences,
             LAMINA_DRAFT_TOKENS=gateway.draft_tokens,

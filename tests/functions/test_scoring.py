@@ -167,6 +167,9 @@ class WideEngine:
     def phases(self) -> dict[str, float]:
         return {}
 
+    def loaded(self) -> tuple[int, int]:
+        return 0, 0
+
     def handle(self, batch: Batch, *, source: str, expires_at: float | None = None) -> Batch:
         self.seen.append(batch)
         tokens = len(batch.token_ids)

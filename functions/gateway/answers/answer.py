@@ -1,6 +1,7 @@
 """One answer as it is generated: its tokens, the text that they complete, its end and its timings. Knows no HTTP."""
 
 from collections.abc import Sequence
+from copy import copy
 
 from eventing.wire.generation import Choice, FinishReason, Timings, TokenEvent, TokenLogprob
 from functions.gateway.answers.client_limits import Release
@@ -67,6 +68,8 @@ class Answer:
                 return self._give(len(self._token_ids) - self._text_stream.holds)
         elif not self.token_stream.ended:
             return []
+        elif self.token_stream.problem is not None:  # it failed after `next_token` had waited in vain
+            raise copy(self.token_stream.problem)
         self._put_echo()
         self._certain += self._text_stream.finish()
         given = self._give(len(self._token_ids))

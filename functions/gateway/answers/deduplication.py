@@ -15,7 +15,7 @@ from typing import Final, Generic, TypeVar
 
 from eventing.problems import Problem
 from eventing.wire.generation import TokenEvent
-from functions.gateway.answers.generation import HEARTBEAT_SECONDS, ClientLeft, StreamPace
+from functions.gateway.answers.generation import ClientLeft, SignsOfLife
 
 _log: Final = logging.getLogger(__name__)
 
@@ -54,19 +54,21 @@ class Listener(Generic[T]):
         self._leave = leave
         self._closed = False
 
-    def items(self, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> Iterator[T | None]:
-        """Yields all items, also those from before this listener joined, and None after each `heartbeat_seconds` without any.
+    def items(self, keep_alive_seconds: float = 0.0) -> Iterator[T | None]:
+        """Yields all items, also those from before this listener joined, and None after each `keep_alive_seconds` without any.
+
+        keep_alive_seconds: 0: it never yields None.
 
         Raises the Problem that ended the answer, or ClientLeft if this listener's client has left.
         """
         given = 0
-        pace = StreamPace(self._gone, heartbeat_seconds)
+        signs = SignsOfLife(self._gone, keep_alive_seconds)
         shared = self._shared
         try:
             while True:
                 with shared.changed:
                     if given == len(shared.items) and not shared.ended:
-                        shared.changed.wait(pace.seconds_to_wait())
+                        shared.changed.wait(signs.seconds_to_wait())
                     new, ended = shared.items[given:], shared.ended
                 yield from new
                 given += len(new)
@@ -74,9 +76,8 @@ class Listener(Generic[T]):
                     raise copy(shared.problem)  # a raised exception holds the request, by the frames of its traceback
                 if ended:
                     return
-                if pace.is_heartbeat_due(bool(new)):
+                for _ in signs.due(bool(new)):
                     yield None
-                    pace.restart()
         finally:
             self.close()
 

@@ -1,5 +1,6 @@
 """The answers to one request: one, or several that are generated together. Knows no HTTP."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -10,6 +11,7 @@ from msgspec.structs import replace
 from eventing.wire.generation import (
     CompletionTokensDetails,
     GenerateResponse,
+    ProgressEvent,
     PromptTokensDetails,
     Timings,
     TokenEvent,
@@ -18,46 +20,58 @@ from eventing.wire.generation import (
 from functions.gateway.answers.answer import Answer
 from functions.gateway.answers.metrics import GatewayMetrics
 
-HEARTBEAT_SECONDS: Final = 3.0  # between heartbeats of a stream while no tokens come
-LOOK_SECONDS: Final = 0.5  # between checks whether the client is still connected
+LOOK_SECONDS: Final = 0.5  # between checks whether the client is still connected, and what it waits for
 
 
 class ClientLeft(Exception):
     """The client has disconnected and the answer was cancelled."""
 
 
-class StreamPace:
-    """Timers of one stream: when a heartbeat is due because no tokens come, and when to check whether the client has left.
+class SignsOfLife:
+    """What a stream sends while no tokens come, and its checks whether the client has left.
 
-    gone: tells without waiting whether the client has left.
+    gone: tells without waiting whether the client has left. keep_alive_seconds: silence after which a comment is sent; 0:
+    never. awaited: what the answer awaits; None: the client did not ask for progress.
     """
 
-    def __init__(self, gone: Callable[[], bool], heartbeat_seconds: float) -> None:
+    def __init__(
+        self, gone: Callable[[], bool], keep_alive_seconds: float, awaited: Callable[[], ProgressEvent | None] | None = None
+    ) -> None:
         self._gone = gone
-        self._heartbeat_seconds = heartbeat_seconds
-        self._look_at = time.monotonic() + LOOK_SECONDS
-        self.restart()
-
-    def restart(self) -> None:
-        """Begins the interval between heartbeats again. Call it after a heartbeat was sent."""
-        self._heartbeat_at = time.monotonic() + self._heartbeat_seconds
+        self._keep_alive_seconds = keep_alive_seconds or math.inf
+        self._awaited = awaited
+        self._told: ProgressEvent | None = None
+        now = time.monotonic()
+        self._look_at = now + LOOK_SECONDS
+        self._comment_at = now + self._keep_alive_seconds
+        self._silent = True  # no token came since the last look
 
     def seconds_to_wait(self) -> float:
-        return max(0.0, min(self._heartbeat_at, self._look_at) - time.monotonic())
+        return max(0.0, min(self._comment_at, self._look_at) - time.monotonic())
 
-    def is_heartbeat_due(self, found: bool) -> bool:
-        """Tells whether to send a heartbeat now. Call it after each wait for tokens.
+    def due(self, found: bool) -> Iterator[ProgressEvent | None]:
+        """What to send now: an event, or None for a comment. Call it after each wait for tokens.
 
         found: the wait brought tokens, and they were sent. Raises ClientLeft if the client has disconnected.
         """
         now = time.monotonic()
+        self._silent = self._silent and not found
+        sent = found
         if now >= self._look_at:
             self._look_at = now + LOOK_SECONDS
             if self._gone():
                 raise ClientLeft
-        if found:
-            self._heartbeat_at = now + self._heartbeat_seconds
-        return not found and now >= self._heartbeat_at
+            if self._awaited is not None and self._silent:
+                before, self._told = self._told, self._awaited()
+                if self._told is not None and self._told != before:
+                    sent = True
+                    yield self._told
+            self._silent = True
+        if not sent and now >= self._comment_at:
+            sent = True
+            yield None
+        if sent:
+            self._comment_at = now + self._keep_alive_seconds
 
 
 class Generation:
@@ -73,10 +87,15 @@ class Generation:
         answers_per_prompt: int,
         gone: Callable[[], bool],
         metrics: GatewayMetrics,
+        keep_alive_seconds: float = 0.0,
+        *,
+        include_progress: bool = False,
     ) -> None:
-        """answers: those to the first prompt come first. gone: tells without waiting whether the client has left."""
+        """answers: those to the first prompt come first. Other parameters: see SignsOfLife and GenerateRequest."""
         self.request_id = request_id
         self.answers = answers
+        self._keep_alive_seconds = keep_alive_seconds
+        self._include_progress = include_progress
         self._answers_per_prompt = answers_per_prompt
         self._gone = gone
         self._metrics = metrics
@@ -85,21 +104,25 @@ class Generation:
             for answer in answers:
                 answer.token_stream.notify(self._noticed.set)
 
-    def tokens(self, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> Iterator[TokenEvent | None]:
-        """Yields the tokens of all answers as they come, and None after each `heartbeat_seconds` without any.
+    def tokens(self) -> Iterator[TokenEvent | ProgressEvent | None]:
+        """Yields the tokens of all answers as they come; while none come, signs of life (None is a comment).
 
         Raises the Problem that ended an answer early, or ClientLeft. Closing the iterator cancels unfinished answers.
         """
-        pace = StreamPace(self._gone, heartbeat_seconds)
+        awaited = self._await_what if self._include_progress else None
+        signs = SignsOfLife(self._gone, self._keep_alive_seconds, awaited)
         found = True
         try:
             while not all(answer.done for answer in self.answers):
-                found = yield from self._take(0.0 if found else pace.seconds_to_wait())
-                if pace.is_heartbeat_due(found):
-                    yield None
-                    pace.restart()
+                found = yield from self._take(0.0 if found else signs.seconds_to_wait())
+                yield from signs.due(found)
         finally:
             self.close()
+
+    def _await_what(self) -> ProgressEvent | None:
+        """What the first of the answers awaits that awaits more than its next token."""
+        running = (answer.token_stream.progress() for answer in self.answers if not answer.done)
+        return next((progress for progress in running if progress is not None), None)
 
     def _take(self, seconds: float) -> Generator[TokenEvent, None, bool]:
         """Yields tokens after waiting for them up to `seconds`. Returns whether a token came or an answer ended."""

@@ -59,6 +59,7 @@ class AnswerService:
         tracer: Tracer = PASSING,
         limits: ClientLimits | None = None,
         model: str = "",
+        keep_alive_seconds: float = 10.0,
     ) -> None:
         self.text = text
         self._limits = limits or ClientLimits(Quota())
@@ -66,6 +67,7 @@ class AnswerService:
         self._metrics = metrics
         self._tracer = tracer
         self._model = model
+        self.keep_alive_seconds = keep_alive_seconds
 
     def begin(self, request: GenerateRequest, context: RequestContext) -> Generation:
         """Begins all answers to a request, or none, and returns without waiting for tokens. The caller closes the Generation.
@@ -89,7 +91,15 @@ class AnswerService:
             if isinstance(error, RecursionError):
                 raise InvalidRequest("the request's tools, schema or arguments are nested too deeply") from None
             raise
-        return Generation(context.request_id, answers, request.n, context.gone, self._metrics)
+        return Generation(
+            context.request_id,
+            answers,
+            request.n,
+            context.gone,
+            self._metrics,
+            self.keep_alive_seconds,
+            include_progress=request.include_progress,
+        )
 
     def use_text(self, client_id: str, work: Callable[[ModelText], T], tokens: Callable[[T], int] = lambda _: 0) -> T:
         """Serves a request that gets no answer from the pipeline: returns what `work` makes of it with the model's text.

@@ -2,14 +2,15 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from itertools import chain, dropwhile
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Generator, Iterator
+from itertools import chain
+from typing import Any, Final
 
 from flask import Response, request
 
-from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE
+from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, HEARTBEAT
 from eventing.problems import Problem
+from eventing.wire.generation import ProgressEvent, TokenEvent
 from functions.gateway.answers.deduplication import Listener
 from functions.gateway.answers.generation import ClientLeft, Generation
 from functions.hosting.requests import ARRIVED, CLIENT_GONE
@@ -20,16 +21,15 @@ CLIENT_CLOSED_REQUEST: Final = 499  # nginx's status; no client reads it
 
 
 Answering = Generation | Listener[Any]  # an answer on its way
-T = TypeVar("T")
 
 
 def stream_response(source: Answering, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Response:
     """Waits for the first event, then returns a reply that streams `events`. Raises a Problem that comes before it.
 
     failure: encodes a Problem that comes later, as the last event. source: closed when the reply ends or the client leaves.
-    Nothing is sent before the first event, so that a failed answer gets the status of its Problem. Also, a
-    proxy may treat a reply as an error if it begins before the proxy has sent the request's last byte: Go's ReverseProxy then
-    closes the connection.
+    The first event is a token, or a sign of life after some silence. Nothing is sent before it, so that an answer that fails
+    early gets the status of its Problem. Also, a proxy may treat a reply as an error if it begins before the proxy has sent
+    the request's last byte: Go's ReverseProxy then closes the connection.
     """
     try:
         first = next(events)
@@ -51,15 +51,15 @@ def whole_response(tokens: Iterator[object], finished: Callable[[], Response]) -
     return finished()
 
 
-def after_first_token(tokens: Iterator[T | None]) -> Iterator[T | None]:
-    """Waits for the first token, or whatever `tokens` yields, then returns an iterator that begins with it. Drops heartbeats
-    (None) before it.
-
-    Raises the Problem or ClientLeft that ended the answer before its first token.
-    """
-    rest = dropwhile(lambda token: token is None, tokens)
-    first = next(rest, None)
-    return iter(()) if first is None else chain((first,), rest)
+def after_comments(
+    events: Iterator[TokenEvent | ProgressEvent | None],
+) -> Generator[bytes, None, Iterator[TokenEvent | ProgressEvent | None]]:
+    """Yields comments until the first token or progress has come, and returns an iterator that begins with it."""
+    for event in events:
+        if event is not None:
+            return chain((event,), events)
+        yield HEARTBEAT
+    return iter(())
 
 
 def arrival_time() -> float:

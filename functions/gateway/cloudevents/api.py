@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from itertools import count
 
 from cloudevents.core.v1.event import CloudEvent
 from flask import Flask, Response, g, request
@@ -28,15 +29,14 @@ from eventing.problems import MalformedEvent, Problem, UnknownEventType, Unsuppo
 from eventing.wire.cloud_event import data_buffers, json_data, json_event, reply_id, reply_seed
 from eventing.wire.events import Attribute, EventType
 from eventing.wire.framing import Buffer, check_not_expired, expiry_time
-from eventing.wire.generation import MAX_CHOICES, ErrorEvent, GenerateRequest, GenerateResponse, TokenEvent
+from eventing.wire.generation import MAX_CHOICES, ErrorEvent, GenerateRequest, GenerateResponse, ProgressEvent, TokenEvent
 from functions.gateway.answers.access_log import log_entry
 from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.deduplication import Deduplicator, Listener
-from functions.gateway.answers.generation import LOOK_SECONDS, ClientLeft, Generation
+from functions.gateway.answers.generation import ClientLeft, Generation
 from functions.gateway.answers.service import MAX_LOGPROBS, AnswerService, RequestContext
 from functions.gateway.answers.streaming import (
     CLIENT_CLOSED_REQUEST,
-    after_first_token,
     arrival_time,
     client_gone,
     stream_response,
@@ -45,7 +45,7 @@ from functions.gateway.answers.streaming import (
 from functions.gateway.cloudevents.scoring import ScoreEntry
 from functions.observing.tracing import read_traceparent
 
-Item = TokenEvent | GenerateResponse  # of an answer: its tokens, then the response
+Item = TokenEvent | ProgressEvent | GenerateResponse  # of an answer: its tokens, then the response
 
 
 class CloudEventsAPI:
@@ -187,9 +187,12 @@ class CloudEventsAPI:
 
     def _stream(self, cause: CloudEvent, listener: Listener[Item]) -> Iterator[bytes]:
         id_ = reply_id(cause)
-        for item in after_first_token(listener.items()):
+        progress = count()
+        for item in listener.items(self._service().keep_alive_seconds):
             if item is None:
                 yield HEARTBEAT
+            elif isinstance(item, ProgressEvent):
+                yield _structured_sse(self._event(cause, EventType.PROGRESS, item, f"{id_}-progress-{next(progress)}"))
             elif isinstance(item, TokenEvent):
                 number = f"{item.index}" if item.choice == 0 else f"{item.choice}-{item.index}"
                 yield _structured_sse(self._event(cause, EventType.TOKEN, item, f"{id_}-{number}"))
@@ -213,7 +216,7 @@ class CloudEventsAPI:
 
 
 def _items(generation: Generation) -> Iterator[Item | None]:
-    yield from generation.tokens(LOOK_SECONDS)
+    yield from generation.tokens()
     yield generation.response()
 
 

@@ -17,7 +17,7 @@ from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.deduplication import Deduplicator, Listener
 from functions.gateway.answers.generation import Generation
 from functions.gateway.answers.service import AnswerService, RequestContext
-from functions.gateway.answers.streaming import after_first_token, arrival_time, client_gone, stream_response, whole_response
+from functions.gateway.answers.streaming import arrival_time, client_gone, stream_response, whole_response
 from functions.gateway.openai.documents import ChoicesDocument, Envelope, chat_document, completion_document
 from functions.gateway.openai.errors import model_not_found, path_not_served, refused, unexpected
 from functions.gateway.openai.requests import ChatRequest, CompletionRequest
@@ -124,18 +124,17 @@ class OpenAIAPI:
         listener = self._deduplicator.listen(shared_key, id_, items, client_gone())
         g.answering = True
         if body.stream:
-            return stream_response(listener, _with_heartbeats(listener), document.failure)
+            return stream_response(listener, _with_comments(listener, service.keep_alive_seconds), document.failure)
         return whole_response(listener.items(), lambda: Response(listener.last(), content_type="application/json"))
 
 
 def _events(generation: Generation, document: ChoicesDocument | ResponsesDocument, text: ModelText) -> Iterator[bytes | None]:
-    """The events of a stream, with None in place of heartbeats."""
+    """The events of a stream, with None in place of comments."""
     return (None if event == HEARTBEAT else event for event in document.stream(generation, text))
 
 
-def _with_heartbeats(listener: Listener[bytes]) -> Iterator[bytes]:
-    for event in after_first_token(listener.items()):
-        yield HEARTBEAT if event is None else event
+def _with_comments(listener: Listener[bytes], keep_alive_seconds: float) -> Iterator[bytes]:
+    return (HEARTBEAT if event is None else event for event in listener.items(keep_alive_seconds))
 
 
 def _whole(generation: Generation, document: ChoicesDocument | ResponsesDocument, text: ModelText) -> Iterator[bytes | None]:

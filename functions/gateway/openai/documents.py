@@ -8,9 +8,9 @@ import msgspec
 
 from eventing.http.sse import HEARTBEAT, encode_sse
 from eventing.problems import Problem
-from eventing.wire.generation import Choice, TokenEvent, TokenLogprob
+from eventing.wire.generation import Choice, ProgressEvent, TokenEvent, TokenLogprob
 from functions.gateway.answers.generation import Generation
-from functions.gateway.answers.streaming import after_first_token
+from functions.gateway.answers.streaming import after_comments
 from functions.gateway.openai.errors import error_document
 from functions.gateway.openai.requests import ChatRequest, CompletionRequest
 from functions.gateway.text.reasoning import Reasoning, TextDelta
@@ -57,20 +57,25 @@ class ChoicesDocument:
         return self._document(self._object, choices, usage=response.usage)
 
     def stream(self, generation: Generation, text: ModelText) -> Iterator[bytes]:
-        """Yields the reply as server-sent events, heartbeats included. Raises the Problem that ended an answer early."""
+        """Yields the reply as server-sent events, signs of life included. Raises the Problem that ended an answer early."""
         writers = self._writers(generation, text)
+
+        def event(choices: Sequence[dict[str, Any]], **more: object) -> bytes:
+            usage = {"usage": generation.usage() if self._with_continuous_usage else None} if self._with_usage else {}
+            return encode_sse(msgspec.json.encode(self._document(self._chunk_object, choices, **usage, **more)))
 
         def events(chunks: list[dict[str, Any]]) -> Iterator[bytes]:
             for chunk in chunks:
-                usage = {"usage": generation.usage() if self._with_continuous_usage else None} if self._with_usage else {}
-                yield encode_sse(msgspec.json.encode(self._document(self._chunk_object, [chunk], **usage)))
+                yield event([chunk])
 
-        tokens = after_first_token(generation.tokens())
+        tokens = yield from after_comments(generation.tokens())
         for writer in writers:
             yield from events(writer.first())
         for token in tokens:
             if token is None:
                 yield HEARTBEAT
+            elif isinstance(token, ProgressEvent):
+                yield event([], progress=token)
             else:
                 yield from events(writers[token.choice].chunks(token))
         response = generation.response()

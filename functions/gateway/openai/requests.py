@@ -82,6 +82,9 @@ class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
     continuous_usage_stats: Annotated[
         bool | None, Meta(description="with `include_usage`: every chunk has the usage so far (vLLM)")
     ] = None
+    include_progress: Annotated[
+        bool | None, Meta(description="while no tokens come, chunks without choices say in `progress` what is awaited")
+    ] = None
 
 
 class Prediction(Struct, frozen=True, tag_field="type", tag="content", forbid_unknown_fields=True):
@@ -213,6 +216,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "include_stop_str_in_output": bool(self.include_stop_str_in_output),
             "n": self.n or 1,
             "structured_outputs": self.structure(),
+            "include_progress": self.stream_options is not None and bool(self.stream_options.include_progress),
         }
 
     def forms(self) -> list[StructuredOutputs]:

@@ -12,9 +12,9 @@ import msgspec
 
 from eventing.http.sse import HEARTBEAT, encode_sse
 from eventing.problems import Problem
-from eventing.wire.generation import FinishReason, TokenLogprob
+from eventing.wire.generation import FinishReason, ProgressEvent, TokenLogprob
 from functions.gateway.answers.generation import Generation
-from functions.gateway.answers.streaming import after_first_token
+from functions.gateway.answers.streaming import after_comments
 from functions.gateway.openai.documents import Envelope, chat_logprobs
 from functions.gateway.openai.errors import error_document
 from functions.gateway.openai.responses_requests import ResponsesRequest
@@ -179,12 +179,14 @@ class ResponsesDocument:
 
     def stream(self, generation: Generation, text: ModelText) -> Iterator[bytes]:
         output = Output(generation, text, self._request)
-        tokens = after_first_token(generation.tokens())
+        tokens = yield from after_comments(generation.tokens())
         for type_ in ("response.created", "response.in_progress"):
             yield self._encode({"type": type_, "response": self._document(generation, output, None)})
         for token in tokens:
             if token is None:
                 yield HEARTBEAT
+            elif isinstance(token, ProgressEvent):
+                yield self._encode({"type": "response.progress", "progress": token})
             else:
                 yield from map(self._encode, output.token(token.text, token.logprob))
         reason = generation.response().finish_reason

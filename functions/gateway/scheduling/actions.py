@@ -53,7 +53,14 @@ class Wake:
     stages: Items[int]  # their indexes
 
 
-Action = Trip | Reserve | Release | Wake
+@dataclass(frozen=True, slots=True)
+class AskStart:
+    """Action: ask an instance that is not ready how far its start is."""
+
+    instance: Instance
+
+
+Action = Trip | Reserve | Release | Wake | AskStart
 
 
 def reserve(

@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+from eventing.wire.generation import ProgressEvent
+from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.scheduling.state import SchedulerState
 from functions.gateway.scheduling.wake_up import ColdStart
 from functions.gateway.stages.routes import Instance
@@ -82,6 +84,29 @@ def pipeline_status(state: SchedulerState) -> PipelineStatus:
             for sequence in state.sequences.values()
         ),
     )
+
+
+def progress_of(state: SchedulerState, sequence: Sequence) -> ProgressEvent | None:
+    """What a sequence awaits now; None: nothing but its next token. The caller holds the scheduler's lock."""
+    placement, waiting = state.placement, state.waiting
+    cold = placement.cold()
+    if cold:
+        percent, stage = min((state.wake_ups.loaded_percent(placement, stage), stage) for stage in cold)
+        doing = "starting" if percent < 0 else f"loading, {percent} %"
+        text = f"stage {stage + 1} of {placement.num_stages} {doing}"
+        known = percent if percent >= 0 else None
+        return ProgressEvent("start", text, stage=stage + 1, stages=placement.num_stages, percent=known)
+    if sequence.route is None and sequence in waiting.backing_off:
+        return ProgressEvent("retry", "next attempt, after a stage failed")
+    if sequence.route is None and sequence not in waiting.backlog.sequences:
+        return ProgressEvent("turn", f"turn in the queue, {len(waiting)} waiting", waiting=len(waiting))
+    if not sequence.reserved:
+        return ProgressEvent("memory", "memory at the stages")
+    held, total = sequence.progress.held_everywhere, len(sequence.tokens)
+    if held + 1 < total:
+        percent = 100 * held // total
+        return ProgressEvent("prompt", f"prompt, {percent} %", percent=percent)
+    return None
 
 
 def _instance_status(instance: Instance, now: float) -> InstanceStatus:

@@ -15,12 +15,13 @@ import threading
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Final
 
 from eventing.problems import InvalidRequest, NotReady, PipelineUnavailable, QueueFull
 from eventing.wire.events import MAX_POSITION
+from eventing.wire.generation import ProgressEvent
 from functions.gateway.scheduling.actions import Action, Release, Reserve, Wake, reserve_at_once, reserve_in_order
 from functions.gateway.scheduling.apply import (
     gateway_failed,
@@ -31,7 +32,7 @@ from functions.gateway.scheduling.apply import (
 )
 from functions.gateway.scheduling.batching import SchedulerLimits, admissible_sequences, max_waiting
 from functions.gateway.scheduling.decide import decide, next_due
-from functions.gateway.scheduling.pipeline_status import PipelineStatus, pipeline_status
+from functions.gateway.scheduling.pipeline_status import PipelineStatus, pipeline_status, progress_of
 from functions.gateway.scheduling.prefix_sharing import PrefixSharing, prompt_chain
 from functions.gateway.scheduling.sequence import Progress, Prompt, Sequence, names_of
 from functions.gateway.scheduling.speculation import Drafter, PromptLookup, SharedRates
@@ -41,7 +42,7 @@ from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.scheduling.waiting import Entering
 from functions.gateway.stages.client import ForwardReply, StageClient, Trip, walk
 from functions.gateway.stages.failures import StageFailed
-from functions.gateway.stages.routes import Endpoint, Placement
+from functions.gateway.stages.routes import Endpoint, Instance, Placement
 from functions.threads.pool import ThreadPool
 
 _log = logging.getLogger(__name__)
@@ -117,7 +118,12 @@ class Scheduler:
             number = next(self._numbers)
             id_ = f"{self._boot}-{number}"
             stream = TokenStream(
-                prompt.max_tokens, prompt.eos_ids, lambda: self._cancel(id_), prompt.arrived, prompt.kept_end_ids
+                prompt.max_tokens,
+                prompt.eos_ids,
+                lambda: self._cancel(id_),
+                prompt.arrived,
+                prompt.kept_end_ids,
+                lambda: self._progress(id_),
             )
             if not prompt.max_tokens and len(prompt.token_ids) == 1:
                 stream.finish("length")  # scores only, and a first token has none
@@ -144,6 +150,15 @@ class Scheduler:
             if sequence is not None:
                 self._state.end(sequence)
                 self._act()
+
+    def _progress(self, id_: str) -> ProgressEvent | None:
+        """What a sequence awaits. Asks instances that start how far they are, so that a later call can tell."""
+        with self._changed:
+            sequence = self._state.sequences.get(id_)
+            if sequence is None:
+                return None
+            self._start(self._state.wake_ups.ask(self._state.placement, time.monotonic()))
+            return progress_of(self._state, sequence)
 
     def wake(self) -> None:
         """Sends warm-up events to all stages if one is cold, so that they start before a request needs them. Does not wait."""
@@ -308,8 +323,10 @@ class Scheduler:
                 self._reserve(action)
             elif isinstance(action, Release):
                 self._release(action)
-            else:
+            elif isinstance(action, Wake):
                 self._wake(action)
+            else:
+                self._ask_start(action.instance)
         except Exception:  # noqa: BLE001 - the end of a thread
             _log.exception("%s failed inside the gateway", type(action).__name__)
 
@@ -383,6 +400,12 @@ class Scheduler:
             with self._changed:
                 self._state.wake_ups.round_over()
                 self._act()
+
+    def _ask_start(self, instance: Instance) -> None:
+        with suppress(StageFailed):  # it does not listen yet
+            reply = self._client.start_so_far(instance)
+            with self._changed:
+                self._state.wake_ups.told(instance, reply)
 
     def _warm_up(self, stage: int) -> None:
         try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from eventing.problems import Problem
-from eventing.wire.generation import FinishReason, TokenLogprob
+from eventing.wire.generation import FinishReason, ProgressEvent, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +35,14 @@ class TokenStream:
         on_cancel: Callable[[], None] = lambda: None,
         arrived: float | None = None,
         kept_end_ids: Collection[int] = (),
+        progress: Callable[[], ProgressEvent | None] = lambda: None,
     ) -> None:
         """max_tokens: the answer ends after so many tokens.
 
         eos_ids: end-of-text tokens; each ends the answer, and becomes part of `token_ids` only if it is in `kept_end_ids` too.
         on_cancel: called by `cancel`, without the stream's lock.
         arrived: when the request came in, in time.monotonic(); None: now.
+        progress: what the answer awaits; None: nothing but its next token. Called without the stream's lock.
         """
         self.over = False  # no more tokens will come
         self.finish_reason: FinishReason | None = None  # None before the end, and after a failure
@@ -54,6 +56,7 @@ class TokenStream:
         self._eos_ids = eos_ids
         self._kept_end_ids = kept_end_ids
         self._on_cancel = on_cancel
+        self.progress = progress
         self._on_change: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
         self._taken = 0  # tokens that the API has taken

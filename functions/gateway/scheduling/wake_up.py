@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from eventing.wire.control import WarmupReply
-from functions.gateway.scheduling.actions import Wake
-from functions.gateway.stages.routes import Placement
+from functions.gateway.scheduling.actions import AskStart, Wake
+from functions.gateway.stages.routes import Instance, Placement
 
+ASK_SECONDS: Final = 0.5  # between two questions to an instance how far its start is
 PAUSE_SECONDS: Final = 0.5  # between two rounds of warm-up events; the watch may see a new pod that much later than its reply
 
 
@@ -31,6 +32,8 @@ class WakeUps:
         self.next_at = 0.0  # when the next round may begin, in time.monotonic()
         self._starting: dict[int, ColdStart] = {}
         self._last: dict[int, ColdStart] = {}
+        self._asked_at: dict[Instance, float] = {}  # instances that start; in time.monotonic()
+        self._told: dict[Instance, WarmupReply] = {}  # their last answers
 
     def begin(self, placement: Placement, *, all_stages: bool) -> list[Wake]:
         """Begins a round and returns its action. Returns nothing if no stage is cold or a round is under way.
@@ -45,6 +48,24 @@ class WakeUps:
         for stage in cold:
             self._starting[stage] = ColdStart(time.monotonic())
         return [Wake(range(placement.num_stages) if all_stages else cold)]
+
+    def ask(self, placement: Placement, now: float) -> list[AskStart]:
+        """Returns questions to instances of cold stages that start, for those that were not asked lately. now: monotonic."""
+        starting = [instance for stage in placement.cold() for instance in placement.instances(stage) if _starts(instance)]
+        self._asked_at = {instance: self._asked_at.get(instance, 0.0) for instance in starting}
+        self._told = {instance: reply for instance, reply in self._told.items() if instance in self._asked_at}
+        due = [instance for instance, asked_at in self._asked_at.items() if now - asked_at >= ASK_SECONDS]
+        self._asked_at |= dict.fromkeys(due, now)
+        return [AskStart(instance) for instance in due]
+
+    def told(self, instance: Instance, reply: WarmupReply) -> None:
+        """Records an instance's answer to AskStart."""
+        self._told[instance] = reply
+
+    def loaded_percent(self, placement: Placement, stage: int) -> int:
+        """How much of a cold stage's weights its furthest instance has loaded. -1: unknown, or no instance starts."""
+        told = [self._told[instance] for instance in placement.instances(stage) if instance in self._told]
+        return max((100 * reply.loaded_bytes // reply.total_bytes for reply in told if reply.total_bytes), default=-1)
 
     def round_over(self) -> None:
         """Ends the round. Call it when all its warm-up events were answered or have failed."""
@@ -70,3 +91,7 @@ class WakeUps:
     def last_start(self, stage: int) -> ColdStart | None:
         """The cold start of `stage` that is under way, else its last one. None: there was none."""
         return self._starting.get(stage) or self._last.get(stage)
+
+
+def _starts(instance: Instance) -> bool:
+    return not instance.ready and not instance.terminating and not instance.is_service

@@ -38,6 +38,7 @@ from functions.gateway.stages.failures import StageFailed, stage_failed
 from functions.gateway.stages.routes import FifoLock, Instance
 from functions.observing.tracing import PASSING, Attributes, Span, TraceContext, Tracer
 
+START_SECONDS: Final = 2.0  # reply timeout of a question how far a start is
 RESERVATION_SECONDS: Final = 10.0  # reply timeout of a reservation, for an instance that has not failed lately
 
 _ENGINE: Final = re.compile(r"engine;dur=([0-9]{1,9}\.[0-9]{1,9})")
@@ -156,6 +157,10 @@ class StageClient:
                 raise stage_failed(stage, error) from error
             return WarmupReply("")
         return self._call(Instance(stage, url), EventType.WARMUP, WarmupRequest(), WarmupReply, timeout_seconds)[1]
+
+    def start_so_far(self, instance: Instance) -> WarmupReply:
+        """How far the start of an instance is that is not ready. Raises StageFailed."""
+        return self._call(instance, EventType.WARMUP, WarmupRequest(wait=False), WarmupReply, START_SECONDS)[1]
 
     def _call(
         self,

@@ -107,6 +107,7 @@ def open_model(config: StageConfig, start_up: StartUp, metrics: StageMetrics) ->
 
     def loaded(progress: LoadProgress) -> None:
         start_up.mark("first_byte")
+        start_up.loaded_bytes, start_up.total_bytes = progress.done_bytes, progress.total_bytes
         metrics.loaded_bytes.set(progress.done_bytes)
         metrics.weights_bytes.set(progress.total_bytes)
         if progress.done_bytes == progress.total_bytes:

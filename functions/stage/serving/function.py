@@ -111,6 +111,9 @@ class StageFunction:
         _log.info("TLS on port %d", port)
         return True
 
+    def loaded(self) -> tuple[int, int]:
+        return self._start_up.loaded_bytes, self._start_up.total_bytes
+
     def _bring_up(self, stop: Callable[[int], None]) -> None:
         try:
             ready = bring_up(self._config, self._start_up, self._metrics, self._tls)

@@ -62,6 +62,9 @@ class EngineSource(Protocol):
     def phases(self) -> dict[str, float]:
         """The phases of the start that have ended, with their seconds since the process began."""
 
+    def loaded(self) -> tuple[int, int]:
+        """Bytes of weights that are loaded, and of all; 0 if they are not known yet."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageIdentity:
@@ -183,10 +186,12 @@ class EventHandlers:
         return reply
 
     def _warm_up(self, attributes: Attributes, data: Buffer, expires_at: float | None) -> EventReply:
-        read_json(attributes, data, WarmupRequest)
-        left = WARM_UP_SECONDS if expires_at is None else expires_at - time.time()
-        engine = self._engine(min(left, WARM_UP_SECONDS))
-        return self._json_reply(attributes, WarmupReply(self._identity.instance, self._engines.phases()), engine)
+        engine = None
+        if read_json(attributes, data, WarmupRequest).wait:
+            left = WARM_UP_SECONDS if expires_at is None else expires_at - time.time()
+            engine = self._engine(min(left, WARM_UP_SECONDS))
+        reply = WarmupReply(self._identity.instance, self._engines.phases(), *self._engines.loaded())
+        return self._json_reply(attributes, reply, engine)
 
     def _reserve(self, attributes: Attributes, data: Buffer, expires_at: float | None) -> EventReply:
         rows = read_json(attributes, data, ReserveRequest).rows
@@ -204,11 +209,11 @@ class EventHandlers:
             engine.await_memory(tokens, source=source, expires_at=expires_at)
         return self._json_reply(attributes, ReleaseReply(released), engine)
 
-    def _json_reply(self, cause: Attributes, value: Struct, engine: "Engine") -> EventReply:
+    def _json_reply(self, cause: Attributes, value: Struct, engine: "Engine | None") -> EventReply:
         return EventReply(self._headers(self._json_replies[cause["type"]], cause, engine), [msgspec.json.encode(value)])
 
-    def _headers(self, template: ReplyTemplate, cause: Attributes, engine: "Engine") -> list[tuple[str, str]]:
-        free = (Attribute.FREE_TOKENS.value, str(engine.free_tokens))
+    def _headers(self, template: ReplyTemplate, cause: Attributes, engine: "Engine | None") -> list[tuple[str, str]]:
+        free = (Attribute.FREE_TOKENS.value, str(0 if engine is None else engine.free_tokens))
         return template.headers(reply_id_of(cause["source"], cause["id"]), [free])
 
     def _template(self, type_: EventType, content_type: str, next_layer: int | None = None) -> ReplyTemplate:

@@ -25,7 +25,7 @@ def test_times_are_those_of_the_caller(tokens: int, monkeypatch: pytest.MonkeyPa
     """The gateway was scaled to zero, and answered quickly once it ran."""
     now = 100.0
 
-    async def answers(url: str, question: Question) -> AsyncIterator[Answer]:
+    async def answers(url: str, question: Question, on_progress: None) -> AsyncIterator[Answer]:
         nonlocal now
         now += 4.28
         for index in range(tokens):

@@ -12,6 +12,7 @@ from werkzeug.test import TestResponse
 
 from eventing.http.sse import SSEDecoder
 from eventing.problems import Problem
+from eventing.wire.generation import ProgressEvent
 from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
@@ -47,6 +48,7 @@ class Pipeline:
         self.metrics = GatewayMetrics()
         self.entered = 0
         self.full: Problem | None = None  # raised by `entering`
+        self.awaited: ProgressEvent | None = None
         self.script: Script = self.say("Hello there")
 
     @contextmanager
@@ -59,7 +61,12 @@ class Pipeline:
     def submit(self, prompt: Prompt) -> TokenStream:
         self.prompts.append(prompt)
         self.stream = stream = TokenStream(
-            prompt.max_tokens, prompt.eos_ids, self.cancelled.set, prompt.arrived, prompt.kept_end_ids
+            prompt.max_tokens,
+            prompt.eos_ids,
+            self.cancelled.set,
+            prompt.arrived,
+            prompt.kept_end_ids,
+            lambda: self.awaited,
         )
         self.script(stream)
         return stream
@@ -97,7 +104,14 @@ def client_of(
     config = gateway_config(**environ)
     text = ModelText(TOKENIZER, ChatTemplate(template, {}), frozenset([END]), context)
     keys = KeyRing(config.api_keys, config.api_key_files or (), takes_budgets=config.limits_store is not None)
-    answers = AnswerService(text, pipeline, pipeline.metrics, limits=client_limits(config, keys), model=config.model)
+    answers = AnswerService(
+        text,
+        pipeline,
+        pipeline.metrics,
+        limits=client_limits(config, keys),
+        model=config.model,
+        keep_alive_seconds=config.keep_alive_seconds,
+    )
     return create_app(config, lambda: answers, pipeline.metrics, keys, write_line).test_client()
 
 
@@ -117,11 +131,12 @@ def chat(client: FlaskClient, **fields: Any) -> TestResponse:
     return client.post("/v1/chat/completions", json=body)
 
 
-def ask_either(client: FlaskClient, api: str, *, streams: bool = False) -> TestResponse:
+def ask_either(client: FlaskClient, api: str, *, streams: bool = False, include_progress: bool | None = None) -> TestResponse:
     """Sends "Hi" by one of APIS."""
+    option = {} if include_progress is None else {"include_progress": include_progress}
     if api == "openai":
-        return chat(client, stream=streams)
-    return ask(client, {"prompt": "Hi"}, Accept="text/event-stream" if streams else "application/json")
+        return chat(client, stream=streams, **({"stream_options": option} if option else {}))
+    return ask(client, {"prompt": "Hi"} | option, Accept="text/event-stream" if streams else "application/json")
 
 
 def stream(response: TestResponse) -> list[Any]:

@@ -210,7 +210,7 @@ class StageServer:
         self.engine.stop(drain=False)
 
     def _app(self) -> Callable[["WSGIEnvironment", "StartResponse"], Iterable[bytes]]:
-        readiness = SimpleNamespace(engine=lambda wait_seconds=0.0: self.engine, phases=dict)
+        readiness = SimpleNamespace(engine=lambda wait_seconds=0.0: self.engine, phases=dict, loaded=lambda: (0, 0))
         config = _config(self._cut, self.index)
         handlers = EventHandlers(config, f"stage-{self.index}-boot-{self._boots}", cast("Any", readiness))
         app = StageApp(handlers, StageMetrics(), TOKEN)

@@ -18,12 +18,15 @@ async def cold_pipeline(
     folder: Path,
     endpoints: Mapping[int, str],
     weights_cache: Path | None = None,
+    gateway: Mapping[str, str] | None = None,
 ) -> AsyncIterator[tuple[Platform, LocalPipeline]]:
-    """Three stages. endpoints: stage → URL of its store, if it is not the published one."""
+    """Three stages. endpoints: stage → URL of its store, if it is not the published one. gateway: its further environment."""
     local = local_pipeline(ObjectStore(published.store), published.manifest, len(CUT), None, {}, weights_cache)
     manifests = services(local.pipeline)
     for index, endpoint in endpoints.items():
         set_environment(manifests[index], {"LAMINA_STORE_ENDPOINT": endpoint})
+    if gateway:
+        set_environment(manifests[-1], gateway)
     async with deployed(local, manifests, folder) as platform:
         yield platform, local
 

@@ -1,19 +1,20 @@
 """Answers in both APIs: how they end, fail, and are refused."""
 
 import gc
+import itertools
 import json
 import re
 import weakref
+from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from flask.testing import FlaskClient
 
 from eventing.problems import NotReady, PipelineUnavailable, Problem, QueueFull
-from eventing.wire.generation import GenerateRequest, TokenLogprob
-from functions.gateway.answers import generation as core
+from eventing.wire.generation import GenerateRequest, ProgressEvent, TokenLogprob
 from functions.gateway.answers.authentication import KeyRing
-from functions.gateway.answers.deduplication import Listener
 from functions.gateway.answers.service import MAX_LOGPROBS, AnswerService
 from functions.gateway.app import create_app
 from functions.gateway.scheduling.token_stream import TokenStream
@@ -119,11 +120,8 @@ def test_an_unexpected_error_is_reported_without_its_details(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("abandoned_at_once")
-def test_a_stream_without_tokens_has_heartbeats_and_a_client_that_leaves_ends_it(
-    client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for tokens in (core.Generation.tokens, Listener.items):
-        monkeypatch.setattr(tokens, "__defaults__", (0.01,))
+def test_a_silent_stream_has_comments_and_a_client_that_leaves_ends_it(pipeline: Pipeline) -> None:
+    client = client_of(pipeline, LAMINA_KEEP_ALIVE_SECONDS="0.01")
     pipeline.script = pipeline.say("Hel", end=False)
     for api in APIS:
         pipeline.cancelled.clear()
@@ -135,32 +133,66 @@ def test_a_stream_without_tokens_has_heartbeats_and_a_client_that_leaves_ends_it
         assert pipeline.cancelled.wait(5)
 
 
-@pytest.mark.slow
-def test_nothing_is_sent_before_the_first_token(
-    client: FlaskClient, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither a heartbeat nor the chunk with the role: a proxy may still be sending the request."""
-    monkeypatch.setattr(core.Generation.tokens, "__defaults__", (0.01,))
-    waited: list[object] = []
+def saying_after(pipeline: Pipeline, waits: int, then: Callable[[TokenStream], object]) -> Callable[[TokenStream], None]:
+    """A script that does `then` after the API has waited so often in vain."""
 
     def script(stream: TokenStream) -> None:
-        real = stream.next_token
+        real, waited = stream.next_token, itertools.count(1)
 
         def next_token(seconds: float) -> int | None:
-            waited.append(token := real(seconds))
-            if len(waited) == 5:
-                pipeline.say("Hello")(stream)
+            token = real(seconds)
+            if next(waited) == waits:
+                then(stream)
             return token
 
         stream.next_token = next_token  # type: ignore[method-assign]
 
-    pipeline.script = script
-    for api in APIS:
-        waited.clear()
-        response = ask_either(client, api, streams=True)
-        assert waited[:5] == [None] * 5
-        assert next(iter(response.response)).startswith(b"data: ")
-        response.close()
+    return script
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("api", APIS)
+def test_a_stream_is_kept_alive_before_its_first_token(pipeline: Pipeline, api: str) -> None:
+    client = client_of(pipeline, LAMINA_KEEP_ALIVE_SECONDS="0.01")
+    pipeline.script = saying_after(pipeline, 5, pipeline.say("Hello"))
+    chunks = list(ask_either(client, api, streams=True).response)
+    assert chunks[:3] == [b":\n\n"] * 3
+    assert chunks[5].startswith((b"data: ", b"event: "))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize(("keep_alive", "status"), [("0.01", 200), ("0", 503), ("30", 503)])
+def test_what_fails_before_the_first_byte_has_a_status_and_later_it_is_an_event(
+    pipeline: Pipeline, api: str, keep_alive: str, status: int
+) -> None:
+    client = client_of(pipeline, LAMINA_KEEP_ALIVE_SECONDS=keep_alive)
+    pipeline.script = saying_after(pipeline, 3, lambda stream: stream.fail(PipelineUnavailable("no stage")))
+    response = ask_either(client, api, streams=True)
+    assert response.status_code == status
+    assert "no stage" in response.text
+    assert response.text.startswith(":\n\n") == (status == 200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("wanted", [True, False])
+def test_progress_is_sent_to_those_that_ask_for_it(pipeline: Pipeline, api: str, wanted: bool) -> None:
+    client = client_of(pipeline)
+    loading = ProgressEvent("start", "stage 2 of 3 loading, 41 %", stage=2, stages=3, percent=41)
+    pipeline.awaited = loading
+    pipeline.script = saying_after(pipeline, 4, pipeline.say("Hello"))
+    response = ask_either(client, api, streams=True, include_progress=wanted)
+    told = [event for event in stream(response) if isinstance(event, dict) and "41 %" in json.dumps(event)]
+    assert len(told) == wanted, "once, as it does not change"
+    for event in told:
+        assert msgspec.to_builtins(loading) in (event.get("progress"), event.get("data"))
+
+
+@pytest.mark.slow
+def test_a_quick_answer_has_no_progress(pipeline: Pipeline) -> None:
+    pipeline.awaited = ProgressEvent("turn", "in the queue")
+    assert "in the queue" not in ask_either(client_of(pipeline), "openai", streams=True, include_progress=True).text
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import threading
 
 from eventing.wire.events import EventType
+from eventing.wire.generation import ProgressEvent
 from functions.gateway.scheduling.pipeline_status import InstanceStatus
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.stages.routes import Endpoint
@@ -70,3 +71,25 @@ def test_the_status_has_a_cold_start_while_it_lasts_and_afterwards() -> None:
             wait_until(lambda: not scheduler.status().stages[2].cold)
             start = scheduler.status().stages[2].start
             assert start.ended > start.began
+
+
+def test_an_answer_says_what_it_awaits() -> None:
+    awake, go_on = threading.Event(), threading.Event()
+    limits = {"micro_batch_sequences": 1, "chunk_tokens": 16, "stages_at_once": 1}
+    with counting_stages(1, capacity_tokens=200) as (stage,):
+        stage.inspect = inspecting(is_type(EventType.WARMUP), lambda: awake.wait(20))
+        with scheduling([stage], **limits) as scheduler:
+            first = submit(scheduler, [1] * 64, 4)
+            seen = first.progress()
+            assert (seen.awaits, seen.stage, seen.stages, seen.percent) == ("start", 1, 1, None)
+            stage.inspect = inspecting(lambda seen: seen.type == EventType.FORWARD and seen.rows[0].position == 32, go_on.wait)
+            awake.set()
+            wait_until(lambda: first.progress().percent == 50)
+            assert first.progress() == ProgressEvent("prompt", "prompt, 50 %", percent=50)
+            others = [submit(scheduler, [2] * 100, 60), submit(scheduler, [3], 4)]
+            wait_until(lambda: [other.progress().awaits for other in others] == ["memory", "turn"])
+            assert others[1].progress().waiting in (1, 2)
+            go_on.set()
+            assert tokens_of(first) == counted([1] * 64, 4)
+            assert first.progress() is None
+            assert tokens_of(others[1]) == counted([3], 4)

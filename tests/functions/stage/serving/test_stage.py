@@ -191,6 +191,9 @@ def test_a_stopping_stage_answers_releases_that_wait_for_memory(published: Publi
 def test_warm_up_reports_the_start(first: Client) -> None:
     reply = json_data(first.send(json_event(EventType.WARMUP, SOURCE, WarmupRequest(), **first.attributes)), WarmupReply)
     assert set(reply.start_up) == {"process", "import", "connect", "first_byte", "last_byte", "place", "warm_up"}
+    assert reply.loaded_bytes == reply.total_bytes > 0
+    at_once = json_event(EventType.WARMUP, SOURCE, WarmupRequest(wait=False), **first.attributes)
+    assert json_data(first.send(at_once), WarmupReply) == reply
     assert reply.start_up["process"] < reply.start_up["connect"] <= reply.start_up["last_byte"] < reply.start_up["warm_up"]
 
 
