@@ -35,4 +35,4 @@ def read_target(method: str, target: str) -> tuple[str, str | None]:
 
 
 def _shown(target: str) -> str:
-    return repr(target if len(target) <= 80 else f"{target[:79]}…")
+    return repr(target if len(target) <= 80 else f"{target[:77]}...")

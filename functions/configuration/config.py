@@ -323,7 +323,7 @@ class GatewayConfig(CommonConfig):
         "LAMINA_HOSTS",
         parsers.hosts,
         "more names by which a gateway without API keys is asked, such as chat.example or *.example, separated by commas, or * "
-        "for any; IP addresses, localhost, cluster-local names and the Knative Service's URL need not be listed",
+        "for any; IP addresses, names of one label, cluster-local names and the Knative Service's URL need not be listed",
         "",
     )
     access_log: str = setting(

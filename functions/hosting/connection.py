@@ -248,7 +248,7 @@ class ReplyWriter:
             if name.lower() == "content-length":
                 length = int(value)
             lines.append(f"{name}: {value}")
-        if length is None and self._whole_bytes is not None:
+        if length is None and self._whole_bytes is not None and not bodiless:  # RFC 9110, section 8.6
             length = self._whole_bytes
             lines.append(f"Content-Length: {length}")
         if length is None and not bodiless:

@@ -15,7 +15,10 @@ from functions.configuration.config import GatewayConfig
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-_LOCAL_NAMES: Final = ("localhost", "svc", "svc.cluster.local")  # no page can have a name that ends so
+# No page of the internet has a name that ends so: RFC 6761, ICANN's reservation of .internal, and Kubernetes' DNS.
+_LOCAL_DOMAINS: Final = ("localhost", "internal", "svc", "svc.cluster.local")
+_MAX_HOST_CHARACTERS: Final = 300  # of a name with a port
+_SHOWN_CHARACTERS: Final = 80
 _ANY: Final = "*"
 
 
@@ -28,24 +31,28 @@ class Sites:
         hosts = config.hosts or ()
         self._any_host = not is_open or _ANY in hosts
         self._names = frozenset(host for host in hosts if not host.startswith("*."))
-        self._parents = (*_LOCAL_NAMES, *(host[2:] for host in hosts if host.startswith("*.")))
+        self._domains = (*_LOCAL_DOMAINS, *(host[2:] for host in hosts if host.startswith("*.")))
         # Knative's ingress answers only to names of its Services, so it has checked a name such as chat.default.example.org.
         behind_ingress = config.service is not None and not ipaddress.ip_address(config.listen).is_loopback
         self._service = (config.service or "", config.namespace) if behind_ingress else None
         self._answers_to = lru_cache(maxsize=256)(self._is_own_host)
 
     def check(self, environ: "WSGIEnvironment") -> None:
-        """Raises UnknownHost or CrossSite for a request that a page of another site may have sent."""
+        """Raises UnknownHost or CrossSite for a request that a page of another site may have sent.
+
+        An HTTP/1.0 request without a Host comes from no browser.
+        """
         host = environ.get("HTTP_HOST", "")
-        if host and not self._any_host and not self._answers_to(host):  # browsers send a Host always
+        if host and not self._any_host and not (len(host) <= _MAX_HOST_CHARACTERS and self._answers_to(host)):
             raise UnknownHost(
-                f"{host} is no name of this gateway, which has no API keys; ask it by an IP address or as localhost, list the "
-                "name in gateway.hosts (LAMINA_HOSTS), or give it keys"
+                f"{host[:_SHOWN_CHARACTERS]} is no name of this gateway, which has no API keys; ask it by an IP address or as "
+                "localhost, list the name in gateway.hosts (LAMINA_HOSTS), or give it keys"
             )
         if self._is_cross_site(environ, host):
+            origin = environ.get("HTTP_ORIGIN", "without an Origin")[:_SHOWN_CHARACTERS]
             raise CrossSite(
-                f"the request comes from a page of another site ({environ.get('HTTP_ORIGIN', 'without an Origin')}); list its "
-                "origin in gateway.cors_origins (LAMINA_CORS_ORIGINS)"
+                f"the request comes from a page of another site ({origin}); list its origin in gateway.cors_origins "
+                "(LAMINA_CORS_ORIGINS)"
             )
 
     def _is_own_host(self, host: str) -> bool:
@@ -56,14 +63,14 @@ class Sites:
             name = name.removesuffix(".")
         else:
             return True
-        if name in self._names or any(name == parent or name.endswith(f".{parent}") for parent in self._parents):
-            return True
-        labels = name.split(".")
-        if self._service is None or len(labels) < 2:
+        first, *others = name.split(".")
+        if not others or name in self._names or any(name.endswith(f".{domain}") for domain in self._domains):
+            return True  # no page of the internet has a name of one label
+        if self._service is None:
             return False
         service, namespace = self._service
-        own = labels[0] == service or labels[0].endswith(f"-{service}")  # a traffic target's tag comes before it
-        return own and labels[1] == namespace
+        tagged = first.endswith(f"-{service}")  # the tag of a traffic target
+        return (first == service or tagged) and others[0] == namespace
 
     def _is_cross_site(self, environ: "WSGIEnvironment", host: str) -> bool:
         """As Go's http.CrossOriginProtection decides, and also for GET, since a stream that a page opens occupies a thread."""
@@ -87,7 +94,7 @@ def check_media_type(environ: "WSGIEnvironment") -> None:
     is_event = environ["PATH_INFO"] == "/"
     if is_event and not content_type and "HTTP_CE_SPECVERSION" in environ:
         return  # an event without data, or whose data is elsewhere
-    seen = f"the content type is {content_type}" if content_type else "there is no content type"
+    seen = f"the content type is {content_type[:_SHOWN_CHARACTERS]}" if content_type else "there is no content type"
     form = ", as curl -d sends it" if content_type.startswith("application/x-www-form-urlencoded") else ""
     more = ", application/cloudevents+json or application/cloudevents-batch+json" if is_event else ""
     raise UnsupportedMediaType(f"{seen}{form}; send Content-Type: application/json{more}")

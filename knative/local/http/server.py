@@ -353,9 +353,11 @@ class _ClientConnection(asyncio.Protocol):
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"more than {_MAX_HEAD_BYTES} bytes of head")
 
     def _refuse(self, status: HTTPStatus, text: str) -> None:
-        """Answers a request that cannot be read with an error, unless another answer is being sent, and closes the
-        connection."""
+        """Answers a request that cannot be read with an error, and closes the connection. If the request before it is still
+        being answered, the connection closes after that answer."""
         self._refused = True
+        if self._exchange is not None and self._exchange.body_complete:
+            return
         if self._exchange is None:
             body = text.encode() + b"\n"
             headers = [(b"Content-Length", b"%d" % len(body)), (b"Connection", b"close")]

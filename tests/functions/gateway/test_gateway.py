@@ -184,3 +184,13 @@ def test_a_page_of_another_site_is_told_why_it_is_refused(
     assert seen.startswith(f"HTTP/1.1 {status} ")
     assert says in seen
     assert "Content-Type: application/json" in seen
+
+
+def test_the_server_as_a_whole_has_options(gateway: FunctionProcess) -> None:
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=60) as sock:
+        sock.sendall(b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        seen = reply(sock)
+    assert seen.startswith(b"HTTP/1.1 204 ")
+    assert b"\r\nAllow: GET, HEAD, OPTIONS, POST\r\n" in seen
+    assert b"Content-Length" not in seen  # RFC 9110, section 8.6
+    assert seen.endswith(b"\r\n\r\n")

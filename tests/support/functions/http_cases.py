@@ -200,7 +200,7 @@ def _fields() -> Iterator[Case]:
     yield refused("9112 5.2", _get(b"GET / HTTP/1.1", H + b"Content-Length: 0\r\n Transfer-Encoding: chunked\r\n"))
     yield refused("6585 5", _get(b"GET / HTTP/1.1", H + b"X: " + b"y" * 70_000 + b"\r\n"), 431)
     yield refused("6585 5", _get(b"GET /" + b"a" * 70_000 + b" HTTP/1.1"), 431)
-    yield refused("6585 5", _get(b"GET / HTTP/1.1", H + b"X: y\r\n" * 200), 431, proxied=False)
+    yield Case("6585 5", _get(b"GET / HTTP/1.1", H + b"X: y\r\n" * 200), (431,), EITHER)  # the proxy passes them on
 
 
 def _lengths() -> Iterator[Case]:
@@ -324,6 +324,7 @@ def _recorded() -> Iterator[Case]:
     curl = b" /e?a=b HTTP/1.1\r\n" + host + b"User-Agent: curl/8.14.1\r\nAccept: */*\r\n"
     form = b"Content-Type: application/x-www-form-urlencoded\r\n"
     go = b" /e?a=b HTTP/1.1\r\n" + host + b"User-Agent: Go-http-client/1.1\r\n"
+    python = b"POST /e?a=b HTTP/1.1\r\n" + host + b"Accept: */*\r\nAccept-Encoding: gzip, deflate\r\n"
     zipped = b"Accept-Encoding: gzip\r\n\r\n"
     for sent, body in (
         (b"GET" + offers + host + settings + upgrade + java, b""),
@@ -349,6 +350,9 @@ def _recorded() -> Iterator[Case]:
         (b"GET" + go + zipped, b""),
         (b"POST" + go + b"Content-Length: 5\r\nContent-Type: application/json\r\n" + zipped + b"hello", b"hello"),
         (b"POST" + go + CHUNKED + b"Content-Type: application/json\r\n" + zipped + chunks, b"hello"),
+        (b"POST /e?a=b HTTP/1.1\r\n" + host + CHUNKED + b"\r\n" + chunks, b"hello"),  # h11
+        (python + b"Connection: keep-alive\r\nUser-Agent: python-httpx/0.28.1\r\n" + CHUNKED + b"\r\n" + chunks, b"hello"),
+        (python + b"User-Agent: Python/3.11 aiohttp/3.14.5\r\n" + CHUNKED + b"\r\n" + chunks, b"hello"),
     ):
         yield served("clients", sent, sent.partition(b" ")[0] + seen + body)
 
@@ -384,7 +388,10 @@ def outcome(case: Case, port: int) -> tuple[tuple[int | bytes, ...], str]:
     with socket.create_connection(("127.0.0.1", port), timeout=ENOUGH) as sock, sock.makefile("rb") as replies:
         sock.sendall(case.sent)
         for _ in case.replies:
-            seen.append(_reply(replies, case.sent.lstrip().partition(b" ")[0].decode("latin-1")))
+            try:
+                seen.append(_reply(replies, case.sent.lstrip().partition(b" ")[0].decode("latin-1")))
+            except ConnectionError:
+                break
         after = CLOSED
         try:
             sock.sendall(LAST)

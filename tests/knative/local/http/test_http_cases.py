@@ -11,7 +11,7 @@ import pytest
 from knative.local.http.client import UpstreamFailed, UpstreamPool
 from knative.local.http.messages import HttpError
 from knative.local.http.server import Exchange, HttpServer
-from tests.support.functions.http_cases import CASES, EITHER, Case, outcome
+from tests.support.functions.http_cases import CASES, CLOSED, EITHER, Case, outcome
 from tests.support.functions.java_client import ask_as_java, has_java
 from tests.support.functions.server import Serving, serving
 
@@ -47,6 +47,18 @@ async def test_the_proxy_reads_a_request_as_the_server_behind_it_does(server: Se
         replies, after = await asyncio.to_thread(outcome, case, proxy.port)
     assert replies == case.replies
     assert after == case.after or case.after == EITHER
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.proxied], ids=str)
+async def test_what_the_proxy_reads_otherwise_is_broken_off(server: Serving, case: Case) -> None:
+    """It has passed on a head before it sees a wrong chunk, and serves no second request of the same packet."""
+    async with proxy_to(server) as proxy:
+        replies, after = await asyncio.to_thread(outcome, case, proxy.port)
+    assert after == CLOSED
+    if isinstance(case.replies[0], int):
+        assert replies == () or isinstance(replies[0], int)
+    else:
+        assert replies == case.replies[:1]
 
 
 @pytest.mark.skipif(not has_java(), reason="java is not installed")
