@@ -206,16 +206,15 @@ class GarbageCollector:
         """Waits until what Knative made for a deleted Service of this name is gone. Raises DeployFailed at the timeout.
 
         A new Service is `NotOwned` beside the old Route or Configuration, and its Configuration takes the old Revision for its
-        own until that is deleted, with its pods. What may not be read is not waited for.
+        own until that is deleted, with its pods. What may not be read, or has no owner and so stays, is not waited for.
         """
-        left: list[Ref] = []
-        for kind in ("Route", "Configuration", "Revision"):
+        found: list[KubernetesObject | None] = []
+        for kind in ("Route", "Configuration"):
             with contextlib.suppress(NotPermitted):
-                if kind == "Revision":
-                    left += map(Ref.of, self._revisions(service.name))
-                elif self._cluster.get(ref := Ref(SERVING, kind, service.namespace, service.name)) is not None:
-                    left.append(ref)
-        for ref in left:
+                found.append(self._cluster.get(Ref(SERVING, kind, service.namespace, service.name)))
+        with contextlib.suppress(NotPermitted):
+            found += self._revisions(service.name)
+        for ref in [Ref.of(each) for each in found if each is not None and each["metadata"].get("ownerReferences")]:
             self._say(f"waiting until {ref} is gone, which belongs to a deleted Service of that name")
             self.await_absence([ref])
 

@@ -17,7 +17,6 @@ from tests.support.knative.knative_controllers import (
     broker_fails,
     crash_loops,
     image_pull_fails,
-    never_owned,
     never_ready,
     revision_fails,
     slow_to_configure,
@@ -188,6 +187,8 @@ def test_a_rollback_right_after_promote_waits_for_what_kubernetes_still_deletes(
 @pytest.mark.slow
 def test_a_route_of_somebody_else_is_a_failure(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("knative.cluster.waiting._NOT_OWNED_SECONDS", 0.5)
-    message = site.fail(objects(), never_owned)
-    assert 'NotOwned: There is an existing Route "' in message
+    stage = stage_name(objects(), 1)
+    site.api.put(resource("Route", stage, "serving.knative.dev/v1", spec={}))
+    message = site.fail(objects())
+    assert f'{stage} does not become ready: NotOwned: There is an existing Route "{stage}" that we do not own' in message
     assert "next: delete it, or give the pipeline another name" in message

@@ -160,13 +160,6 @@ def slow_to_configure(api: "KubernetesApi", service: Object) -> Steps:
     yield from become_ready(api, service)
 
 
-def never_owned(api: "KubernetesApi", service: Object) -> Steps:
-    """Somebody else has a Route of that name."""
-    yield
-    text = f'There is an existing Route "{service["metadata"]["name"]}" that we do not own.'
-    set_conditions(api, service, "", "False", "NotOwned", text, routes=True)
-
-
 def restart_pods(api: "KubernetesApi", service: Object) -> None:
     """The kubelet tries once more."""
     for pod in api.found("pods", {"serving.knative.dev/service": service["metadata"]["name"]}):
@@ -217,13 +210,17 @@ def _await_ownership(api: "KubernetesApi", service: Object) -> Steps:
     owner = api.objects[api.key_of(service)]["metadata"]["uid"]
     for kind, plural in (("Configuration", "configurations"), ("Route", "routes")):
         key = (SERVICE[0], plural, metadata["namespace"], metadata["name"])
-        while key in api.objects and api.objects[key]["metadata"]["ownerReferences"][0]["uid"] != owner:
+        while key in api.objects and owner not in _owners(api.objects[key]):
             text = f'There is an existing {kind} "{metadata["name"]}" that we do not own.'
             set_conditions(api, service, "", "False", "NotOwned", text, routes=kind == "Route")
             yield
     if key not in api.objects:
         own = _owned_by(api, service)
         api.put({"apiVersion": SERVICE[0], "kind": "Route", "metadata": own | {"generation": 1}, "spec": {}})
+
+
+def _owners(manifest: Object) -> list[str]:
+    return [each["uid"] for each in manifest["metadata"].get("ownerReferences", [])]
 
 
 def _owned_by(api: "KubernetesApi", service: Object) -> Object:
