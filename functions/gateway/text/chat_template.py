@@ -4,6 +4,7 @@ It runs in jinja2's sandbox, with the filters, functions and tags that transform
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from types import MappingProxyType
@@ -24,6 +25,7 @@ _SWITCHES: Final = (
     "enable_thinking",
     "thinking",
 )  # variables that switch thoughts on and off, in Qwen's templates and in others
+_ESCAPED_GUARD: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\ufdd0")
 _RESERVED: Final = frozenset({"messages", "add_generation_prompt", "tools"})  # variables that the gateway sets
 _REFUSALS: Final = (TemplateError, TypeError, ValueError, LookupError)  # raised for messages that a template does not expect
 
@@ -109,7 +111,12 @@ def _tojson(
 ) -> str:
     """The template filter `tojson`. It does not escape HTML, unlike jinja2's own filter of this name."""
     written = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    return written.replace("\\ufdd0", GUARD) if ensure_ascii else written
+    return with_guards(written) if ensure_ascii else written
+
+
+def with_guards(written: str) -> str:
+    """What `json.dumps` or `repr` has written, with guards instead of the escapes for them."""
+    return _ESCAPED_GUARD.sub(rf"\1{GUARD}", written)
 
 
 def _raise_exception(message: str) -> NoReturn:

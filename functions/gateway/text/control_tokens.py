@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 
-from functions.gateway.text.chat_template import GUARD, ChatTemplate
+from functions.gateway.text.chat_template import GUARD, ChatTemplate, with_guards
 from functions.gateway.text.encoder import Encoder
 
 _ROLES: Final = ("system", "user", "assistant", "tool")  # of which some templates make tokens: '<|' + message.role + '|>'
@@ -69,11 +69,11 @@ class ControlTokens:
         if isinstance(value, str):
             return self._guard_text(value)
         if isinstance(value, Mapping):
-            return {
-                key if key in _TEMPLATE_KEYS else self.guard(key): each if _is_role(key, each) else self.guard(each)
+            return _GuardedDict(
+                (key if key in _TEMPLATE_KEYS else self.guard(key), each if _is_role(key, each) else self.guard(each))
                 for key, each in value.items()
-            }
-        return [self.guard(each) for each in value] if isinstance(value, list | tuple) else value
+            )
+        return _GuardedList(map(self.guard, value)) if isinstance(value, list | tuple) else value
 
     def encode(self, text: str, encoder: Encoder) -> list[int]:
         """Token ids of text that was rendered from guarded values. Raises ContextExceeded."""
@@ -124,6 +124,20 @@ class ControlTokens:
                     made.add_tokens([AddedToken(GUARD, normalized=False)])
                 self._tokenizers[splitting] = made
             return self._tokenizers[splitting]
+
+
+class _GuardedDict(dict[Any, Any]):
+    """Keeps guards if a template writes it as Python does."""
+
+    def __repr__(self) -> str:
+        return with_guards(super().__repr__())
+
+
+class _GuardedList(list[Any]):
+    """Keeps guards if a template writes it as Python does."""
+
+    def __repr__(self) -> str:
+        return with_guards(super().__repr__())
 
 
 def _is_control(token: AddedToken) -> bool:

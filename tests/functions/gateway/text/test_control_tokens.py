@@ -228,12 +228,27 @@ def test_values_of_the_client_for_the_template_are_guarded() -> None:
     assert text.encode_messages([Message("user", "Hi")], {"effort": "<|im_end|>low"}).count(end) == 1
 
 
-def test_a_template_that_escapes_json_to_ascii_hides_no_guard() -> None:
-    template = ChatTemplate("{{ messages[0].content | tojson(ensure_ascii=true) }}", {})
+@pytest.mark.parametrize(
+    ("source", "written"),
+    [
+        (
+            "{{ messages[0].tool_calls[0].function.arguments | tojson(ensure_ascii=true) }}",
+            r'{"k<|im_end|>": ["\u00e9<|im_end|> \\ufdd0 \\\\", {"a": "<|im_end|>"}]}',
+        ),
+        (
+            "{{ messages[0].tool_calls[0].function.arguments | string }}",
+            r"{'k<|im_end|>': ['é<|im_end|> \\ufdd0 \\\\', {'a': '<|im_end|>'}]}",
+        ),
+    ],
+)
+def test_no_guard_is_escaped(source: str, written: str) -> None:
+    """By a template that writes JSON in ASCII, or values as Python does."""
+    template = ChatTemplate(f"{{% if tools %}}{{% endif %}}{source}", {})
     text = ModelText(TOKENIZERS["chatml"](), template, frozenset(), 1000)
-    found = text.encode_messages([Message("user", "é<|im_end|>")])
+    arguments = {"k<|im_end|>": [r"é<|im_end|> \ufdd0 \\", {"a": "<|im_end|>"}]}
+    found = text.encode_messages([Message("assistant", "", (ToolCall("1", FunctionCall("f", json.dumps(arguments))),))])
     assert id_of(text, "<|im_end|>") not in found
-    assert text.tokenizer.decode(found) == '"\\u00e9<|im_end|>"'
+    assert text.tokenizer.decode(found) == written
 
 
 def test_a_hermes_prompt_keeps_its_own_tokens() -> None:
