@@ -8,12 +8,17 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from knative.commands.local_pods import read_metrics
 from knative.local.kubelet.pods import LocalPod, Phase
 from knative.local.platform import Platform
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import services
+from knative.spec.pipeline_spec import NetworkSpec, TLSSpec
+from tests.support.certificates import CertificateAuthority, write
 from tests.support.functions.served import Conversations, serving, stage_revisions, tiny_pipeline
 from tests.support.knative.platform import until
 from tests.support.storage.published import Published
@@ -62,12 +67,12 @@ async def last_held(pod: LocalPod) -> float:
 
 @asynccontextmanager
 async def under_load(
-    published: Published, pipeline: ResolvedPipeline, folder: Path
+    published: Published, pipeline: ResolvedPipeline, folder: Path, **options: Any
 ) -> AsyncIterator[tuple[Platform, Conversations]]:
     """A pipeline that answers conversations all the time. Fails at the end if a sequence was computed again."""
     conversations = Conversations(published)
     conversations.prepare(SHORT)
-    async with serving(folder, published, services(pipeline)) as platform, asyncio.TaskGroup() as group:
+    async with serving(folder, published, services(pipeline), **options) as platform, asyncio.TaskGroup() as group:
         url = platform.url("tiny")
         for number in range(CONVERSATIONS):
             group.create_task(conversations.keep_asking(url, number, SHORT))
@@ -94,6 +99,28 @@ def test_a_new_revision_under_load(published: Published, tmp_path: Path) -> None
             assert [len(of_stage) for of_stage in revisions] == [2, 2, 2]
             await until(lambda: all(new.ready_pods and not old.pods for old, new in revisions), 60)
             await another_round(conversations)
+
+    asyncio.run(scenario())
+
+
+def test_tls_between_pods_is_turned_on_and_off_under_load(published: Published, tmp_path: Path) -> None:
+    """Stages change before the gateway, as `deploy` does it: the old gateway reaches new stages without TLS."""
+    folder = write(CertificateAuthority().secret("tiny.default"), tmp_path / "tiny-tls")
+
+    async def scenario() -> None:
+        plain = tiny_pipeline(published)
+        secured = replace(plain, spec=msgspec.structs.replace(plain.spec, network=NetworkSpec(tls=TLSSpec(secret="tiny-tls"))))
+        async with under_load(published, plain, tmp_path, secret_folders={"tiny-tls": folder}) as (platform, conversations):
+            service = platform.services["default", "tiny"]
+            for number, pipeline in enumerate((secured, plain), 1):
+                *stages, gateway = services(pipeline)
+                await platform.apply(stages)
+                await until(lambda: all(each[-1].ready_pods for each in stage_revisions(platform, plain)), 60)
+                await another_round(conversations)
+                await platform.apply([gateway])
+                assert len(service.revisions) == number + 1
+                await until(lambda: bool(service.revisions[-1].ready_pods) and not service.revisions[-2].pods, 60)
+                await another_round(conversations)
 
     asyncio.run(scenario())
 

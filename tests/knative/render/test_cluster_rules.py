@@ -6,7 +6,7 @@ from typing import Any, Final
 import pytest
 
 from knative.render.gitops import for_gitops
-from knative.render.rendering import render
+from knative.render.rendering import checked, render
 from knative.webhook.check import is_knative_service
 from tests.support.knative.crds import KINDS, kind_of, schema_violations
 from tests.support.knative.manifests import OTHER_DIGEST, resolved_pipeline
@@ -64,7 +64,7 @@ _LIFECYCLE: Final = {"preStop": {"httpGet": {"port": 8022, "path": "/wait-for-dr
 
 def rendered(name: str) -> list[dict[str, Any]]:
     """All objects of a pipeline, as a GitOps controller gets them."""
-    pipeline = resolved_pipeline(OTHER_DIGEST, **PIPELINES[name])
+    pipeline = checked(resolved_pipeline(OTHER_DIGEST, **PIPELINES[name]))
     return [each for objects in for_gitops(pipeline, render(pipeline)).values() for each in objects]
 
 
