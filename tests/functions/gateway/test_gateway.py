@@ -74,10 +74,10 @@ def test_a_seed_repeats_an_answer(gateway: FunctionProcess) -> None:
 
 def test_a_client_that_leaves_a_stream_frees_the_pipeline(gateway: FunctionProcess) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=30)
-    connection.request("POST", "/", json.dumps({"prompt": "hello", "max_tokens": 200}), EVENT | {"Accept": "text/event-stream"})
+    asked = {"model": "tiny", "prompt": "hello", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})
     response = connection.getresponse()
-    while b"generate.token" not in response.readline():
-        pass
+    assert response.readline().startswith(b"data: ")
     response.close()
     connection.close()
     wait_until(lambda: 'lamina_gateway_answers_total{outcome="cancelled"} 1.0' in metrics(gateway))
