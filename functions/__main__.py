@@ -67,7 +67,6 @@ def _explain(arguments: Sequence[str]) -> int:
 def _serve(config: Config, start_up: StartUp) -> int:
     # Imported late: a wrong environment and --help need none of it, and each role only its own modules.
     with without_collection():
-        from functions.hosting.server import Server
         from functions.hosting.startup import use_few_arenas
         from functions.observing.telemetry import set_up_logging
 
@@ -77,6 +76,7 @@ def _serve(config: Config, start_up: StartUp) -> int:
             function = _function(config, start_up)
         except ConfigError as error:
             return _report(error)
+        from functions.hosting.server import Server
     try:
         server = Server(config.listen, config.port, config.metrics_port)
     except OSError as error:
@@ -92,13 +92,25 @@ def _serve(config: Config, start_up: StartUp) -> int:
 
 
 def _function(config: Config, start_up: StartUp) -> Function:
+    """The configured function. What others wait for begins before its remaining modules are imported: a stage's weights, and
+    the other stages' starts, for a request that starts a gateway at zero will need them all.
+
+    Raises ConfigError.
+    """
     if isinstance(config, StageConfig):
+        from functions.stage.serving.arriving import ArrivingModel
+
+        arriving = ArrivingModel(config, start_up)
         from functions.stage.serving.function import StageFunction
 
-        return StageFunction(config, start_up)
+        return StageFunction(config, start_up, arriving)
+    from functions.gateway.build import start_scheduler
+
+    running = start_scheduler(config)
+    running.scheduler.wake()
     from functions.gateway.function import GatewayFunction
 
-    return GatewayFunction(config, start_up)
+    return GatewayFunction(config, start_up, running)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,14 @@ from functions.gateway.stages.endpoint_slices import KubernetesAPI
 from functions.gateway.stages.endpoints import EndpointsWatch, service_name
 from functions.gateway.stages.readiness import EarlyReadiness
 from functions.gateway.stages.routes import Placement
+from functions.observing.telemetry import make_tracer
 from functions.observing.tracing import Tracer
 
 
 @dataclass(frozen=True, slots=True)
 class RunningScheduler:
     scheduler: Scheduler
+    tracer: Tracer
     _sender: Sender
     _watch: EndpointsWatch | None
     _readiness: EarlyReadiness
@@ -32,15 +34,16 @@ class RunningScheduler:
         return 0 if self._watch is None else self._watch.refused(stage)
 
     def close(self) -> None:
-        """Stops the watch, ends all sequences and closes the connections to the stages."""
+        """Stops the watch, ends all sequences, closes the connections to the stages and exports the remaining traces."""
         if self._watch is not None:
             self._watch.stop()
         self._readiness.stop()
         self.scheduler.close()
         self._sender.close()
+        self.tracer.close()
 
 
-def start_scheduler(config: GatewayConfig, tracer: Tracer) -> RunningScheduler:
+def start_scheduler(config: GatewayConfig) -> RunningScheduler:
     """Starts a scheduler over the configured stages. It sends them nothing before the first sequence or `wake`.
 
     Raises ConfigError for TLS files that cannot be used.
@@ -51,6 +54,7 @@ def start_scheduler(config: GatewayConfig, tracer: Tracer) -> RunningScheduler:
         source=f"/pipelines/{config.pipeline}/gateways/{secrets.token_hex(6)}",
         first_layers=tuple(first for (first, _), _ in config.stages),
     )
+    tracer = make_tracer(config.traces_endpoint, "lamina-gateway", {"lamina.pipeline": config.pipeline})
     tls = config.tls.load()
     sender = Sender(tls=tls)
     client = StageClient(sender, identity, config.step_timeout_seconds, tracer, pods_only=tls is not None)
@@ -73,4 +77,4 @@ def start_scheduler(config: GatewayConfig, tracer: Tracer) -> RunningScheduler:
         services = config.stage_services or [service_name(url) for url in urls]
         watch = EndpointsWatch(api, services, pods, readiness.endpoints_changed)
         watch.start()
-    return RunningScheduler(scheduler, sender, watch, readiness)
+    return RunningScheduler(scheduler, tracer, sender, watch, readiness)

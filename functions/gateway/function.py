@@ -12,7 +12,7 @@ from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
 from functions.gateway.app import MAX_REQUEST_BYTES, client_limits, create_app, gateway_admission, stage_descriptions
-from functions.gateway.build import start_scheduler
+from functions.gateway.build import RunningScheduler
 from functions.gateway.page.pipeline_watch import Watched
 from functions.gateway.scheduling.metrics import SchedulerCollector
 from functions.gateway.text.tokenizer import ModelText
@@ -20,7 +20,6 @@ from functions.hosting.management import Management
 from functions.hosting.publication import WrongPublication, read_publication
 from functions.hosting.server import Service
 from functions.hosting.startup import StartUp
-from functions.observing.telemetry import make_tracer
 from storage.errors import StorageError
 from storage.store.object_reader import ObjectReader
 
@@ -34,8 +33,8 @@ _REQUEST_BYTES: Final = 8 * MAX_REQUEST_BYTES  # most bytes of all request bodie
 class GatewayFunction:
     """The gateway of one pipeline: its HTTP service, scheduler and metrics, from start to drain and close."""
 
-    def __init__(self, config: GatewayConfig, start_up: StartUp) -> None:
-        """Starts the scheduler. The HTTP service answers NotReady until `start` has loaded the tokenizer.
+    def __init__(self, config: GatewayConfig, start_up: StartUp, running: RunningScheduler) -> None:
+        """The HTTP service answers NotReady until `start` has loaded the tokenizer. running: closed by `close`.
 
         Raises ConfigError for a file of API keys that cannot be used.
         """
@@ -47,8 +46,7 @@ class GatewayFunction:
         self._metrics.queue_limit.set(config.queue_limit)
         start_up.report_to(self._metrics.phase_ended)
         self._answer_service: AnswerService | None = None
-        self._tracer = make_tracer(config.traces_endpoint, "lamina-gateway", {"lamina.pipeline": config.pipeline})
-        self._running = start_scheduler(config, self._tracer)
+        self._running = running
         self._draining = False
         if self._keys.is_open:
             _log.warning("open to everybody: neither LAMINA_API_KEYS nor LAMINA_API_KEY_FILES is set")
@@ -65,12 +63,10 @@ class GatewayFunction:
         self._metrics.registry.register(SchedulerCollector(self._running.scheduler.stats, names))
 
     def start(self, stop: Callable[[int], None]) -> None:
-        """Wakes all stages, begins to load the tokenizer and the chat template in a thread, and returns.
+        """Begins to load the tokenizer and the chat template in a thread, and returns.
 
-        Stages are woken because a request starts a gateway at zero, and will need them all. stop: ends the process with an
-        exit status; the thread calls it with 1 if loading fails, after it has logged the cause.
+        stop: ends the process with an exit status; the thread calls it with 1 if loading fails, after it has logged the cause.
         """
-        self._running.scheduler.wake()
         threading.Thread(target=self._load, args=(stop,), name="start-up", daemon=True).start()
 
     def drain(self) -> None:
@@ -80,7 +76,6 @@ class GatewayFunction:
     def close(self) -> None:
         """Stops the scheduler and exports the remaining traces. Call it only after the last request has been answered."""
         self._running.close()
-        self._tracer.close()
 
     def _load(self, stop: Callable[[int], None]) -> None:
         try:
@@ -103,7 +98,7 @@ class GatewayFunction:
         limits = client_limits(self._config, self._keys)
         config = self._config
         self._answer_service = AnswerService(
-            text, self._running.scheduler, self._metrics, self._tracer, limits, config.model, config.keep_alive_seconds
+            text, self._running.scheduler, self._metrics, self._running.tracer, limits, config.model, config.keep_alive_seconds
         )
         _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])
 

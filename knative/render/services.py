@@ -215,6 +215,7 @@ def _container(spec: PipelineSpec, resources: Resources, env: list[KubernetesObj
         "resources": {"requests": dict(amounts), "limits": dict(amounts)},
         # No period: with one, queue-proxy asks the function once per question of the kubelet or the activator; without, it asks
         # every 50 ms until the function is ready (pkg/queue/readiness/probe.go). timeoutSeconds must not be set then, either.
+        # No startupProbe: with one, the activator waits for the kubelet's verdict (pkg/activator/net/revision_backends.go).
         "readinessProbe": {"httpGet": {"path": "/readyz"}},
         # /healthz answers while weights load, so a slow load never kills the pod; a minute covers the imports.
         "livenessProbe": {"httpGet": {"path": "/healthz"}, "periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 6},

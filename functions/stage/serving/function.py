@@ -15,6 +15,7 @@ from functions.hosting.server import Service, listen
 from functions.hosting.startup import StartUp
 from functions.observing.telemetry import make_tracer
 from functions.stage.serving.app import MAX_EVENT_BYTES, StageApp, StageMetrics, stage_admission
+from functions.stage.serving.arriving import ArrivingModel
 from functions.stage.serving.bring_up import UnservableModel, bring_up
 from functions.stage.serving.handlers import EventHandlers
 from storage.errors import StorageError
@@ -35,13 +36,16 @@ _REQUEST_BYTES: Final = 2 * MAX_EVENT_BYTES  # of all events together
 class StageFunction:
     """The function that serves one stage of one pipeline: its engine, handlers, metrics, and their start and end."""
 
-    def __init__(self, config: StageConfig, start_up: StartUp) -> None:
+    def __init__(self, config: StageConfig, start_up: StartUp, arriving: ArrivingModel) -> None:
         """Raises ConfigError for TLS files that cannot be used."""
         self.instance = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._config = config
         self._tls = config.tls.load()
         self._start_up = start_up
+        self._arriving = arriving
         self._metrics = StageMetrics()
+        self._metrics.loaded_bytes.set_function(lambda: start_up.loaded_bytes)
+        self._metrics.weights_bytes.set_function(lambda: start_up.total_bytes)
         start_up.report_to(self._metrics.phase_ended)
         self._changed = threading.Condition()
         self._engine: Engine | None = None
@@ -116,7 +120,7 @@ class StageFunction:
 
     def _bring_up(self, stop: Callable[[int], None]) -> None:
         try:
-            ready = bring_up(self._config, self._start_up, self._metrics, self._tls)
+            ready = bring_up(self._config, self._arriving, self._start_up, self._metrics, self._tls)
         except (StorageError, WrongPublication, UnservableModel) as error:
             _log.error("the stage cannot start: %s", error)
             self._fail(stop)

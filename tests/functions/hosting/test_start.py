@@ -163,13 +163,14 @@ import json, os, sys
 from functions.configuration.config import read_config
 from functions.__main__ import _function
 from functions.hosting.server import Server
+from functions.stage.serving.arriving import ArrivingModel
 from functions.stage.serving.bring_up import bring_up
 from functions.hosting.startup import StartUp
 from functions.stage.serving.app import StageMetrics
 config = read_config(os.environ)
 start_up = StartUp()
 _function(config, start_up)
-bring_up(config, start_up, StageMetrics())
+bring_up(config, ArrivingModel(config, start_up), start_up, StageMetrics())
 print(json.dumps(sorted(sys.modules)))
 """
 IMPORTS_OF_A_GATEWAY = """
@@ -222,6 +223,37 @@ def test_a_gateway_imports_no_torch_and_starts_at_once() -> None:
     assert not (NEVER | {"torch", "numpy", "safetensors"}).intersection(modules)
     # CPU time rather than the clock's, which other processes of a busy machine are in.
     assert float(cpu_seconds) < 0.5
+
+
+FIRST = {
+    "stage": "functions.stage.serving.arriving.ArrivingModel.__init__",
+    "gateway": "functions.gateway.scheduling.scheduler.Scheduler.wake",
+}
+"""What each role does first."""
+
+
+@pytest.mark.parametrize("role", FIRST)
+def test_what_others_wait_for_begins_before_most_is_imported(published: Published, role: str) -> None:
+    """A gateway wakes the stages, a stage reads its weights, and then they import their servers, APIs and layers."""
+    owner, _, method = FIRST[role].rpartition(".")
+    code = f"""
+import json, os, pkgutil, sys
+from functions.configuration.config import read_config
+from functions.__main__ import _function
+from functions.hosting.startup import StartUp
+config, before = read_config(os.environ), []
+owner = pkgutil.resolve_name("{owner}")
+def first(self, *_):
+    before.extend(sys.modules)
+    print(json.dumps(before), flush=True)
+    os._exit(0)
+owner.{method} = first
+_function(config, StartUp())
+"""
+    environ = stage_environment(published, 0) if role == "stage" else GATEWAY
+    modules = set(imported(code, environ))
+    assert f"functions.{role}.app" not in modules
+    assert not modules & {"flask", "jinja2", "tokenizers", "numpy", "functions.hosting.server"}
 
 
 @pytest.mark.parametrize(

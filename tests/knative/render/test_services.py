@@ -134,10 +134,19 @@ def test_stages_mount_no_token_and_gateways_are_full_duplex() -> None:
 
 
 def test_queue_proxy_probes_without_a_period() -> None:
-    """A period would turn off the probing every 50 ms: 0.4 to 0.9 s of every cold start on a cluster."""
+    """A period would turn off the probing every 50 ms: 0.4 to 0.9 s of every cold start on a cluster.
+
+    With a startupProbe the activator would wait for the kubelet (pkg/activator/net/revision_backends.go).
+    """
     variant = pipeline(eventing={"dead_letter_sink": "letters"})
-    probes = [container_of(service)["readinessProbe"] for service in services(variant)]
-    assert probes == [{"httpGet": {"path": "/readyz"}}] * 5
+    containers = [container_of(service) for service in services(variant)]
+    assert [container["readinessProbe"] for container in containers] == [{"httpGet": {"path": "/readyz"}}] * 5
+    assert not any("startupProbe" in container for container in containers)
+
+
+def test_a_node_with_the_image_of_one_stage_needs_nothing_for_another_or_for_a_gateway() -> None:
+    variant = pipeline(eventing={"dead_letter_sink": "letters"})
+    assert len({container_of(service)["image"] for service in services(variant)}) == 1
 
 
 def test_autoscaling_defaults_are_the_ones_that_worked_together() -> None:
