@@ -72,7 +72,7 @@ deploy-all: needs-spec needs-store $(VENV)/run.stamp needs-libraries ## Push the
 	  echo "$$url"; \
 	  case "$$url" in *.svc.cluster.local) \
 	    echo "deployed, but not asked: no ingress serves that name. The warning above says how to get a port; then:" >&2; \
-	    echo "  $(BIN)/python -m knative ask http://127.0.0.1:8080 \"\$$PROMPT\"" >&2; exit 0 ;; esac; \
+	    echo "  $(BIN)/python -m knative ask http://127.0.0.1:8080 $${PROMPT@Q}" >&2; exit 0 ;; esac; \
 	  exec $(BIN)/python -m knative ask "$${INGRESS:-$$url}" "$$PROMPT" --max-tokens "$$MAX_TOKENS" $${INGRESS:+--host "$${url#*://}"}
 
 .PHONY: undeploy-all

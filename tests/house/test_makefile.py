@@ -154,7 +154,7 @@ def test_without_a_domain_the_pipeline_is_deployed_and_how_to_reach_it_is_told(
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("http://chat.models.svc.cluster.local\n")
     assert "port-forward" in done.stderr
-    assert '.venv/bin/python -m knative ask http://127.0.0.1:8080 "$PROMPT"' in done.stderr
+    assert ".venv/bin/python -m knative ask http://127.0.0.1:8080 'What is the capital of France?'" in done.stderr
 
 
 def test_what_is_missing_is_named_before_anything_is_done(tmp_path: Path, spec: Path, environ: dict[str, str]) -> None:
