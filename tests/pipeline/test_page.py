@@ -92,7 +92,7 @@ def test_a_cold_start_is_shown_with_its_phases(page: Browser, pictures: Path) ->
     assert not page.violations()
     ask(page, "Why is the sky blue?")
     page.until(lambda: page.text(".start.under-way").count("Starting from zero") == 3, "all stages waking at once")
-    assert "Waking" in page.text(".turn.assistant .note")
+    page.until(lambda: "Waiting: stage " in page.text(".turn.assistant .note"), "what the answer awaits")
     page.picture(pictures / "page-cold-start.png")
     page.until(lambda: page.text(".start").count("Cold start ") == 3, "all stages awake")
     for phase in ("Knative", "process", "imports", "weights"):

@@ -11,9 +11,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
-from eventing.wire.generation import GenerateResponse, Timings, TokenEvent, Usage
+from eventing.wire.generation import GenerateResponse, ProgressEvent, Timings, TokenEvent, Usage
 from knative.commands import ask
 from knative.commands.ask import Answer, Question
 from tests.support.knative.site import Site
@@ -83,3 +84,19 @@ def test_a_host_that_the_ingress_does_not_know_is_told_with_those_that_it_knows(
 def test_without_a_cluster_it_says_how_to_list_them(ingress: str, tmp_path: Path) -> None:
     said = refused(tmp_path / "none", ingress, "hello")
     assert f"knows no host {ingress.removeprefix('http://')}; python -m knative list shows the hosts" in said
+
+
+def test_a_terminal_shows_what_an_answer_awaits(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+
+    async def answers(url: str, question: Question, on_progress: ask.OnProgress) -> AsyncIterator[Answer]:
+        on_progress(ProgressEvent("start", "stage 2 of 3 loading, 41 %", stage=2, stages=3, percent=41))
+        yield TokenEvent(0, 7, "Paris")
+        yield GenerateResponse("Paris", (7,), "stop", Usage(5, 1, 6), Timings(0.0, 0.02, 0.03, 1000.0))
+
+    monkeypatch.setattr(ask, "stream_answer", answers)
+    monkeypatch.setattr(ask, "Console", lambda: Console(file=out, force_terminal=True, width=120))
+    assert CliRunner().invoke(ask.ask, ["http://gateway", "Capital?"]).exit_code == 0
+    before, _, after = out.getvalue().partition("Paris")
+    assert "waiting: stage 2 of 3 loading, 41 %" in before
+    assert "waiting" not in after

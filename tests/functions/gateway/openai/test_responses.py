@@ -1,6 +1,7 @@
 """`/v1/responses` over a scripted pipeline: refusals, thoughts and tools, checked by the official client's types."""
 
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from pydantic import TypeAdapter
 
 from eventing.http.sse import SSEDecoder
 from eventing.problems import PipelineUnavailable
-from eventing.wire.generation import Message
+from eventing.wire.generation import Message, ProgressEvent
 from functions.gateway.openai import responses_requests
 from tests.support.functions.scripted_gateway import TOKENIZER, Pipeline, client_of
 from tests.support.storage.published import CHAT_TEMPLATE
@@ -156,3 +157,15 @@ def test_many_calls_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
     (message,) = responses_requests.ResponsesRequest(model="tiny", input=(said, *[call] * 100)).messages()
     assert len(message.tool_calls) == 100
     assert copied <= 100
+
+
+@pytest.mark.slow
+def test_progress_is_an_event_of_the_stream(client: FlaskClient, pipeline: Pipeline) -> None:
+    pipeline.awaited = ProgressEvent("turn", "turn in the queue, 3 waiting", waiting=3)
+    pipeline.script = lambda stream: threading.Timer(1.2, pipeline.say("Hello"), (stream,)).start()
+    response = respond(client, stream=True, stream_options={"include_progress": True})
+    events = [json.loads(event.data) for event in SSEDecoder().feed(response.data)]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert [event["type"] for event in events[:3]] == ["response.created", "response.in_progress", "response.progress"]
+    assert events[2]["progress"] == {"awaits": "turn", "text": "turn in the queue, 3 waiting", "waiting": 3}
+    assert events[-1]["type"] == "response.completed"
