@@ -8,7 +8,7 @@ import selectors
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from functions.fairness.fair_shares import FairShares
@@ -30,18 +30,19 @@ class ListeningPort:
         listener: socket.socket,
         max_waiting: int,
         read: Callable[[tuple[str, int]], RequestReader],
-        accepts: Callable[[ClientConnection], bool],
-        dispatch: Callable[[ClientConnection], object],
+        dispatch: Callable[[ClientConnection], Iterable[ClientConnection]],
+        finished: Callable[[ClientConnection], object] = lambda _: None,
     ) -> None:
         """max_waiting: limit of connections without a complete request. read: makes the reader for a client's address.
 
-        accepts: whether a complete request can be queued; if not, it is refused with 503. dispatch: queues it for a thread.
+        dispatch: queues a complete request for a thread, and returns the connections whose requests are refused with 503
+        because too many wait. finished: called when a dispatched connection comes back.
         """
         self.listener = listener
         self.max_waiting = max_waiting
         self.read = read
-        self.accepts = accepts
         self.dispatch = dispatch
+        self.finished = finished
         self.waiting: FairShares[ClientConnection] = FairShares(oldest_first=True)  # without a complete request
 
 
@@ -146,18 +147,21 @@ class Poller:
                 connection.port.waiting.move(connection.reader.client_id, connection)
 
     def _take(self, connection: ClientConnection) -> None:
-        if not connection.port.accepts(connection):
-            self._refuse(connection, BadRequest(503, "too many requests wait for a thread; send it again a little later"))
-            return
         self._leave(connection)
         self._dispatch(connection)
 
     def _dispatch(self, connection: ClientConnection) -> None:
         self._in_hand += 1
-        connection.port.dispatch(connection)
+        for refused in connection.port.dispatch(connection):
+            self._in_hand -= 1
+            if refused.refuse(BadRequest(503, "too many requests wait for a thread; send it again a little later")):
+                self._wait(refused)
+            else:
+                refused.close()
 
     def _go_on(self, connection: ClientConnection, keeps: bool) -> None:
         """Handles a returned connection: closes it, dispatches the next request if that is complete, or waits for it."""
+        connection.port.finished(connection)
         if not keeps:
             connection.close()
         elif connection.reader.complete and not connection.lingers:

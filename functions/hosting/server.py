@@ -10,7 +10,7 @@ import resource
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -26,6 +26,7 @@ from functions.hosting.requests import (
     RequestReader,
     base_environ,
 )
+from functions.hosting.turns import Turns, threads_for
 from functions.threads.pool import ThreadPool
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Service:
     application: "WSGIApplication"
     management: "WSGIApplication"  # probes on both ports, and all else on the management port; never blocks
     admit: "Admit"  # how many bytes of body a request may have, by its head
-    threads: int  # requests that are answered at the same time
+    threads: int  # requests of one client that are answered at the same time; a third more are kept for other clients
     request_bytes: int  # of all bodies in memory together
 
 
@@ -81,7 +82,7 @@ class Server:
         `on_stop` runs in a thread of its own. Returns the exit status: 0, or that of `stop`.
         """
         answering = _Answering(service, self._limits)
-        waiting = _connections_allowed(self._limits.waiting_connections, service.threads + _MAX_QUEUED)
+        waiting = _connections_allowed(self._limits.waiting_connections, threads_for(service.threads) + _MAX_QUEUED)
         poller = Poller(
             [
                 answering.clients_port(self._host, self._listener, waiting),
@@ -125,7 +126,7 @@ class _Answering:
         self._service = service
         self._limits = limits
         self._budget = BodyBudget(service.request_bytes)
-        self._clients = ThreadPool(service.threads, "request")
+        self._clients = ThreadPool(threads_for(service.threads), "request")
         self._probes = ThreadPool(1, "probe")
         self._managers = ThreadPool(1, "management")
 
@@ -133,25 +134,31 @@ class _Answering:
         def admit(environ: dict[str, Any]) -> int | None:
             return 0 if environ["PATH_INFO"] in PROBES else self._service.admit(environ)
 
-        def accepts(connection: ClientConnection) -> bool:
-            return (self._probes if _is_probe(connection) else self._clients).waiting < _MAX_QUEUED
+        turns = Turns(
+            threads_for(self._service.threads),
+            _MAX_QUEUED,
+            lambda connection: self._clients.submit(self._serve, connection, self._answer_client),
+        )
 
-        def dispatch(connection: ClientConnection) -> None:
-            if _is_probe(connection):
-                self._probes.submit(self._serve, connection, self._answer_probe)
-            else:
-                self._clients.submit(self._serve, connection, self._answer_client)
+        def dispatch(connection: ClientConnection) -> Iterable[ClientConnection]:
+            return self._probe(self._probes, _MAX_QUEUED, connection) if _is_probe(connection) else turns.push(connection)
 
-        return ListeningPort(listener, max_waiting, self._readers(host, listener, admit), accepts, dispatch)
+        return ListeningPort(listener, max_waiting, self._readers(host, listener, admit), dispatch, turns.finished)
 
     def management_port(self, host: str, listener: socket.socket) -> ListeningPort:
         return ListeningPort(
             listener,
             _MANAGEMENT_CONNECTIONS,
             self._readers(host, listener, lambda _: 0, management=True),
-            lambda _: self._managers.waiting < _MANAGEMENT_CONNECTIONS,
-            lambda connection: self._managers.submit(self._serve, connection, self._answer_probe),
+            lambda connection: self._probe(self._managers, _MANAGEMENT_CONNECTIONS, connection),
         )
+
+    def _probe(self, pool: ThreadPool, max_waiting: int, connection: ClientConnection) -> Iterable[ClientConnection]:
+        """Queues a probe. Returns its connection if it is refused because `max_waiting` wait already."""
+        if pool.waiting >= max_waiting:
+            return (connection,)
+        pool.submit(self._serve, connection, self._answer_probe)
+        return ()
 
     def _readers(
         self, host: str, listener: socket.socket, admit: "Admit", *, management: bool = False

@@ -181,3 +181,21 @@ def test_connections_of_a_greedy_client_give_way_to_those_of_five_modest_ones() 
         for sock in modest:
             sock.sendall(bytes(990))
             assert b" 200 OK" in reply(sock)
+
+
+def test_threads_of_a_greedy_client_leave_some_to_five_modest_ones() -> None:
+    """It holds six of eight threads and all places of requests that wait for one."""
+    request = b"GET %b HTTP/1.1\r\nHost: here\r\nConnection: close\r\nClient: %b\r\n\r\n"
+    hold = request % (b"/hold", b"greedy")
+    with serving(6) as server, half_sent(server, 6 + 256 + 40, hold) as greedy, ExitStack() as stack:
+        assert reply(greedy[-1]).startswith(b"HTTP/1.1 503 Service Unavailable")
+        for client in MODEST:
+            with server.connect() as sock:
+                sock.sendall(request % (b"/", client))
+                assert b"request-" in reply(sock)
+        for client in MODEST:  # two get a thread, and three get places of the greedy one
+            stack.enter_context(server.connect()).sendall(request % (b"/hold", client))
+        refused = {greedy[-1]}
+        while len(refused) < 40 + 3:
+            refused.update(select.select([sock for sock in greedy if sock not in refused], [], [], ENOUGH)[0])
+        assert server.get("/healthz") == b"probe"
