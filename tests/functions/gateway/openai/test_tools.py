@@ -157,6 +157,31 @@ def test_forced_calls_of_other_formats_are_parsed(pipeline: Pipeline, template: 
     assert allows(grammar.source, text)
 
 
+@pytest.mark.parametrize(
+    ("template", "before", "call", "after"),
+    [
+        ("<tool_call>", "<tool_call>\n", '{"name": "add", "arguments": {"a": 1}}', "\n</tool_call>"),
+        ("[TOOL_CALLS]", "[TOOL_CALLS][", '{"name": "add", "arguments": {"a": 1}}', "]"),
+        ("[TOOL_CALLS] [ARGS]", "", '[TOOL_CALLS]add[ARGS]{"a": 1}', ""),
+        ("<|python_tag|>", "", '{"name": "add", "parameters": {"a": 1}}', ""),
+    ],
+)
+def test_a_function_that_is_named_is_called_exactly_once_in_every_format(
+    pipeline: Pipeline, template: str, before: str, call: str, after: str
+) -> None:
+    client = client_of(pipeline, context=4096, template=TOLD + "{# " + template + " #}")
+    named = {"type": "function", "function": {"name": "add"}}
+    assert chat(client, tools=[ADD, LOOK_UP], tool_choice=named, parallel_tool_calls=True).status_code == 200
+    source = pipeline.prompts[-1].sampling.grammar.source
+    assert allows(source, before + call + after)
+    for again in (
+        f"{before}{call}, {call}{after}",
+        f"{before}{call}{call}{after}",
+        f"{before}{call}{after}\n{before}{call}{after}",
+    ):
+        assert not allows(source, again)
+
+
 def allows(source: str, text: str) -> bool:
     """Tells whether the grammar allows `text` as a whole answer."""
     tokens = TOKENIZER.encode(text, add_special_tokens=False).ids

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from eventing.wire.generation import Message
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.tokenizer import ModelText
 from storage.models.model_repository import ModelManifest, StoredFile
+from tests.support.functions.sentencepiece import llama_2
 from tests.support.storage.published import CHAT_TEMPLATE, byte_tokenizer
 
 TEXTS = [
@@ -163,3 +165,26 @@ def test_the_default_template_of_several_is_used() -> None:
 )
 def test_end_tokens_come_from_the_first_file_that_names_them(files: dict[str, Any], expected: set[int]) -> None:
     assert load(**files).eos_ids == expected
+
+
+def test_other_threads_run_while_many_tokens_are_decoded() -> None:
+    tokenizer = llama_2()
+    text = ModelText(tokenizer, None, frozenset(), 2**20)
+    ids = tokenizer.encode("the", add_special_tokens=False).ids[-1:] * 2**20
+    turns = 0
+    over = threading.Event()
+
+    def count() -> None:
+        nonlocal turns
+        while not over.wait(0.001):
+            turns += 1
+
+    other = threading.Thread(target=count)
+    other.start()
+    before = turns
+    decoded = text.decode(ids)
+    seen = turns - before
+    over.set()
+    other.join()
+    assert len(decoded) >= 2**20
+    assert seen > 10, "the library held the interpreter lock"
