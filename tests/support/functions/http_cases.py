@@ -352,6 +352,12 @@ def _recorded() -> Iterator[Case]:
         (b"POST" + go + CHUNKED + b"Content-Type: application/json\r\n" + zipped + chunks, b"hello"),
         (b"POST /e?a=b HTTP/1.1\r\n" + host + CHUNKED + b"\r\n" + chunks, b"hello"),  # h11
         (python + b"Connection: keep-alive\r\nUser-Agent: python-httpx/0.28.1\r\n" + CHUNKED + b"\r\n" + chunks, b"hello"),
+        (
+            b"POST /e?a=b HTTP/1.1\r\nhost: 127.0.0.1:80\r\nconnection: keep-alive\r\naccept: */*\r\naccept-language: *\r\n"
+            b"sec-fetch-mode: cors\r\nuser-agent: node\r\naccept-encoding: gzip, deflate\r\ntransfer-encoding: chunked\r\n\r\n"
+            + chunks,
+            b"hello",
+        ),
         (python + b"User-Agent: Python/3.11 aiohttp/3.14.5\r\n" + CHUNKED + b"\r\n" + chunks, b"hello"),
     ):
         yield served("clients", sent, sent.partition(b" ")[0] + seen + body)

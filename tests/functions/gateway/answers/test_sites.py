@@ -123,6 +123,7 @@ def test_names_are_checked_and_knatives_name_of_a_service_is_known_to_every_func
         (POST, [], None),
         (POST, ["Sec-Fetch-Site: same-origin", "Origin: http://localhost:8080"], None),
         (POST, ["Sec-Fetch-Site: none"], None),
+        (POST, ["Sec-Fetch-Mode: cors"], None),  # Node's fetch
         (POST, ["Origin: http://localhost:8080"], None),
         (POST, ["Sec-Fetch-Site: cross-site", f"Origin: {PAGE}"], CrossSite),
         (POST, ["Sec-Fetch-Site: same-site", "Origin: http://localhost:3000"], CrossSite),
