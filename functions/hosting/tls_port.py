@@ -156,18 +156,20 @@ class _Inbound(_Side):
         except OSError as error:
             self._answer(f"queue-proxy does not answer on port {self._to_port}: {error}")
             return
-        if self.transport is None:
-            assert self.other.transport is not None
+        if self.transport is not None:
+            self.transport.resume_reading()
+            self.data_received(b"")  # what came with the end of the handshake
+        elif self.other.transport is not None:
             self.other.transport.close()
-            return
-        self.transport.resume_reading()
-        self.data_received(b"")
 
     def _carry(self) -> None:
         assert self.other is not None
         while data := self._tls.read(_READ_BYTES):
             self.other.send(data)
-        if self.transport is not None:  # the client closes: it sent close_notify
+        with contextlib.suppress(ssl.SSLError):  # the client has closed, by a close_notify that is answered
+            self._tls.unwrap()
+        self._flush()
+        if self.transport is not None:
             self.transport.close()
 
     def _answer(self, text: str) -> None:

@@ -41,6 +41,23 @@ def reversing() -> Iterator[Server]:
         yield server
 
 
+def test_a_client_may_close_and_its_request_was_read_with_the_handshake(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = write(CertificateAuthority().secret(NAME), tmp_path / "own")
+    tls = tls_of(own)
+    with reversing() as queue_proxy:
+        address = listening(tls, queue_proxy.server_address[1])
+        with socket.create_connection(address) as plain, tls.client().wrap_socket(plain, server_hostname=NAME) as sock:
+            sock.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc")
+            sock.settimeout(20)
+            reply = b""
+            while not reply.endswith(b"cba"):
+                reply += sock.recv(1000)
+            sock.unwrap()  # sends close_notify, and waits for the other side's end
+    assert "refused" not in caplog.text
+
+
 def test_bytes_reach_queue_proxy_and_come_back(tmp_path: Path) -> None:
     own = write(CertificateAuthority().secret(NAME), tmp_path / "own")
     with reversing() as queue_proxy, Sender(tls=tls_of(own)) as sender:

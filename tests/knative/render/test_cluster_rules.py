@@ -1,6 +1,9 @@
-"""What API servers enforce: rendered objects fit the CRDs of Serving and Eventing, and pods the standard "restricted"."""
+"""What API servers enforce: rendered objects fit the CRDs of Serving and Eventing and Kubernetes' own kinds, and pods the
+standard "restricted"."""
 
 import copy
+import importlib
+import warnings
 from typing import Any, Final
 
 import pytest
@@ -24,6 +27,15 @@ _PLACEMENT: Final = {
     "annotations": {"sidecar.example.com/inject": "false"},
     "env": {"HTTPS_PROXY": "http://proxy.example:3128"},
 }
+# Published models of the other kinds, generated from the projects' API definitions.
+_MODULES: Final = {
+    "v1": "kubernetes.core.v1",
+    "rbac.authorization.k8s.io/v1": "kubernetes.rbac.v1",
+    "policy/v1": "kubernetes.policy.v1",
+    "networking.k8s.io/v1": "kubernetes.networking.v1",
+    "batch/v1": "kubernetes.batch.v1",
+    "monitoring.coreos.com/v1": "prometheus_operator.v1",
+}
 _SINK: Final = "https://answers.example/x"
 PIPELINES: Final[dict[str, dict[str, Any]]] = {
     "plain": {},
@@ -36,6 +48,7 @@ PIPELINES: Final[dict[str, dict[str, Any]]] = {
         "stage": {"weights_cache": "/cache"},
     },
     "knative's TLS": {"network": {"tls": {}}},
+    "monitoring": {"monitoring": {"labels": {"release": "prometheus"}, "queue_proxy_metrics": True}},
     "without keys": {"store": {"endpoint": "http://store.example:9000", "secret": None, "web_identity": {"role_arn": "x"}}},
     "eventing": {
         "eventing": {
@@ -75,8 +88,35 @@ def test_objects_fit_the_published_schemas(name: str) -> None:
     assert {each["metadata"]["name"]: schema_violations(each) for each in found if schema_violations(each)} == {}
 
 
+def understood(manifest: dict[str, Any]) -> Any:
+    """The manifest as its model has read it: without fields that the model does not know."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the models about their own fields
+        module = importlib.import_module(f"cloudcoil.models.{_MODULES[manifest['apiVersion']]}")
+    model = getattr(module, manifest["kind"]).model_validate(manifest)
+    return model.model_dump(by_alias=True, exclude_unset=True, mode="json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PIPELINES)
+def test_no_field_of_another_object_is_unknown(name: str) -> None:
+    found = [each for each in rendered(name) if kind_of(each) not in KINDS]
+    assert {each["kind"] for each in found} >= {"ServiceAccount", "Role", "RoleBinding", "NetworkPolicy", "Job"}
+    for each in found:
+        assert understood(each) == each
+
+
+@pytest.mark.slow
+def test_a_misspelt_field_of_another_object_would_be_found() -> None:
+    policy = next(each for each in rendered("plain") if each["kind"] == "NetworkPolicy")
+    policy["spec"]["ingres"] = []
+    assert understood(policy) != policy
+
+
 def test_every_published_kind_is_rendered() -> None:
-    assert {kind_of(each) for name in PIPELINES for each in rendered(name)} >= KINDS
+    kinds = {kind_of(each) for name in PIPELINES for each in rendered(name)}
+    assert kinds >= KINDS
+    assert {kind.rpartition(" ")[0] for kind in kinds - KINDS} == _MODULES.keys()
 
 
 def service() -> dict[str, Any]:
