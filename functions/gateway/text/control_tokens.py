@@ -118,10 +118,9 @@ class ControlTokens:
                 made.normalizer = normalizers.Sequence([normalizers.Replace(GUARD, ""), *normalizer])
                 if original.pre_tokenizer is not None:
                     made.pre_tokenizer = original.pre_tokenizer
-                for _, token in sorted(original.get_added_tokens_decoder().items()):
-                    made.add_tokens([_copy(token, normalized=token.normalized and token.content not in self._ids)])
-                if splitting:
-                    made.add_tokens([AddedToken(GUARD, normalized=False)])
+                added = [token for _, token in sorted(original.get_added_tokens_decoder().items())]  # so they get their ids
+                copies = [_copy(each, normalized=each.normalized and each.content not in self._ids) for each in added]
+                made.add_tokens([*copies, AddedToken(GUARD, normalized=False)] if splitting else copies)
                 self._tokenizers[splitting] = made
             return self._tokenizers[splitting]
 
