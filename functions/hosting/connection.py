@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+# Of a stream, at most so much waits in the kernel to be sent: more than a thousand tokens. Without a limit, megabytes would.
+_UNSENT_STREAM_BYTES: Final = 256 * 1024
 _JOIN_BELOW_BYTES: Final = 16 * 1024  # smaller replies are sent with their head: a copy costs less than a packet
 _FAILED: Final = b"the function failed; its log has the traceback\n"
 _REASONS: Final = {
@@ -36,7 +38,9 @@ class ServerLimits:
     """How long clients may take, and how many connections they may hold. A connection that exceeds a limit is closed."""
 
     head_seconds: float = 10.0  # from a request's first byte, or the connection's start, to the end of its headers
-    transfer_seconds: float = 10.0  # for a body or a reply, beside what its bytes take at the slowest rate
+    # For a body, and for all the time in which a reply waits for its client to read, beside what its bytes take at the slowest
+    # rate.
+    transfer_seconds: float = 10.0
     slowest_bytes_per_second: float = 32 * 1024
     keep_alive_seconds: float = 75.0  # more than senders keep an idle connection (eventing/http/delivery): they close first
     linger_seconds: float = 2.0  # for a client to read a refusal while it sends; for requests on their way at the stop
@@ -111,7 +115,6 @@ class ClientConnection:
         Returns True if that request has been received completely already, along with the bytes of the last one.
         """
         self.reader = self.reader.following()
-        self.sock.setblocking(False)
         now = time.monotonic()
         self.deadline = now + (self._limits.head_seconds if self.reader.begun else self._limits.keep_alive_seconds)
         return self.reader.complete
@@ -123,7 +126,6 @@ class ClientConnection:
         """
         self.lingers = True
         self.deadline = time.monotonic() + self._limits.linger_seconds
-        self.sock.setblocking(False)
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
 
@@ -168,6 +170,8 @@ class ReplyWriter:
         self._has_body = True
         self._left: int | None = None  # bytes of the body still to come, if its length was announced
         self._whole_bytes: int | None = None  # length of a body that the application returned at once
+        self._sent_bytes = 0
+        self._blocked_seconds = 0.0  # so far, because the client did not read
 
     def answer(self, application: "WSGIApplication", environ: "WSGIEnvironment") -> None:
         """Runs the application and sends its reply, or 500 if the application fails. Raises OSError if sending fails."""
@@ -198,8 +202,8 @@ class ReplyWriter:
     def write(self, data: bytes, /) -> None:
         """Sends a piece of the body. The first call also sends the status line and headers before it.
 
-        Raises OSError: TimeoutError if the client does not read the piece within the time that ServerLimits gives for its
-        length. Raises ValueError if the body becomes longer than its Content-Length.
+        Raises OSError: TimeoutError if the client reads so slowly that the reply, from its beginning, has been blocked for
+        longer than ServerLimits gives. Raises ValueError if the body becomes longer than its Content-Length.
         """
         if not data:
             return
@@ -256,6 +260,7 @@ class ReplyWriter:
             self.keeps = self.keeps and self._speaks_1_1
             if self._speaks_1_1:
                 lines.append("Transfer-Encoding: chunked")
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_STREAM_BYTES)
         self._left = length if self._has_body else None
         if not self.keeps:
             lines.append("Connection: close")
@@ -264,9 +269,23 @@ class ReplyWriter:
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
     def _send(self, data: bytes) -> None:
-        if data:
-            self._sock.settimeout(self._limits.transfer_seconds + len(data) / self._limits.slowest_bytes_per_second)
-            self._sock.sendall(data)
+        if not data:
+            return
+        self._sent_bytes += len(data)
+        try:
+            sent = self._sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent == len(data):
+            return
+        allowed = self._limits.transfer_seconds + self._sent_bytes / self._limits.slowest_bytes_per_second
+        began = time.monotonic()
+        try:
+            self._sock.settimeout(max(0.001, allowed - self._blocked_seconds))  # 0 would mean: never wait
+            self._sock.sendall(memoryview(data)[sent:])
+        finally:
+            self._sock.setblocking(False)
+            self._blocked_seconds += time.monotonic() - began
 
 
 @lru_cache(maxsize=2)

@@ -112,13 +112,13 @@ class ThreadPool(Executor):
         self._started += 1
         first = [call]  # taken out by the thread, which would otherwise keep its arguments until it ends
         thread = threading.Thread(target=self._run, args=(first,), name=f"{self._name}-{self._started}", daemon=True)
+        self._threads += 1  # before it runs, and may ask whether the pool is mostly free
         try:
             thread.start()
         except RuntimeError as error:
+            self._threads -= 1
             _log.error("the pool %s cannot start a thread beside its %d: %s", self._name, self._threads, error)
             self._waiting.append(call)
-        else:
-            self._threads += 1
 
     def _run(self, first: list[_Call]) -> None:
         call: _Call | None = first.pop()

@@ -1,8 +1,10 @@
 """Limits of the server: half-sent requests, stalled readers, too many connections, too many bytes."""
 
+import contextlib
 import resource
 import select
 import socket
+import time
 from contextlib import ExitStack
 
 import pytest
@@ -55,6 +57,27 @@ def test_a_client_that_reads_nothing_ends_its_stream() -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.sendall(b"GET /stream HTTP/1.1\r\nHost: here\r\n\r\n")
         assert server.get("/gone").startswith(b"request-")
+
+
+def test_the_time_to_read_a_stream_counts_over_all_its_pieces() -> None:
+    """Each piece is read in less than the time that is allowed for all."""
+    with serving(2, transfer_seconds=2.0, slowest_bytes_per_second=1e9) as server, server.connect() as sock:
+        sock.sendall(b"GET /stream HTTP/1.1\r\nHost: here\r\n\r\n")
+        for _ in range(200):
+            time.sleep(0.25)
+            with contextlib.suppress(ConnectionResetError):
+                if sock.recv(2**20, socket.MSG_WAITALL):
+                    continue
+            break
+        else:
+            pytest.fail("the stream goes on")
+        assert server.get("/gone").startswith(b"request-")
+
+
+def test_a_stream_may_be_slower_than_its_client() -> None:
+    """Only time in which the client does not read counts."""
+    with serving(2, transfer_seconds=0.1, slowest_bytes_per_second=1e9) as server:
+        assert server.get("/slow-stream") == b"." * 10
 
 
 def test_an_application_can_ask_whether_its_client_is_gone() -> None:

@@ -88,6 +88,25 @@ def test_calls_wait_for_other_threads_if_none_can_be_started(monkeypatch: pytest
     pool.shutdown()
 
 
+def test_a_thread_counts_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a server's only thread may take the pool for free, and wait while others want it."""
+    pool, ran, start = ThreadPool(1, "test"), threading.Event(), threading.Thread.start
+
+    def start_and_wait(thread: threading.Thread) -> None:
+        start(thread)
+        assert ran.wait(20)
+
+    def call() -> bool:
+        try:
+            return pool.mostly_free
+        finally:
+            ran.set()
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_wait)
+    assert not pool.submit(call).result(20)
+    pool.shutdown()
+
+
 def test_an_idle_thread_keeps_no_argument_alive() -> None:
     class Large:
         pass

@@ -28,6 +28,9 @@ def application(environ, start_response):
     if path == "/stream":
         start_response("200 OK", [("Content-Type", "text/plain")])
         return stream()
+    if path == "/slow-stream":
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return slow_stream()
     if path == "/hold":
         held.wait()
     if path == "/release":
@@ -56,6 +59,10 @@ def stream():
             yield bytes(2**20)
     finally:
         gone.set()
+def slow_stream():
+    for _ in range(10):
+        time.sleep(0.05)
+        yield b"."
 def admit(environ):
     environ[CLIENT_ID] = environ.get("HTTP_CLIENT", "")
     return None if environ["PATH_INFO"] == "/unread" else given["body_bytes"]
