@@ -38,10 +38,12 @@ def remote_ports(pid: int) -> set[int]:
 
 
 def with_tls(published: Published, tls: TLSSpec) -> ResolvedPipeline:
-    """The middle stage has two pods."""
+    """The middle stage has two pods, and conversations share KV."""
     pipeline = tiny_pipeline(published)
+    gateway = msgspec.structs.replace(pipeline.spec.gateway, prefix_sharing="pipeline")
     override = {"stage": MIDDLE, "autoscaling": {"min_scale": 2}}
-    spec = msgspec.structs.replace(pipeline.spec, network=NetworkSpec(tls=tls), stage_overrides=[override])
+    changes = {"network": NetworkSpec(tls=tls), "stage_overrides": [override], "gateway": gateway}
+    spec = msgspec.structs.replace(pipeline.spec, **changes)
     return replace(pipeline, spec=spec)
 
 
