@@ -75,9 +75,11 @@ class FairShares(Generic[T]):
 
         capacity: of the resource at present, in the unit of the amounts. The caller frees what the items hold.
         """
+        missing = self.total + amount - capacity
+        if missing <= 0:
+            return []
         held = self._held.copy()
         held[client_id] += amount
-        missing = self.total + amount - capacity
         yielding: list[T] = []
         while missing > 0:
             item = self._next_to_yield(client_id, held, yielding)
