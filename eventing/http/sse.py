@@ -10,7 +10,7 @@ from eventing.problems import MalformedEvent
 
 MAX_EVENT_BYTES: Final = 2**24  # longest event that is read, with its comments
 EVENT_STREAM_CONTENT_TYPE: Final = "text/event-stream"
-HEARTBEAT: Final = b":\n\n"  # a comment: readers ignore it, and proxies see that the stream is alive
+COMMENT: Final = b":\n\n"  # a comment: readers ignore it, and proxies see that the stream is alive
 
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r")
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"

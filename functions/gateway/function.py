@@ -98,7 +98,7 @@ class GatewayFunction:
         limits = client_limits(self._config, self._keys)
         config = self._config
         self._answer_service = AnswerService(
-            text, self._running.scheduler, self._metrics, self._running.tracer, limits, config.model, config.keep_alive_seconds
+            text, self._running.scheduler, self._metrics, self._running.tracer, limits, config.model
         )
         _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])
 

@@ -15,7 +15,7 @@ from typing import Final, Generic, TypeVar
 
 from eventing.problems import Problem
 from eventing.wire.generation import TokenEvent
-from functions.gateway.answers.generation import ClientLeft, SignsOfLife
+from functions.gateway.answers.generation import ClientLeft, Looks
 
 _log: Final = logging.getLogger(__name__)
 
@@ -54,21 +54,19 @@ class Listener(Generic[T]):
         self._leave = leave
         self._closed = False
 
-    def items(self, keep_alive_seconds: float = 0.0) -> Iterator[T | None]:
-        """Yields all items, also those from before this listener joined, and None after each `keep_alive_seconds` without any.
-
-        keep_alive_seconds: 0: it never yields None.
+    def items(self) -> Iterator[T | None]:
+        """Yields all items, also those from before this listener joined; while none come, None every LOOK_SECONDS.
 
         Raises the Problem that ended the answer, or ClientLeft if this listener's client has left.
         """
         given = 0
-        signs = SignsOfLife(self._gone, keep_alive_seconds)
+        looks = Looks(self._gone)
         shared = self._shared
         try:
             while True:
                 with shared.changed:
                     if given == len(shared.items) and not shared.ended:
-                        shared.changed.wait(signs.seconds_to_wait())
+                        shared.changed.wait(looks.seconds_to_wait())
                     new, ended = shared.items[given:], shared.ended
                 yield from new
                 given += len(new)
@@ -76,7 +74,7 @@ class Listener(Generic[T]):
                     raise copy(shared.problem)  # a raised exception holds the request, by the frames of its traceback
                 if ended:
                     return
-                for _ in signs.due(bool(new)):
+                for _ in looks.look(bool(new)):
                     yield None
         finally:
             self.close()

@@ -1,6 +1,5 @@
 """The answers to one request: one, or several that are generated together. Knows no HTTP."""
 
-import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -27,51 +26,38 @@ class ClientLeft(Exception):
     """The client has disconnected and the answer was cancelled."""
 
 
-class SignsOfLife:
-    """What a stream sends while no tokens come, and its checks whether the client has left.
+class Looks:
+    """Looks every LOOK_SECONDS whether the client has left and, while no tokens come, what the answer awaits.
 
-    gone: tells without waiting whether the client has left. keep_alive_seconds: silence after which a comment is sent; 0:
-    never. awaited: what the answer awaits; None: the client did not ask for progress.
+    gone: tells without waiting whether the client has left. awaited: what the answer awaits; None: the client did not ask.
     """
 
-    def __init__(
-        self, gone: Callable[[], bool], keep_alive_seconds: float, awaited: Callable[[], ProgressEvent | None] | None = None
-    ) -> None:
+    def __init__(self, gone: Callable[[], bool], awaited: Callable[[], ProgressEvent | None] | None = None) -> None:
         self._gone = gone
-        self._keep_alive_seconds = keep_alive_seconds or math.inf
         self._awaited = awaited
         self._told: ProgressEvent | None = None
-        now = time.monotonic()
-        self._look_at = now + LOOK_SECONDS
-        self._comment_at = now + self._keep_alive_seconds
-        self._silent = True  # no token came since the last look
+        self._next_at = time.monotonic() + LOOK_SECONDS
+        self._found = False  # a token came since the last look
 
     def seconds_to_wait(self) -> float:
-        return max(0.0, min(self._comment_at, self._look_at) - time.monotonic())
+        return max(0.0, self._next_at - time.monotonic())
 
-    def due(self, found: bool) -> Iterator[ProgressEvent | None]:
-        """What to send now: an event, or None for a comment. Call it after each wait for tokens.
+    def look(self, found: bool) -> Iterator[ProgressEvent | None]:
+        """Call it after each wait for tokens. If a look is due and no token came since the last one, yields one item.
 
-        found: the wait brought tokens, and they were sent. Raises ClientLeft if the client has disconnected.
+        The item is what is awaited if that has changed, else None. found: the wait brought tokens. Raises ClientLeft if the
+        client has disconnected.
         """
-        now = time.monotonic()
-        self._silent = self._silent and not found
-        sent = found
-        if now >= self._look_at:
-            self._look_at = now + LOOK_SECONDS
-            if self._gone():
-                raise ClientLeft
-            if self._awaited is not None and self._silent:
-                before, self._told = self._told, self._awaited()
-                if self._told is not None and self._told != before:
-                    sent = True
-                    yield self._told
-            self._silent = True
-        if not sent and now >= self._comment_at:
-            sent = True
-            yield None
-        if sent:
-            self._comment_at = now + self._keep_alive_seconds
+        self._found = self._found or found
+        if time.monotonic() < self._next_at:
+            return
+        if self._gone():
+            raise ClientLeft
+        if not self._found:
+            before, self._told = self._told, None if self._awaited is None else self._awaited()
+            yield None if self._told == before else self._told
+        self._found = False
+        self._next_at = time.monotonic() + LOOK_SECONDS
 
 
 class Generation:
@@ -87,14 +73,12 @@ class Generation:
         answers_per_prompt: int,
         gone: Callable[[], bool],
         metrics: GatewayMetrics,
-        keep_alive_seconds: float = 0.0,
         *,
         include_progress: bool = False,
     ) -> None:
-        """answers: those to the first prompt come first. Other parameters: see SignsOfLife and GenerateRequest."""
+        """answers: those to the first prompt come first. gone: see Looks. include_progress: see GenerateRequest."""
         self.request_id = request_id
         self.answers = answers
-        self._keep_alive_seconds = keep_alive_seconds
         self._include_progress = include_progress
         self._answers_per_prompt = answers_per_prompt
         self._gone = gone
@@ -105,17 +89,16 @@ class Generation:
                 answer.token_stream.notify(self._noticed.set)
 
     def tokens(self) -> Iterator[TokenEvent | ProgressEvent | None]:
-        """Yields the tokens of all answers as they come; while none come, signs of life (None is a comment).
+        """Yields the tokens of all answers as they come; while none come, what is awaited, or None, every LOOK_SECONDS.
 
         Raises the Problem that ended an answer early, or ClientLeft. Closing the iterator cancels unfinished answers.
         """
-        awaited = self._await_what if self._include_progress else None
-        signs = SignsOfLife(self._gone, self._keep_alive_seconds, awaited)
+        looks = Looks(self._gone, self._await_what if self._include_progress else None)
         found = True
         try:
             while not all(answer.done for answer in self.answers):
-                found = yield from self._take(0.0 if found else signs.seconds_to_wait())
-                yield from signs.due(found)
+                found = yield from self._take(0.0 if found else looks.seconds_to_wait())
+                yield from looks.look(found)
         finally:
             self.close()
 

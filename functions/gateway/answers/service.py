@@ -59,7 +59,6 @@ class AnswerService:
         tracer: Tracer = PASSING,
         limits: ClientLimits | None = None,
         model: str = "",
-        keep_alive_seconds: float = 10.0,
     ) -> None:
         self.text = text
         self._limits = limits or ClientLimits(Quota())
@@ -67,7 +66,6 @@ class AnswerService:
         self._metrics = metrics
         self._tracer = tracer
         self._model = model
-        self.keep_alive_seconds = keep_alive_seconds
 
     def begin(self, request: GenerateRequest, context: RequestContext) -> Generation:
         """Begins all answers to a request, or none, and returns without waiting for tokens. The caller closes the Generation.
@@ -97,7 +95,6 @@ class AnswerService:
             request.n,
             context.gone,
             self._metrics,
-            self.keep_alive_seconds,
             include_progress=request.include_progress,
         )
 

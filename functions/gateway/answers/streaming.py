@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from flask import Response, request
 
-from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, HEARTBEAT
+from eventing.http.sse import COMMENT, EVENT_STREAM_CONTENT_TYPE
 from eventing.problems import Problem
 from eventing.wire.generation import ProgressEvent, TokenEvent
 from functions.gateway.answers.deduplication import Listener
@@ -17,20 +17,25 @@ from functions.hosting.requests import ARRIVED, CLIENT_GONE
 
 _log: Final = logging.getLogger(__name__)
 STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # keeps proxies from buffering tokens
+NOTHING: Final = b""  # in a stream's events: time has passed or a token has come, and there is nothing to send yet
 CLIENT_CLOSED_REQUEST: Final = 499  # nginx's status; no client reads it
 
 
 Answering = Generation | Listener[Any]  # an answer on its way
 
 
-def stream_response(source: Answering, events: Iterator[bytes], failure: Callable[[Problem], bytes]) -> Response:
+def stream_response(
+    source: Answering, events: Iterator[bytes], failure: Callable[[Problem], bytes], keep_alive_seconds: float
+) -> Response:
     """Waits for the first event, then returns a reply that streams `events`. Raises a Problem that comes before it.
 
-    failure: encodes a Problem that comes later, as the last event. source: closed when the reply ends or the client leaves.
-    The first event is a token, or a sign of life after some silence. Nothing is sent before it, so that an answer that fails
-    early gets the status of its Problem. Also, a proxy may treat a reply as an error if it begins before the proxy has sent
-    the request's last byte: Go's ReverseProxy then closes the connection.
+    events: NOTHING among them is not sent. source: closed when the reply ends or the client leaves. failure: encodes a Problem
+    that comes later, as the last event. keep_alive_seconds: silence after which a comment is sent, also as the first event; 0:
+    never. Nothing is sent before the first event, so that an answer that fails early gets the status of its Problem. Also, a
+    proxy may treat a reply as an error if it begins before the proxy has sent the request's last byte: Go's ReverseProxy then
+    closes the connection.
     """
+    events = _with_comments(events, keep_alive_seconds)
     try:
         first = next(events)
     except ClientLeft:
@@ -39,6 +44,18 @@ def stream_response(source: Answering, events: Iterator[bytes], failure: Callabl
     response = Response(guarded, content_type=EVENT_STREAM_CONTENT_TYPE, headers=STREAM_HEADERS)
     response.call_on_close(source.close)
     return response
+
+
+def _with_comments(events: Iterator[bytes], keep_alive_seconds: float) -> Iterator[bytes]:
+    sent_at = time.monotonic()
+    for event in events:
+        if event != NOTHING:
+            yield event
+        elif keep_alive_seconds and time.monotonic() - sent_at >= keep_alive_seconds:
+            yield COMMENT
+        else:
+            continue
+        sent_at = time.monotonic()
 
 
 def whole_response(tokens: Iterator[object], finished: Callable[[], Response]) -> Response:
@@ -51,14 +68,14 @@ def whole_response(tokens: Iterator[object], finished: Callable[[], Response]) -
     return finished()
 
 
-def after_comments(
+def begun(
     events: Iterator[TokenEvent | ProgressEvent | None],
 ) -> Generator[bytes, None, Iterator[TokenEvent | ProgressEvent | None]]:
-    """Yields comments until the first token or progress has come, and returns an iterator that begins with it."""
+    """Yields NOTHING until the first token or progress has come, and returns an iterator that begins with it."""
     for event in events:
         if event is not None:
             return chain((event,), events)
-        yield HEARTBEAT
+        yield NOTHING
     return iter(())
 
 

@@ -24,7 +24,7 @@ from eventing.http.binding import (
     to_binary_http,
     to_structured_http,
 )
-from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, HEARTBEAT, encode_sse
+from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, encode_sse
 from eventing.problems import MalformedEvent, Problem, UnknownEventType, UnsupportedMediaType
 from eventing.wire.cloud_event import data_buffers, json_data, json_event, reply_id, reply_seed
 from eventing.wire.events import Attribute, EventType
@@ -37,6 +37,7 @@ from functions.gateway.answers.generation import ClientLeft, Generation
 from functions.gateway.answers.service import MAX_LOGPROBS, AnswerService, RequestContext
 from functions.gateway.answers.streaming import (
     CLIENT_CLOSED_REQUEST,
+    NOTHING,
     arrival_time,
     client_gone,
     stream_response,
@@ -63,6 +64,7 @@ class CloudEventsAPI:
         scores: ScoreEntry | None,
         source: str,
         request_timeout_seconds: float,
+        keep_alive_seconds: float,
     ) -> None:
         self._service = service
         self._clients = clients
@@ -70,6 +72,7 @@ class CloudEventsAPI:
         self._scores = scores
         self._source = source
         self._timeout_seconds = request_timeout_seconds
+        self._keep_alive_seconds = keep_alive_seconds
         self._deduplicator: Deduplicator[Item] = Deduplicator()
 
     def register(self, app: Flask) -> None:
@@ -97,7 +100,10 @@ class CloudEventsAPI:
         g.answering = True
         if _wants_stream():
             return stream_response(
-                listener, self._stream(event, listener), lambda problem: _structured_sse(self._problem(event, problem))
+                listener,
+                self._stream(event, listener),
+                lambda problem: _structured_sse(self._problem(event, problem)),
+                self._keep_alive_seconds,
             )
         to_http = to_structured_http if content_type.startswith(STRUCTURED_CONTENT_TYPE) else to_binary_http
         return whole_response(listener.items(), lambda: _http_response(to_http(self._response(event, listener.last()))))
@@ -188,9 +194,9 @@ class CloudEventsAPI:
     def _stream(self, cause: CloudEvent, listener: Listener[Item]) -> Iterator[bytes]:
         id_ = reply_id(cause)
         progress = count()
-        for item in listener.items(self._service().keep_alive_seconds):
+        for item in listener.items():
             if item is None:
-                yield HEARTBEAT
+                yield NOTHING
             elif isinstance(item, ProgressEvent):
                 yield _structured_sse(self._event(cause, EventType.PROGRESS, item, f"{id_}-progress-{next(progress)}"))
             elif isinstance(item, TokenEvent):

@@ -10,14 +10,13 @@ import msgspec
 from flask import Blueprint, Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 
-from eventing.http.sse import HEARTBEAT
 from eventing.problems import MalformedEvent, Problem
 from functions.gateway.answers.access_log import log_entry
 from functions.gateway.answers.authentication import Clients
-from functions.gateway.answers.deduplication import Deduplicator, Listener
+from functions.gateway.answers.deduplication import Deduplicator
 from functions.gateway.answers.generation import Generation
 from functions.gateway.answers.service import AnswerService, RequestContext
-from functions.gateway.answers.streaming import arrival_time, client_gone, stream_response, whole_response
+from functions.gateway.answers.streaming import NOTHING, arrival_time, client_gone, stream_response, whole_response
 from functions.gateway.openai.documents import ChoicesDocument, Envelope, chat_document, completion_document
 from functions.gateway.openai.errors import model_not_found, path_not_served, refused, unexpected
 from functions.gateway.openai.requests import ChatRequest, CompletionRequest
@@ -39,12 +38,14 @@ class OpenAIAPI:
         model: str,
         pipeline: str,
         request_timeout_seconds: float,
+        keep_alive_seconds: float,
     ) -> None:
         """service: raises NotReady before the tokenizer is loaded. model: name of the served one. pipeline: its fingerprint."""
         self._service = service
         self._clients = clients
         self._pipeline = pipeline
         self._timeout_seconds = request_timeout_seconds
+        self._keep_alive_seconds = keep_alive_seconds
         self._deduplicator: Deduplicator[bytes] = Deduplicator()
         self._model = model
         self._model_document = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "lamina"}
@@ -113,7 +114,9 @@ class OpenAIAPI:
             generation = begin(client_gone())
             g.answering = True
             if body.stream:
-                return stream_response(generation, document.stream(generation, service.text), document.failure)
+                return stream_response(
+                    generation, document.stream(generation, service.text), document.failure, self._keep_alive_seconds
+                )
             return whole_response(generation.tokens(), lambda: json_response(document.whole(generation, service.text)))
 
         def items(abandoned: Callable[[], bool]) -> Iterator[bytes | None]:
@@ -124,17 +127,15 @@ class OpenAIAPI:
         listener = self._deduplicator.listen(shared_key, id_, items, client_gone())
         g.answering = True
         if body.stream:
-            return stream_response(listener, _with_comments(listener, service.keep_alive_seconds), document.failure)
+            return stream_response(
+                listener, (event or NOTHING for event in listener.items()), document.failure, self._keep_alive_seconds
+            )
         return whole_response(listener.items(), lambda: Response(listener.last(), content_type="application/json"))
 
 
 def _events(generation: Generation, document: ChoicesDocument | ResponsesDocument, text: ModelText) -> Iterator[bytes | None]:
-    """The events of a stream, with None in place of comments."""
-    return (None if event == HEARTBEAT else event for event in document.stream(generation, text))
-
-
-def _with_comments(listener: Listener[bytes], keep_alive_seconds: float) -> Iterator[bytes]:
-    return (HEARTBEAT if event is None else event for event in listener.items(keep_alive_seconds))
+    """The events of a stream, with None in place of NOTHING."""
+    return (event or None for event in document.stream(generation, text))
 
 
 def _whole(generation: Generation, document: ChoicesDocument | ResponsesDocument, text: ModelText) -> Iterator[bytes | None]:

@@ -6,11 +6,11 @@ from typing import Any
 
 import msgspec
 
-from eventing.http.sse import HEARTBEAT, encode_sse
+from eventing.http.sse import encode_sse
 from eventing.problems import Problem
 from eventing.wire.generation import Choice, ProgressEvent, TokenEvent, TokenLogprob
 from functions.gateway.answers.generation import Generation
-from functions.gateway.answers.streaming import after_comments
+from functions.gateway.answers.streaming import NOTHING, begun
 from functions.gateway.openai.errors import error_document
 from functions.gateway.openai.requests import ChatRequest, CompletionRequest
 from functions.gateway.text.reasoning import Reasoning, TextDelta
@@ -57,7 +57,10 @@ class ChoicesDocument:
         return self._document(self._object, choices, usage=response.usage)
 
     def stream(self, generation: Generation, text: ModelText) -> Iterator[bytes]:
-        """Yields the reply as server-sent events, signs of life included. Raises the Problem that ended an answer early."""
+        """Yields the reply as server-sent events, and NOTHING when there is nothing to send.
+
+        Raises the Problem that ended an answer early.
+        """
         writers = self._writers(generation, text)
 
         def event(choices: Sequence[dict[str, Any]], **more: object) -> bytes:
@@ -68,16 +71,15 @@ class ChoicesDocument:
             for chunk in chunks:
                 yield event([chunk])
 
-        tokens = yield from after_comments(generation.tokens())
+        tokens = yield from begun(generation.tokens())
         for writer in writers:
             yield from events(writer.first())
         for token in tokens:
-            if token is None:
-                yield HEARTBEAT
-            elif isinstance(token, ProgressEvent):
+            if isinstance(token, ProgressEvent):
                 yield event([], progress=token)
-            else:
-                yield from events(writers[token.choice].chunks(token))
+                continue
+            chunks = [] if token is None else writers[token.choice].chunks(token)
+            yield from events(chunks) if chunks else (NOTHING,)
         response = generation.response()
         for writer, answer in zip(writers, generation.answers, strict=True):
             yield from events(writer.last(answer.choice()))

@@ -10,11 +10,11 @@ from typing import Any, Final
 
 import msgspec
 
-from eventing.http.sse import HEARTBEAT, encode_sse
+from eventing.http.sse import encode_sse
 from eventing.problems import Problem
 from eventing.wire.generation import FinishReason, ProgressEvent, TokenLogprob
 from functions.gateway.answers.generation import Generation
-from functions.gateway.answers.streaming import after_comments
+from functions.gateway.answers.streaming import NOTHING, begun
 from functions.gateway.openai.documents import Envelope, chat_logprobs
 from functions.gateway.openai.errors import error_document
 from functions.gateway.openai.responses_requests import ResponsesRequest
@@ -179,16 +179,15 @@ class ResponsesDocument:
 
     def stream(self, generation: Generation, text: ModelText) -> Iterator[bytes]:
         output = Output(generation, text, self._request)
-        tokens = yield from after_comments(generation.tokens())
+        tokens = yield from begun(generation.tokens())
         for type_ in ("response.created", "response.in_progress"):
             yield self._encode({"type": type_, "response": self._document(generation, output, None)})
         for token in tokens:
-            if token is None:
-                yield HEARTBEAT
-            elif isinstance(token, ProgressEvent):
+            if isinstance(token, ProgressEvent):
                 yield self._encode({"type": "response.progress", "progress": token})
-            else:
-                yield from map(self._encode, output.token(token.text, token.logprob))
+                continue
+            built = [] if token is None else [*output.token(token.text, token.logprob)]
+            yield from map(self._encode, built) if built else (NOTHING,)
         reason = generation.response().finish_reason
         status = _status(reason)
         yield from map(self._encode, output.end(status))

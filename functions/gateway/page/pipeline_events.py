@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 from flask import Flask, Response, request
 
-from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, HEARTBEAT, encode_sse
+from eventing.http.sse import COMMENT, EVENT_STREAM_CONTENT_TYPE, encode_sse
 from eventing.problems import RateLimited
 from functions.fairness.fair_shares import FairShares
 from functions.gateway.answers.access_log import log_entry
@@ -69,7 +69,7 @@ class PipelineEventsAPI:
                 sent = now
                 yield encode_sse(msgspec.json.encode(patch), event="change")
             elif time.monotonic() - sent_at > HEARTBEAT_SECONDS:
-                yield HEARTBEAT
+                yield COMMENT
             else:
                 continue
             sent_at = time.monotonic()

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventing.http.sse import HEARTBEAT, ServerSentEvent, SSEDecoder, encode_sse
+from eventing.http.sse import COMMENT, ServerSentEvent, SSEDecoder, encode_sse
 
 _LINE = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), max_size=20)
 
@@ -22,7 +22,7 @@ def _read(chunks: list[bytes]) -> list[ServerSentEvent]:
 @given(st.lists(st.tuples(st.lists(_LINE, min_size=1), _LINE)), st.data())
 def test_written_events_are_read_back_from_any_chunks(events: list[tuple[list[str], str]], data: st.DataObject) -> None:
     stream = b"".join(
-        HEARTBEAT + encode_sse("\n".join(lines), event=name, id=str(number)) for number, (lines, name) in enumerate(events)
+        COMMENT + encode_sse("\n".join(lines), event=name, id=str(number)) for number, (lines, name) in enumerate(events)
     )
     expected = [
         ServerSentEvent("\n".join(lines), name or "message", str(number)) for number, (lines, name) in enumerate(events)

@@ -104,14 +104,7 @@ def client_of(
     config = gateway_config(**environ)
     text = ModelText(TOKENIZER, ChatTemplate(template, {}), frozenset([END]), context)
     keys = KeyRing(config.api_keys, config.api_key_files or (), takes_budgets=config.limits_store is not None)
-    answers = AnswerService(
-        text,
-        pipeline,
-        pipeline.metrics,
-        limits=client_limits(config, keys),
-        model=config.model,
-        keep_alive_seconds=config.keep_alive_seconds,
-    )
+    answers = AnswerService(text, pipeline, pipeline.metrics, limits=client_limits(config, keys), model=config.model)
     return create_app(config, lambda: answers, pipeline.metrics, keys, write_line).test_client()
 
 
