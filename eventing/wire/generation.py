@@ -147,6 +147,11 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
         """Whether log-probabilities of the prompt's own tokens are wanted: `echo` with `logprobs`."""
         return self.echo and self.logprobs is not None
 
+    @property
+    def scored(self) -> bool:
+        """Whether log-probabilities of the prompt's own tokens are computed: also if there is no answer to compute."""
+        return self.scores or self.max_tokens == 0
+
     def end_ids(self, eos_ids: Collection[int]) -> frozenset[int]:
         """Ids of the tokens that end the answer. eos_ids: the model's own, which `ignore_eos` leaves out."""
         return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else frozenset(eos_ids))

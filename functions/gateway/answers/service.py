@@ -169,7 +169,7 @@ class AnswerService:
             eos_ids=request.end_ids(self.text.eos_ids),
             kept_end_ids=frozenset(request.stop_token_ids if request.include_stop_str_in_output else ()),
             top_logprobs=request.logprobs,
-            scored=request.scores or request.max_tokens == 0,  # without an answer, the prompt's scores are what is computed
+            scored=request.scored,
             client_id=context.client_id,
             cache_salt=request.cache_salt or "",
             request_secret=context.secret,
@@ -218,10 +218,10 @@ class AnswerService:
                 seen = f"your prompt has {len(prompt.token_ids)} tokens, and the answer needs some too"
                 raise ContextExceeded.by(seen, self.text.context_length)
             lengths.append(min(left, most))
-        if request.logprobs is None:
+        if request.logprobs is None and not request.scored:
             return lengths
-        each = 1 + request.logprobs
-        echoed = sum(len(prompt.token_ids) for prompt in prompts) if request.echo else 0
+        each = 1 + (request.logprobs or 0)
+        echoed = sum(len(prompt.token_ids) for prompt in prompts) if request.scored else 0
         if request.max_tokens is None:
             allowed = (context.max_logprobs // (each * request.n) - echoed) // len(prompts)
             lengths = [min(length, max(1, allowed)) for length in lengths]

@@ -319,7 +319,7 @@ def test_log_probabilities_of_a_request_are_bounded_before_it_is_queued(
 def test_echoed_prompts_alone_may_have_too_many_log_probabilities(pipeline: Pipeline) -> None:
     client = client_of(pipeline, context=2048)
     body = {"model": "tiny", "prompt": ["x" * 2000] * 7, "logprobs": 9, "echo": True}
-    for more in ({}, {"max_tokens": 0}):
+    for more in ({}, {"max_tokens": 0}, {"prompt": ["x" * 2000] * 66, "logprobs": None, "max_tokens": 0}):
         assert "one request may have" in client.post("/v1/completions", json=body | more).text
     assert not pipeline.prompts
     assert client.post("/v1/completions", json=body | {"logprobs": None}).status_code == 200
