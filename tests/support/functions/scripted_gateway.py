@@ -102,7 +102,8 @@ def client_of(
     **environ: str,
 ) -> FlaskClient:
     config = gateway_config(**environ)
-    text = ModelText(TOKENIZER, ChatTemplate(template, {}), frozenset([END]), context)
+    parses = config.parse_control_tokens == "on"
+    text = ModelText(TOKENIZER, ChatTemplate(template, {}), frozenset([END]), context, parse_control_tokens=parses)
     keys = KeyRing(config.api_keys, config.api_key_files or (), takes_budgets=config.limits_store is not None)
     answers = AnswerService(text, pipeline, pipeline.metrics, limits=client_limits(config, keys), model=config.model)
     return create_app(config, lambda: answers, pipeline.metrics, keys, write_line).test_client()
