@@ -31,7 +31,10 @@ class Function(Protocol):
         """Called at SIGTERM: lets requests in hand finish, and refuses those that wait for readiness."""
 
     def close(self) -> None:
-        """Stops the function's own work, such as its scheduler or engine. Called once, after the last request was answered."""
+        """Stops the function's own work, such as its scheduler or engine. Called once, after the last request was answered.
+
+        If that takes too long, it is called before, and fails the requests that are still in hand.
+        """
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -76,19 +79,18 @@ def _serve(config: Config, start_up: StartUp) -> int:
             function = _function(config, start_up)
         except ConfigError as error:
             return _report(error)
+        from functions.hosting.connection import ServerLimits
         from functions.hosting.server import Server
     try:
-        server = Server(config.listen, config.port, config.metrics_port)
+        limits = ServerLimits() if isinstance(config, StageConfig) else ServerLimits(graceful_seconds=config.drain_seconds)
+        server = Server(config.listen, config.port, config.metrics_port, limits)
     except OSError as error:
         _log.error("cannot listen on %s; choose another with PORT or LAMINA_METRICS_PORT", error.strerror)
         return 1
     function.start(server.stop)
     _log.info("listening on port %d", server.port)
     _log.info("metrics on port %d", server.management_port)
-    try:
-        return server.run(function.service, function.drain)
-    finally:
-        function.close()
+    return server.run(function.service, function.drain, function.close)
 
 
 def _function(config: Config, start_up: StartUp) -> Function:

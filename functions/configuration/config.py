@@ -397,6 +397,12 @@ class GatewayConfig(CommonConfig):
     request_timeout_seconds: float = setting(
         "LAMINA_REQUEST_TIMEOUT_SECONDS", parsers.seconds, "longest duration of one answer", "600"
     )
+    drain_seconds: float = setting(
+        "LAMINA_DRAIN_SECONDS",
+        parsers.seconds,
+        "how long answers may go on after SIGTERM; those that have not ended then fail with not-ready",
+        "540",
+    )
     step_timeout_seconds: float = setting(
         "LAMINA_STEP_TIMEOUT_SECONDS", parsers.seconds, "longest stay of one event at a stage", "120"
     )

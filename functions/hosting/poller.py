@@ -17,6 +17,7 @@ from functions.hosting.requests import BadRequest, ClientClosed, RequestReader
 
 _log = logging.getLogger(__name__)
 
+LAST_REPLIES_SECONDS: Final = 5.0  # after the drain, for errors that say that it was too short
 _CHECK_SECONDS: Final = 0.5  # between two looks for connections past their deadline
 _ACCEPTED_AT_ONCE: Final = 64
 _NO_MORE_FILES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -70,7 +71,7 @@ class Poller:
         os.eventfd_write(self._wake, 1)
 
     def run(self) -> None:
-        """Runs until `stop`, then until no connection is left, or for ServerLimits.graceful_seconds."""
+        """Runs until `stop`, then until no connection is left, or for ServerLimits.graceful_seconds. Call `finish` after it."""
         self._selector.register(self._wake, selectors.EVENT_READ)
         for port in self._ports:
             port.listener.setblocking(False)
@@ -80,6 +81,12 @@ class Poller:
         self._close_ports()
         end = time.monotonic() + self._limits.graceful_seconds
         while (self._in_hand or any(port.waiting for port in self._ports)) and time.monotonic() < end:
+            self._turn()
+
+    def finish(self) -> None:
+        """Waits for the replies to requests that are still in hand, at most LAST_REPLIES_SECONDS, and ends."""
+        end = time.monotonic() + LAST_REPLIES_SECONDS
+        while self._in_hand and time.monotonic() < end:
             self._turn()
         self._selector.close()
 

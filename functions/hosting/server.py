@@ -76,10 +76,12 @@ class Server:
         self._stop: Callable[[], None] | None = None
         self._status: int | None = None
 
-    def run(self, service: Service, on_stop: Callable[[], None]) -> int:
+    def run(self, service: Service, on_stop: Callable[[], None], close: Callable[[], None]) -> int:
         """Serves until SIGTERM, SIGINT or `stop`; then calls `on_stop` and finishes requests in hand. Main thread only.
 
-        `on_stop` runs in a thread of its own. Returns the exit status: 0, or that of `stop`.
+        `on_stop` runs in a thread of its own. close: called when all requests are finished, or ServerLimits.graceful_seconds
+        have passed. It makes those still in hand fail, and their replies are sent before this returns. Returns the exit status:
+        0, or that of `stop`.
         """
         answering = _Answering(service, self._limits)
         waiting = _connections_allowed(self._limits.waiting_connections, threads_for(service.threads) + _MAX_QUEUED)
@@ -105,7 +107,11 @@ class Server:
             stopped_before = self._status is not None
         if stopped_before:
             stop()
-        poller.run()
+        try:
+            poller.run()
+        finally:
+            close()
+        poller.finish()
         return self._status or 0
 
     def stop(self, status: int) -> None:

@@ -314,6 +314,14 @@ def _kv_store_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObje
     ]
 
 
+def _drain_seconds(timeout_seconds: int) -> int | None:
+    """How long a gateway's answers may go on after SIGTERM; None: the function's default, which is that of the longest timeout.
+
+    A pod is killed `timeoutSeconds` after it was told to end. Of these, queue-proxy's drain takes 30 s before SIGTERM comes.
+    """
+    return None if timeout_seconds == 600 else max(1, timeout_seconds - 60)
+
+
 def _emulated_device(stage: StageSpec, index: int) -> dict[str, Any]:
     """Environment of a stage that emulates a device, by key; values are None if it does not.
 
@@ -363,6 +371,7 @@ def _gateway_env(pipeline: ResolvedPipeline, key_secrets: Sequence[str], for_eve
             LAMINA_STAGES_AT_ONCE=gateway.stages_at_once,
             LAMINA_COLD_START_TIMEOUT_SECONDS=gateway.cold_start_timeout_seconds,
             LAMINA_REQUEST_TIMEOUT_SECONDS=gateway.request_timeout_seconds,
+            LAMINA_DRAIN_SECONDS=_drain_seconds(gateway.timeout_seconds),
             LAMINA_STEP_TIMEOUT_SECONDS=gateway.step_timeout_seconds,
             LAMINA_KUBERNETES_API="cluster",
             LAMINA_NAMESPACE=pipeline.spec.namespace,

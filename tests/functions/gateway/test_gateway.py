@@ -2,7 +2,9 @@
 
 import http.client
 import json
+import os
 import select
+import signal
 import socket
 import urllib.request
 from collections.abc import Iterator
@@ -194,3 +196,35 @@ def test_the_server_as_a_whole_has_options(gateway: FunctionProcess) -> None:
     assert b"\r\nAllow: GET, HEAD, OPTIONS, POST\r\n" in seen
     assert b"Content-Length" not in seen  # RFC 9110, section 8.6
     assert seen.endswith(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("drain_seconds", ["60", "1"])
+def test_sigterm_breaks_no_stream_that_ends_within_the_drain_and_the_others_are_told(
+    published: Published, drain_seconds: str
+) -> None:
+    """With the short drain a stage is suspended, so that no answer goes on."""
+    asked = json.dumps({"prompt": "the", "max_tokens": 60})
+    with ExitStack() as stack:
+        stages = stack.enter_context(running_stages(published))
+        environ = gateway_environment(published, [stage.url for stage in stages], LAMINA_DRAIN_SECONDS=drain_seconds)
+        gateway = stack.enter_context(FunctionProcess(environ)).wait_ready()
+        streams, seen = [], []
+        for number in range(64):
+            connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)
+            stack.callback(connection.close)
+            connection.request("POST", "/", asked, EVENT | {"ce-id": f"{number}", "Accept": "text/event-stream"})
+            streams.append(connection)
+        replies = [connection.getresponse() for connection in streams]  # each has begun
+        if drain_seconds == "1":
+            os.kill(stages[1].process.pid, signal.SIGSTOP)
+            stack.callback(os.kill, stages[1].process.pid, signal.SIGCONT)
+        gateway.process.terminate()
+        for reply in replies:
+            *_, last = SSEDecoder().feed(reply.read())
+            seen.append(json.loads(last.data))
+        assert gateway.wait_end(60) == 0
+    whole = [event for event in seen if event["type"] == "dev.lamina.generate.response"]
+    broken = [event["data"]["detail"] for event in seen if event["type"] == "dev.lamina.generate.error"]
+    assert len(whole) + len(broken) == 64
+    assert bool(broken) == (drain_seconds == "1")
+    assert all("shutting down" in detail for detail in broken)

@@ -95,6 +95,16 @@ def test_functions_accept_every_rendered_environment() -> None:
     assert (gateway.proxies, gateway.scores) == (2, "off")
 
 
+@pytest.mark.parametrize(("timeout", "drain"), [(600, 540), (300, 240), (30, 1)])
+def test_a_gateway_ends_its_answers_before_it_is_killed(timeout: int, drain: float) -> None:
+    """Its grace period is the revision's timeoutSeconds, of which queue-proxy's drain takes 30 s."""
+    service = services(pipeline(gateway={"timeout_seconds": timeout, "request_timeout_seconds": min(timeout, 30)}))[-1]
+    assert service["spec"]["template"]["spec"]["timeoutSeconds"] == timeout
+    config = read_config(environment_of(service))
+    assert isinstance(config, GatewayConfig)
+    assert config.drain_seconds == drain
+
+
 def test_each_stage_gets_the_kv_store_and_its_share_of_the_bytes() -> None:
     kept = {"secret": "chat-kv", "bucket": "talk", "max_bytes": "30Gi", "write_rate": "8Mi", "max_age_seconds": 3600}
     for index, (first, last) in enumerate(CUT):

@@ -72,7 +72,7 @@ def management(environ, start_response):
 server = Server("127.0.0.1", 0, 0, ServerLimits(**given["limits"]))
 print(server.port, server.management_port, flush=True)
 service = Service(application, management, admit, given["threads"], given["request_bytes"])
-sys.exit(server.run(service, lambda: None))
+sys.exit(server.run(service, lambda: None, lambda: None))
 """
 ENOUGH: Final = 60.0  # seconds; far longer than anything here takes
 
