@@ -87,6 +87,7 @@ async def serving(
             "AWS_SECRET_ACCESS_KEY": published.store.secret_access_key,
         },
     }
+    secrets |= options.pop("secrets", {})
     async with running_platform(folder, *manifests, secrets=secrets, timing=timing, **options) as platform:
         yield platform
 

@@ -98,22 +98,22 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def save_checkpoint(folder: Path) -> None:
+def save_checkpoint(folder: Path, seed: int = 0) -> None:
     """Writes a Hugging Face folder. Every weight is random, so that a skipped norm or a wrong position changes the tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "generation_config.json").write_text(
         json.dumps({"bos_token_id": 1, "eos_token_id": list(END_IDS), "pad_token_id": 0})
     )
-    _write_safetensors(folder / "model.safetensors", checkpoint_tensors())
+    _write_safetensors(folder / "model.safetensors", checkpoint_tensors(seed))
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "<|im_end|>"}}')
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
-def checkpoint_tensors() -> dict[str, Any]:
+def checkpoint_tensors(seed: int = 0) -> dict[str, Any]:
     hidden, intermediate, kv = CONFIG["hidden_size"], CONFIG["intermediate_size"], 16
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
 
     def matrix(*shape: int) -> Any:
         return (random.standard_normal(shape) * 2 / shape[-1] ** 0.5).astype(np.float32)
