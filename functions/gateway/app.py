@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,7 +11,7 @@ from flask import Flask, Request, Response, g, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from eventing.claim_check import ClaimCheck
-from eventing.problems import EventTooLarge, Problem
+from eventing.problems import EventTooLarge, Problem, Unauthorized
 from functions.configuration.api_keys import Quota
 from functions.configuration.config import GatewayConfig
 from functions.gateway.answers.access_log import AccessLog
@@ -162,8 +163,8 @@ def gateway_admission(config: GatewayConfig, keys: KeyRing, app: Flask) -> "Call
     """Returns a function with which the server checks a request's head before it reads the body.
 
     The function takes the WSGI environ and returns the most bytes that the body may have; 0 unless the method is POST; None if
-    `app` has no such path, or not with this method. It raises Unauthorized if the gateway has API keys and the request has no
-    valid one, UnknownHost or CrossSite if a page of another site may have sent it, and UnsupportedMediaType if the body is not
+    `app` has no such path, or not with this method. It raises Unauthorized if the gateway has API keys and a POST has no valid
+    one, UnknownHost or CrossSite if a page of another site may have sent it, and UnsupportedMediaType if the body is not
     said to be JSON. It sets CLIENT_ID.
     """
     clients, sites = Clients(keys, config.proxies), Sites(config, is_open=keys.is_open)
@@ -175,10 +176,12 @@ def gateway_admission(config: GatewayConfig, keys: KeyRing, app: Flask) -> "Call
             routes.match(environ["PATH_INFO"], environ["REQUEST_METHOD"])
         except HTTPException:
             return None
-        if environ["REQUEST_METHOD"] != "POST":
-            return 0
+        has_body = environ["REQUEST_METHOD"] == "POST"
         request = Request(environ, populate_request=False)  # it would be part of the environ that it holds
-        environ[CLIENT_ID] = clients.identify(request)
+        with nullcontext() if has_body else suppress(Unauthorized):  # some paths without a body need no key
+            environ[CLIENT_ID] = clients.identify(request)
+        if not has_body:
+            return 0
         check_media_type(environ)
         return MAX_REQUEST_BYTES
 

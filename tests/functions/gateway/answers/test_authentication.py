@@ -200,10 +200,14 @@ def test_a_client_gets_no_signed_event(client: FlaskClient, prefer: str | None) 
 @pytest.mark.parametrize(
     ("keys", "proxies", "expected"), [("alice", 1, "alice's id"), (None, 1, "10.0.0.7"), (None, 0, "127.0.0.1")]
 )
-def test_a_request_counts_for_its_client_before_its_body_is_read(keys: str | None, proxies: int, expected: str) -> None:
+@pytest.mark.parametrize(("method", "path"), [("POST", "/v1/completions"), ("GET", "/v1/models")])
+def test_a_request_counts_for_its_client_before_its_body_is_read(
+    keys: str | None, proxies: int, expected: str, method: str, path: str
+) -> None:
     ring = KeyRing(None if keys is None else parse_keys(keys))
     config = gateway_config(LAMINA_PROXIES=str(proxies))
     headers = {"Authorization": "Bearer alice", "X-Forwarded-For": "10.0.0.7", "Content-Type": "application/json"}
-    environ = create_environ("/v1/completions", method="POST", headers=headers, environ_base={"REMOTE_ADDR": "127.0.0.1"})
-    assert gateway_admission(config, ring, client_of(Pipeline()).application)(environ)
+    environ = create_environ(path, method=method, headers=headers, environ_base={"REMOTE_ADDR": "127.0.0.1"})
+    admitted_bytes = gateway_admission(config, ring, client_of(Pipeline()).application)(environ)
+    assert bool(admitted_bytes) == (method == "POST")
     assert environ[CLIENT_ID] == (ring.find("alice").id if keys else expected)
