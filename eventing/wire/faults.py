@@ -20,11 +20,12 @@ _KINDS: Final[dict[type[inspect.Type], tuple[type | tuple[type, ...], str]]] = {
     inspect.FloatType: ((int, float), "a number"),
     inspect.StrType: (str, "a text"),
     inspect.VarTupleType: (list, "an array"),
+    inspect.ListType: (list, "an array"),
     inspect.TupleType: (list, "an empty array"),
     inspect.DictType: (dict, "an object"),
     inspect.StructType: (dict, "an object"),
 }
-"""What JSON has for a type, and its name in an error. All that requests use."""
+"""What JSON has for a type, and its name in an error. All that requests and specs use."""
 
 
 _MAX_COMPARISONS: Final = 20_000  # a tenth of a second; a request of 8 MiB has millions of values
@@ -62,7 +63,7 @@ def _faults(value: Any, expected: inspect.Type, path: str) -> Iterator[Fault | N
         yield Fault(path, value, f"expected {describe(expected)}")
     elif isinstance(expected, inspect.StructType):
         yield from _struct_faults(value, expected, path)
-    elif isinstance(expected, inspect.VarTupleType):
+    elif isinstance(expected, inspect.VarTupleType | inspect.ListType):
         for index, each in enumerate(value):
             yield from _faults(each, expected.item_type, f"{path}[{index}]")
     elif isinstance(expected, inspect.DictType):

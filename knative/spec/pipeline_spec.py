@@ -35,6 +35,7 @@ Natural = Annotated[int, Meta(ge=0)]
 TimeoutSeconds = Annotated[int, Meta(ge=1, le=600)]
 Concurrency = Annotated[int, Meta(ge=0, le=1000)]
 Url = Annotated[str, Meta(pattern="^https?://")]
+DnsName = Annotated[str, Meta(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]  # also the form of names of Secrets and ConfigMaps
 
 
 def quantity(text: str) -> float:
@@ -369,11 +370,11 @@ class TLSSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """
 
     # Secret with tls.crt, tls.key and ca.crt, as cert-manager writes it: pods show that certificate to each other (mutual TLS).
-    secret: str | None = None
+    secret: DnsName | None = None
     # DNS name in the pods' certificates. Unset: with `secret` `{name}.{namespace}`, else Knative's `kn-user-{namespace}`.
-    name: str | None = None
+    name: DnsName | None = None
     # ConfigMap whose key ca.crt has the CA, as trust-manager writes it. Unset: ca.crt of the Secret (Knative's: serving-certs).
-    ca_config_map: str | None = None
+    ca_config_map: DnsName | None = None
 
 
 class NetworkSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
