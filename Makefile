@@ -168,6 +168,10 @@ test: $(VENV)/dev.stamp $(VENV)/native.stamp ## Every test; no GPU, cluster, Doc
 test-fast: $(VENV)/test.stamp $(VENV)/native.stamp ## The quick tests, without torch, in a minute; ROOM=functions/gateway/scheduling: those of one package
 	$(BIN)/python -m pytest --fast -q $(if $(ROOM),tests/$(ROOM),-n 2 --dist loadfile --durations=10)
 
+.PHONY: fuzz
+fuzz: $(VENV)/dev.stamp $(VENV)/native.stamp ## Random changes of every family's config.json, against transformers (CASES=500)
+	LAMINA_FUZZ_CASES=$${CASES:-500} $(BIN)/python -m pytest -n $(WORKERS) -rP tests/functions/stage/models/test_fuzzed_configs.py
+
 .PHONY: sanitize
 sanitize: $(VENV)/dev.stamp ## Random calls of the layers in C under the address, undefined and thread sanitizers (ROUNDS=20000)
 	LAMINA_FUZZ_ROUNDS=$${ROUNDS:-20000} $(BIN)/python -m pytest -v tests/functions/stage/native/test_fuzz.py

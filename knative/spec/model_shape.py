@@ -14,7 +14,7 @@ import msgspec
 from functions.stage.native.limits import obstacle, padded_head
 from knative.spec.errors import UnknownShape
 from storage.checkpoints.llama_config import LlamaConfig, UnsupportedConfig
-from storage.models.checks import check_quantizable
+from storage.models.checks import check_runnable
 from storage.models.model_repository import ModelManifest, Reader, layer_object, read_file
 
 # Bytes of a number in a layer's matrix; q4 stores four bits and a scale and a minimum per block (storage/models/q4.py).
@@ -162,7 +162,7 @@ class _Decoder:
 
 def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, head: int) -> ModelShape:
     """The shape of a decoder whose layers, embedding and head have these numbers of parameters, stored as `dtype`."""
-    check_quantizable(decoder.config, dtype)
+    check_runnable(decoder.config, dtype)
     dense, active = decoder.layer_parameters()
     # By dtype and head size alone: only the stage knows whether it has this family in C.
     slow_because = obstacle(dtype, "cpu", {"head_dim": decoder.head_size})

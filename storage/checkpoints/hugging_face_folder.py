@@ -34,7 +34,12 @@ def open_folder(folder: Path) -> Checkpoint:
         raise CheckpointInvalid(
             f"{folder} is quantized with {method}; publish the unquantized checkpoint, with dtype int8 if wanted"
         )
-    return Checkpoint(config, _files(folder), dict(_tensors(folder)))
+    files = _files(folder)
+    if config.get("model_type") == "mistral" and "layer_types" in config:
+        # So do transformers' Auto classes (models/auto/configuration_auto.py), and stages must not have to know it.
+        config = {**config, "model_type": "ministral"}
+        files["config.json"] = msgspec.json.format(msgspec.json.encode(config), indent=2)
+    return Checkpoint(config, files, dict(_tensors(folder)))
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, SourceTensor]]:

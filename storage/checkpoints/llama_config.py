@@ -60,26 +60,31 @@ class LlamaConfig(LlamaSizes):
 
 
 def _windows(values: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """The attention window of each layer in tokens; None: no window.
+    """The attention window of each layer in tokens; None: no window. As each family's class in transformers reads its config.
 
-    Mistral has one in all layers, other families where `layer_types` says so (in old Qwen configs from `max_window_layers` on).
+    Raises UnsupportedConfig if layers slide and the config has no window for them.
     """
     model_type: str = values["model_type"]
     num_layers: int = values["num_hidden_layers"]
     window: int | None = values.get("sliding_window")
-    if model_type not in {"mistral", "ministral"} and not values.get("use_sliding_window"):
-        window = None
-    if window is None:
+    if model_type in {"llama", "seed_oss"}:
         return (None,) * num_layers
-    layer_types = values.get("layer_types")
-    if model_type == "mistral" or (model_type == "ministral" and layer_types is None):
+    if model_type == "mistral":
         return (window,) * num_layers
-    if layer_types is not None:
-        slides = [layer_type == "sliding_attention" for layer_type in layer_types[:num_layers]]
+    if model_type in {"qwen2", "qwen3"} and not values.get("use_sliding_window"):
+        window = None
+    if (layer_types := values.get("layer_types")) is not None:
+        slides = [layer_type == "sliding_attention" for layer_type in layer_types]
+    elif window is None:
+        slides = [False] * num_layers
+    elif model_type == "ministral":
+        slides = [True] * num_layers
     elif model_type == "smollm3":
-        slides = [not rotary for rotary in _rotary(values)]
+        slides = [bool(values.get("use_sliding_window")) and not rotary for rotary in _rotary(values)]
     else:
         slides = [layer >= values.get("max_window_layers", 28) for layer in range(num_layers)]
+    if any(slides) and window is None:
+        raise UnsupportedConfig("layer_types has layers with sliding attention, and the config gives them no window")
     return tuple(window if slide else None for slide in slides)
 
 
@@ -89,7 +94,7 @@ def _rotary(values: Mapping[str, Any]) -> tuple[bool, ...]:
         return (True,) * num_layers
     given = values.get("no_rope_layers")
     if given is not None:
-        return tuple(bool(rotates) for rotates in given[:num_layers])
+        return tuple(map(bool, given))
     interval = values.get("no_rope_layer_interval", 4)
     return tuple((layer + 1) % interval != 0 for layer in range(num_layers))
 
@@ -134,7 +139,7 @@ def _checked(model: LlamaConfig, values: Mapping[str, Any]) -> LlamaConfig:
         f"rotation {dict(model.rope)!r}": not _rope_supported(model.rope),
         f"head_dim {model.head_dim}": model.head_dim % 2 != 0,
         f"{model.num_heads} heads on {model.num_kv_heads}": model.num_heads % model.num_kv_heads != 0,
-        "layer lists shorter than the model": min(len(model.windows), len(model.rotary)) < model.num_layers,
+        "layer lists of another length than the model": {len(model.windows), len(model.rotary)} != {model.num_layers},
         "an architecture without a language model head": bool(architectures)
         and not any(str(name).endswith("ForCausalLM") for name in architectures),
     }

@@ -4,9 +4,11 @@ Llama-shaped families have a table of shapes. For others transformers builds the
 device), which names every tensor with its shape. Stages check again what they load. Importing this file loads no library.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+from storage.checkpoints.families import family_of
 from storage.checkpoints.llama_config import LlamaConfig, UnsupportedConfig
 from storage.checkpoints.llama_shaped import LLAMA_FAMILIES, LlamaSizes, Shapes, layer_shapes, outer_shapes
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid, LibraryMissing
@@ -16,12 +18,17 @@ _LAYER_MATRICES: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "
 _MAX_HEAD_DIM: Final = 1024  # LAMINA_MOST_HEAD of functions/stage/native/c/native.h
 
 
-def check_quantizable(config: Mapping[str, Any], dtype: str) -> None:
+def check_runnable(config: Mapping[str, Any], dtype: str) -> None:
     """Raises ArchitectureUnsupported for a model that no stage could run in `dtype`. config: a parsed config.json.
 
-    transformers runs floats only, and only Llama-shaped families have layers of Lamina's own. Other families may have matrices
-    of the same names, so the config decides, not the names.
+    A stage decides by the same table of families. transformers runs floats only, and only Llama-shaped families have layers of
+    Lamina's own. Other families may have matrices of the same names, so the config decides, not the names.
     """
+    family_of(config)
+    if config.get("use_bidirectional_attention"):
+        raise ArchitectureUnsupported(
+            "its tokens attend to later ones (use_bidirectional_attention): it does not generate text"
+        )
     if dtype not in ("int8", "q4"):
         return
     try:
@@ -40,15 +47,19 @@ def is_layer_matrix(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and name.endswith(tuple(f".{matrix}.weight" for matrix in _LAYER_MATRICES))
 
 
-def check_shapes(config: Mapping[str, Any], seen: Shapes) -> None:
+def check_shapes(config: Mapping[str, Any], seen: Shapes, dtype: str) -> frozenset[str]:
     """Compares the shapes `seen` in a checkpoint with those that its parsed config.json implies.
 
-    A Llama-shaped model must have exactly the tensors of its table. In other families, tensors with unknown names are left to
-    the stage that loads them, which runs transformers as well. Raises CheckpointInvalid, which names a tensor and both shapes,
-    or LibraryMissing.
+    Returns the names of the tensors that stay float32 whatever the `dtype` of the publication, as in transformers: a router's
+    bias, for example. A Llama-shaped model must have exactly the tensors of its table. In other families, tensors with unknown
+    names are left to the stage that loads them, which runs transformers as well. Raises CheckpointInvalid, which names a tensor
+    and both shapes, or LibraryMissing.
     """
     llama_shaped = config["model_type"] in LLAMA_FAMILIES
-    expected, prefix = (_shapes_by_table(config), "model") if llama_shaped else _shapes_by_transformers(config)
+    if llama_shaped:
+        expected, prefix, in_float32 = _shapes_by_table(config), "model", frozenset[str]()
+    else:
+        expected, prefix, in_float32 = _shapes_by_transformers(config, dtype)
     for name, shape in seen.items():
         known = next((each for each in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if each in expected), None)
         if known is not None and expected[known] != shape:
@@ -56,11 +67,12 @@ def check_shapes(config: Mapping[str, Any], seen: Shapes) -> None:
                 f"tensor {name!r} is {list(shape)} and config.json makes it {list(expected[known])}; which is right?"
             )
     if not llama_shaped:
-        return
+        return frozenset(name for name in seen if any(re.search(pattern, name) for pattern in in_float32))
     if unknown := seen.keys() - expected.keys():
         raise CheckpointInvalid(f"the checkpoint has {min(unknown)!r}, for which its config.json has no place; which is right?")
     if missing := expected.keys() - seen.keys() - {_TIED_HEAD}:
         raise CheckpointInvalid(f"the checkpoint lacks {min(missing)!r}, which its config.json asks for. Is a shard missing?")
+    return frozenset()
 
 
 def _shapes_by_table(config: Mapping[str, Any]) -> Shapes:
@@ -70,10 +82,16 @@ def _shapes_by_table(config: Mapping[str, Any]) -> Shapes:
     return layers | outer_shapes(sizes)
 
 
-def _shapes_by_transformers(config: Mapping[str, Any]) -> tuple[Shapes, str]:
+def _mixes_longrope(module: object) -> bool:
+    kinds = getattr(module, "rope_type", None)
+    return isinstance(kinds, Mapping) and "longrope" in kinds.values()
+
+
+def _shapes_by_transformers(config: Mapping[str, Any], dtype: str) -> tuple[Shapes, str, frozenset[str]]:
     """The tensors that transformers' model for this config.json has: their shapes by the names that `save_pretrained` writes.
 
-    Also returns the prefix of these names (such as `model`) that some checkpoints omit. Raises LibraryMissing, and
+    Also returns the prefix of these names (such as `model`) that some checkpoints omit, and regular expressions for the names
+    of those that the model loads in float32 where `dtype` is narrower. Raises LibraryMissing, and
     ArchitectureUnsupported if transformers has no language model for the config.
     """
     try:
@@ -89,5 +107,10 @@ def _shapes_by_transformers(config: Mapping[str, Any]) -> tuple[Shapes, str]:
             model = AutoModelForCausalLM.from_config(known)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         raise ArchitectureUnsupported(f"transformers makes no language model of this config.json: {error}") from error
+    if any(_mixes_longrope(module) for module in model.modules()):
+        raise ArchitectureUnsupported("longrope in some kinds of layers and not in others is not supported")
     tensors = revert_weight_conversion(model, model.state_dict())
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, model.base_model_prefix
+    always = model._keep_in_fp32_modules_strict if dtype in ("float16", "bfloat16") else None
+    in_float16 = model._keep_in_fp32_modules if dtype == "float16" else None
+    in_float32 = frozenset(name.replace("*", ".*") for name in {*(always or ()), *(in_float16 or ())})
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, model.base_model_prefix, in_float32

@@ -22,7 +22,7 @@ from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
 from storage.checkpoints.model_description import ModelDescription, describe_model
 from storage.checkpoints.model_source import checkpoint_fingerprint, checkpoint_state, locate, open_checkpoint
 from storage.errors import CheckpointInvalid, ManifestInvalid, ModelNotPublished
-from storage.models.checks import check_quantizable, check_shapes, is_layer_matrix
+from storage.models.checks import check_runnable, check_shapes, is_layer_matrix
 from storage.models.model_repository import (
     MANIFEST_VERSION,
     PART_BYTES,
@@ -91,16 +91,18 @@ def publish(
     from storage.models.conversion import convert_tensor  # numpy, which only a real publication needs
 
     checkpoint = open_checkpoint(path)
-    check_quantizable(checkpoint.config, dtype)
+    check_runnable(checkpoint.config, dtype)
     model, placed = _settle_tie(describe_model(checkpoint.config), checkpoint)
-    check_shapes(checkpoint.config, {name: tensor.shape for members in placed.values() for name, tensor in members.items()})
+    shapes = {name: tensor.shape for members in placed.values() for name, tensor in members.items()}
+    in_float32 = check_shapes(checkpoint.config, shapes, dtype)
     if dtype == "q4":
         _warn_of_losses(source, placed)
     plans = []
     for object_name, members in placed.items():
         targets: dict[str, TargetTensor] = {}
         for tensor_name, tensor in members.items():
-            targets |= convert_tensor(tensor_name, tensor, cast("Dtype", dtype), keep_wide)
+            stored_as = "float32" if tensor_name in in_float32 else dtype
+            targets |= convert_tensor(tensor_name, tensor, cast("Dtype", stored_as), keep_wide)
         plans.append(plan_object(object_name, targets))
     upload = _Upload(store, f"{prefix}{publication}/", plans, progress, afresh)
     objects = {plan.name: upload.verified_or_written(plan) for plan in plans}

@@ -8,10 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from functions.configuration.pass_times import PassTimes
-from functions.stage.models.families import family_of
 from functions.stage.models.layer_group import LayerGroup
 from functions.stage.native import limits
 from functions.stage.native.library import UNAVAILABLE, library
+from storage.checkpoints.families import family_of
 from storage.checkpoints.llama_config import LlamaConfig, UnsupportedConfig
 from storage.errors import LibraryMissing
 from storage.loading.weight_loader import RawTensor
@@ -56,7 +56,7 @@ def choose(
 
     config: a config.json. dtype: of the publication. device: auto, cpu, cuda, or another of torch's. before_torch: called just
     before torch is imported. Kind `auto` prefers layers in C, then torch's operators if they run the model exactly, then
-    transformers. Raises UnsupportedArchitecture, UnsupportedConfig, UnsupportedDtype if the requested kind cannot run it, and
+    transformers. Raises ArchitectureUnsupported, UnsupportedConfig, UnsupportedDtype if the requested kind cannot run it, and
     LibraryMissing.
     """
     if kind == "sleep":

@@ -87,14 +87,14 @@ def _read_tokenizer(config: StageConfig) -> str:
 
 def _layer_group(config: StageConfig, arriving: ArrivingModel, threads: int, start_up: StartUp) -> "LayerGroup":
     from functions.stage.models.build import UnsupportedDtype
-    from functions.stage.models.families import UnsupportedArchitecture
     from functions.stage.models.layer_group import MissingTensors
     from storage.checkpoints.llama_config import UnsupportedConfig
+    from storage.errors import ArchitectureUnsupported
 
     try:
         return _built(config, arriving, threads, start_up)
     except (
-        UnsupportedArchitecture,
+        ArchitectureUnsupported,
         UnsupportedConfig,
         UnsupportedDtype,
         MissingTensors,

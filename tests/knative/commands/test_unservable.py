@@ -31,7 +31,7 @@ def test_an_unservable_model_is_refused(command: str, tmp_path: Path, monkeypatc
     spec = tmp_path / "pipeline.yaml"
     with EmbeddedStore(tmp_path / "store") as embedded:
         with monkeypatch.context() as older:
-            older.setattr(publisher, "check_quantizable", lambda *_: None)
+            older.setattr(publisher, "check_runnable", lambda *_: None)
             publisher.publish(checkpoint, ObjectStore(embedded.settings), "odd", "int8")
         spec.write_text(SPEC.format(endpoint=embedded.settings.endpoint_url, bucket=embedded.settings.bucket))
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", embedded.settings.access_key_id)

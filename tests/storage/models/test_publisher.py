@@ -88,6 +88,59 @@ def test_other_float_types_are_rounded_as_torch_does(
     assert_equal(loaded(settings, manifest), expected)
 
 
+@pytest.mark.parametrize(
+    ("family", "dtype", "kept"),
+    [
+        ("deepseek_v3", "bfloat16", r"e_score_correction_bias|mlp\.gate\.weight"),
+        ("gpt_oss", "bfloat16", None),
+        ("gpt_oss", "float16", r"norm"),
+        ("qwen3_moe", "float16", None),
+    ],
+)
+def test_what_transformers_keeps_in_float32_is_not_rounded(
+    family: str, dtype: str, kept: str | None, settings: StoreSettings, store: ObjectStore, tmp_path: Path
+) -> None:
+    model = tiny_models.whole_model(family)
+    save(model, tmp_path)
+    tensors = loaded(settings, publish(tmp_path, store, family, dtype))
+    assert {name for name, tensor in tensors.items() if tensor.dtype == torch.float32} == {
+        name for name in tensors if kept and re.search(kept, name)
+    }
+    # The same tensors as in a model that transformers loads.
+    whole = type(model).from_pretrained(tmp_path, dtype=getattr(torch, dtype))
+    in_float32 = {name for name, parameter in whole.state_dict().items() if parameter.dtype == torch.float32}
+    assert {name for name in in_float32 if name in tensors} == {name for name in tensors if kept and re.search(kept, name)}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "dtype", "words"),
+    [
+        ("llama", {"model_type": "mamba2"}, "float32", "'mamba2' is not supported; supported are apertus"),
+        ("gemma", {"use_bidirectional_attention": True}, "float32", "attend to later ones"),
+        ("llama", {"hidden_act": "relu"}, "int8", "activation 'relu'"),
+    ],
+)
+def test_a_model_that_no_stage_runs_is_refused_before_the_first_byte(
+    family: str, changes: dict[str, object], dtype: str, words: str, store: ObjectStore, tmp_path: Path
+) -> None:
+    save(tiny_models.whole_model(family), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    before = {item.key for item in store.list("")}
+    with pytest.raises(ArchitectureUnsupported, match=words):
+        publish(tmp_path, store, "refused", dtype)
+    assert {item.key for item in store.list("")} == before
+
+
+def test_mistral_with_kinds_of_layers_is_published_as_ministral(store: ObjectStore, tmp_path: Path) -> None:
+    """As transformers' AutoConfig reads it."""
+    save(tiny_models.whole_model("ministral"), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "mistral"}))
+    manifest = publish(tmp_path, store, "mistral", "float32")
+    assert manifest.model_type == json.loads(read_file(store, manifest, "config.json"))["model_type"] == "ministral"
+
+
 def test_int8_has_a_scale_per_output_channel(llama: Path, settings: StoreSettings, store: ObjectStore) -> None:
     manifest = publish(llama, store, "quantized", "int8", keep_wide=["down_proj"])
     tensors, checkpoint = loaded(settings, manifest), folder_tensors(llama)
@@ -327,7 +380,7 @@ def config(**changes: object) -> Damage:
         (config(num_hidden_layers=5), CheckpointInvalid, r"'model.layers.5..*', but config.json says 5 layers"),
         (config(model_type="mystery"), ArchitectureUnsupported, "model_type 'mystery'"),
         (config(num_attention_heads="four"), CheckpointInvalid, "num_attention_heads"),
-        (config(model_type="t5"), ArchitectureUnsupported, "'t5' is no decoder-only"),
+        (config(model_type="t5"), ArchitectureUnsupported, "'t5' is not supported"),
         (config(quantization_config={"quant_method": "gptq"}), CheckpointInvalid, "quantized with gptq"),
         (
             tensors(lambda found: found | {"model.norm.weight": found["model.norm.weight"].int()}),

@@ -8,13 +8,14 @@ import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+Tensor = TypeVar("Tensor")
 VOCAB_SIZE: Final = 128
 NUM_LAYERS: Final = 6
 CONTEXT: Final = 256
@@ -175,9 +176,14 @@ LLAMA_SHAPED: Final = tuple(_LLAMA_SHAPED)  # names of the tiny models that the 
 ALL: Final = (*_LLAMA_SHAPED, *_OTHERS)  # names of all tiny models; several may be of one family
 
 
+def given_fields(name: str) -> dict[str, Any]:
+    """The keys of a tiny model's `config.json` that differ from the defaults of its family."""
+    return copy.deepcopy({**_LLAMA_SHAPED, **_OTHERS}[name])
+
+
 def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
     """The `config.json` of a tiny model, as a checkpoint has it."""
-    fields = copy.deepcopy({**_LLAMA_SHAPED, **_OTHERS}[name]) | changes
+    fields = given_fields(name) | changes
     config: dict[str, Any] = AutoConfig.for_model(**fields).to_dict()
     config["dtype"] = "float32"
     return config
@@ -188,7 +194,7 @@ def whole_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32,
     config = AutoConfig.for_model(**tiny_config(name, **changes))
     attention = "eager" if config.model_type == "gemma2" else None
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    _redraw(model, seed)
+    redraw(model, seed)
     if dtype != torch.float32:
         # Not `.to`: that would round the rotary frequencies too, which a model that is loaded keeps in float32.
         model = type(model).from_pretrained(
@@ -200,7 +206,8 @@ def whole_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32,
 
 
 @torch.no_grad()
-def _redraw(model: PreTrainedModel, seed: int) -> None:
+def redraw(model: PreTrainedModel, seed: int) -> None:
+    """Draws all parameters anew, with spreads that make what is forgotten or misplaced change the logits."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -220,8 +227,8 @@ def checkpoint_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def stage_tensors(
-    tensors: Mapping[str, torch.Tensor], first_layer: int, last_layer: int, num_layers: int = NUM_LAYERS
-) -> dict[str, torch.Tensor]:
+    tensors: Mapping[str, Tensor], first_layer: int, last_layer: int, num_layers: int = NUM_LAYERS
+) -> dict[str, Tensor]:
     """Tensors of a stage [first_layer, last_layer): its layers, and at either end every tensor that belongs to no layer.
 
     Both ends get the tensors before and after the layers, since this file cannot tell them apart; a tied embedding needs

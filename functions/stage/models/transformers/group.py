@@ -18,12 +18,12 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging
 
 from functions.stage.models import floats
-from functions.stage.models.families import Family, cut_config, family_of
 from functions.stage.models.floats import HIDDEN_DTYPES, Array, Float32, HiddenDtype
 from functions.stage.models.layer_group import MissingTensors, Segment
 from functions.stage.models.torch_border import DTYPES, input_tensor, output_array, use_threads, weight_tensor
 from functions.stage.models.transformers.cache import TransformersKVCache
 from functions.stage.models.transformers.long_rope import LongRope
+from storage.checkpoints.families import Family, cut_config, family_of
 from storage.loading.weight_loader import RawTensor
 
 _HEADS: Final = ("lm_head", "embed_out")
@@ -84,7 +84,7 @@ class TransformersGroup:
 
         tensors: by checkpoint name; at least those of this group, embedding and head included if it has them. Their memory is
         used without a copy if they have the dtype and device already. dtype: of the publication, one of the floats.
-        Raises UnsupportedArchitecture, UnsupportedRope, MissingTensors.
+        Raises ArchitectureUnsupported, UnsupportedRope, MissingTensors.
         """
         family = family_of(config)
         # A quantized checkpoint was published as plain floats.
@@ -178,7 +178,7 @@ def _sliced(
             _replace(self, ("lm_head",), nn.Identity)
         if config.model_type == "gpt2" and config.scale_attn_by_inverse_layer_idx:
             for number, block in enumerate(owner.h):
-                block.attn.scaling = block.attn.head_dim**-0.5 / (first_layer + number + 1)
+                block.attn.scaling *= (number + 1) / (first_layer + number + 1)
 
     # transformers finds a family's checkpoint conversion by the name of the class.
     return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from functions.stage.models.build import UnsupportedDtype, build_layer_group
-from functions.stage.models.families import FAMILIES, UnsupportedArchitecture
 from functions.stage.models.layer_group import KVCacheFull, MissingTensors, Segment
 from functions.stage.models.transformers.group import TransformersGroup
+from storage.checkpoints.families import FAMILIES
 from storage.checkpoints.model_description import describe_model
+from storage.errors import ArchitectureUnsupported
 from storage.models.model_repository import layer_object
 from storage.models.placement import head_matrix, place_tensors
 from tests.support.functions.borders import forwarded, logits_of, raw
@@ -126,7 +127,7 @@ def test_kv_memory_is_as_planned() -> None:
 
 
 def test_an_unsupported_architecture_is_named() -> None:
-    with pytest.raises(UnsupportedArchitecture, match=r"'mamba2' is not supported; supported are apertus, bloom"):
+    with pytest.raises(ArchitectureUnsupported, match=r"'mamba2' is not supported; supported are apertus, bloom"):
         build_layer_group("auto", {"model_type": "mamba2"}, {}, 0, 1, "float32", "cpu", 1000)
 
 

@@ -14,7 +14,7 @@ from functions.stage.native.library import library
 from functions.stage.native.limits import padded_head
 from storage.checkpoints.llama_config import UnsupportedConfig
 from storage.errors import ArchitectureUnsupported
-from storage.models.checks import check_quantizable
+from storage.models.checks import check_runnable
 from tests.support.functions.borders import forwarded, raw
 from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
 from tests.support.functions.stage_pipeline import stage_tensors, tensors, whole_model
@@ -178,8 +178,8 @@ def test_configs_that_cannot_be_run_exactly_are_declined(changes: dict[str, obje
     with pytest.raises(UnsupportedConfig):
         LlamaGroup(config, 0, 6, "float32", "cpu", 2**20)
     with pytest.raises(ArchitectureUnsupported, match="no stage would run it in int8: "):
-        check_quantizable(config, "int8")
-    check_quantizable(config, "bfloat16")
+        check_runnable(config, "int8")
+    check_runnable(config, "bfloat16")
     with pytest.raises(UnsupportedConfig):
         NativeGroup(config, 0, 6, "float32", 2**20)
 

@@ -55,6 +55,25 @@ def test_rotations_are_those_of_transformers(parameters: dict[str, Any], old_spe
     torch.testing.assert_close(ours, rotated_by_transformers(config, heads, positions)[..., order], atol=2e-5, rtol=0)
 
 
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("llama", SLIDING | {"use_sliding_window": True}, [None] * 6),
+        ("seed_oss", SLIDING | {"use_sliding_window": True}, [None] * 6),
+        ("smollm3", SLIDING | {"use_sliding_window": False}, [8, None] * 3),
+        ("smollm3", {"sliding_window": 8, "use_sliding_window": True, "layer_types": None}, [None, None, None, 8, None, None]),
+        ("qwen2", SLIDING | {"use_sliding_window": True}, [8, None] * 3),
+        ("ministral", {"sliding_window": 8, "layer_types": None}, [8] * 6),
+    ],
+)
+def test_windows_are_read_as_each_family_reads_them(name: str, changes: dict[str, Any], expected: list[int | None]) -> None:
+    """tests/functions/stage/models/test_fuzzed_configs.py compares with transformers."""
+    assert list(LlamaConfig.from_dict(tiny_models.tiny_config(name) | changes).windows) == expected
+
+
 @pytest.mark.parametrize("name", tiny_models.LLAMA_SHAPED)
 def test_a_config_without_defaults_reads_the_same(name: str) -> None:
     full = tiny_models.tiny_config(name)

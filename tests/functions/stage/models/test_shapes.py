@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from functions.stage.models.build import GroupChoice, build_layer_group, choose, empty_group
-from functions.stage.models.families import FAMILIES
 from functions.stage.models.layer_group import MissingTensors
 from functions.stage.models.llama.group import LlamaGroup
 from functions.stage.models.llama.structure import WrongShape
 from functions.stage.models.native.group import NativeGroup
+from storage.checkpoints.families import FAMILIES
 from storage.checkpoints.llama_shaped import LLAMA_FAMILIES
 from tests.support.functions.borders import raw
 from tests.support.functions.int8_checkpoints import int8_checkpoint

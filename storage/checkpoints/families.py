@@ -1,7 +1,7 @@
 """The model families that a stage can run, and how transformers' modules of each are sliced. Imports no heavy library.
 
 A family is a `model_type` of a checkpoint's config.json. The transformers group runs all of them;
-`storage.checkpoints.llama_config` has those that run in C. Some families do more before and after their layers than embed and
+`llama_config` has those that run in C. Some families do more before and after their layers than embed and
 normalize: for example, the first stage may add position embeddings. `cut_config` handles what depends on a layer's number.
 """
 
@@ -9,13 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-
-class UnsupportedArchitecture(Exception):
-    """No stage can run the checkpoint's `model_type`. Publish a model of a supported family instead."""
-
-    def __init__(self, model_type: str) -> None:
-        super().__init__(f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
-        self.model_type = model_type
+from storage.errors import ArchitectureUnsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +73,14 @@ _LIST_PER_LAYER: Final = ("layer_types", "no_rope_layers")
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json. Raises UnsupportedArchitecture."""
+    """The family of a config.json. Raises ArchitectureUnsupported if no stage runs its `model_type`."""
     model_type = str(config.get("model_type", ""))
     try:
         return FAMILIES[model_type]
     except KeyError:
-        raise UnsupportedArchitecture(model_type) from None
+        raise ArchitectureUnsupported(
+            f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+        ) from None
 
 
 def cut_config(config: Any, family: Family, first_layer: int, last_layer: int) -> None:

@@ -1,0 +1,226 @@
+"""Random changes of every served family's config.json: a cut model equals transformers' own, loaded from the folder.
+
+A case draws a tiny model and changes one to three keys that its config class reads, or leaves them out, in old and new
+spellings. Publication may refuse it with a reason, but a stage may not refuse what was published. What transformers cannot load
+does not count. `make fuzz CASES=500` runs more of them.
+"""
+
+import json
+import os
+import random
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from functions.stage.models.build import build_layer_group
+from functions.stage.models.layer_group import LayerGroup, Segment
+from storage.checkpoints.families import FAMILIES
+from storage.checkpoints.model_description import describe_model
+from storage.checkpoints.model_source import open_checkpoint
+from storage.errors import CheckpointInvalid
+from storage.loading.weight_loader import RawTensor
+from storage.models.checks import check_runnable, check_shapes
+from storage.models.placement import place_tensors
+from tests.support.storage import tiny_models
+
+CASES: Final = int(os.environ.get("LAMINA_FUZZ_CASES") or 96)
+PARTS: Final = 8  # tests, which workers share
+TOKENS: Final = 44  # more than any window or original context drawn below
+SMALL_CONTEXT: Final = 24
+
+# Keys that do not change logits, or that only generation reads.
+IGNORED: Final = frozenset((
+    "transformers_version", "architectures", "dtype", "torch_dtype", "model_type", "use_cache", "initializer_range",
+    "return_dict", "is_decoder", "output_hidden_states", "output_attentions", "output_router_logits", "router_aux_loss_coef",
+    "chunk_size_feed_forward", "problem_type", "id2label", "label2id", "is_encoder_decoder", "cross_attention_hidden_size",
+    "add_cross_attention", "pruned_heads", "_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
+    "decoder_start_token_id", "pretraining_tp", "gradient_checkpointing", "num_hidden_layers", "n_layer", "vocab_size",
+    "hidden_size", "n_embd", "num_attention_heads", "n_head", "max_position_embeddings", "n_positions", "intermediate_size",
+    "ffn_dim", "n_inner", "num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok", "kv_lora_rank",
+    "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_group", "topk_group", "moe_intermediate_size",
+    "word_embed_proj_dim", "layerdrop", "use_bfloat16", "tokenizer_class", "prefix", "attention_dropout", "hidden_dropout",
+    "embd_pdrop", "attn_pdrop", "resid_pdrop", "dropout", "activation_dropout", "classifier_dropout", "residual_dropout",
+    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
+    "reorder_and_upcast_attn", "embedding_dropout", "ffn_dropout", "attention_probs_dropout_prob", "first_k_dense_replace",
+    "qk_head_dim", "decoder_sparse_step", "mlp_only_layers", "quantization_config", "slow_but_exact",
+    "apply_residual_connection_post_layernorm", "hidden_dropout_prob",
+))  # fmt: skip
+ACTIVATIONS: Final = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+LONG: Final = {"short_factor": [1.0, 1.1, 1.2, 1.4], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+ROPES: Final[tuple[dict[str, Any], ...]] = (
+    {"rope_type": "default"},
+    {"rope_type": "default", "factor": 3.0},
+    {"rope_type": "linear", "factor": 3.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": SMALL_CONTEXT},
+    {"rope_type": "yarn", "factor": 4.0},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": SMALL_CONTEXT, **LONG},
+    {"rope_type": "proportional", "partial_rotary_factor": 0.5},
+)
+
+
+def changed(name: str, dice: random.Random) -> dict[str, Any]:
+    """The config of a tiny model with one to three keys changed."""
+    full = tiny_models.tiny_config(name)
+    config = full if dice.random() < 0.5 else dict(tiny_models.given_fields(name))
+    defaults = AutoConfig.for_model(full["model_type"]).to_dict()
+    keys = sorted((defaults.keys() | {"layer_types", "sliding_window", "head_dim", "attention_bias", "rope"}) - IGNORED)
+    for key in dice.sample(keys, dice.randint(1, 3)):
+        if key in {"rope", "rope_parameters", "rope_scaling", "rope_theta"}:
+            change_rope(config, dice)
+        elif key in config and dice.random() < 0.15:
+            del config[key]
+        else:
+            config[key] = drawn(key, config.get(key, defaults.get(key)), dice)
+    return config
+
+
+def change_rope(config: dict[str, Any], dice: random.Random) -> None:
+    """Draws position embeddings, in the spelling of transformers 5 or of 4."""
+    parameters = dict(dice.choice(ROPES))
+    theta = dice.choice((10_000.0, 500.0))
+    for key in ("rope_parameters", "rope_scaling", "rope_theta"):
+        config.pop(key, None)
+    if dice.random() < 0.5:
+        config["rope_parameters"] = {**parameters, "rope_theta": theta}
+        return
+    config["rope_theta"] = theta
+    if parameters["rope_type"] != "default":
+        kind = parameters.pop("rope_type")
+        config["rope_scaling"] = {**parameters, dice.choice(("type", "rope_type")): kind}
+        if dice.random() < 0.3:
+            config["rope_scaling"] = {**parameters, "type": kind, "rope_type": kind}
+
+
+def drawn(key: str, value: object, dice: random.Random) -> object:
+    layers = tiny_models.NUM_LAYERS
+    match key:
+        case "layer_types":
+            kinds = ["full_attention", "sliding_attention"]
+            return dice.choice([None, [dice.choice(kinds) for _ in range(layers)], kinds * (layers // 2)])
+        case "sliding_window":
+            return dice.choice([None, 3, 8, 300])
+        case "max_window_layers":
+            return dice.choice([0, 2, layers, 28])
+        case "no_rope_layers":
+            return dice.choice([None, [dice.choice([0, 1]) for _ in range(layers)]])
+        case "head_dim":
+            return dice.choice([None, 4, 6, 16])
+        case "num_key_value_heads" | "num_kv_heads":
+            return dice.choice([None, 1, 2, 4])
+        case "hidden_act" | "hidden_activation" | "activation_function":
+            return dice.choice(ACTIVATIONS)
+        case "partial_rotary_factor" | "rotary_pct":
+            return dice.choice([0.25, 0.5, 1.0])
+    if isinstance(value, bool) or (value is None and key.startswith(("use_", "tie_", "attention_bias", "mlp_bias"))):
+        return not value
+    if isinstance(value, float):
+        return dice.choice([value * 0.5, value * 2, 1.0]) if "eps" not in key else dice.choice([1e-3, 1e-6])
+    return value
+
+
+def loaded_by_transformers(config: Mapping[str, Any], folder: Path, seed: int) -> PreTrainedModel | None:
+    """Saves a random model of the config in the folder, and loads it from there; None if transformers cannot."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    attention = "eager" if config["model_type"] == "gemma2" else None
+    try:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation=attention)
+        tiny_models.redraw(model, seed)
+        model.save_pretrained(folder)
+        path.write_text(json.dumps(config))
+        whole: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=attention
+        ).eval()
+        return whole if bool(tiny_models.all_logits(whole, [1, 2, 3] * 15).isfinite().all()) else None
+    except Exception:  # noqa: BLE001  whatever transformers raises for a config that it does not run
+        return None
+
+
+def published_groups(folder: Path, cut: tuple[int, ...]) -> list[LayerGroup]:
+    """The stages of the folder's model, after the checks of publication, which may raise CheckpointInvalid."""
+    checkpoint = open_checkpoint(folder)
+    check_runnable(checkpoint.config, "float32")
+    placed = place_tensors(checkpoint.tensors, describe_model(checkpoint.config))
+    shapes = {name: each.shape for members in placed.values() for name, each in members.items()}
+    check_shapes(checkpoint.config, shapes, "float32")
+    tensors = {
+        name: RawTensor(each.dtype, each.shape, memoryview(bytearray(b"".join(each.blocks()))))
+        for name, each in checkpoint.tensors.items()
+    }
+    config = json.loads(checkpoint.files["config.json"])
+    try:
+        return [
+            build_layer_group(
+                "auto", config, tiny_models.stage_tensors(tensors, first, last), first, last, "float32", "cpu", 2**22
+            )
+            for first, last in pairwise(cut)
+        ]
+    except Exception as error:
+        raise AssertionError(f"refused by a stage, after publication: {error!r}") from error
+
+
+def logits_of_stages(groups: list[LayerGroup], token_ids: list[int], split: int) -> Any:
+    handles = [group.kv.reserve(len(token_ids)) for group in groups]
+    found = []
+    for first, last in ((0, split), (split, len(token_ids))):
+        hidden: Any = np.array(token_ids[first:last])
+        for group, handle in zip(groups, handles, strict=True):
+            hidden = group.forward(hidden, [Segment(handle, first, last - first)])
+        found.append(groups[-1].logits(hidden))
+    return np.concatenate(found)
+
+
+def outcome(case: int, folder: Path) -> str | None:
+    """Runs a case: 'equal', 'refused: …', or None if it does not count. Raises AssertionError for a wrong answer."""
+    dice = random.Random(case)
+    config = changed(tiny_models.ALL[case % len(tiny_models.ALL)], dice)
+    whole = loaded_by_transformers(config, folder, case)
+    if whole is None:
+        return None
+    layers = tiny_models.NUM_LAYERS
+    cut = (0, *sorted(dice.sample(range(1, layers), dice.randint(0, 2))), layers)
+    token_ids = [dice.randrange(5, tiny_models.VOCAB_SIZE) for _ in range(TOKENS)]
+    split = dice.randint(1, TOKENS - 1)
+    try:
+        groups = published_groups(folder, cut)
+    except CheckpointInvalid as error:
+        return f"refused: {error}"
+    expected = tiny_models.all_logits(whole, token_ids).numpy()
+    found = logits_of_stages(groups, token_ids, split)
+    difference = np.abs(found - expected).max() / np.abs(expected).max()
+    assert difference < 1e-4, f"logits differ by {difference:.2g} of the greatest; cut {cut}, chunks of {split} and the rest"
+    return "equal"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_changed_config_gives_transformers_logits_or_is_refused(part: int, tmp_path: Path) -> None:
+    outcomes = []
+    for case in range(part, CASES, PARTS):
+        folder = tmp_path / str(case)
+        folder.mkdir()
+        try:
+            outcomes.append(outcome(case, folder))
+        except AssertionError as error:
+            raise AssertionError(f"case {case}: {(folder / 'config.json').read_text()}\n{error}") from error
+    print("\n".join(f"{outcomes.count(each):4} {each}" for each in sorted(set(map(str, outcomes)))))
+    assert outcomes.count("equal") > len(outcomes) / 4
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert {tiny_models.tiny_config(name)["model_type"] for name in tiny_models.ALL} == set(FAMILIES)
