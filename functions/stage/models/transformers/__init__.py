@@ -1,4 +1,4 @@
 """Runs models of all supported families with transformers' own modules.
 
-May import: functions.stage.models, storage.loading.
+May import: functions.stage.models, storage.checkpoints, storage.loading.
 """
