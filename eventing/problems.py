@@ -26,6 +26,10 @@ class Problem(Exception):
     def type(self) -> str:
         return _TYPE_PREFIX + self.name
 
+    def headers(self) -> dict[str, str]:
+        """Headers that every reply with this problem has, whichever server sends it."""
+        return {} if self.retry_after_seconds is None else {"Retry-After": str(self.retry_after_seconds)}
+
     def document(self) -> bytes:
         """The `application/problem+json` body."""
         return msgspec.json.encode(
@@ -43,6 +47,9 @@ class Unauthorized(Problem):
     """401. The bearer token is missing or wrong. A retry does not help."""
 
     status, name, title = 401, "unauthorized", "The bearer token is missing or wrong"
+
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": 'Bearer realm="lamina"'}  # RFC 9110, section 15.5.2; RFC 6750, section 3
 
 
 class CrossSite(Problem):

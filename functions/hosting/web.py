@@ -6,7 +6,7 @@ import msgspec
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from eventing.problems import PROBLEM_CONTENT_TYPE, EventTooLarge, Problem, Unauthorized
+from eventing.problems import PROBLEM_CONTENT_TYPE, EventTooLarge, Problem
 from functions.hosting.requests import REFUSED
 
 _log = logging.getLogger(__name__)
@@ -21,11 +21,8 @@ def problem_response(problem: Problem) -> Response:
 
 
 def with_problem_headers(response: Response, problem: Problem) -> Response:
-    """Adds the headers that go with the problem's status, Retry-After and WWW-Authenticate, and returns the response."""
-    if isinstance(problem, Unauthorized):
-        response.headers["WWW-Authenticate"] = 'Bearer realm="lamina"'  # RFC 9110, section 15.5.2; RFC 6750, section 3
-    if problem.retry_after_seconds is not None:
-        response.headers["Retry-After"] = str(problem.retry_after_seconds)
+    """Adds the headers that go with the problem, Retry-After and WWW-Authenticate, and returns the response."""
+    response.headers.update(problem.headers())
     return response
 
 

@@ -115,7 +115,7 @@ class StageApp:
             _log.error("unexpected error", exc_info=error)
             problem = Problem(f"{type(error).__name__}; the log of this instance has the traceback")
         self._metrics.events.labels(type_, str(problem.status)).inc()
-        more = [] if problem.retry_after_seconds is None else [("Retry-After", str(problem.retry_after_seconds))]
+        more = list(problem.headers().items())
         return _reply_problem(start_response, HTTPStatus(problem.status), problem.document(), more)
 
     def _read_event(self, environ: "WSGIEnvironment") -> tuple[Mapping[str, Any], Buffer]:
