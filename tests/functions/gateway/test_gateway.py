@@ -228,3 +228,31 @@ def test_sigterm_breaks_no_stream_that_ends_within_the_drain_and_the_others_are_
     assert len(whole) + len(broken) == 64
     assert bool(broken) == (drain_seconds == "1")
     assert all("shutting down" in detail for detail in broken)
+
+
+# A gateway that waits half a second for a client to read, and not ten.
+_HASTY = """
+import functools, os
+import functions.hosting.server
+from functions.hosting import connection
+connection.ServerLimits = functools.partial(connection.ServerLimits, transfer_seconds=0.5, slowest_bytes_per_second=1e9)
+from functions.__main__ import main
+os._exit(main([], os.environ))
+"""
+
+
+def test_a_client_that_reads_nothing_of_its_stream_frees_the_stages(published: Published) -> None:
+    asked = {"model": "tiny", "prompt": "the", "max_tokens": 200, "n": 16, "logprobs": 5, "stream": True, "ignore_eos": True}
+    body = json.dumps(asked).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with running_stages(published) as stages, socket.socket() as sock:
+        environ = gateway_environment(published, [stage.url for stage in stages])
+        with FunctionProcess(environ, ("-c", _HASTY)) as gateway:
+            gateway.wait_ready()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", gateway.port))
+            sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            wait_until(lambda: 'lamina_gateway_answers_total{outcome="cancelled"}' in metrics(gateway), 60)
+            wait_until(lambda: metric(gateway, "lamina_gateway_running_sequences") == 0)
+            for stage in stages:
+                wait_until(lambda: metric(stage, "lamina_stage_sequences") == 0)  # noqa: B023 - called at once

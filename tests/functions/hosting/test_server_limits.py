@@ -59,6 +59,14 @@ def test_a_client_that_reads_nothing_ends_its_stream() -> None:
         assert server.get("/gone").startswith(b"request-")
 
 
+def test_little_of_a_stream_that_is_not_read_waits_in_the_kernel() -> None:
+    """All of it would fit there, and its end would not wait for the client."""
+    with serving(2, transfer_seconds=0.1, slowest_bytes_per_second=1e9) as server, server.connect() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.sendall(b"GET /megabyte HTTP/1.1\r\nHost: here\r\n\r\n")
+        assert server.get("/gone").startswith(b"request-")
+
+
 def test_the_time_to_read_a_stream_counts_over_all_its_pieces() -> None:
     """Each piece is read in less than the time that is allowed for all."""
     with serving(2, transfer_seconds=2.0, slowest_bytes_per_second=1e9) as server, server.connect() as sock:

@@ -28,6 +28,9 @@ def application(environ, start_response):
     if path == "/stream":
         start_response("200 OK", [("Content-Type", "text/plain")])
         return stream()
+    if path == "/megabyte":
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return megabyte()
     if path == "/slow-stream":
         start_response("200 OK", [("Content-Type", "text/plain")])
         return slow_stream()
@@ -59,6 +62,13 @@ def stream():
             yield bytes(2**20)
     finally:
         gone.set()
+def megabyte():
+    try:
+        for _ in range(16):
+            yield bytes(2**16)
+    except GeneratorExit:
+        gone.set()
+        raise
 def slow_stream():
     for _ in range(10):
         time.sleep(0.05)
