@@ -1,6 +1,7 @@
 """The object store as a tier of the KV cache: a stage's keys and values, found by their content.
 
     {prefix}/{pipeline}/{first layer}-{last layer}/{name}
+    {prefix}/{pipeline}/{first layer}-{last layer}/writer-{pod}
 
 Pruning needs the pipeline's fingerprint and the layers, so they are legible. The name is a keyed hash of the prefix chain's
 digest, the part, and the layout of its bytes. A lost part costs time only: it is computed again.
@@ -19,6 +20,7 @@ from storage.store.object_reader import ObjectInfo
 from storage.store.payload_store import PayloadStore
 
 _MAX_PART_BYTES: Final = 2**30
+_MARK: Final = "writer-"  # begins the names of marks; those of parts are hexadecimal
 
 
 class KVObjects:
@@ -51,13 +53,24 @@ class KVObjects:
         self._store.put(key, bytes(sealed))
         return len(sealed)
 
+    def mark_of(self, writer: str) -> str:
+        """The key of a pod's mark, an object that says that the pod writes here. writer: names the pod."""
+        return f"{self.folder}{_MARK}{writer}"
+
+    def is_mark(self, key: str) -> bool:
+        return key.startswith(self.folder + _MARK)
+
+    def mark(self, key: str) -> None:
+        """Writes or renews a mark. Raises a StorageError."""
+        self._store.put(key, b"writes")
+
     def forget(self, key: str) -> None:
-        """Deletes an object that cannot be used, so that it is written again. Errors of the store are ignored."""
+        """Deletes an object that is of no more use, such as an altered one. Errors of the store are ignored."""
         with contextlib.suppress(StorageError):
             self._store.delete(key)
 
     def list(self) -> list[ObjectInfo]:
-        """All stored KV objects of this stage. Raises a StorageError."""
+        """All parts of this stage, and the marks of its pods. Raises a StorageError."""
         return list(self._store.list(self.folder))
 
     def delete(self, objects: Iterable[ObjectInfo]) -> None:

@@ -22,6 +22,7 @@ _NONCE_BYTES: Final = 12
 _TAG_BYTES: Final = 16
 _HEAD_BYTES: Final = len(_MAGIC) + _NONCE_BYTES
 _NAME_BYTES: Final = 20
+SEAL_BYTES: Final = _HEAD_BYTES + _TAG_BYTES  # that a sealed object has more than its contents
 
 
 class Sealer:
@@ -56,7 +57,7 @@ class Sealer:
         Only `open` with the same name decrypts them.
         """
         nonce = os.urandom(_NONCE_BYTES)
-        sealed = bytearray(_HEAD_BYTES + len(plain) + _TAG_BYTES)
+        sealed = bytearray(len(plain) + SEAL_BYTES)
         sealed[:_HEAD_BYTES] = _MAGIC + nonce
         self._cipher.encrypt_into(nonce, plain, _MAGIC + name.encode(), memoryview(sealed)[_HEAD_BYTES:])
         return sealed
@@ -69,9 +70,9 @@ class Sealer:
         from cryptography.exceptions import InvalidTag
 
         view = memoryview(sealed)
-        if len(view) < _HEAD_BYTES + _TAG_BYTES or bytes(view[: len(_MAGIC)]) != _MAGIC:
+        if len(view) < SEAL_BYTES or bytes(view[: len(_MAGIC)]) != _MAGIC:
             raise SealBroken(f"{name}: {len(view)} bytes that are no sealed object; it is computed again, and can be deleted")
-        plain = bytearray(len(view) - _HEAD_BYTES - _TAG_BYTES)
+        plain = bytearray(len(view) - SEAL_BYTES)
         nonce = bytes(view[len(_MAGIC) : _HEAD_BYTES])
         try:
             self._cipher.decrypt_into(nonce, view[_HEAD_BYTES:], _MAGIC + name.encode(), plain)

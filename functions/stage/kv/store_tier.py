@@ -1,7 +1,8 @@
 """The store as a tier: KV of idle conversations is written to it, and read when neither memory nor a peer has it.
 
 KV is written when the prefix cache evicts it, and when the pod ends. The engine's thread copies the bytes into a bounded queue.
-Another thread writes them to the store at a limited rate. KV that does not fit into the queue is dropped and computed again.
+Another thread writes them to the store at a limited rate. KV that fits neither into the queue nor into the pod's share of the
+store is dropped and computed again.
 """
 
 import logging
@@ -9,9 +10,8 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
-from queue import Full, Queue
+from queue import SimpleQueue
 from typing import Final
 
 from eventing.wire.prefix_chain import BLOCK_TOKENS
@@ -25,11 +25,12 @@ from functions.stage.models.kv_cache import KVRanges
 from storage.errors import SealBroken, StorageError
 from storage.kv.kv_store import KVObjects, Retention
 from storage.kv.parts import KVPart, parts_between
+from storage.kv.sealed import SEAL_BYTES
+from storage.kv.write_share import WriteShare
 
 _log: Final = logging.getLogger(__name__)
 
-_WAITING_PARTS: Final = 16  # most parts in the queue, of a few MB each
-_LISTING_SECONDS: Final = 600.0  # age at which the listing of stored objects is renewed: other pods write and delete, too
+WAITING_BYTES: Final = 2**26  # most bytes of copies that wait to be written, or one part
 _PAUSE_SECONDS: Final = 30.0  # after a failure, until the store is tried again
 _POLL_SECONDS: Final = 0.02
 
@@ -66,15 +67,15 @@ class KVWriter:
     """Writes cached prefixes to the store, on a thread of its own that starts with the first of them. It never ends."""
 
     def __init__(self, store: KVObjects, pool: KVRanges, retention: Retention, bytes_per_second: int, written: Written) -> None:
+        """retention: of all pods of the stage together. bytes_per_second: of this pod."""
         self._store = store
         self._pool = pool
         self._most_blocks = part_blocks(pool.layout)
-        self._retention = retention
+        self._share = WriteShare(store, retention)
         self._bytes_per_second = bytes_per_second
         self._written = written
-        self._waiting: Queue[tuple[str, bytearray]] = Queue(_WAITING_PARTS)
-        self._stored_keys: set[str] = set()  # keys of parts that are stored and need not be written
-        self._listed_at = -math.inf
+        self._waiting: SimpleQueue[tuple[str, bytearray]] = SimpleQueue()
+        self.waiting_bytes = 0  # of copies that wait to be written or are being written
         self._paused_until = -math.inf
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -85,9 +86,8 @@ class KVWriter:
         Drops what does not fit, because the engine must not wait. The caller must hold the engine's lock.
         """
         for key, part in self._missing_parts(prefix):
-            if self._waiting.full() or self._paused:
+            if self._paused or not self._copy(prefix, key, part):
                 return
-            self._offer(key, self._copied(prefix, part), wait_seconds=0.0)
 
     def drain(self, engine: Engine, seconds: float) -> None:
         """Writes all cached prefixes, most recently used first. Call it without the engine's lock when the pod ends.
@@ -97,12 +97,14 @@ class KVWriter:
         end = time.monotonic() + seconds
         for prefix in engine.with_sequences(lambda sequences: sequences.cache.cached()):
             for key, part in self._missing_parts(prefix):
-                data = engine.with_sequences(partial(self._copied_if_cached, prefix, part))
-                while data is not None and not self._offer(key, data, _POLL_SECONDS):
+                while not engine.with_sequences(partial(self._copy_if_cached, prefix, key, part)):
                     if time.monotonic() >= end or self._paused:
                         return
-        while self._waiting.unfinished_tasks and time.monotonic() < end and not self._paused:
+                    time.sleep(_POLL_SECONDS)
+        while self.waiting_bytes and time.monotonic() < end and not self._paused:
             time.sleep(_POLL_SECONDS)
+        if not self._paused:
+            self._share.leave()
 
     @property
     def _paused(self) -> bool:
@@ -111,24 +113,26 @@ class KVWriter:
     def _missing_parts(self, prefix: CachedPrefix) -> list[tuple[str, KVPart]]:
         parts = parts_between(0, len(prefix.chain), self._most_blocks)
         keyed = [(self._store.key(self._pool.layout.kind, prefix.chain[part.end - 1], part), part) for part in parts]
-        return [(key, part) for key, part in keyed if key not in self._stored_keys]
+        return [(key, part) for key, part in keyed if key not in self._share.stored_keys]
 
-    def _copied_if_cached(self, prefix: CachedPrefix, part: KVPart, sequences: SequenceTable) -> bytearray | None:
-        return self._copied(prefix, part) if sequences.cache.still_holds(prefix) else None
+    def _copy_if_cached(self, prefix: CachedPrefix, key: str, part: KVPart, sequences: SequenceTable) -> bool:
+        return not sequences.cache.still_holds(prefix) or self._copy(prefix, key, part)
 
-    def _copied(self, prefix: CachedPrefix, part: KVPart) -> bytearray:
-        return copied_kv(self._pool, prefix.handle, part.first * BLOCK_TOKENS, part.end * BLOCK_TOKENS)
+    def _copy(self, prefix: CachedPrefix, key: str, part: KVPart) -> bool:
+        """Copies a part into the queue. Copies nothing and returns False if WAITING_BYTES would be exceeded.
 
-    def _offer(self, key: str, data: bytearray, wait_seconds: float) -> bool:
-        """Queues a part to be written. False if the queue is still full after `wait_seconds`."""
-        try:
-            self._waiting.put((key, data), wait_seconds > 0, wait_seconds or None)
-        except Full:
+        The caller must hold the engine's lock.
+        """
+        num_bytes = part.count * BLOCK_TOKENS * self._pool.layout.token_bytes
+        if self.waiting_bytes and self.waiting_bytes + num_bytes > WAITING_BYTES:
             return False
+        data = copied_kv(self._pool, prefix.handle, part.first * BLOCK_TOKENS, part.end * BLOCK_TOKENS)
         with self._lock:
+            self.waiting_bytes += len(data)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._write_all, name="keep-kv", daemon=True)
                 self._thread.start()
+        self._waiting.put((key, data))
         return True
 
     def _write_all(self) -> None:
@@ -144,28 +148,17 @@ class KVWriter:
                 self._paused_until = time.monotonic() + _PAUSE_SECONDS
                 _log.exception("conversations are not kept for %.0f s", _PAUSE_SECONDS)
             finally:
-                self._waiting.task_done()
+                with self._lock:
+                    self.waiting_bytes -= len(data)
 
     def _write(self, key: str, data: bytearray) -> None:
-        if time.monotonic() - self._listed_at > _LISTING_SECONDS:
-            self._list()
-        if key in self._stored_keys:
+        num_bytes = len(data) + SEAL_BYTES
+        if not self._share.admits(key, num_bytes):
             return
         began = time.monotonic()
         stamp(data)
-        num_bytes = self._store.put(key, data)
-        self._stored_keys.add(key)
+        self._share.writes(num_bytes)
+        self._store.put(key, data)
+        self._share.stored_keys.add(key)
         self._written(num_bytes)
         time.sleep(max(0.0, num_bytes / self._bytes_per_second - (time.monotonic() - began)))
-
-    def _list(self) -> None:
-        """Lists the store's objects, deletes those that exceed the retention, and updates the set of stored keys.
-
-        Objects older than half of the allowed age are left out of the set, so that they are written again while still in use.
-        """
-        objects, now = self._store.list(), datetime.now(UTC)
-        over = self._retention.expired(objects, now)
-        self._store.delete(over)
-        young = {found.key for found in objects if now - found.modified < self._retention.max_age / 2}
-        self._stored_keys = young.difference(found.key for found in over)
-        self._listed_at = time.monotonic()

@@ -111,8 +111,10 @@ def drawn_without_tiers(dtype: str, tokens: list[int]) -> list[int]:
 
 
 @contextmanager
-def kv_stage(dtype: str = "float32", store: PayloadStore | None = None, sealer: Sealer = SEALER) -> Iterator[KVStage]:
-    """All layers in one stage, with a tier of peers and, with `store`, a tier of the store."""
+def kv_stage(
+    dtype: str = "float32", store: PayloadStore | None = None, sealer: Sealer = SEALER, max_bytes: int = 2**30
+) -> Iterator[KVStage]:
+    """All layers in one stage, with a tier of peers and, with `store`, a tier of the store, which keeps `max_bytes`."""
     (group,) = native_groups("llama", dtype, (LAYERS,))
     assert isinstance(group.kv, KVRanges)
     restores, estimate = Restores(), FetchEstimate(ComputeRate())
@@ -123,7 +125,7 @@ def kv_stage(dtype: str = "float32", store: PayloadStore | None = None, sealer: 
         if store is not None:
             kept = KVObjects(store, sealer, "kv", FINGERPRINT, LAYERS)
             tiers.append(StoreTier(kept, Fetcher("store", group.kv.layout, estimate, threads, restores)))
-            writer = KVWriter(kept, group.kv, Retention(2**30, ONE_WEEK), 2**30, lambda _: None)
+            writer = KVWriter(kept, group.kv, Retention(max_bytes, ONE_WEEK), 2**30, lambda _: None)
         evicted = None if writer is None else writer.evicted
         with engines([group], tiers=tiers, on_evicted=evicted, on_reuse=restores.reuse) as (engine,):
             yield KVStage(engine, restores, estimate, writer)

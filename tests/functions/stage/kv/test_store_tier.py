@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier, Event
 from typing import Any
 
 import pytest
@@ -10,12 +12,16 @@ import pytest
 from eventing.wire.control import ReserveRow
 from eventing.wire.events import Status
 from eventing.wire.prefix_chain import BLOCK_TOKENS, packed
+from functions.stage.kv import store_tier
 from functions.stage.kv.store_tier import StoreTier
+from functions.stage.models.kv_bytes import copied_kv
+from storage.kv.kv_store import KVObjects
 from storage.kv.sealed import Sealer
 from storage.store.embedded import EmbeddedStore
 from storage.store.payload_store import PayloadStore
 from storage.store.settings import StoreSettings
 from tests.support.functions.kv_stages import DTYPES, KVStage, chain_of, drawn_without_tiers, kv_stage, text
+from tests.support.functions.stage_pipeline import wait_for
 from tests.support.storage.storage import Fault, fault_proxy
 
 
@@ -79,7 +85,7 @@ def test_evicted_conversations_are_found_in_the_store(store: PayloadStore) -> No
             stage.converse(str(number), tokens, 1)
             stage.end(str(number), tokens)
         assert stage.writer is not None
-        stage.writer._waiting.join()
+        wait_for(lambda: stage.writer.waiting_bytes == 0)
         held = [stage.reserve(f"again {number}", tokens, 1).held for number, tokens in enumerate(conversations[:1])]
         assert held == [224]
         assert stage.restores.tokens["store"] == 224
@@ -133,7 +139,7 @@ def test_a_store_that_is_away_or_slow_delays_reservations_only_briefly(settings:
     away = PayloadStore(replace(settings, endpoint_url="http://127.0.0.1:1"), stall_seconds=1.0, retry_seconds=0.5)
     with fault_proxy(settings) as proxy:
         proxy.faults.append(Fault(path="/kv/", times=1000, stall_after=100))
-        slow = PayloadStore(proxy.settings, stall_seconds=2.0, retry_seconds=60.0)
+        slow = PayloadStore(proxy.settings, stall_seconds=2.0, retry_seconds=8.0)
         for broken in (away, slow):
             with broken, kv_stage(store=broken) as stage:
                 stage.estimate._rate.computed(100, 0.1)
@@ -182,7 +188,7 @@ def test_an_unexpected_error_does_not_end_the_writer(store: PayloadStore, monkey
     with kv_stage(store=store) as stage:
         assert stage.writer is not None
         writer = stage.writer
-        monkeypatch.setattr(writer, "_list", lambda: 1 // 0)
+        monkeypatch.setattr(writer, "_write", lambda *_: 1 // 0)
         tokens = text(100)
         stage.converse("first", tokens, 1)
         stage.end("first", tokens)
@@ -211,3 +217,52 @@ def test_a_full_arena_is_reported_and_no_tier_is_asked(store: PayloadStore) -> N
         stage.reserve("large", text(1, 1), more=stage.engine.free_tokens - 48)
         assert stage.reserve("second", tokens).status == "full"
         assert stage.restores.tokens == {}
+
+
+def test_replicas_together_store_no_more_than_the_bound(store: PayloadStore) -> None:
+    """Six pods drain at the same time, and have several times what may be stored."""
+    bound = 2**22
+    peaks: list[int] = []
+
+    def drained(replica: int) -> None:
+        with kv_stage(store=store, max_bytes=bound) as stage:
+            for number in range(5):
+                tokens = text(200, seed=10 * replica + number)
+                stage.converse(str(number), tokens, 1)
+                stage.end(str(number), tokens)
+            all_drained.wait(30)
+            drain(stage)
+
+    all_drained = Barrier(6)
+    with ThreadPoolExecutor(6) as replicas:
+        running = [replicas.submit(drained, number) for number in range(6)]
+        while not all(one.done() for one in running):
+            peaks.append(sum(found.bytes for found in store.list("kv/")))
+            time.sleep(0.01)
+        for one in running:
+            one.result()
+    assert bound / 2 < max(peaks) <= bound
+
+
+def test_copies_that_wait_for_a_slow_store_are_bounded(store: PayloadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, most_bytes = Event(), 2**19
+    monkeypatch.setattr(store_tier, "WAITING_BYTES", most_bytes)
+    put = KVObjects.put
+
+    def slow(*arguments: Any) -> int:
+        go_on.wait(30)
+        return put(*arguments)
+
+    monkeypatch.setattr(KVObjects, "put", slow)
+    with kv_stage(store=store) as stage:
+        assert stage.writer is not None
+        copied = []
+        monkeypatch.setattr(store_tier, "copied_kv", lambda *span: copied.append(copied_kv(*span)) or copied[-1])
+        for number in range(12):  # more than the arena has
+            tokens = text(240, seed=number)
+            stage.converse(str(number), tokens, 1)
+            stage.end(str(number), tokens)
+        assert 0 < sum(map(len, copied)) <= most_bytes
+        go_on.set()
+        wait_for(lambda: stage.writer.waiting_bytes == 0)
+        assert list(store.list("kv/"))
