@@ -170,6 +170,8 @@ class Row(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     # How many of the row's last tokens are draft tokens. With `Want.TOKEN` one token is drawn after the last known token; while
     # the drawn token equals the next draft token, one more is drawn after that.
     draft_tokens: Annotated[int, Meta(ge=0, le=MAX_DRAFT_TOKENS)] = 0
+    # Further tokens of the sequence that are known already, such as the rest of its prompt, and come in later rows.
+    following: Annotated[int, Meta(ge=0, le=MAX_POSITION)] = 0
     # With `Want.TOKEN`: log-probabilities of drawn tokens are wanted. With either want: of so many alternatives per token.
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     status: Status = Status.OK

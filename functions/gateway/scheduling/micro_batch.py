@@ -144,6 +144,7 @@ def first_batch(chunks: Items[tuple[Sequence, Chunk]], num_stages: int) -> Batch
                 length=chunk.length + len(chunk.draft_tokens),
                 want=Want.TOKEN if draws else Want.LOGPROBS if scores else Want.NONE,
                 draft_tokens=len(chunk.draft_tokens),
+                following=len(sequence.tokens) - end,
                 top_logprobs=sequence.prompt.top_logprobs if draws or scores else None,
                 sampling=_sampling(sequence, grammars_sent) if draws else None,
                 reserve_tokens=sequence.reserve_tokens if chunk.position == 0 else None,

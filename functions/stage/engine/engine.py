@@ -98,7 +98,7 @@ class Engine:
         self._on_reuse = on_reuse
         self._queue = EventQueue(num_stages, max_merge)
         self.rate = rate or ComputeRate()
-        self._sequences = SequenceTable(group.kv, idle_sequence_seconds, clock)
+        self._sequences = SequenceTable(group.kv, idle_sequence_seconds, clock, group.short_context)
         self._cache = self._sequences.cache
         self.has_prefix_cache = self._cache.ranges is not None  # KV of ended sequences is kept for new ones
         self.runs_by = group.runs_by

@@ -153,7 +153,7 @@ class ForwardPass:
         for row in rows:
             row.begin, row.end = begin, begin + row.row.length
             begin = row.end
-            segments.append(Segment(row.sequence.handle, row.row.position, row.row.length))
+            segments.append(Segment(row.sequence.handle, row.row.position, row.row.length, row.sequence.is_long))
         inputs = parts[0].inputs if len(parts) == 1 else np.concatenate([part.inputs for part in parts if part.rows])
         if len(inputs) <= _TOKENS_AT_ONCE:
             return self._group.forward(inputs, segments)
@@ -235,6 +235,8 @@ class ForwardPass:
             own = logits[begin : begin + 1 + asked.draft_tokens]
             begin += len(own)
             position = asked.position + asked.length - asked.draft_tokens
+            if self._group.short_context is not None and not row.sequence.is_long:
+                own = own[: self._group.short_context - position + 1]  # beyond it, draft tokens have other rotations
             tokens = tuple(draw(own, row.sampling, row.sequence.token_ids, position, row.masks))
             if not tokens:
                 self._refuse(row, "the logits of the row are not finite")
@@ -295,6 +297,6 @@ def _segments_within(segments: Sequence[Segment], first: int, end: int) -> list[
     for segment in segments:
         low, high = max(begin, first) - begin, min(begin + segment.length, end) - begin
         if low < high:
-            parts.append(Segment(segment.handle, segment.position + low, high - low))
+            parts.append(Segment(segment.handle, segment.position + low, high - low, segment.is_long))
         begin += segment.length
     return parts

@@ -32,6 +32,7 @@ class SequenceState:
     token_ids: "array[int]" = field(default_factory=lambda: array("i"))
     matcher: Matcher | None = None  # of its grammar; used by the grammar thread only
     grammar: str = ""  # digest of the matcher's grammar
+    is_long: bool = False  # it was begun with more known tokens than the group's `short_context`
 
 
 class Refusal(Exception):
@@ -50,8 +51,12 @@ class Refusal(Exception):
 class SequenceTable:
     """All sequences of a stage by id, with their memory. Only the thread that holds the engine's lock may call it."""
 
-    def __init__(self, kv: KVCache, idle_seconds: float, clock: Callable[[], float]) -> None:
-        """idle_seconds: `expire` releases a sequence if no event named it for so long. clock: seconds since the epoch."""
+    def __init__(self, kv: KVCache, idle_seconds: float, clock: Callable[[], float], short_context: int | None = None) -> None:
+        """idle_seconds: `expire` releases a sequence if no event named it for so long. clock: seconds since the epoch.
+
+        short_context: of the layer group.
+        """
+        self._short_context = short_context
         self._kv = kv
         self.cache = PrefixCache(kv)
         self._idle_seconds = idle_seconds
@@ -69,10 +74,10 @@ class SequenceTable:
         if row.reserve_tokens is not None and row.position == 0:
             sequence = self._reserve(row.id, row.attempt, row.reserve_tokens, source, ())
         else:
-            known = self._sequences.get(row.id)
-            if known is None:
+            found = self._sequences.get(row.id)
+            if found is None:
                 raise Refusal(Status.MISS, held=0)
-            sequence = known
+            sequence = found
             self._begin_attempt(row.id, sequence, row.attempt, source)
         held = self._kv.length(sequence.handle)
         if held < row.position:
@@ -80,6 +85,13 @@ class SequenceTable:
         end, reserved = row.position + row.length, self._kv.reserved(sequence.handle)
         if end > reserved:
             raise Refusal(Status.INVALID, reason=f"the row ends at position {end}, {reserved} tokens are reserved")
+        if self._short_context is not None:
+            known = row.position + row.length - row.draft_tokens + row.following
+            if row.position == 0:
+                sequence.is_long = known > self._short_context
+            elif known > self._short_context and not sequence.is_long:
+                self._kv.truncate(sequence.handle, 0)
+                raise Refusal(Status.MISS, held=0)  # its tokens have other rotations from now on
         if held > row.position:
             self._kv.truncate(sequence.handle, row.position)
         return sequence

@@ -60,6 +60,7 @@ class Segment:
     handle: int
     position: int
     length: int
+    is_long: bool = False  # the sequence has more tokens than the group's `short_context`
 
 
 class LayerGroup(Protocol):
@@ -73,6 +74,10 @@ class LayerGroup(Protocol):
     max_positions: int  # the model's context, tokens
     hidden_dtype: HiddenDtype
     runs_by: str  # for logs: what computes the layers and, if that is not the fastest implementation, why
+
+    @property
+    def short_context(self) -> int | None:
+        """With LongRoPE: sequences of more tokens have other rotations, from their first token on. None: no such bound."""
 
     @property
     def shares_work(self) -> bool:

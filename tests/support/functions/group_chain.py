@@ -18,9 +18,11 @@ class GroupChain:
     def __init__(self, groups: Sequence[LayerGroup]) -> None:
         self.groups = groups
         self.handles: dict[str, list[int]] = {}
+        self.known: dict[str, int] = {}  # tokens of the whole sequence
 
     def reserve(self, *ids: str, tokens: int = 60) -> None:
         for id in ids:
+            self.known[id] = tokens
             self.handles[id] = [group.kv.reserve(tokens) for group in self.groups]
 
     def release(self, id: str) -> None:
@@ -31,7 +33,11 @@ class GroupChain:
         """One pass; what the last group makes of each sequence. KV is truncated to the position first."""
         hidden = np.array([token for _, tokens in rows.values() for token in tokens], np.int64)
         for stage, group in enumerate(self.groups):
-            segments = [Segment(self.handles[id][stage], position, len(tokens)) for id, (position, tokens) in rows.items()]
+            short = group.short_context
+            segments = [
+                Segment(self.handles[id][stage], position, len(tokens), short is not None and self.known[id] > short)
+                for id, (position, tokens) in rows.items()
+            ]
             for segment in segments:
                 group.kv.truncate(segment.handle, segment.position)
             hidden = group.forward(hidden, segments)

@@ -26,6 +26,7 @@ class LlamaGroup:
     """Implements `LayerGroup`. After creation, call `place` for the weights in any order, and then `finish` once."""
 
     shares_work: Final = False
+    short_context: Final = None
     use_threads = staticmethod(use_threads)
 
     def __init__(

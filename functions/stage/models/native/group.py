@@ -32,6 +32,7 @@ class NativeGroup:
     """Implements `LayerGroup`. After creation, call `place` for the weights in any order, and then `finish` once."""
 
     shares_work: Final = True
+    short_context: Final = None
 
     def __init__(self, config: Mapping[str, Any], first_layer: int, last_layer: int, dtype: str, kv_budget_bytes: int) -> None:
         """config: a config.json. Layers are [first_layer, last_layer).

@@ -62,6 +62,7 @@ class TransformersGroup:
         takes = inspect.signature(self._base.forward).parameters
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"
         self._long_rope = LongRope(self._base)
+        self.short_context = self._long_rope.short_context
         eager = config._attn_implementation == "eager"
         self._scores_per_token: int = config.num_attention_heads if eager else 1
         self._head = model
@@ -102,17 +103,17 @@ class TransformersGroup:
     def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
         given = input_tensor(inputs, self.hidden_dtype).to(self._device)
         parts = torch.split(given, [segment.length for segment in segments])
-        outputs = [self._forward_one(part, segment.handle) for part, segment in zip(parts, segments, strict=True)]
+        outputs = [self._forward_one(part, segment) for part, segment in zip(parts, segments, strict=True)]
         for segment in segments:
             self.kv.extend(segment.handle, segment.length)
         return output_array(torch.cat(outputs).to("cpu", DTYPES[self.hidden_dtype]))
 
-    def _forward_one(self, inputs: torch.Tensor, handle: int) -> torch.Tensor:
+    def _forward_one(self, inputs: torch.Tensor, segment: Segment) -> torch.Tensor:
         """Runs one sequence's segment; a long one in parts, as masks and scores grow with the product of rows and tokens."""
         name = "input_ids" if self.first_layer == 0 else "inputs_embeds"
-        cache = self.kv.cache(handle)
-        self._long_rope.choose(self.kv.reserved(handle))
-        end = self.kv.length(handle) + len(inputs)
+        cache = self.kv.cache(segment.handle)
+        self._long_rope.choose(segment.is_long)
+        end = self.kv.length(segment.handle) + len(inputs)
         rows = max(1, _SCORES_AT_ONCE // (end * self._scores_per_token))
         outputs = [
             self._base(**{name: part[None], self._cache_argument: cache}, use_cache=True).last_hidden_state[0]

@@ -1,9 +1,8 @@
-"""Chooses the frequencies of LongRoPE position embeddings once for a whole sequence.
+"""Chooses the frequencies of LongRoPE position embeddings for each pass of a sequence.
 
 LongRoPE has two sets of frequencies: for sequences within the model's original context, and for longer ones. transformers
-chooses in every call, by the positions in it. Keys stay in the KV cache, so a sequence that grows beyond the original context,
-or a long prompt in chunks, would have keys of both sets. Here the number of reserved tokens decides: all stages know it before
-the first token is computed, and it is the same in every attempt.
+chooses in every call, by the positions in it, and computes a sequence anew when it crosses the original context. Keys stay in
+the KV cache, so all chunks of a long prompt must have the second set: the engine tells (`Segment.is_long`).
 """
 
 from collections.abc import Mapping
@@ -34,10 +33,15 @@ class LongRope:
             elif isinstance(rope_type, Mapping) and _LONGROPE in rope_type.values():
                 raise UnsupportedRope("longrope in some kinds of layers and not in others is not supported")
 
-    def choose(self, reserved_tokens: int) -> None:
-        """Sets the frequencies for the sequence that is computed next. reserved_tokens: those of the sequence."""
+    @property
+    def short_context(self) -> int | None:
+        """Most tokens of a sequence that has the first set of frequencies; None without LongRoPE."""
+        return min((rotary.original for rotary in self._rotaries), default=None)
+
+    def choose(self, is_long: bool) -> None:
+        """Sets the frequencies for the sequence that is computed next."""
         for rotary in self._rotaries:
-            rotary.choose(reserved_tokens)
+            rotary.choose(is_long)
 
 
 class _Rotary:
@@ -45,11 +49,11 @@ class _Rotary:
 
     def __init__(self, module: Any) -> None:
         self._module = module
-        self._original: int = module.config.rope_parameters["original_max_position_embeddings"]
+        self.original: int = module.config.rope_parameters["original_max_position_embeddings"]
         self._short: torch.Tensor = module.inv_freq
-        long, _ = ROPE_INIT_FUNCTIONS[_LONGROPE](module.config, "cpu", seq_len=self._original + 1)
+        long, _ = ROPE_INIT_FUNCTIONS[_LONGROPE](module.config, "cpu", seq_len=self.original + 1)
         self._long = long.to(self._short.device)
         module.rope_type = _CHOSEN
 
-    def choose(self, reserved_tokens: int) -> None:
-        self._module.inv_freq = self._long if reserved_tokens > self._original else self._short
+    def choose(self, is_long: bool) -> None:
+        self._module.inv_freq = self._long if is_long else self._short

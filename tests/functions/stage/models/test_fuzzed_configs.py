@@ -179,7 +179,8 @@ def logits_of_stages(groups: list[LayerGroup], token_ids: list[int], split: int)
     for first, last in ((0, split), (split, len(token_ids))):
         hidden: Any = np.array(token_ids[first:last])
         for group, handle in zip(groups, handles, strict=True):
-            hidden = group.forward(hidden, [Segment(handle, first, last - first)])
+            is_long = group.short_context is not None and len(token_ids) > group.short_context
+            hidden = group.forward(hidden, [Segment(handle, first, last - first, is_long)])
         found.append(groups[-1].logits(hidden))
     return np.concatenate(found)
 

@@ -89,7 +89,7 @@ def test_positions_beyond_the_first_context_are_the_whole_models(name: str, chan
 
 
 @pytest.mark.parametrize(("name", "changes"), LONG.values(), ids=LONG)
-def test_the_reserved_length_chooses_for_each_sequence(name: str, changes: dict[str, Any]) -> None:
+def test_the_known_length_chooses_for_each_sequence(name: str, changes: dict[str, Any]) -> None:
     stages, model = chain(name, changes)
     texts = {"short": tokens_of(2, 30), "long": tokens_of(3, 60), "at the limit": tokens_of(4, ORIGINAL)}
     for id, text in texts.items():
@@ -145,5 +145,6 @@ def test_frequencies_are_chosen_again_in_each_pass() -> None:
     handles = {tokens: group.kv.reserve(tokens) for tokens in (20, 100)}
     alone = forwarded(group, text, [Segment(handles[20], 0, 20)])
     group.kv.truncate(handles[20], 0)
-    together = forwarded(group, [*text, *text], [Segment(handles[100], 0, 20), Segment(handles[20], 0, 20)])
+    together = forwarded(group, [*text, *text], [Segment(handles[100], 0, 20, is_long=True), Segment(handles[20], 0, 20)])
+    assert not torch.equal(together[:20], alone)
     assert torch.equal(together[20:], alone)
