@@ -129,7 +129,7 @@ def test_deploy_all_pushes_applies_waits_and_asks(
     cut = ((0, 6),)
     with (
         running([stage_environment(published, 0, cut)]) as (stage,),
-        running([gateway_environment(published, [stage.url], cut)]) as (gateway,),
+        running([gateway_environment(published, [stage.url], cut, LAMINA_HOSTS="chat.models.example")]) as (gateway,),
     ):
         arguments = (f"SPEC={spec}", f"INGRESS={gateway.url}", "PROMPT=the weather", "MAX_TOKENS=4")
         done = make(tmp_path, "deploy-all", *arguments, **environ)
