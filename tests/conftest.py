@@ -48,9 +48,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return True  # real processes from end to end
     if collection_path.suffix != ".py":
         return None
-    from tests.support.fast import needs_torch
+    from tests.support.house.imports import files_reached, imports
+    from tests.support.house.without import HEAVY
 
-    return needs_torch(collection_path) or None
+    reached = files_reached(collection_path, in_functions=False)
+    names = {name for path in reached for name in imports(path, in_functions=False, for_types=False)}
+    return any(name.split(".")[0] in HEAVY for name in names) or None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -4,13 +4,13 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+from tests.support.house.imports import imports
 from tests.support.paths import ROOT
 
 # A folder may import those before it, never those after it.
@@ -95,30 +95,12 @@ def whole(allowed: set[str]) -> list[str]:
 def modules_imported(path: Path) -> frozenset[str]:
     """Modules of Lamina that the file imports anywhere; `from package import module` is the module."""
     known = {module_name(other) for other in source_files()}
-    found: set[str] = set()
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names} & known
-        elif isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                full = f"{node.module}.{alias.name}"
-                found |= {full if full in known else str(node.module)} & known
-    return frozenset(found)
+    return frozenset(each if each in known else each.rpartition(".")[0] for each in imports(path)) & known
 
 
 @cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
-
-
-def imports(path: Path) -> Iterator[str]:
-    """Every module that the file imports anywhere, also inside functions."""
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import; write the whole name"
-            yield node.module or ""
 
 
 def name(path: Path) -> str:

@@ -1,15 +1,13 @@
 """The image is told by files that must agree: Containerfile, .containerignore, requirement lists, manifests, imports."""
 
-import ast
 import re
 import sys
-from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.support.house.imports import files_reached, imports
 from tests.support.house.rootfs import stages
 from tests.support.paths import ROOT
 
@@ -23,42 +21,11 @@ def requirements(name: str) -> set[str]:
     return {re.split(r"[<>=\[ ]", line)[0].lower() for line in lines if line and not line.startswith(("#", "-r"))}
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Modules that run: not those that only type checkers see."""
-    tree = ast.parse(path.read_text())
-    skipped = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if node in skipped:
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
 def libraries_of_functions() -> set[str]:
-    """Whatever `python -m functions` can come to import, followed through our own files."""
-    found: set[str] = set()
-    seen: set[Path] = set()
-    todo = [ROOT / "functions" / "__main__.py"]
-    while todo:
-        path = todo.pop()
-        if path in seen:
-            continue
-        seen.add(path)
-        for module in imports(path):
-            top = module.split(".")[0]
-            if top in OWN:
-                todo += [file for file in [ROOT / (module.replace(".", "/") + ".py")] if file.exists()]
-            elif top not in sys.stdlib_module_names:
-                found.add(top)
-    return found
+    """Whatever `python -m functions` can come to import, also inside functions."""
+    reached = files_reached(ROOT / "functions" / "__main__.py")
+    tops = {name.split(".")[0] for path in reached for name in imports(path, for_types=False)}
+    return tops - {*OWN} - sys.stdlib_module_names
 
 
 def distribution(module: str) -> str:
