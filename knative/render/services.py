@@ -317,9 +317,11 @@ def _kv_store_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObje
 def _drain_seconds(timeout_seconds: int) -> int | None:
     """How long a gateway's answers may go on after SIGTERM; None: the function's default, which is that of the longest timeout.
 
-    A pod is killed `timeoutSeconds` after it was told to end. Of these, queue-proxy's drain takes 30 s before SIGTERM comes.
+    A pod is killed `timeoutSeconds` after it was told to end. Of these, queue-proxy's drain takes 30 s before SIGTERM comes. Of
+    the rest up to 30 s are for the last replies.
     """
-    return None if timeout_seconds == 600 else max(1, timeout_seconds - 60)
+    left = timeout_seconds - 30
+    return None if timeout_seconds == 600 else max(1, left - 30, left * 2 // 3)
 
 
 def _emulated_device(stage: StageSpec, index: int) -> dict[str, Any]:

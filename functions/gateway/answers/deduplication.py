@@ -1,4 +1,4 @@
-"""Deduplication: repeated and concurrent requests with one key share one answer, which a thread of its own computes.
+"""Deduplication: repeated and concurrent requests with one key share one answer, which a thread of a pool takes in.
 
 A client that lost its connection and asks again within ABANDONED_SECONDS joins the running answer, from its beginning; until
 KEPT_SECONDS after the end it gets the complete one. This holds within one gateway. Another gateway computes the answer again;
@@ -14,8 +14,9 @@ from copy import copy
 from typing import Final, Generic, TypeVar
 
 from eventing.problems import Problem
-from eventing.wire.generation import TokenEvent
+from eventing.wire.generation import ProgressEvent, TokenEvent
 from functions.gateway.answers.generation import ClientLeft, Looks
+from functions.threads.pool import ThreadPool
 
 _log: Final = logging.getLogger(__name__)
 
@@ -23,9 +24,14 @@ ABANDONED_SECONDS: Final = 5.0  # an answer goes on so long without a client, fo
 KEPT_SECONDS: Final = 300.0  # after the answer's end; longer than a Broker waits before its last retry, with Knative's back-off
 MAX_KEPT_TOKENS: Final = 2**18  # of all complete answers, with the tokens in their log-probabilities; the oldest are dropped
 
+_MAX_RUNNING: Final = 512  # answers that are taken in at the same time; others wait
 _TOKEN_BYTES: Final = 256  # of an encoded event that counts as one token
 
 T = TypeVar("T")
+
+
+class PassingBytes(bytes):
+    """An encoded event that is of no use after the next one, such as progress. Who joins later does not get it."""
 
 
 class _SharedAnswer(Generic[T]):
@@ -38,6 +44,7 @@ class _SharedAnswer(Generic[T]):
         self.left_at = 0.0  # when the last listener left, in time.monotonic()
         self.changed = threading.Condition()
         self.items: list[T] = []
+        self.passing: T | None = None  # progress after the last of `items`
         self.ended = False
         self.problem: Problem | ClientLeft | None = None  # what ended the answer early
         self.ended_at = 0.0
@@ -45,7 +52,7 @@ class _SharedAnswer(Generic[T]):
 
 
 class Listener(Generic[T]):
-    """One request's view of a shared answer. Iterate `items` to its end, then call `last`; or `close` it early."""
+    """One request's view of a shared answer. Iterate `items` to its end, or `close` it early."""
 
     def __init__(self, request_id: str, shared: _SharedAnswer[T], gone: Callable[[], bool], leave: Callable[[], None]) -> None:
         self.request_id = request_id
@@ -57,19 +64,23 @@ class Listener(Generic[T]):
     def items(self) -> Iterator[T | None]:
         """Yields all items, also those from before this listener joined; while none come, None every LOOK_SECONDS.
 
-        Raises the Problem that ended the answer, or ClientLeft if this listener's client has left.
+        Of progress only the last is yielded, if no item came after. Raises the Problem that ended the answer, or ClientLeft if
+        this listener's client has left.
         """
-        given = 0
+        given, told = 0, None
         looks = Looks(self._gone)
         shared = self._shared
         try:
             while True:
                 with shared.changed:
-                    if given == len(shared.items) and not shared.ended:
+                    if given == len(shared.items) and shared.passing is told and not shared.ended:
                         shared.changed.wait(looks.seconds_to_wait())
-                    new, ended = shared.items[given:], shared.ended
+                    new, passing, ended = shared.items[given:], shared.passing, shared.ended
                 yield from new
                 given += len(new)
+                if passing is not told:
+                    told = passing
+                    yield passing
                 if ended and shared.problem is not None:
                     raise copy(shared.problem)  # a raised exception holds the request, by the frames of its traceback
                 if ended:
@@ -78,10 +89,6 @@ class Listener(Generic[T]):
                     yield None
         finally:
             self.close()
-
-    def last(self) -> T:
-        """The last item of the answer. Call it only after `items` has ended."""
-        return self._shared.items[-1]
 
     def close(self) -> None:
         """The answer is cancelled if it is unfinished and no other listener comes within ABANDONED_SECONDS."""
@@ -98,6 +105,7 @@ class Deduplicator(Generic[T]):
         self._complete: OrderedDict[bytes, _SharedAnswer[T]] = OrderedDict()  # part of `_shared`, oldest first
         self._kept_tokens = 0  # in the complete ones
         self._lock = threading.Lock()
+        self._threads = ThreadPool(_MAX_RUNNING, "answer")
 
     def listen(
         self,
@@ -120,9 +128,7 @@ class Deduplicator(Generic[T]):
             with shared.beginning:
                 if not shared.begun:
                     items = begin(lambda: self._is_abandoned(key, shared))
-                    threading.Thread(
-                        target=self._compute, args=(key, request_id, shared, items), name="answer", daemon=True
-                    ).start()
+                    self._threads.submit(self._take_in, key, request_id, shared, items)
                     shared.begun = True
         except BaseException:
             with self._lock:
@@ -132,15 +138,20 @@ class Deduplicator(Generic[T]):
             raise
         return Listener(request_id, shared, gone, lambda: self._leave(shared))
 
-    def _compute(self, key: bytes, request_id: str, shared: _SharedAnswer[T], items: Iterator[T | None]) -> None:
+    def _take_in(self, key: bytes, request_id: str, shared: _SharedAnswer[T], items: Iterator[T | None]) -> None:
         problem: Problem | ClientLeft | None = None
         try:
             for item in items:
-                if item is not None:
-                    with shared.changed:
+                if item is None:
+                    continue
+                with shared.changed:
+                    if isinstance(item, ProgressEvent | PassingBytes):
+                        shared.passing = item
+                    else:
                         shared.items.append(item)
                         shared.size += _tokens(item)
-                        shared.changed.notify_all()
+                        shared.passing = None
+                    shared.changed.notify_all()
         except (Problem, ClientLeft) as error:
             problem = error.with_traceback(None)
         except Exception:  # noqa: BLE001 - logged, and every listener is told

@@ -2,9 +2,10 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from itertools import chain
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from flask import Response, request
 
@@ -17,39 +18,37 @@ from functions.hosting.requests import ARRIVED, CLIENT_GONE
 
 _log: Final = logging.getLogger(__name__)
 STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # keeps proxies from buffering tokens
-NOTHING: Final = b""  # in a stream's events: time has passed or a token has come, and there is nothing to send yet
 CLIENT_CLOSED_REQUEST: Final = 499  # nginx's status; no client reads it
 
-
+T = TypeVar("T")
 Answering = Generation | Listener[Any]  # an answer on its way
 
 
 def stream_response(
-    source: Answering, events: Iterator[bytes], failure: Callable[[Problem], bytes], keep_alive_seconds: float
+    source: Answering, events: Iterator[bytes | None], failure: Callable[[Problem], bytes], keep_alive_seconds: float
 ) -> Response:
     """Waits for the first event, then returns a reply that streams `events`. Raises a Problem that comes before it.
 
-    events: NOTHING among them is not sent. source: closed when the reply ends or the client leaves. failure: encodes a Problem
-    that comes later, as the last event. keep_alive_seconds: silence after which a comment is sent, also as the first event; 0:
-    never. Nothing is sent before the first event, so that an answer that fails early gets the status of its Problem. Also, a
-    proxy may treat a reply as an error if it begins before the proxy has sent the request's last byte: Go's ReverseProxy then
-    closes the connection.
+    source: closed when the reply ends or the client leaves. events: None among them says that there is nothing to send yet.
+    failure: encodes a Problem that comes later, as the last event. keep_alive_seconds: silence after which a comment is sent,
+    also as the first event; 0: never. Nothing is sent before the first event, so that an answer that fails early gets the
+    status of its Problem. Also, Go's ReverseProxy closes the connection if a reply begins before it has sent the whole request.
     """
-    events = _with_comments(events, keep_alive_seconds)
+    sent = _with_comments(events, keep_alive_seconds)
     try:
-        first = next(events)
+        first = next(sent)
     except ClientLeft:
         return Response(status=CLIENT_CLOSED_REQUEST)
-    guarded = _guarded(source, chain((first,), events), failure)
+    guarded = _guarded(source, chain((first,), sent), failure)
     response = Response(guarded, content_type=EVENT_STREAM_CONTENT_TYPE, headers=STREAM_HEADERS)
     response.call_on_close(source.close)
     return response
 
 
-def _with_comments(events: Iterator[bytes], keep_alive_seconds: float) -> Iterator[bytes]:
+def _with_comments(events: Iterator[bytes | None], keep_alive_seconds: float) -> Iterator[bytes]:
     sent_at = time.monotonic()
     for event in events:
-        if event != NOTHING:
+        if event is not None:
             yield event
         elif keep_alive_seconds and time.monotonic() - sent_at >= keep_alive_seconds:
             yield COMMENT
@@ -58,24 +57,29 @@ def _with_comments(events: Iterator[bytes], keep_alive_seconds: float) -> Iterat
         sent_at = time.monotonic()
 
 
-def whole_response(tokens: Iterator[object], finished: Callable[[], Response]) -> Response:
-    """Iterates `tokens` to the end, then returns `finished()`. Raises the Problem that ended the answer early."""
+def whole_response(items: Iterator[T | None], reply: Callable[[T], Response]) -> Response:
+    """Waits for the last of an answer's items and returns `reply` of it. Raises the Problem that ended the answer early."""
     try:
-        for _ in tokens:
-            pass
+        return reply(last_of(items))
     except ClientLeft:
         return Response(status=CLIENT_CLOSED_REQUEST)
-    return finished()
+
+
+def last_of(items: Iterator[T | None]) -> T:
+    """The last of an answer's items, after all have come."""
+    last = deque(items, maxlen=1).pop()
+    assert last is not None
+    return last
 
 
 def begun(
     events: Iterator[TokenEvent | ProgressEvent | None],
-) -> Generator[bytes, None, Iterator[TokenEvent | ProgressEvent | None]]:
-    """Yields NOTHING until the first token or progress has come, and returns an iterator that begins with it."""
+) -> Generator[None, None, Iterator[TokenEvent | ProgressEvent | None]]:
+    """Yields None until the first token or progress has come, and returns an iterator that begins with it."""
     for event in events:
         if event is not None:
             return chain((event,), events)
-        yield NOTHING
+        yield None
     return iter(())
 
 

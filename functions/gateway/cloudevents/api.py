@@ -37,9 +37,9 @@ from functions.gateway.answers.generation import ClientLeft, Generation
 from functions.gateway.answers.service import MAX_LOGPROBS, AnswerService, RequestContext
 from functions.gateway.answers.streaming import (
     CLIENT_CLOSED_REQUEST,
-    NOTHING,
     arrival_time,
     client_gone,
+    last_of,
     stream_response,
     whole_response,
 )
@@ -106,7 +106,7 @@ class CloudEventsAPI:
                 self._keep_alive_seconds,
             )
         to_http = to_structured_http if content_type.startswith(STRUCTURED_CONTENT_TYPE) else to_binary_http
-        return whole_response(listener.items(), lambda: _http_response(to_http(self._response(event, listener.last()))))
+        return whole_response(listener.items(), lambda response: _http_response(to_http(self._response(event, response))))
 
     def _score(self, event: CloudEvent, client_id: str) -> Response:
         """Begins to score a prompt: the reply is the event that a Knative Sequence then delivers to the first stage.
@@ -185,18 +185,16 @@ class CloudEventsAPI:
         if isinstance(listener, Problem):
             return self._problem(event, listener)
         try:
-            for _ in listener.items():
-                pass
+            return self._response(event, last_of(listener.items()))
         except Problem as problem:
             return self._problem(event, problem)
-        return self._response(event, listener.last())
 
-    def _stream(self, cause: CloudEvent, listener: Listener[Item]) -> Iterator[bytes]:
+    def _stream(self, cause: CloudEvent, listener: Listener[Item]) -> Iterator[bytes | None]:
         id_ = reply_id(cause)
         progress = count()
         for item in listener.items():
             if item is None:
-                yield NOTHING
+                yield None
             elif isinstance(item, ProgressEvent):
                 yield _structured_sse(self._event(cause, EventType.PROGRESS, item, f"{id_}-progress-{next(progress)}"))
             elif isinstance(item, TokenEvent):

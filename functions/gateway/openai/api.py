@@ -16,7 +16,7 @@ from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.deduplication import Deduplicator
 from functions.gateway.answers.generation import Generation
 from functions.gateway.answers.service import AnswerService, RequestContext
-from functions.gateway.answers.streaming import NOTHING, arrival_time, client_gone, stream_response, whole_response
+from functions.gateway.answers.streaming import Answering, arrival_time, client_gone, stream_response, whole_response
 from functions.gateway.openai.documents import ChoicesDocument, Envelope, chat_document, completion_document
 from functions.gateway.openai.errors import model_not_found, path_not_served, refused, unexpected
 from functions.gateway.openai.requests import ChatRequest, CompletionRequest
@@ -110,32 +110,21 @@ class OpenAIAPI:
             entry.generation = service.begin(generate_request, context)
             return entry.generation
 
-        if not key:
-            generation = begin(client_gone())
-            g.answering = True
-            if body.stream:
-                return stream_response(
-                    generation, document.stream(generation, service.text), document.failure, self._keep_alive_seconds
-                )
-            return whole_response(generation.tokens(), lambda: json_response(document.whole(generation, service.text)))
+        def items_of(generation: Generation) -> Iterator[bytes | None]:
+            return document.stream(generation, service.text) if body.stream else _whole(generation, document, service.text)
 
-        def items(abandoned: Callable[[], bool]) -> Iterator[bytes | None]:
-            generation = begin(abandoned)
-            return _events(generation, document, service.text) if body.stream else _whole(generation, document, service.text)
-
-        shared_key = hashlib.sha256(client_id.encode() + digest).digest()
-        listener = self._deduplicator.listen(shared_key, id_, items, client_gone())
+        source: Answering
+        if key:
+            shared_key = hashlib.sha256(client_id.encode() + digest).digest()
+            source = self._deduplicator.listen(shared_key, id_, lambda abandoned: items_of(begin(abandoned)), client_gone())
+            items = source.items()
+        else:
+            source = begin(client_gone())
+            items = items_of(source)
         g.answering = True
         if body.stream:
-            return stream_response(
-                listener, (event or NOTHING for event in listener.items()), document.failure, self._keep_alive_seconds
-            )
-        return whole_response(listener.items(), lambda: Response(listener.last(), content_type="application/json"))
-
-
-def _events(generation: Generation, document: ChoicesDocument | ResponsesDocument, text: ModelText) -> Iterator[bytes | None]:
-    """The events of a stream, with None in place of NOTHING."""
-    return (event or None for event in document.stream(generation, text))
+            return stream_response(source, items, document.failure, self._keep_alive_seconds)
+        return whole_response(items, lambda whole: Response(whole, content_type="application/json"))
 
 
 def _whole(generation: Generation, document: ChoicesDocument | ResponsesDocument, text: ModelText) -> Iterator[bytes | None]:

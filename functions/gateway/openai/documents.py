@@ -9,8 +9,9 @@ import msgspec
 from eventing.http.sse import encode_sse
 from eventing.problems import Problem
 from eventing.wire.generation import Choice, ProgressEvent, TokenEvent, TokenLogprob
+from functions.gateway.answers.deduplication import PassingBytes
 from functions.gateway.answers.generation import Generation
-from functions.gateway.answers.streaming import NOTHING, begun
+from functions.gateway.answers.streaming import begun
 from functions.gateway.openai.errors import error_document
 from functions.gateway.openai.requests import ChatRequest, CompletionRequest
 from functions.gateway.text.reasoning import Reasoning, TextDelta
@@ -56,8 +57,8 @@ class ChoicesDocument:
         choices = [writer.whole(answer.choice()) for writer, answer in zip(writers, generation.answers, strict=True)]
         return self._document(self._object, choices, usage=response.usage)
 
-    def stream(self, generation: Generation, text: ModelText) -> Iterator[bytes]:
-        """Yields the reply as server-sent events, and NOTHING when there is nothing to send.
+    def stream(self, generation: Generation, text: ModelText) -> Iterator[bytes | None]:
+        """Yields the reply as server-sent events, and None when there is nothing to send.
 
         Raises the Problem that ended an answer early.
         """
@@ -76,10 +77,10 @@ class ChoicesDocument:
             yield from events(writer.first())
         for token in tokens:
             if isinstance(token, ProgressEvent):
-                yield event([], progress=token)
+                yield PassingBytes(event([], progress=token))
                 continue
             chunks = [] if token is None else writers[token.choice].chunks(token)
-            yield from events(chunks) if chunks else (NOTHING,)
+            yield from events(chunks) if chunks else (None,)
         response = generation.response()
         for writer, answer in zip(writers, generation.answers, strict=True):
             yield from events(writer.last(answer.choice()))

@@ -13,8 +13,9 @@ import msgspec
 from eventing.http.sse import encode_sse
 from eventing.problems import Problem
 from eventing.wire.generation import FinishReason, ProgressEvent, TokenLogprob
+from functions.gateway.answers.deduplication import PassingBytes
 from functions.gateway.answers.generation import Generation
-from functions.gateway.answers.streaming import NOTHING, begun
+from functions.gateway.answers.streaming import begun
 from functions.gateway.openai.documents import Envelope, chat_logprobs
 from functions.gateway.openai.errors import error_document
 from functions.gateway.openai.responses_requests import ResponsesRequest
@@ -177,17 +178,17 @@ class ResponsesDocument:
         list(output.end(_status(choice.finish_reason)))
         return self._document(generation, output, choice.finish_reason)
 
-    def stream(self, generation: Generation, text: ModelText) -> Iterator[bytes]:
+    def stream(self, generation: Generation, text: ModelText) -> Iterator[bytes | None]:
         output = Output(generation, text, self._request)
         tokens = yield from begun(generation.tokens())
         for type_ in ("response.created", "response.in_progress"):
             yield self._encode({"type": type_, "response": self._document(generation, output, None)})
         for token in tokens:
             if isinstance(token, ProgressEvent):
-                yield self._encode({"type": "response.progress", "progress": token})
+                yield PassingBytes(self._encode({"type": "response.progress", "progress": token}))
                 continue
             built = [] if token is None else [*output.token(token.text, token.logprob)]
-            yield from map(self._encode, built) if built else (NOTHING,)
+            yield from map(self._encode, built) if built else (None,)
         reason = generation.response().finish_reason
         status = _status(reason)
         yield from map(self._encode, output.end(status))

@@ -221,6 +221,7 @@ def _stage_failed(state: SchedulerState, instance: Instance, failure: StageFaile
     if failure.expired:
         state.expire(time.monotonic())
     else:
+        state.last_failure = failure
         state.placement.avoid(instance)
 
 
@@ -256,7 +257,7 @@ def reservation_over(state: SchedulerState, wanted: Reserve, reservation: Reserv
         for sequence, _, _ in present:
             _start_again(state, sequence)
         return
-    state.no_route_since = None
+    state.no_route_since = state.last_failure = None
     if Status.FULL in reservation.statuses:
         state.waiting.backlog.refused()
     for sequence, status, held in present:

@@ -414,6 +414,7 @@ class Scheduler:
         except StageFailed as failure:
             _log.info("not awake yet: %s", failure)
             with self._changed:
+                self._state.last_failure = failure
                 self._state.wake_ups.stage_failed(stage, failure.cause)
                 if failure.final:
                     # The stage refuses this gateway, so no waiting sequence can be served.

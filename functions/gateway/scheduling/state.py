@@ -26,6 +26,7 @@ from functions.gateway.scheduling.stats import StageStats, Stats
 from functions.gateway.scheduling.waiting import BacklogSignals, WaitingSequences
 from functions.gateway.scheduling.wake_up import WakeUps
 from functions.gateway.stages.client import Trip
+from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.routes import Instance, Placement
 from functions.gateway.stages.where_held import WhereHeld
 
@@ -43,6 +44,7 @@ class SchedulerState:
         self.last_prompt_step: dict[str, int] = {}  # by client, the number of the last step with a chunk of its prompts
         self.where_held = WhereHeld()
         self.no_route_since: float | None = None  # since when a stage has no instance for a new route, in time.monotonic()
+        self.last_failure: StageFailed | None = None  # since the last reservation that a stage granted
         self.settling: MicroBatch | None = None  # the last one chosen for balance; the next is chosen after it has caught up
         self.suspects: set[Sequence] = set()  # sequences with failures since their last token
         self.trial: Sequence | None = None  # the suspect that runs alone now
@@ -126,6 +128,8 @@ class SchedulerState:
         for sequence in [each for since, each in self.without_route() if now - since >= timeout]:
             cold = ", ".join(map(str, self.placement.cold())) or "none"
             why = f"no route for {timeout:g} seconds; stages without an instance: {cold}"
+            if self.last_failure is not None:
+                why += f"; the last failure: {self.last_failure}"
             self.end(sequence, PipelineUnavailable(why))
 
     def without_route(self) -> list[tuple[float, Sequence]]:

@@ -14,11 +14,6 @@ class TextDelta(NamedTuple):
     text: str
 
 
-def begins_inside(prompt: str) -> bool:
-    """Whether the prompt ends with <think>, so that the answer begins with thoughts."""
-    return prompt.rstrip().endswith(BEGIN)
-
-
 def thoughts_apart(turns: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The turns, with the assistant's thoughts moved from `content` to `reasoning_content`."""
     return [_apart(turn) if turn["role"] == "assistant" and END in turn["content"] else turn for turn in turns]

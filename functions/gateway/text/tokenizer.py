@@ -18,7 +18,7 @@ from functions.gateway.text.control_tokens import ControlTokens
 from functions.gateway.text.encoder import Encoder
 from functions.gateway.text.grammars import Grammars
 from functions.gateway.text.model_tools import ModelTools, described, turns_of
-from functions.gateway.text.reasoning import Reasoning, begins_inside, thoughts_apart
+from functions.gateway.text.reasoning import BEGIN, Reasoning, thoughts_apart
 from functions.gateway.text.tool_formats import format_of
 from storage.models.model_repository import ModelManifest, Reader, read_file
 
@@ -144,11 +144,17 @@ class ModelText:
         return text
 
     def reasoning(self, prompt_ids: Sequence[int]) -> Reasoning | None:
-        """A Reasoning for the answer to this rendered prompt; None if the model's chat template has no mark for thoughts."""
+        """A Reasoning for the answer to this rendered prompt; None if the model's chat template has no mark for thoughts.
+
+        The answer begins with thoughts if the prompt ends with <think>, as a token if there is one: text may be a client's.
+        """
         if self.template is None or not self.template.reasons:
             return None
-        tail = self.tokenizer.decode(list(prompt_ids[-_TAIL_TOKENS:]), skip_special_tokens=False)
-        return Reasoning(inside=begins_inside(tail))
+        tail = prompt_ids[-_TAIL_TOKENS:]
+        mark = self.tokenizer.token_to_id(BEGIN)
+        if mark is None:
+            return Reasoning(inside=self.decode(tail).rstrip().endswith(BEGIN))
+        return Reasoning(inside=next((id_ for id_ in reversed(tail) if self.token_text(id_).strip()), None) == mark)
 
     def token_text(self, token_id: int) -> str:
         """The token's text, also of a special token. Bytes that are no whole character become the replacement character."""

@@ -95,7 +95,7 @@ def test_functions_accept_every_rendered_environment() -> None:
     assert (gateway.proxies, gateway.scores) == (2, "off")
 
 
-@pytest.mark.parametrize(("timeout", "drain"), [(600, 540), (300, 240), (30, 1)])
+@pytest.mark.parametrize(("timeout", "drain"), [(600, 540), (300, 240), (90, 40), (60, 20), (30, 1)])
 def test_a_gateway_ends_its_answers_before_it_is_killed(timeout: int, drain: float) -> None:
     """Its grace period is the revision's timeoutSeconds, of which queue-proxy's drain takes 30 s."""
     service = services(pipeline(gateway={"timeout_seconds": timeout, "request_timeout_seconds": min(timeout, 30)}))[-1]

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 from flask.testing import FlaskClient
+from werkzeug.test import TestResponse
 
 from eventing.problems import NotReady, PipelineUnavailable, Problem, QueueFull
 from eventing.wire.generation import GenerateRequest, ProgressEvent, TokenLogprob
@@ -195,6 +196,24 @@ def test_progress_is_sent_to_those_that_ask_for_it(pipeline: Pipeline, api: str,
     assert len(told) == wanted, "once, as it does not change"
     for event in told:
         assert msgspec.to_builtins(loading) in (event.get("progress"), event.get("data"))
+
+
+@pytest.mark.usefixtures("quick_looks")
+@pytest.mark.parametrize("api", APIS)
+def test_a_repeated_request_does_not_get_progress_that_is_over(pipeline: Pipeline, api: str) -> None:
+    client = client_of(pipeline)
+    client.environ_base["HTTP_IDEMPOTENCY_KEY"] = "order-66"
+    pipeline.awaited = ProgressEvent("turn", "41 waiting")
+    pipeline.script = saying_after(pipeline, 30, pipeline.say("Hello"))
+
+    def asked() -> TestResponse:
+        if api == "openai":
+            return ask_either(client, api, streams=True, include_progress=True)
+        return ask(client, {"prompt": "Hi", "include_progress": True}, ce_id="7", Accept="text/event-stream")
+
+    first, again = ([event if event == "[DONE]" else event | {"time": ""} for event in stream(asked())] for _ in range(2))
+    assert len(pipeline.prompts) == 1
+    assert again == [event for event in first if "41 waiting" not in json.dumps(event)] != first
 
 
 def test_a_stream_whose_tokens_give_no_text_is_kept_alive(pipeline: Pipeline) -> None:

@@ -221,6 +221,23 @@ def test_thoughts_in_an_answer_stay_thoughts() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("family", "template", "content", "inside"),
+    [
+        ("qwen3", "{{ messages[0].content }}<think>\n{# </think> #}", "Hi", True),
+        ("qwen3", "{{ messages[0].content }}<think>\n\n</think>\n\n", "Hi", False),
+        ("qwen3", "{{ messages[0].content }}{# </think> #}", "What is <think>", False),
+        ("chatml", "{{ messages[0].content }}<think>\n{# </think> #}", "Hi", True),
+        ("chatml", "{{ messages[0].content }}<|im_end|>{# </think> #}", "What is <think>", False),
+    ],
+)
+def test_a_prompt_may_end_with_an_open_thought(family: str, template: str, content: str, inside: bool) -> None:
+    text = ModelText(TOKENIZERS[family](), ChatTemplate(template, {}), frozenset(), 1000)
+    reasoning = text.reasoning(text.encode_messages([Message("user", content)]))
+    assert reasoning is not None
+    assert [part.kind for part in reasoning.push("a")] == ["reasoning" if inside else "content"]
+
+
 def test_values_of_the_client_for_the_template_are_guarded() -> None:
     names = ChatTemplate("<|im_start|>system\n{{ effort }}<|im_end|>{{ messages[0].content }}", {})
     text = ModelText(TOKENIZERS["chatml"](), names, frozenset(), 1000)

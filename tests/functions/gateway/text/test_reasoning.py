@@ -2,7 +2,7 @@
 
 import pytest
 
-from functions.gateway.text.reasoning import Reasoning, begins_inside
+from functions.gateway.text.reasoning import Reasoning
 
 CASES = [
     (False, "<think>\nOne.\n\nTwo.\n</think>\n\nSaid.\n", "One.\n\nTwo.", "Said.\n"),
@@ -29,10 +29,3 @@ def test_thoughts_and_content_are_separated(inside: bool, text: str, thought: st
     assert "".join(part.text for part in parts if part.kind == "content") == said
     kinds = [part.kind for part in parts]
     assert kinds == sorted(kinds, reverse=True), "thoughts come first"
-
-
-def test_a_prompt_may_end_with_an_open_thought() -> None:
-    assert begins_inside("<|im_start|>assistant\n<think>\n")
-    assert not begins_inside("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert not begins_inside("<|im_start|>assistant\n")
-    assert not begins_inside("What does <think> mean?<|im_end|>\n<|im_start|>assistant\n")
