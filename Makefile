@@ -184,6 +184,10 @@ test-clients: $(VENV)/dev.stamp $(VENV)/native.stamp $(CLIENTS)/$(CLIENTS_LIST).
 test-api: $(VENV)/dev.stamp $(VENV)/native.stamp ## A real gateway asked at random by its own OpenAPI document (CASES= of each operation)
 	CASES="$${CASES:-1000}" $(BIN)/python -m pytest --timeout 3000 tests/pipeline/test_openapi.py
 
+.PHONY: test-changes
+test-changes: $(VENV)/dev.stamp $(VENV)/native.stamp ## All changes of a pipeline under 24 streams, of which make test makes two (minutes)
+	LAMINA_TEST_ALL_CHANGES=1 $(BIN)/python -m pytest -rP tests/pipeline/test_changes.py -k changed_back
+
 .PHONY: check
 check: $(VENV)/dev.stamp ## Lint, format, types, import directions, owners of heavy libraries, generated files
 	$(BIN)/ruff check .
