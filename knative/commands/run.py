@@ -87,7 +87,9 @@ def run(**options: Any) -> None:
     python -m knative run --spec examples/smollm2-cpu/pipeline.yaml
     """
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # before the event loop runs: like Ctrl-C, closes everything
+    # Before the event loop runs, both close everything. Python leaves SIGINT ignored if a shell started it in the background.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     chosen, console = RunOptions(**options), Console()
     with StateFolder(chosen.state) as state:
         if state.recovered:
