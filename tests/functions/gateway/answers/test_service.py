@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any
