@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from storage.models.publisher import ProgressCallback, PublishProgress
+from storage.models.publisher import ProgressCallback, PublishProgress, QuantizedCallback, QuantizedSource
 
 _PLAIN_STEPS = 4
 
@@ -63,6 +63,18 @@ def publish_progress(console: Console, what: str) -> Iterator[ProgressCallback]:
             console.out(f"{what}: {100 * step // _PLAIN_STEPS} % of {size(seen.total_bytes)}", highlight=False)
 
     yield show
+
+
+def show_quantized(console: Console, dtype: str) -> QuantizedCallback:
+    """Returns the callback for `publish` that says what was made of a quantized checkpoint, and what that loses."""
+
+    def show(source: QuantizedSource) -> None:
+        lost = "nothing is lost"
+        if source.largest_error:
+            lost = f"the largest rounding error is {source.largest_error:.2g}, of weights up to {source.largest_weight:.2g}"
+        console.out(f"quantized with {source.method} in {size(source.source_bytes)}; as {dtype} {lost}", highlight=False)
+
+    return show
 
 
 def size(count: float) -> str:

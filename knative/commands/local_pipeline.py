@@ -13,7 +13,7 @@ from rich.console import Console
 
 from functions.configuration.api_keys import HASHED
 from functions.stage.engine.threads import usable_cores
-from knative.commands.console import publish_progress
+from knative.commands.console import publish_progress, show_quantized
 from knative.commands.model_choice import DEFAULT_MODEL, best_dtype, packaged_model, published_name
 from knative.local.kubelet.containers import NamedData
 from knative.render.rendering import resolve
@@ -105,7 +105,7 @@ def ensure_published(store: ObjectStore, model: str | None, dtype: str | None, c
         source = locate(source)
         dtype = best_dtype(open_checkpoint(source))
     with publish_progress(console, f"publishing {name} as {dtype}") as progress:
-        return publish(source, store, name, dtype, progress=progress)
+        return publish(source, store, name, dtype, progress=progress, on_quantized=show_quantized(console, dtype))
 
 
 def local_pipeline(

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from knative.commands.console import publish_progress, size
+from knative.commands.console import publish_progress, show_quantized, size
 from knative.commands.model_choice import DEFAULT_MODEL, best_dtype, packaged_model, published_name, torch_needed
 from knative.commands.options import OpenStore, store_options
 from knative.spec.pipeline_spec import DTYPES, ModelSpec
@@ -51,7 +51,10 @@ def push(
             if manifest is None:
                 path = source or _default_source(model)
                 with publish_progress(console, f"publishing {model.name} as {model.dtype}") as progress:
-                    manifest = publish(path, opened, model.name, model.dtype, progress=progress, afresh=afresh)
+                    shown = show_quantized(console, model.dtype)
+                    manifest = publish(
+                        path, opened, model.name, model.dtype, progress=progress, on_quantized=shown, afresh=afresh
+                    )
         total = sum(stored.bytes for stored in manifest.objects.values())
         console.out(f"{model.name} as {model.dtype}: {manifest.num_layers} layers, {size(total)}", highlight=False)
         console.out(f"digest: {manifest.digest}", highlight=False)

@@ -29,7 +29,7 @@ class SourceTensor:
     dtype: str  # a safetensors name
     shape: tuple[int, ...]
     read_rows: Callable[[int, int], memoryview]  # rows [first, last): writable bytes, C order, little endian
-    quantized: bool = False  # the checkpoint stores it in eight bits or fewer, whatever dtype it is read as
+    quantized: bool = False  # `run` may round it to int8, because the file has it in eight bits or fewer
     read_four_bits: Callable[[int, int], FourBits] | None = None  # the same rows, not dequantized; None: not in four bits
 
     @property
@@ -60,3 +60,4 @@ class Checkpoint:
     config: Mapping[str, Any]  # config.json as Hugging Face has it
     files: Mapping[str, bytes]  # small files to publish beside the tensors, config.json included
     tensors: Mapping[str, SourceTensor]  # by their Hugging Face names
+    quantization: str | None = None  # the method, for people, if the source is quantized and its tensors are read as floats

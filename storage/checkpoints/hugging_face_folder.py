@@ -11,7 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
-from storage.checkpoints.safetensors_format import TensorSpan, read_exactly, read_spans, tensor_bytes
+from storage.checkpoints.safetensors_format import TensorSpan, read_exactly, read_header, read_spans, tensor_bytes
 from storage.errors import CheckpointInvalid, LibraryMissing
 
 _INDEX: Final = "model.safetensors.index.json"
@@ -20,6 +20,7 @@ _FILES: Final = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja",
 )  # fmt: skip
+_MODELOPT: Final = "hf_quant_config.json"
 _SLOW_TOKENIZERS: Final = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -29,17 +30,31 @@ def open_folder(folder: Path) -> Checkpoint:
     Raises CheckpointInvalid, which names the file and what is wrong with it.
     """
     config = _read_json(folder / "config.json")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unnamed method")
-        raise CheckpointInvalid(
-            f"{folder} is quantized with {method}; publish the unquantized checkpoint, with dtype int8 if wanted"
-        )
+    published = dict(config)
+    tensors, quantization = dict(_tensors(folder)), None
+    if settings := _quantization_config(folder, published):
+        from storage.checkpoints.quantized import dequantized  # numpy, which only quantized checkpoints need here
+
+        tensors, quantization = dequantized(folder, settings, tensors, _metadata(folder))
     files = _files(folder)
     if config.get("model_type") == "mistral" and "layer_types" in config:
         # So do transformers' Auto classes (models/auto/configuration_auto.py), and stages must not have to know it.
-        config = {**config, "model_type": "ministral"}
-        files["config.json"] = msgspec.json.format(msgspec.json.encode(config), indent=2)
-    return Checkpoint(config, files, dict(_tensors(folder)))
+        published["model_type"] = "ministral"
+    if published != config:
+        files["config.json"] = msgspec.json.format(msgspec.json.encode(published), indent=2)
+    return Checkpoint(published, files, tensors, quantization)
+
+
+def _quantization_config(folder: Path, config: dict[str, Any]) -> object:
+    """Takes the quantization_config out of a config.json; older checkpoints of modelopt have a file of their own."""
+    settings = config.pop("quantization_config", None)
+    if settings or not (folder / _MODELOPT).is_file():
+        return settings
+    return {"quant_method": "modelopt", **(_read_json(folder / _MODELOPT).get("quantization") or {})}
+
+
+def _metadata(folder: Path) -> dict[str, str]:
+    return {key: text for path in _shards(folder) for key, text in read_header(path)[1].items()}
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, SourceTensor]]:

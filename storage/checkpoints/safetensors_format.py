@@ -18,7 +18,7 @@ from storage.errors import CheckpointInvalid
 ALIGNMENT: Final = 64
 FILLER_PREFIX: Final = "lamina.filler."
 ITEM_BYTES: Final[Mapping[str, int]] = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 MAX_DIMENSIONS: Final = 8  # per tensor; to multiply a million of them would keep a core busy for hours
@@ -71,6 +71,11 @@ def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, 
 
 def read_spans(path: Path) -> dict[str, TensorSpan]:
     """The tensors of a safetensors file. Raises CheckpointInvalid for anything but a whole, well-formed file."""
+    return read_header(path)[0]
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorSpan], dict[str, str]]:
+    """The tensors of a safetensors file, and its metadata. Raises CheckpointInvalid as `read_spans`."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -79,16 +84,17 @@ def read_spans(path: Path) -> dict[str, TensorSpan]:
         header = file.read(length)
     try:
         entries = msgspec.json.decode(header)
-        entries.pop("__metadata__", None)
+        metadata = msgspec.convert(entries.pop("__metadata__", None) or {}, type=dict[str, str])
         tensors = msgspec.convert(entries, type=dict[str, _HeaderEntry])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, AttributeError, TypeError) as error:
         raise CheckpointInvalid(f"{path} has a header that is not safetensors' ({error}); fetch it again") from error
     for name, entry in tensors.items():
         _check(path, name, entry, size - 8 - length)
-    return {
+    spans = {
         name: TensorSpan(entry.dtype, entry.shape, *(8 + length + offset for offset in entry.data_offsets))
         for name, entry in tensors.items()
     }
+    return spans, metadata
 
 
 def _check(path: Path, name: str, entry: _HeaderEntry, data_bytes: int) -> None:

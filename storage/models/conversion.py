@@ -5,6 +5,7 @@ In int8 the matrices of layers are I8; norms, embedding and head are bfloat16. I
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -16,7 +17,7 @@ from storage.models.checks import is_layer_matrix
 from storage.models.floats import FLOATS, FloatName, Floats, as_bytes, read_floats, rounded
 from storage.models.model_repository import Dtype
 from storage.models.object_writer import TargetTensor
-from storage.models.q4 import GROUP, pack, packed_shape, quantize
+from storage.models.q4 import GROUP, dequantize, pack, packed_shape, quantize
 
 _INT8_MAX: Final = 127
 _OUTER_MATRICES: Final = ("model.embed_tokens.weight", "lm_head.weight")  # of a Llama-shaped model
@@ -26,25 +27,41 @@ _FLOATS_OF: Final[Mapping[Dtype, FloatName]] = {
 }  # fmt: skip
 
 
-def convert_tensor(name: str, source: SourceTensor, dtype: Dtype, keep_wide: Collection[str]) -> dict[str, TargetTensor]:
+@dataclass(slots=True)
+class RoundingError:
+    """The largest difference between weights and what is published for them, and the largest magnitude of a weight."""
+
+    largest: float = 0.0
+    largest_weight: float = 0.0
+
+    def note(self, weights: Floats, published: Floats) -> None:
+        with np.errstate(invalid="ignore"):
+            errors = np.abs(published - weights)
+        self.largest = max(self.largest, float(errors.max(initial=0, where=np.isfinite(errors))))
+        self.largest_weight = max(self.largest_weight, float(np.abs(weights).max(initial=0, where=np.isfinite(weights))))
+
+
+def convert_tensor(
+    name: str, source: SourceTensor, dtype: Dtype, keep_wide: Collection[str], error: RoundingError | None = None
+) -> dict[str, TargetTensor]:
     """The tensors to store for one tensor of the checkpoint, by name: one in the wanted type, or an int8 matrix and its scales.
 
-    keep_wide: matrices, such as down_proj, that stay bfloat16 in an int8 or q4 publication. Raises CheckpointInvalid for a
-    tensor that is no float.
+    keep_wide: matrices, such as down_proj, that stay bfloat16 in an int8 or q4 publication. error: notes what each block loses
+    as it is converted. Raises CheckpointInvalid for a tensor that is no float.
     """
     if source.dtype not in FLOATS:
         raise CheckpointInvalid(f"tensor {name!r} is {source.dtype}, no float; publish the unquantized checkpoint")
     in_layer, outside = is_layer_matrix(name, source.shape), name in _OUTER_MATRICES
     if dtype in ("int8", "q4") and (in_layer or outside) and name.split(".")[-2] in keep_wide:
-        return {name: _float_tensor(name, source, "BF16")}
+        return {name: _float_tensor(name, source, "BF16", error)}
     if dtype == "q4" and in_layer:
-        return {name: _q4_matrix(name, source)}
+        return {name: _q4_matrix(name, source, error)}
     if (dtype == "int8" and in_layer) or (dtype == "q4" and outside):
-        return _int8_matrix(name, source)
-    return {name: _float_tensor(name, source, _FLOATS_OF[dtype])}
+        return _int8_matrix(name, source, error)
+    return {name: _float_tensor(name, source, _FLOATS_OF[dtype], error)}
 
 
-def _float_tensor(name: str, source: SourceTensor, dtype: FloatName) -> TargetTensor:
+def _float_tensor(name: str, source: SourceTensor, dtype: FloatName, error: RoundingError | None) -> TargetTensor:
     def blocks() -> Iterator[memoryview]:
         for block in source.blocks():
             if source.dtype == dtype:
@@ -54,12 +71,15 @@ def _float_tensor(name: str, source: SourceTensor, dtype: FloatName) -> TargetTe
             converted = rounded(values, dtype)
             if dtype == "F16" and np.isinf(converted).any() and not np.isinf(values).any():
                 raise CheckpointInvalid(f"tensor {name!r} has values beyond float16; publish it as bfloat16 or float32")
-            yield as_bytes(converted)
+            data = as_bytes(converted)
+            if error is not None:
+                error.note(values, read_floats(data, dtype))
+            yield data
 
     return TargetTensor(dtype, source.shape, blocks)
 
 
-def _int8_matrix(name: str, source: SourceTensor) -> dict[str, TargetTensor]:
+def _int8_matrix(name: str, source: SourceTensor, error: RoundingError | None) -> dict[str, TargetTensor]:
     """A matrix in int8 and its scales: `weight[i, j] = int8[i, j] * scale[i]`, scale[i] = largest magnitude in row i / 127.
 
     The scales are known once the matrix has been iterated over, and are written after it.
@@ -69,9 +89,12 @@ def _int8_matrix(name: str, source: SourceTensor) -> dict[str, TargetTensor]:
     def blocks() -> Iterator[memoryview]:
         scales.clear()
         for block in source.blocks():
-            weights, ends = _int8(read_floats(block, source.dtype).reshape(-1, source.shape[1]))
+            values = read_floats(block, source.dtype).reshape(-1, source.shape[1])
+            weights, ends = _int8(values)
             if not np.isfinite(ends).all():
                 raise _not_finite(name, "int8")
+            if error is not None:
+                error.note(values, weights * ends[:, None])
             scales.append(as_bytes(ends))
             yield as_bytes(weights)
 
@@ -81,9 +104,11 @@ def _int8_matrix(name: str, source: SourceTensor) -> dict[str, TargetTensor]:
     }
 
 
-def _q4_matrix(name: str, source: SourceTensor) -> TargetTensor:
+def _q4_matrix(name: str, source: SourceTensor, error: RoundingError | None) -> TargetTensor:
     """The matrix packed as in `q4`. Four bits of the checkpoint are kept as they are; other weights get the least square
     error."""
+
+    outs, width = source.shape
 
     def blocks() -> Iterator[memoryview]:
         for first, last in source.row_ranges(GROUP):
@@ -94,9 +119,12 @@ def _q4_matrix(name: str, source: SourceTensor) -> TargetTensor:
                 rows = FourBits(*quantize(values.reshape(last - first, -1)))
             if not (np.isfinite(rows.scales).all() and np.isfinite(rows.minima).all()):
                 raise _not_finite(name, "q4")
-            yield as_bytes(pack(rows.quants, rows.scales, rows.minima))
+            packed = pack(rows.quants, rows.scales, rows.minima)
+            if error is not None:
+                values = read_floats(source.read_rows(first, last), source.dtype).reshape(last - first, width)
+                error.note(values, dequantize(packed, last - first, width))
+            yield as_bytes(packed)
 
-    outs, width = source.shape
     return TargetTensor("U8", packed_shape(outs, width), blocks)
 
 

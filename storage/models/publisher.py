@@ -54,7 +54,18 @@ class PublishProgress:
     total_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizedSource:
+    """What was published of a quantized checkpoint."""
+
+    method: str  # of quantization, for people
+    source_bytes: int  # of the checkpoint's files
+    largest_error: float  # of a published weight, against the weight that the checkpoint stores
+    largest_weight: float  # magnitude
+
+
 ProgressCallback = Callable[[PublishProgress], None]
+QuantizedCallback = Callable[[QuantizedSource], None]
 
 
 def publish(
@@ -64,12 +75,14 @@ def publish(
     dtype: str,
     *,
     progress: ProgressCallback | None = None,
+    on_quantized: QuantizedCallback | None = None,
     keep_wide: Collection[str] = (),
     afresh: bool = False,
 ) -> ModelManifest:
     """Publishes a model under `name` and `dtype`, and returns its manifest.
 
-    source: a Hugging Face folder, a GGUF file, or a hub id. dtype: float32, bfloat16, float16, int8 or q4. keep_wide: matrices,
+    source: a Hugging Face folder, a GGUF file, or a hub id. dtype: float32, bfloat16, float16, int8 or q4. on_quantized: called
+    at the end, if the source is a quantized Hugging Face checkpoint and was not published before. keep_wide: matrices,
     such as down_proj, that int8 and q4 leave in bfloat16. afresh: writes every object, even if the store seems to have it; this
     repairs a damaged publication.
 
@@ -88,7 +101,7 @@ def publish(
             if current.publication == publication:
                 _log.info("%s is published as %s in %s already", source, name, dtype)
                 return current
-    from storage.models.conversion import convert_tensor  # numpy, which only a real publication needs
+    from storage.models.conversion import RoundingError, convert_tensor  # numpy, which only a real publication needs
 
     checkpoint = open_checkpoint(path)
     check_runnable(checkpoint.config, dtype)
@@ -97,12 +110,13 @@ def publish(
     in_float32 = check_shapes(checkpoint.config, shapes, dtype)
     if dtype == "q4":
         _warn_of_losses(source, placed)
+    error = None if checkpoint.quantization is None else RoundingError()
     plans = []
     for object_name, members in placed.items():
         targets: dict[str, TargetTensor] = {}
         for tensor_name, tensor in members.items():
             stored_as = "float32" if tensor_name in in_float32 else dtype
-            targets |= convert_tensor(tensor_name, tensor, cast("Dtype", stored_as), keep_wide)
+            targets |= convert_tensor(tensor_name, tensor, cast("Dtype", stored_as), keep_wide, error)
         plans.append(plan_object(object_name, targets))
     upload = _Upload(store, f"{prefix}{publication}/", plans, progress, afresh)
     objects = {plan.name: upload.verified_or_written(plan) for plan in plans}
@@ -125,6 +139,9 @@ def publish(
     )
     store.put(manifest_key(name, dtype), encode_manifest(manifest))
     upload.delete_fragments()
+    if on_quantized and error and checkpoint.quantization:
+        source_bytes = sum(count for _, _, count, _, _ in state)
+        on_quantized(QuantizedSource(checkpoint.quantization, source_bytes, error.largest, error.largest_weight))
     return manifest
 
 

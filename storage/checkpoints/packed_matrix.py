@@ -1,0 +1,127 @@
+"""Matrices of quantized checkpoints: codes with scales for groups of columns, read as float32 a few rows at a time.
+
+A weight is (code - zero) * scale in float32. Libraries that multiply in float16 or bfloat16 get the same bits, if the product
+here is rounded to that type: the code has few bits, so the exact product is rounded once in both.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.checkpoints.checkpoint import FourBits, SourceTensor
+
+Array = NDArray[Any]
+Rows = Callable[[int, int], Array]  # rows [first, last) of something
+
+_FOUR_BITS_BLOCK: Final = 32  # columns that share a scale in FourBits
+_BYTES: Final = np.arange(256)
+
+
+def _e4m3() -> Array:
+    """float8_e4m3fn: 4 bits of exponent with bias 7, 3 of mantissa; no infinity (arXiv 2209.05433, table 1)."""
+    exponent, mantissa = _BYTES >> 3 & 15, _BYTES & 7
+    magnitude = np.where(exponent, np.ldexp(1 + mantissa / 8, exponent - 7), np.ldexp(mantissa / 8, -6))
+    magnitude[exponent * 8 + mantissa == 127] = np.nan
+    values: Array = np.copysign(magnitude, 127.5 - _BYTES).astype(np.float32)
+    return values
+
+
+# The value of each byte of a type of 8 bits, by the type's name in safetensors.
+_FLOAT8: Final[Mapping[str, Array]] = {
+    "F8_E4M3": _e4m3(),
+    "F8_E5M2": (_BYTES.astype(np.uint16) << 8).view(np.float16).astype(np.float32),
+    "F8_E8M0": np.append(np.ldexp(np.float32(1), _BYTES[:255] - 127), np.float32(np.nan)),
+}
+# float4_e2m1fn (OCP Microscaling Formats 1.0, table 5): a sign, 2 bits of exponent, 1 of mantissa.
+E2M1: Final = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+_NUMPY: Final[Mapping[str, str]] = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
+    "U32": "<u4",
+}  # fmt: skip
+
+
+def read_array(tensor: SourceTensor, first: int = 0, last: int | None = None) -> Array:
+    """Rows [first, last) of a tensor, of all its rows by default. Floats become float32, integers keep their type.
+
+    Raises KeyError for a type that is neither.
+    """
+    last = tensor.rows if last is None else last
+    data, shape = tensor.read_rows(first, last), (last - first, *tensor.shape[1:])
+    if tensor.dtype in _FLOAT8:
+        return _FLOAT8[tensor.dtype][np.frombuffer(data, np.uint8)].reshape(shape)
+    if tensor.dtype == "BF16":
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    numbers = np.frombuffer(data, _NUMPY[tensor.dtype]).reshape(shape)
+    return numbers.astype(np.float32) if tensor.dtype.startswith("F") else numbers
+
+
+def unpack(words: Array, bits: int, count: int) -> NDArray[np.uint8]:
+    """The first `count` integers of `bits` bits (1 to 8) in each row of `words`, from the lowest bit on.
+
+    words: [rows, words], integers of any width. An integer may begin in one word and end in the next.
+    """
+    data = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 4:
+        return np.stack([data & 15, data >> 4], axis=-1).reshape(len(data), -1)[:, :count]
+    if bits == 8:
+        return data[:, :count]
+    single = np.unpackbits(data, axis=1, bitorder="little", count=count * bits).reshape(len(data), count, bits)
+    integers: NDArray[np.uint8] = single @ (1 << np.arange(bits, dtype=np.uint8))
+    return integers
+
+
+def float_source(shape: tuple[int, ...], read: Rows) -> SourceTensor:
+    """A tensor of float32 whose rows `read` computes."""
+
+    def read_rows(first: int, last: int) -> memoryview:
+        return np.ascontiguousarray(read(first, last), np.float32).reshape(-1).view(np.uint8).data
+
+    return SourceTensor("F32", shape, read_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMatrix:
+    """A matrix [rows, columns] in few bits. `source` is the same as floats.
+
+    codes: rows as numbers [n, columns]. scales, zeros: float32 [n, groups] for the same rows; without zeros they are 0.
+    group_of: the group of each column. is_q4: the codes are integers 0 … 15, and every scale is a float16.
+    """
+
+    shape: tuple[int, int]
+    codes: Rows
+    scales: Rows
+    group_of: NDArray[np.intp]
+    zeros: Rows | None = None
+    is_q4: bool = False
+
+    def source(self) -> SourceTensor:
+        tensor = float_source(self.shape, self._weights)
+        in_blocks = self.group_of[::_FOUR_BITS_BLOCK].repeat(_FOUR_BITS_BLOCK)[: self.shape[1]]
+        if not self.is_q4 or self.zeros is None or (in_blocks != self.group_of).any():
+            return tensor
+        return SourceTensor(tensor.dtype, tensor.shape, tensor.read_rows, read_four_bits=self._four_bits)
+
+    def _weights(self, first: int, last: int) -> Array:
+        weights = self.codes(first, last).astype(np.float32)
+        if self.zeros is not None:
+            weights -= self.zeros(first, last)[:, self.group_of]
+        weights *= self.scales(first, last)[:, self.group_of]
+        return weights
+
+    def _four_bits(self, first: int, last: int) -> FourBits:
+        """The stored integers and scales. A minimum -zero * scale is rounded to float16."""
+        assert self.zeros is not None
+        groups = self.group_of[::_FOUR_BITS_BLOCK]
+        scales = self.scales(first, last)[:, groups]
+        with np.errstate(over="ignore"):  # the publisher refuses infinite values
+            minima = (self.zeros(first, last)[:, groups] * -scales).astype(np.float16)
+        return FourBits(self.codes(first, last).astype(np.uint8), scales.astype(np.float16), minima)
+
+
+def are_float16(scales: Array) -> bool:
+    """Whether float16 holds all these numbers without rounding."""
+    with np.errstate(over="ignore"):
+        return bool((scales.astype(np.float16).astype(np.float32) == scales).all())
