@@ -320,9 +320,7 @@ def _system_trust() -> ssl.SSLContext:
 class _Host:
     """A pool's connections to one origin."""
 
-    idle: deque[tuple[float, KeptConnection]] = field(
-        default_factory=deque
-    )  # (idle since, connection), most recently used last
+    idle: deque[tuple[float, KeptConnection]] = field(default_factory=deque)  # (idle since, it), most recently used last
     used: set[KeptConnection] = field(default_factory=set)
     waiting: int = 0  # threads that wait for a connection
 

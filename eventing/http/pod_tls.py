@@ -10,7 +10,6 @@ import ssl
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 _log = logging.getLogger(__name__)
@@ -25,22 +24,6 @@ _VERIFY: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class TLSFiles:
-    """Paths of PEM files, and the DNS name that certificates of pods must have. Without a certificate of its own a pod only
-    calls others."""
-
-    ca: str
-    name: str
-    certificate: str | None = None
-    key: str | None = None
-
-    def state(self) -> list[tuple[int, ...]]:
-        """A value that differs after a file was written to or replaced; Kubernetes replaces mounted ones."""
-        found = [os.stat(path) for path in (self.ca, self.certificate, self.key) if path is not None]
-        return [(each.st_ino, each.st_size, each.st_mtime_ns) for each in found]
-
-
 class UnusableTLSFiles(Exception):
     """A certificate, key or CA cannot be read. The message names the file."""
 
@@ -51,10 +34,13 @@ class PodTLS:
     If changed files cannot be used, the earlier ones stay in use, and an error is logged.
     """
 
-    def __init__(self, files: TLSFiles) -> None:
-        """Raises UnusableTLSFiles."""
-        self.name = files.name
-        self._files = files
+    def __init__(self, ca: str, name: str, certificate: str | None = None, key: str | None = None) -> None:
+        """ca, certificate, key: paths of PEM files. name: the DNS name that certificates of pods must have.
+
+        Without a certificate of its own a pod only calls others. Raises UnusableTLSFiles.
+        """
+        self.name = name
+        self._ca, self._certificate, self._key = ca, certificate, key
         self._lock = threading.Lock()
         self._state = self._read_state()
         self._client, self._server = self._contexts()
@@ -94,15 +80,17 @@ class PodTLS:
             self._lock.release()
 
     def _read_state(self) -> list[tuple[int, ...]]:
+        """A value that differs after a file was written to or replaced; Kubernetes replaces mounted ones."""
         try:
-            return self._files.state()
+            found = [os.stat(path) for path in (self._ca, self._certificate, self._key) if path is not None]
+            return [(each.st_ino, each.st_size, each.st_mtime_ns) for each in found]
         except OSError as error:
             raise UnusableTLSFiles(f"{error.filename}: {error.strerror}; is the Secret with it mounted?") from error
 
     def _contexts(self) -> tuple[ssl.SSLContext, ssl.SSLContext | None]:
-        files = self._files
+        ca, certificate, key = self._ca, self._certificate, self._key
         client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        server = None if files.certificate is None else ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        server = None if certificate is None else ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if server is not None:
             server.verify_mode = ssl.CERT_REQUIRED
         for context in (client, server):
@@ -110,16 +98,14 @@ class PodTLS:
                 continue
             context.minimum_version = ssl.TLSVersion.TLSv1_3  # as Knative's activator and queue-proxy
             try:
-                context.load_verify_locations(files.ca)
+                context.load_verify_locations(ca)
             except (OSError, ValueError) as error:
-                raise UnusableTLSFiles(f"{files.ca}: no CA certificates in PEM ({error})") from error
-            if files.certificate is not None:
+                raise UnusableTLSFiles(f"{ca}: no CA certificates in PEM ({error})") from error
+            if certificate is not None:
                 try:
-                    context.load_cert_chain(files.certificate, files.key)
+                    context.load_cert_chain(certificate, key)
                 except (OSError, ValueError) as error:
-                    raise UnusableTLSFiles(
-                        f"{files.certificate}, {files.key}: no certificate with its key in PEM ({error})"
-                    ) from error
+                    raise UnusableTLSFiles(f"{certificate}, {key}: no certificate with its key in PEM ({error})") from error
         return client, server
 
 

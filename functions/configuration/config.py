@@ -97,12 +97,12 @@ class TLSConfig:
 
     def load(self) -> "PodTLS | None":
         """The certificates in these files; None if pods use no TLS. Raises ConfigError for files that cannot be used."""
-        from eventing.http.pod_tls import PodTLS, TLSFiles, UnusableTLSFiles
+        from eventing.http.pod_tls import PodTLS, UnusableTLSFiles
 
         if self.ca is None or self.name is None:
             return None
         try:
-            return PodTLS(TLSFiles(self.ca, self.name, self.certificate, self.key))
+            return PodTLS(self.ca, self.name, self.certificate, self.key)
         except UnusableTLSFiles as error:
             raise ConfigError([f"TLS between pods: {error}"]) from error
 

@@ -35,6 +35,10 @@ class FairShares(Generic[T]):
     def __contains__(self, item: T) -> bool:
         return item in self._owners
 
+    def clients(self) -> Iterator[str]:
+        """The clients that have items, in the order of their turns: see `take`."""
+        return iter(self._items)
+
     def held(self, client_id: str) -> int:
         """The sum of a client's amounts."""
         return self._held[client_id]
@@ -69,6 +73,13 @@ class FairShares(Generic[T]):
         self._fixed.discard(item)
         amount = self._items[client_id].pop(item)
         self._subtract(client_id, amount)
+
+    def take(self, client_id: str) -> T:
+        """Removes and returns a client's oldest item. If it has more, it becomes the last of `clients`."""
+        self._items[client_id] = self._items.pop(client_id)
+        item = next(iter(self._items[client_id]))
+        self.remove(item)
+        return item
 
     def make_room(self, client_id: str, amount: int, capacity: int) -> list[T] | None:
         """Removes and returns the items that give way so that a client can have `amount` more. None: it is refused.

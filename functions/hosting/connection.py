@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from email.utils import formatdate
 from functools import lru_cache
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 from functions.hosting.requests import BadRequest, ClientClosed, RequestReader
@@ -23,14 +24,6 @@ _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _UNSENT_STREAM_BYTES: Final = 256 * 1024
 _JOIN_BELOW_BYTES: Final = 16 * 1024  # smaller replies are sent with their head: a copy costs less than a packet
 _FAILED: Final = b"the function failed; its log has the traceback\n"
-_REASONS: Final = {
-    400: "Bad Request",
-    408: "Request Timeout",
-    431: "Request Header Fields Too Large",
-    501: "Not Implemented",
-    503: "Service Unavailable",
-    505: "HTTP Version Not Supported",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +128,7 @@ class ClientConnection:
         Returns False if the reply could not be sent; the caller then closes the connection.
         """
         detail = f"{error}\n".encode("latin-1", "replace")
-        head = f"HTTP/1.1 {error.status} {_REASONS[error.status]}\r\nContent-Type: text/plain\r\n"
+        head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\nContent-Type: text/plain\r\n"
         try:
             self.sock.send(f"{head}Content-Length: {len(detail)}\r\nConnection: close\r\n\r\n".encode() + detail)
         except OSError:

@@ -149,13 +149,10 @@ class Poller:
             self._close(connection)
         else:
             if complete:
-                self._take(connection)
+                self._leave(connection)
+                self._dispatch(connection)
             else:
                 connection.port.waiting.move(connection.reader.client_id, connection)
-
-    def _take(self, connection: ClientConnection) -> None:
-        self._leave(connection)
-        self._dispatch(connection)
 
     def _dispatch(self, connection: ClientConnection) -> None:
         self._in_hand += 1

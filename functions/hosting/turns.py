@@ -1,6 +1,5 @@
 """Which complete request is answered next: clients share the threads, and the places of requests that wait for one."""
 
-from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Final
 
@@ -28,8 +27,7 @@ class Turns:
         self._max_waiting = max_waiting
         self._start = start
         self._in_hand: FairShares[ClientConnection] = FairShares()
-        self._places: FairShares[ClientConnection] = FairShares()  # of requests that wait
-        self._waiting: OrderedDict[str, deque[ClientConnection]] = OrderedDict()  # the client next in turn is first
+        self._waiting: FairShares[ClientConnection] = FairShares()
 
     def push(self, connection: ClientConnection) -> list[ClientConnection]:
         """Starts a complete request or lets it wait. Returns the connections whose requests give way and must be refused."""
@@ -37,24 +35,17 @@ class Turns:
         if self._may_start(client_id):  # so nothing of this client waits
             self._begin(client_id, connection)
             return []
-        yielding = self._places.make_room(client_id, 1, self._max_waiting)
+        yielding = self._waiting.make_room(client_id, 1, self._max_waiting)
         if yielding is None:
             return [connection]
-        for each in yielding:
-            self._remove(each.reader.client_id, each)
-        self._places.add(client_id, connection)
-        self._waiting.setdefault(client_id, deque()).append(connection)
+        self._waiting.add(client_id, connection)
         return yielding
 
     def finished(self, connection: ClientConnection) -> None:
         """Frees the connection's thread, if it had one, and starts what may start now."""
         self._in_hand.remove(connection)
-        while (client_id := next(filter(self._may_start, self._waiting), None)) is not None:
-            connection = self._waiting[client_id][0]
-            self._waiting.move_to_end(client_id)
-            self._remove(client_id, connection)
-            self._places.remove(connection)
-            self._begin(client_id, connection)
+        while (client_id := next(filter(self._may_start, self._waiting.clients()), None)) is not None:
+            self._begin(client_id, self._waiting.take(client_id))
 
     def _may_start(self, client_id: str) -> bool:
         return self._in_hand.held(client_id) < _MULTIPLE_OF_FREE * (self._threads - self._in_hand.total)
@@ -62,8 +53,3 @@ class Turns:
     def _begin(self, client_id: str, connection: ClientConnection) -> None:
         self._in_hand.add(client_id, connection)
         self._start(connection)
-
-    def _remove(self, client_id: str, connection: ClientConnection) -> None:
-        self._waiting[client_id].remove(connection)
-        if not self._waiting[client_id]:
-            del self._waiting[client_id]

@@ -1,6 +1,7 @@
 """What a Flask application needs of the server: errors as problem documents."""
 
 import logging
+from collections.abc import Mapping
 
 import msgspec
 from flask import Flask, Response, request
@@ -12,32 +13,23 @@ from functions.hosting.requests import REFUSED
 _log = logging.getLogger(__name__)
 
 
-def json_response(document: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(document), status, content_type="application/json")
+def json_response(document: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(document), status, headers, content_type="application/json")
 
 
 def problem_response(problem: Problem) -> Response:
-    return with_problem_headers(Response(problem.document(), problem.status, content_type=PROBLEM_CONTENT_TYPE), problem)
-
-
-def with_problem_headers(response: Response, problem: Problem) -> Response:
-    """Adds the headers that go with the problem, Retry-After and WWW-Authenticate, and returns the response."""
-    response.headers.update(problem.headers())
-    return response
+    return Response(problem.document(), problem.status, problem.headers(), content_type=PROBLEM_CONTENT_TYPE)
 
 
 def not_served(error: HTTPException) -> Response:
     """The reply for an unknown path or method."""
     document = {"type": "about:blank", "title": error.name, "status": error.code, "detail": error.description}
-    return with_allow(Response(msgspec.json.encode(document), error.code, content_type=PROBLEM_CONTENT_TYPE), error)
+    return Response(msgspec.json.encode(document), error.code, allow_header(error), content_type=PROBLEM_CONTENT_TYPE)
 
 
-def with_allow(response: Response, error: HTTPException) -> Response:
-    """Adds the error's Allow header, if it has one, to the response and returns it."""
-    for name, value in error.get_headers():
-        if name.lower() == "allow":
-            response.headers[name] = value
-    return response
+def allow_header(error: HTTPException) -> dict[str, str]:
+    """The error's header Allow, if it has one."""
+    return {name: value for name, value in error.get_headers() if name.lower() == "allow"}
 
 
 def add_problem_handlers(app: Flask) -> None:

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
 if TYPE_CHECKING:
     from limits.storage import Storage
 
 _log: Final = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Period = Literal["day", "month"]
 PERIODS: Final[tuple[Period, ...]] = ("day", "month")
 
@@ -22,17 +23,38 @@ STORE_RETRY_SECONDS: Final = 5.0  # after a failure of the store, the time witho
 _STORE_TIMEOUT_SECONDS: Final = 0.5
 _DAY_SECONDS: Final = 86_400
 _KEPT_SECONDS: Final = {"day": 2 * _DAY_SECONDS, "month": 62 * _DAY_SECONDS}
-_MAX_KNOWN: Final = 65_536  # counters
+_MAX_COUNTERS: Final = 65_536  # that are in memory
 
 
-def open_store(url: str | None) -> "Storage":
-    """Counters in a Redis such as redis://host:6379/0, or in this process if `url` is None. Does not connect yet."""
-    from limits.storage import MemoryStorage, storage_from_string
+class LimitsStore:
+    """Counters in a store. After a failure it is not asked again for STORE_RETRY_SECONDS. Thread-safe."""
 
-    if url is None:
-        return MemoryStorage()
-    timeouts = {"socket_timeout": _STORE_TIMEOUT_SECONDS, "socket_connect_timeout": _STORE_TIMEOUT_SECONDS}
-    return storage_from_string(url, wrap_exceptions=True, **timeouts)  # type: ignore[return-value]
+    def __init__(self, url: str | None, meanwhile: str) -> None:
+        """url: of a Redis, such as redis://host:6379/0; None: counters in this process. Does not connect yet.
+
+        meanwhile: for the log, what happens while the store does not answer.
+        """
+        from limits.storage import MemoryStorage, storage_from_string
+
+        timeouts = {"socket_timeout": _STORE_TIMEOUT_SECONDS, "socket_connect_timeout": _STORE_TIMEOUT_SECONDS}
+        found = MemoryStorage() if url is None else storage_from_string(url, wrap_exceptions=True, **timeouts)
+        self.storage: Storage = found  # type: ignore[assignment]
+        self._meanwhile = meanwhile
+        self._retry_at = 0.0
+
+    def ask(self, ask: Callable[[], T]) -> T:
+        """Calls `ask`, which asks `storage`. Raises ConnectionError if the store does not answer, or did not a moment ago."""
+        from limits.errors import StorageError
+
+        if time.monotonic() < self._retry_at:
+            raise ConnectionError("the limits store did not answer a moment ago")
+        try:
+            return ask()
+        except StorageError as error:
+            self._retry_at = time.monotonic() + STORE_RETRY_SECONDS
+            kind = type(error.storage_error).__name__
+            _log.warning("%s, their store does not answer (%s)", self._meanwhile, kind)
+            raise ConnectionError(f"the limits store does not answer ({kind})") from error
 
 
 class Budgets:
@@ -44,11 +66,10 @@ class Budgets:
     """
 
     def __init__(self, store: str | None) -> None:
-        """store: as for `open_store`."""
-        self._storage = open_store(store)
+        """store: URL, as for LimitsStore."""
+        self._store = LimitsStore(store, "budgets go on from the last counts")
         self._known: dict[str, int] = {}  # counts in the store, as they were last seen
         self._unwritten: dict[str, tuple[int, int]] = {}  # by counter: tokens, and for how many seconds the store keeps it
-        self._retry_at = 0.0
         self._lock = threading.Lock()
 
     def used(self, client_id: str, period: Period) -> int:
@@ -64,13 +85,15 @@ class Budgets:
         """As `used`, but raises ConnectionError if the store does not answer, or did not a moment ago."""
         self._write()
         counter = _counter(client_id, period)
-        return self._ask(counter, lambda: self._storage.get(counter))
+        return self._ask(counter, lambda: self._store.storage.get(counter))
 
     def add(self, client_id: str, tokens: int) -> None:
         """Counts tokens that the client has used."""
         with self._lock:
             for period in PERIODS:
                 counter = _counter(client_id, period)
+                if len(self._unwritten) >= _MAX_COUNTERS:
+                    del self._unwritten[next(iter(self._unwritten))]
                 self._unwritten[counter] = (self._unwritten.get(counter, (0, 0))[0] + tokens, _KEPT_SECONDS[period])
         with suppress(ConnectionError):
             self._write()
@@ -83,7 +106,7 @@ class Budgets:
                     return
                 counter, (tokens, kept_seconds) = self._unwritten.popitem()
             try:
-                self._ask(counter, partial(self._storage.incr, counter, kept_seconds, tokens))
+                self._ask(counter, partial(self._store.storage.incr, counter, kept_seconds, tokens))
             except ConnectionError:
                 with self._lock:
                     self._unwritten[counter] = (self._unwritten.get(counter, (0, 0))[0] + tokens, kept_seconds)
@@ -91,19 +114,9 @@ class Budgets:
 
     def _ask(self, counter: str, ask: Callable[[], int]) -> int:
         """The counter's count, as the store answers. Raises ConnectionError."""
-        from limits.errors import StorageError
-
-        if time.monotonic() < self._retry_at:
-            raise ConnectionError("the limits store did not answer a moment ago")
-        try:
-            count = int(ask())
-        except StorageError as error:
-            self._retry_at = time.monotonic() + STORE_RETRY_SECONDS
-            kind = type(error.storage_error).__name__
-            _log.warning("budgets go on from the last counts, their store does not answer (%s)", kind)
-            raise ConnectionError(f"the limits store does not answer ({kind})") from error
+        count = int(self._store.ask(ask))
         with self._lock:
-            if len(self._known) >= _MAX_KNOWN:
+            if len(self._known) >= _MAX_COUNTERS:
                 self._known.clear()
             self._known[counter] = count
         return count

@@ -5,24 +5,23 @@ is tokenized. An answer's tokens are counted when it ends, so a client that has 
 are counted by each gateway alone; requests and tokens too, unless there is a store that all gateways share.
 """
 
-import logging
 import math
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, TypeVar, cast
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from eventing.problems import InvalidRequest, RateLimited
 from functions.configuration.api_keys import Quota
-from functions.gateway.answers.budgets import STORE_RETRY_SECONDS, Budgets, Period, open_store, seconds_left
+from functions.gateway.answers.budgets import Budgets, LimitsStore, Period, seconds_left
 
 if TYPE_CHECKING:
     from limits import RateLimitItem
     from limits.storage.base import SlidingWindowCounterSupport
     from limits.strategies import SlidingWindowCounterRateLimiter
 
-_log: Final = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Release = Callable[[int], None]  # called when an answer ends, with the number of tokens of prompt and answer
@@ -137,31 +136,27 @@ class SlidingWindows:
     """
 
     def __init__(self, store: str | None = None) -> None:
-        """store: None, or a URL such as redis://host:6379/0."""
+        """store: URL, as for LimitsStore."""
+        from limits.storage import MemoryStorage
         from limits.strategies import SlidingWindowCounterRateLimiter
 
-        self._local: SlidingWindowCounterRateLimiter = SlidingWindowCounterRateLimiter(open_store(None))
-        self._shared: SlidingWindowCounterRateLimiter | None = None
-        if store is not None:
-            self._shared = SlidingWindowCounterRateLimiter(open_store(store))
+        self._store = None if store is None else LimitsStore(store, "limits are counted by this gateway alone")
+        self._shared = None if self._store is None else SlidingWindowCounterRateLimiter(self._store.storage)
+        self._local = SlidingWindowCounterRateLimiter(MemoryStorage())
         self._lock = threading.Lock()
-        self._retry_at = 0.0
 
     def test(self, limit: int, *names: str) -> bool:
-        """Whether a client's counter of the last minute is below `limit`. Counts nothing. names: of the counter."""
+        """Whether a counter of the last minute is below `limit`. Counts nothing."""
         return self._ask(lambda limiter: limiter.test(_a_minute(limit), *names))
 
     def hit(self, limit: int, *names: str) -> bool:
-        """Adds one to a client's counter of the last minute if it is below `limit`, and returns whether it was.
-
-        names: of the counter.
-        """
+        """Adds one to a counter of the last minute if it is below `limit`, and returns whether it was."""
         return self._ask(lambda limiter: limiter.hit(_a_minute(limit), *names))
 
     def charge(self, limit: int, cost: int, *names: str) -> None:
-        """Adds `cost` to a client's counter of the last minute, but at most what is left up to `limit`.
+        """Adds `cost` to a counter of the last minute, but at most what is left up to `limit`.
 
-        The package `limits` would refuse a larger cost and add nothing. names: of the counter.
+        The package `limits` would refuse a larger cost and add nothing.
         """
 
         def take(limiter: "SlidingWindowCounterRateLimiter") -> None:
@@ -176,7 +171,6 @@ class SlidingWindows:
         """Seconds, at least 1, until a client whose counter has reached `limit` may try again, if nothing else is counted.
 
         The counter is that of this minute, plus that of the minute before times the part of it that is less than a minute ago.
-        names: of the counter.
         """
         item = _a_minute(limit)
 
@@ -191,15 +185,9 @@ class SlidingWindows:
         return max(1, math.ceil(self._ask(until_below)))
 
     def _ask(self, ask: "Callable[[SlidingWindowCounterRateLimiter], T]") -> T:
-        from limits.errors import StorageError
-
-        if self._shared is not None and time.monotonic() >= self._retry_at:
-            try:
-                return ask(self._shared)
-            except StorageError as error:
-                self._retry_at = time.monotonic() + STORE_RETRY_SECONDS
-                kind = type(error.storage_error).__name__
-                _log.warning("limits are counted by this gateway alone, their store does not answer (%s)", kind)
+        if self._store is not None and self._shared is not None:
+            with suppress(ConnectionError):
+                return self._store.ask(partial(ask, self._shared))
         with self._lock:  # `charge` reads and takes in two steps
             return ask(self._local)
 

@@ -1,13 +1,14 @@
 """Errors in the shape of the OpenAI API."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any, Final
 
 from flask import Response, request
 from werkzeug.exceptions import HTTPException
 
 from eventing.problems import ContextExceeded, InvalidRequest, Problem
-from functions.hosting.web import json_response, not_served, with_allow, with_problem_headers
+from functions.hosting.web import allow_header, json_response, not_served
 
 _log: Final = logging.getLogger(__name__)
 _PROMPT_PARAMETERS: Final = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/responses": "input"}
@@ -17,7 +18,7 @@ def refused(problem: Problem) -> Response:
     """The reply for a Problem. It has the Problem's status, but 400 for InvalidRequest, as in the OpenAI API."""
     status = 400 if isinstance(problem, InvalidRequest) else problem.status
     parameter = _PROMPT_PARAMETERS.get(request.path) if isinstance(problem, ContextExceeded) else None
-    return with_problem_headers(_error(status, str(problem), problem.name, parameter), problem)
+    return _error(status, str(problem), problem.name, parameter, problem.headers())
 
 
 def path_not_served(error: HTTPException) -> Response:
@@ -25,7 +26,7 @@ def path_not_served(error: HTTPException) -> Response:
     if not request.path.startswith("/v1"):
         return not_served(error)
     message = f"{request.method} {request.path}: {error.description or error.name}"
-    return with_allow(_error(error.code or 404, message, error.name.lower().replace(" ", "_")), error)
+    return _error(error.code or 404, message, error.name.lower().replace(" ", "_"), headers=allow_header(error))
 
 
 def unexpected(error: Exception) -> Response:
@@ -44,5 +45,7 @@ def error_document(status: int, message: str, code: str, parameter: str | None =
     return {"error": {"message": message, "type": kind, "param": parameter, "code": code.replace("-", "_")}}
 
 
-def _error(status: int, message: str, code: str, parameter: str | None = None) -> Response:
-    return json_response(error_document(status, message, code, parameter), status)
+def _error(
+    status: int, message: str, code: str, parameter: str | None = None, headers: Mapping[str, str] | None = None
+) -> Response:
+    return json_response(error_document(status, message, code, parameter), status, headers)

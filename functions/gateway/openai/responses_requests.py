@@ -165,9 +165,7 @@ class ResponsesRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields
         messages = [] if self.instructions is None else [Message("system", self.instructions)]
         if isinstance(self.input, str):
             return (*messages, Message("user", self.input))
-        calls: list[list[ToolCall]] = [
-            [] for _ in messages
-        ]  # of each message; lists, so that many calls are joined in linear time
+        calls: list[list[ToolCall]] = [[] for _ in messages]  # of each message, to join many in linear time
         for number, item in enumerate(self.input):
             if item.type == "reasoning":
                 continue

@@ -79,7 +79,7 @@ def operations(*, with_page: bool) -> Iterator[Operation]:
             {JSON: request},
             (*_BODY_ERRORS, 404, *_ANSWER_ERRORS),
             events=event,
-            headers={"Idempotency-Key": {"maxLength": 255}},
+            headers={"Idempotency-Key": {}},
         )
     yield Operation("get", "/v1/models", "The one model that is served", {JSON: replies.ModelList})
     yield Operation("get", "/v1/models/{model}", "The same by its name", {JSON: replies.ModelCard}, errors=(*_SITE_ERRORS, 404))

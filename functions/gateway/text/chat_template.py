@@ -21,10 +21,7 @@ from eventing.problems import InvalidRequest
 from functions.gateway.text import reasoning
 
 GUARD: Final = "\ufdd0"  # a Unicode noncharacter, which `control_tokens` puts into texts of clients
-_SWITCHES: Final = (
-    "enable_thinking",
-    "thinking",
-)  # variables that switch thoughts on and off, in Qwen's templates and in others
+_SWITCHES: Final = ("enable_thinking", "thinking")  # variables that switch thoughts on and off, in Qwen's templates and others
 _ESCAPED_GUARD: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\ufdd0")
 _RESERVED: Final = frozenset({"messages", "add_generation_prompt", "tools"})  # variables that the gateway sets
 _REFUSALS: Final = (TemplateError, TypeError, ValueError, LookupError)  # raised for messages that a template does not expect

@@ -38,6 +38,7 @@ class ControlTokens:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         added = tokenizer.get_added_tokens_decoder()
         self._ids = {token.content: id_ for id_, token in added.items() if _is_control(token)}
+        self._control_ids = frozenset(self._ids.values())
         control = [added[id_] for id_ in self._ids.values()]
         # What the template writes before and after a client's text, if it can be a part of a control token.
         begins = {text[:end] for text in self._ids for end in range(1, len(text))}
@@ -78,7 +79,7 @@ class ControlTokens:
     def encode(self, text: str, encoder: Encoder) -> list[int]:
         """Token ids of text that was rendered from guarded values. Raises ContextExceeded."""
         ids = encoder.encode(text, add_special_tokens=False, tokenizer=self._guarding(splitting=False))
-        if Counter(id_ for id_ in ids if id_ in self._ids.values()) == self._written(text):
+        if Counter(filter(self._control_ids.__contains__, ids)) == self._written(text):
             return ids
         # The vocabulary has a control token's text as an ordinary piece, too. So the text is taken apart at each guard.
         splitting = self._guarding(splitting=True)

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from eventing.http.delivery import Sender, Unreachable
-from eventing.http.pod_tls import PodTLS, TLSFiles, UnusableTLSFiles
+from eventing.http.pod_tls import PodTLS, UnusableTLSFiles
 from tests.support.certificates import CertificateAuthority, write
 from tests.support.http_server import Server, serving
 
 NAME = "kn-user-default"
 
 
-def files(folder: Path, *, own: bool = False) -> TLSFiles:
+def tls_of(folder: Path, *, own: bool = False) -> PodTLS:
     certificate = (str(folder / "tls.crt"), str(folder / "tls.key")) if own else (None, None)
-    return TLSFiles(str(folder / "ca.crt"), NAME, *certificate)
+    return PodTLS(str(folder / "ca.crt"), NAME, *certificate)
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def test_a_pod_is_reached_by_its_address_and_known_by_the_shared_name(authority:
     """queue-proxy's certificate names the namespace, and a name for older ingresses (knative/serving certificate.go)."""
     folder = write(authority.secret(NAME, "data-plane.knative.dev"), tmp_path / "pod")
     with pod(showing(folder)) as server:
-        assert asked(server, PodTLS(files(folder))) == b"done"
+        assert asked(server, tls_of(folder)) == b"done"
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_certificate_that_is_not_accepted_is_said_with_its_remedy(
     folder = write(authority.secret(*names, until=until), tmp_path / "pod")
     trusted = write({"ca.crt": (authority if same_ca else CertificateAuthority()).pem}, tmp_path / "trusted")
     with pod(showing(folder)) as server, pytest.raises(Unreachable, match=words):
-        asked(server, PodTLS(files(trusted)))
+        asked(server, tls_of(trusted))
     assert server.requests == []
 
 
@@ -77,10 +77,10 @@ def test_renewed_files_are_used_without_a_restart(
 ) -> None:
     monkeypatch.setattr("eventing.http.pod_tls._CHECK_SECONDS", 0)
     folder = write(authority.secret(NAME), tmp_path / "own")
-    tls = PodTLS(files(folder, own=True))
+    tls = tls_of(folder, own=True)
     renewed = CertificateAuthority()
     other = write(renewed.secret(NAME), tmp_path / "renewed")
-    with pod(PodTLS(files(other, own=True))) as server:
+    with pod(tls_of(other, own=True)) as server:
         with pytest.raises(Unreachable, match="not of the CA"):
             asked(server, tls)
         write({"ca.crt": "nonsense"}, folder)
@@ -106,10 +106,10 @@ def test_files_that_cannot_be_used_are_named(
     for key, value in broken.items():
         (folder / key).unlink() if value is None else (folder / key).write_text(value)
     with pytest.raises(UnusableTLSFiles, match=words):
-        PodTLS(files(folder, own=True))
+        tls_of(folder, own=True)
 
 
 def test_a_key_of_another_certificate_is_refused(authority: CertificateAuthority, tmp_path: Path) -> None:
     folder = write(authority.secret(NAME) | {"tls.key": authority.secret(NAME)["tls.key"]}, tmp_path / "own")
     with pytest.raises(UnusableTLSFiles, match="no certificate with its key"):
-        PodTLS(files(folder, own=True))
+        tls_of(folder, own=True)

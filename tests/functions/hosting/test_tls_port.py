@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eventing.http.delivery import InfrastructureError, Sender, Unreachable
-from eventing.http.pod_tls import PodTLS, TLSFiles
+from eventing.http.pod_tls import PodTLS
 from functions.hosting.server import listen
 from functions.hosting.tls_port import TLSPort
 from tests.support.certificates import CertificateAuthority, write
@@ -20,7 +20,7 @@ BODY = bytes(range(256)) * 2**14  # 4 MiB
 
 def tls_of(folder: Path, *, own: bool = True) -> PodTLS:
     certificate = (str(folder / "tls.crt"), str(folder / "tls.key")) if own else (None, None)
-    return PodTLS(TLSFiles(str(folder / "ca.crt"), NAME, *certificate))
+    return PodTLS(str(folder / "ca.crt"), NAME, *certificate)
 
 
 def listening(tls: PodTLS, to_port: int) -> tuple[str, int]:

@@ -11,7 +11,7 @@ from werkzeug.test import TestResponse
 
 from eventing.problems import QueueFull, RateLimited
 from functions.configuration.api_keys import Quota
-from functions.gateway.answers import client_limits
+from functions.gateway.answers import budgets
 from functions.gateway.answers.client_limits import ClientLimits, SlidingWindows
 from functions.gateway.text.tokenizer import ModelText
 from tests.support.functions.scripted_gateway import EVENT, Pipeline, client_of, refuse
@@ -250,7 +250,7 @@ def test_a_client_that_has_used_up_its_minute_in_a_store_waits_for_a_minute() ->
 def test_a_gateway_counts_alone_while_its_store_is_down(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(client_limits, "STORE_RETRY_SECONDS", 0.3)
+    monkeypatch.setattr(budgets, "STORE_RETRY_SECONDS", 0.3)
     with redis_server() as port:
         url = f"redis://127.0.0.1:{port}/0"
         (gateway, *_) = gateways(url, Quota(requests_per_minute=10))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eventing.http.pod_tls import PodTLS, TLSFiles
+from eventing.http.pod_tls import PodTLS
 from functions.gateway.stages.readiness import EarlyReadiness
 from functions.gateway.stages.routes import Endpoint
 from tests.support.certificates import CertificateAuthority, write
@@ -97,7 +97,7 @@ def test_probes_go_by_tls(proxy: QueueProxy, tmp_path: Path) -> None:
     proxy.server.socket = context.wrap_socket(proxy.server.socket, server_side=True, do_handshake_on_connect=False)
     proxy.verdict, told = (200, b"queue"), Told()
     url = proxy.url.replace("http:", "https:")
-    with asking(told, PodTLS(TLSFiles(str(folder / "ca.crt"), "kn-user-default"))) as readiness:
+    with asking(told, PodTLS(str(folder / "ca.crt"), "kn-user-default")) as readiness:
         readiness.endpoints_changed(1, [Endpoint(url, ready=False)])
         wait_until(lambda: told.all[-1] == [Endpoint(url)], "its readiness")
 

@@ -7,7 +7,7 @@ import aiohttp
 import pytest
 
 from eventing.http.delivery import Sender
-from eventing.http.pod_tls import PodTLS, TLSFiles
+from eventing.http.pod_tls import PodTLS
 from knative.local.http.client import REFUSED
 from knative.local.proxies.queue_proxy import QueueProxy, RequestLimits
 from knative.local.proxies.serving_certs import ServingCerts
@@ -51,7 +51,7 @@ async def test_with_certificates_there_is_a_port_with_tls_which_uses_renewed_one
 
     def trusting(authority: str) -> PodTLS:
         write(CertificateAuthority(authority).secret("kn-user-default"), folder)
-        return PodTLS(TLSFiles(str(folder / "ca.crt"), "kn-user-default"))
+        return PodTLS(str(folder / "ca.crt"), "kn-user-default")
 
     first = trusting("first")
     proxy = QueueProxy(RequestLimits(1, Timeouts(10)), certs=ServingCerts(folder))
