@@ -10,6 +10,7 @@ from eventing.wire.prefix_chain import BLOCK_TOKENS, DIGEST_BYTES, Chain, unpack
 LEASE_SECONDS: Final = 20.0  # a stage frees the sequences of a gateway without events for so long, as it may be dead
 RENEWAL_SECONDS: Final = 5.0  # how often a gateway renews its lease at every stage that holds its sequences
 HOLD_SECONDS: Final = 2.0  # longest time that a stage holds the reply to a release that waits for memory
+RESTORE_HOLD_SECONDS: Final = 0.1  # longest time that a stage holds the reply to a reservation while it restores KV
 
 SequenceId = Annotated[str, Meta(min_length=1, max_length=128)]
 Attempt = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -58,6 +59,7 @@ class ReservedRow(Struct, frozen=True, omit_defaults=True):
     attempt: Attempt
     status: Status
     held: Annotated[int, Meta(ge=0, le=MAX_POSITION)] = 0  # tokens of its chain in the KV cache; its first row may begin there
+    restoring: bool = False  # more of its chain is on its way from a peer or the store: the same reservation asks again
 
 
 class ReserveReply(Struct, frozen=True):

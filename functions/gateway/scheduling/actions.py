@@ -34,7 +34,7 @@ class Reserve:
     deadline: float  # in time.monotonic()
     in_order: bool = False  # see `reserve_in_order`
     peers: Mapping[Instance, tuple[str, ...]] = field(default_factory=dict)  # URLs from which an instance may fetch KV
-    moved_from: Instance | None = None  # the instance that a migration leaves; its rows are released after the reply
+    migrates: bool = False  # it asks one new instance for sequences that hold memory at the other stages
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +69,7 @@ def reserve(
     *,
     in_order: bool = False,
     peers: Mapping[Instance, tuple[str, ...]] | None = None,
-    moved_from: Instance | None = None,
+    migrates: bool = False,
 ) -> Reserve:
     """Makes a Reserve of `sequences` at `instances`, one of each of consecutive stages. Other parameters: fields of Reserve.
 
@@ -85,7 +85,7 @@ def reserve(
         rows.append(ReserveRow(sequence.id, sequence.progress.attempt, sequence.reserve_tokens, packed(chain), token_ids))
     traces = [sequence.prompt.trace for sequence in sequences if sequence.prompt.trace is not None]
     deadline = max(sequence.deadline for sequence in sequences)
-    return Reserve(sequences, instances, rows, traces, deadline, in_order, peers or {}, moved_from)
+    return Reserve(sequences, instances, rows, traces, deadline, in_order, peers or {}, migrates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,7 @@ class Reservation:
     statuses: Items[Status]  # per sequence, the worst of all stages
     origins: Items[ReplyOrigin]
     held: Items[Items[int]]  # per sequence and stage, tokens of its chain that the stage holds
+    restoring: Items[bool]  # per sequence, whether a stage is still restoring its KV
     caches_prefixes: bool = False  # every stage has a prefix cache, so sequences find what others computed
     failure: StageFailed | None = None  # a stage gave no usable reply: the statuses mean nothing
 
@@ -138,15 +139,17 @@ def _combined(replies: Items[tuple[ReplyOrigin, ReserveReply] | StageFailed], nu
     """Combines the stages' replies: each row gets the worst of its statuses. One StageFailed makes the whole a failure."""
     statuses = [Status.OK] * num_rows
     held: list[list[int]] = [[] for _ in range(num_rows)]
+    restoring = [False] * num_rows
     origins: list[ReplyOrigin] = []
     caches_prefixes = True
     for each in replies:
         if isinstance(each, StageFailed):
-            return Reservation(statuses, origins, held, failure=each)
+            return Reservation(statuses, origins, held, restoring, failure=each)
         origin, reply = each
         origins.append(origin)
         caches_prefixes = caches_prefixes and reply.remembers
         for number, row in enumerate(reply.rows):
             statuses[number] = min(statuses[number], row.status, key=_WORST_FIRST.index)
             held[number].append(row.held)
-    return Reservation(statuses, origins, held, caches_prefixes)
+            restoring[number] |= row.restoring
+    return Reservation(statuses, origins, held, restoring, caches_prefixes)

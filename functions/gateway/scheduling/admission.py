@@ -19,14 +19,14 @@ def admit(state: SchedulerState, now: float) -> list[Reserve]:
     The memory backlog comes before the queue. The queue decides the order of clients.
     """
     backlog, queue = state.waiting.backlog, state.waiting.queue
-    pending = [sequence for batch in state.micro_batches for sequence in batch.sequences if not sequence.reserved]
+    pending = [sequence for batch in state.micro_batches for sequence in batch.sequences if not sequence.has_memory]
     if any(sequence.reserves_in_order for sequence in pending):
         return []  # a sequence from the backlog asks stage after stage; others would take its memory
     if backlog.sequences and (reservation := _admit_from_backlog(state, now)) is not None:
         return [reservation]
     # One reservation at a time for each micro-batch: sequences that come meanwhile share the next one. Otherwise a burst of
     # requests would be as many events at every stage, which its autoscaler takes for load.
-    reserving = {batch for batch in state.micro_batches if not all(sequence.reserved for sequence in batch.sequences)}
+    reserving = {batch for batch in state.micro_batches if not all(sequence.has_memory for sequence in batch.sequences)}
     admitted: dict[MicroBatch, list[Sequence]] = {}
     free_tokens = state.placement.free_tokens() if backlog.sequences else math.inf
     while (sequence := queue.peek(min(free_tokens, backlog.overtaking_tokens()))) is not None:
@@ -40,20 +40,20 @@ def admit(state: SchedulerState, now: float) -> list[Reserve]:
     return [_reserve(state, batch, sequences) for batch, sequences in admitted.items()]
 
 
-def reserve_for_followers(state: SchedulerState) -> list[Reserve]:
-    """Repeats the reservations of followers whose prefix leader is done.
+def reserve_again(state: SchedulerState) -> list[Reserve]:
+    """Repeats the reservations of sequences whose KV is being restored, and of followers whose prefix leader is done.
 
-    The stages may hold the shared prefix now, and their replies say so.
+    The stages may hold more of their tokens now, and their replies say so.
     """
     reservations = []
     for batch in state.micro_batches:
         if batch.target is not None:
             continue
-        followers = [each for each in batch.sequences if each.leader is not None and leader_is_done(each, state)]
-        for sequence in followers:
+        again = [each for each in batch.sequences if each.at_rest and (each.restoring or leader_is_done(each, state))]
+        for sequence in again:
             sequence.reserved = False
-        if followers:
-            reservations.append(_reserve(state, batch, followers))
+        if again:
+            reservations.append(_reserve(state, batch, again))
     return reservations
 
 

@@ -241,30 +241,32 @@ def reservation_over(state: SchedulerState, wanted: Reserve, reservation: Reserv
     """
     for origin in reservation.origins:
         note_origin(state, origin)
-    if wanted.moved_from is not None:
-        for row in wanted.rows:
-            state.release_row((wanted.moved_from,), ReleaseRow(row.id, row.attempt, row.chain))
     present = []
-    for sequence, row, status, held in zip(wanted.sequences, wanted.rows, reservation.statuses, reservation.held, strict=True):
+    for index, (sequence, row) in enumerate(zip(wanted.sequences, wanted.rows, strict=True)):
         if sequence.id in state.sequences:
-            present.append((sequence, status, held))
+            present.append((sequence, reservation.statuses[index], reservation.held[index], reservation.restoring[index]))
         else:
             state.release_row(wanted.instances, ReleaseRow(row.id, row.attempt))
     if reservation.failure is not None:
         # Nothing was computed yet, so it counts against no sequence.
         if present and present[0][0].route is not None:
             _stage_failed(state, present[0][0].route.instances[reservation.failure.stage], reservation.failure)
-        for sequence, _, _ in present:
+        for sequence, *_ in present:
             _start_again(state, sequence)
         return
     state.no_route_since = state.last_failure = None
     if Status.FULL in reservation.statuses:
         state.waiting.backlog.refused()
-    for sequence, status, held in present:
+    for sequence, status, held, restoring in present:
         if status is not Status.OK:
             _reservation_refused(state, sequence, status)
             continue
         sequence.reserved = True
+        # A migration asks the new instance alone; other stages may still restore.
+        sequence.restoring = restoring or (sequence.restoring and wanted.migrates)
+        if sequence.handing_over is not None and not sequence.restoring:
+            state.release_at((sequence.handing_over,), sequence)
+            sequence.handing_over = None
         held_before = sequence.progress.held_everywhere
         for stage, tokens in enumerate(held, wanted.instances[0].stage):
             sequence.progress.found(stage, min(tokens, len(sequence.tokens) - 1))
@@ -274,7 +276,7 @@ def reservation_over(state: SchedulerState, wanted: Reserve, reservation: Reserv
         _settle(state, sequence)
         if sequence.reserved and sequence.route is not None and reservation.caches_prefixes:
             state.where_held.put(sequence.reserved_chain, sequence.route.instances)
-            if wanted.moved_from is None:
+            if not wanted.migrates and not sequence.restoring:
                 follow(sequence, state)
 
 

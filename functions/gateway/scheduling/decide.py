@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from functions.gateway.scheduling.actions import Action, Reserve, reserve
-from functions.gateway.scheduling.admission import admit, reserve_for_followers
+from functions.gateway.scheduling.admission import admit, reserve_again
 from functions.gateway.scheduling.micro_batch import MicroBatch, Step, level, make_step, prompt_chunks
 from functions.gateway.scheduling.sequence import TRIAL_AFTER_FAILURES, Chunk, Sequence
 from functions.gateway.scheduling.speculation import draft_lengths, step_seconds
@@ -34,9 +34,7 @@ def decide(state: SchedulerState, now: float) -> list[Action]:
     if not state.micro_batches or now >= state.leases.renew_at:
         used = [instance for batch in state.micro_batches for instance in batch.route.instances]
         actions += state.leases.renew(used, state.sequences, now)
-    followers = [sequence for batch in state.micro_batches for sequence in batch.sequences if sequence.leader is not None]
-    if followers:
-        actions += reserve_for_followers(state)
+    actions += reserve_again(state)
     if has_waiting := state.has_waiting:
         actions += admit(state, now)
         has_waiting = state.has_waiting
@@ -121,8 +119,8 @@ def _rebalance(state: SchedulerState) -> None:
 def _move(state: SchedulerState, batch: MicroBatch, target: Instance) -> list[Reserve]:
     """Moves a micro-batch that has nothing in flight to the instance `target`, in place of the one of the same stage.
 
-    Returns a reservation for the sequences whose KV `target` may fetch from the old instance; none if there is no such
-    sequence. The KV of all others is computed again.
+    Returns a reservation for the sequences whose KV `target` may fetch from the old instance, which keeps them until then; none
+    if there is no such sequence. The KV of all others is computed again.
     """
     batch.target = None
     left = batch.route.replace(target)
@@ -132,11 +130,13 @@ def _move(state: SchedulerState, batch: MicroBatch, target: Instance) -> list[Re
         sequence.stream.replayed()
         state.stats.replays["moved"] += 1
         if sequence.prefix_chain() and not (left.is_service or target.is_service):
-            sequence.reserved = False
+            if sequence.handing_over is not None:
+                state.release_at((sequence.handing_over,), sequence)
+            sequence.reserved, sequence.handing_over = False, left
             fetched.append(sequence)
         else:
             state.release_at((left,), sequence)
-    return [reserve((target,), fetched, peers={target: (left.url,)}, moved_from=left)] if fetched else []
+    return [reserve((target,), fetched, peers={target: (left.url,)}, migrates=True)] if fetched else []
 
 
 # Suspects run alone.
@@ -269,7 +269,9 @@ def _by_turns(prompts: list[Sequence], last_step: Mapping[str, int]) -> list[Seq
 
 def _has_prompt_chunk(state: SchedulerState, sequence: Sequence) -> bool:
     """Whether a prompt chunk of the sequence may be sent now. At most one for each stage is in flight."""
-    if not sequence.reserved or sequence.leader is not None or sequence.must_restart or sequence.stream.over:
+    if not sequence.reserved or sequence.restoring or sequence.leader is not None:
+        return False
+    if sequence.must_restart or sequence.stream.over:
         return False
     if sequence.progress.in_flight >= state.placement.num_stages or not may_send(state, sequence):
         return False

@@ -96,6 +96,6 @@ def stop_following(sequence: Sequence, held_before: int) -> None:
 
 def _computes(sequence: Sequence) -> bool:
     """Whether the sequence can be a leader: it has memory, follows no other, has not ended and has not failed lately."""
-    if not sequence.reserved or sequence.leader is not None or sequence.stream.over or sequence.must_restart:
+    if not sequence.has_memory or sequence.leader is not None:
         return False
-    return not sequence.retry_budget.failures_here
+    return not (sequence.stream.over or sequence.must_restart or sequence.retry_budget.failures_here)

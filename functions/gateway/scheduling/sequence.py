@@ -15,7 +15,7 @@ from eventing.wire.events import Sampling
 from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain, extended
 from functions.gateway.scheduling.speculation import Drafter
 from functions.gateway.scheduling.token_stream import TokenStream
-from functions.gateway.stages.routes import Route
+from functions.gateway.stages.routes import Instance, Route
 from functions.observing.tracing import TraceContext
 
 FIRST_RESERVED_TOKENS: Final = 256  # for an open-ended answer; doubled whenever the answer has filled it
@@ -232,6 +232,8 @@ class Sequence:
 
     route: Route | None = None  # its micro-batch's
     reserved: bool = False  # every stage has granted its memory
+    restoring: bool = False  # every stage has granted its memory, and some still restore its KV: its reservation asks again
+    handing_over: Instance | None = None  # the instance that it migrated from, while KV of it is fetched from there
     reserves_in_order: bool = False  # a stage was full once: from then on stages are asked one after the other
     reserved_chain: Chain = ()  # the chain that its last reservation named
     overtaken_tokens: int = 0  # memory given to others while it was in the memory backlog
@@ -254,6 +256,11 @@ class Sequence:
     def has_drawn(self) -> bool:
         """Whether its answer has a token."""
         return len(self.tokens) > len(self.prompt.token_ids)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether every stage has granted its memory, even if its reservation is being asked again."""
+        return self.reserved or self.restoring
 
     @property
     def at_rest(self) -> bool:
@@ -309,6 +316,8 @@ class Sequence:
         """Resets the sequence after it left its micro-batch: no route, no memory, a new attempt."""
         self.route = None
         self.reserved = False
+        self.restoring = False
+        self.handing_over = None
         self.must_restart = False
         self.leader = None
         self.follow_failed = False

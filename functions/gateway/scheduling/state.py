@@ -205,7 +205,8 @@ class SchedulerState:
         """
         if sequence.route is None:
             return
-        self.release_at(sequence.route.instances, sequence)
+        left = () if sequence.handing_over is None else (sequence.handing_over,)
+        self.release_at([*sequence.route.instances, *left], sequence)
         if had_memory:
             self.where_held.put(_left_chain(sequence), sequence.route.instances)
             self.waiting.backlog.freed()

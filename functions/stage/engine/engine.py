@@ -12,29 +12,27 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
-from functools import partial
 from typing import Final, TypeVar
 
 import numpy as np
-from msgspec.structs import replace
 
 from eventing.problems import EventExpired
-from eventing.wire.control import HOLD_SECONDS, LEASE_SECONDS, ReleaseRow, ReservedRow, ReserveRow
+from eventing.wire.control import HOLD_SECONDS, LEASE_SECONDS, RESTORE_HOLD_SECONDS, ReleaseRow, ReservedRow, ReserveRow
 from eventing.wire.events import Batch, Row, Status, Want
-from eventing.wire.prefix_chain import BLOCK_TOKENS
 from functions.grammars.compiler import GrammarCompiler
 from functions.stage.engine.constraints import Constraints
 from functions.stage.engine.event_queue import Call, EventQueue, ForwardEvent
 from functions.stage.engine.forward_pass import ForwardPass
-from functions.stage.engine.kv_tiers import MEMORY, ComputeRate, RestoreRequest, Reuse, SequenceGone, Tier
+from functions.stage.engine.kv_tiers import MEMORY, ComputeRate, Restore, Reuse, Tier
 from functions.stage.engine.prefix_cache import CachedPrefix
+from functions.stage.engine.restores import Restorer
 from functions.stage.engine.row_checks import check_event
 from functions.stage.engine.sequences import MAX_MEMORY_WAITERS, GatewayLeases, MemoryWaiters, SequenceTable
 from functions.stage.engine.threads import PassThreads
 from functions.stage.engine.wire_tensors import wire_tensor
 from functions.stage.models.floats import DTYPES
-from functions.stage.models.kv_cache import KVRanges
 from functions.stage.models.layer_group import LayerGroup
 
 _log: Final = logging.getLogger(__name__)
@@ -95,7 +93,6 @@ class Engine:
         self._wire_dtype = wire_dtype or group.hidden_dtype
         self._clock = clock
         self._on_pass = on_pass
-        self._on_reuse = on_reuse
         self._queue = EventQueue(num_stages, max_merge)
         self.rate = rate or ComputeRate()
         self._sequences = SequenceTable(group.kv, idle_sequence_seconds, clock, group.short_context)
@@ -110,7 +107,7 @@ class Engine:
         self._leases = GatewayLeases(lease_seconds)
         self._check_seconds = min(self._leases.check_seconds, idle_sequence_seconds / 10)
         self._threads = threads
-        self._tiers = tuple(tiers)
+        self._restorer = Restorer(tiers, self.with_sequences, self.rate, on_reuse)
         self._pass_began: float | None = None
         self._compute_lock = threading.Lock()
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
@@ -188,13 +185,17 @@ class Engine:
         """Reserves memory for sequences, and fills it with KV from the prefix cache and the tiers as far as they have it.
 
         Returns for each row its status (ok, full, stale or invalid), and how many tokens of its chain are held. Rows that fit
-        stay reserved if others do not. Tiers are asked in the caller's thread. source: names the gateway. expires_at: when the
-        reply is due, seconds since the epoch; the tiers may use 70 % of the time until then. Raises NotReady.
+        stay reserved if others do not. The tiers are asked in other threads; rows that are still being restored after
+        RESTORE_HOLD_SECONDS say so, and the same reservation asks again. source: names the gateway. expires_at: when the reply
+        is due, seconds since the epoch; the tiers may use 70 % of the time until then. Raises NotReady.
         """
         self._leases.renew(source)
-        deadline = math.inf if expires_at is None else time.monotonic() + _RESTORING_SHARE * (expires_at - self._clock())
-        reserved = self._call(lambda: [self._sequences.reserve(row, source) for row in rows])
-        return [self._restore(row, own, source, deadline) for row, own in zip(rows, reserved, strict=True)]
+        left = math.inf if expires_at is None else expires_at - self._clock()
+        deadline = time.monotonic() + _RESTORING_SHARE * left
+        replies = self._call(lambda: [self._reserve(row, source, deadline) for row in rows])
+        restores = [reply for reply in replies if isinstance(reply, Restore)]
+        wait([restore.over for restore in restores], max(0.0, min(RESTORE_HOLD_SECONDS, left)))
+        return [reply.reply() if isinstance(reply, Restore) else reply for reply in replies]
 
     def with_sequences(self, action: Callable[[SequenceTable], T]) -> T:
         """Calls `action` with the sequence table between two passes, and returns its result.
@@ -246,40 +247,19 @@ class Engine:
         result: T = call.result()
         return result
 
-    def _restore(self, row: ReserveRow, reserved: ReservedRow, source: str, deadline: float) -> ReservedRow:
-        """Asks tier after tier for KV until all of the row's chain is held.
+    def _reserve(self, row: ReserveRow, source: str, deadline: float) -> ReservedRow | Restore:
+        """Reserves memory for a sequence, and begins to restore the KV that it lacks; the engine's thread calls this.
 
-        Returns `reserved` with the new number of tokens held. reserved: the reply to `row` so far. deadline: in
-        time.monotonic().
+        If the same reservation is asked again, returns its restore. deadline: of a new one, in time.monotonic().
         """
-
-        def with_cache(action: Callable[[KVRanges, int], int]) -> int:
-            handle = self._sequences.handle(row.id, row.attempt, source)
-            if handle is None or self._cache.ranges is None:
-                raise SequenceGone(row.id)
-            return action(self._cache.ranges, handle)
-
-        for tier in self._tiers:
-            if reserved.status is not Status.OK or reserved.held >= BLOCK_TOKENS * len(row.digests):
-                break
-            request = RestoreRequest(
-                row.digests,
-                reserved.held,
-                lambda action: self._call(partial(with_cache, action)),
-                sequence=(row.id, row.attempt, source),
-                peers=row.peers,
-                draws_by_tokens=bool(row.token_ids),
-                deadline=deadline,
-            )
-            began = time.perf_counter()
-            try:
-                held = tier.restore(request)
-            except SequenceGone:
-                break
-            if held > reserved.held:
-                self._on_reuse(self.rate.reuse(tier.name, held - reserved.held, time.perf_counter() - began))
-                reserved = replace(reserved, held=held)
-        return reserved
+        known = self._sequences.get(row.id, source)
+        if known is not None and known.restore is not None and known.restore.answers(row):
+            return known.restore
+        reserved = self._sequences.reserve(row, source)
+        restore = self._restorer.begin(row, reserved, source, deadline)
+        if (sequence := self._sequences.get(row.id, source)) is not None:
+            sequence.restore = restore
+        return restore or reserved
 
     def _serve(self) -> None:
         last_check = self._clock()

@@ -5,9 +5,13 @@ A tier is a peer or the store (`functions/stage/kv`). What no tier holds is comp
 
 import math
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from msgspec.structs import replace
+
+from eventing.wire.control import ReservedRow, ReserveRow
 from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain
 from functions.stage.models.kv_cache import KVRanges
 
@@ -38,6 +42,30 @@ class RestoreRequest:
     @property
     def lacks_blocks(self) -> bool:
         return self.held < BLOCK_TOKENS * len(self.chain)
+
+
+class Restore:
+    """A sequence's restore, under way or over."""
+
+    def __init__(self, wanted: ReserveRow, reserved: ReservedRow, over: "Future[ReservedRow]") -> None:
+        """reserved: the reply to `wanted` before the restore. over: the reply after it."""
+        self.over = over
+        self.told = False  # a reply has said that it is over
+        self._wanted = wanted
+        self._reserved = reserved
+
+    def answers(self, row: ReserveRow) -> bool:
+        """Whether `row` is the same reservation, asked again. The peers to ask may have changed."""
+        own = self._wanted
+        same = (own.attempt, own.reserve_tokens, own.chain) == (row.attempt, row.reserve_tokens, row.chain)
+        return same and not self.told
+
+    def reply(self) -> ReservedRow:
+        """The reply to the reservation by now, which says whether the restore is under way."""
+        if not self.over.done():
+            return replace(self._reserved, restoring=True)
+        self.told = True
+        return self.over.result()
 
 
 class Tier(Protocol):

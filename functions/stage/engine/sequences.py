@@ -14,6 +14,7 @@ from eventing.wire.control import LEASE_SECONDS, ReleaseRow, ReservedRow, Reserv
 from eventing.wire.events import Row, Status
 from eventing.wire.prefix_chain import Chain, unpacked
 from functions.grammars.matcher import Matcher
+from functions.stage.engine.kv_tiers import Restore
 from functions.stage.engine.prefix_cache import PrefixCache
 from functions.stage.models.layer_group import KVCache, KVCacheFull
 
@@ -33,6 +34,7 @@ class SequenceState:
     matcher: Matcher | None = None  # of its grammar; used by the grammar thread only
     grammar: str = ""  # digest of the matcher's grammar
     is_long: bool = False  # it was begun with more known tokens than the group's `short_context`
+    restore: Restore | None = None  # its last one
 
 
 class Refusal(Exception):
@@ -110,12 +112,15 @@ class SequenceTable:
             sequence.token_ids = array("i", wanted.token_ids)
         return ReservedRow(wanted.id, wanted.attempt, Status.OK, self.cache.fill(sequence.handle, chain))
 
+    def get(self, id_: str, source: str) -> SequenceState | None:
+        """The sequence of this id and source; None if there is none."""
+        sequence = self._sequences.get(id_)
+        return None if sequence is None or sequence.source != source else sequence
+
     def handle(self, id_: str, attempt: int, source: str) -> int | None:
         """The KV handle of a sequence in exactly this attempt and of this source; None if there is none."""
-        sequence = self._sequences.get(id_)
-        if sequence is None or (sequence.attempt, sequence.source) != (attempt, source):
-            return None
-        return sequence.handle
+        sequence = self.get(id_, source)
+        return None if sequence is None or sequence.attempt != attempt else sequence.handle
 
     def release(self, release: ReleaseRow, source: str) -> bool:
         """Releases a sequence, and caches its KV for later ones.

@@ -59,9 +59,12 @@ class KVStage:
     writer: KVWriter | None
 
     def reserve(self, id_: str, tokens: Sequence[int], more: int = 64, **fields: Any) -> ReservedRow:
+        """Asks again until nothing more is on its way."""
         row = ReserveRow(id_, 0, len(tokens) + more, packed(chain_of(tokens[:-1])), **fields)
-        (answer,) = self.engine.reserve([row], source="gateway")
-        return answer
+        while True:
+            (answer,) = self.engine.reserve([row], source="gateway")
+            if not answer.restoring:
+                return answer
 
     def converse(self, id_: str, tokens: Sequence[int], new_tokens: int = 4, **fields: Any) -> tuple[int, list[int]]:
         """Reserves, computes, draws. Returns how much was held, and the tokens drawn. The sequence stays."""
@@ -81,8 +84,8 @@ def native_stage(dtype: str, *, with_peers: bool = False, **settings: Any) -> Ca
         def build() -> LayerGroup:
             return native_groups("llama", dtype, CUT[index : index + 1])[0]
 
-        tiers = (lambda group: peer_tiers(group, CUT[index][0])) if with_peers else lambda _: ()
-        return StageServer(index, CUT, build, tiers=tiers, **settings)
+        tiers = {"tiers": lambda group: peer_tiers(group, CUT[index][0])} if with_peers else {}
+        return StageServer(index, CUT, build, **(tiers | settings))
 
     return make
 

@@ -1,0 +1,85 @@
+"""Restores: KV comes from the tiers into sequences' memory, beside the engine's passes and beside one another."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from msgspec.structs import replace
+
+from eventing.problems import NotReady
+from eventing.wire.control import ReservedRow, ReserveRow
+from eventing.wire.events import Status
+from eventing.wire.prefix_chain import BLOCK_TOKENS
+from functions.stage.engine.kv_tiers import ComputeRate, Restore, RestoreRequest, Reuse, SequenceGone, Tier
+from functions.stage.engine.sequences import SequenceTable
+from functions.stage.models.kv_cache import KVRanges
+from functions.threads.pool import ThreadPool
+
+_log: Final = logging.getLogger(__name__)
+
+_AT_ONCE: Final = 64  # restores that run at a time; others wait for a thread
+
+WithSequences = Callable[[Callable[[SequenceTable], int]], int]
+"""Calls a function with the sequence table between two passes, and returns its result. Raises what it raises, and NotReady."""
+
+
+class Restorer:
+    """Restores sequences from the tiers, each in a thread of its own."""
+
+    def __init__(
+        self, tiers: Sequence[Tier], with_sequences: WithSequences, rate: ComputeRate, on_reuse: Callable[[Reuse], None]
+    ) -> None:
+        """tiers: asked in this order. rate, on_reuse: as for `Engine`."""
+        self._tiers = tuple(tiers)
+        self._with_sequences = with_sequences
+        self._rate = rate
+        self._on_reuse = on_reuse
+        self._threads = ThreadPool(_AT_ONCE, "restore")
+
+    def begin(self, row: ReserveRow, reserved: ReservedRow, source: str, deadline: float = math.inf) -> Restore | None:
+        """Begins to restore what a sequence lacks of its chain; None: it lacks nothing, or there are no tiers.
+
+        reserved: the reply to `row` so far. deadline: in time.monotonic().
+        """
+        if not self._tiers or reserved.status is not Status.OK or reserved.held >= BLOCK_TOKENS * len(row.digests):
+            return None
+        return Restore(row, reserved, self._threads.submit(self._restore, row, reserved, source, deadline))
+
+    def _restore(self, row: ReserveRow, reserved: ReservedRow, source: str, deadline: float) -> ReservedRow:
+        """Asks tier after tier until all of the row's chain is held. Returns `reserved` with the tokens held by then."""
+
+        def with_cache(action: Callable[[KVRanges, int], int]) -> int:
+            def act(sequences: SequenceTable) -> int:
+                handle = sequences.handle(row.id, row.attempt, source)
+                if handle is None or sequences.cache.ranges is None:
+                    raise SequenceGone(row.id)
+                return action(sequences.cache.ranges, handle)
+
+            return self._with_sequences(act)
+
+        for tier in self._tiers:
+            if reserved.held >= BLOCK_TOKENS * len(row.digests):
+                break
+            request = RestoreRequest(
+                row.digests,
+                reserved.held,
+                with_cache,
+                sequence=(row.id, row.attempt, source),
+                peers=row.peers,
+                draws_by_tokens=bool(row.token_ids),
+                deadline=deadline,
+            )
+            began = time.perf_counter()
+            try:
+                held = tier.restore(request)
+            except (SequenceGone, NotReady):
+                break
+            except Exception:  # noqa: BLE001 - the end of a thread; what is not restored is computed
+                _log.exception("%s: nothing is restored from the tier %s", row.id, tier.name)
+                continue
+            if held > reserved.held:
+                self._on_reuse(self._rate.reuse(tier.name, held - reserved.held, time.perf_counter() - began))
+                reserved = replace(reserved, held=held)
+        return reserved
