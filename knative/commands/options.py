@@ -27,6 +27,11 @@ timeout_option = click.option(
     "--timeout", type=click.FloatRange(min=1), default=900, show_default=True, help="Seconds to wait for each step."
 )
 image_option = click.option("--image", help="Image to use instead of the spec's.")
+tokenizer_option = click.option(
+    "--tokenizer",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with tokenizer.json, and chat_template.jinja, to publish instead of the model's own.",
+)
 state_option = click.option(
     "--state",
     type=click.Path(file_okay=False, path_type=Path),

@@ -11,7 +11,7 @@ from functions.gateway.scheduling.batching import SchedulerLimits
 from knative.commands.console import show_table, size
 from knative.commands.options import OpenStore, store_options
 from knative.spec.cut import cut_evenly, format_cut, parse_cut
-from knative.spec.model_shape import ModelShape, published_shape, shape_from_folder
+from knative.spec.model_shape import ModelShape, published_shape, shape_from_folder, shape_from_gguf
 from knative.spec.pipeline_spec import DTYPES, Autoscaling, GatewaySpec, PodSpec, StageSpec, quantity
 from knative.spec.sizing import (
     SEQUENCE_TOKENS,
@@ -32,7 +32,10 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 
 @click.command(short_help="Show the cut of a model, and what each stage needs.")
 @click.argument("spec_file", metavar="[SPEC]", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--model", help="A Hugging Face folder (its config.json is enough), or a published name.  [default: the spec's]")
+@click.option(
+    "--model",
+    help="A Hugging Face folder (its config.json is enough), a GGUF file, or a published name.  [default: the spec's]",
+)
 @click.option("--stages", type=click.IntRange(min=1), default=3, show_default=True, help="Number of groups of layers.")
 @click.option("--cut", "cut_text", help="A cut of your own instead, such as 0:10,10:20,20:30.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
@@ -96,8 +99,10 @@ def plan(
 def _shape(model: str, dtype: str, open_store: OpenStore) -> ModelShape:
     if Path(model).is_dir():
         return shape_from_folder(Path(model), dtype)
+    if Path(model).is_file():
+        return shape_from_gguf(Path(model), dtype)
     if re.search(r"[/\\]", model):
-        raise click.UsageError(f"--model: there is no folder {model}")
+        raise click.UsageError(f"--model: there is no folder or file {model}")
     with open_store() as opened:
         return published_shape(opened, read_manifest(opened, model, dtype))
 

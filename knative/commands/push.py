@@ -8,7 +8,7 @@ from rich.console import Console
 
 from knative.commands.console import publish_progress, show_quantized, size
 from knative.commands.model_choice import DEFAULT_MODEL, best_dtype, packaged_model, published_name, torch_needed
-from knative.commands.options import OpenStore, store_options
+from knative.commands.options import OpenStore, store_options, tokenizer_option
 from knative.spec.pipeline_spec import DTYPES, ModelSpec
 from knative.spec.spec_file import load_spec
 from storage.checkpoints.model_source import locate, open_checkpoint
@@ -27,9 +27,16 @@ from storage.models.publisher import publish
     help="Take name and dtype from this PipelineSpec. Without SOURCE nothing is done if that model is already published.",
 )
 @click.option("--afresh", is_flag=True, help="Write every object again, also those that the store has: repairs damage.")
+@tokenizer_option
 @store_options
 def push(
-    source: str | None, name: str | None, dtype: str | None, spec: Path | None, afresh: bool, open_store: OpenStore
+    source: str | None,
+    name: str | None,
+    dtype: str | None,
+    spec: Path | None,
+    afresh: bool,
+    tokenizer: Path | None,
+    open_store: OpenStore,
 ) -> None:
     """Publish SOURCE (a Hugging Face folder, a GGUF file, or a hub id) into the store, one object per layer.
 
@@ -51,9 +58,15 @@ def push(
             if manifest is None:
                 path = source or _default_source(model)
                 with publish_progress(console, f"publishing {model.name} as {model.dtype}") as progress:
-                    shown = show_quantized(console, model.dtype)
                     manifest = publish(
-                        path, opened, model.name, model.dtype, progress=progress, on_quantized=shown, afresh=afresh
+                        path,
+                        opened,
+                        model.name,
+                        model.dtype,
+                        progress=progress,
+                        on_quantized=show_quantized(console, model.dtype),
+                        afresh=afresh,
+                        tokenizer=tokenizer,
                     )
         total = sum(stored.bytes for stored in manifest.objects.values())
         console.out(f"{model.name} as {model.dtype}: {manifest.num_layers} layers, {size(total)}", highlight=False)

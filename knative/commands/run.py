@@ -23,7 +23,7 @@ from knative.commands.local_pipeline import (
     local_pipeline,
 )
 from knative.commands.local_pods import show_stages, watch_starts
-from knative.commands.options import STORE_FOLDER, state_option
+from knative.commands.options import STORE_FOLDER, state_option, tokenizer_option
 from knative.commands.state_folder import RunningPlatform, StateFolder, naming_a_full_disk
 from knative.local.kubelet.containers import data_folders, read_data_folder
 from knative.local.platform import Platform, PlatformOptions
@@ -48,6 +48,7 @@ class RunOptions:
     model: str | None
     stages: int
     dtype: str | None
+    tokenizer: Path | None
     port: int
     prompt: str
     max_tokens: int
@@ -67,6 +68,7 @@ class RunOptions:
 @click.option(
     "--dtype", type=click.Choice(DTYPES), help="Default: the smallest that loses nothing the model has (docs/trying.md)."
 )
+@tokenizer_option
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Of the gateway; 0: any free one.")
 @click.option("--prompt", default="What is the capital of France?", show_default=True, help="The first question.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
@@ -107,7 +109,7 @@ def run(**options: Any) -> None:
 def _prepare(options: RunOptions, store: ObjectStore, console: Console) -> LocalPipeline:
     spec = load_spec(options.spec) if options.spec else None
     model, dtype = (spec.model.name, spec.model.dtype) if spec and not options.model else (options.model, options.dtype)
-    manifest = ensure_published(store, model, dtype, console)
+    manifest = ensure_published(store, model, dtype, console, options.tokenizer)
     cache, kv_key = options.state / _CACHE_FOLDER, kept_kv_key(options.state)
     return local_pipeline(store, manifest, options.stages, spec, read_data_folder(options.secrets), cache, kv_key)
 

@@ -81,9 +81,23 @@ def shape_from_folder(folder: Path, dtype: str) -> ModelShape:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         return shape_from_config(config, folder.name, dtype)
-    decoder = _Decoder(config, folder.name)
+    sizes = {key: size for file in files for key, size in _tensor_sizes(file)}
+    return _shape_of_tensors(_Decoder(config, folder.name), dtype, sizes)
+
+
+def shape_from_gguf(path: Path, dtype: str) -> ModelShape:
+    """Sizes of the model in a GGUF file, by its header: exact. Raises a StorageError, or UnknownShape."""
+    from storage.checkpoints.gguf_checkpoint import open_gguf  # gguf and numpy, which only this format needs
+
+    checkpoint = open_gguf(path, tokenizer={})
+    sizes = {name: math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    return _shape_of_tensors(_Decoder(checkpoint.config, path.stem), dtype, sizes)
+
+
+def _shape_of_tensors(decoder: "_Decoder", dtype: str, sizes: Mapping[str, int]) -> ModelShape:
+    """The shape of a decoder whose tensors have these numbers of elements by their names. Raises UnknownShape."""
     layers, embedding, head = [0] * decoder.layers, 0, 0
-    for key, size in {key: size for file in files for key, size in _tensor_sizes(file)}.items():
+    for key, size in sizes.items():
         match = _LAYER_KEY.search(key)
         if match and int(match[1]) < decoder.layers:
             layers[int(match[1])] += size
@@ -92,7 +106,7 @@ def shape_from_folder(folder: Path, dtype: str) -> ModelShape:
         else:
             head += size
     if not all(layers):
-        raise UnknownShape(f"{folder.name}: the safetensors hold no tensor of layer {layers.index(0)} of {decoder.layers}")
+        raise UnknownShape(f"{decoder.name} has no tensor of layer {layers.index(0)} of {decoder.layers}")
     return _shape(decoder, dtype, layers, embedding, head + (embedding if decoder.tied else 0))
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from storage.checkpoints.checkpoint import Checkpoint, FourBits, SourceTensor
 from storage.checkpoints.gguf_config import model_config
-from storage.checkpoints.gguf_format import GgufTensor, read_header
+from storage.checkpoints.gguf_format import GgufHeader, GgufTensor, gguf_parts, read_header
 from storage.checkpoints.gguf_tokenizer import tokenizer_files
 from storage.checkpoints.safetensors_format import read_exactly
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
@@ -48,17 +48,26 @@ _Q_BYTES: Final = 16
 _TENSOR_NAME: Final = re.compile(r"(?:blk\.(?P<layer>\d{1,6})\.)?(?P<module>\w+)\.(?P<kind>weight|bias)")
 
 
-def open_gguf(path: Path) -> Checkpoint:
-    """Opens a GGUF file as a checkpoint; tensors are read only when they are used.
+def open_gguf(path: Path, tokenizer: Mapping[str, bytes] | None = None) -> Checkpoint:
+    """Opens a GGUF file, or all parts of a split one, as a checkpoint; tensors are read only when they are used.
+
+    tokenizer: files by name to use instead of those made of the file's own tokenizer.
 
     Raises CheckpointInvalid for anything but a whole GGUF file, ArchitectureUnsupported if the model is not Llama-shaped.
     """
-    header = read_header(path)
+    parts = gguf_parts(path)
+    path, headers = parts[0], [read_header(part) for part in parts]
+    header = GgufHeader(headers[0].fields, [tensor for each in headers for tensor in each.tensors])
+    if (count := header.fields.get("split.count", 1)) not in (0, len(parts)):
+        raise CheckpointInvalid(f"{path} is one of {count} parts; name them -00001-of-{count:05d}.gguf and so on, as they were")
     config = model_config(path, header)
-    size = path.stat().st_size
-    tensors = {_hugging_face_name(path, tensor.name): _source(path, tensor, config, size) for tensor in header.tensors}
+    tensors: dict[str, SourceTensor] = {}
+    for part, each in zip(parts, headers, strict=True):
+        size = part.stat().st_size
+        tensors |= {_hugging_face_name(path, tensor.name): _source(part, tensor, config, size) for tensor in each.tensors}
     config_file = msgspec.json.format(msgspec.json.encode(config), indent=2)
-    return Checkpoint(config, tokenizer_files(path, header.fields) | {"config.json": config_file}, tensors)
+    files = tokenizer_files(path, header.fields) if tokenizer is None else tokenizer
+    return Checkpoint(config, {**files, "config.json": config_file}, tensors)
 
 
 def _hugging_face_name(path: Path, name: str) -> str:

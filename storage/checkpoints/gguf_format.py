@@ -4,6 +4,7 @@ gguf's own reader trusts every count in a file (an array of 2⁶⁰ items keeps 
 takes ten times as long. Here no count is followed beyond the file's bytes, so the header's length bounds the work.
 """
 
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ _MAX_HEADER_BYTES: Final = 2**26  # four times what a vocabulary of a quarter of
 # Value types of one item each, as `struct` names them, all little endian.
 _SCALARS: Final[Mapping[int, str]] = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING: Final = 8
+_PART: Final = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 _ARRAY: Final = 9
 
 
@@ -39,6 +41,21 @@ class GgufHeader:
 
     fields: dict[str, Any]  # numbers, strings, and lists of either
     tensors: list[GgufTensor]
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """All files of a GGUF checkpoint, given any of them: the first has the metadata. Most have one file.
+
+    Raises CheckpointInvalid if a part is missing.
+    """
+    found = _PART.fullmatch(path.stem)
+    if not found:
+        return [path]
+    names = [f"{found['name']}-{number:05d}-of-{found['count']}{path.suffix}" for number in range(1, int(found["count"]) + 1)]
+    parts = [path.with_name(name) for name in names]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise CheckpointInvalid(f"{path} is one of {len(parts)} parts, and {path.parent} lacks {missing[0]}; fetch it")
+    return parts or [path]
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -65,7 +82,9 @@ class _HeaderReader:
         if self._bytes(4) != _MAGIC:
             raise ValueError("it does not begin with GGUF")
         if (version := self._scalar("I")) not in _VERSIONS:
-            raise ValueError(f"version {version}, known are {_VERSIONS}; big-endian files are not read")
+            if int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS:
+                raise CheckpointInvalid(f"{self._file.name} is big-endian, which is not read; fetch the little-endian file")
+            raise ValueError(f"version {version}, known are {_VERSIONS}")
         tensor_count, field_count = self._scalar("Q"), self._scalar("Q")
         fields: dict[str, Any] = {}
         for _ in range(field_count):

@@ -1,61 +1,50 @@
 """Writes the tokenizer of a GGUF file as Hugging Face's files, from the file's own vocabulary and rules.
 
-transformers derives one too, but ignores the rules of `tokenizer.ggml.pre` (SmolLM's digits come out wrong).
+Known are byte BPE with the rules of `gguf_pretokenizers`, SentencePiece BPE with scores (`llama`), and BPE on characters with
+merges (`gemma4`). transformers derives a tokenizer too, but ignores the rules of `tokenizer.ggml.pre`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from storage.checkpoints.gguf_pretokenizers import PRE_TOKENIZERS
 from storage.errors import CheckpointInvalid
 
 BOS: Final = "tokenizer.ggml.bos_token_id"
 EOS: Final = "tokenizer.ggml.eos_token_id"
-_CONTROL: Final = 3  # a value of tokenizer.ggml.token_type; see the GGUF specification
-_USER_DEFINED: Final = 4  # another value of it
-_TOKEN_IDS: Final = ("bos", "eos", "eot", "unknown", "padding")
-_QWEN2_WORDS: Final = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _gpt2(tokenizer: Tokenizer) -> None:
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _smollm(tokenizer: Tokenizer) -> None:
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
-
-
-def _qwen2(tokenizer: Tokenizer) -> None:
-    words = pre_tokenizers.Split(Regex(_QWEN2_WORDS), behavior="isolated")
-    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
-
-
-# By `tokenizer.ggml.pre`.
-_RULES: Final[Mapping[str, Callable[[Tokenizer], None]]] = {"gpt-2": _gpt2, "smollm": _smollm, "qwen2": _qwen2}
+_UNKNOWN: Final = 2  # a value of tokenizer.ggml.token_type; see the GGUF specification
+_CONTROL: Final = 3
+_USER_DEFINED: Final = 4
+_TOKEN_IDS: Final = ("bos", "eos", "eot", "eom", "unknown", "padding")
+_SPACE: Final = "▁"  # how SentencePiece writes a space
+# Tokens that end a turn, found by their text, since many files name only the end of the text.
+_ENDS_OF_TURN: Final = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<turn|>", "<|call|>", "<|end|>")
 
 
 def tokenizer_files(path: Path, fields: Mapping[str, Any]) -> dict[str, bytes]:
     """The files of a Hugging Face tokenizer by name, made from the GGUF's metadata `fields`. Raises CheckpointInvalid."""
-    _check_types(path, fields)
+    tokens = _checked_tokens(path, fields)
     ids = {key: fields.get(f"tokenizer.ggml.{key}_token_id") for key in _TOKEN_IDS}
+    if fields["tokenizer.ggml.model"] == "llama":
+        ids |= {key: ids[key] if ids[key] is not None else default for key, default in (("bos", 1), ("eos", 2), ("unknown", 0))}
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-    special = {name: fields["tokenizer.ggml.tokens"][ids[key]] for key, name in names.items() if ids[key] is not None}
+    special = {name: tokens[number] for key, name in names.items() if (number := ids[key]) is not None}
+    ends_of_turn = {token for token in _ENDS_OF_TURN if token in tokens}
+    if {"<|call|>", "<|end|>"} <= ends_of_turn:
+        ends_of_turn.remove("<|end|>")  # in gpt-oss it ends a message, and the turn goes on
+    ends = {ids["eos"], ids["eot"], ids["eom"], *map(tokens.index, ends_of_turn)}
     generation = {
         "bos_token_id": ids["bos"],
-        "eos_token_id": sorted({number for number in (ids["eos"], ids["eot"]) if number is not None}),
+        "eos_token_id": sorted(number for number in ends if number is not None),
         "pad_token_id": ids["padding"],
     }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | special
     files = {
-        "tokenizer.json": _tokenizer(path, fields, special).to_str(pretty=False).encode(),
+        "tokenizer.json": _tokenizer(path, fields, tokens, special).to_str(pretty=False).encode(),
         "tokenizer_config.json": msgspec.json.format(msgspec.json.encode(config), indent=2),
         "generation_config.json": msgspec.json.format(msgspec.json.encode(generation), indent=2),
     }
@@ -64,53 +53,116 @@ def tokenizer_files(path: Path, fields: Mapping[str, Any]) -> dict[str, bytes]:
     return files
 
 
-def _tokenizer(path: Path, fields: Mapping[str, Any], special: Mapping[str, str]) -> Tokenizer:
-    kind, rules = str(fields.get("tokenizer.ggml.model")), str(fields.get("tokenizer.ggml.pre"))
-    if kind != "gpt2" or rules not in _RULES:
-        raise CheckpointInvalid(
-            f"{path} has a tokenizer of model {kind!r} with the rules {rules!r}; known is gpt2 with {', '.join(_RULES)}. "
-            "Publish the model from its Hugging Face folder, which has tokenizer.json"
-        )
-    tokens: list[str] = fields["tokenizer.ggml.tokens"]
+def _tokenizer(path: Path, fields: Mapping[str, Any], tokens: list[str], special: Mapping[str, str]) -> Tokenizer:
+    kind, rule_name = fields["tokenizer.ggml.model"], str(fields.get("tokenizer.ggml.pre") or "default")
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=_merges(path, fields["tokenizer.ggml.merges"], vocabulary)))
-    _RULES[rules](tokenizer)
-    tokenizer.decoder = decoders.ByteLevel()
-    for token, token_type in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True):
-        if token_type in (_CONTROL, _USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, special=token_type == _CONTROL, normalized=False)])
-    if fields.get("tokenizer.ggml.add_bos_token"):
-        if BOS not in fields:
-            raise CheckpointInvalid(f"{path} puts a token before every text, and lacks {BOS}; make the GGUF file again")
-        bos = special["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, fields[BOS])])
+    starts = kind == "llama"
+    if kind == "gpt2" and rule_name in PRE_TOKENIZERS:
+        rule = PRE_TOKENIZERS[rule_name]
+        starts = rule.add_bos
+        merges = _merges(path, fields, vocabulary)
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule.ignore_merges))
+        if rule.nfc:
+            tokenizer.normalizer = normalizers.NFC()
+        words = [pre_tokenizers.Split(Regex(word), behavior="isolated") for word in rule.words]
+        in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, in_bytes])
+        tokenizer.decoder = decoders.ByteLevel()
+    elif kind in ("llama", "gemma4"):
+        merges = _merges(path, fields, vocabulary) if kind == "gemma4" else _merges_by_score(path, fields, vocabulary)
+        unknown = special.get("unk_token")
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+        prefix = fields.get("tokenizer.ggml.add_space_prefix", kind == "llama")
+        replace = normalizers.Replace(" ", _SPACE)
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace]) if prefix else replace
+        if kind == "gemma4":
+            tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|[\n]+"), behavior="isolated")
+        strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+        tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    else:
+        raise CheckpointInvalid(
+            f"{path} has a tokenizer of model {kind[:64]!r} with the rules {rule_name[:64]!r}; known are llama, gemma4, and "
+            f"gpt2 with {', '.join(sorted(PRE_TOKENIZERS))}. Name a folder with the model's tokenizer.json by --tokenizer"
+        )
+    added = [
+        AddedToken(token, special=token_type != _USER_DEFINED, normalized=False, rstrip=_strips(fields, token))
+        for token, token_type in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
+        if token_type in (_CONTROL, _USER_DEFINED) or (token_type == _UNKNOWN and kind != "gpt2")
+    ]
+    tokenizer.add_tokens(added)
+    before = [special.get("bos_token", "")] if fields.get("tokenizer.ggml.add_bos_token", starts) else []
+    after = [special.get("eos_token", "")] if fields.get("tokenizer.ggml.add_eos_token") else []
+    if "" in (*before, *after):
+        raise CheckpointInvalid(
+            f"{path} puts a token before or after every text, and lacks {BOS} or {EOS}; make the GGUF file again"
+        )
+    if before or after:
+        pairs = [(token, vocabulary[token]) for token in {*before, *after}]
+        tokenizer.post_processor = processors.TemplateProcessing(single=[*before, "$A", *after], special_tokens=pairs)
     return tokenizer
 
 
-def _check_types(path: Path, fields: Mapping[str, Any]) -> None:
-    """Checks the metadata on which the rest of this file relies. Raises CheckpointInvalid."""
-    for key, kind in (("tokens", str), ("merges", str), ("token_type", int)):
+def _strips(fields: Mapping[str, Any], token: str) -> bool:
+    """Whether spaces after a special token are dropped. Files do not say so: llama.cpp does it by the name of the model."""
+    name = str(fields.get("general.name", "")).lower()
+    return ("phi-3" in name or "phi3" in name) and token not in ("<unk>", "<s>", "<|endoftext|>")
+
+
+def _checked_tokens(path: Path, fields: Mapping[str, Any]) -> list[str]:
+    """The vocabulary, after a check of all metadata on which the rest of this file relies. Raises CheckpointInvalid."""
+    kind = fields.get("tokenizer.ggml.model")
+    if not isinstance(kind, str):
+        raise CheckpointInvalid(f"{path} has no tokenizer; name a folder with the model's tokenizer.json by --tokenizer")
+    lists = [("tokens", str), ("token_type", int), ("scores", float) if kind == "llama" else ("merges", str)]
+    for key, item in lists:
         values = fields.get(f"tokenizer.ggml.{key}")
-        if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        if not isinstance(values, list) or not all(type(value) is item for value in values):
             raise CheckpointInvalid(f"{path} has no list of tokenizer.ggml.{key}; make the GGUF file again")
-    size, types = len(fields["tokenizer.ggml.tokens"]), len(fields["tokenizer.ggml.token_type"])
-    if size != types:
-        raise CheckpointInvalid(f"{path} has {size} tokens and {types} types of tokens; make the GGUF file again")
+    tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(fields["tokenizer.ggml.tokens"])]
+    for key, _ in lists:
+        if key != "merges" and len(fields[f"tokenizer.ggml.{key}"]) != len(tokens):
+            raise CheckpointInvalid(
+                f"{path} has {len(tokens)} tokens and {len(fields[f'tokenizer.ggml.{key}'])} entries of tokenizer.ggml.{key}; "
+                "make the GGUF file again"
+            )
+    if len(set(tokens)) != len(tokens):
+        raise CheckpointInvalid(f"{path} has a token twice; make the GGUF file again")
     for key in _TOKEN_IDS:
         number = fields.get(f"tokenizer.ggml.{key}_token_id")
-        if number is not None and (type(number) is not int or not 0 <= number < size):
+        if number is not None and (type(number) is not int or not 0 <= number < len(tokens)):
             raise CheckpointInvalid(
-                f"{path} has tokenizer.ggml.{key}_token_id = {str(number)[:64]} and {size} tokens; make the GGUF file again"
+                f"{path} has tokenizer.ggml.{key}_token_id = {str(number)[:64]} and {len(tokens)} tokens; "
+                "make the GGUF file again"
             )
     if not isinstance(fields.get("tokenizer.chat_template", ""), str):
         raise CheckpointInvalid(f"{path} has a tokenizer.chat_template that is no text; make the GGUF file again")
+    return tokens
 
 
-def _merges(path: Path, merges: list[str], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+def _merges(path: Path, fields: Mapping[str, Any], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
     pairs = []
-    for merge in merges:
-        left, _, right = merge.partition(" ")
+    for merge in fields["tokenizer.ggml.merges"]:
+        middle = merge.find(" ", 1)
+        left, right = merge[:middle], merge[middle + 1 :]
         if not {left, right, left + right} <= vocabulary.keys():
             raise CheckpointInvalid(f"{path} merges {merge!r}, which are no tokens; make the GGUF file again")
         pairs.append((left, right))
     return pairs
+
+
+def _merges_by_score(path: Path, fields: Mapping[str, Any], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Every pair of tokens that makes a third, the best third first.
+
+    SentencePiece merges the pair with the best score; a list of merges in the order of scores says the same.
+    """
+    scores, types = fields["tokenizer.ggml.scores"], fields["tokenizer.ggml.token_type"]
+    pieces = {token: number for token, number in vocabulary.items() if types[number] not in (_UNKNOWN, _CONTROL)}
+
+    def pairs() -> Iterator[tuple[float, int, int, str, str]]:
+        for token, number in pieces.items():
+            for middle in range(1, len(token)):
+                left, right = token[:middle], token[middle:]
+                if left in pieces and right in pieces:
+                    yield -scores[number], number, -middle, left, right
+
+    return [(left, right) for *_, left, right in sorted(pairs())]

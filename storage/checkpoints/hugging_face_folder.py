@@ -57,6 +57,14 @@ def _metadata(folder: Path) -> dict[str, str]:
     return {key: text for path in _shards(folder) for key, text in read_header(path)[1].items()}
 
 
+def tokenizer_folder(folder: Path) -> dict[str, bytes]:
+    """The files of a folder's tokenizer, chat template and end tokens by name. Raises CheckpointInvalid if it has none."""
+    files = {name: content for name, content in _files(folder).items() if name != "config.json"}
+    if "tokenizer.json" not in files:
+        raise CheckpointInvalid(f"{folder} has no tokenizer.json; name a folder with the model's tokenizer")
+    return files
+
+
 def _tensors(folder: Path) -> Iterator[tuple[str, SourceTensor]]:
     for path, wanted in _shards(folder).items():
         spans = read_spans(path)

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -10,7 +11,8 @@ import msgspec
 from blake3 import blake3
 
 from storage.checkpoints.checkpoint import Checkpoint
-from storage.checkpoints.hugging_face_folder import open_folder
+from storage.checkpoints.gguf_format import gguf_parts
+from storage.checkpoints.hugging_face_folder import open_folder, tokenizer_folder
 from storage.errors import CheckpointInvalid
 
 _HUB_ID: Final = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -44,16 +46,23 @@ def locate(source: str | Path) -> Path:
     return Path(folder)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens the checkpoint in a folder or a GGUF file. Raises CheckpointInvalid, also for any other format."""
+def open_checkpoint(path: Path, tokenizer: Path | None = None) -> Checkpoint:
+    """Opens the checkpoint in a folder or a GGUF file.
+
+    tokenizer: a folder whose tokenizer, chat template and end tokens are taken instead of the checkpoint's own. Raises
+    CheckpointInvalid, also for any other format.
+    """
+    files = tokenizer_folder(tokenizer) if tokenizer else None
     if path.is_dir():
-        return open_folder(path)
+        checkpoint = open_folder(path)
+        own = {"config.json": checkpoint.files["config.json"]}
+        return replace(checkpoint, files=files | own) if files else checkpoint
     with path.open("rb") as file:
         magic = file.read(4)
     if magic == _GGUF_MAGIC:
         from storage.checkpoints.gguf_checkpoint import open_gguf  # gguf and tokenizers, which only this format needs
 
-        return open_gguf(path)
+        return open_gguf(path, files)
     if path.suffix == ".safetensors":
         raise CheckpointInvalid(f"{path} is one file of a checkpoint; give its folder, which has config.json too")
     raise CheckpointInvalid(f"{path} begins with {magic!r}; known are folders with safetensors, and GGUF files")
@@ -86,5 +95,5 @@ def checkpoint_state(path: Path) -> tuple[tuple[str, int, int, int, int], ...]:
 
 def _checkpoint_files(path: Path) -> Iterable[Path]:
     if not path.is_dir():
-        return [path]
+        return gguf_parts(path)
     return sorted(file for file in path.iterdir() if file.suffix in _CHECKPOINT_SUFFIXES and file.is_file())

@@ -78,20 +78,22 @@ def publish(
     on_quantized: QuantizedCallback | None = None,
     keep_wide: Collection[str] = (),
     afresh: bool = False,
+    tokenizer: Path | None = None,
 ) -> ModelManifest:
     """Publishes a model under `name` and `dtype`, and returns its manifest.
 
     source: a Hugging Face folder, a GGUF file, or a hub id. dtype: float32, bfloat16, float16, int8 or q4. on_quantized: called
     at the end, if the source is a quantized Hugging Face checkpoint and was not published before. keep_wide: matrices,
     such as down_proj, that int8 and q4 leave in bfloat16. afresh: writes every object, even if the store seems to have it; this
-    repairs a damaged publication.
+    repairs a damaged publication. tokenizer: a folder whose tokenizer is published instead of the source's own.
 
     Raises ValueError for an invalid name or dtype, CheckpointInvalid or another StorageError. After an error, the former
     publication under this name stays as it was.
     """
     prefix = model_prefix(name, dtype)
     path = locate(source)
-    state, contents = checkpoint_state(path), checkpoint_fingerprint(path)
+    read = [path] if tokenizer is None else [path, tokenizer]
+    state, contents = [*map(checkpoint_state, read)], " ".join(map(checkpoint_fingerprint, read))
     # 128 bits: two checkpoints never share a folder.
     text = f"{contents} {dtype} {sorted(keep_wide)} {MANIFEST_VERSION} {PART_BYTES}"
     publication = hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -103,7 +105,7 @@ def publish(
                 return current
     from storage.models.conversion import RoundingError, convert_tensor  # numpy, which only a real publication needs
 
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, tokenizer)
     check_runnable(checkpoint.config, dtype)
     model, placed = _settle_tie(describe_model(checkpoint.config), checkpoint)
     shapes = {name: tensor.shape for members in placed.values() for name, tensor in members.items()}
@@ -125,7 +127,7 @@ def publish(
         config = {**checkpoint.config, "tie_word_embeddings": model.tied}
         files["config.json"] = msgspec.json.format(msgspec.json.encode(config), indent=2)
     stored_files = upload.files(files)
-    if checkpoint_state(path) != state and checkpoint_fingerprint(path) != contents:
+    if [*map(checkpoint_state, read)] != state and " ".join(map(checkpoint_fingerprint, read)) != contents:
         raise CheckpointInvalid(f"{path} changed while it was published; publish it again when nothing writes to it")
     described = {field: value for field, value in asdict(model).items() if field != "ignored_layers"}
     manifest = ModelManifest(

@@ -16,6 +16,7 @@ from knative.__main__ import main
 from knative.commands.ask import is_question
 from knative.local.platform import ROOT
 from tests.support.knative.run_command import Run
+from tests.support.storage.storage import default_model_gguf
 
 LLAMA = str(ROOT / "examples" / "llama-2-13b")
 
@@ -92,6 +93,11 @@ def test_plan_of_llama_2_13b() -> None:
     assert "a hop carries 10240 bytes per token" in result.output
     asked = "replicas for 64 conversations in micro-batches of at most 8, 1.4 in flight for each pod, at most 10"
     assert f"{asked}: stage 0: 2, stage 1: 2, stage 2: 2, stage 3: 2" in result.output
+
+
+def test_plan_of_a_gguf_file() -> None:
+    result = invoke("plan", "--model", str(default_model_gguf()), "--dtype", "q4")
+    assert "30 layers, q4" in result.output, result.output
 
 
 def test_plan_shows_stage_overrides_of_a_spec(tmp_path: Path) -> None:

