@@ -97,7 +97,7 @@ def test_plan_of_llama_2_13b() -> None:
 
 def test_plan_of_a_gguf_file() -> None:
     result = invoke("plan", "--model", str(default_model_gguf()), "--dtype", "q4")
-    assert "30 layers, q4" in result.output, result.output
+    assert "cut: 0:9,9:23,23:30" in result.output, result.output
 
 
 def test_plan_shows_stage_overrides_of_a_spec(tmp_path: Path) -> None:
