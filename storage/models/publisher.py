@@ -142,7 +142,7 @@ def publish(
     store.put(manifest_key(name, dtype), encode_manifest(manifest))
     upload.delete_fragments()
     if on_quantized and error and checkpoint.quantization:
-        source_bytes = sum(count for _, _, count, _, _ in state)
+        source_bytes = sum(count for _, _, count, _, _ in state[0])
         on_quantized(QuantizedSource(checkpoint.quantization, source_bytes, error.largest, error.largest_weight))
     return manifest
 
