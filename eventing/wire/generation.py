@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from eventing.wire.events import MAX_BIASES, MAX_POSITION, MAX_TOP_LOGPROBS, Grammar, Sampling, TokenId
 from eventing.wire.structured_outputs import StructuredOutputs
-from eventing.wire.tools import ToolCall, ToolChoice, Tools, callable_tools
+from eventing.wire.tools import NamedTool, ToolCall, ToolChoice, Tools
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 128
@@ -105,14 +105,33 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
             raise ValueError("`echo` goes with `prompt`, not with `messages`")
         if self.tools and self.messages is None:
             raise ValueError("`tools` goes with `messages`, not with `prompt`")
-        forced = bool(self.tools) and self.tool_choice not in ("none", "auto")
-        callable_tools(self.tools, self.tool_choice)
-        if forced and self.structured_outputs is not None:
+        if self.tool_choice == "required" and not self.tools:
+            raise ValueError('tool_choice is "required", which takes tools')
+        if isinstance(self.tool_choice, NamedTool) and not self.forced_tools:
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is none of the tools")
+        if self.forced_tools and self.structured_outputs is not None:
             raise ValueError("a forced tool call says already what the answer must look like; leave out one of the two")
-        if (forced or self.structured_outputs is not None) and self.ignore_eos:
+        if self.constrained and self.ignore_eos:
             raise ValueError("ignore_eos does not go with structured outputs, which end with the model's own end")
         if (choices := self.n * len(self.prompts)) > MAX_CHOICES:
             raise ValueError(f"{len(self.prompts)} prompts, {self.n} answers to each: {choices}; the most is {MAX_CHOICES}")
+
+    @property
+    def callable_tools(self) -> Tools:
+        """The tools that the prompt describes to the model."""
+        return () if self.tool_choice == "none" else self.tools
+
+    @property
+    def forced_tools(self) -> Tools:
+        """The tools of which the answer must call one; an empty tuple if the model decides whether to call any."""
+        if isinstance(self.tool_choice, NamedTool):
+            return tuple(tool for tool in self.tools if tool.function.name == self.tool_choice.function.name)
+        return self.tools if self.tool_choice == "required" else ()
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a grammar constrains the answer: tool calls are forced, or a structure is required."""
+        return bool(self.forced_tools) or self.structured_outputs is not None
 
     @property
     def prompts(self) -> Sequence[str | Sequence[int] | None]:

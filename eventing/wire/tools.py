@@ -44,24 +44,3 @@ class ToolCall(Struct, frozen=True):
     id: str
     function: FunctionCall
     type: Literal["function"] = "function"
-
-
-def callable_tools(tools: Tools, choice: ToolChoice) -> Tools:
-    """The tools that the prompt describes to the model; none if `choice` is "none".
-
-    Raises ValueError if `choice` names a tool that is not among `tools`, or requires a call and there are no tools.
-    """
-    if choice == "none":
-        return ()
-    if choice == "required" and not tools:
-        raise ValueError('tool_choice is "required", which takes tools')
-    if isinstance(choice, NamedTool) and choice.function.name not in {tool.function.name for tool in tools}:
-        raise ValueError(f"tool_choice names {choice.function.name!r}, which is none of the tools")
-    return tools
-
-
-def forced_tools(tools: Tools, choice: ToolChoice) -> Tools:
-    """The tools of which the answer must call one; an empty tuple if the model decides whether to call any."""
-    if isinstance(choice, NamedTool):
-        return tuple(tool for tool in tools if tool.function.name == choice.function.name)
-    return tools if choice == "required" else ()

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from eventing.wire.generation import (
     CompletionTokensDetails,
+    GenerateRequest,
     GenerateResponse,
     ProgressEvent,
     PromptTokensDetails,
@@ -69,18 +70,15 @@ class Generation:
     def __init__(
         self,
         request_id: str,
+        request: GenerateRequest,
         answers: Sequence[Answer],
-        answers_per_prompt: int,
         gone: Callable[[], bool],
         metrics: GatewayMetrics,
-        *,
-        include_progress: bool = False,
     ) -> None:
-        """answers: those to the first prompt come first. gone: see Looks. include_progress: see GenerateRequest."""
+        """answers: those to the first prompt come first. gone: see Looks."""
         self.request_id = request_id
+        self.request = request
         self.answers = answers
-        self._include_progress = include_progress
-        self._answers_per_prompt = answers_per_prompt
         self._gone = gone
         self._metrics = metrics
         self._noticed = threading.Event()  # set when any answer has a token or ends; used if there are several answers
@@ -93,7 +91,7 @@ class Generation:
 
         Raises the Problem that ended an answer early, or ClientLeft. Closing the iterator cancels unfinished answers.
         """
-        looks = Looks(self._gone, self._await_what if self._include_progress else None)
+        looks = Looks(self._gone, self._await_what if self.request.include_progress else None)
         found = True
         try:
             while not all(answer.done for answer in self.answers):
@@ -128,7 +126,7 @@ class Generation:
 
     def usage(self) -> Usage:
         """Numbers of tokens so far. A prompt counts once, however many answers it has."""
-        one_per_prompt = self.answers[:: self._answers_per_prompt]
+        one_per_prompt = self.answers[:: self.request.n]
         prompt_tokens = sum(answer.prompt_tokens for answer in one_per_prompt)
         completion_tokens = sum(answer.completion_tokens for answer in self.answers)
         streams = [answer.token_stream for answer in self.answers]

@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 from eventing.problems import ContextExceeded, InvalidRequest, Problem
 from eventing.wire.events import Grammar
 from eventing.wire.generation import GenerateRequest
-from eventing.wire.tools import NamedTool, callable_tools, forced_tools
+from eventing.wire.tools import NamedTool
 from functions.configuration.api_keys import Quota
 from functions.gateway.answers.answer import Answer
 from functions.gateway.answers.client_limits import ClientLimits, Release
@@ -89,14 +89,7 @@ class AnswerService:
             if isinstance(error, RecursionError):
                 raise InvalidRequest("the request's tools, schema or arguments are nested too deeply") from None
             raise
-        return Generation(
-            context.request_id,
-            answers,
-            request.n,
-            context.gone,
-            self._metrics,
-            include_progress=request.include_progress,
-        )
+        return Generation(context.request_id, request, answers, context.gone, self._metrics)
 
     def use_text(self, client_id: str, work: Callable[[ModelText], T], tokens: Callable[[T], int] = lambda _: 0) -> T:
         """Serves a request that gets no answer from the pipeline: returns what `work` makes of it with the model's text.
@@ -131,7 +124,7 @@ class AnswerService:
 
     def _grammar(self, request: GenerateRequest) -> Grammar | None:
         """Grammar of forced tool calls or of `structured_outputs`; None: any. Raises MalformedEvent if it cannot be used."""
-        if forced := forced_tools(request.tools, request.tool_choice):
+        if forced := request.forced_tools:
             tools = self.text.tools
             several = request.parallel_tool_calls and not isinstance(request.tool_choice, NamedTool)
             return self.text.grammars.of_tools(tools.format.grammar(forced, several, tools.special))
@@ -139,9 +132,9 @@ class AnswerService:
 
     def _encode(self, request: GenerateRequest, prompt: str | Sequence[int] | None, predicted_ids: list[int]) -> EncodedPrompt:
         if request.messages is not None:
-            tools = callable_tools(request.tools, request.tool_choice)
             values, effort = request.chat_template_kwargs, request.reasoning_effort
-            return EncodedPrompt(self.text.encode_messages(request.messages, values, tools, effort), predicted_ids)
+            token_ids = self.text.encode_messages(request.messages, values, request.callable_tools, effort)
+            return EncodedPrompt(token_ids, predicted_ids)
         if prompt is None or isinstance(prompt, str):
             return EncodedPrompt(self.text.encode(prompt or ""), predicted_ids, prompt or "")
         return EncodedPrompt(prompt, predicted_ids, self.text.decode(prompt) if request.echo else "")
@@ -193,7 +186,7 @@ class AnswerService:
             request.stop_strings,
             () if request.messages is not None else token_ids,  # a message is a text of its own, a completion continues one
             stop_included=request.include_stop_str_in_output,
-            special=bool(callable_tools(request.tools, request.tool_choice)) and marked_specially,
+            special=bool(request.callable_tools) and marked_specially,
         )
         echo = encoded.text if request.echo else None
         return Answer(

@@ -17,7 +17,7 @@ from functions.gateway.answers.deduplication import Deduplicator
 from functions.gateway.answers.generation import Generation
 from functions.gateway.answers.service import AnswerService, RequestContext
 from functions.gateway.answers.streaming import Answering, arrival_time, client_gone, stream_response, whole_response
-from functions.gateway.openai.documents import ChoicesDocument, Envelope, chat_document, completion_document
+from functions.gateway.openai.documents import ChoicesDocument, Envelope
 from functions.gateway.openai.errors import model_not_found, path_not_served, refused, unexpected
 from functions.gateway.openai.requests import ChatRequest, CompletionRequest
 from functions.gateway.openai.responses import ResponsesDocument
@@ -52,8 +52,8 @@ class OpenAIAPI:
 
     def register(self, app: Flask) -> None:
         routes = Blueprint("openai", __name__, url_prefix="/v1")
-        routes.post("/chat/completions", endpoint="chat")(lambda: self._answer(ChatRequest, "chatcmpl-", chat_document))
-        routes.post("/completions", endpoint="complete")(lambda: self._answer(CompletionRequest, "cmpl-", completion_document))
+        routes.post("/chat/completions", endpoint="chat")(lambda: self._answer(ChatRequest, "chatcmpl-", ChoicesDocument))
+        routes.post("/completions", endpoint="complete")(lambda: self._answer(CompletionRequest, "cmpl-", ChoicesDocument))
         routes.post("/responses", endpoint="respond")(lambda: self._answer(ResponsesRequest, "resp_", ResponsesDocument))
         routes.get("/models")(self._models)
         routes.get("/models/<path:model>")(self._one_model)

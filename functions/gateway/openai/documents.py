@@ -1,6 +1,6 @@
 """Answers of chat completions and completions: one document with choices, or a stream of chunks."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,17 +35,11 @@ class ChoicesDocument:
     Has the same methods as ResponsesDocument.
     """
 
-    def __init__(
-        self,
-        envelope: Envelope,
-        request: ChatRequest | CompletionRequest,
-        new_writer: "Callable[[int, Sequence[int], ModelText], Writer]",
-    ) -> None:
-        """new_writer: makes the Writer of one answer, from the answer's index, its prompt's tokens and the model's text."""
+    def __init__(self, envelope: Envelope, request: ChatRequest | CompletionRequest) -> None:
         self._envelope = envelope
-        self._object = "chat.completion" if isinstance(request, ChatRequest) else "text_completion"
-        self._chunk_object = "chat.completion.chunk" if isinstance(request, ChatRequest) else "text_completion"
-        self._new_writer = new_writer
+        self._is_chat = isinstance(request, ChatRequest)
+        self._object = "chat.completion" if self._is_chat else "text_completion"
+        self._chunk_object = "chat.completion.chunk" if self._is_chat else "text_completion"
         options = request.stream_options
         self._with_usage = options is not None and bool(options.include_usage)
         self._with_continuous_usage = self._with_usage and options is not None and bool(options.continuous_usage_stats)
@@ -93,7 +87,18 @@ class ChoicesDocument:
         return encode_sse(msgspec.json.encode(error_document(problem.status, str(problem), problem.name)))
 
     def _writers(self, generation: Generation, text: ModelText) -> "list[Writer]":
-        return [self._new_writer(index, answer.prompt_ids, text) for index, answer in enumerate(generation.answers)]
+        request, answers = generation.request, enumerate(generation.answers)
+        if not self._is_chat:
+            return [CompletionWriter(index, text, top_logprobs=request.logprobs or 0) for index, _ in answers]
+        return [
+            ChatWriter(
+                index,
+                text,
+                None if request.constrained else text.reasoning(answer.prompt_ids),  # a grammar allows no thoughts
+                text.tools.parser(request.callable_tools) if request.callable_tools else None,
+            )
+            for index, answer in answers
+        ]
 
     def _document(self, object_: str, choices: Sequence[dict[str, Any]], **more: object) -> dict[str, Any]:
         return {
@@ -105,22 +110,6 @@ class ChoicesDocument:
             "choices": choices,
             **more,
         }
-
-
-def chat_document(envelope: Envelope, request: ChatRequest) -> ChoicesDocument:
-    tools, constrained = request.callable_tools, request.constrained
-
-    def new_writer(index: int, prompt_ids: Sequence[int], text: ModelText) -> ChatWriter:
-        reasoning = None if constrained else text.reasoning(prompt_ids)  # a grammar allows no thoughts
-        return ChatWriter(index, text, reasoning, text.tools.parser(tools) if tools else None)
-
-    return ChoicesDocument(envelope, request, new_writer)
-
-
-def completion_document(envelope: Envelope, request: CompletionRequest) -> ChoicesDocument:
-    return ChoicesDocument(
-        envelope, request, lambda index, _, text: CompletionWriter(index, text, top_logprobs=request.logprobs or 0)
-    )
 
 
 @dataclass(slots=True)

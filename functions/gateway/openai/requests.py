@@ -17,7 +17,7 @@ from eventing.wire.generation import (
 )
 from eventing.wire.structured_outputs import MAX_CHOICES as MAX_GUIDED_CHOICES
 from eventing.wire.structured_outputs import GrammarText, StructuredOutputs
-from eventing.wire.tools import ToolCall, ToolChoice, Tools, callable_tools, forced_tools
+from eventing.wire.tools import ToolCall, ToolChoice, Tools
 
 MaxTokens = Annotated[int, Meta(ge=1, le=MAX_POSITION)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
@@ -278,15 +278,6 @@ class ChatRequest(FormattedOptions, frozen=True, kw_only=True, forbid_unknown_fi
     prediction: Annotated[
         Prediction | None, Meta(description="a text that much of the answer repeats: faster, the same answer")
     ] = None
-
-    @property
-    def callable_tools(self) -> Tools:
-        return callable_tools(self.tools or (), self.tool_choice or "auto")
-
-    @property
-    def constrained(self) -> bool:
-        """Whether a grammar constrains the answer: tool calls are forced, or a structure is required."""
-        return bool(forced_tools(self.tools or (), self.tool_choice or "auto")) or self.structure() is not None
 
     def generate_request(self) -> GenerateRequest:
         """This request in the form that AnswerService takes. Raises ValueError if options contradict each other."""

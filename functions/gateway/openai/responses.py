@@ -105,10 +105,11 @@ class CallItem:
 class Output:
     """Splits an answer into items. `token` and `end` yield the events that build them; iterate each of these to its end."""
 
-    def __init__(self, generation: Generation, text: ModelText, request: ResponsesRequest) -> None:
+    def __init__(self, generation: Generation, text: ModelText) -> None:
         self.items: list[TextItem | CallItem] = []
         self._request_id = generation.request_id
         self._text = text
+        request = generation.request
         self._reasoning = None if request.constrained else text.reasoning(generation.answers[0].prompt_ids)
         self._parser = text.tools.parser(tools) if (tools := request.callable_tools) else None
         self._logprobs: list[TokenLogprob] = []  # of tokens whose text is not yet certain
@@ -171,7 +172,7 @@ class ResponsesDocument:
     def whole(self, generation: Generation, text: ModelText) -> dict[str, Any]:
         generation.response()
         choice = generation.answers[0].choice()
-        output = Output(generation, text, self._request)
+        output = Output(generation, text)
         for logprob in choice.logprobs or ():
             list(output.token("", logprob))
         list(output.token(choice.text, None))
@@ -179,7 +180,7 @@ class ResponsesDocument:
         return self._document(generation, output, choice.finish_reason)
 
     def stream(self, generation: Generation, text: ModelText) -> Iterator[bytes | None]:
-        output = Output(generation, text, self._request)
+        output = Output(generation, text)
         tokens = yield from begun(generation.tokens())
         for type_ in ("response.created", "response.in_progress"):
             yield self._encode({"type": type_, "response": self._document(generation, output, None)})

@@ -14,12 +14,8 @@ from eventing.wire.tools import (
     NamedTool,
     Tool,
     ToolCall,
-    ToolChoice,
     ToolFunction,
     ToolName,
-    Tools,
-    callable_tools,
-    forced_tools,
 )
 from functions.gateway.openai.requests import (
     EFFORT,
@@ -186,26 +182,6 @@ class ResponsesRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields
                 return [StructuredOutputs(json=schema), *Options.forms(self)]
         return Options.forms(self)
 
-    @property
-    def wire_tools(self) -> tuple[Tools, ToolChoice]:
-        """`tools` and `tool_choice` as the fields of a GenerateRequest."""
-        tools = tuple(
-            Tool("function", ToolFunction(tool.name, tool.description, tool.parameters, tool.strict))
-            for tool in self.tools or ()
-        )
-        if isinstance(self.tool_choice, ResponseNamedTool):
-            return tools, NamedTool("function", FunctionName(self.tool_choice.name))
-        return tools, self.tool_choice or "auto"
-
-    @property
-    def callable_tools(self) -> Tools:
-        return callable_tools(*self.wire_tools)
-
-    @property
-    def constrained(self) -> bool:
-        """Whether a grammar constrains the answer: tool calls are forced, or a structure is required."""
-        return self.structure() is not None or bool(forced_tools(*self.wire_tools))
-
     def generate_request(self) -> GenerateRequest:
         """This request in the form that AnswerService takes. Raises ValueError if options contradict each other."""
         if self.n not in (None, 1):
@@ -213,15 +189,16 @@ class ResponsesRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields
         logprobs = "message.output_text.logprobs" in (self.include or ())
         if self.top_logprobs and not logprobs:
             raise ValueError('top_logprobs takes `include`: ["message.output_text.logprobs"]')
-        tools, tool_choice = self.wire_tools
+        tools = (ToolFunction(tool.name, tool.description, tool.parameters, tool.strict) for tool in self.tools or ())
+        choice = self.tool_choice or "auto"
         return GenerateRequest(
             messages=self.messages(),
             max_tokens=self.max_output_tokens or self.max_tokens,
             logprobs=(self.top_logprobs or 0) if logprobs else None,
             chat_template_kwargs=self.chat_template_kwargs or {},
             reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
-            tools=tools,
-            tool_choice=tool_choice,
+            tools=tuple(Tool("function", tool) for tool in tools),
+            tool_choice=choice if isinstance(choice, str) else NamedTool("function", FunctionName(choice.name)),
             parallel_tool_calls=self.parallel_tool_calls is not False,
             **self.sampling_fields(),
         )
