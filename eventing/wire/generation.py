@@ -19,7 +19,21 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 128
 MAX_CHOICES = 128  # answers to one request: its prompts, n times each
 
+# Values of options, with their bounds; the OpenAI API has the same.
+Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
+AnswerTokens = Annotated[int, Meta(ge=0, le=MAX_POSITION)]
+TopK = Annotated[int, Meta(ge=-1, lt=2**31)]
+TopP = Annotated[float, Meta(gt=0, le=1)]
+MinP = Annotated[float, Meta(ge=0, le=1)]
+RepetitionPenalty = Annotated[float, Meta(gt=0, le=100)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
+ReasoningEffort = Annotated[str, Meta(max_length=64)]
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
+StopStrings = StopString | Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOP_STRINGS)]
+StopTokens = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKENS)]
 CacheSalt = Annotated[str, Meta(min_length=22, max_length=256)]  # 22 characters of base64 hold 128 random bits
 PromptText = Annotated[str, Meta(min_length=1)]
 PromptIds = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_POSITION)]
@@ -56,37 +70,37 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     # Text without the chat template, or its tokens. Exactly one of `prompt` and `messages` is given.
     prompt: Prompts | None = None
     messages: Annotated[tuple[Message, ...], Meta(min_length=1)] | None = None
-    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1  # answers to each prompt
+    n: Choices = 1  # answers to each prompt
     # None: what the prompt leaves of the model's context. 0: nothing, with `echo`.
-    max_tokens: Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None = None
+    max_tokens: AnswerTokens | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0  # 0 is greedy
-    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] = 0  # 0 and -1 keep all
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    top_k: TopK = 0  # 0 and -1 keep all
+    top_p: TopP = 1.0
+    min_p: MinP = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
     # None: `cloud_event.reply_seed` of the request, so that a repeated delivery has the same answer.
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Seed | None = None
     # Text that much of the answer is expected to repeat, such as a file to be edited. Changes the speed, not the answer.
     prediction: str = ""
     # A secret of the client, made at random. Requests with the same one may reuse each other's KV.
     cache_salt: CacheSalt | None = None
     # Subtracted from the logit of a token in the answer: once, and once per occurrence.
-    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
-    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
     # Added to the logits of these tokens.
-    logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] = {}
-    min_tokens: Annotated[int, Meta(ge=0, le=MAX_POSITION)] = 0  # an end token cannot come earlier
+    logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=MAX_BIASES)] = {}
+    min_tokens: AnswerTokens = 0  # an end token cannot come earlier
     ignore_eos: bool = False  # the model's end token does not end the answer
     # The text ends before the first of these strings, which is not part of the answer; likewise before one of the tokens.
-    stop: StopString | Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOP_STRINGS)] = ()
-    stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKENS)] = ()
+    stop: StopStrings = ()
+    stop_token_ids: StopTokens = ()
     include_stop_str_in_output: bool = False  # the stop string, or the token of `stop_token_ids`, is part of the answer
     # The log-probability of each token is wanted, and of so many alternatives to it.
-    logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    logprobs: TopLogprobs | None = None
     echo: bool = False  # answer and log-probabilities begin with the prompt; not with `messages`
     chat_template_kwargs: dict[str, Any] = {}  # variables for the model's chat template, such as `enable_thinking`
     # A further variable for the chat template. One that lacks it and can switch thoughts off does so at `none`.
-    reasoning_effort: Annotated[str, Meta(max_length=64)] | None = None
+    reasoning_effort: ReasoningEffort | None = None
     tools: Tools = ()  # functions that the answer may call; calls are part of its text, in the model's own format
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True  # a forced call may be followed by others

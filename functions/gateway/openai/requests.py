@@ -4,24 +4,32 @@ from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct
 
-from eventing.wire.events import MAX_BIASES, MAX_POSITION, MAX_TOP_LOGPROBS, TokenId
+from eventing.wire.events import MAX_BIASES, MAX_POSITION
 from eventing.wire.generation import (
     MAX_CHOICES,
-    MAX_STOP_STRINGS,
-    MAX_STOP_TOKENS,
+    AnswerTokens,
+    Bias,
     CacheSalt,
+    Choices,
     GenerateRequest,
     Message,
+    MinP,
+    Penalty,
     Prompts,
-    StopString,
+    ReasoningEffort,
+    RepetitionPenalty,
+    Seed,
+    StopStrings,
+    StopTokens,
+    TopK,
+    TopLogprobs,
+    TopP,
 )
 from eventing.wire.structured_outputs import MAX_CHOICES as MAX_GUIDED_CHOICES
 from eventing.wire.structured_outputs import GrammarText, StructuredOutputs
 from eventing.wire.tools import ToolCall, ToolChoice, Tools
 
 MaxTokens = Annotated[int, Meta(ge=1, le=MAX_POSITION)]
-TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
-ReasoningEffort = Annotated[str, Meta(max_length=64)]
 Verbosity = Literal["low", "medium", "high"]
 
 # Options have descriptions, from which docs/openai.md and the OpenAPI document are generated.
@@ -119,37 +127,22 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     temperature: Annotated[
         Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="default 1, but 0 in the CloudEvents API; 0 is greedy")
     ] = None
-    top_p: Annotated[Annotated[float, Meta(gt=0, le=1)] | None, Meta(description="as in transformers")] = None
-    top_k: Annotated[
-        Annotated[int, Meta(ge=-1, lt=2**31)] | None, Meta(description="as in transformers; -1 and 0: all tokens")
-    ] = None
-    min_p: Annotated[Annotated[float, Meta(ge=0, le=1)] | None, Meta(description="as in transformers")] = None
-    repetition_penalty: Annotated[
-        Annotated[float, Meta(gt=0, le=100)] | None, Meta(description="applied before the temperature")
-    ] = None
-    presence_penalty: Annotated[
-        Annotated[float, Meta(ge=-2, le=2)] | None, Meta(description="applied before the temperature")
-    ] = None
-    frequency_penalty: Annotated[
-        Annotated[float, Meta(ge=-2, le=2)] | None, Meta(description="applied before the temperature")
-    ] = None
+    top_p: Annotated[TopP | None, Meta(description="as in transformers")] = None
+    top_k: Annotated[TopK | None, Meta(description="as in transformers; -1 and 0: all tokens")] = None
+    min_p: Annotated[MinP | None, Meta(description="as in transformers")] = None
+    repetition_penalty: Annotated[RepetitionPenalty | None, Meta(description="applied before the temperature")] = None
+    presence_penalty: Annotated[Penalty | None, Meta(description="applied before the temperature")] = None
+    frequency_penalty: Annotated[Penalty | None, Meta(description="applied before the temperature")] = None
     logit_bias: Annotated[
-        Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] | None,
+        Annotated[dict[str, Bias], Meta(max_length=MAX_BIASES)] | None,
         Meta(description="by token id in decimal; applied before the temperature"),
     ] = None
     min_tokens: Annotated[
-        Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None,
-        Meta(description="until then the model's end token and `stop_token_ids` are not drawn"),
+        AnswerTokens | None, Meta(description="until then the model's end token and `stop_token_ids` are not drawn")
     ] = None
     ignore_eos: Annotated[bool | None, Meta(description="the model's end token does not end the answer")] = None
-    stop: Annotated[
-        StopString | Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOP_STRINGS)] | None,
-        Meta(description="the answer ends before the first of these strings"),
-    ] = None
-    stop_token_ids: Annotated[
-        Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKENS)] | None,
-        Meta(description="the answer ends before the first of these tokens"),
-    ] = None
+    stop: Annotated[StopStrings | None, Meta(description="the answer ends before the first of these strings")] = None
+    stop_token_ids: Annotated[StopTokens | None, Meta(description="the answer ends before the first of these tokens")] = None
     include_stop_str_in_output: Annotated[
         bool | None, Meta(description="the answer has the stop string, or the stop token, at its end")
     ] = None
@@ -158,7 +151,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(description="default: what the prompt leaves of the context. Memory is then reserved as the answer grows"),
     ] = None
     n: Annotated[
-        Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None,
+        Choices | None,
         Meta(description="answers to each prompt, with different seeds; their prompt is computed once. In responses 1"),
     ] = None
     stream: Annotated[bool | None, Meta(description="server-sent events")] = None
@@ -174,9 +167,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = None
     guided_grammar: Annotated[GrammarText | None, _GUIDED] = None
     guided_decoding_backend: Annotated[str | None, HINT] = None
-    seed: Annotated[
-        Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None, Meta(description="the same seed gives the same answer")
-    ] = None
+    seed: Annotated[Seed | None, Meta(description="the same seed gives the same answer")] = None
     user: Annotated[str | None, HINT] = None
     metadata: Annotated[dict[str, str] | None, HINT] = None
     store: Annotated[bool | None, Meta(description="taken; nothing is stored")] = None
@@ -304,13 +295,12 @@ class CompletionRequest(FormattedOptions, frozen=True, kw_only=True, forbid_unkn
         Prompts, Meta(description=f"a text, several texts, token ids, or lists of them; prompts × `n` ≤ {MAX_CHOICES}")
     ]
     max_tokens: Annotated[
-        Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None,
-        Meta(description="default: what the prompt leaves of the context; 0 samples nothing, with `echo`"),
+        AnswerTokens | None, Meta(description="default: what the prompt leaves of the context; 0 samples nothing, with `echo`")
     ] = None
     echo: Annotated[
         bool | None, Meta(description="the answer begins with the prompt, with `logprobs` also its log-probabilities")
     ] = None
-    best_of: Annotated[Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None, Meta(description="must equal `n`")] = None
+    best_of: Annotated[Choices | None, Meta(description="must equal `n`")] = None
     logprobs: Annotated[
         TopLogprobs | None, Meta(description="log-probabilities, and alternatives to each token; the drawn one is among them")
     ] = None

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from eventing.wire.generation import GenerateRequest, Message
+from eventing.wire.generation import GenerateRequest, Message, ReasoningEffort, TopLogprobs
 from eventing.wire.structured_outputs import StructuredOutputs
 from eventing.wire.tools import (
     MAX_TOOLS,
@@ -25,9 +25,7 @@ from functions.gateway.openai.requests import (
     JSONObjectFormat,
     MaxTokens,
     Options,
-    ReasoningEffort,
     TextFormat,
-    TopLogprobs,
     Verbosity,
     join_text,
 )
