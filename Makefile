@@ -155,7 +155,7 @@ evaluate: $(VENV)/bench.stamp $(VENV)/native.stamp ## Does cutting a model pay: 
 	$(BIN)/python -m bench.evaluation $$EXPERIMENT $${QUICK:+--quick} $${TRACE:+--trace "$$TRACE"}
 
 .PHONY: soak
-soak: $(VENV)/bench.stamp $(VENV)/native.stamp ## Clients that misbehave beside honest ones, while stages are killed and hang and the store goes away (MINUTES=)
+soak: $(VENV)/bench.stamp $(VENV)/native.stamp ## Hostile clients and a greedy one beside honest ones, while stages and gateways are killed and the store goes away (MINUTES=)
 	$(BIN)/python -m bench.soak $${MINUTES:+--minutes "$$MINUTES"}
 
 ##@ Develop

@@ -1,8 +1,10 @@
-"""`make soak`: hostile clients beside honest ones, while stages are killed and hang and the store goes away.
+"""`make soak`: hostile clients and a greedy one beside honest ones, while stages and gateways are killed, stages hang and the
+store goes away.
 
-SmolLM2 in fp32 on a local platform of its own. Answers are first taken undisturbed, then asked for again and again beside every
-kind of hostile client (`bench.soak.attacks`) and every fault (`bench.soak.faults`), and compared with the first ones token for
-token. A round ends with a lull without hostile clients; from lull to lull no process may grow.
+SmolLM2 in fp32 on a local platform of its own, with two gateways. Answers are first taken undisturbed, then asked for again and
+again beside every kind of hostile client (`bench.soak.attacks`) and every fault (`bench.soak.faults`), and compared with the
+first ones token for token. A warm-up with all clients and no fault comes first; at the end every process must be back at what
+it used after that. `bench.soak.judge` has the table of verdicts.
 
 Writes a picture and a section of docs/benchmarks.md, for the default length only; status 1 if a target is missed. The records
 stay, and `--records` reports them again.
@@ -30,8 +32,23 @@ from bench.soak.faults import Faults
 from bench.soak.honest import ComeAgain, NoAnswer, take_references
 from bench.soak.judge import verdicts
 from bench.soak.observe import Observer
-from bench.soak.pipeline import KEYS_SECRET, MODEL, TIMING, ReturningStore, spec_of
-from bench.soak.records import GATEWAY, Answer, Attempt, Began, Fault, Health, Lost, Plan, Refused, read_records
+from bench.soak.pipeline import GATEWAYS, KEYS_SECRET, MODEL, TIMING, ReturningStore, spec_of
+from bench.soak.records import (
+    GATEWAY,
+    GREEDY,
+    HOSTILE,
+    Answer,
+    Attempt,
+    Began,
+    Broken,
+    Fault,
+    Health,
+    Lost,
+    Plan,
+    Refused,
+    is_gateway,
+    read_records,
+)
 from bench.soak.report import draw, markdown
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.commands.options import STORE_FOLDER
@@ -43,6 +60,8 @@ from storage.store.object_store import ObjectStore
 _PICTURE: Final = ROOT / "docs" / "soak.png"
 _STAGES: Final = 3
 _MINUTES: Final = 15.0
+_GATEWAY_KILL_SECONDS: Final = 60.0
+_WARM_UP_SECONDS: Final = 60.0
 _PROGRESS_SECONDS: Final = 15.0
 _END_SECONDS: Final = 10.0
 
@@ -59,23 +78,32 @@ async def soak(plan: Plan, kill_seconds: float, platform: Platform, store: Retur
         await take_references(plan, recorder)
     except (NoAnswer, ComeAgain, aiohttp.ClientError) as error:
         raise click.ClickException(f"a question fails even undisturbed: {error}") from error
+    say("warming up")
+    await _clients(msgspec.structs.replace(plan, seconds=min(_WARM_UP_SECONDS, plan.seconds / 3), seed=plan.seed + 1))
     before = await observer.rest("before")
     kinds = tuple(kind.name for kind in KINDS)
     model = f"{plan.model} in float32"
-    recorder.write(Began(recorder.now, plan.seconds, tuple(plan.services), model, plan.honest, kill_seconds, kinds))
-    faults = Faults(platform, store, plan, recorder, kill_seconds)
+    gateway_kill_seconds = min(_GATEWAY_KILL_SECONDS, plan.seconds / 4)
+    began = (plan.seconds, tuple(plan.services), model, plan.honest, plan.greedy, kill_seconds, gateway_kill_seconds, kinds)
+    recorder.write(Began(recorder.now, *began))
+    faults = Faults(platform, store, plan, recorder, kill_seconds, gateway_kill_seconds)
     async with (
         _background(observer.run()),
         _background(_tell(recorder)),
         _process("bench.soak.health", plan),
-        _process("bench.soak.clients", plan) as clients,
         asyncio.TaskGroup() as tasks,
     ):
         tasks.create_task(faults.run())
-        if await clients.wait() != 0:
-            raise RuntimeError(f"the clients ended with status {clients.returncode}")
+        await _clients(plan)
     say("coming to rest")
     await observer.rest("after", before)
+
+
+async def _clients(plan: Plan) -> None:
+    """Runs all clients until the plan is over. Raises RuntimeError if they fail."""
+    async with _process("bench.soak.clients", plan) as clients:
+        if await clients.wait() != 0:
+            raise RuntimeError(f"the clients ended with status {clients.returncode}")
 
 
 @contextlib.asynccontextmanager
@@ -113,16 +141,20 @@ async def _tell(recorder: Recorder) -> None:
 
 def progress(records: list[Record], now: float) -> str:
     began = of(Began, records)[0]
-    slow = max((health.seconds for health in of(Health, records) if health.service == GATEWAY), default=0.0)
-    honest = f"{len(of(Answer, records))} answers, {len(of(Refused, records))} refusals, {len(of(Lost, records))} lost"
+    slow = max((health.seconds for health in of(Health, records) if is_gateway(health.service)), default=0.0)
+    answered = f"{len(of(Answer, records))} answers, {len(of(Refused, records))} refusals"
+    failed = f"{len(of(Broken, records))} broken, {len(of(Lost, records))} lost"
     disturbed = f"{len(of(Attempt, records))} hostile attempts, {len(of(Fault, records))} faults"
-    return f"{now - began.t:.0f} of {began.seconds:.0f} s: {honest}; {disturbed}; /healthz of the gateway at most {slow:.2f} s"
+    when = f"{now - began.t:.0f} of {began.seconds:.0f} s"
+    return f"{when}: {answered}, {failed}; {disturbed}; /healthz of a gateway at most {slow:.2f} s"
 
 
-def run(seconds: float, honest: int, kill_seconds: float, records: Path, state_path: Path) -> None:
+def run(seconds: float, honest: int, greedy: int, kill_seconds: float, records: Path, state_path: Path) -> None:
+    clients = [*(f"honest {number}" for number in range(honest)), GREEDY, HOSTILE]
+    keys = {client: secrets.token_hex(16) for client in clients}
+
     async def whole(state: StateFolder, local: LocalPipeline, store: ReturningStore) -> None:
         records.unlink(missing_ok=True)
-        honest_key, hostile_key = local.secrets[KEYS_SECRET]["api-keys"].split(",")
         options = PlatformOptions(secrets=local.secrets, logs=state.logs, timing=TIMING)
         name, stages = local.pipeline.spec.name, local.pipeline.stage_names
         with Recorder(records) as recorder:
@@ -135,11 +167,13 @@ def run(seconds: float, honest: int, kill_seconds: float, records: Path, state_p
                     seconds=seconds,
                     url=url,
                     admin_url=platform.admin_url,
-                    services={GATEWAY: name, **{f"stage {index}": stage for index, stage in enumerate(stages)}},
+                    services={
+                        **{f"{GATEWAY} {index}": name for index in range(GATEWAYS)},
+                        **{f"stage {index}": stage for index, stage in enumerate(stages)},
+                    },
                     model=local.manifest.name,
-                    honest_key=honest_key,
-                    hostile_key=hostile_key,
-                    honest=honest,
+                    keys=keys,
+                    greedy=greedy,
                 )
                 await soak(plan, kill_seconds, platform, store, recorder)
 
@@ -147,22 +181,27 @@ def run(seconds: float, honest: int, kill_seconds: float, records: Path, state_p
         store = ObjectStore(returning.settings)
         spec = spec_of(_STAGES)
         manifest = ensure_published(store, MODEL, spec.model.dtype, Console())
-        keys = {KEYS_SECRET: {"api-keys": f"{secrets.token_hex(16)},{secrets.token_hex(16)}"}}
-        asyncio.run(whole(state, local_pipeline(store, manifest, _STAGES, spec, keys), returning))
+        named_secrets = {KEYS_SECRET: {"api-keys": ",".join(keys.values())}}
+        asyncio.run(whole(state, local_pipeline(store, manifest, _STAGES, spec, named_secrets), returning))
 
 
 @click.command(help=__doc__)
 @click.option("--minutes", type=click.FloatRange(min=0.5), default=_MINUTES, show_default=True, help="Of disturbance.")
-@click.option("--honest", type=click.IntRange(min=1), default=4, show_default=True, help="Honest clients at a time.")
-@click.option("--kill-seconds", type=click.FloatRange(min=1), default=6.0, show_default=True, help="Between two kills.")
+@click.option("--honest", type=click.IntRange(min=1), default=4, show_default=True, help="Honest clients, each with a key.")
+@click.option("--greedy", type=click.IntRange(min=1), default=96, show_default=True, help="Connections of the greedy client.")
+@click.option(
+    "--kill-seconds", type=click.FloatRange(min=1), default=15.0, show_default=True, help="Between two kills of stages."
+)
 @click.option("--state", type=click.Path(path_type=Path), default=STATE / "soak", help="Its store keeps the model.")
 @click.option("--records", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Report these; run nothing.")
 @click.option("--print-only", is_flag=True, help="Leave docs/ alone.")
-def main(minutes: float, honest: int, kill_seconds: float, state: Path, records: Path | None, print_only: bool) -> None:
+def main(
+    minutes: float, honest: int, greedy: int, kill_seconds: float, state: Path, records: Path | None, print_only: bool
+) -> None:
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     if records is None:
         records = state / "soak.jsonl"
-        run(minutes * 60, honest, kill_seconds, records, state)
+        run(minutes * 60, honest, greedy, kill_seconds, records, state)
     found = read_records(records)
     click.echo(markdown(found))
     began = of(Began, found)[0]
@@ -171,9 +210,10 @@ def main(minutes: float, honest: int, kill_seconds: float, state: Path, records:
     else:
         draw(found, _PICTURE, f"{began.model}, {began.seconds / 60:g} minutes: make soak")
         text = (
-            f"## Soak\n\n`python -m bench.soak` · {machine()} · {began.model}, {len(began.services) - 1} stages of one pod "
-            f"each, {began.honest} honest clients at a time, {began.seconds / 60:g} minutes, a stage killed every "
-            f"{began.kill_seconds:g} seconds. A client that opens several connections counts once for each.\n\n"
+            f"## Soak\n\n`python -m bench.soak` · {machine()} · {began.model}, {GATEWAYS} gateways and {_STAGES} stages of one "
+            f"pod each, {len(began.honest)} honest clients with one question at a time and a greedy one with {began.greedy}, "
+            f"{began.seconds / 60:g} minutes, a stage killed every {began.kill_seconds:g} seconds, a gateway every "
+            f"{began.gateway_kill_seconds:g}. A hostile client that opens several connections counts once for each.\n\n"
             f"{markdown(found)}\n\n![answers and faults, health, threads, descriptors, memory]({_PICTURE.name})"
         )
         write_section(_PICTURE.with_name("benchmarks.md"), "soak", text)

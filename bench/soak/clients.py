@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import contextlib
 import random
 import resource
 import sys
@@ -15,68 +16,47 @@ import msgspec
 
 from bench.records import Recorder
 from bench.soak.attacks import KINDS
-from bench.soak.honest import HonestClient, session_of
-from bench.soak.records import Attempt, Lull, Plan
+from bench.soak.honest import AskingClient, session_of
+from bench.soak.records import GREEDY, Attempt, Plan
 from bench.soak.target import Kind, Target
 
 
 async def run(plan: Plan, recorder: Recorder) -> None:
     """Returns when the plan is over and the last honest question is answered or lost."""
-    async with session_of(plan) as session, asyncio.TaskGroup() as clients:
-        for number in range(plan.honest):
-            clients.create_task(HonestClient(session, plan, recorder).keep_asking(number))
-        clients.create_task(HostileClients(Target(plan, session), plan, recorder).run())
+    async with session_of() as session, asyncio.TaskGroup() as clients:
+        for number, client in enumerate([*plan.honest, *[GREEDY] * plan.greedy]):
+            clients.create_task(AskingClient(session, plan, recorder, client, number).keep_asking())
+        clients.create_task(attack(Target(plan, session), recorder))
 
 
-class HostileClients:
-    """All kinds attack in rounds; each round ends with a lull without them."""
+async def attack(target: Target, recorder: Recorder) -> None:
+    """All kinds of hostile clients attack until the plan is over."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(target.plan.seconds), asyncio.TaskGroup() as clients:
+            for kind in KINDS:
+                clients.create_task(_keep_attacking(kind, target, recorder))
 
-    def __init__(self, target: Target, plan: Plan, recorder: Recorder) -> None:
-        self._target = target
-        self._plan = plan
-        self._recorder = recorder
 
-    async def run(self) -> None:
-        """Attacks until the plan is over."""
-        over = self._recorder.now + self._plan.seconds
-        dice = {kind.name: random.Random(f"hostile {self._plan.seed} {kind.name}") for kind in KINDS}
-        while (now := self._recorder.now) + self._plan.round_seconds <= over + 1:
-            await self._attack(dice, self._plan.round_seconds - self._plan.lull_seconds)
-            lull = now + self._plan.round_seconds
-            self._recorder.write(Lull(self._recorder.now, lull))
-            await asyncio.sleep(max(0.0, lull - self._recorder.now))
-
-    async def _attack(self, dice: dict[str, random.Random], seconds: float) -> None:
-        clients = [asyncio.create_task(self._keep_attacking(kind, dice[kind.name])) for kind in KINDS]
+async def _keep_attacking(kind: Kind, target: Target, recorder: Recorder) -> None:
+    dice = random.Random(f"hostile {target.plan.seed} {kind.name}")
+    while True:
+        outcomes: Counter[str] = Counter()
+        started = recorder.now
         try:
-            await asyncio.wait(clients, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+            await target.look()
+            await kind.attack(target, dice, outcomes)
+        except TimeoutError:
+            outcomes["silent"] += 1
+        except (OSError, KeyError, aiohttp.ClientError):
+            outcomes["closed"] += 1
+        except asyncio.CancelledError:
+            if not outcomes:
+                outcomes["unanswered at the end"] += 1
+            raise
         finally:
-            for client in clients:
-                client.cancel()
-            results = await asyncio.gather(*clients, return_exceptions=True)
-        for error in results:
-            if isinstance(error, Exception):
-                raise error
-
-    async def _keep_attacking(self, kind: Kind, dice: random.Random) -> None:
-        while True:
-            outcomes: Counter[str] = Counter()
-            started = self._recorder.now
-            try:
-                await self._target.look()
-                await kind.attack(self._target, dice, outcomes)
-            except TimeoutError:
-                outcomes["silent"] += 1
-            except (OSError, KeyError, aiohttp.ClientError):
-                outcomes["closed"] += 1
-            except asyncio.CancelledError:
-                if not outcomes:
-                    outcomes["unanswered until the lull"] += 1
-                raise
-            finally:
-                now = self._recorder.now
-                self._recorder.write(Attempt(now, kind.name, round(now - started, 4), dict(outcomes)))
-            await asyncio.sleep(dice.uniform(0.5, 1.5) * kind.pause_seconds)
+            now = recorder.now
+            recorder.write(Attempt(now, kind.name, round(now - started, 4), dict(outcomes)))
+        await asyncio.sleep(dice.uniform(0.5, 1.5) * kind.pause_seconds)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""Faults of the pipeline itself: killed stages, stages that accept connections and never answer, a store that is away.
+"""Faults of the pipeline itself: killed stages and gateways, stages that accept connections and never answer, a store that is
+away.
 
-Kills meet every stage in the first third, the first stage in the second, and the last stage in the last third, so that every
-process lives long enough to show whether it grows.
+Kills meet every stage in the first third, the first stage in the second, and the last stage in the last third; of the gateways
+only the first after the first third. So every process lives long enough to show whether it grows.
 """
 
 import asyncio
@@ -14,8 +15,7 @@ from pathlib import Path
 
 from bench.records import Recorder
 from bench.soak.pipeline import ReturningStore
-from bench.soak.records import GATEWAY, STORE, Fault, Plan
-from knative.local.kubelet.pods import LocalPod
+from bench.soak.records import STORE, Fault, Plan, is_gateway, named_pods
 from knative.local.platform import Platform
 
 _LOOK_SECONDS = 0.1
@@ -28,42 +28,63 @@ class Faults:
     store: ReturningStore
     plan: Plan
     recorder: Recorder
-    kill_seconds: float
+    kill_seconds: float  # between two kills of stages
+    gateway_kill_seconds: float
     _hanging: str | None = None
     _dice: random.Random = field(default_factory=lambda: random.Random(6))
 
     async def run(self) -> None:
         """Runs until the plan is over. Stopped processes go on and the store comes back in any case."""
         async with asyncio.TaskGroup() as faults:
-            faults.create_task(self._kill())
+            faults.create_task(self._kill_stages())
+            faults.create_task(self._kill_gateways())
             faults.create_task(self._hang())
             faults.create_task(self._send_store_away())
 
     @property
     def _stages(self) -> list[str]:
-        return [service for service in self.plan.services if service != GATEWAY]
+        return [service for service in self.plan.services if not is_gateway(service)]
 
-    def _pod(self, service: str) -> LocalPod | None:
-        """The ready pod; None: it has none."""
-        found = self.platform.services["default", self.plan.services[service]].revisions[-1].ready_pods
-        return found[0] if found else None
+    def _ready_pid(self, service: str) -> int | None:
+        """The process of a pod that is ready; None: it is not."""
+        pod = named_pods(self.platform.status(), self.plan.services).get(service)
+        return pod["pid"] if pod is not None and pod["phase"] == "ready" else None
 
-    async def _kill(self) -> None:
+    async def _kill_stages(self) -> None:
         over = self.recorder.now + self.plan.seconds
         while over - self.recorder.now > self.kill_seconds:
             await self._rest()
             left = over - self.recorder.now
             victims = victims_at(1 - left / self.plan.seconds, self._stages)
             service = self._dice.choice(victims)
-            pod = self._pod(service)
-            if service == self._hanging or pod is None or pod.pid is None:
+            pid = self._ready_pid(service)
+            if service == self._hanging or pid is None:
                 continue
             with suppress(ProcessLookupError):  # it has just been killed otherwise
-                os.kill(pod.pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
                 self.recorder.write(Fault(self.recorder.now, "kill", service, self.recorder.now))
 
+    async def _kill_gateways(self) -> None:
+        """Waits until the killed gateway is replaced: so another one always serves."""
+        gateways = [service for service in self.plan.services if is_gateway(service)]
+        began = self.recorder.now
+        while self.recorder.now + self.gateway_kill_seconds < began + self.plan.seconds:
+            await asyncio.sleep(self.gateway_kill_seconds)
+            early = self.recorder.now < began + self.plan.seconds / 3
+            service = self._dice.choice(gateways) if early else gateways[0]
+            if (pid := self._ready_pid(service)) is None:
+                continue
+            killed = self.recorder.now
+            try:
+                os.kill(pid, signal.SIGKILL)
+                await asyncio.sleep(_LOOK_SECONDS)
+                while self._ready_pid(service) in (None, pid):
+                    await asyncio.sleep(_LOOK_SECONDS)
+            finally:
+                self.recorder.write(Fault(killed, "kill", service, self.recorder.now))
+
     async def _rest(self) -> None:
-        """Waits until an honest client has been answered since the last kill, up to three times `kill_seconds`.
+        """Waits until a client has been answered since the last kill, up to three times `kill_seconds`.
 
         Otherwise a soak would test the speed of the machine, and not the pipeline.
         """
@@ -77,20 +98,15 @@ class Faults:
         every = self.plan.seconds / (2 * len(self._stages))
         for service in (*self._stages, *self._stages):
             await asyncio.sleep(every / 2)
-            if (pod := await self._wait_for(service, every / 4)) is not None:
-                await self._stop(pod, service, every / 4)
+            until = self.recorder.now + every / 4
+            while (pid := self._ready_pid(service)) is None and self.recorder.now < until:
+                await asyncio.sleep(_LOOK_SECONDS)
+            if pid is not None:
+                await self._stop(pid, service, every / 4)
             await asyncio.sleep(every / 4)
 
-    async def _wait_for(self, service: str, seconds: float) -> LocalPod | None:
-        until = self.recorder.now + seconds
-        while (pod := self._pod(service)) is None and self.recorder.now < until:
-            await asyncio.sleep(_LOOK_SECONDS)
-        return pod
-
-    async def _stop(self, pod: LocalPod, service: str, seconds: float) -> None:
-        pid, began = pod.pid, self.recorder.now
-        if pid is None:
-            return
+    async def _stop(self, pid: int, service: str, seconds: float) -> None:
+        began = self.recorder.now
         try:
             os.kill(pid, signal.SIGSTOP)
         except ProcessLookupError:  # it was killed meanwhile
@@ -99,7 +115,7 @@ class Faults:
         try:
             await asyncio.sleep(min(30.0, seconds))
         finally:
-            if pod.pid == pid:
+            if named_pods(self.platform.status(), self.plan.services)[service]["pid"] == pid:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
             self._hanging = None
@@ -121,7 +137,7 @@ class Faults:
 
 
 def answers(records: str) -> int:
-    """The number of honest answers so far, which another process records."""
+    """The number of answers so far, which another process records."""
     return Path(records).read_bytes().count(b'"kind":"answer"')
 
 

@@ -1,7 +1,12 @@
-"""Honest clients: they ask the same questions by every API, again and again, and wait as they are told to."""
+"""Clients that ask the same questions by every API, again and again, and wait as they are told to.
+
+Each honest client has a key and asks one question at a time. The greedy one does the same by many connections with one key.
+"""
 
 import asyncio
+import contextlib
 import random
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -11,7 +16,7 @@ import aiohttp
 import msgspec
 
 from bench.records import Recorder
-from bench.soak.records import Answer, Lost, Plan, Reference, Refused
+from bench.soak.records import GATEWAY, Answer, Broken, Lost, Plan, Reference, Refused, is_gateway, named_pods
 from eventing.http.binding import from_http, to_binary_http
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, ServerSentEvent, SSEDecoder
 from eventing.wire.cloud_event import json_event
@@ -66,7 +71,7 @@ QUESTIONS: Final = tuple(
 )
 
 
-PATIENCE_SECONDS: Final = 240.0  # for one answer, refusals included; after that it counts as lost
+PATIENCE_SECONDS: Final = 240.0  # for one answer, refusals and broken attempts included; after that it counts as lost
 _PAUSE_SECONDS: Final = 1.0  # after a refusal that names no time
 _LONGEST_PAUSE_SECONDS: Final = 30.0
 _COME_AGAIN: Final = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
@@ -94,63 +99,86 @@ class Given:
     replays: int = 0
 
 
-class HonestClient:
-    def __init__(self, session: aiohttp.ClientSession, plan: Plan, recorder: Recorder) -> None:
+class AskingClient:
+    """Asks one question at a time, each time of a random gateway, and again with the same key if its answer breaks."""
+
+    def __init__(self, session: aiohttp.ClientSession, plan: Plan, recorder: Recorder, client: str, number: int) -> None:
         self._session = session
         self._plan = plan
         self._recorder = recorder
+        self._client = client
+        self._dice = random.Random(f"asking {plan.seed} {number}")
 
-    async def keep_asking(self, number: int) -> None:
+    async def keep_asking(self) -> None:
         """Asks until the plan is over, and awaits the last answer."""
-        dice = random.Random(f"honest {self._plan.seed} {number}")
         until = self._recorder.now + self._plan.seconds
         while self._recorder.now < until:
-            await self._ask(dice.choice(APIS), dice.choice(QUESTIONS))
+            await self._ask(self._dice.choice(APIS), self._dice.choice(QUESTIONS))
 
     async def _ask(self, api: Api, question: Question) -> None:
-        started = self._recorder.now
-        try:
+        id_, started, broken = str(uuid.uuid4()), self._recorder.now, 0
+        reason = "refused again and again"
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE_SECONDS):
-                given = await self._until_answered(api, question)
-        except (NoAnswer, TimeoutError, aiohttp.ClientError, msgspec.MsgspecError) as error:
-            reason = str(error) or type(error).__name__
-            self._recorder.write(Lost(self._recorder.now, question.name, api, started, reason))
-            await asyncio.sleep(_PAUSE_SECONDS)
-            return
-        told = (given.text, given.completion_tokens, given.token_ids, given.replays)
-        self._recorder.write(Answer(self._recorder.now, question.name, api, started, *told))
+                while True:
+                    gateway, url = await self._choose_gateway()
+                    asked = self._recorder.now
+                    try:
+                        given = await ask(self._session, self._plan, api, question, self._client, id_, url)
+                    except ComeAgain as refusal:
+                        status, told = refusal.status, refusal.retry_after
+                        self._recorder.write(Refused(self._recorder.now, self._client, api, status, told))
+                        pause = float(told) if told and told.isdigit() else _PAUSE_SECONDS
+                        await asyncio.sleep(min(pause, _LONGEST_PAUSE_SECONDS))
+                    except (NoAnswer, OSError, aiohttp.ClientError, msgspec.MsgspecError) as error:
+                        broken += 1
+                        reason = str(error) or type(error).__name__
+                        attempt = (self._client, question.name, api, gateway, asked, reason)
+                        self._recorder.write(Broken(self._recorder.now, *attempt))
+                        await asyncio.sleep(_PAUSE_SECONDS)
+                    else:
+                        told_by = (given.text, given.completion_tokens, given.token_ids, given.replays)
+                        question_asked = (self._client, question.name, api, started)
+                        self._recorder.write(Answer(self._recorder.now, *question_asked, *told_by, broken))
+                        return
+        self._recorder.write(Lost(self._recorder.now, self._client, question.name, api, started, reason))
 
-    async def _until_answered(self, api: Api, question: Question) -> Given:
-        while True:
-            try:
-                return await ask(self._session, self._plan, api, question)
-            except ComeAgain as refusal:
-                self._recorder.write(Refused(self._recorder.now, api, refusal.status, refusal.retry_after))
-                seconds = refusal.retry_after or ""
-                pause = float(seconds) if seconds.isdigit() else _PAUSE_SECONDS
-                await asyncio.sleep(min(pause, _LONGEST_PAUSE_SECONDS))
+    async def _choose_gateway(self) -> tuple[str, str]:
+        """Name and URL of a ready gateway, so that a broken answer can be told from others; of the Service if there is none."""
+        async with self._session.get(f"{self._plan.admin_url}/status") as reply:
+            pods = named_pods(await reply.json(), self._plan.services)
+        ready = [(name, pod) for name, pod in pods.items() if is_gateway(name) and pod["phase"] == "ready"]
+        if not ready:
+            return GATEWAY, self._plan.url
+        name, pod = self._dice.choice(ready)
+        return name, f"http://127.0.0.1:{pod['port']}"
 
 
 async def take_references(plan: Plan, recorder: Recorder) -> None:
     """Records the undisturbed answers, one after the other. Raises NoAnswer, ComeAgain."""
-    async with session_of(plan) as session:
+    async with session_of() as session:
         for question in QUESTIONS:
-            given = await ask(session, plan, "event", question)
+            given = await ask(session, plan, "event", question, plan.honest[0], str(uuid.uuid4()), plan.url)
             found = Reference(recorder.now, question.name, given.text, given.token_ids or (), given.completion_tokens)
             recorder.write(found)
 
 
-def session_of(plan: Plan) -> aiohttp.ClientSession:
+def session_of() -> aiohttp.ClientSession:
     """Uses a connection for each request: one that broke with its pod must not fail the next request."""
-    headers = {"authorization": f"Bearer {plan.honest_key}"}
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
-    return aiohttp.ClientSession(headers=headers, timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True))
+    return aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True))
 
 
-async def ask(session: aiohttp.ClientSession, plan: Plan, api: Api, question: Question) -> Given:
-    """Raises ComeAgain, NoAnswer, aiohttp.ClientError, msgspec.MsgspecError."""
-    url, headers, body = _request(plan, api, question)
-    async with session.post(url, data=body, headers=headers) as reply:
+async def ask(
+    session: aiohttp.ClientSession, plan: Plan, api: Api, question: Question, client: str, id_: str, url: str
+) -> Given:
+    """Asks the gateway at `url` with the client's key. Two requests with one id are the same one.
+
+    Raises ComeAgain, NoAnswer, aiohttp.ClientError, msgspec.MsgspecError.
+    """
+    path, headers, body = _request(plan.model, api, question, id_)
+    headers["authorization"] = f"Bearer {plan.keys[client]}"
+    async with session.post(url + path, data=body, headers=headers) as reply:
         if reply.status in _COME_AGAIN:
             raise ComeAgain(reply.status, reply.headers.get("retry-after"))
         if reply.status != HTTPStatus.OK:
@@ -169,15 +197,15 @@ async def ask(session: aiohttp.ClientSession, plan: Plan, api: Api, question: Qu
                 return await _of_chunks(_messages(reply))
 
 
-def _request(plan: Plan, api: Api, question: Question) -> tuple[str, dict[str, str], bytes]:
+def _request(model: str, api: Api, question: Question, id_: str) -> tuple[str, dict[str, str], bytes]:
     if api.startswith("openai"):
-        body = question.openai_body(plan.model, stream=api == "openai stream")
+        body = question.openai_body(model, stream=api == "openai stream")
         path = "/v1/chat/completions" if question.chat else "/v1/completions"
-        return plan.url + path, {"content-type": "application/json"}, msgspec.json.encode(body)
-    headers, pieces = to_binary_http(json_event(EventType.GENERATE_REQUEST, "bench/soak", question.event_data()))
+        return path, {"content-type": "application/json", "idempotency-key": id_}, msgspec.json.encode(body)
+    headers, pieces = to_binary_http(json_event(EventType.GENERATE_REQUEST, "bench/soak", question.event_data(), id=id_))
     if api == "event stream":
         headers["accept"] = EVENT_STREAM_CONTENT_TYPE
-    return plan.url, headers, b"".join(pieces)
+    return "/", headers, b"".join(pieces)
 
 
 async def _messages(reply: aiohttp.ClientResponse) -> AsyncIterator[ServerSentEvent]:

@@ -1,9 +1,9 @@
-"""Judges a soak from its records."""
+"""Judges a soak from its records. `VERDICTS` is the table of what a soak must hold."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from statistics import fmean, linear_regression
+from collections.abc import Callable, Sequence
+from re import fullmatch
+from statistics import fmean
 from typing import Final
 
 from bench.records import Record, of
@@ -11,49 +11,38 @@ from bench.report import Verdict
 from bench.soak.attacks import KINDS
 from bench.soak.records import (
     FREE,
-    GATEWAY,
-    ROUND_LULLS,
+    GREEDY,
     STORE,
     Answer,
     Attempt,
     Began,
+    Broken,
     Ended,
     Fault,
     Health,
     Lost,
-    Lull,
     Reference,
     Refused,
+    Resources,
     Rest,
     Usage,
+    is_gateway,
 )
 
 HEALTHY_SECONDS: Final = 1.0
 RECOVERY_SECONDS: Final = 20.0  # after a fault of a service, or of the store, the service's health is not judged
-_FEWEST_LULLS: Final = 2
-_GROWTH_SHARE: Final = 0.05
-# Growth that honest clients, who are there in lulls too, and the allocator cause; or 5 % of the level, if that is more.
-_ALLOWED_GROWTH: Final = {"threads": 6.0, "descriptors": 12.0, "own_bytes": 16.0 * 2**20}
-_NAMES: Final = {
-    "threads": "threads",
-    "descriptors": "descriptors",
-    "own_bytes": "resident memory, without what is reserved for keys and values,",
-}
+NOTICED_SECONDS: Final = 5.0  # within which a client sees that its gateway was killed
+LEAST_SHARE: Final = 0.5  # of an equal part, for every honest client
+LEAST_ADVANTAGE: Final = 1.5
+GATEWAY_PEAK_BYTES: Final = 400 * 2**20  # its pod may have 512 MiB
+_GROWTH_SHARE: Final = 1.05
+_SPARE_THREADS: Final = 2  # threads that are ending, and connections that are closing, when a process is looked at
+_SPARE_DESCRIPTORS: Final = 4
+_MIB: Final = 2**20
 
 
 def verdicts(records: Sequence[Record]) -> list[Verdict]:
-    return [
-        _answers_equal(records),
-        _none_lost(records),
-        _refusals_name_a_time(records),
-        _nothing_held(records),
-        _memory_free(records),
-        *(_flat(records, quantity) for quantity in _ALLOWED_GROWTH),
-        _healthy(records),
-        _ended_by_faults_only(records),
-        _invalid_requests_refused(records),
-        _disturbed(records),
-    ]
+    return [judge(records) for judge in VERDICTS]
 
 
 def wrong(records: Sequence[Record]) -> list[Answer]:
@@ -71,116 +60,140 @@ def wrong(records: Sequence[Record]) -> list[Answer]:
 
 def _answers_equal(records: Sequence[Record]) -> Verdict:
     answers, found = of(Answer, records), wrong(records)
+    again = sum(answer.broken > 0 for answer in answers)
     first = f"; first: {found[0].question!r} by {found[0].api}: {found[0].text!r}" if found else ""
-    what = "every honest answer equals the undisturbed one, token for token"
-    return Verdict(what, f"{len(found)} of {len(answers)} wrong{first}", bool(answers) and not found)
+    what = "every answer equals the undisturbed one, token for token, also when it is asked for again"
+    seen = f"{len(found)} of {len(answers)} wrong, {again} asked for again{first}"
+    return Verdict(what, seen, bool(answers) and not found, "0 wrong")
+
+
+def unexcused(records: Sequence[Record]) -> list[Broken]:
+    """Broken attempts whose own gateway was not killed meanwhile."""
+    kills = [fault for fault in of(Fault, records) if fault.fault == "kill" and is_gateway(fault.service)]
+
+    def excused(broken: Broken) -> bool:
+        return any(
+            kill.service.startswith(broken.gateway) and kill.t <= broken.t and broken.asked <= kill.until + NOTICED_SECONDS
+            for kill in kills
+        )
+
+    return [broken for broken in of(Broken, records) if not excused(broken)]
+
+
+def _broken_by_kills_only(records: Sequence[Record]) -> Verdict:
+    broken, found = of(Broken, records), unexcused(records)
+    first = f"; first, at {found[0].t:.0f} s at {found[0].gateway} by {found[0].api}: {found[0].reason}" if found else ""
+    seen = f"{len(found)} of {len(broken)} broken answers otherwise{first}"
+    return Verdict("an answer breaks only if its own gateway is killed", seen, not found, "0 otherwise")
 
 
 def _none_lost(records: Sequence[Record]) -> Verdict:
-    lost = of(Lost, records)
+    lost = [each for each in of(Lost, records) if each.client != GREEDY]
     first = f"; first, at {lost[0].t:.0f} s by {lost[0].api}: {lost[0].reason}" if lost else ""
-    return Verdict("no honest question is lost", f"{len(lost)} lost{first}", not lost)
+    return Verdict("who asks again gets the answer: no honest question is lost", f"{len(lost)} lost{first}", not lost, "0")
+
+
+def _shares(records: Sequence[Record]) -> tuple[Began | None, Counter[str]]:
+    """How many answers each client got in the disturbance."""
+    began = next(iter(of(Began, records)), None)
+    return began, Counter(answer.client for answer in of(Answer, records) if began is not None and answer.started >= began.t)
+
+
+def _equal_shares(records: Sequence[Record]) -> Verdict:
+    began, answers = _shares(records)
+    counts = [answers[client] for client in began.honest] if began else [0]
+    part = fmean(counts)
+    seen = f"{min(counts)} of {part:.1f} answers"
+    what = "every honest client gets its share: an equal part of all honest clients' answers"
+    return Verdict(what, seen, part > 0 and min(counts) >= LEAST_SHARE * part, f"≥ {LEAST_SHARE:.0%} of it")
+
+
+def _before_greedy(records: Sequence[Record]) -> Verdict:
+    """If clients did not share the queue, each connection would get the same."""
+    began, answers = _shares(records)
+    least = min(answers[client] for client in began.honest) if began else 0
+    greedy = answers[GREEDY] / began.greedy if began else 0.0
+    seen = f"{least}, beside {answers[GREEDY]} answers or {greedy:.1f} for a connection"
+    what = "every honest client gets more answers than a connection of the greedy key"
+    return Verdict(what, seen, greedy > 0 and least >= LEAST_ADVANTAGE * greedy, f"≥ {LEAST_ADVANTAGE:g} ×")
 
 
 def _refusals_name_a_time(records: Sequence[Record]) -> Verdict:
     refusals = of(Refused, records)
     silent = sum(refusal.retry_after is None for refusal in refusals)
     seen = f"{silent} of {len(refusals)} refusals without"
-    return Verdict("refusals of honest clients say when to retry (Retry-After)", seen, not silent)
+    return Verdict("refusals of valid questions say when to retry (Retry-After)", seen, not silent, "0 without")
 
 
-def _rest(records: Sequence[Record], moment: str) -> dict[str, dict[str, float]]:
-    return {rest.service: rest.gauges for rest in of(Rest, records) if rest.moment == moment}
+def _rest(records: Sequence[Record], moment: str) -> dict[str, Rest]:
+    return {rest.service: rest for rest in of(Rest, records) if rest.moment == moment}
 
 
 def _nothing_held(records: Sequence[Record]) -> Verdict:
-    after = _rest(records, "after")
+    before, after = _rest(records, "before"), _rest(records, "after")
     held = [
-        f"{service} {name.removeprefix('lamina_')} {value:g}"
-        for service, gauges in after.items()
-        for name, value in gauges.items()
-        if name != FREE and value
+        f"{rest.service} {name.removeprefix('lamina_')} {value:g}"
+        for rest in after.values()
+        for name, value in rest.gauges.items()
+        if value != (before[rest.service].gauges.get(FREE) if name == FREE and rest.service in before else 0)
     ]
-    complete = bool(after) and all(after.values())
-    seen = (", ".join(held) or "0 everywhere") if complete else "not all answered"
-    return Verdict("afterwards nothing runs, waits or holds memory", seen, complete and not held)
+    complete = bool(after) and after.keys() == before.keys() and all(rest.gauges for rest in after.values())
+    seen = (", ".join(held) or "nothing anywhere") if complete else "not all answered"
+    return Verdict("afterwards nothing runs, waits or holds keys and values", seen, complete and not held, "nothing")
 
 
-def _memory_free(records: Sequence[Record]) -> Verdict:
-    before, after = (
-        {service: gauges.get(FREE) for service, gauges in _rest(records, moment).items() if service != GATEWAY}
-        for moment in ("before", "after")
+def has_returned(before: Resources | None, after: Resources | None) -> bool:
+    """A process, or the one that replaced it, uses no more than before."""
+    return (
+        before is not None
+        and after is not None
+        and after.own_bytes <= _GROWTH_SHARE * before.own_bytes
+        and after.threads <= before.threads + _SPARE_THREADS
+        and after.descriptors <= before.descriptors + _SPARE_DESCRIPTORS
     )
-    pairs = [f"{service} {after.get(service)} of {free}" for service, free in before.items() if after.get(service) != free]
-    met = bool(before) and not pairs and None not in before.values()
-    return Verdict("keys and values are free everywhere as at the start", ", ".join(pairs) or "as at the start", met)
 
 
-@dataclass(frozen=True, slots=True)
-class Growth:
-    """One quantity of one process, compared with itself at the lulls of the last two thirds of a soak.
-
-    Memory for keys and values is left out: a stage reserves all of it at its start, so that it cannot leak, but the kernel
-    provides it page by page when sequences first use it. Another verdict says that sequences release it.
-    """
-
-    service: str
-    pid: int
-    quantity: str
-    lulls: int
-    level: float
-    grown: float  # along the fitted line, from the first of these lulls to the last
-
-    @property
-    def allowed(self) -> float:
-        return max(_ALLOWED_GROWTH[self.quantity], _GROWTH_SHARE * self.level)
-
-    def __str__(self) -> str:
-        factor, unit = (2**-20, " MiB") if self.quantity == "own_bytes" else (1, "")
-        return f"{self.service} {self.grown * factor:+.1f}{unit} at {self.level * factor:.0f}{unit} ({self.lulls} lulls)"
+def _memory_back(records: Sequence[Record]) -> Verdict:
+    """Without keys and values: a stage reserves their memory at its start, but the kernel provides it page by page."""
+    return _back(records, "memory", lambda uses: uses.own_bytes / _MIB, lambda before: _GROWTH_SHARE * before, "≤ +5 %")
 
 
-def growths(records: Sequence[Record]) -> list[Growth]:
-    """One for every process that lived through at least two lulls of the last two thirds."""
-    found = []
-    for (service, pid), points in _at_lulls(records).items():
-        if len(points) < _FEWEST_LULLS:
-            continue
-        times = [point.t for point in points]
-        for quantity in _ALLOWED_GROWTH:
-            values = [float(getattr(point, quantity)) for point in points]
-            grown = linear_regression(times, values).slope * (times[-1] - times[0])
-            found.append(Growth(service, pid, quantity, len(points), fmean(values), grown))
-    return found
+def _threads_back(records: Sequence[Record]) -> Verdict:
+    return _back(records, "threads", lambda uses: uses.threads, lambda before: before + _SPARE_THREADS, f"≤ +{_SPARE_THREADS}")
 
 
-def _at_lulls(records: Sequence[Record]) -> dict[tuple[str, int], list[Usage]]:
-    """(service, pid) → its last usage in each lull, without its first round, in which it loads and its pools fill."""
-    found: dict[tuple[str, int], list[Usage]] = {}
-    born = {(usage.service, usage.pid): usage.t for usage in reversed(of(Usage, records))}
-    for lull in late_lulls(records):
-        second_half = (usage for usage in of(Usage, records) if (lull.t + lull.until) / 2 <= usage.t < lull.until)
-        for key, usage in {(usage.service, usage.pid): usage for usage in second_half}.items():
-            if lull.t - born[key] >= ROUND_LULLS * (lull.until - lull.t):
-                found.setdefault(key, []).append(usage)
-    return found
+def _descriptors_back(records: Sequence[Record]) -> Verdict:
+    allowed, wanted = (lambda before: before + _SPARE_DESCRIPTORS), f"≤ +{_SPARE_DESCRIPTORS}"
+    return _back(records, "descriptors", lambda uses: uses.descriptors, allowed, wanted)
 
 
-def late_lulls(records: Sequence[Record]) -> Iterator[Lull]:
-    """The lulls of the last two thirds."""
-    for began in of(Began, records)[:1]:
-        yield from (lull for lull in of(Lull, records) if lull.t >= began.t + began.seconds / 3)
-
-
-def _flat(records: Sequence[Record], quantity: str) -> Verdict:
+def _back(
+    records: Sequence[Record],
+    what: str,
+    used: Callable[[Resources], float],
+    allowed: Callable[[float], float],
+    wanted: str,
+) -> Verdict:
+    moments = [{name: rest.uses for name, rest in _rest(records, moment).items()} for moment in ("before", "after")]
     services = of(Began, records)[0].services if of(Began, records) else ()
-    seen = [growth for growth in growths(records) if growth.quantity == quantity]
-    unseen = [service for service in services if service not in {growth.service for growth in seen}]
-    grown = [growth for growth in seen if growth.grown > growth.allowed]
-    worst = [max(seen, key=lambda growth: growth.grown / growth.allowed)] if seen else []
-    told = [*map(str, grown or worst), *(f"{service}: no process lived long enough" for service in unseen)]
-    what = f"{_NAMES[quantity]} of every process flat over the last two thirds"
-    return Verdict(what, "; ".join(told) or "nothing seen", bool(seen) and not unseen and not grown)
+    told, met = [], bool(services)
+    for service in services:
+        before, after = (uses.get(service) for uses in moments)
+        if before is None or after is None:
+            told.append(f"{service} unknown")
+            met = False
+        else:
+            told.append(f"{service} {used(before):.0f} → {used(after):.0f}")
+            met = met and used(after) <= allowed(used(before))
+    unit = " (MiB)" if what == "memory" else ""
+    return Verdict(f"{what} of every process afterwards as before{unit}", ", ".join(told), met, wanted)
+
+
+def _peak(records: Sequence[Record]) -> Verdict:
+    peaks = [usage.uses.peak_bytes for usage in of(Usage, records) if is_gateway(usage.service)]
+    seen = f"{max(peaks) / _MIB:.0f} MiB" if peaks else "nothing seen"
+    wanted = f"≤ {GATEWAY_PEAK_BYTES // _MIB} MiB"
+    return Verdict("a gateway's peak memory", seen, bool(peaks) and max(peaks) <= GATEWAY_PEAK_BYTES, wanted)
 
 
 def late(records: Sequence[Record]) -> list[Health]:
@@ -191,7 +204,7 @@ def late(records: Sequence[Record]) -> list[Health]:
 
 
 def _excuses(fault: Fault, health: Health) -> bool:
-    if fault.service != health.service and (fault.service != STORE or health.service == GATEWAY):
+    if fault.service != health.service and (fault.service != STORE or is_gateway(health.service)):
         return False
     return fault.t <= health.t + health.seconds + HEALTHY_SECONDS and health.t <= fault.until + RECOVERY_SECONDS
 
@@ -203,19 +216,19 @@ def _healthy(records: Sequence[Record]) -> Verdict:
         worst = max((health for health in found if health.service == service), key=lambda health: health.seconds)
         how = f"after {worst.seconds:.1f} s" if worst.status else f"nothing for {worst.seconds:.1f} s"
         told.append(f"{service} {count}, worst {how} at {worst.t:.0f} s")
-    what = f"/healthz is answered within {HEALTHY_SECONDS:g} s throughout, unless the process itself is broken"
+    what = "/healthz is answered throughout, unless the process itself is broken"
     seen = f"{len(found)} of {len(asked)} not" + (f": {', '.join(told)}" if told else "")
-    return Verdict(what, seen, any(health.service == GATEWAY for health in asked) and not found)
+    met = any(is_gateway(health.service) for health in asked) and not found
+    return Verdict(what, seen, met, f"≤ {HEALTHY_SECONDS:g} s")
 
 
 def unexplained(records: Sequence[Record]) -> list[Ended]:
-    """Ends of processes without a cause: all of the gateway's, and those of a stage after neither a kill nor a store outage."""
+    """Ends of processes that were not killed, and of stages also without a store outage."""
     faults = [fault for fault in of(Fault, records) if fault.fault != "hang"]
 
     def explained(ended: Ended) -> bool:
-        return ended.service != GATEWAY and any(
-            fault.service in (ended.service, STORE) and fault.t <= ended.t <= fault.until + RECOVERY_SECONDS for fault in faults
-        )
+        causes = (ended.service,) if is_gateway(ended.service) else (ended.service, STORE)
+        return any(fault.service in causes and fault.t <= ended.t <= fault.until + RECOVERY_SECONDS for fault in faults)
 
     return [ended for ended in of(Ended, records) if not explained(ended)]
 
@@ -223,30 +236,61 @@ def unexplained(records: Sequence[Record]) -> list[Ended]:
 def _ended_by_faults_only(records: Sequence[Record]) -> Verdict:
     found = unexplained(records)
     seen = "; ".join(f"{ended.service} at {ended.t:.0f} s: {ended.cause[:160]}" for ended in found[:3])
-    return Verdict("no process ends that was not killed", f"{len(found)} did" + (f": {seen}" if seen else ""), not found)
+    return Verdict("no process ends that was not killed", f"{len(found)} did" + (f": {seen}" if seen else ""), not found, "0")
 
 
-def _invalid_requests_refused(records: Sequence[Record]) -> Verdict:
-    refused = {kind.name for kind in KINDS if kind.refused}
+def _attacks_fail(records: Sequence[Record]) -> Verdict:
+    never = {kind.name: kind.never for kind in KINDS}
     bad = Counter(
         f"{attempt.name}: {outcome}"
         for attempt in of(Attempt, records)
         for outcome in attempt.outcomes
-        if attempt.name in refused and (outcome.startswith("2") or outcome == "500")
+        if attempt.name in never and fullmatch(never[attempt.name], outcome)
     )
     seen = "; ".join(f"{what} ({count} ×)" for what, count in bad.most_common(3))
-    return Verdict("invalid requests are neither served nor break anything (2xx, 500)", seen or "none was", not bad)
+    what = "invalid requests are not served (2xx), messages open no turn, nothing is an internal error (500)"
+    return Verdict(what, seen or "none", not bad, "none")
 
 
 def _disturbed(records: Sequence[Record]) -> Verdict:
     """Holds only if the planned attacks and faults happened."""
-    began = of(Began, records)
-    if not began:
-        return Verdict("everything was disturbed as planned", "the run never began", False)
-    kinds = set(began[0].hostile) - {attempt.name for attempt in of(Attempt, records) if attempt.outcomes}
-    faults: Counter[str] = Counter(fault.fault for fault in of(Fault, records))
-    # Half of the kills may find the stage away already.
-    wanted = {"kill": began[0].seconds / began[0].kill_seconds / 4, "hang": len(began[0].services) - 1, "away": 1}
+    what = "everything was disturbed as planned"
+    if not (all_began := of(Began, records)):
+        return Verdict(what, "the run never began", False)
+    began = all_began[0]
+    kinds = set(began.hostile) - {attempt.name for attempt in of(Attempt, records) if attempt.outcomes}
+    gateways = Counter(map(is_gateway, began.services))
+    faults = Counter(
+        "gateway kill" if fault.fault == "kill" and is_gateway(fault.service) else fault.fault for fault in of(Fault, records)
+    )
+    wanted = {  # half of the kills may find the process away already
+        "kill": began.seconds / began.kill_seconds / 4,
+        "gateway kill": (began.seconds / began.gateway_kill_seconds - 1) / 2,
+        "hang": gateways[False] - 1,
+        "away": 1,
+    }
     missed = [f"{faults[name]} of {count:.0f} {name}s" for name, count in wanted.items() if faults[name] < count]
-    seen = f"{faults['kill']} kills, {faults['hang']} hangs, {faults['away']} times without a store"
-    return Verdict("everything was disturbed as planned", "; ".join([seen, *missed, *sorted(kinds)]), not missed and not kinds)
+    seen = (
+        f"{faults['kill']} kills of stages, {faults['gateway kill']} of gateways, {faults['hang']} hangs, "
+        f"{faults['away']} times without a store, {len(began.hostile) - len(kinds)} kinds of hostile clients"
+    )
+    return Verdict(what, "; ".join([seen, *missed, *sorted(kinds)]), not missed and not kinds)
+
+
+VERDICTS: Final[tuple[Callable[[Sequence[Record]], Verdict], ...]] = (
+    _answers_equal,
+    _broken_by_kills_only,
+    _none_lost,
+    _equal_shares,
+    _before_greedy,
+    _refusals_name_a_time,
+    _peak,
+    _memory_back,
+    _threads_back,
+    _descriptors_back,
+    _nothing_held,
+    _healthy,
+    _ended_by_faults_only,
+    _attacks_fail,
+    _disturbed,
+)

@@ -3,23 +3,24 @@
 import asyncio
 import contextlib
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from bench.records import Recorder
-from bench.soak.records import FREE, GATEWAY, Ended, Plan, Rest, Usage
+from bench.soak.judge import has_returned
+from bench.soak.records import FREE, Ended, Plan, Resources, Rest, Usage, is_gateway, named_pods
 from knative.commands.local_pods import read_metrics
 from knative.local.kubelet.processes import memory_bytes
 from knative.local.platform import Platform
 
 _EVERY_SECONDS: Final = 1.0
 SETTLE_SECONDS: Final = 90.0  # for all services to come to rest after the last request
+_REST_SECONDS: Final = 15.0  # idle threads and kept connections end meanwhile
 KV_RESIDENT: Final = "lamina_stage_kv_resident_bytes"
 GAUGES: Final[Mapping[str, tuple[str, ...]]] = {
-    GATEWAY: ("lamina_gateway_running_sequences", "lamina_gateway_waiting_sequences"),
+    "gateway": ("lamina_gateway_running_sequences", "lamina_gateway_waiting_sequences"),
     "stage": (FREE, "lamina_stage_sequences"),
 }
 
@@ -34,67 +35,72 @@ class Observer:
 
     async def run(self) -> None:
         while True:
-            pods = list(self._pods())
-            await asyncio.gather(*(self._look_at_kv(pod) for service, pod in pods if service != GATEWAY))
-            for service, pod in pods:
+            pods = self._pods()
+            await asyncio.gather(*(self._gauges_of(service, pod) for service, pod in pods.items() if not is_gateway(service)))
+            for service, pod in pods.items():
                 self._look(service, pod)
             await asyncio.sleep(_EVERY_SECONDS)
 
-    async def _look_at_kv(self, pod: Mapping[str, Any]) -> None:
-        """A stage that is busy or hangs keeps its last figure: it uses no more meanwhile."""
-        samples = await asyncio.to_thread(read_metrics, pod)
-        if samples:
-            self._kv_bytes[pod["pid"]] = int(samples[KV_RESIDENT])
-
-    def _pods(self) -> Iterator[tuple[str, Any]]:
-        """Services and pods of the platform's status."""
-        names = {platform_name: name for name, platform_name in self.plan.services.items()}
-        for service in self.platform.status()["services"]:
-            for revision in service["revisions"]:
-                yield from ((names[service["name"]], pod) for pod in revision["pods"])
+    def _pods(self) -> dict[str, Mapping[str, Any]]:
+        return named_pods(self.platform.status(), self.plan.services)
 
     def _look(self, service: str, pod: Mapping[str, Any]) -> None:
         if pod["restarts"] > self._restarts.get(pod["name"], 0):
             self._restarts[pod["name"]] = pod["restarts"]
             self.recorder.write(Ended(self.recorder.now, service, pod["last_end"]))
-        pid = pod["pid"]
-        # A process that has ended and is not reaped yet has no memory.
-        if pid is not None and (resident := memory_bytes(pid)) and (usage := read_usage(pid)) is not None:
-            self.recorder.write(Usage(self.recorder.now, service, pid, *usage, resident, self._kv_bytes.get(pid, 0)))
+        if pod["pid"] is not None and (uses := self._uses(pod)) is not None:
+            self.recorder.write(Usage(self.recorder.now, service, pod["pid"], uses))
 
-    async def rest(
-        self, moment: Literal["before", "after"], wanted: Mapping[str, dict[str, float]] | None = None
-    ) -> dict[str, dict[str, float]]:
-        """Records the gauges when they equal `wanted` (None: when nothing is held), or after SETTLE_SECONDS.
+    def _uses(self, pod: Mapping[str, Any]) -> Resources | None:
+        return None if pod["pid"] is None else read_resources(pod["pid"], self._kv_bytes.get(pod["pid"], 0))
 
-        Returns them by service.
+    async def rest(self, moment: Literal["before", "after"], before: Sequence[Rest] = ()) -> list[Rest]:
+        """Records the processes as soon as they have rested for some seconds, or after SETTLE_SECONDS.
+
+        They rest if nothing is held and, given how they rested before, each uses no more than then (`has_returned`).
         """
         until = self.recorder.now + SETTLE_SECONDS
-        while not self._rests(seen := await self._gauges(), wanted) and self.recorder.now < until:
+        rested = 0.0  # since when
+        while True:
+            found = [
+                Rest(self.recorder.now, moment, service, await self._gauges_of(service, pod), self._uses(pod))
+                for service, pod in self._pods().items()
+            ]
+            now = self.recorder.now
+            rested = (rested or now) if self._rests(found, before) else 0.0
+            if (rested and now - rested >= _REST_SECONDS) or now >= until:
+                break
             await asyncio.sleep(_EVERY_SECONDS)
-        for service, gauges in seen.items():
-            self.recorder.write(Rest(self.recorder.now, moment, service, gauges))
-        return seen
-
-    def _rests(self, seen: dict[str, dict[str, float]], wanted: Mapping[str, dict[str, float]] | None) -> bool:
-        if wanted is not None:
-            return seen == wanted
-        complete = len(seen) == len(self.plan.services) and all(seen.values())
-        return complete and not any(value for gauges in seen.values() for name, value in gauges.items() if name != FREE)
-
-    async def _gauges(self) -> dict[str, dict[str, float]]:
-        found = {}
-        for service, pod in self._pods():
-            samples = await asyncio.to_thread(read_metrics, pod)
-            names = GAUGES[service.partition(" ")[0]]
-            found[service] = {name: samples[name] for name in names} if samples else {}
+        for each in found:
+            self.recorder.write(each)
         return found
 
+    def _rests(self, found: Sequence[Rest], before: Sequence[Rest]) -> bool:
+        complete = {each.service for each in found if each.gauges} == set(self.plan.services)
+        held = [value for each in found for name, value in each.gauges.items() if name != FREE and value]
+        earlier = {each.service: each for each in before}
+        back = (
+            each.gauges == earlier[each.service].gauges and has_returned(earlier[each.service].uses, each.uses)
+            for each in found
+            if before
+        )
+        return complete and not held and all(back)
 
-def read_usage(pid: int) -> tuple[int, int] | None:
-    """(threads, open descriptors) of a process; None: it has ended."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"^Threads:\s+(\d+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-        if found is not None:
-            return int(found[1]), len(os.listdir(f"/proc/{pid}/fd"))
+    async def _gauges_of(self, service: str, pod: Mapping[str, Any]) -> dict[str, float]:
+        """Empty: it does not answer. A stage that is busy or hangs keeps its last figure of KV: it uses no more meanwhile."""
+        samples = await asyncio.to_thread(read_metrics, pod)
+        if not samples:
+            return {}
+        self._kv_bytes[pod["pid"]] = int(samples[KV_RESIDENT])  # 0 for a gateway
+        return {name: samples[name] for name in GAUGES["gateway" if is_gateway(service) else "stage"]}
+
+
+def read_resources(pid: int, kv_bytes: int = 0) -> Resources | None:
+    """None: the process has ended, and may not be reaped yet."""
+    with contextlib.suppress(OSError, KeyError):
+        lines = (line.partition(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        status = {name: value.split() for name, _, value in lines}
+        descriptors, resident = len(os.listdir(f"/proc/{pid}/fd")), memory_bytes(pid)
+        if resident:
+            return Resources(int(status["Threads"][0]), descriptors, int(status["VmHWM"][0]) * 1024, resident, kv_bytes)
     return None

@@ -1,4 +1,4 @@
-"""The pipeline of a soak: SmolLM2 in fp32 on a local platform, each stage with one pod, so that a kill stops the stage."""
+"""The pipeline of a soak: SmolLM2 in fp32 on a local platform, with two gateways; a stage has one pod, so a kill stops it."""
 
 import secrets
 from pathlib import Path
@@ -12,6 +12,7 @@ from storage.store.embedded import EmbeddedStore
 
 MODEL: Final = "smollm2-135m-instruct"
 KEYS_SECRET: Final = "soak-keys"
+GATEWAYS: Final = 2
 # Short back-off: otherwise a pod that is killed again and again would be down for most of the run.
 TIMING: Final = PodTiming(restart_backoff_seconds=0.5, restart_backoff_max_seconds=5.0)
 
@@ -28,7 +29,11 @@ def spec_of(stages: int) -> PipelineSpec:
             "kv_cache": "128Mi",
             "autoscaling": ALWAYS_ONE,
         },
-        gateway={"micro_batch_sequences": 16, "api_keys_secret": KEYS_SECRET, "autoscaling": ALWAYS_ONE},
+        gateway={
+            "micro_batch_sequences": 4,  # the greedy client's connections fill the queue
+            "api_keys_secret": KEYS_SECRET,
+            "autoscaling": {"min_scale": GATEWAYS, "max_scale": GATEWAYS},
+        },
     )
 
 

@@ -2,26 +2,29 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
 from bench.records import Record, decoded
 
-GATEWAY: Final = "gateway"
+GATEWAY: Final = "gateway"  # begins the names of the gateways
 STORE: Final = "store"
+GREEDY: Final = "greedy"  # the client with many connections
+HOSTILE: Final = "hostile"  # all hostile clients together
 FREE: Final = "lamina_stage_free_tokens"  # the gauge that is at its maximum, not 0, if nothing is held
-ROUND_LULLS: Final = 3  # length of a round in lulls
 
 
 class Began(Record, frozen=True):
     """The beginning of the disturbance."""
 
     seconds: float
-    services: tuple[str, ...]  # the gateway, then the stages in order
+    services: tuple[str, ...]  # names of the processes: the gateways, then the stages in order
     model: str
-    honest: int  # clients at a time
-    kill_seconds: float
+    honest: tuple[str, ...]  # clients, each with one question at a time
+    greedy: int  # connections of the greedy client
+    kill_seconds: float  # between two kills of stages
+    gateway_kill_seconds: float
     hostile: tuple[str, ...] = ()  # planned kinds of clients
 
 
@@ -35,8 +38,9 @@ class Reference(Record, frozen=True):
 
 
 class Answer(Record, frozen=True):
-    """An honest client's answer."""
+    """An answer to a client that asks honest questions."""
 
+    client: str
     question: str
     api: str
     started: float
@@ -44,19 +48,33 @@ class Answer(Record, frozen=True):
     completion_tokens: int
     token_ids: tuple[int, ...] | None = None  # None: the OpenAI API returns no ids
     replays: int = 0
+    broken: int = 0  # attempts of the same question that broke before
+
+
+class Broken(Record, frozen=True):
+    """An attempt ended without a complete answer; the client asks again with the same key for it."""
+
+    client: str
+    question: str
+    api: str
+    gateway: str  # the one that was asked; GATEWAY: any
+    asked: float
+    reason: str
 
 
 class Refused(Record, frozen=True):
-    """An honest client was told to come again: 429 or 503."""
+    """A client was told to come again: 429 or 503."""
 
+    client: str
     api: str
     status: int
     retry_after: str | None  # the header, as it came
 
 
 class Lost(Record, frozen=True):
-    """An honest client got no complete answer."""
+    """A client got no complete answer, however often it asked."""
 
+    client: str
     question: str
     api: str
     started: float
@@ -72,16 +90,10 @@ class Attempt(Record, frozen=True):
 
 
 class Fault(Record, frozen=True):
-    """From `t` to `until`. kill: SIGKILL; hang: SIGSTOP; away: the store does not run."""
+    """From `t` to `until`. kill: SIGKILL, of a gateway until its replacement serves; hang: SIGSTOP; away: there is no store."""
 
     fault: Literal["kill", "hang", "away"]
     service: str
-    until: float
-
-
-class Lull(Record, frozen=True):
-    """From `t` to `until` no hostile client runs, so that processes can be compared with themselves."""
-
     until: float
 
 
@@ -93,20 +105,27 @@ class Health(Record, frozen=True):
     seconds: float
 
 
-class Usage(Record, frozen=True):
+class Resources(msgspec.Struct, frozen=True):
     """Resources of one process."""
 
-    service: str
-    pid: int
     threads: int
     descriptors: int
-    resident_bytes: int
+    peak_bytes: int  # the most that was ever resident, mapped files included
+    resident_bytes: int  # without mapped files
     kv_bytes: int = 0  # part of resident_bytes: keys and values, reserved at the start and resident from their first use
 
     @property
     def own_bytes(self) -> int:
         """Resident memory without keys and values."""
         return self.resident_bytes - self.kv_bytes
+
+
+class Usage(Record, frozen=True):
+    """What a process uses now."""
+
+    service: str
+    pid: int
+    uses: Resources
 
 
 class Ended(Record, frozen=True):
@@ -117,15 +136,16 @@ class Ended(Record, frozen=True):
 
 
 class Rest(Record, frozen=True):
-    """A service's gauges without requests: before and after the disturbance."""
+    """A process without requests: before and after the disturbance."""
 
     moment: Literal["before", "after"]
     service: str
-    gauges: dict[str, float]
+    gauges: dict[str, float]  # empty: it did not answer
+    uses: Resources | None = None  # None: there is no process
 
 
 _DECODER: Final[msgspec.json.Decoder[Record]] = msgspec.json.Decoder(
-    Began | Reference | Answer | Refused | Lost | Attempt | Fault | Lull | Health | Usage | Ended | Rest
+    Began | Reference | Answer | Broken | Refused | Lost | Attempt | Fault | Health | Usage | Ended | Rest
 )
 
 
@@ -142,18 +162,27 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float  # of disturbance
     url: str  # of the gateway, as clients know it
     admin_url: str
-    services: Mapping[str, str]  # name in the records → the Service's name on the platform
+    services: Mapping[str, str]  # name in the records → its Service on the platform; as many names as the Service has pods
     model: str
-    honest_key: str
-    hostile_key: str
-    honest: int
+    keys: Mapping[str, str]  # client → API key
+    greedy: int  # connections of the greedy client
     seed: int = 1
 
     @property
-    def round_seconds(self) -> float:
-        """A round has hostile clients, then a lull. It is short enough for a trend, and long enough to hold connections."""
-        return min(60.0, max(15.0, self.seconds / 9))
+    def honest(self) -> tuple[str, ...]:
+        """The clients with one question at a time."""
+        return tuple(client for client in self.keys if client not in (GREEDY, HOSTILE))
 
-    @property
-    def lull_seconds(self) -> float:
-        return self.round_seconds / ROUND_LULLS
+
+def is_gateway(service: str) -> bool:
+    return service.startswith(GATEWAY)
+
+
+def named_pods(status: Mapping[str, Any], services: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+    """Name in the records → the pod in the platform's status document. A pod keeps its name when its process is replaced."""
+    pods = {
+        service["name"]: iter([pod for revision in service["revisions"] for pod in revision["pods"]])
+        for service in status["services"]
+    }
+    found = {name: next(pods.get(service, iter(())), None) for name, service in services.items()}
+    return {name: pod for name, pod in found.items() if pod is not None}

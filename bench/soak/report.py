@@ -10,30 +10,35 @@ from matplotlib.figure import Figure
 
 from bench.records import Record, of
 from bench.report import table
-from bench.soak.judge import HEALTHY_SECONDS, growths, late_lulls, verdicts
-from bench.soak.records import Answer, Attempt, Began, Fault, Health, Lost, Refused, Usage
+from bench.soak.judge import HEALTHY_SECONDS, verdicts
+from bench.soak.records import Answer, Attempt, Began, Broken, Fault, Health, Lost, Refused, Resources, Rest, Usage
 
 _BIN_SECONDS: Final = 10.0
 _COLORS: Final = {"kill": "tab:red", "hang": "tab:purple", "away": "tab:orange"}
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """Tables of targets, honest answers, hostile clients, health, and growth of processes."""
-    targets = table(["target", "seen", ""], ([each.what, _cell(each.seen), each.word] for each in verdicts(records)))
-    return "\n\n".join([targets, _honest(records), _hostile(records), _health(records), _processes(records)])
+    """Tables of targets, answers, hostile clients, health, and resources of processes."""
+    cells = ([each.what, each.wanted, _cell(each.seen), each.word] for each in verdicts(records))
+    targets = table(["target", "wanted", "seen", ""], cells)
+    clients = _answers(records, "client", lambda each: each.client)
+    apis = _answers(records, "API", lambda each: each.api)
+    return "\n\n".join([targets, clients, apis, _hostile(records), _health(records), _processes(records)])
 
 
-def _honest(records: Sequence[Record]) -> str:
-    answers, refusals, lost = of(Answer, records), of(Refused, records), of(Lost, records)
+def _answers(records: Sequence[Record], column: str, name: Callable[[Answer | Broken | Refused | Lost], str]) -> str:
+    """A row for each name of those who asked."""
+    answers, broken, refusals, lost = of(Answer, records), of(Broken, records), of(Refused, records), of(Lost, records)
     rows = []
-    for api in sorted({each.api for kind in (answers, refusals, lost) for each in kind}):
-        mine = [answer for answer in answers if answer.api == api]
+    for row in sorted({name(each) for kind in (answers, broken, refusals, lost) for each in kind}):
+        mine = [answer for answer in answers if name(answer) == row]
         seconds = [answer.t - answer.started for answer in mine]
         waits = [f"{median(seconds):.1f} s", f"{max(seconds):.1f} s"] if seconds else ["", ""]
-        told = Counter(str(refusal.status) for refusal in refusals if refusal.api == api)
-        replays = sum(answer.replays for answer in mine)
-        rows.append([api, len(mine), replays, *waits, _counted(told), sum(each.api == api for each in lost)])
-    return table(["honest clients' API", "answers", "replays in them", "p50", "longest", "told to come again", "lost"], rows)
+        told = Counter(str(refusal.status) for refusal in refusals if name(refusal) == row)
+        counts = [sum(name(each) == row for each in kind) for kind in (broken, lost)]
+        rows.append([row, len(mine), sum(answer.replays for answer in mine), *waits, _counted(told), *counts])
+    columns = ["answers", "replays in them", "p50", "longest", "told to come again", "broken", "lost"]
+    return table([column, *columns], rows)
 
 
 def _hostile(records: Sequence[Record]) -> str:
@@ -58,15 +63,22 @@ def _health(records: Sequence[Record]) -> str:
 
 
 def _processes(records: Sequence[Record]) -> str:
-    """A row for each process that lived long enough."""
-    by_process: dict[tuple[str, int], list[str]] = {}
-    for growth in growths(records):
-        factor = 2**-20 if growth.quantity == "own_bytes" else 1
-        cells = by_process.setdefault((growth.service, growth.pid), [growth.service, str(growth.lulls)])
-        cells += [f"{growth.level * factor:.0f}", f"{growth.grown * factor:+.1f}"]
-    memory = "resident MiB without keys and values"
-    columns = ["process", "lulls", "threads", "grown", "descriptors", "grown", memory, "grown"]
-    return table(columns, (cells for _, cells in sorted(by_process.items())))
+    """A row for each process, at rest before and after the disturbance, with the peak of all processes of this name."""
+    peaks: dict[str, int] = {}
+    for usage in of(Usage, records):
+        peaks[usage.service] = max(peaks.get(usage.service, 0), usage.uses.peak_bytes)
+    rests: dict[str, list[Resources]] = {}
+    for rest in of(Rest, records):
+        if rest.uses is not None:
+            rests.setdefault(rest.service, []).append(rest.uses)
+    rows = []
+    for service, uses in sorted(rests.items()):
+        threads, descriptors = ([getattr(each, name) for each in uses] for name in ("threads", "descriptors"))
+        memory = [f"{each.own_bytes / 2**20:.0f}" for each in uses]
+        cells = [" → ".join(map(str, each)) for each in (threads, descriptors, memory)]
+        rows.append([service, *cells, f"{peaks.get(service, 0) / 2**20:.0f}"])
+    memory_column = "resident MiB without keys and values, and mapped files"
+    return table(["process at rest", "threads", "descriptors", memory_column, "peak MiB, with them"], rows)
 
 
 def _counted(counts: Counter[str]) -> str:
@@ -87,19 +99,16 @@ def draw(records: Sequence[Record], picture: Path, title: str) -> None:
         panels[1].plot([health.t for health in mine], [health.seconds for health in mine], ".", markersize=3, label=service)
     panels[1].axhline(HEALTHY_SECONDS, color="black", linewidth=0.8)
     panels[1].set_ylabel("/healthz (s)")
-    _draw_usage(panels[2], records, "threads", lambda usage: usage.threads)
-    _draw_usage(panels[3], records, "descriptors", lambda usage: usage.descriptors)
-    _draw_usage(panels[4], records, "resident MiB\nwithout keys and values", lambda usage: usage.own_bytes / 2**20)
+    _draw_usage(panels[2], records, "threads", lambda uses: uses.threads)
+    _draw_usage(panels[3], records, "descriptors", lambda uses: uses.descriptors)
+    _draw_usage(panels[4], records, "resident MiB\nwithout keys and values", lambda uses: uses.own_bytes / 2**20)
     for panel in panels:
         panel.set_ylim(bottom=0)
         panel.grid(visible=True, alpha=0.3)
         panel.legend(loc="upper left")
-    for panel in panels[2:]:
-        for lull in late_lulls(records):
-            panel.axvspan(lull.t, lull.until, color="tab:green", alpha=0.12, linewidth=0)
     for began in of(Began, records):
         panels[-1].set_xlim(left=began.t)
-    panels[-1].set_xlabel("seconds (green: lulls of the last two thirds, in which processes are compared with themselves)")
+    panels[-1].set_xlabel("seconds")
     figure.suptitle(title)
     figure.savefig(picture, dpi=120)
 
@@ -107,7 +116,7 @@ def draw(records: Sequence[Record], picture: Path, title: str) -> None:
 def _draw_answers(panel: Any, records: Sequence[Record]) -> None:
     times = [answer.t for answer in of(Answer, records)]
     bins = [start * _BIN_SECONDS for start in range(int(max(times, default=0.0) / _BIN_SECONDS) + 2)]
-    panel.hist(times, bins=bins, color="lightgray", label="honest answers in 10 s")
+    panel.hist(times, bins=bins, color="lightgray", label="answers in 10 s")
     for kind, color in _COLORS.items():
         faults = [fault for fault in of(Fault, records) if fault.fault == kind]
         for number, fault in enumerate(faults):
@@ -118,7 +127,7 @@ def _draw_answers(panel: Any, records: Sequence[Record]) -> None:
     panel.set_ylabel("answers, faults")
 
 
-def _draw_usage(panel: Any, records: Sequence[Record], name: str, value: Callable[[Usage], float]) -> None:
+def _draw_usage(panel: Any, records: Sequence[Record], name: str, value: Callable[[Resources], float]) -> None:
     """A line for each service, with a gap between its processes."""
     for service in sorted({usage.service for usage in of(Usage, records)}):
         points: list[tuple[float, float]] = []
@@ -128,6 +137,6 @@ def _draw_usage(panel: Any, records: Sequence[Record], name: str, value: Callabl
                 if pid is not None and usage.pid != pid:
                     points.append((usage.t, float("nan")))
                 pid = usage.pid
-                points.append((usage.t, value(usage)))
+                points.append((usage.t, value(usage.uses)))
         panel.plot([t for t, _ in points], [each for _, each in points], linewidth=1, label=service)
     panel.set_ylabel(name)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import msgspec
 
-from bench.soak.records import GATEWAY, Plan
+from bench.soak.records import HOSTILE, Plan, is_gateway, named_pods
 
 ANSWER_SECONDS: Final = 20.0  # how long a hostile client waits for an answer that it wants to see
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST, like a killed client
@@ -73,8 +73,8 @@ class Target:
         return parts.hostname or "127.0.0.1", parts.port or 80
 
     def some_way(self, dice: random.Random) -> str | None:
-        """A random way to the gateway: its URL (None) or its own port."""
-        return GATEWAY if GATEWAY in self._ports and dice.random() < 0.5 else None
+        """A random way to a gateway: the Service's URL (None), or one's own port."""
+        return dice.choice([None, *filter(is_gateway, self._ports)])
 
     @contextlib.asynccontextmanager
     async def connect(self, service: str | None, buffer_bytes: int = 2**16) -> AsyncIterator[Connection]:
@@ -98,7 +98,7 @@ class Target:
         """The head of a POST. length: None: no Content-Length. headers: with _ for -; an empty one is left out."""
         all_headers = {
             "host": "soak",
-            "authorization": f"Bearer {self.plan.hostile_key}",
+            "authorization": f"Bearer {self.plan.keys[HOSTILE]}",
             "content-type": "application/json",
             **({} if length is None else {"content-length": str(length)}),
             **{name.replace("_", "-"): value for name, value in headers.items()},
@@ -113,6 +113,19 @@ class Target:
         body = {"model": self.plan.model, "prompt": prompt, "max_tokens": max_tokens, **more}
         return self.post("/v1/completions", msgspec.json.encode(body))
 
+    def chat(self, text: str, max_tokens: int, **more: Any) -> bytes:
+        messages = [{"role": "user", "content": text}]
+        body = {"model": self.plan.model, "messages": messages, "max_tokens": max_tokens, **more}
+        return self.post("/v1/chat/completions", msgspec.json.encode(body))
+
+    async def token_ids(self, text: str) -> list[int]:
+        """Those of a chat with one message; none if the request is refused. Raises aiohttp.ClientError."""
+        headers = {"authorization": f"Bearer {self.plan.keys[HOSTILE]}"}
+        body = {"messages": [{"role": "user", "content": text}]}
+        async with self._session.post(f"{self.plan.url}/tokenize", json=body, headers=headers) as reply:
+            found: list[int] = (await reply.json())["tokens"] if reply.ok else []
+        return found
+
     async def answered(self, service: str | None, data: bytes) -> str:
         """The status of the reply to a whole request; "closed" also if the request is not read to its end."""
         async with self.connect(service) as connection:
@@ -124,14 +137,11 @@ class Target:
 
 def function_ports(status: Mapping[str, Any], services: Mapping[str, str]) -> dict[str, int]:
     """Name in the records → port of its process, from the platform's status document."""
-    names = {platform_name: name for name, platform_name in services.items()}
-    return {
-        names[service["name"]]: pod["function_port"]
-        for service in status["services"]
-        for revision in service["revisions"]
-        for pod in revision["pods"]
-        if service["name"] in names and pod["function_port"] is not None
-    }
+    ports = {name: pod["function_port"] for name, pod in named_pods(status, services).items()}
+    return {name: port for name, port in ports.items() if port is not None}
+
+
+SERVED: Final = "2..|500"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,4 +151,4 @@ class Kind:
     name: str
     attack: Callable[[Target, random.Random, Outcomes], Awaitable[None]]
     pause_seconds: float  # between two attempts
-    refused: bool = False  # its requests are invalid: the reply must be neither 2xx nor 500
+    never: str = "500"  # pattern of outcomes that are defects; SERVED if its requests are invalid

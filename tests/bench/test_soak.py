@@ -11,55 +11,58 @@ import msgspec
 import pytest
 
 from bench.records import Record, Recorder, of
-from bench.soak.attacks import KINDS
+from bench.soak.attacks import KINDS, OPENED_A_TURN
 from bench.soak.faults import answers, victims_at
 from bench.soak.honest import QUESTIONS
-from bench.soak.judge import growths, late, unexplained, verdicts, wrong
-from bench.soak.observe import Observer
+from bench.soak.judge import GATEWAY_PEAK_BYTES, VERDICTS, has_returned, late, unexcused, unexplained, verdicts, wrong
+from bench.soak.observe import Observer, read_resources
 from bench.soak.records import (
     GATEWAY,
+    GREEDY,
     STORE,
     Answer,
     Attempt,
     Began,
+    Broken,
     Ended,
     Fault,
     Health,
     Lost,
-    Lull,
     Plan,
     Reference,
     Refused,
+    Resources,
     Rest,
     Usage,
+    named_pods,
     read_records,
 )
 from bench.soak.report import draw, markdown
-from bench.soak.target import function_ports
+from bench.soak.target import SERVED, function_ports
 
-SERVICES = (GATEWAY, "stage 0", "stage 1")
+GATEWAYS, STAGES = ("gateway 0", "gateway 1"), ("stage 0", "stage 1")
+SERVICES = (*GATEWAYS, *STAGES)
+HONEST = ("honest 0", "honest 1")
 SECONDS = 900.0
-ROUND = 60.0
 MIB = 2**20
 RUNNING, WAITING = "lamina_gateway_running_sequences", "lamina_gateway_waiting_sequences"
 FREE, HELD = "lamina_stage_free_tokens", "lamina_stage_sequences"
 
 
+def resources(**changed: int) -> Resources:
+    return Resources(**{"threads": 40, "descriptors": 30, "peak_bytes": 300 * MIB, "resident_bytes": 200 * MIB} | changed)
+
+
 def rest(t: float, moment: Any) -> list[Record]:
-    stages = [Rest(t, moment, stage, {FREE: 4096.0, HELD: 0.0}) for stage in SERVICES[1:]]
-    return [Rest(t, moment, GATEWAY, {RUNNING: 0.0, WAITING: 0.0}), *stages]
+    """Afterwards keys and values have become resident at stages."""
+    kv = 0 if moment == "before" else 90 * MIB
+    filled = resources(resident_bytes=200 * MIB + kv, kv_bytes=kv)
+    stages = [Rest(t, moment, stage, {FREE: 4096.0, HELD: 0.0}, filled) for stage in STAGES]
+    return [*(Rest(t, moment, gateway, {RUNNING: 0.0, WAITING: 0.0}, resources()) for gateway in GATEWAYS), *stages]
 
 
-def usages() -> list[Record]:
-    """Up and down with the hostile clients, and the same at every lull; the memory for KV fills."""
-    found: list[Record] = []
-    for second in range(10, 910):
-        busy = (second - 10) % ROUND < 40
-        for pid, service in enumerate(SERVICES):
-            kv = 0 if service == GATEWAY else second * MIB // 8
-            resident = (300 if busy else 200) * MIB + kv
-            found.append(Usage(second, service, pid, 700 if busy else 40, 900 if busy else 30, resident, kv))
-    return found
+def answers_of(client: str, count: int) -> list[Record]:
+    return [Answer(60 + number, client, "one", "event", 55 + number, "a b", 2, (7, 8)) for number in range(count)]
 
 
 def records() -> list[Record]:
@@ -67,18 +70,23 @@ def records() -> list[Record]:
     return [
         Reference(1, "one", "a b", (7, 8), 2),
         *rest(9, "before"),
-        Began(10, SECONDS, SERVICES, "a model", 4, 6.0, tuple(kind.name for kind in KINDS)),
+        Began(10, SECONDS, SERVICES, "a model", HONEST, 4, 6.0, 60.0, tuple(kind.name for kind in KINDS)),
         *(Attempt(50, kind.name, 1.0, {"400": 2}) for kind in KINDS),
-        *(Lull(10 + number * ROUND + 40, 10 + (number + 1) * ROUND) for number in range(15)),
         *(Fault(20 + number * 10, "kill", "stage 0", 20 + number * 10) for number in range(40)),
+        *(Fault(70 + number * 60, "kill", "gateway 0", 78 + number * 60) for number in range(14)),
         *(Fault(30 + number, "hang", "stage 1", 50 + number) for number in range(4)),
         Fault(300, "away", STORE, 320),
         *(Health(second, service, 200, 0.02) for second in range(10, 910) for service in SERVICES),
-        *usages(),
-        Answer(40, "one", "event", 35, "a b", 2, (7, 8), 1),
-        Answer(45, "one", "openai", 40, "a b", 2),
-        Refused(46, "openai", 429, "1"),
+        *(Usage(second, service, pid, resources()) for second in range(10, 910) for pid, service in enumerate(SERVICES)),
+        Answer(40, "honest 0", "one", "event", 35, "a b", 2, (7, 8), 1),
+        Answer(45, "honest 0", "one", "openai", 40, "a b", 2),
+        *answers_of("honest 1", 3),
+        *answers_of(GREEDY, 5),
+        Broken(71, "honest 1", "one", "openai", "gateway 0", 69, "502"),
+        Answer(76, "honest 1", "one", "openai", 69, "a b", 2, broken=1),
+        Refused(46, "honest 0", "openai", 429, "1"),
         Ended(21, "stage 0", "killed by SIGKILL"),
+        Ended(71, "gateway 0", "killed by SIGKILL"),
         *rest(920, "after"),
     ]
 
@@ -91,10 +99,11 @@ def test_a_soak_that_meets_all_targets() -> None:
     assert failing(records()) == []
     text = markdown(records())
     assert "missed" not in text
-    assert "| event | 1 | 1 | 5.0 s | 5.0 s | never | 0 |" in text
-    assert "| openai | 1 | 0 | 5.0 s | 5.0 s | 429 1 × | 0 |" in text
+    assert "| event | 9 | 1 | 5.0 s | 5.0 s | never | 0 | 0 |" in text
+    assert "| honest 0 | 2 | 1 | 5.0 s | 5.0 s | 429 1 × | 0 | 0 |" in text
+    assert "| honest 1 | 4 | 0 | 5.0 s | 7.0 s | never | 1 | 0 |" in text
     assert f"| {KINDS[0].name} | 1 | 400 2 × |" in text
-    assert "| gateway | 10 | 40 | +0.0 | 30 | +0.0 | 200 | +0.0 |" in text
+    assert "| gateway 0 | 40 → 40 | 30 → 30 | 200 → 200 | 300 |" in text
 
 
 @dataclass(frozen=True)
@@ -119,49 +128,53 @@ def replaced(kind: type[Record], where: Callable[[Any], bool], **fields: Any) ->
     )
 
 
-def leaking(quantity: str, of_a_second: float, service: str = GATEWAY) -> Callable[[Record], list[Record]]:
-    def change(record: Record) -> list[Record]:
-        if not isinstance(record, Usage) or record.service != service:
-            return [record]
-        return [msgspec.structs.replace(record, **{quantity: getattr(record, quantity) + int(record.t * of_a_second)})]
-
-    return change
+def growing(service: str, **uses: int) -> Callable[[Record], list[Record]]:
+    return replaced(Rest, lambda r: r.moment == "after" and r.service == service, uses=resources(**uses))
 
 
 SPOILT = {
-    "another text": Spoilt("token for token", more(Answer(50, "one", "openai", 48, "a c", 2))),
-    "other tokens of the same text": Spoilt("token for token", more(Answer(50, "one", "event", 48, "a b", 2, (7, 9)))),
-    "a token less": Spoilt("token for token", more(Answer(50, "one", "openai", 48, "a b", 1))),
-    "a question never taken": Spoilt("token for token", more(Answer(50, "two", "openai", 48, "a b", 2))),
+    "another text": Spoilt("token for token", more(Answer(50, GREEDY, "one", "openai", 48, "a c", 2))),
+    "another text when asked again": Spoilt("token for token", replaced(Answer, lambda r: r.broken, text="a c")),
+    "other tokens of the same text": Spoilt("token for token", more(Answer(50, GREEDY, "one", "event", 48, "a b", 2, (7, 9)))),
+    "a token less": Spoilt("token for token", more(Answer(50, GREEDY, "one", "openai", 48, "a b", 1))),
+    "a question never taken": Spoilt("token for token", more(Answer(50, GREEDY, "two", "openai", 48, "a b", 2))),
     "no answers": Spoilt("token for token", without(Answer)),
-    "lost": Spoilt("is lost", more(Lost(50, "one", "event", 48, "500"))),
-    "refused without a time": Spoilt("Retry-After", more(Refused(50, "event", 503, None))),
+    "broken": Spoilt("its own gateway", more(Broken(50, "honest 0", "one", "event", "gateway 0", 48, "500"))),
+    "broken by another's kill": Spoilt("its own gateway", more(Broken(71, "honest 0", "one", "event", "gateway 1", 69, "502"))),
+    "lost": Spoilt("no honest question is lost", more(Lost(50, "honest 0", "one", "event", 48, "500"))),
+    "a client that starves": Spoilt("gets its share", without(Answer, lambda r: r.client == "honest 0" and r.broken < 1)),
+    "a greedy client that gets more": Spoilt("the greedy key", more(*answers_of(GREEDY, 5))),
+    "no greedy client": Spoilt("the greedy key", without(Answer, lambda r: r.client == GREEDY)),
+    "refused without a time": Spoilt("Retry-After", more(Refused(50, "honest 0", "event", 503, None))),
+    "a peak": Spoilt("peak", more(Usage(50, "gateway 1", 1, resources(peak_bytes=GATEWAY_PEAK_BYTES + 1)))),
+    "memory of a gateway": Spoilt("memory of every process", growing("gateway 1", resident_bytes=211 * MIB)),
+    "memory of a stage": Spoilt("memory of every process", growing("stage 1", resident_bytes=220 * MIB, kv_bytes=9 * MIB)),
+    "threads": Spoilt("threads of every process", growing("gateway 1", threads=43)),
+    "descriptors": Spoilt("descriptors of every process", growing("stage 0", descriptors=35)),
+    "a process that is not there": Spoilt("threads of every process", without(Rest, lambda r: r.service == "stage 1")),
     "still running": Spoilt("nothing runs", replaced(Rest, lambda r: r.moment == "after", gauges={RUNNING: 1.0, FREE: 4096.0})),
     "still held": Spoilt(
         "nothing runs",
         replaced(Rest, lambda r: r.moment == "after" and r.service == "stage 1", gauges={FREE: 4096.0, HELD: 1.0}),
     ),
     "does not answer afterwards": Spoilt(
-        "nothing runs", replaced(Rest, lambda r: r.moment == "after" and r.service == GATEWAY, gauges={})
+        "nothing runs", replaced(Rest, lambda r: r.moment == "after" and r.service == "gateway 1", gauges={})
     ),
     "less memory": Spoilt(
-        "keys and values", replaced(Rest, lambda r: r.moment == "after" and r.service == "stage 1", gauges={FREE: 4000.0})
+        "nothing runs", replaced(Rest, lambda r: r.moment == "after" and r.service == "stage 1", gauges={FREE: 4000.0})
     ),
-    "threads": Spoilt("threads of every process", leaking("threads", 0.02)),
-    "descriptors": Spoilt("descriptors of every process", leaking("descriptors", 0.05, "stage 0")),
-    "memory": Spoilt("resident memory, without", leaking("resident_bytes", MIB / 20, "stage 1")),
-    "memory of the gateway": Spoilt("resident memory, without", leaking("resident_bytes", MIB / 20)),
-    "a process never seen": Spoilt("threads of every process", without(Usage, lambda r: r.service == "stage 1")),
-    "late": Spoilt("/healthz", more(Health(500, GATEWAY, 200, 1.2))),
-    "sick": Spoilt("/healthz", more(Health(500, GATEWAY, 503, 0.1))),
+    "late": Spoilt("/healthz", more(Health(500, "gateway 1", 200, 1.2))),
+    "sick": Spoilt("/healthz", more(Health(500, "gateway 1", 503, 0.1))),
     "never asked": Spoilt("/healthz", without(Health)),
-    "the gateway ended": Spoilt("that was not killed", more(Ended(21, GATEWAY, "OOMKilled"))),
+    "a gateway ended": Spoilt("that was not killed", more(Ended(71, "gateway 1", "OOMKilled"))),
     "a stage ended by itself": Spoilt("that was not killed", more(Ended(700, "stage 1", "killed by SIGSEGV"))),
-    "an invalid request breaks something": Spoilt(
-        "neither served nor break", more(Attempt(50, "broken JSON", 1.0, {"500": 1}))
+    "an invalid request breaks something": Spoilt("not served", more(Attempt(50, "broken JSON", 1.0, {"500": 1}))),
+    "an invalid request that is served": Spoilt("not served", more(Attempt(50, "a wrong key", 1.0, {"200": 1}))),
+    "a message that opens a turn": Spoilt(
+        "not served", more(Attempt(50, "control tokens in a message", 1.0, {"200": 1, OPENED_A_TURN: 1}))
     ),
-    "an invalid request that is served": Spoilt("neither served nor break", more(Attempt(50, "a wrong key", 1.0, {"200": 1}))),
-    "no kills": Spoilt("disturbed as planned", without(Fault, lambda r: r.fault == "kill")),
+    "no kills": Spoilt("disturbed as planned", without(Fault, lambda r: r.fault == "kill" and r.service == "stage 0")),
+    "no kills of gateways": Spoilt("disturbed as planned", without(Fault, lambda r: r.service == "gateway 0")),
     "the store was there": Spoilt("disturbed as planned", without(Fault, lambda r: r.fault == "away")),
     "a kind that did not come": Spoilt("disturbed as planned", without(Attempt, lambda r: r.name == KINDS[3].name)),
 }
@@ -176,12 +189,12 @@ def test_every_miss_is_reported(name: str) -> None:
 
 
 def test_only_misses_are_reported() -> None:
-    assert len(failing([*records(), Lost(50, "one", "event", 48, "500")])) == 1
-    assert len(wrong([*records(), Answer(50, "one", "openai", 48, "a c", 2)])) == 1
+    assert len(failing([*records(), Lost(50, "honest 0", "one", "event", 48, "500")])) == 1
+    assert len(wrong([*records(), Answer(50, GREEDY, "one", "openai", 48, "a c", 2)])) == 1
 
 
 def test_an_answer_to_a_valid_hostile_request_is_no_miss() -> None:
-    assert failing([*records(), Attempt(50, "leaves in a stream", 1.0, {"200, left": 1, "500": 1})]) == []
+    assert failing([*records(), Attempt(50, "vanishes: stream", 1.0, {"200": 1, "503": 1})]) == []
 
 
 @pytest.mark.parametrize(
@@ -191,8 +204,10 @@ def test_an_answer_to_a_valid_hostile_request_is_no_miss() -> None:
         (Health(33, "stage 1", 0, 10.0), True),  # stopped
         (Health(600, "stage 1", 0, 10.0), False),
         (Health(330, "stage 1", 0, 0.1), True),  # nothing to start from
-        (Health(310, GATEWAY, 200, 1.1), False),  # needs no store
-        (Health(25, GATEWAY, 200, 1.1), False),
+        (Health(310, "gateway 1", 200, 1.1), False),  # needs no store
+        (Health(25, "gateway 0", 200, 1.1), False),
+        (Health(79, "gateway 0", 0, 0.1), True),
+        (Health(79, "gateway 1", 200, 1.1), False),
     ],
 )
 def test_a_broken_process_need_not_be_healthy(health: Health, excused: bool) -> None:
@@ -201,22 +216,23 @@ def test_a_broken_process_need_not_be_healthy(health: Health, excused: bool) -> 
 
 def test_a_stage_may_end_when_it_is_killed_or_has_no_store() -> None:
     fine = [Ended(315, "stage 1", "exit status 1"), Ended(25, "stage 0", "killed by SIGKILL")]
-    strange = [Ended(60, "stage 1", "killed by SIGSEGV"), Ended(315, GATEWAY, "exit status 1")]
+    strange = [Ended(60, "stage 1", "killed by SIGSEGV"), Ended(315, "gateway 1", "exit status 1")]
     assert unexplained([*records(), *fine, *strange]) == strange
 
 
-def test_processes_are_compared_at_lulls_of_the_last_two_thirds() -> None:
-    """The first third's warm-up and the use by hostile clients count as no growth."""
-    seen = records()
-    early = [Usage(t, GATEWAY, 9, 5, 5, MIB) for t in range(10, 300)]
-    assert {(growth.service, growth.pid) for growth in growths([*early, *seen])} == {
-        (GATEWAY, 0),
-        ("stage 0", 1),
-        ("stage 1", 2),
-    }
-    assert {growth.lulls for growth in growths(seen)} == {10}
-    young = [Usage(t, "stage 0", 77, t, t, t * MIB) for t in range(790, 905)]
-    assert 77 not in {growth.pid for growth in growths([*seen, *young])}
+@pytest.mark.parametrize(
+    ("broken", "excused"),
+    [
+        (Broken(71, "honest 0", "one", "event", "gateway 0", 60, "closed"), True),  # killed while it answered
+        (Broken(80, "honest 0", "one", "event", "gateway 0", 79, "502"), True),  # asked before it was known to be away
+        (Broken(71, "honest 0", "one", "event", GATEWAY, 60, "502"), True),  # any of them
+        (Broken(69, "honest 0", "one", "event", "gateway 0", 60, "closed"), False),  # killed later
+        (Broken(110, "honest 0", "one", "event", "gateway 0", 100, "closed"), False),  # asked after it was replaced
+        (Broken(71, "honest 0", "one", "event", "gateway 1", 60, "closed"), False),
+    ],
+)
+def test_an_answer_breaks_only_with_its_own_gateway(broken: Broken, excused: bool) -> None:
+    assert (broken not in unexcused([*records(), broken])) is excused
 
 
 def test_each_third_has_its_victims() -> None:
@@ -239,29 +255,24 @@ def test_records_of_several_processes_are_read_together(tmp_path: Path) -> None:
 
 
 def test_text_of_a_model_does_not_break_the_table() -> None:
-    text = markdown([*records(), Answer(50, "one", "openai", 48, "a |\n| c <b>", 2)])
+    text = markdown([*records(), Answer(50, GREEDY, "one", "openai", 48, "a |\n| c <b>", 2)])
     assert all(line.startswith("|") or not line for line in text.splitlines())
     assert "<b>" not in text
 
 
-def test_a_short_soak_has_rounds_too() -> None:
-    rounds = {minutes: plan(minutes * 60).round_seconds for minutes in (1, 2, 15, 60)}
-    assert rounds == {1: 15, 2: 15, 15: 60, 60: 60}
-
-
 def plan(seconds: float, services: dict[str, str] | None = None) -> Plan:
-    clients = {"honest_key": "h", "hostile_key": "x", "honest": 1}
     urls = {"url": "http://h:1", "admin_url": "http://h:2"}
-    return Plan(records="r", started=0, seconds=seconds, services=services or {}, model="m", **urls, **clients)
+    return Plan(records="r", started=0, seconds=seconds, services=services or {}, model="m", keys={}, greedy=1, **urls)
 
 
-def test_ports_of_functions_are_read_from_the_status() -> None:
+def test_pods_are_named_in_the_order_of_the_status() -> None:
     def service(name: str, *ports: int | None) -> dict[str, Any]:
         return {"name": name, "revisions": [{"pods": [{"function_port": port} for port in ports]}]}
 
-    status = {"services": [service("soak", 1), service("soak-1-s0", 2), service("soak-1-s1", None), service("other", 4)]}
-    names = {GATEWAY: "soak", "stage 0": "soak-1-s0", "stage 1": "soak-1-s1"}
-    assert function_ports(status, names) == {GATEWAY: 1, "stage 0": 2}
+    status = {"services": [service("soak", 1, 3), service("soak-1-s0", 2), service("soak-1-s1", None), service("other", 4)]}
+    names = {"gateway 0": "soak", "gateway 1": "soak", "gateway 2": "soak", "stage 0": "soak-1-s0", "stage 1": "soak-1-s1"}
+    assert [*named_pods(status, names)] == ["gateway 0", "gateway 1", "stage 0", "stage 1"]
+    assert function_ports(status, names) == {"gateway 0": 1, "gateway 1": 3, "stage 0": 2}
 
 
 def test_names_of_questions_and_clients_are_unique() -> None:
@@ -271,15 +282,22 @@ def test_names_of_questions_and_clients_are_unique() -> None:
     assert of(Began, records())[0].hostile == tuple(kind.name for kind in KINDS)
 
 
-def test_the_gauges_before_are_recorded_when_nothing_is_held() -> None:
+def test_processes_rest_when_nothing_is_held_and_they_are_back_where_they_were() -> None:
     """Otherwise memory that the last question held would look freed afterwards."""
     observer = Observer(platform=None, plan=plan(60, dict.fromkeys(SERVICES, "")), recorder=None)  # type: ignore[arg-type]
-    idle = {GATEWAY: {RUNNING: 0.0, WAITING: 0.0}, "stage 0": {FREE: 4.0, HELD: 0.0}, "stage 1": {FREE: 4.0, HELD: 0.0}}
-    assert observer._rests(idle, None)
-    assert not observer._rests({**idle, "stage 1": {FREE: 3.0, HELD: 1.0}}, None)
-    assert not observer._rests({**idle, "stage 1": {}}, None)
-    assert not observer._rests({GATEWAY: idle[GATEWAY]}, None)
-    assert not observer._rests({**idle, "stage 1": {FREE: 3.0, HELD: 0.0}}, idle)
+
+    def changed(**fields: Any) -> list[Rest]:
+        return [msgspec.structs.replace(each, **fields) if each.service == "stage 1" else each for each in before]
+
+    before = of(Rest, rest(9, "before"))
+    assert observer._rests(before, [])
+    assert observer._rests(of(Rest, rest(920, "after")), before)
+    assert not observer._rests(changed(gauges={FREE: 3.0, HELD: 1.0}), [])
+    assert not observer._rests(changed(gauges={}), [])
+    assert not observer._rests(before[:1], [])
+    assert not observer._rests(changed(gauges={FREE: 3.0, HELD: 0.0}), before)
+    assert not observer._rests(changed(uses=resources(threads=60)), before)
+    assert not observer._rests(changed(uses=None), before)
 
 
 _LEAKS = """
@@ -298,25 +316,28 @@ for line in sys.stdin:
 
 
 @pytest.mark.parametrize("leaked", ["threads", "descriptors", "own_bytes", "nothing"])
-def test_a_process_that_leaks_is_found_and_no_other(leaked: str, tmp_path: Path) -> None:
-    """Observed 28 times as in a soak; only the clock is simulated."""
+def test_a_process_that_leaks_has_not_returned(leaked: str) -> None:
     command = [sys.executable, "-c", _LEAKS, leaked]
-    with (
-        Recorder(tmp_path / "soak.jsonl") as recorder,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process,
-    ):
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdout.readline()
-        observer = Observer(platform=None, plan=plan(60), recorder=recorder)  # type: ignore[arg-type]
+        before = read_resources(process.pid)
         for _ in range(28):
             print(file=process.stdin, flush=True)
             process.stdout.readline()
-            observer._look(GATEWAY, {"restarts": 0, "name": "it", "pid": process.pid})
+        after = read_resources(process.pid)
         process.stdin.close()
-    looks = of(Usage, read_records(tmp_path / "soak.jsonl"))
-    began = Began(0, 900, (GATEWAY,), "a model", 4, 6.0)
-    at_lulls = [msgspec.structs.replace(look, t=number * 30.0 + 29) for number, look in enumerate(looks)]
-    lulls = [Lull(number * 30.0, number * 30.0 + 30) for number in range(28)]
-    found = growths([began, *at_lulls, *lulls])
-    assert [growth.quantity for growth in found if growth.grown > growth.allowed] == [leaked] * (leaked != "nothing")
+    assert before is not None
+    assert after is not None
+    assert has_returned(before, after) == (leaked == "nothing")
+    if leaked != "nothing":
+        assert getattr(after, leaked) > getattr(before, leaked)
+    assert after.peak_bytes >= after.resident_bytes
+    assert read_resources(process.pid) is None
+
+
+def test_every_verdict_is_about_something_else() -> None:
+    found = verdicts(records())
+    assert len({verdict.what for verdict in found}) == len(found) == len(VERDICTS)
+    assert {kind.never for kind in KINDS} == {"500", SERVED, f"500|{OPENED_A_TURN}"}
