@@ -15,9 +15,9 @@ import contextlib
 import logging
 import secrets
 import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import aiohttp
 import click
@@ -87,14 +87,12 @@ async def soak(plan: Plan, kill_seconds: float, platform: Platform, store: Retur
     began = (plan.seconds, tuple(plan.services), model, plan.honest, plan.greedy, kill_seconds, gateway_kill_seconds, kinds)
     recorder.write(Began(recorder.now, *began))
     faults = Faults(platform, store, plan, recorder, kill_seconds, gateway_kill_seconds)
-    async with (
-        _background(observer.run()),
-        _background(_tell(recorder)),
-        _process("bench.soak.health", plan),
-        asyncio.TaskGroup() as tasks,
-    ):
+    async with _process("bench.soak.health", plan), asyncio.TaskGroup() as tasks:
+        watching = [tasks.create_task(observer.run()), tasks.create_task(_tell(recorder))]
         tasks.create_task(faults.run())
         await _clients(plan)
+        for watch in watching:
+            watch.cancel()
     say("coming to rest")
     await observer.rest("after", before)
 
@@ -118,19 +116,6 @@ async def _process(module: str, plan: Plan) -> AsyncIterator[asyncio.subprocess.
             process.terminate()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), _END_SECONDS)
-
-
-@contextlib.asynccontextmanager
-async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Cancelled at the end; its own error is raised then."""
-    task = asyncio.create_task(work)
-    try:
-        yield
-        if task.done():
-            task.result()
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
 
 
 async def _tell(recorder: Recorder) -> None:

@@ -18,7 +18,7 @@ from eventing.wire.events import EventType
 from eventing.wire.generation import GenerateRequest
 from eventing.wire.score import ScoreRequest
 
-_LONG_TOKENS: Final = 400
+_LONG_TOKENS: Final = 200
 _PROMPT: Final = "Tell the story of a lighthouse."
 _LONG_PROMPT: Final = "river " * 3_000  # seconds of prefill
 _QUEUED: Final = 40  # more than run at once
@@ -84,7 +84,7 @@ _GATEWAY_CONNECTIONS: Final = 200  # per kind and gateway
 _STAGE_CONNECTIONS: Final = 50  # per kind: two kinds together are more than a function has threads
 _URL_CONNECTIONS: Final = 50
 _DRIPPING: Final = 20
-_STALLED: Final = 6
+_STALLED: Final = 3  # enough text for each to fill the buffers of its connection
 _TO_THE_END_SECONDS: Final = 3600.0
 
 
@@ -434,7 +434,7 @@ KINDS: Final = (
     Kind("a body without end", partial(huge_body, "/v1/completions"), 3.0, never=SERVED),
     Kind("a body without end to an unknown path", partial(huge_body, "/v1/nothing"), 3.0, never=SERVED),
     Kind("floods the tokenizer", floods_tokenizer, 4.0),
-    Kind("nearly too many log-probabilities", many_logprobs, 8.0),
+    Kind("nearly too many log-probabilities", many_logprobs, 15.0),
     Kind("too many log-probabilities", too_many_logprobs, 3.0, never=SERVED),
     Kind("control tokens in a message", spells_control_tokens, 3.0, never=f"500|{OPENED_A_TURN}"),
     Kind("wants all memory", hoards, 6.0),

@@ -20,6 +20,7 @@ from knative.local.platform import Platform
 
 _LOOK_SECONDS = 0.1
 _MOST_STRETCHED = 3
+_REPLACED_SECONDS = 120.0  # after that a killed gateway counts as replaced: health and answers tell
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Faults:
             try:
                 os.kill(pid, signal.SIGKILL)
                 await asyncio.sleep(_LOOK_SECONDS)
-                while self._ready_pid(service) in (None, pid):
+                while self._ready_pid(service) in (None, pid) and self.recorder.now - killed < _REPLACED_SECONDS:
                     await asyncio.sleep(_LOOK_SECONDS)
             finally:
                 self.recorder.write(Fault(killed, "kill", service, self.recorder.now))

@@ -10,6 +10,7 @@ import urllib.request
 from collections import defaultdict
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from http.client import HTTPException
 from typing import Any, Final
 
 from knative.cluster.client import Cluster
@@ -93,7 +94,7 @@ def _query_range(url: str, query: str, start: float, end: float, step: float) ->
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/api/v1/query_range?{arguments}", timeout=30) as reply:
             result: list[dict[str, Any]] = json.load(reply)["data"]["result"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
         raise NotCounted(
             f"{url} does not answer as a Prometheus does: {error}; check the address, port-forward and path"
         ) from error

@@ -5,6 +5,7 @@ import re
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from http.client import HTTPException
 from typing import Any, Final
 
 from rich.console import Console
@@ -34,7 +35,7 @@ def read_metrics(pod: Mapping[str, Any]) -> defaultdict[str, float]:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{pod['metrics_port']}/metrics", timeout=2) as reply:
             text = reply.read().decode()
-    except OSError:
+    except (OSError, HTTPException):
         return samples
     for name, value in _SAMPLE.findall(text):
         samples[name] += float(value)

@@ -5,6 +5,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -136,7 +137,7 @@ def _local_status(state: Path) -> dict[str, Any]:
     try:
         with urllib.request.urlopen(f"{running.admin_url}/status", timeout=5) as reply:
             answer: dict[str, Any] = json.load(reply)
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise StateError(f"process {running.pid} runs, but does not answer at {running.admin_url}: {error}") from error
     return answer
 
