@@ -175,7 +175,7 @@ def run(seconds: float, honest: int, greedy: int, kill_seconds: float, records: 
 @click.option("--honest", type=click.IntRange(min=1), default=4, show_default=True, help="Honest clients, each with a key.")
 @click.option("--greedy", type=click.IntRange(min=1), default=96, show_default=True, help="Connections of the greedy client.")
 @click.option(
-    "--kill-seconds", type=click.FloatRange(min=1), default=15.0, show_default=True, help="Between two kills of stages."
+    "--kill-seconds", type=click.FloatRange(min=1), default=20.0, show_default=True, help="Between two kills of stages."
 )
 @click.option("--state", type=click.Path(path_type=Path), default=STATE / "soak", help="Its store keeps the model.")
 @click.option("--records", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Report these; run nothing.")

@@ -20,7 +20,7 @@ from eventing.wire.score import ScoreRequest
 
 _LONG_TOKENS: Final = 200
 _PROMPT: Final = "Tell the story of a lighthouse."
-_LONG_PROMPT: Final = "river " * 3_000  # seconds of prefill
+_LONG_PROMPT: Final = "river " * 1_000  # seconds of prefill beside other clients
 _QUEUED: Final = 40  # more than run at once
 _PHASES: Final = ("head", "body", "queue", "prefill", "answer", "stream")
 
@@ -380,12 +380,12 @@ async def floods_tokenizer(target: Target, dice: random.Random, outcomes: Outcom
 
 
 async def many_logprobs(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
-    """Asks for nearly as many log-probabilities as one request may have, in an answer, a stream or a prompt's echo."""
+    """Asks for nearly as many log-probabilities as one request may have, in an answer or a stream, or for a long prompt's."""
     if dice.random() < 0.5:
         more = {"n": 4, "logprobs": True, "top_logprobs": 20, "stream": dice.random() < 0.5}
         data = target.chat("Count to a thousand.", 1_500, **more)
     else:
-        data = target.completion("river " * 5_000, 1, echo=True, logprobs=20)
+        data = target.completion(_LONG_PROMPT, 1, echo=True, logprobs=20)
     outcomes[await target.answered(target.some_way(dice), data)] += 1
 
 

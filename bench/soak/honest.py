@@ -71,7 +71,7 @@ QUESTIONS: Final = tuple(
 )
 
 
-PATIENCE_SECONDS: Final = 240.0  # for one answer, refusals and broken attempts included; after that it counts as lost
+PATIENCE_SECONDS: Final = 300.0  # for one answer, refusals and broken attempts included; after that it counts as lost
 _PAUSE_SECONDS: Final = 1.0  # after a refusal that names no time
 _LONGEST_PAUSE_SECONDS: Final = 30.0
 _COME_AGAIN: Final = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)

@@ -48,7 +48,7 @@ class Observer:
         if pod["restarts"] > self._restarts.get(pod["name"], 0):
             self._restarts[pod["name"]] = pod["restarts"]
             self.recorder.write(Ended(self.recorder.now, service, pod["last_end"]))
-        if pod["pid"] is not None and (uses := self._uses(pod)) is not None:
+        if (uses := self._uses(pod)) is not None:
             self.recorder.write(Usage(self.recorder.now, service, pod["pid"], uses))
 
     def _uses(self, pod: Mapping[str, Any]) -> Resources | None:
@@ -76,15 +76,14 @@ class Observer:
         return found
 
     def _rests(self, found: Sequence[Rest], before: Sequence[Rest]) -> bool:
-        complete = {each.service for each in found if each.gauges} == set(self.plan.services)
-        held = [value for each in found for name, value in each.gauges.items() if name != FREE and value]
-        earlier = {each.service: each for each in before}
-        back = (
-            each.gauges == earlier[each.service].gauges and has_returned(earlier[each.service].uses, each.uses)
-            for each in found
-            if before
+        if {each.service for each in found if each.gauges} != set(self.plan.services):
+            return False
+        if any(value for each in found for name, value in each.gauges.items() if name != FREE):
+            return False
+        now = {each.service: each for each in found}
+        return all(
+            then.gauges == now[then.service].gauges and has_returned(then.uses, now[then.service].uses) for then in before
         )
-        return complete and not held and all(back)
 
     async def _gauges_of(self, service: str, pod: Mapping[str, Any]) -> dict[str, float]:
         """Empty: it does not answer. A stage that is busy or hangs keeps its last figure of KV: it uses no more meanwhile."""
