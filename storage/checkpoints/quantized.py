@@ -17,7 +17,18 @@ import msgspec
 import numpy as np
 
 from storage.checkpoints.checkpoint import SourceTensor
-from storage.checkpoints.packed_matrix import E2M1, Array, PackedMatrix, Rows, are_float16, float_source, read_array, unpack
+from storage.checkpoints.packed_matrix import (
+    E2M1,
+    Array,
+    PackedMatrix,
+    Rows,
+    are_float16,
+    float_source,
+    powers_of_two,
+    read_array,
+    unpack,
+    values_of_halves,
+)
 from storage.checkpoints.safetensors_format import ITEM_BYTES
 from storage.errors import CheckpointInvalid
 
@@ -50,6 +61,25 @@ class _Parts:
                 f"{' or '.join(dtypes)}."
             )
         return tensor
+
+    def vector(self, suffix: str, length: int, *dtypes: str) -> SourceTensor:
+        """The tensor, which must have one dimension of this length and one of these types."""
+        tensor = self[suffix]
+        if tensor.shape != (length,) or tensor.dtype not in dtypes:
+            raise self.invalid(
+                f"has {self.prefix + suffix!r} as {tensor.dtype} {list(tensor.shape)}, which should be {' or '.join(dtypes)} "
+                f"[{length}]."
+            )
+        return tensor
+
+    def group_of(self, suffix: str, inputs: int, groups: int) -> Array:
+        """The group of each input, from a tensor or, without it, by its place."""
+        if self.get(suffix) is None:
+            return np.arange(inputs) // (inputs // groups)
+        group_of = read_array(self.vector(suffix, inputs, "I32", "I64")).astype(np.intp)
+        if group_of.min(initial=0) < 0 or group_of.max(initial=0) >= groups:
+            raise self.invalid(f"has groups up to {group_of.max()} in {self.prefix + suffix!r}, and {groups} scales.")
+        return group_of
 
     def array(self, suffix: str) -> Array:
         return read_array(self[suffix])
@@ -106,7 +136,7 @@ def _fp8(parts: _Parts, settings: Settings) -> SourceTensor:
     scale = ".weight_scale_inv" if parts.get(".weight_scale_inv") else ".weight_scale"
     grid = parts.array(scale)
     if parts[scale].dtype == "U8":
-        grid = np.ldexp(np.float32(1), grid.astype(np.int32) - 127)
+        grid = powers_of_two(grid)
     return _block_scaled(parts, partial(read_array, weight), (weight.shape[0], weight.shape[1]), grid, _block(settings))
 
 
@@ -161,9 +191,6 @@ def _gptq(parts: _Parts, settings: Settings) -> SourceTensor:
     if bits not in (2, 3, 4, 8) or qweight.shape[0] * 32 != inputs * bits:
         raise parts.invalid(f"has {parts.prefix!r} in {bits} bits for {inputs} inputs; GPTQ has 2, 3, 4 or 8 bits.")
     groups = _groups(parts, inputs, outputs, qzeros.shape[1] * 32 // bits, qzeros.shape[0], any_size=ordered is not None)
-    group_of = read_array(ordered).astype(np.intp) if ordered else np.arange(inputs) // (inputs // groups)
-    if group_of.min() < 0 or group_of.max() >= groups:
-        raise parts.invalid(f"has groups up to {group_of.max()} in {parts.prefix + '.g_idx'!r}, and {groups} scales.")
     less = 1 if layout == "gptq" else 0
 
     def zeros(first: int, last: int) -> Array:
@@ -174,7 +201,7 @@ def _gptq(parts: _Parts, settings: Settings) -> SourceTensor:
         (outputs, inputs),
         lambda first, last: unpack(parts.columns(".qweight", first, last).T, bits, inputs),
         lambda first, last: parts.columns(".scales", first, last).T,
-        group_of,
+        parts.group_of(".g_idx", inputs, groups),
         zeros,
         is_q4=bits == 4 and _scales_are_float16(parts, ".scales"),
     ).source()
@@ -235,8 +262,10 @@ def _packed_stream(parts: _Parts, packed: SourceTensor) -> SourceTensor:
     outputs, inputs = (int(length) for length in parts.array(".weight_shape").reshape(-1)[-2:])
     scales, zero_point = parts.matrix(".weight_scale", "F16", "BF16", "F32"), parts.get(".weight_zero_point")
     bits = 32 * packed.shape[1] // max(1, inputs)
-    groups, ordered = scales.shape[1], parts.get(".weight_g_idx")
+    groups = scales.shape[1]
     fits = 1 <= bits <= 8 and packed.shape == (outputs, -(-inputs * bits // 32)) and scales.shape[0] == outputs
+    if zero_point and parts.matrix(".weight_zero_point", "I32").shape != (-(-outputs * bits // 32), groups):
+        fits = False
     if not fits or not groups or inputs % groups:
         raise parts.invalid(
             f"has {parts.prefix!r} [{outputs}, {inputs}] packed as {list(packed.shape)} with scales {list(scales.shape)}, "
@@ -252,7 +281,7 @@ def _packed_stream(parts: _Parts, packed: SourceTensor) -> SourceTensor:
         (outputs, inputs),
         lambda first, last: unpack(read_array(packed, first, last), bits, inputs),
         partial(read_array, scales),
-        read_array(ordered).astype(np.intp) if ordered else np.arange(inputs) // (inputs // groups),
+        parts.group_of(".weight_g_idx", inputs, groups),
         zeros,
         is_q4=bits == 4 and _scales_are_float16(parts, ".weight_scale"),
     ).source()
@@ -272,13 +301,13 @@ def _e2m1(parts: _Parts, suffix: str, global_suffix: str, divide: bool) -> Sourc
     def scale_rows(first: int, last: int) -> Array:
         rows = read_array(scales, first, last)
         if scales.dtype == "U8":
-            rows = np.ldexp(np.float32(1), rows.astype(np.int32) - 127)
+            rows = powers_of_two(rows)
         scaled: Array = rows / matrix_scale if divide else rows * matrix_scale
         return scaled
 
     return PackedMatrix(
         (outputs, inputs),
-        lambda first, last: E2M1[unpack(read_array(packed, first, last), 4, inputs)],
+        lambda first, last: values_of_halves(read_array(packed, first, last), E2M1),
         scale_rows,
         np.arange(inputs) // (inputs // scales.shape[1]),
     ).source()
@@ -306,9 +335,8 @@ def _int8_rows(parts: _Parts, _: Settings) -> SourceTensor:
     """int8 with the largest magnitude of each row. bitsandbytes, _ops.py:121, nn/modules.py:1108 (0.50.2)."""
     if parts.get(".weight_format") and parts.array(".weight_format").any():
         raise parts.invalid(f"has {parts.prefix!r} in an order for one kind of GPU (weight_format).")
-    weight, largest = parts.matrix(".weight", "I8"), parts[".SCB"]
-    if largest.rows != weight.shape[0]:
-        raise parts.invalid(f"has {largest.rows} scales for {parts.prefix!r} {list(weight.shape)}, which do not fit.")
+    weight = parts.matrix(".weight", "I8")
+    largest = parts.vector(".SCB", weight.shape[0], "F32")
 
     def rows(first: int, last: int) -> Array:
         return read_array(weight, first, last) * read_array(largest, first, last)[:, None] * np.float32(1 / 127)
@@ -330,28 +358,32 @@ def _table_of_16(parts: _Parts, _: Settings) -> SourceTensor:
         offset = np.float32(state["nested_offset"] if nested else 0)
     except (StopIteration, KeyError, TypeError, ValueError, msgspec.MsgspecError) as error:
         raise parts.invalid(f"has no readable quant_state of {parts.prefix!r} ({error!r}).") from error
-    weight, absmax, table = parts[""], parts[".absmax"], parts.array(".quant_map")
-    item, count = ITEM_BYTES[weight.dtype], outputs * inputs
-    if inputs % 2 or block < 1 or math.prod(weight.shape) * item != count // 2 or absmax.rows != -(-count // block):
+    weight, count = parts[""], outputs * inputs
+    item, blocks = ITEM_BYTES[weight.dtype], -(-count // block)
+    if inputs % 2 or math.prod(weight.shape) * item != count // 2:
         raise parts.invalid(
-            f"has {math.prod(weight.shape) * item} bytes and {absmax.rows} scales for {parts.prefix!r} [{outputs}, {inputs}] "
-            f"in blocks of {block}, which do not fit."
+            f"has {math.prod(weight.shape) * item} bytes for {parts.prefix!r} [{outputs}, {inputs}] in four bits."
         )
+    absmax = parts.vector(".absmax", blocks, *(("U8",) if nested else ("F32", "F16", "BF16")))
+    table = read_array(parts.vector(".quant_map", 16, "F32"))
+    if nested:
+        nested_table = read_array(parts.vector(".nested_quant_map", 256, "F32"))
+        nested_absmax = read_array(parts.vector(".nested_absmax", -(-blocks // nested), "F32"))
 
     def scales(first: int, last: int) -> Array:
         """The scales of blocks [first, last)."""
         if not nested:
             return read_array(absmax, first, last)
-        outer = parts.array(".nested_absmax")[np.arange(first, last) // nested]
-        return parts.array(".nested_quant_map")[read_array(absmax, first, last)] * outer + offset
+        return nested_table[read_array(absmax, first, last)] * nested_absmax[np.arange(first, last) // nested] + offset
 
     def rows(first: int, last: int) -> Array:
         start, stop = first * inputs, last * inputs
         items = start // 2 // item, -(-stop // (2 * item))
         data = np.frombuffer(weight.read_rows(*items), np.uint8)[start // 2 - items[0] * item :][: (stop - start) // 2]
-        values: Array = table[np.stack([data >> 4, data & 15], axis=-1).reshape(-1)]
+        values = values_of_halves(data, table, upper_first=True)
         first_block = start // block
-        values *= scales(first_block, -(-stop // block))[np.arange(start, stop) // block - first_block]
+        of_weight = scales(first_block, -(-stop // block)).repeat(block)[start - first_block * block :]
+        values *= of_weight[: stop - start]
         return values.reshape(last - first, inputs)
 
     return float_source((outputs, inputs), rows)
@@ -368,9 +400,9 @@ def _mxfp4(parts: _Parts, settings: Settings) -> SourceTensor:
     experts, outputs, groups, group_bytes = blocks.shape
 
     def rows(first: int, last: int) -> Array:
-        codes = unpack(read_array(blocks, first, last).reshape(-1, group_bytes), 4, 2 * group_bytes)
-        exponents = read_array(scales, first, last).reshape(-1, 1).astype(np.int32) - 127
-        return np.ldexp(E2M1[codes], exponents).reshape(last - first, outputs, -1).swapaxes(1, 2)
+        values = values_of_halves(read_array(blocks, first, last).reshape(-1, group_bytes), E2M1)
+        values *= powers_of_two(read_array(scales, first, last)).reshape(-1, 1)
+        return values.reshape(last - first, outputs, -1).swapaxes(1, 2)
 
     return float_source((experts, groups * group_bytes * 2, outputs), rows)
 
@@ -418,6 +450,7 @@ _METHODS: Final[Mapping[str, tuple[_Method, ...]]] = {
     "fp8": (_Method(_fp8, (".weight_scale_inv", ".weight_scale"), _SCALED),),
     "gptq": (_Method(_gptq, (".qweight",), (".qweight", ".qzeros", ".scales", ".g_idx")),),
     "modelopt": (_Method(_modelopt, (".weight_scale",), (*_SCALED, ".weight_scale_2")),),
+    "mxfp8": (_Method(_fp8, (".weight_scale_inv",), _SCALED),),
     "mxfp4": (_Method(_mxfp4, ("_blocks",), ("_blocks", "_scales"), target=""),),
     "torchao": (_Method(_torchao, ("._weight_qdata",), ("._weight_qdata", "._weight_scale", "._weight_zero_point")),),
 }
@@ -463,5 +496,10 @@ def dequantized(
             "quantization_config from its config.json if the tensors are not quantized"
         )
     others = {name: tensor for name, tensor in tensors.items() if name not in used and not _OF_ACTIVATIONS.search(name)}
+    packed = {end for kinds in _METHODS.values() for kind in kinds for end in kind.parts} - {"", ".weight"}
+    if stray := next((name for name in others if name.endswith(tuple(packed))), None):
+        raise CheckpointInvalid(
+            f"{folder} has {stray!r}, which belongs to no matrix of {method}. Publish the unquantized checkpoint"
+        )
     detail = settings.get("quant_algo") or settings.get("format") or settings.get("bnb_4bit_quant_type")
     return others | made, f"{method} ({detail})" if detail and method != detail else method

@@ -36,9 +36,15 @@ class RoundingError:
 
     def note(self, weights: Floats, published: Floats) -> None:
         with np.errstate(invalid="ignore"):
-            errors = np.abs(published - weights)
-        self.largest = max(self.largest, float(errors.max(initial=0, where=np.isfinite(errors))))
-        self.largest_weight = max(self.largest_weight, float(np.abs(weights).max(initial=0, where=np.isfinite(weights))))
+            errors = published - weights
+        self.largest = max(self.largest, _largest_magnitude(errors))
+        self.largest_weight = max(self.largest_weight, _largest_magnitude(weights))
+
+
+def _largest_magnitude(numbers: Floats) -> float:
+    """The largest magnitude of those that are finite; 0 if none is."""
+    largest = max(float(numbers.max(initial=0)), -float(numbers.min(initial=0)))
+    return largest if np.isfinite(largest) else float(np.abs(numbers).max(initial=0, where=np.isfinite(numbers)))
 
 
 def convert_tensor(

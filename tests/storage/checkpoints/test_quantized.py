@@ -5,6 +5,7 @@
 
 import tracemalloc
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from storage.checkpoints.checkpoint import BLOCK_BYTES
 from storage.checkpoints.hugging_face_folder import open_folder
 from storage.checkpoints.packed_matrix import read_array, unpack
-from storage.checkpoints.safetensors_format import TensorSpan, read_header
+from storage.checkpoints.safetensors_format import ITEM_BYTES, TensorSpan, read_header, tensor_bytes
 from storage.errors import CheckpointInvalid
-from storage.models.floats import as_bytes, read_floats, rounded
+from storage.models.floats import FLOATS, as_bytes, read_floats, rounded
+from tests.storage.test_parsers import few, mutated
 from tests.support.paths import ROOT
 from tests.support.storage.raw_safetensors import Raw, save_raw
 
@@ -147,10 +151,11 @@ DAMAGED: dict[str, tuple[str, dict[str, Raw | None], str]] = {
     "nf4 without its state": (
         "bitsandbytes-nf4-256", {"m.weight.quant_state.bitsandbytes__nf4": None}, "no readable quant_state",
     ),
-    "nf4 that is cut": ("bitsandbytes-nf4-256", {"m.weight": ("U8", (9, 1), bytes(9))}, "9 bytes and 16 scales"),
+    "nf4 that is cut": ("bitsandbytes-nf4-256", {"m.weight": ("U8", (9, 1), bytes(9))}, "9 bytes for"),
     "int8 of a kind of GPU": ("bitsandbytes-int8", {"m.weight_format": ("U8", (), b"\1")}, "one kind of GPU"),
     "AWQ inside modelopt": ("modelopt-nvfp4", {"m.pre_quant_scale": ("F32", (1,), bytes(4))}, "pre_quant_scale"),
     "torchao with scaled inputs": ("torchao-int8", {"m._weight_act_pre_scale": ("F32", (1,), bytes(4))}, "act_pre_scale"),
+    "AWQ with scaled activations": ("awq", {"m.act.scales": ("F16", (4,), bytes(8))}, "'m.act.scales', which belongs to no"),
     "torchao without scales": ("torchao-int8", {"m._weight_scale": None}, "lacks 'm._weight_scale'"),
 }  # fmt: skip
 
@@ -176,3 +181,24 @@ def test_modelopt_may_have_a_file_of_its_own(tmp_path: Path) -> None:
     checkpoint = open_folder(tmp_path)
     assert checkpoint.quantization == "modelopt (NVFP4)"
     assert checkpoint.tensors.keys() == {"m.weight"}
+
+
+@few
+@given(st.data())
+def test_random_settings_and_parts_raise_declared_errors_only(tmp_path: Path, data: st.DataObject) -> None:
+    """Whatever opens can be read to its last row, so that no publication fails in the middle."""
+    case = data.draw(st.sampled_from(CASES))
+    names = st.sampled_from(sorted(set(stored(case)) - {"expected"}))
+    raw = st.tuples(st.sampled_from(sorted(ITEM_BYTES)), st.lists(st.integers(0, 130), max_size=3)).map(
+        lambda drawn: (drawn[0], tuple(drawn[1]), bytes(tensor_bytes(drawn[0], drawn[1])))
+    )
+    changed = data.draw(st.dictionaries(names, st.none() | raw, max_size=2))
+    settings = mutated(msgspec.json.decode(header()[1][case]), data.draw)
+    save_case(tmp_path, case, changed)
+    config = {"model_type": "llama", "quantization_config": settings}
+    (tmp_path / "config.json").write_bytes(msgspec.json.encode(config))
+    with suppress(CheckpointInvalid):
+        for tensor in open_folder(tmp_path).tensors.values():
+            if tensor.dtype in FLOATS:
+                for block in tensor.blocks():
+                    assert len(block) % 2 == 0

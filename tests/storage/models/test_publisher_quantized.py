@@ -53,6 +53,17 @@ def in_float8(folder: Path, family: str, tile: list[int] | None) -> Path:
     return save(folder, family, tensors, {"quant_method": "fp8", "weight_block_size": tile, "activation_scheme": "dynamic"})
 
 
+def in_mxfp8(folder: Path) -> Path:
+    """float8 with a power of two for each 32 inputs, stored as its exponent plus 127."""
+    matrices, tensors = projections("llama")
+    for name, matrix in matrices.items():
+        groups = matrix.view(len(matrix), -1, 32)
+        exponents = (groups.abs().amax(-1) / 448).log2().ceil()
+        tensors[name] = (groups / exponents.exp2()[..., None]).view(matrix.shape).to(torch.float8_e4m3fn)
+        tensors[name.replace(".weight", ".weight_scale_inv")] = (exponents + 127).to(torch.uint8)
+    return save(folder, "llama", tensors, {"quant_method": "mxfp8", "weight_block_size": [1, 32]})
+
+
 def in_mxfp4(folder: Path) -> Path:
     """The experts of gpt-oss as random bytes, with scales from 2^-8 to 2^-2."""
     tensors = tiny_models.checkpoint_tensors(tiny_models.whole_model("gpt_oss"))
@@ -70,6 +81,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "fp8 by matrix": lambda folder: in_float8(folder, "llama", None),
     "fp8 with experts": lambda folder: in_float8(folder, "qwen3_moe", [16, 16]),
     "mxfp4": in_mxfp4,
+    "mxfp8": in_mxfp8,
 }
 
 
