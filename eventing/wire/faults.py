@@ -5,9 +5,8 @@ msgspec reports a fault only in words, which differ between its versions, so the
 
 import operator
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Final
 
 import msgspec
@@ -26,8 +25,6 @@ _KINDS: Final[dict[type[inspect.Type], tuple[type | tuple[type, ...], str]]] = {
     inspect.StructType: (dict, "an object"),
 }
 """What JSON has for a type, and its name in an error. All that requests and specs use."""
-
-
 _MAX_COMPARISONS: Final = 20_000  # a tenth of a second; a request of 8 MiB has millions of values
 
 
@@ -41,90 +38,88 @@ class Fault:
 
 
 def find_fault(document: Any, type_: type) -> Fault | None:
-    """The first fault of a document (what JSON or YAML decodes to), in the order of its fields.
+    """The first fault of a document (what JSON or YAML decodes to), in the order in which the decoder reads it.
 
     None: it fits, or the fault comes after _MAX_COMPARISONS values.
     """
-    compared = islice(_faults(document, inspect.type_info(type_), ""), _MAX_COMPARISONS)
-    return next((fault for fault in compared if fault is not None), None)
-
-
-def _faults(value: Any, expected: inspect.Type, path: str) -> Iterator[Fault | None]:
-    """Yields the faults of a value, compared with its type in the order in which the decoder reads it.
-
-    Before them it yields None, once for each value that it compares.
-    """
-    yield None
-    if isinstance(expected, inspect.Metadata):  # a description
-        expected = expected.type
-    if isinstance(expected, inspect.UnionType):
-        yield from _union_faults(value, expected, path)
-    elif not _is_kind(value, expected) or not _is_within_bounds(value, expected):
-        yield Fault(path, value, f"expected {describe(expected)}")
-    elif isinstance(expected, inspect.StructType):
-        yield from _struct_faults(value, expected, path)
-    elif isinstance(expected, inspect.VarTupleType | inspect.ListType):
-        for index, each in enumerate(value):
-            yield from _faults(each, expected.item_type, f"{path}[{index}]")
-    elif isinstance(expected, inspect.DictType):
-        for name, each in value.items():
-            yield from _faults(each, expected.value_type, f"{path}.{name}")
-
-
-def _struct_faults(value: dict[str, Any], expected: inspect.StructType, path: str) -> Iterator[Fault | None]:
-    fields = {field.encode_name: field for field in expected.fields}
-    for name, each in value.items():
-        inner = f"{path}.{name}" if path else name
-        if name in fields:
-            yield from _faults(each, fields[name].type, inner)
-        elif name == expected.tag_field:
-            if each != expected.tag:
-                yield Fault(inner, each, f"expected {_quoted([expected.tag])}")
-        elif expected.forbid_unknown_fields:
-            yield Fault(inner, each, "")
-    for name, field in fields.items():
-        if field.required and name not in value:
-            yield Fault(path, value, f"it lacks `{name}`")
     try:
-        msgspec.convert(value, expected.cls)
-    except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, ValueError):  # of the struct's own __post_init__
-            yield Fault(path, value, str(error.__cause__))
+        return _Search().fault(document, inspect.type_info(type_), "")
+    except _TooManyValues:
+        return None
 
 
-def _union_faults(value: Any, expected: inspect.UnionType, path: str) -> Iterator[Fault | None]:
-    """Yields the faults of a value that may have several types.
+class _TooManyValues(Exception):
+    pass
 
-    They are those of the one alternative that fits the value's JSON type or tag; if that is none or several, the value as a
-    whole is the fault.
-    """
-    meant = [each for each in expected.types if _is_kind(value, each)]
-    tagged = {each.tag: each for each in meant if isinstance(each, inspect.StructType) and each.tag_field}
-    if len(tagged) > 1:
-        name = str(next(iter(tagged.values())).tag_field)
-        if name not in value:
-            yield Fault(path, value, f"it lacks `{name}`")
-        elif value[name] not in tagged:
-            yield Fault(f"{path}.{name}", value[name], f"expected {_quoted(tagged)}")
+
+class _Search:
+    """Compares a document with its type, value by value, up to the first fault."""
+
+    def __init__(self) -> None:
+        self._compared = 0
+
+    def fault(self, value: Any, expected: inspect.Type, path: str) -> Fault | None:
+        self._compared += 1
+        if self._compared > _MAX_COMPARISONS:
+            raise _TooManyValues
+        if isinstance(expected, inspect.Metadata):  # a description
+            expected = expected.type
+        if isinstance(expected, inspect.UnionType):
+            return self._union_fault(value, expected, path)
+        if not _is_kind(value, expected) or not _is_within_bounds(value, expected):
+            return Fault(path, value, f"expected {describe(expected)}")
+        if isinstance(expected, inspect.StructType):
+            return self._struct_fault(value, expected, path)
+        inner: Iterator[tuple[str, Any]]
+        if isinstance(expected, inspect.VarTupleType | inspect.ListType):
+            item_type, inner = expected.item_type, ((f"[{index}]", each) for index, each in enumerate(value))
+        elif isinstance(expected, inspect.DictType):
+            item_type, inner = expected.value_type, ((f".{name}", each) for name, each in value.items())
         else:
-            yield from _struct_faults(value, tagged[value[name]], path)
-        return
-    faults = []
-    for each in meant:
-        faults.append((yield from _first(_faults(value, each, path))))
-    if len(faults) == 1 and faults[0] is not None:
-        yield faults[0]
-    elif None not in faults:
-        yield Fault(path, value, f"expected {describe(expected)}")
+            return None
+        return next(filter(None, (self.fault(each, item_type, path + key) for key, each in inner)), None)
 
+    def _struct_fault(self, value: dict[str, Any], expected: inspect.StructType, path: str) -> Fault | None:
+        fields = {field.encode_name: field for field in expected.fields}
+        for name, each in value.items():
+            inner = f"{path}.{name}" if path else name
+            if name in fields:
+                if (fault := self.fault(each, fields[name].type, inner)) is not None:
+                    return fault
+            elif name == expected.tag_field:
+                if each != expected.tag:
+                    return Fault(inner, each, f"expected {_quoted([expected.tag])}")
+            elif expected.forbid_unknown_fields:
+                return Fault(inner, each, "")
+        for name, field in fields.items():
+            if field.required and name not in value:
+                return Fault(path, value, f"it lacks `{name}`")
+        try:
+            msgspec.convert(value, expected.cls)
+        except msgspec.ValidationError as error:
+            if isinstance(error.__cause__, ValueError):  # of the struct's own __post_init__
+                return Fault(path, value, str(error.__cause__))
+        return None
 
-def _first(faults: Iterator[Fault | None]) -> Generator[None, None, Fault | None]:
-    """Yields None for each value that is compared, up to the first fault, and returns that; None if there is none."""
-    for fault in faults:
-        if fault is not None:
-            return fault
-        yield None
-    return None
+    def _union_fault(self, value: Any, expected: inspect.UnionType, path: str) -> Fault | None:
+        """The fault of a value that may have several types.
+
+        It is that of the one alternative that fits the value's JSON type or tag; if that is none or several, the value as a
+        whole is the fault.
+        """
+        meant = [each for each in expected.types if _is_kind(value, each)]
+        tagged = {each.tag: each for each in meant if isinstance(each, inspect.StructType) and each.tag_field}
+        if len(tagged) > 1:
+            name = str(next(iter(tagged.values())).tag_field)
+            if name not in value:
+                return Fault(path, value, f"it lacks `{name}`")
+            if value[name] not in tagged:
+                return Fault(f"{path}.{name}", value[name], f"expected {_quoted(tagged)}")
+            return self._struct_fault(value, tagged[value[name]], path)
+        faults = [self.fault(value, each, path) for each in meant]
+        if len(faults) == 1 or None in faults:
+            return faults[0] if len(faults) == 1 else None
+        return Fault(path, value, f"expected {describe(expected)}")
 
 
 def _is_kind(value: Any, expected: inspect.Type) -> bool:
