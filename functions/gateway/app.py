@@ -96,9 +96,7 @@ def create_app(
     scores = None
     if config.scores == "on":
         scores = ScoreEntry(service, claims, pipeline=config.pipeline, source=source, token=config.pipeline_token)
-    CloudEventsAPI(
-        service, clients, claims, scores, source, config.request_timeout_seconds, config.keep_alive_seconds
-    ).register(app)
+    CloudEventsAPI(service, clients, claims, scores, source, config).register(app)
     TokensAPI(service, clients).register(app)
     if watched is not None:
         PipelineEventsAPI(PipelineWatch(watched), clients).register(app)
@@ -106,9 +104,7 @@ def create_app(
         register_page(app)
     described = list(operations(with_page=config.page == "on"))
     register_document(app, described, config.model, with_keys=not keys.is_open)
-    OpenAIAPI(
-        service, clients, config.model, config.pipeline, config.request_timeout_seconds, config.keep_alive_seconds
-    ).register(app)
+    OpenAIAPI(service, clients, config).register(app)
     return app
 
 

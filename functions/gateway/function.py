@@ -95,11 +95,8 @@ class GatewayFunction:
             return
         self._start_up.mark("last_byte")
         self._metrics.ready.set(1)
-        limits = client_limits(self._config, self._keys)
-        config = self._config
-        self._answer_service = AnswerService(
-            text, self._running.scheduler, self._metrics, self._running.tracer, limits, config.model
-        )
+        limits, running = client_limits(self._config, self._keys), self._running
+        self._answer_service = AnswerService(text, running.scheduler, self._metrics, running.tracer, limits, self._config.model)
         _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])
 
     def _watched(self) -> Watched:

@@ -41,16 +41,10 @@ class TLSPort:
         threading.Thread(target=lambda: asyncio.run(self._serve()), name="tls-port", daemon=True).start()
 
     async def _serve(self) -> None:
-        def connected() -> asyncio.Protocol:
-            return _Inbound(self._tls, self._to_port, self._open) if len(self._open) < _MAX_CONNECTIONS else _Full()
-
-        server = await asyncio.get_running_loop().create_server(connected, sock=self._listener)
+        server = await asyncio.get_running_loop().create_server(
+            lambda: _Inbound(self._tls, self._to_port, self._open), sock=self._listener
+        )
         await server.serve_forever()
-
-
-class _Full(asyncio.Protocol):
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.close()
 
 
 class _Side(asyncio.Protocol):
@@ -108,6 +102,9 @@ class _Inbound(_Side):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        if len(self._connections) >= _MAX_CONNECTIONS:
+            transport.close()
+            return
         self._connections.add(self)
         self._peer = str(transport.get_extra_info("peername")[0])
         sock = transport.get_extra_info("socket")

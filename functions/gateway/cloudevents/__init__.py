@@ -1,4 +1,5 @@
 """The CloudEvents API: generate and score requests as events, each event answered once however often it is delivered.
 
-May import: eventing, eventing.wire, eventing.http, functions.observing, functions.gateway.answers, functions.gateway.text.
+May import: eventing, eventing.wire, eventing.http, functions.configuration, functions.observing, functions.gateway.answers,
+functions.gateway.text.
 """

@@ -30,6 +30,7 @@ from eventing.wire.cloud_event import data_buffers, json_data, json_event, reply
 from eventing.wire.events import Attribute, EventType
 from eventing.wire.framing import Buffer, check_not_expired, expiry_time
 from eventing.wire.generation import MAX_CHOICES, ErrorEvent, GenerateRequest, GenerateResponse, ProgressEvent, TokenEvent
+from functions.configuration.config import GatewayConfig
 from functions.gateway.answers.access_log import log_entry
 from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.deduplication import Deduplicator, Listener
@@ -53,7 +54,6 @@ class CloudEventsAPI:
     """Answers the CloudEvents that clients post to `/`: one generate request, a batch of them, or one score request.
 
     scores: None if score requests are not served. source: the attribute `source` of all reply events.
-    request_timeout_seconds: longest duration of one answer.
     """
 
     def __init__(
@@ -63,16 +63,14 @@ class CloudEventsAPI:
         claims: ClaimCheck,
         scores: ScoreEntry | None,
         source: str,
-        request_timeout_seconds: float,
-        keep_alive_seconds: float,
+        config: GatewayConfig,
     ) -> None:
         self._service = service
         self._clients = clients
         self._claims = claims
         self._scores = scores
         self._source = source
-        self._timeout_seconds = request_timeout_seconds
-        self._keep_alive_seconds = keep_alive_seconds
+        self._config = config
         self._deduplicator: Deduplicator[Item] = Deduplicator()
 
     def register(self, app: Flask) -> None:
@@ -103,7 +101,7 @@ class CloudEventsAPI:
                 listener,
                 self._stream(event, listener),
                 lambda problem: _structured_sse(self._problem(event, problem)),
-                self._keep_alive_seconds,
+                self._config.keep_alive_seconds,
             )
         to_http = to_structured_http if content_type.startswith(STRUCTURED_CONTENT_TYPE) else to_binary_http
         return whole_response(listener.items(), lambda response: _http_response(to_http(self._response(event, response))))
@@ -128,7 +126,7 @@ class CloudEventsAPI:
 
         def begin(abandoned: Callable[[], bool]) -> Iterator[Item | None]:
             data = json_data(event, GenerateRequest)
-            seconds, expiry = self._timeout_seconds, expiry_time(event.get_attributes())
+            seconds, expiry = self._config.request_timeout_seconds, expiry_time(event.get_attributes())
             if expiry is not None:
                 seconds = min(seconds, (expiry - datetime.now(UTC)).total_seconds())
             traceparent = event.get_extension(Attribute.TRACEPARENT)

@@ -1,5 +1,5 @@
 """The OpenAI API, plain and streaming: chat completions, completions, responses, models; and vLLM's /tokenize and /detokenize.
 
-May import: eventing, eventing.wire, eventing.http, functions.hosting, functions.observing, functions.gateway.answers,
-functions.gateway.text.
+May import: eventing, eventing.wire, eventing.http, functions.configuration, functions.hosting, functions.observing,
+functions.gateway.answers, functions.gateway.text.
 """

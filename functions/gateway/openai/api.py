@@ -11,6 +11,7 @@ from flask import Blueprint, Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 
 from eventing.problems import MalformedEvent, Problem
+from functions.configuration.config import GatewayConfig
 from functions.gateway.answers.access_log import log_entry
 from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.deduplication import Deduplicator
@@ -31,24 +32,13 @@ R = TypeVar("R", ChatRequest, CompletionRequest, ResponsesRequest)
 
 
 class OpenAIAPI:
-    def __init__(
-        self,
-        service: Callable[[], AnswerService],
-        clients: Clients,
-        model: str,
-        pipeline: str,
-        request_timeout_seconds: float,
-        keep_alive_seconds: float,
-    ) -> None:
-        """service: raises NotReady before the tokenizer is loaded. model: name of the served one. pipeline: its fingerprint."""
+    def __init__(self, service: Callable[[], AnswerService], clients: Clients, config: GatewayConfig) -> None:
+        """service: raises NotReady before the tokenizer is loaded."""
         self._service = service
         self._clients = clients
-        self._pipeline = pipeline
-        self._timeout_seconds = request_timeout_seconds
-        self._keep_alive_seconds = keep_alive_seconds
+        self._config = config
         self._deduplicator: Deduplicator[bytes] = Deduplicator()
-        self._model = model
-        self._model_document = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "lamina"}
+        self._model_document = {"id": config.model, "object": "model", "created": int(time.time()), "owned_by": "lamina"}
 
     def register(self, app: Flask) -> None:
         routes = Blueprint("openai", __name__, url_prefix="/v1")
@@ -70,17 +60,18 @@ class OpenAIAPI:
 
     def _one_model(self, model: str) -> Response:
         self._clients.identify(request)
-        return json_response(self._model_document) if model == self._model else model_not_found(model, self._model)
+        served = self._config.model
+        return json_response(self._model_document) if model == served else model_not_found(model, served)
 
     def _answer(
         self, type_: type[R], id_prefix: str, document_of: Callable[[Envelope, R], ChoicesDocument | ResponsesDocument]
     ) -> Response:
-        arrived, entry = arrival_time(), log_entry()
+        arrived, entry, config = arrival_time(), log_entry(), self._config
         client_id = entry.client_id = self._clients.identify(request)
         data = request.get_data(cache=False)
         body = read_request(data, type_)
-        if body.model != self._model:
-            return model_not_found(body.model, self._model)
+        if body.model != config.model:
+            return model_not_found(body.model, config.model)
         key = request.headers.get("Idempotency-Key")
         # Without a key every request is new. With one, id and seed follow from it: every gateway gives the same answer.
         hashed = hashlib.sha256(f"{len(key)} {key} {request.path} ".encode() if key else secrets.token_bytes(32))
@@ -93,7 +84,7 @@ class OpenAIAPI:
             generate_request = body.generate_request()
         except ValueError as error:
             raise MalformedEvent(f"the request cannot be served: {error}") from error
-        document = document_of(Envelope(id_, int(time.time()), self._model, self._pipeline), body)
+        document = document_of(Envelope(id_, int(time.time()), config.model, config.pipeline), body)
         service = self._service()
         entry.request = generate_request
 
@@ -102,7 +93,7 @@ class OpenAIAPI:
                 request_id=id_,
                 client_id=client_id,
                 seed=int.from_bytes(digest[12:20]) >> 1,
-                deadline_seconds=self._timeout_seconds,
+                deadline_seconds=config.request_timeout_seconds,
                 arrived=arrived,
                 gone=gone,
                 trace=read_traceparent(request.headers.get("traceparent")),
@@ -123,7 +114,7 @@ class OpenAIAPI:
             items = items_of(source)
         g.answering = True
         if body.stream:
-            return stream_response(source, items, document.failure, self._keep_alive_seconds)
+            return stream_response(source, items, document.failure, config.keep_alive_seconds)
         return whole_response(items, lambda whole: Response(whole, content_type="application/json"))
 
 
