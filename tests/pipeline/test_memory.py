@@ -27,14 +27,14 @@ import json, os, sys
 from functions.stage.models.native.group import NativeGroup
 from knative.spec.model_shape import shape_from_config
 from knative.spec.sizing import plan_stages
-from tests.support.storage.tiny_models import tiny_config
+from tests.support.storage.published import CONFIG
 
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 dtype, budget, head_dim = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-config = tiny_config("llama", head_dim=head_dim)
+config = CONFIG | {"head_dim": head_dim}
 plan = plan_stages(shape_from_config(config, "tiny", dtype), ((0, 2), (2, 6)))[1]
 def filled(budget):
     pool = NativeGroup(config, 2, 6, dtype, budget).kv
