@@ -104,12 +104,12 @@ class BodyBudget:
                     f"requests in hand have {self._shares.total} bytes, the most is {self._max_bytes}; send it again later"
                 )
             self._shares.add(share.client_id, share, count)
-        for each in yielding:
-            each.gave_way = True
-            body = each.body()
-            if body is not None:
-                with contextlib.suppress(BufferError):  # bytes are being received into it: freed when its reader looks
-                    body.clear()
+            for each in yielding:
+                each.gave_way = True
+                body = each.body()
+                if body is not None:
+                    with contextlib.suppress(BufferError):  # bytes are being received into it: freed when its reader looks
+                        body.clear()
 
     def keep(self, share: BodyShare) -> None:
         """From now on the body does not give way, because it is complete. Raises Overloaded if it has done so before."""

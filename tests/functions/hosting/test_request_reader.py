@@ -219,6 +219,31 @@ def test_a_body_may_be_freed_in_the_middle_of_counting_another() -> None:
     assert budget.held_bytes == 10
 
 
+def test_a_body_that_gives_way_cannot_be_completed_meanwhile() -> None:
+    """Another thread may receive its last bytes as soon as the budget's lock is free."""
+    budget, outcomes = BodyBudget(10**6), []
+    greedy = [Body(500_000, "greedy") for _ in range(2)]
+    for each in greedy:
+        each.charge(budget, 500_000)
+    lock = budget._lock
+
+    class Freed(contextlib.AbstractContextManager[None]):
+        def __enter__(self) -> None:
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            budget._lock = lock
+            lock.release()
+            try:
+                outcomes.append(greedy[1].keep())
+            except Overloaded as refused:
+                outcomes.append(type(refused))
+
+    budget._lock = Freed()
+    Body(300_000, "modest").charge(budget, 300_000)
+    assert outcomes == [Overloaded]
+
+
 def test_announcing_a_body_costs_nothing() -> None:
     budget = BodyBudget(10**6)
     waiting = [fed(START + b"Content-Length: 900000\r\n\r\n", 10**6, budget) for _ in range(100)]
