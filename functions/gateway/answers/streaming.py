@@ -34,7 +34,7 @@ def stream_response(
     also as the first event; 0: never. Nothing is sent before the first event, so that an answer that fails early gets the
     status of its Problem. Also, Go's ReverseProxy closes the connection if a reply begins before it has sent the whole request.
     """
-    sent = _with_comments(events, keep_alive_seconds)
+    sent = with_comments(events, keep_alive_seconds)
     try:
         first = next(sent)
     except ClientLeft:
@@ -45,7 +45,8 @@ def stream_response(
     return response
 
 
-def _with_comments(events: Iterator[bytes | None], keep_alive_seconds: float) -> Iterator[bytes]:
+def with_comments(events: Iterator[bytes | None], keep_alive_seconds: float) -> Iterator[bytes]:
+    """The events, and a comment after so many seconds of silence; 0: never. None: there is nothing to send yet."""
     sent_at = time.monotonic()
     for event in events:
         if event is not None:

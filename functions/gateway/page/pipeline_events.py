@@ -13,16 +13,16 @@ from typing import Any, Final
 import msgspec
 from flask import Flask, Response, request
 
-from eventing.http.sse import COMMENT, EVENT_STREAM_CONTENT_TYPE, encode_sse
+from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, encode_sse
 from eventing.problems import RateLimited
 from functions.fairness.fair_shares import FairShares
 from functions.gateway.answers.access_log import log_entry
 from functions.gateway.answers.authentication import Clients
-from functions.gateway.answers.streaming import STREAM_HEADERS, client_gone
+from functions.gateway.answers.streaming import STREAM_HEADERS, client_gone, with_comments
 from functions.gateway.page.pipeline_watch import SAMPLE_SECONDS, PipelineWatch
 
 MAX_STREAMS: Final = 32  # open at the same time, shared among clients; each occupies a thread
-HEARTBEAT_SECONDS: Final = 5.0
+KEEP_ALIVE_SECONDS: Final = 5.0
 MAX_STREAM_SECONDS: Final = 300.0  # less than a Service's timeoutSeconds
 RETRY_AFTER_SECONDS: Final = 5
 
@@ -47,7 +47,7 @@ class PipelineEventsAPI:
             self._streams.add(client_id, gave_way)
         for each in yielding:
             each.set()
-        stream = self._stream(client_id, client_gone(), gave_way)
+        stream = with_comments(self._stream(client_id, client_gone(), gave_way), KEEP_ALIVE_SECONDS)
         response = Response(stream, content_type=EVENT_STREAM_CONTENT_TYPE, headers=STREAM_HEADERS)
         response.call_on_close(lambda: self._leave(gave_way))
         return response
@@ -56,23 +56,16 @@ class PipelineEventsAPI:
         with self._lock:
             self._streams.remove(stream)
 
-    def _stream(self, client_id: str, gone: Callable[[], bool], gave_way: threading.Event) -> Iterator[bytes]:
+    def _stream(self, client_id: str, gone: Callable[[], bool], gave_way: threading.Event) -> Iterator[bytes | None]:
         ends_at = time.monotonic() + MAX_STREAM_SECONDS
         sent = msgspec.to_builtins(self._watch.state(client_id))
         yield encode_sse(msgspec.json.encode(sent), event="snapshot")
-        sent_at = time.monotonic()
         while time.monotonic() < ends_at and not gone() and not self._watch.watched.draining():
             if gave_way.wait(SAMPLE_SECONDS):
                 return
             now = msgspec.to_builtins(self._watch.state(client_id))
-            if patch := merge_patch(sent, now):
-                sent = now
-                yield encode_sse(msgspec.json.encode(patch), event="change")
-            elif time.monotonic() - sent_at > HEARTBEAT_SECONDS:
-                yield COMMENT
-            else:
-                continue
-            sent_at = time.monotonic()
+            patch, sent = merge_patch(sent, now), now
+            yield encode_sse(msgspec.json.encode(patch), event="change") if patch else None
 
 
 def merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def test_streams_of_a_greedy_client_give_way_to_those_of_five_modest_ones(pipe: 
 
 
 def test_a_stream_without_changes_has_heartbeats_and_an_end(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline_events, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(pipeline_events, "KEEP_ALIVE_SECONDS", 0.01)
     monkeypatch.setattr(pipeline_events, "MAX_STREAM_SECONDS", 0.2)
     with closing(pipe.client().get("/v1/pipeline/events")) as response:
         _, *rest = itertools.chain(response.response)
