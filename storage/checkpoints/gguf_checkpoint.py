@@ -1,4 +1,4 @@
-"""Reads GGUF files of Llama-shaped architectures as the Hugging Face checkpoints that they were made from.
+"""Reads GGUF files of the architectures in `gguf_architectures` as the Hugging Face checkpoints that they were made from.
 
 Tensors are dequantized to float32 as they are read, a few rows at a time. Those in Q4_0 and Q4_1 can also be read in four bits
 without loss. `gguf_config` makes config.json of the metadata, `gguf_tokenizer` the tokenizer's files. This is the only importer
@@ -19,32 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.checkpoints.checkpoint import Checkpoint, FourBits, SourceTensor
-from storage.checkpoints.gguf_config import model_config
+from storage.checkpoints.gguf_architectures import MODULES, Architecture
+from storage.checkpoints.gguf_config import architecture_of, model_config
 from storage.checkpoints.gguf_format import GgufHeader, GgufTensor, gguf_parts, read_header
 from storage.checkpoints.gguf_tokenizer import tokenizer_files
 from storage.checkpoints.safetensors_format import read_exactly
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
 
-_MODULES: Final[Mapping[str, str]] = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _Type = gguf.GGMLQuantizationType
 _FLOATS: Final = frozenset({_Type.F64, _Type.F32, _Type.F16, _Type.BF16})
 _FOUR_BITS: Final = frozenset({_Type.Q4_0, _Type.Q4_1})
 _Q_BYTES: Final = 16
+_ROPE_TENSORS: Final = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 _TENSOR_NAME: Final = re.compile(r"(?:blk\.(?P<layer>\d{1,6})\.)?(?P<module>\w+)\.(?P<kind>weight|bias)")
 
 
@@ -53,46 +39,78 @@ def open_gguf(path: Path, tokenizer: Mapping[str, bytes] | None = None) -> Check
 
     tokenizer: files by name to use instead of those made of the file's own tokenizer.
 
-    Raises CheckpointInvalid for anything but a whole GGUF file, ArchitectureUnsupported if the model is not Llama-shaped.
+    Raises CheckpointInvalid for anything but a whole GGUF file, ArchitectureUnsupported if the table has no such model.
     """
     parts = gguf_parts(path)
     path, headers = parts[0], [read_header(part) for part in parts]
     header = GgufHeader(headers[0].fields, [tensor for each in headers for tensor in each.tensors])
     if (count := header.fields.get("split.count", 1)) not in (0, len(parts)):
         raise CheckpointInvalid(f"{path} is one of {count} parts; name them -00001-of-{count:05d}.gguf and so on, as they were")
-    config = model_config(path, header)
+    config, architecture = model_config(path, header), architecture_of(path, header)
+    sizes = {part: part.stat().st_size for part in parts}
     tensors: dict[str, SourceTensor] = {}
-    for part, each in zip(parts, headers, strict=True):
-        size = part.stat().st_size
-        tensors |= {_hugging_face_name(path, tensor.name): _source(part, tensor, config, size) for tensor in each.tensors}
+    for tensor in header.tensors:
+        if tensor.name not in _ROPE_TENSORS:
+            tensors |= _sources(tensor, architecture, config, sizes[tensor.path])
     config_file = msgspec.json.format(msgspec.json.encode(config), indent=2)
     files = tokenizer_files(path, header.fields) if tokenizer is None else tokenizer
     return Checkpoint(config, {**files, "config.json": config_file}, tensors)
 
 
-def _hugging_face_name(path: Path, name: str) -> str:
-    found = _TENSOR_NAME.fullmatch(name)
-    if not found or found["module"] not in _MODULES:
+def _sources(
+    tensor: GgufTensor, architecture: Architecture, config: Mapping[str, Any], file_bytes: int
+) -> dict[str, SourceTensor]:
+    """The tensors by their Hugging Face names that a tensor of a GGUF file holds: one, or one for each expert."""
+    path = tensor.path
+    found = _TENSOR_NAME.fullmatch(tensor.name)
+    module = {**MODULES, **architecture.modules}.get(found["module"]) if found else None
+    if not found or module is None:
         raise ArchitectureUnsupported(
-            f"{path} has a tensor {name!r} that no Llama-shaped model has; publish it from safetensors"
+            f"{path} has a tensor {tensor.name!r} that no {architecture.model_type!r} has; publish it from safetensors"
         )
     prefix = f"model.layers.{found['layer']}." if found["layer"] else ""
-    return f"{prefix}{_MODULES[found['module']]}.{found['kind']}"
-
-
-def _source(path: Path, tensor: GgufTensor, config: Mapping[str, Any], file_bytes: int) -> SourceTensor:
-    rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
+    name = f"{prefix}{module}.{found['kind']}"
+    shape = tensor.shape[1:] if "{}" in name else tensor.shape
+    if len(shape) + ("{}" in name) != len(tensor.shape) or not shape:
+        raise CheckpointInvalid(f"{path} has {tensor.name!r} as {list(tensor.shape)}; make it again")
+    rows, columns = shape[0], math.prod(shape[1:])
     dequantize, row_bytes = _quantization(path, tensor, columns)
-    if tensor.start + rows * row_bytes > file_bytes:
+    end = tensor.start + tensor.shape[0] * math.prod(tensor.shape[1:]) // columns * row_bytes
+    if end > file_bytes:
         raise CheckpointInvalid(
-            f"{path} is no GGUF file, or only its beginning (tensor {tensor.name!r} ends at byte "
-            f"{tensor.start + rows * row_bytes} of {file_bytes}); fetch it again"
+            f"{path} is no GGUF file, or only its beginning (tensor {tensor.name!r} ends at byte {end} of {file_bytes}); "
+            "fetch it again"
         )
-    read = partial(_read_rows, path, tensor.start, row_bytes, _row_order(path, tensor, rows, config))
+    order = _row_order(path, tensor, rows, config, architecture)
+    shift = -1 if architecture.norm_plus_one and name.endswith("norm.weight") else 0
+    count = tensor.shape[0] if "{}" in name else 1
+    return {
+        name.format(number): _source(
+            tensor,
+            shape,
+            dequantize,
+            partial(_read_rows, path, tensor.start + number * rows * row_bytes, row_bytes, order),
+            shift,
+        )
+        for number in range(count)
+    }
+
+
+def _source(
+    tensor: GgufTensor,
+    shape: tuple[int, ...],
+    dequantize: Callable[[NDArray[np.uint8]], Any],
+    read: Callable[[int, int], NDArray[np.uint8]],
+    shift: int,
+) -> SourceTensor:
+    def floats(first: int, last: int) -> memoryview:
+        values = np.ascontiguousarray(dequantize(read(first, last)), np.float32)
+        return (values + np.float32(shift) if shift else values).reshape(-1).view(np.uint8).data
+
     return SourceTensor(
         "F32",
-        tensor.shape,
-        lambda first, last: np.ascontiguousarray(dequantize(read(first, last)), np.float32).reshape(-1).view(np.uint8).data,
+        shape,
+        floats,
         tensor.kind not in _FLOATS,
         (lambda first, last: _four_bits(tensor.kind, read(first, last))) if tensor.kind in _FOUR_BITS else None,
     )
@@ -135,14 +153,16 @@ def _four_bits(kind: int, rows: NDArray[np.uint8]) -> FourBits:
     return FourBits(np.concatenate([q & 15, q >> 4], axis=-1).reshape(len(rows), -1), scales, minima)
 
 
-def _row_order(path: Path, tensor: GgufTensor, rows: int, config: Mapping[str, Any]) -> Callable[[int, int], NDArray[np.intp]]:
+def _row_order(
+    path: Path, tensor: GgufTensor, rows: int, config: Mapping[str, Any], architecture: Architecture
+) -> Callable[[int, int], NDArray[np.intp]]:
     """Returns a function that maps rows [first, last) of a tensor in Hugging Face's order to their row numbers in the file.
 
-    They differ for queries and keys of model type `llama`, where llama.cpp interleaves the two halves of each head.
+    They differ for queries and keys of some architectures, where llama.cpp interleaves the two halves of each head.
     rows: number of rows of the whole tensor. Raises CheckpointInvalid if they cannot be divided among the heads.
     """
     heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(tensor.name.split(".")[-2])
-    if config["model_type"] != "llama" or heads is None:
+    if not architecture.permuted or heads is None:
         return np.arange
     size, odd = divmod(rows, config[heads])
     if odd or size % 2:

@@ -4,15 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from storage.checkpoints.gguf_format import GgufHeader
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.checkpoints.gguf_architectures import ARCHITECTURES, MIXTRAL, OLMO3, Architecture
+from storage.checkpoints.gguf_format import GgufHeader, GgufTensor
 from storage.checkpoints.gguf_tokenizer import BOS, EOS
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
 
-_ARCHITECTURES: Final[Mapping[str, str]] = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 _SIZES: Final[Mapping[str, str]] = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -21,17 +20,16 @@ _SIZES: Final[Mapping[str, str]] = {
     "attention.head_count_kv": "num_key_value_heads",
     "context_length": "max_position_embeddings",
 }
-_NUMBERS: Final[Mapping[str, str]] = {
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "rope.freq_base": "rope_theta",
-}
+_RMS_NORM: Final = "attention.layer_norm_rms_epsilon"
+_LAYER_NORM: Final = "attention.layer_norm_epsilon"
+_WINDOW_PATTERN: Final = "attention.sliding_window_pattern"
 # Keys that change nothing if they have one of these values.
 _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "rope.scaling.type": ("none",),
     "rope.scaling.factor": (0, 1),
     "rope.scale_linear": (0, 1),
     "rope.scaling.attn_factor": (0, 1),
-    "rope.scaling.finetuned": (False,),
+    "rope.scaling.finetuned": (False, True),
     "expert_count": (0,),
     "expert_used_count": (0,),
     "attention.causal": (True,),
@@ -41,50 +39,199 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "tensor_data_layout": ("reference",),
     "pooling_type": (0,),
 }
+# Keys of a scaled rotation → parameters of transformers; the rest must be neutral.
+_ROPE_SCALING: Final[Mapping[str, Mapping[str, str]]] = {
+    "linear": {"rope.scaling.factor": "factor"},
+    "yarn": {
+        "rope.scaling.factor": "factor",
+        "rope.scaling.original_context_length": "original_max_position_embeddings",
+        "rope.scaling.yarn_attn_factor": "attention_factor",
+        "rope.scaling.yarn_beta_fast": "beta_fast",
+        "rope.scaling.yarn_beta_slow": "beta_slow",
+    },
+}
+_ROPE_NEEDED: Final = {"rope.scaling.factor", "rope.scaling.original_context_length"}
+_LARGEST_GEMMA_LAYERS: Final = {"gemma2": 46, "gemma3": 62}  # these scale attention by the width of a head's share
 _LARGEST_SIZE: Final = 2**31
+
+
+def architecture_of(path: Path, header: GgufHeader) -> Architecture:
+    """The row of the table for a GGUF file. Raises ArchitectureUnsupported if it has none."""
+    name = str(header.fields.get("general.architecture"))
+    if name not in ARCHITECTURES:
+        raise ArchitectureUnsupported(
+            f"{path} holds a {name[:64]!r}; known are {', '.join(ARCHITECTURES)}; publish others from safetensors"
+        )
+    if name == "llama" and any(tensor.name == "blk.0.ffn_gate_exps.weight" for tensor in header.tensors):
+        return MIXTRAL
+    if name == "olmo2" and header.fields.get(f"olmo2.{_WINDOW_PATTERN}"):
+        return OLMO3
+    return ARCHITECTURES[name]
 
 
 def model_config(path: Path, header: GgufHeader) -> dict[str, Any]:
     """The config.json of a GGUF file, parsed.
 
     Every key of the architecture must be known: llama.cpp adds keys for deviations, and ignoring one would publish another
-    model. Raises ArchitectureUnsupported for a model that is not plainly Llama-shaped, CheckpointInvalid if keys are missing.
+    model. Raises ArchitectureUnsupported for a model that is not in the table, CheckpointInvalid if keys are missing.
     """
-    architecture = str(header.fields.get("general.architecture"))
-    if architecture not in _ARCHITECTURES:
-        raise ArchitectureUnsupported(
-            f"{path} holds a {architecture[:64]!r}; known are {', '.join(_ARCHITECTURES)}; publish others from safetensors"
-        )
-    prefix = f"{architecture}."
-    keys = {name.removeprefix(prefix): value for name, value in header.fields.items() if name.startswith(prefix)}
-    tensors = {tensor.name: tensor for tensor in header.tensors}
-    if keys.get("rope.scaling.type", "none") != "none" or "rope_freqs.weight" in tensors:
-        raise ArchitectureUnsupported(
-            f"{path} scales its rotary positions, which is not read from GGUF; publish it from safetensors"
-        )
-    config: dict[str, Any] = {name: _size(path, prefix, key, keys) for key, name in _SIZES.items()}
-    config |= {name: _number(path, prefix, key, keys) for key, name in _NUMBERS.items()}
+    architecture = architecture_of(path, header)
+    name = str(header.fields["general.architecture"])
+    metadata = _Metadata(path, header, f"{name}.")
+    keys, tensors = metadata.keys, metadata.tensors
+    config: dict[str, Any] = {config_key: metadata.size(key) for key, config_key in _SIZES.items()}
+    norm = _RMS_NORM if architecture.norm == "rms_norm_eps" else _LAYER_NORM
+    config[architecture.norm] = metadata.number(norm)
     if "token_embd.weight" not in tensors:
         raise CheckpointInvalid(f"{path} lacks token_embd.weight; make the GGUF file again")
     config["vocab_size"] = tensors["token_embd.weight"].shape[0]
-    plain = {"attention.key_length": config["hidden_size"] // config["num_attention_heads"]}
-    config["head_dim"] = _size(path, prefix, "attention.key_length", plain | keys)
-    _check_others(path, prefix, keys, config)
+    metadata.defaults["attention.key_length"] = config["hidden_size"] // config["num_attention_heads"]
+    config["head_dim"] = metadata.size("attention.key_length")
+    config |= {config_key: keys[key] for key, config_key in architecture.keys.items() if key in keys}
+    config |= {config_key: f"blk.0.{tensor}" in tensors for config_key, tensor in architecture.flags.items()}
+    config |= _rope(metadata, architecture, config)
+    config |= architecture.config
+    if architecture.sliding:
+        config |= _windows(metadata, config["num_hidden_layers"])
+    if name in _LARGEST_GEMMA_LAYERS:
+        is_largest = config["num_hidden_layers"] == _LARGEST_GEMMA_LAYERS[name]
+        share = config["hidden_size"] // config["num_attention_heads"]
+        config["query_pre_attn_scalar"] = share if is_largest else config["head_dim"]
+    _check_others(metadata, architecture, config)
     return config | {
-        "architectures": [_ARCHITECTURES[architecture]],
-        "model_type": architecture,
-        "hidden_act": "silu",
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "architectures": [architecture.class_name],
+        "model_type": architecture.model_type,
         "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": header.fields.get(BOS),
         "eos_token_id": header.fields.get(EOS),
+        # Not the default of the class, which may lie beyond the vocabulary.
+        "pad_token_id": header.fields.get("tokenizer.ggml.padding_token_id"),
     }
 
 
-def _check_others(path: Path, prefix: str, keys: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+class _Metadata:
+    """The keys of a file's architecture, without its name in front, and its tensors by name."""
+
+    def __init__(self, path: Path, header: GgufHeader, prefix: str) -> None:
+        self.path = path
+        self.prefix = prefix
+        self.keys = {key.removeprefix(prefix): value for key, value in header.fields.items() if key.startswith(prefix)}
+        self.tensors = {tensor.name: tensor for tensor in header.tensors}
+        self.defaults: dict[str, Any] = {"rope.freq_base": 10_000.0}
+        self.used: set[str] = set()  # keys that were asked for
+
+    def size(self, key: str) -> int:
+        value = self.value(key)
+        if type(value) is not int or not 0 < value < _LARGEST_SIZE:
+            raise self.wrong(key, "is no size")
+        return value
+
+    def number(self, key: str) -> float:
+        value = self.value(key)
+        if not isinstance(value, float) or not 0 < value < float("inf"):
+            raise self.wrong(key, "is no number above 0")
+        return value
+
+    def value(self, key: str) -> Any:
+        self.used.add(key)
+        if key not in self.keys and key not in self.defaults:
+            raise CheckpointInvalid(f"{self.path} lacks {self.prefix}{key}; make the GGUF file again")
+        return self.keys.get(key, self.defaults.get(key))
+
+    def wrong(self, key: str, what: str) -> CheckpointInvalid:
+        seen = str(self.keys.get(key))[:64]
+        return CheckpointInvalid(f"{self.path} has {self.prefix}{key} = {seen}, which {what}; make the GGUF file again")
+
+
+def _rope(metadata: _Metadata, architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of config.json that describe the rotation of queries and keys."""
+    theta, head_dim = metadata.number("rope.freq_base"), config["head_dim"]
+    kind = str(metadata.keys.get("rope.scaling.type", "none"))
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if kind in _ROPE_SCALING:
+        parameters["rope_type"] = kind
+        metadata.used.add("rope.scaling.type")
+        for key, name in _ROPE_SCALING[kind].items():
+            if key in _ROPE_NEEDED or key in metadata.keys:
+                parameters[name] = metadata.value(key)
+    if architecture.partial_rotation and "rope.dimension_count" in metadata.keys:
+        rotated = metadata.size("rope.dimension_count")
+        if rotated > head_dim:
+            raise metadata.wrong("rope.dimension_count", f"is more than the {head_dim} of a head")
+        parameters["partial_rotary_factor"] = rotated / head_dim
+    factors = {kind: metadata.tensors.get(f"rope_factors_{kind}.weight") for kind in ("short", "long")}
+    if "rope_freqs.weight" in metadata.tensors:
+        parameters |= _scaled_by_frequency(metadata.tensors["rope_freqs.weight"], theta, head_dim)
+    elif factors["short"] and factors["long"]:
+        metadata.used |= {"rope.scaling.type", "rope.scaling.attn_factor"}
+        lists = {f"{kind}_factor": _floats(tensor).tolist() for kind, tensor in factors.items() if tensor}
+        original = metadata.size("rope.scaling.original_context_length")
+        parameters |= {"rope_type": "longrope", "original_max_position_embeddings": original, **lists}
+    if architecture.model_type == "gemma3_text":
+        metadata.defaults["rope.freq_base_swa"] = 10_000.0
+        local = {"rope_type": "default", "rope_theta": metadata.number("rope.freq_base_swa")}
+        return {"rope_parameters": {"full_attention": parameters, "sliding_attention": local}}
+    if architecture.model_type == "olmo3" and metadata.keys.get("rope.freq_base_swa") == theta:
+        metadata.used.add("rope.freq_base_swa")
+    if parameters == {"rope_type": "default", "rope_theta": theta}:
+        return {"rope_theta": theta}
+    return {"rope_parameters": parameters}
+
+
+def _scaled_by_frequency(tensor: GgufTensor, theta: float, head_dim: int) -> dict[str, Any]:
+    """The parameters of a rotation whose frequencies are divided by the factors in `rope_freqs.weight`.
+
+    Llama 3's rule if it gives these factors, since its parameters are not in the file; else the factors themselves.
+    """
+    factors = _floats(tensor).astype(np.float64)
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    low, high, factor = 1.0, 4.0, float(factors.max())
+    if factors.shape == wavelengths.shape and factor > 1:
+        smooth = (1 / factors - 1 / factor) / (1 - 1 / factor)
+        between = (smooth > 1e-4) & (smooth < 1 - 1e-4)
+        for original in np.unique(np.rint(wavelengths[between] * (smooth[between] * (high - low) + low))):
+            expected = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+            if np.allclose(1 / ((1 - expected) / factor + expected), factors, rtol=1e-4):
+                names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+                return {"rope_type": "llama3", **dict(zip(names, (factor, low, high, int(original)), strict=True))}
+    same = factors.tolist()
+    return {"rope_type": "longrope", "short_factor": same, "long_factor": same, "factor": 1.0, "attention_factor": 1.0}
+
+
+def _floats(tensor: GgufTensor) -> NDArray[np.float32]:
+    """The values of a tensor that is stored in float32."""
+    if tensor.kind != 0 or len(tensor.shape) != 1:
+        raise CheckpointInvalid(f"{tensor.path} has {tensor.name!r} in type {tensor.kind}, which is no list of float32")
+    with tensor.path.open("rb") as file:
+        values = np.fromfile(file, "<f4", tensor.shape[0], offset=tensor.start)
+    if len(values) != tensor.shape[0] or not (np.isfinite(values) & (values > 0)).all():
+        raise CheckpointInvalid(f"{tensor.path} has {tensor.name!r} with values that are no factors; fetch it again")
+    return values
+
+
+def _windows(metadata: _Metadata, num_layers: int) -> dict[str, Any]:
+    """The sliding window, and which layers have it if the file says so."""
+    metadata.used |= {"attention.sliding_window", _WINDOW_PATTERN}
+    window = metadata.keys.get("attention.sliding_window") or None
+    if window is not None and type(window) is not int:
+        raise metadata.wrong("attention.sliding_window", "is no size")
+    pattern = metadata.keys.get(_WINDOW_PATTERN)
+    if isinstance(pattern, int) and pattern > 0:
+        pattern = [(layer + 1) % pattern != 0 for layer in range(num_layers)]
+    if pattern is None:
+        return {"sliding_window": window}
+    if not isinstance(pattern, list) or len(pattern) != num_layers:
+        raise metadata.wrong(_WINDOW_PATTERN, f"is no list of {num_layers} layers")
+    return {
+        "sliding_window": window,
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in pattern],
+    }
+
+
+def _check_others(metadata: _Metadata, architecture: Architecture, config: Mapping[str, Any]) -> None:
     heads = (config["head_dim"],)
     # A window as long as the context hides nothing.
-    window = keys.get("attention.sliding_window")
+    window = metadata.keys.get("attention.sliding_window")
     wide = (window,) if isinstance(window, int) and (window == 0 or window >= config["max_position_embeddings"]) else (0,)
     allowed = {
         **_NEUTRAL,
@@ -94,35 +241,18 @@ def _check_others(path: Path, prefix: str, keys: Mapping[str, Any], config: Mapp
         "vocab_size": (config["vocab_size"],),
         "attention.sliding_window": wide,
     }
-    for key in sorted(keys.keys() - _SIZES.keys() - _NUMBERS.keys()):
+    if architecture.norm != "rms_norm_eps":
+        allowed[_RMS_NORM] = (config[architecture.norm],)
+    keys, prefix = metadata.keys, metadata.prefix
+    for key in sorted(keys.keys() - metadata.used - architecture.keys.keys()):
         if key not in allowed:
             raise ArchitectureUnsupported(
-                f"{path} has {prefix}{key} = {str(keys[key])[:64]}, whose meaning is not known here; "
+                f"{metadata.path} has {prefix}{key} = {str(keys[key])[:64]}, whose meaning is not known here; "
                 "publish it from safetensors"
             )
         if keys[key] not in allowed[key]:
             wanted = " or ".join(map(str, allowed[key]))
             raise ArchitectureUnsupported(
-                f"{path} has {prefix}{key} = {str(keys[key])[:64]}, which is read from GGUF only as {wanted}; "
+                f"{metadata.path} has {prefix}{key} = {str(keys[key])[:64]}, which is read from GGUF only as {wanted}; "
                 "publish it from safetensors"
             )
-
-
-def _size(path: Path, prefix: str, key: str, keys: Mapping[str, Any]) -> int:
-    value = _required(path, prefix, key, keys)
-    if type(value) is not int or not 0 < value < _LARGEST_SIZE:
-        raise CheckpointInvalid(f"{path} has {prefix}{key} = {str(value)[:64]}, which is no size; make the GGUF file again")
-    return value
-
-
-def _number(path: Path, prefix: str, key: str, keys: Mapping[str, Any]) -> float:
-    value = _required(path, prefix, key, keys)
-    if not isinstance(value, float) or not 0 < value < float("inf"):
-        raise CheckpointInvalid(f"{path} has {prefix}{key} = {str(value)[:64]}, no number above 0; make the GGUF file again")
-    return value
-
-
-def _required(path: Path, prefix: str, key: str, keys: Mapping[str, Any]) -> Any:
-    if key not in keys:
-        raise CheckpointInvalid(f"{path} lacks {prefix}{key}; make the GGUF file again")
-    return keys[key]

@@ -33,6 +33,7 @@ class GgufTensor:
     kind: int  # a GGMLQuantizationType
     shape: tuple[int, ...]  # in C order, the reverse of GGUF's own
     start: int  # offset of its first byte in the file
+    path: Path  # the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,9 @@ class _HeaderReader:
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise ValueError(f"an alignment of {alignment!r}")
         start = -(-self._file.tell() // alignment) * alignment
-        return GgufHeader(fields, [GgufTensor(name, kind, shape, start + at) for name, (shape, kind, at) in infos.items()])
+        path = Path(self._file.name)
+        tensors = [GgufTensor(name, kind, shape, start + at, path) for name, (shape, kind, at) in infos.items()]
+        return GgufHeader(fields, tensors)
 
     def _shape(self, name: str) -> tuple[int, ...]:
         dimensions = self._scalar("I")

@@ -88,7 +88,6 @@ def test_a_begin_token_is_added_if_the_file_says_so(fields: dict[str, Any]) -> N
     ("architecture", "fields", "error", "words"),
     [
         ("mamba", {}, ArchitectureUnsupported, "holds a 'mamba'; known are llama, qwen2, qwen3"),
-        ("llama", {"llama.rope.scaling.type": "yarn"}, ArchitectureUnsupported, "scales its rotary positions"),
         ("llama", {}, CheckpointInvalid, r"lacks llama\.block_count"),
     ],
 )

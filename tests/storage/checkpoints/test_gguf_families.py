@@ -120,9 +120,9 @@ def test_tensors_are_those_that_transformers_reads(family: str, tmp_path: Path) 
         (
             {"extra_tensor": "blk.0.ffn_gate_inp.weight"},
             ArchitectureUnsupported,
-            r"'blk\.0\.ffn_gate_inp\.weight' that no Llama-shaped",
+            r"'blk\.0\.ffn_gate_inp\.weight' that no 'llama' has",
         ),
-        ({"extra_tensor": "rope_freqs.weight"}, ArchitectureUnsupported, "scales its rotary positions"),
+        ({"extra_tensor": "rope_freqs.weight"}, CheckpointInvalid, "values that are no factors"),
         ({"drop_tensor": "model.embed_tokens.weight"}, CheckpointInvalid, r"lacks token_embd\.weight"),
     ],
 )
@@ -137,6 +137,7 @@ def test_tensors_that_have_no_place_or_are_missing_are_named(
     ("key", "value"),
     [
         ("rope.scaling.factor", 4.0),
+        ("rope.scaling.type", "longrope"),
         ("rope.scale_linear", 2.0),
         ("rope.scaling.attn_factor", 1.5),
         ("attention.value_length", 16),

@@ -1,0 +1,23 @@
+"""Runs llama.cpp's converter, in a process of its own since it brings another `gguf`: SOURCES FOLDER… → FOLDER.gguf.
+
+Vocabularies are left out: tests/storage/checkpoints/test_gguf_tokenizers.py has them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sources, *folders = sys.argv[1:]
+    sys.path[:0] = [sources, f"{sources}/gguf-py"]
+    import gguf
+    from conversion import get_model_class  # type: ignore[import-not-found]
+
+    for folder in map(Path, folders):
+        (folder / "tokenizer.json").write_text(
+            json.dumps({"model": {"vocab": dict.fromkeys(map(str, range(128)), 0)}, "added_tokens": []})
+        )
+        config = json.loads((folder / "config.json").read_text())
+        converter = get_model_class(config["architectures"][0])
+        converter.set_vocab = lambda self: None
+        converter(folder, gguf.LlamaFileType.ALL_F32, folder.with_suffix(".gguf")).write()
