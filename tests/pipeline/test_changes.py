@@ -200,7 +200,7 @@ class Streams:
                     found.setdefault(prompt, set()).add(tokens)
             return len(found) == len(PROMPTS)
 
-        await until(complete, 60)
+        await until(complete, CHANGE_SECONDS)
         assert {len(answers) for answers in found.values()} == {1}, "a prompt has several answers"
         return {prompt: answers.pop() for prompt, answers in found.items()}
 
