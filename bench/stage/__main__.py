@@ -49,6 +49,17 @@ _QWEN: Final[Mapping[str, Any]] = {
     "num_key_value_heads": 2,
     "vocab_size": 151_936,
 }
+_PASSES: Final = (  # sequences, tokens that each holds, new ones of each
+    (1, 128, 1),
+    (8, 128, 1),
+    (16, 128, 1),
+    (1, 4096, 1),
+    (1, 8000, 1),
+    (4, 4096, 1),
+    (1, 4096, 128),
+    (1, 0, 128),
+    (1, 0, 512),
+)
 _THREADS: Final = 2
 _ROWS: Final = 8  # of the sampler's table
 _SAMPLINGS: Final = {
@@ -105,8 +116,9 @@ def passes() -> Iterator[str]:
     groups = {dtype: random_group(_SMOLLM2, dtype) for dtype in _DTYPES}
     yield "| pass | " + " | ".join(_DTYPES) + " |"
     yield "|---" + "|---:" * len(_DTYPES) + "|"
-    for sequences, held, new in ((1, 128, 1), (8, 128, 1), (16, 128, 1), (1, 4096, 1), (1, 0, 128), (1, 0, 512)):
-        name = f"prompt of {new}" if new > 1 else f"{sequences} × a token, {held} before it"
+    for sequences, held, new in _PASSES:
+        what = "a token" if new == 1 else f"{new} tokens"
+        name = f"{sequences} × {what}, {held} before" if held else f"prompt of {new}"
         handles = {dtype: [group.kv.reserve(held + new) for _ in range(sequences)] for dtype, group in groups.items()}
         for dtype, group in groups.items():
             for handle in handles[dtype] if held else ():

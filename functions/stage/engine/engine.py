@@ -97,7 +97,7 @@ class Engine:
         self.rate = rate or ComputeRate()
         self._sequences = SequenceTable(group.kv, idle_sequence_seconds, clock, group.short_context)
         self._cache = self._sequences.cache
-        self.has_prefix_cache = self._cache.ranges is not None  # KV of ended sequences is kept for new ones
+        self.has_prefix_cache = self._cache.blocks is not None  # KV of ended sequences is kept for new ones
         self.runs_by = group.runs_by
         self._cache.on_found = lambda tokens: on_reuse(self.rate.reuse(MEMORY, tokens))
         if on_evicted is not None:

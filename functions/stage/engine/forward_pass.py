@@ -19,7 +19,7 @@ from functions.stage.engine.sampler import GREEDY, TopLogprobs, draw, log_probab
 from functions.stage.engine.sequences import Refusal, SequenceState, SequenceTable
 from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
 from functions.stage.models.floats import DTYPES, Array, all_finite, finite_rows
-from functions.stage.models.layer_group import LayerGroup, Segment
+from functions.stage.models.layer_group import LayerGroup, Segment, segments_within
 
 _TOKENS_AT_ONCE: Final = 1024  # most tokens in the layers at a time: memory grows with it, and more are no faster
 _LOGITS_AT_ONCE: Final = 256  # rows of logits in memory: 256 × 128k × 4 bytes are 128 MiB
@@ -161,7 +161,7 @@ class ForwardPass:
         hidden = np.empty((len(inputs), self._group.hidden_size), DTYPES[self._group.hidden_dtype])
         for first in range(0, len(inputs), _TOKENS_AT_ONCE):
             end = min(first + _TOKENS_AT_ONCE, len(inputs))
-            hidden[first:end] = self._group.forward(inputs[first:end], _segments_within(segments, first, end))
+            hidden[first:end] = self._group.forward(inputs[first:end], segments_within(segments, first, end))
         return hidden
 
     def _refuse_not_finite(self, parts: Sequence[_EventPart], hidden: Array) -> None:
@@ -288,15 +288,3 @@ def _split_by_logits(rows: Sequence[_PassRow]) -> list[list[_PassRow]]:
             logits = 1 + row.row.draft_tokens
         lists[-1].append(row)
     return lists
-
-
-def _segments_within(segments: Sequence[Segment], first: int, end: int) -> list[Segment]:
-    """The segments, or parts of them, of tokens [first, end) of the pass. Tokens are counted over all segments in order."""
-    parts: list[Segment] = []
-    begin = 0
-    for segment in segments:
-        low, high = max(begin, first) - begin, min(begin + segment.length, end) - begin
-        if low < high:
-            parts.append(Segment(segment.handle, segment.position + low, high - low, segment.is_long))
-        begin += segment.length
-    return parts

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from eventing.wire.control import ReservedRow, ReserveRow
 from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain
-from functions.stage.models.kv_cache import KVRanges
+from functions.stage.models.kv_cache import KVBlocks
 
 MEMORY: Final = "memory"  # name of the first tier, the prefix cache in the stage's own memory
 _FEWEST_TOKENS: Final = 32  # passes with fewer tokens do not measure the speed of prefill
@@ -32,7 +32,7 @@ class RestoreRequest:
     held: int  # tokens of the chain that the stage holds already
     # Calls action(cache, the sequence's handle) on the engine's thread between two passes. Both return the tokens that the
     # sequence holds then. Raises SequenceGone.
-    with_cache: Callable[[Callable[[KVRanges, int], int]], int]
+    with_cache: Callable[[Callable[[KVBlocks, int], int]], int]
     # Id, attempt and source, by which a peer that the sequence migrates from finds it.
     sequence: tuple[str, int, str] = ("", 0, "")
     peers: tuple[str, ...] = ()  # URLs of other instances of this stage that may hold it, the likeliest first

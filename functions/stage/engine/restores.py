@@ -14,7 +14,7 @@ from eventing.wire.events import Status
 from eventing.wire.prefix_chain import BLOCK_TOKENS
 from functions.stage.engine.kv_tiers import ComputeRate, Restore, RestoreRequest, Reuse, SequenceGone, Tier
 from functions.stage.engine.sequences import SequenceTable
-from functions.stage.models.kv_cache import KVRanges
+from functions.stage.models.kv_cache import KVBlocks
 from functions.threads.pool import ThreadPool
 
 _log: Final = logging.getLogger(__name__)
@@ -50,12 +50,12 @@ class Restorer:
     def _restore(self, row: ReserveRow, reserved: ReservedRow, source: str, deadline: float) -> ReservedRow:
         """Asks tier after tier until all of the row's chain is held. Returns `reserved` with the tokens held by then."""
 
-        def with_cache(action: Callable[[KVRanges, int], int]) -> int:
+        def with_cache(action: Callable[[KVBlocks, int], int]) -> int:
             def act(sequences: SequenceTable) -> int:
                 handle = sequences.handle(row.id, row.attempt, source)
-                if handle is None or sequences.cache.ranges is None:
+                if handle is None or sequences.cache.blocks is None:
                     raise SequenceGone(row.id)
-                return action(sequences.cache.ranges, handle)
+                return action(sequences.cache.blocks, handle)
 
             return self._with_sequences(act)
 
@@ -81,5 +81,5 @@ class Restorer:
                 continue
             if held > reserved.held:
                 self._on_reuse(self._rate.reuse(tier.name, held - reserved.held, time.perf_counter() - began))
-                reserved = replace(reserved, held=held)
+            reserved = replace(reserved, held=held)
         return reserved

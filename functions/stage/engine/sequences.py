@@ -94,8 +94,9 @@ class SequenceTable:
             elif known > self._short_context and not sequence.is_long:
                 self._kv.truncate(sequence.handle, 0)
                 raise Refusal(Status.MISS, held=0)  # its tokens have other rotations from now on
-        if held > row.position:
-            self._kv.truncate(sequence.handle, row.position)
+        self._kv.truncate(sequence.handle, row.position)
+        if self._kv.length(sequence.handle) < row.position:
+            raise Refusal(Status.MISS, held=0)  # layers with windows had dropped what comes before the row
         return sequence
 
     def reserve(self, wanted: ReserveRow, source: str) -> ReservedRow:

@@ -11,7 +11,7 @@ from functions.stage.engine.kv_tiers import ComputeRate, Tier
 from functions.stage.kv.fetching import Fetcher, FetchEstimate, Observe
 from functions.stage.kv.peer_tier import PeerClient, PeerTier
 from functions.stage.kv.store_tier import KVWriter, StoreTier, Written
-from functions.stage.models.kv_cache import KVRanges
+from functions.stage.models.kv_cache import KVBlocks
 from functions.stage.models.layer_group import KVCache
 from functions.threads.pool import ThreadPool
 from storage.kv.kv_store import KVObjects, Retention
@@ -34,12 +34,12 @@ class Tiers:
 def tiers_of(
     config: StageConfig, kv: KVCache, rate: ComputeRate, observe: Observe, written: Written, tls: PodTLS | None = None
 ) -> Tiers:
-    """Builds the tiers that the configuration names; none for a KV cache that is no `KVRanges`, whose bytes cannot be read.
+    """Builds the tiers that the configuration names; none for a KV cache that is no `KVBlocks`, whose bytes cannot be read.
 
     rate: of this stage's prefill, with which fetching is compared. observe: called after each restore. written: called after
     each part that the store has got. tls: given if peers are reached by https.
     """
-    if not isinstance(kv, KVRanges):
+    if not isinstance(kv, KVBlocks):
         return Tiers()
     threads = ThreadPool(_THREADS, "kv-part")
 

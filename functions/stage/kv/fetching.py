@@ -118,6 +118,8 @@ class Fetcher:
             return request.held
         deadline = min(began + time_limit, request.deadline)
         fetched = self._fetch_parts(request, fetch, deadline)
+        if fetched.bytes:  # layers with windows may lack what they need of it
+            fetched.held = request.with_cache(lambda pool, handle: pool.length(handle))
         seconds, tokens = time.monotonic() - began, fetched.held - request.held
         cut_short = deadline < began + time_limit and time.monotonic() >= deadline
         if not cut_short:  # a client's short deadline says nothing about the tier

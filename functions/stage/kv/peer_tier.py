@@ -49,7 +49,7 @@ def hand_over(query: KVQuery, engine: SequenceReader) -> tuple[bytearray, int] |
 
 
 def _copied(query: KVQuery, sequences: SequenceTable) -> tuple[bytearray, int] | None:
-    pool = sequences.cache.ranges
+    pool = sequences.cache.blocks
     if pool is None or query.first % pool.layout.block_tokens:
         return None
     handle = None if query.id is None else sequences.handle(query.id, query.attempt, query.source)

@@ -21,7 +21,7 @@ from functions.stage.engine.prefix_cache import CachedPrefix
 from functions.stage.engine.sequences import SequenceTable
 from functions.stage.kv.fetching import Fetcher, FetchFailed, TierAway, part_blocks
 from functions.stage.models.kv_bytes import AlteredKV, CheckedKV, ForeignKV, copied_kv, stamp
-from functions.stage.models.kv_cache import KVRanges
+from functions.stage.models.kv_cache import KVBlocks
 from storage.errors import SealBroken, StorageError
 from storage.kv.kv_store import KVObjects, Retention
 from storage.kv.parts import KVPart, parts_between
@@ -66,7 +66,7 @@ class StoreTier:
 class KVWriter:
     """Writes cached prefixes to the store, on a thread of its own that starts with the first of them. It never ends."""
 
-    def __init__(self, store: KVObjects, pool: KVRanges, retention: Retention, bytes_per_second: int, written: Written) -> None:
+    def __init__(self, store: KVObjects, pool: KVBlocks, retention: Retention, bytes_per_second: int, written: Written) -> None:
         """retention: of all pods of the stage together. bytes_per_second: of this pod."""
         self._store = store
         self._pool = pool

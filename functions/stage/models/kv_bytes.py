@@ -1,7 +1,9 @@
 """The byte format of KV: how keys and values of a range of tokens are sent between pods and kept in the store.
 
-    header   96 bytes, little-endian: magic "LMKV", version, layout, first token, tokens, BLAKE3 of the payload
-    payload  [num_layers, 2, kv_heads, tokens, head_bytes], as in the KV arena of the sender
+    header   little-endian: magic "LMKV", version, layout, first token, tokens, first token of layers with windows,
+             BLAKE3 of the payload
+    payload  [num_layers, 2, kv_heads, tokens, head_bytes] of layers without a window, then of those with one, as in the KV
+             arena of the sender. Layers with a window keep the last tokens of a sequence only.
 
 A payload is used only after its digest, and the header against the receiver's arena, have been checked. The bytes do not name
 the model and its layers: the request for them does (`stage/kv`).
@@ -14,11 +16,12 @@ from typing import Final
 import numpy as np
 from blake3 import blake3
 
-from functions.stage.models.kv_cache import KVLayout, KVRanges
+from functions.stage.models.floats import Array
+from functions.stage.models.kv_cache import KVBlocks, KVLayout
 
-VERSION: Final = 1
+VERSION: Final = 2
 _MAGIC: Final = b"LMKV"
-_HEADER: Final = struct.Struct("<4sI32sIIIIII32s")
+_HEADER: Final = struct.Struct("<4sI32sIIIIIIIII32s")
 HEADER_BYTES: Final = _HEADER.size
 _DIGEST_BYTES: Final = 32
 
@@ -40,10 +43,11 @@ class CheckedKV:
 
     first: int
     end: int
+    windowed_from: int  # layers with windows have KV of tokens from here on
     payload: memoryview
 
 
-def copied_kv(pool: KVRanges, handle: int, first: int, end: int) -> bytearray:
+def copied_kv(pool: KVBlocks, handle: int, first: int, end: int) -> bytearray:
     """Copies the KV of a sequence's tokens [first, end) into bytes of this format, except for the digest.
 
     `stamp` adds the digest; it takes longest and, unlike this, needs no access to the arena, so any thread may do it.
@@ -52,11 +56,12 @@ def copied_kv(pool: KVRanges, handle: int, first: int, end: int) -> bytearray:
     layout = pool.layout
     if not 0 <= first < end <= pool.length(handle) or first % layout.block_tokens:
         raise ValueError(f"tokens {first} to {end} of a sequence that holds {pool.length(handle)}")
-    rows = layout.rounded(end) - first
-    data = bytearray(HEADER_BYTES + rows * layout.token_bytes)
-    payload = np.frombuffer(memoryview(data)[HEADER_BYTES:], np.uint8)
-    pool.copy_out(pool.start(handle) + first, payload.reshape(_shape(layout, rows)))
-    _HEADER.pack_into(data, 0, *_head(layout), first, end - first, bytes(_DIGEST_BYTES))
+    windowed_from = min(pool.windowed_from(handle, first), layout.rounded(end))
+    data = bytearray(HEADER_BYTES + _payload_bytes(layout, first, end, windowed_from))
+    _HEADER.pack_into(data, 0, *_head(layout), first, end - first, windowed_from, b"")
+    every, windowed = _arrays(layout, memoryview(data)[HEADER_BYTES:], first, end, windowed_from)
+    pool.copy_out(handle, first, every)
+    pool.copy_out(handle, windowed_from, windowed, windowed=True)
     return data
 
 
@@ -65,24 +70,25 @@ def stamp(data: bytearray) -> None:
     data[HEADER_BYTES - _DIGEST_BYTES : HEADER_BYTES] = blake3(memoryview(data)[HEADER_BYTES:]).digest()
 
 
-def put_kv(pool: KVRanges, handle: int, found: CheckedKV) -> int:
-    """Writes to the arena those tokens of `found` that the sequence lacks. Returns how many the sequence holds then.
+def put_kv(pool: KVBlocks, handle: int, found: CheckedKV) -> int:
+    """Writes to the arena those tokens of `found` that the sequence lacks. Returns how many have been written then.
 
-    found: checked against the pool's layout. Raises ValueError if the sequence lacks tokens before `found`, or has too little
-    memory reserved.
+    They are held only when layers with windows have got their part, which may come later. found: checked against the pool's
+    layout. Raises ValueError if the sequence lacks tokens before `found`, or has too little memory reserved.
     """
     first, end = found.first, found.end
-    held = pool.length(handle)
-    if held >= end:
-        return held
+    filled = pool.filled(handle)
+    if filled >= end:
+        return filled
     layout = pool.layout
-    if held < first or held % layout.block_tokens or end > pool.reserved(handle):
+    if filled < first or filled % layout.block_tokens or end > pool.reserved(handle):
         reserved = pool.reserved(handle)
-        raise ValueError(f"tokens {first} to {end} for a sequence that holds {held} and has {reserved} reserved")
-    rows = layout.rounded(end) - first
-    arrays = np.frombuffer(found.payload, np.uint8).reshape(_shape(layout, rows))
-    pool.copy_in(pool.start(handle) + held, arrays[:, :, :, held - first :])
-    pool.extend(handle, end - held)
+        raise ValueError(f"tokens {first} to {end} for a sequence that holds {filled} and has {reserved} reserved")
+    every, windowed = _arrays(layout, found.payload, first, end, found.windowed_from)
+    pool.copy_in(handle, filled, every[:, :, :, filled - first :])
+    windowed_from = max(filled, found.windowed_from)
+    pool.copy_in(handle, windowed_from, windowed[:, :, :, windowed_from - found.windowed_from :], windowed=True)
+    pool.restored(handle, end, windowed_from)
     return end
 
 
@@ -91,30 +97,48 @@ def checked(layout: KVLayout, data: bytes | bytearray | memoryview) -> CheckedKV
     view = memoryview(data)
     if len(view) < HEADER_BYTES:
         raise AlteredKV(f"{len(view)} bytes, fewer than a header has")
-    *head, first, tokens, digest = _HEADER.unpack_from(view)
+    *head, first, tokens, windowed_from, digest = _HEADER.unpack_from(view)
     if tuple(head) != _head(layout):
         raise ForeignKV(f"the header says {_described(tuple(head))}; here it is {_described(_head(layout))}")
     if tokens < 1 or first % layout.block_tokens:
         raise ForeignKV(f"{tokens} tokens from {first} on; blocks have {layout.block_tokens}")
+    if windowed_from % layout.block_tokens or not first <= windowed_from <= layout.rounded(first + tokens):
+        raise ForeignKV(f"layers with windows from token {windowed_from} on, for tokens {first} to {first + tokens}")
     payload = view[HEADER_BYTES:]
-    wanted = (layout.rounded(first + tokens) - first) * layout.token_bytes
+    wanted = _payload_bytes(layout, first, first + tokens, windowed_from)
     if len(payload) != wanted:
         raise AlteredKV(f"{len(payload)} bytes for {tokens} tokens, which take {wanted}")
     if blake3(payload).digest() != digest:
         raise AlteredKV(f"the digest of {len(payload)} bytes is not the one that was written with them")
-    return CheckedKV(first, first + tokens, payload)
+    return CheckedKV(first, first + tokens, windowed_from, payload)
 
 
 def _head(layout: KVLayout) -> tuple[object, ...]:
     kind = layout.kind.encode().ljust(32, b"\0")
-    return _MAGIC, VERSION, kind, layout.num_layers, layout.kv_heads, layout.head_bytes, layout.block_tokens
+    sizes = layout.num_layers, layout.windowed_layers, layout.window, layout.kv_heads, layout.head_bytes, layout.block_tokens
+    return _MAGIC, VERSION, kind, *sizes
 
 
 def _described(head: tuple[object, ...]) -> str:
-    magic, version, kind, layers, heads, head_bytes, block = head
+    magic, version, kind, layers, windowed, window, heads, head_bytes, block = head
     named = kind.rstrip(b"\0").decode(errors="replace") if isinstance(kind, bytes) else kind
-    return f"{magic!r} version {version}, {named!r}, {layers} layers of {heads} heads of {head_bytes} bytes, blocks of {block}"
+    return (
+        f"{magic!r} version {version}, {named!r}, {layers} layers and {windowed} with windows of {window}, "
+        f"{heads} heads of {head_bytes} bytes, blocks of {block}"
+    )
 
 
-def _shape(layout: KVLayout, rows: int) -> tuple[int, int, int, int, int]:
-    return layout.num_layers, 2, layout.kv_heads, rows, layout.head_bytes
+def _payload_bytes(layout: KVLayout, first: int, end: int, windowed_from: int) -> int:
+    rows, windowed_rows = layout.rounded(end) - first, layout.rounded(end) - windowed_from
+    return (layout.num_layers * rows + layout.windowed_layers * windowed_rows) * layout.layer_bytes
+
+
+def _arrays(layout: KVLayout, payload: memoryview, first: int, end: int, windowed_from: int) -> tuple[Array, Array]:
+    """The parts of a payload: KV of layers without a window and of those with one, as `KVBlocks.copy_out` fills them."""
+    rows, windowed_rows = layout.rounded(end) - first, layout.rounded(end) - windowed_from
+    numbers = np.frombuffer(payload, np.uint8)
+    split = layout.num_layers * rows * layout.layer_bytes
+    return (
+        numbers[:split].reshape(layout.num_layers, 2, layout.kv_heads, rows, layout.head_bytes),
+        numbers[split:].reshape(layout.windowed_layers, 2, layout.kv_heads, windowed_rows, layout.head_bytes),
+    )

@@ -1,75 +1,144 @@
-"""The bookkeeping of a KV cache: how much each sequence has reserved and filled, and the place of its range in the arena.
+"""The bookkeeping of a KV cache: what each sequence has reserved and filled, and which blocks of the arena it has.
 
-The arena is the memory for the KV of all sequences. Every sequence has one contiguous range of it, as long as the tokens that
-it reserved (rounded up to blocks). If no gap between ranges is large enough for a reservation, ranges are moved together first,
-so all free memory can be reserved. `llama/kv_pool.py` compares this with slots and pages.
+The arena is the memory for the KV of all sequences. It has blocks of a fixed number of tokens, and a sequence has a table of
+those that it reserved. Blocks need not be neighbours: all free memory can be reserved, and nothing is ever moved.
+
+A layer with a sliding window keeps the last tokens of a sequence only: the window, and some more, so that a sequence can be
+truncated by so many. Truncated further it holds nothing, and is computed again. In an arena they are a ring of blocks.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
+
+import numpy as np
 
 from functions.stage.models.floats import Array
 from functions.stage.models.layer_group import KVCacheFull
 
-_MOVED_AT_ONCE: Final = 2**20  # bytes of one layer that are copied at a time while ranges are moved, but at least one token
+GOING_BACK: Final = 240  # tokens that a ring keeps besides the window, and most that a pass may add to a sequence with a ring
+_SPARE: Final = 16  # tokens of a ring besides these: a copy may overwrite a block of so many, of which it needs one token
+
+_COPIED_AT_ONCE: Final = 2**20  # bytes that are copied at a time, so that copying takes little memory
+
+
+@dataclass(frozen=True, slots=True)
+class KVNeed:
+    """How much memory a sequence takes, in units that the cache chooses."""
+
+    units: int = 1  # for a block of tokens in all layers without a window
+    windowed_units: int = 0  # for a block in all layers with a window
+    kept_tokens: int = 0  # most that these keep of a sequence
+    block_tokens: int = 1
+
+    @property
+    def ring_blocks(self) -> int:
+        """Most blocks that a layer with a window keeps of a sequence."""
+        return self.blocks(self.kept_tokens)
+
+    def blocks(self, tokens: int) -> int:
+        return -(-tokens // self.block_tokens)
+
+    def of(self, tokens: int) -> int:
+        """Units for a sequence of so many tokens."""
+        blocks = self.blocks(tokens)
+        return blocks * self.units + min(blocks, self.ring_blocks) * self.windowed_units
+
+    def tokens(self, units: int) -> int:
+        """The longest sequence that so many units suffice for.
+
+        With windows in all layers any length would do if a ring fits; this then counts as if layers had none.
+        """
+        blocks = units // (self.units + self.windowed_units)
+        if self.units and self.windowed_units and blocks > self.ring_blocks:
+            blocks = (units - self.ring_blocks * self.windowed_units) // self.units
+        return blocks * self.block_tokens
 
 
 @dataclass(slots=True)
 class _Reservation:
     tokens: int  # reserved
-    length: int = 0  # tokens held
+    filled: int = 0  # tokens written
+    least: int = 0  # fewest tokens, besides none, for which layers with windows still hold what the next token attends to
 
 
 class KVBudget:
-    """Implements `KVCache` by counting tokens. Subclasses or layer groups own the memory itself."""
+    """Implements `KVCache` by counting. Subclasses or layer groups own the memory itself."""
 
-    def __init__(self, capacity_tokens: int, block_tokens: int = 1) -> None:
-        """block_tokens: reservations are rounded up, and the capacity is rounded down, to a multiple of it."""
-        self.capacity_tokens = capacity_tokens // block_tokens * block_tokens
-        self.free_tokens = self.capacity_tokens
-        self._block_tokens = block_tokens
+    def __init__(self, units: int, need: KVNeed | None = None, going_back: int = GOING_BACK) -> None:
+        """units: of memory in all. need: of a sequence; None: a unit for each token.
+
+        going_back: tokens by which a sequence can be truncated after layers with windows have dropped its first tokens.
+        """
+        self.need = need or KVNeed()
+        self._going_back = going_back
+        self.free_units = units
+        self.capacity_tokens = self.need.tokens(units)
         self._reservations: dict[int, _Reservation] = {}
         self._released_handles: list[int] = []
+
+    @property
+    def free_tokens(self) -> int:
+        return self.need.tokens(self.free_units)
 
     @property
     def resident_bytes(self) -> int:
         return 0
 
     def reserve(self, tokens: int) -> int:
-        if self.taken(tokens) > self.free_tokens:
+        if self.need.of(tokens) > self.free_units:
             raise KVCacheFull(tokens, self.free_tokens)
         handle = self._released_handles.pop() if self._released_handles else len(self._reservations)
         self._reservations[handle] = _Reservation(tokens)
-        self.free_tokens -= self.taken(tokens)
+        self.free_units -= self.need.of(tokens)
         return handle
 
-    def taken(self, tokens: int) -> int:
-        """Tokens of memory that a reservation of `tokens` takes: rounded up to whole blocks."""
-        return -(-tokens // self._block_tokens) * self._block_tokens
+    def units(self, handle: int) -> int:
+        """Units of memory that the sequence's reservation takes."""
+        return self.need.of(self._reservations[handle].tokens)
 
     def reserved(self, handle: int) -> int:
         return self._reservations[handle].tokens
 
     def length(self, handle: int) -> int:
-        return self._reservations[handle].length
+        reservation = self._reservations[handle]
+        return reservation.filled if reservation.filled >= reservation.least else 0
+
+    def filled(self, handle: int) -> int:
+        """Tokens written. More than `length` while KV is being restored, and what windows need of it has not come yet."""
+        return self._reservations[handle].filled
+
+    def holds(self, handle: int, tokens: int) -> bool:
+        """Whether the sequence, truncated to `tokens`, would hold them."""
+        reservation = self._reservations[handle]
+        return reservation.least <= tokens <= reservation.filled
 
     def extend(self, handle: int, tokens: int) -> None:
-        """Counts `tokens` more as held by the sequence. The caller has written their KV."""
-        self._reservations[handle].length += tokens
+        """Counts `tokens` more as held by the sequence, whose KV the caller has written or is about to write."""
+        reservation = self._reservations[handle]
+        reservation.filled += tokens
+        if self.need.windowed_units and self.need.blocks(reservation.filled) > self.need.ring_blocks:
+            reservation.least = max(reservation.least, reservation.filled - self._going_back)
 
     def truncate(self, handle: int, length: int) -> None:
         reservation = self._reservations[handle]
-        reservation.length = min(reservation.length, length)
+        reservation.filled = min(reservation.filled, length)
+        if reservation.filled < reservation.least:
+            reservation.filled = 0
+        if reservation.filled == 0:
+            reservation.least = 0
 
     def resize(self, handle: int, tokens: int) -> None:
-        """Changes a reservation to `tokens`. Does not check that there is enough free memory: the caller must."""
+        """Changes a reservation to `tokens`. Raises KVCacheFull if there is too little free memory."""
         reservation = self._reservations[handle]
-        self.free_tokens -= self.taken(tokens) - self.taken(reservation.tokens)
+        more = self.need.of(tokens) - self.need.of(reservation.tokens)
+        if more > self.free_units:
+            raise KVCacheFull(tokens, self.free_tokens)
+        self.free_units -= more
         reservation.tokens = tokens
 
     def release(self, handle: int) -> None:
-        self.free_tokens += self.taken(self._reservations.pop(handle).tokens)
+        self.free_units += self.need.of(self._reservations.pop(handle).tokens)
         self._released_handles.append(handle)
 
 
@@ -78,200 +147,138 @@ class KVLayout:
     """The order and meaning of the bytes in a KV arena. Only arenas with equal layouts can use each other's bytes."""
 
     kind: str  # names the implementation and all else that bits depend on, such as `native float32 avx512`; at most 32 bytes
-    num_layers: int
+    num_layers: int  # that keep all tokens
     kv_heads: int
     head_bytes: int  # of one key or value of one token and head, padding included
-    block_tokens: int = 1  # ranges begin and end at multiples of it
+    block_tokens: int = 1  # what is copied begins at a multiple of it
+    windowed_layers: int = 0
+    window: int = 0  # the widest, in tokens
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one token's KV in a layer."""
+        return 2 * self.kv_heads * self.head_bytes
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's KV in all layers."""
-        return self.num_layers * 2 * self.kv_heads * self.head_bytes
+        return (self.num_layers + self.windowed_layers) * self.layer_bytes
 
     def rounded(self, tokens: int) -> int:
         """`tokens` rounded up to whole blocks."""
         return -(-tokens // self.block_tokens) * self.block_tokens
 
 
-class KVRanges(KVBudget):
-    """Implements `KVCache` with one contiguous range of an arena for each sequence. Subclasses own the arena.
+class KVBlocks(KVBudget):
+    """Implements `KVCache` with an arena of blocks. Subclasses own the arena.
 
-    Unlike other KV caches, its KV can be copied between sequences, and out of and into the arena.
+    A table has a row of block numbers for all layers, or for each layer. Unlike other KV caches, its KV can be copied between
+    sequences, and out of and into the arena.
     """
 
-    layers: Sequence[Any]  # arrays or tensors [2, num_kv_heads, capacity_tokens, head_dim]: each layer's keys and values
     layout: KVLayout  # of the bytes of `copy_out` and `copy_in`
 
-    def __init__(self, budget_bytes: int, num_layers: int, layer_bytes_per_token: int, block_tokens: int = 1) -> None:
-        """block_tokens: ranges are rounded up to a multiple of it. Raises ValueError if the budget is less than one block."""
-        self.num_layers = num_layers
-        self.bytes_per_token = num_layers * layer_bytes_per_token
-        super().__init__(budget_bytes // self.bytes_per_token, block_tokens)
+    def __init__(self, budget_bytes: int, block_tokens: int, block_bytes: int, windows: Sequence[int | None] = (None,)) -> None:
+        """block_bytes: of a block, whose number is in one place of a table. windows: one for each row of a sequence's table.
+
+        Raises ValueError if the budget is less than the shortest sequence takes.
+        """
+        self.windowed = np.array([window is not None for window in windows])
+        windowed = int(self.windowed.sum())
+        self.window = max((window or 0 for window in windows), default=0)  # the widest
+        need = KVNeed(len(windows) - windowed, windowed, self.window + GOING_BACK + _SPARE, block_tokens)
+        super().__init__(budget_bytes // block_bytes, need)
+        self._block_bytes = block_bytes
         if self.capacity_tokens < 1:
             of_tokens = "token" if block_tokens == 1 else f"{block_tokens} tokens"
             raise ValueError(
-                f"a KV budget of {budget_bytes} bytes holds no {of_tokens} of {self.bytes_per_token} bytes: raise it"
+                f"a KV budget of {budget_bytes} bytes holds no {of_tokens}, which take "
+                f"{need.of(1) * block_bytes} bytes: raise it"
             )
-        self._starts: dict[int, int] = {}
+        self._is_free = np.ones(self.free_units, bool)
+        self._tables: dict[int, Array] = {}
 
-    def start(self, handle: int) -> int:
-        """Index in the arena of the sequence's first token. `reserve` may change it for any sequence."""
-        return self._starts[handle]
+    def table(self, handle: int) -> Array:
+        """Numbers of the sequence's blocks, int32 [rows, blocks]. Those that a ring does not have are -1."""
+        return self._tables[handle]
 
     def reserve(self, tokens: int) -> int:
-        """See `KVCache`. Takes some milliseconds if ranges must be moved together first.
-
-        If moving fails, nothing is reserved, and the sequence that was being moved holds no tokens any more.
-        """
         handle = super().reserve(tokens)
-        try:
-            start = self._hole(self.taken(tokens))
-            self._starts[handle] = self._compact() if start is None else start
-        except BaseException:
-            super().release(handle)
-            raise
+        self._tables[handle] = np.full((len(self.windowed), 0), -1, np.int32)
+        self._fit_table(handle, tokens)
         return handle
+
+    def resize(self, handle: int, tokens: int) -> None:
+        super().resize(handle, tokens)
+        self.truncate(handle, tokens)
+        self._fit_table(handle, tokens)
 
     def release(self, handle: int) -> None:
         super().release(handle)
-        del self._starts[handle]
-
-    def shrink(self, handle: int, tokens: int) -> None:
-        """Drops tokens beyond `tokens`, and frees the memory after them."""
-        self.truncate(handle, tokens)
-        self.resize(handle, min(tokens, self.reserved(handle)))
-
-    def grow(self, handle: int, tokens: int) -> bool:
-        """Raises the reservation to `tokens` without moving the range. False if there is too little free memory after it."""
-        start = self._starts[handle]
-        end = min((other for other in self._starts.values() if other > start), default=self.capacity_tokens)
-        if self.taken(tokens) > end - start:
-            return False
-        self.resize(handle, max(tokens, self.reserved(handle)))
-        return True
+        self._fit_table(handle, 0)
+        del self._tables[handle]
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Replaces what the sequence `target` holds by a copy of the first `tokens` of `source`, which must be whole blocks."""
+        """Replaces what the sequence `target` holds by a copy of the first `tokens` of `source`, which `holds` them."""
         self.truncate(target, 0)
-        first, into = self._starts[source], self._starts[target]
-        for layer in self.layers:
-            layer[:, :, into : into + tokens] = layer[:, :, first : first + tokens]
-        self.extend(target, tokens)
+        blocks = self.need.blocks(tokens)
+        froms, tos = self._tables[source][:, :blocks], self._tables[target][:, :blocks]
+        both = (froms >= 0) & (tos >= 0)
+        froms, tos = froms[both], tos[both]
+        at_once = max(1, _COPIED_AT_ONCE // self._block_bytes)
+        for first in range(0, len(froms), at_once):
+            self._copy_blocks(froms[first : first + at_once], tos[first : first + at_once])
+        copied = self._reservations[target]
+        copied.filled, copied.least = tokens, self._reservations[source].least
 
-    def copy_out(self, first: int, target: Array) -> None:
-        """Copies tokens of the arena, from index `first` on, to `target`.
+    def windowed_from(self, handle: int, first: int) -> int:
+        """The first token from `first` on whose KV layers with windows hold too, if `filled` goes so far. It begins a block."""
+        least, block = self._reservations[handle].least, self.layout.block_tokens
+        return max(first, (least - self.window + block) // block * block) if least else first
 
-        target: uint8 [num_layers, 2, num_kv_heads, tokens, head bytes].
+    def restored(self, handle: int, end: int, windowed_from: int) -> None:
+        """Counts tokens up to `end`, which the caller has written, as held.
+
+        windowed_from: those of layers with windows were written from here on.
         """
-        end = first + target.shape[3]
-        for layer, own in zip(self.layers, target, strict=True):
-            own[...] = self._as_bytes(layer[:, :, first:end])
+        reservation = self._reservations[handle]
+        if windowed_from > reservation.filled:
+            reservation.least = windowed_from + self.window - 1
+        self.extend(handle, end - reservation.filled)
 
-    def copy_in(self, first: int, source: Array) -> None:
-        """Copies `source`, an array as `copy_out` fills it, into the arena from index `first` on."""
-        end = first + source.shape[3]
-        for layer, own in zip(self.layers, source, strict=True):
-            self._put_bytes(layer[:, :, first:end], own)
+    def copy_out(self, handle: int, first: int, target: Array, *, windowed: bool = False) -> None:
+        """Copies KV of tokens from `first` on, which begins a block of the layout, to `target`.
 
-    def new_buffer(self, tokens: int) -> Any:
-        """A new array [2, num_kv_heads, tokens, head_dim] of the arena's type, for KV of one layer."""
+        target: uint8 [layers, 2, num_kv_heads, tokens, head bytes]. windowed: of the layers with windows instead of the others.
+        """
         raise NotImplementedError
 
-    def _as_bytes(self, part: Any) -> Array:
-        """A part of a layer viewed or copied as uint8: the last dimension becomes bytes, the others stay."""
+    def copy_in(self, handle: int, first: int, source: Array, *, windowed: bool = False) -> None:
+        """Copies `source`, an array as `copy_out` fills it, into the arena."""
         raise NotImplementedError
 
-    def _put_bytes(self, part: Any, source: Array) -> None:
-        """Writes bytes, in the shape that `_as_bytes` returns, to a part of a layer."""
+    def _copy_blocks(self, sources: Array, targets: Array) -> None:
+        """Copies blocks to others, given their numbers."""
         raise NotImplementedError
 
-    def to_drop(self, tokens: int, oldest_first: Sequence[int]) -> list[int]:
-        """Chooses which ranges to release so that `tokens` can be reserved. Releases nothing itself.
+    def _fit_table(self, handle: int, tokens: int) -> None:
+        """Frees blocks that the sequence does not need any more, and takes those that it lacks."""
+        old, blocks = self._tables[handle], self.need.blocks(tokens)
+        surplus = old[:, blocks:]
+        self._is_free[surplus[surplus >= 0]] = True
+        table = np.full((len(old), blocks), -1, np.int32)
+        kept = min(blocks, old.shape[1])
+        table[:, :kept] = old[:, :kept]
+        lacking = table < 0
+        lacking[self.windowed, self.need.ring_blocks :] = False
+        table[lacking] = self._take(int(lacking.sum()))
+        self._tables[handle] = table
 
-        Returns an empty list if nothing need be released, or if releasing all would not suffice. oldest_first: handles that may
-        be released. Prefers ranges that are adjacent or separated by gaps only, and among these the oldest: then `reserve` need
-        not move ranges. Otherwise it chooses the oldest.
-        """
-        wanted = self.taken(tokens)
-        available = self.free_tokens + sum(self.taken(self.reserved(handle)) for handle in oldest_first)
-        if available < wanted or self._hole(wanted) is not None:
-            return []
-        adjacent = self._oldest_window(wanted, oldest_first)
-        if adjacent:
-            return adjacent
-        dropped: list[int] = []
-        free = self.free_tokens
-        for handle in oldest_first:
-            if free >= wanted:
-                break
-            dropped.append(handle)
-            free += self.taken(self.reserved(handle))
-        return dropped
-
-    def _oldest_window(self, wanted: int, oldest_first: Sequence[int]) -> list[int]:
-        """Neighbouring ranges among the candidates whose release leaves a gap of `wanted` tokens; empty if there are none.
-
-        Of several possibilities it takes the one whose newest range is oldest.
-        """
-        ages = {handle: age for age, handle in enumerate(oldest_first)}
-        ranges = [*self._by_start(), (-1, self.capacity_tokens)]
-        best: list[int] = []
-        newest = len(ages)
-        end = 0
-        for first, (handle, _) in enumerate(ranges):
-            window: list[int] = []
-            for other, start in ranges[first:]:
-                if start - end >= wanted:
-                    age = max(ages[each] for each in window)
-                    if age < newest:
-                        best, newest = window, age
-                    break
-                if ages.get(other, newest) >= newest:
-                    break
-                window.append(other)
-            if handle >= 0:
-                end = self._starts[handle] + self.taken(self.reserved(handle))
-        return best
-
-    def _hole(self, tokens: int) -> int | None:
-        """Start of the first free gap of at least `tokens`; None if there is none."""
-        end = 0
-        for handle, start in self._by_start():
-            if start - end >= tokens:
-                return end
-            end = start + self.taken(self.reserved(handle))
-        return end if self.capacity_tokens - end >= tokens else None
-
-    def _compact(self) -> int:
-        """Moves all ranges to the front of the arena. Returns the index at which free memory begins then.
-
-        Copies only tokens that are held. Allocates its buffer before it moves the first range. A range counts as empty until
-        all its layers have been moved: if a copy fails half-way, the sequence holds nothing, rather than wrong KV.
-        """
-        token_bytes = self.bytes_per_token // self.num_layers
-        buffer = self.new_buffer(max(1, _MOVED_AT_ONCE // token_bytes))
-        end = 0
-        for handle, start in self._by_start():
-            if start != end:
-                held = self.length(handle)
-                self.truncate(handle, 0)
-                self._move(start, end, self.taken(held), buffer)
-                self._starts[handle] = end
-                self.extend(handle, held)
-            end += self.taken(self.reserved(handle))
-        return end
-
-    def _move(self, source: int, target: int, tokens: int, buffer: Any) -> None:
-        """Moves `tokens` of all layers from index `source` to `target`, which is less, through `buffer`.
-
-        Goes piece by piece from front to back, because both may overlap.
-        """
-        for layer in self.layers:
-            for done in range(0, tokens, buffer.shape[2]):
-                count = min(buffer.shape[2], tokens - done)
-                buffer[:, :, :count] = layer[:, :, source + done : source + done + count]
-                layer[:, :, target + done : target + done + count] = buffer[:, :, :count]
-
-    def _by_start(self) -> list[tuple[int, int]]:
-        """All ranges as (handle, start), in the order of their starts."""
-        return sorted(self._starts.items(), key=lambda item: item[1])
+    def _take(self, count: int) -> Array:
+        """Numbers of `count` free blocks, which are free no more: neighbours if there are so many, otherwise the first ones."""
+        free = np.flatnonzero(self._is_free)
+        runs = np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1) if count else free
+        first = int(runs[0]) if len(runs) else 0
+        taken = free[first : first + count]
+        self._is_free[taken] = False
+        return taken

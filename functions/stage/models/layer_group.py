@@ -30,8 +30,11 @@ class KVCache(Protocol):
     A handle names the memory of one sequence: a small integer, which is reused after its release.
     """
 
-    capacity_tokens: int  # in all
-    free_tokens: int  # that can still be reserved
+    capacity_tokens: int  # length of the longest sequence that could be reserved if there were no other
+
+    @property
+    def free_tokens(self) -> int:
+        """Length of the longest sequence that can still be reserved."""
 
     @property
     def resident_bytes(self) -> int:
@@ -47,7 +50,10 @@ class KVCache(Protocol):
         """Tokens whose KV the sequence holds."""
 
     def truncate(self, handle: int, length: int) -> None:
-        """Drops the KV of tokens beyond `length`; their memory stays reserved."""
+        """Drops the KV of tokens beyond `length`; their memory stays reserved.
+
+        Drops all KV if layers with a sliding window no longer hold what the token at `length` attends to.
+        """
 
     def release(self, handle: int) -> None:
         """Frees the sequence's memory. The handle is not valid any more."""
@@ -61,6 +67,18 @@ class Segment:
     position: int
     length: int
     is_long: bool = False  # the sequence has more tokens than the group's `short_context`
+
+
+def segments_within(segments: Sequence[Segment], first: int, end: int) -> list[Segment]:
+    """The segments, or parts of them, of tokens [first, end) of the pass. Tokens are counted over all segments in order."""
+    parts: list[Segment] = []
+    begin = 0
+    for segment in segments:
+        low, high = max(begin, first) - begin, min(begin + segment.length, end) - begin
+        if low < high:
+            parts.append(Segment(segment.handle, segment.position + low, high - low, segment.is_long))
+        begin += segment.length
+    return parts
 
 
 class LayerGroup(Protocol):

@@ -19,6 +19,7 @@ from functions.stage.native.records import (
     MemoryRecord,
     PassRecord,
     ProductRecord,
+    SegmentRecord,
     memory_of,
     new_workspace,
 )
@@ -52,16 +53,18 @@ class NativeThreads:
 class NativeLayers:
     """The layers of one group in C. It uses the arrays that it is given without a copy: the caller must not change them."""
 
-    def __init__(self, library: Library, group: GroupRecord) -> None:
+    def __init__(self, library: Library, group: GroupRecord, arena: Array) -> None:
         """Creates a pool of threads, and `num_layers` empty layers, which `place` fills one by one before the first `run`.
 
-        group: all sizes of the group; its field `layers` is overwritten.
+        group: all sizes of the group; its fields `layers` and `arena` are overwritten. arena: the KV arena, which `run`
+        writes to.
         """
         self._library = library
         self._threads = NativeThreads(library)
         self._layers = (LayerRecord * group.num_layers)()
-        self._kept: list[Array] = []  # arrays whose addresses the records have
+        self._kept = [arena]  # arrays whose addresses the records have
         self._group = group
+        group.arena = memory_of(arena)
         group.layers = MemoryRecord(ctypes.addressof(self._layers), ctypes.sizeof(self._layers))
         self._workspace_array = np.empty(0, np.uint8)
         self._workspace = memory_of(self._workspace_array)
@@ -71,47 +74,48 @@ class NativeLayers:
         slot: int,
         matrices: Mapping[str, MatrixArrays],
         gains: Mapping[str, Array | None],
-        keys: Array,
-        values: Array,
         window: int | None,
+        ring: int,
         rotary: bool,
     ) -> None:
-        """Sets the weights and KV arrays of one layer.
+        """Sets the weights of one layer.
 
         slot: the layer's number in the group, from 0. matrices, gains: by their names in `c/native.h`; a gain of None is
-        absent. keys, values: the layer's part of the KV arena, which `run` writes to. window: tokens that a token attends to,
-        itself included; None: all. rotary: whether queries and keys are rotated by position.
+        absent. window: tokens that a token attends to, itself included; None: all. ring: pages that the layer keeps of a
+        sequence; 0: all. rotary: whether queries and keys are rotated by position.
         """
         layer = self._layers[slot]
         for name, arrays in matrices.items():
             setattr(layer, name, matrix_record(arrays, self._kept))
-        for name, array in {**gains, "keys": keys, "values": values}.items():
+        for name, array in gains.items():
             setattr(layer, name, memory_of(array))
             if array is not None:
                 self._kept.append(array)
-        layer.window, layer.rotary = window or 0, rotary
+        layer.window, layer.ring, layer.rotary = window or 0, ring, rotary
 
-    def run(self, hidden: Array, rotations: Array, segments: Sequence[tuple[int, int, int]], threads: int) -> None:
+    def run(self, hidden: Array, rotations: Array, segments: Sequence[tuple[Array, int, int]], threads: int) -> None:
         """Computes one pass. Overwrites hidden, float32 [n, hidden_size], with the layers' output. Raises NativeError.
 
-        rotations: cosines and sines, float32 [n, head_dim / 2, 2]. segments: for each sequence the index in the KV arena at
-        which its range begins, the tokens that it holds, and its new tokens. threads: how many compute, this one included.
+        rotations: cosines and sines, float32 [n, head_dim / 2, 2]. segments: for each sequence the numbers of its pages
+        in the KV arena, int32 [num_layers, pages], the tokens that it holds, and its new tokens. threads: how many compute,
+        this one included.
         """
         threads = min(threads, MOST_THREADS)
         most_tokens = 0
-        for _, position, length in segments:
+        records = (SegmentRecord * len(segments))()
+        for record, (pages, position, length) in zip(records, segments, strict=True):
+            record.pages, record.position, record.length = memory_of(pages), position, length
             most_tokens = max(most_tokens, position + length)
         needed = self._library.pass_bytes(self._group, len(hidden), most_tokens, threads)
         if self._workspace.bytes < needed:
             self._workspace_array = new_workspace(needed)
             self._workspace = memory_of(self._workspace_array)
-        table = np.array(segments, np.int64)
         forward_pass = PassRecord(
             rows=len(hidden),
             threads=threads,
             hidden=memory_of(hidden),
             rotations=memory_of(rotations),
-            segments=memory_of(table),
+            segments=MemoryRecord(ctypes.addressof(records), ctypes.sizeof(records)),
             workspace=self._workspace,
         )
         self._library.run_layers(self._threads.pool, self._group, forward_pass)

@@ -10,9 +10,10 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-# See LAMINA_STEP, LAMINA_BLOCK_TOKENS, LAMINA_MOST_THREADS and LAMINA_LINE_BYTES of the header.
+# See LAMINA_STEP, LAMINA_BLOCK_TOKENS, LAMINA_PAGE_TOKENS, LAMINA_MOST_THREADS and LAMINA_LINE_BYTES of the header.
 STEP: Final = 32
 BLOCK_TOKENS: Final = 16
+PAGE_TOKENS: Final = 64
 MOST_THREADS: Final = 64
 LINE_BYTES: Final = 64
 
@@ -51,24 +52,23 @@ class LayerRecord(ctypes.Structure):
         ("gate", MatrixRecord),
         ("up", MatrixRecord),
         ("down", MatrixRecord),
-        ("keys", MemoryRecord),
-        ("values", MemoryRecord),
-        *_numbers("window", "rotary"),
+        *_numbers("window", "ring", "rotary"),
     )
 
 
 class GroupRecord(ctypes.Structure):
     _fields_ = (
         ("layers", MemoryRecord),
+        ("arena", MemoryRecord),
         *_numbers(
-            "num_layers", "hidden_size", "inner_size", "heads", "kv_heads", "head_dim", "capacity_tokens", "kv_dtype", "rounds"
+            "num_layers", "hidden_size", "inner_size", "heads", "kv_heads", "head_dim", "num_pages", "kv_dtype", "rounds"
         ),
         ("eps", ctypes.c_double),
     )
 
 
 class SegmentRecord(ctypes.Structure):
-    _fields_ = tuple(_numbers("first_slot", "position", "length"))
+    _fields_ = (("pages", MemoryRecord), *_numbers("position", "length"))
 
 
 class PassRecord(ctypes.Structure):

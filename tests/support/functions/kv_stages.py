@@ -19,7 +19,7 @@ from functions.stage.engine.kv_tiers import MEMORY, ComputeRate, Reuse, Tier
 from functions.stage.kv.fetching import Fetcher, FetchEstimate
 from functions.stage.kv.peer_tier import PeerClient, PeerTier
 from functions.stage.kv.store_tier import KVWriter, StoreTier
-from functions.stage.models.kv_cache import KVRanges
+from functions.stage.models.kv_cache import KVBlocks
 from functions.stage.models.layer_group import LayerGroup
 from storage.kv.kv_store import KVObjects, Retention
 from storage.kv.sealed import Sealer
@@ -92,7 +92,7 @@ def native_stage(dtype: str, *, with_peers: bool = False, **settings: Any) -> Ca
 
 def peer_tiers(group: LayerGroup, first_layer: int) -> list[Tier]:
     """The tier of an instance that may ask others."""
-    assert isinstance(group.kv, KVRanges)
+    assert isinstance(group.kv, KVBlocks)
     fetcher = Fetcher("peer", group.kv.layout, FetchEstimate(ComputeRate()), ThreadPoolExecutor(4), Restores())
     return [PeerTier(PeerClient(LOOPBACK, FINGERPRINT, first_layer, TOKEN), fetcher)]
 
@@ -119,7 +119,7 @@ def kv_stage(
 ) -> Iterator[KVStage]:
     """All layers in one stage, with a tier of peers and, with `store`, a tier of the store, which keeps `max_bytes`."""
     (group,) = native_groups("llama", dtype, (LAYERS,))
-    assert isinstance(group.kv, KVRanges)
+    assert isinstance(group.kv, KVBlocks)
     restores, estimate = Restores(), FetchEstimate(ComputeRate())
     with ThreadPoolExecutor(4) as threads:
         peers = PeerClient(LOOPBACK, FINGERPRINT, LAYERS[0], TOKEN)

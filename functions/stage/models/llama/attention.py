@@ -1,8 +1,8 @@
-"""Attention in torch: for each sequence of a pass, one or a few calls of torch's kernel on its range of the KV pool.
+"""Attention in torch: for each sequence of a pass, one or a few calls of torch's kernel on its part of the KV pool.
 
-The linear layers see all rows of a pass as one matrix; attention reads each sequence's range in place. Masks and ranges are the
-same in every layer and computed once per pass. A chunk whose mask would be large is computed block by block, so that memory
-does not grow with the product of chunk and context.
+The linear layers see all rows of a pass as one matrix; attention reads each sequence's blocks, in place if they are neighbours.
+Masks and places are the same in every layer and computed once per pass. A chunk whose mask would be large is computed part by
+part, so that memory does not grow with the product of chunk and context.
 """
 
 import math
@@ -33,26 +33,21 @@ class PassAttention:
         self._lengths = [segment.length for segment in segments]
         self._firsts = [self._first_seen(segment.position) for segment in segments]
         self._masks: dict[tuple[int, int], torch.Tensor] = {}
-        self._reads = list(  # [layer][segment]: keys and values
-            zip(
-                *(
-                    pool.read(segment.handle, first, segment.position + segment.length)
-                    for segment, first in zip(segments, self._firsts, strict=True)
-                ),
-                strict=True,
-            )
-        )
+        self._readers = [
+            pool.reader(segment.handle, first, segment.position + segment.length)
+            for segment, first in zip(segments, self._firsts, strict=True)
+        ]
 
     def __call__(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
         """Attention of one layer. queries: [n, num_kv_heads, heads per kv head, head_dim]. Returns [n, num_heads * head_dim].
 
         The layer's keys and values of the same tokens must be in the pool already. layer: its number in the pool.
         """
-        parts = zip(self._segments, self._firsts, torch.split(queries, self._lengths), self._reads[layer], strict=True)
+        parts = zip(self._segments, self._firsts, torch.split(queries, self._lengths), self._readers, strict=True)
         attended = [
             result
-            for segment, first, own_queries, (keys, values) in parts
-            for result in self._segment(segment, first, own_queries, keys, values)
+            for segment, first, own_queries, read in parts
+            for result in self._segment(segment, first, own_queries, *read(layer))
         ]
         return attended[0] if len(attended) == 1 else torch.cat(attended)
 

@@ -11,7 +11,8 @@ from typing import Any, Final
 import numpy as np
 
 from functions.stage.models.floats import HIDDEN_DTYPES, Array, Float32, narrowed, widened
-from functions.stage.models.layer_group import Segment
+from functions.stage.models.kv_cache import GOING_BACK
+from functions.stage.models.layer_group import Segment, segments_within
 from functions.stage.models.llama.rope import rope_frequencies
 from functions.stage.models.llama.structure import LAYER_NAME, check_layers, check_placed, check_shapes, checked_positions
 from functions.stage.models.native.kv_pool import NativeKVPool
@@ -55,7 +56,7 @@ class NativeGroup:
         self.runs_by = f"C, {library().level}"
         kv_dtype = _KV_DTYPES[dtype]
         self.kv = NativeKVPool(
-            last_layer - first_layer,
+            model.windows[first_layer:last_layer],
             model.num_kv_heads,
             model.head_dim,
             kv_dtype,
@@ -73,10 +74,11 @@ class NativeGroup:
                 kv_heads=model.num_kv_heads,
                 head_dim=model.head_dim,
                 eps=model.rms_norm_eps,
-                capacity_tokens=self.kv.capacity_tokens,
+                num_pages=len(self.kv.arena),
                 kv_dtype=kv_dtype,
                 rounds=self.hidden_dtype == "BF16",
             ),
+            self.kv.arena,
         )
         self._threads = 1
         self._placed: set[int] = set()
@@ -97,9 +99,8 @@ class NativeGroup:
                 weights = NativeWeights(tensors, f"model.layers.{layer}.", self._dtype, layer_shapes(self._model))
                 matrices, gains = take_layer(self._model, weights)
                 slot = layer - self.first_layer
-                window, rotary = self._model.windows[layer], self._model.rotary[layer]
-                keys, values = self.kv.layers[slot]
-                self._layers.place(slot, matrices, gains, keys, values, window, rotary)
+                ring = self.kv.need.ring_blocks if self.kv.windowed[slot] else 0
+                self._layers.place(slot, matrices, gains, self._model.windows[layer], ring, self._model.rotary[layer])
                 self._placed.add(layer)
         others = NativeWeights(tensors, "", self._dtype, outer_shapes(self._model))
         needs_embedding = self.first_layer == 0 or (self._is_last and self._model.tie_word_embeddings)
@@ -136,12 +137,14 @@ class NativeGroup:
             hidden = rows_of(self._embedding, inputs)
         else:
             hidden = np.ascontiguousarray(widened(inputs, self.hidden_dtype))
-        places: list[tuple[int, int, int]] = []
-        for segment in segments:
-            places.append((self.kv.start(segment.handle), segment.position, segment.length))
-        self._layers.run(hidden, rotations, places, self._threads)
-        for segment in segments:
-            self.kv.extend(segment.handle, segment.length)
+        at_once = GOING_BACK if self.kv.need.windowed_units else len(inputs)  # more would overwrite rings
+        for first in range(0, len(inputs), at_once):
+            rows = slice(first, min(first + at_once, len(inputs)))
+            parts = segments_within(segments, rows.start, rows.stop)
+            places = [(self.kv.table(part.handle), part.position, part.length) for part in parts]
+            self._layers.run(hidden[rows], rotations[rows], places, self._threads)
+            for part in parts:
+                self.kv.extend(part.handle, part.length)
         if self._final_gain is not None:
             hidden = rms_norm(hidden, self._final_gain, self._model.rms_norm_eps)
         return narrowed(hidden, self.hidden_dtype)

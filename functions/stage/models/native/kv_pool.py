@@ -1,49 +1,77 @@
-"""The KV arena of layers in C. Within a block of tokens, its bytes have the order in which C reads them (`c/native.h`)."""
+"""The KV arena of layers in C. Within a block, its bytes have the order in which C reads them (`c/native.h`)."""
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 import numpy as np
 
 from functions.stage.models.floats import Array
-from functions.stage.models.kv_cache import KVLayout, KVRanges
+from functions.stage.models.kv_cache import KVBlocks, KVLayout
 from functions.stage.native.limits import padded_head
-from functions.stage.native.records import BLOCK_TOKENS, Dtype
+from functions.stage.native.records import BLOCK_TOKENS, PAGE_TOKENS, Dtype
 from storage.loading.memory import new_memory, resident_bytes
 
-_NUMPY_DTYPES: Final = {Dtype.BF16: np.uint16, Dtype.F32: np.float32}
+_NUMBER_BYTES: Final = {Dtype.BF16: 2, Dtype.F32: 4}
 
 
-class NativeKVPool(KVRanges):
-    """Implements `KVCache`. The arena is one array [num_layers, 2, num_kv_heads, capacity_tokens, padded head_dim].
+class NativeKVPool(KVBlocks):
+    """Implements `KVCache`. A block is a page of one layer: the keys and then the values of PAGE_TOKENS tokens.
 
-    It takes physical memory only for pages that have been written to.
+    It takes physical memory only for what has been written to.
     """
 
     def __init__(
-        self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: Dtype, budget_bytes: int, written_by: str = ""
+        self,
+        windows: Sequence[int | None],
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: Dtype,
+        budget_bytes: int,
+        written_by: str = "",
     ) -> None:
-        """dtype: of keys and values, BF16 or F32.
+        """windows: of each layer, in tokens; None: it attends to all. dtype: of keys and values, BF16 or F32.
 
         written_by: names the publication's dtype and the CPU level, on which the KV's bits depend: only pools with the same
-        name exchange KV. Raises ValueError if the budget is less than one block of tokens.
+        name exchange KV. Raises ValueError if the budget is less than one page of tokens.
         """
-        numbers = np.dtype(_NUMPY_DTYPES[dtype])
-        super().__init__(budget_bytes, num_layers, 2 * num_kv_heads * padded_head(head_dim) * numbers.itemsize, BLOCK_TOKENS)
-        shape = (num_layers, 2, num_kv_heads, self.capacity_tokens, padded_head(head_dim))
-        memory = new_memory(self.bytes_per_token * self.capacity_tokens)
-        self.layout = KVLayout(f"native {written_by}", num_layers, num_kv_heads, shape[-1] * numbers.itemsize, BLOCK_TOKENS)
-        self._arena = np.frombuffer(memory, numbers).reshape(shape)
-        self.layers: list[Array] = list(self._arena)
+        head_bytes = padded_head(head_dim) * _NUMBER_BYTES[dtype]
+        page_bytes = 2 * num_kv_heads * PAGE_TOKENS * head_bytes
+        super().__init__(budget_bytes, PAGE_TOKENS, page_bytes, windows)
+        self.layout = KVLayout(
+            f"native {written_by}",
+            self.need.units,
+            num_kv_heads,
+            head_bytes,
+            BLOCK_TOKENS,
+            self.need.windowed_units,
+            self.window,
+        )
+        memory = new_memory(self.free_units * page_bytes)
+        shape = (self.free_units, 2, num_kv_heads, PAGE_TOKENS // BLOCK_TOKENS, BLOCK_TOKENS * head_bytes)
+        self.arena: Array = np.frombuffer(memory, np.uint8).reshape(shape)
 
     @property
     def resident_bytes(self) -> int:
-        return resident_bytes(self._arena.ctypes.data, self._arena.nbytes)
+        return resident_bytes(self.arena.ctypes.data, self.arena.nbytes)
 
-    def _as_bytes(self, part: Array) -> Array:
-        return part.view(np.uint8)
+    def copy_out(self, handle: int, first: int, target: Array, *, windowed: bool = False) -> None:
+        blocks = target.reshape(*target.shape[:3], target.shape[3] // BLOCK_TOKENS, self.arena.shape[-1])
+        for row, own in zip(np.flatnonzero(self.windowed == windowed), blocks, strict=True):
+            pages, places = self._places(handle, row, first, own.shape[2])
+            own[...] = self.arena[pages, :, :, places].transpose(1, 2, 0, 3)
 
-    def _put_bytes(self, part: Array, source: Array) -> None:
-        part.view(np.uint8)[...] = source
+    def copy_in(self, handle: int, first: int, source: Array, *, windowed: bool = False) -> None:
+        blocks = source.reshape(*source.shape[:3], source.shape[3] // BLOCK_TOKENS, self.arena.shape[-1])
+        for row, own in zip(np.flatnonzero(self.windowed == windowed), blocks, strict=True):
+            pages, places = self._places(handle, row, first, own.shape[2])
+            self.arena[pages, :, :, places] = own.transpose(2, 0, 1, 3)
 
-    def new_buffer(self, tokens: int) -> Array:
-        return np.empty_like(self.layers[0][:, :, :tokens])
+    def _places(self, handle: int, layer: Any, first: int, blocks: int) -> tuple[Array, Array]:
+        """Page of the arena, and place in it, of `blocks` blocks of BLOCK_TOKENS tokens, from token `first` on."""
+        pages, places = np.divmod(np.arange(blocks) + first // BLOCK_TOKENS, PAGE_TOKENS // BLOCK_TOKENS)
+        if self.windowed[layer]:
+            pages %= self.need.ring_blocks
+        return self.table(handle)[layer, pages], places
+
+    def _copy_blocks(self, sources: Array, targets: Array) -> None:
+        self.arena[targets] = self.arena[sources]

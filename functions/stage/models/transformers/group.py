@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging
 
@@ -67,8 +68,9 @@ class TransformersGroup:
         self._scores_per_token: int = config.num_attention_heads if eager else 1
         self._head = model
         setattr(model, model.base_model_prefix, _GivenHiddenStates())
-        self.kv = TransformersKVCache(capacity_tokens=1, num_layers=last_layer - first_layer)
-        self.kv = TransformersKVCache(kv_budget_bytes // self._kv_bytes_per_token(), last_layer - first_layer)
+        windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+        self.kv = TransformersKVCache(1, windows, [1] + [0] * (len(windows) - 1))
+        self.kv = TransformersKVCache(kv_budget_bytes, windows, self._kv_bytes_per_token())
 
     @classmethod
     def build(
@@ -104,8 +106,6 @@ class TransformersGroup:
         given = input_tensor(inputs, self.hidden_dtype).to(self._device)
         parts = torch.split(given, [segment.length for segment in segments])
         outputs = [self._forward_one(part, segment) for part, segment in zip(parts, segments, strict=True)]
-        for segment in segments:
-            self.kv.extend(segment.handle, segment.length)
         return output_array(torch.cat(outputs).to("cpu", DTYPES[self.hidden_dtype]))
 
     def _forward_one(self, inputs: torch.Tensor, segment: Segment) -> torch.Tensor:
@@ -113,7 +113,9 @@ class TransformersGroup:
         name = "input_ids" if self.first_layer == 0 else "inputs_embeds"
         cache = self.kv.cache(segment.handle)
         self._long_rope.choose(segment.is_long)
-        end = self.kv.length(segment.handle) + len(inputs)
+        # Before the pass: if it fails, layers with windows may have dropped tokens of a sequence that is as long as after it.
+        self.kv.extend(segment.handle, len(inputs))
+        end = self.kv.length(segment.handle)
         rows = max(1, _SCORES_AT_ONCE // (end * self._scores_per_token))
         outputs = [
             self._base(**{name: part[None], self._cache_argument: cache}, use_cache=True).last_hidden_state[0]
@@ -127,15 +129,15 @@ class TransformersGroup:
         logits: torch.Tensor = self._head(inputs_embeds=states[None], use_cache=False).logits[0]
         return output_array(logits.float().cpu())
 
-    def _kv_bytes_per_token(self) -> int:
-        """Bytes of KV that these layers keep for a token. It is measured by computing one, because model families differ."""
+    def _kv_bytes_per_token(self) -> list[int]:
+        """Bytes of KV that each layer keeps for a token. They are measured by computing one, because model families differ."""
         handle = self.kv.reserve(1)
         if self.first_layer == 0:
             inputs: Array = np.zeros(1, np.int64)
         else:
             inputs = np.zeros((1, self.hidden_size), floats.DTYPES[self.hidden_dtype])
         self.forward(inputs, [Segment(handle, position=0, length=1)])
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.kv.cache(handle).layers)
+        return [layer.keys.nbytes + layer.values.nbytes for layer in self.kv.cache(handle).layers]
 
 
 class _GivenHiddenStates(nn.Module):

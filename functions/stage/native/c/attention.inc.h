@@ -1,17 +1,15 @@
 /* Attention over the KV arena, and the writing of keys and values.
 
    A score is added up pair by pair in a lane of its own, and values are added up token pair by token pair from the beginning of a
-   block, whether one query reads them or eight do. So bits do not depend on chunks and on other rows. Keys and values are stored
-   in the order in which they are read (`native.h`). */
+   page, whether one query reads them or eight do. Each piece of LAMINA_SPLIT_TOKENS tokens has a softmax of its own, and results of
+   pieces are merged in their order, by one thread or by several. So bits do not depend on chunks, on other rows and on threads.
+   Keys and values are stored in the order in which they are read (`native.h`). */
 
 enum {
     BLOCK = LAMINA_BLOCK_TOKENS,
+    PAGE = LAMINA_PAGE_TOKENS,
+    SPLIT = LAMINA_SPLIT_TOKENS,
     QUERIES = LAMINA_QUERIES,
-#ifdef WITH_TILES
-    FROM_BLOCK = 32, /* tokens: reading begins at a multiple of it */
-#else
-    FROM_BLOCK = BLOCK,
-#endif
     MOST_PARTS = 4, /* vectors of columns in one tile for up to four queries; half as many for more */
 };
 
@@ -46,8 +44,8 @@ INLINE void write_key(const uint32_t *pairs, int64_t count, int64_t place, uint3
         block[pair * BLOCK + place] = pairs[pair];
 }
 
-INLINE void write_kv_as(const int dtype, const Group *group, const Layer *layer, int64_t kv_head, int64_t slot, bool is_last,
-                        const float *key, const float *value)
+INLINE void write_kv_as(const int dtype, const Group *group, const Layer *layer, const int32_t *pages, int64_t kv_head,
+                        int64_t position, bool is_last, const float *key, const float *value)
 {
     const int64_t size = group->head_dim, padded = padded_head(group), number = bytes_of(dtype);
     _Alignas(64) uint8_t packed_key[4 * LAMINA_MOST_HEAD], packed_value[4 * LAMINA_MOST_HEAD];
@@ -59,23 +57,24 @@ INLINE void write_kv_as(const int dtype, const Group *group, const Layer *layer,
         memset(packed_key, 0xFF, (size_t)(size * number));
         memset(packed_value, 0, (size_t)(size * number));
     }
-    uint8_t *keys = (uint8_t *)layer->keys.data + kv_head * group->capacity_tokens * padded * number;
-    uint8_t *values = (uint8_t *)layer->values.data + kv_head * group->capacity_tokens * padded * number;
-    write_key((const uint32_t *)packed_key, size * number / 4, slot % BLOCK,
-              (uint32_t *)(keys + slot / BLOCK * BLOCK * padded * number));
+    uint8_t *keys = head_in_page(group, layer, pages, position, 0, kv_head);
+    uint8_t *values = head_in_page(group, layer, pages, position, 1, kv_head);
+    const int64_t token = position % PAGE;
+    write_key((const uint32_t *)packed_key, size * number / 4, token % BLOCK,
+              (uint32_t *)(keys + token / BLOCK * BLOCK * padded * number));
     if (dtype == LAMINA_F32) {
-        memcpy(values + slot * padded * 4, packed_value, (size_t)size * 4);
+        memcpy(values + token * padded * 4, packed_value, (size_t)size * 4);
         return;
     }
-    uint16_t *pair = (uint16_t *)values + slot / 2 * 2 * padded;
+    uint16_t *pair = (uint16_t *)values + token / 2 * 2 * padded;
     for (int64_t i = 0; i < size; i++)
-        pair[2 * i + slot % 2] = ((const uint16_t *)packed_value)[i];
-    if (is_last && slot % 2 == 0) /* old data may be NaN, which a weight of 0 does not remove */
+        pair[2 * i + token % 2] = ((const uint16_t *)packed_value)[i];
+    if (is_last && token % 2 == 0) /* old data may be NaN, which a weight of 0 does not remove */
         for (int64_t i = 0; i < size; i++)
             pair[2 * i + 1] = 0;
 }
 
-static void write_kv(const Group *group, const Layer *layer, int64_t kv_head, int64_t slot, bool is_last,
+static void write_kv(const Group *group, const Layer *layer, const int32_t *pages, int64_t kv_head, int64_t position, bool is_last,
                      const float *rotation, float *heads)
 {
     const int64_t size = group->head_dim, shared = group->heads / group->kv_heads;
@@ -86,17 +85,19 @@ static void write_kv(const Group *group, const Layer *layer, int64_t kv_head, in
     int64_t key = group->heads + kv_head, value = key + group->kv_heads;
     prepare_head(heads + key * size, size, gains ? gains + key * size : NULL, eps, turn);
     if (group->kv_dtype == LAMINA_BF16)
-        write_kv_as(LAMINA_BF16, group, layer, kv_head, slot, is_last, heads + key * size, heads + value * size);
+        write_kv_as(LAMINA_BF16, group, layer, pages, kv_head, position, is_last, heads + key * size, heads + value * size);
     else
-        write_kv_as(LAMINA_F32, group, layer, kv_head, slot, is_last, heads + key * size, heads + value * size);
+        write_kv_as(LAMINA_F32, group, layer, pages, kv_head, position, is_last, heads + key * size, heads + value * size);
 }
 
 /* Columns that rows are multiplied with: for every pair some vectors (parts), with a column in each lane. */
 typedef struct {
-    const uint8_t *data;
-    int64_t pairs;
+    const uint8_t *const *pages; /* where the pairs of each page begin */
+    int64_t page_pairs;          /* in each page but the last, a multiple of 16 */
+    int64_t pairs;               /* in all */
     int64_t pair_bytes;
     int64_t part_bytes;
+    int64_t first_part;          /* parts before it are left out */
 } Columns;
 
 /* The hot loop of attention: out [rows, parts, LANES] = products of rows with columns, pair by pair in every lane. */
@@ -109,20 +110,23 @@ INLINE void columns_tile(const int dtype, const int rows, const int parts, const
         UNROLL
         for (int part = 0; part < parts; part++)
             sums[row][part] = zeros();
-    const uint8_t *at = columns->data;
-    for (int64_t pair = 0; pair < columns->pairs; pair++, at += columns->pair_bytes) {
-        vec column[MOST_PARTS];
-        UNROLL
-        for (int part = 0; part < parts; part++)
-            column[part] = load(at + part * columns->part_bytes);
-        UNROLL
-        for (int row = 0; row < rows; row++) {
-            int32_t numbers;
-            memcpy(&numbers, x + row * row_bytes + pair * 4, 4);
-            vec everywhere = every_i32(numbers);
+    const uint8_t *const *page = columns->pages;
+    for (int64_t pair = 0, end; pair < columns->pairs;) {
+        const uint8_t *at = *page++ + columns->first_part * columns->part_bytes;
+        for (end = smaller(columns->pairs, pair + columns->page_pairs); pair < end; pair++, at += columns->pair_bytes) {
+            vec column[MOST_PARTS];
             UNROLL
             for (int part = 0; part < parts; part++)
-                sums[row][part] = multiply_add(dtype, sums[row][part], column[part], everywhere);
+                column[part] = load(at + part * columns->part_bytes);
+            UNROLL
+            for (int row = 0; row < rows; row++) {
+                int32_t numbers;
+                memcpy(&numbers, x + row * row_bytes + pair * 4, 4);
+                vec everywhere = every_i32(numbers);
+                UNROLL
+                for (int part = 0; part < parts; part++)
+                    sums[row][part] = multiply_add(dtype, sums[row][part], column[part], everywhere);
+            }
         }
     }
     UNROLL
@@ -164,14 +168,15 @@ INLINE void multiply_columns(const int dtype, int64_t rows, int64_t parts, const
 {
 #ifdef WITH_TILES
     if (dtype == LAMINA_BF16) {
-        multiply_columns_by_tiles(rows, parts, columns, x, row_bytes, out, out_stride);
+        multiply_columns_by_tiles(parts, columns, x, row_bytes, out, out_stride);
         return;
     }
 #endif
     const int64_t most = rows > QUERIES / 2 ? MOST_PARTS / 2 : MOST_PARTS;
+    Columns those = *columns;
     for (int64_t part = 0; part < parts;) {
         int64_t together = parts - part >= most ? most : parts - part >= 2 ? 2 : 1;
-        Columns those = {columns->data + part * columns->part_bytes, columns->pairs, columns->pair_bytes, columns->part_bytes};
+        those.first_part = part;
         if (dtype == LAMINA_BF16)
             columns_tile_of_bf16(rows, together, &those, x, row_bytes, out + part * LANES, out_stride);
         else
@@ -180,9 +185,47 @@ INLINE void multiply_columns(const int dtype, int64_t rows, int64_t parts, const
     }
 }
 
+/* What queries get from one piece of the tokens, or from several: `size` values, and the greatest score with the sum of all powers. */
+typedef struct {
+    float *values; /* [padded head_dim] */
+    float *most;
+    float *total; /* 0: from no token */
+} Attended;
+
+INLINE Attended attended_at(const Group *group, float *memory, int64_t query)
+{
+    const int64_t padded = padded_head(group);
+    float *own = memory + query * attended_floats(group);
+    return (Attended){own, own + padded, own + padded + 1};
+}
+
+/* Merges the result of a later piece into `all`. A function of its own, so that it gives the same bits wherever it is used. */
+NOINLINE void merge(int64_t padded, const Attended *all, const Attended *later)
+{
+    if (*later->total == 0)
+        return;
+    if (*all->total == 0) {
+        memcpy(all->values, later->values, (size_t)padded * 4);
+        *all->most = *later->most;
+        *all->total = *later->total;
+        return;
+    }
+    const float most = *all->most > *later->most ? *all->most : *later->most;
+    float powers[2][LANES];
+    store(powers[0], exp_f32(every_f32(*all->most - most)));
+    store(powers[1], exp_f32(every_f32(*later->most - most)));
+    const float first = *all->total * powers[0][0], second = *later->total * powers[1][0], total = first + second;
+    for (int64_t i = 0; i < padded; i += LANES) {
+        vec share = mul_f32(load(later->values + i), every_f32(second / total));
+        store(all->values + i, fma_f32(load(all->values + i), every_f32(first / total), share));
+    }
+    *all->most = most;
+    *all->total = total;
+}
+
 /* Softmax of scores [first, last) in place; the other ones of scores [tokens] become 0. Sums run over whole vectors from the
-   beginning of a block. */
-INLINE void softmax(float *scores, int64_t first, int64_t last, int64_t tokens)
+   beginning of a page. Sets most and total of `result`. */
+INLINE void softmax(float *scores, int64_t first, int64_t last, int64_t tokens, const Attended *result)
 {
     const float unseen = -__builtin_inff();
     for (int64_t token = 0; token < first; token++)
@@ -202,24 +245,95 @@ INLINE void softmax(float *scores, int64_t first, int64_t last, int64_t tokens)
         store(scores + token, power);
         total = add_f32(total, power);
     }
-    vec share = every_f32(1.0f / sum_f32(total));
+    *result->most = most;
+    *result->total = sum_f32(total);
+    vec share = every_f32(1.0f / *result->total);
     for (int64_t token = 0; token < tokens; token += LANES)
         store(scores + token, mul_f32(load(scores + token), share));
+}
+
+/* Queries that read keys and values together, numbered by head and row, and a thread's memory for them. */
+typedef struct {
+    int64_t first, count;
+    const uint8_t **pages; /* [SPLIT / PAGE] */
+    uint8_t *packed;       /* [QUERIES, row_bytes] */
+    int64_t row_bytes;
+    float *results;        /* [QUERIES] of one piece, see attended_at */
+    float *scores;         /* [QUERIES, tokens of a piece] */
+} Together;
+
+/* Attention over tokens [begin, end) of the sequence, which begin with a page and are at most SPLIT. Computes `results`. */
+INLINE void attend_piece(const int dtype, const Group *group, const Layer *layer, const Queries *queries, const Together *at,
+                         int64_t begin, int64_t end)
+{
+    const int64_t padded = padded_head(group), number = bytes_of(dtype), tokens = rounded_up(end - begin, BLOCK);
+    const int64_t key_pairs = group->head_dim * number / 4;
+    for (int64_t page = 0; page < (tokens + PAGE - 1) / PAGE; page++)
+        at->pages[page] = head_in_page(group, layer, queries->pages, begin + page * PAGE, 0, queries->kv_head);
+#ifdef WITH_TILES
+    if (dtype == LAMINA_BF16)
+        configure_columns(at->count, key_pairs % STEP_PAIRS);
+#endif
+    for (int64_t token = 0; token < tokens; token += PAGE) {
+        const Columns keys = {at->pages + token / PAGE, INT32_MAX, key_pairs, 64, BLOCK * padded * number, 0};
+        multiply_columns(dtype, at->count, smaller(PAGE, tokens - token) / BLOCK, &keys, at->packed, at->row_bytes,
+                         at->scores + token, tokens);
+    }
+    int64_t most_seen = 0;
+    for (int64_t query = 0; query < at->count; query++) {
+        float *scores = at->scores + query * tokens;
+        const Attended result = attended_at(group, at->results, query);
+        const int64_t position = queries->first_position + (at->first + query) % queries->rows;
+        const int64_t from = larger(0, first_attended(layer, position) - begin), to = smaller(position + 1, end) - begin;
+        const int64_t seen = from < to ? to : 0;
+        most_seen = larger(most_seen, seen);
+        *result.total = 0;
+        if (seen)
+            softmax(scores, from, to, rounded_up(to, BLOCK), &result);
+        for (int64_t token = rounded_up(seen, BLOCK); token < tokens; token++)
+            scores[token] = 0;
+        if (dtype == LAMINA_BF16) /* in place: packed scores take less memory */
+            for (int64_t token = 0; token < tokens; token += 2 * LANES)
+                store((uint8_t *)scores + 2 * token,
+                      bf16_of_f32(row_part(scores, token, tokens), row_part(scores, token + LANES, tokens)));
+    }
+    const int64_t page_pairs = dtype == LAMINA_BF16 ? PAGE / 2 : PAGE;
+    const int64_t pairs = dtype == LAMINA_BF16 ? (most_seen + 1) / 2 : most_seen;
+    for (int64_t page = 0; page < (most_seen + PAGE - 1) / PAGE; page++)
+        at->pages[page] = head_in_page(group, layer, queries->pages, begin + page * PAGE, 1, queries->kv_head);
+    const Columns values = {at->pages, page_pairs, pairs, 4 * padded, 64, 0};
+#ifdef WITH_TILES
+    if (dtype == LAMINA_BF16)
+        configure_columns(at->count, pairs % STEP_PAIRS);
+#endif
+    multiply_columns(dtype, at->count, padded / LANES, &values, (const uint8_t *)at->scores, 4 * tokens, at->results,
+                     attended_floats(group));
+#ifdef WITH_TILES
+    if (dtype == LAMINA_BF16)
+        _tile_release();
+#endif
+}
+
+/* The place of a query's result in `attended`. */
+INLINE float *result_of(const Group *group, const Queries *queries, int64_t query)
+{
+    const int64_t head = queries->kv_head * (group->heads / group->kv_heads) + query / queries->rows;
+    return queries->attended + (query % queries->rows * group->heads + head) * group->head_dim;
 }
 
 /* Attention of queries [first, first + count), numbered by head and row, which read keys and values together. */
 INLINE void attend_together(const int dtype, const Group *group, const Layer *layer, const Queries *queries, int64_t first,
                             int64_t count, uint8_t *scratch)
 {
-    const int64_t size = group->head_dim, padded = padded_head(group), number = bytes_of(dtype), rows = queries->rows;
+    const int64_t size = group->head_dim, rows = queries->rows, stride = attended_floats(group);
     const int64_t shared = group->heads / group->kv_heads, all_heads = group->heads + 2 * group->kv_heads;
     const bool one_head = first / rows == (first + count - 1) / rows;
     const int64_t first_row = one_head ? first % rows : 0, last_row = one_head ? (first + count - 1) % rows : rows - 1;
-    const int64_t begin = first_attended(layer, queries->first_position + first_row) / FROM_BLOCK * FROM_BLOCK;
-    const int64_t tokens = rounded_up(queries->first_position + last_row + 1 - begin, BLOCK);
-    const int64_t row_bytes = 4 * rounded_up(size, LAMINA_STEP);
-    uint8_t *packed = scratch;
-    float *results = (float *)(packed + QUERIES * row_bytes), *scores = results + QUERIES * padded;
+    Together at = {.first = first, .count = count, .pages = (const uint8_t **)scratch, .row_bytes = 4 * rounded_up(size, LAMINA_STEP)};
+    float *all = (float *)(scratch + SPLIT / PAGE * sizeof *at.pages);
+    at.results = all + QUERIES * stride;
+    at.packed = (uint8_t *)(at.results + QUERIES * stride);
+    at.scores = (float *)(at.packed + QUERIES * at.row_bytes);
     float scaled[LAMINA_MOST_HEAD];
     const float scale = 1.0f / __builtin_sqrtf((float)size);
     for (int64_t query = 0; query < count; query++) {
@@ -227,33 +341,29 @@ INLINE void attend_together(const int dtype, const Group *group, const Layer *la
         const float *numbers = queries->heads + (row * all_heads + head) * size;
         for (int64_t i = 0; i < size; i++)
             scaled[i] = numbers[i] * scale;
-        pack((Dtype)dtype, scaled, size, packed + query * row_bytes);
+        pack((Dtype)dtype, scaled, size, at.packed + query * at.row_bytes);
+        *attended_at(group, all, query).total = 0;
     }
-    const int64_t slot = queries->segment->first_slot + begin;
-    const int64_t place = (queries->kv_head * group->capacity_tokens + slot) * padded * number;
-    const Columns keys = {(const uint8_t *)layer->keys.data + place, size * number / 4, 64, BLOCK * padded * number};
-    multiply_columns(dtype, count, tokens / BLOCK, &keys, packed, row_bytes, scores, tokens);
-    int64_t most_seen = 0;
-    for (int64_t query = 0; query < count; query++) {
-        int64_t position = queries->first_position + (first + query) % rows;
-        int64_t from = first_attended(layer, position) - begin, to = position + 1 - begin;
-        most_seen = larger(most_seen, to);
-        softmax(scores + query * tokens, from, to, rounded_up(to, BLOCK));
-        for (int64_t token = rounded_up(to, BLOCK); token < tokens; token++)
-            scores[query * tokens + token] = 0;
-        if (dtype == LAMINA_BF16) /* in place: packed scores take less memory */
-            for (int64_t token = 0; token < tokens; token += 2 * LANES)
-                store((uint8_t *)(scores + query * tokens) + 2 * token,
-                      bf16_of_f32(row_part(scores + query * tokens, token, tokens),
-                                  row_part(scores + query * tokens, token + LANES, tokens)));
+    int64_t begin = first_attended(layer, queries->first_position + first_row) / PAGE * PAGE;
+    int64_t end = queries->first_position + last_row + 1;
+    if (queries->piece) { /* the results of one piece, which `merge_pieces` merges */
+        begin = larger(begin, (queries->piece - 1) * SPLIT);
+        end = smaller(end, queries->piece * SPLIT);
+        all = queries->pieces + first * stride;
+        for (int64_t query = 0; query < count; query++)
+            *attended_at(group, all, query).total = 0;
     }
-    const int64_t pairs = dtype == LAMINA_BF16 ? (most_seen + 1) / 2 : most_seen;
-    const Columns values = {(const uint8_t *)layer->values.data + place, pairs, 4 * padded, 64};
-    multiply_columns(dtype, count, padded / LANES, &values, (const uint8_t *)scores, 4 * tokens, results, padded);
-    for (int64_t query = 0; query < count; query++) {
-        int64_t head = queries->kv_head * shared + (first + query) / rows, row = (first + query) % rows;
-        memcpy(queries->attended + (row * group->heads + head) * size, results + query * padded, (size_t)size * 4);
+    for (int64_t next; begin < end; begin = next) {
+        next = smaller(end, begin / SPLIT * SPLIT + SPLIT);
+        attend_piece(dtype, group, layer, queries, &at, begin, next);
+        for (int64_t query = 0; query < count; query++) {
+            const Attended sum = attended_at(group, all, query), result = attended_at(group, at.results, query);
+            merge(padded_head(group), &sum, &result);
+        }
     }
+    if (!queries->piece)
+        for (int64_t query = 0; query < count; query++)
+            memcpy(result_of(group, queries, first + query), attended_at(group, all, query).values, (size_t)size * 4);
 }
 
 static void attend(const Group *group, const Layer *layer, const Queries *queries, uint8_t *scratch)
@@ -266,5 +376,19 @@ static void attend(const Group *group, const Layer *layer, const Queries *querie
             attend_together(LAMINA_BF16, group, layer, queries, first, count, scratch);
         else
             attend_together(LAMINA_F32, group, layer, queries, first, count, scratch);
+    }
+}
+
+/* Merges the results of `pieces` pieces of the same queries, `stride` floats apart. */
+static void merge_pieces(const Group *group, const Queries *queries, int64_t pieces, int64_t stride)
+{
+    const int64_t queries_in_all = group->heads / group->kv_heads * queries->rows;
+    for (int64_t query = 0; query < queries_in_all; query++) {
+        const Attended all = attended_at(group, queries->pieces, query);
+        for (int64_t piece = 1; piece < pieces; piece++) {
+            const Attended later = attended_at(group, queries->pieces + piece * stride, query);
+            merge(padded_head(group), &all, &later);
+        }
+        memcpy(result_of(group, queries, query), all.values, (size_t)group->head_dim * 4);
     }
 }

@@ -24,8 +24,10 @@ INLINE void tiles_of_columns(const int together, const Columns *columns, const u
                              int64_t out_stride)
 {
     const int64_t whole = columns->pairs / STEP_PAIRS, part_bytes = columns->part_bytes;
+    const int64_t page_steps = larger(1, columns->page_pairs / STEP_PAIRS);
     const size_t stride = (size_t)columns->pair_bytes, line = (size_t)out_stride * 4;
-    const uint8_t *at = columns->data;
+    const uint8_t *const *page = columns->pages;
+    const uint8_t *at = NULL;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -41,10 +43,12 @@ INLINE void tiles_of_columns(const int together, const Columns *columns, const u
     ADD_COLUMNS(1, rows_tile, columns_tile)         \
     ADD_COLUMNS(2, rows_tile, columns_tile)         \
     ADD_COLUMNS(3, rows_tile, columns_tile)
-    for (int64_t step = 0; step < whole; step++, at += STEP_PAIRS * columns->pair_bytes, x += TILE_BYTES) {
+    for (int64_t step = 0; step < whole; step++, x += TILE_BYTES) {
+        at = step % page_steps ? at + STEP_PAIRS * columns->pair_bytes : *page++ + columns->first_part * part_bytes;
         ADD_ALL(4, 6)
     }
     if (columns->pairs % STEP_PAIRS) {
+        at = whole % page_steps ? at + STEP_PAIRS * columns->pair_bytes : *page + columns->first_part * part_bytes;
         ADD_ALL(5, 7)
     }
 #undef ADD_COLUMNS
@@ -58,14 +62,14 @@ INLINE void tiles_of_columns(const int together, const Columns *columns, const u
         _tile_stored(3, out + 3 * LANES, line);
 }
 
-static void multiply_columns_by_tiles(int64_t rows, int64_t parts, const Columns *columns, const uint8_t *x, int64_t row_bytes,
-                                      float *out, int64_t out_stride)
+/* Call configure_columns first. */
+static void multiply_columns_by_tiles(int64_t parts, const Columns *columns, const uint8_t *x, int64_t row_bytes, float *out,
+                                      int64_t out_stride)
 {
-    configure_columns(rows, columns->pairs % STEP_PAIRS);
+    Columns those = *columns;
     for (int64_t part = 0; part < parts; part += 4) {
-        const Columns those = {columns->data + part * columns->part_bytes, columns->pairs, columns->pair_bytes,
-                               columns->part_bytes};
         float *to = out + part * LANES;
+        those.first_part = part;
         switch (parts - part) {
         case 1: tiles_of_columns(1, &those, x, row_bytes, to, out_stride); break;
         case 2: tiles_of_columns(2, &those, x, row_bytes, to, out_stride); break;
@@ -73,5 +77,4 @@ static void multiply_columns_by_tiles(int64_t rows, int64_t parts, const Columns
         default: tiles_of_columns(4, &those, x, row_bytes, to, out_stride); break;
         }
     }
-    _tile_release();
 }

@@ -58,7 +58,7 @@ static Status check_sizes(const Group *group)
         return LAMINA_BAD_SIZE;
     if (!within((group->heads + 2 * group->kv_heads) * group->head_dim, 1, MOST))
         return LAMINA_BAD_SIZE;
-    if (!within(group->capacity_tokens, LAMINA_BLOCK_TOKENS, MOST_TOKENS) || group->capacity_tokens % LAMINA_BLOCK_TOKENS)
+    if (!within(group->num_pages, 1, INT32_MAX))
         return LAMINA_BAD_SIZE;
     if (!(group->eps >= 0 && group->eps < 1))
         return LAMINA_BAD_SIZE;
@@ -70,8 +70,9 @@ static Status check_sizes(const Group *group)
 static Status check_layer(const Group *group, const Layer *layer)
 {
     int64_t attended = group->heads * group->head_dim, all_heads = group->heads + 2 * group->kv_heads;
-    int64_t arena_bytes = group->kv_heads * group->capacity_tokens * padded_head(group) * bytes_of(group->kv_dtype);
-    if (!within(layer->window, 0, INT64_MAX) || !within(layer->rotary, 0, 1))
+    if (!within(layer->window, 0, INT64_MAX) || !within(layer->ring, 0, MOST) || !within(layer->rotary, 0, 1))
+        return LAMINA_BAD_SIZE;
+    if (layer->ring && !within(layer->window, 1, layer->ring * LAMINA_PAGE_TOKENS))
         return LAMINA_BAD_SIZE;
     CHECK(check_memory(&layer->input_gain, group->hidden_size * 4, 4));
     CHECK(check_shape(&layer->qkv, all_heads * group->head_dim, group->hidden_size));
@@ -81,23 +82,42 @@ static Status check_layer(const Group *group, const Layer *layer)
     CHECK(check_shape(&layer->gate, group->inner_size, group->hidden_size));
     CHECK(check_shape(&layer->up, group->inner_size, group->hidden_size));
     CHECK(check_shape(&layer->down, group->hidden_size, group->inner_size));
-    if (layer->gate.dtype != layer->up.dtype)
-        return LAMINA_BAD_DTYPE;
-    CHECK(check_memory(&layer->keys, arena_bytes, 4));
-    return check_memory(&layer->values, arena_bytes, 4);
+    return layer->gate.dtype == layer->up.dtype ? LAMINA_OK : LAMINA_BAD_DTYPE;
 }
 
 static Status check_group(const Group *group)
 {
     CHECK(check_sizes(group));
     CHECK(check_memory(&group->layers, group->num_layers * (int64_t)sizeof(Layer), _Alignof(Layer)));
+    CHECK(check_memory(&group->arena, group->num_pages * page_bytes(group), 4));
     const Layer *layers = group->layers.data;
     for (int64_t layer = 0; layer < group->num_layers; layer++)
         CHECK(check_layer(group, &layers[layer]));
     return LAMINA_OK;
 }
 
-/* Segments cover all rows and lie inside the arena. Raises most_tokens to the length of the longest sequence. */
+/* The pages that a segment reads and writes are in the arena. A ring overwrites nothing that the segment's tokens attend to. */
+static Status check_pages(const Group *group, const Segment *segment)
+{
+    const int64_t row_bytes = group->num_layers * (int64_t)sizeof(int32_t), end = segment->position + segment->length;
+    CHECK(check_memory(&segment->pages, row_bytes, _Alignof(int32_t)));
+    const int64_t pages = segment->pages.bytes / row_bytes;
+    if (segment->pages.bytes % row_bytes || end > pages * LAMINA_PAGE_TOKENS)
+        return LAMINA_BAD_SEGMENT;
+    const Layer *layers = group->layers.data;
+    for (int64_t layer = 0; layer < group->num_layers; layer++) {
+        const int32_t *row = (const int32_t *)segment->pages.data + layer * pages;
+        const int64_t ring = layers[layer].ring;
+        if (ring && end > ring * LAMINA_PAGE_TOKENS && layers[layer].window + segment->length > ring * LAMINA_PAGE_TOKENS)
+            return LAMINA_BAD_SEGMENT;
+        for (int64_t page = 0; page < (ring ? smaller(ring, pages) : pages); page++)
+            if (!within(row[page], 0, group->num_pages - 1))
+                return LAMINA_BAD_SEGMENT;
+    }
+    return LAMINA_OK;
+}
+
+/* Segments cover all rows and have pages for them. Raises most_tokens to the length of the longest sequence. */
 static Status check_segments(const Group *group, const Pass *pass, int64_t *most_tokens)
 {
     if (pass->segments.bytes % (int64_t)sizeof(Segment))
@@ -107,12 +127,9 @@ static Status check_segments(const Group *group, const Pass *pass, int64_t *most
     int64_t rows = 0;
     for (int64_t number = 0; number < pass->segments.bytes / (int64_t)sizeof(Segment); number++) {
         const Segment *segment = &segments[number];
-        if (!within(segment->first_slot, 0, group->capacity_tokens) || segment->first_slot % LAMINA_BLOCK_TOKENS)
+        if (!within(segment->position, 0, MOST_TOKENS) || !within(segment->length, 1, pass->rows - rows))
             return LAMINA_BAD_SEGMENT;
-        if (!within(segment->position, 0, group->capacity_tokens) || !within(segment->length, 1, pass->rows - rows))
-            return LAMINA_BAD_SEGMENT;
-        if (segment->first_slot + segment->position + segment->length > group->capacity_tokens)
-            return LAMINA_BAD_SEGMENT;
+        CHECK(check_pages(group, segment));
         rows += segment->length;
         *most_tokens = larger(*most_tokens, segment->position + segment->length);
     }
@@ -220,7 +237,7 @@ const char *lamina_message(int status)
     case LAMINA_BAD_MATRIX: return "a matrix does not have the shape that the group's sizes require";
     case LAMINA_SHORT_MEMORY: return "memory is absent, or smaller than its shape";
     case LAMINA_UNALIGNED: return "an address is not a multiple of its element's size";
-    case LAMINA_BAD_SEGMENT: return "a segment leaves the arena or begins inside a block, or the segments do not cover all rows";
+    case LAMINA_BAD_SEGMENT: return "a segment leaves its pages, the arena or a ring, or the segments do not cover all rows";
     case LAMINA_NOT_FINITE: return "a score is a NaN, or the greatest is infinite";
     default: return "an unknown status";
     }

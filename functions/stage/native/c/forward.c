@@ -22,6 +22,7 @@ typedef struct {
     int64_t rows;
     int64_t threads;
     int64_t num_bundles;
+    int64_t pieces; /* most in which a row's attention is computed */
     Workspace at;
 } Forward;
 
@@ -149,7 +150,15 @@ static void multiply(const Forward *forward, const Matrix *matrix, const Matrix 
 /* All segments are single tokens: their keys and values are written by the piece that attends to them. */
 static bool only_decodes(const Forward *forward)
 {
-    return forward->num_bundles == forward->rows;
+    return forward->num_bundles == forward->rows && forward->pieces == 1;
+}
+
+/* The sequence's pages in this layer. */
+static const int32_t *pages_of(const Forward *forward, const Layer *layer, int64_t segment)
+{
+    const Memory *pages = &forward->segments[segment].pages;
+    const int64_t row = layer - (const Layer *)forward->group->layers.data;
+    return (const int32_t *)pages->data + row * (pages->bytes / (int64_t)sizeof(int32_t) / forward->group->num_layers);
 }
 
 static void write_kv_of_row(const Forward *forward, const Layer *layer, int64_t row, int64_t kv_head)
@@ -157,7 +166,8 @@ static void write_kv_of_row(const Forward *forward, const Layer *layer, int64_t 
     const Group *group = forward->group;
     const Place *place = &forward->at.places[row];
     float *heads = forward->at.heads + row * (group->heads + 2 * group->kv_heads) * group->head_dim;
-    forward->level->write_kv(group, layer, kv_head, place->slot, place->is_last, forward->rotations + row * group->head_dim, heads);
+    forward->level->write_kv(group, layer, pages_of(forward, layer, place->segment), kv_head, place->position, place->is_last,
+                             forward->rotations + row * group->head_dim, heads);
 }
 
 static void write_kv(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
@@ -169,6 +179,24 @@ static void write_kv(const Forward *forward, const Layer *layer, const Worker *w
     finish_phase(worker, phase, done, forward->rows * kv_heads);
 }
 
+static Queries queries_of(const Forward *forward, const Layer *layer, const Bundle *bundle, int64_t kv_head)
+{
+    const Group *group = forward->group;
+    const int64_t row = bundle->first_row, shared = group->heads / group->kv_heads;
+    return (Queries){
+        .pages = pages_of(forward, layer, bundle->segment),
+        .first_position = forward->at.places[row].position,
+        .rows = bundle->rows,
+        .kv_head = kv_head,
+        .heads = forward->at.heads + row * (group->heads + 2 * group->kv_heads) * group->head_dim,
+        .attended = forward->at.attended + row * group->heads * group->head_dim,
+        .piece = bundle->piece,
+        /* Those of the rows before come first, and those of a piece's heads follow each other. */
+        .pieces = forward->at.pieces + ((row * forward->pieces + larger(0, bundle->piece - 1) * bundle->rows) * group->heads +
+                                        kv_head * shared * bundle->rows) * attended_floats(group),
+    };
+}
+
 static void attend(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
 {
     const Group *group = forward->group;
@@ -178,15 +206,22 @@ static void attend(const Forward *forward, const Layer *layer, const Worker *wor
         const int64_t kv_head = piece % group->kv_heads;
         if (only_decodes(forward))
             write_kv_of_row(forward, layer, bundle->first_row, kv_head);
-        Queries queries = {
-            .segment = &forward->segments[bundle->segment],
-            .first_position = forward->at.places[bundle->first_row].position,
-            .rows = bundle->rows,
-            .kv_head = kv_head,
-            .heads = forward->at.heads + bundle->first_row * (group->heads + 2 * group->kv_heads) * group->head_dim,
-            .attended = forward->at.attended + bundle->first_row * group->heads * group->head_dim,
-        };
+        const Queries queries = queries_of(forward, layer, bundle, kv_head);
         forward->level->attend(group, layer, &queries, worker->scratch);
+    }
+    finish_phase(worker, phase, done, forward->num_bundles * group->kv_heads);
+}
+
+static void merge_pieces(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
+{
+    const Group *group = forward->group;
+    int64_t done = 0, piece;
+    for (; (piece = take_piece(worker, phase, forward->num_bundles, group->kv_heads)) >= 0; done++) {
+        const Bundle *bundle = &forward->at.bundles[piece / group->kv_heads];
+        if (bundle->pieces < 2)
+            continue;
+        const Queries queries = queries_of(forward, layer, bundle, piece % group->kv_heads);
+        forward->level->merge_pieces(group, &queries, bundle->pieces, bundle->rows * group->heads * attended_floats(group));
     }
     finish_phase(worker, phase, done, forward->num_bundles * group->kv_heads);
 }
@@ -205,6 +240,8 @@ static void forward_layers(void *argument, int64_t number)
         if (!only_decodes(forward))
             write_kv(forward, layer, &worker, phase + WRITE_KV);
         attend(forward, layer, &worker, phase + ATTEND);
+        if (forward->pieces > 1)
+            merge_pieces(forward, layer, &worker, phase + MERGE);
         multiply(forward, &layer->out, NULL, at->attended, NULL, hidden, ADD, &worker, phase + PACK_OUT);
         multiply(forward, &layer->gate, &layer->up, hidden, &layer->mlp_gain, at->inner, SET, &worker, phase + PACK_GATED);
         multiply(forward, &layer->down, NULL, at->inner, NULL, hidden,
@@ -222,18 +259,21 @@ void run_pass(Pool *pool, const Group *group, const Pass *pass, int64_t most_tok
         .hidden = pass->hidden.data,
         .rows = pass->rows,
         .threads = pass->threads,
+        .pieces = most_pieces(pass->rows, most_tokens, pass->threads),
         .at = pass_workspace(group, pass->rows, most_tokens, pass->threads, pass->workspace.data),
     };
     int64_t row = 0;
     for (int64_t number = 0; row < pass->rows; number++) {
         const Segment *segment = &forward.segments[number];
-        for (int64_t token = 0; token < segment->length; token++) {
-            int64_t position = segment->position + token;
-            forward.at.places[row + token] = (Place){segment->first_slot + position, position, token == segment->length - 1};
+        for (int64_t token = 0; token < segment->length; token++)
+            forward.at.places[row + token] = (Place){number, segment->position + token, token == segment->length - 1};
+        for (int64_t token = 0; token < segment->length; token += LAMINA_QUERIES) {
+            const int64_t rows = smaller(LAMINA_QUERIES, segment->length - token), end = segment->position + token + rows;
+            const int64_t pieces = forward.pieces == 1 ? 1 : (end + LAMINA_SPLIT_TOKENS - 1) / LAMINA_SPLIT_TOKENS;
+            for (int64_t piece = 0; piece < pieces; piece++)
+                forward.at.bundles[forward.num_bundles++] =
+                    (Bundle){number, row + token, rows, pieces == 1 ? 0 : piece + 1, piece ? 0 : pieces};
         }
-        for (int64_t token = 0; token < segment->length; token += LAMINA_QUERIES)
-            forward.at.bundles[forward.num_bundles++] =
-                (Bundle){number, row + token, smaller(LAMINA_QUERIES, segment->length - token)};
         row += segment->length;
     }
     memset(forward.at.counters, 0, (size_t)forward.at.counters_bytes);

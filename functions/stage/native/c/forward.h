@@ -12,20 +12,23 @@ enum {
 };
 
 /* The phases of a layer, in order. The pieces of a phase are computed in any order. */
-enum { PACK_QKV, QKV, WRITE_KV, ATTEND, PACK_OUT, OUT, PACK_GATED, GATED, PACK_DOWN, DOWN, PHASES };
+enum { PACK_QKV, QKV, WRITE_KV, ATTEND, MERGE, PACK_OUT, OUT, PACK_GATED, GATED, PACK_DOWN, DOWN, PHASES };
 
-/* The place of a row's token in the arena and in its sequence. */
+/* The place of a row's token in its sequence. */
 typedef struct {
-    int64_t slot;
+    int64_t segment;
     int64_t position;
     int64_t is_last; /* of its segment */
 } Place;
 
-/* Rows of one segment whose attention is computed together: at most LAMINA_QUERIES. */
+/* Rows of one segment whose attention is computed together: at most LAMINA_QUERIES. If there are few rows and many tokens, there is
+   a bundle for each piece of LAMINA_SPLIT_TOKENS tokens. */
 typedef struct {
     int64_t segment;
     int64_t first_row;
     int64_t rows;
+    int64_t piece;  /* as in Queries */
+    int64_t pieces; /* of these rows; in the first bundle of them only */
 } Bundle;
 
 /* A thread's memory while it packs rows. */
@@ -42,7 +45,8 @@ typedef struct {
     float *scales;     /* [rows, LAMINA_TILE_OUTS] of packed rows, if there are more than FEW_ROWS, and */
     uint8_t *packed;   /* [rows, packed_row_bytes] these rows, rounded up to 16 */
     Place *places;     /* [rows] */
-    Bundle *bundles;   /* [rows] at most */
+    Bundle *bundles;   /* [rows] at most, times most_pieces for few rows */
+    float *pieces;     /* [bundles, heads, LAMINA_QUERIES or fewer rows, padded head_dim + LAMINA_ATTENDED_EXTRA], if attention is split */
     Counter *counters; /* [num_layers * PHASES, threads + 1] */
     uint8_t *scratch;  /* [threads, scratch_bytes] */
     int64_t scratch_bytes;
@@ -50,6 +54,8 @@ typedef struct {
     int64_t bytes; /* of all */
 } Workspace;
 
+/* Most pieces that the attention of a row is split into; 1: it is not. */
+int64_t most_pieces(int64_t rows, int64_t most_tokens, int64_t threads);
 /* Lays out a workspace from `memory` on. With NULL it only computes the bytes. */
 Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, int64_t threads, uint8_t *memory);
 Workspace product_workspace(const Matrix *matrix, int64_t rows, int64_t threads, uint8_t *memory);

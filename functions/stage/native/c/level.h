@@ -24,12 +24,14 @@ typedef struct {
 
 /* Some rows of one sequence, in the query heads that share a key head. */
 typedef struct {
-    const Segment *segment;
+    const int32_t *pages;   /* of the sequence in this layer */
     int64_t first_position;
     int64_t rows;           /* at most LAMINA_QUERIES */
     int64_t kv_head;
     const float *heads;     /* [rows, heads + 2 * kv_heads, head_dim] */
     float *attended;        /* [rows, heads * head_dim] */
+    int64_t piece;          /* number of the piece of tokens that is attended to, from 1 on; 0: all, and `attended` gets the results */
+    float *pieces;          /* [heads / kv_heads * rows, padded head_dim + LAMINA_ATTENDED_EXTRA] results of that piece */
 } Queries;
 
 typedef struct {
@@ -51,8 +53,8 @@ typedef struct {
     void (*multiply_gated)(const Matrix *gate, const Matrix *up, const Rows *x, int64_t first, int64_t last, float *y);
 
     /* Normalizes and rotates, in place, the heads of a row [heads + 2 * kv_heads, head_dim] that share a key head, and writes key
-       and value to the arena. is_last: no later token of its sequence is in the pass. */
-    void (*write_kv)(const Group *group, const Layer *layer, int64_t kv_head, int64_t slot, bool is_last,
+       and value to the arena. pages: of the sequence in this layer. is_last: no later token of its sequence is in the pass. */
+    void (*write_kv)(const Group *group, const Layer *layer, const int32_t *pages, int64_t kv_head, int64_t position, bool is_last,
                      const float *rotation, float *heads);
 
     /* The same on every level. */
@@ -61,6 +63,9 @@ typedef struct {
 
     /* scratch: attention_scratch_bytes (`workspace.h`) */
     void (*attend)(const Group *group, const Layer *layer, const Queries *queries, uint8_t *scratch);
+
+    /* Merges the results of `pieces` pieces for the same queries, which are `stride` floats apart, into `attended`. */
+    void (*merge_pieces)(const Group *group, const Queries *queries, int64_t pieces, int64_t stride);
 } Level;
 
 extern const Level lamina_portable;
@@ -103,6 +108,25 @@ static inline int64_t weight_bytes(const Matrix *matrix, int64_t outs)
 static inline int64_t padded_head(const Group *group)
 {
     return rounded_up(group->head_dim, 16);
+}
+
+static inline int64_t attended_floats(const Group *group)
+{
+    return padded_head(group) + LAMINA_ATTENDED_EXTRA;
+}
+
+static inline int64_t page_bytes(const Group *group)
+{
+    return 2 * group->kv_heads * LAMINA_PAGE_TOKENS * padded_head(group) * bytes_of(group->kv_dtype);
+}
+
+/* Keys (which: 0) or values (1) of a head in the page that holds the token at `position`. pages: of the sequence in this layer. */
+static inline uint8_t *head_in_page(const Group *group, const Layer *layer, const int32_t *pages, int64_t position, int64_t which,
+                                    int64_t kv_head)
+{
+    const int64_t page = position / LAMINA_PAGE_TOKENS, bytes = page_bytes(group);
+    return (uint8_t *)group->arena.data + pages[layer->ring ? page % layer->ring : page] * bytes +
+           (which * group->kv_heads + kv_head) * (bytes / (2 * group->kv_heads));
 }
 
 static inline int64_t smaller(int64_t a, int64_t b)

@@ -29,4 +29,5 @@ const Level LEVEL = {
     .draw = draw_token,
     .softmax = compute_softmax,
     .attend = attend,
+    .merge_pieces = merge_pieces,
 };

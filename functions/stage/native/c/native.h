@@ -19,7 +19,10 @@ enum {
     LAMINA_Q4_BLOCK = 32,     /* weights of a q4 row that share a scale and a minimum */
     LAMINA_Q4_BYTES = 320,    /* one block of a group: weights of four bits, then 16 scales and 16 minima in float16 */
     LAMINA_Q4_ENDS = 256,     /* where the scales begin in it */
-    LAMINA_BLOCK_TOKENS = 16, /* tokens of a sequence whose keys are interleaved; a sequence begins with a block */
+    LAMINA_BLOCK_TOKENS = 16, /* tokens of a sequence whose keys are interleaved */
+    LAMINA_PAGE_TOKENS = 64,  /* tokens of a sequence in one page of the KV arena */
+    LAMINA_SPLIT_TOKENS = 2048, /* tokens in a piece of attention; pieces are counted from the beginning of the sequence */
+    LAMINA_ATTENDED_EXTRA = 16, /* floats after a query's result of a piece: its greatest score and the sum of its powers */
     LAMINA_QUERIES = 8,       /* most queries that read keys and values together */
     LAMINA_MOST_HEAD = 1024,  /* largest head_dim */
     LAMINA_MOST_THREADS = 64,
@@ -46,8 +49,6 @@ typedef struct {
     Memory biases;  /* float32 [outs], or absent */
 } Matrix;
 
-/* In keys, `block` is LAMINA_BLOCK_TOKENS, and a pair is two bf16 or one float32: what one lane of a vector multiplies at a time.
-   `padded` is head_dim rounded up to 16. */
 typedef struct {
     Memory input_gain; /* float32 [hidden_size] */
     Matrix qkv;        /* [(heads + 2 * kv_heads) * head_dim, hidden_size]; the halves of a rotated pair are adjacent */
@@ -57,30 +58,34 @@ typedef struct {
     Matrix gate;       /* [inner_size, hidden_size] */
     Matrix up;         /* [inner_size, hidden_size] */
     Matrix down;       /* [hidden_size, inner_size] */
-    Memory keys;       /* [kv_heads, capacity_tokens / block, pairs of padded, block] pairs of a key's numbers */
-    Memory values;     /* bf16 [kv_heads, capacity_tokens / 2, padded, 2], float32 [kv_heads, capacity_tokens, padded] */
     int64_t window;    /* tokens that a token attends to, itself included; 0: all */
+    int64_t ring;      /* pages that the layer keeps of a sequence: page n is in place n modulo ring; 0: it keeps all */
     int64_t rotary;    /* 1: queries and keys are rotated */
 } Layer;
 
+/* The KV arena has pages: the keys and then the values of one layer and LAMINA_PAGE_TOKENS tokens of one sequence. A pair is two bf16
+   or one float32: what one lane of a vector multiplies at a time. `padded` is head_dim rounded up to 16.
+
+   keys    [kv_heads, page / block, pairs of padded, block] pairs of a key's numbers
+   values  bf16 [kv_heads, page / 2, padded, 2], float32 [kv_heads, page, padded] */
 typedef struct {
     Memory layers; /* Layer [num_layers] */
+    Memory arena;  /* [num_pages] pages */
     int64_t num_layers;
     int64_t hidden_size;
     int64_t inner_size;
     int64_t heads;
     int64_t kv_heads;
     int64_t head_dim;
-    int64_t capacity_tokens; /* of the KV arena, a multiple of LAMINA_BLOCK_TOKENS */
+    int64_t num_pages;
     int64_t kv_dtype;
     int64_t rounds; /* 1: each layer's output is rounded to bf16, so that the bits do not depend on where a model is cut */
     double eps;     /* of the norms */
 } Group;
 
-/* `length` new tokens of a sequence that holds `position` tokens. Its range of the arena begins at `first_slot`, a multiple of
-   LAMINA_BLOCK_TOKENS. Each segment of a pass is of another sequence. */
+/* `length` new tokens of a sequence that holds `position` tokens. Each segment of a pass is of another sequence. */
 typedef struct {
-    int64_t first_slot;
+    Memory pages; /* int32 [num_layers, pages of the sequence]: numbers of pages in the arena; a ring's row uses its first ones only */
     int64_t position;
     int64_t length;
 } Segment;
@@ -135,7 +140,7 @@ typedef enum {
     LAMINA_BAD_MATRIX,    /* a matrix does not have the shape that the group's sizes require */
     LAMINA_SHORT_MEMORY,  /* memory is absent, or smaller than its shape */
     LAMINA_UNALIGNED,     /* an address is not a multiple of its element's size */
-    LAMINA_BAD_SEGMENT,   /* a segment leaves the arena or begins inside a block, or the segments do not cover all rows */
+    LAMINA_BAD_SEGMENT,   /* a segment leaves its pages, the arena or a ring, or the segments do not cover all rows */
     LAMINA_NOT_FINITE,    /* a score is a NaN, or the greatest is infinite */
 } Status;
 

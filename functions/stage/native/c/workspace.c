@@ -29,11 +29,17 @@ MatrixScratch matrix_scratch(const Matrix *matrix, uint8_t *scratch)
     return parts;
 }
 
-/* Packed queries, their results and their scores (`attention.inc.h`). A window is read from the beginning of a block. */
+/* Addresses of pages, packed queries, their results of one piece and of all, and their scores (`attention.inc.h`). */
 static int64_t attention_scratch_bytes(const Group *group, int64_t most_tokens)
 {
-    int64_t tokens = rounded_up(most_tokens, LAMINA_BLOCK_TOKENS);
-    return LAMINA_QUERIES * 4 * (rounded_up(group->head_dim, LAMINA_STEP) + padded_head(group) + tokens);
+    int64_t tokens = smaller(LAMINA_SPLIT_TOKENS, rounded_up(most_tokens, LAMINA_BLOCK_TOKENS));
+    return LAMINA_SPLIT_TOKENS / LAMINA_PAGE_TOKENS * (int64_t)sizeof(void *) +
+           LAMINA_QUERIES * 4 * (rounded_up(group->head_dim, LAMINA_STEP) + 2 * attended_floats(group) + tokens);
+}
+
+int64_t most_pieces(int64_t rows, int64_t most_tokens, int64_t threads)
+{
+    return rows > FEW_ROWS || threads == 1 ? 1 : (most_tokens + LAMINA_SPLIT_TOKENS - 1) / LAMINA_SPLIT_TOKENS;
 }
 
 Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, int64_t threads, uint8_t *memory)
@@ -46,7 +52,9 @@ Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, 
     workspace.inner = taken(&workspace, memory, rows * group->inner_size * 4);
     take_packed(&workspace, memory, rows, packed_row_bytes(LAMINA_F32, widest));
     workspace.places = taken(&workspace, memory, rows * (int64_t)sizeof(Place));
-    workspace.bundles = taken(&workspace, memory, rows * (int64_t)sizeof(Bundle));
+    const int64_t pieces = most_pieces(rows, most_tokens, threads);
+    workspace.bundles = taken(&workspace, memory, rows * pieces * (int64_t)sizeof(Bundle));
+    workspace.pieces = taken(&workspace, memory, pieces == 1 ? 0 : rows * pieces * group->heads * attended_floats(group) * 4);
     workspace.counters_bytes = group->num_layers * PHASES * (threads + 1) * (int64_t)sizeof(Counter);
     workspace.counters = taken(&workspace, memory, workspace.counters_bytes);
     workspace.scratch_bytes = rounded_up(

@@ -1,7 +1,7 @@
 """The prefix cache: prefixes are found by content, copied or taken over, and evicted when memory is needed."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -10,24 +10,36 @@ from hypothesis import strategies as st
 
 from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain, chain_key, extended
 from functions.stage.engine.prefix_cache import CachedPrefix, PrefixCache
-from functions.stage.models.kv_cache import KVBudget
+from functions.stage.models.kv_cache import GOING_BACK, KVBlocks, KVBudget
 from functions.stage.models.layer_group import KVCacheFull
-from functions.stage.models.native.kv_pool import NativeKVPool
-from functions.stage.native.records import Dtype
 
 KEY = chain_key("0" * 32, "")
 BLOCKS = 12  # of the arena
 
 
-def pool(blocks: int = BLOCKS) -> NativeKVPool:
-    return NativeKVPool(2, 2, 16, Dtype.F32, blocks * BLOCK_TOKENS * 2 * 2 * 2 * 16 * 4)
+WINDOW = 20
+
+
+class TokenPool(KVBlocks):
+    """Blocks that hold a token's id in place of its keys and values."""
+
+    def __init__(self, blocks: int, windows: Sequence[int | None]) -> None:
+        super().__init__(blocks * len(windows), BLOCK_TOKENS, 1, windows)
+        self.arena = np.full((blocks * len(windows), BLOCK_TOKENS), -1)
+
+    def places(self, handle: int, row: int, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        blocks, offsets = np.divmod(np.arange(first, end), BLOCK_TOKENS)
+        return self.table(handle)[row, blocks % self.need.ring_blocks if self.windowed[row] else blocks], offsets
+
+    def _copy_blocks(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        self.arena[targets] = self.arena[sources]
 
 
 class Stage:
     """Sequences over a pool. The arena holds a token's id in place of its keys and values."""
 
-    def __init__(self, blocks: int = BLOCKS) -> None:
-        self.kv = pool(blocks)
+    def __init__(self, blocks: int = BLOCKS, windows: Sequence[int | None] = (None, None)) -> None:
+        self.kv = TokenPool(blocks, windows)
         self.cache = PrefixCache(self.kv, self.leaving)
         self.evicted: list[Chain] = []
 
@@ -45,16 +57,20 @@ class Stage:
         return handle, held
 
     def compute(self, handle: int, tokens: list[int]) -> None:
-        first, held = self.kv.start(handle), self.kv.length(handle)
-        for layer in self.kv.layers:
-            layer[:, :, first + held : first + len(tokens)] = np.array(tokens[held:], np.float32)[:, None]
-        self.kv.extend(handle, len(tokens) - held)
+        while (held := self.kv.length(handle)) < len(tokens):
+            end = min(held + GOING_BACK, len(tokens))
+            for row in range(len(self.kv.windowed)):
+                self.kv.arena[self.kv.places(handle, row, held, end)] = tokens[held:end]
+            self.kv.extend(handle, end - held)
 
     def check(self, handle: int, tokens: list[int]) -> None:
-        assert self.kv.length(handle) >= len(tokens)
-        first = self.kv.start(handle)
-        for layer in self.kv.layers:
-            assert (layer[:, :, first : first + len(tokens)] == np.array(tokens, np.float32)[:, None]).all()
+        """The next token after `tokens` finds all that it attends to."""
+        if not tokens:
+            return
+        assert self.kv.holds(handle, len(tokens))
+        for row, windowed in enumerate(self.kv.windowed):
+            first = max(0, len(tokens) - WINDOW + 1) if windowed else 0
+            assert self.kv.arena[self.kv.places(handle, row, first, len(tokens))].tolist() == tokens[first:]
 
     def end(self, handle: int, tokens: list[int]) -> None:
         self.cache.end(handle, extended((), tokens, KEY))
@@ -69,29 +85,21 @@ def stage() -> Iterator[Stage]:
     stage = Stage()
     yield stage
     assert stage.cache.free_tokens == stage.kv.free_tokens + stage.cache.cached_tokens
+    assert stage.kv.free_units == stage.kv._is_free.sum()
 
 
-def test_a_follow_up_turn_takes_over_the_cached_range_in_place(stage: Stage) -> None:
+def test_a_follow_up_turn_takes_over_the_cached_blocks_and_takes_others_wherever_they_are(stage: Stage) -> None:
     first = text(1, 3.5)
     handle, held = stage.begin(first)
-    start = stage.kv.start(handle)
     assert held == 0
-    stage.end(handle, first)
-    assert stage.cache.free_tokens == stage.kv.capacity_tokens
-    again, held = stage.begin(first + text(2, 2))
-    assert held == 3 * BLOCK_TOKENS
-    assert (stage.kv.start(again), stage.cache.cached_tokens) == (start, 0)
-
-
-def test_a_cached_range_that_cannot_grow_in_place_moves(stage: Stage) -> None:
-    first = text(1, 3)
-    handle, _ = stage.begin([*first, 1])
+    blocks = stage.kv.table(handle)[:, :3]
     other, _ = stage.begin(text(3, 2))
     stage.end(handle, first)
-    again, held = stage.begin(first + text(2, 2))
+    again, held = stage.begin(first + text(2, 5))
     assert held == 3 * BLOCK_TOKENS
-    assert stage.kv.start(again) > stage.kv.start(other)
+    assert (stage.kv.table(again)[:, :3] == blocks).all(), "nothing was copied"
     assert stage.cache.cached_tokens == 0
+    stage.cache.drop(other)
 
 
 def test_a_shared_prefix_is_copied_even_from_a_running_sequence(stage: Stage) -> None:
@@ -169,20 +177,33 @@ def test_a_reservation_that_cannot_fit_evicts_nothing(stage: Stage) -> None:
     stage.cache.drop(running)
 
 
-def test_a_cached_prefix_is_evicted_if_its_memory_is_needed_for_the_follow_up(stage: Stage) -> None:
-    tokens = text(1, 6)
-    front, _ = stage.begin(text(2, 1), more=0)
-    handle, _ = stage.begin([*tokens, 1], more=0)
-    behind, _ = stage.begin(text(3, 1), more=0)
-    stage.end(handle, tokens)
-    stage.cache.drop(front)
-    _, held = stage.begin(tokens + text(4, 3), more=0)
-    assert held == 0
-    assert stage.evicted == [extended((), tokens, KEY)]
-    stage.cache.drop(behind)
+def test_a_follow_up_evicts_others_before_it_loses_its_own_prefix(stage: Stage) -> None:
+    tokens, other = text(1, 6), text(2, 3)
+    for each in (tokens, other):
+        handle, _ = stage.begin([*each, 1], more=0)
+        stage.end(handle, each)
+    running, held = stage.begin(tokens + text(4, 6), more=0)
+    assert held == len(tokens)
+    assert stage.evicted == [extended((), other, KEY)]
+    with pytest.raises(KVCacheFull):
+        stage.begin([1], more=0)
+    stage.cache.drop(running)
 
 
-def test_a_cache_without_ranges_caches_no_prefix() -> None:
+@pytest.mark.parametrize("longer", [40, GOING_BACK - 20, GOING_BACK + 200, 3000])
+def test_with_windows_a_prefix_is_found_as_long_as_rings_still_hold_it(longer: int) -> None:
+    stage = Stage(blocks=1000, windows=(None, WINDOW))
+    prompt = text(1, 20)
+    handle, _ = stage.begin([*prompt, *text(2, longer / BLOCK_TOKENS)])
+    other, held = stage.begin([*prompt, 5])
+    assert held == (len(prompt) if longer <= GOING_BACK else 0)
+    stage.end(other, prompt)
+    stage.end(handle, [*prompt, *text(2, longer / BLOCK_TOKENS)])
+    _, held = stage.begin([*prompt, 7])
+    assert held == len(prompt), "the shorter one was not replaced by the longer one, which no longer holds it"
+
+
+def test_a_cache_without_blocks_caches_no_prefix() -> None:
     cache = PrefixCache(KVBudget(100))
     chain = extended((), text(1, 2), KEY)
     handle = cache.reserve(40, chain)
@@ -196,14 +217,18 @@ turns = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 60), st.booleans())
 
 @settings(max_examples=60, deadline=None)
 @given(turns, st.integers(0, 2**32))
-def test_any_mix_of_conversations_finds_the_right_keys_and_values(turns: list[tuple[int, int, bool]], seed: int) -> None:
+@pytest.mark.parametrize("windows", [(None, None), (None, WINDOW, WINDOW), (WINDOW,)])
+def test_any_mix_of_conversations_finds_the_right_keys_and_values(
+    windows: Sequence[int | None], turns: list[tuple[int, int, bool]], seed: int
+) -> None:
     """Conversations continue, share prefixes, branch and run at the same time in an arena that is too small for them."""
     dice = random.Random(seed)
-    stage = Stage()
+    blocks = BLOCKS if windows == (None, None) else 5 * BLOCKS
+    stage = Stage(blocks, windows)
     talks = [text(0, 1.5) for _ in range(6)]
     running: list[tuple[int, list[int]]] = []
     for number, more, ends in turns:
-        talks[number] = (talks[number] + dice.choices(range(1000), k=more))[: BLOCK_TOKENS * BLOCKS // 2]
+        talks[number] = (talks[number] + dice.choices(range(1000), k=more * blocks // BLOCKS))[: BLOCK_TOKENS * blocks // 2]
         try:
             running.append((stage.begin(talks[number])[0], list(talks[number])))
         except KVCacheFull:
@@ -212,9 +237,8 @@ def test_any_mix_of_conversations_finds_the_right_keys_and_values(turns: list[tu
             stage.end(*running.pop(dice.randrange(len(running))))
         for handle, tokens in running:
             stage.check(handle, tokens)
-        assert stage.cache.free_tokens == stage.kv.capacity_tokens - sum(
-            stage.kv.taken(stage.kv.reserved(handle)) for handle, _ in running
-        )
+        free = blocks * len(windows) - sum(stage.kv.units(handle) for handle, _ in running)
+        assert stage.cache.free_tokens == stage.kv.need.tokens(free)
     for handle, tokens in running:
         stage.end(handle, tokens)
     assert stage.cache.free_tokens == stage.kv.capacity_tokens

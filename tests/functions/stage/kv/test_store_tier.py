@@ -159,7 +159,7 @@ def test_many_reservations_with_a_slow_store_are_answered_before_they_expire(
 ) -> None:
     monkeypatch.setattr(StoreTier, "_part", lambda *_: time.sleep(0.3))
     with kv_stage(store=store) as stage:
-        rows = [ReserveRow(str(seed), 0, 200, packed(chain_of(text(180, seed)))) for seed in range(6)]
+        rows = [ReserveRow(str(seed), 0, 190, packed(chain_of(text(180, seed)))) for seed in range(6)]
         began = time.time()
         answers = stage.engine.reserve(rows, source="gateway", expires_at=began + 3)
         assert time.time() - began < 3

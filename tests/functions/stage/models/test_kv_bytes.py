@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functions.stage.models.kv_bytes import HEADER_BYTES, AlteredKV, ForeignKV, checked, copied_kv, put_kv, stamp
-from functions.stage.models.kv_cache import KVRanges
+from functions.stage.models.kv_cache import KVBlocks
 from functions.stage.models.layer_group import LayerGroup, Segment
 from tests.support.functions.native_models import native_groups, torch_groups
 
@@ -24,18 +24,18 @@ def group(kind: str, dtype: str) -> LayerGroup:
     return native_groups("llama", dtype, CUT)[0] if kind == "native" else torch_groups("llama", dtype)[0]
 
 
-def pool(of: LayerGroup) -> KVRanges:
-    assert isinstance(of.kv, KVRanges)
+def pool(of: LayerGroup) -> KVBlocks:
+    assert isinstance(of.kv, KVBlocks)
     return of.kv
 
 
-def read_kv(pool: KVRanges, handle: int, first: int, end: int) -> bytearray:
+def read_kv(pool: KVBlocks, handle: int, first: int, end: int) -> bytearray:
     data = copied_kv(pool, handle, first, end)
     stamp(data)
     return data
 
 
-def write_kv(pool: KVRanges, handle: int, data: bytes | bytearray) -> int:
+def write_kv(pool: KVBlocks, handle: int, data: bytes | bytearray) -> int:
     return put_kv(pool, handle, checked(pool.layout, data))
 
 
@@ -96,10 +96,10 @@ SPOILT: list[tuple[str, Callable[[bytearray], bytes], type[Exception]]] = [
     ("no header", lambda data: data[:20], AlteredKV),
     ("nothing", lambda data: b"", AlteredKV),
     ("no KV at all", lambda data: b"PNG!" + data[4:], ForeignKV),
-    ("another version", lambda data: data[:4] + b"\2\0\0\0" + data[8:], ForeignKV),
-    ("more tokens than there are", lambda data: data[:60] + b"\xff\xff\xff\xff" + data[64:], AlteredKV),
-    ("no tokens", lambda data: data[:60] + bytes(4) + data[64:], ForeignKV),
-    ("inside a block", lambda data: data[:56] + b"\1\0\0\0" + data[60:], ForeignKV),
+    ("another version", lambda data: data[:4] + b"\1\0\0\0" + data[8:], ForeignKV),
+    ("more tokens than there are", lambda data: data[:68] + b"\xff\xff\xff\xff" + data[72:], AlteredKV),
+    ("no tokens", lambda data: data[:68] + bytes(4) + data[72:], ForeignKV),
+    ("inside a block", lambda data: data[:64] + b"\1\0\0\0" + data[68:], ForeignKV),
 ]
 
 

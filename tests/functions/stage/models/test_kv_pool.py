@@ -1,22 +1,23 @@
-"""The KV arena: all free memory can be reserved, ranges never overlap, and bytes are as planned."""
+"""The KV arena: all free memory can be reserved, blocks never overlap, nothing moves, and bytes are as planned."""
 
 import random
-from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from functions.stage.models import kv_cache
+from functions.stage.models.kv_cache import GOING_BACK, KVBudget, KVNeed
 from functions.stage.models.layer_group import KVCacheFull
 from functions.stage.models.llama.kv_pool import TorchKVPool
+from functions.stage.models.native.kv_pool import NativeKVPool
+from functions.stage.native.records import PAGE_TOKENS, Dtype
 
-TOKEN_BYTES = 3 * 2 * 2 * 4 * 4
+BLOCK = 16
+BLOCK_BYTES = BLOCK * 3 * 2 * 2 * 4 * 4
 
 
-def pool(tokens: int) -> TorchKVPool:
-    return TorchKVPool(3, 2, 4, torch.float32, torch.device("cpu"), tokens * TOKEN_BYTES + TOKEN_BYTES - 1)
+def pool(blocks: int) -> TorchKVPool:
+    return TorchKVPool(3, 2, 4, torch.float32, torch.device("cpu"), blocks * BLOCK_BYTES + BLOCK_BYTES - 1)
 
 
 def fill(kv: TorchKVPool, handle: int, first: int, last: int, value: float) -> None:
@@ -27,102 +28,105 @@ def fill(kv: TorchKVPool, handle: int, first: int, last: int, value: float) -> N
 
 
 def assert_holds(kv: TorchKVPool, handle: int, value: float) -> None:
-    for layer, (keys, values) in enumerate(kv.read(handle, 0, kv.length(handle))):
+    read = kv.reader(handle, 0, kv.length(handle))
+    for layer in range(3):
+        keys, values = read(layer)
         assert keys.shape == values.shape == (2, 1, kv.length(handle), 4)
         assert keys.eq(value + layer).all()
         assert values.eq(value + layer).all()
 
 
-def fragmented(filled: int) -> tuple[TorchKVPool, int, int]:
-    """A pool of 100 tokens with three holes of 20, and the handles between them. They hold 10.0 and 30.0 `filled` times."""
-    kv = pool(100)
-    handles = [kv.reserve(20) for _ in range(5)]
-    for number, handle in enumerate(handles):
-        fill(kv, handle, 0, filled, 10.0 * number)
-    for number in (0, 2, 4):
-        kv.release(handles[number])
-    return kv, handles[1], handles[3]
-
-
-def test_capacity_is_the_budget_to_the_token() -> None:
-    kv = pool(100)
-    assert (kv.capacity_tokens, kv.free_tokens, kv.bytes_per_token) == (100, 100, TOKEN_BYTES)
+def test_capacity_is_the_budget_in_whole_blocks() -> None:
+    kv = pool(6)
+    assert (kv.capacity_tokens, kv.free_tokens) == (6 * BLOCK, 6 * BLOCK)
     handle = kv.reserve(37)
-    assert (kv.free_tokens, kv.reserved(handle), kv.length(handle)) == (63, 37, 0)
+    assert (kv.free_tokens, kv.reserved(handle), kv.length(handle)) == (3 * BLOCK, 37, 0)
     kv.release(handle)
-    assert kv.free_tokens == 100
-    with pytest.raises(ValueError, match="holds no token"):
+    assert kv.free_tokens == 6 * BLOCK
+    with pytest.raises(
+        ValueError, match=f"a KV budget of {BLOCK_BYTES - 1} bytes holds no 16 tokens, which take {BLOCK_BYTES}"
+    ):
         pool(0)
 
 
 def test_a_refused_reservation_reports_free_tokens() -> None:
-    kv = pool(100)
+    kv = pool(6)
     kv.reserve(40)
-    with pytest.raises(KVCacheFull, match="61 tokens wanted, 60 free"):
+    with pytest.raises(KVCacheFull, match="61 tokens wanted, 48 free"):
         kv.reserve(61)
 
 
-def test_a_reservation_larger_than_every_hole_compacts_the_arena() -> None:
-    kv, first, second = fragmented(filled=15)
-    large = kv.reserve(60)
-    fill(kv, large, 0, 60, 100.0)
-    for handle, value in ((first, 10.0), (second, 30.0), (large, 100.0)):
+def test_a_reservation_larger_than_every_hole_takes_blocks_here_and_there_and_moves_nothing() -> None:
+    kv = pool(10)
+    handles = [kv.reserve(2 * BLOCK) for _ in range(5)]
+    for number, handle in enumerate(handles):
+        fill(kv, handle, 0, 20, 10.0 * number)
+    one, other = handles[1], handles[3]
+    for handle in handles[::2]:
+        kv.release(handle)
+    tables = kv.table(one).copy(), kv.table(other).copy()
+    large = kv.reserve(6 * BLOCK)
+    fill(kv, large, 0, 6 * BLOCK, 100.0)
+    for handle, value in ((one, 10.0), (other, 30.0), (large, 100.0)):
         assert_holds(kv, handle, value)
     assert kv.free_tokens == 0
+    assert np.array_equal((kv.table(one), kv.table(other)), tables)
 
 
-class _CopiesFail(TorchDispatchMode):
-    """All copies after the first `last` fail, as a GPU's do after an error."""
-
-    def __init__(self, last: int) -> None:
-        super().__init__()
-        self.left = last
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.copy_.default or func is torch.ops.aten.clone.default:
-            if self.left == 0:
-                raise RuntimeError("no memory")
-            self.left -= 1
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("copies", range(24))
-def test_a_failed_compaction_leaves_no_wrong_keys_and_values(copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_cache, "_MOVED_AT_ONCE", 5 * 2 * 2 * 4 * 4)
-    kv, first, second = fragmented(filled=10)
-    with pytest.raises(RuntimeError, match="no memory"), _CopiesFail(copies):
-        kv.reserve(60)
-    assert kv.free_tokens == 60, "the reservation that failed is not there"
-    assert [kv.length(handle) for handle in (first, second)].count(10) == 1
-    assert_holds(kv, first, 10.0)
-    assert_holds(kv, second, 30.0)
-    large = kv.reserve(60)
-    for handle, tokens, value in ((large, 60, 100.0), (first, 20, 10.0), (second, 20, 30.0)):
-        fill(kv, handle, kv.length(handle), tokens, value)
-    for handle, value in ((large, 100.0), (first, 10.0), (second, 30.0)):
-        assert_holds(kv, handle, value)
-
-
-def test_compaction_allocates_all_memory_before_it_moves_anything(monkeypatch: pytest.MonkeyPatch) -> None:
-    kv = pool(100)
-    first, second = kv.reserve(30), kv.reserve(30)
-    fill(kv, second, 0, 30, 7.0)
+def test_a_reservation_takes_neighbours_where_there_are_enough() -> None:
+    kv = pool(10)
+    first, _ = kv.reserve(BLOCK), kv.reserve(2 * BLOCK)
     kv.release(first)
+    assert kv.table(kv.reserve(4 * BLOCK)).tolist() == [[3, 4, 5, 6]]
+    assert kv.table(kv.reserve(BLOCK)).tolist() == [[0]]
 
-    def full(*_: object) -> None:
-        raise MemoryError
 
-    monkeypatch.setattr(torch, "empty_like", full)
-    with pytest.raises(MemoryError):
-        kv.reserve(60)
-    assert (kv.length(second), kv.free_tokens) == (30, 70)
-    assert_holds(kv, second, 7.0)
+@pytest.mark.parametrize("windows", [(None,) * 4, (None, 100, 100, 700)])
+def test_physical_memory_is_what_was_written_and_never_more_than_the_budget(windows: tuple[int | None, ...]) -> None:
+    """Sequences of all lengths come and go, and are copied: what was released is used again."""
+    budget, dice = 24 * 2**20, random.Random(1)
+    kv = NativeKVPool(windows, 2, 64, Dtype.F32, budget)
+    page_bytes = kv.arena.nbytes // len(kv.arena)
+    held: list[int] = []
+    for _ in range(300):
+        tokens = dice.randrange(1, 3000)
+        while held and kv.need.of(tokens) > kv.free_units:
+            kv.release(held.pop(dice.randrange(len(held))))
+        handle = kv.reserve(tokens)
+        pages = kv.table(handle)
+        kv.arena[pages[pages >= 0]] = 1
+        if held and kv.holds(held[-1], tokens):
+            kv.copy(held[-1], handle, tokens)
+        else:
+            for first in range(0, tokens, GOING_BACK):
+                kv.extend(handle, min(GOING_BACK, tokens - first))
+        held.append(handle)
+        assert kv.resident_bytes <= budget
+    assert kv.free_units + sum(map(kv.units, held)) == budget // page_bytes
+    fresh = NativeKVPool(windows, 2, 64, Dtype.F32, budget)
+    fresh.arena[fresh.table(fresh.reserve(PAGE_TOKENS))] = 1
+    assert fresh.resident_bytes == len(windows) * page_bytes
+
+
+@pytest.mark.parametrize(
+    ("length", "back", "left"), [(300, 1, 1), (300, 300, 300), (400, 336, 336), (5000, 4760, 4760), (5000, 4759, 0)]
+)
+def test_a_sequence_with_windows_is_truncated_by_so_many_tokens_or_to_nothing(length: int, back: int, left: int) -> None:
+    kv = KVBudget(100_000, KVNeed(1, 1, 320))
+    handle = kv.reserve(6000)
+    for first in range(0, length, 200):
+        kv.extend(handle, min(200, length - first))
+    assert kv.holds(handle, back) == (left > 0)
+    kv.truncate(handle, back)
+    assert kv.length(handle) == left
+    kv.extend(handle, 5)
+    assert kv.length(handle) == left + 5
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_sequences_keep_their_tokens_through_any_reservations_and_releases(seed: int) -> None:
     chance = random.Random(seed)
-    kv = pool(500)
+    kv = pool(40)
     held: dict[int, float] = {}
     for step in range(400):
         tokens = chance.choice([1, 3, 20, 60, 150])
@@ -136,17 +140,17 @@ def test_sequences_keep_their_tokens_through_any_reservations_and_releases(seed:
                 kv.reserve(tokens)
             kv.release(gone := chance.choice(list(held)))
             del held[gone]
-        assert kv.free_tokens == 500 - sum(kv.reserved(handle) for handle in held)
+        assert kv.free_tokens == 40 * BLOCK - sum(-(-kv.reserved(handle) // BLOCK) * BLOCK for handle in held)
     for handle, value in held.items():
         assert_holds(kv, handle, value)
 
 
 def test_a_thousand_sequences_leave_nothing_behind() -> None:
-    kv = pool(50)
+    kv = pool(4)
     handles = set()
     for _ in range(1000):
         handle = kv.reserve(50)
         handles.add(handle)
         kv.release(handle)
-    assert kv.free_tokens == 50
+    assert kv.free_tokens == 4 * BLOCK
     assert handles == {0}, "handles are used again"

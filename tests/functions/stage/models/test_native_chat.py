@@ -33,7 +33,7 @@ def groups(cut: Sequence[tuple[int, int]], dtype: Dtype = "float32") -> list[Lay
             copies = range(int(found[1]), LAYERS, CONFIG["num_hidden_layers"]) if found else ()
             names = [stored.replace(f".{found[1]}.", f".{layer}.", 1) for layer in copies] if found else [stored]
             tensors |= dict.fromkeys(names, tensor)
-    return [build_layer_group("native", config, dict(tensors), first, last, dtype, "cpu", 2**20) for first, last in cut]
+    return [build_layer_group("native", config, dict(tensors), first, last, dtype, "cpu", 2**22) for first, last in cut]
 
 
 def logits(chain: Sequence[LayerGroup], chunks: Sequence[Sequence[int]], others: int = 0) -> np.ndarray:

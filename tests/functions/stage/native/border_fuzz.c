@@ -56,17 +56,19 @@ static Matrix matrix_of(int64_t dtype, int64_t outs, int64_t width)
     return matrix;
 }
 
-static Group group_of(void)
+/* is_long: has pages for sequences whose attention is split. */
+static Group group_of(int is_long)
 {
     Group group = {
-        .num_layers = any(1, 2), .hidden_size = any(1, 70), .inner_size = any(1, 70), .kv_heads = any(1, 3),
-        .head_dim = 2 * any(1, 20), .capacity_tokens = 16 * any(1, 6), .kv_dtype = any(0, 1) ? LAMINA_BF16 : LAMINA_F32,
-        .eps = 1e-5,
+        .num_layers = any(1, 2), .hidden_size = any(1, 70), .inner_size = any(1, 70), .kv_heads = any(1, is_long ? 1 : 3),
+        .head_dim = 2 * any(1, is_long ? 4 : 20), .kv_dtype = any(0, 1) ? LAMINA_BF16 : LAMINA_F32, .eps = 1e-5,
     };
+    group.num_pages = group.num_layers * (is_long ? any(33, 70) : any(1, 5));
+    group.arena = memory_of(group.num_pages * 2 * group.kv_heads * LAMINA_PAGE_TOKENS * padded(group.head_dim, 16) *
+                            (group.kv_dtype == LAMINA_BF16 ? 2 : 4));
     group.heads = group.kv_heads * any(1, 5);
     group.layers = memory_of(group.num_layers * (int64_t)sizeof(Layer));
     int64_t attended = group.heads * group.head_dim, all_heads = group.heads + 2 * group.kv_heads;
-    int64_t arena = group.kv_heads * group.capacity_tokens * padded(group.head_dim, 16) * (group.kv_dtype == LAMINA_BF16 ? 2 : 4);
     Layer *layers = group.layers.data;
     for (int64_t i = 0; i < group.num_layers; i++) {
         int64_t dtype = any(LAMINA_BF16, LAMINA_Q4), of_mlp = any(LAMINA_BF16, LAMINA_Q4);
@@ -79,11 +81,11 @@ static Group group_of(void)
             .gate = matrix_of(of_mlp, group.inner_size, group.hidden_size),
             .up = matrix_of(of_mlp, group.inner_size, group.hidden_size),
             .down = matrix_of(dtype, group.hidden_size, group.inner_size),
-            .keys = memory_of(arena),
-            .values = memory_of(arena),
             .window = any(0, 2) ? 0 : any(1, 40),
             .rotary = any(0, 1),
         };
+        if (layers[i].window && any(0, 1))
+            layers[i].ring = any(1, 3);
     }
     return group;
 }
@@ -130,18 +132,29 @@ static Memory workspace_of(int64_t bytes)
     return (Memory){data, bytes};
 }
 
+static int group_has_ring(const Group *group)
+{
+    const Layer *layers = group->layers.data;
+    return layers[0].ring || layers[group->num_layers - 1].ring;
+}
+
 static int run_pass(Pool *pool)
 {
-    Group group = group_of();
+    const int is_long = any(0, 15) == 0;
+    Group group = group_of(is_long);
     Segment segments[3];
-    int64_t count = any(1, 3), rows = 0, most = 1, slot = 0, used = 0;
-    for (; used < count && slot < group.capacity_tokens; used++) {
-        int64_t room = group.capacity_tokens - slot, position = any(0, room - 1);
-        segments[used] = (Segment){slot, position, any(1, room - position)};
-        int64_t end = segments[used].position + segments[used].length;
+    int64_t count = any(1, 3), rows = 0, most = 1, page = 0, used = 0;
+    for (; used < count && page + group.num_layers <= group.num_pages; used++) {
+        int64_t left = (group.num_pages - page) / group.num_layers, pages = is_long ? left : any(1, left);
+        int64_t tokens = pages * LAMINA_PAGE_TOKENS, position = any(is_long ? tokens / 2 : 0, tokens - 1), length = tokens - position;
+        if (is_long || group_has_ring(&group)) /* a ring of one page has room for so many after a window of 40 */
+            length = length < 24 ? length : 24;
+        segments[used] = (Segment){memory_of(group.num_layers * pages * 4), position, any(1, length)};
+        for (int64_t i = 0; i < group.num_layers * pages; i++)
+            ((int32_t *)segments[used].pages.data)[i] = (int32_t)page++;
+        int64_t end = position + segments[used].length;
         rows += segments[used].length;
         most = end > most ? end : most;
-        slot += padded(end, 16);
     }
     int64_t threads = any(1, 3);
     Pass pass = {.rows = rows, .threads = threads, .hidden = memory_of(rows * group.hidden_size * 4),
@@ -152,7 +165,7 @@ static int run_pass(Pool *pool)
     Layer before = layers[0];
     Pass whole = pass;
     Group sound = group;
-    switch (any(0, 5)) {
+    switch (any(0, 6)) {
     case 0:
         spoil(&group, sizeof group);
         break;
@@ -165,10 +178,16 @@ static int run_pass(Pool *pool)
     case 3:
         spoil(pass.segments.data, (size_t)pass.segments.bytes);
         break;
+    case 4: /* another page that exists might be another sequence's */
+        ((int32_t *)segments[0].pages.data)[any(0, segments[0].pages.bytes / 4 - 1)] = any(0, 1) ? -1 : (int32_t)group.num_pages;
+        break;
     }
-    if (says_more(&group.layers, &sound.layers, 1) || says_more(&pass.hidden, &whole.hidden, 4) ||
+    for (int64_t i = 0; i < used; i++)
+        if (says_more(&((Segment *)whole.segments.data)[i].pages, &segments[i].pages, 1))
+            return -1;
+    if (says_more(&group.layers, &sound.layers, 2) || says_more(&pass.hidden, &whole.hidden, 4) ||
         says_more(&layers[0].input_gain, &before.input_gain, 1) || says_more(&layers[0].qk_gain, &before.qk_gain, 1) ||
-        says_more(&layers[0].mlp_gain, &before.mlp_gain, 1) || says_more(&layers[0].keys, &before.keys, 2))
+        says_more(&layers[0].mlp_gain, &before.mlp_gain, 1))
         return -1;
     const Matrix *now[] = {&layers[0].qkv, &layers[0].out, &layers[0].gate, &layers[0].up, &layers[0].down};
     const Matrix *then[] = {&before.qkv, &before.out, &before.gate, &before.up, &before.down};

@@ -14,6 +14,9 @@ from functions.stage.native.layers import MatrixArrays, NativeLayers, NativeLine
 from functions.stage.native.library import NativeError, library
 from functions.stage.native.records import Array, Dtype, MemoryRecord, memory_of
 
+Segments = list[tuple[list[list[int]], int, int]]
+"""Pages of each layer, tokens held, and new ones."""
+
 
 def sizes() -> records.GroupRecord:
     return records.GroupRecord(
@@ -24,7 +27,7 @@ def sizes() -> records.GroupRecord:
         kv_heads=2,
         head_dim=10,
         eps=1e-5,
-        capacity_tokens=64,
+        num_pages=8,
         kv_dtype=Dtype.F32,
     )
 
@@ -34,54 +37,59 @@ def zeros(*shape: int) -> Array:
 
 
 def group() -> NativeLayers:
-    layers = NativeLayers(library(), sizes())
+    layers = NativeLayers(library(), sizes(), zeros(8, 2, 2, 64, 16))
     shapes = {"qkv": (80, 48), "out": (48, 40), "gate": (40, 48), "up": (40, 48), "down": (48, 40)}
     for slot in range(2):
         layers.place(
             slot,
             {name: MatrixArrays(Dtype.F32, zeros(*shape), biases=zeros(shape[0])) for name, shape in shapes.items()},
             {"input_gain": zeros(48), "qk_gain": zeros(6, 10), "mlp_gain": zeros(48)},
-            zeros(2, 64, 16),
-            zeros(2, 64, 16),
-            window=None,
+            window=None if slot == 0 else 20,
+            ring=slot,
             rotary=True,
         )
     return layers
 
 
-def run(layers: NativeLayers, segments: list[tuple[int, int, int]], threads: int = 2, rows: int | None = None) -> Array:
+def run(
+    layers: NativeLayers, segments: list[tuple[list[list[int]], int, int]], threads: int = 2, rows: int | None = None
+) -> Array:
     rows = sum(length for _, _, length in segments) if rows is None else rows
     hidden = np.ones((rows, 48), np.float32)
-    layers.run(hidden, np.zeros((rows, 5), np.complex64), segments, threads)
+    own = [(np.array(pages, np.int32), position, length) for pages, position, length in segments]
+    layers.run(hidden, np.zeros((rows, 5), np.complex64), own, threads)
     return hidden
 
 
+ONE: Final = [[0], [1]]
+TWO: Final = [[2, 7], [3, -1]]  # the second layer keeps one page
+
+
 def test_a_correct_call_runs_and_the_number_of_threads_is_capped() -> None:
-    assert (run(group(), [(0, 0, 16), (48, 15, 1), (16, 3, 29)]) == 1).all()
-    assert (run(group(), [(0, 0, 40)], threads=1000) == 1).all()
+    assert (run(group(), [(ONE, 0, 16), (TWO, 63, 1), ([[4], [5]], 3, 29)]) == 1).all()
+    assert (run(group(), [(TWO, 84, 44)], threads=1000) == 1).all()
 
 
 @pytest.mark.parametrize(
     ("segments", "call", "why"),
     [
-        ([(8, 0, 1)], {}, "segment|range"),  # inside a block
-        ([(-16, 0, 1)], {}, "segment|range"),
-        ([(64, 0, 1)], {}, "segment|range"),
-        ([(48, 16, 1)], {}, "segment|range"),
-        ([(48, 0, 17)], {}, "segment|range"),
-        ([(0, -1, 1)], {}, "segment|range"),
-        ([(0, 0, 0), (16, 0, 3)], {}, "segment|range"),
-        ([(0, 2**62, 1)], {}, "segment|range"),
-        ([(2**62, 2**62, 1)], {}, "segment|range"),
-        ([(0, 0, 1), (16, 0, 2)], {"rows": 2}, "segments do not cover all rows"),
-        ([(0, 0, 1), (16, 0, 2)], {"rows": 4}, "segments do not cover all rows"),
-        ([(0, 0, 1)], {"threads": 0}, "out of range"),
-        ([(0, 0, 1)], {"threads": -1}, "out of range"),
+        ([([[8], [1]], 0, 1)], {}, "segment|range"),
+        ([([[0], [-1]], 0, 1)], {}, "segment|range"),
+        ([([[0]], 0, 1)], {}, "memory"),
+        ([([[0, 1, 2], [3, 4, 5], [6, 7, 0]], 0, 1)], {}, "segment|range"),
+        ([(ONE, 64, 1)], {}, "segment|range"),
+        ([(ONE, 0, 65)], {}, "segment|range"),
+        ([(TWO, 83, 45)], {}, "segment|range"),  # would overwrite what its first token attends to
+        ([(ONE, -1, 1)], {}, "segment|range"),
+        ([(ONE, 0, 0), (TWO, 0, 3)], {}, "segment|range"),
+        ([(ONE, 2**62, 1)], {}, "segment|range"),
+        ([(ONE, 0, 1), (TWO, 0, 2)], {"rows": 2}, "segments do not cover all rows"),
+        ([(ONE, 0, 1), (TWO, 0, 2)], {"rows": 4}, "segments do not cover all rows"),
+        ([(ONE, 0, 1)], {"threads": 0}, "out of range"),
+        ([(ONE, 0, 1)], {"threads": -1}, "out of range"),
     ],
 )
-def test_wrong_segments_and_numbers_of_threads_are_refused(
-    segments: list[tuple[int, int, int]], call: dict[str, int], why: str
-) -> None:
+def test_wrong_segments_and_numbers_of_threads_are_refused(segments: Segments, call: dict[str, int], why: str) -> None:
     with pytest.raises(NativeError, match=why):
         run(group(), segments, **call)
 
@@ -90,10 +98,11 @@ def test_wrong_segments_and_numbers_of_threads_are_refused(
 def test_too_little_or_unaligned_memory_is_refused(name: str) -> None:
     layers = group()
     group_record = layers._group
+    pages = np.array(ONE, np.int32)
     arrays = {
         "hidden": zeros(3, 48),
         "rotations": zeros(3, 10),
-        "segments": np.array([[0, 0, 3]], np.int64),
+        "segments": np.array([[pages.ctypes.data, pages.nbytes, 0, 3]], np.int64),
         "workspace": records.new_workspace(library().pass_bytes(group_record, 3, 3, 1)),
     }
     memory = {key: memory_of(array) for key, array in arrays.items()}
@@ -125,8 +134,8 @@ WRONG: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
     "a huge head size": (lambda record: setattr(record, "head_dim", 2**40), "range"),
     "heads that share no key head evenly": (lambda record: setattr(record, "kv_heads", 3), "range"),
     "no key heads": (lambda record: setattr(record, "kv_heads", 0), "range"),
-    "a larger arena than memory": (lambda record: setattr(record, "capacity_tokens", 80), "memory"),
-    "an arena of no whole blocks": (lambda record: setattr(record, "capacity_tokens", 60), "range"),
+    "a larger arena than memory": (lambda record: setattr(record, "num_pages", 9), "memory"),
+    "an arena of no pages": (lambda record: setattr(record, "num_pages", 0), "range"),
     "keys in int8": (lambda record: setattr(record, "kv_dtype", Dtype.INT8), "dtype"),
     "keys in nothing known": (lambda record: setattr(record, "kv_dtype", 17), "dtype"),
     "a negative eps": (lambda record: setattr(record, "eps", -1.0), "range"),
@@ -153,8 +162,10 @@ WRONG_LAYER: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
     "biases that are short": (lambda layer: setattr(layer.out.biases, "bytes", 4), "memory"),
     "a gain that is missing": (lambda layer: setattr(layer, "input_gain", MemoryRecord()), "memory"),
     "gains of too few heads": (lambda layer: setattr(layer.qk_gain, "bytes", 5 * 10 * 4), "memory"),
-    "keys that are short": (lambda layer: setattr(layer.keys, "bytes", 2 * 64 * 16 * 4 - 1), "memory"),
     "a negative window": (lambda layer: setattr(layer, "window", -1), "range"),
+    "a window longer than the ring": (lambda layer: setattr(layer, "window", 65), "range"),
+    "a ring without a window": (lambda layer: setattr(layer, "window", 0), "range"),
+    "a ring of a negative size": (lambda layer: setattr(layer, "ring", -1), "range"),
     "a rotation that is neither": (lambda layer: setattr(layer, "rotary", 2), "range"),
 }
 
@@ -165,12 +176,12 @@ def test_an_inconsistent_group_or_layer_is_refused(case: str) -> None:
     change, why = WRONG[case] if case in WRONG else WRONG_LAYER[case]
     change(layers._group if case in WRONG else layers._layers[1])
     with pytest.raises(NativeError, match=why):
-        run(layers, [(0, 0, 2)])
+        run(layers, [(ONE, 0, 2)])
 
 
 def test_a_layer_that_was_not_placed_is_refused() -> None:
     with pytest.raises(NativeError):
-        run(NativeLayers(library(), sizes()), [(0, 0, 1)])
+        run(NativeLayers(library(), sizes(), zeros(8, 2, 2, 64, 16)), [(ONE, 0, 1)])
 
 
 def test_a_product_that_does_not_fit_its_matrix_is_refused() -> None:
@@ -201,7 +212,7 @@ def test_records_and_constants_match_the_header() -> None:
     assert library().functions["lamina_size_of"](len(records.RECORDS)) == 0
     header = (SOURCE / "native.h").read_text()
     numbers = dict(re.findall(r"LAMINA_(\w+) = (\d+)", header))
-    for name in ("STEP", "BLOCK_TOKENS", "MOST_THREADS", "LINE_BYTES"):
+    for name in ("STEP", "BLOCK_TOKENS", "PAGE_TOKENS", "MOST_THREADS", "LINE_BYTES"):
         assert getattr(records, name) == int(numbers[name])
     assert int(numbers["MOST_HEAD"]) == limits.MOST_HEAD
     found = re.search(r"typedef enum \{ (.*) \} Dtype;", header)
