@@ -70,10 +70,12 @@ def _explain(arguments: Sequence[str]) -> int:
 def _serve(config: Config, start_up: StartUp) -> int:
     # Imported late: a wrong environment and --help need none of it, and each role only its own modules.
     with without_collection():
-        from functions.hosting.startup import use_few_arenas
+        from functions.hosting.startup import return_free_memory, use_few_arenas
         from functions.observing.telemetry import set_up_logging
 
         use_few_arenas()
+        if not isinstance(config, StageConfig):  # a stage's memory is weights, keys and values
+            return_free_memory()
         set_up_logging(config.log_level)
         try:
             function = _function(config, start_up)

@@ -16,8 +16,8 @@ from knative.local.kubelet.processes import memory_bytes
 from knative.local.platform import Platform
 
 _EVERY_SECONDS: Final = 1.0
-SETTLE_SECONDS: Final = 90.0  # for all services to come to rest after the last request
-_REST_SECONDS: Final = 15.0  # idle threads and kept connections end meanwhile
+SETTLE_SECONDS: Final = 150.0  # for all services to come to rest after the last request
+_REST_SECONDS: Final = 40.0  # idle threads and connections end meanwhile, and a gateway returns its free memory
 KV_RESIDENT: Final = "lamina_stage_kv_resident_bytes"
 GAUGES: Final[Mapping[str, tuple[str, ...]]] = {
     "gateway": ("lamina_gateway_running_sequences", "lamina_gateway_waiting_sequences"),

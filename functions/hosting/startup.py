@@ -16,6 +16,7 @@ PHASES: Final = ("process", "import", "connect", "first_byte", "last_byte", "pla
 
 _M_ARENA_MAX: Final = -8  # mallopt(3)
 _ARENAS: Final = 2
+_TRIM_SECONDS: Final = 30.0
 
 
 class StartUp:
@@ -80,6 +81,22 @@ def use_few_arenas() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, _ARENAS)
+
+
+def return_free_memory(every_seconds: float = _TRIM_SECONDS) -> None:
+    """Starts a thread that gives pages without live objects back to the kernel, again and again. Only with glibc.
+
+    glibc itself returns only the end of an arena: after a burst, 30 of a gateway's 105 MiB were free and stayed resident.
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+    def trim() -> None:
+        while True:
+            time.sleep(every_seconds)
+            malloc_trim(0)
+
+    if malloc_trim is not None:
+        threading.Thread(target=trim, name="trim", daemon=True).start()
 
 
 def _process_age_seconds() -> float:
