@@ -33,7 +33,7 @@ HEALTHY_SECONDS: Final = 1.0
 RECOVERY_SECONDS: Final = 20.0  # after a fault of a service, or of the store, the service's health is not judged
 NOTICED_SECONDS: Final = 5.0  # within which a client sees that its gateway was killed
 LEAST_SHARE: Final = 0.5  # of an equal part, for every honest client
-LEAST_ADVANTAGE: Final = 1.5
+LEAST_ADVANTAGE: Final = 1.5  # of honest clients before connections of the greedy one, on average
 GATEWAY_PEAK_BYTES: Final = 400 * 2**20  # its pod may have 512 MiB
 _GROWTH_SHARE: Final = 1.05
 _SPARE_THREADS: Final = 2  # threads that are ending, and connections that are closing, when a process is looked at
@@ -94,9 +94,12 @@ def _none_lost(records: Sequence[Record]) -> Verdict:
 
 
 def _shares(records: Sequence[Record]) -> tuple[Began | None, Counter[str]]:
-    """How many answers each client got in the disturbance."""
+    """How many answers each client got while the disturbance lasted: neither in the warm-up nor after it, to its last one."""
     began = next(iter(of(Began, records)), None)
-    return began, Counter(answer.client for answer in of(Answer, records) if began is not None and answer.started >= began.t)
+    if began is None:
+        return None, Counter()
+    within = (each for each in of(Answer, records) if each.started >= began.t and each.t <= began.t + began.seconds)
+    return began, Counter(answer.client for answer in within)
 
 
 def _equal_shares(records: Sequence[Record]) -> Verdict:
@@ -114,11 +117,11 @@ def _equal_shares(records: Sequence[Record]) -> Verdict:
 def _before_greedy(records: Sequence[Record]) -> Verdict:
     """If clients did not share the queue, each connection would get the same."""
     began, answers = _shares(records)
-    least = min(answers[client] for client in began.honest) if began else 0
+    honest = fmean(answers[client] for client in began.honest) if began else 0.0
     greedy = answers[GREEDY] / began.greedy if began else 0.0
-    seen = f"{least}, beside {answers[GREEDY]} answers or {greedy:.1f} for a connection"
-    what = "every honest client gets more answers than a connection of the greedy key"
-    return Verdict(what, seen, greedy > 0 and least >= LEAST_ADVANTAGE * greedy, f"≥ {LEAST_ADVANTAGE:g} ×")
+    seen = f"{honest:.1f}, and {greedy:.1f} for each connection of the greedy key"
+    what = "honest clients, with a connection each, get more answers than a connection of the greedy key"
+    return Verdict(what, seen, greedy > 0 and honest >= LEAST_ADVANTAGE * greedy, f"≥ {LEAST_ADVANTAGE:g} ×")
 
 
 def _refusals_name_a_time(records: Sequence[Record]) -> Verdict:

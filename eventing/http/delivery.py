@@ -28,7 +28,7 @@ USER_AGENT: Final = "lamina"
 MAX_REPLY_BYTES: Final = 2**30
 IDLE_SECONDS: Final = 15.0  # idle connections are closed after this, before a server's keep-alive limit closes them
 
-_LOOK_SECONDS: Final = 1.0  # between two searches for connections that have been idle for too long
+_LOOK_SECONDS: Final = 5.0  # between two searches for connections that have been idle for too long
 _EXCERPT_LENGTH: Final = 200
 _MAX_HEAD_BYTES: Final = 2**16
 _JOIN_BELOW_BYTES: Final = 16 * 1024  # smaller buffers are sent together: a copy costs less than a system call and a packet
@@ -335,7 +335,7 @@ class ConnectionPool:
         self._freed = threading.Condition(self._lock)
         self._hosts: dict[Origin, _Host] = {}
         self._closed = False
-        self._looked_at = time.monotonic()
+        self._looking = False  # a timer is going to look for old connections
 
     def take(self, origin: Origin, wait_seconds: float) -> KeptConnection:
         """Returns an idle connection, else a new one that the caller must connect. The caller must give it back.
@@ -363,16 +363,14 @@ class ConnectionPool:
         with self._lock:
             host = self._hosts[connection.origin]
             host.used.discard(connection)
-            now = time.monotonic()
             if keep and connection.sock is not None and not self._closed:
-                host.idle.append((now, connection))
+                host.idle.append((time.monotonic(), connection))
             else:
                 connection.close()
             if host.waiting:
                 self._freed.notify_all()
-            if now - self._looked_at >= _LOOK_SECONDS:
-                self._looked_at = now
-                self._close_old(now)
+            if not self._looking:
+                self._look_later()
 
     def close(self) -> None:
         """Closes idle connections and breaks those in use, so that threads stop waiting for replies."""
@@ -395,13 +393,24 @@ class ConnectionPool:
         finally:
             host.waiting -= 1
 
-    def _close_old(self, now: float) -> None:
+    def _look_later(self) -> None:
+        timer = threading.Timer(_LOOK_SECONDS, self._close_old)
+        timer.daemon = True
+        with contextlib.suppress(RuntimeError):  # no thread can be started now
+            timer.start()
+            self._looking = True
+
+    def _close_old(self) -> None:
         """Closes connections that were idle for IDLE_SECONDS, and forgets origins without any, such as pods that are gone."""
-        for origin, host in list(self._hosts.items()):
-            while host.idle and host.idle[0][0] < now - IDLE_SECONDS:
-                host.idle.popleft()[1].close()
-            if not (host.used or host.waiting or host.idle):
-                del self._hosts[origin]
+        with self._lock:
+            for origin, host in list(self._hosts.items()):
+                while host.idle and host.idle[0][0] < time.monotonic() - IDLE_SECONDS:
+                    host.idle.popleft()[1].close()
+                if not (host.used or host.waiting or host.idle):
+                    del self._hosts[origin]
+            self._looking = False
+            if self._hosts and not self._closed:
+                self._look_later()
 
 
 class Sender:

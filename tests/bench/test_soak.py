@@ -80,8 +80,9 @@ def records() -> list[Record]:
         *(Usage(second, service, pid, resources()) for second in range(10, 910) for pid, service in enumerate(SERVICES)),
         Answer(40, "honest 0", "one", "event", 35, "a b", 2, (7, 8), 1),
         Answer(45, "honest 0", "one", "openai", 40, "a b", 2),
-        *answers_of("honest 1", 3),
-        *answers_of(GREEDY, 5),
+        *answers_of("honest 0", 4),
+        *answers_of("honest 1", 5),
+        *answers_of(GREEDY, 10),
         Broken(71, "honest 1", "one", "openai", "gateway 0", 69, "502"),
         Answer(76, "honest 1", "one", "openai", 69, "a b", 2, broken=1),
         Refused(46, "honest 0", "openai", 429, "1"),
@@ -99,9 +100,9 @@ def test_a_soak_that_meets_all_targets() -> None:
     assert failing(records()) == []
     text = markdown(records())
     assert "missed" not in text
-    assert "| event | 9 | 1 | 5.0 s | 5.0 s | never | 0 | 0 |" in text
-    assert "| honest 0 | 2 | 1 | 5.0 s | 5.0 s | 429 1 × | 0 | 0 |" in text
-    assert "| honest 1 | 4 | 0 | 5.0 s | 7.0 s | never | 1 | 0 |" in text
+    assert "| event | 20 | 1 | 5.0 s | 5.0 s | never | 0 | 0 |" in text
+    assert "| honest 0 | 6 | 1 | 5.0 s | 5.0 s | 429 1 × | 0 | 0 |" in text
+    assert "| honest 1 | 6 | 0 | 5.0 s | 7.0 s | never | 1 | 0 |" in text
     assert f"| {KINDS[0].name} | 1 | 400 2 × |" in text
     assert "| gateway 0 | 40 → 40 | 30 → 30 | 200 → 200 | 300 |" in text
 
@@ -143,7 +144,7 @@ SPOILT = {
     "broken by another's kill": Spoilt("its own gateway", more(Broken(71, "honest 0", "one", "event", "gateway 1", 69, "502"))),
     "lost": Spoilt("no honest question is lost", more(Lost(50, "honest 0", "one", "event", 48, "500"))),
     "a client that starves": Spoilt("gets its share", without(Answer, lambda r: r.client == "honest 0" and r.broken < 1)),
-    "a greedy client that gets more": Spoilt("the greedy key", more(*answers_of(GREEDY, 5))),
+    "a greedy client that gets more": Spoilt("the greedy key", more(*answers_of(GREEDY, 7))),
     "no greedy client": Spoilt("the greedy key", without(Answer, lambda r: r.client == GREEDY)),
     "refused without a time": Spoilt("Retry-After", more(Refused(50, "honest 0", "event", 503, None))),
     "a peak": Spoilt("peak", more(Usage(50, "gateway 1", 1, resources(peak_bytes=GATEWAY_PEAK_BYTES + 1)))),

@@ -316,6 +316,9 @@ def test_unused_hosts_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
         connection = pool.take(Origin(False, "127.0.0.1", port), 1)
         assert connection.sock is None
         pool.give_back(connection, keep=True)
+    until = time.monotonic() + 20
+    while pool._hosts and time.monotonic() < until:
+        time.sleep(0.01)
     assert not pool._hosts
 
 
@@ -341,6 +344,9 @@ def test_connections_of_a_burst_are_closed_though_their_host_is_asked_on(monkeyp
             sender.send(server.url, {}, [], 5)
         assert len(host.idle) == 1
         assert server.connections == 8
+        while sender._pool._hosts and time.monotonic() < until:  # nothing is sent any more
+            time.sleep(0.01)
+        assert not sender._pool._hosts
 
 
 ROOT = RequestTarget.of("http://127.0.0.1/")
