@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 # In the order in which they end unless some overlap: Python runs, libraries are imported, the store answered, the first and the
 # last byte of the weights arrived, the weights lie in the layers, one step has run.
@@ -88,7 +88,7 @@ def return_free_memory(every_seconds: float = _TRIM_SECONDS) -> None:
 
     glibc itself returns only the end of an arena: after a burst, 30 of a gateway's 105 MiB were free and stayed resident.
     """
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    malloc_trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
     def trim() -> None:
         while True:
