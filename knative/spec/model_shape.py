@@ -69,7 +69,8 @@ def shape_from_config(config: Mapping[str, Any], name: str, dtype: str) -> Model
 def shape_from_folder(folder: Path, dtype: str) -> ModelShape:
     """Sizes of a Hugging Face folder, by its config.json; if it has safetensors, exact sizes by their headers.
 
-    Raises what `shape_from_config` raises.
+    Packed tensors of a quantized checkpoint have no sizes that a stage would see: its config.json counts. Raises
+    what `shape_from_config` raises.
     """
     path = folder / "config.json"
     try:
@@ -79,7 +80,7 @@ def shape_from_folder(folder: Path, dtype: str) -> ModelShape:
     if not isinstance(config, dict):
         raise UnknownShape(f"{path}: holds {type(config).__name__}, not an object")
     files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    if config.pop("quantization_config", None) or not files:  # a publication has it neither
         return shape_from_config(config, folder.name, dtype)
     sizes = {key: size for file in files for key, size in _tensor_sizes(file)}
     return _shape_of_tensors(_Decoder(config, folder.name), dtype, sizes)

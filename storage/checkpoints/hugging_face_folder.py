@@ -20,7 +20,8 @@ _FILES: Final = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja",
 )  # fmt: skip
-_MODELOPT: Final = "hf_quant_config.json"
+# Older checkpoints say in a file of their library how they are quantized, and not in config.json.
+_QUANTIZATION_FILES: Final = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 _SLOW_TOKENIZERS: Final = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -46,11 +47,13 @@ def open_folder(folder: Path) -> Checkpoint:
 
 
 def _quantization_config(folder: Path, config: dict[str, Any]) -> object:
-    """Takes the quantization_config out of a config.json; older checkpoints of modelopt have a file of their own."""
+    """Takes the quantization_config out of a config.json, or reads it from a file of its own; None if there is none."""
     settings = config.pop("quantization_config", None)
-    if settings or not (folder / _MODELOPT).is_file():
+    found = next((name for name in _QUANTIZATION_FILES if not settings and (folder / name).is_file()), None)
+    if found is None:
         return settings
-    return {"quant_method": "modelopt", **(_read_json(folder / _MODELOPT).get("quantization") or {})}
+    stored = _read_json(folder / found)
+    return {"quant_method": _QUANTIZATION_FILES[found], **(stored.get("quantization") or stored)}
 
 
 def _metadata(folder: Path) -> dict[str, str]:

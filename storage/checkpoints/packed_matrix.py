@@ -92,7 +92,9 @@ def float_source(shape: tuple[int, ...], read: Rows) -> SourceTensor:
     """A tensor of float32 whose rows `read` computes."""
 
     def read_rows(first: int, last: int) -> memoryview:
-        return np.ascontiguousarray(read(first, last), np.float32).reshape(-1).view(np.uint8).data
+        with np.errstate(all="ignore"):  # a checkpoint may have scales that are 0 or infinite
+            rows = read(first, last)
+        return np.ascontiguousarray(rows, np.float32).reshape(-1).view(np.uint8).data
 
     return SourceTensor("F32", shape, read_rows)
 
@@ -137,13 +139,13 @@ class PackedMatrix:
         """The stored integers and scales. A minimum -zero * scale is rounded to float16."""
         assert self.zeros is not None
         groups = self.group_of[::_FOUR_BITS_BLOCK]
-        scales = self.scales(first, last)[:, groups]
-        with np.errstate(over="ignore"):  # the publisher refuses infinite values
+        with np.errstate(all="ignore"):  # the publisher refuses infinite values
+            scales = self.scales(first, last)[:, groups]
             minima = (self.zeros(first, last)[:, groups] * -scales).astype(np.float16)
         return FourBits(self.codes(first, last).astype(np.uint8), scales.astype(np.float16), minima)
 
 
 def are_float16(scales: Array) -> bool:
     """Whether float16 holds all these numbers without rounding."""
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         return bool((scales.astype(np.float16).astype(np.float32) == scales).all())

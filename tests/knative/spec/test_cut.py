@@ -151,6 +151,16 @@ def test_safetensors_headers_give_exact_sizes(tmp_path: Path) -> None:
     assert (shape.embedding_bytes, shape.head_bytes) == (800, 808)
 
 
+def test_packed_tensors_of_a_quantized_checkpoint_do_not_count(tmp_path: Path) -> None:
+    config = SMOLLM2 | {"num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    header = json.dumps(
+        {"model.layers.0.mlp.up_proj.qweight": {"dtype": "I32", "shape": [5, 4], "data_offsets": [0, 0]}}
+    ).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert shape_from_folder(tmp_path, "q4") == shape_from_config(config, tmp_path.name, "q4")
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_a_gguf_file_has_the_sizes_of_its_folder(name: str, tmp_path: Path) -> None:
     tiny_models.whole_model(name).save_pretrained(tmp_path / "tiny")

@@ -174,12 +174,20 @@ def test_torchao_without_its_metadata_is_refused(tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
-def test_modelopt_may_have_a_file_of_its_own(tmp_path: Path) -> None:
-    save_case(tmp_path, "modelopt-nvfp4")
+@pytest.mark.parametrize(
+    ("case", "file", "settings", "words"),
+    [
+        ("modelopt-nvfp4", "hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4"}}, "modelopt (NVFP4)"),
+        ("gptq-4-act-order", "quantize_config.json", {"bits": 4, "desc_act": True}, "gptq"),
+        ("awq", "quant_config.json", {"w_bit": 4, "version": "GEMM"}, "awq"),
+    ],
+)
+def test_settings_may_have_a_file_of_their_own(case: str, file: str, settings: object, words: str, tmp_path: Path) -> None:
+    save_case(tmp_path, case)
     (tmp_path / "config.json").write_bytes(msgspec.json.encode({"model_type": "llama"}))
-    (tmp_path / "hf_quant_config.json").write_bytes(msgspec.json.encode({"quantization": {"quant_algo": "NVFP4"}}))
+    (tmp_path / file).write_bytes(msgspec.json.encode(settings))
     checkpoint = open_folder(tmp_path)
-    assert checkpoint.quantization == "modelopt (NVFP4)"
+    assert checkpoint.quantization == words
     assert checkpoint.tensors.keys() == {"m.weight"}
 
 
