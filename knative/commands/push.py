@@ -1,5 +1,6 @@
 """`push` publishes a checkpoint into the store; `requirements` names the packages that a model needs (the Makefile asks)."""
 
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from knative.spec.spec_file import load_spec
 from storage.checkpoints.model_source import locate, open_checkpoint
 from storage.errors import CheckpointInvalid, LibraryMissing, ModelNotPublished
 from storage.models.model_repository import read_manifest
-from storage.models.publisher import publish
+from storage.models.publisher import PublicationPlan, plan_publication, publish
 
 
 @click.command(short_help="Publish a model into the store.")
@@ -27,6 +28,7 @@ from storage.models.publisher import publish
     help="Take name and dtype from this PipelineSpec. Without SOURCE nothing is done if that model is already published.",
 )
 @click.option("--afresh", is_flag=True, help="Write every object again, also those that the store has: repairs damage.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be published; needs no store.")
 @tokenizer_option
 @store_options
 def push(
@@ -35,6 +37,7 @@ def push(
     dtype: str | None,
     spec: Path | None,
     afresh: bool,
+    dry_run: bool,
     tokenizer: Path | None,
     open_store: OpenStore,
 ) -> None:
@@ -50,6 +53,10 @@ def push(
     """
     console = Console()
     for model in _models(source, name, dtype, spec):
+        if dry_run:
+            found = locate(source or _default_source(model))
+            _show_plan(console, model, plan_publication(found, model.dtype, tokenizer=tokenizer))
+            continue
         with open_store() as opened:
             manifest = None
             if spec is not None and source is None and not afresh:
@@ -83,6 +90,25 @@ def _models(source: str | None, name: str | None, dtype: str | None, spec: Path 
         return [ModelSpec(name=name or default, dtype=dtype or ModelSpec(name=default).dtype)]
     loaded = load_spec(spec)
     return [ModelSpec(name=name or loaded.model.name, dtype=each) for each in ([dtype] if dtype else loaded.dtypes)]
+
+
+def _show_plan(console: Console, model: ModelSpec, plan: PublicationPlan) -> None:
+    layers = sorted({each.bytes for each in plan.objects if each.name not in ("embedding", "head")})
+    sizes = {each.name: size(each.bytes) for each in plan.objects}
+    formats = Counter(tensor.stored_as or tensor.dtype for tensor in plan.checkpoint.tensors.values())
+    files = plan.checkpoint.files
+    template = "with" if "chat_template.jinja" in files else "without"
+    per_layer = " to ".join(map(size, sorted({layers[0], layers[-1]})))
+    lines = (
+        f"{model.name} as {model.dtype}: {plan.model.model_type}, {plan.model.num_layers} layers, "
+        f"{size(sum(each.bytes for each in plan.objects))}",
+        f"embedding: {sizes['embedding']}; head: {sizes['head']}; a layer: {per_layer}",
+        f"tensors of the source: {', '.join(f'{count} {name}' for name, count in formats.most_common())}",
+        f"tokenizer: {size(len(files.get('tokenizer.json', b'')))}, {template} a chat template",
+        f"files: {', '.join(sorted(files))}",
+    )
+    for line in lines:
+        console.out(line, highlight=False)
 
 
 def _default_source(model: ModelSpec) -> str:

@@ -31,6 +31,7 @@ class SourceTensor:
     read_rows: Callable[[int, int], memoryview]  # rows [first, last): writable bytes, C order, little endian
     quantized: bool = False  # `run` may round it to int8, because the file has it in eight bits or fewer
     read_four_bits: Callable[[int, int], FourBits] | None = None  # the same rows, not dequantized; None: not in four bits
+    stored_as: str | None = None  # the name of its format in the file, if that is not dtype
 
     @property
     def rows(self) -> int:

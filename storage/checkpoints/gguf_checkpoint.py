@@ -113,6 +113,7 @@ def _source(
         floats,
         tensor.kind not in _FLOATS,
         (lambda first, last: _four_bits(tensor.kind, read(first, last))) if tensor.kind in _FOUR_BITS else None,
+        _Type(tensor.kind).name,
     )
 
 

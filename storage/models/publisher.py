@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from dataclasses import replace as with_changes
 from functools import partial
 from pathlib import Path
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import msgspec
 
@@ -39,6 +39,9 @@ from storage.models.object_writer import ObjectPlan, TargetTensor, plan_object, 
 from storage.models.placement import Placement, embedding_matrix, head_matrix, place_tensors
 from storage.store.object_store import ObjectStore
 
+if TYPE_CHECKING:
+    from storage.models.conversion import RoundingError
+
 _log = logging.getLogger(__name__)
 
 _FRAGMENT_SUFFIX: Final = ".fragment.json"
@@ -62,6 +65,16 @@ class QuantizedSource:
     source_bytes: int  # of the checkpoint's files
     largest_error: float  # of a published weight, against the weight that the checkpoint stores
     largest_weight: float  # magnitude
+
+
+@dataclass(frozen=True, slots=True)
+class PublicationPlan:
+    """What a publication would write."""
+
+    checkpoint: Checkpoint
+    model: ModelDescription
+    objects: list[ObjectPlan]
+    error: "RoundingError | None"  # filled while tensors are converted, for quantized checkpoints
 
 
 ProgressCallback = Callable[[PublishProgress], None]
@@ -103,23 +116,8 @@ def publish(
             if current.publication == publication:
                 _log.info("%s is published as %s in %s already", source, name, dtype)
                 return current
-    from storage.models.conversion import RoundingError, convert_tensor  # numpy, which only a real publication needs
-
-    checkpoint = open_checkpoint(path, tokenizer)
-    check_runnable(checkpoint.config, dtype)
-    model, placed = _settle_tie(describe_model(checkpoint.config), checkpoint)
-    shapes = {name: tensor.shape for members in placed.values() for name, tensor in members.items()}
-    in_float32 = check_shapes(checkpoint.config, shapes, dtype)
-    if dtype == "q4":
-        _warn_of_losses(source, placed)
-    error = None if checkpoint.quantization is None else RoundingError()
-    plans = []
-    for object_name, members in placed.items():
-        targets: dict[str, TargetTensor] = {}
-        for tensor_name, tensor in members.items():
-            stored_as = "float32" if tensor_name in in_float32 else dtype
-            targets |= convert_tensor(tensor_name, tensor, cast("Dtype", stored_as), keep_wide, error)
-        plans.append(plan_object(object_name, targets))
+    planned = plan_publication(path, dtype, keep_wide=keep_wide, tokenizer=tokenizer)
+    checkpoint, model, plans, error = planned.checkpoint, planned.model, planned.objects, planned.error
     upload = _Upload(store, f"{prefix}{publication}/", plans, progress, afresh)
     objects = {plan.name: upload.verified_or_written(plan) for plan in plans}
     files = dict(checkpoint.files)
@@ -145,6 +143,33 @@ def publish(
         source_bytes = sum(count for _, _, count, _, _ in state[0])
         on_quantized(QuantizedSource(checkpoint.quantization, source_bytes, error.largest, error.largest_weight))
     return manifest
+
+
+def plan_publication(
+    path: Path, dtype: str, *, keep_wide: Collection[str] = (), tokenizer: Path | None = None
+) -> PublicationPlan:
+    """Says what `publish` would write of the checkpoint at `path`; reads no tensor, unless it must compare tied matrices.
+
+    Raises what `publish` raises for the checkpoint.
+    """
+    from storage.models.conversion import RoundingError, convert_tensor  # numpy, which only a real publication needs
+
+    checkpoint = open_checkpoint(path, tokenizer)
+    check_runnable(checkpoint.config, dtype)
+    model, placed = _settle_tie(describe_model(checkpoint.config), checkpoint)
+    shapes = {name: tensor.shape for members in placed.values() for name, tensor in members.items()}
+    in_float32 = check_shapes(checkpoint.config, shapes, dtype)
+    if dtype == "q4":
+        _warn_of_losses(path, placed)
+    error = None if checkpoint.quantization is None else RoundingError()
+    plans = []
+    for object_name, members in placed.items():
+        targets: dict[str, TargetTensor] = {}
+        for tensor_name, tensor in members.items():
+            stored_as = "float32" if tensor_name in in_float32 else dtype
+            targets |= convert_tensor(tensor_name, tensor, cast("Dtype", stored_as), keep_wide, error)
+        plans.append(plan_object(object_name, targets))
+    return PublicationPlan(checkpoint, model, plans, error)
 
 
 def _settle_tie(model: ModelDescription, checkpoint: Checkpoint) -> tuple[ModelDescription, Placement]:

@@ -100,6 +100,13 @@ def test_plan_of_a_gguf_file() -> None:
     assert "cut: 0:9,9:23,23:30" in result.output, result.output
 
 
+def test_a_dry_run_of_push_names_what_would_be_published() -> None:
+    result = invoke("push", str(default_model_gguf()), "--name", "tiny", "--dtype", "q4", "--dry-run")
+    assert result.exit_code == 0, result.output
+    for words in ("tiny as q4: llama, 30 layers", "tensors of the source: ", " Q4_1", "with a chat template"):
+        assert words in result.output
+
+
 def test_plan_shows_stage_overrides_of_a_spec(tmp_path: Path) -> None:
     spec = yaml.safe_load((Path(LLAMA) / "pipeline.yaml").read_text())
     large = {"gpu": 0, "memory": "24Gi"}
