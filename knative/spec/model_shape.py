@@ -80,7 +80,7 @@ def shape_from_folder(folder: Path, dtype: str) -> ModelShape:
     if not isinstance(config, dict):
         raise UnknownShape(f"{path}: holds {type(config).__name__}, not an object")
     files = sorted(folder.glob("*.safetensors"))
-    if config.pop("quantization_config", None) or not files:  # a publication has it neither
+    if config.pop("quantization_config", None) or not files:  # which a publication does not have
         return shape_from_config(config, folder.name, dtype)
     sizes = {key: size for file in files for key, size in _tensor_sizes(file)}
     return _shape_of_tensors(_Decoder(config, folder.name), dtype, sizes)

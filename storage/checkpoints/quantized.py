@@ -150,7 +150,7 @@ def _block(settings: Settings) -> object:
 def _awq(parts: _Parts, settings: Settings) -> SourceTensor:
     """Four bits in groups of inputs, eight outputs in a word of 32 bits, in an order of their own.
 
-    AutoAWQ, awq/utils/packing_utils.py:4 (order), :87 (value), awq/modules/linear/gemm.py:130 (shapes), 88e4c76.
+    AutoAWQ, awq/utils/packing_utils.py:4 (order), :87 (value), awq/modules/linear/gemm.py:135 (shapes), 88e4c76.
     """
     version = settings.get("version") or settings.get("format") or settings.get("checkpoint_format") or "gemm"
     if str(version).lower() != "gemm":
@@ -225,8 +225,8 @@ def _scales_are_float16(parts: _Parts, suffix: str) -> bool:
 def _compressed_tensors(parts: _Parts, settings: Settings) -> SourceTensor:
     """float8 or int8 by tensor, row, group or tile; 1 to 8 bits packed in rows; NVFP4, MXFP4 and MXFP8.
 
-    compressed_tensors 0.20.1: compressors/pack_quantized/helpers.py:118 (a stream of bits, offset 2^(bits-1)), base.py:140
-    (zeros packed along the outputs), compressors/nvfp4/base.py:98, compressors/mx_utils.py:40,
+    compressed_tensors 0.20.1: compressors/pack_quantized/helpers.py:105 (a stream of bits, offset 2^(bits-1)), base.py:168
+    (zeros packed along the outputs), compressors/nvfp4/base.py:101, compressors/mx_utils.py:33,
     quantization/lifecycle/forward_helpers.py:548 (the value).
     """
     formats = {str(settings.get("format")), *(str(group.get("format")) for group in _config_groups(settings))} - {"None"}
