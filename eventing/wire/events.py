@@ -54,6 +54,9 @@ class Attribute(StrEnum):
     LAYER = "layer"  # next layer to run; a stage accepts only its first layer and replies with the one after its last
     INSTANCE = "instance"  # the instance that replied: a name with a nonce of its boot
     FREE_TOKENS = "freetokens"  # on every reply of a stage: KV tokens that can still be reserved there
+    # Digest of what decided the bits of the hidden states (`prefix_chain.lineage_after`): on replies to forward and reserve
+    # events, and on such events to any stage but the first. Without it a stage neither finds nor leaves KV.
+    LINEAGE = "lineage"
     AWAITED_TOKENS = "awaitedtokens"  # on a release: hold the reply until so many KV tokens can be reserved, or HOLD_SECONDS
     EXPIRY_TIME = "expirytime"  # RFC 3339; after it the reply is no longer awaited, and the event is dropped
     SIGNATURE = "signature"  # replaces a bearer token where headers cannot be sent, see `eventing.wire.signature`

@@ -1,12 +1,16 @@
 """The prefix chain of a sequence: one digest per whole block of tokens, over the block and all blocks before it.
 
-Sequences with the same first n digests have the same first n blocks, hence the same keys and values for them. Digests are keyed
-by the pipeline and by the clients that may share, so one client cannot find another's KV. The gateway computes chains; stages
-only compare them. All functions are pure.
+Sequences with the same first n digests have the same first n blocks. Digests are keyed by the pipeline and by the clients that
+may share, so one client cannot find another's KV. The gateway computes chains; stages only compare them.
+
+The bits of keys and values depend also on what computed them: CPU level and dtypes of the stage and of all stages before it.
+Their digest is the lineage, which travels with the events. A stage finds KV by the chain under its lineage. All functions are
+pure.
 """
 
 from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 from blake3 import blake3
@@ -15,6 +19,7 @@ from blake3 import blake3
 # compute and blocks of 16 leave 58.
 BLOCK_TOKENS: Final = 16
 DIGEST_BYTES: Final = 16
+LINEAGE_BYTES: Final = 8
 
 Chain = tuple[bytes, ...]  # the digests of successive blocks
 
@@ -41,6 +46,28 @@ def extended(chain: Chain, token_ids: Sequence[int], key: bytes) -> Chain:
         last = blake3(last + block, key=key).digest(length=DIGEST_BYTES)
         digests.append(last)
     return tuple(digests)
+
+
+@lru_cache(maxsize=256)
+def lineage_after(before: str, kind: str) -> str:
+    """The lineage of KV that a stage computes, and of the hidden states that it passes on: hexadecimal.
+
+    before: the lineage of what came into the stage; empty for the first. kind: all that the stage's own bits depend on.
+    """
+    data = f"{before} {kind}".encode()
+    return blake3(data, derive_key_context="lamina lineage 1").hexdigest(length=LINEAGE_BYTES)
+
+
+def is_lineage(text: str) -> bool:
+    return len(text) == 2 * LINEAGE_BYTES and set(text) <= set("0123456789abcdef")
+
+
+def under(chain: Chain, lineage: str | None) -> Chain:
+    """The digests by which KV of a lineage is found; none if the lineage is None, which stands for an unknown one."""
+    if lineage is None:
+        return ()
+    suffix = bytes.fromhex(lineage)
+    return tuple(digest + suffix for digest in chain)
 
 
 def packed(chain: Chain) -> bytes:

@@ -18,7 +18,7 @@ from eventing.wire.prefix_chain import BLOCK_TOKENS, packed
 from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.stages.client import ReplyOrigin, StageClient, Traces, Trip
 from functions.gateway.stages.failures import StageFailed
-from functions.gateway.stages.routes import Instance
+from functions.gateway.stages.routes import Instance, Route
 
 _WORST_FIRST: Final = (Status.INVALID, Status.STALE, Status.MISS, Status.FULL, Status.OK)
 
@@ -32,6 +32,7 @@ class Reserve:
     rows: Items[ReserveRow]  # of `sequences`, in their order
     traces: Traces
     deadline: float  # in time.monotonic()
+    lineages: tuple[str | None, ...]  # of the input of each of `instances`; empty for the first stage; None: not known yet
     in_order: bool = False  # see `reserve_in_order`
     peers: Mapping[Instance, tuple[str, ...]] = field(default_factory=dict)  # URLs from which an instance may fetch KV
     migrates: bool = False  # it asks one new instance for sequences that hold memory at the other stages
@@ -85,7 +86,20 @@ def reserve(
         rows.append(ReserveRow(sequence.id, sequence.progress.attempt, sequence.reserve_tokens, packed(chain), token_ids))
     traces = [sequence.prompt.trace for sequence in sequences if sequence.prompt.trace is not None]
     deadline = max(sequence.deadline for sequence in sequences)
-    return Reserve(sequences, instances, rows, traces, deadline, in_order, peers or {}, migrates)
+    lineages = _lineages(sequences[0].route, instances[0].stage)[: len(instances)]
+    in_order = in_order or None in lineages  # each stage's reply then says the lineage for the next
+    return Reserve(sequences, instances, rows, traces, deadline, lineages, in_order, peers or {}, migrates)
+
+
+def _lineages(route: Route | None, first_stage: int) -> tuple[str | None, ...]:
+    """The lineages of the input of a route's instances from `first_stage` on, by what the instances said before."""
+    assert route is not None
+    lineages: list[str | None] = []
+    lineage: str | None = ""
+    for instance in route.instances:
+        lineages.append(lineage)
+        lineage = None if lineage is None else instance.lineages.get(lineage)
+    return tuple(lineages[first_stage:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,38 +119,48 @@ def reserve_at_once(client: StageClient, wanted: Reserve, calls: Executor) -> Re
 
     Returns after the last reply, so that no later release can arrive before the reservation that it releases.
     """
-    futures = [calls.submit(_ask, client, instance, wanted) for instance in wanted.instances]
+    futures = [
+        calls.submit(_ask, client, instance, wanted, lineage or "")
+        for instance, lineage in zip(wanted.instances, wanted.lineages, strict=True)
+    ]
     wait(futures)
     return _combined([future.result() for future in futures], len(wanted.rows))
 
 
 def reserve_in_order(client: StageClient, wanted: Reserve) -> Reservation:
-    """Asks stage after stage and stops at the first that does not grant everything.
+    """Asks stage after stage and stops at the first that grants nothing.
 
     If two gateways ask all stages at once, each may get a part and give it back, again and again. In order, the gateway that
     gets the first stage competes at the others only with those that got it before.
     """
     replies: list[tuple[ReplyOrigin, ReserveReply] | StageFailed] = []
+    lineage = wanted.lineages[0] or ""
     for instance in wanted.instances:
-        replies.append(_ask(client, instance, wanted))
+        replies.append(_ask(client, instance, wanted, lineage))
         reservation = _combined(replies, len(wanted.rows))
-        if reservation.failure is not None or any(status is not Status.OK for status in reservation.statuses):
+        if reservation.failure is not None or all(status is not Status.OK for status in reservation.statuses):
             break
+        lineage = reservation.origins[-1].lineage
     return reservation
 
 
-def _ask(client: StageClient, instance: Instance, wanted: Reserve) -> tuple[ReplyOrigin, ReserveReply] | StageFailed:
+def _ask(
+    client: StageClient, instance: Instance, wanted: Reserve, lineage: str
+) -> tuple[ReplyOrigin, ReserveReply] | StageFailed:
     """Asks one instance for memory. A StageFailed is returned, not raised."""
     peers = wanted.peers.get(instance, ())
     rows = [replace(row, peers=peers) for row in wanted.rows] if peers else wanted.rows
     try:
-        return client.reserve(instance, rows, wanted.deadline, wanted.traces)
+        return client.reserve(instance, rows, wanted.deadline, wanted.traces, lineage)
     except StageFailed as failure:
         return failure
 
 
 def _combined(replies: Items[tuple[ReplyOrigin, ReserveReply] | StageFailed], num_rows: int) -> Reservation:
-    """Combines the stages' replies: each row gets the worst of its statuses. One StageFailed makes the whole a failure."""
+    """Combines the stages' replies: each row gets the worst of its statuses. One StageFailed makes the whole a failure.
+
+    A stage that was asked under another lineage than the stage before it has by its reply holds nothing of use.
+    """
     statuses = [Status.OK] * num_rows
     held: list[list[int]] = [[] for _ in range(num_rows)]
     restoring = [False] * num_rows
@@ -146,10 +170,11 @@ def _combined(replies: Items[tuple[ReplyOrigin, ReserveReply] | StageFailed], nu
         if isinstance(each, StageFailed):
             return Reservation(statuses, origins, held, restoring, failure=each)
         origin, reply = each
+        outdated = bool(origins) and origin.before != origins[-1].lineage
         origins.append(origin)
         caches_prefixes = caches_prefixes and reply.remembers
         for number, row in enumerate(reply.rows):
             statuses[number] = min(statuses[number], row.status, key=_WORST_FIRST.index)
-            held[number].append(row.held)
+            held[number].append(0 if outdated else row.held)
             restoring[number] |= row.restoring
     return Reservation(statuses, origins, held, restoring, caches_prefixes)

@@ -69,7 +69,7 @@ def note_origin(state: SchedulerState, origin: ReplyOrigin, in_trip: Items[tuple
                 if sequence.reserved and sequence not in told:
                     sequence.progress.missed(instance.stage, 0)
                     _replayed(state, sequence, "rebooted")
-    instance.replied(origin.boot, origin.free_tokens)
+    instance.replied(origin.boot, origin.free_tokens, origin.before, origin.lineage)
 
 
 def _chunk_over(state: SchedulerState, sequence: Sequence, chunk: Chunk, result: Result | None) -> None:

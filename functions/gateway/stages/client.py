@@ -34,6 +34,7 @@ from eventing.wire.control import (
 )
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Status
 from eventing.wire.framing import JSON_CONTENT_TYPE, Buffer, event_lines, read_attributes, read_json
+from eventing.wire.prefix_chain import is_lineage
 from functions.gateway.stages.failures import StageFailed, stage_failed
 from functions.gateway.stages.routes import FifoLock, Instance
 from functions.observing.tracing import PASSING, Attributes, Span, TraceContext, Tracer
@@ -53,6 +54,8 @@ class ReplyOrigin:
     instance: Instance
     boot: str  # the `instance` attribute: a name with a nonce of its boot
     free_tokens: int | None  # KV tokens that can still be reserved there; None: not said
+    before: str = ""  # the lineage that the event carried
+    lineage: str = ""  # that the reply states; empty: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,20 +99,27 @@ class StageClient:
         self._tracer = tracer
 
     def forward(
-        self, instance: Instance, body: Sequence[Buffer], ids: Sequence[str], deadline: float, traces: Traces = ()
+        self,
+        instance: Instance,
+        body: Sequence[Buffer],
+        ids: Sequence[str],
+        deadline: float,
+        traces: Traces = (),
+        lineage: str = "",
     ) -> ForwardReply:
         """Sends one step to one stage and returns the reply. Raises StageFailed.
 
         body: an encoded Batch. ids: of its rows, in their order. deadline: of the clients, in time.monotonic(). traces: of the
-        rows' sequences.
+        rows' sequences. lineage: of the hidden states, by the reply of the stage before; empty: unknown, or there is none.
         """
         timeout, client_deadline = _time_left(self._step_timeout_seconds, deadline)
         with instance.in_flight, self._span(instance, EventType.FORWARD, traces) as span:
             sent = time.perf_counter()
-            reply = self._send(instance, EventType.FORWARD, body, timeout, span.context, client_deadline)
+            extensions = _lineage_extension(lineage)
+            reply = self._send(instance, EventType.FORWARD, body, timeout, span.context, client_deadline, extensions)
             exchange_seconds = time.perf_counter() - sent
         try:
-            origin = _origin(instance, read_attributes(reply.headers.items()))
+            origin = _origin(instance, read_attributes(reply.headers.items()), lineage)
             batch = decode_batch(reply.body)
             if (seen := [row.id for row in batch.rows]) != list(ids):
                 raise MalformedEvent(f"the reply has rows {seen}, sent were {list(ids)}")
@@ -119,9 +129,11 @@ class StageClient:
         return ForwardReply(origin, batch, reply.body, exchange_seconds, None if engine is None else float(engine[1]) / 1000)
 
     def reserve(
-        self, instance: Instance, rows: Sequence[ReserveRow], deadline: float, traces: Traces = ()
+        self, instance: Instance, rows: Sequence[ReserveRow], deadline: float, traces: Traces = (), lineage: str = ""
     ) -> tuple[ReplyOrigin, ReserveReply]:
         """Reserves memory for sequences; each row of the reply has its own status. Raises StageFailed.
+
+        lineage: of the hidden states that the stage will get, as for `forward`.
 
         A stage replies between two forward passes, so this may take as long as one. An instance that accepts the connection and
         does not reply is given less time than a step, so that another instance is asked soon. The time doubles with every
@@ -131,11 +143,18 @@ class StageClient:
         timeout, client_deadline = _time_left(seconds, deadline)
         request = ReserveRequest(tuple(rows))
         attributes, reply = self._call(
-            instance, EventType.RESERVE, request, ReserveReply, timeout, traces, client_deadline=client_deadline
+            instance,
+            EventType.RESERVE,
+            request,
+            ReserveReply,
+            timeout,
+            traces,
+            extensions=_lineage_extension(lineage),
+            client_deadline=client_deadline,
         )
         if [(row.id, row.attempt) for row in reply.rows] != [(row.id, row.attempt) for row in rows]:
             raise StageFailed(instance.stage, "malformed", "its reply to a reservation has other rows than the request")
-        return _origin(instance, attributes), reply
+        return _origin(instance, attributes, lineage), reply
 
     def release(self, instance: Instance, rows: Sequence[ReleaseRow], awaited_tokens: int = 0) -> ReplyOrigin:
         """Frees the memory of sequences. Without rows it only renews this gateway's lease. Raises StageFailed.
@@ -237,9 +256,16 @@ def _time_left(own_seconds: float, deadline: float) -> tuple[float, float | None
     return (left, deadline) if left < own_seconds else (own_seconds, None)
 
 
-def _origin(instance: Instance, attributes: dict[str, str]) -> ReplyOrigin:
-    free = attributes.get(Attribute.FREE_TOKENS, "")
-    return ReplyOrigin(instance, attributes.get(Attribute.INSTANCE, ""), int(free) if free.isdecimal() else None)
+def _lineage_extension(lineage: str) -> list[tuple[str, str]]:
+    return [(Attribute.LINEAGE.value, lineage)] if lineage else []
+
+
+def _origin(instance: Instance, attributes: dict[str, str], before: str = "") -> ReplyOrigin:
+    free, lineage = attributes.get(Attribute.FREE_TOKENS, ""), attributes.get(Attribute.LINEAGE, "")
+    if not is_lineage(lineage):
+        lineage = ""
+    boot, free_tokens = attributes.get(Attribute.INSTANCE, ""), int(free) if free.isdecimal() else None
+    return ReplyOrigin(instance, boot, free_tokens, before, lineage)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -280,6 +306,7 @@ def walk(trip: Trip, client: StageClient, log: TripLog) -> None:
     """
     turn = trip.instances[0].prompts if trip.chunks else None
     ids = [row.id for row in trip.batch.rows]
+    lineage = ""
     try:
         body: Sequence[Buffer] = encode_batch(trip.batch)
         for stage, instance in enumerate(trip.instances[: trip.depth + 1]):
@@ -289,7 +316,8 @@ def walk(trip: Trip, client: StageClient, log: TripLog) -> None:
                     log.first_stage_free()
             traces = [trip.traces[id_] for id_ in ids if id_ in trip.traces]
             sent = time.monotonic()
-            reply = client.forward(instance, body, ids, trip.deadline, traces)
+            reply = client.forward(instance, body, ids, trip.deadline, traces, lineage)
+            lineage = reply.origin.lineage
             log.replied(trip, stage, reply, time.monotonic() - sent)
             rows = reply.batch.rows
             going = [index for index, row in enumerate(rows) if row.status is Status.OK]

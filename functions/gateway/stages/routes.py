@@ -22,6 +22,7 @@ FIRST_SUSPENSION_SECONDS: Final = 0.1
 LONGEST_SUSPENSION_SECONDS: Final = 5.0
 TOKENS_OF_A_ROUTE: Final = 512  # held by an instance, they are worth one route: it may carry one more than others
 REBALANCE_AT: Final = 2  # an instance that carries so many routes more than another gives one away
+_MOST_LINEAGES: Final = 16  # that are remembered of an instance
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,8 @@ class Instance:
     routes: int = 0  # open routes that use it
     free_tokens: int | None = None  # KV tokens that can be reserved there, by its last reply; None: unknown
     boot: str = ""  # name with a nonce of its boot, by its last reply
+    # What its boot makes of lineages: of the input (empty at the first stage) → of its KV and the hidden states that it sends.
+    lineages: dict[str, str] = field(default_factory=dict)
     prompts: FifoLock = field(default_factory=FifoLock)  # for events with prompt chunks: a decode waits for at most one
     in_flight: InFlight = field(default_factory=InFlight)  # forward events of this gateway
     templates: dict[str, RequestTemplate] = field(default_factory=dict)  # by event type; see StageClient
@@ -128,9 +131,14 @@ class Instance:
     def usable(self, now: float) -> bool:
         return self.ready and self.awake and not self.terminating and not self.suspended(now)
 
-    def replied(self, boot: str, free_tokens: int | None) -> None:
+    def replied(self, boot: str, free_tokens: int | None, before: str = "", lineage: str = "") -> None:
+        """Records a reply. before, lineage: of the input and of what was computed from it; empty `lineage`: not said."""
         self.failures = 0
+        if boot != self.boot or len(self.lineages) > _MOST_LINEAGES:
+            self.lineages.clear()
         self.boot = boot
+        if lineage:
+            self.lineages[before] = lineage
         if free_tokens is not None:
             self.free_tokens = free_tokens
 

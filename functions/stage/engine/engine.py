@@ -21,6 +21,7 @@ import numpy as np
 from eventing.problems import EventExpired
 from eventing.wire.control import HOLD_SECONDS, LEASE_SECONDS, RESTORE_HOLD_SECONDS, ReleaseRow, ReservedRow, ReserveRow
 from eventing.wire.events import Batch, Row, Status, Want
+from eventing.wire.prefix_chain import lineage_after
 from functions.grammars.compiler import GrammarCompiler
 from functions.stage.engine.constraints import Constraints
 from functions.stage.engine.event_queue import Call, EventQueue, ForwardEvent
@@ -33,6 +34,7 @@ from functions.stage.engine.sequences import MAX_MEMORY_WAITERS, GatewayLeases, 
 from functions.stage.engine.threads import PassThreads
 from functions.stage.engine.wire_tensors import wire_tensor
 from functions.stage.models.floats import DTYPES
+from functions.stage.models.kv_cache import KVBlocks
 from functions.stage.models.layer_group import LayerGroup
 
 _log: Final = logging.getLogger(__name__)
@@ -91,6 +93,8 @@ class Engine:
         """
         self._group = group
         self._wire_dtype = wire_dtype or group.hidden_dtype
+        # All that the bits of this stage depend on, besides the pipeline's fingerprint.
+        self._kind = group.kv.layout.kind if isinstance(group.kv, KVBlocks) else type(group).__name__
         self._clock = clock
         self._on_pass = on_pass
         self._queue = EventQueue(num_stages, max_merge)
@@ -160,16 +164,21 @@ class Engine:
         stuck = began is not None and time.perf_counter() - began > stuck_after_seconds
         return self._thread.is_alive() and not stuck
 
-    def handle(self, batch: Batch, *, source: str, expires_at: float | None = None) -> Batch:
+    def lineage(self, before: str | None) -> str | None:
+        """The lineage of what this stage computes from input of the lineage `before`; None: unknown."""
+        return None if before is None else lineage_after(before, self._kind)
+
+    def handle(self, batch: Batch, *, source: str, expires_at: float | None = None, lineage: str | None = "") -> Batch:
         """Computes a forward event and returns the reply. Blocks until its pass is done.
 
         source: names the gateway that sent the event; a sequence belongs to the source that began it. expires_at: seconds since
-        the epoch; None: the event never expires.
+        the epoch; None: the event never expires. lineage: of the event's hidden states; empty: there is no stage before; None:
+        unknown.
         Raises MalformedEvent, EventTooLarge, EventExpired, NotReady, and whatever the layer group raised for this event.
         """
         self._leases.renew(source)
         check_event(batch, self._group, self._wire_dtype)
-        event = ForwardEvent(batch, source, expires_at, arrived=time.perf_counter())
+        event = ForwardEvent(batch, source, expires_at, time.perf_counter(), self.lineage(lineage))
         if self._group.shares_work and self._compute_lock.acquire(blocking=False):
             try:
                 self._queue.put(event, wakes=False)
@@ -181,18 +190,22 @@ class Engine:
             self._queue.put(event)
         return event.result()
 
-    def reserve(self, rows: Sequence[ReserveRow], *, source: str, expires_at: float | None = None) -> list[ReservedRow]:
+    def reserve(
+        self, rows: Sequence[ReserveRow], *, source: str, expires_at: float | None = None, lineage: str | None = ""
+    ) -> list[ReservedRow]:
         """Reserves memory for sequences, and fills it with KV from the prefix cache and the tiers as far as they have it.
 
         Returns for each row its status (ok, full, stale or invalid), and how many tokens of its chain are held. Rows that fit
         stay reserved if others do not. The tiers are asked in other threads; rows that are still being restored after
         RESTORE_HOLD_SECONDS say so, and the same reservation asks again. source: names the gateway. expires_at: when the reply
-        is due, seconds since the epoch; the tiers may use 70 % of the time until then. Raises NotReady.
+        is due, seconds since the epoch; the tiers may use 70 % of the time until then. lineage: of the hidden states that will
+        come, as for `handle`. Raises NotReady.
         """
         self._leases.renew(source)
         left = math.inf if expires_at is None else expires_at - self._clock()
         deadline = time.monotonic() + _RESTORING_SHARE * left
-        replies = self._call(lambda: [self._reserve(row, source, deadline) for row in rows])
+        own = self.lineage(lineage)
+        replies = self._call(lambda: [self._reserve(row, own, source, deadline) for row in rows])
         restores = [reply for reply in replies if isinstance(reply, Restore)]
         wait([restore.over for restore in restores], max(0.0, min(RESTORE_HOLD_SECONDS, left)))
         return [reply.reply() if isinstance(reply, Restore) else reply for reply in replies]
@@ -247,16 +260,16 @@ class Engine:
         result: T = call.result()
         return result
 
-    def _reserve(self, row: ReserveRow, source: str, deadline: float) -> ReservedRow | Restore:
+    def _reserve(self, row: ReserveRow, lineage: str | None, source: str, deadline: float) -> ReservedRow | Restore:
         """Reserves memory for a sequence, and begins to restore the KV that it lacks; the engine's thread calls this.
 
         If the same reservation is asked again, returns its restore. deadline: of a new one, in time.monotonic().
         """
         known = self._sequences.get(row.id, source)
-        if known is not None and known.restore is not None and known.restore.answers(row):
+        if known is not None and known.restore is not None and known.restore.answers(row, lineage):
             return known.restore
-        reserved = self._sequences.reserve(row, source)
-        restore = self._restorer.begin(row, reserved, source, deadline)
+        reserved = self._sequences.reserve(row, source, lineage)
+        restore = self._restorer.begin(row, lineage, reserved, source, deadline)
         if (sequence := self._sequences.get(row.id, source)) is not None:
             sequence.restore = restore
         return restore or reserved

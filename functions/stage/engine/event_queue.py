@@ -48,11 +48,22 @@ class Work(Generic[T]):
 class ForwardEvent(Work[Batch]):
     """An event to compute in a forward pass; its result is the reply."""
 
-    def __init__(self, batch: Batch, source: str, expires_at: float | None = None, arrived: float = 0.0) -> None:
-        """source: names the gateway. expires_at: seconds since the epoch; None: never. arrived: time.perf_counter()."""
+    def __init__(
+        self,
+        batch: Batch,
+        source: str,
+        expires_at: float | None = None,
+        arrived: float = 0.0,
+        lineage: str | None = None,
+    ) -> None:
+        """source: names the gateway. expires_at: seconds since the epoch; None: never. arrived: time.perf_counter().
+
+        lineage: of the KV that the event's rows get; None: unknown.
+        """
         super().__init__()
         self.batch = batch
         self.source = source
+        self.lineage = lineage
         self.expires_at = expires_at
         self.arrived = arrived
         self.ids: set[str] = set()  # of the rows; the queue fills it

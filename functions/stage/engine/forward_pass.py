@@ -126,7 +126,7 @@ class ForwardPass:
                     raise Refusal(Status.INVALID, reason=invalid[index])
                 if index in event.stale:
                     raise Refusal(Status.STALE)
-                sequence = self._sequences.admit(row, event.source)
+                sequence = self._sequences.admit(row, event.source, event.lineage)
                 pass_row = _PassRow(index, row, sequence, span, row.sampling or GREEDY)
                 if self._is_last:
                     if row.want is Want.TOKEN and pass_row.sampling.grammar is not None:

@@ -28,7 +28,8 @@ class SequenceGone(Exception):
 class RestoreRequest:
     """What a tier must know to fetch the KV that a sequence with a reservation lacks."""
 
-    chain: Chain  # of the tokens whose KV is wanted
+    chain: Chain  # of the tokens whose KV is wanted, under the lineage
+    lineage: str  # of the KV
     held: int  # tokens of the chain that the stage holds already
     # Calls action(cache, the sequence's handle) on the engine's thread between two passes. Both return the tokens that the
     # sequence holds then. Raises SequenceGone.
@@ -47,18 +48,19 @@ class RestoreRequest:
 class Restore:
     """A sequence's restore, under way or over."""
 
-    def __init__(self, wanted: ReserveRow, reserved: ReservedRow, over: "Future[ReservedRow]") -> None:
-        """reserved: the reply to `wanted` before the restore. over: the reply after it."""
+    def __init__(self, wanted: ReserveRow, lineage: str | None, reserved: ReservedRow, over: "Future[ReservedRow]") -> None:
+        """lineage: of the KV. reserved: the reply to `wanted` before the restore. over: the reply after it."""
         self.over = over
         self.told = False  # a reply has said that it is over
         self._wanted = wanted
+        self._lineage = lineage
         self._reserved = reserved
 
-    def answers(self, row: ReserveRow) -> bool:
+    def answers(self, row: ReserveRow, lineage: str | None) -> bool:
         """Whether `row` is the same reservation, asked again. The peers to ask may have changed."""
         own = self._wanted
         same = (own.attempt, own.reserve_tokens, own.chain) == (row.attempt, row.reserve_tokens, row.chain)
-        return same and not self.told
+        return same and lineage == self._lineage and not self.told
 
     def reply(self) -> ReservedRow:
         """The reply to the reservation by now, which says whether the restore is under way."""

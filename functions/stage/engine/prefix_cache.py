@@ -83,6 +83,10 @@ class PrefixCache:
         """Drops the tokens that `handle` holds beyond the common prefix of its chain and `chain`."""
         self._kv.truncate(handle, BLOCK_TOKENS * common_blocks(self._chains.get(handle, ()), chain))
 
+    def unfindable_from(self, handle: int, tokens: int) -> None:
+        """Makes the handle's tokens from index `tokens` on unfindable by its chain: they are not what it names."""
+        self._set_chain(handle, self._chains.get(handle, ())[: tokens // BLOCK_TOKENS])
+
     def end(self, handle: int, chain: Chain = ()) -> None:
         """Ends the handle's sequence and caches its whole blocks, unless another handle holds them too.
 

@@ -1,7 +1,6 @@
 """Restores: KV comes from the tiers into sequences' memory, beside the engine's passes and beside one another."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -11,7 +10,7 @@ from msgspec.structs import replace
 from eventing.problems import NotReady
 from eventing.wire.control import ReservedRow, ReserveRow
 from eventing.wire.events import Status
-from eventing.wire.prefix_chain import BLOCK_TOKENS
+from eventing.wire.prefix_chain import BLOCK_TOKENS, under
 from functions.stage.engine.kv_tiers import ComputeRate, Restore, RestoreRequest, Reuse, SequenceGone, Tier
 from functions.stage.engine.sequences import SequenceTable
 from functions.stage.models.kv_cache import KVBlocks
@@ -38,24 +37,29 @@ class Restorer:
         self._on_reuse = on_reuse
         self._threads = ThreadPool(_AT_ONCE, "restore")
 
-    def begin(self, row: ReserveRow, reserved: ReservedRow, source: str, deadline: float = math.inf) -> Restore | None:
+    def begin(
+        self, row: ReserveRow, lineage: str | None, reserved: ReservedRow, source: str, deadline: float
+    ) -> Restore | None:
         """Begins to restore what a sequence lacks of its chain; None: it lacks nothing, or there are no tiers.
 
-        reserved: the reply to `row` so far. deadline: in time.monotonic().
+        lineage: of the KV; None: unknown, and nothing is restored. reserved: the reply to `row` so far. deadline: in
+        time.monotonic().
         """
-        if not self._tiers or reserved.status is not Status.OK or reserved.held >= BLOCK_TOKENS * len(row.digests):
+        complete = reserved.held >= BLOCK_TOKENS * len(row.digests)
+        if not self._tiers or lineage is None or reserved.status is not Status.OK or complete:
             return None
-        return Restore(row, reserved, self._threads.submit(self._restore, row, reserved, source, deadline))
+        over = self._threads.submit(self._restore, row, lineage, reserved, source, deadline)
+        return Restore(row, lineage, reserved, over)
 
-    def _restore(self, row: ReserveRow, reserved: ReservedRow, source: str, deadline: float) -> ReservedRow:
+    def _restore(self, row: ReserveRow, lineage: str, reserved: ReservedRow, source: str, deadline: float) -> ReservedRow:
         """Asks tier after tier until all of the row's chain is held. Returns `reserved` with the tokens held by then."""
 
         def with_cache(action: Callable[[KVBlocks, int], int]) -> int:
             def act(sequences: SequenceTable) -> int:
-                handle = sequences.handle(row.id, row.attempt, source)
-                if handle is None or sequences.cache.blocks is None:
+                holder = sequences.holder(row.id, row.attempt, source, lineage)
+                if holder is None or sequences.cache.blocks is None:
                     raise SequenceGone(row.id)
-                return action(sequences.cache.blocks, handle)
+                return action(sequences.cache.blocks, holder[0])
 
             return self._with_sequences(act)
 
@@ -63,7 +67,8 @@ class Restorer:
             if reserved.held >= BLOCK_TOKENS * len(row.digests):
                 break
             request = RestoreRequest(
-                row.digests,
+                under(row.digests, lineage),
+                lineage,
                 reserved.held,
                 with_cache,
                 sequence=(row.id, row.attempt, source),

@@ -4,6 +4,7 @@ Within an attempt a row's position decides: KV beyond it is dropped before compu
 A newer attempt begins with nothing held, and rows of an older one are stale.
 """
 
+import math
 import threading
 from array import array
 from collections.abc import Callable, Collection, Container
@@ -12,7 +13,7 @@ from typing import Final
 
 from eventing.wire.control import LEASE_SECONDS, ReleaseRow, ReservedRow, ReserveRow
 from eventing.wire.events import Row, Status
-from eventing.wire.prefix_chain import Chain, unpacked
+from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain, under, unpacked
 from functions.grammars.matcher import Matcher
 from functions.stage.engine.kv_tiers import Restore
 from functions.stage.engine.prefix_cache import PrefixCache
@@ -33,6 +34,8 @@ class SequenceState:
     token_ids: "array[int]" = field(default_factory=lambda: array("i"))
     matcher: Matcher | None = None  # of its grammar; used by the grammar thread only
     grammar: str = ""  # digest of the matcher's grammar
+    lineage: str | None = None  # of its KV; None: unknown
+    lineage_tokens: float = math.inf  # KV from this token on was computed under another lineage
     is_long: bool = False  # it was begun with more known tokens than the group's `short_context`
     restore: Restore | None = None  # its last one
 
@@ -68,10 +71,11 @@ class SequenceTable:
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def admit(self, row: Row, source: str) -> SequenceState:
+    def admit(self, row: Row, source: str, lineage: str | None) -> SequenceState:
         """Returns the row's sequence, ready to compute the row: its KV ends at the row's position and has memory for the row.
 
-        Begins the sequence if the row reserves memory for it. source: names the gateway that sent the row. Raises Refusal.
+        Begins the sequence if the row reserves memory for it. source: names the gateway that sent the row. lineage: of the KV
+        that the row gets. Raises Refusal.
         """
         if row.reserve_tokens is not None and row.position == 0:
             sequence = self._reserve(row.id, row.attempt, row.reserve_tokens, source, ())
@@ -97,31 +101,46 @@ class SequenceTable:
         self._kv.truncate(sequence.handle, row.position)
         if self._kv.length(sequence.handle) < row.position:
             raise Refusal(Status.MISS, held=0)  # layers with windows had dropped what comes before the row
+        if lineage != sequence.lineage:
+            self.cache.unfindable_from(sequence.handle, row.position)
+            sequence.lineage_tokens = min(sequence.lineage_tokens, row.position)
+        if row.position == 0:
+            sequence.lineage = lineage
+        if row.position <= sequence.lineage_tokens and lineage == sequence.lineage:
+            sequence.lineage_tokens = math.inf
         return sequence
 
-    def reserve(self, wanted: ReserveRow, source: str) -> ReservedRow:
+    def reserve(self, wanted: ReserveRow, source: str, lineage: str | None) -> ReservedRow:
         """Reserves memory for a sequence and fills it from the prefix cache. A refusal is a status, not an exception.
 
-        Idempotent: a repeated request of the same attempt is answered with the tokens that are held by then.
+        Idempotent: a repeated request of the same attempt is answered with the tokens that are held by then. lineage: of the KV
+        that the sequence shall have; None: unknown, and nothing is found.
         """
-        chain = wanted.digests
+        chain = under(wanted.digests, lineage)
         try:
             sequence = self._reserve(wanted.id, wanted.attempt, wanted.reserve_tokens, source, chain)
         except Refusal as refusal:
             return ReservedRow(wanted.id, wanted.attempt, refusal.status)
         if wanted.token_ids:
             sequence.token_ids = array("i", wanted.token_ids)
-        return ReservedRow(wanted.id, wanted.attempt, Status.OK, self.cache.fill(sequence.handle, chain))
+        held = self.cache.fill(sequence.handle, chain)
+        sequence.lineage, sequence.lineage_tokens = lineage, math.inf
+        return ReservedRow(wanted.id, wanted.attempt, Status.OK, held)
 
     def get(self, id_: str, source: str) -> SequenceState | None:
         """The sequence of this id and source; None if there is none."""
         sequence = self._sequences.get(id_)
         return None if sequence is None or sequence.source != source else sequence
 
-    def handle(self, id_: str, attempt: int, source: str) -> int | None:
-        """The KV handle of a sequence in exactly this attempt and of this source; None if there is none."""
+    def holder(self, id_: str, attempt: int, source: str, lineage: str) -> tuple[int, int] | None:
+        """The KV handle of a sequence in exactly this attempt, and how many tokens of the lineage it holds.
+
+        None if there is no such sequence of the source and the lineage.
+        """
         sequence = self.get(id_, source)
-        return None if sequence is None or sequence.attempt != attempt else sequence.handle
+        if sequence is None or (sequence.attempt, sequence.lineage) != (attempt, lineage):
+            return None
+        return sequence.handle, int(min(self._kv.length(sequence.handle), sequence.lineage_tokens))
 
     def release(self, release: ReleaseRow, source: str) -> bool:
         """Releases a sequence, and caches its KV for later ones.
@@ -132,7 +151,10 @@ class SequenceTable:
         if sequence is None or sequence.source != source or sequence.attempt > release.attempt:
             return False
         del self._sequences[release.id]
-        self.cache.end(sequence.handle, unpacked(release.chain))
+        chain = under(unpacked(release.chain), sequence.lineage)
+        if sequence.lineage_tokens < math.inf:
+            chain = chain[: int(sequence.lineage_tokens) // BLOCK_TOKENS]
+        self.cache.end(sequence.handle, chain)
         return True
 
     def sources(self) -> set[str]:

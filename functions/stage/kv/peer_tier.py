@@ -15,7 +15,7 @@ from eventing.http.pod_network import PodNetwork
 from eventing.http.pod_tls import PodTLS
 from eventing.problems import Problem
 from eventing.wire.kv_query import HELD_HEADER, KVQuery
-from eventing.wire.prefix_chain import BLOCK_TOKENS
+from eventing.wire.prefix_chain import BLOCK_TOKENS, DIGEST_BYTES, under
 from functions.stage.engine.kv_tiers import RestoreRequest
 from functions.stage.engine.sequences import SequenceTable
 from functions.stage.kv.fetching import Fetcher, FetchFailed, TierAway, place
@@ -52,12 +52,13 @@ def _copied(query: KVQuery, sequences: SequenceTable) -> tuple[bytearray, int] |
     pool = sequences.cache.blocks
     if pool is None or query.first % pool.layout.block_tokens:
         return None
-    handle = None if query.id is None else sequences.handle(query.id, query.attempt, query.source)
-    if handle is not None and pool.length(handle) >= query.end:
-        return copied_kv(pool, handle, query.first, query.end), pool.length(handle)
+    holder = None if query.id is None else sequences.holder(query.id, query.attempt, query.source, query.lineage)
+    if holder is not None and holder[1] >= query.end:
+        return copied_kv(pool, holder[0], query.first, query.end), holder[1]
     if not query.digest:
         return None
-    handle = sequences.cache.holder(bytes.fromhex(query.digest), query.end // BLOCK_TOKENS)
+    (digest,) = under((bytes.fromhex(query.digest),), query.lineage)
+    handle = sequences.cache.holder(digest, query.end // BLOCK_TOKENS)
     return None if handle is None else (copied_kv(pool, handle, query.first, query.end), 0)
 
 
@@ -92,7 +93,8 @@ class PeerClient:
         empty: only by the id. deadline: in time.monotonic(). Raises TierAway.
         """
         id_, attempt, source = request.sequence
-        query = KVQuery(self._pipeline, self._layer, first, end, digest.hex(), id_, attempt, source)
+        of_tokens = digest[:DIGEST_BYTES].hex()
+        query = KVQuery(self._pipeline, self._layer, first, end, request.lineage, of_tokens, id_, attempt, source)
         try:
             reply = self._sender.get(peer + query.target, self._headers, max(0.001, deadline - time.monotonic()))
         except (DeliveryError, Problem) as error:

@@ -1,12 +1,12 @@
 """The byte format of KV: how keys and values of a range of tokens are sent between pods and kept in the store.
 
-    header   little-endian: magic "LMKV", version, layout, first token, tokens, first token of layers with windows,
-             BLAKE3 of the payload
+    header   little-endian: magic "LMKV", version, BLAKE3 of the layout's kind, its sizes, first token, tokens,
+             first token of layers with windows, BLAKE3 of the payload
     payload  [num_layers, 2, kv_heads, tokens, head_bytes] of layers without a window, then of those with one, as in the KV
              arena of the sender. Layers with a window keep the last tokens of a sequence only.
 
-A payload is used only after its digest, and the header against the receiver's arena, have been checked. The bytes do not name
-the model and its layers: the request for them does (`stage/kv`).
+A payload is used only after its digest, and the header against the receiver's arena, have been checked. The bytes name neither
+the model and its layers nor the lineage: the request for them does (`stage/kv`).
 """
 
 import struct
@@ -99,7 +99,7 @@ def checked(layout: KVLayout, data: bytes | bytearray | memoryview) -> CheckedKV
         raise AlteredKV(f"{len(view)} bytes, fewer than a header has")
     *head, first, tokens, windowed_from, digest = _HEADER.unpack_from(view)
     if tuple(head) != _head(layout):
-        raise ForeignKV(f"the header says {_described(tuple(head))}; here it is {_described(_head(layout))}")
+        raise ForeignKV(f"the header says {_described(tuple(head))}; {layout.kind!r} is {_described(_head(layout))}")
     if tokens < 1 or first % layout.block_tokens:
         raise ForeignKV(f"{tokens} tokens from {first} on; blocks have {layout.block_tokens}")
     if windowed_from % layout.block_tokens or not first <= windowed_from <= layout.rounded(first + tokens):
@@ -114,16 +114,15 @@ def checked(layout: KVLayout, data: bytes | bytearray | memoryview) -> CheckedKV
 
 
 def _head(layout: KVLayout) -> tuple[object, ...]:
-    kind = layout.kind.encode().ljust(32, b"\0")
     sizes = layout.num_layers, layout.windowed_layers, layout.window, layout.kv_heads, layout.head_bytes, layout.block_tokens
-    return _MAGIC, VERSION, kind, *sizes
+    return _MAGIC, VERSION, blake3(layout.kind.encode()).digest(), *sizes
 
 
 def _described(head: tuple[object, ...]) -> str:
     magic, version, kind, layers, windowed, window, heads, head_bytes, block = head
-    named = kind.rstrip(b"\0").decode(errors="replace") if isinstance(kind, bytes) else kind
+    named = kind.hex()[:8] if isinstance(kind, bytes) else kind
     return (
-        f"{magic!r} version {version}, {named!r}, {layers} layers and {windowed} with windows of {window}, "
+        f"{magic!r} version {version}, kind {named}, {layers} layers and {windowed} with windows of {window}, "
         f"{heads} heads of {head_bytes} bytes, blocks of {block}"
     )
 

@@ -146,7 +146,7 @@ class KVBudget:
 class KVLayout:
     """The order and meaning of the bytes in a KV arena. Only arenas with equal layouts can use each other's bytes."""
 
-    kind: str  # names the implementation and all else that bits depend on, such as `native float32 avx512`; at most 32 bytes
+    kind: str  # names the implementation and all else that bits depend on, such as `native float32 avx512`
     num_layers: int  # that keep all tokens
     kv_heads: int
     head_bytes: int  # of one key or value of one token and head, padding included

@@ -39,6 +39,7 @@ from eventing.wire.framing import (
     required_attribute,
 )
 from eventing.wire.kv_query import KVQuery
+from eventing.wire.prefix_chain import is_lineage
 from eventing.wire.score import ScoreResponse, score_row
 from eventing.wire.signature import sign
 from functions.configuration.config import StageConfig
@@ -178,9 +179,10 @@ class EventHandlers:
         began = time.perf_counter()
         batch = read_batch(attributes, data)
         decoded = time.perf_counter()
-        result = engine.handle(batch, source=attributes["source"], expires_at=expires_at)
+        before = self._lineage(attributes)
+        result = engine.handle(batch, source=attributes["source"], expires_at=expires_at, lineage=before)
         computed = time.perf_counter()
-        reply = EventReply(self._headers(self._batch_reply, attributes, engine), encode_batch(result))
+        reply = EventReply(self._headers(self._batch_reply, attributes, engine, engine.lineage(before)), encode_batch(result))
         reply.engine_seconds = computed - decoded
         reply.codec_seconds = decoded - began + time.perf_counter() - computed
         return reply
@@ -196,8 +198,10 @@ class EventHandlers:
     def _reserve(self, attributes: Attributes, data: Buffer, expires_at: float | None) -> EventReply:
         rows = read_json(attributes, data, ReserveRequest).rows
         engine = self._engine()
-        reserved = engine.reserve(rows, source=attributes["source"], expires_at=expires_at)
-        return self._json_reply(attributes, ReserveReply(tuple(reserved), engine.has_prefix_cache), engine)
+        before = self._lineage(attributes)
+        reserved = engine.reserve(rows, source=attributes["source"], expires_at=expires_at, lineage=before)
+        reply = ReserveReply(tuple(reserved), engine.has_prefix_cache)
+        return self._json_reply(attributes, reply, engine, engine.lineage(before))
 
     def _release(self, attributes: Attributes, data: Buffer, expires_at: float | None) -> EventReply:
         rows = read_json(attributes, data, ReleaseRequest).rows
@@ -209,12 +213,26 @@ class EventHandlers:
             engine.await_memory(tokens, source=source, expires_at=expires_at)
         return self._json_reply(attributes, ReleaseReply(released), engine)
 
-    def _json_reply(self, cause: Attributes, value: Struct, engine: "Engine | None") -> EventReply:
-        return EventReply(self._headers(self._json_replies[cause["type"]], cause, engine), [msgspec.json.encode(value)])
+    def _lineage(self, attributes: Attributes) -> str | None:
+        """The lineage of what comes into this stage, by the event; empty for the first stage; None: the event has none."""
+        if self._identity.first == 0:
+            return ""
+        lineage: str | None = attributes.get(Attribute.LINEAGE)
+        if lineage is not None and not is_lineage(lineage):
+            raise MalformedEvent(f"the attribute {Attribute.LINEAGE} is {lineage[:40]!r}; send that of the last stage's reply")
+        return lineage
 
-    def _headers(self, template: ReplyTemplate, cause: Attributes, engine: "Engine | None") -> list[tuple[str, str]]:
-        free = (Attribute.FREE_TOKENS.value, str(0 if engine is None else engine.free_tokens))
-        return template.headers(reply_id_of(cause["source"], cause["id"]), [free])
+    def _json_reply(self, cause: Attributes, value: Struct, engine: "Engine | None", lineage: str | None = None) -> EventReply:
+        headers = self._headers(self._json_replies[cause["type"]], cause, engine, lineage)
+        return EventReply(headers, [msgspec.json.encode(value)])
+
+    def _headers(
+        self, template: ReplyTemplate, cause: Attributes, engine: "Engine | None", lineage: str | None = None
+    ) -> list[tuple[str, str]]:
+        extensions = [(Attribute.FREE_TOKENS.value, str(0 if engine is None else engine.free_tokens))]
+        if lineage is not None:
+            extensions.append((Attribute.LINEAGE.value, lineage))
+        return template.headers(reply_id_of(cause["source"], cause["id"]), extensions)
 
     def _template(self, type_: EventType, content_type: str, next_layer: int | None = None) -> ReplyTemplate:
         own = self._identity

@@ -263,9 +263,9 @@ class _NotingEngine(Engine):
         super().__init__(group, **settings)
         self._stage = stage
 
-    def handle(self, batch: Batch, *, source: str, expires_at: float | None = None) -> Batch:
+    def handle(self, batch: Batch, **named: Any) -> Batch:
         self._stage.queued.append((self._stage.passes_over, batch.rows))
-        return super().handle(batch, source=source, expires_at=expires_at)
+        return super().handle(batch, **named)
 
 
 class _Slow:

@@ -47,7 +47,7 @@ class SlowStore:
 
 
 @contextmanager
-def slow_pipeline() -> Iterator[tuple[Scheduler, list[StageServer], SlowStore]]:
+def slow_pipeline(**limits: int) -> Iterator[tuple[Scheduler, list[StageServer], SlowStore]]:
     """The middle stage asks the slow store."""
     store = SlowStore()
 
@@ -57,7 +57,7 @@ def slow_pipeline() -> Iterator[tuple[Scheduler, list[StageServer], SlowStore]]:
     try:
         with (
             running(make, len(CUT)) as stages,
-            scheduling(stages, step_timeout_seconds=3 * WAIT_SECONDS, draft_tokens=0) as scheduler,
+            scheduling(stages, step_timeout_seconds=3 * WAIT_SECONDS, draft_tokens=0, **limits) as scheduler,
         ):
             yield scheduler, stages, store
     finally:
@@ -99,7 +99,7 @@ def test_others_are_admitted_and_computed_while_many_are_restored() -> None:
 
 
 def test_a_sequence_beside_one_that_is_restored_in_the_same_reservation_does_not_wait() -> None:
-    with slow_pipeline() as (scheduler, stages, store):
+    with slow_pipeline(stages_at_once=1) as (scheduler, stages, store):
         go_on = threading.Event()
         stages[0].inspect = inspecting(is_type(EventType.RESERVE), lambda: go_on.wait(30), times=1)
         submit(scheduler, short_prompt(0), 1)

@@ -182,13 +182,15 @@ def test_the_kv_endpoint_serves_only_its_own_pipeline() -> None:
 
     with peer() as server:
         tokens = conversation(server, ended=True)
-        digest = chain_of(tokens)[0].hex()
-        assert status(KVQuery(FINGERPRINT, 0, 0, 16, digest).target) == 200
-        assert status(KVQuery(FINGERPRINT, 0, 0, 16, digest).target, "another") == 401
-        assert status(KVQuery("f" * 32, 0, 0, 16, digest).target) == 421
-        assert status(KVQuery(FINGERPRINT, 2, 0, 16, digest).target) == 421
-        assert status(KVQuery(FINGERPRINT, 0, 0, 16, "0" * 32).target) == 204
-        assert status(KVQuery(FINGERPRINT, 0, 0, 16, chain_of(tokens, "another client")[0].hex()).target) == 204
+        digest, lineage = chain_of(tokens)[0].hex(), server.engine.lineage("")
+        assert lineage is not None
+        assert status(KVQuery(FINGERPRINT, 0, 0, 16, lineage, digest).target) == 200
+        assert status(KVQuery(FINGERPRINT, 0, 0, 16, lineage, digest).target, "another") == 401
+        assert status(KVQuery("f" * 32, 0, 0, 16, lineage, digest).target) == 421
+        assert status(KVQuery(FINGERPRINT, 2, 0, 16, lineage, digest).target) == 421
+        assert status(KVQuery(FINGERPRINT, 0, 0, 16, lineage, "0" * 32).target) == 204
+        assert status(KVQuery(FINGERPRINT, 0, 0, 16, "0" * 16, digest).target) == 204
+        assert status(KVQuery(FINGERPRINT, 0, 0, 16, lineage, chain_of(tokens, "another client")[0].hex()).target) == 204
         assert status("/kv?first=0") == 400
         assert status("/kv") == 400
 
@@ -196,12 +198,14 @@ def test_the_kv_endpoint_serves_only_its_own_pipeline() -> None:
 @pytest.mark.parametrize(
     "query",
     [
-        "pipeline=a&layer=0&first=0&end=2000",
-        "pipeline=a&layer=0&first=16&end=16",
-        "pipeline=a&layer=0&first=0&end=15&digest=" + "0" * 32,
-        "pipeline=a&layer=0&first=0&end=16&digest=xyz",
-        "pipeline=a&layer=-1&first=0&end=16",
-        "pipeline=a&layer=0&first=0&end=16&more=1",
+        "pipeline=a&layer=0&first=0&end=2000&lineage=" + "0" * 16,
+        "pipeline=a&layer=0&first=16&end=16&lineage=" + "0" * 16,
+        "pipeline=a&layer=0&first=0&end=15&lineage=0000000000000000&digest=" + "0" * 32,
+        "pipeline=a&layer=0&first=0&end=16&lineage=0000000000000000&digest=xyz",
+        "pipeline=a&layer=0&first=0&end=16&lineage=xyz",
+        "pipeline=a&layer=0&first=0&end=16",
+        "pipeline=a&layer=-1&first=0&end=16&lineage=" + "0" * 16,
+        "pipeline=a&layer=0&first=0&end=16&more=1&lineage=" + "0" * 16,
         "&".join(f"a{number}=1" for number in range(100)),
     ],
 )
@@ -211,7 +215,7 @@ def test_a_malformed_query_is_refused(query: str) -> None:
 
 
 def test_a_query_survives_a_round_trip() -> None:
-    query = KVQuery(FINGERPRINT, 10, 16, 32, "0a" * 16, "id &=%", 3, "/gateways/a b")
+    query = KVQuery(FINGERPRINT, 10, 16, 32, "0b" * 8, "0a" * 16, "id &=%", 3, "/gateways/a b")
     assert KVQuery.read(query.target.partition("?")[2]) == query
 
 

@@ -1,6 +1,7 @@
 """Keys and values as bytes: the same bits after a round trip in any dtype. Other bytes are refused before they are used."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from functions.stage.models import kv_bytes
 from functions.stage.models.kv_bytes import HEADER_BYTES, AlteredKV, ForeignKV, checked, copied_kv, put_kv, stamp
 from functions.stage.models.kv_cache import KVBlocks
 from functions.stage.models.layer_group import LayerGroup, Segment
@@ -120,7 +122,7 @@ def test_damaged_bytes_are_refused_and_nothing_is_written(spoil: Callable[[bytea
 def test_keys_and_values_of_another_dtype_or_kind_are_refused(kind: str, dtype: str) -> None:
     of, other = group("native", "bfloat16"), group(kind, dtype)
     source, target = _filled(of), other.kv.reserve(48)
-    with pytest.raises(ForeignKV, match="native bfloat16"):
+    with pytest.raises(ForeignKV, match=f"'{pool(other).layout.kind}' is"):
         write_kv(pool(other), target, read_kv(pool(of), source, 0, 48))
     of.kv.release(source)
     other.kv.release(target)
@@ -137,4 +139,19 @@ def test_gaps_and_tokens_beyond_the_reservation_are_refused() -> None:
         read_kv(pool(of), source, 16, 49)
     assert of.kv.length(short) == of.kv.length(empty) == 0
     for handle in (source, short, empty):
+        of.kv.release(handle)
+
+
+def test_kinds_that_differ_only_at_their_end_are_told_apart() -> None:
+    """They were cut off at 32 bytes."""
+    of = group("native", "float32")
+    source, target = _filled(of), of.kv.reserve(48)
+    data = read_kv(pool(of), source, 0, 48)
+    long = "native bfloat16 avx512_bf16 and whatever else the bits depend on"
+    kinds = [replace(pool(of).layout, kind=f"{long}, {end}") for end in ("int8 KV", "bf16 KV")]
+    heads = [kv_bytes._HEADER.pack(*kv_bytes._head(kind), *kv_bytes._HEADER.unpack_from(data)[-4:]) for kind in kinds]
+    assert checked(kinds[0], heads[0] + data[HEADER_BYTES:]).end == 48
+    with pytest.raises(ForeignKV, match="bf16 KV"):
+        checked(kinds[1], heads[0] + data[HEADER_BYTES:])
+    for handle in (source, target):
         of.kv.release(handle)
