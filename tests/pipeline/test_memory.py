@@ -38,8 +38,7 @@ config = CONFIG | {"head_dim": head_dim}
 plan = plan_stages(shape_from_config(config, "tiny", dtype), ((0, 2), (2, 6)))[1]
 def filled(budget):
     pool = NativeGroup(config, 2, 6, dtype, budget).kv
-    for memory in pool.layers:
-        memory[...] = 1
+    pool.arena[...] = 1
     return pool
 
 filled(2**21)  # the code that it runs takes memory, too
