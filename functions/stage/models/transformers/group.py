@@ -8,6 +8,7 @@ after the other and are never padded together, so their results equal those of t
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, Final, Self
 
 import numpy as np
@@ -27,6 +28,7 @@ from functions.stage.models.transformers.long_rope import LongRope
 from storage.checkpoints.families import Family, cut_config, family_of
 from storage.loading.weight_loader import RawTensor
 
+_OF_WINDOWS: Final = ("layer_types", "sliding_window", "attention_chunk_size")
 _HEADS: Final = ("lm_head", "embed_out")
 _LAYER_NUMBER: Final = re.compile(r"(?<![^.])\d+(?=\.)")  # the first number in a tensor's name is its layer's
 _ALIBI_CONTEXT: Final = 2048  # for configs that state no context, as BLOOM's: the context of its training
@@ -92,6 +94,10 @@ class TransformersGroup:
         family = family_of(config)
         # A quantized checkpoint was published as plain floats.
         cut = AutoConfig.for_model(**{name: value for name, value in config.items() if name != "quantization_config"})
+        declared = {field.name for field in fields(type(cut))}
+        for name in _OF_WINDOWS:
+            if name not in declared and hasattr(cut, name):
+                delattr(cut, name)  # the cache would have windows that the family's layers do not have
         num_layers: int = cut.num_hidden_layers
         loaded = {name: weight_tensor(tensor) for name, tensor in tensors.items()}
         own = _own_tensors(loaded, family, cut, first_layer, last_layer == num_layers)

@@ -165,14 +165,14 @@ def test_reserve_and_release(first: Client) -> None:
 
 @pytest.mark.slow
 def test_a_release_that_waits_for_memory_frees_its_rows_and_is_answered_once_there_is_memory(first: Client) -> None:
-    event = json_event(EventType.RESERVE, SOURCE, ReserveRequest((ReserveRow("one", 0, 16),)), **first.attributes)
+    event = json_event(EventType.RESERVE, SOURCE, ReserveRequest((ReserveRow("one", 0, 64),)), **first.attributes)
     free = int(first.send(event).get_extension(Attribute.FREE_TOKENS))
     began = time.monotonic()
-    reply = first.await_room(free + 16, ReleaseRow("one", 0))
+    reply = first.await_room(free + 64, ReleaseRow("one", 0))
     assert time.monotonic() - began < HOLD_SECONDS
     assert json_data(reply, ReleaseReply).released == 1
-    assert int(reply.get_extension(Attribute.FREE_TOKENS)) == free + 16
-    assert json_data(first.await_room(free + 17), ReleaseReply).released == 0
+    assert int(reply.get_extension(Attribute.FREE_TOKENS)) == free + 64
+    assert json_data(first.await_room(free + 65), ReleaseReply).released == 0
     assert time.monotonic() - began >= HOLD_SECONDS
 
 
