@@ -86,7 +86,9 @@ def test_a_thousand_abandoned_sequences_leave_nothing_behind(published: Publishe
 def abandon(gateway: FunctionProcess, number: int) -> None:
     """Asks for an answer far longer than it is listened to."""
     body = json.dumps({"model": "tiny", "prompt": f"number {number}", "max_tokens": 200, "stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode()
     with socket.create_connection(("127.0.0.1", gateway.port), timeout=60) as connection:
         connection.sendall(head + body)
         for _ in range(number % 3):
