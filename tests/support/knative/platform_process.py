@@ -4,6 +4,7 @@ Starts three pods of the echo app, one of them with a child, prints the pids, an
 """
 
 import asyncio
+import signal
 import sys
 from pathlib import Path
 
@@ -21,4 +22,5 @@ async def serve(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background commands with SIGINT ignored
     asyncio.run(serve(Path(sys.argv[1])))
