@@ -16,6 +16,7 @@ import click
 import numpy as np
 
 from bench.report import machine
+from bench.stage.perplexity import converted
 from eventing.wire.events import Sampling
 from functions.stage.engine.sampler import draw, log_probabilities
 from functions.stage.models.floats import Array, narrowed
@@ -23,8 +24,6 @@ from functions.stage.models.layer_group import Segment
 from functions.stage.models.native.group import NativeGroup
 from storage.checkpoints.checkpoint import SourceTensor
 from storage.checkpoints.llama_shaped import LlamaSizes, layer_shapes, outer_shapes
-from storage.loading.weight_loader import RawTensor
-from storage.models.conversion import convert_tensor
 from storage.models.model_repository import Dtype
 
 Ways = Mapping[str, Callable[[], object]]
@@ -92,16 +91,14 @@ def random_group(config: Mapping[str, Any], dtype: Dtype, kv_tokens: int = 20_00
         for layer in range(sizes.num_layers)
         for name, shape in layer_shapes(sizes).items()
     }
-    tensors: dict[str, RawTensor] = {}
+    sources: dict[str, SourceTensor] = {}
     for name, shape in (shapes | outer_shapes(sizes)).items():
         scale = np.float32(shape[-1] ** -0.5 if len(shape) == 2 else 1.0)
         array = dice.standard_normal(shape, np.float32) * scale
-        source = SourceTensor("F32", shape, partial(_rows, array))
-        for stored, target in convert_tensor(name, source, dtype, ()).items():
-            tensors[stored] = RawTensor(target.dtype, target.shape, memoryview(bytearray(b"".join(target.blocks()))))
+        sources[name] = SourceTensor("F32", shape, partial(_rows, array))
     kv_bytes = kv_tokens * sizes.num_layers * 2 * 4 * sizes.num_kv_heads * sizes.head_dim
     group = NativeGroup(config, 0, sizes.num_layers, dtype, kv_bytes)
-    group.place(tensors)
+    group.place(converted(sources, dtype))
     group.finish()
     group.use_threads(_THREADS)
     return group

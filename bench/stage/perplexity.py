@@ -26,7 +26,7 @@ from functions.stage.models.build import build_layer_group
 from functions.stage.models.floats import Array, Float32
 from functions.stage.models.layer_group import LayerGroup, Segment
 from knative.commands.model_choice import packaged_model
-from storage.checkpoints.checkpoint import Checkpoint
+from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
 from storage.checkpoints.model_source import locate, open_checkpoint
 from storage.loading.weight_loader import RawTensor
 from storage.models.conversion import convert_tensor
@@ -46,13 +46,19 @@ class Reading:
     likeliest: Array  # the likeliest next token at every place, int64
 
 
+def converted(sources: Mapping[str, SourceTensor], dtype: Dtype, keep_wide: Sequence[str] = ()) -> dict[str, RawTensor]:
+    """The tensors of a checkpoint as a stage gets them from a publication in `dtype`."""
+    tensors: dict[str, RawTensor] = {}
+    for name, source in sources.items():
+        for stored, target in convert_tensor(name, source, dtype, keep_wide).items():
+            tensors[stored] = RawTensor(target.dtype, target.shape, memoryview(bytearray(b"".join(target.blocks()))))
+    return tensors
+
+
 def stages(checkpoint: Checkpoint, dtype: Dtype, keep_wide: Sequence[str], count: int = _STAGES) -> list[LayerGroup]:
     """The whole model in groups."""
     config = json.loads(checkpoint.files["config.json"])
-    tensors: dict[str, RawTensor] = {}
-    for name, source in checkpoint.tensors.items():
-        for stored, target in convert_tensor(name, source, dtype, keep_wide).items():
-            tensors[stored] = RawTensor(target.dtype, target.shape, memoryview(bytearray(b"".join(target.blocks()))))
+    tensors = converted(checkpoint.tensors, dtype, keep_wide)
     layers = config["num_hidden_layers"]
     bounds = [layers * stage // count for stage in range(count + 1)]
     groups = []

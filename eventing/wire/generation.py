@@ -167,8 +167,6 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
         """
         seed = seed if self.seed is None else self.seed % 2**63
         prompts = [prompt for prompt in self.prompts for _ in range(self.n)]
-        if len(prompts) == 1:
-            return [replace(self, prompt=prompts[0], seed=seed)]
         return [replace(self, prompt=prompt, n=1, seed=choice_seed(seed, index)) for index, prompt in enumerate(prompts)]
 
     @property

@@ -33,13 +33,10 @@ def packaged_model() -> str:
 def published_name(source: str) -> str:
     """The name under which a folder, file or hub id is published: its last part, without characters that a name cannot have."""
     path = Path(source)
-    last = (
-        re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
-        if path.suffix == ".gguf"
-        else path.resolve().name
-        if path.exists()
-        else path.name
-    )
+    if path.suffix == ".gguf":
+        last = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
+    else:
+        last = (path.resolve() if path.exists() else path).name
     return re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-._") or "model"
 
 

@@ -83,6 +83,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
         ) from None
 
 
+def mixes_longrope(module: object) -> bool:
+    """Whether a transformers module uses LongRoPE for a kind of layers by name, which no stage can run."""
+    rope_type = getattr(module, "rope_type", None)
+    return isinstance(rope_type, Mapping) and "longrope" in rope_type.values()
+
+
 def cut_config(config: Any, family: Family, first_layer: int, last_layer: int) -> None:
     """Changes a transformers config in place to describe only layers [first_layer, last_layer), numbered from 0."""
     num_layers = last_layer - first_layer

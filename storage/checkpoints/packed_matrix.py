@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.checkpoints.checkpoint import FourBits, SourceTensor
+from storage.floats import FLOATS, read_floats
 
 Array = NDArray[Any]
 Rows = Callable[[int, int], Array]  # rows [first, last) of something
@@ -37,10 +38,7 @@ _FLOAT8: Final[Mapping[str, Array]] = {
 }
 # float4_e2m1fn (OCP Microscaling Formats 1.0, table 5): a sign, 2 bits of exponent, 1 of mantissa.
 E2M1: Final = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-_NUMPY: Final[Mapping[str, str]] = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
-    "U32": "<u4",
-}  # fmt: skip
+_INTEGERS: Final[Mapping[str, str]] = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "U32": "<u4"}
 
 
 def read_array(tensor: SourceTensor, first: int = 0, last: int | None = None) -> Array:
@@ -52,10 +50,9 @@ def read_array(tensor: SourceTensor, first: int = 0, last: int | None = None) ->
     data, shape = tensor.read_rows(first, last), (last - first, *tensor.shape[1:])
     if tensor.dtype in _FLOAT8:
         return _FLOAT8[tensor.dtype].take(np.frombuffer(data, np.uint8), mode="wrap").reshape(shape)
-    if tensor.dtype == "BF16":
-        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    numbers = np.frombuffer(data, _NUMPY[tensor.dtype]).reshape(shape)
-    return numbers.astype(np.float32) if tensor.dtype.startswith("F") else numbers
+    if tensor.dtype in FLOATS:
+        return read_floats(data, tensor.dtype).reshape(shape)
+    return np.frombuffer(data, _INTEGERS[tensor.dtype]).reshape(shape)
 
 
 def powers_of_two(stored: Array) -> Array:

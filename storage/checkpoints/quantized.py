@@ -195,7 +195,7 @@ def _gptq(parts: _Parts, settings: Settings) -> SourceTensor:
 
     def zeros(first: int, last: int) -> Array:
         stored = unpack(parts.columns(".qzeros", 0, qzeros.shape[1]), bits, outputs)[:, first:last].T
-        return stored + np.uint8(less) & np.uint8(2**bits - 1)
+        return (stored + np.uint8(less)) & np.uint8(2**bits - 1)
 
     return PackedMatrix(
         (outputs, inputs),

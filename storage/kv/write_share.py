@@ -9,9 +9,8 @@ from typing import Final
 from storage.kv.kv_store import KVObjects, Retention
 
 _LISTING_SECONDS: Final = 600.0  # age at which the listing of stored objects is renewed: other pods write and delete, too
-_EIGHTH: Final = (
-    8  # 7/8 of the bytes are shared out; the last eighth is for pods that have counted fewer writers than there are
-)
+# 7/8 of the bytes are shared out; the last eighth is for pods that have counted fewer writers than there are.
+_EIGHTH: Final = 8
 _LARGEST_SHARE: Final = 32  # one in so many of the bytes: pods that start together have not seen one another yet
 
 

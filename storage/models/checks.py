@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from storage.checkpoints.families import family_of
+from storage.checkpoints.families import family_of, mixes_longrope
 from storage.checkpoints.llama_config import LlamaConfig, UnsupportedConfig
 from storage.checkpoints.llama_shaped import LLAMA_FAMILIES, LlamaSizes, Shapes, layer_shapes, outer_shapes
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid, LibraryMissing
@@ -82,11 +82,6 @@ def _shapes_by_table(config: Mapping[str, Any]) -> Shapes:
     return layers | outer_shapes(sizes)
 
 
-def _mixes_longrope(module: object) -> bool:
-    kinds = getattr(module, "rope_type", None)
-    return isinstance(kinds, Mapping) and "longrope" in kinds.values()
-
-
 def _shapes_by_transformers(config: Mapping[str, Any], dtype: str) -> tuple[Shapes, str, frozenset[str]]:
     """The tensors that transformers' model for this config.json has: their shapes by the names that `save_pretrained` writes.
 
@@ -107,7 +102,7 @@ def _shapes_by_transformers(config: Mapping[str, Any], dtype: str) -> tuple[Shap
             model = AutoModelForCausalLM.from_config(known)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         raise ArchitectureUnsupported(f"transformers makes no language model of this config.json: {error}") from error
-    if any(_mixes_longrope(module) for module in model.modules()):
+    if any(map(mixes_longrope, model.modules())):
         raise ArchitectureUnsupported("longrope in some kinds of layers and not in others is not supported")
     tensors = revert_weight_conversion(model, model.state_dict())
     always = model._keep_in_fp32_modules_strict if dtype in ("float16", "bfloat16") else None

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from storage.checkpoints.checkpoint import FourBits, SourceTensor
 from storage.errors import CheckpointInvalid
+from storage.floats import FLOATS, FloatName, Floats, as_bytes, read_floats, rounded
 from storage.models.checks import is_layer_matrix
-from storage.models.floats import FLOATS, FloatName, Floats, as_bytes, read_floats, rounded
 from storage.models.model_repository import Dtype
 from storage.models.object_writer import TargetTensor
 from storage.models.q4 import GROUP, dequantize, pack, packed_shape, quantize

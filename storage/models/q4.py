@@ -22,7 +22,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.models.floats import Floats
+from storage.floats import Floats
 
 BLOCK: Final = 32  # weights of a row that share scale and minimum
 GROUP: Final = 16  # rows that are stored together

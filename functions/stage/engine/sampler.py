@@ -95,14 +95,14 @@ def log_probabilities(
     out. Logarithms are natural, and taken before penalties, temperature and filters. A row with a NaN or an infinite maximum
     gives NaN. Works row by row, so that memory stays at one row.
     """
+    softmax = native_sampler.softmax if is_native() else softmax_in_numpy
     found: list[tuple[float, TopLogprobs]] = []
     for row, token in zip(logits, token_ids, strict=True):
         greatest = row.max()
         if not math.isfinite(greatest):
             found.append((math.nan, ()))
             continue
-        soft = native_sampler.softmax if is_native() else softmax_in_numpy
-        log_sum, top = soft(row, min(most_probable, len(row)))
+        log_sum, top = softmax(row, min(most_probable, len(row)))
         logprobs = (row[[int(token), *top]] - greatest).astype(np.float64) - log_sum
         ranked = zip(top, logprobs[1:].tolist(), strict=True)
         found.append((float(logprobs[0]), tuple(each for each in ranked if math.isfinite(each[1]))))
@@ -118,7 +118,7 @@ def softmax_in_numpy(scores: Floats, count: int) -> tuple[float, list[int]]:
 
 @cache
 def is_native() -> bool:
-    """Whether tokens are drawn in C; else in numpy, which gives the same tokens and takes some times as long."""
+    """Whether tokens are drawn in C; else in numpy, which gives the same tokens but is slower."""
     try:
         library()
     except UNAVAILABLE:

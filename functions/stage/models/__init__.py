@@ -1,5 +1,5 @@
-"""Layer groups: their interface, the supported model families, and the choice of an implementation.
+"""Layer groups: their interface, and the choice of an implementation.
 
 May import: functions.configuration, functions.stage.models.llama, functions.stage.models.native,
-functions.stage.models.transformers, functions.stage.native, storage, storage.checkpoints, storage.loading, storage.models.
+functions.stage.models.transformers, functions.stage.native, storage, storage.checkpoints, storage.loading.
 """

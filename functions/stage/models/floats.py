@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from storage.models.floats import rounded
+from storage.floats import rounded
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]

@@ -27,7 +27,10 @@ _scratch: Final = _Scratch()
 
 
 def draw(scores: Array, top_k: int, top_p: float, min_p: float, seed: int, position: int) -> int:
-    """The token drawn from float32 scores [vocab]; see `Draw` in `c/native.h`. Raises NativeError if no score is finite."""
+    """The token drawn from float32 scores [vocab]; see `Draw` in `c/native.h`.
+
+    Raises NativeError if a score is a NaN or the greatest is infinite.
+    """
     weights, keys = _scratch.memory(len(scores))
     return library().draw(DrawRecord(memory_of(scores), weights, keys, top_k, top_p, min_p, seed, position))
 

@@ -21,7 +21,7 @@ from storage.checkpoints.hugging_face_folder import open_folder
 from storage.checkpoints.packed_matrix import read_array, unpack
 from storage.checkpoints.safetensors_format import ITEM_BYTES, TensorSpan, read_header, tensor_bytes
 from storage.errors import CheckpointInvalid
-from storage.models.floats import FLOATS, as_bytes, read_floats, rounded
+from storage.floats import FLOATS, as_bytes, read_floats, rounded
 from tests.storage.test_parsers import few, mutated
 from tests.support.paths import ROOT
 from tests.support.storage.raw_safetensors import Raw, save_raw

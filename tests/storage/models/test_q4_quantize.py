@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from storage.models.floats import Floats
+from storage.floats import Floats
 from storage.models.q4 import dequantize, pack, quantize
 
 

@@ -13,7 +13,7 @@ from typing import Final, Self
 
 from eventing.wire.generation import GenerateResponse
 from knative.commands.ask import AskFailed, Question, stream_answer
-from tests.support.knative.real_cluster import MAX_TOKENS, Gateway
+from tests.support.knative.real_cluster import MAX_TOKENS, Gateway, conversing
 
 _PAUSE_SECONDS: Final = 0.5  # after a broken stream
 _MOST_ATTEMPTS: Final = 20
@@ -88,15 +88,8 @@ class RetryingClients:
     @contextmanager
     def running(self, count: int) -> Iterator[Self]:
         """Waits at the end for all answers. Raises AssertionError if one was wrong or did not come."""
-        over = threading.Event()
-        with ThreadPoolExecutor(count) as executor:
-            asked = [executor.submit(self._converse, number, over) for number in range(count)]
-            try:
-                yield self
-            finally:
-                over.set()
-        for each in asked:
-            each.result()
+        with conversing(count, self._converse):
+            yield self
 
     def _converse(self, number: int, over: threading.Event) -> None:
         prompts = list(self.expected)

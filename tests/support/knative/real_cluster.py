@@ -227,6 +227,23 @@ class Gateway:
             yield response
 
 
+@contextmanager
+def conversing(count: int, converse: Callable[[int, threading.Event], None]) -> Iterator[None]:
+    """Runs `converse` in `count` threads, each with its number, and sets the event at the end.
+
+    Waits for all of them then, and raises what one raised.
+    """
+    over = threading.Event()
+    with ThreadPoolExecutor(count) as executor:
+        asked = [executor.submit(converse, number, over) for number in range(count)]
+        try:
+            yield
+        finally:
+            over.set()
+    for each in asked:
+        each.result()
+
+
 @dataclass
 class Conversations:
     """Many clients ask questions repeatedly; every answer must equal the one without load."""
@@ -241,15 +258,8 @@ class Conversations:
     @contextmanager
     def running(self, count: int) -> Iterator["Conversations"]:
         """Waits for all answers at the end, and fails if one was wrong or missing."""
-        over = threading.Event()
-        with ThreadPoolExecutor(count) as executor:
-            asked = [executor.submit(self._converse, number, over) for number in range(count)]
-            try:
-                yield self
-            finally:
-                over.set()
-        for each in asked:
-            each.result()
+        with conversing(count, self._converse):
+            yield self
         assert self.answers
         assert not self.wrong
 

@@ -5,12 +5,13 @@ chooses in every call, by the positions in it, and computes a sequence anew when
 the KV cache, so all chunks of a long prompt must have the second set: the engine tells (`Segment.is_long`).
 """
 
-from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from storage.checkpoints.families import mixes_longrope
 
 _LONGROPE: Final = "longrope"
 _CHOSEN: Final = "chosen here"  # a rope_type that transformers does not know, so that it never changes the frequencies
@@ -27,10 +28,9 @@ class LongRope:
         """Raises UnsupportedRope if some kinds of layers use LongRoPE and others do not. No supported family does that."""
         self._rotaries: list[_Rotary] = []
         for module in model.modules():
-            rope_type = getattr(module, "rope_type", None)
-            if rope_type == _LONGROPE:
+            if getattr(module, "rope_type", None) == _LONGROPE:
                 self._rotaries.append(_Rotary(module))
-            elif isinstance(rope_type, Mapping) and _LONGROPE in rope_type.values():
+            elif mixes_longrope(module):
                 raise UnsupportedRope("longrope in some kinds of layers and not in others is not supported")
 
     @property

@@ -259,7 +259,7 @@ static int64_t draw_token(const Draw *draw)
     const int64_t greatest = weigh_all(&scores, draw->weights.data);
     if (greatest < 0)
         return -LAMINA_NOT_FINITE;
-    Bound bound = {-__builtin_inff(), INT64_MAX};
+    Bound bound = EVERYTHING;
     if (draw->top_k > 0 && draw->top_k < scores.size)
         keep_top_k(&scores, draw->top_k, &bound);
     if (draw->top_p < 1)

@@ -11,6 +11,7 @@ import pytest
 from knative.local.http.client import UpstreamFailed, UpstreamPool
 from knative.local.http.messages import Headers, HttpError, forwarded
 from knative.local.http.server import BodySink, Exchange, HttpServer
+from tests.support.knative.proxy import proxy_to_port
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -30,24 +31,15 @@ async def proxy_to(upstream: Talk) -> AsyncIterator[tuple[asyncio.StreamReader, 
     """A client's connection to a proxy, whose server is `upstream`."""
 
     server = await asyncio.start_server(closing(upstream), "127.0.0.1", 0)
-    pool = UpstreamPool(server.sockets[0].getsockname()[1])
-
-    async def handler(exchange: Exchange) -> None:
-        try:
-            await pool.forward(exchange)
-        except UpstreamFailed as error:
-            raise HttpError(HTTPStatus.BAD_GATEWAY, str(error)) from error
-
-    proxy = HttpServer(handler)
-    await proxy.start()
-    reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
     try:
-        async with asyncio.timeout(10):
-            yield reader, writer
+        async with proxy_to_port(server.sockets[0].getsockname()[1]) as proxy:
+            reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+            try:
+                async with asyncio.timeout(10):
+                    yield reader, writer
+            finally:
+                writer.close()
     finally:
-        writer.close()
-        proxy.close()
-        pool.close()
         server.close()
 
 
