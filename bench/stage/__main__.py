@@ -18,7 +18,7 @@ import numpy as np
 from bench.report import machine
 from bench.stage.perplexity import converted
 from eventing.wire.events import Sampling
-from functions.stage.engine.sampler import draw, log_probabilities
+from functions.stage.engine.sampler import Drawing, draw, log_probabilities
 from functions.stage.models.floats import Array, narrowed
 from functions.stage.models.layer_group import Segment
 from functions.stage.models.native.group import NativeGroup
@@ -148,7 +148,7 @@ def sampler() -> Iterator[str]:
     logits: Array = (dice.standard_normal((_ROWS, group.vocab_size)) * 2.5).astype(np.float32)
     logits[:, :2000] += (dice.standard_normal((_ROWS, 2000)) * 4 + 4).astype(np.float32)
     ways: dict[str, Callable[[], object]] = {
-        name: partial(_draw_all, logits, sampling) for name, sampling in _SAMPLINGS.items()
+        name: partial(_draw_all, group, logits, sampling) for name, sampling in _SAMPLINGS.items()
     }
     ways["greedy with log-probabilities"] = lambda: log_probabilities(logits, [5] * _ROWS)
     ways["greedy with the 5 most probable"] = lambda: log_probabilities(logits, [5] * _ROWS, 5)
@@ -158,9 +158,8 @@ def sampler() -> Iterator[str]:
         yield f"| {name} | {taken:.2f} | {head + taken:.2f} | {(head + taken) / greedy:.2f} |"
 
 
-def _draw_all(logits: Array, sampling: Sampling) -> None:
-    for row in logits:
-        draw(row[None], sampling, (), 5)
+def _draw_all(group: NativeGroup, logits: Array, sampling: Sampling) -> None:
+    draw([Drawing(row[None], sampling, 5) for row in logits], group.native_threads)
 
 
 TABLES: Final[Mapping[str, Callable[[], Iterator[str]]]] = {"passes": passes, "sampler": sampler}

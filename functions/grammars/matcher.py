@@ -1,4 +1,4 @@
-"""Follows an answer through a grammar and says which tokens may come next, as numpy masks."""
+"""Follows an answer through a grammar and says which tokens may come next, as bits."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,8 +11,13 @@ from functions.grammars.sources import UnusableGrammar
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-Allowed = npt.NDArray[np.bool_]
-"""[vocab]: whether each token id of the tokenizer may come next. A model's logits may be longer; the rest is padding."""
+Allowed = npt.NDArray[np.uint32]
+"""A bit for each token id of the tokenizer, the lowest first: whether it may come next. A model's logits may be longer than the
+bits; the rest is padding."""
+
+
+def is_allowed(allowed: Allowed, token: int) -> bool:
+    return token // 32 < len(allowed) and bool(allowed[token // 32] >> (token % 32) & 1)
 
 
 class Matcher:
@@ -20,7 +25,6 @@ class Matcher:
 
     def __init__(self, matcher: "LLMatcher", vocab_size: int) -> None:
         self._matcher = matcher
-        self._mask = np.zeros((1, (vocab_size + 31) // 32), np.int32)
         self._vocab_size = vocab_size
         self._consumed: list[int] = []
         self._check()
@@ -38,7 +42,7 @@ class Matcher:
         self._go_to(list(tokens))
         masks = [self._next()]
         for draft in draft_tokens:
-            if not (draft < self._vocab_size and masks[-1][draft]) or self._matcher.is_stopped():
+            if not is_allowed(masks[-1], draft) or self._matcher.is_stopped():
                 break
             self._consume([draft])
             masks.append(self._next())
@@ -63,9 +67,11 @@ class Matcher:
             )
 
     def _next(self) -> Allowed:
-        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        mask: Allowed = np.empty((self._vocab_size + 31) // 32, np.uint32)
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         self._check()
-        mask = np.unpackbits(self._mask[0].view(np.uint8), count=self._vocab_size, bitorder="little").view(np.bool_)
+        if self._vocab_size % 32:
+            mask[-1] &= np.uint32(2 ** (self._vocab_size % 32) - 1)
         if not mask.any():
             raise UnusableGrammar(f"no token is allowed after {len(self._consumed)} tokens of the answer")
         return mask

@@ -15,7 +15,7 @@ from functions.grammars.sources import UnusableGrammar
 from functions.stage.engine.constraints import ConstrainedRow, Constraints, Masks
 from functions.stage.engine.event_queue import ForwardEvent
 from functions.stage.engine.row_checks import invalid_rows
-from functions.stage.engine.sampler import GREEDY, TopLogprobs, draw, log_probabilities
+from functions.stage.engine.sampler import GREEDY, Drawing, TopLogprobs, draw, log_probabilities
 from functions.stage.engine.sequences import Refusal, SequenceState, SequenceTable
 from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
 from functions.stage.models.floats import DTYPES, Array, all_finite, finite_rows
@@ -229,6 +229,7 @@ class ForwardPass:
         for row in rows:
             places.extend(range(row.end - 1 - row.row.draft_tokens, row.end))
         logits = self._group.logits(hidden[places])
+        drawings: list[Drawing] = []
         begin = 0
         for row in rows:
             asked = row.row
@@ -237,13 +238,17 @@ class ForwardPass:
             position = asked.position + asked.length - asked.draft_tokens
             if self._group.short_context is not None and not row.sequence.is_long:
                 own = own[: self._group.short_context - position + 1]  # beyond it, draft tokens have other rotations
-            tokens = tuple(draw(own, row.sampling, row.sequence.token_ids, position, row.masks))
+            token_ids = row.sequence.token_ids
+            drawings.append(Drawing(own, row.sampling, position, token_ids[:position], token_ids[position:], row.masks))
+        draw(drawings, self._group.native_threads)
+        for row, drawing in zip(rows, drawings, strict=True):
+            tokens, top = tuple(drawing.drawn), row.row.top_logprobs
             if not tokens:
                 self._refuse(row, "the logits of the row are not finite")
-            elif asked.top_logprobs is None:
+            elif top is None:
                 row.result = Result(tokens)
             else:
-                row.result = _with_logprobs(row, log_probabilities(own[: len(tokens)], tokens, asked.top_logprobs), tokens)
+                row.result = _with_logprobs(row, log_probabilities(drawing.logits[: len(tokens)], tokens, top), tokens)
 
     def _score(self, row: _PassRow, token_ids: memoryview, hidden: Array) -> None:
         """Sets the row's result: the log-probability of each of its tokens but the first, under the logits of the token before.

@@ -14,6 +14,7 @@ What takes time runs in C (`functions/stage/native/c/sampler.inc.h`); numpy give
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Final
 
@@ -21,12 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from eventing.wire.events import Sampling
+from functions.grammars.matcher import Allowed
 from functions.stage.native import sampler as native_sampler
+from functions.stage.native.layers import NativeThreads
 from functions.stage.native.library import UNAVAILABLE, library
 
 Floats = npt.NDArray[np.floating[Any]]
 Tokens = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 TopLogprobs = tuple[tuple[int, float], ...]  # token ids with their log-probabilities
 
 GREEDY: Final = Sampling()
@@ -43,47 +45,83 @@ _LOGARITHM: Final = (
 )
 
 
-def draw(
-    logits: Floats, sampling: Sampling, token_ids: Sequence[int], position: int, allowed: Sequence[Mask] | None = None
-) -> list[int]:
-    """Draws the next token of a sequence, and one more after each draft token that is accepted: one that was drawn, too.
+@dataclass(slots=True)
+class Drawing:
+    """The next token of a sequence, and one more after each draft token that is accepted: one that was drawn, too."""
 
-    Returns the tokens drawn, none if the first logits are not finite. logits: float32 [draft tokens + 1, vocab]. token_ids: of
-    the sequence, draft tokens at the end. position: of the first token drawn. allowed: the grammar's masks, for the first token
-    and for the token after each draft token that the grammar allows; None: there is no grammar.
-    """
-    drawn: list[int] = []
-    for row in logits:
-        mask = None if allowed is None else allowed[len(drawn)]
-        token = sample(row, sampling, position, token_ids[:position] if sampling.adjusts else (), mask)
+    logits: Floats  # float32 [draft tokens + 1, vocab]
+    sampling: Sampling
+    position: int  # of the first token drawn
+    history: Sequence[int] = ()  # all tokens before it, prompt included, used only if there is a penalty
+    draft_tokens: Sequence[int] = ()
+    # The grammar's bits, for the first token and for the token after each draft token that it allows. None: all are allowed.
+    allowed: Sequence[Allowed] | None = None
+    drawn: list[int] = field(default_factory=list)  # the result; empty if the first logits are not finite
+
+    def take(self, token: int | None) -> bool:
+        """Adds a token. Returns whether there is another one to draw."""
         if token is None:
-            break
-        drawn.append(token)
-        is_accepted_draft = len(drawn) < len(logits) and token == token_ids[position]
-        if not is_accepted_draft or (allowed is not None and len(drawn) == len(allowed)):
-            break
-        position += 1
-    return drawn
+            return False
+        self.drawn.append(token)
+        count = len(self.drawn)
+        is_accepted_draft = count < len(self.logits) and token == self.draft_tokens[count - 1]
+        return is_accepted_draft and (self.allowed is None or count < len(self.allowed))
+
+    def adjusted(self, logits: Floats, repetition_penalty: float) -> Floats:
+        """The logits of the next token after penalties, biases and bans; a copy unless there are none."""
+        count = len(self.drawn)
+        history = [*self.history, *self.draft_tokens[:count]] if count and self.sampling.adjusts else self.history
+        return _adjust(logits, self.sampling, self.position + count, history, repetition_penalty)
+
+
+def draw(drawings: Sequence[Drawing], threads: NativeThreads | None = None) -> None:
+    """Draws the tokens of several sequences, which share one vocabulary. threads: share the work, if it is done in C."""
+    while drawings:
+        tokens = _draw_next(drawings, threads)
+        drawings = [drawing for drawing, token in zip(drawings, tokens, strict=True) if drawing.take(token)]
 
 
 def sample(
-    logits: Floats, sampling: Sampling, position: int, history: Sequence[int], allowed: Mask | None = None
+    logits: Floats, sampling: Sampling, position: int, history: Sequence[int], allowed: Allowed | None = None
 ) -> int | None:
     """Draws a token from float32 logits [vocab]. None if the greatest logit is not finite.
 
     At temperature 0 the token with the greatest logit is taken, of several equal ones the lowest token id.
 
     position: of the token that is drawn. history: all tokens before it, prompt included, used only if there is a penalty.
-    allowed: True for tokens that may be drawn, at least one; tokens beyond its end are not allowed. None: all are.
+    allowed: bits of the tokens that may be drawn, at least one. None: all are.
     """
-    greatest = int(logits.argmax())  # the first NaN, if there is one
-    if not math.isfinite(logits[greatest]):
-        return None
-    is_allowed = allowed is None or (greatest < len(allowed) and allowed[greatest])
-    if sampling.temperature == 0 and not sampling.adjusts and is_allowed:
-        return greatest
+    drawing = Drawing(logits[None], sampling, position, history, allowed=None if allowed is None else [allowed])
+    draw([drawing])
+    return drawing.drawn[0] if drawing.drawn else None
+
+
+def _draw_next(drawings: Sequence[Drawing], threads: NativeThreads | None) -> list[int | None]:
+    """One token of each sequence; None if the greatest logit is not finite."""
+    draws: list[native_sampler.Draw] = []
     with np.errstate(all="ignore"):  # overflow is detected, and computed in float64
-        return _sample_adjusted(logits, sampling, position, history, allowed)
+        for drawing in drawings:
+            count, sampling = len(drawing.drawn), drawing.sampling
+            logits = drawing.logits[count]
+            if sampling.adjusts and math.isfinite(logits.max()):
+                logits = drawing.adjusted(logits, sampling.repetition_penalty)
+            draws.append(
+                native_sampler.Draw(
+                    logits,
+                    sampling.temperature,
+                    min(sampling.top_k, len(logits)),
+                    sampling.top_p,
+                    sampling.min_p,
+                    sampling.seed,
+                    drawing.position + count,
+                    None if drawing.allowed is None else drawing.allowed[count],
+                )
+            )
+        tokens = native_sampler.draw(draws, threads) if is_native() else [draw_in_numpy(each) for each in draws]
+        for place, (token, drawing) in enumerate(zip(tokens, drawings, strict=True)):
+            if token is None and math.isfinite(drawing.logits[len(drawing.drawn)].max()):
+                tokens[place] = _draw_widely(drawing, draws[place])
+    return tokens
 
 
 def log_probabilities(
@@ -126,41 +164,46 @@ def is_native() -> bool:
     return True
 
 
-def _sample_adjusted(scores: Floats, sampling: Sampling, position: int, history: Sequence[int], mask: Mask | None) -> int:
-    if mask is not None:
-        masked = np.full_like(scores, -np.inf)
-        known = min(len(scores), len(mask))
-        np.copyto(masked[:known], scores[:known], where=mask[:known])
-        scores = masked
-    adjusted = _adjust(scores, sampling, position, history, sampling.repetition_penalty)
-    if sampling.temperature == 0:
-        if not math.isfinite(adjusted.max()):
-            adjusted = _adjust_widely(scores, sampling, position, history)
-        return int(adjusted.argmax())
-    scaled = adjusted / sampling.temperature
-    if not math.isfinite(scaled.max()):
-        adjusted = _adjust_widely(scores, sampling, position, history)
-        # The greatest score becomes 0, those far below it -inf.
-        scaled = ((adjusted - adjusted.max()) / max(sampling.temperature, _LEAST_DIVISOR)).astype(np.float32)
-    if is_native():
-        return native_sampler.draw(
-            scaled, min(sampling.top_k, len(scaled)), sampling.top_p, sampling.min_p, sampling.seed, position
-        )
-    return draw_in_numpy(scaled, sampling, position)
-
-
-def draw_in_numpy(scores: Floats, sampling: Sampling, position: int) -> int:
-    """Draws as C does, to the bit, where C cannot be used. scores: float32 [vocab], the greatest is finite."""
-    weights, tokens = keep(scores, sampling)
+def draw_in_numpy(wanted: native_sampler.Draw) -> int | None:
+    """As one draw of `native.sampler.draw`, to the bit, where C cannot be used."""
+    logits = wanted.logits
+    if not math.isfinite(logits.max()):
+        return None
+    if wanted.allowed is not None:
+        logits = _masked(logits, wanted.allowed)
+    scores = logits / np.float32(wanted.temperature or 1)
+    if not math.isfinite(scores.max()):
+        return None
+    if wanted.temperature == 0:
+        return int(scores.argmax())
+    weights, tokens = keep(scores, wanted.top_k, wanted.top_p, wanted.min_p)
     tokens, weights = tokens[weights > 0], weights[weights > 0]
-    return int(tokens[np.argmin(_variates(sampling.seed, position, tokens) / weights.astype(np.float64))])
+    variates = _variates(wanted.seed, wanted.position, tokens)
+    return int(tokens[np.argmin(variates / weights.astype(np.float64))])
 
 
-def _adjust_widely(scores: Floats, sampling: Sampling, position: int, history: Sequence[int]) -> Floats:
-    """As `_adjust`, in float64, for values that overflow float32. Returns `scores` unchanged if all tokens are banned."""
-    penalty = max(sampling.repetition_penalty, _LEAST_DIVISOR)
-    adjusted = _adjust(scores.astype(np.float64), sampling, position, history, penalty)
-    return adjusted if math.isfinite(adjusted.max()) else scores.astype(np.float64)
+def _draw_widely(drawing: Drawing, wanted: native_sampler.Draw) -> int | None:
+    """Draws where float32 overflows, or all tokens that may come are banned. wanted: the draw that gave no token."""
+    scores = drawing.logits[len(drawing.drawn)].astype(np.float64)
+    if wanted.allowed is not None:
+        scores = _masked(scores, wanted.allowed)
+    adjusted = drawing.adjusted(scores, max(drawing.sampling.repetition_penalty, _LEAST_DIVISOR))
+    if not math.isfinite(adjusted.max()):  # all tokens are banned
+        adjusted = scores
+    if wanted.temperature == 0:
+        return int(adjusted.argmax())
+    # The greatest score becomes 0, those far below it -inf.
+    scaled = ((adjusted - adjusted.max()) / max(wanted.temperature, _LEAST_DIVISOR)).astype(np.float32)
+    draw = replace(wanted, logits=scaled, temperature=1.0, allowed=None)
+    return native_sampler.draw([draw])[0] if is_native() else draw_in_numpy(draw)
+
+
+def _masked(scores: Floats, allowed: Allowed) -> Floats:
+    """The scores, -infinity for tokens that are not allowed."""
+    bits = np.unpackbits(allowed.view(np.uint8), count=min(len(scores), 32 * len(allowed)), bitorder="little")
+    masked = np.full_like(scores, -np.inf)
+    np.copyto(masked[: len(bits)], scores[: len(bits)], where=bits.view(np.bool_))
+    return masked
 
 
 def _adjust(scores: Floats, sampling: Sampling, position: int, history: Sequence[int], repetition_penalty: float) -> Floats:
@@ -186,19 +229,19 @@ def _adjust(scores: Floats, sampling: Sampling, position: int, history: Sequence
     return adjusted
 
 
-def keep(scores: Floats, sampling: Sampling) -> tuple[Floats, Tokens]:
+def keep(scores: Floats, top_k: int, top_p: float, min_p: float) -> tuple[Floats, Tokens]:
     """Applies top-k, top-p and min-p to float32 scores [vocab]. Returns the weights of the tokens that remain, and their ids.
 
     A weight is exp(score - greatest score).
     """
     weights = _weights(scores)
     tokens = np.argsort(-scores, kind="stable")  # of equal scores the lowest id first
-    if 0 < sampling.top_k < len(tokens):
-        tokens = tokens[scores[tokens] >= scores[tokens[sampling.top_k - 1]]]
-    if sampling.top_p < 1:
+    if 0 < top_k < len(tokens):
+        tokens = tokens[scores[tokens] >= scores[tokens[top_k - 1]]]
+    if top_p < 1:
         masses = np.rint(weights[tokens].astype(np.float64) * _WEIGHT_STEPS).astype(np.int64)
-        tokens = tokens[np.cumsum(masses) - masses < sampling.top_p * float(masses.sum())]
-    tokens = np.sort(tokens[weights[tokens] >= np.float32(sampling.min_p)])
+        tokens = tokens[np.cumsum(masses) - masses < top_p * float(masses.sum())]
+    tokens = np.sort(tokens[weights[tokens] >= np.float32(min_p)])
     return weights[tokens], tokens
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from functions.stage.models.floats import Array, Float32, HiddenDtype
+from functions.stage.native.layers import NativeThreads
 
 
 class KVCacheFull(Exception):
@@ -103,6 +104,10 @@ class LayerGroup(Protocol):
 
         Torch's operators start a pool for each thread that calls them; such a group is called from one thread only.
         """
+
+    @property
+    def native_threads(self) -> NativeThreads | None:
+        """Threads in C that help the group, and between its calls may help to draw tokens. None: it has none."""
 
     @property
     def kv(self) -> KVCache: ...

@@ -25,6 +25,7 @@ class SleepGroup:
     """Implements `LayerGroup` by sleeping."""
 
     shares_work: Final = True
+    native_threads: Final = None
     short_context: Final = None
     hidden_dtype: HiddenDtype = "BF16"
     runs_by = "nothing: passes sleep"

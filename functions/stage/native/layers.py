@@ -47,6 +47,7 @@ class NativeThreads:
 
     def __init__(self, library: Library) -> None:
         self.pool = library.new_pool()
+        self.count = 1  # threads that compute, the caller's included
         weakref.finalize(self, library.functions["lamina_free_pool"], self.pool)
 
 
@@ -60,7 +61,7 @@ class NativeLayers:
         writes to.
         """
         self._library = library
-        self._threads = NativeThreads(library)
+        self.threads = NativeThreads(library)
         self._layers = (LayerRecord * group.num_layers)()
         self._kept = [arena]  # arrays whose addresses the records have
         self._group = group
@@ -118,11 +119,11 @@ class NativeLayers:
             segments=MemoryRecord(ctypes.addressof(records), ctypes.sizeof(records)),
             workspace=self._workspace,
         )
-        self._library.run_layers(self._threads.pool, self._group, forward_pass)
+        self._library.run_layers(self.threads.pool, self._group, forward_pass)
 
     def linear(self, matrix: MatrixArrays) -> "NativeLinear":
         """A function that multiplies by a matrix outside the layers, with the same pool of threads."""
-        return NativeLinear(self._library, self._threads, matrix)
+        return NativeLinear(self._library, self.threads, matrix)
 
 
 class NativeLinear:

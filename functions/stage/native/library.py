@@ -8,7 +8,7 @@ from typing import Any, Final
 from functions.stage.native.compiler import CompilationFailed, NoCompiler, library_file
 from functions.stage.native.records import (
     RECORDS,
-    DrawRecord,
+    DrawsRecord,
     GroupRecord,
     MatrixRecord,
     PassRecord,
@@ -33,10 +33,11 @@ _FUNCTIONS: Final[dict[str, tuple[Any, list[Any]]]] = {
     "lamina_free_pool": (None, [ctypes.c_void_p]),
     "lamina_run_layers": (ctypes.c_int, [ctypes.c_void_p, ctypes.POINTER(GroupRecord), ctypes.POINTER(PassRecord)]),
     "lamina_multiply": (ctypes.c_int, [ctypes.c_void_p, ctypes.POINTER(ProductRecord)]),
-    "lamina_draw": (ctypes.c_int64, [ctypes.POINTER(DrawRecord)]),
+    "lamina_draw": (ctypes.c_int, [ctypes.c_void_p, ctypes.POINTER(DrawsRecord)]),
     "lamina_softmax": (ctypes.c_int, [ctypes.POINTER(SoftmaxRecord)]),
     "lamina_pass_bytes": (ctypes.c_int64, [ctypes.POINTER(GroupRecord), *[ctypes.c_int64] * 3]),
     "lamina_product_bytes": (ctypes.c_int64, [ctypes.POINTER(MatrixRecord), *[ctypes.c_int64] * 2]),
+    "lamina_draw_bytes": (ctypes.c_int64, [ctypes.c_int64] * 2),
     "lamina_size_of": (ctypes.c_int64, [ctypes.c_int64]),
 }
 
@@ -93,12 +94,11 @@ class Library:
         if status:
             raise self._error(status)
 
-    def draw(self, draw: DrawRecord) -> int:
-        """Draws a token. Raises NativeError."""
-        token: int = self.functions["lamina_draw"](ctypes.byref(draw))
-        if token < 0:
-            raise self._error(-token)
-        return token
+    def draw(self, pool: int | None, draws: DrawsRecord) -> None:
+        """Draws tokens into their records. pool: serves one call at a time; None: for one thread. Raises NativeError."""
+        status = self.functions["lamina_draw"](pool, ctypes.byref(draws))
+        if status:
+            raise self._error(status)
 
     def softmax(self, softmax: SoftmaxRecord) -> None:
         """Computes the results of a softmax into its record. Raises NativeError."""
@@ -119,6 +119,13 @@ class Library:
     def product_bytes(self, matrix: MatrixRecord, rows: int, threads: int) -> int:
         """Bytes of temporary memory to multiply `rows` rows by a matrix. Raises NativeError for sizes that are not allowed."""
         needed: int = self.functions["lamina_product_bytes"](ctypes.byref(matrix), rows, threads)
+        if needed < 0:
+            raise self._error(-needed)
+        return needed
+
+    def draw_bytes(self, vocabulary: int, threads: int) -> int:
+        """Bytes of temporary memory to draw tokens. Raises NativeError for sizes that are not allowed."""
+        needed: int = self.functions["lamina_draw_bytes"](vocabulary, threads)
         if needed < 0:
             raise self._error(-needed)
         return needed

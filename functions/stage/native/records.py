@@ -93,14 +93,18 @@ class ProductRecord(ctypes.Structure):
 
 class DrawRecord(ctypes.Structure):
     _fields_ = (
-        ("scores", MemoryRecord),
-        ("weights", MemoryRecord),
-        ("keys", MemoryRecord),
+        ("logits", MemoryRecord),
+        ("allowed", MemoryRecord),
+        ("temperature", ctypes.c_double),
         ("top_k", ctypes.c_int64),
         ("top_p", ctypes.c_double),
         ("min_p", ctypes.c_double),
-        *_numbers("seed", "position"),
+        *_numbers("seed", "position", "token"),
     )
+
+
+class DrawsRecord(ctypes.Structure):
+    _fields_ = (("draws", MemoryRecord), *_numbers("threads"), ("workspace", MemoryRecord))
 
 
 class SoftmaxRecord(ctypes.Structure):
@@ -122,6 +126,7 @@ RECORDS: Final[Sequence[type[ctypes.Structure]]] = (
     PassRecord,
     ProductRecord,
     DrawRecord,
+    DrawsRecord,
     SoftmaxRecord,
 )
 """All records, in the order in which `lamina_size_of` numbers the structs."""

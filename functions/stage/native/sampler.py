@@ -1,12 +1,38 @@
 """Draws tokens and computes log-probabilities in C. Several threads may call it at once."""
 
+import ctypes
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
+from functions.stage.native.layers import NativeThreads
 from functions.stage.native.library import library
-from functions.stage.native.records import Array, DrawRecord, MemoryRecord, SoftmaxRecord, memory_of
+from functions.stage.native.records import (
+    Array,
+    DrawRecord,
+    DrawsRecord,
+    MemoryRecord,
+    SoftmaxRecord,
+    memory_of,
+    new_workspace,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A token to draw; see `Draw` in `c/native.h`."""
+
+    logits: Array  # float32 [vocab]
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    position: int
+    allowed: Array | None = None  # uint32: a bit for each token, the lowest first
 
 
 class _Scratch(threading.local):
@@ -15,6 +41,7 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self.weights = np.empty(0, np.float32)
         self.keys = np.empty(0, np.uint64)
+        self.workspace = np.empty(0, np.uint8)
 
     def memory(self, size: int) -> tuple[MemoryRecord, MemoryRecord]:
         """Temporary memory for weights and keys of `size` tokens. The next call may free it."""
@@ -26,13 +53,24 @@ class _Scratch(threading.local):
 _scratch: Final = _Scratch()
 
 
-def draw(scores: Array, top_k: int, top_p: float, min_p: float, seed: int, position: int) -> int:
-    """The token drawn from float32 scores [vocab]; see `Draw` in `c/native.h`.
+def draw(draws: Sequence[Draw], threads: NativeThreads | None = None) -> list[int | None]:
+    """A token for each of `draws`, which have one vocabulary.
 
-    Raises NativeError if a score is a NaN or the greatest is infinite.
+    None if the greatest logit, or after division by the temperature the greatest of an allowed token, is not finite.
+    threads: share the draws; they must be doing nothing else. Raises NativeError for values that are out of range.
     """
-    weights, keys = _scratch.memory(len(scores))
-    return library().draw(DrawRecord(memory_of(scores), weights, keys, top_k, top_p, min_p, seed, position))
+    records = (DrawRecord * len(draws))()
+    for record, each in zip(records, draws, strict=True):
+        record.logits, record.allowed = memory_of(each.logits), memory_of(each.allowed)
+        record.temperature, record.top_k, record.top_p, record.min_p = each.temperature, each.top_k, each.top_p, each.min_p
+        record.seed, record.position = each.seed, each.position
+    count = 1 if threads is None else min(threads.count, len(draws))
+    needed = library().draw_bytes(len(draws[0].logits), count)
+    if len(_scratch.workspace) < needed:
+        _scratch.workspace = new_workspace(needed)
+    memory = MemoryRecord(ctypes.addressof(records), ctypes.sizeof(records))
+    library().draw(None if threads is None else threads.pool, DrawsRecord(memory, count, memory_of(_scratch.workspace)))
+    return [None if record.token < 0 else record.token for record in records]
 
 
 def softmax(scores: Array, count: int) -> tuple[float, list[int]]:

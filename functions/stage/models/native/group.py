@@ -19,7 +19,7 @@ from functions.stage.models.native.kv_pool import NativeKVPool
 from functions.stage.models.native.weights import NativeWeights, rows_of, take_layer
 from functions.stage.native.layers import MatrixArrays, NativeLayers, NativeLinear
 from functions.stage.native.library import library
-from functions.stage.native.records import Dtype, GroupRecord
+from functions.stage.native.records import MOST_THREADS, Dtype, GroupRecord
 from storage.checkpoints.llama_config import LlamaConfig
 from storage.checkpoints.llama_shaped import layer_shapes, outer_shapes
 from storage.loading.weight_loader import RawTensor
@@ -80,7 +80,7 @@ class NativeGroup:
             ),
             self.kv.arena,
         )
-        self._threads = 1
+        self.native_threads = self._layers.threads
         self._placed: set[int] = set()
         self._embedding: MatrixArrays | None = None
         self._final_gain: Float32 | None = None
@@ -128,7 +128,7 @@ class NativeGroup:
             self._embedding = None
 
     def use_threads(self, count: int) -> None:
-        self._threads = count
+        self.native_threads.count = min(count, MOST_THREADS)
 
     def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
         """See `LayerGroup`. Raises ValueError for segments that do not fit the KV cache, which then stays unchanged."""
@@ -142,7 +142,7 @@ class NativeGroup:
             rows = slice(first, min(first + at_once, len(inputs)))
             parts = segments_within(segments, rows.start, rows.stop)
             places = [(self.kv.table(part.handle), part.position, part.length) for part in parts]
-            self._layers.run(hidden[rows], rotations[rows], places, self._threads)
+            self._layers.run(hidden[rows], rotations[rows], places, self.native_threads.count)
             for part in parts:
                 self.kv.extend(part.handle, part.length)
         if self._final_gain is not None:
@@ -153,7 +153,7 @@ class NativeGroup:
         """See `LayerGroup`. Raises ValueError if the group is not the last."""
         if self._head is None:
             raise ValueError(f"layers {self.first_layer}:{self.last_layer} have no head: only the last group has")
-        logits: Float32 = self._head(widened(hidden, self.hidden_dtype), self._threads)
+        logits: Float32 = self._head(widened(hidden, self.hidden_dtype), self.native_threads.count)
         return logits
 
 

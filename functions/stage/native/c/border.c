@@ -160,28 +160,48 @@ static Status check_product(const Product *product)
 
 static const int64_t MOST_VOCABULARY = 1 << 22; /* the sum of so many weights fits 64 bits */
 
-static Status check_scores(const Memory *scores, const Memory *weights, const Memory *keys)
+static Status check_draw(const Draw *draw, int64_t vocabulary)
 {
-    if (scores->bytes % 4 || !within(scores->bytes / 4, 1, MOST_VOCABULARY))
+    if (draw->logits.bytes != vocabulary * 4)
         return LAMINA_BAD_SIZE;
-    CHECK(check_memory(scores, 4, 4));
-    CHECK(check_memory(weights, scores->bytes, 4));
-    return check_memory(keys, scores->bytes * 2, 8);
+    CHECK(check_memory(&draw->logits, 4, 4));
+    CHECK(check_optional(&draw->allowed, draw->allowed.bytes, 4));
+    if (draw->allowed.bytes % 4 || !(draw->temperature >= 0) || !(draw->top_p > 0) || !(draw->min_p >= 0 && draw->min_p <= 1))
+        return LAMINA_BAD_SIZE;
+    return LAMINA_OK;
 }
 
-int64_t lamina_draw(const Draw *draw)
+static Status check_draws(const Draws *draws)
 {
-    Status scores = check_scores(&draw->scores, &draw->weights, &draw->keys);
-    if (scores != LAMINA_OK)
-        return -(int64_t)scores;
-    if (!(draw->top_p > 0) || !(draw->min_p >= 0 && draw->min_p <= 1))
-        return -LAMINA_BAD_SIZE;
-    return lamina_chosen_level()->draw(draw);
+    const int64_t count = draws->draws.bytes / (int64_t)sizeof(Draw);
+    if (draws->draws.bytes % (int64_t)sizeof(Draw) || !within(count, 1, MOST) || !within(draws->threads, 1, LAMINA_MOST_THREADS))
+        return LAMINA_BAD_SIZE;
+    CHECK(check_memory(&draws->draws, sizeof(Draw), _Alignof(Draw)));
+    const Draw *all = draws->draws.data;
+    const int64_t vocabulary = all->logits.bytes / 4;
+    if (!within(vocabulary, 1, MOST_VOCABULARY))
+        return LAMINA_BAD_SIZE;
+    for (int64_t i = 0; i < count; i++)
+        CHECK(check_draw(&all[i], vocabulary));
+    return check_memory(&draws->workspace, lamina_draw_bytes(vocabulary, draws->threads), LAMINA_LINE_BYTES);
+}
+
+int lamina_draw(Pool *pool, const Draws *draws)
+{
+    CHECK(check_draws(draws));
+    if (!pool && draws->threads > 1)
+        return LAMINA_BAD_SIZE;
+    run_draws(pool, draws);
+    return LAMINA_OK;
 }
 
 int lamina_softmax(Softmax *softmax)
 {
-    CHECK(check_scores(&softmax->scores, &softmax->weights, &softmax->keys));
+    if (softmax->scores.bytes % 4 || !within(softmax->scores.bytes / 4, 1, MOST_VOCABULARY))
+        return LAMINA_BAD_SIZE;
+    CHECK(check_memory(&softmax->scores, 4, 4));
+    CHECK(check_memory(&softmax->weights, softmax->scores.bytes, 4));
+    CHECK(check_memory(&softmax->keys, softmax->scores.bytes * 2, 8));
     if (softmax->top.bytes % 8 || softmax->top.bytes / 8 > softmax->scores.bytes / 4)
         return LAMINA_BAD_SIZE;
     CHECK(check_optional(&softmax->top, softmax->top.bytes, 8));
@@ -221,10 +241,17 @@ int64_t lamina_product_bytes(const Matrix *matrix, int64_t rows, int64_t threads
     return product_workspace(matrix, rows, threads, NULL).bytes;
 }
 
+int64_t lamina_draw_bytes(int64_t vocabulary, int64_t threads)
+{
+    if (!within(vocabulary, 1, MOST_VOCABULARY) || !within(threads, 1, LAMINA_MOST_THREADS))
+        return -LAMINA_BAD_SIZE;
+    return draw_workspace(vocabulary, threads, NULL).bytes;
+}
+
 int64_t lamina_size_of(int64_t record)
 {
     static const int64_t sizes[] = {sizeof(Memory), sizeof(Matrix), sizeof(Layer), sizeof(Group),
-                                    sizeof(Segment), sizeof(Pass), sizeof(Product), sizeof(Draw), sizeof(Softmax)};
+                                    sizeof(Segment), sizeof(Pass), sizeof(Product), sizeof(Draw), sizeof(Draws), sizeof(Softmax)};
     return within(record, 0, sizeof sizes / sizeof *sizes - 1) ? sizes[record] : 0;
 }
 

@@ -305,3 +305,30 @@ void run_matrix(Pool *pool, const Product *product)
     memset(run.at.counters, 0, (size_t)run.at.counters_bytes);
     pool_run(pool, product->threads, run_share_of_product, &run);
 }
+
+/* Tokens that are drawn together. */
+typedef struct {
+    Draw *draws;
+    int64_t count;
+    Workspace at;
+    int64_t threads;
+} DrawRun;
+
+static void run_share_of_draws(void *argument, int64_t number)
+{
+    const DrawRun *run = argument;
+    const Worker worker = {number, run->threads, run->at.counters, run->at.scratch + number * run->at.scratch_bytes};
+    int64_t done = 0, piece;
+    for (; (piece = take_piece(&worker, 0, run->count, 1)) >= 0; done++)
+        run->draws[piece].token = lamina_chosen_level()->draw(&run->draws[piece], worker.scratch);
+    finish_phase(&worker, 0, done, run->count);
+}
+
+void run_draws(Pool *pool, const Draws *draws)
+{
+    Draw *all = draws->draws.data;
+    DrawRun run = {all, draws->draws.bytes / (int64_t)sizeof(Draw),
+                   draw_workspace(all->logits.bytes / 4, draws->threads, draws->workspace.data), draws->threads};
+    memset(run.at.counters, 0, (size_t)run.at.counters_bytes);
+    pool_run(pool, draws->threads, run_share_of_draws, &run);
+}

@@ -59,10 +59,12 @@ int64_t most_pieces(int64_t rows, int64_t most_tokens, int64_t threads);
 /* Lays out a workspace from `memory` on. With NULL it only computes the bytes. */
 Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, int64_t threads, uint8_t *memory);
 Workspace product_workspace(const Matrix *matrix, int64_t rows, int64_t threads, uint8_t *memory);
+Workspace draw_workspace(int64_t vocabulary, int64_t threads, uint8_t *memory);
 MatrixScratch matrix_scratch(const Matrix *matrix, uint8_t *scratch);
 
-/* Both take what `border.c` has checked. No row attends to more than most_tokens. */
+/* They take what `border.c` has checked. No row attends to more than most_tokens. */
 void run_pass(Pool *pool, const Group *group, const Pass *pass, int64_t most_tokens);
 void run_matrix(Pool *pool, const Product *product);
+void run_draws(Pool *pool, const Draws *draws);
 
 #endif

@@ -58,7 +58,7 @@ typedef struct {
                      const float *rotation, float *heads);
 
     /* The same on every level. */
-    int64_t (*draw)(const Draw *draw);
+    int64_t (*draw)(const Draw *draw, uint8_t *scratch); /* scratch: of `draw_workspace` (`forward.h`) */
     int (*softmax)(Softmax *softmax);
 
     /* scratch: attention_scratch_bytes (`workspace.h`) */

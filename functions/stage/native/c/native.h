@@ -108,18 +108,25 @@ typedef struct {
     Memory workspace; /* at least lamina_product_bytes, aligned to 64 */
 } Product;
 
-/* How to draw a token. Scores are logits after penalties, divided by the temperature; those of tokens that must not be drawn are
-   -infinity. Filters are applied in this order. A draw depends on scores, filters, seed and position alone. */
+/* A token to draw. Filters are applied in this order. A draw depends on logits, the tokens that are allowed, filters, seed and
+   position alone. */
 typedef struct {
-    Memory scores;  /* float32 [vocabulary] */
-    Memory weights; /* float32 [vocabulary], temporary */
-    Memory keys;    /* uint64 [vocabulary], temporary */
+    Memory logits;   /* float32 [vocabulary], after penalties */
+    Memory allowed;  /* uint32 [...]: bit n of number m is set if token 32 m + n may be drawn, others may not; or absent: all may */
+    double temperature; /* logits are divided by it; 0: the token with the greatest logit, of several the lowest token id */
     int64_t top_k;  /* keeps so many tokens; 0: all */
     double top_p;   /* keeps the most probable tokens that have this share of the probability together */
     double min_p;   /* keeps tokens that are at least so probable, compared with the most probable */
     int64_t seed;
     int64_t position; /* of the token that is drawn */
+    int64_t token;  /* written; -LAMINA_NOT_FINITE if the greatest logit, or after division the greatest that is allowed, is not finite */
 } Draw;
+
+typedef struct {
+    Memory draws;     /* Draw [...], all of one vocabulary */
+    int64_t threads;  /* the caller's included */
+    Memory workspace; /* at least lamina_draw_bytes, aligned to 64 */
+} Draws;
 
 /* The softmax of logits: the logarithm of the probability of a token is its logit minus the greatest one minus `log_sum`. */
 typedef struct {
@@ -165,17 +172,18 @@ LAMINA_API int lamina_run_layers(Pool *pool, const Group *group, const Pass *pas
 /* Multiplies by one matrix: y = x Wᵀ + b. */
 LAMINA_API int lamina_multiply(Pool *pool, const Product *product);
 
-/* Draws a token. Returns it, or minus a status. */
-LAMINA_API int64_t lamina_draw(const Draw *draw);
+/* Draws all tokens. pool: NULL for one thread. */
+LAMINA_API int lamina_draw(Pool *pool, const Draws *draws);
 /* Computes log_sum and top. */
 LAMINA_API int lamina_softmax(Softmax *softmax);
 
 /* Bytes of workspace for rows that attend to at most most_tokens, or minus a status for sizes that are not allowed. */
 LAMINA_API int64_t lamina_pass_bytes(const Group *group, int64_t rows, int64_t most_tokens, int64_t threads);
 LAMINA_API int64_t lamina_product_bytes(const Matrix *matrix, int64_t rows, int64_t threads);
+LAMINA_API int64_t lamina_draw_bytes(int64_t vocabulary, int64_t threads);
 
-/* Sizes of Memory, Matrix, Layer, Group, Segment, Pass, Product, Draw and Softmax, by number, so that Python can compare its records; 0 beyond
-   the last. */
+/* Sizes of Memory, Matrix, Layer, Group, Segment, Pass, Product, Draw, Draws and Softmax, by number, so that Python can compare its
+   records; 0 beyond the last. */
 LAMINA_API int64_t lamina_size_of(int64_t record);
 
 #endif

@@ -1,7 +1,8 @@
-/* Draws a token from scores, and computes log-probabilities. `functions/stage/engine/sampler.py` does the same in numpy, to the bit.
+/* Draws a token from logits, and computes log-probabilities. `functions/stage/engine/sampler.py` does the same in numpy, to the bit.
 
    No result depends on the CPU: a token's weight comes from additions and multiplications of single numbers (`weigh`), weights are
-   summed as integers, and logarithms are computed here. */
+   summed as integers, and logarithms are computed here. Loops over the whole vocabulary do little for each token and have no
+   branches that depend on it; all else is done for the few tokens that may be drawn. */
 
 enum {
     DROPPED_BITS = 16,                          /* of a score's distance from the greatest: the others number its bucket, */
@@ -11,11 +12,22 @@ enum {
 
 typedef struct {
     const float *scores;
-    const float *weights; /* exp(score - greatest) */
+    float *weights; /* exp(score - greatest); 0 for tokens that a filter dropped */
     int64_t size;
     float greatest;
     uint64_t *keys; /* scratch, [size] */
 } Scores;
+
+/* Some tokens, by rising token id. */
+typedef struct {
+    int32_t *ids; /* NULL: all tokens */
+    int64_t count;
+} Tokens;
+
+INLINE int64_t token_at(const Tokens *tokens, int64_t place)
+{
+    return tokens->ids ? tokens->ids[place] : place;
+}
 
 /* What a filter keeps: tokens with a greater score, and those with the same score up to a token id. */
 typedef struct {
@@ -60,15 +72,14 @@ static int compare_keys(const void *a, const void *b)
     return left < right ? -1 : left > right;
 }
 
-/* Sorts the keys of the kept tokens in buckets first to last. Returns their number. */
-static int64_t sort_buckets(const Scores *of, const Bound *bound, int64_t first, int64_t last)
+/* Sorts the keys of those tokens that are in buckets first to last. Returns their number. */
+static int64_t sort_buckets(const Scores *of, const Tokens *tokens, int64_t first, int64_t last)
 {
     int64_t found = 0;
-    for (int64_t token = 0; token < of->size; token++) {
-        const float score = of->scores[token];
-        const int64_t bucket = bucket_of(of, score);
-        if (bucket >= first && bucket <= last && is_kept(bound, score, token))
-            of->keys[found++] = key_of(score, token);
+    for (int64_t place = 0; place < tokens->count; place++) {
+        const int64_t token = token_at(tokens, place), bucket = bucket_of(of, of->scores[token]);
+        if (bucket >= first && bucket <= last)
+            of->keys[found++] = key_of(of->scores[token], token);
     }
     qsort(of->keys, (size_t)found, sizeof *of->keys, compare_keys);
     return found;
@@ -92,32 +103,65 @@ static int64_t bucket_of_rank(const Scores *of, int64_t count, int64_t *before)
     return bucket;
 }
 
-static const Bound EVERYTHING = {-__builtin_inff(), INT64_MAX};
-
 /* Keeps the `count` greatest scores, and all that equal the least of them. */
-static void keep_top_k(const Scores *of, int64_t count, Bound *bound)
+static void keep_top_k(const Scores *of, int64_t count)
 {
     int64_t before;
     const int64_t bucket = bucket_of_rank(of, count, &before);
     if (bucket == BUCKETS - 1)
         return;
-    sort_buckets(of, &EVERYTHING, bucket, bucket);
-    *bound = (Bound){of->scores[token_of(of->keys[count - before - 1])], INT64_MAX};
+    sort_buckets(of, &(Tokens){.count = of->size}, bucket, bucket);
+    const float least = of->scores[token_of(of->keys[count - before - 1])];
+    for (int64_t token = 0; token < of->size; token++)
+        of->weights[token] = of->scores[token] < least ? 0 : of->weights[token];
 }
 
-/* Keeps the fewest tokens, the most probable first, whose share of what `bound` keeps is at least top_p. */
-static void keep_top_p(const Scores *of, double top_p, Bound *bound)
+static int64_t sum_of_weights(const Scores *of)
 {
-    int64_t masses[BUCKETS] = {0}, total = 0, mass = 0, bucket = 0;
+    int64_t sum = 0;
     for (int64_t token = 0; token < of->size; token++)
-        if (of->weights[token] > 0 && is_kept(bound, of->scores[token], token))
-            masses[bucket_of(of, of->scores[token])] += integer_weight(of->weights[token]);
-    for (int64_t each = 0; each < BUCKETS; each++)
-        total += masses[each];
+        sum += integer_weight(of->weights[token]);
+    return sum;
+}
+
+/* Finds the tokens with a weight of at least `least`, which is positive. */
+static void find_tokens(const Scores *of, float least, Tokens *tokens)
+{
+    enum { TOGETHER = 64 };
+    int32_t wanted;
+    memcpy(&wanted, &least, sizeof wanted); /* positive floats are ordered as their bits are */
+    for (int64_t first = 0; first < of->size; first += TOGETHER) {
+        const int64_t end = smaller(of->size, first + TOGETHER);
+        int32_t most = 0;
+        for (int64_t token = first; token < end; token++) {
+            int32_t bits;
+            memcpy(&bits, of->weights + token, sizeof bits);
+            most = bits > most ? bits : most;
+        }
+        if (most >= wanted)
+            for (int64_t token = first; token < end; token++)
+                if (of->weights[token] >= least)
+                    tokens->ids[tokens->count++] = (int32_t)token;
+    }
+}
+
+/* Keeps the fewest tokens, the most probable first, whose share of the probability is at least top_p: those of `tokens`, which it
+   finds, within the bound that it returns. */
+static Bound keep_top_p(const Scores *of, double top_p, Tokens *tokens)
+{
+    const int64_t total = sum_of_weights(of);
     const double wanted = top_p * (double)total;
+    /* Even all tokens of such a share would be left out. A thousandth less, for what is rounded. */
+    const double share = ((double)total - wanted) / (double)of->size * 0.999;
+    find_tokens(of, share < 1 ? __FLT_MIN__ : (float)(share * 0x1p-40 * 0.999), tokens);
+    int64_t masses[BUCKETS] = {0}, mass = 0, bucket = 0;
+    for (int64_t place = 0; place < tokens->count; place++) {
+        const int64_t token = tokens->ids[place];
+        masses[bucket_of(of, of->scores[token])] += integer_weight(of->weights[token]);
+    }
     while (bucket < BUCKETS - 1 && (double)(mass + masses[bucket]) < wanted)
         mass += masses[bucket++];
-    const int64_t found = sort_buckets(of, bound, bucket, bucket);
+    const int64_t found = sort_buckets(of, tokens, bucket, bucket);
     Bound kept = {of->greatest, INT64_MAX};
     for (int64_t i = 0; i < found; i++) {
         const int64_t token = token_of(of->keys[i]);
@@ -126,7 +170,7 @@ static void keep_top_p(const Scores *of, double top_p, Bound *bound)
         kept = (Bound){of->scores[token], token};
         mass += integer_weight(of->weights[token]);
     }
-    *bound = kept;
+    return kept;
 }
 
 /* Natural logarithm of a positive finite double, within some units of the last place (fdlibm's polynomial). */
@@ -177,18 +221,19 @@ static double uniform_of(uint64_t number)
     return uniform < 1.0 ? uniform : 1.0 - 0x1p-53;
 }
 
-/* Draws a kept token with a probability proportional to its weight: the one whose exponential variate, divided by its weight, is
-   the least. `greatest` has the greatest score, and so a weight of 1.
+/* Draws one of `tokens` within a bound with a probability proportional to its weight: the one whose exponential variate, divided
+   by its weight, is the least. `greatest` has the greatest score, and so a weight of 1.
 
    As 1 - u <= -log(u), most tokens need no logarithm. */
-static int64_t race(const Scores *of, const Bound *bound, int64_t greatest, const Draw *draw)
+static int64_t race(const Scores *of, const Tokens *tokens, const Bound *bound, int64_t greatest, const Draw *draw)
 {
     uint64_t numbers[4];
     float least_weight = draw->min_p > 0 ? (float)draw->min_p : __FLT_MIN__;
     philox((uint64_t)draw->seed, (uint64_t)draw->position, (uint64_t)greatest / 4, numbers);
     int64_t best = greatest, block = greatest / 4;
     double least = -logarithm(uniform_of(numbers[greatest % 4]));
-    for (int64_t token = 0; token < of->size; token++) {
+    for (int64_t place = 0; place < tokens->count; place++) {
+        const int64_t token = token_at(tokens, place);
         const float weight = of->weights[token];
         if (weight < least_weight || !is_kept(bound, of->scores[token], token))
             continue;
@@ -229,8 +274,8 @@ static void weigh(const float *scores, float greatest, int64_t size, float *weig
     }
 }
 
-/* Computes the weights. Returns the token with the greatest score, of several the first; -1 if that is infinite or there is a NaN. */
-static int64_t weigh_all(Scores *of, float *weights)
+/* Finds the greatest score. Returns its token, of several the first; -1 if that is infinite or there is a NaN. */
+static int64_t find_greatest(Scores *of)
 {
     const int32_t infinity = 0x7F800000;
     int32_t most = INT32_MIN, least = INT32_MAX;
@@ -245,42 +290,69 @@ static int64_t weigh_all(Scores *of, float *weights)
         return -1;
     most ^= most >> 31 & 0x7FFFFFFF;
     memcpy(&of->greatest, &most, sizeof most);
-    weigh(of->scores, of->greatest, of->size, weights);
     int64_t greatest = 0;
     while (of->scores[greatest] != of->greatest)
         greatest++;
     return greatest;
 }
 
-static int64_t draw_token(const Draw *draw)
+/* scores [size] = logits / temperature, or -infinity for tokens that are not allowed. */
+static void scale(const Draw *draw, float *scores, int64_t size)
 {
-    Scores scores = {.scores = draw->scores.data, .weights = draw->weights.data, .size = draw->scores.bytes / 4,
-                     .keys = draw->keys.data};
-    const int64_t greatest = weigh_all(&scores, draw->weights.data);
-    if (greatest < 0)
-        return -LAMINA_NOT_FINITE;
-    Bound bound = EVERYTHING;
-    if (draw->top_k > 0 && draw->top_k < scores.size)
-        keep_top_k(&scores, draw->top_k, &bound);
+    const float *logits = draw->logits.data, divisor = draw->temperature == 0 ? 1.0f : (float)draw->temperature;
+    const uint32_t *allowed = draw->allowed.data;
+    if (!draw->allowed.bytes) {
+        for (int64_t token = 0; token < size; token++)
+            scores[token] = logits[token] / divisor;
+        return;
+    }
+    const int64_t words = draw->allowed.bytes / 4;
+    for (int64_t first = 0; first < size; first += 32) {
+        const uint32_t word = first / 32 < words ? allowed[first / 32] : 0;
+        for (int64_t token = first; token < smaller(size, first + 32); token++)
+            scores[token] = word >> (token - first) & 1 ? logits[token] / divisor : -__builtin_inff();
+    }
+}
+
+static int64_t draw_token(const Draw *draw, uint8_t *scratch)
+{
+    Scores of = {.scores = draw->logits.data, .size = draw->logits.bytes / 4};
+    int64_t greatest = find_greatest(&of);
+    if (greatest < 0 || (draw->temperature == 0 && !draw->allowed.bytes))
+        return greatest < 0 ? -LAMINA_NOT_FINITE : greatest;
+    const int64_t floats = rounded_up(of.size, LANES);
+    of.keys = (uint64_t *)scratch;
+    float *scores = (float *)(of.keys + of.size);
+    of.weights = scores + floats;
+    Tokens tokens = {(int32_t *)(of.weights + floats), 0};
+    scale(draw, scores, of.size);
+    of.scores = scores;
+    greatest = find_greatest(&of);
+    if (greatest < 0 || draw->temperature == 0)
+        return greatest < 0 ? -LAMINA_NOT_FINITE : greatest;
+    weigh(of.scores, of.greatest, of.size, of.weights);
+    if (draw->top_k > 0 && draw->top_k < of.size)
+        keep_top_k(&of, draw->top_k);
+    Bound bound = {-__builtin_inff(), INT64_MAX};
     if (draw->top_p < 1)
-        keep_top_p(&scores, draw->top_p, &bound);
-    return race(&scores, &bound, greatest, draw);
+        bound = keep_top_p(&of, draw->top_p, &tokens);
+    else
+        tokens = (Tokens){NULL, of.size};
+    return race(&of, &tokens, &bound, greatest, draw);
 }
 
 static int compute_softmax(Softmax *softmax)
 {
     Scores scores = {.scores = softmax->scores.data, .weights = softmax->weights.data, .size = softmax->scores.bytes / 4,
                      .keys = softmax->keys.data};
-    if (weigh_all(&scores, softmax->weights.data) < 0)
+    if (find_greatest(&scores) < 0)
         return LAMINA_NOT_FINITE;
-    int64_t sum = 0;
-    for (int64_t token = 0; token < scores.size; token++)
-        sum += integer_weight(scores.weights[token]);
-    softmax->log_sum = logarithm((double)sum / (double)((int64_t)1 << WEIGHT_BITS));
+    weigh(scores.scores, scores.greatest, scores.size, scores.weights);
+    softmax->log_sum = logarithm((double)sum_of_weights(&scores) / (double)((int64_t)1 << WEIGHT_BITS));
     const int64_t count = softmax->top.bytes / 8;
     if (count) {
         int64_t before;
-        sort_buckets(&scores, &EVERYTHING, 0, bucket_of_rank(&scores, count, &before));
+        sort_buckets(&scores, &(Tokens){.count = scores.size}, 0, bucket_of_rank(&scores, count, &before));
         for (int64_t i = 0; i < count; i++)
             ((int64_t *)softmax->top.data)[i] = token_of(scores.keys[i]);
     }

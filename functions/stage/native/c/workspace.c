@@ -75,3 +75,14 @@ Workspace product_workspace(const Matrix *matrix, int64_t rows, int64_t threads,
     workspace.scratch = taken(&workspace, memory, threads * workspace.scratch_bytes);
     return workspace;
 }
+
+Workspace draw_workspace(int64_t vocabulary, int64_t threads, uint8_t *memory)
+{
+    Workspace workspace = {0};
+    workspace.counters_bytes = (threads + 1) * (int64_t)sizeof(Counter);
+    workspace.counters = taken(&workspace, memory, workspace.counters_bytes);
+    /* For each token a key of 8 bytes, a score, a weight and a token id (`sampler.inc.h`). */
+    workspace.scratch_bytes = rounded_up(20 * rounded_up(vocabulary, 16), LAMINA_LINE_BYTES);
+    workspace.scratch = taken(&workspace, memory, threads * workspace.scratch_bytes);
+    return workspace;
+}

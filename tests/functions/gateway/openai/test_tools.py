@@ -9,6 +9,7 @@ from flask.testing import FlaskClient
 
 from eventing.wire.events import grammar_digest
 from functions.grammars.compiler import GrammarCompiler
+from functions.grammars.matcher import is_allowed
 from functions.grammars.sources import UnusableGrammar
 from tests.support.functions.scripted_gateway import EVENT, TOKENIZER, Pipeline, chat, client_of, stream
 from tests.support.storage.published import END_IDS
@@ -189,7 +190,7 @@ def allows(source: str, text: str) -> bool:
         (mask,) = GrammarCompiler(TOKENIZER.to_str).compile(source, END_IDS).allowed(tokens)
     except UnusableGrammar:
         return False
-    return bool(mask[END_IDS[0]])
+    return is_allowed(mask, END_IDS[0])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The sampler's filters are transformers' own; its draws are a pure function and follow the distribution."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -25,11 +25,14 @@ from eventing.wire.events import Sampling
 from functions.stage.engine import sampler
 from functions.stage.engine.sampler import keep, log_probabilities
 from functions.stage.native import sampler as native_sampler
+from functions.stage.native.layers import NativeThreads
 from functions.stage.native.library import library
 from tests.support.functions.stage_pipeline import whole_model
 from tests.support.storage import tiny_models
 
 VOCAB = 1211
+THREADS = NativeThreads(library())
+THREADS.count = 3
 
 
 Logits = npt.NDArray[np.float32]
@@ -152,7 +155,7 @@ def test_the_filters_keep_what_transformers_keeps(
     logits = random_logits(seed)
     assume(not is_decided_by_rounding(logits[0], sampling))
     expected = processors(sampling)(torch.zeros(1, 1, dtype=torch.int64), torch.tensor(logits))[0]
-    weights, tokens = keep(logits[0] / np.float32(temperature), sampling)
+    weights, tokens = keep(logits[0] / np.float32(temperature), top_k, top_p, min_p)
     assert tokens.tolist() == expected.isfinite().nonzero()[:, 0].tolist()
     torch.testing.assert_close(torch.tensor(weights / weights.sum()), expected[tokens].softmax(dim=-1), rtol=1e-5, atol=1e-7)
 
@@ -244,8 +247,7 @@ def recorded_logits(number: int) -> Logits:
 
 def test_draws_follow_the_softmax_of_the_kept_scores() -> None:
     logits = np.array([[0.0, 1.0, 2.0, -1.0, 0.5, -20.0]], np.float32)
-    sampling = Sampling(temperature=0.8, top_k=4)
-    weights, tokens = keep(logits[0] / np.float32(0.8), sampling)
+    weights, tokens = keep(logits[0] / np.float32(0.8), 4, 1.0, 0.0)
     expected = dict(zip(tokens.tolist(), (weights / weights.sum()).tolist(), strict=True))
     counts = dict.fromkeys(range(6), 0)
     draws = 20_000
@@ -260,6 +262,14 @@ def test_draws_follow_the_softmax_of_the_kept_scores() -> None:
 
 
 SPREADS: Any = st.sampled_from([0.0, 0.05, 1.0, 3.0, 30.0, 1e4, 1e37])
+DRAWS: Any = st.tuples(
+    st.sampled_from([0.0, 1e-40, 0.7, 1.0, 30.0]),  # temperature
+    st.sampled_from([0, 1, 2, 40, 650, 2**31 - 1]),  # top_k
+    st.sampled_from([1.0, 0.9999999999999999, 0.999999, 0.9, 0.3, 5e-324]),  # top_p
+    st.sampled_from([0.0, 1e-9, 0.05, 1.0]),  # min_p
+    st.integers(0, 2**63 - 1),  # seed
+    st.sampled_from([0, 1, 2**24]),  # position
+)
 
 
 @pytest.mark.parametrize("level", library().levels)
@@ -270,29 +280,37 @@ SPREADS: Any = st.sampled_from([0.0, 0.05, 1.0, 3.0, 30.0, 1e4, 1e37])
     spread=SPREADS,
     impossible=st.floats(0, 1),
     rounded=st.booleans(),
-    sampling=st.builds(
-        Sampling,
-        top_k=st.sampled_from([0, 1, 2, 40, 650, 2**31 - 1]),
-        top_p=st.sampled_from([1.0, 0.999999, 0.9, 0.3, 5e-324]),
-        min_p=st.sampled_from([0.0, 1e-9, 0.05, 1.0]),
-        seed=st.integers(0, 2**63 - 1),
-    ),
+    wanted=st.lists(DRAWS, min_size=1, max_size=6),
 )
-def test_every_level_draws_as_numpy_does(
-    level: str, seed: int, size: int, spread: float, impossible: float, rounded: bool, sampling: Sampling
+def test_every_level_and_number_of_threads_draws_as_numpy_does(
+    level: str,
+    seed: int,
+    size: int,
+    spread: float,
+    impossible: float,
+    rounded: bool,
+    wanted: list[tuple[float, int, float, float, int, int]],
 ) -> None:
     dice = np.random.default_rng(seed)
-    scores = (dice.standard_normal(size) * spread).astype(np.float32)
-    scores = np.round(scores) if rounded else scores  # many equal scores
-    scores[dice.random(size) < impossible] = -np.inf
-    scores[dice.integers(size)] = 0.5
-    filters = (min(sampling.top_k, size), sampling.top_p, sampling.min_p, sampling.seed)
-    count = int(dice.integers(0, min(size, 20) + 1))
+
+    def draws() -> Iterator[native_sampler.Draw]:
+        for temperature, top_k, *others in wanted:
+            scores = (dice.standard_normal(size) * spread).astype(np.float32)
+            scores = np.round(scores) if rounded else scores  # many equal scores
+            scores[dice.random(size) < impossible] = -np.inf
+            scores[dice.integers(size)] = dice.choice([0.5, 0.5, 0.5, np.nan, np.inf])
+            allowed = dice.integers(0, 2**32, dice.integers(1, 25), np.uint32) if dice.integers(2) else None
+            yield native_sampler.Draw(scores, temperature, min(top_k, size), *others, allowed=allowed)
+
+    together = list(draws())
     before = library().level
     try:
         library().use_level(level)
-        for position in (0, 1, 2**24):
-            assert native_sampler.draw(scores, *filters, position) == sampler.draw_in_numpy(scores, sampling, position)
+        with np.errstate(all="ignore"):
+            expected = [sampler.draw_in_numpy(draw) for draw in together]
+        assert native_sampler.draw(together) == native_sampler.draw(together, THREADS) == expected
+        scores = dice.standard_normal(size).astype(np.float32)
+        count = int(dice.integers(0, min(size, 20) + 1))
         assert native_sampler.softmax(scores, count) == sampler.softmax_in_numpy(scores, count)
     finally:
         library().use_level(before)
@@ -368,9 +386,10 @@ def test_a_mask_restricts_the_draw_to_allowed_tokens(values: dict[str, Any]) -> 
         row = dice.normal(size=64).astype(np.float32)
         mask = dice.random(int(dice.choice([40, 64, 80]))) < 0.3
         mask[7] = True
+        bits = np.packbits(np.pad(mask, (0, -len(mask) % 32)), bitorder="little").view(np.uint32)
         sampling = Sampling(**({"temperature": 1.0, "seed": position} | values))
         impossible = np.where(np.pad(mask, (0, 64))[:64], row, -np.inf).astype(np.float32)
-        (token,) = sample([row], [sampling], [position], [[1, 7]], [mask])
+        (token,) = sample([row], [sampling], [position], [[1, 7]], [bits])
         assert token is not None
         assert mask[token]
         assert [token] == sample([impossible], [sampling], [position], [[1, 7]])

@@ -212,29 +212,48 @@ static int run_product(Pool *pool)
     return lamina_multiply(pool, &product);
 }
 
-static int run_draw(void)
+static int run_draws(Pool *pool)
+{
+    const int64_t size = any(1, 300), count = any(1, 5), threads = any(1, 3);
+    Draws draws = {memory_of(count * (int64_t)sizeof(Draw)), threads, workspace_of(lamina_draw_bytes(size, threads))};
+    Draws before = draws;
+    Draw *all = draws.draws.data;
+    for (int64_t i = 0; i < count; i++) {
+        all[i] = (Draw){.logits = memory_of(size * 4), .allowed = any(0, 1) ? memory_of(any(1, 12) * 4) : (Memory){0},
+                        .temperature = any(0, 3) ? 0.7 : 0.0, .top_k = any(-1, 310), .top_p = any(0, 1) ? 1.0 : 0.9,
+                        .min_p = any(0, 1) ? 0.0 : 0.05, .seed = any(0, 1000), .position = any(0, 1000)};
+        for (int64_t token = 0; token < size; token++) {
+            uint32_t bits = (uint32_t)any(0, 0xFFFFFFFF); /* any float, NaN and infinity rarely */
+            ((float *)all[i].logits.data)[token] = any(0, 3) ? (float)any(-50, 50) : 0.0f;
+            if (!any(0, 200))
+                memcpy((float *)all[i].logits.data + token, &bits, sizeof bits);
+        }
+    }
+    Draw sound = all[0];
+    if (any(0, 1))
+        spoil(&all[0], sizeof all[0]);
+    if (!any(0, 3))
+        spoil(&draws, sizeof draws);
+    if (says_more(&draws.draws, &before.draws, 1) || says_more(&draws.workspace, &before.workspace, 1) ||
+        says_more(&all[0].logits, &sound.logits, 2))
+        return -1;
+    int status = lamina_draw(pool, &draws);
+    for (int64_t i = 0; status == LAMINA_OK && i < draws.draws.bytes / (int64_t)sizeof(Draw); i++)
+        if (all[i].token >= size)
+            abort();
+    return status;
+}
+
+static int run_softmax(void)
 {
     int64_t size = any(1, 300);
-    Draw draw = {.scores = memory_of(size * 4), .weights = memory_of(size * 4), .keys = memory_of(size * 8), .top_k = any(-1, 310),
-                 .top_p = any(0, 1) ? 1.0 : 0.9, .min_p = any(0, 1) ? 0.0 : 0.05, .seed = any(0, 1000), .position = any(0, 1000)};
-    Softmax softmax = {.scores = draw.scores, .weights = draw.weights, .keys = draw.keys, .top = memory_of(any(1, size) * 8)};
-    Draw before = draw;
+    Softmax softmax = {.scores = memory_of(size * 4), .weights = memory_of(size * 4), .keys = memory_of(size * 8),
+                       .top = memory_of(any(1, size) * 8)};
     Softmax sound = softmax;
-    for (int64_t token = 0; token < size; token++) {
-        uint32_t bits = (uint32_t)any(0, 0xFFFFFFFF); /* any float, NaN and infinity rarely */
-        ((float *)draw.scores.data)[token] = any(0, 3) ? (float)any(-50, 50) : 0.0f;
-        if (!any(0, 200))
-            memcpy((float *)draw.scores.data + token, &bits, sizeof bits);
-    }
-    if (any(0, 1))
-        spoil(&draw, sizeof draw);
+    for (int64_t token = 0; token < size; token++)
+        ((float *)softmax.scores.data)[token] = any(0, 300) ? (float)any(-50, 50) : __builtin_nanf("");
     if (any(0, 1))
         spoil(&softmax, sizeof softmax);
-    if (!says_more(&draw.scores, &before.scores, 3)) {
-        int64_t token = lamina_draw(&draw);
-        if (token >= 0 && token >= draw.scores.bytes / 4)
-            abort();
-    }
     return says_more(&softmax.scores, &sound.scores, 4) ? -1 : lamina_softmax(&softmax);
 }
 
@@ -245,8 +264,8 @@ int main(int argc, char **argv)
     Pool *pool = lamina_new_pool();
     for (int round = 0; round < rounds; round++) {
         lamina_use_level(any(0, lamina_best_level()));
-        int64_t kind = any(0, 3);
-        int status = kind > 1 ? run_pass(pool) : kind ? run_product(pool) : run_draw();
+        int64_t kind = any(0, 7);
+        int status = kind > 3 ? run_pass(pool) : kind > 1 ? run_product(pool) : kind ? run_draws(pool) : run_softmax();
         accepted += status == LAMINA_OK;
         refused += status > 0;
         while (num_taken)

@@ -109,7 +109,7 @@ def test_too_little_or_unaligned_memory_is_refused(name: str) -> None:
 
     def run_with(**changed: MemoryRecord) -> None:
         passed = records.PassRecord(rows=3, threads=1, **(memory | changed))
-        library().run_layers(layers._threads.pool, group_record, passed)
+        library().run_layers(layers.threads.pool, group_record, passed)
 
     run_with()
     for wrong in (
