@@ -112,6 +112,12 @@ class ClientConnection:
         self.deadline = now + (self._limits.head_seconds if self.reader.begun else self._limits.keep_alive_seconds)
         return self.reader.complete
 
+    def stream_body(self) -> None:
+        """Lets the application receive the body, if the request has one that it receives itself."""
+        if (body := self.reader.streamed) is not None:
+            limits, before = self._limits, _CONTINUE if self.reader.expects_continue else b""
+            body.connect(self.sock, limits.transfer_seconds, limits.slowest_bytes_per_second, before)
+
     def linger(self) -> None:
         """Stops sending, and lets the poller read and drop what the client still sends, for ServerLimits.linger_seconds.
 
@@ -119,6 +125,8 @@ class ClientConnection:
         """
         self.lingers = True
         self.deadline = time.monotonic() + self._limits.linger_seconds
+        if self.reader.streamed is not None:
+            self.reader.streamed.close()
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
 

@@ -7,6 +7,7 @@ chunks. A body of known length goes from the socket into its final memory, which
 import contextlib
 import io
 import re
+import select
 import socket
 import sys
 import threading
@@ -15,13 +16,13 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote_to_bytes
 
 import httptools
 
 from eventing.http.request_target import is_authority, read_target
-from eventing.problems import EventTooLarge, Overloaded, Problem
+from eventing.problems import EventTooLarge, MalformedEvent, Overloaded, Problem
 from functions.fairness.fair_shares import FairShares
 
 if TYPE_CHECKING:
@@ -40,10 +41,13 @@ SMALL_BODY_BYTES: Final = 2**14  # so many bytes of each body are not counted, s
 # Keys of the environment.
 REFUSED: Final = "lamina.refused"  # the Problem that ended the request before its body was received; the application raises it
 ADMITTED_BYTES: Final = "lamina.admitted_bytes"  # what the application's `Admit` returned for this head
+STREAMED: Final = "lamina.streamed"  # set by `Admit`: the application reads the body from the connection, as it arrives
 CLIENT_ID: Final = "lamina.client_id"  # set by `Admit`: for whom connection and body count; else it is the client's address
 MANAGEMENT: Final = "lamina.management"  # whether the request came by the management port, which clients do not reach
 CLIENT_GONE: Final = "lamina.client_gone"  # () -> bool: whether the client has closed its connection
 ARRIVED: Final = "lamina.arrived"  # when the head was complete, before body and thread, in time.monotonic()
+
+STREAMED_BODY_BYTES: Final = 2**22  # a streamed body counts so much, for what its application makes of it at a time
 
 _READ_BYTES: Final = 2**18
 _END_OF_HEAD: Final = b"\r\n\r\n"
@@ -198,6 +202,95 @@ class BodyStream(io.RawIOBase):
         return len(piece)
 
 
+class StreamedBody(io.RawIOBase):
+    """A body of any length as `wsgi.input`, received while the application reads. One thread at a time.
+
+    `read` raises MalformedEvent if the client leaves or is too slow, and EventTooLarge.
+    """
+
+    def __init__(self, body: Body, length: int | None, max_bytes: int, parser: Any, parsed: "_Parsed") -> None:
+        """body: has a share of the BodyBudget for this one. length: None: in chunks, which parser and parsed read."""
+        self._held: Body | None = body
+        self._length = length
+        self._max_bytes = max_bytes
+        self._parser = parser
+        self._parsed = parsed
+        self._arrived = bytearray()  # and not yet read
+        self._received_bytes = 0
+        self._framed_bytes = 0  # with the framing of chunks
+        self._ended = length == 0
+        self._seconds_left = 0.0
+        self._bytes_per_second = 1.0
+        self._sock: socket.socket | None = None
+        self._before = b""
+
+    def connect(self, sock: socket.socket, transfer_seconds: float, bytes_per_second: float, before: bytes = b"") -> None:
+        """Call it before the first read. The client may be slower than `bytes_per_second` by `transfer_seconds` in all.
+
+        before: sent before the first byte is received.
+        """
+        self._sock, self._before = sock, before
+        self._seconds_left, self._bytes_per_second = transfer_seconds, bytes_per_second
+
+    def feed(self, data: bytes) -> None:
+        """Takes in bytes that were received already."""
+        self._framed_bytes += len(data)
+        if self._length is None:
+            _feed_parser(self._parser, data)
+            chunks, self._parsed.chunks = self._parsed.chunks, []
+            self._ended = self._parsed.ended
+        else:
+            chunks = [data[: self._length - self._received_bytes]]
+            self._ended = self._received_bytes + len(chunks[0]) == self._length
+        for chunk in chunks:
+            self._arrived += chunk
+            self._received_bytes += len(chunk)
+            self._seconds_left += len(chunk) / self._bytes_per_second
+        if self._received_bytes > self._max_bytes:
+            raise EventTooLarge(f"the body has more than {self._max_bytes} bytes, which are the most")
+        if self._framed_bytes > MAX_HEAD_BYTES + _MAX_FRAMING * self._received_bytes:
+            raise MalformedEvent(f"{self._framed_bytes} bytes of chunks hold {self._received_bytes} of a body")
+
+    def close(self) -> None:
+        """Counts against the budget no longer."""
+        self._held = None
+        super().close()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer", /) -> int:
+        view = memoryview(buffer).cast("B")
+        while not self._arrived and not self._ended:
+            self._receive()
+        count = min(len(view), len(self._arrived))
+        view[:count] = self._arrived[:count]
+        del self._arrived[:count]
+        return count
+
+    def _receive(self) -> None:
+        assert self._sock is not None
+        poll, began = select.poll(), time.monotonic()
+        poll.register(self._sock, select.POLLIN)
+        try:
+            if self._before:
+                self._sock.send(self._before)
+                self._before = b""
+            ready = poll.poll(max(0.0, self._seconds_left) * 1000)
+            data = self._sock.recv(_READ_BYTES) if ready else None
+        except OSError as error:
+            raise MalformedEvent(f"the connection broke after {self._received_bytes} bytes of the body") from error
+        self._seconds_left -= time.monotonic() - began
+        if data is None:
+            raise MalformedEvent(f"the body came too slowly: {self._received_bytes} bytes so far; send it again")
+        if not data:
+            raise MalformedEvent(f"the client has left after {self._received_bytes} bytes of the body")
+        try:
+            self.feed(data)
+        except BadRequest as error:
+            raise MalformedEvent(str(error)) from error
+
+
 class _Parsed:
     """What httptools' parser, which calls the methods, has found so far.
 
@@ -246,6 +339,7 @@ class RequestReader:
         self.keeps = False  # another request may follow on the connection
         self.unread = False  # answered before the body was received: the client may still be sending
         self.expects_continue = False  # the client waits for `100 Continue` before it sends the body
+        self.streamed: StreamedBody | None = None  # the body, if the application receives it; `complete` is true then
         self.begun = False
         self.received_bytes = 0  # of the body
         self._head = bytearray()
@@ -339,14 +433,19 @@ class RequestReader:
         self._head = bytearray()
         self._parse_head(bytes(head[:end]))
         self._open()
-        if self.complete:
+        if self.streamed is not None:
+            try:
+                self.streamed.feed(rest)
+            except Problem as problem:
+                self._refuse(problem)
+        elif self.complete:
             self._rest = rest
         elif rest:
             self.feed(rest)
 
     def _parse_head(self, head: bytes) -> None:
         try:
-            self._parse(head)
+            _feed_parser(self._parser, head, in_head=True)
         except httptools.HttpParserUpgrade:
             if self._parser.get_method() == b"CONNECT":
                 raise BadRequest(501, "CONNECT is not served: this is no proxy") from None
@@ -354,16 +453,7 @@ class RequestReader:
             # body for that protocol, so the head is read once more without the offer.
             self._parsed = _Parsed()
             self._parser = httptools.HttpRequestParser(self._parsed)
-            self._parse(_OFFER.sub(b"\r\nupgrade_:", head))
-
-    def _parse(self, data: bytes) -> None:
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:  # after the end of a body: the next request's, which is not served
-            if self.environ is None:
-                raise
-        except httptools.HttpParserError as error:
-            raise BadRequest(400, f"no HTTP/1.1: {error}") from error
+            _feed_parser(self._parser, _OFFER.sub(b"\r\nupgrade_:", head), in_head=True)
 
     def _open(self) -> None:
         """Called when the head is complete: makes `environ`, and asks `admit` how many bytes of body are allowed."""
@@ -390,6 +480,9 @@ class RequestReader:
                 return
             self._max_body_bytes = environ[ADMITTED_BYTES] = admitted
             self._check_size(self._length or 0)
+            if environ.get(STREAMED):
+                self._stream(admitted)
+                return
         except Problem as problem:
             self._refuse(problem)
             return
@@ -400,8 +493,22 @@ class RequestReader:
             self._body = Body(self._length or 0, self.client_id)
             self.expects_continue = environ.get("HTTP_EXPECT", "").lower() == "100-continue"
 
+    def _stream(self, max_bytes: int) -> None:
+        """Completes the request with a body that the application receives. The connection ends after the reply.
+
+        Raises Overloaded if the bodies of all requests leave no memory for it.
+        """
+        assert self.environ is not None
+        held = Body(0, self.client_id)
+        held.charge(self._budget, STREAMED_BODY_BYTES + SMALL_BODY_BYTES)
+        held.keep()
+        self.streamed = StreamedBody(held, self._length, max_bytes, self._parser, self._parsed)
+        self.environ["wsgi.input"] = self.streamed
+        self.expects_continue = self.environ.get("HTTP_EXPECT", "").lower() == "100-continue"
+        self.keeps, self.unread, self.complete = False, True, True
+
     def _feed_chunks(self, data: bytes) -> None:
-        self._parse(data)
+        _feed_parser(self._parser, data)
         chunks, self._parsed.chunks = self._parsed.chunks, []
         self._framed += len(data)
         self.received_bytes += sum(map(len, chunks))
@@ -464,6 +571,17 @@ class RequestReader:
         self.unread = self._length != 0
         self.received_bytes, self.keeps = 0, self.keeps and not self.unread
         self._complete()
+
+
+def _feed_parser(parser: Any, data: bytes, *, in_head: bool = False) -> None:
+    """Raises BadRequest, and HttpParserUpgrade while the head is read."""
+    try:
+        parser.feed_data(data)
+    except httptools.HttpParserUpgrade:  # after the end of a body: the next request's, which is not served
+        if in_head:
+            raise
+    except httptools.HttpParserError as error:
+        raise BadRequest(400, f"no HTTP/1.1: {error}") from error
 
 
 def wsgi_environ(

@@ -222,6 +222,7 @@ class _Answering:
     def _answer(self, connection: ClientConnection, application: "WSGIApplication", *, keeps: bool) -> bool:
         environ = connection.reader.environ
         assert environ is not None
+        connection.stream_body()
         environ[CLIENT_GONE] = partial(client_gone, connection.sock)  # not the connection, which has the environ
         reply = ReplyWriter(connection.sock, environ, self._limits, keeps=keeps)
         try:

@@ -14,9 +14,10 @@ from typing import Final
 from tests.support.paths import ROOT
 
 _SERVER: Final = """
-import json, sys, threading, time
+import hashlib, json, sys, threading, time
 import functions.hosting.server
-from functions.hosting.requests import CLIENT_GONE, CLIENT_ID
+from eventing.problems import Problem
+from functions.hosting.requests import CLIENT_GONE, CLIENT_ID, STREAMED
 from functions.hosting.connection import ServerLimits
 from functions.hosting.server import Server, Service
 given = json.loads(sys.argv[1])
@@ -47,6 +48,15 @@ def application(environ, start_response):
     body = threading.current_thread().name.encode()
     if path == "/echo":
         body = bytes(environ["wsgi.input"].read())
+    if path == "/streamed" and "lamina.refused" not in environ:
+        digest = hashlib.sha256()
+        try:
+            while piece := environ["wsgi.input"].read(2**16):
+                digest.update(piece)
+        except Problem as problem:
+            start_response(f"{problem.status} Refused", [])
+            return [str(problem).encode()]
+        body = digest.hexdigest().encode()
     if "lamina.refused" in environ:
         start_response("503 Service Unavailable", [])
         return [type(environ["lamina.refused"]).__name__.encode()]
@@ -75,6 +85,7 @@ def slow_stream():
         yield b"."
 def admit(environ):
     environ[CLIENT_ID] = environ.get("HTTP_CLIENT", "")
+    environ[STREAMED] = environ["PATH_INFO"] == "/streamed"
     return None if environ["PATH_INFO"] == "/unread" else given["body_bytes"]
 def management(environ, start_response):
     start_response("200 OK", [])
