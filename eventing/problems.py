@@ -70,6 +70,12 @@ class UnknownEventType(Problem):
     status, name, title = 400, "unknown-event-type", "This function does not serve events of this type"
 
 
+class NotFound(Problem):
+    """404. There is no such file or batch, or it belongs to another API key. A retry does not help."""
+
+    status, name, title = 404, "not-found", "There is no such object"
+
+
 class EventExpired(Problem):
     """410. `expirytime` has passed: the answer is no longer awaited. A retry does not help."""
 

@@ -424,6 +424,13 @@ class GatewayConfig(CommonConfig):
         "per stage, concurrency of a replica at which another is added, for the page; 0: scaled otherwise; unset: unknown",
         "",
     )
+    jobs_store: tuple[str, str] | None = setting(
+        "LAMINA_JOBS_STORE",
+        parsers.bucket_and_prefix,
+        "BUCKET/PREFIX for files and batches (/v1/files, /v1/batches), in the store of models, with its keys; unset: they are "
+        "not served",
+        "",
+    )
     page: str = setting(
         "LAMINA_PAGE", parsers.one_of("on", "off"), "on: `GET /` is a page that chats and shows the pipeline", "on"
     )

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,7 +23,9 @@ from functions.gateway.answers.service import AnswerService
 from functions.gateway.answers.sites import Sites, check_media_type
 from functions.gateway.cloudevents.api import CloudEventsAPI
 from functions.gateway.cloudevents.scoring import ScoreEntry
+from functions.gateway.jobs.files import MAX_FILE_BYTES, Files, JobObjects
 from functions.gateway.openai.api import OpenAIAPI
+from functions.gateway.openai.files_api import UPLOAD_PATH
 from functions.gateway.openai.tokens import TokensAPI
 from functions.gateway.openapi.document import register_document
 from functions.gateway.openapi.operations import operations
@@ -30,7 +33,7 @@ from functions.gateway.page.page import register_page
 from functions.gateway.page.pipeline_events import PipelineEventsAPI
 from functions.gateway.page.pipeline_watch import PipelineWatch, StageDescription, Watched
 from functions.gateway.stages.endpoints import service_name
-from functions.hosting.requests import CLIENT_ID
+from functions.hosting.requests import CLIENT_ID, STREAMED
 from functions.hosting.web import add_problem_handlers
 from storage.store.payload_store import PayloadStore
 
@@ -96,15 +99,19 @@ def create_app(
     scores = None
     if config.scores == "on":
         scores = ScoreEntry(service, claims, pipeline=config.pipeline, source=source, token=config.pipeline_token)
+    files = None
+    if config.jobs_store is not None:
+        bucket, prefix = config.jobs_store
+        files = Files(JobObjects(PayloadStore(replace(config.store, bucket=bucket)), prefix))
     CloudEventsAPI(service, clients, claims, scores, source, config).register(app)
     TokensAPI(service, clients).register(app)
     if watched is not None:
         PipelineEventsAPI(PipelineWatch(watched), clients).register(app)
     if config.page == "on":
         register_page(app)
-    described = list(operations(with_page=config.page == "on"))
+    described = list(operations(with_page=config.page == "on", with_jobs=files is not None))
     register_document(app, described, config.model, with_keys=not keys.is_open)
-    OpenAIAPI(service, clients, config).register(app)
+    OpenAIAPI(service, clients, config, files).register(app)
     return app
 
 
@@ -129,7 +136,7 @@ def _add_cross_origin_headers(origins: frozenset[str], response: Response) -> Re
     response.headers["Access-Control-Allow-Origin"] = "*" if "*" in origins else origin
     response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
     if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
-        response.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
+        response.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
         if requested := request.headers.get("Access-Control-Request-Headers"):
             response.headers["Access-Control-Allow-Headers"] = requested
         response.headers["Access-Control-Max-Age"] = "600"
@@ -173,11 +180,15 @@ def gateway_admission(config: GatewayConfig, keys: KeyRing, app: Flask) -> "Call
         except HTTPException:
             return None
         has_body = environ["REQUEST_METHOD"] == "POST"
+        is_upload = has_body and environ["PATH_INFO"] == UPLOAD_PATH
         request = Request(environ, populate_request=False)  # it would be part of the environ that it holds
         with nullcontext() if has_body else suppress(Unauthorized):  # some paths without a body need no key
             environ[CLIENT_ID] = clients.identify(request)
         if not has_body:
             return 0
+        if is_upload:
+            environ[STREAMED] = True
+            return MAX_FILE_BYTES + MAX_REQUEST_BYTES  # with the other fields of the form
         check_media_type(environ)
         return MAX_REQUEST_BYTES
 

@@ -43,7 +43,7 @@ def add_problem_handlers(app: Flask) -> None:
         if REFUSED in request.environ:
             raise request.environ.pop(REFUSED)  # a raised exception holds the environ, by the frames of its traceback
         if request.environ["PATH_INFO"] == "*":  # OPTIONS for the server as a whole (RFC 9110, section 9.3.7)
-            return Response(status=204, headers={"Allow": "GET, HEAD, OPTIONS, POST"})
+            return Response(status=204, headers={"Allow": "DELETE, GET, HEAD, OPTIONS, POST"})
         return None
 
     @app.teardown_request

@@ -37,11 +37,16 @@ class PayloadStore(ObjectReader):
             with attempt, self._exchange("DELETE", key, signed_headers(self._keyed(), "DELETE", path)) as response:
                 response.read()
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Yields all objects whose keys begin with `prefix` (ListObjectsV2)."""
+    def list(self, prefix: str, *, after: str = "", at_once: int = 1000) -> Iterator[ObjectInfo]:
+        """Yields all objects whose keys begin with `prefix` (ListObjectsV2), in the order of their keys.
+
+        after: only those whose keys are greater. at_once: how many are asked for in one request, at most 1000.
+        """
         from xml.etree import ElementTree  # only listings need it, no start of a function
 
-        parameters = {"list-type": "2", "prefix": prefix}
+        parameters = {"list-type": "2", "prefix": prefix, "max-keys": str(at_once)}
+        if after:
+            parameters["start-after"] = after
         path = object_path(self.settings, "")
         while True:
             query = canonical_query(parameters)

@@ -134,6 +134,7 @@ class Clients:
     def __init__(self, keys: KeyRing, proxies: int = 0) -> None:
         self._keys = keys
         self._proxies = proxies
+        self.are_known = not keys.is_open  # by their API keys
 
     def identify(self, request: Request) -> str:
         """The client's id, by which the pipeline is shared fairly. It is no secret.

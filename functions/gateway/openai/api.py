@@ -10,7 +10,7 @@ import msgspec
 from flask import Blueprint, Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 
-from eventing.problems import MalformedEvent, Problem
+from eventing.problems import MalformedEvent, NotReady, Problem
 from functions.configuration.config import GatewayConfig
 from functions.gateway.answers.access_log import log_entry
 from functions.gateway.answers.authentication import Clients
@@ -18,8 +18,10 @@ from functions.gateway.answers.deduplication import Deduplicator
 from functions.gateway.answers.generation import Generation
 from functions.gateway.answers.service import AnswerService, RequestContext
 from functions.gateway.answers.streaming import Answering, arrival_time, client_gone, stream_response, whole_response
+from functions.gateway.jobs.files import Files
 from functions.gateway.openai.documents import ChoicesDocument, Envelope
 from functions.gateway.openai.errors import model_not_found, path_not_served, refused, unexpected
+from functions.gateway.openai.files_api import FilesAPI
 from functions.gateway.openai.requests import ChatRequest, CompletionRequest
 from functions.gateway.openai.responses import ResponsesDocument
 from functions.gateway.openai.responses_requests import ResponsesRequest
@@ -27,13 +29,17 @@ from functions.gateway.openai.validation import read_request
 from functions.gateway.text.tokenizer import ModelText
 from functions.hosting.web import json_response
 from functions.observing.tracing import read_traceparent
+from storage.errors import StorageError
 
 R = TypeVar("R", ChatRequest, CompletionRequest, ResponsesRequest)
 
 
 class OpenAIAPI:
-    def __init__(self, service: Callable[[], AnswerService], clients: Clients, config: GatewayConfig) -> None:
-        """service: raises NotReady before the tokenizer is loaded."""
+    def __init__(
+        self, service: Callable[[], AnswerService], clients: Clients, config: GatewayConfig, files: Files | None = None
+    ) -> None:
+        """service: raises NotReady before the tokenizer is loaded. files: None: no files and batches are served."""
+        self._files = files
         self._service = service
         self._clients = clients
         self._config = config
@@ -47,7 +53,10 @@ class OpenAIAPI:
         routes.post("/responses", endpoint="respond")(lambda: self._answer(ResponsesRequest, "resp_", ResponsesDocument))
         routes.get("/models")(self._models)
         routes.get("/models/<path:model>")(self._one_model)
+        if self._files is not None:
+            FilesAPI(self._files, self._clients).register(routes)
         routes.errorhandler(Problem)(refused)
+        routes.errorhandler(StorageError)(lambda error: refused(NotReady(f"the store of files failed: {error}")))
         routes.errorhandler(HTTPException)(path_not_served)
         routes.errorhandler(Exception)(unexpected)
         app.register_blueprint(routes)

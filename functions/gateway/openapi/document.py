@@ -81,7 +81,10 @@ def _operation(operation: Operation, schemas: dict[Any, Any], model: str, *, wit
 
 def _parameters(operation: Operation, model: str) -> Iterator[dict[str, Any]]:
     for name in re.findall(r"{(\w+)}", operation.path):
-        yield {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": [model]}}
+        values = {"enum": [model]} if name == "model" else {}
+        yield {"name": name, "in": "path", "required": True, "schema": {"type": "string", **values}}
+    for name, schema in operation.query.items():
+        yield {"name": name, "in": "query", "schema": {"type": "string", **schema}}
     for name, schema in operation.headers.items():
         described = {"type": "string", **schema}
         meaning = (

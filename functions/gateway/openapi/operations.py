@@ -16,6 +16,8 @@ from functions.gateway.page.pipeline_state import PipelineState
 
 JSON: Final = "application/json"
 HTML: Final = "text/html"
+FORM: Final = "multipart/form-data"
+BYTES: Final = "application/octet-stream"
 Content = Mapping[str, type | None]
 """Media type → type of the body; None: a text."""
 
@@ -43,10 +45,11 @@ class Operation:
     events: type | None = None  # data of each server-sent event, if the reply is a stream; an error may end it
     patched: bool = False  # events after the first are JSON merge patches of it
     headers: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # name → JSON schema without `type: string`
+    query: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # name → JSON schema, a string's if it has no type
     negative: type | None = None  # body of status 503, if that is a regular reply
 
 
-def operations(*, with_page: bool) -> Iterator[Operation]:
+def operations(*, with_page: bool, with_jobs: bool = False) -> Iterator[Operation]:
     if with_page:
         yield Operation("get", "/", "The page: chat, and the live pipeline", {HTML: None}, keyed=False)
     yield Operation(
@@ -81,6 +84,8 @@ def operations(*, with_page: bool) -> Iterator[Operation]:
             events=event,
             headers={"Idempotency-Key": {}},
         )
+    if with_jobs:
+        yield from _jobs()
     yield Operation("get", "/v1/models", "The one model that is served", {JSON: replies.ModelList})
     yield Operation("get", "/v1/models/{model}", "The same by its name", {JSON: replies.ModelCard}, errors=(*_SITE_ERRORS, 404))
     yield Operation(
@@ -103,3 +108,14 @@ def operations(*, with_page: bool) -> Iterator[Operation]:
         ("/readyz", "Whether it takes work", replies.ReadyReply),
     ):
         yield Operation("get", path, summary, {JSON: verdict}, errors=(), keyed=False, negative=verdict)
+
+
+def _jobs() -> Iterator[Operation]:
+    found = (*_SITE_ERRORS, 404, 500, 503)
+    page: Mapping[str, Mapping[str, object]] = {"limit": {"type": "integer"}, "after": {}}
+    upload = "Send a file of requests, with the purpose `batch`"
+    yield Operation("post", "/v1/files", upload, {JSON: replies.FileReply}, {FORM: replies.FileForm}, (400, 413, *found))
+    yield Operation("get", "/v1/files", "Files, newest first", {JSON: replies.FileList}, errors=(400, *found), query=page)
+    yield Operation("get", "/v1/files/{id}", "One file", {JSON: replies.FileReply}, errors=found)
+    yield Operation("delete", "/v1/files/{id}", "Delete it", {JSON: replies.FileDeleted}, errors=found)
+    yield Operation("get", "/v1/files/{id}/content", "Its content", {BYTES: None}, errors=found)

@@ -239,3 +239,34 @@ class GenerateRequestEvent(CloudEvent, frozen=True, kw_only=True):
 class GenerateResponseEvent(CloudEvent, frozen=True, kw_only=True):
     type: Literal["dev.lamina.generate.response"]
     data: GenerateResponse
+
+
+class FileForm(Struct, frozen=True):
+    """The fields of the form that brings a file; `file` is its content, JSON Lines."""
+
+    file: str
+    purpose: Literal["batch"]
+
+
+class FileReply(Struct, frozen=True):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: Literal["batch", "batch_output"]
+    status: Literal["processed"]
+
+
+class FileList(Struct, frozen=True):
+    object: Literal["list"]
+    data: tuple[FileReply, ...]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class FileDeleted(Struct, frozen=True):
+    id: str
+    object: Literal["file"]
+    deleted: bool

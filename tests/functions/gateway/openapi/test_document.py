@@ -32,7 +32,7 @@ PROBE_ROUTES = {("get", path) for path in PROBES}
 
 
 def served(page: str) -> set[tuple[str, str]]:
-    config = gateway_config(LAMINA_PAGE=page)
+    config = gateway_config(LAMINA_PAGE=page, **({"LAMINA_JOBS_STORE": "lamina/jobs"} if page == "on" else {}))
     app = create_app(config, lambda: None, Pipeline().metrics, KeyRing(), lambda _: None, Pipe().watched)  # type: ignore[arg-type, return-value]
     rules = [(each.methods or set(), re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", each.rule)) for each in app.url_map.iter_rules()]
     return {(method.lower(), path) for methods, path in rules for method in methods - {"HEAD", "OPTIONS"}}
@@ -40,7 +40,7 @@ def served(page: str) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("page", ["on", "off"])
 def test_the_document_describes_exactly_the_paths_that_are_served(page: str) -> None:
-    document = openapi_document(operations(with_page=page == "on"), "tiny", with_keys=False)
+    document = openapi_document(operations(with_page=page == "on", with_jobs=page == "on"), "tiny", with_keys=False)
     described = {(method, path) for path, methods in document["paths"].items() for method in methods}
     assert described == served(page) | PROBE_ROUTES, "functions/gateway/openapi/operations.py has every path"
 

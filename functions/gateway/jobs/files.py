@@ -1,0 +1,231 @@
+"""Files of clients as objects: their content in parts of whole lines, and a manifest, which is written last.
+
+    {prefix}/{owner}/files/{id}.json          the manifest; without it the file does not exist
+    {prefix}/{owner}/parts/{id}/00000000 …    the content
+
+Output and error files of a batch have a manifest only: their content is the batch's results (results.py). An owner is an API
+key's id, or EVERYBODY at a gateway without keys. Nothing here uses conditional writes, which not all stores know.
+"""
+
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, Literal, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from eventing.problems import EventTooLarge, NotFound
+from functions.gateway.jobs.results import PartResults
+from storage.errors import ObjectNotFound
+from storage.store.payload_store import PayloadStore
+
+EVERYBODY: Final = "everybody"
+MAX_FILE_BYTES: Final = 2**29
+PART_LINES: Final = 32  # what a gateway works on at a time, and what is lost when it dies
+MAX_LINE_BYTES: Final = 2**20
+_PART_BYTES: Final = 2**20  # a part ends at the first line end after so many bytes
+_MAX_PART_BYTES: Final = 2**30  # of results, which may have log-probabilities
+_ID: Final = re.compile(r"(file-|batch_)[0-9a-f]{27}")
+_LATEST_MS: Final = 2**44
+
+T = TypeVar("T")
+S = TypeVar("S", bound=Struct)
+Content = Literal["input", "output", "errors"]
+
+
+class ClientFile(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The manifest of a file."""
+
+    id: str
+    filename: str
+    bytes: int
+    created_at: int  # in Unix time
+    lines: int = 0  # that are not blank
+    parts: int = 0
+    content: Content = "input"
+    batch_id: str = ""  # the batch of an output or error file
+
+
+def new_id(prefix: str) -> str:
+    """An id that nobody can guess. Later ones are smaller, so that listings begin with the newest. prefix: file- or batch_."""
+    return f"{prefix}{_LATEST_MS - int(time.time() * 1000):011x}{secrets.token_hex(8)}"
+
+
+def check_id(id_: str) -> None:
+    """Raises NotFound for an id that this gateway has not made, and which could name any object."""
+    if not _ID.fullmatch(id_):
+        raise NotFound(f"there is no {id_[:80]!r} of this API key")
+
+
+class JobObjects:
+    """Objects under one prefix of the store, small ones as JSON. Thread-safe. Methods raise a StorageError."""
+
+    def __init__(self, store: PayloadStore, prefix: str) -> None:
+        self.store = store
+        self.prefix = prefix.strip("/") + "/"
+
+    def put(self, key: str, value: Struct) -> None:
+        self.store.put(self.prefix + key, msgspec.json.encode(value))
+
+    def find(self, key: str, type_: type[T]) -> T | None:
+        """The object as a value of `type_`; None if there is none, or if its bytes are something else."""
+        try:
+            return msgspec.json.decode(self.store.get(self.prefix + key), type=type_)
+        except (ObjectNotFound, msgspec.DecodeError):
+            return None
+
+    def exists(self, key: str) -> bool:
+        return any(found.key == self.prefix + key for found in self.store.list(self.prefix + key, at_once=1))
+
+    def names(self, folder: str, after: str = "", at_once: int = 1000) -> Iterator[str]:
+        """Names in a folder, which ends in `/`, that are greater than `after`, in their order."""
+        whole = self.prefix + folder
+        for found in self.store.list(whole, after=whole + after if after else "", at_once=at_once):
+            yield found.key.removeprefix(whole)
+
+    def delete(self, key: str) -> None:
+        self.store.delete(self.prefix + key)
+
+    def delete_folder(self, folder: str) -> None:
+        for name in self.names(folder):
+            self.delete(folder + name)
+
+
+class Files:
+    """The files of all owners. Thread-safe. Methods raise NotFound for a file that is not the owner's, or a StorageError."""
+
+    def __init__(self, objects: JobObjects) -> None:
+        self._objects = objects
+
+    def write(self, owner: str, filename: str, pieces: Iterable[bytes]) -> ClientFile:
+        """Writes the content of a new file, in bounded memory. It does not exist before `add`.
+
+        Raises EventTooLarge, and what `pieces` raises; then nothing of it stays.
+        """
+        id_ = new_id("file-")
+        folder = f"{owner}/parts/{id_}/"
+        total = lines = parts = 0
+        try:
+            for part in _parts(pieces):
+                total += len(part)
+                if total > MAX_FILE_BYTES:
+                    raise EventTooLarge(f"the file has more than {MAX_FILE_BYTES} bytes; send several")
+                self._objects.store.put(f"{self._objects.prefix}{folder}{part_name(parts)}", part)
+                lines += len(part_lines(part))
+                parts += 1
+        except BaseException:
+            self._objects.delete_folder(folder)
+            raise
+        return ClientFile(id=id_, filename=filename, bytes=total, created_at=int(time.time()), lines=lines, parts=parts)
+
+    def add(self, owner: str, file: ClientFile) -> None:
+        self._objects.put(f"{owner}/files/{file.id}.json", file)
+
+    def drop(self, owner: str, file: ClientFile) -> None:
+        """Deletes the content of a file that was written and shall not be added."""
+        self._objects.delete_folder(f"{owner}/parts/{file.id}/")
+
+    def get(self, owner: str, id_: str) -> ClientFile:
+        check_id(id_)
+        file = self._objects.find(f"{owner}/files/{id_}.json", ClientFile)
+        if file is None:
+            raise NotFound(f"there is no file {id_!r} of this API key")
+        return file
+
+    def list(
+        self, owner: str, after: str, limit: int, wanted: Callable[[ClientFile], bool] = lambda _: True
+    ) -> tuple[list[ClientFile], bool]:
+        """The newest wanted files after `after` (an id; empty: all), and whether there are more."""
+        return listed(self._objects, f"{owner}/files/", ClientFile, after, limit, wanted)
+
+    def read(self, owner: str, file: ClientFile) -> Iterator[bytes]:
+        """The content, piece by piece."""
+        if file.content == "input":
+            for number in range(file.parts):
+                yield self.part(owner, file.id, number)
+            return
+        for name in self._objects.names(results_folder(owner, file.batch_id)):
+            results = self.results(owner, file.batch_id, name)
+            if results is not None and (lines := results.lines(file.content)):
+                yield lines
+
+    def part(self, owner: str, id_: str, number: int) -> bytes:
+        """One part of a file that a client sent."""
+        return self._objects.store.get(f"{self._objects.prefix}{owner}/parts/{id_}/{part_name(number)}")
+
+    def results(self, owner: str, batch_id: str, name: str, folder: str = "results") -> PartResults | None:
+        """Results of one part of a batch; None: there are none."""
+        key = f"{self._objects.prefix}{owner}/runs/{batch_id}/{folder}/{name}"
+        try:
+            return PartResults.decode(self._objects.store.get(key, max_bytes=_MAX_PART_BYTES))
+        except ObjectNotFound:
+            return None
+
+    def delete(self, owner: str, id_: str) -> None:
+        """Deletes a file. Results of a batch stay as long as one of the two files has them."""
+        file = self.get(owner, id_)
+        self._objects.delete(f"{owner}/files/{id_}.json")
+        self._objects.delete_folder(f"{owner}/parts/{id_}/")
+        if file.batch_id and not any(
+            self._objects.exists(f"{owner}/files/{results_file_id(file.batch_id, content)}.json")
+            for content in ("output", "errors")
+        ):
+            self._objects.delete_folder(results_folder(owner, file.batch_id))
+
+
+def part_name(number: int) -> str:
+    """Sorts as the number does."""
+    return f"{number:08}"
+
+
+def part_lines(part: bytes) -> list[bytes]:
+    """The lines of a part that are not blank."""
+    return [line for line in part.split(b"\n") if line.strip()]
+
+
+def results_folder(owner: str, batch_id: str) -> str:
+    return f"{owner}/runs/{batch_id}/results/"
+
+
+def results_file_id(batch_id: str, content: Literal["output", "errors"]) -> str:
+    """The id of a batch's output or error file: every gateway gives it the same."""
+    digits = batch_id.removeprefix("batch_")
+    return f"file-{digits[:-1]}{int(digits[-1], 16) ^ (1 if content == 'output' else 2):x}"
+
+
+def listed(
+    objects: JobObjects, folder: str, type_: type[S], after: str, limit: int, wanted: Callable[[S], bool] = lambda _: True
+) -> tuple[list[S], bool]:
+    """At most `limit` wanted values of the folder's objects, newest first, and whether there are more."""
+    if after:
+        check_id(after)
+    names = objects.names(folder, f"{after}.json" if after else "", at_once=min(limit + 1, 1000))
+    found: list[S] = []
+    for name in names:
+        value = objects.find(folder + name, type_)
+        if value is None or not wanted(value):
+            continue
+        if len(found) == limit:
+            return found, True
+        found.append(value)
+    return found, False
+
+
+def _parts(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Joins pieces to parts that end at line ends. Raises EventTooLarge for a line of more than MAX_LINE_BYTES."""
+    lines: list[bytes] = []
+    size, begun = 0, b""
+    for piece in pieces:
+        *ended, begun = (begun + piece).split(b"\n")
+        for line in ended:
+            lines.append(line + b"\n")
+            size += len(line) + 1
+            if len(lines) == PART_LINES or size >= _PART_BYTES:
+                yield b"".join(lines)
+                lines, size = [], 0
+        if len(begun) > MAX_LINE_BYTES:
+            raise EventTooLarge(f"a line of the file has more than {MAX_LINE_BYTES} bytes, which are the most")
+    if lines or begun:
+        yield b"".join([*lines, begun])

@@ -1,0 +1,71 @@
+"""The results of one part of a batch as one object, so that they appear at once, whole: a head, answers, errors."""
+
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import msgspec
+from msgspec import Struct
+
+HEAD_BYTES: Final = 512  # with blanks up to its end
+
+
+class ResultsHead(Struct, frozen=True, kw_only=True):
+    """Counts of one object, which is `HEAD_BYTES + output_bytes + error_bytes` long."""
+
+    output_bytes: int = 0
+    error_bytes: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    answered: tuple[int, ...] = ()  # numbers of the lines in the part, in the order of their answers
+    failed: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class PartResults:
+    """Lines of the output file and of the error file, with their newlines, by the number of the request's line in its part."""
+
+    answers: dict[int, bytes] = field(default_factory=dict)
+    errors: dict[int, bytes] = field(default_factory=dict)
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+    def __contains__(self, number: int) -> bool:
+        return number in self.answers or number in self.errors
+
+    def __len__(self) -> int:
+        return len(self.answers) + len(self.errors)
+
+    def lines(self, content: Literal["output", "errors"]) -> bytes:
+        by_number = self.answers if content == "output" else self.errors
+        return b"".join(by_number[number] for number in sorted(by_number))
+
+    def encode(self) -> bytes:
+        output, errors = self.lines("output"), self.lines("errors")
+        head = ResultsHead(
+            output_bytes=len(output),
+            error_bytes=len(errors),
+            input_tokens=self.input_tokens,
+            output_tokens=self.output_tokens,
+            answered=tuple(sorted(self.answers)),
+            failed=tuple(sorted(self.errors)),
+        )
+        return msgspec.json.encode(head).ljust(HEAD_BYTES) + output + errors
+
+    @classmethod
+    def decode(cls, data: bytes) -> "PartResults | None":
+        """None if the bytes are no results, or not all of them."""
+        head = read_head(data[:HEAD_BYTES])
+        if head is None or len(data) != HEAD_BYTES + head.output_bytes + head.error_bytes:
+            return None
+        lines = [line + b"\n" for line in data[HEAD_BYTES:].split(b"\n")]
+        answers = dict(zip(head.answered, lines, strict=False))
+        errors = dict(zip(head.failed, lines[len(answers) :], strict=False))
+        return cls(answers, errors, head.input_tokens, head.output_tokens)
+
+
+def read_head(data: bytes) -> ResultsHead | None:
+    """The head of an object's first HEAD_BYTES; None if they are something else."""
+    try:
+        return msgspec.json.decode(data, type=ResultsHead)
+    except msgspec.DecodeError:
+        return None

@@ -1,0 +1,94 @@
+"""`/v1/files`: files that batches read, and those that they write."""
+
+import re
+from typing import Any, Final, cast
+
+from flask import Blueprint, Response, request
+
+from eventing.problems import InvalidRequest
+from functions.gateway.answers.access_log import log_entry
+from functions.gateway.answers.authentication import Clients
+from functions.gateway.jobs.files import EVERYBODY, ClientFile, Files
+from functions.gateway.openai.uploads import read_upload
+from functions.hosting.web import json_response
+
+UPLOAD_PATH: Final = "/v1/files"
+_MAX_LISTED: Final = 1000
+_PURPOSES: Final = {"input": "batch", "output": "batch_output", "errors": "batch_output"}
+
+
+class FilesAPI:
+    """A client has the files that came with its API key. At a gateway without keys all clients have all files."""
+
+    def __init__(self, files: Files, clients: Clients) -> None:
+        self._files = files
+        self._clients = clients
+
+    def register(self, routes: Blueprint) -> None:
+        routes.post("/files", endpoint="upload")(self._upload)
+        routes.get("/files", endpoint="files")(self._list)
+        routes.get("/files/<id>", endpoint="file")(lambda id: json_response(file_document(self._get(id))))
+        routes.get("/files/<id>/content", endpoint="content")(self._content)
+        routes.delete("/files/<id>", endpoint="delete_file")(self._delete)
+
+    def _get(self, id: str) -> ClientFile:
+        return self._files.get(owner_of_request(self._clients), id)
+
+    def _upload(self) -> Response:
+        owner = owner_of_request(self._clients)
+        fields, file = read_upload(
+            cast("Any", request.environ["wsgi.input"]),
+            request.content_type or "",
+            lambda filename, pieces: self._files.write(owner, filename, pieces),
+        )
+        if fields.get("purpose") != "batch":
+            self._files.drop(owner, file)
+            raise InvalidRequest(f"the purpose of the file is {fields.get('purpose')!r}; served is 'batch'")
+        self._files.add(owner, file)
+        return json_response(file_document(file))
+
+    def _list(self) -> Response:
+        owner, (after, limit) = owner_of_request(self._clients), page_of_request(_MAX_LISTED)
+        purpose = request.args.get("purpose")
+        files, has_more = self._files.list(owner, after, limit, lambda file: purpose in (None, _PURPOSES[file.content]))
+        return json_response(list_document([file_document(file) for file in files], has_more=has_more))
+
+    def _content(self, id: str) -> Response:
+        owner = owner_of_request(self._clients)
+        file = self._files.get(owner, id)
+        return Response(self._files.read(owner, file), content_type="application/octet-stream")
+
+    def _delete(self, id: str) -> Response:
+        self._files.delete(owner_of_request(self._clients), id)
+        return json_response({"id": id, "object": "file", "deleted": True})
+
+
+def owner_of_request(clients: Clients) -> str:
+    """For whom files and batches of the current request are kept. Raises Unauthorized."""
+    client_id = log_entry().client_id = clients.identify(request)
+    return client_id if clients.are_known else EVERYBODY
+
+
+def page_of_request(most: int) -> tuple[str, int]:
+    """The query's `after` and `limit`, which is at most `most`. Raises InvalidRequest."""
+    said = request.args.get("limit", str(most))
+    if not re.fullmatch("[0-9]{1,6}", said) or not int(said):
+        raise InvalidRequest(f"limit is {said[:40]!r}; it is a number from 1 on")
+    return request.args.get("after", ""), min(int(said), most)
+
+
+def list_document(documents: list[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
+    ids = [document["id"] for document in documents] or [None]
+    return {"object": "list", "data": documents, "has_more": has_more, "first_id": ids[0], "last_id": ids[-1]}
+
+
+def file_document(file: ClientFile) -> dict[str, Any]:
+    return {
+        "id": file.id,
+        "object": "file",
+        "bytes": file.bytes,
+        "created_at": file.created_at,
+        "filename": file.filename,
+        "purpose": _PURPOSES[file.content],
+        "status": "processed",
+    }
