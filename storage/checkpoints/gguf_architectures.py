@@ -3,9 +3,21 @@
 Names and transformations are those of llama.cpp's converter (conversion/*.py); tests compare with what it writes.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """How a tensor of a layer is computed from tensors that the file stores apart or in another order of dimensions."""
+
+    parts: tuple[str, ...]  # names in the file, without the layer
+    join: Callable[..., NDArray[Any]]  # from the parts as arrays to the tensor
+    by_expert: bool = False  # parts and tensor have one slice for each expert, and `join` gets one of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,14 +26,25 @@ class Architecture:
 
     model_type: str
     class_name: str
-    modules: Mapping[str, str] = field(default_factory=dict)  # tensors that have other names than in MODULES
+    # Modules with other names than in MODULES. A key with `.weight` or `.bias` names a whole tensor, and so does its value.
+    modules: Mapping[str, str] = field(default_factory=dict)
+    layers: str = "model.layers"  # what holds the layers
+    merges: Mapping[str, Merge] = field(default_factory=dict)  # tensors of a layer that are several in the file, or transposed
+    # Lists in the metadata with a number for each layer → tensors of a layer with that number, and their shapes.
+    numbers: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)  # further GGUF keys, without the architecture → config keys
     flags: Mapping[str, str] = field(default_factory=dict)  # config keys that are true if this tensor of layer 0 is there
     config: Mapping[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})  # values that the architecture implies
     norm: str = "rms_norm_eps"  # config key of the norms' epsilon
     permuted: bool = False  # rows of queries and keys are interleaved for llama.cpp's rotation
     norm_plus_one: bool = False  # norms are stored with one added
+    grouped_qkv: bool = (
+        False  # attn_qkv has, for each KV head, its queries, its key and its value; the file has all queries first
+    )
     partial_rotation: bool = False  # heads may be rotated in part
+    implied: Mapping[str, tuple[Any, ...]] = field(
+        default_factory=dict
+    )  # GGUF keys that may only have the values that the model implies
     sliding: bool = False  # attention.sliding_window is honoured
 
 
@@ -47,27 +70,107 @@ _BIAS: Final = {"attention_bias": "attn_q.bias"}
 _LLAMA_BIASES: Final = {**_BIAS, "mlp_bias": "ffn_down.bias"}
 _GELU: Final = {"hidden_activation": "gelu_pytorch_tanh"}
 
+_EXPERTS: Final = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
+_SHARED_EXPERTS: Final = {f"ffn_{name}_shexp": f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")} | {
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias"
+}
+_EXPERT_KEYS: Final = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+_ROUTED_KEYS: Final = {
+    "expert_count": "n_routed_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_count": "n_shared_experts",
+    "expert_group_count": "n_group",
+    "expert_group_used_count": "topk_group",
+    "expert_weights_scale": "routed_scaling_factor",
+    "expert_weights_norm": "norm_topk_prob",
+    "leading_dense_block_count": "first_k_dense_replace",
+}
+_SOFTMAX, _SIGMOID = 1, 2  # values of expert_gating_func
+_GRANITE_KEYS: Final = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+_LATENT: Final = {
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",  # of files of before 2025-04; later ones have it in two
+    **_EXPERTS,
+    **_SHARED_EXPERTS,
+}
+
+
+def _stacked(*matrices: NDArray[Any]) -> NDArray[Any]:
+    return np.concatenate(matrices)
+
+
+def _in_turn(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:
+    """Rows of both in turn, as columns if they are matrices."""
+    return np.stack((gate, up), axis=1).reshape(2 * len(gate), *gate.shape[1:]).T
+
+
+def _keys_and_values(keys: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
+    """kv_b_proj from keys [heads, rank, key width] and values [heads, value width, rank]."""
+    return np.concatenate((keys.swapaxes(1, 2), values), axis=1).reshape(-1, values.shape[2])
+
+
+_GPT2_MATRICES: Final = {
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+_LATENT_MERGES: Final = {
+    "self_attn.kv_b_proj.weight": Merge(("attn_k_b.weight", "attn_v_b.weight"), _keys_and_values),
+}
+_GRANITE_MERGES: Final = {
+    "block_sparse_moe.input_linear.weight": Merge(("ffn_gate_exps.weight", "ffn_up_exps.weight"), _stacked, by_expert=True),
+    "shared_mlp.input_linear.weight": Merge(("ffn_gate_shexp.weight", "ffn_up_shexp.weight"), _stacked),
+}
+
 ARCHITECTURES: Final[Mapping[str, Architecture]] = {
     "llama": Architecture("llama", "LlamaForCausalLM", flags=_LLAMA_BIASES, permuted=True),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", flags=_BIAS),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", flags=_BIAS),
+    "qwen2moe": Architecture(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        modules={
+            **_EXPERTS,
+            **{f"ffn_{name}_shexp": f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")},
+        },
+        merges={"mlp.shared_expert_gate.weight": Merge(("ffn_gate_inp_shexp.weight",), np.atleast_2d)},
+        keys={**_EXPERT_KEYS, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+        config={"hidden_act": "silu", "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
     "qwen3moe": Architecture(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
-        modules={
-            "ffn_gate_inp": "mlp.gate",
-            "ffn_gate_exps": "mlp.experts.{}.gate_proj",
-            "ffn_up_exps": "mlp.experts.{}.up_proj",
-            "ffn_down_exps": "mlp.experts.{}.down_proj",
-        },
-        keys={
-            "expert_count": "num_experts",
-            "expert_used_count": "num_experts_per_tok",
-            "expert_feed_forward_length": "moe_intermediate_size",
-        },
+        modules=_EXPERTS,
+        keys=_EXPERT_KEYS,
         flags=_BIAS,
         config={"hidden_act": "silu", "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
+    "mistral3": Architecture(
+        "ministral3",
+        "Ministral3ForCausalLM",
+        permuted=True,
+    ),
+    "arcee": Architecture("arcee", "ArceeForCausalLM", flags=_LLAMA_BIASES, config={"hidden_act": "relu2"}, permuted=True),
     "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", flags=_LLAMA_BIASES, permuted=True),
     "seed_oss": Architecture(
         "seed_oss",
@@ -94,6 +197,19 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
         norm_plus_one=True,
         sliding=True,
     ),
+    "phi2": Architecture(
+        "phi",
+        "PhiForCausalLM",
+        modules={
+            "output_norm": "model.final_layernorm",
+            "attn_output": "self_attn.dense",
+            "ffn_up": "mlp.fc1",
+            "ffn_down": "mlp.fc2",
+        },
+        config={"hidden_act": "gelu_new", "qk_layernorm": False},
+        norm="layer_norm_eps",
+        partial_rotation=True,
+    ),
     "phi3": Architecture(
         "phi3",
         "Phi3ForCausalLM",
@@ -103,17 +219,40 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
         sliding=True,
     ),
     "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", modules=_NORMS_AFTER, flags=_BIAS, sliding=True),
+    "olmo": Architecture(
+        "olmo", "OlmoForCausalLM", keys={"attention.clamp_kqv": "clip_qkv"}, norm="layer_norm_eps", permuted=True
+    ),
+    "olmoe": Architecture(
+        "olmoe",
+        "OlmoeForCausalLM",
+        modules=_EXPERTS,
+        keys={"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
+        config={"hidden_act": "silu", "norm_topk_prob": False},
+    ),
     "exaone4": Architecture("exaone4", "Exaone4ForCausalLM", modules=_NORMS_AFTER, sliding=True),
     "granite": Architecture(
         "granite",
         "GraniteForCausalLM",
-        keys={
-            "attention.scale": "attention_multiplier",
-            "embedding_scale": "embedding_multiplier",
-            "residual_scale": "residual_multiplier",
-            "logit_scale": "logits_scaling",
-        },
+        keys=_GRANITE_KEYS,
         flags=_LLAMA_BIASES,
+        permuted=True,
+    ),
+    "granitemoe": Architecture(
+        "granitemoe",
+        "GraniteMoeForCausalLM",
+        modules={
+            "ffn_gate_inp": "block_sparse_moe.router.layer",
+            "ffn_down_exps": "block_sparse_moe.output_linear",
+            "ffn_down_shexp": "shared_mlp.output_linear",
+        },
+        merges=_GRANITE_MERGES,
+        keys={
+            **_GRANITE_KEYS,
+            "expert_count": "num_local_experts",
+            "expert_used_count": "num_experts_per_tok",
+            "expert_shared_feed_forward_length": "shared_intermediate_size",
+        },
+        flags=_BIAS,
         permuted=True,
     ),
     "starcoder2": Architecture(
@@ -121,8 +260,9 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
         "Starcoder2ForCausalLM",
         modules={"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
         flags={"use_bias": "attn_q.bias"},
-        config={"hidden_act": "gelu_pytorch_tanh", "sliding_window": None},
+        config={"hidden_act": "gelu_pytorch_tanh"},
         norm="norm_epsilon",
+        sliding=True,
     ),
     "stablelm": Architecture(
         "stablelm",
@@ -138,6 +278,14 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
         keys={"logit_scale": "logit_scale"},
         flags={**_BIAS, "use_qk_norm": "attn_q_norm.weight"},
         norm="layer_norm_eps",
+    ),
+    "cohere2": Architecture(
+        "cohere2",
+        "Cohere2ForCausalLM",
+        keys={"logit_scale": "logit_scale"},
+        flags=_BIAS,
+        norm="layer_norm_eps",
+        sliding=True,
     ),
     "nemotron": Architecture(
         "nemotron",
@@ -158,6 +306,116 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
         },
         flags=_BIAS,
         partial_rotation=True,
+    ),
+    "chatglm": Architecture(
+        "glm", "GlmForCausalLM", modules={"ffn_up": "mlp.gate_up_proj"}, flags=_BIAS, partial_rotation=True
+    ),
+    "glm4moe": Architecture(
+        "glm4_moe",
+        "Glm4MoeForCausalLM",
+        modules={"post_attention_norm": "post_attention_layernorm", **_EXPERTS, **_SHARED_EXPERTS},
+        keys=_ROUTED_KEYS,
+        flags={**_BIAS, "use_qk_norm": "attn_q_norm.weight"},
+        partial_rotation=True,
+        implied={"expert_gating_func": (_SIGMOID,)},
+    ),
+    "deepseek2": Architecture(
+        "deepseek_v2",
+        "DeepseekV2ForCausalLM",
+        modules=_LATENT,
+        merges=_LATENT_MERGES,
+        keys={key: name for key, name in _ROUTED_KEYS.items() if key != "expert_weights_norm"},
+        implied={"expert_gating_func": (_SOFTMAX,), "expert_weights_norm": (False,)},
+    ),
+    "gpt-oss": Architecture(
+        "gpt_oss",
+        "GptOssForCausalLM",
+        modules={
+            "post_attention_norm": "post_attention_layernorm",
+            "attn_sinks.weight": "self_attn.sinks",
+            "ffn_gate_inp": "mlp.router",
+            "ffn_down_exps.bias": "mlp.experts.down_proj_bias",
+        },
+        merges={
+            "mlp.experts.gate_up_proj": Merge(("ffn_gate_exps.weight", "ffn_up_exps.weight"), _in_turn, by_expert=True),
+            "mlp.experts.gate_up_proj_bias": Merge(("ffn_gate_exps.bias", "ffn_up_exps.bias"), _in_turn, by_expert=True),
+            "mlp.experts.down_proj": Merge(("ffn_down_exps.weight",), np.transpose, by_expert=True),
+        },
+        keys={
+            "expert_count": "num_local_experts",
+            "expert_used_count": "num_experts_per_tok",
+            "expert_feed_forward_length": "intermediate_size",
+        },
+        config={"hidden_act": "silu", "attention_bias": True},
+        sliding=True,
+    ),
+    "falcon": Architecture(
+        "falcon",
+        "FalconForCausalLM",
+        modules={
+            "token_embd": "transformer.word_embeddings",
+            "output_norm": "transformer.ln_f",
+            "attn_norm": "input_layernorm",
+            "attn_qkv": "self_attention.query_key_value",
+            "attn_output": "self_attention.dense",
+            "ffn_up": "mlp.dense_h_to_4h",
+            "ffn_down": "mlp.dense_4h_to_h",
+        },
+        layers="transformer.h",
+        keys={"feed_forward_length": "ffn_hidden_size"},
+        config={"activation": "gelu", "alibi": False, "bias": False, "multi_query": True, "parallel_attn": True},
+        norm="layer_norm_epsilon",
+        grouped_qkv=True,
+        implied={"tensor_data_layout": ("jploski",)},
+    ),
+    "gptneox": Architecture(
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
+        modules={
+            "token_embd": "gpt_neox.embed_in",
+            "output_norm": "gpt_neox.final_layer_norm",
+            "output": "embed_out",
+            "attn_qkv": "attention.query_key_value",
+            "attn_output": "attention.dense",
+            "ffn_up": "mlp.dense_h_to_4h",
+            "ffn_down": "mlp.dense_4h_to_h",
+        },
+        layers="gpt_neox.layers",
+        keys={"use_parallel_residual": "use_parallel_residual"},
+        config={"hidden_act": "gelu"},
+        norm="layer_norm_eps",
+        grouped_qkv=True,
+        partial_rotation=True,
+    ),
+    "gpt2": Architecture(
+        "gpt2",
+        "GPT2LMHeadModel",
+        modules={
+            "token_embd": "transformer.wte",
+            "position_embd": "transformer.wpe",
+            "output_norm": "transformer.ln_f",
+            "attn_norm": "ln_1",
+            "ffn_norm": "ln_2",
+            **{f"{name}.bias": f"{module}.bias" for name, module in _GPT2_MATRICES.items()},
+        },
+        layers="transformer.h",
+        merges={f"{module}.weight": Merge((f"{name}.weight",), np.transpose) for name, module in _GPT2_MATRICES.items()},
+        keys={"feed_forward_length": "n_inner"},
+        config={"activation_function": "gelu_new"},
+        norm="layer_norm_epsilon",
+    ),
+    "apertus": Architecture(
+        "apertus",
+        "ApertusForCausalLM",
+        modules={"attn_norm": "attention_layernorm", "ffn_norm": "feedforward_layernorm"},
+        numbers={
+            "xielu.alpha_n": ("mlp.act_fn.alpha_n", (1,)),
+            "xielu.alpha_p": ("mlp.act_fn.alpha_p", (1,)),
+            "xielu.beta": ("mlp.act_fn.beta", ()),
+            "xielu.eps": ("mlp.act_fn.eps", ()),
+        },
+        flags=_BIAS,
+        config={"hidden_act": "xielu"},
     ),
     "ernie4_5": Architecture("ernie4_5", "Ernie4_5ForCausalLM", flags={"use_bias": "attn_q.bias"}),
     "hunyuan-dense": Architecture(
@@ -185,3 +443,27 @@ MIXTRAL: Final = Architecture(
 
 OLMO3: Final = Architecture("olmo3", "Olmo3ForCausalLM", modules=_NORMS_AFTER, flags=_BIAS, sliding=True)
 """An architecture `olmo2` with a sliding window."""
+
+MISTRAL: Final = Architecture("mistral", "MistralForCausalLM", permuted=True, sliding=True)
+"""An architecture `llama` with a sliding window, and `mistral3` without scaled queries."""
+
+GRANITE_SHARED: Final = replace(
+    ARCHITECTURES["granitemoe"], model_type="granitemoeshared", class_name="GraniteMoeSharedForCausalLM"
+)
+"""An architecture `granitemoe` with a shared expert."""
+
+DEEPSEEK3: Final = Architecture(
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    modules=_LATENT,
+    merges=_LATENT_MERGES,
+    keys=_ROUTED_KEYS,
+    implied={"expert_gating_func": (_SIGMOID,)},
+)
+"""An architecture `deepseek2` whose router is a sigmoid with a bias."""
+
+FALCON_GROUPED: Final = replace(
+    ARCHITECTURES["falcon"],
+    modules={**ARCHITECTURES["falcon"].modules, "attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"},
+)
+"""An architecture `falcon` with a norm each for attention and feed-forward."""

@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.checkpoints.checkpoint import Checkpoint, FourBits, SourceTensor
-from storage.checkpoints.gguf_architectures import MODULES, Architecture
+from storage.checkpoints.gguf_architectures import MODULES, Architecture, Merge
 from storage.checkpoints.gguf_config import architecture_of, model_config
 from storage.checkpoints.gguf_format import GgufHeader, GgufTensor, gguf_parts, read_header
 from storage.checkpoints.gguf_tokenizer import tokenizer_files
@@ -48,10 +49,25 @@ def open_gguf(path: Path, tokenizer: Mapping[str, bytes] | None = None) -> Check
         raise CheckpointInvalid(f"{path} is one of {count} parts; name them -00001-of-{count:05d}.gguf and so on, as they were")
     config, architecture = model_config(path, header), architecture_of(path, header)
     sizes = {part: part.stat().st_size for part in parts}
+    stored = {tensor.name: tensor for tensor in header.tensors if tensor.name not in _ROPE_TENSORS}
+    layers = range(config["num_hidden_layers"])
+    further = header.fields.get(f"{header.fields['general.architecture']}.nextn_predict_layers", 0)
+    for name in [*stored]:
+        if name.startswith(tuple(f"blk.{layers.stop + number}." for number in range(further))):
+            del stored[name]
     tensors: dict[str, SourceTensor] = {}
-    for tensor in header.tensors:
-        if tensor.name not in _ROPE_TENSORS:
-            tensors |= _sources(tensor, architecture, config, sizes[tensor.path])
+    for layer in layers:
+        prefix = f"{architecture.layers}.{layer}."
+        for name, merge in architecture.merges.items():
+            whole = [stored.pop(f"blk.{layer}.{part}") for part in merge.parts if f"blk.{layer}.{part}" in stored]
+            if len(whole) == len(merge.parts):
+                tensors[prefix + name] = _merged(merge, [_source(tensor, sizes[tensor.path]) for tensor in whole])
+            elif whole:
+                raise CheckpointInvalid(f"{path} has {whole[0].name!r}, but not all of {merge.parts}; make it again")
+        for key, (name, shape) in architecture.numbers.items():
+            tensors[prefix + name] = _number(path, key, header.fields.get(key), layer, shape)
+    for tensor in stored.values():
+        tensors |= _sources(tensor, architecture, config, sizes[tensor.path])
     config_file = msgspec.json.format(msgspec.json.encode(config), indent=2)
     files = tokenizer_files(path, header.fields) if tokenizer is None else tokenizer
     return Checkpoint(config, {**files, "config.json": config_file}, tensors)
@@ -60,49 +76,63 @@ def open_gguf(path: Path, tokenizer: Mapping[str, bytes] | None = None) -> Check
 def _sources(
     tensor: GgufTensor, architecture: Architecture, config: Mapping[str, Any], file_bytes: int
 ) -> dict[str, SourceTensor]:
-    """The tensors by their Hugging Face names that a tensor of a GGUF file holds: one, or one for each expert."""
-    path = tensor.path
+    """The tensors by their Hugging Face names that a tensor of a GGUF file holds: one, or several that it stacks."""
+    names = {**MODULES, **architecture.modules}
     found = _TENSOR_NAME.fullmatch(tensor.name)
-    module = {**MODULES, **architecture.modules}.get(found["module"]) if found else None
-    if not found or module is None:
+    module, kind = (found["module"], found["kind"]) if found else ("", "")
+    prefix = f"{architecture.layers}.{found['layer']}." if found and found["layer"] else ""
+    shift = -1 if architecture.norm_plus_one and module.endswith("norm") and kind == "weight" else 0
+    name = names.get(f"{module}.{kind}", f"{names[module]}.{kind}" if module in names else None)
+    if name is None and module == "attn_qkv":
+        sizes = [config["head_dim"] * config[heads] for heads in ("num_attention_heads", *["num_key_value_heads"] * 2)]
+        sources, first = {}, 0
+        for part, rows in zip(("attn_q", "attn_k", "attn_v"), sizes, strict=True):
+            order = _row_order(tensor, part, rows, config, architecture)
+            sources[f"{prefix}{MODULES[part]}.{kind}"] = _source(tensor, file_bytes, rows, first, order)
+            first += rows
+        if first != tensor.shape[0]:
+            raise CheckpointInvalid(
+                f"{tensor.path} has {tensor.name!r} with {tensor.shape[0]} rows, not {first}; make it again"
+            )
+        return sources
+    if name is None:
         raise ArchitectureUnsupported(
-            f"{path} has a tensor {tensor.name!r} that no {architecture.model_type!r} has; publish it from safetensors"
+            f"{tensor.path} has a tensor {tensor.name!r} that no {architecture.model_type!r} has; publish it from safetensors"
         )
-    prefix = f"model.layers.{found['layer']}." if found["layer"] else ""
-    name = f"{prefix}{module}.{found['kind']}"
-    shape = tensor.shape[1:] if "{}" in name else tensor.shape
-    if len(shape) + ("{}" in name) != len(tensor.shape) or not shape:
-        raise CheckpointInvalid(f"{path} has {tensor.name!r} as {list(tensor.shape)}; make it again")
-    rows, columns = shape[0], math.prod(shape[1:])
-    dequantize, row_bytes = _quantization(path, tensor, columns)
-    end = tensor.start + tensor.shape[0] * math.prod(tensor.shape[1:]) // columns * row_bytes
-    if end > file_bytes:
-        raise CheckpointInvalid(
-            f"{path} is no GGUF file, or only its beginning (tensor {tensor.name!r} ends at byte {end} of {file_bytes}); "
-            "fetch it again"
-        )
-    order = _row_order(path, tensor, rows, config, architecture)
-    shift = -1 if architecture.norm_plus_one and name.endswith("norm.weight") else 0
-    count = tensor.shape[0] if "{}" in name else 1
-    return {
-        name.format(number): _source(
-            tensor,
-            shape,
-            dequantize,
-            partial(_read_rows, path, tensor.start + number * rows * row_bytes, row_bytes, order),
-            shift,
-        )
-        for number in range(count)
-    }
+    if "{}" in name:
+        if len(tensor.shape) != 3:
+            raise CheckpointInvalid(f"{tensor.path} has {tensor.name!r} as {list(tensor.shape)}; make it again")
+        experts, rows, columns = tensor.shape
+        tensor = replace(tensor, shape=(experts * rows, columns))
+        return {prefix + name.format(number): _source(tensor, file_bytes, rows, number * rows) for number in range(experts)}
+    order = _row_order(tensor, module, tensor.shape[0], config, architecture)
+    return {prefix + name: _source(tensor, file_bytes, tensor.shape[0], 0, order, shift)}
 
 
 def _source(
     tensor: GgufTensor,
-    shape: tuple[int, ...],
-    dequantize: Callable[[NDArray[np.uint8]], Any],
-    read: Callable[[int, int], NDArray[np.uint8]],
-    shift: int,
+    file_bytes: int,
+    rows: int | None = None,
+    first_row: int = 0,
+    order: Callable[[int, int], NDArray[np.intp]] = np.arange,
+    shift: int = 0,
 ) -> SourceTensor:
+    """A tensor of a GGUF file, or `rows` of its rows from `first_row` on.
+
+    file_bytes: size of its file. order: maps the rows' numbers here to those in the file, counted from first_row. shift: is
+    added to all values. Raises CheckpointInvalid if the file does not have the whole tensor, or in an unknown format.
+    """
+    columns = math.prod(tensor.shape[1:])
+    dequantize, row_bytes = _quantization(tensor, columns)
+    end = tensor.start + tensor.shape[0] * row_bytes
+    if end > file_bytes:
+        raise CheckpointInvalid(
+            f"{tensor.path} is no GGUF file, or only its beginning (tensor {tensor.name!r} ends at byte {end} of "
+            f"{file_bytes}); fetch it again"
+        )
+    shape = tensor.shape if rows is None else (rows, *tensor.shape[1:])
+    read = partial(_read_rows, tensor.path, tensor.start + first_row * row_bytes, row_bytes, order)
+
     def floats(first: int, last: int) -> memoryview:
         values = np.ascontiguousarray(dequantize(read(first, last)), np.float32)
         return (values + np.float32(shift) if shift else values).reshape(-1).view(np.uint8).data
@@ -117,7 +147,41 @@ def _source(
     )
 
 
-def _quantization(path: Path, tensor: GgufTensor, columns: int) -> tuple[Callable[[NDArray[np.uint8]], Any], int]:
+def _merged(merge: Merge, parts: list[SourceTensor]) -> SourceTensor:
+    """The tensor that `merge` makes of `parts`. Reading a row takes the memory of the whole tensor, or of an expert's."""
+
+    def values(part: SourceTensor, first: int, last: int) -> NDArray[np.float32]:
+        return np.frombuffer(part.read_rows(first, last), np.float32).reshape(-1, *part.shape[1:])
+
+    def rows(first: int, last: int) -> memoryview:
+        if merge.by_expert:
+            experts = zip(*(values(part, first, last) for part in parts), strict=True)
+            found = np.stack([merge.join(*each) for each in experts])
+        else:
+            found = merge.join(*(values(part, 0, part.rows) for part in parts))[first:last]
+        return np.ascontiguousarray(found).reshape(-1).view(np.uint8).data
+
+    whole = [part.shape[1:] if merge.by_expert else part.shape for part in parts]
+    try:
+        shape = merge.join(*(np.broadcast_to(np.int8(0), each) for each in whole)).shape
+    except (ValueError, IndexError) as error:
+        raise CheckpointInvalid(
+            f"tensors {merge.parts} as {whole} do not fit together ({error}); make the GGUF file again"
+        ) from error
+    if merge.by_expert:
+        shape = (parts[0].shape[0], *shape)
+    return SourceTensor("F32", shape, rows, any(part.quantized for part in parts), None, parts[0].stored_as)
+
+
+def _number(path: Path, key: str, numbers: object, layer: int, shape: tuple[int, ...]) -> SourceTensor:
+    """A layer's number in a list of the metadata, as a tensor."""
+    if not isinstance(numbers, list) or layer >= len(numbers) or not isinstance(numbers[layer], float):
+        raise CheckpointInvalid(f"{path} has no {key} for layer {layer}; make the GGUF file again")
+    number = np.float32(numbers[layer])
+    return SourceTensor("F32", shape, lambda first, last: np.full(1, number).view(np.uint8).data)
+
+
+def _quantization(tensor: GgufTensor, columns: int) -> tuple[Callable[[NDArray[np.uint8]], Any], int]:
     """Returns (function from bytes [rows, bytes of a row] to dequantized floats [rows, columns], bytes of a row in the file).
 
     One block is tried at once, so that an unknown quantization fails before anything is published. Raises CheckpointInvalid.
@@ -129,10 +193,13 @@ def _quantization(path: Path, tensor: GgufTensor, columns: int) -> tuple[Callabl
         dequantize(np.zeros((1, block_bytes), np.uint8))
     except (ValueError, KeyError, NotImplementedError) as error:
         raise CheckpointInvalid(
-            f"{path} has {tensor.name!r} quantized as {tensor.kind}, which cannot be read ({error}); use another quantization"
+            f"{tensor.path} has {tensor.name!r} quantized as {tensor.kind}, which cannot be read ({error}); "
+            "use another quantization"
         ) from error
     if columns % block_items:
-        raise CheckpointInvalid(f"{path} has {tensor.name!r} as {list(tensor.shape)} in blocks of {block_items}; make it again")
+        raise CheckpointInvalid(
+            f"{tensor.path} has {tensor.name!r} as {list(tensor.shape)} in blocks of {block_items}; make it again"
+        )
     return dequantize, columns // block_items * block_bytes
 
 
@@ -155,20 +222,26 @@ def _four_bits(kind: int, rows: NDArray[np.uint8]) -> FourBits:
 
 
 def _row_order(
-    path: Path, tensor: GgufTensor, rows: int, config: Mapping[str, Any], architecture: Architecture
+    tensor: GgufTensor, module: str, rows: int, config: Mapping[str, Any], architecture: Architecture
 ) -> Callable[[int, int], NDArray[np.intp]]:
     """Returns a function that maps rows [first, last) of a tensor in Hugging Face's order to their row numbers in the file.
 
-    They differ for queries and keys of some architectures, where llama.cpp interleaves the two halves of each head.
-    rows: number of rows of the whole tensor. Raises CheckpointInvalid if they cannot be divided among the heads.
+    They differ for queries and keys of some architectures, where llama.cpp interleaves the two halves of each head, and for
+    attn_qkv of some. module: what the rows are. rows: their number. Raises CheckpointInvalid if they cannot be divided among
+    the heads.
     """
-    heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(tensor.name.split(".")[-2])
-    if not architecture.permuted or heads is None:
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    if module in ("attn_q", "attn_k") and architecture.permuted:
+        count, divisor = (heads if module == "attn_q" else kv_heads), 2
+        order: Callable[[int, int, int], NDArray[np.intp]] = _interleaved
+    elif module == "attn_qkv" and architecture.grouped_qkv:
+        count, divisor, order = heads + 2 * kv_heads, 1, partial(_by_kv_head, heads, kv_heads)
+    else:
         return np.arange
-    size, odd = divmod(rows, config[heads])
-    if odd or size % 2:
-        raise CheckpointInvalid(f"{path} has {tensor.name!r} with {rows} rows for {config[heads]} heads; make it again")
-    return partial(_interleaved, size)
+    size, odd = divmod(rows, count)
+    if odd or size % divisor or heads % kv_heads:
+        raise CheckpointInvalid(f"{tensor.path} has {tensor.name!r} with {rows} rows for {count} heads; make it again")
+    return partial(order, size)
 
 
 def _interleaved(head_rows: int, first: int, last: int) -> NDArray[np.intp]:
@@ -177,6 +250,17 @@ def _interleaved(head_rows: int, first: int, last: int) -> NDArray[np.intp]:
     half, pair = np.divmod(row, head_rows // 2)
     places = head * head_rows + 2 * pair + half
     return places
+
+
+def _by_kv_head(heads: int, kv_heads: int, head_rows: int, first: int, last: int) -> NDArray[np.intp]:
+    """Rows with each KV head's queries, key and value together, in a file that has all queries, all keys, all values."""
+    head, row = np.divmod(np.arange(first, last), head_rows)
+    group, member = np.divmod(head, heads // kv_heads + 2)
+    queries = heads // kv_heads
+    places: NDArray[np.intp] = np.where(
+        member < queries, group * queries + member, heads + (member - queries) * kv_heads + group
+    )
+    return places * head_rows + row
 
 
 def _read_rows(

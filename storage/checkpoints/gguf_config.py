@@ -7,7 +7,16 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.checkpoints.gguf_architectures import ARCHITECTURES, MIXTRAL, OLMO3, Architecture
+from storage.checkpoints.gguf_architectures import (
+    ARCHITECTURES,
+    DEEPSEEK3,
+    FALCON_GROUPED,
+    GRANITE_SHARED,
+    MISTRAL,
+    MIXTRAL,
+    OLMO3,
+    Architecture,
+)
 from storage.checkpoints.gguf_format import GgufHeader, GgufTensor
 from storage.checkpoints.gguf_tokenizer import BOS, EOS
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
@@ -22,6 +31,9 @@ _SIZES: Final[Mapping[str, str]] = {
 }
 _RMS_NORM: Final = "attention.layer_norm_rms_epsilon"
 _LAYER_NORM: Final = "attention.layer_norm_epsilon"
+_FURTHER: Final = "nextn_predict_layers"
+_YARN_LOG: Final = "rope.scaling.yarn_log_multiplier"
+_WINDOW: Final = "attention.sliding_window"
 _WINDOW_PATTERN: Final = "attention.sliding_window_pattern"
 # Keys that change nothing if they have one of these values.
 _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -62,11 +74,22 @@ def architecture_of(path: Path, header: GgufHeader) -> Architecture:
         raise ArchitectureUnsupported(
             f"{path} holds a {name[:64]!r}; known are {', '.join(ARCHITECTURES)}; publish others from safetensors"
         )
-    if name == "llama" and any(tensor.name == "blk.0.ffn_gate_exps.weight" for tensor in header.tensors):
-        return MIXTRAL
-    if name == "olmo2" and header.fields.get(f"olmo2.{_WINDOW_PATTERN}"):
-        return OLMO3
-    return ARCHITECTURES[name]
+    tensors, fields = {tensor.name for tensor in header.tensors}, header.fields
+    window, context = (fields.get(f"{name}.{key}") for key in (_WINDOW, "context_length"))
+    slides = isinstance(window, int) and isinstance(context, int) and 0 < window < context
+    sigmoid = fields.get("deepseek2.expert_gating_func", 2 if any(each.endswith("exp_probs_b.bias") for each in tensors) else 1)
+    variants = {
+        "llama": (
+            (MIXTRAL, "blk.0.ffn_gate_exps.weight" in tensors),
+            (MISTRAL, slides),
+        ),
+        "mistral3": ((MISTRAL, "mistral3.attention.temperature_scale" not in fields),),
+        "olmo2": ((OLMO3, bool(fields.get(f"olmo2.{_WINDOW_PATTERN}"))),),
+        "granitemoe": ((GRANITE_SHARED, "blk.0.ffn_up_shexp.weight" in tensors),),
+        "deepseek2": ((DEEPSEEK3, sigmoid == 2),),
+        "falcon": ((FALCON_GROUPED, "blk.0.attn_norm_2.weight" in tensors),),
+    }
+    return next((row for row, is_it in variants.get(name, ()) if is_it), ARCHITECTURES[name])
 
 
 def model_config(path: Path, header: GgufHeader) -> dict[str, Any]:
@@ -79,7 +102,14 @@ def model_config(path: Path, header: GgufHeader) -> dict[str, Any]:
     name = str(header.fields["general.architecture"])
     metadata = _Metadata(path, header, f"{name}.")
     keys, tensors = metadata.keys, metadata.tensors
+    metadata.defaults["attention.head_count_kv"] = keys.get("attention.head_count")
     config: dict[str, Any] = {config_key: metadata.size(key) for key, config_key in _SIZES.items()}
+    # Layers that predict further tokens come last; they are not published.
+    metadata.used.add(_FURTHER)
+    further = keys.get(_FURTHER, 0)
+    if type(further) is not int or not 0 <= further < config["num_hidden_layers"]:
+        raise metadata.wrong(_FURTHER, "is no number of layers")
+    config["num_hidden_layers"] -= further
     norm = _RMS_NORM if architecture.norm == "rms_norm_eps" else _LAYER_NORM
     config[architecture.norm] = metadata.number(norm)
     if "token_embd.weight" not in tensors:
@@ -87,17 +117,26 @@ def model_config(path: Path, header: GgufHeader) -> dict[str, Any]:
     config["vocab_size"] = tensors["token_embd.weight"].shape[0]
     metadata.defaults["attention.key_length"] = config["hidden_size"] // config["num_attention_heads"]
     config["head_dim"] = metadata.size("attention.key_length")
+    if name == "deepseek2":
+        config |= _latent_attention(metadata, config)
     config |= {config_key: keys[key] for key, config_key in architecture.keys.items() if key in keys}
     config |= {config_key: f"blk.0.{tensor}" in tensors for config_key, tensor in architecture.flags.items()}
     config |= _rope(metadata, architecture, config)
     config |= architecture.config
     if architecture.sliding:
         config |= _windows(metadata, config["num_hidden_layers"])
+    if name == "falcon":
+        # Models with one KV head are of the first kind; the others have one or two norms before attention and feed-forward.
+        config["new_decoder_architecture"] = config["num_key_value_heads"] > 1
+        config["num_kv_heads"] = config["num_key_value_heads"]
+        config["num_ln_in_parallel_attn"] = 2 if architecture is FALCON_GROUPED else 1
     if name in _LARGEST_GEMMA_LAYERS:
         is_largest = config["num_hidden_layers"] == _LARGEST_GEMMA_LAYERS[name]
         share = config["hidden_size"] // config["num_attention_heads"]
         config["query_pre_attn_scalar"] = share if is_largest else config["head_dim"]
     _check_others(metadata, architecture, config)
+    if name == "falcon":
+        del config["head_dim"]  # which its class computes
     return config | {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
@@ -143,6 +182,29 @@ class _Metadata:
         return CheckpointInvalid(f"{self.path} has {self.prefix}{key} = {seen}, which {what}; make the GGUF file again")
 
 
+def _latent_attention(metadata: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of config.json for latent attention (MLA). `_mla` keys have the widths of heads in newer files."""
+    rotated, rank = metadata.size("rope.dimension_count"), metadata.size("attention.kv_lora_rank")
+    metadata.used |= {"attention.q_lora_rank", "attention.key_length", "attention.value_length"}
+    key, value = (
+        metadata.size(f"attention.{part}_length{'_mla' if f'attention.{part}_length_mla' in metadata.keys else ''}")
+        for part in ("key", "value")
+    )
+    if key <= rotated:
+        raise metadata.wrong("rope.dimension_count", f"is not less than the {key} of a head")
+    groups = metadata.keys.get("expert_group_count", 1)
+    return {
+        "num_key_value_heads": config["num_attention_heads"],
+        "head_dim": rotated,
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": key - rotated,
+        "v_head_dim": value,
+        "kv_lora_rank": rank,
+        "q_lora_rank": metadata.keys.get("attention.q_lora_rank"),
+        "topk_method": "group_limited_greedy" if groups != 1 else "greedy",
+    }
+
+
 def _rope(metadata: _Metadata, architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of config.json that describe the rotation of queries and keys."""
     theta, head_dim = metadata.number("rope.freq_base"), config["head_dim"]
@@ -154,6 +216,8 @@ def _rope(metadata: _Metadata, architecture: Architecture, config: Mapping[str, 
         for key, name in _ROPE_SCALING[kind].items():
             if key in _ROPE_NEEDED or key in metadata.keys:
                 parameters[name] = metadata.value(key)
+    if kind == "yarn":
+        parameters |= _yarn_scales(metadata, architecture)
     if architecture.partial_rotation and "rope.dimension_count" in metadata.keys:
         rotated = metadata.size("rope.dimension_count")
         if rotated > head_dim:
@@ -173,9 +237,23 @@ def _rope(metadata: _Metadata, architecture: Architecture, config: Mapping[str, 
         return {"rope_parameters": {"full_attention": parameters, "sliding_attention": local}}
     if architecture.model_type == "olmo3" and metadata.keys.get("rope.freq_base_swa") == theta:
         metadata.used.add("rope.freq_base_swa")
-    if parameters == {"rope_type": "default", "rope_theta": theta}:
-        return {"rope_theta": theta}
     return {"rope_parameters": parameters}
+
+
+def _yarn_scales(metadata: _Metadata, architecture: Architecture) -> dict[str, Any]:
+    """What YaRN's parameters say beyond those of every family."""
+    if architecture.model_type == "gpt_oss":
+        return {"truncate": False}
+    if architecture.model_type not in ("deepseek_v2", "deepseek_v3", "ministral3"):
+        return {}
+    # The converter multiplies DeepSeek's by 0.1. Files have one number, since all models have both equal.
+    scale = 1.0 if architecture.model_type == "ministral3" else 10.0
+    metadata.defaults[_YARN_LOG] = 0.0
+    mscale = round(metadata.value(_YARN_LOG) * scale, 6)
+    scales = {"mscale": mscale, "mscale_all_dim": mscale}
+    if architecture.model_type == "ministral3":
+        scales["llama_4_scaling_beta"] = metadata.number("attention.temperature_scale")
+    return scales
 
 
 def _scaled_by_frequency(tensor: GgufTensor, theta: float, head_dim: int) -> dict[str, Any]:
@@ -211,10 +289,10 @@ def _floats(tensor: GgufTensor) -> NDArray[np.float32]:
 
 def _windows(metadata: _Metadata, num_layers: int) -> dict[str, Any]:
     """The sliding window, and which layers have it if the file says so."""
-    metadata.used |= {"attention.sliding_window", _WINDOW_PATTERN}
-    window = metadata.keys.get("attention.sliding_window") or None
+    metadata.used |= {_WINDOW, _WINDOW_PATTERN}
+    window = metadata.keys.get(_WINDOW) or None
     if window is not None and type(window) is not int:
-        raise metadata.wrong("attention.sliding_window", "is no size")
+        raise metadata.wrong(_WINDOW, "is no size")
     pattern = metadata.keys.get(_WINDOW_PATTERN)
     if isinstance(pattern, int) and pattern > 0:
         pattern = [(layer + 1) % pattern != 0 for layer in range(num_layers)]
@@ -231,7 +309,7 @@ def _windows(metadata: _Metadata, num_layers: int) -> dict[str, Any]:
 def _check_others(metadata: _Metadata, architecture: Architecture, config: Mapping[str, Any]) -> None:
     heads = (config["head_dim"],)
     # A window as long as the context hides nothing.
-    window = metadata.keys.get("attention.sliding_window")
+    window = metadata.keys.get(_WINDOW)
     wide = (window,) if isinstance(window, int) and (window == 0 or window >= config["max_position_embeddings"]) else (0,)
     allowed = {
         **_NEUTRAL,
@@ -239,10 +317,11 @@ def _check_others(metadata: _Metadata, architecture: Architecture, config: Mappi
         "attention.value_length": heads,
         "rope.dimension_count": heads,
         "vocab_size": (config["vocab_size"],),
-        "attention.sliding_window": wide,
+        _WINDOW: wide,
     }
     if architecture.norm != "rms_norm_eps":
         allowed[_RMS_NORM] = (config[architecture.norm],)
+    allowed |= architecture.implied
     keys, prefix = metadata.keys, metadata.prefix
     for key in sorted(keys.keys() - metadata.used - architecture.keys.keys()):
         if key not in allowed:

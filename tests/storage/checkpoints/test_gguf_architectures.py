@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from storage.checkpoints.families import FAMILIES
 from storage.checkpoints.gguf_architectures import ARCHITECTURES
 from storage.checkpoints.gguf_checkpoint import open_gguf
 from storage.checkpoints.gguf_format import read_header
+from storage.models.publisher import plan_publication
 from tests.support.storage import convert_to_gguf, llama_cpp, tiny_models
 from tests.support.storage.torch_tensors import checkpoint_floats, folder_tensors
 
@@ -26,6 +28,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+DEEPSEEK_YARN = {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32.0, "beta_slow": 1.0}
 LONG = {
     "rope_type": "longrope",
     "rope_theta": 10_000.0,
@@ -39,17 +42,35 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama", "llama_tied", "llama_biased", "llama_wide_heads", "llama_rope_linear", "llama_rope_llama3", "llama_rope_yarn",
         "smollm3", "mistral", "qwen2", "qwen3", "seed_oss", "seed_oss_biased", "mixtral", "gemma", "gemma2", "gemma3_text",
         "phi3", "olmo2", "olmo3", "granite", "cohere", "stablelm", "nemotron", "glm4", "ernie4_5", "exaone4",
-        "hunyuan_v1_dense",
+        "hunyuan_v1_dense", "qwen2_moe", "granitemoe", "granitemoeshared", "olmo", "olmoe", "cohere2", "glm", "glm4_moe",
+        "deepseek_v2", "deepseek_v3", "ministral3", "arcee", "gpt_oss", "falcon", "falcon_grouped", "apertus",
+        "gpt_neox", "gpt_neox_sequential", "gpt2",
     )},
     "llama3_wide": ("llama", {"head_dim": 64, "rope_parameters": LLAMA3}),
     "qwen3_yarn": ("qwen3", {"rope_parameters": YARN}),
     "qwen3_moe": ("qwen3_moe", {"mlp_only_layers": [], "norm_topk_prob": True}),
+    "qwen2_fused": ("qwen2", {}),
+    "llama_fused": ("llama", {}),
     "starcoder2": ("starcoder2", {"sliding_window": None}),
+    "phi": ("phi", {"qk_layernorm": False, "intermediate_size": 128}),
+    "deepseek_v2_lite": ("deepseek_v2", {"q_lora_rank": None, "rope_parameters": DEEPSEEK_YARN}),
+    "deepseek_v3_yarn": ("deepseek_v3", {"rope_parameters": DEEPSEEK_YARN}),
+    "gpt_oss_yarn": ("gpt_oss", {"rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}}),
     "phi3_sliding": ("phi3_sliding", {}),
     "phi3_long": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
     "cohere_plain": ("cohere", {"use_qk_norm": False}),
     "stablelm_alone": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": False}),
 }  # fmt: skip
+# Keys of config.json that the converter reads and transformers has ceased to write, and options of the converter.
+OTHER_KEYS = {
+    "qwen2_fused": {"fuse_qkv": True},
+    "llama_fused": {"fuse_qkv": True},
+    "gpt_neox": {"rotary_pct": 0.25},
+    "gpt_neox_sequential": {"rotary_pct": 0.25},
+    "gpt2": {"n_ctx": 256},
+    "falcon": {"num_kv_heads": 1},
+    "cohere2": {"rotary_pct": 1.0},
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +79,18 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("converted")
     sources = llama_cpp.sources().resolve()
     for case, (name, changes) in CASES.items():
-        tiny_models.whole_model(name, **changes).save_pretrained(root / case)
+        model = tiny_models.whole_model(name, **changes)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.linspace(-0.1, 0.1, len(buffer)))
+        model.save_pretrained(root / case)
+        config_file = root / case / "config.json"
+        config = json.loads(config_file.read_text())
+        config_file.write_text(json.dumps(config | OTHER_KEYS.get(case, {})))
     folders = [root / case for case in CASES]
-    subprocess.run([sys.executable, convert_to_gguf.__file__, sources, *folders], check=True, capture_output=True)
+    command = [sys.executable, convert_to_gguf.__file__, sources, *folders]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
     return root
 
 
@@ -73,6 +103,12 @@ def test_a_converted_model_is_the_one_that_it_was(case: str, converted: Path, tm
     for name, tensor in theirs.items():
         # A norm that is stored with one added has lost its last bits.
         torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=2e-7 if name.endswith("norm.weight") else 0)
+    if checkpoint.config["model_type"] in FAMILIES:
+        ours, same = (
+            plan_publication(path, "float32", tokenizer=converted / case)
+            for path in (converted / f"{case}.gguf", converted / case)
+        )
+        assert [(each.name, each.bytes) for each in ours.objects] == [(each.name, each.bytes) for each in same.objects]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(dict(checkpoint.config)))
     attention = "eager" if case == "gemma2" else None

@@ -141,7 +141,6 @@ def test_tensors_that_have_no_place_or_are_missing_are_named(
         ("rope.scale_linear", 2.0),
         ("rope.scaling.attn_factor", 1.5),
         ("attention.value_length", 16),
-        ("attention.sliding_window", 8),
         ("attention.scale", 0.5),
         ("attention.clamp_kqv", 8.0),
         ("attention.max_alibi_bias", 8.0),
@@ -160,6 +159,14 @@ def test_a_key_that_changes_the_result_is_refused(key: str, value: float | str, 
 def add_key(writer: gguf.GGUFWriter, key: str, value: float | str) -> None:
     put = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
     put(f"llama.{key}", value)
+
+
+def test_a_llama_with_a_sliding_window_is_a_mistral(tmp_path: Path) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_sliding_window(8)
+
+    config = open_gguf(write_gguf(tmp_path / "x.gguf", "llama", add=add), tokenizer={}).config
+    assert (config["model_type"], config["sliding_window"]) == ("mistral", 8)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Vocabularies are left out: tests/storage/checkpoints/test_gguf_tokenizers.py has them.
 """
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -19,5 +20,9 @@ if __name__ == "__main__":
         )
         config = json.loads((folder / "config.json").read_text())
         converter = get_model_class(config["architectures"][0])
-        converter.set_vocab = lambda self: None
-        converter(folder, gguf.LlamaFileType.ALL_F32, folder.with_suffix(".gguf")).write()
+        for each in (converter, *filter(inspect.isclass, vars(converter).values())):
+            each.set_vocab = lambda self: None
+        parameters = {**config, **converter.load_hparams(folder, False)}
+        converter(
+            folder, gguf.LlamaFileType.ALL_F32, folder.with_suffix(".gguf"), hparams=parameters, fuse_qkv="fuse_qkv" in config
+        ).write()

@@ -171,6 +171,42 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
         **_MOE,
     ),
 }
+_MLA: Final = {  # latent attention
+    "num_key_value_heads": 4, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+    "q_lora_rank": 16,
+}  # fmt: skip
+_ROUTED: Final = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, **_MOE}
+_GRANITE: Final = {
+    "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3,
+    "num_local_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+# Models that GGUF files hold, of families that may not be served.
+_STORED: Final[dict[str, dict[str, Any]]] = {
+    "qwen2_moe": _like_llama(
+        "qwen2_moe", num_experts=4, shared_expert_intermediate_size=48, decoder_sparse_step=1, mlp_only_layers=[], **_MOE
+    ),
+    "granitemoe": _like_llama("granitemoe", **_GRANITE),
+    "granitemoeshared": _like_llama("granitemoeshared", shared_intermediate_size=24, **_GRANITE),
+    "olmo": _like_llama("olmo", clip_qkv=0.5),
+    "olmoe": _like_llama("olmoe", num_experts=4, num_experts_per_tok=2),
+    "cohere2": _like_llama("cohere2", logit_scale=0.25, sliding_window=SLIDING_WINDOW, tie_word_embeddings=True),
+    "glm": _like_llama("glm", head_dim=8, attention_bias=True, rms_norm_eps=1e-5),
+    "glm4_moe": _like_llama(
+        "glm4_moe", head_dim=8, attention_bias=True, use_qk_norm=True, routed_scaling_factor=1.5, **_ROUTED
+    ),
+    "deepseek_v2": _like_llama("deepseek_v2", topk_method="greedy", routed_scaling_factor=1.5, **_MLA, **_ROUTED),
+    "glm4_moe_lite": _like_llama("glm4_moe_lite", n_group=1, topk_group=1, **_MLA, **_ROUTED),
+    "ministral3": _like_llama(
+        "ministral3",
+        head_dim=16,
+        sliding_window=None,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32.0,
+            "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+        },
+    ),
+    "arcee": _like_llama("arcee"),
+}  # fmt: skip
 
 LLAMA_SHAPED: Final = tuple(_LLAMA_SHAPED)  # names of the tiny models that the lean group must run
 ALL: Final = (*_LLAMA_SHAPED, *_OTHERS)  # names of all tiny models; several may be of one family
@@ -178,7 +214,7 @@ ALL: Final = (*_LLAMA_SHAPED, *_OTHERS)  # names of all tiny models; several may
 
 def given_fields(name: str) -> dict[str, Any]:
     """The keys of a tiny model's `config.json` that differ from the defaults of its family."""
-    return copy.deepcopy({**_LLAMA_SHAPED, **_OTHERS}[name])
+    return copy.deepcopy({**_LLAMA_SHAPED, **_OTHERS, **_STORED}[name])
 
 
 def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
