@@ -23,7 +23,8 @@ from functions.stage.models.floats import Array, narrowed
 from functions.stage.models.layer_group import Segment
 from functions.stage.models.native.group import NativeGroup
 from storage.checkpoints.checkpoint import SourceTensor
-from storage.checkpoints.llama_shaped import LlamaSizes, layer_shapes, outer_shapes
+from storage.checkpoints.decoder import layer_shapes, outer_shapes
+from storage.checkpoints.decoder_config import decoder_of
 from storage.models.model_repository import Dtype
 
 Ways = Mapping[str, Callable[[], object]]
@@ -84,7 +85,7 @@ def best_milliseconds(ways: Ways, rounds: int = 5, calls: int = 4) -> dict[str, 
 
 def random_group(config: Mapping[str, Any], dtype: Dtype, kv_tokens: int = 20_000) -> NativeGroup:
     """The whole model of a config with random weights."""
-    sizes = LlamaSizes.from_config(config)
+    sizes = decoder_of(config)
     dice = np.random.default_rng(1)
     shapes = {
         f"model.layers.{layer}.{name}": shape
@@ -96,7 +97,7 @@ def random_group(config: Mapping[str, Any], dtype: Dtype, kv_tokens: int = 20_00
         scale = np.float32(shape[-1] ** -0.5 if len(shape) == 2 else 1.0)
         array = dice.standard_normal(shape, np.float32) * scale
         sources[name] = SourceTensor("F32", shape, partial(_rows, array))
-    kv_bytes = kv_tokens * sizes.num_layers * 2 * 4 * sizes.num_kv_heads * sizes.head_dim
+    kv_bytes = kv_tokens * sizes.num_layers * 2 * 4 * sizes.attention.num_kv_heads * sizes.attention.head_dim
     group = NativeGroup(config, 0, sizes.num_layers, dtype, kv_bytes)
     group.place(converted(sources, dtype))
     group.finish()

@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from functions.stage.native.limits import obstacle
 from storage.checkpoints.checkpoint import Checkpoint
-from storage.checkpoints.llama_config import LlamaConfig, UnsupportedConfig
+from storage.checkpoints.decoder_config import decoder_of
+from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.errors import ModelNotPublished
 from storage.models.checks import is_layer_matrix
 from storage.models.model_repository import Dtype
@@ -61,7 +62,7 @@ def torch_needed(config: Mapping[str, Any], dtype: str) -> str | None:
     config: the content of the model's config.json.
     """
     try:
-        model = LlamaConfig.from_dict(config)
+        head_dim = decoder_of(config).attention.head_dim
     except UnsupportedConfig as error:
         return str(error)
-    return obstacle(dtype, "cpu", {"head_dim": model.head_dim})
+    return obstacle(dtype, "cpu", {"head_dim": head_dim})

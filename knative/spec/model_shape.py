@@ -13,7 +13,8 @@ import msgspec
 
 from functions.stage.native.limits import obstacle, padded_head
 from knative.spec.errors import UnknownShape
-from storage.checkpoints.llama_config import LlamaConfig, UnsupportedConfig
+from storage.checkpoints.decoder_config import decoder_of
+from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.models.checks import check_runnable
 from storage.models.model_repository import ModelManifest, Reader, layer_object, read_file
 
@@ -184,7 +185,7 @@ def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, hea
     head_size = decoder.head_size
     if slow_because is None:
         try:
-            LlamaConfig.from_dict(decoder.config)
+            decoder_of(decoder.config)
             head_size = padded_head(head_size)
         except UnsupportedConfig:
             pass  # layers in C do not run this model, and only they pad heads

@@ -1,7 +1,7 @@
 """The model families that a stage can run, and how transformers' modules of each are sliced. Imports no heavy library.
 
 A family is a `model_type` of a checkpoint's config.json. The transformers group runs all of them;
-`llama_config` has those that run in C. Some families do more before and after their layers than embed and
+`decoder_families` has those that run in C. Some families do more before and after their layers than embed and
 normalize: for example, the first stage may add position embeddings. `cut_config` handles what depends on a layer's number.
 """
 

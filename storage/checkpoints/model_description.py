@@ -1,14 +1,15 @@
 """Describes a model's shape for its manifest, from its config.json.
 
-Llama-shaped families have a table (`llama_shaped`). For all others transformers' configuration classes know the names and
-defaults (n_layer, tie_word_embeddings, head_dim …). No code of a checkpoint is run.
+`decoder_config` describes the families that Lamina's own layers run. For others transformers' configuration classes know names
+and defaults (n_layer, tie_word_embeddings, head_dim …). No code of a checkpoint is run.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from storage.checkpoints.llama_shaped import LLAMA_FAMILIES, LlamaSizes
+from storage.checkpoints.decoder_config import decoder_of
+from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.errors import ArchitectureUnsupported, LibraryMissing
 
 _UNLIMITED_CONTEXT_TOKENS: Final = 2048  # training length of BLOOM, whose positions have no limit
@@ -38,20 +39,21 @@ def describe_model(config: Mapping[str, Any]) -> ModelDescription:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ArchitectureUnsupported(f"config.json has model_type {model_type!r}, which is no name")
-    if model_type not in LLAMA_FAMILIES:
+    try:
+        model = decoder_of(config)
+    except UnsupportedConfig:
         return describe_by_transformers(config, model_type)
-    sizes = LlamaSizes.from_config(config)
     return ModelDescription(
         architecture=_architecture(config),
         model_type=model_type,
-        num_layers=sizes.num_layers,
+        num_layers=model.num_layers,
         ignored_layers=config.get("num_nextn_predict_layers") or 0,
-        hidden_size=sizes.hidden_size,
-        vocab_size=sizes.vocab_size,
-        num_kv_heads=sizes.num_kv_heads,
-        head_dim=sizes.head_dim,
-        context_length=sizes.max_positions,
-        tied=sizes.tie_word_embeddings,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        num_kv_heads=model.attention.num_kv_heads,
+        head_dim=model.attention.head_dim,
+        context_length=model.max_positions,
+        tied=model.tied,
     )
 
 

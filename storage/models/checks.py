@@ -1,19 +1,20 @@
 """Checks a model before anything of it is written: tensor shapes against config.json, and whether a stage can run the dtype.
 
-Llama-shaped families have a table of shapes. For others transformers builds the model's class without memory (on torch's meta
-device), which names every tensor with its shape. Stages check again what they load. Importing this file loads no library.
+`decoder` knows the tensors of the models that Lamina's own layers run. For others transformers builds the model without
+memory (on torch's meta device), which names every tensor with its shape. Stages check again what they load. Importing this file
+loads no library.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+from storage.checkpoints.decoder import Decoder, Shapes, full_name, layer_shapes, outer_shapes
+from storage.checkpoints.decoder_config import decoder_of
+from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.checkpoints.families import family_of, mixes_longrope
-from storage.checkpoints.llama_config import LlamaConfig, UnsupportedConfig
-from storage.checkpoints.llama_shaped import LLAMA_FAMILIES, LlamaSizes, Shapes, layer_shapes, outer_shapes
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid, LibraryMissing
 
-_TIED_HEAD: Final = "lm_head.weight"
 _LAYER_MATRICES: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _MAX_HEAD_DIM: Final = 1024  # LAMINA_MOST_HEAD of functions/stage/native/c/native.h
 
@@ -21,7 +22,7 @@ _MAX_HEAD_DIM: Final = 1024  # LAMINA_MOST_HEAD of functions/stage/native/c/nati
 def check_runnable(config: Mapping[str, Any], dtype: str) -> None:
     """Raises ArchitectureUnsupported for a model that no stage could run in `dtype`. config: a parsed config.json.
 
-    A stage decides by the same table of families. transformers runs floats only, and only Llama-shaped families have layers of
+    A stage decides by the same description. transformers runs floats only, and only families of the table have layers of
     Lamina's own. Other families may have matrices of the same names, so the config decides, not the names.
     """
     family_of(config)
@@ -32,8 +33,8 @@ def check_runnable(config: Mapping[str, Any], dtype: str) -> None:
     if dtype not in ("int8", "q4"):
         return
     try:
-        head_dim = LlamaConfig.from_dict(config).head_dim
-    except (UnsupportedConfig, AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        head_dim = decoder_of(config).attention.head_dim
+    except (ArchitectureUnsupported, AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise ArchitectureUnsupported(f"no stage would run it in {dtype}: {error}; publish it as bfloat16") from error
     if dtype == "q4" and head_dim > _MAX_HEAD_DIM:
         raise ArchitectureUnsupported(
@@ -51,35 +52,44 @@ def check_shapes(config: Mapping[str, Any], seen: Shapes, dtype: str) -> frozens
     """Compares the shapes `seen` in a checkpoint with those that its parsed config.json implies.
 
     Returns the names of the tensors that stay float32 whatever the `dtype` of the publication, as in transformers: a router's
-    bias, for example. A Llama-shaped model must have exactly the tensors of its table. In other families, tensors with unknown
+    bias, for example. A model that Lamina's own layers run must have exactly these tensors. In others, tensors with unknown
     names are left to the stage that loads them, which runs transformers as well. Raises CheckpointInvalid, which names a tensor
     and both shapes, or LibraryMissing.
     """
-    llama_shaped = config["model_type"] in LLAMA_FAMILIES
-    if llama_shaped:
-        expected, prefix, in_float32 = _shapes_by_table(config), "model", frozenset[str]()
-    else:
-        expected, prefix, in_float32 = _shapes_by_transformers(config, dtype)
-    for name, shape in seen.items():
-        known = next((each for each in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if each in expected), None)
-        if known is not None and expected[known] != shape:
-            raise CheckpointInvalid(
-                f"tensor {name!r} is {list(shape)} and config.json makes it {list(expected[known])}; which is right?"
-            )
-    if not llama_shaped:
-        return frozenset(name for name in seen if any(re.search(pattern, name) for pattern in in_float32))
-    if unknown := seen.keys() - expected.keys():
-        raise CheckpointInvalid(f"the checkpoint has {min(unknown)!r}, for which its config.json has no place; which is right?")
-    if missing := expected.keys() - seen.keys() - {_TIED_HEAD}:
-        raise CheckpointInvalid(f"the checkpoint lacks {min(missing)!r}, which its config.json asks for. Is a shard missing?")
+    try:
+        model = decoder_of(config)
+    except UnsupportedConfig:
+        return _check_by_transformers(config, seen, dtype)
+    _check_by_description(model, seen)
     return frozenset()
 
 
-def _shapes_by_table(config: Mapping[str, Any]) -> Shapes:
-    sizes = LlamaSizes.from_config(config)
-    layer = layer_shapes(sizes)
-    layers = {f"model.layers.{number}.{name}": shape for number in range(sizes.num_layers) for name, shape in layer.items()}
-    return layers | outer_shapes(sizes)
+def _check_by_description(model: Decoder, seen: Shapes) -> None:
+    layer = layer_shapes(model)
+    expected = outer_shapes(model) | {
+        f"{model.names.layers}.{number}.{name}": shape for number in range(model.num_layers) for name, shape in layer.items()
+    }
+    names = {full_name(model, name): name for name in seen}
+    for name, given in names.items():
+        if name in expected and expected[name] != seen[given]:
+            raise _other_shape(given, seen[given], expected[name])
+    if unknown := names.keys() - expected.keys():
+        raise CheckpointInvalid(f"the checkpoint has {min(unknown)!r}, for which its config.json has no place; which is right?")
+    if missing := expected.keys() - names.keys() - {f"{model.names.head}.weight"}:
+        raise CheckpointInvalid(f"the checkpoint lacks {min(missing)!r}, which its config.json asks for. Is a shard missing?")
+
+
+def _check_by_transformers(config: Mapping[str, Any], seen: Shapes, dtype: str) -> frozenset[str]:
+    expected, prefix, in_float32 = _shapes_by_transformers(config, dtype)
+    for name, shape in seen.items():
+        known = next((each for each in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if each in expected), None)
+        if known is not None and expected[known] != shape:
+            raise _other_shape(name, shape, expected[known])
+    return frozenset(name for name in seen if any(re.search(pattern, name) for pattern in in_float32))
+
+
+def _other_shape(name: str, seen: tuple[int, ...], expected: tuple[int, ...]) -> CheckpointInvalid:
+    return CheckpointInvalid(f"tensor {name!r} is {list(seen)} and config.json makes it {list(expected)}; which is right?")
 
 
 def _shapes_by_transformers(config: Mapping[str, Any], dtype: str) -> tuple[Shapes, str, frozenset[str]]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, cast
 import msgspec
 
 from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
+from storage.checkpoints.decoder_config import with_description
 from storage.checkpoints.model_description import ModelDescription, describe_model
 from storage.checkpoints.model_source import checkpoint_fingerprint, checkpoint_state, locate, open_checkpoint
 from storage.errors import CheckpointInvalid, ManifestInvalid, ModelNotPublished
@@ -121,8 +122,10 @@ def publish(
     upload = _Upload(store, f"{prefix}{publication}/", plans, progress, afresh)
     objects = {plan.name: upload.verified_or_written(plan) for plan in plans}
     files = dict(checkpoint.files)
+    config = with_description(checkpoint.config)
     if checkpoint.config.get("tie_word_embeddings", model.tied) != model.tied:
-        config = {**checkpoint.config, "tie_word_embeddings": model.tied}
+        config = with_description({**checkpoint.config, "tie_word_embeddings": model.tied})
+    if config is not checkpoint.config:
         files["config.json"] = msgspec.json.format(msgspec.json.encode(config), indent=2)
     stored_files = upload.files(files)
     if [*map(checkpoint_state, read)] != state and " ".join(map(checkpoint_fingerprint, read)) != contents:

@@ -11,9 +11,11 @@ from functions.configuration.pass_times import PassTimes
 from functions.stage.models.layer_group import LayerGroup
 from functions.stage.native import limits
 from functions.stage.native.library import UNAVAILABLE, library
+from storage.checkpoints.decoder import Decoder
+from storage.checkpoints.decoder_config import decoder_of
+from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.checkpoints.families import family_of
-from storage.checkpoints.llama_config import LlamaConfig, UnsupportedConfig
-from storage.errors import LibraryMissing
+from storage.errors import ArchitectureUnsupported, LibraryMissing
 from storage.loading.weight_loader import RawTensor
 
 _log: Final = logging.getLogger(__name__)
@@ -64,8 +66,8 @@ def choose(
     family_of(config)
     device = device_for(device, dtype, before_torch)
     try:
-        obstacle = native_obstacle(LlamaConfig.from_dict(config), dtype, device) if kind in ("auto", "native") else None
-    except UnsupportedConfig as error:
+        obstacle = native_obstacle(decoder_of(config), dtype, device) if kind in ("auto", "native") else None
+    except ArchitectureUnsupported as error:
         if kind == "native":
             raise
         return _of_torch("transformers", config, dtype, device, str(error), before_torch)
@@ -76,12 +78,12 @@ def choose(
     return _of_torch("llama" if kind == "auto" else kind, config, dtype, device, obstacle, before_torch)
 
 
-def native_obstacle(model: LlamaConfig, dtype: str, device: str) -> str | None:
+def native_obstacle(model: Decoder, dtype: str, device: str) -> str | None:
     """Why the layers cannot run in C: dtype, device, head size, or neither a compiled library nor a compiler. None: they can.
 
     Logs a warning if dtype and device would allow it. device: cpu, cuda, or another of torch's.
     """
-    obstacle = limits.obstacle(dtype, device, {"head_dim": model.head_dim})
+    obstacle = limits.obstacle(dtype, device, {"head_dim": model.attention.head_dim})
     if obstacle is None:
         try:
             library()

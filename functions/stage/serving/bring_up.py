@@ -88,18 +88,11 @@ def _read_tokenizer(config: StageConfig) -> str:
 def _layer_group(config: StageConfig, arriving: ArrivingModel, threads: int, start_up: StartUp) -> "LayerGroup":
     from functions.stage.models.build import UnsupportedDtype
     from functions.stage.models.layer_group import MissingTensors
-    from storage.checkpoints.llama_config import UnsupportedConfig
     from storage.errors import ArchitectureUnsupported
 
     try:
         return _built(config, arriving, threads, start_up)
-    except (
-        ArchitectureUnsupported,
-        UnsupportedConfig,
-        UnsupportedDtype,
-        MissingTensors,
-        ValueError,
-    ) as error:
+    except (ArchitectureUnsupported, UnsupportedDtype, MissingTensors, ValueError) as error:
         what = f"layers {config.layers[0]}:{config.layers[1]} of {config.model} in {config.dtype} as {config.layer_group}"
         raise UnservableModel(f"{what}: {error}") from error
 

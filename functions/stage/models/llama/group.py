@@ -16,9 +16,9 @@ from functions.stage.models.llama.attention import PassAttention
 from functions.stage.models.llama.kv_pool import TorchKVPool
 from functions.stage.models.llama.layer import LayerWeights, LlamaLayer, PassState, RmsNorm, Rope
 from functions.stage.models.llama.linear import PRECISIONS, Matrix, TorchWeights, linear
-from functions.stage.models.llama.structure import LAYER_NAME, check_layers, check_placed, check_shapes, checked_positions
+from functions.stage.models.llama.structure import check_layers, check_placed, check_shapes, checked_positions, layers_in
 from functions.stage.models.torch_border import input_tensor, output_array, use_threads
-from storage.checkpoints.llama_config import LlamaConfig
+from storage.checkpoints.decoder_config import decoder_of
 from storage.loading.weight_loader import RawTensor
 
 
@@ -45,7 +45,7 @@ class LlamaGroup:
         why: the reason why the layers do not run in C, which would be faster; it only becomes part of `runs_by`. None: no
         reason is given. Raises UnsupportedConfig, and ValueError for impossible layers, budget, dtype or device.
         """
-        model = self._model = LlamaConfig.from_dict(config)
+        model = self._model = decoder_of(config)
         check_layers(model, first_layer, last_layer)
         self._is_last = last_layer == model.num_layers
         self._device = torch.device(device)
@@ -62,9 +62,14 @@ class LlamaGroup:
         self.max_positions = model.max_positions
         self.hidden_dtype = HIDDEN_DTYPES[dtype]
         self.kv = TorchKVPool(
-            last_layer - first_layer, model.num_kv_heads, model.head_dim, self._precision.kv, self._device, kv_budget_bytes
+            last_layer - first_layer,
+            model.attention.num_kv_heads,
+            model.attention.head_dim,
+            self._precision.kv,
+            self._device,
+            kv_budget_bytes,
         )
-        self._rope = Rope(model.rope, model.head_dim, self._device)
+        self._rope = Rope(model.ropes["all"].parameters, model.attention.head_dim, self._device)
         self.runs_by = "torch's operators" if why is None else f"torch's operators: {why}"
         self._layers: dict[int, LlamaLayer] = {}
         self._embedding: torch.Tensor | None = None
@@ -78,23 +83,24 @@ class LlamaGroup:
         complete or a name is unknown, and WrongShape.
         """
         check_shapes(self._model, {name: tensor.shape for name, tensor in tensors.items()})
-        for layer in sorted({int(found[1]) for found in map(LAYER_NAME.match, tensors) if found}):
+        names = self._model.names
+        for layer in layers_in(self._model, tensors):
             if self.first_layer <= layer < self.last_layer:
-                own = TorchWeights(tensors, f"model.layers.{layer}.", self._precision, self._device)
+                own = TorchWeights(tensors, f"{names.layers}.{layer}.", self._precision, self._device)
                 weights = LayerWeights.take(self._model, own)
                 self._layers[layer] = LlamaLayer(self._model, layer, layer - self.first_layer, weights, self._precision)
         others = TorchWeights(tensors, "", self._precision, self._device)
-        needs_embedding = self.first_layer == 0 or (self._is_last and self._model.tie_word_embeddings)
-        if needs_embedding and "model.embed_tokens.weight" in others:
-            self._embedding = others.matrix("model.embed_tokens").weight
-        if self._is_last and "model.norm.weight" in others:
-            self._norm = RmsNorm(others.vector("model.norm.weight"), self._model.rms_norm_eps)
-        if self._is_last and "lm_head.weight" in others:
-            self._head = linear([others.matrix("lm_head")], self._precision.activations)
+        needs_embedding = self.first_layer == 0 or (self._is_last and self._model.tied)
+        if needs_embedding and f"{names.embedding}.weight" in others:
+            self._embedding = others.matrix(names.embedding).weight
+        if self._is_last and f"{names.final_norm}.weight" in others:
+            self._norm = RmsNorm(others.vector(f"{names.final_norm}.weight"), self._model.final_norm.eps)
+        if self._is_last and f"{names.head}.weight" in others:
+            self._head = linear([others.matrix(names.head)], self._precision.activations)
 
     def finish(self) -> None:
         """Makes the group ready to run. Raises MissingTensors, naming the weights that `place` never got."""
-        if self._is_last and self._head is None and self._model.tie_word_embeddings and self._embedding is not None:
+        if self._is_last and self._head is None and self._model.tied and self._embedding is not None:
             self._head = linear([Matrix(self._embedding)], self._precision.activations)
         check_placed(
             self._model,

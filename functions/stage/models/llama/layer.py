@@ -11,7 +11,7 @@ from functions.stage.models.llama.attention import PassAttention
 from functions.stage.models.llama.kv_pool import TorchKVPool
 from functions.stage.models.llama.linear import Matrix, Precision, TorchWeights, linear, stacked
 from functions.stage.models.llama.rope import interleaved_rows, rope_frequencies
-from storage.checkpoints.llama_config import LlamaConfig
+from storage.checkpoints.decoder import Decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,48 +37,51 @@ class LayerWeights:
     down: Matrix
 
     @classmethod
-    def take(cls, model: LlamaConfig, weights: TorchWeights) -> "LayerWeights":
+    def take(cls, model: Decoder, weights: TorchWeights) -> "LayerWeights":
         """Removes the layer's tensors from `weights`. Raises MissingTensors."""
-        queries, keys, values = (weights.matrix(f"self_attn.{name}_proj", model.qkv_bias) for name in "qkv")
+        layer, names = model.kinds[0], model.names
+        attention, mlp_bias = layer.attention, layer.feed_forward.biased
+        queries, keys, values = (weights.matrix(name, attention.qkv_bias) for name in names.qkv)
         qkv = [
-            queries.with_rows(torch.from_numpy(interleaved_rows(model.num_heads, model.head_dim))),
-            keys.with_rows(torch.from_numpy(interleaved_rows(model.num_kv_heads, model.head_dim))),
+            queries.with_rows(torch.from_numpy(interleaved_rows(attention.num_heads, attention.head_dim))),
+            keys.with_rows(torch.from_numpy(interleaved_rows(attention.num_kv_heads, attention.head_dim))),
             values,
         ]
         qk_gain = None
-        if model.qk_norm:
-            of_queries = weights.vector("self_attn.q_norm.weight").expand(model.num_heads, -1)
-            of_keys = weights.vector("self_attn.k_norm.weight").expand(model.num_kv_heads, -1)
-            qk_gain = torch.cat((of_queries, of_keys))[:, torch.from_numpy(interleaved_rows(1, model.head_dim))]
+        if attention.qk_norm:
+            of_queries = weights.vector(f"{names.query_norm}.weight").expand(attention.num_heads, -1)
+            of_keys = weights.vector(f"{names.key_norm}.weight").expand(attention.num_kv_heads, -1)
+            qk_gain = torch.cat((of_queries, of_keys))[:, torch.from_numpy(interleaved_rows(1, attention.head_dim))]
         return cls(
-            input_gain=weights.vector("input_layernorm.weight"),
+            input_gain=weights.vector(f"{names.before_attention}.weight"),
             qkv=stacked(qkv),
             qk_gain=qk_gain,
-            out=weights.matrix("self_attn.o_proj", model.out_bias),
-            mlp_gain=weights.vector("post_attention_layernorm.weight"),
-            gate=weights.matrix("mlp.gate_proj", model.mlp_bias),
-            up=weights.matrix("mlp.up_proj", model.mlp_bias),
-            down=weights.matrix("mlp.down_proj", model.mlp_bias),
+            out=weights.matrix(names.out, attention.out_bias),
+            mlp_gain=weights.vector(f"{names.before_feed_forward}.weight"),
+            gate=weights.matrix(names.gate, mlp_bias),
+            up=weights.matrix(names.up, mlp_bias),
+            down=weights.matrix(names.down, mlp_bias),
         )
 
 
 class LlamaLayer:
     """A decoder layer: attention and MLP, each with its norm and residual sum."""
 
-    def __init__(self, model: LlamaConfig, layer: int, slot: int, weights: LayerWeights, precision: Precision) -> None:
+    def __init__(self, model: Decoder, layer: int, slot: int, weights: LayerWeights, precision: Precision) -> None:
         """layer: its number in the whole model. slot: its number in this group's KV pool."""
         self._slot = slot
-        self._window = model.windows[layer]
-        self._rotary = model.rotary[layer]
-        self._heads = model.num_heads
-        self._kv_heads = model.num_kv_heads
-        self._head_dim = model.head_dim
+        attention = model.layers[layer].attention
+        self._window = attention.window
+        self._rotary = attention.rope is not None
+        self._heads = attention.num_heads
+        self._kv_heads = attention.num_kv_heads
+        self._head_dim = attention.head_dim
         self._kv_dtype = precision.kv
-        self._input_norm = RmsNorm(weights.input_gain, model.rms_norm_eps)
+        self._input_norm = RmsNorm(weights.input_gain, model.final_norm.eps)
         self._qkv = linear(weights.qkv, precision.activations)
-        self._qk_norm = None if weights.qk_gain is None else RmsNorm(weights.qk_gain, model.rms_norm_eps)
+        self._qk_norm = None if weights.qk_gain is None else RmsNorm(weights.qk_gain, model.final_norm.eps)
         self._out = linear([weights.out], precision.activations)
-        self._mlp_norm = RmsNorm(weights.mlp_gain, model.rms_norm_eps)
+        self._mlp_norm = RmsNorm(weights.mlp_gain, model.final_norm.eps)
         self._mlp = GatedMlp(weights.gate, weights.up, weights.down, precision.activations)
 
     def __call__(self, hidden: torch.Tensor, state: PassState, pool: TorchKVPool) -> torch.Tensor:

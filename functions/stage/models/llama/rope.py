@@ -7,7 +7,7 @@ A rotation turns pairs of numbers of a head. Checkpoints keep the two halves of 
 alike, so their products do not change.
 
 Frequencies follow transformers' `modeling_rope_utils` in float32, except for the power, which is rounded from float64: that
-equals nearly all of torch's to the bit. `storage.checkpoints.llama_config` reads what a config says of them.
+equals nearly all of torch's to the bit. `storage.checkpoints.decoder_config` reads what a config says of them.
 """
 
 import math
@@ -86,7 +86,7 @@ _FREQUENCIES: Final[dict[str, Callable[[Mapping[str, Any], int], tuple[Float32, 
 def rope_frequencies(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, float]:
     """Radians per position of each pair, float32 [head_dim / 2], and a factor by which cosines and sines are multiplied.
 
-    parameters: of the position embeddings, LlamaConfig.rope.
+    parameters: of the position embeddings, `Rope.parameters` of the description.
     """
     return _FREQUENCIES[parameters["rope_type"]](parameters, head_dim)
 

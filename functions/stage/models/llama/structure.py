@@ -5,42 +5,39 @@ it, so every tensor is checked. Needs no torch.
 """
 
 import re
-from collections.abc import Collection, Sequence
-from typing import Final
+from collections.abc import Collection, Iterable, Sequence
 
 from functions.stage.models.layer_group import KVCache, MissingTensors, Segment
-from storage.checkpoints.llama_config import LlamaConfig
-from storage.checkpoints.llama_shaped import Shapes, layer_shapes, outer_shapes
+from storage.checkpoints.decoder import Decoder, Shapes, layer_shapes, outer_shapes
 from storage.models.q4 import packed_shape
-
-LAYER_NAME: Final = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class WrongShape(MissingTensors):
     """A published tensor has another shape than the config says. Publish the model again from a sound checkpoint."""
 
 
-def check_layers(model: LlamaConfig, first: int, last: int) -> None:
+def check_layers(model: Decoder, first: int, last: int) -> None:
     """Raises ValueError if [first, last) are not layers of the model."""
     if not 0 <= first < last <= model.num_layers:
         raise ValueError(f"layers {first}:{last} are no group of a model of {model.num_layers}")
 
 
 def check_placed(
-    model: LlamaConfig, first: int, last: int, layers: Collection[int], *, embedding: bool, norm: bool, head: bool
+    model: Decoder, first: int, last: int, layers: Collection[int], *, embedding: bool, norm: bool, head: bool
 ) -> None:
     """Raises MissingTensors, naming them, if layers [first, last) do not have all weights that they need.
 
     layers: numbers of those whose weights are there. embedding, norm, head: whether they are there. Only the first group of a
     model needs the embedding, only the last one norm and head.
     """
-    missing = [f"model.layers.{layer}" for layer in range(first, last) if layer not in layers]
+    names = model.names
+    missing = [f"{names.layers}.{layer}" for layer in range(first, last) if layer not in layers]
     if first == 0 and not embedding:
-        missing.append("model.embed_tokens.weight")
+        missing.append(f"{names.embedding}.weight")
     if last == model.num_layers and not norm:
-        missing.append("model.norm.weight")
+        missing.append(f"{names.final_norm}.weight")
     if last == model.num_layers and not head:
-        missing.append("model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight")
+        missing.append(f"{names.embedding if model.tied else names.head}.weight")
     if missing:
         raise MissingTensors(f"not placed: {', '.join(missing)}")
 
@@ -66,15 +63,25 @@ def checked_positions(kv: KVCache, rows: int, segments: Sequence[Segment]) -> li
     return positions
 
 
-def check_shapes(model: LlamaConfig, seen: Shapes, in_four_bits: Collection[str] = ()) -> None:
+def layers_in(model: Decoder, names: Iterable[str]) -> list[int]:
+    """The numbers of the layers that tensors of these names belong to, sorted."""
+    return sorted({int(found[1]) for found in map(_layer_pattern(model).match, names) if found})
+
+
+def _layer_pattern(model: Decoder) -> re.Pattern[str]:
+    return re.compile(re.escape(model.names.layers) + r"\.(\d+)\.")
+
+
+def check_shapes(model: Decoder, seen: Shapes, in_four_bits: Collection[str] = ()) -> None:
     """Checks the shapes of some tensors of the model. seen: shapes by checkpoint name.
 
     in_four_bits: names of packed q4 tensors. Raises WrongShape, and MissingTensors for a tensor that a model with this config
     does not have: it must not be ignored.
     """
     of_layers, of_others = _with_scales(layer_shapes(model)), _with_scales(outer_shapes(model))
+    in_layers = _layer_pattern(model)
     for name, shape in seen.items():
-        found = LAYER_NAME.match(name)
+        found = in_layers.match(name)
         in_layer = found is not None and int(found[1]) < model.num_layers
         expected = of_layers.get(name[found.end() :]) if found and in_layer else of_others.get(name)
         if expected is None:

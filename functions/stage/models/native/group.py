@@ -14,14 +14,14 @@ from functions.stage.models.floats import HIDDEN_DTYPES, Array, Float32, narrowe
 from functions.stage.models.kv_cache import GOING_BACK
 from functions.stage.models.layer_group import Segment, segments_within
 from functions.stage.models.llama.rope import rope_frequencies
-from functions.stage.models.llama.structure import LAYER_NAME, check_layers, check_placed, check_shapes, checked_positions
+from functions.stage.models.llama.structure import check_layers, check_placed, check_shapes, checked_positions, layers_in
 from functions.stage.models.native.kv_pool import NativeKVPool
 from functions.stage.models.native.weights import NativeWeights, rows_of, take_layer
 from functions.stage.native.layers import MatrixArrays, NativeLayers, NativeLinear
 from functions.stage.native.library import library
 from functions.stage.native.records import MOST_THREADS, Dtype, GroupRecord
-from storage.checkpoints.llama_config import LlamaConfig
-from storage.checkpoints.llama_shaped import layer_shapes, outer_shapes
+from storage.checkpoints.decoder import layer_shapes, outer_shapes
+from storage.checkpoints.decoder_config import decoder_of
 from storage.loading.weight_loader import RawTensor
 
 # dtype of a publication → of keys and values
@@ -42,7 +42,7 @@ class NativeGroup:
         or too small a budget, and one of the errors in `library.UNAVAILABLE` if the C library can be neither loaded nor
         compiled.
         """
-        model = self._model = LlamaConfig.from_dict(config)
+        model = self._model = decoder_of(config)
         check_layers(model, first_layer, last_layer)
         self._is_last = last_layer == model.num_layers
         self._dtype = dtype
@@ -57,23 +57,23 @@ class NativeGroup:
         kv_dtype = _KV_DTYPES[dtype]
         self.kv = NativeKVPool(
             model.windows[first_layer:last_layer],
-            model.num_kv_heads,
-            model.head_dim,
+            model.attention.num_kv_heads,
+            model.attention.head_dim,
             kv_dtype,
             kv_budget_bytes,
             written_by=f"{dtype} {library().level}",
         )
-        self._rotations = Rotations(model.rope, model.head_dim)
+        self._rotations = Rotations(model.ropes["all"].parameters, model.attention.head_dim)
         self._layers = NativeLayers(
             library(),
             GroupRecord(
                 num_layers=last_layer - first_layer,
                 hidden_size=model.hidden_size,
-                inner_size=model.intermediate_size,
-                heads=model.num_heads,
-                kv_heads=model.num_kv_heads,
-                head_dim=model.head_dim,
-                eps=model.rms_norm_eps,
+                inner_size=model.inner_size,
+                heads=model.attention.num_heads,
+                kv_heads=model.attention.num_kv_heads,
+                head_dim=model.attention.head_dim,
+                eps=model.final_norm.eps,
                 num_pages=len(self.kv.arena),
                 kv_dtype=kv_dtype,
                 rounds=self.hidden_dtype == "BF16",
@@ -94,26 +94,28 @@ class NativeGroup:
         """
         in_four_bits = {name for name, tensor in tensors.items() if tensor.dtype == "U8"}
         check_shapes(self._model, {name: tensor.shape for name, tensor in tensors.items()}, in_four_bits)
-        for layer in sorted({int(found[1]) for found in map(LAYER_NAME.match, tensors) if found}):
+        names = self._model.names
+        for layer in layers_in(self._model, tensors):
             if self.first_layer <= layer < self.last_layer:
-                weights = NativeWeights(tensors, f"model.layers.{layer}.", self._dtype, layer_shapes(self._model))
+                weights = NativeWeights(tensors, f"{names.layers}.{layer}.", self._dtype, layer_shapes(self._model))
                 matrices, gains = take_layer(self._model, weights)
                 slot = layer - self.first_layer
+                attention = self._model.layers[layer].attention
                 ring = self.kv.need.ring_blocks if self.kv.windowed[slot] else 0
-                self._layers.place(slot, matrices, gains, self._model.windows[layer], ring, self._model.rotary[layer])
+                self._layers.place(slot, matrices, gains, attention.window, ring, attention.rope is not None)
                 self._placed.add(layer)
         others = NativeWeights(tensors, "", self._dtype, outer_shapes(self._model))
-        needs_embedding = self.first_layer == 0 or (self._is_last and self._model.tie_word_embeddings)
-        if needs_embedding and "model.embed_tokens.weight" in others:
-            self._embedding = others.matrix("model.embed_tokens")
-        if self._is_last and "model.norm.weight" in others:
-            self._final_gain = others.vector("model.norm.weight")
-        if self._is_last and "lm_head.weight" in others:
-            self._head = self._layers.linear(others.matrix("lm_head"))
+        needs_embedding = self.first_layer == 0 or (self._is_last and self._model.tied)
+        if needs_embedding and f"{names.embedding}.weight" in others:
+            self._embedding = others.matrix(names.embedding)
+        if self._is_last and f"{names.final_norm}.weight" in others:
+            self._final_gain = others.vector(f"{names.final_norm}.weight")
+        if self._is_last and f"{names.head}.weight" in others:
+            self._head = self._layers.linear(others.matrix(names.head))
 
     def finish(self) -> None:
         """Makes the group ready to run. Raises MissingTensors, naming the weights that `place` never got."""
-        if self._is_last and self._head is None and self._model.tie_word_embeddings and self._embedding is not None:
+        if self._is_last and self._head is None and self._model.tied and self._embedding is not None:
             self._head = self._layers.linear(self._embedding)
         check_placed(
             self._model,
@@ -146,7 +148,7 @@ class NativeGroup:
             for part in parts:
                 self.kv.extend(part.handle, part.length)
         if self._final_gain is not None:
-            hidden = rms_norm(hidden, self._final_gain, self._model.rms_norm_eps)
+            hidden = rms_norm(hidden, self._final_gain, self._model.final_norm.eps)
         return narrowed(hidden, self.hidden_dtype)
 
     def logits(self, hidden: Array) -> Float32:
@@ -165,7 +167,7 @@ class Rotations:
     """
 
     def __init__(self, parameters: Mapping[str, Any], head_dim: int) -> None:
-        """parameters: of the position embeddings, LlamaConfig.rope."""
+        """parameters: of the position embeddings, Rope.parameters."""
         self._frequencies, self._scaling = rope_frequencies(parameters, head_dim)
         self._table: Float32 = np.empty((0, head_dim // 2, 2), np.float32)
 

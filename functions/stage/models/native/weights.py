@@ -10,8 +10,7 @@ from functions.stage.models.layer_group import MissingTensors
 from functions.stage.models.llama.rope import interleaved_rows
 from functions.stage.native.layers import MatrixArrays
 from functions.stage.native.records import Dtype
-from storage.checkpoints.llama_config import LlamaConfig
-from storage.checkpoints.llama_shaped import Shapes
+from storage.checkpoints.decoder import Decoder, Shapes
 from storage.loading.weight_loader import RawTensor
 from storage.models import q4
 
@@ -64,30 +63,32 @@ class NativeWeights:
         return raw.dtype, np.frombuffer(raw.data, _NUMPY_DTYPES[raw.dtype]).reshape(raw.shape)
 
 
-def take_layer(model: LlamaConfig, weights: NativeWeights) -> tuple[Mapping[str, MatrixArrays], Mapping[str, Float32 | None]]:
+def take_layer(model: Decoder, weights: NativeWeights) -> tuple[Mapping[str, MatrixArrays], Mapping[str, Float32 | None]]:
     """Removes a layer's tensors from `weights` and returns its matrices and gains, by their names in `c/native.h`.
 
     A gain is None if the model does not have it. Rows of queries and keys are reordered so that the two halves of each rotated
     pair are adjacent. Raises MissingTensors.
     """
-    queries, keys, values = (weights.matrix(f"self_attn.{name}_proj", model.qkv_bias) for name in "qkv")
+    layer, names = model.kinds[0], model.names
+    attention, mlp_bias = layer.attention, layer.feed_forward.biased
+    queries, keys, values = (weights.matrix(name, attention.qkv_bias) for name in names.qkv)
     qkv = [
-        with_rows(queries, interleaved_rows(model.num_heads, model.head_dim)),
-        with_rows(keys, interleaved_rows(model.num_kv_heads, model.head_dim)),
+        with_rows(queries, interleaved_rows(attention.num_heads, attention.head_dim)),
+        with_rows(keys, interleaved_rows(attention.num_kv_heads, attention.head_dim)),
         values,
     ]
-    gate, up = of_one_kind([weights.matrix(f"mlp.{name}_proj", model.mlp_bias) for name in ("gate", "up")])
+    gate, up = of_one_kind([weights.matrix(name, mlp_bias) for name in (names.gate, names.up)])
     matrices = {
         "qkv": stacked(of_one_kind(qkv)),
-        "out": weights.matrix("self_attn.o_proj", model.out_bias),
+        "out": weights.matrix(names.out, attention.out_bias),
         "gate": gate,
         "up": up,
-        "down": weights.matrix("mlp.down_proj", model.mlp_bias),
+        "down": weights.matrix(names.down, mlp_bias),
     }
     gains = {
-        "input_gain": weights.vector("input_layernorm.weight"),
-        "qk_gain": _qk_gains(model, weights) if model.qk_norm else None,
-        "mlp_gain": weights.vector("post_attention_layernorm.weight"),
+        "input_gain": weights.vector(f"{names.before_attention}.weight"),
+        "qk_gain": _qk_gains(model, weights) if attention.qk_norm else None,
+        "mlp_gain": weights.vector(f"{names.before_feed_forward}.weight"),
     }
     return matrices, gains
 
@@ -148,9 +149,10 @@ def converted(matrix: MatrixArrays, dtype: Dtype) -> MatrixArrays:
     return MatrixArrays(dtype, narrowed(wide, _FLOATS[dtype]), None, matrix.biases)
 
 
-def _qk_gains(model: LlamaConfig, weights: NativeWeights) -> Float32:
+def _qk_gains(model: Decoder, weights: NativeWeights) -> Float32:
     """Norm gains of all query heads, then all key heads [heads + kv heads, head_dim], reordered as the rows of queries are."""
-    order = interleaved_rows(1, model.head_dim)
-    of_queries = weights.vector("self_attn.q_norm.weight")[order]
-    of_keys = weights.vector("self_attn.k_norm.weight")[order]
-    return np.concatenate([np.tile(of_queries, (model.num_heads, 1)), np.tile(of_keys, (model.num_kv_heads, 1))])
+    attention = model.attention
+    order = interleaved_rows(1, attention.head_dim)
+    of_queries = weights.vector(f"{model.names.query_norm}.weight")[order]
+    of_keys = weights.vector(f"{model.names.key_norm}.weight")[order]
+    return np.concatenate([np.tile(of_queries, (attention.num_heads, 1)), np.tile(of_keys, (attention.num_kv_heads, 1))])

@@ -19,7 +19,7 @@ from functions.stage.models import build
 from functions.stage.models.build import GroupChoice, Kind, UnsupportedDtype, build_layer_group, choose, device_for
 from functions.stage.models.kv_cache import KVBudget
 from functions.stage.models.layer_group import KVCacheFull, LayerGroup, Segment
-from storage.checkpoints.llama_config import UnsupportedConfig
+from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.errors import LibraryMissing
 from tests.support.functions.stage_pipeline import CUT, build_groups, engines, generate, stage_tensors, tensors, whole_model
 from tests.support.paths import ROOT

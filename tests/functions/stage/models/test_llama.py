@@ -12,7 +12,7 @@ from functions.stage.models.llama.group import LlamaGroup
 from functions.stage.models.native.group import NativeGroup
 from functions.stage.native.library import library
 from functions.stage.native.limits import padded_head
-from storage.checkpoints.llama_config import UnsupportedConfig
+from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.errors import ArchitectureUnsupported
 from storage.models.checks import check_runnable
 from tests.support.functions.borders import forwarded, raw

@@ -8,7 +8,8 @@ import torch
 from functions.stage.models.build import build_layer_group, choose
 from functions.stage.models.layer_group import LayerGroup, Segment
 from functions.stage.models.transformers.long_rope import LongRope, UnsupportedRope
-from storage.checkpoints.llama_config import LlamaConfig, UnsupportedConfig
+from storage.checkpoints.decoder_config import decoder_of
+from storage.checkpoints.decoder_families import UnsupportedConfig
 from tests.support.functions.borders import forwarded, raw
 from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
 from tests.support.storage import tiny_models
@@ -126,7 +127,7 @@ def test_dynamic_rope_ends_where_the_library_would_change_frequencies() -> None:
 def test_keys_that_the_lean_group_does_not_read_are_declined(parameters: Any) -> None:
     config = {**tiny_models.tiny_config("llama"), "rope_parameters": parameters}
     with pytest.raises(UnsupportedConfig, match="rotation"):
-        LlamaConfig.from_dict(config)
+        decoder_of(config)
     assert choose("auto", config, "float32", "cpu").kind == "transformers"
 
 

@@ -10,8 +10,8 @@ from functions.stage.models.layer_group import MissingTensors
 from functions.stage.models.llama.group import LlamaGroup
 from functions.stage.models.llama.structure import WrongShape
 from functions.stage.models.native.group import NativeGroup
+from storage.checkpoints.decoder_families import DECODER_FAMILIES
 from storage.checkpoints.families import FAMILIES
-from storage.checkpoints.llama_shaped import LLAMA_FAMILIES
 from tests.support.functions.borders import raw
 from tests.support.functions.int8_checkpoints import int8_checkpoint
 from tests.support.functions.q4_checkpoints import q4_checkpoint
@@ -30,7 +30,7 @@ def test_int8_is_published_for_the_families_that_run_it() -> None:
     """Each family has a config that only the family itself could make unsuitable for layers in C."""
     configs = {model_type: {**tiny_models.tiny_config("llama"), "model_type": model_type} for model_type in FAMILIES}
     kinds = {model_type: choose("auto", config, "float32", "cpu").kind for model_type, config in configs.items()}
-    assert {model_type for model_type, kind in kinds.items() if kind == "native"} == LLAMA_FAMILIES.keys()
+    assert {model_type for model_type, kind in kinds.items() if kind == "native"} == DECODER_FAMILIES.keys()
 
 
 def wrong(shape: tuple[int, ...], seen: int) -> tuple[int, ...]:

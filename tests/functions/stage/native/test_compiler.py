@@ -14,7 +14,7 @@ import torch
 from functions.stage.models.build import build_layer_group, native_obstacle
 from functions.stage.native import compiler, library
 from functions.stage.native.compiler import CompilationFailed, Compiler, NoCompiler
-from storage.checkpoints.llama_config import LlamaConfig
+from storage.checkpoints.decoder_config import decoder_of
 from tests.support.functions.borders import raw
 from tests.support.functions.group_chain import logits_by_plan, tokens_of
 from tests.support.functions.native_models import BUDGET, CUT, checkpoint, config, torch_groups
@@ -133,7 +133,7 @@ def test_a_library_of_other_records_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_layers_in_c_are_for_cpus_and_every_dtype_but_float16() -> None:
-    model = LlamaConfig.from_dict(tiny_models.tiny_config("llama"))
+    model = decoder_of(tiny_models.tiny_config("llama"))
     for dtype in ("bfloat16", "int8", "float32", "q4"):
         assert native_obstacle(model, dtype, "cpu") is None
         assert native_obstacle(model, dtype, "meta") == "they are on meta"

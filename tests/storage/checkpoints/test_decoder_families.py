@@ -1,4 +1,4 @@
-"""The table of the Llama-shaped families against transformers' own classes: sizes, defaults, names and shapes of tensors."""
+"""The table of families against transformers' own classes: sizes, defaults, names and shapes of tensors."""
 
 from typing import Any, Final
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from storage.checkpoints.llama_shaped import LLAMA_FAMILIES, LlamaSizes, layer_shapes, outer_shapes
+from storage.checkpoints.decoder import layer_shapes, outer_shapes
+from storage.checkpoints.decoder_config import decoder_of
+from storage.checkpoints.decoder_families import DECODER_FAMILIES
 from storage.checkpoints.model_description import describe_by_transformers, describe_model
 from storage.errors import ArchitectureUnsupported
 from tests.support.storage import tiny_models
@@ -22,7 +24,7 @@ BARE: Final[dict[str, Any]] = {
 CONFIGS: Final = (
     *(tiny_models.tiny_config(name) for name in tiny_models.LLAMA_SHAPED),
     # Without a head size transformers does not build a Ministral.
-    *({"model_type": family, **BARE, **({"head_dim": 4} if family == "ministral" else {})} for family in LLAMA_FAMILIES),
+    *({"model_type": family, **BARE, **({"head_dim": 4} if family == "ministral" else {})} for family in DECODER_FAMILIES),
     *({"model_type": family, **BARE, "num_key_value_heads": None} for family in ("llama", "qwen2", "smollm3")),
     {"model_type": "llama", **BARE, "head_dim": None},
     {"model_type": "llama", **BARE, "num_nextn_predict_layers": 1, "architectures": ["LlamaForCausalLM"]},
@@ -38,10 +40,10 @@ def test_a_manifest_describes_a_model_as_transformers_does(config: dict[str, Any
 def test_tensors_are_those_of_the_model(config: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    sizes = LlamaSizes.from_config(config)
-    ours = outer_shapes(sizes)
-    for layer in range(sizes.num_layers):
-        ours |= {f"model.layers.{layer}.{name}": shape for name, shape in layer_shapes(sizes).items()}
+    described = decoder_of(config)
+    ours = outer_shapes(described)
+    for layer in range(described.num_layers):
+        ours |= {f"{described.names.layers}.{layer}.{name}": shape for name, shape in layer_shapes(described).items()}
     assert ours == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

@@ -1,5 +1,6 @@
 """Config.json in both spellings, and every rotation, against transformers' own reading."""
 
+import json
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from functions.stage.models.llama.layer import Rope, rotate
 from functions.stage.models.llama.rope import interleaved_rows
-from storage.checkpoints.llama_config import LlamaConfig
-from storage.checkpoints.llama_shaped import LLAMA_FAMILIES
+from storage.checkpoints.decoder import DECODER_KEY
+from storage.checkpoints.decoder_config import decoder_of, with_description
+from storage.checkpoints.decoder_families import DECODER_FAMILIES, UnsupportedConfig
 from tests.support.storage import tiny_models
 
 ROTATIONS: list[dict[str, Any]] = [
@@ -46,7 +48,7 @@ def test_rotations_are_those_of_transformers(parameters: dict[str, Any], old_spe
         del given["rope_parameters"]
         given |= {"rope_theta": 50_000.0, "rope_scaling": {"type": parameters["rope_type"], **parameters}}
         del given["rope_scaling"]["rope_type"]
-    rope = Rope(LlamaConfig.from_dict(given).rope, 32, torch.device("cpu"))
+    rope = Rope(decoder_of(given).ropes["all"].parameters, 32, torch.device("cpu"))
     positions = torch.tensor([0, 1, 7, 63, 64, 200])
     heads = torch.randn(6, 3, 32, generator=torch.Generator().manual_seed(0))
     order = interleaved_rows(1, 32)
@@ -71,17 +73,17 @@ SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_atten
 )
 def test_windows_are_read_as_each_family_reads_them(name: str, changes: dict[str, Any], expected: list[int | None]) -> None:
     """tests/functions/stage/models/test_fuzzed_configs.py compares with transformers."""
-    assert list(LlamaConfig.from_dict(tiny_models.tiny_config(name) | changes).windows) == expected
+    assert list(decoder_of(tiny_models.tiny_config(name) | changes).windows) == expected
 
 
 @pytest.mark.parametrize("name", tiny_models.LLAMA_SHAPED)
 def test_a_config_without_defaults_reads_the_same(name: str) -> None:
     full = tiny_models.tiny_config(name)
     lean = AutoConfig.for_model(**full).to_diff_dict()
-    assert LlamaConfig.from_dict(lean) == LlamaConfig.from_dict(full)
+    assert decoder_of(lean) == decoder_of(full)
 
 
-@pytest.mark.parametrize("model_type", LLAMA_FAMILIES)
+@pytest.mark.parametrize("model_type", DECODER_FAMILIES)
 def test_family_defaults_are_those_of_transformers(model_type: str) -> None:
     sizes = {
         "model_type": model_type,
@@ -92,4 +94,27 @@ def test_family_defaults_are_those_of_transformers(model_type: str) -> None:
         "num_attention_heads": 8,
     }
     complete = AutoConfig.for_model(**sizes, num_key_value_heads=8).to_dict()
-    assert LlamaConfig.from_dict({**sizes, "num_key_value_heads": 8}) == LlamaConfig.from_dict(complete)
+    assert decoder_of({**sizes, "num_key_value_heads": 8}) == decoder_of(complete)
+
+
+@pytest.mark.parametrize("name", tiny_models.LLAMA_SHAPED)
+def test_a_published_description_is_read_without_the_table(name: str) -> None:
+    config = tiny_models.tiny_config(name)
+    published = json.loads(json.dumps(with_description(config)))
+    assert published.keys() - config.keys() == {DECODER_KEY}
+    assert decoder_of({DECODER_KEY: published[DECODER_KEY]}) == decoder_of(config)
+
+
+def test_a_description_with_an_unknown_field_is_refused() -> None:
+    published = json.loads(json.dumps(with_description(tiny_models.tiny_config("llama"))))
+    published[DECODER_KEY]["kinds"][0]["attention"]["soft_floor"] = 1.0
+    with pytest.raises(UnsupportedConfig, match="soft_floor"):
+        decoder_of(published)
+
+
+@pytest.mark.parametrize(("key", "value"), [("attention_temperature", 0.5), ("new_gate", True), ("experts", [1])])
+def test_an_unknown_key_is_refused_unless_it_says_nothing(key: str, value: object) -> None:
+    config = tiny_models.tiny_config("llama")
+    with pytest.raises(UnsupportedConfig, match=f"the keys {key}, which may change numbers"):
+        decoder_of(config | {key: value})
+    assert decoder_of(config | {key: None}) == decoder_of(config)

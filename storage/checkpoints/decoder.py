@@ -1,0 +1,216 @@
+"""A decoder-only model as data: what each layer computes, and which tensors it has. Stages run this description.
+
+`decoder_families` makes it from a config.json. A publication's config.json has it under `DECODER_KEY`, so that a stage needs no
+table. A description with a field that this version does not know is refused: the field may change numbers.
+"""
+
+from typing import Any, Final, Literal
+
+import msgspec
+
+DECODER_KEY: Final = "lamina_decoder"
+
+Shapes = dict[str, tuple[int, ...]]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"]
+
+
+class _Data(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    pass
+
+
+class Norm(_Data, frozen=True, kw_only=True):
+    """A norm of rows: `rms` divides by the root of the mean square, `layer` subtracts the mean first."""
+
+    kind: Literal["rms", "layer"] = "rms"
+    eps: float
+    gain_plus_one: bool = False  # the gain is the published weight plus 1
+    biased: bool = False
+
+
+class QKNorm(_Data, frozen=True, kw_only=True):
+    """The norm of queries and keys."""
+
+    norm: Norm
+    # What is normalized, with which gain: each head with one gain for all heads or with its own, or all heads as one row.
+    over: Literal["head", "head_of_its_own", "all_heads"] = "head"
+    after_rope: bool = False
+
+
+class Attention(_Data, frozen=True, kw_only=True):
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float  # of scores
+    soft_cap: float | None = None  # scores become soft_cap * tanh(score / soft_cap)
+    window: int | None = None  # how many tokens, its own included, a token attends to; None: all
+    rope: str | None = None  # key of Decoder.ropes; None: queries and keys are not rotated
+    qk_norm: QKNorm | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+
+class FeedForward(_Data, frozen=True, kw_only=True):
+    """down(activation(gate x) * (up x)), or down(activation(up x)) if it is not gated."""
+
+    inner_size: int
+    activation: Activation = "silu"
+    gated: bool = True
+    biased: bool = False
+
+
+class Layer(_Data, frozen=True, kw_only=True):
+    """Attention, then feed-forward, each between two norms that may be absent, and added to the residual stream.
+
+    A parallel layer computes both from the same hidden states.
+    """
+
+    attention: Attention
+    feed_forward: FeedForward
+    before_attention: Norm | None = None
+    after_attention: Norm | None = None
+    before_feed_forward: Norm | None = None
+    after_feed_forward: Norm | None = None
+    parallel: bool = False
+    residual_scale: float = 1.0  # of what is added
+
+
+class Rope(_Data, frozen=True, kw_only=True):
+    """A rotation of queries and keys by position."""
+
+    parameters: dict[str, Any]  # rope_type, rope_theta and what the type needs
+    rotated: int  # how many numbers of a head are rotated, the first ones
+    adjacent: bool = False  # the two numbers of a rotated pair are neighbours; otherwise they are rotated / 2 apart
+    # Queries are multiplied by 1 + beta * log(1 + floor(position / context)); None: they are not.
+    query_growth: tuple[float, int] | None = None
+
+
+class TensorNames(_Data, frozen=True, kw_only=True):
+    """Names of modules in a checkpoint. Those of a layer follow `layers` and its number.
+
+    One name for several matrices means that their rows are stored together: queries, keys and values in `qkv`, gate and up.
+    """
+
+    base: str = "model"  # prefix of all names but the head's, which some checkpoints leave out
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    positions: str = ""  # learned position embeddings
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    qkv_by_head: bool = False  # the one matrix of qkv has the query, key and value of a head together
+    query_norm: str = "self_attn.q_norm"  # {head} is a head's number
+    key_norm: str = "self_attn.k_norm"
+    out: str = "self_attn.o_proj"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    before_attention: str = "input_layernorm"
+    after_attention: str = ""
+    before_feed_forward: str = "post_attention_layernorm"
+    after_feed_forward: str = ""
+    activation: str = ""  # parameters of the activation
+    transposed: bool = False  # matrices of layers are [in, out]
+
+
+class Decoder(_Data, frozen=True, kw_only=True):
+    """A whole model. Heads and sizes are the same in all layers."""
+
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    tied: bool  # the head's matrix is the embedding's
+    kinds: tuple[Layer, ...]  # the different layers
+    order: tuple[int, ...]  # the kind of each layer
+    ropes: dict[str, Rope]
+    final_norm: Norm
+    embedding_scale: float = 1.0
+    position_offset: int | None = None  # row of position 0 in the learned position embeddings; None: there are none
+    logit_scale: float = 1.0
+    logit_soft_cap: float | None = None
+    head_bias: bool = False
+    names: TensorNames = TensorNames()
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return tuple(self.kinds[kind] for kind in self.order)
+
+    @property
+    def attention(self) -> Attention:
+        """The first layer's, whose heads all layers have."""
+        return self.kinds[0].attention
+
+    @property
+    def inner_size(self) -> int:
+        return self.kinds[0].feed_forward.inner_size
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        return tuple(layer.attention.window for layer in self.layers)
+
+
+def full_name(model: Decoder, name: str) -> str:
+    """The name of a tensor with the prefix that some checkpoints leave out."""
+    return name if name.startswith((f"{model.names.base}.", f"{model.names.head}.")) else f"{model.names.base}.{name}"
+
+
+def layer_shapes(model: Decoder) -> Shapes:
+    """Shapes of the tensors of one layer, by their names in a checkpoint without the prefix of the layer."""
+    layer, names, hidden = model.kinds[0], model.names, model.hidden_size
+    attention, feed_forward = layer.attention, layer.feed_forward
+    queries, keys = (heads * attention.head_dim for heads in (attention.num_heads, attention.num_kv_heads))
+    shapes: Shapes = {}
+
+    def add_matrix(name: str, outs: int, width: int, biased: bool) -> None:
+        before = shapes.get(f"{name}.weight", (0, 0))[0]  # rows that are stored with these
+        shapes[f"{name}.weight"] = (before + outs, width)
+        if biased:
+            shapes[f"{name}.bias"] = (before + outs,)
+
+    for norm, name in (
+        (layer.before_attention, names.before_attention),
+        (layer.after_attention, names.after_attention),
+        (layer.before_feed_forward, names.before_feed_forward),
+        (layer.after_feed_forward, names.after_feed_forward),
+    ):
+        if norm is not None:
+            shapes |= _vector_shapes(name, hidden, norm.biased)
+    if (qk_norm := attention.qk_norm) is not None:
+        for name, heads in ((names.query_norm, attention.num_heads), (names.key_norm, attention.num_kv_heads)):
+            if qk_norm.over == "all_heads":
+                shapes |= _vector_shapes(name, heads * attention.head_dim, qk_norm.norm.biased)
+            elif qk_norm.over == "head":
+                shapes |= _vector_shapes(name, attention.head_dim, qk_norm.norm.biased)
+            elif "{head}" in name:
+                for head in range(heads):
+                    shapes |= _vector_shapes(name.format(head=head), attention.head_dim, qk_norm.norm.biased)
+            else:
+                shapes[f"{name}.weight"] = (heads, attention.head_dim)
+    for name, outs in zip(names.qkv, (queries, keys, keys) if len(names.qkv) == 3 else (queries + 2 * keys,), strict=True):
+        add_matrix(name, outs, hidden, attention.qkv_bias)
+    add_matrix(names.out, hidden, queries, attention.out_bias)
+    if feed_forward.gated:
+        add_matrix(names.gate, feed_forward.inner_size, hidden, feed_forward.biased)
+    add_matrix(names.up, feed_forward.inner_size, hidden, feed_forward.biased)
+    add_matrix(names.down, hidden, feed_forward.inner_size, feed_forward.biased)
+    if names.transposed:
+        shapes = {name: shape[::-1] for name, shape in shapes.items()}
+    if feed_forward.activation == "xielu":
+        shapes |= {f"{names.activation}.{number}": (1,) for number in ("alpha_p", "alpha_n")}
+        shapes |= {f"{names.activation}.{number}": () for number in ("beta", "eps")}
+    return shapes
+
+
+def outer_shapes(model: Decoder) -> Shapes:
+    """Shapes of the tensors outside the layers, by their full names. A tied model may lack the head's weight."""
+    matrix, names = (model.vocab_size, model.hidden_size), model.names
+    shapes: Shapes = {f"{names.embedding}.weight": matrix, f"{names.head}.weight": matrix}
+    if model.position_offset is not None:
+        shapes[f"{names.positions}.weight"] = (model.max_positions + model.position_offset, model.hidden_size)
+    if model.head_bias:
+        shapes[f"{names.head}.bias"] = (model.vocab_size,)
+    return shapes | _vector_shapes(names.final_norm, model.hidden_size, model.final_norm.biased)
+
+
+def _vector_shapes(name: str, size: int, biased: bool) -> Shapes:
+    return {f"{name}.{part}": (size,) for part in (("weight", "bias") if biased else ("weight",))}

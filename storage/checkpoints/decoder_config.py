@@ -1,0 +1,261 @@
+"""Makes the description of a model (`decoder`) from its config.json, by the table of families. Needs no transformers.
+
+It reads the spelling of transformers 4 and 5. A config that the table does not describe is refused here; transformers then runs
+the model, in a float dtype.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from storage.checkpoints.decoder import (
+    DECODER_KEY,
+    Activation,
+    Attention,
+    Decoder,
+    FeedForward,
+    Layer,
+    Norm,
+    QKNorm,
+    Rope,
+)
+from storage.checkpoints.decoder_families import (
+    DECODER_FAMILIES,
+    DecoderFamily,
+    UnsupportedConfig,
+    Values,
+    is_number,
+)
+from storage.errors import ArchitectureUnsupported
+
+_ACTIVATIONS: Final[Mapping[str, Activation]] = {"silu": "silu", "swish": "silu"}  # by transformers' names
+
+_ROPE_COMMON: Final = frozenset(
+    {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+)
+_ROPE_OPTIONAL: Final[dict[str, frozenset[str]]] = {
+    "default": frozenset({"factor"}),  # transformers reads no factor either
+    "yarn": frozenset({"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}),
+}
+_ROPE_NEEDED: Final[dict[str, tuple[str, ...]]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+
+_MOST_LAYERS: Final = 10_000
+
+# Keys that do not change logits: training, generation, tokens' ids, the file itself.
+_HARMLESS: Final = frozenset((
+    DECODER_KEY, "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "auto_map", "name_or_path",
+    "use_cache", "use_bfloat16", "initializer_range", "init_std", "initializer_factor", "attention_dropout", "attn_pdrop",
+    "embd_pdrop", "resid_pdrop", "hidden_dropout", "residual_dropout", "embedding_dropout", "activation_dropout",
+    "classifier_dropout", "dropout", "layerdrop", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
+    "unk_token_id", "cls_token_id", "decoder_start_token_id", "tokenizer_class", "prefix", "task_specific_params",
+    "problem_type", "id2label", "label2id", "num_labels", "finetuning_task", "is_decoder", "is_encoder_decoder",
+    "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder", "output_attentions", "output_hidden_states",
+    "output_router_logits", "output_scores", "return_dict", "return_dict_in_generate", "torchscript", "pruned_heads",
+    "chunk_size_feed_forward", "gradient_checkpointing", "pretraining_tp", "max_length", "min_length", "do_sample",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "num_beams", "num_beam_groups", "diversity_penalty",
+    "early_stopping", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "suppress_tokens", "begin_suppress_tokens", "num_return_sequences", "exponential_decay_length_penalty",
+    "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "tf_legacy_loss", "summary_type",
+    "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "reorder_and_upcast_attn",
+    "attn_implementation", "cache_implementation", "num_nextn_predict_layers", "mlp_dim", "rms_norm", "embedding_size",
+    "use_mrope", "unsloth_fixed", "unsloth_version", "loss_type",
+))  # fmt: skip
+# Keys of one family that another's class does not read: a Llama's config with a window has none.
+_KEYS_OF_FAMILIES: Final = frozenset((
+    "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern", "no_rope_layers",
+    "no_rope_layer_interval", "head_dim", "hidden_activation", "rope_theta", "rope_scaling", "rope_parameters",
+    "partial_rotary_factor", "original_max_position_embeddings", "rope_local_base_freq", "attention_bias", "mlp_bias",
+    "use_bias", "num_key_value_heads", "rotary_dim", "qk_norm", "use_qk_norm", "query_pre_attn_scalar",
+))  # fmt: skip
+
+
+def decoder_of(config: Mapping[str, Any]) -> Decoder:
+    """The description of the model of a parsed config.json: that of its publication, or else by the table of families.
+
+    Raises UnsupportedConfig, which names everything that the layers do not run, and ArchitectureUnsupported for a missing or
+    impossible value.
+    """
+    if (published := config.get(DECODER_KEY)) is not None:
+        try:
+            return msgspec.convert(published, Decoder)
+        except msgspec.ValidationError as error:
+            raise UnsupportedConfig(f"the published description of its layers cannot be read here: {error}") from error
+    model_type = str(config.get("model_type"))
+    if model_type not in DECODER_FAMILIES:
+        raise UnsupportedConfig(f"model_type {model_type!r} is not one of {', '.join(DECODER_FAMILIES)}")
+    family = DECODER_FAMILIES[model_type]
+    values = Values(family, config)
+    decoder = _described(family, values)
+    obstacles = [*values.obstacles, *_obstacles(family, values, decoder, config)]
+    known = values.read | _HARMLESS | _KEYS_OF_FAMILIES
+    if unknown := sorted(key for key, value in config.items() if value and key not in known and not key.startswith("_")):
+        obstacles.append(f"the keys {', '.join(unknown)}, which may change numbers")
+    if obstacles:
+        raise UnsupportedConfig("the lean layers do not run " + "; ".join(obstacles))
+    return decoder
+
+
+def with_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config.json with the description of its layers; unchanged if the table does not describe them."""
+    try:
+        return {**config, DECODER_KEY: msgspec.to_builtins(decoder_of(config))}
+    except UnsupportedConfig:
+        return config
+
+
+def _described(family: DecoderFamily, values: Values) -> Decoder:
+    hidden, heads = values.size("hidden_size"), values.size("num_attention_heads")
+    head_dim = max(1, hidden // heads)
+    if family.has_head_dim:
+        head_dim = values.size("head_dim", head_dim)
+    norm = Norm(
+        kind=family.norm,
+        eps=values.number(family.eps) if isinstance(family.eps, str) else family.eps,
+        gain_plus_one=family.gain_plus_one,
+        biased=family.norm_bias,
+    )
+    layers = _layers(family, values, norm, heads, head_dim)
+    kinds = tuple(dict.fromkeys(layers))
+    names = family.names
+    if layers[0].parallel and family.one_norm_if_parallel:
+        names = msgspec.structs.replace(names, before_feed_forward=names.before_attention)
+    return Decoder(
+        num_layers=len(layers),
+        hidden_size=hidden,
+        vocab_size=values.size("vocab_size"),
+        max_positions=values.size("max_position_embeddings", family.defaults["max_position_embeddings"]),
+        tied=values.flag("tie_word_embeddings"),
+        kinds=kinds,
+        order=tuple(map(kinds.index, layers)),
+        ropes=_ropes(family, values, head_dim),
+        final_norm=norm,
+        embedding_scale=family.embedding_scale(values),
+        position_offset=family.position_offset,
+        logit_scale=family.logit_scale(values),
+        logit_soft_cap=values.soft_cap(family.logit_soft_cap),
+        head_bias=family.head_bias,
+        names=names,
+    )
+
+
+def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_dim: int) -> list[Layer]:
+    num_layers = values.size("num_hidden_layers")
+    if num_layers > _MOST_LAYERS:  # a list of as many would fill the memory
+        raise ArchitectureUnsupported(f"config.json says {num_layers} layers, and at most {_MOST_LAYERS} can be run")
+    qk_norm = None
+    if values.flag(family.qk_norm):
+        of_heads = msgspec.structs.replace(norm, biased=family.qk_norm_bias)
+        qk_norm = QKNorm(norm=of_heads, over=family.qk_norm_over, after_rope=family.qk_norm_after_rope)
+    feed_forward = FeedForward(
+        inner_size=values.size("intermediate_size"),
+        activation=_activation(values),
+        gated=family.gated,
+        biased=values.flag(family.mlp_bias),
+    )
+    windows, unrotated = tuple(family.windows(values)), tuple(family.unrotated(values))
+    if {len(windows), len(unrotated)} != {num_layers}:
+        values.obstacles.append("layer lists of another length than the model")
+        windows, unrotated = (None,) * num_layers, (False,) * num_layers
+    return [
+        Layer(
+            attention=Attention(
+                num_heads=heads,
+                num_kv_heads=values.size("num_key_value_heads", heads),
+                head_dim=head_dim,
+                scale=family.scale(values, head_dim, layer),
+                soft_cap=values.soft_cap(family.attention_soft_cap),
+                window=windows[layer],
+                rope=None if unrotated[layer] or family.rope is None else _rope_of(family, windows[layer]),
+                qk_norm=qk_norm,
+                qkv_bias=values.flag(family.qkv_bias),
+                out_bias=values.flag(family.out_bias),
+            ),
+            feed_forward=feed_forward,
+            parallel=values.flag(family.parallel),
+            residual_scale=family.residual_scale(values),
+            **dict.fromkeys(family.norms, norm),
+        )
+        for layer in range(num_layers)
+    ]
+
+
+def _activation(values: Values) -> Activation:
+    name = values.get("hidden_act") or "silu"
+    if name not in _ACTIVATIONS:
+        values.obstacles.append(f"activation {name!r}")
+    return _ACTIVATIONS.get(name, "silu")
+
+
+def _rope_of(family: DecoderFamily, window: int | None) -> str:
+    """The rotation of a layer, by its name in the description."""
+    return "windows" if family.rope_by_kind and window is not None else "all"
+
+
+def _ropes(family: DecoderFamily, values: Values, head_dim: int) -> dict[str, Rope]:
+    if family.rope is None:
+        return {}
+    return {"all": _rope(family, values, _rope_parameters(family, values), head_dim)}
+
+
+def _rope(family: DecoderFamily, values: Values, parameters: dict[str, Any], head_dim: int) -> Rope:
+    rotated = head_dim
+    share = parameters["partial_rotary_factor"]
+    if family.rope_share is not None and is_number(share) and 0 < share <= 1:
+        rotated = int(head_dim * share)
+    elif share != 1.0:
+        values.obstacles.append(f"a rotation of {share!r} of a head")
+    if rotated < 2 or rotated % 2 or not _rope_supported(parameters, rotated):
+        values.obstacles.append(f"rotation {parameters!r}")
+    return Rope(parameters=parameters, rotated=rotated, adjacent=family.rope == "neighbours")
+
+
+def _rope_parameters(family: DecoderFamily, values: Values) -> dict[str, Any]:
+    """The parameters of the rotation as one flat dict, from `rope_parameters` (transformers 5) or `rope_theta` and
+    `rope_scaling`."""
+    given = values.get("rope_scaling") or values.get("rope_parameters") or family.defaults.get("rope_parameters") or {}
+    given = given if isinstance(given, Mapping) else {"rope_type": repr(given)}
+    parameters = {key: value for key, value in given.items() if value is not None}
+    parameters.setdefault("rope_type", parameters.get("type", "default"))
+    parameters.setdefault("rope_theta", values.get("rope_theta") or 10_000.0)
+    original = values.get("original_max_position_embeddings")
+    if original is not None:
+        parameters["original_max_position_embeddings"] = original
+    parameters.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
+    parameters.setdefault("partial_rotary_factor", values.get("partial_rotary_factor") or family.rope_share or 1.0)
+    return parameters
+
+
+def _rope_supported(parameters: Mapping[str, Any], rotated: int) -> bool:
+    """Whether `Rope` (functions/stage/models/llama/rope.py) reads all of the parameters: one that it ignored might change
+    results."""
+    rope_type = parameters["rope_type"]
+    needed = _ROPE_NEEDED.get(rope_type) if isinstance(rope_type, str) else None
+    if needed is None:
+        return False
+    known = _ROPE_COMMON.union(needed, _ROPE_OPTIONAL.get(rope_type, ()))
+    factors = [parameters.get(name) for name in ("short_factor", "long_factor") if rope_type == "longrope"]
+    if any(not isinstance(each, Sequence) or len(each) != rotated // 2 or not all(map(is_number, each)) for each in factors):
+        return False
+    others = {*needed, *parameters} - {"rope_type", "type", "truncate", "short_factor", "long_factor"}
+    return known.issuperset(parameters) and all(is_number(parameters.get(name)) for name in others)
+
+
+def _obstacles(family: DecoderFamily, values: Values, model: Decoder, config: Mapping[str, Any]) -> list[str]:
+    attention = model.attention
+    architectures: Any = config.get("architectures")
+    obstacles = {
+        "a quantized checkpoint": values.get("quantization_config") is not None,
+        f"head_dim {attention.head_dim}": attention.head_dim % 2 != 0,
+        f"{attention.num_heads} heads on {attention.num_kv_heads}": attention.num_heads % attention.num_kv_heads != 0,
+        "an architecture without a language model head": bool(architectures)
+        and not any(str(name).endswith("ForCausalLM") for name in architectures),
+    }
+    for key, described in family.only(values).items():
+        obstacles[f"{key} = {values.get(key)!r}"] = values.get(key) not in (None, described)
+    return [obstacle for obstacle, present in obstacles.items() if present]
