@@ -1,5 +1,6 @@
 """The tiny chat model in C, without torch: the same bits whatever the cut, the chunks and the company, in every dtype."""
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import get_args
@@ -9,7 +10,6 @@ import pytest
 
 from functions.stage.models.build import build_layer_group
 from functions.stage.models.layer_group import KVCacheFull, LayerGroup, Segment
-from functions.stage.models.llama.structure import LAYER_NAME
 from storage.checkpoints.checkpoint import SourceTensor
 from storage.loading.weight_loader import RawTensor
 from storage.models.conversion import convert_tensor
@@ -29,7 +29,7 @@ def groups(cut: Sequence[tuple[int, int]], dtype: Dtype = "float32") -> list[Lay
         source = SourceTensor("F32", array.shape, lambda first, last, array=array: memoryview(array[first:last]).cast("B"))
         for stored, target in convert_tensor(name, source, dtype, ()).items():
             tensor = RawTensor(target.dtype, target.shape, memoryview(bytearray(b"".join(target.blocks()))))
-            found = LAYER_NAME.match(stored)
+            found = re.match(r"model\.layers\.(\d+)\.", stored)
             copies = range(int(found[1]), LAYERS, CONFIG["num_hidden_layers"]) if found else ()
             names = [stored.replace(f".{found[1]}.", f".{layer}.", 1) for layer in copies] if found else [stored]
             tensors |= dict.fromkeys(names, tensor)
