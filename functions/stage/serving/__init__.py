@@ -2,5 +2,5 @@
 
 May import: storage, storage.store, storage.models, storage.loading, eventing, eventing.wire, eventing.http,
 functions.configuration, functions.grammars, functions.hosting, functions.observing, functions.stage.engine,
-functions.stage.kv, functions.stage.models, storage.checkpoints.
+functions.stage.kv, functions.stage.models.
 """
