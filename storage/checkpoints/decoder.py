@@ -74,7 +74,7 @@ class Layer(_Data, frozen=True, kw_only=True):
     residual_scale: float = 1.0  # of what is added
 
 
-class Rope(_Data, frozen=True, kw_only=True):
+class Rotation(_Data, frozen=True, kw_only=True):
     """A rotation of queries and keys by position."""
 
     parameters: dict[str, Any]  # rope_type, rope_theta and what the type needs
@@ -122,7 +122,7 @@ class Decoder(_Data, frozen=True, kw_only=True):
     tied: bool  # the head's matrix is the embedding's
     kinds: tuple[Layer, ...]  # the different layers
     order: tuple[int, ...]  # the kind of each layer
-    ropes: dict[str, Rope]
+    ropes: dict[str, Rotation]
     final_norm: Norm
     embedding_scale: float = 1.0
     position_offset: int | None = None  # row of position 0 in the learned position embeddings; None: there are none

@@ -18,7 +18,7 @@ from storage.checkpoints.decoder import (
     Layer,
     Norm,
     QKNorm,
-    Rope,
+    Rotation,
 )
 from storage.checkpoints.decoder_families import (
     DECODER_FAMILIES,
@@ -197,13 +197,13 @@ def _rope_of(family: DecoderFamily, window: int | None) -> str:
     return "windows" if family.rope_by_kind and window is not None else "all"
 
 
-def _ropes(family: DecoderFamily, values: Values, head_dim: int) -> dict[str, Rope]:
+def _ropes(family: DecoderFamily, values: Values, head_dim: int) -> dict[str, Rotation]:
     if family.rope is None:
         return {}
     return {"all": _rope(family, values, _rope_parameters(family, values), head_dim)}
 
 
-def _rope(family: DecoderFamily, values: Values, parameters: dict[str, Any], head_dim: int) -> Rope:
+def _rope(family: DecoderFamily, values: Values, parameters: dict[str, Any], head_dim: int) -> Rotation:
     rotated = head_dim
     share = parameters["partial_rotary_factor"]
     if family.rope_share is not None and is_number(share) and 0 < share <= 1:
@@ -212,7 +212,7 @@ def _rope(family: DecoderFamily, values: Values, parameters: dict[str, Any], hea
         values.obstacles.append(f"a rotation of {share!r} of a head")
     if rotated < 2 or rotated % 2 or not _rope_supported(parameters, rotated):
         values.obstacles.append(f"rotation {parameters!r}")
-    return Rope(parameters=parameters, rotated=rotated, adjacent=family.rope == "neighbours")
+    return Rotation(parameters=parameters, rotated=rotated, adjacent=family.rope == "neighbours")
 
 
 def _rope_parameters(family: DecoderFamily, values: Values) -> dict[str, Any]:

@@ -86,7 +86,7 @@ _FREQUENCIES: Final[dict[str, Callable[[Mapping[str, Any], int], tuple[Float32, 
 def rope_frequencies(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, float]:
     """Radians per position of each pair, float32 [head_dim / 2], and a factor by which cosines and sines are multiplied.
 
-    parameters: of the position embeddings, `Rope.parameters` of the description.
+    parameters: of the position embeddings, `Rotation.parameters` of the description.
     """
     return _FREQUENCIES[parameters["rope_type"]](parameters, head_dim)
 

@@ -167,7 +167,7 @@ class Rotations:
     """
 
     def __init__(self, parameters: Mapping[str, Any], head_dim: int) -> None:
-        """parameters: of the position embeddings, Rope.parameters."""
+        """parameters: of the position embeddings, Rotation.parameters."""
         self._frequencies, self._scaling = rope_frequencies(parameters, head_dim)
         self._table: Float32 = np.empty((0, head_dim // 2, 2), np.float32)
 
