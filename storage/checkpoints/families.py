@@ -29,12 +29,15 @@ _PLAIN: Final = Family()
 
 FAMILIES: Final[dict[str, Family]] = {
     "apertus": _PLAIN,
+    "bamba": Family(after=("final_layernorm",)),
     "bloom": Family(before=("word_embeddings", "word_embeddings_layernorm"), after=("ln_f",), layers="h"),
     "cohere": _PLAIN,
     "deepseek_v3": _PLAIN,
     "ernie4_5": _PLAIN,
     "exaone4": _PLAIN,
     "falcon": Family(before=("word_embeddings",), after=("ln_f",), layers="h"),
+    "falcon_h1": Family(after=("final_layernorm",), neutral_unless_first={"embedding_multiplier": 1.0}),
+    "falcon_mamba": Family(before=("embeddings",), after=("norm_f",)),
     "gemma": _PLAIN,
     # SDPA has no soft cap on attention scores, and would silently drop it.
     "gemma2": Family(attention="eager"),
@@ -45,14 +48,22 @@ FAMILIES: Final[dict[str, Family]] = {
     "gpt_oss": _PLAIN,
     "gptj": Family(before=("wte",), after=("ln_f",), layers="h"),
     "granite": Family(neutral_unless_first={"embedding_multiplier": 1.0}),
+    "granitemoehybrid": Family(neutral_unless_first={"embedding_multiplier": 1.0}),
     "hunyuan_v1_dense": _PLAIN,
+    "jamba": Family(after=("final_layernorm",)),
+    "lfm2": Family(after=("embedding_norm",)),
+    "lfm2_moe": Family(after=("embedding_norm",)),
     "llama": _PLAIN,
+    "mamba": Family(before=("embeddings",), after=("norm_f",)),
+    "mamba2": Family(before=("embeddings",), after=("norm_f",)),
     "ministral": _PLAIN,
     "mistral": _PLAIN,
     "mixtral": _PLAIN,
     "nemotron": _PLAIN,
+    "nemotron_h": Family(before=("embeddings",), after=("norm_f",)),
     "olmo2": _PLAIN,
     "olmo3": _PLAIN,
+    "olmo_hybrid": _PLAIN,
     "opt": Family(
         before=("embed_tokens", "project_in"),
         added_before=("embed_positions",),
@@ -62,7 +73,10 @@ FAMILIES: Final[dict[str, Family]] = {
     "phi3": _PLAIN,
     "qwen2": _PLAIN,
     "qwen3": _PLAIN,
+    "qwen3_5_moe_text": _PLAIN,
+    "qwen3_5_text": _PLAIN,
     "qwen3_moe": _PLAIN,
+    "qwen3_next": _PLAIN,
     "seed_oss": _PLAIN,
     "smollm3": _PLAIN,
     "stablelm": _PLAIN,
@@ -70,6 +84,8 @@ FAMILIES: Final[dict[str, Family]] = {
 }
 
 _LIST_PER_LAYER: Final = ("layer_types", "no_rope_layers")
+# Families whose configs compute each layer's type from its number.
+_TYPES_BY_NUMBER: Final = frozenset({"bamba", "falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2"})
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -81,6 +97,15 @@ def family_of(config: Mapping[str, Any]) -> Family:
         raise ArchitectureUnsupported(
             f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
         ) from None
+
+
+def with_floats(value: Any) -> Any:
+    """A part of a config.json with the numbers that JSON lacks, for example {"__float__": "Infinity"}, as floats."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {name: with_floats(part) for name, part in value.items()}
+    return [with_floats(part) for part in value] if isinstance(value, list) else value
 
 
 def mixes_longrope(module: object) -> bool:
@@ -97,9 +122,14 @@ def cut_config(config: Any, family: Family, first_layer: int, last_layer: int) -
         config.tie_word_embeddings = False
     for name in _LIST_PER_LAYER:
         values = getattr(config, name, None)
-        if values is not None:
+        if values is not None and config.model_type not in _TYPES_BY_NUMBER:
             setattr(config, name, list(values[first_layer:last_layer]))
-    if config.model_type == "qwen3_moe":
+    if config.model_type == "bamba":
+        config.attn_layer_indices = [layer - first_layer for layer in config.attn_layer_indices or () if layer >= first_layer]
+    if config.model_type == "jamba":
+        for offset, period in (("attn_layer_offset", "attn_layer_period"), ("expert_layer_offset", "expert_layer_period")):
+            setattr(config, offset, (getattr(config, offset) - first_layer) % getattr(config, period))
+    if config.model_type in ("qwen3_moe", "qwen3_next"):
         # Which layers are sparse follows from their number in the whole model: list the dense ones instead.
         config.mlp_only_layers = [
             layer - first_layer
@@ -107,6 +137,8 @@ def cut_config(config: Any, family: Family, first_layer: int, last_layer: int) -
             if layer in config.mlp_only_layers or (layer + 1) % config.decoder_sparse_step != 0
         ]
         config.decoder_sparse_step = 1
+    if config.model_type == "lfm2_moe":
+        config.num_dense_layers = max(0, config.num_dense_layers - first_layer)
     if config.model_type == "deepseek_v3":
         config.first_k_dense_replace = max(0, config.first_k_dense_replace - first_layer)
     if first_layer > 0:

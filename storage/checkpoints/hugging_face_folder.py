@@ -3,6 +3,7 @@
 No code in the folder is run: there is no remote code, and a pickled checkpoint is refused.
 """
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,9 @@ from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
 from storage.checkpoints.safetensors_format import TensorSpan, read_exactly, read_header, read_spans, tensor_bytes
 from storage.errors import CheckpointInvalid, LibraryMissing
 
+# Python writes these numbers, which are no JSON. transformers writes them as this object.
+_BARE_FLOAT: Final = re.compile(rb"(?<=[\[:,\s])(-?Infinity|NaN)(?=[\],}\s])")
+_TAGGED_FLOAT: Final = rb'{"__float__": "\1"}'
 _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
 _FILES: Final = (
@@ -38,6 +42,7 @@ def open_folder(folder: Path) -> Checkpoint:
 
         tensors, quantization = dequantized(folder, settings, tensors, _metadata(folder))
     files = _files(folder)
+    files["config.json"] = _BARE_FLOAT.sub(_TAGGED_FLOAT, files["config.json"])
     if config.get("model_type") == "mistral" and "layer_types" in config:
         # So do transformers' Auto classes (models/auto/configuration_auto.py), and stages must not have to know it.
         published["model_type"] = "ministral"
@@ -154,7 +159,7 @@ def _converted_tokenizer(folder: Path) -> bytes:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return msgspec.json.decode(_BARE_FLOAT.sub(_TAGGED_FLOAT, path.read_bytes()), type=dict[str, Any])
     except FileNotFoundError as error:
         raise CheckpointInvalid(f"{path.parent} has no {path.name}; is it the folder of a checkpoint?") from error
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

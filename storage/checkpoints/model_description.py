@@ -10,9 +10,11 @@ from typing import Any, Final
 
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
+from storage.checkpoints.families import with_floats
 from storage.errors import ArchitectureUnsupported, LibraryMissing
 
-_UNLIMITED_CONTEXT_TOKENS: Final = 2048  # training length of BLOOM, whose positions have no limit
+_ALIBI_CONTEXT_TOKENS: Final = 2048  # training length of BLOOM, whose positions have no limit
+RECURRENT_CONTEXT_TOKENS: Final = 2**20  # of models without attention, whose configs state no limit: their memory does not grow
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +70,19 @@ def describe_by_transformers(config: Mapping[str, Any], model_type: str) -> Mode
             f"config.json has model_type {model_type!r}, which transformers does not know; no code of the checkpoint is run"
         )
     try:
-        known = CONFIG_MAPPING[model_type].from_dict(dict(config))
+        known = CONFIG_MAPPING[model_type].from_dict(with_floats(config))
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ArchitectureUnsupported(f"config.json is not what a {model_type!r} has: {error}") from error
-    missing = [
-        name for name in ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads") if not hasattr(known, name)
-    ]
+    has_attention = set(getattr(known, "layer_types", None) or ()) != {"linear_attention"}
+    wanted = ["num_hidden_layers", "hidden_size", "vocab_size", *(["num_attention_heads"] if has_attention else [])]
+    missing = [name for name in wanted if not hasattr(known, name)]
     if missing or known.is_encoder_decoder:
         raise ArchitectureUnsupported(
             f"{model_type!r} is no decoder-only language model: its configuration lacks {missing or 'nothing but a decoder'}"
         )
     # Falcon's num_kv_heads counts only in its newer layout; the older one has a flag.
     is_multi_query = getattr(known, "multi_query", False) and not getattr(known, "new_decoder_architecture", False)
+    heads = known.num_attention_heads if has_attention else 1
     return ModelDescription(
         architecture=_architecture(config),
         model_type=model_type,
@@ -87,11 +90,11 @@ def describe_by_transformers(config: Mapping[str, Any], model_type: str) -> Mode
         ignored_layers=getattr(known, "num_nextn_predict_layers", None) or 0,
         hidden_size=known.hidden_size,
         vocab_size=known.vocab_size,
-        num_kv_heads=1 if is_multi_query else getattr(known, "num_key_value_heads", None) or known.num_attention_heads,
-        head_dim=getattr(known, "head_dim", None) or known.hidden_size // known.num_attention_heads,
+        num_kv_heads=1 if is_multi_query else getattr(known, "num_key_value_heads", None) or heads,
+        head_dim=getattr(known, "head_dim", None) or known.hidden_size // heads,
         context_length=getattr(known, "max_position_embeddings", None)
         or getattr(known, "seq_length", None)
-        or _UNLIMITED_CONTEXT_TOKENS,
+        or (_ALIBI_CONTEXT_TOKENS if has_attention else RECURRENT_CONTEXT_TOKENS),
         tied=bool(getattr(known, "tie_word_embeddings", False)),
     )
 

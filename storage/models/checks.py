@@ -12,7 +12,7 @@ from typing import Any, Final
 from storage.checkpoints.decoder import Decoder, Shapes, full_name, layer_shapes, outer_shapes
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
-from storage.checkpoints.families import family_of, mixes_longrope
+from storage.checkpoints.families import family_of, mixes_longrope, with_floats
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid, LibraryMissing
 
 _LAYER_MATRICES: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -106,7 +106,7 @@ def _shapes_by_transformers(config: Mapping[str, Any], dtype: str) -> tuple[Shap
     except ImportError as error:
         raise LibraryMissing(f"publishing a {config['model_type']!r} takes torch and transformers", error) from error
 
-    known = AutoConfig.for_model(**config)
+    known = AutoConfig.for_model(**with_floats(config))
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(known)

@@ -14,9 +14,18 @@ _LAYER: Final = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 _BUFFER: Final = re.compile(r"(?:\.rotary_emb\.inv_freq|\.masked_bias|\.(?:attn|attention)\.bias)$")
 _EMBEDDING_MODULES: Final = frozenset(
     {"embed_tokens", "wte", "wpe", "embed_in", "embed_positions", "word_embeddings", "word_embeddings_layernorm", "project_in"}
+    | {"embeddings"}
 )
-_HEAD_MODULES: Final = frozenset({"norm", "ln_f", "final_layer_norm", "final_layernorm", "lm_head", "embed_out", "project_out"})
-_EMBEDDING_MATRICES: Final = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+_HEAD_MODULES: Final = frozenset(
+    {"norm", "ln_f", "final_layer_norm", "final_layernorm", "lm_head", "embed_out", "project_out", "norm_f", "embedding_norm"}
+)
+_EMBEDDING_MATRICES: Final = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    ".embeddings.weight",
+)
 _HEAD_MATRICES: Final = ("lm_head.weight", "embed_out.weight")
 
 Placement = dict[str, dict[str, SourceTensor]]

@@ -153,7 +153,8 @@ class ForwardPass:
         for row in rows:
             row.begin, row.end = begin, begin + row.row.length
             begin = row.end
-            segments.append(Segment(row.sequence.handle, row.row.position, row.row.length, row.sequence.is_long))
+            own = row.row
+            segments.append(Segment(row.sequence.handle, own.position, own.length, row.sequence.is_long, own.draft_tokens))
         inputs = parts[0].inputs if len(parts) == 1 else np.concatenate([part.inputs for part in parts if part.rows])
         if len(inputs) <= _TOKENS_AT_ONCE:
             return self._group.forward(inputs, segments)

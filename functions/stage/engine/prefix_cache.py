@@ -77,7 +77,22 @@ class PrefixCache:
         if held > self._kv.length(handle):
             self._copy(source, handle, held)
         self._set_chain(handle, chain)
+        self._ask_for_checkpoints(handle, chain)
         return min(self._kv.length(handle), BLOCK_TOKENS * len(chain))
+
+    def _ask_for_checkpoints(self, handle: int, chain: Chain) -> None:
+        """Asks for the states of recurrent layers where later sequences will go on.
+
+        That is at the end of this prompt, and at the end of what it has in common with another sequence.
+        """
+        if self.blocks is None:
+            return
+        self.blocks.keep_checkpoint(handle, BLOCK_TOKENS * len(chain))
+        for blocks in range(len(chain), 0, -1):
+            if len(alike := self._holders[chain[blocks - 1]]) > 1:
+                for other in alike:
+                    self.blocks.keep_checkpoint(other, BLOCK_TOKENS * blocks)
+                break
 
     def keep(self, handle: int, chain: Chain) -> None:
         """Drops the tokens that `handle` holds beyond the common prefix of its chain and `chain`."""
@@ -94,9 +109,11 @@ class PrefixCache:
         """
         chain = chain or self._chains.get(handle, ())
         chain = chain[: self._kv.length(handle) // BLOCK_TOKENS]
+        if self.blocks is not None:
+            chain = chain[: self.blocks.last_held(handle, BLOCK_TOKENS * len(chain)) // BLOCK_TOKENS]
         holder, held = self.longest(chain, but=handle)
         tokens = BLOCK_TOKENS * len(chain)
-        if self.blocks is None or tokens in (0, held) or not self.blocks.holds(handle, tokens):
+        if self.blocks is None or tokens in (0, held):
             if holder is not None:
                 self._touch(holder)
             self.drop(handle)
@@ -166,6 +183,7 @@ class PrefixCache:
         self.blocks.resize(source, tokens)
         del self._cached[source]
         self._cached_units -= units
+        self.blocks.keep_checkpoint(source, held)
         self.on_found(held)
         return source
 

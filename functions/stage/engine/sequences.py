@@ -99,8 +99,9 @@ class SequenceTable:
                 self._kv.truncate(sequence.handle, 0)
                 raise Refusal(Status.MISS, held=0)  # its tokens have other rotations from now on
         self._kv.truncate(sequence.handle, row.position)
-        if self._kv.length(sequence.handle) < row.position:
-            raise Refusal(Status.MISS, held=0)  # layers with windows had dropped what comes before the row
+        if (held := self._kv.length(sequence.handle)) < row.position:
+            # Layers with windows had dropped what comes before the row, or recurrent layers went back to a checkpoint.
+            raise Refusal(Status.MISS, held=held)
         if lineage != sequence.lineage:
             self.cache.unfindable_from(sequence.handle, row.position)
             sequence.lineage_tokens = min(sequence.lineage_tokens, row.position)

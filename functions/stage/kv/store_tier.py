@@ -123,7 +123,7 @@ class KVWriter:
 
         The caller must hold the engine's lock.
         """
-        num_bytes = part.count * BLOCK_TOKENS * self._pool.layout.token_bytes
+        num_bytes = part.count * BLOCK_TOKENS * self._pool.layout.token_bytes + self._pool.layout.state_bytes
         if self.waiting_bytes and self.waiting_bytes + num_bytes > WAITING_BYTES:
             return False
         data = copied_kv(self._pool, prefix.handle, part.first * BLOCK_TOKENS, part.end * BLOCK_TOKENS)

@@ -1,9 +1,10 @@
 """The byte format of KV: how keys and values of a range of tokens are sent between pods and kept in the store.
 
     header   little-endian: magic "LMKV", version, BLAKE3 of the layout's kind, its sizes, first token, tokens,
-             first token of layers with windows, BLAKE3 of the payload
+             first token of layers with windows, whether there are recurrent states, BLAKE3 of the payload
     payload  [num_layers, 2, kv_heads, tokens, head_bytes] of layers without a window, then of those with one, as in the KV
-             arena of the sender. Layers with a window keep the last tokens of a sequence only.
+             arena of the sender. Layers with a window keep the last tokens of a sequence only. Then the recurrent states after
+             the last token, if the sender has them.
 
 A payload is used only after its digest, and the header against the receiver's arena, have been checked. The bytes name neither
 the model and its layers nor the lineage: the request for them does (`stage/kv`).
@@ -19,9 +20,9 @@ from blake3 import blake3
 from functions.stage.models.floats import Array
 from functions.stage.models.kv_cache import KVBlocks, KVLayout
 
-VERSION: Final = 2
+VERSION: Final = 3
 _MAGIC: Final = b"LMKV"
-_HEADER: Final = struct.Struct("<4sI32sIIIIIIIII32s")
+_HEADER: Final = struct.Struct("<4sI32sIIIIIIIIIII32s")
 HEADER_BYTES: Final = _HEADER.size
 _DIGEST_BYTES: Final = 32
 
@@ -45,6 +46,7 @@ class CheckedKV:
     end: int
     windowed_from: int  # layers with windows have KV of tokens from here on
     payload: memoryview
+    states: memoryview  # the recurrent states after the last token; empty if the sender did not have them
 
 
 def copied_kv(pool: KVBlocks, handle: int, first: int, end: int) -> bytearray:
@@ -57,9 +59,12 @@ def copied_kv(pool: KVBlocks, handle: int, first: int, end: int) -> bytearray:
     if not 0 <= first < end <= pool.length(handle) or first % layout.block_tokens:
         raise ValueError(f"tokens {first} to {end} of a sequence that holds {pool.length(handle)}")
     windowed_from = min(pool.windowed_from(handle, first), layout.rounded(end))
-    data = bytearray(HEADER_BYTES + _payload_bytes(layout, first, end, windowed_from))
-    _HEADER.pack_into(data, 0, *_head(layout), first, end - first, windowed_from, b"")
-    every, windowed = _arrays(layout, memoryview(data)[HEADER_BYTES:], first, end, windowed_from)
+    states = pool.state_out(handle, end)
+    kv_bytes = _kv_bytes(layout, first, end, windowed_from)
+    data = bytearray(HEADER_BYTES + kv_bytes + len(states))
+    data[HEADER_BYTES + kv_bytes :] = states
+    _HEADER.pack_into(data, 0, *_head(layout), first, end - first, windowed_from, bool(states), b"")
+    every, windowed = _arrays(layout, memoryview(data)[HEADER_BYTES : HEADER_BYTES + kv_bytes], first, end, windowed_from)
     pool.copy_out(handle, first, every)
     pool.copy_out(handle, windowed_from, windowed, windowed=True)
     return data
@@ -73,8 +78,8 @@ def stamp(data: bytearray) -> None:
 def put_kv(pool: KVBlocks, handle: int, found: CheckedKV) -> int:
     """Writes to the arena those tokens of `found` that the sequence lacks. Returns how many have been written then.
 
-    They are held only when layers with windows have got their part, which may come later. found: checked against the pool's
-    layout. Raises ValueError if the sequence lacks tokens before `found`, or has too little memory reserved.
+    They are held only when layers with windows and recurrent layers have got their part, which may come later. found: checked
+    against the pool's layout. Raises ValueError if the sequence lacks tokens before `found`, or has too little memory reserved.
     """
     first, end = found.first, found.end
     filled = pool.filled(handle)
@@ -89,6 +94,8 @@ def put_kv(pool: KVBlocks, handle: int, found: CheckedKV) -> int:
     windowed_from = max(filled, found.windowed_from)
     pool.copy_in(handle, windowed_from, windowed[:, :, :, windowed_from - found.windowed_from :], windowed=True)
     pool.restored(handle, end, windowed_from)
+    if found.states:
+        pool.state_in(handle, end, found.states)
     return end
 
 
@@ -97,7 +104,7 @@ def checked(layout: KVLayout, data: bytes | bytearray | memoryview) -> CheckedKV
     view = memoryview(data)
     if len(view) < HEADER_BYTES:
         raise AlteredKV(f"{len(view)} bytes, fewer than a header has")
-    *head, first, tokens, windowed_from, digest = _HEADER.unpack_from(view)
+    *head, first, tokens, windowed_from, has_states, digest = _HEADER.unpack_from(view)
     if tuple(head) != _head(layout):
         raise ForeignKV(f"the header says {_described(tuple(head))}; {layout.kind!r} is {_described(_head(layout))}")
     if tokens < 1 or first % layout.block_tokens:
@@ -105,29 +112,30 @@ def checked(layout: KVLayout, data: bytes | bytearray | memoryview) -> CheckedKV
     if windowed_from % layout.block_tokens or not first <= windowed_from <= layout.rounded(first + tokens):
         raise ForeignKV(f"layers with windows from token {windowed_from} on, for tokens {first} to {first + tokens}")
     payload = view[HEADER_BYTES:]
-    wanted = _payload_bytes(layout, first, first + tokens, windowed_from)
+    kv_bytes = _kv_bytes(layout, first, first + tokens, windowed_from)
+    wanted = kv_bytes + (layout.state_bytes if has_states else 0)
     if len(payload) != wanted:
         raise AlteredKV(f"{len(payload)} bytes for {tokens} tokens, which take {wanted}")
     if blake3(payload).digest() != digest:
         raise AlteredKV(f"the digest of {len(payload)} bytes is not the one that was written with them")
-    return CheckedKV(first, first + tokens, windowed_from, payload)
+    return CheckedKV(first, first + tokens, windowed_from, payload[:kv_bytes], payload[kv_bytes:])
 
 
 def _head(layout: KVLayout) -> tuple[object, ...]:
     sizes = layout.num_layers, layout.windowed_layers, layout.window, layout.kv_heads, layout.head_bytes, layout.block_tokens
-    return _MAGIC, VERSION, blake3(layout.kind.encode()).digest(), *sizes
+    return _MAGIC, VERSION, blake3(layout.kind.encode()).digest(), *sizes, layout.state_bytes
 
 
 def _described(head: tuple[object, ...]) -> str:
-    magic, version, kind, layers, windowed, window, heads, head_bytes, block = head
+    magic, version, kind, layers, windowed, window, heads, head_bytes, block, state_bytes = head
     named = kind.hex()[:8] if isinstance(kind, bytes) else kind
     return (
         f"{magic!r} version {version}, kind {named}, {layers} layers and {windowed} with windows of {window}, "
-        f"{heads} heads of {head_bytes} bytes, blocks of {block}"
+        f"{heads} heads of {head_bytes} bytes, blocks of {block}, recurrent states of {state_bytes} bytes"
     )
 
 
-def _payload_bytes(layout: KVLayout, first: int, end: int, windowed_from: int) -> int:
+def _kv_bytes(layout: KVLayout, first: int, end: int, windowed_from: int) -> int:
     rows, windowed_rows = layout.rounded(end) - first, layout.rounded(end) - windowed_from
     return (layout.num_layers * rows + layout.windowed_layers * windowed_rows) * layout.layer_bytes
 

@@ -5,6 +5,9 @@ those that it reserved. Blocks need not be neighbours: all free memory can be re
 
 A layer with a sliding window keeps the last tokens of a sequence only: the window, and some more, so that a sequence can be
 truncated by so many. Truncated further it holds nothing, and is computed again. In an arena they are a ring of blocks.
+
+A recurrent layer keeps a state of fixed size instead of KV. It cannot be truncated: a sequence goes back to the last position
+whose state was kept (`checkpoints`), and the tokens after it are computed again.
 """
 
 from collections.abc import Sequence
@@ -20,6 +23,7 @@ GOING_BACK: Final = 240  # tokens that a ring keeps besides the window, and most
 _SPARE: Final = 16  # tokens of a ring besides these: a copy may overwrite a block of so many, of which it needs one token
 
 _COPIED_AT_ONCE: Final = 2**20  # bytes that are copied at a time, so that copying takes little memory
+_ANY_LENGTH: Final = 2**30  # tokens of a sequence that takes the same memory at any length
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class KVNeed:
     windowed_units: int = 0  # for a block in all layers with a window
     kept_tokens: int = 0  # most that these keep of a sequence
     block_tokens: int = 1
+    fixed_units: int = 0  # for the recurrent states of a sequence of any length
 
     @property
     def ring_blocks(self) -> int:
@@ -42,13 +47,18 @@ class KVNeed:
     def of(self, tokens: int) -> int:
         """Units for a sequence of so many tokens."""
         blocks = self.blocks(tokens)
-        return blocks * self.units + min(blocks, self.ring_blocks) * self.windowed_units
+        return self.fixed_units + blocks * self.units + min(blocks, self.ring_blocks) * self.windowed_units
 
     def tokens(self, units: int) -> int:
         """The longest sequence that so many units suffice for.
 
         With windows in all layers any length would do if a ring fits; this then counts as if layers had none.
         """
+        units -= self.fixed_units
+        if units < 0:
+            return 0
+        if not self.units + self.windowed_units:
+            return _ANY_LENGTH
         blocks = units // (self.units + self.windowed_units)
         if self.units and self.windowed_units and blocks > self.ring_blocks:
             blocks = (units - self.ring_blocks * self.windowed_units) // self.units
@@ -153,6 +163,7 @@ class KVLayout:
     block_tokens: int = 1  # what is copied begins at a multiple of it
     windowed_layers: int = 0
     window: int = 0  # the widest, in tokens
+    state_bytes: int = 0  # of the recurrent states of a sequence
 
     @property
     def layer_bytes(self) -> int:
@@ -170,13 +181,70 @@ class KVLayout:
 
 
 class KVBlocks(KVBudget):
-    """Implements `KVCache` with an arena of blocks. Subclasses own the arena.
-
-    A table has a row of block numbers for all layers, or for each layer. Unlike other KV caches, its KV can be copied between
-    sequences, and out of and into the arena.
-    """
+    """Implements `KVCache` with KV that can be copied between sequences, and out and in, in blocks of the layout."""
 
     layout: KVLayout  # of the bytes of `copy_out` and `copy_in`
+    window = 0  # the widest, in tokens
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of recurrent states that are kept besides those of the sequences' last tokens. Any thread may ask."""
+        return 0
+
+    def last_held(self, handle: int, tokens: int) -> int:
+        """How many tokens the sequence holds after `truncate` to `tokens`, of which none needs to be computed again."""
+        return tokens if self.holds(handle, tokens) else 0
+
+    def keep_checkpoint(self, handle: int, tokens: int) -> None:
+        """Asks that the recurrent states after the first `tokens` are kept when they are computed; other sequences begin alike.
+
+        Does nothing without recurrent layers.
+        """
+
+    def state_out(self, handle: int, tokens: int) -> bytes:
+        """The recurrent states after the first `tokens`, `layout.state_bytes`; empty if they are not kept."""
+        return b""
+
+    def state_in(self, handle: int, tokens: int, data: memoryview) -> None:
+        """Makes `data`, which `state_out` returned, the states of a sequence that has been `restored` up to `tokens`."""
+        raise NotImplementedError
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Replaces what the sequence `target` holds by a copy of the first `tokens` of `source`, which `holds` them."""
+        raise NotImplementedError
+
+    def windowed_from(self, handle: int, first: int) -> int:
+        """The first token from `first` on whose KV layers with windows hold too, if `filled` goes so far. It begins a block."""
+        least, block = self._reservations[handle].least, self.layout.block_tokens
+        return max(first, (least - self.window + block) // block * block) if least else first
+
+    def restored(self, handle: int, end: int, windowed_from: int) -> None:
+        """Counts tokens up to `end`, which the caller has written, as held.
+
+        windowed_from: those of layers with windows were written from here on.
+        """
+        reservation = self._reservations[handle]
+        if windowed_from > reservation.filled:
+            reservation.least = windowed_from + self.window - 1
+        self.extend(handle, end - reservation.filled)
+
+    def copy_out(self, handle: int, first: int, target: Array, *, windowed: bool = False) -> None:
+        """Copies KV of tokens from `first` on, which begins a block of the layout, to `target`.
+
+        target: uint8 [layers, 2, num_kv_heads, tokens, head bytes]. windowed: of the layers with windows instead of the others.
+        """
+        raise NotImplementedError
+
+    def copy_in(self, handle: int, first: int, source: Array, *, windowed: bool = False) -> None:
+        """Copies `source`, an array as `copy_out` fills it, into the arena."""
+        raise NotImplementedError
+
+
+class KVArena(KVBlocks):
+    """Implements `KVBlocks` with an arena of blocks. Subclasses own the arena.
+
+    A table has a row of block numbers for all layers, or for each layer.
+    """
 
     def __init__(self, budget_bytes: int, block_tokens: int, block_bytes: int, windows: Sequence[int | None] = (None,)) -> None:
         """block_bytes: of a block, whose number is in one place of a table. windows: one for each row of a sequence's table.
@@ -219,7 +287,6 @@ class KVBlocks(KVBudget):
         del self._tables[handle]
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Replaces what the sequence `target` holds by a copy of the first `tokens` of `source`, which `holds` them."""
         self.truncate(target, 0)
         blocks = self.need.blocks(tokens)
         froms, tos = self._tables[source][:, :blocks], self._tables[target][:, :blocks]
@@ -230,32 +297,6 @@ class KVBlocks(KVBudget):
             self._copy_blocks(froms[first : first + at_once], tos[first : first + at_once])
         copied = self._reservations[target]
         copied.filled, copied.least = tokens, self._reservations[source].least
-
-    def windowed_from(self, handle: int, first: int) -> int:
-        """The first token from `first` on whose KV layers with windows hold too, if `filled` goes so far. It begins a block."""
-        least, block = self._reservations[handle].least, self.layout.block_tokens
-        return max(first, (least - self.window + block) // block * block) if least else first
-
-    def restored(self, handle: int, end: int, windowed_from: int) -> None:
-        """Counts tokens up to `end`, which the caller has written, as held.
-
-        windowed_from: those of layers with windows were written from here on.
-        """
-        reservation = self._reservations[handle]
-        if windowed_from > reservation.filled:
-            reservation.least = windowed_from + self.window - 1
-        self.extend(handle, end - reservation.filled)
-
-    def copy_out(self, handle: int, first: int, target: Array, *, windowed: bool = False) -> None:
-        """Copies KV of tokens from `first` on, which begins a block of the layout, to `target`.
-
-        target: uint8 [layers, 2, num_kv_heads, tokens, head bytes]. windowed: of the layers with windows instead of the others.
-        """
-        raise NotImplementedError
-
-    def copy_in(self, handle: int, first: int, source: Array, *, windowed: bool = False) -> None:
-        """Copies `source`, an array as `copy_out` fills it, into the arena."""
-        raise NotImplementedError
 
     def _copy_blocks(self, sources: Array, targets: Array) -> None:
         """Copies blocks to others, given their numbers."""

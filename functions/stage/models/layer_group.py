@@ -53,7 +53,8 @@ class KVCache(Protocol):
     def truncate(self, handle: int, length: int) -> None:
         """Drops the KV of tokens beyond `length`; their memory stays reserved.
 
-        Drops all KV if layers with a sliding window no longer hold what the token at `length` attends to.
+        Drops all KV if layers with a sliding window no longer hold what the token at `length` attends to, and with recurrent
+        layers all KV beyond the last checkpoint.
         """
 
     def release(self, handle: int) -> None:
@@ -68,6 +69,7 @@ class Segment:
     position: int
     length: int
     is_long: bool = False  # the sequence has more tokens than the group's `short_context`
+    draft_tokens: int = 0  # the last so many of them may be rejected: the sequence is truncated then
 
 
 def segments_within(segments: Sequence[Segment], first: int, end: int) -> list[Segment]:
@@ -77,7 +79,8 @@ def segments_within(segments: Sequence[Segment], first: int, end: int) -> list[S
     for segment in segments:
         low, high = max(begin, first) - begin, min(begin + segment.length, end) - begin
         if low < high:
-            parts.append(Segment(segment.handle, segment.position + low, high - low, segment.is_long))
+            drafts = max(0, high - max(low, segment.length - segment.draft_tokens))
+            parts.append(Segment(segment.handle, segment.position + low, high - low, segment.is_long, drafts))
         begin += segment.length
     return parts
 

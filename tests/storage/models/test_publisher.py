@@ -81,6 +81,17 @@ def test_every_family_is_published_unchanged(family: str, settings: StoreSetting
     assert json.loads(read_file(store, manifest, "config.json")) == json.loads(json.dumps(expected))
 
 
+def test_infinity_as_python_writes_it_is_published_as_json(settings: StoreSettings, store: ObjectStore, tmp_path: Path) -> None:
+    """Checkpoints of Nemotron-H have it."""
+    save(tiny_models.whole_model("nemotron_h"), tmp_path)
+    path = tmp_path / "config.json"
+    config = path.read_text()
+    path.write_text(config.replace('{\n      "__float__": "Infinity"\n    }', "Infinity"))
+    assert "[\n    0.0,\n    Infinity\n  ]" in path.read_text()
+    manifest = publish(tmp_path, store, "infinity", "float32")
+    assert json.loads(read_file(store, manifest, "config.json"), parse_constant=pytest.fail) == json.loads(config)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_other_float_types_are_rounded_as_torch_does(
     dtype: str, llama: Path, settings: StoreSettings, store: ObjectStore

@@ -207,14 +207,84 @@ _STORED: Final[dict[str, dict[str, Any]]] = {
     ),
     "arcee": _like_llama("arcee"),
 }  # fmt: skip
+_LINEAR_AND_FULL: Final = ["linear_attention", "full_attention"] * (NUM_LAYERS // 2)
+_DELTA_NET: Final = {
+    "layer_types": _LINEAR_AND_FULL,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "head_dim": 16,
+}
+_DELTA_NET_MOE: Final = {**_DELTA_NET, **_MOE, "num_experts": 4, "shared_expert_intermediate_size": 16}
+_MAMBA_2: Final = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 2,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}
+_CONV_AND_FULL: Final = ["conv", "full_attention", "conv", "conv", "full_attention", "conv"]
 
+_RECURRENT: Final[dict[str, dict[str, Any]]] = {
+    "lfm2": _like_llama("lfm2", layer_types=_CONV_AND_FULL, block_auto_adjust_ff_dim=False, tie_word_embeddings=True),
+    "lfm2_moe": _like_llama("lfm2_moe", layer_types=_CONV_AND_FULL, num_experts=4, num_dense_layers=3, **_MOE),
+    "qwen3_next": _like_llama("qwen3_next", **_DELTA_NET_MOE),
+    "qwen3_5_text": _like_llama("qwen3_5_text", **_DELTA_NET),
+    "qwen3_5_moe_text": _like_llama("qwen3_5_moe_text", **_DELTA_NET_MOE),
+    "mamba": _like_llama("mamba", state_size=8),
+    "falcon_mamba": _like_llama("falcon_mamba", state_size=8),
+    "mamba2": _like_llama("mamba2", num_heads=8, head_dim=8, state_size=16, n_groups=2, chunk_size=16),
+    "granitemoehybrid": _like_llama(
+        "granitemoehybrid",
+        layer_types=_LINEAR_AND_FULL,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=32,
+        embedding_multiplier=3.0,
+        **_MAMBA_2,
+    ),
+    "falcon_h1": _like_llama(
+        "falcon_h1", mamba_d_ssm=64, embedding_multiplier=3.0, lm_head_multiplier=0.5, ssm_out_multiplier=0.7, **_MAMBA_2
+    ),
+    "bamba": _like_llama("bamba", attn_layer_indices=[1, 4], **_MAMBA_2),
+    "nemotron_h": _like_llama(
+        "nemotron_h",
+        layers_block_type=["linear_attention", "moe", "full_attention", "mlp", "linear_attention", "full_attention"],
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        ssm_state_size=16,
+        n_groups=2,
+        chunk_size=16,
+        head_dim=8,
+        n_routed_experts=4,
+        moe_shared_expert_intermediate_size=16,
+        **_MOE,
+    ),
+    "jamba": _like_llama(
+        "jamba",
+        attn_layer_period=3,
+        attn_layer_offset=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        mamba_d_state=8,
+    ),
+    "olmo_hybrid": _like_llama("olmo_hybrid", layer_types=_LINEAR_AND_FULL),
+}
+
+RECURRENT: Final = tuple(_RECURRENT)  # names of the tiny models with recurrent layers
 LLAMA_SHAPED: Final = tuple(_LLAMA_SHAPED)  # names of the tiny models that the lean group must run
-ALL: Final = (*_LLAMA_SHAPED, *_OTHERS)  # names of all tiny models; several may be of one family
+ATTENTION: Final = (*_LLAMA_SHAPED, *_OTHERS)  # names of those with attention in all layers
+ALL: Final = (*ATTENTION, *_RECURRENT)  # names of all tiny models; several may be of one family
 
 
 def given_fields(name: str) -> dict[str, Any]:
     """The keys of a tiny model's `config.json` that differ from the defaults of its family."""
-    return copy.deepcopy({**_LLAMA_SHAPED, **_OTHERS, **_STORED}[name])
+    return copy.deepcopy({**_LLAMA_SHAPED, **_OTHERS, **_RECURRENT, **_STORED}[name])
 
 
 def tiny_config(name: str, **changes: Any) -> dict[str, Any]:

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from functions.stage.models.floats import Array
-from functions.stage.models.kv_cache import KVBlocks, KVLayout
+from functions.stage.models.kv_cache import KVArena, KVLayout
 
 _BLOCK_TOKENS: Final = 16  # as many as in a block of a prefix chain
 
 
-class TorchKVPool(KVBlocks):
+class TorchKVPool(KVArena):
     """Implements `KVCache`. The arena is one tensor [num_layers, 2, num_kv_heads, tokens of all blocks, head_dim]."""
 
     def __init__(

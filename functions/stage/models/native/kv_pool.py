@@ -6,7 +6,7 @@ from typing import Any, Final
 import numpy as np
 
 from functions.stage.models.floats import Array
-from functions.stage.models.kv_cache import KVBlocks, KVLayout
+from functions.stage.models.kv_cache import KVArena, KVLayout
 from functions.stage.native.limits import padded_head
 from functions.stage.native.records import BLOCK_TOKENS, PAGE_TOKENS, Dtype
 from storage.loading.memory import new_memory, resident_bytes
@@ -14,7 +14,7 @@ from storage.loading.memory import new_memory, resident_bytes
 _NUMBER_BYTES: Final = {Dtype.BF16: 2, Dtype.F32: 4}
 
 
-class NativeKVPool(KVBlocks):
+class NativeKVPool(KVArena):
     """Implements `KVCache`. A block is a page of one layer: the keys and then the values of PAGE_TOKENS tokens.
 
     It takes physical memory only for what has been written to.

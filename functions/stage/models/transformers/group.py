@@ -11,21 +11,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Final, Self
 
-import numpy as np
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+from torch.backends.cpu import get_cpu_capability
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel, __version__
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging
 
-from functions.stage.models import floats
 from functions.stage.models.floats import HIDDEN_DTYPES, Array, Float32, HiddenDtype
 from functions.stage.models.layer_group import MissingTensors, Segment
 from functions.stage.models.torch_border import DTYPES, input_tensor, output_array, use_threads, weight_tensor
 from functions.stage.models.transformers.cache import TransformersKVCache
+from functions.stage.models.transformers.cache_layers import LayerMemory, SequenceCache, run_token_by_token
 from functions.stage.models.transformers.long_rope import LongRope
-from storage.checkpoints.families import Family, cut_config, family_of
+from storage.checkpoints.families import Family, cut_config, family_of, with_floats
+from storage.checkpoints.model_description import RECURRENT_CONTEXT_TOKENS
 from storage.loading.weight_loader import RawTensor
 
 _OF_WINDOWS: Final = ("layer_types", "sliding_window", "attention_chunk_size")
@@ -53,6 +54,7 @@ class TransformersGroup:
         kv_budget_bytes: int,
     ) -> None:
         config = model.config
+        written_by = f"{__version__} torch {torch.__version__} {hidden_dtype} {model.device.type} {get_cpu_capability()}"
         self.first_layer = first_layer
         self.last_layer = last_layer
         self.num_layers = num_layers
@@ -68,12 +70,14 @@ class TransformersGroup:
         self._long_rope = LongRope(self._base)
         self.short_context = self._long_rope.short_context
         eager = config._attn_implementation == "eager"
-        self._scores_per_token: int = config.num_attention_heads if eager else 1
+        self._scores_per_token: int = getattr(config, "num_attention_heads", 1) if eager else 1
         self._head = model
-        setattr(model, model.base_model_prefix, _GivenHiddenStates())
-        windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
-        self.kv = TransformersKVCache(1, windows, [1] + [0] * (len(windows) - 1))
-        self.kv = TransformersKVCache(kv_budget_bytes, windows, self._kv_bytes_per_token())
+        setattr(model, model.base_model_prefix, _GivenHiddenStates(self._base))
+        layers = [LayerMemory.of(layer) for layer in DynamicCache(config=config).layers]
+        recurrent = [index for index, layer in enumerate(layers) if layer.number_of_states]
+        modules = run_token_by_token(self._base, recurrent) if recurrent else []
+        self._takes_positions = "position_ids" in takes  # without them some models begin at 0 in each call
+        self.kv = TransformersKVCache(kv_budget_bytes, self._measured(layers), modules, written_by)
 
     @classmethod
     def build(
@@ -94,10 +98,12 @@ class TransformersGroup:
         """
         family = family_of(config)
         # A quantized checkpoint was published as plain floats.
-        cut = AutoConfig.for_model(**{name: value for name, value in config.items() if name != "quantization_config"})
+        cut = AutoConfig.for_model(
+            **{name: value for name, value in with_floats(config).items() if name != "quantization_config"}
+        )
         declared = {field.name for field in fields(type(cut))}
         for name in _OF_WINDOWS:
-            if name not in declared and hasattr(cut, name):
+            if name not in declared and name in vars(cut):
                 delattr(cut, name)  # the cache would have windows that the family's layers do not have
         num_layers: int = cut.num_hidden_layers
         loaded = {name: weight_tensor(tensor) for name, tensor in tensors.items()}
@@ -117,18 +123,21 @@ class TransformersGroup:
 
     def _forward_one(self, inputs: torch.Tensor, segment: Segment) -> torch.Tensor:
         """Runs one sequence's segment; a long one in parts, as masks and scores grow with the product of rows and tokens."""
-        name = "input_ids" if self.first_layer == 0 else "inputs_embeds"
-        cache = self.kv.cache(segment.handle)
         self._long_rope.choose(segment.is_long)
-        # Before the pass: if it fails, layers with windows may have dropped tokens of a sequence that is as long as after it.
-        self.kv.extend(segment.handle, len(inputs))
-        end = self.kv.length(segment.handle)
-        rows = max(1, _SCORES_AT_ONCE // (end * self._scores_per_token))
-        outputs = [
-            self._base(**{name: part[None], self._cache_argument: cache}, use_cache=True).last_hidden_state[0]
-            for part in torch.split(inputs, rows)
-        ]
+        cache = self.kv.begin_pass(segment.handle, len(inputs), segment.draft_tokens)
+        rows = max(1, _SCORES_AT_ONCE // ((cache.position + len(inputs)) * self._scores_per_token))
+        outputs = [self._run(part, cache) for part in torch.split(inputs, rows)]
+        self.kv.end_pass(segment.handle)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _run(self, inputs: torch.Tensor, cache: SequenceCache) -> torch.Tensor:
+        given = {"input_ids" if self.first_layer == 0 else "inputs_embeds": inputs[None], self._cache_argument: cache}
+        end = cache.position + len(inputs)
+        if self._takes_positions:
+            given["position_ids"] = torch.arange(cache.position, end, device=self._device)[None]
+        output: torch.Tensor = self._base(**given, use_cache=True).last_hidden_state[0]
+        cache.position = end
+        return output
 
     @torch.inference_mode()
     def logits(self, hidden: Array) -> Float32:
@@ -136,19 +145,29 @@ class TransformersGroup:
         logits: torch.Tensor = self._head(inputs_embeds=states[None], use_cache=False).logits[0]
         return output_array(logits.float().cpu())
 
-    def _kv_bytes_per_token(self) -> list[int]:
-        """Bytes of KV that each layer keeps for a token. They are measured by computing one, because model families differ."""
-        handle = self.kv.reserve(1)
+    @torch.inference_mode()
+    def _measured(self, layers: Sequence[LayerMemory]) -> list[LayerMemory]:
+        """Measures what each layer keeps of a sequence by computing a token."""
+        cache = SequenceCache([layer.layer(1) for layer in layers])
         if self.first_layer == 0:
-            inputs: Array = np.zeros(1, np.int64)
+            inputs = torch.zeros(1, dtype=torch.int64, device=self._device)
         else:
-            inputs = np.zeros((1, self.hidden_size), floats.DTYPES[self.hidden_dtype])
-        self.forward(inputs, [Segment(handle, position=0, length=1)])
-        return [layer.keys.nbytes + layer.values.nbytes for layer in self.kv.cache(handle).layers]
+            inputs = torch.zeros(1, self.hidden_size, dtype=DTYPES[self.hidden_dtype], device=self._device)
+        self._long_rope.choose(is_long=False)
+        self._run(inputs, cache)
+        return [layer.measured(own) for layer, own in zip(layers, cache.layers, strict=True)]
 
 
 class _GivenHiddenStates(nn.Module):
     """Replaces the layers of a causal model and returns its input, so that the model turns hidden states into logits."""
+
+    def __init__(self, base: nn.Module) -> None:
+        """base: the replaced module. Some causal models read numbers from it, as FalconH1's reads the logits' multiplier."""
+        super().__init__()
+        self.__dict__["base"] = base  # not as a part of this module, which would have its weights
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["base"], name)
 
     @property
     def decoder(self) -> nn.Module:
@@ -256,4 +275,4 @@ def _load(
 
 def _max_positions(config: Any) -> int:
     stated = getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", None)
-    return int(stated or _ALIBI_CONTEXT)
+    return int(stated or (_ALIBI_CONTEXT if hasattr(config, "num_attention_heads") else RECURRENT_CONTEXT_TOKENS))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain, chain_key, extended
 from functions.stage.engine.prefix_cache import CachedPrefix, PrefixCache
-from functions.stage.models.kv_cache import GOING_BACK, KVBlocks, KVBudget
+from functions.stage.models.kv_cache import GOING_BACK, KVArena, KVBudget
 from functions.stage.models.layer_group import KVCacheFull
 
 KEY = chain_key("0" * 32, "")
@@ -20,7 +20,7 @@ BLOCKS = 12  # of the arena
 WINDOW = 20
 
 
-class TokenPool(KVBlocks):
+class TokenPool(KVArena):
     """Blocks that hold a token's id in place of its keys and values."""
 
     def __init__(self, blocks: int, windows: Sequence[int | None]) -> None:

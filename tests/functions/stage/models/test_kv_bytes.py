@@ -99,9 +99,9 @@ SPOILT: list[tuple[str, Callable[[bytearray], bytes], type[Exception]]] = [
     ("nothing", lambda data: b"", AlteredKV),
     ("no KV at all", lambda data: b"PNG!" + data[4:], ForeignKV),
     ("another version", lambda data: data[:4] + b"\1\0\0\0" + data[8:], ForeignKV),
-    ("more tokens than there are", lambda data: data[:68] + b"\xff\xff\xff\xff" + data[72:], AlteredKV),
-    ("no tokens", lambda data: data[:68] + bytes(4) + data[72:], ForeignKV),
-    ("inside a block", lambda data: data[:64] + b"\1\0\0\0" + data[68:], ForeignKV),
+    ("more tokens than there are", lambda data: data[:72] + b"\xff\xff\xff\xff" + data[76:], AlteredKV),
+    ("no tokens", lambda data: data[:72] + bytes(4) + data[76:], ForeignKV),
+    ("inside a block", lambda data: data[:68] + b"\1\0\0\0" + data[72:], ForeignKV),
 ]
 
 
@@ -149,7 +149,7 @@ def test_kinds_that_differ_only_at_their_end_are_told_apart() -> None:
     data = read_kv(pool(of), source, 0, 48)
     long = "native bfloat16 avx512_bf16 and whatever else the bits depend on"
     kinds = [replace(pool(of).layout, kind=f"{long}, {end}") for end in ("int8 KV", "bf16 KV")]
-    heads = [kv_bytes._HEADER.pack(*kv_bytes._head(kind), *kv_bytes._HEADER.unpack_from(data)[-4:]) for kind in kinds]
+    heads = [kv_bytes._HEADER.pack(*kv_bytes._head(kind), *kv_bytes._HEADER.unpack_from(data)[-5:]) for kind in kinds]
     assert checked(kinds[0], heads[0] + data[HEADER_BYTES:]).end == 48
     with pytest.raises(ForeignKV, match="bf16 KV"):
         checked(kinds[1], heads[0] + data[HEADER_BYTES:])

@@ -16,6 +16,7 @@ from functions.stage.models.layer_group import LayerGroup, Segment
 from functions.stage.models.native.group import NativeGroup
 from functions.stage.models.native.kv_pool import NativeKVPool
 from functions.stage.models.transformers.cache import TransformersKVCache
+from functions.stage.models.transformers.cache_layers import LayerMemory
 from functions.stage.native.records import Dtype
 from tests.support.functions.borders import raw
 from tests.support.functions.group_chain import GroupChain, tokens_of
@@ -129,7 +130,8 @@ def test_windows_save_memory(window: int, pattern: int, most: float) -> None:
     pages = pool.table(handle)
     pool.arena[pages[pages >= 0]] = 1
     assert 0 < pool.resident_bytes <= most * every
-    cache = TransformersKVCache(every, windows, [2 * heads * size * 4] * 12)
+    token = torch.zeros(1, heads, 1, size)
+    cache = TransformersKVCache(every, [LayerMemory(has_kv=True, window=window, kv=(token, token)) for window in windows])
     layers = cache.cache(cache.reserve(tokens)).layers
     for layer in layers:
         layer.update(torch.zeros(1, heads, 1, size), torch.zeros(1, heads, 1, size))

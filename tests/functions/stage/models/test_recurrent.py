@@ -1,0 +1,131 @@
+"""Families with recurrent layers, held to the whole model in transformers.
+
+The oracle of tokens is `generate`. The oracle of logits is the recurrent path of transformers, which its modules take for a
+single token: the whole model gets token by token. For longer inputs they have another path, in chunks, whose rounding differs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+
+from functions.stage.models.layer_group import LayerGroup, Segment
+from functions.stage.models.transformers.cache import TransformersKVCache
+from tests.support.functions.stage_pipeline import build_groups, whole_model
+from tests.support.storage import tiny_models
+
+PROMPT = [5, 9, 33, 7, 100, 3, 8, 1, 20, 50, 60, 4, 17]
+NEW_TOKENS = 16
+TEXT = [(7 * number * number + 3 * number) % tiny_models.VOCAB_SIZE for number in range(70)]
+CUTS = {1: ((0, 6),), 2: ((0, 3), (3, 6)), 3: ((0, 2), (2, 3), (3, 6)), 6: tuple((n, n + 1) for n in range(6))}
+
+
+class Stages:
+    """One sequence through layer groups. Each goes back as far as it must, and computes the tokens after that again."""
+
+    def __init__(self, groups: Sequence[LayerGroup], tokens: int = 128) -> None:
+        self.groups = groups
+        self.handles = [group.kv.reserve(tokens) for group in groups]
+
+    def logits(self, token_ids: Sequence[int], position: int, drafts: int = 0) -> torch.Tensor:
+        """Logits of all tokens from `position` on. token_ids: of the whole sequence."""
+        held = position
+        for group, handle in zip(self.groups, self.handles, strict=True):
+            group.kv.truncate(handle, held)
+            held = group.kv.length(handle)
+        hidden: Any = np.array(token_ids[held:], np.int64)
+        for group, handle in zip(self.groups, self.handles, strict=True):
+            group.kv.truncate(handle, held)
+            assert group.kv.length(handle) == held
+            hidden = group.forward(hidden, [Segment(handle, held, len(hidden), draft_tokens=drafts)])
+        return torch.from_numpy(self.groups[-1].logits(hidden[position - held :]))
+
+
+@torch.inference_mode()
+def recurrent_logits(name: str, token_ids: Sequence[int]) -> torch.Tensor:
+    model = whole_model(name)
+    cache = DynamicCache(config=model.config)
+    takes_positions = name not in ("mamba", "mamba2", "falcon_mamba")
+    logits = []
+    for position, token in enumerate(token_ids):
+        positions = {"position_ids": torch.tensor([[position]])} if takes_positions else {}
+        logits.append(model(input_ids=torch.tensor([[token]]), cache=cache, use_cache=True, **positions).logits[0])
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("name", tiny_models.RECURRENT)
+def test_any_cut_and_chunks_give_the_whole_models_tokens(name: str) -> None:
+    expected = tiny_models.greedy(whole_model(name), PROMPT, NEW_TOKENS)
+    text = PROMPT + expected
+    oracle = recurrent_logits(name, text[:-1])
+    for cut, chunk in ((1, 64), (2, 1), (3, 7), (6, 7)):
+        stages = Stages(build_groups(name, CUTS[cut]))
+        logits = []
+        for first in range(0, len(PROMPT), chunk):
+            logits.append(stages.logits(PROMPT[: first + chunk], first))
+        for end in range(len(PROMPT) + 1, len(text)):
+            logits.append(stages.logits(text[:end], end - 1))
+        assert torch.cat(logits).argmax(-1)[len(PROMPT) - 1 :].tolist() == expected, (cut, chunk)
+        torch.testing.assert_close(torch.cat(logits), oracle, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "mamba"])
+def test_bits_do_not_depend_on_chunks_or_company(name: str) -> None:
+    """These have recurrent layers alone."""
+    (group,) = build_groups(name, CUTS[1])
+    hidden = []
+    for chunk in (1, 7, 64):
+        handle, other = group.kv.reserve(128), group.kv.reserve(128)
+        parts = []
+        for first in range(0, len(TEXT), chunk):
+            tokens = TEXT[first : first + chunk]
+            company = np.array([*tokens, 1, 2, 3], np.int64)
+            segments = [Segment(handle, first, len(tokens)), Segment(other, first // chunk * 3, 3)]
+            if first // chunk * 3 + 3 > 128:
+                company, segments = company[: len(tokens)], segments[:1]
+            parts.append(group.forward(company, segments)[: len(tokens)])
+        hidden.append(np.concatenate(parts))
+    assert np.array_equal(hidden[0], hidden[1])
+    assert np.array_equal(hidden[0], hidden[2])
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5_text", "mamba2", "falcon_h1"])
+def test_going_back_computes_from_the_last_checkpoint(name: str) -> None:
+    groups = build_groups(name, CUTS[3], kv_budget_bytes=2**22)
+    stages = Stages(groups)
+    expected = stages.logits(TEXT, 0)
+    for length in (69, 64, 63, 50, 16, 3):
+        for group, handle in zip(groups, stages.handles, strict=True):
+            group.kv.truncate(handle, length)
+            assert group.kv.length(handle) == (64 if length >= 64 else 0), "the last whole block, or nothing"
+        torch.testing.assert_close(stages.logits(TEXT, length), expected[length:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_next", "mamba2", "granitemoehybrid", "falcon_h1", "nemotron_h", "jamba"])
+@pytest.mark.parametrize("accepted", [0, 1, 3, 4])
+def test_rejected_draft_tokens_leave_no_trace(name: str, accepted: int) -> None:
+    """4 draft tokens at a time, of which some are right; nothing is computed again by the stages' layers as a whole."""
+    (plain,), (group,) = build_groups(name, CUTS[1]), build_groups(name, CUTS[1])
+    handle, drafting = plain.kv.reserve(128), group.kv.reserve(128)
+    start = np.array(TEXT[:13], np.int64)
+    plain.forward(start, [Segment(handle, 0, 13)])
+    group.forward(start, [Segment(drafting, 0, 13)])
+    position = 13
+    while position < 60:
+        expected = []
+        for at in range(position, position + accepted + 1):
+            expected.append(plain.forward(np.array([TEXT[at]]), [Segment(handle, at, 1)]))
+        drafts = [*TEXT[position + 1 : position + 1 + accepted], *[99] * (4 - accepted)]
+        hidden = group.forward(np.array([TEXT[position], *drafts]), [Segment(drafting, position, 5, draft_tokens=4)])
+        np.testing.assert_allclose(hidden[: accepted + 1], np.concatenate(expected), atol=1e-4, rtol=1e-4)
+        position += accepted + 1
+        group.kv.truncate(drafting, position)
+        assert group.kv.length(drafting) == position
+    assert isinstance(plain.kv, TransformersKVCache)
+    assert isinstance(group.kv, TransformersKVCache)
+    for mine, other in zip(group.kv.cache(drafting).recurrent, plain.kv.cache(handle).recurrent, strict=True):
+        for one, same in zip(mine.states, other.states, strict=True):
+            torch.testing.assert_close(one, same, atol=1e-4, rtol=1e-4)
