@@ -92,7 +92,7 @@ static void write_kv(const Group *group, const Layer *layer, const int32_t *page
 
 /* Columns that rows are multiplied with: for every pair some vectors (parts), with a column in each lane. */
 typedef struct {
-    const uint8_t *const *pages; /* where the pairs of each page begin */
+    const uint8_t *const *pages; /* where the pairs of each page begin, and at the end of all what is read next, or NULL */
     int64_t page_pairs;          /* in each page but the last, a multiple of 16 */
     int64_t pairs;               /* in all */
     int64_t pair_bytes;
@@ -112,12 +112,16 @@ INLINE void columns_tile(const int dtype, const int rows, const int parts, const
             sums[row][part] = zeros();
     const uint8_t *const *page = columns->pages;
     for (int64_t pair = 0, end; pair < columns->pairs;) {
-        const uint8_t *at = *page++ + columns->first_part * columns->part_bytes;
+        const int64_t first = columns->first_part * columns->part_bytes;
+        const uint8_t *at = *page++ + first, *next = *page ? *page + first : at;
+        const int64_t ahead = next - at;
         for (end = smaller(columns->pairs, pair + columns->page_pairs); pair < end; pair++, at += columns->pair_bytes) {
             vec column[MOST_PARTS];
             UNROLL
-            for (int part = 0; part < parts; part++)
+            for (int part = 0; part < parts; part++) {
                 column[part] = load(at + part * columns->part_bytes);
+                __builtin_prefetch(at + part * columns->part_bytes + ahead);
+            }
             UNROLL
             for (int row = 0; row < rows; row++) {
                 int32_t numbers;
@@ -255,7 +259,7 @@ INLINE void softmax(float *scores, int64_t first, int64_t last, int64_t tokens, 
 /* Queries that read keys and values together, numbered by head and row, and a thread's memory for them. */
 typedef struct {
     int64_t first, count;
-    const uint8_t **pages; /* [SPLIT / PAGE] */
+    const uint8_t **pages; /* [LAMINA_PIECE_PAGES] */
     uint8_t *packed;       /* [QUERIES, row_bytes] */
     int64_t row_bytes;
     float *results;        /* [QUERIES] of one piece, see attended_at */
@@ -268,8 +272,10 @@ INLINE void attend_piece(const int dtype, const Group *group, const Layer *layer
 {
     const int64_t padded = padded_head(group), number = bytes_of(dtype), tokens = rounded_up(end - begin, BLOCK);
     const int64_t key_pairs = group->head_dim * number / 4;
-    for (int64_t page = 0; page < (tokens + PAGE - 1) / PAGE; page++)
+    const int64_t pages = (tokens + PAGE - 1) / PAGE;
+    for (int64_t page = 0; page < pages; page++)
         at->pages[page] = head_in_page(group, layer, queries->pages, begin + page * PAGE, 0, queries->kv_head);
+    at->pages[pages] = head_in_page(group, layer, queries->pages, begin, 1, queries->kv_head);
 #ifdef WITH_TILES
     if (dtype == LAMINA_BF16)
         configure_columns(at->count, key_pairs % STEP_PAIRS);
@@ -299,8 +305,9 @@ INLINE void attend_piece(const int dtype, const Group *group, const Layer *layer
     }
     const int64_t page_pairs = dtype == LAMINA_BF16 ? PAGE / 2 : PAGE;
     const int64_t pairs = dtype == LAMINA_BF16 ? (most_seen + 1) / 2 : most_seen;
-    for (int64_t page = 0; page < (most_seen + PAGE - 1) / PAGE; page++)
+    for (int64_t page = 0; page < pages; page++)
         at->pages[page] = head_in_page(group, layer, queries->pages, begin + page * PAGE, 1, queries->kv_head);
+    at->pages[pages] = NULL;
     const Columns values = {at->pages, page_pairs, pairs, 4 * padded, 64, 0};
 #ifdef WITH_TILES
     if (dtype == LAMINA_BF16)
@@ -330,7 +337,7 @@ INLINE void attend_together(const int dtype, const Group *group, const Layer *la
     const bool one_head = first / rows == (first + count - 1) / rows;
     const int64_t first_row = one_head ? first % rows : 0, last_row = one_head ? (first + count - 1) % rows : rows - 1;
     Together at = {.first = first, .count = count, .pages = (const uint8_t **)scratch, .row_bytes = 4 * rounded_up(size, LAMINA_STEP)};
-    float *all = (float *)(scratch + SPLIT / PAGE * sizeof *at.pages);
+    float *all = (float *)(scratch + LAMINA_PIECE_PAGES * sizeof *at.pages);
     at.results = all + QUERIES * stride;
     at.packed = (uint8_t *)(at.results + QUERIES * stride);
     at.scores = (float *)(at.packed + QUERIES * at.row_bytes);

@@ -7,6 +7,7 @@
 
 enum {
     UNIT_BYTES = 98304, /* weights in a piece of work: some microseconds */
+    ENOUGH_PIECES = 4,  /* of attention, for each thread: then none waits long for the last one */
     SET = 0,
     ADD = 1,
     ADD_AND_ROUND = 2, /* the sum becomes bf16 */
@@ -71,6 +72,9 @@ static void pack_rows(const Task *task, int64_t row, int64_t rows, float *normal
         for (int out = 0; out < LAMINA_TILE_OUTS; out++)
             scales[i * LAMINA_TILE_OUTS + out] = scale;
     }
+    /* Tiles multiply the places of all rows: what an earlier phase left there may be subnormal, which takes many times as long. */
+    for (int64_t i = rows * LAMINA_TILE_OUTS; i < rounded_up(rows, LAMINA_TILE_ROWS) * LAMINA_TILE_OUTS; i++)
+        scales[i] = 0;
     if (task->level->arrange && task->rows > 1)
         task->level->arrange((Dtype)matrix->dtype, rows, row_bytes, packed);
 }
@@ -249,6 +253,17 @@ static void forward_layers(void *argument, int64_t number)
     }
 }
 
+/* Pieces in which a row's attention is computed: 1 if there are enough bundles and heads to keep all threads busy. */
+static int64_t pieces_of_attention(const Forward *forward, int64_t most_tokens)
+{
+    int64_t bundles = 0, row = 0;
+    for (const Segment *segment = forward->segments; row < forward->rows; row += segment++->length)
+        bundles += (segment->length + LAMINA_QUERIES - 1) / LAMINA_QUERIES;
+    return bundles * forward->group->kv_heads >= ENOUGH_PIECES * forward->threads
+               ? 1
+               : most_pieces(forward->rows, most_tokens, forward->threads);
+}
+
 void run_pass(Pool *pool, const Group *group, const Pass *pass, int64_t most_tokens)
 {
     Forward forward = {
@@ -259,9 +274,9 @@ void run_pass(Pool *pool, const Group *group, const Pass *pass, int64_t most_tok
         .hidden = pass->hidden.data,
         .rows = pass->rows,
         .threads = pass->threads,
-        .pieces = most_pieces(pass->rows, most_tokens, pass->threads),
         .at = pass_workspace(group, pass->rows, most_tokens, pass->threads, pass->workspace.data),
     };
+    forward.pieces = pieces_of_attention(&forward, most_tokens);
     int64_t row = 0;
     for (int64_t number = 0; row < pass->rows; number++) {
         const Segment *segment = &forward.segments[number];

@@ -22,6 +22,7 @@ enum {
     LAMINA_BLOCK_TOKENS = 16, /* tokens of a sequence whose keys are interleaved */
     LAMINA_PAGE_TOKENS = 64,  /* tokens of a sequence in one page of the KV arena */
     LAMINA_SPLIT_TOKENS = 2048, /* tokens in a piece of attention; pieces are counted from the beginning of the sequence */
+    LAMINA_PIECE_PAGES = LAMINA_SPLIT_TOKENS / LAMINA_PAGE_TOKENS + 8, /* most addresses of a piece, and what follows, in whole lines */
     LAMINA_ATTENDED_EXTRA = 16, /* floats after a query's result of a piece: its greatest score and the sum of its powers */
     LAMINA_QUERIES = 8,       /* most queries that read keys and values together */
     LAMINA_MOST_HEAD = 1024,  /* largest head_dim */

@@ -33,7 +33,7 @@ MatrixScratch matrix_scratch(const Matrix *matrix, uint8_t *scratch)
 static int64_t attention_scratch_bytes(const Group *group, int64_t most_tokens)
 {
     int64_t tokens = smaller(LAMINA_SPLIT_TOKENS, rounded_up(most_tokens, LAMINA_BLOCK_TOKENS));
-    return LAMINA_SPLIT_TOKENS / LAMINA_PAGE_TOKENS * (int64_t)sizeof(void *) +
+    return LAMINA_PIECE_PAGES * (int64_t)sizeof(void *) +
            LAMINA_QUERIES * 4 * (rounded_up(group->head_dim, LAMINA_STEP) + 2 * attended_floats(group) + tokens);
 }
 
