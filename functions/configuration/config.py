@@ -129,7 +129,9 @@ class CommonConfig:
     pipeline_token: str = setting("LAMINA_PIPELINE_TOKEN", str, "bearer token between gateway and stages", secret=True)
     model: str = setting("LAMINA_MODEL", str, "name of the model in the store")
     dtype: str = setting(
-        "LAMINA_DTYPE", parsers.one_of("float32", "bfloat16", "float16", "int8", "q4"), "dtype of the publication in the store"
+        "LAMINA_DTYPE",
+        parsers.one_of("float32", "bfloat16", "float16", "int8", "q4", "gguf"),
+        "dtype of the publication in the store",
     )
     cut: tuple[LayerRange, ...] = setting("LAMINA_CUT", parsers.cut, "all layer groups, such as 0:10,10:20,20:30")
     weights: tuple[StageWeights, ...] | None = setting(

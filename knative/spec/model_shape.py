@@ -18,9 +18,11 @@ from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.models.checks import check_runnable
 from storage.models.model_repository import ModelManifest, Reader, layer_object, read_file
 
-# Bytes of a number in a layer's matrix; q4 stores four bits and a scale and a minimum per block (storage/models/q4.py).
-_LAYER_BYTES: Final = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "q4": 0.625}
-_OUTER_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "q4": 1}  # bytes of a number in embedding and head
+# Bytes of a number in a layer's matrix; q4 stores four bits and a scale and a minimum per block (storage/models/q4.py). What
+# gguf stores depends on the file; this is a guess for files of four bits.
+_LAYER_BYTES: Final = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "q4": 0.625, "gguf": 0.625}
+# Bytes of a number in embedding and head.
+_OUTER_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "q4": 1, "gguf": 1}
 
 _UNGATED: Final = frozenset({"gpt2", "opt", "bloom", "gpt_neox", "gptj", "phi", "falcon", "starcoder2", "nemotron"})
 """Families whose feed-forward has two matrices instead of a gated three."""

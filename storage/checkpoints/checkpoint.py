@@ -32,6 +32,7 @@ class SourceTensor:
     quantized: bool = False  # `run` may round it to int8, because the file has it in eight bits or fewer
     read_four_bits: Callable[[int, int], FourBits] | None = None  # the same rows, not dequantized; None: not in four bits
     stored_as: str | None = None  # the name of its format in the file, if that is not dtype
+    read_blocks: "Callable[[int, int], NDArray[np.uint8]] | None" = None  # the same rows as a GGUF file has them, if quantized
 
     @property
     def rows(self) -> int:

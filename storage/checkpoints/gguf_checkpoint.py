@@ -144,6 +144,7 @@ def _source(
         tensor.kind not in _FLOATS,
         (lambda first, last: _four_bits(tensor.kind, read(first, last))) if tensor.kind in _FOUR_BITS else None,
         _Type(tensor.kind).name,
+        None if tensor.kind in _FLOATS or shift else read,
     )
 
 

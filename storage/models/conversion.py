@@ -1,29 +1,34 @@
-"""Converts tensors of a checkpoint to those of a publication: a float type, int8 with a scale for each row, or four bits.
+"""Converts tensors of a checkpoint to those of a publication: a float type, int8 with a scale for each row, four bits, or the
+blocks of a GGUF file.
 
 In int8 the matrices of layers are I8; norms, embedding and head are bfloat16. In q4 the matrices of layers have four bits
 (`q4`), embedding and head are I8, and all other tensors are float32. Stages run both for Llama-shaped models only (`checks`).
+In gguf every tensor keeps the file's format: matrices in the formats of `blocks`, and floats. Others become bfloat16.
 """
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from storage.checkpoints.checkpoint import FourBits, SourceTensor
 from storage.errors import CheckpointInvalid
 from storage.floats import FLOATS, FloatName, Floats, as_bytes, read_floats, rounded
+from storage.models import q4
+from storage.models.blocks import FORMATS, BlockFormat, Packing, pack, packed_shape, read_blocks
 from storage.models.checks import is_layer_matrix
 from storage.models.model_repository import Dtype
 from storage.models.object_writer import TargetTensor
-from storage.models.q4 import GROUP, dequantize, pack, packed_shape, quantize
+from storage.models.q4 import GROUP, dequantize, quantize
 
 _INT8_MAX: Final = 127
 _OUTER_MATRICES: Final = ("model.embed_tokens.weight", "lm_head.weight")  # of a Llama-shaped model
 # The type of tensors that are not quantized.
 _FLOATS_OF: Final[Mapping[Dtype, FloatName]] = {
-    "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "BF16", "q4": "F32",
+    "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "BF16", "q4": "F32", "gguf": "BF16",
 }  # fmt: skip
 
 
@@ -50,13 +55,19 @@ def _largest_magnitude(numbers: Floats) -> float:
 def convert_tensor(
     name: str, source: SourceTensor, dtype: Dtype, keep_wide: Collection[str], error: RoundingError | None = None
 ) -> dict[str, TargetTensor]:
-    """The tensors to store for one tensor of the checkpoint, by name: one in the wanted type, or an int8 matrix and its scales.
+    """The tensors to store for one tensor of the checkpoint, by name: one in the wanted type, or a matrix and its description.
 
     keep_wide: matrices, such as down_proj, that stay bfloat16 in an int8 or q4 publication. error: notes what each block loses
     as it is converted. Raises CheckpointInvalid for a tensor that is no float.
     """
     if source.dtype not in FLOATS:
         raise CheckpointInvalid(f"tensor {name!r} is {source.dtype}, no float; publish the unquantized checkpoint")
+    if dtype == "gguf":
+        if source.read_blocks is not None and (form := FORMATS.get(str(source.stored_as))):
+            return _matrix_in_blocks(name, source, form)
+        stored_as = source.stored_as or source.dtype
+        kept = "F32" if stored_as == "F64" else stored_as if stored_as in FLOATS else "BF16"
+        return {name: _float_tensor(name, source, cast("FloatName", kept), error)}
     in_layer, outside = is_layer_matrix(name, source.shape), name in _OUTER_MATRICES
     if dtype in ("int8", "q4") and (in_layer or outside) and name.split(".")[-2] in keep_wide:
         return {name: _float_tensor(name, source, "BF16", error)}
@@ -125,13 +136,29 @@ def _q4_matrix(name: str, source: SourceTensor, error: RoundingError | None) -> 
                 rows = FourBits(*quantize(values.reshape(last - first, -1)))
             if not (np.isfinite(rows.scales).all() and np.isfinite(rows.minima).all()):
                 raise _not_finite(name, "q4")
-            packed = pack(rows.quants, rows.scales, rows.minima)
+            packed = q4.pack(rows.quants, rows.scales, rows.minima)
             if error is not None:
                 values = read_floats(source.read_rows(first, last), source.dtype).reshape(last - first, width)
                 error.note(values, dequantize(packed, last - first, width))
             yield as_bytes(packed)
 
-    return TargetTensor("U8", packed_shape(outs, width), blocks)
+    return TargetTensor("U8", q4.packed_shape(outs, width), blocks)
+
+
+def _matrix_in_blocks(name: str, source: SourceTensor, form: BlockFormat) -> dict[str, TargetTensor]:
+    """A matrix packed as in `blocks`, and its format."""
+    read, (outs, width) = source.read_blocks, source.shape
+    assert read is not None
+    packing = msgspec.json.encode(Packing(form.name, (outs, width)))
+
+    def packed() -> Iterator[memoryview]:
+        for first, last in source.row_ranges(GROUP):
+            yield as_bytes(pack(form, read_blocks(form, read(first, last))))
+
+    return {
+        name: TargetTensor("U8", packed_shape(form, outs, width), packed),
+        f"{name}_format": TargetTensor("U8", (len(packing),), lambda: iter([memoryview(packing)])),
+    }
 
 
 def _int8(rows: Floats) -> tuple[NDArray[np.int8], Floats]:

@@ -96,10 +96,10 @@ def publish(
 ) -> ModelManifest:
     """Publishes a model under `name` and `dtype`, and returns its manifest.
 
-    source: a Hugging Face folder, a GGUF file, or a hub id. dtype: float32, bfloat16, float16, int8 or q4. on_quantized: called
-    at the end, if the source is a quantized Hugging Face checkpoint and was not published before. keep_wide: matrices,
-    such as down_proj, that int8 and q4 leave in bfloat16. afresh: writes every object, even if the store seems to have it; this
-    repairs a damaged publication. tokenizer: a folder whose tokenizer is published instead of the source's own.
+    source: a Hugging Face folder, a GGUF file, or a hub id. dtype: one of DTYPES. on_quantized: called at the end, if
+    the source is a quantized Hugging Face checkpoint and was not published before. keep_wide: matrices, such as down_proj, that
+    int8 and q4 leave in bfloat16. afresh: writes every object, even if the store seems to have it; this repairs a damaged
+    publication. tokenizer: a folder whose tokenizer is published instead of the source's own.
 
     Raises ValueError for an invalid name or dtype, CheckpointInvalid or another StorageError. After an error, the former
     publication under this name stays as it was.
@@ -164,6 +164,8 @@ def plan_publication(
     in_float32 = check_shapes(checkpoint.config, shapes, dtype)
     if dtype == "q4":
         _warn_of_losses(path, placed)
+    if dtype == "gguf":
+        _check_blocks(path, placed)
     error = None if checkpoint.quantization is None else RoundingError()
     plans = []
     for object_name, members in placed.items():
@@ -209,6 +211,24 @@ def _warn_of_losses(source: str | Path, placed: Placement) -> None:
             source,
             others,
             len(matrices),
+        )
+
+
+def _check_blocks(source: str | Path, placed: Placement) -> None:
+    """Warns of matrices in formats that no kernel reads. Raises CheckpointInvalid if the checkpoint has no blocks at all."""
+    from storage.models.blocks import FORMATS
+
+    matrices = [tensor for members in placed.values() for tensor in members.values() if tensor.read_blocks is not None]
+    if not matrices:
+        raise CheckpointInvalid(f"{source} has no matrix in GGUF's blocks, which gguf keeps; publish it in another dtype")
+    others = [str(tensor.stored_as) for tensor in matrices if tensor.stored_as not in FORMATS]
+    if others:
+        _log.warning(
+            "%s: %d of %d matrices are in %s, which become bfloat16: larger, and rounded to eight bits",
+            source,
+            len(others),
+            len(matrices),
+            ", ".join(sorted(set(others))),
         )
 
 

@@ -124,8 +124,10 @@ def _of_torch(
     Raises UnsupportedDtype, and LibraryMissing if torch or transformers is not installed.
     """
     before_torch()
-    if kind == "transformers" and dtype not in FLOAT_DTYPES:
-        raise UnsupportedDtype(f"{config.get('model_type')} in {dtype}: transformers runs {', '.join(FLOAT_DTYPES)} only")
+    if kind == "transformers" and dtype not in (*FLOAT_DTYPES, "gguf"):
+        raise UnsupportedDtype(
+            f"{config.get('model_type')} in {dtype}: transformers runs {', '.join(FLOAT_DTYPES)} and gguf only"
+        )
     if dtype == "q4":
         raise UnsupportedDtype(f"q4 runs by layers in C alone, and here they do not: {why or f'{kind} was asked for'}")
     what = f"a {config.get('model_type')} model in {dtype} on {device}" + (f" ({why})" if why else "")

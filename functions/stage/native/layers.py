@@ -9,7 +9,9 @@ import numpy as np
 
 from functions.stage.native.library import Library
 from functions.stage.native.records import (
+    BLOCK_FORMATS,
     MOST_THREADS,
+    PARTS,
     STEP,
     Array,
     Dtype,
@@ -30,15 +32,16 @@ class MatrixArrays:
     """A weight matrix [outs, width] with its scales and biases, in the arrays that C reads."""
 
     dtype: Dtype
-    weights: Array  # [outs, width]: bf16 as its bits in int16; q4 in uint8, packed by storage/models/q4.py
+    weights: Array  # [outs, width]: bf16 as its bits in int16; q4 and blocks in uint8, packed by storage/models
     scales: Array | None = None  # float32 [outs], with int8
     biases: Array | None = None  # float32 [outs]
-    q4_shape: tuple[int, int] | None = None  # [outs, width] of a q4 matrix, whose packed weights have another shape
+    packed_shape: tuple[int, int] | None = None  # [outs, width] of a matrix in q4 or blocks, whose weights have another shape
+    parts: Sequence[tuple[str, int]] = ()  # of a matrix in blocks, at most PARTS: formats and numbers of outputs
 
     @property
     def shape(self) -> tuple[int, int]:
-        """[outs, width], for q4 too."""
-        outs, width = self.q4_shape or self.weights.shape
+        """[outs, width], for packed weights too."""
+        outs, width = self.packed_shape or self.weights.shape
         return outs, width
 
 
@@ -161,9 +164,13 @@ def matrix_record(matrix: MatrixArrays, kept: list[Array]) -> MatrixRecord:
     """
     outs, width = matrix.shape
     weights = matrix.weights
-    if width % STEP and matrix.dtype is not Dtype.Q4:
+    if width % STEP and matrix.packed_shape is None:
         weights = np.pad(weights, ((0, 0), (0, -width % STEP)))
     kept += [array for array in (weights, matrix.scales, matrix.biases) if array is not None]
+    formats, ends, end = [0] * PARTS, [outs] * PARTS, 0
+    for number, (name, part_outs) in enumerate(matrix.parts):
+        end += part_outs
+        formats[number], ends[number] = BLOCK_FORMATS.index(name), end
     return MatrixRecord(
         dtype=matrix.dtype,
         outs=outs,
@@ -171,4 +178,6 @@ def matrix_record(matrix: MatrixArrays, kept: list[Array]) -> MatrixRecord:
         weights=memory_of(weights),
         scales=memory_of(matrix.scales),
         biases=memory_of(matrix.biases),
+        formats=(ctypes.c_int64 * PARTS)(*formats),
+        ends=(ctypes.c_int64 * PARTS)(*ends),
     )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Final
 
-DTYPES: Final = ("float32", "bfloat16", "int8", "q4")
+DTYPES: Final = ("float32", "bfloat16", "int8", "q4", "gguf")
 MOST_HEAD: Final = 1024  # largest head_dim: LAMINA_MOST_HEAD of `c/native.h`
 
 

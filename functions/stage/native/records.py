@@ -10,12 +10,18 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-# See LAMINA_STEP, LAMINA_BLOCK_TOKENS, LAMINA_PAGE_TOKENS, LAMINA_MOST_THREADS and LAMINA_LINE_BYTES of the header.
+# See LAMINA_STEP, LAMINA_BLOCK_TOKENS, LAMINA_PAGE_TOKENS, LAMINA_MOST_THREADS, LAMINA_LINE_BYTES and
+# LAMINA_PARTS of the header.
 STEP: Final = 32
 BLOCK_TOKENS: Final = 16
 PAGE_TOKENS: Final = 64
 MOST_THREADS: Final = 64
 LINE_BYTES: Final = 64
+PARTS: Final = 3
+BLOCK_FORMATS: Final = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
+)  # fmt: skip
+"""In the order of LAMINA_BLOCK_FORMATS."""
 
 
 class Dtype(IntEnum):
@@ -23,6 +29,7 @@ class Dtype(IntEnum):
     INT8 = 1
     F32 = 2
     Q4 = 3
+    BLOCKS = 4
 
 
 def _numbers(*names: str) -> list[tuple[str, Any]]:
@@ -39,6 +46,8 @@ class MatrixRecord(ctypes.Structure):
         ("weights", MemoryRecord),
         ("scales", MemoryRecord),
         ("biases", MemoryRecord),
+        ("formats", ctypes.c_int64 * PARTS),
+        ("ends", ctypes.c_int64 * PARTS),
     )
 
 

@@ -18,6 +18,7 @@ from storage.checkpoints.model_source import checkpoint_fingerprint, open_checkp
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid, StorageError
 from tests.storage.checkpoints.test_gguf import TEXT
 from tests.support.storage import tiny_models
+from tests.support.storage.random_blocks import random_rows
 from tests.support.storage.storage import default_model_metadata
 from tests.support.storage.torch_tensors import assert_equal, checkpoint_floats, gguf_by_transformers
 
@@ -55,10 +56,11 @@ def write_gguf(
     drop_tensor: str = "",
     add: Callable[[gguf.GGUFWriter], object] = lambda writer: writer.add_tokenizer_pre("qwen2"),
     kind_of: Callable[[str], gguf.GGMLQuantizationType] = lambda name: gguf.GGMLQuantizationType.Q8_0,
+    **changes: Any,
 ) -> Path:
     """Matrices as Q8_0, or what `kind_of` their names says, the rest as float32. What is in it is random; transformers says
-    what it means."""
-    model = tiny_models.whole_model(family)
+    what it means. changes: to the tiny model's config."""
+    model = tiny_models.whole_model(family, **changes)
     config = model.config
     writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_block_count(config.num_hidden_layers)
@@ -97,7 +99,11 @@ def add_tensor(
 ) -> None:
     array = tensor.numpy()
     if array.ndim == 2:
-        writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        try:
+            rows = gguf.quants.quantize(array, kind)
+        except NotImplementedError:
+            rows = random_rows(kind.name, *array.shape, seed=len(writer.tensors[-1]), largest=3 * array.std())
+        writer.add_tensor(name, rows, raw_dtype=kind)
     else:
         writer.add_tensor(name, array.astype(np.float32))
 

@@ -17,6 +17,7 @@ from functions.stage.models.llama.kv_pool import TorchKVPool
 from functions.stage.models.llama.layer import LayerWeights, LlamaLayer, PassState, RmsNorm, Rope
 from functions.stage.models.llama.linear import PRECISIONS, Matrix, TorchWeights, linear
 from functions.stage.models.llama.structure import check_layers, check_placed, check_shapes, checked_positions, layers_in
+from functions.stage.models.packed_tensors import widen
 from functions.stage.models.torch_border import input_tensor, output_array, use_threads
 from storage.checkpoints.decoder_config import decoder_of
 from storage.loading.weight_loader import RawTensor
@@ -82,6 +83,7 @@ class LlamaGroup:
         tensors: any part of the model, by checkpoint name, but only whole layers. Raises MissingTensors if a layer is not
         complete or a name is unknown, and WrongShape.
         """
+        widen(tensors, self.hidden_dtype)
         check_shapes(self._model, {name: tensor.shape for name, tensor in tensors.items()})
         names = self._model.names
         for layer in layers_in(self._model, tensors):

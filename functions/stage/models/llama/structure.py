@@ -8,12 +8,9 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 
 from functions.stage.models.layer_group import KVCache, MissingTensors, Segment
+from functions.stage.models.packed_tensors import WrongShape
 from storage.checkpoints.decoder import Decoder, Shapes, layer_shapes, outer_shapes
 from storage.models.q4 import packed_shape
-
-
-class WrongShape(MissingTensors):
-    """A published tensor has another shape than the config says. Publish the model again from a sound checkpoint."""
 
 
 def check_layers(model: Decoder, first: int, last: int) -> None:

@@ -17,6 +17,7 @@ from functions.stage.models.llama.rope import rope_frequencies
 from functions.stage.models.llama.structure import check_layers, check_placed, check_shapes, checked_positions, layers_in
 from functions.stage.models.native.kv_pool import NativeKVPool
 from functions.stage.models.native.weights import NativeWeights, rows_of, take_layer
+from functions.stage.models.packed_tensors import packing, shapes_of
 from functions.stage.native.layers import MatrixArrays, NativeLayers, NativeLinear
 from functions.stage.native.library import library
 from functions.stage.native.records import MOST_THREADS, Dtype, GroupRecord
@@ -25,7 +26,7 @@ from storage.checkpoints.decoder_config import decoder_of
 from storage.loading.weight_loader import RawTensor
 
 # dtype of a publication → of keys and values
-_KV_DTYPES: Final = {"float32": Dtype.F32, "bfloat16": Dtype.BF16, "int8": Dtype.BF16, "q4": Dtype.BF16}
+_KV_DTYPES: Final = {"float32": Dtype.F32, "bfloat16": Dtype.BF16, "int8": Dtype.BF16, "q4": Dtype.BF16, "gguf": Dtype.BF16}
 _TABLE_ROWS: Final = 1024  # positions that are added to the table of `Rotations` at a time: 1.4 ms for heads of 64
 
 
@@ -92,8 +93,8 @@ class NativeGroup:
         tensors: any part of the model, by checkpoint name, but only whole layers. Raises MissingTensors if a layer is not
         complete or a name is unknown, and WrongShape.
         """
-        in_four_bits = {name for name, tensor in tensors.items() if tensor.dtype == "U8"}
-        check_shapes(self._model, {name: tensor.shape for name, tensor in tensors.items()}, in_four_bits)
+        in_four_bits = {name for name, tensor in tensors.items() if tensor.dtype == "U8" and packing(tensors, name) is None}
+        check_shapes(self._model, shapes_of(tensors), in_four_bits)
         names = self._model.names
         for layer in layers_in(self._model, tensors):
             if self.first_layer <= layer < self.last_layer:

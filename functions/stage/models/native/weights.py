@@ -8,13 +8,15 @@ import numpy as np
 from functions.stage.models.floats import Array, Float32, HiddenDtype, narrowed, widened
 from functions.stage.models.layer_group import MissingTensors
 from functions.stage.models.llama.rope import interleaved_rows
+from functions.stage.models.packed_tensors import packing
 from functions.stage.native.layers import MatrixArrays
 from functions.stage.native.records import Dtype
 from storage.checkpoints.decoder import Decoder, Shapes
 from storage.loading.weight_loader import RawTensor
 from storage.models import q4
+from storage.models.blocks import FORMATS, GROUP, BlockFormat, floats_of, packed_rows, unpack
 
-_DTYPES: Final = {"BF16": Dtype.BF16, "I8": Dtype.INT8, "F32": Dtype.F32, "U8": Dtype.Q4}
+_DTYPES: Final = {"BF16": Dtype.BF16, "I8": Dtype.INT8, "F32": Dtype.F32}
 _FLOATS: Final[Mapping[Dtype, HiddenDtype]] = {Dtype.BF16: "BF16", Dtype.F32: "F32"}
 _NUMPY_DTYPES: Final = {"BF16": np.uint16, "I8": np.int8, "F32": np.float32, "F16": np.float16, "U8": np.uint8}
 _MATRICES: Final = {
@@ -46,9 +48,14 @@ class NativeWeights:
 
     def matrix(self, name: str, biased: bool = False) -> MatrixArrays:
         """Removes the matrix `name`.weight, with its scales and, if `biased`, biases, and returns it. Raises MissingTensors."""
+        packed = packing(self._tensors, f"{self._prefix}{name}.weight")
         dtype, weights = self._take(f"{name}.weight")
         scales = self.vector(f"{name}.weight_scale") if dtype == "I8" else None
         biases = self.vector(f"{name}.bias") if biased else None
+        if packed is not None:
+            self._take(f"{name}.weight_format")
+            parts = ((packed.format, packed.shape[0]),)
+            return MatrixArrays(Dtype.BLOCKS, weights, None, biases, packed.shape, parts)
         if dtype == "U8":
             outs, width = self._shapes[f"{name}.weight"]
             return MatrixArrays(Dtype.Q4, weights, None, biases, (outs, width))
@@ -60,7 +67,8 @@ class NativeWeights:
             raw = self._tensors.pop(self._prefix + name)
         except KeyError as missing:
             raise MissingTensors(f"{missing} is missing") from None
-        return raw.dtype, np.frombuffer(raw.data, _NUMPY_DTYPES[raw.dtype]).reshape(raw.shape)
+        array = np.frombuffer(raw.data, _NUMPY_DTYPES[raw.dtype]).reshape(raw.shape)
+        return ("F32", array.astype(np.float32)) if raw.dtype == "F16" else (raw.dtype, array)
 
 
 def take_layer(model: Decoder, weights: NativeWeights) -> tuple[Mapping[str, MatrixArrays], Mapping[str, Float32 | None]]:
@@ -100,6 +108,9 @@ def rows_of(matrix: MatrixArrays, rows: Array) -> Float32:
         return matrix.weights[rows].astype(np.float32) * matrix.scales[rows, None]
     if matrix.dtype == Dtype.Q4:
         return q4.dequantize(q4.packed_rows(matrix.weights, rows), len(rows), matrix.shape[1])
+    if matrix.dtype == Dtype.BLOCKS:
+        form = _format(matrix)
+        return floats_of(form, unpack(form, packed_rows(form, matrix.weights, rows), len(rows)))
     return widened(matrix.weights[rows], _FLOATS[matrix.dtype])
 
 
@@ -109,11 +120,22 @@ def with_rows(matrix: MatrixArrays, rows: Array) -> MatrixArrays:
     biases = None if matrix.biases is None else matrix.biases[rows]
     if matrix.dtype == Dtype.Q4:
         return MatrixArrays(Dtype.Q4, q4.packed_rows(matrix.weights, rows), None, biases, (len(rows), matrix.shape[1]))
+    if matrix.dtype == Dtype.BLOCKS:
+        form, shape = _format(matrix), (len(rows), matrix.shape[1])
+        weights = packed_rows(form, matrix.weights, rows)
+        return MatrixArrays(Dtype.BLOCKS, weights, None, biases, shape, ((form.name, len(rows)),))
     return MatrixArrays(matrix.dtype, matrix.weights[rows], scales, biases)
+
+
+def _format(matrix: MatrixArrays) -> BlockFormat:
+    """The format of a matrix in blocks that is not stacked of several."""
+    ((name, _),) = matrix.parts
+    return FORMATS[name]
 
 
 def stacked(matrices: Sequence[MatrixArrays]) -> MatrixArrays:
     """Concatenates the rows (outputs) of matrices of one dtype. Either all have biases, or none has."""
+    shape = (sum(matrix.shape[0] for matrix in matrices), matrices[0].shape[1])
     scales = [matrix.scales for matrix in matrices if matrix.scales is not None]
     biases = [matrix.biases for matrix in matrices if matrix.biases is not None]
     return MatrixArrays(
@@ -121,11 +143,14 @@ def stacked(matrices: Sequence[MatrixArrays]) -> MatrixArrays:
         _weights_stacked(matrices),
         np.concatenate(scales) if scales else None,
         np.concatenate(biases) if biases else None,
-        (sum(matrix.shape[0] for matrix in matrices), matrices[0].shape[1]) if matrices[0].dtype == Dtype.Q4 else None,
+        None if matrices[0].packed_shape is None else shape,
+        [part for matrix in matrices for part in matrix.parts],
     )
 
 
 def _weights_stacked(matrices: Sequence[MatrixArrays]) -> Array:
+    if matrices[0].dtype == Dtype.BLOCKS:
+        return np.concatenate([matrix.weights.reshape(-1) for matrix in matrices])
     together = np.concatenate([matrix.weights for matrix in matrices])
     if matrices[0].dtype != Dtype.Q4 or all(matrix.shape[0] % q4.GROUP == 0 for matrix in matrices[:-1]):
         return together
@@ -135,8 +160,11 @@ def _weights_stacked(matrices: Sequence[MatrixArrays]) -> Array:
 
 
 def of_one_kind(matrices: Sequence[MatrixArrays]) -> Sequence[MatrixArrays]:
-    """The matrices unchanged if all have one dtype; otherwise all converted to bf16."""
-    if len({matrix.dtype for matrix in matrices}) == 1:
+    """The matrices unchanged if all have one dtype, and in blocks whole groups; otherwise all converted to bf16."""
+    of_blocks = matrices[0].dtype == Dtype.BLOCKS
+    if len({matrix.dtype for matrix in matrices}) == 1 and not (
+        of_blocks and any(matrix.shape[0] % GROUP for matrix in matrices[:-1])
+    ):
         return matrices
     return [converted(matrix, Dtype.BF16) for matrix in matrices]
 

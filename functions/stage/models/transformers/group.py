@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from functions.stage.models.floats import HIDDEN_DTYPES, Array, Float32, HiddenDtype
 from functions.stage.models.layer_group import MissingTensors, Segment
+from functions.stage.models.packed_tensors import widen
 from functions.stage.models.torch_border import DTYPES, input_tensor, output_array, use_threads, weight_tensor
 from functions.stage.models.transformers.cache import TransformersKVCache
 from functions.stage.models.transformers.cache_layers import LayerMemory, SequenceCache, run_token_by_token
@@ -93,8 +94,8 @@ class TransformersGroup:
         """Layers [first_layer, last_layer) of the model that `config` (a config.json) describes.
 
         tensors: by checkpoint name; at least those of this group, embedding and head included if it has them. Their memory is
-        used without a copy if they have the dtype and device already. dtype: of the publication, one of the floats.
-        Raises ArchitectureUnsupported, UnsupportedRope, MissingTensors.
+        used without a copy if they have the dtype and device already. dtype: of the publication, a float or gguf; matrices in
+        blocks become bfloat16. Raises ArchitectureUnsupported, UnsupportedRope, MissingTensors.
         """
         family = family_of(config)
         # A quantized checkpoint was published as plain floats.
@@ -106,7 +107,9 @@ class TransformersGroup:
             if name not in declared and name in vars(cut):
                 delattr(cut, name)  # the cache would have windows that the family's layers do not have
         num_layers: int = cut.num_hidden_layers
-        loaded = {name: weight_tensor(tensor) for name, tensor in tensors.items()}
+        floats_only = dict(tensors)
+        widen(floats_only, HIDDEN_DTYPES[dtype])
+        loaded = {name: weight_tensor(tensor) for name, tensor in floats_only.items()}
         own = _own_tensors(loaded, family, cut, first_layer, last_layer == num_layers)
         cut_config(cut, family, first_layer, last_layer)
         hidden_dtype = HIDDEN_DTYPES[dtype]

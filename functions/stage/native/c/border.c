@@ -30,13 +30,32 @@ static Status check_optional(const Memory *memory, int64_t bytes, int64_t alignm
             return found;               \
     } while (0)
 
+/* Parts of a block matrix follow each other and have whole groups, but for the last, and whole supers. */
+static Status check_parts(const Matrix *matrix)
+{
+    int64_t first = 0;
+    for (int part = 0; part < LAMINA_PARTS; part++) {
+        const int64_t end = matrix->ends[part];
+        if (!within(matrix->formats[part], 0, NUM_BLOCK_FORMATS - 1))
+            return LAMINA_BAD_DTYPE;
+        if (!within(end, first, matrix->outs) || (end % LAMINA_GROUP_OUTS && end < matrix->outs))
+            return LAMINA_BAD_SIZE;
+        if (end > first && matrix->width % (LAMINA_BLOCK * BLOCK_FORMATS[matrix->formats[part]].blocks))
+            return LAMINA_BAD_SIZE;
+        first = end;
+    }
+    return first == matrix->outs ? LAMINA_OK : LAMINA_BAD_SIZE;
+}
+
 static Status check_matrix(const Matrix *matrix)
 {
-    if (!within(matrix->dtype, LAMINA_BF16, LAMINA_Q4))
+    if (!within(matrix->dtype, LAMINA_BF16, LAMINA_BLOCKS))
         return LAMINA_BAD_DTYPE;
     if (!within(matrix->outs, 1, MOST) || !within(matrix->width, 1, MOST))
         return LAMINA_BAD_SIZE;
-    int64_t alignment = matrix->dtype == LAMINA_Q4 ? 2 : bytes_of(matrix->dtype);
+    if (matrix->dtype == LAMINA_BLOCKS)
+        CHECK(check_parts(matrix));
+    int64_t alignment = matrix->dtype == LAMINA_Q4 || matrix->dtype == LAMINA_BLOCKS ? 2 : bytes_of(matrix->dtype);
     CHECK(check_memory(&matrix->weights, weight_bytes(matrix, matrix->outs), alignment));
     if (matrix->dtype == LAMINA_INT8)
         CHECK(check_memory(&matrix->scales, matrix->outs * 4, 4));

@@ -15,7 +15,7 @@
 
 /* Rows of activations, packed for a matrix. */
 typedef struct {
-    const uint8_t *data;  /* [rows, stride] of bf16, of 16-bit integers, or of float32; for q4 see `q4.inc.h` */
+    const uint8_t *data;  /* [rows, stride] of bf16, of 16-bit integers, or of float32; for q4 and blocks see their `.inc.h` */
     const float *scales;  /* [rows, LAMINA_TILE_OUTS], each row's number repeated: the factor of an int8 matrix's sums */
     int64_t rows;
     int64_t row_bytes;
@@ -85,23 +85,90 @@ static inline int64_t bytes_of(int64_t dtype)
     return dtype == LAMINA_INT8 ? 1 : dtype == LAMINA_BF16 ? 2 : 4;
 }
 
+/* A format of block matrices: see BlockFormat of storage/models/blocks.py. */
+typedef struct {
+    int low, high;
+    int offset;           /* 2^offset is subtracted from a code; formats with minima have none */
+    bool minimum;
+    int blocks, factors;
+    int scale_bytes;
+    const uint8_t *table; /* replaces a code by a value, to which 2^offset was added */
+} BlockFormat;
+
+static const uint8_t LAMINA_IQ4[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+static const uint8_t LAMINA_MXFP4[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};
+
+static const BlockFormat BLOCK_FORMATS[] = {
+    {4, 0, 3, false, 1, 0, 2, NULL},         /* Q4_0 */
+    {4, 0, 0, true, 1, 0, 2, NULL},          /* Q4_1 */
+    {4, 1, 4, false, 1, 0, 2, NULL},         /* Q5_0 */
+    {4, 1, 0, true, 1, 0, 2, NULL},          /* Q5_1 */
+    {8, 0, 7, false, 1, 0, 2, NULL},         /* Q8_0 */
+    {2, 0, 0, true, 8, 2, 2, NULL},          /* Q2_K */
+    {2, 1, 2, false, 8, 2, 2, NULL},         /* Q3_K */
+    {4, 0, 0, true, 8, 1, 2, NULL},          /* Q4_K */
+    {4, 1, 0, true, 8, 1, 2, NULL},          /* Q5_K */
+    {4, 2, 5, false, 8, 2, 2, NULL},         /* Q6_K */
+    {4, 0, 7, false, 1, 0, 2, LAMINA_IQ4},   /* IQ4_NL */
+    {4, 0, 7, false, 8, 1, 2, LAMINA_IQ4},   /* IQ4_XS */
+    {4, 0, 4, false, 1, 0, 1, LAMINA_MXFP4}, /* MXFP4 */
+};
+enum { NUM_BLOCK_FORMATS = sizeof BLOCK_FORMATS / sizeof *BLOCK_FORMATS };
+
+/* Bytes of a block of 16 outputs, without what it shares with others. */
+static inline int64_t block_bytes(BlockFormat form)
+{
+    return 64 * (form.low + form.high) + LAMINA_GROUP_OUTS * (form.factors && form.minimum ? 2 : form.factors);
+}
+
+/* Bytes of the blocks of 16 outputs that share a scale, with this scale. */
+static inline int64_t super_bytes(BlockFormat form)
+{
+    return form.blocks * block_bytes(form) + LAMINA_GROUP_OUTS * (form.scale_bytes + (form.minimum ? 2 : 0));
+}
+
+/* Bytes of the first `outs` outputs of a block matrix: of whole groups. */
+static inline int64_t bytes_of_blocks(const Matrix *matrix, int64_t outs)
+{
+    int64_t bytes = 0, first = 0;
+    for (int part = 0; part < LAMINA_PARTS && first < outs; first = matrix->ends[part++]) {
+        const BlockFormat form = BLOCK_FORMATS[matrix->formats[part]];
+        const int64_t count = (matrix->ends[part] < outs ? matrix->ends[part] : outs) - first;
+        bytes += (count + LAMINA_GROUP_OUTS - 1) / LAMINA_GROUP_OUTS * (matrix->width / LAMINA_BLOCK / form.blocks) * super_bytes(form);
+    }
+    return bytes;
+}
+
+/* Format of the group of a block matrix that begins with output `out`. */
+static inline int format_of(const Matrix *matrix, int64_t out)
+{
+    int part = 0;
+    while (matrix->ends[part] <= out)
+        part++;
+    return (int)matrix->formats[part];
+}
+
 /* Bytes of a packed row of activations. */
 static inline int64_t packed_row_bytes(int64_t dtype, int64_t width)
 {
     int64_t stride = rounded_up(width, LAMINA_STEP);
     if (dtype == LAMINA_Q4)
         return rounded_up(stride * 2 + stride / LAMINA_Q4_BLOCK * 8, LAMINA_LINE_BYTES);
+    if (dtype == LAMINA_BLOCKS)
+        return stride / LAMINA_BLOCK * LAMINA_LINE_BYTES;
     if (dtype == LAMINA_INT8) /* AMX reads 64 numbers of 8 bits at a time */
         return rounded_up(width, 64) * 2;
     return stride * (dtype == LAMINA_F32 ? 4 : 2);
 }
 
-/* Bytes of the first `outs` rows of weights; of whole groups for q4. */
+/* Bytes of the first `outs` rows of weights; of whole groups for q4 and blocks. */
 static inline int64_t weight_bytes(const Matrix *matrix, int64_t outs)
 {
     int64_t stride = rounded_up(matrix->width, LAMINA_STEP);
     if (matrix->dtype == LAMINA_Q4)
         return rounded_up(outs, LAMINA_GROUP_OUTS) / LAMINA_GROUP_OUTS * (stride / LAMINA_Q4_BLOCK) * LAMINA_Q4_BYTES;
+    if (matrix->dtype == LAMINA_BLOCKS)
+        return bytes_of_blocks(matrix, outs);
     return outs * stride * bytes_of(matrix->dtype);
 }
 

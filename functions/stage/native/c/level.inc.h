@@ -10,6 +10,7 @@ enum { LANES = 16 };
 #include "amx.inc.h"
 #endif
 #include "q4.inc.h"
+#include "blocks.inc.h"
 #include "multiply.inc.h"
 #include "attention.inc.h"
 #include "sampler.inc.h"

@@ -15,7 +15,9 @@ enum {
     LAMINA_TILE_OUTS = 4,     /* rows of weights in one tile of a product */
     LAMINA_TILE_ROWS = 4,     /* most rows of activations in one tile */
     LAMINA_STEP = 32,         /* rows of weights are padded with zeros to a multiple of it */
-    LAMINA_GROUP_OUTS = 16,   /* outputs of a q4 matrix that are stored together; no piece of work divides them */
+    LAMINA_GROUP_OUTS = 16,   /* outputs of a q4 or block matrix that are stored together; no piece of work divides them */
+    LAMINA_BLOCK = 32,        /* weights of a row of a block matrix that share a scale, or two */
+    LAMINA_PARTS = 3,         /* formats of a block matrix, at most */
     LAMINA_Q4_BLOCK = 32,     /* weights of a q4 row that share a scale and a minimum */
     LAMINA_Q4_BYTES = 320,    /* one block of a group: weights of four bits, then 16 scales and 16 minima in float16 */
     LAMINA_Q4_ENDS = 256,     /* where the scales begin in it */
@@ -36,18 +38,27 @@ typedef struct {
 } Memory;
 
 /* A matrix has any dtype; keys and values are bf16 or float32. */
-typedef enum { LAMINA_BF16, LAMINA_INT8, LAMINA_F32, LAMINA_Q4 } Dtype;
+typedef enum { LAMINA_BF16, LAMINA_INT8, LAMINA_F32, LAMINA_Q4, LAMINA_BLOCKS } Dtype;
+
+/* Formats of block matrices: FORMATS of storage/models/blocks.py, in its order. */
+#define LAMINA_BLOCK_FORMATS(X)                                                                                     \
+    X(Q4_0, 0) X(Q4_1, 1) X(Q5_0, 2) X(Q5_1, 3) X(Q8_0, 4) X(Q2_K, 5) X(Q3_K, 6) X(Q4_K, 7) X(Q5_K, 8) X(Q6_K, 9)  \
+    X(IQ4_NL, 10) X(IQ4_XS, 11) X(MXFP4, 12)
 
 /* y = x Wᵀ + b. `stride` is width rounded up to LAMINA_STEP. Activations become bf16 for a bf16 matrix, 16-bit integers scaled by
-   the row's largest number for int8, 12-bit integers scaled in blocks of 32 for q4, and stay float32 for float32. */
+   the row's largest number for int8, 12-bit integers scaled in blocks of 32 for q4, 8-bit integers scaled in blocks of 32 for a
+   block matrix, and stay float32 for float32. A block matrix has whole blocks. Parts of it may have different formats: those of
+   the matrices that it was stacked from. */
 typedef struct {
     int64_t dtype;
     int64_t outs;
     int64_t width;
     Memory weights; /* [outs, stride] of dtype; q4: [outs / group, stride / block, LAMINA_Q4_BYTES], both rounded up
-                       (storage/models/q4.py) */
+                       (storage/models/q4.py); blocks: part after part, as in storage/models/blocks.py */
     Memory scales;  /* float32 [outs], with int8 */
     Memory biases;  /* float32 [outs], or absent */
+    int64_t formats[LAMINA_PARTS]; /* of block matrices, of each part */
+    int64_t ends[LAMINA_PARTS];    /* outputs before the end of each part: whole groups, but for the last; then `outs` */
 } Matrix;
 
 typedef struct {

@@ -112,12 +112,52 @@ INLINE void pack_for_q4(const float *x, int64_t size, uint8_t *packed)
     }
 }
 
+/* A packed block of a row of activations. `sums` and `scaled_sums` are those of the block and of its halves. */
+typedef struct {
+    int8_t numbers[LAMINA_BLOCK];
+    float scale;
+    int32_t minus_sums[3];
+    float scaled_sums[3];
+    int32_t unused;
+} RowBlock;
+
+enum { LARGEST_OF_8_BITS = 127 };
+
+static void pack_for_blocks(const float *x, int64_t size, uint8_t *packed)
+{
+    RowBlock *blocks = (RowBlock *)packed;
+    for (int64_t block = 0; block < size / LAMINA_BLOCK; block++) {
+        const float *from = x + block * LAMINA_BLOCK;
+        vec first = load(from), second = load(from + LANES);
+        RowBlock *to = &blocks[block];
+        float largest = largest_of_block(first, second);
+        vec steps = every_f32(LARGEST_OF_8_BITS / largest);
+        first = i32_of_f32(round_f32(mul_f32(first, steps)));
+        second = i32_of_f32(round_f32(mul_f32(second, steps)));
+        store_bytes(to->numbers, first);
+        store_bytes(to->numbers + LANES, second);
+        to->scale = largest / LARGEST_OF_8_BITS;
+        int32_t halves[2] = {0, 0};
+        for (int i = 0; i < LAMINA_BLOCK; i++)
+            halves[i / LANES] += to->numbers[i];
+        const int32_t sums[3] = {halves[0] + halves[1], halves[0], halves[1]};
+        for (int i = 0; i < 3; i++) {
+            to->minus_sums[i] = -sums[i];
+            to->scaled_sums[i] = to->scale * (float)sums[i];
+        }
+    }
+}
+
 static float pack(Dtype dtype, const float *x, int64_t size, uint8_t *packed)
 {
     if (dtype == LAMINA_INT8)
         return pack_for_int8(x, size, packed);
     if (dtype == LAMINA_Q4) {
         pack_for_q4(x, size, packed);
+        return 1.0f;
+    }
+    if (dtype == LAMINA_BLOCKS) {
+        pack_for_blocks(x, size, packed);
         return 1.0f;
     }
     for (int64_t i = 0; i < size; i += 2 * LANES) {

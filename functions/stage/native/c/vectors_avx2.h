@@ -118,6 +118,34 @@ INLINE __m256i whole_half(__m256i high, __m256i low)
 }
 INLINE vec whole_q4(vec high, vec low) { return (vec){whole_half(high.low, low.low), whole_half(high.high, low.high)}; }
 
+/* Adds products of bytes 0 … 127, a, with signed bytes. */
+INLINE __m256i dot_u7_half(__m256i sum, __m256i a, __m256i b)
+{
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+}
+INLINE vec dot_u7(vec sum, vec a, vec b) { return (vec){dot_u7_half(sum.low, a.low, b.low), dot_u7_half(sum.high, a.high, b.high)}; }
+/* Adds products of bytes 0 … 255, a, less 128, with bytes -127 … 127: two products of bytes up to 255 would not fit 16 bits. */
+enum { WIDE_CODES_HAVE_OFFSET = 0 };
+INLINE __m256i dot_wide_half(__m256i sum, __m256i a, __m256i b)
+{
+    __m256i less = _mm256_xor_si256(a, _mm256_set1_epi8(-128));
+    return dot_u7_half(sum, _mm256_abs_epi8(less), _mm256_sign_epi8(b, less));
+}
+INLINE vec dot_wide(vec sum, vec a, vec b)
+{
+    return (vec){dot_wide_half(sum.low, a.low, b.low), dot_wide_half(sum.high, a.high, b.high)};
+}
+/* The byte of a table of 16 for each byte 0 … 15. */
+INLINE vec looked_up(const uint8_t *table, vec a)
+{
+    __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+    return (vec){_mm256_shuffle_epi8(bytes, a.low), _mm256_shuffle_epi8(bytes, a.high)};
+}
+INLINE vec i32_of_i8(const void *at)
+{
+    return (vec){_mm256_cvtepi8_epi32(_mm_loadl_epi64(at)), _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)((const uint8_t *)at + 8)))};
+}
+
 INLINE vec i16_of_i8(const void *at)
 {
     const __m128i *bytes = at;

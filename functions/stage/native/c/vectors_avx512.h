@@ -64,6 +64,17 @@ INLINE vec every_4_bytes(const void *at)
 INLINE vec dot_q4(vec sum, vec a, vec b) { return _mm512_dpbusd_epi32(sum, a, b); }
 INLINE vec whole_q4(vec high, vec low) { return add_i32(shift_left_i32(high, 4), low); }
 
+/* Adds products of unsigned bytes, a, with signed bytes. */
+enum { WIDE_CODES_HAVE_OFFSET = 1 };
+INLINE vec dot_u7(vec sum, vec a, vec b) { return _mm512_dpbusd_epi32(sum, a, b); }
+INLINE vec dot_wide(vec sum, vec a, vec b) { return _mm512_dpbusd_epi32(sum, a, b); }
+/* The byte of a table of 16 for each byte 0 … 15. */
+INLINE vec looked_up(const uint8_t *table, vec a)
+{
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table)), a);
+}
+INLINE vec i32_of_i8(const void *at) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(at)); }
+
 #ifdef WITH_BF16
 INLINE vec dot_bf16(vec sum, vec a, vec b) { return BITS(_mm512_dpbf16_ps(F32(sum), (__m512bh)a, (__m512bh)b)); }
 INLINE vec bf16_of_f32(vec first, vec second) { return (vec)_mm512_cvtne2ps_pbh(F32(second), F32(first)); }

@@ -131,6 +131,33 @@ INLINE vec dot_q4(vec sum, vec a, vec b)
 }
 INLINE vec whole_q4(vec high, vec low) { return high * 16 + low; }
 
+/* Adds products of unsigned bytes, a, with signed bytes. */
+enum { WIDE_CODES_HAVE_OFFSET = 1 };
+INLINE vec dot_u7(vec sum, vec a, vec b)
+{
+    for (int shift = 0; shift < 32; shift += 8)
+        sum += (a >> shift & 255) * (shift_left_i32(b, 24 - shift) >> 24);
+    return sum;
+}
+INLINE vec dot_wide(vec sum, vec a, vec b) { return dot_u7(sum, a, b); }
+/* The byte of a table of 16 for each byte 0 … 15. */
+INLINE vec looked_up(const uint8_t *table, vec a)
+{
+    uint8_t bytes[64];
+    store(bytes, a);
+    for (int i = 0; i < 64; i++)
+        bytes[i] = table[bytes[i]];
+    return load(bytes);
+}
+INLINE vec i32_of_i8(const void *at)
+{
+    const int8_t *bytes = at;
+    int32_t lanes[16];
+    for (int i = 0; i < 16; i++)
+        lanes[i] = bytes[i];
+    return load(lanes);
+}
+
 INLINE vec i16_of_i8(const void *at)
 {
     typedef int8_t i8x32 __attribute__((vector_size(32)));

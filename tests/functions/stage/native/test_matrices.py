@@ -11,6 +11,7 @@ from functions.stage.native.layers import MatrixArrays, NativeLinear, NativeThre
 from functions.stage.native.library import library
 from functions.stage.native.records import Array, Dtype
 from storage.models import q4
+from tests.support.storage.random_blocks import packed, random_rows
 
 LEVELS: Final = library().levels
 SIZES: Final = ((32, 4), (64, 7), (100, 1), (1, 3), (33, 66), (576, 130))
@@ -116,12 +117,15 @@ def q4_matrix(outs: int, width: int) -> tuple[MatrixArrays, Array]:
     scales, minima = (draw.standard_normal((outs, -(-width // 32))) * 2.0 ** draw.integers(-22, 1) for _ in range(2))
     scales[0], minima[-1] = 6e-8, -6e-5  # not normal
     packed = q4.pack(quants, scales, minima)
-    return MatrixArrays(Dtype.Q4, packed, q4_shape=(outs, width)), q4.dequantize(packed, outs, width).astype(np.float64)
+    return MatrixArrays(Dtype.Q4, packed, packed_shape=(outs, width)), q4.dequantize(packed, outs, width).astype(np.float64)
 
 
 def matrix_of(dtype: Dtype, outs: int, width: int) -> MatrixArrays:
     if dtype is Dtype.Q4:
         return q4_matrix(outs, width)[0]
+    if dtype is Dtype.BLOCKS:
+        weights = packed("Q5_1", random_rows("Q5_1", outs, width))
+        return MatrixArrays(dtype, weights, packed_shape=(outs, width), parts=[("Q5_1", outs)])
     numbers = random(outs, width)
     weights = {Dtype.F32: numbers, Dtype.BF16: bf16(numbers), Dtype.INT8: (numbers * 40).astype(np.int8)}[dtype]
     return MatrixArrays(dtype, weights, np.abs(random(outs, seed=1)) if dtype is Dtype.INT8 else None)

@@ -1,0 +1,56 @@
+"""Matrices of a publication in the block formats of GGUF: their shapes, and their weights as floats."""
+
+from collections.abc import Mapping, MutableMapping
+
+import numpy as np
+
+from functions.stage.models.floats import HiddenDtype, narrowed
+from functions.stage.models.layer_group import MissingTensors
+from storage.checkpoints.decoder import Shapes
+from storage.floats import as_bytes
+from storage.loading.weight_loader import RawTensor
+from storage.models.blocks import FORMATS, Packing, floats_of, packed_shape, packing_of, unpack
+
+_FORMAT = "_format"  # ends the name of the tensor that describes a matrix in blocks
+
+
+class WrongShape(MissingTensors):
+    """A published tensor has another shape than the config says. Publish the model again from a sound checkpoint."""
+
+
+def packing(tensors: Mapping[str, RawTensor], name: str) -> Packing | None:
+    """How the matrix `name` is packed in blocks; None: it is not. Raises WrongShape if its bytes are not those of its shape."""
+    if (described := tensors.get(name + _FORMAT)) is None or name not in tensors:
+        return None
+    try:
+        found = packing_of(described.data)
+    except ValueError as error:
+        raise WrongShape(f"{name}{_FORMAT}: {error}") from error
+    form, (outs, width) = FORMATS[found.format], found.shape
+    if width % (32 * form.blocks) or tensors[name].shape != packed_shape(form, outs, width):
+        raise WrongShape(f"{name} is {list(tensors[name].shape)}, which is no {found.format} of {list(found.shape)}")
+    return found
+
+
+def shapes_of(tensors: Mapping[str, RawTensor]) -> Shapes:
+    """The shapes of tensors by name, those of matrices in blocks as if they were not packed. Raises WrongShape."""
+    packed = {name: packing(tensors, name) for name in tensors}
+    return {
+        name: tensor.shape if (found := packed[name]) is None else found.shape
+        for name, tensor in tensors.items()
+        if not (name.endswith(_FORMAT) and name.removesuffix(_FORMAT) in tensors)
+    }
+
+
+def widen(tensors: MutableMapping[str, RawTensor], dtype: HiddenDtype) -> None:
+    """Replaces matrices in blocks by floats of `dtype`, for layers that are not in C. Raises WrongShape."""
+    for name in [name for name in tensors if name + _FORMAT in tensors]:
+        if found := packing(tensors, name):
+            form = FORMATS[found.format]
+            packed = np.frombuffer(tensors[name].data, np.uint8).reshape(tensors[name].shape)
+            weights = np.empty(found.shape, np.float32)
+            for first in range(0, len(packed), 64):
+                rows = weights[16 * first : 16 * (first + 64)]
+                rows[...] = floats_of(form, unpack(form, packed[first : first + 64], len(rows)))
+            tensors[name] = RawTensor(dtype, found.shape, as_bytes(narrowed(weights, dtype)))
+            del tensors[name + _FORMAT]

@@ -1,0 +1,362 @@
+"""Matrices in the block formats of GGUF, without loss: the layout that publications of dtype `gguf` hold and kernels read.
+
+A row is cut into blocks of 32 weights, and weight = scale * value + minimum. A value is a code minus the format's offset, or
+the code's entry in a table. Scale and minimum belong to a block, or are products of a number for a super, which is 8 blocks,
+and an integer for a block or for each half of it. `FORMATS` says which format has what.
+
+A matrix [outs, width] is stored as `X.weight`, U8 [groups, supers, bytes], and `X.weight_format`, U8 [...], which is JSON: the
+name of the format, and [outs, width]. A group is 16 rows of outputs, one for each 32-bit lane of a vector. Formats without
+supers have one of each block. Its bytes:
+
+    for each block  [low, 16, 4]    lower bits of the codes, in planes
+                    [high, 16, 4]   upper bits of the codes, in planes
+                    [factors, 16]   integers for the scales, then for the minima, int8; both in one byte if they have four bits
+    [16]            scales, float16; if they are powers of two, one byte with the exponent
+    [16]            minima, float16
+
+A block has 8 parts of 4 neighbouring weights. Byte [plane, row, i] has bits of weight i of as many parts as fit, those of the
+first part lowest. Padding rows are zero bits. functions/stage/native/c/blocks.inc.h reads this layout.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.floats import Floats
+
+BLOCK: Final = 32  # weights of a row
+GROUP: Final = 16  # rows that are stored together
+_PARTS: Final = 8  # of a block
+_SUPER: Final = 8  # blocks of a super
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Some rows of a matrix in plain arrays. `supers` is the number of blocks in a row for formats without supers."""
+
+    codes: Array  # uint8 [rows, width]
+    scales: Array  # float16 [rows, supers]; uint8 if they are powers of two: 2^(scale - 128)
+    minima: Array | None = None  # float16 [rows, supers]
+    factors: Array | None = None  # int8 [rows, blocks, 1 or 2]: what scales are multiplied by
+    minimum_factors: Array | None = None  # int8, as many
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFormat:
+    """One of GGUF's block formats. ggml-common.h and ggml-quants.c of llama.cpp define them."""
+
+    name: str
+    split: Callable[[Array], Blocks]  # of blocks or supers as a file has them, uint8 [n, file_bytes], each taken as a row
+    file_bytes: int  # of such a block or super
+    low: int  # bits of a code in the lower planes: 2, 4 or 8
+    high: int = 0  # bits of a code in the upper planes: 0, 1 or 2
+    offset: int = 0
+    table: tuple[int, ...] | None = None
+    minimum: bool = False
+    factors: int = 0  # integers for the scales of a block: 0 (the format has no supers), 1, or 2 for halves of 16 weights
+    scale_bytes: int = 2
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that share scale and minimum."""
+        return _SUPER if self.factors else 1
+
+    @property
+    def lanes(self) -> list[tuple[int, int]]:
+        """What the bytes of a super are, in order: (bytes of each of the 16 lanes, number of such vectors)."""
+        integers = 2 if self.factors and self.minimum else self.factors
+        parts = [(4, self.low + self.high), (1, integers)] * self.blocks + [(self.scale_bytes, 1), (2, int(self.minimum))]
+        return [(size, count) for size, count in parts if count]
+
+    @property
+    def super_bytes(self) -> int:
+        """Bytes of a super of one group."""
+        return sum(GROUP * size * count for size, count in self.lanes)
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """What `X.weight_format` says of a matrix."""
+
+    format: str
+    shape: tuple[int, int]  # [outs, width]
+
+
+def packed_shape(form: BlockFormat, outs: int, width: int) -> tuple[int, int, int]:
+    """The shape [groups, supers, bytes] of a packed matrix [outs, width]; rows have whole supers."""
+    return -(-outs // GROUP), width // (BLOCK * form.blocks), form.super_bytes
+
+
+def read_blocks(form: BlockFormat, rows: Array) -> Blocks:
+    """Reads rows as a GGUF file has them, uint8 [rows, bytes of a row]."""
+    count = len(rows)
+    found = form.split(rows.reshape(-1, form.file_bytes))
+
+    def in_rows(numbers: Array | None, *shape: int) -> Any:
+        return None if numbers is None else numbers.reshape(count, *shape)
+
+    return Blocks(
+        in_rows(found.codes, -1),
+        in_rows(found.scales, -1),
+        in_rows(found.minima, -1),
+        in_rows(found.factors, -1, form.factors),
+        in_rows(found.minimum_factors, -1, form.factors),
+    )
+
+
+def pack(form: BlockFormat, blocks: Blocks) -> Array:
+    """Packs rows into the bytes that are published, U8 of `packed_shape`.
+
+    Pieces of a matrix may be packed separately and concatenated, if all but the last have whole groups.
+    """
+    outs, width = blocks.codes.shape
+    groups, supers, _ = packed_shape(form, outs, width)
+
+    def lanes(numbers: Array, *shape: int) -> Array:
+        """Numbers [outs, supers, *shape] as [groups, supers, *shape, 16]."""
+        padded = np.zeros((groups * GROUP, supers, *shape), numbers.dtype)
+        padded[:outs] = numbers.reshape(outs, supers, *shape)
+        return np.moveaxis(padded.reshape(groups, GROUP, supers, *shape), 1, -1)
+
+    packed = np.empty((groups, supers, form.super_bytes), np.uint8)
+    block_bytes = form.super_bytes - GROUP * (form.scale_bytes + 2 * form.minimum)
+    of_blocks = np.empty((groups, supers, form.blocks, block_bytes // form.blocks), np.uint8)
+    codes = lanes(blocks.codes, form.blocks, _PARTS, 4)  # [groups, supers, blocks, parts, 4, 16]
+    start = 0
+    for shift, bits in ((0, form.low), (form.low, form.high)):
+        if not bits:
+            continue
+        each = 8 // bits
+        parts = codes.reshape(*codes.shape[:3], bits, each, 4, GROUP) >> shift & (1 << bits) - 1
+        plane = parts[..., 0, :, :]
+        for part in range(1, each):
+            plane = plane | parts[..., part, :, :] << bits * part
+        of_blocks[..., start : start + 64 * bits] = np.swapaxes(plane, -1, -2).reshape(*codes.shape[:3], -1)
+        start += 64 * bits
+    if blocks.factors is not None:
+        factors = lanes(blocks.factors, form.blocks, form.factors)
+        if blocks.minimum_factors is not None:
+            minima = lanes(blocks.minimum_factors, form.blocks, form.factors)
+            factors = factors | minima << 4 if form.factors == 2 else np.concatenate([factors, minima], axis=-2)
+        of_blocks[..., start:] = factors.view(np.uint8).reshape(groups, supers, form.blocks, -1)
+    packed[..., :block_bytes] = of_blocks.reshape(groups, supers, -1)
+    start = block_bytes
+    for numbers in (blocks.scales, blocks.minima):
+        if numbers is not None:
+            ends = np.ascontiguousarray(lanes(numbers)).view(np.uint8)
+            packed[..., start : start + ends.shape[-1]] = ends
+            start += ends.shape[-1]
+    return packed
+
+
+def unpack(form: BlockFormat, packed: Array, outs: int) -> Blocks:
+    """The inverse of `pack`. outs: rows of the matrix; the last group may have fewer than 16."""
+    groups, supers, _ = packed.shape
+
+    def rows(numbers: Array, *shape: int) -> Array:
+        """Numbers [groups, supers, ..., 16] as [outs, *shape]."""
+        return np.moveaxis(numbers, -1, 1).reshape(groups * GROUP, *shape)[:outs]
+
+    block_bytes = form.super_bytes - GROUP * (form.scale_bytes + 2 * form.minimum)
+    of_blocks = packed[..., :block_bytes].reshape(groups, supers, form.blocks, -1)
+    codes = np.zeros((groups, supers, form.blocks, _PARTS, 4, GROUP), np.uint8)
+    start = 0
+    for shift, bits in ((0, form.low), (form.low, form.high)):
+        if bits:
+            plane = of_blocks[..., start : start + 64 * bits].reshape(*codes.shape[:3], bits, 1, GROUP, 4)
+            steps = (np.arange(8 // bits, dtype=np.uint8) * bits).reshape(-1, 1, 1)
+            parts = (plane >> steps & (1 << bits) - 1) << shift
+            codes |= np.swapaxes(parts, -1, -2).reshape(codes.shape)
+            start += 64 * bits
+    factors = minimum_factors = None
+    if form.factors:
+        integers = of_blocks[..., start:].reshape(groups, supers, form.blocks, -1, GROUP).view(np.int8)
+        both = (integers & 15, integers >> 4 & 15) if form.factors == 2 else (integers[..., :1, :], integers[..., 1:, :])
+        factors = rows(both[0] if form.minimum else integers, supers * form.blocks, form.factors)
+        minimum_factors = rows(both[1], supers * form.blocks, form.factors) if form.minimum else None
+    ends = np.ascontiguousarray(packed[..., block_bytes:])
+    scales = ends[..., : GROUP * form.scale_bytes].view(np.uint8 if form.scale_bytes == 1 else np.float16)
+    minima = ends[..., GROUP * form.scale_bytes :].view(np.float16) if form.minimum else None
+    return Blocks(
+        rows(codes, supers * form.blocks * BLOCK),
+        rows(scales, supers),
+        None if minima is None else rows(minima, supers),
+        factors,
+        minimum_factors,
+    )
+
+
+def floats_of(form: BlockFormat, blocks: Blocks) -> Floats:
+    """The weights, float32 [rows, width], with the bits that llama.cpp's own dequantization has."""
+    rows = len(blocks.codes)
+
+    def wide(numbers: Array, factors: Array | None) -> Floats:
+        """A scale or minimum for each block or half of a block: [rows, n, 1]."""
+        every: Floats = powers_of_two(numbers) if numbers.dtype == np.uint8 else numbers.astype(np.float32)
+        if factors is not None:
+            every = every[:, :, None] * factors.reshape(rows, every.shape[1], -1).astype(np.float32)
+        return every.reshape(rows, -1, 1)
+
+    scales = wide(blocks.scales, blocks.factors)
+    if form.table is None:
+        values = blocks.codes.astype(np.float32) - np.float32(form.offset)
+    else:
+        values = np.array(form.table, np.float32)[blocks.codes]
+    weights: Floats = scales * values.reshape(rows, scales.shape[1], -1)
+    if blocks.minima is not None:
+        weights += wide(blocks.minima, blocks.minimum_factors)
+    return np.ascontiguousarray(weights.reshape(rows, -1))
+
+
+def powers_of_two(exponents: Array) -> Floats:
+    """2^(exponent - 128) of each exponent 0 … 255, float32: half of what the same byte means as e8m0."""
+    return np.ldexp(np.float32(1), exponents.astype(np.int32) - 128)
+
+
+def packed_rows(form: BlockFormat, packed: Array, rows: Array) -> Array:
+    """Selects rows of a packed matrix, and returns them packed.
+
+    rows: numbers of the rows, in the order of the result, in which each 16 of them form a group. Rows that the last group lacks
+    are zero bits.
+    """
+    supers = packed.shape[1]
+    chosen = np.zeros(-(-len(rows) // GROUP) * GROUP, np.int64)
+    chosen[: len(rows)] = rows
+    group, lane = (index.reshape(-1, GROUP) for index in np.divmod(chosen, GROUP))
+    taken = np.empty((len(group), supers, form.super_bytes), np.uint8)
+    start = 0
+    for size, count in form.lanes:
+        end = start + GROUP * size * count
+        lanes = np.ascontiguousarray(packed[..., start:end]).view(f"u{size}").reshape(-1, supers, count, GROUP)
+        # Advanced indices on both sides of a slice come first: [groups, lanes, supers, count].
+        found = lanes[group, :, :, lane].transpose(0, 2, 3, 1)
+        found.reshape(-1, supers, count, GROUP)[len(rows) // GROUP :, ..., len(rows) % GROUP or GROUP :] = 0
+        taken[..., start:end] = np.ascontiguousarray(found).view(np.uint8).reshape(-1, supers, end - start)
+        start = end
+    return taken
+
+
+def _halves(pairs: Array) -> Array:
+    """The 4-bit codes of bytes [n, ..., bytes]: the lower halves of all bytes, then the upper ones."""
+    return np.concatenate([pairs & 15, pairs >> 4], axis=-1)
+
+
+def _bits(planes: Array, bits: int, places: int) -> Array:
+    """Codes of few bits, [n, ..., places, bytes]: place i of byte j is its bits from i * bits on."""
+    return planes[..., None, :] >> (np.arange(places, dtype=np.uint8) * bits)[:, None] & (1 << bits) - 1
+
+
+def _float16(numbers: Array) -> Array:
+    return np.ascontiguousarray(numbers).view("<f2")
+
+
+def _q4(ends: int) -> Callable[[Array], Blocks]:
+    def split(blocks: Array) -> Blocks:
+        numbers = _float16(blocks[:, : 2 * ends])
+        return Blocks(_halves(blocks[:, 2 * ends :]), numbers[:, :1], numbers[:, 1:] if ends > 1 else None)
+
+    return split
+
+
+def _q5(ends: int) -> Callable[[Array], Blocks]:
+    def split(blocks: Array) -> Blocks:
+        numbers, rest = _float16(blocks[:, : 2 * ends]), blocks[:, 2 * ends :]
+        fifth = np.unpackbits(rest[:, :4], axis=1, bitorder="little")
+        return Blocks(_halves(rest[:, 4:]) | fifth << 4, numbers[:, :1], numbers[:, 1:] if ends > 1 else None)
+
+    return split
+
+
+def _q8_0(blocks: Array) -> Blocks:
+    return Blocks(blocks[:, 2:] ^ 128, _float16(blocks[:, :2]))
+
+
+def _mxfp4(blocks: Array) -> Blocks:
+    return Blocks(_halves(blocks[:, 1:]), blocks[:, :1])
+
+
+def _q2_k(supers: Array) -> Blocks:
+    codes = _bits(supers[:, 16:80].reshape(-1, 2, 32), 2, 4)
+    ends = _float16(supers[:, 80:])
+    integers = supers[:, :16].view(np.int8)
+    return Blocks(codes, ends[:, :1], -ends[:, 1:], integers & 15, integers >> 4 & 15)
+
+
+def _q3_k(supers: Array) -> Blocks:
+    third = _bits(supers[:, :32], 1, 8)
+    codes = _bits(supers[:, 32:96].reshape(-1, 2, 32), 2, 4).reshape(third.shape) | third << 2
+    lower, upper = _halves(supers[:, 96:104]), _bits(supers[:, 104:108], 2, 4).reshape(-1, 16)
+    return Blocks(codes, _float16(supers[:, 108:]), factors=(lower | upper << 4).view(np.int8) - 32)
+
+
+def _k_factors(packed: Array) -> tuple[Array, Array]:
+    """The 6-bit integers of Q4_K and Q5_K, int8 [n, 8] each: for scales and for minima."""
+    scales, minima, both = np.split(packed, 3, axis=1)
+    found = (
+        np.concatenate([scales & 63, both & 15 | scales >> 2 & 48], axis=1),
+        np.concatenate([minima & 63, both >> 4 | minima >> 2 & 48], axis=1),
+    )
+    return found[0].view(np.int8), found[1].view(np.int8)
+
+
+def _q4_k(supers: Array) -> Blocks:
+    ends = _float16(supers[:, :4])
+    codes = _halves(supers[:, 16:].reshape(-1, 4, 32))
+    return Blocks(codes, ends[:, :1], -ends[:, 1:], *_k_factors(supers[:, 4:16]))
+
+
+def _q5_k(supers: Array) -> Blocks:
+    ends = _float16(supers[:, :4])
+    codes = _halves(supers[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32) | _bits(supers[:, 16:48], 1, 8) << 4
+    return Blocks(codes, ends[:, :1], -ends[:, 1:], *_k_factors(supers[:, 4:16]))
+
+
+def _q6_k(supers: Array) -> Blocks:
+    upper = _bits(supers[:, 128:192].reshape(-1, 2, 32), 2, 4)
+    codes = _halves(supers[:, :128].reshape(-1, 2, 64)).reshape(upper.shape) | upper << 4
+    return Blocks(codes, _float16(supers[:, 208:]), factors=supers[:, 192:208].view(np.int8))
+
+
+def _iq4_xs(supers: Array) -> Blocks:
+    lower = np.stack([supers[:, 4:8] & 15, supers[:, 4:8] >> 4], axis=-1).reshape(-1, 8)
+    upper = np.ascontiguousarray(supers[:, 2:4]).view("<u2") >> np.arange(8, dtype=np.uint16) * 2 & 3
+    factors = (lower | upper.astype(np.uint8) << 4).view(np.int8) - 32
+    return Blocks(_halves(supers[:, 8:].reshape(-1, 8, 16)), _float16(supers[:, :2]), factors=factors)
+
+
+_IQ4: Final = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_MXFP4: Final = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the values of FP4
+
+FORMATS: Final[Mapping[str, BlockFormat]] = {
+    form.name: form
+    for form in (
+        BlockFormat("Q4_0", _q4(1), 18, 4, offset=8),
+        BlockFormat("Q4_1", _q4(2), 20, 4, minimum=True),
+        BlockFormat("Q5_0", _q5(1), 22, 4, 1, offset=16),
+        BlockFormat("Q5_1", _q5(2), 24, 4, 1, minimum=True),
+        BlockFormat("Q8_0", _q8_0, 34, 8, offset=128),
+        BlockFormat("Q2_K", _q2_k, 84, 2, minimum=True, factors=2),
+        BlockFormat("Q3_K", _q3_k, 110, 2, 1, offset=4, factors=2),
+        BlockFormat("Q4_K", _q4_k, 144, 4, minimum=True, factors=1),
+        BlockFormat("Q5_K", _q5_k, 176, 4, 1, minimum=True, factors=1),
+        BlockFormat("Q6_K", _q6_k, 210, 4, 2, offset=32, factors=2),
+        BlockFormat("IQ4_NL", _q4(1), 18, 4, table=_IQ4),
+        BlockFormat("IQ4_XS", _iq4_xs, 136, 4, table=_IQ4, factors=1),
+        BlockFormat("MXFP4", _mxfp4, 17, 4, table=_MXFP4, scale_bytes=1),
+    )
+}
+"""By name, in the order of LAMINA_BLOCK_FORMATS in functions/stage/native/c/native.h."""
+
+
+def packing_of(data: Array | memoryview) -> Packing:
+    """Reads the bytes of an `X.weight_format`. Raises ValueError for an unknown format."""
+    packing = msgspec.json.decode(bytes(data), type=Packing)
+    if packing.format not in FORMATS:
+        raise ValueError(f"a matrix is in the unknown block format {packing.format!r}; publish it again with this version")
+    return packing

@@ -1,0 +1,39 @@
+"""GGUF's block formats keep every bit: the gguf package's dequantization is the oracle."""
+
+from typing import Final
+
+import gguf
+import numpy as np
+import pytest
+
+from functions.stage.native.records import BLOCK_FORMATS
+from storage.models.blocks import FORMATS, floats_of, pack, packed_rows, packed_shape, read_blocks, unpack
+from tests.support.storage.random_blocks import packed, random_rows
+
+OUTS: Final = 37
+WIDTH: Final = 768
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_packed_matrix_has_the_weights_that_gguf_dequantizes(name: str) -> None:
+    form, raw = FORMATS[name], random_rows(name, OUTS, WIDTH)
+    matrix = packed(name, raw)
+    assert matrix.shape == packed_shape(form, OUTS, WIDTH)
+    wanted = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name])
+    found = floats_of(form, unpack(form, matrix, OUTS))
+    assert found.dtype == wanted.dtype == np.float32
+    assert np.array_equal(found + 0, wanted + 0), "+ 0: a zero has no sign"
+    assert matrix.nbytes <= 1.1 * len(raw[0]) * matrix.shape[0] * 16
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_selected_rows_and_pieces_are_packed_as_the_whole_matrix_is(name: str) -> None:
+    form, raw = FORMATS[name], random_rows(name, OUTS, WIDTH)
+    rows = np.random.default_rng(1).permutation(OUTS)[:21]
+    assert np.array_equal(packed_rows(form, packed(name, raw), rows), packed(name, raw[rows]))
+    pieces = [pack(form, read_blocks(form, raw[first : first + 16])) for first in (0, 16, 32)]
+    assert np.array_equal(np.concatenate(pieces), packed(name, raw))
+
+
+def test_c_numbers_the_formats_in_the_same_order() -> None:
+    assert tuple(FORMATS) == BLOCK_FORMATS

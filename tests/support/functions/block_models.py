@@ -1,0 +1,38 @@
+"""Tiny Llama-shaped models in GGUF files whose matrices have every block format."""
+
+from pathlib import Path
+from typing import Any, Final
+
+from gguf import GGMLQuantizationType as Kind
+
+from storage.models.blocks import FORMATS
+from tests.storage.checkpoints.test_gguf_families import write_gguf
+
+SIZES: Final[dict[str, Any]] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "head_dim": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+}
+"""Widths of whole supers of 256 weights."""
+MIXED: Final = "mixed"
+
+
+def kinds_of(name: str) -> dict[str, Kind]:
+    """Formats of the matrices that differ in files of llama.cpp, by the ends of their names. name: a format, or `mixed`."""
+    if name != MIXED:
+        return {"": Kind[name]}
+    names = list(FORMATS)
+    matrices = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    return {matrix: Kind[names[(5 * number + 7) % len(names)]] for number, matrix in enumerate(matrices)}
+
+
+def block_model(path: Path, family: str, name: str) -> Path:
+    """A GGUF file. name: a format, or `mixed`."""
+    kinds = kinds_of(name)
+
+    def kind_of(tensor: str) -> Kind:
+        return next((kind for matrix, kind in kinds.items() if matrix in tensor), Kind.Q8_0)
+
+    return write_gguf(path, family, kind_of=kind_of, **SIZES)
