@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "native.h"
+#include "level.h"
 
 static uint64_t state;
 
@@ -41,13 +41,23 @@ static int64_t padded(int64_t number, int64_t multiple)
     return (number + multiple - 1) / multiple * multiple;
 }
 
+/* Blocks need rows of whole blocks; other rows are in four bits. */
 static Matrix matrix_of(int64_t dtype, int64_t outs, int64_t width)
 {
+    dtype = dtype == LAMINA_BLOCKS && width % LAMINA_BLOCK ? LAMINA_Q4 : dtype;
     int64_t number = dtype == LAMINA_INT8 ? 1 : dtype == LAMINA_BF16 ? 2 : 4;
     Matrix matrix = {.dtype = dtype, .outs = outs, .width = width};
     if (dtype == LAMINA_Q4)
         matrix.weights = memory_of(padded(outs, 16) / 16 * (padded(width, 32) / 32) * LAMINA_Q4_BYTES);
-    else
+    else if (dtype == LAMINA_BLOCKS) {
+        for (int part = 0; part < LAMINA_PARTS; part++) {
+            do
+                matrix.formats[part] = any(0, NUM_BLOCK_FORMATS - 1);
+            while (width % (LAMINA_BLOCK * BLOCK_FORMATS[matrix.formats[part]].blocks));
+            matrix.ends[part] = part || outs <= 16 ? outs : 16;
+        }
+        matrix.weights = memory_of(bytes_of_blocks(&matrix, outs));
+    } else
         matrix.weights = memory_of(outs * padded(width, LAMINA_STEP) * number);
     if (dtype == LAMINA_INT8)
         matrix.scales = memory_of(outs * 4);
@@ -56,11 +66,17 @@ static Matrix matrix_of(int64_t dtype, int64_t outs, int64_t width)
     return matrix;
 }
 
+/* Sometimes of whole blocks, or of a whole super of them. */
+static int64_t width(void)
+{
+    return any(0, 1) ? any(1, 70) : any(0, 2) ? LAMINA_BLOCK * any(1, 2) : 8 * LAMINA_BLOCK;
+}
+
 /* is_long: has pages for sequences whose attention is split. */
 static Group group_of(int is_long)
 {
     Group group = {
-        .num_layers = any(1, 2), .hidden_size = any(1, 70), .inner_size = any(1, 70), .kv_heads = any(1, is_long ? 1 : 3),
+        .num_layers = any(1, 2), .hidden_size = width(), .inner_size = width(), .kv_heads = any(1, is_long ? 1 : 3),
         .head_dim = 2 * any(1, is_long ? 4 : 20), .kv_dtype = any(0, 1) ? LAMINA_BF16 : LAMINA_F32, .eps = 1e-5,
     };
     group.num_pages = group.num_layers * (is_long ? any(33, 70) : any(1, 5));
@@ -71,7 +87,7 @@ static Group group_of(int is_long)
     int64_t attended = group.heads * group.head_dim, all_heads = group.heads + 2 * group.kv_heads;
     Layer *layers = group.layers.data;
     for (int64_t i = 0; i < group.num_layers; i++) {
-        int64_t dtype = any(LAMINA_BF16, LAMINA_Q4), of_mlp = any(LAMINA_BF16, LAMINA_Q4);
+        int64_t dtype = any(LAMINA_BF16, LAMINA_BLOCKS), of_mlp = any(LAMINA_BF16, LAMINA_BLOCKS);
         layers[i] = (Layer){
             .input_gain = memory_of(group.hidden_size * 4),
             .qkv = matrix_of(dtype, all_heads * group.head_dim, group.hidden_size),
@@ -200,7 +216,7 @@ static int run_pass(Pool *pool)
 static int run_product(Pool *pool)
 {
     int64_t rows = any(1, 70), threads = any(1, 3);
-    Product product = {.matrix = matrix_of(any(LAMINA_BF16, LAMINA_Q4), any(1, 70), any(1, 100)), .rows = rows, .threads = threads};
+    Product product = {.matrix = matrix_of(any(LAMINA_BF16, LAMINA_BLOCKS), any(1, 70), width()), .rows = rows, .threads = threads};
     product.x = memory_of(rows * product.matrix.width * 4);
     product.y = memory_of(rows * product.matrix.outs * 4);
     product.workspace = workspace_of(lamina_product_bytes(&product.matrix, rows, threads));

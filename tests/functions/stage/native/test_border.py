@@ -12,7 +12,7 @@ from functions.stage.native import limits, records
 from functions.stage.native.compiler import SOURCE
 from functions.stage.native.layers import MatrixArrays, NativeLayers, NativeLinear, NativeThreads
 from functions.stage.native.library import NativeError, library
-from functions.stage.native.records import Array, Dtype, MemoryRecord, memory_of
+from functions.stage.native.records import BLOCK_FORMATS, Array, Dtype, MatrixRecord, MemoryRecord, memory_of
 
 Segments = list[tuple[list[list[int]], int, int]]
 """Pages of each layer, tokens held, and new ones."""
@@ -148,10 +148,20 @@ def four_bits(matrix: Any, num_bytes: int, shift: int = 0) -> None:
     matrix.weights.data += shift
 
 
+def in_blocks(matrix: MatrixRecord, number: int, end: int) -> None:
+    matrix.dtype, matrix.formats[0] = Dtype.BLOCKS, number
+    for part in range(3):
+        matrix.ends[part] = end
+
+
 WRONG_LAYER: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
     "a matrix of another width": (lambda layer: setattr(layer.down, "width", 39), "shape"),
     "a matrix of more outputs": (lambda layer: setattr(layer.out, "outs", 49), "shape"),
-    "a matrix of no known dtype": (lambda layer: setattr(layer.qkv, "dtype", 4), "dtype"),
+    "a matrix of no known dtype": (lambda layer: setattr(layer.qkv, "dtype", len(Dtype)), "dtype"),
+    "blocks of no known format": (lambda layer: in_blocks(layer.qkv, len(BLOCK_FORMATS), 80), "dtype"),
+    "blocks that end before the last output": (lambda layer: in_blocks(layer.qkv, 0, 64), "range"),
+    "blocks beyond the last output": (lambda layer: in_blocks(layer.qkv, 0, 96), "range"),
+    "rows without whole blocks": (lambda layer: in_blocks(layer.qkv, 0, 80), "range"),
     "four bits of too few groups": (lambda layer: four_bits(layer.qkv, 5 * 2 * 320 - 1), "memory"),
     "four bits whose scales lie between two bytes": (lambda layer: four_bits(layer.qkv, 5 * 2 * 320, shift=1), "multiple"),
     "int8 without scales": (lambda layer: setattr(layer.qkv, "dtype", Dtype.INT8), "memory"),
