@@ -8,6 +8,7 @@ import click
 _COMMANDS: Final = {
     "run": "run",
     "ask": "ask",
+    "batch": "batch",
     "plan": "plan",
     "push": "push",
     "render": "render",

@@ -4,15 +4,14 @@ import logging
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from flask import Flask, Request, Response, g, request
+from flask import Blueprint, Flask, Request, Response, g, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from eventing.claim_check import ClaimCheck
-from eventing.problems import EventTooLarge, Problem, Unauthorized
+from eventing.problems import EventTooLarge, NotReady, Problem, Unauthorized
 from functions.configuration.api_keys import Quota
 from functions.configuration.config import GatewayConfig
 from functions.gateway.answers.access_log import AccessLog
@@ -23,9 +22,12 @@ from functions.gateway.answers.service import AnswerService
 from functions.gateway.answers.sites import Sites, check_media_type
 from functions.gateway.cloudevents.api import CloudEventsAPI
 from functions.gateway.cloudevents.scoring import ScoreEntry
-from functions.gateway.jobs.files import MAX_FILE_BYTES, Files, JobObjects
+from functions.gateway.jobs.batches import Batches
+from functions.gateway.jobs.batches_api import BatchesAPI
+from functions.gateway.jobs.files import MAX_FILE_BYTES
+from functions.gateway.jobs.files_api import UPLOAD_PATH, FilesAPI
 from functions.gateway.openai.api import OpenAIAPI
-from functions.gateway.openai.files_api import UPLOAD_PATH
+from functions.gateway.openai.errors import add_error_handlers, refused
 from functions.gateway.openai.tokens import TokensAPI
 from functions.gateway.openapi.document import register_document
 from functions.gateway.openapi.operations import operations
@@ -35,6 +37,7 @@ from functions.gateway.page.pipeline_watch import PipelineWatch, StageDescriptio
 from functions.gateway.stages.endpoints import service_name
 from functions.hosting.requests import CLIENT_ID, STREAMED
 from functions.hosting.web import add_problem_handlers
+from storage.errors import StorageError
 from storage.store.payload_store import PayloadStore
 
 if TYPE_CHECKING:
@@ -79,11 +82,14 @@ def create_app(
     keys: KeyRing,
     write_line: Callable[[str], object] = lambda line: print(line, file=sys.stderr, flush=True),
     watched: Watched | None = None,
+    batches: Batches | None = None,
+    batches_changed: Callable[[], object] = lambda: None,
 ) -> Flask:
     """The application with the routes of all APIs. It can answer before the tokenizer is loaded.
 
     service: returns the AnswerService; raises NotReady before the tokenizer is loaded. write_line: receives each line of the
     access log. watched: sources of `GET /v1/pipeline/events`; None: that path is not served.
+    batches: None: files and batches are not served. batches_changed: called when one was created or cancelled.
     """
     app = _Gateway(metrics)
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
@@ -99,19 +105,22 @@ def create_app(
     scores = None
     if config.scores == "on":
         scores = ScoreEntry(service, claims, pipeline=config.pipeline, source=source, token=config.pipeline_token)
-    files = None
-    if config.jobs_store is not None:
-        bucket, prefix = config.jobs_store
-        files = Files(JobObjects(PayloadStore(replace(config.store, bucket=bucket)), prefix))
     CloudEventsAPI(service, clients, claims, scores, source, config).register(app)
     TokensAPI(service, clients).register(app)
     if watched is not None:
         PipelineEventsAPI(PipelineWatch(watched), clients).register(app)
     if config.page == "on":
         register_page(app)
-    described = list(operations(with_page=config.page == "on", with_jobs=files is not None))
+    described = list(operations(with_page=config.page == "on", with_jobs=batches is not None))
     register_document(app, described, config.model, with_keys=not keys.is_open)
-    OpenAIAPI(service, clients, config, files).register(app)
+    OpenAIAPI(service, clients, config).register(app)
+    if batches is not None:
+        routes = Blueprint("jobs", __name__, url_prefix="/v1")
+        FilesAPI(batches, clients).register(routes)
+        BatchesAPI(batches, clients, batches_changed).register(routes)
+        add_error_handlers(routes)
+        routes.errorhandler(StorageError)(lambda error: refused(NotReady(f"the store of files and batches failed: {error}")))
+        app.register_blueprint(routes)
     return app
 
 

@@ -1,11 +1,13 @@
 """Builds a running scheduler from the configuration: sender, client of the stages, placement, watch."""
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from eventing.http.delivery import Sender
 from eventing.http.pod_network import PodNetwork
 from functions.configuration.config import GatewayConfig
+from functions.gateway.jobs.batches import Batches
+from functions.gateway.jobs.files import Files, JobObjects
 from functions.gateway.scheduling.batching import SchedulerLimits
 from functions.gateway.scheduling.prefix_sharing import PrefixSharing
 from functions.gateway.scheduling.scheduler import Scheduler
@@ -16,6 +18,16 @@ from functions.gateway.stages.readiness import EarlyReadiness
 from functions.gateway.stages.routes import Placement
 from functions.observing.telemetry import make_tracer
 from functions.observing.tracing import Tracer
+from storage.store.payload_store import PayloadStore
+
+
+def batch_store(config: GatewayConfig) -> Batches | None:
+    """Files and batches in the configured store; None: they are not served."""
+    if config.jobs_store is None:
+        return None
+    bucket, prefix = config.jobs_store
+    objects = JobObjects(PayloadStore(replace(config.store, bucket=bucket)), prefix)
+    return Batches(objects, Files(objects))
 
 
 @dataclass(frozen=True, slots=True)

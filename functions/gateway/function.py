@@ -12,7 +12,9 @@ from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
 from functions.gateway.app import MAX_REQUEST_BYTES, client_limits, create_app, gateway_admission, stage_descriptions
-from functions.gateway.build import RunningScheduler
+from functions.gateway.build import RunningScheduler, batch_store
+from functions.gateway.jobs.lines import LineAnswerer
+from functions.gateway.jobs.worker import BatchWorker
 from functions.gateway.page.pipeline_watch import Watched
 from functions.gateway.scheduling.metrics import SchedulerCollector
 from functions.gateway.text.tokenizer import ModelText
@@ -27,6 +29,7 @@ _log: Final = logging.getLogger(__name__)
 
 _FAILED_STATUS: Final = 1
 _RUNNING_THREADS: Final = 512  # for running answers, one each: far more than the stages of any pipeline compute at once
+_BATCHES_SECONDS: Final = 5.0  # at the end, for lines of batches to be given up and stored
 _REQUEST_BYTES: Final = 8 * MAX_REQUEST_BYTES  # most bytes of all request bodies in memory together
 
 
@@ -50,7 +53,21 @@ class GatewayFunction:
         self._draining = False
         if self._keys.is_open:
             _log.warning("open to everybody: neither LAMINA_API_KEYS nor LAMINA_API_KEY_FILES is set")
-        app = create_app(config, self._ready_answer_service, self._metrics, self._keys, watched=self._watched())
+        self._worker: BatchWorker | None = None
+        batches, changed = batch_store(config), None
+        if batches is not None:
+            answerer = LineAnswerer(self._ready_answer_service, config)
+            self._worker = BatchWorker(batches, answerer, lambda: running.scheduler.stats().waiting)
+            changed = self._worker.wake
+        app = create_app(
+            config,
+            self._ready_answer_service,
+            self._metrics,
+            self._keys,
+            watched=self._watched(),
+            batches=batches,
+            batches_changed=changed or (lambda: None),
+        )
         self.service = Service(
             app,
             Management(self._metrics.registry, sick=self._running.scheduler.sick, ready=self._ready),
@@ -72,9 +89,14 @@ class GatewayFunction:
     def drain(self) -> None:
         """Makes `/readyz` report not ready, so that new requests go elsewhere. Requests that still arrive are answered."""
         self._draining = True
+        if self._worker is not None:
+            self._worker.stop()
 
     def close(self) -> None:
         """Stops the scheduler and exports the remaining traces. Call it only after the last request has been answered."""
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker.join(_BATCHES_SECONDS)
         self._running.close()
 
     def _load(self, stop: Callable[[int], None]) -> None:
@@ -97,6 +119,8 @@ class GatewayFunction:
         self._metrics.ready.set(1)
         limits, running = client_limits(self._config, self._keys), self._running
         self._answer_service = AnswerService(text, running.scheduler, self._metrics, running.tracer, limits, self._config.model)
+        if self._worker is not None:
+            self._worker.start()
         _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])
 
     def _watched(self) -> Watched:

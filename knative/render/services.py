@@ -389,6 +389,7 @@ def _gateway_env(pipeline: ResolvedPipeline, key_secrets: Sequence[str], for_eve
             LAMINA_API_KEY_FILES=",".join(f"{_KEYS_FOLDER}/{secret}/{KEYS_ENTRY}" for secret in key_secrets) or None,
             LAMINA_PROXIES=gateway.proxies,
             LAMINA_SCORES="on" if for_events else None,
+            LAMINA_JOBS_STORE=f"{pipeline.spec.store.bucket}/{gateway.jobs}" if gateway.jobs and not for_events else None,
         ),
     ]
     if gateway.limits_secret is not None:

@@ -55,12 +55,16 @@ class ClientLimits:
         """The client's own limits, completed by the default ones. In them None and 0 mean no limit."""
         return self._quota_of(client_id).over(self._default)
 
-    def admit(self, client_id: str, answers: int = 1) -> Release:
+    def admit(self, client_id: str, answers: int = 1, *, in_background: bool = False) -> Release:
         """Admits one request for `answers` answers. The caller calls the returned function once for each answer, when it ends.
 
-        Raises RateLimited, or InvalidRequest if the request has more answers than the client may ever have at once.
+        in_background: only the client's budgets count, because the gateway chooses when and how many it answers. Raises
+        RateLimited, or InvalidRequest if the request has more answers than the client may ever have at once.
         """
         quota = self.quota(client_id)
+        if in_background:
+            self._check_budget(client_id, quota)
+            return lambda tokens: self._spend(client_id, tokens)
         if quota.concurrent and answers > quota.concurrent:
             raise InvalidRequest(
                 f"{answers} answers of one request are more than the {quota.concurrent} that this client may have at once"
@@ -104,7 +108,10 @@ class ClientLimits:
         quota = self.quota(client_id)
         if quota.tokens_per_minute and tokens:
             self._counted().charge(quota.tokens_per_minute, tokens, self._scope, "tokens", client_id)
-        if quota.has_budget and tokens:
+        self._spend(client_id, tokens)
+
+    def _spend(self, client_id: str, tokens: int) -> None:
+        if tokens and self.quota(client_id).has_budget:
             self._budgeted().add(client_id, tokens)
 
     def _end(self, client_id: str, answers: int) -> None:

@@ -22,6 +22,7 @@ from functions.observing.tracing import PASSING, TraceContext, Tracer
 
 T = TypeVar("T")
 
+BACKGROUND: Final = 10**13  # more than the priorities of clients differ
 MAX_LOGPROBS: Final = 2**17  # of one request; they are in memory until its reply has been sent, with 350 to 450 bytes each
 
 
@@ -37,6 +38,7 @@ class RequestContext:
     max_logprobs: int = MAX_LOGPROBS  # of all answers together, with the alternatives
     gone: Callable[[], bool] = lambda: False  # tells whether the client has left, without waiting
     trace: TraceContext | None = None  # of the client's span, if it sent one
+    in_background: bool = False  # all other requests go first, and only the budgets of its client's limits count
     secret: str = field(default_factory=lambda: secrets.token_hex(16))  # unguessable, unlike the id, which a client may choose
 
 
@@ -73,7 +75,7 @@ class AnswerService:
         Raises InvalidRequest, MalformedEvent, QueueFull, RateLimited, NotReady.
         """
         count = request.n * len(request.prompts)
-        release = self._limits.admit(context.client_id, count)
+        release = self._limits.admit(context.client_id, count, in_background=context.in_background)
         answers: list[Answer] = []
         try:
             prompts = self._encode_prompts(request, context.client_id)
@@ -167,7 +169,7 @@ class AnswerService:
             cache_salt=request.cache_salt or "",
             request_secret=context.secret,
             is_only_answer=only,
-            priority=self._limits.quota(context.client_id).priority or 0,
+            priority=(self._limits.quota(context.client_id).priority or 0) - BACKGROUND * context.in_background,
             deadline_seconds=context.deadline_seconds,
             arrived=context.arrived,
             trace=span.context,

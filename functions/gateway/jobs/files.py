@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from eventing.problems import EventTooLarge, NotFound
-from functions.gateway.jobs.results import PartResults
+from functions.gateway.jobs.results import PartResults, ResultsContent
 from storage.errors import ObjectNotFound
 from storage.store.payload_store import PayloadStore
 
@@ -32,7 +32,7 @@ _LATEST_MS: Final = 2**44
 
 T = TypeVar("T")
 S = TypeVar("S", bound=Struct)
-Content = Literal["input", "output", "errors"]
+Content = Literal["input"] | ResultsContent
 
 
 class ClientFile(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -51,6 +51,11 @@ class ClientFile(Struct, frozen=True, kw_only=True, omit_defaults=True):
 def new_id(prefix: str) -> str:
     """An id that nobody can guess. Later ones are smaller, so that listings begin with the newest. prefix: file- or batch_."""
     return f"{prefix}{_LATEST_MS - int(time.time() * 1000):011x}{secrets.token_hex(8)}"
+
+
+def made_at(id_: str) -> float:
+    """When an id was made, in Unix time."""
+    return (_LATEST_MS - int(re.split("[-_]", id_)[1][:11], 16)) / 1000
 
 
 def check_id(id_: str) -> None:
@@ -189,7 +194,7 @@ def results_folder(owner: str, batch_id: str) -> str:
     return f"{owner}/runs/{batch_id}/results/"
 
 
-def results_file_id(batch_id: str, content: Literal["output", "errors"]) -> str:
+def results_file_id(batch_id: str, content: ResultsContent) -> str:
     """The id of a batch's output or error file: every gateway gives it the same."""
     digits = batch_id.removeprefix("batch_")
     return f"file-{digits[:-1]}{int(digits[-1], 16) ^ (1 if content == 'output' else 2):x}"

@@ -6,6 +6,8 @@ from typing import Final, Literal
 import msgspec
 from msgspec import Struct
 
+ResultsContent = Literal["output", "errors"]
+
 HEAD_BYTES: Final = 512  # with blanks up to its end
 
 
@@ -29,13 +31,21 @@ class PartResults:
     input_tokens: int = 0
     output_tokens: int = 0
 
+    def add(self, number: int, line: bytes, failed: bool, input_tokens: int = 0, output_tokens: int = 0) -> None:
+        (self.errors if failed else self.answers)[number] = line
+        self.input_tokens += input_tokens
+        self.output_tokens += output_tokens
+
+    def copy(self) -> "PartResults":
+        return PartResults(self.answers.copy(), self.errors.copy(), self.input_tokens, self.output_tokens)
+
     def __contains__(self, number: int) -> bool:
         return number in self.answers or number in self.errors
 
     def __len__(self) -> int:
         return len(self.answers) + len(self.errors)
 
-    def lines(self, content: Literal["output", "errors"]) -> bytes:
+    def lines(self, content: ResultsContent) -> bytes:
         by_number = self.answers if content == "output" else self.errors
         return b"".join(by_number[number] for number in sorted(by_number))
 

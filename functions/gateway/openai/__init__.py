@@ -1,6 +1,5 @@
-"""The OpenAI API, plain and streaming: chat completions, completions, responses, models; files and batches; and vLLM's
-/tokenize and /detokenize.
+"""The OpenAI API, plain and streaming: chat completions, completions, responses, models; and vLLM's /tokenize and /detokenize.
 
-May import: storage, eventing, eventing.wire, eventing.http, functions.configuration, functions.hosting, functions.observing,
-functions.gateway.answers, functions.gateway.jobs, functions.gateway.text.
+May import: eventing, eventing.wire, eventing.http, functions.configuration, functions.hosting, functions.observing,
+functions.gateway.answers, functions.gateway.text.
 """

@@ -4,13 +4,14 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
 
 import msgspec
 from flask import Blueprint, Flask, Response, g, request
-from werkzeug.exceptions import HTTPException
 
-from eventing.problems import MalformedEvent, NotReady, Problem
+from eventing.problems import MalformedEvent
 from functions.configuration.config import GatewayConfig
 from functions.gateway.answers.access_log import log_entry
 from functions.gateway.answers.authentication import Clients
@@ -18,10 +19,8 @@ from functions.gateway.answers.deduplication import Deduplicator
 from functions.gateway.answers.generation import Generation
 from functions.gateway.answers.service import AnswerService, RequestContext
 from functions.gateway.answers.streaming import Answering, arrival_time, client_gone, stream_response, whole_response
-from functions.gateway.jobs.files import Files
 from functions.gateway.openai.documents import ChoicesDocument, Envelope
-from functions.gateway.openai.errors import model_not_found, path_not_served, refused, unexpected
-from functions.gateway.openai.files_api import FilesAPI
+from functions.gateway.openai.errors import add_error_handlers, model_not_found, path_not_served
 from functions.gateway.openai.requests import ChatRequest, CompletionRequest
 from functions.gateway.openai.responses import ResponsesDocument
 from functions.gateway.openai.responses_requests import ResponsesRequest
@@ -29,17 +28,27 @@ from functions.gateway.openai.validation import read_request
 from functions.gateway.text.tokenizer import ModelText
 from functions.hosting.web import json_response
 from functions.observing.tracing import read_traceparent
-from storage.errors import StorageError
 
-R = TypeVar("R", ChatRequest, CompletionRequest, ResponsesRequest)
+
+@dataclass(frozen=True, slots=True)
+class AnswerKind:
+    """How requests to one path are read and answered."""
+
+    type_: type[ChatRequest | CompletionRequest | ResponsesRequest]
+    id_prefix: str
+    document: Callable[[Envelope, Any], ChoicesDocument | ResponsesDocument]
+
+
+ENDPOINTS: Final = {
+    "/v1/chat/completions": AnswerKind(ChatRequest, "chatcmpl-", ChoicesDocument),
+    "/v1/completions": AnswerKind(CompletionRequest, "cmpl-", ChoicesDocument),
+    "/v1/responses": AnswerKind(ResponsesRequest, "resp_", ResponsesDocument),
+}
 
 
 class OpenAIAPI:
-    def __init__(
-        self, service: Callable[[], AnswerService], clients: Clients, config: GatewayConfig, files: Files | None = None
-    ) -> None:
-        """service: raises NotReady before the tokenizer is loaded. files: None: no files and batches are served."""
-        self._files = files
+    def __init__(self, service: Callable[[], AnswerService], clients: Clients, config: GatewayConfig) -> None:
+        """service: raises NotReady before the tokenizer is loaded."""
         self._service = service
         self._clients = clients
         self._config = config
@@ -48,17 +57,11 @@ class OpenAIAPI:
 
     def register(self, app: Flask) -> None:
         routes = Blueprint("openai", __name__, url_prefix="/v1")
-        routes.post("/chat/completions", endpoint="chat")(lambda: self._answer(ChatRequest, "chatcmpl-", ChoicesDocument))
-        routes.post("/completions", endpoint="complete")(lambda: self._answer(CompletionRequest, "cmpl-", ChoicesDocument))
-        routes.post("/responses", endpoint="respond")(lambda: self._answer(ResponsesRequest, "resp_", ResponsesDocument))
+        for path, kind in ENDPOINTS.items():
+            routes.post(path.removeprefix("/v1"), endpoint=path.replace("/", "-"))(partial(self._answer, kind))
         routes.get("/models")(self._models)
         routes.get("/models/<path:model>")(self._one_model)
-        if self._files is not None:
-            FilesAPI(self._files, self._clients).register(routes)
-        routes.errorhandler(Problem)(refused)
-        routes.errorhandler(StorageError)(lambda error: refused(NotReady(f"the store of files failed: {error}")))
-        routes.errorhandler(HTTPException)(path_not_served)
-        routes.errorhandler(Exception)(unexpected)
+        add_error_handlers(routes)
         app.register_blueprint(routes)
         for status in (404, 405):  # a path without a route belongs to no blueprint
             app.register_error_handler(status, path_not_served)
@@ -72,13 +75,11 @@ class OpenAIAPI:
         served = self._config.model
         return json_response(self._model_document) if model == served else model_not_found(model, served)
 
-    def _answer(
-        self, type_: type[R], id_prefix: str, document_of: Callable[[Envelope, R], ChoicesDocument | ResponsesDocument]
-    ) -> Response:
+    def _answer(self, kind: AnswerKind) -> Response:
         arrived, entry, config = arrival_time(), log_entry(), self._config
         client_id = entry.client_id = self._clients.identify(request)
         data = request.get_data(cache=False)
-        body = read_request(data, type_)
+        body = read_request(data, kind.type_)
         if body.model != config.model:
             return model_not_found(body.model, config.model)
         key = request.headers.get("Idempotency-Key")
@@ -88,12 +89,12 @@ class OpenAIAPI:
             hashed.update(data)
         del data  # it would stay in memory, and in the budget of bodies, while the answer runs
         digest = hashed.digest()
-        g.request_id = entry.request_id = id_ = id_prefix + digest[:12].hex()
+        g.request_id = entry.request_id = id_ = kind.id_prefix + digest[:12].hex()
         try:
             generate_request = body.generate_request()
         except ValueError as error:
             raise MalformedEvent(f"the request cannot be served: {error}") from error
-        document = document_of(Envelope(id_, int(time.time()), config.model, config.pipeline), body)
+        document = kind.document(Envelope(id_, int(time.time()), config.model, config.pipeline), body)
         service = self._service()
         entry.request = generate_request
 

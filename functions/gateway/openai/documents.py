@@ -92,6 +92,7 @@ class ChoicesDocument:
             return [CompletionWriter(index, text, top_logprobs=request.logprobs or 0) for index, _ in answers]
         return [
             ChatWriter(
+                self._envelope.id,
                 index,
                 text,
                 None if request.constrained else text.reasoning(answer.prompt_ids),  # a grammar allows no thoughts
@@ -119,6 +120,7 @@ class ChatWriter:
     For a whole reply call `whole`, once. For a stream call `first`, then `chunks` with each token, then `last`.
     """
 
+    request_id: str
     index: int
     text: ModelText
     reasoning: Reasoning | None  # None: the answer has no thoughts
@@ -192,7 +194,8 @@ class ChatWriter:
         if part.name is None:
             return {"tool_calls": [{"index": part.call, "function": {"arguments": part.arguments}}]}
         function = {"name": part.name, "arguments": part.arguments}
-        call = {"index": part.call, "id": self.text.tools.format.new_id(), "type": "function", "function": function}
+        call_id = self.text.tools.format.call_id(self.request_id, self.index, part.call)
+        call = {"index": part.call, "id": call_id, "type": "function", "function": function}
         return {"tool_calls": [call]}
 
     def _finish_reason(self, choice: Choice) -> str:

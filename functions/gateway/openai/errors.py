@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
-from flask import Response, request
+from flask import Blueprint, Response, request
 from werkzeug.exceptions import HTTPException
 
 from eventing.problems import ContextExceeded, InvalidRequest, Problem
@@ -14,11 +14,24 @@ _log: Final = logging.getLogger(__name__)
 _PROMPT_PARAMETERS: Final = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/responses": "input"}
 
 
+def add_error_handlers(routes: Blueprint) -> None:
+    """Makes the routes answer every exception in the shape of the OpenAI API."""
+    routes.errorhandler(Problem)(refused)
+    routes.errorhandler(HTTPException)(path_not_served)
+    routes.errorhandler(Exception)(unexpected)
+
+
 def refused(problem: Problem) -> Response:
     """The reply for a Problem. It has the Problem's status, but 400 for InvalidRequest, as in the OpenAI API."""
+    status, document = refusal(problem, request.path)
+    return json_response(document, status, problem.headers())
+
+
+def refusal(problem: Problem, path: str) -> tuple[int, dict[str, Any]]:
+    """The status and the document of `refused`. path: of the request."""
     status = 400 if isinstance(problem, InvalidRequest) else problem.status
-    parameter = _PROMPT_PARAMETERS.get(request.path) if isinstance(problem, ContextExceeded) else None
-    return _error(status, str(problem), problem.name, parameter, problem.headers())
+    parameter = _PROMPT_PARAMETERS.get(path) if isinstance(problem, ContextExceeded) else None
+    return status, error_document(status, str(problem), problem.name, parameter)
 
 
 def path_not_served(error: HTTPException) -> Response:
@@ -35,8 +48,12 @@ def unexpected(error: Exception) -> Response:
 
 
 def model_not_found(requested: str, served: str) -> Response:
+    return json_response(unknown_model(requested, served), 404)
+
+
+def unknown_model(requested: str, served: str) -> dict[str, Any]:
     message = f"The model {requested!r} is not served here; this gateway serves {served!r}"
-    return _error(404, message, "model_not_found", "model")
+    return error_document(404, message, "model_not_found", "model")
 
 
 def error_document(status: int, message: str, code: str, parameter: str | None = None) -> dict[str, Any]:
@@ -45,7 +62,5 @@ def error_document(status: int, message: str, code: str, parameter: str | None =
     return {"error": {"message": message, "type": kind, "param": parameter, "code": code.replace("-", "_")}}
 
 
-def _error(
-    status: int, message: str, code: str, parameter: str | None = None, headers: Mapping[str, str] | None = None
-) -> Response:
-    return json_response(error_document(status, message, code, parameter), status, headers)
+def _error(status: int, message: str, code: str, headers: Mapping[str, str] | None = None) -> Response:
+    return json_response(error_document(status, message, code), status, headers)

@@ -3,7 +3,6 @@
 https://platform.openai.com/docs/api-reference/responses-streaming
 """
 
-import secrets
 from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Any, Final
@@ -81,7 +80,7 @@ class CallItem:
     def __init__(self, call_id: str, name: str, index: int) -> None:
         self.text = ""
         self._call = {"call_id": call_id, "name": name}
-        self._id = f"fc_{secrets.token_hex(12)}"
+        self._id = f"fc_{call_id.removeprefix('call_')}"
         self._index = index
         self._position = {"item_id": self._id, "output_index": index}
 
@@ -143,7 +142,8 @@ class Output:
             if delta.content:
                 yield from self._add_text("content", delta.content)
             if delta.name is not None:
-                yield from self._begin_item(CallItem(self._text.tools.format.new_id(), delta.name, len(self.items)))
+                call_id = self._text.tools.format.call_id(self._request_id, 0, len(self.items))
+                yield from self._begin_item(CallItem(call_id, delta.name, len(self.items)))
             if delta.arguments:
                 yield self.items[-1].push(delta.arguments, [])
 

@@ -8,6 +8,7 @@ from eventing.http.binding import STRUCTURED_CONTENT_TYPE
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE
 from eventing.wire.events import EventType
 from eventing.wire.generation import GenerateRequest, GenerateResponse
+from functions.gateway.jobs.batches_api import BatchRequest
 from functions.gateway.openai.requests import ChatRequest, CompletionRequest
 from functions.gateway.openai.responses_requests import ResponsesRequest
 from functions.gateway.openai.tokens import DetokenizeRequest, TokenizeRequest
@@ -114,8 +115,15 @@ def _jobs() -> Iterator[Operation]:
     found = (*_SITE_ERRORS, 404, 500, 503)
     page: Mapping[str, Mapping[str, object]] = {"limit": {"type": "integer"}, "after": {}}
     upload = "Send a file of requests, with the purpose `batch`"
+    create = "Have the requests of a file answered within a window"
     yield Operation("post", "/v1/files", upload, {JSON: replies.FileReply}, {FORM: replies.FileForm}, (400, 413, *found))
     yield Operation("get", "/v1/files", "Files, newest first", {JSON: replies.FileList}, errors=(400, *found), query=page)
     yield Operation("get", "/v1/files/{id}", "One file", {JSON: replies.FileReply}, errors=found)
-    yield Operation("delete", "/v1/files/{id}", "Delete it", {JSON: replies.FileDeleted}, errors=found)
+    yield Operation("delete", "/v1/files/{id}", "Delete it", {JSON: replies.FileDeleted}, errors=(400, *found))
     yield Operation("get", "/v1/files/{id}/content", "Its content", {BYTES: None}, errors=found)
+    yield Operation(
+        "post", "/v1/batches", create, {JSON: replies.BatchReply}, {JSON: BatchRequest}, (*_BODY_ERRORS, 404, 500, 503)
+    )
+    yield Operation("get", "/v1/batches", "Batches, newest first", {JSON: replies.BatchList}, errors=(400, *found), query=page)
+    yield Operation("get", "/v1/batches/{id}", "One batch", {JSON: replies.BatchReply}, errors=found)
+    yield Operation("post", "/v1/batches/{id}/cancel", "Cancel it", {JSON: replies.BatchReply}, errors=(413, 415, *found))

@@ -270,3 +270,41 @@ class FileDeleted(Struct, frozen=True):
     id: str
     object: Literal["file"]
     deleted: bool
+
+
+class BatchCounts(Struct, frozen=True):
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchReply(Struct, frozen=True):
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    errors: None
+    input_file_id: str
+    completion_window: str
+    status: Literal["in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    in_progress_at: int
+    expires_at: int
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: BatchCounts
+    usage: ResponseUsage
+    metadata: dict[str, str] | None
+
+
+class BatchList(Struct, frozen=True):
+    object: Literal["list"]
+    data: tuple[BatchReply, ...]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None

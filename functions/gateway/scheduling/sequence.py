@@ -165,6 +165,11 @@ class Prompt:
         if not self.token_ids or self.max_tokens < (0 if self.scored else 1):
             raise ValueError(f"{len(self.token_ids)} prompt tokens and max_tokens {self.max_tokens}: both must be at least 1")
 
+    @property
+    def turn(self) -> tuple[str, int]:
+        """Sequences with the same one are served in the order in which they came."""
+        return self.client_id, self.priority
+
 
 @dataclass(slots=True)
 class RetryBudget:

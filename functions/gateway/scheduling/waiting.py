@@ -29,7 +29,8 @@ class Entering:
 
 
 class FairQueue:
-    """First come, first served within a client; clients of one priority take turns, higher priorities go first.
+    """First come, first served within a client; clients of one priority take turns, higher priorities go first. What a client
+    asks in the background, with a lower priority, takes turns as if another client asked it.
 
     Every AGEING_TURNS-th turn goes to the client that has waited longest for one, so that a low priority does not starve.
     Sequences that were admitted before and come back go before all new ones.
@@ -37,7 +38,8 @@ class FairQueue:
 
     def __init__(self) -> None:
         self.places: FairShares[Sequence | Entering] = FairShares()  # new sequences, and requests that become some
-        self._clients: OrderedDict[str, deque[Sequence]] = OrderedDict()  # new sequences; the client next in turn is first
+        # New sequences, by client and priority; the one next in turn is first.
+        self._clients: OrderedDict[tuple[str, int], deque[Sequence]] = OrderedDict()
         self.returned: deque[Sequence] = deque()  # admitted before
         self._turns = 0
 
@@ -51,7 +53,7 @@ class FairQueue:
             yield from waiting
 
     def push(self, sequence: Sequence) -> None:
-        self._clients.setdefault(sequence.prompt.client_id, deque()).append(sequence)
+        self._clients.setdefault(sequence.prompt.turn, deque()).append(sequence)
         self.places.add(sequence.prompt.client_id, sequence)
 
     def push_returned(self, sequence: Sequence) -> None:
@@ -79,22 +81,21 @@ class FairQueue:
         is_new = sequence not in self.returned
         self.remove(sequence)
         self._turns += is_new
-        if is_new and sequence.prompt.client_id in self._clients:
-            self._clients.move_to_end(sequence.prompt.client_id)
+        if is_new and sequence.prompt.turn in self._clients:
+            self._clients.move_to_end(sequence.prompt.turn)
 
     def remove(self, sequence: Sequence) -> bool:
         """Removes a sequence if it is in the queue. Returns whether it was."""
         if sequence in self.returned:
             self.returned.remove(sequence)
             return True
-        client_id = sequence.prompt.client_id
-        waiting = self._clients.get(client_id, deque())
+        waiting = self._clients.get(sequence.prompt.turn, deque())
         if sequence not in waiting:
             return False
         waiting.remove(sequence)
         self.places.remove(sequence)
         if not waiting:
-            del self._clients[client_id]
+            del self._clients[sequence.prompt.turn]
         return True
 
 

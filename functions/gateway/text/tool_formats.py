@@ -3,8 +3,8 @@
 A grammar writes forced calls in the model's own format, so that they are parsed like any others.
 """
 
+import hashlib
 import json
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -31,9 +31,13 @@ class ToolFormat:
     many: bool = True  # several calls may follow each other
     direct: bool = False  # a call is a name and an object of arguments, instead of one object with both
 
-    def new_id(self) -> str:
-        """A call's id. Mistral's templates accept only nine letters and digits."""
-        return secrets.token_hex(5)[:9] if self.name == "mistral" else f"call_{secrets.token_hex(12)}"
+    def call_id(self, request_id: str, answer: int, call: int) -> str:
+        """A call's id, the same for every computation of the request. Mistral's templates accept only nine letters and digits.
+
+        answer, call: their numbers.
+        """
+        digest = hashlib.sha256(f"{request_id} {answer} {call}".encode()).hexdigest()
+        return digest[:9] if self.name == "mistral" else f"call_{digest[:24]}"
 
     def grammar(self, tools: Sequence[Tool], parallel: bool, special: Mapping[str, int]) -> str:
         """Source of a grammar, in llguidance's Lark, for an answer that calls one tool, or at least one if `parallel`.

@@ -193,7 +193,7 @@ def test_the_server_as_a_whole_has_options(gateway: FunctionProcess) -> None:
         sock.sendall(b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         seen = reply(sock)
     assert seen.startswith(b"HTTP/1.1 204 ")
-    assert b"\r\nAllow: GET, HEAD, OPTIONS, POST\r\n" in seen
+    assert b"\r\nAllow: DELETE, GET, HEAD, OPTIONS, POST\r\n" in seen
     assert b"Content-Length" not in seen  # RFC 9110, section 8.6
     assert seen.endswith(b"\r\n\r\n")
 

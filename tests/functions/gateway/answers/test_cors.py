@@ -46,7 +46,7 @@ def test_a_configured_origin_may_send_requests(path: str, pipeline: Pipeline) ->
     client = client_of(pipeline, LAMINA_CORS_ORIGINS=f"http://localhost:3000, {PAGE}", LAMINA_API_KEYS="key")
     assert preflight(client, path) == {
         "Access-Control-Allow-Origin": PAGE,
-        "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+        "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
         "Access-Control-Allow-Headers": "authorization,content-type",
         "Access-Control-Expose-Headers": "X-Request-Id, Retry-After",
         "Access-Control-Max-Age": "600",

@@ -9,6 +9,7 @@ import pytest
 
 from eventing.problems import QueueFull
 from eventing.wire.events import EventType
+from functions.gateway.answers.service import BACKGROUND
 from functions.gateway.scheduling.waiting import AGEING_TURNS, FairQueue
 from functions.gateway.stages.routes import Endpoint, Placement
 from tests.support.functions.gateway import answers_of, counted, scheduling, submit, tokens_of, wait_until
@@ -20,7 +21,7 @@ class SequenceStub(SimpleNamespace):
 
 
 def waiting(client_id: str, number: int, priority: int = 0) -> Any:
-    prompt = SimpleNamespace(client_id=client_id, priority=priority)
+    prompt = SimpleNamespace(client_id=client_id, priority=priority, turn=(client_id, priority))
     return SequenceStub(number=number, prompt=prompt, reserve_tokens=10 * (number + 1))
 
 
@@ -64,6 +65,13 @@ def test_the_queue_serves_higher_priorities_first_in_three_of_four_turns() -> No
         queue.push(waiting(client, number, priority))
     queue.push_returned(waiting("low", 9, -1))
     assert drain(queue) == [9, 4, 5, 6, 0, 7, 1, 3, 2]
+
+
+def test_what_a_client_asks_in_the_background_does_not_hold_up_its_other_requests() -> None:
+    queue = FairQueue()
+    for number, priority in enumerate([-BACKGROUND, -BACKGROUND, 0]):
+        queue.push(waiting("a", number, priority))
+    assert drain(queue) == [2, 0, 1]
 
 
 def test_a_low_priority_is_served_however_many_of_higher_ones_come() -> None:

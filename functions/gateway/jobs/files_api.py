@@ -8,8 +8,9 @@ from flask import Blueprint, Response, request
 from eventing.problems import InvalidRequest
 from functions.gateway.answers.access_log import log_entry
 from functions.gateway.answers.authentication import Clients
-from functions.gateway.jobs.files import EVERYBODY, ClientFile, Files
-from functions.gateway.openai.uploads import read_upload
+from functions.gateway.jobs.batches import Batches
+from functions.gateway.jobs.files import EVERYBODY, ClientFile
+from functions.gateway.jobs.uploads import read_upload
 from functions.hosting.web import json_response
 
 UPLOAD_PATH: Final = "/v1/files"
@@ -20,8 +21,9 @@ _PURPOSES: Final = {"input": "batch", "output": "batch_output", "errors": "batch
 class FilesAPI:
     """A client has the files that came with its API key. At a gateway without keys all clients have all files."""
 
-    def __init__(self, files: Files, clients: Clients) -> None:
-        self._files = files
+    def __init__(self, batches: Batches, clients: Clients) -> None:
+        self._batches = batches
+        self._files = batches.files
         self._clients = clients
 
     def register(self, routes: Blueprint) -> None:
@@ -59,7 +61,10 @@ class FilesAPI:
         return Response(self._files.read(owner, file), content_type="application/octet-stream")
 
     def _delete(self, id: str) -> Response:
-        self._files.delete(owner_of_request(self._clients), id)
+        owner = owner_of_request(self._clients)
+        if (reader := self._batches.reads(owner, id)) is not None:
+            raise InvalidRequest(f"{reader} reads the file and has not ended; cancel it first, or wait")
+        self._files.delete(owner, id)
         return json_response({"id": id, "object": "file", "deleted": True})
 
 
@@ -69,9 +74,9 @@ def owner_of_request(clients: Clients) -> str:
     return client_id if clients.are_known else EVERYBODY
 
 
-def page_of_request(most: int) -> tuple[str, int]:
-    """The query's `after` and `limit`, which is at most `most`. Raises InvalidRequest."""
-    said = request.args.get("limit", str(most))
+def page_of_request(most: int, default: int | None = None) -> tuple[str, int]:
+    """The query's `after` and `limit`, at most `most`. default: if the query has no limit. Raises InvalidRequest."""
+    said = request.args.get("limit", str(default or most))
     if not re.fullmatch("[0-9]{1,6}", said) or not int(said):
         raise InvalidRequest(f"limit is {said[:40]!r}; it is a number from 1 on")
     return request.args.get("after", ""), min(int(said), most)

@@ -1,0 +1,164 @@
+"""Answers one line of a batch, as the OpenAI API answers the request in it. The same line gets the same bytes everywhere."""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from eventing.problems import InvalidRequest, MalformedEvent, Problem
+from functions.configuration.config import GatewayConfig
+from functions.gateway.answers.generation import ClientLeft, Generation
+from functions.gateway.answers.service import AnswerService, RequestContext
+from functions.gateway.jobs.batches import BatchJob
+from functions.gateway.openai.api import ENDPOINTS
+from functions.gateway.openai.documents import Envelope
+from functions.gateway.openai.errors import refusal, unknown_model
+from functions.gateway.openai.validation import read_request
+
+_log: Final = logging.getLogger(__name__)
+
+_DELAYED_STATUSES: Final = (429, 503, 504)
+
+
+class LineDelayed(Exception):
+    """The line cannot be answered now, because of the Problem that is its cause. It is tried again later."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+
+
+class BatchLine(Struct, frozen=True):
+    custom_id: str
+    url: str
+    body: msgspec.Raw
+    method: str = "POST"
+
+
+@dataclass(frozen=True, slots=True)
+class LinePlace:
+    """A line of a batch."""
+
+    job: BatchJob
+    part: int
+    number: int  # in its part
+    line: bytes
+
+    def digest(self) -> bytes:
+        return hashlib.sha256(f"{self.job.id} {self.part} {self.number}".encode()).digest()
+
+    def custom_id(self) -> str | None:
+        try:
+            return msgspec.json.decode(self.line, type=BatchLine).custom_id
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class LineResult:
+    line: bytes  # of the output or the error file, with its newline
+    failed: bool
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+class LineAnswerer:
+    """Answers lines with the gateway's AnswerService. Thread-safe."""
+
+    def __init__(self, service: Callable[[], AnswerService], config: GatewayConfig) -> None:
+        """service: raises NotReady before the tokenizer is loaded."""
+        self._service = service
+        self._config = config
+
+    def answer(self, place: LinePlace, gone: Callable[[], bool], begun: Callable[[Generation], object]) -> LineResult:
+        """Waits for the answer. A line that cannot be served is answered with its error.
+
+        gone: whether the line shall be given up, which raises ClientLeft. begun: called when the answer begins. Raises
+        LineDelayed if a later try may succeed.
+        """
+        try:
+            return self._answer(place, gone, begun)
+        except ClientLeft:
+            raise
+        except Problem as problem:
+            if problem.status in _DELAYED_STATUSES or problem.status >= 500:
+                raise LineDelayed(problem) from problem
+            return self.refused(place, problem)
+        except Exception as error:
+            _log.exception("line %d of part %d of %s failed", place.number, place.part, place.job.id)
+            raise LineDelayed(Problem(f"{type(error).__name__}; the log of a gateway has the traceback")) from error
+
+    def _answer(self, place: LinePlace, gone: Callable[[], bool], begun: Callable[[Generation], object]) -> LineResult:
+        job = place.job
+        try:
+            line = msgspec.json.decode(place.line, type=BatchLine)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise MalformedEvent(f"the line is no request with custom_id, method, url and body: {error}") from error
+        if line.url != job.endpoint or line.method != "POST":
+            raise InvalidRequest(f"the line asks {line.method[:20]} {line.url[:80]}; its batch asks POST {job.endpoint}")
+        endpoint = ENDPOINTS[job.endpoint]
+        body = read_request(bytes(line.body), endpoint.type_)
+        if body.model != self._config.model:
+            return _result(place, 404, unknown_model(body.model, self._config.model))
+        if body.stream:
+            raise InvalidRequest("`stream` is true; a batch has whole answers")
+        try:
+            request = body.generate_request()
+        except ValueError as error:
+            raise MalformedEvent(f"the request cannot be served: {error}") from error
+        digest, service = place.digest(), self._service()
+        id_ = endpoint.id_prefix + digest[:12].hex()
+        context = RequestContext(
+            request_id=id_,
+            client_id=job.client_id,
+            seed=int.from_bytes(digest[12:20]) >> 1,
+            deadline_seconds=max(1.0, job.expires_at - time.time()),
+            arrived=time.monotonic(),
+            gone=gone,
+            in_background=True,
+        )
+        document = endpoint.document(Envelope(id_, job.created_at, self._config.model, self._config.pipeline), body)
+        generation = service.begin(request, context)
+        begun(generation)
+        for _ in generation.tokens():
+            pass
+        whole = document.whole(generation, service.text)
+        usage = generation.usage()
+        whole["usage"] = _repeatable(whole["usage"])
+        return _result(place, 200, whole, usage.prompt_tokens, usage.completion_tokens)
+
+    def refused(self, place: LinePlace, problem: Problem) -> LineResult:
+        """The line for a request that `problem` refuses."""
+        return _result(place, *refusal(problem, place.job.endpoint))
+
+    def unanswered(self, place: LinePlace, code: str, message: str) -> LineResult:
+        """The line for a request that was not answered before its batch ended."""
+        document = _head(place) | {"response": None, "error": {"code": code, "message": message}}
+        return LineResult(msgspec.json.encode(document) + b"\n", failed=True)
+
+
+def _result(place: LinePlace, status: int, body: dict[str, Any], input_tokens: int = 0, output_tokens: int = 0) -> LineResult:
+    request_id = f"req_{place.digest()[:12].hex()}"
+    document = _head(place) | {
+        "response": {"status_code": status, "request_id": request_id, "body": body},
+        "error": None,
+    }
+    return LineResult(msgspec.json.encode(document) + b"\n", status != 200, input_tokens, output_tokens)
+
+
+def _head(place: LinePlace) -> dict[str, Any]:
+    return {"id": f"batch_req_{place.digest()[:12].hex()}", "custom_id": place.custom_id()}
+
+
+def _repeatable(usage: Any) -> Any:
+    """The usage without what depends on caches and drafts, and may be different the next time."""
+    counts: dict[str, Any] = {name: value for name, value in msgspec.to_builtins(usage).items() if isinstance(value, int)}
+    if "input_tokens" in counts:  # of responses, whose type wants details
+        counts["input_tokens_details"] = {"cached_tokens": 0, "cache_write_tokens": 0}
+        counts["output_tokens_details"] = {"reasoning_tokens": 0}
+    return counts

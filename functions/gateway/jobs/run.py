@@ -1,0 +1,196 @@
+"""One open batch as this gateway sees it: which parts have results, and which parts other gateways work on."""
+
+import random
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Final
+
+from functions.gateway.jobs.batches import WINDOW_PARTS, BatchEnd, Batches, BatchJob, Cancelled, EndStatus, Sums
+from functions.gateway.jobs.files import part_lines, part_name
+from functions.gateway.jobs.lines import LineAnswerer, LinePlace
+from functions.gateway.jobs.results import PartResults
+from storage.errors import ObjectNotFound
+
+LEASE_SECONDS: Final = 10.0  # a gateway that has not renewed its lease for so long is taken for dead
+END: Final = "end"  # the lease of the gateway that ends the batch
+_CHOICES: Final = 8  # a part is drawn from so many, so that gateways seldom choose the same one
+_IDLE_SHARE: Final = 0.1  # of the window, in which live traffic goes first in any case
+
+_WHY: Final = {
+    "cancelled": ("batch_cancelled", "the batch was cancelled before this line was answered"),
+    "expired": ("batch_expired", "the batch's completion window ended before this line was answered"),
+}
+
+
+class BatchRun:
+    """Methods that ask the store raise a StorageError. The worker's lock guards `look`, `next_part`, `taken` and `finished`.
+
+    The clocks of gateways and store should differ by less than LEASE_SECONDS: otherwise leases expire too early or too late,
+    and the same parts are computed several times, or late.
+    """
+
+    def __init__(self, batches: Batches, job: BatchJob) -> None:
+        self.job = job
+        self.sums: Sums = batches.sums(job)  # of the first parts, all of which have results
+        self.taken: set[int] = set()  # parts that this gateway works on
+        self.ending = False  # this gateway ends the batch
+        self.closed = False  # the batch has ended
+        self.cancelled_at: int | None = None
+        self._paused_until = 0.0  # in time.monotonic()
+        self._batches = batches
+        self._folder = f"{job.owner}/runs/{job.id}/"
+        self._finished: set[int] = set()  # parts after the first ones that have results
+        self._leases: dict[str, tuple[datetime, float]] = {}  # when each was written, and when that was first seen here
+
+    @property
+    def complete(self) -> bool:
+        return self.sums.parts >= self.job.parts
+
+    @property
+    def stopped_as(self) -> EndStatus | None:
+        """How the batch ends before all lines are answered; None: it goes on."""
+        if self.cancelled_at is not None:
+            return "cancelled"
+        return "expired" if time.time() >= self.job.expires_at else None
+
+    def goes_on(self) -> bool:
+        """Whether lines may be answered."""
+        return not self.closed and self.stopped_as is None and time.monotonic() >= self._paused_until
+
+    def pause(self, seconds: float) -> None:
+        """Lines are not answered for so long."""
+        self._paused_until = time.monotonic() + seconds
+
+    def has_results(self, number: int) -> bool:
+        return number < self.sums.parts or number in self._finished
+
+    def may_end(self) -> bool:
+        """Whether the batch can be ended now. When it was stopped, gateways have some time to give up their parts."""
+        if self.complete:
+            return True
+        since = self.job.expires_at if self.cancelled_at is None else self.cancelled_at
+        return self.stopped_as is not None and time.time() >= min(since, self.job.expires_at) + LEASE_SECONDS
+
+    def due(self) -> bool:
+        """Whether the batch is so late that it no longer gives way to all live traffic."""
+        elapsed = (time.time() - self.job.created_at) / self.job.window_seconds
+        return elapsed > _IDLE_SHARE + (1 - 2 * _IDLE_SHARE) * self.sums.parts / max(1, self.job.parts)
+
+    def look(self) -> None:
+        """Reads from the store what has changed."""
+        batches, objects = self._batches, self._batches.objects
+        self.cancelled_at = batches.cancelled_at(self.job)
+        before = self.sums.parts
+        for name in objects.names(f"{self._folder}results/", part_name(before - 1) if before else ""):
+            if int(name) >= before + WINDOW_PARTS:
+                break
+            self._finished.add(int(name))
+        self._advance()
+        if self.sums.parts != before:
+            objects.put(f"{self._folder}sums.json", self.sums)
+        now = time.monotonic()
+        prefix = f"{objects.prefix}{self._folder}leases/"
+        leases = {found.key.removeprefix(prefix): found.modified for found in objects.store.list(prefix)}
+        known = self._leases
+        self._leases = {
+            name: known[name] if name in known and known[name][0] == written else (written, now)
+            for name, written in leases.items()
+        }
+
+    def next_part(self) -> int | None:
+        """A part without results on which nobody works; None: there is none now."""
+        window = range(self.sums.parts, min(self.job.parts, self.sums.parts + WINDOW_PARTS))
+        free = (number for number in window if number not in self._finished and number not in self.taken)
+        found = []
+        for number in free:
+            if not self.is_leased(part_name(number)):
+                found.append(number)
+            if len(found) == _CHOICES:
+                break
+        return random.choice(found) if found else None
+
+    def is_leased(self, name: str) -> bool:
+        """Whether another gateway works on a part, or ends the batch."""
+        if name not in self._leases:
+            return False
+        written, seen = self._leases[name]
+        age = (datetime.now(UTC) - written).total_seconds()
+        return age < LEASE_SECONDS and time.monotonic() - seen < LEASE_SECONDS
+
+    def lease(self, name: str) -> None:
+        """Takes or renews a lease. Two gateways may have the same one; they write the same results."""
+        self._batches.objects.put(f"{self._folder}leases/{name}", Cancelled(int(time.time())))
+
+    def release(self, name: str) -> None:
+        self._batches.objects.delete(f"{self._folder}leases/{name}")
+
+    def read_part(self, number: int) -> tuple[list[bytes], PartResults, bool]:
+        """The lines of a part, its results so far, and whether they are all."""
+        job, files, name = self.job, self._batches.files, part_name(number)
+        whole = files.results(job.owner, job.id, name)
+        if whole is not None:
+            return [], whole, True
+        lines = part_lines(files.part(job.owner, job.input_file_id, number))
+        return lines, files.results(job.owner, job.id, name, "work") or PartResults(), False
+
+    def store_work(self, number: int, results: PartResults) -> None:
+        """Stores results of a part that is not finished, for the gateway that goes on with it if this one dies."""
+        self._put("work", number, results)
+
+    def store_part(self, number: int, results: PartResults) -> None:
+        """Stores the results of a part, all of them, unless it has some."""
+        if self._batches.head(self.job, part_name(number)) is None and self._batches.end_of(self.job) is None:
+            self._put("results", number, results)
+        self._batches.objects.delete(f"{self._folder}work/{part_name(number)}")
+
+    def _put(self, folder: str, number: int, results: PartResults) -> None:
+        objects = self._batches.objects
+        objects.store.put(f"{objects.prefix}{self._folder}{folder}/{part_name(number)}", results.encode())
+
+    def finished(self, number: int) -> None:
+        """Records that the part has results."""
+        self._finished.add(number)
+
+    def end(self, answerer: LineAnswerer, stopping: Callable[[], bool]) -> bool:
+        """Ends the batch, which `may_end`: every line that has no answer gets an error. Returns whether it was ended.
+
+        stopping: this gateway ends; another one goes on from where this one is.
+        """
+        batches, job = self._batches, self.job
+        if batches.end_of(job) is None:
+            status = "completed" if self.complete else self.stopped_as or "expired"
+            renewed = 0.0
+            while not self.complete:
+                if stopping():
+                    return False
+                if time.monotonic() - renewed > LEASE_SECONDS / 3:
+                    self.lease(END)
+                    renewed = time.monotonic()
+                number = self.sums.parts
+                if batches.head(job, part_name(number)) is None:
+                    self._give_up(number, answerer, *_WHY[status])
+                self._finished.add(number)
+                self._advance()
+            batches.finish(job, BatchEnd(status=status, at=int(time.time()), sums=self.sums))
+        return True
+
+    def _give_up(self, number: int, answerer: LineAnswerer, code: str, message: str) -> None:
+        try:
+            lines, results, _ = self.read_part(number)
+        except ObjectNotFound:  # somebody has deleted the input
+            lines, results = [], PartResults()
+        for index, line in enumerate(lines):
+            if index not in results:
+                result = answerer.unanswered(LinePlace(self.job, number, index, line), code, message)
+                results.add(index, result.line, result.failed)
+        self._put("results", number, results)
+
+    def _advance(self) -> None:
+        """Counts the parts that follow the first ones and have results."""
+        while (number := self.sums.parts) in self._finished:
+            head = self._batches.head(self.job, part_name(number))
+            self._finished.discard(number)
+            if head is None:  # a store showed a part of an object
+                return
+            self.sums = self.sums.plus(head)

@@ -1,0 +1,240 @@
+"""Answers the lines of open batches, beside the live requests of this gateway and together with other gateways."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from eventing.problems import RateLimited
+from functions.gateway.answers.generation import ClientLeft, Generation
+from functions.gateway.jobs.allowance import TICK_SECONDS, Allowance
+from functions.gateway.jobs.batches import Batches
+from functions.gateway.jobs.files import made_at, part_name
+from functions.gateway.jobs.lines import LineAnswerer, LineDelayed, LinePlace, LineResult
+from functions.gateway.jobs.results import PartResults
+from functions.gateway.jobs.run import END, LEASE_SECONDS, BatchRun
+from functions.threads.pool import ThreadPool
+from storage.errors import StorageError
+
+_log: Final = logging.getLogger(__name__)
+
+MAX_LINES: Final = 64  # that are answered at the same time
+MAX_PARTS: Final = 6  # in memory at the same time: more lines than MAX_LINES, so that the end of a part leaves no gap
+LOOK_SECONDS: Final = 1.0  # between looks into the store while a batch is open
+IDLE_LOOK_SECONDS: Final = 5.0  # while none is
+_CHECKPOINT_SECONDS: Final = 2.0  # between writes of what is answered of a part
+_CREATING_SECONDS: Final = 600.0  # far more than between the two writes that create a batch
+_MAX_ERRORS: Final = 3  # tries of a line that fails inside; then its error is its answer
+_PAUSE_SECONDS: Final = 10.0  # of a batch, after a failure of the store, or while its client has used up its budget
+_LONGEST_BACK_OFF_SECONDS: Final = 30.0
+
+
+class BatchWorker:
+    """Looks for open batches and answers their lines, until `stop`.
+
+    Every lines' results go to the store within _CHECKPOINT_SECONDS, so a gateway that dies loses little work, and no line.
+    """
+
+    def __init__(self, batches: Batches, answerer: LineAnswerer, waiting: Callable[[], int]) -> None:
+        """waiting: number of all sequences that the scheduler has not begun."""
+        self._batches = batches
+        self._answerer = answerer
+        self._allowance = Allowance(MAX_LINES, waiting)
+        self._runs: dict[tuple[str, str], BatchRun] = {}  # by owner and id
+        self._in_hand = 0  # parts
+        self._lock = threading.Lock()  # guards runs' parts, and `_in_hand`
+        self._woken = threading.Event()
+        self._stopping = threading.Event()
+        self._parts = ThreadPool(MAX_PARTS + 1, "batch-part")
+        self._lines = ThreadPool(MAX_LINES, "batch-line")
+        self._looks = threading.Thread(target=self._look_for_ever, name="batches", daemon=True)
+
+    def start(self) -> None:
+        self._looks.start()
+
+    def wake(self) -> None:
+        """Makes the worker look at once, because a batch was created or cancelled."""
+        self._woken.set()
+
+    def stop(self) -> None:
+        """Gives up the lines that are being answered, and leaves them to other gateways. Does not wait."""
+        self._stopping.set()
+        self._woken.set()
+
+    def join(self, seconds: float) -> None:
+        """Waits after `stop`, at most so long, until what is answered is stored."""
+        deadline = time.monotonic() + seconds
+        while self._in_hand and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def _look_for_ever(self) -> None:
+        looked_at = 0.0
+        while not self._stopping.is_set():
+            try:
+                if time.monotonic() - looked_at >= LOOK_SECONDS:
+                    self._look()
+                    looked_at = time.monotonic()
+                self._take_parts()
+            except StorageError as error:
+                _log.warning("batches wait for their store: %s", error)
+            except Exception:  # noqa: BLE001 - logged; the batches go on
+                _log.exception("looking for batches failed")
+            if self._in_hand:
+                self._allowance.tick(MAX_LINES // 8 if any(run.due() for run in self._runs.values()) else 0)
+                self._woken.wait(TICK_SECONDS)
+            else:
+                self._woken.wait(LOOK_SECONDS if self._runs else IDLE_LOOK_SECONDS)
+            self._woken.clear()
+
+    def _look(self) -> None:
+        """Learns which batches are open, and how far they are."""
+        open_ = set(self._batches.open())
+        for place in open_ - self._runs.keys():
+            job = self._batches.find(*place)
+            if job is not None:
+                self._runs[place] = BatchRun(self._batches, job)
+            elif time.time() - made_at(place[1]) > _CREATING_SECONDS:  # the gateway died that created it
+                self._batches.close(*place)
+        for place, run in list(self._runs.items()):
+            if place not in open_:
+                del self._runs[place]
+                run.closed = True
+                continue
+            with self._lock:
+                run.look()
+            if run.may_end() and not run.ending and not run.taken and not run.is_leased(END):
+                run.ending = True
+                self._parts.submit(self._end, run)
+
+    def _take_parts(self) -> None:
+        """Begins parts of the batches of which this gateway has fewest, as many as may be in memory."""
+        while self._in_hand < MAX_PARTS and not self._stopping.is_set():
+            with self._lock:
+                open_ = sorted(self._runs.values(), key=lambda run: (len(run.taken), run.job.expires_at))
+                chosen = ((run, run.next_part()) for run in open_ if run.goes_on())
+                run, number = next((each for each in chosen if each[1] is not None), (None, None))
+                if run is None or number is None:
+                    return
+                run.taken.add(number)
+                self._in_hand += 1
+            self._parts.submit(self._work, run, number)
+
+    def _work(self, run: BatchRun, number: int) -> None:
+        finished = False
+        try:
+            finished = _Part(run, number, self._answerer, self._allowance, self._stopping.is_set).work(self._lines)
+        except StorageError as error:
+            _log.warning("part %d of %s is given up: %s", number, run.job.id, error)
+            run.pause(_PAUSE_SECONDS)
+        except Exception:  # noqa: BLE001 - logged; the part is tried again
+            _log.exception("part %d of %s failed", number, run.job.id)
+            run.pause(_PAUSE_SECONDS)
+        with self._lock:
+            self._in_hand -= 1
+            run.taken.discard(number)
+            if finished:
+                run.finished(number)
+        self._woken.set()
+
+    def _end(self, run: BatchRun) -> None:
+        try:
+            if run.end(self._answerer, self._stopping.is_set):
+                self._batches.close(run.job.owner, run.job.id)
+                _log.info("%s has ended: %s", run.job.id, run.sums)
+        except StorageError as error:
+            _log.warning("%s could not be ended: %s", run.job.id, error)
+        except Exception:  # noqa: BLE001 - logged; it is tried again
+            _log.exception("ending %s failed", run.job.id)
+        run.ending = False
+        self._woken.set()
+
+
+class _Part:
+    """One part while this gateway works on it. A thread runs `work`; those of a pool answer the lines."""
+
+    def __init__(
+        self, run: BatchRun, number: int, answerer: LineAnswerer, allowance: Allowance, stopping: Callable[[], bool]
+    ) -> None:
+        self._run = run
+        self._number = number
+        self._answerer = answerer
+        self._allowance = allowance
+        self._stopping = stopping
+        self._results = PartResults()
+        self._changed = threading.Condition()
+        self._pending = 0  # lines that a thread answers or will answer
+
+    def work(self, lines: ThreadPool) -> bool:
+        """Answers the part's lines. Returns whether it has all results; False: it is given up. Raises a StorageError."""
+        run, number = self._run, self._number
+        run.lease(part_name(number))
+        content, self._results, finished = run.read_part(number)
+        if finished:
+            return True
+        missing = [index for index in range(len(content)) if index not in self._results]
+        self._pending = len(missing)
+        for index in missing:
+            lines.submit(self._answer, LinePlace(run.job, number, index, content[index]))
+        stored, renewed_at = len(self._results), time.monotonic()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._pending, _CHECKPOINT_SECONDS)
+                over, whole = not self._pending, len(self._results) == len(content)
+                snapshot = self._results.copy()
+            if over:
+                break
+            if len(snapshot) != stored:
+                run.store_work(number, snapshot)
+                stored = len(snapshot)
+            if time.monotonic() - renewed_at > LEASE_SECONDS / 3:
+                run.lease(part_name(number))
+                renewed_at = time.monotonic()
+        if whole:
+            run.store_part(number, snapshot)
+        elif len(snapshot) != stored:
+            run.store_work(number, snapshot)
+        run.release(part_name(number))
+        return whole
+
+    def _stopped(self) -> bool:
+        return self._stopping() or not self._run.goes_on() or self._run.has_results(self._number)
+
+    def _answer(self, place: LinePlace) -> None:
+        result = self._result(place)
+        with self._changed:
+            if result is not None:
+                self._results.add(place.number, result.line, result.failed, result.input_tokens, result.output_tokens)
+            self._pending -= 1
+            self._changed.notify_all()
+
+    def _result(self, place: LinePlace) -> LineResult | None:
+        """Answers a line, and tries again as long as that may help. None: it is given up."""
+        failures = errors = 0
+        while (slot := self._allowance.enter(self._stopped)) is not None:
+            try:
+
+                def begun(generation: Generation) -> None:
+                    stream = generation.answers[0].token_stream
+                    slot.is_waiting = lambda: stream.timings().queue_seconds is None
+
+                return self._answerer.answer(place, lambda: slot.preempted or self._stopped(), begun)
+            except ClientLeft:
+                continue
+            except LineDelayed as delayed:
+                if isinstance(delayed.problem, RateLimited):
+                    self._run.pause(min(_PAUSE_SECONDS, delayed.problem.retry_after_seconds or 1))
+                failures += 1
+                errors += delayed.problem.status == 500
+                if errors == _MAX_ERRORS:
+                    return self._answerer.refused(place, delayed.problem)
+                seconds = min(_LONGEST_BACK_OFF_SECONDS, max(delayed.problem.retry_after_seconds or 1, 2.0**failures))
+            finally:
+                self._allowance.leave(slot)
+            self._pause(seconds)
+        return None
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self._stopped():
+            time.sleep(min(TICK_SECONDS, max(0.0, end - time.monotonic())))

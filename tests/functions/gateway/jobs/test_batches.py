@@ -1,0 +1,200 @@
+"""Batches by the official client: a real pipeline, a real store. The oracle is the same pipeline, asked live."""
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import openai
+import pytest
+
+from functions.gateway.jobs.files import PART_LINES
+from storage.store.payload_store import PayloadStore
+from tests.support.functions.functions import FunctionProcess, running_gateway, wait_until
+from tests.support.storage.published import Published
+
+KEYS = ("a-first-client-key", "a-second-client-key")
+CHAT = {"model": "tiny", "temperature": 0, "max_tokens": 4}
+WAIT_SECONDS = 120.0
+
+
+@pytest.fixture(scope="module")
+def gateway(published: Published) -> Iterator[FunctionProcess]:
+    with running_gateway(published, LAMINA_JOBS_STORE="lamina/jobs", LAMINA_API_KEYS=",".join(KEYS)) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def client(gateway: FunctionProcess) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=KEYS[0], max_retries=0) as client:
+        yield client
+
+
+def line(number: int, url: str = "/v1/chat/completions", **body: Any) -> dict[str, Any]:
+    said = {"messages": [{"role": "user", "content": f"Say {number}"}]} if "messages" not in body else {}
+    return {"custom_id": f"line-{number}", "method": "POST", "url": url, "body": CHAT | said | body}
+
+
+def begun(
+    client: openai.OpenAI, lines: Iterable[object], endpoint: Any = "/v1/chat/completions", **more: Any
+) -> openai.types.Batch:
+    content = b"".join((each if isinstance(each, bytes) else json.dumps(each).encode()) + b"\n" for each in lines)
+    file = client.files.create(file=("input.jsonl", content), purpose="batch")
+    return client.batches.create(
+        **({"input_file_id": file.id, "endpoint": endpoint, "completion_window": "24h"} | more)  # type: ignore[arg-type]
+    )
+
+
+def ended(client: openai.OpenAI, batch: openai.types.Batch) -> openai.types.Batch:
+    def over() -> bool:
+        return client.batches.retrieve(batch.id).status in ("completed", "failed", "expired", "cancelled")
+
+    wait_until(over, WAIT_SECONDS)
+    return client.batches.retrieve(batch.id)
+
+
+def read(client: openai.OpenAI, file_id: str | None) -> list[Any]:
+    return [] if file_id is None else [json.loads(each) for each in client.files.content(file_id).text.splitlines()]
+
+
+def results(client: openai.OpenAI, batch: openai.types.Batch) -> list[Any]:
+    return read(client, batch.output_file_id) + read(client, batch.error_file_id)
+
+
+def test_the_whole_life_of_a_batch(client: openai.OpenAI) -> None:
+    count = 2 * PART_LINES + 3
+    batch = begun(client, map(line, range(count)), metadata={"of": "a test"})
+    assert (batch.status, batch.request_counts.total, batch.metadata) == ("in_progress", count, {"of": "a test"})
+    batch = ended(client, batch)
+    assert batch.status == "completed"
+    assert (batch.request_counts.completed, batch.request_counts.failed, batch.error_file_id) == (count, 0, None)
+    output = read(client, batch.output_file_id)
+    assert [each["custom_id"] for each in output] == [f"line-{number}" for number in range(count)]
+    assert client.files.retrieve(batch.output_file_id).bytes == len(client.files.content(batch.output_file_id).content)
+    for each in output[:: PART_LINES // 2]:
+        live = client.chat.completions.create(**line(int(each["custom_id"].removeprefix("line-")))["body"])
+        body = openai.types.chat.ChatCompletion.model_validate(each["response"]["body"])
+        assert body.choices == live.choices
+        assert body.usage.total_tokens == live.usage.total_tokens
+    assert batch.usage.output_tokens == sum(each["response"]["body"]["usage"]["completion_tokens"] for each in output)
+    assert batch in client.batches.list()
+    assert client.files.delete(batch.output_file_id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.content(batch.output_file_id)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "text"),
+    [
+        ("/v1/completions", {"prompt": "hello", "max_tokens": 4}, lambda body: body["choices"][0]["text"]),
+        ("/v1/responses", {"input": "hello", "max_output_tokens": 4}, lambda body: body["output"][0]["content"][0]["text"]),
+    ],
+)
+def test_every_endpoint_is_served(client: openai.OpenAI, endpoint: str, body: dict[str, Any], text: Any) -> None:
+    body = {"model": "tiny", "temperature": 0} | body
+    batch = ended(client, begun(client, [{"custom_id": "1", "method": "POST", "url": endpoint, "body": body}], endpoint))
+    (result,) = read(client, batch.output_file_id)
+    live: Any = client.post(endpoint.removeprefix("/v1"), body=body, cast_to=object)
+    assert text(result["response"]["body"]) == text(live)
+
+
+def test_what_cannot_be_served_is_in_the_error_file(client: openai.OpenAI) -> None:
+    wrong: dict[str, Any] = {
+        "model": line(0, model="other"),
+        "option": line(1, no_option=1),
+        "stream": line(2, stream=True),
+        "url": line(3, "/v1/completions"),
+        "context": line(4, max_tokens=None, messages=[{"role": "user", "content": "x" * 10_000}]),
+        "no id": {"body": {}},
+        "no JSON": b"no JSON",
+    }
+    batch = ended(client, begun(client, [line(10), *wrong.values(), b"", line(11)]))
+    assert batch.status == "completed"
+    assert [each["custom_id"] for each in read(client, batch.output_file_id)] == ["line-10", "line-11"]
+    errors = read(client, batch.error_file_id)
+    assert [each["custom_id"] for each in errors] == [*(f"line-{number}" for number in range(5)), None, None]
+    statuses = [each["response"]["status_code"] for each in errors]
+    assert statuses == [404, 400, 400, 400, 400, 400, 400]
+    assert errors[4]["response"]["body"]["error"]["code"] == "context_length_exceeded"
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (2, 7)
+
+
+def long_lines(count: int) -> list[dict[str, Any]]:
+    return [line(number, max_tokens=200, ignore_eos=True) for number in range(count)]
+
+
+def check_stopped(client: openai.OpenAI, batch: openai.types.Batch, count: int, code: str) -> None:
+    """Every line is there once, and those without an answer say why."""
+    found = results(client, batch)
+    assert sorted(each["custom_id"] for each in found) == sorted(f"line-{number}" for number in range(count))
+    errors = read(client, batch.error_file_id)
+    assert errors
+    assert {each["error"]["code"] for each in errors} == {code}
+    assert batch.request_counts.completed + batch.request_counts.failed == count
+
+
+def test_a_cancelled_batch_keeps_its_answers(client: openai.OpenAI) -> None:
+    count = 40 * PART_LINES
+    batch = begun(client, [*map(line, range(PART_LINES)), *long_lines(count)[PART_LINES:]])
+    wait_until(lambda: client.batches.retrieve(batch.id).request_counts.completed > 0, WAIT_SECONDS)
+    assert client.batches.cancel(batch.id).status == "cancelling"
+    batch = ended(client, batch)
+    assert batch.status == "cancelled"
+    assert batch.request_counts.completed > 0
+    check_stopped(client, batch, count, "batch_cancelled")
+
+
+def test_a_batch_ends_with_its_window(client: openai.OpenAI) -> None:
+    count = 40 * PART_LINES
+    batch = ended(client, begun(client, long_lines(count), completion_window="3s"))
+    assert batch.status == "expired"
+    check_stopped(client, batch, count, "batch_expired")
+
+
+def test_a_batch_belongs_to_its_key(client: openai.OpenAI) -> None:
+    batch = begun(client, [line(0)])
+    other = client.with_options(api_key=KEYS[1])
+    assert list(other.batches.list()) == []
+    for refused in (other.batches.retrieve, other.batches.cancel):
+        with pytest.raises(openai.NotFoundError):
+            refused(batch.id)
+    with pytest.raises(openai.NotFoundError):
+        other.batches.create(input_file_id=batch.input_file_id, endpoint="/v1/chat/completions", completion_window="24h")
+    ended(client, batch)
+    newest = [begun(client, [line(0)]).id for _ in range(3)][::-1]
+    assert [each.id for each in islice(client.batches.list(limit=2), 3)] == newest
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"endpoint": "/v1/embeddings"}, {"completion_window": "8d"}, {"completion_window": "soon"}],
+    ids=lambda more: " ".join(more.values()),
+)
+def test_what_no_batch_may_ask_is_refused(client: openai.OpenAI, more: dict[str, Any]) -> None:
+    with pytest.raises(openai.BadRequestError):
+        begun(client, [line(0)], **more)
+    with pytest.raises(openai.BadRequestError, match="no requests"):
+        begun(client, [])
+
+
+def test_an_input_stays_as_long_as_it_is_read(client: openai.OpenAI) -> None:
+    batch = begun(client, long_lines(10 * PART_LINES))
+    with pytest.raises(openai.BadRequestError, match="has not ended"):
+        client.files.delete(batch.input_file_id)
+    client.batches.cancel(batch.id)
+    ended(client, batch)
+    wait_until(lambda: client.files.delete(batch.input_file_id).deleted)
+
+
+def test_nothing_of_ended_batches_is_left_but_files(client: openai.OpenAI, published: Published) -> None:
+    batch = ended(client, begun(client, [line(0)]))
+    with PayloadStore(published.store) as store:
+        wait_until(lambda: not [found for found in store.list("jobs/open/") if found.key.endswith(batch.id)])
+        assert [
+            found.key.rpartition(f"{batch.id}/")[2] for found in store.list("jobs/") if f"/runs/{batch.id}/" in found.key
+        ] == ["results/00000000"]
+    for file_id in (batch.output_file_id, batch.input_file_id):
+        client.files.delete(file_id)
+    with PayloadStore(published.store) as store:
+        assert not [found.key for found in store.list("jobs/") if "/parts/" in found.key and batch.input_file_id in found.key]
+        assert not [found.key for found in store.list("jobs/") if f"/runs/{batch.id}/" in found.key]
