@@ -115,10 +115,17 @@ def drawn_without_tiers(dtype: str, tokens: list[int]) -> list[int]:
 
 @contextmanager
 def kv_stage(
-    dtype: str = "float32", store: PayloadStore | None = None, sealer: Sealer = SEALER, max_bytes: int = 2**30
+    dtype: str = "float32",
+    store: PayloadStore | None = None,
+    sealer: Sealer = SEALER,
+    max_bytes: int = 2**30,
+    group: LayerGroup | None = None,
 ) -> Iterator[KVStage]:
-    """All layers in one stage, with a tier of peers and, with `store`, a tier of the store, which keeps `max_bytes`."""
-    (group,) = native_groups("llama", dtype, (LAYERS,))
+    """All layers in one stage, with a tier of peers and, with `store`, a tier of the store, which keeps `max_bytes`.
+
+    group: None: of the tiny llama in C.
+    """
+    group = group or native_groups("llama", dtype, (LAYERS,))[0]
     assert isinstance(group.kv, KVBlocks)
     restores, estimate = Restores(), FetchEstimate(ComputeRate())
     with ThreadPoolExecutor(4) as threads:
