@@ -7,6 +7,14 @@ import inspect
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+
+def without_vocabulary(model: Any) -> None:
+    model.gguf_writer.add_tokenizer_model("none")
+    if not any(key.endswith(".vocab_size") for key in model.gguf_writer.kv_data[0]):
+        model.gguf_writer.add_vocab_size(model.hparams["vocab_size"])
+
 
 if __name__ == "__main__":
     sources, *folders = sys.argv[1:]
@@ -21,7 +29,7 @@ if __name__ == "__main__":
         config = json.loads((folder / "config.json").read_text())
         converter = get_model_class(config["architectures"][0])
         for each in (converter, *filter(inspect.isclass, vars(converter).values())):
-            each.set_vocab = lambda self: None
+            each.set_vocab = without_vocabulary
         parameters = {**config, **converter.load_hparams(folder, False)}
         converter(
             folder, gguf.LlamaFileType.ALL_F32, folder.with_suffix(".gguf"), hparams=parameters, fuse_qkv="fuse_qkv" in config

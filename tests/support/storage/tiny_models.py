@@ -188,7 +188,7 @@ _STORED: Final[dict[str, dict[str, Any]]] = {
     "granitemoe": _like_llama("granitemoe", **_GRANITE),
     "granitemoeshared": _like_llama("granitemoeshared", shared_intermediate_size=24, **_GRANITE),
     "olmo": _like_llama("olmo", clip_qkv=0.5),
-    "olmoe": _like_llama("olmoe", num_experts=4, num_experts_per_tok=2),
+    "olmoe": _like_llama("olmoe", num_key_value_heads=4, num_experts=4, num_experts_per_tok=2),
     "cohere2": _like_llama("cohere2", logit_scale=0.25, sliding_window=SLIDING_WINDOW, tie_word_embeddings=True),
     "glm": _like_llama("glm", head_dim=8, attention_bias=True, rms_norm_eps=1e-5),
     "glm4_moe": _like_llama(
