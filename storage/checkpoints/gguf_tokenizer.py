@@ -19,7 +19,11 @@ EOS: Final = "tokenizer.ggml.eos_token_id"
 _UNKNOWN: Final = 2  # a value of tokenizer.ggml.token_type; see the GGUF specification
 _CONTROL: Final = 3
 _USER_DEFINED: Final = 4
-_TOKEN_IDS: Final = ("bos", "eos", "eot", "eom", "unknown", "padding")
+# Fill-in-the-middle: begin, suffix and middle of a prompt; and what separates files, which ends an answer as in llama.cpp.
+_FILL_IN: Final = {"fim_pre": "fim_prefix_token", "fim_suf": "fim_suffix_token", "fim_mid": "fim_middle_token"}
+_FILE_ENDS: Final = ("fim_pad", "fim_rep", "fim_sep")
+_TOKEN_IDS: Final = ("bos", "eos", "eot", "eom", "unknown", "padding", *_FILL_IN, *_FILE_ENDS)
+_TEMPLATE: Final = "tokenizer.chat_template"
 _SPACE: Final = "▁"  # how SentencePiece writes a space
 # Tokens that end a turn, found by their text, since many files name only the end of the text.
 _ENDS_OF_TURN: Final = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<turn|>", "<|call|>", "<|end|>")
@@ -36,20 +40,29 @@ def tokenizer_files(path: Path, fields: Mapping[str, Any]) -> dict[str, bytes]:
     ends_of_turn = {token for token in _ENDS_OF_TURN if token in tokens}
     if {"<|call|>", "<|end|>"} <= ends_of_turn:
         ends_of_turn.remove("<|end|>")  # in gpt-oss it ends a message, and the turn goes on
-    ends = {ids["eos"], ids["eot"], ids["eom"], *map(tokens.index, ends_of_turn)}
+    ends = {ids["eos"], ids["eot"], ids["eom"], *(ids[key] for key in _FILE_ENDS), *map(tokens.index, ends_of_turn)}
     generation = {
         "bos_token_id": ids["bos"],
         "eos_token_id": sorted(number for number in ends if number is not None),
         "pad_token_id": ids["padding"],
     }
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | special
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | special
+    if fill_in := {name: tokens[number] for key, name in _FILL_IN.items() if (number := ids[key]) is not None}:
+        config["extra_special_tokens"] = fill_in
+    templates = {
+        key.removeprefix(_TEMPLATE).removeprefix(".") or "default": text
+        for key, text in fields.items()
+        if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")
+    }
+    if templates.keys() - {"default"}:
+        config["chat_template"] = [{"name": name, "template": text} for name, text in sorted(templates.items())]
     files = {
         "tokenizer.json": _tokenizer(path, fields, tokens, special).to_str(pretty=False).encode(),
         "tokenizer_config.json": msgspec.json.format(msgspec.json.encode(config), indent=2),
         "generation_config.json": msgspec.json.format(msgspec.json.encode(generation), indent=2),
     }
-    if template := fields.get("tokenizer.chat_template"):
-        files["chat_template.jinja"] = template.encode()
+    if templates.get("default"):
+        files["chat_template.jinja"] = templates["default"].encode()
     return files
 
 
@@ -134,8 +147,9 @@ def _checked_tokens(path: Path, fields: Mapping[str, Any]) -> list[str]:
                 f"{path} has tokenizer.ggml.{key}_token_id = {str(number)[:64]} and {len(tokens)} tokens; "
                 "make the GGUF file again"
             )
-    if not isinstance(fields.get("tokenizer.chat_template", ""), str):
-        raise CheckpointInvalid(f"{path} has a tokenizer.chat_template that is no text; make the GGUF file again")
+    for key, text in fields.items():
+        if (key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")) and not isinstance(text, str):
+            raise CheckpointInvalid(f"{path} has a {key} that is no text; make the GGUF file again")
     return tokens
 
 

@@ -1,5 +1,6 @@
 """Tokenizers of GGUF files: vocabularies made on the spot, and llama.cpp's own vocabularies with their golden ids."""
 
+import json
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,24 @@ def test_tokens_that_end_a_turn_end_generation(tokens: dict[str, str], ends: lis
     assert b'"eos_token_id": [' in files["generation_config.json"]
 
 
+def test_named_templates_and_tokens_to_fill_in_are_published() -> None:
+    fields = default_model_metadata()
+    number = fields["tokenizer.ggml.eos_token_id"]
+    added = {"tokenizer.chat_template": "a", "tokenizer.chat_template.tool_use": "b", "tokenizer.chat_templates": ["tool_use"]}
+    ids = {f"tokenizer.ggml.{key}_token_id": number + 1 + place for place, key in enumerate(("fim_pre", "fim_sep", "eot"))}
+    files = tokenizer_files(Path("x.gguf"), fields | added | ids)
+    config, tokens = json.loads(files["tokenizer_config.json"]), fields["tokenizer.ggml.tokens"]
+    assert files["chat_template.jinja"] == b"a"
+    assert config["chat_template"] == [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    assert config["extra_special_tokens"] == {"fim_prefix_token": tokens[number + 1]}
+    assert json.loads(files["generation_config.json"])["eos_token_id"] == [number, number + 2, number + 3]
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
+        ({"tokenizer.chat_template.rag": 1}, r"has a tokenizer\.chat_template\.rag that is no text"),
+        ({"tokenizer.ggml.fim_mid_token_id": 2**31}, "fim_mid_token_id = 2147483648 and"),
         (
             {"tokenizer.ggml.pre": "of-tomorrow"},
             r"'of-tomorrow'; known are llama, gemma4, and gpt2 with a\.x-4\.0.*--tokenizer",
