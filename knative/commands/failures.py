@@ -30,7 +30,7 @@ _EXPECTED = (
 def one_line(error: Exception) -> str | None:
     """The message to print for an expected failure; None if commands do not expect this exception."""
     if isinstance(error, _EXPECTED):
-        return str(error)
+        return ". ".join([str(error), *getattr(error, "__notes__", ())])
     if isinstance(error, OSError) and error.strerror:  # such as a full disk or a missing permission
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}"

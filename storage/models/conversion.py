@@ -6,8 +6,9 @@ In int8 the matrices of layers are I8; norms, embedding and head are bfloat16. I
 In gguf every tensor keeps the file's format: matrices in the formats of `blocks`, and floats. Others become bfloat16.
 """
 
+import threading
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, cast
 
 import msgspec
@@ -34,16 +35,21 @@ _FLOATS_OF: Final[Mapping[Dtype, FloatName]] = {
 
 @dataclass(slots=True)
 class RoundingError:
-    """The largest difference between weights and what is published for them, and the largest magnitude of a weight."""
+    """The largest difference between weights and what is published for them, and the largest magnitude of a weight.
+
+    Thread-safe.
+    """
 
     largest: float = 0.0
     largest_weight: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, weights: Floats, published: Floats) -> None:
         with np.errstate(invalid="ignore"):
             errors = published - weights
-        self.largest = max(self.largest, _largest_magnitude(errors))
-        self.largest_weight = max(self.largest_weight, _largest_magnitude(weights))
+        error, weight = _largest_magnitude(errors), _largest_magnitude(weights)
+        with self._lock:
+            self.largest, self.largest_weight = max(self.largest, error), max(self.largest_weight, weight)
 
 
 def _largest_magnitude(numbers: Floats) -> float:

@@ -1,14 +1,18 @@
 """Publishes a checkpoint: every decoder layer, the embedding and the head as one object each, then the manifest.
 
-Memory is bounded: tensors pass through in blocks of a few MiB. Publishing is resumable: after every object a fragment of the
-manifest is written; the next run reads the object's tensors again and sends nothing if they give the same bytes. It is
-idempotent: publishing the same contents again costs one manifest read and one reading of the files. Readers see nothing before
-the manifest.
+Objects are made and sent by several threads. Memory is bounded: tensors pass through in blocks of a few MiB. Publishing is
+resumable: after every object a fragment of the manifest is written; the next run reads the object's tensors again and sends
+nothing if they give the same bytes. It is idempotent: publishing the same contents again costs one manifest read and one
+reading of the files. Readers see nothing before the manifest. Objects are named by the checkpoint's contents, so that two
+publications of one name never mix.
 """
 
 import hashlib
 import logging
+import os
+import threading
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from dataclasses import replace as with_changes
@@ -22,7 +26,7 @@ from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
 from storage.checkpoints.decoder_config import with_description
 from storage.checkpoints.model_description import ModelDescription, describe_model
 from storage.checkpoints.model_source import checkpoint_fingerprint, checkpoint_state, locate, open_checkpoint
-from storage.errors import CheckpointInvalid, ManifestInvalid, ModelNotPublished
+from storage.errors import CheckpointInvalid, ManifestInvalid, ModelNotPublished, StorageError
 from storage.models.checks import check_runnable, check_shapes, is_layer_matrix
 from storage.models.model_repository import (
     MANIFEST_VERSION,
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_MOST_THREADS: Final = 4  # each holds about 100 MiB: parts on their way, and blocks that are converted
 _FRAGMENT_SUFFIX: Final = ".fragment.json"
 
 
@@ -120,7 +125,13 @@ def publish(
     planned = plan_publication(path, dtype, keep_wide=keep_wide, tokenizer=tokenizer)
     checkpoint, model, plans, error = planned.checkpoint, planned.model, planned.objects, planned.error
     upload = _Upload(store, f"{prefix}{publication}/", plans, progress, afresh)
-    objects = {plan.name: upload.verified_or_written(plan) for plan in plans}
+    try:
+        objects = upload.objects()
+    except StorageError as error:
+        error.add_note(
+            f"{name} as {dtype} stays as it was; when the cause is gone, the same push goes on where this one stopped."
+        )
+        raise
     files = dict(checkpoint.files)
     config = with_description(checkpoint.config)
     if checkpoint.config.get("tie_word_embeddings", model.tied) != model.tied:
@@ -232,6 +243,10 @@ def _check_blocks(source: str | Path, placed: Placement) -> None:
         )
 
 
+class _GivenUp(Exception):
+    """Ends the threads that write further objects when one has failed."""
+
+
 class _Upload:
     """Writes the objects and files of one publication, except for the objects that an interrupted run has finished."""
 
@@ -242,7 +257,9 @@ class _Upload:
         self._prefix = prefix
         self._plans = plans
         self._progress = progress
-        self._done_bytes = 0
+        self._lock = threading.Lock()
+        self._done_bytes: dict[str, int] = {}  # by object
+        self._given_up = False
         self._total_bytes = sum(plan.bytes for plan in plans)
         self._present = {} if afresh else {item.key: item.bytes for item in store.list(prefix)}
 
@@ -257,26 +274,48 @@ class _Upload:
         for plan in self._plans:
             self._store.delete(f"{self._prefix}{plan.name}{_FRAGMENT_SUFFIX}")
 
-    def verified_or_written(self, plan: ObjectPlan) -> StoredObject:
+    def objects(self) -> dict[str, StoredObject]:
+        """Writes all objects, several at a time, and returns what the manifest says of them.
+
+        After the first error no further object is begun, and those that are being written are given up.
+        """
+        with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "publisher") as threads:
+            written = {plan.name: threads.submit(self._verified_or_written, plan) for plan in self._plans}
+            try:
+                wait(written.values(), return_when=FIRST_EXCEPTION)
+            finally:
+                self._given_up = True
+                threads.shutdown(cancel_futures=True)
+        failed = [error for each in written.values() if not each.cancelled() and (error := each.exception())]
+        for error in failed:
+            if not isinstance(error, _GivenUp):
+                raise error
+        return {name: each.result() for name, each in written.items()}
+
+    def _verified_or_written(self, plan: ObjectPlan) -> StoredObject:
         """Writes the object, unless an earlier run has written it and the checkpoint still gives the same bytes.
 
         Returns what the manifest says of it.
         """
         key, fragment_key = f"{self._prefix}{plan.name}.safetensors", f"{self._prefix}{plan.name}{_FRAGMENT_SUFFIX}"
         report = partial(self._report, plan.name)
-        done_before = self._done_bytes
         if self._present.get(key) == plan.bytes and fragment_key in self._present:
             with suppress(msgspec.MsgspecError):
                 found = msgspec.json.decode(self._store.get(fragment_key), type=StoredObject)
                 same_layout = (found.key, found.bytes, found.tensors) == (key, plan.bytes, plan.named_spans)
                 if same_layout and planned_digests(plan, report) == found.parts:
                     return found
-        self._done_bytes = done_before
+        with self._lock:
+            self._done_bytes[plan.name] = 0
         stored = write_object(self._store, key, plan, report)
         self._store.put(fragment_key, msgspec.json.encode(stored))
         return stored
 
     def _report(self, name: str, count: int) -> None:
-        self._done_bytes += count
-        if self._progress:
-            self._progress(PublishProgress(name, self._done_bytes, self._total_bytes))
+        """Counts bytes of an object and tells the caller. Raises _GivenUp if another object has failed."""
+        with self._lock:
+            if self._given_up:
+                raise _GivenUp
+            self._done_bytes[name] = self._done_bytes.get(name, 0) + count
+            if self._progress:
+                self._progress(PublishProgress(name, sum(self._done_bytes.values()), self._total_bytes))

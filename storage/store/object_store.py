@@ -7,6 +7,7 @@ import io
 import ssl
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.client import HTTPException
 from typing import Any, BinaryIO, Final, NoReturn, TypeVar, cast
 from urllib.parse import urlsplit
@@ -186,7 +187,9 @@ class _PacedSender:
             # Without Expect the body is sent at once. A store that refuses it answers and closes the connection.
             headers = {name: value for name, value in request.headers.items() if name.lower() != "expect"}
             target = f"{url.path}?{url.query}" if url.query else url.path
-            connection.request(request.method, target, cast("Any", request.body), headers)
+            # A store that refuses the body, such as one whose disk is full, may answer and close before it has read all.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(request.method, target, cast("Any", request.body), headers)
             with connection.getresponse() as response:
                 body = _BufferedBody(response.read())
                 return AWSResponse(request.url, response.status, cast("Any", response.headers), body)

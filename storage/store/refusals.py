@@ -33,6 +33,10 @@ def refusal(settings: StoreSettings, key: str, status: int, code: str) -> Storag
     seen = f"HTTP {status}" + (f" {code}" if code and code != str(status) else "")
     if code == "NoSuchBucket" or (status == 404 and not key):
         return BucketNotFound(f"there is no {settings.place}; create it, or correct its name")
+    if code == "NoSuchUpload":
+        return StoreUnreachable(
+            f"{settings.place} has given up the upload of {key!r} ({seen}), as it does if its disk is full; look at the store"
+        )
     if status == 404:
         return ObjectNotFound(f"there is no object {key!r} in {settings.place}")
     if status in (401, 403):
@@ -43,7 +47,9 @@ def refusal(settings: StoreSettings, key: str, status: int, code: str) -> Storag
     if status == 416:
         return ObjectAltered(f"{key!r} in {settings.place} is shorter than what was published; publish the model again")
     if is_transient(status):
-        return StoreUnreachable(f"{settings.place} fails at {key!r} ({seen}), also when asked again; look at the store")
+        return StoreUnreachable(
+            f"{settings.place} fails at {key!r} ({seen}), also when asked again; look at the store and its disk"
+        )
     subject = f"a request for {key!r}" if key else "a request about the bucket"
     return UnexpectedAnswer(
         f"{settings.place} answers {subject} with {seen}; is it an S3 store, and is the bucket's name right?"

@@ -6,7 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,8 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from knative.commands.failures import one_line
 from storage.checkpoints.decoder_config import with_description
 from storage.errors import (
+    AccessDenied,
     ArchitectureUnsupported,
     CheckpointInvalid,
     ChecksumMismatch,
@@ -33,7 +38,7 @@ from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings
 from tests.support.paths import ROOT
 from tests.support.storage import tiny_models
-from tests.support.storage.storage import STORE_OF_ARGUMENTS, FaultProxy, store_arguments
+from tests.support.storage.storage import STORE_OF_ARGUMENTS, Fault, FaultProxy, store_arguments
 from tests.support.storage.torch_tensors import as_torch, assert_equal, folder_tensors
 
 O_PROJ, GATE = "model.layers.3.self_attn.o_proj.weight", "model.layers.2.mlp.gate_proj.weight"
@@ -215,14 +220,70 @@ def test_an_interrupted_run_is_invisible_and_resumes(llama: Path, settings: Stor
         publish(llama, store, "interrupted", "float32", progress=stop_at("layer-00003"))
     with pytest.raises(ModelNotPublished):
         read_manifest(store, "interrupted", "float32")
+    finished = objects_finished(store, "interrupted")
+    assert finished
+    assert "layer-00003" not in finished
     proxy.requests.clear()
     seen: list[PublishProgress] = []
     manifest = publish(llama, store, "interrupted", "float32", progress=seen.append)
-    uploaded = {path.rsplit("/", 1)[-1] for method, path in proxy.requests if method == "PUT" and "safetensors" in path}
-    assert uploaded == {f"layer-0000{number}.safetensors" for number in (3, 4, 5)} | {"head.safetensors"}
+    assert objects_sent(proxy) == manifest.objects.keys() - finished
     assert seen[-1].done_bytes == seen[-1].total_bytes == sum(stored.bytes for stored in manifest.objects.values())
     assert_equal(loaded(settings, manifest), folder_tensors(llama))
     assert not [item.key for item in store.list("models/interrupted/") if "fragment" in item.key]
+
+
+def objects_finished(store: ObjectStore, name: str) -> set[str]:
+    keys = [item.key.rsplit("/", 1)[-1] for item in store.list(f"models/{name}/")]
+    return {key.removesuffix(".fragment.json") for key in keys if key.endswith(".fragment.json")}
+
+
+def objects_sent(proxy: FaultProxy) -> set[str]:
+    paths = [path.rsplit("/", 1)[-1] for method, path in proxy.requests if method == "PUT"]
+    return {path.removesuffix(".safetensors") for path in paths if path.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "words"),
+    [(403, AccessDenied, "check the keys"), (507, StoreUnreachable, "look at the store and its disk")],
+)
+def test_a_refused_object_leaves_nothing_visible_and_says_how_to_go_on(
+    status: int, error: type[StorageError], words: str, llama: Path, settings: StoreSettings, proxy: FaultProxy
+) -> None:
+    store, name = ObjectStore(proxy.settings), f"refused-{status}"
+    proxy.faults.append(Fault("layer-00003.safetensors", "PUT", times=100, status=status))
+    with pytest.raises(error, match=words) as raised:
+        publish(llama, store, name, "float32")
+    assert "the same push goes on where this one stopped" in str(one_line(raised.value))
+    with pytest.raises(ModelNotPublished):
+        read_manifest(store, name, "float32")
+    finished = objects_finished(store, name)
+    proxy.faults.clear()
+    proxy.requests.clear()
+    manifest = publish(llama, store, name, "float32")
+    assert objects_sent(proxy) == manifest.objects.keys() - finished
+    assert_equal(loaded(settings, manifest), folder_tensors(llama))
+
+
+def test_two_publications_of_one_name_do_not_mix(
+    llama: Path, copied: Path, settings: StoreSettings, store: ObjectStore
+) -> None:
+    with_one_bit_more(copied)
+    both = threading.Barrier(2)
+
+    def meet(progress: PublishProgress) -> None:
+        if progress.object == "layer-00002" and progress.done_bytes < progress.total_bytes:
+            with suppress(threading.BrokenBarrierError):
+                both.wait(timeout=0 if both.broken else 60)
+                both.abort()
+
+    with ThreadPoolExecutor(2) as threads:
+        pushes = [threads.submit(publish, path, store, "raced", "float32", progress=meet) for path in (llama, copied)]
+        manifests = [push.result() for push in pushes]
+    assert manifests[0].publication != manifests[1].publication
+    winner = read_manifest(store, "raced", "float32")
+    assert winner in manifests
+    for manifest, path in zip(manifests, (llama, copied), strict=True):
+        assert_equal(loaded(settings, manifest), folder_tensors(path))
 
 
 def test_a_store_that_fails_leaves_the_old_model(llama: Path, copied: Path, proxy: FaultProxy) -> None:

@@ -19,7 +19,7 @@ from tests.support.paths import ROOT
 from tests.support.storage.storage import STORE_OF_ARGUMENTS, store_arguments
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 2048, 5632, 17, 32_000
-MEMORY_LIMIT_BYTES = 10**9
+MEMORY_LIMIT_BYTES = 600 * 10**6
 
 PUBLISH = f"""{STORE_OF_ARGUMENTS}
 from storage.models.publisher import publish
@@ -105,7 +105,7 @@ def finish(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.timeout(240)
-def test_two_gigabytes_in_less_than_one_killed_and_resumed(tmp_path: Path) -> None:
+def test_two_gigabytes_in_little_memory_killed_and_resumed(tmp_path: Path) -> None:
     checkpoint, data = tmp_path / "checkpoint", tmp_path / "store"
     make_checkpoint(checkpoint)
     assert sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) > 2 * 10**9
@@ -115,7 +115,7 @@ def test_two_gigabytes_in_less_than_one_killed_and_resumed(tmp_path: Path) -> No
             read_manifest(ObjectStore(store.settings), "large", "bfloat16")
         finished = {path.name.removesuffix(".fragment.json") for path in data.rglob("*.fragment.json")}
         written = {path: path.stat().st_mtime_ns for path in data.rglob("*.safetensors") if path.stem in finished}
-        assert len(written) >= LAYERS // 2 - 1
+        assert len(written) >= LAYERS // 2 - 4  # those that were in flight are begun again
         finish(publisher(checkpoint, store))
         assert {path: path.stat().st_mtime_ns for path in written} == written, "nothing was uploaded twice"
         manifest = read_manifest(ObjectStore(store.settings), "large", "bfloat16")

@@ -10,6 +10,7 @@ from storage.errors import AccessDenied, BucketNotFound, ObjectNotFound, Storage
 from storage.store.object_reader import ObjectReader
 from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings
+from tests.support.storage.storage import refusing_every_put
 
 
 @pytest.mark.slow
@@ -98,6 +99,17 @@ def test_errors_name_their_cause(
 ) -> None:
     with pytest.raises(error, match=words):
         call(ObjectStore(replace(settings, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error", "words"),
+    [(403, "AccessDenied", AccessDenied, "check the keys"), (404, "NoSuchUpload", StoreUnreachable, "if its disk is full")],
+)
+def test_an_answer_before_the_end_of_the_body_is_read(
+    status: int, code: str, error: type[StorageError], words: str, settings: StoreSettings
+) -> None:
+    with refusing_every_put(status, code) as url, pytest.raises(error, match=words):
+        ObjectStore(replace(settings, endpoint_url=url)).put("key", bytes(2**25))
 
 
 def read_with_reader(settings: StoreSettings) -> bytes:

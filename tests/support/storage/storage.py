@@ -36,9 +36,10 @@ def store_arguments(settings: StoreSettings) -> tuple[str, str, str]:
 
 @dataclass
 class Fault:
-    """What happens to the next `times` GETs whose path contains `path`. One of the actions."""
+    """What happens to the next `times` requests of this method whose path contains `path`. One of the actions."""
 
     path: str = ""
+    method: str = "GET"
     times: int = 1
     status: int = 0  # answered instead of asking the store
     end_after: int | None = None  # body bytes after which the connection is closed in good order, too early
@@ -89,10 +90,10 @@ class FaultProxy:
     def count(self, method: str) -> int:
         return sum(seen == method for seen, _ in self.requests)
 
-    def fault_for(self, path: str) -> Fault | None:
+    def fault_for(self, method: str, path: str) -> Fault | None:
         with self.lock:
             for fault in self.faults:
-                if fault.times > 0 and fault.path in path:
+                if fault.times > 0 and fault.method == method and fault.path in path:
                     fault.times -= 1
                     return fault
         return None
@@ -120,6 +121,27 @@ def default_model_gguf() -> Path:
 def default_model_metadata() -> dict[str, Any]:
     """Metadata of that file. Reading takes seconds, so it is read once for all tests; do not change the result."""
     return {name: field.contents() for name, field in GGUFReader(default_model_gguf()).fields.items()}
+
+
+@contextmanager
+def refusing_every_put(status: int, code: str) -> Iterator[str]:
+    """A server that answers before it reads the body, as a store whose disk is full does. Yields its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            body = f"<Error><Code>{code}</Code></Error>".encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Silent."""
+
+    with _Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
 @contextmanager
@@ -181,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.proxy.requests.append((self.command, self.path))
         self.proxy.on_request(self.command, self.path)
-        fault = self.proxy.fault_for(self.path) if self.command == "GET" else None
+        fault = self.proxy.fault_for(self.command, self.path)
         if fault and fault.status:
             self._answer(fault.status)
         else:
