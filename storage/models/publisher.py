@@ -127,8 +127,8 @@ def publish(
     upload = _Upload(store, f"{prefix}{publication}/", plans, progress, afresh)
     try:
         objects = upload.objects()
-    except StorageError as error:
-        error.add_note(
+    except StorageError as failure:
+        failure.add_note(
             f"{name} as {dtype} stays as it was; when the cause is gone, the same push goes on where this one stopped."
         )
         raise

@@ -133,7 +133,7 @@ def test_what_transformers_keeps_in_float32_is_not_rounded(
 @pytest.mark.parametrize(
     ("family", "changes", "dtype", "words"),
     [
-        ("llama", {"model_type": "mamba2"}, "float32", "'mamba2' is not supported; supported are apertus"),
+        ("llama", {"model_type": "rwkv"}, "float32", "'rwkv' is not supported; supported are apertus"),
         ("gemma", {"use_bidirectional_attention": True}, "float32", "attend to later ones"),
         ("llama", {"hidden_act": "relu"}, "int8", "activation 'relu'"),
     ],
