@@ -7,7 +7,7 @@ payloads by their names. Reading a payload does not delete it, because the same 
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 CLAIMS_PREFIX: Final = "claims/"  # in the models' bucket; a lifecycle rule may delete objects older than a few days there
 DEFAULT_LIFETIME: Final = timedelta(hours=24)
 
+_PIECE_BYTES: Final = 2**20
 _HOUR: Final = "%Y%m%dT%HZ"
 _DIGEST: Final = re.compile("[0-9a-f]{64}")
 _REFERENCE: Final = (Attribute.DATAREF, Attribute.DATAREF_BYTES, Attribute.DATAREF_SHA256)
@@ -72,7 +73,52 @@ class ClaimCheck:
         attributes = {name: value for name, value in event.get_attributes().items() if name not in _REFERENCE}
         return checked_event(attributes, self._fetch(event, str(reference)))
 
-    def _fetch(self, event: CloudEvent, reference: str) -> bytes:
+    def pieces(self, event: CloudEvent) -> Iterator[bytes]:
+        """The event's data piece by piece: fetched if it carries a reference, in bounded memory.
+
+        Raises as `redeem` does, if the data has another digest only after its last piece.
+        """
+        reference = event.get_extension(Attribute.DATAREF)
+        if reference is None:
+            yield from map(bytes, data_buffers(event))
+            return
+        name, expected_bytes, expected_digest = self._expected(event, str(reference))
+        digest, view = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES))
+        for start in range(0, expected_bytes, _PIECE_BYTES):
+            piece = view[: expected_bytes - start]
+            try:
+                with _store_errors():
+                    self._store.read_range_into(self._prefix + name, start, piece, total_bytes=expected_bytes)
+            except ObjectNotFound as error:
+                raise EventExpired(f"the payload {reference} is not in the store any more") from error
+            digest.update(piece)
+            yield bytes(piece)
+        if digest.hexdigest() != expected_digest:
+            raise MalformedEvent(f"the payload {reference} is not the one that was checked in: its SHA-256 differs")
+
+    def check_in_pieces(
+        self, event: CloudEvent, content_type: str, pieces: Callable[[], Iterator[bytes]], now: datetime
+    ) -> CloudEvent:
+        """The event, which has no data, with those of `pieces`: up to SAFE_EVENT_BYTES itself, more by reference.
+
+        pieces: returns the same bytes each time it is called; they are never in memory together. now: with a time zone. Raises
+        NotReady if the store fails.
+        """
+        attributes = dict(event.get_attributes()) | {"datacontenttype": content_type}
+        size, digest = event_bytes(event), hashlib.sha256()
+        for piece in pieces():
+            size += len(piece)
+            digest.update(piece)
+        if size <= SAFE_EVENT_BYTES:
+            return checked_event(attributes, b"".join(pieces()))
+        name = f"{_hour_after(expiry_time(event.get_attributes()) or now + self._lifetime)}/{digest.hexdigest()}"
+        with _store_errors():
+            self._store.put_pieces(self._prefix + name, pieces())
+        reference = (self._root + name, str(size - event_bytes(event)), digest.hexdigest())
+        return checked_event(attributes | dict(zip(_REFERENCE, reference, strict=True)), None)
+
+    def _expected(self, event: CloudEvent, reference: str) -> tuple[str, int, str]:
+        """The name of a payload, and the length and the digest that it must have. Raises MalformedEvent, EventTooLarge."""
         name = reference.removeprefix(self._root)
         hour, _, digest = name.partition("/")
         if name == reference or _end_of_hour(hour) is None or not _DIGEST.fullmatch(digest):
@@ -81,6 +127,10 @@ class ClaimCheck:
         expected_digest = required_attribute(event.get_attributes(), Attribute.DATAREF_SHA256)
         if expected_bytes > MAX_PAYLOAD_BYTES:
             raise EventTooLarge(f"the payload {reference} has {expected_bytes} bytes, the most is {MAX_PAYLOAD_BYTES}")
+        return name, expected_bytes, expected_digest
+
+    def _fetch(self, event: CloudEvent, reference: str) -> bytes:
+        name, expected_bytes, expected_digest = self._expected(event, reference)
         try:
             with _store_errors():
                 data = self._store.get(self._prefix + name)

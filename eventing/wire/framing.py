@@ -20,6 +20,7 @@ from eventing.wire.batch_codec import decode_batch
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch
 
 JSON_CONTENT_TYPE: Final = "application/json"
+JSONL_CONTENT_TYPE: Final = "application/jsonl"
 REQUIRED: Final = ("specversion", "id", "source", "type")
 _KNOWN: Final = {*REQUIRED, "time", "datacontenttype", *Attribute}  # names that need no check
 MAX_NAME_LENGTH: Final = 20
@@ -213,6 +214,10 @@ def read_batch(attributes: Mapping[str, Any], data: Buffer) -> Batch:
 def reply_id_of(source: str, id: str) -> str:
     """The id of the reply to the event with this source and id. It is the same at every delivery of the event."""
     return hashlib.sha256(cause_key(source, id)).hexdigest()[:32]
+
+
+def is_json_lines(content_type: str) -> bool:
+    return content_type.partition(";")[0].strip().lower() == JSONL_CONTENT_TYPE
 
 
 def is_json(content_type: str) -> bool:

@@ -433,6 +433,12 @@ class GatewayConfig(CommonConfig):
         "not served",
         "",
     )
+    sink: str | None = setting(
+        "K_SINK",
+        parsers.url,
+        "URL that gets the results of batches which events began, set by a SinkBinding; unset: no such events",
+        "",
+    )
     page: str = setting(
         "LAMINA_PAGE", parsers.one_of("on", "off"), "on: `GET /` is a page that chats and shows the pipeline", "on"
     )

@@ -20,9 +20,9 @@ from functions.gateway.answers.client_limits import ClientLimits
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
 from functions.gateway.answers.sites import Sites, check_media_type
+from functions.gateway.build import Jobs
 from functions.gateway.cloudevents.api import CloudEventsAPI
 from functions.gateway.cloudevents.scoring import ScoreEntry
-from functions.gateway.jobs.batches import Batches
 from functions.gateway.jobs.batches_api import BatchesAPI
 from functions.gateway.jobs.files import MAX_FILE_BYTES
 from functions.gateway.jobs.files_api import UPLOAD_PATH, FilesAPI
@@ -82,14 +82,14 @@ def create_app(
     keys: KeyRing,
     write_line: Callable[[str], object] = lambda line: print(line, file=sys.stderr, flush=True),
     watched: Watched | None = None,
-    batches: Batches | None = None,
+    jobs: Jobs | None = None,
     batches_changed: Callable[[], object] = lambda: None,
 ) -> Flask:
     """The application with the routes of all APIs. It can answer before the tokenizer is loaded.
 
     service: returns the AnswerService; raises NotReady before the tokenizer is loaded. write_line: receives each line of the
     access log. watched: sources of `GET /v1/pipeline/events`; None: that path is not served.
-    batches: None: files and batches are not served. batches_changed: called when one was created or cancelled.
+    jobs: None: files and batches are not served. batches_changed: called when one was created or cancelled.
     """
     app = _Gateway(metrics)
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
@@ -105,19 +105,20 @@ def create_app(
     scores = None
     if config.scores == "on":
         scores = ScoreEntry(service, claims, pipeline=config.pipeline, source=source, token=config.pipeline_token)
-    CloudEventsAPI(service, clients, claims, scores, source, config).register(app)
+    events = None if jobs is None else jobs.events
+    CloudEventsAPI(service, clients, claims, scores, source, config, events, batches_changed).register(app)
     TokensAPI(service, clients).register(app)
     if watched is not None:
         PipelineEventsAPI(PipelineWatch(watched), clients).register(app)
     if config.page == "on":
         register_page(app)
-    described = list(operations(with_page=config.page == "on", with_jobs=batches is not None))
+    described = list(operations(with_page=config.page == "on", with_jobs=jobs is not None))
     register_document(app, described, config.model, with_keys=not keys.is_open)
     OpenAIAPI(service, clients, config).register(app)
-    if batches is not None:
+    if jobs is not None:
         routes = Blueprint("jobs", __name__, url_prefix="/v1")
-        FilesAPI(batches, clients).register(routes)
-        BatchesAPI(batches, clients, batches_changed).register(routes)
+        FilesAPI(jobs.batches, clients).register(routes)
+        BatchesAPI(jobs.batches, clients, batches_changed).register(routes)
         add_error_handlers(routes)
         routes.errorhandler(StorageError)(lambda error: refused(NotReady(f"the store of files and batches failed: {error}")))
         app.register_blueprint(routes)

@@ -3,10 +3,12 @@
 import secrets
 from dataclasses import dataclass, replace
 
+from eventing.claim_check import ClaimCheck
 from eventing.http.delivery import Sender
 from eventing.http.pod_network import PodNetwork
 from functions.configuration.config import GatewayConfig
 from functions.gateway.jobs.batches import Batches
+from functions.gateway.jobs.events import BatchEvents
 from functions.gateway.jobs.files import Files, JobObjects
 from functions.gateway.scheduling.batching import SchedulerLimits
 from functions.gateway.scheduling.prefix_sharing import PrefixSharing
@@ -21,13 +23,23 @@ from functions.observing.tracing import Tracer
 from storage.store.payload_store import PayloadStore
 
 
-def batch_store(config: GatewayConfig) -> Batches | None:
+@dataclass(frozen=True, slots=True)
+class Jobs:
+    """Files and batches, and the events that begin batches and tell of their ends."""
+
+    batches: Batches
+    events: BatchEvents
+
+
+def configured_jobs(config: GatewayConfig) -> Jobs | None:
     """Files and batches in the configured store; None: they are not served."""
     if config.jobs_store is None:
         return None
     bucket, prefix = config.jobs_store
     objects = JobObjects(PayloadStore(replace(config.store, bucket=bucket)), prefix)
-    return Batches(objects, Files(objects))
+    batches = Batches(objects, Files(objects))
+    claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
+    return Jobs(batches, BatchEvents(batches, claims, Sender(), f"/pipelines/{config.pipeline}/gateway", config.sink))
 
 
 @dataclass(frozen=True, slots=True)

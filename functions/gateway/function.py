@@ -12,7 +12,7 @@ from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
 from functions.gateway.app import MAX_REQUEST_BYTES, client_limits, create_app, gateway_admission, stage_descriptions
-from functions.gateway.build import RunningScheduler, batch_store
+from functions.gateway.build import RunningScheduler, configured_jobs
 from functions.gateway.jobs.lines import LineAnswerer
 from functions.gateway.jobs.worker import BatchWorker
 from functions.gateway.page.pipeline_watch import Watched
@@ -54,10 +54,11 @@ class GatewayFunction:
         if self._keys.is_open:
             _log.warning("open to everybody: neither LAMINA_API_KEYS nor LAMINA_API_KEY_FILES is set")
         self._worker: BatchWorker | None = None
-        batches, changed = batch_store(config), None
-        if batches is not None:
+        jobs, changed = configured_jobs(config), None
+        if jobs is not None:
             answerer = LineAnswerer(self._ready_answer_service, config)
-            self._worker = BatchWorker(batches, answerer, lambda: running.scheduler.stats().waiting)
+            waiting = lambda: running.scheduler.stats().waiting  # noqa: E731
+            self._worker = BatchWorker(jobs.batches, answerer, waiting, jobs.events.tell)
             changed = self._worker.wake
         app = create_app(
             config,
@@ -65,7 +66,7 @@ class GatewayFunction:
             self._metrics,
             self._keys,
             watched=self._watched(),
-            batches=batches,
+            jobs=jobs,
             batches_changed=changed or (lambda: None),
         )
         self.service = Service(

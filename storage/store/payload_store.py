@@ -1,15 +1,20 @@
 """Writes, lists and deletes whole objects from a pod (event payloads, keys and values) by signed requests without boto3."""
 
+import contextlib
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Final
 
-from storage.errors import UnexpectedAnswer
+from storage.errors import StorageError, UnexpectedAnswer
 from storage.store.object_reader import ObjectInfo, ObjectReader
 from storage.store.settings import StoreSettings
 from storage.store.signing import canonical_query, object_path, signed_headers
 
+_PART_BYTES: Final = 8 * 2**20  # of an object that is written piece by piece; stores want at least 5 MiB
+_UPLOAD_ID: Final = re.compile(b"<UploadId>([^<]+)</UploadId>")
+_ETAG: Final = re.compile(b"<ETag>([^<]+)</ETag>")
 MAX_PAYLOAD_BYTES: Final = 2**30
 _RETRY_SECONDS: Final = 20.0  # if that is not enough, the sender delivers the event again
 
@@ -29,6 +34,57 @@ class PayloadStore(ObjectReader):
         for attempt in self._attempts(key):
             with attempt, self._exchange("PUT", key, signed_headers(self._keyed(), "PUT", path, digest), data) as response:
                 response.read()
+
+    def put_pieces(self, key: str, pieces: Iterable[bytes]) -> None:
+        """Writes or replaces an object of any length, piece by piece, in bounded memory. It appears when it is complete."""
+        path = object_path(self.settings, key)
+        parts: list[str] = []
+        upload, held = "", bytearray()
+        try:
+            for piece in pieces:
+                held += piece
+                if len(held) >= _PART_BYTES:
+                    upload = upload or self._text_of(_UPLOAD_ID, "POST", key, path, "uploads=")
+                    parts.append(self._put_part(key, path, upload, len(parts) + 1, bytes(held)))
+                    held.clear()
+            if not upload:
+                self.put(key, bytes(held))
+                return
+            if held:
+                parts.append(self._put_part(key, path, upload, len(parts) + 1, bytes(held)))
+            listed = "".join(
+                f"<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag></Part>" for number, etag in enumerate(parts, 1)
+            )
+            body = f"<CompleteMultipartUpload>{listed}</CompleteMultipartUpload>".encode()
+            self._text_of(_ETAG, "POST", key, path, canonical_query({"uploadId": upload}), body)
+        except BaseException:
+            if upload:
+                with contextlib.suppress(StorageError):
+                    self._request("DELETE", key, path, canonical_query({"uploadId": upload}))
+            raise
+
+    def _put_part(self, key: str, path: str, upload: str, number: int, data: bytes) -> str:
+        """Writes one part of a multipart upload and returns its ETag."""
+        query = canonical_query({"partNumber": str(number), "uploadId": upload})
+        return self._request("PUT", key, path, query, data)[0]
+
+    def _text_of(self, element: "re.Pattern[bytes]", method: str, key: str, path: str, query: str, body: bytes = b"") -> str:
+        """The text of an element of the answer. Raises UnexpectedAnswer if it has none: errors come with status 200, too."""
+        answer = self._request(method, key, path, query, body)[1]
+        found = element.search(answer)
+        if found is None:
+            raise UnexpectedAnswer(f"{self.settings.place} answers an upload of {key!r} with {answer[:200]!r}")
+        return found[1].decode()
+
+    def _request(self, method: str, key: str, path: str, query: str, body: bytes = b"") -> tuple[str, bytes]:
+        """Sends a signed request. Returns the answer's ETag and body."""
+        digest = hashlib.sha256(body).hexdigest()
+        for attempt in self._attempts(key):
+            with attempt:
+                headers = signed_headers(self._keyed(), method, path, digest, query=query)
+                with self._exchange(method, key, headers, body, query) as response:
+                    return response.headers.get("ETag", ""), response.read()
+        raise AssertionError("tenacity either returns or raises")
 
     def delete(self, key: str) -> None:
         """Deletes an object; a missing one is no error."""

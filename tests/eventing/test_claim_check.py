@@ -13,6 +13,7 @@ from eventing.http.binding import from_http, to_binary_http
 from eventing.problems import EventExpired, EventTooLarge, MalformedEvent
 from eventing.wire.cloud_event import batch_data, batch_event, data_buffers, make_event
 from eventing.wire.events import SAFE_EVENT_BYTES, Attribute, EventType
+from eventing.wire.framing import JSONL_CONTENT_TYPE
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 from storage.store.payload_store import MAX_PAYLOAD_BYTES, PayloadStore
@@ -68,6 +69,24 @@ def test_a_large_batch_waits_in_the_store_and_comes_back(claims: ClaimCheck, sto
         redeemed = claims.redeem(ticket)
         assert redeemed.get_attributes() == event.get_attributes()
         assert batch_data(redeemed) == batch_data(event)
+
+
+@pytest.mark.parametrize("size", [0, SAFE_EVENT_BYTES // 2, SAFE_EVENT_BYTES, 3 * 2**20 + 1])
+def test_data_may_come_and_go_in_pieces(claims: ClaimCheck, store: ObjectStore, size: int) -> None:
+    data = b"x" * size
+
+    def pieces() -> Iterator[bytes]:
+        yield from (data[start : start + 2**20] for start in range(0, size, 2**20))
+
+    event = claims.check_in_pieces(make_event(EventType.BATCH_RESPONSE, "/gateway"), JSONL_CONTENT_TYPE, pieces, NOW)
+    assert (event.get_extension(Attribute.DATAREF) is not None) == (size >= SAFE_EVENT_BYTES)
+    assert b"".join(claims.pieces(event)) == data
+    assert b"".join(data_buffers(claims.redeem(event))) == data
+    for info in list(store.list("")):
+        store.put(info.key, b"y" * size)
+    if size >= SAFE_EVENT_BYTES:
+        with pytest.raises(MalformedEvent, match="SHA-256"):
+            list(claims.pieces(event))
 
 
 def test_a_repeated_delivery_writes_the_same_object(claims: ClaimCheck, store: ObjectStore) -> None:

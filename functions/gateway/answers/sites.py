@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from eventing.problems import CrossSite, UnknownHost, UnsupportedMediaType
-from eventing.wire.framing import is_json
+from eventing.wire.framing import is_json, is_json_lines
 from functions.configuration.config import GatewayConfig
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ def check_media_type(environ: "WSGIEnvironment") -> None:
     if is_json(content_type):
         return
     is_event = environ["PATH_INFO"] == "/"
+    if is_event and is_json_lines(content_type):  # of a batch
+        return
     if is_event and not content_type and "HTTP_CE_SPECVERSION" in environ:
         return  # an event without data, or whose data is elsewhere
     seen = f"the content type is {content_type[:_SHOWN_CHARACTERS]}" if content_type else "there is no content type"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from itertools import count
+from typing import Final
 
 from cloudevents.core.v1.event import CloudEvent
 from flask import Flask, Response, g, request
@@ -25,7 +26,7 @@ from eventing.http.binding import (
     to_structured_http,
 )
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, encode_sse
-from eventing.problems import MalformedEvent, Problem, UnknownEventType, UnsupportedMediaType
+from eventing.problems import MalformedEvent, NotReady, Problem, UnknownEventType, UnsupportedMediaType
 from eventing.wire.cloud_event import data_buffers, json_data, json_event, reply_id, reply_seed
 from eventing.wire.events import Attribute, EventType
 from eventing.wire.framing import Buffer, check_not_expired, expiry_time
@@ -45,15 +46,20 @@ from functions.gateway.answers.streaming import (
     whole_response,
 )
 from functions.gateway.cloudevents.scoring import ScoreEntry
+from functions.gateway.jobs.events import BatchEvents
+from functions.gateway.jobs.files import EVERYBODY
 from functions.observing.tracing import read_traceparent
+from storage.errors import StorageError
 
+_SERVED: Final = (EventType.GENERATE_REQUEST, EventType.SCORE_REQUEST, EventType.BATCH_REQUEST)
 Item = TokenEvent | ProgressEvent | GenerateResponse  # of an answer: its tokens, then the response
 
 
 class CloudEventsAPI:
     """Answers the CloudEvents that clients post to `/`: one generate request, a batch of them, or one score request.
 
-    scores: None if score requests are not served. source: the attribute `source` of all reply events.
+    scores: None if score requests are not served. batches: None if batches are not; batches_changed: called when one begins.
+    source: the attribute `source` of all reply events.
     """
 
     def __init__(
@@ -64,7 +70,11 @@ class CloudEventsAPI:
         scores: ScoreEntry | None,
         source: str,
         config: GatewayConfig,
+        batches: BatchEvents | None = None,
+        batches_changed: Callable[[], object] = lambda: None,
     ) -> None:
+        self._batches = batches
+        self._batches_changed = batches_changed
         self._service = service
         self._clients = clients
         self._claims = claims
@@ -83,13 +93,12 @@ class CloudEventsAPI:
         if is_batched({"content-type": content_type}):
             return self._receive_batch(client_id, arrived)
         event = from_http(request.headers.items(), request.get_data(cache=False))
-        if event.get_type() not in (EventType.GENERATE_REQUEST, EventType.SCORE_REQUEST):
-            raise UnknownEventType(
-                f"{event.get_type()!r} is not served by a gateway, which serves {EventType.GENERATE_REQUEST} and "
-                f"{EventType.SCORE_REQUEST}"
-            )
+        if event.get_type() not in _SERVED:
+            raise UnknownEventType(f"{event.get_type()!r} is not served by a gateway, which serves {', '.join(_SERVED)}")
         g.request_id = log_entry().request_id = reply_id(event)
         check_not_expired(event.get_attributes(), datetime.now(UTC))
+        if event.get_type() == EventType.BATCH_REQUEST:
+            return self._begin_batch(event, client_id)
         event = self._claims.redeem(event)
         if event.get_type() == EventType.SCORE_REQUEST:
             return self._score(event, client_id)
@@ -105,6 +114,18 @@ class CloudEventsAPI:
             )
         to_http = to_structured_http if content_type.startswith(STRUCTURED_CONTENT_TYPE) else to_binary_http
         return whole_response(listener.items(), lambda response: _http_response(to_http(self._response(event, response))))
+
+    def _begin_batch(self, event: CloudEvent, client_id: str) -> Response:
+        """Begins a batch. The reply is empty: its results are an event that comes later."""
+        if self._batches is None:
+            raise UnknownEventType(f"{event.get_type()} takes a place for batches; set gateway.jobs (LAMINA_JOBS_STORE)")
+        owner = client_id if self._clients.are_known else EVERYBODY
+        try:
+            self._batches.begin(event, owner, client_id)
+        except StorageError as error:
+            raise NotReady(f"the store of files and batches failed: {error}") from error
+        self._batches_changed()
+        return Response(status=202)
 
     def _score(self, event: CloudEvent, client_id: str) -> Response:
         """Begins to score a prompt: the reply is the event that a Knative Sequence then delivers to the first stage.

@@ -35,13 +35,13 @@ class Allowance:
     def enter(self, stopped: Callable[[], bool]) -> Slot | None:
         """Waits for a place. None: `stopped` has become true."""
         with self._changed:
-            while not stopped() and len(self._slots) >= self._allowed:
+            while not stopped():
+                if len(self._slots) < self._allowed:
+                    slot = Slot()
+                    self._slots.append(slot)
+                    return slot
                 self._changed.wait(TICK_SECONDS)
-            if stopped():
-                return None
-            slot = Slot()
-            self._slots.append(slot)
-            return slot
+            return None
 
     def leave(self, slot: Slot) -> None:
         with self._changed:

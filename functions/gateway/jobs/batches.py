@@ -15,16 +15,26 @@ the line, so it does not matter whose are written last.
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime
 from typing import Final, Literal
 
 from msgspec import Struct
 
 from eventing.problems import NotFound
 from functions.gateway.jobs.files import ClientFile, Files, JobObjects, check_id, listed, new_id, part_name, results_file_id
-from functions.gateway.jobs.results import HEAD_BYTES, ResultsContent, ResultsHead, read_head
+from functions.gateway.jobs.results import HEAD_BYTES, RESULTS, ResultsContent, ResultsHead, read_head
 from storage.errors import ObjectAltered, ObjectNotFound, UnexpectedAnswer
 
 WINDOW_PARTS: Final = 128  # so many parts after the first unfinished one are worked on, whatever the length of the batch
+
+
+class Cause(Struct, frozen=True):
+    """The event that began a batch."""
+
+    id: str
+    source: str
+    traceparent: str | None = None
 
 
 class BatchJob(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -41,6 +51,7 @@ class BatchJob(Struct, frozen=True, kw_only=True, omit_defaults=True):
     completion_window: str
     window_seconds: int
     metadata: dict[str, str] | None = None
+    cause: Cause | None = None
 
     @property
     def expires_at(self) -> int:
@@ -98,20 +109,25 @@ class Batches:
         endpoint: str,
         window: tuple[str, int],
         metadata: dict[str, str] | None = None,
+        *,
+        id_: str | None = None,
+        created_at: int | None = None,
+        cause: Cause | None = None,
     ) -> BatchJob:
-        """window: as the client wrote it, and in seconds."""
+        """window: as the client wrote it, and in seconds. id_: None: a new one. created_at: None: now."""
         job = BatchJob(
-            id=new_id("batch_"),
+            id=id_ or new_id("batch_"),
             owner=owner,
             client_id=client_id,
             endpoint=endpoint,
             input_file_id=file.id,
             lines=file.lines,
             parts=file.parts,
-            created_at=int(time.time()),
+            created_at=int(time.time()) if created_at is None else created_at,
             completion_window=window[0],
             window_seconds=window[1],
             metadata=metadata,
+            cause=cause,
         )
         self.objects.put(f"open/{owner}/{job.id}", Cancelled(job.created_at))
         self.objects.put(f"{owner}/batches/{job.id}.json", job)
@@ -131,11 +147,12 @@ class Batches:
         """The newest batches after `after` (an id; empty: all), and whether there are more."""
         return listed(self.objects, f"{owner}/batches/", BatchJob, after, limit)
 
-    def open(self) -> Iterator[tuple[str, str]]:
-        """Owner and id of all batches that have not ended."""
-        for name in self.objects.names("open/"):
-            owner, _, id_ = name.partition("/")
-            yield owner, id_
+    def open(self) -> Iterator[tuple[tuple[str, str], datetime]]:
+        """Owner and id of all batches that have not ended, and when each was opened."""
+        prefix = f"{self.objects.prefix}open/"
+        for found in self.objects.store.list(prefix):
+            owner, _, id_ = found.key.removeprefix(prefix).partition("/")
+            yield (owner, id_), found.modified
 
     def cancel(self, job: BatchJob) -> None:
         if self.end_of(job) is None and self.cancelled_at(job) is None:
@@ -169,6 +186,12 @@ class Batches:
             batch_id=job.id,
         )
         self.files.add(job.owner, file)
+
+    def results_files(self, job: BatchJob) -> Iterator[ClientFile]:
+        """The output and the error file of a batch that has ended, as far as it has them."""
+        for content in RESULTS:
+            with suppress(NotFound):
+                yield self.files.get(job.owner, results_file_id(job.id, content))
 
     def close(self, owner: str, id_: str) -> None:
         """Deletes what only gateways that work on a batch need. Call it when the batch has ended."""

@@ -7,6 +7,7 @@ Output and error files of a batch have a manifest only: their content is the bat
 key's id, or EVERYBODY at a gateway without keys. Nothing here uses conditional writes, which not all stores know.
 """
 
+import hashlib
 import re
 import secrets
 import time
@@ -17,7 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from eventing.problems import EventTooLarge, NotFound
-from functions.gateway.jobs.results import PartResults, ResultsContent
+from functions.gateway.jobs.results import RESULTS, PartResults, ResultsContent
 from storage.errors import ObjectNotFound
 from storage.store.payload_store import PayloadStore
 
@@ -53,9 +54,9 @@ def new_id(prefix: str) -> str:
     return f"{prefix}{_LATEST_MS - int(time.time() * 1000):011x}{secrets.token_hex(8)}"
 
 
-def made_at(id_: str) -> float:
-    """When an id was made, in Unix time."""
-    return (_LATEST_MS - int(re.split("[-_]", id_)[1][:11], 16)) / 1000
+def named_id(prefix: str, *names: str) -> str:
+    """An id that follows from names: the same one for each delivery of an event. Its place in listings is any."""
+    return prefix + hashlib.sha256("\n".join(names).encode()).hexdigest()[:27]
 
 
 def check_id(id_: str) -> None:
@@ -104,12 +105,12 @@ class Files:
     def __init__(self, objects: JobObjects) -> None:
         self._objects = objects
 
-    def write(self, owner: str, filename: str, pieces: Iterable[bytes]) -> ClientFile:
+    def write(self, owner: str, filename: str, pieces: Iterable[bytes], id_: str | None = None) -> ClientFile:
         """Writes the content of a new file, in bounded memory. It does not exist before `add`.
 
-        Raises EventTooLarge, and what `pieces` raises; then nothing of it stays.
+        id_: None: a new one. Raises EventTooLarge, and what `pieces` raises; then nothing of it stays.
         """
-        id_ = new_id("file-")
+        id_ = id_ or new_id("file-")
         folder = f"{owner}/parts/{id_}/"
         total = lines = parts = 0
         try:
@@ -174,8 +175,7 @@ class Files:
         self._objects.delete(f"{owner}/files/{id_}.json")
         self._objects.delete_folder(f"{owner}/parts/{id_}/")
         if file.batch_id and not any(
-            self._objects.exists(f"{owner}/files/{results_file_id(file.batch_id, content)}.json")
-            for content in ("output", "errors")
+            self._objects.exists(f"{owner}/files/{results_file_id(file.batch_id, content)}.json") for content in RESULTS
         ):
             self._objects.delete_folder(results_folder(owner, file.batch_id))
 

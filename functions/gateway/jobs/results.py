@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Struct
 
 ResultsContent = Literal["output", "errors"]
+RESULTS: Final[tuple[ResultsContent, ...]] = ("output", "errors")
 
 HEAD_BYTES: Final = 512  # with blanks up to its end
 

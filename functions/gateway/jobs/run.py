@@ -66,7 +66,12 @@ class BatchRun:
         return number < self.sums.parts or number in self._finished
 
     def may_end(self) -> bool:
-        """Whether the batch can be ended now. When it was stopped, gateways have some time to give up their parts."""
+        """Whether the batch can be ended now. Not while it pauses, after a failure.
+
+        When it was stopped, gateways have some time to give up their parts.
+        """
+        if time.monotonic() < self._paused_until:
+            return False
         if self.complete:
             return True
         since = self.job.expires_at if self.cancelled_at is None else self.cancelled_at

@@ -4,13 +4,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Final
 
-from eventing.problems import RateLimited
+from eventing.http.delivery import BadReply, DeliveryError
+from eventing.problems import Problem, RateLimited
 from functions.gateway.answers.generation import ClientLeft, Generation
 from functions.gateway.jobs.allowance import TICK_SECONDS, Allowance
-from functions.gateway.jobs.batches import Batches
-from functions.gateway.jobs.files import made_at, part_name
+from functions.gateway.jobs.batches import Batches, BatchJob
+from functions.gateway.jobs.files import part_name
 from functions.gateway.jobs.lines import LineAnswerer, LineDelayed, LinePlace, LineResult
 from functions.gateway.jobs.results import PartResults
 from functions.gateway.jobs.run import END, LEASE_SECONDS, BatchRun
@@ -36,8 +38,17 @@ class BatchWorker:
     Every lines' results go to the store within _CHECKPOINT_SECONDS, so a gateway that dies loses little work, and no line.
     """
 
-    def __init__(self, batches: Batches, answerer: LineAnswerer, waiting: Callable[[], int]) -> None:
-        """waiting: number of all sequences that the scheduler has not begun."""
+    def __init__(
+        self,
+        batches: Batches,
+        answerer: LineAnswerer,
+        waiting: Callable[[], int],
+        tell: Callable[[BatchJob], bool] = lambda _: True,
+    ) -> None:
+        """waiting: number of all sequences that the scheduler has not begun. tell: called with each batch that has ended; if
+        it raises or returns False the batch stays open, for this or another gateway to tell.
+        """
+        self._tell = tell
         self._batches = batches
         self._answerer = answerer
         self._allowance = Allowance(MAX_LINES, waiting)
@@ -89,12 +100,15 @@ class BatchWorker:
 
     def _look(self) -> None:
         """Learns which batches are open, and how far they are."""
-        open_ = set(self._batches.open())
-        for place in open_ - self._runs.keys():
+        open_ = set()
+        for place, opened in self._batches.open():
+            open_.add(place)
+            if place in self._runs:
+                continue
             job = self._batches.find(*place)
             if job is not None:
                 self._runs[place] = BatchRun(self._batches, job)
-            elif time.time() - made_at(place[1]) > _CREATING_SECONDS:  # the gateway died that created it
+            elif (datetime.now(UTC) - opened).total_seconds() > _CREATING_SECONDS:  # the gateway died that created it
                 self._batches.close(*place)
         for place, run in list(self._runs.items()):
             if place not in open_:
@@ -140,14 +154,20 @@ class BatchWorker:
     def _end(self, run: BatchRun) -> None:
         try:
             if run.end(self._answerer, self._stopping.is_set):
+                if not self._tell(run.job):
+                    run.pause(LEASE_SECONDS)
+                    return
                 self._batches.close(run.job.owner, run.job.id)
                 _log.info("%s has ended: %s", run.job.id, run.sums)
-        except StorageError as error:
+        except (StorageError, DeliveryError, BadReply, Problem) as error:
             _log.warning("%s could not be ended: %s", run.job.id, error)
+            run.pause(_PAUSE_SECONDS)
         except Exception:  # noqa: BLE001 - logged; it is tried again
             _log.exception("ending %s failed", run.job.id)
-        run.ending = False
-        self._woken.set()
+            run.pause(_PAUSE_SECONDS)
+        finally:
+            run.ending = False
+            self._woken.set()
 
 
 class _Part:

@@ -28,6 +28,30 @@ def test_an_object_is_read_as_it_was_put(store: PayloadStore, size: int) -> None
         assert store.get(KEY) == filling * size
 
 
+@pytest.mark.parametrize("size", [0, 1, 8 * 2**20, 20 * 2**20 + 1])
+def test_an_object_of_any_length_is_written_piece_by_piece(store: PayloadStore, size: int) -> None:
+    data = (bytes(range(256)) * (size // 256 + 1))[:size]
+    store.put_pieces(KEY, (data[start : start + 3 * 2**20] for start in range(0, size, 3 * 2**20)))
+    assert store.get(KEY) == data
+
+
+def test_an_object_whose_pieces_end_early_does_not_appear(store: PayloadStore) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield bytes(9 * 2**20)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        store.put_pieces(f"{KEY}-broken", pieces())
+    with pytest.raises(ObjectNotFound):
+        store.get(f"{KEY}-broken")
+
+
+def test_a_listing_may_begin_anywhere(store: PayloadStore) -> None:
+    for number in range(5):
+        store.put(f"pages/{number}", b"x")
+    assert [found.key for found in store.list("pages/", after="pages/1", at_once=2)] == [f"pages/{n}" for n in (2, 3, 4)]
+
+
 def test_connections_are_reused(proxy: FaultProxy) -> None:
     with PayloadStore(proxy.settings) as store:
         for number in range(3):

@@ -11,7 +11,7 @@ import pytest
 from eventing.wire.generation import TokenLogprob
 from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.app import create_app
-from functions.gateway.build import batch_store
+from functions.gateway.build import configured_jobs
 from functions.gateway.openapi.document import openapi_document
 from functions.gateway.openapi.operations import operations
 from functions.gateway.openapi.replies import (
@@ -34,7 +34,9 @@ PROBE_ROUTES = {("get", path) for path in PROBES}
 
 def served(page: str) -> set[tuple[str, str]]:
     config = gateway_config(LAMINA_PAGE=page, **({"LAMINA_JOBS_STORE": "lamina/jobs"} if page == "on" else {}))
-    app = create_app(config, lambda: None, Pipeline().metrics, KeyRing(), lambda _: None, Pipe().watched, batch_store(config))  # type: ignore[arg-type, return-value]
+    app = create_app(
+        config, lambda: None, Pipeline().metrics, KeyRing(), lambda _: None, Pipe().watched, configured_jobs(config)
+    )  # type: ignore[arg-type, return-value]
     rules = [(each.methods or set(), re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", each.rule)) for each in app.url_map.iter_rules()]
     return {(method.lower(), path) for methods, path in rules for method in methods - {"HEAD", "OPTIONS"}}
 
