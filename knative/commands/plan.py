@@ -14,7 +14,6 @@ from knative.spec.cut import cut_evenly, format_cut, parse_cut
 from knative.spec.model_shape import ModelShape, published_shape, shape_from_folder, shape_from_gguf
 from knative.spec.pipeline_spec import DTYPES, Autoscaling, GatewaySpec, PodSpec, StageSpec, quantity
 from knative.spec.sizing import (
-    SEQUENCE_TOKENS,
     Link,
     StagePlan,
     check_memory,
@@ -108,7 +107,7 @@ def _shape(model: str, dtype: str, open_store: OpenStore) -> ModelShape:
 
 
 def _show_stages(console: Console, shape: ModelShape, plans: Sequence[StagePlan]) -> None:
-    columns = ("stage", "layers", "weights", "compute", "KV per token", "KV per 4k sequence", "hop per token")
+    columns = ("stage", "layers", "weights", "compute", "KV per token", "memory per 4k sequence", "hop per token")
     rows = [
         (
             str(plan.index),
@@ -116,7 +115,7 @@ def _show_stages(console: Console, shape: ModelShape, plans: Sequence[StagePlan]
             size(plan.weight_bytes),
             f"{plan.compute_share:.0%}",
             size(plan.kv_bytes_per_token),
-            size(plan.kv_bytes_per_token * SEQUENCE_TOKENS),
+            size(plan.sequence_bytes),
             size(plan.hop_bytes_per_token) if plan.hop_bytes_per_token else "a token",
         )
         for plan in plans
@@ -142,7 +141,7 @@ def _show_pods(console: Console, plans: Sequence[StagePlan], stages: Sequence[St
                 stage.resources.memory,
                 "" if stage.resources.gpu else size(int(needed_bytes(stage, plan.weight_bytes))),
                 stage.kv_cache,
-                str(int(quantity(stage.kv_cache)) // plan.kv_bytes_per_token),
+                "any" if (tokens := plan.kv_tokens(int(quantity(stage.kv_cache)))) is None else str(tokens),
                 str(stage.resources.gpu or ""),
                 stage.device,
                 *_scale(stage.autoscaling),

@@ -15,6 +15,7 @@ from functions.stage.native.limits import obstacle, padded_head
 from knative.spec.errors import UnknownShape
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
+from storage.checkpoints.recurrent_layers import LayerSizes, layer_sizes
 from storage.models.checks import check_runnable
 from storage.models.model_repository import ModelManifest, Reader, layer_object, read_file
 
@@ -45,6 +46,7 @@ class ModelShape:
     layer_compute: tuple[int, ...]
     head_compute: int
     kv_values_per_layer: int  # numbers per token and layer in the KV cache: 2 × KV heads × head size (padded by native layers)
+    layer_sizes: tuple[LayerSizes, ...] = ()  # empty: each layer keeps KV, and none is recurrent
     slow_because: str | None = None  # why a CPU cannot run the layers in C; None: it can
 
     @property
@@ -139,9 +141,11 @@ class _Decoder:
         nested = config.get("text_config")  # models that also see or hear keep the decoder's sizes here
         self.config: Mapping[str, Any] = nested if isinstance(nested, dict) else config
         self.name = name
-        self.layers = self.size("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+        self.sizes = layer_sizes(self.config)
+        self.layers = len(self.sizes) or self.size("num_hidden_layers", "n_layer", "n_layers", "num_layers")
         self.hidden = self.size("hidden_size", "n_embd", "d_model")
-        self.heads = self.size("num_attention_heads", "n_head", "n_heads")
+        has_attention = any(layer.has_kv for layer in self.sizes) or not self.sizes
+        self.heads = self.size("num_attention_heads", "n_head", "n_heads") if has_attention else 1
         self.head_size = self.optional("head_dim") or self.hidden // self.heads
         self.vocabulary = self.size("vocab_size")
         self.tied = bool(self.config.get("tie_word_embeddings", self.config.get("model_type") in _TIED))
@@ -201,6 +205,7 @@ def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, hea
         layer_compute=tuple(count * active // dense for count in layers),
         head_compute=decoder.vocabulary * decoder.hidden,
         kv_values_per_layer=2 * decoder.kv_heads * head_size,
+        layer_sizes=decoder.sizes,
         slow_because=slow_because,
     )
 

@@ -10,10 +10,12 @@ from typing import Final
 
 from eventing.wire.events import Cut, row_bytes
 from functions.gateway.scheduling.batching import micro_batches_allowed, micro_batches_wanted
+from functions.stage.models.checkpoints import STATES_PER_SEQUENCE, checkpoints_in
 from knative.spec.cut import format_cut
 from knative.spec.errors import SpecError
 from knative.spec.model_shape import ModelShape
 from knative.spec.pipeline_spec import StageSpec, quantity
+from storage.checkpoints.recurrent_layers import LayerSizes
 
 SEQUENCE_TOKENS: Final = 4096  # length of the sequence that `plan` sizes the KV cache for
 WEIGHTS_FACTOR: Final = 1.2  # layers are converted for the processor one by one, and the one in progress is held twice
@@ -32,6 +34,22 @@ class StagePlan:
     compute_share: float
     kv_bytes_per_token: int
     hop_bytes_per_token: int  # hidden states that leave the stage; 0 for the last one, which sends a token
+    state_bytes: int = 0  # of the recurrent states of a sequence
+
+    @property
+    def sequence_bytes(self) -> int:
+        """Memory of a sequence of SEQUENCE_TOKENS."""
+        return SEQUENCE_TOKENS * self.kv_bytes_per_token + STATES_PER_SEQUENCE * self.state_bytes
+
+    def kv_tokens(self, kv_cache_bytes: int) -> int | None:
+        """Length of the longest sequence whose memory fits into the stage's `kv_cache`; None: any, as its layers keep no KV.
+
+        With recurrent layers, part of `kv_cache` is for checkpoints.
+        """
+        if not self.kv_bytes_per_token:
+            return None
+        states = checkpoints_in(kv_cache_bytes, self.state_bytes) + STATES_PER_SEQUENCE
+        return max(0, kv_cache_bytes - states * self.state_bytes) // self.kv_bytes_per_token
 
 
 def plan_stages(shape: ModelShape, cut: Cut, wire_dtype: str | None = None) -> tuple[StagePlan, ...]:
@@ -47,6 +65,7 @@ def plan_stages(shape: ModelShape, cut: Cut, wire_dtype: str | None = None) -> t
     total_compute = sum(shape.layer_compute) + shape.head_compute
     hop_bytes = row_bytes("I8", shape.hidden_size) if wire_dtype == "int8" else shape.hidden_size * shape.value_bytes
     plans = []
+    sizes = shape.layer_sizes or (LayerSizes(has_kv=True, tail_values=0, matrix_values=0),) * shape.num_layers
     for index, (first, last) in enumerate(cut):
         weight_bytes, compute = sum(shape.layer_bytes[first:last]), sum(shape.layer_compute[first:last])
         is_last = last == shape.num_layers
@@ -63,8 +82,11 @@ def plan_stages(shape: ModelShape, cut: Cut, wire_dtype: str | None = None) -> t
                 weight_bytes=weight_bytes,
                 compute=compute,
                 compute_share=compute / total_compute,
-                kv_bytes_per_token=(last - first) * shape.kv_values_per_layer * shape.value_bytes,
+                kv_bytes_per_token=sum(layer.has_kv for layer in sizes[first:last])
+                * shape.kv_values_per_layer
+                * shape.value_bytes,
                 hop_bytes_per_token=0 if is_last else hop_bytes,
+                state_bytes=sum(layer.state_bytes(shape.value_bytes) for layer in sizes[first:last]),
             )
         )
     return tuple(plans)

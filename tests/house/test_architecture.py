@@ -25,6 +25,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
         "functions/stage/models/transformers/",
         "storage/checkpoints/hugging_face_folder.py",
         "storage/checkpoints/model_description.py",
+        "storage/checkpoints/recurrent_layers.py",
         "storage/models/checks.py",
     ),
     "torch": (

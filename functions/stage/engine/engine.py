@@ -127,6 +127,11 @@ class Engine:
         return self._group.kv.resident_bytes
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of recurrent states to which sequences can go back."""
+        return 0 if self._cache.blocks is None else self._cache.blocks.checkpoint_bytes
+
+    @property
     def cached_tokens(self) -> int:
         """KV tokens that the prefix cache holds of ended sequences."""
         return self._cache.cached_tokens

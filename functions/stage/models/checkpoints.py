@@ -16,9 +16,16 @@ from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 SPACING_TOKENS: Final = 512
+STATES_PER_SEQUENCE: Final = 2  # after its last token, and before draft tokens: the memory that a reservation includes
+_SHARE: Final = 4  # one in so many bytes of the stage's memory for sequences is for checkpoints
 BLOCK_TOKENS: Final = 16  # as many as in a block of a prefix chain
 
 State = TypeVar("State")
+
+
+def checkpoints_in(budget_bytes: int, state_bytes: int) -> int:
+    """How many checkpoints a stage keeps. budget_bytes: of all its memory for sequences. state_bytes: 0: not recurrent."""
+    return budget_bytes // _SHARE // state_bytes if state_bytes else 0
 
 
 @dataclass(slots=True)

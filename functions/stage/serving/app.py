@@ -261,6 +261,7 @@ class StageMetrics(FunctionMetrics):
         sequences: Callable[[], float],
         remembered_tokens: Callable[[], float],
         kv_resident_bytes: Callable[[], float],
+        checkpoint_bytes: Callable[[], float],
     ) -> None:
         """Registers gauges that call these functions whenever the metrics are scraped."""
         for name, help_text, read in (
@@ -268,5 +269,6 @@ class StageMetrics(FunctionMetrics):
             ("sequences", "Sequences that hold KV", sequences),
             ("kv_remembered_tokens", "KV tokens of ended sequences, which count as free", remembered_tokens),
             ("kv_resident_bytes", "Bytes of LAMINA_KV_CACHE_BYTES that have been used once", kv_resident_bytes),
+            ("checkpoint_bytes", "Bytes of recurrent states that sequences can go back to", checkpoint_bytes),
         ):
             Gauge(f"lamina_stage_{name}", help_text, registry=self.registry).set_function(read)

@@ -149,6 +149,7 @@ class StageFunction:
             lambda: engine.sequences,
             lambda: engine.cached_tokens,
             lambda: engine.kv_resident_bytes,
+            lambda: engine.checkpoint_bytes,
         )
         self._metrics.ready.set(1)
 

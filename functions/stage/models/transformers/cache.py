@@ -9,12 +9,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Final
 
 import numpy as np
 import torch
 
-from functions.stage.models.checkpoints import BLOCK_TOKENS, Checkpoints
+from functions.stage.models.checkpoints import BLOCK_TOKENS, STATES_PER_SEQUENCE, Checkpoints, checkpoints_in
 from functions.stage.models.floats import Array
 from functions.stage.models.kv_cache import KVBlocks, KVLayout, KVNeed
 from functions.stage.models.transformers.cache_layers import (
@@ -27,8 +26,6 @@ from functions.stage.models.transformers.cache_layers import (
     WindowLayer,
     kept_tokens,
 )
-
-CHECKPOINT_SHARE: Final = 4  # one in so many bytes of the budget is for checkpoints, if there are recurrent layers
 
 
 @dataclass(slots=True)
@@ -61,9 +58,8 @@ class TransformersKVCache(KVBlocks):
         self._examples = [state for layer in layers for state in layer.states]
         state_bytes = sum(state.nbytes for state in self._examples)
         self.window = max((layer.window or 0 for layer in layers), default=0)
-        checkpoints = budget_bytes // CHECKPOINT_SHARE // state_bytes if state_bytes else 0
-        # Two states for a sequence: after its last token, and before draft tokens.
-        need = KVNeed(sum(full), sum(windowed), kept_tokens(self.window), fixed_units=2 * state_bytes)
+        checkpoints = checkpoints_in(budget_bytes, state_bytes)
+        need = KVNeed(sum(full), sum(windowed), kept_tokens(self.window), fixed_units=STATES_PER_SEQUENCE * state_bytes)
         super().__init__(budget_bytes - checkpoints * state_bytes, need, GOING_BACK)
         if self.capacity_tokens < 1:
             raise ValueError(f"a KV budget of {budget_bytes} bytes holds no token, which takes {need.of(1)} bytes: raise it")

@@ -14,6 +14,8 @@ from transformers import DynamicCache
 
 from functions.stage.models.layer_group import LayerGroup, Segment
 from functions.stage.models.transformers.cache import TransformersKVCache
+from knative.spec.model_shape import shape_from_config
+from knative.spec.sizing import plan_stages
 from tests.support.functions.stage_pipeline import build_groups, whole_model
 from tests.support.storage import tiny_models
 
@@ -70,6 +72,19 @@ def test_any_cut_and_chunks_give_the_whole_models_tokens(name: str) -> None:
             logits.append(stages.logits(text[:end], end - 1))
         assert torch.cat(logits).argmax(-1)[len(PROMPT) - 1 :].tolist() == expected, (cut, chunk)
         torch.testing.assert_close(torch.cat(logits), oracle, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", tiny_models.RECURRENT)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plan_knows_what_stages_measure(name: str, dtype: str) -> None:
+    shape = shape_from_config(tiny_models.tiny_config(name), name, dtype)
+    budget = 2**20
+    for group, plan in zip(build_groups(name, dtype=dtype), plan_stages(shape, CUTS[3]), strict=True):
+        kv = group.kv
+        assert isinstance(kv, TransformersKVCache)
+        assert (kv.layout.token_bytes, kv.layout.state_bytes) == (plan.kv_bytes_per_token, plan.state_bytes)
+        tokens = plan.kv_tokens(budget)
+        assert tokens == kv.capacity_tokens if plan.kv_bytes_per_token else (tokens is None and kv.capacity_tokens >= 2**20)
 
 
 @pytest.mark.parametrize("name", ["mamba2", "mamba"])

@@ -213,6 +213,7 @@ def test_probes_and_metrics(stages: list[FunctionProcess], first: Client) -> Non
         "lamina_stage_free_tokens",
         "lamina_stage_sequences",
         "lamina_stage_kv_resident_bytes",
+        "lamina_stage_checkpoint_bytes",
         "lamina_stage_kv_remembered_tokens",
         'lamina_stage_kv_hits_total{tier="memory"}',
         'lamina_startup_phase_seconds{phase="last_byte"}',

@@ -1,0 +1,96 @@
+"""What the layers of hybrid and recurrent families keep of a sequence: KV, a recurrent state of fixed size, or both.
+
+transformers' configuration classes know names and defaults. tests/functions/stage/models/test_recurrent.py compares the sizes
+with what a stage measures.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from storage.checkpoints.families import with_floats
+from storage.errors import LibraryMissing
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSizes:
+    """What one layer keeps of a sequence."""
+
+    has_kv: bool
+    tail_values: int  # of convolutions' last inputs, in the dtype of hidden states
+    matrix_values: int  # of the recurrent state itself, in float32
+
+    def state_bytes(self, value_bytes: int) -> int:
+        """value_bytes: of a number in hidden states."""
+        return self.tail_values * value_bytes + self.matrix_values * 4
+
+
+def _short_convolution(config: Any) -> tuple[int, int]:
+    return config.hidden_size * config.conv_L_cache, 0
+
+
+def _delta_net(config: Any) -> tuple[int, int]:
+    key, value = config.linear_key_head_dim, config.linear_value_head_dim
+    channels = 2 * config.linear_num_key_heads * key + config.linear_num_value_heads * value
+    return channels * config.linear_conv_kernel_dim, config.linear_num_value_heads * key * value
+
+
+def _mamba(config: Any) -> tuple[int, int]:
+    return config.intermediate_size * config.conv_kernel, config.intermediate_size * config.state_size
+
+
+def _mamba_of_jamba(config: Any) -> tuple[int, int]:
+    inner = config.mamba_expand * config.hidden_size
+    return inner * config.mamba_d_conv, inner * config.mamba_d_state
+
+
+def _mamba_2(heads: str, head_size: str, state_size: str, groups: str, kernel: str) -> Callable[[Any], tuple[int, int]]:
+    """Arguments: names of these sizes in the family's config."""
+
+    def sizes(config: Any) -> tuple[int, int]:
+        inner, state = getattr(config, heads) * getattr(config, head_size), getattr(config, state_size)
+        return (inner + 2 * getattr(config, groups) * state) * getattr(config, kernel), inner * state
+
+    return sizes
+
+
+_BAMBA: Final = _mamba_2("mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_n_groups", "mamba_d_conv")
+
+# Numbers of a recurrent layer's tail and matrix, by model_type.
+_SIZES: Final[dict[str, Callable[[Any], tuple[int, int]]]] = {
+    "bamba": _BAMBA,
+    "falcon_h1": _BAMBA,
+    "falcon_mamba": _mamba,
+    "granitemoehybrid": _BAMBA,
+    "jamba": _mamba_of_jamba,
+    "lfm2": _short_convolution,
+    "lfm2_moe": _short_convolution,
+    "mamba": _mamba,
+    "mamba2": _mamba_2("num_heads", "head_dim", "state_size", "n_groups", "conv_kernel"),
+    "nemotron_h": _mamba_2("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel"),
+    "olmo_hybrid": _delta_net,
+    "qwen3_5_moe_text": _delta_net,
+    "qwen3_5_text": _delta_net,
+    "qwen3_next": _delta_net,
+}
+_ATTENTION: Final = frozenset({"full_attention", "sliding_attention", "hybrid"})
+_RECURRENT: Final = frozenset({"linear_attention", "conv", "hybrid"})
+
+
+def layer_sizes(config: Mapping[str, Any]) -> tuple[LayerSizes, ...]:
+    """What each layer of the model of a config.json keeps; empty if it has no recurrent layers.
+
+    Raises LibraryMissing if it has and transformers is not installed.
+    """
+    sizes = _SIZES.get(str(config.get("model_type")))
+    if sizes is None:
+        return ()
+    try:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # 0.6 s, which only these families pay
+    except ImportError as error:
+        raise LibraryMissing(f"the sizes of a {config['model_type']!r} take transformers", error) from error
+    known = CONFIG_MAPPING[config["model_type"]].from_dict(with_floats(config))
+    tail, matrix = sizes(known)
+    return tuple(
+        LayerSizes(kind in _ATTENTION, *((tail, matrix) if kind in _RECURRENT else (0, 0))) for kind in known.layer_types
+    )
