@@ -103,6 +103,16 @@ INLINE void add_block(const Kind kind, const int rows, const BlockCodes *block, 
 
 enum { BLOCK_ROWS = 4, UNPACKED_AT_ONCE = 16 };
 
+/* Prefetches what is as far ahead as block `number` of a super is in it. */
+INLINE void fetch_block(const int format, const uint8_t *super, int64_t number)
+{
+    const BlockFormat form = BLOCK_FORMATS[format];
+    const int64_t bytes = super_bytes(form) / form.blocks;
+    UNROLL
+    for (int64_t line = 0; line < bytes; line += 64)
+        __builtin_prefetch(super + AHEAD_BYTES + number * bytes + line, 0, FETCHED);
+}
+
 /* A group's sums of one row. */
 INLINE vec sum_of_row(const int format, const uint8_t *group, const uint8_t *x, int64_t supers)
 {
@@ -111,10 +121,7 @@ INLINE vec sum_of_row(const int format, const uint8_t *group, const uint8_t *x, 
     vec sum = zeros();
     for (int64_t super = 0; super < supers; super++, group += bytes)
         for (int64_t number = 0; number < form.blocks; number++, x += sizeof(RowBlock)) {
-            const int64_t fetched = bytes / form.blocks;
-            UNROLL
-            for (int64_t line = 0; line < fetched; line += 64)
-                __builtin_prefetch(group + AHEAD_BYTES + number * fetched + line, 0, FETCHED);
+            fetch_block(format, group, number);
             const BlockCodes block = block_codes(format, group, number);
             add_block(kind_of(format), 1, &block, x, 0, &sum);
         }
@@ -126,8 +133,9 @@ INLINE void unpack_blocks(const int format, const uint8_t *group, int64_t first,
 {
     const BlockFormat form = BLOCK_FORMATS[format];
     for (int64_t i = 0; i < count; i++) {
-        const int64_t block = first + i;
-        to[i] = block_codes(format, group + block / form.blocks * super_bytes(form), block % form.blocks);
+        const uint8_t *super = group + (first + i) / form.blocks * super_bytes(form);
+        fetch_block(format, super, (first + i) % form.blocks);
+        to[i] = block_codes(format, super, (first + i) % form.blocks);
     }
 }
 
