@@ -20,6 +20,7 @@ first part lowest. Padding rows are zero bits. functions/stage/native/c/blocks.i
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 import msgspec
@@ -66,6 +67,11 @@ class BlockFormat:
     def blocks(self) -> int:
         """Blocks that share scale and minimum."""
         return _SUPER if self.factors else 1
+
+    @property
+    def planes(self) -> list[tuple[int, int]]:
+        """The planes of codes: (lowest bit, number of bits)."""
+        return [(0, self.low), (self.low, self.high)] if self.high else [(0, self.low)]
 
     @property
     def lanes(self) -> list[tuple[int, int]]:
@@ -117,79 +123,94 @@ def pack(form: BlockFormat, blocks: Blocks) -> Array:
     """
     outs, width = blocks.codes.shape
     groups, supers, _ = packed_shape(form, outs, width)
+    shape = (groups, supers, form.blocks)
 
     def lanes(numbers: Array, *shape: int) -> Array:
         """Numbers [outs, supers, *shape] as [groups, supers, *shape, 16]."""
         padded = np.zeros((groups * GROUP, supers, *shape), numbers.dtype)
         padded[:outs] = numbers.reshape(outs, supers, *shape)
-        return np.moveaxis(padded.reshape(groups, GROUP, supers, *shape), 1, -1)
+        return np.ascontiguousarray(np.moveaxis(padded.reshape(groups, GROUP, supers, *shape), 1, -1))
 
-    packed = np.empty((groups, supers, form.super_bytes), np.uint8)
-    block_bytes = form.super_bytes - GROUP * (form.scale_bytes + 2 * form.minimum)
-    of_blocks = np.empty((groups, supers, form.blocks, block_bytes // form.blocks), np.uint8)
-    codes = lanes(blocks.codes, form.blocks, _PARTS, 4)  # [groups, supers, blocks, parts, 4, 16]
-    start = 0
-    for shift, bits in ((0, form.low), (form.low, form.high)):
-        if not bits:
-            continue
-        each = 8 // bits
-        parts = codes.reshape(*codes.shape[:3], bits, each, 4, GROUP) >> shift & (1 << bits) - 1
-        plane = parts[..., 0, :, :]
-        for part in range(1, each):
-            plane = plane | parts[..., part, :, :] << bits * part
-        of_blocks[..., start : start + 64 * bits] = np.swapaxes(plane, -1, -2).reshape(*codes.shape[:3], -1)
-        start += 64 * bits
+    parts = lanes(np.ascontiguousarray(blocks.codes).view(np.uint32), form.blocks, _PARTS)  # of four codes
+    bytes_of_blocks = []
+    for shift, bits in form.planes:
+        numbers = (parts >> shift & _mask(bits)).reshape(*shape, bits, 8 // bits, GROUP)
+        planes = np.bitwise_or.reduce(numbers << _steps(bits), axis=-2)
+        bytes_of_blocks.append(planes.view(np.uint8).reshape(*shape, -1))
     if blocks.factors is not None:
         factors = lanes(blocks.factors, form.blocks, form.factors)
         if blocks.minimum_factors is not None:
             minima = lanes(blocks.minimum_factors, form.blocks, form.factors)
             factors = factors | minima << 4 if form.factors == 2 else np.concatenate([factors, minima], axis=-2)
-        of_blocks[..., start:] = factors.view(np.uint8).reshape(groups, supers, form.blocks, -1)
-    packed[..., :block_bytes] = of_blocks.reshape(groups, supers, -1)
-    start = block_bytes
-    for numbers in (blocks.scales, blocks.minima):
-        if numbers is not None:
-            ends = np.ascontiguousarray(lanes(numbers)).view(np.uint8)
-            packed[..., start : start + ends.shape[-1]] = ends
-            start += ends.shape[-1]
-    return packed
+        bytes_of_blocks.append(factors.view(np.uint8).reshape(*shape, -1))
+    ends = [lanes(numbers).view(np.uint8) for numbers in (blocks.scales, blocks.minima) if numbers is not None]
+    return np.concatenate([np.concatenate(bytes_of_blocks, axis=-1).reshape(groups, supers, -1), *ends], axis=-1)
 
 
-def unpack(form: BlockFormat, packed: Array, outs: int) -> Blocks:
-    """The inverse of `pack`. outs: rows of the matrix; the last group may have fewer than 16."""
+def unpack(form: BlockFormat, packed: Array, outs: int, lanes: int = GROUP) -> Blocks:
+    """The inverse of `pack`. outs: rows of the matrix; the last group may have fewer than 16.
+
+    lanes: rows of a group; 1 for what `single_rows` returns.
+    """
     groups, supers, _ = packed.shape
+    shape = (groups, supers, form.blocks)
 
     def rows(numbers: Array, *shape: int) -> Array:
-        """Numbers [groups, supers, ..., 16] as [outs, *shape]."""
-        return np.moveaxis(numbers, -1, 1).reshape(groups * GROUP, *shape)[:outs]
+        """Numbers [groups, supers, ..., lanes] as [outs, *shape]."""
+        return np.moveaxis(numbers, -1, 1).reshape(groups * lanes, *shape)[:outs]
 
-    block_bytes = form.super_bytes - GROUP * (form.scale_bytes + 2 * form.minimum)
-    of_blocks = packed[..., :block_bytes].reshape(groups, supers, form.blocks, -1)
-    codes = np.zeros((groups, supers, form.blocks, _PARTS, 4, GROUP), np.uint8)
+    ends_at = form.super_bytes // GROUP * lanes - lanes * (form.scale_bytes + 2 * form.minimum)
+    of_blocks = packed[..., :ends_at].reshape(*shape, -1)
+    codes = np.zeros((*shape, _PARTS, lanes), np.uint32)
     start = 0
-    for shift, bits in ((0, form.low), (form.low, form.high)):
-        if bits:
-            plane = of_blocks[..., start : start + 64 * bits].reshape(*codes.shape[:3], bits, 1, GROUP, 4)
-            steps = (np.arange(8 // bits, dtype=np.uint8) * bits).reshape(-1, 1, 1)
-            parts = (plane >> steps & (1 << bits) - 1) << shift
-            codes |= np.swapaxes(parts, -1, -2).reshape(codes.shape)
-            start += 64 * bits
+    for shift, bits in form.planes:
+        end = start + 4 * lanes * bits
+        planes = np.ascontiguousarray(of_blocks[..., start:end]).view(np.uint32).reshape(*shape, bits, 1, lanes)
+        codes |= (planes >> _steps(bits) & _mask(bits)).reshape(codes.shape) << shift
+        start = end
     factors = minimum_factors = None
     if form.factors:
-        integers = of_blocks[..., start:].reshape(groups, supers, form.blocks, -1, GROUP).view(np.int8)
+        integers = of_blocks[..., start:].reshape(*shape, -1, lanes).view(np.int8)
         both = (integers & 15, integers >> 4 & 15) if form.factors == 2 else (integers[..., :1, :], integers[..., 1:, :])
         factors = rows(both[0] if form.minimum else integers, supers * form.blocks, form.factors)
         minimum_factors = rows(both[1], supers * form.blocks, form.factors) if form.minimum else None
-    ends = np.ascontiguousarray(packed[..., block_bytes:])
-    scales = ends[..., : GROUP * form.scale_bytes].view(np.uint8 if form.scale_bytes == 1 else np.float16)
-    minima = ends[..., GROUP * form.scale_bytes :].view(np.float16) if form.minimum else None
+    ends = np.ascontiguousarray(packed[..., ends_at:])
+    scales = ends[..., : lanes * form.scale_bytes].view(np.uint8 if form.scale_bytes == 1 else np.float16)
+    minima = ends[..., lanes * form.scale_bytes :].view(np.float16) if form.minimum else None
     return Blocks(
-        rows(codes, supers * form.blocks * BLOCK),
+        rows(codes, supers * form.blocks * _PARTS).view(np.uint8),
         rows(scales, supers),
         None if minima is None else rows(minima, supers),
         factors,
         minimum_factors,
     )
+
+
+def _mask(bits: int) -> Any:
+    """Selects the lowest bits of each of the four bytes of a uint32."""
+    return np.uint32(0x01010101 * ((1 << bits) - 1))
+
+
+def _steps(bits: int) -> Array:
+    """By how much the codes of the parts in one plane are shifted: [parts, 1]."""
+    return (np.arange(8 // bits, dtype=np.uint32) * np.uint32(bits))[:, None]
+
+
+def single_rows(form: BlockFormat, packed: Array, rows: Array) -> Array:
+    """Selects rows of a packed matrix as groups of one row each, for `unpack`. Reads nothing of other rows."""
+    group, lane = np.divmod(rows, GROUP)
+    return packed[group[:, None, None], np.arange(packed.shape[1])[:, None], _bytes_of_lanes(form.name)[lane][:, None]]
+
+
+@cache
+def _bytes_of_lanes(name: str) -> Array:
+    """Which bytes of a super each of the 16 rows of a group has: [16, bytes]."""
+    positions, start = [], 0
+    for size, count in FORMATS[name].lanes:
+        end = start + GROUP * size * count
+        positions.append(np.moveaxis(np.arange(start, end).reshape(count, GROUP, size), 1, 0).reshape(GROUP, -1))
+        start = end
+    return np.concatenate(positions, axis=1)
 
 
 def floats_of(form: BlockFormat, blocks: Blocks) -> Floats:
@@ -229,6 +250,9 @@ def packed_rows(form: BlockFormat, packed: Array, rows: Array) -> Array:
     chosen = np.zeros(-(-len(rows) // GROUP) * GROUP, np.int64)
     chosen[: len(rows)] = rows
     group, lane = (index.reshape(-1, GROUP) for index in np.divmod(chosen, GROUP))
+    if len(rows) < len(packed):
+        needed, group = np.unique(group, return_inverse=True)
+        group, packed = group.reshape(-1, GROUP), packed[needed]
     taken = np.empty((len(group), supers, form.super_bytes), np.uint8)
     start = 0
     for size, count in form.lanes:

@@ -14,7 +14,7 @@ from functions.stage.native.records import Dtype
 from storage.checkpoints.decoder import Decoder, Shapes
 from storage.loading.weight_loader import RawTensor
 from storage.models import q4
-from storage.models.blocks import FORMATS, GROUP, BlockFormat, floats_of, packed_rows, unpack
+from storage.models.blocks import FORMATS, GROUP, BlockFormat, floats_of, packed_rows, single_rows, unpack
 
 _DTYPES: Final = {"BF16": Dtype.BF16, "I8": Dtype.INT8, "F32": Dtype.F32}
 _FLOATS: Final[Mapping[Dtype, HiddenDtype]] = {Dtype.BF16: "BF16", Dtype.F32: "F32"}
@@ -110,7 +110,7 @@ def rows_of(matrix: MatrixArrays, rows: Array) -> Float32:
         return q4.dequantize(q4.packed_rows(matrix.weights, rows), len(rows), matrix.shape[1])
     if matrix.dtype == Dtype.BLOCKS:
         form = _format(matrix)
-        return floats_of(form, unpack(form, packed_rows(form, matrix.weights, rows), len(rows)))
+        return floats_of(form, unpack(form, single_rows(form, matrix.weights, rows), len(rows), lanes=1))
     return widened(matrix.weights[rows], _FLOATS[matrix.dtype])
 
 
