@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from functions.configuration.pass_times import PassTimes
 from functions.stage.models.layer_group import LayerGroup
+from functions.stage.models.llama.structure import torch_obstacle
 from functions.stage.native import limits
 from functions.stage.native.library import UNAVAILABLE, library
 from storage.checkpoints.decoder import Decoder
@@ -66,7 +67,8 @@ def choose(
     family_of(config)
     device = device_for(device, dtype, before_torch)
     try:
-        obstacle = native_obstacle(decoder_of(config), dtype, device) if kind in ("auto", "native") else None
+        model = decoder_of(config)
+        obstacle = native_obstacle(model, dtype, device) if kind in ("auto", "native") else None
     except ArchitectureUnsupported as error:
         if kind == "native":
             raise
@@ -75,7 +77,9 @@ def choose(
         raise UnsupportedConfig(f"the layers do not run in C: {obstacle}")
     if kind == "native" or (kind == "auto" and obstacle is None):
         return GroupChoice("native", device)
-    return _of_torch("llama" if kind == "auto" else kind, config, dtype, device, obstacle, before_torch)
+    if kind == "auto":
+        kind = "transformers" if torch_obstacle(model) else "llama"
+    return _of_torch(kind, config, dtype, device, obstacle, before_torch)
 
 
 def native_obstacle(model: Decoder, dtype: str, device: str) -> str | None:
@@ -84,6 +88,8 @@ def native_obstacle(model: Decoder, dtype: str, device: str) -> str | None:
     Logs a warning if dtype and device would allow it. device: cpu, cuda, or another of torch's.
     """
     obstacle = limits.obstacle(dtype, device, {"head_dim": model.attention.head_dim})
+    if obstacle is None and model.names.transposed and dtype in ("int8", "q4", "gguf"):
+        obstacle = f"its matrices are transposed, which are not read in {dtype}"
     if obstacle is None:
         try:
             library()
