@@ -5,11 +5,14 @@ Each file is a function of the code alone. What a benchmark writes is not here: 
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 import click
+import gguf
+import numpy as np
 
 from bench.report import with_section
 from functions.configuration.environment_page import markdown_page
@@ -21,6 +24,9 @@ from knative.render.monitoring import rule_groups
 from knative.render.rendering import render, resolve
 from knative.spec.kubernetes_object import to_yaml
 from knative.spec.spec_file import load_spec
+from storage.checkpoints.gguf_architectures import ARCHITECTURES, VARIANTS
+from storage.checkpoints.gguf_pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from storage.models.blocks import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,8 +64,11 @@ def write() -> None:
 
 
 def reference_page(page: str) -> str:
-    """The page with its sections "Environment" and "Commands" made again; the rest is written by hand."""
-    return with_section(with_section(page, "environment", markdown_page()), "commands", commands_section())
+    """The page with its sections "Environment" and "Commands" and its tables of formats made again; the rest is by hand."""
+    page = with_section(with_section(page, "environment", markdown_page()), "commands", commands_section())
+    page = with_section(page, "gguf-architectures", architectures_table())
+    page = with_section(page, "gguf-tokenizers", tokenizer_rules_table())
+    return with_section(page, "gguf-blocks", blocks_table())
 
 
 def commands_section() -> str:
@@ -74,6 +83,48 @@ def commands_section() -> str:
         inner = click.Context(command, info_name=name, parent=context, terminal_width=100, max_content_width=100)
         parts += [f"### {name}", _block(command.get_help(inner))]
     return "\n\n".join(parts)
+
+
+def architectures_table() -> str:
+    """The architectures of GGUF files that are read, and what is undone of how llama.cpp stores them."""
+    rows = []
+    for name, architecture in ARCHITECTURES.items():
+        kinds = (architecture, *VARIANTS.get(name, ()))
+        undone = {
+            "queries and keys are interleaved": any(kind.permuted for kind in kinds),
+            "norms are stored plus one": architecture.norm_plus_one,
+            "queries, keys and values are regrouped": architecture.grouped_qkv,
+            "numbers of layers are in the metadata": bool(architecture.numbers),
+            "tensors are in parts, or transposed": any(kind.merges for kind in kinds),
+        }
+        types = dict.fromkeys(f"`{kind.model_type}`" for kind in kinds)
+        rows.append((f"`{name}`", ", ".join(types), "; ".join(text for text, is_so in undone.items() if is_so)))
+    return _table(("`general.architecture`", "`model_type`", "what the file stores in another way"), rows)
+
+
+def tokenizer_rules_table() -> str:
+    """The rules of `tokenizer.ggml.pre`; those that cut text alike in one row."""
+    rules: dict[PreTokenizer, list[str]] = {}
+    for name, rule in PRE_TOKENIZERS.items():
+        rules.setdefault(rule, []).append(f"`{name}`")
+    rows = [(", ".join(names), "yes" if rule.ignore_merges else "no") for rule, names in rules.items()]
+    return _table(("rules", "a word that is a token stays whole"), rows)
+
+
+def blocks_table() -> str:
+    """The quantizations of GGUF files."""
+    rows = []
+    for kind, (items, size) in gguf.GGML_QUANT_SIZES.items():
+        with suppress(NotImplementedError):
+            if items > 1 and len(gguf.quants.dequantize(np.zeros((1, size), np.uint8), kind)):
+                kept = "yes" if kind.name in FORMATS else "widened to bfloat16"
+                rows.append((f"`{kind.name}`", f"{8 * size / items:g}", kept))
+    return _table(("format", "bits per weight", "kept by dtype `gguf`"), rows)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = (columns, ["---"] * len(columns), *rows)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _block(text: str) -> str:

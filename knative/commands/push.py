@@ -1,5 +1,6 @@
 """`push` publishes a checkpoint into the store; `requirements` names the packages that a model needs (the Makefile asks)."""
 
+import re
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from knative.commands.console import publish_progress, show_quantized, size
+from knative.commands.console import publish_progress, show_quantized, show_table, size
 from knative.commands.model_choice import DEFAULT_MODEL, best_dtype, packaged_model, published_name, torch_needed
 from knative.commands.options import OpenStore, store_options, tokenizer_option
 from knative.spec.pipeline_spec import DTYPES, ModelSpec
@@ -15,7 +16,9 @@ from knative.spec.spec_file import load_spec
 from storage.checkpoints.model_source import locate, open_checkpoint
 from storage.errors import CheckpointInvalid, LibraryMissing, ModelNotPublished
 from storage.models.model_repository import read_manifest
-from storage.models.publisher import PublicationPlan, plan_publication, publish
+from storage.models.publisher import PublicationPlan, plan_publication, publish, rehearse
+
+_UPLOAD_BYTES_PER_SECOND = 100 * 2**20
 
 
 @click.command(short_help="Publish a model into the store.")
@@ -55,7 +58,7 @@ def push(
     for model in _models(source, name, dtype, spec):
         if dry_run:
             found = locate(source or _default_source(model))
-            _show_plan(console, model, plan_publication(found, model.dtype, tokenizer=tokenizer))
+            _show_plan(console, model, plan_publication(found, model.dtype, tokenizer=tokenizer, note_losses=True))
             continue
         with open_store() as opened:
             manifest = None
@@ -93,22 +96,51 @@ def _models(source: str | None, name: str | None, dtype: str | None, spec: Path 
 
 
 def _show_plan(console: Console, model: ModelSpec, plan: PublicationPlan) -> None:
-    layers = sorted({each.bytes for each in plan.objects if each.name not in ("embedding", "head")})
-    sizes = {each.name: size(each.bytes) for each in plan.objects}
-    formats = Counter(tensor.stored_as or tensor.dtype for tensor in plan.checkpoint.tensors.values())
-    files = plan.checkpoint.files
+    """Prints what a push would publish. Converts some rows, to see what is lost and how long all would take."""
+    seconds, memory_bytes = rehearse(plan)
+    files, error = plan.checkpoint.files, plan.error
+    layers = [each for each in plan.objects if each.name.startswith("layer-")]
+    total = sum(each.bytes for each in plan.objects)
     template = "with" if "chat_template.jinja" in files else "without"
-    per_layer = " to ".join(map(size, sorted({layers[0], layers[-1]})))
+    lost = (
+        []
+        if error is None or not error.largest
+        else [f"rounding, in the first rows at most {error.largest:.2g} of weights up to {error.largest_weight:.2g}"]
+    )
+    if plan.model.ignored_layers:
+        lost.append(f"{plan.model.ignored_layers} layers that predict further tokens")
+    lost += plan.checkpoint.left_out
     lines = (
-        f"{model.name} as {model.dtype}: {plan.model.model_type}, {plan.model.num_layers} layers, "
-        f"{size(sum(each.bytes for each in plan.objects))}",
-        f"embedding: {sizes['embedding']}; head: {sizes['head']}; a layer: {per_layer}",
-        f"tensors of the source: {', '.join(f'{count} {name}' for name, count in formats.most_common())}",
+        f"{model.name} as {model.dtype}: {plan.model.model_type}, {plan.model.num_layers} layers, {size(total)}",
         f"tokenizer: {size(len(files.get('tokenizer.json', b'')))}, {template} a chat template",
         f"files: {', '.join(sorted(files))}",
+        f"lost: {'; '.join(lost) or 'nothing'}",
+        f"reading and converting: about {seconds:.0f} s, with at most {size(memory_bytes)} of memory; "
+        f"the upload: {total / _UPLOAD_BYTES_PER_SECOND:.0f} s at {size(_UPLOAD_BYTES_PER_SECOND)}/s",
     )
     for line in lines:
         console.out(line, highlight=False)
+    objects = [(each.name, str(len(each.named_spans)), size(each.bytes)) for each in plan.objects]
+    if len({each.bytes for each in layers}) == 1:
+        objects = [objects[0], (f"each of {len(layers)} layers", *objects[1][1:]), objects[-1]]
+    show_table(console, "objects", ("object", "tensors", "bytes"), objects)
+    show_table(console, "tensors", ("tensor", "count", "in the source", "published", "bytes"), _tensor_rows(model, plan))
+
+
+def _tensor_rows(model: ModelSpec, plan: PublicationPlan) -> list[tuple[str, ...]]:
+    """For tensors that differ only in the numbers of layer and expert: name, count, formats and bytes, scales included."""
+    sources = plan.checkpoint.tensors
+    counts, published_bytes = Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()
+    for each in plan.objects:
+        key = ("", "", "")
+        for name, span in each.named_spans.items():
+            if source := sources.get(name):
+                stored_as, written = source.stored_as or source.dtype, each.tensors[name].dtype
+                packed = stored_as if model.dtype == "gguf" else model.dtype
+                key = re.sub(r"\.\d+(?=\.)", ".N", name), stored_as, packed if written == "U8" else written
+                counts[key] += 1
+            published_bytes[key] += span.end - span.start  # scales follow their matrix
+    return [(key[0], str(count), *key[1:], size(published_bytes[key])) for key, count in counts.items()]
 
 
 def _default_source(model: ModelSpec) -> str:

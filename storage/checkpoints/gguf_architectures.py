@@ -46,6 +46,7 @@ class Architecture:
         default_factory=dict
     )  # GGUF keys that may only have the values that the model implies
     sliding: bool = False  # attention.sliding_window is honoured
+    unsaid: str | None = None  # what the converter does not write, and the file's model may have had
 
 
 MODULES: Final[Mapping[str, str]] = {
@@ -263,6 +264,7 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
         config={"hidden_act": "gelu_pytorch_tanh"},
         norm="norm_epsilon",
         sliding=True,
+        unsaid="a sliding window: attention reads all tokens, as in llama.cpp",
     ),
     "stablelm": Architecture(
         "stablelm",
@@ -467,3 +469,13 @@ FALCON_GROUPED: Final = replace(
     modules={**ARCHITECTURES["falcon"].modules, "attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"},
 )
 """An architecture `falcon` with a norm each for attention and feed-forward."""
+
+VARIANTS: Final[Mapping[str, tuple[Architecture, ...]]] = {
+    "llama": (MIXTRAL, MISTRAL),
+    "mistral3": (MISTRAL,),
+    "olmo2": (OLMO3,),
+    "granitemoe": (GRANITE_SHARED,),
+    "deepseek2": (DEEPSEEK3,),
+    "falcon": (FALCON_GROUPED,),
+}
+"""What else files of an architecture may hold; `gguf_config.architecture_of` tells them apart."""

@@ -70,7 +70,10 @@ def open_gguf(path: Path, tokenizer: Mapping[str, bytes] | None = None) -> Check
         tensors |= _sources(tensor, architecture, config, sizes[tensor.path])
     config_file = msgspec.json.format(msgspec.json.encode(config), indent=2)
     files = tokenizer_files(path, header.fields) if tokenizer is None else tokenizer
-    return Checkpoint(config, {**files, "config.json": config_file}, tensors)
+    left_out = [f"{further} layers that predict further tokens"] if further else []
+    if architecture.unsaid and not config.get("sliding_window"):
+        left_out.append(architecture.unsaid)
+    return Checkpoint(config, {**files, "config.json": config_file}, tensors, tuple(left_out))
 
 
 def _sources(

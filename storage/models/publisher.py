@@ -11,16 +11,19 @@ import hashlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from dataclasses import replace as with_changes
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
 import msgspec
+from blake3 import blake3
 
 from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
 from storage.checkpoints.decoder_config import with_description
@@ -49,7 +52,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_MOST_THREADS: Final = 4  # each holds about 100 MiB: parts on their way, and blocks that are converted
+_MOST_THREADS: Final = 4
+_THREAD_BYTES: Final = 100 * 2**20  # parts on their way, and blocks that are converted
+_BASE_BYTES: Final = 150 * 2**20
 _FRAGMENT_SUFFIX: Final = ".fragment.json"
 
 
@@ -80,7 +85,7 @@ class PublicationPlan:
     checkpoint: Checkpoint
     model: ModelDescription
     objects: list[ObjectPlan]
-    error: "RoundingError | None"  # filled while tensors are converted, for quantized checkpoints
+    error: "RoundingError | None"  # filled while tensors are converted, if it was asked for or the checkpoint is quantized
 
 
 ProgressCallback = Callable[[PublishProgress], None]
@@ -160,11 +165,17 @@ def publish(
 
 
 def plan_publication(
-    path: Path, dtype: str, *, keep_wide: Collection[str] = (), tokenizer: Path | None = None
+    path: Path,
+    dtype: str,
+    *,
+    keep_wide: Collection[str] = (),
+    tokenizer: Path | None = None,
+    note_losses: bool = False,
 ) -> PublicationPlan:
     """Says what `publish` would write of the checkpoint at `path`; reads no tensor, unless it must compare tied matrices.
 
-    Raises what `publish` raises for the checkpoint.
+    note_losses: the plan has an `error` also for checkpoints that are not quantized. Raises what `publish` raises for the
+    checkpoint.
     """
     from storage.models.conversion import RoundingError, convert_tensor  # numpy, which only a real publication needs
 
@@ -177,7 +188,7 @@ def plan_publication(
         _warn_of_losses(path, placed)
     if dtype == "gguf":
         _check_blocks(path, placed)
-    error = None if checkpoint.quantization is None else RoundingError()
+    error = RoundingError() if checkpoint.quantization or note_losses else None
     plans = []
     for object_name, members in placed.items():
         targets: dict[str, TargetTensor] = {}
@@ -186,6 +197,22 @@ def plan_publication(
             targets |= convert_tensor(tensor_name, tensor, cast("Dtype", stored_as), keep_wide, error)
         plans.append(plan_object(object_name, targets))
     return PublicationPlan(checkpoint, model, plans, error)
+
+
+def rehearse(plan: PublicationPlan) -> tuple[float, int]:
+    """Converts and hashes the first block of each tensor outside the layers and of layer 0, which fills `plan.error`.
+
+    Returns estimates of the seconds that all objects take without the upload, and of the bytes of memory at most.
+    """
+    converted, started = 0, time.perf_counter()
+    for each in (plan.objects[0], plan.objects[1], plan.objects[-1]):
+        for tensor in each.tensors.values():
+            for block in islice(tensor.blocks(), 1):
+                blake3(block)
+                converted += len(block)
+    seconds = (time.perf_counter() - started) / max(1, converted) * sum(each.bytes for each in plan.objects)
+    threads = min(_MOST_THREADS, os.cpu_count() or 1)
+    return seconds / threads, _BASE_BYTES + threads * _THREAD_BYTES
 
 
 def _settle_tie(model: ModelDescription, checkpoint: Checkpoint) -> tuple[ModelDescription, Placement]:

@@ -33,9 +33,10 @@ def refusal(settings: StoreSettings, key: str, status: int, code: str) -> Storag
     seen = f"HTTP {status}" + (f" {code}" if code and code != str(status) else "")
     if code == "NoSuchBucket" or (status == 404 and not key):
         return BucketNotFound(f"there is no {settings.place}; create it, or correct its name")
-    if code == "NoSuchUpload":
+    if code in ("NoSuchUpload", "InvalidPart"):
         return StoreUnreachable(
-            f"{settings.place} has given up the upload of {key!r} ({seen}), as it does if its disk is full; look at the store"
+            f"{settings.place} has given up the upload of {key!r} ({seen}), as it does if its disk is full or too slow; "
+            "look at the store"
         )
     if status == 404:
         return ObjectNotFound(f"there is no object {key!r} in {settings.place}")

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from knative.__main__ import main
 from knative.commands.ask import is_question
 from knative.local.platform import ROOT
+from tests.storage.checkpoints.test_gguf_families import write_gguf
 from tests.support.knative.run_command import Run
 from tests.support.storage.storage import default_model_gguf
 
@@ -100,11 +101,44 @@ def test_plan_of_a_gguf_file() -> None:
     assert "cut: 0:9,9:23,23:30" in result.output, result.output
 
 
-def test_a_dry_run_of_push_names_what_would_be_published() -> None:
-    result = invoke("push", str(default_model_gguf()), "--name", "tiny", "--dtype", "q4", "--dry-run")
+@pytest.mark.parametrize(
+    ("dtype", "lost", "rows"),
+    [
+        (
+            "gguf",
+            "lost: nothing",
+            [r"embed_tokens\.weight +1 +Q8_0 +Q8_0 +28\.7 MiB", r"q_proj\.weight +30 +Q4_1 +Q4_1 +5\.9 MiB"],
+        ),
+        (
+            "q4",
+            "lost: rounding",
+            [r"embed_tokens\.weight +1 +Q8_0 +I8 +27\.2 MiB", r"layers\.N\.mlp\.up_proj\.weight +30 +Q4_1 +q4"],
+        ),
+    ],
+)
+def test_a_dry_run_of_push_names_what_would_be_published(dtype: str, lost: str, rows: list[str]) -> None:
+    result = invoke("push", str(default_model_gguf()), "--name", "tiny", "--dtype", dtype, "--dry-run")
     assert result.exit_code == 0, result.output
-    for words in ("tiny as q4: llama, 30 layers", "tensors of the source: ", " Q4_1", "with a chat template"):
-        assert words in result.output
+    words = [
+        f"tiny as {dtype}: llama, 30 layers",
+        "with a chat template",
+        lost,
+        "reading and converting: about",
+        "each of 30 layers",
+    ]
+    for each in words:
+        assert each in result.output
+    for row in rows:
+        assert re.search(row, result.output), result.output
+
+
+def test_a_dry_run_of_push_names_what_is_not_published(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "x.gguf", "llama", add=lambda writer: writer.add_uint32("llama.nextn_predict_layers", 1))
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    result = invoke("push", str(path), "--name", "x", "--dtype", "float32", "--dry-run", "--tokenizer", str(folder))
+    assert "lost: 1 layers that predict further tokens" in result.output, result.output
 
 
 def test_plan_shows_stage_overrides_of_a_spec(tmp_path: Path) -> None:

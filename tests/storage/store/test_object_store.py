@@ -103,7 +103,11 @@ def test_errors_name_their_cause(
 
 @pytest.mark.parametrize(
     ("status", "code", "error", "words"),
-    [(403, "AccessDenied", AccessDenied, "check the keys"), (404, "NoSuchUpload", StoreUnreachable, "if its disk is full")],
+    [
+        (403, "AccessDenied", AccessDenied, "check the keys"),
+        (404, "NoSuchUpload", StoreUnreachable, "if its disk is full"),
+        (400, "InvalidPart", StoreUnreachable, "if its disk is full or too slow"),
+    ],
 )
 def test_an_answer_before_the_end_of_the_body_is_read(
     status: int, code: str, error: type[StorageError], words: str, settings: StoreSettings
