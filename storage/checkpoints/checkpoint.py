@@ -62,5 +62,5 @@ class Checkpoint:
     config: Mapping[str, Any]  # config.json as Hugging Face has it
     files: Mapping[str, bytes]  # small files to publish beside the tensors, config.json included
     tensors: Mapping[str, SourceTensor]  # by their Hugging Face names
-    left_out: tuple[str, ...] = ()  # for people: what the source has or was made from, and a publication has not
     quantization: str | None = None  # the method, for people, if the source is quantized and its tensors are read as floats
+    left_out: tuple[str, ...] = ()  # for people: what the source has or was made from, and a publication has not

@@ -73,7 +73,7 @@ def open_gguf(path: Path, tokenizer: Mapping[str, bytes] | None = None) -> Check
     left_out = [f"{further} layers that predict further tokens"] if further else []
     if architecture.unsaid and not config.get("sliding_window"):
         left_out.append(architecture.unsaid)
-    return Checkpoint(config, {**files, "config.json": config_file}, tensors, tuple(left_out))
+    return Checkpoint(config, {**files, "config.json": config_file}, tensors, left_out=tuple(left_out))
 
 
 def _sources(
