@@ -24,22 +24,6 @@ BLOCK_FORMATS: Final = (
 """In the order of LAMINA_BLOCK_FORMATS."""
 
 
-class NormKind(IntEnum):
-    """NO_NORM is 0: the kind of a record that was not filled in."""
-
-    RMS = 1
-    LAYER = 2
-
-
-class Activation(IntEnum):
-    SILU = 0
-    GELU = 1
-    GELU_TANH = 2
-    RELU = 3
-    RELU2 = 4
-    XIELU = 5
-
-
 class Dtype(IntEnum):
     BF16 = 0
     INT8 = 1
@@ -67,27 +51,17 @@ class MatrixRecord(ctypes.Structure):
     )
 
 
-class NormRecord(ctypes.Structure):
-    _fields_ = (*_numbers("kind"), ("gain", MemoryRecord), ("biases", MemoryRecord))
-
-
 class LayerRecord(ctypes.Structure):
     _fields_ = (
-        ("before_attention", NormRecord),
+        ("input_gain", MemoryRecord),
         ("qkv", MatrixRecord),
-        ("qk", NormRecord),
+        ("qk_gain", MemoryRecord),
         ("out", MatrixRecord),
-        ("after_attention", NormRecord),
-        ("before_mlp", NormRecord),
+        ("mlp_gain", MemoryRecord),
         ("gate", MatrixRecord),
         ("up", MatrixRecord),
         ("down", MatrixRecord),
-        ("after_mlp", NormRecord),
-        *_numbers("qk_as_one", "qk_rotated", "activation", "parallel", "window", "ring", "query_rotation", "key_rotation"),
-        ("score_scale", ctypes.c_double),
-        ("score_cap", ctypes.c_double),
-        ("residual_scale", ctypes.c_double),
-        ("xielu", ctypes.c_double * 4),
+        *_numbers("window", "ring", "rotary"),
     )
 
 
@@ -96,16 +70,7 @@ class GroupRecord(ctypes.Structure):
         ("layers", MemoryRecord),
         ("arena", MemoryRecord),
         *_numbers(
-            "num_layers",
-            "hidden_size",
-            "inner_size",
-            "heads",
-            "kv_heads",
-            "head_dim",
-            "num_pages",
-            "kv_dtype",
-            "rotations",
-            "rounds",
+            "num_layers", "hidden_size", "inner_size", "heads", "kv_heads", "head_dim", "num_pages", "kv_dtype", "rounds"
         ),
         ("eps", ctypes.c_double),
     )
@@ -164,7 +129,6 @@ class SoftmaxRecord(ctypes.Structure):
 RECORDS: Final[Sequence[type[ctypes.Structure]]] = (
     MemoryRecord,
     MatrixRecord,
-    NormRecord,
     LayerRecord,
     GroupRecord,
     SegmentRecord,

@@ -26,7 +26,6 @@ const Level LEVEL = {
 #endif
     .multiply = multiply,
     .multiply_gated = multiply_gated,
-    .activate = activate,
     .write_kv = write_kv,
     .draw = draw_token,
     .softmax = compute_softmax,
