@@ -9,11 +9,13 @@ Tables are Markdown. Use it before and after a change, in one run on one machine
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
 from bench.report import machine
 from bench.stage.perplexity import converted
@@ -25,6 +27,7 @@ from functions.stage.models.native.group import NativeGroup
 from storage.checkpoints.checkpoint import SourceTensor
 from storage.checkpoints.decoder import layer_shapes, outer_shapes
 from storage.checkpoints.decoder_config import decoder_of
+from storage.models.blocks import FORMATS, BlockFormat
 from storage.models.model_repository import Dtype
 
 Ways = Mapping[str, Callable[[], object]]
@@ -56,6 +59,15 @@ _QWEN: Final[Mapping[str, Any]] = {
     "num_key_value_heads": 2,
     "vocab_size": 151_936,
 }
+_WIDE: Final[Mapping[str, Any]] = {
+    **_SMOLLM2,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 256,
+}
+"""Widths of 256 · n, which GGUF's K-quants need."""
 _PASSES: Final = (  # sequences, tokens that each holds, new ones of each
     (1, 128, 1),
     (8, 128, 1),
@@ -91,9 +103,9 @@ def best_milliseconds(ways: Ways, rounds: int = 5, calls: int = 4) -> dict[str, 
 
 
 def random_group(
-    config: Mapping[str, Any], dtype: Dtype, kv_dtype: KVDtype | None = None, kv_tokens: int = 20_000
+    config: Mapping[str, Any], dtype: Dtype, kv_dtype: KVDtype | None = None, kv_tokens: int = 20_000, blocks: str = ""
 ) -> NativeGroup:
-    """The whole model of a config with random weights."""
+    """The whole model of a config with random weights. blocks: the format of matrices, with dtype gguf."""
     sizes = decoder_of(config)
     dice = np.random.default_rng(1)
     shapes = {
@@ -105,7 +117,10 @@ def random_group(
     for name, shape in (shapes | outer_shapes(sizes)).items():
         scale = np.float32(shape[-1] ** -0.5 if len(shape) == 2 else 1.0)
         array = dice.standard_normal(shape, np.float32) * scale
-        sources[name] = SourceTensor("F32", shape, partial(_rows, array))
+        source = SourceTensor("F32", shape, partial(_rows, array))
+        if blocks and len(shape) == 2:
+            source = replace(source, stored_as=blocks, read_blocks=partial(_random_blocks, FORMATS[blocks], shape[1]))
+        sources[name] = source
     kv_bytes = kv_tokens * sizes.num_layers * 2 * 4 * sizes.attention.num_kv_heads * sizes.attention.head_dim
     group = NativeGroup(config, 0, sizes.num_layers, dtype, kv_bytes, kv_dtype)
     group.place(converted(sources, dtype))
@@ -116,6 +131,36 @@ def random_group(
 
 def _rows(array: Array, first: int, last: int) -> memoryview:
     return array[first:last].data.cast("B")
+
+
+def _random_blocks(form: BlockFormat, width: int, first: int, last: int) -> NDArray[np.uint8]:
+    """Small bytes: no float16 of them is infinite."""
+    count = width // (32 * form.blocks) * form.file_bytes
+    return np.random.default_rng(first).integers(0, 56, (last - first, count)).astype(np.uint8)
+
+
+def _by_format() -> Iterator[str]:
+    """Milliseconds of a pass through ten layers by block format of GGUF, without the head, compared with q4."""
+    groups = {"q4": random_group(_WIDE, "q4"), "int8": random_group(_WIDE, "int8")}
+    groups |= {name: random_group(_WIDE, "gguf", blocks=name) for name in FORMATS}
+    bits = {"q4": 5.0, "int8": 8.0} | {name: form.super_bytes / (64 * form.blocks) for name, form in FORMATS.items()}
+    rows = {name: f"| {name} | {bits[name]:.2f} |" for name in groups}
+    for sequences, held, new in ((1, 128, 1), (4, 128, 1), (16, 128, 1), (1, 0, 512)):
+        handles = {name: [group.kv.reserve(held + new) for _ in range(sequences)] for name, group in groups.items()}
+        for name, group in groups.items():
+            for handle in handles[name] if held else ():
+                group.forward(np.arange(held), [Segment(handle, 0, held)])
+        ways: dict[str, Callable[[], object]] = {
+            name: partial(run_pass, group, handles[name], held, new) for name, group in groups.items()
+        }
+        best = best_milliseconds(ways, rounds=8)
+        for name, taken in best.items():
+            rows[name] += f" {taken:.2f} ({taken / best['q4']:.2f} ×) |"
+            for handle in handles[name]:
+                groups[name].kv.release(handle)
+    yield "| format | bits a weight | a token | 4 × a token | 16 × a token | prompt of 512 |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    yield from rows.values()
 
 
 def passes() -> Iterator[str]:
@@ -137,6 +182,8 @@ def passes() -> Iterator[str]:
         for dtype, group in groups.items():
             for handle in handles[dtype]:
                 group.kv.release(handle)
+    yield ""
+    yield from _by_format()
 
 
 def run_pass(group: NativeGroup, handles: Sequence[int], held: int, new: int) -> None:

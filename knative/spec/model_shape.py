@@ -16,6 +16,7 @@ from knative.spec.errors import SpecError, UnknownShape
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.checkpoints.recurrent_layers import LayerSizes, layer_sizes
+from storage.checkpoints.safetensors_format import tensor_bytes
 from storage.models.checks import check_runnable
 from storage.models.model_repository import ModelManifest, Reader, layer_object, read_file
 
@@ -97,20 +98,31 @@ def shape_from_folder(folder: Path, dtype: str) -> ModelShape:
     if config.pop("quantization_config", None) or not files:  # which a publication does not have
         return shape_from_config(config, folder.name, dtype)
     sizes = {key: size for file in files for key, size in _tensor_sizes(file)}
-    return _shape_of_tensors(_Decoder(config, folder.name), dtype, sizes)
+    decoder = _Decoder(config, folder.name)
+    return _shape(decoder, dtype, *_by_object(decoder, sizes))
 
 
 def shape_from_gguf(path: Path, dtype: str) -> ModelShape:
     """Sizes of the model in a GGUF file, by its header: exact. Raises a StorageError, or UnknownShape."""
     from storage.checkpoints.gguf_checkpoint import open_gguf  # gguf and numpy, which only this format needs
+    from storage.models.conversion import convert_tensor
 
     checkpoint = open_gguf(path, tokenizer={})
     sizes = {name: math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    return _shape_of_tensors(_Decoder(checkpoint.config, path.stem), dtype, sizes)
+    decoder = _Decoder(checkpoint.config, path.stem)
+    shape = _shape(decoder, dtype, *_by_object(decoder, sizes))
+    if dtype != "gguf":
+        return shape
+    stored = {
+        name: sum(tensor_bytes(each.dtype, each.shape) for each in convert_tensor(name, tensor, "gguf", ()).values())
+        for name, tensor in checkpoint.tensors.items()
+    }
+    layers, embedding, head = _by_object(decoder, stored)
+    return replace(shape, layer_bytes=tuple(layers), embedding_bytes=embedding, head_bytes=head)
 
 
-def _shape_of_tensors(decoder: "_Decoder", dtype: str, sizes: Mapping[str, int]) -> ModelShape:
-    """The shape of a decoder whose tensors have these numbers of elements by their names. Raises UnknownShape."""
+def _by_object(decoder: "_Decoder", sizes: Mapping[str, int]) -> tuple[list[int], int, int]:
+    """Sizes by tensor, added up: those of each layer, of the embedding, and of what makes logits. Raises UnknownShape."""
     layers, embedding, head = [0] * decoder.layers, 0, 0
     for key, size in sizes.items():
         match = _LAYER_KEY.search(key)
@@ -122,7 +134,7 @@ def _shape_of_tensors(decoder: "_Decoder", dtype: str, sizes: Mapping[str, int])
             head += size
     if not all(layers):
         raise UnknownShape(f"{decoder.name} has no tensor of layer {layers.index(0)} of {decoder.layers}")
-    return _shape(decoder, dtype, layers, embedding, head + (embedding if decoder.tied else 0))
+    return layers, embedding, head + (embedding if decoder.tied else 0)
 
 
 def published_shape(reader: Reader, manifest: ModelManifest) -> ModelShape:

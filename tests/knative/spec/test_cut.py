@@ -17,6 +17,7 @@ from storage.models.publisher import publish
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 from tests.storage.checkpoints.test_gguf_families import write_gguf
+from tests.support.functions.block_models import MIXED, block_model
 from tests.support.paths import ROOT
 from tests.support.storage import tiny_models
 
@@ -170,6 +171,16 @@ def test_a_gguf_file_has_the_sizes_of_its_folder(name: str, tmp_path: Path) -> N
     tiny_models.whole_model(name).save_pretrained(tmp_path / "tiny")
     path = write_gguf(tmp_path / "tiny.gguf", name)
     assert shape_from_gguf(path, "bfloat16") == shape_from_folder(tmp_path / "tiny", "bfloat16")
+
+
+def test_a_gguf_file_that_is_published_as_it_is_has_the_published_sizes(tmp_path: Path) -> None:
+    path = block_model(tmp_path / "tiny.gguf", "llama", MIXED)
+    with EmbeddedStore(tmp_path / "store") as embedded:
+        store = ObjectStore(embedded.settings)
+        exact, told = published_shape(store, publish(path, store, "m", "gguf")), shape_from_gguf(path, "gguf")
+    assert told.layer_bytes == pytest.approx(exact.layer_bytes, rel=0.02)
+    assert told.embedding_bytes == pytest.approx(exact.embedding_bytes, rel=0.05)
+    assert told.head_bytes == pytest.approx(exact.head_bytes, rel=0.05)
 
 
 def test_more_stages_than_layers() -> None:
