@@ -65,7 +65,7 @@ _WIDE: Final[Mapping[str, Any]] = {
     "intermediate_size": 2816,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
-    "vocab_size": 256,
+    "vocab_size": 512,
 }
 """Widths of 256 · n, which GGUF's K-quants need."""
 _PASSES: Final = (  # sequences, tokens that each holds, new ones of each

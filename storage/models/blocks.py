@@ -178,7 +178,7 @@ def unpack(form: BlockFormat, packed: Array, outs: int, lanes: int = GROUP) -> B
     scales = ends[..., : lanes * form.scale_bytes].view(np.uint8 if form.scale_bytes == 1 else np.float16)
     minima = ends[..., lanes * form.scale_bytes :].view(np.float16) if form.minimum else None
     return Blocks(
-        rows(codes, supers * form.blocks * _PARTS).view(np.uint8),
+        np.ascontiguousarray(rows(codes, supers * form.blocks * _PARTS)).view(np.uint8),
         rows(scales, supers),
         None if minima is None else rows(minima, supers),
         factors,

@@ -19,11 +19,11 @@ from storage.checkpoints.checkpoint import FourBits, SourceTensor
 from storage.errors import CheckpointInvalid
 from storage.floats import FLOATS, FloatName, Floats, as_bytes, read_floats, rounded
 from storage.models import q4
-from storage.models.blocks import FORMATS, BlockFormat, Packing, pack, packed_shape, read_blocks
+from storage.models.blocks import FORMATS, GROUP, BlockFormat, Packing, pack, packed_shape, read_blocks
 from storage.models.checks import is_layer_matrix
 from storage.models.model_repository import Dtype
 from storage.models.object_writer import TargetTensor
-from storage.models.q4 import GROUP, dequantize, quantize
+from storage.models.q4 import dequantize, quantize
 
 _INT8_MAX: Final = 127
 _OUTER_MATRICES: Final = ("model.embed_tokens.weight", "lm_head.weight")  # of a Llama-shaped model

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from storage.models import q4
+from storage.models.blocks import BLOCK, GROUP
 from storage.models.q4 import quantize
 from tests.support.functions.int8_checkpoints import MATRICES, quantized
 
@@ -28,4 +29,4 @@ def q4_checkpoint(tensors: Mapping[str, torch.Tensor], keep_wide: Collection[str
 def plain(packed: torch.Tensor) -> torch.Tensor:
     """The weights of a matrix whose sizes are whole groups and blocks."""
     groups, blocks, _ = packed.shape
-    return torch.from_numpy(q4.dequantize(packed.numpy(), groups * q4.GROUP, blocks * q4.BLOCK))
+    return torch.from_numpy(q4.dequantize(packed.numpy(), groups * GROUP, blocks * BLOCK))

@@ -152,9 +152,9 @@ def _weights_stacked(matrices: Sequence[MatrixArrays]) -> Array:
     if matrices[0].dtype == Dtype.BLOCKS:
         return np.concatenate([matrix.weights.reshape(-1) for matrix in matrices])
     together = np.concatenate([matrix.weights for matrix in matrices])
-    if matrices[0].dtype != Dtype.Q4 or all(matrix.shape[0] % q4.GROUP == 0 for matrix in matrices[:-1]):
+    if matrices[0].dtype != Dtype.Q4 or all(matrix.shape[0] % GROUP == 0 for matrix in matrices[:-1]):
         return together
-    firsts = np.cumsum([0, *(len(matrix.weights) * q4.GROUP for matrix in matrices[:-1])])
+    firsts = np.cumsum([0, *(len(matrix.weights) * GROUP for matrix in matrices[:-1])])
     rows = [first + np.arange(matrix.shape[0]) for first, matrix in zip(firsts, matrices, strict=True)]
     return q4.packed_rows(together, np.concatenate(rows))
 
