@@ -36,7 +36,8 @@ def configured_jobs(config: GatewayConfig) -> Jobs | None:
     if config.jobs_store is None:
         return None
     bucket, prefix = config.jobs_store
-    objects = JobObjects(PayloadStore(replace(config.store, bucket=bucket)), prefix)
+    # By model: gateways of other models would answer that they do not serve this one.
+    objects = JobObjects(PayloadStore(replace(config.store, bucket=bucket)), f"{prefix}/{config.model}")
     batches = Batches(objects, Files(objects))
     claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
     return Jobs(batches, BatchEvents(batches, claims, Sender(), f"/pipelines/{config.pipeline}/gateway", config.sink))

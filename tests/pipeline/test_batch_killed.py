@@ -81,13 +81,13 @@ def test_every_line_is_answered_once_while_gateways_are_killed(published: Publis
         for _ in range(2):
             gateways.kill()  # new ones do not know that the batch has ended
         # Without the results of some parts, and its end, the batch is open again. The same bytes come, also of drawn answers.
-        wait_until(lambda: not list(store.list("jobs/open/")))
-        run = f"jobs/{EVERYBODY}/runs/{batch.id}/results/"
+        wait_until(lambda: not list(store.list("jobs/tiny/open/")))
+        run = f"jobs/tiny/{EVERYBODY}/runs/{batch.id}/results/"
         for found_object in list(store.list(run))[::20]:
             store.delete(found_object.key)
-        end = f"jobs/{EVERYBODY}/ends/{batch.id}.json"
+        end = f"jobs/tiny/{EVERYBODY}/ends/{batch.id}.json"
         store.delete(end)
-        store.put(f"jobs/open/{EVERYBODY}/{batch.id}", b"{}")
+        store.put(f"jobs/tiny/open/{EVERYBODY}/{batch.id}", b"{}")
         wait_until(lambda: bool(list(store.list(end))), WAIT_SECONDS)
         assert read(gateways, batch.id)[1] == output
 

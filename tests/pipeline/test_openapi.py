@@ -34,13 +34,15 @@ MANY = 200  # among so many requests to an operation, some succeed
 ENDLESS = "/v1/pipeline/events"
 CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance, response_headers_conformance]
 OPERATIONS = [
-    (each.method, each.path) for each in operations(with_page=True) if each.path not in (ENDLESS, "/healthz", "/readyz")
+    (each.method, each.path)
+    for each in operations(with_page=True, with_jobs=True)
+    if each.path not in (ENDLESS, "/healthz", "/readyz")
 ]
 
 
 @pytest.fixture(scope="module")
 def gateway(published: Published) -> Iterator[FunctionProcess]:
-    with running_gateway(published, LAMINA_REQUEST_TIMEOUT_SECONDS="20") as gateway:
+    with running_gateway(published, LAMINA_REQUEST_TIMEOUT_SECONDS="20", LAMINA_JOBS_STORE="lamina/jobs") as gateway:
         yield gateway
 
 
@@ -52,7 +54,9 @@ def document(gateway: FunctionProcess) -> dict[str, Any]:
 
 
 def test_the_served_document_is_the_generated_one(document: dict[str, Any]) -> None:
-    assert document == json.loads(json.dumps(openapi_document(operations(with_page=True), "tiny", with_keys=False)))
+    assert document == json.loads(
+        json.dumps(openapi_document(operations(with_page=True, with_jobs=True), "tiny", with_keys=False))
+    )
 
 
 @pytest.mark.timeout(3000)

@@ -189,12 +189,14 @@ def test_an_input_stays_as_long_as_it_is_read(client: openai.OpenAI) -> None:
 def test_nothing_of_ended_batches_is_left_but_files(client: openai.OpenAI, published: Published) -> None:
     batch = ended(client, begun(client, [line(0)]))
     with PayloadStore(published.store) as store:
-        wait_until(lambda: not [found for found in store.list("jobs/open/") if found.key.endswith(batch.id)])
+        wait_until(lambda: not [found for found in store.list("jobs/tiny/open/") if found.key.endswith(batch.id)])
         assert [
-            found.key.rpartition(f"{batch.id}/")[2] for found in store.list("jobs/") if f"/runs/{batch.id}/" in found.key
+            found.key.rpartition(f"{batch.id}/")[2] for found in store.list("jobs/tiny/") if f"/runs/{batch.id}/" in found.key
         ] == ["results/00000000"]
     for file_id in (batch.output_file_id, batch.input_file_id):
         client.files.delete(file_id)
     with PayloadStore(published.store) as store:
-        assert not [found.key for found in store.list("jobs/") if "/parts/" in found.key and batch.input_file_id in found.key]
-        assert not [found.key for found in store.list("jobs/") if f"/runs/{batch.id}/" in found.key]
+        assert not [
+            found.key for found in store.list("jobs/tiny/") if "/parts/" in found.key and batch.input_file_id in found.key
+        ]
+        assert not [found.key for found in store.list("jobs/tiny/") if f"/runs/{batch.id}/" in found.key]

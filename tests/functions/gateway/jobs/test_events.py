@@ -89,8 +89,8 @@ def test_results_come_as_an_event(gateway: FunctionProcess, published: Published
         results = [json.loads(line) for line in bytes(claims.redeem(again).get_data()).splitlines()]  # type: ignore[arg-type]
         assert [result["custom_id"] for result in results] == [f"line-{number}" for number in range(count)]
         assert all(result["response"]["status_code"] == 200 for result in results)
-        wait_until(lambda: not list(store.list("jobs/open/")))
-        assert len([found for found in store.list("jobs/everybody/batches/") if told.get_id() in found.key]) == 1
+        wait_until(lambda: not list(store.list("jobs/tiny/open/")))
+        assert len([found for found in store.list("jobs/tiny/everybody/batches/") if told.get_id() in found.key]) == 1
 
 
 @pytest.mark.parametrize(
@@ -101,4 +101,4 @@ def test_results_come_as_an_event(gateway: FunctionProcess, published: Published
 def test_an_event_that_is_no_batch_is_refused(gateway: FunctionProcess, published: Published, data: bytes, status: int) -> None:
     assert send(gateway, make_event(EventType.BATCH_REQUEST, SOURCE, data, JSONL_CONTENT_TYPE)).status_code == status
     with PayloadStore(published.store) as store:
-        assert not list(store.list("jobs/open/"))
+        assert not list(store.list("jobs/tiny/open/"))
