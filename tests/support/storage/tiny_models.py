@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
 Tensor = TypeVar("Tensor")
@@ -363,3 +363,19 @@ def all_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> torch.Tensor
     """The oracle: float32 logits [len(token_ids), vocab] of one full forward pass without a cache."""
     logits: torch.Tensor = model(input_ids=torch.tensor([list(token_ids)]), use_cache=False).logits[0]
     return logits.float()
+
+
+@torch.inference_mode()
+def recurrent_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> torch.Tensor:
+    """The oracle of models with recurrent layers: float32 logits [len(token_ids), vocab] of the whole model, token by token.
+
+    With a single token transformers' modules take their recurrent path. For longer inputs they have another one, in chunks,
+    whose rounding differs.
+    """
+    cache = DynamicCache(config=model.config)
+    takes_positions = model.config.model_type not in ("mamba", "mamba2", "falcon_mamba")
+    logits = []
+    for position, token in enumerate(token_ids):
+        positions = {"position_ids": torch.tensor([[position]])} if takes_positions else {}
+        logits.append(model(input_ids=torch.tensor([[token]]), cache=cache, use_cache=True, **positions).logits[0])
+    return torch.cat(logits).float()

@@ -1,8 +1,4 @@
-"""Families with recurrent layers, held to the whole model in transformers.
-
-The oracle of tokens is `generate`. The oracle of logits is the recurrent path of transformers, which its modules take for a
-single token: the whole model gets token by token. For longer inputs they have another path, in chunks, whose rounding differs.
-"""
+"""Families with recurrent layers. Their oracles in transformers: `generate` for tokens, the recurrent path for logits."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
 
 from functions.stage.models.layer_group import LayerGroup, Segment
 from functions.stage.models.transformers.cache import TransformersKVCache
@@ -46,23 +41,11 @@ class Stages:
         return torch.from_numpy(self.groups[-1].logits(hidden[position - held :]))
 
 
-@torch.inference_mode()
-def recurrent_logits(name: str, token_ids: Sequence[int]) -> torch.Tensor:
-    model = whole_model(name)
-    cache = DynamicCache(config=model.config)
-    takes_positions = name not in ("mamba", "mamba2", "falcon_mamba")
-    logits = []
-    for position, token in enumerate(token_ids):
-        positions = {"position_ids": torch.tensor([[position]])} if takes_positions else {}
-        logits.append(model(input_ids=torch.tensor([[token]]), cache=cache, use_cache=True, **positions).logits[0])
-    return torch.cat(logits)
-
-
 @pytest.mark.parametrize("name", tiny_models.RECURRENT)
 def test_any_cut_and_chunks_give_the_whole_models_tokens(name: str) -> None:
     expected = tiny_models.greedy(whole_model(name), PROMPT, NEW_TOKENS)
     text = PROMPT + expected
-    oracle = recurrent_logits(name, text[:-1])
+    oracle = tiny_models.recurrent_logits(whole_model(name), text[:-1])
     for cut, chunk in ((1, 64), (2, 1), (3, 7), (6, 7)):
         stages = Stages(build_groups(name, CUTS[cut]))
         logits = []
