@@ -5,7 +5,8 @@
 
 Weights are converted as the publisher converts them. The first table compares each dtype with float32: perplexity, and how
 often the likeliest token is the same. The second one compares bfloat16 with itself where hidden states travel in 8 bits between
-2, 4 and 10 stages. Both are printed as Markdown.
+2, 4 and 10 stages. For a GGUF file one more compares the file as it is published in dtype gguf with what llama.cpp computes of
+the same file and tokens, by the library that llama-perplexity calls. All are printed as Markdown.
 """
 
 import json
@@ -20,6 +21,7 @@ import click
 import numpy as np
 from tokenizers import Tokenizer
 
+from bench.llama_cpp_library import logits as llama_cpp_logits
 from functions.stage.engine.sampler import log_probabilities
 from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
 from functions.stage.models.build import build_layer_group
@@ -131,15 +133,37 @@ def rows_in_8_bits(checkpoint: Checkpoint, token_ids: Mapping[Path, Sequence[int
     return table
 
 
+def rows_of_llama_cpp(path: Path, checkpoint: Checkpoint, token_ids: Mapping[Path, Sequence[int]]) -> list[str]:
+    """One Markdown row per text: a GGUF file as it is, here and by llama.cpp."""
+    table = ["| text (tokens) | gguf | llama.cpp | difference | same likeliest token |", "|---|---|---|---|---|"]
+    groups = stages(checkpoint, "gguf", ())
+    for text, ids in token_ids.items():
+        ours = read(groups, ids)
+        windows = [ids[start : start + _WINDOW_TOKENS] for start in range(0, len(ids) - 1, _WINDOW_TOKENS)]
+        log_probability, likeliest = 0.0, []
+        for window in windows:  # one at a time, since a window's logits take 200 MB
+            logits = llama_cpp_logits(path, [window])[0][:-1]
+            log_probability += math.fsum(logprob for logprob, _ in log_probabilities(logits, np.array(window[1:])))
+            likeliest.append(logits.argmax(axis=-1))
+        theirs = math.exp(-log_probability / (len(ids) - len(windows)))
+        same = (ours.likeliest == np.concatenate(likeliest)).mean()
+        row = f"| {text.name} ({len(ids)}) | {ours.perplexity:.3f} | {theirs:.3f} | {ours.perplexity / theirs - 1:+.2%}"
+        table.append(f"{row} | {same:.3f} |")
+    return table
+
+
 @click.command()
 @click.option("--model", help="A folder, a GGUF file, or a hub id; without it, the default model.")
 @click.option("--text", "texts", type=click.Path(exists=True, path_type=Path), multiple=True, default=_TEXTS)
 @click.option("--keep-wide", multiple=True, help="A matrix, such as down_proj, that int8 and q4 leave in bfloat16.")
 def main(model: str | None, texts: Sequence[Path], keep_wide: Sequence[str]) -> None:
     """Print Markdown tables of perplexity by dtype and text, and by stages where hidden states travel in 8 bits."""
-    checkpoint = open_checkpoint(locate(model or packaged_model()))
+    path = locate(model or packaged_model())
+    checkpoint = open_checkpoint(path)
     tokenizer = Tokenizer.from_buffer(checkpoint.files["tokenizer.json"])
     token_ids = {text: tokenizer.encode(text.read_text()).ids for text in texts}
+    if path.is_file():
+        click.echo("\n".join([*rows_of_llama_cpp(path, checkpoint, token_ids), ""]))
     click.echo("\n".join([*rows(checkpoint, token_ids, keep_wide), "", *rows_in_8_bits(checkpoint, token_ids, keep_wide)]))
 
 

