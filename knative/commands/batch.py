@@ -33,7 +33,11 @@ class _Unreachable(Exception):
 @click.option(
     "--window", default="24h", show_default=True, help="Time within which the lines are answered, such as 30m, 24h or 7d."
 )
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: FILE with .output.jsonl at its end.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File for the answers, with the errors beside it. Default: FILE with .output.jsonl at its end.",
+)
 @click.option("--cancel", is_flag=True, help="Cancel the batch ID, and write what is answered.")
 @click.option("--api-key", envvar="LAMINA_API_KEY", show_envvar=True, help="If the gateway requires one.")
 @click.option("--host", help="If URL is an ingress's address: the host of the gateway's URL, which does not resolve here.")
@@ -84,8 +88,9 @@ class _Batch:
         if cancel:
             await self._ask("POST", f"/v1/batches/{id_}/cancel")
         ended = await self._follow(id_)
-        await self._write(ended["output_file_id"], output or file.with_name(f"{file.stem}.output.jsonl"))
-        await self._write(ended["error_file_id"], file.with_name(f"{file.stem}.errors.jsonl"))
+        answers = output or file.with_name(f"{file.stem}.output.jsonl")
+        await self._write(ended["output_file_id"], answers)
+        await self._write(ended["error_file_id"], answers.with_name(f"{answers.stem.removesuffix('.output')}.errors.jsonl"))
         if ended["status"] != "completed":
             raise AskFailed(f"{id_} is {ended['status']}: {_counts(ended)}")
 

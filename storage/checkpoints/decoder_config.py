@@ -29,7 +29,19 @@ from storage.checkpoints.decoder_families import (
 )
 from storage.errors import ArchitectureUnsupported
 
-_ACTIVATIONS: Final[Mapping[str, Activation]] = {"silu": "silu", "swish": "silu"}  # by transformers' names
+_ACTIVATIONS: Final[Mapping[str, Activation]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+    "xielu": "xielu",
+}  # by transformers' names, several of which are one function
 
 _ROPE_COMMON: Final = frozenset(
     {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
@@ -37,12 +49,14 @@ _ROPE_COMMON: Final = frozenset(
 _ROPE_OPTIONAL: Final[dict[str, frozenset[str]]] = {
     "default": frozenset({"factor"}),  # transformers reads no factor either
     "yarn": frozenset({"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}),
+    "longrope": frozenset({"attention_factor"}),
 }
 _ROPE_NEEDED: Final[dict[str, tuple[str, ...]]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
 }
 
 _MOST_LAYERS: Final = 10_000
@@ -52,26 +66,28 @@ _HARMLESS: Final = frozenset((
     DECODER_KEY, "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "auto_map", "name_or_path",
     "use_cache", "use_bfloat16", "initializer_range", "init_std", "initializer_factor", "attention_dropout", "attn_pdrop",
     "embd_pdrop", "resid_pdrop", "hidden_dropout", "residual_dropout", "embedding_dropout", "activation_dropout",
-    "classifier_dropout", "dropout", "layerdrop", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
-    "unk_token_id", "cls_token_id", "decoder_start_token_id", "tokenizer_class", "prefix", "task_specific_params",
-    "problem_type", "id2label", "label2id", "num_labels", "finetuning_task", "is_decoder", "is_encoder_decoder",
-    "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder", "output_attentions", "output_hidden_states",
-    "output_router_logits", "output_scores", "return_dict", "return_dict_in_generate", "torchscript", "pruned_heads",
-    "chunk_size_feed_forward", "gradient_checkpointing", "pretraining_tp", "max_length", "min_length", "do_sample",
-    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "num_beams", "num_beam_groups", "diversity_penalty",
-    "early_stopping", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
-    "suppress_tokens", "begin_suppress_tokens", "num_return_sequences", "exponential_decay_length_penalty",
-    "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "tf_legacy_loss", "summary_type",
-    "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "reorder_and_upcast_attn",
-    "attn_implementation", "cache_implementation", "num_nextn_predict_layers", "mlp_dim", "rms_norm", "embedding_size",
-    "use_mrope", "unsloth_fixed", "unsloth_version", "loss_type",
+    "classifier_dropout", "dropout", "layerdrop", "bos_token_id", "eos_token_id", "eod_token_id", "pad_token_id",
+    "sep_token_id", "unk_token_id", "cls_token_id", "decoder_start_token_id", "tokenizer_class", "prefix",
+    "task_specific_params", "problem_type", "id2label", "label2id", "num_labels", "finetuning_task", "is_decoder",
+    "is_encoder_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder", "output_attentions",
+    "output_hidden_states", "output_router_logits", "output_scores", "return_dict", "return_dict_in_generate",
+    "torchscript", "pruned_heads", "chunk_size_feed_forward", "gradient_checkpointing", "pretraining_tp", "max_length",
+    "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "num_beams",
+    "num_beam_groups", "diversity_penalty", "early_stopping", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "num_return_sequences",
+    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "tf_legacy_loss", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+    "summary_first_dropout", "reorder_and_upcast_attn", "attn_implementation", "cache_implementation",
+    "num_nextn_predict_layers", "mlp_dim", "rms_norm", "embedding_size", "use_mrope", "unsloth_fixed", "unsloth_version",
+    "loss_type",
 ))  # fmt: skip
 # Keys of one family that another's class does not read: a Llama's config with a window has none.
 _KEYS_OF_FAMILIES: Final = frozenset((
     "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern", "no_rope_layers",
-    "no_rope_layer_interval", "head_dim", "hidden_activation", "rope_theta", "rope_scaling", "rope_parameters",
-    "partial_rotary_factor", "original_max_position_embeddings", "rope_local_base_freq", "attention_bias", "mlp_bias",
-    "use_bias", "num_key_value_heads", "rotary_dim", "qk_norm", "use_qk_norm", "query_pre_attn_scalar",
+    "no_rope_layer_interval", "head_dim", "hidden_activation", "intermediate_size", "rope_theta", "rope_scaling",
+    "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings", "rope_local_base_freq",
+    "attention_bias", "mlp_bias", "use_bias", "num_key_value_heads", "rotary_dim", "qk_norm", "use_qk_norm",
+    "query_pre_attn_scalar",
 ))  # fmt: skip
 
 
@@ -88,7 +104,7 @@ def decoder_of(config: Mapping[str, Any]) -> Decoder:
             raise UnsupportedConfig(f"the published description of its layers cannot be read here: {error}") from error
     model_type = str(config.get("model_type"))
     if model_type not in DECODER_FAMILIES:
-        raise UnsupportedConfig(f"model_type {model_type!r} is not one of {', '.join(DECODER_FAMILIES)}")
+        raise UnsupportedConfig(f"Lamina's own layers do not run a {model_type!r}")
     family = DECODER_FAMILIES[model_type]
     values = Values(family, config)
     decoder = _described(family, values)
@@ -129,7 +145,7 @@ def _described(family: DecoderFamily, values: Values) -> Decoder:
         num_layers=len(layers),
         hidden_size=hidden,
         vocab_size=values.size("vocab_size"),
-        max_positions=values.size("max_position_embeddings", family.defaults["max_position_embeddings"]),
+        max_positions=values.size("max_position_embeddings", values.default("max_position_embeddings")),
         tied=values.flag("tie_word_embeddings"),
         kinds=kinds,
         order=tuple(map(kinds.index, layers)),
@@ -153,8 +169,8 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
         of_heads = msgspec.structs.replace(norm, biased=family.qk_norm_bias)
         qk_norm = QKNorm(norm=of_heads, over=family.qk_norm_over, after_rope=family.qk_norm_after_rope)
     feed_forward = FeedForward(
-        inner_size=values.size("intermediate_size"),
-        activation=_activation(values),
+        inner_size=family.inner_size(values),
+        activation=_activation(family, values),
         gated=family.gated,
         biased=values.flag(family.mlp_bias),
     )
@@ -185,9 +201,11 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
     ]
 
 
-def _activation(values: Values) -> Activation:
+def _activation(family: DecoderFamily, values: Values) -> Activation:
     name = values.get("hidden_act") or "silu"
-    if name not in _ACTIVATIONS:
+    if name == "gelu" and family.legacy_gelu:
+        name = "gelu_pytorch_tanh"
+    if name not in _ACTIVATIONS or (name == "xielu" and not family.names.activation):
         values.obstacles.append(f"activation {name!r}")
     return _ACTIVATIONS.get(name, "silu")
 
@@ -200,26 +218,52 @@ def _rope_of(family: DecoderFamily, window: int | None) -> str:
 def _ropes(family: DecoderFamily, values: Values, head_dim: int) -> dict[str, Rotation]:
     if family.rope is None:
         return {}
-    return {"all": _rope(family, values, _rope_parameters(family, values), head_dim)}
+    if not family.rope_by_kind:
+        return {"all": _rope(family, values, _rope_parameters(family, values), head_dim)}
+    given = values.get("rope_parameters") or {}
+    found = {kind: dict(given.get(kind) or {"rope_type": "default"}) for kind in ("full_attention", "sliding_attention")}
+    found["full_attention"] |= values.get("rope_scaling") or {}
+    for kind, theta in (("full_attention", "rope_theta"), ("sliding_attention", "rope_local_base_freq")):
+        found[kind].setdefault("rope_theta", values.get(theta))
+    return {
+        "all": _rope(family, values, _completed(family, values, found["full_attention"]), head_dim),
+        "windows": _rope(family, values, _completed(family, values, found["sliding_attention"]), head_dim),
+    }
 
 
 def _rope(family: DecoderFamily, values: Values, parameters: dict[str, Any], head_dim: int) -> Rotation:
     rotated = head_dim
+    growth: tuple[float, int] | None = None
     share = parameters["partial_rotary_factor"]
+    alpha: Any = parameters.get("alpha")
+    if family.rope_alpha and parameters["rope_type"] == "dynamic" and is_number(alpha) and alpha > 0 and head_dim > 2:
+        theta = parameters["rope_theta"] * alpha ** (head_dim / (head_dim - 2))
+        parameters = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": share}
+    if family.queries_grow:
+        beta, context = parameters.pop("llama_4_scaling_beta", None), parameters.get("original_max_position_embeddings")
+        parameters.pop("max_position_embeddings", None)
+        if is_number(beta) and type(context) is int and context > 0:
+            growth = float(beta), context
+        else:
+            values.obstacles.append(f"queries that grow by {beta!r} after {context!r} positions")
     if family.rope_share is not None and is_number(share) and 0 < share <= 1:
         rotated = int(head_dim * share)
     elif share != 1.0:
         values.obstacles.append(f"a rotation of {share!r} of a head")
     if rotated < 2 or rotated % 2 or not _rope_supported(parameters, rotated):
         values.obstacles.append(f"rotation {parameters!r}")
-    return Rotation(parameters=parameters, rotated=rotated, adjacent=family.rope == "neighbours")
+    return Rotation(parameters=parameters, rotated=rotated, adjacent=family.rope == "neighbours", query_growth=growth)
 
 
 def _rope_parameters(family: DecoderFamily, values: Values) -> dict[str, Any]:
     """The parameters of the rotation as one flat dict, from `rope_parameters` (transformers 5) or `rope_theta` and
     `rope_scaling`."""
-    given = values.get("rope_scaling") or values.get("rope_parameters") or family.defaults.get("rope_parameters") or {}
-    given = given if isinstance(given, Mapping) else {"rope_type": repr(given)}
+    given = values.get("rope_scaling") or values.get("rope_parameters") or values.default("rope_parameters") or {}
+    return _completed(family, values, given if isinstance(given, Mapping) else {"rope_type": repr(given)})
+
+
+def _completed(family: DecoderFamily, values: Values, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a rotation, with those that its config leaves out."""
     parameters = {key: value for key, value in given.items() if value is not None}
     parameters.setdefault("rope_type", parameters.get("type", "default"))
     parameters.setdefault("rope_theta", values.get("rope_theta") or 10_000.0)
@@ -228,6 +272,13 @@ def _rope_parameters(family: DecoderFamily, values: Values) -> dict[str, Any]:
         parameters["original_max_position_embeddings"] = original
     parameters.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
     parameters.setdefault("partial_rotary_factor", values.get("partial_rotary_factor") or family.rope_share or 1.0)
+    if parameters["rope_type"] in family.longrope_names:
+        parameters["rope_type"] = "longrope"
+    original = parameters["original_max_position_embeddings"]
+    if parameters["rope_type"] == "longrope" and is_number(original) and original > 0:
+        parameters.setdefault(
+            "factor", values.size("max_position_embeddings", values.default("max_position_embeddings")) / original
+        )
     return parameters
 
 
@@ -254,7 +305,7 @@ def _obstacles(family: DecoderFamily, values: Values, model: Decoder, config: Ma
         f"head_dim {attention.head_dim}": attention.head_dim % 2 != 0,
         f"{attention.num_heads} heads on {attention.num_kv_heads}": attention.num_heads % attention.num_kv_heads != 0,
         "an architecture without a language model head": bool(architectures)
-        and not any(str(name).endswith("ForCausalLM") for name in architectures),
+        and not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures),
     }
     for key, described in family.only(values).items():
         obstacles[f"{key} = {values.get(key)!r}"] = values.get(key) not in (None, described)

@@ -22,6 +22,9 @@ class UnsupportedConfig(ArchitectureUnsupported):
     """Lamina's own layers cannot run a model with this config.json. transformers may, in a float dtype."""
 
 
+BEFORE: Final = frozenset(("before_attention", "before_feed_forward"))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderFamily:
     """How a family's layers are made from its config.
@@ -37,7 +40,7 @@ class DecoderFamily:
     eps: str | float = "rms_norm_eps"
     norm_bias: bool = False
     gain_plus_one: bool = False
-    norms: frozenset[str] = frozenset(("before_attention", "before_feed_forward"))
+    norms: frozenset[str] = BEFORE
     parallel: bool | str = False
     one_norm_if_parallel: bool = False  # a parallel layer has no norm of its own before the feed-forward
     qk_norm: bool | str = False
@@ -48,6 +51,7 @@ class DecoderFamily:
     out_bias: bool | str = False
     mlp_bias: bool | str = False
     gated: bool = True
+    inner_size: Callable[["Values"], int] = lambda values: values.size("intermediate_size")
     scale: Callable[["Values", int, int], float] = lambda _, head_dim, layer: head_dim**-0.5  # of scores
     attention_soft_cap: str | None = None
     windows: Callable[["Values"], Iterable[int | None]] = lambda values: (None,) * values.size("num_hidden_layers")
@@ -55,6 +59,9 @@ class DecoderFamily:
     rope: Literal["halves", "neighbours", None] = "halves"  # which numbers of a head form a pair
     rope_share: float | None = None  # default of the rotated share of a head; None: the class rotates whole heads
     rope_by_kind: bool = False  # layers with a window have a rotation of their own
+    rope_alpha: bool = False  # `alpha` in the parameters of a dynamic rotation stretches its base
+    longrope_names: tuple[str, ...] = ()  # older names of this rotation
+    queries_grow: bool = False  # queries are multiplied by a logarithm of their position
     embedding_scale: Callable[["Values"], float] = lambda _: 1.0
     residual_scale: Callable[["Values"], float] = lambda _: 1.0
     logit_scale: Callable[["Values"], float] = lambda _: 1.0
@@ -62,6 +69,7 @@ class DecoderFamily:
     position_offset: int | None = None
     head_bias: bool = False
     only: Callable[["Values"], Mapping[str, Any]] = lambda _: {}  # keys that the row describes for one value alone
+    legacy_gelu: bool = False  # gelu means its tanh form
     has_head_dim: bool = True  # the class reads the key head_dim
 
 
@@ -92,6 +100,9 @@ class Values:
         if type(value) is not int or value <= 0:
             raise self._wrong(name, "a number of at least 1")
         return value
+
+    def default(self, name: str) -> Any:
+        return self._family.defaults.get(self._family.keys.get(name, name))
 
     def number(self, name: str) -> float:
         value = self.get(name)
@@ -155,7 +166,42 @@ def _windows_of_smollm(values: Values) -> tuple[int | None, ...]:
     return _windows(values, slides.__getitem__)
 
 
+def _every_fourth_is_full(values: Values) -> tuple[int | None, ...]:
+    return _windows(values, lambda layer: (layer + 1) % 4 != 0)
+
+
+def _windows_by_pattern(values: Values) -> tuple[int | None, ...]:
+    """Every so many layers, one has no window."""
+    pattern = values.size("sliding_window_pattern") if values.get("sliding_window") is not None else 1
+    return _windows(values, lambda layer: (layer + 1) % pattern != 0)
+
+
+def _full_layers(values: Values) -> tuple[bool, ...]:
+    """Layers without a window, if any layer has one."""
+    windows = _windows_by_pattern(values)
+    return tuple(window is None and values.get("sliding_window") is not None for window in windows)
+
+
+def _root_of_size(values: Values) -> float:
+    return math.sqrt(values.size("hidden_size"))
+
+
+def _scale_of_gpt2(values: Values, head_dim: int, layer: int) -> float:
+    scale = head_dim**-0.5 if values.get("scale_attn_weights") else 1.0
+    return scale / (layer + 1) if values.get("scale_attn_by_inverse_layer_idx") else scale
+
+
 LLAMA_BIASES: Final[Mapping[str, Any]] = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
+
+AFTER: Final = frozenset(("after_attention", "after_feed_forward"))
+EVERYWHERE: Final = AFTER | BEFORE
+_GEMMA: Final[dict[str, Any]] = {"head_dim": 256, "tie_word_embeddings": True}
+_FOUR_NORMS: Final = TensorNames(
+    after_attention="post_attention_layernorm",
+    before_feed_forward="pre_feedforward_layernorm",
+    after_feed_forward="post_feedforward_layernorm",
+)
+_NORMS_AFTER: Final = TensorNames(after_attention="post_attention_layernorm", after_feed_forward="post_feedforward_layernorm")
 
 DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
     "llama": DecoderFamily(
@@ -217,6 +263,450 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
         mlp_bias="mlp_bias",
         windows=_windows_of_smollm,
         unrotated=_unrotated_in_smollm,
+        **LLAMA_BIASES,
+    ),
+    "gemma": DecoderFamily(
+        source="gemma.modeling_gemma:GemmaDecoderLayer",
+        defaults=_GEMMA | {"num_key_value_heads": 16, "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 8192},
+        gain_plus_one=True,
+        embedding_scale=_root_of_size,
+        legacy_gelu=True,
+        **LLAMA_BIASES,
+    ),
+    "gemma2": DecoderFamily(
+        source="gemma2.modeling_gemma2:Gemma2DecoderLayer",
+        defaults=_GEMMA
+        | {
+            "num_key_value_heads": 4,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "max_position_embeddings": 8192,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "final_logit_softcapping": 30.0,
+            "attn_logit_softcapping": 50.0,
+        },
+        keys={"hidden_act": "hidden_activation"},
+        names=_FOUR_NORMS,
+        norms=EVERYWHERE,
+        gain_plus_one=True,
+        embedding_scale=_root_of_size,
+        scale=lambda values, *_: values.number("query_pre_attn_scalar") ** -0.5,
+        attention_soft_cap="attn_logit_softcapping",
+        logit_soft_cap="final_logit_softcapping",
+        windows=lambda values: _windows(values, lambda layer: layer % 2 == 0),
+        **LLAMA_BIASES,
+    ),
+    "gemma3_text": DecoderFamily(
+        source="gemma3.modeling_gemma3:Gemma3DecoderLayer",
+        defaults=_GEMMA
+        | {
+            "num_key_value_heads": 4,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "max_position_embeddings": 131_072,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+        },
+        keys={"hidden_act": "hidden_activation"},
+        names=_FOUR_NORMS,
+        norms=EVERYWHERE,
+        gain_plus_one=True,
+        qk_norm=True,
+        embedding_scale=_root_of_size,
+        scale=lambda values, *_: values.number("query_pre_attn_scalar") ** -0.5,
+        logit_soft_cap="final_logit_softcapping",
+        attention_soft_cap="attn_logit_softcapping",
+        windows=_windows_by_pattern,
+        rope_by_kind=True,
+        **LLAMA_BIASES,
+    ),
+    "phi3": DecoderFamily(
+        source="phi3.modeling_phi3:Phi3DecoderLayer",
+        defaults={"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        names=TensorNames(qkv=("self_attn.qkv_proj",), gate="mlp.gate_up_proj", up="mlp.gate_up_proj"),
+        windows=_windows_everywhere,
+        rope_share=1.0,
+        longrope_names=("su", "yarn"),
+    ),
+    "phi": DecoderFamily(
+        source="phi.modeling_phi:PhiDecoderLayer",
+        defaults={"max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "hidden_act": "gelu_new"},
+        names=TensorNames(
+            out="self_attn.dense",
+            up="mlp.fc1",
+            down="mlp.fc2",
+            query_norm="self_attn.q_layernorm",
+            key_norm="self_attn.k_layernorm",
+            final_norm="model.final_layernorm",
+        ),
+        norm="layer",
+        eps="layer_norm_eps",
+        norm_bias=True,
+        parallel=True,
+        one_norm_if_parallel=True,
+        qk_norm="qk_layernorm",
+        qk_norm_bias=True,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        gated=False,
+        rope_share=0.5,
+        head_bias=True,
+    ),
+    "granite": DecoderFamily(
+        source="granite.modeling_granite:GraniteDecoderLayer",
+        defaults={
+            "max_position_embeddings": 2048,
+            "embedding_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+        },
+        mlp_bias="mlp_bias",
+        scale=lambda values, *_: values.number("attention_multiplier"),
+        embedding_scale=lambda values: values.number("embedding_multiplier"),
+        residual_scale=lambda values: values.number("residual_multiplier"),
+        logit_scale=lambda values: 1 / values.number("logits_scaling"),
+        **LLAMA_BIASES,
+    ),
+    "olmo2": DecoderFamily(
+        source="olmo2.modeling_olmo2:Olmo2DecoderLayer",
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        names=_NORMS_AFTER,
+        norms=AFTER,
+        qk_norm=True,
+        qk_norm_over="all_heads",
+        **LLAMA_BIASES,
+    ),
+    "olmo3": DecoderFamily(
+        source="olmo3.modeling_olmo3:Olmo3DecoderLayer",
+        defaults={
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 4096,
+            "rope_theta": 500_000.0,
+            "rope_local_base_freq": 500_000.0,
+        },
+        names=_NORMS_AFTER,
+        norms=AFTER,
+        qk_norm=True,
+        qk_norm_over="all_heads",
+        windows=_every_fourth_is_full,
+        rope_by_kind=True,
+        **LLAMA_BIASES,
+    ),
+    "starcoder2": DecoderFamily(
+        source="starcoder2.modeling_starcoder2:Starcoder2DecoderLayer",
+        defaults={
+            "max_position_embeddings": 4096,
+            "num_key_value_heads": 2,
+            "norm_epsilon": 1e-5,
+            "hidden_act": "gelu_pytorch_tanh",
+            "use_bias": True,
+            "tie_word_embeddings": True,
+        },
+        names=TensorNames(up="mlp.c_fc", down="mlp.c_proj"),
+        norm="layer",
+        eps="norm_epsilon",
+        norm_bias=True,
+        qkv_bias="use_bias",
+        out_bias="use_bias",
+        mlp_bias="use_bias",
+        gated=False,
+        windows=_windows_everywhere,
+    ),
+    "stablelm": DecoderFamily(
+        source="stablelm.modeling_stablelm:StableLmDecoderLayer",
+        defaults={"max_position_embeddings": 4096, "num_key_value_heads": 32, "layer_norm_eps": 1e-5},
+        names=TensorNames(query_norm="self_attn.q_layernorm.norms.{head}", key_norm="self_attn.k_layernorm.norms.{head}"),
+        norm="layer",
+        eps="layer_norm_eps",
+        norm_bias=True,
+        parallel="use_parallel_residual",
+        one_norm_if_parallel=True,
+        qk_norm="qk_layernorm",
+        qk_norm_over="head_of_its_own",
+        qkv_bias="use_qkv_bias",
+        rope_share=0.25,
+        has_head_dim=False,
+    ),
+    "cohere": DecoderFamily(
+        source="cohere.modeling_cohere:CohereDecoderLayer",
+        defaults={
+            "max_position_embeddings": 8192,
+            "layer_norm_eps": 1e-5,
+            "logit_scale": 0.0625,
+            "tie_word_embeddings": True,
+            "rope_theta": 500_000.0,
+        },
+        norm="layer",
+        eps="layer_norm_eps",
+        parallel=True,
+        one_norm_if_parallel=True,
+        qk_norm="use_qk_norm",
+        qk_norm_over="head_of_its_own",
+        rope="neighbours",
+        logit_scale=lambda values: values.number("logit_scale"),
+        **LLAMA_BIASES,
+    ),
+    "cohere2": DecoderFamily(
+        source="cohere2.modeling_cohere2:Cohere2DecoderLayer",
+        defaults={
+            "max_position_embeddings": 8192,
+            "layer_norm_eps": 1e-5,
+            "logit_scale": 0.0625,
+            "tie_word_embeddings": True,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
+        norm="layer",
+        eps="layer_norm_eps",
+        parallel=True,
+        one_norm_if_parallel=True,
+        rope="neighbours",
+        windows=_windows_by_pattern,
+        unrotated=_full_layers,
+        logit_scale=lambda values: values.number("logit_scale"),
+        has_head_dim=False,
+        **LLAMA_BIASES,
+    ),
+    "glm4": DecoderFamily(
+        source="glm4.modeling_glm4:Glm4DecoderLayer",
+        defaults={
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rms_norm_eps": 1.5625e-07,
+            "attention_bias": True,
+        },
+        names=TensorNames(
+            gate="mlp.gate_up_proj",
+            up="mlp.gate_up_proj",
+            after_attention="post_self_attn_layernorm",
+            after_feed_forward="post_mlp_layernorm",
+        ),
+        norms=EVERYWHERE,
+        qkv_bias="attention_bias",
+        rope="neighbours",
+        rope_share=0.5,
+    ),
+    "exaone4": DecoderFamily(
+        source="exaone4.modeling_exaone4:Exaone4DecoderLayer",
+        defaults={
+            "max_position_embeddings": 2048,
+            "num_key_value_heads": 32,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
+        names=_NORMS_AFTER,
+        norms=AFTER,
+        qk_norm=True,
+        windows=_windows_by_pattern,
+        unrotated=_full_layers,
+    ),
+    "ernie4_5": DecoderFamily(
+        source="ernie4_5.modeling_ernie4_5:Ernie4_5DecoderLayer",
+        defaults={
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "rope_theta": 500_000.0,
+        },
+        qkv_bias="use_bias",
+        out_bias="use_bias",
+        mlp_bias="use_bias",
+        rope="neighbours",
+    ),
+    "hunyuan_v1_dense": DecoderFamily(
+        source="hunyuan_v1_dense.modeling_hunyuan_v1_dense:HunYuanDenseV1DecoderLayer",
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        names=TensorNames(query_norm="self_attn.query_layernorm", key_norm="self_attn.key_layernorm"),
+        qk_norm=True,
+        qk_norm_after_rope=True,
+        rope_alpha=True,
+        **LLAMA_BIASES,
+    ),
+    "nemotron": DecoderFamily(
+        source="nemotron.modeling_nemotron:NemotronDecoderLayer",
+        defaults={"max_position_embeddings": 4096, "norm_eps": 1e-5, "hidden_act": "relu2"},
+        norm="layer",
+        eps="norm_eps",
+        norm_bias=True,
+        gain_plus_one=True,
+        gated=False,
+        mlp_bias="mlp_bias",
+        rope_share=0.5,
+        **LLAMA_BIASES,
+    ),
+    "gpt_neox": DecoderFamily(
+        source="gpt_neox.modeling_gpt_neox:GPTNeoXLayer",
+        defaults={
+            "max_position_embeddings": 2048,
+            "layer_norm_eps": 1e-5,
+            "hidden_act": "gelu",
+            "use_parallel_residual": True,
+            "attention_bias": True,
+        },
+        keys={
+            "rope_theta": "rotary_emb_base",
+            "partial_rotary_factor": "rotary_pct",
+            "num_key_value_heads": "num_attention_heads",
+        },
+        names=TensorNames(
+            base="gpt_neox",
+            layers="gpt_neox.layers",
+            embedding="gpt_neox.embed_in",
+            final_norm="gpt_neox.final_layer_norm",
+            head="embed_out",
+            qkv=("attention.query_key_value",),
+            qkv_by_head=True,
+            out="attention.dense",
+            up="mlp.dense_h_to_4h",
+            down="mlp.dense_4h_to_h",
+        ),
+        norm="layer",
+        eps="layer_norm_eps",
+        norm_bias=True,
+        parallel="use_parallel_residual",
+        mlp_bias=True,
+        gated=False,
+        rope_share=0.25,
+        has_head_dim=False,
+        **LLAMA_BIASES,
+    ),
+    "gpt2": DecoderFamily(
+        source="gpt2.modeling_gpt2:GPT2Block",
+        defaults={
+            "n_positions": 1024,
+            "layer_norm_epsilon": 1e-5,
+            "activation_function": "gelu_new",
+            "scale_attn_weights": True,
+            "tie_word_embeddings": True,
+        },
+        keys={
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "num_key_value_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+            "intermediate_size": "n_inner",
+            "hidden_act": "activation_function",
+        },
+        names=TensorNames(
+            base="transformer",
+            layers="transformer.h",
+            embedding="transformer.wte",
+            positions="transformer.wpe",
+            final_norm="transformer.ln_f",
+            qkv=("attn.c_attn",),
+            out="attn.c_proj",
+            up="mlp.c_fc",
+            down="mlp.c_proj",
+            before_attention="ln_1",
+            before_feed_forward="ln_2",
+            transposed=True,
+        ),
+        norm="layer",
+        eps="layer_norm_epsilon",
+        norm_bias=True,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        gated=False,
+        inner_size=lambda values: values.size("intermediate_size", 4 * values.size("hidden_size")),
+        scale=_scale_of_gpt2,
+        rope=None,
+        position_offset=0,
+        has_head_dim=False,
+    ),
+    "opt": DecoderFamily(
+        source="opt.modeling_opt:OPTDecoderLayer",
+        defaults={
+            "max_position_embeddings": 2048,
+            "activation_function": "relu",
+            "enable_bias": True,
+            "tie_word_embeddings": True,
+        },
+        keys={
+            "intermediate_size": "ffn_dim",
+            "hidden_act": "activation_function",
+            "num_key_value_heads": "num_attention_heads",
+        },
+        names=TensorNames(
+            layers="model.decoder.layers",
+            embedding="model.decoder.embed_tokens",
+            positions="model.decoder.embed_positions",
+            final_norm="model.decoder.final_layer_norm",
+            out="self_attn.out_proj",
+            up="fc1",
+            down="fc2",
+            before_attention="self_attn_layer_norm",
+            before_feed_forward="final_layer_norm",
+        ),
+        norm="layer",
+        eps=1e-5,
+        norm_bias=True,
+        qkv_bias="enable_bias",
+        out_bias="enable_bias",
+        mlp_bias="enable_bias",
+        gated=False,
+        rope=None,
+        position_offset=2,
+        has_head_dim=False,
+        only=lambda values: {
+            "do_layer_norm_before": True,
+            "_remove_final_layer_norm": False,
+            "layer_norm_elementwise_affine": True,
+            "word_embed_proj_dim": values.get("hidden_size"),
+        },
+    ),
+    "ministral3": DecoderFamily(
+        source="ministral3.modeling_ministral3:Ministral3DecoderLayer",
+        defaults={
+            "max_position_embeddings": 262_144,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "type": "yarn",
+                "rope_theta": 1_000_000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16_384,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale_all_dim": 1.0,
+                "mscale": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+        windows=_windows_everywhere,
+        queries_grow=True,
+    ),
+    "apertus": DecoderFamily(
+        source="apertus.modeling_apertus:ApertusDecoderLayer",
+        defaults={
+            "max_position_embeddings": 65_536,
+            "rms_norm_eps": 1e-5,
+            "hidden_act": "xielu",
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 12_000_000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8192,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+        },
+        names=TensorNames(
+            before_attention="attention_layernorm", before_feed_forward="feedforward_layernorm", activation="mlp.act_fn"
+        ),
+        qk_norm=True,
+        gated=False,
         **LLAMA_BIASES,
     ),
 }

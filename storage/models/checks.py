@@ -15,7 +15,10 @@ from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.checkpoints.families import family_of, mixes_longrope, with_floats
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid, LibraryMissing
 
-_LAYER_MATRICES: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_LAYER_MATRICES: Final = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "query_key_value", "out_proj",
+    "dense", "gate_up_proj", "fc1", "fc2", "c_fc", "c_proj", "dense_h_to_4h", "dense_4h_to_h",
+)  # fmt: skip
 _MAX_HEAD_DIM: Final = 1024  # LAMINA_MOST_HEAD of functions/stage/native/c/native.h
 
 
@@ -33,9 +36,12 @@ def check_runnable(config: Mapping[str, Any], dtype: str) -> None:
     if dtype not in ("int8", "q4"):
         return
     try:
-        head_dim = decoder_of(config).attention.head_dim
+        model = decoder_of(config)
     except (ArchitectureUnsupported, AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise ArchitectureUnsupported(f"no stage would run it in {dtype}: {error}; publish it as bfloat16") from error
+    if model.names.transposed:
+        raise ArchitectureUnsupported(f"a {config['model_type']} is not read in {dtype}; publish it as bfloat16")
+    head_dim = model.attention.head_dim
     if dtype == "q4" and head_dim > _MAX_HEAD_DIM:
         raise ArchitectureUnsupported(
             f"no stage would run it in q4: layers in C have heads of at most {_MAX_HEAD_DIM} numbers, this model's {head_dim}; "

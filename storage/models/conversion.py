@@ -2,7 +2,7 @@
 blocks of a GGUF file.
 
 In int8 the matrices of layers are I8; norms, embedding and head are bfloat16. In q4 the matrices of layers have four bits
-(`q4`), embedding and head are I8, and all other tensors are float32. Stages run both for Llama-shaped models only (`checks`).
+(`q4`), embedding and head are I8, and all other tensors are float32. Stages run both by layers in C only (`checks`).
 In gguf every tensor keeps the file's format: matrices in the formats of `blocks`, and floats. Others become bfloat16.
 """
 
@@ -26,7 +26,7 @@ from storage.models.object_writer import TargetTensor
 from storage.models.q4 import dequantize, quantize
 
 _INT8_MAX: Final = 127
-_OUTER_MATRICES: Final = ("model.embed_tokens.weight", "lm_head.weight")  # of a Llama-shaped model
+_OUTER_MATRICES: Final = ("embed_tokens.weight", "embed_in.weight", "lm_head.weight", "embed_out.weight")
 # The type of tensors that are not quantized.
 _FLOATS_OF: Final[Mapping[Dtype, FloatName]] = {
     "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "BF16", "q4": "F32", "gguf": "BF16",
@@ -74,7 +74,7 @@ def convert_tensor(
         stored_as = source.stored_as or source.dtype
         kept = "F32" if stored_as == "F64" else stored_as if stored_as in FLOATS else "BF16"
         return {name: _float_tensor(name, source, cast("FloatName", kept), error)}
-    in_layer, outside = is_layer_matrix(name, source.shape), name in _OUTER_MATRICES
+    in_layer, outside = is_layer_matrix(name, source.shape), name.endswith(_OUTER_MATRICES)
     if dtype in ("int8", "q4") and (in_layer or outside) and name.split(".")[-2] in keep_wide:
         return {name: _float_tensor(name, source, "BF16", error)}
     if dtype == "q4" and in_layer:

@@ -13,6 +13,7 @@ T = TypeVar("T")
 
 _READ_BYTES: Final = 2**16
 _MAX_FIELD_BYTES: Final = 2**12
+_MAX_NAME_CHARACTERS: Final = 256
 _MAX_PARTS: Final = 16
 
 
@@ -31,7 +32,7 @@ def read_upload(body: IO[bytes], content_type: str, take: Callable[[str, Iterato
     for event in events:
         if isinstance(event, File) and event.name == "file" and not taken:
             content = _content(events)
-            taken.append(take(event.filename, content))
+            taken.append(take(event.filename[:_MAX_NAME_CHARACTERS], content))
             for _ in content:
                 pass
         elif isinstance(event, Field):

@@ -80,7 +80,7 @@ class BatchWorker:
             time.sleep(0.02)
 
     def _look_for_ever(self) -> None:
-        looked_at = 0.0
+        looked_at = ticked_at = 0.0
         while not self._stopping.is_set():
             try:
                 if time.monotonic() - looked_at >= LOOK_SECONDS:
@@ -91,11 +91,10 @@ class BatchWorker:
                 _log.warning("batches wait for their store: %s", error)
             except Exception:  # noqa: BLE001 - logged; the batches go on
                 _log.exception("looking for batches failed")
-            if self._in_hand:
+            if self._in_hand and time.monotonic() - ticked_at >= TICK_SECONDS:
+                ticked_at = time.monotonic()
                 self._allowance.tick(MAX_LINES // 8 if any(run.due() for run in self._runs.values()) else 0)
-                self._woken.wait(TICK_SECONDS)
-            else:
-                self._woken.wait(LOOK_SECONDS if self._runs else IDLE_LOOK_SECONDS)
+            self._woken.wait(TICK_SECONDS if self._in_hand else LOOK_SECONDS if self._runs else IDLE_LOOK_SECONDS)
             self._woken.clear()
 
     def _look(self) -> None:

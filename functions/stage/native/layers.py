@@ -19,6 +19,8 @@ from functions.stage.native.records import (
     LayerRecord,
     MatrixRecord,
     MemoryRecord,
+    NormKind,
+    NormRecord,
     PassRecord,
     ProductRecord,
     SegmentRecord,
@@ -43,6 +45,15 @@ class MatrixArrays:
         """[outs, width], for packed weights too."""
         outs, width = self.packed_shape or self.weights.shape
         return outs, width
+
+
+@dataclass(frozen=True, slots=True)
+class NormArrays:
+    """A norm with its gain and biases, float32 [size]."""
+
+    kind: NormKind
+    gain: Array
+    biases: Array | None = None
 
 
 class NativeThreads:
@@ -77,32 +88,28 @@ class NativeLayers:
         self,
         slot: int,
         matrices: Mapping[str, MatrixArrays],
-        gains: Mapping[str, Array | None],
-        window: int | None,
-        ring: int,
-        rotary: bool,
+        norms: Mapping[str, NormArrays],
+        numbers: Mapping[str, float | tuple[float, ...]],
     ) -> None:
-        """Sets the weights of one layer.
+        """Sets the weights and numbers of one layer, by their names in `c/native.h`. What is not given is absent or 0.
 
-        slot: the layer's number in the group, from 0. matrices, gains: by their names in `c/native.h`; a gain of None is
-        absent. window: tokens that a token attends to, itself included; None: all. ring: pages that the layer keeps of a
-        sequence; 0: all. rotary: whether queries and keys are rotated by position.
+        slot: the layer's number in the group, from 0.
         """
         layer = self._layers[slot]
         for name, arrays in matrices.items():
             setattr(layer, name, matrix_record(arrays, self._kept))
-        for name, array in gains.items():
-            setattr(layer, name, memory_of(array))
-            if array is not None:
-                self._kept.append(array)
-        layer.window, layer.ring, layer.rotary = window or 0, ring, rotary
+        for name, norm in norms.items():
+            setattr(layer, name, NormRecord(norm.kind, memory_of(norm.gain), memory_of(norm.biases)))
+            self._kept += [array for array in (norm.gain, norm.biases) if array is not None]
+        for name, number in numbers.items():
+            setattr(layer, name, number)
 
     def run(self, hidden: Array, rotations: Array, segments: Sequence[tuple[Array, int, int]], threads: int) -> None:
         """Computes one pass. Overwrites hidden, float32 [n, hidden_size], with the layers' output. Raises NativeError.
 
-        rotations: cosines and sines, float32 [n, head_dim / 2, 2]. segments: for each sequence the numbers of its pages
-        in the KV arena, int32 [num_layers, pages], the tokens that it holds, and its new tokens. threads: how many compute,
-        this one included.
+        rotations: cosines and sines, float32 [rotations, n, head_dim / 2, 2]. segments: for each sequence the numbers of its
+        pages in the KV arena, int32 [num_layers, pages], the tokens that it holds, and its new tokens. threads: how many
+        compute, this one included.
         """
         threads = min(threads, MOST_THREADS)
         most_tokens = 0

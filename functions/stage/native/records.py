@@ -24,6 +24,22 @@ BLOCK_FORMATS: Final = (
 """In the order of LAMINA_BLOCK_FORMATS."""
 
 
+class NormKind(IntEnum):
+    """NO_NORM is 0: the kind of a record that was not filled in."""
+
+    RMS = 1
+    LAYER = 2
+
+
+class Activation(IntEnum):
+    SILU = 0
+    GELU = 1
+    GELU_TANH = 2
+    RELU = 3
+    RELU2 = 4
+    XIELU = 5
+
+
 class Dtype(IntEnum):
     BF16 = 0
     INT8 = 1
@@ -51,17 +67,27 @@ class MatrixRecord(ctypes.Structure):
     )
 
 
+class NormRecord(ctypes.Structure):
+    _fields_ = (*_numbers("kind"), ("gain", MemoryRecord), ("biases", MemoryRecord))
+
+
 class LayerRecord(ctypes.Structure):
     _fields_ = (
-        ("input_gain", MemoryRecord),
+        ("before_attention", NormRecord),
         ("qkv", MatrixRecord),
-        ("qk_gain", MemoryRecord),
+        ("qk", NormRecord),
         ("out", MatrixRecord),
-        ("mlp_gain", MemoryRecord),
+        ("after_attention", NormRecord),
+        ("before_mlp", NormRecord),
         ("gate", MatrixRecord),
         ("up", MatrixRecord),
         ("down", MatrixRecord),
-        *_numbers("window", "ring", "rotary"),
+        ("after_mlp", NormRecord),
+        *_numbers("qk_as_one", "qk_rotated", "activation", "parallel", "window", "ring", "query_rotation", "key_rotation"),
+        ("score_scale", ctypes.c_double),
+        ("score_cap", ctypes.c_double),
+        ("residual_scale", ctypes.c_double),
+        ("xielu", ctypes.c_double * 4),
     )
 
 
@@ -70,7 +96,16 @@ class GroupRecord(ctypes.Structure):
         ("layers", MemoryRecord),
         ("arena", MemoryRecord),
         *_numbers(
-            "num_layers", "hidden_size", "inner_size", "heads", "kv_heads", "head_dim", "num_pages", "kv_dtype", "rounds"
+            "num_layers",
+            "hidden_size",
+            "inner_size",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "num_pages",
+            "kv_dtype",
+            "rotations",
+            "rounds",
         ),
         ("eps", ctypes.c_double),
     )
@@ -129,6 +164,7 @@ class SoftmaxRecord(ctypes.Structure):
 RECORDS: Final[Sequence[type[ctypes.Structure]]] = (
     MemoryRecord,
     MatrixRecord,
+    NormRecord,
     LayerRecord,
     GroupRecord,
     SegmentRecord,

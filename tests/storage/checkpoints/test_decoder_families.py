@@ -1,10 +1,12 @@
 """The table of families against transformers' own classes: sizes, defaults, names and shapes of tensors."""
 
+from importlib import import_module
 from typing import Any, Final
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from storage.checkpoints.decoder import layer_shapes, outer_shapes
 from storage.checkpoints.decoder_config import decoder_of
@@ -15,16 +17,24 @@ from tests.support.storage import tiny_models
 
 BARE: Final[dict[str, Any]] = {
     "vocab_size": 48,
-    "hidden_size": 128,
+    "hidden_size": 256,
     "intermediate_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 32,
     "pad_token_id": 0,
 }  # what every config.json says; a family has a default for everything else
+NEEDED: Final = {"ministral": {"head_dim": 4}, "hunyuan_v1_dense": {"head_dim": 8}, "nemotron": {"num_key_value_heads": 32}}
 CONFIGS: Final = (
-    *(tiny_models.tiny_config(name) for name in tiny_models.LLAMA_SHAPED),
-    # Without a head size transformers does not build a Ministral.
-    *({"model_type": family, **BARE, **({"head_dim": 4} if family == "ministral" else {})} for family in DECODER_FAMILIES),
+    *(tiny_models.tiny_config(name) for name in tiny_models.NATIVE),
+    # Without these transformers does not build the models.
+    *(
+        {
+            "model_type": family,
+            **{DECODER_FAMILIES[family].keys.get(key, key): value for key, value in BARE.items()},
+            **NEEDED.get(family, {}),
+        }
+        for family in DECODER_FAMILIES
+    ),
     *({"model_type": family, **BARE, "num_key_value_heads": None} for family in ("llama", "qwen2", "smollm3")),
     {"model_type": "llama", **BARE, "head_dim": None},
     {"model_type": "llama", **BARE, "num_nextn_predict_layers": 1, "architectures": ["LlamaForCausalLM"]},
@@ -33,6 +43,8 @@ CONFIGS: Final = (
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: str(config["model_type"]))
 def test_a_manifest_describes_a_model_as_transformers_does(config: dict[str, Any]) -> None:
+    if "num_key_value_heads" in DECODER_FAMILIES[config["model_type"]].keys:  # the class does not read it
+        config = {key: value for key, value in config.items() if key != "num_key_value_heads"}
     assert describe_model(config) == describe_by_transformers(config, config["model_type"])
 
 
@@ -44,7 +56,14 @@ def test_tensors_are_those_of_the_model(config: dict[str, Any]) -> None:
     ours = outer_shapes(described)
     for layer in range(described.num_layers):
         ours |= {f"{described.names.layers}.{layer}.{name}": shape for name, shape in layer_shapes(described).items()}
-    assert ours == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    saved = revert_weight_conversion(model, model.state_dict())
+    assert ours == {name: tuple(tensor.shape) for name, tensor in saved.items()}
+
+
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_a_row_names_the_class_that_it_describes(family: str) -> None:
+    module, _, name = DECODER_FAMILIES[family].source.partition(":")
+    assert issubclass(getattr(import_module(f"transformers.models.{module}"), name), torch.nn.Module)
 
 
 @pytest.mark.parametrize(

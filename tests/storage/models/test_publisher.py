@@ -138,7 +138,7 @@ def test_what_transformers_keeps_in_float32_is_not_rounded(
     [
         ("llama", {"model_type": "rwkv"}, "float32", "'rwkv' is not supported; supported are apertus"),
         ("gemma", {"use_bidirectional_attention": True}, "float32", "attend to later ones"),
-        ("llama", {"hidden_act": "relu"}, "int8", "activation 'relu'"),
+        ("llama", {"hidden_act": "mish"}, "int8", "activation 'mish'"),
     ],
 )
 def test_a_model_that_no_stage_runs_is_refused_before_the_first_byte(
@@ -560,12 +560,10 @@ def test_shapes_of_other_families_are_those_of_transformers(family: str, store: 
     assert list(store.list("models/misshapen/")) == []
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma", "mixtral", "olmo2"])
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "gptj"])
 def test_int8_is_refused_for_families_that_no_stage_runs_in_it(family: str, store: ObjectStore, tmp_path: Path) -> None:
     save(tiny_models.whole_model(family), tmp_path)
-    with pytest.raises(
-        ArchitectureUnsupported, match=f"no stage would run it in int8: model_type '{family}' is not one of llama"
-    ):
+    with pytest.raises(ArchitectureUnsupported, match=f"'?{family}'?.*; publish it as bfloat16"):
         publish(tmp_path, store, f"{family}-int8", "int8")
     assert list(store.list(f"models/{family}-int8/")) == []
 
@@ -573,7 +571,7 @@ def test_int8_is_refused_for_families_that_no_stage_runs_in_it(family: str, stor
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"hidden_act": "gelu"}, "do not run activation 'gelu'; publish it as bfloat16"),
+        ({"hidden_act": "mish"}, "do not run activation 'mish'; publish it as bfloat16"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "do not run rotation .*dynamic"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rotation"),
     ],

@@ -39,9 +39,9 @@ def test_the_default_model_is_published(store: ObjectStore, tmp_path: Path) -> N
 
 
 def test_a_family_without_a_table_names_the_missing_libraries(store: ObjectStore, tmp_path: Path) -> None:
-    tiny_models.whole_model("gpt2").save_pretrained(tmp_path)
-    done = publish_lean(tmp_path, "gpt2", "float32", store, tmp_path)
-    words = "LibraryMissing: publishing a 'gpt2' takes transformers, which is not installed here"
+    tiny_models.whole_model("gptj").save_pretrained(tmp_path)
+    done = publish_lean(tmp_path, "gptj", "float32", store, tmp_path)
+    words = "LibraryMissing: publishing a 'gptj' takes transformers, which is not installed here"
     assert words in done.stderr.splitlines()[-1]
     assert "pip install -r requirements.txt, or the image's target `full`" in done.stderr.splitlines()[-1]
-    assert not [*store.list("models/gpt2/")]
+    assert not [*store.list("models/gptj/")]

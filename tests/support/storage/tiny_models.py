@@ -105,7 +105,19 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
     ),
     "phi": _like_llama("phi", num_key_value_heads=4, qk_layernorm=True),
     "phi3": _like_llama("phi3", sliding_window=None),
-    "phi3_sliding": _like_llama("phi3", sliding_window=SLIDING_WINDOW),
+    "phi3_sliding": _like_llama("phi3", sliding_window=SLIDING_WINDOW, tie_word_embeddings=True),
+    "phi3_partial": _like_llama("phi3", head_dim=8, sliding_window=None, partial_rotary_factor=0.5),
+    "phi3_longrope": _like_llama(
+        "phi3",
+        sliding_window=None,
+        original_max_position_embeddings=48,
+        rope_parameters={
+            "rope_theta": 10_000.0,
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.4],
+            "long_factor": [2.0, 3.0, 4.0, 5.0],
+        },
+    ),
     "olmo2": _like_llama("olmo2"),
     "olmo3": _like_llama("olmo3", sliding_window=SLIDING_WINDOW),
     "granite": _like_llama(
@@ -115,6 +127,20 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
     "gpt_neox": _like_llama("gpt_neox", use_parallel_residual=True),
     "gpt_neox_sequential": _like_llama("gpt_neox", use_parallel_residual=False),
     "gptj": _like_gpt2("gptj", rotary_dim=4, tie_word_embeddings=False),
+    "cohere2": _like_llama("cohere2", sliding_window=SLIDING_WINDOW, tie_word_embeddings=True),
+    "ministral3": _like_llama(
+        "ministral3",
+        head_dim=8,
+        rope_parameters={
+            **_ROPE,
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.5,
+        },
+    ),
     "cohere": _like_llama("cohere", logit_scale=0.25, use_qk_norm=True, tie_word_embeddings=True),
     "stablelm": _like_llama("stablelm", use_qkv_bias=True),
     "stablelm_parallel": _like_llama("stablelm", use_parallel_residual=True, qk_layernorm=True),
@@ -138,6 +164,9 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
     "ernie4_5": _like_llama("ernie4_5", head_dim=8, tie_word_embeddings=True),
     "exaone4": _like_llama("exaone4", sliding_window=SLIDING_WINDOW, layer_types=_SLIDING_AND_FULL),
     "hunyuan_v1_dense": _like_llama("hunyuan_v1_dense", head_dim=8),
+    "hunyuan_v1_dense_alpha": _like_llama(
+        "hunyuan_v1_dense", head_dim=8, rope_parameters={**_ROPE, "rope_type": "dynamic", "alpha": 100.0, "factor": 1.0}
+    ),
     "apertus": _like_llama("apertus", rope_parameters=dict(_ROPE)),
     "gpt2": _like_gpt2("gpt2"),
     "gpt2_scaled_by_layer": _like_gpt2("gpt2", scale_attn_by_inverse_layer_idx=True),
@@ -189,22 +218,12 @@ _STORED: Final[dict[str, dict[str, Any]]] = {
     "granitemoeshared": _like_llama("granitemoeshared", shared_intermediate_size=24, **_GRANITE),
     "olmo": _like_llama("olmo", clip_qkv=0.5),
     "olmoe": _like_llama("olmoe", num_key_value_heads=4, num_experts=4, num_experts_per_tok=2),
-    "cohere2": _like_llama("cohere2", logit_scale=0.25, sliding_window=SLIDING_WINDOW, tie_word_embeddings=True),
     "glm": _like_llama("glm", head_dim=8, attention_bias=True, rms_norm_eps=1e-5),
     "glm4_moe": _like_llama(
         "glm4_moe", head_dim=8, attention_bias=True, use_qk_norm=True, routed_scaling_factor=1.5, **_ROUTED
     ),
     "deepseek_v2": _like_llama("deepseek_v2", topk_method="greedy", routed_scaling_factor=1.5, **_MLA, **_ROUTED),
     "glm4_moe_lite": _like_llama("glm4_moe_lite", n_group=1, topk_group=1, **_MLA, **_ROUTED),
-    "ministral3": _like_llama(
-        "ministral3",
-        head_dim=16,
-        sliding_window=None,
-        rope_parameters={
-            "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32.0,
-            "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
-        },
-    ),
     "arcee": _like_llama("arcee"),
 }  # fmt: skip
 _LINEAR_AND_FULL: Final = ["linear_attention", "full_attention"] * (NUM_LAYERS // 2)
@@ -278,6 +297,11 @@ _RECURRENT: Final[dict[str, dict[str, Any]]] = {
 
 RECURRENT: Final = tuple(_RECURRENT)  # names of the tiny models with recurrent layers
 LLAMA_SHAPED: Final = tuple(_LLAMA_SHAPED)  # names of the tiny models that the lean group must run
+_BY_TRANSFORMERS: Final = frozenset((
+    "mixtral", "qwen3_moe", "qwen3_moe_every_other", "gptj", "falcon", "falcon_grouped", "falcon_alibi", "gpt_oss",
+    "opt_projected", "bloom", "deepseek_v3",
+))  # fmt: skip
+NATIVE: Final = (*_LLAMA_SHAPED, *(name for name in _OTHERS if name not in _BY_TRANSFORMERS))  # those that run in C
 ATTENTION: Final = (*_LLAMA_SHAPED, *_OTHERS)  # names of those with attention in all layers
 ALL: Final = (*ATTENTION, *_RECURRENT)  # names of all tiny models; several may be of one family
 

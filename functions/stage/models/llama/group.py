@@ -16,10 +16,18 @@ from functions.stage.models.llama.attention import PassAttention
 from functions.stage.models.llama.kv_pool import TorchKVPool
 from functions.stage.models.llama.layer import LayerWeights, LlamaLayer, PassState, RmsNorm, Rope
 from functions.stage.models.llama.linear import PRECISIONS, Matrix, TorchWeights, linear
-from functions.stage.models.llama.structure import check_layers, check_placed, check_shapes, checked_positions, layers_in
+from functions.stage.models.llama.structure import (
+    check_layers,
+    check_placed,
+    check_shapes,
+    checked_positions,
+    layers_in,
+    torch_obstacle,
+)
 from functions.stage.models.packed_tensors import widen
 from functions.stage.models.torch_border import input_tensor, output_array, use_threads
 from storage.checkpoints.decoder_config import decoder_of
+from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.loading.weight_loader import RawTensor
 
 
@@ -47,6 +55,8 @@ class LlamaGroup:
         reason is given. Raises UnsupportedConfig, and ValueError for impossible layers, budget, dtype or device.
         """
         model = self._model = decoder_of(config)
+        if (obstacle := torch_obstacle(model)) is not None:
+            raise UnsupportedConfig(obstacle)
         check_layers(model, first_layer, last_layer)
         self._is_last = last_layer == model.num_layers
         self._device = torch.device(device)

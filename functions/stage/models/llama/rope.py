@@ -75,11 +75,23 @@ def _yarn_attention_factor(parameters: Mapping[str, Any]) -> float:
     return tempered(1.0)
 
 
+def _longrope(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, float]:
+    """LongRoPE (arXiv 2402.13753): divides each frequency by its factor in `short_factor`."""
+    frequencies, _ = _default(parameters, head_dim)
+    factor, original = parameters["factor"], parameters["original_max_position_embeddings"]
+    scaling = parameters.get("attention_factor")
+    if scaling is None:
+        scaling = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    divided: Float32 = np.divide(frequencies, np.array(parameters["short_factor"]), dtype=np.float32)
+    return divided, float(scaling)
+
+
 _FREQUENCIES: Final[dict[str, Callable[[Mapping[str, Any], int], tuple[Float32, float]]]] = {
     "default": _default,
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
+    "longrope": _longrope,
 }
 
 
@@ -91,9 +103,13 @@ def rope_frequencies(parameters: Mapping[str, Any], head_dim: int) -> tuple[Floa
     return _FREQUENCIES[parameters["rope_type"]](parameters, head_dim)
 
 
-def interleaved_rows(num_heads: int, head_dim: int) -> Array:
+def interleaved_rows(num_heads: int, head_dim: int, rotated: int | None = None) -> Array:
     """The order of a query or key matrix's rows in which the halves of each rotated pair are adjacent.
 
-    Returns row numbers [num_heads * head_dim], with which the matrix is indexed.
+    rotated: how many numbers of a head are rotated, the first ones; None: all. Returns row numbers [num_heads * head_dim], with
+    which the matrix is indexed.
     """
-    return np.arange(num_heads * head_dim).reshape(num_heads, 2, head_dim // 2).transpose(0, 2, 1).ravel()
+    rotated = head_dim if rotated is None else rotated
+    order = np.concatenate([np.arange(rotated).reshape(2, -1).T.ravel(), np.arange(rotated, head_dim)])
+    rows: Array = (np.arange(num_heads)[:, None] * head_dim + order).ravel()
+    return rows

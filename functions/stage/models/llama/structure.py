@@ -7,9 +7,24 @@ it, so every tensor is checked. Needs no torch.
 import re
 from collections.abc import Collection, Iterable, Sequence
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from functions.stage.models.layer_group import KVCache, MissingTensors, Segment
 from functions.stage.models.packed_tensors import WrongShape
-from storage.checkpoints.decoder import Decoder, Shapes, layer_shapes, outer_shapes
+from storage.checkpoints.decoder import (
+    Attention,
+    Decoder,
+    FeedForward,
+    Layer,
+    Norm,
+    QKNorm,
+    Rotation,
+    Shapes,
+    TensorNames,
+    layer_shapes,
+    outer_shapes,
+)
 from storage.models.q4 import packed_shape
 
 
@@ -20,17 +35,27 @@ def check_layers(model: Decoder, first: int, last: int) -> None:
 
 
 def check_placed(
-    model: Decoder, first: int, last: int, layers: Collection[int], *, embedding: bool, norm: bool, head: bool
+    model: Decoder,
+    first: int,
+    last: int,
+    layers: Collection[int],
+    *,
+    embedding: bool,
+    norm: bool,
+    head: bool,
+    positions: bool = False,
 ) -> None:
     """Raises MissingTensors, naming them, if layers [first, last) do not have all weights that they need.
 
-    layers: numbers of those whose weights are there. embedding, norm, head: whether they are there. Only the first group of a
-    model needs the embedding, only the last one norm and head.
+    layers: numbers of those whose weights are there. embedding, norm, head, positions: whether they are there. Only the first
+    group of a model needs the embeddings, only the last one norm and head.
     """
     names = model.names
     missing = [f"{names.layers}.{layer}" for layer in range(first, last) if layer not in layers]
     if first == 0 and not embedding:
         missing.append(f"{names.embedding}.weight")
+    if first == 0 and model.position_offset is not None and not positions:
+        missing.append(f"{names.positions}.weight")
     if last == model.num_layers and not norm:
         missing.append(f"{names.final_norm}.weight")
     if last == model.num_layers and not head:
@@ -58,6 +83,49 @@ def checked_positions(kv: KVCache, rows: int, segments: Sequence[Segment]) -> li
     if rows != len(positions):
         raise ValueError(f"{rows} rows of input for segments of {len(positions)} tokens in all")
     return positions
+
+
+def torch_obstacle(model: Decoder) -> str | None:
+    """Why torch's layers cannot run the model, for messages; None: they can. They run models that differ little from Llama."""
+    attention, norm = model.attention, Norm(eps=model.final_norm.eps)
+    like_llama = Layer(
+        attention=Attention(
+            num_heads=attention.num_heads,
+            num_kv_heads=attention.num_kv_heads,
+            head_dim=attention.head_dim,
+            scale=attention.head_dim**-0.5,
+            qk_norm=None if attention.qk_norm is None else QKNorm(norm=norm),
+            qkv_bias=attention.qkv_bias,
+            out_bias=attention.out_bias,
+        ),
+        feed_forward=FeedForward(inner_size=model.inner_size, biased=model.kinds[0].feed_forward.biased),
+        before_attention=norm,
+        before_feed_forward=norm,
+    )
+    if any(rope.parameters["rope_type"] == "longrope" for rope in model.ropes.values()):
+        return "LongRoPE runs in C alone"
+    for layer in model.kinds:
+        own = replace(layer, attention=replace(layer.attention, window=None, rope=None))
+        found = [*_different(own.attention, like_llama.attention), *_different(own.feed_forward, like_llama.feed_forward)]
+        if found or own != like_llama:
+            return f"layers with another {', '.join(found or _different(own, like_llama))} than Llama's run in C alone"
+    plain = replace(
+        model,
+        final_norm=norm,
+        embedding_scale=1.0,
+        position_offset=None,
+        logit_scale=1.0,
+        logit_soft_cap=None,
+        head_bias=False,
+        names=TensorNames(),
+        ropes={name: Rotation(parameters=rope.parameters, rotated=attention.head_dim) for name, rope in model.ropes.items()},
+    )
+    return f"models with another {', '.join(_different(model, plain))} than Llama's run in C alone" if model != plain else None
+
+
+def _different(own: Struct, other: Struct) -> list[str]:
+    """The fields in which two descriptions differ."""
+    return [name for name in own.__struct_fields__ if getattr(own, name) != getattr(other, name)]
 
 
 def layers_in(model: Decoder, names: Iterable[str]) -> list[int]:

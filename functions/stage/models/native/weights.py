@@ -7,11 +7,10 @@ import numpy as np
 
 from functions.stage.models.floats import Array, Float32, HiddenDtype, narrowed, widened
 from functions.stage.models.layer_group import MissingTensors
-from functions.stage.models.llama.rope import interleaved_rows
 from functions.stage.models.packed_tensors import packing
 from functions.stage.native.layers import MatrixArrays
 from functions.stage.native.records import Dtype
-from storage.checkpoints.decoder import Decoder, Shapes
+from storage.checkpoints.decoder import Shapes
 from storage.loading.weight_loader import RawTensor
 from storage.models import q4
 from storage.models.blocks import FORMATS, GROUP, BlockFormat, floats_of, packed_rows, single_rows, unpack
@@ -31,11 +30,17 @@ class NativeWeights:
     `vector` and `matrix` remove a tensor from the mapping, so that its memory is freed once it has been copied.
     """
 
-    def __init__(self, tensors: MutableMapping[str, RawTensor], prefix: str, dtype: str, shapes: Shapes) -> None:
-        """dtype: of the publication. shapes: of matrices, by name without the prefix; packed q4 tensors have another shape."""
+    def __init__(
+        self, tensors: MutableMapping[str, RawTensor], prefix: str, dtype: str, shapes: Shapes, *, transposed: bool = False
+    ) -> None:
+        """dtype: of the publication. shapes: of matrices, by name without the prefix; packed q4 tensors have another shape.
+
+        transposed: matrices are [width, outs].
+        """
         self._tensors = tensors
         self._prefix = prefix
         self._shapes = shapes
+        self._transposed = transposed
         self._matrices = _MATRICES.get(dtype)
 
     def __contains__(self, name: str) -> bool:
@@ -50,6 +55,8 @@ class NativeWeights:
         """Removes the matrix `name`.weight, with its scales and, if `biased`, biases, and returns it. Raises MissingTensors."""
         packed = packing(self._tensors, f"{self._prefix}{name}.weight")
         dtype, weights = self._take(f"{name}.weight")
+        if self._transposed:
+            weights = np.ascontiguousarray(weights.T)
         scales = self.vector(f"{name}.weight_scale") if dtype == "I8" else None
         biases = self.vector(f"{name}.bias") if biased else None
         if packed is not None:
@@ -69,36 +76,6 @@ class NativeWeights:
             raise MissingTensors(f"{missing} is missing") from None
         array = np.frombuffer(raw.data, _NUMPY_DTYPES[raw.dtype]).reshape(raw.shape)
         return ("F32", array.astype(np.float32)) if raw.dtype == "F16" else (raw.dtype, array)
-
-
-def take_layer(model: Decoder, weights: NativeWeights) -> tuple[Mapping[str, MatrixArrays], Mapping[str, Float32 | None]]:
-    """Removes a layer's tensors from `weights` and returns its matrices and gains, by their names in `c/native.h`.
-
-    A gain is None if the model does not have it. Rows of queries and keys are reordered so that the two halves of each rotated
-    pair are adjacent. Raises MissingTensors.
-    """
-    layer, names = model.kinds[0], model.names
-    attention, mlp_bias = layer.attention, layer.feed_forward.biased
-    queries, keys, values = (weights.matrix(name, attention.qkv_bias) for name in names.qkv)
-    qkv = [
-        with_rows(queries, interleaved_rows(attention.num_heads, attention.head_dim)),
-        with_rows(keys, interleaved_rows(attention.num_kv_heads, attention.head_dim)),
-        values,
-    ]
-    gate, up = of_one_kind([weights.matrix(name, mlp_bias) for name in (names.gate, names.up)])
-    matrices = {
-        "qkv": stacked(of_one_kind(qkv)),
-        "out": weights.matrix(names.out, attention.out_bias),
-        "gate": gate,
-        "up": up,
-        "down": weights.matrix(names.down, mlp_bias),
-    }
-    gains = {
-        "input_gain": weights.vector(f"{names.before_attention}.weight"),
-        "qk_gain": _qk_gains(model, weights) if attention.qk_norm else None,
-        "mlp_gain": weights.vector(f"{names.before_feed_forward}.weight"),
-    }
-    return matrices, gains
 
 
 def rows_of(matrix: MatrixArrays, rows: Array) -> Float32:
@@ -175,12 +152,3 @@ def converted(matrix: MatrixArrays, dtype: Dtype) -> MatrixArrays:
         return matrix
     wide = rows_of(matrix, np.arange(matrix.shape[0]))
     return MatrixArrays(dtype, narrowed(wide, _FLOATS[dtype]), None, matrix.biases)
-
-
-def _qk_gains(model: Decoder, weights: NativeWeights) -> Float32:
-    """Norm gains of all query heads, then all key heads [heads + kv heads, head_dim], reordered as the rows of queries are."""
-    attention = model.attention
-    order = interleaved_rows(1, attention.head_dim)
-    of_queries = weights.vector(f"{model.names.query_norm}.weight")[order]
-    of_keys = weights.vector(f"{model.names.key_norm}.weight")[order]
-    return np.concatenate([np.tile(of_queries, (attention.num_heads, 1)), np.tile(of_keys, (attention.num_kv_heads, 1))])

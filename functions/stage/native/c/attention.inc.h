@@ -13,17 +13,20 @@ enum {
     MOST_PARTS = 4, /* vectors of columns in one tile for up to four queries; half as many for more */
 };
 
-/* Normalizes and rotates a head in place. rotation [size / 2, 2] or NULL, gain [size] or NULL. */
-INLINE void prepare_head(float *head, int64_t size, const float *gain, float eps, const float *rotation)
+/* Normalizes and rotates a head in place. number: of the head among queries and keys. rotation: [size / 2, 2] or NULL. */
+INLINE void prepare_head(const Layer *layer, float *head, int64_t number, int64_t size, float eps, const float *rotation)
 {
-    if (gain)
-        normalize(head, gain, eps, size, head);
+    const bool normalizes = layer->qk.kind && !layer->qk_as_one;
+    if (normalizes && !layer->qk_rotated)
+        normalize(&layer->qk, number * size, head, eps, size, head);
     if (rotation)
         for (int64_t i = 0; i < size; i += 2) {
             float real = head[i], imaginary = head[i + 1], cosine = rotation[i], sine = rotation[i + 1];
             head[i] = real * cosine - imaginary * sine;
             head[i + 1] = real * sine + imaginary * cosine;
         }
+    if (normalizes && layer->qk_rotated)
+        normalize(&layer->qk, number * size, head, eps, size, head);
 }
 
 /* False if a packed number has an exponent of ones only. */
@@ -74,23 +77,17 @@ INLINE void write_kv_as(const int dtype, const Group *group, const Layer *layer,
             pair[2 * i + 1] = 0;
 }
 
-static void write_kv_in_bytes(const Group *group, const Layer *layer, const int32_t *pages, int64_t kv_head, int64_t position,
-                              const float *key, const float *value);
-
 static void write_kv(const Group *group, const Layer *layer, const int32_t *pages, int64_t kv_head, int64_t position, bool is_last,
-                     const float *rotation, float *heads)
+                     const float *const rotations[2], float *heads)
 {
     const int64_t size = group->head_dim, shared = group->heads / group->kv_heads;
-    const float *gains = layer->qk_gain.bytes ? layer->qk_gain.data : NULL, *turn = layer->rotary ? rotation : NULL;
     const float eps = (float)group->eps;
     for (int64_t head = kv_head * shared; head < (kv_head + 1) * shared; head++)
-        prepare_head(heads + head * size, size, gains ? gains + head * size : NULL, eps, turn);
+        prepare_head(layer, heads + head * size, head, size, eps, rotations[0]);
     int64_t key = group->heads + kv_head, value = key + group->kv_heads;
-    prepare_head(heads + key * size, size, gains ? gains + key * size : NULL, eps, turn);
+    prepare_head(layer, heads + key * size, key, size, eps, rotations[1]);
     if (group->kv_dtype == LAMINA_BF16)
         write_kv_as(LAMINA_BF16, group, layer, pages, kv_head, position, is_last, heads + key * size, heads + value * size);
-    else if (group->kv_dtype == LAMINA_INT8)
-        write_kv_in_bytes(group, layer, pages, kv_head, position, heads + key * size, heads + value * size);
     else
         write_kv_as(LAMINA_F32, group, layer, pages, kv_head, position, is_last, heads + key * size, heads + value * size);
 }
@@ -232,9 +229,19 @@ NOINLINE void merge(int64_t padded, const Attended *all, const Attended *later)
     *all->total = total;
 }
 
-/* Replaces scores [first, last) by their powers, exp(score - greatest); the other ones of scores [tokens] become 0. Sums run over
-   whole vectors from the beginning of a page. Sets most and total of `result`. */
-INLINE void raise(float *scores, int64_t first, int64_t last, int64_t tokens, const Attended *result)
+/* Scores become cap * tanh(score / cap). */
+INLINE void cap_scores(float *scores, int64_t tokens, float cap)
+{
+    for (int64_t token = 0; token < tokens; token += LANES) {
+        vec power = exp_f32(mul_f32(load(scores + token), every_f32(2.0f / cap)));
+        vec beyond = div_f32(every_f32(2.0f), add_f32(power, every_f32(1.0f)));
+        store(scores + token, mul_f32(sub_f32(every_f32(1.0f), beyond), every_f32(cap)));
+    }
+}
+
+/* Softmax of scores [first, last) in place; the other ones of scores [tokens] become 0. Sums run over whole vectors from the
+   beginning of a page. Sets most and total of `result`. */
+INLINE void softmax(float *scores, int64_t first, int64_t last, int64_t tokens, const Attended *result)
 {
     const float unseen = -__builtin_inff();
     for (int64_t token = 0; token < first; token++)
@@ -256,6 +263,9 @@ INLINE void raise(float *scores, int64_t first, int64_t last, int64_t tokens, co
     }
     *result->most = most;
     *result->total = sum_f32(total);
+    vec share = every_f32(1.0f / *result->total);
+    for (int64_t token = 0; token < tokens; token += LANES)
+        store(scores + token, mul_f32(load(scores + token), share));
 }
 
 /* Queries that read keys and values together, numbered by head and row, and a thread's memory for them. */
@@ -268,33 +278,10 @@ typedef struct {
     float *scores;         /* [QUERIES, tokens of a piece] */
 } Together;
 
-/* Replaces a query's scores of tokens [begin, end) by powers, 0 for those that it does not attend to. Returns the number of tokens
-   up to the last one that it does. */
-INLINE int64_t raise_powers(const Layer *layer, const Queries *queries, const Together *at, int64_t query, int64_t begin, int64_t end,
-                            int64_t tokens, const Attended *result)
-{
-    float *scores = at->scores + query * tokens;
-    const int64_t position = queries->first_position + (at->first + query) % queries->rows;
-    const int64_t from = larger(0, first_attended(layer, position) - begin), to = smaller(position + 1, end) - begin;
-    const int64_t seen = from < to ? to : 0;
-    *result->total = 0;
-    if (seen)
-        raise(scores, from, to, rounded_up(to, BLOCK), result);
-    for (int64_t token = rounded_up(seen, BLOCK); token < tokens; token++)
-        scores[token] = 0;
-    return seen;
-}
-
-#include "attention_bytes.inc.h"
-
 /* Attention over tokens [begin, end) of the sequence, which begin with a page and are at most SPLIT. Computes `results`. */
 INLINE void attend_piece(const int dtype, const Group *group, const Layer *layer, const Queries *queries, const Together *at,
                          int64_t begin, int64_t end)
 {
-    if (dtype == LAMINA_INT8) {
-        attend_piece_in_bytes(group, layer, queries, at, begin, end);
-        return;
-    }
     const int64_t padded = padded_head(group), number = bytes_of(dtype), tokens = rounded_up(end - begin, BLOCK);
     const int64_t key_pairs = group->head_dim * number / 4;
     const int64_t pages = (tokens + PAGE - 1) / PAGE;
@@ -314,10 +301,17 @@ INLINE void attend_piece(const int dtype, const Group *group, const Layer *layer
     for (int64_t query = 0; query < at->count; query++) {
         float *scores = at->scores + query * tokens;
         const Attended result = attended_at(group, at->results, query);
-        most_seen = larger(most_seen, raise_powers(layer, queries, at, query, begin, end, tokens, &result));
-        const vec share = every_f32(*result.total == 0 ? 0 : 1.0f / *result.total);
-        for (int64_t token = 0; token < tokens; token += LANES)
-            store(scores + token, mul_f32(load(scores + token), share));
+        const int64_t position = queries->first_position + (at->first + query) % queries->rows;
+        const int64_t from = larger(0, first_attended(layer, position) - begin), to = smaller(position + 1, end) - begin;
+        const int64_t seen = from < to ? to : 0;
+        most_seen = larger(most_seen, seen);
+        *result.total = 0;
+        if (layer->score_cap > 0)
+            cap_scores(scores, tokens, (float)layer->score_cap);
+        if (seen)
+            softmax(scores, from, to, rounded_up(to, BLOCK), &result);
+        for (int64_t token = rounded_up(seen, BLOCK); token < tokens; token++)
+            scores[token] = 0;
         if (dtype == LAMINA_BF16) /* in place: packed scores take less memory */
             for (int64_t token = 0; token < tokens; token += 2 * LANES)
                 store((uint8_t *)scores + 2 * token,
@@ -362,16 +356,13 @@ INLINE void attend_together(const int dtype, const Group *group, const Layer *la
     at.packed = (uint8_t *)(at.results + QUERIES * stride);
     at.scores = (float *)(at.packed + QUERIES * at.row_bytes);
     float scaled[LAMINA_MOST_HEAD];
-    const float scale = 1.0f / __builtin_sqrtf((float)size);
+    const float scale = (float)layer->score_scale;
     for (int64_t query = 0; query < count; query++) {
         int64_t head = queries->kv_head * shared + (first + query) / rows, row = (first + query) % rows;
         const float *numbers = queries->heads + (row * all_heads + head) * size;
         for (int64_t i = 0; i < size; i++)
             scaled[i] = numbers[i] * scale;
-        if (dtype == LAMINA_INT8)
-            pack_query(group, scaled, at.packed + query * at.row_bytes);
-        else
-            pack((Dtype)dtype, scaled, size, at.packed + query * at.row_bytes);
+        pack((Dtype)dtype, scaled, size, at.packed + query * at.row_bytes);
         *attended_at(group, all, query).total = 0;
     }
     int64_t begin = first_attended(layer, queries->first_position + first_row) / PAGE * PAGE;
@@ -404,8 +395,6 @@ static void attend(const Group *group, const Layer *layer, const Queries *querie
         int64_t count = smaller(together, all - first);
         if (group->kv_dtype == LAMINA_BF16)
             attend_together(LAMINA_BF16, group, layer, queries, first, count, scratch);
-        else if (group->kv_dtype == LAMINA_INT8)
-            attend_together(LAMINA_INT8, group, layer, queries, first, count, scratch);
         else
             attend_together(LAMINA_F32, group, layer, queries, first, count, scratch);
     }

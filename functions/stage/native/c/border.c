@@ -77,31 +77,61 @@ static Status check_sizes(const Group *group)
         return LAMINA_BAD_SIZE;
     if (!within((group->heads + 2 * group->kv_heads) * group->head_dim, 1, MOST))
         return LAMINA_BAD_SIZE;
-    if (!within(group->num_pages, 1, INT32_MAX))
+    if (!within(group->num_pages, 1, INT32_MAX) || !within(group->rotations, 0, 16))
         return LAMINA_BAD_SIZE;
     if (!(group->eps >= 0 && group->eps < 1))
         return LAMINA_BAD_SIZE;
     if (!within(group->rounds, 0, 1))
         return LAMINA_BAD_SIZE;
-    return within(group->kv_dtype, LAMINA_BF16, LAMINA_F32) ? LAMINA_OK : LAMINA_BAD_DTYPE;
+    return group->kv_dtype == LAMINA_BF16 || group->kv_dtype == LAMINA_F32 ? LAMINA_OK : LAMINA_BAD_DTYPE;
+}
+
+static Status check_norm(const Norm *norm, int64_t size)
+{
+    if (!within(norm->kind, LAMINA_NO_NORM, LAMINA_LAYER_NORM))
+        return LAMINA_BAD_SIZE;
+    if (norm->kind == LAMINA_NO_NORM)
+        return LAMINA_OK;
+    CHECK(check_memory(&norm->gain, size * 4, 4));
+    return check_optional(&norm->biases, size * 4, 4);
+}
+
+static bool is_finite(double number)
+{
+    return number - number == 0;
+}
+
+static Status check_numbers(const Group *group, const Layer *layer)
+{
+    if (!within(layer->window, 0, INT64_MAX) || !within(layer->ring, 0, MOST) || !within(layer->parallel, 0, 1))
+        return LAMINA_BAD_SIZE;
+    if (!within(layer->query_rotation, 0, group->rotations) || !within(layer->key_rotation, 0, group->rotations))
+        return LAMINA_BAD_SIZE;
+    if (!within(layer->qk_as_one, 0, layer->qk.kind != LAMINA_NO_NORM) || !within(layer->qk_rotated, 0, !layer->qk_as_one))
+        return LAMINA_BAD_SIZE;
+    if (!within(layer->activation, LAMINA_SILU, LAMINA_XIELU) || !is_finite(layer->score_cap))
+        return LAMINA_BAD_SIZE;
+    return is_finite(layer->score_scale) && is_finite(layer->residual_scale) ? LAMINA_OK : LAMINA_BAD_SIZE;
 }
 
 static Status check_layer(const Group *group, const Layer *layer)
 {
     int64_t attended = group->heads * group->head_dim, all_heads = group->heads + 2 * group->kv_heads;
-    if (!within(layer->window, 0, INT64_MAX) || !within(layer->ring, 0, MOST) || !within(layer->rotary, 0, 1))
-        return LAMINA_BAD_SIZE;
+    CHECK(check_numbers(group, layer));
     if (layer->ring && !within(layer->window, 1, layer->ring * LAMINA_PAGE_TOKENS))
         return LAMINA_BAD_SIZE;
-    CHECK(check_memory(&layer->input_gain, group->hidden_size * 4, 4));
+    CHECK(check_norm(&layer->before_attention, group->hidden_size));
     CHECK(check_shape(&layer->qkv, all_heads * group->head_dim, group->hidden_size));
-    CHECK(check_optional(&layer->qk_gain, (group->heads + group->kv_heads) * group->head_dim * 4, 4));
+    CHECK(check_norm(&layer->qk, (group->heads + group->kv_heads) * group->head_dim));
     CHECK(check_shape(&layer->out, group->hidden_size, attended));
-    CHECK(check_memory(&layer->mlp_gain, group->hidden_size * 4, 4));
-    CHECK(check_shape(&layer->gate, group->inner_size, group->hidden_size));
+    CHECK(check_norm(&layer->after_attention, group->hidden_size));
+    CHECK(check_norm(&layer->before_mlp, group->hidden_size));
+    CHECK(check_norm(&layer->after_mlp, group->hidden_size));
+    if (layer->gate.weights.bytes)
+        CHECK(check_shape(&layer->gate, group->inner_size, group->hidden_size));
     CHECK(check_shape(&layer->up, group->inner_size, group->hidden_size));
     CHECK(check_shape(&layer->down, group->hidden_size, group->inner_size));
-    return layer->gate.dtype == layer->up.dtype ? LAMINA_OK : LAMINA_BAD_DTYPE;
+    return !layer->gate.weights.bytes || layer->gate.dtype == layer->up.dtype ? LAMINA_OK : LAMINA_BAD_DTYPE;
 }
 
 static Status check_group(const Group *group)
@@ -160,7 +190,8 @@ static Status check_pass(const Group *group, const Pass *pass, int64_t *most_tok
     if (!within(pass->rows, 1, MOST) || !within(pass->threads, 1, LAMINA_MOST_THREADS))
         return LAMINA_BAD_SIZE;
     CHECK(check_memory(&pass->hidden, pass->rows * group->hidden_size * 4, 4));
-    CHECK(check_memory(&pass->rotations, pass->rows * group->head_dim * 4, 4));
+    if (group->rotations)
+        CHECK(check_memory(&pass->rotations, group->rotations * pass->rows * group->head_dim * 4, 4));
     CHECK(check_segments(group, pass, most_tokens));
     int64_t bytes = pass_workspace(group, pass->rows, *most_tokens, pass->threads, NULL).bytes;
     return check_memory(&pass->workspace, bytes, LAMINA_LINE_BYTES);
@@ -269,7 +300,7 @@ int64_t lamina_draw_bytes(int64_t vocabulary, int64_t threads)
 
 int64_t lamina_size_of(int64_t record)
 {
-    static const int64_t sizes[] = {sizeof(Memory), sizeof(Matrix), sizeof(Layer), sizeof(Group),
+    static const int64_t sizes[] = {sizeof(Memory), sizeof(Matrix), sizeof(Norm), sizeof(Layer), sizeof(Group),
                                     sizeof(Segment), sizeof(Pass), sizeof(Product), sizeof(Draw), sizeof(Draws), sizeof(Softmax)};
     return within(record, 0, sizeof sizes / sizeof *sizes - 1) ? sizes[record] : 0;
 }

@@ -1,7 +1,7 @@
 /* A forward pass: the layers of a group, from top to bottom as the model has them, run by several threads together.
 
-   A layer is a few phases, whose pieces the threads share (`threads.h`). Norms and packing are done by the thread that takes a
-   piece, so that they are no phases of their own. */
+   A layer is a few phases, whose pieces the threads share (`threads.h`). Norms before a matrix and packing are done by the thread
+   that takes a piece, so that they are no phases of their own. */
 
 #include "forward.h"
 
@@ -18,7 +18,7 @@ typedef struct {
     const Level *level;
     const Group *group;
     const Segment *segments;
-    const float *rotations; /* [rows, head_dim / 2, 2] */
+    const float *rotations; /* [rotations, rows, head_dim / 2, 2] */
     float *hidden;          /* [rows, hidden_size] */
     int64_t rows;
     int64_t threads;
@@ -27,17 +27,19 @@ typedef struct {
     Workspace at;
 } Forward;
 
-/* y = x Wᵀ + b, or += it, or silu(y) * (x Upᵀ + b): one product of a pass. */
+/* y = x Wᵀ + b, or += it, or activation(y), or activation(y) * (x Upᵀ + b): one product of a pass. */
 typedef struct {
     const Level *level;
     const Matrix *matrix;
     const Matrix *up;   /* or NULL */
+    const Layer *layer; /* its activation; NULL: there is none */
     const float *x;     /* [rows, width] */
-    const Memory *gain; /* of the norm that x goes through first, or NULL */
+    const Norm *norm;   /* that x goes through first, or NULL */
     float eps;
     int64_t rows;
     int add;            /* SET, ADD or ADD_AND_ROUND */
     float *y;           /* [rows, outs] */
+    float *times;       /* [rows, outs] temporary, with `up` */
 } Task;
 
 /* How a product is cut into pieces: blocks of rows, and units of outputs in each block. */
@@ -64,8 +66,8 @@ static void pack_rows(const Task *task, int64_t row, int64_t rows, float *normal
     const int64_t row_bytes = packed_row_bytes(matrix->dtype, matrix->width);
     for (int64_t i = 0; i < rows; i++) {
         const float *numbers = task->x + (row + i) * matrix->width;
-        if (task->gain) {
-            task->level->normalize(numbers, task->gain->data, task->eps, matrix->width, normalized);
+        if (task->norm && task->norm->kind) {
+            task->level->normalize(task->norm, 0, numbers, task->eps, matrix->width, normalized);
             numbers = normalized;
         }
         float scale = task->level->pack((Dtype)matrix->dtype, numbers, matrix->width, packed + i * row_bytes);
@@ -114,6 +116,21 @@ static void round_to_bf16(float *y, int64_t rows, int64_t outs, int64_t first, i
         }
 }
 
+/* y [rows, outs] = activation(matrix x) * (up x) in outputs [first, last), or without `up`. */
+static void multiply_activated(const Task *task, const Rows *x, int64_t first, int64_t last, float *times, float *y)
+{
+    const int64_t outs = task->matrix->outs;
+    if (task->up && task->layer->activation == LAMINA_SILU) {
+        task->level->multiply_gated(task->matrix, task->up, x, first, last, y);
+        return;
+    }
+    task->level->multiply(task->matrix, x, first, last, false, y);
+    if (task->up)
+        task->level->multiply(task->up, x, first, last, false, times);
+    for (int64_t at = first; at < first + x->rows * outs; at += outs)
+        task->level->activate(task->layer, last - first, task->up ? times + at : NULL, y + at);
+}
+
 /* Two phases: packs all rows, then computes y. */
 static void run_product(const Task *task, const Workspace *at, const Worker *worker, int64_t phase)
 {
@@ -134,8 +151,8 @@ static void run_product(const Task *task, const Workspace *at, const Worker *wor
         int64_t last = smaller(matrix->outs, first + pieces.unit_outs);
         const Rows x = {all.data + row * all.row_bytes, all.scales + row * LAMINA_TILE_OUTS,
                         smaller(pieces.block_rows, all.rows - row), all.row_bytes, all.arranged};
-        if (task->up)
-            task->level->multiply_gated(matrix, task->up, &x, first, last, task->y + row * matrix->outs);
+        if (task->layer)
+            multiply_activated(task, &x, first, last, task->times + row * matrix->outs, task->y + row * matrix->outs);
         else
             task->level->multiply(matrix, &x, first, last, task->add != SET, task->y + row * matrix->outs);
         if (task->add == ADD_AND_ROUND)
@@ -144,11 +161,58 @@ static void run_product(const Task *task, const Workspace *at, const Worker *wor
     finish_phase(worker, phase + 1, done, pieces.blocks * pieces.units);
 }
 
-static void multiply(const Forward *forward, const Matrix *matrix, const Matrix *up, const float *x, const Memory *gain, float *y,
-                     int add, const Worker *worker, int64_t phase)
+static void multiply(const Forward *forward, const Matrix *matrix, const float *x, const Norm *norm, float *y, int add,
+                     const Worker *worker, int64_t phase)
 {
-    Task task = {forward->level, matrix, up, x, gain, (float)forward->group->eps, forward->rows, add, y};
+    const Task task = {.level = forward->level, .matrix = matrix, .x = x, .norm = norm, .eps = (float)forward->group->eps,
+                       .rows = forward->rows, .add = add, .y = y};
     run_product(&task, &forward->at, worker, phase);
+}
+
+static void feed_forward(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
+{
+    const bool is_gated = layer->gate.weights.bytes;
+    const Task task = {.level = forward->level, .matrix = is_gated ? &layer->gate : &layer->up, .up = is_gated ? &layer->up : NULL,
+                       .layer = layer, .x = forward->hidden, .norm = &layer->before_mlp, .eps = (float)forward->group->eps,
+                       .rows = forward->rows, .y = forward->at.inner, .times = forward->at.times};
+    run_product(&task, &forward->at, worker, phase);
+}
+
+/* hidden += scale * norm(x Wᵀ + b): two phases, and one more unless that is a plain sum. */
+static void add_product(const Forward *forward, const Matrix *matrix, const float *x, const Norm *norm, double scale, bool rounds,
+                        const Worker *worker, int64_t phase)
+{
+    const int64_t size = forward->group->hidden_size;
+    if (!norm->kind && scale == 1) {
+        multiply(forward, matrix, x, NULL, forward->hidden, rounds ? ADD_AND_ROUND : ADD, worker, phase);
+        return;
+    }
+    multiply(forward, matrix, x, NULL, forward->at.added, SET, worker, phase);
+    int64_t done = 0, row;
+    for (; (row = take_piece(worker, phase + 2, forward->rows, 1)) >= 0; done++) {
+        float *added = forward->at.added + row * size, *hidden = forward->hidden + row * size;
+        if (norm->kind)
+            forward->level->normalize(norm, 0, added, (float)forward->group->eps, size, added);
+        for (int64_t i = 0; i < size; i++)
+            hidden[i] += (float)scale * added[i];
+        if (rounds)
+            round_to_bf16(hidden, 1, size, 0, size);
+    }
+    finish_phase(worker, phase + 2, done, forward->rows);
+}
+
+/* Normalizes the queries of all heads together, and the keys. */
+static void normalize_qk(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
+{
+    const Group *group = forward->group;
+    const int64_t queries = group->heads * group->head_dim, keys = group->kv_heads * group->head_dim;
+    int64_t done = 0, row;
+    for (; (row = take_piece(worker, phase, forward->rows, 1)) >= 0; done++) {
+        float *heads = forward->at.heads + row * (queries + 2 * keys);
+        forward->level->normalize(&layer->qk, 0, heads, (float)group->eps, queries, heads);
+        forward->level->normalize(&layer->qk, queries, heads + queries, (float)group->eps, keys, heads + queries);
+    }
+    finish_phase(worker, phase, done, forward->rows);
 }
 
 /* All segments are single tokens: their keys and values are written by the piece that attends to them. */
@@ -165,13 +229,20 @@ static const int32_t *pages_of(const Forward *forward, const Layer *layer, int64
     return (const int32_t *)pages->data + row * (pages->bytes / (int64_t)sizeof(int32_t) / forward->group->num_layers);
 }
 
+/* The row's cosines and sines of a rotation by number; NULL for 0. */
+static const float *rotation_of(const Forward *forward, int64_t number, int64_t row)
+{
+    return number ? forward->rotations + ((number - 1) * forward->rows + row) * forward->group->head_dim : NULL;
+}
+
 static void write_kv_of_row(const Forward *forward, const Layer *layer, int64_t row, int64_t kv_head)
 {
     const Group *group = forward->group;
     const Place *place = &forward->at.places[row];
     float *heads = forward->at.heads + row * (group->heads + 2 * group->kv_heads) * group->head_dim;
+    const float *const rotations[] = {rotation_of(forward, layer->query_rotation, row), rotation_of(forward, layer->key_rotation, row)};
     forward->level->write_kv(group, layer, pages_of(forward, layer, place->segment), kv_head, place->position, place->is_last,
-                             forward->rotations + row * group->head_dim, heads);
+                             rotations, heads);
 }
 
 static void write_kv(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
@@ -235,21 +306,25 @@ static void forward_layers(void *argument, int64_t number)
 {
     const Forward *forward = argument;
     const Workspace *at = &forward->at;
-    float *hidden = forward->hidden;
     const Worker worker = {number, forward->threads, at->counters, at->scratch + number * at->scratch_bytes};
     int64_t phase = 0; /* the layer's first */
     for (int64_t i = 0; i < forward->group->num_layers; i++, phase += PHASES) {
         const Layer *layer = (const Layer *)forward->group->layers.data + i;
-        multiply(forward, &layer->qkv, NULL, hidden, &layer->input_gain, at->heads, SET, &worker, phase + PACK_QKV);
+        multiply(forward, &layer->qkv, forward->hidden, &layer->before_attention, at->heads, SET, &worker, phase + PACK_QKV);
+        if (layer->qk_as_one)
+            normalize_qk(forward, layer, &worker, phase + NORMALIZE_QK);
         if (!only_decodes(forward))
             write_kv(forward, layer, &worker, phase + WRITE_KV);
         attend(forward, layer, &worker, phase + ATTEND);
         if (forward->pieces > 1)
             merge_pieces(forward, layer, &worker, phase + MERGE);
-        multiply(forward, &layer->out, NULL, at->attended, NULL, hidden, ADD, &worker, phase + PACK_OUT);
-        multiply(forward, &layer->gate, &layer->up, hidden, &layer->mlp_gain, at->inner, SET, &worker, phase + PACK_GATED);
-        multiply(forward, &layer->down, NULL, at->inner, NULL, hidden,
-                 forward->group->rounds ? ADD_AND_ROUND : ADD, &worker, phase + PACK_DOWN);
+        if (layer->parallel) /* before the hidden states change */
+            feed_forward(forward, layer, &worker, phase + PACK_GATED);
+        add_product(forward, &layer->out, at->attended, &layer->after_attention, layer->residual_scale, false, &worker, phase + PACK_OUT);
+        if (!layer->parallel)
+            feed_forward(forward, layer, &worker, phase + PACK_GATED);
+        add_product(forward, &layer->down, at->inner, &layer->after_mlp, layer->residual_scale, forward->group->rounds, &worker,
+                    phase + PACK_DOWN);
     }
 }
 

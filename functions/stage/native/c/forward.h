@@ -11,8 +11,11 @@ enum {
     FEW_ROWS = 16,           /* up to so many rows, each thread packs all for itself instead of waiting for other threads */
 };
 
-/* The phases of a layer, in order. The pieces of a phase are computed in any order. */
-enum { PACK_QKV, QKV, WRITE_KV, ATTEND, MERGE, PACK_OUT, OUT, PACK_GATED, GATED, PACK_DOWN, DOWN, PHASES };
+/* The phases of a layer, in order; in a parallel layer GATED comes before OUT. The pieces of a phase are computed in any order. */
+enum {
+    PACK_QKV, QKV, NORMALIZE_QK, WRITE_KV, ATTEND, MERGE, PACK_OUT, OUT, ADD_OUT,
+    PACK_GATED, GATED, PACK_DOWN, DOWN, ADD_DOWN, PHASES,
+};
 
 /* The place of a row's token in its sequence. */
 typedef struct {
@@ -42,6 +45,8 @@ typedef struct {
     float *heads;      /* [rows, heads + 2 * kv_heads, head_dim] queries, keys and values */
     float *attended;   /* [rows, heads * head_dim] */
     float *inner;      /* [rows, inner_size] */
+    float *times;      /* [rows, inner_size] what `inner` is multiplied by */
+    float *added;      /* [rows, hidden_size] what is normalized or scaled before it is added to the hidden states */
     float *scales;     /* [rows, LAMINA_TILE_OUTS] of packed rows, if there are more than FEW_ROWS, and */
     uint8_t *packed;   /* [rows, packed_row_bytes] these rows, rounded up to 16 */
     Place *places;     /* [rows] */

@@ -37,8 +37,8 @@ typedef struct {
 typedef struct {
     const char *name;
 
-    /* out [size] = RMSNorm of x [size] with `gain` [size] */
-    void (*normalize)(const float *x, const float *gain, float eps, int64_t size, float *out);
+    /* out [size] = norm of x [size], which may be the same memory. first: of the norm's gain and biases that are used. */
+    void (*normalize)(const Norm *norm, int64_t first, const float *x, float eps, int64_t size, float *out);
 
     /* Packs x [size] for a matrix of dtype into packed_row_bytes, padded with zeros. Returns the factor of the row's sums. */
     float (*pack)(Dtype dtype, const float *x, int64_t size, uint8_t *packed);
@@ -52,10 +52,14 @@ typedef struct {
     /* Computes outputs [first, last) of y [rows, outs] = silu(gate x) * (up x). */
     void (*multiply_gated)(const Matrix *gate, const Matrix *up, const Rows *x, int64_t first, int64_t last, float *y);
 
+    /* y [count] = activation(y), times `times` [count] if that is not NULL. */
+    void (*activate)(const Layer *layer, int64_t count, const float *times, float *y);
+
     /* Normalizes and rotates, in place, the heads of a row [heads + 2 * kv_heads, head_dim] that share a key head, and writes key
-       and value to the arena. pages: of the sequence in this layer. is_last: no later token of its sequence is in the pass. */
+       and value to the arena. pages: of the sequence in this layer. is_last: no later token of its sequence is in the pass.
+       rotations: of queries and of keys, [head_dim / 2, 2] each, or NULL. */
     void (*write_kv)(const Group *group, const Layer *layer, const int32_t *pages, int64_t kv_head, int64_t position, bool is_last,
-                     const float *rotation, float *heads);
+                     const float *const rotations[2], float *heads);
 
     /* The same on every level. */
     int64_t (*draw)(const Draw *draw, uint8_t *scratch); /* scratch: of `draw_workspace` (`forward.h`) */
@@ -184,8 +188,7 @@ static inline int64_t attended_floats(const Group *group)
 
 static inline int64_t page_bytes(const Group *group)
 {
-    const int64_t scale = group->kv_dtype == LAMINA_INT8 ? LAMINA_SCALE_BYTES : 0;
-    return 2 * group->kv_heads * LAMINA_PAGE_TOKENS * (padded_head(group) * bytes_of(group->kv_dtype) + scale);
+    return 2 * group->kv_heads * LAMINA_PAGE_TOKENS * padded_head(group) * bytes_of(group->kv_dtype);
 }
 
 /* Keys (which: 0) or values (1) of a head in the page that holds the token at `position`. pages: of the sequence in this layer. */

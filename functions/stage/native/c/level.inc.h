@@ -26,6 +26,7 @@ const Level LEVEL = {
 #endif
     .multiply = multiply,
     .multiply_gated = multiply_gated,
+    .activate = activate,
     .write_kv = write_kv,
     .draw = draw_token,
     .softmax = compute_softmax,

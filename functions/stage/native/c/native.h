@@ -1,4 +1,4 @@
-/* The layers of a Llama-shaped group on a CPU: the contract between Python (`records.py` mirrors it) and C.
+/* The layers of a group on a CPU: the contract between Python (`records.py` mirrors it) and C.
 
    Every pointer comes with its number of bytes, and a comment gives the shape of its memory. The functions check all pointers
    and numbers before they touch any memory, and return a status. They keep nothing: the caller owns all memory. Within one
@@ -23,7 +23,6 @@ enum {
     LAMINA_Q4_ENDS = 256,     /* where the scales begin in it */
     LAMINA_BLOCK_TOKENS = 16, /* tokens of a sequence whose keys are interleaved */
     LAMINA_PAGE_TOKENS = 64,  /* tokens of a sequence in one page of the KV arena */
-    LAMINA_SCALE_BYTES = 4,   /* the scale of a key or value in int8, a float32 */
     LAMINA_SPLIT_TOKENS = 2048, /* tokens in a piece of attention; pieces are counted from the beginning of the sequence */
     LAMINA_PIECE_PAGES = LAMINA_SPLIT_TOKENS / LAMINA_PAGE_TOKENS + 8, /* most addresses of a piece, and what follows, in whole lines */
     LAMINA_ATTENDED_EXTRA = 16, /* floats after a query's result of a piece: its greatest score and the sum of its powers */
@@ -38,7 +37,7 @@ typedef struct {
     int64_t bytes; /* 0: absent */
 } Memory;
 
-/* A matrix has any dtype; keys and values are bf16, int8 or float32. */
+/* A matrix has any dtype; keys and values are bf16 or float32. */
 typedef enum { LAMINA_BF16, LAMINA_INT8, LAMINA_F32, LAMINA_Q4, LAMINA_BLOCKS } Dtype;
 
 /* Formats of block matrices: FORMATS of storage/models/blocks.py, in its order. */
@@ -62,31 +61,51 @@ typedef struct {
     int64_t ends[LAMINA_PARTS];    /* outputs before the end of each part: whole groups, but for the last; then `outs` */
 } Matrix;
 
+typedef enum {
+    LAMINA_NO_NORM,    /* numbers stay as they are */
+    LAMINA_RMS_NORM,   /* x / sqrt(mean(x²) + eps) * gain + biases */
+    LAMINA_LAYER_NORM, /* the same of x - mean(x) */
+} NormKind;
+
 typedef struct {
-    Memory input_gain; /* float32 [hidden_size] */
-    Matrix qkv;        /* [(heads + 2 * kv_heads) * head_dim, hidden_size]; the halves of a rotated pair are adjacent */
-    Memory qk_gain;    /* float32 [heads + kv_heads, head_dim], or absent */
-    Matrix out;        /* [hidden_size, heads * head_dim] */
-    Memory mlp_gain;   /* float32 [hidden_size] */
-    Matrix gate;       /* [inner_size, hidden_size] */
-    Matrix up;         /* [inner_size, hidden_size] */
-    Matrix down;       /* [hidden_size, inner_size] */
-    int64_t window;    /* tokens that a token attends to, itself included; 0: all */
-    int64_t ring;      /* pages that the layer keeps of a sequence: page n is in place n modulo ring; 0: it keeps all */
-    int64_t rotary;    /* 1: queries and keys are rotated */
+    int64_t kind;
+    Memory gain;   /* float32 [size], unless there is no norm */
+    Memory biases; /* float32 [size], or absent */
+} Norm;
+
+typedef enum { LAMINA_SILU, LAMINA_GELU, LAMINA_GELU_TANH, LAMINA_RELU, LAMINA_RELU2, LAMINA_XIELU } Activation;
+
+/* A layer: attention, then feed-forward, each between two norms, and added to the hidden states. */
+typedef struct {
+    Norm before_attention; /* [hidden_size] */
+    Matrix qkv;            /* [(heads + 2 * kv_heads) * head_dim, hidden_size]; the halves of a rotated pair are adjacent */
+    Norm qk;               /* [heads + kv_heads, head_dim], of each query and key */
+    Matrix out;            /* [hidden_size, heads * head_dim] */
+    Norm after_attention;  /* [hidden_size] */
+    Norm before_mlp;       /* [hidden_size] */
+    Matrix gate;           /* [inner_size, hidden_size], or absent: down(activation(up x)), not down(activation(gate x) * (up x)) */
+    Matrix up;             /* [inner_size, hidden_size] */
+    Matrix down;           /* [hidden_size, inner_size] */
+    Norm after_mlp;        /* [hidden_size] */
+    int64_t qk_as_one;     /* 1: the queries of all heads are one row of the norm, and the keys another */
+    int64_t qk_rotated;    /* 1: the norm comes after the rotation */
+    int64_t activation;
+    int64_t parallel;      /* 1: attention and feed-forward are computed from the same hidden states */
+    int64_t window;        /* tokens that a token attends to, itself included; 0: all */
+    int64_t ring;          /* pages that the layer keeps of a sequence: page n is in place n modulo ring; 0: it keeps all */
+    int64_t query_rotation; /* number of a rotation of the pass, from 1 on; 0: queries are not rotated */
+    int64_t key_rotation;
+    double score_scale;
+    double score_cap;      /* scores become cap * tanh(score / cap); 0: they do not */
+    double residual_scale; /* of what is added to the hidden states */
+    double xielu[4];       /* factors of x² above 0 and of exp(x) - 1 - x below, of x, and the largest x of exp */
 } Layer;
 
 /* The KV arena has pages: the keys and then the values of one layer and LAMINA_PAGE_TOKENS tokens of one sequence. A pair is two bf16
    or one float32: what one lane of a vector multiplies at a time. `padded` is head_dim rounded up to 16.
 
    keys    [kv_heads, page / block, pairs of padded, block] pairs of a key's numbers
-   values  bf16 [kv_heads, page / 2, padded, 2], float32 [kv_heads, page, padded]
-
-   In int8 each key and value of a token and head has a scale of its own, so that its bits depend on nothing else. A page has
-   kv_heads * page / block blocks of keys, then as many of values, and a block has numbers of 8 bits, then float32 [block] scales:
-
-   keys    [padded / 4, block, 4], each number plus 128, of the key times a matrix of 1 and -1 (`spread`)
-   values  [block / 4, padded, 4 tokens] */
+   values  bf16 [kv_heads, page / 2, padded, 2], float32 [kv_heads, page, padded] */
 typedef struct {
     Memory layers; /* Layer [num_layers] */
     Memory arena;  /* [num_pages] pages */
@@ -98,6 +117,7 @@ typedef struct {
     int64_t head_dim;
     int64_t num_pages;
     int64_t kv_dtype;
+    int64_t rotations; /* that a pass has */
     int64_t rounds; /* 1: each layer's output is rounded to bf16, so that the bits do not depend on where a model is cut */
     double eps;     /* of the norms */
 } Group;
@@ -113,7 +133,7 @@ typedef struct {
     int64_t rows;     /* tokens of all segments, in their order */
     int64_t threads;  /* the caller's included */
     Memory hidden;    /* float32 [rows, hidden_size], read and written */
-    Memory rotations; /* float32 [rows, head_dim / 2, 2]: cosines and sines */
+    Memory rotations; /* float32 [rotations, rows, head_dim / 2, 2]: cosines and sines */
     Memory segments;  /* Segment [...] */
     Memory workspace; /* at least lamina_pass_bytes, aligned to 64 */
 } Pass;
@@ -201,7 +221,7 @@ LAMINA_API int64_t lamina_pass_bytes(const Group *group, int64_t rows, int64_t m
 LAMINA_API int64_t lamina_product_bytes(const Matrix *matrix, int64_t rows, int64_t threads);
 LAMINA_API int64_t lamina_draw_bytes(int64_t vocabulary, int64_t threads);
 
-/* Sizes of Memory, Matrix, Layer, Group, Segment, Pass, Product, Draw, Draws and Softmax, by number, so that Python can compare its
+/* Sizes of Memory, Matrix, Norm, Layer, Group, Segment, Pass, Product, Draw, Draws and Softmax, by number, so that Python can compare its
    records; 0 beyond the last. */
 LAMINA_API int64_t lamina_size_of(int64_t record);
 

@@ -1,4 +1,4 @@
-/* Rows of numbers: RMSNorm, exp, and packing for a matrix. */
+/* Rows of numbers: norms, activations, and packing for a matrix. */
 
 /* Up to LANES numbers of a row from i on, padded with zeros. */
 INLINE vec row_part(const float *row, int64_t i, int64_t size)
@@ -15,8 +15,23 @@ INLINE void store_row_part(float *row, int64_t i, int64_t size, vec numbers)
         store_part(row + i, numbers, size - i);
 }
 
-static void normalize(const float *x, const float *gain, float eps, int64_t size, float *out)
+static void subtract_mean(const float *x, int64_t size, float *out)
 {
+    vec sum = zeros();
+    for (int64_t i = 0; i < size; i += LANES)
+        sum = add_f32(sum, row_part(x, i, size));
+    vec mean = every_f32(sum_f32(sum) / (float)size);
+    for (int64_t i = 0; i < size; i += LANES)
+        store_row_part(out, i, size, sub_f32(row_part(x, i, size), mean));
+}
+
+static void normalize(const Norm *norm, int64_t first, const float *x, float eps, int64_t size, float *out)
+{
+    const float *gain = (const float *)norm->gain.data + first;
+    if (norm->kind == LAMINA_LAYER_NORM) {
+        subtract_mean(x, size, out);
+        x = out;
+    }
     vec squares = zeros();
     for (int64_t i = 0; i < size; i += LANES) {
         vec part = row_part(x, i, size);
@@ -25,6 +40,11 @@ static void normalize(const float *x, const float *gain, float eps, int64_t size
     vec inverse = every_f32(1.0f / __builtin_sqrtf(sum_f32(squares) / (float)size + eps));
     for (int64_t i = 0; i < size; i += LANES)
         store_row_part(out, i, size, mul_f32(mul_f32(row_part(x, i, size), inverse), row_part(gain, i, size)));
+    if (norm->biases.bytes) {
+        const float *biases = (const float *)norm->biases.data + first;
+        for (int64_t i = 0; i < size; i += LANES)
+            store_row_part(out, i, size, add_f32(row_part(out, i, size), row_part(biases, i, size)));
+    }
 }
 
 /* 2^n times a polynomial (Cephes' expf), relative error about 2e-7. Gives 0 below -87 and for -infinity, e^88 above 88, and NaN
@@ -47,6 +67,66 @@ INLINE vec exp_f32(vec x)
     vec zero_or_nan = sub_f32(x, x);
     return if_less_f32(x, lowest, zeros(), add_f32(mul_f32(y, power), zero_or_nan));
 }
+
+/* x / (1 + exp(-x)) */
+INLINE vec silu_of(vec x) { return div_f32(x, add_f32(every_f32(1.0f), exp_f32(sub_f32(zeros(), x)))); }
+
+/* x times the share of a normal distribution below x. The error function is Abramowitz and Stegun's 7.1.26, error 1.5e-7. */
+INLINE vec gelu_of(vec x)
+{
+    const vec magnitude = and_i32(x, every_i32(0x7FFFFFFF)), one = every_f32(1.0f);
+    vec t = div_f32(one, fma_f32(magnitude, every_f32(0.3275911f * 0.70710678f), one));
+    vec y = every_f32(1.061405429f);
+    y = fma_f32(y, t, every_f32(-1.453152027f));
+    y = fma_f32(y, t, every_f32(1.421413741f));
+    y = fma_f32(y, t, every_f32(-0.284496736f));
+    y = mul_f32(fma_f32(y, t, every_f32(0.254829592f)), t);
+    vec beyond = mul_f32(y, exp_f32(mul_f32(mul_f32(x, x), every_f32(-0.5f))));
+    return sub_f32(max_f32(zeros(), x), mul_f32(mul_f32(magnitude, every_f32(0.5f)), beyond));
+}
+
+/* x / (1 + exp(-2 u)) with u = sqrt(2 / π) (x + 0.044715 x³): the tanh form of GELU. */
+INLINE vec gelu_tanh_of(vec x)
+{
+    vec cubic = fma_f32(mul_f32(mul_f32(x, x), x), every_f32(0.044715f), x);
+    vec power = min_f32(every_f32(88.0f), mul_f32(cubic, every_f32(-2 * 0.7978845608f)));
+    return div_f32(x, add_f32(every_f32(1.0f), exp_f32(power)));
+}
+
+INLINE vec relu2_of(vec x)
+{
+    vec positive = max_f32(zeros(), x);
+    return mul_f32(positive, positive);
+}
+
+/* https://arxiv.org/abs/2411.13010 */
+INLINE vec xielu_of(const double numbers[4], vec x)
+{
+    vec above = mul_f32(mul_f32(every_f32((float)numbers[0]), x), x);
+    vec power = exp_f32(min_f32(every_f32((float)numbers[3]), x));
+    vec below = mul_f32(sub_f32(sub_f32(power, every_f32(1.0f)), x), every_f32((float)numbers[1]));
+    return fma_f32(every_f32((float)numbers[2]), x, if_less_f32(zeros(), x, above, below));
+}
+
+#define ACTIVATE(x_activated)                                                                    \
+    for (int64_t i = 0; i < count; i += LANES) {                                                 \
+        vec x = row_part(y, i, count), activated = x_activated;                                  \
+        store_row_part(y, i, count, times ? mul_f32(activated, row_part(times, i, count)) : activated); \
+    }                                                                                            \
+    break
+
+static void activate(const Layer *layer, int64_t count, const float *times, float *y)
+{
+    switch ((Activation)layer->activation) {
+    case LAMINA_SILU: ACTIVATE(silu_of(x));
+    case LAMINA_GELU: ACTIVATE(gelu_of(x));
+    case LAMINA_GELU_TANH: ACTIVATE(gelu_tanh_of(x));
+    case LAMINA_RELU: ACTIVATE(max_f32(zeros(), x));
+    case LAMINA_RELU2: ACTIVATE(relu2_of(x));
+    case LAMINA_XIELU: ACTIVATE(xielu_of(layer->xielu, x));
+    }
+}
+#undef ACTIVATE
 
 /* The integer that a row's largest number becomes. A lane's sum of products with up to 127 must fit an int32. */
 INLINE float largest_integer(int64_t size)

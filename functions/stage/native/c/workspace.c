@@ -50,6 +50,8 @@ Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, 
     workspace.heads = taken(&workspace, memory, rows * all_heads * group->head_dim * 4);
     workspace.attended = taken(&workspace, memory, rows * group->heads * group->head_dim * 4);
     workspace.inner = taken(&workspace, memory, rows * group->inner_size * 4);
+    workspace.times = taken(&workspace, memory, rows * group->inner_size * 4);
+    workspace.added = taken(&workspace, memory, rows * group->hidden_size * 4);
     take_packed(&workspace, memory, rows, packed_row_bytes(LAMINA_F32, widest));
     workspace.places = taken(&workspace, memory, rows * (int64_t)sizeof(Place));
     const int64_t pieces = most_pieces(rows, most_tokens, threads);

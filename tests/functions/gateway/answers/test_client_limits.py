@@ -49,6 +49,17 @@ def test_requests_per_minute_are_limited(pipeline: Pipeline, monkeypatch: pytest
     assert chat(client).status_code == 200
 
 
+def test_in_the_background_only_budgets_count() -> None:
+    limits = ClientLimits(Quota(requests_per_minute=1, tokens_per_minute=1, concurrent=1, tokens_per_day=30))
+    begun = [limits.admit("alice", 2, in_background=True) for _ in range(3)]
+    for release in begun:
+        release(9)
+    limits.admit("alice")(9)
+    with pytest.raises(RateLimited, match="30 tokens a day"):
+        limits.admit("alice", in_background=True)
+    limits.admit("bob", in_background=True)
+
+
 def test_tokens_per_minute_of_prompts_and_answers_are_limited(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     client = client_of(pipeline, **KEYS, LAMINA_CLIENT_TOKENS_PER_MINUTE="50")
     used = chat(client).get_json()["usage"]["total_tokens"]

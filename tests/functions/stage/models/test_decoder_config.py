@@ -76,7 +76,7 @@ def test_windows_are_read_as_each_family_reads_them(name: str, changes: dict[str
     assert list(decoder_of(tiny_models.tiny_config(name) | changes).windows) == expected
 
 
-@pytest.mark.parametrize("name", tiny_models.LLAMA_SHAPED)
+@pytest.mark.parametrize("name", tiny_models.NATIVE)
 def test_a_config_without_defaults_reads_the_same(name: str) -> None:
     full = tiny_models.tiny_config(name)
     lean = AutoConfig.for_model(**full).to_diff_dict()
@@ -92,12 +92,13 @@ def test_family_defaults_are_those_of_transformers(model_type: str) -> None:
         "intermediate_size": 8,
         "num_hidden_layers": 32,
         "num_attention_heads": 8,
+        "num_key_value_heads": 8,
     }
-    complete = AutoConfig.for_model(**sizes, num_key_value_heads=8).to_dict()
-    assert decoder_of({**sizes, "num_key_value_heads": 8}) == decoder_of(complete)
+    given = {DECODER_FAMILIES[model_type].keys.get(key, key): value for key, value in sizes.items()}
+    assert decoder_of(given) == decoder_of(AutoConfig.for_model(**given).to_dict())
 
 
-@pytest.mark.parametrize("name", tiny_models.LLAMA_SHAPED)
+@pytest.mark.parametrize("name", tiny_models.NATIVE)
 def test_a_published_description_is_read_without_the_table(name: str) -> None:
     config = tiny_models.tiny_config(name)
     published = json.loads(json.dumps(with_description(config)))

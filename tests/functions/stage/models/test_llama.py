@@ -1,4 +1,4 @@
-"""Llama-shaped groups, in C and by torch's operators, against the whole model: every family, cut in three, chunks and steps."""
+"""Lamina's own layers, in C and by torch's operators, against the whole model: every family, cut in three, chunks and steps."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -12,6 +12,7 @@ from functions.stage.models.llama.group import LlamaGroup
 from functions.stage.models.native.group import NativeGroup
 from functions.stage.native.library import library
 from functions.stage.native.limits import padded_head
+from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.errors import ArchitectureUnsupported
 from storage.models.checks import check_runnable
@@ -21,25 +22,27 @@ from tests.support.functions.stage_pipeline import stage_tensors, tensors, whole
 from tests.support.storage import tiny_models
 
 CUT: Final = ((0, 2), (2, 4), (4, 6))
-NAMES: Final = tiny_models.LLAMA_SHAPED
 TOLERANCE: Final = 1e-4
 KINDS: Final[tuple[Kind, ...]] = ("native", "llama")
+KINDS_AND_NAMES: Final[list[tuple[Kind, str]]] = [
+    *(("native", name) for name in tiny_models.NATIVE),
+    *(("llama", name) for name in tiny_models.LLAMA_SHAPED),
+]
 
 
 def build(
     kind: Kind, name: str, cut: Sequence[tuple[int, int]] = CUT, dtype: str = "float32", tokens: int = 200
 ) -> list[LayerGroup]:
     config = tiny_models.tiny_config(name)
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    token_bytes = 2 * 2 * config["num_key_value_heads"] * padded_head(head_dim) * 4
+    attention = decoder_of(config).attention
+    token_bytes = 2 * 2 * attention.num_kv_heads * padded_head(attention.head_dim) * 4
     return [
         build_layer_group(kind, config, stage_tensors(name, first, last), first, last, dtype, "cpu", tokens * token_bytes)
         for first, last in cut
     ]
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "name"), KINDS_AND_NAMES)
 def test_chunks_and_steps_of_ragged_sequences_in_one_pass_give_the_whole_models_logits(kind: Kind, name: str) -> None:
     stages = GroupChain(build(kind, name))
     texts = {"a": tokens_of(1, 40), "b": tokens_of(2, 30), "c": tokens_of(3, 25)}
@@ -52,8 +55,7 @@ def test_chunks_and_steps_of_ragged_sequences_in_one_pass_give_the_whole_models_
         torch.testing.assert_close(logits[id], expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "name"), KINDS_AND_NAMES)
 def test_greedy_tokens_are_those_of_generate(kind: Kind, name: str) -> None:
     stages = GroupChain(build(kind, name))
     stages.reserve("a")
@@ -62,8 +64,13 @@ def test_greedy_tokens_are_those_of_generate(kind: Kind, name: str) -> None:
 
 
 @pytest.mark.parametrize("cut", [((0, 6),), ((0, 1), (1, 6)), ((0, 5), (5, 6))])
-@pytest.mark.parametrize("name", ["llama_tied", "smollm3", "qwen2_sliding"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((kind, name) for kind in KINDS for name in ("llama_tied", "smollm3", "qwen2_sliding")),
+        *(("native", name) for name in ("gemma3_text", "gpt2_scaled_by_layer", "opt", "cohere2", "gpt_neox", "phi3_longrope")),
+    ],
+)
 def test_any_cut_gives_the_same_tokens(kind: Kind, name: str, cut: Sequence[tuple[int, int]]) -> None:
     stages = GroupChain(build(kind, name, cut, tokens=600))
     stages.reserve("a")
@@ -163,8 +170,8 @@ def test_segments_that_do_not_fit_the_cache_are_refused_and_change_nothing(kind:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model_type": "gpt2"},
-        {"hidden_act": "gelu"},
+        {"model_type": "gptj"},
+        {"hidden_act": "mish"},
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},

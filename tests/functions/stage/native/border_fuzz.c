@@ -72,17 +72,27 @@ static int64_t width(void)
     return any(0, 1) ? any(1, 70) : any(0, 2) ? LAMINA_BLOCK * any(1, 2) : 8 * LAMINA_BLOCK;
 }
 
+static Norm norm_of(int64_t size, int64_t least)
+{
+    Norm norm = {.kind = any(least, LAMINA_LAYER_NORM)};
+    if (norm.kind)
+        norm.gain = memory_of(size * 4);
+    if (norm.kind && any(0, 1))
+        norm.biases = memory_of(size * 4);
+    return norm;
+}
+
 /* is_long: has pages for sequences whose attention is split. */
 static Group group_of(int is_long)
 {
     Group group = {
         .num_layers = any(1, 2), .hidden_size = width(), .inner_size = width(), .kv_heads = any(1, is_long ? 1 : 3),
-        .head_dim = 2 * any(1, is_long ? 4 : 20), .kv_dtype = any(LAMINA_BF16, LAMINA_F32), .eps = 1e-5,
+        .head_dim = 2 * any(1, is_long ? 4 : 20), .kv_dtype = any(0, 1) ? LAMINA_BF16 : LAMINA_F32, .eps = 1e-5,
+        .rotations = any(0, 2),
     };
     group.num_pages = group.num_layers * (is_long ? any(33, 70) : any(1, 5));
-    const int64_t numbers = padded(group.head_dim, 16);
-    group.arena = memory_of(group.num_pages * 2 * group.kv_heads * LAMINA_PAGE_TOKENS *
-                            (group.kv_dtype == LAMINA_INT8 ? numbers + 4 : numbers * (group.kv_dtype == LAMINA_BF16 ? 2 : 4)));
+    group.arena = memory_of(group.num_pages * 2 * group.kv_heads * LAMINA_PAGE_TOKENS * padded(group.head_dim, 16) *
+                            (group.kv_dtype == LAMINA_BF16 ? 2 : 4));
     group.heads = group.kv_heads * any(1, 5);
     group.layers = memory_of(group.num_layers * (int64_t)sizeof(Layer));
     int64_t attended = group.heads * group.head_dim, all_heads = group.heads + 2 * group.kv_heads;
@@ -90,17 +100,28 @@ static Group group_of(int is_long)
     for (int64_t i = 0; i < group.num_layers; i++) {
         int64_t dtype = any(LAMINA_BF16, LAMINA_BLOCKS), of_mlp = any(LAMINA_BF16, LAMINA_BLOCKS);
         layers[i] = (Layer){
-            .input_gain = memory_of(group.hidden_size * 4),
+            .before_attention = norm_of(group.hidden_size, 0),
             .qkv = matrix_of(dtype, all_heads * group.head_dim, group.hidden_size),
-            .qk_gain = any(0, 1) ? memory_of((group.heads + group.kv_heads) * group.head_dim * 4) : (Memory){0},
+            .qk = norm_of((group.heads + group.kv_heads) * group.head_dim, 0),
             .out = matrix_of(dtype, group.hidden_size, attended),
-            .mlp_gain = memory_of(group.hidden_size * 4),
-            .gate = matrix_of(of_mlp, group.inner_size, group.hidden_size),
+            .after_attention = norm_of(group.hidden_size, 0),
+            .before_mlp = norm_of(group.hidden_size, 0),
+            .gate = any(0, 2) ? matrix_of(of_mlp, group.inner_size, group.hidden_size) : (Matrix){0},
             .up = matrix_of(of_mlp, group.inner_size, group.hidden_size),
             .down = matrix_of(dtype, group.hidden_size, group.inner_size),
+            .after_mlp = norm_of(group.hidden_size, 0),
+            .activation = any(LAMINA_SILU, LAMINA_XIELU),
+            .parallel = any(0, 1),
             .window = any(0, 2) ? 0 : any(1, 40),
-            .rotary = any(0, 1),
+            .query_rotation = any(0, group.rotations),
+            .key_rotation = any(0, group.rotations),
+            .score_scale = 0.5,
+            .score_cap = any(0, 1) ? 0 : 30,
+            .residual_scale = any(0, 2) ? 1 : 0.5,
+            .xielu = {0.8, 0.8, 0.5, -1e-6},
         };
+        layers[i].qk_as_one = layers[i].qk.kind ? any(0, 1) : 0;
+        layers[i].qk_rotated = layers[i].qk_as_one ? 0 : any(0, 1);
         if (layers[i].window && any(0, 1))
             layers[i].ring = any(1, 3);
     }
@@ -175,7 +196,7 @@ static int run_pass(Pool *pool)
     }
     int64_t threads = any(1, 3);
     Pass pass = {.rows = rows, .threads = threads, .hidden = memory_of(rows * group.hidden_size * 4),
-                 .rotations = memory_of(rows * group.head_dim * 4), .segments = memory_of(used * (int64_t)sizeof(Segment)),
+                 .rotations = memory_of(group.rotations * rows * group.head_dim * 4), .segments = memory_of(used * (int64_t)sizeof(Segment)),
                  .workspace = workspace_of(lamina_pass_bytes(&group, rows, most, threads))};
     memcpy(pass.segments.data, segments, (size_t)pass.segments.bytes);
     Layer *layers = group.layers.data;
@@ -203,9 +224,14 @@ static int run_pass(Pool *pool)
         if (says_more(&((Segment *)whole.segments.data)[i].pages, &segments[i].pages, 1))
             return -1;
     if (says_more(&group.layers, &sound.layers, 2) || says_more(&pass.hidden, &whole.hidden, 4) ||
-        says_more(&layers[0].input_gain, &before.input_gain, 1) || says_more(&layers[0].qk_gain, &before.qk_gain, 1) ||
-        says_more(&layers[0].mlp_gain, &before.mlp_gain, 1))
+        group.rotations > sound.rotations)
         return -1;
+    const Norm *norms[] = {&layers[0].before_attention, &layers[0].qk, &layers[0].after_attention, &layers[0].before_mlp,
+                           &layers[0].after_mlp};
+    const Norm *sound_norms[] = {&before.before_attention, &before.qk, &before.after_attention, &before.before_mlp, &before.after_mlp};
+    for (int i = 0; i < 5; i++)
+        if (says_more(&norms[i]->gain, &sound_norms[i]->gain, 2))
+            return -1;
     const Matrix *now[] = {&layers[0].qkv, &layers[0].out, &layers[0].gate, &layers[0].up, &layers[0].down};
     const Matrix *then[] = {&before.qkv, &before.out, &before.gate, &before.up, &before.down};
     for (int i = 0; i < 5; i++)

@@ -10,9 +10,9 @@ import pytest
 
 from functions.stage.native import limits, records
 from functions.stage.native.compiler import SOURCE
-from functions.stage.native.layers import MatrixArrays, NativeLayers, NativeLinear, NativeThreads
+from functions.stage.native.layers import MatrixArrays, NativeLayers, NativeLinear, NativeThreads, NormArrays
 from functions.stage.native.library import NativeError, library
-from functions.stage.native.records import BLOCK_FORMATS, Array, Dtype, MatrixRecord, MemoryRecord, memory_of
+from functions.stage.native.records import BLOCK_FORMATS, Array, Dtype, MatrixRecord, MemoryRecord, NormKind, memory_of
 
 Segments = list[tuple[list[list[int]], int, int]]
 """Pages of each layer, tokens held, and new ones."""
@@ -29,6 +29,7 @@ def sizes() -> records.GroupRecord:
         eps=1e-5,
         num_pages=8,
         kv_dtype=Dtype.F32,
+        rotations=1,
     )
 
 
@@ -43,10 +44,12 @@ def group() -> NativeLayers:
         layers.place(
             slot,
             {name: MatrixArrays(Dtype.F32, zeros(*shape), biases=zeros(shape[0])) for name, shape in shapes.items()},
-            {"input_gain": zeros(48), "qk_gain": zeros(6, 10), "mlp_gain": zeros(48)},
-            window=None if slot == 0 else 20,
-            ring=slot,
-            rotary=True,
+            {
+                "before_attention": NormArrays(NormKind.RMS, zeros(48)),
+                "qk": NormArrays(NormKind.LAYER, zeros(6, 10), zeros(6, 10)),
+                "before_mlp": NormArrays(NormKind.RMS, zeros(48)),
+            },
+            {"window": 20 * slot, "ring": slot, "query_rotation": 1, "key_rotation": 1, "residual_scale": 1.0},
         )
     return layers
 
@@ -136,7 +139,7 @@ WRONG: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
     "no key heads": (lambda record: setattr(record, "kv_heads", 0), "range"),
     "a larger arena than memory": (lambda record: setattr(record, "num_pages", 9), "memory"),
     "an arena of no pages": (lambda record: setattr(record, "num_pages", 0), "range"),
-    "keys in q4": (lambda record: setattr(record, "kv_dtype", Dtype.Q4), "dtype"),
+    "keys in int8": (lambda record: setattr(record, "kv_dtype", Dtype.INT8), "dtype"),
     "keys in nothing known": (lambda record: setattr(record, "kv_dtype", 17), "dtype"),
     "a negative eps": (lambda record: setattr(record, "eps", -1.0), "range"),
     "an eps that is no number": (lambda record: setattr(record, "eps", float("nan")), "range"),
@@ -170,13 +173,18 @@ WRONG_LAYER: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
     "weights that are short": (lambda layer: setattr(layer.up.weights, "bytes", 40 * 64 * 4 - 4), "memory"),
     "weights between two numbers": (lambda layer: setattr(layer.up.weights, "data", layer.up.weights.data + 2), "multiple"),
     "biases that are short": (lambda layer: setattr(layer.out.biases, "bytes", 4), "memory"),
-    "a gain that is missing": (lambda layer: setattr(layer, "input_gain", MemoryRecord()), "memory"),
-    "gains of too few heads": (lambda layer: setattr(layer.qk_gain, "bytes", 5 * 10 * 4), "memory"),
+    "a gain that is missing": (lambda layer: setattr(layer.before_mlp, "gain", MemoryRecord()), "memory"),
+    "gains of too few heads": (lambda layer: setattr(layer.qk.gain, "bytes", 5 * 10 * 4), "memory"),
+    "biases of a norm that are short": (lambda layer: setattr(layer.qk.biases, "bytes", 5 * 10 * 4), "memory"),
+    "a norm of no known kind": (lambda layer: setattr(layer.after_mlp, "kind", 3), "range"),
+    "a norm of all heads that is none": (lambda layer: (setattr(layer.qk, "kind", 0), setattr(layer, "qk_as_one", 1)), "range"),
+    "an activation that is none": (lambda layer: setattr(layer, "activation", 6), "range"),
+    "a scale that is no number": (lambda layer: setattr(layer, "score_scale", float("nan")), "range"),
     "a negative window": (lambda layer: setattr(layer, "window", -1), "range"),
     "a window longer than the ring": (lambda layer: setattr(layer, "window", 65), "range"),
     "a ring without a window": (lambda layer: setattr(layer, "window", 0), "range"),
     "a ring of a negative size": (lambda layer: setattr(layer, "ring", -1), "range"),
-    "a rotation that is neither": (lambda layer: setattr(layer, "rotary", 2), "range"),
+    "a rotation that the pass lacks": (lambda layer: setattr(layer, "key_rotation", 2), "range"),
 }
 
 

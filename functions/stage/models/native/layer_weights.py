@@ -1,0 +1,145 @@
+"""Takes the weights of a layer out of a publication's tensors, as `c/native.h` wants them: by the layer's description."""
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+
+from functions.stage.models.floats import Array, Float32
+from functions.stage.models.llama.rope import interleaved_rows
+from functions.stage.models.native.weights import NativeWeights, of_one_kind, stacked, with_rows
+from functions.stage.native.layers import MatrixArrays, NormArrays
+from functions.stage.native.records import Activation, NormKind
+from storage.checkpoints.decoder import Decoder, Layer, Norm
+
+_NORMS: Final = {"rms": NormKind.RMS, "layer": NormKind.LAYER}
+
+
+def take_layer(
+    model: Decoder, layer: Layer, weights: NativeWeights
+) -> tuple[dict[str, MatrixArrays], dict[str, NormArrays], dict[str, float | tuple[float, ...]]]:
+    """Removes a layer's tensors from `weights` and returns its matrices, norms and numbers, by their names in `c/native.h`.
+
+    Rows of queries and keys are reordered so that the two halves of each rotated pair are adjacent. Numbers lack those that
+    depend on the group: window, ring and rotations. Raises MissingTensors.
+    """
+    names, attention, feed_forward = model.names, layer.attention, layer.feed_forward
+    matrices = {
+        "qkv": _qkv(model, weights),
+        "out": weights.matrix(names.out, attention.out_bias),
+        "down": weights.matrix(names.down, feed_forward.biased),
+        **_inner(model, weights),
+    }
+    norms: dict[str, NormArrays] = {}
+    taken: dict[str, NormArrays] = {}  # parallel layers may have one norm before both parts
+    for place, name, norm in (
+        ("before_attention", names.before_attention, layer.before_attention),
+        ("after_attention", names.after_attention, layer.after_attention),
+        ("before_mlp", names.before_feed_forward, layer.before_feed_forward),
+        ("after_mlp", names.after_feed_forward, layer.after_feed_forward),
+    ):
+        if norm is not None:
+            if name not in taken:
+                taken[name] = take_norm(name, norm, weights)
+            norms[place] = taken[name]
+    numbers: dict[str, float | tuple[float, ...]] = {
+        "activation": Activation[feed_forward.activation.upper()],
+        "parallel": layer.parallel,
+        "score_scale": attention.scale,
+        "score_cap": attention.soft_cap or 0.0,
+        "residual_scale": layer.residual_scale,
+    }
+    if attention.qk_norm is not None:
+        norms["qk"] = _qk_norm(model, weights)
+        numbers |= {"qk_as_one": attention.qk_norm.over == "all_heads", "qk_rotated": attention.qk_norm.after_rope}
+    if feed_forward.activation == "xielu":
+        numbers["xielu"] = _xielu(names.activation, weights)
+    return matrices, norms, numbers
+
+
+def take_norm(name: str, norm: Norm, weights: NativeWeights) -> NormArrays:
+    """Removes the gain and biases of a norm from `weights`. Raises MissingTensors."""
+
+    def every_number(part: str) -> Float32:
+        return weights.vector(f"{name}.{part}")
+
+    return _norm(norm, every_number)
+
+
+def _norm(norm: Norm, vector: Callable[[str], Float32]) -> NormArrays:
+    gain = vector("weight")
+    return NormArrays(
+        _NORMS[norm.kind], gain + np.float32(1) if norm.gain_plus_one else gain, vector("bias") if norm.biased else None
+    )
+
+
+def _head_order(model: Decoder) -> Array:
+    """The order of the numbers of each query and key."""
+    rotation = next(iter(model.ropes.values()), None)
+    if rotation is None or rotation.adjacent:
+        return np.arange(model.attention.head_dim)
+    return interleaved_rows(1, model.attention.head_dim, rotation.rotated)
+
+
+def _qkv(model: Decoder, weights: NativeWeights) -> MatrixArrays:
+    """The rows of all queries, then of all keys, then of all values."""
+    names, attention, size = model.names, model.attention, model.attention.head_dim
+    order, counts = _head_order(model), (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
+    orders = (order, order, np.arange(size))
+
+    def rows(first: int, step: int, count: int, order: Array) -> Array:
+        numbers: Array = (first + step * np.arange(count)[:, None] + order).ravel()
+        return numbers
+
+    if len(names.qkv) == 1:
+        if names.qkv_by_head:
+            parts = [rows(which * size, 3 * size, counts[which], orders[which]) for which in range(3)]
+        else:
+            firsts = (0, size * counts[0], size * (counts[0] + counts[1]))
+            parts = [rows(firsts[which], size, counts[which], orders[which]) for which in range(3)]
+        return with_rows(weights.matrix(names.qkv[0], attention.qkv_bias), np.concatenate(parts))
+    matrices = [weights.matrix(name, attention.qkv_bias) for name in names.qkv]
+    if not np.array_equal(order, np.arange(size)):
+        matrices[:2] = [
+            with_rows(matrix, rows(0, size, count, order)) for matrix, count in zip(matrices[:2], counts, strict=False)
+        ]
+    return stacked(of_one_kind(matrices))
+
+
+def _inner(model: Decoder, weights: NativeWeights) -> dict[str, MatrixArrays]:
+    names, feed_forward = model.names, model.kinds[0].feed_forward
+    if not feed_forward.gated:
+        return {"up": weights.matrix(names.up, feed_forward.biased)}
+    if names.gate == names.up:
+        both = weights.matrix(names.up, feed_forward.biased)
+        rows = np.arange(feed_forward.inner_size)
+        return {"gate": with_rows(both, rows), "up": with_rows(both, feed_forward.inner_size + rows)}
+    gate, up = of_one_kind([weights.matrix(name, feed_forward.biased) for name in (names.gate, names.up)])
+    return {"gate": gate, "up": up}
+
+
+def _qk_norm(model: Decoder, weights: NativeWeights) -> NormArrays:
+    """Gains and biases of all queries, then of all keys [heads + kv heads, head_dim], in the order of the rows of qkv."""
+    attention, order = model.attention, _head_order(model)
+    assert attention.qk_norm is not None
+
+    def of_heads(part: str, name: str, heads: int) -> Float32:
+        if "{head}" in name:
+            numbers: Float32 = np.stack([weights.vector(f"{name.format(head=head)}.{part}") for head in range(heads)])
+        else:
+            numbers = weights.vector(f"{name}.{part}")
+        if numbers.size == attention.head_dim:
+            numbers = np.tile(numbers, (heads, 1))
+        return numbers.reshape(heads, attention.head_dim)[:, order]
+
+    def all_heads(part: str) -> Float32:
+        queries = of_heads(part, model.names.query_norm, attention.num_heads)
+        return np.ascontiguousarray(np.concatenate([queries, of_heads(part, model.names.key_norm, attention.num_kv_heads)]))
+
+    return _norm(attention.qk_norm.norm, all_heads)
+
+
+def _xielu(name: str, weights: NativeWeights) -> tuple[float, ...]:
+    """The four numbers of xIELU in `c/native.h`; https://arxiv.org/abs/2411.13010, as transformers.activations has them."""
+    positive, negative, beta, eps = (weights.vector(f"{name}.{part}").item() for part in ("alpha_p", "alpha_n", "beta", "eps"))
+    return (float(np.logaddexp(0, positive)), beta + float(np.logaddexp(0, negative)), beta, eps)
