@@ -90,7 +90,9 @@ class BatchEnd(Struct, frozen=True, kw_only=True):
     sums: Sums
 
 
-class Cancelled(Struct, frozen=True):
+class Mark(Struct, frozen=True):
+    """Says that something is so: a batch is open or cancelled, or a gateway works on a part."""
+
     at: int  # in Unix time
 
 
@@ -129,7 +131,7 @@ class Batches:
             metadata=metadata,
             cause=cause,
         )
-        self.objects.put(f"open/{owner}/{job.id}", Cancelled(job.created_at))
+        self.objects.put(f"open/{owner}/{job.id}", Mark(job.created_at))
         self.objects.put(f"{owner}/batches/{job.id}.json", job)
         return job
 
@@ -156,10 +158,10 @@ class Batches:
 
     def cancel(self, job: BatchJob) -> None:
         if self.end_of(job) is None and self.cancelled_at(job) is None:
-            self.objects.put(f"{job.owner}/cancels/{job.id}.json", Cancelled(int(time.time())))
+            self.objects.put(f"{job.owner}/cancels/{job.id}.json", Mark(int(time.time())))
 
     def cancelled_at(self, job: BatchJob) -> int | None:
-        found = self.objects.find(f"{job.owner}/cancels/{job.id}.json", Cancelled)
+        found = self.objects.find(f"{job.owner}/cancels/{job.id}.json", Mark)
         return None if found is None else found.at
 
     def end_of(self, job: BatchJob) -> BatchEnd | None:

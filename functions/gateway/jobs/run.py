@@ -6,7 +6,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Final
 
-from functions.gateway.jobs.batches import WINDOW_PARTS, BatchEnd, Batches, BatchJob, Cancelled, EndStatus, Sums
+from functions.gateway.jobs.batches import WINDOW_PARTS, BatchEnd, Batches, BatchJob, EndStatus, Mark, Sums
 from functions.gateway.jobs.files import part_lines, part_name
 from functions.gateway.jobs.lines import LineAnswerer, LinePlace
 from functions.gateway.jobs.results import PartResults
@@ -125,7 +125,7 @@ class BatchRun:
 
     def lease(self, name: str) -> None:
         """Takes or renews a lease. Two gateways may have the same one; they write the same results."""
-        self._batches.objects.put(f"{self._folder}leases/{name}", Cancelled(int(time.time())))
+        self._batches.objects.put(f"{self._folder}leases/{name}", Mark(int(time.time())))
 
     def release(self, name: str) -> None:
         self._batches.objects.delete(f"{self._folder}leases/{name}")
