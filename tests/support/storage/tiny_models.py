@@ -104,13 +104,14 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
         layer_types=["sliding_attention"] * 5 + ["full_attention"],
     ),
     "phi": _like_llama("phi", num_key_value_heads=4, qk_layernorm=True),
+    "phi_tied": _like_llama("phi", num_key_value_heads=4, tie_word_embeddings=True),
     "phi3": _like_llama("phi3", sliding_window=None),
     "phi3_sliding": _like_llama("phi3", sliding_window=SLIDING_WINDOW, tie_word_embeddings=True),
     "phi3_partial": _like_llama("phi3", head_dim=8, sliding_window=None, partial_rotary_factor=0.5),
     "phi3_longrope": _like_llama(
         "phi3",
         sliding_window=None,
-        original_max_position_embeddings=48,
+        original_max_position_embeddings=64,
         rope_parameters={
             "rope_theta": 10_000.0,
             "rope_type": "longrope",

@@ -6,6 +6,7 @@ for the matrices of queries, keys and values, which C needs as one.
 """
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -88,6 +89,7 @@ class NativeGroup:
         self._positions: Float32 | None = None
         self._final_norm: NormArrays | None = None
         self._head: NativeLinear | None = None
+        self._tied_head_biases: Float32 | None = None
 
     def place(self, tensors: MutableMapping[str, RawTensor]) -> None:
         """Removes this group's weights from `tensors` and keeps them. Ignores weights of other groups.
@@ -122,11 +124,14 @@ class NativeGroup:
             self._final_norm = take_norm(names.final_norm, self._model.final_norm, others)
         if self._is_last and f"{names.head}.weight" in others:
             self._head = self._layers.linear(others.matrix(names.head, self._model.head_bias))
+        elif self._is_last and f"{names.head}.bias" in others:
+            self._tied_head_biases = others.vector(f"{names.head}.bias")
 
     def finish(self) -> None:
         """Makes the group ready to run. Raises MissingTensors, naming the weights that `place` never got."""
-        if self._is_last and self._head is None and self._model.tied and self._embedding is not None:
-            self._head = self._layers.linear(self._embedding)
+        has_biases = self._tied_head_biases is not None or not self._model.head_bias
+        if self._is_last and self._head is None and self._model.tied and self._embedding is not None and has_biases:
+            self._head = self._layers.linear(replace(self._embedding, biases=self._tied_head_biases))
         check_placed(
             self._model,
             self.first_layer,
