@@ -20,6 +20,7 @@ class CachedPrefix:
 
     handle: int  # of its memory in the KV cache
     chain: Chain  # digests of all whole blocks that it holds
+    checkpoints: tuple[int, ...] = ()  # after so many of its tokens it has recurrent states
 
 
 class PrefixCache:
@@ -134,7 +135,7 @@ class PrefixCache:
 
     def cached(self) -> list[CachedPrefix]:
         """All cached prefixes, most recently used first."""
-        return [CachedPrefix(handle, self._chains.get(handle, ())) for handle in reversed(self._cached)]
+        return [self._prefix(handle) for handle in reversed(self._cached)]
 
     def still_holds(self, prefix: CachedPrefix) -> bool:
         """False if the prefix has been evicted, or a sequence has taken over its memory."""
@@ -228,8 +229,12 @@ class PrefixCache:
 
     def _evict(self, handle: int) -> None:
         if handle in self._cached:
-            self.on_evicted(CachedPrefix(handle, self._chains.get(handle, ())))
+            self.on_evicted(self._prefix(handle))
             self._forget(handle)
+
+    def _prefix(self, handle: int) -> CachedPrefix:
+        checkpoints = () if self.blocks is None else self.blocks.checkpoints(handle)
+        return CachedPrefix(handle, self._chains.get(handle, ()), checkpoints)
 
     def _forget(self, handle: int) -> None:
         assert self.blocks is not None

@@ -111,7 +111,9 @@ class KVWriter:
         return time.monotonic() < self._paused_until
 
     def _missing_parts(self, prefix: CachedPrefix) -> list[tuple[str, KVPart]]:
-        parts = parts_between(0, len(prefix.chain), self._most_blocks)
+        # Readers that go on from a checkpoint ask for a part that ends there.
+        ends = [len(prefix.chain), *(tokens // BLOCK_TOKENS for tokens in prefix.checkpoints)]
+        parts = sorted({part for end in ends for part in parts_between(0, end, self._most_blocks)})
         keyed = [(self._store.key(self._pool.layout.kind, prefix.chain[part.end - 1], part), part) for part in parts]
         return [(key, part) for key, part in keyed if key not in self._share.stored_keys]
 

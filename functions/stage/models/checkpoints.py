@@ -11,7 +11,7 @@ the state itself, often that of thousands of tokens' KV. So they are kept only a
 All sequences share one budget. Beyond it the checkpoint that was not used for the longest time is dropped.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
@@ -68,7 +68,7 @@ class Checkpoints(Generic[State]):
         Drops the sequence's last whole block before it, and checkpoints beyond the budget.
         """
         moves_on = tokens % SPACING_TOKENS > 0 and tokens not in self._asked.get(handle, ())
-        self._drop(handle, [at for at in self._of(handle) if at == tokens or (at < tokens and self._kept[handle, at].moves_on)])
+        self._drop(handle, [at for at in self.of(handle) if at == tokens or (at < tokens and self._kept[handle, at].moves_on)])
         self._kept[handle, tokens] = _Checkpoint(state, moves_on)
         self._positions.setdefault(handle, set()).add(tokens)
         while len(self._kept) > self._most:
@@ -85,19 +85,20 @@ class Checkpoints(Generic[State]):
 
     def last(self, handle: int, tokens: int) -> int:
         """The last checkpoint that is not beyond `tokens`; 0, where every sequence begins, if there is none."""
-        return max((at for at in self._of(handle) if at <= tokens), default=0)
+        return max((at for at in self.of(handle) if at <= tokens), default=0)
 
     def truncate(self, handle: int, tokens: int) -> None:
         """Drops the sequence's checkpoints beyond `tokens`: other tokens may follow."""
-        self._drop(handle, [at for at in self._of(handle) if at > tokens])
+        self._drop(handle, [at for at in self.of(handle) if at > tokens])
 
     def release(self, handle: int) -> None:
         """Drops all that is kept and asked for of the sequence."""
-        self._drop(handle, list(self._of(handle)))
+        self._drop(handle, self.of(handle))
         self._asked.pop(handle, None)
 
-    def _of(self, handle: int) -> Collection[int]:
-        return self._positions.get(handle, ())
+    def of(self, handle: int) -> tuple[int, ...]:
+        """After how many tokens of the sequence there are checkpoints, in no particular order."""
+        return tuple(self._positions.get(handle, ()))
 
     def _drop(self, handle: int, positions: Iterable[int]) -> None:
         for tokens in positions:

@@ -201,6 +201,10 @@ class KVBlocks(KVBudget):
         Does nothing without recurrent layers.
         """
 
+    def checkpoints(self, handle: int) -> tuple[int, ...]:
+        """After how many tokens the sequence has recurrent states besides those of its last token."""
+        return ()
+
     def state_out(self, handle: int, tokens: int) -> bytes:
         """The recurrent states after the first `tokens`, `layout.state_bytes`; empty if they are not kept."""
         return b""

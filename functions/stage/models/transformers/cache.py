@@ -232,6 +232,9 @@ class TransformersKVCache(KVBlocks):
         if self.layout.state_bytes:
             self._checkpoints.ask(handle, tokens)
 
+    def checkpoints(self, handle: int) -> tuple[int, ...]:
+        return self._checkpoints.of(handle)
+
     # Copies.
 
     @torch.inference_mode()

@@ -74,6 +74,18 @@ def test_company_drafts_and_a_killed_stage_change_no_token(
         nothing_left(stages)
 
 
+def test_a_scored_prompt_goes_on_with_its_answer() -> None:
+    """Each chunk has the next token with it, to be scored, and that is taken back."""
+    name, (text, *_) = "lfm2", prompts()
+    with pipeline(name) as stages, scheduling(stages, chunk_tokens=16, draft_tokens=0) as scheduler:
+        stream = submit(scheduler, text, NEW_TOKENS, scored=True)
+        assert [tokens_of(stream)] == answers(name, [text])
+        nothing_left(stages)
+    logits = tiny_models.all_logits(whole_model(name), text).log_softmax(-1)
+    scores = [each.logprob for each in stream.prompt_logprobs() if each is not None]
+    assert scores == pytest.approx([float(row[token]) for row, token in zip(logits, text[1:], strict=False)], abs=1e-4)
+
+
 def test_a_migration_takes_states_along() -> None:
     """Nothing is computed again but the newest tokens."""
     name = "qwen3_next"

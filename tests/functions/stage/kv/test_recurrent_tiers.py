@@ -87,3 +87,5 @@ def test_a_stage_that_was_at_zero_continues_from_the_store(name: str, tmp_path: 
             held, drawn = stage.converse("second", follow_up, 6)
             assert (held, drawn) == (whole_blocks(tokens), oracle(name, follow_up))
             assert stage.restores.tokens == {"store": held}
+        with kv_stage(store=store, group=hybrid(name)) as stage:  # the answer is generated again, after the prompt's end
+            assert stage.reserve("again", tokens[:150]).held == whole_blocks(tokens[:150])

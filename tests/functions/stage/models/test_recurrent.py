@@ -102,6 +102,25 @@ def test_going_back_computes_from_the_last_checkpoint(name: str) -> None:
         torch.testing.assert_close(stages.logits(TEXT, length), expected[length:], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["lfm2", "falcon_h1"])
+def test_after_a_pass_that_failed_half_way_a_sequence_goes_on_from_its_checkpoint(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of its layers have states of tokens that others never saw."""
+    (group,) = build_groups(name, CUTS[1])
+    stages = Stages([group])
+    expected = tiny_models.recurrent_logits(whole_model(name), TEXT)
+    stages.logits(TEXT[:40], 0)
+    module = group.kv._modules[2]  # type: ignore[attr-defined]
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_whole", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            stages.logits(TEXT, 40)
+    group.kv.truncate(stages.handles[0], 40)
+    assert group.kv.length(stages.handles[0]) == 32
+    torch.testing.assert_close(stages.logits(TEXT, 40), expected[40:], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_next", "mamba2", "granitemoehybrid", "falcon_h1", "nemotron_h", "jamba"])
 @pytest.mark.parametrize("accepted", [0, 1, 3, 4])
 def test_rejected_draft_tokens_leave_no_trace(name: str, accepted: int) -> None:
