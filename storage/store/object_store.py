@@ -34,7 +34,7 @@ from storage.store.paced import CONNECT_SECONDS, TooSlow, connect
 from storage.store.refusals import refusal
 from storage.store.settings import StoreSettings
 
-_PART_BYTES: Final = 16 * 2**20
+_PART_BYTES: Final = 8 * 2**20
 _READ_BYTES: Final = 2**20
 _BODY_READ_BYTES: Final = 2**16
 _CONNECTIONS: Final = 3
@@ -94,7 +94,7 @@ class ObjectStore:
         self._call(key, lambda: self._client.put_object(Bucket=self._bucket, Key=key, Body=data))
 
     def put_stream(self, key: str, stream: BinaryIO) -> None:
-        """Writes an object of any length from a stream, in parts, holding a few parts of 16 MiB in memory.
+        """Writes an object of any length from a stream, in parts, holding a few parts of 8 MiB in memory.
 
         The object becomes visible when the last part is in. Exceptions of the stream pass through unchanged.
         """
