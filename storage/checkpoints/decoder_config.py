@@ -307,6 +307,8 @@ def _obstacles(family: DecoderFamily, values: Values, model: Decoder, config: Ma
         "an architecture without a language model head": bool(architectures)
         and not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures),
     }
+    if not family.has_head_dim:  # but the rotation may read it
+        obstacles[f"head_dim {values.get('head_dim')!r}"] = values.get("head_dim") not in (None, attention.head_dim)
     for key, described in family.only(values).items():
         obstacles[f"{key} = {values.get(key)!r}"] = values.get(key) not in (None, described)
     return [obstacle for obstacle, present in obstacles.items() if present]

@@ -469,7 +469,6 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
         windows=_windows_by_pattern,
         unrotated=_full_layers,
         logit_scale=lambda values: values.number("logit_scale"),
-        has_head_dim=False,
         **LLAMA_BIASES,
     ),
     "glm4": DecoderFamily(

@@ -119,3 +119,20 @@ def test_an_unknown_key_is_refused_unless_it_says_nothing(key: str, value: objec
     with pytest.raises(UnsupportedConfig, match=f"the keys {key}, which may change numbers"):
         decoder_of(config | {key: value})
     assert decoder_of(config | {key: None}) == decoder_of(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("gpt_neox", {"head_dim": 16}, "head_dim 16"),  # the class does not read it, and its rotation does
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before = False"),
+        ("apertus", {"hidden_act": "mish"}, "activation 'mish'"),
+        ("llama", {"hidden_act": "xielu"}, "activation 'xielu'"),
+        ("phi3", {"partial_rotary_factor": 0.3, "rope_parameters": None, "head_dim": 10}, "rotation"),
+        ("ministral3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "queries that grow by None"),
+        ("gemma3_text", {"sliding_window": None}, "to which the config gives no window"),
+    ],
+)
+def test_what_a_row_does_not_describe_is_refused(name: str, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnsupportedConfig, match=words):
+        decoder_of(tiny_models.tiny_config(name) | changes)
