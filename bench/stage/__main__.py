@@ -22,7 +22,7 @@ from bench.stage.perplexity import converted
 from eventing.wire.events import Sampling
 from functions.stage.engine.sampler import Drawing, draw, log_probabilities
 from functions.stage.models.floats import Array, narrowed
-from functions.stage.models.layer_group import Segment
+from functions.stage.models.layer_group import KVDtype, Segment
 from functions.stage.models.native.group import NativeGroup
 from storage.checkpoints.checkpoint import SourceTensor
 from storage.checkpoints.decoder import layer_shapes, outer_shapes
@@ -32,7 +32,14 @@ from storage.models.model_repository import Dtype
 
 Ways = Mapping[str, Callable[[], object]]
 
-_DTYPES: Final[tuple[Dtype, ...]] = ("float32", "bfloat16", "int8", "q4")
+# Dtypes of weights, and of keys and values if they are not those of activations.
+_DTYPES: Final[tuple[tuple[Dtype, KVDtype | None], ...]] = (
+    ("float32", None),
+    ("bfloat16", None),
+    ("bfloat16", "int8"),
+    ("int8", None),
+    ("q4", None),
+)
 _SMOLLM2: Final[Mapping[str, Any]] = {
     "model_type": "llama",
     "num_hidden_layers": 10,
@@ -95,7 +102,9 @@ def best_milliseconds(ways: Ways, rounds: int = 5, calls: int = 4) -> dict[str, 
     return best
 
 
-def random_group(config: Mapping[str, Any], dtype: Dtype, kv_tokens: int = 20_000, blocks: str = "") -> NativeGroup:
+def random_group(
+    config: Mapping[str, Any], dtype: Dtype, kv_dtype: KVDtype | None = None, kv_tokens: int = 20_000, blocks: str = ""
+) -> NativeGroup:
     """The whole model of a config with random weights. blocks: the format of matrices, with dtype gguf."""
     sizes = decoder_of(config)
     dice = np.random.default_rng(1)
@@ -113,7 +122,7 @@ def random_group(config: Mapping[str, Any], dtype: Dtype, kv_tokens: int = 20_00
             source = replace(source, stored_as=blocks, read_blocks=partial(_random_blocks, FORMATS[blocks], shape[1]))
         sources[name] = source
     kv_bytes = kv_tokens * sizes.num_layers * 2 * 4 * sizes.attention.num_kv_heads * sizes.attention.head_dim
-    group = NativeGroup(config, 0, sizes.num_layers, dtype, kv_bytes)
+    group = NativeGroup(config, 0, sizes.num_layers, dtype, kv_bytes, kv_dtype)
     group.place(converted(sources, dtype))
     group.finish()
     group.use_threads(_THREADS)
@@ -156,9 +165,9 @@ def _by_format() -> Iterator[str]:
 
 def passes() -> Iterator[str]:
     """Milliseconds of a pass through ten layers by dtype, without the head."""
-    groups = {dtype: random_group(_SMOLLM2, dtype) for dtype in _DTYPES}
-    yield "| pass | " + " | ".join(_DTYPES) + " |"
-    yield "|---" + "|---:" * len(_DTYPES) + "|"
+    groups = {dtype + (" KV in int8" if kv else ""): random_group(_SMOLLM2, dtype, kv) for dtype, kv in _DTYPES}
+    yield "| pass | " + " | ".join(groups) + " |"
+    yield "|---" + "|---:" * len(groups) + "|"
     for sequences, held, new in _PASSES:
         what = "a token" if new == 1 else f"{new} tokens"
         name = f"{sequences} × {what}, {held} before" if held else f"prompt of {new}"

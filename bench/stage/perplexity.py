@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Final
 
@@ -26,7 +26,7 @@ from functions.stage.engine.sampler import log_probabilities
 from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
 from functions.stage.models.build import build_layer_group
 from functions.stage.models.floats import Array, Float32
-from functions.stage.models.layer_group import LayerGroup, Segment
+from functions.stage.models.layer_group import KVDtype, LayerGroup, Segment
 from knative.commands.model_choice import packaged_model
 from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
 from storage.checkpoints.model_source import locate, open_checkpoint
@@ -37,6 +37,7 @@ from storage.models.model_repository import Dtype
 _TEXTS: Final = (Path(__file__).parents[1] / "data" / "lighthouse.txt", Path(__file__).parents[2] / "LICENSE")
 _WINDOW_TOKENS: Final = 1024
 _STAGES: Final = 3
+_KV_DTYPES: Final[tuple[KVDtype | None, ...]] = (None, "int8")
 _STAGES_IN_8_BITS: Final = (2, 4, 10)
 
 
@@ -57,7 +58,9 @@ def converted(sources: Mapping[str, SourceTensor], dtype: Dtype, keep_wide: Sequ
     return tensors
 
 
-def stages(checkpoint: Checkpoint, dtype: Dtype, keep_wide: Sequence[str], count: int = _STAGES) -> list[LayerGroup]:
+def stages(
+    checkpoint: Checkpoint, dtype: Dtype, keep_wide: Sequence[str], count: int = _STAGES, kv_dtype: KVDtype | None = None
+) -> list[LayerGroup]:
     """The whole model in groups."""
     config = json.loads(checkpoint.files["config.json"])
     tensors = converted(checkpoint.tensors, dtype, keep_wide)
@@ -66,7 +69,8 @@ def stages(checkpoint: Checkpoint, dtype: Dtype, keep_wide: Sequence[str], count
     groups = []
     for first, last in pairwise(bounds):
         kv_bytes = 2 * 4 * _WINDOW_TOKENS * (last - first) * config["hidden_size"]
-        groups.append(build_layer_group("auto", config, dict(tensors), first, last, dtype, "cpu", kv_bytes))
+        group = build_layer_group("auto", config, dict(tensors), first, last, dtype, "cpu", kv_bytes, kv_dtype=kv_dtype)
+        groups.append(group)
     return groups
 
 
@@ -99,18 +103,19 @@ def _logits(groups: Sequence[LayerGroup], window: Array, wire_dtype: str) -> Flo
 
 
 def rows(checkpoint: Checkpoint, token_ids: Mapping[Path, Sequence[int]], keep_wide: Sequence[str]) -> list[str]:
-    """One Markdown row per dtype and text."""
+    """One Markdown row per dtype, with keys and values in 8 bits too, and text."""
     table = ["| dtype | text (tokens) | perplexity | against float32 | same likeliest token |", "|---|---|---|---|---|"]
     exact: dict[Path, Reading] = {}
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "int8", "q4")
-    for dtype in dtypes:
-        groups = stages(checkpoint, dtype, keep_wide)
+    for dtype, kv_dtype in product(dtypes, _KV_DTYPES):
+        groups = stages(checkpoint, dtype, keep_wide, kv_dtype=kv_dtype)
+        name = dtype + (f", KV in {kv_dtype}" if kv_dtype else "")
         for text, ids in token_ids.items():
             reading = read(groups, ids)
             reference = exact.setdefault(text, reading)
             worse = reading.perplexity / reference.perplexity - 1
             same = (reading.likeliest == reference.likeliest).mean()
-            table.append(f"| {dtype} | {text.name} ({len(ids)}) | {reading.perplexity:.3f} | {worse:+.2%} | {same:.3f} |")
+            table.append(f"| {name} | {text.name} ({len(ids)}) | {reading.perplexity:.3f} | {worse:+.2%} | {same:.3f} |")
     return table
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from eventing.wire.events import MAX_DRAFT_TOKENS, StageWeights
 from functions.configuration import parsers
@@ -144,6 +144,13 @@ class CommonConfig:
         "LAMINA_WIRE_DTYPE",
         parsers.one_of("int8"),
         "int8: hidden states are sent in 8 bits, with a scale for each token; answers may differ. Unset: as they are computed",
+        "",
+    )
+    kv_dtype: Literal["int8"] | None = setting(
+        "LAMINA_KV_DTYPE",
+        parsers.one_of("int8"),
+        "int8: keys and values are kept in 8 bits, with a scale for each token and head; answers may differ. Unset: in bf16, "
+        "with float32 weights in float32",
         "",
     )
     store: StoreConfig

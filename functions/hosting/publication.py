@@ -32,7 +32,7 @@ def read_publication(config: CommonConfig, reader: Reader, group: LayerRange | N
             f"{what} has the digest {manifest.digest}, and LAMINA_WEIGHTS wants {digest} in {dtype} for layers {group[0]} to "
             f"{group[1] - 1}: it was published anew; render the pipeline again"
         )
-    seen = fingerprint_of(weights, config.cut, config.wire_dtype)
+    seen = fingerprint_of(weights, config.cut, config.wire_dtype, config.kv_dtype)
     if seen != config.pipeline:
         raise WrongPublication(
             f"{what}, cut as LAMINA_CUT says, is pipeline {seen}, and LAMINA_PIPELINE says {config.pipeline}: "

@@ -39,6 +39,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--cut", "cut_text", help="A cut of your own instead, such as 0:10,10:20,20:30.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
 @click.option("--wire-dtype", type=click.Choice(["int8"]), help="Send hidden states in 8 bits.  [default: as computed]")
+@click.option("--kv-dtype", type=click.Choice(["int8"]), help="Keep keys and values in 8 bits.  [default: as computed]")
 @click.option("--conversations", type=click.IntRange(min=1), help="Also show the replicas that this many at once need.")
 @click.option("--step-seconds", type=_POSITIVE, help="Also show the cost of a network, for this long a step of all layers.")
 @click.option("--delay-seconds", type=click.FloatRange(min=0), default=0.0, help="With --step-seconds: between pods, each way.")
@@ -51,6 +52,7 @@ def plan(
     cut_text: str | None,
     dtype: str,
     wire_dtype: str | None,
+    kv_dtype: str | None,
     conversations: int | None,
     step_seconds: float | None,
     delay_seconds: float,
@@ -73,7 +75,7 @@ def plan(
             raise click.UsageError("name a model with --model, or a SPEC")
         shape = _shape(model, dtype, open_store)
         cut = parse_cut(cut_text, "--cut") if cut_text else cut_evenly(shape, stages)
-        plans, given = plan_stages(shape, cut, wire_dtype), (StageSpec(),) * len(cut)
+        plans, given = plan_stages(shape, cut, wire_dtype, kv_dtype), (StageSpec(),) * len(cut)
         _show_stages(console, shape, plans)
     else:
         spec = load_spec(spec_file)
@@ -82,7 +84,7 @@ def plan(
         text = cut_text or spec.cut
         cut = parse_cut(text, "--cut" if cut_text else "$.cut") if text else cut_evenly(shape, spec.stages or stages)
         shapes = {each: shape if each == shape.dtype else _shape(model, each, open_store) for each in spec.dtypes}
-        plans, given = plan_mixed(shapes, spec.dtypes_of(cut), cut, spec.wire_dtype), spec.stages_of(cut)
+        plans, given = plan_mixed(shapes, spec.dtypes_of(cut), cut, spec.wire_dtype, spec.kv_dtype), spec.stages_of(cut)
         micro_batch = spec.gateway.micro_batch_sequences or micro_batch
         _show_stages(console, shape, plans)
         _show_pods(console, plans, given, spec.gateway)

@@ -76,7 +76,7 @@ def resolve(spec: PipelineSpec, published: Callable[[str], tuple[ModelManifest, 
     if cut[-1][1] != shape.num_layers:
         raise RenderFailed(f"$.cut: {spec.cut} ends at layer {cut[-1][1]}, but {shape.name} has {shape.num_layers} layers")
     pipeline = ResolvedPipeline(spec, cut, digests[spec.model.dtype], digests)
-    plans = plan_mixed(shapes, spec.dtypes_of(cut), cut)
+    plans = plan_mixed(shapes, spec.dtypes_of(cut), cut, spec.wire_dtype, spec.kv_dtype)
     check_memory(pipeline.stages, [plan.weight_bytes for plan in plans])
     return checked(pipeline)
 

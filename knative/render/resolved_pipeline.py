@@ -23,7 +23,7 @@ class ResolvedPipeline:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint_of(self.weights, self.cut, self.spec.wire_dtype)
+        return fingerprint_of(self.weights, self.cut, self.spec.wire_dtype, self.spec.kv_dtype)
 
     @property
     def weights(self) -> tuple[StageWeights, ...]:

@@ -238,6 +238,7 @@ def _common_env(pipeline: ResolvedPipeline, role: str, dtype: str) -> list[Kuber
         LAMINA_CUT=format_cut(pipeline.cut),
         LAMINA_WEIGHTS=",".join(f"{kind}={digest}" for kind, digest in weights) if mixed else None,
         LAMINA_WIRE_DTYPE=spec.wire_dtype,
+        LAMINA_KV_DTYPE=spec.kv_dtype,
         LAMINA_STORE_ENDPOINT=spec.store.endpoint,
         LAMINA_STORE_BUCKET=spec.store.bucket,
         LAMINA_STORE_REGION=spec.store.region,

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import msgspec
 
-from functions.stage.native.limits import obstacle, padded_head
-from knative.spec.errors import UnknownShape
+from functions.stage.native.limits import SCALE_BYTES, obstacle, padded_head
+from knative.spec.errors import SpecError, UnknownShape
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.checkpoints.recurrent_layers import LayerSizes, layer_sizes
@@ -48,6 +48,7 @@ class ModelShape:
     head_compute: int
     kv_values_per_layer: int  # numbers per token and layer in the KV cache: 2 × KV heads × head size (padded by native layers)
     layer_sizes: tuple[LayerSizes, ...] = ()  # empty: each layer keeps KV, and none is recurrent
+    kv_vectors_per_layer: int = 2  # keys and values per token and layer: 2 × KV heads
     slow_because: str | None = None  # why a CPU cannot run the layers in C; None: it can
 
     @property
@@ -56,8 +57,16 @@ class ModelShape:
 
     @property
     def value_bytes(self) -> int:
-        """Bytes of one number in hidden states and in KV. int8 and q4 are dtypes of weights only."""
+        """Bytes of one number in hidden states and, without a `kv_dtype`, in KV. int8 and q4 are dtypes of weights only."""
         return 4 if self.dtype == "float32" else 2
+
+    def kv_bytes_per_layer(self, kv_dtype: str | None = None) -> int:
+        """Bytes of a token's keys and values in a layer. Raises SpecError if stages cannot keep this model's in `kv_dtype`."""
+        if kv_dtype is None:
+            return self.kv_values_per_layer * self.value_bytes
+        if self.slow_because is not None:
+            raise SpecError(f"$.kv_dtype: {kv_dtype} takes layers in C, which do not run {self.name}: {self.slow_because}")
+        return self.kv_values_per_layer + self.kv_vectors_per_layer * SCALE_BYTES
 
 
 def shape_from_config(config: Mapping[str, Any], name: str, dtype: str) -> ModelShape:
@@ -198,15 +207,14 @@ def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, hea
     """The shape of a decoder whose layers, embedding and head have these numbers of parameters, stored as `dtype`."""
     check_runnable(decoder.config, dtype)
     dense, active = decoder.layer_parameters()
-    # By dtype and head size alone: only the stage knows whether it has this family in C.
     slow_because = obstacle(dtype, "cpu", {"head_dim": decoder.head_size})
     head_size = decoder.head_size
     if slow_because is None:
         try:
             decoder_of(decoder.config)
             head_size = padded_head(head_size)
-        except UnsupportedConfig:
-            pass  # layers in C do not run this model, and only they pad heads
+        except UnsupportedConfig as error:
+            slow_because = str(error)
     return ModelShape(
         name=decoder.name,
         dtype=dtype,
@@ -218,6 +226,7 @@ def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, hea
         head_compute=decoder.vocabulary * decoder.hidden,
         kv_values_per_layer=2 * decoder.kv_heads * head_size,
         layer_sizes=decoder.sizes,
+        kv_vectors_per_layer=2 * decoder.kv_heads,
         slow_because=slow_because,
     )
 

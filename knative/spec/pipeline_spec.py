@@ -216,10 +216,11 @@ class StageSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pod: PodSpec = PodSpec()
     autoscaling: Autoscaling = Autoscaling()
 
-    def check(self, path: str, model_dtype: str) -> None:
+    def check(self, path: str, model_dtype: str, kv_dtype: str | None = None) -> None:
         """Raises SpecError for an invalid quantity, or for settings that contradict each other.
 
         path: where in the spec they are, for the message. model_dtype: the model's, which applies if `dtype` is unset.
+        kv_dtype: the pipeline's.
         """
         dtype = self.dtype or model_dtype
         _check_choice(f"{path}.dtype", dtype, DTYPES)
@@ -236,6 +237,9 @@ class StageSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         self.pod.check(f"{path}.pod")
         if self.device == "cuda" and dtype in ("int8", "q4"):
             raise SpecError(f"{path}.device: 'cuda' does not run dtype {dtype}; use auto or cpu, or another dtype")
+        for name, value in (("device", self.device), ("layer_group", self.layer_group), ("dtype", dtype)):
+            if kv_dtype is not None and value in ("cuda", "llama", "transformers", "sleep", "float16"):
+                raise SpecError(f"{path}.{name}: {value!r} does not run with $.kv_dtype {kv_dtype}, which takes layers in C")
         if self.layer_group == "transformers" and dtype in ("int8", "q4"):
             raise SpecError(f"{path}.layer_group: 'transformers' does not run dtype {dtype}; use auto, or another dtype")
 
@@ -451,6 +455,7 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     stages: Positive | None = None
     cut: str | None = None
     wire_dtype: Literal["int8"] | None = None  # of hidden states between stages; int8 may change answers. Unset: as computed
+    kv_dtype: Literal["int8"] | None = None  # of keys and values; int8 may change answers. Unset: bf16, float32 with float32
     image: str
     # Secret whose key `token` authenticates gateway and stages to each other. Unset: `{name}-pipeline`, which `deploy` creates.
     pipeline_token_secret: str | None = None
@@ -469,9 +474,9 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         _check_label("$.name", self.name, MAX_NAME if self.eventing is None else MAX_NAME_WITH_EVENTING)
         _check_label("$.namespace", self.namespace, 63)
         _check_choice("$.model.dtype", self.model.dtype, DTYPES)
-        self.stage.check("$.stage", self.model.dtype)
+        self.stage.check("$.stage", self.model.dtype, self.kv_dtype)
         for number, override in enumerate(self.stage_overrides):
-            changed(self.stage, override, number).check(f"{PATH}[{number}]", self.model.dtype)
+            changed(self.stage, override, number).check(f"{PATH}[{number}]", self.model.dtype, self.kv_dtype)
         for dtype in self.model.digests:
             _check_choice("$.model.digests", dtype, DTYPES)
         if (self.stages is None) == (self.cut is None):

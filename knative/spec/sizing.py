@@ -52,11 +52,14 @@ class StagePlan:
         return max(0, kv_cache_bytes - states * self.state_bytes) // self.kv_bytes_per_token
 
 
-def plan_stages(shape: ModelShape, cut: Cut, wire_dtype: str | None = None) -> tuple[StagePlan, ...]:
+def plan_stages(
+    shape: ModelShape, cut: Cut, wire_dtype: str | None = None, kv_dtype: str | None = None
+) -> tuple[StagePlan, ...]:
     """What each stage of the cut needs.
 
-    wire_dtype: `int8` if hidden states travel in 8 bits; None: in the dtype of the computation. Raises ValueError if the groups
-    of the cut are not all layers of the model, each once and in order.
+    wire_dtype: `int8` if hidden states travel in 8 bits; None: in the dtype of the computation. kv_dtype: the same for keys and
+    values. Raises ValueError if the groups of the cut are not all layers of the model, each once and in order, and SpecError if
+    stages cannot keep its keys and values in 8 bits.
     """
     if [layer for group in cut for layer in range(*group)] != list(range(shape.num_layers)) or any(a >= b for a, b in cut):
         raise ValueError(
@@ -82,9 +85,7 @@ def plan_stages(shape: ModelShape, cut: Cut, wire_dtype: str | None = None) -> t
                 weight_bytes=weight_bytes,
                 compute=compute,
                 compute_share=compute / total_compute,
-                kv_bytes_per_token=sum(layer.has_kv for layer in sizes[first:last])
-                * shape.kv_values_per_layer
-                * shape.value_bytes,
+                kv_bytes_per_token=sum(layer.has_kv for layer in sizes[first:last]) * shape.kv_bytes_per_layer(kv_dtype),
                 hop_bytes_per_token=0 if is_last else hop_bytes,
                 state_bytes=sum(layer.state_bytes(shape.value_bytes) for layer in sizes[first:last]),
             )
@@ -93,10 +94,14 @@ def plan_stages(shape: ModelShape, cut: Cut, wire_dtype: str | None = None) -> t
 
 
 def plan_mixed(
-    shapes: Mapping[str, ModelShape], dtypes: Sequence[str], cut: Cut, wire_dtype: str | None = None
+    shapes: Mapping[str, ModelShape],
+    dtypes: Sequence[str],
+    cut: Cut,
+    wire_dtype: str | None = None,
+    kv_dtype: str | None = None,
 ) -> tuple[StagePlan, ...]:
     """Like `plan_stages`, for stages that compute in different dtypes. shapes: by dtype. dtypes: one for each stage."""
-    return tuple(plan_stages(shapes[dtype], cut, wire_dtype)[index] for index, dtype in enumerate(dtypes))
+    return tuple(plan_stages(shapes[dtype], cut, wire_dtype, kv_dtype)[index] for index, dtype in enumerate(dtypes))
 
 
 def replicas_for(

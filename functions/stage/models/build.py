@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from functions.configuration.pass_times import PassTimes
-from functions.stage.models.layer_group import LayerGroup
+from functions.stage.models.layer_group import KVDtype, LayerGroup
 from functions.stage.models.llama.structure import torch_obstacle
 from functions.stage.native import limits
 from functions.stage.native.library import UNAVAILABLE, library
@@ -53,17 +53,29 @@ class GroupChoice:
 
 
 def choose(
-    kind: Kind, config: Mapping[str, Any], dtype: str, device: str, before_torch: Callable[[], None] = lambda: None
+    kind: Kind,
+    config: Mapping[str, Any],
+    dtype: str,
+    device: str,
+    before_torch: Callable[[], None] = lambda: None,
+    kv_dtype: KVDtype | None = None,
 ) -> GroupChoice:
     """Chooses the implementation and device for a model, without building anything. May import torch and compile C.
 
     config: a config.json. dtype: of the publication. device: auto, cpu, cuda, or another of torch's. before_torch: called just
-    before torch is imported. Kind `auto` prefers layers in C, then torch's operators if they run the model exactly, then
-    transformers. Raises ArchitectureUnsupported, UnsupportedConfig, UnsupportedDtype if the requested kind cannot run it, and
-    LibraryMissing.
+    before torch is imported. kv_dtype: of keys and values, which layers in C alone keep in 8 bits; None: that of activations.
+    Kind `auto` prefers layers in C, then torch's operators if they run the model exactly, then transformers. Raises
+    ArchitectureUnsupported, UnsupportedConfig, UnsupportedDtype if the requested kind cannot run it, and LibraryMissing.
     """
     if kind == "sleep":
         return GroupChoice(kind, "cpu")
+    if kv_dtype is not None:
+        if kind not in ("auto", "native"):
+            raise UnsupportedDtype(f"keys and values in {kv_dtype} take layers in C, and {kind} was asked for")
+        try:
+            return choose("native", config, dtype, device, before_torch)
+        except ArchitectureUnsupported as error:
+            raise UnsupportedDtype(f"keys and values in {kv_dtype} take layers in C: {error}") from error
     family_of(config)
     device = device_for(device, dtype, before_torch)
     try:
@@ -151,7 +163,13 @@ def import_group(choice: GroupChoice) -> None:
 
 
 def empty_group(
-    choice: GroupChoice, config: Mapping[str, Any], first_layer: int, last_layer: int, dtype: str, kv_budget_bytes: int
+    choice: GroupChoice,
+    config: Mapping[str, Any],
+    first_layer: int,
+    last_layer: int,
+    dtype: str,
+    kv_budget_bytes: int,
+    kv_dtype: KVDtype | None = None,
 ) -> "NativeGroup | LlamaGroup":
     """A native or llama group without weights. The caller calls its `place` as weights arrive, and then `finish`.
 
@@ -160,7 +178,7 @@ def empty_group(
     if choice.kind == "native":
         from functions.stage.models.native.group import NativeGroup
 
-        return NativeGroup(config, first_layer, last_layer, dtype, kv_budget_bytes)
+        return NativeGroup(config, first_layer, last_layer, dtype, kv_budget_bytes, kv_dtype)
     from functions.stage.models.llama.group import LlamaGroup
 
     return LlamaGroup(config, first_layer, last_layer, dtype, choice.device, kv_budget_bytes, choice.why)
@@ -176,13 +194,15 @@ def build_layer_group(
     device: str,
     kv_budget_bytes: int,
     sleep_times: PassTimes | None = None,
+    kv_dtype: KVDtype | None = None,
 ) -> LayerGroup:
     """Layers [first_layer, last_layer) of the model of a config.json, ready to run.
 
     tensors: by checkpoint name; the group may remove them. dtype: of the publication. device: see `choose`. sleep_times: how
-    long passes take, for kind `sleep`, which needs no tensors. Raises what `choose` and the group raise.
+    long passes take, for kind `sleep`, which needs no tensors. kv_dtype: see `choose`. Raises what `choose` and the group
+    raise.
     """
-    choice = choose(kind, config, dtype, device)
+    choice = choose(kind, config, dtype, device, kv_dtype=kv_dtype)
     if choice.kind == "sleep":
         from functions.stage.models.sleep_group import SleepGroup
 
@@ -191,7 +211,7 @@ def build_layer_group(
         from functions.stage.models.transformers.group import TransformersGroup
 
         return TransformersGroup.build(config, tensors, first_layer, last_layer, dtype, choice.device, kv_budget_bytes)
-    group = empty_group(choice, config, first_layer, last_layer, dtype, kv_budget_bytes)
+    group = empty_group(choice, config, first_layer, last_layer, dtype, kv_budget_bytes, kv_dtype)
     group.place(tensors)
     group.finish()
     return group

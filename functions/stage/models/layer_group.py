@@ -6,10 +6,12 @@ fourth, `sleep`, only simulates one. The engine uses this interface and numpy ar
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from functions.stage.models.floats import Array, Float32, HiddenDtype
 from functions.stage.native.layers import NativeThreads
+
+KVDtype = Literal["int8"]  # of keys and values, if it is not that of activations
 
 
 class KVCacheFull(Exception):

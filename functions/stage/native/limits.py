@@ -5,6 +5,7 @@ from typing import Final
 
 DTYPES: Final = ("float32", "bfloat16", "int8", "q4", "gguf")
 MOST_HEAD: Final = 1024  # largest head_dim: LAMINA_MOST_HEAD of `c/native.h`
+SCALE_BYTES: Final = 4  # of the scale of a key or value in 8 bits: LAMINA_SCALE_BYTES
 
 
 def obstacle(dtype: str, device: str, sizes: Mapping[str, int]) -> str | None:

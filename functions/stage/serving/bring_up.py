@@ -103,12 +103,14 @@ def _built(config: StageConfig, arriving: ArrivingModel, threads: int, start_up:
     model_config, objects = arriving.opened()
     kind: Kind = config.layer_group  # type: ignore[assignment]  # the parser allows nothing else
     with without_collection():
-        choice = choose(kind, model_config, config.dtype, config.device, lambda: set_openmp(os.environ, threads))
+        choice = choose(
+            kind, model_config, config.dtype, config.device, lambda: set_openmp(os.environ, threads), config.kv_dtype
+        )
         import_group(choice)
     start_up.mark("import")
     if choice.kind in ("native", "llama"):
         # Packs each layer as it arrives, so that memory holds little more than the weights.
-        group = empty_group(choice, model_config, *config.layers, config.dtype, config.kv_cache_bytes)
+        group = empty_group(choice, model_config, *config.layers, config.dtype, config.kv_cache_bytes, config.kv_dtype)
         for loaded in objects:
             group.place(loaded.tensors)
         start_up.mark("last_byte")

@@ -124,12 +124,17 @@ def test_names_carry_the_fingerprint() -> None:
     assert names == [*(f"chat-{expected[:8]}-s{k}" for k in range(3)), "chat"]
 
 
-def test_a_wire_dtype_is_part_of_the_fingerprint_and_reaches_every_function() -> None:
-    variant = pipeline(wire_dtype="int8")
-    assert variant.fingerprint == pipeline_fingerprint(DIGEST, CUT, "int8", "int8") != pipeline().fingerprint
+@pytest.mark.parametrize("field", ["wire_dtype", "kv_dtype"])
+def test_a_dtype_of_hidden_states_or_kv_is_part_of_the_fingerprint_and_reaches_every_function(field: str) -> None:
+    variant = pipeline(**{field: "int8"})
+    told = {"wire_dtype": None, "kv_dtype": None, field: "int8"}
+    assert variant.fingerprint == pipeline_fingerprint(DIGEST, CUT, "int8", **told)
+    assert len({variant.fingerprint, pipeline().fingerprint, pipeline(wire_dtype="int8", kv_dtype="int8").fingerprint}) == 3
     configs = [read_config(environment_of(service)) for service in services(variant)]
-    assert [(config.wire_dtype, config.pipeline) for config in configs] == [("int8", variant.fingerprint)] * 4
-    assert [read_config(environment_of(service)).wire_dtype for service in services(pipeline())] == [None] * 4
+    assert [(config.wire_dtype, config.kv_dtype, config.pipeline) for config in configs] == [
+        (told["wire_dtype"], told["kv_dtype"], variant.fingerprint)
+    ] * 4
+    assert [read_config(environment_of(service)).kv_dtype for service in services(pipeline())] == [None] * 4
 
 
 def test_stages_are_cluster_local_and_the_gateway_is_not() -> None:

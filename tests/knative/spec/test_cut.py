@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knative.spec.cut import cut_evenly
-from knative.spec.errors import TooManyStages, UnknownShape
+from knative.spec.errors import SpecError, TooManyStages, UnknownShape
 from knative.spec.model_shape import ModelShape, published_shape, shape_from_config, shape_from_folder, shape_from_gguf
 from knative.spec.sizing import SEQUENCE_TOKENS, plan_stages
 from storage.models.publisher import publish
@@ -82,6 +82,10 @@ def test_llama_2_13b_in_four_stages() -> None:
     assert [plan.kv_bytes_per_token for plan in plans] == [10 * 2 * 40 * 128 * 2] * 4
     assert plans[0].kv_bytes_per_token * SEQUENCE_TOKENS == 800 * 2**20
     assert [plan.hop_bytes_per_token for plan in plans] == [10240, 10240, 10240, 0]
+    half = plan_stages(shape_from_folder(LLAMA_2_13B, "bfloat16"), cut_evenly(shape, 4), kv_dtype="int8")
+    assert [plan.kv_bytes_per_token for plan in half] == [10 * 2 * 40 * (128 + 4)] * 4
+    with pytest.raises(SpecError, match=r"\$.kv_dtype: int8 takes layers in C, which do not run .*: float16 is not"):
+        plan_stages(shape, cut_evenly(shape, 4), kv_dtype="int8")
     in_8_bits = plan_stages(shape, cut_evenly(shape, 4), "int8")
     assert [plan.hop_bytes_per_token for plan in in_8_bits] == [5124, 5124, 5124, 0], "a byte per number, and a scale of four"
 

@@ -48,6 +48,12 @@ FIELDS = [
     ({"network": {"tls": {"ca_config_map": "Trust"}}}, r"\$\.network\.tls\.ca_config_map: expected .*, seen 'Trust'"),
     ({"kv_store": {"secret": "chat-kv", "max_bytes": "many"}}, r"\$\.kv_store\.max_bytes"),
     ({"wire_dtype": "q4"}, r"\$\.wire_dtype"),
+    ({"kv_dtype": "q4"}, r"\$\.kv_dtype"),
+    ({"kv_dtype": "int8", "stage": {"device": "cuda"}}, r"\$\.stage\.device: 'cuda' does not run with \$\.kv_dtype int8"),
+    (
+        {"kv_dtype": "int8", "stage_overrides": [{"stage": 0, "layer_group": "transformers"}]},
+        r"\$\.stage_overrides\[0\]\.layer_group: 'transformers' does not run with \$\.kv_dtype int8, which takes layers in C",
+    ),
     ({"monitoring": {"interval_seconds": 0}}, r"\$\.monitoring\.interval_seconds.*seen 0"),
 ]
 GATEWAY_POD: list[tuple[dict[str, Any], str]] = [

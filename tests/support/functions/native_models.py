@@ -46,6 +46,7 @@ def config(name: str) -> dict[str, Any]:
 @cache
 def checkpoint(name: str, dtype: str, keep_wide: Collection[str] = ()) -> dict[str, torch.Tensor]:
     """Do not change it."""
+    dtype = dtype.partition("/")[0]
     tensors = tiny_models.checkpoint_tensors(tiny_models.whole_model(name, **changes(name)))
     for key, tensor in tensors.items():
         if tensor.ndim == 1:
@@ -61,11 +62,18 @@ def checkpoint(name: str, dtype: str, keep_wide: Collection[str] = ()) -> dict[s
 def native_groups(
     name: str, dtype: str, cut: Sequence[tuple[int, int]] = CUT, keep_wide: Collection[str] = ()
 ) -> list[NativeGroup]:
+    """dtype: of the weights, or of weights and KV, such as bfloat16/int8."""
     tensors = checkpoint(name, dtype, keep_wide)
     return [
-        finished(NativeGroup(config(name), first, last, dtype, BUDGET), tiny_models.stage_tensors(tensors, first, last))
+        finished(native_group(config(name), first, last, dtype), tiny_models.stage_tensors(tensors, first, last))
         for first, last in cut
     ]
+
+
+def native_group(config: dict[str, Any], first: int, last: int, dtype: str) -> NativeGroup:
+    """A group without its weights. dtype: as for `native_groups`."""
+    weights, _, kv = dtype.partition("/")
+    return NativeGroup(config, first, last, weights, BUDGET, "int8" if kv == "int8" else None)
 
 
 def finished(group: Group, tensors: dict[str, torch.Tensor]) -> Group:

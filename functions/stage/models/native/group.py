@@ -13,7 +13,7 @@ import numpy as np
 
 from functions.stage.models.floats import HIDDEN_DTYPES, Array, Float32, narrowed, widened
 from functions.stage.models.kv_cache import GOING_BACK
-from functions.stage.models.layer_group import Segment, segments_within
+from functions.stage.models.layer_group import KVDtype, Segment, segments_within
 from functions.stage.models.llama.structure import check_layers, check_placed, check_shapes, checked_positions, layers_in
 from functions.stage.models.native.kv_pool import NativeKVPool
 from functions.stage.models.native.layer_weights import take_layer, take_norm
@@ -36,12 +36,20 @@ class NativeGroup:
 
     shares_work: Final = True
 
-    def __init__(self, config: Mapping[str, Any], first_layer: int, last_layer: int, dtype: str, kv_budget_bytes: int) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        first_layer: int,
+        last_layer: int,
+        dtype: str,
+        kv_budget_bytes: int,
+        kv_dtype: KVDtype | None = None,
+    ) -> None:
         """config: a config.json. Layers are [first_layer, last_layer).
 
-        dtype: of the publication; `native_obstacle` tells which run. Raises UnsupportedConfig, ValueError for impossible layers
-        or too small a budget, and one of the errors in `library.UNAVAILABLE` if the C library can be neither loaded nor
-        compiled.
+        dtype: of the publication; `native_obstacle` tells which run. kv_dtype: of keys and values; None: float32 for float32,
+        else bf16. Raises UnsupportedConfig, ValueError for impossible layers or too small a budget, and one of the errors in
+        `library.UNAVAILABLE` if the C library can be neither loaded nor compiled.
         """
         model = self._model = decoder_of(config)
         check_layers(model, first_layer, last_layer)
@@ -55,14 +63,14 @@ class NativeGroup:
         self.max_positions = model.max_positions
         self.hidden_dtype = HIDDEN_DTYPES[dtype]
         self.runs_by = f"C, {library().level}"
-        kv_dtype = _KV_DTYPES[dtype]
+        kv_numbers = Dtype.INT8 if kv_dtype == "int8" else _KV_DTYPES[dtype]
         self.kv = NativeKVPool(
             model.windows[first_layer:last_layer],
             model.attention.num_kv_heads,
             model.attention.head_dim,
-            kv_dtype,
+            kv_numbers,
             kv_budget_bytes,
-            written_by=f"{dtype} {library().level}",
+            written_by=f"{dtype} {library().level}" + (f" kv {kv_dtype}" if kv_dtype else ""),
         )
         self._rotations = Rotations(model)
         self.short_context = self._rotations.short_context
@@ -77,7 +85,7 @@ class NativeGroup:
                 head_dim=model.attention.head_dim,
                 eps=model.final_norm.eps,
                 num_pages=len(self.kv.arena),
-                kv_dtype=kv_dtype,
+                kv_dtype=kv_numbers,
                 rotations=len(self._rotations),
                 rounds=self.hidden_dtype == "BF16",
             ),

@@ -7,11 +7,11 @@ import numpy as np
 
 from functions.stage.models.floats import Array
 from functions.stage.models.kv_cache import KVArena, KVLayout
-from functions.stage.native.limits import padded_head
+from functions.stage.native.limits import SCALE_BYTES, padded_head
 from functions.stage.native.records import BLOCK_TOKENS, PAGE_TOKENS, Dtype
 from storage.loading.memory import new_memory, resident_bytes
 
-_NUMBER_BYTES: Final = {Dtype.BF16: 2, Dtype.F32: 4}
+_NUMBER_BYTES: Final = {Dtype.BF16: 2, Dtype.F32: 4, Dtype.INT8: 1}
 
 
 class NativeKVPool(KVArena):
@@ -29,12 +29,12 @@ class NativeKVPool(KVArena):
         budget_bytes: int,
         written_by: str = "",
     ) -> None:
-        """windows: of each layer, in tokens; None: it attends to all. dtype: of keys and values, BF16 or F32.
+        """windows: of each layer, in tokens; None: it attends to all. dtype: of keys and values, BF16, F32 or INT8.
 
-        written_by: names the publication's dtype and the CPU level, on which the KV's bits depend: only pools with the same
-        name exchange KV. Raises ValueError if the budget is less than one page of tokens.
+        written_by: names dtypes and the CPU level, on which the KV's bits depend: only pools with the same name exchange KV.
+        Raises ValueError if the budget is less than one page of tokens.
         """
-        head_bytes = padded_head(head_dim) * _NUMBER_BYTES[dtype]
+        head_bytes = padded_head(head_dim) * _NUMBER_BYTES[dtype] + (SCALE_BYTES if dtype is Dtype.INT8 else 0)
         page_bytes = 2 * num_kv_heads * PAGE_TOKENS * head_bytes
         super().__init__(budget_bytes, PAGE_TOKENS, page_bytes, windows)
         self.layout = KVLayout(

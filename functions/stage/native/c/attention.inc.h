@@ -77,6 +77,9 @@ INLINE void write_kv_as(const int dtype, const Group *group, const Layer *layer,
             pair[2 * i + 1] = 0;
 }
 
+static void write_kv_in_bytes(const Group *group, const Layer *layer, const int32_t *pages, int64_t kv_head, int64_t position,
+                              const float *key, const float *value);
+
 static void write_kv(const Group *group, const Layer *layer, const int32_t *pages, int64_t kv_head, int64_t position, bool is_last,
                      const float *const rotations[2], float *heads)
 {
@@ -88,6 +91,8 @@ static void write_kv(const Group *group, const Layer *layer, const int32_t *page
     prepare_head(layer, heads + key * size, key, size, eps, rotations[1]);
     if (group->kv_dtype == LAMINA_BF16)
         write_kv_as(LAMINA_BF16, group, layer, pages, kv_head, position, is_last, heads + key * size, heads + value * size);
+    else if (group->kv_dtype == LAMINA_INT8)
+        write_kv_in_bytes(group, layer, pages, kv_head, position, heads + key * size, heads + value * size);
     else
         write_kv_as(LAMINA_F32, group, layer, pages, kv_head, position, is_last, heads + key * size, heads + value * size);
 }
@@ -239,9 +244,9 @@ INLINE void cap_scores(float *scores, int64_t tokens, float cap)
     }
 }
 
-/* Softmax of scores [first, last) in place; the other ones of scores [tokens] become 0. Sums run over whole vectors from the
-   beginning of a page. Sets most and total of `result`. */
-INLINE void softmax(float *scores, int64_t first, int64_t last, int64_t tokens, const Attended *result)
+/* Replaces scores [first, last) by their powers, exp(score - greatest); the other ones of scores [tokens] become 0. Sums run over
+   whole vectors from the beginning of a page. Sets most and total of `result`. */
+INLINE void raise(float *scores, int64_t first, int64_t last, int64_t tokens, const Attended *result)
 {
     const float unseen = -__builtin_inff();
     for (int64_t token = 0; token < first; token++)
@@ -263,9 +268,6 @@ INLINE void softmax(float *scores, int64_t first, int64_t last, int64_t tokens, 
     }
     *result->most = most;
     *result->total = sum_f32(total);
-    vec share = every_f32(1.0f / *result->total);
-    for (int64_t token = 0; token < tokens; token += LANES)
-        store(scores + token, mul_f32(load(scores + token), share));
 }
 
 /* Queries that read keys and values together, numbered by head and row, and a thread's memory for them. */
@@ -278,10 +280,35 @@ typedef struct {
     float *scores;         /* [QUERIES, tokens of a piece] */
 } Together;
 
+/* Replaces a query's scores of tokens [begin, end) by powers, 0 for those that it does not attend to. Returns the number of tokens
+   up to the last one that it does. */
+INLINE int64_t raise_powers(const Layer *layer, const Queries *queries, const Together *at, int64_t query, int64_t begin, int64_t end,
+                            int64_t tokens, const Attended *result)
+{
+    float *scores = at->scores + query * tokens;
+    const int64_t position = queries->first_position + (at->first + query) % queries->rows;
+    const int64_t from = larger(0, first_attended(layer, position) - begin), to = smaller(position + 1, end) - begin;
+    const int64_t seen = from < to ? to : 0;
+    *result->total = 0;
+    if (layer->score_cap > 0)
+        cap_scores(scores, tokens, (float)layer->score_cap);
+    if (seen)
+        raise(scores, from, to, rounded_up(to, BLOCK), result);
+    for (int64_t token = rounded_up(seen, BLOCK); token < tokens; token++)
+        scores[token] = 0;
+    return seen;
+}
+
+#include "attention_bytes.inc.h"
+
 /* Attention over tokens [begin, end) of the sequence, which begin with a page and are at most SPLIT. Computes `results`. */
 INLINE void attend_piece(const int dtype, const Group *group, const Layer *layer, const Queries *queries, const Together *at,
                          int64_t begin, int64_t end)
 {
+    if (dtype == LAMINA_INT8) {
+        attend_piece_in_bytes(group, layer, queries, at, begin, end);
+        return;
+    }
     const int64_t padded = padded_head(group), number = bytes_of(dtype), tokens = rounded_up(end - begin, BLOCK);
     const int64_t key_pairs = group->head_dim * number / 4;
     const int64_t pages = (tokens + PAGE - 1) / PAGE;
@@ -301,17 +328,10 @@ INLINE void attend_piece(const int dtype, const Group *group, const Layer *layer
     for (int64_t query = 0; query < at->count; query++) {
         float *scores = at->scores + query * tokens;
         const Attended result = attended_at(group, at->results, query);
-        const int64_t position = queries->first_position + (at->first + query) % queries->rows;
-        const int64_t from = larger(0, first_attended(layer, position) - begin), to = smaller(position + 1, end) - begin;
-        const int64_t seen = from < to ? to : 0;
-        most_seen = larger(most_seen, seen);
-        *result.total = 0;
-        if (layer->score_cap > 0)
-            cap_scores(scores, tokens, (float)layer->score_cap);
-        if (seen)
-            softmax(scores, from, to, rounded_up(to, BLOCK), &result);
-        for (int64_t token = rounded_up(seen, BLOCK); token < tokens; token++)
-            scores[token] = 0;
+        most_seen = larger(most_seen, raise_powers(layer, queries, at, query, begin, end, tokens, &result));
+        const vec share = every_f32(*result.total == 0 ? 0 : 1.0f / *result.total);
+        for (int64_t token = 0; token < tokens; token += LANES)
+            store(scores + token, mul_f32(load(scores + token), share));
         if (dtype == LAMINA_BF16) /* in place: packed scores take less memory */
             for (int64_t token = 0; token < tokens; token += 2 * LANES)
                 store((uint8_t *)scores + 2 * token,
@@ -362,7 +382,10 @@ INLINE void attend_together(const int dtype, const Group *group, const Layer *la
         const float *numbers = queries->heads + (row * all_heads + head) * size;
         for (int64_t i = 0; i < size; i++)
             scaled[i] = numbers[i] * scale;
-        pack((Dtype)dtype, scaled, size, at.packed + query * at.row_bytes);
+        if (dtype == LAMINA_INT8)
+            pack_query(group, scaled, at.packed + query * at.row_bytes);
+        else
+            pack((Dtype)dtype, scaled, size, at.packed + query * at.row_bytes);
         *attended_at(group, all, query).total = 0;
     }
     int64_t begin = first_attended(layer, queries->first_position + first_row) / PAGE * PAGE;
@@ -395,6 +418,8 @@ static void attend(const Group *group, const Layer *layer, const Queries *querie
         int64_t count = smaller(together, all - first);
         if (group->kv_dtype == LAMINA_BF16)
             attend_together(LAMINA_BF16, group, layer, queries, first, count, scratch);
+        else if (group->kv_dtype == LAMINA_INT8)
+            attend_together(LAMINA_INT8, group, layer, queries, first, count, scratch);
         else
             attend_together(LAMINA_F32, group, layer, queries, first, count, scratch);
     }

@@ -83,7 +83,7 @@ static Status check_sizes(const Group *group)
         return LAMINA_BAD_SIZE;
     if (!within(group->rounds, 0, 1))
         return LAMINA_BAD_SIZE;
-    return group->kv_dtype == LAMINA_BF16 || group->kv_dtype == LAMINA_F32 ? LAMINA_OK : LAMINA_BAD_DTYPE;
+    return within(group->kv_dtype, LAMINA_BF16, LAMINA_F32) ? LAMINA_OK : LAMINA_BAD_DTYPE;
 }
 
 static Status check_norm(const Norm *norm, int64_t size)

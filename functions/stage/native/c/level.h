@@ -188,7 +188,8 @@ static inline int64_t attended_floats(const Group *group)
 
 static inline int64_t page_bytes(const Group *group)
 {
-    return 2 * group->kv_heads * LAMINA_PAGE_TOKENS * padded_head(group) * bytes_of(group->kv_dtype);
+    const int64_t scale = group->kv_dtype == LAMINA_INT8 ? LAMINA_SCALE_BYTES : 0;
+    return 2 * group->kv_heads * LAMINA_PAGE_TOKENS * (padded_head(group) * bytes_of(group->kv_dtype) + scale);
 }
 
 /* Keys (which: 0) or values (1) of a head in the page that holds the token at `position`. pages: of the sequence in this layer. */

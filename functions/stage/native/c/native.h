@@ -23,6 +23,7 @@ enum {
     LAMINA_Q4_ENDS = 256,     /* where the scales begin in it */
     LAMINA_BLOCK_TOKENS = 16, /* tokens of a sequence whose keys are interleaved */
     LAMINA_PAGE_TOKENS = 64,  /* tokens of a sequence in one page of the KV arena */
+    LAMINA_SCALE_BYTES = 4,   /* the scale of a key or value in int8, a float32 */
     LAMINA_SPLIT_TOKENS = 2048, /* tokens in a piece of attention; pieces are counted from the beginning of the sequence */
     LAMINA_PIECE_PAGES = LAMINA_SPLIT_TOKENS / LAMINA_PAGE_TOKENS + 8, /* most addresses of a piece, and what follows, in whole lines */
     LAMINA_ATTENDED_EXTRA = 16, /* floats after a query's result of a piece: its greatest score and the sum of its powers */
@@ -37,7 +38,7 @@ typedef struct {
     int64_t bytes; /* 0: absent */
 } Memory;
 
-/* A matrix has any dtype; keys and values are bf16 or float32. */
+/* A matrix has any dtype; keys and values are bf16, int8 or float32. */
 typedef enum { LAMINA_BF16, LAMINA_INT8, LAMINA_F32, LAMINA_Q4, LAMINA_BLOCKS } Dtype;
 
 /* Formats of block matrices: FORMATS of storage/models/blocks.py, in its order. */
@@ -105,7 +106,13 @@ typedef struct {
    or one float32: what one lane of a vector multiplies at a time. `padded` is head_dim rounded up to 16.
 
    keys    [kv_heads, page / block, pairs of padded, block] pairs of a key's numbers
-   values  bf16 [kv_heads, page / 2, padded, 2], float32 [kv_heads, page, padded] */
+   values  bf16 [kv_heads, page / 2, padded, 2], float32 [kv_heads, page, padded]
+
+   In int8 each key and value of a token and head has a scale of its own, so that its bits depend on nothing else. A page has
+   kv_heads * page / block blocks of keys, then as many of values, and a block has numbers of 8 bits, then float32 [block] scales:
+
+   keys    [padded / 4, block, 4], each number plus 128, of the key times a matrix of 1 and -1 (`spread`)
+   values  [block / 4, padded, 4 tokens] */
 typedef struct {
     Memory layers; /* Layer [num_layers] */
     Memory arena;  /* [num_pages] pages */

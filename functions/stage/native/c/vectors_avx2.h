@@ -105,6 +105,14 @@ INLINE vec every_4_bytes(const void *at)
     return every_i32(bytes);
 }
 
+/* Adds products of unsigned bytes, a, with signed ones, four to each lane. |a * b| must not exceed 16383: two are added in 16 bits. */
+INLINE vec dot_bytes(vec sum, vec a, vec b)
+{
+    const __m256i ones = _mm256_set1_epi16(1);
+    return (vec){_mm256_add_epi32(sum.low, _mm256_madd_epi16(_mm256_maddubs_epi16(a.low, b.low), ones)),
+                 _mm256_add_epi32(sum.high, _mm256_madd_epi16(_mm256_maddubs_epi16(a.high, b.high), ones))};
+}
+
 /* Adds products of four bits, a, with signed bytes, at most eight times: 16 bits hold the sums (15 * 128 * 2 * 8 = 30720). Then
    `whole_q4` makes 16 * high + low of 32 bits. */
 INLINE vec dot_q4(vec sum, vec a, vec b)

@@ -60,6 +60,9 @@ INLINE vec every_4_bytes(const void *at)
     return every_i32(bytes);
 }
 
+/* Adds products of unsigned bytes, a, with signed ones, four to each lane. |a * b| must not exceed 16383: AVX2 adds two in 16 bits. */
+INLINE vec dot_bytes(vec sum, vec a, vec b) { return _mm512_dpbusd_epi32(sum, a, b); }
+
 /* Adds products of four bits, a, with signed bytes: at most eight times, then `whole_q4` makes 16 * high + low of 32 bits. */
 INLINE vec dot_q4(vec sum, vec a, vec b) { return _mm512_dpbusd_epi32(sum, a, b); }
 INLINE vec whole_q4(vec high, vec low) { return add_i32(shift_left_i32(high, 4), low); }

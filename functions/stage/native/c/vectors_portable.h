@@ -122,6 +122,14 @@ INLINE vec every_4_bytes(const void *at)
     return every_i32(bytes);
 }
 
+/* Adds products of unsigned bytes, a, with signed ones, four to each lane. |a * b| must not exceed 16383: AVX2 adds two in 16 bits. */
+INLINE vec dot_bytes(vec sum, vec a, vec b)
+{
+    for (int shift = 0; shift < 32; shift += 8)
+        sum += (a >> shift & 255) * (shift_left_i32(b, 24 - shift) >> 24);
+    return sum;
+}
+
 /* Adds products of four bits, a, with signed bytes: at most eight times, then `whole_q4` makes 16 * high + low of 32 bits. */
 INLINE vec dot_q4(vec sum, vec a, vec b)
 {

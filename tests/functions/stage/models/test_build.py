@@ -227,6 +227,21 @@ def test_a_sleeping_group_accounts_for_kv_as_a_real_one() -> None:
         assert group.hidden_dtype == real.hidden_dtype
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "device", "why"),
+    [
+        ("auto", "mixtral", "cpu", "do not run a .mixtral."),
+        ("auto", "llama", "cuda", "the layers do not run in C: they are on cuda"),
+        ("transformers", "llama", "cpu", "and transformers was asked for"),
+        ("llama", "llama", "cpu", "and llama was asked for"),
+    ],
+)
+def test_keys_and_values_in_8_bits_run_in_c_or_not_at_all(kind: Kind, name: str, device: str, why: str) -> None:
+    with pytest.raises(UnsupportedDtype, match=f"keys and values in int8 take layers in C.*{why}"):
+        choose(kind, tiny_models.tiny_config(name), "bfloat16", device, kv_dtype="int8")
+    assert choose("auto", tiny_models.tiny_config("llama"), "int8", "auto", kv_dtype="int8").kind == "native"
+
+
 @pytest.mark.parametrize("wire_dtype", ["BF16", "I8"])
 def test_sleeping_stages_carry_token_ids_of_a_large_vocabulary(wire_dtype: str) -> None:
     first, last = sleeping(0, 3, vocab_size=300_000), sleeping(3, 6, vocab_size=300_000)

@@ -118,7 +118,9 @@ def test_damaged_bytes_are_refused_and_nothing_is_written(spoil: Callable[[bytea
         of.kv.release(handle)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("native", "int8"), ("native", "float32"), ("torch", "bfloat16")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("native", "int8"), ("native", "float32"), ("native", "bfloat16/int8"), ("torch", "bfloat16")]
+)
 def test_keys_and_values_of_another_dtype_or_kind_are_refused(kind: str, dtype: str) -> None:
     of, other = group("native", "bfloat16"), group(kind, dtype)
     source, target = _filled(of), other.kv.reserve(48)

@@ -108,6 +108,13 @@ def test_physical_memory_is_what_was_written_and_never_more_than_the_budget(wind
     assert fresh.resident_bytes == len(windows) * page_bytes
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_keys_and_values_in_8_bits_leave_memory_for_nearly_twice_the_tokens(head_dim: int) -> None:
+    wide, narrow = (NativeKVPool((None,) * 4, 2, head_dim, dtype, 2**26) for dtype in (Dtype.BF16, Dtype.INT8))
+    assert narrow.capacity_tokens > 1.85 * wide.capacity_tokens
+    assert narrow.layout.token_bytes == 4 * 2 * 2 * (head_dim + 4)
+
+
 @pytest.mark.parametrize(
     ("length", "back", "left"), [(300, 1, 1), (300, 300, 300), (400, 336, 336), (5000, 4760, 4760), (5000, 4759, 0)]
 )

@@ -87,12 +87,13 @@ static Group group_of(int is_long)
 {
     Group group = {
         .num_layers = any(1, 2), .hidden_size = width(), .inner_size = width(), .kv_heads = any(1, is_long ? 1 : 3),
-        .head_dim = 2 * any(1, is_long ? 4 : 20), .kv_dtype = any(0, 1) ? LAMINA_BF16 : LAMINA_F32, .eps = 1e-5,
+        .head_dim = 2 * any(1, is_long ? 4 : 20), .kv_dtype = any(LAMINA_BF16, LAMINA_F32), .eps = 1e-5,
         .rotations = any(0, 2),
     };
     group.num_pages = group.num_layers * (is_long ? any(33, 70) : any(1, 5));
-    group.arena = memory_of(group.num_pages * 2 * group.kv_heads * LAMINA_PAGE_TOKENS * padded(group.head_dim, 16) *
-                            (group.kv_dtype == LAMINA_BF16 ? 2 : 4));
+    const int64_t numbers = padded(group.head_dim, 16);
+    group.arena = memory_of(group.num_pages * 2 * group.kv_heads * LAMINA_PAGE_TOKENS *
+                            (group.kv_dtype == LAMINA_INT8 ? numbers + 4 : numbers * (group.kv_dtype == LAMINA_BF16 ? 2 : 4)));
     group.heads = group.kv_heads * any(1, 5);
     group.layers = memory_of(group.num_layers * (int64_t)sizeof(Layer));
     int64_t attended = group.heads * group.head_dim, all_heads = group.heads + 2 * group.kv_heads;

@@ -139,7 +139,7 @@ WRONG: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
     "no key heads": (lambda record: setattr(record, "kv_heads", 0), "range"),
     "a larger arena than memory": (lambda record: setattr(record, "num_pages", 9), "memory"),
     "an arena of no pages": (lambda record: setattr(record, "num_pages", 0), "range"),
-    "keys in int8": (lambda record: setattr(record, "kv_dtype", Dtype.INT8), "dtype"),
+    "keys in q4": (lambda record: setattr(record, "kv_dtype", Dtype.Q4), "dtype"),
     "keys in nothing known": (lambda record: setattr(record, "kv_dtype", 17), "dtype"),
     "a negative eps": (lambda record: setattr(record, "eps", -1.0), "range"),
     "an eps that is no number": (lambda record: setattr(record, "eps", float("nan")), "range"),

@@ -31,11 +31,12 @@ from tests.support.functions.native_models import (
     error,
     exact_groups,
     finished,
+    native_group,
     native_groups,
     torch_groups,
 )
 
-DTYPES: Final = ("bfloat16", "int8", "q4")
+DTYPES: Final = ("bfloat16", "int8", "q4", "bfloat16/int8")  # of weights; after / of keys and values
 ALL_DTYPES: Final = (*DTYPES, "float32")
 # Each column is a pass: 1 to 5 rows, chunks with steps, more rows than go through a matrix at once.
 PLAN: Final = {
@@ -67,7 +68,7 @@ def test_logits_are_nearer_to_float32_than_those_of_torchs_layers(name: str, dty
     exact, groups = logits_of(exact_groups(name, dtype)), native_groups(name, dtype)
     for group in groups:
         group.use_threads(2)
-    assert error(logits_of(groups), exact) < error_of_torch(name)
+    assert error(logits_of(groups), exact) < error_of_torch(name) * (1.65 if dtype == "bfloat16/int8" else 1)
 
 
 @pytest.mark.parametrize("cut", [((0, 6),), ((0, 1), (1, 6))])
@@ -140,7 +141,7 @@ def test_a_sequences_bits_do_not_depend_on_chunks_other_rows_or_threads(name: st
 def test_windows_longer_than_a_block_give_the_same_bits_in_steps_and_chunks(window: int, dtype: str) -> None:
     """All queries of a chunk begin to read at the block of the first query's window."""
     windowed = {**config("mistral_sliding"), "sliding_window": window}
-    group = finished(NativeGroup(windowed, 0, 6, dtype, 2**22), dict(checkpoint("mistral_sliding", dtype)))
+    group = finished(native_group(windowed, 0, 6, dtype), dict(checkpoint("mistral_sliding", dtype)))
     text = {"a": tokens_of(1, 90)}
     in_steps = states_of(group, text, {"a": (1,) * 90})["a"]
     for chunks in ((90,), (27, 8, 55), (5, 43, 1, 41)):
@@ -283,7 +284,7 @@ def passed(group: NativeGroup, hidden: Array) -> Array:
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_matrices_are_kept_once_and_in_place(dtype: str) -> None:
     tensors = {name: tensor for name, tensor in checkpoint("llama_biased", dtype).items() if ".layers.3." in name}
-    group = NativeGroup(config("llama_biased"), 3, 4, dtype, 2**20)
+    group = native_group(config("llama_biased"), 3, 4, dtype)
     given = raw(tensors)
     group.place(given)
     assert not given

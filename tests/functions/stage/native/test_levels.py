@@ -22,6 +22,8 @@ MODELS: Final = (
     ("qwen3", "float32"),
     ("mistral_sliding", "int8"),
     ("qwen3", "q4"),
+    ("qwen3", "float32/int8"),
+    ("mistral_sliding", "bfloat16/int8"),
 )
 
 
@@ -47,14 +49,14 @@ def test_each_level_is_nearer_to_float32_than_torchs_layers_in_bfloat16(name: st
     best = logits_by_plan(native_groups(name, dtype), TEXTS, PLAN)
     library().use_level(level)
     found = logits_by_plan(native_groups(name, dtype), TEXTS, PLAN)
-    assert error(found, exact) < error(by_torch, exact)
+    assert error(found, exact) < error(by_torch, exact) * (1.65 if "/" in dtype else 1)
     assert error(found, best) < error(by_torch, exact) / 4
 
 
 @pytest.mark.parametrize("level", library().levels)
 def test_a_sequences_bits_do_not_depend_on_chunks_on_any_level(level: str) -> None:
     library().use_level(level)
-    for dtype in ("bfloat16", "float32"):
+    for dtype in ("bfloat16", "float32", "float32/int8"):
         groups = native_groups("mistral_sliding", dtype)
         in_steps = [logits_by_plan(groups, {id: text}, {id: (1,) * len(text)}) for id, text in TEXTS.items()]
         assert torch.equal(logits_by_plan(groups, TEXTS, PLAN), torch.cat(in_steps))
