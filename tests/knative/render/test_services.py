@@ -68,7 +68,7 @@ def test_functions_accept_every_rendered_environment() -> None:
     waits = dict.fromkeys(("cold_start_timeout_seconds", "request_timeout_seconds", "step_timeout_seconds"), 30.5)
     full = pipeline(
         stage=everything,
-        gateway={**knobs, **waits, **per_client, "api_keys_secret": ["keys", "more-keys"], "proxies": 2}
+        gateway={**knobs, **waits, **per_client, "api_keys_secret": ["keys", "more-keys"], "proxies": 2, "jobs": "jobs"}
         | {"parse_control_tokens": True},
     )
     for variant in (pipeline(), full):
@@ -93,6 +93,7 @@ def test_functions_accept_every_rendered_environment() -> None:
     items = [{"key": "api-keys", "path": "api-keys"}]
     assert volumes["api-keys-1"] == {"secretName": "more-keys", "items": items}
     assert (gateway.proxies, gateway.scores) == (2, "off")
+    assert gateway.jobs_store == (gateway.store.bucket, "jobs")
 
 
 @pytest.mark.parametrize(("timeout", "drain"), [(600, 540), (300, 240), (90, 40), (60, 20), (30, 1)])
