@@ -253,24 +253,24 @@ class TransformersKVCache(KVBlocks):
             self._continue(target, tokens, states)
 
     def copy_out(self, handle: int, first: int, target: Array, *, windowed: bool = False) -> None:
-        tokens = target.shape[3]
-        rows = []
+        if not target.size:
+            return
+        tokens, rows = target.shape[3], []
         for layer in self._layers_with_kv(handle, windowed):
             held = slice(first - layer.first, first - layer.first + tokens)
             rows += [tensor[0, :, held].transpose(0, 1).reshape(tokens, -1) for tensor in (layer.keys, layer.values)]
-        if rows and tokens:
-            numbers = torch.cat([row.contiguous().view(torch.uint8) for row in rows], dim=1).cpu().numpy()
-            target[...] = numbers.reshape(tokens, *target.shape[:3], -1).transpose(1, 2, 3, 0, 4)
+        numbers = torch.cat([row.contiguous().view(torch.uint8) for row in rows], dim=1).cpu().numpy()
+        target[...] = numbers.reshape(tokens, *target.shape[:3], -1).transpose(1, 2, 3, 0, 4)
 
     @torch.inference_mode()
     def copy_in(self, handle: int, first: int, source: Array, *, windowed: bool = False) -> None:
-        tokens = source.shape[3]
-        rows = torch.from_numpy(np.ascontiguousarray(source.transpose(3, 0, 1, 2, 4)).reshape(tokens, -1))
+        if not source.size:
+            return
+        rows = torch.from_numpy(np.ascontiguousarray(source.transpose(3, 0, 1, 2, 4)).reshape(source.shape[3], -1))
+        layers = self._layers_with_kv(handle, windowed)
         examples = [layer.kv for layer in self._layers if layer.has_kv and (layer.window is not None) == windowed]
-        parts = torch.split(rows, [example.nbytes for kv in examples for example in kv], dim=1) if tokens else ()
-        for layer, kv, keys, values in zip(
-            self._layers_with_kv(handle, windowed), examples, parts[::2], parts[1::2], strict=False
-        ):
+        parts = torch.split(rows, [example.nbytes for kv in examples for example in kv], dim=1)
+        for layer, kv, keys, values in zip(layers, examples, parts[::2], parts[1::2], strict=True):
             layer.put(first, _tensor_of(keys, kv[0]), _tensor_of(values, kv[1]))
 
     def state_out(self, handle: int, tokens: int) -> bytes:
