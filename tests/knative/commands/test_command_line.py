@@ -174,10 +174,10 @@ def test_plan_warns_of_slow_layers(tmp_path: Path) -> None:
 
 def test_plan_refuses_int8_if_no_stage_would_run_it(tmp_path: Path) -> None:
     config = json.loads((Path(LLAMA) / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "quick_gelu"}))
     refused = invoke("plan", "--model", str(tmp_path), "--dtype", "int8")
     assert refused.exit_code == 1
-    assert refused.output.startswith("Error: no stage would run it in int8: the lean layers do not run activation 'gelu'")
+    assert refused.output.startswith("Error: no stage would run it in int8: the lean layers do not run activation 'quick_gelu'")
     assert invoke("plan", "--model", str(tmp_path), "--dtype", "bfloat16").exit_code == 0
 
 
