@@ -184,6 +184,10 @@ llama-cpp-test: $(VENV)/dev.stamp .llama.cpp ## GGUF files and tokenizers as lla
 fuzz: $(VENV)/dev.stamp $(VENV)/native.stamp ## Random changes of every family's config.json, against transformers (CASES=500)
 	LAMINA_FUZZ_CASES=$${CASES:-500} $(BIN)/python -m pytest -n $(WORKERS) -rP tests/functions/stage/models/test_fuzzed_configs.py
 
+.PHONY: families
+families: $(VENV)/dev.stamp $(VENV)/native.stamp ## Every family of transformers' modules, in 1, 2 and 3 stages, chunks of 1, 7 and 64 tokens: transformers' tokens (minutes)
+	LAMINA_ALL_FAMILIES=1 $(BIN)/python -m pytest -n $(WORKERS) -rP tests/functions/stage/models/test_generic_families.py
+
 .PHONY: sanitize
 sanitize: $(VENV)/dev.stamp ## Random calls of the layers in C under the address, undefined and thread sanitizers (ROUNDS=20000)
 	LAMINA_FUZZ_ROUNDS=$${ROUNDS:-20000} $(BIN)/python -m pytest -v tests/functions/stage/native/test_fuzz.py

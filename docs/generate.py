@@ -18,6 +18,7 @@ from bench.report import with_section
 from functions.configuration.environment_page import markdown_page
 from functions.gateway.openai import options_page
 from knative.__main__ import main as command_line
+from knative.commands.families import markdown_table
 from knative.render.dashboard import dashboard
 from knative.render.gitops import with_kustomization
 from knative.render.monitoring import rule_groups
@@ -64,8 +65,10 @@ def write() -> None:
 
 
 def reference_page(page: str) -> str:
-    """The page with its sections "Environment" and "Commands" and its tables of formats made again; the rest is by hand."""
+    """The page with its generated sections ("Environment", "Commands", "Families", tables of formats) made again."""
     page = with_section(with_section(page, "environment", markdown_page()), "commands", commands_section())
+    families = f"## Families\nWritten by `make generate` from `python -m knative families`.\n\n{markdown_table()}"
+    page = with_section(page, "families", families)
     page = with_section(page, "gguf-architectures", architectures_table())
     page = with_section(page, "gguf-tokenizers", tokenizer_rules_table())
     return with_section(page, "gguf-blocks", blocks_table())

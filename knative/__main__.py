@@ -11,6 +11,7 @@ _COMMANDS: Final = {
     "batch": "batch",
     "plan": "plan",
     "push": "push",
+    "families": "families",
     "render": "render",
     "preflight": "deploy",
     "deploy": "deploy",

@@ -4,5 +4,6 @@
 
 May import: storage, storage.store, storage.checkpoints, storage.kv, storage.models, eventing, eventing.http, eventing.wire,
 functions.configuration, functions.gateway.answers, functions.gateway.scheduling, functions.stage.engine,
+functions.stage.models, functions.stage.models.transformers,
 functions.stage.native, knative.*.
 """

@@ -96,6 +96,8 @@ def ensure_published(
     model: a published name, or a source as for `push`; None or DEFAULT_MODEL: the packaged model. dtype: None: what
     `best_dtype` says; for a published name the smallest dtype in which it is published. tokenizer: as for `publish`.
     """
+    from functions.stage.models.build import check_cut
+
     source: str | Path
     if model in (None, DEFAULT_MODEL):
         name, source = DEFAULT_MODEL, packaged_model()
@@ -108,7 +110,9 @@ def ensure_published(
         dtype = best_dtype(open_checkpoint(source, tokenizer))
     with publish_progress(console, f"publishing {name} as {dtype}") as progress:
         shown = show_quantized(console, dtype)
-        return publish(source, store, name, dtype, progress=progress, on_quantized=shown, tokenizer=tokenizer)
+        return publish(
+            source, store, name, dtype, progress=progress, on_quantized=shown, tokenizer=tokenizer, check_cut=check_cut
+        )
 
 
 def local_pipeline(

@@ -31,6 +31,7 @@ _UPLOAD_BYTES_PER_SECOND = 100 * 2**20
     help="Take name and dtype from this PipelineSpec. Without SOURCE nothing is done if that model is already published.",
 )
 @click.option("--afresh", is_flag=True, help="Write every object again, also those that the store has: repairs damage.")
+@click.option("--text-only", is_flag=True, help="Of a model that also sees or hears, only the language model.")
 @click.option("--dry-run", is_flag=True, help="Only print what would be published; needs no store.")
 @tokenizer_option
 @store_options
@@ -40,6 +41,7 @@ def push(
     dtype: str | None,
     spec: Path | None,
     afresh: bool,
+    text_only: bool,
     dry_run: bool,
     tokenizer: Path | None,
     open_store: OpenStore,
@@ -54,11 +56,16 @@ def push(
     python -m knative push HuggingFaceTB/SmolLM2-1.7B-Instruct --dtype int8
     python -m knative push --spec pipeline.yaml ./Llama-2-13b-hf
     """
+    from functions.stage.models.build import check_cut  # numpy, which --help needs not
+
     console = Console()
     for model in _models(source, name, dtype, spec):
         if dry_run:
             found = locate(source or _default_source(model))
-            _show_plan(console, model, plan_publication(found, model.dtype, tokenizer=tokenizer, note_losses=True))
+            planned = plan_publication(
+                found, model.dtype, tokenizer=tokenizer, text_only=text_only, note_losses=True, check_cut=check_cut
+            )
+            _show_plan(console, model, planned)
             continue
         with open_store() as opened:
             manifest = None
@@ -66,7 +73,10 @@ def push(
                 with suppress(ModelNotPublished):
                     manifest = read_manifest(opened, model.name, model.dtype)
             if manifest is None:
-                path = source or _default_source(model)
+                path = locate(source or _default_source(model))
+                if text_only:
+                    left_out = open_checkpoint(path, text_only=True).left_out
+                    console.out(f"left out: {'; '.join(left_out)}", highlight=False)
                 with publish_progress(console, f"publishing {model.name} as {model.dtype}") as progress:
                     manifest = publish(
                         path,
@@ -77,6 +87,8 @@ def push(
                         on_quantized=show_quantized(console, model.dtype),
                         afresh=afresh,
                         tokenizer=tokenizer,
+                        text_only=text_only,
+                        check_cut=check_cut,
                     )
         total = sum(stored.bytes for stored in manifest.objects.values())
         console.out(f"{model.name} as {model.dtype}: {manifest.num_layers} layers, {size(total)}", highlight=False)

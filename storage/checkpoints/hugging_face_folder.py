@@ -4,7 +4,7 @@ No code in the folder is run: there is no remote code, and a pickled checkpoint 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -26,13 +26,15 @@ _FILES: Final = (
 )  # fmt: skip
 # Older checkpoints say in a file of their library how they are quantized, and not in config.json.
 _QUANTIZATION_FILES: Final = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+_LANGUAGE_MODELS: Final = ("language_model", "text_model")  # names of the module with the language model of a larger one
 _SLOW_TOKENIZERS: Final = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
-def open_folder(folder: Path) -> Checkpoint:
+def open_folder(folder: Path, text_only: bool = False) -> Checkpoint:
     """Opens the folder of a checkpoint; tensors are read only when they are used.
 
-    Raises CheckpointInvalid, which names the file and what is wrong with it.
+    text_only: only the language model of a checkpoint that also sees or hears. Raises CheckpointInvalid, which names the file
+    and what is wrong with it.
     """
     config = _read_json(folder / "config.json")
     published = dict(config)
@@ -41,14 +43,42 @@ def open_folder(folder: Path) -> Checkpoint:
         from storage.checkpoints.quantized import dequantized  # numpy, which only quantized checkpoints need here
 
         tensors, quantization = dequantized(folder, settings, tensors, _metadata(folder))
+    left_out: tuple[str, ...] = ()
+    if text_only:
+        published, tensors, left_out = _text_part(folder, published, tensors)
     files = _files(folder)
     files["config.json"] = _BARE_FLOAT.sub(_TAGGED_FLOAT, files["config.json"])
-    if config.get("model_type") == "mistral" and "layer_types" in config:
+    if published.get("model_type") == "mistral" and "layer_types" in published:
         # So do transformers' Auto classes (models/auto/configuration_auto.py), and stages must not have to know it.
         published["model_type"] = "ministral"
     if published != config:
         files["config.json"] = msgspec.json.format(msgspec.json.encode(published), indent=2)
-    return Checkpoint(published, files, tensors, quantization)
+    return Checkpoint(published, files, tensors, quantization, left_out)
+
+
+def _text_part(
+    folder: Path, config: dict[str, Any], tensors: Mapping[str, SourceTensor]
+) -> tuple[dict[str, Any], dict[str, SourceTensor], tuple[str, ...]]:
+    """Config and tensors of the language model in a larger one, as if saved alone, and what is left out."""
+    text = config.get("text_config")
+    if not isinstance(text, dict) or "model_type" not in text:
+        raise CheckpointInvalid(f"{folder / 'config.json'} has no text_config with a model_type: publish the whole model")
+    if (tied := config.get("tie_word_embeddings")) is not None:
+        text = {"tie_word_embeddings": tied, **text}
+    kept: dict[str, SourceTensor] = {}
+    left_out: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        modules = name.split(".")
+        inner = next((module for module in modules[:2] if module in _LANGUAGE_MODELS), None)
+        if inner is not None:
+            modules.remove(inner)
+            kept[".".join(modules)] = tensor
+        elif modules[0] == "lm_head":
+            kept[name] = tensor
+        else:
+            module = ".".join(modules[:2] if modules[0] == "model" else modules[:1])
+            left_out[module] = left_out.get(module, 0) + tensor_bytes(tensor.dtype, tensor.shape)
+    return text, kept, tuple(f"{module} ({count} bytes)" for module, count in left_out.items())
 
 
 def _quantization_config(folder: Path, config: dict[str, Any]) -> object:

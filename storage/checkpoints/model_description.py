@@ -73,9 +73,14 @@ def describe_by_transformers(config: Mapping[str, Any], model_type: str) -> Mode
         known = CONFIG_MAPPING[model_type].from_dict(with_floats(config))
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ArchitectureUnsupported(f"config.json is not what a {model_type!r} has: {error}") from error
+    known.allow_global_per_layer_attribute_access = True
     has_attention = set(getattr(known, "layer_types", None) or ()) != {"linear_attention"}
     wanted = ["num_hidden_layers", "hidden_size", "vocab_size", *(["num_attention_heads"] if has_attention else [])]
     missing = [name for name in wanted if not hasattr(known, name)]
+    if missing and isinstance(config.get("text_config"), Mapping):
+        raise ArchitectureUnsupported(
+            f"{model_type!r} also sees or hears: publish its language model alone, by push --text-only"
+        )
     if missing or known.is_encoder_decoder:
         raise ArchitectureUnsupported(
             f"{model_type!r} is no decoder-only language model: its configuration lacks {missing or 'nothing but a decoder'}"

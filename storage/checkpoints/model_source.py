@@ -46,15 +46,15 @@ def locate(source: str | Path) -> Path:
     return Path(folder)
 
 
-def open_checkpoint(path: Path, tokenizer: Path | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, tokenizer: Path | None = None, text_only: bool = False) -> Checkpoint:
     """Opens the checkpoint in a folder or a GGUF file.
 
-    tokenizer: a folder whose tokenizer, chat template and end tokens are taken instead of the checkpoint's own. Raises
-    CheckpointInvalid, also for any other format.
+    tokenizer: a folder whose tokenizer, chat template and end tokens are taken instead of the checkpoint's own. text_only:
+    see `open_folder`; GGUF files have text models alone. Raises CheckpointInvalid, also for any other format.
     """
     files = tokenizer_folder(tokenizer) if tokenizer else None
     if path.is_dir():
-        checkpoint = open_folder(path)
+        checkpoint = open_folder(path, text_only)
         own = {"config.json": checkpoint.files["config.json"]}
         return replace(checkpoint, files=files | own) if files else checkpoint
     with path.open("rb") as file:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from storage.checkpoints.decoder import Decoder, Shapes, full_name, layer_shapes, outer_shapes
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
-from storage.checkpoints.families import family_of, mixes_longrope, with_floats
+from storage.checkpoints.families import check_served, mixes_longrope, with_floats
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid, LibraryMissing
 
 _LAYER_MATRICES: Final = (
@@ -28,8 +28,8 @@ def check_runnable(config: Mapping[str, Any], dtype: str) -> None:
     A stage decides by the same description. transformers runs floats only, and only families of the table have layers of
     Lamina's own. Other families may have matrices of the same names, so the config decides, not the names.
     """
-    family_of(config)
-    if config.get("use_bidirectional_attention"):
+    check_served(config)
+    if config.get("use_bidirectional_attention") in (True, "all"):  # "vision": tokens of images do
         raise ArchitectureUnsupported(
             "its tokens attend to later ones (use_bidirectional_attention): it does not generate text"
         )

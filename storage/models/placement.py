@@ -5,28 +5,18 @@ from collections.abc import Mapping
 from typing import Final
 
 from storage.checkpoints.checkpoint import SourceTensor
+from storage.checkpoints.families import part_of
 from storage.checkpoints.model_description import ModelDescription
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
 from storage.models.model_repository import layer_object, object_names
 
-_LAYER: Final = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 # Constants in old checkpoints that models compute for themselves.
 _BUFFER: Final = re.compile(r"(?:\.rotary_emb\.inv_freq|\.masked_bias|\.(?:attn|attention)\.bias)$")
-_EMBEDDING_MODULES: Final = frozenset(
-    {"embed_tokens", "wte", "wpe", "embed_in", "embed_positions", "word_embeddings", "word_embeddings_layernorm", "project_in"}
-    | {"embeddings"}
-)
-_HEAD_MODULES: Final = frozenset(
-    {"norm", "ln_f", "final_layer_norm", "final_layernorm", "lm_head", "embed_out", "project_out", "norm_f", "embedding_norm"}
-)
 _EMBEDDING_MATRICES: Final = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "embed_in.weight",
-    "word_embeddings.weight",
+    "embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight", ".w.weight",
     ".embeddings.weight",
-)
-_HEAD_MATRICES: Final = ("lm_head.weight", "embed_out.weight")
+)  # fmt: skip
+_HEAD_MATRICES: Final = ("lm_head.weight", "embed_out.weight", "output_projection.weight", "decoder.weight")
 
 Placement = dict[str, dict[str, SourceTensor]]
 
@@ -73,18 +63,15 @@ def _object_of(name: str, tensor: SourceTensor, model: ModelDescription) -> str 
     # A causal mask [1, 1, n, n] has the name that a projection's bias [n] has elsewhere.
     if _BUFFER.search(name) and not (name.endswith(".bias") and len(tensor.shape) < 2):
         return None
-    if found := _LAYER.search(name):
-        layer = int(found.group(1))
-        if layer < model.num_layers:
-            return layer_object(layer)
-        if layer < model.num_layers + model.ignored_layers:
-            return None
+    part = part_of(name)
+    if isinstance(part, str):
+        return part
+    if part is not None and part < model.num_layers:
+        return layer_object(part)
+    if part is not None and part < model.num_layers + model.ignored_layers:
+        return None
+    if part is not None:
         raise CheckpointInvalid(f"the checkpoint has {name!r}, but config.json says {model.num_layers} layers; which is right?")
-    module = name.split(".")[-2] if "." in name else ""
-    if module in _EMBEDDING_MODULES:
-        return "embedding"
-    if module in _HEAD_MODULES:
-        return "head"
     raise ArchitectureUnsupported(
         f"the checkpoint of a {model.model_type!r} has {name!r}, which is neither embedding, layer nor head"
     )

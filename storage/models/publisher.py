@@ -20,13 +20,14 @@ from dataclasses import replace as with_changes
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 from blake3 import blake3
 
 from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
-from storage.checkpoints.decoder_config import with_description
+from storage.checkpoints.decoder_config import decoder_of, with_description
+from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.checkpoints.model_description import ModelDescription, describe_model
 from storage.checkpoints.model_source import checkpoint_fingerprint, checkpoint_state, locate, open_checkpoint
 from storage.errors import CheckpointInvalid, ManifestInvalid, ModelNotPublished, StorageError
@@ -88,6 +89,7 @@ class PublicationPlan:
     error: "RoundingError | None"  # filled while tensors are converted, if it was asked for or the checkpoint is quantized
 
 
+CutCheck = Callable[[Mapping[str, Any]], None]  # takes a config.json; raises ArchitectureUnsupported if no stage would run it
 ProgressCallback = Callable[[PublishProgress], None]
 QuantizedCallback = Callable[[QuantizedSource], None]
 
@@ -103,6 +105,8 @@ def publish(
     keep_wide: Collection[str] = (),
     afresh: bool = False,
     tokenizer: Path | None = None,
+    text_only: bool = False,
+    check_cut: CutCheck | None = None,
 ) -> ModelManifest:
     """Publishes a model under `name` and `dtype`, and returns its manifest.
 
@@ -110,6 +114,8 @@ def publish(
     the source is a quantized Hugging Face checkpoint and was not published before. keep_wide: matrices, such as down_proj, that
     int8 and q4 leave in bfloat16. afresh: writes every object, even if the store seems to have it; this repairs a damaged
     publication. tokenizer: a folder whose tokenizer is published instead of the source's own.
+    text_only: publishes only the language model of a checkpoint that also sees or hears.
+    check_cut: tries, before anything is written, whether stages can run a model that Lamina's own layers do not.
 
     Raises ValueError for an invalid name or dtype, CheckpointInvalid or another StorageError. After an error, the former
     publication under this name stays as it was.
@@ -127,7 +133,7 @@ def publish(
             if current.publication == publication:
                 _log.info("%s is published as %s in %s already", source, name, dtype)
                 return current
-    planned = plan_publication(path, dtype, keep_wide=keep_wide, tokenizer=tokenizer)
+    planned = plan_publication(path, dtype, keep_wide=keep_wide, tokenizer=tokenizer, text_only=text_only, check_cut=check_cut)
     checkpoint, model, plans, error = planned.checkpoint, planned.model, planned.objects, planned.error
     upload = _Upload(store, f"{prefix}{publication}/", plans, progress, afresh)
     try:
@@ -170,7 +176,9 @@ def plan_publication(
     *,
     keep_wide: Collection[str] = (),
     tokenizer: Path | None = None,
+    text_only: bool = False,
     note_losses: bool = False,
+    check_cut: CutCheck | None = None,
 ) -> PublicationPlan:
     """Says what `publish` would write of the checkpoint at `path`; reads no tensor, unless it must compare tied matrices.
 
@@ -179,11 +187,16 @@ def plan_publication(
     """
     from storage.models.conversion import RoundingError, convert_tensor  # numpy, which only a real publication needs
 
-    checkpoint = open_checkpoint(path, tokenizer)
+    checkpoint = open_checkpoint(path, tokenizer, text_only)
     check_runnable(checkpoint.config, dtype)
     model, placed = _settle_tie(describe_model(checkpoint.config), checkpoint)
     shapes = {name: tensor.shape for members in placed.values() for name, tensor in members.items()}
     in_float32 = check_shapes(checkpoint.config, shapes, dtype)
+    if check_cut:
+        try:
+            decoder_of(checkpoint.config)
+        except UnsupportedConfig:
+            check_cut(checkpoint.config)
     if dtype == "q4":
         _warn_of_losses(path, placed)
     if dtype == "gguf":

@@ -15,7 +15,7 @@ from functions.stage.native.library import UNAVAILABLE, library
 from storage.checkpoints.decoder import Decoder
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
-from storage.checkpoints.families import family_of
+from storage.checkpoints.families import check_served
 from storage.errors import ArchitectureUnsupported, LibraryMissing
 from storage.loading.weight_loader import RawTensor
 
@@ -76,7 +76,7 @@ def choose(
             return choose("native", config, dtype, device, before_torch)
         except ArchitectureUnsupported as error:
             raise UnsupportedDtype(f"keys and values in {kv_dtype} take layers in C: {error}") from error
-    family_of(config)
+    check_served(config)
     device = device_for(device, dtype, before_torch)
     try:
         model = decoder_of(config)
@@ -92,6 +92,17 @@ def choose(
     if kind == "auto":
         kind = "transformers" if torch_obstacle(model) else "llama"
     return _of_torch(kind, config, dtype, device, obstacle, before_torch)
+
+
+def check_cut(config: Mapping[str, Any]) -> None:
+    """Raises ArchitectureUnsupported, which says what differed, if transformers' modules do not run the config.json in stages.
+
+    Takes seconds. Raises LibraryMissing if torch or transformers is not installed.
+    """
+    _of_torch("transformers", config, "float32", "cpu", None, lambda: None)
+    from functions.stage.models.transformers import self_test
+
+    self_test.check_cut(config)
 
 
 def native_obstacle(model: Decoder, dtype: str, device: str) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from storage.checkpoints.families import FAMILIES
+from storage.checkpoints.families import REFUSED
 from storage.checkpoints.gguf_architectures import ARCHITECTURES
 from storage.checkpoints.gguf_checkpoint import open_gguf
 from storage.checkpoints.gguf_format import read_header
@@ -115,7 +115,7 @@ def test_a_converted_model_is_the_one_that_it_was(case: str, converted: Path, tm
     for name, tensor in theirs.items():
         # A norm that is stored with one added has lost its last bits.
         torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=2e-7 if name.endswith("norm.weight") else 0)
-    if checkpoint.config["model_type"] in FAMILIES:
+    if checkpoint.config["model_type"] not in REFUSED:
         ours, same = (
             plan_publication(path, "float32", tokenizer=converted / case)
             for path in (converted / f"{case}.gguf", converted / case)

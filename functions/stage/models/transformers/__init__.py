@@ -1,4 +1,4 @@
-"""Runs models of all supported families with transformers' own modules.
+"""Runs any decoder of transformers with its own modules, and tries whether a model can be cut.
 
-May import: functions.stage.models, storage.checkpoints, storage.loading.
+May import: functions.stage.models, storage, storage.checkpoints, storage.loading.
 """

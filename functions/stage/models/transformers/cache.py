@@ -48,16 +48,17 @@ class TransformersKVCache(KVBlocks):
         recurrent_modules: Sequence[TokenByToken] = (),
         written_by: str = "",
     ) -> None:
-        """layers: measured. written_by: all else that the bits of KV depend on, as for `NativeKVPool`.
+        """layers: of the whole model, measured. written_by: all else that the bits of KV depend on, as for `NativeKVPool`.
 
         Raises ValueError if the budget is less than one token takes.
         """
-        full = [layer.kv_bytes for layer in layers if layer.has_kv and layer.window is None]
-        windowed = [layer.kv_bytes for layer in layers if layer.window is not None]
-        self._places = [layer.places for layer in layers if layer.number_of_states]
-        self._examples = [state for layer in layers for state in layer.states]
+        self._own = [layer for layer in layers if layer.is_own]
+        full = [layer.kv_bytes for layer in self._own if layer.has_kv and layer.window is None]
+        windowed = [layer.kv_bytes for layer in self._own if layer.window is not None]
+        self._places = [layer.places for layer in self._own if layer.number_of_states]
+        self._examples = [state for layer in self._own for state in layer.states]
         state_bytes = sum(state.nbytes for state in self._examples)
-        self.window = max((layer.window or 0 for layer in layers), default=0)
+        self.window = max((layer.window or 0 for layer in self._own), default=0)
         checkpoints = checkpoints_in(budget_bytes, state_bytes)
         need = KVNeed(sum(full), sum(windowed), kept_tokens(self.window), fixed_units=STATES_PER_SEQUENCE * state_bytes)
         super().__init__(budget_bytes - checkpoints * state_bytes, need, GOING_BACK)
@@ -85,7 +86,7 @@ class TransformersKVCache(KVBlocks):
 
     def reserve(self, tokens: int) -> int:
         handle = super().reserve(tokens)
-        self._caches[handle] = SequenceCache([layer.layer(tokens) for layer in self._layers])
+        self._caches[handle] = SequenceCache(self._layers, tokens)
         self._recurrent[handle] = _Recurrent()
         return handle
 
@@ -98,7 +99,7 @@ class TransformersKVCache(KVBlocks):
     def resize(self, handle: int, tokens: int) -> None:
         super().resize(handle, tokens)
         self.truncate(handle, tokens)
-        for layer in self.cache(handle).layers:
+        for layer in self.cache(handle).own:
             if isinstance(layer, ReservedLayer):
                 layer.resize(tokens)
 
@@ -107,13 +108,8 @@ class TransformersKVCache(KVBlocks):
 
         Lengths are set here and not in `truncate`, because a pass that failed half-way has extended some layers only.
         """
-        cache, filled = self._caches[handle], self.filled(handle)
-        cache.position = filled
-        for layer in cache.layers:
-            if isinstance(layer, ReservedLayer):
-                layer.length = filled
-                if filled == 0:
-                    layer.first = 0
+        cache = self._caches[handle]
+        cache.go_to(self.filled(handle))
         return cache
 
     # What a sequence holds.
@@ -241,10 +237,9 @@ class TransformersKVCache(KVBlocks):
     def copy(self, source: int, target: int, tokens: int) -> None:
         self.truncate(target, 0)
         read, written = self.cache(source), self.cache(target)
-        for layer, own in zip(read.layers, written.layers, strict=True):
-            if isinstance(layer, ReservedLayer):
-                held = slice(0, tokens - layer.first)
-                own.put(layer.first, layer.keys[:, :, held], layer.values[:, :, held])
+        for layer, copied_layer in zip(read.own, written.own, strict=True):
+            if isinstance(layer, ReservedLayer) and layer.tensors:
+                copied_layer.put(layer.first, *(tensor[:, :, : tokens - layer.first] for tensor in layer.tensors))
         copied = self._reservations[target]
         copied.filled, copied.least = tokens, self._reservations[source].least
         if self.layout.state_bytes:
@@ -258,7 +253,7 @@ class TransformersKVCache(KVBlocks):
         tokens, rows = target.shape[3], []
         for layer in self._layers_with_kv(handle, windowed):
             held = slice(first - layer.first, first - layer.first + tokens)
-            rows += [tensor[0, :, held].transpose(0, 1).reshape(tokens, -1) for tensor in (layer.keys, layer.values)]
+            rows += [tensor[0, :, held].transpose(0, 1).reshape(tokens, -1) for tensor in layer.tensors]
         numbers = torch.cat([row.contiguous().view(torch.uint8) for row in rows], dim=1).cpu().numpy()
         target[...] = numbers.reshape(tokens, *target.shape[:3], -1).transpose(1, 2, 3, 0, 4)
 
@@ -267,11 +262,10 @@ class TransformersKVCache(KVBlocks):
         if not source.size:
             return
         rows = torch.from_numpy(np.ascontiguousarray(source.transpose(3, 0, 1, 2, 4)).reshape(source.shape[3], -1))
-        layers = self._layers_with_kv(handle, windowed)
-        examples = [layer.kv for layer in self._layers if layer.has_kv and (layer.window is not None) == windowed]
-        parts = torch.split(rows, [example.nbytes for kv in examples for example in kv], dim=1)
-        for layer, kv, keys, values in zip(layers, examples, parts[::2], parts[1::2], strict=True):
-            layer.put(first, _tensor_of(keys, kv[0]), _tensor_of(values, kv[1]))
+        examples = [layer.kv for layer in self._own if layer.has_kv and (layer.window is not None) == windowed]
+        parts = iter(torch.split(rows, [example.nbytes for kv in examples for example in kv], dim=1))
+        for layer, kv in zip(self._layers_with_kv(handle, windowed), examples, strict=True):
+            layer.put(first, *(_tensor_of(next(parts), example) for example in kv))
 
     def state_out(self, handle: int, tokens: int) -> bytes:
         states = self._states(handle, tokens) if self.layout.state_bytes else None
@@ -287,8 +281,8 @@ class TransformersKVCache(KVBlocks):
         self._continue(handle, tokens, tuple(states))
 
     def _layers_with_kv(self, handle: int, windowed: bool) -> list[ReservedLayer]:
-        layers = self.cache(handle).layers
-        return [layer for layer in layers if isinstance(layer, ReservedLayer) and isinstance(layer, WindowLayer) == windowed]
+        own = self.cache(handle).own
+        return [layer for layer in own if isinstance(layer, ReservedLayer) and isinstance(layer, WindowLayer) == windowed]
 
     def _continue(self, handle: int, tokens: int, states: States) -> None:
         """Makes these the states after the first `tokens` of a sequence."""

@@ -14,7 +14,10 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DummyLayer,
+    DynamicIndexedLayer,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
@@ -23,6 +26,12 @@ from storage.checkpoints.decoder_families import UnsupportedConfig
 
 GOING_BACK: Final = 128
 _SPARE: Final = 128  # tokens of memory besides: a layer drops its first tokens once for so many new ones
+
+# transformers' cache of a layer, of those that `LayerMemory.layer` has a counterpart of.
+_KINDS: Final = (
+    DummyLayer, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)  # fmt: skip
 
 States = tuple[torch.Tensor, ...]
 """Copies of a sequence's recurrent states in all layers. They are never changed."""
@@ -53,6 +62,11 @@ class ReservedLayer(DynamicLayer):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.put(self.length, key_states, value_states)
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is kept of tokens, each [1, heads, tokens, size]. Empty before the first token."""
+        return [self.keys, self.values] if self.is_initialized else []
 
     def put(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Writes the KV of tokens from `first` on [1, heads, tokens, head size], the last that it holds then."""
@@ -126,6 +140,39 @@ class WindowLayer(ReservedLayer):
         return before + query_length, self.length - before
 
 
+class IndexedLayer(ReservedLayer):
+    """KV of one layer with sparse attention, and the keys [1, 1, tokens, size] by which its indexer chooses tokens."""
+
+    indexer_keys: torch.Tensor | None = None
+    position = 0  # tokens that were held before those that the modules get now
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [*super().tensors, *([] if self.indexer_keys is None else [self.indexer_keys])]
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """Adds the keys of new tokens [1, tokens, size] and returns all. It is called before `update` or after it."""
+        if self.indexer_keys is None:
+            self.indexer_keys = self._allocate(indexer_key_states[:, None])
+        end = self.position + indexer_key_states.shape[1]
+        self.indexer_keys[:, 0, self.position : end] = indexer_key_states
+        return self.indexer_keys[:, 0, :end]
+
+    def put(self, first: int, keys: torch.Tensor, values: torch.Tensor, *indexer_keys: torch.Tensor) -> None:
+        super().put(first, keys, values)
+        for new in indexer_keys:
+            if self.indexer_keys is None:
+                self.indexer_keys = self._allocate(new)
+            self.indexer_keys[:, :, first : self.length] = new
+
+    def resize(self, tokens: int) -> None:
+        super().resize(tokens)
+        if (old := self.indexer_keys) is not None:
+            held = min(self.length, tokens)
+            self.indexer_keys = self._allocate(old)
+            self.indexer_keys[:, :, :held] = old[:, :, :held]
+
+
 class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
     """Recurrent states of one layer and one sequence, such as the tail of a convolution and the matrix of a delta rule."""
 
@@ -197,7 +244,9 @@ class StateAndReservedLayer(StateLayer, ReservedLayer):
 class LayerMemory:
     """What one layer keeps of a sequence."""
 
+    is_own: bool = True  # of this stage; others keep nothing, and are there for masks and positions
     has_kv: bool = False
+    has_indexer: bool = False  # its sparse attention keeps keys of an indexer, too
     window: int | None = None  # of its attention, in tokens; None: it attends to all
     number_of_states: int = 0  # sets of recurrent states; 0: it is not recurrent
     # Measured with one token, because model families differ.
@@ -206,19 +255,28 @@ class LayerMemory:
     states: States = ()  # examples of the recurrent states
 
     @classmethod
-    def of(cls, layer: Any) -> Self:
-        """What a layer of transformers' own cache keeps, not measured yet."""
+    def of(cls, layer: Any, is_own: bool = True) -> Self:
+        """What a layer of transformers' own cache keeps, not measured yet. Raises UnsupportedConfig for unknown ones."""
+        if type(layer) not in _KINDS:
+            raise UnsupportedConfig(f"a layer keeps a {type(layer).__name__}, which stages do not")
         return cls(
+            is_own,
             isinstance(layer, CacheLayerMixin),
+            isinstance(layer, DynamicIndexedLayer),
             getattr(layer, "sliding_window", None),
             layer.number_of_states if isinstance(layer, LinearAttentionCacheLayerMixin) else 0,
         )
 
     def measured(self, layer: Any) -> "LayerMemory":
-        """With the sizes that a layer, which `layer` returned, has after its first token."""
+        """With the sizes that a layer, which `layer` returned, has after its first token.
+
+        Raises UnsupportedConfig if the model's modules do not use the cache.
+        """
+        if self.is_own and self.has_kv and not layer.tensors:
+            raise UnsupportedConfig("transformers' modules of this model keep no KV")
         return replace(
             self,
-            kv=(layer.keys[:, :, :1], layer.values[:, :, :1]) if self.has_kv else (),
+            kv=tuple(tensor[:, :, :1] for tensor in layer.tensors) if self.has_kv else (),
             places=tuple(layer.places) if self.number_of_states else (),
             states=tuple(layer.states) if self.number_of_states else (),
         )
@@ -230,6 +288,8 @@ class LayerMemory:
 
     def layer(self, tokens: int) -> Any:
         """A layer for a sequence of so many tokens."""
+        if self.has_indexer:
+            return IndexedLayer(tokens)
         if self.number_of_states and self.has_kv:
             return StateAndReservedLayer(tokens, self.number_of_states)
         if self.number_of_states:
@@ -247,14 +307,28 @@ def kept_tokens(window: int) -> int:
 class SequenceCache(Cache):  # type: ignore[misc]
     """All layers' memory of one sequence, as transformers' modules use it in a pass."""
 
-    def __init__(self, layers: list[Any]) -> None:
+    def __init__(self, memories: Sequence[LayerMemory], tokens: int) -> None:
+        """memories: of all layers of the model, in order. tokens: reserved."""
+        layers = [memory.layer(tokens) for memory in memories]
         super().__init__(layers=layers)
+        self.own = [layer for layer, memory in zip(layers, memories, strict=True) if memory.is_own]  # of this stage
         self.position = 0  # tokens of the sequence before those that the modules get now
-        self.recurrent = [layer for layer in layers if isinstance(layer, StateLayer)]
+        self.recurrent = [layer for layer in self.own if isinstance(layer, StateLayer)]
         # After which tokens of this pass the states are copied, and the copies of all layers so far.
         self.copied: dict[int, list[torch.Tensor]] = {}
         self.drafts_from: int | None = None  # the pass's tokens from this position on are draft tokens
         self.draft_inputs: dict[int, list[torch.Tensor]] = {}  # of each recurrent layer by its index, token by token
+
+    def go_to(self, position: int) -> None:
+        """Sets the tokens that the sequence has, in all layers."""
+        self.position = position
+        for layer in self.layers:
+            if isinstance(layer, ReservedLayer):
+                layer.length = position
+                if position == 0:
+                    layer.first = 0
+            if isinstance(layer, IndexedLayer):
+                layer.position = position
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """transformers' own asks a layer with attention, which this stage may not have."""

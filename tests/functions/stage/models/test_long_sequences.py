@@ -186,7 +186,7 @@ def test_a_failed_pass_of_transformers_drops_what_windows_no_longer_hold() -> No
     text = tokens_of(9, LENGTH)
     handle = group.kv.reserve(LENGTH)
     group.forward(np.array(text[:400]), [Segment(handle, 0, 400)])
-    layer = group._base.layers[4]  # type: ignore[attr-defined]
+    layer = group._slice.base.layers[4]  # type: ignore[attr-defined]
 
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no memory")

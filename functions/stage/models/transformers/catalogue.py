@@ -1,0 +1,45 @@
+"""The decoder-only text families of the installed transformers, and what runs each."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from storage.checkpoints.decoder_families import DECODER_FAMILIES
+from storage.checkpoints.families import NO_TEXT_DECODERS, REFUSED
+
+
+@dataclass(frozen=True, slots=True)
+class KnownFamily:
+    """A family of transformers, and how stages run it."""
+
+    model_type: str
+    runs: Literal["native", "generic", "refused"]
+    why: str | None = None  # the reason for a refusal
+
+
+def known_families() -> list[KnownFamily]:
+    """Every decoder-only text family of the installed transformers, by name.
+
+    native: layers in C, with transformers or torch for what these do not run. generic: transformers' modules. A model that
+    also sees or hears counts by its text part.
+    """
+    logging.set_verbosity_error()  # some classes' defaults do not please their own checks
+    return [_known(model_type) for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) if _is_text_decoder(model_type)]
+
+
+def _is_text_decoder(model_type: str) -> bool:
+    if model_type in NO_TEXT_DECODERS:
+        return False
+    config = CONFIG_MAPPING[model_type]()
+    return not config.is_encoder_decoder and config.get_text_config(decoder=True) is config
+
+
+def _known(model_type: str) -> KnownFamily:
+    if model_type in DECODER_FAMILIES:
+        return KnownFamily(model_type, "native")
+    if model_type in REFUSED:
+        return KnownFamily(model_type, "refused", REFUSED[model_type])
+    return KnownFamily(model_type, "generic")

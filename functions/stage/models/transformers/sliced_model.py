@@ -1,0 +1,200 @@
+"""The part of a transformers model that one stage runs, built by a rule that holds for any decoder.
+
+The causal model class is built from the whole model's config, so that each layer is what its number makes it. Then layers of
+other stages are taken away, and modules before and after the layers that this stage does not run are replaced. Hidden states
+enter at the stage's first layer and leave at its last one, whatever the model does around its layers.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from functions.stage.models.layer_group import MissingTensors
+from storage.checkpoints.families import EMBEDDING_MODULES, HEAD_MODULES, part_of
+from storage.errors import ArchitectureUnsupported
+
+
+class SlicedModel:
+    """Layers [first_layer, last_layer) of a causal model, with its embedding if they are the first and its head if the last."""
+
+    def __init__(self, model: PreTrainedModel, first_layer: int, num_layers: int) -> None:
+        """model: as `load` returns it."""
+        self.model = model
+        (layers,) = (module for module in model.modules() if isinstance(module, _OwnLayers))
+        # Not `base_model`, which some classes name wrongly.
+        self.base_name, self.base = next(
+            (name, child) for name, child in model.named_children() if any(module is layers for module in child.modules())
+        )
+        self._is_first, self._is_last = first_layer == 0, first_layer + len(layers) == num_layers
+        self._given = self._left = torch.empty(0)
+        if not self._is_first:
+            layers[0].register_forward_pre_hook(self._enter, with_kwargs=True)
+        if not self._is_last:
+            layers[-1].register_forward_hook(self._leave)
+
+    def __call__(self, inputs: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """Runs one sequence's token ids [length], or hidden states [length, hidden size] if the layers are not the first."""
+        self._given = inputs[None]
+        name = "input_ids" if self._is_first else "inputs_embeds"
+        # A copy, because some models scale embeddings in place.
+        output = self.base(**{name: self._given.clone()}, use_cache=True, **arguments)
+        result: torch.Tensor = (output.last_hidden_state if self._is_last else self._left)[0]
+        return result
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return ((self._given, *args[1:]), named) if args else (args, {**named, "hidden_states": self._given})
+
+    def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        self._left = output if isinstance(output, torch.Tensor) else output[0]
+
+
+class _OwnLayers(nn.ModuleList):
+    """The layers of a stage. They keep their numbers in the whole model, which name their tensors."""
+
+    def __init__(self, layers: Iterable[nn.Module], first_layer: int) -> None:
+        super().__init__()
+        for number, layer in enumerate(layers, first_layer):
+            self.add_module(str(number), layer)
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self)[index]
+
+
+class _Absent(nn.Module):
+    """Replaces a module of another stage. What it returns is used for its shape alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.empty(0)  # initialized by some models, whether it is loaded or not
+
+    def forward(self, *args: object, **named: object) -> torch.Tensor:
+        given = (each for each in (*args, *named.values()) if isinstance(each, torch.Tensor) and each.ndim > 2)
+        return next(given, torch.zeros(()))
+
+
+def load(
+    model_class: type[PreTrainedModel],
+    config: Any,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    first_layer: int,
+    last_layer: int,
+) -> PreTrainedModel:
+    """The model of transformers' class and the whole model's config, of which only layers [first_layer, last_layer) remain.
+
+    tensors: by checkpoint name; those of other stages are ignored. Raises MissingTensors if names or shapes differ from what
+    the config says, and ArchitectureUnsupported if the class has no list of as many layers.
+    """
+    num_layers: int = config.num_hidden_layers
+    is_first, is_last = first_layer == 0, last_layer == num_layers
+    config = copy.deepcopy(config)
+    own = {}
+    for name, tensor in tensors.items():
+        match part_of(name):
+            case int(number):
+                is_own = first_layer <= number < last_layer
+            case "embedding":
+                is_own = is_first
+            case "head":
+                is_own = is_last
+            case _:
+                is_own = True
+        if is_own:
+            own[name] = tensor
+    if getattr(config, "tie_word_embeddings", False) and not (is_first and is_last):
+        config.tie_word_embeddings = False
+        if is_last:
+            head, embedding = _tied_matrices(model_class, config)
+            own.setdefault(head, next(tensor for name, tensor in tensors.items() if embedding.endswith(name)))
+    logging.disable_progress_bar()
+    model, found = _sliced(model_class, first_layer, last_layer).from_pretrained(
+        None,
+        config=config,
+        state_dict=own,
+        dtype=dtype,
+        attn_implementation=attention_of(config),
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    for name, seen, expected in sorted(found["mismatched_keys"]):
+        raise MissingTensors(f"{config.model_type}: {name} is {list(seen)}, and the config makes it {list(expected)}")
+    for trouble in ("missing_keys", "unexpected_keys"):
+        if found[trouble]:
+            raise MissingTensors(f"{config.model_type}: {trouble.replace('_keys', '')} tensors: {sorted(found[trouble])[:8]}")
+    return model
+
+
+def _tied_matrices(model_class: type[PreTrainedModel], config: Any) -> tuple[str, str]:
+    """Names of the matrices of head and embedding, which some models share."""
+    with torch.device("meta"):
+        whole = model_class(config)
+    names = {module: name for name, module in whole.named_modules()}
+    return f"{names[whole.get_output_embeddings()]}.weight", f"{names[whole.get_input_embeddings()]}.weight"
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name under which a model's `forward` takes its cache, which transformers 5.24 renamed."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def attention_of(config: Any) -> str | None:
+    """The implementation of attention for a config, if transformers' own choice would compute something else."""
+    # SDPA has no soft cap on attention scores, and would silently drop it.
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else None
+
+
+def _sliced(model_class: type[PreTrainedModel], first_layer: int, last_layer: int) -> type[PreTrainedModel]:
+    """A subclass of the model class that has no modules of other stages, so that no memory is spent on them."""
+
+    def __init__(self: PreTrainedModel, config: Any) -> None:
+        model_class.__init__(self, config)
+        num_layers = config.num_hidden_layers
+        lists = (
+            (owner, name, child)
+            for owner in self.modules()
+            for name, child in owner.named_children()
+            if isinstance(child, nn.ModuleList) and len(child) == num_layers
+        )
+        owner, name, layers = next(lists, (None, "", ()))
+        if owner is None:
+            raise ArchitectureUnsupported(f"{config.model_type}: {model_class.__name__} has no list of {num_layers} layers")
+        setattr(owner, name, _OwnLayers(list(layers)[first_layer:last_layer], first_layer))
+        owner.config = _cut(config, first_layer, last_layer)
+        before = EMBEDDING_MODULES if first_layer > 0 else frozenset()
+        after = HEAD_MODULES if last_layer < num_layers else frozenset()
+        _take_away(self, before | after)
+
+    # transformers finds a family's checkpoint conversion by the name of the class.
+    return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
+
+
+def _take_away(module: nn.Module, names: frozenset[str]) -> None:
+    """Replaces the modules of these names that have parameters, except inside the layers."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, _OwnLayers):
+            continue
+        has_layers = any(isinstance(inner, _OwnLayers) for inner in child.modules())
+        if name in names and not has_layers and any(True for _ in child.parameters()):
+            setattr(module, name, _Absent())
+        elif name not in EMBEDDING_MODULES:  # which may have a norm
+            _take_away(child, names)
+
+
+def _cut(config: Any, first_layer: int, last_layer: int) -> Any:
+    """A copy of the config that describes the layers [first_layer, last_layer) alone, for the module that runs them in turn."""
+    cut, num_layers = copy.copy(config), config.num_hidden_layers
+    cut.num_hidden_layers = last_layer - first_layer
+    for name, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) == num_layers:
+            setattr(cut, name, value[first_layer:last_layer])
+    kinds = config.attribute_map.get("layer_types", "layer_types")
+    if isinstance(getattr(type(config), kinds, None), property):  # computed from the layers' numbers
+        types = getattr(config, kinds)[first_layer:last_layer]
+        cut.__class__ = type(type(config).__name__, (type(config),), {kinds: types})
+    return cut
