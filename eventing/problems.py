@@ -71,7 +71,7 @@ class UnknownEventType(Problem):
 
 
 class NotFound(Problem):
-    """404. There is no such file or batch, or it belongs to another API key. A retry does not help."""
+    """404. There is no such file or batch, or it belongs to another API key."""
 
     status, name, title = 404, "not-found", "There is no such object"
 

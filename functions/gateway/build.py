@@ -1,15 +1,11 @@
 """Builds a running scheduler from the configuration: sender, client of the stages, placement, watch."""
 
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from eventing.claim_check import ClaimCheck
 from eventing.http.delivery import Sender
 from eventing.http.pod_network import PodNetwork
 from functions.configuration.config import GatewayConfig
-from functions.gateway.jobs.batches import Batches
-from functions.gateway.jobs.events import BatchEvents
-from functions.gateway.jobs.files import Files, JobObjects
 from functions.gateway.scheduling.batching import SchedulerLimits
 from functions.gateway.scheduling.prefix_sharing import PrefixSharing
 from functions.gateway.scheduling.scheduler import Scheduler
@@ -20,27 +16,6 @@ from functions.gateway.stages.readiness import EarlyReadiness
 from functions.gateway.stages.routes import Placement
 from functions.observing.telemetry import make_tracer
 from functions.observing.tracing import Tracer
-from storage.store.payload_store import PayloadStore
-
-
-@dataclass(frozen=True, slots=True)
-class Jobs:
-    """Files and batches, and the events that begin batches and tell of their ends."""
-
-    batches: Batches
-    events: BatchEvents
-
-
-def configured_jobs(config: GatewayConfig) -> Jobs | None:
-    """Files and batches in the configured store; None: they are not served."""
-    if config.jobs_store is None:
-        return None
-    bucket, prefix = config.jobs_store
-    # By model: gateways of other models would answer that they do not serve this one.
-    objects = JobObjects(PayloadStore(replace(config.store, bucket=bucket)), f"{prefix}/{config.model}")
-    batches = Batches(objects, Files(objects))
-    claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
-    return Jobs(batches, BatchEvents(batches, claims, Sender(), f"/pipelines/{config.pipeline}/gateway", config.sink))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
 from functions.gateway.app import MAX_REQUEST_BYTES, client_limits, create_app, gateway_admission, stage_descriptions
-from functions.gateway.build import RunningScheduler, configured_jobs
+from functions.gateway.build import RunningScheduler
+from functions.gateway.jobs.configured import configured_jobs
 from functions.gateway.jobs.lines import LineAnswerer
 from functions.gateway.jobs.worker import BatchWorker
 from functions.gateway.page.pipeline_watch import Watched

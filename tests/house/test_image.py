@@ -12,7 +12,7 @@ from tests.support.house.rootfs import stages
 from tests.support.paths import ROOT
 
 OWN = ("storage", "eventing", "functions")
-COME_ALONG = {"werkzeug": "flask"}
+COME_ALONG = {"werkzeug": "flask", "huggingface_hub": "transformers", "safetensors": "transformers"}
 """Imported, and part of another requirement."""
 
 

@@ -79,7 +79,8 @@ def test_a_published_name_needs_no_list() -> None:
 @pytest.mark.parametrize(
     ("kinds", "dtype"),
     [
-        ((Kind.Q4_0,), "gguf"),
+        ((Kind.Q4_0,), "q4"),
+        ((Kind.Q4_1, Kind.Q4_0), "q4"),
         ((Kind.Q4_1, Kind.Q8_0), "gguf"),
         ((Kind.F16, Kind.Q8_0), "gguf"),
         ((Kind.F16, Kind.F16), "bfloat16"),
@@ -110,4 +111,4 @@ def test_run_uses_the_smallest_published_dtype_or_publishes_the_best(tmp_path: P
 def test_an_unquantized_checkpoint_stays_in_bfloat16(tmp_path: Path) -> None:
     tiny_models.whole_model("qwen2").save_pretrained(tmp_path)
     assert best_dtype(open_checkpoint(tmp_path)) == "bfloat16"
-    assert best_dtype(open_checkpoint(default_model_gguf())) == "gguf"
+    assert best_dtype(open_checkpoint(default_model_gguf())) == "q4"

@@ -27,7 +27,7 @@ def test_an_unservable_model_is_refused(command: str, tmp_path: Path, monkeypatc
     checkpoint = tmp_path / "odd"
     save_checkpoint(checkpoint)
     config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    (checkpoint / "config.json").write_text(json.dumps(config | {"hidden_act": "quick_gelu"}))
     spec = tmp_path / "pipeline.yaml"
     with EmbeddedStore(tmp_path / "store") as embedded:
         with monkeypatch.context() as older:
@@ -39,4 +39,4 @@ def test_an_unservable_model_is_refused(command: str, tmp_path: Path, monkeypatc
         options = ["--store-endpoint", embedded.settings.endpoint_url, "--store-bucket", embedded.settings.bucket]
         result = CliRunner().invoke(main, [command, str(spec), *options])
     assert result.exit_code == 1, result.output
-    assert "no stage would run it in int8: the lean layers do not run activation 'gelu'" in result.output
+    assert "no stage would run it in int8: the lean layers do not run activation 'quick_gelu'" in result.output

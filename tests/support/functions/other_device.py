@@ -91,7 +91,7 @@ def other_device(*groups: type[LayerGroup]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for group in groups:
-            for name in ("forward", "logits"):
+            for name in {"forward", "logits", "_measured"} & vars(group).keys():
                 # Without their `inference_mode`, in which a tensor like these has no views.
                 stack.enter_context(patch.object(group, name, inspect.unwrap(getattr(group, name))))
         # No mode sees how torch.tensor moves its result, so it is moved here.

@@ -36,7 +36,7 @@ CASES = [(kind, name) for kind, names in NAMES.items() for name in names]
 def on_the_device(kind: Kind, name: str, dtype: str = "float32") -> Iterator[list[LayerGroup]]:
     """The pipeline's groups, on a device that is not the CPU."""
     loaded: list[Any] = []
-    load = transformers_group._load
+    load = transformers_group.load
 
     def remember(*arguments: Any) -> Any:
         model = load(*arguments)
@@ -49,10 +49,10 @@ def on_the_device(kind: Kind, name: str, dtype: str = "float32") -> Iterator[lis
         return [build_layer_group(kind, config, *part, dtype, device.type, 2**20) for part in parts]
 
     # transformers loads checkpoints through tensors without data, which the fake device cannot have: load outside of it.
-    with patch.object(transformers_group, "_load", remember):
+    with patch.object(transformers_group, "load", remember):
         build(torch.device("cpu"))
     with (
-        patch.object(transformers_group, "_load", lambda *_: loaded.pop(0)),
+        patch.object(transformers_group, "load", lambda *_: loaded.pop(0)),
         other_device(LlamaGroup, transformers_group.TransformersGroup),
     ):
         yield build(DEVICE)

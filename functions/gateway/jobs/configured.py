@@ -1,0 +1,31 @@
+"""Files and batches as the configuration wants them."""
+
+from dataclasses import dataclass, replace
+
+from eventing.claim_check import ClaimCheck
+from eventing.http.delivery import Sender
+from functions.configuration.config import GatewayConfig
+from functions.gateway.jobs.batches import Batches
+from functions.gateway.jobs.events import BatchEvents
+from functions.gateway.jobs.files import Files, JobObjects
+from storage.store.payload_store import PayloadStore
+
+
+@dataclass(frozen=True, slots=True)
+class Jobs:
+    """Files and batches, and the events that begin batches and tell of their ends."""
+
+    batches: Batches
+    events: BatchEvents
+
+
+def configured_jobs(config: GatewayConfig) -> Jobs | None:
+    """Files and batches in the configured store; None: they are not served."""
+    if config.jobs_store is None:
+        return None
+    bucket, prefix = config.jobs_store
+    # By model: gateways of other models would answer that they do not serve this one.
+    objects = JobObjects(PayloadStore(replace(config.store, bucket=bucket)), f"{prefix}/{config.model}")
+    batches = Batches(objects, Files(objects))
+    claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
+    return Jobs(batches, BatchEvents(batches, claims, Sender(), f"/pipelines/{config.pipeline}/gateway", config.sink))
