@@ -82,9 +82,8 @@ def describe_by_transformers(config: Mapping[str, Any], model_type: str) -> Mode
             f"{model_type!r} also sees or hears: publish its language model alone, by push --text-only"
         )
     if missing or known.is_encoder_decoder:
-        raise ArchitectureUnsupported(
-            f"{model_type!r} is no decoder-only language model: its configuration lacks {missing or 'nothing but a decoder'}"
-        )
+        why = f"its configuration lacks {', '.join(missing)}" if missing else "it has an encoder"
+        raise ArchitectureUnsupported(f"model_type {model_type!r} is not supported: it is no decoder-only text model, {why}")
     # Falcon's num_kv_heads counts only in its newer layout; the older one has a flag.
     is_multi_query = getattr(known, "multi_query", False) and not getattr(known, "new_decoder_architecture", False)
     heads = known.num_attention_heads if has_attention else 1
