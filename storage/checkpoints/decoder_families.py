@@ -150,6 +150,11 @@ def _windows_of_qwen(values: Values) -> tuple[int | None, ...]:
     return _windows(values, lambda layer: layer >= first)
 
 
+def _scale_of_gemma(values: Values, *_: int) -> float:
+    scale: float = values.number("query_pre_attn_scalar") ** -0.5
+    return scale
+
+
 def _unrotated_in_smollm(values: Values) -> tuple[bool, ...]:
     given = values.get("no_rope_layers")
     if given is not None:
@@ -290,7 +295,7 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
         norms=EVERYWHERE,
         gain_plus_one=True,
         embedding_scale=_root_of_size,
-        scale=lambda values, *_: values.number("query_pre_attn_scalar") ** -0.5,
+        scale=_scale_of_gemma,
         attention_soft_cap="attn_logit_softcapping",
         logit_soft_cap="final_logit_softcapping",
         windows=lambda values: _windows(values, lambda layer: layer % 2 == 0),
@@ -315,7 +320,7 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
         gain_plus_one=True,
         qk_norm=True,
         embedding_scale=_root_of_size,
-        scale=lambda values, *_: values.number("query_pre_attn_scalar") ** -0.5,
+        scale=_scale_of_gemma,
         logit_soft_cap="final_logit_softcapping",
         attention_soft_cap="attn_logit_softcapping",
         windows=_windows_by_pattern,

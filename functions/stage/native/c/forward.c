@@ -48,6 +48,12 @@ typedef struct {
     int64_t units, unit_outs;
 } Pieces;
 
+/* Thread `number` of `threads`, with its part of a workspace. */
+static Worker worker_of(const Workspace *at, int64_t threads, int64_t number)
+{
+    return (Worker){number, threads, at->counters, at->scratch + number * at->scratch_bytes};
+}
+
 static Pieces pieces_of(int64_t rows, const Matrix *matrix, int64_t matrices)
 {
     Pieces pieces;
@@ -306,7 +312,7 @@ static void forward_layers(void *argument, int64_t number)
 {
     const Forward *forward = argument;
     const Workspace *at = &forward->at;
-    const Worker worker = {number, forward->threads, at->counters, at->scratch + number * at->scratch_bytes};
+    const Worker worker = worker_of(at, forward->threads, number);
     int64_t phase = 0; /* the layer's first */
     for (int64_t i = 0; i < forward->group->num_layers; i++, phase += PHASES) {
         const Layer *layer = (const Layer *)forward->group->layers.data + i;
@@ -380,7 +386,7 @@ typedef struct {
 static void run_share_of_product(void *argument, int64_t number)
 {
     const ProductRun *run = argument;
-    const Worker worker = {number, run->threads, run->at.counters, run->at.scratch + number * run->at.scratch_bytes};
+    const Worker worker = worker_of(&run->at, run->threads, number);
     run_product(&run->task, &run->at, &worker, 0);
 }
 
@@ -407,7 +413,7 @@ typedef struct {
 static void run_share_of_draws(void *argument, int64_t number)
 {
     const DrawRun *run = argument;
-    const Worker worker = {number, run->threads, run->at.counters, run->at.scratch + number * run->at.scratch_bytes};
+    const Worker worker = worker_of(&run->at, run->threads, number);
     int64_t done = 0, piece;
     for (; (piece = take_piece(&worker, 0, run->count, 1)) >= 0; done++)
         run->draws[piece].token = lamina_chosen_level()->draw(&run->draws[piece], worker.scratch);
