@@ -109,9 +109,9 @@ def random_group(
     sizes = decoder_of(config)
     dice = np.random.default_rng(1)
     shapes = {
-        f"model.layers.{layer}.{name}": shape
-        for layer in range(sizes.num_layers)
-        for name, shape in layer_shapes(sizes).items()
+        f"{sizes.names.layers}.{number}.{name}": shape
+        for number, layer in enumerate(sizes.layers)
+        for name, shape in layer_shapes(sizes, layer).items()
     }
     sources: dict[str, SourceTensor] = {}
     for name, shape in (shapes | outer_shapes(sizes)).items():

@@ -154,9 +154,9 @@ def full_name(model: Decoder, name: str) -> str:
     return name if name.startswith((f"{model.names.base}.", f"{model.names.head}.")) else f"{model.names.base}.{name}"
 
 
-def layer_shapes(model: Decoder) -> Shapes:
-    """Shapes of the tensors of one layer, by their names in a checkpoint without the prefix of the layer."""
-    layer, names, hidden = model.kinds[0], model.names, model.hidden_size
+def layer_shapes(model: Decoder, layer: Layer) -> Shapes:
+    """Shapes of the tensors of one of the model's layers, by their names in a checkpoint without the prefix of the layer."""
+    names, hidden = model.names, model.hidden_size
     attention, feed_forward = layer.attention, layer.feed_forward
     queries, keys = (heads * attention.head_dim for heads in (attention.num_heads, attention.num_kv_heads))
     shapes: Shapes = {}

@@ -71,9 +71,10 @@ def check_shapes(config: Mapping[str, Any], seen: Shapes, dtype: str) -> frozens
 
 
 def _check_by_description(model: Decoder, seen: Shapes) -> None:
-    layer = layer_shapes(model)
     expected = outer_shapes(model) | {
-        f"{model.names.layers}.{number}.{name}": shape for number in range(model.num_layers) for name, shape in layer.items()
+        f"{model.names.layers}.{number}.{name}": shape
+        for number, layer in enumerate(model.layers)
+        for name, shape in layer_shapes(model, layer).items()
     }
     names = {full_name(model, name): name for name in seen}
     for name, given in names.items():

@@ -54,8 +54,8 @@ def test_tensors_are_those_of_the_model(config: dict[str, Any]) -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     described = decoder_of(config)
     ours = outer_shapes(described)
-    for layer in range(described.num_layers):
-        ours |= {f"{described.names.layers}.{layer}.{name}": shape for name, shape in layer_shapes(described).items()}
+    for number, layer in enumerate(described.layers):
+        ours |= {f"{described.names.layers}.{number}.{name}": shape for name, shape in layer_shapes(described, layer).items()}
     saved = revert_weight_conversion(model, model.state_dict())
     assert ours == {name: tuple(tensor.shape) for name, tensor in saved.items()}
 

@@ -143,12 +143,15 @@ def check_shapes(model: Decoder, seen: Shapes, in_four_bits: Collection[str] = (
     in_four_bits: names of packed q4 tensors. Raises WrongShape, and MissingTensors for a tensor that a model with this config
     does not have: it must not be ignored.
     """
-    of_layers, of_others = _with_scales(layer_shapes(model)), _with_scales(outer_shapes(model))
+    of_others = _with_scales(outer_shapes(model))
+    of_kinds = [_with_scales(layer_shapes(model, layer)) for layer in model.kinds]
     in_layers = _layer_pattern(model)
     for name, shape in seen.items():
         found = in_layers.match(name)
-        in_layer = found is not None and int(found[1]) < model.num_layers
-        expected = of_layers.get(name[found.end() :]) if found and in_layer else of_others.get(name)
+        if found and int(found[1]) < model.num_layers:
+            expected = of_kinds[model.order[int(found[1])]].get(name[found.end() :])
+        else:
+            expected = of_others.get(name)
         if expected is None:
             raise MissingTensors(f"the config has no place for {name} {list(shape)}")
         if name in in_four_bits:

@@ -112,10 +112,9 @@ class NativeGroup:
         names = self._model.names
         for layer in layers_in(self._model, tensors):
             if self.first_layer <= layer < self.last_layer:
-                weights = NativeWeights(
-                    tensors, f"{names.layers}.{layer}.", self._dtype, layer_shapes(self._model), transposed=names.transposed
-                )
                 own, slot = self._model.layers[layer], layer - self.first_layer
+                shapes = layer_shapes(self._model, own)
+                weights = NativeWeights(tensors, f"{names.layers}.{layer}.", self._dtype, shapes, transposed=names.transposed)
                 matrices, norms, numbers = take_layer(self._model, own, weights)
                 numbers |= self._rotations.numbers(own.attention.rope)
                 numbers["window"] = own.attention.window or 0

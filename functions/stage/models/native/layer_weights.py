@@ -28,7 +28,7 @@ def take_layer(
         "qkv": _qkv(model, weights),
         "out": weights.matrix(names.out, attention.out_bias),
         "down": weights.matrix(names.down, feed_forward.biased),
-        **_inner(model, weights),
+        **_inner(model, layer, weights),
     }
     norms: dict[str, NormArrays] = {}
     taken: dict[str, NormArrays] = {}  # parallel layers may have one norm before both parts
@@ -106,8 +106,8 @@ def _qkv(model: Decoder, weights: NativeWeights) -> MatrixArrays:
     return stacked(of_one_kind(matrices))
 
 
-def _inner(model: Decoder, weights: NativeWeights) -> dict[str, MatrixArrays]:
-    names, feed_forward = model.names, model.kinds[0].feed_forward
+def _inner(model: Decoder, layer: Layer, weights: NativeWeights) -> dict[str, MatrixArrays]:
+    names, feed_forward = model.names, layer.feed_forward
     if not feed_forward.gated:
         return {"up": weights.matrix(names.up, feed_forward.biased)}
     if names.gate == names.up:

@@ -50,9 +50,9 @@ def plain(name: str, dtype: Dtype) -> dict[str, RawTensor]:
     """The same numbers in float32."""
     stored, model = published(name, dtype), decoder_of(tiny_models.tiny_config(name))
     shapes = outer_shapes(model) | {
-        f"{model.names.layers}.{layer}.{key}": shape
-        for layer in range(model.num_layers)
-        for key, shape in layer_shapes(model).items()
+        f"{model.names.layers}.{number}.{key}": shape
+        for number, layer in enumerate(model.layers)
+        for key, shape in layer_shapes(model, layer).items()
     }
     wide = {}
     for key, raw in stored.items():
