@@ -1,7 +1,9 @@
 """Builds a running scheduler from the configuration: sender, client of the stages, placement, watch."""
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from eventing.http.delivery import Sender
 from eventing.http.pod_network import PodNetwork
@@ -10,8 +12,8 @@ from functions.gateway.scheduling.batching import SchedulerLimits
 from functions.gateway.scheduling.prefix_sharing import PrefixSharing
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.stages.client import PipelineIdentity, StageClient
-from functions.gateway.stages.endpoint_slices import KubernetesAPI
 from functions.gateway.stages.endpoints import EndpointsWatch, service_name
+from functions.gateway.stages.kubernetes_api import KubernetesAPI
 from functions.gateway.stages.readiness import EarlyReadiness
 from functions.gateway.stages.routes import Placement
 from functions.observing.telemetry import make_tracer
@@ -22,30 +24,49 @@ from functions.observing.tracing import Tracer
 class RunningScheduler:
     scheduler: Scheduler
     tracer: Tracer
+    services: Sequence[str]  # names of the stages' Services
     _sender: Sender
     _watch: EndpointsWatch | None
     _readiness: EarlyReadiness
+    _owns_watch: bool
 
     def refused_addresses(self, stage: int) -> int:
         """Number of addresses of this stage's instances that are not used, because they are outside of the pod network.
 
         Always 0 without a watch of EndpointSlices.
         """
-        return 0 if self._watch is None else self._watch.refused(stage)
+        return 0 if self._watch is None else self._watch.refused(self.services[stage])
 
     def close(self) -> None:
         """Stops the watch, ends all sequences, closes the connections to the stages and exports the remaining traces."""
         if self._watch is not None:
-            self._watch.stop()
+            for service in self.services:
+                self._watch.unfollow(service)
+            if self._owns_watch:
+                self._watch.stop()
         self._readiness.stop()
         self.scheduler.close()
         self._sender.close()
         self.tracer.close()
 
 
-def start_scheduler(config: GatewayConfig) -> RunningScheduler:
+def endpoints_watch(config: GatewayConfig, services: Sequence[str] | None) -> EndpointsWatch | None:
+    """A started watch of the EndpointSlices of these Services, None: of all in the namespace.
+
+    Returns None if no Kubernetes API is configured. Raises ConfigError for TLS files that cannot be used.
+    """
+    if config.kubernetes_api is None:
+        return None
+    pods = PodNetwork(config.pod_network, config.pod_port, secure=config.tls.load() is not None)
+    watch = EndpointsWatch(KubernetesAPI(config.kubernetes_api, config.namespace), pods, services)
+    watch.start()
+    return watch
+
+
+def start_scheduler(config: GatewayConfig, shared: EndpointsWatch | None = None) -> RunningScheduler:
     """Starts a scheduler over the configured stages. It sends them nothing before the first sequence or `wake`.
 
+    shared: a watch that other schedulers use, too; None: it gets one of its own.
     Raises ConfigError for TLS files that cannot be used.
     """
     identity = PipelineIdentity(
@@ -59,6 +80,7 @@ def start_scheduler(config: GatewayConfig) -> RunningScheduler:
     sender = Sender(tls=tls)
     client = StageClient(sender, identity, config.step_timeout_seconds, tracer, pods_only=tls is not None)
     urls = [url for _, url in config.stages]
+    services = config.stage_services or [service_name(url) for url in urls]
     limits = SchedulerLimits(
         queue_limit=config.queue_limit,
         chunk_tokens=config.chunk_tokens,
@@ -70,11 +92,8 @@ def start_scheduler(config: GatewayConfig) -> RunningScheduler:
     placement = Placement(urls, watched=config.kubernetes_api is not None, pods_only=tls is not None)
     scheduler = Scheduler(client, placement, limits, PrefixSharing(config.pipeline, config.sharing))
     readiness = EarlyReadiness(scheduler.endpoints_changed, tls)
-    watch = None
-    if config.kubernetes_api is not None:
-        api = KubernetesAPI(config.kubernetes_api, config.namespace)
-        pods = PodNetwork(config.pod_network, config.pod_port, secure=tls is not None)
-        services = config.stage_services or [service_name(url) for url in urls]
-        watch = EndpointsWatch(api, services, pods, readiness.endpoints_changed)
-        watch.start()
-    return RunningScheduler(scheduler, tracer, sender, watch, readiness)
+    watch = shared or endpoints_watch(config, services)
+    if watch is not None:
+        for stage, service in enumerate(services):
+            watch.follow(service, partial(readiness.endpoints_changed, stage))
+    return RunningScheduler(scheduler, tracer, services, sender, watch, readiness, shared is None)

@@ -1,41 +1,19 @@
-"""Watches the ready instances of each stage, in the EndpointSlices of its private Services.
-
-Lists, then watches from the list's resourceVersion, lists again on 410, and reconnects with back-off.
-"""
+"""Watches the instances of stages, in the EndpointSlices of their private Services: one watch for all stages."""
 
 import logging
-import random
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 from urllib.parse import urlsplit
 
-import urllib3
-
 from eventing.http.pod_network import PodNetwork
-from functions.gateway.stages.endpoint_slices import (
-    CONNECT_SECONDS,
-    GONE,
-    REVISION_LABEL,
-    Expired,
-    KubernetesAPI,
-    KubernetesError,
-    Port,
-    Slice,
-    WatchEvent,
-    lines_of,
-    read_event,
-    read_slice,
-    read_status,
-)
-from functions.gateway.stages.readiness import OnChange
+from functions.gateway.stages.endpoint_slices import PRIVATE, REVISION_LABEL, SERVICE_LABEL, Port, Slice
+from functions.gateway.stages.kubernetes_api import KubernetesAPI, ObjectWatch
 from functions.gateway.stages.routes import Endpoint
 
 _log = logging.getLogger(__name__)
 
-_FIRST_PAUSE_SECONDS: Final = 0.1
-_LONGEST_PAUSE_SECONDS: Final = 10.0
+OnEndpoints = Callable[[Sequence[Endpoint] | None], None]  # all endpoints of a Service after a change; None: unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,124 +70,99 @@ def _port(ports: Sequence[Port], pods: PodNetwork) -> int | None:
 
 
 class EndpointsWatch:
-    """Watches every stage's EndpointSlices and reports changes of its instances to `on_change`, in one thread per stage."""
+    """Watches EndpointSlices of a namespace and reports changes of Services' instances. Thread-safe."""
 
-    def __init__(self, api: KubernetesAPI, services: Sequence[str], pods: PodNetwork, on_change: OnChange) -> None:
-        """services: names of the stages' Knative Services."""
-        self._followers = [_Follower(api, stage, service, pods, on_change) for stage, service in enumerate(services)]
+    def __init__(self, api: KubernetesAPI, pods: PodNetwork, services: Sequence[str] | None = None) -> None:
+        """services: names of the Knative Services whose slices are asked for; None: all of the namespace.
 
-    def refused(self, stage: int) -> int:
-        """How many addresses of `stage` are ignored because they are outside of the pod network."""
-        return len(self._followers[stage].refused)
+        Only Services that are followed are reported.
+        """
+        self._pods = pods
+        self._lock = threading.Lock()  # held during reports, so that they come in the order of the changes
+        self._followed: dict[str, _Followed] = {}
+        self._by_service: dict[str, list[Slice]] = {}
+        self._listed = False
+        self._unknown = False
+        chosen = PRIVATE if services is None else f"{SERVICE_LABEL} in ({','.join(services)}),{PRIVATE}"
+        names = f"of {', '.join(services)}" if services is not None else "of all Services"
+        self._watch = ObjectWatch(api, chosen, Slice, f"the instances {names}", self._changed, self._lost)
+
+    def follow(self, service: str, on_change: OnEndpoints) -> None:
+        """Reports the Service's instances to `on_change`: at once if they are known, and after each change."""
+        with self._lock:
+            followed = self._followed[service] = _Followed(service, self._pods, on_change)
+            if self._unknown:
+                on_change(None)
+            elif self._listed:
+                followed.tell(self._by_service.get(service, ()))
+
+    def unfollow(self, service: str) -> None:
+        with self._lock:
+            self._followed.pop(service, None)
+
+    def pods_of(self, service: str) -> int:
+        """How many pods the Service has, those that start or terminate included."""
+        with self._lock:
+            return len(endpoints_of(self._by_service.get(service, ()), self._pods).endpoints)
+
+    def refused(self, service: str) -> int:
+        """How many addresses of the Service are ignored because they are outside of the pod network."""
+        with self._lock:
+            followed = self._followed.get(service)
+            return 0 if followed is None else len(followed.refused)
 
     def start(self) -> None:
-        for follower in self._followers:
-            follower.thread.start()
+        self._watch.start()
 
     def stop(self) -> None:
-        for follower in self._followers:
-            follower.stop()
-        for follower in self._followers:
-            follower.thread.join(CONNECT_SECONDS)
+        self._watch.stop()
+
+    def _changed(self, slices: Mapping[str, Slice], changed: Slice | None) -> None:
+        by_service: dict[str, list[Slice]] = {}
+        for each in slices.values():
+            by_service.setdefault(_service_of(each), []).append(each)
+        with self._lock:
+            self._by_service, self._listed, self._unknown = by_service, True, False
+            services = list(self._followed) if changed is None else [_service_of(changed)]
+            errors = []
+            for service in services:
+                if (followed := self._followed.get(service)) is not None:
+                    try:
+                        followed.tell(by_service.get(service, ()))
+                    except Exception as error:  # noqa: BLE001 - the others are told first
+                        errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _lost(self) -> None:
+        with self._lock:
+            self._unknown = True
+            for followed in self._followed.values():
+                followed.on_change(None)
 
 
-class _Follower:
-    """Lists and watches the EndpointSlices of one stage in a thread."""
+def _service_of(each: Slice) -> str:
+    return (each.metadata.labels or {}).get(SERVICE_LABEL, "")
 
-    def __init__(self, api: KubernetesAPI, stage: int, service: str, pods: PodNetwork, on_change: OnChange) -> None:
-        self._api = api
-        self._stage = stage
+
+class _Followed:
+    """A Service whose instances are reported."""
+
+    def __init__(self, service: str, pods: PodNetwork, on_change: OnEndpoints) -> None:
         self._service = service
         self._pods = pods
-        self._on_change = on_change
-        self._slices: dict[str, Slice] = {}
+        self.on_change = on_change
         self.refused: dict[str, str] = {}
         self._falls_back = False  # all addresses are refused, so requests go to the Service URL
-        self._resource_version = ""
-        self._has_listed = False  # if it has, its endpoints are kept while the API is unavailable
-        self._stopped = threading.Event()
-        self._stream: urllib3.BaseHTTPResponse | None = None
-        self.thread = threading.Thread(target=self._run, name=f"endpoints-{service}", daemon=True)
 
-    def stop(self) -> None:
-        self._stopped.set()
-        stream = self._stream
-        if stream is not None:
-            stream.shutdown()
-
-    def _run(self) -> None:
-        """The thread's loop. It survives all errors: otherwise the gateway would go on sending to instances that are gone."""
-        pause = _FIRST_PAUSE_SECONDS
-        while not self._stopped.is_set():
-            try:
-                if not self._resource_version:
-                    self._list()
-                self._follow()
-                pause = _FIRST_PAUSE_SECONDS
-                self._stopped.wait(_FIRST_PAUSE_SECONDS)
-                continue
-            except Expired:
-                self._resource_version = ""
-            except Exception as error:  # noqa: BLE001 - errors of `on_change` too must not end the thread
-                if self._stopped.is_set():
-                    return
-                self._failed(error)
-            self._stopped.wait(pause * random.uniform(0.75, 1.25))
-            pause = min(_LONGEST_PAUSE_SECONDS, 2 * pause)
-
-    def _failed(self, error: Exception) -> None:
-        expected = isinstance(error, KubernetesError | urllib3.exceptions.HTTPError | OSError | ValueError)
-        _log.warning(
-            "watching the instances of %s failed, trying again: %s", self._service, error, exc_info=None if expected else error
-        )
-        self._resource_version = ""
-        if not self._has_listed or (isinstance(error, KubernetesError) and error.without_right):
-            try:
-                self._on_change(self._stage, None)
-            except Exception:  # noqa: BLE001 - must not end the thread
-                _log.exception("the scheduler could not be told that the instances of %s are unknown", self._service)
-
-    def _list(self) -> None:
-        found = self._api.list(self._service)
-        self._slices = {each.metadata.name: each for each in found.items}
-        self._resource_version = found.metadata.resource_version
-        self._has_listed = True
-        self._tell()
-
-    def _follow(self) -> None:
-        """Watches and applies changes until the server ends the watch."""
-        stream = self._api.watch(self._service, self._resource_version)
-        self._stream = stream
-        try:
-            lines = lines_of(stream)
-            while not self._stopped.is_set() and (line := next(lines, None)) is not None:
-                self._apply(read_event(line))
-        finally:
-            self._stream = None
-            stream.close()
-
-    def _apply(self, event: WatchEvent) -> None:
-        if event.type == "ERROR":
-            status = read_status(event.object)
-            raise Expired if status.code == GONE else KubernetesError(status.code, status.message)
-        each = read_slice(event.object)
-        self._resource_version = each.metadata.resource_version or self._resource_version
-        if event.type == "BOOKMARK":
-            return
-        if event.type == "DELETED":
-            self._slices.pop(each.metadata.name, None)
-        else:
-            self._slices[each.metadata.name] = each
-        self._tell()
-
-    def _tell(self) -> None:
-        found = endpoints_of(self._slices.values(), self._pods)
+    def tell(self, slices: Iterable[Slice]) -> None:
+        found = endpoints_of(slices, self._pods)
         for host in found.refused.keys() - self.refused.keys():
             _log.warning("%s is ignored: it is not in the pod network, %s", found.refused[host], self._pods)
         self.refused = found.refused
         fell_back, self._falls_back = self._falls_back, bool(found.refused) and not found.endpoints
         if not self._falls_back:
-            self._on_change(self._stage, found.endpoints)
+            self.on_change(found.endpoints)
         elif not fell_back:
             _log.error(
                 "no instance of %s is in the pod network, %s: requests %s; set gateway.pod_network to the pods' network",
@@ -219,5 +172,5 @@ class _Follower:
                 if self._pods.secure
                 else "go to its Service URL, which is slower and spreads them badly",
             )
-            self._on_change(self._stage, ())
-            self._on_change(self._stage, None)
+            self.on_change(())
+            self.on_change(None)

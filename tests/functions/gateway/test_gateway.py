@@ -116,7 +116,9 @@ def test_a_wrong_pod_network_is_no_outage(published: Published, stage_urls: list
     address = {"addresses": ["192.168.3.4"], "conditions": {"ready": True}}
     port = {"name": "http", "port": 8012}
     with WatchServer() as api:
-        api.put({"metadata": {"name": "slice", "labels": {}}, "ports": [port], "endpoints": [address]})
+        for stage in range(len(CUT)):
+            labels = {"serving.knative.dev/service": f"s{stage}"}
+            api.put({"metadata": {"name": f"slice-{stage}", "labels": labels}, "ports": [port], "endpoints": [address]})
         watch = {"LAMINA_KUBERNETES_API": api.url, "LAMINA_POD_NETWORK": "10.0.0.0/8"}
         names = {"LAMINA_STAGE_SERVICES": ",".join(f"s{k}" for k in range(len(CUT)))}
         with FunctionProcess(gateway_environment(published, stage_urls, **watch, **names)) as gateway:

@@ -1,6 +1,7 @@
 """A server that lists and watches objects as the Kubernetes API does: versions, JSON lines, bookmarks, 410."""
 
 import json
+import re
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import SimpleQueue
 from threading import Lock, Thread
@@ -134,8 +135,8 @@ class WatchServer:
 def _selected(obj: dict[str, Any], query: dict[str, list[str]]) -> bool:
     """Compares only labels that the object has; one without labels is in every collection."""
     labels = obj.get("metadata", {}).get("labels", {})
-    wanted = dict(term.split("=") for term in query["labelSelector"][0].split(","))
-    return all(labels.get(name, value) == value for name, value in wanted.items())
+    terms = re.findall(r"([^ ,=]+)(?:=| in \()([^)=]*?)(?:\)|$|,(?=[^,]*[=(]))", query["labelSelector"][0])
+    return all(name not in labels or labels[name] in values.split(",") for name, values in terms)
 
 
 def _send(request: BaseHTTPRequestHandler, status: int, body: bytes) -> None:

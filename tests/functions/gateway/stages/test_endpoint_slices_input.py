@@ -11,22 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventing.http.pod_network import PodNetwork
-from functions.gateway.stages import endpoint_slices
-from functions.gateway.stages.endpoint_slices import (
+from functions.gateway.stages import kubernetes_api
+from functions.gateway.stages.endpoint_slices import Slice
+from functions.gateway.stages.endpoints import endpoints_of
+from functions.gateway.stages.kubernetes_api import (
     KubernetesError,
-    Slice,
+    ObjectList,
     Unreadable,
     lines_of,
     read_event,
-    read_list,
-    read_slice,
     read_status,
+    reader,
 )
-from functions.gateway.stages.endpoints import endpoints_of
 from tests.support.steps import lines
 
 PODS = PodNetwork((ipaddress.ip_network("10.1.0.0/16"), ipaddress.ip_network("fd00::/8")), 8012)
-READERS: tuple[Callable[[bytes], object], ...] = (read_list, read_event, read_slice, read_status)
+READERS: tuple[Callable[[bytes], object], ...] = (reader(ObjectList[Slice]), read_event, reader(Slice), read_status)
 HOSTS = st.sampled_from(["10.1.0.5", "10.1.0.5/16", "fd00::1", "fd00::1%eth0", "", "a.example", "010.1.0.5", "10.1.0.5\n"])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**65), 2**65) | st.floats(allow_nan=False) | st.text(max_size=8) | HOSTS,
@@ -64,8 +64,8 @@ def read(reader: Callable[[bytes], object], data: bytes) -> object:
 
 @given(DOCUMENTS)
 def test_any_document(document: Any) -> None:
-    for reader in READERS:
-        found = read(reader, json.dumps(document).encode())
+    for read_one in READERS:
+        found = read(read_one, json.dumps(document).encode())
         if isinstance(found, Slice):
             for endpoint in endpoints_of([found], PODS).endpoints:
                 assert endpoint.url in ("http://10.1.0.5:8012", "http://[fd00::1]:8012"), "what may be followed"
@@ -76,8 +76,8 @@ def test_any_document(document: Any) -> None:
     | st.sampled_from([b"[" * 100_000, b'{"metadata":' * 100_000, b'{"metadata":{"labels":{"a":"\xff"}}}'])
 )
 def test_any_bytes(data: bytes) -> None:
-    for reader in READERS:
-        read(reader, data)
+    for read_one in READERS:
+        read(read_one, data)
 
 
 class Stream:
@@ -120,7 +120,7 @@ def test_a_line_that_comes_in_crumbs_is_put_together_once() -> None:
 
 
 def test_a_line_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint_slices, "_MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(kubernetes_api, "_MAX_LINE_BYTES", 1000)
     assert read_lines([b"x" * 999, b"x\n"]) == [b"x" * 1000]
     with pytest.raises(KubernetesError, match="a line of more than 1000 bytes"):
         read_lines([b"x" * 999, b"xx", b"\n"])

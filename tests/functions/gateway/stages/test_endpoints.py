@@ -11,9 +11,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from eventing.http.pod_network import PodNetwork
-from functions.gateway.stages.endpoint_slices import SILENCE_SECONDS, WATCH_SECONDS, KubernetesAPI
-from functions.gateway.stages.endpoints import EndpointsWatch, service_name
-from functions.gateway.stages.readiness import OnChange
+from functions.gateway.stages.endpoints import EndpointsWatch, OnEndpoints, service_name
+from functions.gateway.stages.kubernetes_api import SILENCE_SECONDS, WATCH_SECONDS, KubernetesAPI
 from functions.gateway.stages.routes import Endpoint
 from tests.support.functions.gateway import wait_until
 from tests.support.knative.kubernetes_watch import WatchServer
@@ -27,11 +26,13 @@ def slice_of(
     *addresses: tuple[str, dict[str, bool | None]],
     revision: str = "stage-0-00001",
     ports: list[tuple[str | None, int]] | None = None,
+    service: str = "stage-0",
 ) -> dict[str, Any]:
+    labels = {"serving.knative.dev/service": service, "serving.knative.dev/revision": revision}
     return {
         "kind": "EndpointSlice",
         "addressType": "IPv4",
-        "metadata": {"name": name, "labels": {"serving.knative.dev/revision": revision}},
+        "metadata": {"name": name, "labels": labels},
         "ports": [{"name": name, "port": port, "protocol": "TCP"} for name, port in ports or KNATIVE_PORTS],
         "endpoints": [{"addresses": [address], "conditions": conditions} for address, conditions in addresses],
     }
@@ -44,7 +45,7 @@ FIRST_READY, SECOND_READY = ("10.1.0.5", READY), ("10.1.0.6", READY)
 
 
 class Told:
-    """Reports of the watch about stage 0, newest last."""
+    """Reports of the watch about one stage, newest last."""
 
     watch: EndpointsWatch
 
@@ -52,8 +53,7 @@ class Told:
         self.all: list[list[Endpoint]] = []
         self.unknown = 0
 
-    def __call__(self, stage: int, endpoints: Any) -> None:
-        assert stage == 0
+    def __call__(self, endpoints: Any) -> None:
         if endpoints is None:
             self.unknown += 1
             return
@@ -65,11 +65,13 @@ class Told:
 
 @contextmanager
 def watching(
-    server: WatchServer, pods: PodNetwork = PODS, on_change: OnChange | None = None, **seconds: float
+    server: WatchServer, pods: PodNetwork = PODS, on_change: OnEndpoints | None = None, **seconds: float
 ) -> Iterator[Told]:
     """on_change: instead of what it yields, which has its `watch`. seconds: of the watch."""
     told = Told()
-    told.watch = EndpointsWatch(KubernetesAPI(server.url, "lamina", **seconds), ["stage-0"], pods, on_change or told)
+    api = KubernetesAPI(server.url, "lamina", **seconds)  # type: ignore[arg-type]
+    told.watch = EndpointsWatch(api, pods, ["stage-0", "stage-1"])
+    told.watch.follow("stage-0", on_change or told)
     told.watch.start()
     try:
         yield told
@@ -98,12 +100,36 @@ def test_lists_then_follows(server: WatchServer) -> None:
         told.wait()
     listing, following = server.requests[:2]
     assert urlsplit(listing).path == "/apis/discovery.k8s.io/v1/namespaces/lamina/endpointslices"
-    selector = "serving.knative.dev/service=stage-0,networking.internal.knative.dev/serviceType=Private"
+    selector = "serving.knative.dev/service in (stage-0,stage-1),networking.internal.knative.dev/serviceType=Private"
     assert parse_qs(urlsplit(listing).query) == {"labelSelector": [selector]}
     parameters = parse_qs(urlsplit(following).query)
     assert parameters["watch"] == ["1"]
     assert parameters["resourceVersion"] == ["1"]
     assert parameters["labelSelector"] == [selector]
+
+
+def test_one_watch_reports_each_service_to_its_own_follower(server: WatchServer) -> None:
+    """A follower that comes later is told at once, and one that left is told nothing."""
+    server.put(slice_of("one", FIRST_READY))
+    server.put(slice_of("two", SECOND_READY, service="stage-1"))
+    told, other = Told(), Told()
+    watch = EndpointsWatch(KubernetesAPI(server.url, "lamina"), PODS)
+    watch.follow("stage-0", told)
+    watch.start()
+    try:
+        told.wait(FIRST)
+        watch.follow("stage-1", other)
+        assert other.all == [[SECOND]]
+        server.put(slice_of("two", service="stage-1"))
+        other.wait()
+        watch.unfollow("stage-0")
+        server.put(slice_of("one", SECOND_READY))
+        server.put(slice_of("two", SECOND_READY, service="stage-1"))
+        other.wait(SECOND)
+        assert told.all == [[FIRST]], "the other Service's changes, or its own after it left, were told"
+    finally:
+        watch.stop()
+    assert len([each for each in server.requests if "watch=1" in each]) == 1
 
 
 @pytest.mark.parametrize(
@@ -125,7 +151,7 @@ def test_with_tls_pods_are_reached_by_https_at_their_tls_port(
 def test_with_tls_a_pod_without_a_tls_port_is_not_used(server: WatchServer) -> None:
     server.put(slice_of("one", FIRST_READY, ports=[("http", 40001)]))
     with watching(server, PodNetwork(PODS.networks, 0, secure=True)) as told:
-        wait_until(lambda: told.watch.refused(0) == 1, "the address to be refused")
+        wait_until(lambda: told.watch.refused("stage-0") == 1, "the address to be refused")
         assert not any(told.all)
 
 
@@ -172,15 +198,15 @@ def test_the_service_url_is_used_if_all_addresses_are_refused(server: WatchServe
     server.put(slice_of("one", ("192.168.0.1", READY)))
     with caplog.at_level(logging.WARNING), watching(server) as told:
         wait_until(lambda: told.unknown == 1, "the fallback")
-        assert told.watch.refused(0) == 1
+        assert told.watch.refused("stage-0") == 1
         server.put(slice_of("one", ("192.168.0.1", READY), ("192.168.0.2", READY)))
-        wait_until(lambda: told.watch.refused(0) == 2, "the second pod")
+        wait_until(lambda: told.watch.refused("stage-0") == 2, "the second pod")
         server.put(slice_of("one", ("192.168.0.1", READY), FIRST_READY))
         told.wait(FIRST)
-        assert (told.watch.refused(0), told.unknown) == (1, 1)
+        assert (told.watch.refused("stage-0"), told.unknown) == (1, 1)
         server.delete("one")
         told.wait()
-        assert told.watch.refused(0) == 0
+        assert told.watch.refused("stage-0") == 0
     assert caplog.text.count("no instance of stage-0 is in the pod network, 10.1.0.0/16 port 8012") == 1
     assert caplog.text.count("192.168.0.1 port 8012 is ignored") == 1
 
@@ -219,9 +245,9 @@ def test_an_api_that_fails_is_asked_again(server: WatchServer, caplog: pytest.Lo
     server.failures = [500, 403, 200]
     with caplog.at_level(logging.WARNING), watching(server) as told:
         told.wait(FIRST)
-    assert "watching the instances of stage-0 failed, trying again: the Kubernetes API answered 500" in caplog.text
+    assert "watching the instances of stage-0, stage-1 failed, trying again: the Kubernetes API answered 500" in caplog.text
     assert "answered 403" in caplog.text
-    assert "trying again: no SliceList: " in caplog.text
+    assert "trying again: no ObjectList" in caplog.text
 
 
 @pytest.mark.slow
@@ -254,10 +280,10 @@ def test_a_listener_that_fails_is_called_again(server: WatchServer, caplog: pyte
     server.put(slice_of("one", FIRST_READY))
     told, failures = Told(), ["first", "second"]
 
-    def fail(stage: int, endpoints: Any) -> None:
+    def fail(endpoints: Any) -> None:
         if failures:
             raise KeyError(failures.pop())
-        told(stage, endpoints)
+        told(endpoints)
 
     with watching(server, on_change=fail):
         told.wait(FIRST)
@@ -274,7 +300,7 @@ def test_versions_that_expire_at_once_are_asked_for_more_and_more_slowly(
     real = threading.Event.wait
 
     def wait(event: threading.Event, timeout: float | None = None) -> bool:
-        if threading.current_thread().name == "endpoints-stage-0" and timeout is not None:
+        if threading.current_thread().name.startswith("watch of") and timeout is not None:
             pauses.append(timeout)
             timeout = 0.0
         return real(event, timeout)
