@@ -122,7 +122,7 @@ def blocks_table() -> str:
             if items > 1 and len(gguf.quants.dequantize(np.zeros((1, size), np.uint8), kind)):
                 kept = "yes" if kind.name in FORMATS else "widened to bfloat16"
                 rows.append((f"`{kind.name}`", f"{8 * size / items:g}", kept))
-    return _table(("format", "bits per weight", "kept by dtype `gguf`"), rows)
+    return _table(("format", "bits per weight", "kept by dtype `kept`"), rows)
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -105,7 +105,7 @@ def best_milliseconds(ways: Ways, rounds: int = 5, calls: int = 4) -> dict[str, 
 def random_group(
     config: Mapping[str, Any], dtype: Dtype, kv_dtype: KVDtype | None = None, kv_tokens: int = 20_000, blocks: str = ""
 ) -> NativeGroup:
-    """The whole model of a config with random weights. blocks: the format of matrices, with dtype gguf."""
+    """The whole model of a config with random weights. blocks: the format of matrices, with dtype kept."""
     sizes = decoder_of(config)
     dice = np.random.default_rng(1)
     shapes = {
@@ -142,7 +142,7 @@ def _random_blocks(form: BlockFormat, width: int, first: int, last: int) -> NDAr
 def _by_format() -> Iterator[str]:
     """Milliseconds of a pass through ten layers by block format of GGUF, without the head, compared with q4."""
     groups = {"q4": random_group(_WIDE, "q4"), "int8": random_group(_WIDE, "int8")}
-    groups |= {name: random_group(_WIDE, "gguf", blocks=name) for name in FORMATS}
+    groups |= {name: random_group(_WIDE, "kept", blocks=name) for name in FORMATS}
     bits = {"q4": 5.0, "int8": 8.0} | {name: form.super_bytes / (64 * form.blocks) for name, form in FORMATS.items()}
     rows = {name: f"| {name} | {bits[name]:.2f} |" for name in groups}
     for sequences, held, new in ((1, 128, 1), (4, 128, 1), (16, 128, 1), (1, 0, 512)):

@@ -5,7 +5,7 @@
 
 Weights are converted as the publisher converts them. The first table compares each dtype with float32: perplexity, and how
 often the likeliest token is the same. The second one compares bfloat16 with itself where hidden states travel in 8 bits between
-2, 4 and 10 stages. For a GGUF file one more compares the file as it is published in dtype gguf with what llama.cpp computes of
+2, 4 and 10 stages. For a GGUF file one more compares the file as it is published in dtype kept with what llama.cpp computes of
 the same file and tokens, by the library that llama-perplexity calls. All are printed as Markdown.
 """
 
@@ -136,7 +136,7 @@ def rows_in_8_bits(checkpoint: Checkpoint, token_ids: Mapping[Path, Sequence[int
 def rows_of_llama_cpp(path: Path, checkpoint: Checkpoint, token_ids: Mapping[Path, Sequence[int]]) -> list[str]:
     """One Markdown row per text: a GGUF file as it is, here and by llama.cpp."""
     table = ["| text (tokens) | gguf | llama.cpp | difference | same likeliest token |", "|---|---|---|---|---|"]
-    groups = stages(checkpoint, "gguf", ())
+    groups = stages(checkpoint, "kept", ())
     for text, ids in token_ids.items():
         ours = read(groups, ids)
         windows = [ids[start : start + _WINDOW_TOKENS] for start in range(0, len(ids) - 1, _WINDOW_TOKENS)]

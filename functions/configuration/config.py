@@ -130,7 +130,7 @@ class CommonConfig:
     model: str = setting("LAMINA_MODEL", str, "name of the model in the store")
     dtype: str = setting(
         "LAMINA_DTYPE",
-        parsers.one_of("float32", "bfloat16", "float16", "int8", "q4", "gguf"),
+        parsers.one_of("float32", "bfloat16", "float16", "int8", "q4", "kept"),
         "dtype of the publication in the store",
     )
     cut: tuple[LayerRange, ...] = setting("LAMINA_CUT", parsers.cut, "all layer groups, such as 0:10,10:20,20:30")

@@ -185,7 +185,7 @@ def kept_kv_key(state: Path) -> str:
 
 def _smallest_published(store: ObjectStore, name: str) -> str:
     published = [dtype for model, dtype in list_models(store) if model == name]
-    return next((dtype for dtype in ("q4", "gguf", "int8", "bfloat16", "float16", "float32") if dtype in published), "bfloat16")
+    return next((dtype for dtype in ("q4", "kept", "int8", "bfloat16", "float16", "float32") if dtype in published), "bfloat16")
 
 
 def _already_published(store: ObjectStore, name: str, dtype: str) -> ModelManifest:

@@ -44,7 +44,7 @@ def published_name(source: str) -> str:
 def best_dtype(checkpoint: Checkpoint) -> Dtype:
     """The dtype in which `run` publishes a checkpoint if none is named; docs/trying.md has numbers.
 
-    q4 if all layers have q4's four bits, which it multiplies more exactly than gguf does; gguf if the checkpoint is a GGUF file
+    q4 if all layers have q4's four bits, which it multiplies more exactly than kept does; kept if the checkpoint is a GGUF file
     with other blocks that layers in C multiply; int8 if all layers are quantized in another way; and bfloat16 otherwise or if
     the layers cannot run in C in that dtype.
     """
@@ -55,7 +55,7 @@ def best_dtype(checkpoint: Checkpoint) -> Dtype:
     if matrices and all(tensor.read_four_bits is not None for tensor in matrices):
         candidates.append("q4")
     if any(tensor.read_blocks is not None and tensor.stored_as in FORMATS for tensor in matrices):
-        candidates.append("gguf")
+        candidates.append("kept")
     if matrices and all(tensor.quantized for tensor in matrices):
         candidates.append("int8")
     return next((dtype for dtype in candidates if torch_needed(checkpoint.config, dtype) is None), "bfloat16")

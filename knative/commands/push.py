@@ -148,7 +148,7 @@ def _tensor_rows(model: ModelSpec, plan: PublicationPlan) -> list[tuple[str, ...
         for name, span in each.named_spans.items():
             if source := sources.get(name):
                 stored_as, written = source.stored_as or source.dtype, each.tensors[name].dtype
-                packed = stored_as if model.dtype == "gguf" else model.dtype
+                packed = stored_as if model.dtype == "kept" else model.dtype
                 key = re.sub(r"\.\d+(?=\.)", ".N", name), stored_as, packed if written == "U8" else written
                 counts[key] += 1
             published_bytes[key] += span.end - span.start  # scales follow their matrix

@@ -21,10 +21,10 @@ from storage.models.checks import check_runnable
 from storage.models.model_repository import ModelManifest, Reader, layer_object, read_file
 
 # Bytes of a number in a layer's matrix; q4 stores four bits and a scale and a minimum per block (storage/models/q4.py). What
-# gguf stores depends on the file; this is a guess for files of four bits.
-_LAYER_BYTES: Final = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "q4": 0.625, "gguf": 0.625}
+# kept stores depends on the checkpoint; this is a guess for files of four bits.
+_LAYER_BYTES: Final = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "q4": 0.625, "kept": 0.625}
 # Bytes of a number in embedding and head.
-_OUTER_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "q4": 1, "gguf": 1}
+_OUTER_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "q4": 1, "kept": 1}
 
 _UNGATED: Final = frozenset({"gpt2", "opt", "bloom", "gpt_neox", "gptj", "phi", "falcon", "starcoder2", "nemotron"})
 """Families whose feed-forward has two matrices instead of a gated three."""
@@ -111,10 +111,10 @@ def shape_from_gguf(path: Path, dtype: str) -> ModelShape:
     sizes = {name: math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
     decoder = _Decoder(checkpoint.config, path.stem)
     shape = _shape(decoder, dtype, *_by_object(decoder, sizes))
-    if dtype != "gguf":
+    if dtype != "kept":
         return shape
     stored = {
-        name: sum(tensor_bytes(each.dtype, each.shape) for each in convert_tensor(name, tensor, "gguf", ()).values())
+        name: sum(tensor_bytes(each.dtype, each.shape) for each in convert_tensor(name, tensor, "kept", ()).values())
         for name, tensor in checkpoint.tensors.items()
     }
     layers, embedding, head = _by_object(decoder, stored)

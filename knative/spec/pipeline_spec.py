@@ -17,8 +17,8 @@ from knative.spec.errors import SpecError
 from knative.spec.stage_overrides import PATH, changed, overridden
 from knative.webhook.values import parse_quantity
 
-DTYPES: Final = ("float32", "bfloat16", "float16", "int8", "q4", "gguf")
-MIXABLE_DTYPES: Final = frozenset(("bfloat16", "int8", "q4", "gguf"))  # hidden states travel in bf16, so stages may differ
+DTYPES: Final = ("float32", "bfloat16", "float16", "int8", "q4", "kept")
+MIXABLE_DTYPES: Final = frozenset(("bfloat16", "int8", "q4", "kept"))  # hidden states travel in bf16, so stages may differ
 MAX_NAME: Final = 36  # the longest DNS label made of a name, `{name}-{fingerprint[:8]}-s{k}-00001-private`, has 63 characters
 MAX_NAME_WITH_EVENTING: Final = 28  # Eventing makes `{name}-{fingerprint[:8]}-kn-sequence-10-kn-channel` of a Sequence
 KV_PREFIX: Final = "kv"

@@ -1,4 +1,4 @@
-"""Matrices in the block formats of GGUF, without loss: the layout that publications of dtype `gguf` hold and kernels read.
+"""Matrices in the block formats of GGUF, without loss: the layout that publications of dtype `kept` hold and kernels read.
 
 A row is cut into blocks of 32 weights, and weight = scale * value + minimum. A value is a code minus the format's offset, or
 the code's entry in a table. Scale and minimum belong to a block, or are products of a number for a super, which is 8 blocks,

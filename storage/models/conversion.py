@@ -3,7 +3,7 @@ blocks of a GGUF file.
 
 In int8 the matrices of layers are I8; norms, embedding and head are bfloat16. In q4 the matrices of layers have four bits
 (`q4`), embedding and head are I8, and all other tensors are float32. Stages run both by layers in C only (`checks`).
-In gguf every tensor keeps the file's format: matrices in the formats of `blocks`, and floats. Others become bfloat16.
+In kept every tensor keeps the checkpoint's format: matrices in the formats of `blocks`, and floats. Others become bfloat16.
 """
 
 import threading
@@ -29,7 +29,7 @@ _INT8_MAX: Final = 127
 _OUTER_MATRICES: Final = ("embed_tokens.weight", "embed_in.weight", "lm_head.weight", "embed_out.weight")
 # The type of tensors that are not quantized.
 _FLOATS_OF: Final[Mapping[Dtype, FloatName]] = {
-    "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "BF16", "q4": "F32", "gguf": "BF16",
+    "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "BF16", "q4": "F32", "kept": "BF16",
 }  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def convert_tensor(
     """
     if source.dtype not in FLOATS:
         raise CheckpointInvalid(f"tensor {name!r} is {source.dtype}, no float; publish the unquantized checkpoint")
-    if dtype == "gguf":
+    if dtype == "kept":
         if source.read_blocks is not None and (form := FORMATS.get(str(source.stored_as))):
             return _matrix_in_blocks(name, source, form)
         stored_as = source.stored_as or source.dtype

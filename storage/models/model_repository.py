@@ -27,8 +27,8 @@ MANIFEST_VERSION: Final = 2  # version 1 is refused: its checksums were xxh3, wh
 # Unit of ranged reads and of their checksums. Measured: 16 to 32 MiB over four connections read fastest.
 PART_BYTES: Final = 16 * 2**20
 
-Dtype = Literal["float32", "bfloat16", "float16", "int8", "q4", "gguf"]
-DTYPES: Final[tuple[Dtype, ...]] = ("float32", "bfloat16", "float16", "int8", "q4", "gguf")
+Dtype = Literal["float32", "bfloat16", "float16", "int8", "q4", "kept"]
+DTYPES: Final[tuple[Dtype, ...]] = ("float32", "bfloat16", "float16", "int8", "q4", "kept")
 
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 _Size = Annotated[int, msgspec.Meta(gt=0, le=2**48)]

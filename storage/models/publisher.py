@@ -199,7 +199,7 @@ def plan_publication(
             check_cut(checkpoint.config)
     if dtype == "q4":
         _warn_of_losses(path, placed)
-    if dtype == "gguf":
+    if dtype == "kept":
         _check_blocks(path, placed)
     error = RoundingError() if checkpoint.quantization or note_losses else None
     plans = []
@@ -271,7 +271,7 @@ def _check_blocks(source: str | Path, placed: Placement) -> None:
 
     matrices = [tensor for members in placed.values() for tensor in members.values() if tensor.read_blocks is not None]
     if not matrices:
-        raise CheckpointInvalid(f"{source} has no matrix in GGUF's blocks, which gguf keeps; publish it in another dtype")
+        raise CheckpointInvalid(f"{source} has no quantized matrix, which dtype kept is for; publish it in another dtype")
     others = [str(tensor.stored_as) for tensor in matrices if tensor.stored_as not in FORMATS]
     if others:
         _log.warning(

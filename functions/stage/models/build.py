@@ -111,7 +111,7 @@ def native_obstacle(model: Decoder, dtype: str, device: str) -> str | None:
     Logs a warning if dtype and device would allow it. device: cpu, cuda, or another of torch's.
     """
     obstacle = limits.obstacle(dtype, device, {"head_dim": model.attention.head_dim})
-    if obstacle is None and model.names.transposed and dtype in ("int8", "q4", "gguf"):
+    if obstacle is None and model.names.transposed and dtype in ("int8", "q4", "kept"):
         obstacle = f"its matrices are transposed, which are not read in {dtype}"
     if obstacle is None:
         try:
@@ -153,9 +153,9 @@ def _of_torch(
     Raises UnsupportedDtype, and LibraryMissing if torch or transformers is not installed.
     """
     before_torch()
-    if kind == "transformers" and dtype not in (*FLOAT_DTYPES, "gguf"):
+    if kind == "transformers" and dtype not in (*FLOAT_DTYPES, "kept"):
         raise UnsupportedDtype(
-            f"{config.get('model_type')} in {dtype}: transformers runs {', '.join(FLOAT_DTYPES)} and gguf only"
+            f"{config.get('model_type')} in {dtype}: transformers runs {', '.join(FLOAT_DTYPES)} and kept only"
         )
     if dtype == "q4":
         raise UnsupportedDtype(f"q4 runs by layers in C alone, and here they do not: {why or f'{kind} was asked for'}")

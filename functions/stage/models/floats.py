@@ -23,9 +23,9 @@ HIDDEN_DTYPES: Final[Mapping[str, HiddenDtype]] = {
     "float16": "F16",
     "int8": "BF16",
     "q4": "BF16",
-    "gguf": "BF16",
+    "kept": "BF16",
 }
-"""dtype of a publication → dtype of hidden states between its stages. For int8, q4 and gguf, bf16 halves the bytes sent and
+"""dtype of a publication → dtype of hidden states between its stages. For int8, q4 and kept, bf16 halves the bytes sent and
 does not change perplexity (docs/log.md)."""
 
 _BF16_MAGNITUDE: Final = 0x7FFF

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Final
 
-DTYPES: Final = ("float32", "bfloat16", "int8", "q4", "gguf")
+DTYPES: Final = ("float32", "bfloat16", "int8", "q4", "kept")
 MOST_HEAD: Final = 1024  # largest head_dim: LAMINA_MOST_HEAD of `c/native.h`
 SCALE_BYTES: Final = 4  # of the scale of a key or value in 8 bits: LAMINA_SCALE_BYTES
 

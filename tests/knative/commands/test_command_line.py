@@ -105,7 +105,7 @@ def test_plan_of_a_gguf_file() -> None:
     ("dtype", "lost", "rows"),
     [
         (
-            "gguf",
+            "kept",
             "lost: nothing",
             [r"embed_tokens\.weight +1 +Q8_0 +Q8_0 +28\.7 MiB", r"q_proj\.weight +30 +Q4_1 +Q4_1 +5\.9 MiB"],
         ),

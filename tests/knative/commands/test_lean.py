@@ -81,8 +81,8 @@ def test_a_published_name_needs_no_list() -> None:
     [
         ((Kind.Q4_0,), "q4"),
         ((Kind.Q4_1, Kind.Q4_0), "q4"),
-        ((Kind.Q4_1, Kind.Q8_0), "gguf"),
-        ((Kind.F16, Kind.Q8_0), "gguf"),
+        ((Kind.Q4_1, Kind.Q8_0), "kept"),
+        ((Kind.F16, Kind.Q8_0), "kept"),
         ((Kind.F16, Kind.F16), "bfloat16"),
     ],
 )

@@ -34,7 +34,7 @@ PRECISIONS: Final = {
     "float32": Precision(torch.float32, torch.float32, torch.float32, torch.float32),
     "bfloat16": Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.bfloat16),
     "float16": Precision(torch.float16, torch.float16, torch.float16, torch.float16),
-    "gguf": Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "kept": Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.bfloat16),
     # The int8 kernel returns float32, in which the small operators between matrices are fastest. Attention and the wire are
     # bound by memory: bfloat16 halves both, and perplexity does not change (docs/log.md).
     "int8": Precision(torch.float32, None, torch.bfloat16, torch.bfloat16),

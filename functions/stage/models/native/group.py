@@ -28,7 +28,7 @@ from storage.checkpoints.decoder_config import decoder_of
 from storage.loading.weight_loader import RawTensor
 
 # dtype of a publication → of keys and values
-_KV_DTYPES: Final = {"float32": Dtype.F32, "bfloat16": Dtype.BF16, "int8": Dtype.BF16, "q4": Dtype.BF16, "gguf": Dtype.BF16}
+_KV_DTYPES: Final = {"float32": Dtype.F32, "bfloat16": Dtype.BF16, "int8": Dtype.BF16, "q4": Dtype.BF16, "kept": Dtype.BF16}
 
 
 class NativeGroup:

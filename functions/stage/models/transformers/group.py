@@ -94,7 +94,7 @@ class TransformersGroup:
         """Layers [first_layer, last_layer) of the model that `config` (a config.json) describes.
 
         tensors: by checkpoint name; at least those of this group, embedding and head included if it has them. Their memory is
-        used without a copy if they have the dtype and device already. dtype: of the publication, a float or gguf; matrices in
+        used without a copy if they have the dtype and device already. dtype: of the publication, a float or kept; matrices in
         blocks become bfloat16. Raises ArchitectureUnsupported, UnsupportedRope, MissingTensors.
         """
         check_served(config)

@@ -35,11 +35,11 @@ def model(folder: Path, family: str, name: str) -> tuple[dict[str, Any], dict[st
     """Config, tensors in blocks, and the same as float32."""
     path = folder / f"{family}-{name}.gguf"
     checkpoint = open_checkpoint(block_model(path, family, name))
-    return dict(checkpoint.config), converted(checkpoint.tensors, "gguf"), converted(checkpoint.tensors, "float32")
+    return dict(checkpoint.config), converted(checkpoint.tensors, "kept"), converted(checkpoint.tensors, "float32")
 
 
 def groups(kind: Any, config: dict[str, Any], tensors: dict[str, RawTensor], dtype: str) -> list[LayerGroup]:
-    cut = CUT if dtype == "gguf" else ((0, tiny_models.NUM_LAYERS),)
+    cut = CUT if dtype == "kept" else ((0, tiny_models.NUM_LAYERS),)
     return [
         build_layer_group(kind, config, tiny_models.stage_tensors(tensors, first, last), first, last, dtype, "cpu", BUDGET)
         for first, last in cut
@@ -53,15 +53,15 @@ def test_logits_are_near_those_of_the_file_in_float32(family: str, name: str, fo
     activations, weights and each result by 0.15 %, which adds up to 0.3 % for a product: half as much, in the same model."""
     config, blocks, floats = model(folder, family, name)
     exact = logits_by_plan(groups("llama", config, floats, "float32"), TEXTS, PLAN)
-    in_bfloat16 = logits_by_plan(groups("llama", config, blocks, "gguf"), TEXTS, PLAN)
-    found = logits_by_plan(groups("native", config, blocks, "gguf"), TEXTS, PLAN)
+    in_bfloat16 = logits_by_plan(groups("llama", config, blocks, "kept"), TEXTS, PLAN)
+    found = logits_by_plan(groups("native", config, blocks, "kept"), TEXTS, PLAN)
     assert error(found, exact) < 3 * error(in_bfloat16, exact) < 0.3
 
 
 @pytest.mark.parametrize("name", ["Q4_1", "Q6_K", MIXED])
 def test_a_sequences_bits_do_not_depend_on_chunks_company_or_threads(name: str, folder: Path) -> None:
     config, blocks, _ = model(folder, "qwen2", name)
-    own = groups("native", config, blocks, "gguf")
+    own = groups("native", config, blocks, "kept")
     together = logits_by_plan(own, TEXTS, PLAN)
     for group in own:
         group.use_threads(3)
@@ -74,7 +74,7 @@ def test_a_sequences_bits_do_not_depend_on_chunks_company_or_threads(name: str, 
 def test_layers_that_are_not_in_c_run_blocks_as_bfloat16(kind: Any, name: str, folder: Path) -> None:
     config, blocks, floats = model(folder, "llama", name)
     exact = logits_by_plan(groups("llama", config, floats, "float32"), TEXTS, PLAN)
-    assert error(logits_by_plan(groups(kind, config, blocks, "gguf"), TEXTS, PLAN), exact) < 0.1
+    assert error(logits_by_plan(groups(kind, config, blocks, "kept"), TEXTS, PLAN), exact) < 0.1
 
 
 @pytest.mark.parametrize(
@@ -91,4 +91,4 @@ def test_blocks_that_contradict_their_description_are_refused(suffix: str, data:
     name = "model.layers.0.self_attn.q_proj.weight" + suffix
     wrong = {**blocks, name: RawTensor("U8", (len(data),), memoryview(bytearray(data)))}
     with pytest.raises(WrongShape, match=words):
-        build_layer_group("native", config, wrong, 0, 6, "gguf", "cpu", BUDGET)
+        build_layer_group("native", config, wrong, 0, 6, "kept", "cpu", BUDGET)
