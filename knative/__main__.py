@@ -11,6 +11,8 @@ _COMMANDS: Final = {
     "batch": "batch",
     "plan": "plan",
     "push": "push",
+    "push-adapter": "adapters",
+    "adapters": "adapters",
     "families": "families",
     "render": "render",
     "preflight": "deploy",

@@ -63,6 +63,14 @@ class CheckpointInvalid(StorageError):
     """A checkpoint is incomplete, truncated or in a format that cannot be published. Nothing was published."""
 
 
+class AdapterInvalid(CheckpointInvalid):
+    """An adapter does not fit its model, or has what no stage computes. Nothing was published."""
+
+
+class AdapterNotPublished(StorageError):
+    """The store holds no adapter of this name, or no such version. Publish it first."""
+
+
 class ArchitectureUnsupported(CheckpointInvalid):
     """A checkpoint holds a model of a kind that Lamina cannot run, such as an encoder or an unknown family."""
 

@@ -36,7 +36,7 @@ def open_folder(folder: Path, text_only: bool = False) -> Checkpoint:
     text_only: only the language model of a checkpoint that also sees or hears. Raises CheckpointInvalid, which names the file
     and what is wrong with it.
     """
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     published = dict(config)
     tensors, quantization = dict(_tensors(folder)), None
     if settings := _quantization_config(folder, published):
@@ -87,7 +87,7 @@ def _quantization_config(folder: Path, config: dict[str, Any]) -> object:
     found = next((name for name in _QUANTIZATION_FILES if not settings and (folder / name).is_file()), None)
     if found is None:
         return settings
-    stored = _read_json(folder / found)
+    stored = read_json(folder / found)
     return {"quant_method": _QUANTIZATION_FILES[found], **(stored.get("quantization") or stored)}
 
 
@@ -110,10 +110,11 @@ def _tensors(folder: Path) -> Iterator[tuple[str, SourceTensor]]:
             raise CheckpointInvalid(f"{path} lacks {missing[0]!r}, which {_INDEX} says it has; fetch the checkpoint again")
         for name in wanted or spans:
             span = spans[name]
-            yield name, SourceTensor(span.dtype, span.shape, partial(_read_rows, path, span))
+            yield name, SourceTensor(span.dtype, span.shape, partial(read_rows, path, span))
 
 
-def _read_rows(path: Path, span: TensorSpan, first: int, last: int) -> memoryview:
+def read_rows(path: Path, span: TensorSpan, first: int, last: int) -> memoryview:
+    """The bytes of rows [first, last) of a tensor in a safetensors file. Raises CheckpointInvalid if the file is too short."""
     row_bytes = tensor_bytes(span.dtype, span.shape[1:])
     view = memoryview(bytearray((last - first) * row_bytes))
     with path.open("rb", buffering=0) as file:
@@ -141,7 +142,7 @@ def _shards(folder: Path) -> dict[Path, list[str] | None]:
 
 
 def _indexed_shards(folder: Path) -> dict[Path, list[str]]:
-    weight_map = _read_json(folder / _INDEX).get("weight_map")
+    weight_map = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointInvalid(f"{folder / _INDEX} has no weight_map; fetch it again")
     shards: dict[Path, list[str]] = {}
@@ -168,7 +169,7 @@ def _embedded_chat_template(folder: Path) -> str | None:
     Of several named templates it is the one named `default`.
     """
     path = folder / "tokenizer_config.json"
-    template = _read_json(path).get("chat_template") if path.is_file() else None
+    template = read_json(path).get("chat_template") if path.is_file() else None
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template if isinstance(template, str) else None
@@ -187,7 +188,8 @@ def _converted_tokenizer(folder: Path) -> bytes:
     return text.encode()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a checkpoint. Raises CheckpointInvalid if it is missing or is no JSON object."""
     try:
         return msgspec.json.decode(_BARE_FLOAT.sub(_TAGGED_FLOAT, path.read_bytes()), type=dict[str, Any])
     except FileNotFoundError as error:

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -110,7 +110,13 @@ def iterate_layers(
     Reading starts with this call, not with the first `next`, and goes on in threads. Drop each object before taking the next
     one: then a caller that copies needs memory for the weights and one layer more.
     """
-    return _Load(reader, manifest, stage_objects(manifest, first, last), cache, on_progress).objects()
+    names = stage_objects(manifest, first, last)
+    return _Load(reader, {name: manifest.objects[name] for name in names}, cache, on_progress).objects()
+
+
+def iterate_objects(reader: "ObjectReader", stored: Mapping[str, StoredObject]) -> Iterator[LoadedObject]:
+    """Loads objects, by name, as `iterate_layers` does, in their order."""
+    return _Load(reader, stored, None, None).objects()
 
 
 class _ObjectLoad:
@@ -143,15 +149,14 @@ class _Load:
     def __init__(
         self,
         reader: "ObjectReader",
-        manifest: ModelManifest,
-        names: list[str],
+        stored: Mapping[str, StoredObject],
         cache: "WeightCache | None",
         on_progress: ProgressCallback | None,
     ) -> None:
         self._reader = reader
         self._cache = cache
         self._on_progress = on_progress
-        self._order = deque(_ObjectLoad(name, manifest.objects[name]) for name in names)
+        self._order = deque(_ObjectLoad(name, each) for name, each in stored.items())
         self._unopened = deque(self._order)
         self._opening = 0
         self._parts: deque[tuple[_ObjectLoad, int]] = deque()

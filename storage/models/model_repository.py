@@ -114,13 +114,18 @@ def object_names(num_layers: int) -> list[str]:
     return ["embedding", *map(layer_object, range(num_layers)), "head"]
 
 
+def check_name(name: str, what: str = "model") -> None:
+    """Raises ValueError if `name` cannot be part of a key."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{what} name {name!r}: letters, digits, '.', '_' and '-', at most 128, beginning with a letter or digit"
+        )
+
+
 def model_prefix(name: str, dtype: str) -> str:
     """The prefix of the keys of a model in one dtype, with a slash at its end. Raises ValueError for an invalid name or
     dtype."""
-    if not _NAME.fullmatch(name):
-        raise ValueError(
-            f"model name {name!r}: letters, digits, '.', '_' and '-', at most 128, beginning with a letter or digit"
-        )
+    check_name(name)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     return f"{_ROOT}{name}/{dtype}/"
@@ -200,7 +205,7 @@ def _check(manifest: ModelManifest, key: str) -> None:
         raise ManifestInvalid(f"{key} says {manifest.num_layers} layers but lists other objects; publish the model again")
     seen: set[str] = set()
     for name, stored in manifest.objects.items():
-        reason = _contradiction(stored)
+        reason = contradiction(stored)
         if twice := [tensor for tensor in stored.tensors if tensor in seen]:
             reason = f"has {twice[0]!r}, which another object has too"
         if reason:
@@ -208,7 +213,8 @@ def _check(manifest: ModelManifest, key: str) -> None:
         seen |= stored.tensors.keys()
 
 
-def _contradiction(stored: StoredObject) -> str | None:
+def contradiction(stored: StoredObject) -> str | None:
+    """What is wrong with a manifest's description of an object, if it contradicts itself; None: nothing."""
     if stored.part_bytes % ALIGNMENT or len(stored.parts) != -(-stored.bytes // stored.part_bytes):
         return f"has {stored.bytes} bytes in {len(stored.parts)} parts of {stored.part_bytes}"
     if not stored.tensors:
