@@ -45,6 +45,8 @@ class Attention(_Data, frozen=True, kw_only=True):
     window: int | None = None  # how many tokens, its own included, a token attends to; None: all
     rope: str | None = None  # key of Decoder.ropes; None: queries and keys are not rotated
     qk_norm: QKNorm | None = None
+    sinks: bool = False  # each head's softmax has one more score, which is learned and has no value
+    output_gate: bool = False  # outputs are multiplied by sigmoid(gate); a head's gate is stored after its query
     qkv_bias: bool = False
     out_bias: bool = False
 
@@ -100,6 +102,7 @@ class TensorNames(_Data, frozen=True, kw_only=True):
     qkv_by_head: bool = False  # the one matrix of qkv has the query, key and value of a head together
     query_norm: str = "self_attn.q_norm"  # {head} is a head's number
     key_norm: str = "self_attn.k_norm"
+    sinks: str = "self_attn.sinks"
     out: str = "self_attn.o_proj"
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
@@ -186,7 +189,10 @@ def layer_shapes(model: Decoder, layer: Layer) -> Shapes:
                     shapes |= _vector_shapes(name.format(head=head), attention.head_dim, qk_norm.norm.biased)
             else:
                 shapes[f"{name}.weight"] = (heads, attention.head_dim)
-    for name, outs in zip(names.qkv, (queries, keys, keys) if len(names.qkv) == 3 else (queries + 2 * keys,), strict=True):
+    if attention.sinks:
+        shapes[names.sinks] = (attention.num_heads,)
+    with_gates = 2 * queries if attention.output_gate else queries
+    for name, outs in zip(names.qkv, (with_gates, keys, keys) if len(names.qkv) == 3 else (queries + 2 * keys,), strict=True):
         add_matrix(name, outs, hidden, attention.qkv_bias)
     add_matrix(names.out, hidden, queries, attention.out_bias)
     if feed_forward.gated:

@@ -189,6 +189,8 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
                 window=windows[layer],
                 rope=None if unrotated[layer] or family.rope is None else _rope_of(family, windows[layer]),
                 qk_norm=qk_norm,
+                sinks=family.sinks,
+                output_gate=family.output_gate,
                 qkv_bias=values.flag(family.qkv_bias),
                 out_bias=values.flag(family.out_bias),
             ),
@@ -246,6 +248,7 @@ def _rope(family: DecoderFamily, values: Values, parameters: dict[str, Any], hea
             growth = float(beta), context
         else:
             values.obstacles.append(f"queries that grow by {beta!r} after {context!r} positions")
+    parameters = {key: value for key, value in parameters.items() if key not in family.rope_ignores}
     if family.rope_share is not None and is_number(share) and 0 < share <= 1:
         rotated = int(head_dim * share)
     elif share != 1.0:

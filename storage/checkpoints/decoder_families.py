@@ -47,6 +47,8 @@ class DecoderFamily:
     qk_norm_over: Literal["head", "head_of_its_own", "all_heads"] = "head"
     qk_norm_bias: bool = False
     qk_norm_after_rope: bool = False
+    sinks: bool = False
+    output_gate: bool = False
     qkv_bias: bool | str = False
     out_bias: bool | str = False
     mlp_bias: bool | str = False
@@ -60,6 +62,7 @@ class DecoderFamily:
     rope_share: float | None = None  # default of the rotated share of a head; None: the class rotates whole heads
     rope_by_kind: bool = False  # layers with a window have a rotation of their own
     rope_alpha: bool = False  # `alpha` in the parameters of a dynamic rotation stretches its base
+    rope_ignores: frozenset[str] = frozenset()  # parameters that change nothing for text
     longrope_names: tuple[str, ...] = ()  # older names of this rotation
     queries_grow: bool = False  # queries are multiplied by a logarithm of their position
     embedding_scale: Callable[["Values"], float] = lambda _: 1.0
@@ -181,6 +184,29 @@ def _windows_by_pattern(values: Values) -> tuple[int | None, ...]:
     return _windows(values, lambda layer: (layer + 1) % pattern != 0)
 
 
+def _windows_but_every_fourth(values: Values) -> tuple[int | None, ...]:
+    return _windows(values, lambda layer: layer % 4 != 0)
+
+
+def _unrotated_in_granite_swa(values: Values) -> tuple[bool, ...]:
+    thetas = values.get("layer_rope_theta")
+    if thetas is None:
+        return (False,) * values.size("num_hidden_layers")
+    theta = (values.get("rope_parameters") or {}).get("rope_theta", values.get("rope_theta"))
+    if others := sorted(set(thetas) - {0, theta}):
+        values.obstacles.append(f"rotations with bases of their own, {others}")
+    return tuple(each == 0 for each in thetas)
+
+
+def _full_attention_everywhere(values: Values) -> tuple[int | None, ...]:
+    layer_types = values.get("layer_types") or ("linear_attention",)
+    if set(layer_types) != {"full_attention"}:
+        values.obstacles.append("layers with linear attention")
+    for key in ("conv_kernel_dim", "key_head_dim", "num_key_heads", "num_value_heads", "value_head_dim"):
+        values.get(f"linear_{key}")  # no layer has them
+    return (None,) * values.size("num_hidden_layers")
+
+
 def _full_layers(values: Values) -> tuple[bool, ...]:
     """Layers without a window, if any layer has one."""
     windows = _windows_by_pattern(values)
@@ -201,6 +227,13 @@ LLAMA_BIASES: Final[Mapping[str, Any]] = {"qkv_bias": "attention_bias", "out_bia
 AFTER: Final = frozenset(("after_attention", "after_feed_forward"))
 EVERYWHERE: Final = AFTER | BEFORE
 _GEMMA: Final[dict[str, Any]] = {"head_dim": 256, "tie_word_embeddings": True}
+_GRANITE: Final = dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"), 1.0)
+_LIKE_GRANITE: Final[Mapping[str, Any]] = {
+    "scale": lambda values, *_: values.number("attention_multiplier"),
+    "embedding_scale": lambda values: values.number("embedding_multiplier"),
+    "residual_scale": lambda values: values.number("residual_multiplier"),
+    "logit_scale": lambda values: 1 / values.number("logits_scaling"),
+}
 _FOUR_NORMS: Final = TensorNames(
     after_attention="post_attention_layernorm",
     before_feed_forward="pre_feedforward_layernorm",
@@ -362,18 +395,37 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
     ),
     "granite": DecoderFamily(
         source="granite.modeling_granite:GraniteDecoderLayer",
+        defaults={"max_position_embeddings": 2048, **_GRANITE},
+        mlp_bias="mlp_bias",
+        **_LIKE_GRANITE,
+        **LLAMA_BIASES,
+    ),
+    "granite_swa": DecoderFamily(
+        source="granite_swa.modeling_granite_swa:GraniteSWADecoderLayer",
         defaults={
-            "max_position_embeddings": 2048,
-            "embedding_multiplier": 1.0,
-            "logits_scaling": 1.0,
-            "residual_multiplier": 1.0,
-            "attention_multiplier": 1.0,
+            "max_position_embeddings": 8192,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "sliding_window": 128,
+            **_GRANITE,
         },
         mlp_bias="mlp_bias",
-        scale=lambda values, *_: values.number("attention_multiplier"),
-        embedding_scale=lambda values: values.number("embedding_multiplier"),
-        residual_scale=lambda values: values.number("residual_multiplier"),
-        logit_scale=lambda values: 1 / values.number("logits_scaling"),
+        sinks=True,
+        windows=_windows_but_every_fourth,
+        unrotated=_unrotated_in_granite_swa,
+        **_LIKE_GRANITE,
+        **LLAMA_BIASES,
+    ),
+    "qwen3_5_text": DecoderFamily(
+        source="qwen3_5.modeling_qwen3_5:Qwen3_5DecoderLayer",
+        defaults={"max_position_embeddings": 32_768, "num_key_value_heads": 4, "head_dim": 256},
+        gain_plus_one=True,
+        qk_norm=True,
+        output_gate=True,
+        windows=_full_attention_everywhere,
+        rope_share=0.25,
+        rope_ignores=frozenset(("mrope_section", "mrope_interleaved")),
         **LLAMA_BIASES,
     ),
     "olmo2": DecoderFamily(

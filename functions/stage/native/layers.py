@@ -2,7 +2,7 @@
 
 import ctypes
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +56,16 @@ class NormArrays:
     biases: Array | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LayerArrays:
+    """The weights and numbers of one layer, by their names in `c/native.h`. What is not there is absent or 0."""
+
+    matrices: dict[str, MatrixArrays]
+    norms: dict[str, NormArrays]
+    vectors: dict[str, Array]  # float32
+    numbers: dict[str, float | tuple[float, ...]]
+
+
 class NativeThreads:
     """A pool of C threads that share the work of a pass. They end when this object is garbage-collected."""
 
@@ -84,24 +94,18 @@ class NativeLayers:
         self._workspace_array = np.empty(0, np.uint8)
         self._workspace = memory_of(self._workspace_array)
 
-    def place(
-        self,
-        slot: int,
-        matrices: Mapping[str, MatrixArrays],
-        norms: Mapping[str, NormArrays],
-        numbers: Mapping[str, float | tuple[float, ...]],
-    ) -> None:
-        """Sets the weights and numbers of one layer, by their names in `c/native.h`. What is not given is absent or 0.
-
-        slot: the layer's number in the group, from 0.
-        """
+    def place(self, slot: int, arrays: LayerArrays) -> None:
+        """Sets the weights and numbers of one layer. slot: its number in the group, from 0."""
         layer = self._layers[slot]
-        for name, arrays in matrices.items():
-            setattr(layer, name, matrix_record(arrays, self._kept))
-        for name, norm in norms.items():
+        for name, matrix in arrays.matrices.items():
+            setattr(layer, name, matrix_record(matrix, self._kept))
+        for name, vector in arrays.vectors.items():
+            setattr(layer, name, memory_of(vector))
+            self._kept.append(vector)
+        for name, norm in arrays.norms.items():
             setattr(layer, name, NormRecord(norm.kind, memory_of(norm.gain), memory_of(norm.biases)))
             self._kept += [array for array in (norm.gain, norm.biases) if array is not None]
-        for name, number in numbers.items():
+        for name, number in arrays.numbers.items():
             setattr(layer, name, number)
 
     def run(self, hidden: Array, rotations: Array, segments: Sequence[tuple[Array, int, int]], threads: int) -> None:

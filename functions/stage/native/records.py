@@ -76,6 +76,7 @@ class LayerRecord(ctypes.Structure):
         ("before_attention", NormRecord),
         ("qkv", MatrixRecord),
         ("qk", NormRecord),
+        ("sinks", MemoryRecord),
         ("out", MatrixRecord),
         ("after_attention", NormRecord),
         ("before_mlp", NormRecord),
@@ -83,7 +84,9 @@ class LayerRecord(ctypes.Structure):
         ("up", MatrixRecord),
         ("down", MatrixRecord),
         ("after_mlp", NormRecord),
-        *_numbers("qk_as_one", "qk_rotated", "activation", "parallel", "window", "ring", "query_rotation", "key_rotation"),
+        *_numbers(
+            "qk_as_one", "qk_rotated", "gates", "activation", "parallel", "window", "ring", "query_rotation", "key_rotation"
+        ),
         ("score_scale", ctypes.c_double),
         ("score_cap", ctypes.c_double),
         ("residual_scale", ctypes.c_double),
@@ -102,6 +105,7 @@ class GroupRecord(ctypes.Structure):
             "heads",
             "kv_heads",
             "head_dim",
+            "row_heads",
             "num_pages",
             "kv_dtype",
             "rotations",

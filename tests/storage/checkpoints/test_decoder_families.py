@@ -23,7 +23,12 @@ BARE: Final[dict[str, Any]] = {
     "num_attention_heads": 32,
     "pad_token_id": 0,
 }  # what every config.json says; a family has a default for everything else
-NEEDED: Final = {"ministral": {"head_dim": 4}, "hunyuan_v1_dense": {"head_dim": 8}, "nemotron": {"num_key_value_heads": 32}}
+NEEDED: Final[dict[str, dict[str, Any]]] = {
+    "ministral": {"head_dim": 4},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 32},
+    "qwen3_5_text": {"layer_types": ["full_attention"] * 2},
+}
 CONFIGS: Final = (
     *(tiny_models.tiny_config(name) for name in tiny_models.NATIVE),
     # Without these transformers does not build the models.

@@ -124,6 +124,10 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
     "granite": _like_llama(
         "granite", embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.3
     ),
+    "granite_swa": _like_llama(
+        "granite_swa", sliding_window=SLIDING_WINDOW, layer_rope_theta=[0, 10_000.0, 10_000.0] * 2, attention_multiplier=0.3
+    ),
+    "qwen3_5_text_full": _like_llama("qwen3_5_text", head_dim=16, layer_types=["full_attention"] * NUM_LAYERS),
     "starcoder2": _like_llama("starcoder2", sliding_window=SLIDING_WINDOW, tie_word_embeddings=True),
     "gpt_neox": _like_llama("gpt_neox", use_parallel_residual=True),
     "gpt_neox_sequential": _like_llama("gpt_neox", use_parallel_residual=False),

@@ -16,7 +16,7 @@ from functions.stage.models.kv_cache import GOING_BACK
 from functions.stage.models.layer_group import KVDtype, Segment, segments_within
 from functions.stage.models.llama.structure import check_layers, check_placed, check_shapes, checked_positions, layers_in
 from functions.stage.models.native.kv_pool import NativeKVPool
-from functions.stage.models.native.layer_weights import take_layer, take_norm
+from functions.stage.models.native.layer_weights import row_heads, take_layer, take_norm
 from functions.stage.models.native.rotations import Rotations
 from functions.stage.models.native.weights import NativeWeights, rows_of
 from functions.stage.models.packed_tensors import packing, shapes_of
@@ -83,6 +83,7 @@ class NativeGroup:
                 heads=model.attention.num_heads,
                 kv_heads=model.attention.num_kv_heads,
                 head_dim=model.attention.head_dim,
+                row_heads=max(map(row_heads, model.kinds)),
                 eps=model.final_norm.eps,
                 num_pages=len(self.kv.arena),
                 kv_dtype=kv_numbers,
@@ -115,11 +116,13 @@ class NativeGroup:
                 own, slot = self._model.layers[layer], layer - self.first_layer
                 shapes = layer_shapes(self._model, own)
                 weights = NativeWeights(tensors, f"{names.layers}.{layer}.", self._dtype, shapes, transposed=names.transposed)
-                matrices, norms, numbers = take_layer(self._model, own, weights)
-                numbers |= self._rotations.numbers(own.attention.rope)
-                numbers["window"] = own.attention.window or 0
-                numbers["ring"] = self.kv.need.ring_blocks if self.kv.windowed[slot] else 0
-                self._layers.place(slot, matrices, norms, numbers)
+                arrays = take_layer(self._model, own, weights)
+                arrays.numbers.update(
+                    self._rotations.numbers(own.attention.rope),
+                    window=own.attention.window or 0,
+                    ring=self.kv.need.ring_blocks if self.kv.windowed[slot] else 0,
+                )
+                self._layers.place(slot, arrays)
                 self._placed.add(layer)
         others = NativeWeights(tensors, "", self._dtype, outer_shapes(self._model))
         needs_embedding = self.first_layer == 0 or (self._is_last and self._model.tied)

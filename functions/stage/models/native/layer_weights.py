@@ -8,17 +8,21 @@ import numpy as np
 from functions.stage.models.floats import Array, Float32
 from functions.stage.models.llama.rope import interleaved_rows
 from functions.stage.models.native.weights import NativeWeights, of_one_kind, stacked, with_rows
-from functions.stage.native.layers import MatrixArrays, NormArrays
+from functions.stage.native.layers import LayerArrays, MatrixArrays, NormArrays
 from functions.stage.native.records import Activation, NormKind
 from storage.checkpoints.decoder import Decoder, Layer, Norm
 
 _NORMS: Final = {"rms": NormKind.RMS, "layer": NormKind.LAYER}
 
 
-def take_layer(
-    model: Decoder, layer: Layer, weights: NativeWeights
-) -> tuple[dict[str, MatrixArrays], dict[str, NormArrays], dict[str, float | tuple[float, ...]]]:
-    """Removes a layer's tensors from `weights` and returns its matrices, norms and numbers, by their names in `c/native.h`.
+def row_heads(layer: Layer) -> int:
+    """How many heads the matrix qkv of a layer has: queries, keys, values, and gates if there are any."""
+    attention = layer.attention
+    return attention.num_heads * (2 if attention.output_gate else 1) + 2 * attention.num_kv_heads
+
+
+def take_layer(model: Decoder, layer: Layer, weights: NativeWeights) -> LayerArrays:
+    """Removes a layer's tensors from `weights` and returns its arrays.
 
     Rows of queries and keys are reordered so that the two halves of each rotated pair are adjacent. Numbers lack those that
     depend on the group: window, ring and rotations. Raises MissingTensors.
@@ -45,6 +49,7 @@ def take_layer(
     numbers: dict[str, float | tuple[float, ...]] = {
         "activation": Activation[feed_forward.activation.upper()],
         "parallel": layer.parallel,
+        "gates": attention.output_gate,
         "score_scale": attention.scale,
         "score_cap": attention.soft_cap or 0.0,
         "residual_scale": layer.residual_scale,
@@ -54,7 +59,8 @@ def take_layer(
         numbers |= {"qk_as_one": attention.qk_norm.over == "all_heads", "qk_rotated": attention.qk_norm.after_rope}
     if feed_forward.activation == "xielu":
         numbers["xielu"] = _xielu(names.activation, weights)
-    return matrices, norms, numbers
+    vectors = {"sinks": weights.vector(names.sinks)} if attention.sinks else {}
+    return LayerArrays(matrices, norms, vectors, numbers)
 
 
 def take_norm(name: str, norm: Norm, weights: NativeWeights) -> NormArrays:
@@ -82,7 +88,7 @@ def _head_order(model: Decoder) -> Array:
 
 
 def _qkv(model: Decoder, weights: NativeWeights) -> MatrixArrays:
-    """The rows of all queries, then of all keys, then of all values."""
+    """The rows of all queries, then of all keys, then of all values, then of all gates."""
     names, attention, size = model.names, model.attention, model.attention.head_dim
     order, counts = _head_order(model), (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
     orders = (order, order, np.arange(size))
@@ -99,6 +105,9 @@ def _qkv(model: Decoder, weights: NativeWeights) -> MatrixArrays:
             parts = [rows(firsts[which], size, counts[which], orders[which]) for which in range(3)]
         return with_rows(weights.matrix(names.qkv[0], attention.qkv_bias), np.concatenate(parts))
     matrices = [weights.matrix(name, attention.qkv_bias) for name in names.qkv]
+    if attention.output_gate:
+        queries, gates = (with_rows(matrices[0], rows(first, 2 * size, counts[0], np.arange(size))) for first in (0, size))
+        matrices = [queries, *matrices[1:], gates]
     if not np.array_equal(order, np.arange(size)):
         matrices[:2] = [
             with_rows(matrix, rows(0, size, count, order)) for matrix, count in zip(matrices[:2], counts, strict=False)

@@ -355,11 +355,27 @@ INLINE void attend_piece(const int dtype, const Group *group, const Layer *layer
 #endif
 }
 
-/* The place of a query's result in `attended`. */
-INLINE float *result_of(const Group *group, const Queries *queries, int64_t query)
+/* Writes the result of a query over all tokens, after its head's sink took a share of the weights, and its gate. A function of its own, as
+   `merge`. */
+NOINLINE void write_result(const Group *group, const Layer *layer, const Queries *queries, int64_t query, const Attended *all)
 {
+    const int64_t size = group->head_dim, row = query % queries->rows;
     const int64_t head = queries->kv_head * (group->heads / group->kv_heads) + query / queries->rows;
-    return queries->attended + (query % queries->rows * group->heads + head) * group->head_dim;
+    if (layer->sinks.bytes) {
+        const float sink = ((const float *)layer->sinks.data)[head], most = *all->most > sink ? *all->most : sink;
+        float powers[2][LANES];
+        store(powers[0], exp_f32(every_f32(*all->most - most)));
+        store(powers[1], exp_f32(every_f32(sink - most)));
+        const float total = *all->total * powers[0][0], share = total / (total + powers[1][0]);
+        for (int64_t i = 0; i < size; i += LANES)
+            store(all->values + i, mul_f32(load(all->values + i), every_f32(share)));
+    }
+    if (layer->gates) {
+        const float *gate = queries->heads + row * layer->qkv.outs + (group->heads + 2 * group->kv_heads + head) * size;
+        for (int64_t i = 0; i < size; i += LANES)
+            store(all->values + i, mul_f32(load(all->values + i), sigmoid_of(row_part(gate, i, size))));
+    }
+    memcpy(queries->attended + (row * group->heads + head) * size, all->values, (size_t)size * 4);
 }
 
 /* Attention of queries [first, first + count), numbered by head and row, which read keys and values together. */
@@ -367,7 +383,7 @@ INLINE void attend_together(const int dtype, const Group *group, const Layer *la
                             int64_t count, uint8_t *scratch)
 {
     const int64_t size = group->head_dim, rows = queries->rows, stride = attended_floats(group);
-    const int64_t shared = group->heads / group->kv_heads, all_heads = group->heads + 2 * group->kv_heads;
+    const int64_t shared = group->heads / group->kv_heads;
     const bool one_head = first / rows == (first + count - 1) / rows;
     const int64_t first_row = one_head ? first % rows : 0, last_row = one_head ? (first + count - 1) % rows : rows - 1;
     Together at = {.first = first, .count = count, .pages = (const uint8_t **)scratch, .row_bytes = 4 * rounded_up(size, LAMINA_STEP)};
@@ -379,7 +395,7 @@ INLINE void attend_together(const int dtype, const Group *group, const Layer *la
     const float scale = (float)layer->score_scale;
     for (int64_t query = 0; query < count; query++) {
         int64_t head = queries->kv_head * shared + (first + query) / rows, row = (first + query) % rows;
-        const float *numbers = queries->heads + (row * all_heads + head) * size;
+        const float *numbers = queries->heads + row * layer->qkv.outs + head * size;
         for (int64_t i = 0; i < size; i++)
             scaled[i] = numbers[i] * scale;
         if (dtype == LAMINA_INT8)
@@ -406,8 +422,10 @@ INLINE void attend_together(const int dtype, const Group *group, const Layer *la
         }
     }
     if (!queries->piece)
-        for (int64_t query = 0; query < count; query++)
-            memcpy(result_of(group, queries, first + query), attended_at(group, all, query).values, (size_t)size * 4);
+        for (int64_t query = 0; query < count; query++) {
+            const Attended result = attended_at(group, all, query);
+            write_result(group, layer, queries, first + query, &result);
+        }
 }
 
 static void attend(const Group *group, const Layer *layer, const Queries *queries, uint8_t *scratch)
@@ -426,7 +444,7 @@ static void attend(const Group *group, const Layer *layer, const Queries *querie
 }
 
 /* Merges the results of `pieces` pieces of the same queries, `stride` floats apart. */
-static void merge_pieces(const Group *group, const Queries *queries, int64_t pieces, int64_t stride)
+static void merge_pieces(const Group *group, const Layer *layer, const Queries *queries, int64_t pieces, int64_t stride)
 {
     const int64_t queries_in_all = group->heads / group->kv_heads * queries->rows;
     for (int64_t query = 0; query < queries_in_all; query++) {
@@ -435,6 +453,6 @@ static void merge_pieces(const Group *group, const Queries *queries, int64_t pie
             const Attended later = attended_at(group, queries->pieces + piece * stride, query);
             merge(padded_head(group), &all, &later);
         }
-        memcpy(result_of(group, queries, query), all.values, (size_t)group->head_dim * 4);
+        write_result(group, layer, queries, query, &all);
     }
 }

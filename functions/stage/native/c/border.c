@@ -75,7 +75,7 @@ static Status check_sizes(const Group *group)
         return LAMINA_BAD_SIZE;
     if (!within(group->head_dim, 2, LAMINA_MOST_HEAD) || group->head_dim % 2)
         return LAMINA_BAD_SIZE;
-    if (!within((group->heads + 2 * group->kv_heads) * group->head_dim, 1, MOST))
+    if (!within(group->row_heads, group->heads + 2 * group->kv_heads, MOST) || !within(group->row_heads * group->head_dim, 1, MOST))
         return LAMINA_BAD_SIZE;
     if (!within(group->num_pages, 1, INT32_MAX) || !within(group->rotations, 0, 16))
         return LAMINA_BAD_SIZE;
@@ -103,7 +103,8 @@ static bool is_finite(double number)
 
 static Status check_numbers(const Group *group, const Layer *layer)
 {
-    if (!within(layer->window, 0, INT64_MAX) || !within(layer->ring, 0, MOST) || !within(layer->parallel, 0, 1))
+    if (!within(layer->window, 0, INT64_MAX) || !within(layer->ring, 0, MOST) || !within(layer->parallel, 0, 1) ||
+        !within(layer->gates, 0, 1))
         return LAMINA_BAD_SIZE;
     if (!within(layer->query_rotation, 0, group->rotations) || !within(layer->key_rotation, 0, group->rotations))
         return LAMINA_BAD_SIZE;
@@ -116,13 +117,16 @@ static Status check_numbers(const Group *group, const Layer *layer)
 
 static Status check_layer(const Group *group, const Layer *layer)
 {
-    int64_t attended = group->heads * group->head_dim, all_heads = group->heads + 2 * group->kv_heads;
+    int64_t attended = group->heads * group->head_dim;
     CHECK(check_numbers(group, layer));
     if (layer->ring && !within(layer->window, 1, layer->ring * LAMINA_PAGE_TOKENS))
         return LAMINA_BAD_SIZE;
     CHECK(check_norm(&layer->before_attention, group->hidden_size));
-    CHECK(check_shape(&layer->qkv, all_heads * group->head_dim, group->hidden_size));
+    if (row_heads(group, layer) > group->row_heads)
+        return LAMINA_BAD_SIZE;
+    CHECK(check_shape(&layer->qkv, row_heads(group, layer) * group->head_dim, group->hidden_size));
     CHECK(check_norm(&layer->qk, (group->heads + group->kv_heads) * group->head_dim));
+    CHECK(check_optional(&layer->sinks, group->heads * 4, 4));
     CHECK(check_shape(&layer->out, group->hidden_size, attended));
     CHECK(check_norm(&layer->after_attention, group->hidden_size));
     CHECK(check_norm(&layer->before_mlp, group->hidden_size));

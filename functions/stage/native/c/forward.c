@@ -214,7 +214,7 @@ static void normalize_qk(const Forward *forward, const Layer *layer, const Worke
     const int64_t queries = group->heads * group->head_dim, keys = group->kv_heads * group->head_dim;
     int64_t done = 0, row;
     for (; (row = take_piece(worker, phase, forward->rows, 1)) >= 0; done++) {
-        float *heads = forward->at.heads + row * (queries + 2 * keys);
+        float *heads = forward->at.heads + row * layer->qkv.outs;
         forward->level->normalize(&layer->qk, 0, heads, (float)group->eps, queries, heads);
         forward->level->normalize(&layer->qk, queries, heads + queries, (float)group->eps, keys, heads + queries);
     }
@@ -245,7 +245,7 @@ static void write_kv_of_row(const Forward *forward, const Layer *layer, int64_t 
 {
     const Group *group = forward->group;
     const Place *place = &forward->at.places[row];
-    float *heads = forward->at.heads + row * (group->heads + 2 * group->kv_heads) * group->head_dim;
+    float *heads = forward->at.heads + row * layer->qkv.outs;
     const float *const rotations[] = {rotation_of(forward, layer->query_rotation, row), rotation_of(forward, layer->key_rotation, row)};
     forward->level->write_kv(group, layer, pages_of(forward, layer, place->segment), kv_head, place->position, place->is_last,
                              rotations, heads);
@@ -269,7 +269,7 @@ static Queries queries_of(const Forward *forward, const Layer *layer, const Bund
         .first_position = forward->at.places[row].position,
         .rows = bundle->rows,
         .kv_head = kv_head,
-        .heads = forward->at.heads + row * (group->heads + 2 * group->kv_heads) * group->head_dim,
+        .heads = forward->at.heads + row * layer->qkv.outs,
         .attended = forward->at.attended + row * group->heads * group->head_dim,
         .piece = bundle->piece,
         /* Those of the rows before come first, and those of a piece's heads follow each other. */
@@ -302,7 +302,7 @@ static void merge_pieces(const Forward *forward, const Layer *layer, const Worke
         if (bundle->pieces < 2)
             continue;
         const Queries queries = queries_of(forward, layer, bundle, piece % group->kv_heads);
-        forward->level->merge_pieces(group, &queries, bundle->pieces, bundle->rows * group->heads * attended_floats(group));
+        forward->level->merge_pieces(group, layer, &queries, bundle->pieces, bundle->rows * group->heads * attended_floats(group));
     }
     finish_phase(worker, phase, done, forward->num_bundles * group->kv_heads);
 }

@@ -42,7 +42,7 @@ typedef struct {
 } MatrixScratch;
 
 typedef struct {
-    float *heads;      /* [rows, heads + 2 * kv_heads, head_dim] queries, keys and values */
+    float *heads;      /* [rows, row_heads of the layer, head_dim] queries, keys, values and gates */
     float *attended;   /* [rows, heads * head_dim] */
     float *inner;      /* [rows, inner_size] */
     float *times;      /* [rows, inner_size] what `inner` is multiplied by */

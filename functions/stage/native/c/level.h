@@ -28,7 +28,7 @@ typedef struct {
     int64_t first_position;
     int64_t rows;           /* at most LAMINA_QUERIES */
     int64_t kv_head;
-    const float *heads;     /* [rows, heads + 2 * kv_heads, head_dim] */
+    const float *heads;     /* [rows, row_heads of the layer, head_dim] */
     float *attended;        /* [rows, heads * head_dim] */
     int64_t piece;          /* number of the piece of tokens that is attended to, from 1 on; 0: all, and `attended` gets the results */
     float *pieces;          /* [heads / kv_heads * rows, padded head_dim + LAMINA_ATTENDED_EXTRA] results of that piece */
@@ -55,8 +55,8 @@ typedef struct {
     /* y [count] = activation(y), times `times` [count] if that is not NULL. */
     void (*activate)(const Layer *layer, int64_t count, const float *times, float *y);
 
-    /* Normalizes and rotates, in place, the heads of a row [heads + 2 * kv_heads, head_dim] that share a key head, and writes key
-       and value to the arena. pages: of the sequence in this layer. is_last: no later token of its sequence is in the pass.
+    /* Normalizes and rotates, in place, the heads of a row [row_heads, head_dim] that share a key head, and writes key and value to
+       the arena. pages: of the sequence in this layer. is_last: no later token of its sequence is in the pass.
        rotations: of queries and of keys, [head_dim / 2, 2] each, or NULL. */
     void (*write_kv)(const Group *group, const Layer *layer, const int32_t *pages, int64_t kv_head, int64_t position, bool is_last,
                      const float *const rotations[2], float *heads);
@@ -69,7 +69,7 @@ typedef struct {
     void (*attend)(const Group *group, const Layer *layer, const Queries *queries, uint8_t *scratch);
 
     /* Merges the results of `pieces` pieces for the same queries, which are `stride` floats apart, into `attended`. */
-    void (*merge_pieces)(const Group *group, const Queries *queries, int64_t pieces, int64_t stride);
+    void (*merge_pieces)(const Group *group, const Layer *layer, const Queries *queries, int64_t pieces, int64_t stride);
 } Level;
 
 extern const Level lamina_portable;
@@ -179,6 +179,12 @@ static inline int64_t weight_bytes(const Matrix *matrix, int64_t outs)
 static inline int64_t padded_head(const Group *group)
 {
     return rounded_up(group->head_dim, 16);
+}
+
+/* Heads of a row of qkv: those of queries, keys and values, and gates if there are any. */
+static inline int64_t row_heads(const Group *group, const Layer *layer)
+{
+    return group->heads * (layer->gates ? 2 : 1) + 2 * group->kv_heads;
 }
 
 static inline int64_t attended_floats(const Group *group)

@@ -79,8 +79,10 @@ typedef enum { LAMINA_SILU, LAMINA_GELU, LAMINA_GELU_TANH, LAMINA_RELU, LAMINA_R
 /* A layer: attention, then feed-forward, each between two norms, and added to the hidden states. */
 typedef struct {
     Norm before_attention; /* [hidden_size] */
-    Matrix qkv;            /* [(heads + 2 * kv_heads) * head_dim, hidden_size]; the halves of a rotated pair are adjacent */
+    Matrix qkv;            /* [(heads + 2 * kv_heads) * head_dim, hidden_size], and with `gates` those of `heads` more heads after it;
+                              the halves of a rotated pair are adjacent */
     Norm qk;               /* [heads + kv_heads, head_dim], of each query and key */
+    Memory sinks;          /* float32 [heads]: one more score of each head's softmax, which has no value; or absent */
     Matrix out;            /* [hidden_size, heads * head_dim] */
     Norm after_attention;  /* [hidden_size] */
     Norm before_mlp;       /* [hidden_size] */
@@ -90,6 +92,7 @@ typedef struct {
     Norm after_mlp;        /* [hidden_size] */
     int64_t qk_as_one;     /* 1: the queries of all heads are one row of the norm, and the keys another */
     int64_t qk_rotated;    /* 1: the norm comes after the rotation */
+    int64_t gates;         /* 1: what a query attends to is multiplied by sigmoid(gate), number by number */
     int64_t activation;
     int64_t parallel;      /* 1: attention and feed-forward are computed from the same hidden states */
     int64_t window;        /* tokens that a token attends to, itself included; 0: all */
@@ -122,6 +125,7 @@ typedef struct {
     int64_t heads;
     int64_t kv_heads;
     int64_t head_dim;
+    int64_t row_heads; /* most heads of a row of qkv in a layer */
     int64_t num_pages;
     int64_t kv_dtype;
     int64_t rotations; /* that a pass has */

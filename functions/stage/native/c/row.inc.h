@@ -71,6 +71,8 @@ INLINE vec exp_f32(vec x)
 /* x / (1 + exp(-x)) */
 INLINE vec silu_of(vec x) { return div_f32(x, add_f32(every_f32(1.0f), exp_f32(sub_f32(zeros(), x)))); }
 
+INLINE vec sigmoid_of(vec x) { return div_f32(every_f32(1.0f), add_f32(every_f32(1.0f), exp_f32(sub_f32(zeros(), x)))); }
+
 /* x times the share of a normal distribution below x. The error function is Abramowitz and Stegun's 7.1.26, error 1.5e-7. */
 INLINE vec gelu_of(vec x)
 {

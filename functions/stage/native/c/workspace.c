@@ -45,9 +45,8 @@ int64_t most_pieces(int64_t rows, int64_t most_tokens, int64_t threads)
 Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, int64_t threads, uint8_t *memory)
 {
     Workspace workspace = {0};
-    int64_t all_heads = group->heads + 2 * group->kv_heads;
     int64_t widest = larger(larger(group->hidden_size, group->inner_size), group->heads * group->head_dim);
-    workspace.heads = taken(&workspace, memory, rows * all_heads * group->head_dim * 4);
+    workspace.heads = taken(&workspace, memory, rows * group->row_heads * group->head_dim * 4);
     workspace.attended = taken(&workspace, memory, rows * group->heads * group->head_dim * 4);
     workspace.inner = taken(&workspace, memory, rows * group->inner_size * 4);
     workspace.times = taken(&workspace, memory, rows * group->inner_size * 4);

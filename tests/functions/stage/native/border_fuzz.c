@@ -97,13 +97,15 @@ static Group group_of(int is_long)
     group.heads = group.kv_heads * any(1, 5);
     group.layers = memory_of(group.num_layers * (int64_t)sizeof(Layer));
     int64_t attended = group.heads * group.head_dim, all_heads = group.heads + 2 * group.kv_heads;
+    group.row_heads = all_heads + group.heads;
     Layer *layers = group.layers.data;
     for (int64_t i = 0; i < group.num_layers; i++) {
-        int64_t dtype = any(LAMINA_BF16, LAMINA_BLOCKS), of_mlp = any(LAMINA_BF16, LAMINA_BLOCKS);
+        int64_t dtype = any(LAMINA_BF16, LAMINA_BLOCKS), of_mlp = any(LAMINA_BF16, LAMINA_BLOCKS), gates = any(0, 1);
         layers[i] = (Layer){
             .before_attention = norm_of(group.hidden_size, 0),
-            .qkv = matrix_of(dtype, all_heads * group.head_dim, group.hidden_size),
+            .qkv = matrix_of(dtype, (all_heads + gates * group.heads) * group.head_dim, group.hidden_size),
             .qk = norm_of((group.heads + group.kv_heads) * group.head_dim, 0),
+            .sinks = any(0, 1) ? memory_of(group.heads * 4) : (Memory){0},
             .out = matrix_of(dtype, group.hidden_size, attended),
             .after_attention = norm_of(group.hidden_size, 0),
             .before_mlp = norm_of(group.hidden_size, 0),
@@ -112,6 +114,7 @@ static Group group_of(int is_long)
             .down = matrix_of(dtype, group.hidden_size, group.inner_size),
             .after_mlp = norm_of(group.hidden_size, 0),
             .activation = any(LAMINA_SILU, LAMINA_XIELU),
+            .gates = gates,
             .parallel = any(0, 1),
             .window = any(0, 2) ? 0 : any(1, 40),
             .query_rotation = any(0, group.rotations),
@@ -233,6 +236,8 @@ static int run_pass(Pool *pool)
     for (int i = 0; i < 5; i++)
         if (says_more(&norms[i]->gain, &sound_norms[i]->gain, 2))
             return -1;
+    if (says_more(&layers[0].sinks, &before.sinks, 1))
+        return -1;
     const Matrix *now[] = {&layers[0].qkv, &layers[0].out, &layers[0].gate, &layers[0].up, &layers[0].down};
     const Matrix *then[] = {&before.qkv, &before.out, &before.gate, &before.up, &before.down};
     for (int i = 0; i < 5; i++)

@@ -10,7 +10,7 @@ import pytest
 
 from functions.stage.native import limits, records
 from functions.stage.native.compiler import SOURCE
-from functions.stage.native.layers import MatrixArrays, NativeLayers, NativeLinear, NativeThreads, NormArrays
+from functions.stage.native.layers import LayerArrays, MatrixArrays, NativeLayers, NativeLinear, NativeThreads, NormArrays
 from functions.stage.native.library import NativeError, library
 from functions.stage.native.records import BLOCK_FORMATS, Array, Dtype, MatrixRecord, MemoryRecord, NormKind, memory_of
 
@@ -26,6 +26,7 @@ def sizes() -> records.GroupRecord:
         heads=4,
         kv_heads=2,
         head_dim=10,
+        row_heads=8,
         eps=1e-5,
         num_pages=8,
         kv_dtype=Dtype.F32,
@@ -41,16 +42,17 @@ def group() -> NativeLayers:
     layers = NativeLayers(library(), sizes(), zeros(8, 2, 2, 64, 16))
     shapes = {"qkv": (80, 48), "out": (48, 40), "gate": (40, 48), "up": (40, 48), "down": (48, 40)}
     for slot in range(2):
-        layers.place(
-            slot,
+        arrays = LayerArrays(
             {name: MatrixArrays(Dtype.F32, zeros(*shape), biases=zeros(shape[0])) for name, shape in shapes.items()},
             {
                 "before_attention": NormArrays(NormKind.RMS, zeros(48)),
                 "qk": NormArrays(NormKind.LAYER, zeros(6, 10), zeros(6, 10)),
                 "before_mlp": NormArrays(NormKind.RMS, zeros(48)),
             },
+            {"sinks": zeros(4)},
             {"window": 20 * slot, "ring": slot, "query_rotation": 1, "key_rotation": 1, "residual_scale": 1.0},
         )
+        layers.place(slot, arrays)
     return layers
 
 
@@ -136,6 +138,7 @@ WRONG: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
     "an odd head size": (lambda record: setattr(record, "head_dim", 9), "range"),
     "a huge head size": (lambda record: setattr(record, "head_dim", 2**40), "range"),
     "heads that share no key head evenly": (lambda record: setattr(record, "kv_heads", 3), "range"),
+    "rows that keys and values do not fit": (lambda record: setattr(record, "row_heads", 7), "range"),
     "no key heads": (lambda record: setattr(record, "kv_heads", 0), "range"),
     "a larger arena than memory": (lambda record: setattr(record, "num_pages", 9), "memory"),
     "an arena of no pages": (lambda record: setattr(record, "num_pages", 0), "range"),
@@ -176,6 +179,8 @@ WRONG_LAYER: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
     "a gain that is missing": (lambda layer: setattr(layer.before_mlp, "gain", MemoryRecord()), "memory"),
     "gains of too few heads": (lambda layer: setattr(layer.qk.gain, "bytes", 5 * 10 * 4), "memory"),
     "biases of a norm that are short": (lambda layer: setattr(layer.qk.biases, "bytes", 5 * 10 * 4), "memory"),
+    "sinks of too few heads": (lambda layer: setattr(layer.sinks, "bytes", 12), "memory"),
+    "gates without a place": (lambda layer: setattr(layer, "gates", 1), "range"),
     "a norm of no known kind": (lambda layer: setattr(layer.after_mlp, "kind", 3), "range"),
     "a norm of all heads that is none": (lambda layer: (setattr(layer.qk, "kind", 0), setattr(layer, "qk_as_one", 1)), "range"),
     "an activation that is none": (lambda layer: setattr(layer, "activation", 6), "range"),
