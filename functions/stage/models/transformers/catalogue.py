@@ -25,8 +25,8 @@ class KnownFamily:
 def known_families() -> list[KnownFamily]:
     """Every decoder-only text family of the installed transformers, by name.
 
-    native: layers in C run the config class's defaults, with transformers or torch for what they do not run. generic: transformers' modules. A model that
-    also sees or hears counts by its text part.
+    native: layers in C run the defaults of the config class, with transformers or torch for what they do not run. generic:
+    transformers' modules. A model that also sees or hears counts by its text part.
     """
     logging.set_verbosity_error()  # some classes' defaults do not please their own checks
     return [_known(model_type) for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) if _is_text_decoder(model_type)]
