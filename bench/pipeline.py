@@ -91,22 +91,25 @@ class RunningPipeline:
 
 
 @contextmanager
-def running_pipeline(dtype: str, state: Path, kv_cache: str = "256Mi") -> Iterator[RunningPipeline]:
-    """Starts everything and waits until it is ready. Raises DidNotStart, which names the logs."""
+def running_pipeline(
+    dtype: str, state: Path, kv_cache: str = "256Mi", model: str | None = None, stages: int = NUM_STAGES
+) -> Iterator[RunningPipeline]:
+    """Starts everything and waits until it is ready. model: a source; None: the packaged one. Raises DidNotStart, which names
+    the logs."""
     state.mkdir(parents=True, exist_ok=True)
-    spec, secrets = _write_spec(dtype, state, kv_cache)
-    options = ["--spec", str(spec), "--secrets", str(secrets), "--model", packaged_model(), "--dtype", dtype, "--port", "0"]
+    source = model or packaged_model()
+    spec, secrets = _write_spec(source, dtype, stages, state, kv_cache)
+    options = ["--spec", str(spec), "--secrets", str(secrets), "--model", source, "--dtype", dtype, "--port", "0"]
     with started([sys.executable, "-m", "knative", "run", *options, "--state", str(state)], state / "run.log") as run:
         running = wait_for(lambda: find_running(state), run, state / "run.log")
         assert running.store is not None
-        stages = wait_for(lambda: _stages(running.admin_url), run, state / "run.log")
+        pods = wait_for(lambda: _stages(running.admin_url, stages), run, state / "run.log")
         store = ObjectStore(running.store)
-        name = published_name(packaged_model())
-        named_secrets = {_TOKEN_SECRET: {"token": TOKEN}}
-        local = local_pipeline(store, read_manifest(store, name, dtype), NUM_STAGES, load_spec(spec), named_secrets)
-        with gateway_beside(local, [stage.function for stage in stages], state / "gateway.log") as (direct_url, pid):
+        manifest = read_manifest(store, published_name(source), dtype)
+        local = local_pipeline(store, manifest, stages, load_spec(spec), {_TOKEN_SECRET: {"token": TOKEN}})
+        with gateway_beside(local, [pod.function for pod in pods], state / "gateway.log") as (direct_url, pid):
             pids = (run.pid, pid)
-            yield RunningPipeline(dtype, running.gateway_url, direct_url, stages, local, running.store, pids)
+            yield RunningPipeline(dtype, running.gateway_url, direct_url, pods, local, running.store, pids)
 
 
 def local_spec(name: str, **fields: Any) -> PipelineSpec:
@@ -217,14 +220,14 @@ def read_page(url: str, timeout_seconds: float = 30.0) -> str:
     return page
 
 
-def _write_spec(dtype: str, state: Path, kv_cache: str) -> tuple[Path, Path]:
+def _write_spec(source: str, dtype: str, stages: int, state: Path, kv_cache: str) -> tuple[Path, Path]:
     """Writes the spec and a folder of secrets, with the token that the direct gateway needs too."""
     cores = usable_cores()
-    sharing = Sharing(cores, NUM_STAGES)
+    sharing = Sharing(cores, stages)
     spec = {
         "name": "bench",
-        "model": {"name": published_name(packaged_model()), "dtype": dtype},
-        "stages": NUM_STAGES,
+        "model": {"name": published_name(source), "dtype": dtype},
+        "stages": stages,
         "image": "lamina:local",
         "pipeline_token_secret": _TOKEN_SECRET,
         "stage": {
@@ -249,7 +252,7 @@ def _write_spec(dtype: str, state: Path, kv_cache: str) -> tuple[Path, Path]:
     return file, secret.parent
 
 
-def _stages(admin_url: str) -> tuple[StageUrls, ...] | None:
+def _stages(admin_url: str, count: int) -> tuple[StageUrls, ...] | None:
     """The stages in order; None: not each has a ready pod yet."""
     try:
         with urllib.request.urlopen(f"{admin_url}/status", timeout=30) as reply:
@@ -260,7 +263,7 @@ def _stages(admin_url: str) -> tuple[StageUrls, ...] | None:
     pods = ([pod for revision in stage["revisions"] for pod in revision["pods"]] for stage in stages)
     found = [next((pod for pod in each if pod["phase"] == "ready"), None) for each in pods]
     ready = [pod for pod in found if pod is not None]
-    if len(ready) < NUM_STAGES:
+    if len(ready) < count:
         return None
     return tuple(StageUrls(*(f"http://127.0.0.1:{pod[port]}" for port in _PORTS)) for pod in ready)
 

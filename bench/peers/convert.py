@@ -1,0 +1,29 @@
+"""Runs llama.cpp's converter, in a process of its own since it brings another `gguf`: SOURCES FOLDER FILE.
+
+Every folder of `bench.peers` has SmolLM2's tokenizer, which the classes of other models would not recognize.
+"""
+
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def with_smollm_vocabulary(model: Any) -> None:
+    model.get_vocab_base_pre = lambda tokenizer: "smollm"
+    model._set_vocab_gpt2()
+
+
+if __name__ == "__main__":
+    sources, folder, target = sys.argv[1:]
+    sys.path[:0] = [sources, f"{sources}/gguf-py"]
+    import gguf
+    from conversion import get_model_class  # type: ignore[import-not-found]
+
+    config = json.loads((Path(folder) / "config.json").read_text())
+    converter = get_model_class(config["architectures"][0])
+    for each in (converter, *filter(inspect.isclass, vars(converter).values())):
+        each.set_vocab = with_smollm_vocabulary
+    hparams = converter.load_hparams(Path(folder), False)
+    converter(Path(folder), gguf.LlamaFileType.MOSTLY_F16, Path(target), hparams=hparams).write()
