@@ -24,12 +24,12 @@ from bench.kv.client import Server
 from bench.kv.deployed import deployed
 from bench.kv.pods import from_peer, from_store, from_zero, scaled_in
 from bench.kv.report import Case, Found, NotMeasured, markdown, verdicts
+from bench.llama_cpp import llama_server
+from bench.peers.models import PACKAGED, model
 from bench.pipeline import DidNotStart, RunningPipeline, gateway_beside, running_pipeline
 from bench.report import STATE, command_line, machine, output_option, write_section
-from bench.serving.peers_llama_cpp import running_llama_cpp
 from bench.serving.requests import Requests
 from functions.stage.engine.threads import usable_cores
-from knative.commands.model_choice import packaged_model
 
 _STATE: Final = STATE / "bench-kv"
 _KV_CACHE: Final = "640Mi"  # for the shared prompt's 32 sequences in float32
@@ -114,11 +114,12 @@ class _Bench:
         logs = _STATE / "llama.cpp"
         logs.mkdir(parents=True, exist_ok=True)
         try:
-            with running_llama_cpp(packaged_model(), usable_cores(), logs, slots=_LLAMA_CPP_SLOTS) as server:
-                holding, plain = (Server(server.url, "any", {"cache_prompt": cached}) for cached in (True, False))
+            file = model(PACKAGED, STATE / "peers" / "models").gguf("Q4_0")
+            with llama_server(file, logs / "llama-server.log", usable_cores(), slots=_LLAMA_CPP_SLOTS) as (url, _):
+                holding, plain = (Server(url, "any", {"cache_prompt": cached}) for cached in (True, False))
                 for one in second_turns(Case.LLAMA_CPP, holding, plain, self._texts, self._rounds):
-                    self._add("Q4_1", one)
-                return f"llama.cpp is {server.build}, with {_LLAMA_CPP_SLOTS} slots"
+                    self._add("Q4_0", one)
+                return f"llama.cpp is built for this CPU and serves Q4_0 with {_LLAMA_CPP_SLOTS} slots"
         except DidNotStart as error:
             return f"llama.cpp did not start: {error.why}"
 

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import product
 from os import getloadavg, sched_getaffinity
 from pathlib import Path
 from typing import Final
@@ -18,21 +19,24 @@ from typing import Final
 import click
 from tokenizers import Tokenizer
 
-from bench.peers.llama_cpp import llama_server, llama_server_over_rpc
+from bench.llama_cpp import llama_server, llama_server_over_rpc
 from bench.peers.models import PACKAGED, SHAPES, Model, model
 from bench.pipeline import DidNotStart, running_pipeline
 from bench.report import STATE, Verdict, command_line, judged, machine, output_option, table, verdict_table, write_section
-from bench.serving.client import Client
+from bench.serving.client import Client, Measurement
 from bench.serving.contenders import CONCURRENT, PREFILL, SINGLE, Contender, Results, measure_all, rate, ratio
-from bench.serving.requests import Requests
+from bench.serving.requests import Request, Requests
+from knative.commands.model_choice import packaged_model
 from storage.checkpoints.model_source import open_checkpoint
 
 _STATE: Final = STATE / "peers"
 _SIZES: Final = (PACKAGED, "Qwen2.5-0.5B", "1.1B")
 _RPC: Final = "llama.cpp RPC, three servers, Q4_0"
-# Lamina in one stage and in three against llama.cpp's best: SINGLE at each size, CONCURRENT at each size, PREFILL.
+# Lamina's dtypes, and llama.cpp's formats with as many bits.
+_EQUAL: Final = {"q4": "Q4_0", "kept": "Q4_0", "int8": "Q8_0"}
+# By stages: Lamina's fastest dtype against llama.cpp's fastest format, at each size.
 _WANTED: Final[Mapping[int, Mapping[str, tuple[float, float, float]]]] = {
-    1: {SINGLE: (1.3, 1.15, 1.1)},
+    1: {SINGLE: (1.3, 1.15, 1.1), CONCURRENT: (2.8, 2.4, 2.4), PREFILL: (3.5, 3.5, 3.5)},
     3: {SINGLE: (0.95, 1.0, 1.05), CONCURRENT: (2.8, 2.4, 2.4), PREFILL: (3.5, 3.5, 3.5)},
 }
 _WANTED_RPC: Final = {SINGLE: 3.0, CONCURRENT: 5.0, PREFILL: 6.0}
@@ -41,7 +45,7 @@ _WANTED_RPC: Final = {SINGLE: 3.0, CONCURRENT: 5.0, PREFILL: 6.0}
 @click.command(help=__doc__)
 @click.option("--model", "names", type=click.Choice([PACKAGED, *SHAPES]), multiple=True, default=_SIZES, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Each contender's turns.")
-@click.option("--dtype", "dtypes", multiple=True, default=("q4", "int8"), show_default=True)
+@click.option("--dtype", "dtypes", multiple=True, default=tuple(_EQUAL), show_default=True)
 @click.option("--stages", "cuts", type=click.IntRange(min=1), multiple=True, default=(1, 3), show_default=True)
 @click.option("--format", "formats", multiple=True, default=("Q4_0", "Q8_0", "Q4_K_M"), show_default=True)
 @click.option("--rpc/--no-rpc", default=True, show_default=True, help="llama.cpp over three RPC servers, too.")
@@ -59,14 +63,25 @@ def main(
 ) -> None:
     began, load, parts, verdicts = time.monotonic(), getloadavg()[0], list[str](), list[Verdict]()
     for name in names:
-        found, failed = _measure(model(name, _STATE / "models"), rounds, dtypes, cuts, formats, rpc, chosen)
+        measured = model(name, _STATE / "models")
+        with ExitStack() as stack:
+            contenders = list(_lamina(stack, measured, dtypes, cuts))
+            failed = dict[str, str]()
+            for peer, kind in [(f"llama.cpp {kind}", kind) for kind in formats] + [(_RPC, "Q4_0")] * rpc:
+                try:
+                    contenders.append(_llama_cpp(stack, peer, measured.gguf(kind)))
+                except DidNotStart as error:
+                    failed[peer] = error.why
+            work = {workload: asked for workload, asked in _requests().items() if workload in chosen}
+            found = asyncio.run(measure_all(contenders, work, rounds, click.echo))
         parts.append(f"\n### {name}\n\n{_table(found, failed)}")
         verdicts += _verdicts(name, found)
     facts = (
-        f"{command_line('bench.peers')} on {machine()}; took {time.monotonic() - began:.0f} s, load average before it {load:.1f}. "
-        "llama.cpp is built from its sources for this CPU (GGML_NATIVE, weights repacked), the GGUF files by its own "
-        "`llama-quantize`. Sizes other than the packaged model have random weights. Guesses and prefix cache are off on both "
-        "sides. Contenders take turns; numbers are medians over the rounds, ratios medians of the ratios within each round.\n"
+        f"{command_line('bench.peers')} on {machine()}; it took {time.monotonic() - began:.0f} s, the load average before it "
+        f"was {load:.1f}. llama.cpp is built from its sources for this CPU (GGML_NATIVE, weights repacked), its files are made "
+        "by its own `llama-quantize`. Sizes other than the packaged model have random weights. *kept* publishes llama.cpp's "
+        "Q4_0 file as it is. Guesses and prefix caches are off on both sides. Contenders take turns; rates are medians over "
+        "the rounds, ratios medians of the ratios within each round.\n"
     )
     write_section(output, "peers", "\n".join(["## Peers", facts, verdict_table(verdicts), *parts]))
     for verdict in verdicts:
@@ -74,93 +89,71 @@ def main(
     click.echo(f"{output} has the rest")
 
 
-def _measure(
-    measured: Model,
-    rounds: int,
-    dtypes: Sequence[str],
-    cuts: Sequence[int],
-    formats: Sequence[str],
-    rpc: bool,
-    chosen: Sequence[str],
-) -> tuple[Results, dict[str, str]]:
-    """The results, and why a contender did not run."""
-    threads, failed = len(sched_getaffinity(0)), dict[str, str]()
-    logs = _STATE / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    options = {"ignore_eos": True, "cache_prompt": False}
-    with ExitStack() as stack:
-        contenders = []
-        for dtype in dtypes:
-            for stages in cuts:
-                state = _STATE / f"{measured.name}-{dtype}-{stages}"
-                pipeline = stack.enter_context(running_pipeline(dtype, state, model=measured.source, stages=stages))
-                contenders.append(Contender(_own(dtype, stages), pipeline.pids, Client(pipeline.url, pipeline.model, {}).measure))
-        for name, kind in [(f"llama.cpp {kind}", kind) for kind in formats] + ([(_RPC, "Q4_0")] if rpc else []):
-            log = logs / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.log"
-            try:
-                if name == _RPC:
-                    url, pids = stack.enter_context(llama_server_over_rpc(measured.gguf(kind), log, threads, 3))
-                else:
-                    url, pid = stack.enter_context(llama_server(measured.gguf(kind), log, threads))
-                    pids = (pid,)
-            except DidNotStart as error:
-                failed[name] = error.why
-            else:
-                contenders.append(Contender(name, pids, Client(url, "any", options).measure))
-        requests = Requests(Tokenizer.from_str(_tokenizer()))
-        work = {SINGLE: [requests.cut(0, 128, 96)], CONCURRENT: requests.ragged(16), PREFILL: [requests.cut(0, 1000, 1)]}
-        work = {workload: asked for workload, asked in work.items() if workload in chosen}
-        return asyncio.run(measure_all(contenders, work, rounds, click.echo)), failed
+def _lamina(stack: ExitStack, measured: Model, dtypes: Sequence[str], cuts: Sequence[int]) -> Iterator[Contender]:
+    for dtype, stages in product(dtypes, cuts):
+        source = str(measured.gguf("Q4_0")) if dtype == "kept" else measured.source
+        state = _STATE / f"{measured.name}-{dtype}-{stages}"
+        pipeline = stack.enter_context(running_pipeline(dtype, state, model=source, stages=stages))
+        yield Contender(_own(dtype, stages), pipeline.pids, Client(pipeline.url, pipeline.model, {}).measure)
 
 
 def _own(dtype: str, stages: int) -> str:
     return f"Lamina {dtype}, {'one stage' if stages == 1 else f'{stages} stages'}"
 
 
-def _tokenizer() -> str:
-    from knative.commands.model_choice import packaged_model
+def _llama_cpp(stack: ExitStack, name: str, file: Path) -> Contender:
+    """Raises DidNotStart."""
+    logs, threads = _STATE / "logs", len(sched_getaffinity(0))
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.log"
+    if name == _RPC:
+        url, pids = stack.enter_context(llama_server_over_rpc(file, log, threads, 3))
+    else:
+        url, pid = stack.enter_context(llama_server(file, log, threads))
+        pids = (pid,)
+    return Contender(name, pids, Client(url, "any", {"ignore_eos": True, "cache_prompt": False}).measure)
 
-    return open_checkpoint(Path(packaged_model())).files["tokenizer.json"].decode()
+
+def _requests() -> dict[str, list[Request]]:
+    tokenizer = open_checkpoint(Path(packaged_model())).files["tokenizer.json"]
+    requests = Requests(Tokenizer.from_str(tokenizer.decode()))
+    return {SINGLE: [requests.cut(0, 128, 96)], CONCURRENT: requests.ragged(16), PREFILL: [requests.cut(0, 1000, 1)]}
 
 
-def _best(results: Mapping[str, Sequence[object]], like: str) -> Iterator[str]:
-    return (name for name in results if name.startswith(like) and name != _RPC)
+def _fastest(results: Mapping[str, list[Measurement]], beginning: str, end: str = "") -> str:
+    """The contender with the highest rate of those whose name begins and ends so, RPC left out; empty: there is none."""
+    names = [name for name in results if name.startswith(beginning) and name.endswith(end) and name != _RPC]
+    return max(names, key=lambda name: rate(results[name]), default="")
 
 
-def _verdicts(name: str, found: Results) -> Iterator[Verdict]:
-    """Lamina's best dtype against llama.cpp's best format, and against its RPC."""
+def _verdicts(size: str, found: Results) -> Iterator[Verdict]:
+    """Lamina's fastest dtype against llama.cpp's fastest format and against its RPC, and both at equal bytes of weights."""
     for workload, results in found.items():
-        peers = list(_best(results, "llama.cpp"))
-        if not peers:
-            continue
-        peer = max(peers, key=lambda each: rate(results[each]))
-        for stages in (1, 3):
-            own = [each for each in _best(results, "Lamina") if each.endswith("one stage" if stages == 1 else f"{stages} stages")]
-            if not own:
-                continue
-            best = max(own, key=lambda each: rate(results[each]))
-            wanted = _WANTED[stages].get(workload)
-            if wanted and name in _SIZES:
-                what = f"{name}, {workload}: {best} × {peer}"
-                yield judged(what, ratio(results, best, peer), wanted[_SIZES.index(name)])
-            if stages == 3 and _RPC in results:
-                yield judged(f"{name}, {workload}: {best} × {_RPC}", ratio(results, best, _RPC), _WANTED_RPC[workload])
+        peer = _fastest(results, "llama.cpp")
+        for stages, wanted in _WANTED.items():
+            own = _fastest(results, "Lamina", _own("", stages)[len("Lamina ") :])
+            if own and peer and size in _SIZES:
+                bound = wanted[workload][_SIZES.index(size)]
+                yield judged(f"{size}, {workload}: {own} × {peer}", ratio(results, own, peer), bound)
+            if own and stages == 3 and _RPC in results:
+                yield judged(f"{size}, {workload}: {own} × {_RPC}", ratio(results, own, _RPC), _WANTED_RPC[workload])
 
 
 def _table(found: Results, failed: Mapping[str, str]) -> str:
-    workloads = list(found)
-    best = {each: max(_best(found[each], "llama.cpp"), key=lambda name: rate(found[each][name]), default="") for each in workloads}
+    """A row per contender: its rates, compared with llama.cpp's fastest format, and with its format of as many bits."""
     rows = []
-    for name in dict.fromkeys(name for each in found.values() for name in each):
+    for name in dict.fromkeys(name for results in found.values() for name in results):
         row = [name]
-        for workload in workloads:
-            results = found[workload]
-            row.append(f"{rate(results[name]):.1f}")
-            row.append(f"{ratio(results, name, best[workload]):.2f}" if best[workload] else "–")
+        for results in found.values():
+            against = [_fastest(results, "llama.cpp")]
+            if name.startswith("Lamina"):
+                against.append(f"llama.cpp {_EQUAL.get(name.split()[1].strip(','), '')}")
+            ratios = [f"{ratio(results, name, peer):.2f}" if peer in results else "–" for peer in against]
+            row += [f"{rate(results[name]):.1f}", " / ".join(ratios)]
         rows.append(row)
-    rows += [[f"{name} did not run: {why}", *["–"] * (2 * len(workloads))] for name, why in failed.items()]
-    columns = [column for workload in workloads for column in (f"{workload}, tokens/s", "× best llama.cpp")]
-    return table(["", *columns], rows)
+    rows += [[f"{name} did not run: {why}", *["–"] * (2 * len(found))] for name, why in failed.items()]
+    heads = [column for workload in found for column in (f"{workload}, tokens/s", "× llama.cpp's best / of as many bits")]
+    return table(["", *heads], rows)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,14 @@ from typing import Final
 
 import click
 
+from bench.llama_cpp import SLOTS, llama_server
+from bench.peers.models import PACKAGED
+from bench.peers.models import model as bench_model
 from bench.pipeline import DidNotStart, RunningPipeline, running_pipeline
 from bench.report import STATE, machine, output_option, write_section
 from bench.serving.client import Client
 from bench.serving.contenders import CONCURRENT, LLAMA_CPP, PREFILL, SINGLE, Contender, lamina, measure_all, transformers
 from bench.serving.peers import running_transformers
-from bench.serving.peers_llama_cpp import LLAMA_CPP_SLOTS, LlamaCpp, running_llama_cpp
 from bench.serving.report import Findings, draw, markdown, verdicts
 from bench.serving.requests import Requests
 from bench.serving.round import RoundTime, measure_rounds
@@ -61,12 +63,12 @@ def measure(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequenc
         pipelines = [stack.enter_context(running_pipeline(dtype, _STATE / dtype)) for dtype in dtypes]
         whole = stack.enter_context(running_transformers(model, log / "transformers.log"))
         contenders = [contender for pipeline in pipelines for contender in lamina(pipeline)] + transformers(whole)
-        peer: LlamaCpp | None = None
         did_not_run = {}
         try:
-            peer = stack.enter_context(running_llama_cpp(model, len(sched_getaffinity(0)), log))
-            client = Client(peer.url, "any", {"ignore_eos": True, "cache_prompt": False})
-            contenders.append(Contender(LLAMA_CPP, (peer.pid,), client.measure))
+            file = bench_model(PACKAGED, STATE / "peers" / "models").gguf("Q4_0")
+            url, pid = stack.enter_context(llama_server(file, log / "llama-server.log", len(sched_getaffinity(0))))
+            client = Client(url, "any", {"ignore_eos": True, "cache_prompt": False})
+            contenders.append(Contender(LLAMA_CPP, (pid,), client.measure))
         except DidNotStart as error:
             click.echo(f"llama.cpp did not run: {error}")
             did_not_run[LLAMA_CPP] = error.why
@@ -82,7 +84,6 @@ def measure(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequenc
             dict(_rounds(pipelines, requests)),
             whole.bytes_per_second(),
             {each.dtype: sum(entry.bytes for entry in each.local.manifest.objects.values()) for each in pipelines},
-            peer.build if peer else "",
             did_not_run,
             {name: each for pipeline in pipelines for name, each in token_times(pipeline, requests, log)},
         )
@@ -101,7 +102,6 @@ def _rounds(pipelines: Sequence[RunningPipeline], requests: Requests) -> Iterato
 
 def _facts(found: Findings, rounds: int, new_tokens: int, seconds: float, load: float) -> list[str]:
     packages = [f"{name} {version(name)}" for name in ("torch", "transformers")]
-    packages += [f"llama.cpp of the package {found.llama_cpp}"] if found.llama_cpp else []
     return [
         f"`python -m bench.serving --rounds {rounds} --new-tokens {new_tokens}` on {machine()}; {', '.join(packages)}; "
         f"SmolLM2-135M-Instruct, greedy, every answer as long as asked for. The run took {seconds:.0f} s; the load average "
@@ -112,8 +112,8 @@ def _facts(found: Findings, rounds: int, new_tokens: int, seconds: float, load: 
         "prompts is used: `python -m bench.speculation` and `python -m bench.kv` measure that. Peers have both "
         "cores, too: transformers holds the whole model in bf16 in one "
         "process (`generate` takes the 16 requests as one static batch, filled up to the longest prompt and run to the longest "
-        "answer; only tokens asked for count), and llama.cpp serves the packaged Q4_1 file with "
-        f"{LLAMA_CPP_SLOTS} slots, prompts not cached. "
+        "answer; only tokens asked for count), and llama.cpp, built for this CPU (`make llama-cpp`), serves the model in Q4_0, "
+        f"its fastest format, with {SLOTS} slots, prompts not cached. "
         "Contenders take turns; rates and ratios are medians over the rounds, CPU seconds those of all its processes.\n",
     ]
 

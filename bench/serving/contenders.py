@@ -16,7 +16,7 @@ CONCURRENT: Final = "16 concurrent"
 PREFILL: Final = "prefill of 1k"
 GENERATE: Final = "transformers generate, bf16"
 GENERATE_BATCH: Final = "transformers generate_batch, bf16"
-LLAMA_CPP: Final = "llama.cpp server, Q4_1"
+LLAMA_CPP: Final = "llama.cpp server, Q4_0"
 Workload = str
 
 

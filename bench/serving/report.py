@@ -31,7 +31,6 @@ class Findings:
     rounds: Mapping[str, RoundTime]  # by dtype, micro-batches, and whether through queue-proxies
     bytes_per_second: float
     weights_bytes: Mapping[str, int]  # by dtype: the weights that a token's step reads
-    llama_cpp: str  # the build that served; empty: it did not start
     did_not_run: Mapping[str, str]  # contender → reason
     token_times: Mapping[str, TokenTime] = field(default_factory=dict)  # by dtype, and whether through queue-proxies
 

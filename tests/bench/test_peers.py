@@ -1,58 +1,28 @@
-"""llama.cpp as a peer: the next build is tried if one does not start, and the report says why a peer is missing."""
+"""llama.cpp as a peer: a report says why it is missing."""
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
 
+from bench import llama_cpp
 from bench.pipeline import DidNotStart
 from bench.serving.client import Measurement
 from bench.serving.contenders import LLAMA_CPP, PREFILL, SINGLE
-from bench.serving.peers_llama_cpp import Build, builds_for, running_llama_cpp
 from bench.serving.report import BF16, Findings, markdown, verdicts
 
-DIES = "import os, signal; os.kill(os.getpid(), signal.SIGILL)"
-SERVES = """
-import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
-
-class Healthy(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-
-HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Healthy).serve_forever()
-"""
-WHY = "pytest ended by signal 4 (Illegal instruction)"
+WHY = "llama.cpp is not built: make llama-cpp"
 
 
-def build(package: str, program: str) -> Build:
-    return Build(package, "any", lambda: ([sys.executable, "-c", program], dict(os.environ)))
-
-
-def test_the_next_build_is_tried_if_one_does_not_start(tmp_path: Path) -> None:
-    builds = [build("not-installed-at-all", SERVES), build("pytest", DIES), build("aiohttp", SERVES)]
-    with running_llama_cpp("model.gguf", 1, tmp_path, builds) as peer:
-        assert peer.build.startswith("aiohttp ")
-        assert peer.build.endswith(" (any)")
-
-
-def test_a_cpu_without_amx_gets_the_build_for_avx2_first() -> None:
-    assert [build.instructions for build in builds_for("flags : avx2 amx_bf16 amx_tile fma")] == ["AMX", "AVX2"]
-    assert [build.instructions for build in builds_for("flags : avx2 avx512f fma")] == ["AVX2", "AMX"]
-
-
-def test_the_reason_of_every_failed_build_is_reported(tmp_path: Path) -> None:
-    builds = [build("not-installed-at-all", SERVES), build("pytest", DIES)]
-    with pytest.raises(DidNotStart) as raised, running_llama_cpp("model.gguf", 1, tmp_path, builds):
+def test_without_a_build_the_peer_did_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_cpp, "SOURCES", tmp_path)
+    with pytest.raises(DidNotStart) as raised, llama_cpp.llama_server(tmp_path / "model.gguf", tmp_path / "log", 1):
         pass
-    assert raised.value.why == f"not-installed-at-all is not installed; {WHY}"
+    assert raised.value.why == WHY
 
 
 def findings(did_not_run: dict[str, str], measured: tuple[str, ...]) -> Findings:
     results = {name: [Measurement(1.0, 100, [0.1], [0.01])] for name in measured}
-    return Findings({SINGLE: results, PREFILL: results}, {}, 1e9, {}, "", did_not_run)
+    return Findings({SINGLE: results, PREFILL: results}, {}, 1e9, {}, did_not_run)
 
 
 def test_the_report_of_a_run_without_a_peer() -> None:

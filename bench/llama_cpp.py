@@ -1,11 +1,11 @@
-"""llama.cpp as its own experts would run it: built on this machine for this CPU, with its fastest formats (`make llama-cpp`)."""
+"""llama.cpp as its own experts would run it: built on this machine for this CPU (`make llama-cpp`)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-from bench.pipeline import started, succeeds, wait_for
+from bench.pipeline import DidNotStart, started, succeeds, wait_for
 from bench.report import ROOT
 from knative.local.kubelet.processes import free_port
 
@@ -15,20 +15,22 @@ _CONTEXT_TOKENS: Final = 32_768
 
 
 def tool(name: str) -> Path:
-    """A program of the build. Raises FileNotFoundError if it was not built."""
+    """A program of the build. Raises DidNotStart if it was not built."""
     path = SOURCES / "build" / "bin" / name
     if not path.exists():
-        raise FileNotFoundError(f"llama.cpp's {name} is not built: make llama-cpp")
+        raise DidNotStart("llama.cpp is not built: make llama-cpp", path)
     return path
 
 
 @contextmanager
-def llama_server(file: Path, log: Path, threads: int, options: Sequence[str] = ()) -> Iterator[tuple[str, int]]:
+def llama_server(
+    file: Path, log: Path, threads: int, options: Sequence[str] = (), slots: int = SLOTS
+) -> Iterator[tuple[str, int]]:
     """Serves a GGUF file. options: further ones of llama-server. Yields its URL and its process id. Raises DidNotStart."""
     port = free_port()
     command = [str(tool("llama-server")), "--model", str(file), "--host", "127.0.0.1", "--port", str(port), *options]
     command += ["--threads", str(threads), "--threads-batch", str(threads)]
-    command += ["--ctx-size", str(_CONTEXT_TOKENS), "--parallel", str(SLOTS)]
+    command += ["--ctx-size", str(_CONTEXT_TOKENS), "--parallel", str(slots)]
     with started(command, log) as process:
         url = f"http://127.0.0.1:{port}"
         wait_for(lambda: succeeds(f"{url}/health"), process, log)
@@ -37,7 +39,7 @@ def llama_server(file: Path, log: Path, threads: int, options: Sequence[str] = (
 
 @contextmanager
 def llama_server_over_rpc(file: Path, log: Path, threads: int, servers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Serves a GGUF file whose layers are cut over `servers` processes. Yields the URL and all process ids."""
+    """Serves a GGUF file cut over `servers` processes. Yields its URL and all process ids. Raises DidNotStart."""
     with ExitStack() as stack:
         ports = [free_port() for _ in range(servers)]
         pids = []
