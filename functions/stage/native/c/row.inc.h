@@ -219,9 +219,7 @@ static void pack_for_blocks(const float *x, int64_t size, uint8_t *packed)
         store_bytes(to->numbers, first);
         store_bytes(to->numbers + LANES, second);
         to->scale = largest / LARGEST_OF_8_BITS;
-        int32_t halves[2] = {0, 0};
-        for (int i = 0; i < LAMINA_BLOCK; i++)
-            halves[i / LANES] += to->numbers[i];
+        const int32_t halves[2] = {(int32_t)sum_f32(f32_of_i32(first)), (int32_t)sum_f32(f32_of_i32(second))};
         const int32_t sums[3] = {halves[0] + halves[1], halves[0], halves[1]};
         for (int i = 0; i < 3; i++) {
             to->minus_sums[i] = -sums[i];
