@@ -137,4 +137,4 @@ def test_layers_in_c_are_for_cpus_and_every_dtype_but_float16() -> None:
     for dtype in ("bfloat16", "int8", "float32", "q4"):
         assert native_obstacle(model, dtype, "cpu") is None
         assert native_obstacle(model, dtype, "meta") == "they are on meta"
-    assert native_obstacle(model, "float16", "cpu") == "float16 is not float32, bfloat16, int8, q4 or gguf"
+    assert native_obstacle(model, "float16", "cpu") == "float16 is not float32, bfloat16, int8, q4 or kept"
