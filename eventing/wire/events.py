@@ -76,6 +76,14 @@ class Want(StrEnum):
     NONE = "none"
     TOKEN = "token"
     LOGPROBS = "logprobs"
+    VECTOR = "vector"
+
+
+class Pooling(StrEnum):
+    """How the final hidden states of a row's tokens become one vector."""
+
+    MEAN = "mean"
+    LAST = "last"  # the last token's
 
 
 class Status(StrEnum):
@@ -154,6 +162,9 @@ class Result(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True
     logprobs: tuple[float, ...] | None = None
     # For each of `logprobs`, if asked for: the most probable tokens at its position, most probable first.
     top_logprobs: tuple[tuple[tuple[TokenId, float], ...], ...] | None = None
+    # With `Want.VECTOR`: float32, little endian. The pooled hidden states of the row's tokens, after the dense layers of an
+    # embedder, or the logits of a classifier. Not normalized.
+    vector: bytes | None = None
 
 
 class Row(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -179,6 +190,7 @@ class Row(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     following: Annotated[int, Meta(ge=0, le=MAX_POSITION)] = 0
     # With `Want.TOKEN`: log-probabilities of drawn tokens are wanted. With either want: of so many alternatives per token.
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    pooling: Pooling | None = None  # with `Want.VECTOR`
     status: Status = Status.OK
     held: Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None = None
     reason: str | None = None

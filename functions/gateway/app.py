@@ -20,6 +20,7 @@ from functions.gateway.answers.client_limits import ClientLimits
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
 from functions.gateway.answers.sites import Sites, check_media_type
+from functions.gateway.answers.vectors import VectorService
 from functions.gateway.cloudevents.api import CloudEventsAPI
 from functions.gateway.cloudevents.scoring import ScoreEntry
 from functions.gateway.jobs.batches_api import BatchesAPI
@@ -27,6 +28,7 @@ from functions.gateway.jobs.configured import Jobs
 from functions.gateway.jobs.files import MAX_FILE_BYTES
 from functions.gateway.jobs.files_api import UPLOAD_PATH, FilesAPI
 from functions.gateway.openai.api import OpenAIAPI
+from functions.gateway.openai.embeddings import EmbeddingsAPI
 from functions.gateway.openai.errors import add_error_handlers, refused
 from functions.gateway.openai.tokens import TokensAPI
 from functions.gateway.openapi.document import register_document
@@ -115,6 +117,7 @@ def create_app(
     described = list(operations(with_page=config.page == "on", with_jobs=jobs is not None))
     register_document(app, described, config.model, with_keys=not keys.is_open)
     OpenAIAPI(service, clients, config).register(app)
+    EmbeddingsAPI(VectorService(service), clients, config).register(app)
     if jobs is not None:
         routes = Blueprint("jobs", __name__, url_prefix="/v1")
         FilesAPI(jobs.batches, clients).register(routes)

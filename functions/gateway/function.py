@@ -120,7 +120,9 @@ class GatewayFunction:
         self._start_up.mark("last_byte")
         self._metrics.ready.set(1)
         limits, running = client_limits(self._config, self._keys), self._running
-        self._answer_service = AnswerService(text, running.scheduler, self._metrics, running.tracer, limits, self._config.model)
+        self._answer_service = AnswerService(
+            text, running.scheduler, self._metrics, running.tracer, limits, self._config.model, manifest.embedder
+        )
         if self._worker is not None:
             self._worker.start()
         _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 DECODER_KEY: Final = "lamina_decoder"
+EMBEDDER_KEY: Final = "lamina_embedder"  # of a model that makes vectors of texts; see storage/models/embedder.py
 
 Shapes = dict[str, tuple[int, ...]]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"]
@@ -132,6 +133,8 @@ class Decoder(_Data, frozen=True, kw_only=True):
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
     head_bias: bool = False
+    causal: bool = True  # a token attends to none after it; otherwise to all of its text, or `window` - 1 on either side
+    has_head: bool = True  # it makes logits; a model of vectors does not
     names: TensorNames = TensorNames()
 
     @property
@@ -210,7 +213,9 @@ def layer_shapes(model: Decoder, layer: Layer) -> Shapes:
 def outer_shapes(model: Decoder) -> Shapes:
     """Shapes of the tensors outside the layers, by their full names. A tied model may lack the head's weight."""
     matrix, names = (model.vocab_size, model.hidden_size), model.names
-    shapes: Shapes = {f"{names.embedding}.weight": matrix, f"{names.head}.weight": matrix}
+    shapes: Shapes = {f"{names.embedding}.weight": matrix}
+    if model.has_head:
+        shapes[f"{names.head}.weight"] = matrix
     if model.position_offset is not None:
         shapes[f"{names.positions}.weight"] = (model.max_positions + model.position_offset, model.hidden_size)
     if model.head_bias:

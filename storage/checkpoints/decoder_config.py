@@ -11,6 +11,7 @@ import msgspec
 
 from storage.checkpoints.decoder import (
     DECODER_KEY,
+    EMBEDDER_KEY,
     Activation,
     Attention,
     Decoder,
@@ -79,7 +80,7 @@ _HARMLESS: Final = frozenset((
     "tf_legacy_loss", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
     "summary_first_dropout", "reorder_and_upcast_attn", "attn_implementation", "cache_implementation",
     "num_nextn_predict_layers", "mlp_dim", "rms_norm", "embedding_size", "use_mrope", "unsloth_fixed", "unsloth_version",
-    "loss_type",
+    "loss_type", "is_matryoshka", "matryoshka_dimensions", EMBEDDER_KEY,
 ))  # fmt: skip
 # Keys of one family that another's class does not read: a Llama's config with a window has none.
 _KEYS_OF_FAMILIES: Final = frozenset((
@@ -138,7 +139,7 @@ def _described(family: DecoderFamily, values: Values) -> Decoder:
     )
     layers = _layers(family, values, norm, heads, head_dim)
     kinds = tuple(dict.fromkeys(layers))
-    names = family.names
+    names, has_head = family.names, values.get(EMBEDDER_KEY) is None
     if layers[0].parallel and family.one_norm_if_parallel:
         names = msgspec.structs.replace(names, before_feed_forward=names.before_attention)
     return Decoder(
@@ -146,7 +147,7 @@ def _described(family: DecoderFamily, values: Values) -> Decoder:
         hidden_size=hidden,
         vocab_size=values.size("vocab_size"),
         max_positions=values.size("max_position_embeddings", values.default("max_position_embeddings")),
-        tied=values.flag("tie_word_embeddings"),
+        tied=values.flag("tie_word_embeddings") and has_head,
         kinds=kinds,
         order=tuple(map(kinds.index, layers)),
         ropes=_ropes(family, values, head_dim),
@@ -156,6 +157,8 @@ def _described(family: DecoderFamily, values: Values) -> Decoder:
         logit_scale=family.logit_scale(values),
         logit_soft_cap=values.soft_cap(family.logit_soft_cap),
         head_bias=family.head_bias,
+        causal=not values.flag(family.bidirectional),
+        has_head=has_head,
         names=names,
     )
 
@@ -175,6 +178,8 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
         biased=values.flag(family.mlp_bias),
     )
     windows, unrotated = tuple(family.windows(values)), tuple(family.unrotated(values))
+    if values.flag(family.bidirectional):  # the config counts both sides
+        windows = tuple(window and window // 2 + 1 for window in windows)
     if {len(windows), len(unrotated)} != {num_layers}:
         values.obstacles.append("layer lists of another length than the model")
         windows, unrotated = (None,) * num_layers, (False,) * num_layers
@@ -308,6 +313,7 @@ def _obstacles(family: DecoderFamily, values: Values, model: Decoder, config: Ma
         f"head_dim {attention.head_dim}": attention.head_dim % 2 != 0,
         f"{attention.num_heads} heads on {attention.num_kv_heads}": attention.num_heads % attention.num_kv_heads != 0,
         "an architecture without a language model head": bool(architectures)
+        and model.has_head
         and not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures),
     }
     if not family.has_head_dim:  # but the rotation may read it

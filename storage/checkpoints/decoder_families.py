@@ -71,6 +71,7 @@ class DecoderFamily:
     logit_soft_cap: str | None = None
     position_offset: int | None = None
     head_bias: bool = False
+    bidirectional: bool | str = False  # tokens attend to later ones, and windows to half as many tokens on either side
     only: Callable[["Values"], Mapping[str, Any]] = lambda _: {}  # keys that the row describes for one value alone
     legacy_gelu: bool = False  # gelu means its tanh form
     has_head_dim: bool = True  # the class reads the key head_dim
@@ -357,6 +358,7 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
         logit_soft_cap="final_logit_softcapping",
         attention_soft_cap="attn_logit_softcapping",
         windows=_windows_by_pattern,
+        bidirectional="use_bidirectional_attention",
         rope_by_kind=True,
         **LLAMA_BIASES,
     ),

@@ -7,13 +7,15 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
 from storage.checkpoints.safetensors_format import TensorSpan, read_exactly, read_header, read_spans, tensor_bytes
 from storage.errors import CheckpointInvalid, LibraryMissing
+
+T = TypeVar("T")
 
 # Python writes these numbers, which are no JSON. transformers writes them as this object.
 _BARE_FLOAT: Final = re.compile(rb"(?<=[\[:,\s])(-?Infinity|NaN)(?=[\],}\s])")
@@ -38,7 +40,7 @@ def open_folder(folder: Path, text_only: bool = False) -> Checkpoint:
     """
     config = read_json(folder / "config.json")
     published = dict(config)
-    tensors, quantization = dict(_tensors(folder)), None
+    tensors, quantization = dict(folder_tensors(folder)), None
     if settings := _quantization_config(folder, published):
         from storage.checkpoints.quantized import dequantized  # numpy, which only quantized checkpoints need here
 
@@ -103,7 +105,8 @@ def tokenizer_folder(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, SourceTensor]]:
+def folder_tensors(folder: Path) -> Iterator[tuple[str, SourceTensor]]:
+    """The tensors in the safetensors files of a folder, by name; read when they are used. Raises CheckpointInvalid."""
     for path, wanted in _shards(folder).items():
         spans = read_spans(path)
         if missing := sorted(set(wanted or ()) - set(spans)):
@@ -190,8 +193,12 @@ def _converted_tokenizer(folder: Path) -> bytes:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a checkpoint. Raises CheckpointInvalid if it is missing or is no JSON object."""
+    return read_json_as(path, dict[str, Any])
+
+
+def read_json_as(path: Path, type_: type[T]) -> T:
     try:
-        return msgspec.json.decode(_BARE_FLOAT.sub(_TAGGED_FLOAT, path.read_bytes()), type=dict[str, Any])
+        return msgspec.json.decode(_BARE_FLOAT.sub(_TAGGED_FLOAT, path.read_bytes()), type=type_)
     except FileNotFoundError as error:
         raise CheckpointInvalid(f"{path.parent} has no {path.name}; is it the folder of a checkpoint?") from error
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

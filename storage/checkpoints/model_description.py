@@ -31,6 +31,8 @@ class ModelDescription:
     head_dim: int
     context_length: int
     tied: bool
+    has_head: bool = True  # it makes logits
+    vector_tensors: frozenset[str] = frozenset()  # of an embedder, beside those of the layers
 
 
 def describe_model(config: Mapping[str, Any]) -> ModelDescription:
@@ -56,6 +58,7 @@ def describe_model(config: Mapping[str, Any]) -> ModelDescription:
         head_dim=model.attention.head_dim,
         context_length=model.max_positions,
         tied=model.tied,
+        has_head=model.has_head,
     )
 
 

@@ -17,6 +17,7 @@ from storage.errors import CheckpointInvalid
 
 _HUB_ID: Final = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _HUB_FILES: Final = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+_MODULE_FOLDERS: Final = ("*_Pooling", "*_Dense")  # of sentence-transformers
 _GGUF_MAGIC: Final = b"GGUF"
 _CHECKPOINT_SUFFIXES: Final = (".safetensors", ".gguf", ".json", ".jinja", ".txt", ".model")
 
@@ -38,6 +39,8 @@ def locate(source: str | Path) -> Path:
     hub_id, patterns = found["id"], list(_HUB_FILES)
     try:
         folder = snapshot_download(hub_id, revision=found["revision"], allow_patterns=patterns, ignore_patterns=["*/*"])
+        modules = [f"{pattern}/*.{suffix}" for pattern in _MODULE_FOLDERS for suffix in ("json", "safetensors")]
+        snapshot_download(hub_id, revision=found["revision"], allow_patterns=modules)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointInvalid(
             f"{hub_id!r} is no file or folder here, and the hub does not give it: {error}. Check the id, the network, and "
@@ -77,7 +80,7 @@ def checkpoint_fingerprint(path: Path) -> str:
     for file in _checkpoint_files(path):
         with file.open("rb") as opened:
             digest = hashlib.file_digest(opened, blake3)  # type: ignore[arg-type]  # it is a hash, and not OpenSSL's
-            digests.append((file.name, digest.hexdigest()))
+            digests.append((_name_in(path, file), digest.hexdigest()))
     return blake3(msgspec.json.encode(digests)).hexdigest()
 
 
@@ -88,12 +91,18 @@ def checkpoint_state(path: Path) -> tuple[tuple[str, int, int, int, int], ...]:
     different states.
     """
     return tuple(
-        (file.name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        (_name_in(path, file), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         for file, status in ((file, file.stat()) for file in _checkpoint_files(path))
     )
+
+
+def _name_in(path: Path, file: Path) -> str:
+    return file.relative_to(path).as_posix() if path.is_dir() else file.name
 
 
 def _checkpoint_files(path: Path) -> Iterable[Path]:
     if not path.is_dir():
         return gguf_parts(path)
-    return sorted(file for file in path.iterdir() if file.suffix in _CHECKPOINT_SUFFIXES and file.is_file())
+    folders = [path, *(folder for pattern in _MODULE_FOLDERS for folder in path.glob(pattern) if folder.is_dir())]
+    files = (file for folder in folders for file in folder.iterdir())
+    return sorted(file for file in files if file.suffix in _CHECKPOINT_SUFFIXES and file.is_file())

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from storage.checkpoints.decoder import Decoder, Shapes, full_name, layer_shapes, outer_shapes
+from storage.checkpoints.decoder import EMBEDDER_KEY, Decoder, Shapes, full_name, layer_shapes, outer_shapes
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.checkpoints.families import check_served, mixes_longrope, with_floats
@@ -29,7 +29,12 @@ def check_runnable(config: Mapping[str, Any], dtype: str) -> None:
     Lamina's own. Other families may have matrices of the same names, so the config decides, not the names.
     """
     check_served(config)
-    if config.get("use_bidirectional_attention") in (True, "all"):  # "vision": tokens of images do
+    if EMBEDDER_KEY in config:
+        try:
+            decoder_of(config)
+        except UnsupportedConfig as error:
+            raise ArchitectureUnsupported(f"models that make vectors of texts run by layers in C alone: {error}") from error
+    elif config.get("use_bidirectional_attention") in (True, "all"):  # "vision": tokens of images do
         raise ArchitectureUnsupported(
             "its tokens attend to later ones (use_bidirectional_attention): it does not generate text"
         )

@@ -19,6 +19,7 @@ from storage.errors import (
     ModelNotPublished,
     ObjectNotFound,
 )
+from storage.models.embedder import Embedder
 
 if TYPE_CHECKING:
     from storage.store.object_store import ObjectStore
@@ -78,13 +79,17 @@ class ModelManifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     head_dim: _Size
     context_length: _Size  # tokens
     tied: bool  # the head's matrix is the embedding's, and the object `head` lacks it
+    embedder: Embedder | None = None  # the model makes vectors of texts; None: it generates tokens
     objects: dict[str, StoredObject]
     files: dict[str, StoredFile]
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) over contents and description, not over names and places. The pipeline's fingerprint holds it."""
-        contents = {name: getattr(self, name) for name in self.__struct_fields__ if name not in _PLACES} | {
+        fields = {name: getattr(self, name) for name in self.__struct_fields__ if name not in _PLACES}
+        if self.embedder is None:  # older publications keep their digest
+            del fields["embedder"]
+        contents = fields | {
             "objects": {name: (stored.digest, stored.tensors) for name, stored in self.objects.items()},
             "files": {name: stored.sha256 for name, stored in self.files.items()},
         }

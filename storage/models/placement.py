@@ -41,7 +41,9 @@ def place_tensors(tensors: Mapping[str, SourceTensor], model: ModelDescription) 
             raise CheckpointInvalid(
                 f"no tensor of the checkpoint is for {target}; config.json says {model.num_layers} layers. Is a shard missing?"
             )
-    if not model.tied and head_matrix(placed) is None:
+    if not model.has_head:
+        placed["head"].pop(head_matrix(placed) or "", None)
+    elif not model.tied and head_matrix(placed) is None:
         raise CheckpointInvalid(
             "the checkpoint has no head matrix, such as lm_head.weight, and its config.json does not tie it to the embedding"
         )
@@ -63,7 +65,7 @@ def _object_of(name: str, tensor: SourceTensor, model: ModelDescription) -> str 
     # A causal mask [1, 1, n, n] has the name that a projection's bias [n] has elsewhere.
     if _BUFFER.search(name) and not (name.endswith(".bias") and len(tensor.shape) < 2):
         return None
-    part = part_of(name)
+    part = "head" if name in model.vector_tensors else part_of(name)
     if isinstance(part, str):
         return part
     if part is not None and part < model.num_layers:

@@ -32,6 +32,7 @@ from storage.checkpoints.model_description import ModelDescription, describe_mod
 from storage.checkpoints.model_source import checkpoint_fingerprint, checkpoint_state, locate, open_checkpoint
 from storage.errors import CheckpointInvalid, ManifestInvalid, ModelNotPublished, StorageError
 from storage.models.checks import check_runnable, check_shapes, is_layer_matrix
+from storage.models.embedder import embedder_in
 from storage.models.model_repository import (
     MANIFEST_VERSION,
     PART_BYTES,
@@ -46,6 +47,7 @@ from storage.models.model_repository import (
 )
 from storage.models.object_writer import ObjectPlan, TargetTensor, plan_object, planned_digests, write_object
 from storage.models.placement import Placement, embedding_matrix, head_matrix, place_tensors
+from storage.models.sentence_transformers import with_embedder
 from storage.store.object_store import ObjectStore
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ _log = logging.getLogger(__name__)
 _MOST_THREADS: Final = 4
 _THREAD_BYTES: Final = 100 * 2**20  # parts on their way, and blocks that are converted
 _BASE_BYTES: Final = 150 * 2**20
+_UNPUBLISHED: Final = frozenset(("ignored_layers", "has_head", "vector_tensors"))  # of a description
 _FRAGMENT_SUFFIX: Final = ".fragment.json"
 
 
@@ -147,12 +150,12 @@ def publish(
     config = with_description(checkpoint.config)
     if checkpoint.config.get("tie_word_embeddings", model.tied) != model.tied:
         config = with_description({**checkpoint.config, "tie_word_embeddings": model.tied})
-    if config is not checkpoint.config:
+    if config is not checkpoint.config or embedder_in(config):
         files["config.json"] = msgspec.json.format(msgspec.json.encode(config), indent=2)
     stored_files = upload.files(files)
     if [*map(checkpoint_state, read)] != state and " ".join(map(checkpoint_fingerprint, read)) != contents:
         raise CheckpointInvalid(f"{path} changed while it was published; publish it again when nothing writes to it")
-    described = {field: value for field, value in asdict(model).items() if field != "ignored_layers"}
+    described = {field: value for field, value in asdict(model).items() if field not in _UNPUBLISHED}
     manifest = ModelManifest(
         manifest_version=MANIFEST_VERSION,
         name=name,
@@ -160,6 +163,7 @@ def publish(
         publication=publication,
         objects=objects,
         files=stored_files,
+        embedder=embedder_in(config),
         **described,
     )
     store.put(manifest_key(name, dtype), encode_manifest(manifest))
@@ -188,10 +192,17 @@ def plan_publication(
     from storage.models.conversion import RoundingError, convert_tensor  # numpy, which only a real publication needs
 
     checkpoint = open_checkpoint(path, tokenizer, text_only)
+    if path.is_dir() and not text_only:
+        checkpoint = with_embedder(path, checkpoint)
+    embedder = embedder_in(checkpoint.config)
+    vector_tensors = embedder.tensors if embedder else frozenset()
     check_runnable(checkpoint.config, dtype)
-    model, placed = _settle_tie(describe_model(checkpoint.config), checkpoint)
+    model = with_changes(describe_model(checkpoint.config), vector_tensors=vector_tensors)
+    model, placed = _settle_tie(model, checkpoint)
     shapes = {name: tensor.shape for members in placed.values() for name, tensor in members.items()}
-    in_float32 = check_shapes(checkpoint.config, shapes, dtype)
+    in_float32 = vector_tensors | check_shapes(
+        checkpoint.config, {name: shape for name, shape in shapes.items() if name not in vector_tensors}, dtype
+    )
     if check_cut:
         try:
             decoder_of(checkpoint.config)

@@ -32,6 +32,7 @@ class LogEntry:
     client_id: str | None = None  # first digits of a key's SHA-256; an address if there are no keys
     request: GenerateRequest | None = None
     generation: Generation | None = None
+    prompt_tokens: int | None = None  # of texts that became vectors
     status: int | None = None
 
 
@@ -75,6 +76,8 @@ class AccessLog:
         }
         if entry.generation is not None:
             line |= entry.generation.account()
+        elif entry.prompt_tokens is not None:
+            line["prompt_tokens"] = entry.prompt_tokens
         if self._with_prompts and entry.request is not None:
             line |= {"prompt": entry.request.prompt, "messages": entry.request.messages}
             line["text"] = None if entry.generation is None else entry.generation.text

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
 from eventing.problems import ContextExceeded, InvalidRequest, Problem
-from eventing.wire.events import Grammar
+from eventing.wire.events import Grammar, Pooling
 from eventing.wire.generation import GenerateRequest
 from eventing.wire.tools import NamedTool
 from functions.configuration.api_keys import Quota
@@ -16,9 +16,11 @@ from functions.gateway.answers.generation import Generation
 from functions.gateway.answers.metrics import GatewayMetrics, GenAIOperation
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.scheduling.sequence import Prompt
+from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.text_stream import TextStream
 from functions.gateway.text.tokenizer import ModelText
 from functions.observing.tracing import PASSING, TraceContext, Tracer
+from storage.models.embedder import Embedder
 
 T = TypeVar("T")
 
@@ -61,21 +63,28 @@ class AnswerService:
         tracer: Tracer = PASSING,
         limits: ClientLimits | None = None,
         model: str = "",
+        embedder: Embedder | None = None,
     ) -> None:
+        """embedder: if the model makes vectors of texts; None: it generates tokens."""
         self.text = text
-        self._limits = limits or ClientLimits(Quota())
-        self._scheduler = scheduler
-        self._metrics = metrics
+        self.embedder = embedder
+        self.limits = limits or ClientLimits(Quota())
+        self.scheduler = scheduler
+        self.metrics = metrics
         self._tracer = tracer
-        self._model = model
+        self.model = model
 
     def begin(self, request: GenerateRequest, context: RequestContext) -> Generation:
         """Begins all answers to a request, or none, and returns without waiting for tokens. The caller closes the Generation.
 
         Raises InvalidRequest, MalformedEvent, QueueFull, RateLimited, NotReady.
         """
+        if self.embedder is not None:
+            what = "scores pairs of texts" if self.embedder.classifies else "makes vectors of texts"
+            path = "/v1/score or /v1/rerank" if self.embedder.classifies else "/v1/embeddings"
+            raise InvalidRequest(f"the model {self.model} {what} and generates no tokens; ask {path}")
         count = request.n * len(request.prompts)
-        release = self._limits.admit(context.client_id, count, in_background=context.in_background)
+        release = self.limits.admit(context.client_id, count, in_background=context.in_background)
         answers: list[Answer] = []
         try:
             prompts = self._encode_prompts(request, context.client_id)
@@ -91,7 +100,28 @@ class AnswerService:
             if isinstance(error, RecursionError):
                 raise InvalidRequest("the request's tools, schema or arguments are nested too deeply") from None
             raise
-        return Generation(context.request_id, request, answers, context.gone, self._metrics)
+        return Generation(context.request_id, request, answers, context.gone, self.metrics)
+
+    def submit_text(self, token_ids: Sequence[int], context: RequestContext, pooling: Pooling | None) -> TokenStream:
+        """Has the stages make a vector of a text. pooling: None: as the model is published, or the last token.
+
+        Raises QueueFull, NotReady.
+        """
+        embedder = self.embedder
+        return self.scheduler.submit(
+            Prompt(
+                token_ids,
+                max_tokens=0,
+                pooling=pooling or (Pooling.LAST if embedder is None else Pooling(embedder.pooling)),
+                in_one_chunk=embedder is not None and embedder.in_one_chunk,
+                client_id=context.client_id,
+                priority=(self.limits.quota(context.client_id).priority or 0) - BACKGROUND * context.in_background,
+                deadline_seconds=context.deadline_seconds,
+                arrived=context.arrived,
+                trace=context.trace,
+                request_id=context.request_id,
+            )
+        )
 
     def use_text(self, client_id: str, work: Callable[[ModelText], T], tokens: Callable[[T], int] = lambda _: 0) -> T:
         """Serves a request that gets no answer from the pipeline: returns what `work` makes of it with the model's text.
@@ -99,10 +129,10 @@ class AnswerService:
         Meanwhile the request counts as waiting and as one of its client's answers. tokens: of the result, those that count for
         the client's limits. Raises InvalidRequest, QueueFull, RateLimited, NotReady, and what `work` raises.
         """
-        release = self._limits.admit(client_id)
+        release = self.limits.admit(client_id)
         used = 0
         try:
-            with self._scheduler.entering(client_id):
+            with self.scheduler.entering(client_id):
                 result = work(self.text)
             used = tokens(result)
             return result
@@ -119,7 +149,7 @@ class AnswerService:
             elif prompt is not None:
                 self.text.check_ids(prompt)
         self.text.check(request.prediction)
-        with self._scheduler.entering(client_id):
+        with self.scheduler.entering(client_id):
             grammar = self._grammar(request)
             predicted = self.text.encode_expected(request.prediction) if request.prediction else []
             return [replace(self._encode(request, prompt, predicted), grammar=grammar) for prompt in request.prompts]
@@ -152,7 +182,7 @@ class AnswerService:
         only: bool,
     ) -> Answer:
         token_ids = encoded.token_ids
-        operation = GenAIOperation.of(request, self._model)
+        operation = GenAIOperation.of(request, self.model)
         attributes = operation.begin_attributes(request, context.request_id, len(token_ids), max_tokens)
         span = self._tracer.serve(operation.span_name, context.trace, attributes)
         prompt = Prompt(
@@ -169,18 +199,18 @@ class AnswerService:
             cache_salt=request.cache_salt or "",
             request_secret=context.secret,
             is_only_answer=only,
-            priority=(self._limits.quota(context.client_id).priority or 0) - BACKGROUND * context.in_background,
+            priority=(self.limits.quota(context.client_id).priority or 0) - BACKGROUND * context.in_background,
             deadline_seconds=context.deadline_seconds,
             arrived=context.arrived,
             trace=span.context,
             request_id=context.request_id,
         )
         try:
-            token_stream = self._scheduler.submit(prompt)
+            token_stream = self.scheduler.submit(prompt)
         except Problem as problem:
             span.end(problem.name, {"error.type": problem.name})
             raise
-        self._metrics.prompt_tokens.inc(len(token_ids))
+        self.metrics.prompt_tokens.inc(len(token_ids))
         tools = self.text.tools
         marked_specially = tools.format.marker in tools.special  # a call begins with a special token
         text_stream = TextStream(
@@ -191,9 +221,7 @@ class AnswerService:
             special=bool(request.callable_tools) and marked_specially,
         )
         echo = encoded.text if request.echo else None
-        return Answer(
-            token_ids, token_stream, text_stream, self._metrics, span, operation, release, echo, scored=request.scores
-        )
+        return Answer(token_ids, token_stream, text_stream, self.metrics, span, operation, release, echo, scored=request.scores)
 
     def _answer_lengths(self, request: GenerateRequest, prompts: Sequence[EncodedPrompt], context: RequestContext) -> list[int]:
         """The most tokens of an answer to each prompt: as requested, or fewer if the context or the client's quota ends it.
@@ -201,7 +229,7 @@ class AnswerService:
         Raises InvalidRequest for an empty prompt, and if there may be more log-probabilities than one request may have; without
         `max_tokens` they make the answers shorter instead. Raises ContextExceeded if no token is left for an answer.
         """
-        most = self._limits.quota(context.client_id).max_tokens or self.text.context_length
+        most = self.limits.quota(context.client_id).max_tokens or self.text.context_length
         if request.max_tokens is not None:
             most = min(most, request.max_tokens)
         lengths = []

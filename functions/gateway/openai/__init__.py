@@ -1,4 +1,5 @@
-"""The OpenAI API, plain and streaming: chat completions, completions, responses, models; and vLLM's /tokenize and /detokenize.
+"""The OpenAI API, plain and streaming: chat completions, completions, responses, models, embeddings; and of vLLM's API
+/tokenize, /detokenize, /score and /rerank.
 
 May import: eventing, eventing.wire, eventing.http, functions.configuration, functions.hosting, functions.observing,
 functions.gateway.answers, functions.gateway.text.

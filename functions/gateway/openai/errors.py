@@ -11,7 +11,12 @@ from eventing.problems import ContextExceeded, InvalidRequest, Problem
 from functions.hosting.web import allow_header, json_response, not_served
 
 _log: Final = logging.getLogger(__name__)
-_PROMPT_PARAMETERS: Final = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/responses": "input"}
+_PROMPT_PARAMETERS: Final = {
+    "/v1/chat/completions": "messages",
+    "/v1/completions": "prompt",
+    "/v1/responses": "input",
+    "/v1/embeddings": "input",
+}
 
 
 def add_error_handlers(routes: Blueprint) -> None:

@@ -9,6 +9,7 @@ from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE
 from eventing.wire.events import EventType
 from eventing.wire.generation import GenerateRequest, GenerateResponse
 from functions.gateway.jobs.batches_api import BatchRequest
+from functions.gateway.openai.embeddings import EmbeddingRequest, RerankRequest, ScoringRequest
 from functions.gateway.openai.requests import ChatRequest, CompletionRequest
 from functions.gateway.openai.responses_requests import ResponsesRequest
 from functions.gateway.openai.tokens import DetokenizeRequest, TokenizeRequest
@@ -85,6 +86,7 @@ def operations(*, with_page: bool, with_jobs: bool = False) -> Iterator[Operatio
             events=event,
             headers={"Idempotency-Key": {}},
         )
+    yield from _vectors()
     if with_jobs:
         yield from _jobs()
     yield Operation("get", "/v1/models", "The one model that is served", {JSON: replies.ModelList})
@@ -109,6 +111,19 @@ def operations(*, with_page: bool, with_jobs: bool = False) -> Iterator[Operatio
         ("/readyz", "Whether it takes work", replies.ReadyReply),
     ):
         yield Operation("get", path, summary, {JSON: verdict}, errors=(), keyed=False, negative=verdict)
+
+
+def _vectors() -> Iterator[Operation]:
+    for path, summary, request, reply in (
+        ("/v1/embeddings", "Vectors of texts", EmbeddingRequest, replies.EmbeddingReply),
+        ("/v1/score", "How alike two texts are, for each pair", ScoringRequest, replies.ScoreReply),
+        ("/score", "The same as /v1/score", ScoringRequest, replies.ScoreReply),
+        ("/v1/rerank", "Documents in the order in which they answer a query", RerankRequest, replies.RerankReply),
+        ("/rerank", "The same as /v1/rerank", RerankRequest, replies.RerankReply),
+        ("/v2/rerank", "The same as /v1/rerank", RerankRequest, replies.RerankReply),
+    ):
+        refused = () if path.startswith("/v1") else (422,)
+        yield Operation("post", path, summary, {JSON: reply}, {JSON: request}, (*_BODY_ERRORS, 404, *refused, *_ANSWER_ERRORS))
 
 
 def _jobs() -> Iterator[Operation]:

@@ -196,6 +196,59 @@ class ResponseEvent(Struct, frozen=True):
     sequence_number: int
 
 
+class VectorUsage(Struct, frozen=True):
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int
+
+
+class EmbeddingObject(Struct, frozen=True):
+    object: Literal["embedding"]
+    index: int
+    embedding: tuple[float, ...] | str  # base64 of float32, little endian
+
+
+class EmbeddingReply(Struct, frozen=True):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: tuple[EmbeddingObject, ...]
+    usage: VectorUsage
+
+
+class ScoreObject(Struct, frozen=True):
+    object: Literal["score"]
+    index: int
+    score: float
+
+
+class ScoreReply(Struct, frozen=True):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: tuple[ScoreObject, ...]
+    usage: VectorUsage
+
+
+class RankedText(Struct, frozen=True):
+    text: str
+
+
+class RankedDocument(Struct, frozen=True):
+    index: int
+    relevance_score: float
+    document: RankedText | None = None
+
+
+class RerankReply(Struct, frozen=True):
+    id: str
+    model: str
+    results: tuple[RankedDocument, ...]
+    usage: VectorUsage
+
+
 class Tokens(Struct, frozen=True):
     count: int
     max_model_len: int

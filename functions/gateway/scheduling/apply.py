@@ -13,7 +13,7 @@ from typing import Final
 
 from eventing.problems import InvalidRequest, PipelineUnavailable, Problem, ReplaysExhausted
 from eventing.wire.control import ReleaseRow
-from eventing.wire.events import Result, Row, Status
+from eventing.wire.events import Pooling, Result, Row, Status
 from eventing.wire.generation import TokenLogprob
 from functions.gateway.scheduling.actions import Reservation, Reserve
 from functions.gateway.scheduling.micro_batch import Step
@@ -26,7 +26,9 @@ from functions.gateway.stages.routes import Instance
 
 _log: Final = logging.getLogger(__name__)
 
-_INCOMPLETE: Final = "its reply lacks a token or a log-probability that was wanted, or accepts draft tokens that were not sent"
+_INCOMPLETE: Final = (
+    "its reply lacks a token, a log-probability or a vector that was wanted, or accepts draft tokens that were not sent"
+)
 
 
 # A stage replied.
@@ -83,6 +85,8 @@ def _chunk_over(state: SchedulerState, sequence: Sequence, chunk: Chunk, result:
         scored = sequence.stream.scored(chunk.position + 1, _logprobs_of(tokens, result))
         if not sequence.prompt.max_tokens and scored == len(sequence.prompt.token_ids) - 1:
             sequence.stream.finish("length")
+    elif result is not None and result.vector is not None:
+        _pooled(state, sequence, chunk, result.vector)
     elif result is not None and result.tokens:
         _drawn(state, sequence, len(chunk.draft_tokens), result.tokens, result)
         if not sequence.stream.over and len(sequence.tokens) >= sequence.reserve_tokens:
@@ -93,6 +97,16 @@ def _chunk_over(state: SchedulerState, sequence: Sequence, chunk: Chunk, result:
             else:
                 sequence.stream.finish("length")
     _settle(state, sequence)
+
+
+def _pooled(state: SchedulerState, sequence: Sequence, chunk: Chunk, vector: bytes) -> None:
+    """Adds a chunk's vector to the prompt's, which is complete when all tokens are in it."""
+    position, length = chunk.position, chunk.length
+    if sequence.prompt.pooling is Pooling.LAST:
+        position, length = 0, len(sequence.tokens)
+    numbers = memoryview(vector).cast("f")
+    if sequence.stream.pooled(position, length, numbers) == len(sequence.tokens):
+        sequence.stream.finish("length")
 
 
 def _drawn(state: SchedulerState, sequence: Sequence, drafted: int, tokens: Items[int], result: Result) -> None:
@@ -128,10 +142,13 @@ def _logprobs_of(tokens: Items[int], result: Result) -> list[TokenLogprob]:
 
 def _is_incomplete(result: Result | None, sequence: Sequence, chunk: Chunk) -> bool:
     """Whether a requested token or log-probability is missing, or accepted draft tokens differ from those that were sent."""
-    if not (chunk.scores or chunk.position + chunk.length == len(sequence.tokens)):
+    pooling = sequence.prompt.pooling
+    if not (chunk.scores or pooling is Pooling.MEAN or chunk.end == len(sequence.tokens)):
         return False
     if result is None:
         return True
+    if pooling is not None:
+        return not result.vector or len(result.vector) % 4 != 0
     top, logprobs = sequence.prompt.top_logprobs, result.logprobs or ()
     if top and len(result.top_logprobs or ()) != len(logprobs):
         return True
@@ -181,7 +198,9 @@ def _row_failed(state: SchedulerState, sequence: Sequence, chunk: Chunk, stage: 
     elif status in (Status.MISS, Status.STALE):
         _lost(state, sequence, stage, status)
     if status is Status.MISS:
-        sequence.progress.missed(stage, held)
+        # A mean takes the vectors of all chunks.
+        is_mean = stage == state.placement.num_stages - 1 and sequence.prompt.pooling is Pooling.MEAN
+        sequence.progress.missed(stage, 0 if is_mean else held)
     else:
         sequence.progress.failing = True
         sequence.must_restart = True

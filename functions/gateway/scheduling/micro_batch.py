@@ -12,11 +12,12 @@ from typing import Final
 
 import msgspec
 
-from eventing.wire.events import Batch, Row, Sampling, Want
+from eventing.wire.events import Batch, Pooling, Row, Sampling, Want
 from functions.gateway.scheduling.sequence import Chunk, Sequence
 from functions.gateway.stages.client import Trip
 from functions.gateway.stages.routes import Instance, Route
 
+_MAX_VECTORS: Final = 48  # rows of one event that want one: vectors of 16,384 numbers then fit into a reply's table
 _MAX_GRAMMAR_BYTES: Final = 2**20  # of grammar sources in one event; a grammar left out is a miss, and is sent with the next
 
 
@@ -81,7 +82,7 @@ def prompt_chunks(sequences: Items[Sequence], chunk_tokens: int) -> list[tuple[S
     All chunks end at the same stage. A suspect gets an event of its own. Empty if no sequence has anything to send.
     """
     chunks: list[tuple[Sequence, Chunk]] = []
-    remaining = chunk_tokens
+    remaining, vectors = chunk_tokens, _MAX_VECTORS
     for sequence in sequences:
         suspect = sequence.retry_budget.failures_here > 0
         chunk = sequence.next_chunk(remaining)
@@ -89,7 +90,8 @@ def prompt_chunks(sequences: Items[Sequence], chunk_tokens: int) -> list[tuple[S
             continue
         chunks.append((sequence, chunk))
         remaining -= chunk.length
-        if remaining <= 0 or suspect:
+        vectors -= sequence.prompt.pooling is not None
+        if remaining <= 0 or not vectors or suspect:
             break
     return chunks
 
@@ -132,20 +134,24 @@ def first_batch(chunks: Items[tuple[Sequence, Chunk]], num_stages: int) -> Batch
         end = chunk.position + chunk.length
         token_ids.extend(sequence.tokens[chunk.position : end])
         token_ids.extend(chunk.draft_tokens)
-        draws = scores = False
+        draws = scores = pools = False
         if chunk.depth == num_stages - 1:
             scores = chunk.scores
-            draws = not scores and end == len(sequence.tokens)
+            pools = sequence.prompt.pooling is Pooling.MEAN
+            if not scores and end == len(sequence.tokens):
+                draws = sequence.prompt.pooling is None
+                pools = not draws
         rows.append(
             Row(
                 id=sequence.id,
                 attempt=sequence.progress.attempt,
                 position=chunk.position,
                 length=chunk.length + len(chunk.draft_tokens),
-                want=Want.TOKEN if draws else Want.LOGPROBS if scores else Want.NONE,
+                want=Want.TOKEN if draws else Want.LOGPROBS if scores else Want.VECTOR if pools else Want.NONE,
                 draft_tokens=len(chunk.draft_tokens),
                 following=len(sequence.tokens) - end,
                 top_logprobs=sequence.prompt.top_logprobs if draws or scores else None,
+                pooling=sequence.prompt.pooling if pools else None,
                 sampling=_sampling(sequence, grammars_sent) if draws else None,
                 reserve_tokens=sequence.reserve_tokens if chunk.position == 0 else None,
             )

@@ -109,9 +109,10 @@ class Scheduler:
         total_tokens = len(prompt.token_ids) + prompt.max_tokens
         if total_tokens > MAX_POSITION:
             raise InvalidRequest(f"{total_tokens} tokens of prompt and answer; the most is {MAX_POSITION}")
-        chain_key, chain = prompt_chain(self._sharing, prompt)
+        # A prompt that becomes a vector neither finds nor leaves KV: its mean takes all hidden states.
+        chain_key, chain = (None, ()) if prompt.pooling else prompt_chain(self._sharing, prompt)
         drafter = None
-        if self._limits.draft_tokens:
+        if self._limits.draft_tokens and prompt.max_tokens:
             drafter = Drafter(PromptLookup(prompt.token_ids, prompt.predicted_ids), self._shared_rates)
         with self._changed:
             self._make_room(prompt.client_id)
@@ -125,7 +126,7 @@ class Scheduler:
                 prompt.kept_end_ids,
                 lambda: self._progress(id_),
             )
-            if not prompt.max_tokens and len(prompt.token_ids) == 1:
+            if not prompt.max_tokens and prompt.pooling is None and len(prompt.token_ids) == 1:
                 stream.finish("length")  # scores only, and a first token has none
                 return stream
             sequence = Sequence(
@@ -137,7 +138,7 @@ class Scheduler:
                 drafter=drafter,
                 chain_key=chain_key,
                 chain=chain,
-                leaves_kv=self._sharing.leaves_kv(prompt),
+                leaves_kv=prompt.pooling is None and self._sharing.leaves_kv(prompt),
             )
             self._state.sequences[id_] = sequence
             self._state.waiting.queue.push(sequence)

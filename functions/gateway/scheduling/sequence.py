@@ -11,7 +11,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from eventing.wire.events import Sampling
+from eventing.wire.events import Pooling, Sampling
 from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain, extended
 from functions.gateway.scheduling.speculation import Drafter
 from functions.gateway.scheduling.token_stream import TokenStream
@@ -139,11 +139,11 @@ class Progress:
 class Prompt:
     """One prompt with the settings of its answer, as an API hands it to `Scheduler.submit`.
 
-    Raises ValueError if there are no prompt tokens, or if neither an answer nor scores are wanted.
+    Raises ValueError if there are no prompt tokens, or if neither an answer nor scores nor a vector are wanted.
     """
 
     token_ids: Items[int]
-    max_tokens: int  # of the answer; 0: the prompt is only scored
+    max_tokens: int  # of the answer; 0: the prompt is only scored, or becomes a vector
     open_ended: bool = False  # the client set no max_tokens: memory for the answer is reserved as it grows
     sampling: Sampling = _GREEDY
     predicted_ids: Items[int] = ()  # tokens that the client expects the answer to have, for drafts
@@ -151,6 +151,8 @@ class Prompt:
     kept_end_ids: frozenset[int] = frozenset()  # those of eos_ids that become part of the answer which they end
     top_logprobs: int | None = None  # alternatives beside each drawn token's log-probability; None: no log-probabilities
     scored: bool = False  # the log-probabilities of the prompt's own tokens are wanted, too
+    pooling: Pooling | None = None  # the prompt becomes a vector, and there is no answer; None: it does not
+    in_one_chunk: bool = False  # the prompt is computed in one chunk, because its tokens attend to later ones
     client_id: str = ""
     cache_salt: str = ""  # the client's own secret; see PrefixSharing
     request_secret: str = field(default_factory=lambda: secrets.token_hex(16))  # the same for all answers to one request
@@ -162,7 +164,7 @@ class Prompt:
     request_id: str = "?"  # what the client knows the request by; for logs
 
     def __post_init__(self) -> None:
-        if not self.token_ids or self.max_tokens < (0 if self.scored else 1):
+        if not self.token_ids or self.max_tokens < (0 if self.scored or self.pooling else 1):
             raise ValueError(f"{len(self.token_ids)} prompt tokens and max_tokens {self.max_tokens}: both must be at least 1")
 
     @property
@@ -274,8 +276,10 @@ class Sequence:
 
     @property
     def decodes(self) -> bool:
-        """Whether its next chunk is a decode step and may be sent."""
+        """Whether its next chunk is a decode step and may be sent. A prompt that becomes a vector has none."""
         progress = self.progress
+        if self.prompt.pooling is not None:
+            return False
         return progress.in_flight == 0 and self.reserved and not self.must_restart and progress.decodes(len(self.tokens))
 
     def next_chunk(self, max_tokens: int) -> Chunk | None:
@@ -285,6 +289,8 @@ class Sequence:
         token follows when all scores are there.
         """
         progress, last = self.progress, len(self.prompt.token_ids) - 1
+        if self.prompt.in_one_chunk:
+            return progress.next_chunk(len(self.tokens), len(self.tokens))
         if self.prompt.scored and not self.has_drawn:
             chunk = progress.next_chunk(last, max_tokens)
             if chunk is not None:

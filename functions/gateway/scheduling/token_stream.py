@@ -6,7 +6,7 @@ counts.
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -62,6 +62,8 @@ class TokenStream:
         self._taken = 0  # tokens that the API has taken
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: dict[int, TokenLogprob] = {}  # by position
+        self._vector: list[float] = []  # of the prompt's first `_pooled_tokens` tokens
+        self._pooled_tokens = 0
         self._put_at: list[float] = []  # when each token came, in time.monotonic()
         self._arrived = time.monotonic() if arrived is None else arrived
         self._started_at: float | None = None
@@ -99,6 +101,12 @@ class TokenStream:
         """The log-probabilities of the prompt's tokens, from the second on. Complete when the answer has begun or ended."""
         with self._changed:
             return [self._prompt_logprobs[position] for position in sorted(self._prompt_logprobs)]
+
+    @property
+    def vector(self) -> list[float]:
+        """The prompt's vector, complete when the stream is over and nothing failed."""
+        with self._changed:
+            return self._vector
 
     @property
     def ended(self) -> bool:
@@ -151,6 +159,22 @@ class TokenStream:
         with self._changed:
             self._prompt_logprobs.update(enumerate(logprobs, position))
             return len(self._prompt_logprobs)
+
+    def pooled(self, position: int, length: int, vector: Sequence[float]) -> int:
+        """Adds the vector of `length` tokens of the prompt from index `position` on. Returns how many tokens it has in all.
+
+        The vector of all tokens is the mean of the chunks', weighed by their lengths. A chunk at position 0 begins anew: the
+        prompt is computed again.
+        """
+        with self._changed:
+            if position == 0:
+                self._vector, self._pooled_tokens = list(vector), length
+            elif position == self._pooled_tokens:
+                total = position + length
+                pairs = zip(self._vector, vector, strict=True)
+                self._vector = [(before * position + own * length) / total for before, own in pairs]
+                self._pooled_tokens = total
+            return self._pooled_tokens
 
     def put(self, token: int, logprob: TokenLogprob | None = None) -> None:
         """Adds a token that the last stage drew. An end-of-text token, or the last one of `max_tokens`, ends the answer."""

@@ -107,6 +107,12 @@ class ModelText:
         """A prompt's token ids, with the special tokens that the tokenizer puts around a text. Raises ContextExceeded."""
         return self.encoder.encode(prompt, add_special_tokens=True)
 
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        """Token ids of two texts that a classifier compares, as the tokenizer joins them. Raises ContextExceeded."""
+        self.encoder.check(len(first) + len(second))
+        ids: list[int] = self.tokenizer.encode(first, second).ids
+        return ids
+
     def encode_expected(self, answer: str) -> list[int]:
         """Token ids of a text as it would occur within an answer, without special tokens around it. Raises ContextExceeded."""
         return self.encoder.encode(answer, add_special_tokens=False)

@@ -2,5 +2,6 @@
 
 Several threads may bring events, but a lock lets only one compute at a time.
 
-May import: eventing, eventing.wire, functions.grammars, functions.stage.models, functions.stage.native, functions.threads.
+May import: eventing, eventing.wire, functions.grammars, functions.stage.models, functions.stage.native, functions.threads,
+storage.models.
 """

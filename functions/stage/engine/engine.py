@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import numpy as np
+from msgspec.structs import replace
 
 from eventing.problems import EventExpired
 from eventing.wire.control import HOLD_SECONDS, LEASE_SECONDS, RESTORE_HOLD_SECONDS, ReleaseRow, ReservedRow, ReserveRow
-from eventing.wire.events import Batch, Row, Status, Want
+from eventing.wire.events import Batch, Pooling, Row, Status, Want
 from eventing.wire.prefix_chain import lineage_after
 from functions.grammars.compiler import GrammarCompiler
 from functions.stage.engine.constraints import Constraints
@@ -36,6 +37,7 @@ from functions.stage.engine.wire_tensors import wire_tensor
 from functions.stage.models.floats import DTYPES
 from functions.stage.models.kv_cache import KVBlocks
 from functions.stage.models.layer_group import LayerGroup
+from functions.stage.models.vector_head import VectorHead
 
 _log: Final = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ class Engine:
         rate: ComputeRate | None = None,
         grammars: GrammarCompiler | None = None,
         wire_dtype: str | None = None,
+        vector_head: VectorHead | None = None,
         on_evicted: Callable[[CachedPrefix], None] | None = None,
         clock: Callable[[], float] = time.time,
         on_pass: Callable[[PassStatistics], None] | None = None,
@@ -85,7 +88,8 @@ class Engine:
         released if nothing comes from it for so long. max_memory_waiters: most requests that `await_memory` holds open at once.
         threads: chooses the number of threads of each pass; None: the group's default. tiers: asked in this order for KV that
         the prefix cache lacks. rate: is told the time of every pass. grammars: compiles grammars of answers; the last stage
-        needs it. wire_dtype: of hidden states between stages, I8 for 8 bits; None: the group's own. clock: seconds since the
+        needs it. wire_dtype: of hidden states between stages, I8 for 8 bits; None: the group's own. vector_head: of an
+        embedder; None: the model generates tokens. clock: seconds since the
         epoch.
 
         on_evicted: called just before a cached prefix is evicted. on_pass: called after each pass. on_reuse: called when a
@@ -107,7 +111,8 @@ class Engine:
         if on_evicted is not None:
             self._cache.on_evicted = on_evicted
         self._memory_waiters = MemoryWaiters(lambda: self.free_tokens, max_memory_waiters)
-        self._forward_pass = ForwardPass(group, self._sequences, Constraints(grammars), self._wire_dtype)
+        self._vector_head = vector_head or VectorHead({})
+        self._forward_pass = ForwardPass(group, self._sequences, Constraints(grammars), self._wire_dtype, self._vector_head)
         self._leases = GatewayLeases(lease_seconds)
         self._check_seconds = min(self._leases.check_seconds, idle_sequence_seconds / 10)
         self._threads = threads
@@ -256,6 +261,8 @@ class Engine:
             dtype = self._group.hidden_dtype
             tensor = wire_tensor(np.zeros((1, self._group.hidden_size), DTYPES[dtype]), dtype, self._wire_dtype)
         row = Row(row_id, attempt=0, position=0, length=1, want=Want.TOKEN, reserve_tokens=1)
+        if self._vector_head.embedder is not None:
+            row = replace(row, want=Want.VECTOR, pooling=Pooling.LAST)
         self.handle(Batch((row,), memoryview(array("i", [0])), tensor), source=source)
         self.release([ReleaseRow(row_id, attempt=0)], source=source)
 

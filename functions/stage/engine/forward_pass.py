@@ -5,6 +5,7 @@ from array import array
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -20,6 +21,7 @@ from functions.stage.engine.sequences import Refusal, SequenceState, SequenceTab
 from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
 from functions.stage.models.floats import DTYPES, Array, all_finite, finite_rows
 from functions.stage.models.layer_group import LayerGroup, Segment, segments_within
+from functions.stage.models.vector_head import VectorHead
 
 _TOKENS_AT_ONCE: Final = 1024  # most tokens in the layers at a time: memory grows with it, and more are no faster
 _LOGITS_AT_ONCE: Final = 256  # rows of logits in memory: 256 × 128k × 4 bytes are 128 MiB
@@ -72,9 +74,17 @@ class ForwardPass:
     Only the thread that holds the engine's lock may call it.
     """
 
-    def __init__(self, group: LayerGroup, sequences: SequenceTable, constraints: Constraints, wire_dtype: str) -> None:
+    def __init__(
+        self,
+        group: LayerGroup,
+        sequences: SequenceTable,
+        constraints: Constraints,
+        wire_dtype: str,
+        vector_head: VectorHead,
+    ) -> None:
         """wire_dtype: dtype of hidden states in events, I8 or the group's own."""
         self._group = group
+        self._vector_head = vector_head
         self._wire_dtype = wire_dtype
         self._sequences = sequences
         self._constraints = constraints
@@ -108,7 +118,7 @@ class ForwardPass:
     def _admit(self, event: ForwardEvent) -> _EventPart:
         batch = event.batch
         hidden = None if batch.hidden is None else hidden_array(batch.hidden, self._group.hidden_dtype)
-        invalid = invalid_rows(batch, hidden, self._group)
+        invalid = invalid_rows(batch, hidden, self._group, self._vector_head.embedder)
         inputs = np.array(batch.token_ids, np.int64) if hidden is None else hidden
         part = _EventPart(batch, inputs, list(batch.rows))
         ids: set[str] = set()
@@ -160,8 +170,9 @@ class ForwardPass:
             return self._group.forward(inputs, segments)
         # A long text that is scored in a single event: run its tokens in several passes, in their order.
         hidden = np.empty((len(inputs), self._group.hidden_size), DTYPES[self._group.hidden_dtype])
-        for first in range(0, len(inputs), _TOKENS_AT_ONCE):
-            end = min(first + _TOKENS_AT_ONCE, len(inputs))
+        embedder = self._vector_head.embedder
+        bounds = _whole_rows(rows) if embedder and embedder.bidirectional else range(0, len(inputs), _TOKENS_AT_ONCE)
+        for first, end in pairwise([*bounds, len(inputs)]):
             hidden[first:end] = self._group.forward(inputs[first:end], segments_within(segments, first, end))
         return hidden
 
@@ -194,6 +205,10 @@ class ForwardPass:
                 asked = row.row
                 if asked.want is Want.LOGPROBS:
                     self._score(row, part.batch.token_ids[row.span], hidden)
+                elif asked.want is Want.VECTOR and asked.pooling is not None:
+                    own = hidden[row.begin : row.end]
+                    vector = self._vector_head(own, self._group.hidden_dtype, asked.pooling)
+                    row.result = Result(vector=vector.astype("<f4").tobytes())
                 if row.refusal is not None:
                     part.refuse(row.index, row.refusal)
                 else:
@@ -281,6 +296,15 @@ def _constrained_row(row: _PassRow) -> ConstrainedRow:
     certain = row.row.position + row.row.length - row.row.draft_tokens
     token_ids = row.sequence.token_ids
     return ConstrainedRow(row.grammar, row.sequence, token_ids[row.sampling.prompt_tokens : certain], token_ids[certain:])
+
+
+def _whole_rows(rows: Sequence[_PassRow]) -> list[int]:
+    """Where to split a pass so that no row is split: the first token of each part, which has _TOKENS_AT_ONCE or one row."""
+    firsts = [0]
+    for row in rows:
+        if row.end - firsts[-1] > _TOKENS_AT_ONCE and row.begin > firsts[-1]:
+            firsts.append(row.begin)
+    return firsts
 
 
 def _split_by_logits(rows: Sequence[_PassRow]) -> list[list[_PassRow]]:

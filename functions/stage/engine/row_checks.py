@@ -1,9 +1,10 @@
 """Checks an event before it is computed. A malformed event fails as a whole; an invalid row is refused by itself."""
 
 from eventing.problems import EventTooLarge, MalformedEvent
-from eventing.wire.events import MAX_BATCH_TOKENS, MAX_ROWS, Batch, Status
+from eventing.wire.events import MAX_BATCH_TOKENS, MAX_ROWS, Batch, Status, Want
 from functions.stage.models.floats import Array, all_finite, finite_rows
 from functions.stage.models.layer_group import LayerGroup
+from storage.models.embedder import Embedder
 
 
 def check_event(batch: Batch, group: LayerGroup, wire_dtype: str) -> None:
@@ -34,10 +35,10 @@ def check_event(batch: Batch, group: LayerGroup, wire_dtype: str) -> None:
         raise MalformedEvent(f"the tensor is {seen}, this stage takes {wanted}")
 
 
-def invalid_rows(batch: Batch, hidden: Array | None, group: LayerGroup) -> dict[int, str]:
+def invalid_rows(batch: Batch, hidden: Array | None, group: LayerGroup, embedder: Embedder | None = None) -> dict[int, str]:
     """Finds the rows that can never be computed: index of the row → reason. Rows whose status is not ok are skipped.
 
-    hidden: [tokens, hidden_size]; None for the first stage.
+    hidden: [tokens, hidden_size]; None for the first stage. embedder: if the model makes vectors and no tokens.
     """
     invalid: dict[int, str] = {}
     for index, row in enumerate(batch.rows):
@@ -53,6 +54,12 @@ def invalid_rows(batch: Batch, hidden: Array | None, group: LayerGroup) -> dict[
             elif row.position + row.length > group.max_positions:
                 end, context = row.position + row.length, group.max_positions
                 invalid[index] = f"the row ends at position {end}, the model's context is {context} tokens"
+            elif row.want is Want.VECTOR and row.pooling is None:
+                invalid[index] = "the row wants a vector and does not say how to pool"
+            elif embedder is not None and row.want in (Want.TOKEN, Want.LOGPROBS):
+                invalid[index] = "the model makes vectors of texts, and no tokens; ask /v1/embeddings"
+            elif embedder is not None and embedder.in_one_chunk and (row.position or row.following):
+                invalid[index] = "the model computes a text in one chunk, and the row is a part of one"
     ids = batch.token_ids
     all_tokens_known = not ids or (min(ids) >= 0 and max(ids) < group.vocab_size)
     if not all_tokens_known or (hidden is not None and not all_finite(hidden, group.hidden_dtype)):

@@ -12,7 +12,7 @@ from functions.stage.models.layer_group import KVDtype, LayerGroup
 from functions.stage.models.llama.structure import torch_obstacle
 from functions.stage.native import limits
 from functions.stage.native.library import UNAVAILABLE, library
-from storage.checkpoints.decoder import Decoder
+from storage.checkpoints.decoder import EMBEDDER_KEY, Decoder
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.checkpoints.families import check_served
@@ -81,11 +81,13 @@ def choose(
     try:
         model = decoder_of(config)
         obstacle = native_obstacle(model, dtype, device) if kind in ("auto", "native") else None
+        if not model.has_head and kind not in ("auto", "native"):
+            raise UnsupportedConfig(f"models that make vectors of texts run by layers in C alone, and {kind} was asked for")
     except ArchitectureUnsupported as error:
-        if kind == "native":
+        if kind == "native" or EMBEDDER_KEY in config:
             raise
         return _of_torch("transformers", config, dtype, device, str(error), before_torch)
-    if kind == "native" and obstacle is not None:
+    if obstacle is not None and (kind == "native" or not model.has_head):
         raise UnsupportedConfig(f"the layers do not run in C: {obstacle}")
     if kind == "native" or (kind == "auto" and obstacle is None):
         return GroupChoice("native", device)

@@ -110,6 +110,7 @@ class GroupRecord(ctypes.Structure):
             "kv_dtype",
             "rotations",
             "rounds",
+            "bidirectional",
         ),
         ("eps", ctypes.c_double),
     )

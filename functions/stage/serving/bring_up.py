@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from functions.stage.engine.engine import Engine
     from functions.stage.kv.build import Tiers
     from functions.stage.models.layer_group import LayerGroup
+    from functions.stage.models.vector_head import VectorHead
     from storage.loading.weight_loader import RawTensor
 
 
@@ -50,7 +51,7 @@ def bring_up(
         from functions.stage.engine.kv_tiers import ComputeRate
         from functions.stage.kv.build import tiers_of
 
-    group = _layer_group(config, arriving, threads, start_up)
+    group, vector_head = _layer_group(config, arriving, threads, start_up)
     rate = ComputeRate()
     tiers = tiers_of(config, group.kv, rate, metrics.observe_restore, metrics.kept_bytes.inc, tls)
 
@@ -65,6 +66,7 @@ def bring_up(
         tiers=tiers.tiers,
         rate=rate,
         wire_dtype="I8" if config.wire_dtype == "int8" else None,
+        vector_head=vector_head,
         on_evicted=None if tiers.writer is None else tiers.writer.evicted,
         on_pass=metrics.observe_pass,
         on_reuse=metrics.observe_reuse,
@@ -85,7 +87,9 @@ def _read_tokenizer(config: StageConfig) -> str:
         return read_file(reader, read_publication(config, reader, config.layers), "tokenizer.json").decode()
 
 
-def _layer_group(config: StageConfig, arriving: ArrivingModel, threads: int, start_up: StartUp) -> "LayerGroup":
+def _layer_group(
+    config: StageConfig, arriving: ArrivingModel, threads: int, start_up: StartUp
+) -> "tuple[LayerGroup, VectorHead]":
     from functions.stage.models.build import UnsupportedDtype
     from functions.stage.models.layer_group import MissingTensors
     from storage.errors import ArchitectureUnsupported
@@ -97,10 +101,12 @@ def _layer_group(config: StageConfig, arriving: ArrivingModel, threads: int, sta
         raise UnservableModel(f"{what}: {error}") from error
 
 
-def _built(config: StageConfig, arriving: ArrivingModel, threads: int, start_up: StartUp) -> "LayerGroup":
+def _built(config: StageConfig, arriving: ArrivingModel, threads: int, start_up: StartUp) -> "tuple[LayerGroup, VectorHead]":
     from functions.stage.models.build import Kind, build_layer_group, choose, empty_group, import_group
+    from functions.stage.models.vector_head import VectorHead
 
     model_config, objects = arriving.opened()
+    vector_head = VectorHead(model_config)
     kind: Kind = config.layer_group  # type: ignore[assignment]  # the parser allows nothing else
     with without_collection():
         choice = choose(
@@ -112,15 +118,18 @@ def _built(config: StageConfig, arriving: ArrivingModel, threads: int, start_up:
         # Packs each layer as it arrives, so that memory holds little more than the weights.
         group = empty_group(choice, model_config, *config.layers, config.dtype, config.kv_cache_bytes, config.kv_dtype)
         for loaded in objects:
+            vector_head.place(loaded.tensors)
             group.place(loaded.tensors)
         start_up.mark("last_byte")
         group.finish()
-        return group
+        if group.last_layer == group.num_layers:
+            vector_head.finish()
+        return group, vector_head
     tensors: dict[str, RawTensor] = {}
     for loaded in objects:
         tensors |= loaded.tensors
     start_up.mark("last_byte")
-    return build_layer_group(
+    built = build_layer_group(
         choice.kind,
         model_config,
         tensors,
@@ -130,3 +139,4 @@ def _built(config: StageConfig, arriving: ArrivingModel, threads: int, start_up:
         config.kv_cache_bytes,
         config.sleep_pass_times or PassTimes(fixed_seconds=config.sleep_seconds),
     )
+    return built, vector_head

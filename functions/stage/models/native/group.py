@@ -65,7 +65,7 @@ class NativeGroup:
         self.runs_by = f"C, {library().level}"
         kv_numbers = Dtype.INT8 if kv_dtype == "int8" else _KV_DTYPES[dtype]
         self.kv = NativeKVPool(
-            model.windows[first_layer:last_layer],
+            model.windows[first_layer:last_layer] if model.causal else (None,) * (last_layer - first_layer),
             model.attention.num_kv_heads,
             model.attention.head_dim,
             kv_numbers,
@@ -89,6 +89,7 @@ class NativeGroup:
                 kv_dtype=kv_numbers,
                 rotations=len(self._rotations),
                 rounds=self.hidden_dtype == "BF16",
+                bidirectional=not model.causal,
             ),
             self.kv.arena,
         )
@@ -150,7 +151,7 @@ class NativeGroup:
             embedding=self._embedding is not None,
             positions=self._positions is not None,
             norm=self._final_norm is not None,
-            head=self._head is not None,
+            head=self._head is not None or not self._model.has_head,
         )
         if self.first_layer > 0:  # it was needed for the head alone
             self._embedding = None

@@ -287,7 +287,8 @@ INLINE int64_t raise_powers(const Layer *layer, const Queries *queries, const To
 {
     float *scores = at->scores + query * tokens;
     const int64_t position = queries->first_position + (at->first + query) % queries->rows;
-    const int64_t from = larger(0, first_attended(layer, position) - begin), to = smaller(position + 1, end) - begin;
+    const int64_t from = larger(0, first_attended(layer, position) - begin);
+    const int64_t to = smaller(end_attended(layer, queries->end, position), end) - begin;
     const int64_t seen = from < to ? to : 0;
     *result->total = 0;
     if (layer->score_cap > 0)
@@ -405,7 +406,7 @@ INLINE void attend_together(const int dtype, const Group *group, const Layer *la
         *attended_at(group, all, query).total = 0;
     }
     int64_t begin = first_attended(layer, queries->first_position + first_row) / PAGE * PAGE;
-    int64_t end = queries->first_position + last_row + 1;
+    int64_t end = end_attended(layer, queries->end, queries->first_position + last_row);
     if (queries->piece) { /* the results of one piece, which `merge_pieces` merges */
         begin = larger(begin, (queries->piece - 1) * SPLIT);
         end = smaller(end, queries->piece * SPLIT);

@@ -81,7 +81,7 @@ static Status check_sizes(const Group *group)
         return LAMINA_BAD_SIZE;
     if (!(group->eps >= 0 && group->eps < 1))
         return LAMINA_BAD_SIZE;
-    if (!within(group->rounds, 0, 1))
+    if (!within(group->rounds, 0, 1) || !within(group->bidirectional, 0, 1))
         return LAMINA_BAD_SIZE;
     return within(group->kv_dtype, LAMINA_BF16, LAMINA_F32) ? LAMINA_OK : LAMINA_BAD_DTYPE;
 }
@@ -119,7 +119,7 @@ static Status check_layer(const Group *group, const Layer *layer)
 {
     int64_t attended = group->heads * group->head_dim;
     CHECK(check_numbers(group, layer));
-    if (layer->ring && !within(layer->window, 1, layer->ring * LAMINA_PAGE_TOKENS))
+    if (layer->ring && (group->bidirectional || !within(layer->window, 1, layer->ring * LAMINA_PAGE_TOKENS)))
         return LAMINA_BAD_SIZE;
     CHECK(check_norm(&layer->before_attention, group->hidden_size));
     if (row_heads(group, layer) > group->row_heads)

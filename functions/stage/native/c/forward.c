@@ -264,9 +264,11 @@ static Queries queries_of(const Forward *forward, const Layer *layer, const Bund
 {
     const Group *group = forward->group;
     const int64_t row = bundle->first_row, shared = group->heads / group->kv_heads;
+    const Segment *segment = &forward->segments[bundle->segment];
     return (Queries){
         .pages = pages_of(forward, layer, bundle->segment),
         .first_position = forward->at.places[row].position,
+        .end = group->bidirectional ? segment->position + segment->length : 0,
         .rows = bundle->rows,
         .kv_head = kv_head,
         .heads = forward->at.heads + row * layer->qkv.outs,
@@ -364,7 +366,8 @@ void run_pass(Pool *pool, const Group *group, const Pass *pass, int64_t most_tok
         for (int64_t token = 0; token < segment->length; token++)
             forward.at.places[row + token] = (Place){number, segment->position + token, token == segment->length - 1};
         for (int64_t token = 0; token < segment->length; token += LAMINA_QUERIES) {
-            const int64_t rows = smaller(LAMINA_QUERIES, segment->length - token), end = segment->position + token + rows;
+            const int64_t rows = smaller(LAMINA_QUERIES, segment->length - token);
+            const int64_t end = segment->position + (group->bidirectional ? segment->length : token + rows);
             const int64_t pieces = forward.pieces == 1 ? 1 : (end + LAMINA_SPLIT_TOKENS - 1) / LAMINA_SPLIT_TOKENS;
             for (int64_t piece = 0; piece < pieces; piece++)
                 forward.at.bundles[forward.num_bundles++] =

@@ -26,6 +26,7 @@ typedef struct {
 typedef struct {
     const int32_t *pages;   /* of the sequence in this layer */
     int64_t first_position;
+    int64_t end;            /* of the sequence's tokens, if its rows attend to later ones; otherwise 0 */
     int64_t rows;           /* at most LAMINA_QUERIES */
     int64_t kv_head;
     const float *heads;     /* [rows, row_heads of the layer, head_dim] */
@@ -221,6 +222,14 @@ static inline int64_t larger(int64_t a, int64_t b)
 static inline int64_t first_attended(const Layer *layer, int64_t position)
 {
     return layer->window ? larger(0, position - layer->window + 1) : 0;
+}
+
+/* The end of the tokens that the token at `position` attends to. end: see Queries. */
+static inline int64_t end_attended(const Layer *layer, int64_t end, int64_t position)
+{
+    if (!end)
+        return position + 1;
+    return layer->window ? position + smaller(end - position, layer->window) : end;
 }
 
 #endif

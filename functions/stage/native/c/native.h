@@ -95,7 +95,7 @@ typedef struct {
     int64_t gates;         /* 1: what a query attends to is multiplied by sigmoid(gate), number by number */
     int64_t activation;
     int64_t parallel;      /* 1: attention and feed-forward are computed from the same hidden states */
-    int64_t window;        /* tokens that a token attends to, itself included; 0: all */
+    int64_t window;        /* tokens that a token attends to on one side, itself included; 0: all */
     int64_t ring;          /* pages that the layer keeps of a sequence: page n is in place n modulo ring; 0: it keeps all */
     int64_t query_rotation; /* number of a rotation of the pass, from 1 on; 0: queries are not rotated */
     int64_t key_rotation;
@@ -130,6 +130,7 @@ typedef struct {
     int64_t kv_dtype;
     int64_t rotations; /* that a pass has */
     int64_t rounds; /* 1: each layer's output is rounded to bf16, so that the bits do not depend on where a model is cut */
+    int64_t bidirectional; /* 1: tokens attend to later ones of their segment, too */
     double eps;     /* of the norms */
 } Group;
 

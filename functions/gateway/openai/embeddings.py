@@ -1,0 +1,237 @@
+"""The paths /v1/embeddings, as in the OpenAI API, and /score and /rerank (also below /v1), as in those of vLLM and Jina."""
+
+import base64
+import math
+import secrets
+import sys
+import time
+from array import array
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, Literal
+
+from flask import Blueprint, Flask, Response, g, request
+from msgspec import Meta, Struct
+
+from eventing.problems import InvalidRequest, NotFound
+from eventing.wire.events import MAX_POSITION, Pooling, TokenId
+from eventing.wire.generation import PromptIds, PromptText
+from functions.configuration.config import GatewayConfig
+from functions.gateway.answers.access_log import log_entry
+from functions.gateway.answers.authentication import Clients
+from functions.gateway.answers.generation import ClientLeft
+from functions.gateway.answers.service import RequestContext
+from functions.gateway.answers.streaming import CLIENT_CLOSED_REQUEST, arrival_time, client_gone
+from functions.gateway.answers.vectors import Vectors, VectorService
+from functions.gateway.openai.errors import add_error_handlers, model_not_found
+from functions.gateway.openai.requests import HINT
+from functions.gateway.openai.validation import read_request
+from functions.gateway.text.tokenizer import ModelText
+from functions.hosting.web import json_response
+from functions.observing.tracing import read_traceparent
+
+MAX_INPUTS: Final = 2048  # of one request, as in the OpenAI API
+
+Inputs = PromptText | Annotated[tuple[PromptText | TokenId | PromptIds, ...], Meta(min_length=1)]
+Texts = PromptText | Annotated[tuple[PromptText, ...], Meta(min_length=1, max_length=MAX_INPUTS)]
+Truncated = Annotated[
+    Annotated[int, Meta(ge=-1, le=MAX_POSITION)] | None,
+    Meta(description="longer texts lose the tokens after so many (vLLM); -1: those that the model cannot take"),
+]
+
+
+class EmbeddingRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    model: Annotated[str, Meta(description="the served model's name; another gets 404")]
+    input: Annotated[Inputs, Meta(description="one text or several, or their token ids")]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[
+        Annotated[int, Meta(ge=1)] | None, Meta(description="shorter vectors, if the model was trained for it")
+    ] = None
+    user: Annotated[str | None, HINT] = None
+    truncate_prompt_tokens: Truncated = None
+    normalize: Annotated[bool | None, Meta(description="to length 1 (vLLM); default: as the model is published")] = None
+    pooling: Annotated[
+        Literal["mean", "last"] | None,
+        Meta(description="of a model that generates text, whose default is the last token; an embedder has its own"),
+    ] = None
+
+    @property
+    def inputs(self) -> Sequence[str | Sequence[int]]:
+        """The inputs one by one. Raises InvalidRequest if kinds are mixed, or if there are too many."""
+        if isinstance(self.input, str):
+            return (self.input,)
+        kinds = {type(part) for part in self.input}
+        if len(kinds) > 1:
+            raise InvalidRequest("`input` mixes texts, token ids and lists of them; send one kind")
+        if kinds == {int}:
+            return (self.input,)  # type: ignore[return-value]
+        if len(self.input) > MAX_INPUTS:
+            raise InvalidRequest(f"`input` has {len(self.input)} texts; the most is {MAX_INPUTS}")
+        return self.input  # type: ignore[return-value]
+
+
+class ScoringRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Has one text_1 for all of text_2, or as many of both."""
+
+    model: str | None = None
+    text_1: Texts
+    text_2: Texts
+    user: Annotated[str | None, HINT] = None
+    truncate_prompt_tokens: Truncated = None
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Raises InvalidRequest if the numbers of texts do not fit together."""
+        left, right = _several(self.text_1), _several(self.text_2)
+        if len(left) == 1:
+            left = left * len(right)
+        if len(left) != len(right):
+            raise InvalidRequest(
+                f"`text_1` has {len(left)} texts and `text_2` {len(right)}; send one text_1, or as many of both"
+            )
+        return list(zip(left, right, strict=True))
+
+
+class RerankDocument(Struct, frozen=True):
+    text: PromptText
+
+
+class RerankRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    model: str | None = None
+    query: PromptText
+    documents: Annotated[tuple[PromptText | RerankDocument, ...], Meta(min_length=1, max_length=MAX_INPUTS)]
+    top_n: Annotated[Annotated[int, Meta(ge=0)] | None, Meta(description="so many of the best; 0 and null: all")] = None
+    return_documents: Annotated[bool, Meta(description="each result has its document (Jina)")] = True
+    user: Annotated[str | None, HINT] = None
+    truncate_prompt_tokens: Truncated = None
+
+    @property
+    def texts(self) -> list[str]:
+        return [each if isinstance(each, str) else each.text for each in self.documents]
+
+
+class EmbeddingsAPI:
+    def __init__(self, service: VectorService, clients: Clients, config: GatewayConfig) -> None:
+        self._service = service
+        self._clients = clients
+        self._config = config
+
+    def register(self, app: Flask) -> None:
+        routes = Blueprint("embeddings", __name__, url_prefix="/v1")
+        routes.post("/embeddings")(self._embed)
+        routes.post("/score")(self._score)
+        routes.post("/rerank")(self._rerank)
+        add_error_handlers(routes)
+        for place in (routes, app):
+            place.register_error_handler(ClientLeft, lambda _: Response(status=CLIENT_CLOSED_REQUEST))
+        app.register_blueprint(routes)
+        app.post("/score", endpoint="score")(self._score)
+        for path in ("/rerank", "/v2/rerank"):
+            app.post(path, endpoint=path.replace("/", "-"))(self._rerank)
+
+    def _embed(self) -> Response:
+        context = self._context("embd-")
+        body = read_request(request.get_data(cache=False), EmbeddingRequest)
+        if body.model != self._config.model:
+            return self._other_model(body.model)
+        inputs, pooling = body.inputs, None if body.pooling is None else Pooling(body.pooling)
+        size = self._service.checked_dimensions(body.dimensions, pooling)
+
+        def encode(text: ModelText) -> list[Sequence[int]]:
+            return [self._service.checked(each, text, body.truncate_prompt_tokens) for each in inputs]
+
+        made = self._made(encode, context, pooling)
+        normalize = self._service.normalizes if body.normalize is None else body.normalize
+        vectors = [shaped(vector, size, normalize=normalize) for vector in made.vectors]
+        encoded: list[Any] = [_base64(each) for each in vectors] if body.encoding_format == "base64" else vectors
+        data = [{"object": "embedding", "index": number, "embedding": each} for number, each in enumerate(encoded)]
+        return json_response(
+            {"id": context.request_id, "object": "list", "created": int(time.time())}
+            | {"model": self._config.model, "data": data, "usage": _usage(made)}
+        )
+
+    def _score(self) -> Response:
+        context = self._context("score-")
+        body = read_request(request.get_data(cache=False), ScoringRequest)
+        if body.model not in (None, self._config.model):
+            return self._other_model(body.model)
+        scores, made = self._scores(body.pairs, context, body.truncate_prompt_tokens)
+        data = [{"index": number, "object": "score", "score": score} for number, score in enumerate(scores)]
+        return json_response(
+            {"id": context.request_id, "object": "list", "created": int(time.time())}
+            | {"model": self._config.model, "data": data, "usage": _usage(made)}
+        )
+
+    def _rerank(self) -> Response:
+        context = self._context("rerank-")
+        body = read_request(request.get_data(cache=False), RerankRequest)
+        if body.model not in (None, self._config.model):
+            return self._other_model(body.model)
+        texts = body.texts
+        scores, made = self._scores([(body.query, text) for text in texts], context, body.truncate_prompt_tokens)
+        best = sorted(range(len(texts)), key=lambda number: -scores[number])[: body.top_n or None]
+        results = [
+            {"index": number, "relevance_score": scores[number]}
+            | ({"document": {"text": texts[number]}} if body.return_documents else {})
+            for number in best
+        ]
+        return json_response({"id": context.request_id, "model": self._config.model, "usage": _usage(made), "results": results})
+
+    def _other_model(self, model: str) -> Response:
+        if request.path.startswith("/v1/"):
+            return model_not_found(model, self._config.model)
+        raise NotFound(f"the model {model!r} is not served here; this gateway serves {self._config.model!r}")
+
+    def _scores(
+        self, pairs: Sequence[tuple[str, str]], context: RequestContext, truncate: int | None
+    ) -> tuple[list[float], Vectors]:
+        """The score of each pair: by the model's classifier between 0 and 1, or else the cosine of the texts' vectors."""
+        service = self._service
+        if service.classifies:
+            made = self._made(lambda text: [service.checked(pair, text, truncate) for pair in pairs], context, Pooling.LAST)
+            return [1 / (1 + math.exp(-logit)) if logit > -700 else 0.0 for (logit,) in made.vectors], made
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+        made = self._made(lambda text: [service.checked(each, text, truncate) for each in texts], context, None)
+        unit = {text: shaped(vector, None, normalize=True) for text, vector in zip(texts, made.vectors, strict=True)}
+        return [sum(map(float.__mul__, unit[left], unit[right])) for left, right in pairs], made
+
+    def _made(self, encode: Any, context: RequestContext, pooling: Pooling | None) -> Vectors:
+        g.answering = True  # VectorService counts it
+        made = self._service.make(encode, context, pooling)
+        log_entry().prompt_tokens = made.prompt_tokens
+        return made
+
+    def _context(self, prefix: str) -> RequestContext:
+        entry = log_entry()
+        entry.client_id = client_id = self._clients.identify(request)
+        g.request_id = entry.request_id = id_ = prefix + secrets.token_hex(12)
+        return RequestContext(
+            request_id=id_,
+            client_id=client_id,
+            seed=0,
+            deadline_seconds=self._config.request_timeout_seconds,
+            arrived=arrival_time(),
+            gone=client_gone(),
+            trace=read_traceparent(request.headers.get("traceparent")),
+        )
+
+
+def shaped(vector: Sequence[float], size: int | None, *, normalize: bool) -> list[float]:
+    """The vector's first `size` numbers, None: all; divided by their length if `normalize`."""
+    kept = list(vector[:size])
+    length = math.hypot(*kept) if normalize else 1.0
+    return [number / length for number in kept] if length else kept
+
+
+def _several(texts: Texts) -> list[str]:
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+def _base64(vector: Sequence[float]) -> str:
+    numbers = array("f", vector)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return base64.b64encode(numbers.tobytes()).decode()
+
+
+def _usage(made: Vectors) -> dict[str, int]:
+    return {"prompt_tokens": made.prompt_tokens, "total_tokens": made.prompt_tokens, "completion_tokens": 0}
