@@ -25,7 +25,7 @@ from knative.render.monitoring import rule_groups
 from knative.render.rendering import render, resolve
 from knative.spec.kubernetes_object import to_yaml
 from knative.spec.spec_file import load_spec
-from storage.checkpoints.gguf_architectures import ARCHITECTURES, VARIANTS
+from storage.checkpoints.gguf_config import ARCHITECTURES, VARIANTS
 from storage.checkpoints.gguf_pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from storage.models.blocks import FORMATS
 
@@ -98,7 +98,9 @@ def architectures_table() -> str:
             "norms are stored plus one": architecture.norm_plus_one,
             "queries, keys and values are regrouped": architecture.grouped_qkv,
             "numbers of layers are in the metadata": bool(architecture.numbers),
-            "tensors are in parts, or transposed": any(kind.merges for kind in kinds),
+            "heads of values are in another order": bool(architecture.rows),
+            "decay is stored as -exp(A_log)": any("ssm_a" in merge.parts for kind in kinds for merge in kind.merges.values()),
+            "tensors are in parts, transposed or of another shape": any(kind.merges for kind in kinds),
         }
         types = dict.fromkeys(f"`{kind.model_type}`" for kind in kinds)
         rows.append((f"`{name}`", ", ".join(types), "; ".join(text for text, is_so in undone.items() if is_so)))

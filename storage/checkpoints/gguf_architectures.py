@@ -1,5 +1,7 @@
 """The architectures of GGUF files that are read, as a table: which model of transformers each is, and how its names translate.
 
+Those with recurrent layers are in `gguf_recurrent`.
+
 Names and transformations are those of llama.cpp's converter (conversion/*.py); tests compare with what it writes.
 """
 
@@ -21,6 +23,26 @@ class Merge:
 
 
 @dataclass(frozen=True, slots=True)
+class Stack:
+    """A tensor of a layer whose rows the file has in several tensors."""
+
+    parts: tuple[str, ...]  # names in the file, without the layer
+    # Numbers of the rows in all parts one after another, from the config; None: in this order.
+    order: Callable[[Mapping[str, Any]], NDArray[np.intp]] | None = None
+
+
+SIZES: Final[Mapping[str, str]] = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "context_length": "max_position_embeddings",
+}
+"""GGUF keys that models with attention have → config keys."""
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """How a GGUF architecture becomes a checkpoint of transformers."""
 
@@ -29,11 +51,20 @@ class Architecture:
     # Modules with other names than in MODULES. A key with `.weight` or `.bias` names a whole tensor, and so does its value.
     modules: Mapping[str, str] = field(default_factory=dict)
     layers: str = "model.layers"  # what holds the layers
-    merges: Mapping[str, Merge] = field(default_factory=dict)  # tensors of a layer that are several in the file, or transposed
+    # Tensors of a layer that are several in the file, or have other values or another order of dimensions there.
+    merges: Mapping[str, Merge | Stack] = field(default_factory=dict)
+    # Tensors of a layer with another order of rows (or columns) in the file → numbers there, from the config.
+    rows: Mapping[str, Callable[[Mapping[str, Any]], NDArray[np.intp]]] = field(default_factory=dict)
+    columns: Mapping[str, Callable[[Mapping[str, Any]], NDArray[np.intp]]] = field(default_factory=dict)
     # Lists in the metadata with a number for each layer → tensors of a layer with that number, and their shapes.
     numbers: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)  # further GGUF keys, without the architecture → config keys
-    flags: Mapping[str, str] = field(default_factory=dict)  # config keys that are true if this tensor of layer 0 is there
+    sizes: Mapping[str, str] = field(default_factory=lambda: SIZES)  # GGUF keys that every file has → config keys
+    own_names: Mapping[str, str] = field(default_factory=dict)  # config keys of `sizes` → the family's names for them
+    quotients: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # config key → two GGUF keys whose quotient it is
+    layer_types: Mapping[str, str] = field(default_factory=dict)  # tensor that only layers of a type have → that type
+    layer_types_key: str = "layer_types"  # config key of the list of types
+    flags: Mapping[str, str] = field(default_factory=dict)  # config keys that are true if a layer has this tensor
     config: Mapping[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})  # values that the architecture implies
     norm: str = "rms_norm_eps"  # config key of the norms' epsilon
     permuted: bool = False  # rows of queries and keys are interleaved for llama.cpp's rotation
@@ -45,6 +76,7 @@ class Architecture:
     implied: Mapping[str, tuple[Any, ...]] = field(
         default_factory=dict
     )  # GGUF keys that may only have the values that the model implies
+    ignored: tuple[str, ...] = ()  # GGUF keys that say nothing about this model
     sliding: bool = False  # attention.sliding_window is honoured
     unsaid: str | None = None  # what the converter does not write, and the file's model may have had
 
@@ -67,24 +99,32 @@ MODULES: Final[Mapping[str, str]] = {
 }
 _NORMS_AFTER: Final = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 _NORMS_AROUND: Final = {**_NORMS_AFTER, "ffn_norm": "pre_feedforward_layernorm"}
-_BIAS: Final = {"attention_bias": "attn_q.bias"}
-_LLAMA_BIASES: Final = {**_BIAS, "mlp_bias": "ffn_down.bias"}
+BIAS: Final = {"attention_bias": "attn_q.bias"}
+_LLAMA_BIASES: Final = {**BIAS, "mlp_bias": "ffn_down.bias"}
 _GELU: Final = {"hidden_activation": "gelu_pytorch_tanh"}
 
-_EXPERTS: Final = {
+EXPERTS: Final = {
     "ffn_gate_inp": "mlp.gate",
     "ffn_gate_exps": "mlp.experts.{}.gate_proj",
     "ffn_up_exps": "mlp.experts.{}.up_proj",
     "ffn_down_exps": "mlp.experts.{}.down_proj",
 }
+EXPERTS_WITH_SHARED: Final = {
+    **EXPERTS,
+    **{f"ffn_{name}_shexp": f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")},
+}
+SHARED_GATE: Final[Mapping[str, Merge | Stack]] = {
+    "mlp.shared_expert_gate.weight": Merge(("ffn_gate_inp_shexp.weight",), np.atleast_2d)
+}
 _SHARED_EXPERTS: Final = {f"ffn_{name}_shexp": f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")} | {
     "exp_probs_b.bias": "mlp.gate.e_score_correction_bias"
 }
-_EXPERT_KEYS: Final = {
+EXPERT_KEYS: Final = {
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
+EXPERT_KEYS_WITH_SHARED: Final = {**EXPERT_KEYS, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
 _ROUTED_KEYS: Final = {
     "expert_count": "n_routed_experts",
     "expert_used_count": "num_experts_per_tok",
@@ -96,8 +136,8 @@ _ROUTED_KEYS: Final = {
     "expert_weights_norm": "norm_topk_prob",
     "leading_dense_block_count": "first_k_dense_replace",
 }
-_SOFTMAX, _SIGMOID = 1, 2  # values of expert_gating_func
-_GRANITE_KEYS: Final = {
+SOFTMAX, SIGMOID = 1, 2  # values of expert_gating_func
+GRANITE_KEYS: Final = {
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier",
@@ -110,12 +150,12 @@ _LATENT: Final = {
     "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
     "attn_kv_a_norm": "self_attn.kv_a_layernorm",
     "attn_kv_b": "self_attn.kv_b_proj",  # of files of before 2025-04; later ones have it in two
-    **_EXPERTS,
+    **EXPERTS,
     **_SHARED_EXPERTS,
 }
 
 
-def _stacked(*matrices: NDArray[Any]) -> NDArray[Any]:
+def stacked(*matrices: NDArray[Any]) -> NDArray[Any]:
     return np.concatenate(matrices)
 
 
@@ -138,32 +178,29 @@ _GPT2_MATRICES: Final = {
 _LATENT_MERGES: Final = {
     "self_attn.kv_b_proj.weight": Merge(("attn_k_b.weight", "attn_v_b.weight"), _keys_and_values),
 }
-_GRANITE_MERGES: Final = {
-    "block_sparse_moe.input_linear.weight": Merge(("ffn_gate_exps.weight", "ffn_up_exps.weight"), _stacked, by_expert=True),
-    "shared_mlp.input_linear.weight": Merge(("ffn_gate_shexp.weight", "ffn_up_shexp.weight"), _stacked),
+GRANITE_MERGES: Final[Mapping[str, Merge | Stack]] = {
+    "block_sparse_moe.input_linear.weight": Merge(("ffn_gate_exps.weight", "ffn_up_exps.weight"), stacked, by_expert=True),
+    "shared_mlp.input_linear.weight": Stack(("ffn_gate_shexp.weight", "ffn_up_shexp.weight")),
 }
 
-ARCHITECTURES: Final[Mapping[str, Architecture]] = {
+ATTENTION: Final[Mapping[str, Architecture]] = {
     "llama": Architecture("llama", "LlamaForCausalLM", flags=_LLAMA_BIASES, permuted=True),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", flags=_BIAS),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", flags=_BIAS),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", flags=BIAS),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", flags=BIAS),
     "qwen2moe": Architecture(
         "qwen2_moe",
         "Qwen2MoeForCausalLM",
-        modules={
-            **_EXPERTS,
-            **{f"ffn_{name}_shexp": f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")},
-        },
-        merges={"mlp.shared_expert_gate.weight": Merge(("ffn_gate_inp_shexp.weight",), np.atleast_2d)},
-        keys={**_EXPERT_KEYS, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+        modules=EXPERTS_WITH_SHARED,
+        merges=SHARED_GATE,
+        keys=EXPERT_KEYS_WITH_SHARED,
         config={"hidden_act": "silu", "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
     "qwen3moe": Architecture(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
-        modules=_EXPERTS,
-        keys=_EXPERT_KEYS,
-        flags=_BIAS,
+        modules=EXPERTS,
+        keys=EXPERT_KEYS,
+        flags=BIAS,
         config={"hidden_act": "silu", "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
     "mistral3": Architecture(
@@ -219,14 +256,14 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
         partial_rotation=True,
         sliding=True,
     ),
-    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", modules=_NORMS_AFTER, flags=_BIAS, sliding=True),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", modules=_NORMS_AFTER, flags=BIAS, sliding=True),
     "olmo": Architecture(
         "olmo", "OlmoForCausalLM", keys={"attention.clamp_kqv": "clip_qkv"}, norm="layer_norm_eps", permuted=True
     ),
     "olmoe": Architecture(
         "olmoe",
         "OlmoeForCausalLM",
-        modules=_EXPERTS,
+        modules=EXPERTS,
         keys={"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
         config={"hidden_act": "silu", "norm_topk_prob": False},
     ),
@@ -234,7 +271,7 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
     "granite": Architecture(
         "granite",
         "GraniteForCausalLM",
-        keys=_GRANITE_KEYS,
+        keys=GRANITE_KEYS,
         flags=_LLAMA_BIASES,
         permuted=True,
     ),
@@ -246,14 +283,14 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
             "ffn_down_exps": "block_sparse_moe.output_linear",
             "ffn_down_shexp": "shared_mlp.output_linear",
         },
-        merges=_GRANITE_MERGES,
+        merges=GRANITE_MERGES,
         keys={
-            **_GRANITE_KEYS,
+            **GRANITE_KEYS,
             "expert_count": "num_local_experts",
             "expert_used_count": "num_experts_per_tok",
             "expert_shared_feed_forward_length": "shared_intermediate_size",
         },
-        flags=_BIAS,
+        flags=BIAS,
         permuted=True,
     ),
     "starcoder2": Architecture(
@@ -278,14 +315,14 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
         "cohere",
         "CohereForCausalLM",
         keys={"logit_scale": "logit_scale"},
-        flags={**_BIAS, "use_qk_norm": "attn_q_norm.weight"},
+        flags={**BIAS, "use_qk_norm": "attn_q_norm.weight"},
         norm="layer_norm_eps",
     ),
     "cohere2": Architecture(
         "cohere2",
         "Cohere2ForCausalLM",
         keys={"logit_scale": "logit_scale"},
-        flags=_BIAS,
+        flags=BIAS,
         norm="layer_norm_eps",
         sliding=True,
     ),
@@ -306,20 +343,18 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
             "post_attention_norm": "post_self_attn_layernorm",
             "post_ffw_norm": "post_mlp_layernorm",
         },
-        flags=_BIAS,
+        flags=BIAS,
         partial_rotation=True,
     ),
-    "chatglm": Architecture(
-        "glm", "GlmForCausalLM", modules={"ffn_up": "mlp.gate_up_proj"}, flags=_BIAS, partial_rotation=True
-    ),
+    "chatglm": Architecture("glm", "GlmForCausalLM", modules={"ffn_up": "mlp.gate_up_proj"}, flags=BIAS, partial_rotation=True),
     "glm4moe": Architecture(
         "glm4_moe",
         "Glm4MoeForCausalLM",
-        modules={"post_attention_norm": "post_attention_layernorm", **_EXPERTS, **_SHARED_EXPERTS},
+        modules={"post_attention_norm": "post_attention_layernorm", **EXPERTS, **_SHARED_EXPERTS},
         keys=_ROUTED_KEYS,
-        flags={**_BIAS, "use_qk_norm": "attn_q_norm.weight"},
+        flags={**BIAS, "use_qk_norm": "attn_q_norm.weight"},
         partial_rotation=True,
-        implied={"expert_gating_func": (_SIGMOID,)},
+        implied={"expert_gating_func": (SIGMOID,)},
     ),
     "deepseek2": Architecture(
         "deepseek_v2",
@@ -327,7 +362,7 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
         modules=_LATENT,
         merges=_LATENT_MERGES,
         keys={key: name for key, name in _ROUTED_KEYS.items() if key != "expert_weights_norm"},
-        implied={"expert_gating_func": (_SOFTMAX,), "expert_weights_norm": (False,)},
+        implied={"expert_gating_func": (SOFTMAX,), "expert_weights_norm": (False,)},
     ),
     "gpt-oss": Architecture(
         "gpt_oss",
@@ -402,7 +437,13 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
         },
         layers="transformer.h",
         merges={f"{module}.weight": Merge((f"{name}.weight",), np.transpose) for name, module in _GPT2_MATRICES.items()},
-        keys={"feed_forward_length": "n_inner"},
+        own_names={
+            "num_hidden_layers": "n_layer",
+            "hidden_size": "n_embd",
+            "intermediate_size": "n_inner",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+        },
         config={"activation_function": "gelu_new"},
         norm="layer_norm_epsilon",
     ),
@@ -416,7 +457,7 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
             "xielu.beta": ("mlp.act_fn.beta", ()),
             "xielu.eps": ("mlp.act_fn.eps", ()),
         },
-        flags=_BIAS,
+        flags=BIAS,
         config={"hidden_act": "xielu"},
     ),
     "ernie4_5": Architecture("ernie4_5", "Ernie4_5ForCausalLM", flags={"use_bias": "attn_q.bias"}),
@@ -424,7 +465,7 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
         "hunyuan_v1_dense",
         "HunYuanDenseV1ForCausalLM",
         modules={"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
-        flags=_BIAS,
+        flags=BIAS,
     ),
 }
 
@@ -443,14 +484,14 @@ MIXTRAL: Final = Architecture(
 )
 """An architecture `llama` with experts."""
 
-OLMO3: Final = Architecture("olmo3", "Olmo3ForCausalLM", modules=_NORMS_AFTER, flags=_BIAS, sliding=True)
+OLMO3: Final = Architecture("olmo3", "Olmo3ForCausalLM", modules=_NORMS_AFTER, flags=BIAS, sliding=True)
 """An architecture `olmo2` with a sliding window."""
 
 MISTRAL: Final = Architecture("mistral", "MistralForCausalLM", permuted=True, sliding=True)
 """An architecture `llama` with a sliding window, and `mistral3` without scaled queries."""
 
 GRANITE_SHARED: Final = replace(
-    ARCHITECTURES["granitemoe"], model_type="granitemoeshared", class_name="GraniteMoeSharedForCausalLM"
+    ATTENTION["granitemoe"], model_type="granitemoeshared", class_name="GraniteMoeSharedForCausalLM"
 )
 """An architecture `granitemoe` with a shared expert."""
 
@@ -460,22 +501,12 @@ DEEPSEEK3: Final = Architecture(
     modules=_LATENT,
     merges=_LATENT_MERGES,
     keys=_ROUTED_KEYS,
-    implied={"expert_gating_func": (_SIGMOID,)},
+    implied={"expert_gating_func": (SIGMOID,)},
 )
 """An architecture `deepseek2` whose router is a sigmoid with a bias."""
 
 FALCON_GROUPED: Final = replace(
-    ARCHITECTURES["falcon"],
-    modules={**ARCHITECTURES["falcon"].modules, "attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"},
+    ATTENTION["falcon"],
+    modules={**ATTENTION["falcon"].modules, "attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"},
 )
 """An architecture `falcon` with a norm each for attention and feed-forward."""
-
-VARIANTS: Final[Mapping[str, tuple[Architecture, ...]]] = {
-    "llama": (MIXTRAL, MISTRAL),
-    "mistral3": (MISTRAL,),
-    "olmo2": (OLMO3,),
-    "granitemoe": (GRANITE_SHARED,),
-    "deepseek2": (DEEPSEEK3,),
-    "falcon": (FALCON_GROUPED,),
-}
-"""What else files of an architecture may hold; `gguf_config.architecture_of` tells them apart."""

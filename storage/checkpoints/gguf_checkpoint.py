@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.checkpoints.checkpoint import Checkpoint, FourBits, SourceTensor
-from storage.checkpoints.gguf_architectures import MODULES, Architecture, Merge
+from storage.checkpoints.gguf_architectures import MODULES, Architecture, Merge, Stack
 from storage.checkpoints.gguf_config import architecture_of, model_config
 from storage.checkpoints.gguf_format import GgufHeader, GgufTensor, gguf_parts, read_header
 from storage.checkpoints.gguf_tokenizer import tokenizer_files
@@ -32,7 +32,7 @@ _FLOATS: Final = frozenset({_Type.F64, _Type.F32, _Type.F16, _Type.BF16})
 _FOUR_BITS: Final = frozenset({_Type.Q4_0, _Type.Q4_1})
 _Q_BYTES: Final = 16
 _ROPE_TENSORS: Final = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
-_TENSOR_NAME: Final = re.compile(r"(?:blk\.(?P<layer>\d{1,6})\.)?(?P<module>\w+)\.(?P<kind>weight|bias)")
+_TENSOR_NAME: Final = re.compile(r"(?:blk\.(?P<layer>\d{1,6})\.)?(?P<module>\w+(?:\.\w+)*?)(?:\.(?P<kind>weight|bias))?")
 
 
 def open_gguf(path: Path, tokenizer: Mapping[str, bytes] | None = None) -> Checkpoint:
@@ -61,7 +61,11 @@ def open_gguf(path: Path, tokenizer: Mapping[str, bytes] | None = None) -> Check
         for name, merge in architecture.merges.items():
             whole = [stored.pop(f"blk.{layer}.{part}") for part in merge.parts if f"blk.{layer}.{part}" in stored]
             if len(whole) == len(merge.parts):
-                tensors[prefix + name] = _merged(merge, [_source(tensor, sizes[tensor.path]) for tensor in whole])
+                found = [_whole(tensor, architecture, config, sizes[tensor.path]) for tensor in whole]
+                if isinstance(merge, Stack):
+                    tensors[prefix + name] = _stacked(found, merge.order(config) if merge.order else None)
+                else:
+                    tensors[prefix + name] = _merged(merge, found)
             elif whole:
                 raise CheckpointInvalid(f"{path} has {whole[0].name!r}, but not all of {merge.parts}; make it again")
         for key, (name, shape) in architecture.numbers.items():
@@ -82,9 +86,8 @@ def _sources(
     """The tensors by their Hugging Face names that a tensor of a GGUF file holds: one, or several that it stacks."""
     names = {**MODULES, **architecture.modules}
     found = _TENSOR_NAME.fullmatch(tensor.name)
-    module, kind = (found["module"], found["kind"]) if found else ("", "")
+    module, kind = (found["module"], found["kind"] or "weight") if found else ("", "")
     prefix = f"{architecture.layers}.{found['layer']}." if found and found["layer"] else ""
-    shift = -1 if architecture.norm_plus_one and module.endswith("norm") and kind == "weight" else 0
     name = names.get(f"{module}.{kind}", f"{names[module]}.{kind}" if module in names else None)
     if name is None and module == "attn_qkv":
         sizes = [config["head_dim"] * config[heads] for heads in ("num_attention_heads", *["num_key_value_heads"] * 2)]
@@ -108,8 +111,30 @@ def _sources(
         experts, rows, columns = tensor.shape
         tensor = replace(tensor, shape=(experts * rows, columns))
         return {prefix + name.format(number): _source(tensor, file_bytes, rows, number * rows) for number in range(experts)}
-    order = _row_order(tensor, module, tensor.shape[0], config, architecture)
-    return {prefix + name: _source(tensor, file_bytes, tensor.shape[0], 0, order, shift)}
+    return {prefix + name: _whole(tensor, architecture, config, file_bytes)}
+
+
+def _whole(tensor: GgufTensor, architecture: Architecture, config: Mapping[str, Any], file_bytes: int) -> SourceTensor:
+    """A tensor of a GGUF file with rows and columns in Hugging Face's order, and norms as they are there."""
+    in_layer = tensor.name.split(".", 2)[2] if tensor.name.startswith("blk.") else tensor.name
+    module = in_layer.removesuffix(".weight").removesuffix(".bias")
+    columns = None
+    if in_layer in architecture.rows:
+        order = _listed(architecture.rows[in_layer](config), tensor, tensor.shape[0])
+    else:
+        order = _row_order(tensor, module, tensor.shape[0], config, architecture)
+    if in_layer in architecture.columns:
+        columns = _listed(architecture.columns[in_layer](config), tensor, tensor.shape[-1])(0, tensor.shape[-1])
+    is_shifted = architecture.norm_plus_one and module.endswith("norm") and module != "ssm_norm"
+    shift = -1 if is_shifted and not tensor.name.endswith(".bias") else 0
+    return _source(tensor, file_bytes, tensor.shape[0], 0, order, shift, columns)
+
+
+def _listed(places: NDArray[np.intp], tensor: GgufTensor, count: int) -> Callable[[int, int], NDArray[np.intp]]:
+    """Returns a function from rows (or columns) [first, last) to their places. Raises CheckpointInvalid if there are fewer."""
+    if len(places) != count:
+        raise CheckpointInvalid(f"{tensor.path} has {tensor.name!r} as {list(tensor.shape)}, not {len(places)}; make it again")
+    return lambda first, last: places[first:last]
 
 
 def _source(
@@ -119,14 +144,15 @@ def _source(
     first_row: int = 0,
     order: Callable[[int, int], NDArray[np.intp]] = np.arange,
     shift: int = 0,
+    columns: NDArray[np.intp] | None = None,
 ) -> SourceTensor:
     """A tensor of a GGUF file, or `rows` of its rows from `first_row` on.
 
     file_bytes: size of its file. order: maps the rows' numbers here to those in the file, counted from first_row. shift: is
-    added to all values. Raises CheckpointInvalid if the file does not have the whole tensor, or in an unknown format.
+    added to all values. columns: numbers in the file of the columns here, if they have another order. Raises CheckpointInvalid
+    if the file does not have the whole tensor, or in an unknown format.
     """
-    columns = math.prod(tensor.shape[1:])
-    dequantize, row_bytes = _quantization(tensor, columns)
+    dequantize, row_bytes = _quantization(tensor, math.prod(tensor.shape[1:]))
     end = tensor.start + tensor.shape[0] * row_bytes
     if end > file_bytes:
         raise CheckpointInvalid(
@@ -134,10 +160,13 @@ def _source(
             f"{file_bytes}); fetch it again"
         )
     shape = tensor.shape if rows is None else (rows, *tensor.shape[1:])
+    in_order = columns is None
     read = partial(_read_rows, tensor.path, tensor.start + first_row * row_bytes, row_bytes, order)
 
     def floats(first: int, last: int) -> memoryview:
         values = np.ascontiguousarray(dequantize(read(first, last)), np.float32)
+        if columns is not None:
+            values = np.ascontiguousarray(values[:, columns])
         return (values + np.float32(shift) if shift else values).reshape(-1).view(np.uint8).data
 
     return SourceTensor(
@@ -145,9 +174,9 @@ def _source(
         shape,
         floats,
         tensor.kind not in _FLOATS,
-        (lambda first, last: _four_bits(tensor.kind, read(first, last))) if tensor.kind in _FOUR_BITS else None,
+        (lambda first, last: _four_bits(tensor.kind, read(first, last))) if tensor.kind in _FOUR_BITS and in_order else None,
         _Type(tensor.kind).name,
-        None if tensor.kind in _FLOATS or shift else read,
+        None if tensor.kind in _FLOATS or shift or not in_order else read,
     )
 
 
@@ -162,12 +191,15 @@ def _merged(merge: Merge, parts: list[SourceTensor]) -> SourceTensor:
             experts = zip(*(values(part, first, last) for part in parts), strict=True)
             found = np.stack([merge.join(*each) for each in experts])
         else:
-            found = merge.join(*(values(part, 0, part.rows) for part in parts))[first:last]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                found = merge.join(*(values(part, 0, part.rows) for part in parts))[first:last]
+        if not np.isfinite(found).all():
+            raise CheckpointInvalid(f"tensors {merge.parts} have values that mean nothing; make the GGUF file again")
         return np.ascontiguousarray(found).reshape(-1).view(np.uint8).data
 
     whole = [part.shape[1:] if merge.by_expert else part.shape for part in parts]
     try:
-        shape = merge.join(*(np.broadcast_to(np.int8(0), each) for each in whole)).shape
+        shape = merge.join(*(np.broadcast_to(np.float32(-1), each) for each in whole)).shape
     except (ValueError, IndexError) as error:
         raise CheckpointInvalid(
             f"tensors {merge.parts} as {whole} do not fit together ({error}); make the GGUF file again"
@@ -175,6 +207,46 @@ def _merged(merge: Merge, parts: list[SourceTensor]) -> SourceTensor:
     if merge.by_expert:
         shape = (parts[0].shape[0], *shape)
     return SourceTensor("F32", shape, rows, any(part.quantized for part in parts), None, parts[0].stored_as)
+
+
+def _stacked(parts: list[SourceTensor], order: NDArray[np.intp] | None) -> SourceTensor:
+    """The rows of all parts, one after another, in an order of their numbers. Keeps the parts' format if it is the same."""
+    ends = np.cumsum([part.rows for part in parts])
+    shape, total = parts[0].shape[1:], int(ends[-1])
+    places = np.arange(total) if order is None else order
+    if len(places) != total or any(part.shape[1:] != shape for part in parts):
+        raise CheckpointInvalid(
+            f"tensors as {[part.shape for part in parts]} do not make one of {len(places)} rows; make the GGUF file again"
+        )
+
+    def gathered(read: Callable[[SourceTensor, int, int], NDArray[Any]], first: int, last: int) -> NDArray[Any]:
+        wanted, found = places[first:last], []
+        owners = np.searchsorted(ends, wanted, side="right")
+        for number in np.unique(owners):
+            rows = wanted[owners == number] - (ends[number] - parts[number].rows)
+            low = int(rows.min())
+            found.append(read(parts[number], low, int(rows.max()) + 1)[rows - low])
+        back = np.empty(len(wanted), np.intp)
+        back[np.argsort(owners, kind="stable")] = np.arange(len(wanted))
+        return np.concatenate(found)[back]
+
+    def floats(part: SourceTensor, first: int, last: int) -> NDArray[np.float32]:
+        return np.frombuffer(part.read_rows(first, last), np.float32).reshape(last - first, -1)
+
+    def blocks(part: SourceTensor, first: int, last: int) -> NDArray[np.uint8]:
+        assert part.read_blocks is not None
+        return part.read_blocks(first, last)
+
+    one_format = len({part.stored_as for part in parts}) == 1 and all(part.read_blocks for part in parts)
+    return SourceTensor(
+        "F32",
+        (total, *shape),
+        lambda first, last: gathered(floats, first, last).reshape(-1).view(np.uint8).data,
+        any(part.quantized for part in parts),
+        None,
+        parts[0].stored_as,
+        partial(gathered, blocks) if one_format else None,
+    )
 
 
 def _number(path: Path, key: str, numbers: object, layer: int, shape: tuple[int, ...]) -> SourceTensor:
@@ -234,7 +306,7 @@ def _row_order(
     attn_qkv of some. module: what the rows are. rows: their number. Raises CheckpointInvalid if they cannot be divided among
     the heads.
     """
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    heads, kv_heads = (config.get(name, 0) for name in ("num_attention_heads", "num_key_value_heads"))
     if module in ("attn_q", "attn_k") and architecture.permuted:
         count, divisor = (heads if module == "attn_q" else kv_heads), 2
         order: Callable[[int, int, int], NDArray[np.intp]] = _interleaved

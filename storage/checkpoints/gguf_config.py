@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.checkpoints.gguf_architectures import (
-    ARCHITECTURES,
+    ATTENTION,
     DEEPSEEK3,
     FALCON_GROUPED,
     GRANITE_SHARED,
@@ -18,17 +18,23 @@ from storage.checkpoints.gguf_architectures import (
     Architecture,
 )
 from storage.checkpoints.gguf_format import GgufHeader, GgufTensor
+from storage.checkpoints.gguf_recurrent import BAMBA, FALCON_MAMBA, GRANITE_DENSE, RECURRENT
 from storage.checkpoints.gguf_tokenizer import BOS, EOS
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
 
-_SIZES: Final[Mapping[str, str]] = {
-    "block_count": "num_hidden_layers",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "context_length": "max_position_embeddings",
+ARCHITECTURES: Final[Mapping[str, Architecture]] = {**ATTENTION, **RECURRENT}
+"""By the architecture's name in the file."""
+VARIANTS: Final[Mapping[str, tuple[Architecture, ...]]] = {
+    "llama": (MIXTRAL, MISTRAL),
+    "mistral3": (MISTRAL,),
+    "olmo2": (OLMO3,),
+    "granitemoe": (GRANITE_SHARED,),
+    "deepseek2": (DEEPSEEK3,),
+    "falcon": (FALCON_GROUPED,),
+    "granitehybrid": (GRANITE_DENSE, BAMBA),
+    "mamba": (FALCON_MAMBA,),
 }
+"""What else files of an architecture may hold; `architecture_of` tells them apart."""
 _RMS_NORM: Final = "attention.layer_norm_rms_epsilon"
 _LAYER_NORM: Final = "attention.layer_norm_epsilon"
 _FURTHER: Final = "nextn_predict_layers"
@@ -63,6 +69,12 @@ _ROPE_SCALING: Final[Mapping[str, Mapping[str, str]]] = {
     },
 }
 _ROPE_NEEDED: Final = {"rope.scaling.factor", "rope.scaling.original_context_length"}
+_RECURRENT_LAYERS: Final = "attention.recurrent_layers"
+# Keys that files of some models lack → keys with the same value.
+_SAME_AS: Final = {
+    "attention.head_count_kv": "attention.head_count",
+    "feed_forward_length": "expert_feed_forward_length",
+}
 _LARGEST_GEMMA_LAYERS: Final = {"gemma2": 46, "gemma3": 62}  # these scale attention by the width of a head's share
 _LARGEST_SIZE: Final = 2**31
 
@@ -88,6 +100,11 @@ def architecture_of(path: Path, header: GgufHeader) -> Architecture:
         "granitemoe": ((GRANITE_SHARED, "blk.0.ffn_up_shexp.weight" in tensors),),
         "deepseek2": ((DEEPSEEK3, sigmoid == 2),),
         "falcon": ((FALCON_GROUPED, "blk.0.attn_norm_2.weight" in tensors),),
+        "granitehybrid": (
+            (BAMBA, fields.get("granitehybrid.rope.scaling.finetuned") is not False),
+            (GRANITE_DENSE, "blk.0.ffn_gate_exps.weight" not in tensors),
+        ),
+        "mamba": ((FALCON_MAMBA, fields.get("mamba.ssm.dt_b_c_rms") is True),),
     }
     return next((row for row, is_it in variants.get(name, ()) if is_it), ARCHITECTURES[name])
 
@@ -102,26 +119,34 @@ def model_config(path: Path, header: GgufHeader) -> dict[str, Any]:
     name = str(header.fields["general.architecture"])
     metadata = _Metadata(path, header, f"{name}.")
     keys, tensors = metadata.keys, metadata.tensors
-    metadata.defaults["attention.head_count_kv"] = keys.get("attention.head_count")
-    config: dict[str, Any] = {config_key: metadata.size(key) for key, config_key in _SIZES.items()}
     # Layers that predict further tokens come last; they are not published.
     metadata.used.add(_FURTHER)
     further = keys.get(_FURTHER, 0)
-    if type(further) is not int or not 0 <= further < config["num_hidden_layers"]:
+    if type(further) is not int or not 0 <= further < metadata.size("block_count"):
         raise metadata.wrong(_FURTHER, "is no number of layers")
-    config["num_hidden_layers"] -= further
-    norm = _RMS_NORM if architecture.norm == "rms_norm_eps" else _LAYER_NORM
-    config[architecture.norm] = metadata.number(norm)
+    layers = metadata.size("block_count") - further
+    metadata.defaults |= {key: keys.get(other) for key, other in _SAME_AS.items()}
+    kinds = _layer_types(metadata, architecture, layers)
+    config: dict[str, Any] = {config_key: metadata.size(key) for key, config_key in architecture.sizes.items()}
+    config["num_hidden_layers"] = layers
+    config |= _listed_types(architecture, kinds)
+    is_rms = architecture.norm == "rms_norm_eps" or _LAYER_NORM not in keys
+    config[architecture.norm] = metadata.number(_RMS_NORM if is_rms else _LAYER_NORM)
     if "token_embd.weight" not in tensors:
         raise CheckpointInvalid(f"{path} lacks token_embd.weight; make the GGUF file again")
     config["vocab_size"] = tensors["token_embd.weight"].shape[0]
-    metadata.defaults["attention.key_length"] = config["hidden_size"] // config["num_attention_heads"]
-    config["head_dim"] = metadata.size("attention.key_length")
+    has_attention = "num_attention_heads" in config
+    if has_attention:
+        metadata.defaults["attention.key_length"] = config["hidden_size"] // config["num_attention_heads"]
+        config["head_dim"] = metadata.size("attention.key_length")
     if name == "deepseek2":
         config |= _latent_attention(metadata, config)
     config |= {config_key: keys[key] for key, config_key in architecture.keys.items() if key in keys}
-    config |= {config_key: f"blk.0.{tensor}" in tensors for config_key, tensor in architecture.flags.items()}
-    config |= _rope(metadata, architecture, config)
+    config |= {config_key: metadata.quotient(*both) for config_key, both in architecture.quotients.items()}
+    in_layers = {tensor.split(".", 2)[2] for tensor in tensors if tensor.startswith("blk.") and tensor.count(".") > 1}
+    config |= {config_key: tensor in in_layers for config_key, tensor in architecture.flags.items()}
+    if has_attention and "rope.freq_base" not in architecture.ignored:
+        config |= _rope(metadata, architecture, config)
     config |= architecture.config
     if architecture.sliding:
         config |= _windows(metadata, config["num_hidden_layers"])
@@ -134,9 +159,10 @@ def model_config(path: Path, header: GgufHeader) -> dict[str, Any]:
         is_largest = config["num_hidden_layers"] == _LARGEST_GEMMA_LAYERS[name]
         share = config["hidden_size"] // config["num_attention_heads"]
         config["query_pre_attn_scalar"] = share if is_largest else config["head_dim"]
-    _check_others(metadata, architecture, config)
+    _check_others(metadata, architecture, config, kinds)
     if name == "falcon":
         del config["head_dim"]  # which its class computes
+    config |= {own: config[config_key] for config_key, own in architecture.own_names.items()}
     return config | {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
@@ -160,10 +186,20 @@ class _Metadata:
         self.used: set[str] = set()  # keys that were asked for
 
     def size(self, key: str) -> int:
+        """A size, which all layers have that have it at all."""
         value = self.value(key)
+        if isinstance(value, list) and len(different := set(value) - {0}) == 1:
+            value = different.pop()
         if type(value) is not int or not 0 < value < _LARGEST_SIZE:
             raise self.wrong(key, "is no size")
         return value
+
+    def quotient(self, dividend: str, divisor: str) -> int:
+        """Of two sizes. Raises CheckpointInvalid if it is no whole number."""
+        found, rest = divmod(self.size(dividend), self.size(divisor))
+        if rest:
+            raise self.wrong(dividend, f"is no multiple of {self.prefix}{divisor}")
+        return found
 
     def number(self, key: str) -> float:
         value = self.value(key)
@@ -180,6 +216,29 @@ class _Metadata:
     def wrong(self, key: str, what: str) -> CheckpointInvalid:
         seen = str(self.keys.get(key))[:64]
         return CheckpointInvalid(f"{self.path} has {self.prefix}{key} = {seen}, which {what}; make the GGUF file again")
+
+
+def _layer_types(metadata: _Metadata, architecture: Architecture, layers: int) -> list[str]:
+    """The type of each layer, by the tensors that only layers of this type have; empty if all are of one type."""
+    if not architecture.layer_types:
+        return []
+    found = []
+    for layer in range(layers):
+        kinds = [kind for tensor, kind in architecture.layer_types.items() if f"blk.{layer}.{tensor}" in metadata.tensors]
+        if len(kinds) != 1:
+            raise CheckpointInvalid(
+                f"{metadata.path} has no layer {layer} of one of the types {', '.join(architecture.layer_types.values())}; "
+                "make the GGUF file again"
+            )
+        found += kinds
+    return found
+
+
+def _listed_types(architecture: Architecture, kinds: list[str]) -> dict[str, Any]:
+    """The entry of config.json that lists the types of layers."""
+    if architecture.layer_types_key == "attn_layer_indices":
+        return {"attn_layer_indices": [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]}
+    return {architecture.layer_types_key: kinds} if kinds else {}
 
 
 def _latent_attention(metadata: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,8 +365,10 @@ def _windows(metadata: _Metadata, num_layers: int) -> dict[str, Any]:
     }
 
 
-def _check_others(metadata: _Metadata, architecture: Architecture, config: Mapping[str, Any]) -> None:
-    heads = (config["head_dim"],)
+def _check_others(metadata: _Metadata, architecture: Architecture, config: Mapping[str, Any], kinds: list[str]) -> None:
+    """Raises ArchitectureUnsupported if a key that was not used says what the model is not. kinds: of layers."""
+    heads = (config.get("head_dim"),)
+    recurrent = [kind == "linear_attention" for kind in kinds]
     # A window as long as the context hides nothing.
     window = metadata.keys.get(_WINDOW)
     wide = (window,) if isinstance(window, int) and (window == 0 or window >= config["max_position_embeddings"]) else (0,)
@@ -318,12 +379,13 @@ def _check_others(metadata: _Metadata, architecture: Architecture, config: Mappi
         "rope.dimension_count": heads,
         "vocab_size": (config["vocab_size"],),
         _WINDOW: wide,
+        _RECURRENT_LAYERS: (recurrent, [*recurrent, False]),
     }
     if architecture.norm != "rms_norm_eps":
         allowed[_RMS_NORM] = (config[architecture.norm],)
     allowed |= architecture.implied
     keys, prefix = metadata.keys, metadata.prefix
-    for key in sorted(keys.keys() - metadata.used - architecture.keys.keys()):
+    for key in sorted(keys.keys() - metadata.used - architecture.keys.keys() - {*architecture.ignored}):
         if key not in allowed:
             raise ArchitectureUnsupported(
                 f"{metadata.path} has {prefix}{key} = {str(keys[key])[:64]}, whose meaning is not known here; "

@@ -87,7 +87,7 @@ def test_a_begin_token_is_added_if_the_file_says_so(fields: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("architecture", "fields", "error", "words"),
     [
-        ("mamba", {}, ArchitectureUnsupported, "holds a 'mamba'; known are llama, qwen2, qwen3"),
+        ("rwkv7", {}, ArchitectureUnsupported, "holds a 'rwkv7'; known are llama, qwen2, qwen3"),
         ("llama", {}, CheckpointInvalid, r"lacks llama\.block_count"),
     ],
 )

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+CHANGES = "changes.json"
+"""A file in a folder: keys of config.json that the converter reads instead, or not at all if they are null."""
+
 
 def without_vocabulary(model: Any) -> None:
     model.gguf_writer.add_tokenizer_model("none")
@@ -30,7 +33,10 @@ if __name__ == "__main__":
         converter = get_model_class(config["architectures"][0])
         for each in (converter, *filter(inspect.isclass, vars(converter).values())):
             each.set_vocab = without_vocabulary
-        parameters = {**config, **converter.load_hparams(folder, False)}
+        converter.no_mtp = True  # tiny models have no layers for further tokens
+        changes = json.loads((folder / CHANGES).read_text())
+        found = {**converter.load_hparams(folder, False), **changes}
+        parameters = {key: value for key, value in found.items() if value is not None}
         converter(
-            folder, gguf.LlamaFileType.ALL_F32, folder.with_suffix(".gguf"), hparams=parameters, fuse_qkv="fuse_qkv" in config
+            folder, gguf.LlamaFileType.ALL_F32, folder.with_suffix(".gguf"), hparams=parameters, fuse_qkv="fuse_qkv" in changes
         ).write()
