@@ -12,7 +12,7 @@ DECODER_KEY: Final = "lamina_decoder"
 EMBEDDER_KEY: Final = "lamina_embedder"  # of a model that makes vectors of texts; see storage/models/embedder.py
 
 Shapes = dict[str, tuple[int, ...]]
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu", "swiglu"]
 
 
 class _Data(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -57,8 +57,35 @@ class FeedForward(_Data, frozen=True, kw_only=True):
 
     inner_size: int
     activation: Activation = "silu"
+    # Numbers of swiglu, which is (up + 1) * gate * sigmoid(alpha * gate): alpha, and the limit to which gate and up are clamped.
+    swiglu: tuple[float, float] | None = None
     gated: bool = True
     biased: bool = False
+
+
+class Router(_Data, frozen=True, kw_only=True):
+    """Chooses experts for a token by a score for each, from logits in float32. A token's weights are the scores of its experts."""
+
+    num_experts: int
+    chosen: int  # experts of a token
+    # What turns logits into scores. softmax_of_chosen: experts are chosen by their logits, whose softmax are the weights.
+    scores: Literal["softmax", "softmax_of_chosen", "sigmoid"] = "softmax"
+    biased: bool = False
+    corrected: bool = False  # a bias of each expert is added to its score for the choice alone
+    groups: int = 1  # of successive experts
+    chosen_groups: int = 1  # a token's experts are in so many groups, those with the best
+    group_score: Literal["greatest", "two_greatest"] = "two_greatest"  # of a group: its best score, or the sum of two
+    normalized: bool = False  # weights are divided by their sum plus `normal_eps`
+    normal_eps: float = 0.0
+    scale: float = 1.0  # of weights
+
+
+class Experts(_Data, frozen=True, kw_only=True):
+    """Feed-forwards of one shape. The outputs of those that a router chooses are added up, each times its weight."""
+
+    router: Router
+    each: FeedForward
+    shared_gate: bool = False  # the output of the layer's `feed_forward` is multiplied by sigmoid(gate x)
 
 
 class Layer(_Data, frozen=True, kw_only=True):
@@ -68,7 +95,8 @@ class Layer(_Data, frozen=True, kw_only=True):
     """
 
     attention: Attention
-    feed_forward: FeedForward
+    feed_forward: FeedForward | None  # with experts: the shared one, which every token goes through
+    experts: Experts | None = None
     before_attention: Norm | None = None
     after_attention: Norm | None = None
     before_feed_forward: Norm | None = None
@@ -108,6 +136,14 @@ class TensorNames(_Data, frozen=True, kw_only=True):
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+    router: str = "mlp.gate"
+    correction: str = "mlp.gate.e_score_correction_bias"
+    # Gate, up and down of experts, {expert} is a number, and of the shared one.
+    experts: tuple[str, str, str] = (
+        "mlp.experts.{expert}.gate_proj", "mlp.experts.{expert}.up_proj", "mlp.experts.{expert}.down_proj",
+    )  # fmt: skip
+    shared: tuple[str, str, str] = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")
+    shared_gate: str = "mlp.shared_expert_gate"
     before_attention: str = "input_layernorm"
     after_attention: str = ""
     before_feed_forward: str = "post_attention_layernorm"
@@ -148,7 +184,13 @@ class Decoder(_Data, frozen=True, kw_only=True):
 
     @property
     def inner_size(self) -> int:
-        return self.kinds[0].feed_forward.inner_size
+        """The largest of a feed-forward that is no expert; 1 if all are."""
+        return max([1, *(layer.feed_forward.inner_size for layer in self.kinds if layer.feed_forward is not None)])
+
+    @property
+    def experts(self) -> tuple[Experts, ...]:
+        """Those of the different layers that have any."""
+        return tuple(layer.experts for layer in self.kinds if layer.experts is not None)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -163,7 +205,7 @@ def full_name(model: Decoder, name: str) -> str:
 def layer_shapes(model: Decoder, layer: Layer) -> Shapes:
     """Shapes of the tensors of one of the model's layers, by their names in a checkpoint without the prefix of the layer."""
     names, hidden = model.names, model.hidden_size
-    attention, feed_forward = layer.attention, layer.feed_forward
+    attention, feed_forward, experts = layer.attention, layer.feed_forward, layer.experts
     queries, keys = (heads * attention.head_dim for heads in (attention.num_heads, attention.num_kv_heads))
     shapes: Shapes = {}
 
@@ -198,13 +240,27 @@ def layer_shapes(model: Decoder, layer: Layer) -> Shapes:
     for name, outs in zip(names.qkv, (with_gates, keys, keys) if len(names.qkv) == 3 else (queries + 2 * keys,), strict=True):
         add_matrix(name, outs, hidden, attention.qkv_bias)
     add_matrix(names.out, hidden, queries, attention.out_bias)
-    if feed_forward.gated:
-        add_matrix(names.gate, feed_forward.inner_size, hidden, feed_forward.biased)
-    add_matrix(names.up, feed_forward.inner_size, hidden, feed_forward.biased)
-    add_matrix(names.down, hidden, feed_forward.inner_size, feed_forward.biased)
+
+    def add_feed_forward(one: FeedForward, gate: str, up: str, down: str) -> None:
+        if one.gated:
+            add_matrix(gate, one.inner_size, hidden, one.biased)
+        add_matrix(up, one.inner_size, hidden, one.biased)
+        add_matrix(down, hidden, one.inner_size, one.biased)
+
+    if feed_forward is not None:
+        add_feed_forward(feed_forward, *(names.shared if experts else (names.gate, names.up, names.down)))
+    if experts is not None:
+        router = experts.router
+        add_matrix(names.router, router.num_experts, hidden, router.biased)
+        if router.corrected:
+            shapes[names.correction] = (router.num_experts,)
+        if experts.shared_gate:
+            add_matrix(names.shared_gate, 1, hidden, False)
+        for expert in range(router.num_experts):
+            add_feed_forward(experts.each, *(name.format(expert=expert) for name in names.experts))
     if names.transposed:
         shapes = {name: shape[::-1] for name, shape in shapes.items()}
-    if feed_forward.activation == "xielu":
+    if feed_forward is not None and feed_forward.activation == "xielu":
         shapes |= {f"{names.activation}.{number}": (1,) for number in ("alpha_p", "alpha_n")}
         shapes |= {f"{names.activation}.{number}": () for number in ("beta", "eps")}
     return shapes

@@ -15,11 +15,13 @@ from storage.checkpoints.decoder import (
     Activation,
     Attention,
     Decoder,
+    Experts,
     FeedForward,
     Layer,
     Norm,
     QKNorm,
     Rotation,
+    Router,
 )
 from storage.checkpoints.decoder_families import (
     DECODER_FAMILIES,
@@ -81,6 +83,7 @@ _HARMLESS: Final = frozenset((
     "summary_first_dropout", "reorder_and_upcast_attn", "attn_implementation", "cache_implementation",
     "num_nextn_predict_layers", "mlp_dim", "rms_norm", "embedding_size", "use_mrope", "unsloth_fixed", "unsloth_version",
     "loss_type", "is_matryoshka", "matryoshka_dimensions", EMBEDDER_KEY,
+    "router_aux_loss_coef", "router_jitter_noise", "seq_aux", "aux_loss_alpha", "ep_size", "num_mtp_layers",
 ))  # fmt: skip
 # Keys of one family that another's class does not read: a Llama's config with a window has none.
 _KEYS_OF_FAMILIES: Final = frozenset((
@@ -88,7 +91,7 @@ _KEYS_OF_FAMILIES: Final = frozenset((
     "no_rope_layer_interval", "head_dim", "hidden_activation", "intermediate_size", "rope_theta", "rope_scaling",
     "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings", "rope_local_base_freq",
     "attention_bias", "mlp_bias", "use_bias", "num_key_value_heads", "rotary_dim", "qk_norm", "use_qk_norm",
-    "query_pre_attn_scalar",
+    "query_pre_attn_scalar", "mlp_only_layers", "decoder_sparse_step", "moe_intermediate_size",
 ))  # fmt: skip
 
 
@@ -110,7 +113,7 @@ def decoder_of(config: Mapping[str, Any]) -> Decoder:
     values = Values(family, config)
     decoder = _described(family, values)
     obstacles = [*values.obstacles, *_obstacles(family, values, decoder, config)]
-    known = values.read | _HARMLESS | _KEYS_OF_FAMILIES
+    known = values.read | family.aliases.keys() | _HARMLESS | _KEYS_OF_FAMILIES
     if unknown := sorted(key for key, value in config.items() if value and key not in known and not key.startswith("_")):
         obstacles.append(f"the keys {', '.join(unknown)}, which may change numbers")
     if obstacles:
@@ -171,18 +174,22 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
     if values.flag(family.qk_norm):
         of_heads = msgspec.structs.replace(norm, biased=family.qk_norm_bias)
         qk_norm = QKNorm(norm=of_heads, over=family.qk_norm_over, after_rope=family.qk_norm_after_rope)
-    feed_forward = FeedForward(
-        inner_size=family.inner_size(values),
-        activation=_activation(family, values),
-        gated=family.gated,
-        biased=values.flag(family.mlp_bias),
-    )
+    dense = None
+    activation = _activation(family, values)
+    sparse, experts, shared = _experts(family, values, activation)
+    if not all(sparse):
+        dense = FeedForward(
+            inner_size=family.inner_size(values),
+            activation=activation,
+            gated=family.gated,
+            biased=values.flag(family.mlp_bias),
+        )
     windows, unrotated = tuple(family.windows(values)), tuple(family.unrotated(values))
     if values.flag(family.bidirectional):  # the config counts both sides
         windows = tuple(window and window // 2 + 1 for window in windows)
-    if {len(windows), len(unrotated)} != {num_layers}:
+    if {len(windows), len(unrotated), len(sparse)} != {num_layers}:
         values.obstacles.append("layer lists of another length than the model")
-        windows, unrotated = (None,) * num_layers, (False,) * num_layers
+        windows, unrotated, sparse = (None,) * num_layers, (False,) * num_layers, (experts is not None,) * num_layers
     return [
         Layer(
             attention=Attention(
@@ -199,13 +206,49 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
                 qkv_bias=values.flag(family.qkv_bias),
                 out_bias=values.flag(family.out_bias),
             ),
-            feed_forward=feed_forward,
+            feed_forward=shared if sparse[layer] else dense,
+            experts=experts if sparse[layer] else None,
             parallel=values.flag(family.parallel),
             residual_scale=family.residual_scale(values),
             **dict.fromkeys(family.norms, norm),
         )
         for layer in range(num_layers)
     ]
+
+
+def _experts(
+    family: DecoderFamily, values: Values, activation: Activation
+) -> tuple[tuple[bool, ...], Experts | None, FeedForward | None]:
+    """Which layers have experts, the experts, and the expert of these layers that every token goes through."""
+    if (row := family.experts) is None:
+        return (False,) * values.size("num_hidden_layers"), None, None
+    groups, chosen_groups = (1, 1) if row.groups is None else (values.size(key, 1) for key in row.groups)
+    router = Router(
+        num_experts=values.size(row.count),
+        chosen=values.size(row.chosen),
+        scores=row.scores,
+        biased=row.router_bias,
+        corrected=values.flag(row.correction),
+        groups=groups,
+        chosen_groups=chosen_groups,
+        group_score=row.group_score,
+        normalized=values.flag(row.normalized),
+        normal_eps=row.normal_eps,
+        scale=1.0 if row.scale is None else values.number(row.scale),
+    )
+    in_group, rest = divmod(router.num_experts, groups)
+    if rest or chosen_groups > groups or router.chosen > in_group * chosen_groups or (groups > 1 and in_group < 2):
+        values.obstacles.append(
+            f"{router.chosen} of {router.num_experts} experts in {chosen_groups} of {groups} groups"
+        )
+    each = FeedForward(
+        inner_size=values.size(row.inner_size),
+        activation=activation if row.swiglu is None else "swiglu",
+        swiglu=None if row.swiglu is None else (values.number(row.swiglu[0]), values.number(row.swiglu[1])),
+        biased=row.bias,
+    )
+    shared = None if (size := row.shared_size(values)) is None else FeedForward(inner_size=size, activation=activation)
+    return tuple(row.layers(values)), Experts(router=router, each=each, shared_gate=row.shared_gate), shared
 
 
 def _activation(family: DecoderFamily, values: Values) -> Activation:

@@ -26,6 +26,38 @@ BEFORE: Final = frozenset(("before_attention", "before_feed_forward"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsFamily:
+    """How the experts of a family's layers are made from its config. Fields are as those of DecoderFamily."""
+
+    count: str = "num_experts"
+    chosen: str = "num_experts_per_tok"
+    inner_size: str = "moe_intermediate_size"
+    scores: Literal["softmax", "softmax_of_chosen", "sigmoid"] = "softmax"
+    router_bias: bool = False
+    correction: bool | str = False
+    groups: tuple[str, str] | None = None  # keys of their number, and of how many a token's experts are in
+    group_score: Literal["greatest", "two_greatest"] = "two_greatest"
+    normalized: bool | str = False
+    normal_eps: float = 0.0
+    scale: str | None = None
+    bias: bool = False
+    shared_size: Callable[["Values"], int | None] = lambda _: None  # inner size of the shared expert; None: there is none
+    shared_gate: bool = False
+    swiglu: tuple[str, str] | None = None  # keys of its two numbers
+    layers: Callable[["Values"], Iterable[bool]] = lambda values: (True,) * values.size("num_hidden_layers")
+
+
+@dataclass(frozen=True, slots=True)
+class MergedExperts:
+    """Names of tensors of a checkpoint that have the experts of a layer: [experts, outs, width], gate before up."""
+
+    gate_up: str
+    down: str
+    # [experts, width, outs], in which gate and up alternate; with biases [experts, outs] of the same names and `_bias`.
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderFamily:
     """How a family's layers are made from its config.
 
@@ -35,6 +67,7 @@ class DecoderFamily:
     source: str  # module and class in transformers that the row describes
     defaults: Mapping[str, Any]  # of the config class, for keys that a config leaves out
     keys: Mapping[str, str] = field(default_factory=dict)  # the family's names for keys, by Llama's
+    aliases: Mapping[str, str] = field(default_factory=dict)  # other names of the family's own keys
     names: TensorNames = TensorNames()  # noqa: RUF009  frozen
     norm: Literal["rms", "layer"] = "rms"
     eps: str | float = "rms_norm_eps"
@@ -73,6 +106,8 @@ class DecoderFamily:
     head_bias: bool = False
     bidirectional: bool | str = False  # tokens attend to later ones, and windows to half as many tokens on either side
     only: Callable[["Values"], Mapping[str, Any]] = lambda _: {}  # keys that the row describes for one value alone
+    experts: ExpertsFamily | None = None
+    merged_experts: MergedExperts | None = None  # as checkpoints of the family have them, if not as matrices
     legacy_gelu: bool = False  # gelu means its tanh form
     has_head_dim: bool = True  # the class reads the key head_dim
 
@@ -82,10 +117,14 @@ class Values:
 
     def __init__(self, family: DecoderFamily, config: Mapping[str, Any]) -> None:
         self._family = family
-        self._values = {"rms_norm_eps": 1e-6, **family.defaults, **config}
+        given = {family.aliases.get(key, key): value for key, value in config.items()}
+        self._values = {"rms_norm_eps": 1e-6, **family.defaults, **given}
         self._model_type = config["model_type"]
         self.read: set[str] = set()  # the config's names of the keys that were asked for
         self.obstacles: list[str] = []  # what the layers do not run
+        for alias, key in family.aliases.items():
+            if config.get(alias, given.get(key)) != config.get(key, given.get(key)):
+                self.obstacles.append(f"both {key} = {config[key]!r} and {alias} = {config[alias]!r}")
 
     def get(self, name: str) -> Any:
         name = self._family.keys.get(name, name)
@@ -154,6 +193,17 @@ def _windows_of_qwen(values: Values) -> tuple[int | None, ...]:
     return _windows(values, lambda layer: layer >= first)
 
 
+def _windows_if_used(values: Values) -> tuple[int | None, ...]:
+    return _windows_everywhere(values if values.get("use_sliding_window") else values.without("sliding_window"))
+
+
+def _windows_of_qwen2_moe(values: Values) -> tuple[int | None, ...]:
+    if not values.get("use_sliding_window"):
+        values = values.without("sliding_window")
+    first = 0.0 if values.get("sliding_window") is None else values.number("max_window_layers")
+    return _windows(values, lambda layer: layer % 2 == 0 and layer < first)
+
+
 def _scale_of_gemma(values: Values, *_: int) -> float:
     scale: float = values.number("query_pre_attn_scalar") ** -0.5
     return scale
@@ -218,6 +268,16 @@ def _root_of_size(values: Values) -> float:
     return math.sqrt(values.size("hidden_size"))
 
 
+def _sparse_layers_of_qwen(values: Values) -> tuple[bool, ...]:
+    step, dense = values.size("decoder_sparse_step"), values.get("mlp_only_layers") or ()
+    return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(values.size("num_hidden_layers")))
+
+
+def _all_but_first(values: Values) -> tuple[bool, ...]:
+    first = values.get("first_k_dense_replace") or 0
+    return tuple(layer >= first for layer in range(values.size("num_hidden_layers")))
+
+
 def _scale_of_gpt2(values: Values, head_dim: int, layer: int) -> float:
     scale = head_dim**-0.5 if values.get("scale_attn_weights") else 1.0
     return scale / (layer + 1) if values.get("scale_attn_by_inverse_layer_idx") else scale
@@ -227,6 +287,29 @@ LLAMA_BIASES: Final[Mapping[str, Any]] = {"qkv_bias": "attention_bias", "out_bia
 
 AFTER: Final = frozenset(("after_attention", "after_feed_forward"))
 EVERYWHERE: Final = AFTER | BEFORE
+_ROUTED: Final[dict[str, Any]] = {
+    "num_experts_per_tok": 8,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.0,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+}
+_ROUTED_EXPERTS: Final = ExpertsFamily(
+    count="n_routed_experts",
+    scores="sigmoid",
+    correction=True,
+    groups=("n_group", "topk_group"),
+    normalized="norm_topk_prob",
+    normal_eps=1e-20,
+    scale="routed_scaling_factor",
+    shared_size=lambda values: values.size("moe_intermediate_size") * values.size("n_shared_experts"),
+    layers=_all_but_first,
+)
+_SHARED_EXPERTS: Final = TensorNames(
+    shared=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj")
+)
 _GEMMA: Final[dict[str, Any]] = {"head_dim": 256, "tie_word_embeddings": True}
 _GRANITE: Final = dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"), 1.0)
 _LIKE_GRANITE: Final[Mapping[str, Any]] = {
@@ -722,6 +805,116 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
             "layer_norm_elementwise_affine": True,
             "word_embed_proj_dim": values.get("hidden_size"),
         },
+    ),
+    "mixtral": DecoderFamily(
+        source="mixtral.modeling_mixtral:MixtralDecoderLayer",
+        defaults={
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "num_experts_per_tok": 2,
+            "num_local_experts": 8,
+        },
+        aliases={"num_experts": "num_local_experts"},
+        names=TensorNames(
+            router="block_sparse_moe.gate",
+            experts=(
+                "block_sparse_moe.experts.{expert}.w1",
+                "block_sparse_moe.experts.{expert}.w3",
+                "block_sparse_moe.experts.{expert}.w2",
+            ),
+        ),
+        windows=_windows_everywhere,
+        experts=ExpertsFamily(count="num_local_experts", inner_size="intermediate_size", normalized=True),
+    ),
+    "qwen2_moe": DecoderFamily(
+        source="qwen2_moe.modeling_qwen2_moe:Qwen2MoeDecoderLayer",
+        defaults={
+            "max_position_embeddings": 32_768,
+            "sliding_window": 4096,
+            "num_key_value_heads": 16,
+            "max_window_layers": 28,
+            "qkv_bias": True,
+            "decoder_sparse_step": 1,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "num_experts_per_tok": 4,
+            "num_experts": 60,
+        },
+        qkv_bias="qkv_bias",
+        windows=_windows_of_qwen2_moe,
+        experts=ExpertsFamily(
+            normalized="norm_topk_prob",
+            shared_size=lambda values: values.size("shared_expert_intermediate_size"),
+            shared_gate=True,
+            layers=_sparse_layers_of_qwen,
+        ),
+    ),
+    "qwen3_moe": DecoderFamily(
+        source="qwen3_moe.modeling_qwen3_moe:Qwen3MoeDecoderLayer",
+        defaults={
+            "max_position_embeddings": 32_768,
+            "sliding_window": 4096,
+            "num_key_value_heads": 4,
+            "decoder_sparse_step": 1,
+            "moe_intermediate_size": 768,
+            "num_experts_per_tok": 8,
+            "num_experts": 128,
+        },
+        aliases={"num_local_experts": "num_experts"},
+        qk_norm=True,
+        windows=_windows_if_used,
+        experts=ExpertsFamily(normalized="norm_topk_prob", layers=_sparse_layers_of_qwen),
+        **LLAMA_BIASES,
+    ),
+    "olmoe": DecoderFamily(
+        source="olmoe.modeling_olmoe:OlmoeDecoderLayer",
+        defaults={
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "num_experts_per_tok": 8,
+            "num_experts": 64,
+        },
+        aliases={"num_local_experts": "num_experts"},
+        qk_norm=True,
+        qk_norm_over="all_heads",
+        experts=ExpertsFamily(inner_size="intermediate_size", normalized="norm_topk_prob"),
+        **LLAMA_BIASES,
+    ),
+    "granitemoe": DecoderFamily(
+        source="granitemoe.modeling_granitemoe:GraniteMoeDecoderLayer",
+        defaults={"max_position_embeddings": 2048, "num_local_experts": 8, "num_experts_per_tok": 2, **_GRANITE},
+        names=TensorNames(
+            router="block_sparse_moe.router.layer",
+            experts=(
+                "block_sparse_moe.experts.{expert}.gate_proj",
+                "block_sparse_moe.experts.{expert}.up_proj",
+                "block_sparse_moe.experts.{expert}.down_proj",
+            ),
+        ),
+        experts=ExpertsFamily(count="num_local_experts", inner_size="intermediate_size", scores="softmax_of_chosen"),
+        merged_experts=MergedExperts("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+        **_LIKE_GRANITE,
+        **LLAMA_BIASES,
+    ),
+    "glm4_moe": DecoderFamily(
+        source="glm4_moe.modeling_glm4_moe:Glm4MoeDecoderLayer",
+        defaults={
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "moe_intermediate_size": 1408,
+            "first_k_dense_replace": 1,
+            "num_nextn_predict_layers": 1,
+        }
+        | _ROUTED,
+        aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+        names=_SHARED_EXPERTS,
+        qk_norm="use_qk_norm",
+        qkv_bias="attention_bias",
+        rope_share=0.5,
+        experts=_ROUTED_EXPERTS,
     ),
     "ministral3": DecoderFamily(
         source="ministral3.modeling_ministral3:Ministral3DecoderLayer",

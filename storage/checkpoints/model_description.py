@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from storage.checkpoints.decoder_config import decoder_of
-from storage.checkpoints.decoder_families import UnsupportedConfig
+from storage.checkpoints.decoder_families import DECODER_FAMILIES, UnsupportedConfig
 from storage.checkpoints.families import with_floats
 from storage.errors import ArchitectureUnsupported, LibraryMissing
 
 _ALIBI_CONTEXT_TOKENS: Final = 2048  # training length of BLOOM, whose positions have no limit
+_FURTHER_LAYERS: Final = "num_nextn_predict_layers"
 RECURRENT_CONTEXT_TOKENS: Final = 2**20  # of models without attention, whose configs state no limit: their memory does not grow
 
 
@@ -47,11 +48,12 @@ def describe_model(config: Mapping[str, Any]) -> ModelDescription:
         model = decoder_of(config)
     except UnsupportedConfig:
         return describe_by_transformers(config, model_type)
+    family = DECODER_FAMILIES.get(model_type)
     return ModelDescription(
         architecture=_architecture(config),
         model_type=model_type,
         num_layers=model.num_layers,
-        ignored_layers=config.get("num_nextn_predict_layers") or 0,
+        ignored_layers=config.get(_FURTHER_LAYERS, family.defaults.get(_FURTHER_LAYERS) if family else None) or 0,
         hidden_size=model.hidden_size,
         vocab_size=model.vocab_size,
         num_kv_heads=model.attention.num_kv_heads,
@@ -94,7 +96,7 @@ def describe_by_transformers(config: Mapping[str, Any], model_type: str) -> Mode
         architecture=_architecture(config),
         model_type=model_type,
         num_layers=known.num_hidden_layers,
-        ignored_layers=getattr(known, "num_nextn_predict_layers", None) or 0,
+        ignored_layers=getattr(known, _FURTHER_LAYERS, None) or 0,
         hidden_size=known.hidden_size,
         vocab_size=known.vocab_size,
         num_kv_heads=1 if is_multi_query else getattr(known, "num_key_value_heads", None) or heads,

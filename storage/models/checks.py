@@ -18,6 +18,7 @@ from storage.errors import ArchitectureUnsupported, CheckpointInvalid, LibraryMi
 _LAYER_MATRICES: Final = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "query_key_value", "out_proj",
     "dense", "gate_up_proj", "fc1", "fc2", "c_fc", "c_proj", "dense_h_to_4h", "dense_4h_to_h",
+    "w1", "w2", "w3",
 )  # fmt: skip
 _MAX_HEAD_DIM: Final = 1024  # LAMINA_MOST_HEAD of functions/stage/native/c/native.h
 
@@ -63,7 +64,7 @@ def check_shapes(config: Mapping[str, Any], seen: Shapes, dtype: str) -> frozens
     """Compares the shapes `seen` in a checkpoint with those that its parsed config.json implies.
 
     Returns the names of the tensors that stay float32 whatever the `dtype` of the publication, as in transformers: a router's
-    bias, for example. A model that Lamina's own layers run must have exactly these tensors. In others, tensors with unknown
+    bias, for example, and in a model with experts in C its matrix. A model that Lamina's own layers run must have exactly these tensors. In others, tensors with unknown
     names are left to the stage that loads them, which runs transformers as well. Raises CheckpointInvalid, which names a tensor
     and both shapes, or LibraryMissing.
     """
@@ -72,7 +73,10 @@ def check_shapes(config: Mapping[str, Any], seen: Shapes, dtype: str) -> frozens
     except UnsupportedConfig:
         return _check_by_transformers(config, seen, dtype)
     _check_by_description(model, seen)
-    return frozenset()
+    if model.experts and dtype == "float16":  # which layers in C do not run
+        return _check_by_transformers(config, seen, dtype)
+    routers = (f".{model.names.router}.weight", f".{model.names.router}.bias", f".{model.names.correction}")
+    return frozenset(name for name in seen if model.experts and name.endswith(routers))
 
 
 def _check_by_description(model: Decoder, seen: Shapes) -> None:

@@ -244,7 +244,9 @@ def _settle_tie(model: ModelDescription, checkpoint: Checkpoint) -> tuple[ModelD
 
     If both matrices are equal, the head's is dropped. Else it is used and the model counts as not tied, as in transformers.
     """
-    placed = place_tensors(checkpoint.tensors, model)
+    from storage.models.expert_tensors import split_experts  # numpy, as above
+
+    placed = place_tensors(split_experts(model.model_type, checkpoint.tensors), model)
     head = head_matrix(placed)
     if not model.tied or head is None:
         return model, placed

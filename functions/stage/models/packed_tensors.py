@@ -1,15 +1,19 @@
-"""Matrices of a publication in the block formats of GGUF: their shapes, and their weights as floats."""
+"""Tensors of a publication as other layers than those in C need them: blocks of GGUF as floats, and experts joined."""
 
 from collections.abc import Mapping, MutableMapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from functions.stage.models.floats import HiddenDtype, narrowed
 from functions.stage.models.layer_group import MissingTensors
 from storage.checkpoints.decoder import Shapes
+from storage.checkpoints.safetensors_format import ITEM_BYTES
 from storage.floats import as_bytes
 from storage.loading.weight_loader import RawTensor
 from storage.models.blocks import FORMATS, Packing, floats_of, packed_shape, packing_of, unpack
+from storage.models.expert_tensors import merged_experts
 
 _FORMAT = "_format"  # ends the name of the tensor that describes a matrix in blocks
 
@@ -54,3 +58,21 @@ def widen(tensors: MutableMapping[str, RawTensor], dtype: HiddenDtype) -> None:
                 rows[...] = floats_of(form, unpack(form, packed[first : first + 64], len(rows)))
             tensors[name] = RawTensor(dtype, found.shape, as_bytes(narrowed(weights, dtype)))
             del tensors[name + _FORMAT]
+
+
+def join_experts(model_type: str, tensors: MutableMapping[str, RawTensor]) -> None:
+    """Replaces the matrices of experts by the tensors of all experts that transformers reads, if the family has such."""
+    for suffix, (parts, kind, transposed) in merged_experts(model_type):
+        first = f".{parts[0].format(expert=0)}.{kind}"
+        for prefix in [name.removesuffix(first[1:]) for name in tensors if name.endswith(first)]:
+            experts: list[NDArray[Any]] = []
+            while f"{prefix}{parts[0].format(expert=len(experts))}.{kind}" in tensors:
+                raws = [tensors.pop(f"{prefix}{part.format(expert=len(experts))}.{kind}") for part in parts]
+                arrays = [np.frombuffer(raw.data, f"u{ITEM_BYTES[raw.dtype]}").reshape(raw.shape) for raw in raws]
+                if transposed:
+                    experts.append(np.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:]).T)
+                else:
+                    experts.append(np.concatenate(arrays))
+                dtype = raws[0].dtype
+            whole = np.stack(experts)
+            tensors[f"{prefix}{suffix}"] = RawTensor(dtype, whole.shape, as_bytes(whole))

@@ -2,8 +2,9 @@
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from functions.stage.native.records import (
     STEP,
     Array,
     Dtype,
+    ExpertRecord,
+    ExpertsRecord,
     GroupRecord,
     LayerRecord,
     MatrixRecord,
@@ -66,6 +69,17 @@ class LayerArrays:
     numbers: dict[str, float | tuple[float, ...]]
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertsArrays:
+    """The router and the experts of a layer."""
+
+    router: MatrixArrays  # float32 [experts, hidden_size], and one output more for the gate of the shared expert
+    correction: Array | None  # float32 [experts]
+    experts: Sequence[Mapping[str, MatrixArrays]]  # gate, up and down of each; gate may be absent
+    numbers: Mapping[str, float]  # by their names in `c/native.h`
+    used: Array  # int64 [experts]: passes add the rows of each expert
+
+
 class NativeThreads:
     """A pool of C threads that share the work of a pass. They end when this object is garbage-collected."""
 
@@ -87,7 +101,7 @@ class NativeLayers:
         self._library = library
         self.threads = NativeThreads(library)
         self._layers = (LayerRecord * group.num_layers)()
-        self._kept = [arena]  # arrays whose addresses the records have
+        self._kept: list[Any] = [arena]  # arrays and records whose addresses other records have
         self._group = group
         group.arena = memory_of(arena)
         group.layers = MemoryRecord(ctypes.addressof(self._layers), ctypes.sizeof(self._layers))
@@ -107,6 +121,24 @@ class NativeLayers:
             self._kept += [array for array in (norm.gain, norm.biases) if array is not None]
         for name, number in arrays.numbers.items():
             setattr(layer, name, number)
+
+    def place_experts(self, slot: int, arrays: ExpertsArrays) -> None:
+        """Sets the experts of one layer. slot: the layer's number in the group, from 0."""
+        experts = (ExpertRecord * len(arrays.experts))()
+        for record, matrices in zip(experts, arrays.experts, strict=True):
+            for name, matrix in matrices.items():
+                setattr(record, name, matrix_record(matrix, self._kept))
+        router = matrix_record(arrays.router, self._kept)
+        record = ExpertsRecord(
+            experts=MemoryRecord(ctypes.addressof(experts), ctypes.sizeof(experts)),
+            router=router,
+            correction=memory_of(arrays.correction),
+            used=memory_of(arrays.used),
+            num_experts=len(arrays.experts),
+            **arrays.numbers,
+        )
+        self._kept += [experts, record, arrays.correction, arrays.used]
+        self._layers[slot].experts = MemoryRecord(ctypes.addressof(record), ctypes.sizeof(record))
 
     def run(self, hidden: Array, rotations: Array, segments: Sequence[tuple[Array, int, int]], threads: int) -> None:
         """Computes one pass. Overwrites hidden, float32 [n, hidden_size], with the layers' output. Raises NativeError.
@@ -168,7 +200,7 @@ class NativeLinear:
         return y
 
 
-def matrix_record(matrix: MatrixArrays, kept: list[Array]) -> MatrixRecord:
+def matrix_record(matrix: MatrixArrays, kept: list[Any]) -> MatrixRecord:
     """The C record of a matrix, which has the addresses of its arrays. Adds these arrays to `kept`, to keep them alive.
 
     Copies the weights only if they must be padded to a width that is a multiple of STEP.

@@ -38,6 +38,13 @@ class Activation(IntEnum):
     RELU = 3
     RELU2 = 4
     XIELU = 5
+    SWIGLU = 6
+
+
+class RouterScores(IntEnum):
+    SOFTMAX = 0
+    SOFTMAX_OF_CHOSEN = 1
+    SIGMOID = 2
 
 
 class Dtype(IntEnum):
@@ -71,6 +78,31 @@ class NormRecord(ctypes.Structure):
     _fields_ = (*_numbers("kind"), ("gain", MemoryRecord), ("biases", MemoryRecord))
 
 
+class ExpertRecord(ctypes.Structure):
+    _fields_ = (("gate", MatrixRecord), ("up", MatrixRecord), ("down", MatrixRecord))
+
+
+class ExpertsRecord(ctypes.Structure):
+    _fields_ = (
+        ("experts", MemoryRecord),
+        ("router", MatrixRecord),
+        ("correction", MemoryRecord),
+        ("used", MemoryRecord),
+        *_numbers(
+            "num_experts",
+            "chosen",
+            "scores",
+            "groups",
+            "chosen_groups",
+            "two_of_group",
+            "normalized",
+            "shared_gate",
+        ),
+        ("normal_eps", ctypes.c_double),
+        ("scale", ctypes.c_double),
+    )
+
+
 class LayerRecord(ctypes.Structure):
     _fields_ = (
         ("before_attention", NormRecord),
@@ -83,6 +115,7 @@ class LayerRecord(ctypes.Structure):
         ("gate", MatrixRecord),
         ("up", MatrixRecord),
         ("down", MatrixRecord),
+        ("experts", MemoryRecord),
         ("after_mlp", NormRecord),
         *_numbers(
             "qk_as_one", "qk_rotated", "gates", "activation", "parallel", "window", "ring", "query_rotation", "key_rotation"
@@ -90,6 +123,7 @@ class LayerRecord(ctypes.Structure):
         ("score_scale", ctypes.c_double),
         ("score_cap", ctypes.c_double),
         ("residual_scale", ctypes.c_double),
+        ("swiglu", ctypes.c_double * 2),
         ("xielu", ctypes.c_double * 4),
     )
 
@@ -102,6 +136,9 @@ class GroupRecord(ctypes.Structure):
             "num_layers",
             "hidden_size",
             "inner_size",
+            "expert_size",
+            "most_experts",
+            "most_chosen",
             "heads",
             "kv_heads",
             "head_dim",
@@ -170,6 +207,8 @@ RECORDS: Final[Sequence[type[ctypes.Structure]]] = (
     MemoryRecord,
     MatrixRecord,
     NormRecord,
+    ExpertRecord,
+    ExpertsRecord,
     LayerRecord,
     GroupRecord,
     SegmentRecord,

@@ -78,7 +78,7 @@ def test_every_family_is_published_unchanged(family: str, settings: StoreSetting
     model = tiny_models.whole_model(family)
     save(model, tmp_path)
     manifest = publish(tmp_path, store, family, "float32")
-    assert_equal(loaded(settings, manifest), folder_tensors(tmp_path))
+    assert_equal(loaded(settings, manifest), tiny_models.as_published(model.config.model_type, folder_tensors(tmp_path)))
     config = model.config
     assert list(manifest.objects) == object_names(tiny_models.NUM_LAYERS)
     assert manifest.model_type == config.model_type
@@ -560,7 +560,7 @@ def test_shapes_of_other_families_are_those_of_transformers(family: str, store: 
     assert list(store.list("models/misshapen/")) == []
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mixtral", "gptj"])
+@pytest.mark.parametrize("family", ["gpt2", "falcon", "gptj"])
 def test_int8_is_refused_for_families_that_no_stage_runs_in_it(family: str, store: ObjectStore, tmp_path: Path) -> None:
     save(tiny_models.whole_model(family), tmp_path)
     with pytest.raises(ArchitectureUnsupported, match=f"'?{family}'?.*; publish it as bfloat16"):

@@ -112,7 +112,7 @@ def test_least_squares_round_floats_better_than_minimum_and_maximum(store: Objec
     assert not [name for name in tensors if "lm_head" in name]
 
 
-@pytest.mark.parametrize("family", ["gptj", "bloom", "mixtral"])
+@pytest.mark.parametrize("family", ["gptj", "bloom", "falcon"])
 def test_q4_is_refused_where_no_stage_would_run_it(family: str, store: ObjectStore, tmp_path: Path) -> None:
     tiny_models.whole_model(family).save_pretrained(tmp_path)
     with pytest.raises(ArchitectureUnsupported, match=f"no stage would run it in q4: .*'{family}'"):

@@ -32,7 +32,9 @@ def whole_model(name: str) -> Any:
 
 @functools.cache
 def tensors(name: str) -> dict[str, torch.Tensor]:
-    return tiny_models.checkpoint_tensors(whole_model(name))
+    """The tensors of a tiny model as they are published: with a matrix for each expert."""
+    model = whole_model(name)
+    return tiny_models.as_published(model.config.model_type, tiny_models.checkpoint_tensors(model))
 
 
 def stage_tensors(name: str, first: int, last: int) -> dict[str, RawTensor]:

@@ -15,6 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
+from storage.checkpoints.checkpoint import SourceTensor
+from storage.floats import as_bytes
+from storage.models.expert_tensors import split_experts
+
 Tensor = TypeVar("Tensor")
 VOCAB_SIZE: Final = 128
 NUM_LAYERS: Final = 6
@@ -37,6 +41,12 @@ _COMMON: Final[dict[str, Any]] = {
 _SLIDING_AND_FULL: Final = ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2)
 _ROPE: Final = {"rope_theta": 10_000.0, "rope_type": "default"}
 _MOE: Final = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+_ROUTED: Final = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, **_MOE}
+_GRANITE: Final = {
+    "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3,
+    "num_local_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
 
 
 def _like_llama(model_type: str, **fields: Any) -> dict[str, Any]:
@@ -84,6 +94,15 @@ _LLAMA_SHAPED: Final[dict[str, dict[str, Any]]] = {
 
 _OTHERS: Final[dict[str, dict[str, Any]]] = {
     "mixtral": _like_llama("mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "qwen2_moe": _like_llama(
+        "qwen2_moe", num_experts=4, shared_expert_intermediate_size=48, decoder_sparse_step=1, mlp_only_layers=[1], **_MOE
+    ),
+    "olmoe": _like_llama("olmoe", num_key_value_heads=4, num_experts=8, num_experts_per_tok=3),
+    "granitemoe": _like_llama("granitemoe", **_GRANITE),
+    "glm4_moe": _like_llama(
+        "glm4_moe", head_dim=8, attention_bias=True, use_qk_norm=True, routed_scaling_factor=1.5, **_ROUTED
+    ),
+    "glm4_moe_groups": _like_llama("glm4_moe", head_dim=8, **_ROUTED | {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}),
     "qwen3_moe": _like_llama("qwen3_moe", num_experts=4, head_dim=8, decoder_sparse_step=1, mlp_only_layers=[2], **_MOE),
     "qwen3_moe_every_other": _like_llama("qwen3_moe", num_experts=4, head_dim=8, decoder_sparse_step=2, **_MOE),
     "gemma": _like_llama("gemma", head_dim=16, tie_word_embeddings=True),
@@ -209,24 +228,11 @@ _MLA: Final = {  # latent attention
     "num_key_value_heads": 4, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
     "q_lora_rank": 16,
 }  # fmt: skip
-_ROUTED: Final = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, **_MOE}
-_GRANITE: Final = {
-    "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3,
-    "num_local_experts": 4, "num_experts_per_tok": 2,
-}  # fmt: skip
 # Models that GGUF files hold, of families that may not be served.
 _STORED: Final[dict[str, dict[str, Any]]] = {
-    "qwen2_moe": _like_llama(
-        "qwen2_moe", num_experts=4, shared_expert_intermediate_size=48, decoder_sparse_step=1, mlp_only_layers=[], **_MOE
-    ),
-    "granitemoe": _like_llama("granitemoe", **_GRANITE),
     "granitemoeshared": _like_llama("granitemoeshared", shared_intermediate_size=24, **_GRANITE),
     "olmo": _like_llama("olmo", clip_qkv=0.5),
-    "olmoe": _like_llama("olmoe", num_key_value_heads=4, num_experts=4, num_experts_per_tok=2),
     "glm": _like_llama("glm", head_dim=8, attention_bias=True, rms_norm_eps=1e-5),
-    "glm4_moe": _like_llama(
-        "glm4_moe", head_dim=8, attention_bias=True, use_qk_norm=True, routed_scaling_factor=1.5, **_ROUTED
-    ),
     "deepseek_v2": _like_llama("deepseek_v2", topk_method="greedy", routed_scaling_factor=1.5, **_MLA, **_ROUTED),
     "glm4_moe_lite": _like_llama("glm4_moe_lite", n_group=1, topk_group=1, **_MLA, **_ROUTED),
     "arcee": _like_llama("arcee"),
@@ -303,7 +309,7 @@ _RECURRENT: Final[dict[str, dict[str, Any]]] = {
 RECURRENT: Final = tuple(_RECURRENT)  # names of the tiny models with recurrent layers
 LLAMA_SHAPED: Final = tuple(_LLAMA_SHAPED)  # names of the tiny models that the lean group must run
 _BY_TRANSFORMERS: Final = frozenset((
-    "mixtral", "qwen3_moe", "qwen3_moe_every_other", "gptj", "falcon", "falcon_grouped", "falcon_alibi", "gpt_oss",
+    "gptj", "falcon", "falcon_grouped", "falcon_alibi", "gpt_oss",
     "opt_projected", "bloom", "deepseek_v3",
 ))  # fmt: skip
 NATIVE: Final = (*_LLAMA_SHAPED, *(name for name in _OTHERS if name not in _BY_TRANSFORMERS))  # those that run in C
@@ -351,6 +357,9 @@ def redraw(model: PreTrainedModel, seed: int) -> None:
             parameter.copy_(noise * (0.1 if is_embedding else 2 / parameter.shape[-1] ** 0.5))
         else:
             parameter.add_(noise * 0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("correction_bias", "expert_bias")):
+            buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.1)
 
 
 def checkpoint_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -359,6 +368,20 @@ def checkpoint_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return load_file(Path(folder) / "model.safetensors")
+
+
+def as_published(model_type: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint in float32 as a publication has them: with a matrix for each expert."""
+    sources = {
+        name: SourceTensor("F32", tuple(tensor.shape), lambda first, last, tensor=tensor: as_bytes(tensor[first:last].numpy()))
+        for name, tensor in tensors.items()
+    }
+    return {
+        name: torch.frombuffer(source.read_rows(0, source.rows), dtype=torch.float32).view(source.shape)
+        if name not in tensors
+        else tensors[name]
+        for name, source in split_experts(model_type, sources).items()
+    }
 
 
 def stage_tensors(

@@ -40,7 +40,7 @@ class LayerWeights:
     def take(cls, model: Decoder, weights: TorchWeights) -> "LayerWeights":
         """Removes the layer's tensors from `weights`. Raises MissingTensors."""
         layer, names = model.kinds[0], model.names
-        attention, mlp_bias = layer.attention, layer.feed_forward.biased
+        attention, mlp_bias = layer.attention, layer.feed_forward is not None and layer.feed_forward.biased
         queries, keys, values = (weights.matrix(name, attention.qkv_bias) for name in names.qkv)
         qkv = [
             queries.with_rows(torch.from_numpy(interleaved_rows(attention.num_heads, attention.head_dim))),

@@ -87,7 +87,10 @@ def checked_positions(kv: KVCache, rows: int, segments: Sequence[Segment]) -> li
 
 def torch_obstacle(model: Decoder) -> str | None:
     """Why torch's layers cannot run the model, for messages; None: they can. They run models that differ little from Llama."""
+    if model.experts:
+        return "layers with experts run in C alone"
     attention, norm = model.attention, Norm(eps=model.final_norm.eps)
+    feed_forward = model.kinds[0].feed_forward
     like_llama = Layer(
         attention=Attention(
             num_heads=attention.num_heads,
@@ -98,7 +101,7 @@ def torch_obstacle(model: Decoder) -> str | None:
             qkv_bias=attention.qkv_bias,
             out_bias=attention.out_bias,
         ),
-        feed_forward=FeedForward(inner_size=model.inner_size, biased=model.kinds[0].feed_forward.biased),
+        feed_forward=FeedForward(inner_size=model.inner_size, biased=feed_forward is not None and feed_forward.biased),
         before_attention=norm,
         before_feed_forward=norm,
     )
@@ -106,7 +109,9 @@ def torch_obstacle(model: Decoder) -> str | None:
         return "LongRoPE runs in C alone"
     for layer in model.kinds:
         own = replace(layer, attention=replace(layer.attention, window=None, rope=None))
-        found = [*_different(own.attention, like_llama.attention), *_different(own.feed_forward, like_llama.feed_forward)]
+        found = _different(own.attention, like_llama.attention)
+        if own.feed_forward is not None and like_llama.feed_forward is not None:
+            found += _different(own.feed_forward, like_llama.feed_forward)
         if found or own != like_llama:
             return f"layers with another {', '.join(found or _different(own, like_llama))} than Llama's run in C alone"
     plain = replace(

@@ -15,6 +15,7 @@ from functions.stage.models.floats import HIDDEN_DTYPES, Array, Float32, narrowe
 from functions.stage.models.kv_cache import GOING_BACK
 from functions.stage.models.layer_group import KVDtype, Segment, segments_within
 from functions.stage.models.llama.structure import check_layers, check_placed, check_shapes, checked_positions, layers_in
+from functions.stage.models.native.expert_weights import take_experts
 from functions.stage.models.native.kv_pool import NativeKVPool
 from functions.stage.models.native.layer_weights import row_heads, take_layer, take_norm
 from functions.stage.models.native.rotations import Rotations
@@ -80,6 +81,9 @@ class NativeGroup:
                 num_layers=last_layer - first_layer,
                 hidden_size=model.hidden_size,
                 inner_size=model.inner_size,
+                expert_size=max((experts.each.inner_size for experts in model.experts), default=0),
+                most_experts=max((experts.router.num_experts for experts in model.experts), default=0),
+                most_chosen=max((experts.router.chosen for experts in model.experts), default=0),
                 heads=model.attention.num_heads,
                 kv_heads=model.attention.num_kv_heads,
                 head_dim=model.attention.head_dim,
@@ -124,6 +128,8 @@ class NativeGroup:
                     ring=self.kv.need.ring_blocks if self.kv.windowed[slot] else 0,
                 )
                 self._layers.place(slot, arrays)
+                if own.experts is not None:
+                    self._layers.place_experts(slot, take_experts(names, own.experts, weights))
                 self._placed.add(layer)
         others = NativeWeights(tensors, "", self._dtype, outer_shapes(self._model))
         needs_embedding = self.first_layer == 0 or (self._is_last and self._model.tied)

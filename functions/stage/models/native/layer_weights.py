@@ -10,7 +10,7 @@ from functions.stage.models.llama.rope import interleaved_rows
 from functions.stage.models.native.weights import NativeWeights, of_one_kind, stacked, with_rows
 from functions.stage.native.layers import LayerArrays, MatrixArrays, NormArrays
 from functions.stage.native.records import Activation, NormKind
-from storage.checkpoints.decoder import Decoder, Layer, Norm
+from storage.checkpoints.decoder import Decoder, FeedForward, Layer, Norm
 
 _NORMS: Final = {"rms": NormKind.RMS, "layer": NormKind.LAYER}
 
@@ -31,9 +31,10 @@ def take_layer(model: Decoder, layer: Layer, weights: NativeWeights) -> LayerArr
     matrices = {
         "qkv": _qkv(model, weights),
         "out": weights.matrix(names.out, attention.out_bias),
-        "down": weights.matrix(names.down, feed_forward.biased),
-        **_inner(model, layer, weights),
     }
+    if feed_forward is not None:
+        own = names.shared if layer.experts else (names.gate, names.up, names.down)
+        matrices |= take_feed_forward(feed_forward, own, weights)
     norms: dict[str, NormArrays] = {}
     taken: dict[str, NormArrays] = {}  # parallel layers may have one norm before both parts
     for place, name, norm in (
@@ -47,17 +48,19 @@ def take_layer(model: Decoder, layer: Layer, weights: NativeWeights) -> LayerArr
                 taken[name] = take_norm(name, norm, weights)
             norms[place] = taken[name]
     numbers: dict[str, float | tuple[float, ...]] = {
-        "activation": Activation[feed_forward.activation.upper()],
+        "activation": Activation[any_feed_forward(layer).activation.upper()],
         "parallel": layer.parallel,
         "gates": attention.output_gate,
         "score_scale": attention.scale,
         "score_cap": attention.soft_cap or 0.0,
         "residual_scale": layer.residual_scale,
     }
+    if (swiglu := any_feed_forward(layer).swiglu) is not None:
+        numbers["swiglu"] = swiglu
     if attention.qk_norm is not None:
         norms["qk"] = _qk_norm(model, weights)
         numbers |= {"qk_as_one": attention.qk_norm.over == "all_heads", "qk_rotated": attention.qk_norm.after_rope}
-    if feed_forward.activation == "xielu":
+    if feed_forward is not None and feed_forward.activation == "xielu":
         numbers["xielu"] = _xielu(names.activation, weights)
     vectors = {"sinks": weights.vector(names.sinks)} if attention.sinks else {}
     return LayerArrays(matrices, norms, vectors, numbers)
@@ -115,16 +118,30 @@ def _qkv(model: Decoder, weights: NativeWeights) -> MatrixArrays:
     return stacked(of_one_kind(matrices))
 
 
-def _inner(model: Decoder, layer: Layer, weights: NativeWeights) -> dict[str, MatrixArrays]:
-    names, feed_forward = model.names, layer.feed_forward
+def any_feed_forward(layer: Layer) -> FeedForward:
+    """A feed-forward of the layer. The shared expert has the activation of the others."""
+    found = layer.feed_forward if layer.experts is None else layer.experts.each
+    assert found is not None
+    return found
+
+
+def take_feed_forward(
+    feed_forward: FeedForward, names: tuple[str, str, str], weights: NativeWeights
+) -> dict[str, MatrixArrays]:
+    """Removes a feed-forward from `weights` and returns its matrices, by their names in `c/native.h`. Raises MissingTensors.
+
+    names: of gate, up and down.
+    """
+    gate_name, up_name, down_name = names
+    down = {"down": weights.matrix(down_name, feed_forward.biased)}
     if not feed_forward.gated:
-        return {"up": weights.matrix(names.up, feed_forward.biased)}
-    if names.gate == names.up:
-        both = weights.matrix(names.up, feed_forward.biased)
+        return {"up": weights.matrix(up_name, feed_forward.biased), **down}
+    if gate_name == up_name:
+        both = weights.matrix(up_name, feed_forward.biased)
         rows = np.arange(feed_forward.inner_size)
-        return {"gate": with_rows(both, rows), "up": with_rows(both, feed_forward.inner_size + rows)}
-    gate, up = of_one_kind([weights.matrix(name, feed_forward.biased) for name in (names.gate, names.up)])
-    return {"gate": gate, "up": up}
+        return {"gate": with_rows(both, rows), "up": with_rows(both, feed_forward.inner_size + rows), **down}
+    gate, up = of_one_kind([weights.matrix(name, feed_forward.biased) for name in (gate_name, up_name)])
+    return {"gate": gate, "up": up, **down}
 
 
 def _qk_norm(model: Decoder, weights: NativeWeights) -> NormArrays:

@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from functions.stage.models.floats import HIDDEN_DTYPES, Array, Float32, HiddenDtype
 from functions.stage.models.layer_group import Segment
-from functions.stage.models.packed_tensors import widen
+from functions.stage.models.packed_tensors import join_experts, widen
 from functions.stage.models.torch_border import DTYPES, input_tensor, output_array, use_threads, weight_tensor
 from functions.stage.models.transformers.cache import TransformersKVCache
 from functions.stage.models.transformers.cache_layers import LayerMemory, SequenceCache, run_token_by_token
@@ -101,6 +101,7 @@ class TransformersGroup:
         known = CONFIG_MAPPING[config["model_type"]].from_dict(_understood(config))
         floats_only = dict(tensors)
         widen(floats_only, HIDDEN_DTYPES[dtype])
+        join_experts(config["model_type"], floats_only)
         loaded = {name: weight_tensor(tensor) for name, tensor in floats_only.items()}
         hidden_dtype = HIDDEN_DTYPES[dtype]
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(known)]

@@ -71,6 +71,9 @@ static Status check_sizes(const Group *group)
 {
     if (!within(group->num_layers, 1, MOST) || !within(group->hidden_size, 1, MOST) || !within(group->inner_size, 1, MOST))
         return LAMINA_BAD_SIZE;
+    if (!within(group->expert_size, 0, MOST) || !within(group->most_experts, 0, LAMINA_MOST_EXPERTS) ||
+        !within(group->most_chosen, 0, group->most_experts))
+        return LAMINA_BAD_SIZE;
     if (!within(group->kv_heads, 1, MOST) || !within(group->heads, group->kv_heads, MOST) || group->heads % group->kv_heads)
         return LAMINA_BAD_SIZE;
     if (!within(group->head_dim, 2, LAMINA_MOST_HEAD) || group->head_dim % 2)
@@ -110,9 +113,61 @@ static Status check_numbers(const Group *group, const Layer *layer)
         return LAMINA_BAD_SIZE;
     if (!within(layer->qk_as_one, 0, layer->qk.kind != LAMINA_NO_NORM) || !within(layer->qk_rotated, 0, !layer->qk_as_one))
         return LAMINA_BAD_SIZE;
-    if (!within(layer->activation, LAMINA_SILU, LAMINA_XIELU) || !is_finite(layer->score_cap))
+    if (!within(layer->activation, LAMINA_SILU, LAMINA_SWIGLU) || !is_finite(layer->score_cap))
         return LAMINA_BAD_SIZE;
     return is_finite(layer->score_scale) && is_finite(layer->residual_scale) ? LAMINA_OK : LAMINA_BAD_SIZE;
+}
+
+/* activation(gate x) * (up x), or activation(up x) without a gate, and down, of at most `most` inner numbers. */
+static Status check_feed_forward(const Group *group, const Layer *layer, const Matrix *gate, const Matrix *up, const Matrix *down, int64_t most)
+{
+    if (!within(up->outs, 1, most))
+        return LAMINA_BAD_SIZE;
+    if (gate->weights.bytes)
+        CHECK(check_shape(gate, up->outs, group->hidden_size));
+    CHECK(check_shape(up, up->outs, group->hidden_size));
+    CHECK(check_shape(down, group->hidden_size, up->outs));
+    if (layer->activation == LAMINA_SWIGLU && !gate->weights.bytes)
+        return LAMINA_BAD_SIZE;
+    return !gate->weights.bytes || gate->dtype == up->dtype ? LAMINA_OK : LAMINA_BAD_DTYPE;
+}
+
+static Status check_router(const Group *group, const Experts *experts)
+{
+    if (!within(experts->num_experts, 1, group->most_experts) || !within(experts->chosen, 1, group->most_chosen))
+        return LAMINA_BAD_SIZE;
+    if (!within(experts->scores, LAMINA_SOFTMAX, LAMINA_SIGMOID) || !within(experts->two_of_group, 0, 1) ||
+        !within(experts->normalized, 0, 1) || !within(experts->shared_gate, 0, 1))
+        return LAMINA_BAD_SIZE;
+    if (!within(experts->groups, 1, experts->num_experts) || experts->num_experts % experts->groups ||
+        !within(experts->chosen_groups, 1, experts->groups))
+        return LAMINA_BAD_SIZE;
+    const int64_t in_group = experts->num_experts / experts->groups;
+    if (experts->chosen > in_group * experts->chosen_groups || in_group < 1 + experts->two_of_group)
+        return LAMINA_BAD_SIZE;
+    if (!is_finite(experts->normal_eps) || !is_finite(experts->scale))
+        return LAMINA_BAD_SIZE;
+    CHECK(check_shape(&experts->router, experts->num_experts + experts->shared_gate, group->hidden_size));
+    CHECK(check_optional(&experts->correction, experts->num_experts * 4, 4));
+    CHECK(check_memory(&experts->used, experts->num_experts * 8, 8));
+    return experts->router.dtype == LAMINA_F32 ? LAMINA_OK : LAMINA_BAD_DTYPE;
+}
+
+static Status check_experts(const Group *group, const Layer *layer)
+{
+    if (!group->expert_size || layer->parallel)
+        return LAMINA_BAD_SIZE;
+    CHECK(check_memory(&layer->experts, sizeof(Experts), _Alignof(Experts)));
+    const Experts *experts = layer->experts.data;
+    CHECK(check_router(group, experts));
+    CHECK(check_memory(&experts->experts, experts->num_experts * (int64_t)sizeof(Expert), _Alignof(Expert)));
+    const Expert *all = experts->experts.data;
+    for (int64_t i = 0; i < experts->num_experts; i++) {
+        if (all[i].up.outs != all->up.outs || !all[i].gate.weights.bytes != !all->gate.weights.bytes)
+            return LAMINA_BAD_MATRIX;
+        CHECK(check_feed_forward(group, layer, &all[i].gate, &all[i].up, &all[i].down, group->expert_size));
+    }
+    return LAMINA_OK;
 }
 
 static Status check_layer(const Group *group, const Layer *layer)
@@ -131,11 +186,11 @@ static Status check_layer(const Group *group, const Layer *layer)
     CHECK(check_norm(&layer->after_attention, group->hidden_size));
     CHECK(check_norm(&layer->before_mlp, group->hidden_size));
     CHECK(check_norm(&layer->after_mlp, group->hidden_size));
-    if (layer->gate.weights.bytes)
-        CHECK(check_shape(&layer->gate, group->inner_size, group->hidden_size));
-    CHECK(check_shape(&layer->up, group->inner_size, group->hidden_size));
-    CHECK(check_shape(&layer->down, group->hidden_size, group->inner_size));
-    return !layer->gate.weights.bytes || layer->gate.dtype == layer->up.dtype ? LAMINA_OK : LAMINA_BAD_DTYPE;
+    if (layer->experts.bytes)
+        CHECK(check_experts(group, layer));
+    if (layer->experts.bytes && !layer->up.weights.bytes)
+        return LAMINA_OK;
+    return check_feed_forward(group, layer, &layer->gate, &layer->up, &layer->down, group->inner_size);
 }
 
 static Status check_group(const Group *group)
@@ -304,7 +359,8 @@ int64_t lamina_draw_bytes(int64_t vocabulary, int64_t threads)
 
 int64_t lamina_size_of(int64_t record)
 {
-    static const int64_t sizes[] = {sizeof(Memory), sizeof(Matrix), sizeof(Norm), sizeof(Layer), sizeof(Group),
+    static const int64_t sizes[] = {sizeof(Memory), sizeof(Matrix), sizeof(Norm), sizeof(Expert), sizeof(Experts),
+                                    sizeof(Layer), sizeof(Group),
                                     sizeof(Segment), sizeof(Pass), sizeof(Product), sizeof(Draw), sizeof(Draws), sizeof(Softmax)};
     return within(record, 0, sizeof sizes / sizeof *sizes - 1) ? sizes[record] : 0;
 }

@@ -34,6 +34,7 @@ typedef struct {
     const Matrix *up;   /* or NULL */
     const Layer *layer; /* its activation; NULL: there is none */
     const float *x;     /* [rows, width] */
+    const int32_t *places; /* of the rows in x; NULL: they follow each other */
     const Norm *norm;   /* that x goes through first, or NULL */
     float eps;
     int64_t rows;
@@ -71,7 +72,7 @@ static void pack_rows(const Task *task, int64_t row, int64_t rows, float *normal
     const Matrix *matrix = task->matrix;
     const int64_t row_bytes = packed_row_bytes(matrix->dtype, matrix->width);
     for (int64_t i = 0; i < rows; i++) {
-        const float *numbers = task->x + (row + i) * matrix->width;
+        const float *numbers = task->x + (task->places ? task->places[row + i] : row + i) * matrix->width;
         if (task->norm && task->norm->kind) {
             task->level->normalize(task->norm, 0, numbers, task->eps, matrix->width, normalized);
             numbers = normalized;
@@ -207,6 +208,8 @@ static void add_product(const Forward *forward, const Matrix *matrix, const floa
     finish_phase(worker, phase + 2, done, forward->rows);
 }
 
+#include "experts.inc.h"
+
 /* Normalizes the queries of all heads together, and the keys. */
 static void normalize_qk(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
 {
@@ -329,6 +332,10 @@ static void forward_layers(void *argument, int64_t number)
         if (layer->parallel) /* before the hidden states change */
             feed_forward(forward, layer, &worker, phase + PACK_GATED);
         add_product(forward, &layer->out, at->attended, &layer->after_attention, layer->residual_scale, false, &worker, phase + PACK_OUT);
+        if (layer->experts.bytes) {
+            run_experts(forward, layer, &worker, phase);
+            continue;
+        }
         if (!layer->parallel)
             feed_forward(forward, layer, &worker, phase + PACK_GATED);
         add_product(forward, &layer->down, at->inner, &layer->after_mlp, layer->residual_scale, forward->group->rounds, &worker,

@@ -14,7 +14,8 @@ enum {
 /* The phases of a layer, in order; in a parallel layer GATED comes before OUT. The pieces of a phase are computed in any order. */
 enum {
     PACK_QKV, QKV, NORMALIZE_QK, WRITE_KV, ATTEND, MERGE, PACK_OUT, OUT, ADD_OUT,
-    PACK_GATED, GATED, PACK_DOWN, DOWN, ADD_DOWN, PHASES,
+    PACK_GATED, GATED, PACK_DOWN, DOWN, ADD_DOWN,
+    PACK_ROUTER, ROUTER, CHOOSE, GROUP_ROWS, PACK_EXPERTS, GATE_EXPERTS, PACK_INNER, MIX_EXPERTS, ADD_EXPERTS, PHASES,
 };
 
 /* The place of a row's token in its sequence. */
@@ -34,6 +35,20 @@ typedef struct {
     int64_t pieces; /* of these rows; in the first bundle of them only */
 } Bundle;
 
+/* The rows of an expert in a pass. */
+typedef struct {
+    int64_t expert;
+    int64_t first; /* of its places in `routed_rows` */
+    int64_t rows;
+    int64_t first_packed;
+} Route;
+
+/* How many experts of a layer have rows, and their blocks of 16 packed rows. */
+typedef struct {
+    int64_t active;
+    int64_t packed_blocks;
+} Routing;
+
 /* A thread's memory while it packs rows. */
 typedef struct {
     float *scales;     /* [FEW_ROWS, LAMINA_TILE_OUTS] of packed rows */
@@ -52,6 +67,21 @@ typedef struct {
     Place *places;     /* [rows] */
     Bundle *bundles;   /* [rows] at most, times most_pieces for few rows */
     float *pieces;     /* [bundles, heads, LAMINA_QUERIES or fewer rows, padded head_dim + LAMINA_ATTENDED_EXTRA], if attention is split */
+    /* If a layer has experts: */
+    float *logits;     /* [rows, most_experts + 1] of the router */
+    int32_t *chosen;   /* [rows, most_chosen] experts of each row */
+    float *weights;    /* [rows, most_chosen] */
+    Routing *routing;  /* [num_layers] */
+    Route *routes;     /* [most_experts] */
+    int32_t *routed_rows;   /* [rows * most_chosen] rows of one expert after the other */
+    float *routed_weights;  /* [rows * most_chosen] */
+    float *routed_scales;   /* [the same, rounded up to 16 for each expert; LAMINA_TILE_OUTS] of packed rows, and */
+    uint8_t *routed_packed; /* [that many, routed_bytes] these rows */
+    float *routed_inner;    /* [rows * most_chosen, expert_size] */
+    float *routed_times;    /* [rows * most_chosen, expert_size] */
+    float *expert_out;      /* [rows, hidden_size] of one expert at a time */
+    float *mixed;           /* [rows, hidden_size] of all */
+    int64_t routed_bytes;
     Counter *counters; /* [num_layers * PHASES, threads + 1] */
     uint8_t *scratch;  /* [threads, scratch_bytes] */
     int64_t scratch_bytes;

@@ -56,6 +56,9 @@ typedef struct {
     /* y [count] = activation(y), times `times` [count] if that is not NULL. */
     void (*activate)(const Layer *layer, int64_t count, const float *times, float *y);
 
+    /* Chooses the experts of a row: their numbers [chosen], ascending, and weights. logits: of the router, which are overwritten. */
+    void (*choose)(const Experts *experts, float *logits, int32_t *numbers, float *weights);
+
     /* Normalizes and rotates, in place, the heads of a row [row_heads, head_dim] that share a key head, and writes key and value to
        the arena. pages: of the sequence in this layer. is_last: no later token of its sequence is in the pass.
        rotations: of queries and of keys, [head_dim / 2, 2] each, or NULL. */

@@ -5,6 +5,7 @@
 enum { LANES = 16 };
 
 #include "row.inc.h"
+#include "router.inc.h"
 #include "matrix.inc.h"
 #ifdef WITH_TILES
 #include "amx.inc.h"
@@ -27,6 +28,7 @@ const Level LEVEL = {
     .multiply = multiply,
     .multiply_gated = multiply_gated,
     .activate = activate,
+    .choose = choose_experts,
     .write_kv = write_kv,
     .draw = draw_token,
     .softmax = compute_softmax,

@@ -29,6 +29,7 @@ enum {
     LAMINA_ATTENDED_EXTRA = 16, /* floats after a query's result of a piece: its greatest score and the sum of its powers */
     LAMINA_QUERIES = 8,       /* most queries that read keys and values together */
     LAMINA_MOST_HEAD = 1024,  /* largest head_dim */
+    LAMINA_MOST_EXPERTS = 1024, /* of a layer */
     LAMINA_MOST_THREADS = 64,
     LAMINA_LINE_BYTES = 64,   /* a cache line; a workspace is aligned to it */
 };
@@ -74,7 +75,40 @@ typedef struct {
     Memory biases; /* float32 [size], or absent */
 } Norm;
 
-typedef enum { LAMINA_SILU, LAMINA_GELU, LAMINA_GELU_TANH, LAMINA_RELU, LAMINA_RELU2, LAMINA_XIELU } Activation;
+typedef enum { LAMINA_SILU, LAMINA_GELU, LAMINA_GELU_TANH, LAMINA_RELU, LAMINA_RELU2, LAMINA_XIELU,
+               LAMINA_SWIGLU /* (up + 1) * gate * sigmoid(alpha * gate); gate is at most `limit`, up between it and its negative */
+} Activation;
+
+/* What turns a router's numbers for a row into scores. */
+typedef enum {
+    LAMINA_SOFTMAX,           /* the weights of the chosen experts are their scores */
+    LAMINA_SOFTMAX_OF_CHOSEN, /* experts are chosen by the numbers, and their weights are the softmax of these */
+    LAMINA_SIGMOID,
+} RouterScores;
+
+typedef struct {
+    Matrix gate; /* [inner, hidden_size], or absent */
+    Matrix up;   /* [inner, hidden_size] */
+    Matrix down; /* [hidden_size, inner] */
+} Expert;
+
+/* The experts of a layer. A router chooses some for each row, whose outputs are added up, each times its weight. */
+typedef struct {
+    Memory experts;    /* Expert [num_experts], all of one inner size */
+    Matrix router;     /* float32 [num_experts, hidden_size], and with `shared_gate` one output more */
+    Memory correction; /* float32 [num_experts]: added to the scores for the choice alone; or absent */
+    Memory used;       /* int64 [num_experts]: a pass adds the rows of each expert */
+    int64_t num_experts;
+    int64_t chosen;        /* of a row */
+    int64_t scores;
+    int64_t groups;        /* of successive experts, of which */
+    int64_t chosen_groups; /* so many are considered: those with the greatest score, or sum of two */
+    int64_t two_of_group;
+    int64_t normalized;    /* 1: weights are divided by their sum plus normal_eps */
+    int64_t shared_gate;   /* 1: the output of the layer's gate, up and down is multiplied by sigmoid of the router's last number */
+    double normal_eps;
+    double scale;          /* of weights */
+} Experts;
 
 /* A layer: attention, then feed-forward, each between two norms, and added to the hidden states. */
 typedef struct {
@@ -87,8 +121,9 @@ typedef struct {
     Norm after_attention;  /* [hidden_size] */
     Norm before_mlp;       /* [hidden_size] */
     Matrix gate;           /* [inner_size, hidden_size], or absent: down(activation(up x)), not down(activation(gate x) * (up x)) */
-    Matrix up;             /* [inner_size, hidden_size] */
+    Matrix up;             /* [inner_size, hidden_size]; with experts these three are the one that all rows go through, or absent */
     Matrix down;           /* [hidden_size, inner_size] */
+    Memory experts;        /* Experts, or absent */
     Norm after_mlp;        /* [hidden_size] */
     int64_t qk_as_one;     /* 1: the queries of all heads are one row of the norm, and the keys another */
     int64_t qk_rotated;    /* 1: the norm comes after the rotation */
@@ -102,6 +137,7 @@ typedef struct {
     double score_scale;
     double score_cap;      /* scores become cap * tanh(score / cap); 0: they do not */
     double residual_scale; /* of what is added to the hidden states */
+    double swiglu[2];      /* alpha and limit */
     double xielu[4];       /* factors of x² above 0 and of exp(x) - 1 - x below, of x, and the largest x of exp */
 } Layer;
 
@@ -121,7 +157,10 @@ typedef struct {
     Memory arena;  /* [num_pages] pages */
     int64_t num_layers;
     int64_t hidden_size;
-    int64_t inner_size;
+    int64_t inner_size;      /* largest of a layer's own feed-forward */
+    int64_t expert_size;     /* largest inner size of an expert; 0: no layer has experts */
+    int64_t most_experts;    /* of a layer */
+    int64_t most_chosen;     /* experts of a row */
     int64_t heads;
     int64_t kv_heads;
     int64_t head_dim;
@@ -233,7 +272,7 @@ LAMINA_API int64_t lamina_pass_bytes(const Group *group, int64_t rows, int64_t m
 LAMINA_API int64_t lamina_product_bytes(const Matrix *matrix, int64_t rows, int64_t threads);
 LAMINA_API int64_t lamina_draw_bytes(int64_t vocabulary, int64_t threads);
 
-/* Sizes of Memory, Matrix, Norm, Layer, Group, Segment, Pass, Product, Draw, Draws and Softmax, by number, so that Python can compare its
+/* Sizes of Memory, Matrix, Norm, Expert, Experts, Layer, Group, Segment, Pass, Product, Draw, Draws and Softmax, by number, so that Python can compare its
    records; 0 beyond the last. */
 LAMINA_API int64_t lamina_size_of(int64_t record);
 

@@ -117,9 +117,20 @@ INLINE vec xielu_of(const double numbers[4], vec x)
     }                                                                                            \
     break
 
+/* y = (times + 1) * y * sigmoid(alpha * y), of clamped numbers. */
+static void swiglu(const double numbers[2], int64_t count, const float *times, float *y)
+{
+    const vec alpha = every_f32((float)numbers[0]), limit = every_f32((float)numbers[1]), lowest = every_f32((float)-numbers[1]);
+    for (int64_t i = 0; i < count; i += LANES) {
+        const vec gate = min_f32(limit, row_part(y, i, count)), up = max_f32(lowest, min_f32(limit, row_part(times, i, count)));
+        store_row_part(y, i, count, mul_f32(add_f32(up, every_f32(1.0f)), mul_f32(gate, sigmoid_of(mul_f32(gate, alpha)))));
+    }
+}
+
 static void activate(const Layer *layer, int64_t count, const float *times, float *y)
 {
     switch ((Activation)layer->activation) {
+    case LAMINA_SWIGLU: swiglu(layer->swiglu, count, times, y); break;
     case LAMINA_SILU: ACTIVATE(silu_of(x));
     case LAMINA_GELU: ACTIVATE(gelu_of(x));
     case LAMINA_GELU_TANH: ACTIVATE(gelu_tanh_of(x));

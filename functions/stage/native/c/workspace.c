@@ -42,10 +42,30 @@ int64_t most_pieces(int64_t rows, int64_t most_tokens, int64_t threads)
     return rows > FEW_ROWS || threads == 1 ? 1 : (most_tokens + LAMINA_SPLIT_TOKENS - 1) / LAMINA_SPLIT_TOKENS;
 }
 
+/* Memory for rows that experts compute. */
+static void take_routed(Workspace *workspace, const Group *group, int64_t rows, uint8_t *memory)
+{
+    const int64_t choices = rows * group->most_chosen, places = choices + 15 * smaller(choices, group->most_experts);
+    workspace->routed_bytes = packed_row_bytes(LAMINA_F32, larger(group->hidden_size, group->expert_size));
+    workspace->logits = taken(workspace, memory, rows * (group->most_experts + 1) * 4);
+    workspace->chosen = taken(workspace, memory, choices * 4);
+    workspace->weights = taken(workspace, memory, choices * 4);
+    workspace->routing = taken(workspace, memory, group->num_layers * (int64_t)sizeof(Routing));
+    workspace->routes = taken(workspace, memory, group->most_experts * (int64_t)sizeof(Route));
+    workspace->routed_rows = taken(workspace, memory, choices * 4);
+    workspace->routed_weights = taken(workspace, memory, choices * 4);
+    workspace->routed_scales = taken(workspace, memory, places * LAMINA_TILE_OUTS * 4);
+    workspace->routed_packed = taken(workspace, memory, places * workspace->routed_bytes);
+    workspace->routed_inner = taken(workspace, memory, choices * group->expert_size * 4);
+    workspace->routed_times = taken(workspace, memory, choices * group->expert_size * 4);
+    workspace->expert_out = taken(workspace, memory, rows * group->hidden_size * 4);
+    workspace->mixed = taken(workspace, memory, rows * group->hidden_size * 4);
+}
+
 Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, int64_t threads, uint8_t *memory)
 {
     Workspace workspace = {0};
-    int64_t widest = larger(larger(group->hidden_size, group->inner_size), group->heads * group->head_dim);
+    int64_t widest = larger(larger(group->hidden_size, larger(group->inner_size, group->expert_size)), group->heads * group->head_dim);
     workspace.heads = taken(&workspace, memory, rows * group->row_heads * group->head_dim * 4);
     workspace.attended = taken(&workspace, memory, rows * group->heads * group->head_dim * 4);
     workspace.inner = taken(&workspace, memory, rows * group->inner_size * 4);
@@ -56,6 +76,8 @@ Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, 
     const int64_t pieces = most_pieces(rows, most_tokens, threads);
     workspace.bundles = taken(&workspace, memory, rows * pieces * (int64_t)sizeof(Bundle));
     workspace.pieces = taken(&workspace, memory, pieces == 1 ? 0 : rows * pieces * group->heads * attended_floats(group) * 4);
+    if (group->expert_size)
+        take_routed(&workspace, group, rows, memory);
     workspace.counters_bytes = group->num_layers * PHASES * (threads + 1) * (int64_t)sizeof(Counter);
     workspace.counters = taken(&workspace, memory, workspace.counters_bytes);
     workspace.scratch_bytes = rounded_up(

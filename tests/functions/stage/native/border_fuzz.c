@@ -82,56 +82,6 @@ static Norm norm_of(int64_t size, int64_t least)
     return norm;
 }
 
-/* is_long: has pages for sequences whose attention is split. */
-static Group group_of(int is_long)
-{
-    Group group = {
-        .num_layers = any(1, 2), .hidden_size = width(), .inner_size = width(), .kv_heads = any(1, is_long ? 1 : 3),
-        .head_dim = 2 * any(1, is_long ? 4 : 20), .kv_dtype = any(LAMINA_BF16, LAMINA_F32), .eps = 1e-5,
-        .rotations = any(0, 2),
-    };
-    group.num_pages = group.num_layers * (is_long ? any(33, 70) : any(1, 5));
-    const int64_t numbers = padded(group.head_dim, 16);
-    group.arena = memory_of(group.num_pages * 2 * group.kv_heads * LAMINA_PAGE_TOKENS *
-                            (group.kv_dtype == LAMINA_INT8 ? numbers + 4 : numbers * (group.kv_dtype == LAMINA_BF16 ? 2 : 4)));
-    group.heads = group.kv_heads * any(1, 5);
-    group.layers = memory_of(group.num_layers * (int64_t)sizeof(Layer));
-    int64_t attended = group.heads * group.head_dim, all_heads = group.heads + 2 * group.kv_heads;
-    group.row_heads = all_heads + group.heads;
-    Layer *layers = group.layers.data;
-    for (int64_t i = 0; i < group.num_layers; i++) {
-        int64_t dtype = any(LAMINA_BF16, LAMINA_BLOCKS), of_mlp = any(LAMINA_BF16, LAMINA_BLOCKS), gates = any(0, 1);
-        layers[i] = (Layer){
-            .before_attention = norm_of(group.hidden_size, 0),
-            .qkv = matrix_of(dtype, (all_heads + gates * group.heads) * group.head_dim, group.hidden_size),
-            .qk = norm_of((group.heads + group.kv_heads) * group.head_dim, 0),
-            .sinks = any(0, 1) ? memory_of(group.heads * 4) : (Memory){0},
-            .out = matrix_of(dtype, group.hidden_size, attended),
-            .after_attention = norm_of(group.hidden_size, 0),
-            .before_mlp = norm_of(group.hidden_size, 0),
-            .gate = any(0, 2) ? matrix_of(of_mlp, group.inner_size, group.hidden_size) : (Matrix){0},
-            .up = matrix_of(of_mlp, group.inner_size, group.hidden_size),
-            .down = matrix_of(dtype, group.hidden_size, group.inner_size),
-            .after_mlp = norm_of(group.hidden_size, 0),
-            .activation = any(LAMINA_SILU, LAMINA_XIELU),
-            .gates = gates,
-            .parallel = any(0, 1),
-            .window = any(0, 2) ? 0 : any(1, 40),
-            .query_rotation = any(0, group.rotations),
-            .key_rotation = any(0, group.rotations),
-            .score_scale = 0.5,
-            .score_cap = any(0, 1) ? 0 : 30,
-            .residual_scale = any(0, 2) ? 1 : 0.5,
-            .xielu = {0.8, 0.8, 0.5, -1e-6},
-        };
-        layers[i].qk_as_one = layers[i].qk.kind ? any(0, 1) : 0;
-        layers[i].qk_rotated = layers[i].qk_as_one ? 0 : any(0, 1);
-        if (layers[i].window && any(0, 1))
-            layers[i].ring = any(1, 3);
-    }
-    return group;
-}
-
 static int is_address(int64_t number)
 {
     for (int i = 0; i < num_taken; i++)
@@ -164,6 +114,117 @@ static int says_more(const Memory *memories, const Memory *before, int count)
         if (memories[i].bytes > before[i].bytes)
             return 1;
     return 0;
+}
+
+/* Experts in memory of their own, with one inner size. */
+static Memory experts_of(const Group *group, int64_t dtype)
+{
+    const int64_t count = any(1, group->most_experts), inner = any(1, group->expert_size);
+    const int gated = any(0, 3) > 0;
+    Experts experts = {
+        .experts = memory_of(count * (int64_t)sizeof(Expert)), .used = memory_of(count * 8), .num_experts = count,
+        .scores = any(LAMINA_SOFTMAX, LAMINA_SIGMOID), .groups = count % 2 ? 1 : any(1, 2), .normalized = any(0, 1),
+        .shared_gate = any(0, 1), .normal_eps = 1e-20, .scale = 1.5,
+    };
+    experts.chosen_groups = any(1, experts.groups);
+    experts.two_of_group = count / experts.groups > 1;
+    experts.chosen = any(1, count / experts.groups * experts.chosen_groups);
+    if (experts.chosen > group->most_chosen)
+        experts.chosen = group->most_chosen;
+    experts.router = matrix_of(LAMINA_F32, count + experts.shared_gate, group->hidden_size);
+    if (any(0, 1))
+        experts.correction = memory_of(count * 4);
+    for (int64_t i = 0; i < count; i++)
+        ((Expert *)experts.experts.data)[i] = (Expert){
+            .gate = gated ? matrix_of(dtype, inner, group->hidden_size) : (Matrix){0},
+            .up = matrix_of(dtype, inner, group->hidden_size), .down = matrix_of(dtype, group->hidden_size, inner)};
+    Memory memory = memory_of(sizeof experts);
+    memcpy(memory.data, &experts, sizeof experts);
+    return memory;
+}
+
+/* Spoils one of a layer's experts, or what they have together. Nothing may claim more memory than there is. */
+static int spoil_experts(Memory memory)
+{
+    Experts *experts = memory.data, before = *experts;
+    Expert *one = experts->experts.data;
+    Expert sound = *one;
+    if (any(0, 1))
+        spoil(experts, sizeof *experts);
+    else
+        spoil(one, sizeof *one);
+    if (says_more(&experts->experts, &before.experts, 1) || says_more(&experts->router.weights, &before.router.weights, 3) ||
+        says_more(&experts->correction, &before.correction, 2) || experts->num_experts > before.num_experts)
+        return 0;
+    return !says_more(&one->gate.weights, &sound.gate.weights, 3) && !says_more(&one->up.weights, &sound.up.weights, 3) &&
+           !says_more(&one->down.weights, &sound.down.weights, 3);
+}
+
+static int all_gated(const Layer *layer)
+{
+    const Experts *experts = layer->experts.data;
+    return (layer->gate.weights.bytes || !layer->up.weights.bytes) && (!experts || ((Expert *)experts->experts.data)->gate.weights.bytes);
+}
+
+/* is_long: has pages for sequences whose attention is split. */
+static Group group_of(int is_long)
+{
+    Group group = {
+        .num_layers = any(1, 2), .hidden_size = width(), .inner_size = width(), .kv_heads = any(1, is_long ? 1 : 3),
+        .head_dim = 2 * any(1, is_long ? 4 : 20), .kv_dtype = any(LAMINA_BF16, LAMINA_F32), .eps = 1e-5,
+        .rotations = any(0, 2),
+    };
+    if (any(0, 1))
+        group.expert_size = any(1, 40), group.most_experts = any(1, 6), group.most_chosen = any(1, group.most_experts);
+    group.num_pages = group.num_layers * (is_long ? any(33, 70) : any(1, 5));
+    const int64_t numbers = padded(group.head_dim, 16);
+    group.arena = memory_of(group.num_pages * 2 * group.kv_heads * LAMINA_PAGE_TOKENS *
+                            (group.kv_dtype == LAMINA_INT8 ? numbers + 4 : numbers * (group.kv_dtype == LAMINA_BF16 ? 2 : 4)));
+    group.heads = group.kv_heads * any(1, 5);
+    group.layers = memory_of(group.num_layers * (int64_t)sizeof(Layer));
+    int64_t attended = group.heads * group.head_dim, all_heads = group.heads + 2 * group.kv_heads;
+    group.row_heads = all_heads + group.heads;
+    Layer *layers = group.layers.data;
+    for (int64_t i = 0; i < group.num_layers; i++) {
+        int64_t dtype = any(LAMINA_BF16, LAMINA_BLOCKS), of_mlp = any(LAMINA_BF16, LAMINA_BLOCKS), gates = any(0, 1);
+        layers[i] = (Layer){
+            .before_attention = norm_of(group.hidden_size, 0),
+            .qkv = matrix_of(dtype, (all_heads + gates * group.heads) * group.head_dim, group.hidden_size),
+            .qk = norm_of((group.heads + group.kv_heads) * group.head_dim, 0),
+            .sinks = any(0, 1) ? memory_of(group.heads * 4) : (Memory){0},
+            .out = matrix_of(dtype, group.hidden_size, attended),
+            .after_attention = norm_of(group.hidden_size, 0),
+            .before_mlp = norm_of(group.hidden_size, 0),
+            .gate = any(0, 2) ? matrix_of(of_mlp, group.inner_size, group.hidden_size) : (Matrix){0},
+            .up = matrix_of(of_mlp, group.inner_size, group.hidden_size),
+            .down = matrix_of(dtype, group.hidden_size, group.inner_size),
+            .after_mlp = norm_of(group.hidden_size, 0),
+            .activation = any(LAMINA_SILU, LAMINA_SWIGLU),
+            .gates = gates,
+            .parallel = any(0, 1),
+            .window = any(0, 2) ? 0 : any(1, 40),
+            .query_rotation = any(0, group.rotations),
+            .key_rotation = any(0, group.rotations),
+            .score_scale = 0.5,
+            .score_cap = any(0, 1) ? 0 : 30,
+            .residual_scale = any(0, 2) ? 1 : 0.5,
+            .swiglu = {1.7, 7.0},
+            .xielu = {0.8, 0.8, 0.5, -1e-6},
+        };
+        layers[i].qk_as_one = layers[i].qk.kind ? any(0, 1) : 0;
+        layers[i].qk_rotated = layers[i].qk_as_one ? 0 : any(0, 1);
+        if (group.expert_size && any(0, 1)) {
+            layers[i].experts = experts_of(&group, of_mlp);
+            layers[i].parallel = 0;
+            if (any(0, 1))
+                layers[i].gate = layers[i].up = layers[i].down = (Matrix){0};
+        }
+        if (layers[i].activation == LAMINA_SWIGLU && !all_gated(&layers[i]))
+            layers[i].activation = LAMINA_SILU;
+        if (layers[i].window && any(0, 1))
+            layers[i].ring = any(1, 3);
+    }
+    return group;
 }
 
 static Memory workspace_of(int64_t bytes)
@@ -207,7 +268,7 @@ static int run_pass(Pool *pool)
     Layer before = layers[0];
     Pass whole = pass;
     Group sound = group;
-    switch (any(0, 6)) {
+    switch (any(0, 7)) {
     case 0:
         spoil(&group, sizeof group);
         break;
@@ -219,6 +280,10 @@ static int run_pass(Pool *pool)
         break;
     case 3:
         spoil(pass.segments.data, (size_t)pass.segments.bytes);
+        break;
+    case 5:
+        if (layers[0].experts.bytes && !spoil_experts(layers[0].experts))
+            return -1;
         break;
     case 4: /* another page that exists might be another sequence's */
         ((int32_t *)segments[0].pages.data)[any(0, segments[0].pages.bytes / 4 - 1)] = any(0, 1) ? -1 : (int32_t)group.num_pages;
@@ -240,6 +305,8 @@ static int run_pass(Pool *pool)
         return -1;
     const Matrix *now[] = {&layers[0].qkv, &layers[0].out, &layers[0].gate, &layers[0].up, &layers[0].down};
     const Matrix *then[] = {&before.qkv, &before.out, &before.gate, &before.up, &before.down};
+    if (says_more(&layers[0].experts, &before.experts, 1))
+        return -1;
     for (int i = 0; i < 5; i++)
         if (says_more(&now[i]->weights, &then[i]->weights, 3))
             return -1;

@@ -10,9 +10,17 @@ import pytest
 
 from functions.stage.native import limits, records
 from functions.stage.native.compiler import SOURCE
-from functions.stage.native.layers import LayerArrays, MatrixArrays, NativeLayers, NativeLinear, NativeThreads, NormArrays
+from functions.stage.native.layers import (
+    ExpertsArrays,
+    LayerArrays,
+    MatrixArrays,
+    NativeLayers,
+    NativeLinear,
+    NativeThreads,
+    NormArrays,
+)
 from functions.stage.native.library import NativeError, library
-from functions.stage.native.records import BLOCK_FORMATS, Array, Dtype, MatrixRecord, MemoryRecord, NormKind, memory_of
+from functions.stage.native.records import BLOCK_FORMATS, Activation, Array, Dtype, MatrixRecord, MemoryRecord, NormKind, memory_of
 
 Segments = list[tuple[list[list[int]], int, int]]
 """Pages of each layer, tokens held, and new ones."""
@@ -38,8 +46,8 @@ def zeros(*shape: int) -> Array:
     return np.zeros(shape, np.float32)
 
 
-def group() -> NativeLayers:
-    layers = NativeLayers(library(), sizes(), zeros(8, 2, 2, 64, 16))
+def group(record: records.GroupRecord | None = None) -> NativeLayers:
+    layers = NativeLayers(library(), record or sizes(), zeros(8, 2, 2, 64, 16))
     shapes = {"qkv": (80, 48), "out": (48, 40), "gate": (40, 48), "up": (40, 48), "down": (48, 40)}
     for slot in range(2):
         arrays = LayerArrays(
@@ -133,7 +141,7 @@ WRONG: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
     "no layers": (lambda record: setattr(record, "num_layers", 0), "range"),
     "more layers than memory": (lambda record: setattr(record, "num_layers", 3), "memory"),
     "another hidden size": (lambda record: setattr(record, "hidden_size", 47), "shape"),
-    "another inner size": (lambda record: setattr(record, "inner_size", 41), "shape"),
+    "a smaller inner size": (lambda record: setattr(record, "inner_size", 39), "range"),
     "another head size": (lambda record: setattr(record, "head_dim", 12), "shape|memory"),
     "an odd head size": (lambda record: setattr(record, "head_dim", 9), "range"),
     "a huge head size": (lambda record: setattr(record, "head_dim", 2**40), "range"),
@@ -183,7 +191,7 @@ WRONG_LAYER: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
     "gates without a place": (lambda layer: setattr(layer, "gates", 1), "range"),
     "a norm of no known kind": (lambda layer: setattr(layer.after_mlp, "kind", 3), "range"),
     "a norm of all heads that is none": (lambda layer: (setattr(layer.qk, "kind", 0), setattr(layer, "qk_as_one", 1)), "range"),
-    "an activation that is none": (lambda layer: setattr(layer, "activation", 6), "range"),
+    "an activation that is none": (lambda layer: setattr(layer, "activation", len(Activation)), "range"),
     "a scale that is no number": (lambda layer: setattr(layer, "score_scale", float("nan")), "range"),
     "a negative window": (lambda layer: setattr(layer, "window", -1), "range"),
     "a window longer than the ring": (lambda layer: setattr(layer, "window", 65), "range"),
@@ -198,6 +206,61 @@ def test_an_inconsistent_group_or_layer_is_refused(case: str) -> None:
     layers = group()
     change, why = WRONG[case] if case in WRONG else WRONG_LAYER[case]
     change(layers._group if case in WRONG else layers._layers[1])
+    with pytest.raises(NativeError, match=why):
+        run(layers, [(ONE, 0, 2)])
+
+
+def with_experts(change: Callable[[Any], None]) -> NativeLayers:
+    """Layers of which the second has four experts, in two groups. change: of the record of its experts."""
+    record = sizes()
+    record.expert_size, record.most_experts, record.most_chosen = 24, 4, 2
+    layers = group(record)
+    matrices = {
+        name: MatrixArrays(Dtype.F32, zeros(*shape)) for name, shape in {"gate": (24, 48), "up": (24, 48), "down": (48, 24)}.items()
+    }
+    layers.place_experts(
+        1,
+        ExpertsArrays(
+            MatrixArrays(Dtype.F32, zeros(5, 48)),
+            zeros(4),
+            [matrices] * 4,
+            {"chosen": 2, "groups": 2, "chosen_groups": 1, "shared_gate": 1, "scale": 1.0},
+            np.zeros(4, np.int64),
+        ),
+    )
+    change(records.ExpertsRecord.from_address(layers._layers[1].experts.data))
+    return layers
+
+
+def first_expert(record: Any) -> Any:
+    return records.ExpertRecord.from_address(record.experts.data)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda record: setattr(record, "num_experts", 5), "range"),
+        (lambda record: setattr(record, "num_experts", 3), "range"),
+        (lambda record: setattr(record, "chosen", 3), "range"),
+        (lambda record: setattr(record, "chosen", 0), "range"),
+        (lambda record: setattr(record, "chosen_groups", 3), "range"),
+        (lambda record: setattr(record, "groups", 4), "range"),
+        (lambda record: setattr(record, "scores", 3), "range"),
+        (lambda record: setattr(record, "scale", float("nan")), "range"),
+        (lambda record: setattr(record, "shared_gate", 0), "shape"),
+        (lambda record: setattr(record.router, "dtype", Dtype.BF16), "dtype"),
+        (lambda record: setattr(record.used, "bytes", 24), "memory"),
+        (lambda record: setattr(record.correction, "bytes", 12), "memory"),
+        (lambda record: setattr(record.experts, "bytes", record.experts.bytes - 1), "memory"),
+        (lambda record: setattr(first_expert(record).gate, "outs", 23), "shape"),
+        (lambda record: setattr(first_expert(record).down, "width", 25), "shape"),
+        (lambda record: setattr(first_expert(record).up.weights, "bytes", 8), "memory"),
+        (lambda record: setattr(first_expert(record).gate, "weights", MemoryRecord()), "shape"),
+    ],
+)
+def test_inconsistent_experts_are_refused(change: Callable[[Any], None], why: str) -> None:
+    run(with_experts(lambda _: None), [(ONE, 0, 2)])
+    layers = with_experts(change)
     with pytest.raises(NativeError, match=why):
         run(layers, [(ONE, 0, 2)])
 

@@ -1,0 +1,79 @@
+"""Cuts tensors that hold all experts of a layer into the matrices of each expert, which publications have.
+
+The table of families says whose checkpoints have such tensors.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache, partial
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.checkpoints.checkpoint import SourceTensor
+from storage.checkpoints.decoder_families import DECODER_FAMILIES
+from storage.checkpoints.safetensors_format import ITEM_BYTES
+from storage.errors import CheckpointInvalid
+from storage.floats import as_bytes
+
+_EXPERTS_AT_ONCE: Final = 4  # that are kept in memory while their rows are read
+
+
+def split_experts(model_type: str, tensors: Mapping[str, SourceTensor]) -> Mapping[str, SourceTensor]:
+    """The tensors of a checkpoint with a matrix for each expert. Raises CheckpointInvalid for tensors that cannot be cut so."""
+    if not (merged := dict(merged_experts(model_type))):
+        return tensors
+    found: dict[str, SourceTensor] = {}
+    whole_experts = _WholeExperts(tensors)
+    for name, tensor in tensors.items():
+        suffix = next((each for each in merged if name.endswith(f".{each}")), None)
+        if suffix is None:
+            found[name] = tensor
+            continue
+        parts, kind, transposed = merged[suffix]
+        outs = tensor.shape[-1] if transposed else tensor.shape[min(1, len(tensor.shape) - 1)]
+        if len(tensor.shape) != (3 if kind == "weight" else 2) or outs % len(parts):
+            raise CheckpointInvalid(f"the checkpoint has {name!r} as {list(tensor.shape)}, which are no matrices of experts")
+        width = () if kind == "bias" else (tensor.shape[1] if transposed else tensor.shape[2],)
+        for expert in range(tensor.shape[0]):
+            for number, part in enumerate(parts):
+                rows = partial(whole_experts.rows, name, expert, number, len(parts), transposed)
+                found[f"{name.removesuffix(suffix)}{part.format(expert=expert)}.{kind}"] = SourceTensor(
+                    tensor.dtype, (outs // len(parts), *width), rows, tensor.quantized, stored_as=tensor.stored_as
+                )
+    return found
+
+
+class _WholeExperts:
+    """Reads experts of merged tensors as a whole: a checkpoint's rows are experts. Thread-safe."""
+
+    def __init__(self, tensors: Mapping[str, SourceTensor]) -> None:
+        self._tensors = tensors
+        self._read = lru_cache(_EXPERTS_AT_ONCE)(self._expert)
+
+    def rows(self, name: str, expert: int, part: int, parts: int, transposed: bool, first: int, last: int) -> memoryview:
+        """Rows [first, last) of one of the matrices, or biases, of an expert."""
+        whole = self._read(name, expert)
+        if transposed:
+            own = whole.T[part::parts]
+        else:
+            size = len(whole) // parts
+            own = whole[part * size : (part + 1) * size]
+        return as_bytes(np.ascontiguousarray(own[first:last]).copy())
+
+    def _expert(self, name: str, expert: int) -> NDArray[Any]:
+        tensor = self._tensors[name]
+        data = tensor.read_rows(expert, expert + 1)
+        return np.frombuffer(data, f"u{ITEM_BYTES[tensor.dtype]}").reshape(tensor.shape[1:])
+
+
+def merged_experts(model_type: str) -> Iterator[tuple[str, tuple[tuple[str, ...], str, bool]]]:
+    """The names of merged tensors, each with the names of an expert's matrices, their kind, and whether they are [width, outs]."""
+    family = DECODER_FAMILIES.get(model_type)
+    if family is None or family.merged_experts is None:
+        return
+    merged, (gate, up, down) = family.merged_experts, family.names.experts
+    for name, parts in ((merged.gate_up, (gate, up)), (merged.down, (down,))):
+        yield name, (parts, "weight", merged.transposed)
+        if merged.transposed:
+            yield f"{name}_bias", (parts, "bias", True)
