@@ -57,14 +57,14 @@ class FeedForward(_Data, frozen=True, kw_only=True):
 
     inner_size: int
     activation: Activation = "silu"
-    # Numbers of swiglu, which is (up + 1) * gate * sigmoid(alpha * gate): alpha, and the limit to which gate and up are clamped.
+    # Of swiglu, which is (up + 1) * gate * sigmoid(alpha * gate): alpha, and the limit to which gate and up are clamped.
     swiglu: tuple[float, float] | None = None
     gated: bool = True
     biased: bool = False
 
 
 class Router(_Data, frozen=True, kw_only=True):
-    """Chooses experts for a token by a score for each, from logits in float32. A token's weights are the scores of its experts."""
+    """Chooses experts for a token by their scores, which it computes in float32. They are the weights of these experts, too."""
 
     num_experts: int
     chosen: int  # experts of a token

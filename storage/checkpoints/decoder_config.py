@@ -238,9 +238,7 @@ def _experts(
     )
     in_group, rest = divmod(router.num_experts, groups)
     if rest or chosen_groups > groups or router.chosen > in_group * chosen_groups or (groups > 1 and in_group < 2):
-        values.obstacles.append(
-            f"{router.chosen} of {router.num_experts} experts in {chosen_groups} of {groups} groups"
-        )
+        values.obstacles.append(f"{router.chosen} of {router.num_experts} experts in {chosen_groups} of {groups} groups")
     each = FeedForward(
         inner_size=values.size(row.inner_size),
         activation=activation if row.swiglu is None else "swiglu",

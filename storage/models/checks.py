@@ -64,9 +64,9 @@ def check_shapes(config: Mapping[str, Any], seen: Shapes, dtype: str) -> frozens
     """Compares the shapes `seen` in a checkpoint with those that its parsed config.json implies.
 
     Returns the names of the tensors that stay float32 whatever the `dtype` of the publication, as in transformers: a router's
-    bias, for example, and in a model with experts in C its matrix. A model that Lamina's own layers run must have exactly these tensors. In others, tensors with unknown
-    names are left to the stage that loads them, which runs transformers as well. Raises CheckpointInvalid, which names a tensor
-    and both shapes, or LibraryMissing.
+    bias, for example, and its matrix if the experts run in C. A model that Lamina's own layers run must have exactly these
+    tensors. In others, tensors with unknown names are left to the stage that loads them, which runs transformers as well.
+    Raises CheckpointInvalid, which names a tensor and both shapes, or LibraryMissing.
     """
     try:
         model = decoder_of(config)

@@ -68,7 +68,7 @@ class _WholeExperts:
 
 
 def merged_experts(model_type: str) -> Iterator[tuple[str, tuple[tuple[str, ...], str, bool]]]:
-    """The names of merged tensors, each with the names of an expert's matrices, their kind, and whether they are [width, outs]."""
+    """Names of merged tensors, each with the names of an expert's matrices, their kind, and whether they are transposed."""
     family = DECODER_FAMILIES.get(model_type)
     if family is None or family.merged_experts is None:
         return

@@ -64,7 +64,9 @@ def test_tensors_are_those_of_the_model(config: dict[str, Any]) -> None:
     for number, layer in enumerate(described.layers):
         ours |= {f"{described.names.layers}.{number}.{name}": shape for name, shape in layer_shapes(described, layer).items()}
     saved = revert_weight_conversion(model, model.state_dict())
-    sources = {name: SourceTensor("F32", tuple(tensor.shape), lambda first, last: memoryview(b"")) for name, tensor in saved.items()}
+    sources = {
+        name: SourceTensor("F32", tuple(tensor.shape), lambda first, last: memoryview(b"")) for name, tensor in saved.items()
+    }
     assert ours == {name: tensor.shape for name, tensor in split_experts(config["model_type"], sources).items()}
 
 

@@ -7,6 +7,7 @@ wrong position change the tokens. Six layers, so that any cut in three works; co
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -372,14 +373,15 @@ def checkpoint_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def as_published(model_type: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint in float32 as a publication has them: with a matrix for each expert."""
-    sources = {
-        name: SourceTensor("F32", tuple(tensor.shape), lambda first, last, tensor=tensor: as_bytes(tensor[first:last].numpy()))
-        for name, tensor in tensors.items()
-    }
+
+    def rows(name: str, first: int, last: int) -> memoryview:
+        return as_bytes(tensors[name][first:last].numpy())
+
+    sources = {name: SourceTensor("F32", tuple(tensor.shape), partial(rows, name)) for name, tensor in tensors.items()}
     return {
-        name: torch.frombuffer(source.read_rows(0, source.rows), dtype=torch.float32).view(source.shape)
-        if name not in tensors
-        else tensors[name]
+        name: tensors[name]
+        if name in tensors
+        else torch.frombuffer(source.read_rows(0, source.rows), dtype=torch.float32).view(source.shape)
         for name, source in split_experts(model_type, sources).items()
     }
 

@@ -24,7 +24,9 @@ def take_experts(names: TensorNames, experts: Experts, weights: NativeWeights) -
         router=matrix,
         correction=weights.vector(names.correction) if router.corrected else None,
         experts=[
-            take_feed_forward(experts.each, (gate.format(expert=number), up.format(expert=number), down.format(expert=number)), weights)
+            take_feed_forward(
+                experts.each, (gate.format(expert=number), up.format(expert=number), down.format(expert=number)), weights
+            )
             for number in range(router.num_experts)
             for gate, up, down in (names.experts,)
         ],

@@ -20,7 +20,16 @@ from functions.stage.native.layers import (
     NormArrays,
 )
 from functions.stage.native.library import NativeError, library
-from functions.stage.native.records import BLOCK_FORMATS, Activation, Array, Dtype, MatrixRecord, MemoryRecord, NormKind, memory_of
+from functions.stage.native.records import (
+    BLOCK_FORMATS,
+    Activation,
+    Array,
+    Dtype,
+    MatrixRecord,
+    MemoryRecord,
+    NormKind,
+    memory_of,
+)
 
 Segments = list[tuple[list[list[int]], int, int]]
 """Pages of each layer, tokens held, and new ones."""
@@ -216,7 +225,8 @@ def with_experts(change: Callable[[Any], None]) -> NativeLayers:
     record.expert_size, record.most_experts, record.most_chosen = 24, 4, 2
     layers = group(record)
     matrices = {
-        name: MatrixArrays(Dtype.F32, zeros(*shape)) for name, shape in {"gate": (24, 48), "up": (24, 48), "down": (48, 24)}.items()
+        name: MatrixArrays(Dtype.F32, zeros(*shape))
+        for name, shape in {"gate": (24, 48), "up": (24, 48), "down": (48, 24)}.items()
     }
     layers.place_experts(
         1,

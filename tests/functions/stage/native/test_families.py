@@ -108,8 +108,10 @@ def test_bits_do_not_depend_on_chunks_other_rows_or_threads(name: str, dtype: Dt
 
 @pytest.mark.parametrize(("name", "dtype"), [case for case in CASES if case[1] != "float32"])
 def test_logits_are_near_those_of_float32_on_the_same_numbers(name: str, dtype: Dtype) -> None:
-    """Two exchanged rows of a matrix, or scales of other rows, give an error near 1. So do other experts that rounding chooses, but
-    for a few rows."""
+    """Two exchanged rows of a matrix, or scales of other rows, give an error near 1.
+
+    So does another choice of experts after rounding, in a few rows: the median is compared.
+    """
     plan = {"a": (70,)}
     exact = logits_of(group_of(name, "float32", plain(name, dtype)), {"a": TEXTS["a"]}, plan)["a"]
     found = logits_of(group_of(name, dtype, published(name, dtype)), {"a": TEXTS["a"]}, plan)["a"]
