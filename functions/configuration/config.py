@@ -440,6 +440,18 @@ class GatewayConfig(CommonConfig):
         "not served",
         "",
     )
+    jobs_retention_seconds: int = setting(
+        "LAMINA_JOBS_RETENTION_SECONDS",
+        parsers.integer(0, 10**9),
+        "age at which files and ended batches are deleted, unless a client says otherwise for a file; 0: they stay",
+        "2592000",
+    )
+    own_url: str | None = setting(
+        "LAMINA_OWN_URL",
+        parsers.url,
+        "URL of the gateway's own Service: while batches are open, a request to it keeps the gateway from scaling to zero",
+        "",
+    )
     sink: str | None = setting(
         "K_SINK",
         parsers.url,

@@ -122,6 +122,8 @@ def create_app(
         routes = Blueprint("jobs", __name__, url_prefix="/v1")
         FilesAPI(jobs.batches, clients).register(routes)
         BatchesAPI(jobs.batches, clients, batches_changed).register(routes)
+        hold = jobs.hold.hold
+        routes.get("/batches/hold", endpoint="hold")(lambda: Response("held" if hold() else "", content_type="text/plain"))
         add_error_handlers(routes)
         routes.errorhandler(StorageError)(lambda error: refused(NotReady(f"the store of files and batches failed: {error}")))
         app.register_blueprint(routes)

@@ -15,6 +15,7 @@ from functions.gateway.app import MAX_REQUEST_BYTES, client_limits, create_app, 
 from functions.gateway.build import RunningScheduler
 from functions.gateway.jobs.configured import configured_jobs
 from functions.gateway.jobs.lines import LineAnswerer
+from functions.gateway.jobs.metrics import BatchMetrics
 from functions.gateway.jobs.worker import BatchWorker
 from functions.gateway.page.pipeline_watch import Watched
 from functions.gateway.scheduling.metrics import SchedulerCollector
@@ -59,7 +60,8 @@ class GatewayFunction:
         if jobs is not None:
             answerer = LineAnswerer(self._ready_answer_service, config)
             waiting = lambda: running.scheduler.stats().waiting  # noqa: E731
-            self._worker = BatchWorker(jobs.batches, answerer, waiting, jobs.events.tell)
+            metrics = BatchMetrics(self._metrics.registry)
+            self._worker = BatchWorker(jobs.batches, answerer, waiting, jobs.events.tell, jobs.hold, metrics)
             changed = self._worker.wake
         app = create_app(
             config,

@@ -390,12 +390,22 @@ def _gateway_env(pipeline: ResolvedPipeline, key_secrets: Sequence[str], for_eve
             LAMINA_API_KEY_FILES=",".join(f"{_KEYS_FOLDER}/{secret}/{KEYS_ENTRY}" for secret in key_secrets) or None,
             LAMINA_PROXIES=gateway.proxies,
             LAMINA_SCORES="on" if for_events else None,
-            LAMINA_JOBS_STORE=f"{pipeline.spec.store.bucket}/{gateway.jobs}" if gateway.jobs and not for_events else None,
+            **(_jobs(pipeline) if gateway.jobs and not for_events else {}),
         ),
     ]
     if gateway.limits_secret is not None:
         env.append(_from_secret("LAMINA_LIMITS_STORE", gateway.limits_secret, "url"))
     return env
+
+
+def _jobs(pipeline: ResolvedPipeline) -> dict[str, object]:
+    """Environment of a gateway that serves files and batches, by key."""
+    spec = pipeline.spec
+    return {
+        "LAMINA_JOBS_STORE": f"{spec.store.bucket}/{spec.gateway.jobs}",
+        "LAMINA_JOBS_RETENTION_SECONDS": spec.gateway.jobs_retention_seconds,
+        "LAMINA_OWN_URL": f"http://{spec.name}.{spec.namespace}.svc.cluster.local",
+    }
 
 
 def _values(**values: object) -> list[KubernetesObject]:

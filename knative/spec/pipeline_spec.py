@@ -286,8 +286,10 @@ class GatewaySpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     access_log: Annotated[str, Meta(pattern="^(on|off|prompts)$")] | None = None
     proxies: Annotated[int, Meta(ge=0, le=16)] | None = None  # how many add to X-Forwarded-For, with queue-proxy. Unset: 1
     # Prefix in the store's bucket for files and batches of clients (/v1/files, /v1/batches), where the store's keys may write.
-    # A gateway at zero works on no batch: set autoscaling.min_scale to 1. Unset: they are not served.
+    # An open batch keeps a gateway from scaling to zero. Unset: they are not served.
     jobs: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*$")] | None = None
+    # Age at which files and ended batches are deleted; 0: they stay. Unset: 2592000, 30 days
+    jobs_retention_seconds: Natural | None = None
     page: Annotated[str, Meta(pattern="^(on|off)$")] | None = None  # `GET /`: chat and pipeline status. Unset: on
     # ServiceAccount that may watch EndpointSlices. Unset: `{name}-gateway`, which is rendered with its Role.
     service_account: str | None = None

@@ -22,7 +22,17 @@ from typing import Final, Literal
 from msgspec import Struct
 
 from eventing.problems import NotFound
-from functions.gateway.jobs.files import ClientFile, Files, JobObjects, check_id, listed, new_id, part_name, results_file_id
+from functions.gateway.jobs.files import (
+    EXPIRIES,
+    ClientFile,
+    Files,
+    JobObjects,
+    check_id,
+    listed,
+    new_id,
+    part_name,
+    results_file_id,
+)
 from functions.gateway.jobs.results import HEAD_BYTES, RESULTS, ResultsContent, ResultsHead, read_head
 from storage.errors import ObjectAltered, ObjectNotFound, UnexpectedAnswer
 
@@ -52,6 +62,7 @@ class BatchJob(Struct, frozen=True, kw_only=True, omit_defaults=True):
     window_seconds: int
     metadata: dict[str, str] | None = None
     cause: Cause | None = None
+    output_expires_seconds: int | None = None  # after which its files are deleted; None: as all files
 
     @property
     def expires_at(self) -> int:
@@ -115,6 +126,7 @@ class Batches:
         id_: str | None = None,
         created_at: int | None = None,
         cause: Cause | None = None,
+        output_expires_seconds: int | None = None,
     ) -> BatchJob:
         """window: as the client wrote it, and in seconds. id_: None: a new one. created_at: None: now."""
         job = BatchJob(
@@ -130,6 +142,7 @@ class Batches:
             window_seconds=window[1],
             metadata=metadata,
             cause=cause,
+            output_expires_seconds=output_expires_seconds,
         )
         self.objects.put(f"open/{owner}/{job.id}", Mark(job.created_at))
         self.objects.put(f"{owner}/batches/{job.id}.json", job)
@@ -172,6 +185,8 @@ class Batches:
         sums = end.sums
         self._add_file(job, "output", sums.answered, sums.output_bytes, end.at)
         self._add_file(job, "errors", sums.failed, sums.error_bytes, end.at)
+        if self.files.retention_seconds:
+            self.files.expire_at(end.at + self.files.retention_seconds, job.owner, job.id)
         self.objects.put(f"{job.owner}/ends/{job.id}.json", end)
 
     def _add_file(self, job: BatchJob, content: ResultsContent, lines: int, size: int, created_at: int) -> None:
@@ -187,7 +202,26 @@ class Batches:
             content=content,
             batch_id=job.id,
         )
-        self.files.add(job.owner, file)
+        self.files.add(job.owner, file, job.output_expires_seconds)
+
+    def expire(self, now: float) -> None:
+        """Deletes the files and batches whose time is over. Several gateways may do so at once. now: in Unix time.
+
+        A file that an open batch reads stays until that has ended.
+        """
+        for name in self.objects.names(EXPIRIES):
+            at, _, rest = name.partition("/")
+            owner, _, id_ = rest.partition("/")
+            if not at.isdecimal() or int(at) > now:
+                return
+            if id_.startswith("file-"):
+                if self.reads(owner, id_) is not None:
+                    continue
+                self.files.delete(owner, id_)
+            else:
+                for folder in ("ends", "cancels", "batches"):
+                    self.objects.delete(f"{owner}/{folder}/{id_}.json")
+            self.objects.delete(EXPIRIES + name)
 
     def results_files(self, job: BatchJob) -> Iterator[ClientFile]:
         """The output and the error file of a batch that has ended, as far as it has them."""

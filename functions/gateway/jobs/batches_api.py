@@ -1,8 +1,9 @@
 """`/v1/batches`: batches of requests that are answered within a window, when nothing else is to do."""
 
+import hashlib
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from flask import Blueprint, Response, request
 from msgspec import Meta, Struct
@@ -10,8 +11,8 @@ from msgspec import Meta, Struct
 from eventing.problems import InvalidRequest
 from functions.gateway.answers.authentication import Clients
 from functions.gateway.jobs.batches import Batches, BatchJob
-from functions.gateway.jobs.files import results_file_id
-from functions.gateway.jobs.files_api import list_document, owner_of_request, page_of_request
+from functions.gateway.jobs.files import named_id, results_file_id
+from functions.gateway.jobs.files_api import MAX_KEPT_SECONDS, list_document, owner_of_request, page_of_request
 from functions.gateway.jobs.results import ResultsContent
 from functions.gateway.openai.api import ENDPOINTS
 from functions.gateway.openai.validation import read_request
@@ -25,6 +26,13 @@ _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 ShortText = Annotated[str, Meta(max_length=512)]
 
 
+class ExpiresAfter(Struct, frozen=True, forbid_unknown_fields=True):
+    """When a file is deleted: so long after it was created."""
+
+    seconds: Annotated[int, Meta(ge=1, le=MAX_KEPT_SECONDS)]
+    anchor: Literal["created_at"] = "created_at"
+
+
 class BatchRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`POST /v1/batches`."""
 
@@ -32,7 +40,7 @@ class BatchRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     endpoint: str
     completion_window: str = "24h"
     metadata: Annotated[dict[Annotated[str, Meta(max_length=64)], ShortText], Meta(max_length=16)] | None = None
-    output_expires_after: dict[str, Any] | None = None
+    output_expires_after: ExpiresAfter | None = None
 
 
 class BatchesAPI:
@@ -55,14 +63,24 @@ class BatchesAPI:
 
     def _create(self) -> Response:
         owner = owner_of_request(self._clients)
-        asked = read_request(request.get_data(cache=False), BatchRequest)
+        data = request.get_data(cache=False)
+        asked = read_request(data, BatchRequest)
+        key, id_ = request.headers.get("Idempotency-Key"), None
+        if key:
+            id_ = named_id("batch_", owner, key, hashlib.sha256(data).hexdigest())
+            if (begun := self._batches.find(owner, id_)) is not None:
+                return json_response(self._document(begun))
         if asked.endpoint not in ENDPOINTS:
             raise InvalidRequest(f"endpoint is {asked.endpoint[:80]!r}; batches may ask {', '.join(ENDPOINTS)}")
         window = asked.completion_window, window_seconds(asked.completion_window)
         file = self._batches.files.get(owner, asked.input_file_id)
         if file.content != "input" or not file.lines:
             raise InvalidRequest(f"{file.id} has no requests; name a file that was sent with the purpose 'batch'")
-        job = self._batches.create(owner, self._clients.identify(request), file, asked.endpoint, window, asked.metadata)
+        kept = None if asked.output_expires_after is None else asked.output_expires_after.seconds
+        client_id = self._clients.identify(request)
+        job = self._batches.create(
+            owner, client_id, file, asked.endpoint, window, asked.metadata, id_=id_, output_expires_seconds=kept
+        )
         self._changed()
         return json_response(self._document(job))
 

@@ -8,6 +8,7 @@ from functions.configuration.config import GatewayConfig
 from functions.gateway.jobs.batches import Batches
 from functions.gateway.jobs.events import BatchEvents
 from functions.gateway.jobs.files import Files, JobObjects
+from functions.gateway.jobs.hold import Hold
 from storage.store.payload_store import PayloadStore
 
 
@@ -17,6 +18,7 @@ class Jobs:
 
     batches: Batches
     events: BatchEvents
+    hold: Hold
 
 
 def configured_jobs(config: GatewayConfig) -> Jobs | None:
@@ -26,6 +28,8 @@ def configured_jobs(config: GatewayConfig) -> Jobs | None:
     bucket, prefix = config.jobs_store
     # By model: gateways of other models would answer that they do not serve this one.
     objects = JobObjects(PayloadStore(replace(config.store, bucket=bucket)), f"{prefix}/{config.model}")
-    batches = Batches(objects, Files(objects))
+    batches = Batches(objects, Files(objects, config.jobs_retention_seconds))
     claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
-    return Jobs(batches, BatchEvents(batches, claims, Sender(), f"/pipelines/{config.pipeline}/gateway", config.sink))
+    sender = Sender()
+    events = BatchEvents(batches, claims, sender, f"/pipelines/{config.pipeline}/gateway", config.sink)
+    return Jobs(batches, events, Hold(sender, config.own_url))

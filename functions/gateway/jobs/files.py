@@ -2,6 +2,7 @@
 
     {prefix}/{owner}/files/{id}.json          the manifest; without it the file does not exist
     {prefix}/{owner}/parts/{id}/00000000 …    the content
+    {prefix}/expiries/{time}/{owner}/{id}     when to delete a file or a batch; sorts by the Unix time
 
 Output and error files of a batch have a manifest only: their content is the batch's results (results.py). An owner is an API
 key's id, or EVERYBODY at a gateway without keys. Nothing here uses conditional writes, which not all stores know.
@@ -16,6 +17,7 @@ from typing import Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from eventing.problems import EventTooLarge, NotFound
 from functions.gateway.jobs.results import RESULTS, PartResults, ResultsContent
@@ -23,6 +25,7 @@ from storage.errors import ObjectNotFound
 from storage.store.payload_store import PayloadStore
 
 EVERYBODY: Final = "everybody"
+EXPIRIES: Final = "expiries/"
 MAX_FILE_BYTES: Final = 2**29
 PART_LINES: Final = 32  # what a gateway works on at a time, and what is lost when it dies
 MAX_LINE_BYTES: Final = 2**20
@@ -47,6 +50,7 @@ class ClientFile(Struct, frozen=True, kw_only=True, omit_defaults=True):
     parts: int = 0
     content: Content = "input"
     batch_id: str = ""  # the batch of an output or error file
+    expires_at: int | None = None  # in Unix time, when it is deleted; None: it stays
 
 
 def new_id(prefix: str) -> str:
@@ -72,7 +76,7 @@ class JobObjects:
         self.store = store
         self.prefix = prefix.strip("/") + "/"
 
-    def put(self, key: str, value: Struct) -> None:
+    def put(self, key: str, value: Struct | dict[str, str]) -> None:
         self.store.put(self.prefix + key, msgspec.json.encode(value))
 
     def find(self, key: str, type_: type[T]) -> T | None:
@@ -102,8 +106,10 @@ class JobObjects:
 class Files:
     """The files of all owners. Thread-safe. Methods raise NotFound for a file that is not the owner's, or a StorageError."""
 
-    def __init__(self, objects: JobObjects) -> None:
+    def __init__(self, objects: JobObjects, retention_seconds: int = 0) -> None:
+        """retention_seconds: files are deleted so long after their creation, unless they say otherwise; 0: never."""
         self._objects = objects
+        self.retention_seconds = retention_seconds
 
     def write(self, owner: str, filename: str, pieces: Iterable[bytes], id_: str | None = None) -> ClientFile:
         """Writes the content of a new file, in bounded memory. It does not exist before `add`.
@@ -126,8 +132,17 @@ class Files:
             raise
         return ClientFile(id=id_, filename=filename, bytes=total, created_at=int(time.time()), lines=lines, parts=parts)
 
-    def add(self, owner: str, file: ClientFile) -> None:
+    def add(self, owner: str, file: ClientFile, expires_after_seconds: int | None = None) -> ClientFile:
+        """Makes a written file exist, and returns its manifest. expires_after_seconds: None: `retention_seconds`."""
+        if seconds := expires_after_seconds or self.retention_seconds:
+            file = replace(file, expires_at=file.created_at + seconds)
+            self.expire_at(file.created_at + seconds, owner, file.id)
         self._objects.put(f"{owner}/files/{file.id}.json", file)
+        return file
+
+    def expire_at(self, at: int, owner: str, id_: str) -> None:
+        """Has a file or a batch deleted at `at`, in Unix time."""
+        self._objects.put(f"{EXPIRIES}{at:011}/{owner}/{id_}", {})
 
     def drop(self, owner: str, file: ClientFile) -> None:
         """Deletes the content of a file that was written and shall not be added."""
@@ -136,7 +151,7 @@ class Files:
     def get(self, owner: str, id_: str) -> ClientFile:
         check_id(id_)
         file = self._objects.find(f"{owner}/files/{id_}.json", ClientFile)
-        if file is None:
+        if file is None or _is_over(file):
             raise NotFound(f"there is no file {id_!r} of this API key")
         return file
 
@@ -144,7 +159,9 @@ class Files:
         self, owner: str, after: str, limit: int, wanted: Callable[[ClientFile], bool] = lambda _: True
     ) -> tuple[list[ClientFile], bool]:
         """The newest wanted files after `after` (an id; empty: all), and whether there are more."""
-        return listed(self._objects, f"{owner}/files/", ClientFile, after, limit, wanted)
+        return listed(
+            self._objects, f"{owner}/files/", ClientFile, after, limit, lambda file: wanted(file) and not _is_over(file)
+        )
 
     def read(self, owner: str, file: ClientFile) -> Iterator[bytes]:
         """The content, piece by piece."""
@@ -170,14 +187,20 @@ class Files:
             return None
 
     def delete(self, owner: str, id_: str) -> None:
-        """Deletes a file. Results of a batch stay as long as one of the two files has them."""
-        file = self.get(owner, id_)
+        """Deletes a file, if there is one. Results of a batch stay as long as one of the two files has them."""
+        file = self._objects.find(f"{owner}/files/{id_}.json", ClientFile)
+        if file is None:
+            return
         self._objects.delete(f"{owner}/files/{id_}.json")
         self._objects.delete_folder(f"{owner}/parts/{id_}/")
         if file.batch_id and not any(
             self._objects.exists(f"{owner}/files/{results_file_id(file.batch_id, content)}.json") for content in RESULTS
         ):
             self._objects.delete_folder(results_folder(owner, file.batch_id))
+
+
+def _is_over(file: ClientFile) -> bool:
+    return file.expires_at is not None and file.expires_at <= time.time()
 
 
 def part_name(number: int) -> str:

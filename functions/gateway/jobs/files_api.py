@@ -14,6 +14,7 @@ from functions.gateway.jobs.uploads import read_upload
 from functions.hosting.web import json_response
 
 UPLOAD_PATH: Final = "/v1/files"
+MAX_KEPT_SECONDS: Final = 10 * 365 * 86_400  # until a file is deleted
 _MAX_LISTED: Final = 1000
 _PURPOSES: Final = {"input": "batch", "output": "batch_output", "errors": "batch_output"}
 
@@ -43,11 +44,14 @@ class FilesAPI:
             request.content_type or "",
             lambda filename, pieces: self._files.write(owner, filename, pieces),
         )
-        if fields.get("purpose") != "batch":
+        try:
+            if fields.get("purpose") != "batch":
+                raise InvalidRequest(f"the purpose of the file is {fields.get('purpose')!r}; served is 'batch'")
+            kept_seconds = _kept_seconds(fields)
+        except InvalidRequest:
             self._files.drop(owner, file)
-            raise InvalidRequest(f"the purpose of the file is {fields.get('purpose')!r}; served is 'batch'")
-        self._files.add(owner, file)
-        return json_response(file_document(file))
+            raise
+        return json_response(file_document(self._files.add(owner, file, kept_seconds)))
 
     def _list(self) -> Response:
         owner, (after, limit) = owner_of_request(self._clients), page_of_request(_MAX_LISTED)
@@ -64,8 +68,21 @@ class FilesAPI:
         owner = owner_of_request(self._clients)
         if (reader := self._batches.reads(owner, id)) is not None:
             raise InvalidRequest(f"{reader} reads the file and has not ended; cancel it first, or wait")
+        self._files.get(owner, id)
         self._files.delete(owner, id)
         return json_response({"id": id, "object": "file", "deleted": True})
+
+
+def _kept_seconds(fields: dict[str, str]) -> int | None:
+    """How long after its creation a file shall be deleted, by the form's `expires_after`; None: it does not say."""
+    anchor, said = fields.get("expires_after[anchor]", "created_at"), fields.get("expires_after[seconds]")
+    if said is None:
+        return None
+    if anchor != "created_at" or not re.fullmatch("[0-9]{1,10}", said) or not 0 < int(said) <= MAX_KEPT_SECONDS:
+        raise InvalidRequest(
+            f"expires_after is {said[:20]!r} after {anchor[:40]!r}; it is 1 to {MAX_KEPT_SECONDS} seconds after 'created_at'"
+        )
+    return int(said)
 
 
 def owner_of_request(clients: Clients) -> str:
@@ -96,4 +113,5 @@ def file_document(file: ClientFile) -> dict[str, Any]:
         "filename": file.filename,
         "purpose": _PURPOSES[file.content],
         "status": "processed",
+        "expires_at": file.expires_at,
     }

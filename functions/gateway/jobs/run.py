@@ -36,6 +36,7 @@ class BatchRun:
         self.taken: set[int] = set()  # parts that this gateway works on
         self.ending = False  # this gateway ends the batch
         self.closed = False  # the batch has ended
+        self.status: EndStatus = "completed"  # how it ended, after `end`
         self.cancelled_at: int | None = None
         self._paused_until = 0.0  # in time.monotonic()
         self._batches = batches
@@ -163,8 +164,10 @@ class BatchRun:
         stopping: this gateway ends; another one goes on from where this one is.
         """
         batches, job = self._batches, self.job
-        if batches.end_of(job) is None:
-            status = "completed" if self.complete else self.stopped_as or "expired"
+        ended = batches.end_of(job)
+        self.status = "completed" if self.complete else self.stopped_as or "expired" if ended is None else ended.status
+        if ended is None:
+            status = self.status
             renewed = 0.0
             while not self.complete:
                 if stopping():

@@ -1,6 +1,7 @@
 """Answers the lines of open batches, beside the live requests of this gateway and together with other gateways."""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from functions.gateway.answers.generation import ClientLeft, Generation
 from functions.gateway.jobs.allowance import TICK_SECONDS, Allowance
 from functions.gateway.jobs.batches import Batches, BatchJob
 from functions.gateway.jobs.files import part_name
+from functions.gateway.jobs.hold import Hold
 from functions.gateway.jobs.lines import LineAnswerer, LineDelayed, LinePlace, LineResult
+from functions.gateway.jobs.metrics import BatchMetrics
 from functions.gateway.jobs.results import PartResults
 from functions.gateway.jobs.run import END, LEASE_SECONDS, BatchRun
 from functions.threads.pool import ThreadPool
@@ -28,6 +31,7 @@ IDLE_LOOK_SECONDS: Final = 5.0  # while none is
 _CHECKPOINT_SECONDS: Final = 2.0  # between writes of what is answered of a part
 _CREATING_SECONDS: Final = 600.0  # far more than between the two writes that create a batch
 _MAX_ERRORS: Final = 3  # tries of a line that fails inside; then its error is its answer
+_EXPIRY_SECONDS: Final = 60.0  # between looks for files and batches whose time is over
 _PAUSE_SECONDS: Final = 10.0  # of a batch, after a failure of the store, or while its client has used up its budget
 _LONGEST_BACK_OFF_SECONDS: Final = 30.0
 
@@ -43,11 +47,17 @@ class BatchWorker:
         batches: Batches,
         answerer: LineAnswerer,
         waiting: Callable[[], int],
-        tell: Callable[[BatchJob], bool] = lambda _: True,
+        tell: Callable[[BatchJob], bool],
+        hold: Hold,
+        metrics: BatchMetrics,
     ) -> None:
         """waiting: number of all sequences that the scheduler has not begun. tell: called with each batch that has ended; if
         it raises or returns False the batch stays open, for this or another gateway to tell.
         """
+        self._hold = hold
+        self._metrics = metrics
+        metrics.open.set_function(lambda: len(self._runs))
+        metrics.oldest_seconds.set_function(self._oldest_seconds)
         self._tell = tell
         self._batches = batches
         self._answerer = answerer
@@ -63,6 +73,17 @@ class BatchWorker:
 
     def start(self) -> None:
         self._looks.start()
+        threading.Thread(target=self._hold.keep, args=(lambda: bool(self._runs),), name="batches-hold", daemon=True).start()
+
+    @property
+    def open_lines(self) -> tuple[int, int, int]:
+        """How many batches are open, and of their lines how many there are and how many have a result."""
+        jobs = list(self._runs.values())
+        done = sum(run.sums.answered + run.sums.failed for run in jobs)
+        return len(jobs), sum(run.job.lines for run in jobs), done
+
+    def _oldest_seconds(self) -> float:
+        return max((time.time() - run.job.created_at for run in list(self._runs.values())), default=0.0)
 
     def wake(self) -> None:
         """Makes the worker look at once, because a batch was created or cancelled."""
@@ -71,6 +92,7 @@ class BatchWorker:
     def stop(self) -> None:
         """Gives up the lines that are being answered, and leaves them to other gateways. Does not wait."""
         self._stopping.set()
+        self._hold.stop()
         self._woken.set()
 
     def join(self, seconds: float) -> None:
@@ -81,12 +103,16 @@ class BatchWorker:
 
     def _look_for_ever(self) -> None:
         looked_at = ticked_at = 0.0
+        expired_at = -math.inf
         while not self._stopping.is_set():
             try:
                 if time.monotonic() - looked_at >= LOOK_SECONDS:
                     self._look()
                     looked_at = time.monotonic()
                 self._take_parts()
+                if time.monotonic() - expired_at >= _EXPIRY_SECONDS:
+                    expired_at = time.monotonic()
+                    self._parts.submit(self._expire)
             except StorageError as error:
                 _log.warning("batches wait for their store: %s", error)
             except Exception:  # noqa: BLE001 - logged; the batches go on
@@ -140,7 +166,8 @@ class BatchWorker:
     def _work(self, run: BatchRun, number: int) -> None:
         finished = False
         try:
-            finished = _Part(run, number, self._answerer, self._allowance, self._stopping.is_set).work(self._lines)
+            part = _Part(run, number, self._answerer, self._allowance, self._stopping.is_set, self._metrics)
+            finished = part.work(self._lines)
         except StorageError as error:
             _log.warning("part %d of %s is given up: %s", number, run.job.id, error)
             run.pause(_PAUSE_SECONDS)
@@ -154,6 +181,14 @@ class BatchWorker:
                 run.finished(number)
         self._woken.set()
 
+    def _expire(self) -> None:
+        try:
+            self._batches.expire(time.time())
+        except StorageError as error:
+            _log.warning("files and batches whose time is over stay for now: %s", error)
+        except Exception:  # noqa: BLE001 - logged; it is tried again
+            _log.exception("deleting files and batches failed")
+
     def _end(self, run: BatchRun) -> None:
         try:
             if run.end(self._answerer, self._stopping.is_set):
@@ -161,6 +196,7 @@ class BatchWorker:
                     run.pause(LEASE_SECONDS)
                     return
                 self._batches.close(run.job.owner, run.job.id)
+                self._metrics.ended.labels(run.status).inc()
                 _log.info("%s has ended: %s", run.job.id, run.sums)
         except (StorageError, DeliveryError, BadReply, Problem) as error:
             _log.warning("%s could not be ended: %s", run.job.id, error)
@@ -177,8 +213,15 @@ class _Part:
     """One part while this gateway works on it. A thread runs `work`; those of a pool answer the lines."""
 
     def __init__(
-        self, run: BatchRun, number: int, answerer: LineAnswerer, allowance: Allowance, stopping: Callable[[], bool]
+        self,
+        run: BatchRun,
+        number: int,
+        answerer: LineAnswerer,
+        allowance: Allowance,
+        stopping: Callable[[], bool],
+        metrics: BatchMetrics,
     ) -> None:
+        self._metrics = metrics
         self._run = run
         self._number = number
         self._answerer = answerer
@@ -225,6 +268,7 @@ class _Part:
 
     def _answer(self, place: LinePlace) -> None:
         result = self._result(place)
+        self._metrics.line("given_up" if result is None else "failed" if result.failed else "answered", result)
         with self._changed:
             if result is not None:
                 self._results.add(place.number, result.line, result.failed, result.input_tokens, result.output_tokens)

@@ -18,6 +18,7 @@ from functions.gateway.page.pipeline_state import PipelineState
 
 JSON: Final = "application/json"
 HTML: Final = "text/html"
+TEXT: Final = "text/plain"
 FORM: Final = "multipart/form-data"
 BYTES: Final = "application/octet-stream"
 Content = Mapping[str, type | None]
@@ -137,8 +138,16 @@ def _jobs() -> Iterator[Operation]:
     yield Operation("delete", "/v1/files/{id}", "Delete it", {JSON: replies.FileDeleted}, errors=(400, *found))
     yield Operation("get", "/v1/files/{id}/content", "Its content", {BYTES: None}, errors=found)
     yield Operation(
-        "post", "/v1/batches", create, {JSON: replies.BatchReply}, {JSON: BatchRequest}, (*_BODY_ERRORS, 404, 500, 503)
+        "post",
+        "/v1/batches",
+        create,
+        {JSON: replies.BatchReply},
+        {JSON: BatchRequest},
+        (*_BODY_ERRORS, 404, 500, 503),
+        headers={"Idempotency-Key": {}},
     )
     yield Operation("get", "/v1/batches", "Batches, newest first", {JSON: replies.BatchList}, errors=(400, *found), query=page)
+    keep = "Waits for half a minute: a gateway asks its own Service while batches are open, which keeps it from scaling to zero"
+    yield Operation("get", "/v1/batches/hold", keep, {TEXT: None}, errors=(*_SITE_ERRORS, 500, 503), keyed=False)
     yield Operation("get", "/v1/batches/{id}", "One batch", {JSON: replies.BatchReply}, errors=found)
     yield Operation("post", "/v1/batches/{id}/cancel", "Cancel it", {JSON: replies.BatchReply}, errors=(413, 415, *found))

@@ -309,6 +309,7 @@ class FileReply(Struct, frozen=True):
     filename: str
     purpose: Literal["batch", "batch_output"]
     status: Literal["processed"]
+    expires_at: int | None
 
 
 class FileList(Struct, frozen=True):

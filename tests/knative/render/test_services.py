@@ -69,7 +69,7 @@ def test_functions_accept_every_rendered_environment() -> None:
     full = pipeline(
         stage=everything,
         gateway={**knobs, **waits, **per_client, "api_keys_secret": ["keys", "more-keys"], "proxies": 2, "jobs": "jobs"}
-        | {"parse_control_tokens": True},
+        | {"parse_control_tokens": True, "jobs_retention_seconds": 60},
     )
     for variant in (pipeline(), full):
         configs = [read_config(environment_of(service)) for service in services(variant)]
@@ -93,7 +93,8 @@ def test_functions_accept_every_rendered_environment() -> None:
     items = [{"key": "api-keys", "path": "api-keys"}]
     assert volumes["api-keys-1"] == {"secretName": "more-keys", "items": items}
     assert (gateway.proxies, gateway.scores) == (2, "off")
-    assert gateway.jobs_store == (gateway.store.bucket, "jobs")
+    assert (gateway.jobs_store, gateway.jobs_retention_seconds) == ((gateway.store.bucket, "jobs"), 60)
+    assert gateway.own_url == "http://chat.models.svc.cluster.local"
 
 
 @pytest.mark.parametrize(("timeout", "drain"), [(600, 540), (300, 240), (90, 40), (60, 20), (30, 1)])

@@ -122,6 +122,8 @@ def torch_obstacle(model: Decoder) -> str | None:
         logit_scale=1.0,
         logit_soft_cap=None,
         head_bias=False,
+        causal=True,
+        has_head=True,
         names=TensorNames(),
         ropes={name: Rotation(parameters=rope.parameters, rotated=attention.head_dim) for name, rope in model.ropes.items()},
     )

@@ -1,6 +1,7 @@
 """Batches by the official client: a real pipeline, a real store. The oracle is the same pipeline, asked live."""
 
 import json
+import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import openai
 import pytest
 
-from functions.gateway.jobs.files import PART_LINES
+from functions.gateway.jobs.batches import Batches
+from functions.gateway.jobs.files import PART_LINES, Files, JobObjects
 from storage.store.payload_store import PayloadStore
 from tests.support.functions.functions import FunctionProcess, running_gateway, wait_until
 from tests.support.storage.published import Published
@@ -200,3 +202,65 @@ def test_nothing_of_ended_batches_is_left_but_files(client: openai.OpenAI, publi
             found.key for found in store.list("jobs/tiny/") if "/parts/" in found.key and batch.input_file_id in found.key
         ]
         assert not [found.key for found in store.list("jobs/tiny/") if f"/runs/{batch.id}/" in found.key]
+
+
+def test_a_repeated_request_finds_its_batch(client: openai.OpenAI) -> None:
+    file = client.files.create(file=("input.jsonl", json.dumps(line(1)).encode()), purpose="batch")
+
+    def create(key: str, window: str = "24h") -> str:
+        return client.batches.create(
+            input_file_id=file.id,
+            endpoint="/v1/chat/completions",
+            completion_window=window,  # type: ignore[arg-type]
+            extra_headers={"Idempotency-Key": key},
+        ).id
+
+    first = create("a key")
+    assert create("a key") == first
+    assert len({first, create("another key"), create("a key", "23h")}) == 3
+    assert ended(client, client.batches.retrieve(first)).status == "completed"
+    assert create("a key") == first
+
+
+def test_files_say_when_they_are_deleted(client: openai.OpenAI) -> None:
+    content = json.dumps(line(1)).encode()
+    kept = client.files.create(file=("input.jsonl", content), purpose="batch")
+    assert kept.expires_at == kept.created_at + 30 * 86_400
+    short = client.files.create(
+        file=("input.jsonl", content), purpose="batch", expires_after={"anchor": "created_at", "seconds": 3600}
+    )
+    assert short.expires_at == short.created_at + 3600
+    batch = client.batches.create(
+        input_file_id=short.id,
+        endpoint="/v1/chat/completions",
+        completion_window="24h",
+        output_expires_after={"anchor": "created_at", "seconds": 7200},
+    )
+    output = client.files.retrieve(ended(client, batch).output_file_id or "")
+    assert output.expires_at == output.created_at + 7200
+    with pytest.raises(openai.BadRequestError, match="expires_after"):
+        client.files.create(
+            file=("input.jsonl", content), purpose="batch", expires_after={"anchor": "created_at", "seconds": 0}
+        )
+
+
+def test_files_and_batches_are_deleted_when_their_time_is_over(client: openai.OpenAI, published: Published) -> None:
+    """A file that an open batch reads stays."""
+    batch = ended(client, begun(client, [line(1)], output_expires_after={"anchor": "created_at", "seconds": 10**6}))
+    with PayloadStore(published.store) as store:
+        objects = JobObjects(store, "jobs/tiny")
+        batches = Batches(objects, Files(objects))
+        owner = next(each.split("/")[0] for each in objects.names("") if each.endswith(f"batches/{batch.id}.json"))
+        waiting = batches.create(owner, owner, batches.files.get(owner, batch.input_file_id), batch.endpoint, ("24h", 86_400))
+        input_deleted_at = time.time() + 31 * 86_400
+        batches.expire(input_deleted_at)
+        assert client.files.retrieve(batch.input_file_id)
+        with pytest.raises(openai.NotFoundError):
+            client.files.retrieve(batch.output_file_id or "")
+        with pytest.raises(openai.NotFoundError):
+            client.batches.retrieve(batch.id)
+        ended(client, client.batches.retrieve(waiting.id))
+        batches.expire(input_deleted_at)
+        with pytest.raises(openai.NotFoundError):
+            client.files.retrieve(batch.input_file_id)
+        assert not [name for name in objects.names(f"{owner}/") if batch.id in name or batch.input_file_id in name]
