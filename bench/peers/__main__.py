@@ -1,9 +1,9 @@
-"""`make bench-peers`: Lamina beside llama.cpp, built and configured as its own experts would, at several sizes.
+"""`make bench-peers`: Lamina beside llama.cpp and vLLM, built and configured as their own experts would, at several sizes.
 
     python -m bench.peers                       three sizes, about forty minutes on two cores; writes docs/benchmarks.md
     python -m bench.peers --model 1.1B --dtype q4 --format Q4_0 --rounds 1 --output some/where/benchmarks.md
 
-Needs `make llama-cpp`, and a machine with nothing else to do. One contender is asked at a time; the others are idle.
+Needs `make llama-cpp vllm`, and a machine with nothing else to do. One contender is asked at a time; the others are idle.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import product
 from os import getloadavg, sched_getaffinity
 from pathlib import Path
@@ -25,12 +26,14 @@ from bench.pipeline import DidNotStart, running_pipeline
 from bench.report import STATE, Verdict, command_line, judged, machine, output_option, table, verdict_table, write_section
 from bench.serving.client import Client, Measurement
 from bench.serving.contenders import CONCURRENT, PREFILL, SINGLE, Contender, Results, measure_all, rate, ratio
+from bench.serving.peers import running_vllm
 from bench.serving.requests import Request, Requests
 from knative.commands.model_choice import packaged_model
 from storage.checkpoints.model_source import open_checkpoint
 
 _STATE: Final = STATE / "peers"
 _SIZES: Final = (PACKAGED, "Qwen2.5-0.5B", "1.1B")
+_VLLM: Final = "vLLM int8, no HTTP"
 _RPC: Final = "llama.cpp RPC, three servers, Q4_0"
 # Lamina's dtypes, and llama.cpp's formats with as many bits.
 _EQUAL: Final = {"q4": "Q4_0", "kept": "Q4_0", "int8": "Q8_0"}
@@ -40,6 +43,10 @@ _WANTED: Final[Mapping[int, Mapping[str, tuple[float, float, float]]]] = {
     3: {SINGLE: (0.95, 1.0, 1.05), CONCURRENT: (2.8, 2.4, 2.4), PREFILL: (3.5, 3.5, 3.5)},
 }
 _WANTED_RPC: Final = {SINGLE: 3.0, CONCURRENT: 5.0, PREFILL: 6.0}
+_WANTED_VLLM: Final[Mapping[int, Mapping[str, float]]] = {
+    1: {CONCURRENT: 1.15, PREFILL: 1.1},
+    3: {CONCURRENT: 1.0, PREFILL: 1.0},
+}
 
 
 @click.command(help=__doc__)
@@ -49,6 +56,7 @@ _WANTED_RPC: Final = {SINGLE: 3.0, CONCURRENT: 5.0, PREFILL: 6.0}
 @click.option("--stages", "cuts", type=click.IntRange(min=1), multiple=True, default=(1, 3), show_default=True)
 @click.option("--format", "formats", multiple=True, default=("Q4_0", "Q8_0", "Q4_K_M"), show_default=True)
 @click.option("--rpc/--no-rpc", default=True, show_default=True, help="llama.cpp over three RPC servers, too.")
+@click.option("--vllm/--no-vllm", default=True, show_default=True, help="vLLM in int8, for sizes other than the packaged one.")
 @click.option("--workload", "chosen", multiple=True, default=(SINGLE, CONCURRENT, PREFILL), show_default=True)
 @output_option
 def main(
@@ -58,6 +66,7 @@ def main(
     cuts: Sequence[int],
     formats: Sequence[str],
     rpc: bool,
+    vllm: bool,
     chosen: Sequence[str],
     output: Path,
 ) -> None:
@@ -72,6 +81,12 @@ def main(
                     contenders.append(_llama_cpp(stack, peer, measured.gguf(kind)))
                 except DidNotStart as error:
                     failed[peer] = error.why
+            if vllm and name != PACKAGED:
+                try:
+                    process = stack.enter_context(running_vllm(measured.in_8_bits(), _logs() / "vllm.log"))
+                    contenders.append(Contender(_VLLM, process.pids, partial(process.measure, "generate")))
+                except DidNotStart as error:
+                    failed[_VLLM] = error.why
             work = {workload: asked for workload, asked in _requests().items() if workload in chosen}
             found = asyncio.run(measure_all(contenders, work, rounds, click.echo))
         parts.append(f"\n### {name}\n\n{_table(found, failed)}")
@@ -80,8 +95,9 @@ def main(
         f"{command_line('bench.peers')} on {machine()}; it took {time.monotonic() - began:.0f} s, the load average before it "
         f"was {load:.1f}. llama.cpp is built from its sources for this CPU (GGML_NATIVE, weights repacked), its files are made "
         "by its own `llama-quantize`. Sizes other than the packaged model have random weights. *kept* publishes llama.cpp's "
-        "Q4_0 file as it is. Guesses and prefix caches are off on both sides. Contenders take turns; rates are medians over "
-        "the rounds, ratios medians of the ratios within each round.\n"
+        "Q4_0 file as it is. vLLM's CPU build has weights and activations in 8 bits and both cores, and is asked in its own "
+        "process. Guesses and prefix caches are off on all sides. Contenders take turns; rates are medians over the rounds, "
+        "ratios medians of the ratios within each round.\n"
     )
     write_section(output, "peers", "\n".join(["## Peers", facts, verdict_table(verdicts), *parts]))
     for verdict in verdicts:
@@ -103,15 +119,20 @@ def _own(dtype: str, stages: int) -> str:
 
 def _llama_cpp(stack: ExitStack, name: str, file: Path) -> Contender:
     """Raises DidNotStart."""
-    logs, threads = _STATE / "logs", len(sched_getaffinity(0))
-    logs.mkdir(parents=True, exist_ok=True)
-    log = logs / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.log"
+    threads = len(sched_getaffinity(0))
+    log = _logs() / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.log"
     if name == _RPC:
         url, pids = stack.enter_context(llama_server_over_rpc(file, log, threads, 3))
     else:
         url, pid = stack.enter_context(llama_server(file, log, threads))
         pids = (pid,)
     return Contender(name, pids, Client(url, "any", {"ignore_eos": True, "cache_prompt": False}).measure)
+
+
+def _logs() -> Path:
+    logs = _STATE / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    return logs
 
 
 def _requests() -> dict[str, list[Request]]:
@@ -127,7 +148,7 @@ def _fastest(results: Mapping[str, list[Measurement]], beginning: str, end: str 
 
 
 def _verdicts(size: str, found: Results) -> Iterator[Verdict]:
-    """Lamina's fastest dtype against llama.cpp's fastest format and against its RPC, and both at equal bytes of weights."""
+    """Lamina's fastest dtype against llama.cpp's fastest format, its RPC, and vLLM."""
     for workload, results in found.items():
         peer = _fastest(results, "llama.cpp")
         for stages, wanted in _WANTED.items():
@@ -135,6 +156,8 @@ def _verdicts(size: str, found: Results) -> Iterator[Verdict]:
             if own and peer and size in _SIZES:
                 bound = wanted[workload][_SIZES.index(size)]
                 yield judged(f"{size}, {workload}: {own} × {peer}", ratio(results, own, peer), bound)
+            if own and _VLLM in results and (at_least := _WANTED_VLLM[stages].get(workload)) is not None:
+                yield judged(f"{size}, {workload}: {own} × {_VLLM}", ratio(results, own, _VLLM), at_least)
             if own and stages == 3 and _RPC in results:
                 yield judged(f"{size}, {workload}: {own} × {_RPC}", ratio(results, own, _RPC), _WANTED_RPC[workload])
 

@@ -4,6 +4,8 @@ A random model has SmolLM2's tokenizer. Logits of tokens that this tokenizer doe
 that every greedy answer is text and as long as asked for.
 """
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -88,6 +90,13 @@ class Model:
             _write(path, lambda part: [str(tool("llama-quantize")), *options, str(whole), str(part), kind])
         return path
 
+    def in_8_bits(self) -> Path:
+        """The folder with weights in 8 bits a channel, and activations a token, as compressed-tensors writes and vLLM reads."""
+        target = self.folder / "w8a8"
+        if not (target / "config.json").exists():
+            _write_in_8_bits(Path(self.source), target)
+        return target
+
     def _whole(self) -> Path:
         if self.name == PACKAGED:
             return Path(self.source)
@@ -128,6 +137,30 @@ def _make(config: Mapping[str, Any], target: Path) -> None:
             (target / name).write_bytes(content)
     for file in sorted((target / "saved").iterdir(), key=lambda file: file.name == "config.json"):
         file.rename(target / file.name)
+
+
+def _write_in_8_bits(source: Path, target: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = {}
+    for name, weight in load_file(source / "model.safetensors").items():
+        tensors[name] = weight
+        if weight.ndim == 2 and ".layers." in name:
+            scale = (weight.float().abs().amax(1, keepdim=True) / 127).clamp(min=1e-8)
+            tensors[name] = (weight.float() / scale).round().to(torch.int8)
+            tensors[f"{name}_scale"] = scale
+    of_weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    group = {"targets": ["Linear"], "weights": of_weights}
+    group["input_activations"] = {**of_weights, "strategy": "token", "dynamic": True}
+    how = {"quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed"}
+    quantization = {**how, "ignore": ["lm_head"], "config_groups": {"group_0": group}}
+    target.mkdir(exist_ok=True)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    for file in source.glob("tokenizer*"):
+        shutil.copy(file, target)
+    config = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
 
 
 def _write(path: Path, command: Callable[[Path], list[str]]) -> None:

@@ -8,7 +8,7 @@ from typing import Final
 
 from bench.pipeline import RunningPipeline, cpu_seconds
 from bench.serving.client import Client, Measurement
-from bench.serving.peers import Transformers
+from bench.serving.peers import PeerProcess
 from bench.serving.requests import Request
 
 SINGLE: Final = "single stream"
@@ -40,7 +40,7 @@ def lamina(pipeline: RunningPipeline) -> list[Contender]:
     return found[:1] if pipeline.dtype == "float32" else found
 
 
-def transformers(peer: Transformers) -> list[Contender]:
+def transformers(peer: PeerProcess) -> list[Contender]:
     """`generate`, with one request or a static batch, and continuous batching."""
     return [
         Contender(GENERATE, peer.pids, partial(peer.measure, "generate")),

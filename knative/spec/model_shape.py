@@ -24,7 +24,7 @@ from storage.models.model_repository import ModelManifest, Reader, layer_object,
 # kept stores depends on the checkpoint; this is a guess for files of four bits.
 _LAYER_BYTES: Final = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "q4": 0.625, "kept": 0.625}
 # Bytes of a number in embedding and head.
-_OUTER_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "q4": 1, "kept": 1}
+_OUTER_BYTES: Final = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0625, "q4": 1.0625, "kept": 1.0625}
 
 _UNGATED: Final = frozenset({"gpt2", "opt", "bloom", "gpt_neox", "gptj", "phi", "falcon", "starcoder2", "nemotron"})
 """Families whose feed-forward has two matrices instead of a gated three."""
@@ -220,8 +220,8 @@ def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, hea
         dtype=dtype,
         hidden_size=decoder.hidden,
         layer_bytes=tuple(int(count * _LAYER_BYTES[dtype]) for count in layers),
-        embedding_bytes=embedding * _OUTER_BYTES[dtype],
-        head_bytes=head * _OUTER_BYTES[dtype],
+        embedding_bytes=int(embedding * _OUTER_BYTES[dtype]),
+        head_bytes=int(head * _OUTER_BYTES[dtype]),
         layer_compute=tuple(count * active // dense for count in layers),
         head_compute=decoder.vocabulary * decoder.hidden,
         kv_values_per_layer=2 * decoder.kv_heads * head_size,

@@ -1,13 +1,13 @@
 """Converts tensors of a checkpoint to those of a publication: a float type, int8 with a scale for each row, four bits, or the
 blocks of a GGUF file.
 
-In int8 the matrices of layers are I8; norms, embedding and head are bfloat16. In q4 the matrices of layers have four bits
-(`q4`), embedding and head are I8, and all other tensors are float32. Stages run both by layers in C only (`checks`).
+In int8 the matrices of layers are I8, in q4 they have four bits (`q4`). Embedding and head are in `blocks`: a GGUF file's own, or
+Q8_0. Other tensors are bfloat16 in int8 and float32 in q4. Stages run both by layers in C only (`checks`).
 In kept every tensor keeps the checkpoint's format: matrices in the formats of `blocks`, and floats. Others become bfloat16.
 """
 
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, cast
 
@@ -19,7 +19,18 @@ from storage.checkpoints.checkpoint import FourBits, SourceTensor
 from storage.errors import CheckpointInvalid
 from storage.floats import FLOATS, FloatName, Floats, as_bytes, read_floats, rounded
 from storage.models import q4
-from storage.models.blocks import FORMATS, GROUP, BlockFormat, Packing, pack, packed_shape, read_blocks
+from storage.models.blocks import (
+    BLOCK,
+    FORMATS,
+    GROUP,
+    BlockFormat,
+    Blocks,
+    Packing,
+    floats_of,
+    pack,
+    packed_shape,
+    read_blocks,
+)
 from storage.models.checks import is_layer_matrix
 from storage.models.model_repository import Dtype
 from storage.models.object_writer import TargetTensor
@@ -77,9 +88,13 @@ def convert_tensor(
     in_layer, outside = is_layer_matrix(name, source.shape), name.endswith(_OUTER_MATRICES)
     if dtype in ("int8", "q4") and (in_layer or outside) and name.split(".")[-2] in keep_wide:
         return {name: _float_tensor(name, source, "BF16", error)}
+    if dtype in ("int8", "q4") and outside and source.shape[1] % BLOCK == 0:
+        if source.read_blocks is not None and (form := FORMATS.get(str(source.stored_as))):
+            return _matrix_in_blocks(name, source, form)
+        return _q8_0_matrix(name, source, error)
     if dtype == "q4" and in_layer:
         return {name: _q4_matrix(name, source, error)}
-    if (dtype == "int8" and in_layer) or (dtype == "q4" and outside):
+    if dtype in ("int8", "q4") and (in_layer or outside):
         return _int8_matrix(name, source, error)
     return {name: _float_tensor(name, source, _FLOATS_OF[dtype], error)}
 
@@ -153,13 +168,39 @@ def _q4_matrix(name: str, source: SourceTensor, error: RoundingError | None) -> 
 
 def _matrix_in_blocks(name: str, source: SourceTensor, form: BlockFormat) -> dict[str, TargetTensor]:
     """A matrix packed as in `blocks`, and its format."""
-    read, (outs, width) = source.read_blocks, source.shape
+    read = source.read_blocks
     assert read is not None
+    return _in_blocks(name, source, form, lambda first, last: read_blocks(form, read(first, last)))
+
+
+def _q8_0_matrix(name: str, source: SourceTensor, error: RoundingError | None) -> dict[str, TargetTensor]:
+    """A matrix of floats in Q8_0: blocks of 32 weights, whose scale is the largest magnitude divided by 127."""
+    form = FORMATS["Q8_0"]
+
+    def read(first: int, last: int) -> Blocks:
+        values = read_floats(source.read_rows(first, last), source.dtype).reshape(last - first, -1)
+        weights, scales = _int8(values.reshape(-1, BLOCK))
+        stored = scales.astype(np.float16)
+        if not np.isfinite(stored).all():
+            raise _not_finite(name, "Q8_0")
+        blocks = Blocks((weights.view(np.uint8) ^ 128).reshape(values.shape), stored.reshape(last - first, -1))
+        if error is not None:
+            error.note(values, floats_of(form, blocks))
+        return blocks
+
+    return _in_blocks(name, source, form, read)
+
+
+def _in_blocks(
+    name: str, source: SourceTensor, form: BlockFormat, read: Callable[[int, int], Blocks]
+) -> dict[str, TargetTensor]:
+    """read: rows [first, last)."""
+    outs, width = source.shape
     packing = msgspec.json.encode(Packing(form.name, (outs, width)))
 
     def packed() -> Iterator[memoryview]:
         for first, last in source.row_ranges(GROUP):
-            yield as_bytes(pack(form, read_blocks(form, read(first, last))))
+            yield as_bytes(pack(form, read(first, last)))
 
     return {
         name: TargetTensor("U8", packed_shape(form, outs, width), packed),

@@ -226,8 +226,10 @@ def test_int8_has_a_scale_per_output_channel(llama: Path, settings: StoreSetting
     assert torch.equal(scale, checkpoint[matrix].abs().amax(1) / 127)
     error = (tensors[matrix].float() * scale[:, None] - checkpoint[matrix]).abs()
     assert bool((error <= scale[:, None] * 0.501).all())
-    wide = ("model.layers.3.mlp.down_proj.weight", "model.layers.3.input_layernorm.weight", "lm_head.weight")
-    assert {tensors[name].dtype for name in (*wide, "model.embed_tokens.weight")} == {torch.bfloat16}
+    wide = ("model.layers.3.mlp.down_proj.weight", "model.layers.3.input_layernorm.weight")
+    assert {tensors[name].dtype for name in wide} == {torch.bfloat16}
+    outer = ("lm_head.weight", "model.embed_tokens.weight")
+    assert {bytes(tensors[f"{name}_format"].numpy()) for name in outer} == {b'{"format":"Q8_0","shape":[128,32]}'}
 
 
 def test_objects_are_safetensors_files_with_aligned_tensors(llama: Path, store: ObjectStore, tmp_path: Path) -> None:

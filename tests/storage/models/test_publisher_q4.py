@@ -15,6 +15,7 @@ from storage.checkpoints.checkpoint import Checkpoint
 from storage.checkpoints.model_source import open_checkpoint
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
 from storage.loading.weight_loader import RawTensor, load_layers
+from storage.models.blocks import FORMATS, floats_of, unpack
 from storage.models.checks import is_layer_matrix
 from storage.models.model_repository import ModelManifest
 from storage.models.publisher import publish
@@ -26,7 +27,7 @@ from tests.support.storage import tiny_models
 from tests.support.storage.storage import default_model_gguf
 
 Array = np.ndarray[Any, Any]
-NUMPY: Final = {"F32": np.float32, "I8": np.int8, "U8": np.uint8}
+NUMPY: Final = {"F32": np.float32, "U8": np.uint8}
 OUTER: Final = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -45,18 +46,17 @@ def floats(checkpoint: Checkpoint, name: str) -> Array:
 
 
 def assert_lossless(tensors: dict[str, RawTensor], checkpoint: Checkpoint) -> None:
-    """Matrices of layers are the numbers that gguf itself makes of the file, to the bit; and everything has its dtype."""
+    """Every number is the one that gguf itself makes of the file, to the bit; and everything has its dtype."""
     for name, source in checkpoint.tensors.items():
         weights = floats(checkpoint, name)
         if is_layer_matrix(name, source.shape):
             assert np.array_equal(dequantize(array(tensors[name]), *source.shape), weights), name
         elif name in OUTER:
-            scales = array(tensors[f"{name}_scale"])
-            assert np.array_equal(scales, np.abs(weights).max(1) / np.float32(127)), name
-            assert (np.abs(array(tensors[name]) * scales[:, None] - weights) <= scales[:, None] * 0.501).all(), name
+            form = FORMATS[str(source.stored_as)]
+            assert np.array_equal(floats_of(form, unpack(form, array(tensors[name]), len(weights))), weights), name
         else:
             assert np.array_equal(array(tensors[name]), weights), name
-    assert {name.removesuffix("_scale") for name in tensors} == checkpoint.tensors.keys()
+    assert {name.removesuffix("_format") for name in tensors} == checkpoint.tensors.keys()
 
 
 def test_the_default_model_is_stored_without_loss(store: ObjectStore) -> None:
@@ -109,6 +109,10 @@ def test_least_squares_round_floats_better_than_minimum_and_maximum(store: Objec
             ours += float(np.square(dequantize(array(tensors[name]), *weights.shape) - weights).sum())
             theirs += float(np.square(by_ends - weights).sum())
     assert ours < 0.9 * theirs
+    form, embedding = FORMATS["Q8_0"], model.get_input_embeddings().weight.detach().numpy()
+    stored_embedding = floats_of(form, unpack(form, array(tensors["model.embed_tokens.weight"]), len(embedding)))
+    by_gguf = gguf.quants.dequantize(gguf.quants.quantize(embedding, Kind.Q8_0), Kind.Q8_0)
+    np.testing.assert_allclose(stored_embedding, by_gguf, atol=np.abs(embedding).max() / 200)
     assert not [name for name in tensors if "lm_head" in name]
 
 

@@ -12,7 +12,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from storage.checkpoints.checkpoint import Checkpoint
 from storage.loading.weight_loader import RawTensor
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
 
 
 def as_torch(tensors: Mapping[str, RawTensor]) -> dict[str, torch.Tensor]:

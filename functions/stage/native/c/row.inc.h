@@ -224,9 +224,9 @@ static void pack_for_blocks(const float *x, int64_t size, uint8_t *packed)
         vec first = load(from), second = load(from + LANES);
         RowBlock *to = &blocks[block];
         float largest = largest_of_block(first, second);
-        vec steps = every_f32(LARGEST_OF_8_BITS / largest);
-        first = i32_of_f32(round_f32(mul_f32(first, steps)));
-        second = i32_of_f32(round_f32(mul_f32(second, steps)));
+        vec steps = every_f32(LARGEST_OF_8_BITS / largest), most = every_f32(LARGEST_OF_8_BITS);
+        first = i32_of_f32(round_f32(min_f32(mul_f32(first, steps), most))); /* NaN becomes `most` */
+        second = i32_of_f32(round_f32(min_f32(mul_f32(second, steps), most)));
         store_bytes(to->numbers, first);
         store_bytes(to->numbers + LANES, second);
         to->scale = largest / LARGEST_OF_8_BITS;

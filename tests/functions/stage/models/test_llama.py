@@ -196,7 +196,7 @@ def test_configs_that_cannot_be_run_exactly_are_declined(changes: dict[str, obje
     [
         (1026, "int8", "head_dim 1026 is over 1024"),
         (2000, "bfloat16", "head_dim 2000 is over 1024"),
-        (8, "float16", "float16 is not float32, bfloat16, int8, q4 or gguf"),
+        (8, "float16", "float16 is not float32, bfloat16, int8, q4 or kept"),
     ],
 )
 def test_the_group_says_why_it_is_not_native(head_dim: int, dtype: str, why: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,7 @@ from storage.checkpoints.decoder_config import decoder_of
 from storage.errors import ArchitectureUnsupported
 from storage.loading.weight_loader import RawTensor
 from storage.models import q4
+from storage.models.blocks import FORMATS, floats_of, packing_of, unpack
 from storage.models.checks import check_runnable
 from storage.models.conversion import convert_tensor
 from storage.models.model_repository import Dtype
@@ -56,9 +57,13 @@ def plain(name: str, dtype: Dtype) -> dict[str, RawTensor]:
     }
     wide = {}
     for key, raw in stored.items():
-        if key.endswith(".weight_scale"):
+        if key.endswith((".weight_scale", ".weight_format")):
             continue
-        if raw.dtype == "U8":
+        if (packing := stored.get(f"{key}_format")) is not None:
+            form = FORMATS[packing_of(packing.data).format]
+            packed = np.frombuffer(raw.data, np.uint8).reshape(raw.shape)
+            numbers = floats_of(form, unpack(form, packed, shapes[full_name(model, key)][0]))
+        elif raw.dtype == "U8":
             numbers = q4.dequantize(np.frombuffer(raw.data, np.uint8).reshape(raw.shape), *shapes[full_name(model, key)])
         elif raw.dtype == "I8":
             scales = np.frombuffer(stored[f"{key}_scale"].data, np.float32)
