@@ -1,8 +1,8 @@
 """Converts tensors of a checkpoint to those of a publication: a float type, int8 with a scale for each row, four bits, or the
 blocks of a GGUF file.
 
-In int8 the matrices of layers are I8, in q4 they have four bits (`q4`). Embedding and head are in `blocks`: a GGUF file's own, or
-Q8_0. Other tensors are bfloat16 in int8 and float32 in q4. Stages run both by layers in C only (`checks`).
+In int8 the matrices of layers are I8, in q4 they have four bits (`q4`). Embedding and head are in `blocks`: a GGUF file's own,
+or Q8_0. Other tensors are bfloat16 in int8 and float32 in q4. Stages run both by layers in C only (`checks`).
 In kept every tensor keeps the checkpoint's format: matrices in the formats of `blocks`, and floats. Others become bfloat16.
 """
 
