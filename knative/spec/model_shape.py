@@ -15,7 +15,7 @@ from functions.stage.native.limits import SCALE_BYTES, obstacle, padded_head
 from knative.spec.errors import SpecError, UnknownShape
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
-from storage.checkpoints.recurrent_layers import LayerSizes, layer_sizes
+from storage.checkpoints.recurrent_layers import LayerSizes, described_sizes, layer_sizes
 from storage.checkpoints.safetensors_format import tensor_bytes
 from storage.models.checks import check_runnable
 from storage.models.model_repository import ModelManifest, Reader, layer_object, read_file
@@ -208,10 +208,10 @@ def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, hea
     check_runnable(decoder.config, dtype)
     dense, active = decoder.layer_parameters()
     slow_because = obstacle(dtype, "cpu", {"head_dim": decoder.head_size})
-    head_size = decoder.head_size
+    head_size, sizes = decoder.head_size, decoder.sizes
     if slow_because is None:
         try:
-            decoder_of(decoder.config)
+            sizes = described_sizes(decoder_of(decoder.config))
             head_size = padded_head(head_size)
         except UnsupportedConfig as error:
             slow_because = str(error)
@@ -225,7 +225,7 @@ def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, hea
         layer_compute=tuple(count * active // dense for count in layers),
         head_compute=decoder.vocabulary * decoder.hidden,
         kv_values_per_layer=2 * decoder.kv_heads * head_size,
-        layer_sizes=decoder.sizes,
+        layer_sizes=sizes,
         kv_vectors_per_layer=2 * decoder.kv_heads,
         slow_because=slow_because,
     )

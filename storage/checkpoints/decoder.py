@@ -52,6 +52,43 @@ class Attention(_Data, frozen=True, kw_only=True):
     out_bias: bool = False
 
 
+class Recurrent(_Data, frozen=True, kw_only=True):
+    """A mixer that keeps a state of fixed size: the last inputs of a causal convolution and, but for `convolution`, a matrix
+    [key_size, head_size] for each head.
+
+    `convolution` is LFM2's short convolution: gate * convolution(gate * x). The others get queries, keys and values from the
+    convolution. A token decays a head's matrix and adds the outer product of key and value to it: the value itself, times the
+    step, in `mamba` (Mamba-2), and in `delta` (Gated DeltaNet) what the matrix lacks of it. The head's output is the query
+    times the matrix.
+    """
+
+    kind: Literal["convolution", "delta", "mamba"]
+    kernel: int  # tokens that the convolution covers
+    kernel_bias: bool = False
+    biased: bool = False  # the projections into the mixer and out of it
+    num_heads: int = 0
+    head_size: int = 0  # numbers of a value
+    num_groups: int = 0  # of queries and keys: each is for num_heads / num_groups heads in a row
+    key_size: int = 0
+    norm: Norm | None = None  # of the output; in `delta` all heads have one gain
+    norm_parts: int = 1  # of the output, that are normalized apart
+    gate_first: bool = False  # the output is multiplied by its gate before the norm, not after it
+
+    @property
+    def channels(self) -> int:
+        """Numbers of a row that go through the convolution; 0 for `convolution`, whose hidden size they are."""
+        return self.inner_size + 2 * self.num_groups * self.key_size
+
+    @property
+    def inner_size(self) -> int:
+        """Numbers of a row that come out of the heads."""
+        return self.num_heads * self.head_size
+
+    def state_values(self, hidden_size: int) -> int:
+        """Numbers, all float32, that the layer keeps of a sequence when layers in C run it."""
+        return (self.kernel - 1) * (self.channels or hidden_size) + self.inner_size * self.key_size
+
+
 class FeedForward(_Data, frozen=True, kw_only=True):
     """down(activation(gate x) * (up x)), or down(activation(up x)) if it is not gated."""
 
@@ -89,13 +126,15 @@ class Experts(_Data, frozen=True, kw_only=True):
 
 
 class Layer(_Data, frozen=True, kw_only=True):
-    """Attention, then feed-forward, each between two norms that may be absent, and added to the residual stream.
+    """Mixers, then feed-forward, each between two norms that may be absent, and added to the residual stream.
 
-    A parallel layer computes both from the same hidden states.
+    A layer has attention, a recurrent mixer, both side by side, or none. A parallel layer computes mixers and feed-forward from
+    the same hidden states.
     """
 
-    attention: Attention
-    feed_forward: FeedForward | None  # with experts: the shared one, which every token goes through
+    attention: Attention | None = None
+    recurrent: Recurrent | None = None
+    feed_forward: FeedForward | None = None  # with experts: the shared one, which every token goes through
     experts: Experts | None = None
     before_attention: Norm | None = None
     after_attention: Norm | None = None
@@ -148,6 +187,11 @@ class TensorNames(_Data, frozen=True, kw_only=True):
     after_attention: str = ""
     before_feed_forward: str = "post_attention_layernorm"
     after_feed_forward: str = ""
+    recurrent: str = ""  # the module of a recurrent mixer
+    # In that module. `delta` has channels, gates, shares and steps in four matrices, or in two by groups: what belongs to a
+    # query and a key together, first channels with gates, then shares with steps.
+    recurrent_in: tuple[str, ...] = ("in_proj",)
+    recurrent_kernel: str = "conv1d"
     activation: str = ""  # parameters of the activation
     transposed: bool = False  # matrices of layers are [in, out]
 
@@ -179,8 +223,9 @@ class Decoder(_Data, frozen=True, kw_only=True):
 
     @property
     def attention(self) -> Attention:
-        """The first layer's, whose heads all layers have."""
-        return self.kinds[0].attention
+        """That of the first layer that has one, whose heads all others have; of the smallest heads if no layer has."""
+        found = (layer.attention for layer in self.kinds if layer.attention is not None)
+        return next(found, Attention(num_heads=1, num_kv_heads=1, head_dim=2, scale=1.0))
 
     @property
     def inner_size(self) -> int:
@@ -194,7 +239,8 @@ class Decoder(_Data, frozen=True, kw_only=True):
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        return tuple(layer.attention.window for layer in self.layers)
+        """Of each layer, None also for a layer without attention."""
+        return tuple(None if layer.attention is None else layer.attention.window for layer in self.layers)
 
 
 def full_name(model: Decoder, name: str) -> str:
@@ -205,8 +251,7 @@ def full_name(model: Decoder, name: str) -> str:
 def layer_shapes(model: Decoder, layer: Layer) -> Shapes:
     """Shapes of the tensors of one of the model's layers, by their names in a checkpoint without the prefix of the layer."""
     names, hidden = model.names, model.hidden_size
-    attention, feed_forward, experts = layer.attention, layer.feed_forward, layer.experts
-    queries, keys = (heads * attention.head_dim for heads in (attention.num_heads, attention.num_kv_heads))
+    attention, recurrent, feed_forward, experts = layer.attention, layer.recurrent, layer.feed_forward, layer.experts
     shapes: Shapes = {}
 
     def add_matrix(name: str, outs: int, width: int, biased: bool) -> None:
@@ -223,7 +268,7 @@ def layer_shapes(model: Decoder, layer: Layer) -> Shapes:
     ):
         if norm is not None:
             shapes |= _vector_shapes(name, hidden, norm.biased)
-    if (qk_norm := attention.qk_norm) is not None:
+    if attention is not None and (qk_norm := attention.qk_norm) is not None:
         for name, heads in ((names.query_norm, attention.num_heads), (names.key_norm, attention.num_kv_heads)):
             if qk_norm.over == "all_heads":
                 shapes |= _vector_shapes(name, heads * attention.head_dim, qk_norm.norm.biased)
@@ -234,12 +279,18 @@ def layer_shapes(model: Decoder, layer: Layer) -> Shapes:
                     shapes |= _vector_shapes(name.format(head=head), attention.head_dim, qk_norm.norm.biased)
             else:
                 shapes[f"{name}.weight"] = (heads, attention.head_dim)
-    if attention.sinks:
-        shapes[names.sinks] = (attention.num_heads,)
-    with_gates = 2 * queries if attention.output_gate else queries
-    for name, outs in zip(names.qkv, (with_gates, keys, keys) if len(names.qkv) == 3 else (queries + 2 * keys,), strict=True):
-        add_matrix(name, outs, hidden, attention.qkv_bias)
-    add_matrix(names.out, hidden, queries, attention.out_bias)
+    if attention is not None:
+        queries, keys = (heads * attention.head_dim for heads in (attention.num_heads, attention.num_kv_heads))
+        if attention.sinks:
+            shapes[names.sinks] = (attention.num_heads,)
+        with_gates = 2 * queries if attention.output_gate else queries
+        for name, outs in zip(
+            names.qkv, (with_gates, keys, keys) if len(names.qkv) == 3 else (queries + 2 * keys,), strict=True
+        ):
+            add_matrix(name, outs, hidden, attention.qkv_bias)
+        add_matrix(names.out, hidden, queries, attention.out_bias)
+    if recurrent is not None:
+        shapes |= _recurrent_shapes(names, recurrent, hidden)
 
     def add_feed_forward(one: FeedForward, gate: str, up: str, down: str) -> None:
         if one.gated:
@@ -264,6 +315,37 @@ def layer_shapes(model: Decoder, layer: Layer) -> Shapes:
         shapes |= {f"{names.activation}.{number}": (1,) for number in ("alpha_p", "alpha_n")}
         shapes |= {f"{names.activation}.{number}": () for number in ("beta", "eps")}
     return shapes
+
+
+def float32_names(model: Decoder) -> frozenset[str]:
+    """The tensors of layers that every publication has in float32: small ones of recurrent mixers, which decide for how long
+    a state lasts. By their names in a checkpoint without the prefix of the layer."""
+    vectors = ("A_log", "D", "dt_bias", f"{model.names.recurrent_kernel}.weight", f"{model.names.recurrent_kernel}.bias")
+    return frozenset(f"{model.names.recurrent}.{name}" for name in vectors) if model.names.recurrent else frozenset()
+
+
+def _recurrent_shapes(names: TensorNames, recurrent: Recurrent, hidden: int) -> Shapes:
+    heads, inner = recurrent.num_heads, recurrent.inner_size or hidden
+    channels = recurrent.channels or hidden
+    outs = {
+        "convolution": (3 * hidden,),
+        "delta": (channels, inner, heads, heads) if len(names.recurrent_in) == 4 else (channels + inner, 2 * heads),
+        "mamba": (channels + inner + heads,),
+    }[recurrent.kind]
+    shapes: Shapes = {f"{names.recurrent_kernel}.weight": (channels, 1, recurrent.kernel), "out_proj.weight": (hidden, inner)}
+    shapes |= {f"{name}.weight": (count, hidden) for name, count in zip(names.recurrent_in, outs, strict=True)}
+    if recurrent.biased:
+        shapes |= {f"{name}.bias": (count,) for name, count in zip(names.recurrent_in, outs, strict=True)}
+        shapes["out_proj.bias"] = (hidden,)
+    if recurrent.kernel_bias:
+        shapes[f"{names.recurrent_kernel}.bias"] = (channels,)
+    if recurrent.kind != "convolution":
+        shapes |= {"A_log": (heads,), "dt_bias": (heads,)}
+    if recurrent.kind == "mamba":
+        shapes["D"] = (heads,)
+    if recurrent.norm is not None:
+        shapes["norm.weight"] = (recurrent.head_size if recurrent.kind == "delta" else inner,)
+    return {f"{names.recurrent}.{name}": shape for name, shape in shapes.items()}
 
 
 def outer_shapes(model: Decoder) -> Shapes:

@@ -113,7 +113,7 @@ def decoder_of(config: Mapping[str, Any]) -> Decoder:
     values = Values(family, config)
     decoder = _described(family, values)
     obstacles = [*values.obstacles, *_obstacles(family, values, decoder, config)]
-    known = values.read | family.aliases.keys() | _HARMLESS | _KEYS_OF_FAMILIES
+    known = values.read | family.aliases.keys() | family.unread | _HARMLESS | _KEYS_OF_FAMILIES
     if unknown := sorted(key for key, value in config.items() if value and key not in known and not key.startswith("_")):
         obstacles.append(f"the keys {', '.join(unknown)}, which may change numbers")
     if obstacles:
@@ -187,9 +187,12 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
     windows, unrotated = tuple(family.windows(values)), tuple(family.unrotated(values))
     if values.flag(family.bidirectional):  # the config counts both sides
         windows = tuple(window and window // 2 + 1 for window in windows)
-    if {len(windows), len(unrotated), len(sparse)} != {num_layers}:
+    parts = tuple(family.parts(values))
+    if {len(windows), len(unrotated), len(sparse), len(parts)} != {num_layers}:
         values.obstacles.append("layer lists of another length than the model")
         windows, unrotated, sparse = (None,) * num_layers, (False,) * num_layers, (experts is not None,) * num_layers
+        parts = parts[:1] * num_layers
+    recurrent = None if family.recurrent is None else family.recurrent(values)
     return [
         Layer(
             attention=Attention(
@@ -205,9 +208,12 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
                 output_gate=family.output_gate,
                 qkv_bias=values.flag(family.qkv_bias),
                 out_bias=values.flag(family.out_bias),
-            ),
-            feed_forward=shared if sparse[layer] else dense,
-            experts=experts if sparse[layer] else None,
+            )
+            if "attention" in parts[layer]
+            else None,
+            recurrent=recurrent if "recurrent" in parts[layer] else None,
+            feed_forward=None if "feed_forward" not in parts[layer] else shared if sparse[layer] else dense,
+            experts=experts if sparse[layer] and "feed_forward" in parts[layer] else None,
             parallel=values.flag(family.parallel),
             residual_scale=family.residual_scale(values),
             **dict.fromkeys(family.norms, norm),

@@ -10,7 +10,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from storage.checkpoints.decoder import TensorNames
+from storage.checkpoints.decoder import Norm, Recurrent, TensorNames
 from storage.errors import ArchitectureUnsupported
 
 
@@ -23,6 +23,8 @@ class UnsupportedConfig(ArchitectureUnsupported):
 
 
 BEFORE: Final = frozenset(("before_attention", "before_feed_forward"))
+Part = Literal["attention", "recurrent", "feed_forward"]  # of a layer, by its field in the description
+_PLAIN: Final[tuple[Part, ...]] = ("attention", "feed_forward")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,9 +107,12 @@ class DecoderFamily:
     position_offset: int | None = None
     head_bias: bool = False
     bidirectional: bool | str = False  # tokens attend to later ones, and windows to half as many tokens on either side
+    parts: Callable[["Values"], Iterable[tuple[Part, ...]]] = lambda values: (_PLAIN,) * values.size("num_hidden_layers")
+    recurrent: Callable[["Values"], Recurrent] | None = None  # the mixer of layers that have this part
     only: Callable[["Values"], Mapping[str, Any]] = lambda _: {}  # keys that the row describes for one value alone
     experts: ExpertsFamily | None = None
     merged_experts: MergedExperts | None = None  # as checkpoints of the family have them, if not as matrices
+    unread: frozenset[str] = frozenset()  # keys in configs of the family that its class does not read
     legacy_gelu: bool = False  # gelu means its tanh form
     has_head_dim: bool = True  # the class reads the key head_dim
 
@@ -249,15 +254,6 @@ def _unrotated_in_granite_swa(values: Values) -> tuple[bool, ...]:
     return tuple(each == 0 for each in thetas)
 
 
-def _full_attention_everywhere(values: Values) -> tuple[int | None, ...]:
-    layer_types = values.get("layer_types") or ("linear_attention",)
-    if set(layer_types) != {"full_attention"}:
-        values.obstacles.append("layers with linear attention")
-    for key in ("conv_kernel_dim", "key_head_dim", "num_key_heads", "num_value_heads", "value_head_dim"):
-        values.get(f"linear_{key}")  # no layer has them
-    return (None,) * values.size("num_hidden_layers")
-
-
 def _full_layers(values: Values) -> tuple[bool, ...]:
     """Layers without a window, if any layer has one."""
     windows = _windows_by_pattern(values)
@@ -281,6 +277,70 @@ def _all_but_first(values: Values) -> tuple[bool, ...]:
 def _scale_of_gpt2(values: Values, head_dim: int, layer: int) -> float:
     scale = head_dim**-0.5 if values.get("scale_attn_weights") else 1.0
     return scale / (layer + 1) if values.get("scale_attn_by_inverse_layer_idx") else scale
+
+
+def _parts_of_lfm2(values: Values) -> list[tuple[Part, ...]]:
+    count, layer_types, attending = values.size("num_hidden_layers"), values.get("layer_types"), values.get("full_attn_idxs")
+    if layer_types is None:
+        layer_types = ["full_attention" if attending is None or layer in attending else "conv" for layer in range(count)]
+    if unknown := set(layer_types) - {"full_attention", "conv"}:
+        values.obstacles.append(f"layers of type {min(unknown)!r}")
+    return [("recurrent" if layer_type == "conv" else "attention", "feed_forward") for layer_type in layer_types]
+
+
+def _short_convolution(values: Values) -> Recurrent:
+    biased = values.flag("conv_bias")
+    return Recurrent(kind="convolution", kernel=values.size("conv_L_cache"), kernel_bias=biased, biased=biased)
+
+
+def _parts_by_type(*recurrent: str) -> Callable[[Values], list[tuple[Part, ...]]]:
+    """Layers of these types have the recurrent mixer, those of type full_attention have attention."""
+
+    def parts(values: Values) -> list[tuple[Part, ...]]:
+        layer_types = values.get("layer_types")
+        if layer_types is None:
+            every = values.size("full_attention_interval", 4)
+            count = values.size("num_hidden_layers")
+            layer_types = ["full_attention" if (layer + 1) % every == 0 else recurrent[0] for layer in range(count)]
+        if unknown := set(layer_types) - {"full_attention", *recurrent}:
+            values.obstacles.append(f"layers of type {min(unknown)!r}")
+        return [("recurrent" if each in recurrent else "attention", "feed_forward") for each in layer_types]
+
+    return parts
+
+
+def _delta_net(values: Values) -> Recurrent:
+    if (activation := values.get("hidden_act")) not in (None, "silu", "swish"):
+        values.obstacles.append(f"a convolution with activation {activation!r}")
+    heads = values.size("linear_num_value_heads")
+    return Recurrent(
+        kind="delta",
+        kernel=values.size("linear_conv_kernel_dim"),
+        num_heads=heads,
+        head_size=values.size("linear_value_head_dim"),
+        num_groups=values.size("linear_num_key_heads"),
+        key_size=values.size("linear_key_head_dim"),
+        norm=Norm(eps=values.number("rms_norm_eps")),
+        norm_parts=heads,
+    )
+
+
+_DELTA_NET: Final[Mapping[str, Any]] = {
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+
+
+def _inner_of_lfm2(values: Values) -> int:
+    inner = values.size("intermediate_size" if values.get("block_ff_dim") is None else "block_ff_dim")
+    factor = 1 if values.get("block_ffn_dim_multiplier") is None else values.number("block_ffn_dim_multiplier")
+    multiple = values.size("block_multiple_of")
+    if values.flag("block_auto_adjust_ff_dim"):
+        inner = -(-int(factor * int(2 * inner / 3)) // multiple) * multiple
+    return inner
 
 
 LLAMA_BIASES: Final[Mapping[str, Any]] = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
@@ -504,11 +564,13 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
     ),
     "qwen3_5_text": DecoderFamily(
         source="qwen3_5.modeling_qwen3_5:Qwen3_5DecoderLayer",
-        defaults={"max_position_embeddings": 32_768, "num_key_value_heads": 4, "head_dim": 256},
+        defaults={"max_position_embeddings": 32_768, "num_key_value_heads": 4, "head_dim": 256, **_DELTA_NET},
+        names=TensorNames(recurrent="linear_attn", recurrent_in=("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")),
         gain_plus_one=True,
         qk_norm=True,
         output_gate=True,
-        windows=_full_attention_everywhere,
+        parts=_parts_by_type("linear_attention"),
+        recurrent=_delta_net,
         rope_share=0.25,
         rope_ignores=frozenset(("mrope_section", "mrope_interleaved")),
         **LLAMA_BIASES,
@@ -959,5 +1021,54 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
         qk_norm=True,
         gated=False,
         **LLAMA_BIASES,
+    ),
+    "lfm2": DecoderFamily(
+        source="lfm2.modeling_lfm2:Lfm2DecoderLayer",
+        defaults={
+            "max_position_embeddings": 128_000,
+            "num_key_value_heads": 8,
+            "norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "tie_word_embeddings": True,
+            "conv_L_cache": 3,
+            "block_multiple_of": 256,
+            "block_ffn_dim_multiplier": 1.0,
+            "block_auto_adjust_ff_dim": True,
+        },
+        names=TensorNames(
+            final_norm="model.embedding_norm",
+            query_norm="self_attn.q_layernorm",
+            key_norm="self_attn.k_layernorm",
+            out="self_attn.out_proj",
+            gate="feed_forward.w1",
+            up="feed_forward.w3",
+            down="feed_forward.w2",
+            before_attention="operator_norm",
+            before_feed_forward="ffn_norm",
+            recurrent="conv",
+            recurrent_kernel="conv",
+        ),
+        eps="norm_eps",
+        qk_norm=True,
+        parts=_parts_of_lfm2,
+        recurrent=_short_convolution,
+        only=lambda values: {"tie_embedding": values.flag("tie_word_embeddings")},
+        inner_size=_inner_of_lfm2,
+        unread=frozenset(
+            (
+                "block_dim",
+                "block_mlp_init_scale",
+                "block_norm_eps",
+                "block_out_init_scale",
+                "block_use_swiglu",
+                "block_use_xavier_init",
+                "conv_dim",
+                "conv_dim_out",
+                "conv_use_xavier_init",
+                "num_heads",
+                "theta",
+                "use_pos_enc",
+            )
+        ),
     ),
 }

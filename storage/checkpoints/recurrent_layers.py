@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from storage.checkpoints.decoder import Decoder
 from storage.checkpoints.families import with_floats
 from storage.errors import LibraryMissing
 
@@ -77,8 +78,22 @@ _ATTENTION: Final = frozenset({"full_attention", "sliding_attention", "hybrid"})
 _RECURRENT: Final = frozenset({"linear_attention", "conv", "hybrid"})
 
 
+def described_sizes(model: Decoder) -> tuple[LayerSizes, ...]:
+    """What each layer of a model keeps by layers in C, all of it in float32; empty if it has no recurrent layers."""
+    if all(layer.recurrent is None for layer in model.kinds):
+        return ()
+    return tuple(
+        LayerSizes(
+            has_kv=layer.attention is not None,
+            tail_values=0,
+            matrix_values=0 if layer.recurrent is None else layer.recurrent.state_values(model.hidden_size),
+        )
+        for layer in model.layers
+    )
+
+
 def layer_sizes(config: Mapping[str, Any]) -> tuple[LayerSizes, ...]:
-    """What each layer of the model of a config.json keeps; empty if it has no recurrent layers.
+    """What each layer of the model of a config.json keeps by transformers' modules; empty if it has no recurrent layers.
 
     Raises LibraryMissing if it has and transformers is not installed.
     """

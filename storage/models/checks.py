@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from storage.checkpoints.decoder import EMBEDDER_KEY, Decoder, Shapes, full_name, layer_shapes, outer_shapes
+from storage.checkpoints.decoder import EMBEDDER_KEY, Decoder, Shapes, float32_names, full_name, layer_shapes, outer_shapes
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.checkpoints.families import check_served, mixes_longrope, with_floats
@@ -17,8 +17,8 @@ from storage.errors import ArchitectureUnsupported, CheckpointInvalid, LibraryMi
 
 _LAYER_MATRICES: Final = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "query_key_value", "out_proj",
-    "dense", "gate_up_proj", "fc1", "fc2", "c_fc", "c_proj", "dense_h_to_4h", "dense_4h_to_h",
-    "w1", "w2", "w3",
+    "dense", "gate_up_proj", "fc1", "fc2", "c_fc", "c_proj", "dense_h_to_4h", "dense_4h_to_h", "in_proj", "in_proj_qkv",
+    "in_proj_z", "in_proj_qkvz", "w1", "w2", "w3",
 )  # fmt: skip
 _MAX_HEAD_DIM: Final = 1024  # LAMINA_MOST_HEAD of functions/stage/native/c/native.h
 
@@ -76,7 +76,12 @@ def check_shapes(config: Mapping[str, Any], seen: Shapes, dtype: str) -> frozens
     if model.experts and dtype == "float16":  # which layers in C do not run
         return _check_by_transformers(config, seen, dtype)
     routers = (f".{model.names.router}.weight", f".{model.names.router}.bias", f".{model.names.correction}")
-    return frozenset(name for name in seen if model.experts and name.endswith(routers))
+    wide = float32_names(model)
+    return frozenset(
+        name
+        for name in seen
+        if (model.experts and name.endswith(routers)) or name.partition(".layers.")[2].partition(".")[2] in wide
+    )
 
 
 def _check_by_description(model: Decoder, seen: Shapes) -> None:

@@ -215,6 +215,13 @@ class KVBlocks(KVBudget):
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Replaces what the sequence `target` holds by a copy of the first `tokens` of `source`, which `holds` them."""
+        self.truncate(target, 0)
+        self._copy_kv(source, target, tokens)
+        copied = self._reservations[target]
+        copied.filled, copied.least = tokens, self._reservations[source].least
+
+    def _copy_kv(self, source: int, target: int, tokens: int) -> None:
+        """Copies the keys and values of the first `tokens`."""
         raise NotImplementedError
 
     def windowed_from(self, handle: int, first: int) -> int:
@@ -250,15 +257,26 @@ class KVArena(KVBlocks):
     A table has a row of block numbers for all layers, or for each layer.
     """
 
-    def __init__(self, budget_bytes: int, block_tokens: int, block_bytes: int, windows: Sequence[int | None] = (None,)) -> None:
+    def __init__(
+        self,
+        budget_bytes: int,
+        block_tokens: int,
+        block_bytes: int,
+        windows: Sequence[int | None] = (None,),
+        fixed_bytes: int = 0,
+    ) -> None:
         """block_bytes: of a block, whose number is in one place of a table. windows: one for each row of a sequence's table.
+
+        fixed_bytes: memory of a sequence besides its blocks, which is not in the arena but in the budget.
 
         Raises ValueError if the budget is less than the shortest sequence takes.
         """
-        self.windowed = np.array([window is not None for window in windows])
+        self.windowed = np.array([window is not None for window in windows], bool)
         windowed = int(self.windowed.sum())
         self.window = max((window or 0 for window in windows), default=0)  # the widest
-        need = KVNeed(len(windows) - windowed, windowed, self.window + GOING_BACK + _SPARE, block_tokens)
+        need = KVNeed(
+            len(windows) - windowed, windowed, self.window + GOING_BACK + _SPARE, block_tokens, -(-fixed_bytes // block_bytes)
+        )
         super().__init__(budget_bytes // block_bytes, need)
         self._block_bytes = block_bytes
         if self.capacity_tokens < 1:
@@ -290,8 +308,7 @@ class KVArena(KVBlocks):
         self._fit_table(handle, 0)
         del self._tables[handle]
 
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        self.truncate(target, 0)
+    def _copy_kv(self, source: int, target: int, tokens: int) -> None:
         blocks = self.need.blocks(tokens)
         froms, tos = self._tables[source][:, :blocks], self._tables[target][:, :blocks]
         both = (froms >= 0) & (tos >= 0)
@@ -299,8 +316,6 @@ class KVArena(KVBlocks):
         at_once = max(1, _COPIED_AT_ONCE // self._block_bytes)
         for first in range(0, len(froms), at_once):
             self._copy_blocks(froms[first : first + at_once], tos[first : first + at_once])
-        copied = self._reservations[target]
-        copied.filled, copied.least = tokens, self._reservations[source].least
 
     def _copy_blocks(self, sources: Array, targets: Array) -> None:
         """Copies blocks to others, given their numbers."""

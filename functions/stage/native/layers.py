@@ -4,7 +4,7 @@ import ctypes
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from functions.stage.native.records import (
     NormRecord,
     PassRecord,
     ProductRecord,
+    RecurrentKind,
     SegmentRecord,
     memory_of,
     new_workspace,
@@ -60,6 +61,17 @@ class NormArrays:
 
 
 @dataclass(frozen=True, slots=True)
+class RecurrentArrays:
+    """A recurrent mixer, by the names of `c/native.h`. What is not given is absent or 0."""
+
+    kind: RecurrentKind
+    matrices: Mapping[str, MatrixArrays]
+    vectors: Mapping[str, Array]  # float32
+    numbers: Mapping[str, float]
+    norm: NormArrays | None = None
+
+
+@dataclass(slots=True)
 class LayerArrays:
     """The weights and numbers of one layer, by their names in `c/native.h`. What is not there is absent or 0."""
 
@@ -67,6 +79,27 @@ class LayerArrays:
     norms: dict[str, NormArrays]
     vectors: dict[str, Array]  # float32
     numbers: dict[str, float | tuple[float, ...]]
+    recurrent: RecurrentArrays | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StateArrays:
+    """The recurrent states of a sequence, and where a pass is to copy them to."""
+
+    states: Array  # float32 [state_values]
+    copies: Array  # float32 [copies, state_values]: written
+    copied_at: Array  # int64 [copies]: after so many tokens of the sequence
+    kept: Array  # float32 [draft tokens, kept_values]: written, to change the states by draft tokens again; no rows: not kept
+    kept_from: int = 0  # position of the first draft token
+
+
+class SegmentArrays(NamedTuple):
+    """New tokens of a sequence."""
+
+    pages: Array  # int32 [layers with attention, pages]: numbers of its pages in the KV arena
+    position: int  # tokens that it holds
+    length: int  # new tokens
+    states: StateArrays | None = None  # with recurrent mixers
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +150,21 @@ class NativeLayers:
             setattr(layer, name, memory_of(vector))
             self._kept.append(vector)
         for name, norm in arrays.norms.items():
-            setattr(layer, name, NormRecord(norm.kind, memory_of(norm.gain), memory_of(norm.biases)))
-            self._kept += [array for array in (norm.gain, norm.biases) if array is not None]
+            setattr(layer, name, self._norm_record(norm))
         for name, number in arrays.numbers.items():
             setattr(layer, name, number)
+        if (mixer := arrays.recurrent) is None:
+            return
+        layer.recurrent.kind = mixer.kind
+        for name, matrix in mixer.matrices.items():
+            setattr(layer.recurrent, name, matrix_record(matrix, self._kept))
+        for name, vector in mixer.vectors.items():
+            setattr(layer.recurrent, name, memory_of(vector))
+            self._kept.append(vector)
+        for name, number in mixer.numbers.items():
+            setattr(layer.recurrent, name, number)
+        if mixer.norm is not None:
+            layer.recurrent.norm = self._norm_record(mixer.norm)
 
     def place_experts(self, slot: int, arrays: ExpertsArrays) -> None:
         """Sets the experts of one layer. slot: the layer's number in the group, from 0."""
@@ -140,26 +184,49 @@ class NativeLayers:
         self._kept += [experts, record, arrays.correction, arrays.used]
         self._layers[slot].experts = MemoryRecord(ctypes.addressof(record), ctypes.sizeof(record))
 
-    def run(self, hidden: Array, rotations: Array, segments: Sequence[tuple[Array, int, int]], threads: int) -> None:
+    def _norm_record(self, norm: NormArrays) -> NormRecord:
+        self._kept += [array for array in (norm.gain, norm.biases) if array is not None]
+        return NormRecord(norm.kind, memory_of(norm.gain), memory_of(norm.biases))
+
+    def run(self, hidden: Array, rotations: Array, segments: Sequence[SegmentArrays], threads: int) -> None:
         """Computes one pass. Overwrites hidden, float32 [n, hidden_size], with the layers' output. Raises NativeError.
 
-        rotations: cosines and sines, float32 [rotations, n, head_dim / 2, 2]. segments: for each sequence the numbers of its
-        pages in the KV arena, int32 [num_layers, pages], the tokens that it holds, and its new tokens. threads: how many
-        compute, this one included.
+        rotations: cosines and sines, float32 [rotations, n, head_dim / 2, 2]. threads: how many compute, this one included.
         """
+        self._run(len(hidden), hidden, rotations, segments, threads)
+
+    def repeat(self, segment: SegmentArrays, threads: int) -> None:
+        """Changes a sequence's states again by its draft tokens [position, position + length), from what `kept` has of them.
+
+        Raises NativeError.
+        """
+        self._run(segment.length, None, None, [segment], threads)
+
+    def _run(
+        self, rows: int, hidden: Array | None, rotations: Array | None, segments: Sequence[SegmentArrays], threads: int
+    ) -> None:
+        """hidden: None to repeat."""
         threads = min(threads, MOST_THREADS)
         most_tokens = 0
         records = (SegmentRecord * len(segments))()
-        for record, (pages, position, length) in zip(records, segments, strict=True):
+        for record, (pages, position, length, states) in zip(records, segments, strict=True):
             record.pages, record.position, record.length = memory_of(pages), position, length
+            if states is not None:
+                record.states, record.kept, record.kept_from = (
+                    memory_of(states.states),
+                    memory_of(states.kept),
+                    states.kept_from,
+                )
+                record.copies, record.copied_at = memory_of(states.copies), memory_of(states.copied_at)
             most_tokens = max(most_tokens, position + length)
-        needed = self._library.pass_bytes(self._group, len(hidden), most_tokens, threads)
+        needed = self._library.pass_bytes(self._group, rows, most_tokens, threads)
         if self._workspace.bytes < needed:
             self._workspace_array = new_workspace(needed)
             self._workspace = memory_of(self._workspace_array)
         forward_pass = PassRecord(
-            rows=len(hidden),
+            rows=rows,
             threads=threads,
+            repeats=hidden is None,
             hidden=memory_of(hidden),
             rotations=memory_of(rotations),
             segments=MemoryRecord(ctypes.addressof(records), ctypes.sizeof(records)),

@@ -47,6 +47,14 @@ class RouterScores(IntEnum):
     SIGMOID = 2
 
 
+class RecurrentKind(IntEnum):
+    """0 is that of a layer without a recurrent mixer."""
+
+    CONVOLUTION = 1
+    DELTA = 2
+    MAMBA = 3
+
+
 class Dtype(IntEnum):
     BF16 = 0
     INT8 = 1
@@ -103,6 +111,25 @@ class ExpertsRecord(ctypes.Structure):
     )
 
 
+class RecurrentRecord(ctypes.Structure):
+    _fields_ = (
+        *_numbers(
+            "kind", "taps", "channels", "groups", "key_size", "heads", "head_size", "norm_parts", "gate_first", "channels_at",
+            "query_at", "key_at", "value_at", "gate_at", "steps_at", "tail_at", "matrix_at", "kept_at",
+        ),
+        ("in", MatrixRecord),
+        ("steps", MatrixRecord),
+        ("out", MatrixRecord),
+        ("kernel", MemoryRecord),
+        ("kernel_biases", MemoryRecord),
+        ("rates", MemoryRecord),
+        ("step_biases", MemoryRecord),
+        ("skips", MemoryRecord),
+        ("norm", NormRecord),
+        ("eps", ctypes.c_double),
+    )  # fmt: skip
+
+
 class LayerRecord(ctypes.Structure):
     _fields_ = (
         ("before_attention", NormRecord),
@@ -125,6 +152,8 @@ class LayerRecord(ctypes.Structure):
         ("residual_scale", ctypes.c_double),
         ("swiglu", ctypes.c_double * 2),
         ("xielu", ctypes.c_double * 4),
+        *_numbers("kv_row"),
+        ("recurrent", RecurrentRecord),
     )
 
 
@@ -146,6 +175,12 @@ class GroupRecord(ctypes.Structure):
             "num_pages",
             "kv_dtype",
             "rotations",
+            "kv_layers",
+            "recurrent_inputs",
+            "recurrent_outputs",
+            "recurrent_heads",
+            "state_values",
+            "kept_values",
             "rounds",
             "bidirectional",
         ),
@@ -154,12 +189,20 @@ class GroupRecord(ctypes.Structure):
 
 
 class SegmentRecord(ctypes.Structure):
-    _fields_ = (("pages", MemoryRecord), *_numbers("position", "length"))
+    _fields_ = (
+        ("pages", MemoryRecord),
+        *_numbers("position", "length"),
+        ("states", MemoryRecord),
+        ("copies", MemoryRecord),
+        ("copied_at", MemoryRecord),
+        ("kept", MemoryRecord),
+        *_numbers("kept_from"),
+    )
 
 
 class PassRecord(ctypes.Structure):
     _fields_ = (
-        *_numbers("rows", "threads"),
+        *_numbers("rows", "threads", "repeats"),
         ("hidden", MemoryRecord),
         ("rotations", MemoryRecord),
         ("segments", MemoryRecord),
@@ -207,6 +250,7 @@ RECORDS: Final[Sequence[type[ctypes.Structure]]] = (
     MemoryRecord,
     MatrixRecord,
     NormRecord,
+    RecurrentRecord,
     ExpertRecord,
     ExpertsRecord,
     LayerRecord,

@@ -29,7 +29,7 @@ NEEDED: Final[dict[str, dict[str, Any]]] = {
     "ministral": {"head_dim": 4},
     "hunyuan_v1_dense": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 32},
-    "qwen3_5_text": {"layer_types": ["full_attention"] * 2},
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
 }
 CONFIGS: Final = (
     *(tiny_models.tiny_config(name) for name in tiny_models.NATIVE),

@@ -313,7 +313,9 @@ _BY_TRANSFORMERS: Final = frozenset((
     "gptj", "falcon", "falcon_grouped", "falcon_alibi", "gpt_oss",
     "opt_projected", "bloom", "deepseek_v3",
 ))  # fmt: skip
-NATIVE: Final = (*_LLAMA_SHAPED, *(name for name in _OTHERS if name not in _BY_TRANSFORMERS))  # those that run in C
+NATIVE_RECURRENT: Final = ("lfm2", "qwen3_5_text")  # names of those of them that run in C
+NATIVE: Final = (*_LLAMA_SHAPED, *(name for name in _OTHERS if name not in _BY_TRANSFORMERS), *NATIVE_RECURRENT)
+"""Names of those that run in C."""
 ATTENTION: Final = (*_LLAMA_SHAPED, *_OTHERS)  # names of those with attention in all layers
 ALL: Final = (*ATTENTION, *_RECURRENT)  # names of all tiny models; several may be of one family
 

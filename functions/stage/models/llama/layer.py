@@ -40,7 +40,7 @@ class LayerWeights:
     def take(cls, model: Decoder, weights: TorchWeights) -> "LayerWeights":
         """Removes the layer's tensors from `weights`. Raises MissingTensors."""
         layer, names = model.kinds[0], model.names
-        attention, mlp_bias = layer.attention, layer.feed_forward is not None and layer.feed_forward.biased
+        attention, mlp_bias = model.attention, layer.feed_forward is not None and layer.feed_forward.biased
         queries, keys, values = (weights.matrix(name, attention.qkv_bias) for name in names.qkv)
         qkv = [
             queries.with_rows(torch.from_numpy(interleaved_rows(attention.num_heads, attention.head_dim))),
@@ -71,6 +71,7 @@ class LlamaLayer:
         """layer: its number in the whole model. slot: its number in this group's KV pool."""
         self._slot = slot
         attention = model.layers[layer].attention
+        assert attention is not None, "see torch_obstacle"
         self._window = attention.window
         self._rotary = attention.rope is not None
         self._heads = attention.num_heads

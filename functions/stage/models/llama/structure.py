@@ -90,28 +90,26 @@ def torch_obstacle(model: Decoder) -> str | None:
     if model.experts:
         return "layers with experts run in C alone"
     attention, norm = model.attention, Norm(eps=model.final_norm.eps)
-    feed_forward = model.kinds[0].feed_forward
-    like_llama = Layer(
-        attention=Attention(
-            num_heads=attention.num_heads,
-            num_kv_heads=attention.num_kv_heads,
-            head_dim=attention.head_dim,
-            scale=attention.head_dim**-0.5,
-            qk_norm=None if attention.qk_norm is None else QKNorm(norm=norm),
-            qkv_bias=attention.qkv_bias,
-            out_bias=attention.out_bias,
-        ),
-        feed_forward=FeedForward(inner_size=model.inner_size, biased=feed_forward is not None and feed_forward.biased),
-        before_attention=norm,
-        before_feed_forward=norm,
+    of_llama = Attention(
+        num_heads=attention.num_heads,
+        num_kv_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
+        scale=attention.head_dim**-0.5,
+        qk_norm=None if attention.qk_norm is None else QKNorm(norm=norm),
+        qkv_bias=attention.qkv_bias,
+        out_bias=attention.out_bias,
     )
+    biased = any(each.feed_forward is not None and each.feed_forward.biased for each in model.kinds)
+    mlp_of_llama = FeedForward(inner_size=model.inner_size, biased=biased)
+    like_llama = Layer(attention=of_llama, feed_forward=mlp_of_llama, before_attention=norm, before_feed_forward=norm)
     if any(rope.parameters["rope_type"] == "longrope" for rope in model.ropes.values()):
         return "LongRoPE runs in C alone"
     for layer in model.kinds:
-        own = replace(layer, attention=replace(layer.attention, window=None, rope=None))
-        found = _different(own.attention, like_llama.attention)
-        if own.feed_forward is not None and like_llama.feed_forward is not None:
-            found += _different(own.feed_forward, like_llama.feed_forward)
+        if layer.attention is None or layer.recurrent is not None or layer.feed_forward is None:
+            return "layers without attention or feed-forward, and recurrent ones, run in C alone"
+        plain_attention = replace(layer.attention, window=None, rope=None)
+        own = replace(layer, attention=plain_attention)
+        found = [*_different(plain_attention, of_llama), *_different(layer.feed_forward, mlp_of_llama)]
         if found or own != like_llama:
             return f"layers with another {', '.join(found or _different(own, like_llama))} than Llama's run in C alone"
     plain = replace(

@@ -18,10 +18,11 @@ from functions.stage.models.llama.structure import check_layers, check_placed, c
 from functions.stage.models.native.expert_weights import take_experts
 from functions.stage.models.native.kv_pool import NativeKVPool
 from functions.stage.models.native.layer_weights import row_heads, take_layer, take_norm
+from functions.stage.models.native.recurrent_weights import StatePlaces, inputs_of, take_recurrent
 from functions.stage.models.native.rotations import Rotations
 from functions.stage.models.native.weights import NativeWeights, rows_of
 from functions.stage.models.packed_tensors import packing, shapes_of
-from functions.stage.native.layers import MatrixArrays, NativeLayers, NativeLinear, NormArrays
+from functions.stage.native.layers import MatrixArrays, NativeLayers, NativeLinear, NormArrays, SegmentArrays
 from functions.stage.native.library import library
 from functions.stage.native.records import MOST_THREADS, Dtype, GroupRecord, NormKind
 from storage.checkpoints.decoder import full_name, layer_shapes, outer_shapes
@@ -64,15 +65,22 @@ class NativeGroup:
         self.max_positions = model.max_positions
         self.hidden_dtype = HIDDEN_DTYPES[dtype]
         self.runs_by = f"C, {library().level}"
+        own = model.layers[first_layer:last_layer]
+        attending = [layer.attention for layer in own if layer.attention is not None]
+        recurrent = [layer.recurrent for layer in own if layer.recurrent is not None]
+        self._places = StatePlaces.of(own, model.hidden_size)
         kv_numbers = Dtype.INT8 if kv_dtype == "int8" else _KV_DTYPES[dtype]
         self.kv = NativeKVPool(
-            model.windows[first_layer:last_layer] if model.causal else (None,) * (last_layer - first_layer),
+            [attention.window if model.causal else None for attention in attending],
             model.attention.num_kv_heads,
             model.attention.head_dim,
             kv_numbers,
             kv_budget_bytes,
             written_by=f"{dtype} {library().level}" + (f" kv {kv_dtype}" if kv_dtype else ""),
+            state_values=self._places.state_values,
+            kept_values=self._places.kept_values,
         )
+        self.kv.repeat = lambda segment: self._layers.repeat(segment, self.native_threads.count)
         self._rotations = Rotations(model)
         self.short_context = self._rotations.short_context
         self._layers = NativeLayers(
@@ -87,11 +95,17 @@ class NativeGroup:
                 heads=model.attention.num_heads,
                 kv_heads=model.attention.num_kv_heads,
                 head_dim=model.attention.head_dim,
-                row_heads=max(map(row_heads, model.kinds)),
+                row_heads=max(map(row_heads, attending or [model.attention])),
                 eps=model.final_norm.eps,
                 num_pages=len(self.kv.arena),
                 kv_dtype=kv_numbers,
                 rotations=len(self._rotations),
+                kv_layers=len(attending),
+                recurrent_inputs=max((inputs_of(each, model.hidden_size) for each in recurrent), default=0),
+                recurrent_outputs=max((each.inner_size or model.hidden_size for each in recurrent), default=0),
+                recurrent_heads=max((each.num_heads for each in recurrent), default=0),
+                state_values=self._places.state_values,
+                kept_values=self._places.kept_values,
                 rounds=self.hidden_dtype == "BF16",
                 bidirectional=not model.causal,
             ),
@@ -122,11 +136,16 @@ class NativeGroup:
                 shapes = layer_shapes(self._model, own)
                 weights = NativeWeights(tensors, f"{names.layers}.{layer}.", self._dtype, shapes, transposed=names.transposed)
                 arrays = take_layer(self._model, own, weights)
-                arrays.numbers.update(
-                    self._rotations.numbers(own.attention.rope),
-                    window=own.attention.window or 0,
-                    ring=self.kv.need.ring_blocks if self.kv.windowed[slot] else 0,
-                )
+                if own.attention is not None:
+                    before = self._model.layers[self.first_layer : layer]
+                    arrays.numbers.update(
+                        self._rotations.numbers(own.attention.rope),
+                        kv_row=sum(each.attention is not None for each in before),
+                        window=own.attention.window or 0,
+                        ring=self.kv.need.ring_blocks if own.attention.window is not None and self._model.causal else 0,
+                    )
+                if own.recurrent is not None:
+                    arrays.recurrent = take_recurrent(self._model, own.recurrent, self._places, slot, weights)
                 self._layers.place(slot, arrays)
                 if own.experts is not None:
                     self._layers.place_experts(slot, take_experts(names, own.experts, weights))
@@ -173,14 +192,19 @@ class NativeGroup:
             hidden = self._embedded(self._embedding, inputs, positions)
         else:
             hidden = np.ascontiguousarray(widened(inputs, self.hidden_dtype))
+        states = {part.handle: self.kv.begin_pass(part.handle, part.length, part.draft_tokens) for part in segments}
         at_once = GOING_BACK if self.kv.need.windowed_units else len(inputs)  # more would overwrite rings
         for first in range(0, len(inputs), at_once):
             rows = slice(first, min(first + at_once, len(inputs)))
             parts = segments_within(segments, rows.start, rows.stop)
-            places = [(self.kv.table(part.handle), part.position, part.length) for part in parts]
-            self._layers.run(hidden[rows], np.ascontiguousarray(rotations[:, rows]), places, self.native_threads.count)
+            arrays = [
+                SegmentArrays(self.kv.table(part.handle), part.position, part.length, states[part.handle]) for part in parts
+            ]
+            self._layers.run(hidden[rows], np.ascontiguousarray(rotations[:, rows]), arrays, self.native_threads.count)
             for part in parts:
                 self.kv.extend(part.handle, part.length)
+        for part in segments:
+            self.kv.end_pass(part.handle, part.draft_tokens)
         if self._final_norm is not None:
             hidden = normalized(hidden, self._final_norm, self._model.final_norm.eps)
         return narrowed(hidden, self.hidden_dtype)

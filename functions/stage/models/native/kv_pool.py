@@ -1,12 +1,16 @@
 """The KV arena of layers in C. Within a block, its bytes have the order in which C reads them (`c/native.h`)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 
-from functions.stage.models.floats import Array
+from functions.stage.models.checkpoints import STATES_PER_SEQUENCE, Checkpoints, checkpoints_in
+from functions.stage.models.floats import Array, Float32
 from functions.stage.models.kv_cache import KVArena, KVLayout
+from functions.stage.models.recurrent_states import RecurrentKV
+from functions.stage.native.layers import SegmentArrays, StateArrays
 from functions.stage.native.limits import SCALE_BYTES, padded_head
 from functions.stage.native.records import BLOCK_TOKENS, PAGE_TOKENS, Dtype
 from storage.loading.memory import new_memory, resident_bytes
@@ -14,10 +18,11 @@ from storage.loading.memory import new_memory, resident_bytes
 _NUMBER_BYTES: Final = {Dtype.BF16: 2, Dtype.F32: 4, Dtype.INT8: 1}
 
 
-class NativeKVPool(KVArena):
+class NativeKVPool(RecurrentKV[Float32], KVArena):
     """Implements `KVCache`. A block is a page of one layer: the keys and then the values of PAGE_TOKENS tokens.
 
-    It takes physical memory only for what has been written to.
+    It takes physical memory only for what has been written to. Recurrent states are float32, one array for each sequence with
+    those of all layers.
     """
 
     def __init__(
@@ -28,15 +33,22 @@ class NativeKVPool(KVArena):
         dtype: Dtype,
         budget_bytes: int,
         written_by: str = "",
+        state_values: int = 0,
+        kept_values: int = 0,
     ) -> None:
-        """windows: of each layer, in tokens; None: it attends to all. dtype: of keys and values, BF16, F32 or INT8.
+        """windows: of each layer with attention, in tokens; None: it attends to all. dtype: of keys and values, BF16, F32 or
+        INT8.
 
         written_by: names dtypes and the CPU level, on which the KV's bits depend: only pools with the same name exchange KV.
-        Raises ValueError if the budget is less than one page of tokens.
+        state_values, kept_values: in the recurrent states of a sequence, and kept of a draft token. Raises ValueError if the
+        budget is less than one page of tokens.
         """
         head_bytes = padded_head(head_dim) * _NUMBER_BYTES[dtype] + (SCALE_BYTES if dtype is Dtype.INT8 else 0)
         page_bytes = 2 * num_kv_heads * PAGE_TOKENS * head_bytes
-        super().__init__(budget_bytes, PAGE_TOKENS, page_bytes, windows)
+        state_bytes = 4 * state_values
+        checkpoints = checkpoints_in(budget_bytes, state_bytes)
+        fixed_bytes = STATES_PER_SEQUENCE * state_bytes
+        super().__init__(budget_bytes - checkpoints * state_bytes, PAGE_TOKENS, page_bytes, windows, fixed_bytes)
         self.layout = KVLayout(
             f"native {written_by}",
             self.need.units,
@@ -45,14 +57,75 @@ class NativeKVPool(KVArena):
             BLOCK_TOKENS,
             self.need.windowed_units,
             self.window,
+            state_bytes,
         )
+        self.repeat: Callable[[SegmentArrays], None]  # changes states by draft tokens again: set by the group
+        self._values, self._kept_values = state_values, kept_values
+        self._states: dict[int, Float32] = {}  # by handle
+        self._passes: dict[int, StateArrays] = {}  # the last pass of each sequence, by handle
+        self._recurrent = {}
+        self._checkpoints = Checkpoints(checkpoints)
         memory = new_memory(self.free_units * page_bytes)
         shape = (self.free_units, 2, num_kv_heads, PAGE_TOKENS // BLOCK_TOKENS, BLOCK_TOKENS * head_bytes)
         self.arena: Array = np.frombuffer(memory, np.uint8).reshape(shape)
 
     @property
     def resident_bytes(self) -> int:
-        return resident_bytes(self.arena.ctypes.data, self.arena.nbytes)
+        return resident_bytes(self.arena.ctypes.data, self.arena.nbytes) + len(self._states) * self.layout.state_bytes
+
+    def reserve(self, tokens: int) -> int:
+        handle = super().reserve(tokens)
+        self._states[handle] = np.zeros(self._values, np.float32)
+        return handle
+
+    def release(self, handle: int) -> None:
+        super().release(handle)
+        del self._states[handle]
+        self._passes.pop(handle, None)
+
+    def begin_pass(self, handle: int, tokens: int, draft_tokens: int) -> StateArrays | None:
+        """Before a pass that adds `tokens`, of which the last `draft_tokens` may be rejected: what C needs for the recurrent
+        states; None without recurrent layers. Call `end_pass` after it."""
+        if not self._values:
+            return None
+        copied_at = np.array(sorted(self._begin_recurrent(handle, tokens, draft_tokens)), np.int64)
+        copies, kept = (
+            np.empty((len(copied_at), self._values), np.float32),
+            np.empty((draft_tokens, self._kept_values), np.float32),
+        )
+        first_draft = self.filled(handle) + tokens - draft_tokens
+        self._passes[handle] = StateArrays(self._states[handle], copies, copied_at, kept, first_draft)
+        return self._passes[handle]
+
+    def end_pass(self, handle: int, draft_tokens: int) -> None:
+        """Keeps the recurrent states that the pass has copied."""
+        if self._values:
+            done = self._passes[handle]
+            alone = len(done.copies) == 1  # then it is no part of a larger array
+            copied = {
+                int(at): states if alone else states.copy() for at, states in zip(done.copied_at, done.copies, strict=True)
+            }
+            self._passes[handle] = replace(done, copies=done.copies[:0], copied_at=done.copied_at[:0])
+            self._end_recurrent(handle, draft_tokens, copied)
+
+    def state_out(self, handle: int, tokens: int) -> bytes:
+        states = self._states_at(handle, tokens) if self._values else None
+        return b"" if states is None else states.tobytes()
+
+    def state_in(self, handle: int, tokens: int, data: memoryview) -> None:
+        self._continue(handle, tokens, np.frombuffer(data, np.float32).copy())
+
+    def _begin_states(self, handle: int) -> None:
+        self._states[handle].fill(0)
+
+    def _copied_states(self, handle: int) -> Float32:
+        return self._states[handle].copy()
+
+    def _restore_states(self, handle: int, states: Float32) -> None:
+        self._states[handle][:] = states
+
+    def _repeat(self, handle: int, position: int, tokens: int) -> None:
+        self.repeat(SegmentArrays(np.empty(0, np.int32), position, tokens, self._passes[handle]))
 
     def copy_out(self, handle: int, first: int, target: Array, *, windowed: bool = False) -> None:
         blocks = target.reshape(*target.shape[:3], target.shape[3] // BLOCK_TOKENS, self.arena.shape[-1])

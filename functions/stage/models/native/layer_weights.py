@@ -10,14 +10,13 @@ from functions.stage.models.llama.rope import interleaved_rows
 from functions.stage.models.native.weights import NativeWeights, of_one_kind, stacked, with_rows
 from functions.stage.native.layers import LayerArrays, MatrixArrays, NormArrays
 from functions.stage.native.records import Activation, NormKind
-from storage.checkpoints.decoder import Decoder, FeedForward, Layer, Norm
+from storage.checkpoints.decoder import Attention, Decoder, FeedForward, Layer, Norm
 
 _NORMS: Final = {"rms": NormKind.RMS, "layer": NormKind.LAYER}
 
 
-def row_heads(layer: Layer) -> int:
+def row_heads(attention: Attention) -> int:
     """How many heads the matrix qkv of a layer has: queries, keys, values, and gates if there are any."""
-    attention = layer.attention
     return attention.num_heads * (2 if attention.output_gate else 1) + 2 * attention.num_kv_heads
 
 
@@ -28,14 +27,10 @@ def take_layer(model: Decoder, layer: Layer, weights: NativeWeights) -> LayerArr
     depend on the group: window, ring and rotations. Raises MissingTensors.
     """
     names, attention, feed_forward = model.names, layer.attention, layer.feed_forward
-    matrices = {
-        "qkv": _qkv(model, weights),
-        "out": weights.matrix(names.out, attention.out_bias),
-    }
-    if feed_forward is not None:
-        own = names.shared if layer.experts else (names.gate, names.up, names.down)
-        matrices |= take_feed_forward(feed_forward, own, weights)
+    matrices: dict[str, MatrixArrays] = {}
     norms: dict[str, NormArrays] = {}
+    vectors: dict[str, Array] = {}
+    numbers: dict[str, float | tuple[float, ...]] = {"parallel": layer.parallel, "residual_scale": layer.residual_scale}
     taken: dict[str, NormArrays] = {}  # parallel layers may have one norm before both parts
     for place, name, norm in (
         ("before_attention", names.before_attention, layer.before_attention),
@@ -47,22 +42,27 @@ def take_layer(model: Decoder, layer: Layer, weights: NativeWeights) -> LayerArr
             if name not in taken:
                 taken[name] = take_norm(name, norm, weights)
             norms[place] = taken[name]
-    numbers: dict[str, float | tuple[float, ...]] = {
-        "activation": Activation[any_feed_forward(layer).activation.upper()],
-        "parallel": layer.parallel,
-        "gates": attention.output_gate,
-        "score_scale": attention.scale,
-        "score_cap": attention.soft_cap or 0.0,
-        "residual_scale": layer.residual_scale,
-    }
-    if (swiglu := any_feed_forward(layer).swiglu) is not None:
-        numbers["swiglu"] = swiglu
-    if attention.qk_norm is not None:
-        norms["qk"] = _qk_norm(model, weights)
-        numbers |= {"qk_as_one": attention.qk_norm.over == "all_heads", "qk_rotated": attention.qk_norm.after_rope}
-    if feed_forward is not None and feed_forward.activation == "xielu":
-        numbers["xielu"] = _xielu(names.activation, weights)
-    vectors = {"sinks": weights.vector(names.sinks)} if attention.sinks else {}
+    if attention is not None:
+        matrices |= {"qkv": _qkv(model, weights), "out": weights.matrix(names.out, attention.out_bias)}
+        numbers |= {
+            "gates": attention.output_gate,
+            "score_scale": attention.scale,
+            "score_cap": attention.soft_cap or 0.0,
+        }
+        if attention.sinks:
+            vectors["sinks"] = weights.vector(names.sinks)
+        if attention.qk_norm is not None:
+            norms["qk"] = _qk_norm(model, weights)
+            numbers |= {"qk_as_one": attention.qk_norm.over == "all_heads", "qk_rotated": attention.qk_norm.after_rope}
+    if feed_forward is not None:
+        of_feed_forward = names.shared if layer.experts else (names.gate, names.up, names.down)
+        matrices |= take_feed_forward(feed_forward, of_feed_forward, weights)
+        if feed_forward.activation == "xielu":
+            numbers["xielu"] = _xielu(names.activation, weights)
+    if (one := any_feed_forward(layer)) is not None:
+        numbers["activation"] = Activation[one.activation.upper()]
+        if one.swiglu is not None:
+            numbers["swiglu"] = one.swiglu
     return LayerArrays(matrices, norms, vectors, numbers)
 
 
@@ -118,11 +118,9 @@ def _qkv(model: Decoder, weights: NativeWeights) -> MatrixArrays:
     return stacked(of_one_kind(matrices))
 
 
-def any_feed_forward(layer: Layer) -> FeedForward:
-    """A feed-forward of the layer. The shared expert has the activation of the others."""
-    found = layer.feed_forward if layer.experts is None else layer.experts.each
-    assert found is not None
-    return found
+def any_feed_forward(layer: Layer) -> FeedForward | None:
+    """A feed-forward of the layer, if it has any. The shared expert has the activation of the others."""
+    return layer.feed_forward if layer.experts is None else layer.experts.each
 
 
 def take_feed_forward(

@@ -121,7 +121,7 @@ class TransformersGroup:
         cache = self.kv.begin_pass(segment.handle, len(inputs), segment.draft_tokens)
         rows = max(1, _SCORES_AT_ONCE // ((cache.position + len(inputs)) * self._scores_per_token))
         outputs = [self._run(part, cache) for part in torch.split(inputs, rows)]
-        self.kv.end_pass(segment.handle)
+        self.kv.end_pass(segment.handle, segment.draft_tokens)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _run(self, inputs: torch.Tensor, cache: SequenceCache) -> torch.Tensor:

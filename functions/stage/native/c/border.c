@@ -3,7 +3,7 @@
 #include "forward.h"
 
 enum { MOST = 1 << 20 }; /* largest size: products of three sizes stay far below 2^63 */
-static const int64_t MOST_TOKENS = 1 << 30;
+static const int64_t MOST_TOKENS = 1 << 30, MOST_STATES = 1LL << 36;
 
 static bool within(int64_t number, int64_t least, int64_t most)
 {
@@ -85,6 +85,12 @@ static Status check_sizes(const Group *group)
     if (!(group->eps >= 0 && group->eps < 1))
         return LAMINA_BAD_SIZE;
     if (!within(group->rounds, 0, 1) || !within(group->bidirectional, 0, 1))
+        return LAMINA_BAD_SIZE;
+    if (!within(group->kv_layers, 0, group->num_layers))
+        return LAMINA_BAD_SIZE;
+    if (!within(group->recurrent_inputs, 0, MOST) || !within(group->recurrent_outputs, 0, MOST) || !within(group->recurrent_heads, 0, MOST))
+        return LAMINA_BAD_SIZE;
+    if (!within(group->state_values, 0, MOST_STATES) || !within(group->kept_values, 0, MOST_STATES))
         return LAMINA_BAD_SIZE;
     return within(group->kv_dtype, LAMINA_BF16, LAMINA_F32) ? LAMINA_OK : LAMINA_BAD_DTYPE;
 }
@@ -170,26 +176,90 @@ static Status check_experts(const Group *group, const Layer *layer)
     return LAMINA_OK;
 }
 
-static Status check_layer(const Group *group, const Layer *layer)
+static Status check_attention(const Group *group, const Layer *layer)
 {
     int64_t attended = group->heads * group->head_dim;
-    CHECK(check_numbers(group, layer));
-    if (layer->ring && (group->bidirectional || !within(layer->window, 1, layer->ring * LAMINA_PAGE_TOKENS)))
+    if (!within(layer->kv_row, 0, group->kv_layers - 1) || row_heads(group, layer) > group->row_heads)
         return LAMINA_BAD_SIZE;
-    CHECK(check_norm(&layer->before_attention, group->hidden_size));
-    if (row_heads(group, layer) > group->row_heads)
+    if (layer->ring && (group->bidirectional || !within(layer->window, 1, layer->ring * LAMINA_PAGE_TOKENS)))
         return LAMINA_BAD_SIZE;
     CHECK(check_shape(&layer->qkv, row_heads(group, layer) * group->head_dim, group->hidden_size));
     CHECK(check_norm(&layer->qk, (group->heads + group->kv_heads) * group->head_dim));
     CHECK(check_optional(&layer->sinks, group->heads * 4, 4));
-    CHECK(check_shape(&layer->out, group->hidden_size, attended));
+    return check_shape(&layer->out, group->hidden_size, attended);
+}
+
+/* Memory [size] from `at` on lies within [0, all). */
+static bool lies_within(int64_t at, int64_t size, int64_t all)
+{
+    return within(at, 0, all) && size <= all - at;
+}
+
+static Status check_heads(const Group *group, const Recurrent *mixer)
+{
+    if (!within(mixer->groups, 1, MOST) || !within(mixer->heads, mixer->groups, group->recurrent_heads) || mixer->heads % mixer->groups)
+        return LAMINA_BAD_SIZE;
+    if (!within(mixer->key_size, 1, LAMINA_MOST_HEAD) || !within(mixer->head_size, 1, LAMINA_MOST_HEAD))
+        return LAMINA_BAD_SIZE;
+    const int64_t inner = mixer->heads * mixer->head_size, keys = mixer->groups * mixer->key_size;
+    if (mixer->channels != inner + 2 * keys || !within(mixer->norm_parts, 1, inner) || inner % mixer->norm_parts)
+        return LAMINA_BAD_SIZE;
+    const int64_t row = mixer->in.outs;
+    if (!lies_within(mixer->query_at, keys, row) || !lies_within(mixer->key_at, keys, row) || !lies_within(mixer->value_at, inner, row) ||
+        !lies_within(mixer->gate_at, inner, row) || !within(mixer->gate_first, 0, 1) || !(mixer->eps >= 0 && mixer->eps < 1))
+        return LAMINA_BAD_SIZE;
+    if (!lies_within(mixer->matrix_at, inner * mixer->key_size, group->state_values))
+        return LAMINA_BAD_SIZE;
+    if (mixer->kind == LAMINA_DELTA)
+        CHECK(check_shape(&mixer->steps, 2 * mixer->heads, group->hidden_size));
+    else if (mixer->steps.weights.bytes || !lies_within(mixer->steps_at, mixer->heads, row))
+        return LAMINA_BAD_SIZE;
+    CHECK(check_memory(&mixer->rates, mixer->heads * 4, 4));
+    CHECK(check_memory(&mixer->step_biases, mixer->heads * 4, 4));
+    CHECK(check_optional(&mixer->skips, mixer->heads * 4, 4));
+    CHECK(check_norm(&mixer->norm, inner));
+    return check_shape(&mixer->out, group->hidden_size, inner);
+}
+
+static Status check_recurrent(const Group *group, const Recurrent *mixer)
+{
+    const bool is_short = mixer->kind == LAMINA_CONVOLUTION;
+    if (!within(mixer->kind, LAMINA_CONVOLUTION, LAMINA_MAMBA) || !within(mixer->taps, 1, 64) || !within(mixer->channels, 1, MOST))
+        return LAMINA_BAD_SIZE;
+    if (!within(mixer->in.outs, 1, group->recurrent_inputs) || !within(mixer->out.width, 1, group->recurrent_outputs))
+        return LAMINA_BAD_SIZE;
+    if (!lies_within(mixer->channels_at, mixer->channels, mixer->in.outs) || !within(mixer->heads, 0, MOST))
+        return LAMINA_BAD_SIZE;
+    if (!lies_within(mixer->tail_at, (mixer->taps - 1) * mixer->channels, group->state_values) ||
+        !lies_within(mixer->kept_at, mixer->channels + 2 * mixer->heads, group->kept_values))
+        return LAMINA_BAD_SIZE;
+    CHECK(check_shape(&mixer->in, mixer->in.outs, group->hidden_size));
+    CHECK(check_memory(&mixer->kernel, mixer->taps * mixer->channels * 4, 4));
+    CHECK(check_optional(&mixer->kernel_biases, mixer->channels * 4, 4));
+    if (!is_short)
+        return check_heads(group, mixer);
+    if (mixer->channels != group->hidden_size || mixer->in.outs != 3 * group->hidden_size || mixer->heads || mixer->steps.weights.bytes)
+        return LAMINA_BAD_SIZE;
+    return check_shape(&mixer->out, group->hidden_size, group->hidden_size);
+}
+
+static Status check_layer(const Group *group, const Layer *layer)
+{
+    CHECK(check_numbers(group, layer));
+    CHECK(check_norm(&layer->before_attention, group->hidden_size));
     CHECK(check_norm(&layer->after_attention, group->hidden_size));
     CHECK(check_norm(&layer->before_mlp, group->hidden_size));
     CHECK(check_norm(&layer->after_mlp, group->hidden_size));
+    if (layer->qkv.weights.bytes)
+        CHECK(check_attention(group, layer));
+    if (layer->recurrent.kind)
+        CHECK(check_recurrent(group, &layer->recurrent));
     if (layer->experts.bytes)
         CHECK(check_experts(group, layer));
-    if (layer->experts.bytes && !layer->up.weights.bytes)
-        return LAMINA_OK;
+    if (!layer->up.weights.bytes) { /* a layer without any part was not placed */
+        const bool has_another = layer->qkv.weights.bytes || layer->recurrent.kind || layer->experts.bytes;
+        return has_another && !layer->gate.weights.bytes && !layer->down.weights.bytes ? LAMINA_OK : LAMINA_SHORT_MEMORY;
+    }
     return check_feed_forward(group, layer, &layer->gate, &layer->up, &layer->down, group->inner_size);
 }
 
@@ -207,15 +277,19 @@ static Status check_group(const Group *group)
 /* The pages that a segment reads and writes are in the arena. A ring overwrites nothing that the segment's tokens attend to. */
 static Status check_pages(const Group *group, const Segment *segment)
 {
-    const int64_t row_bytes = group->num_layers * (int64_t)sizeof(int32_t), end = segment->position + segment->length;
+    const int64_t row_bytes = group->kv_layers * (int64_t)sizeof(int32_t), end = segment->position + segment->length;
+    if (!group->kv_layers)
+        return LAMINA_OK;
     CHECK(check_memory(&segment->pages, row_bytes, _Alignof(int32_t)));
     const int64_t pages = segment->pages.bytes / row_bytes;
     if (segment->pages.bytes % row_bytes || end > pages * LAMINA_PAGE_TOKENS)
         return LAMINA_BAD_SEGMENT;
     const Layer *layers = group->layers.data;
     for (int64_t layer = 0; layer < group->num_layers; layer++) {
-        const int32_t *row = (const int32_t *)segment->pages.data + layer * pages;
+        const int32_t *row = (const int32_t *)segment->pages.data + layers[layer].kv_row * pages;
         const int64_t ring = layers[layer].ring;
+        if (!layers[layer].qkv.weights.bytes)
+            continue;
         if (ring && end > ring * LAMINA_PAGE_TOKENS && layers[layer].window + segment->length > ring * LAMINA_PAGE_TOKENS)
             return LAMINA_BAD_SEGMENT;
         for (int64_t page = 0; page < (ring ? smaller(ring, pages) : pages); page++)
@@ -223,6 +297,25 @@ static Status check_pages(const Group *group, const Segment *segment)
                 return LAMINA_BAD_SEGMENT;
     }
     return LAMINA_OK;
+}
+
+static Status check_states(const Group *group, const Segment *segment, bool repeats)
+{
+    const int64_t copies = segment->copied_at.bytes / (int64_t)sizeof(int64_t);
+    const int64_t kept = segment->kept.bytes / 4 / larger(1, group->kept_values), end = segment->position + segment->length;
+    if (!group->kept_values)
+        return LAMINA_OK;
+    if (group->state_values) /* a convolution that covers one token has none */
+        CHECK(check_memory(&segment->states, group->state_values * 4, 4));
+    CHECK(check_optional(&segment->copied_at, 8, 8));
+    if (copies)
+        CHECK(check_memory(&segment->copies, copies * group->state_values * 4, 4));
+    CHECK(check_optional(&segment->kept, 4, 4));
+    if (!segment->kept.bytes)
+        return repeats ? LAMINA_SHORT_MEMORY : LAMINA_OK;
+    if (!within(segment->kept_from, 0, repeats ? segment->position : MOST_TOKENS))
+        return LAMINA_BAD_SEGMENT;
+    return end - segment->kept_from <= kept ? LAMINA_OK : LAMINA_SHORT_MEMORY;
 }
 
 /* Segments cover all rows and have pages for them. Raises most_tokens to the length of the longest sequence. */
@@ -237,7 +330,9 @@ static Status check_segments(const Group *group, const Pass *pass, int64_t *most
         const Segment *segment = &segments[number];
         if (!within(segment->position, 0, MOST_TOKENS) || !within(segment->length, 1, pass->rows - rows))
             return LAMINA_BAD_SEGMENT;
-        CHECK(check_pages(group, segment));
+        if (!pass->repeats)
+            CHECK(check_pages(group, segment));
+        CHECK(check_states(group, segment, pass->repeats));
         rows += segment->length;
         *most_tokens = larger(*most_tokens, segment->position + segment->length);
     }
@@ -248,8 +343,11 @@ static Status check_pass(const Group *group, const Pass *pass, int64_t *most_tok
 {
     if (!within(pass->rows, 1, MOST) || !within(pass->threads, 1, LAMINA_MOST_THREADS))
         return LAMINA_BAD_SIZE;
-    CHECK(check_memory(&pass->hidden, pass->rows * group->hidden_size * 4, 4));
-    if (group->rotations)
+    if (!within(pass->repeats, 0, 1))
+        return LAMINA_BAD_SIZE;
+    if (!pass->repeats)
+        CHECK(check_memory(&pass->hidden, pass->rows * group->hidden_size * 4, 4));
+    if (group->rotations && !pass->repeats)
         CHECK(check_memory(&pass->rotations, group->rotations * pass->rows * group->head_dim * 4, 4));
     CHECK(check_segments(group, pass, most_tokens));
     int64_t bytes = pass_workspace(group, pass->rows, *most_tokens, pass->threads, NULL).bytes;
@@ -359,7 +457,7 @@ int64_t lamina_draw_bytes(int64_t vocabulary, int64_t threads)
 
 int64_t lamina_size_of(int64_t record)
 {
-    static const int64_t sizes[] = {sizeof(Memory), sizeof(Matrix), sizeof(Norm), sizeof(Expert), sizeof(Experts),
+    static const int64_t sizes[] = {sizeof(Memory), sizeof(Matrix), sizeof(Norm), sizeof(Recurrent), sizeof(Expert), sizeof(Experts),
                                     sizeof(Layer), sizeof(Group),
                                     sizeof(Segment), sizeof(Pass), sizeof(Product), sizeof(Draw), sizeof(Draws), sizeof(Softmax)};
     return within(record, 0, sizeof sizes / sizeof *sizes - 1) ? sizes[record] : 0;

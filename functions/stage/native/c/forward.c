@@ -8,24 +8,7 @@
 enum {
     UNIT_BYTES = 98304, /* weights in a piece of work: some microseconds */
     ENOUGH_PIECES = 4,  /* of attention, for each thread: then none waits long for the last one */
-    SET = 0,
-    ADD = 1,
-    ADD_AND_ROUND = 2, /* the sum becomes bf16 */
 };
-
-/* What all threads of a pass share. */
-typedef struct {
-    const Level *level;
-    const Group *group;
-    const Segment *segments;
-    const float *rotations; /* [rotations, rows, head_dim / 2, 2] */
-    float *hidden;          /* [rows, hidden_size] */
-    int64_t rows;
-    int64_t threads;
-    int64_t num_bundles;
-    int64_t pieces; /* most in which a row's attention is computed */
-    Workspace at;
-} Forward;
 
 /* y = x Wᵀ + b, or += it, or activation(y), or activation(y) * (x Upᵀ + b): one product of a pass. */
 typedef struct {
@@ -168,8 +151,8 @@ static void run_product(const Task *task, const Workspace *at, const Worker *wor
     finish_phase(worker, phase + 1, done, pieces.blocks * pieces.units);
 }
 
-static void multiply(const Forward *forward, const Matrix *matrix, const float *x, const Norm *norm, float *y, int add,
-                     const Worker *worker, int64_t phase)
+void multiply(const Forward *forward, const Matrix *matrix, const float *x, const Norm *norm, float *y, int add,
+              const Worker *worker, int64_t phase)
 {
     const Task task = {.level = forward->level, .matrix = matrix, .x = x, .norm = norm, .eps = (float)forward->group->eps,
                        .rows = forward->rows, .add = add, .y = y};
@@ -234,8 +217,7 @@ static bool only_decodes(const Forward *forward)
 static const int32_t *pages_of(const Forward *forward, const Layer *layer, int64_t segment)
 {
     const Memory *pages = &forward->segments[segment].pages;
-    const int64_t row = layer - (const Layer *)forward->group->layers.data;
-    return (const int32_t *)pages->data + row * (pages->bytes / (int64_t)sizeof(int32_t) / forward->group->num_layers);
+    return (const int32_t *)pages->data + layer->kv_row * (pages->bytes / (int64_t)sizeof(int32_t) / forward->group->kv_layers);
 }
 
 /* The row's cosines and sines of a rotation by number; NULL for 0. */
@@ -312,6 +294,18 @@ static void merge_pieces(const Forward *forward, const Layer *layer, const Worke
     finish_phase(worker, phase, done, forward->num_bundles * group->kv_heads);
 }
 
+static void mix_by_attention(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
+{
+    multiply(forward, &layer->qkv, forward->hidden, &layer->before_attention, forward->at.heads, SET, worker, phase + PACK_QKV);
+    if (layer->qk_as_one)
+        normalize_qk(forward, layer, worker, phase + NORMALIZE_QK);
+    if (!only_decodes(forward))
+        write_kv(forward, layer, worker, phase + WRITE_KV);
+    attend(forward, layer, worker, phase + ATTEND);
+    if (forward->pieces > 1)
+        merge_pieces(forward, layer, worker, phase + MERGE);
+}
+
 /* One thread's share of a pass. */
 static void forward_layers(void *argument, int64_t number)
 {
@@ -321,25 +315,34 @@ static void forward_layers(void *argument, int64_t number)
     int64_t phase = 0; /* the layer's first */
     for (int64_t i = 0; i < forward->group->num_layers; i++, phase += PHASES) {
         const Layer *layer = (const Layer *)forward->group->layers.data + i;
-        multiply(forward, &layer->qkv, forward->hidden, &layer->before_attention, at->heads, SET, &worker, phase + PACK_QKV);
-        if (layer->qk_as_one)
-            normalize_qk(forward, layer, &worker, phase + NORMALIZE_QK);
-        if (!only_decodes(forward))
-            write_kv(forward, layer, &worker, phase + WRITE_KV);
-        attend(forward, layer, &worker, phase + ATTEND);
-        if (forward->pieces > 1)
-            merge_pieces(forward, layer, &worker, phase + MERGE);
-        if (layer->parallel) /* before the hidden states change */
+        const Recurrent *recurrent = &layer->recurrent;
+        const bool has_mlp = layer->up.weights.bytes, goes_on = has_mlp || layer->experts.bytes, rounds = forward->group->rounds;
+        if (forward->repeats) {
+            if (recurrent->kind)
+                update_states(forward, layer, &worker, phase);
+            continue;
+        }
+        if (layer->qkv.weights.bytes)
+            mix_by_attention(forward, layer, &worker, phase);
+        if (recurrent->kind)
+            mix_recurrently(forward, layer, &worker, phase);
+        if (layer->parallel && has_mlp) /* before the hidden states change */
             feed_forward(forward, layer, &worker, phase + PACK_GATED);
-        add_product(forward, &layer->out, at->attended, &layer->after_attention, layer->residual_scale, false, &worker, phase + PACK_OUT);
+        if (layer->qkv.weights.bytes)
+            add_product(forward, &layer->out, at->attended, &layer->after_attention, layer->residual_scale,
+                        rounds && !goes_on && !recurrent->kind, &worker, phase + PACK_OUT);
+        if (recurrent->kind)
+            add_product(forward, &recurrent->out, at->recurrent_outputs, &layer->after_attention, layer->residual_scale,
+                        rounds && !goes_on, &worker, phase + PACK_OUTPUTS);
         if (layer->experts.bytes) {
             run_experts(forward, layer, &worker, phase);
             continue;
         }
+        if (!has_mlp)
+            continue;
         if (!layer->parallel)
             feed_forward(forward, layer, &worker, phase + PACK_GATED);
-        add_product(forward, &layer->down, at->inner, &layer->after_mlp, layer->residual_scale, forward->group->rounds, &worker,
-                    phase + PACK_DOWN);
+        add_product(forward, &layer->down, at->inner, &layer->after_mlp, layer->residual_scale, rounds, &worker, phase + PACK_DOWN);
     }
 }
 
@@ -364,12 +367,14 @@ void run_pass(Pool *pool, const Group *group, const Pass *pass, int64_t most_tok
         .hidden = pass->hidden.data,
         .rows = pass->rows,
         .threads = pass->threads,
+        .repeats = pass->repeats,
         .at = pass_workspace(group, pass->rows, most_tokens, pass->threads, pass->workspace.data),
     };
     forward.pieces = pieces_of_attention(&forward, most_tokens);
     int64_t row = 0;
     for (int64_t number = 0; row < pass->rows; number++) {
         const Segment *segment = &forward.segments[number];
+        forward.at.first_rows[forward.num_segments++] = row;
         for (int64_t token = 0; token < segment->length; token++)
             forward.at.places[row + token] = (Place){number, segment->position + token, token == segment->length - 1};
         for (int64_t token = 0; token < segment->length; token += LAMINA_QUERIES) {

@@ -13,7 +13,9 @@ enum {
 
 /* The phases of a layer, in order; in a parallel layer GATED comes before OUT. The pieces of a phase are computed in any order. */
 enum {
-    PACK_QKV, QKV, NORMALIZE_QK, WRITE_KV, ATTEND, MERGE, PACK_OUT, OUT, ADD_OUT,
+    PACK_QKV, QKV, NORMALIZE_QK, WRITE_KV, ATTEND, MERGE,
+    PACK_INPUTS, INPUTS, PACK_STEPS, STEPS, CONVOLVE, PREPARE, RECUR, GATE,
+    PACK_OUT, OUT, ADD_OUT, PACK_OUTPUTS, OUTPUTS, ADD_OUTPUTS,
     PACK_GATED, GATED, PACK_DOWN, DOWN, ADD_DOWN,
     PACK_ROUTER, ROUTER, CHOOSE, GROUP_ROWS, PACK_EXPERTS, GATE_EXPERTS, PACK_INNER, MIX_EXPERTS, ADD_EXPERTS, PHASES,
 };
@@ -61,6 +63,10 @@ typedef struct {
     float *attended;   /* [rows, heads * head_dim] */
     float *inner;      /* [rows, inner_size] */
     float *times;      /* [rows, inner_size] what `inner` is multiplied by */
+    float *recurrent_inputs;  /* [rows, outputs of the mixer's `in`] */
+    float *recurrent_outputs; /* [rows, width of its `out`] */
+    float *steps;      /* [rows, 2, heads of the mixer] */
+    int64_t *first_rows; /* [segments] */
     float *added;      /* [rows, hidden_size] what is normalized or scaled before it is added to the hidden states */
     float *scales;     /* [rows, LAMINA_TILE_OUTS] of packed rows, if there are more than FEW_ROWS, and */
     uint8_t *packed;   /* [rows, packed_row_bytes] these rows, rounded up to 16 */
@@ -88,6 +94,34 @@ typedef struct {
     int64_t counters_bytes;
     int64_t bytes; /* of all */
 } Workspace;
+
+/* What is done with a product: it replaces what was there, or is added to it, and then the sum may become bf16. */
+enum { SET, ADD, ADD_AND_ROUND };
+
+/* What all threads of a pass share. */
+typedef struct {
+    const Level *level;
+    const Group *group;
+    const Segment *segments;
+    const float *rotations; /* [rotations, rows, head_dim / 2, 2] */
+    float *hidden;          /* [rows, hidden_size] */
+    int64_t rows;
+    int64_t threads;
+    int64_t num_segments;
+    int64_t num_bundles;
+    int64_t pieces; /* most in which a row's attention is computed */
+    bool repeats;   /* as in Pass */
+    Workspace at;
+} Forward;
+
+/* y [rows, outs] = x Wᵀ + b of all rows, normalized first unless `norm` is NULL. Two phases from `phase` on. */
+void multiply(const Forward *forward, const Matrix *matrix, const float *x, const Norm *norm, float *y, int add,
+              const Worker *worker, int64_t phase);
+
+/* Phases of a layer's recurrent mixer; phase: the layer's first. */
+void mix_recurrently(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase);
+/* Those that change the states. */
+void update_states(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase);
 
 /* Most pieces that the attention of a row is split into; 1: it is not. */
 int64_t most_pieces(int64_t rows, int64_t most_tokens, int64_t threads);

@@ -35,6 +35,25 @@ typedef struct {
     float *pieces;          /* [heads / kv_heads * rows, padded head_dim + LAMINA_ATTENDED_EXTRA] results of that piece */
 } Queries;
 
+/* Rows of one sequence in a recurrent mixer. */
+typedef struct {
+    const Recurrent *mixer;
+    int64_t rows;
+    int64_t position;        /* of the first row */
+    float *inputs;           /* [rows, outputs of `in`] */
+    float *steps;            /* [rows, 2, heads] decays and factors */
+    float *outputs;          /* [rows, width of `out`] */
+    float *states;           /* of the sequence, in all layers; [state_values] */
+    int64_t state_values;
+    float *copies;           /* as in Segment */
+    const int64_t *copied_at;
+    int64_t num_copies;
+    float *kept;             /* as in Segment, or NULL */
+    int64_t kept_values;
+    int64_t kept_from;
+    bool repeats;            /* as in Pass */
+} Stream;
+
 typedef struct {
     const char *name;
 
@@ -71,6 +90,13 @@ typedef struct {
 
     /* scratch: attention_scratch_bytes (`workspace.h`) */
     void (*attend)(const Group *group, const Layer *layer, const Queries *queries, uint8_t *scratch);
+
+    /* A recurrent mixer, in this order: channels [first, last) of the convolution, which replace its inputs; decays and factors of a
+       row; a head's columns; norm and gate of a row. A short convolution is the first alone, and makes the outputs. */
+    void (*convolve)(const Stream *stream, int64_t first, int64_t last);
+    void (*prepare_row)(const Stream *stream, int64_t row);
+    void (*recur)(const Stream *stream, int64_t head, int64_t column);
+    void (*gate_row)(const Stream *stream, int64_t row);
 
     /* Merges the results of `pieces` pieces for the same queries, which are `stride` floats apart, into `attended`. */
     void (*merge_pieces)(const Group *group, const Layer *layer, const Queries *queries, int64_t pieces, int64_t stride);

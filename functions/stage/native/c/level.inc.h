@@ -14,6 +14,7 @@ enum { LANES = 16 };
 #include "blocks.inc.h"
 #include "multiply.inc.h"
 #include "attention.inc.h"
+#include "recurrent.inc.h"
 #include "sampler.inc.h"
 
 const Level LEVEL = {
@@ -33,5 +34,9 @@ const Level LEVEL = {
     .draw = draw_token,
     .softmax = compute_softmax,
     .attend = attend,
+    .convolve = convolve,
+    .prepare_row = prepare_row,
+    .recur = recur,
+    .gate_row = gate_row,
     .merge_pieces = merge_pieces,
 };

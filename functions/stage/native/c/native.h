@@ -27,6 +27,7 @@ enum {
     LAMINA_SPLIT_TOKENS = 2048, /* tokens in a piece of attention; pieces are counted from the beginning of the sequence */
     LAMINA_PIECE_PAGES = LAMINA_SPLIT_TOKENS / LAMINA_PAGE_TOKENS + 8, /* most addresses of a piece, and what follows, in whole lines */
     LAMINA_ATTENDED_EXTRA = 16, /* floats after a query's result of a piece: its greatest score and the sum of its powers */
+    LAMINA_COLUMNS = 64,      /* of a recurrent matrix in a piece of work */
     LAMINA_QUERIES = 8,       /* most queries that read keys and values together */
     LAMINA_MOST_HEAD = 1024,  /* largest head_dim */
     LAMINA_MOST_EXPERTS = 1024, /* of a layer */
@@ -110,18 +111,55 @@ typedef struct {
     double scale;          /* of weights */
 } Experts;
 
-/* A layer: attention, then feed-forward, each between two norms, and added to the hidden states. */
+typedef enum { LAMINA_NOT_RECURRENT, LAMINA_CONVOLUTION, LAMINA_DELTA, LAMINA_MAMBA } RecurrentKind;
+
+/* A mixer with a state of fixed size (`Recurrent` of storage/checkpoints/decoder.py): the tail of a convolution [taps - 1, channels]
+   and a matrix [key_size, head_size] of each head. A row of `in`'s outputs has the convolution's inputs from `channels_at` on. For
+   LAMINA_CONVOLUTION it is input gates, output gates and inputs, [3, hidden_size]; otherwise channels are queries and keys
+   [groups, key_size] and values [heads, head_size] in any order, and the row also has gates [heads, head_size]. */
 typedef struct {
-    Norm before_attention; /* [hidden_size] */
+    int64_t kind;
+    int64_t taps;        /* tokens that the convolution covers */
+    int64_t channels;
+    int64_t groups;      /* of queries and keys: each is for heads / groups heads in a row */
+    int64_t key_size;
+    int64_t heads;
+    int64_t head_size;
+    int64_t norm_parts;  /* of the output, which are normalized apart */
+    int64_t gate_first;  /* 1: the output is multiplied by its gate before the norm */
+    int64_t channels_at; /* in a row of `in`'s outputs, and so the next five */
+    int64_t query_at;
+    int64_t key_at;
+    int64_t value_at;
+    int64_t gate_at;
+    int64_t steps_at;    /* [heads], for LAMINA_MAMBA */
+    int64_t tail_at;     /* in the states of a sequence */
+    int64_t matrix_at;   /* [heads, key_size, head_size] in the states of a sequence */
+    int64_t kept_at;     /* [channels + 2 * heads] in what is kept of a draft token */
+    Matrix in;           /* [..., hidden_size] */
+    Matrix steps;        /* [2 * heads, hidden_size] steps, and then shares of the change; for LAMINA_DELTA */
+    Matrix out;          /* [hidden_size, heads * head_size or, for LAMINA_CONVOLUTION, hidden_size] */
+    Memory kernel;       /* float32 [taps, channels] */
+    Memory kernel_biases; /* float32 [channels], or absent */
+    Memory rates;        /* float32 [heads]: the matrix decays by exp(rate * step) */
+    Memory step_biases;  /* float32 [heads] */
+    Memory skips;        /* float32 [heads]: the output has so many times the value, too; or absent */
+    Norm norm;           /* [heads * head_size] */
+    double eps;          /* of that norm */
+} Recurrent;
+
+/* A layer: mixers, then feed-forward, each between two norms, and added to the hidden states. Each of the parts may be absent. */
+typedef struct {
+    Norm before_attention; /* [hidden_size], of all mixers */
     Matrix qkv;            /* [(heads + 2 * kv_heads) * head_dim, hidden_size], and with `gates` those of `heads` more heads after it;
-                              the halves of a rotated pair are adjacent */
+                              or absent: there is no attention. The halves of a rotated pair are adjacent */
     Norm qk;               /* [heads + kv_heads, head_dim], of each query and key */
     Memory sinks;          /* float32 [heads]: one more score of each head's softmax, which has no value; or absent */
     Matrix out;            /* [hidden_size, heads * head_dim] */
     Norm after_attention;  /* [hidden_size] */
     Norm before_mlp;       /* [hidden_size] */
     Matrix gate;           /* [inner_size, hidden_size], or absent: down(activation(up x)), not down(activation(gate x) * (up x)) */
-    Matrix up;             /* [inner_size, hidden_size]; with experts these three are the one that all rows go through, or absent */
+    Matrix up;             /* [inner_size, hidden_size]; with experts these three are the one that all rows go through; or absent */
     Matrix down;           /* [hidden_size, inner_size] */
     Memory experts;        /* Experts, or absent */
     Norm after_mlp;        /* [hidden_size] */
@@ -139,6 +177,8 @@ typedef struct {
     double residual_scale; /* of what is added to the hidden states */
     double swiglu[2];      /* alpha and limit */
     double xielu[4];       /* factors of x² above 0 and of exp(x) - 1 - x below, of x, and the largest x of exp */
+    int64_t kv_row;        /* among the layers with attention: its row of the tables of pages */
+    Recurrent recurrent;   /* beside the attention or instead of it */
 } Layer;
 
 /* The KV arena has pages: the keys and then the values of one layer and LAMINA_PAGE_TOKENS tokens of one sequence. A pair is two bf16
@@ -168,6 +208,12 @@ typedef struct {
     int64_t num_pages;
     int64_t kv_dtype;
     int64_t rotations; /* that a pass has */
+    int64_t kv_layers; /* layers with attention */
+    int64_t recurrent_inputs;  /* most outputs of a recurrent mixer's `in` */
+    int64_t recurrent_outputs; /* greatest width of its `out` */
+    int64_t recurrent_heads;   /* most heads of one */
+    int64_t state_values;      /* numbers in the states of a sequence */
+    int64_t kept_values;       /* numbers that are kept of a draft token */
     int64_t rounds; /* 1: each layer's output is rounded to bf16, so that the bits do not depend on where a model is cut */
     int64_t bidirectional; /* 1: tokens attend to later ones of their segment, too */
     double eps;     /* of the norms */
@@ -175,14 +221,22 @@ typedef struct {
 
 /* `length` new tokens of a sequence that holds `position` tokens. Each segment of a pass is of another sequence. */
 typedef struct {
-    Memory pages; /* int32 [num_layers, pages of the sequence]: numbers of pages in the arena; a ring's row uses its first ones only */
+    Memory pages; /* int32 [kv_layers, pages of the sequence]: numbers of pages in the arena; a ring's row uses its first ones only */
     int64_t position;
     int64_t length;
+    /* With recurrent mixers: */
+    Memory states;    /* float32 [state_values], which the segment's tokens change */
+    Memory copies;    /* float32 [copies, state_values]: written, the states after so many tokens of the sequence: */
+    Memory copied_at; /* int64 [copies]; copies that are not after one of the segment's tokens are left alone */
+    Memory kept;      /* float32 [tokens from kept_from on, kept_values] what changes states by a draft token: written; or absent */
+    int64_t kept_from; /* position of the first draft token */
 } Segment;
 
 typedef struct {
     int64_t rows;     /* tokens of all segments, in their order */
     int64_t threads;  /* the caller's included */
+    int64_t repeats;  /* 1: only the states are changed, again, by the draft tokens that `kept` of each segment has; for these two
+                         memories may be absent: */
     Memory hidden;    /* float32 [rows, hidden_size], read and written */
     Memory rotations; /* float32 [rotations, rows, head_dim / 2, 2]: cosines and sines */
     Memory segments;  /* Segment [...] */
@@ -272,7 +326,7 @@ LAMINA_API int64_t lamina_pass_bytes(const Group *group, int64_t rows, int64_t m
 LAMINA_API int64_t lamina_product_bytes(const Matrix *matrix, int64_t rows, int64_t threads);
 LAMINA_API int64_t lamina_draw_bytes(int64_t vocabulary, int64_t threads);
 
-/* Sizes of Memory, Matrix, Norm, Expert, Experts, Layer, Group, Segment, Pass, Product, Draw, Draws and Softmax, by number, so that Python can compare its
+/* Sizes of Memory, Matrix, Norm, Recurrent, Expert, Experts, Layer, Group, Segment, Pass, Product, Draw, Draws and Softmax, by number, so that Python can compare its
    records; 0 beyond the last. */
 LAMINA_API int64_t lamina_size_of(int64_t record);
 

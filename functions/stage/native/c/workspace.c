@@ -66,10 +66,15 @@ Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, 
 {
     Workspace workspace = {0};
     int64_t widest = larger(larger(group->hidden_size, larger(group->inner_size, group->expert_size)), group->heads * group->head_dim);
+    widest = larger(widest, group->recurrent_outputs);
     workspace.heads = taken(&workspace, memory, rows * group->row_heads * group->head_dim * 4);
     workspace.attended = taken(&workspace, memory, rows * group->heads * group->head_dim * 4);
     workspace.inner = taken(&workspace, memory, rows * group->inner_size * 4);
     workspace.times = taken(&workspace, memory, rows * group->inner_size * 4);
+    workspace.recurrent_inputs = taken(&workspace, memory, rows * group->recurrent_inputs * 4);
+    workspace.recurrent_outputs = taken(&workspace, memory, rows * group->recurrent_outputs * 4);
+    workspace.steps = taken(&workspace, memory, rows * 2 * group->recurrent_heads * 4);
+    workspace.first_rows = taken(&workspace, memory, rows * (int64_t)sizeof(int64_t));
     workspace.added = taken(&workspace, memory, rows * group->hidden_size * 4);
     take_packed(&workspace, memory, rows, packed_row_bytes(LAMINA_F32, widest));
     workspace.places = taken(&workspace, memory, rows * (int64_t)sizeof(Place));

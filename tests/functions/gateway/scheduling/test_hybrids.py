@@ -23,7 +23,7 @@ NEW_TOKENS: Final = 24
 
 def stage(name: str, index: int) -> StageServer:
     def build() -> LayerGroup:
-        return build_groups(name, CUT[index : index + 1], kv_budget_bytes=2**22)[0]
+        return build_groups(name, CUT[index : index + 1], "auto", kv_budget_bytes=2**22)[0]
 
     return StageServer(index, CUT, build, tiers=lambda group: peer_tiers(group, CUT[index][0]))
 

@@ -13,11 +13,11 @@ from tests.support.functions.stage_pipeline import build_groups, whole_model
 from tests.support.functions.stage_server import StageServer
 from tests.support.storage import tiny_models
 
-NAMES = ["lfm2", "qwen3_5_text", "mamba2", "falcon_h1"]
+NAMES = ["lfm2", "qwen3_5_text", "mamba2", "falcon_h1", "jamba"]
 
 
 def hybrid(name: str, kv_budget_bytes: int = 2**22) -> LayerGroup:
-    return build_groups(name, (LAYERS,), kv_budget_bytes=kv_budget_bytes)[0]
+    return build_groups(name, (LAYERS,), "auto", kv_budget_bytes=kv_budget_bytes)[0]
 
 
 def oracle(name: str, tokens: list[int]) -> list[int]:

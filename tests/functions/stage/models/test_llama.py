@@ -33,11 +33,13 @@ KINDS_AND_NAMES: Final[list[tuple[Kind, str]]] = [
 def build(
     kind: Kind, name: str, cut: Sequence[tuple[int, int]] = CUT, dtype: str = "float32", tokens: int = 200
 ) -> list[LayerGroup]:
+    """Of a model with recurrent layers each stage has more memory: a sequence takes whole pages there."""
     config = tiny_models.tiny_config(name)
     attention = decoder_of(config).attention
-    token_bytes = 2 * 2 * attention.num_kv_heads * padded_head(attention.head_dim) * 4
+    budget = tokens * 2 * 2 * attention.num_kv_heads * padded_head(attention.head_dim) * 4
+    budget = 2**22 if name in tiny_models.RECURRENT else budget
     return [
-        build_layer_group(kind, config, stage_tensors(name, first, last), first, last, dtype, "cpu", tokens * token_bytes)
+        build_layer_group(kind, config, stage_tensors(name, first, last), first, last, dtype, "cpu", budget)
         for first, last in cut
     ]
 

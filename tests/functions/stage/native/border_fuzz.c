@@ -166,6 +166,44 @@ static int all_gated(const Layer *layer)
     return (layer->gate.weights.bytes || !layer->up.weights.bytes) && (!experts || ((Expert *)experts->experts.data)->gate.weights.bytes);
 }
 
+/* Takes its places in states and kept inputs from the group, which it makes larger. */
+static Recurrent recurrent_of(Group *group)
+{
+    Recurrent mixer = {.kind = any(LAMINA_CONVOLUTION, LAMINA_MAMBA), .taps = any(1, 4), .channels = group->hidden_size, .eps = 1e-5};
+    int64_t inputs = 3 * group->hidden_size, inner = group->hidden_size;
+    if (mixer.kind == LAMINA_CONVOLUTION) {
+        mixer.channels_at = 2 * group->hidden_size;
+    } else {
+        mixer.groups = any(1, 2), mixer.heads = mixer.groups * any(1, 10), mixer.key_size = any(1, 20), mixer.head_size = any(1, 70);
+        const int64_t keys = mixer.groups * mixer.key_size;
+        inner = mixer.heads * mixer.head_size;
+        mixer.channels = inner + 2 * keys;
+        mixer.key_at = keys, mixer.value_at = 2 * keys, mixer.gate_at = mixer.channels, mixer.steps_at = mixer.channels + inner;
+        inputs = mixer.channels + inner + mixer.heads;
+        mixer.norm_parts = any(0, 1) ? mixer.heads : 1, mixer.gate_first = any(0, 1);
+        if (mixer.kind == LAMINA_DELTA)
+            mixer.steps = matrix_of(any(LAMINA_BF16, LAMINA_BLOCKS), 2 * mixer.heads, group->hidden_size);
+        mixer.rates = memory_of(mixer.heads * 4), mixer.step_biases = memory_of(mixer.heads * 4);
+        if (any(0, 1))
+            mixer.skips = memory_of(mixer.heads * 4);
+        mixer.norm = norm_of(inner, 0);
+    }
+    mixer.in = matrix_of(any(LAMINA_BF16, LAMINA_BLOCKS), inputs, group->hidden_size);
+    mixer.out = matrix_of(any(LAMINA_BF16, LAMINA_BLOCKS), group->hidden_size, inner);
+    mixer.kernel = memory_of(mixer.taps * mixer.channels * 4);
+    if (any(0, 1))
+        mixer.kernel_biases = memory_of(mixer.channels * 4);
+    mixer.tail_at = group->state_values;
+    mixer.matrix_at = mixer.tail_at + (mixer.taps - 1) * mixer.channels;
+    mixer.kept_at = group->kept_values;
+    group->state_values = mixer.matrix_at + mixer.heads * mixer.head_size * mixer.key_size;
+    group->kept_values += mixer.channels + 2 * mixer.heads;
+    group->recurrent_inputs = group->recurrent_inputs > inputs ? group->recurrent_inputs : inputs;
+    group->recurrent_outputs = group->recurrent_outputs > inner ? group->recurrent_outputs : inner;
+    group->recurrent_heads = group->recurrent_heads > mixer.heads ? group->recurrent_heads : mixer.heads;
+    return mixer;
+}
+
 /* is_long: has pages for sequences whose attention is split. */
 static Group group_of(int is_long)
 {
@@ -211,6 +249,18 @@ static Group group_of(int is_long)
             .swiglu = {1.7, 7.0},
             .xielu = {0.8, 0.8, 0.5, -1e-6},
         };
+        switch (any(0, 5)) { /* a layer has attention, a recurrent mixer or both, and a feed-forward or none */
+        case 0:
+            layers[i].qkv = layers[i].out = (Matrix){0};
+            /* fall through */
+        case 1:
+            layers[i].recurrent = recurrent_of(&group);
+            break;
+        case 2:
+            layers[i].up = layers[i].gate = layers[i].down = (Matrix){0};
+        }
+        if (layers[i].qkv.weights.bytes)
+            layers[i].kv_row = group.kv_layers++;
         layers[i].qk_as_one = layers[i].qk.kind ? any(0, 1) : 0;
         layers[i].qk_rotated = layers[i].qk_as_one ? 0 : any(0, 1);
         if (group.expert_size && any(0, 1)) {
@@ -253,6 +303,17 @@ static int run_pass(Pool *pool)
         if (is_long || group_has_ring(&group)) /* a ring of one page has room for so many after a window of 40 */
             length = length < 24 ? length : 24;
         segments[used] = (Segment){memory_of(group.num_layers * pages * 4), position, any(1, length)};
+        segments[used].pages.bytes = group.kv_layers * pages * 4;
+        const int64_t copies = any(0, 2), drafts = any(0, segments[used].length);
+        if (group.state_values) {
+            segments[used].states = memory_of(group.state_values * 4);
+            segments[used].copies = memory_of(copies * group.state_values * 4);
+            segments[used].copied_at = memory_of(copies * 8);
+            for (int64_t copy = 0; copy < copies; copy++)
+                ((int64_t *)segments[used].copied_at.data)[copy] = position + any(0, length);
+            segments[used].kept = memory_of(drafts * group.kept_values * 4);
+            segments[used].kept_from = position + segments[used].length - drafts;
+        }
         for (int64_t i = 0; i < group.num_layers * pages; i++)
             ((int32_t *)segments[used].pages.data)[i] = (int32_t)page++;
         int64_t end = position + segments[used].length;
@@ -260,7 +321,7 @@ static int run_pass(Pool *pool)
         most = end > most ? end : most;
     }
     int64_t threads = any(1, 3);
-    Pass pass = {.rows = rows, .threads = threads, .hidden = memory_of(rows * group.hidden_size * 4),
+    Pass pass = {.rows = rows, .threads = threads, .repeats = any(0, 9) == 0, .hidden = memory_of(rows * group.hidden_size * 4),
                  .rotations = memory_of(group.rotations * rows * group.head_dim * 4), .segments = memory_of(used * (int64_t)sizeof(Segment)),
                  .workspace = workspace_of(lamina_pass_bytes(&group, rows, most, threads))};
     memcpy(pass.segments.data, segments, (size_t)pass.segments.bytes);
@@ -286,28 +347,33 @@ static int run_pass(Pool *pool)
             return -1;
         break;
     case 4: /* another page that exists might be another sequence's */
-        ((int32_t *)segments[0].pages.data)[any(0, segments[0].pages.bytes / 4 - 1)] = any(0, 1) ? -1 : (int32_t)group.num_pages;
+        if (segments[0].pages.bytes)
+            ((int32_t *)segments[0].pages.data)[any(0, segments[0].pages.bytes / 4 - 1)] = any(0, 1) ? -1 : (int32_t)group.num_pages;
         break;
     }
     for (int64_t i = 0; i < used; i++)
-        if (says_more(&((Segment *)whole.segments.data)[i].pages, &segments[i].pages, 1))
+        if (says_more(&((Segment *)whole.segments.data)[i].pages, &segments[i].pages, 1) ||
+            says_more(&((Segment *)whole.segments.data)[i].states, &segments[i].states, 4))
             return -1;
     if (says_more(&group.layers, &sound.layers, 2) || says_more(&pass.hidden, &whole.hidden, 4) ||
         group.rotations > sound.rotations)
         return -1;
     const Norm *norms[] = {&layers[0].before_attention, &layers[0].qk, &layers[0].after_attention, &layers[0].before_mlp,
-                           &layers[0].after_mlp};
-    const Norm *sound_norms[] = {&before.before_attention, &before.qk, &before.after_attention, &before.before_mlp, &before.after_mlp};
-    for (int i = 0; i < 5; i++)
+                           &layers[0].after_mlp, &layers[0].recurrent.norm};
+    const Norm *sound_norms[] = {&before.before_attention, &before.qk, &before.after_attention, &before.before_mlp, &before.after_mlp,
+                                 &before.recurrent.norm};
+    for (int i = 0; i < 6; i++)
         if (says_more(&norms[i]->gain, &sound_norms[i]->gain, 2))
             return -1;
     if (says_more(&layers[0].sinks, &before.sinks, 1))
         return -1;
-    const Matrix *now[] = {&layers[0].qkv, &layers[0].out, &layers[0].gate, &layers[0].up, &layers[0].down};
-    const Matrix *then[] = {&before.qkv, &before.out, &before.gate, &before.up, &before.down};
-    if (says_more(&layers[0].experts, &before.experts, 1))
+    const Matrix *now[] = {&layers[0].qkv, &layers[0].out, &layers[0].gate, &layers[0].up, &layers[0].down,
+                           &layers[0].recurrent.in, &layers[0].recurrent.steps, &layers[0].recurrent.out};
+    const Matrix *then[] = {&before.qkv, &before.out, &before.gate, &before.up, &before.down,
+                            &before.recurrent.in, &before.recurrent.steps, &before.recurrent.out};
+    if (says_more(&layers[0].experts, &before.experts, 1) || says_more(&layers[0].recurrent.kernel, &before.recurrent.kernel, 5))
         return -1;
-    for (int i = 0; i < 5; i++)
+    for (int i = 0; i < 8; i++)
         if (says_more(&now[i]->weights, &then[i]->weights, 3))
             return -1;
     return lamina_run_layers(pool, &group, &pass);

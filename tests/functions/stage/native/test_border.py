@@ -18,6 +18,7 @@ from functions.stage.native.layers import (
     NativeLinear,
     NativeThreads,
     NormArrays,
+    SegmentArrays,
 )
 from functions.stage.native.library import NativeError, library
 from functions.stage.native.records import (
@@ -48,6 +49,7 @@ def sizes() -> records.GroupRecord:
         num_pages=8,
         kv_dtype=Dtype.F32,
         rotations=1,
+        kv_layers=2,
     )
 
 
@@ -67,7 +69,7 @@ def group(record: records.GroupRecord | None = None) -> NativeLayers:
                 "before_mlp": NormArrays(NormKind.RMS, zeros(48)),
             },
             {"sinks": zeros(4)},
-            {"window": 20 * slot, "ring": slot, "query_rotation": 1, "key_rotation": 1, "residual_scale": 1.0},
+            {"window": 20 * slot, "ring": slot, "kv_row": slot, "query_rotation": 1, "key_rotation": 1, "residual_scale": 1.0},
         )
         layers.place(slot, arrays)
     return layers
@@ -78,7 +80,7 @@ def run(
 ) -> Array:
     rows = sum(length for _, _, length in segments) if rows is None else rows
     hidden = np.ones((rows, 48), np.float32)
-    own = [(np.array(pages, np.int32), position, length) for pages, position, length in segments]
+    own = [SegmentArrays(np.array(pages, np.int32), position, length) for pages, position, length in segments]
     layers.run(hidden, np.zeros((rows, 5), np.complex64), own, threads)
     return hidden
 
@@ -124,7 +126,7 @@ def test_too_little_or_unaligned_memory_is_refused(name: str) -> None:
     arrays = {
         "hidden": zeros(3, 48),
         "rotations": zeros(3, 10),
-        "segments": np.array([[pages.ctypes.data, pages.nbytes, 0, 3]], np.int64),
+        "segments": np.array([[pages.ctypes.data, pages.nbytes, 0, 3, *[0] * 9]], np.int64),
         "workspace": records.new_workspace(library().pass_bytes(group_record, 3, 3, 1)),
     }
     memory = {key: memory_of(array) for key, array in arrays.items()}

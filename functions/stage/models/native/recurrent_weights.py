@@ -1,0 +1,123 @@
+"""Takes the weights of a layer's recurrent mixer out of a publication's tensors, as `c/native.h` wants them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from functions.stage.models.floats import Array
+from functions.stage.models.native.weights import NativeWeights, of_one_kind, stacked, with_rows
+from functions.stage.native.layers import MatrixArrays, NormArrays, RecurrentArrays
+from functions.stage.native.records import NormKind, RecurrentKind
+from storage.checkpoints.decoder import Decoder, Layer, Recurrent, TensorNames
+
+_KINDS: Final = {"convolution": RecurrentKind.CONVOLUTION, "delta": RecurrentKind.DELTA, "mamba": RecurrentKind.MAMBA}
+
+
+@dataclass(frozen=True, slots=True)
+class StatePlaces:
+    """Where each layer of a group finds its part of a sequence's states, and of what is kept of a draft token."""
+
+    tails: tuple[int, ...]
+    matrices: tuple[int, ...]
+    kept: tuple[int, ...]
+    state_values: int
+    kept_values: int
+
+    @classmethod
+    def of(cls, layers: Sequence[Layer], hidden_size: int) -> "StatePlaces":
+        tails, matrices, kept, states, values = [], [], [], 0, 0
+        for layer in layers:
+            own = layer.recurrent
+            tails.append(states)
+            matrices.append(states if own is None else states + (own.kernel - 1) * channels_of(own, hidden_size))
+            kept.append(values)
+            if own is not None:
+                states += own.state_values(hidden_size)
+                values += channels_of(own, hidden_size) + 2 * own.num_heads
+        return cls(tuple(tails), tuple(matrices), tuple(kept), states, values)
+
+
+def inputs_of(recurrent: Recurrent, hidden_size: int) -> int:
+    """Numbers that a mixer makes of each row first."""
+    if recurrent.kind == "convolution":
+        return 3 * hidden_size
+    return recurrent.channels + recurrent.inner_size + (recurrent.num_heads if recurrent.kind == "mamba" else 0)
+
+
+def channels_of(recurrent: Recurrent, hidden_size: int) -> int:
+    return hidden_size if recurrent.kind == "convolution" else recurrent.channels
+
+
+def take_recurrent(
+    model: Decoder, recurrent: Recurrent, places: StatePlaces, slot: int, weights: NativeWeights
+) -> RecurrentArrays:
+    """Removes the tensors of a recurrent mixer from `weights`. slot: the layer's number in the group. Raises MissingTensors."""
+    prefix, hidden = model.names.recurrent, model.hidden_size
+    channels, inner = channels_of(recurrent, hidden), recurrent.inner_size
+    kernel = f"{prefix}.{model.names.recurrent_kernel}"
+    numbers: dict[str, float] = {
+        "taps": recurrent.kernel,
+        "channels": channels,
+        "groups": recurrent.num_groups,
+        "key_size": recurrent.key_size,
+        "heads": recurrent.num_heads,
+        "head_size": recurrent.head_size,
+        "norm_parts": recurrent.norm_parts,
+        "gate_first": recurrent.gate_first,
+        "tail_at": places.tails[slot],
+        "matrix_at": places.matrices[slot],
+        "kept_at": places.kept[slot],
+    }
+    matrices = {"out": weights.matrix(f"{prefix}.out_proj", recurrent.biased)}
+    if recurrent.kind == "delta":
+        matrices["in"], matrices["steps"] = _delta_matrices(model.names, recurrent, weights)
+    else:
+        (name,) = model.names.recurrent_in
+        matrices["in"] = weights.matrix(f"{prefix}.{name}", recurrent.biased)
+    vectors = {"kernel": np.ascontiguousarray(weights.vector(f"{kernel}.weight").reshape(channels, recurrent.kernel).T)}
+    if recurrent.kernel_bias:
+        vectors["kernel_biases"] = weights.vector(f"{kernel}.bias")
+    norm = None
+    if recurrent.kind == "convolution":
+        numbers["channels_at"] = 2 * hidden
+    else:
+        numbers |= _places_in_a_row(recurrent)
+        vectors |= {"rates": -np.exp(weights.vector(f"{prefix}.A_log")), "step_biases": weights.vector(f"{prefix}.dt_bias")}
+    if recurrent.kind == "mamba":
+        vectors["skips"] = weights.vector(f"{prefix}.D")
+    if recurrent.norm is not None:
+        numbers["eps"] = recurrent.norm.eps
+        gain = weights.vector(f"{prefix}.norm.weight")
+        norm = NormArrays(NormKind.RMS, np.tile(gain, inner // gain.size))
+    return RecurrentArrays(_KINDS[recurrent.kind], matrices, vectors, numbers, norm)
+
+
+def _places_in_a_row(recurrent: Recurrent) -> dict[str, int]:
+    """Where the parts of a row of the mixer's inputs begin."""
+    keys, inner = recurrent.num_groups * recurrent.key_size, recurrent.inner_size
+    if recurrent.kind == "delta":
+        return {"query_at": 0, "key_at": keys, "value_at": 2 * keys, "gate_at": 2 * keys + inner}
+    first = {"gate_at": 0, "channels_at": inner, "value_at": inner, "key_at": 2 * inner}
+    return {**first, "query_at": 2 * inner + keys, "steps_at": 2 * inner + 2 * keys}
+
+
+def _delta_matrices(names: TensorNames, recurrent: Recurrent, weights: NativeWeights) -> tuple[MatrixArrays, MatrixArrays]:
+    """Queries, keys, values and gates; steps and shares."""
+    given = [weights.matrix(f"{names.recurrent}.{name}") for name in names.recurrent_in]
+    if len(given) == 4:
+        channels, gates, shares, steps = given
+        return stacked(of_one_kind([channels, gates])), stacked(of_one_kind([steps, shares]))
+    groups = recurrent.num_groups
+    values = recurrent.inner_size // groups
+
+    def by_part(*sizes: int) -> list[Array]:
+        """Rows of each part of all groups. sizes: of a group's parts, in order."""
+        ends = np.cumsum(sizes)
+        first = np.arange(groups)[:, None] * ends[-1]
+        return [(first + np.arange(end - size, end)).ravel() for size, end in zip(sizes, ends, strict=True)]
+
+    inputs = np.concatenate(by_part(recurrent.key_size, recurrent.key_size, values, values))
+    of_shares, of_steps = by_part(*2 * (recurrent.num_heads // groups,))
+    return with_rows(given[0], inputs), with_rows(given[1], np.concatenate((of_steps, of_shares)))

@@ -1,0 +1,182 @@
+"""Which recurrent states of each sequence can be had, so that the sequence can go back to them.
+
+The states of a sequence cannot be truncated. It goes back to the last checkpoint, or to the last token before draft tokens: the
+states there, and what changes states by these tokens, are kept until the next pass, to change the states again by the draft
+tokens that were accepted.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from functions.stage.models.checkpoints import BLOCK_TOKENS, Checkpoints
+from functions.stage.models.kv_cache import KVBlocks
+
+State = TypeVar("State")
+
+
+@dataclass(slots=True)
+class _Recurrent(Generic[State]):
+    """Which states of a sequence can be had."""
+
+    at: int | None = 0  # its layers have the states after so many tokens; None: a pass that failed has left them anyhow
+    before_drafts: tuple[int, State] | None = None  # tokens before the last pass's draft tokens, and the states there
+    drafts: int = 0
+    among_drafts: dict[int, State] = field(default_factory=dict)  # checkpoints, if these tokens are accepted
+
+
+class RecurrentKV(KVBlocks, Generic[State]):
+    """Implements `KVBlocks` for sequences with recurrent states. Subclasses own the states of the last token.
+
+    State: copies of a sequence's states in all layers, which are never changed. Without recurrent layers, which is when
+    `layout.state_bytes` is 0, a sequence has none and everything is as in `KVBlocks`.
+    """
+
+    _checkpoints: Checkpoints[State]
+    _recurrent: dict[int, _Recurrent[State]]
+
+    # What subclasses do.
+
+    def _begin_states(self, handle: int) -> None:
+        """Makes the sequence's states those before its first token."""
+        raise NotImplementedError
+
+    def _copied_states(self, handle: int) -> State:
+        """Copies of the sequence's states."""
+        raise NotImplementedError
+
+    def _restore_states(self, handle: int, states: State) -> None:
+        """Makes copies of `states` the sequence's states."""
+        raise NotImplementedError
+
+    def _repeat(self, handle: int, position: int, tokens: int) -> None:
+        """Changes the sequence's states, which are those after `position` tokens, by its last pass's first draft tokens."""
+        raise NotImplementedError
+
+    # KVBlocks.
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return len(self._checkpoints) * self.layout.state_bytes
+
+    def reserve(self, tokens: int) -> int:
+        handle = super().reserve(tokens)
+        self._recurrent[handle] = _Recurrent()
+        return handle
+
+    def release(self, handle: int) -> None:
+        super().release(handle)
+        self._checkpoints.release(handle)
+        del self._recurrent[handle]
+
+    def length(self, handle: int) -> int:
+        held = super().length(handle)
+        if held and self.layout.state_bytes:  # less while KV is being restored whose states have not come yet
+            at = self._recurrent[handle].at or 0
+            return at if super().holds(handle, at) else 0
+        return held
+
+    def holds(self, handle: int, tokens: int) -> bool:
+        return super().holds(handle, tokens) and (not self.layout.state_bytes or self._states_at(handle, tokens) is not None)
+
+    def last_held(self, handle: int, tokens: int) -> int:
+        if not self.layout.state_bytes:
+            return super().last_held(handle, tokens)
+        recurrent, tokens = self._recurrent[handle], min(tokens, self.filled(handle))
+        at = self._checkpoints.last(handle, tokens)
+        if recurrent.at is not None and recurrent.at <= tokens:
+            at = max(at, recurrent.at)
+        if recurrent.before_drafts is not None and recurrent.before_drafts[0] <= tokens:
+            at = max(at, min(tokens, recurrent.before_drafts[0] + recurrent.drafts))
+        return at if KVBlocks.holds(self, handle, at) else 0
+
+    def truncate(self, handle: int, length: int) -> None:
+        """See `KVCache`. With recurrent layers it goes back to the last position up to `length` whose states can be had."""
+        if not self.layout.state_bytes:
+            super().truncate(handle, length)
+            return
+        at = self.last_held(handle, length)
+        super().truncate(handle, at)
+        self._checkpoints.truncate(handle, at)
+        recurrent = self._recurrent[handle]
+        before = recurrent.before_drafts
+        if recurrent.at == at:
+            return
+        if at == 0:
+            self._begin_states(handle)
+        elif (states := self._states_at(handle, at)) is not None:
+            self._restore_states(handle, states)
+        elif before is not None:
+            self._restore_states(handle, before[1])
+            self._repeat(handle, before[0], at - before[0])
+        recurrent.at = at
+        recurrent.before_drafts = before if before is not None and before[0] <= at else None
+        recurrent.drafts = 0 if recurrent.before_drafts is None else at - recurrent.before_drafts[0]
+        recurrent.among_drafts = {of: states for of, states in recurrent.among_drafts.items() if of <= at}
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        super().copy(source, target, tokens)
+        if self.layout.state_bytes:
+            states = self._states_at(source, tokens)
+            assert states is not None
+            self._continue(target, tokens, states)
+
+    def keep_checkpoint(self, handle: int, tokens: int) -> None:
+        if self.layout.state_bytes:
+            self._checkpoints.ask(handle, tokens)
+
+    def checkpoints(self, handle: int) -> tuple[int, ...]:
+        return self._checkpoints.of(handle)
+
+    def _states_at(self, handle: int, tokens: int) -> State | None:
+        """Copies of the states after `tokens`; None if they are not kept."""
+        recurrent = self._recurrent[handle]
+        if (states := self._checkpoints.get(handle, tokens)) is not None:
+            return states
+        if (states := recurrent.among_drafts.get(tokens)) is not None:
+            return states
+        if recurrent.at == tokens:
+            return self._copied_states(handle)
+        if recurrent.before_drafts is not None and recurrent.before_drafts[0] == tokens:
+            return recurrent.before_drafts[1]
+        return None
+
+    def _continue(self, handle: int, tokens: int, states: State) -> None:
+        """Makes these the states after the first `tokens` of a sequence."""
+        self._restore_states(handle, states)
+        self._recurrent[handle] = _Recurrent(at=tokens)
+        if tokens % BLOCK_TOKENS == 0:
+            self._checkpoints.put(handle, tokens, states)
+
+    # A pass.
+
+    def _begin_recurrent(self, handle: int, tokens: int, draft_tokens: int) -> set[int]:
+        """Before a pass that adds `tokens`, of which the last `draft_tokens` may be rejected.
+
+        Returns after how many tokens of the sequence the pass is to copy its states. Call `_end_recurrent` with them after it.
+        """
+        recurrent, first = self._recurrent[handle], self.filled(handle)
+        for at, state in recurrent.among_drafts.items():
+            if at <= first:
+                self._checkpoints.put(handle, at, state)
+        self._recurrent[handle] = _Recurrent(at=None)
+        copied = self._checkpoints.positions(handle, first, first + tokens)
+        if draft_tokens:
+            certain = first + tokens - draft_tokens
+            if certain == first:
+                self._recurrent[handle].before_drafts = first, self._copied_states(handle)
+            else:
+                copied.add(certain)
+        return copied
+
+    def _end_recurrent(self, handle: int, draft_tokens: int, copied: Mapping[int, State]) -> None:
+        """After a pass. copied: the states that it has copied, by tokens."""
+        recurrent, end = self._recurrent[handle], self.filled(handle)
+        recurrent.at, recurrent.drafts, certain = end, draft_tokens, end - draft_tokens
+        if draft_tokens and recurrent.before_drafts is None:
+            recurrent.before_drafts = certain, copied[certain]
+        for at in self._checkpoints.positions(handle, 0, end).intersection(copied):
+            if at <= certain:
+                self._checkpoints.put(handle, at, copied[at])
+            else:
+                recurrent.among_drafts[at] = copied[at]

@@ -1,0 +1,187 @@
+/* Recurrent mixers: rows of one sequence change its state one after the other, so bits do not depend on how they are cut into passes.
+   Channels of the convolution, and columns of the heads' matrices, depend on no others: they are pieces of work. */
+
+/* What a pass keeps of a draft token for this mixer, or NULL. */
+INLINE float *kept_of(const Stream *stream, int64_t row)
+{
+    const int64_t draft = stream->position + row - stream->kept_from;
+    return stream->kept && draft >= 0 ? stream->kept + draft * stream->kept_values + stream->mixer->kept_at : NULL;
+}
+
+/* Copies a part of the states that begins at `at` if a copy of them is wanted after this row. */
+INLINE void copy_states(const Stream *stream, int64_t row, int64_t at, int64_t count)
+{
+    for (int64_t copy = 0; copy < stream->num_copies; copy++)
+        if (stream->copied_at[copy] == stream->position + row + 1)
+            memcpy(stream->copies + copy * stream->state_values + at, stream->states + at, (size_t)count * sizeof(float));
+}
+
+/* Channels [first, last): the tail has the inputs before a row, the oldest first. */
+static void convolve(const Stream *stream, int64_t first, int64_t last)
+{
+    const Recurrent *mixer = stream->mixer;
+    const int64_t channels = mixer->channels, before = mixer->taps - 1;
+    const bool is_short = mixer->kind == LAMINA_CONVOLUTION;
+    const float *kernel = mixer->kernel.data, *biases = mixer->kernel_biases.data;
+    float *tail = stream->states + mixer->tail_at;
+    for (int64_t row = 0; row < stream->rows; row++) {
+        float *inputs = stream->inputs + row * mixer->in.outs, *kept = kept_of(stream, row);
+        for (int64_t channel = first; channel < last; channel += LANES) {
+            vec x;
+            if (stream->repeats) {
+                x = row_part(kept, channel, last);
+            } else {
+                x = row_part(inputs + mixer->channels_at, channel, last);
+                if (is_short)
+                    x = mul_f32(x, row_part(inputs, channel, last));
+                if (kept)
+                    store_row_part(kept, channel, last, x);
+            }
+            vec sum = mixer->kernel_biases.bytes ? row_part(biases, channel, last) : zeros();
+            for (int64_t tap = 0; tap < before; tap++) {
+                float *at = tail + tap * channels;
+                sum = fma_f32(row_part(at, channel, last), row_part(kernel + tap * channels, channel, last), sum);
+                store_row_part(at, channel, last, tap + 1 < before ? row_part(at + channels, channel, last) : x);
+            }
+            sum = fma_f32(x, row_part(kernel + before * channels, channel, last), sum);
+            if (!is_short)
+                store_row_part(inputs + mixer->channels_at, channel, last, silu_of(sum));
+            else if (!stream->repeats)
+                store_row_part(stream->outputs + row * channels, channel, last,
+                               mul_f32(sum, row_part(inputs + channels, channel, last)));
+        }
+        for (int64_t tap = 0; stream->num_copies && tap < before; tap++)
+            copy_states(stream, row, mixer->tail_at + tap * channels + first, last - first);
+    }
+}
+
+/* log(1 + exp(x)): as 2 artanh(u / (2 + u)) with u = exp(-|x|), relative error about 1e-7. */
+INLINE vec softplus_of(vec x)
+{
+    const vec magnitude = and_i32(x, every_i32(0x7FFFFFFF)), two = every_f32(2.0f);
+    vec u = exp_f32(sub_f32(zeros(), magnitude)), s = div_f32(u, add_f32(two, u)), square = mul_f32(s, s);
+    vec y = every_f32(1.0f / 15);
+    for (int odd = 13; odd > 0; odd -= 2)
+        y = fma_f32(y, square, every_f32(1.0f / (float)odd));
+    return fma_f32(mul_f32(two, s), y, max_f32(zeros(), x));
+}
+
+/* x [size] / sqrt(sum(x²) + 1e-6) * scale */
+INLINE void normalize_length(float *x, int64_t size, float scale)
+{
+    vec squares = zeros();
+    for (int64_t i = 0; i < size; i += LANES) {
+        vec part = row_part(x, i, size);
+        squares = fma_f32(part, part, squares);
+    }
+    vec inverse = every_f32(scale / __builtin_sqrtf(sum_f32(squares) + 1e-6f));
+    for (int64_t i = 0; i < size; i += LANES)
+        store_row_part(x, i, size, mul_f32(row_part(x, i, size), inverse));
+}
+
+/* The decay of each head's matrix and the factor of what is added to it; in Gated DeltaNet also the lengths of queries and keys. */
+static void prepare_row(const Stream *stream, int64_t row)
+{
+    const Recurrent *mixer = stream->mixer;
+    const int64_t heads = mixer->heads;
+    const bool is_delta = mixer->kind == LAMINA_DELTA;
+    const float *rates = mixer->rates.data, *biases = mixer->step_biases.data;
+    float *inputs = stream->inputs + row * mixer->in.outs, *steps = stream->steps + row * 2 * heads, *kept = kept_of(stream, row);
+    for (int64_t group = 0; is_delta && group < mixer->groups; group++) {
+        normalize_length(inputs + mixer->query_at + group * mixer->key_size, mixer->key_size,
+                         1.0f / __builtin_sqrtf((float)mixer->key_size));
+        normalize_length(inputs + mixer->key_at + group * mixer->key_size, mixer->key_size, 1.0f);
+    }
+    if (stream->repeats) {
+        memcpy(steps, kept + mixer->channels, (size_t)(2 * heads) * sizeof(float));
+        return;
+    }
+    for (int64_t head = 0; head < heads; head += LANES) {
+        vec given = row_part(is_delta ? steps : inputs + mixer->steps_at, head, heads);
+        vec step = softplus_of(add_f32(given, row_part(biases, head, heads))), factor = step;
+        if (is_delta) {
+            vec x = row_part(steps + heads, head, heads);
+            factor = div_f32(every_f32(1.0f), add_f32(every_f32(1.0f), exp_f32(sub_f32(zeros(), x))));
+        }
+        store_row_part(steps, head, heads, exp_f32(mul_f32(step, row_part(rates, head, heads))));
+        store_row_part(steps + heads, head, heads, factor);
+    }
+    if (kept)
+        memcpy(kept + mixer->channels, steps, (size_t)(2 * heads) * sizeof(float));
+}
+
+enum { RECUR_VECTORS = LAMINA_COLUMNS / LANES };
+
+/* `vectors` vectors of a head's columns from `column` on, of which the last may be partial. */
+INLINE void recur_vectors(const Stream *stream, int64_t head, int64_t column, const int vectors)
+{
+    const Recurrent *mixer = stream->mixer;
+    const int64_t size = mixer->head_size, keys = mixer->key_size, group = head / (mixer->heads / mixer->groups);
+    const int64_t at = mixer->matrix_at + head * keys * size;
+    const bool is_delta = mixer->kind == LAMINA_DELTA;
+    float *matrix = stream->states + at;
+    for (int64_t row = 0; row < stream->rows; row++) {
+        const float *inputs = stream->inputs + row * mixer->in.outs;
+        const float *query = inputs + mixer->query_at + group * keys, *key = inputs + mixer->key_at + group * keys;
+        const float *value = inputs + mixer->value_at + head * size, *steps = stream->steps + row * 2 * mixer->heads;
+        const vec decay = every_f32(steps[head]), factor = every_f32(steps[mixer->heads + head]);
+        vec added[RECUR_VECTORS], sums[RECUR_VECTORS];
+        for (int i = 0; i < vectors; i++)
+            sums[i] = zeros();
+        for (int64_t k = 0; is_delta && k < keys; k++) /* what the matrix has for the key */
+            UNROLL for (int i = 0; i < vectors; i++)
+                sums[i] = fma_f32(mul_f32(row_part(matrix + k * size, column + i * LANES, size), decay), every_f32(key[k]), sums[i]);
+        for (int i = 0; i < vectors; i++) {
+            vec part = row_part(value, column + i * LANES, size);
+            added[i] = mul_f32(is_delta ? sub_f32(part, sums[i]) : part, factor);
+            sums[i] = zeros();
+        }
+        for (int64_t k = 0; k < keys; k++)
+            UNROLL for (int i = 0; i < vectors; i++) {
+                float *numbers = matrix + k * size;
+                vec decayed = mul_f32(row_part(numbers, column + i * LANES, size), decay);
+                vec changed = fma_f32(every_f32(key[k]), added[i], decayed);
+                store_row_part(numbers, column + i * LANES, size, changed);
+                sums[i] = fma_f32(changed, every_f32(query[k]), sums[i]);
+            }
+        for (int i = 0; !stream->repeats && i < vectors; i++) {
+            if (mixer->skips.bytes)
+                sums[i] = fma_f32(row_part(value, column + i * LANES, size), every_f32(((const float *)mixer->skips.data)[head]), sums[i]);
+            store_row_part(stream->outputs + (row * mixer->heads + head) * size, column + i * LANES, size, sums[i]);
+        }
+        for (int64_t k = 0; stream->num_copies && k < keys; k++)
+            copy_states(stream, row, at + k * size + column, smaller(size - column, vectors * LANES));
+    }
+}
+
+/* LAMINA_COLUMNS columns of a head's matrix from `column` on, or those that are left. */
+static void recur(const Stream *stream, int64_t head, int64_t column)
+{
+    const int64_t last = smaller(column + LAMINA_COLUMNS, stream->mixer->head_size);
+    if (last - column == LAMINA_COLUMNS)
+        recur_vectors(stream, head, column, RECUR_VECTORS);
+    else
+        for (; column < last; column += LANES)
+            recur_vectors(stream, head, column, 1);
+}
+
+INLINE void multiply_by_gate(const float *gate, int64_t size, float *y)
+{
+    for (int64_t i = 0; i < size; i += LANES)
+        store_row_part(y, i, size, mul_f32(row_part(y, i, size), silu_of(row_part(gate, i, size))));
+}
+
+/* The outputs of all heads, normalized and multiplied by their gate. */
+static void gate_row(const Stream *stream, int64_t row)
+{
+    const Recurrent *mixer = stream->mixer;
+    const int64_t size = mixer->heads * mixer->head_size, part = size / mixer->norm_parts;
+    const float *gate = stream->inputs + row * mixer->in.outs + mixer->gate_at;
+    float *y = stream->outputs + row * size;
+    if (mixer->gate_first)
+        multiply_by_gate(gate, size, y);
+    for (int64_t first = 0; mixer->norm.kind && first < size; first += part)
+        normalize(&mixer->norm, first, y + first, (float)mixer->eps, part, y + first);
+    if (!mixer->gate_first)
+        multiply_by_gate(gate, size, y);
+}
