@@ -14,6 +14,7 @@ DTYPE ?=
 MODEL ?=
 PORT ?= 8080
 ONCE ?=
+FLEET ?=
 SPEC ?=
 IMAGE ?=
 CONTEXT ?=
@@ -33,7 +34,7 @@ ACCELERATOR ?= cpu
 TARGET ?= $(if $(filter cuda,$(ACCELERATOR)),full,lean)
 TORCH_INDEX ?=
 # Recipes read these through the environment, so that no quoting in a value can break a command.
-export PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TARGET TORCH_INDEX MINUTES QUICK TRACE EXPERIMENT CASES
+export FLEET PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TARGET TORCH_INDEX MINUTES QUICK TRACE EXPERIMENT CASES
 
 BIN := $(VENV)/bin
 CLIENTS ?= .venv-clients
@@ -49,12 +50,12 @@ help: ## This list
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@printf '\nVariables: PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TARGET TORCH_INDEX MINUTES QUICK TRACE EXPERIMENT CASES ROOM WORKERS LOCK_TORCH PYTHON VENV\n'
+	@printf '\nVariables: PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE FLEET SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TARGET TORCH_INDEX MINUTES QUICK TRACE EXPERIMENT CASES ROOM WORKERS LOCK_TORCH PYTHON VENV\n'
 
 .PHONY: run
-run: $(VENV)/run.stamp needs-libraries $(VENV)/native.stamp ## Ask a real model through a pipeline on this machine, then serve it (PROMPT= STAGES= DTYPE= MODEL= PORT= ONCE=1)
+run: $(VENV)/run.stamp needs-libraries $(VENV)/native.stamp ## Ask a real model through a pipeline on this machine, then serve it (PROMPT= STAGES= DTYPE= MODEL= PORT= ONCE=1; FLEET=fleet.yaml: many)
 	@exec $(BIN)/python -m knative run --prompt "$$PROMPT" --max-tokens "$$MAX_TOKENS" --stages "$$STAGES" \
-	  --port "$$PORT" $${DTYPE:+--dtype "$$DTYPE"} $${MODEL:+--model "$$MODEL"} $${ONCE:+--once}
+	  --port "$$PORT" $${DTYPE:+--dtype "$$DTYPE"} $${MODEL:+--model "$$MODEL"} $${FLEET:+--spec "$$FLEET"} $${ONCE:+--once}
 
 ##@ On a cluster (docs/deploying.md)
 .PHONY: image

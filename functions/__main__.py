@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
-from functions.configuration.config import Config, StageConfig, read_config
+from functions.configuration.config import Config, FleetConfig, StageConfig, read_config
 from functions.configuration.environment_page import help_text, markdown_page
 from functions.configuration.settings import ConfigError
 from functions.hosting.startup import StartUp, without_collection
@@ -20,7 +20,10 @@ USAGE_STATUS: Final = 2
 
 
 class Function(Protocol):
-    """A stage or a gateway. `start` returns at once; after a later failure it calls `stop` with an exit status."""
+    """A stage, a gateway or a fleet's gateway.
+
+    `start` returns at once; after a later failure it calls `stop` with an exit status.
+    """
 
     @property
     def service(self) -> "Service": ...
@@ -49,7 +52,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         config = read_config(environ)
     except ConfigError as error:
         return _report(error)
-    return _serve(config, start_up)
+    return _serve(config, start_up, environ)
 
 
 def _report(error: ConfigError) -> int:
@@ -67,7 +70,7 @@ def _explain(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _serve(config: Config, start_up: StartUp) -> int:
+def _serve(config: Config, start_up: StartUp, environ: Mapping[str, str]) -> int:
     # Imported late: a wrong environment and --help need none of it, and each role only its own modules.
     with without_collection():
         from functions.hosting.startup import return_free_memory, use_few_arenas
@@ -78,7 +81,7 @@ def _serve(config: Config, start_up: StartUp) -> int:
             return_free_memory()
         set_up_logging(config.log_level)
         try:
-            function = _function(config, start_up)
+            function = _function(config, start_up, environ)
         except ConfigError as error:
             return _report(error)
         from functions.hosting.connection import ServerLimits
@@ -95,7 +98,7 @@ def _serve(config: Config, start_up: StartUp) -> int:
     return server.run(function.service, function.drain, function.close)
 
 
-def _function(config: Config, start_up: StartUp) -> Function:
+def _function(config: Config, start_up: StartUp, environ: Mapping[str, str]) -> Function:
     """The configured function. What others wait for begins before its remaining modules are imported: a stage's weights, and
     the other stages' starts, for a request that starts a gateway at zero will need them all.
 
@@ -108,6 +111,10 @@ def _function(config: Config, start_up: StartUp) -> Function:
         from functions.stage.serving.function import StageFunction
 
         return StageFunction(config, start_up, arriving)
+    if isinstance(config, FleetConfig):
+        from functions.gateway.fleet.function import FleetFunction
+
+        return FleetFunction(config, environ, start_up)
     from functions.gateway.build import start_scheduler
 
     running = start_scheduler(config)

@@ -17,8 +17,16 @@ if TYPE_CHECKING:
     from eventing.http.pod_tls import PodTLS
 
 ROLE_KEY: Final = "LAMINA_ROLE"
+FLEET_LABEL: Final = "lamina.dev/fleet"  # of a fleet's members' ConfigMaps and pods
+PERCENT: Final = "lamina.dev/percent"  # annotation of a canary's ConfigMap: its share of the member's requests
 _PREFIX: Final = "LAMINA_"
-_ROLE = Key(ROLE_KEY, parsers.one_of("stage", "gateway"), "role of this function: stage or gateway", REQUIRED, False)
+_ROLE = Key(
+    ROLE_KEY,
+    parsers.one_of("stage", "gateway", "fleet"),
+    "role of this function: stage, gateway, or gateway of a fleet",
+    REQUIRED,
+    False,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,8 +116,8 @@ class TLSConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CommonConfig:
-    """Configuration that a stage and a gateway share."""
+class ProcessConfig:
+    """Configuration that every function has: its ports, the store, the network of pods."""
 
     port: int = setting("PORT", parsers.integer(0, 65535), "port for requests, set by Knative; 0: a free port", "8080")
     service: str | None = setting("K_SERVICE", str, "name of the function's Knative Service, set by Knative", "")
@@ -125,8 +133,34 @@ class CommonConfig:
         "port of /metrics and of the details of /readyz, which clients of PORT do not get; 0: a free port",
         "9464",
     )
-    pipeline: str = setting("LAMINA_PIPELINE", parsers.fingerprint, "fingerprint of the pipeline, which every event has")
     pipeline_token: str = setting("LAMINA_PIPELINE_TOKEN", str, "bearer token between gateway and stages", secret=True)
+    store: StoreConfig
+    pod_network: tuple[IPv4Network | IPv6Network, ...] = setting(
+        "LAMINA_POD_NETWORK",
+        parsers.networks,
+        "networks of pods, separated by commas; other addresses are not used; default: private addresses",
+        "10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,fc00::/7",
+    )
+    pod_port: int = setting(
+        "LAMINA_POD_PORT", parsers.integer(0, 65535), "port of pods; others are not used; 0: the EndpointSlice's own", "8012"
+    )
+    tls: TLSConfig
+    traces_endpoint: str | None = setting(
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        parsers.url,
+        "URL for traces, by OTLP over HTTP; unset: no traces. OpenTelemetry reads its other OTEL_* keys itself",
+        "",
+    )
+    log_level: str = setting(
+        "LAMINA_LOG_LEVEL", parsers.one_of("debug", "info", "warning", "error"), "least severe level that is logged", "info"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommonConfig(ProcessConfig):
+    """Configuration that a stage and a gateway share: the pipeline."""
+
+    pipeline: str = setting("LAMINA_PIPELINE", parsers.fingerprint, "fingerprint of the pipeline, which every event has")
     model: str = setting("LAMINA_MODEL", str, "name of the model in the store")
     dtype: str = setting(
         "LAMINA_DTYPE",
@@ -152,26 +186,6 @@ class CommonConfig:
         "int8: keys and values are kept in 8 bits, with a scale for each token and head; answers may differ. Unset: in bf16, "
         "with float32 weights in float32",
         "",
-    )
-    store: StoreConfig
-    pod_network: tuple[IPv4Network | IPv6Network, ...] = setting(
-        "LAMINA_POD_NETWORK",
-        parsers.networks,
-        "networks of pods, separated by commas; other addresses are not used; default: private addresses",
-        "10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,fc00::/7",
-    )
-    pod_port: int = setting(
-        "LAMINA_POD_PORT", parsers.integer(0, 65535), "port of pods; others are not used; 0: the EndpointSlice's own", "8012"
-    )
-    tls: TLSConfig
-    traces_endpoint: str | None = setting(
-        "OTEL_EXPORTER_OTLP_ENDPOINT",
-        parsers.url,
-        "URL for traces, by OTLP over HTTP; unset: no traces. OpenTelemetry reads its other OTEL_* keys itself",
-        "",
-    )
-    log_level: str = setting(
-        "LAMINA_LOG_LEVEL", parsers.one_of("debug", "info", "warning", "error"), "least severe level that is logged", "info"
     )
 
 
@@ -260,8 +274,65 @@ class StageConfig(CommonConfig):
         return self.layers == self.cut[-1]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClientsConfig:
+    """Configuration of a process that clients reach: a gateway, or a fleet's."""
+
+    limits_store: str | None = setting(
+        "LAMINA_LIMITS_STORE",
+        parsers.limits_store,
+        "URL of a Redis, redis://HOST:PORT/DB, in which all gateways count requests and tokens per minute; unset: each counts "
+        "alone",
+        "",
+        secret=True,
+    )
+    cors_origins: tuple[str, ...] | None = setting(
+        "LAMINA_CORS_ORIGINS",
+        parsers.origins,
+        "origins of pages that may send requests from browsers, such as https://chat.example, separated by commas, or *; "
+        "unset: none",
+        "",
+    )
+    hosts: tuple[str, ...] | None = setting(
+        "LAMINA_HOSTS",
+        parsers.hosts,
+        "more names by which a gateway without API keys is asked, such as chat.example or *.example, separated by commas, or * "
+        "for any; IP addresses, names of one label, cluster-local names and the Knative Service's URL need not be listed",
+        "",
+    )
+    access_log: str = setting(
+        "LAMINA_ACCESS_LOG",
+        parsers.one_of("on", "off", "prompts"),
+        "a line of JSON for each request, with tokens, times and status; prompts: with prompt and answer, too",
+        "on",
+    )
+    proxies: int = setting(
+        "LAMINA_PROXIES",
+        parsers.integer(0, 16),
+        "number of proxies that every request passes, each of which appends to X-Forwarded-For; the first one's entry "
+        "identifies a client without a key; 0: the header is ignored",
+        "1",
+    )
+    drain_seconds: float = setting(
+        "LAMINA_DRAIN_SECONDS",
+        parsers.seconds,
+        "how long answers may go on after SIGTERM; those that have not ended then fail with not-ready",
+        "540",
+    )
+    kubernetes_api: str | None = setting(
+        "LAMINA_KUBERNETES_API",
+        parsers.kubernetes_api,
+        "URL of the API that serves EndpointSlices; cluster: by the pod's ServiceAccount; unset: no watch",
+        "",
+    )
+    page: str = setting(
+        "LAMINA_PAGE", parsers.one_of("on", "off"), "on: `GET /` is a page that chats and shows the pipeline", "on"
+    )
+    namespace: str = setting("LAMINA_NAMESPACE", str, "namespace of the stages", "default")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GatewayConfig(CommonConfig):
+class GatewayConfig(CommonConfig, ClientsConfig):
     """Configuration of a gateway."""
 
     stages: tuple[tuple[LayerRange, str], ...] = setting(
@@ -312,41 +383,6 @@ class GatewayConfig(CommonConfig):
     )
     client_max_tokens: int = setting(
         "LAMINA_CLIENT_MAX_TOKENS", parsers.integer(0, 10**9), "most tokens of one answer; 0: no limit", "0"
-    )
-    limits_store: str | None = setting(
-        "LAMINA_LIMITS_STORE",
-        parsers.limits_store,
-        "URL of a Redis, redis://HOST:PORT/DB, in which all gateways count requests and tokens per minute; unset: each counts "
-        "alone",
-        "",
-        secret=True,
-    )
-    cors_origins: tuple[str, ...] | None = setting(
-        "LAMINA_CORS_ORIGINS",
-        parsers.origins,
-        "origins of pages that may send requests from browsers, such as https://chat.example, separated by commas, or *; "
-        "unset: none",
-        "",
-    )
-    hosts: tuple[str, ...] | None = setting(
-        "LAMINA_HOSTS",
-        parsers.hosts,
-        "more names by which a gateway without API keys is asked, such as chat.example or *.example, separated by commas, or * "
-        "for any; IP addresses, names of one label, cluster-local names and the Knative Service's URL need not be listed",
-        "",
-    )
-    access_log: str = setting(
-        "LAMINA_ACCESS_LOG",
-        parsers.one_of("on", "off", "prompts"),
-        "a line of JSON for each request, with tokens, times and status; prompts: with prompt and answer, too",
-        "on",
-    )
-    proxies: int = setting(
-        "LAMINA_PROXIES",
-        parsers.integer(0, 16),
-        "number of proxies that every request passes, each of which appends to X-Forwarded-For; the first one's entry "
-        "identifies a client without a key; 0: the header is ignored",
-        "1",
     )
     tool_parser: str = setting(
         "LAMINA_TOOL_PARSER",
@@ -406,20 +442,8 @@ class GatewayConfig(CommonConfig):
     request_timeout_seconds: float = setting(
         "LAMINA_REQUEST_TIMEOUT_SECONDS", parsers.seconds, "longest duration of one answer", "600"
     )
-    drain_seconds: float = setting(
-        "LAMINA_DRAIN_SECONDS",
-        parsers.seconds,
-        "how long answers may go on after SIGTERM; those that have not ended then fail with not-ready",
-        "540",
-    )
     step_timeout_seconds: float = setting(
         "LAMINA_STEP_TIMEOUT_SECONDS", parsers.seconds, "longest stay of one event at a stage", "120"
-    )
-    kubernetes_api: str | None = setting(
-        "LAMINA_KUBERNETES_API",
-        parsers.kubernetes_api,
-        "URL of the API that serves EndpointSlices; cluster: by the pod's ServiceAccount; unset: no watch",
-        "",
     )
     stage_services: tuple[str, ...] | None = setting(
         "LAMINA_STAGE_SERVICES",
@@ -458,10 +482,6 @@ class GatewayConfig(CommonConfig):
         "URL that gets the results of batches which events began, set by a SinkBinding; unset: no such events",
         "",
     )
-    page: str = setting(
-        "LAMINA_PAGE", parsers.one_of("on", "off"), "on: `GET /` is a page that chats and shows the pipeline", "on"
-    )
-    namespace: str = setting("LAMINA_NAMESPACE", str, "namespace of the stages", "default")
 
     @property
     def sharing(self) -> str:
@@ -479,8 +499,28 @@ class GatewayConfig(CommonConfig):
         return self.api_keys is not None or self.api_key_files is not None
 
 
-Config = StageConfig | GatewayConfig
-_ROLES: Final[dict[str, type[StageConfig] | type[GatewayConfig]]] = {"stage": StageConfig, "gateway": GatewayConfig}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FleetConfig(ProcessConfig, ClientsConfig):
+    """Configuration of the gateway of a fleet. Each member's ConfigMap has the rest: a gateway's keys of its own pipeline."""
+
+    fleet: str = setting("LAMINA_FLEET", str, "name of the fleet, in the label lamina.dev/fleet of its members' ConfigMaps")
+    keys_folder: str | None = setting(
+        "LAMINA_FLEET_KEYS",
+        str,
+        "folder with a file of API keys for each member, of its name; a member without one lets nobody in; unset: open to all",
+        "",
+        closes=True,
+    )
+    memory_bytes: int = setting(
+        "LAMINA_FLEET_MEMORY_BYTES",
+        parsers.integer(1),
+        "memory of the process beyond which members that are idle are given up, the least recently used first",
+        str(384 * 2**20),
+    )
+
+
+Config = StageConfig | GatewayConfig | FleetConfig
+_ROLES: Final[dict[str, type[Config]]] = {"stage": StageConfig, "gateway": GatewayConfig, "fleet": FleetConfig}
 
 
 def read_config(environ: Mapping[str, str]) -> Config:
@@ -493,9 +533,9 @@ def read_config(environ: Mapping[str, str]) -> Config:
         role = _ROLE.read(environ)
     except ValueError as error:
         raise ConfigError([*errors, str(error)]) from error
-    for key, owner in _all_keys():
-        if owner not in ("both", role) and key.name in environ:
-            errors.append(f"{key.name} is a key of the {owner}, and {ROLE_KEY} is {role}")
+    for key, owners in _all_keys():
+        if role not in owners and key.name in environ:
+            errors.append(f"{key.name} is a key of the {' and the '.join(owners)}, and {ROLE_KEY} is {role}")
     try:
         config = read(_ROLES[role], environ)
     except ConfigError as error:
@@ -506,17 +546,48 @@ def read_config(environ: Mapping[str, str]) -> Config:
     return config
 
 
+def member_config(fleet: Mapping[str, str], member: Mapping[str, str]) -> GatewayConfig:
+    """The configuration of one member's part in a fleet's gateway.
+
+    fleet: environment of the process. member: the member's own keys, which say nothing of process, store and clients. Raises
+    ConfigError.
+    """
+    shared = {key.name for key, owners in _all_keys() if "fleet" in owners}
+    own = {key.name for key, owners in _all_keys() if owners == ("fleet",)}
+    errors = [f"{name} is the fleet's: a member cannot set it" for name in sorted(shared & member.keys())]
+    environ = {name: value for name, value in fleet.items() if name not in own}
+    try:
+        config = read_config({**environ, **member, ROLE_KEY: "gateway"})
+    except ConfigError as error:
+        raise ConfigError([*errors, *error.errors]) from error
+    if errors or not isinstance(config, GatewayConfig):
+        raise ConfigError(errors)
+    return config
+
+
+def member_keys() -> frozenset[str]:
+    """Names of the keys that each member of a fleet has for itself, and that its gateway's process does not read."""
+    return frozenset(key.name for key, owners in _all_keys() if "gateway" in owners and "fleet" not in owners)
+
+
 def environment() -> Iterator[tuple[str, str, str, str]]:
-    """Name, role, default and meaning of every key. Default: `required` if the key must be set, empty if unset means None."""
-    for key, role in _all_keys():
-        yield key.name, role, "required" if key.default == REQUIRED else key.default, key.meaning
+    """Name, roles, default and meaning of every key. Default: `required` if the key must be set, empty if unset means None."""
+    grouped: dict[tuple[str, ...], list[Key]] = {}
+    for key, owners in _all_keys():
+        grouped.setdefault(owners, []).append(key)
+    for owners, group in grouped.items():
+        roles = "all" if len(owners) == len(_ROLES) else ", ".join(owners)
+        for key in group:
+            yield key.name, roles, "required" if key.default == REQUIRED else key.default, key.meaning
 
 
-def _all_keys() -> list[tuple[Key, str]]:
-    """Every key with the role that reads it: both, stage or gateway."""
-    common = list(keys(CommonConfig))
-    own = [(key, role) for role, settings in _ROLES.items() for key in keys(settings) if key not in common]
-    return [(_ROLE, "both"), *((key, "both") for key in common), *own]
+def _all_keys() -> list[tuple[Key, tuple[str, ...]]]:
+    """Every key with the roles that read it."""
+    found: dict[Key, list[str]] = {_ROLE: list(_ROLES)}
+    for role, settings in _ROLES.items():
+        for key in keys(settings):
+            found.setdefault(key, []).append(role)
+    return [(key, tuple(roles)) for key, roles in found.items()]
 
 
 def _contradictions(config: Config) -> Iterator[str]:
@@ -530,7 +601,12 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "LAMINA_TLS_CA and LAMINA_TLS_NAME belong together: set both, or none"
     if (config.tls.certificate is None) != (config.tls.key is None) or (config.tls.certificate and not config.tls.ca):
         yield "LAMINA_TLS_CERTIFICATE and LAMINA_TLS_KEY belong together and to LAMINA_TLS_CA: set all, or leave them out"
-    yield from _stage_contradictions(config) if isinstance(config, StageConfig) else _gateway_contradictions(config)
+    if isinstance(config, StageConfig):
+        yield from _stage_contradictions(config)
+    elif isinstance(config, GatewayConfig):
+        yield from _gateway_contradictions(config)
+    elif config.kubernetes_api is None:
+        yield "LAMINA_KUBERNETES_API is not set, and names a fleet's members and their pods"
 
 
 def _stage_contradictions(config: StageConfig) -> Iterator[str]:

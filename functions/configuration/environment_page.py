@@ -7,8 +7,8 @@ from functions.configuration.config import environment
 _HELP: Final = """\
 python -m functions
 
-Runs one function: a stage of a pipeline, or its gateway. It is configured by its environment only, which
-`python -m knative render` writes into the manifests and `python -m knative run` sets on this machine.
+Runs one function: a stage of a pipeline, its gateway, or the gateway of a fleet. It is configured by its environment only,
+which `python -m knative render` writes into the manifests and `python -m knative run` sets on this machine.
 
   --help          this page
   --environment   the same as Markdown (docs/reference.md)
@@ -17,7 +17,7 @@ Runs one function: a stage of a pipeline, or its gateway. It is configured by it
 _PAGE: Final = """\
 ## Environment
 
-What `python -m functions` reads. A key that begins with `LAMINA_` and is not listed here is an error, as is a key of the other
+What `python -m functions` reads. A key that begins with `LAMINA_` and is not listed here is an error, as is a key of another
 role; an empty value is the same as none. Written by `make generate`; `python -m functions --environment` prints it.
 
 | key | role | default | meaning |
@@ -29,7 +29,7 @@ def help_text() -> str:
     text, heading = _HELP, None
     for key, role, default, meaning in environment():
         if role != heading:
-            text += f"{'Both roles' if role == 'both' else role.capitalize()}\n"
+            text += f"{'All roles' if role == 'all' else role.capitalize()}\n"
             heading = role
         note = f" ({default})" if default == "required" else f" [{default}]" if default else ""
         text += f"  {key}{note}\n      {meaning}\n"

@@ -13,7 +13,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from eventing.claim_check import ClaimCheck
 from eventing.problems import EventTooLarge, NotReady, Problem, Unauthorized
 from functions.configuration.api_keys import Quota
-from functions.configuration.config import GatewayConfig
+from functions.configuration.config import ClientsConfig, GatewayConfig
 from functions.gateway.answers.access_log import AccessLog
 from functions.gateway.answers.authentication import Clients, KeyRing
 from functions.gateway.answers.client_limits import ClientLimits
@@ -77,6 +77,22 @@ class _Gateway(Flask):
         return super().handle_user_exception(e)
 
 
+def base_app(config: ClientsConfig, metrics: GatewayMetrics, write_line: Callable[[str], object]) -> Flask:
+    """An application without routes that has what all need: errors, headers, the access log.
+
+    write_line: receives each line of the access log.
+    """
+    app = _Gateway(metrics)
+    app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
+    add_problem_handlers(app)
+    app.after_request(_add_headers)
+    if config.cors_origins is not None:
+        app.after_request(partial(_add_cross_origin_headers, frozenset(config.cors_origins)))
+    if config.access_log != "off":
+        app.wsgi_app = AccessLog(app.wsgi_app, write_line, with_prompts=config.access_log == "prompts")  # type: ignore[method-assign]
+    return app
+
+
 def create_app(
     config: GatewayConfig,
     service: Callable[[], AnswerService],
@@ -93,14 +109,7 @@ def create_app(
     access log. watched: sources of `GET /v1/pipeline/events`; None: that path is not served.
     jobs: None: files and batches are not served. batches_changed: called when one was created or cancelled.
     """
-    app = _Gateway(metrics)
-    app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
-    add_problem_handlers(app)
-    app.after_request(_add_headers)
-    if config.cors_origins is not None:
-        app.after_request(partial(_add_cross_origin_headers, frozenset(config.cors_origins)))
-    if config.access_log != "off":
-        app.wsgi_app = AccessLog(app.wsgi_app, write_line, with_prompts=config.access_log == "prompts")  # type: ignore[method-assign]
+    app = base_app(config, metrics, write_line)
     clients = Clients(keys, config.proxies)
     source = f"/pipelines/{config.pipeline}/gateway"
     claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)

@@ -7,7 +7,7 @@ from functools import partial
 
 from eventing.http.delivery import Sender
 from eventing.http.pod_network import PodNetwork
-from functions.configuration.config import GatewayConfig
+from functions.configuration.config import FleetConfig, GatewayConfig
 from functions.gateway.scheduling.batching import SchedulerLimits
 from functions.gateway.scheduling.prefix_sharing import PrefixSharing
 from functions.gateway.scheduling.scheduler import Scheduler
@@ -50,7 +50,7 @@ class RunningScheduler:
         self.tracer.close()
 
 
-def endpoints_watch(config: GatewayConfig, services: Sequence[str] | None) -> EndpointsWatch | None:
+def endpoints_watch(config: GatewayConfig | FleetConfig, services: Sequence[str] | None) -> EndpointsWatch | None:
     """A started watch of the EndpointSlices of these Services, None: of all in the namespace.
 
     Returns None if no Kubernetes API is configured. Raises ConfigError for TLS files that cannot be used.

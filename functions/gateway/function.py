@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from prometheus_client import CollectorRegistry
+
 from eventing.problems import NotReady
 from functions.configuration.config import GatewayConfig
 from functions.gateway.answers.authentication import KeyRing
@@ -19,6 +21,7 @@ from functions.gateway.jobs.metrics import BatchMetrics
 from functions.gateway.jobs.worker import BatchWorker
 from functions.gateway.page.pipeline_watch import Watched
 from functions.gateway.scheduling.metrics import SchedulerCollector
+from functions.gateway.scheduling.pipeline_status import PipelineStatus
 from functions.gateway.text.tokenizer import ModelText
 from functions.hosting.management import Management
 from functions.hosting.publication import WrongPublication, read_publication
@@ -51,6 +54,7 @@ class GatewayFunction:
         self._metrics.queue_limit.set(config.queue_limit)
         start_up.report_to(self._metrics.phase_ended)
         self._answer_service: AnswerService | None = None
+        self._loaded = threading.Event()  # the tokenizer is loaded, or loading it has failed
         self._running = running
         self._draining = False
         if self._keys.is_open:
@@ -74,7 +78,7 @@ class GatewayFunction:
         )
         self.service = Service(
             app,
-            Management(self._metrics.registry, sick=self._running.scheduler.sick, ready=self._ready),
+            Management(self._metrics.registry, sick=self.sick, ready=self._ready),
             gateway_admission(config, self._keys, app),
             threads=config.queue_limit + _RUNNING_THREADS,
             request_bytes=_REQUEST_BYTES,
@@ -90,6 +94,21 @@ class GatewayFunction:
         """
         threading.Thread(target=self._load, args=(stop,), name="start-up", daemon=True).start()
 
+    def await_ready(self, seconds: float) -> bool:
+        """Waits until the tokenizer is loaded. Returns whether it is; False also if loading has failed."""
+        return self._loaded.wait(seconds) and self._answer_service is not None
+
+    def sick(self) -> str | None:
+        return self._running.scheduler.sick()
+
+    @property
+    def metrics(self) -> CollectorRegistry:
+        return self._metrics.registry
+
+    @property
+    def status(self) -> PipelineStatus:
+        return self._running.scheduler.status()
+
     def drain(self) -> None:
         """Makes `/readyz` report not ready, so that new requests go elsewhere. Requests that still arrive are answered."""
         self._draining = True
@@ -104,6 +123,12 @@ class GatewayFunction:
         self._running.close()
 
     def _load(self, stop: Callable[[int], None]) -> None:
+        try:
+            self._load_text(stop)
+        finally:
+            self._loaded.set()
+
+    def _load_text(self, stop: Callable[[int], None]) -> None:
         try:
             reader = ObjectReader(self._config.store)
             manifest = read_publication(self._config, reader)

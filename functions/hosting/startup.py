@@ -88,15 +88,21 @@ def return_free_memory(every_seconds: float = _TRIM_SECONDS) -> None:
 
     glibc itself returns only the end of an arena: after a burst, 30 of a gateway's 105 MiB were free and stayed resident.
     """
-    malloc_trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
     def trim() -> None:
         while True:
             time.sleep(every_seconds)
-            malloc_trim(0)
+            trim_memory()
 
-    if malloc_trim is not None:
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
         threading.Thread(target=trim, name="trim", daemon=True).start()
+
+
+def trim_memory() -> None:
+    """Gives pages without live objects back to the kernel. Has no effect with other C libraries than glibc."""
+    malloc_trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def _process_age_seconds() -> float:

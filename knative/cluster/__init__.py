@@ -1,4 +1,4 @@
 """A pipeline on a cluster: deploy, canary, rollback, status, cost, delete.
 
-May import: knative.spec, knative.webhook.
+May import: functions.configuration, knative.spec, knative.webhook.
 """

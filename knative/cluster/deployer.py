@@ -19,7 +19,18 @@ from knative.cluster.errors import ClusterError, DeployFailed, DeployInProgress,
 from knative.cluster.garbage import GarbageCollector
 from knative.cluster.history import DeployedVersion, History, Outcome
 from knative.cluster.lease import deploy_lease
-from knative.cluster.objects import COMPONENT, SERVING, fingerprint_of, gateway_of, label, readiness
+from knative.cluster.objects import (
+    COMPONENT,
+    FLEET,
+    INSTANCE,
+    SERVING,
+    canary_config_map,
+    fingerprint_of,
+    gateway_of,
+    is_member,
+    label,
+    readiness,
+)
 from knative.cluster.pipeline_token import LAST_STATE, advance_rotation, ensure_token, rotation_is_unfinished, with_rotation
 from knative.cluster.traffic import Traffic, is_ours, pinned_traffic, split, stable_revision, traffic_warnings
 from knative.cluster.waiting import ReadinessWait
@@ -39,7 +50,7 @@ class _Parts:
     def of(cls, objects: list[KubernetesObject]) -> "_Parts":
         gateway = gateway_of(objects)
         services = [each for each in objects if each["kind"] == "Service" and each["apiVersion"] == SERVING]
-        others = [each for each in objects if each not in services]
+        others = [each for each in objects if each not in services and each is not gateway]
         eventing = [each for each in others if each["apiVersion"].split("/")[0].endswith("knative.dev")]
         first = [each for each in others if each not in eventing]
         return cls(gateway, first, [each for each in services if each is not gateway], eventing)
@@ -109,14 +120,18 @@ class Deployer:
                 raise Rejected(
                     f"version {running.number} is a canary already ({running.reason}); `promote` or `abort` it before another"
                 )
-            stable = stable_revision(self._cluster, self.namespace, name, serving)
+            stable = None if is_member(gateway) else stable_revision(self._cluster, self.namespace, name, serving)
             with self._noted(history, objects, Outcome.CANARY, f"{percent} % of the requests") as version:
                 parts = self._prepare(objects)
                 self._apply([each for each in parts.first if self._is_missing_access(each)], force)
                 stages = [each for each in parts.stages if label(each, COMPONENT) != "gateway"]
                 self._bring_up(stages, wait, force)
-                preflight.check_pod_network(self._cluster, parts.gateway, stages, self._say)
-                url = self._apply_gateway(parts.gateway, split(stable, percent), wait, force)
+                if stable is None:
+                    self._apply([canary_config_map(parts.gateway, percent)], force)
+                    url = self._url_of_fleet(parts.gateway)
+                else:
+                    preflight.check_pod_network(self._cluster, parts.gateway, stages, self._say)
+                    url = self._apply_gateway(parts.gateway, split(stable, percent), wait, force)
             self._say(f"version {version.number}, pipeline {fingerprint}, gets {percent} % of the requests of {url}")
             return url
 
@@ -139,9 +154,12 @@ class Deployer:
             version, serving = self._canary_of(name, history), history.serving()
             if serving is None:
                 raise NothingServes(f"no version of {name} served before the canary; `delete` removes it")
-            stable = stable_revision(self._cluster, self.namespace, name, serving)
             gateway = gateway_of(with_rotation(self._cluster, version.objects))
-            self._apply_gateway(gateway, split(stable, 0)[:1], wait, force)
+            if is_member(gateway):
+                self._delete_canary(gateway)
+            else:
+                stable = stable_revision(self._cluster, self.namespace, name, serving)
+                self._apply_gateway(gateway, split(stable, 0)[:1], wait, force)
             history.note(version, Outcome.ABORTED)
             self._say(f"version {version.number} gets no more requests")
             return self._deploy(serving.objects, history, wait, force)
@@ -156,6 +174,10 @@ class Deployer:
             if version is None:
                 raise NothingServes(f"no version of {name} serves in namespace {self.namespace}; deploy it first")
             objects = version.objects
+            if label(gateway_of(objects), FLEET):
+                raise Rejected(
+                    f"{name} shares the token of the fleet {label(gateway_of(objects), FLEET)}, which is not rotated"
+                )
             preflight.check(self._cluster, objects, self._say)
             _refuse_beside_a_canary(history)
             if rotation_is_unfinished(self._cluster, objects):
@@ -173,6 +195,11 @@ class Deployer:
         """Deletes everything that was made for the pipeline, and returns the number of deleted objects. Raises ClusterError."""
         with deploy_lease(self._cluster, self.namespace, name, self._say):
             return self._garbage.collect_all(name)
+
+    def members_of(self, fleet: str) -> list[str]:
+        """Names of the fleet's members on the cluster; empty if there is no such fleet."""
+        found = self._cluster.find("v1", "ConfigMap", self.namespace, f"{FLEET}={fleet}")
+        return sorted({label(each, INSTANCE) for each in found})
 
     def diff(self, objects: list[KubernetesObject]) -> Iterator[str]:
         """Yields lines of a unified diff: what applying the objects would change on the cluster.
@@ -205,12 +232,17 @@ class Deployer:
             parts = self._prepare(objects)
             self._apply(parts.first, force)
             self._bring_up(parts.stages, wait, force)
-            preflight.check_pod_network(self._cluster, parts.gateway, parts.stages, self._say)
-            url = self._switch_gateway(parts.gateway, wait, force)
+            if is_member(parts.gateway):
+                self._apply([parts.gateway], force)
+                self._delete_canary(parts.gateway)
+                url = self._url_of_fleet(parts.gateway)
+            else:
+                preflight.check_pod_network(self._cluster, parts.gateway, parts.stages, self._say)
+                url = self._switch_gateway(parts.gateway, wait, force)
             self._apply(parts.eventing, force)
             wait.await_ready(parts.eventing)
         live = self._cluster.get(Ref.of(parts.gateway))
-        for line in traffic_warnings(live) if live is not None else ():
+        for line in traffic_warnings(live) if live is not None and not is_member(live) else ():
             self._say(line)
         self._say(f"version {version.number}, pipeline {version.fingerprint}: {url}")
         self._garbage.collect(parts.gateway["metadata"]["name"], objects)
@@ -287,6 +319,17 @@ class Deployer:
         self._cluster.apply({**gateway, "spec": {**gateway["spec"], "traffic": traffic}}, force=True)
         self._say(f"applied {Ref.of(gateway)}")
         return _url_of(gateway, wait.await_ready([gateway]))
+
+    def _delete_canary(self, gateway: KubernetesObject) -> None:
+        """Deletes the ConfigMap of a member's canary, if there is one: it gets no more requests."""
+        ref = Ref.of(canary_config_map(gateway, 0))
+        if self._cluster.delete(ref):
+            self._say(f"deleted {ref}")
+
+    def _url_of_fleet(self, member: KubernetesObject) -> str:
+        """URL of the gateway of a member's fleet; empty if there is none yet."""
+        service = self._cluster.get(Ref(SERVING, "Service", self.namespace, label(member, FLEET)))
+        return str(((service or {}).get("status") or {}).get("url", ""))
 
     def _apply(self, objects: list[KubernetesObject], force: bool) -> None:
         for each in objects:

@@ -23,6 +23,7 @@ from knative.cluster.objects import (
     SERVING,
     fingerprint_of,
     gateway_of,
+    is_member,
     label,
     own_selector,
     phase_of,
@@ -35,6 +36,7 @@ from knative.cluster.pipeline_token import wanted_secrets
 from knative.spec.kubernetes_object import KubernetesObject
 
 _POLL_SECONDS: Final = 0.5
+_LONGEST_ANSWER_SECONDS: Final = 600.0
 _UNROUTED_SECONDS: Final = 60  # how long Knative may take to note that a Route no longer uses a revision
 _CLASS: Final = "autoscaling.knative.dev/class"
 _ROUTING_STATE: Final = "serving.knative.dev/routingState"  # a revision's label: `active` if any Route uses it
@@ -95,7 +97,10 @@ class GarbageCollector:
                 else:
                     self._delete(ref, f"deleted {ref}, which the spec no longer needs")
             self._delete_idle_revisions(name)  # first, because stages of old pipelines wait for pods of their gateways
-            self._prune(name, old_pipelines)
+            if is_member(gateway_of(objects)):
+                self._prune_of_member(old_pipelines)
+            else:
+                self._prune(name, old_pipelines)
             pods = self._cluster.find("v1", "Pod", self._namespace, f"{INSTANCE}={name}") if access else []
             accounts = {pod["spec"].get("serviceAccountName") for pod in pods if phase_of(pod) != "over"}
             for ref in access:
@@ -167,6 +172,23 @@ class GarbageCollector:
             else:
                 for ref in refs:
                     self._delete(ref, f"pruned {ref}")
+
+    def _prune_of_member(self, old: list[KubernetesObject]) -> None:
+        """Deletes a member's stages of other fingerprints, once they have no pods.
+
+        Gateways of the fleet use them until they notice the member's change, and for answers that had begun, which take at most
+        ten minutes. Pods that stay longer are kept by min_scale alone.
+        """
+        deadline = time.monotonic() + min(_LONGEST_ANSWER_SECONDS, self._timeout_seconds)
+        for ref in map(Ref.of, old):
+            while self._cluster.find("v1", "Pod", self._namespace, f"{SERVICE_LABEL}={ref.name}"):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(_POLL_SECONDS)
+            if time.monotonic() > deadline and self._timeout_seconds < _LONGEST_ANSWER_SECONDS:
+                self._say(f"{ref} still has pods, which may answer; the next deploy prunes it")
+            else:
+                self._delete(ref, f"pruned {ref}")
 
     def _drivers(self, name: str) -> dict[str, str]:
         """Fingerprint of each pipeline that still gets requests → the gateway revision that sends them to its stages."""

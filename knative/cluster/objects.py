@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Final
 
+from functions.configuration.config import FLEET_LABEL, PERCENT
 from knative.cluster.client import Cluster, Ref
 from knative.cluster.errors import NotPermitted
 from knative.spec.kubernetes_object import KubernetesObject
@@ -14,6 +15,7 @@ INSTANCE: Final = "app.kubernetes.io/instance"
 MANAGED_BY: Final = "app.kubernetes.io/managed-by"
 COMPONENT: Final = "app.kubernetes.io/component"
 PIPELINE: Final = "lamina.dev/pipeline"
+FLEET: Final = FLEET_LABEL
 _SIDECAR: Final = "queue-proxy"
 
 
@@ -27,7 +29,21 @@ def label(manifest: KubernetesObject, name: str) -> str:
 
 
 def gateway_of(objects: list[KubernetesObject]) -> KubernetesObject:
-    return next(each for each in objects if each["kind"] == "Service" and label(each, COMPONENT) == "gateway")
+    """The gateway's Service; of a fleet's member the ConfigMap from which the fleet's gateways learn of it."""
+    kinds = ("Service", "ConfigMap")
+    return next(each for each in objects if each["kind"] in kinds and label(each, COMPONENT) == "gateway")
+
+
+def is_member(gateway: KubernetesObject) -> bool:
+    """Whether what `gateway_of` returned belongs to a member of a fleet."""
+    return bool(gateway["kind"] == "ConfigMap")
+
+
+def canary_config_map(gateway: KubernetesObject, percent: int) -> KubernetesObject:
+    """A member's ConfigMap as its canary's, which gets `percent` of the member's requests."""
+    metadata = gateway["metadata"]
+    name, annotations = f"{metadata['name']}-canary", {PERCENT: str(percent)}
+    return {**gateway, "metadata": {**metadata, "name": name, "annotations": annotations}}
 
 
 def fingerprint_of(manifest: KubernetesObject) -> str:

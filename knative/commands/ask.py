@@ -58,6 +58,7 @@ class Question:
     api_key: str | None = None
     timeout_seconds: float = 900.0  # for the whole answer
     host: str | None = None  # the gateway's host, if the URL is an ingress's address
+    model: str | None = None  # a fleet's member; None: the gateway serves one model
 
 
 @click.command(short_help="Ask a gateway, and print the answer as it streams.")
@@ -68,6 +69,7 @@ class Question:
 @chat_option
 @click.option("--api-key", envvar="LAMINA_API_KEY", show_envvar=True, help="If the gateway requires one.")
 @click.option("--host", help="If URL is an ingress's address: the host of the gateway's URL, which does not resolve here.")
+@click.option("--model", help="If the gateway is a fleet's: the model to ask.")
 @click.option("--timeout", type=click.FloatRange(min=1), default=900.0, show_default=True, help="Seconds for the whole answer.")
 def ask(
     url: str,
@@ -77,6 +79,7 @@ def ask(
     chat: bool | None,
     api_key: str | None,
     host: str | None,
+    model: str | None,
     timeout: float,
 ) -> None:
     """Ask the gateway at URL, and print the answer while it streams.
@@ -87,7 +90,7 @@ def ask(
     python -m knative ask http://203.0.113.7 --host chat.default.example.com "What is the capital of France?"
     """
     as_chat = is_question(prompt) if chat is None else chat
-    question = Question(prompt, max_tokens, temperature, as_chat, api_key, timeout, host)
+    question = Question(prompt, max_tokens, temperature, as_chat, api_key, timeout, host, model)
     console = Console()
     status = console.status("")  # shown on terminals only
 
@@ -170,8 +173,12 @@ async def stream_answer(url: str, question: Question, on_progress: OnProgress | 
     """
     headers, body = _request(question, include_progress=on_progress is not None)
     timeout = aiohttp.ClientTimeout(total=question.timeout_seconds, sock_connect=10)
+    asked_of = None if question.model is None else {"model": question.model}
     try:
-        async with aiohttp.ClientSession(timeout=timeout) as session, session.post(url, data=body, headers=headers) as reply:
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.post(url, data=body, headers=headers, params=asked_of) as reply,
+        ):
             if reply.status != 200:
                 body = await reply.read()
                 problem = problem_from_document(body)

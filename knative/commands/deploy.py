@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from knative.commands.fleet import deploy_fleet
 from knative.commands.manifest_files import read_rendered
 from knative.commands.options import (
     OpenStore,
@@ -18,7 +19,9 @@ from knative.commands.options import (
     store_options,
     timeout_option,
 )
-from knative.commands.render import read_spec, rendered_objects
+from knative.commands.render import fleet_objects, read_spec, rendered_objects
+from knative.render.fleet import door_files
+from knative.spec.fleet_spec import is_fleet
 
 if TYPE_CHECKING:
     from knative.cluster.client import Cluster
@@ -55,6 +58,7 @@ def _on_a_pipeline(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="PERCENT",
     help="Run beside the serving pipeline and take this percentage of requests; then `promote` or `abort`.",
 )
+@click.option("--member", help="Of a Fleet: deploy this member only.")
 @image_option
 @timeout_option
 @force_option
@@ -64,6 +68,7 @@ def deploy(
     spec: Path,
     dry_run: str | None,
     canary: int | None,
+    member: str | None,
     image: str | None,
     timeout: float,
     force_conflicts: bool,
@@ -72,6 +77,8 @@ def deploy(
 ) -> None:
     """Deploy the pipeline of SPEC, or of a FOLDER that `render` wrote, to a cluster, and print the gateway's URL.
 
+    SPEC may be a Fleet. Its members are deployed one after the other, and those that it no longer has are deleted.
+
     New stages start beside the old ones, then the gateway switches; old stages are deleted after their last answer. The command
     ends when everything is Ready, Eventing included. Deploying the same again changes nothing. If another deployment of the
     pipeline is under way, the command names its holder and stops.
@@ -79,9 +86,15 @@ def deploy(
     \b
     python -m knative deploy pipeline.yaml --dry-run=server
     python -m knative deploy another-cut.yaml --canary 10
+    python -m knative deploy fleet.yaml --member chat --canary 10
     python -m knative render pipeline.yaml --output manifests/; python -m knative deploy manifests/
     python -m knative ask "$(python -m knative deploy pipeline.yaml)" "Hello?"
     """
+    if spec.is_file() and is_fleet(spec):
+        _deploy_fleet(spec, dry_run, canary, member, image, timeout, force_conflicts, connect, open_store)
+        return
+    if member is not None:
+        raise click.UsageError("--member is for a Fleet")
     if not spec.is_dir():
         objects = rendered_objects(read_spec(spec, image), open_store)
     elif image is not None:
@@ -98,6 +111,34 @@ def deploy(
         click.echo(deployer.canary(objects, canary, force=force_conflicts))
     else:
         click.echo(deployer.deploy(objects, force=force_conflicts))
+
+
+def _deploy_fleet(
+    spec: Path,
+    dry_run: str | None,
+    canary: int | None,
+    member: str | None,
+    image: str | None,
+    timeout: float,
+    force: bool,
+    connect: "Callable[[], Cluster]",
+    open_store: OpenStore,
+) -> None:
+    if canary is not None and member is None:
+        raise click.UsageError("--canary needs --member: a canary runs beside one member of a fleet")
+    fleet, members = fleet_objects(spec, open_store, image, member)
+    from knative.cluster.deployer import Deployer
+
+    deployer = Deployer(connect(), fleet.namespace, say, timeout)
+    objects = [each for files in members.values() for each in (each for found in files.values() for each in found)]
+    if dry_run:
+        door = [] if member else [each for found in door_files(fleet).values() for each in found]
+        lines = list(deployer.diff([*door, *objects]))
+        click.echo("\n".join(lines) if lines else "nothing would change")
+    elif canary is not None:
+        click.echo(deployer.canary(objects, canary, force=force))
+    else:
+        click.echo(deploy_fleet(deployer, fleet, members, whole=member is None, force=force))
 
 
 @click.command(short_help="List what a cluster lacks for a pipeline.")
@@ -177,9 +218,9 @@ def rotate_token(name: str, deployer: "Deployer", force_conflicts: bool) -> None
 @click.command(short_help="Delete a pipeline from a cluster.")
 @_on_a_pipeline
 def delete(name: str, deployer: "Deployer") -> None:
-    """Delete PIPELINE (its name, or the file of its spec) with everything that was created for it.
+    """Delete PIPELINE (its name, or the file of its spec) with everything that was created for it; of a Fleet all members.
 
     The published model stays in the store. A token Secret that another pipeline uses stays as well.
     """
-    count = deployer.delete(name)
+    count = sum(map(deployer.delete, deployer.members_of(name))) + deployer.delete(name)
     click.echo(f"{count} objects deleted" if count else f"nothing of {name} is in namespace {deployer.namespace}")

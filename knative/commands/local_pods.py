@@ -4,7 +4,7 @@ import asyncio
 import re
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from http.client import HTTPException
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from knative.spec.model_shape import ModelShape
 from knative.spec.sizing import plan_stages
 
 _SAMPLE: Final = re.compile(r"^(\w+)(?:\{[^}]*\})? ([-+.\deE]+)$", re.MULTILINE)
+_MODEL_SAMPLE: Final = re.compile(r'^(\w+)\{model="([^"]*)"\} ([-+.\deE]+)$', re.MULTILINE)
 _POLL_SECONDS: Final = 0.1
 _HOPELESS_RESTARTS: Final = 2  # a function that ended twice before it was ever ready will end again
 
@@ -30,16 +31,31 @@ def read_metrics(pod: Mapping[str, Any]) -> defaultdict[str, float]:
     pod: an entry of the platform's status. Metrics have a port of their own, so that reading them does not keep a pod alive.
     """
     samples: defaultdict[str, float] = defaultdict(float)
-    if pod["metrics_port"] is None:
-        return samples
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{pod['metrics_port']}/metrics", timeout=2) as reply:
-            text = reply.read().decode()
-    except (OSError, HTTPException):
-        return samples
-    for name, value in _SAMPLE.findall(text):
+    for name, value in _SAMPLE.findall(_metrics_text(pod)):
         samples[name] += float(value)
     return samples
+
+
+def _metrics_text(pod: Mapping[str, Any]) -> str:
+    if pod["metrics_port"] is None:
+        return ""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{pod['metrics_port']}/metrics", timeout=2) as reply:
+            text: str = reply.read().decode()
+            return text
+    except (OSError, HTTPException):
+        return ""
+
+
+def tokens_by_model(pods: Iterable[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Tokens drawn so far, and sequences that wait, by model: sums over the pods of a fleet's gateway."""
+    tokens, waiting = defaultdict[str, float](float), defaultdict[str, float](float)
+    counted = {"lamina_gateway_drawn_tokens_total": tokens, "lamina_gateway_waiting_sequences": waiting}
+    for pod in pods:
+        for name, model, value in _MODEL_SAMPLE.findall(_metrics_text(pod)):
+            if name in counted:
+                counted[name][model] += float(value)
+    return tokens, waiting
 
 
 def tokens_per_second(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from knative.commands.state_folder import DEFAULT_FOLDER, find_running
+from knative.spec.fleet_spec import is_fleet, load_fleet
 from knative.spec.spec_file import load_spec
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
@@ -90,7 +91,7 @@ def named_pipeline(pipeline: str, namespace: str | None) -> tuple[str, str | Non
     """
     if not pipeline.endswith((".yaml", ".yml")):
         return pipeline, namespace
-    spec = load_spec(Path(pipeline))
+    spec = load_fleet(Path(pipeline))[0] if is_fleet(Path(pipeline)) else load_spec(Path(pipeline))
     return spec.name, namespace or spec.namespace
 
 

@@ -1,5 +1,6 @@
 """`python -m knative render`: the Kubernetes objects of a pipeline, on standard output or into a folder."""
 
+import dataclasses
 from pathlib import Path
 
 import click
@@ -7,10 +8,13 @@ import msgspec
 
 from knative.commands.options import OpenStore, image_option, store_options
 from knative.render import access
+from knative.render.fleet import door_files, member_files
 from knative.render.gitops import for_gitops, with_kustomization
 from knative.render.rendering import render as render_files
 from knative.render.rendering import resolve
 from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.spec.errors import SpecError
+from knative.spec.fleet_spec import FleetSpec, is_fleet, load_fleet
 from knative.spec.kubernetes_object import KubernetesObject, to_yaml
 from knative.spec.model_shape import ModelShape, published_shape
 from knative.spec.pipeline_spec import PipelineSpec
@@ -30,6 +34,8 @@ def render(
 ) -> None:
     """Render the pipeline that SPEC describes: a Knative Service for each stage, one for the gateway, and its Role.
 
+    SPEC may be a Fleet: then one gateway, and for each member its stages and a ConfigMap.
+
     Reads digests and cut from the store unless the spec has `cut` and `model.digest`. Fails for manifests that Knative would
     reject, and for mistakes that Knative would accept.
 
@@ -39,10 +45,16 @@ def render(
     python -m knative render pipeline.yaml --deployer-role | kubectl apply -f -
     """
     if deployer_role:
-        click.echo(to_yaml([access.deployer_role(load_spec(spec).namespace)]), nl=False)
+        namespace = load_fleet(spec)[0].namespace if is_fleet(spec) else load_spec(spec).namespace
+        click.echo(to_yaml([access.deployer_role(namespace)]), nl=False)
         return
-    pipeline = resolved(read_spec(spec, image), open_store)
-    files = for_gitops(pipeline, render_files(pipeline)) if gitops else render_files(pipeline)
+    if is_fleet(spec):
+        if gitops:
+            raise click.UsageError("--gitops is not for a fleet: its members' old stages would be pruned while they answer")
+        files = fleet_files(spec, open_store, image)
+    else:
+        pipeline = resolved(read_spec(spec, image), open_store)
+        files = for_gitops(pipeline, render_files(pipeline)) if gitops else render_files(pipeline)
     if output is None:
         click.echo("".join(to_yaml(objects) for objects in files.values()), nl=False)
         return
@@ -78,3 +90,29 @@ def rendered_objects(spec: PipelineSpec, open_store: OpenStore) -> list[Kubernet
     open_store: called only if the spec does not pin cut and digests.
     """
     return [manifest for objects in render_files(resolved(spec, open_store)).values() for manifest in objects]
+
+
+def fleet_files(path: Path, open_store: OpenStore, image: str | None = None) -> dict[str, list[KubernetesObject]]:
+    """File name → objects of the fleet, in the order in which they are applied: its gateway, then each member.
+
+    open_store: called only for members that do not pin cut and digests. Raises SpecError, RenderFailed or a StorageError.
+    """
+    fleet, members = fleet_objects(path, open_store, image)
+    return {**door_files(fleet), **{name: objects for files in members.values() for name, objects in files.items()}}
+
+
+def fleet_objects(
+    path: Path, open_store: OpenStore, image: str | None = None, only: str | None = None
+) -> tuple[FleetSpec, dict[str, dict[str, list[KubernetesObject]]]]:
+    """The fleet, and for each member its files. only: the one member that is wanted."""
+    fleet, specs = load_fleet(path)
+    if image is not None:
+        fleet = msgspec.structs.replace(fleet, image=image)
+        specs = [msgspec.structs.replace(each, image=image) for each in specs]
+    if only is not None and only not in {each.name for each in specs}:
+        raise SpecError(f"{path}: has no member {only}; it has {', '.join(sorted(each.name for each in specs))}")
+    return fleet, {
+        spec.name: member_files(dataclasses.replace(resolved(spec, open_store), fleet=fleet.name))
+        for spec in specs
+        if only in (None, spec.name)
+    }

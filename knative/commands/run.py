@@ -16,6 +16,7 @@ from rich.console import Console
 
 from eventing.claim_check import sweep
 from knative.commands.ask import AskFailed, Question, chat_option, is_question, show_answer
+from knative.commands.local_fleet import LocalFleet
 from knative.commands.local_pipeline import (
     LocalPipeline,
     ensure_published,
@@ -25,10 +26,12 @@ from knative.commands.local_pipeline import (
 from knative.commands.local_pods import show_stages, watch_starts
 from knative.commands.options import STORE_FOLDER, state_option, tokenizer_option
 from knative.commands.state_folder import RunningPlatform, StateFolder, naming_a_full_disk
-from knative.local.kubelet.containers import data_folders, read_data_folder
+from knative.local.kubelet.containers import NamedData, data_folders, read_data_folder
 from knative.local.platform import Platform, PlatformOptions
 from knative.render.eventing import eventing_objects
 from knative.render.services import services
+from knative.spec.fleet_spec import is_fleet
+from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.pipeline_spec import DTYPES, KEYS_ENTRY, KV_PREFIX
 from knative.spec.spec_file import load_spec
 from storage.kv.kv_store import Retention, prune
@@ -61,7 +64,9 @@ class RunOptions:
 
 @click.command(short_help="Run a pipeline on this machine, ask a question, serve.")
 @click.option(
-    "--spec", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A PipelineSpec instead of --stages …"
+    "--spec",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A PipelineSpec or a Fleet instead of --stages …",
 )
 @click.option("--model", help="A folder, GGUF file, hub id or published name. Default: the packaged SmolLM2-135M-Instruct.")
 @click.option("--stages", type=click.IntRange(min=1), default=3, show_default=True, help="Number of groups of layers.")
@@ -102,8 +107,11 @@ def run(**options: Any) -> None:
             with PayloadStore(embedded.settings) as objects:
                 prune(objects, KV_PREFIX, _KV_RETENTION, datetime.now(UTC))  # deletes old KV of idle conversations
             with naming_a_full_disk(state.path):
-                local = _prepare(chosen, store, console)
-            asyncio.run(_Run(chosen, state, local, store, console).run())
+                if chosen.spec is not None and is_fleet(chosen.spec):
+                    running: _Run = _FleetRun(chosen, state, _prepare_fleet(chosen, store, console), store, console)
+                else:
+                    running = _PipelineRun(chosen, state, _prepare(chosen, store, console), store, console)
+            asyncio.run(running.run())
 
 
 def _prepare(options: RunOptions, store: ObjectStore, console: Console) -> LocalPipeline:
@@ -114,40 +122,62 @@ def _prepare(options: RunOptions, store: ObjectStore, console: Console) -> Local
     return local_pipeline(store, manifest, options.stages, spec, read_data_folder(options.secrets), cache, kv_key)
 
 
+def _prepare_fleet(options: RunOptions, store: ObjectStore, console: Console) -> LocalFleet:
+    assert options.spec is not None
+    cache, kv_key = options.state / _CACHE_FOLDER, kept_kv_key(options.state)
+    return LocalFleet(options.spec, store, read_data_folder(options.secrets), cache, kv_key, console)
+
+
 class _Run:
     """The part of `run` that needs an event loop.
 
-    It starts the platform, asks one question, shows the stages, and serves until a signal stops it.
+    It starts the platform, asks one question, and serves until a signal stops it. Subclasses know what runs.
     """
 
-    def __init__(
-        self, options: RunOptions, state: StateFolder, local: LocalPipeline, store: ObjectStore, console: Console
-    ) -> None:
+    name: str  # of the gateway's Service
+    namespace: str
+
+    def __init__(self, options: RunOptions, state: StateFolder, store: ObjectStore, console: Console) -> None:
         self._options = options
         self._state = state
-        self._local = local
-        self._spec = local.pipeline.spec
         self._store = store
         self._console = console
         self._stop = asyncio.Event()
+
+    def _secrets(self) -> NamedData:
+        raise NotImplementedError
+
+    def _objects(self) -> list[KubernetesObject]:
+        raise NotImplementedError
+
+    def _announce(self, platform: Platform, url: str) -> None:
+        raise NotImplementedError
+
+    async def _first_answer(self, platform: Platform, url: str) -> None:
+        raise NotImplementedError
+
+    async def _serve(self, platform: Platform) -> None:
+        """Runs until a signal stops the run."""
+        await self._stop.wait()
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop.set)
         async with self._platform() as platform:
-            url = platform.url(self._spec.name, self._spec.namespace)
+            url = platform.url(self.name, self.namespace)
+            self._publish(platform, url)
             self._announce(platform, url)
             if not await self._until_stopped(self._first_answer(platform, url)) or self._options.once:
                 return
             self._say(f"serving on {url} until Ctrl-C; python -m knative status shows what runs")
-            await self._stop.wait()
+            await self._serve(platform)
 
     @contextlib.asynccontextmanager
     async def _platform(self) -> AsyncIterator[Platform]:
         options = PlatformOptions(
-            ports={self._spec.name: self._options.port},
-            secrets=self._local.secrets,
+            ports={self.name: self._options.port},
+            secrets=self._secrets(),
             secret_folders=data_folders(self._options.secrets),
             config_maps=read_data_folder(self._options.config_maps),
             logs=self._state.logs,
@@ -155,15 +185,52 @@ class _Run:
         platform = Platform(options)
         await platform.start()
         try:
-            await platform.apply([*services(self._local.pipeline), *eventing_objects(self._local.pipeline)])
+            await platform.apply(self._objects())
             yield platform
         finally:
             await platform.stop(_STOP_SECONDS)
 
-    def _announce(self, platform: Platform, url: str) -> None:
+    def _publish(self, platform: Platform, url: str) -> None:
         pid = platform.status()["pid"]
-        running = RunningPlatform(pid=pid, admin_url=platform.admin_url, gateway_url=url, store=self._store.settings)
-        self._state.publish(running)
+        self._state.publish(RunningPlatform(pid=pid, admin_url=platform.admin_url, gateway_url=url, store=self._store.settings))
+
+    async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Runs `work` to its end, or cancels it when a signal stops the run. Returns False if it was cancelled.
+
+        Raises what `work` raises.
+        """
+        task, stopped = asyncio.create_task(work), asyncio.create_task(self._stop.wait())
+        await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if task.done():
+            await task
+            return True
+        task.cancel()
+        await asyncio.wait([task])
+        return False
+
+    def _say(self, text: str) -> None:
+        self._console.out(text, highlight=False)
+
+
+class _PipelineRun(_Run):
+    """Runs one pipeline, and shows its stages after the first answer."""
+
+    def __init__(
+        self, options: RunOptions, state: StateFolder, local: LocalPipeline, store: ObjectStore, console: Console
+    ) -> None:
+        super().__init__(options, state, store, console)
+        self._local = local
+        self._spec = local.pipeline.spec
+        self.name, self.namespace = self._spec.name, self._spec.namespace
+
+    def _secrets(self) -> NamedData:
+        return self._local.secrets
+
+    def _objects(self) -> list[KubernetesObject]:
+        return [*services(self._local.pipeline), *eventing_objects(self._local.pipeline)]
+
+    def _announce(self, platform: Platform, url: str) -> None:
         shape, stages = self._local.shape, len(self._local.pipeline.cut)
         if self._spec.gateway.page != "off":
             self._say(f"{url}/ in a browser: chat, and the pipeline alive")
@@ -207,20 +274,42 @@ class _Run:
             await asyncio.gather(watch, answer, return_exceptions=True)
         await show_stages(self._console, self._local.pipeline, self._local.shape, platform.status())
 
-    async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
-        """Runs `work` to its end, or cancels it when a signal stops the run. Returns False if it was cancelled.
 
-        Raises what `work` raises.
-        """
-        task, stopped = asyncio.create_task(work), asyncio.create_task(self._stop.wait())
-        await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        if task.done():
-            await task
-            return True
-        task.cancel()
-        await asyncio.wait([task])
-        return False
+class _FleetRun(_Run):
+    """Runs a fleet, and follows the files that describe it."""
 
-    def _say(self, text: str) -> None:
-        self._console.out(text, highlight=False)
+    def __init__(
+        self, options: RunOptions, state: StateFolder, local: LocalFleet, store: ObjectStore, console: Console
+    ) -> None:
+        super().__init__(options, state, store, console)
+        self._local = local
+        self.name, self.namespace = local.fleet.name, local.fleet.namespace
+
+    def _secrets(self) -> NamedData:
+        return self._local.secrets
+
+    def _objects(self) -> list[KubernetesObject]:
+        return self._local.objects
+
+    def _announce(self, platform: Platform, url: str) -> None:
+        if self._local.fleet.gateway.page != "off":
+            self._say(f"{url}/ in a browser: chat, and the fleet alive")
+        self._say(f"{len(self._local.models)} models at {url}, all at zero")
+        for name in self._local.fleet.gateway.api_keys_secrets:
+            self._say(f"each member requires a key of its own: {platform.secret_folders[name]} has them")
+
+    async def _first_answer(self, platform: Platform, url: str) -> None:
+        model, options = self._local.models[0], self._options
+        self._say(f"{model} > {options.prompt}")
+        question = Question(
+            options.prompt, options.max_tokens, chat=options.chat or False, api_key=self._local.api_key(), model=model
+        )
+        await show_answer(self._console, url, question)
+
+    async def _serve(self, platform: Platform) -> None:
+        following = asyncio.create_task(self._local.follow(platform, self._say))
+        try:
+            await self._stop.wait()
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)

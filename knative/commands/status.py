@@ -14,9 +14,11 @@ from rich.console import Console, Group
 from rich.live import Live
 
 from knative.commands.console import rich_table, show_table, size
-from knative.commands.local_pods import tokens_per_second
+from knative.commands.fleet import FLEET_COLUMNS, fleet_lines, fleet_rows, fleet_status
+from knative.commands.local_pods import tokens_by_model, tokens_per_second
 from knative.commands.options import cluster_options, named_pipeline, state_option
 from knative.commands.state_folder import StateError, find_running
+from knative.spec.fleet_spec import is_fleet
 
 if TYPE_CHECKING:
     from knative.cluster.client import Cluster
@@ -25,6 +27,7 @@ _LOCAL_COLUMNS: Final = (
     "service", "ready", "starting", "leaving", "desired", "stable", "panic", "panicking", "tokens/s", "waiting", "restarts",
     "memory",
 )  # fmt: skip
+_FLEET_COLUMNS: Final = ("member", "model", "stages", "ready", "other pods", "tokens/s", "waiting", "memory")
 _REFRESH_SECONDS: Final = 1.0
 _FIRST_RATE_SECONDS: Final = 0.5
 
@@ -55,6 +58,8 @@ def status(
 ) -> None:
     """Show the pipeline that `run` serves on this machine: replicas, concurrency, and the scale that the autoscaler wants.
 
+    Of a fleet: the members that have pods or requests, and how many are at zero.
+
     With a PIPELINE (its name, or the file of its spec): its Services on a cluster, each revision that gets requests, the
     versions that were deployed, and why something is not ready.
 
@@ -64,11 +69,12 @@ def status(
     python -m knative status chat --context production
     """
     if pipeline is None:
-        source = _on_this_machine(state)
+        source = _fleet_on_this_machine(state) if _local_status(state)["members"] else _on_this_machine(state)
     else:
         name, where = named_pipeline(pipeline, namespace)
         cluster = connect()
-        source = _on_a_cluster(cluster, where or cluster.default_namespace, name)
+        look = _fleet_on_a_cluster if pipeline.endswith((".yaml", ".yml")) and is_fleet(Path(pipeline)) else _on_a_cluster
+        source = look(cluster, where or cluster.default_namespace, name)
     if as_json:
         click.echo(json.dumps(source.document(), indent=2))
         return
@@ -105,13 +111,57 @@ def _on_a_cluster(cluster: "Cluster", namespace: str, name: str) -> _Source:
     return _Source(COLUMNS, document, lines)
 
 
+def _fleet_on_a_cluster(cluster: "Cluster", namespace: str, name: str) -> _Source:
+    def lines() -> _Lines:
+        found = fleet_status(cluster, namespace, name)
+        return fleet_rows(found), list(fleet_lines(found))
+
+    return _Source(FLEET_COLUMNS, lambda: fleet_status(cluster, namespace, name), lines)
+
+
+def _fleet_on_this_machine(state: Path) -> _Source:
+    seen: tuple[float, dict[str, float]] | None = None
+
+    def look() -> _Lines:
+        nonlocal seen
+        answer, now = _local_status(state), time.monotonic()
+        services = {each["name"]: each for each in answer["services"]}
+        of_members = {name for member in answer["members"] for name in member["services"]}
+        tokens, waiting = tokens_by_model([pod for name in services.keys() - of_members for pod in _pods(services[name])])
+        before, seen = seen, (now, tokens)
+        rows: list[tuple[str, ...]] = []
+        for member in answer["members"]:
+            pods = [pod for name in member["services"] if name in services for pod in _pods(services[name])]
+            model = member["model"]
+            drawn = 0.0 if before is None else (tokens.get(model, 0.0) - before[1].get(model, 0.0)) / (now - before[0])
+            if pods or waiting.get(model):
+                ready = sum(pod["phase"] == "ready" for pod in pods)
+                memory = size(sum(pod["memory_bytes"] for pod in pods))
+                counts = str(len(member["services"])), str(ready), str(len(pods) - ready), f"{max(0.0, drawn):.1f}"
+                rows.append((str(member["name"]), str(model), *counts, f"{waiting.get(model, 0):.0f}", memory))
+        asleep = len(answer["members"]) - len(rows)
+        return rows, [f"{len(answer['members'])} members, {asleep} of them at zero", *_trouble_lines(answer)]
+
+    def lines() -> _Lines:
+        if seen is None:  # a rate needs two readings
+            look()
+            time.sleep(_FIRST_RATE_SECONDS)
+        return look()
+
+    return _Source(_FLEET_COLUMNS, lambda: _local_status(state), lines)
+
+
+def _pods(service: dict[str, Any]) -> list[dict[str, Any]]:
+    return [pod for revision in service["revisions"] for pod in revision["pods"]]
+
+
 def _on_this_machine(state: Path) -> _Source:
     seen: dict[str, tuple[float, float]] = {}
     looked = False
 
     def look() -> _Lines:
         answer, now = _local_status(state), time.monotonic()
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for service in answer["services"]:
             for revision in service["revisions"]:
                 single = len(service["revisions"]) == 1

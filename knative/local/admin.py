@@ -1,9 +1,10 @@
-"""The platform's admin port: EndpointSlices as the Kubernetes API serves them, status as JSON, and metrics for Prometheus."""
+"""The platform's admin port: EndpointSlices and ConfigMaps as the Kubernetes API serves them, status, and metrics."""
 
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -14,11 +15,11 @@ from knative.local.http.messages import HttpError
 from knative.local.http.server import Exchange, HttpServer
 from knative.local.kubelet.pods import LocalPod, Phase
 from knative.local.kubelet.processes import memory_bytes
-from knative.local.serving.endpoint_slices import EndpointSlices
+from knative.local.serving.endpoint_slices import WatchedObjects
 from knative.local.serving.revisions import Revision
 from knative.local.serving.services import LocalService
 
-_PREFIX: Final = "/apis/discovery.k8s.io/v1/namespaces/"
+_OBJECTS: Final = re.compile("/(api/v1|apis/discovery.k8s.io/v1)/namespaces/([^/]+)/([a-z]+)")
 _JSON: Final = b"application/json"
 _LABELS: Final = ("kn_revision_name", "kn_service_name", "kn_configuration_name", "k8s_namespace_name")
 
@@ -48,14 +49,16 @@ _UNITS: Final = {"concurrency": "Requests in flight", "rps": "Requests per secon
 
 
 class Admin:
-    """HTTP server for GET on a port of 127.0.0.1: `/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices`, `/status`,
-    `/metrics`.
+    """HTTP server for GET on a port of 127.0.0.1: EndpointSlices and ConfigMaps at Kubernetes' paths, `/status`, `/metrics`.
 
-    status: returns what `/status` answers as JSON. metrics: returns the body of `/metrics`.
+    watched: the objects by the plural of their kind. status: returns what `/status` answers as JSON. metrics: returns the body
+    of `/metrics`.
     """
 
-    def __init__(self, slices: EndpointSlices, status: Callable[[], dict[str, Any]], metrics: Callable[[], bytes]) -> None:
-        self._slices = slices
+    def __init__(
+        self, watched: Mapping[str, WatchedObjects], status: Callable[[], dict[str, Any]], metrics: Callable[[], bytes]
+    ) -> None:
+        self._watched = watched
         self._status = status
         self._metrics = metrics
         self.server = HttpServer(self._serve)
@@ -64,31 +67,32 @@ class Admin:
         parts = urlsplit(exchange.target.decode("latin-1"))
         if exchange.method != b"GET":
             raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, "only GET is served here")
-        namespace, _, kind = parts.path.removeprefix(_PREFIX).partition("/")
+        named = _OBJECTS.fullmatch(parts.path)
         if parts.path == "/status":
             exchange.respond(HTTPStatus.OK, json.dumps(self._status()).encode(), _JSON)
         elif parts.path == "/metrics":
             exchange.respond(HTTPStatus.OK, self._metrics(), b"text/plain; version=0.0.4; charset=utf-8")
-        elif parts.path.startswith(_PREFIX) and kind == "endpointslices":
+        elif named is not None and named[3] in self._watched:
             query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
-            await self._serve_slices(exchange, unquote(namespace), query)
+            await _serve_objects(self._watched[named[3]], exchange, unquote(named[2]), query)
         else:
             raise HttpError(HTTPStatus.NOT_FOUND, f"{parts.path} is not served here")
 
-    async def _serve_slices(self, exchange: Exchange, namespace: str, query: dict[str, str]) -> None:
-        selector = query.get("labelSelector", "")
-        if query.get("watch", "") not in ("1", "true"):
-            exchange.respond(HTTPStatus.OK, json.dumps(self._slices.list(namespace, selector)).encode(), _JSON)
-            return
-        since, bookmarks = query.get("resourceVersion", ""), query.get("allowWatchBookmarks", "") in ("1", "true")
-        seconds = query.get("timeoutSeconds", "")
-        async with contextlib.aclosing(self._slices.watch(namespace, selector, since, bookmarks)) as lines:
-            exchange.write(exchange.start(200, b"OK", [(b"Content-Type", _JSON)]))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(int(seconds) if seconds.isdigit() and int(seconds) else None):
-                    async for line in lines:
-                        exchange.write(exchange.framed(line))
-        exchange.end()
+
+async def _serve_objects(watched: WatchedObjects, exchange: Exchange, namespace: str, query: dict[str, str]) -> None:
+    selector = query.get("labelSelector", "")
+    if query.get("watch", "") not in ("1", "true"):
+        exchange.respond(HTTPStatus.OK, json.dumps(watched.list(namespace, selector)).encode(), _JSON)
+        return
+    since, bookmarks = query.get("resourceVersion", ""), query.get("allowWatchBookmarks", "") in ("1", "true")
+    seconds = query.get("timeoutSeconds", "")
+    async with contextlib.aclosing(watched.watch(namespace, selector, since, bookmarks)) as lines:
+        exchange.write(exchange.start(200, b"OK", [(b"Content-Type", _JSON)]))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(int(seconds) if seconds.isdigit() and int(seconds) else None):
+                async for line in lines:
+                    exchange.write(exchange.framed(line))
+    exchange.end()
 
 
 def render_metrics(services: Iterable[LocalService]) -> bytes:

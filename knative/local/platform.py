@@ -8,6 +8,7 @@ import asyncio
 import errno
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from knative.local.kubelet.containers import LAMINA_FUNCTION, LocalData, NamedDa
 from knative.local.kubelet.pods import PodTiming
 from knative.local.proxies.network import EmulatedNetwork
 from knative.local.proxies.serving_certs import SERVING_CERTS, ServingCerts
-from knative.local.serving.endpoint_slices import EndpointSlices
+from knative.local.serving.endpoint_slices import WatchedObjects
 from knative.local.serving.revisions import PlatformContext, Revision, RevisionName
 from knative.local.serving.services import LocalService
 from knative.local.serving.unsupported import ignored, refuse_unsupported
@@ -34,6 +35,7 @@ from knative.webhook.feature_flags import ENABLED, POD_FIELDS, FeatureFlags
 
 _log = logging.getLogger(__name__)
 
+_CLUSTER_URL: Final = re.compile(r"http://[-a-z0-9]+\.[-a-z0-9]+\.svc\.cluster\.local")
 ROOT: Final = Path(__file__).resolve().parents[2]  # Lamina's folder, where `python -m functions` is found
 # Fields that say where and as which user a pod runs. They have no effect here, and each cluster decides itself.
 _PLACEMENT_FIELDS: Final = (
@@ -83,8 +85,13 @@ class Platform:
         self._made_secrets = Path(tempfile.mkdtemp(prefix="lamina-secrets-"))  # only its owner can read it
         # Secret → folder, as pods that mount it see it.
         self.secret_folders = write_secrets(options.secrets, options.secret_folders, self._made_secrets)
-        slices = EndpointSlices()
-        self._admin = Admin(slices, self.status, lambda: render_metrics(self.services.values()))
+        slices = WatchedObjects()
+        self._config_maps = WatchedObjects("ConfigMap", "v1")
+        self._admin = Admin(
+            {"endpointslices": slices, "configmaps": self._config_maps},
+            self.status,
+            lambda: render_metrics(self.services.values()),
+        )
         self._context = PlatformContext(
             timing=options.timing,
             slices=slices,
@@ -112,7 +119,7 @@ class Platform:
         await self._admin.server.start()
 
     async def apply(self, manifests: Sequence[dict[str, Any]]) -> None:
-        """Creates or changes Services, Brokers, Triggers and Sequences; other kinds are ignored.
+        """Creates or changes Services, Brokers, Triggers, Sequences, and ConfigMaps of a fleet's members; others are ignored.
 
         Raises ManifestRefused, UnsupportedManifest, SettingsError, UnknownRevision or PortInUse.
         """
@@ -130,7 +137,22 @@ class Platform:
                 await self._listen(name, namespace)
         for namespace, name, manifest in found:
             self.services[namespace, name].apply(manifest)
+        urls = self._replacements()
+        for manifest in (each for each in manifests if each["kind"] == "ConfigMap"):
+            data = (manifest.get("data") or {}).items()
+            local = {name: _CLUSTER_URL.sub(lambda found: urls.get(found[0], found[0]), value) for name, value in data}
+            self._config_maps.put({**manifest, "data": local})
         await self.eventing.apply(manifests)
+
+    async def delete(self, manifests: Sequence[dict[str, Any]], grace_seconds: float = 5.0) -> None:
+        """Deletes these Services and ConfigMaps. Pods may finish their work within `grace_seconds`."""
+        for manifest in manifests:
+            if manifest["kind"] == "ConfigMap":
+                self._config_maps.remove(manifest)
+                continue
+            service = self.services.pop((manifest["metadata"]["namespace"], manifest["metadata"]["name"]), None)
+            if service is not None:
+                await service.stop(grace_seconds)
 
     async def stop(self, grace_seconds: float = 5.0) -> None:
         """Ends every pod: SIGTERM to all, SIGKILL to those that still run after `grace_seconds`. Deliveries in progress are
@@ -145,7 +167,19 @@ class Platform:
 
     def status(self) -> dict[str, Any]:
         services = [service_status(service) for service in self.services.values()]
-        return {"pid": os.getpid(), "services": services, "eventing": self.eventing.status()}
+        members = [
+            {
+                "name": each["metadata"]["name"],
+                "model": each["data"].get("LAMINA_MODEL", ""),
+                "services": each["data"].get("LAMINA_STAGE_SERVICES", "").split(","),
+            }
+            for each in self._config_maps.all()
+        ]
+        return {"pid": os.getpid(), "services": services, "members": members, "eventing": self.eventing.status()}
+
+    def _replacements(self) -> dict[str, str]:
+        """Cluster-local URL → local URL of each Service, in place of cluster DNS."""
+        return {f"http://{each.name}.{each.namespace}.svc.cluster.local": each.url for each in self.services.values()}
 
     def _find(self, namespace: str, name: str) -> str | None:
         service = self.services.get((namespace, name))
@@ -173,9 +207,7 @@ class Platform:
         local = LocalData(
             self._options.secrets,
             self._options.config_maps,
-            replacements={
-                f"http://{each.name}.{each.namespace}.svc.cluster.local": each.url for each in self.services.values()
-            },
+            replacements=self._replacements(),
             in_cluster={"LAMINA_KUBERNETES_API": self.admin_url, "LAMINA_POD_NETWORK": "127.0.0.0/8", "LAMINA_POD_PORT": "0"},
             secret_folders=self.secret_folders,
             entrypoint=self._options.entrypoint,

@@ -2,6 +2,7 @@
 
 from typing import Any, Final
 
+from functions.configuration.config import FLEET_LABEL
 from knative.render.resolved_pipeline import ResolvedPipeline, labels
 from knative.render.services import METRICS_PORT, QUEUE_PROXY, QUEUE_PROXY_TLS, gateway_service_account, pod_port
 from knative.spec.kubernetes_object import KubernetesObject
@@ -47,8 +48,13 @@ def deployer_role(namespace: str) -> KubernetesObject:
 
 
 def gateway_access(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
-    """ServiceAccount, Role and RoleBinding that let the gateway read EndpointSlices of its namespace, and nothing else."""
+    """ServiceAccount, Role and RoleBinding that let the gateway read EndpointSlices of its namespace, and nothing else.
+
+    The gateway of a fleet reads ConfigMaps, too, which name the fleet's members.
+    """
     rules = [{"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["get", "list", "watch"]}]
+    if pipeline.fleet is not None:
+        rules.append({"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get", "list", "watch"]})
     return service_account_with_role(pipeline, gateway_service_account(pipeline.spec), "gateway", rules)
 
 
@@ -145,6 +151,7 @@ def _peer(namespace: str, **own_labels: str) -> dict[str, Any]:
 
 
 def _selector(pipeline: ResolvedPipeline, component: str) -> dict[str, Any]:
-    """Label selector for all pods of one component of the pipeline, whatever their fingerprint."""
+    """Label selector for all pods of one component of the pipeline, or of all of its fleet, whatever their fingerprint."""
     own = labels(pipeline, component)
-    return {"matchLabels": {key: own[key] for key in _SELECTING}}
+    selecting = _SELECTING if pipeline.fleet is None else (FLEET_LABEL, _SELECTING[1])
+    return {"matchLabels": {key: own[key] for key in selecting}}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from eventing.wire.events import Cut, StageWeights, fingerprint_of
+from functions.configuration.config import FLEET_LABEL
 from knative.spec.pipeline_spec import PipelineSpec, StageSpec
 
 
@@ -20,6 +21,7 @@ class ResolvedPipeline:
     cut: Cut
     weights_digest: str  # of the model in its own dtype
     other_digests: Mapping[str, str] = field(default_factory=dict)  # dtype → digest, for stages that compute in another dtype
+    fleet: str | None = None  # name of the fleet that it belongs to
 
     @property
     def fingerprint(self) -> str:
@@ -60,7 +62,7 @@ def labels(pipeline: ResolvedPipeline, component: str) -> dict[str, str]:
 
     component: its part in the pipeline, such as `stage` or `gateway`.
     """
-    return {
+    own = {
         "app.kubernetes.io/name": "lamina",
         "app.kubernetes.io/instance": pipeline.spec.name,
         "app.kubernetes.io/component": component,
@@ -68,3 +70,4 @@ def labels(pipeline: ResolvedPipeline, component: str) -> dict[str, str]:
         "app.kubernetes.io/managed-by": "lamina",
         "lamina.dev/pipeline": pipeline.fingerprint,
     }
+    return own if pipeline.fleet is None else {**own, FLEET_LABEL: pipeline.fleet}

@@ -27,7 +27,7 @@ _TEMPORARY_VOLUME: Final = "tmp"
 _TOKEN_VOLUME: Final = "store-token"
 _TOKEN_FOLDER: Final = "/var/run/secrets/lamina/store"
 _TOKEN_SECONDS: Final = 3600
-_KEYS_FOLDER: Final = "/var/run/secrets/lamina/api-keys"
+KEYS_FOLDER: Final = "/var/run/secrets/lamina/api-keys"
 _GATEWAY_PROGRESS_SECONDS: Final = 120
 QUEUE_PROXY, QUEUE_PROXY_TLS = 8012, 8112  # queue-proxy's ports for requests (knative/serving pkg/networking/constants.go)
 POD_TLS: Final = 8443  # the stage's own port with TLS, if the spec has certificates
@@ -82,7 +82,9 @@ def gateway_service(pipeline: ResolvedPipeline, *, for_events: bool = False) -> 
     """
     spec, gateway = pipeline.spec, pipeline.spec.gateway
     name, key_secrets = (pipeline.events_gateway_name, ()) if for_events else (spec.name, gateway.api_keys_secrets)
-    container = _container(spec, gateway.resources, _gateway_env(pipeline, key_secrets, for_events), gateway.pod)
+    container = _container(
+        spec, gateway.resources, gateway_environment(pipeline, key_secrets, for_events=for_events), gateway.pod
+    )
     template = _template(spec, gateway.autoscaling, container, gateway.timeout_seconds, _GATEWAY_PROGRESS_SECONDS)
     # Otherwise queue-proxy (Go's ReverseProxy) closes the connection if an answer begins before the request's body was read to
     # its end: 4 to 19 % of streamed answers broke on a cluster.
@@ -91,7 +93,7 @@ def gateway_service(pipeline: ResolvedPipeline, *, for_events: bool = False) -> 
     for number, secret in enumerate(key_secrets):  # as files, which the kubelet updates and the gateway reads again
         volume, items = f"{KEYS_ENTRY}-{number}", [{"key": KEYS_ENTRY, "path": KEYS_ENTRY}]
         template["spec"]["volumes"].append({"name": volume, "secret": {"secretName": secret, "items": items}})
-        container["volumeMounts"].append({"name": volume, "mountPath": f"{_KEYS_FOLDER}/{secret}", "readOnly": True})
+        container["volumeMounts"].append({"name": volume, "mountPath": f"{KEYS_FOLDER}/{secret}", "readOnly": True})
     return _service(pipeline, name, "gateway", template, gateway.pod, cluster_local=for_events)
 
 
@@ -352,7 +354,10 @@ def _for_stage(value: T | list[T] | None, index: int, name: str) -> T | None:
     return value[index]
 
 
-def _gateway_env(pipeline: ResolvedPipeline, key_secrets: Sequence[str], for_events: bool) -> list[KubernetesObject]:
+def gateway_environment(
+    pipeline: ResolvedPipeline, key_secrets: Sequence[str] = (), *, for_events: bool = False
+) -> list[KubernetesObject]:
+    """Environment entries of the pipeline's gateway. key_secrets: those whose API keys it takes."""
     gateway = pipeline.spec.gateway
     stages = ",".join(f"{first}:{last}={pipeline.stage_url(k)}" for k, (first, last) in enumerate(pipeline.cut))
     env = [
@@ -387,7 +392,7 @@ def _gateway_env(pipeline: ResolvedPipeline, key_secrets: Sequence[str], for_eve
             LAMINA_CLIENT_MAX_TOKENS=gateway.client_max_tokens,
             LAMINA_CORS_ORIGINS=",".join(gateway.cors_origins) if gateway.cors_origins else None,
             LAMINA_HOSTS=",".join(gateway.hosts) if gateway.hosts else None,
-            LAMINA_API_KEY_FILES=",".join(f"{_KEYS_FOLDER}/{secret}/{KEYS_ENTRY}" for secret in key_secrets) or None,
+            LAMINA_API_KEY_FILES=",".join(f"{KEYS_FOLDER}/{secret}/{KEYS_ENTRY}" for secret in key_secrets) or None,
             LAMINA_PROXIES=gateway.proxies,
             LAMINA_SCORES="on" if for_events else None,
             **(_jobs(pipeline) if gateway.jobs and not for_events else {}),

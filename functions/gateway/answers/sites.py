@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from eventing.problems import CrossSite, UnknownHost, UnsupportedMediaType
 from eventing.wire.framing import is_json, is_json_lines
-from functions.configuration.config import GatewayConfig
+from functions.configuration.config import FleetConfig, GatewayConfig
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -25,7 +25,7 @@ _ANY: Final = "*"
 class Sites:
     """The hosts and the origins that a gateway answers. Thread-safe."""
 
-    def __init__(self, config: GatewayConfig, *, is_open: bool) -> None:
+    def __init__(self, config: GatewayConfig | FleetConfig, *, is_open: bool) -> None:
         """is_open: the gateway has no API keys. If it has, a page needs one, whatever name it has for the gateway."""
         self._origins = frozenset(config.cors_origins or ())
         hosts = config.hosts or ()

@@ -66,17 +66,23 @@ class _Event:
     object: Slice
 
 
-class EndpointSlices:
-    """The current slices and the last changes to them. Not thread-safe."""
+class WatchedObjects:
+    """The current objects of one kind and the last changes to them. Not thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "EndpointSlice", api_version: str = _API_VERSION) -> None:
+        self._kind = kind
+        self._api_version = api_version
         self._slices: dict[tuple[str, str], Slice] = {}
         self._history: deque[_Event] = deque(maxlen=_HISTORY)
         self._version = 0
         self._changed = asyncio.Event()
 
+    def all(self) -> list[Slice]:
+        """All objects, in the order of their namespaces and names."""
+        return [found for _, found in sorted(self._slices.items())]
+
     def put(self, found: Slice) -> None:
-        """Adds or changes a slice. Putting an equal one is no change."""
+        """Adds or changes an object. Putting an equal one is no change."""
         key = (found["metadata"]["namespace"], found["metadata"]["name"])
         known = self._slices.get(key)
         if known is not None:
@@ -92,14 +98,14 @@ class EndpointSlices:
             self._record("DELETED", known)
 
     def list(self, namespace: str, selector: str) -> dict[str, Any]:
-        """The slices of a namespace that match a label selector ("": all), as an EndpointSliceList of Kubernetes.
+        """The objects of a namespace that match a label selector ("": all), as a list of Kubernetes.
 
         Raises HttpError 400 for a selector that cannot be read.
         """
         matches = _selector(selector)
         items = [found for (where, _), found in sorted(self._slices.items()) if where == namespace and matches(_labels(found))]
         metadata = {"resourceVersion": str(self._version)}
-        return {"kind": "EndpointSliceList", "apiVersion": _API_VERSION, "metadata": metadata, "items": items}
+        return {"kind": f"{self._kind}List", "apiVersion": self._api_version, "metadata": metadata, "items": items}
 
     def watch(self, namespace: str, selector: str, since: str, bookmarks: bool) -> AsyncGenerator[bytes, None]:
         """Yields changes as lines of JSON, as a watch of Kubernetes does. It ends only if `since` is too old.
@@ -137,7 +143,7 @@ class EndpointSlices:
             except TimeoutError:
                 if bookmarks:
                     metadata = {"resourceVersion": str(seen)}
-                    yield _line("BOOKMARK", {"kind": "EndpointSlice", "apiVersion": _API_VERSION, "metadata": metadata})
+                    yield _line("BOOKMARK", {"kind": self._kind, "apiVersion": self._api_version, "metadata": metadata})
 
     def _record(self, kind: str, found: Slice) -> None:
         self._version += 1
@@ -176,5 +182,5 @@ def _line(kind: str, found: dict[str, Any]) -> bytes:
 
 
 def _labels(found: Slice) -> dict[str, str]:
-    labels: dict[str, str] = found["metadata"]["labels"]
+    labels: dict[str, str] = found["metadata"].get("labels") or {}
     return labels

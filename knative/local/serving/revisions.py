@@ -20,7 +20,7 @@ from knative.local.kubelet.pods import LocalPod, Phase, PodTiming
 from knative.local.proxies.activator import Activator
 from knative.local.proxies.network import EmulatedNetwork
 from knative.local.proxies.serving_certs import ServingCerts
-from knative.local.serving.endpoint_slices import EndpointSlices, PodEndpoint, endpoint_slice
+from knative.local.serving.endpoint_slices import PodEndpoint, WatchedObjects, endpoint_slice
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class PlatformContext:
     """Settings and objects that all revisions of a platform share."""
 
     timing: PodTiming
-    slices: EndpointSlices
+    slices: WatchedObjects
     folder: Path  # working folder of the processes
     logs: Path
     activator_queue_depth: int

@@ -82,6 +82,7 @@ class KubernetesApi:
         self.applied: list[str] = []
         self.calls: set[tuple[str, str, str, str]] = set()  # (verb, API group, resource, namespace) of all requests
         self.unknown: list[str] = []  # requests that a real API may know and this one does not
+        self.stages_scale_to_zero = False  # when the pods of one Service are listed next
         self.lingering_gateways = 0  # number of pod lists that still show pods of a replaced gateway
         self.routed_elsewhere: set[str] = set()  # revisions that a Route of no Service uses
         self.collection_held = False  # the garbage collector removes nothing yet
@@ -238,6 +239,9 @@ class KubernetesApi:
             self.lingering_gateways -= 1
             if not self.lingering_gateways:
                 self.controllers.end_old_pods()
+        if plural == "pods" and "serving.knative.dev/service" in wanted and self.stages_scale_to_zero:
+            for pod in matching():
+                self.remove(*self.key_of(pod))
         bare = [{key: value for key, value in each.items() if key not in ("apiVersion", "kind")} for each in matching()]
         kind = next(kind for kind, name in self.kinds[api_version].items() if name == plural)
         metadata = {"resourceVersion": str(next(self._version))}

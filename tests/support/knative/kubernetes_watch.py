@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 
 class WatchServer:
-    """Serves one collection at every path. Each change has a new version."""
+    """Serves ConfigMaps at their paths, and all other objects at every other path. Each change has a new version."""
 
     def __init__(self, port: int = 0) -> None:
         self.objects: dict[str, dict[str, Any]] = {}
@@ -89,7 +89,7 @@ class WatchServer:
         if self.failures:
             _send(request, self.failures.pop(0), b"{")
         elif "watch" not in query:
-            items = [obj for obj in self.objects.values() if _selected(obj, query)]
+            items = [obj for obj in self.objects.values() if _selected(obj, request.path)]
             metadata = {"resourceVersion": str(self.version)}
             _send(request, 200, json.dumps({"metadata": metadata, "items": items}).encode())
         elif self.always_gone or self._gone == "status":
@@ -114,7 +114,7 @@ class WatchServer:
         request.end_headers()
         try:
             while line := watch.get():
-                if _selected(json.loads(line)["object"], query):
+                if _selected(json.loads(line)["object"], request.path):
                     request.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
             request.wfile.write(b"ff\r\n{" if line == b"" else b"0\r\n\r\n")
             request.close_connection = line == b""
@@ -132,10 +132,13 @@ class WatchServer:
         self._thread.join()
 
 
-def _selected(obj: dict[str, Any], query: dict[str, list[str]]) -> bool:
-    """Compares only labels that the object has; one without labels is in every collection."""
+def _selected(obj: dict[str, Any], target: str) -> bool:
+    """Compares only labels that the object has; one without labels is in every collection of its kind."""
+    parts = urlsplit(target)
+    if obj.get("kind") != "Status" and (obj.get("kind") == "ConfigMap") != parts.path.endswith("/configmaps"):
+        return False
     labels = obj.get("metadata", {}).get("labels", {})
-    terms = re.findall(r"([^ ,=]+)(?:=| in \()([^)=]*?)(?:\)|$|,(?=[^,]*[=(]))", query["labelSelector"][0])
+    terms = re.findall(r"([^ ,=]+)(?:=| in \()([^)=]*?)(?:\)|$|,(?=[^,]*[=(]))", parse_qs(parts.query)["labelSelector"][0])
     return all(name not in labels or labels[name] in values.split(",") for name, values in terms)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 from click.testing import CliRunner
 
@@ -10,6 +11,7 @@ from knative.__main__ import main
 from knative.render.rendering import render
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.spec.cut import parse_cut
+from knative.spec.fleet_spec import FleetSpec
 from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.spec_file import spec_from_dict
 
@@ -74,6 +76,35 @@ def document(**changes: Any) -> dict[str, Any]:
         **changes,
     }
     return {key: value for key, value in fields.items() if value is not None}
+
+
+def member_document(name: str, **changes: Any) -> dict[str, Any]:
+    """A minimal spec of a member of a fleet, which serves the model of its name."""
+    fields = {"name": name, "model": {"name": name, "digest": DIGEST}, "cut": "0:10,10:20,20:30", **changes}
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def fleet_document(**changes: Any) -> dict[str, Any]:
+    """A minimal fleet."""
+    own = {
+        "kind": "Fleet",
+        "name": "models",
+        "image": "registry.example/lamina:1",
+        "store": {"endpoint": "http://store.example:9000"},
+        "members": [member_document("code")],
+    }
+    return own | changes
+
+
+def fleet_of(**changes: Any) -> FleetSpec:
+    return msgspec.convert(fleet_document(**changes), FleetSpec)
+
+
+def fleet_members(*names: str) -> list[ResolvedPipeline]:
+    """Members of the fleet `models`."""
+    shared = {"pipeline_token_secret": "models-pipeline"}
+    specs = [spec_from_dict(document(**member_document(name), **shared)) for name in names]
+    return [ResolvedPipeline(spec, parse_cut(spec.cut or ""), DIGEST, fleet="models") for spec in specs]
 
 
 def resolved_pipeline(digest: str = DIGEST, **changes: Any) -> ResolvedPipeline:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -151,8 +151,10 @@ def _write_safetensors(path: Path, tensors: dict[str, Any]) -> None:
 
 
 @contextmanager
-def published_model(folder: Path, dtype: Dtype = "float32") -> Iterator[Published]:
-    """The model as `tiny`, while the store runs."""
+def published_model(
+    folder: Path, dtype: Dtype = "float32", name: str = "tiny", store: StoreSettings | None = None
+) -> Iterator[Published]:
+    """The model by its name, in a store of its own or in `store`, which runs."""
 
     def load_model() -> "PreTrainedModel":
         from transformers import AutoModelForCausalLM
@@ -162,6 +164,7 @@ def published_model(folder: Path, dtype: Dtype = "float32") -> Iterator[Publishe
         return model
 
     save_checkpoint(folder / "checkpoint")
-    with EmbeddedStore(folder / "store") as store:
-        manifest = publish(folder / "checkpoint", ObjectStore(store.settings), "tiny", dtype)
-        yield Published(store.settings, manifest, load_model, byte_tokenizer())
+    with ExitStack() as stack:
+        settings = store or stack.enter_context(EmbeddedStore(folder / "store")).settings
+        manifest = publish(folder / "checkpoint", ObjectStore(settings), name, dtype)
+        yield Published(settings, manifest, load_model, byte_tokenizer())

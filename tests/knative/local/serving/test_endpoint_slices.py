@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from knative.local.serving.endpoint_slices import EndpointSlices, PodEndpoint, endpoint_slice
+from knative.local.serving.endpoint_slices import PodEndpoint, WatchedObjects, endpoint_slice
 from tests.support.knative.platform import client, echo_service, fetch, revision, running_platform, until
 
 PATH = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices"
@@ -18,7 +18,7 @@ def endpoint(pod: str = "p1", *, ready: bool = True, service: str = "echo", port
     return PodEndpoint(service, f"{service}-00001", "default", pod, port, ready, ready, False)
 
 
-async def collect(slices: EndpointSlices, count: int, since: str = "", selector: str = "") -> list[dict[str, Any]]:
+async def collect(slices: WatchedObjects, count: int, since: str = "", selector: str = "") -> list[dict[str, Any]]:
     events = []
     async with asyncio.timeout(10):
         async for line in slices.watch("default", selector, since, False):
@@ -45,7 +45,7 @@ def test_a_slice_has_knatives_labels_and_names_its_port() -> None:
 
 
 async def test_a_watch_without_version_begins_with_what_exists() -> None:
-    slices = EndpointSlices()
+    slices = WatchedObjects()
     slices.put(endpoint_slice(endpoint("p1")))
     watching = asyncio.create_task(collect(slices, 4))
     await asyncio.sleep(0)
@@ -59,7 +59,7 @@ async def test_a_watch_without_version_begins_with_what_exists() -> None:
 
 
 async def test_a_watch_goes_on_from_a_lists_version() -> None:
-    slices = EndpointSlices()
+    slices = WatchedObjects()
     slices.put(endpoint_slice(endpoint("p1")))
     version = slices.list("default", "")["metadata"]["resourceVersion"]
     slices.put(endpoint_slice(endpoint("p2")))
@@ -69,7 +69,7 @@ async def test_a_watch_goes_on_from_a_lists_version() -> None:
 
 
 async def test_a_version_older_than_the_history_is_expired() -> None:
-    slices = EndpointSlices()
+    slices = WatchedObjects()
     for index in range(1100):
         slices.put(endpoint_slice(endpoint(port=index)))
     (event,) = await collect(slices, 1, since="1")
@@ -90,7 +90,7 @@ async def test_a_version_older_than_the_history_is_expired() -> None:
     ],
 )
 async def test_label_selectors(selector: str, expected: int) -> None:
-    slices = EndpointSlices()
+    slices = WatchedObjects()
     slices.put(endpoint_slice(endpoint("p1")))
     slices.put(endpoint_slice(endpoint("p2", service="other")))
     assert len(slices.list("default", selector)["items"]) == expected

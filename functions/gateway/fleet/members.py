@@ -1,0 +1,169 @@
+"""The members of a fleet, as ConfigMaps describe them: one ConfigMap for each pipeline, or two during a canary."""
+
+import logging
+import os
+import random
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from eventing.problems import Unauthorized
+from functions.configuration.config import FLEET_LABEL, PERCENT, FleetConfig, GatewayConfig, member_config
+from functions.configuration.settings import ConfigError
+from functions.gateway.answers.authentication import KeyRing
+from functions.gateway.stages.kubernetes_api import CONFIG_MAPS, KubernetesAPI, KubernetesItem, ObjectWatch
+
+_log = logging.getLogger(__name__)
+
+_MEMBER_LABEL: Final = "app.kubernetes.io/instance"
+
+
+class ConfigMap(KubernetesItem):
+    data: dict[str, str] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Version:
+    """One version of a member: a pipeline with its stages. Equal only to itself, so that a changed one is another."""
+
+    name: str  # of its ConfigMap
+    member: str
+    percent: int | None  # share of the member's requests; None: those that no canary takes
+    environ: Mapping[str, str] = field(repr=False)
+    config: GatewayConfig | None  # None: the ConfigMap is wrong, as `trouble` says
+    trouble: str = ""
+
+    @property
+    def model(self) -> str:
+        return self.environ.get("LAMINA_MODEL", "")
+
+
+class Members:
+    """The fleet's members now. Thread-safe."""
+
+    def __init__(
+        self, config: FleetConfig, environ: Mapping[str, str], on_gone: Callable[[Sequence[Version]], None] = lambda _: None
+    ) -> None:
+        """environ: of the process. on_gone: gets versions that were removed or replaced; the watch's thread calls it."""
+        assert config.kubernetes_api is not None
+        self.listed = threading.Event()  # the members are known
+        self._config = config
+        self._environ = environ
+        self._on_gone = on_gone
+        self._lock = threading.Lock()
+        self._versions: dict[str, Version] = {}  # by name of their ConfigMap
+        self._by_model: dict[str, list[Version]] = {}
+        self._rings: dict[str, KeyRing] = {}  # by member
+        api = KubernetesAPI(config.kubernetes_api, config.namespace, CONFIG_MAPS)
+        what = f"the members of the fleet {config.fleet}"
+        self._watch = ObjectWatch(api, f"{FLEET_LABEL}={config.fleet}", ConfigMap, what, self.changed)
+
+    def start(self) -> None:
+        self._watch.start()
+
+    def stop(self) -> None:
+        self._watch.stop()
+
+    def changed(self, found: Mapping[str, ConfigMap], changed: ConfigMap | None) -> None:
+        """Takes over the ConfigMaps. changed: the only one that differs; None: any may differ."""
+        names = {*self._versions, *found} if changed is None else {changed.metadata.name}
+        gone = []
+        versions = dict(self._versions)
+        for name in names:
+            before, now = versions.pop(name, None), found.get(name)
+            version = None if now is None else self._version(now)
+            if before is not None and version is not None and _same(before, version):
+                version = before
+            elif before is not None:
+                gone.append(before)
+            if version is not None:
+                versions[name] = version
+                if version is not before and version.trouble:
+                    _log.error("member %s cannot be served: %s", version.member, version.trouble)
+        by_model: dict[str, list[Version]] = {}
+        for name in sorted(versions):
+            by_model.setdefault(versions[name].model, []).append(versions[name])
+        for model, group in by_model.items():
+            if len(stable := [each.member for each in group if each.percent is None]) > 1:
+                _log.error("model %s is of members %s: %s serves it", model, " and ".join(stable), stable[0])
+        with self._lock:
+            self._versions, self._by_model = versions, by_model
+        self.listed.set()
+        if gone:
+            self._on_gone(gone)
+
+    def models(self) -> dict[str, list[Version]]:
+        """All versions by the name of their model."""
+        with self._lock:
+            return self._by_model
+
+    def find(self, named: str) -> Version | None:
+        """The version that answers a request for this model; None: no member serves it.
+
+        named: a model, or model:adapter. If a canary runs, it is drawn by the percentages.
+        """
+        with self._lock:
+            group = self._by_model.get(named) or self._by_model.get(named.partition(":")[0])
+        if not group:
+            return None
+        drawn = random.uniform(0, 100)
+        for canary in (each for each in group if each.percent is not None):
+            drawn -= canary.percent or 0
+            if drawn < 0:
+                return canary
+        return next((each for each in group if each.percent is None), group[0])
+
+    @property
+    def are_open(self) -> bool:
+        """Whether clients need no API key."""
+        return self._config.keys_folder is None
+
+    def client_of(self, secret: str) -> str:
+        """The id of the client with this API key of any member. Raises Unauthorized."""
+        for member in self._members():
+            if (key := self._ring(member).find(secret)) is not None:
+                return key.id
+        seen = "another key" if secret else "no Authorization header"
+        raise Unauthorized(f"{seen}; send Authorization: Bearer with an API key of one of the fleet's members")
+
+    def opened_by(self, secret: str) -> list[str]:
+        """Models that a client with this API key may ask; all of them if no keys are needed."""
+        models = self.models().items()
+        if self.are_open:
+            return [model for model, _ in models]
+        return [model for model, group in models if self._ring(group[0].member).find(secret) is not None]
+
+    def _members(self) -> set[str]:
+        with self._lock:
+            return {each.member for each in self._versions.values()}
+
+    def _ring(self, member: str) -> KeyRing:
+        """The member's API keys. A member without a file of keys lets nobody in, until there is one."""
+        ring = self._rings.get(member)
+        if ring is None:
+            try:
+                ring = KeyRing((), (self._key_file(member),))
+            except ConfigError:
+                return KeyRing(())
+            self._rings[member] = ring
+        return ring
+
+    def _key_file(self, member: str) -> str:
+        return os.path.join(self._config.keys_folder or "", member)
+
+    def _version(self, found: ConfigMap) -> Version:
+        metadata, environ = found.metadata, dict(found.data or {})
+        member = (metadata.labels or {}).get(_MEMBER_LABEL, metadata.name)
+        if self._config.keys_folder is not None:
+            environ["LAMINA_API_KEY_FILES"] = self._key_file(member)
+        said = (metadata.annotations or {}).get(PERCENT)
+        percent = int(said) if said is not None and said.isdecimal() else None
+        try:
+            return Version(metadata.name, member, percent, environ, member_config(self._environ, environ))
+        except ConfigError as error:
+            return Version(metadata.name, member, percent, environ, None, str(error))
+
+
+def _same(one: Version, other: Version) -> bool:
+    return (one.member, one.percent, one.environ) == (other.member, other.percent, other.environ)

@@ -1,0 +1,193 @@
+"""The members' parts of this gateway: built on first use, given up for memory while they are idle."""
+
+import gc
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+from eventing.problems import NotReady
+from functions.configuration.config import GatewayConfig
+from functions.configuration.settings import ConfigError
+from functions.gateway.build import start_scheduler
+from functions.gateway.fleet.members import Version
+from functions.gateway.function import GatewayFunction
+from functions.gateway.stages.endpoints import EndpointsWatch
+from functions.hosting.startup import StartUp, trim_memory
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
+
+_log = logging.getLogger(__name__)
+
+_LOOK_SECONDS: Final = 1.0  # between two looks at the memory
+_LOAD_SECONDS: Final = 60.0  # how long a request waits for tokenizer and template
+_RETRY_SECONDS: Final = 2.0  # a part that could not be loaded is not tried again sooner
+_PAGE_BYTES: Final = 4096
+
+PartState = Literal["loading", "loaded", "failed"]
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES
+
+
+class Part:
+    """One version's part of the gateway: tokenizer, chat template, scheduler, routes, keys and limits."""
+
+    def __init__(self, version: Version, watch: EndpointsWatch | None) -> None:
+        self.version = version
+        self.in_flight = 0  # requests; guarded by the lock of Parts, like `used_at`
+        self.used_at = time.monotonic()
+        self.failed_at = 0.0
+        self.retired = False  # closed after its last request
+        self.function: GatewayFunction | None = None
+        self._watch = watch
+        self._lock = threading.Lock()
+        self._trouble = ""
+
+    @property
+    def state(self) -> PartState:
+        if self._trouble:
+            return "failed"
+        return "loaded" if self.function is not None and self.function.await_ready(0.0) else "loading"
+
+    @property
+    def is_idle(self) -> bool:
+        if self.in_flight or self.function is None:
+            return not self.in_flight
+        status = self.function.status
+        return not status.waiting and not status.running
+
+    def load(self) -> "WSGIApplication":
+        """Builds the part unless it is built, wakes its stages, and waits until it can answer. Raises NotReady."""
+        config = self.version.config
+        with self._lock:
+            if self.function is None:
+                if config is None:
+                    raise NotReady(f"member {self.version.member} cannot be served: {self.version.trouble}")
+                self.function = self._build(config)
+            function = self.function
+        if not function.await_ready(_LOAD_SECONDS):
+            self._trouble = self._trouble or f"nothing was loaded for {_LOAD_SECONDS:g} s"
+            self.failed_at = time.monotonic()
+            raise NotReady(f"member {self.version.member} cannot be loaded; the log of this gateway says why")
+        return function.service.application
+
+    def close(self) -> None:
+        with self._lock:
+            if self.function is not None:
+                self.function.drain()
+                self.function.close()
+                self.function = None
+
+    def _build(self, config: GatewayConfig) -> GatewayFunction:
+        try:
+            running = start_scheduler(config, self._watch)
+            running.scheduler.wake()
+            function = GatewayFunction(config, StartUp(), running)
+        except ConfigError as error:
+            self._trouble, self.failed_at = str(error), time.monotonic()
+            raise NotReady(f"member {self.version.member} cannot be served: {error}") from error
+        function.start(self._failed)
+        return function
+
+    def _failed(self, _status: int) -> None:
+        self._trouble = "it could not be loaded; the log says why"
+
+
+class Parts:
+    """The loaded parts. Thread-safe."""
+
+    def __init__(self, watch: EndpointsWatch | None, memory_bytes: int, resident: Callable[[], int] = resident_bytes) -> None:
+        """memory_bytes: of the process, beyond which idle parts are given up. resident: measures it."""
+        self.evictions = 0
+        self._watch = watch
+        self._memory_bytes = memory_bytes
+        self._resident = resident
+        self._lock = threading.Lock()
+        self._parts: dict[Version, Part] = {}
+        self._gone: weakref.WeakSet[Version] = weakref.WeakSet()
+        self._stopped = threading.Event()
+        self._keeper = threading.Thread(target=self._keep_memory, name="fleet-memory", daemon=True)
+
+    def start(self) -> None:
+        self._keeper.start()
+
+    def loaded(self) -> list[Part]:
+        with self._lock:
+            return list(self._parts.values())
+
+    def enter(self, version: Version) -> Part:
+        """The part that answers a request for this version. The caller must call `leave` for it."""
+        with self._lock:
+            part, now = self._parts.get(version), time.monotonic()
+            if part is not None and part.failed_at and now - part.failed_at > _RETRY_SECONDS and not part.in_flight:
+                threading.Thread(target=part.close, name="fleet-close", daemon=True).start()
+                part = None
+            if part is None:
+                part = Part(version, self._watch)
+                part.retired = version in self._gone  # found before it was replaced
+                if not part.retired:
+                    self._parts[version] = part
+            part.in_flight += 1
+            part.used_at = now
+            return part
+
+    def leave(self, part: Part) -> None:
+        with self._lock:
+            part.in_flight -= 1
+            part.used_at = time.monotonic()
+            over = part.retired and not part.in_flight
+        if over:
+            part.close()
+
+    def retire(self, versions: Sequence[Version]) -> None:
+        """Gives up the parts of versions that were removed or replaced, after their last request."""
+        for version in versions:
+            with self._lock:
+                self._gone.add(version)
+                part = self._parts.pop(version, None)
+                if part is not None:
+                    part.retired = True
+                over = part is not None and not part.in_flight
+            if part is not None and over:
+                part.close()
+
+    def evict(self) -> bool:
+        """Gives up the idle part that was used least recently. Returns whether there was one."""
+        with self._lock:
+            idle = sorted((part for part in self._parts.values() if part.is_idle), key=lambda part: part.used_at)
+            if not idle:
+                return False
+            part = self._parts.pop(idle[0].version)
+        part.close()
+        self.evictions += 1
+        _log.info("gave up the part of %s, idle for %.0f s", part.version.member, time.monotonic() - part.used_at)
+        del part, idle
+        gc.collect()
+        trim_memory()
+        return True
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._keeper.join(_LOOK_SECONDS)
+        with self._lock:
+            parts, self._parts = list(self._parts.values()), {}
+        closing = [threading.Thread(target=part.close, name="fleet-close", daemon=True) for part in parts]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join()
+
+    def _keep_memory(self) -> None:
+        while not self._stopped.wait(_LOOK_SECONDS):
+            try:
+                while self._resident() > self._memory_bytes and self.evict():
+                    pass
+            except Exception:  # noqa: BLE001 - without this thread memory would grow for ever
+                _log.exception("giving up idle members failed")

@@ -1,0 +1,174 @@
+"""Sends each request of a fleet's clients to the member that its `model` names. What names no member is answered here."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import parse_qs
+
+import msgspec
+from flask import Blueprint, Flask, Response, request
+from werkzeug.wsgi import ClosingIterator
+
+from eventing.problems import MalformedEvent, NotFound, NotReady, Problem
+from functions.configuration.config import FleetConfig
+from functions.gateway.answers.metrics import GatewayMetrics
+from functions.gateway.answers.sites import Sites, check_media_type
+from functions.gateway.app import MAX_REQUEST_BYTES, base_app
+from functions.gateway.fleet.members import Members
+from functions.gateway.fleet.parts import Parts
+from functions.gateway.openai.errors import add_error_handlers, unknown_model
+from functions.gateway.openai.tokens import VERSION
+from functions.gateway.openapi.operations import operations
+from functions.gateway.page.page import register_page
+from functions.hosting.requests import CLIENT_ID, REFUSED, BodyStream
+from functions.hosting.web import json_response, problem_response
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+_log = logging.getLogger(__name__)
+
+POST_PATHS: Final = frozenset(each.path for each in operations(with_page=False) if each.method == "post")
+EVENTS_PATH: Final = "/v1/pipeline/events"
+_ERROR: Final = "lamina.fleet.error"  # in the environ of a request that no member gets: a Problem, or the unknown model
+
+
+_NO_MODEL: Final = "the request names no model, and a fleet serves several"
+
+
+class _Named(msgspec.Struct):
+    model: str | None = None
+
+
+def model_of(environ: "WSGIEnvironment") -> str | None:
+    """The model that a request names: `?model=` of its URL, or `model` in its body. None: it names none.
+
+    The body can be read again afterwards. Raises MalformedEvent for a body that is no JSON object.
+    """
+    query: str = environ.get("QUERY_STRING", "")
+    if named := parse_qs(query).get("model"):
+        return named[-1]
+    if environ["REQUEST_METHOD"] != "POST":
+        return None
+    body = environ["wsgi.input"].read()
+    environ["wsgi.input"] = BodyStream(body)
+    try:
+        return msgspec.json.decode(body, type=_Named).model
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedEvent(f"the request names no model: {error}") from error
+
+
+def secret_of(header: str) -> str:
+    """The API key in an Authorization header; empty: none."""
+    scheme, _, secret = header.partition(" ")
+    return secret.strip() if scheme.lower() == "bearer" else ""
+
+
+class MemberRouter:
+    """The WSGI application of a fleet's gateway."""
+
+    def __init__(self, members: Members, parts: Parts, own: "WSGIApplication") -> None:
+        """own: answers what concerns no member, and errors."""
+        self._members = members
+        self._parts = parts
+        self._own = own
+
+    def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        path, is_post = environ["PATH_INFO"], environ["REQUEST_METHOD"] == "POST"
+        if REFUSED in environ or not (path in POST_PATHS if is_post else path == EVENTS_PATH):
+            return self._own(environ, start_response)
+        try:
+            named = model_of(environ)
+            if not self._members.listed.is_set():
+                raise NotReady("this gateway does not know the fleet's members yet")
+            version = None if named is None else self._members.find(named)
+            if version is None:
+                environ[_ERROR] = MalformedEvent(_NO_MODEL) if named is None else named
+                return self._own(environ, start_response)
+            part = self._parts.enter(version)
+        except Problem as problem:
+            environ[_ERROR] = problem
+            return self._own(environ, start_response)
+        pieces: Iterable[bytes] | None = None
+        try:
+            pieces = part.load()(environ, start_response)
+        except Problem as problem:
+            environ[_ERROR] = problem
+            return self._own(environ, start_response)
+        finally:
+            if pieces is None:
+                self._parts.leave(part)
+        return ClosingIterator(pieces, partial(self._parts.leave, part))
+
+
+def own_app(config: FleetConfig, members: Members, metrics: GatewayMetrics, write_line: Callable[[str], object]) -> Flask:
+    """The application for what concerns no member: the list of models, the page, and errors."""
+    app = base_app(config, metrics, write_line)
+    began = int(time.time())
+
+    def document(model: str) -> dict[str, Any]:
+        return {"id": model, "object": "model", "created": began, "owned_by": "lamina"}
+
+    def opened() -> list[str]:
+        secret = secret_of(request.headers.get("Authorization", ""))
+        if not members.are_open:
+            members.client_of(secret)
+        return members.opened_by(secret)
+
+    def models() -> Response:
+        return json_response({"object": "list", "data": [document(model) for model in sorted(opened())]})
+
+    def one_model(model: str) -> Response:
+        known = opened()
+        return json_response(document(model)) if model in known else json_response(_unknown(model, known), 404)
+
+    def refuse(path: str = "") -> Response:
+        error = request.environ.get(_ERROR)
+        if isinstance(error, Problem):
+            raise error
+        document = _unknown(str(error), opened())
+        if not request.path.startswith("/v1/"):
+            raise NotFound(document["error"]["message"])
+        return json_response(document, 404)
+
+    routes = Blueprint("openai", __name__, url_prefix="/v1")
+    routes.get("/models")(models)
+    routes.get("/models/<path:model>")(one_model)
+    routes.get(EVENTS_PATH.removeprefix("/v1"), endpoint="events")(refuse)
+    for path in POST_PATHS:
+        if path.startswith("/v1/"):
+            routes.post(path.removeprefix("/v1"), endpoint=path.replace("/", "-"))(refuse)
+        else:
+            app.post(path, endpoint=f"post{path}")(refuse)
+    add_error_handlers(routes)
+    app.register_blueprint(routes)
+    app.register_error_handler(Problem, problem_response)
+    app.get("/health", endpoint="health")(lambda: Response(status=200))
+    app.get("/version", endpoint="version")(lambda: json_response({"version": VERSION}))
+    if config.page == "on":
+        register_page(app)
+    return app
+
+
+def fleet_admission(config: FleetConfig, members: Members) -> "Callable[[WSGIEnvironment], int | None]":
+    """Like `gateway_admission`: checks a request's head before its body is read. A POST needs an API key of any member."""
+    sites = Sites(config, is_open=members.are_open)
+
+    def admit(environ: "WSGIEnvironment") -> int | None:
+        sites.check(environ)
+        if environ["REQUEST_METHOD"] != "POST":
+            return 0
+        if environ["PATH_INFO"] not in POST_PATHS:
+            return None
+        if not members.are_open:
+            environ[CLIENT_ID] = members.client_of(secret_of(environ.get("HTTP_AUTHORIZATION", "")))
+        check_media_type(environ)
+        return MAX_REQUEST_BYTES
+
+    return admit
+
+
+def _unknown(model: str, known: Iterable[str]) -> dict[str, Any]:
+    return unknown_model(model, ", ".join(sorted(known)) or "no model yet")

@@ -1,0 +1,76 @@
+"""Objects of a fleet: one gateway, what it may do, and for each member its stages and the ConfigMap that names them."""
+
+from typing import Final
+
+from functions.configuration.config import PERCENT, member_keys
+from knative.render.access import disruption_budgets, gateway_access, network_policies
+from knative.render.resolved_pipeline import ResolvedPipeline, labels
+from knative.render.services import KEYS_FOLDER, gateway_environment, gateway_service, stage_service
+from knative.spec.fleet_spec import FleetSpec
+from knative.spec.kubernetes_object import KubernetesObject
+from knative.spec.pipeline_spec import quantity
+
+CANARY: Final = "{}-canary"
+_MEMORY_SHARE: Final = 0.75  # of the gateway's memory, beyond which it gives up idle members
+
+
+def fleet_door(fleet: FleetSpec) -> ResolvedPipeline:
+    """The fleet's gateway as the gateway of a pipeline without stages."""
+    return ResolvedPipeline(fleet.door(), ((0, 1),), "none", fleet=fleet.name)
+
+
+def door_files(fleet: FleetSpec) -> dict[str, list[KubernetesObject]]:
+    """File name → objects of the gateway, in the order in which they are applied."""
+    door = fleet_door(fleet)
+    files: dict[str, list[KubernetesObject]] = {}
+    if fleet.gateway.service_account is None:
+        files["access.yaml"] = gateway_access(door)
+    if fleet.network.policies:
+        files["network.yaml"] = network_policies(door)
+    if budgets := disruption_budgets(door):
+        files["disruption.yaml"] = budgets
+    files["gateway.yaml"] = [fleet_gateway(fleet)]
+    return files
+
+
+def member_files(member: ResolvedPipeline) -> dict[str, list[KubernetesObject]]:
+    """File name → objects of a member: its stages, then the ConfigMap from which the fleet's gateways learn of them."""
+    name = member.spec.name
+    files = {f"{name}-stage-{index}.yaml": [stage_service(member, index)] for index in range(len(member.cut))}
+    return {**files, f"{name}.yaml": [member_config_map(member)]}
+
+
+def member_config_map(member: ResolvedPipeline, canary_percent: int | None = None) -> KubernetesObject:
+    """The environment of the member's part in a gateway.
+
+    canary_percent: it runs beside the member's other ConfigMap, and takes this share of the requests.
+    """
+    own = member_keys()
+    data = {entry["name"]: entry["value"] for entry in gateway_environment(member) if entry["name"] in own}
+    name = member.spec.name if canary_percent is None else CANARY.format(member.spec.name)
+    metadata: KubernetesObject = {"name": name, "namespace": member.spec.namespace, "labels": labels(member, "gateway")}
+    if canary_percent is not None:
+        metadata["annotations"] = {PERCENT: str(canary_percent)}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
+
+
+def fleet_gateway(fleet: FleetSpec) -> KubernetesObject:
+    """The Service of the fleet's gateway."""
+    door = fleet_door(fleet)
+    service = gateway_service(door)
+    template = service["spec"]["template"]
+    container = template["spec"]["containers"][0]
+    of_members = member_keys()
+    more = {
+        "LAMINA_ROLE": "fleet",
+        "LAMINA_FLEET": fleet.name,
+        "LAMINA_FLEET_MEMORY_BYTES": str(int(_MEMORY_SHARE * quantity(fleet.gateway.resources.memory))),
+    }
+    for secret in fleet.gateway.api_keys_secrets:  # mounted whole, so that a new member's entry needs no new pod
+        more["LAMINA_FLEET_KEYS"] = f"{KEYS_FOLDER}/{secret}"
+        for volume in template["spec"]["volumes"]:
+            if volume.get("secret", {}).get("secretName") == secret:
+                del volume["secret"]["items"]
+    rest = [entry for entry in container["env"] if entry["name"] not in {*of_members, *more}]
+    container["env"] = [*({"name": name, "value": value} for name, value in more.items()), *rest]
+    return service

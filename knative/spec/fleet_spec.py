@@ -1,0 +1,163 @@
+"""FleetSpec: many pipelines behind one gateway, as a user describes them in YAML."""
+
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+import yaml
+from msgspec import Struct
+
+from knative.spec.errors import SpecError, describe_fault
+from knative.spec.pipeline_spec import (
+    GatewaySpec,
+    KVStoreSpec,
+    ModelSpec,
+    NetworkSpec,
+    PipelineSpec,
+    Positive,
+    StoreSpec,
+    Tracing,
+)
+from knative.spec.spec_file import spec_from_dict
+
+KIND: Final = "Fleet"
+# Fields that all members have in common. A member that names one must say the same.
+_SHARED: Final = ("namespace", "image", "store", "network", "tracing", "log_level", "pipeline_token_secret")
+# Fields of `gateway` that concern the process. The others concern a pipeline and belong to members.
+_OF_PROCESS: Final = frozenset(
+    (
+        "resources", "timeout_seconds", "api_keys_secret", "limits_secret", "cors_origins", "hosts", "access_log", "proxies",
+        "page", "service_account", "pod_network", "pod_port", "max_unavailable", "pod", "autoscaling",
+    )
+)  # fmt: skip
+_DEFAULT_GATEWAY: Final = GatewaySpec()
+
+
+class FleetSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A fleet: one gateway routes requests by `model` to pipelines, most of them at zero."""
+
+    kind: Literal["Fleet"]
+    name: str
+    namespace: str = "default"
+    image: str
+    # A folder of PipelineSpecs, or a list of files and of specs written here. They may leave out fields that the fleet has.
+    members: str | list[str | dict[str, Any]]
+    gateway: GatewaySpec = GatewaySpec()  # its process; api_keys_secret has an entry of keys for each member, by its name
+    store: StoreSpec
+    kv_store: KVStoreSpec | None = None  # of members that name none
+    network: NetworkSpec = NetworkSpec()
+    tracing: Tracing | None = None
+    log_level: str = "info"
+    max_devices: Positive | None = None  # pods of all stages at once, shared by demand. Unset: each member scales by itself
+
+    def __post_init__(self) -> None:
+        for name in _changed(self.gateway) - _OF_PROCESS:
+            raise SpecError(f"$.gateway.{name}: concerns one pipeline: set it in the spec of a member")
+        if len(self.gateway.api_keys_secrets) > 1:
+            raise SpecError("$.gateway.api_keys_secret: a fleet takes one Secret, with an entry of keys for each member")
+
+    @property
+    def token_secret(self) -> str:
+        return f"{self.name}-pipeline"
+
+    def door(self) -> PipelineSpec:
+        """A pipeline without a model that has the fleet's gateway: its names, access, network and pod."""
+        return PipelineSpec(
+            name=self.name,
+            namespace=self.namespace,
+            model=ModelSpec(name="none"),
+            cut="0:1",
+            image=self.image,
+            gateway=self.gateway,
+            store=self.store,
+            network=self.network,
+            tracing=self.tracing,
+            log_level=self.log_level,
+        )
+
+
+def load_fleet(path: Path) -> tuple[FleetSpec, list[PipelineSpec]]:
+    """Reads a fleet and its members' specs. Paths in it are relative to its file.
+
+    Raises SpecError; its message begins with the file's name.
+    """
+    document = _read(path)
+    try:
+        fleet = msgspec.convert(document, FleetSpec)
+    except msgspec.ValidationError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, SpecError) else describe_fault(document, FleetSpec, "$")
+        raise SpecError(f"{path}: {cause}") from error
+    members = [_member(fleet, said, where) for said, where in _members(fleet, path)]
+    for what, names in (("member", [each.name for each in members]), ("model", [each.model.name for each in members])):
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise SpecError(f"{path}: $.members: {what} {repeated[0]} is there twice")
+    if fleet.name in {each.name for each in members}:
+        raise SpecError(f"{path}: $.name: {fleet.name} is a member's name, too")
+    if not members:
+        raise SpecError(f"{path}: $.members: there is none")
+    return fleet, members
+
+
+def is_fleet(path: Path) -> bool:
+    """Whether a file describes a fleet, rather than a pipeline. Raises SpecError if it is no YAML."""
+    document = _read(path)
+    return isinstance(document, dict) and document.get("kind") == KIND
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SpecError(f"{path}: cannot be read as YAML: {error}") from error
+
+
+def _members(fleet: FleetSpec, path: Path) -> list[tuple[Any, str]]:
+    """The documents of the members, each with the place where it is written."""
+    if isinstance(fleet.members, str):
+        folder = path.parent / fleet.members
+        if not folder.is_dir():
+            raise SpecError(f"{path}: $.members: {folder} is no folder")
+        return [(_read(file), str(file)) for file in sorted(folder.iterdir()) if file.suffix in (".yaml", ".yml")]
+    return [
+        (_read(path.parent / each), str(path.parent / each))
+        if isinstance(each, str)
+        else (each, f"{path}: $.members[{number}]")
+        for number, each in enumerate(fleet.members)
+    ]
+
+
+def _member(fleet: FleetSpec, document: Any, where: str) -> PipelineSpec:
+    """The spec of a member, with what it shares with the fleet. Raises SpecError if the two contradict each other."""
+    if not isinstance(document, dict):
+        raise SpecError(f"{where}: is no PipelineSpec")
+    shared = {name: getattr(fleet, name, fleet.token_secret) for name in _SHARED}
+    document = {**msgspec.to_builtins({"kv_store": fleet.kv_store, **shared}), **document}
+    if fleet.max_devices is not None:
+        document = _giving_way(document)
+    try:
+        spec = spec_from_dict(document)
+    except SpecError as error:
+        raise SpecError(f"{where}: {error}") from error
+    for name, value in shared.items():
+        if getattr(spec, name) != value:
+            raise SpecError(f"{where}: $.{name}: a member has the fleet's, so leave it out")
+    for name in sorted(_changed(spec.gateway) & _OF_PROCESS):
+        raise SpecError(f"{where}: $.gateway.{name}: is the fleet's: members share its gateway")
+    for name in ("eventing", "monitoring"):
+        if getattr(spec, name) is not None:
+            raise SpecError(f"{where}: $.{name}: a member of a fleet has none; deploy it as a pipeline of its own")
+    if spec.gateway.jobs is not None:
+        raise SpecError(f"{where}: $.gateway.jobs: a fleet serves no batches; deploy the pipeline on its own")
+    return spec
+
+
+def _giving_way(document: dict[str, Any]) -> dict[str, Any]:
+    """The member's document with pods that go soon after their last request, because others wait for their devices."""
+    stage = document.get("stage") or {}
+    autoscaling = {"scale_down_delay_seconds": 0, "window_seconds": 6, **(stage.get("autoscaling") or {})}
+    return {**document, "stage": {**stage, "autoscaling": autoscaling}}
+
+
+def _changed(gateway: GatewaySpec) -> set[str]:
+    return {name for name in gateway.__struct_fields__ if getattr(gateway, name) != getattr(_DEFAULT_GATEWAY, name)}

@@ -1,0 +1,206 @@
+"""A fleet's gateway as a process, before the stages of two models, and an API that lists and watches its members."""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from eventing.wire.events import Cut
+from tests.support.functions.functions import (
+    FunctionProcess,
+    common_environment,
+    gateway_environment,
+    running,
+    stage_environment,
+    wait_until,
+)
+from tests.support.functions.metrics import metric
+from tests.support.knative.kubernetes_watch import WatchServer
+from tests.support.storage.published import CUT, Published, published_model
+
+WHOLE: Cut = ((0, 6),)
+_OF_PROCESS = ("PORT", "PATH", "LAMINA_LISTEN", "LAMINA_METRICS_PORT", "LAMINA_PIPELINE_TOKEN", "LAMINA_STORE", "AWS_")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A model with running stages."""
+
+    name: str
+    model: Published
+    cut: Cut
+    urls: list[str]
+
+    @property
+    def services(self) -> list[str]:
+        return [f"{self.name}-s{number}" for number in range(len(self.cut))]
+
+    def member(self, name: str = "", percent: int | None = None, **more: str) -> dict[str, Any]:
+        """Its ConfigMap. name: instead of its own."""
+        environ = gateway_environment(self.model, self.urls, self.cut, LAMINA_STAGE_SERVICES=",".join(self.services), **more)
+        data = {key: value for key, value in environ.items() if not key.startswith((*_OF_PROCESS, "LAMINA_ROLE"))}
+        labels = {"lamina.dev/fleet": "models", "app.kubernetes.io/instance": self.name}
+        metadata: dict[str, Any] = {"name": name or self.name, "labels": labels}
+        if percent is not None:
+            metadata["annotations"] = {"lamina.dev/percent": str(percent)}
+        return {"kind": "ConfigMap", "metadata": metadata, "data": data}
+
+    def slices(self) -> Iterator[dict[str, Any]]:
+        for service, url in zip(self.services, self.urls, strict=True):
+            labels = {
+                "serving.knative.dev/service": service,
+                "networking.internal.knative.dev/serviceType": "Private",
+            }
+            yield {
+                "kind": "EndpointSlice",
+                "metadata": {"name": service, "labels": labels},
+                "ports": [{"name": "http", "port": urlsplit(url).port}],
+                "endpoints": [{"addresses": ["127.0.0.1"], "conditions": {"ready": True}}],
+            }
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pipeline, Pipeline]]:
+    """The same weights as models `tiny`, in three stages, and `other`, in one."""
+    folder = tmp_path_factory.mktemp("fleet")
+    with published_model(folder / "tiny") as tiny, published_model(folder / "other", name="other", store=tiny.store) as other:
+        environments = [stage_environment(tiny, group) for group in range(len(CUT))] + [stage_environment(other, 0, WHOLE)]
+        with running(environments) as stages:
+            urls = [stage.url for stage in stages]
+            yield Pipeline("tiny", tiny, CUT, urls[:-1]), Pipeline("other", other, WHOLE, urls[-1:])
+
+
+@contextmanager
+def fleet(
+    pipelines: tuple[Pipeline, Pipeline], *members: dict[str, Any], **more: str
+) -> Iterator[tuple[FunctionProcess, WatchServer]]:
+    with WatchServer() as api:
+        for pipeline in pipelines:
+            for each in pipeline.slices():
+                api.put(each)
+        for member in members or [pipeline.member() for pipeline in pipelines]:
+            api.put(member)
+        common = common_environment(pipelines[0].model).items()
+        environ = {key: value for key, value in common if key.startswith(_OF_PROCESS)}
+        own = {
+            "LAMINA_ROLE": "fleet",
+            "LAMINA_FLEET": "models",
+            "LAMINA_KUBERNETES_API": api.url,
+            "LAMINA_POD_NETWORK": "127.0.0.0/8",
+            "LAMINA_POD_PORT": "0",
+        }
+        with FunctionProcess(environ | own | more) as process:
+            yield process.wait_ready(), api
+
+
+def ask(process: FunctionProcess, model: str | None, key: str = "", path: str = "/v1/completions") -> tuple[int, Any]:
+    """Status and document of the answer to a short prompt."""
+    body = {"prompt": "hello", "max_tokens": 6, "temperature": 0} | ({} if model is None else {"model": model})
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(process.url + path, json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def models(process: FunctionProcess, key: str = "") -> list[str]:
+    request = urllib.request.Request(f"{process.url}/v1/models", headers={"Authorization": f"Bearer {key}"} if key else {})
+    with urllib.request.urlopen(request, timeout=30) as reply:
+        return [each["id"] for each in json.load(reply)["data"]]
+
+
+def text_of(pipeline: Pipeline) -> str:
+    return pipeline.model.tokenizer.decode(pipeline.model.expected("hello", 6))
+
+
+def test_each_model_is_answered_by_its_own_pipeline(pipelines: tuple[Pipeline, Pipeline]) -> None:
+    with fleet(pipelines) as (process, api):
+        assert models(process) == ["other", "tiny"]
+        assert process.get("/readyz")[1]["members"] == {"asleep": 2, "loading": 0, "loaded": 0, "failed": 0}
+        for pipeline in pipelines:
+            status, answer = ask(process, pipeline.name)
+            assert (status, answer["model"]) == (200, pipeline.name)
+            assert answer["choices"][0]["text"] == text_of(pipeline)
+            assert answer["system_fingerprint"] == pipeline.model.fingerprint(pipeline.cut)
+        assert process.get("/readyz")[1]["members"] == {"asleep": 0, "loading": 0, "loaded": 2, "failed": 0}
+        status, refused = ask(process, "third")
+        assert (status, refused["error"]["code"]) == (404, "model_not_found")
+        assert "'third' is not served here; this gateway serves 'other, tiny'" in refused["error"]["message"]
+        assert ask(process, None)[0] == 400
+        assert ask(process, "tiny", path="/tokenize")[1]["count"] == len(pipelines[0].model.tokenizer.encode("hello").ids)
+        assert process.get("/v1/models/tiny")[0] == 200
+        text = process.get("/metrics")[1]
+        for pipeline in pipelines:
+            assert f'lamina_gateway_answers_total{{model="{pipeline.name}",outcome="length"}} 1.0' in text
+        watched = {urlsplit(each).path for each in api.requests if "watch=1" in each}
+        assert len(watched) == 2, "one watch of ConfigMaps and one of EndpointSlices, whatever the number of stages"
+
+
+def test_members_come_change_and_go_without_a_restart(pipelines: tuple[Pipeline, Pipeline]) -> None:
+    tiny, other = pipelines
+    with fleet(pipelines, tiny.member()) as (process, api):
+        assert ask(process, "other")[0] == 404
+        api.put(other.member())
+        wait_until(lambda: models(process) == ["other", "tiny"])
+        assert ask(process, "other")[0] == 200
+        assert ask(process, "tiny")[0] == 200
+        api.put(other.member(LAMINA_CLIENT_MAX_TOKENS="2"))
+        wait_until(lambda: ask(process, "other")[1]["usage"]["completion_tokens"] == 2)
+        assert process.get("/readyz")[1]["members"]["loaded"] == 2, "the other member's part stayed"
+        api.put(other.member(LAMINA_QUEUE_LIMIT="many"))
+        wait_until(lambda: ask(process, "other")[0] == 503)
+        assert "member other cannot be served: LAMINA_QUEUE_LIMIT: 'many' is not allowed" in process.log
+        api.delete("other")
+        wait_until(lambda: models(process) == ["tiny"])
+        assert ask(process, "other")[0] == 404
+        assert ask(process, "tiny")[0] == 200
+        assert metric(process, "lamina_fleet_evictions_total") == 0
+
+
+def test_a_canary_gets_its_share_of_one_member(pipelines: tuple[Pipeline, Pipeline]) -> None:
+    tiny, other = pipelines
+    stable, canary = tiny.member(), other.member("tiny-canary", 50)
+    # Another cut of the same model, as the canary of a member has it.
+    canary["data"] |= {"LAMINA_MODEL": "tiny", "LAMINA_PIPELINE": tiny.model.fingerprint(WHOLE)}
+    canary["data"]["LAMINA_STAGES"] = f"0:6={other.urls[0]}"
+    with fleet(pipelines, stable, canary) as (process, _):
+        assert models(process) == ["tiny"]
+        for _ in range(40):
+            ask(process, "tiny")
+            if process.get("/readyz")[1]["members"]["loaded"] == 2:
+                return
+        raise AssertionError("40 requests, and one of two versions with half of them each got none")
+
+
+def test_keys_of_a_member_open_that_member_only(pipelines: tuple[Pipeline, Pipeline], tmp_path: Path) -> None:
+    (tmp_path / "tiny").write_text("key-of-tiny\n")
+    with fleet(pipelines, LAMINA_FLEET_KEYS=str(tmp_path)) as (process, _):
+        assert ask(process, "tiny", "key-of-tiny")[0] == 200
+        assert models(process, "key-of-tiny") == ["tiny"]
+        assert ask(process, "tiny")[0] == 401
+        status, refused = ask(process, "other", "key-of-tiny")
+        assert status in (401, 503), refused  # nobody has a key of it yet
+        (tmp_path / "other").write_text("key-of-other name=bob client_max_tokens=1\n".replace("client_", ""))
+        wait_until(lambda: ask(process, "other", "key-of-other")[0] == 200)
+        assert ask(process, "other", "key-of-other")[1]["usage"]["completion_tokens"] == 1
+        assert ask(process, "other", "key-of-tiny")[0] == 401
+        assert ask(process, "tiny", "key-of-other")[0] == 401
+
+
+def test_idle_members_are_given_up_for_memory(pipelines: tuple[Pipeline, Pipeline]) -> None:
+    with fleet(pipelines, LAMINA_FLEET_MEMORY_BYTES="1") as (process, _):
+        for round_ in (1, 2):
+            for pipeline in pipelines:
+                assert ask(process, pipeline.name)[1]["choices"][0]["text"] == text_of(pipeline)
+            wait_until(lambda: process.get("/readyz")[1]["members"]["asleep"] == 2)
+            assert metric(process, "lamina_fleet_evictions_total") >= 2 * round_

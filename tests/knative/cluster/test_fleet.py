@@ -1,0 +1,89 @@
+"""A fleet on the stand-in for a cluster: its gateway, members one by one, a canary of one member, and the end."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from knative.__main__ import main
+from tests.support.knative.kubernetes_api import KubernetesApi
+from tests.support.knative.manifests import OTHER_DIGEST, fleet_document, member_document
+
+
+class Fleet:
+    """Commands for a fleet in a file."""
+
+    def __init__(self, api: KubernetesApi, folder: Path) -> None:
+        api.stages_scale_to_zero = True
+        self.file = folder / "fleet.yaml"
+        self._kubeconfig = folder / "kubeconfig"
+        self._kubeconfig.write_text(api.kubeconfig())
+
+    def write(self, *members: object) -> None:
+        self.file.write_text(yaml.safe_dump(fleet_document(members=list(members))))
+
+    def run(self, *arguments: str) -> str:
+        result = CliRunner().invoke(main, [*arguments, "--kubeconfig", str(self._kubeconfig)])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+
+@pytest.mark.slow
+def test_members_are_deployed_changed_tried_and_deleted_one_by_one(api: KubernetesApi, tmp_path: Path) -> None:
+    fleet, code, draw = Fleet(api, tmp_path), member_document("code"), member_document("draw", cut="0:30")
+    fleet.write(code, draw)
+    assert fleet.run("deploy", str(fleet.file)) == "http://models.default.example\n"
+    services = api.named("services")
+    assert len(services) == 1 + 3 + 1
+    assert {"code", "draw"} <= set(api.named("configmaps"))
+
+    rows = fleet.run("status", str(fleet.file)).splitlines()
+    assert "2 members, 0 of them at zero" in rows
+    before = dict(api.objects)
+    fleet.run("deploy", str(fleet.file))
+    changed = [key for key, each in api.objects.items() if before.get(key) != each and "Lease" not in str(key)]
+    assert not changed, "deploying the same again changes nothing"
+
+    new = member_document("code", model={"name": "code", "digest": OTHER_DIGEST})
+    fleet.write(new, draw)
+    fleet.run("deploy", str(fleet.file), "--member", "code", "--canary", "10")
+    canary = api.objects["v1", "configmaps", "default", "code-canary"]
+    assert canary["metadata"]["annotations"]["lamina.dev/percent"] == "10"
+    assert canary["data"] != api.objects["v1", "configmaps", "default", "code"]["data"]
+    document = json.loads(fleet.run("status", str(fleet.file), "--json"))
+    assert [(each["name"], each["canary_percent"]) for each in document["members"]] == [
+        ("code", ""),
+        ("code", "10"),
+        ("draw", ""),
+    ]
+    gateway = api.objects["serving.knative.dev/v1", "services", "default", "models"]["metadata"]["generation"]
+
+    fleet.run("promote", "code", "--namespace", "default")
+    assert "code-canary" not in api.named("configmaps")
+    assert api.objects["v1", "configmaps", "default", "code"]["data"] == canary["data"]
+    assert len(api.named("services")) == 5, "the old stages are pruned"
+
+    fleet.write(new)
+    fleet.run("deploy", str(fleet.file))
+    assert "draw" not in api.named("configmaps")
+    assert len(api.named("services")) == 4
+    assert api.objects["serving.knative.dev/v1", "services", "default", "models"]["metadata"]["generation"] == gateway
+
+    fleet.run("delete", str(fleet.file))
+    assert api.named("services") == []
+    assert not [name for name in api.named("configmaps") if name.startswith(("code", "draw", "models"))]
+
+
+@pytest.mark.slow
+def test_an_aborted_canary_leaves_the_member_as_it_was(api: KubernetesApi, tmp_path: Path) -> None:
+    fleet = Fleet(api, tmp_path)
+    fleet.write(member_document("code"))
+    fleet.run("deploy", str(fleet.file))
+    before = api.objects["v1", "configmaps", "default", "code"]["data"], api.named("services")
+    fleet.write(member_document("code", model={"name": "code", "digest": OTHER_DIGEST}))
+    fleet.run("deploy", str(fleet.file), "--member", "code", "--canary", "50")
+    fleet.run("abort", "code", "--namespace", "default")
+    assert (api.objects["v1", "configmaps", "default", "code"]["data"], api.named("services")) == before
+    assert "code-canary" not in api.named("configmaps")

@@ -1,0 +1,60 @@
+"""A fleet's rendered objects: valid for Knative, and read by the function's own configuration."""
+
+from functions.configuration.config import FleetConfig, GatewayConfig, StageConfig, member_config, read_config
+from knative.render.fleet import door_files, member_files
+from knative.spec.kubernetes_object import KubernetesObject
+from knative.webhook.check import validate, warnings
+from tests.support.knative.manifests import container_of, environment_of, fleet_members, fleet_of
+
+
+def test_functions_accept_every_rendered_environment() -> None:
+    fleet = fleet_of(gateway={"api_keys_secret": "keys", "page": "off", "resources": {"memory": "1Gi"}})
+    (gateway,) = door_files(fleet)["gateway.yaml"]
+    environ = environment_of(gateway)
+    config = read_config(environ)
+    assert isinstance(config, FleetConfig)
+    assert (config.fleet, config.page, config.memory_bytes) == ("models", "off", int(0.75 * 2**30))
+    mounts = {mount["mountPath"]: mount["name"] for mount in container_of(gateway)["volumeMounts"]}
+    volumes = {each["name"]: each for each in gateway["spec"]["template"]["spec"]["volumes"]}
+    assert config.keys_folder is not None
+    assert volumes[mounts[config.keys_folder]]["secret"] == {"secretName": "keys"}, "whole: new members need no new pod"
+    assert validate(gateway) == []
+    assert list(warnings(gateway)) == []
+    for member in fleet_members("code", "draw"):
+        *stages, config_map = _all(member_files(member))
+        part = member_config(environ, config_map["data"])
+        assert isinstance(part, GatewayConfig)
+        assert (part.pipeline, part.model) == (member.fingerprint, member.spec.model.name)
+        assert part.stage_services == tuple(each["metadata"]["name"] for each in stages)
+        assert part.pipeline_token == "secret"
+        assert part.page == "off"
+        for stage in stages:
+            assert validate(stage) == []
+            assert isinstance(read_config(environment_of(stage)), StageConfig)
+
+
+def test_no_secret_is_in_a_config_map() -> None:
+    (member,) = fleet_members("code")
+    config_map = _all(member_files(member))[-1]
+    assert config_map["kind"] == "ConfigMap"
+    assert not [name for name in config_map["data"] if "TOKEN" in name or "SECRET" in name or "KEY" in name]
+
+
+def test_one_policy_and_one_role_serve_all_members() -> None:
+    """A member has only its stages and one ConfigMap, so that hundreds of them are cheap."""
+    files = door_files(fleet_of())
+    assert list(files) == ["access.yaml", "network.yaml", "gateway.yaml"]
+    role = next(each for each in files["access.yaml"] if each["kind"] == "Role")
+    assert [each["resources"] for each in role["rules"]] == [["endpointslices"], ["configmaps"]]
+    stage_policy = files["network.yaml"][0]
+    selected = stage_policy["spec"]["podSelector"]["matchLabels"].items()
+    (member,) = fleet_members("code")
+    *stages, config_map = _all(member_files(member))
+    assert [each["kind"] for each in stages] == ["Service"] * 3
+    for stage in stages:
+        assert selected <= stage["spec"]["template"]["metadata"]["labels"].items()
+    assert config_map["metadata"]["labels"]["lamina.dev/fleet"] == "models"
+
+
+def _all(files: dict[str, list[KubernetesObject]]) -> list[KubernetesObject]:
+    return [each for objects in files.values() for each in objects]
