@@ -23,6 +23,18 @@ class FourBits:
 
 
 @dataclass(frozen=True, slots=True)
+class Blocks:
+    """Rows of a matrix in blocks (`storage/models/blocks.py`) as plain arrays. `supers`: groups of weights with a scale."""
+
+    codes: "NDArray[Any]"  # uint8 [rows, width]
+    scales: "NDArray[Any]"  # float16 or float32 [rows, supers]; uint8 if they are powers of two: 2^(scale - 128)
+    minima: "NDArray[Any] | None" = None  # float16 [rows, supers]
+    factors: "NDArray[Any] | None" = None  # int8 [rows, blocks, 1 or 2]: what scales are multiplied by
+    minimum_factors: "NDArray[Any] | None" = None  # int8, as many
+    zeros: "NDArray[Any] | None" = None  # uint8 [rows, supers]: what is subtracted from codes
+
+
+@dataclass(frozen=True, slots=True)
 class SourceTensor:
     """A tensor of a checkpoint. Its rows are the slices of the first dimension; a scalar has one row."""
 
@@ -32,7 +44,9 @@ class SourceTensor:
     quantized: bool = False  # `run` may round it to int8, because the file has it in eight bits or fewer
     read_four_bits: Callable[[int, int], FourBits] | None = None  # the same rows, not dequantized; None: not in four bits
     stored_as: str | None = None  # the name of its format in the file, if that is not dtype
-    read_blocks: "Callable[[int, int], NDArray[np.uint8]] | None" = None  # the same rows as a GGUF file has them, if quantized
+    # The same rows in that format, if it is one of storage/models/blocks.py; bytes are as a GGUF file has them.
+    read_blocks: "Callable[[int, int], Blocks | NDArray[np.uint8]] | None" = None
+    order: "NDArray[np.int32] | None" = None  # the numbers of the columns in `read_blocks`; None: as in the matrix
 
     @property
     def rows(self) -> int:

@@ -5,13 +5,14 @@ here is rounded to that type: the code has few bits, so the exact product is rou
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.checkpoints.checkpoint import FourBits, SourceTensor
+from storage.checkpoints.checkpoint import Blocks, FourBits, SourceTensor
 from storage.floats import FLOATS, read_floats
 
 Array = NDArray[Any]
@@ -19,6 +20,8 @@ Rows = Callable[[int, int], Array]  # rows [first, last) of something
 
 _FOUR_BITS_BLOCK: Final = 32  # columns that share a scale in FourBits
 _BYTES: Final = np.arange(256)
+# Weights that share a scale in the formats of storage/models/blocks.py, by what their names begin with.
+_SHARING: Final = {"INT4": (128, 64, 32), "INT8": (128, 32), "E4M3": (128, 32)}
 
 
 def _e4m3() -> Array:
@@ -30,9 +33,11 @@ def _e4m3() -> Array:
     return values
 
 
-# The value of each byte of a type of 8 bits, by the type's name in safetensors.
+E4M3: Final = _e4m3()
+"""The value of each byte."""
+# The same by a type's name in safetensors.
 _FLOAT8: Final[Mapping[str, Array]] = {
-    "F8_E4M3": _e4m3(),
+    "F8_E4M3": E4M3,
     "F8_E5M2": (_BYTES.astype(np.uint16) << 8).view(np.float16).astype(np.float32),
     "F8_E8M0": np.append(np.ldexp(np.float32(1), _BYTES[:255] - 127), np.float32(np.nan)),
 }
@@ -85,15 +90,15 @@ def values_of_halves(data: Array, table: Array, upper_first: bool = False) -> Ar
     return values
 
 
-def float_source(shape: tuple[int, ...], read: Rows) -> SourceTensor:
-    """A tensor of float32 whose rows `read` computes."""
+def float_source(shape: tuple[int, ...], read: Rows, stored_as: str) -> SourceTensor:
+    """A tensor of float32 whose rows `read` computes. stored_as: the name of its format in the checkpoint."""
 
     def read_rows(first: int, last: int) -> memoryview:
         with np.errstate(all="ignore"):  # a checkpoint may have scales that are 0 or infinite
             rows = read(first, last)
         return np.ascontiguousarray(rows, np.float32).reshape(-1).view(np.uint8).data
 
-    return SourceTensor("F32", shape, read_rows)
+    return SourceTensor("F32", shape, read_rows, stored_as=stored_as)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,22 +106,39 @@ class PackedMatrix:
     """A matrix [rows, columns] in few bits. `source` is the same as floats.
 
     codes: rows as numbers [n, columns]. scales, zeros: float32 [n, groups] for the same rows; without zeros they are 0.
-    group_of: the group of each column. is_q4: the codes are integers 0 … 15, and every scale is a float16.
+    group_of: the group of each column. stored_as: INT4, INT8 or E4M3 if codes plus `offset` are bytes of that kind, and zeros
+    integers; else a name for people. e4m3: rows of such bytes. is_q4: the codes are integers 0 … 15, every scale is a float16.
     """
 
     shape: tuple[int, int]
     codes: Rows
     scales: Rows
     group_of: NDArray[np.intp]
+    stored_as: str
     zeros: Rows | None = None
+    offset: int = 0
+    e4m3: Rows | None = None
     is_q4: bool = False
 
-    def source(self) -> SourceTensor:
-        tensor = float_source(self.shape, self._weights)
+    def source(self, read: Rows | None = None) -> SourceTensor:
+        """The tensor. read: rows as the library computes them, if that is not (code - zero) * scale."""
+        tensor = float_source(self.shape, read or self._weights, self.stored_as)
+        order = np.argsort(self.group_of, kind="stable")
+        in_order, columns = self.group_of[order], self.shape[1]
+        for size in _SHARING.get(self.stored_as, ()):
+            if columns % size == 0 and (in_order.reshape(-1, size) == in_order[::size, None]).all():
+                moved = None if (order == np.arange(columns)).all() else order
+                tensor = replace(
+                    tensor,
+                    stored_as=f"{self.stored_as}_{size}",
+                    read_blocks=partial(self._blocks, moved, in_order[::size]),
+                    order=None if moved is None else moved.astype(np.int32),
+                )
+                break
         in_blocks = self.group_of[::_FOUR_BITS_BLOCK].repeat(_FOUR_BITS_BLOCK)[: self.shape[1]]
         if not self.is_q4 or self.zeros is None or (in_blocks != self.group_of).any():
             return tensor
-        return SourceTensor(tensor.dtype, tensor.shape, tensor.read_rows, read_four_bits=self._four_bits)
+        return replace(tensor, read_four_bits=self._four_bits)
 
     def _weights(self, first: int, last: int) -> Array:
         weights = np.ascontiguousarray(self.codes(first, last)).astype(np.float32, copy=False)
@@ -131,6 +153,19 @@ class PackedMatrix:
             in_groups -= self.zeros(first, last)[of_group]
         in_groups *= scales[of_group]
         return weights
+
+    def _blocks(self, order: NDArray[np.intp] | None, groups: NDArray[np.intp], first: int, last: int) -> Blocks:
+        """The stored codes and scales. order: of the columns; None: their own. groups: of each super."""
+        scales = np.ascontiguousarray(self.scales(first, last)[:, groups], np.float32)
+        zeros = None
+        if self.e4m3 is not None:
+            codes = self.e4m3(first, last)
+        else:
+            codes = self.codes(first, last).astype(np.uint8) + np.uint8(self.offset)
+            zeros = np.full(scales.shape, self.offset, np.uint8)
+            if self.zeros is not None:
+                zeros = (self.zeros(first, last)[:, groups] + self.offset).astype(np.uint8)
+        return Blocks(np.ascontiguousarray(codes if order is None else codes[:, order]), scales, zeros=zeros)
 
     def _four_bits(self, first: int, last: int) -> FourBits:
         """The stored integers and scales. A minimum -zero * scale is rounded to float16."""

@@ -8,7 +8,7 @@ Lamina does not quantize activations to 8 bits or fewer as these libraries do.
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final
@@ -16,12 +16,11 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from storage.checkpoints.checkpoint import SourceTensor
+from storage.checkpoints.checkpoint import Blocks, SourceTensor
 from storage.checkpoints.packed_matrix import (
     E2M1,
     Array,
     PackedMatrix,
-    Rows,
     are_float16,
     float_source,
     powers_of_two,
@@ -103,12 +102,20 @@ class _Method:
 
 
 def _block_scaled(
-    parts: _Parts, codes: Rows, shape: tuple[int, int], grid: Array, block: object = None, zeros: Array | None = None
+    parts: _Parts,
+    weight: SourceTensor,
+    grid: Array,
+    block: object = None,
+    zeros: Array | None = None,
+    kind: str = "INT8",
+    offset: int = 128,
 ) -> SourceTensor:
     """A matrix with one scale for each block of `grid`: the matrix, each row, groups of columns of a row, or tiles.
 
-    block: [rows, columns] of a block, if the checkpoint says so; the last ones may be cut off by the edges of the matrix.
+    weight: float8, or int8. block: [rows, columns] of a block, if the checkpoint says so; the last ones may be cut off by the
+    edges of the matrix. kind, offset: of integers, as in PackedMatrix.
     """
+    shape = weight.shape[0], weight.shape[1]
     grid = grid.reshape(len(grid), -1)
     sizes = []
     for length, count, wanted in zip(shape, grid.shape, block if isinstance(block, list) else (None, None), strict=True):
@@ -124,7 +131,19 @@ def _block_scaled(
 
     group_of = np.arange(shape[1]) // block_columns
     zero_rows = None if zeros is None else partial(rows_of, zeros.reshape(grid.shape))
-    return PackedMatrix(shape, codes, partial(rows_of, grid), group_of, zero_rows).source()
+    if weight.dtype != "I8":
+        kind = weight.dtype.removeprefix("F8_")
+    elif zeros is not None and not ((zeros == np.rint(zeros)) & (np.abs(zeros + offset - 127.5) <= 127.5)).all():
+        kind = "integers with zero points between integers"
+    in_bytes = None if weight.dtype == "I8" else partial(_bytes, weight)
+    return PackedMatrix(
+        shape, partial(read_array, weight), partial(rows_of, grid), group_of, kind, zero_rows, offset, in_bytes
+    ).source()
+
+
+def _bytes(tensor: SourceTensor, first: int, last: int) -> Array:
+    """Rows [first, last) of a matrix whose items are bytes."""
+    return np.frombuffer(tensor.read_rows(first, last), np.uint8).reshape(last - first, -1)
 
 
 def _fp8(parts: _Parts, settings: Settings) -> SourceTensor:
@@ -137,7 +156,7 @@ def _fp8(parts: _Parts, settings: Settings) -> SourceTensor:
     grid = parts.array(scale)
     if parts[scale].dtype == "U8":
         grid = powers_of_two(grid)
-    return _block_scaled(parts, partial(read_array, weight), (weight.shape[0], weight.shape[1]), grid, _block(settings))
+    return _block_scaled(parts, weight, grid, _block(settings))
 
 
 def _block(settings: Settings) -> object:
@@ -170,6 +189,7 @@ def _awq(parts: _Parts, settings: Settings) -> SourceTensor:
         partial(unpacked, ".qweight"),
         lambda first, last: parts.columns(".scales", first, last).T,
         np.arange(inputs) // (inputs // groups),
+        "INT4",
         partial(unpacked, ".qzeros"),
         is_q4=_scales_are_float16(parts, ".scales"),
     ).source()
@@ -202,6 +222,7 @@ def _gptq(parts: _Parts, settings: Settings) -> SourceTensor:
         lambda first, last: unpack(parts.columns(".qweight", first, last).T, bits, inputs),
         lambda first, last: parts.columns(".scales", first, last).T,
         parts.group_of(".g_idx", inputs, groups),
+        "INT4" if bits <= 4 else "INT8",
         zeros,
         is_q4=bits == 4 and _scales_are_float16(parts, ".scales"),
     ).source()
@@ -252,10 +273,8 @@ def _config_groups(settings: Settings) -> list[Settings]:
 def _scaled_bytes(parts: _Parts, settings: Settings) -> SourceTensor:
     if parts[".weight"].dtype != "I8":
         return _fp8(parts, settings)
-    weight = parts.matrix(".weight", "I8")
     zeros = parts.array(".weight_zero_point").astype(np.float32) if parts.get(".weight_zero_point") else None
-    shape = weight.shape[0], weight.shape[1]
-    return _block_scaled(parts, partial(read_array, weight), shape, parts.array(".weight_scale"), _block(settings), zeros)
+    return _block_scaled(parts, parts.matrix(".weight", "I8"), parts.array(".weight_scale"), _block(settings), zeros)
 
 
 def _packed_stream(parts: _Parts, packed: SourceTensor) -> SourceTensor:
@@ -282,6 +301,7 @@ def _packed_stream(parts: _Parts, packed: SourceTensor) -> SourceTensor:
         lambda first, last: unpack(read_array(packed, first, last), bits, inputs),
         partial(read_array, scales),
         parts.group_of(".weight_g_idx", inputs, groups),
+        "INT4" if bits <= 4 else "INT8",
         zeros,
         is_q4=bits == 4 and _scales_are_float16(parts, ".weight_scale"),
     ).source()
@@ -305,12 +325,20 @@ def _e2m1(parts: _Parts, suffix: str, global_suffix: str, divide: bool) -> Sourc
         scaled: Array = rows / matrix_scale if divide else rows * matrix_scale
         return scaled
 
-    return PackedMatrix(
+    tensor = PackedMatrix(
         (outputs, inputs),
         lambda first, last: values_of_halves(read_array(packed, first, last), E2M1),
         scale_rows,
         np.arange(inputs) // (inputs // scales.shape[1]),
+        "NVFP4",
     ).source()
+    if scales.dtype == "F8_E4M3" or found or inputs != 32 * scales.shape[1]:
+        return tensor
+
+    def blocks(first: int, last: int) -> Blocks:
+        return Blocks(unpack(read_array(packed, first, last), 4, inputs), _bytes(scales, first, last))
+
+    return replace(tensor, stored_as="MXFP4", read_blocks=blocks)
 
 
 def _modelopt(parts: _Parts, settings: Settings) -> SourceTensor:
@@ -341,7 +369,12 @@ def _int8_rows(parts: _Parts, _: Settings) -> SourceTensor:
     def rows(first: int, last: int) -> Array:
         return read_array(weight, first, last) * read_array(largest, first, last)[:, None] * np.float32(1 / 127)
 
-    return float_source(weight.shape, rows)
+    def scales(first: int, last: int) -> Array:
+        return (read_array(largest, first, last) * np.float32(1 / 127))[:, None]
+
+    shape = weight.shape[0], weight.shape[1]
+    one_group = np.zeros(shape[1], np.intp)
+    return PackedMatrix(shape, partial(read_array, weight), scales, one_group, "INT8", offset=128).source(rows)
 
 
 def _table_of_16(parts: _Parts, _: Settings) -> SourceTensor:
@@ -386,7 +419,7 @@ def _table_of_16(parts: _Parts, _: Settings) -> SourceTensor:
         values *= of_weight[: stop - start]
         return values.reshape(last - first, inputs)
 
-    return float_source((outputs, inputs), rows)
+    return float_source((outputs, inputs), rows, stored.rpartition("__")[2].upper())
 
 
 def _mxfp4(parts: _Parts, settings: Settings) -> SourceTensor:
@@ -404,7 +437,7 @@ def _mxfp4(parts: _Parts, settings: Settings) -> SourceTensor:
         values *= powers_of_two(read_array(scales, first, last)).reshape(-1, 1)
         return values.reshape(last - first, outputs, -1).swapaxes(1, 2)
 
-    return float_source((experts, groups * group_bytes * 2, outputs), rows)
+    return float_source((experts, groups * group_bytes * 2, outputs), rows, "MXFP4")
 
 
 def _torchao(parts: _Parts, settings: Settings) -> SourceTensor:
@@ -432,7 +465,8 @@ def _torchao(parts: _Parts, settings: Settings) -> SourceTensor:
         scales, zeros = scales.reshape(grid_shape), None if zeros is None else zeros.reshape(grid_shape)
     except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
         raise parts.invalid(f"has scales {list(scales.shape)} for {name!r} {list(shape)} in blocks {block}.") from error
-    return _block_scaled(parts, partial(read_array, data), shape, scales, block, zeros)
+    four_bits = (described["_data"].get("target_dtype") or {}).get("_data") in ("int1", "int2", "int3", "int4")
+    return _block_scaled(parts, data, scales, block, zeros, *(("INT4", 8) if four_bits else ()))
 
 
 _SCALED: Final = (".weight", ".weight_scale", ".weight_scale_inv", ".weight_zero_point")

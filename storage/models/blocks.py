@@ -1,21 +1,23 @@
-"""Matrices in the block formats of GGUF, without loss: the layout that publications of dtype `kept` hold and kernels read.
+"""Matrices in blocks, without loss: the layout that publications of dtype `kept` hold and kernels read.
 
-A row is cut into blocks of 32 weights, and weight = scale * value + minimum. A value is a code minus the format's offset, or
-the code's entry in a table. Scale and minimum belong to a block, or are products of a number for a super, which is 8 blocks,
-and an integer for a block or for each half of it. `FORMATS` says which format has what.
+A row is cut into blocks of 32 weights, and weight = scale * value + minimum. A value is a code minus the format's offset or a
+zero point, the code's entry in a table, or the code itself as float8. Scale, minimum and zero point belong to a super, which is
+1 to 8 blocks; in GGUF's supers of 8 blocks, scale and minimum are multiplied by an integer for each block or half of it.
+`FORMATS` says which format has what.
 
 A matrix [outs, width] is stored as `X.weight`, U8 [groups, supers, bytes], and `X.weight_format`, U8 [...], which is JSON: the
-name of the format, and [outs, width]. A group is 16 rows of outputs, one for each 32-bit lane of a vector. Formats without
-supers have one of each block. Its bytes:
+name of the format, and [outs, width]. If columns that share a scale are not neighbours, they are stored in another order, and
+`X.weight_order`, I32 [width], has the number of each. A group is 16 rows of outputs, one for each 32-bit lane of a vector. The
+bytes of a super:
 
     for each block  [low, 16, 4]    lower bits of the codes, in planes
                     [high, 16, 4]   upper bits of the codes, in planes
                     [factors, 16]   integers for the scales, then for the minima, int8; both in one byte if they have four bits
-    [16]            scales, float16; if they are powers of two, one byte with the exponent
-    [16]            minima, float16
+    [16]            scales, float16 or float32; if they are powers of two, one byte with the exponent
+    [16]            minima, float16, or zero points, one byte
 
 A block has 8 parts of 4 neighbouring weights. Byte [plane, row, i] has bits of weight i of as many parts as fit, those of the
-first part lowest. Padding rows are zero bits. functions/stage/native/c/blocks.inc.h reads this layout.
+first part lowest. Padding rows are zero bits. functions/stage/native/c/blocks.inc.h and float_blocks.inc.h read this layout.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,46 +29,38 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.checkpoints.checkpoint import Blocks
+from storage.checkpoints.packed_matrix import E4M3
 from storage.floats import Floats
 
 BLOCK: Final = 32  # weights of a row
 GROUP: Final = 16  # rows that are stored together
 _PARTS: Final = 8  # of a block
-_SUPER: Final = 8  # blocks of a super
+_SCALES: Final = {1: np.uint8, 2: np.float16, 4: np.float32}  # by their bytes
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
-    """Some rows of a matrix in plain arrays. `supers` is the number of blocks in a row for formats without supers."""
-
-    codes: Array  # uint8 [rows, width]
-    scales: Array  # float16 [rows, supers]; uint8 if they are powers of two: 2^(scale - 128)
-    minima: Array | None = None  # float16 [rows, supers]
-    factors: Array | None = None  # int8 [rows, blocks, 1 or 2]: what scales are multiplied by
-    minimum_factors: Array | None = None  # int8, as many
-
-
-@dataclass(frozen=True, slots=True)
 class BlockFormat:
-    """One of GGUF's block formats. ggml-common.h and ggml-quants.c of llama.cpp define them."""
+    """How weights are stored in blocks."""
 
     name: str
-    split: Callable[[Array], Blocks]  # of blocks or supers as a file has them, uint8 [n, file_bytes], each taken as a row
-    file_bytes: int  # of such a block or super
     low: int  # bits of a code in the lower planes: 2, 4 or 8
     high: int = 0  # bits of a code in the upper planes: 0, 1 or 2
     offset: int = 0
     table: tuple[int, ...] | None = None
     minimum: bool = False
-    factors: int = 0  # integers for the scales of a block: 0 (the format has no supers), 1, or 2 for halves of 16 weights
+    zero: bool = False  # codes have zero points
+    floats: bool = False  # codes are float8 (E4M3)
+    factors: int = 0  # integers for the scales of a block: 0, 1, or 2 for halves of 16 weights
+    blocks: int = 1  # of a super
     scale_bytes: int = 2
 
-    @property
-    def blocks(self) -> int:
-        """Blocks that share scale and minimum."""
-        return _SUPER if self.factors else 1
+    # If GGUF files have the format (ggml-common.h and ggml-quants.c of llama.cpp): bytes of a block or super there, and what
+    # splits some of them, uint8 [n, file_bytes], each taken as a row.
+    file_bytes: int = 0
+    split: Callable[[Array], Blocks] | None = None
 
     @property
     def planes(self) -> list[tuple[int, int]]:
@@ -77,7 +71,8 @@ class BlockFormat:
     def lanes(self) -> list[tuple[int, int]]:
         """What the bytes of a super are, in order: (bytes of each of the 16 lanes, number of such vectors)."""
         integers = 2 if self.factors and self.minimum else self.factors
-        parts = [(4, self.low + self.high), (1, integers)] * self.blocks + [(self.scale_bytes, 1), (2, int(self.minimum))]
+        parts = [(4, self.low + self.high), (1, integers)] * self.blocks
+        parts += [(self.scale_bytes, 1), (2, int(self.minimum)), (1, int(self.zero))]
         return [(size, count) for size, count in parts if count]
 
     @property
@@ -100,7 +95,8 @@ def packed_shape(form: BlockFormat, outs: int, width: int) -> tuple[int, int, in
 
 
 def read_blocks(form: BlockFormat, rows: Array) -> Blocks:
-    """Reads rows as a GGUF file has them, uint8 [rows, bytes of a row]."""
+    """Reads rows as a GGUF file has them, uint8 [rows, bytes of a row]. The format must be one that such files have."""
+    assert form.split is not None
     count = len(rows)
     found = form.split(rows.reshape(-1, form.file_bytes))
 
@@ -143,7 +139,7 @@ def pack(form: BlockFormat, blocks: Blocks) -> Array:
             minima = lanes(blocks.minimum_factors, form.blocks, form.factors)
             factors = factors | minima << 4 if form.factors == 2 else np.concatenate([factors, minima], axis=-2)
         bytes_of_blocks.append(factors.view(np.uint8).reshape(*shape, -1))
-    ends = [lanes(numbers).view(np.uint8) for numbers in (blocks.scales, blocks.minima) if numbers is not None]
+    ends = [lanes(numbers).view(np.uint8) for numbers in (blocks.scales, blocks.minima, blocks.zeros) if numbers is not None]
     return np.concatenate([np.concatenate(bytes_of_blocks, axis=-1).reshape(groups, supers, -1), *ends], axis=-1)
 
 
@@ -159,7 +155,7 @@ def unpack(form: BlockFormat, packed: Array, outs: int, lanes: int = GROUP) -> B
         """Numbers [groups, supers, ..., lanes] as [outs, *shape]."""
         return np.moveaxis(numbers, -1, 1).reshape(groups * lanes, *shape)[:outs]
 
-    ends_at = form.super_bytes // GROUP * lanes - lanes * (form.scale_bytes + 2 * form.minimum)
+    ends_at = form.super_bytes // GROUP * lanes - lanes * (form.scale_bytes + 2 * form.minimum + form.zero)
     of_blocks = packed[..., :ends_at].reshape(*shape, -1)
     codes = np.zeros((*shape, _PARTS, lanes), np.uint32)
     start = 0
@@ -175,14 +171,15 @@ def unpack(form: BlockFormat, packed: Array, outs: int, lanes: int = GROUP) -> B
         factors = rows(both[0] if form.minimum else integers, supers * form.blocks, form.factors)
         minimum_factors = rows(both[1], supers * form.blocks, form.factors) if form.minimum else None
     ends = np.ascontiguousarray(packed[..., ends_at:])
-    scales = ends[..., : lanes * form.scale_bytes].view(np.uint8 if form.scale_bytes == 1 else np.float16)
-    minima = ends[..., lanes * form.scale_bytes :].view(np.float16) if form.minimum else None
+    scales = ends[..., : lanes * form.scale_bytes].view(_SCALES[form.scale_bytes])
+    others = ends[..., lanes * form.scale_bytes :]
     return Blocks(
         np.ascontiguousarray(rows(codes, supers * form.blocks * _PARTS)).view(np.uint8),
         rows(scales, supers),
-        None if minima is None else rows(minima, supers),
+        rows(others.view(np.float16), supers) if form.minimum else None,
         factors,
         minimum_factors,
+        rows(others, supers) if form.zero else None,
     )
 
 
@@ -214,7 +211,7 @@ def _bytes_of_lanes(name: str) -> Array:
 
 
 def floats_of(form: BlockFormat, blocks: Blocks) -> Floats:
-    """The weights, float32 [rows, width], with the bits that llama.cpp's own dequantization has."""
+    """The weights, float32 [rows, width], with the bits that the dequantization of the format's own library has."""
     rows = len(blocks.codes)
 
     def wide(numbers: Array, factors: Array | None) -> Floats:
@@ -225,7 +222,11 @@ def floats_of(form: BlockFormat, blocks: Blocks) -> Floats:
         return every.reshape(rows, -1, 1)
 
     scales = wide(blocks.scales, blocks.factors)
-    if form.table is None:
+    if form.floats:
+        values = E4M3[blocks.codes]
+    elif blocks.zeros is not None:
+        values = (blocks.codes.reshape(*blocks.zeros.shape, -1) - blocks.zeros[..., None].astype(np.int16)).astype(np.float32)
+    elif form.table is None:
         values = blocks.codes.astype(np.float32) - np.float32(form.offset)
     else:
         values = np.array(form.table, np.float32)[blocks.codes]
@@ -360,22 +361,26 @@ _MXFP4: Final = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twi
 FORMATS: Final[Mapping[str, BlockFormat]] = {
     form.name: form
     for form in (
-        BlockFormat("Q4_0", _q4(1), 18, 4, offset=8),
-        BlockFormat("Q4_1", _q4(2), 20, 4, minimum=True),
-        BlockFormat("Q5_0", _q5(1), 22, 4, 1, offset=16),
-        BlockFormat("Q5_1", _q5(2), 24, 4, 1, minimum=True),
-        BlockFormat("Q8_0", _q8_0, 34, 8, offset=128),
-        BlockFormat("Q2_K", _q2_k, 84, 2, minimum=True, factors=2),
-        BlockFormat("Q3_K", _q3_k, 110, 2, 1, offset=4, factors=2),
-        BlockFormat("Q4_K", _q4_k, 144, 4, minimum=True, factors=1),
-        BlockFormat("Q5_K", _q5_k, 176, 4, 1, minimum=True, factors=1),
-        BlockFormat("Q6_K", _q6_k, 210, 4, 2, offset=32, factors=2),
-        BlockFormat("IQ4_NL", _q4(1), 18, 4, table=_IQ4),
-        BlockFormat("IQ4_XS", _iq4_xs, 136, 4, table=_IQ4, factors=1),
-        BlockFormat("MXFP4", _mxfp4, 17, 4, table=_MXFP4, scale_bytes=1),
+        BlockFormat("Q4_0", 4, offset=8, split=_q4(1), file_bytes=18),
+        BlockFormat("Q4_1", 4, minimum=True, split=_q4(2), file_bytes=20),
+        BlockFormat("Q5_0", 4, 1, offset=16, split=_q5(1), file_bytes=22),
+        BlockFormat("Q5_1", 4, 1, minimum=True, split=_q5(2), file_bytes=24),
+        BlockFormat("Q8_0", 8, offset=128, split=_q8_0, file_bytes=34),
+        BlockFormat("Q2_K", 2, minimum=True, factors=2, blocks=8, split=_q2_k, file_bytes=84),
+        BlockFormat("Q3_K", 2, 1, offset=4, factors=2, blocks=8, split=_q3_k, file_bytes=110),
+        BlockFormat("Q4_K", 4, minimum=True, factors=1, blocks=8, split=_q4_k, file_bytes=144),
+        BlockFormat("Q5_K", 4, 1, minimum=True, factors=1, blocks=8, split=_q5_k, file_bytes=176),
+        BlockFormat("Q6_K", 4, 2, offset=32, factors=2, blocks=8, split=_q6_k, file_bytes=210),
+        BlockFormat("IQ4_NL", 4, table=_IQ4, split=_q4(1), file_bytes=18),
+        BlockFormat("IQ4_XS", 4, table=_IQ4, factors=1, blocks=8, split=_iq4_xs, file_bytes=136),
+        BlockFormat("MXFP4", 4, table=_MXFP4, scale_bytes=1, split=_mxfp4, file_bytes=17),
+        *(BlockFormat(f"INT4_{32 * blocks}", 4, zero=True, scale_bytes=4, blocks=blocks) for blocks in (1, 2, 4)),
+        *(BlockFormat(f"INT8_{32 * blocks}", 8, zero=True, scale_bytes=4, blocks=blocks) for blocks in (1, 4)),
+        *(BlockFormat(f"E4M3_{32 * blocks}", 8, floats=True, scale_bytes=4, blocks=blocks) for blocks in (1, 4)),
     )
 }
-"""By name, in the order of LAMINA_BLOCK_FORMATS in functions/stage/native/c/native.h."""
+"""By name, in the order of their numbers in functions/stage/native/c/native.h. The number in a name is that of the weights that
+share a scale; all such scales are float32."""
 
 
 def packing_of(data: Array | memoryview) -> Packing:

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.checkpoints.checkpoint import FourBits, SourceTensor
+from storage.checkpoints.checkpoint import Blocks, FourBits, SourceTensor
 from storage.errors import CheckpointInvalid
 from storage.floats import FLOATS, FloatName, Floats, as_bytes, read_floats, rounded
 from storage.models import q4
@@ -24,7 +24,6 @@ from storage.models.blocks import (
     FORMATS,
     GROUP,
     BlockFormat,
-    Blocks,
     Packing,
     floats_of,
     pack,
@@ -81,7 +80,7 @@ def convert_tensor(
         raise CheckpointInvalid(f"tensor {name!r} is {source.dtype}, no float; publish the unquantized checkpoint")
     if dtype == "kept":
         if source.read_blocks is not None and (form := FORMATS.get(str(source.stored_as))):
-            return _matrix_in_blocks(name, source, form)
+            return _matrix_in_blocks(name, source, form, error)
         stored_as = source.stored_as or source.dtype
         kept = "F32" if stored_as == "F64" else stored_as if stored_as in FLOATS else "BF16"
         return {name: _float_tensor(name, source, cast("FloatName", kept), error)}
@@ -90,7 +89,7 @@ def convert_tensor(
         return {name: _float_tensor(name, source, "BF16", error)}
     if dtype in ("int8", "q4") and outside and source.shape[1] % BLOCK == 0:
         if source.read_blocks is not None and (form := FORMATS.get(str(source.stored_as))):
-            return _matrix_in_blocks(name, source, form)
+            return _matrix_in_blocks(name, source, form, error)
         return _q8_0_matrix(name, source, error)
     if dtype == "q4" and in_layer:
         return {name: _q4_matrix(name, source, error)}
@@ -166,11 +165,30 @@ def _q4_matrix(name: str, source: SourceTensor, error: RoundingError | None) -> 
     return TargetTensor("U8", q4.packed_shape(outs, width), blocks)
 
 
-def _matrix_in_blocks(name: str, source: SourceTensor, form: BlockFormat) -> dict[str, TargetTensor]:
-    """A matrix packed as in `blocks`, and its format."""
-    read = source.read_blocks
-    assert read is not None
-    return _in_blocks(name, source, form, lambda first, last: read_blocks(form, read(first, last)))
+def _matrix_in_blocks(
+    name: str, source: SourceTensor, form: BlockFormat, error: RoundingError | None
+) -> dict[str, TargetTensor]:
+    """A matrix packed as in `blocks`, its format, and the order of its columns if that is another."""
+    stored, order = source.read_blocks, source.order
+    assert stored is not None
+
+    def read(first: int, last: int) -> Blocks:
+        rows = stored(first, last)
+        blocks = rows if isinstance(rows, Blocks) else read_blocks(form, rows)
+        if form.zero and blocks.codes.max(initial=0) >> form.low:
+            raise CheckpointInvalid(f"tensor {name!r} has integers of more than {form.low} bits; fetch the checkpoint again")
+        nan = (blocks.codes & 127 == 127) & form.floats
+        if nan.any() or (form.scale_bytes == 4 and not np.isfinite(blocks.scales).all()):
+            raise _not_finite(name, "kept")
+        if error is not None:
+            values = read_floats(source.read_rows(first, last), source.dtype).reshape(last - first, -1)
+            error.note(values if order is None else values[:, order], floats_of(form, blocks))
+        return blocks
+
+    in_blocks = _in_blocks(name, source, form, read)
+    if order is not None:
+        in_blocks[f"{name}_order"] = TargetTensor("I32", order.shape, lambda: iter([as_bytes(order)]))
+    return in_blocks
 
 
 def _q8_0_matrix(name: str, source: SourceTensor, error: RoundingError | None) -> dict[str, TargetTensor]:
@@ -221,7 +239,7 @@ def _int8(rows: Floats) -> tuple[NDArray[np.int8], Floats]:
 
 
 def _not_finite(name: str, dtype: str) -> CheckpointInvalid:
-    beyond = "" if dtype == "int8" else ", or beyond float16"
+    beyond = "" if dtype in ("int8", "kept") else ", or beyond float16"
     return CheckpointInvalid(
         f"tensor {name!r} has values that are infinite or no numbers{beyond}, which {dtype} cannot hold; "
         "publish it as bfloat16 or float32"

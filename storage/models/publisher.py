@@ -280,12 +280,14 @@ def _warn_of_losses(source: str | Path, placed: Placement) -> None:
 
 def _check_blocks(source: str | Path, placed: Placement) -> None:
     """Warns of matrices in formats that no kernel reads. Raises CheckpointInvalid if the checkpoint has no blocks at all."""
+    from storage.floats import FLOATS
     from storage.models.blocks import FORMATS
 
-    matrices = [tensor for members in placed.values() for tensor in members.values() if tensor.read_blocks is not None]
+    tensors = [tensor for members in placed.values() for tensor in members.values()]
+    matrices = [tensor for tensor in tensors if tensor.stored_as is not None and tensor.stored_as not in FLOATS]
     if not matrices:
         raise CheckpointInvalid(f"{source} has no quantized matrix, which dtype kept is for; publish it in another dtype")
-    others = [str(tensor.stored_as) for tensor in matrices if tensor.stored_as not in FORMATS]
+    others = [str(each.stored_as) for each in matrices if each.read_blocks is None or each.stored_as not in FORMATS]
     if others:
         _log.warning(
             "%s: %d of %d matrices are in %s, which become bfloat16: larger, and rounded to eight bits",

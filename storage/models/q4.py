@@ -16,9 +16,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.checkpoints.checkpoint import Blocks
 from storage.floats import Floats
 from storage.models import blocks
-from storage.models.blocks import BLOCK, FORMATS, Blocks
+from storage.models.blocks import BLOCK, FORMATS
 
 _Q4_1: Final = FORMATS["Q4_1"]
 _MAX_Q: Final = 15

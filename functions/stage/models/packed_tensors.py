@@ -1,4 +1,4 @@
-"""Tensors of a publication as other layers than those in C need them: blocks of GGUF as floats, and experts joined."""
+"""Tensors of a publication as other layers than those in C need them: blocks as floats, and experts joined."""
 
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from functions.stage.models.floats import HiddenDtype, narrowed
+from functions.stage.models.floats import Array, HiddenDtype, narrowed
 from functions.stage.models.layer_group import MissingTensors
 from storage.checkpoints.decoder import Shapes
 from storage.checkpoints.safetensors_format import ITEM_BYTES
@@ -16,6 +16,7 @@ from storage.models.blocks import FORMATS, Packing, floats_of, packed_shape, pac
 from storage.models.expert_tensors import merged_experts
 
 _FORMAT = "_format"  # ends the name of the tensor that describes a matrix in blocks
+_ORDER = "_order"  # of the one that has the order of its columns
 
 
 class WrongShape(MissingTensors):
@@ -36,13 +37,26 @@ def packing(tensors: Mapping[str, RawTensor], name: str) -> Packing | None:
     return found
 
 
+def column_order(tensors: Mapping[str, RawTensor], name: str, width: int) -> Array | None:
+    """The numbers of the columns of the matrix `name`, int32 [width], in the order in which it has them; None: their own.
+
+    Raises WrongShape.
+    """
+    if (stored := tensors.get(name + _ORDER)) is None:
+        return None
+    order = np.frombuffer(stored.data, np.int32) if stored.dtype == "I32" else np.zeros(0, np.int32)
+    if not np.array_equal(np.sort(order), np.arange(width)):
+        raise WrongShape(f"{name}{_ORDER} does not have the numbers of {width} columns; publish the model again")
+    return order
+
+
 def shapes_of(tensors: Mapping[str, RawTensor]) -> Shapes:
     """The shapes of tensors by name, those of matrices in blocks as if they were not packed. Raises WrongShape."""
     packed = {name: packing(tensors, name) for name in tensors}
     return {
         name: tensor.shape if (found := packed[name]) is None else found.shape
         for name, tensor in tensors.items()
-        if not (name.endswith(_FORMAT) and name.removesuffix(_FORMAT) in tensors)
+        if not any(name.endswith(end) and name.removesuffix(end) in tensors for end in (_FORMAT, _ORDER))
     }
 
 
@@ -53,9 +67,12 @@ def widen(tensors: MutableMapping[str, RawTensor], dtype: HiddenDtype) -> None:
             form = FORMATS[found.format]
             packed = np.frombuffer(tensors[name].data, np.uint8).reshape(tensors[name].shape)
             weights = np.empty(found.shape, np.float32)
+            order = column_order(tensors, name, found.shape[1])
+            columns = slice(None) if order is None else order
             for first in range(0, len(packed), 64):
                 rows = weights[16 * first : 16 * (first + 64)]
-                rows[...] = floats_of(form, unpack(form, packed[first : first + 64], len(rows)))
+                rows[:, columns] = floats_of(form, unpack(form, packed[first : first + 64], len(rows)))
+            tensors.pop(name + _ORDER, None)
             tensors[name] = RawTensor(dtype, found.shape, as_bytes(narrowed(weights, dtype)))
             del tensors[name + _FORMAT]
 

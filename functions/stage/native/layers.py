@@ -43,6 +43,7 @@ class MatrixArrays:
     biases: Array | None = None  # float32 [outs]
     packed_shape: tuple[int, int] | None = None  # [outs, width] of a matrix in q4 or blocks, whose weights have another shape
     parts: Sequence[tuple[str, int]] = ()  # of a matrix in blocks, at most PARTS: formats and numbers of outputs
+    order: Array | None = None  # int32 [width]: which input each column of the weights is multiplied by; None: its own
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -276,7 +277,7 @@ def matrix_record(matrix: MatrixArrays, kept: list[Any]) -> MatrixRecord:
     weights = matrix.weights
     if width % STEP and matrix.packed_shape is None:
         weights = np.pad(weights, ((0, 0), (0, -width % STEP)))
-    kept += [array for array in (weights, matrix.scales, matrix.biases) if array is not None]
+    kept += [array for array in (weights, matrix.scales, matrix.biases, matrix.order) if array is not None]
     formats, ends, end = [0] * PARTS, [outs] * PARTS, 0
     for number, (name, part_outs) in enumerate(matrix.parts):
         end += part_outs
@@ -288,6 +289,7 @@ def matrix_record(matrix: MatrixArrays, kept: list[Any]) -> MatrixRecord:
         weights=memory_of(weights),
         scales=memory_of(matrix.scales),
         biases=memory_of(matrix.biases),
+        order=memory_of(matrix.order),
         formats=(ctypes.c_int64 * PARTS)(*formats),
         ends=(ctypes.c_int64 * PARTS)(*ends),
     )

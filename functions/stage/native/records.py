@@ -20,8 +20,9 @@ LINE_BYTES: Final = 64
 PARTS: Final = 3
 BLOCK_FORMATS: Final = (
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
+    "INT4_32", "INT4_64", "INT4_128", "INT8_32", "INT8_128", "E4M3_32", "E4M3_128",
 )  # fmt: skip
-"""In the order of LAMINA_BLOCK_FORMATS."""
+"""By number, as in LAMINA_BLOCK_FORMATS and LAMINA_FLOAT_BLOCK_FORMATS."""
 
 
 class NormKind(IntEnum):
@@ -61,6 +62,7 @@ class Dtype(IntEnum):
     F32 = 2
     Q4 = 3
     BLOCKS = 4
+    FLOAT_BLOCKS = 5
 
 
 def _numbers(*names: str) -> list[tuple[str, Any]]:
@@ -77,6 +79,7 @@ class MatrixRecord(ctypes.Structure):
         ("weights", MemoryRecord),
         ("scales", MemoryRecord),
         ("biases", MemoryRecord),
+        ("order", MemoryRecord),
         ("formats", ctypes.c_int64 * PARTS),
         ("ends", ctypes.c_int64 * PARTS),
     )

@@ -16,12 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.checkpoints.checkpoint import BLOCK_BYTES
+from storage.checkpoints.checkpoint import BLOCK_BYTES, Blocks
 from storage.checkpoints.hugging_face_folder import open_folder
 from storage.checkpoints.packed_matrix import read_array, unpack
 from storage.checkpoints.safetensors_format import ITEM_BYTES, TensorSpan, read_header, tensor_bytes
 from storage.errors import CheckpointInvalid
 from storage.floats import FLOATS, as_bytes, read_floats, rounded
+from storage.models.blocks import FORMATS, floats_of, pack
+from storage.models.blocks import unpack as unpacked_blocks
 from tests.storage.test_parsers import few, mutated
 from tests.support.paths import ROOT
 from tests.support.storage.raw_safetensors import Raw, save_raw
@@ -68,6 +70,37 @@ def test_a_matrix_has_the_values_that_its_library_computes(case: str, tmp_path: 
     assert checkpoint.quantization is not None
     assert "quantization_config" not in checkpoint.config
     assert b"quantization_config" not in checkpoint.files["config.json"]
+
+
+# Of each case, the format of storage/models/blocks.py that keeps it, or a name.
+STORED_AS = {
+    "awq": "INT4_64", "gptq-4-32": "INT4_32", "gptq-4-act-order": "INT4_64", "gptq-8-128": "INT8_128", "gptq-3-32": "INT4_32",
+    "bitsandbytes-nf4-nested-64": "NF4", "bitsandbytes-nf4-256": "NF4", "bitsandbytes-fp4-64": "FP4",
+    "bitsandbytes-int8": "INT8_128", "ct-float-tensor": "E4M3_128", "ct-float-channel": "E4M3_128",
+    "ct-float-block": "E4M3_32", "ct-int8-channel": "INT8_128", "ct-int8-asymmetric": "INT8_128",
+    "ct-pack-4-symmetric": "INT4_32", "ct-pack-4-asymmetric": "INT4_32", "ct-pack-8-symmetric": "INT8_32",
+    "ct-pack-3-asymmetric": "INT4_32", "ct-pack-4-channel": "INT4_128", "ct-nvfp4": "NVFP4", "ct-mxfp4": "MXFP4",
+    "ct-mxfp8": "E4M3_32", "modelopt-nvfp4": "NVFP4", "modelopt-fp8-tensor": "E4M3_128", "modelopt-fp8-channel": "E4M3_128",
+    "torchao-int8": "INT8_128", "torchao-int4": "INT4_32", "torchao-float8": "E4M3_128",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_codes_and_scales_are_kept(case: str, tmp_path: Path) -> None:
+    """Their values have the same bits as those that the library computes, but for the last one of bitsandbytes' int8."""
+    matrix = open_folder(save_case(tmp_path, case)).tensors["m.weight"]
+    assert matrix.stored_as == STORED_AS[case]
+    assert (matrix.read_blocks is not None) == (matrix.stored_as in FORMATS)
+    assert (matrix.order is not None) == (case == "gptq-4-act-order")
+    for first, last in ((0, matrix.rows), (3, 21)) if matrix.read_blocks else ():
+        form, blocks, expected = FORMATS[STORED_AS[case]], matrix.read_blocks(first, last), read_array(matrix, first, last)
+        assert isinstance(blocks, Blocks)
+        found = floats_of(form, unpacked_blocks(form, pack(form, blocks), last - first))
+        expected = expected if matrix.order is None else expected[:, matrix.order]
+        if case == "bitsandbytes-int8":
+            np.testing.assert_allclose(found, expected, rtol=2.0**-23, atol=0)
+        else:
+            assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("case", ["awq", "gptq-4-32", "ct-pack-4-symmetric", "ct-pack-4-asymmetric", "ct-pack-4-channel"])

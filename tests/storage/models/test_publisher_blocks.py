@@ -16,10 +16,11 @@ from tests.storage.checkpoints.test_gguf_families import write_gguf
 from tests.storage.models.test_publisher_q4 import array, floats, stored
 from tests.support.functions.block_models import MIXED, SIZES, block_model
 from tests.support.storage import tiny_models
+from tests.support.storage.random_blocks import IN_FILES
 from tests.support.storage.storage import default_model_gguf
 
 
-@pytest.mark.parametrize("name", [*FORMATS, MIXED])
+@pytest.mark.parametrize("name", [*IN_FILES, MIXED])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_published_gguf_has_the_weights_of_the_file(
     family: str, name: str, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -5,8 +5,8 @@ from typing import Any, Final
 
 from gguf import GGMLQuantizationType as Kind
 
-from storage.models.blocks import FORMATS
 from tests.storage.checkpoints.test_gguf_families import write_gguf
+from tests.support.storage.random_blocks import IN_FILES
 
 SIZES: Final[dict[str, Any]] = {
     "hidden_size": 256,
@@ -23,9 +23,8 @@ def kinds_of(name: str) -> dict[str, Kind]:
     """Formats of the matrices that differ in files of llama.cpp, by the ends of their names. name: a format, or `mixed`."""
     if name != MIXED:
         return {"": Kind[name]}
-    names = list(FORMATS)
     matrices = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    return {matrix: Kind[names[(5 * number + 7) % len(names)]] for number, matrix in enumerate(matrices)}
+    return {matrix: Kind[IN_FILES[(5 * number + 7) % len(IN_FILES)]] for number, matrix in enumerate(matrices)}
 
 
 def block_model(path: Path, family: str, name: str) -> Path:

@@ -1,11 +1,14 @@
-"""Random blocks of GGUF's formats: every code and integer scale, float16 scales of ordinary size."""
+"""Random blocks of all formats: every code and integer scale, float scales of ordinary size."""
 
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.checkpoints.checkpoint import Blocks
 from storage.models.blocks import FORMATS, BlockFormat, pack, read_blocks
+
+IN_FILES = tuple(name for name, form in FORMATS.items() if form.split)  # formats of GGUF
 
 # Bytes of a block at which float16 numbers begin, by format. MXFP4 has none.
 _FLOAT16_AT = {
@@ -28,6 +31,21 @@ def random_rows(name: str, outs: int, width: int, seed: int = 0, largest: float 
         raw[..., 0] = draw.integers(120, 127, raw.shape[:2])
         raw[0, :, 0] = np.resize([0, 1, 2, 100], raw.shape[1])  # the least are not normal
     return raw.reshape(outs, -1)
+
+
+def random_blocks(name: str, outs: int, width: int, seed: int = 0, largest: float = 1.0) -> Blocks:
+    """Rows of any format."""
+    form, draw = FORMATS[name], np.random.default_rng(seed)
+    if form.split:
+        return read_blocks(form, random_rows(name, outs, width, seed, largest))
+    codes = draw.integers(0, 1 << form.low, (outs, width)).astype(np.uint8)
+    codes[codes & 127 == 127] -= form.floats  # which are no numbers
+    shape = (outs, width // (32 * form.blocks))
+    scales = (
+        draw.standard_normal(shape) * 2.0 ** draw.integers(-4, 1, shape) * largest / (448 if form.floats else 1 << form.low)
+    )
+    zeros = draw.integers(0, 1 << form.low, shape).astype(np.uint8) if form.zero else None
+    return Blocks(codes, scales.astype(np.float32), zeros=zeros)
 
 
 def packed(name: str, rows: Any) -> NDArray[np.uint8]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from functions.stage.models.floats import Array, Float32, HiddenDtype, narrowed, widened
 from functions.stage.models.layer_group import MissingTensors
-from functions.stage.models.packed_tensors import packing
+from functions.stage.models.packed_tensors import column_order, packing
 from functions.stage.native.layers import MatrixArrays
 from functions.stage.native.records import Dtype
 from storage.checkpoints.decoder import Shapes
@@ -60,9 +60,12 @@ class NativeWeights:
         scales = self.vector(f"{name}.weight_scale") if dtype == "I8" else None
         biases = self.vector(f"{name}.bias") if biased else None
         if packed is not None:
-            self._take(f"{name}.weight_format")
+            order = column_order(self._tensors, f"{self._prefix}{name}.weight", packed.shape[1])
+            for kind in ("format", "order"):
+                self._tensors.pop(f"{self._prefix}{name}.weight_{kind}", None)
             parts = ((packed.format, packed.shape[0]),)
-            return MatrixArrays(Dtype.BLOCKS, weights, None, biases, packed.shape, parts)
+            dtype_in_c = Dtype.FLOAT_BLOCKS if FORMATS[packed.format].floats else Dtype.BLOCKS
+            return MatrixArrays(dtype_in_c, weights, None, biases, packed.shape, parts, order)
         if dtype == "U8":
             outs, width = self._shapes[f"{name}.weight"]
             return MatrixArrays(Dtype.Q4, weights, None, biases, (outs, width))
@@ -85,9 +88,10 @@ def rows_of(matrix: MatrixArrays, rows: Array) -> Float32:
         return matrix.weights[rows].astype(np.float32) * matrix.scales[rows, None]
     if matrix.dtype == Dtype.Q4:
         return q4.dequantize(q4.packed_rows(matrix.weights, rows), len(rows), matrix.shape[1])
-    if matrix.dtype == Dtype.BLOCKS:
+    if matrix.parts:
         form = _format(matrix)
-        return floats_of(form, unpack(form, single_rows(form, matrix.weights, rows), len(rows), lanes=1))
+        weights = floats_of(form, unpack(form, single_rows(form, matrix.weights, rows), len(rows), lanes=1))
+        return weights if matrix.order is None else np.ascontiguousarray(weights[:, np.argsort(matrix.order)])
     return widened(matrix.weights[rows], _FLOATS[matrix.dtype])
 
 
@@ -97,10 +101,10 @@ def with_rows(matrix: MatrixArrays, rows: Array) -> MatrixArrays:
     biases = None if matrix.biases is None else matrix.biases[rows]
     if matrix.dtype == Dtype.Q4:
         return MatrixArrays(Dtype.Q4, q4.packed_rows(matrix.weights, rows), None, biases, (len(rows), matrix.shape[1]))
-    if matrix.dtype == Dtype.BLOCKS:
+    if matrix.parts:
         form, shape = _format(matrix), (len(rows), matrix.shape[1])
         weights = packed_rows(form, matrix.weights, rows)
-        return MatrixArrays(Dtype.BLOCKS, weights, None, biases, shape, ((form.name, len(rows)),))
+        return MatrixArrays(matrix.dtype, weights, None, biases, shape, ((form.name, len(rows)),), matrix.order)
     return MatrixArrays(matrix.dtype, matrix.weights[rows], scales, biases)
 
 
@@ -122,11 +126,12 @@ def stacked(matrices: Sequence[MatrixArrays]) -> MatrixArrays:
         np.concatenate(biases) if biases else None,
         None if matrices[0].packed_shape is None else shape,
         [part for matrix in matrices for part in matrix.parts],
+        matrices[0].order,
     )
 
 
 def _weights_stacked(matrices: Sequence[MatrixArrays]) -> Array:
-    if matrices[0].dtype == Dtype.BLOCKS:
+    if matrices[0].parts:
         return np.concatenate([matrix.weights.reshape(-1) for matrix in matrices])
     together = np.concatenate([matrix.weights for matrix in matrices])
     if matrices[0].dtype != Dtype.Q4 or all(matrix.shape[0] % GROUP == 0 for matrix in matrices[:-1]):
@@ -137,11 +142,11 @@ def _weights_stacked(matrices: Sequence[MatrixArrays]) -> Array:
 
 
 def of_one_kind(matrices: Sequence[MatrixArrays]) -> Sequence[MatrixArrays]:
-    """The matrices unchanged if all have one dtype, and in blocks whole groups; otherwise all converted to bf16."""
-    of_blocks = matrices[0].dtype == Dtype.BLOCKS
-    if len({matrix.dtype for matrix in matrices}) == 1 and not (
-        of_blocks and any(matrix.shape[0] % GROUP for matrix in matrices[:-1])
-    ):
+    """The matrices unchanged if all have one dtype and order of columns, and in blocks whole groups; otherwise all converted to
+    bf16."""
+    whole_groups = all(not matrix.parts or matrix.shape[0] % GROUP == 0 for matrix in matrices[:-1])
+    orders = {None if matrix.order is None else matrix.order.tobytes() for matrix in matrices}
+    if len({matrix.dtype for matrix in matrices}) == len(orders) == 1 and whole_groups:
         return matrices
     return [converted(matrix, Dtype.BF16) for matrix in matrices]
 

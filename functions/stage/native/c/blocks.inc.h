@@ -29,6 +29,23 @@ INLINE vec power_of_two(vec exponent)
     return mul_f32(shift_left_i32(add_i32(half, every_i32(64)), 23), shift_left_i32(add_i32(rest, every_i32(62)), 23));
 }
 
+/* Scales of a super's rows, whose bytes are at `ends`. */
+INLINE vec scales_of(const BlockFormat form, const uint8_t *ends)
+{
+    return form.scale_bytes == 4   ? load(ends)
+           : form.scale_bytes == 2 ? f32_of_f16(ends)
+                                   : power_of_two(and_i32(i32_of_i8(ends), every_i32(255)));
+}
+
+/* Minima of a super's rows, or what zero points at `ends` add to each weight beyond the format's offset. */
+INLINE vec minima_of(const BlockFormat form, vec scale, const uint8_t *ends)
+{
+    if (!form.zero)
+        return form.minimum ? f32_of_f16(ends) : zeros();
+    vec zero = f32_of_i32(and_i32(i32_of_i8(ends), every_i32(255)));
+    return mul_f32(scale, sub_f32(every_f32(form.offset ? (float)(1 << form.offset) : 0.0f), zero));
+}
+
 /* Block `number` of a super. */
 INLINE BlockCodes block_codes(const int format, const uint8_t *super, int64_t number)
 {
@@ -43,8 +60,7 @@ INLINE BlockCodes block_codes(const int format, const uint8_t *super, int64_t nu
             codes = add_i32(codes, shift_left_i32(codes_of_part(block + 64 * form.low, form.high, part), form.low));
         found.codes[part] = form.table ? looked_up(form.table, codes) : codes;
     }
-    const vec scale = form.scale_bytes == 1 ? power_of_two(and_i32(i32_of_i8(ends), every_i32(255))) : f32_of_f16(ends);
-    const vec minimum = form.minimum ? f32_of_f16(ends + LANES * form.scale_bytes) : zeros();
+    const vec scale = scales_of(form, ends), minimum = minima_of(form, scale, ends + LANES * form.scale_bytes);
     UNROLL
     for (int half = 0; half < 2; half++) {
         found.scales[half] = scale;
@@ -68,13 +84,13 @@ typedef struct {
     int halves;    /* with scales of their own: 1 or 2 */
     bool minimum;
     bool wide;     /* codes have 8 bits, not 7 */
-    int offset;    /* what codes are too large by is 2^offset; none with minima */
+    int offset;    /* what codes are too large by is 2^offset; 0: nothing */
 } Kind;
 
 INLINE Kind kind_of(const int format)
 {
     const BlockFormat form = BLOCK_FORMATS[format];
-    return (Kind){form.factors == 2 ? 2 : 1, form.minimum, form.offset == 7, form.offset};
+    return (Kind){form.factors == 2 ? 2 : 1, form.minimum || form.zero, form.offset == 7, form.offset};
 }
 
 /* The hot loop: adds a block's products with `rows` rows to their sums. */
@@ -87,7 +103,7 @@ INLINE void add_block(const Kind kind, const int rows, const BlockCodes *block, 
         UNROLL
         for (int half = 0; half < kind.halves; half++) {
             const int sum = kind.halves == 1 ? 0 : half + 1;
-            const bool none = kind.minimum || (kind.wide && !WIDE_CODES_HAVE_OFFSET);
+            const bool none = !kind.offset || (kind.wide && !WIDE_CODES_HAVE_OFFSET);
             vec products = none ? zeros() : shift_left_i32(every_i32(of_row->minus_sums[sum]), kind.offset);
             UNROLL
             for (int part = half * parts; part < (half + 1) * parts; part++) {
@@ -189,7 +205,9 @@ INLINE void add_blocks_of_kind(const Kind kind, int64_t rows, const BlockCodes *
 NOINLINE void add_unpacked(const Kind kind, int64_t rows, const BlockCodes *blocks, int64_t count, const uint8_t *x,
                            int64_t row_bytes, float (*sums)[LAMINA_GROUP_OUTS])
 {
-    if (kind.wide)
+    if (kind.wide && kind.minimum)
+        add_blocks_of_kind((Kind){1, true, true, 7}, rows, blocks, count, x, row_bytes, sums);
+    else if (kind.wide)
         add_blocks_of_kind((Kind){1, false, true, 7}, rows, blocks, count, x, row_bytes, sums);
     else if (kind.halves == 1 && kind.minimum)
         add_blocks_of_kind((Kind){1, true, false, 0}, rows, blocks, count, x, row_bytes, sums);

@@ -38,6 +38,8 @@ static Status check_parts(const Matrix *matrix)
         const int64_t end = matrix->ends[part];
         if (!within(matrix->formats[part], 0, NUM_BLOCK_FORMATS - 1))
             return LAMINA_BAD_DTYPE;
+        if (end > first && BLOCK_FORMATS[matrix->formats[part]].floats != (matrix->dtype == LAMINA_FLOAT_BLOCKS))
+            return LAMINA_BAD_DTYPE;
         if (!within(end, first, matrix->outs) || (end % LAMINA_GROUP_OUTS && end < matrix->outs))
             return LAMINA_BAD_SIZE;
         if (end > first && matrix->width % (LAMINA_BLOCK * BLOCK_FORMATS[matrix->formats[part]].blocks))
@@ -49,16 +51,17 @@ static Status check_parts(const Matrix *matrix)
 
 static Status check_matrix(const Matrix *matrix)
 {
-    if (!within(matrix->dtype, LAMINA_BF16, LAMINA_BLOCKS))
+    if (!within(matrix->dtype, LAMINA_BF16, LAMINA_FLOAT_BLOCKS))
         return LAMINA_BAD_DTYPE;
     if (!within(matrix->outs, 1, MOST) || !within(matrix->width, 1, MOST))
         return LAMINA_BAD_SIZE;
-    if (matrix->dtype == LAMINA_BLOCKS)
+    if (in_blocks(matrix->dtype))
         CHECK(check_parts(matrix));
-    int64_t alignment = matrix->dtype == LAMINA_Q4 || matrix->dtype == LAMINA_BLOCKS ? 2 : bytes_of(matrix->dtype);
+    int64_t alignment = matrix->dtype == LAMINA_Q4 || in_blocks(matrix->dtype) ? 2 : bytes_of(matrix->dtype);
     CHECK(check_memory(&matrix->weights, weight_bytes(matrix, matrix->outs), alignment));
     if (matrix->dtype == LAMINA_INT8)
         CHECK(check_memory(&matrix->scales, matrix->outs * 4, 4));
+    CHECK(check_optional(&matrix->order, matrix->width * 4, 4));
     return check_optional(&matrix->biases, matrix->outs * 4, 4);
 }
 

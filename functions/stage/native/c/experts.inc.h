@@ -84,7 +84,8 @@ static void pack_for_experts(const Forward *forward, const Layer *layer, bool in
                            .x = inner ? at->routed_inner + route->first * matrix->width : forward->hidden,
                            .places = inner ? NULL : at->routed_rows + route->first, .norm = inner ? NULL : &layer->before_mlp};
         const Rows to = rows_of_route(forward, route, matrix, row, smaller(16, route->rows - row));
-        pack_rows(&task, row, to.rows, matrix_scratch(matrix, worker->scratch).normalized, (float *)to.scales, (uint8_t *)to.data);
+        const MatrixScratch scratch = matrix_scratch(matrix, worker->scratch);
+        pack_rows(&task, row, to.rows, &scratch, (float *)to.scales, (uint8_t *)to.data);
     }
     finish_phase(worker, phase, done, routing.packed_blocks);
 }

@@ -49,16 +49,28 @@ static Pieces pieces_of(int64_t rows, const Matrix *matrix, int64_t matrices)
     return pieces;
 }
 
+/* Puts the numbers of x in the order of the matrix's columns. Places that x does not have count as zero. */
+static void put_in_order(const Matrix *matrix, const float *x, float *ordered)
+{
+    const int32_t *order = matrix->order.data;
+    for (int64_t i = 0; i < matrix->width; i++)
+        ordered[i] = (uint32_t)order[i] < (uint64_t)matrix->width ? x[order[i]] : 0.0f;
+}
+
 /* Normalizes and packs up to 16 rows from `row` on. */
-static void pack_rows(const Task *task, int64_t row, int64_t rows, float *normalized, float *scales, uint8_t *packed)
+static void pack_rows(const Task *task, int64_t row, int64_t rows, const MatrixScratch *scratch, float *scales, uint8_t *packed)
 {
     const Matrix *matrix = task->matrix;
     const int64_t row_bytes = packed_row_bytes(matrix->dtype, matrix->width);
     for (int64_t i = 0; i < rows; i++) {
         const float *numbers = task->x + (task->places ? task->places[row + i] : row + i) * matrix->width;
         if (task->norm && task->norm->kind) {
-            task->level->normalize(task->norm, 0, numbers, task->eps, matrix->width, normalized);
-            numbers = normalized;
+            task->level->normalize(task->norm, 0, numbers, task->eps, matrix->width, scratch->normalized);
+            numbers = scratch->normalized;
+        }
+        if (matrix->order.bytes) {
+            put_in_order(matrix, numbers, scratch->ordered);
+            numbers = scratch->ordered;
         }
         float scale = task->level->pack((Dtype)matrix->dtype, numbers, matrix->width, packed + i * row_bytes);
         for (int out = 0; out < LAMINA_TILE_OUTS; out++)
@@ -75,7 +87,7 @@ static void pack_rows(const Task *task, int64_t row, int64_t rows, float *normal
 static Rows pack_alone(const Task *task, const Worker *worker)
 {
     MatrixScratch scratch = matrix_scratch(task->matrix, worker->scratch);
-    pack_rows(task, 0, task->rows, scratch.normalized, scratch.scales, scratch.packed);
+    pack_rows(task, 0, task->rows, &scratch, scratch.scales, scratch.packed);
     return (Rows){scratch.packed, scratch.scales, task->rows, packed_row_bytes(task->matrix->dtype, task->matrix->width),
                   task->rows > 1};
 }
@@ -87,7 +99,7 @@ static Rows pack_together(const Task *task, const Workspace *at, const Worker *w
     MatrixScratch scratch = matrix_scratch(task->matrix, worker->scratch);
     int64_t done = 0, piece;
     for (; (piece = take_piece(worker, phase, pieces, 1)) >= 0; done++)
-        pack_rows(task, piece * 16, smaller(16, task->rows - piece * 16), scratch.normalized,
+        pack_rows(task, piece * 16, smaller(16, task->rows - piece * 16), &scratch,
                   at->scales + piece * 16 * LAMINA_TILE_OUTS, at->packed + piece * 16 * row_bytes);
     finish_phase(worker, phase, done, pieces);
     return (Rows){at->packed, at->scales, task->rows, row_bytes, true};

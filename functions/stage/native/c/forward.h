@@ -55,6 +55,7 @@ typedef struct {
 typedef struct {
     float *scales;     /* [FEW_ROWS, LAMINA_TILE_OUTS] of packed rows */
     float *normalized; /* [width] one row */
+    float *ordered;    /* [width] the same in the order of a matrix's columns */
     uint8_t *packed;   /* [FEW_ROWS, packed_row_bytes] */
 } MatrixScratch;
 

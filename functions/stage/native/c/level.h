@@ -122,30 +122,39 @@ static inline int64_t bytes_of(int64_t dtype)
 /* A format of block matrices: see BlockFormat of storage/models/blocks.py. */
 typedef struct {
     int low, high;
-    int offset;           /* 2^offset is subtracted from a code; formats with minima have none */
+    int offset;           /* 2^offset is subtracted from a code; 0: nothing is */
+    const uint8_t *table; /* replaces a code by a value, to which 2^offset was added */
     bool minimum;
+    bool zero;            /* an integer for each scale is subtracted from the codes */
+    bool floats;          /* codes are float8 (E4M3) */
     int blocks, factors;
     int scale_bytes;
-    const uint8_t *table; /* replaces a code by a value, to which 2^offset was added */
 } BlockFormat;
 
 static const uint8_t LAMINA_IQ4[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
 static const uint8_t LAMINA_MXFP4[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};
 
-static const BlockFormat BLOCK_FORMATS[] = {
-    {4, 0, 3, false, 1, 0, 2, NULL},         /* Q4_0 */
-    {4, 0, 0, true, 1, 0, 2, NULL},          /* Q4_1 */
-    {4, 1, 4, false, 1, 0, 2, NULL},         /* Q5_0 */
-    {4, 1, 0, true, 1, 0, 2, NULL},          /* Q5_1 */
-    {8, 0, 7, false, 1, 0, 2, NULL},         /* Q8_0 */
-    {2, 0, 0, true, 8, 2, 2, NULL},          /* Q2_K */
-    {2, 1, 2, false, 8, 2, 2, NULL},         /* Q3_K */
-    {4, 0, 0, true, 8, 1, 2, NULL},          /* Q4_K */
-    {4, 1, 0, true, 8, 1, 2, NULL},          /* Q5_K */
-    {4, 2, 5, false, 8, 2, 2, NULL},         /* Q6_K */
-    {4, 0, 7, false, 1, 0, 2, LAMINA_IQ4},   /* IQ4_NL */
-    {4, 0, 7, false, 8, 1, 2, LAMINA_IQ4},   /* IQ4_XS */
-    {4, 0, 4, false, 1, 0, 1, LAMINA_MXFP4}, /* MXFP4 */
+static const BlockFormat BLOCK_FORMATS[] = { /* by number */
+    {.low = 4, .offset = 3, .blocks = 1, .scale_bytes = 2},                                  /* Q4_0 */
+    {.low = 4, .minimum = true, .blocks = 1, .scale_bytes = 2},                              /* Q4_1 */
+    {.low = 4, .high = 1, .offset = 4, .blocks = 1, .scale_bytes = 2},                       /* Q5_0 */
+    {.low = 4, .high = 1, .minimum = true, .blocks = 1, .scale_bytes = 2},                   /* Q5_1 */
+    {.low = 8, .offset = 7, .blocks = 1, .scale_bytes = 2},                                  /* Q8_0 */
+    {.low = 2, .minimum = true, .blocks = 8, .factors = 2, .scale_bytes = 2},                /* Q2_K */
+    {.low = 2, .high = 1, .offset = 2, .blocks = 8, .factors = 2, .scale_bytes = 2},         /* Q3_K */
+    {.low = 4, .minimum = true, .blocks = 8, .factors = 1, .scale_bytes = 2},                /* Q4_K */
+    {.low = 4, .high = 1, .minimum = true, .blocks = 8, .factors = 1, .scale_bytes = 2},     /* Q5_K */
+    {.low = 4, .high = 2, .offset = 5, .blocks = 8, .factors = 2, .scale_bytes = 2},         /* Q6_K */
+    {.low = 4, .offset = 7, .table = LAMINA_IQ4, .blocks = 1, .scale_bytes = 2},             /* IQ4_NL */
+    {.low = 4, .offset = 7, .table = LAMINA_IQ4, .blocks = 8, .factors = 1, .scale_bytes = 2}, /* IQ4_XS */
+    {.low = 4, .offset = 4, .table = LAMINA_MXFP4, .blocks = 1, .scale_bytes = 1},           /* MXFP4 */
+    {.low = 4, .zero = true, .blocks = 1, .scale_bytes = 4},                                 /* INT4_32 */
+    {.low = 4, .zero = true, .blocks = 2, .scale_bytes = 4},                                 /* INT4_64 */
+    {.low = 4, .zero = true, .blocks = 4, .scale_bytes = 4},                                 /* INT4_128 */
+    {.low = 8, .offset = 7, .zero = true, .blocks = 1, .scale_bytes = 4},                    /* INT8_32 */
+    {.low = 8, .offset = 7, .zero = true, .blocks = 4, .scale_bytes = 4},                    /* INT8_128 */
+    {.low = 8, .floats = true, .blocks = 1, .scale_bytes = 4},                               /* E4M3_32 */
+    {.low = 8, .floats = true, .blocks = 4, .scale_bytes = 4},                               /* E4M3_128 */
 };
 enum { NUM_BLOCK_FORMATS = sizeof BLOCK_FORMATS / sizeof *BLOCK_FORMATS };
 
@@ -158,7 +167,7 @@ static inline int64_t block_bytes(BlockFormat form)
 /* Bytes of the blocks of 16 outputs that share a scale, with this scale. */
 static inline int64_t super_bytes(BlockFormat form)
 {
-    return form.blocks * block_bytes(form) + LAMINA_GROUP_OUTS * (form.scale_bytes + (form.minimum ? 2 : 0));
+    return form.blocks * block_bytes(form) + LAMINA_GROUP_OUTS * (form.scale_bytes + (form.minimum ? 2 : form.zero ? 1 : 0));
 }
 
 /* Bytes of the first `outs` outputs of a block matrix: of whole groups. */
@@ -182,6 +191,11 @@ static inline int format_of(const Matrix *matrix, int64_t out)
     return (int)matrix->formats[part];
 }
 
+static inline bool in_blocks(int64_t dtype)
+{
+    return dtype == LAMINA_BLOCKS || dtype == LAMINA_FLOAT_BLOCKS;
+}
+
 /* Bytes of a packed row of activations. */
 static inline int64_t packed_row_bytes(int64_t dtype, int64_t width)
 {
@@ -201,7 +215,7 @@ static inline int64_t weight_bytes(const Matrix *matrix, int64_t outs)
     int64_t stride = rounded_up(matrix->width, LAMINA_STEP);
     if (matrix->dtype == LAMINA_Q4)
         return rounded_up(outs, LAMINA_GROUP_OUTS) / LAMINA_GROUP_OUTS * (stride / LAMINA_Q4_BLOCK) * LAMINA_Q4_BYTES;
-    if (matrix->dtype == LAMINA_BLOCKS)
+    if (in_blocks(matrix->dtype))
         return bytes_of_blocks(matrix, outs);
     return outs * stride * bytes_of(matrix->dtype);
 }

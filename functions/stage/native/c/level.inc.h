@@ -12,6 +12,7 @@ enum { LANES = 16 };
 #endif
 #include "q4.inc.h"
 #include "blocks.inc.h"
+#include "float_blocks.inc.h"
 #include "multiply.inc.h"
 #include "attention.inc.h"
 #include "recurrent.inc.h"

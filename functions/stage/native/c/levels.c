@@ -35,7 +35,7 @@ static bool may_use_tiles(void)
 
 static int64_t find_best(void)
 {
-    enum { FMA = 1 << 12, F16C = 1 << 29, OSXSAVE = 1 << 27, AVX2 = 1 << 5, BF16 = 1 << 5, YMM = 0x06, ZMM = 0xE6, TILES = 0x60000 };
+    enum { FMA = 1 << 12, F16C = 1 << 29, OSXSAVE = 1 << 27, AVX2 = 1 << 5, BF16 = 1 << 5, VBMI = 1 << 1, YMM = 0x06, ZMM = 0xE6, TILES = 0x60000 };
     const uint32_t avx512 = 1u << 16 /* F */ | 1u << 17 /* DQ */ | 1u << 30 /* BW */ | 1u << 31 /* VL */, vnni = 1u << 11;
     const uint32_t amx = 1u << 22 /* BF16 */ | 1u << 24 /* TILE */ | 1u << 25 /* INT8 */;
     uint32_t a, b, c, d, extended_b, extended_c;
@@ -46,7 +46,7 @@ static int64_t find_best(void)
     if ((extended_b & avx512) != avx512 || !(extended_c & vnni) || !keeps(ZMM))
         return 1;
     uint32_t of_7_d = d;
-    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & BF16))
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & BF16) || !(extended_c & VBMI))
         return 2;
     return (of_7_d & amx) == amx && keeps(TILES) && may_use_tiles() ? 4 : 3;
 }

@@ -5,8 +5,10 @@ INLINE void sum_outputs(const Matrix *matrix, const Rows *x, int64_t first, int6
 {
     if (matrix->dtype == LAMINA_Q4)
         sum_group(matrix, x, first, rows, out, sums);
-    else
+    else if (matrix->dtype == LAMINA_BLOCKS)
         sum_blocks(matrix, x, first, rows, out, sums);
+    else
+        sum_float_blocks(matrix, x, first, rows, out, sums);
 }
 
 INLINE vec biases_of(const Matrix *matrix, int64_t out)
@@ -59,7 +61,7 @@ static void multiply_gated_groups(const Matrix *gate, const Matrix *up, const Ro
 
 static void multiply(const Matrix *matrix, const Rows *x, int64_t first, int64_t last, bool add, float *y)
 {
-    if (matrix->dtype == LAMINA_Q4 || matrix->dtype == LAMINA_BLOCKS)
+    if (matrix->dtype == LAMINA_Q4 || in_blocks(matrix->dtype))
         multiply_groups(matrix, x, first, last, add, y);
     else if (matrix->dtype == LAMINA_INT8)
         MULTIPLY_NARROW(LAMINA_INT8, matrix, x, first, last, add, y);
@@ -71,7 +73,7 @@ static void multiply(const Matrix *matrix, const Rows *x, int64_t first, int64_t
 
 static void multiply_gated(const Matrix *gate, const Matrix *up, const Rows *x, int64_t first, int64_t last, float *y)
 {
-    if (gate->dtype == LAMINA_Q4 || gate->dtype == LAMINA_BLOCKS)
+    if (gate->dtype == LAMINA_Q4 || in_blocks(gate->dtype))
         multiply_gated_groups(gate, up, x, first, last, y);
     else if (gate->dtype == LAMINA_INT8)
         MULTIPLY_GATED_NARROW(LAMINA_INT8, gate, up, x, first, last, y);

@@ -41,17 +41,19 @@ typedef struct {
 } Memory;
 
 /* A matrix has any dtype; keys and values are bf16, int8 or float32. */
-typedef enum { LAMINA_BF16, LAMINA_INT8, LAMINA_F32, LAMINA_Q4, LAMINA_BLOCKS } Dtype;
+typedef enum { LAMINA_BF16, LAMINA_INT8, LAMINA_F32, LAMINA_Q4, LAMINA_BLOCKS, LAMINA_FLOAT_BLOCKS } Dtype;
 
 /* Formats of block matrices: FORMATS of storage/models/blocks.py, in its order. */
 #define LAMINA_BLOCK_FORMATS(X)                                                                                     \
     X(Q4_0, 0) X(Q4_1, 1) X(Q5_0, 2) X(Q5_1, 3) X(Q8_0, 4) X(Q2_K, 5) X(Q3_K, 6) X(Q4_K, 7) X(Q5_K, 8) X(Q6_K, 9)  \
-    X(IQ4_NL, 10) X(IQ4_XS, 11) X(MXFP4, 12)
+    X(IQ4_NL, 10) X(IQ4_XS, 11) X(MXFP4, 12)                                                                        \
+    X(INT4_32, 13) X(INT4_64, 14) X(INT4_128, 15) X(INT8_32, 16) X(INT8_128, 17)
+#define LAMINA_FLOAT_BLOCK_FORMATS(X) X(E4M3_32, 18) X(E4M3_128, 19)
 
 /* y = x Wᵀ + b. `stride` is width rounded up to LAMINA_STEP. Activations become bf16 for a bf16 matrix, 16-bit integers scaled by
    the row's largest number for int8, 12-bit integers scaled in blocks of 32 for q4, 8-bit integers scaled in blocks of 32 for a
-   block matrix, and stay float32 for float32. A block matrix has whole blocks. Parts of it may have different formats: those of
-   the matrices that it was stacked from. */
+   block matrix (bf16 if its blocks are of floats), and stay float32 for float32. A block matrix has whole blocks. Parts of it may
+   have different formats: those of the matrices that it was stacked from. */
 typedef struct {
     int64_t dtype;
     int64_t outs;
@@ -60,6 +62,7 @@ typedef struct {
                        (storage/models/q4.py); blocks: part after part, as in storage/models/blocks.py */
     Memory scales;  /* float32 [outs], with int8 */
     Memory biases;  /* float32 [outs], or absent */
+    Memory order;   /* int32 [width], or absent: which number of x each column of the weights is multiplied by */
     int64_t formats[LAMINA_PARTS]; /* of block matrices, of each part */
     int64_t ends[LAMINA_PARTS];    /* outputs before the end of each part: whole groups, but for the last; then `outs` */
 } Matrix;

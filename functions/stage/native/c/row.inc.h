@@ -239,6 +239,20 @@ static void pack_for_blocks(const float *x, int64_t size, uint8_t *packed)
     }
 }
 
+/* The bf16 numbers of each four in the order 0, 2, 1, 3: that in which `pairs_of_e4m3` splits weights. */
+static void pack_for_float_blocks(const float *x, int64_t size, uint8_t *packed)
+{
+    for (int64_t i = 0; i < size; i += 2 * LANES) {
+        uint16_t *numbers = (uint16_t *)packed + i;
+        store(numbers, bf16_of_f32(load(x + i), load(x + i + LANES)));
+        for (int four = 0; four < 2 * LANES; four += 4) {
+            const uint16_t second = numbers[four + 1];
+            numbers[four + 1] = numbers[four + 2];
+            numbers[four + 2] = second;
+        }
+    }
+}
+
 static float pack(Dtype dtype, const float *x, int64_t size, uint8_t *packed)
 {
     if (dtype == LAMINA_INT8)
@@ -249,6 +263,10 @@ static float pack(Dtype dtype, const float *x, int64_t size, uint8_t *packed)
     }
     if (dtype == LAMINA_BLOCKS) {
         pack_for_blocks(x, size, packed);
+        return 1.0f;
+    }
+    if (dtype == LAMINA_FLOAT_BLOCKS) {
+        pack_for_float_blocks(x, size, packed);
         return 1.0f;
     }
     for (int64_t i = 0; i < size; i += 2 * LANES) {

@@ -54,6 +54,16 @@ BY_HALVES(add_i32, _mm256_add_epi32)
 BY_HALVES(max_i32, _mm256_max_epi32)
 BY_HALVES(and_i32, _mm256_and_si256)
 
+INLINE __m256i chosen_bits(__m256i mask, __m256i yes, __m256i no)
+{
+    return _mm256_or_si256(_mm256_and_si256(mask, yes), _mm256_andnot_si256(mask, no));
+}
+/* Bits of `yes` where the mask has ones, else of `no`. */
+INLINE vec if_bits(vec mask, vec yes, vec no)
+{
+    return (vec){chosen_bits(mask.low, yes.low, no.low), chosen_bits(mask.high, yes.high, no.high)};
+}
+
 INLINE vec fma_f32(vec a, vec b, vec c)
 {
     return (vec){BITS(_mm256_fmadd_ps(F32(a.low), F32(b.low), F32(c.low))),

@@ -36,6 +36,8 @@ INLINE vec f32_of_i32(vec a) { return BITS(_mm512_cvtepi32_ps(a)); }
 INLINE vec add_i32(vec a, vec b) { return _mm512_add_epi32(a, b); }
 INLINE vec max_i32(vec a, vec b) { return _mm512_max_epi32(a, b); }
 INLINE vec and_i32(vec a, vec b) { return _mm512_and_si512(a, b); }
+/* Bits of `yes` where the mask has ones, else of `no`. */
+INLINE vec if_bits(vec mask, vec yes, vec no) { return _mm512_ternarylogic_epi32(mask, yes, no, 0xCA); }
 INLINE vec shift_left_i32(vec a, int by) { return _mm512_slli_epi32(a, (unsigned)by); }
 INLINE vec shift_right_i32(vec a, int by) { return _mm512_srli_epi32(a, (unsigned)by); }
 
@@ -79,6 +81,8 @@ INLINE vec looked_up(const uint8_t *table, vec a)
 INLINE vec i32_of_i8(const void *at) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(at)); }
 
 #ifdef WITH_BF16
+/* The byte of a table of 128 for the lower seven bits of each byte. */
+INLINE vec looked_up_in_128(const uint8_t *table, vec a) { return _mm512_permutex2var_epi8(load(table), a, load(table + 64)); }
 INLINE vec dot_bf16(vec sum, vec a, vec b) { return BITS(_mm512_dpbf16_ps(F32(sum), (__m512bh)a, (__m512bh)b)); }
 INLINE vec bf16_of_f32(vec first, vec second) { return (vec)_mm512_cvtne2ps_pbh(F32(second), F32(first)); }
 #else

@@ -74,6 +74,8 @@ INLINE vec max_i32(vec a, vec b)
     return (greater & a) | (~greater & b);
 }
 INLINE vec and_i32(vec a, vec b) { return a & b; }
+/* Bits of `yes` where the mask has ones, else of `no`. */
+INLINE vec if_bits(vec mask, vec yes, vec no) { return (mask & yes) | (~mask & no); }
 INLINE vec shift_left_i32(vec a, int by)
 {
     typedef uint32_t u32x16 __attribute__((vector_size(64)));

@@ -10,7 +10,7 @@ static void *taken(Workspace *workspace, uint8_t *memory, int64_t bytes)
 
 static int64_t matrix_scratch_bytes(int64_t width, int64_t row_bytes)
 {
-    return FEW_ROWS * LAMINA_TILE_OUTS * 4 + rounded_up(width, LAMINA_STEP) * 4 + FEW_ROWS * row_bytes;
+    return FEW_ROWS * LAMINA_TILE_OUTS * 4 + 2 * rounded_up(width, LAMINA_STEP) * 4 + FEW_ROWS * row_bytes;
 }
 
 /* Memory for rows that all threads pack together. */
@@ -25,7 +25,8 @@ MatrixScratch matrix_scratch(const Matrix *matrix, uint8_t *scratch)
 {
     MatrixScratch parts = {.scales = (float *)scratch};
     parts.normalized = parts.scales + FEW_ROWS * LAMINA_TILE_OUTS;
-    parts.packed = (uint8_t *)(parts.normalized + rounded_up(matrix->width, LAMINA_STEP));
+    parts.ordered = parts.normalized + rounded_up(matrix->width, LAMINA_STEP);
+    parts.packed = (uint8_t *)(parts.ordered + rounded_up(matrix->width, LAMINA_STEP));
     return parts;
 }
 

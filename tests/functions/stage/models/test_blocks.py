@@ -13,11 +13,11 @@ from functions.stage.models.layer_group import LayerGroup
 from functions.stage.models.packed_tensors import WrongShape
 from storage.checkpoints.model_source import open_checkpoint
 from storage.loading.weight_loader import RawTensor
-from storage.models.blocks import FORMATS
 from tests.support.functions.block_models import MIXED, block_model
 from tests.support.functions.group_chain import logits_by_plan, tokens_of
 from tests.support.functions.native_models import error
 from tests.support.storage import tiny_models
+from tests.support.storage.random_blocks import IN_FILES
 
 TEXTS: Final = {"a": tokens_of(1, 30), "b": tokens_of(2, 21), "c": tokens_of(3, 6)}
 PLAN: Final = {"a": (1, 20, 9), "b": (3, 1, 17), "c": (0, 1, 5)}
@@ -46,7 +46,7 @@ def groups(kind: Any, config: dict[str, Any], tensors: dict[str, RawTensor], dty
     ]
 
 
-@pytest.mark.parametrize("name", [*FORMATS, MIXED])
+@pytest.mark.parametrize("name", [*IN_FILES, MIXED])
 @pytest.mark.parametrize("family", ["llama_tied", "qwen2"])
 def test_logits_are_near_those_of_the_file_in_float32(family: str, name: str, folder: Path) -> None:
     """Rounding a product's activations to 8 bits in blocks of 32 changes normal numbers by 0.5 %. Layers in bfloat16 round

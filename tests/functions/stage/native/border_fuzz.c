@@ -44,16 +44,17 @@ static int64_t padded(int64_t number, int64_t multiple)
 /* Blocks need rows of whole blocks; other rows are in four bits. */
 static Matrix matrix_of(int64_t dtype, int64_t outs, int64_t width)
 {
-    dtype = dtype == LAMINA_BLOCKS && width % LAMINA_BLOCK ? LAMINA_Q4 : dtype;
+    dtype = in_blocks(dtype) && width % LAMINA_BLOCK ? LAMINA_Q4 : dtype;
     int64_t number = dtype == LAMINA_INT8 ? 1 : dtype == LAMINA_BF16 ? 2 : 4;
     Matrix matrix = {.dtype = dtype, .outs = outs, .width = width};
     if (dtype == LAMINA_Q4)
         matrix.weights = memory_of(padded(outs, 16) / 16 * (padded(width, 32) / 32) * LAMINA_Q4_BYTES);
-    else if (dtype == LAMINA_BLOCKS) {
+    else if (in_blocks(dtype)) {
         for (int part = 0; part < LAMINA_PARTS; part++) {
             do
                 matrix.formats[part] = any(0, NUM_BLOCK_FORMATS - 1);
-            while (width % (LAMINA_BLOCK * BLOCK_FORMATS[matrix.formats[part]].blocks));
+            while (width % (LAMINA_BLOCK * BLOCK_FORMATS[matrix.formats[part]].blocks) ||
+                   BLOCK_FORMATS[matrix.formats[part]].floats != (dtype == LAMINA_FLOAT_BLOCKS));
             matrix.ends[part] = part || outs <= 16 ? outs : 16;
         }
         matrix.weights = memory_of(bytes_of_blocks(&matrix, outs));
@@ -63,6 +64,11 @@ static Matrix matrix_of(int64_t dtype, int64_t outs, int64_t width)
         matrix.scales = memory_of(outs * 4);
     if (any(0, 1))
         matrix.biases = memory_of(outs * 4);
+    if (!any(0, 3)) {
+        matrix.order = memory_of(width * 4);
+        for (int64_t i = 0; i < width; i += any(1, 3)) /* others are beyond the width */
+            ((int32_t *)matrix.order.data)[i] = (int32_t)any(0, width - 1);
+    }
     return matrix;
 }
 
@@ -224,7 +230,7 @@ static Group group_of(int is_long)
     group.row_heads = all_heads + group.heads;
     Layer *layers = group.layers.data;
     for (int64_t i = 0; i < group.num_layers; i++) {
-        int64_t dtype = any(LAMINA_BF16, LAMINA_BLOCKS), of_mlp = any(LAMINA_BF16, LAMINA_BLOCKS), gates = any(0, 1);
+        int64_t dtype = any(LAMINA_BF16, LAMINA_FLOAT_BLOCKS), of_mlp = any(LAMINA_BF16, LAMINA_FLOAT_BLOCKS), gates = any(0, 1);
         layers[i] = (Layer){
             .before_attention = norm_of(group.hidden_size, 0),
             .qkv = matrix_of(dtype, (all_heads + gates * group.heads) * group.head_dim, group.hidden_size),
@@ -382,7 +388,7 @@ static int run_pass(Pool *pool)
 static int run_product(Pool *pool)
 {
     int64_t rows = any(1, 70), threads = any(1, 3);
-    Product product = {.matrix = matrix_of(any(LAMINA_BF16, LAMINA_BLOCKS), any(1, 70), width()), .rows = rows, .threads = threads};
+    Product product = {.matrix = matrix_of(any(LAMINA_BF16, LAMINA_FLOAT_BLOCKS), any(1, 70), width()), .rows = rows, .threads = threads};
     product.x = memory_of(rows * product.matrix.width * 4);
     product.y = memory_of(rows * product.matrix.outs * 4);
     product.workspace = workspace_of(lamina_product_bytes(&product.matrix, rows, threads));

@@ -184,6 +184,7 @@ WRONG_LAYER: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
     "a matrix of more outputs": (lambda layer: setattr(layer.out, "outs", 49), "shape"),
     "a matrix of no known dtype": (lambda layer: setattr(layer.qkv, "dtype", len(Dtype)), "dtype"),
     "blocks of no known format": (lambda layer: in_blocks(layer.qkv, len(BLOCK_FORMATS), 80), "dtype"),
+    "float8 among integers": (lambda layer: in_blocks(layer.qkv, BLOCK_FORMATS.index("E4M3_32"), 80), "dtype"),
     "blocks that end before the last output": (lambda layer: in_blocks(layer.qkv, 0, 64), "range"),
     "blocks beyond the last output": (lambda layer: in_blocks(layer.qkv, 0, 96), "range"),
     "rows without whole blocks": (lambda layer: in_blocks(layer.qkv, 0, 80), "range"),

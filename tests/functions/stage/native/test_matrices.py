@@ -11,7 +11,8 @@ from functions.stage.native.layers import MatrixArrays, NativeLinear, NativeThre
 from functions.stage.native.library import library
 from functions.stage.native.records import Array, Dtype
 from storage.models import q4
-from tests.support.storage.random_blocks import packed, random_rows
+from storage.models.blocks import FORMATS, pack
+from tests.support.storage.random_blocks import random_blocks
 
 LEVELS: Final = library().levels
 SIZES: Final = ((32, 4), (64, 7), (100, 1), (1, 3), (33, 66), (576, 130))
@@ -123,9 +124,10 @@ def q4_matrix(outs: int, width: int) -> tuple[MatrixArrays, Array]:
 def matrix_of(dtype: Dtype, outs: int, width: int) -> MatrixArrays:
     if dtype is Dtype.Q4:
         return q4_matrix(outs, width)[0]
-    if dtype is Dtype.BLOCKS:
-        weights = packed("Q5_1", random_rows("Q5_1", outs, width))
-        return MatrixArrays(dtype, weights, packed_shape=(outs, width), parts=[("Q5_1", outs)])
+    if dtype in (Dtype.BLOCKS, Dtype.FLOAT_BLOCKS):
+        name = "Q5_1" if dtype is Dtype.BLOCKS else "E4M3_32"
+        weights = pack(FORMATS[name], random_blocks(name, outs, width))
+        return MatrixArrays(dtype, weights, packed_shape=(outs, width), parts=[(name, outs)])
     numbers = random(outs, width)
     weights = {Dtype.F32: numbers, Dtype.BF16: bf16(numbers), Dtype.INT8: (numbers * 40).astype(np.int8)}[dtype]
     return MatrixArrays(dtype, weights, np.abs(random(outs, seed=1)) if dtype is Dtype.INT8 else None)
