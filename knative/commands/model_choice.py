@@ -44,21 +44,29 @@ def published_name(source: str) -> str:
 def best_dtype(checkpoint: Checkpoint) -> Dtype:
     """The dtype in which `run` publishes a checkpoint if none is named; docs/trying.md has numbers.
 
-    q4 if all layers have q4's four bits, which it multiplies more exactly than kept does; kept if the checkpoint is a GGUF file
-    with other blocks that layers in C multiply; int8 if all layers are quantized in another way; and bfloat16 otherwise or if
+    q4 if all layers of a GGUF file have q4's four bits, which it multiplies more exactly than kept does; kept if the checkpoint
+    has other codes that layers in C multiply; int8 if all layers are quantized in another way; and bfloat16 otherwise or if
     the layers cannot run in C in that dtype.
     """
-    from storage.models.blocks import FORMATS  # numpy, which most commands do not need
-
     matrices = [tensor for name, tensor in checkpoint.tensors.items() if is_layer_matrix(name, tensor.shape)]
     candidates: list[Dtype] = []
-    if matrices and all(tensor.read_four_bits is not None for tensor in matrices):
+    if checkpoint.quantization is None and matrices and all(tensor.read_four_bits is not None for tensor in matrices):
         candidates.append("q4")
-    if any(tensor.read_blocks is not None and tensor.stored_as in FORMATS for tensor in matrices):
+    if is_kept(checkpoint):
         candidates.append("kept")
     if matrices and all(tensor.quantized for tensor in matrices):
         candidates.append("int8")
     return next((dtype for dtype in candidates if torch_needed(checkpoint.config, dtype) is None), "bfloat16")
+
+
+def is_kept(checkpoint: Checkpoint) -> bool:
+    """Whether dtype kept keeps codes and scales of some of the checkpoint's layers, and they run in C."""
+    from storage.models.blocks import FORMATS  # numpy, which most commands do not need
+
+    return torch_needed(checkpoint.config, "kept") is None and any(
+        tensor.read_blocks is not None and tensor.stored_as in FORMATS and is_layer_matrix(name, tensor.shape)
+        for name, tensor in checkpoint.tensors.items()
+    )
 
 
 def torch_needed(config: Mapping[str, Any], dtype: str) -> str | None:

@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from knative.commands.console import publish_progress, show_quantized, show_table, size
-from knative.commands.model_choice import DEFAULT_MODEL, best_dtype, packaged_model, published_name, torch_needed
+from knative.commands.model_choice import DEFAULT_MODEL, best_dtype, is_kept, packaged_model, published_name, torch_needed
 from knative.commands.options import OpenStore, store_options, tokenizer_option
 from knative.spec.pipeline_spec import DTYPES, ModelSpec
 from knative.spec.spec_file import load_spec
@@ -24,7 +24,7 @@ _UPLOAD_BYTES_PER_SECOND = 100 * 2**20
 @click.command(short_help="Publish a model into the store.")
 @click.argument("source", required=False)
 @click.option("--name", help="Name in the store. Default: the source's own name.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Default: bfloat16.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Default: kept for a quantized SOURCE that runs in C, else bfloat16.")
 @click.option(
     "--spec",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -59,6 +59,8 @@ def push(
     from functions.stage.models.build import check_cut  # numpy, which --help needs not
 
     console = Console()
+    if source and not (dtype or spec):
+        dtype = "kept" if is_kept(open_checkpoint(locate(source), tokenizer, text_only)) else None
     for model in _models(source, name, dtype, spec):
         if dry_run:
             found = locate(source or _default_source(model))

@@ -153,12 +153,16 @@ def test_push_says_what_is_lost(tmp_path: Path) -> None:
     (folder := tmp_path / "gptq").mkdir()
     in_gptq(folder)
 
-    def pushed(dtype: str) -> str:
-        return CliRunner().invoke(main, ["push", str(folder), "--dtype", dtype, "--state", str(tmp_path / "state")]).output
+    def pushed(*options: str) -> str:
+        return CliRunner().invoke(main, ["push", str(folder), "--state", str(tmp_path / "state"), *options]).output
 
-    assert re.search(r"quantized with gptq in \d+\.\d KiB; as float32 nothing is lost\n", pushed("float32"))
+    assert re.search(r"quantized with gptq in \d+\.\d KiB; as float32 nothing is lost\n", pushed("--dtype", "float32"))
+    assert re.search(r"quantized with gptq in \d+\.\d KiB; as kept nothing is lost\n", pushed()), "the default"
+    planned = pushed("--dry-run")
+    assert "lost: nothing\n" in planned
+    assert re.search(r"layers\.N\.mlp\.up_proj\.weight +6 +INT4_32 +INT4_32 ", planned)
     words = r"quantized with gptq in \S+ KiB; as bfloat16 the largest rounding error is (\S+), of weights up to (\S+)\n"
-    found = re.search(words, pushed("bfloat16"))
+    found = re.search(words, pushed("--dtype", "bfloat16"))
     assert found
     error, weight = map(float, found.groups())
     assert weight / 2**11 < error <= weight / 2**8
