@@ -234,8 +234,9 @@ def _stacked(parts: list[SourceTensor], order: NDArray[np.intp] | None) -> Sourc
         return np.frombuffer(part.read_rows(first, last), np.float32).reshape(last - first, -1)
 
     def blocks(part: SourceTensor, first: int, last: int) -> NDArray[np.uint8]:
-        assert part.read_blocks is not None
-        return part.read_blocks(first, last)
+        rows = part.read_blocks(first, last) if part.read_blocks else None
+        assert isinstance(rows, np.ndarray)
+        return rows
 
     one_format = len({part.stored_as for part in parts}) == 1 and all(part.read_blocks for part in parts)
     return SourceTensor(
