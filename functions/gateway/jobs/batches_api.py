@@ -13,8 +13,8 @@ from functions.gateway.answers.authentication import Clients
 from functions.gateway.jobs.batches import Batches, BatchJob
 from functions.gateway.jobs.files import named_id, results_file_id
 from functions.gateway.jobs.files_api import MAX_KEPT_SECONDS, list_document, owner_of_request, page_of_request
+from functions.gateway.jobs.lines import BATCH_ENDPOINTS
 from functions.gateway.jobs.results import ResultsContent
-from functions.gateway.openai.api import ENDPOINTS
 from functions.gateway.openai.validation import read_request
 from functions.hosting.web import json_response
 
@@ -70,8 +70,8 @@ class BatchesAPI:
             id_ = named_id("batch_", owner, key, hashlib.sha256(data).hexdigest())
             if (begun := self._batches.find(owner, id_)) is not None:
                 return json_response(self._document(begun))
-        if asked.endpoint not in ENDPOINTS:
-            raise InvalidRequest(f"endpoint is {asked.endpoint[:80]!r}; batches may ask {', '.join(ENDPOINTS)}")
+        if asked.endpoint not in BATCH_ENDPOINTS:
+            raise InvalidRequest(f"endpoint is {asked.endpoint[:80]!r}; batches may ask {', '.join(BATCH_ENDPOINTS)}")
         window = asked.completion_window, window_seconds(asked.completion_window)
         file = self._batches.files.get(owner, asked.input_file_id)
         if file.content != "input" or not file.lines:

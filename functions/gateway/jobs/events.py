@@ -19,7 +19,7 @@ from eventing.wire.framing import JSONL_CONTENT_TYPE, expiry_time
 from functions.gateway.jobs.batches import Batches, BatchJob, Cause
 from functions.gateway.jobs.batches_api import MAX_WINDOW_SECONDS
 from functions.gateway.jobs.files import MAX_LINE_BYTES, named_id, part_lines
-from functions.gateway.openai.api import ENDPOINTS
+from functions.gateway.jobs.lines import BATCH_ENDPOINTS
 
 _DAY_SECONDS: Final = 86_400
 _DELIVERY_SECONDS: Final = 60.0
@@ -103,6 +103,6 @@ def _endpoint(line: bytes) -> str:
         url = msgspec.json.decode(line)["url"]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as error:
         raise InvalidRequest("the event's first line is no request with a `url`") from error
-    if url not in ENDPOINTS:
-        raise InvalidRequest(f"the first line asks {str(url)[:80]!r}; batches may ask {', '.join(ENDPOINTS)}")
+    if url not in BATCH_ENDPOINTS:
+        raise InvalidRequest(f"the first line asks {str(url)[:80]!r}; batches may ask {', '.join(BATCH_ENDPOINTS)}")
     return str(url)

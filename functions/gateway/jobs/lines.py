@@ -14,14 +14,17 @@ from eventing.problems import InvalidRequest, MalformedEvent, Problem
 from functions.configuration.config import GatewayConfig
 from functions.gateway.answers.generation import ClientLeft, Generation
 from functions.gateway.answers.service import AnswerService, RequestContext
+from functions.gateway.answers.vectors import VectorService
 from functions.gateway.jobs.batches import BatchJob
 from functions.gateway.openai.api import ENDPOINTS
 from functions.gateway.openai.documents import Envelope
+from functions.gateway.openai.embeddings import EMBEDDINGS, EmbeddingRequest, embeddings_document
 from functions.gateway.openai.errors import refusal, unknown_model
 from functions.gateway.openai.validation import read_request
 
 _log: Final = logging.getLogger(__name__)
 
+BATCH_ENDPOINTS: Final = (*ENDPOINTS, EMBEDDINGS)
 _DELAYED_STATUSES: Final = (429, 503, 504)
 
 
@@ -101,6 +104,8 @@ class LineAnswerer:
             raise MalformedEvent(f"the line is no request with custom_id, method, url and body: {error}") from error
         if line.url != job.endpoint or line.method != "POST":
             raise InvalidRequest(f"the line asks {line.method[:20]} {line.url[:80]}; its batch asks POST {job.endpoint}")
+        if job.endpoint == EMBEDDINGS:
+            return self._embedded(place, bytes(line.body), gone)
         endpoint = ENDPOINTS[job.endpoint]
         body = read_request(bytes(line.body), endpoint.type_)
         if body.model != self._config.model:
@@ -111,18 +116,10 @@ class LineAnswerer:
             request = body.generate_request()
         except ValueError as error:
             raise MalformedEvent(f"the request cannot be served: {error}") from error
-        digest, service = place.digest(), self._service()
-        id_ = endpoint.id_prefix + digest[:12].hex()
-        context = RequestContext(
-            request_id=id_,
-            client_id=job.client_id,
-            seed=int.from_bytes(digest[12:20]) >> 1,
-            deadline_seconds=max(1.0, job.expires_at - time.time()),
-            arrived=time.monotonic(),
-            gone=gone,
-            in_background=True,
+        service, context = self._service(), _context(place, endpoint.id_prefix, gone)
+        document = endpoint.document(
+            Envelope(context.request_id, job.created_at, self._config.model, self._config.pipeline), body
         )
-        document = endpoint.document(Envelope(id_, job.created_at, self._config.model, self._config.pipeline), body)
         generation = service.begin(request, context)
         begun(generation)
         for _ in generation.tokens():
@@ -132,6 +129,14 @@ class LineAnswerer:
         whole["usage"] = _repeatable(whole["usage"])
         return _result(place, 200, whole, usage.prompt_tokens, usage.completion_tokens)
 
+    def _embedded(self, place: LinePlace, data: bytes, gone: Callable[[], bool]) -> LineResult:
+        body = read_request(data, EmbeddingRequest)
+        if body.model != self._config.model:
+            return _result(place, 404, unknown_model(body.model, self._config.model))
+        context = _context(place, "embd-", gone)
+        whole = embeddings_document(VectorService(self._service), body, context, place.job.created_at)
+        return _result(place, 200, whole, whole["usage"]["prompt_tokens"])
+
     def refused(self, place: LinePlace, problem: Problem) -> LineResult:
         """The line for a request that `problem` refuses."""
         return _result(place, *refusal(problem, place.job.endpoint))
@@ -140,6 +145,19 @@ class LineAnswerer:
         """The line for a request that was not answered before its batch ended."""
         document = _head(place) | {"response": None, "error": {"code": code, "message": message}}
         return LineResult(msgspec.json.encode(document) + b"\n", failed=True)
+
+
+def _context(place: LinePlace, id_prefix: str, gone: Callable[[], bool]) -> RequestContext:
+    digest = place.digest()
+    return RequestContext(
+        request_id=id_prefix + digest[:12].hex(),
+        client_id=place.job.client_id,
+        seed=int.from_bytes(digest[12:20]) >> 1,
+        deadline_seconds=max(1.0, place.job.expires_at - time.time()),
+        arrived=time.monotonic(),
+        gone=gone,
+        in_background=True,
+    )
 
 
 def _result(place: LinePlace, status: int, body: dict[str, Any], input_tokens: int = 0, output_tokens: int = 0) -> LineResult:

@@ -25,10 +25,10 @@ from functions.gateway.answers.vectors import Vectors, VectorService
 from functions.gateway.openai.errors import add_error_handlers, model_not_found
 from functions.gateway.openai.requests import HINT
 from functions.gateway.openai.validation import read_request
-from functions.gateway.text.tokenizer import ModelText
 from functions.hosting.web import json_response
 from functions.observing.tracing import read_traceparent
 
+EMBEDDINGS: Final = "/v1/embeddings"
 MAX_INPUTS: Final = 2048  # of one request, as in the OpenAI API
 
 Inputs = PromptText | Annotated[tuple[PromptText | TokenId | PromptIds, ...], Meta(min_length=1)]
@@ -133,21 +133,10 @@ class EmbeddingsAPI:
         body = read_request(request.get_data(cache=False), EmbeddingRequest)
         if body.model != self._config.model:
             return self._other_model(body.model)
-        inputs, pooling = body.inputs, None if body.pooling is None else Pooling(body.pooling)
-        size = self._service.checked_dimensions(body.dimensions, pooling)
-
-        def encode(text: ModelText) -> list[Sequence[int]]:
-            return [self._service.checked(each, text, body.truncate_prompt_tokens) for each in inputs]
-
-        made = self._made(encode, context, pooling)
-        normalize = self._service.normalizes if body.normalize is None else body.normalize
-        vectors = [shaped(vector, size, normalize=normalize) for vector in made.vectors]
-        encoded: list[Any] = [_base64(each) for each in vectors] if body.encoding_format == "base64" else vectors
-        data = [{"object": "embedding", "index": number, "embedding": each} for number, each in enumerate(encoded)]
-        return json_response(
-            {"id": context.request_id, "object": "list", "created": int(time.time())}
-            | {"model": self._config.model, "data": data, "usage": _usage(made)}
-        )
+        g.answering = True  # VectorService counts it
+        document = embeddings_document(self._service, body, context, int(time.time()))
+        log_entry().prompt_tokens = document["usage"]["prompt_tokens"]
+        return json_response(document)
 
     def _score(self) -> Response:
         context = self._context("score-")
@@ -213,6 +202,23 @@ class EmbeddingsAPI:
             gone=client_gone(),
             trace=read_traceparent(request.headers.get("traceparent")),
         )
+
+
+def embeddings_document(
+    service: VectorService, body: EmbeddingRequest, context: RequestContext, created: int
+) -> dict[str, Any]:
+    """The reply to a request, after all vectors have come. created: in Unix time. Raises what VectorService raises."""
+    inputs, pooling = body.inputs, None if body.pooling is None else Pooling(body.pooling)
+    size = service.checked_dimensions(body.dimensions, pooling)
+    made = service.make(
+        lambda text: [service.checked(each, text, body.truncate_prompt_tokens) for each in inputs], context, pooling
+    )
+    normalize = service.normalizes if body.normalize is None else body.normalize
+    vectors = [shaped(vector, size, normalize=normalize) for vector in made.vectors]
+    encoded: list[Any] = [_base64(each) for each in vectors] if body.encoding_format == "base64" else vectors
+    data = [{"object": "embedding", "index": number, "embedding": each} for number, each in enumerate(encoded)]
+    named = {"id": context.request_id, "object": "list", "created": created, "model": body.model}
+    return named | {"data": data, "usage": _usage(made)}
 
 
 def shaped(vector: Sequence[float], size: int | None, *, normalize: bool) -> list[float]:

@@ -264,3 +264,20 @@ def test_files_and_batches_are_deleted_when_their_time_is_over(client: openai.Op
         with pytest.raises(openai.NotFoundError):
             client.files.retrieve(batch.input_file_id)
         assert not [name for name in objects.names(f"{owner}/") if batch.id in name or batch.input_file_id in name]
+
+
+def test_a_batch_makes_vectors(client: openai.OpenAI) -> None:
+    texts = [["one", "two"], "three", [1, 2, 3]]
+    lines = [
+        {"custom_id": str(number), "url": "/v1/embeddings", "body": {"model": "tiny", "input": text}}
+        for number, text in enumerate(texts)
+    ]
+    lines.append({"custom_id": "wrong", "url": "/v1/embeddings", "body": {"model": "tiny", "input": "a", "dimensions": 3}})
+    batch = ended(client, begun(client, lines, "/v1/embeddings"))
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (3, 1)
+    for found, text in zip(read(client, batch.output_file_id), texts, strict=True):
+        live = client.embeddings.create(model="tiny", input=text, encoding_format="float")  # type: ignore[arg-type]
+        body = found["response"]["body"]
+        assert [each["embedding"] for each in body["data"]] == [each.embedding for each in live.data]
+        assert body["usage"]["prompt_tokens"] == live.usage.prompt_tokens
+    assert read(client, batch.error_file_id)[0]["response"]["status_code"] == 400
