@@ -7,8 +7,10 @@ class too. tests/storage/checkpoints/test_decoder_families.py compares both with
 import math
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
+
+import msgspec
 
 from storage.checkpoints.decoder import Norm, Recurrent, TensorNames
 from storage.errors import ArchitectureUnsupported
@@ -347,6 +349,18 @@ LLAMA_BIASES: Final[Mapping[str, Any]] = {"qkv_bias": "attention_bias", "out_bia
 
 AFTER: Final = frozenset(("after_attention", "after_feed_forward"))
 EVERYWHERE: Final = AFTER | BEFORE
+_GRANITE_EXPERTS: Final = TensorNames(
+    router="block_sparse_moe.router.layer",
+    experts=(
+        "block_sparse_moe.experts.{expert}.gate_proj",
+        "block_sparse_moe.experts.{expert}.up_proj",
+        "block_sparse_moe.experts.{expert}.down_proj",
+    ),
+)
+_EXPERTS_OF_GRANITE: Final = ExpertsFamily(
+    count="num_local_experts", inner_size="intermediate_size", scores="softmax_of_chosen"
+)
+_MERGED_IN_GRANITE: Final = MergedExperts("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight")
 _ROUTED: Final[dict[str, Any]] = {
     "num_experts_per_tok": 8,
     "n_routed_experts": 128,
@@ -947,17 +961,66 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
     "granitemoe": DecoderFamily(
         source="granitemoe.modeling_granitemoe:GraniteMoeDecoderLayer",
         defaults={"max_position_embeddings": 2048, "num_local_experts": 8, "num_experts_per_tok": 2, **_GRANITE},
-        names=TensorNames(
-            router="block_sparse_moe.router.layer",
-            experts=(
-                "block_sparse_moe.experts.{expert}.gate_proj",
-                "block_sparse_moe.experts.{expert}.up_proj",
-                "block_sparse_moe.experts.{expert}.down_proj",
-            ),
-        ),
-        experts=ExpertsFamily(count="num_local_experts", inner_size="intermediate_size", scores="softmax_of_chosen"),
-        merged_experts=MergedExperts("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+        names=_GRANITE_EXPERTS,
+        experts=_EXPERTS_OF_GRANITE,
+        merged_experts=_MERGED_IN_GRANITE,
         **_LIKE_GRANITE,
+        **LLAMA_BIASES,
+    ),
+    "granitemoeshared": DecoderFamily(
+        source="granitemoeshared.modeling_granitemoeshared:GraniteMoeSharedDecoderLayer",
+        defaults={
+            "max_position_embeddings": 2048,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 0,
+            **_GRANITE,
+        },
+        names=msgspec.structs.replace(
+            _GRANITE_EXPERTS,
+            shared=("shared_mlp.input_linear", "shared_mlp.input_linear", "shared_mlp.output_linear"),
+        ),
+        experts=replace(_EXPERTS_OF_GRANITE, shared_size=lambda values: values.get("shared_intermediate_size") or None),
+        merged_experts=_MERGED_IN_GRANITE,
+        **_LIKE_GRANITE,
+        **LLAMA_BIASES,
+    ),
+    "gpt_oss": DecoderFamily(
+        source="gpt_oss.modeling_gpt_oss:GptOssDecoderLayer",
+        defaults={
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 128,
+            "attention_bias": True,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+            "rope_theta": 150_000.0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+        },
+        aliases={"num_experts": "num_local_experts"},
+        names=TensorNames(router="mlp.router"),
+        sinks=True,
+        windows=lambda values: _windows(values, lambda layer: layer % 2 == 0),
+        experts=ExpertsFamily(
+            count="num_local_experts",
+            inner_size="intermediate_size",
+            scores="softmax_of_chosen",
+            router_bias=True,
+            bias=True,
+            swiglu=("swiglu_alpha", "swiglu_limit"),
+        ),
+        merged_experts=MergedExperts("mlp.experts.gate_up_proj", "mlp.experts.down_proj", transposed=True),
         **LLAMA_BIASES,
     ),
     "glm4_moe": DecoderFamily(

@@ -159,11 +159,6 @@ def stacked(*matrices: NDArray[Any]) -> NDArray[Any]:
     return np.concatenate(matrices)
 
 
-def _in_turn(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:
-    """Rows of both in turn, as columns if they are matrices."""
-    return np.stack((gate, up), axis=1).reshape(2 * len(gate), *gate.shape[1:]).T
-
-
 def _keys_and_values(keys: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
     """kv_b_proj from keys [heads, rank, key width] and values [heads, value width, rank]."""
     return np.concatenate((keys.swapaxes(1, 2), values), axis=1).reshape(-1, values.shape[2])
@@ -178,9 +173,10 @@ _GPT2_MATRICES: Final = {
 _LATENT_MERGES: Final = {
     "self_attn.kv_b_proj.weight": Merge(("attn_k_b.weight", "attn_v_b.weight"), _keys_and_values),
 }
+_SHARED_IN_GRANITE: Final = {"shared_mlp.input_linear.weight": Stack(("ffn_gate_shexp.weight", "ffn_up_shexp.weight"))}
 GRANITE_MERGES: Final[Mapping[str, Merge | Stack]] = {
     "block_sparse_moe.input_linear.weight": Merge(("ffn_gate_exps.weight", "ffn_up_exps.weight"), stacked, by_expert=True),
-    "shared_mlp.input_linear.weight": Stack(("ffn_gate_shexp.weight", "ffn_up_shexp.weight")),
+    **_SHARED_IN_GRANITE,
 }
 
 ATTENTION: Final[Mapping[str, Architecture]] = {
@@ -279,11 +275,11 @@ ATTENTION: Final[Mapping[str, Architecture]] = {
         "granitemoe",
         "GraniteMoeForCausalLM",
         modules={
+            **{key: name.replace("mlp.", "block_sparse_moe.", 1) for key, name in EXPERTS.items()},
             "ffn_gate_inp": "block_sparse_moe.router.layer",
-            "ffn_down_exps": "block_sparse_moe.output_linear",
             "ffn_down_shexp": "shared_mlp.output_linear",
         },
-        merges=GRANITE_MERGES,
+        merges=_SHARED_IN_GRANITE,
         keys={
             **GRANITE_KEYS,
             "expert_count": "num_local_experts",
@@ -370,13 +366,8 @@ ATTENTION: Final[Mapping[str, Architecture]] = {
         modules={
             "post_attention_norm": "post_attention_layernorm",
             "attn_sinks.weight": "self_attn.sinks",
+            **EXPERTS,
             "ffn_gate_inp": "mlp.router",
-            "ffn_down_exps.bias": "mlp.experts.down_proj_bias",
-        },
-        merges={
-            "mlp.experts.gate_up_proj": Merge(("ffn_gate_exps.weight", "ffn_up_exps.weight"), _in_turn, by_expert=True),
-            "mlp.experts.gate_up_proj_bias": Merge(("ffn_gate_exps.bias", "ffn_up_exps.bias"), _in_turn, by_expert=True),
-            "mlp.experts.down_proj": Merge(("ffn_down_exps.weight",), np.transpose, by_expert=True),
         },
         keys={
             "expert_count": "num_local_experts",

@@ -106,10 +106,10 @@ def _sources(
             f"{tensor.path} has a tensor {tensor.name!r} that no {architecture.model_type!r} has; publish it from safetensors"
         )
     if "{}" in name:
-        if len(tensor.shape) != 3:
+        if len(tensor.shape) != (2 if kind == "bias" else 3):
             raise CheckpointInvalid(f"{tensor.path} has {tensor.name!r} as {list(tensor.shape)}; make it again")
-        experts, rows, columns = tensor.shape
-        tensor = replace(tensor, shape=(experts * rows, columns))
+        experts, rows, *columns = tensor.shape
+        tensor = replace(tensor, shape=(experts * rows, *columns))
         return {prefix + name.format(number): _source(tensor, file_bytes, rows, number * rows) for number in range(experts)}
     return {prefix + name: _whole(tensor, architecture, config, file_bytes)}
 

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from functions.stage.models.packed_tensors import join_experts
 from knative.__main__ import main
 from storage.checkpoints import checkpoint as checkpoints
 from storage.checkpoints.model_source import open_checkpoint
@@ -98,10 +99,12 @@ def test_published_weights_are_those_that_transformers_dequantizes(
     monkeypatch.setattr(checkpoints, "BLOCK_BYTES", 5 * 32 * 4)  # rows that share a scale lie in several blocks
     (quantized := tmp_path / "quantized").mkdir()
     expected = by_transformers(MAKERS[maker](quantized), getattr(torch, dtype)).state_dict()
-    tensors = as_torch(stored(store, publish(quantized, store, maker.replace(" ", "-"), dtype)))
+    manifest = publish(quantized, store, maker.replace(" ", "-"), dtype)
+    tensors = dict(stored(store, manifest))
+    join_experts(manifest.model_type, tensors)
     (plain := tmp_path / "plain").mkdir()
     (plain / "config.json").write_bytes(open_checkpoint(quantized).files["config.json"])
-    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    save_file(as_torch(tensors), plain / "model.safetensors", {"format": "pt"})
     ours = by_transformers(plain, getattr(torch, dtype)).state_dict()
     assert ours.keys() == expected.keys()
     for name, tensor in expected.items():

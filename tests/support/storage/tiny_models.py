@@ -100,6 +100,7 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
     ),
     "olmoe": _like_llama("olmoe", num_key_value_heads=4, num_experts=8, num_experts_per_tok=3),
     "granitemoe": _like_llama("granitemoe", **_GRANITE),
+    "granitemoeshared": _like_llama("granitemoeshared", shared_intermediate_size=24, **_GRANITE),
     "glm4_moe": _like_llama(
         "glm4_moe", head_dim=8, attention_bias=True, use_qk_norm=True, routed_scaling_factor=1.5, **_ROUTED
     ),
@@ -231,7 +232,6 @@ _MLA: Final = {  # latent attention
 }  # fmt: skip
 # Models that GGUF files hold, of families that may not be served.
 _STORED: Final[dict[str, dict[str, Any]]] = {
-    "granitemoeshared": _like_llama("granitemoeshared", shared_intermediate_size=24, **_GRANITE),
     "olmo": _like_llama("olmo", clip_qkv=0.5),
     "glm": _like_llama("glm", head_dim=8, attention_bias=True, rms_norm_eps=1e-5),
     "deepseek_v2": _like_llama("deepseek_v2", topk_method="greedy", routed_scaling_factor=1.5, **_MLA, **_ROUTED),
@@ -310,7 +310,7 @@ _RECURRENT: Final[dict[str, dict[str, Any]]] = {
 RECURRENT: Final = tuple(_RECURRENT)  # names of the tiny models with recurrent layers
 LLAMA_SHAPED: Final = tuple(_LLAMA_SHAPED)  # names of the tiny models that the lean group must run
 _BY_TRANSFORMERS: Final = frozenset((
-    "gptj", "falcon", "falcon_grouped", "falcon_alibi", "gpt_oss",
+    "gptj", "falcon", "falcon_grouped", "falcon_alibi",
     "opt_projected", "bloom", "deepseek_v3",
 ))  # fmt: skip
 NATIVE_RECURRENT: Final = ("lfm2", "qwen3_5_text")  # names of those of them that run in C

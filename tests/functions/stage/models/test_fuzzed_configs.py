@@ -27,6 +27,7 @@ from storage.checkpoints.model_source import open_checkpoint
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
 from storage.loading.weight_loader import RawTensor
 from storage.models.checks import check_runnable, check_shapes
+from storage.models.expert_tensors import split_experts
 from storage.models.placement import place_tensors
 from tests.support.functions.generic_families import GENERIC, default_config
 from tests.support.storage import tiny_models
@@ -164,12 +165,13 @@ def published_groups(folder: Path, cut: tuple[int, ...]) -> list[LayerGroup]:
     """The stages of the folder's model, after the checks of publication, which may raise CheckpointInvalid."""
     checkpoint = open_checkpoint(folder)
     check_runnable(checkpoint.config, "float32")
-    placed = place_tensors(checkpoint.tensors, describe_model(checkpoint.config))
+    sources = split_experts(checkpoint.config["model_type"], checkpoint.tensors)
+    placed = place_tensors(sources, describe_model(checkpoint.config))
     shapes = {name: each.shape for members in placed.values() for name, each in members.items()}
     check_shapes(checkpoint.config, shapes, "float32")
     tensors = {
         name: RawTensor(each.dtype, each.shape, memoryview(bytearray(b"".join(each.blocks()))))
-        for name, each in checkpoint.tensors.items()
+        for name, each in sources.items()
     }
     config = json.loads(checkpoint.files["config.json"])
     try:
