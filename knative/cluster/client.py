@@ -31,6 +31,7 @@ _INSTALL_HINTS: Final = {
     "eventing.knative.dev": "install Knative Eventing",
     "flows.knative.dev": "install Knative Eventing",
     "messaging.knative.dev": "install Knative Eventing",
+    "sources.knative.dev": "install Knative Eventing",
     "monitoring.coreos.com": "install the Prometheus operator, or leave monitoring out",
 }
 

@@ -47,6 +47,7 @@ _ACCESS: Final = (
     ("v1", "ServiceAccount"),
 )
 OWN_KINDS: Final = (
+    ("sources.knative.dev/v1", "SinkBinding"),
     (_FLOWS, "Sequence"),
     ("eventing.knative.dev/v1", "Trigger"),
     ("eventing.knative.dev/v1", "Broker"),

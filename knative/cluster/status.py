@@ -38,6 +38,7 @@ _EVENTING: Final = (
     ("eventing.knative.dev/v1", "Broker"),
     ("flows.knative.dev/v1", "Sequence"),
     ("eventing.knative.dev/v1", "Trigger"),
+    ("sources.knative.dev/v1", "SinkBinding"),
 )
 
 

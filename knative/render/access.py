@@ -22,6 +22,7 @@ _DEPLOYER_RULES: Final[tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]]
     ("autoscaling.internal.knative.dev", ("podautoscalers",), ("list",)),
     ("eventing.knative.dev", ("brokers", "triggers"), _WATCHED),
     ("flows.knative.dev", ("sequences",), _WATCHED),
+    ("sources.knative.dev", ("sinkbindings",), _WATCHED),
     ("monitoring.coreos.com", ("podmonitors", "prometheusrules"), _APPLIED),
     ("networking.k8s.io", ("networkpolicies",), _APPLIED),
     ("batch", ("jobs",), ("delete", "get", "list")),  # of `render --gitops`

@@ -2,7 +2,8 @@
 
     client → Broker ─ generate.request → gateway ─ generate.response ───────────────┐
                │                                                                    ├→ Broker ─ *.response → reply sink
-               └──── score.request → Sequence of gateway and stages ─ score.response ┘
+               ├──── score.request → Sequence of gateway and stages ─ score.response ┤
+               └──── batch.request → gateway … batch.response, if it has jobs ───────┘
                      events that fail for good, at any step → dead letter sink
 
 Delivery is at least once. Knative retries without a reply and on 404, 408, 409, 429 and 5xx; the statuses of `problems` are
@@ -27,8 +28,12 @@ def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
         "generate": (EventType.GENERATE_REQUEST, _sink(pipeline.events_gateway_name)),
         "score": (EventType.SCORE_REQUEST, _destination("flows.knative.dev/v1", "Sequence", pipeline.sequence_name)),
     }
+    answers = [EventType.GENERATE_RESPONSE, EventType.SCORE_RESPONSE]
+    if pipeline.spec.gateway.jobs:
+        subscribers["batch"] = (EventType.BATCH_REQUEST, _sink(pipeline.events_gateway_name))
+        answers.append(EventType.BATCH_RESPONSE)
     if eventing.reply_sink is not None:
-        for event_type in (EventType.GENERATE_RESPONSE, EventType.SCORE_RESPONSE):
+        for event_type in answers:
             subscribers[f"{event_type.split('.')[2]}-reply"] = (event_type, _sink(eventing.reply_sink))
     # The Broker's delivery applies to Triggers of others that set none.
     broker = _object(pipeline, "eventing.knative.dev/v1", "Broker", name, {"delivery": _delivery(eventing)})
@@ -57,7 +62,16 @@ def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
             _object(pipeline, "eventing.knative.dev/v1", "Trigger", f"{name}-{suffix}", trigger)
             for suffix, trigger in triggers.items()
         ),
+        *([_binding(pipeline)] if pipeline.spec.gateway.jobs else []),
     ]
+
+
+def _binding(pipeline: ResolvedPipeline) -> KubernetesObject:
+    """Gives the gateway for events the Broker's URL (K_SINK), to which it sends the results of a batch when that has ended."""
+    spec, name = pipeline.spec, pipeline.events_gateway_name
+    subject = {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "namespace": spec.namespace, "name": name}
+    sink = _destination("eventing.knative.dev/v1", "Broker", spec.name)
+    return _object(pipeline, "sources.knative.dev/v1", "SinkBinding", name, {"subject": subject, "sink": sink})
 
 
 def _delivery(eventing: EventingSpec) -> KubernetesObject:

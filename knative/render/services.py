@@ -395,7 +395,7 @@ def gateway_environment(
             LAMINA_API_KEY_FILES=",".join(f"{KEYS_FOLDER}/{secret}/{KEYS_ENTRY}" for secret in key_secrets) or None,
             LAMINA_PROXIES=gateway.proxies,
             LAMINA_SCORES="on" if for_events else None,
-            **(_jobs(pipeline) if gateway.jobs and not for_events else {}),
+            **(_jobs(pipeline, for_events) if gateway.jobs else {}),
         ),
     ]
     if gateway.limits_secret is not None:
@@ -403,13 +403,13 @@ def gateway_environment(
     return env
 
 
-def _jobs(pipeline: ResolvedPipeline) -> dict[str, object]:
+def _jobs(pipeline: ResolvedPipeline, for_events: bool) -> dict[str, object]:
     """Environment of a gateway that serves files and batches, by key."""
-    spec = pipeline.spec
+    spec, name = pipeline.spec, pipeline.events_gateway_name if for_events else pipeline.spec.name
     return {
         "LAMINA_JOBS_STORE": f"{spec.store.bucket}/{spec.gateway.jobs}",
         "LAMINA_JOBS_RETENTION_SECONDS": spec.gateway.jobs_retention_seconds,
-        "LAMINA_OWN_URL": f"http://{spec.name}.{spec.namespace}.svc.cluster.local",
+        "LAMINA_OWN_URL": f"http://{name}.{spec.namespace}.svc.cluster.local",
     }
 
 

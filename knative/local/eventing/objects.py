@@ -16,6 +16,7 @@ Filter = Callable[[CloudEvent], bool]
 BROKER: Final = ("eventing.knative.dev/v1", "Broker")
 TRIGGER: Final = ("eventing.knative.dev/v1", "Trigger")
 SEQUENCE: Final = ("flows.knative.dev/v1", "Sequence")
+_GROUPS: Final = ("eventing.knative.dev", "flows.knative.dev", "messaging.knative.dev", "sources.knative.dev")
 SERVICE: Final = ("serving.knative.dev/v1", "Service")
 _DURATION: Final = re.compile(r"P(?:(\d+)D)?(?:T(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?)?")
 _UNIT_SECONDS: Final = (86_400, 3_600, 60, 1)
@@ -96,13 +97,13 @@ EventingObject = Broker | Trigger | EventSequence
 
 
 def read_eventing_object(manifest: Mapping[str, Any]) -> EventingObject | None:
-    """The Broker, Trigger or Sequence in a manifest; None for an object of an API group outside Eventing.
+    """The Broker, Trigger or Sequence in a manifest; None for a SinkBinding, which is not run here, or another API group's.
 
     Raises UnsupportedManifest, which names object and field.
     """
     kind = (str(manifest.get("apiVersion")), str(manifest.get("kind")))
     group = kind[0].split("/")[0]
-    if group not in ("eventing.knative.dev", "flows.knative.dev", "messaging.knative.dev", "sources.knative.dev"):
+    if kind[1] == "SinkBinding" or group not in _GROUPS:
         return None
     metadata, spec = manifest["metadata"], manifest.get("spec") or {}
     namespace, name = metadata.get("namespace", "default"), metadata["name"]

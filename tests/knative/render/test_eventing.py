@@ -121,3 +121,18 @@ def test_eventing_needs_shorter_names() -> None:
     assert len(f"{name}-kn-sequence-10-kn-channel") <= 63
     with pytest.raises(SpecError, match="at most 28 characters"):
         pipeline(WITH, "a" * (MAX_NAME_WITH_EVENTING + 1))
+
+
+def test_a_gateway_with_jobs_takes_batches_and_knows_where_their_results_go() -> None:
+    one = resolved_pipeline(name="chat", namespace="models", gateway={"jobs": "jobs"}, eventing=WITH)
+    objects = eventing_objects(one)
+    triggers = {name: each["spec"] for name, each in named(objects, "Trigger").items()}
+    assert triggers["chat-batch"]["filter"] == {"attributes": {"type": "dev.lamina.batch.request"}}
+    assert triggers["chat-batch"]["subscriber"]["ref"]["name"] == one.events_gateway_name
+    assert triggers["chat-batch-reply"]["subscriber"] == {"uri": WITH["reply_sink"]}
+    ((name, binding),) = named(objects, "SinkBinding").items()
+    assert name == binding["spec"]["subject"]["name"] == one.events_gateway_name
+    assert binding["spec"]["sink"]["ref"] == {"apiVersion": "eventing.knative.dev/v1", "kind": "Broker", "name": "chat"}
+    environ = {entry["name"]: entry.get("value") for entry in container_of(gateway_service(one, for_events=True))["env"]}
+    assert environ["LAMINA_JOBS_STORE"].endswith("/jobs")
+    assert environ["LAMINA_OWN_URL"] == f"http://{one.events_gateway_name}.models.svc.cluster.local"
