@@ -5,12 +5,14 @@
 
 Weights are converted as the publisher converts them. The first table compares each dtype with float32: perplexity, and how
 often the likeliest token is the same. The second one compares bfloat16 with itself where hidden states travel in 8 bits between
-2, 4 and 10 stages. For a GGUF file one more compares the file as it is published in dtype kept with what llama.cpp computes of
-the same file and tokens, by the library that llama-perplexity calls. All are printed as Markdown.
+2, 4 and 10 stages. For a GGUF file one more compares the file as it is published in dtype kept with what llama.cpp's program
+llama-perplexity (`make llama-cpp`) says of the same file and text. All are printed as Markdown.
 """
 
 import json
 import math
+import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -21,7 +23,6 @@ import click
 import numpy as np
 from tokenizers import Tokenizer
 
-from bench.llama_cpp_library import logits as llama_cpp_logits
 from functions.stage.engine.sampler import log_probabilities
 from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
 from functions.stage.models.build import build_layer_group
@@ -37,6 +38,9 @@ from storage.models.model_repository import Dtype
 _TEXTS: Final = (Path(__file__).parents[1] / "data" / "lighthouse.txt", Path(__file__).parents[2] / "LICENSE")
 _WINDOW_TOKENS: Final = 1024
 _STAGES: Final = 3
+_LLAMA_CPP_WINDOW: Final = 512  # what llama-perplexity takes if nothing is said
+_LLAMA_PERPLEXITY: Final = Path(__file__).parents[2] / ".llama.cpp" / "build" / "bin" / "llama-perplexity"
+_LOGITS_ROWS: Final = 64  # at a time, since 262,144 logits take a MiB
 _KV_DTYPES: Final[tuple[KVDtype | None, ...]] = (None, "int8")
 _STAGES_IN_8_BITS: Final = (2, 4, 10)
 
@@ -92,6 +96,10 @@ def read(groups: Sequence[LayerGroup], token_ids: Sequence[int], wire_dtype: str
 
 
 def _logits(groups: Sequence[LayerGroup], window: Array, wire_dtype: str) -> Float32:
+    return groups[-1].logits(_hidden(groups, window, wire_dtype))
+
+
+def _hidden(groups: Sequence[LayerGroup], window: Array, wire_dtype: str) -> Array:
     hidden = window
     for group in groups:
         if group.first_layer:
@@ -99,7 +107,7 @@ def _logits(groups: Sequence[LayerGroup], window: Array, wire_dtype: str) -> Flo
         handle = group.kv.reserve(len(window))
         hidden = group.forward(hidden, [Segment(handle, 0, len(window))])
         group.kv.release(handle)
-    return groups[-1].logits(hidden)
+    return hidden
 
 
 def rows(checkpoint: Checkpoint, token_ids: Mapping[Path, Sequence[int]], keep_wide: Sequence[str]) -> list[str]:
@@ -133,37 +141,63 @@ def rows_in_8_bits(checkpoint: Checkpoint, token_ids: Mapping[Path, Sequence[int
     return table
 
 
-def rows_of_llama_cpp(path: Path, checkpoint: Checkpoint, token_ids: Mapping[Path, Sequence[int]]) -> list[str]:
-    """One Markdown row per text: a GGUF file as it is, here and by llama.cpp."""
-    table = ["| text (tokens) | gguf | llama.cpp | difference | same likeliest token |", "|---|---|---|---|---|"]
+def rows_of_llama_cpp(
+    path: Path, checkpoint: Checkpoint, token_ids: Mapping[Path, Sequence[int]], first_token: int | None
+) -> list[str]:
+    """One Markdown row per text: a GGUF file as it is, here and by llama-perplexity.
+
+    first_token: what the tokenizer puts before every text.
+    """
+    table = ["| text (tokens) | kept | llama-perplexity | difference |", "|---|---|---|---|"]
     groups = stages(checkpoint, "kept", ())
     for text, ids in token_ids.items():
-        ours = read(groups, ids)
-        windows = [ids[start : start + _WINDOW_TOKENS] for start in range(0, len(ids) - 1, _WINDOW_TOKENS)]
-        log_probability, likeliest = 0.0, []
-        for window in windows:  # one at a time, since a window's logits take 200 MB
-            logits = llama_cpp_logits(path, [window])[0][:-1]
-            log_probability += math.fsum(logprob for logprob, _ in log_probabilities(logits, np.array(window[1:])))
-            likeliest.append(logits.argmax(axis=-1))
-        theirs = math.exp(-log_probability / (len(ids) - len(windows)))
-        same = (ours.likeliest == np.concatenate(likeliest)).mean()
-        row = f"| {text.name} ({len(ids)}) | {ours.perplexity:.3f} | {theirs:.3f} | {ours.perplexity / theirs - 1:+.2%}"
-        table.append(f"{row} | {same:.3f} |")
+        ours, theirs = read_as_llama_cpp(groups, ids, first_token), perplexity_by_llama_cpp(path, text)
+        table.append(f"| {text.name} ({len(ids)}) | {ours:.4f} | {theirs:.4f} | {ours / theirs - 1:+.2%} |")
     return table
+
+
+def read_as_llama_cpp(groups: Sequence[LayerGroup], token_ids: Sequence[int], first_token: int | None) -> float:
+    """The perplexity as llama-perplexity computes it: whole windows, each by itself, and of each only the tokens of its second
+    half. first_token: takes the place of each window's first token."""
+    log_probability, half, count = 0.0, _LLAMA_CPP_WINDOW // 2, len(token_ids) // _LLAMA_CPP_WINDOW
+    for start in range(0, count * _LLAMA_CPP_WINDOW, _LLAMA_CPP_WINDOW):
+        window = token_ids[start : start + _LLAMA_CPP_WINDOW]
+        beginning = window[0] if first_token is None else first_token
+        hidden = _hidden(groups, np.array([beginning, *window[1:]]), groups[0].hidden_dtype)
+        for first in range(half, _LLAMA_CPP_WINDOW - 1, _LOGITS_ROWS):
+            last = min(first + _LOGITS_ROWS, _LLAMA_CPP_WINDOW - 1)
+            logits = groups[-1].logits(hidden[first:last])
+            log_probability += math.fsum(each for each, _ in log_probabilities(logits, window[first + 1 : last + 1]))
+    return math.exp(-log_probability / (count * (_LLAMA_CPP_WINDOW - half - 1)))
+
+
+def perplexity_by_llama_cpp(path: Path, text: Path) -> float:
+    command = [_LLAMA_PERPLEXITY, "-m", path, "-f", text, "-c", str(_LLAMA_CPP_WINDOW), "-b", str(_LLAMA_CPP_WINDOW)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
+    if not found:
+        raise click.ClickException(f"llama-perplexity found nothing: {done.stderr[-500:]}")
+    return float(found[1])
 
 
 @click.command()
 @click.option("--model", help="A folder, a GGUF file, or a hub id; without it, the default model.")
 @click.option("--text", "texts", type=click.Path(exists=True, path_type=Path), multiple=True, default=_TEXTS)
 @click.option("--keep-wide", multiple=True, help="A matrix, such as down_proj, that int8 and q4 leave in bfloat16.")
-def main(model: str | None, texts: Sequence[Path], keep_wide: Sequence[str]) -> None:
+@click.option("--only-llama-cpp", is_flag=True, help="Compare a GGUF file with llama-perplexity, and nothing else.")
+def main(model: str | None, texts: Sequence[Path], keep_wide: Sequence[str], only_llama_cpp: bool) -> None:
     """Print Markdown tables of perplexity by dtype and text, and by stages where hidden states travel in 8 bits."""
     path = locate(model or packaged_model())
     checkpoint = open_checkpoint(path)
     tokenizer = Tokenizer.from_buffer(checkpoint.files["tokenizer.json"])
     token_ids = {text: tokenizer.encode(text.read_text()).ids for text in texts}
-    if path.is_file():
-        click.echo("\n".join([*rows_of_llama_cpp(path, checkpoint, token_ids), ""]))
+    first_token = next(iter(tokenizer.encode("").ids), None)
+    if only_llama_cpp and not (_LLAMA_PERPLEXITY.is_file() and path.is_file()):
+        raise click.ClickException("that takes a GGUF file, and llama-perplexity: make llama-cpp")
+    if _LLAMA_PERPLEXITY.is_file() and path.is_file():
+        click.echo("\n".join([*rows_of_llama_cpp(path, checkpoint, token_ids, first_token), ""]))
+    if only_llama_cpp:
+        return
     click.echo("\n".join([*rows(checkpoint, token_ids, keep_wide), "", *rows_in_8_bits(checkpoint, token_ids, keep_wide)]))
 
 

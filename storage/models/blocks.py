@@ -118,29 +118,41 @@ def pack(form: BlockFormat, blocks: Blocks) -> Array:
     Pieces of a matrix may be packed separately and concatenated, if all but the last have whole groups.
     """
     outs, width = blocks.codes.shape
-    groups, supers, _ = packed_shape(form, outs, width)
-    shape = (groups, supers, form.blocks)
+    groups, supers, super_bytes = packed_shape(form, outs, width)
+    packed = np.empty((groups, supers, super_bytes), np.uint8)
+    ends_at = super_bytes - GROUP * (form.scale_bytes + 2 * form.minimum + form.zero)
+    of_blocks = packed[..., :ends_at].reshape(groups, supers, form.blocks, -1)  # a view
 
     def lanes(numbers: Array, *shape: int) -> Array:
-        """Numbers [outs, supers, *shape] as [groups, supers, *shape, 16]."""
-        padded = np.zeros((groups * GROUP, supers, *shape), numbers.dtype)
-        padded[:outs] = numbers.reshape(outs, supers, *shape)
-        return np.ascontiguousarray(np.moveaxis(padded.reshape(groups, GROUP, supers, *shape), 1, -1))
+        """Numbers [outs, supers, *shape] as bytes [groups, supers, *shape[:-1], shape[-1] * 16 * bytes of a number]."""
+        if outs % GROUP:
+            numbers = np.concatenate([numbers.reshape(outs, -1), np.zeros((-outs % GROUP, numbers[0].size), numbers.dtype)])
+        turned = np.moveaxis(numbers.reshape(groups, GROUP, supers, *shape), 1, -1)
+        return np.ascontiguousarray(turned).view(np.uint8).reshape(groups, supers, *shape[:-1], -1)
 
-    parts = lanes(np.ascontiguousarray(blocks.codes).view(np.uint32), form.blocks, _PARTS)  # of four codes
-    bytes_of_blocks = []
+    # Planes are made before rows are turned to lanes, since they have fewer bytes than codes.
+    parts, start = np.ascontiguousarray(blocks.codes).view(np.uint32), 0  # of four codes
     for shift, bits in form.planes:
-        numbers = (parts >> shift & _mask(bits)).reshape(*shape, bits, 8 // bits, GROUP)
-        planes = np.bitwise_or.reduce(numbers << _steps(bits), axis=-2)
-        bytes_of_blocks.append(planes.view(np.uint8).reshape(*shape, -1))
+        numbers = parts if form.high == 0 else parts >> np.uint32(shift) & _mask(bits)
+        places = numbers.reshape(outs, -1, 8 // bits)
+        planes = places[..., 0].copy()
+        for place in range(1, 8 // bits):
+            planes |= places[..., place] << np.uint32(place * bits)
+        end = start + 4 * GROUP * bits
+        of_blocks[..., start:end] = lanes(planes, form.blocks, bits)
+        start = end
     if blocks.factors is not None:
-        factors = lanes(blocks.factors, form.blocks, form.factors)
+        factors = blocks.factors
         if blocks.minimum_factors is not None:
-            minima = lanes(blocks.minimum_factors, form.blocks, form.factors)
-            factors = factors | minima << 4 if form.factors == 2 else np.concatenate([factors, minima], axis=-2)
-        bytes_of_blocks.append(factors.view(np.uint8).reshape(*shape, -1))
-    ends = [lanes(numbers).view(np.uint8) for numbers in (blocks.scales, blocks.minima, blocks.zeros) if numbers is not None]
-    return np.concatenate([np.concatenate(bytes_of_blocks, axis=-1).reshape(groups, supers, -1), *ends], axis=-1)
+            minima = blocks.minimum_factors
+            factors = factors | minima << 4 if form.factors == 2 else np.concatenate([factors, minima], axis=-1)
+        of_blocks[..., start:] = lanes(factors, form.blocks, factors.shape[-1])
+    for numbers in (blocks.scales, blocks.minima, blocks.zeros):
+        if numbers is not None:
+            end = ends_at + GROUP * numbers.itemsize
+            packed[..., ends_at:end] = lanes(numbers, 1)
+            ends_at = end
+    return packed
 
 
 def unpack(form: BlockFormat, packed: Array, outs: int, lanes: int = GROUP) -> Blocks:
@@ -269,12 +281,17 @@ def packed_rows(form: BlockFormat, packed: Array, rows: Array) -> Array:
 
 def _halves(pairs: Array) -> Array:
     """The 4-bit codes of bytes [n, ..., bytes]: the lower halves of all bytes, then the upper ones."""
-    return np.concatenate([pairs & 15, pairs >> 4], axis=-1)
+    return _bits(pairs, 4, 2).reshape(*pairs.shape[:-1], -1)
 
 
 def _bits(planes: Array, bits: int, places: int) -> Array:
-    """Codes of few bits, [n, ..., places, bytes]: place i of byte j is its bits from i * bits on."""
-    return planes[..., None, :] >> (np.arange(places, dtype=np.uint8) * bits)[:, None] & (1 << bits) - 1
+    """Codes of few bits, [n, ..., places, bytes]: place i of byte j is its bits from i * bits on. Bytes come in fours."""
+    words = np.ascontiguousarray(planes).view(np.uint64 if planes.shape[-1] % 8 == 0 else np.uint32)
+    mask = np.frombuffer(bytes([(1 << bits) - 1] * words.itemsize), words.dtype)[0]
+    codes = np.empty((*words.shape[:-1], places, words.shape[-1]), words.dtype)
+    for place in range(places):
+        codes[..., place, :] = words >> words.dtype.type(place * bits) & mask
+    return codes.view(np.uint8)
 
 
 def _float16(numbers: Array) -> Array:
@@ -322,12 +339,14 @@ def _q3_k(supers: Array) -> Blocks:
 
 def _k_factors(packed: Array) -> tuple[Array, Array]:
     """The 6-bit integers of Q4_K and Q5_K, int8 [n, 8] each: for scales and for minima."""
-    scales, minima, both = np.split(packed, 3, axis=1)
-    found = (
-        np.concatenate([scales & 63, both & 15 | scales >> 2 & 48], axis=1),
-        np.concatenate([minima & 63, both >> 4 | minima >> 2 & 48], axis=1),
-    )
-    return found[0].view(np.int8), found[1].view(np.int8)
+    words = np.ascontiguousarray(packed).view(np.uint32)
+    six, four, upper = (np.uint32(0x01010101 * mask) for mask in (63, 15, 48))
+    two, shift = np.uint32(2), np.uint32(4)
+    factors = np.empty((2, len(words), 2), np.uint32)
+    for found, low, both in zip(factors, (words[:, 0], words[:, 1]), (words[:, 2], words[:, 2] >> shift), strict=True):
+        found[:, 0], found[:, 1] = low & six, both & four | low >> two & upper
+    scales, minima = factors.view(np.int8)
+    return scales, minima
 
 
 def _q4_k(supers: Array) -> Blocks:
