@@ -172,7 +172,8 @@ def read_as_llama_cpp(groups: Sequence[LayerGroup], token_ids: Sequence[int], fi
 
 
 def perplexity_by_llama_cpp(path: Path, text: Path) -> float:
-    command = [_LLAMA_PERPLEXITY, "-m", path, "-f", text, "-c", str(_LLAMA_CPP_WINDOW), "-b", str(_LLAMA_CPP_WINDOW)]
+    window = str(_LLAMA_CPP_WINDOW)
+    command: list[str | Path] = [_LLAMA_PERPLEXITY, "-m", path, "-f", text, "-c", window, "-b", window]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
     if not found:

@@ -286,11 +286,11 @@ def _halves(pairs: Array) -> Array:
 
 def _bits(planes: Array, bits: int, places: int) -> Array:
     """Codes of few bits, [n, ..., places, bytes]: place i of byte j is its bits from i * bits on. Bytes come in fours."""
-    words = np.ascontiguousarray(planes).view(np.uint64 if planes.shape[-1] % 8 == 0 else np.uint32)
+    words: Array = np.ascontiguousarray(planes).view(np.uint64 if planes.shape[-1] % 8 == 0 else np.uint32)
     mask = np.frombuffer(bytes([(1 << bits) - 1] * words.itemsize), words.dtype)[0]
     codes = np.empty((*words.shape[:-1], places, words.shape[-1]), words.dtype)
     for place in range(places):
-        codes[..., place, :] = words >> words.dtype.type(place * bits) & mask
+        codes[..., place, :] = np.right_shift(words, words.dtype.type(place * bits)) & mask
     return codes.view(np.uint8)
 
 
