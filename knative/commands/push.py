@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import click
@@ -59,17 +59,18 @@ def push(
     from functions.stage.models.build import check_cut  # numpy, which --help needs not
 
     console = Console()
-    if source and not (dtype or spec):
-        dtype = "kept" if is_kept(open_checkpoint(locate(source), tokenizer, text_only)) else None
-    for model in _models(source, name, dtype, spec):
-        if dry_run:
-            found = locate(source or _default_source(model))
-            planned = plan_publication(
-                found, model.dtype, tokenizer=tokenizer, text_only=text_only, note_losses=True, check_cut=check_cut
-            )
-            _show_plan(console, model, planned)
-            continue
-        with open_store() as opened:
+    with ExitStack() as stack:
+        opened = None if dry_run else stack.enter_context(open_store())
+        if source and not (dtype or spec):
+            dtype = "kept" if is_kept(open_checkpoint(locate(source), tokenizer, text_only)) else None
+        for model in _models(source, name, dtype, spec):
+            if opened is None:
+                found = locate(source or _default_source(model))
+                planned = plan_publication(
+                    found, model.dtype, tokenizer=tokenizer, text_only=text_only, note_losses=True, check_cut=check_cut
+                )
+                _show_plan(console, model, planned)
+                continue
             manifest = None
             if spec is not None and source is None and not afresh:
                 with suppress(ModelNotPublished):
@@ -92,9 +93,9 @@ def push(
                         text_only=text_only,
                         check_cut=check_cut,
                     )
-        total = sum(stored.bytes for stored in manifest.objects.values())
-        console.out(f"{model.name} as {model.dtype}: {manifest.num_layers} layers, {size(total)}", highlight=False)
-        console.out(f"digest: {manifest.digest}", highlight=False)
+            total = sum(stored.bytes for stored in manifest.objects.values())
+            console.out(f"{model.name} as {model.dtype}: {manifest.num_layers} layers, {size(total)}", highlight=False)
+            console.out(f"digest: {manifest.digest}", highlight=False)
 
 
 def _models(source: str | None, name: str | None, dtype: str | None, spec: Path | None) -> list[ModelSpec]:
@@ -138,11 +139,13 @@ def _show_plan(console: Console, model: ModelSpec, plan: PublicationPlan) -> Non
     if len({each.bytes for each in layers}) == 1:
         objects = [objects[0], (f"each of {len(layers)} layers", *objects[1][1:]), objects[-1]]
     show_table(console, "objects", ("object", "tensors", "bytes"), objects)
-    show_table(console, "tensors", ("tensor", "count", "in the source", "published", "bytes"), _tensor_rows(model, plan))
+    show_table(console, "tensors", ("tensor", "count", "in the source", "published", "bytes"), _tensor_rows(plan))
 
 
-def _tensor_rows(model: ModelSpec, plan: PublicationPlan) -> list[tuple[str, ...]]:
+def _tensor_rows(plan: PublicationPlan) -> list[tuple[str, ...]]:
     """For tensors that differ only in the numbers of layer and expert: name, count, formats and bytes, scales included."""
+    from storage.models.blocks import packing_of  # numpy, which most commands do not need
+
     sources = plan.checkpoint.tensors
     counts, published_bytes = Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()
     for each in plan.objects:
@@ -150,8 +153,11 @@ def _tensor_rows(model: ModelSpec, plan: PublicationPlan) -> list[tuple[str, ...
         for name, span in each.named_spans.items():
             if source := sources.get(name):
                 stored_as, written = source.stored_as or source.dtype, each.tensors[name].dtype
-                packed = stored_as if model.dtype == "kept" else model.dtype
-                key = re.sub(r"\.\d+(?=\.)", ".N", name), stored_as, packed if written == "U8" else written
+                if packing := each.tensors.get(f"{name}_format"):
+                    written = packing_of(memoryview(b"".join(packing.blocks()))).format
+                elif written == "U8":
+                    written = "q4"
+                key = re.sub(r"\.\d+(?=\.)", ".N", name), stored_as, written
                 counts[key] += 1
             published_bytes[key] += span.end - span.start  # scales follow their matrix
     return [(key[0], str(count), *key[1:], size(published_bytes[key])) for key, count in counts.items()]

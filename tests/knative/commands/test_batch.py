@@ -51,7 +51,7 @@ def test_the_command_sends_a_file_and_writes_its_results(gateway: FunctionProces
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("", "first line is no request"), ('{"url": "/v1/embeddings"}\n', "batches may ask")],
+    [("", "first line is no request"), ('{"url": "/v1/images/generations"}\n', "batches may ask")],
     ids=["empty", "endpoint"],
 )
 def test_the_command_says_what_is_wrong(gateway: FunctionProcess, tmp_path: Path, content: str, said: str) -> None:

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from functions.gateway.fleet.metrics import FleetCollector
+from functions.gateway.jobs.metrics import BatchMetrics
 from knative.render.dashboard import dashboard
 from knative.render.monitoring import ALERTS, monitoring_objects, rule_groups
 from knative.render.rendering import render
@@ -120,7 +123,10 @@ def test_every_alert_uses_exported_metrics(exported: Metrics) -> None:
 def test_operating_md_explains_every_metric(exported: Metrics) -> None:
     page = (ROOT / "docs" / "operating.md").read_text()
     explained = set(re.findall(r"^\| `((?:lamina|gen_ai)_\w+)` \|", page, re.MULTILINE))
-    families = {re.sub("_(bucket|sum|count)$", "", name) for name in exported}
+    others = CollectorRegistry()  # of gateways with batches, and of fleets
+    BatchMetrics(others)
+    others.register(FleetCollector(CollectorRegistry(), tuple, dict, int))
+    families = {re.sub("_(bucket|sum|count)$", "", name) for name in (*exported, *_metrics(generate_latest(others).decode()))}
     assert explained == families
 
 

@@ -201,7 +201,7 @@ def test_the_end_token_can_be_ignored(client: FlaskClient, pipeline: Pipeline) -
 def test_errors_under_v1_have_the_apis_shape(client: FlaskClient) -> None:
     for response, status in (
         (client.get("/v1/chat/completions"), 405),
-        (client.post("/v1/embeddings", json={}), 404),
+        (client.post("/v1/images", json={}), 404),
         (client.get("/v1"), 404),
         (client.post("/v1/completions", data=b"{"), 400),
     ):

@@ -15,6 +15,7 @@ from functions.stage.models.build import Kind, build_layer_group
 from functions.stage.models.layer_group import LayerGroup
 from functions.stage.models.llama import attention
 from functions.stage.models.transformers import group as transformers_group
+from functions.stage.models.vector_head import VectorHead
 from tests.support.functions.allocations import Allocations
 from tests.support.functions.borders import raw
 from tests.support.functions.group_chain import tokens_of
@@ -38,7 +39,7 @@ def build(kind: Kind, name: str, dtype: str = "float32", **changes: Any) -> Laye
 
 
 def passes_of(group: LayerGroup) -> ForwardPass:
-    return ForwardPass(group, SequenceTable(group.kv, 600, lambda: 0.0), Constraints(None), group.hidden_dtype)
+    return ForwardPass(group, SequenceTable(group.kv, 600, lambda: 0.0), Constraints(None), group.hidden_dtype, VectorHead({}))
 
 
 def scored(running: ForwardPass, token_ids: list[int], position: int = 0) -> tuple[float, ...]:

@@ -20,6 +20,7 @@ from functions.stage.models.floats import DTYPES
 from functions.stage.models.layer_group import LayerGroup, Segment
 from functions.stage.models.llama.group import LlamaGroup
 from functions.stage.models.transformers import group as transformers_group
+from functions.stage.models.vector_head import VectorHead
 from tests.support.functions.other_device import DEVICE, other_device
 from tests.support.functions.stage_pipeline import CUT, batch, drawn, stage_tensors, whole_model
 from tests.support.storage import tiny_models
@@ -84,7 +85,7 @@ def test_stages_generate_and_score_as_they_do_on_the_cpu(kind: Kind, name: str) 
     expected = tiny_models.greedy(whole_model(name), PROMPT, 6)
     with on_the_device(kind, name) as groups:
         passes = [
-            ForwardPass(group, SequenceTable(group.kv, 600, lambda: 0.0), Constraints(None), group.hidden_dtype)
+            ForwardPass(group, SequenceTable(group.kv, 600, lambda: 0.0), Constraints(None), group.hidden_dtype, VectorHead({}))
             for group in groups
         ]
         tokens = list(PROMPT)
