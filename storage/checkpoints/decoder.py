@@ -52,6 +52,10 @@ class Attention(_Data, frozen=True, kw_only=True):
     out_bias: bool = False
 
 
+NO_ATTENTION: Final = Attention(num_heads=1, num_kv_heads=1, head_dim=2, scale=1.0)
+"""The sizes of a model without attention, where there must be some."""
+
+
 class Recurrent(_Data, frozen=True, kw_only=True):
     """A mixer that keeps a state of fixed size: the last inputs of a causal convolution and, but for `convolution`, a matrix
     [key_size, head_size] for each head.
@@ -223,9 +227,9 @@ class Decoder(_Data, frozen=True, kw_only=True):
 
     @property
     def attention(self) -> Attention:
-        """That of the first layer that has one, whose heads all others have; of the smallest heads if no layer has."""
+        """That of the first layer that has one, whose heads all others have; NO_ATTENTION if no layer has."""
         found = (layer.attention for layer in self.kinds if layer.attention is not None)
-        return next(found, Attention(num_heads=1, num_kv_heads=1, head_dim=2, scale=1.0))
+        return next(found, NO_ATTENTION)
 
     @property
     def inner_size(self) -> int:

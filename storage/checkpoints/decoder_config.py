@@ -110,7 +110,7 @@ def decoder_of(config: Mapping[str, Any]) -> Decoder:
     if model_type not in DECODER_FAMILIES:
         raise UnsupportedConfig(f"Lamina's own layers do not run a {model_type!r}")
     family = DECODER_FAMILIES[model_type]
-    values = Values(family, config)
+    values = Values(family, family.completed(config))
     decoder = _described(family, values)
     obstacles = [*values.obstacles, *_obstacles(family, values, decoder, config)]
     known = values.read | family.aliases.keys() | family.unread | _HARMLESS | _KEYS_OF_FAMILIES
@@ -216,7 +216,11 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
             experts=experts if sparse[layer] and "feed_forward" in parts[layer] else None,
             parallel=values.flag(family.parallel),
             residual_scale=family.residual_scale(values),
-            **dict.fromkeys(family.norms, norm),
+            **{
+                place: norm
+                for place in family.norms
+                if ("feed_forward" in parts[layer] if place.endswith("feed_forward") else parts[layer] != ("feed_forward",))
+            },
         )
         for layer in range(num_layers)
     ]

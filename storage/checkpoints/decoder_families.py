@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from storage.checkpoints.decoder import Norm, Recurrent, TensorNames
+from storage.checkpoints.families import with_floats
 from storage.errors import ArchitectureUnsupported
 
 
@@ -111,6 +112,7 @@ class DecoderFamily:
     bidirectional: bool | str = False  # tokens attend to later ones, and windows to half as many tokens on either side
     parts: Callable[["Values"], Iterable[tuple[Part, ...]]] = lambda values: (_PLAIN,) * values.size("num_hidden_layers")
     recurrent: Callable[["Values"], Recurrent] | None = None  # the mixer of layers that have this part
+    completed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config  # with what its class reads otherwise
     only: Callable[["Values"], Mapping[str, Any]] = lambda _: {}  # keys that the row describes for one value alone
     experts: ExpertsFamily | None = None
     merged_experts: MergedExperts | None = None  # as checkpoints of the family have them, if not as matrices
@@ -295,20 +297,82 @@ def _short_convolution(values: Values) -> Recurrent:
     return Recurrent(kind="convolution", kernel=values.size("conv_L_cache"), kernel_bias=biased, biased=biased)
 
 
-def _parts_by_type(*recurrent: str) -> Callable[[Values], list[tuple[Part, ...]]]:
-    """Layers of these types have the recurrent mixer, those of type full_attention have attention."""
+def _parts_by_type(values: Values) -> list[tuple[Part, ...]]:
+    """Also by the names of layer types that older configs have."""
+    count, types = values.size("num_hidden_layers"), values.get("layer_types")
+    if types is None:
+        every = values.get("full_attention_interval")
+        types = ["full_attention" if every and (layer + 1) % every == 0 else "linear_attention" for layer in range(count)]
+    return [_parts_of(values, each, "feed_forward") for each in types]
 
-    def parts(values: Values) -> list[tuple[Part, ...]]:
-        layer_types = values.get("layer_types")
-        if layer_types is None:
-            every = values.size("full_attention_interval", 4)
-            count = values.size("num_hidden_layers")
-            layer_types = ["full_attention" if (layer + 1) % every == 0 else recurrent[0] for layer in range(count)]
-        if unknown := set(layer_types) - {"full_attention", *recurrent}:
-            values.obstacles.append(f"layers of type {min(unknown)!r}")
-        return [("recurrent" if each in recurrent else "attention", "feed_forward") for each in layer_types]
 
-    return parts
+def _parts_of(values: Values, layer_type: str, *besides: Part) -> tuple[Part, ...]:
+    if layer_type in ("linear_attention", "mamba"):
+        return ("recurrent", *besides)
+    if layer_type not in ("full_attention", "attention"):
+        values.obstacles.append(f"layers of type {layer_type!r}")
+    return ("attention", *besides)
+
+
+def _parts_of_nemotron_h(values: Values) -> list[tuple[Part, ...]]:
+    types = values.get("layers_block_type")
+    return [("feed_forward",) if each == "mlp" else _parts_of(values, each) for each in types]
+
+
+def _with_layers_of_nemotron_h(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    names = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
+    types = config.get("layers_block_type") or [
+        names.get(each, each) for each in config.get("hybrid_override_pattern") or "ME*-"
+    ]
+    return {**config, "layers_block_type": types, "num_hidden_layers": len(types)}
+
+
+def _parts_of_bamba(values: Values) -> list[tuple[Part, ...]]:
+    attending = values.get("attn_layer_indices") or ()
+    layers = range(values.size("num_hidden_layers"))
+    return [("attention" if layer in attending else "recurrent", "feed_forward") for layer in layers]
+
+
+def _mamba_2(values: Values) -> Recurrent:
+    """By Bamba's names of keys."""
+    if (activation := values.get("mamba_hidden_act")) not in (None, "silu", "swish"):
+        values.obstacles.append(f"a convolution with activation {activation!r}")
+    limits = with_floats(values.get("time_step_limit"))
+    if limits is not None and [*limits] != [0.0, math.inf]:
+        values.obstacles.append(f"steps within {limits}")
+    heads, inner = values.size("mamba_n_heads"), values.size("mamba_expand") * values.size("hidden_size")
+    is_open = values.get("mamba_d_head") in (None, "auto")
+    groups = values.size("mamba_n_groups")
+    return Recurrent(
+        kind="mamba",
+        kernel=values.size("mamba_d_conv"),
+        kernel_bias=values.flag("mamba_conv_bias"),
+        biased=values.flag("mamba_proj_bias"),
+        num_heads=heads,
+        head_size=inner // heads if is_open else values.size("mamba_d_head"),
+        num_groups=groups,
+        key_size=values.size("mamba_d_state"),
+        norm=Norm(eps=values.number("rms_norm_eps")),
+        norm_parts=groups,
+        gate_first=True,
+    )
+
+
+_MAMBA_2: Final[Mapping[str, Any]] = {
+    "mamba_n_heads": 128,
+    "mamba_d_head": "auto",
+    "mamba_n_groups": 1,
+    "mamba_d_state": 256,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_conv_bias": True,
+}
+# These keys are of initialization, training and the formula for many tokens at once.
+_UNREAD_OF_MAMBA: Final = frozenset((
+    "chunk_size", "mamba_chunk_size", "time_step_rank", "time_step_min", "time_step_max", "time_step_floor",
+    "rescale_prenorm_residual", "residual_in_fp32", "num_logits_to_keep", "z_loss_coefficient", "use_mamba_kernels",
+    "mamba_ssm_cache_dtype", "router_aux_loss_coef",
+))  # fmt: skip
 
 
 def _delta_net(values: Values) -> Recurrent:
@@ -398,6 +462,37 @@ _FOUR_NORMS: Final = TensorNames(
     after_feed_forward="post_feedforward_layernorm",
 )
 _NORMS_AFTER: Final = TensorNames(after_attention="post_attention_layernorm", after_feed_forward="post_feedforward_layernorm")
+
+_QWEN3_5: Final[dict[str, Any]] = {
+    "max_position_embeddings": 32_768,
+    "head_dim": 256,
+    "full_attention_interval": 4,
+    **_DELTA_NET,
+}
+_QWEN_EXPERTS: Final[Mapping[str, Any]] = {"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512}
+_LIKE_QWEN3_5: Final[Mapping[str, Any]] = {
+    "gain_plus_one": True,
+    "qk_norm": True,
+    "output_gate": True,
+    "parts": _parts_by_type,
+    "recurrent": _delta_net,
+    "rope_share": 0.25,
+    "rope_ignores": frozenset(("mrope_section", "mrope_interleaved")),
+    **LLAMA_BIASES,
+}
+_LFM2_NAMES: Final = TensorNames(
+    final_norm="model.embedding_norm",
+    query_norm="self_attn.q_layernorm",
+    key_norm="self_attn.k_layernorm",
+    out="self_attn.out_proj",
+    gate="feed_forward.w1",
+    up="feed_forward.w3",
+    down="feed_forward.w2",
+    before_attention="operator_norm",
+    before_feed_forward="ffn_norm",
+    recurrent="conv",
+    recurrent_kernel="conv",
+)
 
 DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
     "llama": DecoderFamily(
@@ -578,16 +673,9 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
     ),
     "qwen3_5_text": DecoderFamily(
         source="qwen3_5.modeling_qwen3_5:Qwen3_5DecoderLayer",
-        defaults={"max_position_embeddings": 32_768, "num_key_value_heads": 4, "head_dim": 256, **_DELTA_NET},
+        defaults=_QWEN3_5 | {"num_key_value_heads": 4},
         names=TensorNames(recurrent="linear_attn", recurrent_in=("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")),
-        gain_plus_one=True,
-        qk_norm=True,
-        output_gate=True,
-        parts=_parts_by_type("linear_attention"),
-        recurrent=_delta_net,
-        rope_share=0.25,
-        rope_ignores=frozenset(("mrope_section", "mrope_interleaved")),
-        **LLAMA_BIASES,
+        **_LIKE_QWEN3_5,
     ),
     "olmo2": DecoderFamily(
         source="olmo2.modeling_olmo2:Olmo2DecoderLayer",
@@ -1098,19 +1186,7 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
             "block_ffn_dim_multiplier": 1.0,
             "block_auto_adjust_ff_dim": True,
         },
-        names=TensorNames(
-            final_norm="model.embedding_norm",
-            query_norm="self_attn.q_layernorm",
-            key_norm="self_attn.k_layernorm",
-            out="self_attn.out_proj",
-            gate="feed_forward.w1",
-            up="feed_forward.w3",
-            down="feed_forward.w2",
-            before_attention="operator_norm",
-            before_feed_forward="ffn_norm",
-            recurrent="conv",
-            recurrent_kernel="conv",
-        ),
+        names=_LFM2_NAMES,
         eps="norm_eps",
         qk_norm=True,
         parts=_parts_of_lfm2,
@@ -1133,5 +1209,233 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
                 "use_pos_enc",
             )
         ),
+    ),
+    "qwen3_5_moe_text": DecoderFamily(
+        source="qwen3_5_moe.modeling_qwen3_5_moe:Qwen3_5MoeDecoderLayer",
+        defaults=_QWEN3_5 | {"num_key_value_heads": 2, "num_experts_per_tok": 8, "num_experts": 256, **_QWEN_EXPERTS},
+        names=TensorNames(recurrent="linear_attn", recurrent_in=("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")),
+        experts=ExpertsFamily(
+            normalized=True, shared_size=lambda values: values.size("shared_expert_intermediate_size"), shared_gate=True
+        ),
+        inner_size=lambda _: 1,
+        unread=frozenset(("router_aux_loss_coef",)),
+        **_LIKE_QWEN3_5,
+    ),
+    "qwen3_next": DecoderFamily(
+        source="qwen3_next.modeling_qwen3_next:Qwen3NextDecoderLayer",
+        defaults=_QWEN3_5
+        | {
+            "num_key_value_heads": 2,
+            "num_experts_per_tok": 10,
+            "num_experts": 512,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            **_QWEN_EXPERTS,
+        },
+        names=TensorNames(recurrent="linear_attn", recurrent_in=("in_proj_qkvz", "in_proj_ba")),
+        experts=ExpertsFamily(
+            normalized="norm_topk_prob",
+            shared_size=lambda values: values.size("shared_expert_intermediate_size"),
+            shared_gate=True,
+            layers=_sparse_layers_of_qwen,
+        ),
+        unread=frozenset(("router_aux_loss_coef",)),
+        **_LIKE_QWEN3_5,
+    ),
+    "lfm2_moe": DecoderFamily(
+        source="lfm2_moe.modeling_lfm2_moe:Lfm2MoeDecoderLayer",
+        defaults={
+            "max_position_embeddings": 128_000,
+            "num_key_value_heads": 8,
+            "norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "tie_word_embeddings": True,
+            "conv_L_cache": 3,
+            "moe_intermediate_size": 1792,
+            "num_dense_layers": 2,
+            "num_experts_per_tok": 4,
+            "num_experts": 32,
+            "use_expert_bias": True,
+            "routed_scaling_factor": 1.0,
+            "norm_topk_prob": True,
+        },
+        names=msgspec.structs.replace(
+            _LFM2_NAMES,
+            router="feed_forward.gate",
+            correction="feed_forward.expert_bias",
+            experts=tuple(f"feed_forward.experts.{{expert}}.w{number}" for number in (1, 3, 2)),
+        ),
+        eps="norm_eps",
+        qk_norm=True,
+        parts=_parts_of_lfm2,
+        recurrent=_short_convolution,
+        experts=ExpertsFamily(
+            scores="sigmoid",
+            correction="use_expert_bias",
+            normalized="norm_topk_prob",
+            normal_eps=1e-6,
+            scale="routed_scaling_factor",
+            layers=lambda values: (
+                layer >= values.get("num_dense_layers") for layer in range(values.size("num_hidden_layers"))
+            ),
+        ),
+        only=lambda values: {"tie_embedding": values.flag("tie_word_embeddings")},
+    ),
+    "mamba2": DecoderFamily(
+        source="mamba2.modeling_mamba2:Mamba2Block",
+        defaults={
+            "max_position_embeddings": 2**20,
+            "num_attention_heads": 1,
+            "num_heads": 128,
+            "head_dim": 64,
+            "state_size": 128,
+            "n_groups": 8,
+            "conv_kernel": 4,
+            "expand": 2,
+            "use_conv_bias": True,
+            "layer_norm_epsilon": 1e-5,
+        },
+        keys={
+            "head_dim": "attention_head_dim",  # it has none
+            "rms_norm_eps": "layer_norm_epsilon",
+            "mamba_hidden_act": "hidden_act",
+            "mamba_n_heads": "num_heads",
+            "mamba_d_head": "head_dim",
+            "mamba_d_state": "state_size",
+            "mamba_n_groups": "n_groups",
+            "mamba_d_conv": "conv_kernel",
+            "mamba_expand": "expand",
+            "mamba_conv_bias": "use_conv_bias",
+            "mamba_proj_bias": "use_bias",
+        },
+        names=TensorNames(
+            base="backbone",
+            layers="backbone.layers",
+            embedding="backbone.embeddings",
+            final_norm="backbone.norm_f",
+            before_attention="norm",
+            recurrent="mixer",
+        ),
+        norms=frozenset(("before_attention",)),
+        parts=lambda values: (("recurrent",),) * values.size("num_hidden_layers"),
+        recurrent=_mamba_2,
+        inner_size=lambda _: 1,
+        rope=None,
+        unread=_UNREAD_OF_MAMBA,
+    ),
+    "bamba": DecoderFamily(
+        source="bamba.modeling_bamba:BambaDecoderLayer",
+        defaults={"max_position_embeddings": 262_144, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, **_MAMBA_2},
+        keys={"mamba_hidden_act": "hidden_act"},
+        names=TensorNames(
+            final_norm="model.final_layernorm",
+            gate="feed_forward.gate_proj",
+            up="feed_forward.up_proj",
+            down="feed_forward.down_proj",
+            before_feed_forward="pre_ff_layernorm",
+            recurrent="mamba",
+        ),
+        mlp_bias="mlp_bias",
+        parts=_parts_of_bamba,
+        recurrent=_mamba_2,
+        rope_share=0.5,
+        unread=_UNREAD_OF_MAMBA,
+        **LLAMA_BIASES,
+    ),
+    "granitemoehybrid": DecoderFamily(
+        source="granitemoehybrid.modeling_granitemoehybrid:GraniteMoeHybridDecoderLayer",
+        defaults={
+            "max_position_embeddings": 2048,
+            "shared_intermediate_size": 1024,
+            "num_local_experts": 8,
+            **_GRANITE,
+            **_MAMBA_2,
+        },
+        keys={"mamba_hidden_act": "hidden_act"},
+        names=TensorNames(
+            gate="shared_mlp.input_linear",
+            up="shared_mlp.input_linear",
+            down="shared_mlp.output_linear",
+            recurrent="mamba",
+        ),
+        inner_size=lambda values: values.size("shared_intermediate_size"),
+        parts=_parts_by_type,
+        recurrent=_mamba_2,
+        unrotated=lambda values: (values.get("position_embedding_type") != "rope",) * values.size("num_hidden_layers"),
+        only=lambda _: {"num_local_experts": 0},
+        unread=_UNREAD_OF_MAMBA | {"num_experts_per_tok", "attention_multiplier"},
+        **_LIKE_GRANITE,
+        **LLAMA_BIASES,
+    ),
+    "nemotron_h": DecoderFamily(
+        source="nemotron_h.modeling_nemotron_h:NemotronHBlock",
+        defaults={
+            "max_position_embeddings": 4096,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "intermediate_size": 21_504,
+            "mlp_hidden_act": "relu2",
+            "layer_norm_epsilon": 1e-5,
+            "mamba_num_heads": 128,
+            "mamba_head_dim": 64,
+            "ssm_state_size": 128,
+            "n_groups": 8,
+            "conv_kernel": 4,
+            "expand": 2,
+            "use_conv_bias": True,
+        },
+        keys={
+            "rms_norm_eps": "layer_norm_epsilon",
+            "hidden_act": "mlp_hidden_act",
+            "mamba_n_heads": "mamba_num_heads",
+            "mamba_d_head": "mamba_head_dim",
+            "mamba_d_state": "ssm_state_size",
+            "mamba_n_groups": "n_groups",
+            "mamba_d_conv": "conv_kernel",
+            "mamba_expand": "expand",
+            "mamba_conv_bias": "use_conv_bias",
+            "mamba_proj_bias": "use_bias",
+        },
+        names=TensorNames(
+            base="backbone",
+            layers="backbone.layers",
+            embedding="backbone.embeddings",
+            final_norm="backbone.norm_f",
+            qkv=("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"),
+            out="mixer.o_proj",
+            up="mixer.up_proj",
+            down="mixer.down_proj",
+            before_attention="norm",
+            before_feed_forward="norm",
+            recurrent="mixer",
+        ),
+        mlp_bias="mlp_bias",
+        gated=False,
+        completed=_with_layers_of_nemotron_h,
+        parts=_parts_of_nemotron_h,
+        recurrent=_mamba_2,
+        rope=None,
+        only=lambda _: {"sliding_window": None},
+        unread=_UNREAD_OF_MAMBA
+        | {  # no layer has experts
+            "n_routed_experts",
+            "n_shared_experts",
+            "moe_intermediate_size",
+            "moe_shared_expert_intermediate_size",
+            "moe_shared_expert_overlap",
+            "moe_latent_size",
+            "num_experts_per_tok",
+            "routed_scaling_factor",
+            "n_group",
+            "topk_group",
+            "norm_topk_prob",
+            "mtp_layers_block_type",
+            "hybrid_override_pattern",
+            "mtp_hybrid_override_pattern",
+            "mamba_proj_bias",
+            "num_hidden_layers",
+        },
+        **LLAMA_BIASES,
     ),
 }

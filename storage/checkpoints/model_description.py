@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from storage.checkpoints.decoder import NO_ATTENTION
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import DECODER_FAMILIES, UnsupportedConfig
 from storage.checkpoints.families import with_floats
@@ -99,8 +100,8 @@ def describe_by_transformers(config: Mapping[str, Any], model_type: str) -> Mode
         ignored_layers=getattr(known, _FURTHER_LAYERS, None) or 0,
         hidden_size=known.hidden_size,
         vocab_size=known.vocab_size,
-        num_kv_heads=1 if is_multi_query else getattr(known, "num_key_value_heads", None) or heads,
-        head_dim=getattr(known, "head_dim", None) or known.hidden_size // heads,
+        num_kv_heads=1 if is_multi_query or not has_attention else getattr(known, "num_key_value_heads", None) or heads,
+        head_dim=(getattr(known, "head_dim", None) or known.hidden_size // heads) if has_attention else NO_ATTENTION.head_dim,
         context_length=getattr(known, "max_position_embeddings", None)
         or getattr(known, "seq_length", None)
         or (_ALIBI_CONTEXT_TOKENS if has_attention else RECURRENT_CONTEXT_TOKENS),

@@ -277,6 +277,26 @@ _RECURRENT: Final[dict[str, dict[str, Any]]] = {
         embedding_multiplier=3.0,
         **_MAMBA_2,
     ),
+    "granitemoehybrid_dense": _like_llama(
+        "granitemoehybrid",
+        layer_types=_LINEAR_AND_FULL,
+        num_local_experts=0,
+        shared_intermediate_size=32,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.5,
+        position_embedding_type="rope",
+        **_MAMBA_2,
+    ),
+    "nemotron_h_dense": _like_llama(
+        "nemotron_h",
+        layers_block_type=["linear_attention", "mlp", "full_attention", "mlp", "linear_attention", "full_attention"],
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        ssm_state_size=16,
+        n_groups=2,
+        chunk_size=16,
+        head_dim=8,
+    ),
     "falcon_h1": _like_llama(
         "falcon_h1", mamba_d_ssm=64, embedding_multiplier=3.0, lm_head_multiplier=0.5, ssm_out_multiplier=0.7, **_MAMBA_2
     ),
@@ -313,7 +333,17 @@ _BY_TRANSFORMERS: Final = frozenset((
     "gptj", "falcon", "falcon_grouped", "falcon_alibi",
     "opt_projected", "bloom", "deepseek_v3",
 ))  # fmt: skip
-NATIVE_RECURRENT: Final = ("lfm2", "qwen3_5_text")  # names of those of them that run in C
+NATIVE_RECURRENT: Final = (
+    "lfm2",
+    "qwen3_5_text",
+    "mamba2",
+    "granitemoehybrid_dense",
+    "bamba",
+    "nemotron_h_dense",
+    "qwen3_next",
+    "qwen3_5_moe_text",
+    "lfm2_moe",
+)  # names of those of them that run in C
 NATIVE: Final = (*_LLAMA_SHAPED, *(name for name in _OTHERS if name not in _BY_TRANSFORMERS), *NATIVE_RECURRENT)
 """Names of those that run in C."""
 ATTENTION: Final = (*_LLAMA_SHAPED, *_OTHERS)  # names of those with attention in all layers

@@ -52,9 +52,12 @@ def test_chunks_and_steps_of_ragged_sequences_in_one_pass_give_the_whole_models_
     # Each column is a pass: whole prompts beside nothing, chunks beside steps, steps alone.
     plan = {"a": (7, 1, 9, 1, 1, 21), "b": (0, 5, 20, 1, 1, 3), "c": (0, 0, 1, 1, 10, 13)}
     logits = by_plan(stages.logits, texts, plan)
+    is_recurrent = name in tiny_models.RECURRENT
+    oracle = tiny_models.recurrent_logits if is_recurrent else tiny_models.all_logits
     for id, text in texts.items():
-        expected = tiny_models.all_logits(whole_model(name), text)
-        torch.testing.assert_close(logits[id], expected, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(
+            logits[id], oracle(whole_model(name), text), atol=5e-3 if is_recurrent else TOLERANCE, rtol=0
+        )
 
 
 @pytest.mark.parametrize(("kind", "name"), KINDS_AND_NAMES)

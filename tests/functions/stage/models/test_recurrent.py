@@ -59,7 +59,8 @@ def test_any_cut_and_chunks_give_the_whole_models_tokens(kind: Kind, name: str) 
         for end in range(len(PROMPT) + 1, len(text)):
             logits.append(stages.logits(text[:end], end - 1))
         assert torch.cat(logits).argmax(-1)[len(PROMPT) - 1 :].tolist() == expected, (cut, chunk)
-        torch.testing.assert_close(torch.cat(logits), oracle, atol=5e-4, rtol=1e-4)  # logits are up to 30
+        # Logits are up to 30; the tiny Qwen3-Next divides by the lengths of keys near zero.
+        torch.testing.assert_close(torch.cat(logits), oracle, atol=5e-3 if name == "qwen3_next" else 5e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", tiny_models.RECURRENT)
