@@ -13,6 +13,7 @@ import msgspec
 
 from functions.stage.native.limits import SCALE_BYTES, obstacle, padded_head
 from knative.spec.errors import SpecError, UnknownShape
+from storage.checkpoints.checkpoint import Checkpoint
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.checkpoints.recurrent_layers import LayerSizes, described_sizes, layer_sizes
@@ -84,8 +85,8 @@ def shape_from_config(config: Mapping[str, Any], name: str, dtype: str) -> Model
 def shape_from_folder(folder: Path, dtype: str) -> ModelShape:
     """Sizes of a Hugging Face folder, by its config.json; if it has safetensors, exact sizes by their headers.
 
-    Packed tensors of a quantized checkpoint have no sizes that a stage would see: its config.json counts. Raises
-    what `shape_from_config` raises.
+    Packed tensors of a quantized checkpoint have sizes that a stage would see in dtype kept only: else its config.json counts.
+    Raises a StorageError, or what `shape_from_config` raises.
     """
     path = folder / "config.json"
     try:
@@ -95,7 +96,12 @@ def shape_from_folder(folder: Path, dtype: str) -> ModelShape:
     if not isinstance(config, dict):
         raise UnknownShape(f"{path}: holds {type(config).__name__}, not an object")
     files = sorted(folder.glob("*.safetensors"))
-    if config.pop("quantization_config", None) or not files:  # which a publication does not have
+    quantized = config.pop("quantization_config", None)  # which a publication does not have
+    if quantized and files and dtype == "kept":
+        from storage.checkpoints.hugging_face_folder import open_folder  # numpy
+
+        return _shape_of_checkpoint(open_folder(folder), folder.name, dtype)
+    if quantized or not files:
         return shape_from_config(config, folder.name, dtype)
     sizes = {key: size for file in files for key, size in _tensor_sizes(file)}
     decoder = _Decoder(config, folder.name)
@@ -105,17 +111,21 @@ def shape_from_folder(folder: Path, dtype: str) -> ModelShape:
 def shape_from_gguf(path: Path, dtype: str) -> ModelShape:
     """Sizes of the model in a GGUF file, by its header: exact. Raises a StorageError, or UnknownShape."""
     from storage.checkpoints.gguf_checkpoint import open_gguf  # gguf and numpy, which only this format needs
-    from storage.models.conversion import convert_tensor
 
-    checkpoint = open_gguf(path, tokenizer={})
+    return _shape_of_checkpoint(open_gguf(path, tokenizer={}), path.stem, dtype)
+
+
+def _shape_of_checkpoint(checkpoint: Checkpoint, name: str, dtype: str) -> ModelShape:
+    from storage.models.conversion import convert_tensor  # numpy
+
     sizes = {name: math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    decoder = _Decoder(checkpoint.config, path.stem)
+    decoder = _Decoder(checkpoint.config, name)
     shape = _shape(decoder, dtype, *_by_object(decoder, sizes))
     if dtype != "kept":
         return shape
     stored = {
-        name: sum(tensor_bytes(each.dtype, each.shape) for each in convert_tensor(name, tensor, "kept", ()).values())
-        for name, tensor in checkpoint.tensors.items()
+        key: sum(tensor_bytes(each.dtype, each.shape) for each in convert_tensor(key, tensor, "kept", ()).values())
+        for key, tensor in checkpoint.tensors.items()
     }
     layers, embedding, head = _by_object(decoder, stored)
     return replace(shape, layer_bytes=tuple(layers), embedding_bytes=embedding, head_bytes=head)
