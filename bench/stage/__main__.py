@@ -24,10 +24,14 @@ from functions.stage.engine.sampler import Drawing, draw, log_probabilities
 from functions.stage.models.floats import Array, narrowed
 from functions.stage.models.layer_group import KVDtype, Segment
 from functions.stage.models.native.group import NativeGroup
+from functions.stage.native.layers import MatrixArrays, NativeLinear, NativeThreads
+from functions.stage.native.library import library
+from functions.stage.native.records import Dtype as DtypeInC
 from storage.checkpoints.checkpoint import Blocks, SourceTensor
 from storage.checkpoints.decoder import layer_shapes, outer_shapes
 from storage.checkpoints.decoder_config import decoder_of
-from storage.models.blocks import FORMATS, BlockFormat
+from storage.models import q4
+from storage.models.blocks import FORMATS, BlockFormat, pack, read_blocks
 from storage.models.model_repository import Dtype
 
 Ways = Mapping[str, Callable[[], object]]
@@ -80,6 +84,8 @@ _PASSES: Final = (  # sequences, tokens that each holds, new ones of each
     (1, 0, 512),
 )
 _THREADS: Final = 2
+_OUTS: Final = 2048  # of the table of matrices
+_WIDTH: Final = 4096
 _ROWS: Final = 8  # of the sampler's table
 _SAMPLINGS: Final = {
     "greedy": Sampling(),
@@ -190,6 +196,31 @@ def passes() -> Iterator[str]:
     yield from _by_format()
 
 
+def matrices() -> Iterator[str]:
+    """Milliseconds to multiply some rows by one matrix, by format, compared with q4. One thread."""
+    dice, made = np.random.default_rng(1), {}
+    ends = [(dice.standard_normal((_OUTS, _WIDTH // 32)) * 0.01).astype(np.float16) for _ in range(2)]
+    packed = q4.pack(dice.integers(0, 16, (_OUTS, _WIDTH)).astype(np.uint8), *ends)
+    made["q4"] = MatrixArrays(DtypeInC.Q4, packed, packed_shape=(_OUTS, _WIDTH))
+    for name, form in FORMATS.items():
+        rows = _random_blocks(form, _WIDTH, 0, _OUTS)
+        packed = pack(form, rows if isinstance(rows, Blocks) else read_blocks(form, rows))
+        dtype = DtypeInC.FLOAT_BLOCKS if form.floats else DtypeInC.BLOCKS
+        made[name] = MatrixArrays(dtype, packed, packed_shape=(_OUTS, _WIDTH), parts=((name, _OUTS),))
+    threads = NativeThreads(library())
+    products = {name: NativeLinear(library(), threads, matrix) for name, matrix in made.items()}
+    lines = {name: f"| {name} | {8 * matrix.weights.nbytes / (_OUTS * _WIDTH):.2f} |" for name, matrix in made.items()}
+    for count in (1, 4, 16, 128):
+        x = dice.standard_normal((count, _WIDTH), np.float32)
+        ways: dict[str, Callable[[], object]] = {name: partial(product, x, 1) for name, product in products.items()}
+        best = best_milliseconds(ways, rounds=16, calls=2)
+        for name, taken in best.items():
+            lines[name] += f" {taken:.3f} ({taken / best['q4']:.2f} ×) |"
+    yield f"| [{_OUTS}, {_WIDTH}] in {library().level} | bits a weight | 1 row | 4 rows | 16 rows | 128 rows |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    yield from lines.values()
+
+
 def run_pass(group: NativeGroup, handles: Sequence[int], held: int, new: int) -> None:
     """Computes `new` tokens for each sequence after its first `held`."""
     for handle in handles:
@@ -223,7 +254,7 @@ def _draw_all(group: NativeGroup, logits: Array, sampling: Sampling) -> None:
     draw([Drawing(row[None], sampling, 5) for row in logits], group.native_threads)
 
 
-TABLES: Final[Mapping[str, Callable[[], Iterator[str]]]] = {"passes": passes, "sampler": sampler}
+TABLES: Final[Mapping[str, Callable[[], Iterator[str]]]] = {"passes": passes, "matrices": matrices, "sampler": sampler}
 
 
 @click.command()
