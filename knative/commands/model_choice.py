@@ -62,10 +62,11 @@ def best_dtype(checkpoint: Checkpoint) -> Dtype:
 def is_kept(checkpoint: Checkpoint) -> bool:
     """Whether dtype kept keeps codes and scales of some of the checkpoint's layers, and they run in C."""
     from storage.models.blocks import FORMATS  # numpy, which most commands do not need
+    from storage.models.expert_tensors import split_experts
 
     return torch_needed(checkpoint.config, "kept") is None and any(
         tensor.read_blocks is not None and tensor.stored_as in FORMATS and is_layer_matrix(name, tensor.shape)
-        for name, tensor in checkpoint.tensors.items()
+        for name, tensor in split_experts(str(checkpoint.config.get("model_type")), checkpoint.tensors).items()
     )
 
 

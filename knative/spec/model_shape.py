@@ -117,15 +117,17 @@ def shape_from_gguf(path: Path, dtype: str) -> ModelShape:
 
 def _shape_of_checkpoint(checkpoint: Checkpoint, name: str, dtype: str) -> ModelShape:
     from storage.models.conversion import convert_tensor  # numpy
+    from storage.models.expert_tensors import split_experts
 
-    sizes = {name: math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    tensors = split_experts(str(checkpoint.config.get("model_type")), checkpoint.tensors)
+    sizes = {key: math.prod(tensor.shape) for key, tensor in tensors.items()}
     decoder = _Decoder(checkpoint.config, name)
     shape = _shape(decoder, dtype, *_by_object(decoder, sizes))
     if dtype != "kept":
         return shape
     stored = {
         key: sum(tensor_bytes(each.dtype, each.shape) for each in convert_tensor(key, tensor, "kept", ()).values())
-        for key, tensor in checkpoint.tensors.items()
+        for key, tensor in tensors.items()
     }
     layers, embedding, head = _by_object(decoder, stored)
     return replace(shape, layer_bytes=tuple(layers), embedding_bytes=embedding, head_bytes=head)

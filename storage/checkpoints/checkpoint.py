@@ -44,7 +44,8 @@ class SourceTensor:
     quantized: bool = False  # `run` may round it to int8, because the file has it in eight bits or fewer
     read_four_bits: Callable[[int, int], FourBits] | None = None  # the same rows, not dequantized; None: not in four bits
     stored_as: str | None = None  # the name of its format in the file, if that is not dtype
-    # The same rows in that format, if it is one of storage/models/blocks.py; bytes are as a GGUF file has them.
+    # The same rows in that format, if it is one of storage/models/blocks.py; bytes are as a GGUF file has them. If rows are
+    # experts, the rows of their matrices [outs, width], one expert after another.
     read_blocks: "Callable[[int, int], Blocks | NDArray[np.uint8]] | None" = None
     order: "NDArray[np.int32] | None" = None  # the numbers of the columns in `read_blocks`; None: as in the matrix
 

@@ -437,7 +437,12 @@ def _mxfp4(parts: _Parts, settings: Settings) -> SourceTensor:
         values *= powers_of_two(read_array(scales, first, last)).reshape(-1, 1)
         return values.reshape(last - first, outputs, -1).swapaxes(1, 2)
 
-    return float_source((experts, groups * group_bytes * 2, outputs), rows, "MXFP4")
+    def matrices(first: int, last: int) -> Blocks:
+        codes = unpack(read_array(blocks, first, last).reshape(-1, groups * group_bytes), 4, groups * group_bytes * 2)
+        return Blocks(codes, read_array(scales, first, last).reshape(-1, groups))
+
+    tensor = float_source((experts, groups * group_bytes * 2, outputs), rows, "MXFP4")
+    return replace(tensor, read_blocks=matrices) if group_bytes == 16 else tensor
 
 
 def _torchao(parts: _Parts, settings: Settings) -> SourceTensor:

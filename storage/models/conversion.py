@@ -79,7 +79,7 @@ def convert_tensor(
     if source.dtype not in FLOATS:
         raise CheckpointInvalid(f"tensor {name!r} is {source.dtype}, no float; publish the unquantized checkpoint")
     if dtype == "kept":
-        if source.read_blocks is not None and (form := FORMATS.get(str(source.stored_as))):
+        if source.read_blocks is not None and len(source.shape) == 2 and (form := FORMATS.get(str(source.stored_as))):
             return _matrix_in_blocks(name, source, form, error)
         stored_as = source.stored_as or source.dtype
         kept = "F32" if stored_as == "F64" else stored_as if stored_as in FLOATS else "BF16"

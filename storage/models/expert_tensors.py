@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.checkpoints.checkpoint import SourceTensor
+from storage.checkpoints.checkpoint import Blocks, SourceTensor
 from storage.checkpoints.decoder_families import DECODER_FAMILIES
 from storage.checkpoints.safetensors_format import ITEM_BYTES
 from storage.errors import CheckpointInvalid
@@ -37,9 +37,15 @@ def split_experts(model_type: str, tensors: Mapping[str, SourceTensor]) -> Mappi
         width = () if kind == "bias" else (tensor.shape[1] if transposed else tensor.shape[2],)
         for expert in range(tensor.shape[0]):
             for number, part in enumerate(parts):
-                rows = partial(whole_experts.rows, name, expert, number, len(parts), transposed)
+                place = name, expert, number, len(parts), transposed
+                in_blocks = kind == "weight" and tensor.read_blocks is not None
                 found[f"{name.removesuffix(suffix)}{part.format(expert=expert)}.{kind}"] = SourceTensor(
-                    tensor.dtype, (outs // len(parts), *width), rows, tensor.quantized, stored_as=tensor.stored_as
+                    tensor.dtype,
+                    (outs // len(parts), *width),
+                    partial(whole_experts.rows, *place),
+                    tensor.quantized,
+                    stored_as=tensor.stored_as,
+                    read_blocks=partial(whole_experts.blocks, *place) if in_blocks else None,
                 )
     return found
 
@@ -50,6 +56,7 @@ class _WholeExperts:
     def __init__(self, tensors: Mapping[str, SourceTensor]) -> None:
         self._tensors = tensors
         self._read = lru_cache(_EXPERTS_AT_ONCE)(self._expert)
+        self._read_blocks = lru_cache(_EXPERTS_AT_ONCE)(self._expert_in_blocks)
 
     def rows(self, name: str, expert: int, part: int, parts: int, transposed: bool, first: int, last: int) -> memoryview:
         """Rows [first, last) of one of the matrices, or biases, of an expert."""
@@ -60,6 +67,19 @@ class _WholeExperts:
             size = len(whole) // parts
             own = whole[part * size : (part + 1) * size]
         return as_bytes(np.ascontiguousarray(own[first:last]).copy())
+
+    def blocks(self, name: str, expert: int, part: int, parts: int, transposed: bool, first: int, last: int) -> Blocks:
+        """The same of a matrix in blocks, whose rows are outputs also if the floats are transposed."""
+        whole = self._read_blocks(name, expert)
+        size = len(whole.codes) // parts
+        rows = slice(part, None, parts) if transposed else slice(part * size, (part + 1) * size)
+        return Blocks(whole.codes[rows][first:last], whole.scales[rows][first:last])
+
+    def _expert_in_blocks(self, name: str, expert: int) -> Blocks:
+        read = self._tensors[name].read_blocks
+        blocks = read(expert, expert + 1) if read else None
+        assert isinstance(blocks, Blocks)
+        return blocks
 
     def _expert(self, name: str, expert: int) -> NDArray[Any]:
         tensor = self._tensors[name]

@@ -287,7 +287,11 @@ def _check_blocks(source: str | Path, placed: Placement) -> None:
     matrices = [tensor for tensor in tensors if tensor.stored_as is not None and tensor.stored_as not in FLOATS]
     if not matrices:
         raise CheckpointInvalid(f"{source} has no quantized matrix, which dtype kept is for; publish it in another dtype")
-    others = [str(each.stored_as) for each in matrices if each.read_blocks is None or each.stored_as not in FORMATS]
+    others = [
+        str(each.stored_as)
+        for each in matrices
+        if each.read_blocks is None or len(each.shape) != 2 or each.stored_as not in FORMATS
+    ]
     if others:
         _log.warning(
             "%s: %d of %d matrices are in %s, which become bfloat16: larger, and rounded to eight bits",

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from functions.stage.models.packed_tensors import join_experts
 from knative.__main__ import main
+from knative.commands.model_choice import best_dtype
 from storage.checkpoints import checkpoint as checkpoints
 from storage.checkpoints.model_source import open_checkpoint
+from storage.models.blocks import FORMATS, floats_of, packing_of, unpack
 from storage.models.publisher import QuantizedSource, publish
 from storage.models.q4 import dequantize
 from storage.store.object_store import ObjectStore
@@ -150,6 +152,20 @@ def test_four_bits_of_gptq_are_published_in_q4_without_loss(store: ObjectStore, 
     torch.testing.assert_close(torch.from_numpy(logits), tiny_models.all_logits(model, TOKENS), atol=1e-4, rtol=1e-4)
     # Only embedding and head are rounded, to 8 bits.
     assert 0 < seen[0].largest_error < 0.002 * seen[0].largest_weight
+
+
+def test_experts_of_gpt_oss_keep_their_blocks(store: ObjectStore, tmp_path: Path) -> None:
+    folder = in_mxfp4(tmp_path)
+    kept = stored(store, publish(folder, store, "blocks", "kept"))
+    floats = stored(store, publish(folder, store, "floats", "float32"))
+    matrices = [name.removesuffix("_format") for name in kept if ".experts." in name and name.endswith(".weight_format")]
+    assert len(matrices) == 3 * 6 * open_checkpoint(folder).config["num_local_experts"]
+    for name in matrices:
+        packing = packing_of(kept[f"{name}_format"].data)
+        form = FORMATS[packing.format]
+        assert (form.name, packing.shape) == ("MXFP4", floats[name].shape)
+        assert np.array_equal(floats_of(form, unpack(form, array(kept[name]), packing.shape[0])), array(floats[name])), name
+    assert best_dtype(open_checkpoint(folder)) == "kept"
 
 
 def test_push_says_what_is_lost(tmp_path: Path) -> None:
