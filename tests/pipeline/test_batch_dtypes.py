@@ -1,0 +1,99 @@
+"""A batch in every dtype, while gateways and stages are killed, has the answers of an undisturbed one.
+
+LAMINA_TEST_BATCH_LINES sets the number of lines.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import openai
+import pytest
+
+from storage.models.model_repository import Dtype
+from tests.support.functions.functions import FunctionProcess, gateway_environment, stage_environment
+from tests.support.storage.published import CUT, Published, published_model
+
+LINES: Final = int(os.environ.get("LAMINA_TEST_BATCH_LINES", "64"))
+TOKENS: Final = 96
+KILL_SECONDS: Final = 2.0
+KILLS: Final = max(4, LINES // 20)
+WAIT_SECONDS: Final = 600.0
+
+
+class Processes:
+    """Three stages and a gateway, which keep their ports when they are killed and started again."""
+
+    def __init__(self, stack: ExitStack, published: Published) -> None:
+        self._stack = stack
+        self._environments = [stage_environment(published, group) for group in range(len(CUT))]
+        self._running = [self._start(each) for each in self._environments]
+        urls = [each.url for each in self._running]
+        self._environments.append(gateway_environment(published, urls, CUT, LAMINA_JOBS_STORE="lamina/jobs"))
+        self._running.append(self._start(self._environments[-1]))
+        for each in self._running:
+            each.wait_ready()
+        self.kills = 0
+
+    def _start(self, environment: dict[str, str]) -> FunctionProcess:
+        return self._stack.enter_context(FunctionProcess(environment))
+
+    @property
+    def url(self) -> str:
+        return self._running[-1].url
+
+    def kill_next(self) -> None:
+        number = self.kills % len(self._running)
+        killed = self._running[number]
+        port = killed.port
+        killed.process.kill()
+        killed.wait_end()
+        self._running[number] = self._start(self._environments[number] | {"PORT": str(port)}).wait_ready()
+        self.kills += 1
+
+
+def line(number: int) -> dict[str, Any]:
+    """Every third line is drawn, with a seed of its own."""
+    drawn = {"temperature": 1.0, "seed": number} if number % 3 == 2 else {"temperature": 0.0}
+    body = {"model": "tiny", "prompt": f"line {number}", "max_tokens": TOKENS, "ignore_eos": True, **drawn}
+    return {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body}
+
+
+def answered(url: str, meanwhile: Callable[[], object]) -> list[str]:
+    """The texts of a batch's answers, in their order."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=10) as client:
+        content = "\n".join(json.dumps(line(number)) for number in range(LINES)).encode()
+        file = client.files.create(file=("input.jsonl", content), purpose="batch")
+        batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+        deadline = time.monotonic() + WAIT_SECONDS
+        while batch.status != "completed":
+            assert time.monotonic() < deadline, batch
+            meanwhile()
+            time.sleep(0.2)
+            batch = client.batches.retrieve(batch.id)
+        lines = [json.loads(each) for each in client.files.content(str(batch.output_file_id)).text.splitlines()]
+    assert [each["custom_id"] for each in lines] == [str(number) for number in range(LINES)]
+    return [each["response"]["body"]["choices"][0]["text"] for each in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "q4"])
+def test_answers_are_those_of_an_undisturbed_batch(tmp_path: Path, dtype: Dtype) -> None:
+    with published_model(tmp_path, dtype) as published, ExitStack() as stack:
+        processes = Processes(stack, published)
+        undisturbed = answered(processes.url, lambda: None)
+        killed_at = -KILL_SECONDS
+
+        def kill() -> None:
+            nonlocal killed_at
+            if processes.kills < KILLS and time.monotonic() - killed_at > KILL_SECONDS:
+                processes.kill_next()
+                killed_at = time.monotonic()
+
+        assert answered(processes.url, kill) == undisturbed
+        assert processes.kills >= 2, "the batch was over before it was disturbed"
