@@ -145,8 +145,9 @@ def _show_plan(console: Console, model: ModelSpec, plan: PublicationPlan) -> Non
 def _tensor_rows(plan: PublicationPlan) -> list[tuple[str, ...]]:
     """For tensors that differ only in the numbers of layer and expert: name, count, formats and bytes, scales included."""
     from storage.models.blocks import packing_of  # numpy, which most commands do not need
+    from storage.models.expert_tensors import split_experts  # numpy
 
-    sources = plan.checkpoint.tensors
+    sources = split_experts(plan.model.model_type, plan.checkpoint.tensors)
     counts, published_bytes = Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()
     for each in plan.objects:
         key = ("", "", "")

@@ -166,6 +166,8 @@ def test_experts_of_gpt_oss_keep_their_blocks(store: ObjectStore, tmp_path: Path
         assert (form.name, packing.shape) == ("MXFP4", floats[name].shape)
         assert np.array_equal(floats_of(form, unpack(form, array(kept[name]), packing.shape[0])), array(floats[name])), name
     assert best_dtype(open_checkpoint(folder)) == "kept"
+    planned = CliRunner().invoke(main, ["push", str(folder), "--dry-run"]).output
+    assert re.search(r"mlp\.experts\.N\.gate_proj\.weight +\d+ +MXFP4 +MXFP4 ", planned)
 
 
 def test_push_says_what_is_lost(tmp_path: Path) -> None:
