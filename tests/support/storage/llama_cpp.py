@@ -29,6 +29,14 @@ def sources() -> Path:
     return SOURCES
 
 
+def program(name: str) -> Path:
+    """A program of llama.cpp. Skips the test if it is not built."""
+    path = sources() / "build" / "bin" / name
+    if not path.is_file():
+        pytest.skip(f"{name} is not built: make llama-cpp")
+    return path
+
+
 def golden(name: str) -> tuple[Path, list[tuple[str, list[int]]]]:
     """A vocabulary of llama.cpp's own tests, and texts with the ids that the model's first tokenizer gave them."""
     path = sources() / "models" / f"ggml-vocab-{name}.gguf"
