@@ -259,6 +259,13 @@ class StageConfig(CommonConfig):
     weights_cache_bytes: int = setting(
         "LAMINA_WEIGHTS_CACHE_BYTES", parsers.integer(1), "most bytes in this folder", str(20 * 2**30)
     )
+    weights_budget_bytes: int | None = setting(
+        "LAMINA_WEIGHTS_BUDGET_BYTES",
+        parsers.integer(1),
+        "most memory for weights: experts that were used the longest ago are dropped, and read from LAMINA_WEIGHTS_CACHE when "
+        "they are used again; unset: all stay",
+        "",
+    )
 
     @property
     def pipeline_tokens(self) -> tuple[str, ...]:

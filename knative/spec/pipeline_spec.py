@@ -212,6 +212,9 @@ class StageSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     # Folder of an emptyDir for verified weights: helps restarts of a container, not new pods.
     weights_cache: Annotated[str, Meta(pattern="^/")] | None = None
     weights_cache_size: str = "2Gi"
+    # Most memory for weights, less than the stage's: experts that were used the longest ago are dropped, and read from
+    # weights_cache when they are used again. Unset: all stay.
+    weights_budget: str | None = None
     service_account: str | None = None  # for example one with workload identity. Unset: the namespace's default
     pod: PodSpec = PodSpec()
     autoscaling: Autoscaling = Autoscaling()
@@ -234,6 +237,12 @@ class StageSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _check_quantity(f"{path}.resources.memory", self.resources.memory)
         _check_quantity(f"{path}.kv_cache", self.kv_cache)
         _check_quantity(f"{path}.weights_cache_size", self.weights_cache_size)
+        if self.weights_budget is not None:
+            _check_quantity(f"{path}.weights_budget", self.weights_budget)
+            if self.weights_cache is None:
+                raise SpecError(f"{path}.weights_budget takes weights_cache, the folder that experts are read from; name one")
+            if self.layer_group not in ("auto", "native") or self.device == "cuda":
+                raise SpecError(f"{path}.weights_budget takes layers in C on a CPU; set layer_group and device to auto")
         self.pod.check(f"{path}.pod")
         if self.device == "cuda" and dtype in ("int8", "q4"):
             raise SpecError(f"{path}.device: 'cuda' does not run dtype {dtype}; use auto or cpu, or another dtype")

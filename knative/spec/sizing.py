@@ -119,8 +119,13 @@ def replicas_for(
 
 
 def needed_bytes(stage: StageSpec, weight_bytes: int | None) -> float:
-    """Memory in bytes that a pod of the stage needs. weight_bytes None: unknown, so weights are not counted."""
+    """Memory in bytes that a pod of the stage needs. weight_bytes None: unknown, so weights are not counted.
+
+    Of experts beyond a weights budget, files in the page cache have the bytes, which the kernel frees when others need memory.
+    """
     loaded = 0 if stage.layer_group == "sleep" else weight_bytes or 0
+    if stage.weights_budget is not None:
+        loaded = min(loaded, quantity(stage.weights_budget))
     return loaded * WEIGHTS_FACTOR + quantity(stage.kv_cache) + OTHER_BYTES
 
 

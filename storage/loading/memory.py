@@ -27,6 +27,18 @@ def populate(part: memoryview) -> None:
         libc.madvise(ctypes.addressof(ctypes.c_char.from_buffer(part)), len(part), _MADV_POPULATE_WRITE)
 
 
+def address_of(memory: memoryview) -> int:
+    """The address of writable memory."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def drop_pages(address: int, size: int) -> None:
+    """Frees the whole pages of a private mapping of a file that nobody has written to. Later uses read the file again."""
+    first, last = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last and (libc := _libc()) is not None:
+        libc.madvise(first, last - first, mmap.MADV_DONTNEED)
+
+
 def resident_bytes(address: int, size: int) -> int:
     """How many of the `size` bytes at a page-aligned address are in RAM; 0 if unknown.
 

@@ -38,6 +38,7 @@ class RawTensor:
     dtype: str  # a safetensors name: F32, BF16, F16, I8; U8 for matrices in four bits
     shape: tuple[int, ...]
     data: memoryview
+    from_file: bool = False  # a private mapping of a file, to which nobody may write: its pages can be dropped and read again
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +105,22 @@ def iterate_layers(
     *,
     cache: "WeightCache | None" = None,
     on_progress: ProgressCallback | None = None,
+    map_files: bool = False,
 ) -> Iterator[LoadedObject]:
     """Loads as `load_layers` does, but yields each object when it is complete, in the order of a forward pass.
+
+    map_files: objects that the cache did not have are mapped from it, too, once they are written to it.
 
     Reading starts with this call, not with the first `next`, and goes on in threads. Drop each object before taking the next
     one: then a caller that copies needs memory for the weights and one layer more.
     """
     names = stage_objects(manifest, first, last)
-    return _Load(reader, {name: manifest.objects[name] for name in names}, cache, on_progress).objects()
+    return _Load(reader, {name: manifest.objects[name] for name in names}, cache, on_progress, map_files).objects()
 
 
 def iterate_objects(reader: "ObjectReader", stored: Mapping[str, StoredObject]) -> Iterator[LoadedObject]:
     """Loads objects, by name, as `iterate_layers` does, in their order."""
-    return _Load(reader, stored, None, None).objects()
+    return _Load(reader, stored, None, None, map_files=False).objects()
 
 
 class _ObjectLoad:
@@ -136,7 +140,7 @@ class _ObjectLoad:
 
     def tensors(self, data: memoryview) -> dict[str, RawTensor]:
         spans = self.stored.tensors.items()
-        return {name: RawTensor(span.dtype, span.shape, data[span.start : span.end]) for name, span in spans}
+        return {name: RawTensor(span.dtype, span.shape, data[span.start : span.end], self.from_cache) for name, span in spans}
 
 
 class _Load:
@@ -152,8 +156,10 @@ class _Load:
         stored: Mapping[str, StoredObject],
         cache: "WeightCache | None",
         on_progress: ProgressCallback | None,
+        map_files: bool,
     ) -> None:
         self._reader = reader
+        self._map_files = map_files
         self._cache = cache
         self._on_progress = on_progress
         self._order = deque(_ObjectLoad(name, each) for name, each in stored.items())
@@ -235,6 +241,8 @@ class _Load:
         if finished:
             if self._cache:
                 self._cache.put(load.stored, load.buffer)
+                if self._map_files and (mapped := self._cache.get(load.stored)) is not None:
+                    load.buffer, load.from_cache = mapped, True
             self._complete(load)
 
     def _read_verified(self, stored: StoredObject, number: int, part: memoryview) -> None:

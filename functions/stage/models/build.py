@@ -183,15 +183,17 @@ def empty_group(
     dtype: str,
     kv_budget_bytes: int,
     kv_dtype: KVDtype | None = None,
+    weights_budget_bytes: int | None = None,
 ) -> "NativeGroup | LlamaGroup":
     """A native or llama group without weights. The caller calls its `place` as weights arrive, and then `finish`.
 
-    Layers are [first_layer, last_layer). dtype: of the publication. Raises what the group's constructor raises.
+    Layers are [first_layer, last_layer). dtype: of the publication. weights_budget_bytes: see `NativeGroup`; torch's layers
+    keep all weights. Raises what the group's constructor raises.
     """
     if choice.kind == "native":
         from functions.stage.models.native.group import NativeGroup
 
-        return NativeGroup(config, first_layer, last_layer, dtype, kv_budget_bytes, kv_dtype)
+        return NativeGroup(config, first_layer, last_layer, dtype, kv_budget_bytes, kv_dtype, weights_budget_bytes)
     from functions.stage.models.llama.group import LlamaGroup
 
     return LlamaGroup(config, first_layer, last_layer, dtype, choice.device, kv_budget_bytes, choice.why)

@@ -15,6 +15,7 @@ from functions.stage.native.records import (
     PARTS,
     STEP,
     Array,
+    BudgetRecord,
     Dtype,
     ExpertRecord,
     ExpertsRecord,
@@ -44,6 +45,11 @@ class MatrixArrays:
     packed_shape: tuple[int, int] | None = None  # [outs, width] of a matrix in q4 or blocks, whose weights have another shape
     parts: Sequence[tuple[str, int]] = ()  # of a matrix in blocks, at most PARTS: formats and numbers of outputs
     order: Array | None = None  # int32 [width]: which input each column of the weights is multiplied by; None: its own
+
+    @property
+    def is_padded(self) -> bool:
+        """C reads a copy of the weights, whose width is a multiple of STEP."""
+        return self.packed_shape is None and self.weights.shape[1] % STEP != 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -112,6 +118,7 @@ class ExpertsArrays:
     experts: Sequence[Mapping[str, MatrixArrays]]  # gate, up and down of each; gate may be absent
     numbers: Mapping[str, float]  # by their names in `c/native.h`
     used: Array  # int64 [experts]: passes add the rows of each expert
+    used_at: Array | None = None  # int64 [experts], zeros: experts need not stay in memory (`c/native.h`)
 
 
 class NativeThreads:
@@ -138,6 +145,8 @@ class NativeLayers:
         self._kept: list[Any] = [arena]  # arrays and records whose addresses other records have
         self._group = group
         group.arena = memory_of(arena)
+        self.budget = BudgetRecord()
+        group.budget = MemoryRecord(ctypes.addressof(self.budget), ctypes.sizeof(self.budget))
         group.layers = MemoryRecord(ctypes.addressof(self._layers), ctypes.sizeof(self._layers))
         self._workspace_array = np.empty(0, np.uint8)
         self._workspace = memory_of(self._workspace_array)
@@ -179,10 +188,11 @@ class NativeLayers:
             router=router,
             correction=memory_of(arrays.correction),
             used=memory_of(arrays.used),
+            used_at=memory_of(arrays.used_at),
             num_experts=len(arrays.experts),
             **arrays.numbers,
         )
-        self._kept += [experts, record, arrays.correction, arrays.used]
+        self._kept += [experts, record, arrays.correction, arrays.used, arrays.used_at]
         self._layers[slot].experts = MemoryRecord(ctypes.addressof(record), ctypes.sizeof(record))
 
     def _norm_record(self, norm: NormArrays) -> NormRecord:
@@ -275,7 +285,7 @@ def matrix_record(matrix: MatrixArrays, kept: list[Any]) -> MatrixRecord:
     """
     outs, width = matrix.shape
     weights = matrix.weights
-    if width % STEP and matrix.packed_shape is None:
+    if matrix.is_padded:
         weights = np.pad(weights, ((0, 0), (0, -width % STEP)))
     kept += [array for array in (weights, matrix.scales, matrix.biases, matrix.order) if array is not None]
     formats, ends, end = [0] * PARTS, [outs] * PARTS, 0

@@ -99,6 +99,7 @@ class ExpertsRecord(ctypes.Structure):
         ("router", MatrixRecord),
         ("correction", MemoryRecord),
         ("used", MemoryRecord),
+        ("used_at", MemoryRecord),
         *_numbers(
             "num_experts",
             "chosen",
@@ -133,6 +134,10 @@ class RecurrentRecord(ctypes.Structure):
     )  # fmt: skip
 
 
+class BudgetRecord(ctypes.Structure):
+    _fields_ = tuple(_numbers("most_bytes", "bytes", "clock", "found", "read"))
+
+
 class LayerRecord(ctypes.Structure):
     _fields_ = (
         ("before_attention", NormRecord),
@@ -164,6 +169,7 @@ class GroupRecord(ctypes.Structure):
     _fields_ = (
         ("layers", MemoryRecord),
         ("arena", MemoryRecord),
+        ("budget", MemoryRecord),
         *_numbers(
             "num_layers",
             "hidden_size",
@@ -256,6 +262,7 @@ RECORDS: Final[Sequence[type[ctypes.Structure]]] = (
     RecurrentRecord,
     ExpertRecord,
     ExpertsRecord,
+    BudgetRecord,
     LayerRecord,
     GroupRecord,
     SegmentRecord,

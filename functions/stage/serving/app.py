@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from functions.stage.engine.engine import PassStatistics
     from functions.stage.engine.kv_tiers import Reuse
+    from functions.stage.models.native.group import ColdExperts
 
 _log: Final = logging.getLogger(__name__)
 
@@ -254,6 +255,15 @@ class StageMetrics(FunctionMetrics):
         self.kv_hits.labels(reuse.tier).inc()
         self.kv_tokens.labels(reuse.tier).inc(reuse.tokens)
         self.kv_saved.labels(reuse.tier).inc(reuse.saved_seconds)
+
+    def watch_experts(self, cold_experts: "Callable[[], ColdExperts]") -> None:
+        """Registers the gauges of a stage with a weights budget."""
+        for name, help_text, read in (
+            ("experts_found", "Experts that a layer used and found in memory", lambda: cold_experts().found),
+            ("experts_read", "Experts that a layer used and read from the weight cache", lambda: cold_experts().read),
+            ("expert_bytes", "Bytes of experts in memory that may be dropped", lambda: cold_experts().resident_bytes),
+        ):
+            Gauge(f"lamina_stage_{name}", help_text, registry=self.registry).set_function(read)
 
     def watch(
         self,

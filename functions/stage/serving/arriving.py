@@ -55,7 +55,14 @@ class ArrivingModel:
                 time.sleep(weights / config.sleep_bytes_per_second)
             return model_config, iter(())
         cache = WeightCache(Path(config.weights_cache), config.weights_cache_bytes) if config.weights_cache else None
-        return model_config, iterate_layers(reader, manifest, *config.layers, cache=cache, on_progress=self._progressed)
+        return model_config, iterate_layers(
+            reader,
+            manifest,
+            *config.layers,
+            cache=cache,
+            on_progress=self._progressed,
+            map_files=config.weights_budget_bytes is not None,
+        )
 
     def _progressed(self, progress: LoadProgress) -> None:
         self._start_up.mark("first_byte")

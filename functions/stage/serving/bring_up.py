@@ -3,7 +3,7 @@
 import os
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from functions.configuration.config import StageConfig
 from functions.configuration.pass_times import PassTimes
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from functions.stage.engine.engine import Engine
     from functions.stage.kv.build import Tiers
     from functions.stage.models.layer_group import LayerGroup
+    from functions.stage.models.native.group import NativeGroup
     from functions.stage.models.vector_head import VectorHead
     from storage.loading.weight_loader import RawTensor
 
@@ -51,7 +52,7 @@ def bring_up(
         from functions.stage.engine.kv_tiers import ComputeRate
         from functions.stage.kv.build import tiers_of
 
-    group, vector_head = _layer_group(config, arriving, threads, start_up)
+    group, vector_head = _layer_group(config, arriving, threads, start_up, metrics)
     rate = ComputeRate()
     tiers = tiers_of(config, group.kv, rate, metrics.observe_restore, metrics.kept_bytes.inc, tls)
 
@@ -88,20 +89,22 @@ def _read_tokenizer(config: StageConfig) -> str:
 
 
 def _layer_group(
-    config: StageConfig, arriving: ArrivingModel, threads: int, start_up: StartUp
+    config: StageConfig, arriving: ArrivingModel, threads: int, start_up: StartUp, metrics: StageMetrics
 ) -> "tuple[LayerGroup, VectorHead]":
     from functions.stage.models.build import UnsupportedDtype
     from functions.stage.models.layer_group import MissingTensors
     from storage.errors import ArchitectureUnsupported
 
     try:
-        return _built(config, arriving, threads, start_up)
+        return _built(config, arriving, threads, start_up, metrics)
     except (ArchitectureUnsupported, UnsupportedDtype, MissingTensors, ValueError) as error:
         what = f"layers {config.layers[0]}:{config.layers[1]} of {config.model} in {config.dtype} as {config.layer_group}"
         raise UnservableModel(f"{what}: {error}") from error
 
 
-def _built(config: StageConfig, arriving: ArrivingModel, threads: int, start_up: StartUp) -> "tuple[LayerGroup, VectorHead]":
+def _built(
+    config: StageConfig, arriving: ArrivingModel, threads: int, start_up: StartUp, metrics: StageMetrics
+) -> "tuple[LayerGroup, VectorHead]":
     from functions.stage.models.build import Kind, build_layer_group, choose, empty_group, import_group
     from functions.stage.models.vector_head import VectorHead
 
@@ -116,12 +119,22 @@ def _built(config: StageConfig, arriving: ArrivingModel, threads: int, start_up:
     start_up.mark("import")
     if choice.kind in ("native", "llama"):
         # Packs each layer as it arrives, so that memory holds little more than the weights.
-        group = empty_group(choice, model_config, *config.layers, config.dtype, config.kv_cache_bytes, config.kv_dtype)
+        group = empty_group(
+            choice,
+            model_config,
+            *config.layers,
+            config.dtype,
+            config.kv_cache_bytes,
+            config.kv_dtype,
+            config.weights_budget_bytes,
+        )
         for loaded in objects:
             vector_head.place(loaded.tensors)
             group.place(loaded.tensors)
         start_up.mark("last_byte")
         group.finish()
+        if config.weights_budget_bytes is not None and choice.kind == "native":
+            metrics.watch_experts(cast("NativeGroup", group).cold_experts)
         if group.last_layer == group.num_layers:
             vector_head.finish()
         return group, vector_head

@@ -5,8 +5,9 @@ Weights are set layer by layer while later ones are still being read. They stay 
 for the matrices of queries, keys and values, which C needs as one.
 """
 
-from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import replace
+import logging
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -22,15 +23,34 @@ from functions.stage.models.native.recurrent_weights import StatePlaces, inputs_
 from functions.stage.models.native.rotations import Rotations
 from functions.stage.models.native.weights import NativeWeights, rows_of
 from functions.stage.models.packed_tensors import packing, shapes_of
-from functions.stage.native.layers import MatrixArrays, NativeLayers, NativeLinear, NormArrays, SegmentArrays
+from functions.stage.native.layers import (
+    ExpertsArrays,
+    MatrixArrays,
+    NativeLayers,
+    NativeLinear,
+    NormArrays,
+    SegmentArrays,
+)
 from functions.stage.native.library import library
 from functions.stage.native.records import MOST_THREADS, Dtype, GroupRecord, NormKind
 from storage.checkpoints.decoder import full_name, layer_shapes, outer_shapes
 from storage.checkpoints.decoder_config import decoder_of
+from storage.loading.memory import address_of, drop_pages
 from storage.loading.weight_loader import RawTensor
+
+_log: Final = logging.getLogger(__name__)
 
 # dtype of a publication → of keys and values
 _KV_DTYPES: Final = {"float32": Dtype.F32, "bfloat16": Dtype.BF16, "int8": Dtype.BF16, "q4": Dtype.BF16, "kept": Dtype.BF16}
+
+
+@dataclass(frozen=True, slots=True)
+class ColdExperts:
+    """Experts that need not stay in memory: how often a layer found one there or read it, and the bytes of those there now."""
+
+    found: int
+    read: int
+    resident_bytes: int
 
 
 class NativeGroup:
@@ -46,12 +66,15 @@ class NativeGroup:
         dtype: str,
         kv_budget_bytes: int,
         kv_dtype: KVDtype | None = None,
+        weights_budget_bytes: int | None = None,
     ) -> None:
         """config: a config.json. Layers are [first_layer, last_layer).
 
         dtype: of the publication; `native_obstacle` tells which run. kv_dtype: of keys and values; None: float32 for float32,
-        else bf16. Raises UnsupportedConfig, ValueError for impossible layers or too small a budget, and one of the errors in
-        `library.UNAVAILABLE` if the C library can be neither loaded nor compiled.
+        else bf16. weights_budget_bytes: most memory for weights. Beyond it, experts that files of the weight cache have are
+        dropped, those first that were used the longest ago; but those that a layer uses in one pass are in memory together.
+        None: all stay. Raises UnsupportedConfig, ValueError for impossible layers or too small a budget of keys and values,
+        and one of the errors in `library.UNAVAILABLE` if the C library can be neither loaded nor compiled.
         """
         model = self._model = decoder_of(config)
         check_layers(model, first_layer, last_layer)
@@ -113,6 +136,8 @@ class NativeGroup:
         )
         self.native_threads = self._layers.threads
         self._placed: set[int] = set()
+        self._weights_budget_bytes = weights_budget_bytes
+        self._kept_bytes = 0  # of weights that stay in memory
         self._embedding: MatrixArrays | None = None
         self._positions: Float32 | None = None
         self._final_norm: NormArrays | None = None
@@ -134,7 +159,10 @@ class NativeGroup:
             if self.first_layer <= layer < self.last_layer:
                 own, slot = self._model.layers[layer], layer - self.first_layer
                 shapes = layer_shapes(self._model, own)
-                weights = NativeWeights(tensors, f"{names.layers}.{layer}.", self._dtype, shapes, transposed=names.transposed)
+                prefix = f"{names.layers}.{layer}."
+                own_tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+                self._kept_bytes += sum(len(tensor.data) for tensor in own_tensors.values())
+                weights = NativeWeights(tensors, prefix, self._dtype, shapes, transposed=names.transposed)
                 arrays = take_layer(self._model, own, weights)
                 if own.attention is not None:
                     before = self._model.layers[self.first_layer : layer]
@@ -148,9 +176,13 @@ class NativeGroup:
                     arrays.recurrent = take_recurrent(self._model, own.recurrent, self._places, slot, weights)
                 self._layers.place(slot, arrays)
                 if own.experts is not None:
-                    self._layers.place_experts(slot, take_experts(names, own.experts, weights))
+                    experts = take_experts(names, own.experts, weights)
+                    if self._weights_budget_bytes is not None:
+                        experts = self._in_files(layer, experts, own_tensors.values())
+                    self._layers.place_experts(slot, experts)
                 self._placed.add(layer)
         others = NativeWeights(tensors, "", self._dtype, outer_shapes(self._model))
+        self._kept_bytes += sum(len(tensors[name].data) for name in outer_shapes(self._model) if name in tensors)
         needs_embedding = self.first_layer == 0 or (self._is_last and self._model.tied)
         if needs_embedding and f"{names.embedding}.weight" in others:
             self._embedding = others.matrix(names.embedding)
@@ -180,6 +212,26 @@ class NativeGroup:
         )
         if self.first_layer > 0:  # it was needed for the head alone
             self._embedding = None
+        if self._weights_budget_bytes is not None:
+            self._layers.budget.most_bytes = max(0, self._weights_budget_bytes - self._kept_bytes)
+
+    def _in_files(self, layer: int, experts: ExpertsArrays, tensors: Iterable[RawTensor]) -> ExpertsArrays:
+        """The experts as those that need not stay in memory, which none is in now, if C reads their weights from files."""
+        in_files = {address_of(tensor.data) for tensor in tensors if tensor.from_file}
+        weights = [matrix.weights for matrices in experts.experts for matrix in matrices.values()]
+        padded = any(matrix.is_padded for matrices in experts.experts for matrix in matrices.values())
+        if padded or any(each.ctypes.data not in in_files for each in weights):
+            _log.warning("the experts of layer %d stay in memory: no file of the weight cache has them as C reads them", layer)
+            return experts
+        for each in weights:
+            drop_pages(each.ctypes.data, each.nbytes)
+        self._kept_bytes -= sum(each.nbytes for each in weights)
+        return replace(experts, used_at=np.zeros_like(experts.used))
+
+    def cold_experts(self) -> ColdExperts:
+        """What a weights budget has done so far."""
+        budget = self._layers.budget
+        return ColdExperts(found=budget.found, read=budget.read, resident_bytes=budget.bytes)
 
     def use_threads(self, count: int) -> None:
         self.native_threads.count = min(count, MOST_THREADS)

@@ -169,6 +169,10 @@ static Status check_experts(const Group *group, const Layer *layer)
     CHECK(check_memory(&layer->experts, sizeof(Experts), _Alignof(Experts)));
     const Experts *experts = layer->experts.data;
     CHECK(check_router(group, experts));
+    if (experts->used_at.bytes) {
+        CHECK(check_memory(&group->budget, sizeof(Budget), _Alignof(Budget)));
+        CHECK(check_memory(&experts->used_at, experts->num_experts * 8, 8));
+    }
     CHECK(check_memory(&experts->experts, experts->num_experts * (int64_t)sizeof(Expert), _Alignof(Expert)));
     const Expert *all = experts->experts.data;
     for (int64_t i = 0; i < experts->num_experts; i++) {
@@ -460,7 +464,7 @@ int64_t lamina_draw_bytes(int64_t vocabulary, int64_t threads)
 
 int64_t lamina_size_of(int64_t record)
 {
-    static const int64_t sizes[] = {sizeof(Memory), sizeof(Matrix), sizeof(Norm), sizeof(Recurrent), sizeof(Expert), sizeof(Experts),
+    static const int64_t sizes[] = {sizeof(Memory), sizeof(Matrix), sizeof(Norm), sizeof(Recurrent), sizeof(Expert), sizeof(Experts), sizeof(Budget),
                                     sizeof(Layer), sizeof(Group),
                                     sizeof(Segment), sizeof(Pass), sizeof(Product), sizeof(Draw), sizeof(Draws), sizeof(Softmax)};
     return within(record, 0, sizeof sizes / sizeof *sizes - 1) ? sizes[record] : 0;

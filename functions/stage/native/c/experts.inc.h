@@ -28,6 +28,70 @@ static void choose_for_rows(const Forward *forward, const Layer *layer, const Wo
     finish_phase(worker, phase, done, forward->rows);
 }
 
+static int64_t bytes_of_expert(const Expert *expert)
+{
+    return expert->gate.weights.bytes + expert->up.weights.bytes + expert->down.weights.bytes;
+}
+
+/* Drops the whole pages of an expert's weights. What reads them later reads the file. */
+static void drop_expert(const Expert *expert)
+{
+#ifdef __linux__
+    const Memory *weights[] = {&expert->gate.weights, &expert->up.weights, &expert->down.weights};
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    for (int i = 0; i < 3; i++) {
+        const uintptr_t first = ((uintptr_t)weights[i]->data + page - 1) / page * page;
+        const uintptr_t last = ((uintptr_t)weights[i]->data + (uintptr_t)weights[i]->bytes) / page * page;
+        if (weights[i]->bytes && first < last)
+            madvise((void *)first, last - first, MADV_DONTNEED);
+    }
+#endif
+}
+
+/* Drops the expert of the group that was used the longest ago, before time `now`. False: there is none. */
+static bool drop_oldest(const Group *group, int64_t now)
+{
+    const Layer *layers = group->layers.data;
+    Budget *budget = group->budget.data;
+    int64_t *oldest = NULL;
+    const Expert *expert = NULL;
+    for (int64_t i = 0; i < group->num_layers; i++) {
+        const Experts *experts = layers[i].experts.bytes ? layers[i].experts.data : NULL;
+        for (int64_t number = 0; experts && experts->used_at.bytes && number < experts->num_experts; number++) {
+            int64_t *used_at = (int64_t *)experts->used_at.data + number;
+            if (*used_at && *used_at < now && (!oldest || *used_at < *oldest)) {
+                oldest = used_at;
+                expert = expert_of(&layers[i], number);
+            }
+        }
+    }
+    if (!oldest)
+        return false;
+    *oldest = 0;
+    budget->bytes -= bytes_of_expert(expert);
+    drop_expert(expert);
+    return true;
+}
+
+/* Counts the experts that the layer uses now, and drops others until all fit the budget. */
+static void hold_experts(const Group *group, const Layer *layer, const Route *routes, int64_t active)
+{
+    Budget *budget = group->budget.data;
+    int64_t *used_at = ((const Experts *)layer->experts.data)->used_at.data;
+    const int64_t now = ++budget->clock;
+    for (int64_t i = 0; i < active; i++) {
+        if (used_at[routes[i].expert])
+            budget->found++;
+        else {
+            budget->read++;
+            budget->bytes += bytes_of_expert(expert_of(layer, routes[i].expert));
+        }
+        used_at[routes[i].expert] = now;
+    }
+    while (budget->bytes > budget->most_bytes && drop_oldest(group, now))
+        ;
+}
+
 /* Sorts the choices of all rows by expert: one piece. Later phases of the layer know from `routing` how many pieces they have, also
    in threads that come too late for any of them. */
 static void group_rows(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
@@ -54,6 +118,8 @@ static void group_rows(const Forward *forward, const Layer *layer, const Worker 
             at->routed_rows[place] = (int32_t)(i / experts->chosen);
             at->routed_weights[place] = at->weights[i];
         }
+        if (experts->used_at.bytes)
+            hold_experts(forward->group, layer, at->routes, active);
         *routing = (Routing){active, packed / 16};
     }
     finish_phase(worker, phase, done, 1);

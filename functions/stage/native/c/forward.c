@@ -3,6 +3,12 @@
    A layer is a few phases, whose pieces the threads share (`threads.h`). Norms before a matrix and packing are done by the thread
    that takes a piece, so that they are no phases of their own. */
 
+#ifdef __linux__
+#define _GNU_SOURCE /* madvise */
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include "forward.h"
 
 enum {

@@ -102,6 +102,9 @@ typedef struct {
     Matrix router;     /* float32 [num_experts, hidden_size], and with `shared_gate` one output more */
     Memory correction; /* float32 [num_experts]: added to the scores for the choice alone; or absent */
     Memory used;       /* int64 [num_experts]: a pass adds the rows of each expert */
+    Memory used_at;    /* int64 [num_experts]: the time on the budget's clock when a pass last used each expert; 0: it is not in memory.
+                          Absent: experts stay in memory. Present only if their weights are private mappings of files, not written to:
+                          their pages are dropped, and read again when they are used */
     int64_t num_experts;
     int64_t chosen;        /* of a row */
     int64_t scores;
@@ -195,9 +198,19 @@ typedef struct {
 
    keys    [padded / 4, block, 4], each number plus 128, of the key times a matrix of 1 and -1 (`spread`)
    values  [block / 4, padded, 4 tokens] */
+/* The memory of those experts of a group that need not stay in it. */
+typedef struct {
+    int64_t most_bytes; /* the experts that a layer uses in a pass may take more */
+    int64_t bytes;      /* in memory */
+    int64_t clock;
+    int64_t found;      /* experts that a layer used in a pass and found in memory */
+    int64_t read;       /* experts that were not */
+} Budget;
+
 typedef struct {
     Memory layers; /* Layer [num_layers] */
     Memory arena;  /* [num_pages] pages */
+    Memory budget; /* Budget; absent: all experts stay in memory */
     int64_t num_layers;
     int64_t hidden_size;
     int64_t inner_size;      /* largest of a layer's own feed-forward */
@@ -329,7 +342,7 @@ LAMINA_API int64_t lamina_pass_bytes(const Group *group, int64_t rows, int64_t m
 LAMINA_API int64_t lamina_product_bytes(const Matrix *matrix, int64_t rows, int64_t threads);
 LAMINA_API int64_t lamina_draw_bytes(int64_t vocabulary, int64_t threads);
 
-/* Sizes of Memory, Matrix, Norm, Recurrent, Expert, Experts, Layer, Group, Segment, Pass, Product, Draw, Draws and Softmax, by number, so that Python can compare its
+/* Sizes of Memory, Matrix, Norm, Recurrent, Expert, Experts, Budget, Layer, Group, Segment, Pass, Product, Draw, Draws and Softmax, by number, so that Python can compare its
    records; 0 beyond the last. */
 LAMINA_API int64_t lamina_size_of(int64_t record);
 

@@ -160,7 +160,7 @@ static int spoil_experts(Memory memory)
     else
         spoil(one, sizeof *one);
     if (says_more(&experts->experts, &before.experts, 1) || says_more(&experts->router.weights, &before.router.weights, 3) ||
-        says_more(&experts->correction, &before.correction, 2) || experts->num_experts > before.num_experts)
+        says_more(&experts->correction, &before.correction, 3) || experts->num_experts > before.num_experts)
         return 0;
     return !says_more(&one->gate.weights, &sound.gate.weights, 3) && !says_more(&one->up.weights, &sound.up.weights, 3) &&
            !says_more(&one->down.weights, &sound.down.weights, 3);
@@ -361,7 +361,7 @@ static int run_pass(Pool *pool)
         if (says_more(&((Segment *)whole.segments.data)[i].pages, &segments[i].pages, 1) ||
             says_more(&((Segment *)whole.segments.data)[i].states, &segments[i].states, 4))
             return -1;
-    if (says_more(&group.layers, &sound.layers, 2) || says_more(&pass.hidden, &whole.hidden, 4) ||
+    if (says_more(&group.layers, &sound.layers, 3) || says_more(&pass.hidden, &whole.hidden, 4) ||
         group.rotations > sound.rotations)
         return -1;
     const Norm *norms[] = {&layers[0].before_attention, &layers[0].qk, &layers[0].after_attention, &layers[0].before_mlp,
