@@ -123,7 +123,7 @@ def needed_bytes(stage: StageSpec, weight_bytes: int | None) -> float:
 
     Of experts beyond a weights budget, files in the page cache have the bytes, which the kernel frees when others need memory.
     """
-    loaded = 0 if stage.layer_group == "sleep" else weight_bytes or 0
+    loaded: float = 0 if stage.layer_group == "sleep" else weight_bytes or 0
     if stage.weights_budget is not None:
         loaded = min(loaded, quantity(stage.weights_budget))
     return loaded * WEIGHTS_FACTOR + quantity(stage.kv_cache) + OTHER_BYTES

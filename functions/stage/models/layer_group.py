@@ -87,6 +87,15 @@ def segments_within(segments: Sequence[Segment], first: int, end: int) -> list[S
     return parts
 
 
+@dataclass(frozen=True, slots=True)
+class ColdExperts:
+    """Experts that need not stay in memory: how often a layer found one there or read it, and the bytes of those there now."""
+
+    found: int
+    read: int
+    resident_bytes: int
+
+
 class LayerGroup(Protocol):
     """Layers [first_layer, last_layer) of a model. Not thread-safe: only one thread at a time may call it."""
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from functions.stage.engine.engine import PassStatistics
     from functions.stage.engine.kv_tiers import Reuse
-    from functions.stage.models.native.group import ColdExperts
+    from functions.stage.models.layer_group import ColdExperts
 
 _log: Final = logging.getLogger(__name__)
 
@@ -226,6 +226,14 @@ class StageMetrics(FunctionMetrics):
         self.weights_bytes = gauge("lamina_stage_weights_bytes", "Bytes of this stage's objects in the store")
         self.loaded_bytes = gauge("lamina_stage_loaded_bytes", "Bytes of them that were loaded and verified")
 
+        self._cold_experts: Callable[[], ColdExperts] | None = None
+        for name, field, help_text in (
+            ("experts_found", "found", "Experts that a layer used and found in memory"),
+            ("experts_read", "read", "Experts that a layer used and read from the weight cache"),
+            ("expert_bytes", "resident_bytes", "Bytes of experts in memory that may be dropped"),
+        ):
+            gauge(f"lamina_stage_{name}", help_text).set_function(partial(self._number_of_experts, field))
+
         # Every series starts at 0, or a rate would miss its first increment.
         for type_ in EVENT_TYPES:
             for status in STATUSES:
@@ -257,13 +265,11 @@ class StageMetrics(FunctionMetrics):
         self.kv_saved.labels(reuse.tier).inc(reuse.saved_seconds)
 
     def watch_experts(self, cold_experts: "Callable[[], ColdExperts]") -> None:
-        """Registers the gauges of a stage with a weights budget."""
-        for name, help_text, read in (
-            ("experts_found", "Experts that a layer used and found in memory", lambda: cold_experts().found),
-            ("experts_read", "Experts that a layer used and read from the weight cache", lambda: cold_experts().read),
-            ("expert_bytes", "Bytes of experts in memory that may be dropped", lambda: cold_experts().resident_bytes),
-        ):
-            Gauge(f"lamina_stage_{name}", help_text, registry=self.registry).set_function(read)
+        """Calls this function whenever the metrics are scraped. Otherwise no experts are cold."""
+        self._cold_experts = cold_experts
+
+    def _number_of_experts(self, field: str) -> float:
+        return 0 if self._cold_experts is None else float(getattr(self._cold_experts(), field))
 
     def watch(
         self,

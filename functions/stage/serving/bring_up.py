@@ -3,7 +3,7 @@
 import os
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from functions.configuration.config import StageConfig
 from functions.configuration.pass_times import PassTimes
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from functions.stage.engine.engine import Engine
     from functions.stage.kv.build import Tiers
     from functions.stage.models.layer_group import LayerGroup
-    from functions.stage.models.native.group import NativeGroup
     from functions.stage.models.vector_head import VectorHead
     from storage.loading.weight_loader import RawTensor
 
@@ -134,7 +133,7 @@ def _built(
         start_up.mark("last_byte")
         group.finish()
         if config.weights_budget_bytes is not None and choice.kind == "native":
-            metrics.watch_experts(cast("NativeGroup", group).cold_experts)
+            metrics.watch_experts(group.cold_experts)
         if group.last_layer == group.num_layers:
             vector_head.finish()
         return group, vector_head

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from functions.stage.models.floats import HIDDEN_DTYPES, Array, Float32
-from functions.stage.models.layer_group import Segment
+from functions.stage.models.layer_group import ColdExperts, Segment
 from functions.stage.models.llama.attention import PassAttention
 from functions.stage.models.llama.kv_pool import TorchKVPool
 from functions.stage.models.llama.layer import LayerWeights, LlamaLayer, PassState, RmsNorm, Rope
@@ -127,6 +127,10 @@ class LlamaGroup:
             self._embedding = None
 
     @torch.inference_mode()
+    def cold_experts(self) -> ColdExperts:
+        """None: no layer has experts."""
+        return ColdExperts(0, 0, 0)
+
     def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
         """See `LayerGroup`. Raises ValueError for segments that do not fit the KV cache, which then stays unchanged."""
         positions = checked_positions(self.kv, len(inputs), segments)

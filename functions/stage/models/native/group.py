@@ -7,14 +7,14 @@ for the matrices of queries, keys and values, which C needs as one.
 
 import logging
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 
 from functions.stage.models.floats import HIDDEN_DTYPES, Array, Float32, narrowed, widened
 from functions.stage.models.kv_cache import GOING_BACK
-from functions.stage.models.layer_group import KVDtype, Segment, segments_within
+from functions.stage.models.layer_group import ColdExperts, KVDtype, Segment, segments_within
 from functions.stage.models.llama.structure import check_layers, check_placed, check_shapes, checked_positions, layers_in
 from functions.stage.models.native.expert_weights import take_experts
 from functions.stage.models.native.kv_pool import NativeKVPool
@@ -42,15 +42,6 @@ _log: Final = logging.getLogger(__name__)
 
 # dtype of a publication → of keys and values
 _KV_DTYPES: Final = {"float32": Dtype.F32, "bfloat16": Dtype.BF16, "int8": Dtype.BF16, "q4": Dtype.BF16, "kept": Dtype.BF16}
-
-
-@dataclass(frozen=True, slots=True)
-class ColdExperts:
-    """Experts that need not stay in memory: how often a layer found one there or read it, and the bytes of those there now."""
-
-    found: int
-    read: int
-    resident_bytes: int
 
 
 class NativeGroup:
