@@ -17,7 +17,7 @@ from tests.support.functions.stage_server import Fault, StageServer, on_forwards
 from tests.support.storage import tiny_models
 
 CUT: Final = ((0, 2), (2, 3), (3, 6))
-NAMES: Final = ("lfm2", "qwen3_next", "granitemoehybrid")
+NAMES: Final = ("lfm2", "qwen3_next", "granitemoehybrid_dense")
 NEW_TOKENS: Final = 24
 
 
