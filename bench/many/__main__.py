@@ -2,6 +2,7 @@
 
     python -m bench.many                                   some three minutes on two cores
     python -m bench.many --conversations 64 --gateways 1
+    python -m bench.many --fleet 1 --fleet 300             instead: fleets of so many members, all at zero
 
 Stages are three processes that sleep in each pass, behind real HTTP, so that the gateway is measured. Clients share its cores:
 on a machine with few cores more gateways have no core to run on, and the verdict says so.
@@ -20,6 +21,7 @@ import click
 import psutil
 from rich.console import Console
 
+from bench.many import fleet as at_zero
 from bench.many.conversations import Conversation, converse
 from bench.many.report import Found, Load, markdown, verdicts
 from bench.pipeline import NUM_STAGES, gateway_beside, local_spec, stage_alone
@@ -30,6 +32,7 @@ from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 
 _STATE: Final = STATE / "bench-many"
+_ZERO_SECONDS: Final = 40.0
 _PASS_SECONDS: Final = 0.04
 _MICRO_BATCH_SEQUENCES: Final = 170  # three equal stages get six micro-batches, which hold 1,000 conversations
 _MOST_MERGED: Final = 8
@@ -39,9 +42,13 @@ _KV_CACHE: Final = "4Gi"  # of stages that sleep: a number, not memory
 @click.command(help=__doc__)
 @click.option("--conversations", type=click.IntRange(min=1), multiple=True, default=(64, 256, 1000), show_default=True)
 @click.option("--gateways", type=click.IntRange(min=1), multiple=True, default=(1, 2, 4), show_default=True)
+@click.option("--fleet", type=click.IntRange(min=1), multiple=True, help="Measure fleets of so many members at zero instead.")
 @click.option("--max-tokens", type=click.IntRange(min=8), default=48, show_default=True)
 @output_option
-def main(conversations: Sequence[int], gateways: Sequence[int], max_tokens: int, output: Path) -> None:
+def main(conversations: Sequence[int], gateways: Sequence[int], fleet: Sequence[int], max_tokens: int, output: Path) -> None:
+    if fleet:
+        _fleets(fleet, output)
+        return
     load_before = getloadavg()[0]
     loads = [Load(count, 1) for count in conversations]
     loads += [Load(max(conversations), count) for count in gateways if count > 1]
@@ -59,6 +66,19 @@ def main(conversations: Sequence[int], gateways: Sequence[int], max_tokens: int,
     )
     write_section(output, "many", markdown(found, facts))
     for verdict in verdicts(found):
+        click.echo(verdict)
+
+
+def _fleets(sizes: Sequence[int], output: Path) -> None:
+    found = [asyncio.run(at_zero.measure(size, NUM_STAGES, _ZERO_SECONDS)) for size in sizes]
+    asked = " ".join(f"--fleet {size}" for size in sizes)
+    facts = (
+        f"`python -m bench.many {asked}` on {machine()}: a fleet's gateway as a process, "
+        f"and knative/local's API, over {_ZERO_SECONDS:g} s in which nobody asks. On a cluster Knative makes some ten objects "
+        "more for each Service."
+    )
+    write_section(output, "fleet-at-zero", at_zero.markdown(found, facts))
+    for verdict in at_zero.verdicts(found):
         click.echo(verdict)
 
 
