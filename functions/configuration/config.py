@@ -518,6 +518,12 @@ class FleetConfig(ProcessConfig, ClientsConfig):
         "",
         closes=True,
     )
+    max_devices: int | None = setting(
+        "LAMINA_FLEET_MAX_DEVICES",
+        parsers.integer(1),
+        "most pods of all members' stages together; members take turns, and this gateway is the only one; unset: no limit",
+        "",
+    )
     memory_bytes: int = setting(
         "LAMINA_FLEET_MEMORY_BYTES",
         parsers.integer(1),

@@ -66,6 +66,8 @@ def fleet_gateway(fleet: FleetSpec) -> KubernetesObject:
         "LAMINA_FLEET": fleet.name,
         "LAMINA_FLEET_MEMORY_BYTES": str(int(_MEMORY_SHARE * quantity(fleet.gateway.resources.memory))),
     }
+    if fleet.max_devices is not None:
+        more["LAMINA_FLEET_MAX_DEVICES"] = str(fleet.max_devices)
     for secret in fleet.gateway.api_keys_secrets:  # mounted whole, so that a new member's entry needs no new pod
         more["LAMINA_FLEET_KEYS"] = f"{KEYS_FOLDER}/{secret}"
         for volume in template["spec"]["volumes"]:

@@ -1,5 +1,6 @@
 """FleetSpec: many pipelines behind one gateway, as a user describes them in YAML."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -7,8 +8,10 @@ import msgspec
 import yaml
 from msgspec import Struct
 
+from knative.spec.cut import parse_cut
 from knative.spec.errors import SpecError, describe_fault
 from knative.spec.pipeline_spec import (
+    Autoscaling,
     GatewaySpec,
     KVStoreSpec,
     ModelSpec,
@@ -19,6 +22,7 @@ from knative.spec.pipeline_spec import (
     Tracing,
 )
 from knative.spec.spec_file import spec_from_dict
+from knative.spec.stage_overrides import changed
 
 KIND: Final = "Fleet"
 # Fields that all members have in common. A member that names one must say the same.
@@ -48,13 +52,17 @@ class FleetSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     network: NetworkSpec = NetworkSpec()
     tracing: Tracing | None = None
     log_level: str = "info"
-    max_devices: Positive | None = None  # pods of all stages at once, shared by demand. Unset: each member scales by itself
+    # Most pods of all members' stages at once: members take turns, one pod for each stage. Unset: each scales by itself.
+    max_devices: Positive | None = None
 
     def __post_init__(self) -> None:
         for name in _changed(self.gateway) - _OF_PROCESS:
             raise SpecError(f"$.gateway.{name}: concerns one pipeline: set it in the spec of a member")
         if len(self.gateway.api_keys_secrets) > 1:
             raise SpecError("$.gateway.api_keys_secret: a fleet takes one Secret, with an entry of keys for each member")
+
+        if self.max_devices is not None and self.gateway.autoscaling.max_scale != 1:
+            raise SpecError("$.gateway.autoscaling.max_scale: with max_devices one gateway shares the devices out; set it to 1")
 
     @property
     def token_secret(self) -> str:
@@ -147,6 +155,13 @@ def _member(fleet: FleetSpec, document: Any, where: str) -> PipelineSpec:
     for name in ("eventing", "monitoring"):
         if getattr(spec, name) is not None:
             raise SpecError(f"{where}: $.{name}: a member of a fleet has none; deploy it as a pipeline of its own")
+    if fleet.max_devices is not None:
+        for path, scaling in _autoscaling(spec):
+            if (scaling.min_scale, scaling.max_scale) != (0, 1):
+                raise SpecError(f"{where}: {path}: members that share max_devices scale between 0 and 1")
+        stages = spec.stages or len(parse_cut(spec.cut or ""))
+        if stages > fleet.max_devices:
+            raise SpecError(f"{where}: has {stages} stages, more than max_devices, {fleet.max_devices}")
     if spec.gateway.jobs is not None:
         raise SpecError(f"{where}: $.gateway.jobs: a fleet serves no batches; deploy the pipeline on its own")
     return spec
@@ -155,8 +170,15 @@ def _member(fleet: FleetSpec, document: Any, where: str) -> PipelineSpec:
 def _giving_way(document: dict[str, Any]) -> dict[str, Any]:
     """The member's document with pods that go soon after their last request, because others wait for their devices."""
     stage = document.get("stage") or {}
-    autoscaling = {"scale_down_delay_seconds": 0, "window_seconds": 6, **(stage.get("autoscaling") or {})}
+    soon = {"scale_down_delay_seconds": 0, "window_seconds": 6, "max_scale": 1}
+    autoscaling = {**soon, **(stage.get("autoscaling") or {})}
     return {**document, "stage": {**stage, "autoscaling": autoscaling}}
+
+
+def _autoscaling(spec: PipelineSpec) -> Iterator[tuple[str, Autoscaling]]:
+    yield "$.stage.autoscaling", spec.stage.autoscaling
+    for number, override in enumerate(spec.stage_overrides):
+        yield f"$.stage_overrides[{number}].autoscaling", changed(spec.stage, override, number).autoscaling
 
 
 def _changed(gateway: GatewaySpec) -> set[str]:

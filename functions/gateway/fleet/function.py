@@ -3,7 +3,7 @@
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry
@@ -12,7 +12,8 @@ from functions.configuration.config import FleetConfig
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.app import MAX_REQUEST_BYTES
 from functions.gateway.build import endpoints_watch
-from functions.gateway.fleet.members import Members
+from functions.gateway.fleet.grants import Grants
+from functions.gateway.fleet.members import Members, Version
 from functions.gateway.fleet.metrics import FleetCollector
 from functions.gateway.fleet.parts import Parts
 from functions.gateway.fleet.routing import MemberRouter, fleet_admission, own_app
@@ -33,7 +34,8 @@ class FleetFunction:
         self._start_up = start_up
         self._watch = endpoints_watch(config, None)
         self.parts = Parts(self._watch, config.memory_bytes)
-        self.members = Members(config, environ, self.parts.retire)
+        self._grants = None if config.max_devices is None else Grants(config.max_devices, self._pods, self._is_ready)
+        self.members = Members(config, environ, self._forget)
         self._metrics = GatewayMetrics()
         start_up.report_to(self._metrics.phase_ended)
         self._draining = False
@@ -41,7 +43,7 @@ class FleetFunction:
         registry.register(FleetCollector(self._metrics.registry, self._registries, self.states, lambda: self.parts.evictions))
         own = own_app(config, self.members, self._metrics, lambda line: print(line, file=sys.stderr, flush=True))
         self.service = Service(
-            MemberRouter(self.members, self.parts, own),
+            MemberRouter(self.members, self.parts, own, self._grants),
             Management(registry, sick=self._sick, ready=self._ready),
             fleet_admission(config, self.members),
             threads=_THREADS,
@@ -68,6 +70,17 @@ class FleetFunction:
         count = Counter[str](part.state for part in self.parts.loaded())
         versions = sum(len(group) for group in self.members.models().values())
         return {state: count[state] for state in STATES} | {"asleep": max(0, versions - count.total())}
+
+    def _forget(self, versions: Sequence[Version]) -> None:
+        self.parts.retire(versions)
+        if self._grants is not None:
+            self._grants.forget(versions)
+
+    def _pods(self, version: Version) -> int:
+        return 0 if self._watch is None else sum(map(self._watch.pods_of, version.services))
+
+    def _is_ready(self, version: Version) -> bool:
+        return self._watch is not None and all(map(self._watch.is_ready, version.services))
 
     def _note_start(self) -> None:
         self.members.listed.wait()

@@ -12,6 +12,7 @@ from eventing.problems import Unauthorized
 from functions.configuration.config import FLEET_LABEL, PERCENT, FleetConfig, GatewayConfig, member_config
 from functions.configuration.settings import ConfigError
 from functions.gateway.answers.authentication import KeyRing
+from functions.gateway.stages.endpoints import service_name
 from functions.gateway.stages.kubernetes_api import CONFIG_MAPS, KubernetesAPI, KubernetesItem, ObjectWatch
 
 _log = logging.getLogger(__name__)
@@ -33,6 +34,11 @@ class Version:
     environ: Mapping[str, str] = field(repr=False)
     config: GatewayConfig | None  # None: the ConfigMap is wrong, as `trouble` says
     trouble: str = ""
+
+    @property
+    def services(self) -> Sequence[str]:
+        """Names of its stages' Knative Services."""
+        return () if self.config is None else self.config.stage_services or [service_name(url) for _, url in self.config.stages]
 
     @property
     def model(self) -> str:

@@ -63,14 +63,17 @@ class Part:
         status = self.function.status
         return not status.waiting and not status.running
 
-    def load(self) -> "WSGIApplication":
-        """Builds the part unless it is built, wakes its stages, and waits until it can answer. Raises NotReady."""
+    def load(self, *, wakes: bool = True) -> "WSGIApplication":
+        """Builds the part unless it is built, and waits until it can answer. Raises NotReady.
+
+        wakes: if it is built, its stages begin to start at once.
+        """
         config = self.version.config
         with self._lock:
             if self.function is None:
                 if config is None:
                     raise NotReady(f"member {self.version.member} cannot be served: {self.version.trouble}")
-                self.function = self._build(config)
+                self.function = self._build(config, wakes=wakes)
             function = self.function
         if not function.await_ready(_LOAD_SECONDS):
             self._trouble = self._trouble or f"nothing was loaded for {_LOAD_SECONDS:g} s"
@@ -85,10 +88,11 @@ class Part:
                 self.function.close()
                 self.function = None
 
-    def _build(self, config: GatewayConfig) -> GatewayFunction:
+    def _build(self, config: GatewayConfig, *, wakes: bool) -> GatewayFunction:
         try:
             running = start_scheduler(config, self._watch)
-            running.scheduler.wake()
+            if wakes:
+                running.scheduler.wake()
             function = GatewayFunction(config, StartUp(), running)
         except ConfigError as error:
             self._trouble, self.failed_at = str(error), time.monotonic()

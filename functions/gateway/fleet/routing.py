@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs
 
@@ -16,7 +16,8 @@ from functions.configuration.config import FleetConfig
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.sites import Sites, check_media_type
 from functions.gateway.app import MAX_REQUEST_BYTES, base_app
-from functions.gateway.fleet.members import Members
+from functions.gateway.fleet.grants import Grants
+from functions.gateway.fleet.members import Members, Version
 from functions.gateway.fleet.parts import Parts
 from functions.gateway.openai.errors import add_error_handlers, unknown_model
 from functions.gateway.openai.tokens import VERSION
@@ -32,10 +33,8 @@ _log = logging.getLogger(__name__)
 
 POST_PATHS: Final = frozenset(each.path for each in operations(with_page=False) if each.method == "post")
 EVENTS_PATH: Final = "/v1/pipeline/events"
+_WITHOUT_STAGES: Final = ("/tokenize", "/detokenize")  # the gateway answers them alone
 _ERROR: Final = "lamina.fleet.error"  # in the environ of a request that no member gets: a Problem, or the unknown model
-
-
-_NO_MODEL: Final = "the request names no model, and a fleet serves several"
 
 
 class _Named(msgspec.Struct):
@@ -69,38 +68,47 @@ def secret_of(header: str) -> str:
 class MemberRouter:
     """The WSGI application of a fleet's gateway."""
 
-    def __init__(self, members: Members, parts: Parts, own: "WSGIApplication") -> None:
-        """own: answers what concerns no member, and errors."""
+    def __init__(self, members: Members, parts: Parts, own: "WSGIApplication", grants: Grants | None = None) -> None:
+        """own: answers what concerns no member, and errors. grants: None: members need none."""
         self._members = members
         self._parts = parts
         self._own = own
+        self._grants = grants
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         path, is_post = environ["PATH_INFO"], environ["REQUEST_METHOD"] == "POST"
         if REFUSED in environ or not (path in POST_PATHS if is_post else path == EVENTS_PATH):
             return self._own(environ, start_response)
+        leave = ExitStack()  # what must be undone when the answer has been sent
         try:
             named = model_of(environ)
-            if not self._members.listed.is_set():
-                raise NotReady("this gateway does not know the fleet's members yet")
-            version = None if named is None else self._members.find(named)
+            version = self._version(named)
             if version is None:
-                environ[_ERROR] = MalformedEvent(_NO_MODEL) if named is None else named
+                environ[_ERROR] = named
                 return self._own(environ, start_response)
+            computes = is_post and path not in _WITHOUT_STAGES
+            if self._grants is not None and computes:
+                timeout = 0.0 if version.config is None else version.config.request_timeout_seconds
+                self._grants.enter(version, timeout)
+                leave.callback(self._grants.leave, version)
             part = self._parts.enter(version)
-        except Problem as problem:
-            environ[_ERROR] = problem
+            leave.callback(self._parts.leave, part)
+            pieces = part.load(wakes=computes)(environ, start_response)
+        except BaseException as error:
+            leave.close()
+            if not isinstance(error, Problem):
+                raise
+            environ[_ERROR] = error
             return self._own(environ, start_response)
-        pieces: Iterable[bytes] | None = None
-        try:
-            pieces = part.load()(environ, start_response)
-        except Problem as problem:
-            environ[_ERROR] = problem
-            return self._own(environ, start_response)
-        finally:
-            if pieces is None:
-                self._parts.leave(part)
-        return ClosingIterator(pieces, partial(self._parts.leave, part))
+        return ClosingIterator(pieces, leave.close)
+
+    def _version(self, named: str | None) -> Version | None:
+        """The version that answers a request for a model; None: no member serves it. Raises MalformedEvent or NotReady."""
+        if named is None:
+            raise MalformedEvent("the request names no model, and a fleet serves several")
+        if not self._members.listed.is_set():
+            raise NotReady("this gateway does not know the fleet's members yet")
+        return self._members.find(named)
 
 
 def own_app(config: FleetConfig, members: Members, metrics: GatewayMetrics, write_line: Callable[[str], object]) -> Flask:

@@ -105,6 +105,12 @@ class EndpointsWatch:
         with self._lock:
             return len(endpoints_of(self._by_service.get(service, ()), self._pods).endpoints)
 
+    def is_ready(self, service: str) -> bool:
+        """Whether the Service has a pod that takes work."""
+        with self._lock:
+            found = endpoints_of(self._by_service.get(service, ()), self._pods).endpoints
+        return any(each.ready and not each.terminating for each in found)
+
     def refused(self, service: str) -> int:
         """How many addresses of the Service are ignored because they are outside of the pod network."""
         with self._lock:

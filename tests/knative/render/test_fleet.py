@@ -8,12 +8,16 @@ from tests.support.knative.manifests import container_of, environment_of, fleet_
 
 
 def test_functions_accept_every_rendered_environment() -> None:
-    fleet = fleet_of(gateway={"api_keys_secret": "keys", "page": "off", "resources": {"memory": "1Gi"}})
+    fleet = fleet_of(
+        gateway={"api_keys_secret": "keys", "page": "off", "resources": {"memory": "1Gi"}, "autoscaling": {"max_scale": 1}},
+        max_devices=8,
+    )
     (gateway,) = door_files(fleet)["gateway.yaml"]
     environ = environment_of(gateway)
     config = read_config(environ)
     assert isinstance(config, FleetConfig)
     assert (config.fleet, config.page, config.memory_bytes) == ("models", "off", int(0.75 * 2**30))
+    assert config.max_devices == 8
     mounts = {mount["mountPath"]: mount["name"] for mount in container_of(gateway)["volumeMounts"]}
     volumes = {each["name"]: each for each in gateway["spec"]["template"]["spec"]["volumes"]}
     assert config.keys_folder is not None

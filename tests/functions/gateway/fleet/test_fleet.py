@@ -4,6 +4,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,3 +205,20 @@ def test_idle_members_are_given_up_for_memory(pipelines: tuple[Pipeline, Pipelin
                 assert ask(process, pipeline.name)[1]["choices"][0]["text"] == text_of(pipeline)
             wait_until(lambda: process.get("/readyz")[1]["members"]["asleep"] == 2)
             assert metric(process, "lamina_fleet_evictions_total") >= 2 * round_
+
+
+def test_members_take_turns_with_few_devices(pipelines: tuple[Pipeline, Pipeline]) -> None:
+    """`tiny` has three pods, and there are three devices: `other` is let in when those are gone."""
+    tiny, other = pipelines
+    with fleet(pipelines, LAMINA_FLEET_MAX_DEVICES="3") as (process, api), ThreadPoolExecutor(1) as executor:
+        for each in other.slices():
+            api.delete(each["metadata"]["name"])
+        assert ask(process, "tiny")[0] == 200
+        waiting = executor.submit(ask, process, "other")
+        assert ask(process, "other", path="/tokenize")[0] == 200, "it needs no stage"
+        assert not waiting.done()
+        for each in tiny.slices():
+            api.delete(each["metadata"]["name"])
+        for each in other.slices():  # as if its pods started at once
+            api.put(each)
+        assert waiting.result(timeout=60)[0] == 200
