@@ -76,8 +76,9 @@ class FleetFunction:
         if self._grants is not None:
             self._grants.forget(versions)
 
-    def _pods(self, version: Version) -> int:
-        return 0 if self._watch is None else sum(map(self._watch.pods_of, version.services))
+    def _pods(self, version: Version) -> tuple[int, int]:
+        counts = [] if self._watch is None else [self._watch.pods_of(service) for service in version.services]
+        return sum(pods for pods, _ in counts), sum(leaving for _, leaving in counts)
 
     def _is_ready(self, version: Version) -> bool:
         return self._watch is not None and all(map(self._watch.is_ready, version.services))

@@ -26,6 +26,7 @@ class MemberLoad:
     name: str
     devices: int  # pods that it has with a grant: its number of stages
     pods: int = 0  # that exist now, also those that start or leave
+    leaving: int = 0  # of these pods, those that terminate: the member cannot use them again
     granted_at: float | None = None  # None: it has no grant
     in_flight: int = 0  # requests that were let in
     waiting_since: float | None = None  # of its oldest request that was not let in
@@ -38,13 +39,13 @@ class MemberLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class GrantDecision:
     grant: tuple[str, ...] = ()  # get a grant now
     revoke: tuple[str, ...] = ()  # lose it now: they are idle, or have finished what was in flight
     close: frozenset[str] = frozenset()  # let no more requests in, because others have waited long enough
 
 
-def decide(loads: Sequence[MemberLoad], max_devices: int, now: float) -> Decision:
+def decide(loads: Sequence[MemberLoad], max_devices: int, now: float) -> GrantDecision:
     """Divides the devices.
 
     Members get grants in the order in which their oldest requests came; none overtakes one that does not fit yet, so that each
@@ -58,7 +59,7 @@ def decide(loads: Sequence[MemberLoad], max_devices: int, now: float) -> Decisio
     granted, revoked, closed = list[str](), list[str](), set[str]()
     missing = 0  # devices that must become free for all that wait
     for each in line:
-        needed = each.devices - each.pods  # its own pods may still be there
+        needed = each.devices - (each.pods - each.leaving)  # its own pods may still be there
         if not missing and needed <= free:
             granted.append(each.name)
             free -= needed
@@ -81,7 +82,7 @@ def decide(loads: Sequence[MemberLoad], max_devices: int, now: float) -> Decisio
         else:
             revoked.append(victim.name)
         missing -= max(victim.devices, victim.pods)
-    return Decision(tuple(granted), tuple(revoked), frozenset(closed))
+    return GrantDecision(tuple(granted), tuple(revoked), frozenset(closed))
 
 
 def _since(load: MemberLoad) -> float:
@@ -111,8 +112,10 @@ class _Holder:
 class Grants:
     """Lets requests in while their members have grants. Thread-safe. For one gateway: several do not know of each other."""
 
-    def __init__(self, max_devices: int, pods: Callable[[Version], int], is_ready: Callable[[Version], bool]) -> None:
-        """pods: of a member's stages now. is_ready: whether each of its stages has a pod that takes work."""
+    def __init__(
+        self, max_devices: int, pods: Callable[[Version], tuple[int, int]], is_ready: Callable[[Version], bool]
+    ) -> None:
+        """pods: number of a member's pods now, and of those that terminate. is_ready: whether each stage has one that works."""
         self._max_devices = max_devices
         self._pods = pods
         self._is_ready = is_ready
@@ -167,7 +170,7 @@ class Grants:
             MemberLoad(
                 name,
                 holder.devices,
-                self._pods(holder.version),
+                *self._pods(holder.version),
                 holder.granted_at,
                 holder.in_flight,
                 holder.waiting[0] if holder.waiting and (holder.granted_at is None or holder.closed) else None,

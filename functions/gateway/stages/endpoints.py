@@ -100,10 +100,11 @@ class EndpointsWatch:
         with self._lock:
             self._followed.pop(service, None)
 
-    def pods_of(self, service: str) -> int:
-        """How many pods the Service has, those that start or terminate included."""
+    def pods_of(self, service: str) -> tuple[int, int]:
+        """How many pods the Service has, those that start or terminate included, and how many of them terminate."""
         with self._lock:
-            return len(endpoints_of(self._by_service.get(service, ()), self._pods).endpoints)
+            found = endpoints_of(self._by_service.get(service, ()), self._pods).endpoints
+        return len(found), sum(each.terminating for each in found)
 
     def is_ready(self, service: str) -> bool:
         """Whether the Service has a pod that takes work."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from functions.gateway.fleet.grants import QUANTUM_SECONDS, Decision, MemberLoad, decide
+from functions.gateway.fleet.grants import QUANTUM_SECONDS, GrantDecision, MemberLoad, decide
 
 NOW = 1000.0
 
@@ -20,24 +20,24 @@ def waits(name: str, seconds: float = 1.0, devices: int = 2, pods: int = 0) -> M
 
 
 def test_free_devices_are_granted_in_the_order_of_the_requests() -> None:
-    assert decide([waits("late", 1), waits("early", 5)], 4, NOW) == Decision(("early", "late"))
-    assert decide([waits("late", 1), waits("early", 5)], 2, NOW) == Decision(("early",))
+    assert decide([waits("late", 1), waits("early", 5)], 4, NOW) == GrantDecision(("early", "late"))
+    assert decide([waits("late", 1), waits("early", 5)], 2, NOW) == GrantDecision(("early",))
 
 
 def test_nobody_overtakes_a_member_that_does_not_fit_yet() -> None:
     busy = holds("busy", in_flight=1, granted_at=NOW - 1)
-    assert decide([busy, waits("large", 5, devices=3), waits("small", 1, devices=1)], 4, NOW) == Decision()
+    assert decide([busy, waits("large", 5, devices=3), waits("small", 1, devices=1)], 4, NOW) == GrantDecision()
 
 
 def test_idle_members_give_way_least_recently_used_first() -> None:
     recent, old = holds("recent", used_at=NOW - 1), holds("old", used_at=NOW - 50)
-    assert decide([recent, old, waits("new")], 4, NOW) == Decision(revoke=("old",))
+    assert decide([recent, old, waits("new")], 4, NOW) == GrantDecision(revoke=("old",))
 
 
 def test_room_is_made_for_all_that_wait_at_once() -> None:
     """One after the other, each would wait for the windows of all before it."""
     idle = [holds(f"idle-{number}", used_at=NOW - number) for number in range(3)]
-    assert decide([*idle, waits("a", 2), waits("b", 1)], 6, NOW) == Decision(revoke=("idle-2", "idle-1"))
+    assert decide([*idle, waits("a", 2), waits("b", 1)], 6, NOW) == GrantDecision(revoke=("idle-2", "idle-1"))
 
 
 def test_the_time_of_a_return_weighs() -> None:
@@ -50,17 +50,20 @@ def test_the_time_of_a_return_weighs() -> None:
 def test_devices_count_until_their_pods_are_gone() -> None:
     leaving = MemberLoad("leaving", 2, pods=2)
     busy = holds("busy", in_flight=1)
-    assert decide([busy, leaving, waits("new")], 4, NOW) == Decision(), "what leaves is enough, so nobody else gives way"
-    assert decide([busy, replace(leaving, pods=0), waits("new")], 4, NOW) == Decision(("new",))
-    assert decide([busy, waits("back", pods=2)], 4, NOW) == Decision(("back",)), "its own pods are still there"
+    assert decide([busy, leaving, waits("new")], 4, NOW) == GrantDecision(), "what leaves is enough, so nobody else gives way"
+    assert decide([busy, replace(leaving, pods=0), waits("new")], 4, NOW) == GrantDecision(("new",))
+    back = waits("back", pods=2)
+    assert decide([busy, back], 4, NOW) == GrantDecision(("back",)), "its own pods are still there"
+    young = replace(busy, granted_at=NOW)
+    assert decide([young, replace(back, leaving=1)], 4, NOW) == GrantDecision(), "one of them goes, and another must come"
 
 
 def test_a_busy_member_gives_way_after_its_quantum_and_finishes_what_is_in_flight() -> None:
     busy = holds("busy", in_flight=3, granted_at=NOW - QUANTUM_SECONDS + 1)
-    assert decide([busy, waits("new")], 2, NOW) == Decision()
-    assert decide([busy, waits("new")], 2, NOW + 1) == Decision(close=frozenset({"busy"}))
+    assert decide([busy, waits("new")], 2, NOW) == GrantDecision()
+    assert decide([busy, waits("new")], 2, NOW + 1) == GrantDecision(close=frozenset({"busy"}))
     done = replace(busy, in_flight=0, waiting_since=NOW)  # its own next request waits
-    assert decide([done, waits("new")], 2, NOW + 1) == Decision(revoke=("busy",))
+    assert decide([done, waits("new")], 2, NOW + 1) == GrantDecision(revoke=("busy",))
 
 
 LOADS = st.lists(
