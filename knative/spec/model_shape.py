@@ -186,6 +186,9 @@ class _Decoder:
             self.kv_heads = 1
         else:
             self.kv_heads = self.optional("num_key_value_heads", "num_kv_heads") or self.heads
+        self.latent = self.optional("kv_lora_rank")
+        if self.latent is not None:  # KV is one latent of a token, with the part of a key that is rotated
+            self.kv_heads, self.head_size = 1, self.latent + self.size("qk_rope_head_dim")
 
     def optional(self, *keys: str) -> int | None:
         """Value of the first of these keys that has a positive integer; None if none has."""
@@ -198,11 +201,20 @@ class _Decoder:
             raise UnknownShape(f"{self.name}: config.json has no positive integer {' or '.join(keys)}")
         return found
 
+    def _attention_parameters(self) -> int:
+        if self.latent is None:
+            return self.hidden * self.head_size * (2 * self.heads + 2 * self.kv_heads)
+        nope, value_size = self.size("qk_nope_head_dim"), self.size("v_head_dim")
+        queries, rank = self.heads * (nope + self.size("qk_rope_head_dim")), self.optional("q_lora_rank")
+        of_queries = rank * (self.hidden + queries) if rank else self.hidden * queries
+        of_heads = self.latent * self.heads * (nope + value_size) + self.hidden * self.heads * value_size
+        return of_queries + self.hidden * self.head_size + of_heads
+
     def layer_parameters(self) -> tuple[int, int]:
         """Number of parameters of one layer, and number of those that one token is multiplied with: fewer with experts."""
         hidden = self.hidden
         norms = 2 * hidden
-        attention = hidden * self.head_size * (2 * self.heads + 2 * self.kv_heads) + norms
+        attention = self._attention_parameters() + norms
         matrices = 2 if self.config.get("model_type") in _UNGATED else 3
         experts = self.optional("num_local_experts", "num_experts", "n_routed_experts")
         if not experts:

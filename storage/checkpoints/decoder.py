@@ -37,6 +37,20 @@ class QKNorm(_Data, frozen=True, kw_only=True):
     after_rope: bool = False
 
 
+class Latent(_Data, frozen=True, kw_only=True):
+    """Latent attention: KV holds one latent of a token and one rotated part of its keys, from which those of all heads follow.
+
+    It counts as one key head, of rank + rope_size numbers.
+    """
+
+    rank: int
+    nope_size: int  # numbers of a head's query and key that are not rotated, the first ones
+    rope_size: int
+    value_size: int
+    query_rank: int | None  # of the latent from which all queries follow; None: they follow from hidden states
+    norm: Norm  # of latents
+
+
 class Attention(_Data, frozen=True, kw_only=True):
     num_heads: int
     num_kv_heads: int
@@ -47,6 +61,7 @@ class Attention(_Data, frozen=True, kw_only=True):
     rope: str | None = None  # key of Decoder.ropes; None: queries and keys are not rotated
     qk_norm: QKNorm | None = None
     sinks: bool = False  # each head's softmax has one more score, which is learned and has no value
+    latent: Latent | None = None
     output_gate: bool = False  # outputs are multiplied by sigmoid(gate); a head's gate is stored after its query
     qkv_bias: bool = False
     out_bias: bool = False
@@ -175,6 +190,12 @@ class TensorNames(_Data, frozen=True, kw_only=True):
     query_norm: str = "self_attn.q_norm"  # {head} is a head's number
     key_norm: str = "self_attn.k_norm"
     sinks: str = "self_attn.sinks"
+    query_down: str = "self_attn.q_a_proj"
+    query_down_norm: str = "self_attn.q_a_layernorm"
+    query_up: str = "self_attn.q_b_proj"
+    kv_down: str = "self_attn.kv_a_proj_with_mqa"
+    kv_down_norm: str = "self_attn.kv_a_layernorm"
+    kv_up: str = "self_attn.kv_b_proj"  # of each head, keys and then values
     out: str = "self_attn.o_proj"
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
@@ -287,12 +308,24 @@ def layer_shapes(model: Decoder, layer: Layer) -> Shapes:
         queries, keys = (heads * attention.head_dim for heads in (attention.num_heads, attention.num_kv_heads))
         if attention.sinks:
             shapes[names.sinks] = (attention.num_heads,)
-        with_gates = 2 * queries if attention.output_gate else queries
-        for name, outs in zip(
-            names.qkv, (with_gates, keys, keys) if len(names.qkv) == 3 else (queries + 2 * keys,), strict=True
-        ):
-            add_matrix(name, outs, hidden, attention.qkv_bias)
-        add_matrix(names.out, hidden, queries, attention.out_bias)
+        if (latent := attention.latent) is not None:
+            head_size, attended = latent.nope_size + latent.rope_size, attention.num_heads * latent.value_size
+            if latent.query_rank is None:
+                add_matrix(names.qkv[0], attention.num_heads * head_size, hidden, biased=False)
+            else:
+                add_matrix(names.query_down, latent.query_rank, hidden, attention.qkv_bias)
+                shapes |= _vector_shapes(names.query_down_norm, latent.query_rank, latent.norm.biased)
+                add_matrix(names.query_up, attention.num_heads * head_size, latent.query_rank, biased=False)
+            add_matrix(names.kv_down, attention.head_dim, hidden, attention.qkv_bias)
+            shapes |= _vector_shapes(names.kv_down_norm, latent.rank, latent.norm.biased)
+            add_matrix(names.kv_up, attention.num_heads * (latent.nope_size + latent.value_size), latent.rank, biased=False)
+        else:
+            attended, with_gates = queries, 2 * queries if attention.output_gate else queries
+            for name, outs in zip(
+                names.qkv, (with_gates, keys, keys) if len(names.qkv) == 3 else (queries + 2 * keys,), strict=True
+            ):
+                add_matrix(name, outs, hidden, attention.qkv_bias)
+        add_matrix(names.out, hidden, attended, attention.out_bias)
     if recurrent is not None:
         shapes |= _recurrent_shapes(names, recurrent, hidden)
 

@@ -17,6 +17,7 @@ from storage.checkpoints.decoder import (
     Decoder,
     Experts,
     FeedForward,
+    Latent,
     Layer,
     Norm,
     QKNorm,
@@ -140,7 +141,10 @@ def _described(family: DecoderFamily, values: Values) -> Decoder:
         gain_plus_one=family.gain_plus_one,
         biased=family.norm_bias,
     )
-    layers = _layers(family, values, norm, heads, head_dim)
+    latent = _latent(values) if family.latent else None
+    if latent is not None:
+        head_dim = latent.rank + latent.rope_size
+    layers = _layers(family, values, norm, heads, head_dim, latent)
     kinds = tuple(dict.fromkeys(layers))
     names, has_head = family.names, values.get(EMBEDDER_KEY) is None
     if layers[0].parallel and family.one_norm_if_parallel:
@@ -153,7 +157,7 @@ def _described(family: DecoderFamily, values: Values) -> Decoder:
         tied=values.flag("tie_word_embeddings") and has_head,
         kinds=kinds,
         order=tuple(map(kinds.index, layers)),
-        ropes=_ropes(family, values, head_dim),
+        ropes=_ropes(family, values, head_dim if latent is None else latent.rope_size),
         final_norm=norm,
         embedding_scale=family.embedding_scale(values),
         position_offset=family.position_offset,
@@ -166,7 +170,21 @@ def _described(family: DecoderFamily, values: Values) -> Decoder:
     )
 
 
-def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_dim: int) -> list[Layer]:
+def _latent(values: Values) -> Latent:
+    values.get("qk_head_dim")  # the sum of two others
+    if values.get("q_lora_rank") is None and values.flag("attention_bias"):
+        values.obstacles.append("biases of latents, but not of queries")
+    return Latent(
+        rank=values.size("kv_lora_rank"),
+        nope_size=values.size("qk_nope_head_dim"),
+        rope_size=values.size("qk_rope_head_dim"),
+        value_size=values.size("v_head_dim"),
+        query_rank=None if values.get("q_lora_rank") is None else values.size("q_lora_rank"),
+        norm=Norm(eps=1e-6),  # the classes give these norms no eps
+    )
+
+
+def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_dim: int, latent: Latent | None) -> list[Layer]:
     num_layers = values.size("num_hidden_layers")
     if num_layers > _MOST_LAYERS:  # a list of as many would fill the memory
         raise ArchitectureUnsupported(f"config.json says {num_layers} layers, and at most {_MOST_LAYERS} can be run")
@@ -197,7 +215,8 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
         Layer(
             attention=Attention(
                 num_heads=heads,
-                num_kv_heads=values.size("num_key_value_heads", heads),
+                num_kv_heads=values.size("num_key_value_heads", heads) if latent is None else 1,
+                latent=latent,
                 head_dim=head_dim,
                 scale=family.scale(values, head_dim, layer),
                 soft_cap=values.soft_cap(family.attention_soft_cap),
@@ -235,7 +254,7 @@ def _experts(
     groups, chosen_groups = (1, 1) if row.groups is None else (values.size(key, 1) for key in row.groups)
     router = Router(
         num_experts=values.size(row.count),
-        chosen=values.size(row.chosen),
+        chosen=values.size(row.chosen, values.default(row.chosen)),
         scores=row.scores,
         biased=row.router_bias,
         corrected=values.flag(row.correction),
@@ -367,7 +386,7 @@ def _obstacles(family: DecoderFamily, values: Values, model: Decoder, config: Ma
         and model.has_head
         and not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures),
     }
-    if not family.has_head_dim:  # but the rotation may read it
+    if not family.has_head_dim and not family.latent:  # but the rotation may read it
         obstacles[f"head_dim {values.get('head_dim')!r}"] = values.get("head_dim") not in (None, attention.head_dim)
     for key, described in family.only(values).items():
         obstacles[f"{key} = {values.get(key)!r}"] = values.get(key) not in (None, described)

@@ -85,6 +85,7 @@ class DecoderFamily:
     qk_norm_over: Literal["head", "head_of_its_own", "all_heads"] = "head"
     qk_norm_bias: bool = False
     qk_norm_after_rope: bool = False
+    latent: bool = False  # latent attention
     sinks: bool = False
     output_gate: bool = False
     qkv_bias: bool | str = False
@@ -262,6 +263,28 @@ def _full_layers(values: Values) -> tuple[bool, ...]:
     """Layers without a window, if any layer has one."""
     windows = _windows_by_pattern(values)
     return tuple(window is None and values.get("sliding_window") is not None for window in windows)
+
+
+def _scale_of_latent(values: Values, *_: int) -> float:
+    """YaRN's factor for scores beside the one of the rotation (yarn_apply_mscale of transformers)."""
+    scale = (values.size("qk_nope_head_dim") + values.size("qk_rope_head_dim")) ** -0.5
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    all_dim, factor = rope.get("mscale_all_dim"), rope.get("factor")
+    if rope.get("rope_type", rope.get("type", "default")) != "default" and is_number(all_dim) and all_dim and is_number(factor):
+        scale *= (1.0 if factor <= 1 else 0.1 * all_dim * math.log(factor) + 1.0) ** 2
+    return float(scale)
+
+
+def _only_of_deepseek_v2(values: Values) -> Mapping[str, Any]:
+    values.get("norm_topk_prob")  # which the class does not read
+    in_groups = values.get("topk_method") == "group_limited_greedy"
+    return {"mlp_bias": False} | ({} if in_groups else {"topk_method": "greedy", "n_group": 1})
+
+
+def _sparse_layers_of_glm(values: Values) -> tuple[bool, ...]:
+    values.get("first_k_dense_replace")  # which the class does not read
+    kinds = values.get("mlp_layer_types") or ["dense", *["sparse"] * (values.size("num_hidden_layers") - 1)]
+    return tuple(kind == "sparse" for kind in kinds)
 
 
 def _root_of_size(values: Values) -> float:
@@ -455,6 +478,22 @@ _LIKE_GRANITE: Final[Mapping[str, Any]] = {
     "embedding_scale": lambda values: values.number("embedding_multiplier"),
     "residual_scale": lambda values: values.number("residual_multiplier"),
     "logit_scale": lambda values: 1 / values.number("logits_scaling"),
+}
+_LATENT: Final = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+}
+_LATENT_ATTENTION: Final[Mapping[str, Any]] = {
+    "latent": True,
+    "qkv_bias": "attention_bias",
+    "out_bias": "attention_bias",
+    "scale": _scale_of_latent,
+    "rope": "neighbours",
+    "has_head_dim": False,
+    "only": lambda values: {"rope_interleave": True},
 }
 _FOUR_NORMS: Final = TensorNames(
     after_attention="post_attention_layernorm",
@@ -676,6 +715,62 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
         defaults=_QWEN3_5 | {"num_key_value_heads": 4},
         names=TensorNames(recurrent="linear_attn", recurrent_in=("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")),
         **_LIKE_QWEN3_5,
+    ),
+    "deepseek_v2": DecoderFamily(
+        source="deepseek_v2.modeling_deepseek_v2:DeepseekV2DecoderLayer",
+        defaults={
+            "max_position_embeddings": 2048,
+            **_LATENT,
+            **_ROUTED,
+            "num_experts_per_tok": 6,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "topk_method": "greedy",
+            "moe_intermediate_size": 1407,
+        },
+        aliases={"num_experts": "n_routed_experts"},
+        names=_SHARED_EXPERTS,
+        experts=replace(_ROUTED_EXPERTS, scores="softmax", correction=False, group_score="greatest", normalized=False),
+        **_LATENT_ATTENTION | {"only": _only_of_deepseek_v2},
+    ),
+    "deepseek_v3": DecoderFamily(
+        source="deepseek_v3.modeling_deepseek_v3:DeepseekV3DecoderLayer",
+        defaults={
+            "max_position_embeddings": 4096,
+            "num_nextn_predict_layers": 1,
+            **_LATENT,
+            **_ROUTED,
+            "n_routed_experts": 256,
+            "n_group": 8,
+            "topk_group": 4,
+            "routed_scaling_factor": 2.5,
+            "first_k_dense_replace": 3,
+            "moe_intermediate_size": 2048,
+        },
+        aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+        names=_SHARED_EXPERTS,
+        experts=_ROUTED_EXPERTS,
+        **_LATENT_ATTENTION,
+    ),
+    "glm4_moe_lite": DecoderFamily(
+        source="glm4_moe_lite.modeling_glm4_moe_lite:Glm4MoeLiteDecoderLayer",
+        defaults={
+            "max_position_embeddings": 202_752,
+            "rms_norm_eps": 1e-5,
+            **_LATENT,
+            "q_lora_rank": 768,
+            "qk_nope_head_dim": 192,
+            "v_head_dim": 256,
+            **_ROUTED,
+            "num_experts_per_tok": 4,
+            "n_routed_experts": 64,
+            "routed_scaling_factor": 1.8,
+            "moe_intermediate_size": 1536,
+        },
+        aliases={"num_local_experts": "n_routed_experts"},
+        names=_SHARED_EXPERTS,
+        experts=replace(_ROUTED_EXPERTS, layers=_sparse_layers_of_glm),
+        **_LATENT_ATTENTION,
     ),
     "olmo2": DecoderFamily(
         source="olmo2.modeling_olmo2:Olmo2DecoderLayer",

@@ -92,7 +92,12 @@ def describe_by_transformers(config: Mapping[str, Any], model_type: str) -> Mode
         raise ArchitectureUnsupported(f"model_type {model_type!r} is not supported: it is no decoder-only text model, {why}")
     # Falcon's num_kv_heads counts only in its newer layout; the older one has a flag.
     is_multi_query = getattr(known, "multi_query", False) and not getattr(known, "new_decoder_architecture", False)
+    latent = getattr(known, "kv_lora_rank", None) if hasattr(known, "qk_rope_head_dim") else None  # KV is one of a token
     heads = known.num_attention_heads if has_attention else 1
+    kv_heads = 1 if is_multi_query or not has_attention else getattr(known, "num_key_value_heads", None) or heads
+    head_dim = (getattr(known, "head_dim", None) or known.hidden_size // heads) if has_attention else NO_ATTENTION.head_dim
+    if latent:
+        kv_heads, head_dim = 1, latent + known.qk_rope_head_dim
     return ModelDescription(
         architecture=_architecture(config),
         model_type=model_type,
@@ -100,8 +105,8 @@ def describe_by_transformers(config: Mapping[str, Any], model_type: str) -> Mode
         ignored_layers=getattr(known, _FURTHER_LAYERS, None) or 0,
         hidden_size=known.hidden_size,
         vocab_size=known.vocab_size,
-        num_kv_heads=1 if is_multi_query or not has_attention else getattr(known, "num_key_value_heads", None) or heads,
-        head_dim=(getattr(known, "head_dim", None) or known.hidden_size // heads) if has_attention else NO_ATTENTION.head_dim,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
         context_length=getattr(known, "max_position_embeddings", None)
         or getattr(known, "seq_length", None)
         or (_ALIBI_CONTEXT_TOKENS if has_attention else RECURRENT_CONTEXT_TOKENS),

@@ -20,6 +20,7 @@ from functions.stage.native.records import (
     ExpertRecord,
     ExpertsRecord,
     GroupRecord,
+    LatentRecord,
     LayerRecord,
     MatrixRecord,
     MemoryRecord,
@@ -68,6 +69,23 @@ class NormArrays:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentArrays:
+    """The weights and sizes of latent attention, as `Latent` in `c/native.h` has them."""
+
+    down: MatrixArrays
+    query_norm: NormArrays | None
+    queries: MatrixArrays | None
+    norm: NormArrays
+    absorb: Sequence[MatrixArrays]
+    expand: Sequence[MatrixArrays]
+    rank: int
+    nope: int
+    rope: int
+    value_size: int
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
 class RecurrentArrays:
     """A recurrent mixer, by the names of `c/native.h`. What is not given is absent or 0."""
 
@@ -87,6 +105,7 @@ class LayerArrays:
     vectors: dict[str, Array]  # float32
     numbers: dict[str, float | tuple[float, ...]]
     recurrent: RecurrentArrays | None = None
+    latent: LatentArrays | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +180,8 @@ class NativeLayers:
             self._kept.append(vector)
         for name, norm in arrays.norms.items():
             setattr(layer, name, self._norm_record(norm))
+        if arrays.latent is not None:
+            layer.latent = self._latent(arrays.latent)
         for name, number in arrays.numbers.items():
             setattr(layer, name, number)
         if (mixer := arrays.recurrent) is None:
@@ -194,6 +215,18 @@ class NativeLayers:
         )
         self._kept += [experts, record, arrays.correction, arrays.used, arrays.used_at]
         self._layers[slot].experts = MemoryRecord(ctypes.addressof(record), ctypes.sizeof(record))
+
+    def _latent(self, arrays: LatentArrays) -> MemoryRecord:
+        own = LatentRecord(rank=arrays.rank, nope=arrays.nope, rope=arrays.rope, value_size=arrays.value_size, eps=arrays.eps)
+        own.down, own.norm = matrix_record(arrays.down, self._kept), self._norm_record(arrays.norm)
+        if arrays.queries is not None and arrays.query_norm is not None:
+            own.queries, own.query_norm = matrix_record(arrays.queries, self._kept), self._norm_record(arrays.query_norm)
+        for name, matrices in (("absorb", arrays.absorb), ("expand", arrays.expand)):
+            heads = (MatrixRecord * len(matrices))(*(matrix_record(matrix, self._kept) for matrix in matrices))
+            setattr(own, name, MemoryRecord(ctypes.addressof(heads), ctypes.sizeof(heads)))
+            self._kept.append(heads)
+        self._kept.append(own)
+        return MemoryRecord(ctypes.addressof(own), ctypes.sizeof(own))
 
     def _norm_record(self, norm: NormArrays) -> NormRecord:
         self._kept += [array for array in (norm.gain, norm.biases) if array is not None]

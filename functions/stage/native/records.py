@@ -138,10 +138,24 @@ class BudgetRecord(ctypes.Structure):
     _fields_ = tuple(_numbers("most_bytes", "bytes", "clock", "found", "read"))
 
 
+class LatentRecord(ctypes.Structure):
+    _fields_ = (
+        ("down", MatrixRecord),
+        ("query_norm", NormRecord),
+        ("queries", MatrixRecord),
+        ("norm", NormRecord),
+        ("absorb", MemoryRecord),
+        ("expand", MemoryRecord),
+        *_numbers("rank", "nope", "rope", "value_size"),
+        ("eps", ctypes.c_double),
+    )
+
+
 class LayerRecord(ctypes.Structure):
     _fields_ = (
         ("before_attention", NormRecord),
         ("qkv", MatrixRecord),
+        ("latent", MemoryRecord),
         ("qk", NormRecord),
         ("sinks", MemoryRecord),
         ("out", MatrixRecord),
@@ -181,6 +195,9 @@ class GroupRecord(ctypes.Structure):
             "kv_heads",
             "head_dim",
             "row_heads",
+            "latent_outs",
+            "query_size",
+            "value_size",
             "num_pages",
             "kv_dtype",
             "rotations",
@@ -263,6 +280,7 @@ RECORDS: Final[Sequence[type[ctypes.Structure]]] = (
     ExpertRecord,
     ExpertsRecord,
     BudgetRecord,
+    LatentRecord,
     LayerRecord,
     GroupRecord,
     SegmentRecord,

@@ -93,6 +93,14 @@ _LLAMA_SHAPED: Final[dict[str, dict[str, Any]]] = {
     "seed_oss_biased": _like_llama("seed_oss", head_dim=8, attention_out_bias=True, mlp_bias=True),
 }
 
+_MLA: Final = {  # latent attention
+    "num_key_value_heads": 4, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+    "q_lora_rank": 16,
+}  # fmt: skip
+_YARN: Final = {
+    **_ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 1.0, "mscale_all_dim": 0.8,
+}  # fmt: skip
+
 _OTHERS: Final[dict[str, dict[str, Any]]] = {
     "mixtral": _like_llama("mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
     "qwen2_moe": _like_llama(
@@ -149,6 +157,16 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
         "granite_swa", sliding_window=SLIDING_WINDOW, layer_rope_theta=[0, 10_000.0, 10_000.0] * 2, attention_multiplier=0.3
     ),
     "qwen3_5_text_full": _like_llama("qwen3_5_text", head_dim=16, layer_types=["full_attention"] * NUM_LAYERS),
+    "deepseek_v2": _like_llama("deepseek_v2", topk_method="greedy", routed_scaling_factor=1.5, **_MLA, **_ROUTED),
+    "deepseek_v2_lite": _like_llama(
+        "deepseek_v2",
+        topk_method="group_limited_greedy",
+        **_MLA | _ROUTED | {"q_lora_rank": None, "n_routed_experts": 8, "n_group": 4, "topk_group": 2},
+    ),
+    "deepseek_v3_yarn": _like_llama(
+        "deepseek_v3", rope_parameters=_YARN, attention_bias=True, n_group=2, topk_group=1, **_MLA, **_ROUTED
+    ),
+    "glm4_moe_lite": _like_llama("glm4_moe_lite", n_group=1, topk_group=1, **_MLA | {"v_head_dim": 18}, **_ROUTED),
     "starcoder2": _like_llama("starcoder2", sliding_window=SLIDING_WINDOW, tie_word_embeddings=True),
     "gpt_neox": _like_llama("gpt_neox", use_parallel_residual=True),
     "gpt_neox_sequential": _like_llama("gpt_neox", use_parallel_residual=False),
@@ -226,16 +244,10 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
         **_MOE,
     ),
 }
-_MLA: Final = {  # latent attention
-    "num_key_value_heads": 4, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
-    "q_lora_rank": 16,
-}  # fmt: skip
 # Models that GGUF files hold, of families that may not be served.
 _STORED: Final[dict[str, dict[str, Any]]] = {
     "olmo": _like_llama("olmo", clip_qkv=0.5),
     "glm": _like_llama("glm", head_dim=8, attention_bias=True, rms_norm_eps=1e-5),
-    "deepseek_v2": _like_llama("deepseek_v2", topk_method="greedy", routed_scaling_factor=1.5, **_MLA, **_ROUTED),
-    "glm4_moe_lite": _like_llama("glm4_moe_lite", n_group=1, topk_group=1, **_MLA, **_ROUTED),
     "arcee": _like_llama("arcee"),
 }  # fmt: skip
 _LINEAR_AND_FULL: Final = ["linear_attention", "full_attention"] * (NUM_LAYERS // 2)
@@ -330,8 +342,7 @@ _RECURRENT: Final[dict[str, dict[str, Any]]] = {
 RECURRENT: Final = tuple(_RECURRENT)  # names of the tiny models with recurrent layers
 LLAMA_SHAPED: Final = tuple(_LLAMA_SHAPED)  # names of the tiny models that the lean group must run
 _BY_TRANSFORMERS: Final = frozenset((
-    "gptj", "falcon", "falcon_grouped", "falcon_alibi",
-    "opt_projected", "bloom", "deepseek_v3",
+    "gptj", "falcon", "falcon_grouped", "falcon_alibi", "opt_projected", "bloom",
 ))  # fmt: skip
 NATIVE_RECURRENT: Final = (
     "lfm2",

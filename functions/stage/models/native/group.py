@@ -18,7 +18,7 @@ from functions.stage.models.layer_group import ColdExperts, KVDtype, Segment, se
 from functions.stage.models.llama.structure import check_layers, check_placed, check_shapes, checked_positions, layers_in
 from functions.stage.models.native.expert_weights import take_experts
 from functions.stage.models.native.kv_pool import NativeKVPool
-from functions.stage.models.native.layer_weights import row_heads, take_layer, take_norm
+from functions.stage.models.native.layer_weights import latent_sizes, row_heads, take_layer, take_norm
 from functions.stage.models.native.recurrent_weights import StatePlaces, inputs_of, take_recurrent
 from functions.stage.models.native.rotations import Rotations
 from functions.stage.models.native.weights import NativeWeights, rows_of
@@ -110,6 +110,7 @@ class NativeGroup:
                 kv_heads=model.attention.num_kv_heads,
                 head_dim=model.attention.head_dim,
                 row_heads=max(map(row_heads, attending or [model.attention])),
+                **latent_sizes(model.attention),
                 eps=model.final_norm.eps,
                 num_pages=len(self.kv.arena),
                 kv_dtype=kv_numbers,

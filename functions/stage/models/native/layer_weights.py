@@ -7,8 +7,8 @@ import numpy as np
 
 from functions.stage.models.floats import Array, Float32
 from functions.stage.models.llama.rope import interleaved_rows
-from functions.stage.models.native.weights import NativeWeights, of_one_kind, stacked, with_rows
-from functions.stage.native.layers import LayerArrays, MatrixArrays, NormArrays
+from functions.stage.models.native.weights import NativeWeights, of_one_kind, stacked, transposed, with_rows
+from functions.stage.native.layers import LatentArrays, LayerArrays, MatrixArrays, NormArrays
 from functions.stage.native.records import Activation, NormKind
 from storage.checkpoints.decoder import Attention, Decoder, FeedForward, Layer, Norm
 
@@ -18,6 +18,18 @@ _NORMS: Final = {"rms": NormKind.RMS, "layer": NormKind.LAYER}
 def row_heads(attention: Attention) -> int:
     """How many heads the matrix qkv of a layer has: queries, keys, values, and gates if there are any."""
     return attention.num_heads * (2 if attention.output_gate else 1) + 2 * attention.num_kv_heads
+
+
+def latent_sizes(attention: Attention) -> dict[str, int]:
+    """The sizes of latent attention in all layers, by their names in Group of `c/native.h`; empty for other attention."""
+    if (latent := attention.latent) is None:
+        return {}
+    query_size = latent.nope_size + latent.rope_size
+    return {
+        "latent_outs": (latent.query_rank or attention.num_heads * query_size) + attention.head_dim,
+        "query_size": query_size,
+        "value_size": latent.value_size,
+    }
 
 
 def take_layer(model: Decoder, layer: Layer, weights: NativeWeights) -> LayerArrays:
@@ -30,6 +42,7 @@ def take_layer(model: Decoder, layer: Layer, weights: NativeWeights) -> LayerArr
     matrices: dict[str, MatrixArrays] = {}
     norms: dict[str, NormArrays] = {}
     vectors: dict[str, Array] = {}
+    latent: LatentArrays | None = None
     numbers: dict[str, float | tuple[float, ...]] = {"parallel": layer.parallel, "residual_scale": layer.residual_scale}
     taken: dict[str, NormArrays] = {}  # parallel layers may have one norm before both parts
     for place, name, norm in (
@@ -43,7 +56,11 @@ def take_layer(model: Decoder, layer: Layer, weights: NativeWeights) -> LayerArr
                 taken[name] = take_norm(name, norm, weights)
             norms[place] = taken[name]
     if attention is not None:
-        matrices |= {"qkv": _qkv(model, weights), "out": weights.matrix(names.out, attention.out_bias)}
+        matrices["out"] = weights.matrix(names.out, attention.out_bias)
+        if attention.latent is None:
+            matrices["qkv"] = _qkv(model, weights)
+        else:
+            latent = _latent(model, attention, weights)
         numbers |= {
             "gates": attention.output_gate,
             "score_scale": attention.scale,
@@ -63,7 +80,7 @@ def take_layer(model: Decoder, layer: Layer, weights: NativeWeights) -> LayerArr
         numbers["activation"] = Activation[one.activation.upper()]
         if one.swiglu is not None:
             numbers["swiglu"] = one.swiglu
-    return LayerArrays(matrices, norms, vectors, numbers)
+    return LayerArrays(matrices, norms, vectors, numbers, latent=latent)
 
 
 def take_norm(name: str, norm: Norm, weights: NativeWeights) -> NormArrays:
@@ -116,6 +133,33 @@ def _qkv(model: Decoder, weights: NativeWeights) -> MatrixArrays:
             with_rows(matrix, rows(0, size, count, order)) for matrix, count in zip(matrices[:2], counts, strict=False)
         ]
     return stacked(of_one_kind(matrices))
+
+
+def _latent(model: Decoder, attention: Attention, weights: NativeWeights) -> LatentArrays:
+    """Each head's keys and values have matrices of their own, and that of keys is transposed: it is applied to queries."""
+    names, latent = model.names, attention.latent
+    assert latent is not None
+    queries, query_norm = None, None
+    if latent.query_rank is None:
+        first = weights.matrix(names.qkv[0])
+    else:
+        first, queries = weights.matrix(names.query_down, attention.qkv_bias), weights.matrix(names.query_up)
+        query_norm = take_norm(names.query_down_norm, latent.norm, weights)
+    up, nope, value_size = weights.matrix(names.kv_up), latent.nope_size, latent.value_size
+    of_heads = [head * (nope + value_size) for head in range(attention.num_heads)]
+    return LatentArrays(
+        down=stacked(of_one_kind([first, weights.matrix(names.kv_down, attention.qkv_bias)])),
+        query_norm=query_norm,
+        queries=queries,
+        norm=take_norm(names.kv_down_norm, latent.norm, weights),
+        absorb=[transposed(up, row + np.arange(nope)) for row in of_heads],
+        expand=[with_rows(up, row + nope + np.arange(value_size)) for row in of_heads],
+        rank=latent.rank,
+        nope=nope,
+        rope=latent.rope_size,
+        value_size=value_size,
+        eps=latent.norm.eps,
+    )
 
 
 def any_feed_forward(layer: Layer) -> FeedForward | None:

@@ -108,6 +108,12 @@ def with_rows(matrix: MatrixArrays, rows: Array) -> MatrixArrays:
     return MatrixArrays(matrix.dtype, matrix.weights[rows], scales, biases)
 
 
+def transposed(matrix: MatrixArrays, rows: Array) -> MatrixArrays:
+    """Some rows of the matrix as columns, in float32 if it has that dtype, else in bf16. rows: their numbers."""
+    dtype = Dtype.F32 if matrix.dtype == Dtype.F32 else Dtype.BF16
+    return MatrixArrays(dtype, np.ascontiguousarray(narrowed(rows_of(matrix, rows).T, _FLOATS[dtype])))
+
+
 def _format(matrix: MatrixArrays) -> BlockFormat:
     """The format of a matrix in blocks that is not stacked of several."""
     ((name, _),) = matrix.parts

@@ -372,7 +372,7 @@ NOINLINE void write_result(const Group *group, const Layer *layer, const Queries
             store(all->values + i, mul_f32(load(all->values + i), every_f32(share)));
     }
     if (layer->gates) {
-        const float *gate = queries->heads + row * layer->qkv.outs + (group->heads + 2 * group->kv_heads + head) * size;
+        const float *gate = queries->heads + row * row_heads(group, layer) * size + (group->heads + 2 * group->kv_heads + head) * size;
         for (int64_t i = 0; i < size; i += LANES)
             store(all->values + i, mul_f32(load(all->values + i), sigmoid_of(row_part(gate, i, size))));
     }
@@ -396,7 +396,7 @@ INLINE void attend_together(const int dtype, const Group *group, const Layer *la
     const float scale = (float)layer->score_scale;
     for (int64_t query = 0; query < count; query++) {
         int64_t head = queries->kv_head * shared + (first + query) / rows, row = (first + query) % rows;
-        const float *numbers = queries->heads + row * layer->qkv.outs + head * size;
+        const float *numbers = queries->heads + row * row_heads(group, layer) * size + head * size;
         for (int64_t i = 0; i < size; i++)
             scaled[i] = numbers[i] * scale;
         if (dtype == LAMINA_INT8)

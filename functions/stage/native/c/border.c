@@ -83,6 +83,10 @@ static Status check_sizes(const Group *group)
         return LAMINA_BAD_SIZE;
     if (!within(group->row_heads, group->heads + 2 * group->kv_heads, MOST) || !within(group->row_heads * group->head_dim, 1, MOST))
         return LAMINA_BAD_SIZE;
+    if (!within(group->latent_outs, 0, MOST) || !within(group->query_size, 0, MOST) || !within(group->value_size, 0, MOST))
+        return LAMINA_BAD_SIZE;
+    if (!within(group->heads * larger(group->query_size, group->value_size), 0, MOST))
+        return LAMINA_BAD_SIZE;
     if (!within(group->num_pages, 1, INT32_MAX) || !within(group->rotations, 0, 16))
         return LAMINA_BAD_SIZE;
     if (!(group->eps >= 0 && group->eps < 1))
@@ -183,14 +187,48 @@ static Status check_experts(const Group *group, const Layer *layer)
     return LAMINA_OK;
 }
 
+static Status check_heads(const Group *group, const Memory *matrices, int64_t outs, int64_t width)
+{
+    CHECK(check_memory(matrices, group->heads * (int64_t)sizeof(Matrix), _Alignof(Matrix)));
+    for (int64_t head = 0; head < group->heads; head++)
+        CHECK(check_shape((const Matrix *)matrices->data + head, outs, width));
+    return LAMINA_OK;
+}
+
+static Status check_latent(const Group *group, const Layer *layer)
+{
+    CHECK(check_memory(&layer->latent, sizeof(Latent), _Alignof(Latent)));
+    const Latent *latent = layer->latent.data;
+    const bool from_latent = latent->queries.weights.bytes;
+    if (!within(latent->rank, 1, MOST) || !within(latent->rope, 0, MOST) || !within(latent->nope, 1, MOST))
+        return LAMINA_BAD_SIZE;
+    if (group->kv_heads != 1 || group->head_dim != latent->rank + latent->rope || group->query_size != latent->nope + latent->rope ||
+        group->value_size != latent->value_size || layer->gates || layer->qk.kind || !(latent->eps >= 0 && latent->eps < 1))
+        return LAMINA_BAD_SIZE;
+    const int64_t queries = from_latent ? latent->queries.width : group->heads * group->query_size;
+    if (!within(queries, 1, MOST) || queries + group->head_dim > group->latent_outs)
+        return LAMINA_BAD_SIZE;
+    CHECK(check_shape(&latent->down, queries + group->head_dim, group->hidden_size));
+    if (from_latent) {
+        CHECK(check_norm(&latent->query_norm, queries));
+        CHECK(check_shape(&latent->queries, group->heads * group->query_size, queries));
+    }
+    CHECK(check_norm(&latent->norm, latent->rank));
+    CHECK(check_heads(group, &latent->absorb, latent->rank, latent->nope));
+    return check_heads(group, &latent->expand, latent->value_size, latent->rank);
+}
+
 static Status check_attention(const Group *group, const Layer *layer)
 {
-    int64_t attended = group->heads * group->head_dim;
+    int64_t attended = group->heads * (layer->latent.bytes ? group->value_size : group->head_dim);
     if (!within(layer->kv_row, 0, group->kv_layers - 1) || row_heads(group, layer) > group->row_heads)
         return LAMINA_BAD_SIZE;
     if (layer->ring && (group->bidirectional || !within(layer->window, 1, layer->ring * LAMINA_PAGE_TOKENS)))
         return LAMINA_BAD_SIZE;
-    CHECK(check_shape(&layer->qkv, row_heads(group, layer) * group->head_dim, group->hidden_size));
+    if (layer->latent.bytes)
+        CHECK(check_latent(group, layer));
+    else
+        CHECK(check_shape(&layer->qkv, row_heads(group, layer) * group->head_dim, group->hidden_size));
     CHECK(check_norm(&layer->qk, (group->heads + group->kv_heads) * group->head_dim));
     CHECK(check_optional(&layer->sinks, group->heads * 4, 4));
     return check_shape(&layer->out, group->hidden_size, attended);
@@ -257,14 +295,14 @@ static Status check_layer(const Group *group, const Layer *layer)
     CHECK(check_norm(&layer->after_attention, group->hidden_size));
     CHECK(check_norm(&layer->before_mlp, group->hidden_size));
     CHECK(check_norm(&layer->after_mlp, group->hidden_size));
-    if (layer->qkv.weights.bytes)
+    if (has_attention(layer))
         CHECK(check_attention(group, layer));
     if (layer->recurrent.kind)
         CHECK(check_recurrent(group, &layer->recurrent));
     if (layer->experts.bytes)
         CHECK(check_experts(group, layer));
     if (!layer->up.weights.bytes) { /* a layer without any part was not placed */
-        const bool has_another = layer->qkv.weights.bytes || layer->recurrent.kind || layer->experts.bytes;
+        const bool has_another = has_attention(layer) || layer->recurrent.kind || layer->experts.bytes;
         return has_another && !layer->gate.weights.bytes && !layer->down.weights.bytes ? LAMINA_OK : LAMINA_SHORT_MEMORY;
     }
     return check_feed_forward(group, layer, &layer->gate, &layer->up, &layer->down, group->inner_size);
@@ -295,7 +333,7 @@ static Status check_pages(const Group *group, const Segment *segment)
     for (int64_t layer = 0; layer < group->num_layers; layer++) {
         const int32_t *row = (const int32_t *)segment->pages.data + layers[layer].kv_row * pages;
         const int64_t ring = layers[layer].ring;
-        if (!layers[layer].qkv.weights.bytes)
+        if (!has_attention(&layers[layer]))
             continue;
         if (ring && end > ring * LAMINA_PAGE_TOKENS && layers[layer].window + segment->length > ring * LAMINA_PAGE_TOKENS)
             return LAMINA_BAD_SEGMENT;
@@ -465,7 +503,7 @@ int64_t lamina_draw_bytes(int64_t vocabulary, int64_t threads)
 int64_t lamina_size_of(int64_t record)
 {
     static const int64_t sizes[] = {sizeof(Memory), sizeof(Matrix), sizeof(Norm), sizeof(Recurrent), sizeof(Expert), sizeof(Experts), sizeof(Budget),
-                                    sizeof(Layer), sizeof(Group),
+                                    sizeof(Latent), sizeof(Layer), sizeof(Group),
                                     sizeof(Segment), sizeof(Pass), sizeof(Product), sizeof(Draw), sizeof(Draws), sizeof(Softmax)};
     return within(record, 0, sizeof sizes / sizeof *sizes - 1) ? sizes[record] : 0;
 }

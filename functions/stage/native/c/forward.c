@@ -24,6 +24,7 @@ typedef struct {
     const Layer *layer; /* its activation; NULL: there is none */
     const float *x;     /* [rows, width] */
     const int32_t *places; /* of the rows in x; NULL: they follow each other */
+    int64_t x_stride;   /* from one row of x to the next; 0: width */
     const Norm *norm;   /* that x goes through first, or NULL */
     float eps;
     int64_t rows;
@@ -69,7 +70,8 @@ static void pack_rows(const Task *task, int64_t row, int64_t rows, const MatrixS
     const Matrix *matrix = task->matrix;
     const int64_t row_bytes = packed_row_bytes(matrix->dtype, matrix->width);
     for (int64_t i = 0; i < rows; i++) {
-        const float *numbers = task->x + (task->places ? task->places[row + i] : row + i) * matrix->width;
+        const int64_t place = task->places ? task->places[row + i] : row + i;
+        const float *numbers = task->x + place * (task->x_stride ? task->x_stride : matrix->width);
         if (task->norm && task->norm->kind) {
             task->level->normalize(task->norm, 0, numbers, task->eps, matrix->width, scratch->normalized);
             numbers = scratch->normalized;
@@ -210,6 +212,7 @@ static void add_product(const Forward *forward, const Matrix *matrix, const floa
 }
 
 #include "experts.inc.h"
+#include "latent.inc.h"
 
 /* Normalizes the queries of all heads together, and the keys. */
 static void normalize_qk(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
@@ -218,7 +221,7 @@ static void normalize_qk(const Forward *forward, const Layer *layer, const Worke
     const int64_t queries = group->heads * group->head_dim, keys = group->kv_heads * group->head_dim;
     int64_t done = 0, row;
     for (; (row = take_piece(worker, phase, forward->rows, 1)) >= 0; done++) {
-        float *heads = forward->at.heads + row * layer->qkv.outs;
+        float *heads = forward->at.heads + row * row_heads(forward->group, layer) * forward->group->head_dim;
         forward->level->normalize(&layer->qk, 0, heads, (float)group->eps, queries, heads);
         forward->level->normalize(&layer->qk, queries, heads + queries, (float)group->eps, keys, heads + queries);
     }
@@ -248,7 +251,7 @@ static void write_kv_of_row(const Forward *forward, const Layer *layer, int64_t 
 {
     const Group *group = forward->group;
     const Place *place = &forward->at.places[row];
-    float *heads = forward->at.heads + row * layer->qkv.outs;
+    float *heads = forward->at.heads + row * row_heads(forward->group, layer) * forward->group->head_dim;
     const float *const rotations[] = {rotation_of(forward, layer->query_rotation, row), rotation_of(forward, layer->key_rotation, row)};
     forward->level->write_kv(group, layer, pages_of(forward, layer, place->segment), kv_head, place->position, place->is_last,
                              rotations, heads);
@@ -274,7 +277,7 @@ static Queries queries_of(const Forward *forward, const Layer *layer, const Bund
         .end = group->bidirectional ? segment->position + segment->length : 0,
         .rows = bundle->rows,
         .kv_head = kv_head,
-        .heads = forward->at.heads + row * layer->qkv.outs,
+        .heads = forward->at.heads + row * row_heads(forward->group, layer) * forward->group->head_dim,
         .attended = forward->at.attended + row * group->heads * group->head_dim,
         .piece = bundle->piece,
         /* Those of the rows before come first, and those of a piece's heads follow each other. */
@@ -314,7 +317,10 @@ static void merge_pieces(const Forward *forward, const Layer *layer, const Worke
 
 static void mix_by_attention(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
 {
-    multiply(forward, &layer->qkv, forward->hidden, &layer->before_attention, forward->at.heads, SET, worker, phase + PACK_QKV);
+    if (layer->latent.bytes)
+        project_latent(forward, layer, worker, phase);
+    else
+        multiply(forward, &layer->qkv, forward->hidden, &layer->before_attention, forward->at.heads, SET, worker, phase + PACK_QKV);
     if (layer->qk_as_one)
         normalize_qk(forward, layer, worker, phase + NORMALIZE_QK);
     if (!only_decodes(forward))
@@ -322,6 +328,8 @@ static void mix_by_attention(const Forward *forward, const Layer *layer, const W
     attend(forward, layer, worker, phase + ATTEND);
     if (forward->pieces > 1)
         merge_pieces(forward, layer, worker, phase + MERGE);
+    if (layer->latent.bytes)
+        expand_values(forward, layer, worker, phase);
 }
 
 /* One thread's share of a pass. */
@@ -340,14 +348,14 @@ static void forward_layers(void *argument, int64_t number)
                 update_states(forward, layer, &worker, phase);
             continue;
         }
-        if (layer->qkv.weights.bytes)
+        if (has_attention(layer))
             mix_by_attention(forward, layer, &worker, phase);
         if (recurrent->kind)
             mix_recurrently(forward, layer, &worker, phase);
         if (layer->parallel && has_mlp) /* before the hidden states change */
             feed_forward(forward, layer, &worker, phase + PACK_GATED);
-        if (layer->qkv.weights.bytes)
-            add_product(forward, &layer->out, at->attended, &layer->after_attention, layer->residual_scale,
+        if (has_attention(layer))
+            add_product(forward, &layer->out, layer->latent.bytes ? at->values : at->attended, &layer->after_attention, layer->residual_scale,
                         rounds && !goes_on && !recurrent->kind, &worker, phase + PACK_OUT);
         if (recurrent->kind)
             add_product(forward, &recurrent->out, at->recurrent_outputs, &layer->after_attention, layer->residual_scale,

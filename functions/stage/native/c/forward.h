@@ -13,7 +13,7 @@ enum {
 
 /* The phases of a layer, in order; in a parallel layer GATED comes before OUT. The pieces of a phase are computed in any order. */
 enum {
-    PACK_QKV, QKV, NORMALIZE_QK, WRITE_KV, ATTEND, MERGE,
+    PACK_QKV, QKV, PACK_QUERIES, QUERIES, ABSORB, NORMALIZE_QK, WRITE_KV, ATTEND, MERGE, EXPAND,
     PACK_INPUTS, INPUTS, PACK_STEPS, STEPS, CONVOLVE, PREPARE, RECUR, GATE,
     PACK_OUT, OUT, ADD_OUT, PACK_OUTPUTS, OUTPUTS, ADD_OUTPUTS,
     PACK_GATED, GATED, PACK_DOWN, DOWN, ADD_DOWN,
@@ -62,6 +62,9 @@ typedef struct {
 typedef struct {
     float *heads;      /* [rows, row_heads of the layer, head_dim] queries, keys, values and gates */
     float *attended;   /* [rows, heads * head_dim] */
+    float *down;       /* [rows, latent_outs] */
+    float *queries;    /* [rows, heads * query_size], if there are latents */
+    float *values;     /* [rows, heads * value_size], if there are latents */
     float *inner;      /* [rows, inner_size] */
     float *times;      /* [rows, inner_size] what `inner` is multiplied by */
     float *recurrent_inputs;  /* [rows, outputs of the mixer's `in`] */
@@ -130,6 +133,8 @@ int64_t most_pieces(int64_t rows, int64_t most_tokens, int64_t threads);
 Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, int64_t threads, uint8_t *memory);
 Workspace product_workspace(const Matrix *matrix, int64_t rows, int64_t threads, uint8_t *memory);
 Workspace draw_workspace(int64_t vocabulary, int64_t threads, uint8_t *memory);
+/* Bytes of what `matrix_scratch` lays out. */
+int64_t matrix_scratch_bytes(int64_t width, int64_t row_bytes);
 MatrixScratch matrix_scratch(const Matrix *matrix, uint8_t *scratch);
 
 /* They take what `border.c` has checked. No row attends to more than most_tokens. */

@@ -225,6 +225,11 @@ static inline int64_t padded_head(const Group *group)
     return rounded_up(group->head_dim, 16);
 }
 
+static inline bool has_attention(const Layer *layer)
+{
+    return layer->qkv.weights.bytes || layer->latent.bytes;
+}
+
 /* Heads of a row of qkv: those of queries, keys and values, and gates if there are any. */
 static inline int64_t row_heads(const Group *group, const Layer *layer)
 {

@@ -117,6 +117,23 @@ typedef struct {
     double scale;          /* of weights */
 } Experts;
 
+/* Latent attention: keys and values of all heads follow from one latent of a token, which is what the arena keeps. Its group has one key
+   head, of rope + rank numbers. */
+typedef struct {
+    Matrix down;       /* [query_rank or heads * (nope + rope), and then rank + rope; hidden_size]: latents of queries, or queries; the
+                          latent; the part of the key that is rotated, and that all heads share */
+    Norm query_norm;   /* [query_rank] */
+    Matrix queries;    /* [heads * (nope + rope), query_rank], or absent: `down` has them */
+    Norm norm;         /* [rank] */
+    Memory absorb;     /* Matrix [heads] of [rank, nope], by which the part of a query that is not rotated meets latents */
+    Memory expand;     /* Matrix [heads] of [value_size, rank] */
+    int64_t rank;
+    int64_t nope;      /* numbers of a query that are not rotated, the first ones */
+    int64_t rope;      /* numbers that are rotated */
+    int64_t value_size;
+    double eps;        /* of its norms */
+} Latent;
+
 typedef enum { LAMINA_NOT_RECURRENT, LAMINA_CONVOLUTION, LAMINA_DELTA, LAMINA_MAMBA } RecurrentKind;
 
 /* A mixer with a state of fixed size (`Recurrent` of storage/checkpoints/decoder.py): the tail of a convolution [taps - 1, channels]
@@ -159,9 +176,10 @@ typedef struct {
     Norm before_attention; /* [hidden_size], of all mixers */
     Matrix qkv;            /* [(heads + 2 * kv_heads) * head_dim, hidden_size], and with `gates` those of `heads` more heads after it;
                               or absent: there is no attention. The halves of a rotated pair are adjacent */
+    Memory latent;         /* Latent, instead of qkv; or absent */
     Norm qk;               /* [heads + kv_heads, head_dim], of each query and key */
     Memory sinks;          /* float32 [heads]: one more score of each head's softmax, which has no value; or absent */
-    Matrix out;            /* [hidden_size, heads * head_dim] */
+    Matrix out;            /* [hidden_size, heads * head_dim], or with a latent [hidden_size, heads * value_size] */
     Norm after_attention;  /* [hidden_size] */
     Norm before_mlp;       /* [hidden_size] */
     Matrix gate;           /* [inner_size, hidden_size], or absent: down(activation(up x)), not down(activation(gate x) * (up x)) */
@@ -221,6 +239,9 @@ typedef struct {
     int64_t kv_heads;
     int64_t head_dim;
     int64_t row_heads; /* most heads of a row of qkv in a layer */
+    int64_t latent_outs; /* most outputs of `down`; 0: no layer has a latent */
+    int64_t query_size;  /* nope + rope of latents */
+    int64_t value_size;  /* of latents */
     int64_t num_pages;
     int64_t kv_dtype;
     int64_t rotations; /* that a pass has */
@@ -342,7 +363,7 @@ LAMINA_API int64_t lamina_pass_bytes(const Group *group, int64_t rows, int64_t m
 LAMINA_API int64_t lamina_product_bytes(const Matrix *matrix, int64_t rows, int64_t threads);
 LAMINA_API int64_t lamina_draw_bytes(int64_t vocabulary, int64_t threads);
 
-/* Sizes of Memory, Matrix, Norm, Recurrent, Expert, Experts, Budget, Layer, Group, Segment, Pass, Product, Draw, Draws and Softmax, by number, so that Python can compare its
+/* Sizes of Memory, Matrix, Norm, Recurrent, Expert, Experts, Budget, Latent, Layer, Group, Segment, Pass, Product, Draw, Draws and Softmax, by number, so that Python can compare its
    records; 0 beyond the last. */
 LAMINA_API int64_t lamina_size_of(int64_t record);
 

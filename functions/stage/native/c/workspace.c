@@ -8,7 +8,7 @@ static void *taken(Workspace *workspace, uint8_t *memory, int64_t bytes)
     return at;
 }
 
-static int64_t matrix_scratch_bytes(int64_t width, int64_t row_bytes)
+int64_t matrix_scratch_bytes(int64_t width, int64_t row_bytes)
 {
     return FEW_ROWS * LAMINA_TILE_OUTS * 4 + 2 * rounded_up(width, LAMINA_STEP) * 4 + FEW_ROWS * row_bytes;
 }
@@ -68,8 +68,13 @@ Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, 
     Workspace workspace = {0};
     int64_t widest = larger(larger(group->hidden_size, larger(group->inner_size, group->expert_size)), group->heads * group->head_dim);
     widest = larger(widest, group->recurrent_outputs);
+    const bool has_latents = group->latent_outs;
+    widest = larger(larger(widest, group->latent_outs), group->heads * larger(group->query_size, group->value_size));
     workspace.heads = taken(&workspace, memory, rows * group->row_heads * group->head_dim * 4);
     workspace.attended = taken(&workspace, memory, rows * group->heads * group->head_dim * 4);
+    workspace.down = taken(&workspace, memory, rows * group->latent_outs * 4);
+    workspace.queries = taken(&workspace, memory, has_latents ? rows * group->heads * group->query_size * 4 : 0);
+    workspace.values = taken(&workspace, memory, has_latents ? rows * group->heads * group->value_size * 4 : 0);
     workspace.inner = taken(&workspace, memory, rows * group->inner_size * 4);
     workspace.times = taken(&workspace, memory, rows * group->inner_size * 4);
     workspace.recurrent_inputs = taken(&workspace, memory, rows * group->recurrent_inputs * 4);
@@ -87,7 +92,9 @@ Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, 
     workspace.counters_bytes = group->num_layers * PHASES * (threads + 1) * (int64_t)sizeof(Counter);
     workspace.counters = taken(&workspace, memory, workspace.counters_bytes);
     workspace.scratch_bytes = rounded_up(
-        larger(matrix_scratch_bytes(widest, packed_row_bytes(LAMINA_F32, widest)), attention_scratch_bytes(group, most_tokens)),
+        larger(matrix_scratch_bytes(widest, packed_row_bytes(LAMINA_F32, widest)) +
+                   (has_latents ? FEW_ROWS * 4 * larger(group->head_dim, group->value_size) : 0), /* of one head's product */
+               attention_scratch_bytes(group, most_tokens)),
         LAMINA_LINE_BYTES);
     workspace.scratch = taken(&workspace, memory, threads * workspace.scratch_bytes);
     return workspace;
