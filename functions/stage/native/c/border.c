@@ -187,7 +187,7 @@ static Status check_experts(const Group *group, const Layer *layer)
     return LAMINA_OK;
 }
 
-static Status check_heads(const Group *group, const Memory *matrices, int64_t outs, int64_t width)
+static Status check_matrices_of_heads(const Group *group, const Memory *matrices, int64_t outs, int64_t width)
 {
     CHECK(check_memory(matrices, group->heads * (int64_t)sizeof(Matrix), _Alignof(Matrix)));
     for (int64_t head = 0; head < group->heads; head++)
@@ -214,8 +214,8 @@ static Status check_latent(const Group *group, const Layer *layer)
         CHECK(check_shape(&latent->queries, group->heads * group->query_size, queries));
     }
     CHECK(check_norm(&latent->norm, latent->rank));
-    CHECK(check_heads(group, &latent->absorb, latent->rank, latent->nope));
-    return check_heads(group, &latent->expand, latent->value_size, latent->rank);
+    CHECK(check_matrices_of_heads(group, &latent->absorb, latent->rank, latent->nope));
+    return check_matrices_of_heads(group, &latent->expand, latent->value_size, latent->rank);
 }
 
 static Status check_attention(const Group *group, const Layer *layer)
