@@ -88,87 +88,6 @@ static Norm norm_of(int64_t size, int64_t least)
     return norm;
 }
 
-/* Latent attention of a group that has one key head. */
-static Memory latent_of(const Group *group, int64_t dtype, int64_t rope, int64_t queries, int from_latent)
-{
-    const int64_t rank = group->head_dim - rope, nope = group->query_size - rope;
-    Memory memory = memory_of(sizeof(Latent)), absorb = memory_of(group->heads * (int64_t)sizeof(Matrix));
-    Memory expand = memory_of(group->heads * (int64_t)sizeof(Matrix));
-    for (int64_t head = 0; head < group->heads; head++) {
-        ((Matrix *)absorb.data)[head] = matrix_of(dtype, rank, nope);
-        ((Matrix *)expand.data)[head] = matrix_of(dtype, group->value_size, rank);
-    }
-    *(Latent *)memory.data = (Latent){
-        .down = matrix_of(dtype, queries + group->head_dim, group->hidden_size),
-        .query_norm = norm_of(queries, 0),
-        .queries = from_latent ? matrix_of(dtype, group->heads * group->query_size, queries) : (Matrix){0},
-        .norm = norm_of(rank, 1),
-        .absorb = absorb, .expand = expand,
-        .rank = rank, .nope = nope, .rope = rope, .value_size = group->value_size, .eps = 1e-6,
-    };
-    return memory;
-}
-
-/* is_long: has pages for sequences whose attention is split. */
-static Group group_of(int is_long)
-{
-    Group group = {
-        .num_layers = any(1, 2), .hidden_size = width(), .inner_size = width(), .kv_heads = any(1, is_long ? 1 : 3),
-        .head_dim = 2 * any(1, is_long ? 4 : 20), .kv_dtype = any(LAMINA_BF16, LAMINA_F32), .eps = 1e-5,
-        .rotations = any(0, 2),
-    };
-    group.num_pages = group.num_layers * (is_long ? any(33, 70) : any(1, 5));
-    const int64_t numbers = padded(group.head_dim, 16);
-    group.arena = memory_of(group.num_pages * 2 * group.kv_heads * LAMINA_PAGE_TOKENS *
-                            (group.kv_dtype == LAMINA_INT8 ? numbers + 4 : numbers * (group.kv_dtype == LAMINA_BF16 ? 2 : 4)));
-    group.heads = group.kv_heads * any(1, 5);
-    group.layers = memory_of(group.num_layers * (int64_t)sizeof(Layer));
-    int64_t attended = group.heads * group.head_dim, all_heads = group.heads + 2 * group.kv_heads;
-    group.row_heads = all_heads + group.heads;
-    const int latent = group.kv_heads == 1 && any(0, 1), from_latent = any(0, 1);
-    const int64_t rope = 2 * any(0, group.head_dim / 2 - 1);
-    if (latent) {
-        group.query_size = rope + any(1, 20);
-        group.value_size = any(1, 40);
-        attended = group.heads * group.value_size;
-    }
-    const int64_t queries = from_latent ? any(1, 40) : group.heads * group.query_size;
-    group.latent_outs = latent ? queries + group.head_dim : 0;
-    Layer *layers = group.layers.data;
-    for (int64_t i = 0; i < group.num_layers; i++) {
-        int64_t dtype = any(LAMINA_BF16, LAMINA_BLOCKS), of_mlp = any(LAMINA_BF16, LAMINA_BLOCKS), gates = latent ? 0 : any(0, 1);
-        layers[i] = (Layer){
-            .before_attention = norm_of(group.hidden_size, 0),
-            .latent = latent ? latent_of(&group, dtype, rope, queries, from_latent) : (Memory){0},
-            .qkv = latent ? (Matrix){0} : matrix_of(dtype, (all_heads + gates * group.heads) * group.head_dim, group.hidden_size),
-            .qk = latent ? (Norm){0} : norm_of((group.heads + group.kv_heads) * group.head_dim, 0),
-            .sinks = any(0, 1) ? memory_of(group.heads * 4) : (Memory){0},
-            .out = matrix_of(dtype, group.hidden_size, attended),
-            .after_attention = norm_of(group.hidden_size, 0),
-            .before_mlp = norm_of(group.hidden_size, 0),
-            .gate = any(0, 2) ? matrix_of(of_mlp, group.inner_size, group.hidden_size) : (Matrix){0},
-            .up = matrix_of(of_mlp, group.inner_size, group.hidden_size),
-            .down = matrix_of(dtype, group.hidden_size, group.inner_size),
-            .after_mlp = norm_of(group.hidden_size, 0),
-            .activation = any(LAMINA_SILU, LAMINA_XIELU),
-            .gates = gates,
-            .parallel = any(0, 1),
-            .window = any(0, 2) ? 0 : any(1, 40),
-            .query_rotation = any(0, group.rotations),
-            .key_rotation = any(0, group.rotations),
-            .score_scale = 0.5,
-            .score_cap = any(0, 1) ? 0 : 30,
-            .residual_scale = any(0, 2) ? 1 : 0.5,
-            .xielu = {0.8, 0.8, 0.5, -1e-6},
-        };
-        layers[i].qk_as_one = layers[i].qk.kind ? any(0, 1) : 0;
-        layers[i].qk_rotated = layers[i].qk_as_one ? 0 : any(0, 1);
-        if (layers[i].window && any(0, 1))
-            layers[i].ring = any(1, 3);
-    }
-    return group;
-}
-
 static int is_address(int64_t number)
 {
     for (int i = 0; i < num_taken; i++)
@@ -291,6 +210,27 @@ static Recurrent recurrent_of(Group *group)
     return mixer;
 }
 
+/* Latent attention of a group that has one key head. */
+static Memory latent_of(const Group *group, int64_t dtype, int64_t rope, int64_t queries, int from_latent)
+{
+    const int64_t rank = group->head_dim - rope, nope = group->query_size - rope;
+    Memory memory = memory_of(sizeof(Latent)), absorb = memory_of(group->heads * (int64_t)sizeof(Matrix));
+    Memory expand = memory_of(group->heads * (int64_t)sizeof(Matrix));
+    for (int64_t head = 0; head < group->heads; head++) {
+        ((Matrix *)absorb.data)[head] = matrix_of(dtype, rank, nope);
+        ((Matrix *)expand.data)[head] = matrix_of(dtype, group->value_size, rank);
+    }
+    *(Latent *)memory.data = (Latent){
+        .down = matrix_of(dtype, queries + group->head_dim, group->hidden_size),
+        .query_norm = norm_of(queries, 0),
+        .queries = from_latent ? matrix_of(dtype, group->heads * group->query_size, queries) : (Matrix){0},
+        .norm = norm_of(rank, 1),
+        .absorb = absorb, .expand = expand,
+        .rank = rank, .nope = nope, .rope = rope, .value_size = group->value_size, .eps = 1e-6,
+    };
+    return memory;
+}
+
 /* is_long: has pages for sequences whose attention is split. */
 static Group group_of(int is_long)
 {
@@ -309,13 +249,23 @@ static Group group_of(int is_long)
     group.layers = memory_of(group.num_layers * (int64_t)sizeof(Layer));
     int64_t attended = group.heads * group.head_dim, all_heads = group.heads + 2 * group.kv_heads;
     group.row_heads = all_heads + group.heads;
+    const int latent = group.kv_heads == 1 && any(0, 1), from_latent = any(0, 1);
+    const int64_t rope = 2 * any(0, group.head_dim / 2 - 1);
+    if (latent) {
+        group.query_size = rope + any(1, 20);
+        group.value_size = any(1, 40);
+        attended = group.heads * group.value_size;
+    }
+    const int64_t queries = from_latent ? any(1, 40) : group.heads * group.query_size;
+    group.latent_outs = latent ? queries + group.head_dim : 0;
     Layer *layers = group.layers.data;
     for (int64_t i = 0; i < group.num_layers; i++) {
-        int64_t dtype = any(LAMINA_BF16, LAMINA_FLOAT_BLOCKS), of_mlp = any(LAMINA_BF16, LAMINA_FLOAT_BLOCKS), gates = any(0, 1);
+        int64_t dtype = any(LAMINA_BF16, LAMINA_FLOAT_BLOCKS), of_mlp = any(LAMINA_BF16, LAMINA_FLOAT_BLOCKS), gates = latent ? 0 : any(0, 1);
         layers[i] = (Layer){
             .before_attention = norm_of(group.hidden_size, 0),
-            .qkv = matrix_of(dtype, (all_heads + gates * group.heads) * group.head_dim, group.hidden_size),
-            .qk = norm_of((group.heads + group.kv_heads) * group.head_dim, 0),
+            .latent = latent ? latent_of(&group, dtype, rope, queries, from_latent) : (Memory){0},
+            .qkv = latent ? (Matrix){0} : matrix_of(dtype, (all_heads + gates * group.heads) * group.head_dim, group.hidden_size),
+            .qk = latent ? (Norm){0} : norm_of((group.heads + group.kv_heads) * group.head_dim, 0),
             .sinks = any(0, 1) ? memory_of(group.heads * 4) : (Memory){0},
             .out = matrix_of(dtype, group.hidden_size, attended),
             .after_attention = norm_of(group.hidden_size, 0),
@@ -339,6 +289,7 @@ static Group group_of(int is_long)
         switch (any(0, 5)) { /* a layer has attention, a recurrent mixer or both, and a feed-forward or none */
         case 0:
             layers[i].qkv = layers[i].out = (Matrix){0};
+            layers[i].latent = (Memory){0};
             /* fall through */
         case 1:
             layers[i].recurrent = recurrent_of(&group);
@@ -346,7 +297,7 @@ static Group group_of(int is_long)
         case 2:
             layers[i].up = layers[i].gate = layers[i].down = (Matrix){0};
         }
-        if (layers[i].qkv.weights.bytes)
+        if (layers[i].qkv.weights.bytes || layers[i].latent.bytes)
             layers[i].kv_row = group.kv_layers++;
         layers[i].qk_as_one = layers[i].qk.kind ? any(0, 1) : 0;
         layers[i].qk_rotated = layers[i].qk_as_one ? 0 : any(0, 1);
