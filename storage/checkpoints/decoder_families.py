@@ -269,7 +269,8 @@ def _scale_of_latent(values: Values, *_: int) -> float:
     """YaRN's factor for scores beside the one of the rotation (yarn_apply_mscale of transformers)."""
     scale = (values.size("qk_nope_head_dim") + values.size("qk_rope_head_dim")) ** -0.5
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    all_dim, factor = rope.get("mscale_all_dim"), rope.get("factor")
+    all_dim: Any = rope.get("mscale_all_dim")
+    factor: Any = rope.get("factor")
     if rope.get("rope_type", rope.get("type", "default")) != "default" and is_number(all_dim) and all_dim and is_number(factor):
         scale *= (1.0 if factor <= 1 else 0.1 * all_dim * math.log(factor) + 1.0) ** 2
     return float(scale)
@@ -731,7 +732,7 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
         aliases={"num_experts": "n_routed_experts"},
         names=_SHARED_EXPERTS,
         experts=replace(_ROUTED_EXPERTS, scores="softmax", correction=False, group_score="greatest", normalized=False),
-        **_LATENT_ATTENTION | {"only": _only_of_deepseek_v2},
+        **{**_LATENT_ATTENTION, "only": _only_of_deepseek_v2},
     ),
     "deepseek_v3": DecoderFamily(
         source="deepseek_v3.modeling_deepseek_v3:DeepseekV3DecoderLayer",
