@@ -76,6 +76,12 @@ class NotFound(Problem):
     status, name, title = 404, "not-found", "There is no such object"
 
 
+class ModelNotFound(NotFound):
+    """404. The gateway serves no model, or no adapter of its model, of this name. A retry helps only after it was published."""
+
+    name, title = "model-not-found", "This model is not served here"
+
+
 class EventExpired(Problem):
     """410. `expirytime` has passed: the answer is no longer awaited. A retry does not help."""
 
@@ -149,6 +155,12 @@ class ReplaysExhausted(Problem):
     """500. A sequence has used up its retry budget: its route failed again and again. A retry seldom helps."""
 
     status, name, title = 500, "replays-exhausted", "The sequence broke its route too often"
+
+
+class AdapterUnusable(Problem):
+    """500. A stage cannot load the adapter that the request names, as its object is missing or altered. Publish it again."""
+
+    status, name, title = 500, "adapter-unusable", "A stage cannot use the adapter"
 
 
 class NotReady(Problem):

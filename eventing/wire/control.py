@@ -4,7 +4,7 @@ from typing import Annotated, Final
 
 from msgspec import Meta, Struct, field
 
-from eventing.wire.events import MAX_POSITION, MAX_ROWS, Status
+from eventing.wire.events import MAX_POSITION, MAX_ROWS, Adapter, Status
 from eventing.wire.prefix_chain import BLOCK_TOKENS, DIGEST_BYTES, Chain, unpacked
 
 LEASE_SECONDS: Final = 20.0  # a stage frees the sequences of a gateway without events for so long, as it may be dead
@@ -29,6 +29,7 @@ class ReserveRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=
     chain: PackedChain = b""  # of all its tokens but the newest; KV found by it is not computed again; empty: no lookup
     # The tokens that `chain` covers, int32, little endian. Sent only if the draw depends on them (a penalty).
     token_ids: Annotated[bytes, Meta(max_length=4 * MAX_POSITION)] = b""
+    adapter: Adapter = b""  # the stage begins to load it
     # URLs of other instances of the stage that may hold its KV, likeliest first.
     peers: Annotated[tuple[Annotated[str, Meta(max_length=128)], ...], Meta(max_length=MAX_PEERS)] = ()
 
@@ -52,14 +53,16 @@ class ReserveRequest(Struct, frozen=True, forbid_unknown_fields=True):
 class ReservedRow(Struct, frozen=True, omit_defaults=True):
     """The stage's decision on one ReserveRow.
 
-    `status` is `ok`, `full` (not enough memory) or `stale` (a newer attempt is known).
+    `status` is `ok`, `full` (not enough memory), `stale` (a newer attempt is known) or `invalid` (it can never be granted).
     """
 
     id: SequenceId
     attempt: Attempt
     status: Status
     held: Annotated[int, Meta(ge=0, le=MAX_POSITION)] = 0  # tokens of its chain in the KV cache; its first row may begin there
-    restoring: bool = False  # more of its chain is on its way from a peer or the store: the same reservation asks again
+    # Its adapter, or more of its chain, is on its way from a peer or the store: the same reservation asks again.
+    restoring: bool = False
+    reason: str = ""  # with `invalid`: why its adapter cannot be used
 
 
 class ReserveReply(Struct, frozen=True):

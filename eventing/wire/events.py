@@ -23,6 +23,7 @@ MAX_BIASES: Final = 300  # tokens whose logits one row may move, as in the OpenA
 MAX_TOP_LOGPROBS: Final = 20  # per position, as in the OpenAI API
 MAX_GRAMMAR_BYTES: Final = 2**16  # source of one answer's grammar
 MAX_END_TOKENS: Final = 64
+ADAPTER_BYTES: Final = 16  # of the digest of an adapter's version
 
 SAFE_EVENT_BYTES: Final = 64 * 1024  # every intermediary must pass this on (CloudEvents 1.0.2, section 4); more: claim check
 
@@ -97,6 +98,8 @@ class Status(StrEnum):
 
 
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+# The digest of the version of an adapter that a sequence's layers have; empty: none.
+Adapter = Annotated[bytes, Meta(max_length=ADAPTER_BYTES)]
 
 
 class Grammar(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -191,6 +194,7 @@ class Row(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     # With `Want.TOKEN`: log-probabilities of drawn tokens are wanted. With either want: of so many alternatives per token.
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     pooling: Pooling | None = None  # with `Want.VECTOR`
+    adapter: Adapter = b""  # the same in all rows of a sequence
     status: Status = Status.OK
     held: Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None = None
     reason: str | None = None

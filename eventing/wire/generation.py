@@ -70,6 +70,8 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     # Text without the chat template, or its tokens. Exactly one of `prompt` and `messages` is given.
     prompt: Prompts | None = None
     messages: Annotated[tuple[Message, ...], Meta(min_length=1)] | None = None
+    # The served model, or MODEL:ADAPTER for one of its adapters, or MODEL:ADAPTER@VERSION; None: the served model.
+    model: Annotated[str, Meta(max_length=400)] | None = None
     n: Choices = 1  # answers to each prompt
     # None: what the prompt leaves of the model's context. 0: nothing, with `echo`.
     max_tokens: AnswerTokens | None = None

@@ -24,13 +24,14 @@ LINEAGE_BYTES: Final = 8
 Chain = tuple[bytes, ...]  # the digests of successive blocks
 
 
-def chain_key(pipeline: str, sharer: str) -> bytes:
+def chain_key(pipeline: str, sharer: str, adapter: bytes = b"") -> bytes:
     """The key of digests, 32 bytes.
 
     pipeline: its fingerprint. sharer: the client whose sequences may share KV with one another; empty: all clients of the
-    pipeline.
+    pipeline. adapter: the digest of the adapter's version, whose KV differs; empty: none.
     """
-    return blake3(f"{pipeline} {sharer}".encode(), derive_key_context="lamina prefix chain 1").digest()
+    adapted = f"{pipeline} adapter {adapter.hex()}" if adapter else pipeline
+    return blake3(f"{adapted} {sharer}".encode(), derive_key_context="lamina prefix chain 1").digest()
 
 
 def extended(chain: Chain, token_ids: Sequence[int], key: bytes) -> Chain:

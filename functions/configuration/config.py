@@ -187,6 +187,12 @@ class CommonConfig(ProcessConfig):
         "with float32 weights in float32",
         "",
     )
+    adapters: int = setting(
+        "LAMINA_ADAPTERS",
+        parsers.integer(0, 1024),
+        "most adapters (LoRA) that a stage keeps in memory; 0: none are served",
+        "0",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -242,6 +248,9 @@ class StageConfig(CommonConfig):
         "0",
     )
     kv_cache_bytes: int = setting("LAMINA_KV_CACHE_BYTES", parsers.integer(1), "memory for keys and values", str(2**30))
+    adapter_rank: int = setting(
+        "LAMINA_ADAPTER_RANK", parsers.integer(1, 256), "largest rank of adapters; memory is planned for it", "16"
+    )
     max_merge: int = setting("LAMINA_MAX_MERGE", parsers.integer(1, 1024), "most events merged into one forward pass", "4")
     max_memory_waiters: int = setting(
         "LAMINA_MAX_MEMORY_WAITERS",

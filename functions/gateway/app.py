@@ -15,6 +15,7 @@ from eventing.problems import EventTooLarge, NotReady, Problem, Unauthorized
 from functions.configuration.api_keys import Quota
 from functions.configuration.config import ClientsConfig, GatewayConfig
 from functions.gateway.answers.access_log import AccessLog
+from functions.gateway.answers.adapters import ServedModels
 from functions.gateway.answers.authentication import Clients, KeyRing
 from functions.gateway.answers.client_limits import ClientLimits
 from functions.gateway.answers.metrics import GatewayMetrics
@@ -101,13 +102,15 @@ def create_app(
     write_line: Callable[[str], object] = lambda line: print(line, file=sys.stderr, flush=True),
     watched: Watched | None = None,
     jobs: Jobs | None = None,
+    models: ServedModels | None = None,
     batches_changed: Callable[[], object] = lambda: None,
 ) -> Flask:
     """The application with the routes of all APIs. It can answer before the tokenizer is loaded.
 
     service: returns the AnswerService; raises NotReady before the tokenizer is loaded. write_line: receives each line of the
     access log. watched: sources of `GET /v1/pipeline/events`; None: that path is not served.
-    jobs: None: files and batches are not served. batches_changed: called when one was created or cancelled.
+    jobs: None: files and batches are not served. models: None: no adapters are. batches_changed: called when a batch was
+    created or cancelled.
     """
     app = base_app(config, metrics, write_line)
     clients = Clients(keys, config.proxies)
@@ -125,7 +128,7 @@ def create_app(
         register_page(app)
     described = list(operations(with_page=config.page == "on", with_jobs=jobs is not None))
     register_document(app, described, config.model, with_keys=not keys.is_open)
-    OpenAIAPI(service, clients, config).register(app)
+    OpenAIAPI(service, clients, config, models or ServedModels(config.model, None)).register(app)
     EmbeddingsAPI(VectorService(service), clients, config).register(app)
     if jobs is not None:
         routes = Blueprint("jobs", __name__, url_prefix="/v1")

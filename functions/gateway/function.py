@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from eventing.problems import NotReady
 from functions.configuration.config import GatewayConfig
+from functions.gateway.answers.adapters import ServedModels
 from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
@@ -29,6 +30,7 @@ from functions.hosting.server import Service
 from functions.hosting.startup import StartUp
 from storage.errors import StorageError
 from storage.store.object_reader import ObjectReader
+from storage.store.payload_store import PayloadStore
 
 _log: Final = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class GatewayFunction:
         self._keys = KeyRing(config.api_keys, config.api_key_files or (), takes_budgets=counts)
         self._config = config
         self._start_up = start_up
+        self._models = ServedModels(config.model, PayloadStore(config.store) if config.adapters else None)
         self._metrics = GatewayMetrics()
         self._metrics.queue_limit.set(config.queue_limit)
         start_up.report_to(self._metrics.phase_ended)
@@ -74,6 +77,7 @@ class GatewayFunction:
             self._keys,
             watched=self._watched(),
             jobs=jobs,
+            models=self._models,
             batches_changed=changed or (lambda: None),
         )
         self.service = Service(
@@ -148,7 +152,7 @@ class GatewayFunction:
         self._metrics.ready.set(1)
         limits, running = client_limits(self._config, self._keys), self._running
         self._answer_service = AnswerService(
-            text, running.scheduler, self._metrics, running.tracer, limits, self._config.model, manifest.embedder
+            text, running.scheduler, self._metrics, running.tracer, limits, self._models, manifest.embedder
         )
         if self._worker is not None:
             self._worker.start()

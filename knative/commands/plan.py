@@ -69,7 +69,7 @@ def plan(
     python -m knative plan pipeline.yaml --model ./Llama-2-13b-hf
     """
     console = Console()
-    micro_batch = SchedulerLimits().micro_batch_sequences
+    micro_batch, kept = SchedulerLimits().micro_batch_sequences, 0
     if spec_file is None:
         if model is None:
             raise click.UsageError("name a model with --model, or a SPEC")
@@ -87,14 +87,15 @@ def plan(
         plans, given = plan_mixed(shapes, spec.dtypes_of(cut), cut, spec.wire_dtype, spec.kv_dtype), spec.stages_of(cut)
         micro_batch = spec.gateway.micro_batch_sequences or micro_batch
         _show_stages(console, shape, plans)
-        _show_pods(console, plans, given, spec.gateway)
+        kept = spec.adapters * spec.adapter_rank
+        _show_pods(console, plans, given, spec.gateway, kept)
     if conversations is not None:
         _show_replicas(console, plans, given, conversations, micro_batch)
     if step_seconds is not None:
         link = Link(delay_seconds, bytes_per_second)
         _show_network(console, plans, conversations or 1, micro_batch, step_seconds, link)
     if spec_file is not None:
-        check_memory(given, [each.weight_bytes for each in plans])
+        check_memory(given, [each.weight_bytes for each in plans], [kept * each.adapter_bytes for each in plans])
 
 
 def _shape(model: str, dtype: str, open_store: OpenStore) -> ModelShape:
@@ -131,7 +132,10 @@ def _show_stages(console: Console, shape: ModelShape, plans: Sequence[StagePlan]
     console.out(f"weights: {size(total)} in all; a hop carries {plans[0].hop_bytes_per_token} bytes per token", highlight=False)
 
 
-def _show_pods(console: Console, plans: Sequence[StagePlan], stages: Sequence[StageSpec], gateway: GatewaySpec) -> None:
+def _show_pods(
+    console: Console, plans: Sequence[StagePlan], stages: Sequence[StageSpec], gateway: GatewaySpec, adapter_ranks: int
+) -> None:
+    """adapter_ranks: of all adapters that a stage keeps, together."""
     columns = ("pods of", "cpu", "memory", "needs", "kv_cache", "tokens", "gpu", "device", "scale", "target", "other")
     rows = []
     for plan, stage in zip(plans, stages, strict=True):
@@ -141,7 +145,9 @@ def _show_pods(console: Console, plans: Sequence[StagePlan], stages: Sequence[St
                 f"stage {plan.index}",
                 stage.resources.cpu,
                 stage.resources.memory,
-                "" if stage.resources.gpu else size(int(needed_bytes(stage, plan.weight_bytes))),
+                ""
+                if stage.resources.gpu
+                else size(int(needed_bytes(stage, plan.weight_bytes, adapter_ranks * plan.adapter_bytes))),
                 stage.kv_cache,
                 "any" if (tokens := plan.kv_tokens(int(quantity(stage.kv_cache)))) is None else str(tokens),
                 str(stage.resources.gpu or ""),

@@ -28,7 +28,8 @@ _POD_LABELS: Final = {
 _PER_PIPELINE: Final = "sum by (namespace, pipeline)"
 _NO_FAILURES: Final = (
     "stop|length|cancelled|invalid-request|context-length-exceeded|malformed-event|unauthorized|unknown-event-type|event-expired|"
-    "event-too-large|unsupported-media-type|wrong-pipeline|wrong-layer|rate-limited|cross-site|unknown-host|not-found"
+    "event-too-large|unsupported-media-type|wrong-pipeline|wrong-layer|rate-limited|cross-site|unknown-host|not-found|"
+    "model-not-found"
 )
 """Outcomes of answers that are not the pipeline's failures: complete answers, and rejections of a client's mistake."""
 

@@ -77,7 +77,8 @@ def resolve(spec: PipelineSpec, published: Callable[[str], tuple[ModelManifest, 
         raise RenderFailed(f"$.cut: {spec.cut} ends at layer {cut[-1][1]}, but {shape.name} has {shape.num_layers} layers")
     pipeline = ResolvedPipeline(spec, cut, digests[spec.model.dtype], digests)
     plans = plan_mixed(shapes, spec.dtypes_of(cut), cut, spec.wire_dtype, spec.kv_dtype)
-    check_memory(pipeline.stages, [plan.weight_bytes for plan in plans])
+    kept = spec.adapters * spec.adapter_rank
+    check_memory(pipeline.stages, [plan.weight_bytes for plan in plans], [kept * plan.adapter_bytes for plan in plans])
     return checked(pipeline)
 
 

@@ -241,6 +241,7 @@ def _common_env(pipeline: ResolvedPipeline, role: str, dtype: str) -> list[Kuber
         LAMINA_WEIGHTS=",".join(f"{kind}={digest}" for kind, digest in weights) if mixed else None,
         LAMINA_WIRE_DTYPE=spec.wire_dtype,
         LAMINA_KV_DTYPE=spec.kv_dtype,
+        LAMINA_ADAPTERS=spec.adapters or None,
         LAMINA_STORE_ENDPOINT=spec.store.endpoint,
         LAMINA_STORE_BUCKET=spec.store.bucket,
         LAMINA_STORE_REGION=spec.store.region,
@@ -281,6 +282,7 @@ def _stage_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]
             LAMINA_DEVICE=stage.device,
             LAMINA_THREADS=stage.threads,
             LAMINA_BUSY_THREADS=stage.busy_threads,
+            LAMINA_ADAPTER_RANK=pipeline.spec.adapter_rank if pipeline.spec.adapters else None,
             LAMINA_KV_CACHE_BYTES=int(quantity(stage.kv_cache)),
             LAMINA_MAX_MERGE=stage.max_merge,
             # Memory waiters leave two of the concurrent requests for those that compute. Concurrency 0 is unlimited.

@@ -50,6 +50,7 @@ class ModelShape:
     kv_values_per_layer: int  # numbers per token and layer in the KV cache: 2 × KV heads × head size (padded by native layers)
     layer_sizes: tuple[LayerSizes, ...] = ()  # empty: each layer keeps KV, and none is recurrent
     kv_vectors_per_layer: int = 2  # keys and values per token and layer: 2 × KV heads
+    adapter_values: int = 0  # numbers of an adapter of rank 1 in a layer, if all linear modules are adapted
     slow_because: str | None = None  # why a CPU cannot run the layers in C; None: it can
 
     @property
@@ -226,6 +227,15 @@ class _Decoder:
         router, expert = hidden * experts, matrices * hidden * inner
         return attention + router + (experts + shared) * expert, attention + router + (chosen + shared) * expert
 
+    def adapter_values(self) -> int:
+        """Inputs and outputs of all linear modules of a layer together; experts are none."""
+        queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
+        attention = 4 * self.hidden + 2 * queries + 2 * keys
+        if self.optional("num_local_experts", "num_experts", "n_routed_experts"):
+            return attention
+        inner = self.optional("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * self.hidden
+        return attention + (2 if self.config.get("model_type") in _UNGATED else 3) * (self.hidden + inner)
+
 
 def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, head: int) -> ModelShape:
     """The shape of a decoder whose layers, embedding and head have these numbers of parameters, stored as `dtype`."""
@@ -251,6 +261,7 @@ def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, hea
         kv_values_per_layer=2 * decoder.kv_heads * head_size,
         layer_sizes=sizes,
         kv_vectors_per_layer=2 * decoder.kv_heads,
+        adapter_values=decoder.adapter_values(),
         slow_because=slow_because,
     )
 

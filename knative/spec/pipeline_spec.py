@@ -467,6 +467,9 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     cut: str | None = None
     wire_dtype: Literal["int8"] | None = None  # of hidden states between stages; int8 may change answers. Unset: as computed
     kv_dtype: Literal["int8"] | None = None  # of keys and values; int8 may change answers. Unset: bf16, float32 with float32
+    # Most adapters (LoRA) that a stage keeps in memory, of ranks up to adapter_rank. 0: none are served.
+    adapters: Annotated[int, Meta(ge=0, le=1024)] = 0
+    adapter_rank: Annotated[int, Meta(ge=1, le=256)] = 16
     image: str
     # Secret whose key `token` authenticates gateway and stages to each other. Unset: `{name}-pipeline`, which `deploy` creates.
     pipeline_token_secret: str | None = None

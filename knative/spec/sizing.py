@@ -35,6 +35,7 @@ class StagePlan:
     kv_bytes_per_token: int
     hop_bytes_per_token: int  # hidden states that leave the stage; 0 for the last one, which sends a token
     state_bytes: int = 0  # of the recurrent states of a sequence
+    adapter_bytes: int = 0  # of an adapter of rank 1
 
     @property
     def sequence_bytes(self) -> int:
@@ -87,6 +88,7 @@ def plan_stages(
                 compute_share=compute / total_compute,
                 kv_bytes_per_token=sum(layer.has_kv for layer in sizes[first:last]) * shape.kv_bytes_per_layer(kv_dtype),
                 hop_bytes_per_token=0 if is_last else hop_bytes,
+                adapter_bytes=(last - first) * shape.adapter_values * shape.value_bytes,
                 state_bytes=sum(layer.state_bytes(shape.value_bytes) for layer in sizes[first:last]),
             )
         )
@@ -118,30 +120,36 @@ def replicas_for(
     return [min(most, max(1, math.ceil(pods))) for pods, most in zip(wanted, max_scales, strict=True)]
 
 
-def needed_bytes(stage: StageSpec, weight_bytes: int | None) -> float:
+def needed_bytes(stage: StageSpec, weight_bytes: int | None, adapter_bytes: int = 0) -> float:
     """Memory in bytes that a pod of the stage needs. weight_bytes None: unknown, so weights are not counted.
 
     Of experts beyond a weights budget, files in the page cache have the bytes, which the kernel frees when others need memory.
+    adapter_bytes: of all adapters that the stage keeps.
     """
     loaded: float = 0 if stage.layer_group == "sleep" else weight_bytes or 0
     if stage.weights_budget is not None:
         loaded = min(loaded, quantity(stage.weights_budget))
-    return loaded * WEIGHTS_FACTOR + quantity(stage.kv_cache) + OTHER_BYTES
+    return loaded * WEIGHTS_FACTOR + adapter_bytes + quantity(stage.kv_cache) + OTHER_BYTES
 
 
-def check_memory(stages: Sequence[StageSpec], weight_bytes: Sequence[int | None]) -> None:
+def check_memory(
+    stages: Sequence[StageSpec], weight_bytes: Sequence[int | None], adapter_bytes: Sequence[int] | None = None
+) -> None:
     """Raises SpecError for the first stage whose memory in the spec is less than it needs; the message shows the sum.
 
-    weight_bytes: of each stage, None if unknown. Stages with a GPU are not checked: their weights and KV are in GPU memory,
-    whose size a spec does not say.
+    weight_bytes: of each stage, None if unknown. adapter_bytes: as for `needed_bytes`; None: there are no adapters. Stages with
+    a GPU are not checked: their weights and KV are in GPU memory, whose size a spec does not say.
     """
     for index, (stage, weights) in enumerate(zip(stages, weight_bytes, strict=True)):
-        given, needed = quantity(stage.resources.memory), needed_bytes(stage, weights)
+        adapters = 0 if adapter_bytes is None else adapter_bytes[index]
+        given, needed = quantity(stage.resources.memory), needed_bytes(stage, weights, adapters)
         if given < needed and not stage.resources.gpu:
+            kept = f"adapters {_mib(adapters)}, " if adapters else ""
             known = "weights (size unknown here)" if weights is None else f"weights {_mib(weights)} × {WEIGHTS_FACTOR:g}"
             raise SpecError(
                 f"$.stage.resources.memory: stage {index} has {stage.resources.memory} and needs {_mib(needed)}: {known}, "
-                f"kv_cache {stage.kv_cache} and {_mib(OTHER_BYTES)} for the rest; raise it, lower kv_cache, or use more stages"
+                f"{kept}kv_cache {stage.kv_cache} and {_mib(OTHER_BYTES)} for the rest; raise it, lower kv_cache, "
+                "or use more stages"
             )
 
 

@@ -120,7 +120,7 @@ def iterate_layers(
 
 def iterate_objects(reader: "ObjectReader", stored: Mapping[str, StoredObject]) -> Iterator[LoadedObject]:
     """Loads objects, by name, as `iterate_layers` does, in their order."""
-    return _Load(reader, stored, None, None, map_files=False).objects()
+    return _Load(reader, stored, None, None, map_files=False, log_level=logging.DEBUG).objects()
 
 
 class _ObjectLoad:
@@ -157,9 +157,11 @@ class _Load:
         cache: "WeightCache | None",
         on_progress: ProgressCallback | None,
         map_files: bool,
+        log_level: int = logging.INFO,
     ) -> None:
         self._reader = reader
         self._map_files = map_files
+        self._log_level = log_level
         self._cache = cache
         self._on_progress = on_progress
         self._order = deque(_ObjectLoad(name, each) for name, each in stored.items())
@@ -271,7 +273,8 @@ class _Load:
             self._on_progress(LoadProgress(load.name, done, self._total_bytes, time.monotonic() - self._started))
 
     def _complete(self, load: _ObjectLoad) -> None:
-        _log.info(
+        _log.log(
+            self._log_level,
             "%s is in%s, %d bytes; %d of %d after %.2f s",
             load.name,
             " (from the cache)" if load.from_cache else "",

@@ -43,6 +43,7 @@ from storage.models.object_writer import ObjectPlan, TargetTensor, plan_object, 
 
 if TYPE_CHECKING:
     from storage.store.object_store import ObjectStore
+    from storage.store.payload_store import PayloadStore
 
 MAX_RANK: Final = 256
 VERSION_DIGITS: Final = 32
@@ -242,7 +243,7 @@ def delete_adapter(store: "ObjectStore", model: str, name: str) -> None:
             store.delete(key)
 
 
-def list_adapters(store: "ObjectStore", model: str) -> list[str]:
+def list_adapters(store: "ObjectStore | PayloadStore", model: str) -> list[str]:
     """The names of a model's adapters, sorted."""
     prefix = f"{adapter_prefix(model)}names/"
     return sorted(item.key.removeprefix(prefix).removesuffix(".json") for item in store.list(prefix))
@@ -358,7 +359,7 @@ class _ModuleShapes:
             shape = None if span is None else span.shape
         else:
             names = self._decoder.names
-            adapted = (*names.qkv, names.out, names.gate, names.up, names.down)
+            adapted = (*names.qkv, names.out, names.gate, names.up, names.down, *names.shared)
             is_adapted = inner in adapted and found[1] == f"{names.layers}.{layer}"
             shape = self._shapes[self._decoder.order[layer]].get(f"{inner}.weight") if is_adapted else None
             shape = shape[::-1] if shape and names.transposed else shape

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -42,6 +43,7 @@ from knative.spec.pipeline_spec import (
     ModelSpec,
     NetworkSpec,
 )
+from storage.models.adapters import publish_adapter
 from storage.models.model_repository import read_file
 from storage.models.publisher import publish
 from storage.store.object_store import ObjectStore
@@ -67,6 +69,7 @@ from tests.support.knative.real_cluster import (
     wait_until,
 )
 from tests.support.paths import ROOT
+from tests.support.storage.adapters import adapted, saved
 from tests.support.storage.published import save_checkpoint
 
 
@@ -491,9 +494,31 @@ def test_a_text_is_scored_through_the_sequence(scenario: Scenario) -> None:
     assert answer["data"]["logprobs"] == pytest.approx(_whole_model_logprobs(token_ids), abs=1e-3)
 
 
-def _whole_model_logprobs(token_ids: list[int]) -> list[float]:
+def test_an_adapter_is_chosen_by_name_while_a_stage_is_killed(scenario: Scenario, tmp_path: Path) -> None:
+    publish_adapter(scenario.store, MODEL, "random", saved(adapted(_whole_model(), 1, r=8), tmp_path))
+    scenario.deploy(adapters=4)
+    own = scenario.gateway.complete(PROMPTS[1], LONG)
+    gateway = replace(scenario.gateway, model=f"{MODEL}:random")
+    expected = gateway.complete(PROMPTS[1], LONG)
+    assert expected != own
+    pieces: list[str] = []
+    for piece in gateway.stream(PROMPTS[1], LONG):
+        if not pieces:
+            stage = sorted(scenario.stage_services())[1]
+            for pod in pods(scenario.cluster, scenario.where, f"{SERVICE}={stage}"):
+                kill(scenario.where, pod["metadata"]["name"])
+        pieces.append(piece)
+    assert "".join(pieces) == expected
+    assert scenario.gateway.complete(PROMPTS[1], LONG) == own
+
+
+def _whole_model() -> Any:
     file = Path(packaged_model())
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+
+
+def _whole_model_logprobs(token_ids: list[int]) -> list[float]:
+    model = _whole_model()
     with torch.no_grad():
         logits = model(torch.tensor([token_ids])).logits[0]
     chosen = torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0]

@@ -10,6 +10,7 @@ from eventing.wire.events import Grammar, Pooling
 from eventing.wire.generation import GenerateRequest
 from eventing.wire.tools import NamedTool
 from functions.configuration.api_keys import Quota
+from functions.gateway.answers.adapters import ServedModels
 from functions.gateway.answers.answer import Answer
 from functions.gateway.answers.client_limits import ClientLimits, Release
 from functions.gateway.answers.generation import Generation
@@ -62,7 +63,7 @@ class AnswerService:
         metrics: GatewayMetrics,
         tracer: Tracer = PASSING,
         limits: ClientLimits | None = None,
-        model: str = "",
+        models: ServedModels | None = None,
         embedder: Embedder | None = None,
     ) -> None:
         """embedder: if the model makes vectors of texts; None: it generates tokens."""
@@ -72,17 +73,21 @@ class AnswerService:
         self.scheduler = scheduler
         self.metrics = metrics
         self._tracer = tracer
-        self.model = model
+        self._models = models or ServedModels("", None)
+        self.model = self._models.model
 
     def begin(self, request: GenerateRequest, context: RequestContext) -> Generation:
         """Begins all answers to a request, or none, and returns without waiting for tokens. The caller closes the Generation.
 
-        Raises InvalidRequest, MalformedEvent, QueueFull, RateLimited, NotReady.
+        Raises InvalidRequest, MalformedEvent, ModelNotFound, QueueFull, RateLimited, NotReady.
         """
         if self.embedder is not None:
             what = "scores pairs of texts" if self.embedder.classifies else "makes vectors of texts"
             path = "/v1/score or /v1/rerank" if self.embedder.classifies else "/v1/embeddings"
             raise InvalidRequest(f"the model {self.model} {what} and generates no tokens; ask {path}")
+        model = request.model or self._models.model
+        adapter = self._models.adapter(model, context.request_id)
+        operation = GenAIOperation.of(request, self._models.label(model))
         count = request.n * len(request.prompts)
         release = self.limits.admit(context.client_id, count, in_background=context.in_background)
         answers: list[Answer] = []
@@ -91,7 +96,11 @@ class AnswerService:
             lengths = self._answer_lengths(request, prompts, context)
             for number, one in enumerate(request.each(context.seed)):
                 prompt = number // request.n
-                answers.append(self._begin_answer(one, prompts[prompt], lengths[prompt], context, release, only=count == 1))
+                answers.append(
+                    self._begin_answer(
+                        one, prompts[prompt], lengths[prompt], context, release, operation, adapter, only=count == 1
+                    )
+                )
         except BaseException as error:
             for answer in answers:
                 answer.close()
@@ -178,11 +187,12 @@ class AnswerService:
         max_tokens: int,
         context: RequestContext,
         release: Release,
+        operation: GenAIOperation,
+        adapter: bytes,
         *,
         only: bool,
     ) -> Answer:
         token_ids = encoded.token_ids
-        operation = GenAIOperation.of(request, self.model)
         attributes = operation.begin_attributes(request, context.request_id, len(token_ids), max_tokens)
         span = self._tracer.serve(operation.span_name, context.trace, attributes)
         prompt = Prompt(
@@ -195,6 +205,7 @@ class AnswerService:
             kept_end_ids=frozenset(request.stop_token_ids if request.include_stop_str_in_output else ()),
             top_logprobs=request.logprobs,
             scored=request.scored,
+            adapter=adapter,
             client_id=context.client_id,
             cache_salt=request.cache_salt or "",
             request_secret=context.secret,

@@ -108,8 +108,6 @@ class LineAnswerer:
             return self._embedded(place, bytes(line.body), gone)
         endpoint = ENDPOINTS[job.endpoint]
         body = read_request(bytes(line.body), endpoint.type_)
-        if body.model != self._config.model:
-            return _result(place, 404, unknown_model(body.model, self._config.model))
         if body.stream:
             raise InvalidRequest("`stream` is true; a batch has whole answers")
         try:
@@ -117,9 +115,7 @@ class LineAnswerer:
         except ValueError as error:
             raise MalformedEvent(f"the request cannot be served: {error}") from error
         service, context = self._service(), _context(place, endpoint.id_prefix, gone)
-        document = endpoint.document(
-            Envelope(context.request_id, job.created_at, self._config.model, self._config.pipeline), body
-        )
+        document = endpoint.document(Envelope(context.request_id, job.created_at, body.model, self._config.pipeline), body)
         generation = service.begin(request, context)
         begun(generation)
         for _ in generation.tokens():

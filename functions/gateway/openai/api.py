@@ -11,16 +11,17 @@ from typing import Any, Final
 import msgspec
 from flask import Blueprint, Flask, Response, g, request
 
-from eventing.problems import MalformedEvent
+from eventing.problems import MalformedEvent, ModelNotFound
 from functions.configuration.config import GatewayConfig
 from functions.gateway.answers.access_log import log_entry
+from functions.gateway.answers.adapters import ServedModels
 from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.deduplication import Deduplicator
 from functions.gateway.answers.generation import Generation
 from functions.gateway.answers.service import AnswerService, RequestContext
 from functions.gateway.answers.streaming import Answering, arrival_time, client_gone, stream_response, whole_response
 from functions.gateway.openai.documents import ChoicesDocument, Envelope
-from functions.gateway.openai.errors import add_error_handlers, model_not_found, path_not_served
+from functions.gateway.openai.errors import add_error_handlers, path_not_served
 from functions.gateway.openai.requests import ChatRequest, CompletionRequest
 from functions.gateway.openai.responses import ResponsesDocument
 from functions.gateway.openai.responses_requests import ResponsesRequest
@@ -47,13 +48,16 @@ ENDPOINTS: Final = {
 
 
 class OpenAIAPI:
-    def __init__(self, service: Callable[[], AnswerService], clients: Clients, config: GatewayConfig) -> None:
+    def __init__(
+        self, service: Callable[[], AnswerService], clients: Clients, config: GatewayConfig, models: ServedModels
+    ) -> None:
         """service: raises NotReady before the tokenizer is loaded."""
         self._service = service
         self._clients = clients
         self._config = config
         self._deduplicator: Deduplicator[bytes] = Deduplicator()
-        self._model_document = {"id": config.model, "object": "model", "created": int(time.time()), "owned_by": "lamina"}
+        self._served = models
+        self._began = int(time.time())
 
     def register(self, app: Flask) -> None:
         routes = Blueprint("openai", __name__, url_prefix="/v1")
@@ -68,20 +72,24 @@ class OpenAIAPI:
 
     def _models(self) -> Response:
         self._clients.identify(request)
-        return json_response({"object": "list", "data": [self._model_document]})
+        return json_response({"object": "list", "data": [self._model_document(name) for name in self._served.names()]})
 
     def _one_model(self, model: str) -> Response:
         self._clients.identify(request)
-        served = self._config.model
-        return json_response(self._model_document) if model == served else model_not_found(model, served)
+        if model not in self._served.names():
+            raise ModelNotFound(f"The model {model!r} is not served here; GET /v1/models lists those that are")
+        return json_response(self._model_document(model))
+
+    def _model_document(self, name: str) -> dict[str, Any]:
+        document = {"id": name, "object": "model", "created": self._began, "owned_by": "lamina"}
+        return document if name == self._config.model else {**document, "parent": self._config.model}
 
     def _answer(self, kind: AnswerKind) -> Response:
         arrived, entry, config = arrival_time(), log_entry(), self._config
         client_id = entry.client_id = self._clients.identify(request)
         data = request.get_data(cache=False)
         body = read_request(data, kind.type_)
-        if body.model != config.model:
-            return model_not_found(body.model, config.model)
+        self._served.check(body.model)
         key = request.headers.get("Idempotency-Key")
         # Without a key every request is new. With one, id and seed follow from it: every gateway gives the same answer.
         hashed = hashlib.sha256(f"{len(key)} {key} {request.path} ".encode() if key else secrets.token_bytes(32))
@@ -94,7 +102,7 @@ class OpenAIAPI:
             generate_request = body.generate_request()
         except ValueError as error:
             raise MalformedEvent(f"the request cannot be served: {error}") from error
-        document = kind.document(Envelope(id_, int(time.time()), config.model, config.pipeline), body)
+        document = kind.document(Envelope(id_, int(time.time()), body.model, config.pipeline), body)
         service = self._service()
         entry.request = generate_request
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 from flask import Blueprint, Flask, Response, g, request
 from msgspec import Meta, Struct
 
-from eventing.problems import InvalidRequest, NotFound
+from eventing.problems import InvalidRequest, ModelNotFound
 from eventing.wire.events import MAX_POSITION, Pooling, TokenId
 from eventing.wire.generation import PromptIds, PromptText
 from functions.configuration.config import GatewayConfig
@@ -22,7 +22,7 @@ from functions.gateway.answers.generation import ClientLeft
 from functions.gateway.answers.service import RequestContext
 from functions.gateway.answers.streaming import CLIENT_CLOSED_REQUEST, arrival_time, client_gone
 from functions.gateway.answers.vectors import Vectors, VectorService
-from functions.gateway.openai.errors import add_error_handlers, model_not_found
+from functions.gateway.openai.errors import add_error_handlers
 from functions.gateway.openai.requests import HINT
 from functions.gateway.openai.validation import read_request
 from functions.hosting.web import json_response
@@ -131,8 +131,7 @@ class EmbeddingsAPI:
     def _embed(self) -> Response:
         context = self._context("embd-")
         body = read_request(request.get_data(cache=False), EmbeddingRequest)
-        if body.model != self._config.model:
-            return self._other_model(body.model)
+        self._check_model(body.model)
         g.answering = True  # VectorService counts it
         document = embeddings_document(self._service, body, context, int(time.time()))
         log_entry().prompt_tokens = document["usage"]["prompt_tokens"]
@@ -141,8 +140,7 @@ class EmbeddingsAPI:
     def _score(self) -> Response:
         context = self._context("score-")
         body = read_request(request.get_data(cache=False), ScoringRequest)
-        if body.model not in (None, self._config.model):
-            return self._other_model(body.model)
+        self._check_model(body.model)
         scores, made = self._scores(body.pairs, context, body.truncate_prompt_tokens)
         data = [{"index": number, "object": "score", "score": score} for number, score in enumerate(scores)]
         return json_response(
@@ -153,8 +151,7 @@ class EmbeddingsAPI:
     def _rerank(self) -> Response:
         context = self._context("rerank-")
         body = read_request(request.get_data(cache=False), RerankRequest)
-        if body.model not in (None, self._config.model):
-            return self._other_model(body.model)
+        self._check_model(body.model)
         texts = body.texts
         scores, made = self._scores([(body.query, text) for text in texts], context, body.truncate_prompt_tokens)
         best = sorted(range(len(texts)), key=lambda number: -scores[number])[: body.top_n or None]
@@ -165,10 +162,9 @@ class EmbeddingsAPI:
         ]
         return json_response({"id": context.request_id, "model": self._config.model, "usage": _usage(made), "results": results})
 
-    def _other_model(self, model: str) -> Response:
-        if request.path.startswith("/v1/"):
-            return model_not_found(model, self._config.model)
-        raise NotFound(f"the model {model!r} is not served here; this gateway serves {self._config.model!r}")
+    def _check_model(self, model: str | None) -> None:
+        if model not in (None, self._config.model):
+            raise ModelNotFound(f"The model {model!r} is not served here; this gateway serves {self._config.model!r}")
 
     def _scores(
         self, pairs: Sequence[tuple[str, str]], context: RequestContext, truncate: int | None

@@ -7,7 +7,7 @@ from typing import Any, Final
 from flask import Blueprint, Response, request
 from werkzeug.exceptions import HTTPException
 
-from eventing.problems import ContextExceeded, InvalidRequest, Problem
+from eventing.problems import ContextExceeded, InvalidRequest, ModelNotFound, Problem
 from functions.hosting.web import allow_header, json_response, not_served
 
 _log: Final = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ def refusal(problem: Problem, path: str) -> tuple[int, dict[str, Any]]:
     """The status and the document of `refused`. path: of the request."""
     status = 400 if isinstance(problem, InvalidRequest) else problem.status
     parameter = _PROMPT_PARAMETERS.get(path) if isinstance(problem, ContextExceeded) else None
+    if isinstance(problem, ModelNotFound):
+        parameter = "model"
     return status, error_document(status, str(problem), problem.name, parameter)
 
 
@@ -50,10 +52,6 @@ def path_not_served(error: HTTPException) -> Response:
 def unexpected(error: Exception) -> Response:
     _log.error("unexpected error", exc_info=error)
     return _error(500, f"{type(error).__name__}; the log of this instance has the traceback", "internal")
-
-
-def model_not_found(requested: str, served: str) -> Response:
-    return json_response(unknown_model(requested, served), 404)
 
 
 def unknown_model(requested: str, served: str) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class JSONSchemaFormat(Struct, frozen=True, tag_field="type", tag="json_schema",
 class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options that all kinds of requests share. What would make the answer wrong is refused; hints are taken."""
 
-    model: Annotated[str, Meta(description="the served model's name; another gets 404")]
+    model: Annotated[str, Meta(description="the served model's name, or MODEL:ADAPTER; another gets 404")]
     temperature: Annotated[
         Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="default 1, but 0 in the CloudEvents API; 0 is greedy")
     ] = None
@@ -190,6 +190,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def sampling_fields(self) -> dict[str, Any]:
         """These options as fields of a GenerateRequest. Raises ValueError if several options say the answer's form."""
         return {
+            "model": self.model,
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": 1.0 if self.top_p is None else self.top_p,
             "top_k": max(0, self.top_k or 0),

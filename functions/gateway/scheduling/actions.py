@@ -83,7 +83,16 @@ def reserve(
         # Penalties look at all earlier tokens, also at those whose computation the prefix cache saves.
         looks_back = sequence.prompt.sampling.looks_back
         token_ids = array("i", sequence.tokens[: BLOCK_TOKENS * len(chain)]).tobytes() if looks_back else b""
-        rows.append(ReserveRow(sequence.id, sequence.progress.attempt, sequence.reserve_tokens, packed(chain), token_ids))
+        rows.append(
+            ReserveRow(
+                sequence.id,
+                sequence.progress.attempt,
+                sequence.reserve_tokens,
+                packed(chain),
+                token_ids,
+                adapter=sequence.prompt.adapter,
+            )
+        )
     traces = [sequence.prompt.trace for sequence in sequences if sequence.prompt.trace is not None]
     deadline = max(sequence.deadline for sequence in sequences)
     lineages = _lineages(sequences[0].route, instances[0].stage)[: len(instances)]
@@ -109,7 +118,8 @@ class Reservation:
     statuses: Items[Status]  # per sequence, the worst of all stages
     origins: Items[ReplyOrigin]
     held: Items[Items[int]]  # per sequence and stage, tokens of its chain that the stage holds
-    restoring: Items[bool]  # per sequence, whether a stage is still restoring its KV
+    restoring: Items[bool]  # per sequence, whether a stage is still loading its adapter or restoring its KV
+    reasons: Items[str]  # per sequence, why a stage cannot use its adapter; empty: all can
     caches_prefixes: bool = False  # every stage has a prefix cache, so sequences find what others computed
     failure: StageFailed | None = None  # a stage gave no usable reply: the statuses mean nothing
 
@@ -163,12 +173,12 @@ def _combined(replies: Items[tuple[ReplyOrigin, ReserveReply] | StageFailed], nu
     """
     statuses = [Status.OK] * num_rows
     held: list[list[int]] = [[] for _ in range(num_rows)]
-    restoring = [False] * num_rows
+    restoring, reasons = [False] * num_rows, [""] * num_rows
     origins: list[ReplyOrigin] = []
     caches_prefixes = True
     for each in replies:
         if isinstance(each, StageFailed):
-            return Reservation(statuses, origins, held, restoring, failure=each)
+            return Reservation(statuses, origins, held, restoring, reasons, failure=each)
         origin, reply = each
         outdated = bool(origins) and origin.before != origins[-1].lineage
         origins.append(origin)
@@ -177,4 +187,5 @@ def _combined(replies: Items[tuple[ReplyOrigin, ReserveReply] | StageFailed], nu
             statuses[number] = min(statuses[number], row.status, key=_WORST_FIRST.index)
             held[number].append(0 if outdated else row.held)
             restoring[number] |= row.restoring
-    return Reservation(statuses, origins, held, restoring, caches_prefixes)
+            reasons[number] = reasons[number] or (row.reason if row.status is Status.INVALID else "")
+    return Reservation(statuses, origins, held, restoring, reasons, caches_prefixes)

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Items
 from itertools import repeat
 from typing import Final
 
-from eventing.problems import InvalidRequest, PipelineUnavailable, Problem, ReplaysExhausted
+from eventing.problems import AdapterUnusable, InvalidRequest, PipelineUnavailable, Problem, ReplaysExhausted
 from eventing.wire.control import ReleaseRow
 from eventing.wire.events import Pooling, Result, Row, Status
 from eventing.wire.generation import TokenLogprob
@@ -260,7 +260,7 @@ def reservation_over(state: SchedulerState, wanted: Reserve, reservation: Reserv
     """
     for origin in reservation.origins:
         note_origin(state, origin)
-    present = []
+    present, reasons = [], dict(zip(wanted.sequences, reservation.reasons, strict=True))
     for index, (sequence, row) in enumerate(zip(wanted.sequences, wanted.rows, strict=True)):
         if sequence.id in state.sequences:
             present.append((sequence, reservation.statuses[index], reservation.held[index], reservation.restoring[index]))
@@ -278,7 +278,7 @@ def reservation_over(state: SchedulerState, wanted: Reserve, reservation: Reserv
         state.waiting.backlog.refused()
     for sequence, status, held, restoring in present:
         if status is not Status.OK:
-            _reservation_refused(state, sequence, status)
+            _reservation_refused(state, sequence, status, reasons[sequence])
             continue
         sequence.reserved = True
         # A migration asks the new instance alone; other stages may still restore.
@@ -299,9 +299,12 @@ def reservation_over(state: SchedulerState, wanted: Reserve, reservation: Reserv
                 follow(sequence, state)
 
 
-def _reservation_refused(state: SchedulerState, sequence: Sequence, status: Status) -> None:
+def _reservation_refused(state: SchedulerState, sequence: Sequence, status: Status, reason: str) -> None:
+    """reason: why a stage cannot use the sequence's adapter; empty: memory is what it refuses."""
     if sequence.stream.over:
         state.dismiss(sequence)
+    elif reason:
+        state.dismiss(sequence, AdapterUnusable(reason))
     elif status is Status.FULL:
         state.take_out(sequence, had_memory=False)
         sequence.reserves_in_order = True

@@ -154,6 +154,7 @@ def first_batch(chunks: Items[tuple[Sequence, Chunk]], num_stages: int) -> Batch
                 pooling=sequence.prompt.pooling if pools else None,
                 sampling=_sampling(sequence, grammars_sent) if draws else None,
                 reserve_tokens=sequence.reserve_tokens if chunk.position == 0 else None,
+                adapter=sequence.prompt.adapter,
             )
         )
     return Batch(tuple(rows), memoryview(token_ids))

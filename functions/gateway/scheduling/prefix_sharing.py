@@ -34,8 +34,9 @@ class PrefixSharing:
             return None
         client = prompt.client_id if self.mode == "client" else ""
         if prompt.cache_salt:
-            return chain_key(self.pipeline, f"{client} salt {prompt.cache_salt}")
-        return chain_key(self.pipeline, f" request {prompt.request_secret}" if self.mode == "request" else client)
+            return chain_key(self.pipeline, f"{client} salt {prompt.cache_salt}", prompt.adapter)
+        sharer = f" request {prompt.request_secret}" if self.mode == "request" else client
+        return chain_key(self.pipeline, sharer, prompt.adapter)
 
     def leaves_kv(self, prompt: Prompt) -> bool:
         """Whether another answer may reuse the KV of this prompt's answer after its end."""

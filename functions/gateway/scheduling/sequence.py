@@ -153,6 +153,7 @@ class Prompt:
     scored: bool = False  # the log-probabilities of the prompt's own tokens are wanted, too
     pooling: Pooling | None = None  # the prompt becomes a vector, and there is no answer; None: it does not
     in_one_chunk: bool = False  # the prompt is computed in one chunk, because its tokens attend to later ones
+    adapter: bytes = b""  # digest of its adapter's version; empty: the model's own layers
     client_id: str = ""
     cache_salt: str = ""  # the client's own secret; see PrefixSharing
     request_secret: str = field(default_factory=lambda: secrets.token_hex(16))  # the same for all answers to one request

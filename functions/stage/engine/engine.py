@@ -11,10 +11,11 @@ import math
 import threading
 import time
 from array import array
-from collections.abc import Callable, Sequence
-from concurrent.futures import wait
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from msgspec.structs import replace
@@ -24,6 +25,7 @@ from eventing.wire.control import HOLD_SECONDS, LEASE_SECONDS, RESTORE_HOLD_SECO
 from eventing.wire.events import Batch, Pooling, Row, Status, Want
 from eventing.wire.prefix_chain import lineage_after
 from functions.grammars.compiler import GrammarCompiler
+from functions.stage.engine.adapters import AdapterTable, LoadAdapter, LoadedAdapter
 from functions.stage.engine.constraints import Constraints
 from functions.stage.engine.event_queue import Call, EventQueue, ForwardEvent
 from functions.stage.engine.forward_pass import ForwardPass
@@ -31,7 +33,13 @@ from functions.stage.engine.kv_tiers import MEMORY, ComputeRate, Restore, Reuse,
 from functions.stage.engine.prefix_cache import CachedPrefix
 from functions.stage.engine.restores import Restorer
 from functions.stage.engine.row_checks import check_event
-from functions.stage.engine.sequences import MAX_MEMORY_WAITERS, GatewayLeases, MemoryWaiters, SequenceTable
+from functions.stage.engine.sequences import (
+    MAX_MEMORY_WAITERS,
+    GatewayLeases,
+    MemoryWaiters,
+    Refusal,
+    SequenceTable,
+)
 from functions.stage.engine.threads import PassThreads
 from functions.stage.engine.wire_tensors import wire_tensor
 from functions.stage.models.floats import DTYPES
@@ -77,6 +85,9 @@ class Engine:
         grammars: GrammarCompiler | None = None,
         wire_dtype: str | None = None,
         vector_head: VectorHead | None = None,
+        adapters: int = 0,
+        load_adapter: LoadAdapter | None = None,
+        on_adapter: Callable[[LoadedAdapter], None] = lambda loaded: None,
         on_evicted: Callable[[CachedPrefix], None] | None = None,
         clock: Callable[[], float] = time.time,
         on_pass: Callable[[PassStatistics], None] | None = None,
@@ -89,11 +100,11 @@ class Engine:
         threads: chooses the number of threads of each pass; None: the group's default. tiers: asked in this order for KV that
         the prefix cache lacks. rate: is told the time of every pass. grammars: compiles grammars of answers; the last stage
         needs it. wire_dtype: of hidden states between stages, I8 for 8 bits; None: the group's own. vector_head: of an
-        embedder; None: the model generates tokens. clock: seconds since the
-        epoch.
+        embedder; None: the model generates tokens. adapters: most adapters in memory. load_adapter: reads one; None: rows with
+        adapters are refused. clock: seconds since the epoch.
 
-        on_evicted: called just before a cached prefix is evicted. on_pass: called after each pass. on_reuse: called when a
-        reservation found KV in the prefix cache or a tier.
+        on_adapter: called after each load of an adapter. on_evicted: called just before a cached prefix is evicted. on_pass:
+        called after each pass. on_reuse: called when a reservation found KV in the prefix cache or a tier.
         """
         self._group = group
         self._wire_dtype = wire_dtype or group.hidden_dtype
@@ -112,7 +123,10 @@ class Engine:
             self._cache.on_evicted = on_evicted
         self._memory_waiters = MemoryWaiters(lambda: self.free_tokens, max_memory_waiters)
         self._vector_head = vector_head or VectorHead({})
-        self._forward_pass = ForwardPass(group, self._sequences, Constraints(grammars), self._wire_dtype, self._vector_head)
+        self.adapters = AdapterTable(group, adapters, load_adapter, self._call, self._sequences.adapters, on_adapter)
+        self._forward_pass = ForwardPass(
+            group, self._sequences, Constraints(grammars), self._wire_dtype, self._vector_head, self.adapters.number
+        )
         self._leases = GatewayLeases(lease_seconds)
         self._check_seconds = min(self._leases.check_seconds, idle_sequence_seconds / 10)
         self._threads = threads
@@ -188,6 +202,8 @@ class Engine:
         """
         self._leases.renew(source)
         check_event(batch, self._group, self._wire_dtype)
+        if wanted := {row.adapter for row in batch.rows if row.adapter and not self.adapters.is_ready(row.adapter)}:
+            self._await_adapters(wanted, math.inf if expires_at is None else expires_at - self._clock())
         event = ForwardEvent(batch, source, expires_at, time.perf_counter(), self.lineage(lineage))
         if self._group.shares_work and self._compute_lock.acquire(blocking=False):
             try:
@@ -216,9 +232,13 @@ class Engine:
         deadline = time.monotonic() + _RESTORING_SHARE * left
         own = self.lineage(lineage)
         replies = self._call(lambda: [self._reserve(row, own, source, deadline) for row in rows])
-        restores = [reply for reply in replies if isinstance(reply, Restore)]
-        wait([restore.over for restore in restores], max(0.0, min(RESTORE_HOLD_SECONDS, left)))
-        return [reply.reply() if isinstance(reply, Restore) else reply for reply in replies]
+        awaited: list[Future[Any]] = [reply.over for reply, _ in replies if isinstance(reply, Restore)]
+        awaited += [loaded for _, loaded in replies if loaded is not None]
+        wait(awaited, max(0.0, min(RESTORE_HOLD_SECONDS, left)))
+        return [
+            self._with_adapter(row, reply.reply() if isinstance(reply, Restore) else reply)
+            for row, (reply, _) in zip(rows, replies, strict=True)
+        ]
 
     def with_sequences(self, action: Callable[[SequenceTable], T]) -> T:
         """Calls `action` with the sequence table between two passes, and returns its result.
@@ -272,11 +292,43 @@ class Engine:
         result: T = call.result()
         return result
 
-    def _reserve(self, row: ReserveRow, lineage: str | None, source: str, deadline: float) -> ReservedRow | Restore:
-        """Reserves memory for a sequence, and begins to restore the KV that it lacks; the engine's thread calls this.
+    def _await_adapters(self, wanted: Collection[bytes], seconds: float) -> None:
+        """Waits until adapters are loaded, at most `seconds`. Rows of one that cannot be are refused by the pass."""
 
-        If the same reservation is asked again, returns its restore. deadline: of a new one, in time.monotonic().
+        def claim() -> list[Future[None]]:
+            loads = []
+            for adapter in wanted:
+                with suppress(Refusal):
+                    loads.append(self.adapters.claim(adapter))
+            return loads
+
+        wait(self._call(claim), None if seconds == math.inf else max(0.0, seconds))
+
+    def _with_adapter(self, row: ReserveRow, reserved: ReservedRow) -> ReservedRow:
+        """The reply to a reservation, which also says whether the sequence's adapter is loaded."""
+        if not row.adapter or reserved.status is not Status.OK or self.adapters.is_ready(row.adapter):
+            return reserved
+        if (reason := self.adapters.refusal(row.adapter)) is not None:
+            return ReservedRow(row.id, row.attempt, Status.INVALID, reason=reason)
+        return replace(reserved, restoring=True)
+
+    def _reserve(
+        self, row: ReserveRow, lineage: str | None, source: str, deadline: float
+    ) -> tuple[ReservedRow | Restore, "Future[None] | None"]:
+        """Reserves memory for a sequence, and begins to load its adapter and to restore the KV that it lacks.
+
+        The engine's thread calls this. If the same reservation is asked again, returns its restore. Also returns the end of the
+        adapter's load. deadline: of a new restore, in time.monotonic().
         """
+        loaded = None
+        if row.adapter:
+            try:
+                loaded = self.adapters.claim(row.adapter)
+            except Refusal as refusal:
+                return ReservedRow(row.id, row.attempt, refusal.status, reason=str(refusal)), None
+        return self._reserve_memory(row, lineage, source, deadline), loaded
+
+    def _reserve_memory(self, row: ReserveRow, lineage: str | None, source: str, deadline: float) -> ReservedRow | Restore:
         known = self._sequences.get(row.id, source)
         if known is not None and known.restore is not None and known.restore.answers(row, lineage):
             return known.restore

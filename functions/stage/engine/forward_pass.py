@@ -2,7 +2,7 @@
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -37,6 +37,7 @@ class _PassRow:
     row: Row
     sequence: SequenceState
     span: slice  # indexes of its tokens in the event
+    adapter: int = 0  # its number in the layer group; 0: none
     sampling: Sampling = GREEDY
     grammar: Grammar | None = None  # that the tokens drawn must follow
     begin: int = 0  # its tokens in the pass are [begin, end)
@@ -81,12 +82,17 @@ class ForwardPass:
         constraints: Constraints,
         wire_dtype: str,
         vector_head: VectorHead,
+        adapter_number: Callable[[bytes], int],
     ) -> None:
-        """wire_dtype: dtype of hidden states in events, I8 or the group's own."""
+        """wire_dtype: dtype of hidden states in events, I8 or the group's own.
+
+        adapter_number: the group's number of an adapter, 0 for none. Raises Refusal if it is not loaded.
+        """
         self._group = group
         self._vector_head = vector_head
         self._wire_dtype = wire_dtype
         self._sequences = sequences
+        self._adapter_number = adapter_number
         self._constraints = constraints
         self._is_last = group.last_layer == group.num_layers
 
@@ -136,8 +142,9 @@ class ForwardPass:
                     raise Refusal(Status.INVALID, reason=invalid[index])
                 if index in event.stale:
                     raise Refusal(Status.STALE)
+                adapter = self._adapter_number(row.adapter)
                 sequence = self._sequences.admit(row, event.source, event.lineage)
-                pass_row = _PassRow(index, row, sequence, span, row.sampling or GREEDY)
+                pass_row = _PassRow(index, row, sequence, span, adapter, row.sampling or GREEDY)
                 if self._is_last:
                     if row.want is Want.TOKEN and pass_row.sampling.grammar is not None:
                         pass_row.grammar = pass_row.sampling.grammar
@@ -164,7 +171,8 @@ class ForwardPass:
             row.begin, row.end = begin, begin + row.row.length
             begin = row.end
             own = row.row
-            segments.append(Segment(row.sequence.handle, own.position, own.length, row.sequence.is_long, own.draft_tokens))
+            sequence = row.sequence
+            segments.append(Segment(sequence.handle, own.position, own.length, sequence.is_long, own.draft_tokens, row.adapter))
         inputs = parts[0].inputs if len(parts) == 1 else np.concatenate([part.inputs for part in parts if part.rows])
         if len(inputs) <= _TOKENS_AT_ONCE:
             return self._group.forward(inputs, segments)

@@ -38,6 +38,7 @@ class SequenceState:
     lineage_tokens: float = math.inf  # KV from this token on was computed under another lineage
     is_long: bool = False  # it was begun with more known tokens than the group's `short_context`
     restore: Restore | None = None  # its last one
+    adapter: bytes = b""  # digest of its adapter's version; empty: none
 
 
 class Refusal(Exception):
@@ -78,13 +79,16 @@ class SequenceTable:
         that the row gets. Raises Refusal.
         """
         if row.reserve_tokens is not None and row.position == 0:
-            sequence = self._reserve(row.id, row.attempt, row.reserve_tokens, source, ())
+            sequence = self._reserve(row.id, row.attempt, row.reserve_tokens, source, (), row.adapter)
         else:
             found = self._sequences.get(row.id)
             if found is None:
                 raise Refusal(Status.MISS, held=0)
             sequence = found
             self._begin_attempt(row.id, sequence, row.attempt, source)
+        if row.adapter != sequence.adapter:
+            seen, begun = row.adapter.hex() or "none", sequence.adapter.hex() or "none"
+            raise Refusal(Status.INVALID, reason=f"the row names adapter {seen}, and its sequence began with {begun}")
         held = self._kv.length(sequence.handle)
         if held < row.position:
             raise Refusal(Status.MISS, held=held)
@@ -119,7 +123,7 @@ class SequenceTable:
         """
         chain = under(wanted.digests, lineage)
         try:
-            sequence = self._reserve(wanted.id, wanted.attempt, wanted.reserve_tokens, source, chain)
+            sequence = self._reserve(wanted.id, wanted.attempt, wanted.reserve_tokens, source, chain, wanted.adapter)
         except Refusal as refusal:
             return ReservedRow(wanted.id, wanted.attempt, refusal.status)
         if wanted.token_ids:
@@ -162,6 +166,10 @@ class SequenceTable:
         """Names of the gateways that have sequences here."""
         return {sequence.source for sequence in self._sequences.values()}
 
+    def adapters(self) -> set[bytes]:
+        """The adapters that sequences use."""
+        return {sequence.adapter for sequence in self._sequences.values()}
+
     def expire(self, lost_sources: Container[str] = ()) -> int:
         """Releases sequences that have been idle too long, and all of the gateways `lost_sources`. Returns how many."""
         oldest = self._clock() - self._idle_seconds
@@ -172,7 +180,7 @@ class SequenceTable:
             self.cache.end(self._sequences.pop(id_).handle)
         return len(expired)
 
-    def _reserve(self, id_: str, attempt: int, tokens: int, source: str, chain: Chain) -> SequenceState:
+    def _reserve(self, id_: str, attempt: int, tokens: int, source: str, chain: Chain, adapter: bytes) -> SequenceState:
         sequence = self._sequences.get(id_)
         if sequence is not None:
             self._begin_attempt(id_, sequence, attempt, source, chain)
@@ -187,7 +195,7 @@ class SequenceTable:
             handle = self.cache.reserve(tokens, chain)
         except KVCacheFull as full:
             raise Refusal(Status.FULL, held=0, reason=str(full)) from full
-        self._sequences[id_] = SequenceState(source, attempt, handle, self._clock())
+        self._sequences[id_] = SequenceState(source, attempt, handle, self._clock(), adapter=adapter)
         return self._sequences[id_]
 
     def _begin_attempt(self, id_: str, sequence: SequenceState, attempt: int, source: str, chain: Chain = ()) -> None:

@@ -4,12 +4,13 @@ It has three implementations: `native` (C, no torch), `llama` (torch's operators
 fourth, `sleep`, only simulates one. The engine uses this interface and numpy arrays only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from functions.stage.models.floats import Array, Float32, HiddenDtype
 from functions.stage.native.layers import NativeThreads
+from storage.loading.weight_loader import RawTensor
 
 KVDtype = Literal["int8"]  # of keys and values, if it is not that of activations
 
@@ -72,6 +73,7 @@ class Segment:
     length: int
     is_long: bool = False  # the sequence has more tokens than the group's `short_context`
     draft_tokens: int = 0  # the last so many of them may be rejected: the sequence is truncated then
+    adapter: int = 0  # number of its adapter in the group, from 1 on; 0: none
 
 
 def segments_within(segments: Sequence[Segment], first: int, end: int) -> list[Segment]:
@@ -82,7 +84,7 @@ def segments_within(segments: Sequence[Segment], first: int, end: int) -> list[S
         low, high = max(begin, first) - begin, min(begin + segment.length, end) - begin
         if low < high:
             drafts = max(0, high - max(low, segment.length - segment.draft_tokens))
-            parts.append(Segment(segment.handle, segment.position + low, high - low, segment.is_long, drafts))
+            parts.append(Segment(segment.handle, segment.position + low, high - low, segment.is_long, drafts, segment.adapter))
         begin += segment.length
     return parts
 
@@ -94,6 +96,14 @@ class ColdExperts:
     found: int
     read: int
     resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedAdapter:
+    """An adapter's share of a group's layers, in the form that the group computes with."""
+
+    share: Any
+    bytes: int
 
 
 class LayerGroup(Protocol):
@@ -131,6 +141,15 @@ class LayerGroup(Protocol):
 
         Before the first call it is one; with torch, torch's default.
         """
+
+    def prepare_adapter(self, tensors: Mapping[str, RawTensor]) -> PreparedAdapter:
+        """Converts an adapter's share of these layers for `place_adapter`. Any thread may call it, also during a pass.
+
+        tensors: of the layers' objects of an `AdapterManifest`. Raises WrongAdapter.
+        """
+
+    def place_adapter(self, number: int, prepared: PreparedAdapter | None) -> None:
+        """Makes an adapter the one that segments name by `number`, from 1 on; None: frees the memory of that number."""
 
     def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
         """Runs all segments, each of another sequence, in one pass, and extends their KV by their lengths.

@@ -13,7 +13,8 @@ import numpy as np
 from functions.configuration.pass_times import PassTimes, pairs
 from functions.stage.models.floats import Array, Float32, HiddenDtype, narrowed, widened
 from functions.stage.models.kv_cache import KVBudget
-from functions.stage.models.layer_group import Segment
+from functions.stage.models.layer_group import PreparedAdapter, Segment
+from storage.loading.weight_loader import RawTensor
 
 _BF16_BYTES: Final = 2
 # A token id travels as digits of 7 bits. Every dtype of hidden states holds them exactly, I8 because _LARGEST is in each row.
@@ -45,6 +46,12 @@ class SleepGroup:
 
     def use_threads(self, count: int) -> None:
         """Does nothing: sleeping takes no threads."""
+
+    def prepare_adapter(self, tensors: Mapping[str, RawTensor]) -> PreparedAdapter:
+        return PreparedAdapter(None, sum(len(tensor.data) for tensor in tensors.values()))
+
+    def place_adapter(self, number: int, prepared: PreparedAdapter | None) -> None:
+        """Does nothing: adapters take no time."""
 
     def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
         held = sum(segment.position + segment.length for segment in segments)

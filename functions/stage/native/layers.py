@@ -11,9 +11,11 @@ import numpy as np
 from functions.stage.native.library import Library
 from functions.stage.native.records import (
     BLOCK_FORMATS,
+    GROUP_OUTS,
     MOST_THREADS,
     PARTS,
     STEP,
+    AdapterLayerRecord,
     Array,
     BudgetRecord,
     Dtype,
@@ -22,6 +24,7 @@ from functions.stage.native.records import (
     GroupRecord,
     LatentRecord,
     LayerRecord,
+    LowRankRecord,
     MatrixRecord,
     MemoryRecord,
     NormKind,
@@ -126,6 +129,7 @@ class SegmentArrays(NamedTuple):
     position: int  # tokens that it holds
     length: int  # new tokens
     states: StateArrays | None = None  # with recurrent mixers
+    adapter: int = 0  # number of its adapter; 0: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +142,23 @@ class ExpertsArrays:
     numbers: Mapping[str, float]  # by their names in `c/native.h`
     used: Array  # int64 [experts]: passes add the rows of each expert
     used_at: Array | None = None  # int64 [experts], zeros: experts need not stay in memory (`c/native.h`)
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankArrays:
+    """What an adapter adds to a matrix, in the arrays that C reads: a `LowRank` of `c/native.h`."""
+
+    dtype: Dtype
+    ranks: tuple[int, ...]  # [LOW_PARTS], as the next two
+    ends: tuple[int, ...]
+    scales: tuple[float, ...]
+    a: Array
+    b: Array
+
+    @property
+    def low_floats(self) -> int:
+        """Sums of A x that a row has: each rank counts as whole groups."""
+        return sum(-(-rank // GROUP_OUTS) * GROUP_OUTS for rank in self.ranks)
 
 
 class NativeThreads:
@@ -167,6 +188,8 @@ class NativeLayers:
         self.budget = BudgetRecord()
         group.budget = MemoryRecord(ctypes.addressof(self.budget), ctypes.sizeof(self.budget))
         group.layers = MemoryRecord(ctypes.addressof(self._layers), ctypes.sizeof(self._layers))
+        self._adapters = (AdapterLayerRecord * 0)()
+        self._kept_of_adapters: dict[int, list[LowRankArrays]] = {}
         self._workspace_array = np.empty(0, np.uint8)
         self._workspace = memory_of(self._workspace_array)
 
@@ -232,6 +255,26 @@ class NativeLayers:
         self._kept += [array for array in (norm.gain, norm.biases) if array is not None]
         return NormRecord(norm.kind, memory_of(norm.gain), memory_of(norm.biases))
 
+    def place_adapter(self, number: int, layers: Sequence[Mapping[str, LowRankArrays]] | None) -> None:
+        """Makes an adapter the one of this number, from 1 on. Not during a pass.
+
+        layers: for each layer of the group what is added to its matrices, by their names in `c/native.h`; None: nothing.
+        """
+        count = self._group.num_layers
+        if len(self._adapters) < number * count:
+            self._adapters = (AdapterLayerRecord * (number * count))(*self._adapters)
+        first = (number - 1) * count
+        for slot, layer in enumerate(layers or [{}] * count, first):
+            self._adapters[slot] = AdapterLayerRecord()
+            for name, low in layer.items():
+                record = LowRankRecord(low.dtype, low.ranks, low.ends, low.scales, memory_of(low.a), memory_of(low.b))
+                setattr(self._adapters[slot], name, record)
+        self._kept_of_adapters[number] = [low for layer in layers or () for low in layer.values()]
+        self._group.adapters = MemoryRecord(ctypes.addressof(self._adapters), ctypes.sizeof(self._adapters))
+        needed = [sum(layer[name].low_floats for name in ("gate", "up") if name in layer) for layer in layers or ()]
+        needed += [low.low_floats for low in self._kept_of_adapters[number]]
+        self._group.low_floats = max([self._group.low_floats, *needed])
+
     def run(self, hidden: Array, rotations: Array, segments: Sequence[SegmentArrays], threads: int) -> None:
         """Computes one pass. Overwrites hidden, float32 [n, hidden_size], with the layers' output. Raises NativeError.
 
@@ -253,8 +296,8 @@ class NativeLayers:
         threads = min(threads, MOST_THREADS)
         most_tokens = 0
         records = (SegmentRecord * len(segments))()
-        for record, (pages, position, length, states) in zip(records, segments, strict=True):
-            record.pages, record.position, record.length = memory_of(pages), position, length
+        for record, (pages, position, length, states, adapter) in zip(records, segments, strict=True):
+            record.pages, record.position, record.length, record.adapter = memory_of(pages), position, length, adapter
             if states is not None:
                 record.states, record.kept, record.kept_from = (
                     memory_of(states.states),

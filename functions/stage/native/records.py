@@ -10,14 +10,16 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-# See LAMINA_STEP, LAMINA_BLOCK_TOKENS, LAMINA_PAGE_TOKENS, LAMINA_MOST_THREADS, LAMINA_LINE_BYTES and
-# LAMINA_PARTS of the header.
+# See LAMINA_STEP, LAMINA_BLOCK_TOKENS, LAMINA_PAGE_TOKENS, LAMINA_MOST_THREADS, LAMINA_LINE_BYTES,
+# LAMINA_PARTS, LAMINA_LOW_PARTS and LAMINA_GROUP_OUTS of the header.
 STEP: Final = 32
 BLOCK_TOKENS: Final = 16
 PAGE_TOKENS: Final = 64
 MOST_THREADS: Final = 64
 LINE_BYTES: Final = 64
 PARTS: Final = 3
+LOW_PARTS: Final = 4
+GROUP_OUTS: Final = 16
 BLOCK_FORMATS: Final = (
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
     "INT4_32", "INT4_64", "INT4_128", "INT8_32", "INT8_128", "E4M3_32", "E4M3_128",
@@ -179,11 +181,27 @@ class LayerRecord(ctypes.Structure):
     )
 
 
+class LowRankRecord(ctypes.Structure):
+    _fields_ = (
+        *_numbers("dtype"),
+        ("ranks", ctypes.c_int64 * LOW_PARTS),
+        ("ends", ctypes.c_int64 * LOW_PARTS),
+        ("scales", ctypes.c_double * LOW_PARTS),
+        ("a", MemoryRecord),
+        ("b", MemoryRecord),
+    )
+
+
+class AdapterLayerRecord(ctypes.Structure):
+    _fields_ = tuple((name, LowRankRecord) for name in ("qkv", "out", "gate", "up", "down"))
+
+
 class GroupRecord(ctypes.Structure):
     _fields_ = (
         ("layers", MemoryRecord),
         ("arena", MemoryRecord),
         ("budget", MemoryRecord),
+        ("adapters", MemoryRecord),
         *_numbers(
             "num_layers",
             "hidden_size",
@@ -207,6 +225,7 @@ class GroupRecord(ctypes.Structure):
             "recurrent_heads",
             "state_values",
             "kept_values",
+            "low_floats",
             "rounds",
             "bidirectional",
         ),
@@ -222,7 +241,7 @@ class SegmentRecord(ctypes.Structure):
         ("copies", MemoryRecord),
         ("copied_at", MemoryRecord),
         ("kept", MemoryRecord),
-        *_numbers("kept_from"),
+        *_numbers("kept_from", "adapter"),
     )
 
 
@@ -282,6 +301,8 @@ RECORDS: Final[Sequence[type[ctypes.Structure]]] = (
     BudgetRecord,
     LatentRecord,
     LayerRecord,
+    LowRankRecord,
+    AdapterLayerRecord,
     GroupRecord,
     SegmentRecord,
     PassRecord,

@@ -32,6 +32,7 @@ from functions.stage.serving.handlers import EventHandlers
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
+    from functions.stage.engine.adapters import LoadedAdapter
     from functions.stage.engine.engine import PassStatistics
     from functions.stage.engine.kv_tiers import Reuse
     from functions.stage.models.layer_group import ColdExperts
@@ -223,6 +224,9 @@ class StageMetrics(FunctionMetrics):
         self.kept_bytes = counter("lamina_stage_kv_kept_bytes", "Bytes of idle conversations written to the store")
         self.handed_over_bytes = counter("lamina_stage_kv_handed_over_bytes", "Bytes handed over to other instances")
 
+        self.adapter_loads = counter("lamina_stage_adapter_loads", "Adapters loaded from the store, or not", ["outcome"])
+        self.adapter_seconds = histogram("lamina_stage_adapter_load_seconds", "An adapter was loaded")
+
         self.weights_bytes = gauge("lamina_stage_weights_bytes", "Bytes of this stage's objects in the store")
         self.loaded_bytes = gauge("lamina_stage_loaded_bytes", "Bytes of them that were loaded and verified")
 
@@ -238,6 +242,8 @@ class StageMetrics(FunctionMetrics):
         for type_ in EVENT_TYPES:
             for status in STATUSES:
                 self.events.labels(type_, status)
+        for outcome in ("loaded", "failed"):
+            self.adapter_loads.labels(outcome)
         self._rows = {status: self.rows.labels(str(status)) for status in Status}
         for tier in TIERS:
             for metric in (self.restored_bytes, self.restore_seconds, self.restores_failed):
@@ -259,6 +265,10 @@ class StageMetrics(FunctionMetrics):
         self.restore_seconds.labels(tier).inc(seconds)
         self.restores_failed.labels(tier).inc(failed)
 
+    def observe_adapter(self, loaded: "LoadedAdapter") -> None:
+        self.adapter_loads.labels("failed" if loaded.failed else "loaded").inc()
+        self.adapter_seconds.observe(loaded.seconds)
+
     def observe_reuse(self, reuse: "Reuse") -> None:
         self.kv_hits.labels(reuse.tier).inc()
         self.kv_tokens.labels(reuse.tier).inc(reuse.tokens)
@@ -278,6 +288,8 @@ class StageMetrics(FunctionMetrics):
         remembered_tokens: Callable[[], float],
         kv_resident_bytes: Callable[[], float],
         checkpoint_bytes: Callable[[], float],
+        adapters: Callable[[], float],
+        adapter_bytes: Callable[[], float],
     ) -> None:
         """Registers gauges that call these functions whenever the metrics are scraped."""
         for name, help_text, read in (
@@ -286,5 +298,7 @@ class StageMetrics(FunctionMetrics):
             ("kv_remembered_tokens", "KV tokens of ended sequences, which count as free", remembered_tokens),
             ("kv_resident_bytes", "Bytes of LAMINA_KV_CACHE_BYTES that have been used once", kv_resident_bytes),
             ("checkpoint_bytes", "Bytes of recurrent states that sequences can go back to", checkpoint_bytes),
+            ("adapters", "Adapters in memory", adapters),
+            ("adapter_bytes", "Bytes of memory that they take", adapter_bytes),
         ):
             Gauge(f"lamina_stage_{name}", help_text, registry=self.registry).set_function(read)

@@ -10,6 +10,7 @@ from functions.configuration.pass_times import PassTimes
 from functions.hosting.publication import read_publication
 from functions.hosting.startup import StartUp, without_collection
 from functions.stage.engine.threads import PassThreads, set_openmp, thread_count
+from functions.stage.serving.adapters import adapter_loader
 from functions.stage.serving.app import StageMetrics
 from functions.stage.serving.arriving import ArrivingModel
 from storage.models.model_repository import read_file
@@ -65,6 +66,9 @@ def bring_up(
         grammars=GrammarCompiler(lambda: _read_tokenizer(config)) if group.last_layer == group.num_layers else None,
         tiers=tiers.tiers,
         rate=rate,
+        adapters=config.adapters,
+        load_adapter=adapter_loader(config) if config.adapters else None,
+        on_adapter=metrics.observe_adapter,
         wire_dtype="I8" if config.wire_dtype == "int8" else None,
         vector_head=vector_head,
         on_evicted=None if tiers.writer is None else tiers.writer.evicted,

@@ -150,6 +150,8 @@ class StageFunction:
             lambda: engine.cached_tokens,
             lambda: engine.kv_resident_bytes,
             lambda: engine.checkpoint_bytes,
+            lambda: engine.adapters.loaded,
+            lambda: engine.adapters.loaded_bytes,
         )
         self._metrics.ready.set(1)
 

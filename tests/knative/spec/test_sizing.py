@@ -84,7 +84,16 @@ def test_a_stage_with_too_little_memory_is_refused_with_the_sum() -> None:
     sums = r"stage 1 has 2Gi and needs 2528 MiB: weights 400 MiB × 1\.2, kv_cache 1Gi and 1024 MiB for the rest"
     with pytest.raises(SpecError, match=sums):
         check_memory(given, weights)
+    with pytest.raises(SpecError, match=r"adapters 900 MiB, kv_cache 512Mi"):
+        check_memory(given[:1], weights[:1], [900 * 2**20])
     with pytest.raises(SpecError, match=r"stage 0 has 1Gi and needs 1536 MiB: weights \(size unknown here\)"):
         check_memory(stages(resources={"memory": "1Gi"}), [None] * 3)
     check_memory(stages(resources={"memory": "1Gi", "gpu": 1}), weights)
     check_memory(stages(layer_group="sleep"), [2**40] * 3)
+
+
+@pytest.mark.parametrize(("dtype", "number_bytes"), [("float32", 4), ("bfloat16", 2), ("q4", 2)])
+def test_an_adapter_of_all_linear_modules_takes_rank_times_their_inputs_and_outputs(dtype: str, number_bytes: int) -> None:
+    plans = plan_stages(shape_from_config(SMOLLM2, "s", dtype), ((0, 10), (10, 30)))
+    a_layer = (576 + 576) + 2 * (576 + 192) + (576 + 576) + 3 * (576 + 1536)
+    assert [plan.adapter_bytes for plan in plans] == [10 * a_layer * number_bytes, 20 * a_layer * number_bytes]

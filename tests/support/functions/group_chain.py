@@ -19,6 +19,7 @@ class GroupChain:
         self.groups = groups
         self.handles: dict[str, list[int]] = {}
         self.known: dict[str, int] = {}  # tokens of the whole sequence
+        self.adapters: dict[str, int] = {}  # their numbers; those without have none
 
     def reserve(self, *ids: str, tokens: int = 60) -> None:
         for id in ids:
@@ -35,7 +36,13 @@ class GroupChain:
         for stage, group in enumerate(self.groups):
             short = group.short_context
             segments = [
-                Segment(self.handles[id][stage], position, len(tokens), short is not None and self.known[id] > short)
+                Segment(
+                    self.handles[id][stage],
+                    position,
+                    len(tokens),
+                    short is not None and self.known[id] > short,
+                    adapter=self.adapters.get(id, 0),
+                )
                 for id, (position, tokens) in rows.items()
             ]
             for segment in segments:

@@ -13,6 +13,7 @@ from werkzeug.test import TestResponse
 from eventing.http.sse import SSEDecoder
 from eventing.problems import Problem
 from eventing.wire.generation import ProgressEvent
+from functions.gateway.answers.adapters import ServedModels
 from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
@@ -105,7 +106,9 @@ def client_of(
     parses = config.parse_control_tokens == "on"
     text = ModelText(TOKENIZER, ChatTemplate(template, {}), frozenset([END]), context, parse_control_tokens=parses)
     keys = KeyRing(config.api_keys, config.api_key_files or (), takes_budgets=config.limits_store is not None)
-    answers = AnswerService(text, pipeline, pipeline.metrics, limits=client_limits(config, keys), model=config.model)
+    answers = AnswerService(
+        text, pipeline, pipeline.metrics, limits=client_limits(config, keys), models=ServedModels(config.model, None)
+    )
     return create_app(config, lambda: answers, pipeline.metrics, keys, write_line).test_client()
 
 

@@ -372,6 +372,7 @@ class Scenario:
         self.deployer = Deployer(self.cluster, where.namespace, self.said.append, timeout_seconds=900)
         self.garbage = GarbageCollector(self.cluster, where.namespace, self.said.append, timeout_seconds=900)
         self.expected: dict[str, str] = {}
+        self.store = store
         self._published = {(each.name, each.dtype): (each, published_shape(store, each)) for each in publications}
         self._gateway: Gateway | None = None
 

@@ -7,15 +7,18 @@ sequence by sequence. Weights are set layer by layer while later ones are still 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch.nn import functional
 
+from functions.stage.models.adapters import LowRank, WrongAdapter, low_ranks
 from functions.stage.models.floats import HIDDEN_DTYPES, Array, Float32
-from functions.stage.models.layer_group import ColdExperts, Segment
+from functions.stage.models.layer_group import ColdExperts, PreparedAdapter, Segment
 from functions.stage.models.llama.attention import PassAttention
 from functions.stage.models.llama.kv_pool import TorchKVPool
 from functions.stage.models.llama.layer import LayerWeights, LlamaLayer, PassState, RmsNorm, Rope
 from functions.stage.models.llama.linear import PRECISIONS, Matrix, TorchWeights, linear
+from functions.stage.models.llama.rope import interleaved_rows
 from functions.stage.models.llama.structure import (
     check_layers,
     check_placed,
@@ -25,6 +28,7 @@ from functions.stage.models.llama.structure import (
     torch_obstacle,
 )
 from functions.stage.models.packed_tensors import widen
+from functions.stage.models.torch_adapters import PassAdapters, Share, TorchLowRank
 from functions.stage.models.torch_border import input_tensor, output_array, use_threads
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
@@ -83,6 +87,7 @@ class LlamaGroup:
         self._rope = Rope(model.ropes["all"].parameters, model.attention.head_dim, self._device)
         self.runs_by = "torch's operators" if why is None else f"torch's operators: {why}"
         self._layers: dict[int, LlamaLayer] = {}
+        self._adapters: dict[int, list[Share]] = {}
         self._embedding: torch.Tensor | None = None
         self._norm: RmsNorm | None = None
         self._head: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -126,11 +131,40 @@ class LlamaGroup:
         if self.first_layer > 0:  # it was needed for the head alone
             self._embedding = None
 
-    @torch.inference_mode()
+    def prepare_adapter(self, tensors: Mapping[str, RawTensor]) -> PreparedAdapter:
+        model, dtype = self._model, self._precision.activations
+        attention, names = model.attention, model.names
+        places = {"out": names.out, "gate": names.gate, "up": names.up, "down": names.down}
+        layers: list[Share] = []
+        found = low_ranks(tensors, "F32" if dtype == torch.float32 else self.hidden_dtype)
+        for layer in range(self.first_layer, self.last_layer):
+            own: dict[str, TorchLowRank] = {}
+            prefix = f"{names.layers}.{layer}."
+            parts = [found.pop(prefix + name, None) for name in names.qkv]
+            if any(part is not None for part in parts):
+                counts = (attention.num_heads, attention.num_kv_heads)
+                orders = [interleaved_rows(count, attention.head_dim) for count in counts]
+                orders.append(np.arange(len(orders[1])))
+                own["qkv"] = TorchLowRank.of(_stacked(parts, orders), dtype, self._device)
+            for place, name in places.items():
+                if (low := found.pop(prefix + name, None)) is not None:
+                    own[place] = TorchLowRank.of(low, dtype, self._device)
+            layers.append(own)
+        if found:
+            raise WrongAdapter(f"the adapter changes {min(found)}, which is no matrix of these layers")
+        return PreparedAdapter(layers, sum(low.bytes for own in layers for low in own.values()))
+
+    def place_adapter(self, number: int, prepared: PreparedAdapter | None) -> None:
+        if prepared is None:
+            self._adapters.pop(number, None)
+        else:
+            self._adapters[number] = prepared.share
+
     def cold_experts(self) -> ColdExperts:
         """None: no layer has experts."""
         return ColdExperts(0, 0, 0)
 
+    @torch.inference_mode()
     def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
         """See `LayerGroup`. Raises ValueError for segments that do not fit the KV cache, which then stays unchanged."""
         positions = checked_positions(self.kv, len(inputs), segments)
@@ -143,6 +177,7 @@ class LlamaGroup:
             self.kv.slots([(segment.handle, segment.position, segment.position + segment.length) for segment in segments]),
             self._rope.rotations(torch.tensor(positions, device=self._device)),
             {window: PassAttention(segments, self.kv, window, self._precision.kv) for window in windows},
+            PassAdapters(segments, self._adapters) if any(segment.adapter for segment in segments) else None,
         )
         for layer in range(self.first_layer, self.last_layer):
             hidden = self._layers[layer](hidden, state, self.kv)
@@ -161,3 +196,16 @@ class LlamaGroup:
             raise ValueError(f"layers {self.first_layer}:{self.last_layer} have no head: only the last group has")
         states = input_tensor(hidden, self.hidden_dtype).to(device=self._device, dtype=self._precision.activations)
         return output_array(self._head(states).to("cpu", torch.float32))
+
+
+def _stacked(parts: Sequence[LowRank | None], orders: Sequence[Array]) -> LowRank:
+    """One pair of matrices for several modules with the same input: B has a block for each. Scales are in B."""
+    given = [part for part in parts if part is not None]
+    ranks = [0 if part is None else len(part.a) for part in parts]
+    b = np.zeros((sum(map(len, orders)), sum(ranks)), np.float32)
+    row = column = 0
+    for part, order, rank in zip(parts, orders, ranks, strict=True):
+        if part is not None:
+            b[row : row + len(order), column : column + rank] = part.b[order] * np.float32(part.scale)
+        row, column = row + len(order), column + rank
+    return LowRank(np.concatenate([part.a for part in given]), b, 1.0)

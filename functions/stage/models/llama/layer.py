@@ -11,6 +11,7 @@ from functions.stage.models.llama.attention import PassAttention
 from functions.stage.models.llama.kv_pool import TorchKVPool
 from functions.stage.models.llama.linear import Matrix, Precision, TorchWeights, linear, stacked
 from functions.stage.models.llama.rope import interleaved_rows, rope_frequencies
+from functions.stage.models.torch_adapters import PassAdapters
 from storage.checkpoints.decoder import Decoder
 
 
@@ -21,6 +22,7 @@ class PassState:
     slots: torch.Tensor  # index of each token in the KV pool, int64 [n]
     rotations: torch.Tensor  # complex64 [n, 1, head_dim / 2]
     attention: Mapping[int | None, PassAttention]  # for each window that a layer has
+    adapters: PassAdapters | None  # None: no row has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,11 @@ class LlamaLayer:
 
         Writes the tokens' keys and values to `pool`.
         """
-        heads = self._qkv(self._input_norm(hidden)).view(len(hidden), -1, self._head_dim)
+        normalized, adapters = self._input_norm(hidden), state.adapters
+        projected = self._qkv(normalized)
+        if adapters is not None:
+            adapters.add(self._slot, "qkv", normalized, projected)
+        heads = projected.view(len(hidden), -1, self._head_dim)
         queries_and_keys = heads.narrow(1, 0, self._heads + self._kv_heads)
         if self._qk_norm is not None:
             queries_and_keys.copy_(self._qk_norm(queries_and_keys))
@@ -102,7 +108,10 @@ class LlamaLayer:
         queries = queries.view(len(hidden), self._kv_heads, -1, self._head_dim)
         attended = state.attention[self._window](self._slot, queries).to(hidden.dtype)
         hidden = self._out.add_to(hidden, attended)
-        return self._mlp.add_to(hidden, self._mlp_norm(hidden))
+        if adapters is None:
+            return self._mlp.add_to(hidden, self._mlp_norm(hidden))
+        adapters.add(self._slot, "out", attended, hidden)
+        return self._mlp.adapted(hidden, self._mlp_norm(hidden), self._slot, adapters)
 
 
 class RmsNorm:
@@ -146,6 +155,16 @@ class GatedMlp:
             return self._down.add_to(residual, self._up.times(x, self._gate.silu(x)))
         gate, up = self._gate(x).chunk(2, 1)
         return self._down.add_to(residual, functional.silu(gate).mul_(up))
+
+    def adapted(self, residual: torch.Tensor, x: torch.Tensor, slot: int, adapters: PassAdapters) -> torch.Tensor:
+        """The same with adapters. slot: the layer's number in the group."""
+        gate, up = self._gate(x).chunk(2, 1) if self._is_stacked else (self._gate(x), self._up(x))
+        adapters.add(slot, "gate", x, gate)
+        adapters.add(slot, "up", x, up)
+        inner = functional.silu(gate).mul_(up)
+        hidden = self._down.add_to(residual, inner)
+        adapters.add(slot, "down", inner, hidden)
+        return hidden
 
 
 class Rope:

@@ -12,10 +12,12 @@ from typing import Any, Final
 
 import numpy as np
 
+from functions.stage.models.adapters import LowRank, low_ranks
 from functions.stage.models.floats import HIDDEN_DTYPES, Array, Float32, narrowed, widened
 from functions.stage.models.kv_cache import GOING_BACK
-from functions.stage.models.layer_group import ColdExperts, KVDtype, Segment, segments_within
+from functions.stage.models.layer_group import ColdExperts, KVDtype, PreparedAdapter, Segment, segments_within
 from functions.stage.models.llama.structure import check_layers, check_placed, check_shapes, checked_positions, layers_in
+from functions.stage.models.native.adapters import pack_layer
 from functions.stage.models.native.expert_weights import take_experts
 from functions.stage.models.native.kv_pool import NativeKVPool
 from functions.stage.models.native.layer_weights import latent_sizes, row_heads, take_layer, take_norm
@@ -228,6 +230,19 @@ class NativeGroup:
     def use_threads(self, count: int) -> None:
         self.native_threads.count = min(count, MOST_THREADS)
 
+    def prepare_adapter(self, tensors: Mapping[str, RawTensor]) -> PreparedAdapter:
+        narrow = self._dtype != "float32"
+        of_layers: list[dict[str, LowRank]] = [{} for _ in range(self.first_layer, self.last_layer)]
+        for module, low in low_ranks(tensors, "BF16" if narrow else "F32").items():
+            layer, _, name = module.removeprefix(f"{self._model.names.layers}.").partition(".")
+            of_layers[int(layer) - self.first_layer][name] = low
+        layers = self._model.layers[self.first_layer : self.last_layer]
+        packed = [pack_layer(self._model, layer, own, narrow) for layer, own in zip(layers, of_layers, strict=True)]
+        return PreparedAdapter(packed, sum(low.a.nbytes + low.b.nbytes for layer in packed for low in layer.values()))
+
+    def place_adapter(self, number: int, prepared: PreparedAdapter | None) -> None:
+        self._layers.place_adapter(number, None if prepared is None else prepared.share)
+
     def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
         """See `LayerGroup`. Raises ValueError for segments that do not fit the KV cache, which then stays unchanged."""
         positions = checked_positions(self.kv, len(inputs), segments)
@@ -242,7 +257,8 @@ class NativeGroup:
             rows = slice(first, min(first + at_once, len(inputs)))
             parts = segments_within(segments, rows.start, rows.stop)
             arrays = [
-                SegmentArrays(self.kv.table(part.handle), part.position, part.length, states[part.handle]) for part in parts
+                SegmentArrays(self.kv.table(part.handle), part.position, part.length, states[part.handle], part.adapter)
+                for part in parts
             ]
             self._layers.run(hidden[rows], np.ascontiguousarray(rotations[:, rows]), arrays, self.native_threads.count)
             for part in parts:

@@ -107,8 +107,12 @@ def _head_order(model: Decoder) -> Array:
     return interleaved_rows(1, model.attention.head_dim, rotation.rotated)
 
 
-def _qkv(model: Decoder, weights: NativeWeights) -> MatrixArrays:
-    """The rows of all queries, then of all keys, then of all values, then of all gates."""
+def qkv_rows(model: Decoder) -> list[tuple[str, Array]]:
+    """The parts of C's one matrix of queries, keys, values and gates.
+
+    Each is the name of a matrix in the checkpoint, and the numbers of the outputs of that matrix that are the part, in C's
+    order.
+    """
     names, attention, size = model.names, model.attention, model.attention.head_dim
     order, counts = _head_order(model), (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
     orders = (order, order, np.arange(size))
@@ -123,16 +127,24 @@ def _qkv(model: Decoder, weights: NativeWeights) -> MatrixArrays:
         else:
             firsts = (0, size * counts[0], size * (counts[0] + counts[1]))
             parts = [rows(firsts[which], size, counts[which], orders[which]) for which in range(3)]
-        return with_rows(weights.matrix(names.qkv[0], attention.qkv_bias), np.concatenate(parts))
-    matrices = [weights.matrix(name, attention.qkv_bias) for name in names.qkv]
-    if attention.output_gate:
-        queries, gates = (with_rows(matrices[0], rows(first, 2 * size, counts[0], np.arange(size))) for first in (0, size))
-        matrices = [queries, *matrices[1:], gates]
-    if not np.array_equal(order, np.arange(size)):
-        matrices[:2] = [
-            with_rows(matrix, rows(0, size, count, order)) for matrix, count in zip(matrices[:2], counts, strict=False)
-        ]
-    return stacked(of_one_kind(matrices))
+        return [(names.qkv[0], np.concatenate(parts))]
+    step = 2 if attention.output_gate else 1  # each head's query comes before its gate
+    steps = (step, 1, 1)
+    found = [
+        (name, rows(0, step * size, count, order))
+        for name, step, count, order in zip(names.qkv, steps, counts, orders, strict=True)
+    ]
+    return [*found, (names.qkv[0], rows(size, 2 * size, counts[0], np.arange(size)))] if attention.output_gate else found
+
+
+def _qkv(model: Decoder, weights: NativeWeights) -> MatrixArrays:
+    """The rows of all queries, then of all keys, then of all values, then of all gates."""
+    taken = {name: weights.matrix(name, model.attention.qkv_bias) for name in model.names.qkv}
+    ordered = [
+        taken[name] if np.array_equal(rows, np.arange(taken[name].shape[0])) else with_rows(taken[name], rows)
+        for name, rows in qkv_rows(model)
+    ]
+    return ordered[0] if len(ordered) == 1 else stacked(of_one_kind(ordered))
 
 
 def _latent(model: Decoder, attention: Attention, weights: NativeWeights) -> LatentArrays:

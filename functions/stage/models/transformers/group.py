@@ -7,6 +7,7 @@ after the other and are never padded together, so their results equal those of t
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Final, Self
 
 import torch
@@ -16,16 +17,19 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, __version
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
 
+from functions.stage.models.adapters import WrongAdapter, low_ranks
 from functions.stage.models.floats import HIDDEN_DTYPES, Array, Float32, HiddenDtype
-from functions.stage.models.layer_group import Segment
+from functions.stage.models.layer_group import PreparedAdapter, Segment
 from functions.stage.models.packed_tensors import join_experts, widen
+from functions.stage.models.torch_adapters import TorchLowRank
 from functions.stage.models.torch_border import DTYPES, input_tensor, output_array, use_threads, weight_tensor
 from functions.stage.models.transformers.cache import TransformersKVCache
 from functions.stage.models.transformers.cache_layers import LayerMemory, SequenceCache, run_token_by_token
 from functions.stage.models.transformers.long_rope import LongRope
 from functions.stage.models.transformers.sliced_model import SlicedModel, cache_argument, load
-from storage.checkpoints.families import check_served, with_floats
+from storage.checkpoints.families import check_served, part_of, with_floats
 from storage.checkpoints.model_description import RECURRENT_CONTEXT_TOKENS
 from storage.loading.weight_loader import RawTensor
 
@@ -62,6 +66,14 @@ class TransformersGroup:
         self._device: torch.device = model.device
         self._slice = SlicedModel(model, first_layer, self.num_layers)
         base = self._slice.base
+        self._linear_modules = {
+            f"{self._slice.base_name}.{name}": module
+            for name, module in base.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and part_of(f"{name}.weight") is not None
+        }
+        self._adapters: dict[int, Mapping[str, TorchLowRank]] = {}
+        self._adapter = 0  # number of the one of the sequence that runs; 0: none
+        self._hooked: set[str] = set()
         self._cache_argument = cache_argument(base)
         self._takes_positions = (
             "position_ids" in inspect.signature(base.forward).parameters
@@ -108,6 +120,34 @@ class TransformersGroup:
         model = load(model_class, known, loaded, DTYPES[hidden_dtype], first_layer, last_layer).to(device)
         return cls(model, hidden_dtype, first_layer, last_layer, kv_budget_bytes)
 
+    def prepare_adapter(self, tensors: Mapping[str, RawTensor]) -> PreparedAdapter:
+        dtype = DTYPES[self.hidden_dtype]
+        found = low_ranks(tensors, self.hidden_dtype)
+        for name, low in found.items():
+            module = self._linear_modules.get(name)
+            shape = None if module is None else _shape(module)
+            if shape != (len(low.b), low.a.shape[1]):
+                seen = f"[{len(low.b)}, {low.a.shape[1]}]"
+                raise WrongAdapter(
+                    f"the adapter's {name} is {seen}, and the model's {list(shape) if shape else 'no linear module'}"
+                )
+        share = {name: TorchLowRank.of(low, dtype, self._device) for name, low in found.items()}
+        return PreparedAdapter(share, sum(low.bytes for low in share.values()))
+
+    def place_adapter(self, number: int, prepared: PreparedAdapter | None) -> None:
+        if prepared is None:
+            self._adapters.pop(number, None)
+            return
+        for name in prepared.share.keys() - self._hooked:  # once for all adapters of a module
+            self._linear_modules[name].register_forward_hook(partial(self._add_adapter, name))
+            self._hooked.add(name)
+        self._adapters[number] = prepared.share
+
+    def _add_adapter(self, name: str, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        """Adds to a module's output what the adapter of the sequence that runs adds. A hook of torch."""
+        low = self._adapters.get(self._adapter, {}).get(name)
+        return output if low is None else output + low(args[0])
+
     @torch.inference_mode()
     def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
         given = input_tensor(inputs, self.hidden_dtype).to(self._device)
@@ -118,6 +158,7 @@ class TransformersGroup:
     def _forward_one(self, inputs: torch.Tensor, segment: Segment) -> torch.Tensor:
         """Runs one sequence's segment; a long one in parts, as masks and scores grow with the product of rows and tokens."""
         self._long_rope.choose(segment.is_long)
+        self._adapter = segment.adapter
         cache = self.kv.begin_pass(segment.handle, len(inputs), segment.draft_tokens)
         rows = max(1, _SCORES_AT_ONCE // ((cache.position + len(inputs)) * self._scores_per_token))
         outputs = [self._run(part, cache) for part in torch.split(inputs, rows)]
@@ -150,6 +191,12 @@ class TransformersGroup:
         self._long_rope.choose(is_long=False)
         self._run(inputs, cache)
         return [layer.measured(own) for layer, own in zip(layers, cache.layers, strict=True)]
+
+
+def _shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """[outputs, inputs]"""
+    outs, width = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
+    return outs, width
 
 
 class _GivenHiddenStates(nn.Module):

@@ -91,7 +91,7 @@ static Status check_sizes(const Group *group)
         return LAMINA_BAD_SIZE;
     if (!(group->eps >= 0 && group->eps < 1))
         return LAMINA_BAD_SIZE;
-    if (!within(group->rounds, 0, 1) || !within(group->bidirectional, 0, 1))
+    if (!within(group->rounds, 0, 1) || !within(group->bidirectional, 0, 1) || !within(group->low_floats, 0, MOST))
         return LAMINA_BAD_SIZE;
     if (!within(group->kv_layers, 0, group->num_layers))
         return LAMINA_BAD_SIZE;
@@ -308,6 +308,48 @@ static Status check_layer(const Group *group, const Layer *layer)
     return check_feed_forward(group, layer, &layer->gate, &layer->up, &layer->down, group->inner_size);
 }
 
+/* What an adapter adds to a matrix fits it. */
+static Status check_low_rank(const LowRank *by, const Matrix *matrix)
+{
+    if (!by->a.bytes)
+        return LAMINA_OK;
+    if (by->dtype != LAMINA_BF16 && by->dtype != LAMINA_F32)
+        return LAMINA_BAD_DTYPE;
+    int64_t begin = 0, b_bytes = 0;
+    for (int part = 0; part < LAMINA_LOW_PARTS; begin = by->ends[part++]) {
+        if (!within(by->ranks[part], 0, MOST) || !within(by->ends[part], begin, matrix->outs) || !is_finite(by->scales[part]))
+            return LAMINA_BAD_ADAPTER;
+        b_bytes += low_rank_part_bytes(by->dtype, by->ranks[part], by->ends[part] - begin);
+    }
+    if (begin != matrix->outs)
+        return LAMINA_BAD_ADAPTER;
+    CHECK(check_memory(&by->a, low_rank_floats(by) / LAMINA_GROUP_OUTS * low_rank_group_bytes(by->dtype, matrix->width), 4));
+    return check_memory(&by->b, b_bytes, 4);
+}
+
+static Status check_adapter(const Group *group, int64_t number)
+{
+    const int64_t bytes = group->num_layers * (int64_t)sizeof(AdapterLayer);
+    if (!within(number, 1, group->adapters.bytes / bytes))
+        return LAMINA_BAD_ADAPTER;
+    CHECK(check_memory(&group->adapters, bytes, _Alignof(AdapterLayer)));
+    const AdapterLayer *shares = (const AdapterLayer *)group->adapters.data + (number - 1) * group->num_layers;
+    for (int64_t i = 0; i < group->num_layers; i++) {
+        const Layer *layer = (const Layer *)group->layers.data + i;
+        const AdapterLayer *share = shares + i;
+        CHECK(check_low_rank(&share->qkv, &layer->qkv));
+        CHECK(check_low_rank(&share->out, &layer->out));
+        CHECK(check_low_rank(&share->gate, &layer->gate));
+        CHECK(check_low_rank(&share->up, &layer->up));
+        CHECK(check_low_rank(&share->down, &layer->down));
+        const int64_t inner = low_rank_floats(&share->gate) + low_rank_floats(&share->up);
+        if (larger(larger(low_rank_floats(&share->qkv), low_rank_floats(&share->out)), larger(inner, low_rank_floats(&share->down))) >
+            group->low_floats)
+            return LAMINA_BAD_ADAPTER;
+    }
+    return LAMINA_OK;
+}
+
 static Status check_group(const Group *group)
 {
     CHECK(check_sizes(group));
@@ -378,6 +420,8 @@ static Status check_segments(const Group *group, const Pass *pass, int64_t *most
         if (!pass->repeats)
             CHECK(check_pages(group, segment));
         CHECK(check_states(group, segment, pass->repeats));
+        if (segment->adapter)
+            CHECK(check_adapter(group, segment->adapter));
         rows += segment->length;
         *most_tokens = larger(*most_tokens, segment->position + segment->length);
     }
@@ -503,7 +547,7 @@ int64_t lamina_draw_bytes(int64_t vocabulary, int64_t threads)
 int64_t lamina_size_of(int64_t record)
 {
     static const int64_t sizes[] = {sizeof(Memory), sizeof(Matrix), sizeof(Norm), sizeof(Recurrent), sizeof(Expert), sizeof(Experts), sizeof(Budget),
-                                    sizeof(Latent), sizeof(Layer), sizeof(Group),
+                                    sizeof(Latent), sizeof(Layer), sizeof(LowRank), sizeof(AdapterLayer), sizeof(Group),
                                     sizeof(Segment), sizeof(Pass), sizeof(Product), sizeof(Draw), sizeof(Draws), sizeof(Softmax)};
     return within(record, 0, sizeof sizes / sizeof *sizes - 1) ? sizes[record] : 0;
 }
@@ -518,6 +562,7 @@ const char *lamina_message(int status)
     case LAMINA_SHORT_MEMORY: return "memory is absent, or smaller than its shape";
     case LAMINA_UNALIGNED: return "an address is not a multiple of its element's size";
     case LAMINA_BAD_SEGMENT: return "a segment leaves its pages, the arena or a ring, or the segments do not cover all rows";
+    case LAMINA_BAD_ADAPTER: return "an adapter is unknown, or does not fit the matrices of a layer";
     case LAMINA_NOT_FINITE: return "a score is a NaN, or the greatest is infinite";
     default: return "an unknown status";
     }

@@ -172,7 +172,7 @@ static void gate_experts(const Forward *forward, const Layer *layer, const Worke
         for (int64_t row = 0; row < route->rows; row += pieces.block_rows) {
             const Rows x = rows_of_route(forward, route, matrix, row, smaller(pieces.block_rows, route->rows - row));
             const int64_t place = (route->first + row) * matrix->outs;
-            multiply_activated(&task, &x, first, last, at->routed_times + place, at->routed_inner + place);
+            multiply_activated(&task, &x, 0, first, last, at->routed_times + place, at->routed_inner + place);
         }
     }
     finish_phase(worker, phase, done, active * pieces.units);
@@ -235,7 +235,7 @@ static void run_experts(const Forward *forward, const Layer *layer, const Worker
     const Experts *experts = layer->experts.data;
     if (layer->up.weights.bytes) {
         feed_forward(forward, layer, worker, phase + PACK_GATED);
-        multiply(forward, &layer->down, at->inner, NULL, at->added, SET, worker, phase + PACK_DOWN);
+        multiply_adapted(forward, layer, &layer->down, offsetof(AdapterLayer, down), at->inner, NULL, at->added, SET, worker, phase + PACK_DOWN);
     }
     multiply(forward, &experts->router, forward->hidden, &layer->before_mlp, at->logits, SET, worker, phase + PACK_ROUTER);
     choose_for_rows(forward, layer, worker, phase + CHOOSE);

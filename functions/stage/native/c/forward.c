@@ -11,10 +11,14 @@
 
 #include "forward.h"
 
+#include <stddef.h>
+
 enum {
     UNIT_BYTES = 98304, /* weights in a piece of work: some microseconds */
     ENOUGH_PIECES = 4,  /* of attention, for each thread: then none waits long for the last one */
 };
+
+static const size_t NOT_ADAPTED = SIZE_MAX;
 
 /* y = x Wᵀ + b, or += it, or activation(y), or activation(y) * (x Upᵀ + b): one product of a pass. */
 typedef struct {
@@ -31,6 +35,12 @@ typedef struct {
     int add;            /* SET, ADD or ADD_AND_ROUND */
     float *y;           /* [rows, outs] */
     float *times;       /* [rows, outs] temporary, with `up` */
+    const AdapterLayer *adapters; /* of this layer; those of the next adapter are `num_layers` further on; NULL: no row has one */
+    int64_t num_layers;
+    const AdaptedRows *adapted;
+    size_t low, up_low; /* places in an AdapterLayer of what is added to the products with `matrix` and `up` */
+    float *sums;        /* [rows, low_floats] */
+    int64_t low_floats;
 } Task;
 
 /* How a product is cut into pieces: blocks of rows, and units of outputs in each block. */
@@ -126,22 +136,86 @@ static void round_to_bf16(float *y, int64_t rows, int64_t outs, int64_t first, i
         }
 }
 
-/* y [rows, outs] = activation(matrix x) * (up x) in outputs [first, last), or without `up`. */
-static void multiply_activated(const Task *task, const Rows *x, int64_t first, int64_t last, float *times, float *y)
+/* What an adapter adds to a product of the task. */
+static const LowRank *low_rank_of(const Task *task, const AdaptedRows *adapted, size_t place)
+{
+    const AdapterLayer *share = task->adapters + (adapted->adapter - 1) * task->num_layers;
+    return (const LowRank *)((const uint8_t *)share + place);
+}
+
+/* One phase: the sums of A x of all rows that have an adapter. */
+static void project_rows(const Task *task, const Worker *worker, int64_t phase)
+{
+    const Matrix *matrix = task->matrix;
+    const int64_t width = matrix->width, pieces = rounded_up(task->rows, 16);
+    float *normalized = matrix_scratch(matrix, worker->scratch).normalized;
+    int64_t done = 0, piece;
+    for (; (piece = take_piece(worker, phase, pieces, 1)) >= 0; done++) {
+        const AdaptedRows *adapted = task->adapted + piece;
+        if (!adapted->adapter)
+            continue;
+        const LowRank *by = low_rank_of(task, adapted, task->low), *by_up = task->up ? low_rank_of(task, adapted, task->up_low) : NULL;
+        if (!by->a.bytes && !(by_up && by_up->a.bytes))
+            continue;
+        const float *x[LAMINA_TILE_ROWS];
+        float *low[LAMINA_TILE_ROWS], *low_of_up[LAMINA_TILE_ROWS];
+        for (int64_t i = 0; i < adapted->count; i++) {
+            x[i] = task->x + adapted->rows[i] * width;
+            if (task->norm && task->norm->kind) {
+                task->level->normalize(task->norm, 0, x[i], task->eps, width, normalized + i * width);
+                x[i] = normalized + i * width;
+            }
+            low[i] = task->sums + adapted->rows[i] * task->low_floats;
+            low_of_up[i] = low[i] + low_rank_floats(by);
+        }
+        if (by->a.bytes)
+            task->level->project(by, width, adapted->count, x, low);
+        if (by_up && by_up->a.bytes)
+            task->level->project(by_up, width, adapted->count, x, low_of_up);
+    }
+    finish_phase(worker, phase, done, pieces);
+}
+
+/* y [rows from `row` on, outs] += B A x in outputs [first, last) of rows that have an adapter. of_up: of the product with `up`. */
+static void add_low_ranks(const Task *task, bool of_up, int64_t row, int64_t rows, int64_t first, int64_t last, float *y)
+{
+    for (int64_t window = row; window < row + rows; window += 16)
+        for (const AdaptedRows *adapted = task->adapted + window; adapted < task->adapted + window + 16 && adapted->adapter; adapted++) {
+            const LowRank *by = low_rank_of(task, adapted, of_up ? task->up_low : task->low);
+            if (!by->a.bytes)
+                continue;
+            const int64_t skipped = of_up ? low_rank_floats(low_rank_of(task, adapted, task->low)) : 0;
+            const float *low[LAMINA_TILE_ROWS];
+            float *to[LAMINA_TILE_ROWS];
+            for (int64_t i = 0; i < adapted->count; i++) {
+                low[i] = task->sums + adapted->rows[i] * task->low_floats + skipped;
+                to[i] = y + (adapted->rows[i] - row) * task->matrix->outs;
+            }
+            task->level->add_low_rank(by, first, last, adapted->count, low, to);
+        }
+}
+
+/* y [rows, outs] = activation(matrix x) * (up x) in outputs [first, last), or without `up`. row: number of the first row. */
+static void multiply_activated(const Task *task, const Rows *x, int64_t row, int64_t first, int64_t last, float *times, float *y)
 {
     const int64_t outs = task->matrix->outs;
-    if (task->up && task->layer->activation == LAMINA_SILU) {
+    if (task->up && task->layer->activation == LAMINA_SILU && !task->adapters) { /* the same bits as below, in one go */
         task->level->multiply_gated(task->matrix, task->up, x, first, last, y);
         return;
     }
     task->level->multiply(task->matrix, x, first, last, false, y);
     if (task->up)
         task->level->multiply(task->up, x, first, last, false, times);
+    if (task->adapters) {
+        add_low_ranks(task, false, row, x->rows, first, last, y);
+        if (task->up)
+            add_low_ranks(task, true, row, x->rows, first, last, times);
+    }
     for (int64_t at = first; at < first + x->rows * outs; at += outs)
         task->level->activate(task->layer, last - first, task->up ? times + at : NULL, y + at);
 }
 
-/* Two phases: packs all rows, then computes y. */
+/* Two phases: packs all rows, then computes y. With adapters one more before them. */
 static void run_product(const Task *task, const Workspace *at, const Worker *worker, int64_t phase)
 {
     const Matrix *matrix = task->matrix;
@@ -150,6 +224,8 @@ static void run_product(const Task *task, const Workspace *at, const Worker *wor
     const int64_t things = pieces.blocks == 1 ? pieces.units : pieces.blocks, parts = pieces.blocks == 1 ? 1 : pieces.units;
     const bool few = task->rows <= FEW_ROWS;
     Rows all = {0};
+    if (task->adapters)
+        project_rows(task, worker, phase - 1);
     if (!few)
         all = pack_together(task, at, worker, phase);
     int64_t done = 0, piece;
@@ -162,9 +238,12 @@ static void run_product(const Task *task, const Workspace *at, const Worker *wor
         const Rows x = {all.data + row * all.row_bytes, all.scales + row * LAMINA_TILE_OUTS,
                         smaller(pieces.block_rows, all.rows - row), all.row_bytes, all.arranged};
         if (task->layer)
-            multiply_activated(task, &x, first, last, task->times + row * matrix->outs, task->y + row * matrix->outs);
-        else
+            multiply_activated(task, &x, row, first, last, task->times + row * matrix->outs, task->y + row * matrix->outs);
+        else {
             task->level->multiply(matrix, &x, first, last, task->add != SET, task->y + row * matrix->outs);
+            if (task->adapters)
+                add_low_ranks(task, false, row, x.rows, first, last, task->y + row * matrix->outs);
+        }
         if (task->add == ADD_AND_ROUND)
             round_to_bf16(task->y + row * matrix->outs, x.rows, matrix->outs, first, last);
     }
@@ -179,25 +258,55 @@ void multiply(const Forward *forward, const Matrix *matrix, const float *x, cons
     run_product(&task, &forward->at, worker, phase);
 }
 
+/* Gives a task what the adapters of its rows add to its products, by the places of both in an AdapterLayer. */
+static Task with_adapters(const Forward *forward, const Layer *layer, size_t low, size_t up_low, Task task)
+{
+    if (forward->adapts && low != NOT_ADAPTED) {
+        const Group *group = forward->group;
+        task.adapters = (const AdapterLayer *)group->adapters.data + (layer - (const Layer *)group->layers.data);
+        task.num_layers = group->num_layers;
+        task.adapted = forward->at.adapted;
+        task.low = low;
+        task.up_low = up_low;
+        task.sums = forward->at.low;
+        task.low_floats = group->low_floats;
+    }
+    return task;
+}
+
+/* The same with adapters. low: place in an AdapterLayer, or NOT_ADAPTED. */
+static void multiply_adapted(const Forward *forward, const Layer *layer, const Matrix *matrix, size_t low, const float *x,
+                             const Norm *norm, float *y, int add, const Worker *worker, int64_t phase)
+{
+    const Task task = with_adapters(forward, layer, low, 0,
+                                    (Task){.level = forward->level, .matrix = matrix, .x = x, .norm = norm,
+                                           .eps = (float)forward->group->eps, .rows = forward->rows, .add = add, .y = y});
+    run_product(&task, &forward->at, worker, phase);
+}
+
 static void feed_forward(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
 {
     const bool is_gated = layer->gate.weights.bytes;
-    const Task task = {.level = forward->level, .matrix = is_gated ? &layer->gate : &layer->up, .up = is_gated ? &layer->up : NULL,
-                       .layer = layer, .x = forward->hidden, .norm = &layer->before_mlp, .eps = (float)forward->group->eps,
-                       .rows = forward->rows, .y = forward->at.inner, .times = forward->at.times};
+    const size_t up = offsetof(AdapterLayer, up);
+    const Task task = with_adapters(
+        forward, layer, is_gated ? offsetof(AdapterLayer, gate) : up, up,
+        (Task){.level = forward->level, .matrix = is_gated ? &layer->gate : &layer->up, .up = is_gated ? &layer->up : NULL,
+               .layer = layer, .x = forward->hidden, .norm = &layer->before_mlp, .eps = (float)forward->group->eps,
+               .rows = forward->rows, .y = forward->at.inner, .times = forward->at.times});
     run_product(&task, &forward->at, worker, phase);
 }
 
 /* hidden += scale * norm(x Wᵀ + b): two phases, and one more unless that is a plain sum. */
-static void add_product(const Forward *forward, const Matrix *matrix, const float *x, const Norm *norm, double scale, bool rounds,
-                        const Worker *worker, int64_t phase)
+static void add_product(const Forward *forward, const Layer *layer, const Matrix *matrix, size_t low, const float *x, const Norm *norm,
+                        bool rounds, const Worker *worker, int64_t phase)
 {
+    const double scale = layer->residual_scale;
     const int64_t size = forward->group->hidden_size;
     if (!norm->kind && scale == 1) {
-        multiply(forward, matrix, x, NULL, forward->hidden, rounds ? ADD_AND_ROUND : ADD, worker, phase);
+        multiply_adapted(forward, layer, matrix, low, x, NULL, forward->hidden, rounds ? ADD_AND_ROUND : ADD, worker, phase);
         return;
     }
-    multiply(forward, matrix, x, NULL, forward->at.added, SET, worker, phase);
+    multiply_adapted(forward, layer, matrix, low, x, NULL, forward->at.added, SET, worker, phase);
     int64_t done = 0, row;
     for (; (row = take_piece(worker, phase + 2, forward->rows, 1)) >= 0; done++) {
         float *added = forward->at.added + row * size, *hidden = forward->hidden + row * size;
@@ -320,7 +429,8 @@ static void mix_by_attention(const Forward *forward, const Layer *layer, const W
     if (layer->latent.bytes)
         project_latent(forward, layer, worker, phase);
     else
-        multiply(forward, &layer->qkv, forward->hidden, &layer->before_attention, forward->at.heads, SET, worker, phase + PACK_QKV);
+        multiply_adapted(forward, layer, &layer->qkv, offsetof(AdapterLayer, qkv), forward->hidden, &layer->before_attention,
+                         forward->at.heads, SET, worker, phase + PACK_QKV);
     if (layer->qk_as_one)
         normalize_qk(forward, layer, worker, phase + NORMALIZE_QK);
     if (!only_decodes(forward))
@@ -355,10 +465,11 @@ static void forward_layers(void *argument, int64_t number)
         if (layer->parallel && has_mlp) /* before the hidden states change */
             feed_forward(forward, layer, &worker, phase + PACK_GATED);
         if (has_attention(layer))
-            add_product(forward, &layer->out, layer->latent.bytes ? at->values : at->attended, &layer->after_attention, layer->residual_scale,
+            add_product(forward, layer, &layer->out, layer->latent.bytes ? NOT_ADAPTED : offsetof(AdapterLayer, out),
+                        layer->latent.bytes ? at->values : at->attended, &layer->after_attention,
                         rounds && !goes_on && !recurrent->kind, &worker, phase + PACK_OUT);
         if (recurrent->kind)
-            add_product(forward, &recurrent->out, at->recurrent_outputs, &layer->after_attention, layer->residual_scale,
+            add_product(forward, layer, &recurrent->out, NOT_ADAPTED, at->recurrent_outputs, &layer->after_attention,
                         rounds && !goes_on, &worker, phase + PACK_OUTPUTS);
         if (layer->experts.bytes) {
             run_experts(forward, layer, &worker, phase);
@@ -368,7 +479,8 @@ static void forward_layers(void *argument, int64_t number)
             continue;
         if (!layer->parallel)
             feed_forward(forward, layer, &worker, phase + PACK_GATED);
-        add_product(forward, &layer->down, at->inner, &layer->after_mlp, layer->residual_scale, rounds, &worker, phase + PACK_DOWN);
+        add_product(forward, layer, &layer->down, offsetof(AdapterLayer, down), at->inner, &layer->after_mlp, rounds, &worker,
+                    phase + PACK_DOWN);
     }
 }
 
@@ -381,6 +493,26 @@ static int64_t pieces_of_attention(const Forward *forward, int64_t most_tokens)
     return bundles * forward->group->kv_heads >= ENOUGH_PIECES * forward->threads
                ? 1
                : most_pieces(forward->rows, most_tokens, forward->threads);
+}
+
+/* Gathers the rows of each adapter within every 16 rows of the pass, up to LAMINA_TILE_ROWS at a time. */
+static void gather_adapted(Forward *forward)
+{
+    const Place *places = forward->at.places;
+    for (int64_t window = 0; window < forward->rows; window += 16) {
+        AdaptedRows *to = forward->at.adapted + window;
+        memset(to, 0, 16 * sizeof *to);
+        for (int64_t row = window; row < smaller(forward->rows, window + 16); row++) {
+            const int64_t adapter = forward->segments[places[row].segment].adapter;
+            if (!adapter)
+                continue;
+            AdaptedRows *own = to;
+            while (own->adapter && (own->adapter != adapter || own->count == LAMINA_TILE_ROWS))
+                own++;
+            own->adapter = adapter;
+            own->rows[own->count++] = row;
+        }
+    }
 }
 
 void run_pass(Pool *pool, const Group *group, const Pass *pass, int64_t most_tokens)
@@ -412,7 +544,10 @@ void run_pass(Pool *pool, const Group *group, const Pass *pass, int64_t most_tok
                     (Bundle){number, row + token, rows, pieces == 1 ? 0 : piece + 1, piece ? 0 : pieces};
         }
         row += segment->length;
+        forward.adapts |= segment->adapter != 0;
     }
+    if (forward.adapts)
+        gather_adapted(&forward);
     memset(forward.at.counters, 0, (size_t)forward.at.counters_bytes);
     pool_run(pool, pass->threads, forward_layers, &forward);
 }

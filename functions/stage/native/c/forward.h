@@ -11,12 +11,13 @@ enum {
     FEW_ROWS = 16,           /* up to so many rows, each thread packs all for itself instead of waiting for other threads */
 };
 
-/* The phases of a layer, in order; in a parallel layer GATED comes before OUT. The pieces of a phase are computed in any order. */
+/* The phases of a layer, in order; in a parallel layer GATED comes before OUT. The pieces of a phase are computed in any order.
+   LOW phases come before their product, and only if a row of the pass has an adapter. */
 enum {
-    PACK_QKV, QKV, PACK_QUERIES, QUERIES, ABSORB, NORMALIZE_QK, WRITE_KV, ATTEND, MERGE, EXPAND,
+    LOW_QKV, PACK_QKV, QKV, PACK_QUERIES, QUERIES, ABSORB, NORMALIZE_QK, WRITE_KV, ATTEND, MERGE, EXPAND,
     PACK_INPUTS, INPUTS, PACK_STEPS, STEPS, CONVOLVE, PREPARE, RECUR, GATE,
-    PACK_OUT, OUT, ADD_OUT, PACK_OUTPUTS, OUTPUTS, ADD_OUTPUTS,
-    PACK_GATED, GATED, PACK_DOWN, DOWN, ADD_DOWN,
+    LOW_OUT, PACK_OUT, OUT, ADD_OUT, PACK_OUTPUTS, OUTPUTS, ADD_OUTPUTS,
+    LOW_GATED, PACK_GATED, GATED, LOW_DOWN, PACK_DOWN, DOWN, ADD_DOWN,
     PACK_ROUTER, ROUTER, CHOOSE, GROUP_ROWS, PACK_EXPERTS, GATE_EXPERTS, PACK_INNER, MIX_EXPERTS, ADD_EXPERTS, PHASES,
 };
 
@@ -51,11 +52,18 @@ typedef struct {
     int64_t packed_blocks;
 } Routing;
 
+/* Rows of one adapter within 16 rows of the pass that begin at a multiple of 16. */
+typedef struct {
+    int64_t adapter; /* from 1 on; 0: there are no further ones within these 16 rows */
+    int64_t count;
+    int64_t rows[LAMINA_TILE_ROWS];
+} AdaptedRows;
+
 /* A thread's memory while it packs rows. */
 typedef struct {
     float *scales;     /* [FEW_ROWS, LAMINA_TILE_OUTS] of packed rows */
-    float *normalized; /* [width] one row */
-    float *ordered;    /* [width] the same in the order of a matrix's columns */
+    float *normalized; /* [LAMINA_TILE_ROWS, width] rows */
+    float *ordered;    /* [width] one of them in the order of a matrix's columns */
     uint8_t *packed;   /* [FEW_ROWS, packed_row_bytes] */
 } MatrixScratch;
 
@@ -92,6 +100,8 @@ typedef struct {
     float *expert_out;      /* [rows, hidden_size] of one expert at a time */
     float *mixed;           /* [rows, hidden_size] of all */
     int64_t routed_bytes;
+    AdaptedRows *adapted; /* [rows], rounded up to 16; absent without adapters */
+    float *low;        /* [rows, low_floats] sums of A x */
     Counter *counters; /* [num_layers * PHASES, threads + 1] */
     uint8_t *scratch;  /* [threads, scratch_bytes] */
     int64_t scratch_bytes;
@@ -115,6 +125,7 @@ typedef struct {
     int64_t num_bundles;
     int64_t pieces; /* most in which a row's attention is computed */
     bool repeats;   /* as in Pass */
+    bool adapts;    /* a row has an adapter */
     Workspace at;
 } Forward;
 

@@ -72,6 +72,12 @@ typedef struct {
     /* Computes outputs [first, last) of y [rows, outs] = silu(gate x) * (up x). */
     void (*multiply_gated)(const Matrix *gate, const Matrix *up, const Rows *x, int64_t first, int64_t last, float *y);
 
+    /* low = scale * A x of rows of one adapter, at most LAMINA_TILE_ROWS. low: of each row, low_rank_floats. */
+    void (*project)(const LowRank *by, int64_t width, int64_t rows, const float *const *x, float *const *low);
+
+    /* y += B low in outputs [first, last) of these rows. y: of each row, all outputs of the matrix. */
+    void (*add_low_rank)(const LowRank *by, int64_t first, int64_t last, int64_t rows, const float *const *low, float *const *y);
+
     /* y [count] = activation(y), times `times` [count] if that is not NULL. */
     void (*activate)(const Layer *layer, int64_t count, const float *times, float *y);
 
@@ -218,6 +224,32 @@ static inline int64_t weight_bytes(const Matrix *matrix, int64_t outs)
     if (in_blocks(matrix->dtype))
         return bytes_of_blocks(matrix, outs);
     return outs * stride * bytes_of(matrix->dtype);
+}
+
+static inline int64_t low_rank_groups(int64_t rank)
+{
+    return rounded_up(rank, LAMINA_GROUP_OUTS) / LAMINA_GROUP_OUTS;
+}
+
+/* Sums of A x of one row. */
+static inline int64_t low_rank_floats(const LowRank *by)
+{
+    int64_t groups = 0;
+    for (int part = 0; by->a.bytes && part < LAMINA_LOW_PARTS; part++)
+        groups += low_rank_groups(by->ranks[part]);
+    return groups * LAMINA_GROUP_OUTS;
+}
+
+/* Bytes of A for one group of ranks. */
+static inline int64_t low_rank_group_bytes(int64_t dtype, int64_t width)
+{
+    return rounded_up(width, 2) * LAMINA_GROUP_OUTS * bytes_of(dtype);
+}
+
+/* Bytes of B for one part. */
+static inline int64_t low_rank_part_bytes(int64_t dtype, int64_t rank, int64_t outs)
+{
+    return (dtype == LAMINA_BF16 ? rounded_up(rank, 2) : rank) * outs * bytes_of(dtype);
 }
 
 static inline int64_t padded_head(const Group *group)

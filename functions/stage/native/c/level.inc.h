@@ -14,6 +14,7 @@ enum { LANES = 16 };
 #include "blocks.inc.h"
 #include "float_blocks.inc.h"
 #include "multiply.inc.h"
+#include "adapters.inc.h"
 #include "attention.inc.h"
 #include "recurrent.inc.h"
 #include "sampler.inc.h"
@@ -29,6 +30,8 @@ const Level LEVEL = {
 #endif
     .multiply = multiply,
     .multiply_gated = multiply_gated,
+    .project = project,
+    .add_low_rank = add_low_rank,
     .activate = activate,
     .choose = choose_experts,
     .write_kv = write_kv,

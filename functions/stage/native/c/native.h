@@ -18,6 +18,7 @@ enum {
     LAMINA_GROUP_OUTS = 16,   /* outputs of a q4 or block matrix that are stored together; no piece of work divides them */
     LAMINA_BLOCK = 32,        /* weights of a row of a block matrix that share a scale, or two */
     LAMINA_PARTS = 3,         /* formats of a block matrix, at most */
+    LAMINA_LOW_PARTS = 4,     /* parts of a matrix to which an adapter adds by itself, at most */
     LAMINA_Q4_BLOCK = 32,     /* weights of a q4 row that share a scale and a minimum */
     LAMINA_Q4_BYTES = 320,    /* one block of a group: weights of four bits, then 16 scales and 16 minima in float16 */
     LAMINA_Q4_ENDS = 256,     /* where the scales begin in it */
@@ -205,6 +206,30 @@ typedef struct {
     Recurrent recurrent;   /* beside the attention or instead of it */
 } Layer;
 
+/* What an adapter adds to the outputs of a matrix: scale * B (A x), for each part of the outputs by itself (queries, keys, values, gates).
+   Numbers are bf16 or float32. In bf16, two that follow each other in the width (A) or the rank (B) are one pair, and an odd last
+   one has a zero.
+
+   a  part after part, for each group of LAMINA_GROUP_OUTS ranks: [width, ranks of the group], of pairs [width / 2, ranks, 2]
+   b  part after part: [rank, outputs of the part], of pairs [rank / 2, outputs, 2] */
+typedef struct {
+    int64_t dtype;
+    int64_t ranks[LAMINA_LOW_PARTS]; /* of each part; 0: nothing is added to it */
+    int64_t ends[LAMINA_LOW_PARTS];  /* outputs before the end of each part; then those of the matrix */
+    double scales[LAMINA_LOW_PARTS];
+    Memory a; /* absent: the adapter does not change the matrix */
+    Memory b;
+} LowRank;
+
+/* An adapter's share of one layer. */
+typedef struct {
+    LowRank qkv;
+    LowRank out;
+    LowRank gate;
+    LowRank up;
+    LowRank down;
+} AdapterLayer;
+
 /* The KV arena has pages: the keys and then the values of one layer and LAMINA_PAGE_TOKENS tokens of one sequence. A pair is two bf16
    or one float32: what one lane of a vector multiplies at a time. `padded` is head_dim rounded up to 16.
 
@@ -229,6 +254,7 @@ typedef struct {
     Memory layers; /* Layer [num_layers] */
     Memory arena;  /* [num_pages] pages */
     Memory budget; /* Budget; absent: all experts stay in memory */
+    Memory adapters; /* AdapterLayer [adapters, num_layers], or absent */
     int64_t num_layers;
     int64_t hidden_size;
     int64_t inner_size;      /* largest of a layer's own feed-forward */
@@ -251,6 +277,7 @@ typedef struct {
     int64_t recurrent_heads;   /* most heads of one */
     int64_t state_values;      /* numbers in the states of a sequence */
     int64_t kept_values;       /* numbers that are kept of a draft token */
+    int64_t low_floats; /* most sums of A x that a row has for one matrix, or for gate and up together; each rank counts as whole groups */
     int64_t rounds; /* 1: each layer's output is rounded to bf16, so that the bits do not depend on where a model is cut */
     int64_t bidirectional; /* 1: tokens attend to later ones of their segment, too */
     double eps;     /* of the norms */
@@ -267,6 +294,7 @@ typedef struct {
     Memory copied_at; /* int64 [copies]; copies that are not after one of the segment's tokens are left alone */
     Memory kept;      /* float32 [tokens from kept_from on, kept_values] what changes states by a draft token: written; or absent */
     int64_t kept_from; /* position of the first draft token */
+    int64_t adapter; /* number of an adapter of the group, from 1 on; 0: none */
 } Segment;
 
 typedef struct {
@@ -330,6 +358,7 @@ typedef enum {
     LAMINA_UNALIGNED,     /* an address is not a multiple of its element's size */
     LAMINA_BAD_SEGMENT,   /* a segment leaves its pages, the arena or a ring, or the segments do not cover all rows */
     LAMINA_NOT_FINITE,    /* a score is a NaN, or the greatest is infinite */
+    LAMINA_BAD_ADAPTER,   /* an adapter is unknown, or does not fit the matrices of a layer */
 } Status;
 
 /* Describes a status; never NULL. */
@@ -363,7 +392,7 @@ LAMINA_API int64_t lamina_pass_bytes(const Group *group, int64_t rows, int64_t m
 LAMINA_API int64_t lamina_product_bytes(const Matrix *matrix, int64_t rows, int64_t threads);
 LAMINA_API int64_t lamina_draw_bytes(int64_t vocabulary, int64_t threads);
 
-/* Sizes of Memory, Matrix, Norm, Recurrent, Expert, Experts, Budget, Latent, Layer, Group, Segment, Pass, Product, Draw, Draws and Softmax, by number, so that Python can compare its
+/* Sizes of Memory, Matrix, Norm, Recurrent, Expert, Experts, Budget, Latent, Layer, LowRank, AdapterLayer, Group, Segment, Pass, Product, Draw, Draws and Softmax, by number, so that Python can compare its
    records; 0 beyond the last. */
 LAMINA_API int64_t lamina_size_of(int64_t record);
 

@@ -10,7 +10,7 @@ static void *taken(Workspace *workspace, uint8_t *memory, int64_t bytes)
 
 int64_t matrix_scratch_bytes(int64_t width, int64_t row_bytes)
 {
-    return FEW_ROWS * LAMINA_TILE_OUTS * 4 + 2 * rounded_up(width, LAMINA_STEP) * 4 + FEW_ROWS * row_bytes;
+    return FEW_ROWS * LAMINA_TILE_OUTS * 4 + (LAMINA_TILE_ROWS + 1) * rounded_up(width, LAMINA_STEP) * 4 + FEW_ROWS * row_bytes;
 }
 
 /* Memory for rows that all threads pack together. */
@@ -25,7 +25,7 @@ MatrixScratch matrix_scratch(const Matrix *matrix, uint8_t *scratch)
 {
     MatrixScratch parts = {.scales = (float *)scratch};
     parts.normalized = parts.scales + FEW_ROWS * LAMINA_TILE_OUTS;
-    parts.ordered = parts.normalized + rounded_up(matrix->width, LAMINA_STEP);
+    parts.ordered = parts.normalized + LAMINA_TILE_ROWS * rounded_up(matrix->width, LAMINA_STEP);
     parts.packed = (uint8_t *)(parts.ordered + rounded_up(matrix->width, LAMINA_STEP));
     return parts;
 }
@@ -89,6 +89,8 @@ Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, 
     workspace.pieces = taken(&workspace, memory, pieces == 1 ? 0 : rows * pieces * group->heads * attended_floats(group) * 4);
     if (group->expert_size)
         take_routed(&workspace, group, rows, memory);
+    workspace.adapted = taken(&workspace, memory, group->low_floats ? rounded_up(rows, 16) * (int64_t)sizeof(AdaptedRows) : 0);
+    workspace.low = taken(&workspace, memory, rows * group->low_floats * 4);
     workspace.counters_bytes = group->num_layers * PHASES * (threads + 1) * (int64_t)sizeof(Counter);
     workspace.counters = taken(&workspace, memory, workspace.counters_bytes);
     workspace.scratch_bytes = rounded_up(

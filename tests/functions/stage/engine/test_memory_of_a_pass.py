@@ -39,7 +39,14 @@ def build(kind: Kind, name: str, dtype: str = "float32", **changes: Any) -> Laye
 
 
 def passes_of(group: LayerGroup) -> ForwardPass:
-    return ForwardPass(group, SequenceTable(group.kv, 600, lambda: 0.0), Constraints(None), group.hidden_dtype, VectorHead({}))
+    return ForwardPass(
+        group,
+        SequenceTable(group.kv, 600, lambda: 0.0),
+        Constraints(None),
+        group.hidden_dtype,
+        VectorHead({}),
+        lambda adapter: 0,
+    )
 
 
 def scored(running: ForwardPass, token_ids: list[int], position: int = 0) -> tuple[float, ...]:

@@ -85,7 +85,14 @@ def test_stages_generate_and_score_as_they_do_on_the_cpu(kind: Kind, name: str) 
     expected = tiny_models.greedy(whole_model(name), PROMPT, 6)
     with on_the_device(kind, name) as groups:
         passes = [
-            ForwardPass(group, SequenceTable(group.kv, 600, lambda: 0.0), Constraints(None), group.hidden_dtype, VectorHead({}))
+            ForwardPass(
+                group,
+                SequenceTable(group.kv, 600, lambda: 0.0),
+                Constraints(None),
+                group.hidden_dtype,
+                VectorHead({}),
+                lambda adapter: 0,
+            )
             for group in groups
         ]
         tokens = list(PROMPT)

@@ -315,6 +315,39 @@ static Group group_of(int is_long)
     return group;
 }
 
+/* What an adapter adds to a matrix, sometimes nothing. parts: of its outputs. */
+static LowRank low_rank_of(const Matrix *matrix, int parts)
+{
+    LowRank low = {.dtype = any(0, 1) ? LAMINA_BF16 : LAMINA_F32};
+    int64_t begin = 0, bytes = 0;
+    if (!matrix->weights.bytes || any(0, 2) == 0)
+        return low;
+    for (int part = 0; part < LAMINA_LOW_PARTS; part++) {
+        low.ends[part] = part < parts - 1 ? any(begin, matrix->outs) : matrix->outs;
+        low.ranks[part] = part < parts ? any(part > 0 ? 0 : 1, 40) : 0;
+        low.scales[part] = 0.5;
+        bytes += low_rank_part_bytes(low.dtype, low.ranks[part], low.ends[part] - begin);
+        begin = low.ends[part];
+    }
+    low.a.bytes = 1; /* not absent */
+    low.a = memory_of(low_rank_floats(&low) / LAMINA_GROUP_OUTS * low_rank_group_bytes(low.dtype, matrix->width));
+    low.b = memory_of(bytes);
+    return low;
+}
+
+static void give_adapters(Group *group, int64_t count)
+{
+    const Layer *layers = group->layers.data;
+    group->adapters = memory_of(count * group->num_layers * (int64_t)sizeof(AdapterLayer));
+    AdapterLayer *shares = group->adapters.data;
+    for (int64_t i = 0; i < count * group->num_layers; i++) {
+        const Layer *layer = &layers[i % group->num_layers];
+        shares[i] = (AdapterLayer){low_rank_of(&layer->qkv, 4), low_rank_of(&layer->out, 1), low_rank_of(&layer->gate, 1),
+                                   low_rank_of(&layer->up, 1), low_rank_of(&layer->down, 1)};
+    }
+    group->low_floats = 4 * 48;
+}
+
 static Memory workspace_of(int64_t bytes)
 {
     uint8_t *data = aligned_alloc(64, (size_t)padded(bytes, 64));
@@ -333,6 +366,9 @@ static int run_pass(Pool *pool)
 {
     const int is_long = any(0, 15) == 0;
     Group group = group_of(is_long);
+    const int64_t adapters = any(0, 2);
+    if (adapters)
+        give_adapters(&group, adapters);
     Segment segments[3];
     int64_t count = any(1, 3), rows = 0, most = 1, page = 0, used = 0;
     for (; used < count && page + group.num_layers <= group.num_pages; used++) {
@@ -341,6 +377,7 @@ static int run_pass(Pool *pool)
         if (is_long || group_has_ring(&group)) /* a ring of one page has room for so many after a window of 40 */
             length = length < 24 ? length : 24;
         segments[used] = (Segment){memory_of(group.num_layers * pages * 4), position, any(1, length)};
+        segments[used].adapter = any(0, adapters);
         segments[used].pages.bytes = group.kv_layers * pages * 4;
         const int64_t copies = any(0, 2), drafts = any(0, segments[used].length);
         if (group.state_values) {
@@ -365,9 +402,14 @@ static int run_pass(Pool *pool)
     memcpy(pass.segments.data, segments, (size_t)pass.segments.bytes);
     Layer *layers = group.layers.data;
     Layer before = layers[0];
+    AdapterLayer *share = group.adapters.data, share_before = adapters ? share[0] : (AdapterLayer){0};
     Pass whole = pass;
     Group sound = group;
     switch (any(0, 7)) {
+    case 6:
+        if (adapters)
+            spoil(share, sizeof *share);
+        break;
     case 0:
         spoil(&group, sizeof group);
         break;
@@ -393,7 +435,7 @@ static int run_pass(Pool *pool)
         if (says_more(&((Segment *)whole.segments.data)[i].pages, &segments[i].pages, 1) ||
             says_more(&((Segment *)whole.segments.data)[i].states, &segments[i].states, 4))
             return -1;
-    if (says_more(&group.layers, &sound.layers, 3) || says_more(&pass.hidden, &whole.hidden, 4) ||
+    if (says_more(&group.layers, &sound.layers, 4) || says_more(&pass.hidden, &whole.hidden, 4) ||
         group.rotations > sound.rotations)
         return -1;
     const Norm *norms[] = {&layers[0].before_attention, &layers[0].qk, &layers[0].after_attention, &layers[0].before_mlp,
@@ -413,6 +455,9 @@ static int run_pass(Pool *pool)
         return -1;
     for (int i = 0; i < 8; i++)
         if (says_more(&now[i]->weights, &then[i]->weights, 3))
+            return -1;
+    for (int i = 0; adapters && i < 5; i++)
+        if (says_more(&(&share->qkv)[i].a, &(&share_before.qkv)[i].a, 2))
             return -1;
     return lamina_run_layers(pool, &group, &pass);
 }

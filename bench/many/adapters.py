@@ -1,0 +1,166 @@
+"""100 adapters of rank 16 over the packaged model, and requests that draw them by Zipf's law (`python -m bench.many.adapters`).
+
+Compares tokens per second at 16 requests at once with those of the base model, in rounds that alternate, and measures the first
+token of an adapter that is not loaded. Adapters are random: they take the time of trained ones. Writes a section of
+docs/benchmarks.md; status 1 if a target is missed.
+"""
+
+import asyncio
+import random
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Final
+
+import aiohttp
+import click
+import msgspec
+import numpy as np
+from rich.console import Console
+from safetensors.numpy import save_file
+
+from bench.pipeline import gateway_beside, local_spec, stage_alone
+from bench.report import ROOT, STATE, judged, machine, table, verdict_table, write_section
+from functions.stage.engine.threads import usable_cores
+from knative.commands.local_pipeline import ensure_published, local_pipeline
+from knative.commands.options import STORE_FOLDER
+from storage.checkpoints.decoder import layer_shapes
+from storage.checkpoints.decoder_config import decoder_of
+from storage.models.adapters import list_adapters, publish_adapter
+from storage.models.model_repository import ModelManifest, read_file
+from storage.store.embedded import EmbeddedStore
+from storage.store.object_store import ObjectStore
+
+ADAPTERS: Final = 100
+KEPT: Final = 32
+RANK: Final = 16
+AT_ONCE: Final = 16
+NEW_TOKENS: Final = 48
+LEAST_SHARE: Final = 0.75
+MOST_FIRST_SECONDS: Final = 0.3
+_PROMPT: Final = "Write a long story about a lighthouse keeper and the sea, in which number {} is the key to everything. "
+
+
+def publish_adapters(store: ObjectStore, manifest: ModelManifest) -> list[str]:
+    """Publishes the random adapters that the store lacks, and returns the names of all."""
+    model = decoder_of(msgspec.json.decode(read_file(store, manifest, "config.json")))
+    names = [f"a{number:03}" for number in range(ADAPTERS)]
+    present = set(list_adapters(store, manifest.name))
+    modules = (*model.names.qkv, model.names.out, model.names.gate, model.names.up, model.names.down)
+    for number, name in enumerate(names):
+        if name in present:
+            continue
+        dice, tensors = np.random.default_rng(number), {}
+        for layer, description in enumerate(model.layers):
+            shapes = layer_shapes(model, description)
+            for module in modules:
+                outs, width = shapes[f"{module}.weight"]
+                prefix = f"base_model.model.{model.names.layers}.{layer}.{module}"
+                tensors[f"{prefix}.lora_A.weight"] = dice.normal(0, 0.02, (RANK, width)).astype(np.float32)
+                tensors[f"{prefix}.lora_B.weight"] = dice.normal(0, 0.02, (outs, RANK)).astype(np.float32)
+        with TemporaryDirectory() as folder:
+            config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK}
+            (Path(folder) / "adapter_config.json").write_bytes(msgspec.json.encode(config))
+            save_file(tensors, Path(folder) / "adapter_model.safetensors")
+            publish_adapter(store, manifest.name, name, Path(folder))
+    return names
+
+
+async def tokens_per_second(url: str, models: Sequence[str]) -> float:
+    """Asks once for each of `models`, AT_ONCE at a time."""
+    left = iter(enumerate(models))
+    made = 0
+
+    async def client(session: aiohttp.ClientSession) -> None:
+        nonlocal made
+        for number, model in left:
+            made += (await _ask(session, url, model, number, NEW_TOKENS))[1]
+
+    timeout = aiohttp.ClientTimeout(total=600)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        began = time.perf_counter()
+        async with asyncio.TaskGroup() as clients:
+            for _ in range(AT_ONCE):
+                clients.create_task(client(session))
+        return made / (time.perf_counter() - began)
+
+
+async def first_token_seconds(url: str, models: Sequence[str]) -> list[float]:
+    """Of requests for one token, one after the other."""
+    async with aiohttp.ClientSession() as session:
+        return [(await _ask(session, url, model, number, 1))[0] for number, model in enumerate(models)]
+
+
+async def _ask(session: aiohttp.ClientSession, url: str, model: str, number: int, tokens: int) -> tuple[float, int]:
+    """Seconds until the whole answer, and its tokens."""
+    body = {"model": model, "prompt": _PROMPT.format(number), "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    began = time.perf_counter()
+    async with session.post(f"{url}/v1/completions", json=body) as reply:
+        answer = await reply.json()
+        assert reply.status == 200, answer
+        return time.perf_counter() - began, answer["usage"]["completion_tokens"]
+
+
+@click.command(help=__doc__)
+@click.option("--dtype", default="q4", show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--requests", type=click.IntRange(min=1), default=64, show_default=True, help="Of each round and contender.")
+@click.option("--state", type=click.Path(path_type=Path), default=STATE / "adapters", help="Folder of the store and the logs.")
+@click.option("--write/--no-write", default=True, help="Write the section of docs/benchmarks.md.")
+def main(dtype: str, rounds: int, requests: int, state: Path, write: bool) -> None:
+    state.mkdir(parents=True, exist_ok=True)
+    with EmbeddedStore(state / STORE_FOLDER) as embedded, ExitStack() as running:
+        store = ObjectStore(embedded.settings)
+        manifest = ensure_published(store, None, dtype, Console())
+        names = [f"{manifest.name}:{name}" for name in publish_adapters(store, manifest)]
+        resources = {"cpu": str(usable_cores()), "memory": "4Gi"}
+        spec = local_spec(
+            "adapters",
+            model={"name": manifest.name, "dtype": dtype},
+            stages=1,
+            adapters=KEPT,
+            adapter_rank=RANK,
+            stage={"resources": resources},
+            gateway={"draft_tokens": 0},
+        )
+        local = local_pipeline(store, manifest, 1, spec, {})
+        stage, _ = running.enter_context(stage_alone(local, 0, state / "stage.log"))
+        url, _ = running.enter_context(gateway_beside(local, [stage], state / "gateway.log"))
+        dice = random.Random(1)
+        weights = [1 / rank for rank in range(1, ADAPTERS + 1)]
+        base, adapted = [], []
+        asyncio.run(tokens_per_second(url, [manifest.name] * AT_ONCE))
+        for _ in range(rounds):
+            base.append(asyncio.run(tokens_per_second(url, [manifest.name] * requests)))
+            adapted.append(asyncio.run(tokens_per_second(url, dice.choices(names, weights, k=requests))))
+        # Each of these is not loaded: more than the stage keeps were asked for since.
+        cold = asyncio.run(first_token_seconds(url, [*names[-KEPT:], *names[-2 * KEPT : -KEPT]]))[KEPT:]
+        warm = asyncio.run(first_token_seconds(url, names[-2 * KEPT : -KEPT]))
+    verdicts = [
+        judged("tokens/s with adapters, of the base model's", median(adapted) / median(base), LEAST_SHARE),
+        judged("first token of an adapter that is not loaded, s", median(cold), MOST_FIRST_SECONDS, at_most=True),
+    ]
+    rows = [
+        ("base model", f"{median(base):.0f}", f"{min(base):.0f} to {max(base):.0f}"),
+        (f"{ADAPTERS} adapters by Zipf's law", f"{median(adapted):.0f}", f"{min(adapted):.0f} to {max(adapted):.0f}"),
+    ]
+    text = (
+        f"## Adapters\n\n`python -m bench.many.adapters --dtype {dtype}` · {machine()} · {manifest.name} in {dtype}, one stage "
+        f"that keeps {KEPT} adapters; {ADAPTERS} random adapters of rank {RANK} on all linear modules; {AT_ONCE} requests at "
+        f"once, {requests} a round, {NEW_TOKENS} tokens each; {rounds} alternating rounds; speculative decoding off.\n\n"
+        f"{table(['', 'tokens/s, median', 'rounds'], rows)}\n\n"
+        f"First token of an adapter that is loaded: {median(warm):.2f} s; that is not: {median(cold):.2f} s.\n\n"
+        f"{verdict_table(verdicts)}"
+    )
+    print(text)
+    if write:
+        write_section(ROOT / "docs" / "benchmarks.md", "adapters", text)
+    sys.exit(any(verdict.met is False for verdict in verdicts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The names that clients may give as `model`: the served model, and its adapters as the store lists them."""
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from eventing.problems import ModelNotFound, NotReady
+from storage.errors import AdapterNotPublished, StorageError
+from storage.models.adapters import AdapterName, list_adapters, read_name
+from storage.store.payload_store import PayloadStore
+
+_FRESH_SECONDS: Final = 5.0  # what was read from the store is used for so long
+_RETRY_SECONDS: Final = 1.0  # between two listings for names that are unknown
+_MAX_LABELS: Final = 100  # adapters with a label of their own in metrics
+
+
+class ServedModels:
+    """The served model and its adapters. Thread-safe. Raises ModelNotFound, or NotReady if the store cannot be asked.
+
+    The store is asked when a client names an adapter, and a name's versions are read again after a few seconds. If that fails,
+    what is known stays in use.
+    """
+
+    def __init__(self, model: str, store: PayloadStore | None, clock: Callable[[], float] = time.monotonic) -> None:
+        """store: None if no adapters are served."""
+        self.model = model
+        self._store = store
+        self._clock = clock
+        self._lock = threading.Lock()  # held while the store is asked: others wait for the same answer
+        self._listed: frozenset[str] = frozenset()
+        self._listed_at = -_FRESH_SECONDS
+        self._read: dict[str, tuple[float, AdapterName]] = {}
+        self._labels: set[str] = set()
+
+    def names(self) -> list[str]:
+        """All names, the model's own first."""
+        return [self.model, *(f"{self.model}:{name}" for name in sorted(self._list(_FRESH_SECONDS)))]
+
+    def check(self, requested: str) -> None:
+        """Refuses a name that no adapter can have, without asking the store."""
+        if requested != self.model and (self._store is None or not requested.startswith(f"{self.model}:")):
+            raise ModelNotFound(f"The model {requested!r} is not served here; this gateway serves {self.model!r}")
+
+    def adapter(self, requested: str, request_id: str) -> bytes:
+        """The digest of the version of an adapter that a request gets; empty for the model itself.
+
+        request_id: decides between versions that share a name, so that a repeated request gets the same one.
+        """
+        self.check(requested)
+        if requested == self.model:
+            return b""
+        name, _, wanted = requested.removeprefix(f"{self.model}:").partition("@")
+        named = self._versions(name)
+        if not wanted:
+            point = int.from_bytes(hashlib.sha256(f"{name} {request_id}".encode()).digest()[:6]) / 2**48
+            return bytes.fromhex(named.version_at(point))
+        chosen = [each.version for each in named.versions if each.version.startswith(wanted)]
+        if len(chosen) != 1:
+            raise ModelNotFound(
+                f"{requested!r} names {len(chosen)} versions of the adapter {name!r}; it has {len(named.versions)}"
+            )
+        return bytes.fromhex(chosen[0])
+
+    def label(self, requested: str) -> str:
+        """The value of metrics' label for a served name. Only so many adapters have one of their own."""
+        name = requested.partition("@")[0]
+        if name == self.model or name in self._labels:
+            return name
+        with self._lock:
+            if len(self._labels) < _MAX_LABELS:
+                self._labels.add(name)
+                return name
+        return f"{self.model}:other"
+
+    def _versions(self, name: str) -> AdapterName:
+        now = self._clock()
+        read_at, known = self._read.get(name, (-_FRESH_SECONDS, None))
+        if known is not None and now - read_at < _FRESH_SECONDS:
+            return known
+        if name not in self._list(_FRESH_SECONDS) and name not in self._list(_RETRY_SECONDS):
+            raise ModelNotFound(
+                f"The model {self.model!r} has no adapter {name!r} here; GET /v1/models lists its adapters, "
+                "and push-adapter publishes one"
+            )
+        with self._lock:
+            assert self._store is not None
+            try:
+                known = read_name(self._store, self.model, name)
+            except AdapterNotPublished as error:  # deleted just now
+                raise ModelNotFound(str(error)) from error
+            except StorageError as error:
+                if known is None:
+                    raise NotReady(f"the store of adapters failed: {error}") from error
+            self._read[name] = (now, known)
+        return known
+
+    def _list(self, fresh_seconds: float) -> frozenset[str]:
+        """The names of all adapters, as the store listed them at most so long ago."""
+        if self._store is None:
+            return frozenset()
+        with self._lock:
+            now = self._clock()
+            if now - self._listed_at >= fresh_seconds:
+                try:
+                    self._listed = frozenset(list_adapters(self._store, self.model))
+                except StorageError as error:
+                    if not self._listed:
+                        raise NotReady(f"the store of adapters failed: {error}") from error
+                self._listed_at = now
+                for name in self._read.keys() - self._listed:
+                    del self._read[name]
+            return self._listed
