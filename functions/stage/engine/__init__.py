@@ -3,5 +3,5 @@
 Several threads may bring events, but a lock lets only one compute at a time.
 
 May import: eventing, eventing.wire, functions.grammars, functions.stage.models, functions.stage.native, functions.threads,
-storage.models.
+storage, storage.loading, storage.models.
 """
