@@ -31,6 +31,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "torch": (
         "functions/stage/models/build.py",
         "functions/stage/models/llama/",
+        "functions/stage/models/torch_adapters.py",
         "functions/stage/models/torch_border.py",
         "functions/stage/models/transformers/",
         "storage/models/checks.py",
