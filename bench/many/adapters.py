@@ -30,7 +30,8 @@ from knative.commands.local_pipeline import ensure_published, local_pipeline
 from knative.commands.options import STORE_FOLDER
 from storage.checkpoints.decoder import layer_shapes
 from storage.checkpoints.decoder_config import decoder_of
-from storage.models.adapters import list_adapters, publish_adapter
+from storage.models.adapter_publisher import publish_adapter
+from storage.models.adapters import list_adapters
 from storage.models.model_repository import ModelManifest, read_file
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore

@@ -7,14 +7,8 @@ from rich.console import Console
 
 from knative.commands.console import show_table, size
 from knative.commands.options import OpenStore, store_options
-from storage.models.adapters import (
-    adapted_models,
-    delete_adapter,
-    list_adapters,
-    publish_adapter,
-    read_name,
-    set_share,
-)
+from storage.models.adapter_publisher import adapted_models, delete_adapter, publish_adapter, set_share
+from storage.models.adapters import list_adapters, read_name
 
 _share_range = click.IntRange(0, 100)
 

@@ -7,39 +7,12 @@ A version is named by its contents and never changes. A name lists versions with
 writes a version first and its name last, so sequences that run keep the version with which they began.
 """
 
-import hashlib
-import math
-import re
-import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
 import msgspec
 
-from storage.checkpoints.checkpoint import SourceTensor
-from storage.checkpoints.decoder import Decoder, full_name, layer_shapes
-from storage.checkpoints.decoder_config import decoder_of
-from storage.checkpoints.decoder_families import UnsupportedConfig
-from storage.checkpoints.families import part_of
-from storage.checkpoints.hugging_face_folder import read_json, read_rows
-from storage.checkpoints.safetensors_format import read_spans
-from storage.errors import AdapterInvalid, AdapterNotPublished, ManifestInvalid, ModelNotPublished, ObjectNotFound
-from storage.models.model_repository import (
-    PART_BYTES,
-    ModelManifest,
-    Reader,
-    StoredObject,
-    check_name,
-    contradiction,
-    layer_object,
-    list_models,
-    read_file,
-    read_manifest,
-)
-from storage.models.object_writer import ObjectPlan, TargetTensor, plan_object, planned_digests, write_object
+from storage.errors import AdapterNotPublished, ManifestInvalid, ObjectNotFound
+from storage.models.model_repository import Reader, StoredObject, check_name, contradiction
 
 if TYPE_CHECKING:
     from storage.store.object_store import ObjectStore
@@ -47,14 +20,11 @@ if TYPE_CHECKING:
 
 MAX_RANK: Final = 256
 VERSION_DIGITS: Final = 32
-_ROOT: Final = "adapters/"
-_CONFIG: Final = "adapter_config.json"
-_TENSORS: Final = "adapter_model.safetensors"
-_MANIFEST: Final = "manifest.json"
-_FLOATS: Final = ("F32", "BF16", "F16")
-_PREFIX: Final = "base_model.model."
+ADAPTERS: Final = "adapters/"
+MANIFEST: Final = "manifest.json"
 
 Version = Annotated[str, msgspec.Meta(pattern=f"^[0-9a-f]{{{VERSION_DIGITS}}}$")]
+T = TypeVar("T")
 
 
 class AdapterManifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,166 +62,16 @@ class AdapterName(msgspec.Struct, frozen=True):
         return self.versions[-1].version
 
 
-class _Config(msgspec.Struct):
-    """The fields of an adapter_config.json that decide what is computed."""
-
-    r: Annotated[int, msgspec.Meta(ge=1)]
-    lora_alpha: float
-    peft_type: str = "LORA"
-    use_rslora: bool = False
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
-
-    def scale(self, module: str, rank: int) -> float:
-        """What the product of both matrices is multiplied by. Raises AdapterInvalid if `rank` is not the config's."""
-        wanted = _of_pattern(self.rank_pattern, module, self.r)
-        if rank != wanted:
-            raise AdapterInvalid(f"{module} has rank {rank} in {_TENSORS} and {wanted} in {_CONFIG}; which is right?")
-        alpha = _of_pattern(self.alpha_pattern, module, self.lora_alpha)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
-
-
-# Fields of an adapter_config.json that change what is computed, if they are set, and no stage computes.
-_REFUSED: Final[Mapping[str, str]] = {
-    "use_dora": "DoRA, which scales each row of the adapted matrix",
-    "modules_to_save": "whole modules beside the low-rank matrices",
-    "layer_replication": "replicated layers",
-    "target_parameters": "adapted parameters that are no linear modules",
-    "trainable_token_indices": "rows of the embedding",
-    "alora_invocation_tokens": "aLoRA, which begins at tokens of its own",
-    "use_qalora": "QALoRA, which pools its inputs",
-    "lora_bias": "biases of the second matrix",
-    "use_bdlora": "block-diagonal matrices",
-}
-
-
 def adapter_prefix(model: str) -> str:
     """The prefix of all adapters of a model. Raises ValueError for an invalid name."""
     check_name(model)
-    return f"{_ROOT}{model}/"
-
-
-def plan_adapter(folder: Path, base: ModelManifest, config: Mapping[str, Any]) -> tuple[AdapterManifest, list[ObjectPlan]]:
-    """Checks a PEFT folder against the model that it adapts, and says what a publication would write.
-
-    base, config: manifest and config.json of the model, in any dtype. The manifest's objects have no keys yet. Raises
-    AdapterInvalid, which names what was seen, or CheckpointInvalid for files that cannot be read.
-    """
-    adapter = _read_config(folder)
-    shapes = _ModuleShapes(base, config)
-    modules: dict[str, dict[str, SourceTensor]] = {}
-    for name, tensor in _tensors(folder).items():
-        found = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_(A|B)\.weight", name)
-        if found is None:
-            raise AdapterInvalid(f"{folder} has {name!r}; served are lora_A and lora_B of linear modules in layers only")
-        modules.setdefault(shapes.full_name(found[1]), {})[found[2]] = tensor
-    if not modules:
-        raise AdapterInvalid(f"{folder / _TENSORS} has no lora_A")
-    layers: dict[int, dict[str, TargetTensor]] = {}
-    ranks, inner_names = [], set()
-    for module, both in sorted(modules.items()):
-        layer, inner, (outs, width) = shapes.place(module)
-        if both.keys() != {"A", "B"}:
-            raise AdapterInvalid(f"{module} has lora_{min(both)} and lacks the other matrix; is the file complete?")
-        a, b = both["A"], both["B"]
-        rank = a.shape[0] if a.shape else 0
-        if (a.shape, b.shape) != ((rank, width), (outs, rank)) or not 1 <= rank <= MAX_RANK:
-            seen = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
-            raise AdapterInvalid(
-                f"{module} has {seen}; the module of {base.name} is [{outs}, {width}], and ranks are at most {MAX_RANK}"
-            )
-        for which, tensor in both.items():
-            if tensor.dtype not in _FLOATS:
-                raise AdapterInvalid(f"{module} has lora_{which} in {tensor.dtype}; served are {', '.join(_FLOATS)}")
-        scale = struct.pack("<f", adapter.scale(module, rank))
-        layers.setdefault(layer, {}).update(
-            {
-                f"{module}.lora_A": TargetTensor(a.dtype, a.shape, a.blocks),
-                f"{module}.lora_B": TargetTensor(b.dtype, b.shape, b.blocks),
-                f"{module}.lora_scale": TargetTensor("F32", (), partial(_bytes_of, scale)),
-            }
-        )
-        ranks.append(rank)
-        inner_names.add(inner)
-    plans = [plan_object(layer_object(layer), tensors) for layer, tensors in sorted(layers.items())]
-    objects = {
-        plan.name: StoredObject("", plan.bytes, PART_BYTES, planned_digests(plan, lambda count: None), plan.named_spans)
-        for plan in plans
-    }
-    return AdapterManifest(rank=max(ranks), modules=tuple(sorted(inner_names)), objects=objects), plans
-
-
-def publish_adapter(store: "ObjectStore", model: str, name: str, folder: Path, *, share: int = 100) -> NamedVersion:
-    """Publishes a PEFT folder as a version of the adapter `name` of a model, and returns the version.
-
-    share: percent of the requests for `name` that get it; the version that had the largest share before gets the rest. All
-    checks come before the first upload. Raises ValueError for an invalid name, ModelNotPublished, AdapterInvalid or another
-    StorageError.
-    """
-    check_name(name, "adapter")
-    prefix = adapter_prefix(model)
-    base = next((read_manifest(store, model, dtype) for found, dtype in list_models(store) if found == model), None)
-    if base is None:
-        raise ModelNotPublished(f"model {model!r} is not published; push it before its adapters")
-    manifest, plans = plan_adapter(folder, base, msgspec.json.decode(read_file(store, base, "config.json")))
-    version = hashlib.sha256(msgspec.json.encode(manifest, order="sorted")).hexdigest()[:VERSION_DIGITS]
-    objects = {}
-    for plan in plans:
-        key = f"{_version_prefix(model, version)}{plan.name}.safetensors"
-        objects[plan.name] = write_object(store, key, plan, lambda count: None)
-        if objects[plan.name].digest != manifest.objects[plan.name].digest:
-            raise AdapterInvalid(f"{folder} changed while it was published; publish it again when nothing writes to it")
-    written = msgspec.structs.replace(manifest, objects=objects)
-    store.put(f"{_version_prefix(model, version)}{_MANIFEST}", msgspec.json.encode(written))
-    own = NamedVersion(version, share, manifest.rank, manifest.bytes)
-    try:
-        others = [each for each in read_name(store, model, name).versions if each.version != version]
-    except AdapterNotPublished:
-        others = []
-    _write_name(store, f"{prefix}names/{name}.json", _shared(others, own))
-    return own
-
-
-def set_share(store: "ObjectStore", model: str, name: str, version: str, share: int) -> AdapterName:
-    """Changes the share of a published version of `name`; of the others, the one with the largest share gets the rest.
-
-    version: its digits, or their beginning. Raises AdapterNotPublished.
-    """
-    versions = read_name(store, model, name).versions
-    chosen = [each for each in versions if each.version.startswith(version)]
-    if len(chosen) != 1:
-        raise AdapterNotPublished(
-            f"{model}:{name} has {len(chosen)} versions that begin with {version!r}; it has "
-            + ", ".join(each.version for each in versions)
-        )
-    own = msgspec.structs.replace(chosen[0], share=share)
-    changed = _shared([each for each in versions if each.version != own.version], own)
-    _write_name(store, f"{adapter_prefix(model)}names/{name}.json", changed)
-    return changed
-
-
-def delete_adapter(store: "ObjectStore", model: str, name: str) -> None:
-    """Removes a name, and all its versions that no other name of the model has. Raises AdapterNotPublished."""
-    doomed = {each.version for each in read_name(store, model, name).versions}
-    store.delete(f"{adapter_prefix(model)}names/{name}.json")
-    for other in list_adapters(store, model):
-        doomed -= {each.version for each in read_name(store, model, other).versions}
-    for version in doomed:
-        # The manifest first: a stage that begins to load the version finds nothing, and not a part.
-        keys = [item.key for item in store.list(_version_prefix(model, version))]
-        for key in sorted(keys, key=lambda key: not key.endswith(_MANIFEST)):
-            store.delete(key)
+    return f"{ADAPTERS}{model}/"
 
 
 def list_adapters(store: "ObjectStore | PayloadStore", model: str) -> list[str]:
     """The names of a model's adapters, sorted."""
     prefix = f"{adapter_prefix(model)}names/"
     return sorted(item.key.removeprefix(prefix).removesuffix(".json") for item in store.list(prefix))
-
-
-def adapted_models(store: "ObjectStore") -> list[str]:
-    """The names of the models that have adapters, sorted."""
-    return sorted({item.key.removeprefix(_ROOT).partition("/")[0] for item in store.list(_ROOT)})
 
 
 def read_name(reader: Reader, model: str, name: str) -> AdapterName:
@@ -262,15 +82,12 @@ def read_name(reader: Reader, model: str, name: str) -> AdapterName:
 
 def read_version(reader: Reader, model: str, version: str) -> AdapterManifest:
     """The manifest of a version. Raises AdapterNotPublished, ManifestInvalid, or the reader's errors."""
-    key = f"{_version_prefix(model, version)}{_MANIFEST}"
+    key = f"{version_prefix(model, version)}{MANIFEST}"
     manifest = _decoded(reader, key, AdapterManifest, f"version {version} of an adapter of model {model!r} is not published")
     for name, stored in manifest.objects.items():
         if reason := contradiction(stored):
             raise ManifestInvalid(f"{key}: object {name!r} {reason}; publish the adapter again")
     return manifest
-
-
-T = TypeVar("T")
 
 
 def _decoded(reader: Reader, key: str, type_: type[T], missing: str) -> T:
@@ -282,94 +99,5 @@ def _decoded(reader: Reader, key: str, type_: type[T], missing: str) -> T:
         raise ManifestInvalid(f"{key} cannot be read ({error}); publish the adapter again") from error
 
 
-def _version_prefix(model: str, version: str) -> str:
+def version_prefix(model: str, version: str) -> str:
     return f"{adapter_prefix(model)}versions/{version}/"
-
-
-def _shared(others: Sequence[NamedVersion], own: NamedVersion) -> AdapterName:
-    """`own` with its share, and the rest for the largest of `others`; without others it gets all."""
-    if not others:
-        return AdapterName((msgspec.structs.replace(own, share=100),))
-    largest = max(others, key=lambda each: each.share)
-    rest = [msgspec.structs.replace(each, share=100 - own.share if each is largest else 0) for each in others]
-    return AdapterName((*rest, own))
-
-
-def _write_name(store: "ObjectStore", key: str, name: AdapterName) -> None:
-    store.put(key, msgspec.json.format(msgspec.json.encode(name), indent=1))
-
-
-def _read_config(folder: Path) -> _Config:
-    """Raises AdapterInvalid for a kind of adapter, or for options, that no stage computes."""
-    found = read_json(folder / _CONFIG)
-    if found.get("peft_type", "LORA") != "LORA":
-        raise AdapterInvalid(f"{folder / _CONFIG} has peft_type {found['peft_type']!r}; served is LORA")
-    for field, what in _REFUSED.items():
-        if found.get(field):
-            raise AdapterInvalid(f"{folder / _CONFIG} has {field} {found[field]!r}: {what}, which no stage computes")
-    if found.get("bias", "none") != "none":
-        raise AdapterInvalid(f"{folder / _CONFIG} has bias {found['bias']!r}: trained biases, which no stage adds")
-    try:
-        return msgspec.convert(found, type=_Config)
-    except msgspec.ValidationError as error:
-        raise AdapterInvalid(f"{folder / _CONFIG} cannot be read: {error}") from error
-
-
-def _of_pattern(pattern: Mapping[str, T], module: str, default: T) -> T:
-    """The value of the first key that the module's name is or ends with, as peft.utils.get_pattern_key finds it."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
-
-
-def _tensors(folder: Path) -> dict[str, SourceTensor]:
-    path = folder / _TENSORS
-    if not path.is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        seen = "adapter_model.bin, a pickle, which can run code when read and is not" if pickled else "no such file"
-        raise AdapterInvalid(f"{folder} has {seen}; save the adapter as {_TENSORS} (save_pretrained writes it)")
-    return {
-        name: SourceTensor(span.dtype, span.shape, partial(read_rows, path, span)) for name, span in read_spans(path).items()
-    }
-
-
-class _ModuleShapes:
-    """The linear modules in a model's layers, by its description or else by its manifest."""
-
-    def __init__(self, base: ModelManifest, config: Mapping[str, Any]) -> None:
-        self._base = base
-        self._spans = {name: span for stored in base.objects.values() for name, span in stored.tensors.items()}
-        self._decoder: Decoder | None = None
-        with suppress(UnsupportedConfig):
-            self._decoder = decoder_of(config)
-        self._shapes = [] if self._decoder is None else [layer_shapes(self._decoder, kind) for kind in self._decoder.kinds]
-
-    def full_name(self, module: str) -> str:
-        """The name that the module has in the model, of which some checkpoints leave out a prefix."""
-        return module if self._decoder is None else full_name(self._decoder, module)
-
-    def place(self, module: str) -> tuple[int, str, tuple[int, int]]:
-        """Layer, name without the layer's prefix, and shape [outputs, inputs] of a module. Raises AdapterInvalid."""
-        layer, found = part_of(f"{module}.weight"), re.fullmatch(r"(.*\.\d+)\.(.+)", module)
-        if not isinstance(layer, int) or found is None:
-            raise AdapterInvalid(f"{module} is no module in a layer; adapters of embedding and head are not served")
-        if layer >= self._base.num_layers:
-            raise AdapterInvalid(f"{module} is in layer {layer}, and {self._base.name} has {self._base.num_layers} layers")
-        inner = found[2]
-        if self._decoder is None:
-            span = self._spans.get(f"{module}.weight")
-            shape = None if span is None else span.shape
-        else:
-            names = self._decoder.names
-            adapted = (*names.qkv, names.out, names.gate, names.up, names.down, *names.shared)
-            is_adapted = inner in adapted and found[1] == f"{names.layers}.{layer}"
-            shape = self._shapes[self._decoder.order[layer]].get(f"{inner}.weight") if is_adapted else None
-            shape = shape[::-1] if shape and names.transposed else shape
-        if shape is None or len(shape) != 2:
-            raise AdapterInvalid(
-                f"{module} is no linear module of {self._base.name}, a {self._base.model_type!r}; was the adapter trained on "
-                "another model?"
-            )
-        return layer, inner, (shape[0], shape[1])
-
-
-def _bytes_of(number: bytes) -> Iterator[memoryview]:
-    yield memoryview(number)

@@ -24,7 +24,8 @@ from eventing.wire.events import EventType
 from eventing.wire.generation import GenerateRequest, GenerateResponse
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import services
-from storage.models.adapters import delete_adapter, publish_adapter, read_version, set_share
+from storage.models.adapter_publisher import delete_adapter, publish_adapter, set_share
+from storage.models.adapters import read_version
 from storage.store.object_store import ObjectStore
 from tests.support.functions.functions import FunctionProcess, gateway_environment, running, running_stages, wait_until
 from tests.support.functions.killing import TIMING

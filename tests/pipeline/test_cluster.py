@@ -43,7 +43,7 @@ from knative.spec.pipeline_spec import (
     ModelSpec,
     NetworkSpec,
 )
-from storage.models.adapters import publish_adapter
+from storage.models.adapter_publisher import publish_adapter
 from storage.models.model_repository import read_file
 from storage.models.publisher import publish
 from storage.store.object_store import ObjectStore

@@ -12,15 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from storage.errors import AdapterInvalid, AdapterNotPublished, ChecksumMismatch, ModelNotPublished, StorageError
 from storage.loading.weight_loader import iterate_objects
-from storage.models.adapters import (
-    adapted_models,
-    delete_adapter,
-    list_adapters,
-    publish_adapter,
-    read_name,
-    read_version,
-    set_share,
-)
+from storage.models.adapter_publisher import adapted_models, delete_adapter, publish_adapter, set_share
+from storage.models.adapters import list_adapters, read_name, read_version
 from storage.models.publisher import publish
 from storage.store.object_reader import ObjectReader
 from storage.store.object_store import ObjectStore
