@@ -9,6 +9,7 @@ from rich.console import Console
 
 from functions.gateway.scheduling.batching import SchedulerLimits
 from knative.commands.console import show_table, size
+from knative.commands.model_choice import best_dtype
 from knative.commands.options import OpenStore, store_options
 from knative.spec.cut import cut_evenly, format_cut, parse_cut
 from knative.spec.model_shape import ModelShape, published_shape, shape_from_folder, shape_from_gguf
@@ -24,6 +25,7 @@ from knative.spec.sizing import (
     replicas_for,
 )
 from knative.spec.spec_file import load_spec
+from storage.checkpoints.model_source import open_checkpoint
 from storage.models.model_repository import read_manifest
 
 _POSITIVE = click.FloatRange(min=0, min_open=True)
@@ -37,7 +39,11 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 )
 @click.option("--stages", type=click.IntRange(min=1), default=3, show_default=True, help="Number of groups of layers.")
 @click.option("--cut", "cut_text", help="A cut of your own instead, such as 0:10,10:20,20:30.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Default: the one that `run` would choose for a file or folder; bfloat16 for a published name.",
+)
 @click.option("--wire-dtype", type=click.Choice(["int8"]), help="Send hidden states in 8 bits.  [default: as computed]")
 @click.option("--kv-dtype", type=click.Choice(["int8"]), help="Keep keys and values in 8 bits.  [default: as computed]")
 @click.option("--conversations", type=click.IntRange(min=1), help="Also show the replicas that this many at once need.")
@@ -50,7 +56,7 @@ def plan(
     model: str | None,
     stages: int,
     cut_text: str | None,
-    dtype: str,
+    dtype: str | None,
     wire_dtype: str | None,
     kv_dtype: str | None,
     conversations: int | None,
@@ -98,15 +104,21 @@ def plan(
         check_memory(given, [each.weight_bytes for each in plans], [kept * each.adapter_bytes for each in plans])
 
 
-def _shape(model: str, dtype: str, open_store: OpenStore) -> ModelShape:
-    if Path(model).is_dir():
-        return shape_from_folder(Path(model), dtype)
-    if Path(model).is_file():
-        return shape_from_gguf(Path(model), dtype)
+def _shape(model: str, dtype: str | None, open_store: OpenStore) -> ModelShape:
+    """dtype: None: the one that `run` would choose for a file or folder, and bfloat16 for a published name."""
+    path = Path(model)
+    if path.is_dir():
+        if dtype is None and any(path.glob("*.safetensors")):
+            dtype = best_dtype(open_checkpoint(path))
+        return shape_from_folder(path, dtype or "bfloat16")
+    if path.is_file():
+        from storage.checkpoints.gguf_checkpoint import open_gguf  # gguf and numpy, which only this format needs
+
+        return shape_from_gguf(path, dtype or best_dtype(open_gguf(path, tokenizer={})))
     if re.search(r"[/\\]", model):
         raise click.UsageError(f"--model: there is no folder or file {model}")
     with open_store() as opened:
-        return published_shape(opened, read_manifest(opened, model, dtype))
+        return published_shape(opened, read_manifest(opened, model, dtype or "bfloat16"))
 
 
 def _show_stages(console: Console, shape: ModelShape, plans: Sequence[StagePlan]) -> None:
@@ -129,7 +141,10 @@ def _show_stages(console: Console, shape: ModelShape, plans: Sequence[StagePlan]
     console.out(f"cut: {cut}", highlight=False)
     if shape.slow_because is not None:
         console.out(f"on CPUs layers do not run in C, which is slower: {shape.slow_because}", highlight=False)
-    console.out(f"weights: {size(total)} in all; a hop carries {plans[0].hop_bytes_per_token} bytes per token", highlight=False)
+    console.out(
+        f"weights: {size(total)} in all, as {shape.dtype}; a hop carries {plans[0].hop_bytes_per_token} bytes per token",
+        highlight=False,
+    )
 
 
 def _show_pods(

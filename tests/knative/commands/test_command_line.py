@@ -97,8 +97,8 @@ def test_plan_of_llama_2_13b() -> None:
 
 
 def test_plan_of_a_gguf_file() -> None:
-    result = invoke("plan", "--model", str(default_model_gguf()), "--dtype", "q4")
-    assert "cut: 0:8,8:23,23:30" in result.output, result.output
+    result = invoke("plan", "--model", str(default_model_gguf()))
+    assert "cut: 0:8,8:23,23:30\nweights: 120.7 MiB in all, as q4;" in result.output, result.output
 
 
 @pytest.mark.parametrize(
