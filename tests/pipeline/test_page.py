@@ -204,7 +204,7 @@ def test_the_page_works_by_keyboard_and_remembers_the_theme(page: Browser) -> No
     page.driver.refresh()
     page.until(lambda: page.text("#link") == "live", "the stream, with the key that the tab has")
     assert page.text("#theme") == "Theme: dark"
-    page.find("#question").send_keys("Count to a hundred.\n")
+    page.find("#question").send_keys("Tell me a long story about a lighthouse.\n")
     page.until(lambda: page.text(".turn.assistant .said"), "a beginning")
     page.find("#question").send_keys("\ue00c")  # Esc
     page.until(lambda: page.text(".turn.assistant .note") == "Stopped.", "the end")

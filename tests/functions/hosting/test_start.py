@@ -169,7 +169,7 @@ from functions.hosting.startup import StartUp
 from functions.stage.serving.app import StageMetrics
 config = read_config(os.environ)
 start_up = StartUp()
-_function(config, start_up)
+_function(config, start_up, os.environ)
 bring_up(config, ArrivingModel(config, start_up), start_up, StageMetrics())
 print(json.dumps(sorted(sys.modules)))
 """
@@ -179,7 +179,7 @@ from functions.configuration.config import read_config
 from functions.__main__ import _function
 from functions.hosting.server import Server
 from functions.hosting.startup import StartUp
-_function(read_config(os.environ), StartUp())
+_function(read_config(os.environ), StartUp(), os.environ)
 print(json.dumps([*sorted(sys.modules), time.process_time()]))
 """
 NEVER = {"transformers", "boto3", "botocore", "kubernetes", "aiohttp", "requests", "rich", "pytest", "yaml", "gguf"}
@@ -248,7 +248,7 @@ def first(self, *_):
     print(json.dumps(before), flush=True)
     os._exit(0)
 owner.{method} = first
-_function(config, StartUp())
+_function(config, StartUp(), os.environ)
 """
     environ = stage_environment(published, 0) if role == "stage" else GATEWAY
     modules = set(imported(code, environ))

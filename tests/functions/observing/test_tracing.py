@@ -69,7 +69,7 @@ def test_the_main_cause_is_a_sampled_one() -> None:
 def test_opentelemetry_is_not_imported_without_an_endpoint(environ: dict[str, str]) -> None:
     code = (
         "import os, sys; from functions.configuration.config import read_config; from functions.__main__ import _function;"
-        "from functions.hosting.startup import StartUp; _function(read_config(os.environ), StartUp());"
+        "from functions.hosting.startup import StartUp; _function(read_config(os.environ), StartUp(), os.environ);"
         "print([name for name in sys.modules if name.startswith('opentelemetry')])"
     )
     seen = subprocess.run(

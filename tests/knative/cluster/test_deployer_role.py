@@ -29,7 +29,7 @@ def granted() -> set[tuple[str, str, str]]:
 
 
 def run_every_command(site: Site) -> None:
-    everything = {**SECTIONS, "gateway": {}}
+    everything = {**SECTIONS, "gateway": {"jobs": "jobs"}}
     site.deployer.deploy(objects(**everything))
     list(site.deployer.diff(objects(**everything)))
     for broken in (objects("f" * 64, **everything), objects(**everything, log_level="debug")):

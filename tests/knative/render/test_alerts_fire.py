@@ -51,7 +51,7 @@ class Pipeline:
     def pod(self, name: str, ready: bool = True) -> StageMetrics:
         if name not in self.stages:
             self.stages[name] = StageMetrics()
-            self.stages[name].watch(lambda: 4096, lambda: 1, lambda: 0, lambda: 0, lambda: 0)
+            self.stages[name].watch(lambda: 4096, lambda: 1, *[lambda: 0] * 5)
         self.stages[name].ready.set(ready)
         return self.stages[name]
 

@@ -20,6 +20,7 @@ SERVICE = ("serving.knative.dev/v1", "services")
 BROKER = ("eventing.knative.dev/v1", "brokers")
 TRIGGER = ("eventing.knative.dev/v1", "triggers")
 SEQUENCE = ("flows.knative.dev/v1", "sequences")
+SINK_BINDING = ("sources.knative.dev/v1", "sinkbindings")
 _STEP_SECONDS = 0.01
 _OF_SERVICES = ("routes", "configurations", "revisions", "podautoscalers", "pods")  # in the order in which they are collected
 _CLASS = "autoscaling.knative.dev/class"
@@ -371,6 +372,7 @@ _CONDITIONS = {
     BROKER: ("Addressable", "DeadLetterSinkResolved", "FilterReady", "IngressReady", "Ready", "TriggerChannelReady"),
     TRIGGER: ("BrokerReady", "DeadLetterSinkResolved", "DependencyReady", "Ready", "SubscriberResolved", "SubscriptionReady"),
     SEQUENCE: ("Addressable", "ChannelsReady", "Ready", "SubscriptionsReady"),
+    SINK_BINDING: ("OIDCIdentityCreated", "Ready", "SinkProvided"),
 }
 
 

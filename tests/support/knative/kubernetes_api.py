@@ -51,6 +51,7 @@ KINDS: dict[str, dict[str, str]] = {
 EVENTING = {
     "eventing.knative.dev/v1": {"Broker": "brokers", "Trigger": "triggers"},
     "flows.knative.dev/v1": {"Sequence": "sequences"},
+    "sources.knative.dev/v1": {"SinkBinding": "sinkbindings"},
 }
 _WITHOUT_GENERATION = ("v1", "rbac.authorization.k8s.io/v1", "coordination.k8s.io/v1")
 _QUERY = {

@@ -17,6 +17,7 @@ from werkzeug.test import TestResponse
 from eventing.problems import NotReady, PipelineUnavailable, Problem, QueueFull
 from eventing.wire.generation import GenerateRequest, ProgressEvent, TokenLogprob
 from functions.gateway.answers import generation
+from functions.gateway.answers.adapters import ServedModels
 from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.answers.service import MAX_LOGPROBS, AnswerService
 from functions.gateway.app import create_app
@@ -389,7 +390,7 @@ def test_a_completion_keeps_the_space_before_its_first_word_and_a_message_has_no
     tokenizer = llama_2()
     end = tokenizer.token_to_id("</s>")
     text = ModelText(tokenizer, ChatTemplate("{{ messages[0].content }}", {}), frozenset([end]), CONTEXT)
-    answers = AnswerService(text, pipeline, pipeline.metrics)
+    answers = AnswerService(text, pipeline, pipeline.metrics, models=ServedModels("tiny", None))
     client = create_app(gateway_config(), lambda: answers, pipeline.metrics, KeyRing()).test_client()
 
     def script(stream: TokenStream) -> None:

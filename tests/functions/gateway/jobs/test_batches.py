@@ -169,7 +169,7 @@ def test_a_batch_belongs_to_its_key(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [{"endpoint": "/v1/embeddings"}, {"completion_window": "8d"}, {"completion_window": "soon"}],
+    [{"endpoint": "/v1/images/generations"}, {"completion_window": "8d"}, {"completion_window": "soon"}],
     ids=lambda more: " ".join(more.values()),
 )
 def test_what_no_batch_may_ask_is_refused(client: openai.OpenAI, more: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ def test_results_come_as_an_event(gateway: FunctionProcess, published: Published
 
 @pytest.mark.parametrize(
     ("data", "status"),
-    [(b"", 422), (b"no JSON\n", 422), (b'{"url": "/v1/embeddings"}\n', 422)],
+    [(b"", 422), (b"no JSON\n", 422), (b'{"url": "/v1/images/generations"}\n', 422)],
     ids=["empty", "no JSON", "endpoint"],
 )
 def test_an_event_that_is_no_batch_is_refused(gateway: FunctionProcess, published: Published, data: bytes, status: int) -> None:

@@ -71,6 +71,7 @@ def chain(name: str, changes: dict[str, Any]) -> tuple[GroupChain, Any]:
     """Stages as `auto` builds them, and the whole model."""
     model = tiny_models.whole_model(name, **changes)
     config, tensors = tiny_models.tiny_config(name, **changes), tiny_models.checkpoint_tensors(model)
+    tensors = tiny_models.as_published(config["model_type"], tensors)
     groups: list[LayerGroup] = [
         build_layer_group(
             "auto", config, raw(tiny_models.stage_tensors(tensors, first, last)), first, last, "float32", "cpu", 2**21
