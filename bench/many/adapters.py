@@ -91,7 +91,7 @@ async def tokens_per_second(url: str, models: Sequence[str]) -> float:
 
 
 async def first_token_seconds(url: str, models: Sequence[str]) -> list[float]:
-    """Of requests for one token, one after the other."""
+    """Sends requests for one token, one after the other. Returns the seconds of each."""
     async with aiohttp.ClientSession() as session:
         return [(await _ask(session, url, model, number, 1))[0] for number, model in enumerate(models)]
 

@@ -114,7 +114,11 @@ def _lamina(stack: ExitStack, measured: Model, dtypes: Sequence[str], cuts: Sequ
 
 
 def _own(dtype: str, stages: int) -> str:
-    return f"Lamina {dtype}, {'one stage' if stages == 1 else f'{stages} stages'}"
+    return f"Lamina {dtype}, {_cut(stages)}"
+
+
+def _cut(stages: int) -> str:
+    return "one stage" if stages == 1 else f"{stages} stages"
 
 
 def _llama_cpp(stack: ExitStack, name: str, file: Path) -> Contender:
@@ -152,7 +156,7 @@ def _verdicts(size: str, found: Results) -> Iterator[Verdict]:
     for workload, results in found.items():
         peer = _fastest(results, "llama.cpp")
         for stages, wanted in _WANTED.items():
-            own = _fastest(results, "Lamina", _own("", stages)[len("Lamina ") :])
+            own = _fastest(results, "Lamina", _cut(stages))
             if own and peer and size in _SIZES:
                 bound = wanted[workload][_SIZES.index(size)]
                 yield judged(f"{size}, {workload}: {own} × {peer}", ratio(results, own, peer), bound)

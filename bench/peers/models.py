@@ -19,7 +19,13 @@ from storage.checkpoints.model_source import open_checkpoint
 
 _SPECIAL_TOKENS: Final = 17  # of SmolLM2's tokenizer, the first of its ids
 _TOKENS: Final = 49_152
-_COMMON: Final = {"max_position_embeddings": 8192, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+_COMMON: Final = {
+    "max_position_embeddings": 8192,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "tie_word_embeddings": True,
+}
 
 
 def _shape(model_type: str, sizes: tuple[int, int, int, int, int], **fields: Any) -> Mapping[str, Any]:
@@ -30,16 +36,15 @@ def _shape(model_type: str, sizes: tuple[int, int, int, int, int], **fields: Any
 
 PACKAGED: Final = "SmolLM2-135M"
 SHAPES: Final[Mapping[str, Mapping[str, Any]]] = {
-    "Qwen2.5-0.5B": _shape("qwen2", (896, 4864, 24, 14, 2), vocab_size=151_936, tie_word_embeddings=True),
-    "1.1B": _shape("llama", (2048, 8192, 16, 32, 8), vocab_size=_TOKENS, tie_word_embeddings=True),
-    "Qwen3-0.6B": _shape("qwen3", (1024, 3072, 28, 16, 8), head_dim=128, vocab_size=151_936, tie_word_embeddings=True),
-    "Llama-3.2-1B": _shape("llama", (2048, 8192, 16, 32, 8), head_dim=64, vocab_size=128_256, tie_word_embeddings=True),
+    "Qwen2.5-0.5B": _shape("qwen2", (896, 4864, 24, 14, 2), vocab_size=151_936),
+    "1.1B": _shape("llama", (2048, 8192, 16, 32, 8), vocab_size=_TOKENS),
+    "Qwen3-0.6B": _shape("qwen3", (1024, 3072, 28, 16, 8), head_dim=128, vocab_size=151_936),
+    "Llama-3.2-1B": _shape("llama", (2048, 8192, 16, 32, 8), head_dim=64, vocab_size=128_256),
     "Gemma-3-1B": _shape(
         "gemma3_text",
         (1152, 6912, 26, 4, 1),
         head_dim=256,
         vocab_size=262_144,
-        tie_word_embeddings=True,
         sliding_window=512,
         query_pre_attn_scalar=256,
     ),
@@ -51,7 +56,6 @@ SHAPES: Final[Mapping[str, Mapping[str, Any]]] = {
         block_ffn_dim_multiplier=1.0,
         block_auto_adjust_ff_dim=True,
         full_attn_idxs=[2, 5, 8, 10, 12, 14],
-        tie_word_embeddings=True,
     ),
     "Granite-4.0-H-1B": _shape(
         "granitemoehybrid",
@@ -66,9 +70,8 @@ SHAPES: Final[Mapping[str, Mapping[str, Any]]] = {
         mamba_d_state=128,
         mamba_expand=2,
         position_embedding_type="nope",
-        tie_word_embeddings=True,
     ),
-    "Qwen3.5-0.8B": _shape("qwen3_5_text", (1024, 3584, 24, 8, 2), head_dim=256, vocab_size=248_320, tie_word_embeddings=True),
+    "Qwen3.5-0.8B": _shape("qwen3_5_text", (1024, 3584, 24, 8, 2), head_dim=256, vocab_size=248_320),
     "OLMoE-small": _shape(
         "olmoe", (1024, 512, 16, 16, 16), num_experts=32, num_experts_per_tok=8, vocab_size=50_304, tie_word_embeddings=False
     ),

@@ -58,7 +58,7 @@ def status(
 ) -> None:
     """Show the pipeline that `run` serves on this machine: replicas, concurrency, and the scale that the autoscaler wants.
 
-    Of a fleet: the members that have pods or requests, and how many are at zero.
+    For a fleet: the members that have pods or requests, and how many are at zero.
 
     With a PIPELINE (its name, or the file of its spec): its Services on a cluster, each revision that gets requests, the
     versions that were deployed, and why something is not ready.

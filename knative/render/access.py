@@ -156,3 +156,15 @@ def _selector(pipeline: ResolvedPipeline, component: str) -> dict[str, Any]:
     own = labels(pipeline, component)
     selecting = _SELECTING if pipeline.fleet is None else (FLEET_LABEL, _SELECTING[1])
     return {"matchLabels": {key: own[key] for key in selecting}}
+
+
+def around_gateway(pipeline: ResolvedPipeline) -> dict[str, list[KubernetesObject]]:
+    """File name → objects that a gateway needs and that come before it: its access, network policies, disruption budget."""
+    files: dict[str, list[KubernetesObject]] = {}
+    if pipeline.spec.gateway.service_account is None:
+        files["access.yaml"] = gateway_access(pipeline)
+    if pipeline.spec.network.policies:
+        files["network.yaml"] = network_policies(pipeline)
+    if budgets := disruption_budgets(pipeline):
+        files["disruption.yaml"] = budgets
+    return files

@@ -3,7 +3,7 @@
 from typing import Final
 
 from functions.configuration.config import PERCENT, member_keys
-from knative.render.access import disruption_budgets, gateway_access, network_policies
+from knative.render.access import around_gateway
 from knative.render.resolved_pipeline import ResolvedPipeline, labels
 from knative.render.services import KEYS_FOLDER, gateway_environment, gateway_service, stage_service
 from knative.spec.fleet_spec import FleetSpec
@@ -21,16 +21,7 @@ def fleet_door(fleet: FleetSpec) -> ResolvedPipeline:
 
 def door_files(fleet: FleetSpec) -> dict[str, list[KubernetesObject]]:
     """File name → objects of the gateway, in the order in which they are applied."""
-    door = fleet_door(fleet)
-    files: dict[str, list[KubernetesObject]] = {}
-    if fleet.gateway.service_account is None:
-        files["access.yaml"] = gateway_access(door)
-    if fleet.network.policies:
-        files["network.yaml"] = network_policies(door)
-    if budgets := disruption_budgets(door):
-        files["disruption.yaml"] = budgets
-    files["gateway.yaml"] = [fleet_gateway(fleet)]
-    return files
+    return {**around_gateway(fleet_door(fleet)), "gateway.yaml": [fleet_gateway(fleet)]}
 
 
 def member_files(member: ResolvedPipeline) -> dict[str, list[KubernetesObject]]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Final
 
-from knative.render.access import disruption_budgets, gateway_access, network_policies
+from knative.render.access import around_gateway
 from knative.render.eventing import eventing_objects
 from knative.render.monitoring import monitoring_objects
 from knative.render.resolved_pipeline import ResolvedPipeline
@@ -30,14 +30,7 @@ class RenderFailed(Exception):
 
 def render(pipeline: ResolvedPipeline) -> dict[str, list[KubernetesObject]]:
     """File name → objects, in the order in which they are applied: access and monitoring, stages, gateways, eventing."""
-    spec = pipeline.spec
-    files: dict[str, list[KubernetesObject]] = {}
-    if spec.gateway.service_account is None:
-        files["access.yaml"] = gateway_access(pipeline)
-    if spec.network.policies:
-        files["network.yaml"] = network_policies(pipeline)
-    if budgets := disruption_budgets(pipeline):
-        files["disruption.yaml"] = budgets
+    spec, files = pipeline.spec, around_gateway(pipeline)
     if spec.monitoring is not None:
         files["monitoring.yaml"] = monitoring_objects(pipeline)
     for index in range(len(pipeline.cut)):

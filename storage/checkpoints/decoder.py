@@ -113,7 +113,7 @@ class FeedForward(_Data, frozen=True, kw_only=True):
 
     inner_size: int
     activation: Activation = "silu"
-    # Of swiglu, which is (up + 1) * gate * sigmoid(alpha * gate): alpha, and the limit to which gate and up are clamped.
+    # Numbers of swiglu, (up + 1) * gate * sigmoid(alpha * gate): alpha, and the limit to which gate and up are clamped.
     swiglu: tuple[float, float] | None = None
     gated: bool = True
     biased: bool = False
@@ -259,12 +259,12 @@ class Decoder(_Data, frozen=True, kw_only=True):
 
     @property
     def experts(self) -> tuple[Experts, ...]:
-        """Those of the different layers that have any."""
+        """The experts of the different kinds of layers."""
         return tuple(layer.experts for layer in self.kinds if layer.experts is not None)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Of each layer, None also for a layer without attention."""
+        """The window of each layer; None: it has none, or no attention."""
         return tuple(None if layer.attention is None else layer.attention.window for layer in self.layers)
 
 

@@ -391,6 +391,14 @@ _MAMBA_2: Final[Mapping[str, Any]] = {
     "mamba_expand": 2,
     "mamba_conv_bias": True,
 }
+# Keys of Mamba-2 as families without the prefix have them.
+_MAMBA_2_WITHOUT_PREFIX: Final[Mapping[str, str]] = {
+    "mamba_n_groups": "n_groups",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_expand": "expand",
+    "mamba_conv_bias": "use_conv_bias",
+    "mamba_proj_bias": "use_bias",
+}
 # These keys are of initialization, training and the formula for many tokens at once.
 _UNREAD_OF_MAMBA: Final = frozenset((
     "chunk_size", "mamba_chunk_size", "time_step_rank", "time_step_min", "time_step_max", "time_step_floor",
@@ -1398,11 +1406,7 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
             "mamba_n_heads": "num_heads",
             "mamba_d_head": "head_dim",
             "mamba_d_state": "state_size",
-            "mamba_n_groups": "n_groups",
-            "mamba_d_conv": "conv_kernel",
-            "mamba_expand": "expand",
-            "mamba_conv_bias": "use_conv_bias",
-            "mamba_proj_bias": "use_bias",
+            **_MAMBA_2_WITHOUT_PREFIX,
         },
         names=TensorNames(
             base="backbone",
@@ -1487,11 +1491,7 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
             "mamba_n_heads": "mamba_num_heads",
             "mamba_d_head": "mamba_head_dim",
             "mamba_d_state": "ssm_state_size",
-            "mamba_n_groups": "n_groups",
-            "mamba_d_conv": "conv_kernel",
-            "mamba_expand": "expand",
-            "mamba_conv_bias": "use_conv_bias",
-            "mamba_proj_bias": "use_bias",
+            **_MAMBA_2_WITHOUT_PREFIX,
         },
         names=TensorNames(
             base="backbone",

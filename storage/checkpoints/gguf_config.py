@@ -195,7 +195,7 @@ class _Metadata:
         return value
 
     def quotient(self, dividend: str, divisor: str) -> int:
-        """Of two sizes. Raises CheckpointInvalid if it is no whole number."""
+        """One size divided by another. Raises CheckpointInvalid if it is no whole number."""
         found, rest = divmod(self.size(dividend), self.size(divisor))
         if rest:
             raise self.wrong(dividend, f"is no multiple of {self.prefix}{divisor}")

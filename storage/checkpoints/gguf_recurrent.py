@@ -33,7 +33,7 @@ def _logarithm(decay: NDArray[Any]) -> NDArray[Any]:
 
 
 def _logarithms(decay: NDArray[Any]) -> NDArray[Any]:
-    """Of a vector that the file has as a matrix of one column."""
+    """The same for a vector that the file has as a matrix of one column."""
     return _logarithm(decay[:, 0])
 
 

@@ -78,7 +78,7 @@ class _Config(msgspec.Struct):
     alpha_pattern: dict[str, float] = {}
 
     def scale(self, module: str, rank: int) -> float:
-        """What the product of both matrices is multiplied by. Raises AdapterInvalid if `rank` is not the config's."""
+        """The factor of the product of both matrices. Raises AdapterInvalid if `rank` is not the config's."""
         wanted = _of_pattern(self.rank_pattern, module, self.r)
         if rank != wanted:
             raise AdapterInvalid(f"{module} has rank {rank} in {_TENSORS} and {wanted} in {_CONFIG}; which is right?")

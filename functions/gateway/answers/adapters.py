@@ -16,6 +16,11 @@ _RETRY_SECONDS: Final = 1.0  # between two listings for names that are unknown
 _MAX_LABELS: Final = 100  # adapters with a label of their own in metrics
 
 
+def is_not_served(requested: str, served: str) -> str:
+    """Says that a gateway serves other models. served: their names."""
+    return f"The model {requested!r} is not served here; this gateway serves {served!r}"
+
+
 class ServedModels:
     """The served model and its adapters. Thread-safe. Raises ModelNotFound, or NotReady if the store cannot be asked.
 
@@ -41,7 +46,7 @@ class ServedModels:
     def check(self, requested: str) -> None:
         """Refuses a name that no adapter can have, without asking the store."""
         if requested != self.model and (self._store is None or not requested.startswith(f"{self.model}:")):
-            raise ModelNotFound(f"The model {requested!r} is not served here; this gateway serves {self.model!r}")
+            raise ModelNotFound(is_not_served(requested, self.model))
 
     def adapter(self, requested: str, request_id: str) -> bytes:
         """The digest of the version of an adapter that a request gets; empty for the model itself.

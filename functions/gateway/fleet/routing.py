@@ -108,7 +108,7 @@ class MemberRouter:
             raise MalformedEvent("the request names no model, and a fleet serves several")
         if not self._members.listed.is_set():
             raise NotReady("this gateway does not know the fleet's members yet")
-        return self._members.find(named.partition(":")[0])  # MODEL:ADAPTER
+        return self._members.find(named)
 
 
 def own_app(config: FleetConfig, members: Members, metrics: GatewayMetrics, write_line: Callable[[str], object]) -> Flask:

@@ -76,6 +76,7 @@ class OpenAIAPI:
 
     def _one_model(self, model: str) -> Response:
         self._clients.identify(request)
+        self._served.check(model)
         if model not in self._served.names():
             raise ModelNotFound(f"The model {model!r} is not served here; GET /v1/models lists those that are")
         return json_response(self._model_document(model))

@@ -17,6 +17,7 @@ from eventing.wire.events import MAX_POSITION, Pooling, TokenId
 from eventing.wire.generation import PromptIds, PromptText
 from functions.configuration.config import GatewayConfig
 from functions.gateway.answers.access_log import log_entry
+from functions.gateway.answers.adapters import is_not_served
 from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.generation import ClientLeft
 from functions.gateway.answers.service import RequestContext
@@ -164,7 +165,7 @@ class EmbeddingsAPI:
 
     def _check_model(self, model: str | None) -> None:
         if model not in (None, self._config.model):
-            raise ModelNotFound(f"The model {model!r} is not served here; this gateway serves {self._config.model!r}")
+            raise ModelNotFound(is_not_served(model, self._config.model))
 
     def _scores(
         self, pairs: Sequence[tuple[str, str]], context: RequestContext, truncate: int | None

@@ -8,6 +8,7 @@ from flask import Blueprint, Response, request
 from werkzeug.exceptions import HTTPException
 
 from eventing.problems import ContextExceeded, InvalidRequest, ModelNotFound, Problem
+from functions.gateway.answers.adapters import is_not_served
 from functions.hosting.web import allow_header, json_response, not_served
 
 _log: Final = logging.getLogger(__name__)
@@ -55,8 +56,7 @@ def unexpected(error: Exception) -> Response:
 
 
 def unknown_model(requested: str, served: str) -> dict[str, Any]:
-    message = f"The model {requested!r} is not served here; this gateway serves {served!r}"
-    return error_document(404, message, "model_not_found", "model")
+    return error_document(404, is_not_served(requested, served), "model_not_found", "model")
 
 
 def error_document(status: int, message: str, code: str, parameter: str | None = None) -> dict[str, Any]:

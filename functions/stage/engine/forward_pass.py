@@ -307,7 +307,7 @@ def _constrained_row(row: _PassRow) -> ConstrainedRow:
 
 
 def _whole_rows(rows: Sequence[_PassRow]) -> list[int]:
-    """Where to split a pass so that no row is split: the first token of each part, which has _TOKENS_AT_ONCE or one row."""
+    """Splits a pass between rows: the first token of each part, which has at most _TOKENS_AT_ONCE tokens or is one row."""
     firsts = [0]
     for row in rows:
         if row.end - firsts[-1] > _TOKENS_AT_ONCE and row.begin > firsts[-1]:

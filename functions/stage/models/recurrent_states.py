@@ -35,7 +35,7 @@ class RecurrentKV(KVBlocks, Generic[State]):
     _checkpoints: Checkpoints[State]
     _recurrent: dict[int, _Recurrent[State]]
 
-    # What subclasses do.
+    # Subclasses implement these.
 
     def _begin_states(self, handle: int) -> None:
         """Makes the sequence's states those before its first token."""

@@ -269,6 +269,14 @@ _MAMBA_2: Final = {
     "mamba_expand": 2,
     "mamba_chunk_size": 16,
 }
+_NEMOTRON: Final = {
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+    "chunk_size": 16,
+    "head_dim": 8,
+}
 _CONV_AND_FULL: Final = ["conv", "full_attention", "conv", "conv", "full_attention", "conv"]
 
 _RECURRENT: Final[dict[str, dict[str, Any]]] = {
@@ -302,12 +310,7 @@ _RECURRENT: Final[dict[str, dict[str, Any]]] = {
     "nemotron_h_dense": _like_llama(
         "nemotron_h",
         layers_block_type=["linear_attention", "mlp", "full_attention", "mlp", "linear_attention", "full_attention"],
-        mamba_num_heads=8,
-        mamba_head_dim=8,
-        ssm_state_size=16,
-        n_groups=2,
-        chunk_size=16,
-        head_dim=8,
+        **_NEMOTRON,
     ),
     "falcon_h1": _like_llama(
         "falcon_h1", mamba_d_ssm=64, embedding_multiplier=3.0, lm_head_multiplier=0.5, ssm_out_multiplier=0.7, **_MAMBA_2
@@ -316,12 +319,7 @@ _RECURRENT: Final[dict[str, dict[str, Any]]] = {
     "nemotron_h": _like_llama(
         "nemotron_h",
         layers_block_type=["linear_attention", "moe", "full_attention", "mlp", "linear_attention", "full_attention"],
-        mamba_num_heads=8,
-        mamba_head_dim=8,
-        ssm_state_size=16,
-        n_groups=2,
-        chunk_size=16,
-        head_dim=8,
+        **_NEMOTRON,
         n_routed_experts=4,
         moe_shared_expert_intermediate_size=16,
         **_MOE,

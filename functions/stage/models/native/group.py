@@ -223,7 +223,7 @@ class NativeGroup:
         return replace(experts, used_at=np.zeros_like(experts.used))
 
     def cold_experts(self) -> ColdExperts:
-        """What a weights budget has done so far."""
+        """Counters of the experts that are read under a weights budget."""
         budget = self._layers.budget
         return ColdExperts(found=budget.found, read=budget.read, resident_bytes=budget.bytes)
 

@@ -17,7 +17,7 @@ _KINDS: Final = {"convolution": RecurrentKind.CONVOLUTION, "delta": RecurrentKin
 
 @dataclass(frozen=True, slots=True)
 class StatePlaces:
-    """Where each layer of a group finds its part of a sequence's states, and of what is kept of a draft token."""
+    """Offsets of each layer's part in a sequence's states, and in what is kept of a draft token."""
 
     tails: tuple[int, ...]
     matrices: tuple[int, ...]
@@ -95,7 +95,7 @@ def take_recurrent(
 
 
 def _places_in_a_row(recurrent: Recurrent) -> dict[str, int]:
-    """Where the parts of a row of the mixer's inputs begin."""
+    """The offsets of the parts of a row of the mixer's inputs."""
     keys, inner = recurrent.num_groups * recurrent.key_size, recurrent.inner_size
     if recurrent.kind == "delta":
         return {"query_at": 0, "key_at": keys, "value_at": 2 * keys, "gate_at": 2 * keys + inner}

@@ -135,7 +135,7 @@ void multiply(const Forward *forward, const Matrix *matrix, const float *x, cons
 
 /* Phases of a layer's recurrent mixer; phase: the layer's first. */
 void mix_recurrently(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase);
-/* Those that change the states. */
+/* The phases of it that change the states. */
 void update_states(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase);
 
 /* Most pieces that the attention of a row is split into; 1: it is not. */

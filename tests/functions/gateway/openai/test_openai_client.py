@@ -210,7 +210,7 @@ def test_refusals_raise_the_clients_exceptions(client: openai.OpenAI) -> None:
         client.chat.completions.create(**hi(n=0))
     with pytest.raises(openai.NotFoundError, match="'other'"):
         client.completions.create(model="other", prompt="hello")
-    with pytest.raises(openai.NotFoundError, match="is not served here"):
+    with pytest.raises(openai.NotFoundError, match="serves 'tiny'"):
         client.models.retrieve("gpt-4")
 
 

@@ -7,17 +7,15 @@ import torch
 
 from eventing.wire.events import Row, Status, Want
 from functions.stage.engine import forward_pass
-from functions.stage.engine.constraints import Constraints
 from functions.stage.engine.event_queue import ForwardEvent
 from functions.stage.engine.forward_pass import ForwardPass
-from functions.stage.engine.sequences import SequenceTable
 from functions.stage.models.build import Kind, build_layer_group
 from functions.stage.models.layer_group import LayerGroup
 from functions.stage.models.llama import attention
 from functions.stage.models.transformers import group as transformers_group
-from functions.stage.models.vector_head import VectorHead
 from tests.support.functions.allocations import Allocations
 from tests.support.functions.borders import raw
+from tests.support.functions.forward_passes import passes_of
 from tests.support.functions.group_chain import tokens_of
 from tests.support.functions.stage_pipeline import batch, tensors, whole_model
 from tests.support.storage import tiny_models
@@ -36,17 +34,6 @@ CASES: list[tuple[Kind, str]] = [
 def build(kind: Kind, name: str, dtype: str = "float32", **changes: Any) -> LayerGroup:
     config = tiny_models.tiny_config(name, **changes)
     return build_layer_group(kind, config, raw(tensors(name)), 0, 6, dtype, "cpu", 2**25)
-
-
-def passes_of(group: LayerGroup) -> ForwardPass:
-    return ForwardPass(
-        group,
-        SequenceTable(group.kv, 600, lambda: 0.0),
-        Constraints(None),
-        group.hidden_dtype,
-        VectorHead({}),
-        lambda adapter: 0,
-    )
 
 
 def scored(running: ForwardPass, token_ids: list[int], position: int = 0) -> tuple[float, ...]:

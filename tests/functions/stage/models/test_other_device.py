@@ -11,16 +11,14 @@ import pytest
 import torch
 
 from eventing.wire.events import Batch, Row, Sampling, Status, Want
-from functions.stage.engine.constraints import Constraints
 from functions.stage.engine.event_queue import ForwardEvent
 from functions.stage.engine.forward_pass import ForwardPass
-from functions.stage.engine.sequences import SequenceTable
 from functions.stage.models.build import Kind, build_layer_group
 from functions.stage.models.floats import DTYPES
 from functions.stage.models.layer_group import LayerGroup, Segment
 from functions.stage.models.llama.group import LlamaGroup
 from functions.stage.models.transformers import group as transformers_group
-from functions.stage.models.vector_head import VectorHead
+from tests.support.functions.forward_passes import passes_of
 from tests.support.functions.other_device import DEVICE, other_device
 from tests.support.functions.stage_pipeline import CUT, batch, drawn, stage_tensors, whole_model
 from tests.support.storage import tiny_models
@@ -84,17 +82,7 @@ def test_stages_generate_and_score_as_they_do_on_the_cpu(kind: Kind, name: str) 
     """Passes, not engines, whose threads would not see the device."""
     expected = tiny_models.greedy(whole_model(name), PROMPT, 6)
     with on_the_device(kind, name) as groups:
-        passes = [
-            ForwardPass(
-                group,
-                SequenceTable(group.kv, 600, lambda: 0.0),
-                Constraints(None),
-                group.hidden_dtype,
-                VectorHead({}),
-                lambda adapter: 0,
-            )
-            for group in groups
-        ]
+        passes = [passes_of(group) for group in groups]
         tokens = list(PROMPT)
         given = 0
         while len(tokens) < len(PROMPT) + 6:
