@@ -113,10 +113,11 @@ def _choose_micro_batch(state: SchedulerState, sequence: Sequence, now: float, e
         """Sort key: micro-batches whose route has memory for the sequence come first, then those with few sequences.
 
         To compute a chunk of a prompt delays the others about as much as one more sequence. So each chunk that the prefix cache
-        saves counts as one sequence fewer.
+        saves counts as one sequence fewer. On a route with a slow instance each sequence counts as often as it is slow.
         """
         saved_chunks = held.on(batch.route.instances) / limits.chunk_tokens
-        return batch.route.lacks(sequence.reserve_tokens), len(batch.sequences) - saved_chunks
+        sequences = (len(batch.sequences) + 1) * placement.slowness(batch.route)
+        return batch.route.lacks(sequence.reserve_tokens), sequences - saved_chunks
 
     open_batches = [
         batch

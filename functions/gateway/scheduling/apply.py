@@ -20,9 +20,10 @@ from functions.gateway.scheduling.micro_batch import Step
 from functions.gateway.scheduling.prefix_sharing import follow, stop_following
 from functions.gateway.scheduling.sequence import Chunk, Sequence, names_of
 from functions.gateway.scheduling.state import SchedulerState
+from functions.gateway.scheduling.stats import StageStats, seconds_on
 from functions.gateway.stages.client import ForwardReply, ReplyOrigin
 from functions.gateway.stages.failures import StageFailed
-from functions.gateway.stages.routes import Instance
+from functions.gateway.stages.routes import SLOW_FROM, Instance
 
 _log: Final = logging.getLogger(__name__)
 
@@ -43,7 +44,10 @@ def stage_replied(state: SchedulerState, step: Step, stage: int, reply: ForwardR
     rows = reply.batch.rows
     chunks = [step.chunks[row.id] for row in rows]
     note_origin(state, reply.origin, chunks)
-    state.stats.stages[stage].step(seconds, step.decode_tokens, reply.exchange_seconds, reply.engine_seconds)
+    stats = state.stats.stages[stage]
+    stats.step(seconds, step.decode_tokens, reply.exchange_seconds, reply.engine_seconds)
+    if reply.pass_tokens and state.placement.ready_counts()[stage] > 1:
+        _note_pass(stats, step.trip.instances[stage], reply)
     if stage == state.placement.num_stages - 1:
         for row, (sequence, chunk) in zip(rows, chunks, strict=True):
             if row.status is Status.OK and _is_incomplete(row.result, sequence, chunk):
@@ -72,6 +76,18 @@ def note_origin(state: SchedulerState, origin: ReplyOrigin, in_trip: Items[tuple
                     sequence.progress.missed(instance.stage, 0)
                     _replayed(state, sequence, "rebooted")
     instance.replied(origin.boot, origin.free_tokens, origin.before, origin.lineage)
+
+
+def _note_pass(stats: StageStats, instance: Instance, reply: ForwardReply) -> None:
+    """Compares the pass that computed a step with the quickest passes of its size at the stage: a slow instance is noticed."""
+    stats.passes.step(reply.pass_tokens, reply.pass_seconds)
+    # By all sizes: a slow instance gets small steps, which no other may have measured.
+    quickest = seconds_on(stats.passes.points(), reply.pass_tokens) or reply.pass_seconds
+    was_slow = instance.pace >= SLOW_FROM
+    instance.passed(reply.pass_seconds, quickest, time.monotonic())
+    if (instance.pace >= SLOW_FROM) is not was_slow:
+        what = "as quick again as" if was_slow else f"{instance.pace:.1f} times as slow as"
+        _log.warning("stage %d: passes of %s are %s the quickest there", instance.stage, instance.url, what)
 
 
 def _chunk_over(state: SchedulerState, sequence: Sequence, chunk: Chunk, result: Result | None) -> None:

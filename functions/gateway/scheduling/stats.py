@@ -84,6 +84,7 @@ class StageStats:
     service_seconds: float = 0.0  # a decode step that does not wait, network included; moving estimate, 0: unknown
     network_seconds: float = 0.0  # an event's way to the stage and back; moving estimate
     costs: RowCosts = field(default_factory=RowCosts)  # decode steps at the stage, without the network
+    passes: RowCosts = field(default_factory=RowCosts)  # forward passes at the stage, without queueing
 
     def step(
         self, seconds: float, decode_tokens: int, exchange_seconds: float = 0.0, engine_seconds: float | None = None

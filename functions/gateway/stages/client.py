@@ -42,7 +42,8 @@ from functions.observing.tracing import PASSING, Attributes, Span, TraceContext,
 START_SECONDS: Final = 2.0  # reply timeout of a question how far a start is
 RESERVATION_SECONDS: Final = 10.0  # reply timeout of a reservation, for an instance that has not failed lately
 
-_ENGINE: Final = re.compile(r"engine;dur=([0-9]{1,9}\.[0-9]{1,9})")
+_MS: Final = r"([0-9]{1,9}\.[0-9]{1,9})"
+_TIMING: Final = re.compile(rf"engine;dur={_MS}(?:.*?, pass;dur={_MS};desc=([0-9]{{1,9}}))?")
 Traces = Sequence[TraceContext]  # of the sequences that an event is sent for
 S = TypeVar("S", bound=Struct)
 
@@ -67,6 +68,8 @@ class ForwardReply:
     body: memoryview
     exchange_seconds: float = 0.0  # from the request's first byte to the reply's last
     engine_seconds: float | None = None  # part of exchange_seconds: queueing and compute at the stage; None: not reported
+    pass_seconds: float = 0.0  # part of engine_seconds: the forward pass that computed the event; 0: not reported
+    pass_tokens: int = 0  # of all events in that pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +128,13 @@ class StageClient:
                 raise MalformedEvent(f"the reply has rows {seen}, sent were {list(ids)}")
         except Problem as error:
             raise StageFailed(instance.stage, "malformed", f"its reply: {error}", blames=True) from error
-        engine = _ENGINE.search(reply.headers.get("server-timing", ""))
-        return ForwardReply(origin, batch, reply.body, exchange_seconds, None if engine is None else float(engine[1]) / 1000)
+        timing = _TIMING.search(reply.headers.get("server-timing", ""))
+        if timing is None:
+            return ForwardReply(origin, batch, reply.body, exchange_seconds)
+        engine, in_pass, tokens = timing.groups("0")
+        return ForwardReply(
+            origin, batch, reply.body, exchange_seconds, float(engine) / 1000, float(in_pass) / 1000, int(tokens)
+        )
 
     def reserve(
         self, instance: Instance, rows: Sequence[ReserveRow], deadline: float, traces: Traces = (), lineage: str = ""

@@ -22,6 +22,11 @@ FIRST_SUSPENSION_SECONDS: Final = 0.1
 LONGEST_SUSPENSION_SECONDS: Final = 5.0
 TOKENS_OF_A_ROUTE: Final = 512  # held by an instance, they are worth one route: it may carry one more than others
 REBALANCE_AT: Final = 2  # an instance that carries so many routes more than another gives one away
+SLOW_FROM: Final = 2.0  # an instance whose passes take so many times as long as its quickest peer's gets less work
+_MOST_SLOWNESS: Final = 8.0  # of one pass: a single pause of the process does not make an instance slow
+_PACE_WEIGHT: Final = 0.1  # of the newest pass: seven passes of thrice the seconds make an instance slow
+_PACE_SECONDS: Final = 30.0  # an instance whose last pass is older gets a try
+_SHORT_PASS_SECONDS: Final = 0.002  # added to both sides of a comparison: jitter of short passes does not count
 _MOST_LINEAGES: Final = 16  # that are remembered of an instance
 
 
@@ -123,6 +128,8 @@ class Instance:
     templates: dict[str, RequestTemplate] = field(default_factory=dict)  # by event type; see StageClient
     failures: int = 0  # since its last reply
     suspended_until: float = 0.0  # in time.monotonic()
+    pace: float = 1.0  # seconds of its passes by those of the stage's quickest passes of that size; moving estimate
+    paced_at: float = 0.0  # its last pass, in time.monotonic()
 
     def suspended(self, now: float) -> bool:
         """Whether events to the instance would probably fail, because it failed recently. now: in time.monotonic()."""
@@ -141,6 +148,14 @@ class Instance:
             self.lineages[before] = lineage
         if free_tokens is not None:
             self.free_tokens = free_tokens
+
+    def passed(self, seconds: float, quickest_seconds: float, now: float) -> None:
+        """Records a forward pass. quickest_seconds: of a pass of that size at the stage's quickest instance. now: monotonic."""
+        if now - self.paced_at > _PACE_SECONDS:
+            self.pace = 1.0
+        ratio = (seconds + _SHORT_PASS_SECONDS) / (quickest_seconds + _SHORT_PASS_SECONDS)
+        self.pace += _PACE_WEIGHT * (min(_MOST_SLOWNESS, ratio) - self.pace)
+        self.paced_at = now
 
     def suspend(self, now: float) -> None:
         """Gives the instance no work for a while, which is longer after each failure.
@@ -174,9 +189,12 @@ class Held:
 NOTHING: Final = Held()
 
 
-def uneven(most_routes: int, least_routes: int) -> bool:
-    """Whether a stage's instance with the most routes should give one to its instance with the least."""
-    return most_routes - least_routes >= REBALANCE_AT
+def uneven(most_routes: int, least_routes: int, slowness: float = 1.0, least_slowness: float = 1.0) -> bool:
+    """Whether a stage's instance with the most routes should give one to its instance with the least.
+
+    slowness: how many times as long passes take at each as at the stage's quickest instance.
+    """
+    return slowness * most_routes - least_slowness * (least_routes + 1) >= REBALANCE_AT - 1
 
 
 class Route:
@@ -283,6 +301,9 @@ class Placement:
     def place(self, reserve_tokens: int, held: Held = NOTHING) -> Route | None:
         """A new route over the least used instances, those with enough memory first. None: a stage has no usable instance.
 
+        An instance that is n times as slow as its peers gets a route when they have n times as many, and of equals the one that
+        is known for longest, because the others leave first (a ReplicaSet deletes its youngest pods).
+
         held: tokens that some instances have cached. They weigh at most as much as one route: an instance with two routes more
         than another would give one away again.
         """
@@ -291,11 +312,15 @@ class Placement:
         return Route(instances) if len(instances) == self.num_stages else None
 
     def least_used(self, stage: int, reserve_tokens: int = 0, held: Held = NOTHING) -> Instance | None:
+        usable = self.usable(stage)
+        slowness = slowness_of(usable)
+
         def load(instance: Instance) -> tuple[bool, float, bool]:
             saved = held.at(instance)
-            return _lacks(instance, reserve_tokens), instance.routes - min(1.0, saved / TOKENS_OF_A_ROUTE), not saved
+            routes = (instance.routes + 1) * slowness.get(instance.url, 1.0)
+            return _lacks(instance, reserve_tokens), routes - min(1.0, saved / TOKENS_OF_A_ROUTE), not saved
 
-        return min(self.usable(stage), key=load, default=None)
+        return min(usable, key=load, default=None)
 
     def has_memory(self, stage: int, reserve_tokens: int) -> bool:
         """Whether some usable instance of `stage` has, by its last reply, `reserve_tokens` free KV tokens."""
@@ -341,11 +366,18 @@ class Placement:
         for stage, current in enumerate(self._current):
             usable = self.usable(stage) if len(current) > 1 else ()
             if len(usable) > 1:
-                least = min(usable, key=lambda instance: instance.routes)
-                most = max(usable, key=lambda instance: instance.routes)
-                if uneven(most.routes, least.routes):
+                slowness = slowness_of(usable)
+                least = min(usable, key=lambda each: (each.routes + 1) * slowness.get(each.url, 1.0))
+                most = max(usable, key=lambda each: each.routes * slowness.get(each.url, 1.0))
+                if uneven(most.routes, least.routes, slowness.get(most.url, 1.0), slowness.get(least.url, 1.0)):
                     return most, least
         return None
+
+    def slowness(self, route: Route) -> float:
+        """How many times as long the passes of the route's slowest instance take as those of its stage's quickest; 1: alike."""
+        if all(instance.pace < SLOW_FROM for instance in route.instances):
+            return 1.0
+        return max([slowness_of(self._current[each.stage]).get(each.url, 1.0) for each in route.instances])
 
     def next_resumption(self, now: float) -> float:
         """When the next suspension ends, in time.monotonic(); infinity if none is pending."""
@@ -361,6 +393,16 @@ class Placement:
         ready = [instance for instance in self._stages[stage].values() if instance.ready and not instance.terminating]
         newest = max([_revision_order(instance.revision) for instance in ready], default=None)
         self._current[stage] = [instance for instance in ready if _revision_order(instance.revision) == newest]
+
+
+def slowness_of(instances: Sequence[Instance]) -> dict[str, float]:
+    """By URL of those of a stage's instances whose passes take at least SLOW_FROM times as long as the quickest's: how many."""
+    if all(instance.pace < SLOW_FROM for instance in instances):
+        return {}
+    since = time.monotonic() - _PACE_SECONDS
+    paces = {instance.url: instance.pace for instance in instances if instance.paced_at >= since}
+    quickest = min(paces.values(), default=1.0)
+    return {url: pace / quickest for url, pace in paces.items() if pace >= SLOW_FROM * quickest}
 
 
 def _lacks(instance: Instance, reserve_tokens: int) -> bool:

@@ -193,12 +193,16 @@ class Engine:
         return None if before is None else lineage_after(before, self._kind)
 
     def handle(self, batch: Batch, *, source: str, expires_at: float | None = None, lineage: str | None = "") -> Batch:
-        """Computes a forward event and returns the reply. Blocks until its pass is done.
+        """Computes a forward event and returns the reply, after its pass. Parameters and errors are those of `compute`."""
+        return self.compute(batch, source=source, expires_at=expires_at, lineage=lineage).result()
+
+    def compute(self, batch: Batch, *, source: str, expires_at: float | None = None, lineage: str | None = "") -> ForwardEvent:
+        """Hands a forward event to the engine. Its `result` blocks until the pass is done; then it also knows the pass.
 
         source: names the gateway that sent the event; a sequence belongs to the source that began it. expires_at: seconds since
         the epoch; None: the event never expires. lineage: of the event's hidden states; empty: there is no stage before; None:
         unknown.
-        Raises MalformedEvent, EventTooLarge, EventExpired, NotReady, and whatever the layer group raised for this event.
+        This or the result raises MalformedEvent, EventTooLarge, EventExpired, NotReady, or what the layer group raised.
         """
         self._leases.renew(source)
         check_event(batch, self._group, self._wire_dtype)
@@ -214,7 +218,7 @@ class Engine:
                 self._queue.wake()
         else:
             self._queue.put(event)
-        return event.result()
+        return event
 
     def reserve(
         self, rows: Sequence[ReserveRow], *, source: str, expires_at: float | None = None, lineage: str | None = ""
@@ -394,13 +398,16 @@ class Engine:
         if len(current) < len(events):
             for event in set(events).difference(current):
                 event.fail(EventExpired("the event expired before its turn came"))
+        seconds = time.perf_counter() - began
+        tokens = sum([len(event.batch.token_ids) for event in current])
         for event, outcome in zip(current, outcomes, strict=True):
+            event.pass_seconds, event.pass_tokens = seconds, tokens
             if isinstance(outcome, Batch):
                 event.answer(outcome)
             else:
                 event.fail(outcome)
         if current:
-            self._report(current, outcomes, began)
+            self._report(current, outcomes, began, seconds, tokens)
 
     def _run(self, events: list[ForwardEvent]) -> Sequence[Batch | Exception]:
         """Runs one pass over all events, or one for each if that raises, so that an event that causes an error fails alone.
@@ -416,13 +423,15 @@ class Engine:
                 return [error]
         return [outcome for event in events for outcome in self._run([event])]
 
-    def _report(self, events: Sequence[ForwardEvent], outcomes: Sequence[Batch | Exception], began: float) -> None:
-        seconds = time.perf_counter() - began
-        queue_seconds: list[float] = []
-        tokens = 0
-        for event in events:
-            queue_seconds.append(began - event.arrived)
-            tokens += len(event.batch.token_ids)
+    def _report(
+        self,
+        events: Sequence[ForwardEvent],
+        outcomes: Sequence[Batch | Exception],
+        began: float,
+        seconds: float,
+        tokens: int,
+    ) -> None:
+        queue_seconds = [began - event.arrived for event in events]
         statuses: list[Status] = []
         for outcome in outcomes:
             if isinstance(outcome, Batch):

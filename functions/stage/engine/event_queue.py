@@ -66,6 +66,9 @@ class ForwardEvent(Work[Batch]):
         self.lineage = lineage
         self.expires_at = expires_at
         self.arrived = arrived
+        # The forward pass that computed it: its seconds, and the tokens of all events that it merged. Set before the answer.
+        self.pass_seconds = 0.0
+        self.pass_tokens = 0
         self.ids: set[str] = set()  # of the rows; the queue fills it
         self.stale: set[int] = set()  # indexes of rows not to be computed: superseded by a newer step, or released
 

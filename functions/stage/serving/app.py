@@ -87,7 +87,10 @@ class StageApp:
         headers = [*reply.headers, ("Content-Length", str(len(body)))]
         if reply.engine_seconds:
             self._metrics.codec.observe(reply.codec_seconds)
-            timing = f"engine;dur={reply.engine_seconds * 1000:.3f}, codec;dur={reply.codec_seconds * 1000:.3f}"
+            timing = (
+                f"engine;dur={reply.engine_seconds * 1000:.3f}, codec;dur={reply.codec_seconds * 1000:.3f}, "
+                f"pass;dur={reply.pass_seconds * 1000:.3f};desc={reply.pass_tokens}"
+            )
             headers.append(("Server-Timing", timing))
         self._answered[type_].inc()
         start_response("200 OK", headers)

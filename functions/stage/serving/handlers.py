@@ -108,6 +108,8 @@ class EventReply:
     body: Sequence[Buffer]
     engine_seconds: float = 0.0  # queueing and compute
     codec_seconds: float = 0.0
+    pass_seconds: float = 0.0  # of the pass that computed the event
+    pass_tokens: int = 0  # of all events in that pass
 
 
 Handler = Callable[[Attributes, Buffer, float | None], EventReply]  # the float: when the event expires, in time.time()
@@ -180,10 +182,12 @@ class EventHandlers:
         batch = read_batch(attributes, data)
         decoded = time.perf_counter()
         before = self._lineage(attributes)
-        result = engine.handle(batch, source=attributes["source"], expires_at=expires_at, lineage=before)
+        event = engine.compute(batch, source=attributes["source"], expires_at=expires_at, lineage=before)
+        result = event.result()
         computed = time.perf_counter()
         reply = EventReply(self._headers(self._batch_reply, attributes, engine, engine.lineage(before)), encode_batch(result))
         reply.engine_seconds = computed - decoded
+        reply.pass_seconds, reply.pass_tokens = event.pass_seconds, event.pass_tokens
         reply.codec_seconds = decoded - began + time.perf_counter() - computed
         return reply
 

@@ -25,6 +25,7 @@ from eventing.wire.control import LEASE_SECONDS
 from eventing.wire.events import Batch, Cut, EventType, Row
 from functions.configuration.config import StageConfig, read_config
 from functions.stage.engine.engine import Engine
+from functions.stage.engine.event_queue import ForwardEvent
 from functions.stage.engine.kv_tiers import Tier
 from functions.stage.models.layer_group import LayerGroup
 from functions.stage.serving.app import StageApp, StageMetrics
@@ -263,9 +264,9 @@ class _NotingEngine(Engine):
         super().__init__(group, **settings)
         self._stage = stage
 
-    def handle(self, batch: Batch, **named: Any) -> Batch:
+    def compute(self, batch: Batch, **named: Any) -> ForwardEvent:
         self._stage.queued.append((self._stage.passes_over, batch.rows))
-        return super().handle(batch, **named)
+        return super().compute(batch, **named)
 
 
 class _Slow:

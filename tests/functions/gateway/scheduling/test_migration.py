@@ -63,6 +63,23 @@ def test_a_new_instance_gets_its_share_one_micro_batch_at_a_time() -> None:
 
 
 @pytest.mark.slow
+def test_a_slow_instance_gets_less_until_it_is_quick_again() -> None:
+    with watched(micro_batch_sequences=6) as pipeline:
+        slow, quick = pipeline.instances
+        pipeline.publish_ready(slow, quick)
+        for stage in (*pipeline.stages, quick):
+            stage.seconds = 0.004
+        streams = pipeline.run(24, 2_000)
+        wait_until(lambda: slow.engine.sequences == quick.engine.sequences == 12, "equal shares")
+        slow.seconds = 0.02
+        wait_until(lambda: slow.engine.sequences <= 6, "a micro-batch leaves the slow one")
+        slow.seconds = 0.004
+        wait_until(lambda: slow.engine.sequences == quick.engine.sequences == 12, "equal shares again")
+        for stream in streams:
+            stream.cancel()
+
+
+@pytest.mark.slow
 def test_service_urls_serve_until_the_watch_works() -> None:
     with watched() as pipeline:
         for stage in range(3):

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from functions.gateway.stages import routes
-from functions.gateway.stages.routes import Endpoint, FifoLock, Placement
+from functions.gateway.stages.routes import Endpoint, FifoLock, Instance, Placement
 
 SERVICES = ["http://stage-0", "http://stage-1"]
 
@@ -80,6 +80,48 @@ def test_two_routes_more_than_another_instance_are_unbalanced() -> None:
     assert (uneven[0].url, uneven[1].url) == ("x", "y")
     placed.place(1)
     assert placed.unbalanced() is None
+
+
+def paced(instance: Instance, times_as_slow: float, passes: int, now: float) -> None:
+    for _ in range(passes):
+        instance.passed(times_as_slow * 0.02, 0.02, now)
+
+
+def test_an_instance_at_a_third_of_its_peers_speed_gets_a_quarter_of_the_routes() -> None:
+    placed = placement("slow", "quick")
+    slow, quick = placed.instances(1)
+    routes = [placed.place(1) for _ in range(4)]
+    assert (slow.routes, quick.routes) == (2, 2)
+    now = time.monotonic()
+    paced(quick, 1.0, 20, now)
+    paced(slow, 50.0, 1, now)  # a pause of the process
+    assert placed.unbalanced() is None
+    paced(slow, 3.0, 20, now)
+    assert placed.unbalanced() == (slow, quick)
+    next(route for route in routes if slow in route.instances).replace(quick)
+    assert placed.unbalanced() is None
+    assert placed.least_used(1) is quick, "1 route beside 3"
+    assert [placed.slowness(route) > 2 for route in routes if slow in route.instances] == [True]
+    paced(slow, 1.0, 20, now)
+    assert placed.unbalanced() == (quick, slow)
+
+
+def test_a_slow_instance_without_routes_gets_a_try_after_a_while() -> None:
+    placed = placement("slow", "quick")
+    slow, quick = placed.instances(1)
+    long_ago = time.monotonic() - 60
+    paced(slow, 3.0, 30, long_ago)
+    paced(quick, 1.0, 1, time.monotonic())
+    assert placed.least_used(1) is slow
+    paced(slow, 3.0, 1, time.monotonic())
+    assert slow.pace < 2, "what it was is forgotten"
+
+
+def test_stages_that_are_slow_as_a_whole_have_no_slow_instance() -> None:
+    placed = placement("x", "y")
+    for instance in placed.instances(1):
+        paced(instance, 3.0, 30, time.monotonic())
+    assert placed.slowness(placed.place(1)) == 1.0
 
 
 def test_each_suspension_of_a_broken_instance_is_longer() -> None:

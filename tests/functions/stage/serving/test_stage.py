@@ -147,10 +147,11 @@ def test_a_reply_has_its_instance_and_free_tokens(clients: list[Client], publish
     assert len({client.forward(NOTHING).get_extension(Attribute.INSTANCE) for client in clients}) == len(clients)
 
 
-def test_server_timing_tells_the_engine_from_the_codec(first: Client) -> None:
+def test_server_timing_tells_the_engine_from_the_codec_and_the_pass(first: Client) -> None:
     headers, body = to_binary_http(first.event(EventType.FORWARD, encode_batch(rows_of("timing", [5]))))
     timing = first.post(headers | AUTHORIZED, body).headers["server-timing"]
-    assert [part.split(";")[0] for part in timing.split(", ")] == ["engine", "codec"]
+    assert [part.split(";")[0] for part in timing.split(", ")] == ["engine", "codec", "pass"]
+    assert timing.endswith(";desc=1"), "the tokens of the pass"
 
 
 def test_reserve_and_release(first: Client) -> None:
