@@ -212,8 +212,8 @@ families: $(VENV)/dev.stamp $(VENV)/native.stamp ## Every family of transformers
 	LAMINA_ALL_FAMILIES=1 $(BIN)/python -m pytest -n $(WORKERS) -rP tests/functions/stage/models/test_generic_families.py
 
 .PHONY: sanitize
-sanitize: $(VENV)/dev.stamp ## Random calls of the layers in C under the address, undefined and thread sanitizers (ROUNDS=20000)
-	LAMINA_FUZZ_ROUNDS=$${ROUNDS:-20000} $(BIN)/python -m pytest -v tests/functions/stage/native/test_fuzz.py
+sanitize: $(VENV)/dev.stamp ## Random calls of the layers in C under the address, undefined and thread sanitizers, and on an emulated ARM CPU (ROUNDS=20000)
+	LAMINA_FUZZ_ROUNDS=$${ROUNDS:-20000} $(BIN)/python -m pytest -v tests/functions/stage/native/test_fuzz.py tests/functions/stage/native/test_vectors.py
 
 .PHONY: test-clients
 test-clients: $(VENV)/dev.stamp $(VENV)/native.stamp $(CLIENTS)/$(CLIENTS_LIST).stamp ## Programs that people ask models with, in an environment of their own (CLIENTS_LIST=requirements-clients-light for the light ones)

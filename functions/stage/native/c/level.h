@@ -111,6 +111,8 @@ typedef struct {
 extern const Level lamina_portable;
 #if defined(__x86_64__)
 extern const Level lamina_avx2, lamina_avx512_vnni, lamina_avx512_bf16, lamina_avx512_amx;
+#elif defined(__aarch64__)
+extern const Level lamina_neon_dotprod, lamina_neon_i8mm;
 #endif
 
 const Level *lamina_chosen_level(void);

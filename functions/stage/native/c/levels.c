@@ -1,4 +1,4 @@
-/* Chooses the level of this CPU once, by cpuid. */
+/* Chooses the level of this CPU once, by cpuid or by what the kernel says of it. */
 
 #include <stdatomic.h>
 
@@ -10,7 +10,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
+#if defined(__x86_64__)
 static const Level *const LEVELS[] = {&lamina_portable, &lamina_avx2, &lamina_avx512_vnni, &lamina_avx512_bf16,
                                       &lamina_avx512_amx};
 
@@ -49,6 +54,19 @@ static int64_t find_best(void)
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & BF16) || !(extended_c & VBMI))
         return 2;
     return (of_7_d & amx) == amx && keeps(TILES) && may_use_tiles() ? 4 : 3;
+}
+#elif defined(__aarch64__)
+static const Level *const LEVELS[] = {&lamina_portable, &lamina_neon_dotprod, &lamina_neon_i8mm};
+
+static int64_t find_best(void)
+{
+#if defined(__linux__)
+    if (!(getauxval(AT_HWCAP) & HWCAP_ASIMDDP))
+        return 0;
+    return getauxval(AT_HWCAP2) & HWCAP2_I8MM ? 2 : 1;
+#else
+    return 0;
+#endif
 }
 #else
 static const Level *const LEVELS[] = {&lamina_portable};

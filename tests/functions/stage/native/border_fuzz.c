@@ -1,8 +1,10 @@
 /* Calls the border with random groups, passes and products in memory of exactly the bytes that they say, right and wrong ones,
    on every level: what the library accepts must stay inside its memory, which the sanitizers see. Numbers are any bits.
 
-   argv: seed and rounds. Prints how many calls were accepted and refused. */
+   argv: seed and rounds. Prints how many calls were accepted and refused. A third number is a level: then every call is right and
+   of plain numbers, all are on this level, and the length of each result is printed. */
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,6 +12,7 @@
 #include "level.h"
 
 static uint64_t state;
+static int only_right;
 
 static uint64_t next(void)
 {
@@ -30,9 +33,9 @@ static Memory memory_of(int64_t bytes)
 {
     uint8_t *data = malloc((size_t)bytes); /* ends exactly at its last byte */
     taken[num_taken++] = data;
-    int plain = any(0, 3) > 0;
+    int plain = any(0, 3) > 0 || only_right;
     for (int64_t i = 0; i < bytes; i++)
-        data[i] = plain ? (uint8_t)any(0, 63) : (uint8_t)next();
+        data[i] = plain ? (uint8_t)(next() & (only_right ? 191 : 63)) : (uint8_t)next(); /* exponents without their highest bit */
     return (Memory){data, bytes};
 }
 
@@ -99,6 +102,8 @@ static int is_address(int64_t number)
 /* One number of a record becomes another: of its bytes, or of its bits. */
 static void spoil(void *record, size_t bytes)
 {
+    if (only_right)
+        return;
     int64_t *numbers = record;
     int64_t *chosen = &numbers[any(0, (int64_t)(bytes / 8) - 1)];
     static const int64_t odd[] = {0, -1, 1, INT64_MAX, INT64_MIN, 1 << 20, 1ll << 40};
@@ -245,6 +250,8 @@ static Group group_of(int is_long)
     const int64_t numbers = padded(group.head_dim, 16);
     group.arena = memory_of(group.num_pages * 2 * group.kv_heads * LAMINA_PAGE_TOKENS *
                             (group.kv_dtype == LAMINA_INT8 ? numbers + 4 : numbers * (group.kv_dtype == LAMINA_BF16 ? 2 : 4)));
+    if (only_right && group.kv_dtype == LAMINA_INT8) /* AVX2 takes no product of any two bytes, only of those that are written */
+        memset(group.arena.data, 0, (size_t)group.arena.bytes);
     group.heads = group.kv_heads * any(1, 5);
     group.layers = memory_of(group.num_layers * (int64_t)sizeof(Layer));
     int64_t attended = group.heads * group.head_dim, all_heads = group.heads + 2 * group.kv_heads;
@@ -362,6 +369,15 @@ static int group_has_ring(const Group *group)
     return layers[0].ring || layers[group->num_layers - 1].ring;
 }
 
+static void print_length(const char *name, Memory floats)
+{
+    double squares = 0;
+    for (int64_t i = 0; only_right && i < floats.bytes / 4; i++)
+        squares += pow(((float *)floats.data)[i], 2);
+    if (only_right)
+        printf("%s %.9g\n", name, sqrt(squares));
+}
+
 static int run_pass(Pool *pool)
 {
     const int is_long = any(0, 15) == 0;
@@ -427,7 +443,7 @@ static int run_pass(Pool *pool)
             return -1;
         break;
     case 4: /* another page that exists might be another sequence's */
-        if (segments[0].pages.bytes)
+        if (segments[0].pages.bytes && !only_right)
             ((int32_t *)segments[0].pages.data)[any(0, segments[0].pages.bytes / 4 - 1)] = any(0, 1) ? -1 : (int32_t)group.num_pages;
         break;
     }
@@ -459,7 +475,9 @@ static int run_pass(Pool *pool)
     for (int i = 0; adapters && i < 5; i++)
         if (says_more(&(&share->qkv)[i].a, &(&share_before.qkv)[i].a, 2))
             return -1;
-    return lamina_run_layers(pool, &group, &pass);
+    const int status = lamina_run_layers(pool, &group, &pass);
+    print_length("pass", pass.hidden);
+    return status;
 }
 
 static int run_product(Pool *pool)
@@ -474,7 +492,9 @@ static int run_product(Pool *pool)
         spoil(&product, sizeof product);
     if (says_more(&product.matrix.weights, &before.matrix.weights, 3) || says_more(&product.x, &before.x, 3))
         return -1;
-    return lamina_multiply(pool, &product);
+    const int status = lamina_multiply(pool, &product);
+    print_length("product", product.y);
+    return status;
 }
 
 static int run_draws(Pool *pool)
@@ -526,9 +546,11 @@ int main(int argc, char **argv)
 {
     state = argc > 1 ? strtoull(argv[1], NULL, 10) * 2654435761u + 1 : 1;
     int rounds = argc > 2 ? atoi(argv[2]) : 100, accepted = 0, refused = 0;
+    only_right = argc > 3;
     Pool *pool = lamina_new_pool();
     for (int round = 0; round < rounds; round++) {
-        lamina_use_level(any(0, lamina_best_level()));
+        const int64_t level = any(0, lamina_best_level());
+        lamina_use_level(only_right ? atoi(argv[3]) : level);
         int64_t kind = any(0, 7);
         int status = kind > 3 ? run_pass(pool) : kind > 1 ? run_product(pool) : kind ? run_draws(pool) : run_softmax();
         accepted += status == LAMINA_OK;
