@@ -25,5 +25,6 @@ if __name__ == "__main__":
     converter = get_model_class(config["architectures"][0])
     for each in (converter, *filter(inspect.isclass, vars(converter).values())):
         each.set_vocab = with_smollm_vocabulary
+    converter.no_mtp = True  # these folders have no layers that predict further tokens
     hparams = converter.load_hparams(Path(folder), False)
     converter(Path(folder), gguf.LlamaFileType.MOSTLY_F16, Path(target), hparams=hparams).write()

@@ -40,7 +40,7 @@ class Client:
         return Measurement(
             seconds,
             sum(tokens for tokens, _ in answers),
-            [moments[1] - moments[0] for _, moments in answers],
+            [moments[1] - moments[0] for _, moments in answers if len(moments) > 1],  # an answer may have no printable text
             [later - earlier for _, moments in answers for earlier, later in pairwise(moments[1:])],
         )
 
