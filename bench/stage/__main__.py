@@ -1,4 +1,5 @@
-"""What a stage's parts cost: passes of layers by dtype, and drawing tokens. Random weights in shapes of SmolLM2 and Qwen2.5.
+"""What a stage's parts cost: passes of layers by dtype, products, how near these come to the machine's limits, and drawing
+tokens. Random weights in shapes of SmolLM2 and Qwen2.5.
 
     python -m bench.stage                  # all tables, about two minutes
     python -m bench.stage --only sampler
@@ -9,6 +10,7 @@ Tables are Markdown. Use it before and after a change, in one run on one machine
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -86,6 +88,11 @@ _PASSES: Final = (  # sequences, tokens that each holds, new ones of each
 _THREADS: Final = 2
 _OUTS: Final = 2048  # of the table of matrices
 _WIDTH: Final = 4096
+_FAR_BYTES: Final = 2**28  # of weights that no cache holds
+_NEAR_OUTS: Final = 1024  # a matrix that L2 holds with its rows
+_NEAR_WIDTH: Final = 256
+_NEAR_ROWS: Final = 64
+_PROMPT_ROWS: Final = 512
 _ROWS: Final = 8  # of the sampler's table
 _SAMPLINGS: Final = {
     "greedy": Sampling(),
@@ -196,17 +203,29 @@ def passes() -> Iterator[str]:
     yield from _by_format()
 
 
+def _random_matrix(name: str, outs: int, width: int) -> MatrixArrays:
+    """A matrix in q4, bfloat16, int8 or a format of blocks."""
+    dice = np.random.default_rng(1)
+    if name == "q4":
+        ends = [(dice.standard_normal((outs, width // 32)) * 0.01).astype(np.float16) for _ in range(2)]
+        packed = q4.pack(dice.integers(0, 16, (outs, width)).astype(np.uint8), *ends)
+        return MatrixArrays(DtypeInC.Q4, packed, packed_shape=(outs, width))
+    if name == "bfloat16":
+        return MatrixArrays(DtypeInC.BF16, narrowed(dice.standard_normal((outs, width), np.float32), "BF16").view(np.int16))
+    if name == "int8":
+        weights = dice.integers(-127, 128, (outs, width)).astype(np.int8)
+        return MatrixArrays(DtypeInC.INT8, weights, np.full(outs, 0.01, np.float32))
+    form = FORMATS[name]
+    rows = _random_blocks(form, width, 0, outs)
+    packed = pack(form, rows if isinstance(rows, Blocks) else read_blocks(form, rows))
+    dtype = DtypeInC.FLOAT_BLOCKS if form.floats else DtypeInC.BLOCKS
+    return MatrixArrays(dtype, packed, packed_shape=(outs, width), parts=((name, outs),))
+
+
 def matrices() -> Iterator[str]:
     """Milliseconds to multiply some rows by one matrix, by format, compared with q4. One thread."""
-    dice, made = np.random.default_rng(1), {}
-    ends = [(dice.standard_normal((_OUTS, _WIDTH // 32)) * 0.01).astype(np.float16) for _ in range(2)]
-    packed = q4.pack(dice.integers(0, 16, (_OUTS, _WIDTH)).astype(np.uint8), *ends)
-    made["q4"] = MatrixArrays(DtypeInC.Q4, packed, packed_shape=(_OUTS, _WIDTH))
-    for name, form in FORMATS.items():
-        rows = _random_blocks(form, _WIDTH, 0, _OUTS)
-        packed = pack(form, rows if isinstance(rows, Blocks) else read_blocks(form, rows))
-        dtype = DtypeInC.FLOAT_BLOCKS if form.floats else DtypeInC.BLOCKS
-        made[name] = MatrixArrays(dtype, packed, packed_shape=(_OUTS, _WIDTH), parts=((name, _OUTS),))
+    dice = np.random.default_rng(1)
+    made = {name: _random_matrix(name, _OUTS, _WIDTH) for name in ("q4", *FORMATS)}
     threads = NativeThreads(library())
     products = {name: NativeLinear(library(), threads, matrix) for name, matrix in made.items()}
     lines = {name: f"| {name} | {8 * matrix.weights.nbytes / (_OUTS * _WIDTH):.2f} |" for name, matrix in made.items()}
@@ -219,6 +238,44 @@ def matrices() -> Iterator[str]:
     yield f"| [{_OUTS}, {_WIDTH}] in {library().level} | bits a weight | 1 row | 4 rows | 16 rows | 128 rows |"
     yield "|---|---:|---:|---:|---:|---:|"
     yield from lines.values()
+
+
+def shares() -> Iterator[str]:
+    """How near products come to the machine: one row to its bandwidth, many rows to the same instructions on data in L2.
+
+    Bandwidth is that of numpy's dot product, on all threads. Rows of a prompt run on one thread.
+    """
+    dice = np.random.default_rng(1)
+    halves = [dice.standard_normal(_FAR_BYTES // 4 // _THREADS, np.float32) for _ in range(_THREADS)]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        dots = {"": lambda: list(threads.map(np.dot, halves, halves))}
+        bandwidth = _FAR_BYTES / best_milliseconds(dots, calls=2)[""] / 1e6
+    x = {rows: dice.standard_normal((rows, _WIDTH), np.float32) for rows in (1, _NEAR_ROWS, _PROMPT_ROWS)}
+    yield f"| matrix, level | a row: GB/s | of {bandwidth:.1f} GB/s | {_PROMPT_ROWS} rows: GFLOP/s | of those in L2 |"
+    yield "|---|---:|---:|---:|---:|"
+    best_level = library().level
+    for name in ("bfloat16", "int8", "q4", "Q8_0", "Q4_K", "E4M3_128"):
+        few = _random_matrix(name, _OUTS, _WIDTH)
+        outs = _OUTS * max(1, _FAR_BYTES // few.weights.nbytes)
+        far, near = _random_matrix(name, outs, _WIDTH), _random_matrix(name, _NEAR_OUTS, _NEAR_WIDTH)
+        for level in library().levels[1:]:
+            library().use_level(level)
+            of_one, of_all = NativeThreads(library()), NativeThreads(library())
+            of_all.count = _THREADS
+            sizes = {
+                "row": (NativeLinear(library(), of_all, far), x[1], _THREADS),
+                "prompt": (NativeLinear(library(), of_one, few), x[_PROMPT_ROWS], 1),
+                "near": (NativeLinear(library(), of_one, near), np.ascontiguousarray(x[_NEAR_ROWS][:, :_NEAR_WIDTH]), 1),
+            }
+            ways: dict[str, Callable[[], object]] = {
+                what: partial(product, rows, count) for what, (product, rows, count) in sizes.items()
+            }
+            best = best_milliseconds(ways, calls=2)
+            read = far.weights.nbytes / best["row"] / 1e6
+            rate = 2 * _PROMPT_ROWS * _OUTS * _WIDTH / best["prompt"] / 1e6
+            peak = 2 * _NEAR_ROWS * _NEAR_OUTS * _NEAR_WIDTH / best["near"] / 1e6
+            yield f"| {name}, {level} | {read:.1f} | {read / bandwidth:.2f} | {rate:.0f} | {rate / peak:.2f} |"
+            library().use_level(best_level)
 
 
 def run_pass(group: NativeGroup, handles: Sequence[int], held: int, new: int) -> None:
@@ -254,7 +311,9 @@ def _draw_all(group: NativeGroup, logits: Array, sampling: Sampling) -> None:
     draw([Drawing(row[None], sampling, 5) for row in logits], group.native_threads)
 
 
-TABLES: Final[Mapping[str, Callable[[], Iterator[str]]]] = {"passes": passes, "matrices": matrices, "sampler": sampler}
+TABLES: Final[Mapping[str, Callable[[], Iterator[str]]]] = {
+    "passes": passes, "matrices": matrices, "shares": shares, "sampler": sampler,
+}  # fmt: skip
 
 
 @click.command()
