@@ -26,8 +26,12 @@ def cut_evenly(shape: ModelShape, stages: int) -> Cut:
     layers = shape.num_layers
     if stages < 1:
         raise ValueError(f"{stages} stages requested; a pipeline has at least one")
-    if stages > layers:
-        raise TooManyStages(f"{stages} stages requested, but {shape.name} has {layers} layers; ask for at most {layers} stages")
+    most = layers - len(shape.joined)
+    if stages > most:
+        why = f", of which some must be in one stage: {next(iter(shape.joined.values()))}" if shape.joined else ""
+        raise TooManyStages(
+            f"{stages} stages requested, but {shape.name} has {layers} layers{why}; ask for at most {most} stages"
+        )
     weight = _group_weight(shape)
     heaviest = _partition(layers, stages, weight, max)[0]
 
@@ -70,12 +74,10 @@ def _group_weight(shape: ModelShape) -> Callable[[int, int], float]:
     total_work = work[-1] + shape.head_compute
 
     def weight(first: int, last: int) -> float:
-        group_size, group_work = size[last] - size[first], work[last] - work[first]
-        if first == 0:
-            group_size += shape.embedding_bytes
-        if last == shape.num_layers:
-            group_size += shape.head_bytes
-            group_work += shape.head_compute
+        if first in shape.joined:
+            return math.inf
+        group_size = size[last] - size[first] + shape.outer_bytes(first, last)
+        group_work = work[last] - work[first] + (shape.head_compute if last == shape.num_layers else 0)
         return max(group_size / total_size, group_work / total_work)
 
     return weight

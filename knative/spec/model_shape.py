@@ -5,7 +5,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ import msgspec
 from functions.stage.native.limits import SCALE_BYTES, obstacle, padded_head
 from knative.spec.errors import SpecError, UnknownShape
 from storage.checkpoints.checkpoint import Checkpoint
+from storage.checkpoints.decoder import Decoder, layer_shapes, outer_shapes
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.checkpoints.recurrent_layers import LayerSizes, described_sizes, layer_sizes
@@ -32,7 +33,10 @@ _UNGATED: Final = frozenset({"gpt2", "opt", "bloom", "gpt_neox", "gptj", "phi", 
 _TIED: Final = frozenset({"gpt2", "opt", "bloom", "falcon", "gemma", "gemma2", "gemma3_text", "cohere"})
 """Families that share embedding and head although their config.json does not say so."""
 _LAYER_KEY: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
-_EMBEDDING_KEY: Final = re.compile(r"(?:embed_tokens|wte|wpe|word_embeddings|embed_positions|embed_in|embeddings)\b")
+_EMBEDDING_KEY: Final = re.compile(
+    r"(?:embed_tokens|wte|wpe|word_embeddings|embed_positions|embed_in|embeddings|embed_tokens_per_layer"
+    r"|per_layer_model_projection|per_layer_projection_norm)\b"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +52,12 @@ class ModelShape:
     layer_compute: tuple[int, ...]
     head_compute: int
     kv_values_per_layer: int  # numbers per token and layer in the KV cache: 2 × KV heads × head size (padded by native layers)
-    layer_sizes: tuple[LayerSizes, ...] = ()  # empty: each layer keeps KV, and none is recurrent
+    layer_sizes: tuple[LayerSizes, ...] = ()  # empty: each layer keeps KV of one size, and none is recurrent
     kv_vectors_per_layer: int = 2  # keys and values per token and layer: 2 × KV heads
     adapter_values: int = 0  # numbers of an adapter of rank 1 in a layer, if all linear modules are adapted
     slow_because: str | None = None  # why a CPU cannot run the layers in C; None: it can
+    joined: Mapping[int, str] = field(default_factory=dict)  # layers that no stage can begin with, and the reasons
+    has_layer_inputs: bool = False  # every stage has the embedding, from which layers get inputs of their own
 
     @property
     def num_layers(self) -> int:
@@ -62,13 +68,31 @@ class ModelShape:
         """Bytes of one number in hidden states and, without a `kv_dtype`, in KV. int8 and q4 are dtypes of weights only."""
         return 4 if self.dtype == "float32" else 2
 
-    def kv_bytes_per_layer(self, kv_dtype: str | None = None) -> int:
-        """Bytes of a token's keys and values in a layer. Raises SpecError if stages cannot keep this model's in `kv_dtype`."""
-        if kv_dtype is None:
-            return self.kv_values_per_layer * self.value_bytes
-        if self.slow_because is not None:
+    def kv_bytes(self, first: int, last: int, kv_dtype: str | None = None) -> int:
+        """Bytes of a token's keys and values in layers [first, last).
+
+        Raises SpecError if stages cannot keep this model's in `kv_dtype`.
+        """
+        if kv_dtype is not None and self.slow_because is not None:
             raise SpecError(f"$.kv_dtype: {kv_dtype} takes layers in C, which do not run {self.name}: {self.slow_because}")
-        return self.kv_values_per_layer + self.kv_vectors_per_layer * SCALE_BYTES
+        found = [(self.kv_values_per_layer, self.kv_vectors_per_layer)] * (last - first)
+        if self.layer_sizes:
+            found = [
+                (self.kv_values_per_layer, self.kv_vectors_per_layer)
+                if layer.kv_heads is None
+                else (2 * layer.kv_heads[0] * padded_head(layer.kv_heads[1]), 2 * layer.kv_heads[0])
+                for layer in self.layer_sizes[first:last]
+                if layer.has_kv
+            ]
+        if kv_dtype is None:
+            return sum(values for values, _ in found) * self.value_bytes
+        return sum(values + vectors * SCALE_BYTES for values, vectors in found)
+
+    def outer_bytes(self, first: int, last: int) -> int:
+        """Bytes of the weights that a stage of layers [first, last) has besides them."""
+        head = self.head_bytes if last == self.num_layers else 0
+        needs_embedding = first == 0 or (self.has_layer_inputs and not head)
+        return head + (self.embedding_bytes if needs_embedding else 0)
 
 
 def shape_from_config(config: Mapping[str, Any], name: str, dtype: str) -> ModelShape:
@@ -78,6 +102,8 @@ def shape_from_config(config: Mapping[str, Any], name: str, dtype: str) -> Model
     in.
     """
     decoder = _Decoder(config, name)
+    if decoder.model is not None and decoder.model.layer_input is not None:  # layers and embedding are far from the sizes below
+        return _shape(decoder, dtype, *_by_object(decoder, _described_sizes(decoder.model)))
     dense, _ = decoder.layer_parameters()
     matrix = decoder.vocabulary * decoder.hidden
     return _shape(decoder, dtype, [dense] * decoder.layers, matrix, matrix + decoder.hidden)
@@ -134,6 +160,19 @@ def _shape_of_checkpoint(checkpoint: Checkpoint, name: str, dtype: str) -> Model
     return replace(shape, layer_bytes=tuple(layers), embedding_bytes=embedding, head_bytes=head)
 
 
+def _described_sizes(model: Decoder) -> dict[str, int]:
+    """Numbers of each tensor, by name; of a tied model without the head's."""
+    layers = {
+        f"{model.names.layers}.{number}.{name}": shape
+        for number, layer in enumerate(model.layers)
+        for name, shape in layer_shapes(model, layer).items()
+    }
+    outer = outer_shapes(model)
+    if model.tied:
+        outer.pop(f"{model.names.head}.weight", None)
+    return {name: math.prod(shape) for name, shape in {**outer, **layers}.items()}
+
+
 def _by_object(decoder: "_Decoder", sizes: Mapping[str, int]) -> tuple[list[int], int, int]:
     """Sizes by tensor, added up: those of each layer, of the embedding, and of what makes logits. Raises UnknownShape."""
     layers, embedding, head = [0] * decoder.layers, 0, 0
@@ -147,7 +186,7 @@ def _by_object(decoder: "_Decoder", sizes: Mapping[str, int]) -> tuple[list[int]
             head += size
     if not all(layers):
         raise UnknownShape(f"{decoder.name} has no tensor of layer {layers.index(0)} of {decoder.layers}")
-    return layers, embedding, head + (embedding if decoder.tied else 0)
+    return layers, embedding, head + (embedding if decoder.reads_embedding_last else 0)
 
 
 def published_shape(reader: Reader, manifest: ModelManifest) -> ModelShape:
@@ -161,7 +200,7 @@ def published_shape(reader: Reader, manifest: ModelManifest) -> ModelShape:
         shape_from_config(config, manifest.name, manifest.dtype),
         layer_bytes=tuple(manifest.objects[layer_object(layer)].bytes for layer in range(manifest.num_layers)),
         embedding_bytes=embedding_bytes,
-        head_bytes=head_bytes + (embedding_bytes if _Decoder(config, manifest.name).tied else 0),
+        head_bytes=head_bytes + (embedding_bytes if _Decoder(config, manifest.name).reads_embedding_last else 0),
     )
 
 
@@ -187,6 +226,13 @@ class _Decoder:
             self.kv_heads = 1
         else:
             self.kv_heads = self.optional("num_key_value_heads", "num_kv_heads") or self.heads
+        self.model: Decoder | None = None  # None: no layers of Lamina's own run it
+        self.slow_because: str | None = None
+        try:
+            self.model = decoder_of(self.config)
+        except UnsupportedConfig as error:
+            self.slow_because = str(error)
+        self.reads_embedding_last = self.tied or (self.model is not None and self.model.layer_input is not None)
         self.latent = self.optional("kv_lora_rank")
         if self.latent is not None:  # KV is one latent of a token, with the part of a key that is rotated
             self.kv_heads, self.head_size = 1, self.latent + self.size("qk_rope_head_dim")
@@ -223,7 +269,7 @@ class _Decoder:
             return (attention + matrices * hidden * inner,) * 2
         inner = self.optional("moe_intermediate_size") or self.size("intermediate_size")
         shared = self.optional("n_shared_experts") or 0
-        chosen = self.optional("num_experts_per_tok", "num_experts_per_token") or experts
+        chosen = self.optional("num_experts_per_tok", "num_experts_per_token", "top_k_experts") or experts
         router, expert = hidden * experts, matrices * hidden * inner
         return attention + router + (experts + shared) * expert, attention + router + (chosen + shared) * expert
 
@@ -243,12 +289,12 @@ def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, hea
     dense, active = decoder.layer_parameters()
     slow_because = obstacle(dtype, "cpu", {"head_dim": decoder.head_size})
     head_size, sizes = decoder.head_size, decoder.sizes
-    if slow_because is None:
-        try:
-            sizes = described_sizes(decoder_of(decoder.config))
-            head_size = padded_head(head_size)
-        except UnsupportedConfig as error:
-            slow_because = str(error)
+    if slow_because is None and decoder.model is not None:
+        sizes, head_size = described_sizes(decoder.model), padded_head(head_size)
+    joined = {}
+    if decoder.model is not None:
+        found = {layer: decoder.model.obstacle_to_cut(layer) for layer in range(1, decoder.model.num_layers)}
+        joined = {layer: reason for layer, reason in found.items() if reason is not None}
     return ModelShape(
         name=decoder.name,
         dtype=dtype,
@@ -262,7 +308,9 @@ def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, hea
         layer_sizes=sizes,
         kv_vectors_per_layer=2 * decoder.kv_heads,
         adapter_values=decoder.adapter_values(),
-        slow_because=slow_because,
+        slow_because=slow_because or decoder.slow_because,
+        joined=joined,
+        has_layer_inputs=decoder.model is not None and decoder.model.layer_input is not None,
     )
 
 

@@ -15,7 +15,6 @@ from knative.spec.cut import format_cut
 from knative.spec.errors import SpecError
 from knative.spec.model_shape import ModelShape
 from knative.spec.pipeline_spec import StageSpec, quantity
-from storage.checkpoints.recurrent_layers import LayerSizes
 
 SEQUENCE_TOKENS: Final = 4096  # length of the sequence that `plan` sizes the KV cache for
 WEIGHTS_FACTOR: Final = 1.2  # layers are converted for the processor one by one, and the one in progress is held twice
@@ -69,15 +68,13 @@ def plan_stages(
     total_compute = sum(shape.layer_compute) + shape.head_compute
     hop_bytes = row_bytes("I8", shape.hidden_size) if wire_dtype == "int8" else shape.hidden_size * shape.value_bytes
     plans = []
-    sizes = shape.layer_sizes or (LayerSizes(has_kv=True, tail_values=0, matrix_values=0),) * shape.num_layers
+    for first, _ in cut:
+        if first in shape.joined:
+            raise SpecError(f"$.cut: no stage of {shape.name} can begin with layer {first}: {shape.joined[first]}")
     for index, (first, last) in enumerate(cut):
-        weight_bytes, compute = sum(shape.layer_bytes[first:last]), sum(shape.layer_compute[first:last])
+        weight_bytes = sum(shape.layer_bytes[first:last]) + shape.outer_bytes(first, last)
         is_last = last == shape.num_layers
-        if first == 0:
-            weight_bytes += shape.embedding_bytes
-        if is_last:
-            weight_bytes += shape.head_bytes
-            compute += shape.head_compute
+        compute = sum(shape.layer_compute[first:last]) + (shape.head_compute if is_last else 0)
         plans.append(
             StagePlan(
                 index=index,
@@ -86,10 +83,10 @@ def plan_stages(
                 weight_bytes=weight_bytes,
                 compute=compute,
                 compute_share=compute / total_compute,
-                kv_bytes_per_token=sum(layer.has_kv for layer in sizes[first:last]) * shape.kv_bytes_per_layer(kv_dtype),
+                kv_bytes_per_token=shape.kv_bytes(first, last, kv_dtype),
                 hop_bytes_per_token=0 if is_last else hop_bytes,
                 adapter_bytes=(last - first) * shape.adapter_values * shape.value_bytes,
-                state_bytes=sum(layer.state_bytes(shape.value_bytes) for layer in sizes[first:last]),
+                state_bytes=sum(layer.state_bytes(shape.value_bytes) for layer in shape.layer_sizes[first:last]),
             )
         )
     return tuple(plans)

@@ -63,6 +63,10 @@ class Attention(_Data, frozen=True, kw_only=True):
     sinks: bool = False  # each head's softmax has one more score, which is learned and has no value
     latent: Latent | None = None
     output_gate: bool = False  # outputs are multiplied by sigmoid(gate); a head's gate is stored after its query
+    values_are_keys: bool = False  # as they are before norm and rotation: values have no matrix
+    value_norm: Norm | None = None  # of each head's value; it has no gain
+    # Number of an earlier layer with the same heads, whose keys and values it attends to; None: it has its own.
+    kv_layer: int | None = None
     qkv_bias: bool = False
     out_bias: bool = False
 
@@ -142,6 +146,21 @@ class Experts(_Data, frozen=True, kw_only=True):
     router: Router
     each: FeedForward
     shared_gate: bool = False  # the output of the layer's `feed_forward` is multiplied by sigmoid(gate x)
+    # They have norms of their own, before the experts, the router and after both the experts and `feed_forward`. The router's
+    # has a learned scale, divided by the root of the hidden size, as gain. Each expert's weight has a learned factor.
+    own_norms: bool = False
+
+
+class LayerInput(_Data, frozen=True, kw_only=True):
+    """Numbers of each token that every layer gets besides hidden states, from the token's id alone.
+
+    They are (norm(W e) + t) / sqrt(2), with the scaled embedding e of the token, a matrix W divided by the root of the hidden
+    size, and a second embedding t times the root of `size`. W and t have rows and columns for each layer. A layer adds
+    norm(out(activation(gate x) * input)) to its hidden states x, last of all.
+    """
+
+    size: int
+    norm: Norm
 
 
 class Layer(_Data, frozen=True, kw_only=True):
@@ -161,6 +180,7 @@ class Layer(_Data, frozen=True, kw_only=True):
     after_feed_forward: Norm | None = None
     parallel: bool = False
     residual_scale: float = 1.0  # of what is added
+    output_scale: bool = False  # hidden states are multiplied by a learned number in the end
 
 
 class Rotation(_Data, frozen=True, kw_only=True):
@@ -208,6 +228,19 @@ class TensorNames(_Data, frozen=True, kw_only=True):
     )  # fmt: skip
     shared: tuple[str, str, str] = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")
     shared_gate: str = "mlp.shared_expert_gate"
+    # With `own_norms`: gains before experts, after them and after the feed-forward beside them, and vectors of the router.
+    before_experts: str = "pre_feedforward_layernorm_2"
+    after_experts: str = "post_feedforward_layernorm_2"
+    after_shared: str = "post_feedforward_layernorm_1"
+    router_scale: str = "router.scale"
+    expert_scales: str = "router.per_expert_scale"
+    output_scale: str = "layer_scalar"
+    layer_embedding: str = "model.embed_tokens_per_layer"  # of `LayerInput`: t
+    layer_projection: str = "model.per_layer_model_projection"  # W
+    layer_projection_norm: str = "model.per_layer_projection_norm"
+    input_gate: str = "per_layer_input_gate"
+    input_out: str = "per_layer_projection"
+    after_input: str = "post_per_layer_input_norm"
     before_attention: str = "input_layernorm"
     after_attention: str = ""
     before_feed_forward: str = "post_attention_layernorm"
@@ -222,7 +255,7 @@ class TensorNames(_Data, frozen=True, kw_only=True):
 
 
 class Decoder(_Data, frozen=True, kw_only=True):
-    """A whole model. Heads and sizes are the same in all layers."""
+    """A whole model. All layers have as many query heads."""
 
     num_layers: int
     hidden_size: int
@@ -233,6 +266,7 @@ class Decoder(_Data, frozen=True, kw_only=True):
     order: tuple[int, ...]  # the kind of each layer
     ropes: dict[str, Rotation]
     final_norm: Norm
+    layer_input: LayerInput | None = None
     embedding_scale: float = 1.0
     position_offset: int | None = None  # row of position 0 in the learned position embeddings; None: there are none
     logit_scale: float = 1.0
@@ -248,9 +282,9 @@ class Decoder(_Data, frozen=True, kw_only=True):
 
     @property
     def attention(self) -> Attention:
-        """That of the first layer that has one, whose heads all others have; NO_ATTENTION if no layer has."""
+        """That of the layer with the largest heads, of several the first; NO_ATTENTION if no layer has any."""
         found = (layer.attention for layer in self.kinds if layer.attention is not None)
-        return next(found, NO_ATTENTION)
+        return max(found, key=lambda attention: attention.head_dim, default=NO_ATTENTION)
 
     @property
     def inner_size(self) -> int:
@@ -261,6 +295,13 @@ class Decoder(_Data, frozen=True, kw_only=True):
     def experts(self) -> tuple[Experts, ...]:
         """The experts of the different kinds of layers."""
         return tuple(layer.experts for layer in self.kinds if layer.experts is not None)
+
+    def obstacle_to_cut(self, first: int) -> str | None:
+        """Why no stage can begin with layer `first`, as part of a sentence; None: one can."""
+        for number, layer in enumerate(self.layers[first:], first):
+            if layer.attention is not None and layer.attention.kv_layer is not None and layer.attention.kv_layer < first:
+                return f"layer {number} attends to the keys and values of layer {layer.attention.kv_layer}"
+        return None
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -294,7 +335,8 @@ def layer_shapes(model: Decoder, layer: Layer) -> Shapes:
         if norm is not None:
             shapes |= _vector_shapes(name, hidden, norm.biased)
     if attention is not None and (qk_norm := attention.qk_norm) is not None:
-        for name, heads in ((names.query_norm, attention.num_heads), (names.key_norm, attention.num_kv_heads)):
+        of_keys = [] if attention.kv_layer is not None else [(names.key_norm, attention.num_kv_heads)]
+        for name, heads in ((names.query_norm, attention.num_heads), *of_keys):
             if qk_norm.over == "all_heads":
                 shapes |= _vector_shapes(name, heads * attention.head_dim, qk_norm.norm.biased)
             elif qk_norm.over == "head":
@@ -321,9 +363,9 @@ def layer_shapes(model: Decoder, layer: Layer) -> Shapes:
             add_matrix(names.kv_up, attention.num_heads * (latent.nope_size + latent.value_size), latent.rank, biased=False)
         else:
             attended, with_gates = queries, 2 * queries if attention.output_gate else queries
-            for name, outs in zip(
-                names.qkv, (with_gates, keys, keys) if len(names.qkv) == 3 else (queries + 2 * keys,), strict=True
-            ):
+            sizes = (with_gates, keys, keys) if len(names.qkv) == 3 else (queries + 2 * keys,)
+            own = 1 if attention.kv_layer is not None else 2 if attention.values_are_keys else 3
+            for name, outs in list(zip(names.qkv, sizes, strict=True))[:own]:
                 add_matrix(name, outs, hidden, attention.qkv_bias)
         add_matrix(names.out, hidden, attended, attention.out_bias)
     if recurrent is not None:
@@ -336,7 +378,7 @@ def layer_shapes(model: Decoder, layer: Layer) -> Shapes:
         add_matrix(down, hidden, one.inner_size, one.biased)
 
     if feed_forward is not None:
-        add_feed_forward(feed_forward, *(names.shared if experts else (names.gate, names.up, names.down)))
+        add_feed_forward(feed_forward, *names_of_feed_forward(names, experts))
     if experts is not None:
         router = experts.router
         add_matrix(names.router, router.num_experts, hidden, router.biased)
@@ -344,14 +386,29 @@ def layer_shapes(model: Decoder, layer: Layer) -> Shapes:
             shapes[names.correction] = (router.num_experts,)
         if experts.shared_gate:
             add_matrix(names.shared_gate, 1, hidden, False)
+        if experts.own_norms:
+            for name in (names.before_experts, names.after_experts, names.after_shared):
+                shapes |= _vector_shapes(name, hidden, biased=False)
+            shapes |= {names.router_scale: (hidden,), names.expert_scales: (router.num_experts,)}
         for expert in range(router.num_experts):
             add_feed_forward(experts.each, *(name.format(expert=expert) for name in names.experts))
+    if (layer_input := model.layer_input) is not None:
+        add_matrix(names.input_gate, layer_input.size, hidden, biased=False)
+        add_matrix(names.input_out, hidden, layer_input.size, biased=False)
+        shapes |= _vector_shapes(names.after_input, hidden, layer_input.norm.biased)
+    if layer.output_scale:
+        shapes[names.output_scale] = (1,)
     if names.transposed:
         shapes = {name: shape[::-1] for name, shape in shapes.items()}
     if feed_forward is not None and feed_forward.activation == "xielu":
         shapes |= {f"{names.activation}.{number}": (1,) for number in ("alpha_p", "alpha_n")}
         shapes |= {f"{names.activation}.{number}": () for number in ("beta", "eps")}
     return shapes
+
+
+def names_of_feed_forward(names: TensorNames, experts: Experts | None) -> tuple[str, str, str]:
+    """Gate, up and down of a layer's `feed_forward`."""
+    return names.shared if experts is not None and not experts.own_norms else (names.gate, names.up, names.down)
 
 
 def float32_names(model: Decoder) -> frozenset[str]:
@@ -395,6 +452,11 @@ def outer_shapes(model: Decoder) -> Shapes:
         shapes[f"{names.positions}.weight"] = (model.max_positions + model.position_offset, model.hidden_size)
     if model.head_bias:
         shapes[f"{names.head}.bias"] = (model.vocab_size,)
+    if (layer_input := model.layer_input) is not None:
+        of_layers = model.num_layers * layer_input.size
+        shapes[f"{names.layer_embedding}.weight"] = (model.vocab_size, of_layers)
+        shapes[f"{names.layer_projection}.weight"] = (of_layers, model.hidden_size)
+        shapes |= _vector_shapes(names.layer_projection_norm, layer_input.size, layer_input.norm.biased)
     return shapes | _vector_shapes(names.final_norm, model.hidden_size, model.final_norm.biased)
 
 

@@ -19,6 +19,7 @@ from storage.checkpoints.decoder import (
     FeedForward,
     Latent,
     Layer,
+    LayerInput,
     Norm,
     QKNorm,
     Rotation,
@@ -52,11 +53,13 @@ _ROPE_COMMON: Final = frozenset(
 )
 _ROPE_OPTIONAL: Final[dict[str, frozenset[str]]] = {
     "default": frozenset({"factor"}),  # transformers reads no factor either
+    "proportional": frozenset({"factor"}),
     "yarn": frozenset({"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}),
     "longrope": frozenset({"attention_factor"}),
 }
 _ROPE_NEEDED: Final[dict[str, tuple[str, ...]]] = {
     "default": (),
+    "proportional": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
@@ -157,8 +160,11 @@ def _described(family: DecoderFamily, values: Values) -> Decoder:
         tied=values.flag("tie_word_embeddings") and has_head,
         kinds=kinds,
         order=tuple(map(kinds.index, layers)),
-        ropes=_ropes(family, values, head_dim if latent is None else latent.rope_size),
+        ropes=_ropes(family, values, {kind: _rotated_size(layers, head_dim, kind) for kind in ("all", "windows")}),
         final_norm=norm,
+        layer_input=LayerInput(size=values.size(family.layer_input), norm=norm)
+        if family.layer_input is not None and values.get(family.layer_input)
+        else None,
         embedding_scale=family.embedding_scale(values),
         position_offset=family.position_offset,
         logit_scale=family.logit_scale(values),
@@ -168,6 +174,12 @@ def _described(family: DecoderFamily, values: Values) -> Decoder:
         has_head=has_head,
         names=names,
     )
+
+
+def _rotated_size(layers: list[Layer], head_dim: int, rope: str) -> int:
+    """Numbers of a head that the rotation of this name may rotate; head_dim if no layer has it."""
+    found = (layer.attention for layer in layers if layer.attention is not None and layer.attention.rope == rope)
+    return next((each.head_dim if each.latent is None else each.latent.rope_size for each in found), head_dim)
 
 
 def _latent(values: Values) -> Latent:
@@ -195,7 +207,7 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
     dense = None
     activation = _activation(family, values)
     sparse, experts, shared = _experts(family, values, activation)
-    if not all(sparse):
+    if not all(sparse) or (experts is not None and experts.own_norms):
         dense = FeedForward(
             inner_size=family.inner_size(values),
             activation=activation,
@@ -211,30 +223,44 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
         windows, unrotated, sparse = (None,) * num_layers, (False,) * num_layers, (experts is not None,) * num_layers
         parts = parts[:1] * num_layers
     recurrent = None if family.recurrent is None else family.recurrent(values)
+    heads_of_layers = [(values.size("num_key_value_heads", heads) if latent is None else 1, head_dim)] * num_layers
+    if family.heads is not None:
+        heads_of_layers = [*family.heads(values)]
+
+    def of_layer(layer: int) -> FeedForward | None:
+        if sparse[layer] and (experts is None or not experts.own_norms):
+            return shared
+        return msgspec.structs.replace(dense, inner_size=2 * dense.inner_size) if dense and layer in wider else dense
+
+    kv_layers, are_keys, wider = family.kv_layers(values), family.values_are_keys(values), family.wider(values)
     return [
         Layer(
             attention=Attention(
                 num_heads=heads,
-                num_kv_heads=values.size("num_key_value_heads", heads) if latent is None else 1,
+                num_kv_heads=heads_of_layers[layer][0],
                 latent=latent,
-                head_dim=head_dim,
-                scale=family.scale(values, head_dim, layer),
+                head_dim=heads_of_layers[layer][1],
+                scale=family.scale(values, heads_of_layers[layer][1], layer),
                 soft_cap=values.soft_cap(family.attention_soft_cap),
                 window=windows[layer],
                 rope=None if unrotated[layer] or family.rope is None else _rope_of(family, windows[layer]),
                 qk_norm=qk_norm,
                 sinks=family.sinks,
                 output_gate=family.output_gate,
+                values_are_keys=layer in are_keys and layer not in kv_layers,
+                value_norm=norm if family.value_norm else None,
+                kv_layer=kv_layers.get(layer),
                 qkv_bias=values.flag(family.qkv_bias),
                 out_bias=values.flag(family.out_bias),
             )
             if "attention" in parts[layer]
             else None,
             recurrent=recurrent if "recurrent" in parts[layer] else None,
-            feed_forward=None if "feed_forward" not in parts[layer] else shared if sparse[layer] else dense,
+            feed_forward=None if "feed_forward" not in parts[layer] else of_layer(layer),
             experts=experts if sparse[layer] and "feed_forward" in parts[layer] else None,
             parallel=values.flag(family.parallel),
             residual_scale=family.residual_scale(values),
+            output_scale=family.output_scale,
             **{
                 place: norm
                 for place in family.norms
@@ -251,6 +277,11 @@ def _experts(
     """Which layers have experts, the experts, and the expert of these layers that every token goes through."""
     if (row := family.experts) is None:
         return (False,) * values.size("num_hidden_layers"), None, None
+    sparse = tuple(row.layers(values))
+    if row.own_norms and not any(sparse):
+        for key in (row.count, row.chosen, row.inner_size):
+            values.get(key)
+        return sparse, None, None
     groups, chosen_groups = (1, 1) if row.groups is None else (values.size(key, 1) for key in row.groups)
     router = Router(
         num_experts=values.size(row.count),
@@ -275,7 +306,7 @@ def _experts(
         biased=row.bias,
     )
     shared = None if (size := row.shared_size(values)) is None else FeedForward(inner_size=size, activation=activation)
-    return tuple(row.layers(values)), Experts(router=router, each=each, shared_gate=row.shared_gate), shared
+    return sparse, Experts(router=router, each=each, shared_gate=row.shared_gate, own_norms=row.own_norms), shared
 
 
 def _activation(family: DecoderFamily, values: Values) -> Activation:
@@ -292,19 +323,20 @@ def _rope_of(family: DecoderFamily, window: int | None) -> str:
     return "windows" if family.rope_by_kind and window is not None else "all"
 
 
-def _ropes(family: DecoderFamily, values: Values, head_dim: int) -> dict[str, Rotation]:
+def _ropes(family: DecoderFamily, values: Values, sizes: Mapping[str, int]) -> dict[str, Rotation]:
+    """sizes: numbers of a head, by the rotation's name in the description."""
     if family.rope is None:
         return {}
     if not family.rope_by_kind:
-        return {"all": _rope(family, values, _rope_parameters(family, values), head_dim)}
-    given = values.get("rope_parameters") or {}
+        return {"all": _rope(family, values, _rope_parameters(family, values), sizes["all"])}
+    given = values.get("rope_parameters") or values.default("rope_parameters") or {}
     found = {kind: dict(given.get(kind) or {"rope_type": "default"}) for kind in ("full_attention", "sliding_attention")}
     found["full_attention"] |= values.get("rope_scaling") or {}
     for kind, theta in (("full_attention", "rope_theta"), ("sliding_attention", "rope_local_base_freq")):
         found[kind].setdefault("rope_theta", values.get(theta))
     return {
-        "all": _rope(family, values, _completed(family, values, found["full_attention"]), head_dim),
-        "windows": _rope(family, values, _completed(family, values, found["sliding_attention"]), head_dim),
+        "all": _rope(family, values, _completed(family, values, found["full_attention"]), sizes["all"]),
+        "windows": _rope(family, values, _completed(family, values, found["sliding_attention"]), sizes["windows"]),
     }
 
 
@@ -326,7 +358,7 @@ def _rope(family: DecoderFamily, values: Values, parameters: dict[str, Any], hea
     parameters = {key: value for key, value in parameters.items() if key not in family.rope_ignores}
     if family.rope_share is not None and is_number(share) and 0 < share <= 1:
         rotated = int(head_dim * share)
-    elif share != 1.0:
+    elif share != 1.0 and not (parameters["rope_type"] == "proportional" and is_number(share) and 0 <= share < 1):
         values.obstacles.append(f"a rotation of {share!r} of a head")
     if rotated < 2 or rotated % 2 or not _rope_supported(parameters, rotated):
         values.obstacles.append(f"rotation {parameters!r}")
@@ -376,16 +408,18 @@ def _rope_supported(parameters: Mapping[str, Any], rotated: int) -> bool:
 
 
 def _obstacles(family: DecoderFamily, values: Values, model: Decoder, config: Mapping[str, Any]) -> list[str]:
-    attention = model.attention
     architectures: Any = config.get("architectures")
     obstacles = {
         "a quantized checkpoint": values.get("quantization_config") is not None,
-        f"head_dim {attention.head_dim}": attention.head_dim % 2 != 0,
-        f"{attention.num_heads} heads on {attention.num_kv_heads}": attention.num_heads % attention.num_kv_heads != 0,
         "an architecture without a language model head": bool(architectures)
         and model.has_head
         and not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures),
     }
+    for layer in model.kinds:
+        if (each := layer.attention) is not None:
+            obstacles[f"head_dim {each.head_dim}"] = each.head_dim % 2 != 0
+            obstacles[f"{each.num_heads} heads on {each.num_kv_heads}"] = each.num_heads % each.num_kv_heads != 0
+    attention = model.attention
     if not family.has_head_dim and not family.latent:  # but the rotation may read it
         obstacles[f"head_dim {values.get('head_dim')!r}"] = values.get("head_dim") not in (None, attention.head_dim)
     for key, described in family.only(values).items():

@@ -5,7 +5,7 @@ class too. tests/storage/checkpoints/test_decoder_families.py compares both with
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
@@ -48,6 +48,7 @@ class ExpertsFamily:
     bias: bool = False
     shared_size: Callable[["Values"], int | None] = lambda _: None  # inner size of the shared expert; None: there is none
     shared_gate: bool = False
+    own_norms: bool = False  # the layer's own feed-forward is beside them, and layers may have none
     swiglu: tuple[str, str] | None = None  # keys of its two numbers
     layers: Callable[["Values"], Iterable[bool]] = lambda values: (True,) * values.size("num_hidden_layers")
 
@@ -93,6 +94,13 @@ class DecoderFamily:
     mlp_bias: bool | str = False
     gated: bool = True
     inner_size: Callable[["Values"], int] = lambda values: values.size("intermediate_size")
+    wider: Callable[["Values"], Collection[int]] = lambda _: ()  # layers whose inner size is twice that
+    heads: Callable[["Values"], Sequence[tuple[int, int]]] | None = None  # how many KV heads a layer has, and of which size
+    values_are_keys: Callable[["Values"], Collection[int]] = lambda _: ()  # layers whose values are keys before norm and rope
+    value_norm: bool = False
+    kv_layers: Callable[["Values"], Mapping[int, int]] = lambda _: {}  # whose keys and values a layer reads, if not its own
+    layer_input: str | None = None  # key of its size
+    output_scale: bool = False
     scale: Callable[["Values", int, int], float] = lambda _, head_dim, layer: head_dim**-0.5  # of scores
     attention_soft_cap: str | None = None
     windows: Callable[["Values"], Iterable[int | None]] = lambda values: (None,) * values.size("num_hidden_layers")
@@ -542,6 +550,57 @@ _LFM2_NAMES: Final = TensorNames(
     recurrent_kernel="conv",
 )
 
+_GEMMA_4_LAYERS: Final = 30
+
+
+def _gemma_4_completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With a type for each layer. The last one attends to all tokens whatever the config says."""
+    count = config.get("num_hidden_layers", _GEMMA_4_LAYERS)
+    types: Any = config.get("layer_types")
+    if types is None and type(count) is int:
+        types = ["sliding_attention" if (layer + 1) % 6 else "full_attention" for layer in range(min(count, 10_000))]
+    return {**config, "layer_types": [*types[:-1], "full_attention"] if types else types}
+
+
+def _full_layers_of_gemma_4(values: Values) -> list[int]:
+    return [layer for layer, kind in enumerate(values.get("layer_types") or ()) if kind == "full_attention"]
+
+
+def _heads_of_gemma_4(values: Values) -> list[tuple[int, int]]:
+    """By `per_layer_config`, which newer configs have, or else by the keys for layers without a window."""
+    kv_heads, size = values.size("num_key_value_heads"), values.size("head_dim")
+    global_heads = values.get("num_global_key_value_heads") if values.flag("attention_k_eq_v") else None
+    of_full = {"head_dim": values.get("global_head_dim"), "num_key_value_heads": global_heads or kv_heads}
+    given = values.get("per_layer_config")
+    if given is None:
+        given = dict.fromkeys(_full_layers_of_gemma_4(values), of_full)
+    try:
+        own = {int(layer): {key: int(value) for key, value in fields.items()} for layer, fields in given.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ArchitectureUnsupported(f"config.json has per_layer_config {str(given)[:64]!r}: {error}") from error
+    if unknown := {key for fields in own.values() for key in fields} - of_full.keys():
+        values.obstacles.append(f"per_layer_config with {min(unknown)}")
+    found = [own.get(layer, {}) for layer in range(values.size("num_hidden_layers"))]
+    return [(max(1, fields.get("num_key_value_heads", kv_heads)), max(1, fields.get("head_dim", size))) for fields in found]
+
+
+def _kv_layers_of_gemma_4(values: Values) -> dict[int, int]:
+    """The last layers read the keys and values of the last one of their type before them."""
+    types, count = values.get("layer_types"), values.size("num_hidden_layers")
+    first = count - (values.get("num_kv_shared_layers") or 0)
+    owners = {kind: layer for layer, kind in enumerate(types[: max(0, first)])}
+    if lacking := set(types[max(0, first) :]) - owners.keys():
+        values.obstacles.append(f"layers with {min(lacking)} that read the keys and values of no other layer")
+    return {layer: owners[types[layer]] for layer in range(max(0, first), len(types)) if types[layer] in owners}
+
+
+def _only_of_gemma_4(values: Values) -> Mapping[str, Any]:
+    values.get("vocab_size_per_layer_input")
+    has_input = values.get("hidden_size_per_layer_input")
+    found = {"vocab_size_per_layer_input": values.get("vocab_size")} if has_input else {}
+    return {"use_bidirectional_attention": "vision", **found}  # tokens of images alone attend to later ones
+
+
 DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
     "llama": DecoderFamily(
         source="llama.modeling_llama:LlamaDecoderLayer",
@@ -660,6 +719,54 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
         windows=_windows_by_pattern,
         bidirectional="use_bidirectional_attention",
         rope_by_kind=True,
+        **LLAMA_BIASES,
+    ),
+    "gemma4_text": DecoderFamily(
+        source="gemma4.modeling_gemma4:Gemma4TextDecoderLayer",
+        defaults=_GEMMA
+        | {
+            "num_hidden_layers": _GEMMA_4_LAYERS,
+            "num_key_value_heads": 4,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "max_position_embeddings": 131_072,
+            "sliding_window": 512,
+            "global_head_dim": 512,
+            "hidden_size_per_layer_input": 256,
+            "vocab_size_per_layer_input": 262_144,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+                "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+            },
+        },
+        keys={"hidden_act": "hidden_activation"},
+        names=msgspec.structs.replace(
+            _FOUR_NORMS,
+            router="router.proj",
+            experts=("experts.{expert}.gate_proj", "experts.{expert}.up_proj", "experts.{expert}.down_proj"),
+        ),
+        norms=EVERYWHERE,
+        qk_norm=True,
+        value_norm=True,
+        scale=lambda *_: 1.0,
+        embedding_scale=_root_of_size,
+        logit_soft_cap="final_logit_softcapping",
+        completed=_gemma_4_completed,
+        windows=lambda values: _windows(values, lambda _: False),
+        rope_by_kind=True,
+        heads=_heads_of_gemma_4,
+        kv_layers=_kv_layers_of_gemma_4,
+        values_are_keys=lambda values: _full_layers_of_gemma_4(values) if values.flag("attention_k_eq_v") else (),
+        wider=lambda values: _kv_layers_of_gemma_4(values) if values.flag("use_double_wide_mlp") else (),
+        layer_input="hidden_size_per_layer_input",
+        output_scale=True,
+        only=_only_of_gemma_4,
+        experts=ExpertsFamily(
+            chosen="top_k_experts",
+            normalized=True,
+            own_norms=True,
+            layers=lambda values: (values.flag("enable_moe_block"),) * values.size("num_hidden_layers"),
+        ),
+        merged_experts=MergedExperts("experts.gate_up_proj", "experts.down_proj"),
         **LLAMA_BIASES,
     ),
     "phi3": DecoderFamily(

@@ -11,8 +11,9 @@ from typing import Any, Final, Literal
 from storage.errors import ArchitectureUnsupported
 
 EMBEDDING_MODULES: Final = frozenset({
-    "embed_in", "embed_positions", "embed_tokens", "embeddings", "emb_norm", "positions_embed", "project_in", "tokens_embed",
-    "w", "word_embeddings", "word_embeddings_layernorm", "wpe", "wte",
+    "embed_in", "embed_positions", "embed_tokens", "embed_tokens_per_layer", "embeddings", "emb_norm",
+    "per_layer_model_projection", "per_layer_projection_norm", "positions_embed", "project_in", "tokens_embed", "w",
+    "word_embeddings", "word_embeddings_layernorm", "wpe", "wte",
 })  # fmt: skip
 """Modules before the layers, which the first stage runs."""
 HEAD_MODULES: Final = frozenset({

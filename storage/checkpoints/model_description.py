@@ -4,11 +4,11 @@
 and defaults (n_layer, tie_word_embeddings, head_dim …). No code of a checkpoint is run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from storage.checkpoints.decoder import NO_ATTENTION
+from storage.checkpoints.decoder import NO_ATTENTION, Decoder
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import DECODER_FAMILIES, UnsupportedConfig
 from storage.checkpoints.families import with_floats
@@ -35,6 +35,8 @@ class ModelDescription:
     tied: bool
     has_head: bool = True  # it makes logits
     vector_tensors: frozenset[str] = frozenset()  # of an embedder, beside those of the layers
+    unused_tensors: frozenset[str] = frozenset()  # that checkpoints have and layers do not: keys of layers that read others' KV
+    has_layer_inputs: bool = False  # every stage needs the object `embedding`
 
 
 def describe_model(config: Mapping[str, Any]) -> ModelDescription:
@@ -62,7 +64,16 @@ def describe_model(config: Mapping[str, Any]) -> ModelDescription:
         context_length=model.max_positions,
         tied=model.tied,
         has_head=model.has_head,
+        unused_tensors=frozenset(_unused(model)),
+        has_layer_inputs=model.layer_input is not None,
     )
+
+
+def _unused(model: Decoder) -> Iterator[str]:
+    for number, layer in enumerate(model.layers):
+        if layer.attention is not None and layer.attention.kv_layer is not None:
+            for name in (*model.names.qkv[1:], model.names.key_norm):
+                yield f"{model.names.layers}.{number}.{name}.weight"
 
 
 def describe_by_transformers(config: Mapping[str, Any], model_type: str) -> ModelDescription:

@@ -1,4 +1,4 @@
-"""What the layers of hybrid and recurrent families keep of a sequence: KV, a recurrent state of fixed size, or both.
+"""What layers keep of a sequence if they are not all alike: KV, a recurrent state of fixed size, or both.
 
 transformers' configuration classes know names and defaults. tests/functions/stage/models/test_recurrent.py compares the sizes
 with what a stage measures.
@@ -20,6 +20,7 @@ class LayerSizes:
     has_kv: bool
     tail_values: int  # of convolutions' last inputs, in the dtype of hidden states
     matrix_values: int  # of the recurrent state itself, in float32
+    kv_heads: tuple[int, int] | None = None  # how many, and their size; None: as in the model's other layers
 
     def state_bytes(self, value_bytes: int) -> int:
         """value_bytes: of a number in hidden states."""
@@ -79,17 +80,17 @@ _RECURRENT: Final = frozenset({"linear_attention", "conv", "hybrid"})
 
 
 def described_sizes(model: Decoder) -> tuple[LayerSizes, ...]:
-    """What each layer of a model keeps by layers in C, all of it in float32; empty if it has no recurrent layers."""
-    if all(layer.recurrent is None for layer in model.kinds):
-        return ()
-    return tuple(
+    """What each layer of a model keeps by layers in C; states are float32. Empty if all layers keep KV of the same size."""
+    found = tuple(
         LayerSizes(
-            has_kv=layer.attention is not None,
+            has_kv=layer.attention is not None and layer.attention.kv_layer is None,
             tail_values=0,
             matrix_values=0 if layer.recurrent is None else layer.recurrent.state_values(model.hidden_size),
+            kv_heads=None if layer.attention is None else (layer.attention.num_kv_heads, layer.attention.head_dim),
         )
         for layer in model.layers
     )
+    return () if len(set(found)) == 1 and found[0].has_kv and not found[0].matrix_values else found
 
 
 def layer_sizes(config: Mapping[str, Any]) -> tuple[LayerSizes, ...]:

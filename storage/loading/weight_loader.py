@@ -65,7 +65,8 @@ ProgressCallback = Callable[[LoadProgress], None]
 def stage_objects(manifest: ModelManifest, first: int, last: int) -> list[str]:
     """Names of the objects that layers [first, last) need, in the order of a forward pass.
 
-    The first stage has the embedding. The last stage has the head, and the embedding too if head and embedding are tied.
+    The first stage has the embedding, and so have all if layers get inputs of their own. The last stage has the head, and the
+    embedding too if head and embedding are tied.
     Raises ValueError for a range that is not in the model.
     """
     if not 0 <= first < last <= manifest.num_layers:
@@ -73,7 +74,7 @@ def stage_objects(manifest: ModelManifest, first: int, last: int) -> list[str]:
     is_first, is_last = first == 0, last == manifest.num_layers
     names = ["embedding"] if is_first else []
     names += map(layer_object, range(first, last))
-    if is_last and manifest.tied and not is_first:
+    if not is_first and (manifest.has_layer_inputs or (is_last and manifest.tied)):
         names.append("embedding")
     return [*names, "head"] if is_last else names
 

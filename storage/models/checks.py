@@ -19,7 +19,8 @@ _LAYER_MATRICES: Final = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "query_key_value", "out_proj",
     "dense", "gate_up_proj", "fc1", "fc2", "c_fc", "c_proj", "dense_h_to_4h", "dense_4h_to_h", "in_proj", "in_proj_qkv",
     "in_proj_z", "in_proj_qkvz", "w1", "w2", "w3", "input_linear", "output_linear",
-    "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
+    "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "per_layer_input_gate", "per_layer_projection",
+    "per_layer_model_projection",
 )  # fmt: skip
 _MAX_HEAD_DIM: Final = 1024  # LAMINA_MOST_HEAD of functions/stage/native/c/native.h
 

@@ -36,7 +36,9 @@ from storage.models.object_writer import TargetTensor
 from storage.models.q4 import dequantize, quantize
 
 _INT8_MAX: Final = 127
-_OUTER_MATRICES: Final = ("embed_tokens.weight", "embed_in.weight", "lm_head.weight", "embed_out.weight")
+_OUTER_MATRICES: Final = (
+    "embed_tokens.weight", "embed_tokens_per_layer.weight", "embed_in.weight", "lm_head.weight", "embed_out.weight",
+)  # fmt: skip
 # The type of tensors that are not quantized.
 _FLOATS_OF: Final[Mapping[Dtype, FloatName]] = {
     "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "BF16", "q4": "F32", "kept": "BF16",

@@ -79,6 +79,7 @@ class ModelManifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     head_dim: _Size
     context_length: _Size  # tokens
     tied: bool  # the head's matrix is the embedding's, and the object `head` lacks it
+    has_layer_inputs: bool = False  # every stage needs `embedding`: layers get inputs of their own from token ids
     embedder: Embedder | None = None  # the model makes vectors of texts; None: it generates tokens
     objects: dict[str, StoredObject]
     files: dict[str, StoredFile]
@@ -87,8 +88,9 @@ class ModelManifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def digest(self) -> str:
         """SHA-256 (hex) over contents and description, not over names and places. The pipeline's fingerprint holds it."""
         fields = {name: getattr(self, name) for name in self.__struct_fields__ if name not in _PLACES}
-        if self.embedder is None:  # older publications keep their digest
-            del fields["embedder"]
+        for name in ("embedder", "has_layer_inputs"):  # older publications keep their digest
+            if not fields[name]:
+                del fields[name]
         contents = fields | {
             "objects": {name: (stored.digest, stored.tensors) for name, stored in self.objects.items()},
             "files": {name: stored.sha256 for name, stored in self.files.items()},

@@ -65,6 +65,8 @@ def _object_of(name: str, tensor: SourceTensor, model: ModelDescription) -> str 
     # A causal mask [1, 1, n, n] has the name that a projection's bias [n] has elsewhere.
     if _BUFFER.search(name) and not (name.endswith(".bias") and len(tensor.shape) < 2):
         return None
+    if name in model.unused_tensors:
+        return None
     part = "head" if name in model.vector_tensors else part_of(name)
     if isinstance(part, str):
         return part

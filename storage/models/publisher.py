@@ -58,7 +58,7 @@ _log = logging.getLogger(__name__)
 _MOST_THREADS: Final = 4
 _THREAD_BYTES: Final = 100 * 2**20  # parts on their way, and blocks that are converted
 _BASE_BYTES: Final = 150 * 2**20
-_UNPUBLISHED: Final = frozenset(("ignored_layers", "has_head", "vector_tensors"))  # of a description
+_UNPUBLISHED: Final = frozenset(("ignored_layers", "has_head", "vector_tensors", "unused_tensors"))  # of a description
 _FRAGMENT_SUFFIX: Final = ".fragment.json"
 
 

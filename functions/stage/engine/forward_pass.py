@@ -167,12 +167,17 @@ class ForwardPass:
         """Runs the layers. Returns hidden states [tokens, hidden_size] of all rows, and sets `begin` and `end` of each row."""
         segments: list[Segment] = []
         begin = 0
-        for row in rows:
-            row.begin, row.end = begin, begin + row.row.length
-            begin = row.end
-            own = row.row
-            sequence = row.sequence
-            segments.append(Segment(sequence.handle, own.position, own.length, sequence.is_long, own.draft_tokens, row.adapter))
+        for part in parts:
+            for row in part.rows:
+                row.begin, row.end = begin, begin + row.row.length
+                begin = row.end
+                own, sequence = row.row, row.sequence
+                token_ids = np.array(part.batch.token_ids[row.span], np.int64) if self._group.takes_token_ids else None
+                segments.append(
+                    Segment(
+                        sequence.handle, own.position, own.length, sequence.is_long, own.draft_tokens, row.adapter, token_ids
+                    )
+                )
         inputs = parts[0].inputs if len(parts) == 1 else np.concatenate([part.inputs for part in parts if part.rows])
         if len(inputs) <= _TOKENS_AT_ONCE:
             return self._group.forward(inputs, segments)

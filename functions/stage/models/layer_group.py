@@ -74,6 +74,7 @@ class Segment:
     is_long: bool = False  # the sequence has more tokens than the group's `short_context`
     draft_tokens: int = 0  # the last so many of them may be rejected: the sequence is truncated then
     adapter: int = 0  # number of its adapter in the group, from 1 on; 0: none
+    token_ids: Array | None = None  # int64 [length], for groups that take them besides hidden states
 
 
 def segments_within(segments: Sequence[Segment], first: int, end: int) -> list[Segment]:
@@ -84,7 +85,10 @@ def segments_within(segments: Sequence[Segment], first: int, end: int) -> list[S
         low, high = max(begin, first) - begin, min(begin + segment.length, end) - begin
         if low < high:
             drafts = max(0, high - max(low, segment.length - segment.draft_tokens))
-            parts.append(Segment(segment.handle, segment.position + low, high - low, segment.is_long, drafts, segment.adapter))
+            ids = None if segment.token_ids is None else segment.token_ids[low:high]
+            parts.append(
+                Segment(segment.handle, segment.position + low, high - low, segment.is_long, drafts, segment.adapter, ids)
+            )
         begin += segment.length
     return parts
 
@@ -121,6 +125,10 @@ class LayerGroup(Protocol):
     @property
     def short_context(self) -> int | None:
         """With LongRoPE: sequences of more tokens have other rotations, from their first token on. None: no such bound."""
+
+    @property
+    def takes_token_ids(self) -> bool:
+        """True if layers compute with token ids besides hidden states: then segments must have them in all stages."""
 
     @property
     def shares_work(self) -> bool:

@@ -26,6 +26,7 @@ class SleepGroup:
     """Implements `LayerGroup` by sleeping."""
 
     shares_work: Final = True
+    takes_token_ids: Final = False
     native_threads: Final = None
     short_context: Final = None
     hidden_dtype: HiddenDtype = "BF16"

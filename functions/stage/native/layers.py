@@ -3,7 +3,7 @@
 import ctypes
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +69,23 @@ class NormArrays:
     kind: NormKind
     gain: Array
     biases: Array | None = None
+
+    def __call__(self, x: Array, eps: float) -> Array:
+        """The norm of each row of contiguous x [..., size], independently of other rows.
+
+        RMSNorm of one row of 576 takes 12 µs, of 256 rows 160 (Xeon with AMX, one thread).
+        """
+        with np.errstate(over="ignore", invalid="ignore"):  # the engine finds rows that are not finite
+            if self.kind is NormKind.LAYER:
+                x = x - x.mean(axis=-1, keepdims=True)
+            lengths = np.square(x).sum(axis=-1, keepdims=True)
+            lengths /= x.shape[-1]
+            lengths += np.float32(eps)
+            y: Array = x / np.sqrt(lengths, out=lengths)
+            y *= self.gain
+            if self.biases is not None:
+                y += self.biases
+        return y
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +159,8 @@ class ExpertsArrays:
     numbers: Mapping[str, float]  # by their names in `c/native.h`
     used: Array  # int64 [experts]: passes add the rows of each expert
     used_at: Array | None = None  # int64 [experts], zeros: experts need not stay in memory (`c/native.h`)
+    scales: Array | None = None  # float32 [experts]
+    norms: Mapping[str, NormArrays] = field(default_factory=dict)  # by their names in `c/native.h`
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,10 +252,12 @@ class NativeLayers:
             correction=memory_of(arrays.correction),
             used=memory_of(arrays.used),
             used_at=memory_of(arrays.used_at),
+            scales=memory_of(arrays.scales),
             num_experts=len(arrays.experts),
             **arrays.numbers,
+            **{name: self._norm_record(norm) for name, norm in arrays.norms.items()},
         )
-        self._kept += [experts, record, arrays.correction, arrays.used, arrays.used_at]
+        self._kept += [experts, record, arrays.correction, arrays.used, arrays.used_at, arrays.scales]
         self._layers[slot].experts = MemoryRecord(ctypes.addressof(record), ctypes.sizeof(record))
 
     def _latent(self, arrays: LatentArrays) -> MemoryRecord:
@@ -275,12 +296,15 @@ class NativeLayers:
         needed += [low.low_floats for low in self._kept_of_adapters[number]]
         self._group.low_floats = max([self._group.low_floats, *needed])
 
-    def run(self, hidden: Array, rotations: Array, segments: Sequence[SegmentArrays], threads: int) -> None:
+    def run(
+        self, hidden: Array, rotations: Array, segments: Sequence[SegmentArrays], threads: int, inputs: Array | None = None
+    ) -> None:
         """Computes one pass. Overwrites hidden, float32 [n, hidden_size], with the layers' output. Raises NativeError.
 
         rotations: cosines and sines, float32 [rotations, n, head_dim / 2, 2]. threads: how many compute, this one included.
+        inputs: of the layers besides hidden states, float32 [layers, n, input_size].
         """
-        self._run(len(hidden), hidden, rotations, segments, threads)
+        self._run(len(hidden), hidden, rotations, segments, threads, inputs)
 
     def repeat(self, segment: SegmentArrays, threads: int) -> None:
         """Changes a sequence's states again by its draft tokens [position, position + length), from what `kept` has of them.
@@ -290,7 +314,13 @@ class NativeLayers:
         self._run(segment.length, None, None, [segment], threads)
 
     def _run(
-        self, rows: int, hidden: Array | None, rotations: Array | None, segments: Sequence[SegmentArrays], threads: int
+        self,
+        rows: int,
+        hidden: Array | None,
+        rotations: Array | None,
+        segments: Sequence[SegmentArrays],
+        threads: int,
+        inputs: Array | None = None,
     ) -> None:
         """hidden: None to repeat."""
         threads = min(threads, MOST_THREADS)
@@ -315,6 +345,7 @@ class NativeLayers:
             threads=threads,
             repeats=hidden is None,
             hidden=memory_of(hidden),
+            inputs=memory_of(inputs),
             rotations=memory_of(rotations),
             segments=MemoryRecord(ctypes.addressof(records), ctypes.sizeof(records)),
             workspace=self._workspace,

@@ -27,6 +27,7 @@ class CountingGroup:
     """
 
     shares_work: bool = False
+    takes_token_ids: bool = False
     native_threads: None = None
     short_context: int | None = None
     runs_by: Final = "counting"

@@ -42,6 +42,7 @@ class GroupChain:
                     len(tokens),
                     short is not None and self.known[id] > short,
                     adapter=self.adapters.get(id, 0),
+                    token_ids=np.array(tokens, np.int64),
                 )
                 for id, (position, tokens) in rows.items()
             ]

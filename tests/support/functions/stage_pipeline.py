@@ -74,11 +74,11 @@ class GroupPipeline:
 
     def logits(self, token_ids: Sequence[int], position: int) -> torch.Tensor:
         """float32 [len(token_ids), vocab]"""
-        states = np.array(token_ids, np.int64)
+        states = ids = np.array(token_ids, np.int64)
         for group, handle in zip(self.groups, self.handles, strict=True):
             group.kv.truncate(handle, position)
             assert group.kv.length(handle) == position
-            states = group.forward(states, [Segment(handle, position, len(token_ids))])
+            states = group.forward(states, [Segment(handle, position, len(token_ids), token_ids=ids)])
         return torch.from_numpy(self.groups[-1].logits(states))
 
 

@@ -337,6 +337,38 @@ _RECURRENT: Final[dict[str, dict[str, Any]]] = {
     "olmo_hybrid": _like_llama("olmo_hybrid", layer_types=_LINEAR_AND_FULL),
 }
 
+_GEMMA_4: Final = {
+    "head_dim": 16,
+    "global_head_dim": 24,
+    "sliding_window": SLIDING_WINDOW,
+    "tie_word_embeddings": True,
+    "final_logit_softcapping": 4.0,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+}
+# Families that layers in C alone run.
+_NATIVE_ONLY: Final[dict[str, dict[str, Any]]] = {
+    "gemma4_text": _like_llama(  # the last layer reads the keys and values of the one before it
+        "gemma4_text",
+        layer_types=[*_SLIDING_AND_FULL[:3], "sliding_attention", "full_attention", "full_attention"],
+        num_kv_shared_layers=1,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=8,
+        **_GEMMA_4,
+    ),
+    "gemma4_text_experts": _like_llama(
+        "gemma4_text",
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        hidden_size_per_layer_input=0,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=16,
+        **_GEMMA_4,
+    ),
+}
+
 RECURRENT: Final = tuple(_RECURRENT)  # names of the tiny models with recurrent layers
 LLAMA_SHAPED: Final = tuple(_LLAMA_SHAPED)  # names of the tiny models that the lean group must run
 _BY_TRANSFORMERS: Final = frozenset((
@@ -353,7 +385,10 @@ NATIVE_RECURRENT: Final = (
     "qwen3_5_moe_text",
     "lfm2_moe",
 )  # names of those of them that run in C
-NATIVE: Final = (*_LLAMA_SHAPED, *(name for name in _OTHERS if name not in _BY_TRANSFORMERS), *NATIVE_RECURRENT)
+NATIVE_ONLY: Final = tuple(_NATIVE_ONLY)
+NATIVE: Final = (
+    *_LLAMA_SHAPED, *(name for name in _OTHERS if name not in _BY_TRANSFORMERS), *NATIVE_RECURRENT, *NATIVE_ONLY,
+)  # fmt: skip
 """Names of those that run in C."""
 ATTENTION: Final = (*_LLAMA_SHAPED, *_OTHERS)  # names of those with attention in all layers
 ALL: Final = (*ATTENTION, *_RECURRENT)  # names of all tiny models; several may be of one family
@@ -361,7 +396,7 @@ ALL: Final = (*ATTENTION, *_RECURRENT)  # names of all tiny models; several may 
 
 def given_fields(name: str) -> dict[str, Any]:
     """The keys of a tiny model's `config.json` that differ from the defaults of its family."""
-    return copy.deepcopy({**_LLAMA_SHAPED, **_OTHERS, **_RECURRENT, **_STORED}[name])
+    return copy.deepcopy({**_LLAMA_SHAPED, **_OTHERS, **_RECURRENT, **_NATIVE_ONLY, **_STORED}[name])
 
 
 def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
@@ -400,7 +435,7 @@ def redraw(model: PreTrainedModel, seed: int) -> None:
         else:
             parameter.add_(noise * 0.1)
     for name, buffer in model.named_buffers():
-        if name.endswith(("correction_bias", "expert_bias")):
+        if name.endswith(("correction_bias", "expert_bias", "layer_scalar")):
             buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.1)
 
 
@@ -433,9 +468,9 @@ def stage_tensors(
     """Tensors of a stage [first_layer, last_layer): its layers, and at either end every tensor that belongs to no layer.
 
     Both ends get the tensors before and after the layers, since this file cannot tell them apart; a tied embedding needs
-    that anyway.
+    that anyway, and so do all stages if layers get inputs of their own.
     """
-    is_end = first_layer == 0 or last_layer == num_layers
+    is_end = first_layer == 0 or last_layer == num_layers or any("embed_tokens_per_layer" in name for name in tensors)
     chosen = {}
     for name, tensor in tensors.items():
         layer = next((int(part) for part in name.split(".") if part.isdigit()), None)

@@ -39,6 +39,7 @@ class LlamaGroup:
     """Implements `LayerGroup`. After creation, call `place` for the weights in any order, and then `finish` once."""
 
     shares_work: Final = False
+    takes_token_ids: Final = False
     native_threads: Final = None
     short_context: Final = None
     use_threads = staticmethod(use_threads)

@@ -25,6 +25,13 @@ def _default(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, flo
     return np.float32(1) / powers, 1.0
 
 
+def _proportional(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, float]:
+    """The first pairs of a head are rotated as if all were; the others are not."""
+    frequencies = _default(parameters, head_dim)[0] / np.float32(parameters.get("factor", 1.0))
+    frequencies[int(parameters["partial_rotary_factor"] * head_dim // 2) :] = 0
+    return frequencies, 1.0
+
+
 def _linear(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, float]:
     return _default(parameters, head_dim)[0] / parameters["factor"], 1.0
 
@@ -89,6 +96,7 @@ def _longrope(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, fl
 _FREQUENCIES: Final[dict[str, Callable[[Mapping[str, Any], int], tuple[Float32, float]]]] = {
     "default": _default,
     "linear": _linear,
+    "proportional": _proportional,
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,

@@ -29,9 +29,12 @@ from storage.models.q4 import packed_shape
 
 
 def check_layers(model: Decoder, first: int, last: int) -> None:
-    """Raises ValueError if [first, last) are not layers of the model."""
+    """Raises ValueError if [first, last) are not layers of the model, or not without others."""
     if not 0 <= first < last <= model.num_layers:
         raise ValueError(f"layers {first}:{last} are no group of a model of {model.num_layers}")
+    for bound in (first, last):
+        if (obstacle := model.obstacle_to_cut(bound)) is not None:
+            raise ValueError(f"no stage can end before layer {bound}: {obstacle}")
 
 
 def check_placed(
@@ -44,11 +47,12 @@ def check_placed(
     norm: bool,
     head: bool,
     positions: bool = False,
+    inputs: bool = False,
 ) -> None:
     """Raises MissingTensors, naming them, if layers [first, last) do not have all weights that they need.
 
-    layers: numbers of those whose weights are there. embedding, norm, head, positions: whether they are there. Only the first
-    group of a model needs the embeddings, only the last one norm and head.
+    layers: numbers of those whose weights are there. embedding, norm, head, positions, inputs (of layers, from token ids):
+    whether they are there. Only the first group of a model needs the embeddings, only the last one norm and head.
     """
     names = model.names
     missing = [f"{names.layers}.{layer}" for layer in range(first, last) if layer not in layers]
@@ -60,6 +64,8 @@ def check_placed(
         missing.append(f"{names.final_norm}.weight")
     if last == model.num_layers and not head:
         missing.append(f"{names.embedding if model.tied else names.head}.weight")
+    if model.layer_input is not None and not inputs:
+        missing.append(f"{names.layer_embedding}.weight")
     if missing:
         raise MissingTensors(f"not placed: {', '.join(missing)}")
 
@@ -120,6 +126,7 @@ def torch_obstacle(model: Decoder) -> str | None:
         logit_scale=1.0,
         logit_soft_cap=None,
         head_bias=False,
+        layer_input=None,
         causal=True,
         has_head=True,
         names=TensorNames(),

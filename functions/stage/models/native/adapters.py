@@ -9,7 +9,7 @@ from functions.stage.models.floats import Array, Float32, narrowed
 from functions.stage.models.native.layer_weights import qkv_rows
 from functions.stage.native.layers import LowRankArrays
 from functions.stage.native.records import GROUP_OUTS, LOW_PARTS, Dtype
-from storage.checkpoints.decoder import Decoder, Layer, layer_shapes
+from storage.checkpoints.decoder import Decoder, Layer, layer_shapes, names_of_feed_forward
 
 
 def pack_layer(model: Decoder, layer: Layer, found: Mapping[str, LowRank], narrow: bool) -> dict[str, LowRankArrays]:
@@ -19,7 +19,7 @@ def pack_layer(model: Decoder, layer: Layer, found: Mapping[str, LowRank], narro
     already. Raises WrongAdapter.
     """
     names, shapes, left = model.names, layer_shapes(model, layer), dict(found)
-    gate, up, down = names.shared if layer.experts else (names.gate, names.up, names.down)
+    gate, up, down = names_of_feed_forward(names, layer.experts)
     packed: dict[str, LowRankArrays] = {}
 
     def take(name: str) -> LowRank | None:
@@ -33,8 +33,9 @@ def pack_layer(model: Decoder, layer: Layer, found: Mapping[str, LowRank], narro
                 raise WrongAdapter(f"the adapter's {name} has {seen}, and the module is [{outs}, {width}]")
         return taken
 
-    taken_qkv = {name: take(name) for name in names.qkv}
-    parts = [(taken_qkv[name], rows) for name, rows in qkv_rows(model)]
+    of_qkv = qkv_rows(model, layer.attention) if layer.attention is not None else []
+    taken_qkv = {name: take(name) for name in dict(of_qkv)}
+    parts = [(taken_qkv[name], rows) for name, rows in of_qkv]
     if any(part for part, _ in parts):
         ends = np.cumsum([len(rows) for _, rows in parts])
         packed["qkv"] = _packed([None if part is None else _with_rows(part, rows) for part, rows in parts], ends, narrow)

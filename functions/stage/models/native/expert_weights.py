@@ -4,16 +4,24 @@ from dataclasses import replace
 
 import numpy as np
 
-from functions.stage.models.native.layer_weights import take_feed_forward
+from functions.stage.models.native.layer_weights import take_feed_forward, take_norm
 from functions.stage.models.native.weights import NativeWeights, converted, stacked
-from functions.stage.native.layers import ExpertsArrays
-from functions.stage.native.records import Dtype, RouterScores
-from storage.checkpoints.decoder import Experts, TensorNames
+from functions.stage.native.layers import ExpertsArrays, NormArrays
+from functions.stage.native.records import Dtype, NormKind, RouterScores
+from storage.checkpoints.decoder import Decoder, Experts
 
 
-def take_experts(names: TensorNames, experts: Experts, weights: NativeWeights) -> ExpertsArrays:
+def take_experts(model: Decoder, experts: Experts, weights: NativeWeights) -> ExpertsArrays:
     """Removes the router and the experts of a layer from `weights` and returns them. Raises MissingTensors."""
-    router = experts.router
+    names, router, norms, scales = model.names, experts.router, {}, None
+    if experts.own_norms:
+        norms = {
+            "before": take_norm(names.before_experts, model.final_norm, weights),
+            "after": take_norm(names.after_experts, model.final_norm, weights),
+            "after_shared": take_norm(names.after_shared, model.final_norm, weights),
+            "before_router": NormArrays(NormKind.RMS, weights.vector(names.router_scale) * np.float32(model.hidden_size**-0.5)),
+        }
+        scales = weights.vector(names.expert_scales)
     matrix = converted(weights.matrix(names.router, router.biased), Dtype.F32)
     if experts.shared_gate:
         gate = converted(weights.matrix(names.shared_gate), Dtype.F32)
@@ -42,4 +50,6 @@ def take_experts(names: TensorNames, experts: Experts, weights: NativeWeights) -
             "scale": router.scale,
         },
         used=np.zeros(router.num_experts, np.int64),
+        scales=scales,
+        norms=norms,
     )

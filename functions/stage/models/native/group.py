@@ -19,7 +19,8 @@ from functions.stage.models.layer_group import ColdExperts, KVDtype, PreparedAda
 from functions.stage.models.llama.structure import check_layers, check_placed, check_shapes, checked_positions, layers_in
 from functions.stage.models.native.adapters import pack_layer
 from functions.stage.models.native.expert_weights import take_experts
-from functions.stage.models.native.kv_pool import NativeKVPool
+from functions.stage.models.native.kv_pool import LayerKV, NativeKVPool
+from functions.stage.models.native.layer_inputs import LayerInputs
 from functions.stage.models.native.layer_weights import latent_sizes, row_heads, take_layer, take_norm
 from functions.stage.models.native.recurrent_weights import StatePlaces, inputs_of, take_recurrent
 from functions.stage.models.native.rotations import Rotations
@@ -34,7 +35,7 @@ from functions.stage.native.layers import (
     SegmentArrays,
 )
 from functions.stage.native.library import library
-from functions.stage.native.records import MOST_THREADS, Dtype, GroupRecord, NormKind
+from functions.stage.native.records import MOST_THREADS, Dtype, GroupRecord
 from storage.checkpoints.decoder import full_name, layer_shapes, outer_shapes
 from storage.checkpoints.decoder_config import decoder_of
 from storage.loading.memory import address_of, drop_pages
@@ -85,11 +86,18 @@ class NativeGroup:
         attending = [layer.attention for layer in own if layer.attention is not None]
         recurrent = [layer.recurrent for layer in own if layer.recurrent is not None]
         self._places = StatePlaces.of(own, model.hidden_size)
+        kv_owners = [
+            number
+            for number, layer in enumerate(own, first_layer)
+            if layer.attention is not None and layer.attention.kv_layer is None
+        ]
         kv_numbers = Dtype.INT8 if kv_dtype == "int8" else _KV_DTYPES[dtype]
         self.kv = NativeKVPool(
-            [attention.window if model.causal else None for attention in attending],
-            model.attention.num_kv_heads,
-            model.attention.head_dim,
+            [
+                LayerKV(each.window if model.causal else None, each.num_kv_heads, each.head_dim)
+                for each in attending
+                if each.kv_layer is None
+            ],
             kv_numbers,
             kv_budget_bytes,
             written_by=f"{dtype} {library().level}" + (f" kv {kv_dtype}" if kv_dtype else ""),
@@ -97,6 +105,7 @@ class NativeGroup:
             kept_values=self._places.kept_values,
         )
         self.kv.repeat = lambda segment: self._layers.repeat(segment, self.native_threads.count)
+        self._kv_places = dict(zip(kv_owners, self.kv.places, strict=True))
         self._rotations = Rotations(model)
         self.short_context = self._rotations.short_context
         self._layers = NativeLayers(
@@ -104,20 +113,21 @@ class NativeGroup:
             GroupRecord(
                 num_layers=last_layer - first_layer,
                 hidden_size=model.hidden_size,
-                inner_size=model.inner_size,
+                inner_size=max(model.inner_size, 0 if model.layer_input is None else model.layer_input.size),
                 expert_size=max((experts.each.inner_size for experts in model.experts), default=0),
                 most_experts=max((experts.router.num_experts for experts in model.experts), default=0),
                 most_chosen=max((experts.router.chosen for experts in model.experts), default=0),
                 heads=model.attention.num_heads,
-                kv_heads=model.attention.num_kv_heads,
                 head_dim=model.attention.head_dim,
-                row_heads=max(map(row_heads, attending or [model.attention])),
+                row_numbers=max(row_heads(each) * each.head_dim for each in attending or [model.attention]),
                 **latent_sizes(model.attention),
                 eps=model.final_norm.eps,
                 num_pages=len(self.kv.arena),
+                page_bytes=self.kv.arena.shape[1],
                 kv_dtype=kv_numbers,
                 rotations=len(self._rotations),
-                kv_layers=len(attending),
+                kv_rows=len(self.kv.windowed),
+                input_size=0 if model.layer_input is None else model.layer_input.size,
                 recurrent_inputs=max((inputs_of(each, model.hidden_size) for each in recurrent), default=0),
                 recurrent_outputs=max((each.inner_size or model.hidden_size for each in recurrent), default=0),
                 recurrent_heads=max((each.num_heads for each in recurrent), default=0),
@@ -129,6 +139,8 @@ class NativeGroup:
             self.kv.arena,
         )
         self.native_threads = self._layers.threads
+        self._inputs = None if model.layer_input is None else LayerInputs(model, first_layer, last_layer)
+        self.takes_token_ids = self._inputs is not None and first_layer > 0
         self._placed: set[int] = set()
         self._weights_budget_bytes = weights_budget_bytes
         self._kept_bytes = 0  # of weights that stay in memory
@@ -159,10 +171,12 @@ class NativeGroup:
                 weights = NativeWeights(tensors, prefix, self._dtype, shapes, transposed=names.transposed)
                 arrays = take_layer(self._model, own, weights)
                 if own.attention is not None:
-                    before = self._model.layers[self.first_layer : layer]
+                    kv_layer = layer if own.attention.kv_layer is None else own.attention.kv_layer
+                    kv_row, kv_pages = self._kv_places[kv_layer]
                     arrays.numbers.update(
                         self._rotations.numbers(own.attention.rope),
-                        kv_row=sum(each.attention is not None for each in before),
+                        kv_row=kv_row,
+                        kv_pages=kv_pages,
                         window=own.attention.window or 0,
                         ring=self.kv.need.ring_blocks if own.attention.window is not None and self._model.causal else 0,
                     )
@@ -170,16 +184,18 @@ class NativeGroup:
                     arrays.recurrent = take_recurrent(self._model, own.recurrent, self._places, slot, weights)
                 self._layers.place(slot, arrays)
                 if own.experts is not None:
-                    experts = take_experts(names, own.experts, weights)
+                    experts = take_experts(self._model, own.experts, weights)
                     if self._weights_budget_bytes is not None:
                         experts = self._in_files(layer, experts, own_tensors.values())
                     self._layers.place_experts(slot, experts)
                 self._placed.add(layer)
         others = NativeWeights(tensors, "", self._dtype, outer_shapes(self._model))
         self._kept_bytes += sum(len(tensors[name].data) for name in outer_shapes(self._model) if name in tensors)
-        needs_embedding = self.first_layer == 0 or (self._is_last and self._model.tied)
+        needs_embedding = self.first_layer == 0 or self._inputs is not None or (self._is_last and self._model.tied)
         if needs_embedding and f"{names.embedding}.weight" in others:
             self._embedding = others.matrix(names.embedding)
+        if self._inputs is not None:
+            self._inputs.place(others, self._layers)
         if self.first_layer == 0 and f"{names.positions}.weight" in others:
             self._positions = others.vector(f"{names.positions}.weight")
         if self._is_last and f"{names.final_norm}.weight" in others:
@@ -203,8 +219,9 @@ class NativeGroup:
             positions=self._positions is not None,
             norm=self._final_norm is not None,
             head=self._head is not None or not self._model.has_head,
+            inputs=self._inputs is not None and self._inputs.is_placed and self._embedding is not None,
         )
-        if self.first_layer > 0:  # it was needed for the head alone
+        if self.first_layer > 0 and self._inputs is None:  # it was needed for the head alone
             self._embedding = None
         if self._weights_budget_bytes is not None:
             self._layers.budget.most_bytes = max(0, self._weights_budget_bytes - self._kept_bytes)
@@ -247,10 +264,11 @@ class NativeGroup:
         """See `LayerGroup`. Raises ValueError for segments that do not fit the KV cache, which then stays unchanged."""
         positions = checked_positions(self.kv, len(inputs), segments)
         rotations = self._rotations(positions, segments)
-        if self._embedding is not None:
+        if self.first_layer == 0 and self._embedding is not None:
             hidden = self._embedded(self._embedding, inputs, positions)
         else:
             hidden = np.ascontiguousarray(widened(inputs, self.hidden_dtype))
+        of_layers = None if self._inputs is None else self._layer_inputs(self._inputs, inputs, hidden, segments)
         states = {part.handle: self.kv.begin_pass(part.handle, part.length, part.draft_tokens) for part in segments}
         at_once = GOING_BACK if self.kv.need.windowed_units else len(inputs)  # more would overwrite rings
         for first in range(0, len(inputs), at_once):
@@ -260,13 +278,15 @@ class NativeGroup:
                 SegmentArrays(self.kv.table(part.handle), part.position, part.length, states[part.handle], part.adapter)
                 for part in parts
             ]
-            self._layers.run(hidden[rows], np.ascontiguousarray(rotations[:, rows]), arrays, self.native_threads.count)
+            given = None if of_layers is None else np.ascontiguousarray(of_layers[:, rows])
+            turns = np.ascontiguousarray(rotations[:, rows])
+            self._layers.run(hidden[rows], turns, arrays, self.native_threads.count, given)
             for part in parts:
                 self.kv.extend(part.handle, part.length)
         for part in segments:
             self.kv.end_pass(part.handle, part.draft_tokens)
         if self._final_norm is not None:
-            hidden = normalized(hidden, self._final_norm, self._model.final_norm.eps)
+            hidden = self._final_norm(hidden, self._model.final_norm.eps)
         return narrowed(hidden, self.hidden_dtype)
 
     def logits(self, hidden: Array) -> Float32:
@@ -280,6 +300,16 @@ class NativeGroup:
             logits = np.tanh(logits / np.float32(cap)) * np.float32(cap)
         return logits
 
+    def _layer_inputs(self, layer_inputs: LayerInputs, inputs: Array, hidden: Float32, segments: Sequence[Segment]) -> Float32:
+        """What the layers get besides hidden states. Raises ValueError if a later stage's segments lack token ids."""
+        if self.first_layer == 0:
+            return layer_inputs(inputs, hidden, self.native_threads.count)
+        given = [segment.token_ids for segment in segments if segment.token_ids is not None]
+        if len(given) < len(segments) or self._embedding is None:
+            raise ValueError("segments without token ids: layers compute with them besides hidden states")
+        token_ids = np.concatenate(given)
+        return layer_inputs(token_ids, self._embedded(self._embedding, token_ids, ()), self.native_threads.count)
+
     def _embedded(self, embedding: MatrixArrays, token_ids: Array, positions: Sequence[int]) -> Float32:
         hidden = rows_of(embedding, token_ids)
         if self._model.embedding_scale != 1:
@@ -287,21 +317,3 @@ class NativeGroup:
         if self._positions is not None:
             hidden += self._positions[np.array(positions) + (self._model.position_offset or 0)]
         return hidden
-
-
-def normalized(x: Float32, norm: NormArrays, eps: float) -> Float32:
-    """RMSNorm or LayerNorm of each row of contiguous x [n, size], independently of other rows.
-
-    RMSNorm of one row of 576 takes 12 µs, of 256 rows 160 (Xeon with AMX, one thread).
-    """
-    with np.errstate(over="ignore", invalid="ignore"):  # the engine finds rows that are not finite
-        if norm.kind is NormKind.LAYER:
-            x = x - x.mean(axis=-1, keepdims=True)
-        lengths = np.square(x).sum(axis=-1, keepdims=True)
-        lengths /= x.shape[-1]
-        lengths += np.float32(eps)
-        y: Float32 = x / np.sqrt(lengths, out=lengths)
-        y *= norm.gain
-        if norm.biases is not None:
-            y += norm.biases
-    return y

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,22 @@ from storage.loading.memory import new_memory, resident_bytes
 _NUMBER_BYTES: Final = {Dtype.BF16: 2, Dtype.F32: 4, Dtype.INT8: 1}
 
 
+class LayerKV(NamedTuple):
+    """The keys and values of a layer."""
+
+    window: int | None  # tokens; None: it attends to all
+    heads: int
+    head_dim: int
+
+
+_NO_LAYER: Final = LayerKV(None, 1, 2)  # whose pages there are if no layer has any
+
+
 class NativeKVPool(RecurrentKV[Float32], KVArena):
     """Implements `KVCache`. A block is a page of one layer: the keys and then the values of PAGE_TOKENS tokens.
+
+    Layers may have heads of different sizes. All pages are as large as the smallest of a layer needs, and a layer that needs
+    more has several, each with some of its heads' keys or values: so many rows of the tables.
 
     It takes physical memory only for what has been written to. Recurrent states are float32, one array for each sequence with
     those of all layers.
@@ -27,24 +41,36 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
 
     def __init__(
         self,
-        windows: Sequence[int | None],
-        num_kv_heads: int,
-        head_dim: int,
+        layers: Sequence[LayerKV],
         dtype: Dtype,
         budget_bytes: int,
         written_by: str = "",
         state_values: int = 0,
         kept_values: int = 0,
     ) -> None:
-        """windows: of each layer with attention, in tokens; None: it attends to all. dtype: of keys and values, BF16, F32 or
-        INT8.
+        """layers: those that write keys and values. dtype: of keys and values, BF16, F32 or INT8.
 
         written_by: names dtypes and the CPU level, on which the KV's bits depend: only pools with the same name exchange KV.
         state_values, kept_values: in the recurrent states of a sequence, and kept of a draft token. Raises ValueError if the
         budget is less than one page of tokens.
         """
-        head_bytes = padded_head(head_dim) * _NUMBER_BYTES[dtype] + (SCALE_BYTES if dtype is Dtype.INT8 else 0)
-        page_bytes = 2 * num_kv_heads * PAGE_TOKENS * head_bytes
+        scale_bytes = SCALE_BYTES if dtype is Dtype.INT8 else 0
+        # Of each layer: how many keys and values of heads a token has, and the bytes of one of them.
+        sizes = [
+            (2 * layer.heads, padded_head(layer.head_dim) * _NUMBER_BYTES[dtype] + scale_bytes)
+            for layer in layers or [_NO_LAYER]
+        ]
+        token_bytes = max(*(size for _, size in sizes), min(parts * size for parts, size in sizes))  # in a page
+        page_bytes = PAGE_TOKENS * token_bytes
+        self.places: list[tuple[int, int]] = []  # of each layer: its first row in tables, and how many it has
+        self._parts: list[tuple[int, int]] = []  # of each row of tables, as `sizes`
+        windows: list[int | None] = []
+        for layer, (parts, size) in zip(layers, sizes, strict=False):
+            rows = next(n for n in range(1, parts + 1) if parts % n == 0 and parts // n * size <= token_bytes)
+            self.places.append((len(windows), rows))
+            self._parts += [(parts // rows, size)] * rows
+            windows += [layer.window] * rows
+        num_kv_heads = sizes[0][0] // 2 if len(set(sizes)) == 1 else 1  # as KV is written out
         state_bytes = 4 * state_values
         checkpoints = checkpoints_in(budget_bytes, state_bytes)
         fixed_bytes = STATES_PER_SEQUENCE * state_bytes
@@ -53,7 +79,7 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
             f"native {written_by}",
             self.need.units,
             num_kv_heads,
-            head_bytes,
+            token_bytes // (2 * num_kv_heads),
             BLOCK_TOKENS,
             self.need.windowed_units,
             self.window,
@@ -66,8 +92,7 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
         self._recurrent = {}
         self._checkpoints = Checkpoints(checkpoints)
         memory = new_memory(self.free_units * page_bytes)
-        shape = (self.free_units, 2, num_kv_heads, PAGE_TOKENS // BLOCK_TOKENS, BLOCK_TOKENS * head_bytes)
-        self.arena: Array = np.frombuffer(memory, np.uint8).reshape(shape)
+        self.arena: Array = np.frombuffer(memory, np.uint8).reshape(self.free_units, page_bytes)
 
     @property
     def resident_bytes(self) -> int:
@@ -128,16 +153,29 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
         self.repeat(SegmentArrays(np.empty(0, np.int32), position, tokens, self._passes[handle]))
 
     def copy_out(self, handle: int, first: int, target: Array, *, windowed: bool = False) -> None:
-        blocks = target.reshape(*target.shape[:3], target.shape[3] // BLOCK_TOKENS, self.arena.shape[-1])
+        blocks = target.reshape(*target.shape[:3], target.shape[3] // BLOCK_TOKENS, BLOCK_TOKENS * target.shape[4])
         for row, own in zip(np.flatnonzero(self.windowed == windowed), blocks, strict=True):
             pages, places = self._places(handle, row, first, own.shape[2])
-            own[...] = self.arena[pages, :, :, places].transpose(1, 2, 0, 3)
+            written = self._blocks(row)[pages, :, places].reshape(len(pages), -1)
+            whole = np.zeros((len(pages), own[:, :, 0].size), np.uint8)  # smaller heads leave the end of a page unused
+            whole[:, : written.shape[1]] = written
+            own[...] = whole.reshape(len(pages), *own.shape[:2], own.shape[3]).transpose(1, 2, 0, 3)
 
     def copy_in(self, handle: int, first: int, source: Array, *, windowed: bool = False) -> None:
-        blocks = source.reshape(*source.shape[:3], source.shape[3] // BLOCK_TOKENS, self.arena.shape[-1])
+        blocks = source.reshape(*source.shape[:3], source.shape[3] // BLOCK_TOKENS, BLOCK_TOKENS * source.shape[4])
         for row, own in zip(np.flatnonzero(self.windowed == windowed), blocks, strict=True):
             pages, places = self._places(handle, row, first, own.shape[2])
-            self.arena[pages, :, :, places] = own.transpose(2, 0, 1, 3)
+            arena = self._blocks(row)
+            whole = own.transpose(2, 0, 1, 3).reshape(len(pages), -1)
+            written = whole[:, : arena.shape[1] * arena.shape[3]]
+            arena[pages, :, places] = written.reshape(len(pages), arena.shape[1], arena.shape[3])
+
+    def _blocks(self, row: Any) -> Array:
+        """The arena as the layer of a table's row sees it: [pages, keys and values of heads, blocks, bytes of a block]."""
+        parts, size = self._parts[row]
+        return self.arena[:, : parts * PAGE_TOKENS * size].reshape(
+            len(self.arena), parts, PAGE_TOKENS // BLOCK_TOKENS, BLOCK_TOKENS * size
+        )
 
     def _places(self, handle: int, layer: Any, first: int, blocks: int) -> tuple[Array, Array]:
         """Page of the arena, and place in it, of `blocks` blocks of BLOCK_TOKENS tokens, from token `first` on."""

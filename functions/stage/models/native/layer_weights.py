@@ -10,14 +10,15 @@ from functions.stage.models.llama.rope import interleaved_rows
 from functions.stage.models.native.weights import NativeWeights, of_one_kind, stacked, transposed, with_rows
 from functions.stage.native.layers import LatentArrays, LayerArrays, MatrixArrays, NormArrays
 from functions.stage.native.records import Activation, NormKind
-from storage.checkpoints.decoder import Attention, Decoder, FeedForward, Layer, Norm
+from storage.checkpoints.decoder import Attention, Decoder, FeedForward, Layer, Norm, names_of_feed_forward
 
 _NORMS: Final = {"rms": NormKind.RMS, "layer": NormKind.LAYER}
 
 
 def row_heads(attention: Attention) -> int:
-    """How many heads the matrix qkv of a layer has: queries, keys, values, and gates if there are any."""
-    return attention.num_heads * (2 if attention.output_gate else 1) + 2 * attention.num_kv_heads
+    """How many heads the matrix qkv of a layer has: queries, its own keys and values, and gates if there are any."""
+    own_kv = 0 if attention.kv_layer is not None else 2 * attention.num_kv_heads
+    return attention.num_heads * (2 if attention.output_gate else 1) + own_kv
 
 
 def latent_sizes(attention: Attention) -> dict[str, int]:
@@ -43,7 +44,11 @@ def take_layer(model: Decoder, layer: Layer, weights: NativeWeights) -> LayerArr
     norms: dict[str, NormArrays] = {}
     vectors: dict[str, Array] = {}
     latent: LatentArrays | None = None
-    numbers: dict[str, float | tuple[float, ...]] = {"parallel": layer.parallel, "residual_scale": layer.residual_scale}
+    numbers: dict[str, float | tuple[float, ...]] = {
+        "parallel": layer.parallel,
+        "residual_scale": layer.residual_scale,
+        "output_scale": weights.vector(names.output_scale).item() if layer.output_scale else 1.0,
+    }
     taken: dict[str, NormArrays] = {}  # parallel layers may have one norm before both parts
     for place, name, norm in (
         ("before_attention", names.before_attention, layer.before_attention),
@@ -58,10 +63,13 @@ def take_layer(model: Decoder, layer: Layer, weights: NativeWeights) -> LayerArr
     if attention is not None:
         matrices["out"] = weights.matrix(names.out, attention.out_bias)
         if attention.latent is None:
-            matrices["qkv"] = _qkv(model, weights)
+            matrices["qkv"] = _qkv(model, attention, weights)
         else:
             latent = _latent(model, attention, weights)
         numbers |= {
+            "kv_heads": attention.num_kv_heads,
+            "head_dim": attention.head_dim,
+            "reads_kv": attention.kv_layer is not None,
             "gates": attention.output_gate,
             "score_scale": attention.scale,
             "score_cap": attention.soft_cap or 0.0,
@@ -69,11 +77,15 @@ def take_layer(model: Decoder, layer: Layer, weights: NativeWeights) -> LayerArr
         if attention.sinks:
             vectors["sinks"] = weights.vector(names.sinks)
         if attention.qk_norm is not None:
-            norms["qk"] = _qk_norm(model, weights)
+            norms["qk"] = _qk_norm(model, attention, weights)
             numbers |= {"qk_as_one": attention.qk_norm.over == "all_heads", "qk_rotated": attention.qk_norm.after_rope}
+        if attention.value_norm is not None and attention.kv_layer is None:
+            norms["value"] = NormArrays(_NORMS[attention.value_norm.kind], np.ones(attention.head_dim, np.float32))
+    if model.layer_input is not None:
+        matrices |= {"input_gate": weights.matrix(names.input_gate), "input_out": weights.matrix(names.input_out)}
+        norms["after_input"] = take_norm(names.after_input, model.layer_input.norm, weights)
     if feed_forward is not None:
-        of_feed_forward = names.shared if layer.experts else (names.gate, names.up, names.down)
-        matrices |= take_feed_forward(feed_forward, of_feed_forward, weights)
+        matrices |= take_feed_forward(feed_forward, names_of_feed_forward(names, layer.experts), weights)
         if feed_forward.activation == "xielu":
             numbers["xielu"] = _xielu(names.activation, weights)
     if (one := any_feed_forward(layer)) is not None:
@@ -99,22 +111,22 @@ def _norm(norm: Norm, vector: Callable[[str], Float32]) -> NormArrays:
     )
 
 
-def _head_order(model: Decoder) -> Array:
+def _head_order(model: Decoder, attention: Attention) -> Array:
     """The order of the numbers of each query and key."""
-    rotation = next(iter(model.ropes.values()), None)
+    rotation = None if attention.rope is None else model.ropes[attention.rope]
     if rotation is None or rotation.adjacent:
-        return np.arange(model.attention.head_dim)
-    return interleaved_rows(1, model.attention.head_dim, rotation.rotated)
+        return np.arange(attention.head_dim)
+    return interleaved_rows(1, attention.head_dim, rotation.rotated)
 
 
-def qkv_rows(model: Decoder) -> list[tuple[str, Array]]:
+def qkv_rows(model: Decoder, attention: Attention) -> list[tuple[str, Array]]:
     """The parts of C's one matrix of queries, keys, values and gates.
 
     Each is the name of a matrix in the checkpoint, and the numbers of the outputs of that matrix that are the part, in C's
     order.
     """
-    names, attention, size = model.names, model.attention, model.attention.head_dim
-    order, counts = _head_order(model), (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
+    names, size = model.names, attention.head_dim
+    order, counts = _head_order(model, attention), (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
     orders = (order, order, np.arange(size))
 
     def rows(first: int, step: int, count: int, order: Array) -> Array:
@@ -129,20 +141,23 @@ def qkv_rows(model: Decoder) -> list[tuple[str, Array]]:
             parts = [rows(firsts[which], size, counts[which], orders[which]) for which in range(3)]
         return [(names.qkv[0], np.concatenate(parts))]
     step = 2 if attention.output_gate else 1  # each head's query comes before its gate
-    steps = (step, 1, 1)
+    steps, modules = (step, 1, 1), names.qkv
+    if attention.values_are_keys:
+        modules = (names.qkv[0], names.qkv[1], names.qkv[1])
     found = [
         (name, rows(0, step * size, count, order))
-        for name, step, count, order in zip(names.qkv, steps, counts, orders, strict=True)
-    ]
+        for name, step, count, order in zip(modules, steps, counts, orders, strict=True)
+    ][: 1 if attention.kv_layer is not None else 3]
     return [*found, (names.qkv[0], rows(size, 2 * size, counts[0], np.arange(size)))] if attention.output_gate else found
 
 
-def _qkv(model: Decoder, weights: NativeWeights) -> MatrixArrays:
+def _qkv(model: Decoder, attention: Attention, weights: NativeWeights) -> MatrixArrays:
     """The rows of all queries, then of all keys, then of all values, then of all gates."""
-    taken = {name: weights.matrix(name, model.attention.qkv_bias) for name in model.names.qkv}
+    parts = qkv_rows(model, attention)
+    taken = {name: weights.matrix(name, attention.qkv_bias) for name in dict(parts)}
     ordered = [
         taken[name] if np.array_equal(rows, np.arange(taken[name].shape[0])) else with_rows(taken[name], rows)
-        for name, rows in qkv_rows(model)
+        for name, rows in parts
     ]
     return ordered[0] if len(ordered) == 1 else stacked(of_one_kind(ordered))
 
@@ -198,9 +213,9 @@ def take_feed_forward(
     return {"gate": gate, "up": up, **down}
 
 
-def _qk_norm(model: Decoder, weights: NativeWeights) -> NormArrays:
+def _qk_norm(model: Decoder, attention: Attention, weights: NativeWeights) -> NormArrays:
     """Gains and biases of all queries, then of all keys [heads + kv heads, head_dim], in the order of the rows of qkv."""
-    attention, order = model.attention, _head_order(model)
+    order = _head_order(model, attention)
     assert attention.qk_norm is not None
 
     def of_heads(part: str, name: str, heads: int) -> Float32:
@@ -213,8 +228,10 @@ def _qk_norm(model: Decoder, weights: NativeWeights) -> NormArrays:
         return numbers.reshape(heads, attention.head_dim)[:, order]
 
     def all_heads(part: str) -> Float32:
-        queries = of_heads(part, model.names.query_norm, attention.num_heads)
-        return np.ascontiguousarray(np.concatenate([queries, of_heads(part, model.names.key_norm, attention.num_kv_heads)]))
+        parts = [of_heads(part, model.names.query_norm, attention.num_heads)]
+        if attention.kv_layer is None:
+            parts.append(of_heads(part, model.names.key_norm, attention.num_kv_heads))
+        return np.ascontiguousarray(np.concatenate(parts))
 
     return _norm(attention.qk_norm.norm, all_heads)
 

@@ -42,6 +42,7 @@ class TransformersGroup:
     """A LayerGroup, the layers of one stage, that runs them with the modules of transformers. Use `build` to create it."""
 
     shares_work: Final = False
+    takes_token_ids: Final = False
     native_threads: Final = None
     use_threads = staticmethod(use_threads)
     runs_by = "transformers' modules"

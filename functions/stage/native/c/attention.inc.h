@@ -47,10 +47,10 @@ INLINE void write_key(const uint32_t *pairs, int64_t count, int64_t place, uint3
         block[pair * BLOCK + place] = pairs[pair];
 }
 
-INLINE void write_kv_as(const int dtype, const Group *group, const Layer *layer, const int32_t *pages, int64_t kv_head,
+INLINE void write_kv_as(const int dtype, const Group *group, const Layer *layer, Pages pages, int64_t kv_head,
                         int64_t position, bool is_last, const float *key, const float *value)
 {
-    const int64_t size = group->head_dim, padded = padded_head(group), number = bytes_of(dtype);
+    const int64_t size = layer->head_dim, padded = padded_head(layer->head_dim), number = bytes_of(dtype);
     _Alignas(64) uint8_t packed_key[4 * LAMINA_MOST_HEAD], packed_value[4 * LAMINA_MOST_HEAD];
     pack((Dtype)dtype, key, size, packed_key);
     pack((Dtype)dtype, value, size, packed_value);
@@ -77,18 +77,22 @@ INLINE void write_kv_as(const int dtype, const Group *group, const Layer *layer,
             pair[2 * i + 1] = 0;
 }
 
-static void write_kv_in_bytes(const Group *group, const Layer *layer, const int32_t *pages, int64_t kv_head, int64_t position,
+static void write_kv_in_bytes(const Group *group, const Layer *layer, Pages pages, int64_t kv_head, int64_t position,
                               const float *key, const float *value);
 
-static void write_kv(const Group *group, const Layer *layer, const int32_t *pages, int64_t kv_head, int64_t position, bool is_last,
+static void write_kv(const Group *group, const Layer *layer, Pages pages, int64_t kv_head, int64_t position, bool is_last,
                      const float *const rotations[2], float *heads)
 {
-    const int64_t size = group->head_dim, shared = group->heads / group->kv_heads;
+    const int64_t size = layer->head_dim, shared = group->heads / layer->kv_heads;
     const float eps = (float)group->eps;
     for (int64_t head = kv_head * shared; head < (kv_head + 1) * shared; head++)
         prepare_head(layer, heads + head * size, head, size, eps, rotations[0]);
-    int64_t key = group->heads + kv_head, value = key + group->kv_heads;
+    if (layer->reads_kv)
+        return;
+    int64_t key = group->heads + kv_head, value = key + layer->kv_heads;
     prepare_head(layer, heads + key * size, key, size, eps, rotations[1]);
+    if (layer->value.kind)
+        normalize(&layer->value, 0, heads + value * size, eps, size, heads + value * size);
     if (group->kv_dtype == LAMINA_BF16)
         write_kv_as(LAMINA_BF16, group, layer, pages, kv_head, position, is_last, heads + key * size, heads + value * size);
     else if (group->kv_dtype == LAMINA_INT8)
@@ -203,10 +207,10 @@ typedef struct {
     float *total; /* 0: from no token */
 } Attended;
 
-INLINE Attended attended_at(const Group *group, float *memory, int64_t query)
+INLINE Attended attended_at(const Layer *layer, float *memory, int64_t query)
 {
-    const int64_t padded = padded_head(group);
-    float *own = memory + query * attended_floats(group);
+    const int64_t padded = padded_head(layer->head_dim);
+    float *own = memory + query * attended_floats(layer->head_dim);
     return (Attended){own, own + padded, own + padded + 1};
 }
 
@@ -310,8 +314,8 @@ INLINE void attend_piece(const int dtype, const Group *group, const Layer *layer
         attend_piece_in_bytes(group, layer, queries, at, begin, end);
         return;
     }
-    const int64_t padded = padded_head(group), number = bytes_of(dtype), tokens = rounded_up(end - begin, BLOCK);
-    const int64_t key_pairs = group->head_dim * number / 4;
+    const int64_t padded = padded_head(layer->head_dim), number = bytes_of(dtype), tokens = rounded_up(end - begin, BLOCK);
+    const int64_t key_pairs = layer->head_dim * number / 4;
     const int64_t pages = (tokens + PAGE - 1) / PAGE;
     for (int64_t page = 0; page < pages; page++)
         at->pages[page] = head_in_page(group, layer, queries->pages, begin + page * PAGE, 0, queries->kv_head);
@@ -328,7 +332,7 @@ INLINE void attend_piece(const int dtype, const Group *group, const Layer *layer
     int64_t most_seen = 0;
     for (int64_t query = 0; query < at->count; query++) {
         float *scores = at->scores + query * tokens;
-        const Attended result = attended_at(group, at->results, query);
+        const Attended result = attended_at(layer, at->results, query);
         most_seen = larger(most_seen, raise_powers(layer, queries, at, query, begin, end, tokens, &result));
         const vec share = every_f32(*result.total == 0 ? 0 : 1.0f / *result.total);
         for (int64_t token = 0; token < tokens; token += LANES)
@@ -349,7 +353,7 @@ INLINE void attend_piece(const int dtype, const Group *group, const Layer *layer
         configure_columns(at->count, pairs % STEP_PAIRS);
 #endif
     multiply_columns(dtype, at->count, padded / LANES, &values, (const uint8_t *)at->scores, 4 * tokens, at->results,
-                     attended_floats(group));
+                     attended_floats(layer->head_dim));
 #ifdef WITH_TILES
     if (dtype == LAMINA_BF16)
         _tile_release();
@@ -360,8 +364,8 @@ INLINE void attend_piece(const int dtype, const Group *group, const Layer *layer
    `merge`. */
 NOINLINE void write_result(const Group *group, const Layer *layer, const Queries *queries, int64_t query, const Attended *all)
 {
-    const int64_t size = group->head_dim, row = query % queries->rows;
-    const int64_t head = queries->kv_head * (group->heads / group->kv_heads) + query / queries->rows;
+    const int64_t size = layer->head_dim, row = query % queries->rows;
+    const int64_t head = queries->kv_head * (group->heads / layer->kv_heads) + query / queries->rows;
     if (layer->sinks.bytes) {
         const float sink = ((const float *)layer->sinks.data)[head], most = *all->most > sink ? *all->most : sink;
         float powers[2][LANES];
@@ -372,7 +376,7 @@ NOINLINE void write_result(const Group *group, const Layer *layer, const Queries
             store(all->values + i, mul_f32(load(all->values + i), every_f32(share)));
     }
     if (layer->gates) {
-        const float *gate = queries->heads + row * row_heads(group, layer) * size + (group->heads + 2 * group->kv_heads + head) * size;
+        const float *gate = queries->heads + ((row + 1) * row_heads(group, layer) - group->heads + head) * size;
         for (int64_t i = 0; i < size; i += LANES)
             store(all->values + i, mul_f32(load(all->values + i), sigmoid_of(row_part(gate, i, size))));
     }
@@ -383,8 +387,8 @@ NOINLINE void write_result(const Group *group, const Layer *layer, const Queries
 INLINE void attend_together(const int dtype, const Group *group, const Layer *layer, const Queries *queries, int64_t first,
                             int64_t count, uint8_t *scratch)
 {
-    const int64_t size = group->head_dim, rows = queries->rows, stride = attended_floats(group);
-    const int64_t shared = group->heads / group->kv_heads;
+    const int64_t size = layer->head_dim, rows = queries->rows, stride = attended_floats(size);
+    const int64_t shared = group->heads / layer->kv_heads;
     const bool one_head = first / rows == (first + count - 1) / rows;
     const int64_t first_row = one_head ? first % rows : 0, last_row = one_head ? (first + count - 1) % rows : rows - 1;
     Together at = {.first = first, .count = count, .pages = (const uint8_t **)scratch, .row_bytes = 4 * rounded_up(size, LAMINA_STEP)};
@@ -400,10 +404,10 @@ INLINE void attend_together(const int dtype, const Group *group, const Layer *la
         for (int64_t i = 0; i < size; i++)
             scaled[i] = numbers[i] * scale;
         if (dtype == LAMINA_INT8)
-            pack_query(group, scaled, at.packed + query * at.row_bytes);
+            pack_query(layer, scaled, at.packed + query * at.row_bytes);
         else
             pack((Dtype)dtype, scaled, size, at.packed + query * at.row_bytes);
-        *attended_at(group, all, query).total = 0;
+        *attended_at(layer, all, query).total = 0;
     }
     int64_t begin = first_attended(layer, queries->first_position + first_row) / PAGE * PAGE;
     int64_t end = end_attended(layer, queries->end, queries->first_position + last_row);
@@ -412,26 +416,26 @@ INLINE void attend_together(const int dtype, const Group *group, const Layer *la
         end = smaller(end, queries->piece * SPLIT);
         all = queries->pieces + first * stride;
         for (int64_t query = 0; query < count; query++)
-            *attended_at(group, all, query).total = 0;
+            *attended_at(layer, all, query).total = 0;
     }
     for (int64_t next; begin < end; begin = next) {
         next = smaller(end, begin / SPLIT * SPLIT + SPLIT);
         attend_piece(dtype, group, layer, queries, &at, begin, next);
         for (int64_t query = 0; query < count; query++) {
-            const Attended sum = attended_at(group, all, query), result = attended_at(group, at.results, query);
-            merge(padded_head(group), &sum, &result);
+            const Attended sum = attended_at(layer, all, query), result = attended_at(layer, at.results, query);
+            merge(padded_head(layer->head_dim), &sum, &result);
         }
     }
     if (!queries->piece)
         for (int64_t query = 0; query < count; query++) {
-            const Attended result = attended_at(group, all, query);
+            const Attended result = attended_at(layer, all, query);
             write_result(group, layer, queries, first + query, &result);
         }
 }
 
 static void attend(const Group *group, const Layer *layer, const Queries *queries, uint8_t *scratch)
 {
-    const int64_t all = group->heads / group->kv_heads * queries->rows;
+    const int64_t all = group->heads / layer->kv_heads * queries->rows;
     const int64_t groups = (all + QUERIES - 1) / QUERIES, together = (all + groups - 1) / groups;
     for (int64_t first = 0; first < all; first += together) {
         int64_t count = smaller(together, all - first);
@@ -447,12 +451,12 @@ static void attend(const Group *group, const Layer *layer, const Queries *querie
 /* Merges the results of `pieces` pieces of the same queries, `stride` floats apart. */
 static void merge_pieces(const Group *group, const Layer *layer, const Queries *queries, int64_t pieces, int64_t stride)
 {
-    const int64_t queries_in_all = group->heads / group->kv_heads * queries->rows;
+    const int64_t queries_in_all = group->heads / layer->kv_heads * queries->rows;
     for (int64_t query = 0; query < queries_in_all; query++) {
-        const Attended all = attended_at(group, queries->pieces, query);
+        const Attended all = attended_at(layer, queries->pieces, query);
         for (int64_t piece = 1; piece < pieces; piece++) {
-            const Attended later = attended_at(group, queries->pieces + piece * stride, query);
-            merge(padded_head(group), &all, &later);
+            const Attended later = attended_at(layer, queries->pieces + piece * stride, query);
+            merge(padded_head(layer->head_dim), &all, &later);
         }
         write_result(group, layer, queries, query, &all);
     }

@@ -14,12 +14,12 @@ enum {
 
 /* Multiplies a query or key x [head_dim] by a matrix of 1 and -1 (Hadamard's, over its vectors): some numbers of keys are many times
    as great as the others, and would cost these their bits. Returns what products of two such heads are greater by. */
-INLINE float spread(const Group *group, const float *x, float *out)
+INLINE float spread(const Layer *layer, const float *x, float *out)
 {
-    const int64_t padded = padded_head(group);
+    const int64_t padded = padded_head(layer->head_dim);
     int64_t half = LANES;
     for (int64_t i = 0; i < padded; i += LANES)
-        store(out + i, row_part(x, i, group->head_dim));
+        store(out + i, row_part(x, i, layer->head_dim));
     for (; padded % (2 * half) == 0; half *= 2)
         for (int64_t first = 0; first < padded; first += 2 * half)
             for (int64_t i = first; i < first + half; i += LANES) {
@@ -39,16 +39,16 @@ INLINE float bytes_of_row(const float *x, int64_t size, int32_t offset, uint8_t 
     return largest < __builtin_inff() ? largest / (float)BYTE_MOST : __builtin_nanf("");
 }
 
-static void write_kv_in_bytes(const Group *group, const Layer *layer, const int32_t *pages, int64_t kv_head, int64_t position,
+static void write_kv_in_bytes(const Group *group, const Layer *layer, Pages pages, int64_t kv_head, int64_t position,
                               const float *key, const float *value)
 {
-    const int64_t size = group->head_dim, padded = padded_head(group), token = position % PAGE, place = token % BLOCK;
+    const int64_t size = layer->head_dim, padded = padded_head(layer->head_dim), token = position % PAGE, place = token % BLOCK;
     const int64_t block = token / BLOCK * BLOCK * (padded + LAMINA_SCALE_BYTES);
     uint8_t *keys = head_in_page(group, layer, pages, position, 0, kv_head) + block;
     uint8_t *values = head_in_page(group, layer, pages, position, 1, kv_head) + block;
     _Alignas(64) uint8_t bytes[LAMINA_MOST_HEAD];
     float spread_key[LAMINA_MOST_HEAD];
-    spread(group, key, spread_key);
+    spread(layer, key, spread_key);
     float key_scale = bytes_of_row(spread_key, padded, KEY_OFFSET, bytes);
     write_key((const uint32_t *)bytes, padded / 4, place, (uint32_t *)keys);
     float value_scale = bytes_of_row(value, size, 0, bytes);
@@ -69,11 +69,11 @@ typedef struct {
 } RowEnd;
 
 /* Packs a query x [head_dim]. */
-INLINE void pack_query(const Group *group, const float *x, uint8_t *packed)
+INLINE void pack_query(const Layer *layer, const float *x, uint8_t *packed)
 {
-    const int64_t padded = padded_head(group);
+    const int64_t padded = padded_head(layer->head_dim);
     float head[LAMINA_MOST_HEAD];
-    const float gain = spread(group, x, head), largest = largest_of(head, padded);
+    const float gain = spread(layer, x, head), largest = largest_of(head, padded);
     vec sum = zeros();
     for (int64_t i = 0; i < padded; i += LANES) {
         vec number = i32_of_f32(round_f32(mul_f32(load(head + i), every_f32((float)QUERY_MOST / largest))));
@@ -212,7 +212,7 @@ static void attend_piece_in_bytes(const Group *group, const Layer *layer, const 
                                   int64_t end)
 {
     enum { AHEAD = 2 };
-    const int64_t padded = padded_head(group), tokens = rounded_up(end - begin, BLOCK), num_pages = (tokens + PAGE - 1) / PAGE;
+    const int64_t padded = padded_head(layer->head_dim), tokens = rounded_up(end - begin, BLOCK), num_pages = (tokens + PAGE - 1) / PAGE;
     const int64_t block_bytes = BLOCK * (padded + LAMINA_SCALE_BYTES);
     const uint8_t *pages[2 * SPLIT / PAGE + AHEAD]; /* of keys, then of values, in the order in which they are read */
     for (int64_t page = 0; page < 2 * num_pages + AHEAD; page++) {
@@ -228,7 +228,7 @@ static void attend_piece_in_bytes(const Group *group, const Layer *layer, const 
     int64_t most_seen = 0;
     float shares[QUERIES];
     for (int64_t query = 0; query < at->count; query++) {
-        const Attended result = attended_at(group, at->results, query);
+        const Attended result = attended_at(layer, at->results, query);
         most_seen = larger(most_seen, raise_powers(layer, queries, at, query, begin, end, tokens, &result));
         shares[query] = *result.total == 0 ? 0 : 1.0f / *result.total;
         memset(result.values, 0, (size_t)padded * 4);
@@ -240,6 +240,6 @@ static void attend_piece_in_bytes(const Group *group, const Layer *layer, const 
         const ByteColumns values = {pages[page], pages[page + AHEAD], count / BLOCK, block_bytes, BLOCK / 4, 4 * padded, 4 * LANES,
                                     BLOCK * padded};
         multiply_values(at->count, padded / LANES, &values, (const uint8_t *)(at->scores + token), 4 * tokens, count, at->results,
-                        attended_floats(group));
+                        attended_floats(layer->head_dim));
     }
 }

@@ -3,7 +3,7 @@
 #include "forward.h"
 
 enum { MOST = 1 << 20 }; /* largest size: products of three sizes stay far below 2^63 */
-static const int64_t MOST_TOKENS = 1 << 30, MOST_STATES = 1LL << 36;
+static const int64_t MOST_TOKENS = 1 << 30, MOST_STATES = 1LL << 36, MOST_PAGE = 1LL << 32;
 
 static bool within(int64_t number, int64_t least, int64_t most)
 {
@@ -77,11 +77,11 @@ static Status check_sizes(const Group *group)
     if (!within(group->expert_size, 0, MOST) || !within(group->most_experts, 0, LAMINA_MOST_EXPERTS) ||
         !within(group->most_chosen, 0, group->most_experts))
         return LAMINA_BAD_SIZE;
-    if (!within(group->kv_heads, 1, MOST) || !within(group->heads, group->kv_heads, MOST) || group->heads % group->kv_heads)
+    if (!within(group->heads, 1, MOST) || !within(group->page_bytes, 1, MOST_PAGE))
         return LAMINA_BAD_SIZE;
     if (!within(group->head_dim, 2, LAMINA_MOST_HEAD) || group->head_dim % 2)
         return LAMINA_BAD_SIZE;
-    if (!within(group->row_heads, group->heads + 2 * group->kv_heads, MOST) || !within(group->row_heads * group->head_dim, 1, MOST))
+    if (!within(group->row_numbers, 1, MOST) || !within(group->heads * group->head_dim, 1, MOST))
         return LAMINA_BAD_SIZE;
     if (!within(group->latent_outs, 0, MOST) || !within(group->query_size, 0, MOST) || !within(group->value_size, 0, MOST))
         return LAMINA_BAD_SIZE;
@@ -93,7 +93,7 @@ static Status check_sizes(const Group *group)
         return LAMINA_BAD_SIZE;
     if (!within(group->rounds, 0, 1) || !within(group->bidirectional, 0, 1) || !within(group->low_floats, 0, MOST))
         return LAMINA_BAD_SIZE;
-    if (!within(group->kv_layers, 0, group->num_layers))
+    if (!within(group->kv_rows, 0, MOST) || !within(group->input_size, 0, group->inner_size))
         return LAMINA_BAD_SIZE;
     if (!within(group->recurrent_inputs, 0, MOST) || !within(group->recurrent_outputs, 0, MOST) || !within(group->recurrent_heads, 0, MOST))
         return LAMINA_BAD_SIZE;
@@ -128,7 +128,7 @@ static Status check_numbers(const Group *group, const Layer *layer)
         return LAMINA_BAD_SIZE;
     if (!within(layer->activation, LAMINA_SILU, LAMINA_SWIGLU) || !is_finite(layer->score_cap))
         return LAMINA_BAD_SIZE;
-    return is_finite(layer->score_scale) && is_finite(layer->residual_scale) ? LAMINA_OK : LAMINA_BAD_SIZE;
+    return is_finite(layer->score_scale) && is_finite(layer->residual_scale) && is_finite(layer->output_scale) ? LAMINA_OK : LAMINA_BAD_SIZE;
 }
 
 /* activation(gate x) * (up x), or activation(up x) without a gate, and down, of at most `most` inner numbers. */
@@ -162,6 +162,11 @@ static Status check_router(const Group *group, const Experts *experts)
         return LAMINA_BAD_SIZE;
     CHECK(check_shape(&experts->router, experts->num_experts + experts->shared_gate, group->hidden_size));
     CHECK(check_optional(&experts->correction, experts->num_experts * 4, 4));
+    CHECK(check_optional(&experts->scales, experts->num_experts * 4, 4));
+    CHECK(check_norm(&experts->before, group->hidden_size));
+    CHECK(check_norm(&experts->before_router, group->hidden_size));
+    CHECK(check_norm(&experts->after, group->hidden_size));
+    CHECK(check_norm(&experts->after_shared, group->hidden_size));
     CHECK(check_memory(&experts->used, experts->num_experts * 8, 8));
     return experts->router.dtype == LAMINA_F32 ? LAMINA_OK : LAMINA_BAD_DTYPE;
 }
@@ -202,7 +207,7 @@ static Status check_latent(const Group *group, const Layer *layer)
     const bool from_latent = latent->queries.weights.bytes;
     if (!within(latent->rank, 1, MOST) || !within(latent->rope, 0, MOST) || !within(latent->nope, 1, MOST))
         return LAMINA_BAD_SIZE;
-    if (group->kv_heads != 1 || group->head_dim != latent->rank + latent->rope || group->query_size != latent->nope + latent->rope ||
+    if (layer->kv_heads != 1 || layer->head_dim != group->head_dim || layer->reads_kv || group->head_dim != latent->rank + latent->rope || group->query_size != latent->nope + latent->rope ||
         group->value_size != latent->value_size || layer->gates || layer->qk.kind || !(latent->eps >= 0 && latent->eps < 1))
         return LAMINA_BAD_SIZE;
     const int64_t queries = from_latent ? latent->queries.width : group->heads * group->query_size;
@@ -218,18 +223,33 @@ static Status check_latent(const Group *group, const Layer *layer)
     return check_matrices_of_heads(group, &latent->expand, latent->value_size, latent->rank);
 }
 
+/* The heads of a layer, and its rows of the tables of pages, whose pages they fit. */
+static Status check_heads_of_layer(const Group *group, const Layer *layer)
+{
+    if (!within(layer->kv_heads, 1, group->heads) || group->heads % layer->kv_heads || !within(layer->reads_kv, 0, 1))
+        return LAMINA_BAD_SIZE;
+    if (!within(layer->head_dim, 2, group->head_dim) || layer->head_dim % 2)
+        return LAMINA_BAD_SIZE;
+    if (!within(row_heads(group, layer) * layer->head_dim, 1, group->row_numbers))
+        return LAMINA_BAD_SIZE;
+    if (!within(layer->kv_pages, 1, 2 * layer->kv_heads) || 2 * layer->kv_heads % layer->kv_pages ||
+        2 * layer->kv_heads / layer->kv_pages * bytes_in_page(group, layer) > group->page_bytes)
+        return LAMINA_BAD_SIZE;
+    return within(layer->kv_row, 0, group->kv_rows - layer->kv_pages) ? LAMINA_OK : LAMINA_BAD_SIZE;
+}
+
 static Status check_attention(const Group *group, const Layer *layer)
 {
-    int64_t attended = group->heads * (layer->latent.bytes ? group->value_size : group->head_dim);
-    if (!within(layer->kv_row, 0, group->kv_layers - 1) || row_heads(group, layer) > group->row_heads)
-        return LAMINA_BAD_SIZE;
+    CHECK(check_heads_of_layer(group, layer));
+    int64_t attended = group->heads * (layer->latent.bytes ? group->value_size : layer->head_dim);
     if (layer->ring && (group->bidirectional || !within(layer->window, 1, layer->ring * LAMINA_PAGE_TOKENS)))
         return LAMINA_BAD_SIZE;
     if (layer->latent.bytes)
         CHECK(check_latent(group, layer));
     else
-        CHECK(check_shape(&layer->qkv, row_heads(group, layer) * group->head_dim, group->hidden_size));
-    CHECK(check_norm(&layer->qk, (group->heads + group->kv_heads) * group->head_dim));
+        CHECK(check_shape(&layer->qkv, row_heads(group, layer) * layer->head_dim, group->hidden_size));
+    CHECK(check_norm(&layer->qk, (group->heads + (layer->reads_kv ? 0 : layer->kv_heads)) * layer->head_dim));
+    CHECK(check_norm(&layer->value, layer->head_dim));
     CHECK(check_optional(&layer->sinks, group->heads * 4, 4));
     return check_shape(&layer->out, group->hidden_size, attended);
 }
@@ -301,6 +321,13 @@ static Status check_layer(const Group *group, const Layer *layer)
         CHECK(check_recurrent(group, &layer->recurrent));
     if (layer->experts.bytes)
         CHECK(check_experts(group, layer));
+    if (layer->input_gate.weights.bytes) {
+        CHECK(check_shape(&layer->input_gate, group->input_size, group->hidden_size));
+        CHECK(check_shape(&layer->input_out, group->hidden_size, group->input_size));
+        CHECK(check_norm(&layer->after_input, group->hidden_size));
+        if (layer->activation == LAMINA_SWIGLU)
+            return LAMINA_BAD_SIZE;
+    }
     if (!layer->up.weights.bytes) { /* a layer without any part was not placed */
         const bool has_another = has_attention(layer) || layer->recurrent.kind || layer->experts.bytes;
         return has_another && !layer->gate.weights.bytes && !layer->down.weights.bytes ? LAMINA_OK : LAMINA_SHORT_MEMORY;
@@ -354,7 +381,7 @@ static Status check_group(const Group *group)
 {
     CHECK(check_sizes(group));
     CHECK(check_memory(&group->layers, group->num_layers * (int64_t)sizeof(Layer), _Alignof(Layer)));
-    CHECK(check_memory(&group->arena, group->num_pages * page_bytes(group), 4));
+    CHECK(check_memory(&group->arena, group->num_pages * group->page_bytes, 4));
     const Layer *layers = group->layers.data;
     for (int64_t layer = 0; layer < group->num_layers; layer++)
         CHECK(check_layer(group, &layers[layer]));
@@ -364,8 +391,8 @@ static Status check_group(const Group *group)
 /* The pages that a segment reads and writes are in the arena. A ring overwrites nothing that the segment's tokens attend to. */
 static Status check_pages(const Group *group, const Segment *segment)
 {
-    const int64_t row_bytes = group->kv_layers * (int64_t)sizeof(int32_t), end = segment->position + segment->length;
-    if (!group->kv_layers)
+    const int64_t row_bytes = group->kv_rows * (int64_t)sizeof(int32_t), end = segment->position + segment->length;
+    if (!group->kv_rows)
         return LAMINA_OK;
     CHECK(check_memory(&segment->pages, row_bytes, _Alignof(int32_t)));
     const int64_t pages = segment->pages.bytes / row_bytes;
@@ -373,15 +400,16 @@ static Status check_pages(const Group *group, const Segment *segment)
         return LAMINA_BAD_SEGMENT;
     const Layer *layers = group->layers.data;
     for (int64_t layer = 0; layer < group->num_layers; layer++) {
-        const int32_t *row = (const int32_t *)segment->pages.data + layers[layer].kv_row * pages;
+        const int32_t *rows = (const int32_t *)segment->pages.data + layers[layer].kv_row * pages;
         const int64_t ring = layers[layer].ring;
         if (!has_attention(&layers[layer]))
             continue;
         if (ring && end > ring * LAMINA_PAGE_TOKENS && layers[layer].window + segment->length > ring * LAMINA_PAGE_TOKENS)
             return LAMINA_BAD_SEGMENT;
-        for (int64_t page = 0; page < (ring ? smaller(ring, pages) : pages); page++)
-            if (!within(row[page], 0, group->num_pages - 1))
-                return LAMINA_BAD_SEGMENT;
+        for (int64_t number = 0; number < layers[layer].kv_pages; number++)
+            for (int64_t page = 0; page < (ring ? smaller(ring, pages) : pages); page++)
+                if (!within(rows[number * pages + page], 0, group->num_pages - 1))
+                    return LAMINA_BAD_SEGMENT;
     }
     return LAMINA_OK;
 }
@@ -436,6 +464,8 @@ static Status check_pass(const Group *group, const Pass *pass, int64_t *most_tok
         return LAMINA_BAD_SIZE;
     if (!pass->repeats)
         CHECK(check_memory(&pass->hidden, pass->rows * group->hidden_size * 4, 4));
+    if (group->input_size && !pass->repeats)
+        CHECK(check_memory(&pass->inputs, group->num_layers * pass->rows * group->input_size * 4, 4));
     if (group->rotations && !pass->repeats)
         CHECK(check_memory(&pass->rotations, group->rotations * pass->rows * group->head_dim * 4, 4));
     CHECK(check_segments(group, pass, most_tokens));

@@ -13,6 +13,12 @@ static const Matrix *first_matrix(const Expert *expert)
     return expert->gate.weights.bytes ? &expert->gate : &expert->up;
 }
 
+/* A norm of the experts' own, or else the one before the layer's feed-forward. */
+static const Norm *norm_before(const Layer *layer, const Norm *own)
+{
+    return own->kind ? own : &layer->before_mlp;
+}
+
 static int64_t number_of(const Forward *forward, const Layer *layer)
 {
     return layer - (const Layer *)forward->group->layers.data;
@@ -148,7 +154,7 @@ static void pack_for_experts(const Forward *forward, const Layer *layer, bool in
         const int64_t row = piece * 16 - route->first_packed;
         const Task task = {.level = forward->level, .matrix = matrix, .eps = (float)forward->group->eps, .rows = route->rows,
                            .x = inner ? at->routed_inner + route->first * matrix->width : forward->hidden,
-                           .places = inner ? NULL : at->routed_rows + route->first, .norm = inner ? NULL : &layer->before_mlp};
+                           .places = inner ? NULL : at->routed_rows + route->first, .norm = inner ? NULL : norm_before(layer, &((const Experts *)layer->experts.data)->before)};
         const Rows to = rows_of_route(forward, route, matrix, row, smaller(16, route->rows - row));
         const MatrixScratch scratch = matrix_scratch(matrix, worker->scratch);
         pack_rows(&task, row, to.rows, &scratch, (float *)to.scales, (uint8_t *)to.data);
@@ -208,7 +214,7 @@ static void mix_experts(const Forward *forward, const Layer *layer, const Worker
 }
 
 /* hidden += scale * norm(mixed + gate * added): `added` is the output of the expert that all rows go through. */
-static void add_experts(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
+static void add_experts(const Forward *forward, const Layer *layer, bool is_last, const Worker *worker, int64_t phase)
 {
     const Experts *experts = layer->experts.data;
     const int64_t size = forward->group->hidden_size;
@@ -216,20 +222,19 @@ static void add_experts(const Forward *forward, const Layer *layer, const Worker
     for (; (row = take_piece(worker, phase, forward->rows, 1)) >= 0; done++) {
         float *mixed = forward->at.mixed + row * size, *added = forward->at.added + row * size, *hidden = forward->hidden + row * size;
         const float gate = experts->shared_gate ? forward->at.logits[row * experts->router.outs + experts->num_experts] : 1;
+        if (experts->after.kind)
+            forward->level->normalize(&experts->after, 0, mixed, (float)forward->group->eps, size, mixed);
+        if (experts->after_shared.kind)
+            forward->level->normalize(&experts->after_shared, 0, added, (float)forward->group->eps, size, added);
         for (int64_t i = 0; layer->up.weights.bytes && i < size; i++)
             mixed[i] += gate * added[i];
-        if (layer->after_mlp.kind)
-            forward->level->normalize(&layer->after_mlp, 0, mixed, (float)forward->group->eps, size, mixed);
-        for (int64_t i = 0; i < size; i++)
-            hidden[i] += (float)layer->residual_scale * mixed[i];
-        if (forward->group->rounds)
-            round_to_bf16(hidden, 1, size, 0, size);
+        add_row(forward, layer, &layer->after_mlp, is_last, mixed, hidden);
     }
     finish_phase(worker, phase, done, forward->rows);
 }
 
-/* hidden += the layer's experts. */
-static void run_experts(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
+/* hidden += the layer's experts. is_last: of the layer. */
+static void run_experts(const Forward *forward, const Layer *layer, bool is_last, const Worker *worker, int64_t phase)
 {
     const Workspace *at = &forward->at;
     const Experts *experts = layer->experts.data;
@@ -237,12 +242,12 @@ static void run_experts(const Forward *forward, const Layer *layer, const Worker
         feed_forward(forward, layer, worker, phase + PACK_GATED);
         multiply_adapted(forward, layer, &layer->down, offsetof(AdapterLayer, down), at->inner, NULL, at->added, SET, worker, phase + PACK_DOWN);
     }
-    multiply(forward, &experts->router, forward->hidden, &layer->before_mlp, at->logits, SET, worker, phase + PACK_ROUTER);
+    multiply(forward, &experts->router, forward->hidden, norm_before(layer, &experts->before_router), at->logits, SET, worker, phase + PACK_ROUTER);
     choose_for_rows(forward, layer, worker, phase + CHOOSE);
     group_rows(forward, layer, worker, phase + GROUP_ROWS);
     pack_for_experts(forward, layer, false, worker, phase + PACK_EXPERTS);
     gate_experts(forward, layer, worker, phase + GATE_EXPERTS);
     pack_for_experts(forward, layer, true, worker, phase + PACK_INNER);
     mix_experts(forward, layer, worker, phase + MIX_EXPERTS);
-    add_experts(forward, layer, worker, phase + ADD_EXPERTS);
+    add_experts(forward, layer, is_last, worker, phase + ADD_EXPERTS);
 }

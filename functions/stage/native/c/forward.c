@@ -35,6 +35,7 @@ typedef struct {
     int add;            /* SET, ADD or ADD_AND_ROUND */
     float *y;           /* [rows, outs] */
     float *times;       /* [rows, outs] temporary, with `up` */
+    const float *given; /* [rows, outs] what activation(y) is multiplied by instead of a product with `up`; or NULL */
     const AdapterLayer *adapters; /* of this layer; those of the next adapter are `num_layers` further on; NULL: no row has one */
     int64_t num_layers;
     const AdaptedRows *adapted;
@@ -211,8 +212,9 @@ static void multiply_activated(const Task *task, const Rows *x, int64_t row, int
         if (task->up)
             add_low_ranks(task, true, row, x->rows, first, last, times);
     }
+    const float *by = task->given ? task->given + row * outs : task->up ? times : NULL;
     for (int64_t at = first; at < first + x->rows * outs; at += outs)
-        task->level->activate(task->layer, last - first, task->up ? times + at : NULL, y + at);
+        task->level->activate(task->layer, last - first, by ? by + at : NULL, y + at);
 }
 
 /* Two phases: packs all rows, then computes y. With adapters one more before them. */
@@ -296,27 +298,35 @@ static void feed_forward(const Forward *forward, const Layer *layer, const Worke
     run_product(&task, &forward->at, worker, phase);
 }
 
-/* hidden += scale * norm(x Wᵀ + b): two phases, and one more unless that is a plain sum. */
-static void add_product(const Forward *forward, const Layer *layer, const Matrix *matrix, size_t low, const float *x, const Norm *norm,
-                        bool rounds, const Worker *worker, int64_t phase)
+/* hidden += scale * norm(added), for one row. is_last: of the layer. */
+static void add_row(const Forward *forward, const Layer *layer, const Norm *norm, bool is_last, float *added, float *hidden)
 {
-    const double scale = layer->residual_scale;
     const int64_t size = forward->group->hidden_size;
-    if (!norm->kind && scale == 1) {
+    const float scale = (float)layer->residual_scale, output_scale = (float)layer->output_scale;
+    if (norm->kind)
+        forward->level->normalize(norm, 0, added, (float)forward->group->eps, size, added);
+    for (int64_t i = 0; i < size; i++)
+        hidden[i] += scale * added[i];
+    for (int64_t i = 0; is_last && output_scale != 1 && i < size; i++)
+        hidden[i] *= output_scale;
+    if (is_last && forward->group->rounds)
+        round_to_bf16(hidden, 1, size, 0, size);
+}
+
+/* hidden += scale * norm(x Wᵀ + b): two phases, and one more unless that is a plain sum. is_last: of the layer. */
+static void add_product(const Forward *forward, const Layer *layer, const Matrix *matrix, size_t low, const float *x, const Norm *norm,
+                        bool is_last, const Worker *worker, int64_t phase)
+{
+    const bool rounds = is_last && forward->group->rounds;
+    const int64_t size = forward->group->hidden_size;
+    if (!norm->kind && layer->residual_scale == 1 && (!is_last || layer->output_scale == 1)) {
         multiply_adapted(forward, layer, matrix, low, x, NULL, forward->hidden, rounds ? ADD_AND_ROUND : ADD, worker, phase);
         return;
     }
     multiply_adapted(forward, layer, matrix, low, x, NULL, forward->at.added, SET, worker, phase);
     int64_t done = 0, row;
-    for (; (row = take_piece(worker, phase + 2, forward->rows, 1)) >= 0; done++) {
-        float *added = forward->at.added + row * size, *hidden = forward->hidden + row * size;
-        if (norm->kind)
-            forward->level->normalize(norm, 0, added, (float)forward->group->eps, size, added);
-        for (int64_t i = 0; i < size; i++)
-            hidden[i] += (float)scale * added[i];
-        if (rounds)
-            round_to_bf16(hidden, 1, size, 0, size);
-    }
+    for (; (row = take_piece(worker, phase + 2, forward->rows, 1)) >= 0; done++)
+        add_row(forward, layer, norm, is_last, forward->at.added + row * size, forward->hidden + row * size);
     finish_phase(worker, phase + 2, done, forward->rows);
 }
 
@@ -327,12 +337,13 @@ static void add_product(const Forward *forward, const Layer *layer, const Matrix
 static void normalize_qk(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
 {
     const Group *group = forward->group;
-    const int64_t queries = group->heads * group->head_dim, keys = group->kv_heads * group->head_dim;
+    const int64_t queries = group->heads * layer->head_dim, keys = layer->kv_heads * layer->head_dim;
     int64_t done = 0, row;
     for (; (row = take_piece(worker, phase, forward->rows, 1)) >= 0; done++) {
-        float *heads = forward->at.heads + row * row_heads(forward->group, layer) * forward->group->head_dim;
+        float *heads = forward->at.heads + row * row_heads(group, layer) * layer->head_dim;
         forward->level->normalize(&layer->qk, 0, heads, (float)group->eps, queries, heads);
-        forward->level->normalize(&layer->qk, queries, heads + queries, (float)group->eps, keys, heads + queries);
+        if (!layer->reads_kv)
+            forward->level->normalize(&layer->qk, queries, heads + queries, (float)group->eps, keys, heads + queries);
     }
     finish_phase(worker, phase, done, forward->rows);
 }
@@ -344,10 +355,11 @@ static bool only_decodes(const Forward *forward)
 }
 
 /* The sequence's pages in this layer. */
-static const int32_t *pages_of(const Forward *forward, const Layer *layer, int64_t segment)
+static Pages pages_of(const Forward *forward, const Layer *layer, int64_t segment)
 {
     const Memory *pages = &forward->segments[segment].pages;
-    return (const int32_t *)pages->data + layer->kv_row * (pages->bytes / (int64_t)sizeof(int32_t) / forward->group->kv_layers);
+    const int64_t stride = pages->bytes / (int64_t)sizeof(int32_t) / forward->group->kv_rows;
+    return (Pages){(const int32_t *)pages->data + layer->kv_row * stride, stride};
 }
 
 /* The row's cosines and sines of a rotation by number; NULL for 0. */
@@ -360,7 +372,7 @@ static void write_kv_of_row(const Forward *forward, const Layer *layer, int64_t 
 {
     const Group *group = forward->group;
     const Place *place = &forward->at.places[row];
-    float *heads = forward->at.heads + row * row_heads(forward->group, layer) * forward->group->head_dim;
+    float *heads = forward->at.heads + row * row_heads(group, layer) * layer->head_dim;
     const float *const rotations[] = {rotation_of(forward, layer->query_rotation, row), rotation_of(forward, layer->key_rotation, row)};
     forward->level->write_kv(group, layer, pages_of(forward, layer, place->segment), kv_head, place->position, place->is_last,
                              rotations, heads);
@@ -368,7 +380,7 @@ static void write_kv_of_row(const Forward *forward, const Layer *layer, int64_t 
 
 static void write_kv(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
 {
-    const int64_t kv_heads = forward->group->kv_heads;
+    const int64_t kv_heads = layer->kv_heads;
     int64_t done = 0, piece;
     for (; (piece = take_piece(worker, phase, forward->rows, kv_heads)) >= 0; done++)
         write_kv_of_row(forward, layer, piece / kv_heads, piece % kv_heads);
@@ -378,7 +390,7 @@ static void write_kv(const Forward *forward, const Layer *layer, const Worker *w
 static Queries queries_of(const Forward *forward, const Layer *layer, const Bundle *bundle, int64_t kv_head)
 {
     const Group *group = forward->group;
-    const int64_t row = bundle->first_row, shared = group->heads / group->kv_heads;
+    const int64_t row = bundle->first_row, shared = group->heads / layer->kv_heads;
     const Segment *segment = &forward->segments[bundle->segment];
     return (Queries){
         .pages = pages_of(forward, layer, bundle->segment),
@@ -386,12 +398,12 @@ static Queries queries_of(const Forward *forward, const Layer *layer, const Bund
         .end = group->bidirectional ? segment->position + segment->length : 0,
         .rows = bundle->rows,
         .kv_head = kv_head,
-        .heads = forward->at.heads + row * row_heads(forward->group, layer) * forward->group->head_dim,
-        .attended = forward->at.attended + row * group->heads * group->head_dim,
+        .heads = forward->at.heads + row * row_heads(group, layer) * layer->head_dim,
+        .attended = forward->at.attended + row * group->heads * layer->head_dim,
         .piece = bundle->piece,
         /* Those of the rows before come first, and those of a piece's heads follow each other. */
         .pieces = forward->at.pieces + ((row * forward->pieces + larger(0, bundle->piece - 1) * bundle->rows) * group->heads +
-                                        kv_head * shared * bundle->rows) * attended_floats(group),
+                                        kv_head * shared * bundle->rows) * attended_floats(layer->head_dim),
     };
 }
 
@@ -399,29 +411,29 @@ static void attend(const Forward *forward, const Layer *layer, const Worker *wor
 {
     const Group *group = forward->group;
     int64_t done = 0, piece;
-    for (; (piece = take_piece(worker, phase, forward->num_bundles, group->kv_heads)) >= 0; done++) {
-        const Bundle *bundle = &forward->at.bundles[piece / group->kv_heads];
-        const int64_t kv_head = piece % group->kv_heads;
+    for (; (piece = take_piece(worker, phase, forward->num_bundles, layer->kv_heads)) >= 0; done++) {
+        const Bundle *bundle = &forward->at.bundles[piece / layer->kv_heads];
+        const int64_t kv_head = piece % layer->kv_heads;
         if (only_decodes(forward))
             write_kv_of_row(forward, layer, bundle->first_row, kv_head);
         const Queries queries = queries_of(forward, layer, bundle, kv_head);
         forward->level->attend(group, layer, &queries, worker->scratch);
     }
-    finish_phase(worker, phase, done, forward->num_bundles * group->kv_heads);
+    finish_phase(worker, phase, done, forward->num_bundles * layer->kv_heads);
 }
 
 static void merge_pieces(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
 {
     const Group *group = forward->group;
     int64_t done = 0, piece;
-    for (; (piece = take_piece(worker, phase, forward->num_bundles, group->kv_heads)) >= 0; done++) {
-        const Bundle *bundle = &forward->at.bundles[piece / group->kv_heads];
+    for (; (piece = take_piece(worker, phase, forward->num_bundles, layer->kv_heads)) >= 0; done++) {
+        const Bundle *bundle = &forward->at.bundles[piece / layer->kv_heads];
         if (bundle->pieces < 2)
             continue;
-        const Queries queries = queries_of(forward, layer, bundle, piece % group->kv_heads);
-        forward->level->merge_pieces(group, layer, &queries, bundle->pieces, bundle->rows * group->heads * attended_floats(group));
+        const Queries queries = queries_of(forward, layer, bundle, piece % layer->kv_heads);
+        forward->level->merge_pieces(group, layer, &queries, bundle->pieces, bundle->rows * group->heads * attended_floats(layer->head_dim));
     }
-    finish_phase(worker, phase, done, forward->num_bundles * group->kv_heads);
+    finish_phase(worker, phase, done, forward->num_bundles * layer->kv_heads);
 }
 
 static void mix_by_attention(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
@@ -442,6 +454,17 @@ static void mix_by_attention(const Forward *forward, const Layer *layer, const W
         expand_values(forward, layer, worker, phase);
 }
 
+/* hidden += norm(out(activation(gate hidden) * inputs of the layer)). */
+static void add_input(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
+{
+    const int64_t number = layer - (const Layer *)forward->group->layers.data;
+    const Task task = {.level = forward->level, .matrix = &layer->input_gate, .layer = layer, .x = forward->hidden, .rows = forward->rows,
+                       .given = forward->inputs + number * forward->rows * forward->group->input_size, .y = forward->at.inner};
+    run_product(&task, &forward->at, worker, phase + PACK_INPUT);
+    add_product(forward, layer, &layer->input_out, NOT_ADAPTED, forward->at.inner, &layer->after_input, true, worker,
+                phase + PACK_INPUT_OUT);
+}
+
 /* One thread's share of a pass. */
 static void forward_layers(void *argument, int64_t number)
 {
@@ -452,7 +475,8 @@ static void forward_layers(void *argument, int64_t number)
     for (int64_t i = 0; i < forward->group->num_layers; i++, phase += PHASES) {
         const Layer *layer = (const Layer *)forward->group->layers.data + i;
         const Recurrent *recurrent = &layer->recurrent;
-        const bool has_mlp = layer->up.weights.bytes, goes_on = has_mlp || layer->experts.bytes, rounds = forward->group->rounds;
+        const bool has_mlp = layer->up.weights.bytes, has_input = layer->input_gate.weights.bytes;
+        const bool goes_on = has_mlp || layer->experts.bytes || has_input;
         if (forward->repeats) {
             if (recurrent->kind)
                 update_states(forward, layer, &worker, phase);
@@ -467,30 +491,33 @@ static void forward_layers(void *argument, int64_t number)
         if (has_attention(layer))
             add_product(forward, layer, &layer->out, layer->latent.bytes ? NOT_ADAPTED : offsetof(AdapterLayer, out),
                         layer->latent.bytes ? at->values : at->attended, &layer->after_attention,
-                        rounds && !goes_on && !recurrent->kind, &worker, phase + PACK_OUT);
+                        !goes_on && !recurrent->kind, &worker, phase + PACK_OUT);
         if (recurrent->kind)
             add_product(forward, layer, &recurrent->out, NOT_ADAPTED, at->recurrent_outputs, &layer->after_attention,
-                        rounds && !goes_on, &worker, phase + PACK_OUTPUTS);
-        if (layer->experts.bytes) {
-            run_experts(forward, layer, &worker, phase);
-            continue;
+                        !goes_on, &worker, phase + PACK_OUTPUTS);
+        if (layer->experts.bytes)
+            run_experts(forward, layer, !has_input, &worker, phase);
+        else if (has_mlp) {
+            if (!layer->parallel)
+                feed_forward(forward, layer, &worker, phase + PACK_GATED);
+            add_product(forward, layer, &layer->down, offsetof(AdapterLayer, down), at->inner, &layer->after_mlp, !has_input, &worker,
+                        phase + PACK_DOWN);
         }
-        if (!has_mlp)
-            continue;
-        if (!layer->parallel)
-            feed_forward(forward, layer, &worker, phase + PACK_GATED);
-        add_product(forward, layer, &layer->down, offsetof(AdapterLayer, down), at->inner, &layer->after_mlp, rounds, &worker,
-                    phase + PACK_DOWN);
+        if (has_input)
+            add_input(forward, layer, &worker, phase);
     }
 }
 
 /* Pieces in which a row's attention is computed: 1 if there are enough bundles and heads to keep all threads busy. */
 static int64_t pieces_of_attention(const Forward *forward, int64_t most_tokens)
 {
-    int64_t bundles = 0, row = 0;
+    const Layer *layers = forward->group->layers.data;
+    int64_t bundles = 0, row = 0, kv_heads = forward->group->heads; /* the fewest of a layer */
+    for (int64_t i = 0; i < forward->group->num_layers; i++)
+        kv_heads = has_attention(&layers[i]) ? smaller(kv_heads, layers[i].kv_heads) : kv_heads;
     for (const Segment *segment = forward->segments; row < forward->rows; row += segment++->length)
         bundles += (segment->length + LAMINA_QUERIES - 1) / LAMINA_QUERIES;
-    return bundles * forward->group->kv_heads >= ENOUGH_PIECES * forward->threads
+    return bundles * kv_heads >= ENOUGH_PIECES * forward->threads
                ? 1
                : most_pieces(forward->rows, most_tokens, forward->threads);
 }
@@ -523,6 +550,7 @@ void run_pass(Pool *pool, const Group *group, const Pass *pass, int64_t most_tok
         .segments = pass->segments.data,
         .rotations = pass->rotations.data,
         .hidden = pass->hidden.data,
+        .inputs = pass->inputs.data,
         .rows = pass->rows,
         .threads = pass->threads,
         .repeats = pass->repeats,

@@ -18,7 +18,8 @@ enum {
     PACK_INPUTS, INPUTS, PACK_STEPS, STEPS, CONVOLVE, PREPARE, RECUR, GATE,
     LOW_OUT, PACK_OUT, OUT, ADD_OUT, PACK_OUTPUTS, OUTPUTS, ADD_OUTPUTS,
     LOW_GATED, PACK_GATED, GATED, LOW_DOWN, PACK_DOWN, DOWN, ADD_DOWN,
-    PACK_ROUTER, ROUTER, CHOOSE, GROUP_ROWS, PACK_EXPERTS, GATE_EXPERTS, PACK_INNER, MIX_EXPERTS, ADD_EXPERTS, PHASES,
+    PACK_ROUTER, ROUTER, CHOOSE, GROUP_ROWS, PACK_EXPERTS, GATE_EXPERTS, PACK_INNER, MIX_EXPERTS, ADD_EXPERTS,
+    PACK_INPUT, INPUT, PACK_INPUT_OUT, INPUT_OUT, ADD_INPUT, PHASES,
 };
 
 /* The place of a row's token in its sequence. */
@@ -119,6 +120,7 @@ typedef struct {
     const Segment *segments;
     const float *rotations; /* [rotations, rows, head_dim / 2, 2] */
     float *hidden;          /* [rows, hidden_size] */
+    const float *inputs;    /* as in Pass */
     int64_t rows;
     int64_t threads;
     int64_t num_segments;

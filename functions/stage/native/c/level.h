@@ -22,9 +22,15 @@ typedef struct {
     bool arranged;        /* by `arrange`; false for a single row */
 } Rows;
 
+/* Pages of a sequence in one layer. */
+typedef struct {
+    const int32_t *numbers; /* [kv_pages, stride] */
+    int64_t stride;
+} Pages;
+
 /* Some rows of one sequence, in the query heads that share a key head. */
 typedef struct {
-    const int32_t *pages;   /* of the sequence in this layer */
+    Pages pages;
     int64_t first_position;
     int64_t end;            /* of the sequence's tokens, if its rows attend to later ones; otherwise 0 */
     int64_t rows;           /* at most LAMINA_QUERIES */
@@ -85,9 +91,9 @@ typedef struct {
     void (*choose)(const Experts *experts, float *logits, int32_t *numbers, float *weights);
 
     /* Normalizes and rotates, in place, the heads of a row [row_heads, head_dim] that share a key head, and writes key and value to
-       the arena. pages: of the sequence in this layer. is_last: no later token of its sequence is in the pass.
+       the arena, unless the layer reads those of another one. is_last: no later token of its sequence is in the pass.
        rotations: of queries and of keys, [head_dim / 2, 2] each, or NULL. */
-    void (*write_kv)(const Group *group, const Layer *layer, const int32_t *pages, int64_t kv_head, int64_t position, bool is_last,
+    void (*write_kv)(const Group *group, const Layer *layer, Pages pages, int64_t kv_head, int64_t position, bool is_last,
                      const float *const rotations[2], float *heads);
 
     /* The same on every level. */
@@ -254,9 +260,9 @@ static inline int64_t low_rank_part_bytes(int64_t dtype, int64_t rank, int64_t o
     return (dtype == LAMINA_BF16 ? rounded_up(rank, 2) : rank) * outs * bytes_of(dtype);
 }
 
-static inline int64_t padded_head(const Group *group)
+static inline int64_t padded_head(int64_t head_dim)
 {
-    return rounded_up(group->head_dim, 16);
+    return rounded_up(head_dim, 16);
 }
 
 static inline bool has_attention(const Layer *layer)
@@ -264,30 +270,35 @@ static inline bool has_attention(const Layer *layer)
     return layer->qkv.weights.bytes || layer->latent.bytes;
 }
 
-/* Heads of a row of qkv: those of queries, keys and values, and gates if there are any. */
+/* Heads of a row of qkv: those of queries, keys and values unless the layer reads another's, and gates if there are any. */
 static inline int64_t row_heads(const Group *group, const Layer *layer)
 {
-    return group->heads * (layer->gates ? 2 : 1) + 2 * group->kv_heads;
+    return group->heads * (layer->gates ? 2 : 1) + (layer->reads_kv ? 0 : 2 * layer->kv_heads);
 }
 
-static inline int64_t attended_floats(const Group *group)
+static inline int64_t attended_floats(int64_t head_dim)
 {
-    return padded_head(group) + LAMINA_ATTENDED_EXTRA;
+    return padded_head(head_dim) + LAMINA_ATTENDED_EXTRA;
 }
 
-static inline int64_t page_bytes(const Group *group)
+/* The keys, or values, of one head and LAMINA_PAGE_TOKENS tokens. */
+static inline int64_t bytes_in_page(const Group *group, const Layer *layer)
 {
     const int64_t scale = group->kv_dtype == LAMINA_INT8 ? LAMINA_SCALE_BYTES : 0;
-    return 2 * group->kv_heads * LAMINA_PAGE_TOKENS * (padded_head(group) * bytes_of(group->kv_dtype) + scale);
+    return LAMINA_PAGE_TOKENS * (padded_head(layer->head_dim) * bytes_of(group->kv_dtype) + scale);
 }
 
-/* Keys (which: 0) or values (1) of a head in the page that holds the token at `position`. pages: of the sequence in this layer. */
-static inline uint8_t *head_in_page(const Group *group, const Layer *layer, const int32_t *pages, int64_t position, int64_t which,
-                                    int64_t kv_head)
+/* Keys (which: 0) or values (1) of a head in the page that holds the token at `position`. */
+static inline uint8_t *head_in_page(const Group *group, const Layer *layer, Pages pages, int64_t position, int64_t which, int64_t kv_head)
 {
-    const int64_t page = position / LAMINA_PAGE_TOKENS, bytes = page_bytes(group);
-    return (uint8_t *)group->arena.data + pages[layer->ring ? page % layer->ring : page] * bytes +
-           (which * group->kv_heads + kv_head) * (bytes / (2 * group->kv_heads));
+    int64_t page = position / LAMINA_PAGE_TOKENS, place = which * layer->kv_heads + kv_head;
+    page = layer->ring ? page % layer->ring : page;
+    if (layer->kv_pages > 1) {
+        const int64_t of_page = 2 * layer->kv_heads / layer->kv_pages;
+        page += place / of_page * pages.stride;
+        place %= of_page;
+    }
+    return (uint8_t *)group->arena.data + pages.numbers[page] * group->page_bytes + place * bytes_in_page(group, layer);
 }
 
 static inline int64_t smaller(int64_t a, int64_t b)

@@ -106,6 +106,11 @@ typedef struct {
     Memory used_at;    /* int64 [num_experts]: the time on the budget's clock when a pass last used each expert; 0: it is not in memory.
                           Absent: experts stay in memory. Present only if their weights are private mappings of files, not written to:
                           their pages are dropped, and read again when they are used */
+    Memory scales;     /* float32 [num_experts]: the weight of each expert is multiplied by its own; or absent */
+    Norm before;       /* [hidden_size], of what experts multiply; none: the layer's before_mlp */
+    Norm before_router; /* the same of the router */
+    Norm after;        /* [hidden_size], of the sum of the experts */
+    Norm after_shared; /* [hidden_size], of the output of the layer's gate, up and down */
     int64_t num_experts;
     int64_t chosen;        /* of a row */
     int64_t scores;
@@ -175,10 +180,11 @@ typedef struct {
 /* A layer: mixers, then feed-forward, each between two norms, and added to the hidden states. Each of the parts may be absent. */
 typedef struct {
     Norm before_attention; /* [hidden_size], of all mixers */
-    Matrix qkv;            /* [(heads + 2 * kv_heads) * head_dim, hidden_size], and with `gates` those of `heads` more heads after it;
+    Matrix qkv;            /* [(heads + 2 * kv_heads) * head_dim, hidden_size], with reads_kv [heads * head_dim, …], and with `gates` those of `heads` more heads after it;
                               or absent: there is no attention. The halves of a rotated pair are adjacent */
     Memory latent;         /* Latent, instead of qkv; or absent */
-    Norm qk;               /* [heads + kv_heads, head_dim], of each query and key */
+    Norm qk;               /* [heads + kv_heads, head_dim], of each query and key; with reads_kv of queries alone */
+    Norm value;            /* [head_dim], of each value */
     Memory sinks;          /* float32 [heads]: one more score of each head's softmax, which has no value; or absent */
     Matrix out;            /* [hidden_size, heads * head_dim], or with a latent [hidden_size, heads * value_size] */
     Norm after_attention;  /* [hidden_size] */
@@ -188,6 +194,9 @@ typedef struct {
     Matrix down;           /* [hidden_size, inner_size] */
     Memory experts;        /* Experts, or absent */
     Norm after_mlp;        /* [hidden_size] */
+    Matrix input_gate;     /* [input_size, hidden_size]: hidden += norm(out(activation(gate hidden) * input)), last; or absent */
+    Matrix input_out;      /* [hidden_size, input_size] */
+    Norm after_input;      /* [hidden_size] */
     int64_t qk_as_one;     /* 1: the queries of all heads are one row of the norm, and the keys another */
     int64_t qk_rotated;    /* 1: the norm comes after the rotation */
     int64_t gates;         /* 1: what a query attends to is multiplied by sigmoid(gate), number by number */
@@ -200,9 +209,14 @@ typedef struct {
     double score_scale;
     double score_cap;      /* scores become cap * tanh(score / cap); 0: they do not */
     double residual_scale; /* of what is added to the hidden states */
+    double output_scale;   /* the hidden states are multiplied by it in the end */
     double swiglu[2];      /* alpha and limit */
     double xielu[4];       /* factors of x² above 0 and of exp(x) - 1 - x below, of x, and the largest x of exp */
-    int64_t kv_row;        /* among the layers with attention: its row of the tables of pages */
+    int64_t kv_heads;
+    int64_t head_dim;
+    int64_t reads_kv;      /* 1: it attends to the keys and values of an earlier layer with the same heads, and has none of its own */
+    int64_t kv_row;        /* of the tables of pages: its first one, or that of the layer whose keys and values it reads */
+    int64_t kv_pages;      /* rows that it has: they divide the heads of keys and values */
     Recurrent recurrent;   /* beside the attention or instead of it */
 } Layer;
 
@@ -230,8 +244,9 @@ typedef struct {
     LowRank down;
 } AdapterLayer;
 
-/* The KV arena has pages: the keys and then the values of one layer and LAMINA_PAGE_TOKENS tokens of one sequence. A pair is two bf16
-   or one float32: what one lane of a vector multiplies at a time. `padded` is head_dim rounded up to 16.
+/* The KV arena has pages: the keys and then the values of one layer and LAMINA_PAGE_TOKENS tokens of one sequence, or a `kv_pages`-th
+   part of their heads. Layers may have different heads, and pages are of one size. A pair is two bf16 or one float32: what one lane
+   of a vector multiplies at a time. `padded` is head_dim rounded up to 16.
 
    keys    [kv_heads, page / block, pairs of padded, block] pairs of a key's numbers
    values  bf16 [kv_heads, page / 2, padded, 2], float32 [kv_heads, page, padded]
@@ -262,16 +277,17 @@ typedef struct {
     int64_t most_experts;    /* of a layer */
     int64_t most_chosen;     /* experts of a row */
     int64_t heads;
-    int64_t kv_heads;
-    int64_t head_dim;
-    int64_t row_heads; /* most heads of a row of qkv in a layer */
+    int64_t head_dim;    /* the largest of a layer */
+    int64_t row_numbers; /* most outputs of qkv in a layer */
     int64_t latent_outs; /* most outputs of `down`; 0: no layer has a latent */
     int64_t query_size;  /* nope + rope of latents */
     int64_t value_size;  /* of latents */
     int64_t num_pages;
+    int64_t page_bytes;
     int64_t kv_dtype;
     int64_t rotations; /* that a pass has */
-    int64_t kv_layers; /* layers with attention */
+    int64_t kv_rows;   /* of the tables of pages: `kv_pages` for each layer that writes keys and values */
+    int64_t input_size; /* numbers that each layer gets of each row besides the hidden states; 0: none */
     int64_t recurrent_inputs;  /* most outputs of a recurrent mixer's `in` */
     int64_t recurrent_outputs; /* greatest width of its `out` */
     int64_t recurrent_heads;   /* most heads of one */
@@ -285,7 +301,7 @@ typedef struct {
 
 /* `length` new tokens of a sequence that holds `position` tokens. Each segment of a pass is of another sequence. */
 typedef struct {
-    Memory pages; /* int32 [kv_layers, pages of the sequence]: numbers of pages in the arena; a ring's row uses its first ones only */
+    Memory pages; /* int32 [kv_rows, pages of the sequence]: numbers of pages in the arena; a ring's row uses its first ones only */
     int64_t position;
     int64_t length;
     /* With recurrent mixers: */
@@ -303,6 +319,7 @@ typedef struct {
     int64_t repeats;  /* 1: only the states are changed, again, by the draft tokens that `kept` of each segment has; for these two
                          memories may be absent: */
     Memory hidden;    /* float32 [rows, hidden_size], read and written */
+    Memory inputs;    /* float32 [num_layers, rows, input_size], or absent */
     Memory rotations; /* float32 [rotations, rows, head_dim / 2, 2]: cosines and sines */
     Memory segments;  /* Segment [...] */
     Memory workspace; /* at least lamina_pass_bytes, aligned to 64 */

@@ -85,4 +85,6 @@ static void choose_experts(const Experts *experts, float *logits, int32_t *numbe
         sum += weights[i];
     for (int64_t i = 0; i < experts->chosen; i++)
         weights[i] = (experts->normalized ? weights[i] / (sum + (float)experts->normal_eps) : weights[i]) * (float)experts->scale;
+    for (int64_t i = 0; experts->scales.bytes && i < experts->chosen; i++)
+        weights[i] *= ((const float *)experts->scales.data)[numbers[i]];
 }

@@ -35,7 +35,7 @@ static int64_t attention_scratch_bytes(const Group *group, int64_t most_tokens)
 {
     int64_t tokens = smaller(LAMINA_SPLIT_TOKENS, rounded_up(most_tokens, LAMINA_BLOCK_TOKENS));
     return LAMINA_PIECE_PAGES * (int64_t)sizeof(void *) +
-           LAMINA_QUERIES * 4 * (rounded_up(group->head_dim, LAMINA_STEP) + 2 * attended_floats(group) + tokens);
+           LAMINA_QUERIES * 4 * (rounded_up(group->head_dim, LAMINA_STEP) + 2 * attended_floats(group->head_dim) + tokens);
 }
 
 int64_t most_pieces(int64_t rows, int64_t most_tokens, int64_t threads)
@@ -70,7 +70,7 @@ Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, 
     widest = larger(widest, group->recurrent_outputs);
     const bool has_latents = group->latent_outs;
     widest = larger(larger(widest, group->latent_outs), group->heads * larger(group->query_size, group->value_size));
-    workspace.heads = taken(&workspace, memory, rows * group->row_heads * group->head_dim * 4);
+    workspace.heads = taken(&workspace, memory, rows * group->row_numbers * 4);
     workspace.attended = taken(&workspace, memory, rows * group->heads * group->head_dim * 4);
     workspace.down = taken(&workspace, memory, rows * group->latent_outs * 4);
     workspace.queries = taken(&workspace, memory, has_latents ? rows * group->heads * group->query_size * 4 : 0);
@@ -86,7 +86,7 @@ Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, 
     workspace.places = taken(&workspace, memory, rows * (int64_t)sizeof(Place));
     const int64_t pieces = most_pieces(rows, most_tokens, threads);
     workspace.bundles = taken(&workspace, memory, rows * pieces * (int64_t)sizeof(Bundle));
-    workspace.pieces = taken(&workspace, memory, pieces == 1 ? 0 : rows * pieces * group->heads * attended_floats(group) * 4);
+    workspace.pieces = taken(&workspace, memory, pieces == 1 ? 0 : rows * pieces * group->heads * attended_floats(group->head_dim) * 4);
     if (group->expert_size)
         take_routed(&workspace, group, rows, memory);
     workspace.adapted = taken(&workspace, memory, group->low_floats ? rounded_up(rows, 16) * (int64_t)sizeof(AdaptedRows) : 0);

@@ -9,7 +9,7 @@ import torch
 from functions.stage.models.kv_cache import GOING_BACK, KVBudget, KVNeed
 from functions.stage.models.layer_group import KVCacheFull
 from functions.stage.models.llama.kv_pool import TorchKVPool
-from functions.stage.models.native.kv_pool import NativeKVPool
+from functions.stage.models.native.kv_pool import LayerKV, NativeKVPool
 from functions.stage.native.records import PAGE_TOKENS, Dtype
 
 BLOCK = 16
@@ -85,7 +85,8 @@ def test_a_reservation_takes_neighbours_where_there_are_enough() -> None:
 def test_physical_memory_is_what_was_written_and_never_more_than_the_budget(windows: tuple[int | None, ...]) -> None:
     """Sequences of all lengths come and go, and are copied: what was released is used again."""
     budget, dice = 24 * 2**20, random.Random(1)
-    kv = NativeKVPool(windows, 2, 64, Dtype.F32, budget)
+    layers = [LayerKV(window, 2, 64) for window in windows]
+    kv = NativeKVPool(layers, Dtype.F32, budget)
     page_bytes = kv.arena.nbytes // len(kv.arena)
     held: list[int] = []
     for _ in range(300):
@@ -103,14 +104,14 @@ def test_physical_memory_is_what_was_written_and_never_more_than_the_budget(wind
         held.append(handle)
         assert kv.resident_bytes <= budget
     assert kv.free_units + sum(map(kv.units, held)) == budget // page_bytes
-    fresh = NativeKVPool(windows, 2, 64, Dtype.F32, budget)
+    fresh = NativeKVPool(layers, Dtype.F32, budget)
     fresh.arena[fresh.table(fresh.reserve(PAGE_TOKENS))] = 1
     assert fresh.resident_bytes == len(windows) * page_bytes
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_keys_and_values_in_8_bits_leave_memory_for_nearly_twice_the_tokens(head_dim: int) -> None:
-    wide, narrow = (NativeKVPool((None,) * 4, 2, head_dim, dtype, 2**26) for dtype in (Dtype.BF16, Dtype.INT8))
+    wide, narrow = (NativeKVPool([LayerKV(None, 2, head_dim)] * 4, dtype, 2**26) for dtype in (Dtype.BF16, Dtype.INT8))
     assert narrow.capacity_tokens > 1.85 * wide.capacity_tokens
     assert narrow.layout.token_bytes == 4 * 2 * 2 * (head_dim + 4)
 

@@ -14,7 +14,7 @@ from functions.stage.models.kv_bytes import checked, copied_kv, put_kv, stamp
 from functions.stage.models.kv_cache import GOING_BACK, KVBlocks
 from functions.stage.models.layer_group import LayerGroup, Segment
 from functions.stage.models.native.group import NativeGroup
-from functions.stage.models.native.kv_pool import NativeKVPool
+from functions.stage.models.native.kv_pool import LayerKV, NativeKVPool
 from functions.stage.models.transformers import cache_layers
 from functions.stage.models.transformers.cache import TransformersKVCache
 from functions.stage.models.transformers.cache_layers import LayerMemory
@@ -125,7 +125,7 @@ def test_windows_save_memory(window: int, pattern: int, most: float) -> None:
     windows = [None if layer % pattern == pattern - 1 else window for layer in range(12)]
     tokens, heads, size = 8192, 2, 16
     every = 12 * tokens * 2 * heads * size * 4
-    pool = NativeKVPool(windows, heads, size, Dtype.F32, every)
+    pool = NativeKVPool([LayerKV(window, heads, size) for window in windows], Dtype.F32, every)
     handle = pool.reserve(tokens)
     assert (pool.table(handle) >= 0).sum() == pool.units(handle)
     pages = pool.table(handle)

@@ -135,7 +135,9 @@ static Memory experts_of(const Group *group, int64_t dtype)
     Experts experts = {
         .experts = memory_of(count * (int64_t)sizeof(Expert)), .used = memory_of(count * 8), .num_experts = count,
         .scores = any(LAMINA_SOFTMAX, LAMINA_SIGMOID), .groups = count % 2 ? 1 : any(1, 2), .normalized = any(0, 1),
-        .shared_gate = any(0, 1), .normal_eps = 1e-20, .scale = 1.5,
+        .shared_gate = any(0, 1), .normal_eps = 1e-20, .scale = 1.5, .before = norm_of(group->hidden_size, 0),
+        .before_router = norm_of(group->hidden_size, 0), .after = norm_of(group->hidden_size, 0),
+        .after_shared = norm_of(group->hidden_size, 0), .scales = any(0, 1) ? memory_of(count * 4) : (Memory){0},
     };
     experts.chosen_groups = any(1, experts.groups);
     experts.two_of_group = count / experts.groups > 1;
@@ -166,6 +168,10 @@ static int spoil_experts(Memory memory)
         spoil(one, sizeof *one);
     if (says_more(&experts->experts, &before.experts, 1) || says_more(&experts->router.weights, &before.router.weights, 3) ||
         says_more(&experts->correction, &before.correction, 3) || experts->num_experts > before.num_experts)
+        return 0;
+    if (says_more(&experts->scales, &before.scales, 1) || says_more(&experts->before.gain, &before.before.gain, 2) ||
+        says_more(&experts->before_router.gain, &before.before_router.gain, 2) ||
+        says_more(&experts->after.gain, &before.after.gain, 2) || says_more(&experts->after_shared.gain, &before.after_shared.gain, 2))
         return 0;
     return !says_more(&one->gate.weights, &sound.gate.weights, 3) && !says_more(&one->up.weights, &sound.up.weights, 3) &&
            !says_more(&one->down.weights, &sound.down.weights, 3);
@@ -240,23 +246,27 @@ static Memory latent_of(const Group *group, int64_t dtype, int64_t rope, int64_t
 static Group group_of(int is_long)
 {
     Group group = {
-        .num_layers = any(1, 2), .hidden_size = width(), .inner_size = width(), .kv_heads = any(1, is_long ? 1 : 3),
+        .num_layers = any(1, 2), .hidden_size = width(), .inner_size = width(),
         .head_dim = 2 * any(1, is_long ? 4 : 20), .kv_dtype = any(LAMINA_BF16, LAMINA_F32), .eps = 1e-5,
         .rotations = any(0, 2),
     };
     if (any(0, 1))
         group.expert_size = any(1, 40), group.most_experts = any(1, 6), group.most_chosen = any(1, group.most_experts);
-    group.num_pages = group.num_layers * (is_long ? any(33, 70) : any(1, 5));
-    const int64_t numbers = padded(group.head_dim, 16);
-    group.arena = memory_of(group.num_pages * 2 * group.kv_heads * LAMINA_PAGE_TOKENS *
-                            (group.kv_dtype == LAMINA_INT8 ? numbers + 4 : numbers * (group.kv_dtype == LAMINA_BF16 ? 2 : 4)));
+    const int64_t kv_heads = any(1, is_long ? 1 : 3), numbers = padded(group.head_dim, 16);
+    const int64_t head_bytes = group.kv_dtype == LAMINA_INT8 ? numbers + 4 : numbers * (group.kv_dtype == LAMINA_BF16 ? 2 : 4);
+    /* Layers have several pages each, of some heads' keys or values; or pages are larger than the layers need. */
+    const int64_t kv_pages = is_long || any(0, 1) ? 1 : any(0, 1) ? 2 : 2 * kv_heads;
+    group.page_bytes = LAMINA_PAGE_TOKENS * (2 * kv_heads / kv_pages * head_bytes + 4 * any(0, 1));
+    group.num_pages = group.num_layers * (is_long ? any(33, 70) : any(1, 5)) * kv_pages;
+    group.arena = memory_of(group.num_pages * group.page_bytes);
     if (only_right && group.kv_dtype == LAMINA_INT8) /* AVX2 takes no product of any two bytes, only of those that are written */
         memset(group.arena.data, 0, (size_t)group.arena.bytes);
-    group.heads = group.kv_heads * any(1, 5);
+    group.heads = kv_heads * any(1, 5);
     group.layers = memory_of(group.num_layers * (int64_t)sizeof(Layer));
-    int64_t attended = group.heads * group.head_dim, all_heads = group.heads + 2 * group.kv_heads;
-    group.row_heads = all_heads + group.heads;
-    const int latent = group.kv_heads == 1 && any(0, 1), from_latent = any(0, 1);
+    int64_t attended = group.heads * group.head_dim, all_heads = group.heads + 2 * kv_heads;
+    group.row_numbers = (all_heads + group.heads) * group.head_dim;
+    group.input_size = any(0, 1) ? any(1, group.inner_size) : 0;
+    const int latent = kv_heads == 1 && any(0, 1), from_latent = any(0, 1);
     const int64_t rope = 2 * any(0, group.head_dim / 2 - 1);
     if (latent) {
         group.query_size = rope + any(1, 20);
@@ -268,11 +278,22 @@ static Group group_of(int is_long)
     Layer *layers = group.layers.data;
     for (int64_t i = 0; i < group.num_layers; i++) {
         int64_t dtype = any(LAMINA_BF16, LAMINA_FLOAT_BLOCKS), of_mlp = any(LAMINA_BF16, LAMINA_FLOAT_BLOCKS), gates = latent ? 0 : any(0, 1);
+        /* The second layer sometimes reads the first one's keys and values, or has smaller heads. */
+        const int64_t head_dim = latent || !i || any(0, 1) ? group.head_dim : 2 * any(1, group.head_dim / 2);
+        const int64_t reads = i && !latent && head_dim == group.head_dim && layers[0].qkv.weights.bytes ? any(0, 1) : 0;
+        const int64_t own_heads = (reads ? group.heads : all_heads) + gates * group.heads;
+        attended = latent ? attended : group.heads * head_dim;
         layers[i] = (Layer){
             .before_attention = norm_of(group.hidden_size, 0),
             .latent = latent ? latent_of(&group, dtype, rope, queries, from_latent) : (Memory){0},
-            .qkv = latent ? (Matrix){0} : matrix_of(dtype, (all_heads + gates * group.heads) * group.head_dim, group.hidden_size),
-            .qk = latent ? (Norm){0} : norm_of((group.heads + group.kv_heads) * group.head_dim, 0),
+            .qkv = latent ? (Matrix){0} : matrix_of(dtype, own_heads * head_dim, group.hidden_size),
+            .kv_heads = kv_heads, .head_dim = head_dim, .reads_kv = reads, .kv_pages = kv_pages,
+            .qk = latent ? (Norm){0} : norm_of((group.heads + (reads ? 0 : kv_heads)) * head_dim, 0),
+            .value = norm_of(head_dim, 0),
+            .input_gate = group.input_size ? matrix_of(dtype, group.input_size, group.hidden_size) : (Matrix){0},
+            .input_out = group.input_size ? matrix_of(dtype, group.hidden_size, group.input_size) : (Matrix){0},
+            .after_input = norm_of(group.hidden_size, 0),
+            .output_scale = any(0, 1) ? 1 : 0.5,
             .sinks = any(0, 1) ? memory_of(group.heads * 4) : (Memory){0},
             .out = matrix_of(dtype, group.hidden_size, attended),
             .after_attention = norm_of(group.hidden_size, 0),
@@ -305,7 +326,8 @@ static Group group_of(int is_long)
             layers[i].up = layers[i].gate = layers[i].down = (Matrix){0};
         }
         if (layers[i].qkv.weights.bytes || layers[i].latent.bytes)
-            layers[i].kv_row = group.kv_layers++;
+            if (!reads)
+                layers[i].kv_row = group.kv_rows, group.kv_rows += kv_pages;
         layers[i].qk_as_one = layers[i].qk.kind ? any(0, 1) : 0;
         layers[i].qk_rotated = layers[i].qk_as_one ? 0 : any(0, 1);
         if (group.expert_size && any(0, 1)) {
@@ -314,7 +336,7 @@ static Group group_of(int is_long)
             if (any(0, 1))
                 layers[i].gate = layers[i].up = layers[i].down = (Matrix){0};
         }
-        if (layers[i].activation == LAMINA_SWIGLU && !all_gated(&layers[i]))
+        if (layers[i].activation == LAMINA_SWIGLU && (group.input_size || !all_gated(&layers[i])))
             layers[i].activation = LAMINA_SILU;
         if (layers[i].window && any(0, 1))
             layers[i].ring = any(1, 3);
@@ -386,15 +408,16 @@ static int run_pass(Pool *pool)
     if (adapters)
         give_adapters(&group, adapters);
     Segment segments[3];
+    const int64_t table_rows = group.num_layers * ((Layer *)group.layers.data)->kv_pages;
     int64_t count = any(1, 3), rows = 0, most = 1, page = 0, used = 0;
-    for (; used < count && page + group.num_layers <= group.num_pages; used++) {
-        int64_t left = (group.num_pages - page) / group.num_layers, pages = is_long ? left : any(1, left);
+    for (; used < count && page + table_rows <= group.num_pages; used++) {
+        int64_t left = (group.num_pages - page) / table_rows, pages = is_long ? left : any(1, left);
         int64_t tokens = pages * LAMINA_PAGE_TOKENS, position = any(is_long ? tokens / 2 : 0, tokens - 1), length = tokens - position;
         if (is_long || group_has_ring(&group)) /* a ring of one page has room for so many after a window of 40 */
             length = length < 24 ? length : 24;
-        segments[used] = (Segment){memory_of(group.num_layers * pages * 4), position, any(1, length)};
+        segments[used] = (Segment){memory_of(table_rows * pages * 4), position, any(1, length)};
         segments[used].adapter = any(0, adapters);
-        segments[used].pages.bytes = group.kv_layers * pages * 4;
+        segments[used].pages.bytes = group.kv_rows * pages * 4;
         const int64_t copies = any(0, 2), drafts = any(0, segments[used].length);
         if (group.state_values) {
             segments[used].states = memory_of(group.state_values * 4);
@@ -405,7 +428,7 @@ static int run_pass(Pool *pool)
             segments[used].kept = memory_of(drafts * group.kept_values * 4);
             segments[used].kept_from = position + segments[used].length - drafts;
         }
-        for (int64_t i = 0; i < group.num_layers * pages; i++)
+        for (int64_t i = 0; i < table_rows * pages; i++)
             ((int32_t *)segments[used].pages.data)[i] = (int32_t)page++;
         int64_t end = position + segments[used].length;
         rows += segments[used].length;
@@ -413,6 +436,7 @@ static int run_pass(Pool *pool)
     }
     int64_t threads = any(1, 3);
     Pass pass = {.rows = rows, .threads = threads, .repeats = any(0, 9) == 0, .hidden = memory_of(rows * group.hidden_size * 4),
+                 .inputs = memory_of(group.num_layers * rows * group.input_size * 4),
                  .rotations = memory_of(group.rotations * rows * group.head_dim * 4), .segments = memory_of(used * (int64_t)sizeof(Segment)),
                  .workspace = workspace_of(lamina_pass_bytes(&group, rows, most, threads))};
     memcpy(pass.segments.data, segments, (size_t)pass.segments.bytes);
@@ -451,25 +475,27 @@ static int run_pass(Pool *pool)
         if (says_more(&((Segment *)whole.segments.data)[i].pages, &segments[i].pages, 1) ||
             says_more(&((Segment *)whole.segments.data)[i].states, &segments[i].states, 4))
             return -1;
-    if (says_more(&group.layers, &sound.layers, 4) || says_more(&pass.hidden, &whole.hidden, 4) ||
+    if (says_more(&group.layers, &sound.layers, 4) || says_more(&pass.hidden, &whole.hidden, 5) ||
         group.rotations > sound.rotations)
         return -1;
     const Norm *norms[] = {&layers[0].before_attention, &layers[0].qk, &layers[0].after_attention, &layers[0].before_mlp,
-                           &layers[0].after_mlp, &layers[0].recurrent.norm};
+                           &layers[0].after_mlp, &layers[0].recurrent.norm, &layers[0].value, &layers[0].after_input};
     const Norm *sound_norms[] = {&before.before_attention, &before.qk, &before.after_attention, &before.before_mlp, &before.after_mlp,
-                                 &before.recurrent.norm};
-    for (int i = 0; i < 6; i++)
+                                 &before.recurrent.norm, &before.value, &before.after_input};
+    for (int i = 0; i < 8; i++)
         if (says_more(&norms[i]->gain, &sound_norms[i]->gain, 2))
             return -1;
     if (says_more(&layers[0].sinks, &before.sinks, 1) || says_more(&layers[0].latent, &before.latent, 1))
         return -1;
     const Matrix *now[] = {&layers[0].qkv, &layers[0].out, &layers[0].gate, &layers[0].up, &layers[0].down,
-                           &layers[0].recurrent.in, &layers[0].recurrent.steps, &layers[0].recurrent.out};
+                           &layers[0].recurrent.in, &layers[0].recurrent.steps, &layers[0].recurrent.out,
+                           &layers[0].input_gate, &layers[0].input_out};
     const Matrix *then[] = {&before.qkv, &before.out, &before.gate, &before.up, &before.down,
-                            &before.recurrent.in, &before.recurrent.steps, &before.recurrent.out};
+                            &before.recurrent.in, &before.recurrent.steps, &before.recurrent.out,
+                            &before.input_gate, &before.input_out};
     if (says_more(&layers[0].experts, &before.experts, 1) || says_more(&layers[0].recurrent.kernel, &before.recurrent.kernel, 5))
         return -1;
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < 10; i++)
         if (says_more(&now[i]->weights, &then[i]->weights, 3))
             return -1;
     for (int i = 0; adapters && i < 5; i++)

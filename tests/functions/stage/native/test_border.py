@@ -42,14 +42,14 @@ def sizes() -> records.GroupRecord:
         hidden_size=48,
         inner_size=40,
         heads=4,
-        kv_heads=2,
         head_dim=10,
-        row_heads=8,
+        row_numbers=80,
         eps=1e-5,
         num_pages=8,
+        page_bytes=2 * 2 * 64 * 16 * 4,
         kv_dtype=Dtype.F32,
         rotations=1,
-        kv_layers=2,
+        kv_rows=2,
     )
 
 
@@ -69,7 +69,18 @@ def group(record: records.GroupRecord | None = None) -> NativeLayers:
                 "before_mlp": NormArrays(NormKind.RMS, zeros(48)),
             },
             {"sinks": zeros(4)},
-            {"window": 20 * slot, "ring": slot, "kv_row": slot, "query_rotation": 1, "key_rotation": 1, "residual_scale": 1.0},
+            {
+                "window": 20 * slot,
+                "ring": slot,
+                "kv_heads": 2,
+                "head_dim": 10,
+                "kv_row": slot,
+                "kv_pages": 1,
+                "query_rotation": 1,
+                "key_rotation": 1,
+                "residual_scale": 1.0,
+                "output_scale": 1.0,
+            },
         )
         layers.place(slot, arrays)
     return layers
@@ -156,9 +167,9 @@ WRONG: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
     "another head size": (lambda record: setattr(record, "head_dim", 12), "shape|memory"),
     "an odd head size": (lambda record: setattr(record, "head_dim", 9), "range"),
     "a huge head size": (lambda record: setattr(record, "head_dim", 2**40), "range"),
-    "heads that share no key head evenly": (lambda record: setattr(record, "kv_heads", 3), "range"),
-    "rows that keys and values do not fit": (lambda record: setattr(record, "row_heads", 7), "range"),
-    "no key heads": (lambda record: setattr(record, "kv_heads", 0), "range"),
+    "rows that keys and values do not fit": (lambda record: setattr(record, "row_numbers", 79), "range"),
+    "pages that keys and values do not fit": (lambda record: setattr(record, "page_bytes", 2 * 2 * 64 * 16 * 4 - 4), "range"),
+    "inputs of layers that the pass lacks": (lambda record: setattr(record, "input_size", 8), "memory"),
     "a larger arena than memory": (lambda record: setattr(record, "num_pages", 9), "memory"),
     "an arena of no pages": (lambda record: setattr(record, "num_pages", 0), "range"),
     "keys in q4": (lambda record: setattr(record, "kv_dtype", Dtype.Q4), "dtype"),
@@ -180,6 +191,13 @@ def in_blocks(matrix: MatrixRecord, number: int, end: int) -> None:
 
 
 WRONG_LAYER: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
+    "heads that share no key head evenly": (lambda layer: setattr(layer, "kv_heads", 3), "range"),
+    "no key heads": (lambda layer: setattr(layer, "kv_heads", 0), "range"),
+    "larger heads than the group's": (lambda layer: setattr(layer, "head_dim", 12), "range"),
+    "pages that do not divide the heads": (lambda layer: setattr(layer, "kv_pages", 3), "range"),
+    "more pages than tables have rows": (lambda layer: setattr(layer, "kv_pages", 2), "range"),
+    "keys and values of its own beside another's": (lambda layer: setattr(layer, "reads_kv", 1), "shape"),
+    "a gain of values that is missing": (lambda layer: setattr(layer.value, "kind", 1), "memory"),
     "a matrix of another width": (lambda layer: setattr(layer.down, "width", 39), "shape"),
     "a matrix of more outputs": (lambda layer: setattr(layer.out, "outs", 49), "shape"),
     "a matrix of no known dtype": (lambda layer: setattr(layer.qkv, "dtype", len(Dtype)), "dtype"),
