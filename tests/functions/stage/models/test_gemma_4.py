@@ -50,9 +50,7 @@ def test_layers_that_read_others_keys_and_values_give_the_whole_models_logits(cu
 
 def test_layers_that_share_are_in_one_stage() -> None:
     for first, last in ((2, 6), (0, 3)):
-        with pytest.raises(
-            ValueError, match=r"no stage can end before layer .: layer . attends to"
-        ):
+        with pytest.raises(ValueError, match=r"no stage can end before layer .: layer . attends to"):
             NativeGroup(tiny_models.tiny_config("gemma4_text", **SHARED), first, last, "float32", 2**22)
     shape = shape_from_config(tiny_models.tiny_config("gemma4_text", **SHARED), "gemma", "float32")
     assert cut_evenly(shape, 2) == ((0, 1), (1, 6))
