@@ -176,6 +176,10 @@ test: $(VENV)/dev.stamp $(VENV)/native.stamp ## Every test; no GPU, cluster, Doc
 test-fast: $(VENV)/test.stamp $(VENV)/native.stamp ## The quick tests, without torch, in a minute; ROOM=functions/gateway/scheduling: those of one package
 	$(BIN)/python -m pytest --fast -q $(if $(ROOM),tests/$(ROOM),-n 2 --dist loadfile --durations=10)
 
+.PHONY: test-wide
+test-wide: $(VENV)/dev.stamp $(VENV)/native.stamp ## Every test at full length, with all cases of which make test runs a sample (an hour); ROOM= as above
+	$(BIN)/python -m pytest --wide -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=40 --ignore=tests/clients $(if $(ROOM),tests/$(ROOM))
+
 .PHONY: llama-cpp-test
 llama-cpp-test: $(VENV)/dev.stamp .llama.cpp ## GGUF files and tokenizers as llama.cpp has them, by its own sources (an sdist) and library
 	$(BIN)/python -m pytest -q -m llamacpp tests/storage tests/functions/stage/models/test_kept_by_llama_cpp.py
@@ -209,7 +213,7 @@ fuzz: $(VENV)/dev.stamp $(VENV)/native.stamp ## Random changes of every family's
 
 .PHONY: families
 families: $(VENV)/dev.stamp $(VENV)/native.stamp ## Every family of transformers' modules, in 1, 2 and 3 stages, chunks of 1, 7 and 64 tokens: transformers' tokens (minutes)
-	LAMINA_ALL_FAMILIES=1 $(BIN)/python -m pytest -n $(WORKERS) -rP tests/functions/stage/models/test_generic_families.py
+	$(BIN)/python -m pytest --wide -n $(WORKERS) -rP tests/functions/stage/models/test_generic_families.py
 
 .PHONY: sanitize
 sanitize: $(VENV)/dev.stamp ## Random calls of the layers in C under the address, undefined and thread sanitizers, and on an emulated ARM CPU (ROUNDS=20000)
@@ -224,8 +228,8 @@ test-api: $(VENV)/dev.stamp $(VENV)/native.stamp ## A real gateway asked at rand
 	CASES="$${CASES:-1000}" $(BIN)/python -m pytest --timeout 3000 tests/pipeline/test_openapi.py
 
 .PHONY: test-changes
-test-changes: $(VENV)/dev.stamp $(VENV)/native.stamp ## All changes of a pipeline under 24 streams, of which make test makes two (minutes)
-	LAMINA_TEST_ALL_CHANGES=1 $(BIN)/python -m pytest -rP tests/pipeline/test_changes.py -k changed_back
+test-changes: $(VENV)/dev.stamp $(VENV)/native.stamp ## All changes of a pipeline under 24 streams, of which make test makes one (minutes)
+	$(BIN)/python -m pytest --wide -rP tests/pipeline/test_changes.py -k changed_back
 
 .PHONY: check
 check: $(VENV)/dev.stamp ## Lint, format, types, import directions, owners of heavy libraries, generated files

@@ -7,9 +7,10 @@ import asyncio
 import inspect
 import os
 import shlex
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -31,6 +32,7 @@ settings.load_profile("lamina")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="leave out tests that are marked slow and files that need torch")
+    parser.addoption("--wide", action="store_true", help="run all of what make test runs a sample of (make test-wide)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -59,9 +61,37 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # The longest files first: at the end no worker waits for another one's long file.
     items.sort(key=lambda item: item.path.parent != TESTS / "pipeline")
+    left_out: set[pytest.Item] = set()
     if config.getoption("--fast"):
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        left_out = {item for item in items if item.get_closest_marker("slow")}
+    if not config.getoption("--wide"):
+        left_out |= {item for item in items if item.get_closest_marker("wide")}
+        cases_of = defaultdict[Any, list[pytest.Item]](list)
+        for item in items:
+            if item.get_closest_marker("sampled"):
+                cases_of[getattr(item, "function", item)].append(item)
+        left_out.update(*map(beyond_the_sample, cases_of.values()))
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
+
+
+def beyond_the_sample(cases: list[pytest.Item]) -> set[pytest.Item]:
+    """Cases of one test that its sample leaves out. In the sample each value of each parameter occurs."""
+    values = {
+        case: [(name, repr(value)) for name, value in case.callspec.params.items()]
+        for case in cases
+        if isinstance(case, pytest.Function)
+    }
+    occurs: Counter[tuple[str, str]] = Counter()
+    wanted = {value for case in values.values() for value in case}
+    while missing := wanted - occurs.keys():
+        # The case with most new values; of those, the one whose others were used least.
+        best = max(
+            values, key=lambda case: (len(missing.intersection(values[case])), -sum(occurs[each] for each in values[case]))
+        )
+        occurs.update(values.pop(best))
+    return set(values)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -80,6 +110,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("to repeat one of them")
         for nodeid in dict.fromkeys(failed):
             terminalreporter.write_line(f".venv/bin/python -m pytest {shlex.quote(nodeid)}")
+
+
+@pytest.fixture(scope="session")
+def wide(request: pytest.FixtureRequest) -> bool:
+    """Whether to run at full length (make test-wide)."""
+    return bool(request.config.getoption("--wide"))
 
 
 @pytest.fixture(scope="module")

@@ -28,14 +28,12 @@ def libraries_of_functions() -> set[str]:
     return tops - {*OWN} - sys.stdlib_module_names
 
 
-def distribution(module: str) -> str:
-    names = metadata.packages_distributions()[module]
-    return COME_ALONG.get(module, names[0].lower().replace("_", "-"))
-
-
 @pytest.mark.slow
 def test_pods_get_what_they_import_and_nothing_more() -> None:
-    wanted = {distribution(module) for module in libraries_of_functions() if module != "opentelemetry"}
+    names = {
+        module: found[0].lower().replace("_", "-") for module, found in metadata.packages_distributions().items()
+    } | COME_ALONG
+    wanted = {names[module] for module in libraries_of_functions() if module != "opentelemetry"}
     assert wanted == requirements("requirements-functions.txt") | requirements("requirements-torch.txt")
 
 

@@ -43,12 +43,10 @@ def test_make_kn_plugin_installs_it_and_its_help_is_that_of_the_module(elsewhere
     for _ in range(2):  # again, after a move of the folder
         subprocess.run(command, cwd=ROOT, env=environ, check=True, capture_output=True, timeout=60)
     plugin = elsewhere / config / "kn" / "plugins" / "kn-lamina"
-    module = [str(ROOT / ".venv" / "bin" / "python"), "-m", "knative"]
-    for arguments in ([], ["--help"], ["deploy", "--help"]):
-        own = subprocess.run([*module, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-        assert own.stdout + own.stderr
-        result = run(elsewhere, str(plugin), *arguments)
-        assert (result.returncode, result.stdout, result.stderr) == (own.returncode, own.stdout, own.stderr)
+    command = [str(ROOT / ".venv" / "bin" / "python"), "-m", "knative", "deploy", "--help"]
+    own = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    result = run(elsewhere, str(plugin), "deploy", "--help")
+    assert (result.returncode, result.stdout, result.stderr) == (0, own.stdout, own.stderr)
 
 
 def test_files_are_those_of_the_folder_one_works_in_and_the_status_is_passed_on(elsewhere: Path) -> None:

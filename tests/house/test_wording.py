@@ -19,9 +19,13 @@ def files(*folders: str) -> list[Path]:
 
 
 @cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def own_exceptions() -> set[str]:
-    trees = (ast.parse(path.read_text()) for path in files(*PRODUCT, "tests"))
-    return {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    return {node.name for path in files(*PRODUCT, "tests") for node in ast.walk(tree(path)) if isinstance(node, ast.ClassDef)}
 
 
 def is_foreign(exception: str) -> bool:
@@ -52,24 +56,25 @@ def wording_decides(handler: ast.ExceptHandler) -> Iterator[ast.expr]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", files(*PRODUCT), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_no_decision_depends_on_wording(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ExceptHandler) and node.type is not None:
-            caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
-            if any(is_foreign(ast.unparse(each)) for each in caught):
-                found = [f"line {each.lineno}: {ast.unparse(each)}" for each in wording_decides(node)]
-                assert not found, f"{path}: {found}"
+def test_no_decision_depends_on_wording() -> None:
+    for path in files(*PRODUCT):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ExceptHandler) and node.type is not None:
+                caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+                if any(is_foreign(ast.unparse(each)) for each in caught):
+                    found = [f"line {each.lineno}: {ast.unparse(each)}" for each in wording_decides(node)]
+                    assert not found, f"{path}: {found}"
 
 
-@pytest.mark.parametrize("path", files("tests"), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_no_test_pins_wording(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        is_raises = isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.raises"
-        if is_raises and any(keyword.arg == "match" for keyword in node.keywords):
-            expected = node.args[0].elts if isinstance(node.args[0], ast.Tuple) else [node.args[0]]
-            foreign = [ast.unparse(each) for each in expected if is_foreign(ast.unparse(each))]
-            assert not foreign, f"{path}, line {node.lineno}: match= pins the words of {foreign}"
+@pytest.mark.slow
+def test_no_test_pins_wording() -> None:
+    for path in files("tests"):
+        for node in ast.walk(tree(path)):
+            matches = isinstance(node, ast.Call) and any(keyword.arg == "match" for keyword in node.keywords)
+            if matches and ast.unparse(node.func) == "pytest.raises":
+                expected = node.args[0].elts if isinstance(node.args[0], ast.Tuple) else [node.args[0]]
+                foreign = [ast.unparse(each) for each in expected if is_foreign(ast.unparse(each))]
+                assert not foreign, f"{path}, line {node.lineno}: match= pins the words of {foreign}"
 
 
 def test_a_decision_by_wording_is_found() -> None:

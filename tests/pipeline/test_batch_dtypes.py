@@ -1,10 +1,6 @@
-"""A batch in every dtype, while gateways and stages are killed, has the answers of an undisturbed one.
-
-LAMINA_TEST_BATCH_LINES sets the number of lines.
-"""
+"""A batch in every dtype, while gateways and stages are killed, has the answers of an undisturbed one."""
 
 import json
-import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,10 +14,10 @@ from storage.models.model_repository import Dtype
 from tests.support.functions.functions import FunctionProcess, gateway_environment, stage_environment
 from tests.support.storage.published import CUT, Published, published_model
 
-LINES: Final = int(os.environ.get("LAMINA_TEST_BATCH_LINES", "64"))
+LINES: Final = 64
 TOKENS: Final = 96
 KILL_SECONDS: Final = 2.0
-KILLS: Final = max(4, LINES // 20)
+KILLS: Final = 4
 WAIT_SECONDS: Final = 600.0
 
 
@@ -82,7 +78,9 @@ def answered(url: str, meanwhile: Callable[[], object]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "q4"])
+@pytest.mark.parametrize(
+    "dtype", ["int8", *(pytest.param(name, marks=pytest.mark.wide) for name in ("float32", "bfloat16", "q4"))]
+)
 def test_answers_are_those_of_an_undisturbed_batch(tmp_path: Path, dtype: Dtype) -> None:
     with published_model(tmp_path, dtype) as published, ExitStack() as stack:
         processes = Processes(stack, published)

@@ -46,7 +46,13 @@ SURVIVED: dict[str, Callable[[FaultProxy], None]] = {
 }
 
 
-@pytest.mark.parametrize("fault", SURVIVED)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, marks=pytest.mark.wide if fault in ("ends answers early", "returns 500s", "stalls") else ())
+        for fault in SURVIVED
+    ],
+)
 def test_a_request_survives_a_store_that(fault: str, published: Published, proxy: FaultProxy, tmp_path: Path) -> None:
     SURVIVED[fault](proxy)
     wanted = published.expected(PROMPT, 12)

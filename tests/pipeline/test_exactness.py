@@ -31,7 +31,6 @@ from tests.support.storage.storage import default_model_gguf
 
 CLOSE_LOGITS = 1e-3
 NEW_TOKENS = 16
-ABOUT_STAGES = (1, 3, 5)
 
 PROMPTS: list[Any] = [
     "The capital of France is",
@@ -83,9 +82,14 @@ def _load(gguf: Path) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def expected(real_model: RealModel) -> list[list[int]]:
+def prompts(wide: bool) -> list[Any]:
+    return PROMPTS if wide else PROMPTS[1::2]
+
+
+@pytest.fixture(scope="module")
+def expected(real_model: RealModel, prompts: list[Any]) -> list[list[int]]:
     """Greedy tokens of the whole model, by prompt."""
-    return [generate(real_model.published.model, prompt_ids(real_model.published, prompt)) for prompt in PROMPTS]
+    return [generate(real_model.published.model, prompt_ids(real_model.published, prompt)) for prompt in prompts]
 
 
 def prompt_ids(published: Published, prompt: Any) -> list[int]:
@@ -167,14 +171,14 @@ def sampled() -> dict[int, list[list[int]]]:
     return {}
 
 
-@pytest.mark.parametrize("stages", ABOUT_STAGES)
-def test_twenty_prompts_give_the_whole_models_tokens(
-    real_model: RealModel, expected: list[list[int]], sampled: dict[int, list[list[int]]], stages: int
+@pytest.mark.parametrize("stages", [1, 3, pytest.param(5, marks=pytest.mark.wide)])
+def test_prompts_give_the_whole_models_tokens(
+    real_model: RealModel, prompts: list[Any], expected: list[list[int]], sampled: dict[int, list[list[int]]], stages: int
 ) -> None:
-    greedy = [(prompt, {}) for prompt in PROMPTS]
+    greedy = [(prompt, {}) for prompt in prompts]
     drawn = [(prompt, {"temperature": 1, "seed": 7, "max_tokens": 24}) for prompt in (PROMPTS[1], PROMPTS[14], PROMPTS[18])]
     seen = answers(real_model, stages, [*greedy, *drawn, *drawn], at_once=5)
-    for prompt, tokens, wanted in zip(PROMPTS, seen, expected, strict=False):
+    for prompt, tokens, wanted in zip(prompts, seen, expected, strict=False):
         assert_same(real_model.published, prompt, tokens, wanted)
     first, again = seen[len(greedy) : len(greedy) + len(drawn)], seen[len(greedy) + len(drawn) :]
     assert first == again, "the same request and seed, twice"
@@ -183,8 +187,9 @@ def test_twenty_prompts_give_the_whole_models_tokens(
     assert len({json.dumps(each) for each in sampled.values()}) == 1, f"draws depend on the cut: {sampled}"
 
 
-def test_a_stage_for_each_layer(real_model: RealModel, expected: list[list[int]]) -> None:
+@pytest.mark.wide
+def test_a_stage_for_each_layer(real_model: RealModel, prompts: list[Any], expected: list[list[int]]) -> None:
     chosen = [0, 4]
-    seen = answers(real_model, real_model.shape.num_layers, [(PROMPTS[index], {}) for index in chosen], at_once=2)
+    seen = answers(real_model, real_model.shape.num_layers, [(prompts[index], {}) for index in chosen], at_once=2)
     for index, tokens in zip(chosen, seen, strict=True):
-        assert_same(real_model.published, PROMPTS[index], tokens, expected[index])
+        assert_same(real_model.published, prompts[index], tokens, expected[index])

@@ -61,7 +61,7 @@ class Chained:
         return until_end(token_ids[len(prompt) :])
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "int8"])
+@pytest.fixture(scope="module", params=[pytest.param("bfloat16", marks=pytest.mark.wide), "int8"])
 def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
     dtype: Dtype = request.param
     with published_model(tmp_path_factory.mktemp("models"), dtype) as made:

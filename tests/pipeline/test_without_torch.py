@@ -52,7 +52,9 @@ def test_a_pipeline_answers_with_the_whole_models_tokens_and_loads_no_torch(publ
             assert not modules.intersection(HEAVY)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "q4"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("bfloat16", marks=pytest.mark.wide), pytest.param("int8", marks=pytest.mark.wide), "q4"]
+)
 def test_first_middle_and_last_stage_run_a_step_in_every_native_dtype(dtype: Dtype, tmp_path: Path) -> None:
     """A stage is ready after its first step."""
     with published_model(tmp_path, dtype) as published, ExitStack() as stack:

@@ -1,17 +1,16 @@
 """Commands of a cluster, run as a person types them, against the stand-in for the Kubernetes API."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner, Result
 
+from knative.__main__ import main
 from tests.support.knative.knative_controllers import image_pull_fails
 from tests.support.knative.kubernetes_api import KubernetesApi
 from tests.support.knative.manifests import DIGEST, document, features, service
-from tests.support.paths import ROOT
 
 URL = "http://chat.default.example\n"
 SPEC = document(model={"name": "smollm2", "digest": DIGEST})
@@ -22,15 +21,14 @@ def spec_file(tmp_path: Path) -> None:
     (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(SPEC))
 
 
-def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "knative", *arguments, "--kubeconfig", str(tmp_path / "kubeconfig")]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+def run(tmp_path: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(main, [*arguments, "--kubeconfig", str(tmp_path / "kubeconfig")])
 
 
 def output(tmp_path: Path, *arguments: str) -> str:
     """What a command prints that succeeds."""
     done = run(tmp_path, *arguments)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     return done.stdout
 
 
@@ -71,14 +69,14 @@ def test_a_pipeline_is_deployed_changed_rolled_back_and_deleted(api: KubernetesA
 def test_a_failure_has_its_cause_and_no_traceback(api: KubernetesApi, tmp_path: Path) -> None:
     api.behaviours["chat"] = image_pull_fails
     failed = run(tmp_path, "deploy", str(tmp_path / "pipeline.yaml"))
-    assert failed.returncode == 1
+    assert failed.exit_code == 1
     assert "ImagePullBackOff" in failed.stderr
     assert "Traceback" not in failed.stderr
 
 
 def test_a_missing_cluster_is_one_line(tmp_path: Path) -> None:
     result = run(tmp_path, "delete", "chat")
-    assert (result.returncode, result.stdout) == (1, "")
+    assert (result.exit_code, result.stdout) == (1, "")
     assert "no cluster to talk to" in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -137,20 +135,19 @@ def test_list_and_cost(api: KubernetesApi, tmp_path: Path) -> None:
     counted = run(tmp_path, "cost", str(spec))
     assert [line.split()[0] for line in counted.stdout.splitlines()[1:]][-1] == "all"
     assert "name a Prometheus with --prometheus" in counted.stderr
-    assert run(tmp_path, "cost", "chat", "--since", "soon").returncode == 2
+    assert run(tmp_path, "cost", "chat", "--since", "soon").exit_code == 2
 
 
 @pytest.mark.slow
 def test_deployer_role_and_preflight(api: KubernetesApi, tmp_path: Path) -> None:
     spec = str(tmp_path / "pipeline.yaml")
-    command = [sys.executable, "-m", "knative", "render", spec, "--deployer-role"]
-    role = yaml.safe_load(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout)
+    role = yaml.safe_load(CliRunner().invoke(main, ["render", spec, "--deployer-role"]).stdout)
     assert (role["kind"], role["metadata"]["namespace"]) == ("Role", "default")
     assert run(tmp_path, "preflight", spec).stdout == "nothing is missing\n"
     assert "chat-pipeline" in api.named("secrets")
     api.remove("v1", "secrets", "default", "lamina-store")
     lacking = run(tmp_path, "preflight", spec)
-    assert lacking.returncode == 1
+    assert lacking.exit_code == 1
     assert "Secret default/lamina-store is missing" in lacking.stderr
 
 

@@ -63,6 +63,7 @@ def test_the_objects_of_a_publication_give_the_whole_models_logits_to_the_bit(na
     assert torch.equal(logits, whole) or (name in rounds_otherwise and torch.allclose(logits, whole, atol=5e-3, rtol=1e-3))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "deepseek_v3", "bloom", "granite", "gpt_oss"])
 @pytest.mark.parametrize("cut", [((0, 6),), ((0, 1), (1, 6)), tuple((n, n + 1) for n in range(6))], ids=["1", "2", "6"])
 def test_any_cut_gives_the_same_logits(name: str, cut: tuple[tuple[int, int], ...]) -> None:

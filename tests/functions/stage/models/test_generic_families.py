@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 from collections.abc import Sequence
 from itertools import pairwise, product
 from pathlib import Path
@@ -33,22 +32,17 @@ from tests.support.functions.generic_families import GENERIC, default_config
 from tests.support.storage import tiny_models
 
 WAYS: Final = list(product((1, 2, 3), (1, 7, 64)))  # stages, tokens of a chunk
-ALL_WAYS: Final = bool(os.environ.get("LAMINA_ALL_FAMILIES"))
 RECURRENT: Final = {"inkling_text", "minimax", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2", "zaya"}  # and refused
 PROMPTS: Final = ([*range(10, 80)], [5, 9, 33, 7, 100])
 NEW_TOKENS: Final = 6
 
 
-def ways(model_type: str) -> list[tuple[int, int]]:
-    return WAYS if ALL_WAYS else [WAYS[GENERIC.index(model_type) % len(WAYS)]]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", GENERIC)
-def test_a_family_gives_transformers_tokens(model_type: str, tmp_path: Path) -> None:
+def test_a_family_gives_transformers_tokens(model_type: str, wide: bool, tmp_path: Path) -> None:
     whole, checkpoint = saved(model_type, tmp_path)
     expected = [oracle(whole, prompt) for prompt in PROMPTS]
-    for stages, chunk in ways(model_type):
+    for stages, chunk in WAYS if wide else [WAYS[GENERIC.index(model_type) % len(WAYS)]]:
         pipeline = published(checkpoint, stages)
         assert generated(pipeline, chunk) == expected, f"{stages} stages, chunks of {chunk}"
 

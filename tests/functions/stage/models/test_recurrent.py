@@ -136,6 +136,7 @@ def test_after_a_pass_that_failed_half_way_a_sequence_goes_on_from_its_checkpoin
     torch.testing.assert_close(stages.logits(TEXT, 40), expected[40:], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("kind", "name"), KINDS_AND_NAMES)
 @pytest.mark.parametrize("accepted", [0, 1, 3, 4])
 def test_rejected_draft_tokens_leave_no_trace(kind: Kind, name: str, accepted: int) -> None:

@@ -93,6 +93,7 @@ def logits_of(group: NativeGroup, texts: dict[str, list[int]], plan: dict[str, t
     return logits
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_bits_do_not_depend_on_chunks_other_rows_or_threads(name: str, dtype: Dtype) -> None:
     """They are the bits of the sequence alone, token by token, on one thread."""
@@ -111,6 +112,7 @@ def test_bits_do_not_depend_on_chunks_other_rows_or_threads(name: str, dtype: Dt
             assert torch.equal(together[id], alone[id]), (threads, plan)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "dtype"), [case for case in CASES if case[1] != "float32"])
 def test_logits_are_near_those_of_float32_on_the_same_numbers(name: str, dtype: Dtype) -> None:
     """Two exchanged rows of a matrix, or scales of other rows, give an error near 1.

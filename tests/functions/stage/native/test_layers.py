@@ -62,6 +62,7 @@ def error_of_torch(name: str) -> float:
     return error(logits_of(torch_groups(name, "bfloat16")), logits_of(exact_groups(name, "bfloat16")))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_nearer_to_float32_than_those_of_torchs_layers(name: str, dtype: str) -> None:
@@ -119,6 +120,7 @@ LENGTHS: Final = (97, 60, 33, 16, 5)
 PASSES: Final = 8
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sequences_bits_do_not_depend_on_chunks_other_rows_or_threads(name: str, dtype: str) -> None:
@@ -136,6 +138,7 @@ def test_a_sequences_bits_do_not_depend_on_chunks_other_rows_or_threads(name: st
             assert torch.equal(together[id], alone[id]), (threads, plan)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [17, 21, 33, 50])
 def test_windows_longer_than_a_block_give_the_same_bits_in_steps_and_chunks(window: int, dtype: str) -> None:

@@ -46,52 +46,52 @@ def product(matrix: MatrixArrays, x: Array, threads: int = 2) -> Array:
     return NativeLinear(library(), NativeThreads(library()), matrix)(x, threads)
 
 
-@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("width", "outs"), SIZES)
-def test_float32(width: int, outs: int, rows: int) -> None:
-    weights, biases, x = random(outs, width), random(outs, seed=1), random(rows, width, seed=2)
-    found = product(MatrixArrays(Dtype.F32, weights, biases=biases), x)
-    exact = x.astype(np.float64) @ weights.astype(np.float64).T + biases
-    bound = (np.abs(x) @ np.abs(weights).T + np.abs(biases)) * 2.0**-21
-    assert (np.abs(found - exact) <= bound).all()
+def test_float32(width: int, outs: int) -> None:
+    for rows in ROWS:
+        weights, biases, x = random(outs, width), random(outs, seed=1), random(rows, width, seed=2)
+        found = product(MatrixArrays(Dtype.F32, weights, biases=biases), x)
+        exact = x.astype(np.float64) @ weights.astype(np.float64).T + biases
+        bound = (np.abs(x) @ np.abs(weights).T + np.abs(biases)) * 2.0**-21
+        assert (np.abs(found - exact) <= bound).all()
 
 
-@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("width", "outs"), SIZES)
-def test_bfloat16_rounds_its_rows_and_nothing_else(width: int, outs: int, rows: int) -> None:
-    weights, x = bf16(random(outs, width)), random(rows, width, seed=2)
-    found = product(MatrixArrays(Dtype.BF16, weights), x)
-    rounded, of_weights = floats(bf16(x)).astype(np.float64), floats(weights).astype(np.float64)
-    bound = np.abs(rounded) @ np.abs(of_weights).T * 2.0**-20
-    assert (np.abs(found - rounded @ of_weights.T) <= bound).all()
+def test_bfloat16_rounds_its_rows_and_nothing_else(width: int, outs: int) -> None:
+    for rows in ROWS:
+        weights, x = bf16(random(outs, width)), random(rows, width, seed=2)
+        found = product(MatrixArrays(Dtype.BF16, weights), x)
+        rounded, of_weights = floats(bf16(x)).astype(np.float64), floats(weights).astype(np.float64)
+        bound = np.abs(rounded) @ np.abs(of_weights).T * 2.0**-20
+        assert (np.abs(found - rounded @ of_weights.T) <= bound).all()
 
 
-@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("width", "outs"), SIZES)
-def test_int8_is_the_exact_sum_of_whole_numbers_times_two_scales(width: int, outs: int, rows: int) -> None:
-    weights = np.random.default_rng(0).integers(-127, 128, (outs, width)).astype(np.int8)
-    scales, biases = np.abs(random(outs, seed=1)) + 0.1, random(outs, seed=3)
-    x = random(rows, width, seed=2) * np.logspace(-20, 20, rows, dtype=np.float32)[:, None]
-    found = product(MatrixArrays(Dtype.INT8, weights, scales, biases), x)
-    largest = np.abs(x).max(1, keepdims=True)
-    steps = np.rint(x * (np.float32(32767) / largest)).astype(np.float64)
-    exact = steps @ weights.astype(np.float64).T * (largest / 32767) * scales + biases
-    # Sums of single lanes are rounded to float32 before they are added up.
-    bound = (np.abs(steps) @ np.abs(weights.astype(np.float64)).T * (largest / 32767) * scales + np.abs(biases)) * 2.0**-20
-    assert (np.abs(found - exact) <= bound).all()
+def test_int8_is_the_exact_sum_of_whole_numbers_times_two_scales(width: int, outs: int) -> None:
+    for rows in ROWS:
+        weights = np.random.default_rng(0).integers(-127, 128, (outs, width)).astype(np.int8)
+        scales, biases = np.abs(random(outs, seed=1)) + 0.1, random(outs, seed=3)
+        x = random(rows, width, seed=2) * np.logspace(-20, 20, rows, dtype=np.float32)[:, None]
+        found = product(MatrixArrays(Dtype.INT8, weights, scales, biases), x)
+        largest = np.abs(x).max(1, keepdims=True)
+        steps = np.rint(x * (np.float32(32767) / largest)).astype(np.float64)
+        exact = steps @ weights.astype(np.float64).T * (largest / 32767) * scales + biases
+        # Sums of single lanes are rounded to float32 before they are added up.
+        bound = (np.abs(steps) @ np.abs(weights.astype(np.float64)).T * (largest / 32767) * scales + np.abs(biases)) * 2.0**-20
+        assert (np.abs(found - exact) <= bound).all()
 
 
-@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("width", "outs"), SIZES)
-def test_q4_is_its_weights_times_rows_of_twelve_bits(width: int, outs: int, rows: int) -> None:
-    matrix, weights = q4_matrix(outs, width)
-    x = random(rows, width, seed=2) * np.logspace(-20, 20, rows, dtype=np.float32)[:, None]
-    biases = random(outs, seed=3)
-    found = product(replace(matrix, biases=biases), x)
-    rounded = in_twelve_bits(x).astype(np.float64)
-    exact = rounded @ weights.T + biases
-    bound = (np.abs(rounded) @ (np.abs(weights) + 2).T + np.abs(biases)) * 2.0**-20
-    assert (np.abs(found - exact) <= bound).all()
+def test_q4_is_its_weights_times_rows_of_twelve_bits(width: int, outs: int) -> None:
+    for rows in ROWS:
+        matrix, weights = q4_matrix(outs, width)
+        x = random(rows, width, seed=2) * np.logspace(-20, 20, rows, dtype=np.float32)[:, None]
+        biases = random(outs, seed=3)
+        found = product(replace(matrix, biases=biases), x)
+        rounded = in_twelve_bits(x).astype(np.float64)
+        exact = rounded @ weights.T + biases
+        bound = (np.abs(rounded) @ (np.abs(weights) + 2).T + np.abs(biases)) * 2.0**-20
+        assert (np.abs(found - exact) <= bound).all()
 
 
 def test_q4_has_the_same_bits_on_every_level_that_fuses_products_and_sums() -> None:
