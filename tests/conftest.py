@@ -26,8 +26,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 TESTS = Path(__file__).parent
 
 # How long an example takes says how busy the machine is, and nothing about the code.
-settings.register_profile("lamina", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("lamina")
+settings.register_profile("sample", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("wide", settings.get_profile("sample"), max_examples=300)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("wide" if config.getoption("--wide") else "sample")
     if config.getoption("--fast"):
         from tests.support.house.without import HEAVY, refusal
 
@@ -60,7 +61,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # The longest files first: at the end no worker waits for another one's long file.
-    items.sort(key=lambda item: item.path.parent != TESTS / "pipeline")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.parent != TESTS / "pipeline", item.path not in slow))
     left_out: set[pytest.Item] = set()
     if config.getoption("--fast"):
         left_out = {item for item in items if item.get_closest_marker("slow")}

@@ -19,8 +19,8 @@ from tests.support.functions.served import serving, tiny_pipeline
 from tests.support.storage.published import Published
 
 LINES: Final = 12
-TOKENS: Final = 160
-LEAST_SECONDS: Final = 15.0  # that the batch takes: more than twice the time after which an idle gateway goes to zero
+TOKENS: Final = 100
+LEAST_SECONDS: Final = 12.5  # that the batch takes: more than twice the time after which an idle gateway goes to zero
 WAIT_SECONDS: Final = 300.0
 
 

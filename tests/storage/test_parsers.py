@@ -24,7 +24,7 @@ from tests.storage.models.test_model_repository import a_manifest
 from tests.support.steps import lines
 from tests.support.storage.gguf_bytes import ARRAY, FORMATS, LLAMA, STRING, TENSORS, gguf_file, string
 
-few = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**65), 2**65) | st.floats(allow_nan=False) | st.text(max_size=8),

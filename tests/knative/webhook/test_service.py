@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from knative.webhook.check import is_knative_service, validate, warnings
@@ -131,7 +131,6 @@ def places(value: Any) -> list[tuple[Any, Any]]:
     return [(value, key) for key, _ in pairs] + [place for _, item in pairs for place in places(item)]
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.integers(min_value=0), JSON)
 def test_any_value_in_any_place_gets_a_verdict(index: int, value: Any) -> None:
     manifest = copy.deepcopy(RICH)

@@ -137,6 +137,7 @@ class Conversations:
         self.replays += answer.timings.replays
 
     async def keep_asking(self, url: str, number: int, tokens: int) -> None:
-        """One answer after another until `over` is set."""
+        """One answer after another until `over` is set, with pauses that leave other processes the machine."""
         while not self.over.is_set():
             await self.ask(url, number, tokens)
+            await asyncio.sleep(0.1)

@@ -77,6 +77,7 @@ def undisturbed() -> list[list[int]]:
     return answers
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("stages_at_once", [0, 1, 2])
 @pytest.mark.parametrize("draft_tokens", [0, 6])
 def test_batched_answers_equal_the_whole_models(undisturbed: list[list[int]], stages_at_once: int, draft_tokens: int) -> None:

@@ -27,7 +27,6 @@ def pieces_of(tokenizer: Tokenizer, ids: Sequence[int], before: Sequence[int] = 
 
 
 @given(st.lists(st.integers(5, 263), max_size=40))
-@settings(deadline=None, max_examples=200)
 def test_pieces_together_are_the_whole_text(ids: list[int]) -> None:
     tokenizer = byte_tokenizer()
     assert "".join(pieces_of(tokenizer, ids)).replace("\ufffd", "") == tokenizer.decode(ids).replace("\ufffd", "")
@@ -68,7 +67,6 @@ def test_tokens_before_an_answer_may_be_no_text_by_themselves(before: tuple[str,
 @pytest.mark.slow
 @pytest.mark.parametrize("make", SENTENCEPIECE)
 @given(text=st.lists(st.sampled_from(PARTS), max_size=12), data=st.data())
-@settings(deadline=None, max_examples=300)
 def test_prompt_and_answer_together_are_the_decoded_text(
     make: Callable[[], Tokenizer], text: list[str], data: st.DataObject
 ) -> None:
@@ -83,7 +81,6 @@ def test_prompt_and_answer_together_are_the_decoded_text(
 
 
 @given(st.lists(st.integers(0, 2 + 256 + len(PIECES)), max_size=40))
-@settings(deadline=None, max_examples=300)
 def test_bytes_that_are_no_characters_change_no_text_around_them(ids: list[int]) -> None:
     """A run of bytes is decoded as a whole, so one more may turn valid characters into replacement characters."""
     tokenizer = llama_2()

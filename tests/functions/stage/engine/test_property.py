@@ -152,7 +152,7 @@ def expected(name: str, conversation: Conversation) -> list[int]:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("llama", "transformers"), ("mistral_sliding", "transformers"), ("llama", "llama")])
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(
     cut=cuts,
     groups_of=st.lists(micro_batches, min_size=1, max_size=3),

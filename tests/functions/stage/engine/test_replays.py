@@ -19,6 +19,7 @@ BROKEN_AT: Final = 32
 PROMPTS: Final = [tokens_of(seed, 4 + 3 * seed) for seed in range(16)]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "q4"])
 def test_answers_that_are_replayed_do_not_differ(dtype: str, temperature: float) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 from transformers.generation.logits_process import (
@@ -69,7 +69,6 @@ TINY = st.floats(min_value=0, exclude_min=True, max_value=1e-30)
 """Down to the least number above 0: float32 takes many of them for 0, and overflows with the others."""
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     sampling=st.builds(
         Sampling,
@@ -140,7 +139,6 @@ def is_decided_by_rounding(logits: npt.NDArray[np.float32], sampling: Sampling) 
     return bool(is_close_to_top_p or np.abs(probabilities / probabilities[0] - sampling.min_p)[1:].min(initial=1) < 1e-6)
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     temperature=st.floats(0.1, 3),
@@ -273,7 +271,6 @@ DRAWS: Any = st.tuples(
 
 
 @pytest.mark.parametrize("level", library().levels)
-@settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 2**63 - 1),
     size=st.integers(1, 700),
