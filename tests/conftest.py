@@ -79,7 +79,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def beyond_the_sample(cases: list[pytest.Item]) -> set[pytest.Item]:
-    """Cases of one test that its sample leaves out. In the sample each value of each parameter occurs."""
+    """Cases of one test that its sample leaves out: in it each value of each parameter occurs, or it is every nth case."""
+    marker = cases[0].get_closest_marker("sampled")
+    if marker is not None and "every" in marker.kwargs:
+        return {*cases} - {*cases[:: marker.kwargs["every"]]}
     values = {
         case: [(name, repr(value)) for name, value in case.callspec.params.items()]
         for case in cases

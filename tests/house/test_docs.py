@@ -220,12 +220,13 @@ def test_named_settings_exist() -> None:
         assert re.search(rf"^    {name}: ", fields, re.MULTILINE), f"{named}.{name}"
 
 
-@each_page
-def test_named_keys_of_the_environment_exist(page: Path) -> None:
+def test_named_keys_of_the_environment_exist() -> None:
     """Keys of functions, commands, the Makefile and tests."""
     readers = [ROOT / "Makefile", *(ROOT / path for path in source_files())]
     known = {key for path in readers for key in re.findall(r"\bLAMINA_[A-Z_]+\b", path.read_text())}
-    assert set(re.findall(r"\bLAMINA_[A-Z_]+\b", page.read_text())) <= known
+    for page in PAGES:
+        unknown = set(re.findall(r"\bLAMINA_[A-Z_]+\b", page.read_text())) - known
+        assert not unknown, f"{page.name} names {unknown}"
 
 
 def test_the_picture_has_a_description_and_dark_colours() -> None:

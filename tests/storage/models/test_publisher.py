@@ -73,6 +73,7 @@ def loaded(settings: StoreSettings, manifest: ModelManifest) -> dict[str, torch.
         return as_torch(load_layers(reader, manifest, 0, manifest.num_layers))
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("family", tiny_models.ALL)
 def test_every_family_is_published_unchanged(family: str, settings: StoreSettings, store: ObjectStore, tmp_path: Path) -> None:
     model = tiny_models.whole_model(family)
@@ -561,6 +562,7 @@ def test_values_beyond_float16_are_refused(copied: Path, store: ObjectStore) -> 
         publish(copied, store, "beyond", "float16")
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("family", sorted({*tiny_models.ALL} - {*tiny_models.LLAMA_SHAPED}))
 def test_shapes_of_other_families_are_those_of_transformers(family: str, store: ObjectStore, tmp_path: Path) -> None:
     save(tiny_models.whole_model(family), tmp_path)

@@ -104,6 +104,7 @@ def test_tokens_are_those_of_peft(kind: str, family: str) -> None:
     assert len({tuple(tokens) for tokens in wanted.values()}) == 4
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "q4"])
 @pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2", "gemma2"])
 def test_bits_in_c_do_not_depend_on_company_chunks_or_threads(family: str, dtype: Dtype) -> None:
@@ -138,6 +139,7 @@ def test_bits_in_c_do_not_depend_on_company_chunks_or_threads(family: str, dtype
             assert torch.equal(together[id], alone[id]), (id, threads, plan)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("level", library().levels)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "q4"])
 def test_company_changes_no_bits_on_any_level(dtype: Dtype, level: str) -> None:

@@ -46,6 +46,7 @@ def groups(kind: Any, config: dict[str, Any], tensors: dict[str, RawTensor], dty
     ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", [*IN_FILES, MIXED])
 @pytest.mark.parametrize("family", ["llama_tied", "qwen2"])
 def test_logits_are_near_those_of_the_file_in_float32(family: str, name: str, folder: Path) -> None:

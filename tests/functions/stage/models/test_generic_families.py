@@ -1,6 +1,6 @@
 """Every family that transformers' modules run, as a tiny model of its class's defaults: cut, it gives the whole model's tokens.
 
-`make test` tries each family in one of the ways to cut and to chunk; `make families` tries each in all of them.
+`make test` tries every third family in one of the ways to cut and to chunk; `make families` tries each in all of them.
 """
 
 import json
@@ -38,6 +38,7 @@ NEW_TOKENS: Final = 6
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("model_type", GENERIC)
 def test_a_family_gives_transformers_tokens(model_type: str, wide: bool, tmp_path: Path) -> None:
     whole, checkpoint = saved(model_type, tmp_path)

@@ -82,6 +82,7 @@ def kinds_of_layers(group: LayerGroup) -> str:
     return "windowed" if need.windowed_units else "full"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("chunks", [[LENGTH], [1] * LENGTH, [16, 300, 5, 579]])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_with_windows_chunks_and_threads_change_no_bit(chunks: list[int], threads: int) -> None:
@@ -95,6 +96,7 @@ def test_with_windows_chunks_and_threads_change_no_bit(chunks: list[int], thread
 LONG: Final = 5000  # three pieces of attention
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "qwen2_sliding"])
 def test_beyond_a_piece_of_attention_no_bit_depends_on_chunks_company_and_threads(name: str, dtype: str) -> None:

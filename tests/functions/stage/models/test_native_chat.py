@@ -60,6 +60,7 @@ def test_every_cut_gives_the_same_bits(dtype: Dtype) -> None:
         assert np.array_equal(logits(groups(cut, dtype), [PROMPT[:-1], PROMPT[-1:]]), whole), parts
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("sizes", [[22], [1] * 22, [16, 6], [3, 7, 12]])
 @pytest.mark.parametrize("others", [0, 3])
 def test_chunks_and_company_change_no_bit(sizes: list[int], others: int) -> None:

@@ -56,6 +56,7 @@ def save(model_type: str, folder: Path) -> Any:
     return whole
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("model_type", MODELS)
 @pytest.mark.parametrize("cut", [(0, 6), (0, 2, 6), (0, 1, 4, 6)])
 def test_text_gives_the_whole_models_tokens(model_type: str, cut: tuple[int, ...], tmp_path: Path) -> None:
