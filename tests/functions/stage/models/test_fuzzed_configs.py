@@ -32,7 +32,7 @@ from storage.models.placement import place_tensors
 from tests.support.functions.generic_families import GENERIC, default_config
 from tests.support.storage import tiny_models
 
-CASES: Final = int(os.environ.get("LAMINA_FUZZ_CASES") or 48)
+CASES: Final = int(os.environ.get("LAMINA_FUZZ_CASES") or 96)
 PARTS: Final = 8  # tests, which workers share
 _OTHERS: Final = [name for name in GENERIC if name not in tiny_models.ALL]
 NAMES: Final = [name for pair in zip_longest(tiny_models.ALL, _OTHERS) for name in pair if name]
