@@ -199,7 +199,6 @@ def test_importing_a_package_loads_no_torch(package: str) -> None:
 def test_a_class_name_has_one_home() -> None:
     homes: dict[str, list[str]] = {}
     for path in source_files():
-        for node in ast.walk(tree(path)):
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                homes.setdefault(node.name, []).append(name(path))
+        for each in re.findall(r"^ *class ([A-Za-z]\w*)[(:\[]", path.read_text(), re.MULTILINE):
+            homes.setdefault(each, []).append(name(path))
     assert not {each: paths for each, paths in homes.items() if len(paths) > 1}
