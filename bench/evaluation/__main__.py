@@ -2,7 +2,9 @@
 
     python -m bench.evaluation                               all, about an hour on two idle cores
     python -m bench.evaluation --quick                       small versions, some minutes: only shows that all of them run
-    python -m bench.evaluation simulated scale               some of: emulated, calibration, simulated, measured, scale, network
+    python -m bench.evaluation simulated scale               some of: emulated, calibration, simulated, opponents, faults,
+                                                             measured, scale, network
+    python -m bench.evaluation emulated --seconds 120 --runs 2 --slowness 3
     python -m bench.evaluation --trace azure-2023.csv.gz     with the arrivals and sizes of a recorded trace
 
 Each run's result is a file in the state folder, and a run with a result is not repeated: an interrupted evaluation resumes.
@@ -14,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -29,8 +31,8 @@ from bench.evaluation.experiments import NAMES, QUICK, Plan, Run
 from bench.evaluation.network import Measured
 from bench.evaluation.report import write_document
 from bench.evaluation.results import Result, Results
-from bench.evaluation.rounds import Overheads
-from bench.evaluation.trace import TraceInvalid
+from bench.evaluation.simulator import Overheads
+from bench.evaluation.trace import Bursts, TraceInvalid
 from bench.report import ROOT, STATE
 from knative.commands.options import STORE_FOLDER
 from storage.store.embedded import EmbeddedStore
@@ -52,7 +54,8 @@ class Evaluation:
             return experiments.emulated(plan, lambda: self.store, self._state / "logs")
         if name == "calibration":
             return experiments.calibration(plan, self.overheads)
-        return {"simulated": experiments.simulated, "measured": experiments.measured, "scale": experiments.at_scale}[name](plan)
+        of_plan = (experiments.simulated, experiments.opponents, experiments.faults, experiments.measured, experiments.at_scale)
+        return dict(zip(NAMES[2:7], of_plan, strict=True))[name](plan)
 
     @cached_property
     def store(self) -> ObjectStore:
@@ -65,9 +68,10 @@ class Evaluation:
         path = self._state / "overheads.yaml"
         if path.exists():
             return msgspec.yaml.decode(path.read_bytes(), type=Overheads)
-        found = measure_overheads(experiments.setting_13b(), self.store, self._state / "logs" / "overheads")
+        setting = experiments.setting_13b(slowness=self._plan.slowness)
+        found = measure_overheads(setting, self.store, self._state / "logs" / "overheads")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(msgspec.yaml.encode({"pass_seconds": found.pass_seconds, "hop_seconds": found.hop_seconds}))
+        path.write_bytes(msgspec.yaml.encode(asdict(found)))
         return found
 
 
@@ -114,12 +118,40 @@ def _networks(plan: Plan, state: Path, evaluation: Evaluation, say: Callable[[st
 @click.argument("names", nargs=-1, type=click.Choice(NAMES))
 @click.option("--quick", is_flag=True, help="Small versions.")
 @click.option("--trace", type=_FILE, help="TIMESTAMP,ContextTokens,GeneratedTokens.")
+@click.option("--seconds", type=click.IntRange(min=1), help="Of an emulated load; default: 240.")
+@click.option(
+    "--bursts", type=(click.IntRange(min=1), click.IntRange(min=0)), help="Seconds of a burst and of a pause; default: 24 36."
+)
+@click.option("--runs", type=click.IntRange(min=1), help="Emulated runs of each way, with different seeds; default: 4.")
+@click.option("--peak", type=float, help="Requests a second in a burst; default: 4.")
+@click.option("--slowness", type=float, help="Of emulated devices: a busy machine then adds little to a pass. Default: 1.")
 @click.option("--state", type=click.Path(file_okay=False, path_type=Path), default=STATE / "evaluation")
 @click.option("--document", type=_FILE, help="To write into; default: docs/benchmarks.md, for a quick evaluation none.")
 @click.option("--anew", is_flag=True, help="Delete earlier results first.")
-def main(names: Sequence[str], quick: bool, trace: Path | None, state: Path, document: Path | None, anew: bool) -> None:
+def main(
+    names: Sequence[str],
+    quick: bool,
+    trace: Path | None,
+    seconds: int | None,
+    bursts: tuple[int, int] | None,
+    runs: int | None,
+    peak: float | None,
+    slowness: float | None,
+    state: Path,
+    document: Path | None,
+    anew: bool,
+) -> None:
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
-    plan = replace(QUICK if quick else Plan(), trace=trace)
+    base = QUICK if quick else Plan()
+    plan = replace(
+        base,
+        trace=trace,
+        emulated_seconds=seconds or base.emulated_seconds,
+        bursts=base.bursts if bursts is None else Bursts(*bursts),
+        runs=runs or base.runs,
+        peak=peak or base.peak,
+        slowness=slowness or base.slowness,
+    )
     state = state / ("quick" if quick else "full")
     if anew:
         shutil.rmtree(state, ignore_errors=True)

@@ -14,13 +14,13 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
+from bench.evaluation.gateway import Hops
 from bench.evaluation.outcome import Cost, Outcome, outcome_of
 from bench.evaluation.replay import ARRAYS, BEGUN
-from bench.evaluation.rounds import Overheads, Work, flow
 from bench.evaluation.setting import WAYS, Setting
+from bench.evaluation.simulator import Overheads, Simulation, World
 from bench.evaluation.trace import Trace
 from bench.pipeline import read_page, running_platform
-from functions.configuration.pass_times import PassTimes, pairs
 from functions.gateway.scheduling.batching import SchedulerLimits
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.local.kubelet.pods import LocalPod
@@ -104,7 +104,7 @@ class EmulatedRun:
     async def _all_awake(self, platform: Platform) -> None:
         """Waits for the gateway and for the pods that the way always keeps."""
         spec = self._local.pipeline.spec
-        least = spec.stage.autoscaling.min_scale
+        least = max(1, spec.stage.autoscaling.min_scale)  # the gateway wakes its stages when it starts
         gateway = platform.services[spec.namespace, spec.name]
         try:
             async with asyncio.timeout(_READY_SECONDS):
@@ -209,50 +209,48 @@ def _object(key: str, name: str, size: int) -> StoredObject:
     return StoredObject(key, size, PART_BYTES, ("0" * 64,) * -(-size // PART_BYTES), {name: tensor})
 
 
-_REQUESTS: Final = 40
-_A_SECOND: Final = 1.0
+_REQUESTS: Final = 30
+_A_SECOND: Final = 0.5
 _PROMPT_TOKENS: Final = 1024
-_ANSWER_TOKENS: Final = 160
-_TAIL_SECONDS: Final = 20.0
+_ANSWER_TOKENS: Final = 64
+_TAIL_SECONDS: Final = 25.0
+_CHUNK_TOKENS: Final = SchedulerLimits().chunk_tokens
+_FIT_ROUNDS: Final = 16
+_FIT_STEP: Final = 0.5  # part of an error that a round corrects
 
 
 def measure_overheads(setting: Setting, store: ObjectStore, folder: Path) -> Overheads:
     """What an emulated run costs beyond its profile on this machine, measured from outside under a steady load.
 
-    The time of a token is that of all passes and hops. The stages' metrics have the passes; the rest is hops. They are measured
-    while prompts come and others decode: alone, a conversation's hop takes 1.4 ms here, and 2.0 ms while hidden states of
-    prompts, megabytes each, pass through the same two cores. The run is a static pipeline with a micro-batch for each stage.
+    The load has prompts and answers at the same time, since hops of decode steps are slower while hidden states of prompts,
+    megabytes each, pass through the same cores. The run is a static pipeline.
     """
     way = WAYS[2]
     arrivals = 1.0 + np.arange(_REQUESTS) / _A_SECOND
     trace = Trace("steady", arrivals, np.full(_REQUESTS, _PROMPT_TOKENS), np.full(_REQUESTS, _ANSWER_TOKENS))
     run = EmulatedRun(setting, way, trace, store, folder, _TAIL_SECONDS)
-    token_seconds = asyncio.run(run.run()).token_seconds[0]
-    times = setting.pass_times(way)
-    answering = _A_SECOND * _ANSWER_TOKENS * token_seconds
-    work = Work(
-        decoding=round(answering),
-        micro_batches=len(times),
-        held_tokens=_PROMPT_TOKENS + _ANSWER_TOKENS / 2,
-        prompt_tokens=0,
-        chunk_tokens=1,
-    )
+    outcome = asyncio.run(run.run())
     measured = [seconds / passes for seconds, passes in run.passes if passes]
-    beyond = max(0.0, float(np.mean(measured)) - _mean_pass(times, work))
-    ready = [setting.replicas(way)] * len(times)
-    unhindered = flow(times, ready, work, Overheads(pass_seconds=beyond, hop_seconds=0.0)).round_seconds
-    return Overheads(pass_seconds=beyond, hop_seconds=max(0.0, (token_seconds - unhindered) / len(times)))
+    return fit_overheads(setting, way, trace, outcome, float(np.mean(measured)))
 
 
-def _mean_pass(times: list[PassTimes], work: Work) -> float:
-    """Seconds by the profile, over the steps and chunks of one answer."""
-    rows = work.decoding / work.micro_batches
-    chunk = SchedulerLimits().chunk_tokens
-    chunks, steps = _PROMPT_TOKENS / chunk, _ANSWER_TOKENS / rows
-    held = rows * work.held_tokens
-    seconds = [
-        steps * (each.forward_seconds(rows, held, held) + each.logits_seconds(rows))
-        + chunks * (each.forward_seconds(chunk, pairs(_PROMPT_TOKENS / 2, chunk), _PROMPT_TOKENS / 2) + each.logits_seconds(1))
-        for each in times
-    ]
-    return float(np.mean(seconds)) / (steps + chunks)
+def fit_overheads(setting: Setting, way: str, trace: Trace, outcome: Outcome, mean_pass_seconds: float) -> Overheads:
+    """The overheads with which the simulation of a run has its mean pass and its medians of first token and token."""
+    num_stages = len(setting.cut(way))
+    overheads = Overheads()
+    for _ in range(_FIT_ROUNDS):
+        simulation = Simulation(setting, way, trace, World(overheads=overheads, handover_bytes_per_second=0))
+        said, _ = simulation.run()
+        pods = [pod for fleet in simulation.fleets for pod in fleet.pods.values() if pod.passes]
+        mean_pass = sum(pod.busy_seconds for pod in pods) / sum(pod.passes for pod in pods)
+        token = outcome.token_seconds[0] - said.token_seconds[0]
+        first = outcome.first_token_seconds[0] - said.first_token_seconds[0]
+        hops = overheads.hops
+        overheads = Overheads(
+            pass_seconds=max(0.0, overheads.pass_seconds + mean_pass_seconds - mean_pass),
+            hops=Hops(
+                max(0.0, hops.hop_seconds + _FIT_STEP * token / num_stages),
+                max(0.0, hops.hop_token_seconds + _FIT_STEP * first / (_PROMPT_TOKENS + num_stages * _CHUNK_TOKENS)),
+            ),
+        )
+    return overheads

@@ -6,7 +6,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Final
@@ -16,20 +17,24 @@ import numpy as np
 
 from bench.evaluation.emulated import EmulatedRun
 from bench.evaluation.network import NETWORKS, REMEDIES, Lengths
+from bench.evaluation.opponents import clairvoyant, static
 from bench.evaluation.outcome import Cost, Outcome
 from bench.evaluation.profile import DoesNotFit, read_profile
 from bench.evaluation.results import Result, RunKey
-from bench.evaluation.rounds import Overheads
 from bench.evaluation.setting import MODELS, SMOLLM2_PROFILE, WAYS, Setting
-from bench.evaluation.simulator import Simulation, World
-from bench.evaluation.trace import LOADS, Sizes, Trace, drawn, make_loads, read_trace
+from bench.evaluation.simulator import Overheads, Simulation, World
+from bench.evaluation.trace import LOADS, Bursts, Sizes, Trace, drawn, make_loads, read_trace
 from knative.local.proxies.network import EmulatedNetwork
 from storage.store.object_store import ObjectStore
 
-NAMES: Final = ("emulated", "calibration", "simulated", "measured", "scale", "network")
+NAMES: Final = ("emulated", "calibration", "simulated", "opponents", "faults", "measured", "scale", "network")
 SCALE_STAGES: Final = (1, 2, 4, 8, 16)
-_SCALE_DEVICES: Final = 1024
-_TIMES_THE_TRACE: Final = 100.0
+CLAIRVOYANT: Final = "clairvoyant pipeline"
+_STATIC_PODS: Final = (4, 5, 6, 7, 8)
+_SCALE_DEVICES: Final = 64
+_TIMES_THE_TRACE: Final = 4.0
+_KILL_EVERY_SECONDS: Final = 20.0
+_SLOW_POD: Final = 3.0
 _TRACE_RATE: Final = 5.53  # requests a second of the Azure trace
 
 
@@ -38,19 +43,21 @@ class Plan:
     """The sizes of all experiments."""
 
     emulated_loads: Sequence[str] = ("bursts", "trace")
-    emulated_ways: Sequence[str] = WAYS
-    emulated_seconds: int = 40
-    tail_seconds: float = 30.0  # after a load's last arrival, for answers that still run
-    answer_tokens: int = 256  # upper bound, so that answers end within a run of a minute; not in `at_scale`
-    emulated_peak: float = 4.0
-    runs: int = 3
+    emulated_ways: Sequence[str] = (WAYS[1], WAYS[2], WAYS[4])
+    emulated_seconds: int = 240  # long enough that stages scale in
+    bursts: Bursts = field(default_factory=Bursts)
+    tail_seconds: float = 40.0  # after a load's last arrival, for answers that still run
+    answer_tokens: int = 288  # upper bound, so that answers end within the tail; not in `at_scale`
+    peak: float = 4.0  # requests a second
+    slowness: float = 1.0  # of the emulated devices, beside the published ones; peak and answers are divided by it
+    runs: int = 4  # the same seeds for all ways
     simulated_seconds: int = 600
-    simulated_runs: int = 5
+    simulated_runs: int = 4
     simulated_loads: Sequence[str] = LOADS
     measured_loads: Sequence[str] = ("bursts",)
     measured_runs: int = 5
-    scale_seconds: int = 1200
-    scale_runs: int = 3
+    scale_seconds: int = 300
+    scale_runs: int = 2
     scale_stages: Sequence[int] = SCALE_STAGES
     networks: Mapping[EmulatedNetwork, Sequence[str]] = field(  # network → remedies that are measured in it
         default_factory=lambda: dict.fromkeys(NETWORKS, tuple(REMEDIES))
@@ -82,8 +89,12 @@ class Run:
     action: Callable[[], Result]  # called if the result is not on disk yet
 
 
-def setting_13b(stages: int = 4, devices: int = 8, device: str = "l40s") -> Setting:
-    return Setting(model="llama-2-13b", config=_config("llama-2-13b"), device_name=device, stages=stages, devices=devices)
+def setting_13b(stages: int = 4, devices: int = 8, device: str = "l40s", slowness: float = 1.0) -> Setting:
+    """slowness: factor of the seconds of passes. Passes of slow devices take long beside what this machine adds to them."""
+    setting = Setting(model="llama-2-13b", config=_config("llama-2-13b"), device_name=device, stages=stages, devices=devices)
+    if slowness == 1.0:
+        return setting
+    return replace(setting, measured=setting.profile.times(slowness), memory_bytes=setting.device.memory_bytes)
 
 
 def setting_smollm2() -> Setting:
@@ -106,37 +117,67 @@ def _config(model: str) -> dict[str, object]:
 
 
 def emulated(plan: Plan, store: Callable[[], ObjectStore], folder: Path) -> Iterator[Run]:
-    """The five ways on the real system with emulated devices."""
-    setting = setting_13b()
+    """Ways on the real system with emulated devices."""
+    setting = setting_13b(slowness=plan.slowness)
     for key, load in _emulated_loads("emulated", plan, setting):
         yield Run(key, _emulate(key, setting, load, store, folder))
 
 
 def calibration(plan: Plan, overheads: Overheads) -> Iterator[Run]:
     """The same runs, simulated. overheads: the measured costs of an emulated run beyond its profile."""
-    setting = setting_13b()
+    setting = setting_13b(slowness=plan.slowness)
     for emulated_key, load in _emulated_loads("calibration", plan, setting):
-        key = msgspec.structs.replace(emulated_key, overheads=(overheads.pass_seconds, overheads.hop_seconds))
-        world = World(overheads=overheads, step_seconds=0.05, tail_seconds=key.tail_seconds)
+        hops = overheads.hops
+        costs = (overheads.pass_seconds, hops.hop_seconds, hops.hop_token_seconds)
+        key = msgspec.structs.replace(emulated_key, overheads=costs)
+        # Layers that sleep hold no KV that could be handed over.
+        world = World(overheads=overheads, tail_seconds=key.tail_seconds, handover_bytes_per_second=0)
         yield Run(key, _simulate(key, setting, load, world))
 
 
 def simulated(plan: Plan) -> Iterator[Run]:
     """The five ways under all loads, simulated, for longer."""
-    return _five_ways("simulated", plan, setting_13b(), plan.simulated_loads, plan.simulated_runs)
+    return _ways("simulated", plan, setting_13b(), plan.simulated_loads, WAYS, plan.simulated_runs)
 
 
 def measured(plan: Plan) -> Iterator[Run]:
     """The same for a model whose passes were measured, not computed from published figures."""
-    return _five_ways("measured", plan, setting_smollm2(), plan.measured_loads, plan.measured_runs)
+    return _ways("measured", plan, setting_smollm2(), plan.measured_loads, WAYS, plan.measured_runs)
 
 
-def _five_ways(experiment: str, plan: Plan, setting: Setting, loads: Sequence[str], runs: int) -> Iterator[Run]:
-    for key, load in _loads(experiment, plan, setting, loads, WAYS, runs, plan.simulated_seconds):
+def _ways(experiment: str, plan: Plan, setting: Setting, loads: Sequence[str], ways: Sequence[str], runs: int) -> Iterator[Run]:
+    for key, load in _loads(experiment, plan, setting, loads, ways, runs, plan.simulated_seconds):
         yield Run(key, _simulate(key, setting, load, World(tail_seconds=key.tail_seconds)))
 
 
+def opponents(plan: Plan) -> Iterator[Run]:
+    """The pipeline that scales, static pipelines of 4 to 8 pods, and one that knows the arrivals, simulated."""
+    setting = setting_13b()
+    ways = {f"static, {pods} pods": partial(static, pods=pods) for pods in _STATIC_PODS} | {CLAIRVOYANT: clairvoyant}
+    yield from _ways("opponents", plan, setting, plan.simulated_loads, (WAYS[4],), plan.simulated_runs)
+    keys = _loads("opponents", plan, setting, plan.simulated_loads, tuple(ways), plan.simulated_runs, plan.simulated_seconds)
+    for key, load in keys:
+        yield Run(key, _timed(key, partial(ways[key.way], setting, load, World(tail_seconds=key.tail_seconds))))
+
+
+def faults(plan: Plan) -> Iterator[Run]:
+    """Bursts while pods are killed and one is slow, beside the same without faults, simulated."""
+    setting = setting_13b()
+    for name, kills, slow in (
+        ("bursts", 0.0, 1.0),
+        ("bursts, a pod slow", 0.0, _SLOW_POD),
+        ("bursts, pods killed", _KILL_EVERY_SECONDS, 1.0),
+        ("bursts, both", _KILL_EVERY_SECONDS, _SLOW_POD),
+    ):
+        ways = (WAYS[2], WAYS[4])
+        for key, load in _loads("faults", plan, setting, ("bursts",), ways, plan.simulated_runs, plan.simulated_seconds):
+            world = World(tail_seconds=key.tail_seconds, kill_every_seconds=kills, slow_pod=slow, seed=key.seed)
+            named = msgspec.structs.replace(key, load=name)
+            yield Run(named, _simulate(named, setting, load, world))
+
+
 def _emulated_loads(experiment: str, plan: Plan, setting: Setting) -> Iterator[tuple[RunKey, Trace]]:
+    plan = replace(plan, peak=plan.peak / plan.slowness, answer_tokens=round(plan.answer_tokens / plan.slowness))
     return _loads(experiment, plan, setting, plan.emulated_loads, plan.emulated_ways, plan.runs, plan.emulated_seconds)
 
 
@@ -146,12 +187,12 @@ def _loads(
     """Each run's key and load. Raises TraceInvalid."""
     trace = _trace(plan)
     for load, way, seed in product(loads, ways, range(runs)):
-        key = _key(experiment, plan, setting, load, way, seed, seconds, plan.emulated_peak)
-        yield key, make_loads(seconds, key.peak, seed, trace)[load].with_answers_within(key.answer_tokens)
+        key = _key(experiment, plan, setting, load, way, seed, seconds, plan.peak)
+        yield key, make_loads(seconds, key.peak, seed, trace, plan.bursts)[load].with_answers_within(key.answer_tokens)
 
 
 def at_scale(plan: Plan) -> Iterator[Run]:
-    """13B and 70B under a hundred times the trace: whole-model replicas and pipelines of 2 to 16 stages."""
+    """13B and 70B under several times the trace: whole-model replicas and pipelines of 2 to 16 stages."""
     trace = _trace(plan)
     for make in (lambda stages: setting_13b(stages, _SCALE_DEVICES, "a100-80g"), _scaled_70b):
         for stages in plan.scale_stages:
@@ -172,6 +213,7 @@ def _key(experiment: str, plan: Plan, setting: Setting, load: str, way: str, see
         seed=seed,
         seconds=seconds,
         peak=peak,
+        bursts=(plan.bursts.seconds, plan.bursts.pause_seconds),
         setting=described,
         tail_seconds=plan.tail_seconds,
         answer_tokens=plan.answer_tokens,
@@ -198,9 +240,13 @@ def _emulate(
 
 
 def _simulate(key: RunKey, setting: Setting, load: Trace, world: World) -> Callable[[], Result]:
+    return _timed(key, lambda: Simulation(setting, key.way, load, world).run())
+
+
+def _timed(key: RunKey, simulate: Callable[[], tuple[Outcome, int]]) -> Callable[[], Result]:
     def run() -> Result:
         began = time.process_time()
-        outcome, pods = Simulation(setting, key.way, load, world).run()
+        outcome, pods = simulate()
         return Result(key, outcome, pods, None, time.process_time() - began)
 
     return run
@@ -216,7 +262,7 @@ def _simulate_scale(key: RunKey, setting: Setting, trace: Trace | None) -> Calla
             load = drawn("drawn", np.full(key.seconds, key.peak), 1.0, key.seed, Sizes())
         else:
             load = trace.times(_TIMES_THE_TRACE, key.seed).part(0, key.seconds)
-        return _simulate(key, setting, load, World(step_seconds=0.5, tail_seconds=key.tail_seconds))()
+        return _simulate(key, setting, load, World(tail_seconds=key.tail_seconds))()
 
     return run
 
@@ -225,5 +271,13 @@ def _no_outcome() -> Outcome:
     """The outcome of a setting that does not fit its devices."""
     never = (float("inf"),) * 3
     cost = Cost(replica_seconds=0, byte_seconds=0, cold_starts=0, network_bytes=0)
-    counts: dict[str, int] = dict.fromkeys(("requests", "failed", "seconds", "tokens_per_second", "attainment"), 0)
-    return Outcome(**counts, first_token_seconds=never, token_seconds=never, cost=cost)
+    return Outcome(
+        requests=0,
+        failed=0,
+        seconds=0,
+        tokens_per_second=0,
+        first_token_seconds=never,
+        token_seconds=never,
+        attainment=0,
+        cost=cost,
+    )

@@ -1,5 +1,6 @@
 """The outcome of a run, emulated or simulated: latencies, objective, cost."""
 
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
@@ -29,9 +30,10 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     token_seconds: tuple[float, float, float]
     attainment: float  # share of all requests that were answered within the objective
     cost: Cost
+    pauses: tuple[float, float] | None = None  # between two tokens of an answer: p99.9, longest; None: not recorded
 
 
-def outcome_of(trace: Trace, first: Floats, last: Floats, seconds: float, cost: Cost) -> Outcome:
+def outcome_of(trace: Trace, first: Floats, last: Floats, seconds: float, cost: Cost, pauses: Sequence[float] = ()) -> Outcome:
     """first, last: times of each request's first and last token on the trace's clock; NaN: never."""
     first_token = first - trace.arrival_seconds
     per_token = (last - first) / np.maximum(1, trace.answer_tokens - 1)
@@ -47,6 +49,7 @@ def outcome_of(trace: Trace, first: Floats, last: Floats, seconds: float, cost: 
         token_seconds=_quantiles(per_token[several]),
         attainment=float(met.mean()),
         cost=cost,
+        pauses=(float(np.quantile(pauses, 0.999)), max(pauses)) if pauses else None,
     )
 
 

@@ -68,6 +68,11 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     head_stream_seconds: _Seconds
     worst_error: _Seconds | None = None  # largest |fitted − measured| ÷ measured over the points of a measured profile
 
+    def times(self, factor: float) -> "Profile":
+        """The profile of a device that takes `factor` times as long."""
+        seconds = {name: factor * getattr(self, name) for name in self.__struct_fields__ if name.endswith("_seconds")}
+        return msgspec.structs.replace(self, source=f"{self.source}; {factor:g} times as long", **seconds)
+
     def of_stage(self, first: int, last: int, num_layers: int) -> PassTimes:
         layers, ends = last - first, last == num_layers
         return PassTimes(

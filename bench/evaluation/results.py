@@ -24,12 +24,13 @@ class RunKey(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     seconds: int
     peak: float  # requests a second
+    bursts: tuple[int, int]  # seconds at the peak, and between
     setting: str  # model, device, stages, devices: for people and for the file's name
     tail_seconds: float
     answer_tokens: int
     trace: str | None = None  # digest of the named file
     profile: str | None = None  # digest of a measured one
-    overheads: tuple[float, float] | None = None
+    overheads: tuple[float, float, float] | None = None
 
     @property
     def file_name(self) -> str:

@@ -153,13 +153,22 @@ LOADS: Final = ("ramp", "bursts", "day", "trace")
 _NIGHT_SHARE: Final = 0.02
 
 
-def rates(load: str, seconds: int, peak: float) -> Floats:
+@dataclass(frozen=True, slots=True)
+class Bursts:
+    """Seconds at the peak, then seconds at a tenth of it, again and again."""
+
+    seconds: int = 24
+    pause_seconds: int = 36
+
+
+def rates(load: str, seconds: int, peak: float, bursts: Bursts = Bursts()) -> Floats:
     """Requests a second, for every second of the load."""
     at = np.arange(seconds) / seconds
     if load == "ramp":
         return peak * np.minimum(1.0, at / 0.8)
     if load == "bursts":
-        return np.where((at * 4) % 1 < 0.4, peak, 0.1 * peak)
+        in_period = np.arange(seconds) % (bursts.seconds + bursts.pause_seconds)
+        return np.where(in_period < bursts.seconds, peak, 0.1 * peak)
     if load == "day":
         return peak * np.maximum(_NIGHT_SHARE, np.sin(np.pi * np.clip((at - 0.2) / 0.6, 0, 1)))
     if load == "trace":
@@ -167,9 +176,9 @@ def rates(load: str, seconds: int, peak: float) -> Floats:
     raise ValueError(f"load {load!r}: there is {', '.join(LOADS)}")
 
 
-def make_loads(seconds: int, peak: float, seed: int, trace: Trace | None) -> Mapping[str, Trace]:
+def make_loads(seconds: int, peak: float, seed: int, trace: Trace | None, bursts: Bursts = Bursts()) -> Mapping[str, Trace]:
     """peak: requests a second. trace: the load "trace" is a part of it, at 0.6 × peak; None: it is drawn."""
-    found = {load: drawn(load, rates(load, seconds, peak), 1.0, seed, Sizes()) for load in LOADS}
+    found = {load: drawn(load, rates(load, seconds, peak, bursts), 1.0, seed, Sizes()) for load in LOADS}
     if trace is not None:
         begin = (trace.seconds / 2 + seed * seconds) % max(1.0, trace.seconds - seconds)
         wanted = 0.6 * peak / (len(trace) / trace.seconds)

@@ -134,7 +134,7 @@ def reserve_at_once(client: StageClient, wanted: Reserve, calls: Executor) -> Re
         for instance, lineage in zip(wanted.instances, wanted.lineages, strict=True)
     ]
     wait(futures)
-    return _combined([future.result() for future in futures], len(wanted.rows))
+    return combined([future.result() for future in futures], len(wanted.rows))
 
 
 def reserve_in_order(client: StageClient, wanted: Reserve) -> Reservation:
@@ -147,7 +147,7 @@ def reserve_in_order(client: StageClient, wanted: Reserve) -> Reservation:
     lineage = wanted.lineages[0] or ""
     for instance in wanted.instances:
         replies.append(_ask(client, instance, wanted, lineage))
-        reservation = _combined(replies, len(wanted.rows))
+        reservation = combined(replies, len(wanted.rows))
         if reservation.failure is not None or all(status is not Status.OK for status in reservation.statuses):
             break
         lineage = reservation.origins[-1].lineage
@@ -166,7 +166,7 @@ def _ask(
         return failure
 
 
-def _combined(replies: Items[tuple[ReplyOrigin, ReserveReply] | StageFailed], num_rows: int) -> Reservation:
+def combined(replies: Items[tuple[ReplyOrigin, ReserveReply] | StageFailed], num_rows: int) -> Reservation:
     """Combines the stages' replies: each row gets the worst of its statuses. One StageFailed makes the whole a failure.
 
     A stage that was asked under another lineage than the stage before it has by its reply holds nothing of use.

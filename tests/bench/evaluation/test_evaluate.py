@@ -17,7 +17,7 @@ SMALL = Plan(
     emulated_loads=("bursts",),
     emulated_ways=(WAYS[3],),
     emulated_seconds=4,
-    emulated_peak=2.0,
+    peak=2.0,
     tail_seconds=6.0,
     answer_tokens=12,
     runs=1,
@@ -41,7 +41,17 @@ def evaluated(monkeypatch: pytest.MonkeyPatch, plan: Plan, *arguments: str) -> s
 @pytest.mark.slow
 def test_simulations_write_their_sections_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = tmp_path / "page.md"
-    given = ("simulated", "measured", "scale", "--state", str(tmp_path / "state"), "--document", str(document))
+    given = (
+        "simulated",
+        "opponents",
+        "faults",
+        "measured",
+        "scale",
+        "--state",
+        str(tmp_path / "state"),
+        "--document",
+        str(document),
+    )
     said = evaluated(monkeypatch, SMALL, *given)
     assert "simulated 10/10: ramp, pipeline, KPA, run 1" in said
     assert "on disk" not in said
@@ -49,17 +59,20 @@ def test_simulations_write_their_sections_and_resume(tmp_path: Path, monkeypatch
     for way in WAYS:
         assert f"| {way} | 2 |" in text
         assert f"| {way} | 1 |" in text
+    assert "| ramp | static, 5 pods |" in text
+    assert "| ramp | clairvoyant pipeline |" in text
+    assert "| bursts, both | pipeline, KPA | 0 |" in text
     assert "smollm2-135m-instruct on 8 cores, 4 stages" in text
     assert "Passes as measured of native layers in bfloat16, one thread" in text
-    assert "| llama-2-70b, 1 stage | 1024 h100-sxm | does not fit a device |" in text
+    assert "| llama-2-70b, 1 stage | 64 h100-sxm | does not fit a device |" in text
     assert "| llama-2-13b, 16 stages |" in text
     assert {path.name for path in tmp_path.glob("*.png")} == {
-        f"evaluation-{name}.png" for name in ("simulated", "measured", "scale")
+        f"evaluation-{name}.png" for name in ("simulated", "opponents", "measured", "scale")
     }
     removed = next((tmp_path / "state").rglob("ramp-pipeline-KPA-1-*.yaml"))
     removed.write_text("broken off: [")
     again = evaluated(monkeypatch, SMALL, *given)
-    assert again.count("on disk") == 10 + 5 + 4 - 1
+    assert again.count("on disk") == 10 + 14 + 16 + 5 + 4 - 1
 
 
 @pytest.mark.slow
@@ -69,7 +82,9 @@ def test_the_system_runs_with_emulated_devices_and_is_compared_with_its_simulati
     """Processes, gateway, autoscaler of the HPA class, wire: a few requests, all answered, no pod started from zero."""
     state = tmp_path / "state"
     (state / "quick").mkdir(parents=True)
-    (state / "quick" / "overheads.yaml").write_text("pass_seconds: 0.002\nhop_seconds: 0.004\n")
+    (state / "quick" / "overheads.yaml").write_text(
+        "pass_seconds: 0.002\nhops: {hop_seconds: 0.004, hop_token_seconds: 1.0e-5}\n"
+    )
     document = tmp_path / "page.md"
     evaluated(monkeypatch, SMALL, "emulated", "calibration", "--state", str(state), "--document", str(document))
     results = command.Results(state / "quick" / "results")
@@ -83,7 +98,7 @@ def test_the_system_runs_with_emulated_devices_and_is_compared_with_its_simulati
     assert found.outcome.cost.network_bytes > 500 * 3 * 2 * 2 * 5120
     text = document.read_text()
     assert "| bursts | pipeline, HPA | replica-seconds |" in text
-    assert "2.0 ms a pass and 4.0 ms a hop" in text
+    assert "2.0 ms a pass, 4.0 ms a hop, and 10 µs" in text
 
 
 def test_passes_of_a_measured_profile_are_those_that_are_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
