@@ -98,12 +98,14 @@ def test_the_cost_counts_all_pods_and_a_run_repeats() -> None:
     tokens = trace.within(4096).prompt_tokens.sum() + trace.answer_tokens.sum() - len(trace)  # the last one is not computed
     assert outcome.cost.network_bytes == tokens * 3 * 2 * 2 * 5120
     assert simulated(STATIC, trace)[0] == outcome
-    few = steady(0.3, 60)
-    from_zero, _ = simulated(KPA, few)
-    assert from_zero.failed == 0
-    assert from_zero.cost.cold_starts >= 4
-    assert from_zero.cost.replica_seconds < 0.8 * 8 * from_zero.seconds
-    assert from_zero.first_token_seconds[2] > 2.5, "nobody waited for pods that start from zero"
+
+
+def test_stages_at_zero_start_together_for_the_request_that_wakes_them() -> None:
+    trace = Trace("two", np.array([0.0, 180.0]), np.array([200, 200]), np.array([16, 16]))
+    outcome, pods = simulated(KPA, trace)
+    assert (outcome.failed, outcome.cost.cold_starts, pods) == (0, 4, 4)
+    assert 3.0 < outcome.first_token_seconds[2] < 6.0, "1.2 s and 6.5 GB at 25 Gbit/s, by all stages at the same time"
+    assert outcome.cost.replica_seconds < 0.8 * 4 * outcome.seconds
 
 
 def test_a_pod_merges_waiting_events_and_answers_them_together() -> None:
