@@ -150,12 +150,12 @@ def test_micro_batches_that_move_take_their_keys_and_values_along() -> None:
 
 
 def test_nothing_is_lost_when_pods_are_killed_and_one_is_slow() -> None:
-    trace = steady(2.0, 60)
+    trace = steady(2.0, 30).within(1024)
     calm, _ = simulated(STATIC, trace)
     faulty = Simulation(setting(), STATIC, trace, World(kill_every_seconds=10.0, slow_pod=3.0))
     outcome, _ = faulty.run()
     assert outcome.failed == 0
-    assert sum(pod.boot for each in faulty.fleets for pod in each.pods.values()) >= 6
+    assert sum(pod.boot for each in faulty.fleets for pod in each.pods.values()) >= 3
     assert outcome.token_seconds[2] > calm.token_seconds[2]
     assert outcome.pauses is not None
     assert calm.pauses is not None
