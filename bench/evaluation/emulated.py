@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -43,6 +43,9 @@ _READY_SECONDS: Final = 180.0
 _PAGE_SECONDS: Final = 1.0
 
 
+Disturbance = Callable[[Callable[[], list[list[LocalPod]]]], Coroutine[None, None, None]]
+
+
 class NotReady(RuntimeError):
     """Pods that a way always keeps did not start. The logs say why."""
 
@@ -50,8 +53,20 @@ class NotReady(RuntimeError):
 class EmulatedRun:
     """One run: call `run` once."""
 
-    def __init__(self, setting: Setting, way: str, trace: Trace, store: ObjectStore, folder: Path, tail_seconds: float) -> None:
-        """folder: for logs and the files of the replaying process. tail_seconds: how long pods count after the last arrival."""
+    def __init__(
+        self,
+        setting: Setting,
+        way: str,
+        trace: Trace,
+        store: ObjectStore,
+        folder: Path,
+        tail_seconds: float,
+        disturb: Disturbance | None = None,
+    ) -> None:
+        """folder: for logs and the files of the replaying process. tail_seconds: how long pods count after the last arrival.
+
+        disturb: runs beside the trace, until it is cancelled; it gets a function that returns the pods of each stage.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._setting, self._way, self._folder = setting, way, folder
         self._trace = trace.within(setting.context_tokens)
@@ -61,6 +76,9 @@ class EmulatedRun:
         self._plans = setting.plans(way)
         self.passes: list[tuple[float, float]] = []  # per stage at the end: seconds in passes, and their number
         self._tail_seconds = tail_seconds
+        self._disturb = disturb
+        self.gaps = np.zeros(0)  # at the end: seconds from each token of an answer to its next
+        self.errors = 0  # at the end: answers that ended with an error
         self._busy: dict[int, float] = {}  # process id → seconds in passes
         self._seen: set[str] = set()
         self._cold_starts = 0
@@ -75,17 +93,21 @@ class EmulatedRun:
             seconds = self._trace.seconds + self._tail_seconds
             times_file = self._folder / "times.npz"
             async with self._asking(platform.url(self._local.pipeline.spec.name), times_file) as asking:
-                reading = asyncio.create_task(self._read_busy(platform))
+                beside = [asyncio.create_task(self._read_busy(platform))]
+                if self._disturb is not None:
+                    beside.append(asyncio.create_task(self._disturb(lambda: list(self._pods(platform)))))
                 try:
                     await self._count(platform, seconds)
                 finally:
-                    reading.cancel()
-                    await asyncio.gather(reading, return_exceptions=True)
+                    for task in beside:
+                        task.cancel()
+                    await asyncio.gather(*beside, return_exceptions=True)
                 self.passes = [await asyncio.to_thread(passes_of, pods) for pods in self._pods(platform)]
                 if await asking.wait():
                     raise RuntimeError(f"the replaying process ended with status {asking.returncode}")
         times = np.load(times_file)
-        first, last, prompts = times["first"], times["last"], int(times["prompts"])
+        first, last, prompts, self.gaps = times["first"], times["last"], int(times["prompts"]), times["gaps"]
+        self.errors = int(times["errors"])
         tokens = prompts + int(self._trace.answer_tokens[np.isfinite(last)].sum())
         cost = Cost(
             replica_seconds=sum(self._replica_seconds),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from eventing.wire.events import MAX_DRAFT_TOKENS, StageWeights
 from functions.configuration import parsers
 from functions.configuration.api_keys import ApiKey
+from functions.configuration.objective import Objective, parse_objective
 from functions.configuration.parsers import LayerRange
 from functions.configuration.pass_times import PassTimes, parse_pass_times
 from functions.configuration.settings import REQUIRED, ConfigError, Key, keys, read, setting, unknown_keys
@@ -438,6 +439,12 @@ class GatewayConfig(CommonConfig, ClientsConfig):
         parsers.integer(0, 1024),
         "stages that can compute at the same time, fewer than all if they share cores; 0: all",
         "0",
+    )
+    objective: Objective | None = setting(  # noqa: RUF009
+        "LAMINA_OBJECTIVE",
+        parse_objective,
+        "what answers shall keep, as JSON: first_token_seconds, token_seconds, share; unset: there is no objective",
+        "",
     )
     draft_tokens: int = setting(
         "LAMINA_DRAFT_TOKENS",

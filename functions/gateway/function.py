@@ -55,6 +55,7 @@ class GatewayFunction:
         self._models = ServedModels(config.model, PayloadStore(config.store) if config.adapters else None)
         self._metrics = GatewayMetrics()
         self._metrics.queue_limit.set(config.queue_limit)
+        self._metrics.aim(config.objective)
         start_up.report_to(self._metrics.phase_ended)
         self._answer_service: AnswerService | None = None
         self._loaded = threading.Event()  # the tokenizer is loaded, or loading it has failed

@@ -80,6 +80,24 @@ def tokens_per_second(
     return (sum(rates) if rates else None), waiting
 
 
+def objective_line(pods: Iterable[Mapping[str, Any]]) -> str | None:
+    """Whether the answers of a gateway's pods, since these started, keep the objective; None: there is none."""
+    total: defaultdict[str, float] = defaultdict(float)
+    share = 0.0
+    for pod in pods:
+        samples = read_metrics(pod)
+        share = max(share, samples["lamina_gateway_objective_share"])
+        for name in ("lamina_gateway_judged_answers_total", "lamina_gateway_answers_within_objective_total"):
+            total[name] += samples[name]
+    judged, within = total["lamina_gateway_judged_answers_total"], total["lamina_gateway_answers_within_objective_total"]
+    if not share:
+        return None
+    if not judged:
+        return f"objective: no answer yet; {share:.4g} of them shall be within"
+    verdict = "kept" if within >= share * judged else "missed"
+    return f"objective: {within / judged:.4g} of {judged:.0f} answers within, {share:.4g} wanted: {verdict}"
+
+
 async def watch_starts(status: Callable[[], Mapping[str, Any]], tell: Callable[[str], None]) -> None:
     """Reports to `tell` how pods start, until it is cancelled. Raises PodsFailed when a pod cannot start.
 

@@ -13,7 +13,7 @@ from knative.commands.model_choice import best_dtype
 from knative.commands.options import OpenStore, store_options
 from knative.spec.cut import cut_evenly, format_cut, parse_cut
 from knative.spec.model_shape import ModelShape, published_shape, shape_from_folder, shape_from_gguf
-from knative.spec.pipeline_spec import DTYPES, Autoscaling, GatewaySpec, PodSpec, StageSpec, quantity
+from knative.spec.pipeline_spec import DTYPES, Autoscaling, GatewaySpec, PipelineSpec, PodSpec, StageSpec, quantity
 from knative.spec.sizing import (
     Link,
     StagePlan,
@@ -94,6 +94,8 @@ def plan(
         micro_batch = spec.gateway.micro_batch_sequences or micro_batch
         _show_stages(console, shape, plans)
         kept = spec.adapters * spec.adapter_rank
+        if spec.objective is not None:
+            console.out(f"objective: {_objective_text(spec)}", highlight=False)
         _show_pods(console, plans, given, spec.gateway, kept)
     if conversations is not None:
         _show_replicas(console, plans, given, conversations, micro_batch)
@@ -174,6 +176,18 @@ def _show_pods(
     own = ("gateway", gateway.resources.cpu, gateway.resources.memory, "", "", "", "", "cpu")
     rows.append((*own, *_scale(gateway.autoscaling), " ".join(_placement(gateway.pod))))
     show_table(console, "what the spec gives", columns, rows)
+
+
+def _objective_text(spec: PipelineSpec) -> str:
+    """The spec's objective, and the settings that it decides unless the spec does."""
+    given, scaling = spec.objective, spec.stage.autoscaling
+    assert given is not None
+    return (
+        f"{given.share:g} of answers with the first token in {given.first_token_seconds:g} s and {given.token_seconds:g} s a "
+        f"token; so a target of {_scale(scaling)[1]}, a window of {scaling.window_seconds:g} s, container_concurrency "
+        f"{scaling.container_concurrency}, micro-batches of "
+        f"{spec.gateway.micro_batch_sequences or SchedulerLimits().micro_batch_sequences}"
+    )
 
 
 def _scale(scaling: Autoscaling) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from rich.live import Live
 
 from knative.commands.console import rich_table, show_table, size
 from knative.commands.fleet import FLEET_COLUMNS, fleet_lines, fleet_rows, fleet_status
-from knative.commands.local_pods import tokens_by_model, tokens_per_second
+from knative.commands.local_pods import objective_line, tokens_by_model, tokens_per_second
 from knative.commands.options import cluster_options, named_pipeline, state_option
 from knative.commands.state_folder import StateError, find_running
 from knative.spec.fleet_spec import is_fleet
@@ -167,7 +167,9 @@ def _on_this_machine(state: Path) -> _Source:
                 single = len(service["revisions"]) == 1
                 label = str(service["name"]) if single else f"{revision['name']} {revision['percent']} %"
                 rows.append(_row(label, revision, *tokens_per_second(revision, now, seen)))
-        return rows, [*_event_lines(answer.get("eventing") or {}), *_trouble_lines(answer)]
+        objective = objective_line([pod for service in answer["services"] for pod in _pods(service)])
+        lines = [] if objective is None else [objective]
+        return rows, [*lines, *_event_lines(answer.get("eventing") or {}), *_trouble_lines(answer)]
 
     def lines() -> _Lines:
         nonlocal looked

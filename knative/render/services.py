@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from functions.configuration.objective import Objective
 from knative.render.resolved_pipeline import ResolvedPipeline, labels
 from knative.spec.cut import format_cut
 from knative.spec.errors import SpecError
@@ -380,6 +381,7 @@ def gateway_environment(
             LAMINA_TOOL_PARSER=gateway.tool_parser,
             LAMINA_PARSE_CONTROL_TOKENS="on" if gateway.parse_control_tokens else None,
             LAMINA_STAGES_AT_ONCE=gateway.stages_at_once,
+            LAMINA_OBJECTIVE=_objective(pipeline.spec),
             LAMINA_COLD_START_TIMEOUT_SECONDS=gateway.cold_start_timeout_seconds,
             LAMINA_REQUEST_TIMEOUT_SECONDS=gateway.request_timeout_seconds,
             LAMINA_DRAIN_SECONDS=_drain_seconds(gateway.timeout_seconds),
@@ -404,6 +406,15 @@ def gateway_environment(
     if gateway.limits_secret is not None:
         env.append(_from_secret("LAMINA_LIMITS_STORE", gateway.limits_secret, "url"))
     return env
+
+
+def _objective(spec: PipelineSpec) -> str | None:
+    """What the gateway needs of the spec's objective, as JSON."""
+    if spec.objective is None:
+        return None
+    given = spec.objective
+    own = Objective(first_token_seconds=given.first_token_seconds, token_seconds=given.token_seconds, share=given.share)
+    return msgspec.json.encode(own).decode()
 
 
 def _jobs(pipeline: ResolvedPipeline, for_events: bool) -> dict[str, object]:

@@ -14,6 +14,7 @@ from eventing.wire.events import Cut
 from functions.configuration.pass_times import PassTimes
 from knative.spec.cut import parse_cut
 from knative.spec.errors import SpecError
+from knative.spec.objective import ObjectiveSpec
 from knative.spec.stage_overrides import PATH, changed, overridden
 from knative.webhook.values import parse_quantity
 
@@ -473,6 +474,8 @@ class PipelineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     image: str
     # Secret whose key `token` authenticates gateway and stages to each other. Unset: `{name}-pipeline`, which `deploy` creates.
     pipeline_token_secret: str | None = None
+    # What answers shall keep. Autoscaling and batches that the spec leaves open follow from it (docs/scaling.md). Unset: none
+    objective: ObjectiveSpec | None = None
     stage: StageSpec = StageSpec()
     stage_overrides: list[dict[str, Any]] = []  # each with `stage: 1` or `layers: 10:20`, and fields of `stage` to change
     gateway: GatewaySpec = GatewaySpec()

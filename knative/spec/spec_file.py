@@ -7,13 +7,14 @@ import msgspec
 import yaml
 
 from knative.spec.errors import SpecError, describe_fault
+from knative.spec.objective import with_objective
 from knative.spec.pipeline_spec import PipelineSpec
 
 
 def spec_from_dict(document: Any) -> PipelineSpec:
     """The spec in a parsed YAML document. Raises SpecError; its message begins with the path of the faulty field."""
     try:
-        return msgspec.convert(document, PipelineSpec)
+        return msgspec.convert(with_objective(document), PipelineSpec)
     except SpecError:
         raise
     except msgspec.ValidationError as error:

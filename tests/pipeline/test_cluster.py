@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +35,7 @@ from knative.cluster.status import COLUMNS, cluster_status, status_rows
 from knative.commands.model_choice import packaged_model
 from knative.render.access import deployer_role
 from knative.render.prune_script import is_ready
+from knative.spec.objective import ObjectiveSpec
 from knative.spec.pipeline_spec import (
     KEYS_ENTRY,
     Autoscaling,
@@ -85,6 +87,7 @@ API_KEYS: Final = "lamina-test-api-keys"
 CHANGE_SECONDS: Final = 300  # within which a change is done, under load; a rotation of the token is three
 CLIENTS: Final = 24
 KILL_SECONDS: Final = 20
+GROWN_SECONDS: Final = 10  # between the first and the last stage's second pod, if all are shown to lack one at once
 BREAK_SECONDS: Final = 15  # after a kill: within it its streams have broken, and the ingress knows that the pod is gone
 HPA: Final = Autoscaling(autoscaler_class="hpa", min_scale=1, max_scale=2)
 GATEWAY_HPA: Final = GatewayAutoscaling(autoscaler_class="hpa", min_scale=1, max_scale=2)
@@ -162,6 +165,32 @@ def test_a_new_revision_loses_no_answer(scenario: Scenario) -> None:
     with scenario.conversations.running(6):
         scenario.deploy(log_level="debug")
     assert scenario.stage_services() == before
+
+
+def test_prompts_that_wait_bring_pods_to_all_stages_at_once_and_a_scale_in_costs_no_answer(scenario: Scenario) -> None:
+    """With an objective that long prompts miss. Afterwards one conversation goes on while the youngest pods leave."""
+    objective = ObjectiveSpec(first_token_seconds=0.2, token_seconds=1.0)
+    scenario.deploy(objective=objective)
+    long = [f"{number}. " + PROMPTS[0] + " and so on" * 300 for number in range(CLIENTS)]
+    grown: dict[str, float] = {}
+
+    def all_have_two() -> bool:
+        for stage, count in scenario.stage_pods().items():
+            if count >= 2:
+                grown.setdefault(stage, time.monotonic())
+        return len(grown) == 3
+
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        answers = [clients.submit(scenario.gateway.complete, prompt, MAX_TOKENS) for prompt in long for _ in range(3)]
+        wait_until(all_have_two, 180, "two pods of every stage")
+        assert max(grown.values()) - min(grown.values()) <= GROWN_SECONDS
+        for answer in answers:
+            answer.result()
+    judged, within = scenario.judged_answers()
+    assert judged >= len(answers) > within
+    with scenario.conversations.running(1):
+        wait_until(lambda: set(scenario.stage_pods().values()) == {1}, 300, "one pod of every stage")
+    scenario.deploy()
 
 
 def test_another_cut_goes_out_beside_it_and_back_again(scenario: Scenario) -> None:

@@ -96,8 +96,9 @@ class Answer:
         self._span.end(error, end_attributes(self.outcome, error, self.completion_tokens, self.token_stream.cached_tokens))
         timings = self.timings()
         failure = error or ("cancelled" if self.outcome == "cancelled" else None)
-        seconds = (timings.total_seconds, timings.time_to_first_token_seconds)
-        self._metrics.gen_ai.observe(self._operation, failure, *seconds, self.completion_tokens)
+        total_seconds, first_seconds = timings.total_seconds, timings.time_to_first_token_seconds
+        self._metrics.judge(problem, self.outcome, first_seconds, total_seconds, self.completion_tokens)
+        self._metrics.gen_ai.observe(self._operation, failure, total_seconds, first_seconds, self.completion_tokens)
 
     def choice(self) -> Choice:
         """The complete answer, for the reply. Call it only when `done` is true."""

@@ -12,13 +12,15 @@ from typing import Final, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from eventing.problems import PROBLEMS
+from eventing.problems import PROBLEMS, Problem
 from eventing.wire.generation import FinishReason, GenerateRequest
+from functions.configuration.objective import Objective
 from functions.observing.telemetry import ANSWER_SECONDS, STEP_SECONDS, FunctionMetrics
 from functions.observing.tracing import Attributes
 
 OUTCOMES: Final = (*get_args(FinishReason), *(problem.name for problem in PROBLEMS.values()))
 PROVIDER: Final = "lamina"
+_SERVER_ERROR: Final = 500  # from this status on, a problem is not the client's
 _LABELS: Final = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
 # Bucket boundaries from the conventions.
 _REQUEST_SECONDS: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
@@ -57,10 +59,31 @@ class GatewayMetrics(FunctionMetrics):
             buckets=STEP_SECONDS,
             registry=registry,
         )
+        self.objective: Objective | None = None
+        self.objective_share = Gauge(
+            "lamina_gateway_objective_share", "Share of answers that shall be within the objective", registry=registry
+        )
+        self._judged = Counter(
+            "lamina_gateway_judged_answers", "Answers that an objective counts, complete or failed", registry=registry
+        )
+        self._within = Counter("lamina_gateway_answers_within_objective", "Those that were in time", registry=registry)
         self.gen_ai = GenAIMetrics(registry)
         self.answer = Histogram(
             "lamina_gateway_answer_seconds", "From the request to its last token", buckets=ANSWER_SECONDS, registry=registry
         )
+
+    def aim(self, objective: Objective | None) -> None:
+        """Sets the objective by which `judge` counts answers; None: it counts none."""
+        self.objective = objective
+        self.objective_share.set(0 if objective is None else objective.share)
+
+    def judge(self, problem: Problem | None, outcome: str, first_seconds: float, total_seconds: float, tokens: int) -> None:
+        """Counts an answer that has ended. Left out are those that clients cancelled, and refusals of what they asked."""
+        if self.objective is None or outcome == "cancelled" or (problem is not None and problem.status < _SERVER_ERROR):
+            return
+        self._judged.inc()
+        if problem is None and self.objective.met(first_seconds, total_seconds, tokens):
+            self._within.inc()
 
     def watch(self, stages: Sequence[str], refused: Callable[[int], int]) -> None:
         """Connects the gauge of refused addresses to its source.

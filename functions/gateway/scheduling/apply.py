@@ -23,7 +23,7 @@ from functions.gateway.scheduling.state import SchedulerState
 from functions.gateway.scheduling.stats import StageStats, seconds_on
 from functions.gateway.stages.client import ForwardReply, ReplyOrigin
 from functions.gateway.stages.failures import StageFailed
-from functions.gateway.stages.routes import SLOW_FROM, Instance
+from functions.gateway.stages.routes import Instance
 
 _log: Final = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ def stage_replied(state: SchedulerState, step: Step, stage: int, reply: ForwardR
     stats.step(seconds, step.decode_tokens, reply.exchange_seconds, reply.engine_seconds)
     if reply.pass_tokens and state.placement.ready_counts()[stage] > 1:
         _note_pass(stats, step.trip.instances[stage], reply)
+    if step.micro_batch is None:
+        stats.prompt_pass(reply.pass_tokens, reply.pass_seconds)
     if stage == state.placement.num_stages - 1:
         for row, (sequence, chunk) in zip(rows, chunks, strict=True):
             if row.status is Status.OK and _is_incomplete(row.result, sequence, chunk):
@@ -83,9 +85,9 @@ def _note_pass(stats: StageStats, instance: Instance, reply: ForwardReply) -> No
     stats.passes.step(reply.pass_tokens, reply.pass_seconds)
     # By all sizes: a slow instance gets small steps, which no other may have measured.
     quickest = seconds_on(stats.passes.points(), reply.pass_tokens) or reply.pass_seconds
-    was_slow = instance.pace >= SLOW_FROM
+    was_slow = instance.slow
     instance.passed(reply.pass_seconds, quickest, time.monotonic())
-    if (instance.pace >= SLOW_FROM) is not was_slow:
+    if instance.slow is not was_slow:
         what = "as quick again as" if was_slow else f"{instance.pace:.1f} times as slow as"
         _log.warning("stage %d: passes of %s are %s the quickest there", instance.stage, instance.url, what)
 

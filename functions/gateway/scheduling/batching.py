@@ -11,6 +11,7 @@ from typing import Final
 
 from functions.gateway.scheduling.stats import RowCosts, seconds_on
 
+PROMPT_SECONDS: Final = 1.0  # of SchedulerLimits, without an objective
 IN_FLIGHT_PER_INSTANCE: Final = 2  # micro-batches per instance of the narrowest stage: above Knative's target, so that it grows
 FAR_SHARE: Final = 0.5  # the network must take this share of the stages' seconds before micro-batches are divided for it
 _MAX_FACTOR_FOR_NETWORK: Final = 4  # bounds micro-batches added for a network, whose seconds are estimates
@@ -27,6 +28,7 @@ class SchedulerLimits:
     stages_at_once: int = 0  # 0: all
     draft_tokens: int = 0  # 0: no speculation
     cold_start_timeout_seconds: float = 300.0
+    prompt_seconds: float = PROMPT_SECONDS  # how long prompts may wait at a stage before it lacks instances
 
 
 def micro_batches_allowed(
@@ -65,6 +67,21 @@ def micro_batches_wanted(
     """
     wanted = min(sequences, allowed, max(stages_at_once, math.ceil(sequences / max_sequences)))
     return wanted if filling is None or wanted < 1 else min(sequences, allowed, filling(sequences, wanted))
+
+
+def lacking_instances(
+    prompt_tokens: float, token_seconds: Items[float], ready_instances: Items[int], most_seconds: float
+) -> list[int]:
+    """Per stage, how many more instances would compute the prompts that wait within `most_seconds`.
+
+    prompt_tokens: that no stage has computed. token_seconds: per stage, of one token of a prompt in a large pass; 0: unknown,
+    which lacks none. Every stage is judged by itself, so that all are shown to lack instances at once; the narrowest one holds
+    the prompts back from the others, and these would seem to lack instances one after the other.
+    """
+    return [
+        max(0, math.ceil(prompt_tokens * seconds / most_seconds) - max(1, count))
+        for seconds, count in zip(token_seconds, ready_instances, strict=True)
+    ]
 
 
 def admissible_sequences(running: int, allowed: int, max_sequences: int) -> int:

@@ -46,8 +46,9 @@ def decide(state: SchedulerState, now: float) -> list[Action]:
     if now >= state.wake_ups.next_at and (stranded or has_waiting):
         first_round = state.no_route_since is None or now - state.no_route_since < PAUSE_SECONDS
         actions += state.wake_ups.begin(state.placement, all_stages=first_round)
-    if state.waiting.backlog.sequences:
-        actions += state.backlog_signals.send(state.waiting.backlog, state.placement, now)
+    lacking = state.lacking_instances(now)
+    if state.waiting.backlog.sequences or any(lacking):
+        actions += state.backlog_signals.send(state.waiting.backlog, lacking, state.placement, now)
     actions += state.take_releases()
     return actions
 
@@ -257,10 +258,13 @@ def _last_prompt_steps(state: SchedulerState) -> dict[str, int]:
 
 
 def _by_turns(prompts: list[Sequence], last_step: Mapping[str, int]) -> list[Sequence]:
-    """The first sequence of each client, then each client's second, and so on, longest without a chunk first."""
+    """The first sequence of each client, then each client's second, and so on.
+
+    A client's answers that were interrupted go before its new prompts, and then those that are longest without a chunk.
+    """
     taken: Counter[str] = Counter()
     order: list[tuple[int, int, Sequence]] = []
-    for sequence in sorted(prompts, key=lambda each: each.last_chunk_step):
+    for sequence in sorted(prompts, key=lambda each: (not each.has_drawn, each.last_chunk_step)):
         client_id = sequence.prompt.client_id
         order.append((taken[client_id], last_step[client_id], sequence))
         taken[client_id] += 1

@@ -7,6 +7,7 @@ that follow from the stages' replies.
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
+from typing import Final
 
 from eventing.problems import DeadlineExceeded, PipelineUnavailable, Problem
 from eventing.wire.control import ReleaseRow
@@ -15,6 +16,7 @@ from functions.gateway.scheduling.actions import Release
 from functions.gateway.scheduling.batching import (
     FAR_SHARE,
     SchedulerLimits,
+    lacking_instances,
     micro_batches_allowed,
     micro_batches_that_fill,
     micro_batches_wanted,
@@ -29,6 +31,8 @@ from functions.gateway.stages.client import Trip
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.routes import Instance, Placement
 from functions.gateway.stages.where_held import WhereHeld
+
+_DEMAND_SECONDS: Final = 0.1  # between two looks at all prompts that wait
 
 
 class SchedulerState:
@@ -51,6 +55,8 @@ class SchedulerState:
         self.leases = LeaseRenewals()
         self.wake_ups = WakeUps()
         self.backlog_signals = BacklogSignals()
+        self._lacking: list[int] = []  # see `lacking_instances`
+        self._lacking_until = 0.0  # in time.monotonic()
         self._abandoned: dict[str, int] = {}  # id → attempt of sequences that ended while a step still carried them
         self._releases: defaultdict[Instance, list[ReleaseRow]] = defaultdict(list)  # to be sent
 
@@ -90,6 +96,18 @@ class SchedulerState:
                 network_seconds=sum([stage.network_seconds for stage in self.stats.stages]),
             )
         return micro_batches_wanted(sequences, stages_at_once, self.limits.micro_batch_sequences, allowed, filling)
+
+    def lacking_instances(self, now: float) -> list[int]:
+        """Per stage, how many instances it lacks to compute the prompts that wait in time. Looked at every _DEMAND_SECONDS."""
+        if now >= self._lacking_until:
+            tokens = sum(len(sequence.tokens) for sequence in self.waiting)
+            for batch in self.micro_batches:
+                tokens += sum(len(each.tokens) - each.progress.held_everywhere - 1 for each in batch.sequences)
+            seconds = [stage.prompt_token_seconds for stage in self.stats.stages]
+            ready = self.placement.ready_counts()
+            self._lacking = lacking_instances(tokens, seconds, ready, self.limits.prompt_seconds)
+            self._lacking_until = now + _DEMAND_SECONDS
+        return self._lacking
 
     def _is_far(self) -> bool:
         """Whether the network takes so much of a round that other micro-batches should compute meanwhile."""

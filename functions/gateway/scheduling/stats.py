@@ -13,6 +13,8 @@ _QUICKER_WEIGHT: Final = 0.3  # weight of a new measurement that is quicker than
 _SLOWER_WEIGHT: Final = 0.01  # weight of a slower one: waiting makes steps slow, nothing makes them quick
 _SLOWER_COST_WEIGHT: Final = 0.02  # the same for costs of rows
 _SIZE_LIMITS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # sizes up to each limit are taken as alike
+_FEWEST_PROMPT_TOKENS: Final = 32  # smaller passes do not measure the speed of prompts
+_PROMPT_WEIGHT: Final = 0.2  # weight of the newest pass in the seconds of a prompt token
 _ASSUMED_TOKEN_COST: Final = 0.02  # share of a step that one more token is assumed to cost beyond all measured sizes
 _MAX_AGE_STEPS: Final = 2_000  # older measurements are dropped, so that their size is tried again
 
@@ -85,6 +87,7 @@ class StageStats:
     network_seconds: float = 0.0  # an event's way to the stage and back; moving estimate
     costs: RowCosts = field(default_factory=RowCosts)  # decode steps at the stage, without the network
     passes: RowCosts = field(default_factory=RowCosts)  # forward passes at the stage, without queueing
+    prompt_token_seconds: float = 0.0  # of a token in passes with prompt chunks; moving average, 0: unknown
 
     def step(
         self, seconds: float, decode_tokens: int, exchange_seconds: float = 0.0, engine_seconds: float | None = None
@@ -103,6 +106,12 @@ class StageStats:
             self.costs.step(decode_tokens, at_stage)
             self.service_seconds = _moved_estimate(self.service_seconds, seconds)
             self.network_seconds = _moved_estimate(self.network_seconds, max(0.0, seconds - at_stage))
+
+    def prompt_pass(self, tokens: int, seconds: float) -> None:
+        """Adds a forward pass that computed a prompt chunk. tokens: of all events in the pass."""
+        if tokens >= _FEWEST_PROMPT_TOKENS:
+            weight = _PROMPT_WEIGHT if self.prompt_token_seconds else 1.0
+            self.prompt_token_seconds += weight * (seconds / tokens - self.prompt_token_seconds)
 
 
 def _moved_estimate(estimate: float, seconds: float) -> float:

@@ -6,6 +6,7 @@ import random
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Items
 from typing import Final
 
 from eventing.wire.control import HOLD_SECONDS
@@ -19,6 +20,7 @@ AGEING_TURNS: Final = 4  # one in so many turns disregards priorities
 _FIRST_BACK_OFF_SECONDS: Final = 0.02
 _LONGEST_BACK_OFF_SECONDS: Final = 1.0
 _OVERTAKE_FACTOR: Final = 4
+_NEVER_FREE_TOKENS: Final = 9_999_999_999  # no stage has so many, so that it holds its reply for HOLD_SECONDS
 
 
 class Entering:
@@ -150,31 +152,36 @@ class MemoryBacklog:
 
 
 class BacklogSignals:
-    """Requests that full stages hold open, so that their autoscalers see the memory backlog.
+    """Requests that stages hold open, so that their autoscalers see what waits in the gateway: for memory, or for compute.
 
-    A pod that is full of long answers may have a single event in flight, or none. Its autoscaler would add no pod while
-    sequences wait in the gateway. So each instance of such a stage gets releases without rows, to which it replies only when it
-    has memory, or after HOLD_SECONDS.
+    A pod that is full of long answers may have a single event in flight, or none, and prompts are held back by the narrowest
+    stage. Autoscalers would add no pod, or one stage after the other. So instances of each stage that lacks memory or instances
+    get releases without rows, to which they reply only when they have memory, or after HOLD_SECONDS.
     """
 
     def __init__(self) -> None:
         self._open: dict[Release, float] = {}  # when each was sent, in time.monotonic()
         self._not_before: dict[Instance, float] = {}  # next request to an instance that holds no reply, in time.monotonic()
 
-    def send(self, backlog: MemoryBacklog, placement: Placement, now: float) -> list[Release]:
-        """Returns the releases to send now to instances of stages that lack memory for the oldest sequence of the backlog.
+    def send(self, backlog: MemoryBacklog, lacking: Items[int], placement: Placement, now: float) -> list[Release]:
+        """Returns the releases to send now, to all stages at once.
 
-        At each stage as many are open as the backlog has sequences, at most IN_FLIGHT_PER_INSTANCE for each instance. The
-        backlog must not be empty. now: in time.monotonic().
+        At a stage that lacks memory for the oldest sequence of the backlog as many are open as the backlog has sequences; at
+        one that lacks instances, IN_FLIGHT_PER_INSTANCE for each of them; and at most IN_FLIGHT_PER_INSTANCE at each instance.
+        lacking: instances that each stage lacks. now: in time.monotonic().
         """
         self._not_before = {instance: moment for instance, moment in self._not_before.items() if moment > now}
-        tokens = backlog.sequences[0].reserve_tokens
+        needed = backlog.sequences[0].reserve_tokens if backlog.sequences else 0
         sent: list[Release] = []
-        for stage in range(placement.num_stages):
-            instances = [] if placement.has_memory(stage, tokens) else placement.usable(stage)
-            wanted = [*instances] * IN_FLIGHT_PER_INSTANCE
-            lacking = Counter(wanted[: len(backlog.sequences)]) - Counter(release.instance for release in self._open)
-            sent += [Release(instance, (), tokens) for instance in lacking.elements() if instance not in self._not_before]
+        for stage, instances_lacking in enumerate(lacking):
+            count, tokens = IN_FLIGHT_PER_INSTANCE * instances_lacking, _NEVER_FREE_TOKENS
+            if needed and not placement.has_memory(stage, needed):
+                count, tokens = max(count, len(backlog.sequences)), needed
+            if not count:
+                continue
+            wanted = placement.usable(stage) * IN_FLIGHT_PER_INSTANCE
+            missing = Counter(wanted[:count]) - Counter(release.instance for release in self._open)
+            sent += [Release(instance, (), tokens) for instance in missing.elements() if instance not in self._not_before]
         self._open |= dict.fromkeys(sent, now)
         return sent
 

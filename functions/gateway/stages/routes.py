@@ -23,9 +23,11 @@ LONGEST_SUSPENSION_SECONDS: Final = 5.0
 TOKENS_OF_A_ROUTE: Final = 512  # held by an instance, they are worth one route: it may carry one more than others
 REBALANCE_AT: Final = 2  # an instance that carries so many routes more than another gives one away
 SLOW_FROM: Final = 2.0  # an instance whose passes take so many times as long as its quickest peer's gets less work
-_MOST_SLOWNESS: Final = 8.0  # of one pass: a single pause of the process does not make an instance slow
-_PACE_WEIGHT: Final = 0.1  # of the newest pass: seven passes of thrice the seconds make an instance slow
+_QUICK_BELOW: Final = 1.5  # a slow one is quick again below this
+_MOST_SLOWNESS: Final = 4.0  # of one pass: a pause of the process does not make an instance slow
+_PACE_DECAY: Final = 0.95  # share of the sums that is kept with each pass: they are of the last twenty
 _PACE_SECONDS: Final = 30.0  # an instance whose last pass is older gets a try
+_FIRST_PASSES: Final = 10  # with which a new instance counts as quick
 _SHORT_PASS_SECONDS: Final = 0.002  # added to both sides of a comparison: jitter of short passes does not count
 _MOST_LINEAGES: Final = 16  # that are remembered of an instance
 
@@ -128,8 +130,11 @@ class Instance:
     templates: dict[str, RequestTemplate] = field(default_factory=dict)  # by event type; see StageClient
     failures: int = 0  # since its last reply
     suspended_until: float = 0.0  # in time.monotonic()
-    pace: float = 1.0  # seconds of its passes by those of the stage's quickest passes of that size; moving estimate
+    # Decaying sums over its passes: their seconds, and those of the stage's quickest passes of that size.
+    pass_seconds: float = 0.0
+    quickest_seconds: float = 0.0
     paced_at: float = 0.0  # its last pass, in time.monotonic()
+    slow: bool = False  # its pace has reached SLOW_FROM, and has not fallen below _QUICK_BELOW since
 
     def suspended(self, now: float) -> bool:
         """Whether events to the instance would probably fail, because it failed recently. now: in time.monotonic()."""
@@ -152,10 +157,18 @@ class Instance:
     def passed(self, seconds: float, quickest_seconds: float, now: float) -> None:
         """Records a forward pass. quickest_seconds: of a pass of that size at the stage's quickest instance. now: monotonic."""
         if now - self.paced_at > _PACE_SECONDS:
-            self.pace = 1.0
-        ratio = (seconds + _SHORT_PASS_SECONDS) / (quickest_seconds + _SHORT_PASS_SECONDS)
-        self.pace += _PACE_WEIGHT * (min(_MOST_SLOWNESS, ratio) - self.pace)
+            self.pass_seconds = self.quickest_seconds = _FIRST_PASSES * quickest_seconds
+            self.slow = False
+        self.pass_seconds = _PACE_DECAY * self.pass_seconds + min(seconds, _MOST_SLOWNESS * quickest_seconds)
+        self.quickest_seconds = _PACE_DECAY * self.quickest_seconds + quickest_seconds
         self.paced_at = now
+        self.slow = self.pace >= (_QUICK_BELOW if self.slow else SLOW_FROM)
+
+    @property
+    def pace(self) -> float:
+        """How many times as long its last passes took as the stage's quickest ones; jitter of short passes does not count."""
+        passes = _SHORT_PASS_SECONDS / (1 - _PACE_DECAY)
+        return (self.pass_seconds + passes) / (self.quickest_seconds + passes)
 
     def suspend(self, now: float) -> None:
         """Gives the instance no work for a while, which is longer after each failure.
@@ -375,7 +388,7 @@ class Placement:
 
     def slowness(self, route: Route) -> float:
         """How many times as long the passes of the route's slowest instance take as those of its stage's quickest; 1: alike."""
-        if all(instance.pace < SLOW_FROM for instance in route.instances):
+        if not any(instance.slow for instance in route.instances):
             return 1.0
         return max([slowness_of(self._current[each.stage]).get(each.url, 1.0) for each in route.instances])
 
@@ -396,13 +409,14 @@ class Placement:
 
 
 def slowness_of(instances: Sequence[Instance]) -> dict[str, float]:
-    """By URL of those of a stage's instances whose passes take at least SLOW_FROM times as long as the quickest's: how many."""
-    if all(instance.pace < SLOW_FROM for instance in instances):
+    """By URL of a stage's slow instances: how many times as long their passes take as those of the quickest instance."""
+    if not any(instance.slow for instance in instances):
         return {}
     since = time.monotonic() - _PACE_SECONDS
-    paces = {instance.url: instance.pace for instance in instances if instance.paced_at >= since}
-    quickest = min(paces.values(), default=1.0)
-    return {url: pace / quickest for url, pace in paces.items() if pace >= SLOW_FROM * quickest}
+    measured = [instance for instance in instances if instance.paced_at >= since]
+    quickest = min((instance.pace for instance in measured), default=1.0)
+    paces = {instance.url: instance.pace / quickest for instance in measured if instance.slow}
+    return {url: pace for url, pace in paces.items() if pace >= _QUICK_BELOW}
 
 
 def _lacks(instance: Instance, reserve_tokens: int) -> bool:

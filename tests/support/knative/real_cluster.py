@@ -456,6 +456,12 @@ class Scenario:
         stages = [pod for pod in pods(self.cluster, self.where, STAGES) if phase_of(pod) == "ready"]
         return sum(metric(self.where, pod["metadata"]["name"], "lamina_stage_sequences") for pod in stages)
 
+    def judged_answers(self) -> tuple[float, float]:
+        """Answers that the gateway's pods counted for the objective, and those within it."""
+        names = ("lamina_gateway_judged_answers_total", "lamina_gateway_answers_within_objective_total")
+        judged, within = (sum(metric(self.where, pod, name) for pod in self.gateway_pods()) for name in names)
+        return judged, within
+
     def stage_pods(self) -> dict[str, int]:
         """Number of pods that are not terminating, by Service."""
         counts: dict[str, int] = {}

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from functions.gateway.scheduling.batching import (
+    lacking_instances,
     micro_batches_allowed,
     micro_batches_that_fill,
     micro_batches_wanted,
@@ -144,3 +145,11 @@ def test_seconds_of_steps_are_split_into_parts_that_add_up() -> None:
     assert sum(parts.values()) == pytest.approx(stats.steps_seconds)
     assert 3 * 11 * 0.01 < parts["exchange"] < stats.steps_seconds <= took
     assert min(parts.values()) > 0
+
+
+def test_all_stages_that_would_be_late_lack_instances_at_once() -> None:
+    """20,000 tokens of prompts within a second: 0.1 ms a token takes two instances, 0.2 ms four. One stage was not measured."""
+    seconds = [0.0001, 0.0002, 0.0]
+    assert lacking_instances(20_000, seconds, [1, 1, 1], 1.0) == [1, 3, 0]
+    assert lacking_instances(20_000, seconds, [2, 3, 1], 1.0) == [0, 1, 0]
+    assert lacking_instances(5_000, seconds, [0, 0, 0], 1.0) == [0, 0, 0]

@@ -6,11 +6,17 @@ from contextlib import contextmanager
 
 import pytest
 
+from bench.pipeline import local_spec
 from eventing.problems import InvalidRequest
 from eventing.wire.control import HOLD_SECONDS
 from eventing.wire.events import EventType
+from functions.gateway.scheduling.batching import IN_FLIGHT_PER_INSTANCE
 from functions.gateway.stages.routes import Endpoint, Placement
 from functions.stage.engine.sequences import MAX_MEMORY_WAITERS
+from knative.local.autoscaler.revision_autoscaler import RevisionAutoscaler
+from knative.local.autoscaler.revision_settings import revision_settings
+from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.render.services import stage_service
 from tests.support.functions.gateway import check, counted, nothing_left, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import Fault, StageServer, counting_stage, counting_stages, inspecting, running
 
@@ -210,6 +216,35 @@ def test_a_new_instance_is_used_for_its_memory_although_one_micro_batch_could_ho
             assert not any(stream.finish_reason for stream in streams[:1]), "all of them run at the same time"
             assert (old.engine.sequences, new.engine.sequences) == (2, 2)
             check(streams, [[number] * 5 for number in range(len(streams))], 45)
+
+
+# Prompts that would wait too long are in flight, too, at all stages that lack instances.
+
+
+@pytest.mark.slow
+def test_prompts_that_wait_are_in_flight_at_all_slow_stages_at_once() -> None:
+    with counting_stages() as stages, scheduling(stages, chunk_tokens=32) as scheduler:
+        stages[0].seconds = stages[2].seconds = 0.05  # 1.6 ms a token
+        streams = [submit(scheduler, [1] * 320, 2) for _ in range(10)]
+        wait_until(lambda: signals(stages) == [MAX_MEMORY_WAITERS, 0, MAX_MEMORY_WAITERS])
+        for stream in streams:
+            stream.cancel()
+        wait_until(lambda: signals(stages) == [0, 0, 0])
+
+
+@pytest.mark.parametrize(("lacking", "wanted"), [(0, 1), (1, 2), (3, 4)])
+def test_signals_make_the_autoscaler_want_the_instances_that_lack(lacking: int, wanted: int) -> None:
+    """With a pod that is busy with passes, so that Knative wants no other, and the default settings."""
+    pipeline = ResolvedPipeline(local_spec("chat", model={"name": "tiny"}, cut="0:1"), ((0, 1),), "0" * 64)
+    settings = revision_settings(stage_service(pipeline, 0)["spec"]["template"])
+    autoscaler = RevisionAutoscaler(settings, ready=1, now=0.0)
+    for second in range(60):
+        autoscaler.record(second, 1.0 + IN_FLIGHT_PER_INSTANCE * lacking * (second >= 40), 0.0)
+        if second % 2:
+            autoscaler.decide(second + 0.5, 1)
+        if second == 39:
+            assert autoscaler.desired_scale == 1
+    assert wanted <= autoscaler.desired_scale <= wanted + 1
 
 
 # Memory for open-ended answers is reserved as they grow.

@@ -94,15 +94,17 @@ def test_an_instance_at_a_third_of_its_peers_speed_gets_a_quarter_of_the_routes(
     assert (slow.routes, quick.routes) == (2, 2)
     now = time.monotonic()
     paced(quick, 1.0, 20, now)
-    paced(slow, 50.0, 1, now)  # a pause of the process
-    assert placed.unbalanced() is None
-    paced(slow, 3.0, 20, now)
+    for _ in range(20):  # pauses of the process
+        paced(slow, 50.0, 1, now)
+        paced(slow, 1.0, 4, now)
+        assert placed.unbalanced() is None
+    paced(slow, 3.0, 30, now)
     assert placed.unbalanced() == (slow, quick)
     next(route for route in routes if slow in route.instances).replace(quick)
     assert placed.unbalanced() is None
     assert placed.least_used(1) is quick, "1 route beside 3"
     assert [placed.slowness(route) > 2 for route in routes if slow in route.instances] == [True]
-    paced(slow, 1.0, 20, now)
+    paced(slow, 1.0, 40, now)
     assert placed.unbalanced() == (quick, slow)
 
 
@@ -114,7 +116,7 @@ def test_a_slow_instance_without_routes_gets_a_try_after_a_while() -> None:
     paced(quick, 1.0, 1, time.monotonic())
     assert placed.least_used(1) is slow
     paced(slow, 3.0, 1, time.monotonic())
-    assert slow.pace < 2, "what it was is forgotten"
+    assert not slow.slow, "what it was is forgotten"
 
 
 def test_stages_that_are_slow_as_a_whole_have_no_slow_instance() -> None:
