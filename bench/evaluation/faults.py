@@ -91,7 +91,7 @@ def _send(pod: LocalPod, number: signal.Signals) -> None:
 def main(way: str, seconds: int, seed: int, slow: bool, kill: bool, state: Path) -> None:
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     plan = Plan()
-    trace = make_loads(seconds, plan.emulated_peak, seed, None)["bursts"].with_answers_within(plan.answer_tokens)
+    trace = make_loads(seconds, plan.peak, seed, None, plan.bursts)["bursts"].with_answers_within(plan.answer_tokens)
     faults = Faults(random.Random(seed), slow, kill)
     with EmbeddedStore(STATE / "load" / STORE_FOLDER) as embedded:
         store = ObjectStore(embedded.settings)
