@@ -28,7 +28,9 @@ _LAYER_BYTES: Final = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 
 # Bytes of a number in embedding and head.
 _OUTER_BYTES: Final = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0625, "q4": 1.0625, "kept": 1.0625}
 
-_UNGATED: Final = frozenset({"gpt2", "opt", "bloom", "gpt_neox", "gptj", "phi", "falcon", "starcoder2", "nemotron"})
+_UNGATED: Final = frozenset(
+    {"arcee", "bloom", "falcon", "gpt2", "gpt_neox", "gptj", "jais2", "nemotron", "openai-gpt", "opt", "phi", "starcoder2"}
+)
 """Families whose feed-forward has two matrices instead of a gated three."""
 _TIED: Final = frozenset({"gpt2", "opt", "bloom", "falcon", "gemma", "gemma2", "gemma3_text", "cohere"})
 """Families that share embedding and head although their config.json does not say so."""
@@ -219,7 +221,7 @@ class _Decoder:
         self.hidden = self.size("hidden_size", "n_embd", "d_model")
         has_attention = any(layer.has_kv for layer in self.sizes) or not self.sizes
         self.heads = self.size("num_attention_heads", "n_head", "n_heads") if has_attention else 1
-        self.head_size = self.optional("head_dim") or self.hidden // self.heads
+        self.head_size = self.optional("head_dim", "attention_head_dim") or self.hidden // self.heads
         self.vocabulary = self.size("vocab_size")
         self.tied = bool(self.config.get("tie_word_embeddings", self.config.get("model_type") in _TIED))
         if self.config.get("multi_query") and not self.config.get("new_decoder_architecture"):  # Falcon
@@ -267,9 +269,11 @@ class _Decoder:
         if not experts:
             inner = self.optional("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden
             return (attention + matrices * hidden * inner,) * 2
-        inner = self.optional("moe_intermediate_size") or self.size("intermediate_size")
+        inner = self.optional("moe_intermediate_size", "expert_ffn_hidden_size") or self.size("intermediate_size")
         shared = self.optional("n_shared_experts") or 0
-        chosen = self.optional("num_experts_per_tok", "num_experts_per_token", "top_k_experts") or experts
+        chosen = self.optional("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk") or experts
+        if self.config.get("model_type") == "longcat_flash":  # two attentions and two feed-forwards beside the experts
+            attention = 2 * (attention + matrices * hidden * self.size("ffn_hidden_size"))
         router, expert = hidden * experts, matrices * hidden * inner
         return attention + router + (experts + shared) * expert, attention + router + (chosen + shared) * expert
 

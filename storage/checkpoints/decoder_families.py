@@ -227,6 +227,10 @@ def _scale_of_gemma(values: Values, *_: int) -> float:
     return scale
 
 
+def _scale_of_hyperclovax(values: Values, head_dim: int, _: int) -> float:
+    return head_dim**-0.5 if values.get("attention_multiplier") is None else values.number("attention_multiplier")
+
+
 def _unrotated_in_smollm(values: Values) -> tuple[bool, ...]:
     given = values.get("no_rope_layers")
     if given is not None:
@@ -489,6 +493,25 @@ _SHARED_EXPERTS: Final = TensorNames(
     shared=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj")
 )
 _GEMMA: Final[dict[str, Any]] = {"head_dim": 256, "tie_word_embeddings": True}
+_GEMMA_2: Final[Mapping[str, Any]] = {
+    **_GEMMA,
+    "num_key_value_heads": 4,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
+}
+_LIKE_GEMMA_2: Final[Mapping[str, Any]] = {
+    "gain_plus_one": True,
+    "embedding_scale": _root_of_size,
+    "scale": _scale_of_gemma,
+    "attention_soft_cap": "attn_logit_softcapping",
+    "logit_soft_cap": "final_logit_softcapping",
+    "windows": lambda values: _windows(values, lambda layer: layer % 2 == 0),
+    **LLAMA_BIASES,
+}
 _GRANITE: Final = dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"), 1.0)
 _LIKE_GRANITE: Final[Mapping[str, Any]] = {
     "scale": lambda values, *_: values.number("attention_multiplier"),
@@ -608,6 +631,76 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
         mlp_bias="mlp_bias",
         **LLAMA_BIASES,
     ),
+    "arcee": DecoderFamily(
+        source="arcee.modeling_arcee:ArceeDecoderLayer",
+        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "relu2"},
+        mlp_bias="mlp_bias",
+        gated=False,
+        **LLAMA_BIASES,
+    ),
+    "cwm": DecoderFamily(
+        source="cwm.modeling_cwm:CwmDecoderLayer",
+        defaults={
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 8192,
+            "rope_theta": 1_000_000.0,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1_000_000.0,
+                "factor": 16.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+        mlp_bias="mlp_bias",
+        windows=_windows_but_every_fourth,
+    ),
+    "helium": DecoderFamily(
+        source="helium.modeling_helium:HeliumDecoderLayer",
+        defaults={
+            "max_position_embeddings": 4096,
+            "num_key_value_heads": 20,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-8,
+            "rope_theta": 100_000.0,
+        },
+        qkv_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        rope="neighbours",
+    ),
+    "internlm3": DecoderFamily(
+        source="llama.modeling_llama:LlamaDecoderLayer",
+        defaults={"max_position_embeddings": 32_768, "num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1e-5},
+        aliases={"qkv_bias": "attention_bias", "bias": "mlp_bias"},
+        mlp_bias="mlp_bias",
+        **LLAMA_BIASES,
+    ),
+    "iquestcoder": DecoderFamily(
+        source="llama.modeling_llama:LlamaDecoderLayer",
+        defaults={"max_position_embeddings": 131_072, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5},
+        mlp_bias="mlp_bias",
+        **LLAMA_BIASES,
+    ),
+    "jais2": DecoderFamily(
+        source="jais2.modeling_jais2:Jais2DecoderLayer",
+        defaults={
+            "max_position_embeddings": 8192,
+            "layer_norm_eps": 1e-5,
+            "hidden_act": "relu2",
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+        norm="layer",
+        eps="layer_norm_eps",
+        norm_bias=True,
+        mlp_bias="mlp_bias",
+        gated=False,
+        **LLAMA_BIASES,
+    ),
     "ministral": DecoderFamily(
         source="ministral.modeling_ministral:MinistralDecoderLayer",
         defaults={"max_position_embeddings": 131_072, "sliding_window": 4096, "num_key_value_heads": 8},
@@ -673,26 +766,18 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
     ),
     "gemma2": DecoderFamily(
         source="gemma2.modeling_gemma2:Gemma2DecoderLayer",
-        defaults=_GEMMA
-        | {
-            "num_key_value_heads": 4,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "max_position_embeddings": 8192,
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 4096,
-            "final_logit_softcapping": 30.0,
-            "attn_logit_softcapping": 50.0,
-        },
+        defaults=_GEMMA_2,
         keys={"hidden_act": "hidden_activation"},
         names=_FOUR_NORMS,
         norms=EVERYWHERE,
-        gain_plus_one=True,
-        embedding_scale=_root_of_size,
-        scale=_scale_of_gemma,
-        attention_soft_cap="attn_logit_softcapping",
-        logit_soft_cap="final_logit_softcapping",
-        windows=lambda values: _windows(values, lambda layer: layer % 2 == 0),
-        **LLAMA_BIASES,
+        **_LIKE_GEMMA_2,
+    ),
+    "vaultgemma": DecoderFamily(
+        source="vaultgemma.modeling_vaultgemma:VaultGemmaDecoderLayer",
+        defaults=_GEMMA_2,
+        keys={"hidden_act": "hidden_activation"},
+        names=TensorNames(before_feed_forward="pre_feedforward_layernorm"),
+        **_LIKE_GEMMA_2,
     ),
     "gemma3_text": DecoderFamily(
         source="gemma3.modeling_gemma3:Gemma3DecoderLayer",
@@ -809,6 +894,20 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
         **_LIKE_GRANITE,
         **LLAMA_BIASES,
     ),
+    "hyperclovax": DecoderFamily(
+        source="hyperclovax.modeling_hyperclovax:HyperCLOVAXDecoderLayer",
+        defaults={"max_position_embeddings": 2048, **_GRANITE, "attention_multiplier": None, "use_post_norm": True},
+        names=TensorNames(after_attention="post_norm1", after_feed_forward="post_norm2"),
+        norms=EVERYWHERE,
+        mlp_bias="mlp_bias",
+        only=lambda _: {"use_post_norm": True},
+        **_LIKE_GRANITE
+        | LLAMA_BIASES
+        | {
+            "scale": _scale_of_hyperclovax,
+            "logit_scale": lambda values: values.number("logits_scaling"),  # Granite divides by it
+        },
+    ),
     "granite_swa": DecoderFamily(
         source="granite_swa.modeling_granite_swa:GraniteSWADecoderLayer",
         defaults={
@@ -866,6 +965,12 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
         aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
         names=_SHARED_EXPERTS,
         experts=_ROUTED_EXPERTS,
+        **_LATENT_ATTENTION,
+    ),
+    "youtu": DecoderFamily(
+        source="youtu.modeling_youtu:YoutuDecoderLayer",
+        defaults={"max_position_embeddings": 131_072, "tie_word_embeddings": True, **_LATENT},
+        unread=frozenset(("embedding_initializer_range",)),
         **_LATENT_ATTENTION,
     ),
     "glm4_moe_lite": DecoderFamily(
@@ -987,6 +1092,20 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
         unrotated=_full_layers,
         logit_scale=lambda values: values.number("logit_scale"),
         **LLAMA_BIASES,
+    ),
+    "glm": DecoderFamily(
+        source="glm.modeling_glm:GlmDecoderLayer",
+        defaults={
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rms_norm_eps": 1.5625e-07,
+            "attention_bias": True,
+        },
+        names=TensorNames(gate="mlp.gate_up_proj", up="mlp.gate_up_proj"),
+        qkv_bias="attention_bias",
+        rope="neighbours",
+        rope_share=0.5,
     ),
     "glm4": DecoderFamily(
         source="glm4.modeling_glm4:Glm4DecoderLayer",

@@ -6,7 +6,7 @@ Any other decoder runs by transformers' modules, unless it is listed here. Publi
 
 import re
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from storage.errors import ArchitectureUnsupported
 
@@ -17,14 +17,14 @@ EMBEDDING_MODULES: Final = frozenset({
 })  # fmt: skip
 """Modules before the layers, which the first stage runs."""
 HEAD_MODULES: Final = frozenset({
-    "decoder", "embed_out", "embedding_norm", "final_layer_norm", "final_layernorm", "final_norm", "layer_norm", "layernorm",
-    "lm_head", "ln_f", "norm", "norm_f", "output_projection", "project_out",
+    "decoder", "embed_out", "embedding_norm", "final_layer_norm", "final_layernorm", "final_norm", "head", "layer_norm",
+    "layernorm", "lm_head", "ln_f", "ln_out", "norm", "norm_f", "out_norm", "output_projection", "project_out",
 })  # fmt: skip
 """Modules after the layers, which the last stage runs."""
 
 REFUSED: Final[Mapping[str, str]] = {
     "blt": "its layers run over patches of bytes, not over tokens",
-    "cpmant": "all layers share one table of relative positions",
+    "cpmant": "tokens of a prompt attend to later ones, so that its states depend on where the prompt ends",
     "deepseek_v4": "several residual streams pass between its layers, and its KV is compressed",
     "dory": "its layers run more than once for a token",
     "gemma3n_text": "its layers take embeddings of their own, and later layers the KV of earlier ones",
@@ -33,27 +33,25 @@ REFUSED: Final[Mapping[str, str]] = {
     "inkling2_loop_text": "its layers run more than once for a token",
     "inkling2_text": "layers attend to the outputs of earlier layers",
     "inkling_text": "its layers have states beside keys and values of a window",
-    "longcat_flash": "its layers have two attentions, with a KV cache each",
-    "minimax": "transformers keeps its states outside of its caches",
-    "openai-gpt": "transformers keeps no KV for it",
     "qwen4_exp_text": "its KV is compressed in blocks",
-    "recurrent_gemma": "transformers keeps its states outside of its caches",
-    "rwkv": "transformers keeps its states outside of its caches",
-    "xlm": "transformers keeps no KV for it",
-    "xlnet": "transformers keeps no KV for it",
-    "xlstm": "transformers keeps its states outside of its caches",
-    "zamba": "its layers share weights",
-    "zamba2": "its layers share weights",
     "zaya": "its layers pass a second residual on",
 }
 """Decoder-only text families that no stage runs, with the reason."""
 NO_TEXT_DECODERS: Final = frozenset({
     "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "gemma4_assistant", "git",
     "megatron-bert", "moshi", "phi4_multimodal", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert",
-    "roformer", "trocr", "xlm-roberta", "xlm-roberta-xl", "xmod",
+    "roformer", "trocr", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod",
 })  # fmt: skip
-"""Model types that transformers counts among causal language models: encoders, drafters, and models that also see or hear."""
+"""Model types that transformers counts among causal language models: encoders, drafters, and models that also see or hear.
 
+Tokens of an XLM or XLNet attend to later tokens: both learned to fill in gaps. To generate they get a masked token at the end.
+"""
+RECURRENT_ONLY: Final = frozenset({"rwkv", "xlstm"})
+"""Families without attention whose configs do not list the kinds of their layers."""
+
+Tensor = TypeVar("Tensor")
+
+_SHARED_BLOCK: Final = re.compile(r"(.*\blayers\.)(\d+)\.(linear\.weight|shared_transf(?:ormer)?\..+)")
 _LAYER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -66,6 +64,14 @@ def check_served(config: Mapping[str, Any]) -> None:
         raise ArchitectureUnsupported(f"model_type {model_type!r} is not supported: {REFUSED[model_type]}")
 
 
+def layers_key(model_type: str) -> str:
+    """The attribute of transformers' config that counts the layers between which a model can be cut.
+
+    A layer of LongCat has two attentions, and its `num_hidden_layers` counts those.
+    """
+    return "num_layers" if model_type == "longcat_flash" else "num_hidden_layers"
+
+
 def part_of(tensor: str) -> int | Literal["embedding", "head"] | None:
     """The part of a model that a checkpoint's tensor belongs to: a layer, by its number, or an end. None: no known one."""
     if found := _LAYER.search(tensor):
@@ -74,6 +80,29 @@ def part_of(tensor: str) -> int | Literal["embedding", "head"] | None:
     if not EMBEDDING_MODULES.isdisjoint(modules):
         return "embedding"
     return None if HEAD_MODULES.isdisjoint(modules) else "head"
+
+
+def with_shared_blocks(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint in which each layer has its own, also if layers share a block of weights, as Zamba's do.
+
+    Such a checkpoint has the blocks of the first of these layers, which the others take in turn.
+    """
+    blocks: dict[int, dict[str, Tensor]] = {}
+    sharing: dict[int, str] = {}  # layers with a shared block, and the prefix of their tensors
+    for name, tensor in tensors.items():
+        if found := _SHARED_BLOCK.match(name):
+            prefix, number, rest = found.groups()
+            sharing[int(number)] = f"{prefix}{number}."
+            if rest != "linear.weight":
+                blocks.setdefault(int(number), {})[rest] = tensor
+    if not blocks:
+        return tensors
+    added, sources = {}, [blocks[number] for number in sorted(blocks)]
+    for place, number in enumerate(sorted(sharing)):
+        if number not in blocks:
+            source = sources[place % len(sources)]
+            added |= {f"{sharing[number]}{rest}": tensor for rest, tensor in source.items()}
+    return {**tensors, **added}
 
 
 def with_floats(value: Any) -> Any:

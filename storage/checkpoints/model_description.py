@@ -11,7 +11,7 @@ from typing import Any, Final
 from storage.checkpoints.decoder import NO_ATTENTION, Decoder
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import DECODER_FAMILIES, UnsupportedConfig
-from storage.checkpoints.families import with_floats
+from storage.checkpoints.families import RECURRENT_ONLY, layers_key, with_floats
 from storage.errors import ArchitectureUnsupported, LibraryMissing
 
 _ALIBI_CONTEXT_TOKENS: Final = 2048  # training length of BLOOM, whose positions have no limit
@@ -91,8 +91,9 @@ def describe_by_transformers(config: Mapping[str, Any], model_type: str) -> Mode
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ArchitectureUnsupported(f"config.json is not what a {model_type!r} has: {error}") from error
     known.allow_global_per_layer_attribute_access = True
-    has_attention = set(getattr(known, "layer_types", None) or ()) != {"linear_attention"}
-    wanted = ["num_hidden_layers", "hidden_size", "vocab_size", *(["num_attention_heads"] if has_attention else [])]
+    kinds = set(getattr(known, "layer_types", None) or ())
+    has_attention = kinds != {"linear_attention"} and model_type not in RECURRENT_ONLY
+    wanted = [layers_key(model_type), "hidden_size", "vocab_size", *(["num_attention_heads"] if has_attention else [])]
     missing = [name for name in wanted if not hasattr(known, name)]
     if missing and isinstance(config.get("text_config"), Mapping):
         raise ArchitectureUnsupported(
@@ -112,7 +113,7 @@ def describe_by_transformers(config: Mapping[str, Any], model_type: str) -> Mode
     return ModelDescription(
         architecture=_architecture(config),
         model_type=model_type,
-        num_layers=known.num_hidden_layers,
+        num_layers=getattr(known, layers_key(model_type)),
         ignored_layers=getattr(known, _FURTHER_LAYERS, None) or 0,
         hidden_size=known.hidden_size,
         vocab_size=known.vocab_size,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from storage.checkpoints.decoder import Decoder
-from storage.checkpoints.families import with_floats
+from storage.checkpoints.families import RECURRENT_ONLY, with_floats
 from storage.errors import LibraryMissing
 
 
@@ -46,6 +46,12 @@ def _mamba_of_jamba(config: Any) -> tuple[int, int]:
     return inner * config.mamba_d_conv, inner * config.mamba_d_state
 
 
+def _zamba(config: Any) -> tuple[int, int]:
+    inner = config.mamba_expand * config.hidden_size
+    channels = inner + 2 * getattr(config, "mamba_ngroups", 0) * config.mamba_d_state
+    return channels * config.mamba_d_conv, inner * config.mamba_d_state
+
+
 def _mamba_2(heads: str, head_size: str, state_size: str, groups: str, kernel: str) -> Callable[[Any], tuple[int, int]]:
     """Arguments: names of these sizes in the family's config."""
 
@@ -54,6 +60,24 @@ def _mamba_2(heads: str, head_size: str, state_size: str, groups: str, kernel: s
         return (inner + 2 * getattr(config, groups) * state) * getattr(config, kernel), inner * state
 
     return sizes
+
+
+def _lightning(config: Any) -> tuple[int, int]:
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads * head**2, 0  # the matrix has the dtype of hidden states
+
+
+def _rg_lru(config: Any) -> tuple[int, int]:
+    return config.lru_width * (config.conv1d_width - 1), config.lru_width
+
+
+def _rwkv(config: Any) -> tuple[int, int]:
+    return 2 * config.hidden_size, 3 * config.attention_hidden_size
+
+
+def _xlstm(config: Any) -> tuple[int, int]:
+    keys, values = (int(config.hidden_size * share) for share in (config.qk_dim_factor, config.v_dim_factor))
+    return 0, keys * values // config.num_heads + keys + config.num_heads
 
 
 _BAMBA: Final = _mamba_2("mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_n_groups", "mamba_d_conv")
@@ -69,11 +93,17 @@ _SIZES: Final[dict[str, Callable[[Any], tuple[int, int]]]] = {
     "lfm2_moe": _short_convolution,
     "mamba": _mamba,
     "mamba2": _mamba_2("num_heads", "head_dim", "state_size", "n_groups", "conv_kernel"),
+    "minimax": _lightning,
     "nemotron_h": _mamba_2("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel"),
     "olmo_hybrid": _delta_net,
     "qwen3_5_moe_text": _delta_net,
     "qwen3_5_text": _delta_net,
     "qwen3_next": _delta_net,
+    "recurrent_gemma": _rg_lru,
+    "rwkv": _rwkv,
+    "xlstm": _xlstm,
+    "zamba": _zamba,
+    "zamba2": _zamba,
 }
 _ATTENTION: Final = frozenset({"full_attention", "sliding_attention", "hybrid"})
 _RECURRENT: Final = frozenset({"linear_attention", "conv", "hybrid"})
@@ -107,6 +137,6 @@ def layer_sizes(config: Mapping[str, Any]) -> tuple[LayerSizes, ...]:
         raise LibraryMissing(f"the sizes of a {config['model_type']!r} take transformers", error) from error
     known = CONFIG_MAPPING[config["model_type"]].from_dict(with_floats(config))
     tail, matrix = sizes(known)
-    return tuple(
-        LayerSizes(kind in _ATTENTION, *((tail, matrix) if kind in _RECURRENT else (0, 0))) for kind in known.layer_types
-    )
+    only = config["model_type"] in RECURRENT_ONLY
+    kinds = ["linear_attention"] * known.num_hidden_layers if only else known.layer_types
+    return tuple(LayerSizes(kind in _ATTENTION, *((tail, matrix) if kind in _RECURRENT else (0, 0))) for kind in kinds)

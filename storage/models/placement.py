@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from storage.checkpoints.checkpoint import SourceTensor
-from storage.checkpoints.families import part_of
+from storage.checkpoints.families import part_of, with_shared_blocks
 from storage.checkpoints.model_description import ModelDescription
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
 from storage.models.model_repository import layer_object, object_names
@@ -14,9 +14,9 @@ from storage.models.model_repository import layer_object, object_names
 _BUFFER: Final = re.compile(r"(?:\.rotary_emb\.inv_freq|\.masked_bias|\.(?:attn|attention)\.bias)$")
 _EMBEDDING_MATRICES: Final = (
     "embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight", ".w.weight",
-    ".embeddings.weight",
+    ".embeddings.weight", "tokens_embed.weight",
 )  # fmt: skip
-_HEAD_MATRICES: Final = ("lm_head.weight", "embed_out.weight", "output_projection.weight", "decoder.weight")
+_HEAD_MATRICES: Final = ("head.weight", "embed_out.weight", "output_projection.weight", "decoder.weight")
 
 Placement = dict[str, dict[str, SourceTensor]]
 
@@ -31,13 +31,13 @@ def place_tensors(tensors: Mapping[str, SourceTensor], model: ModelDescription) 
             f"config.json says {model.num_layers} layers, and the checkpoint has {len(tensors)} tensors in all"
         )
     placed: Placement = {name: {} for name in object_names(model.num_layers)}
-    for name, tensor in tensors.items():
+    for name, tensor in with_shared_blocks(tensors).items():
         if (target := _object_of(name, tensor, model)) is not None:
             placed[target][name] = tensor
     if embedding_matrix(placed) is None:
         raise CheckpointInvalid("the checkpoint has no embedding matrix, such as model.embed_tokens.weight")
     for target, members in placed.items():
-        if not members:
+        if not members and not (target == "head" and model.tied):  # GPT-1 has no norm after its layers
             raise CheckpointInvalid(
                 f"no tensor of the checkpoint is for {target}; config.json says {model.num_layers} layers. Is a shard missing?"
             )

@@ -19,7 +19,7 @@ from functions.stage.engine.row_checks import invalid_rows
 from functions.stage.engine.sampler import GREEDY, Drawing, TopLogprobs, draw, log_probabilities
 from functions.stage.engine.sequences import Refusal, SequenceState, SequenceTable
 from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
-from functions.stage.models.floats import DTYPES, Array, all_finite, finite_rows
+from functions.stage.models.floats import Array, all_finite, finite_rows
 from functions.stage.models.layer_group import LayerGroup, Segment, segments_within
 from functions.stage.models.vector_head import VectorHead
 
@@ -164,7 +164,7 @@ class ForwardPass:
         return part
 
     def _run_layers(self, parts: Sequence[_EventPart], rows: Sequence[_PassRow]) -> Array:
-        """Runs the layers. Returns hidden states [tokens, hidden_size] of all rows, and sets `begin` and `end` of each row."""
+        """Runs the layers. Returns hidden states [tokens, size] of all rows, and sets `begin` and `end` of each row."""
         segments: list[Segment] = []
         begin = 0
         for part in parts:
@@ -182,12 +182,14 @@ class ForwardPass:
         if len(inputs) <= _TOKENS_AT_ONCE:
             return self._group.forward(inputs, segments)
         # A long text that is scored in a single event: run its tokens in several passes, in their order.
-        hidden = np.empty((len(inputs), self._group.hidden_size), DTYPES[self._group.hidden_dtype])
         embedder = self._vector_head.embedder
         bounds = _whole_rows(rows) if embedder and embedder.bidirectional else range(0, len(inputs), _TOKENS_AT_ONCE)
-        for first, end in pairwise([*bounds, len(inputs)]):
-            hidden[first:end] = self._group.forward(inputs[first:end], segments_within(segments, first, end))
-        return hidden
+        return np.concatenate(
+            [
+                self._group.forward(inputs[first:end], segments_within(segments, first, end))
+                for first, end in pairwise([*bounds, len(inputs)])
+            ]
+        )
 
     def _refuse_not_finite(self, parts: Sequence[_EventPart], hidden: Array) -> None:
         finite = finite_rows(hidden, self._group.hidden_dtype)

@@ -116,7 +116,7 @@ class LayerGroup(Protocol):
     first_layer: int
     last_layer: int
     num_layers: int  # of the whole model: the first group has first_layer 0, the last one last_layer num_layers
-    hidden_size: int
+    hidden_size: int  # numbers of a token that come in, unless the group is the first; some families pass on more than one row
     vocab_size: int
     max_positions: int  # the model's context, tokens
     hidden_dtype: HiddenDtype
@@ -166,7 +166,7 @@ class LayerGroup(Protocol):
         a segment may have grown by any part of its length: the caller must truncate it.
 
         inputs: int64 token ids [sum(length)] for the first group, else hidden states [sum(length), hidden_size].
-        Returns hidden states [sum(length), hidden_size], with the final norm applied by the last group. Hidden states have
+        Returns hidden states [sum(length), next group's hidden_size], with the final norm applied by the last group. They have
         `hidden_dtype`, stored as `floats.DTYPES` says: bf16 is its bits in uint16.
         """
 

@@ -27,6 +27,7 @@ BARE: Final[dict[str, Any]] = {
 }  # what every config.json says; a family has a default for everything else
 NEEDED: Final[dict[str, dict[str, Any]]] = {
     "ministral": {"head_dim": 4},
+    "helium": {"num_key_value_heads": 32, "head_dim": 8},
     "hunyuan_v1_dense": {"head_dim": 8},
     "gemma4_text": {"vocab_size_per_layer_input": BARE["vocab_size"]},
     "nemotron": {"num_key_value_heads": 32},

@@ -147,7 +147,7 @@ def test_what_transformers_keeps_in_float32_is_not_rounded(
 @pytest.mark.parametrize(
     ("family", "changes", "dtype", "words"),
     [
-        ("llama", {"model_type": "rwkv"}, "float32", "'rwkv' is not supported: transformers keeps its states"),
+        ("llama", {"model_type": "dory"}, "float32", "'dory' is not supported: its layers run more than once"),
         ("gemma", {"use_bidirectional_attention": True}, "float32", "attend to later ones"),
         ("llama", {"hidden_act": "mish"}, "int8", "activation 'mish'"),
     ],

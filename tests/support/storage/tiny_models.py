@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.utils import logging
 
 from storage.checkpoints.checkpoint import SourceTensor
+from storage.checkpoints.families import with_shared_blocks
 from storage.floats import as_bytes
 from storage.models.expert_tensors import split_experts
 
@@ -197,6 +198,18 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
     ),
     "nemotron": _like_llama("nemotron", head_dim=8),
     "glm4": _like_llama("glm4", head_dim=8, attention_bias=True),
+    "glm": _like_llama("glm", head_dim=8, attention_bias=True, rms_norm_eps=1e-5),
+    "arcee": _like_llama("arcee"),
+    "cwm": _like_llama("cwm", head_dim=8, sliding_window=SLIDING_WINDOW),
+    "helium": _like_llama("helium", head_dim=8),
+    "hyperclovax": _like_llama("hyperclovax", embedding_multiplier=3.0, logits_scaling=0.5, residual_multiplier=0.5),
+    "internlm3": _like_llama("internlm3", head_dim=8, qkv_bias=True, bias=True),
+    "iquestcoder": _like_llama("iquestcoder", head_dim=8),
+    "jais2": _like_llama("jais2", head_dim=8),
+    "vaultgemma": _like_llama(
+        "vaultgemma", head_dim=16, query_pre_attn_scalar=16, sliding_window=SLIDING_WINDOW, tie_word_embeddings=True
+    ),
+    "youtu": _like_llama("youtu", **_MLA),
     "gpt_oss": _like_llama(
         "gpt_oss",
         head_dim=8,
@@ -214,6 +227,7 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
     "apertus": _like_llama("apertus", rope_parameters=dict(_ROPE)),
     "gpt2": _like_gpt2("gpt2"),
     "gpt2_scaled_by_layer": _like_gpt2("gpt2", scale_attn_by_inverse_layer_idx=True),
+    "openai-gpt": _like_gpt2("openai-gpt", tie_word_embeddings=True),
     "opt": _like_llama("opt", ffn_dim=64, word_embed_proj_dim=32, tie_word_embeddings=True),
     "opt_projected": _like_llama(
         "opt", ffn_dim=64, word_embed_proj_dim=16, do_layer_norm_before=False, tie_word_embeddings=True
@@ -247,8 +261,6 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
 # Models that GGUF files hold, of families that may not be served.
 _STORED: Final[dict[str, dict[str, Any]]] = {
     "olmo": _like_llama("olmo", clip_qkv=0.5),
-    "glm": _like_llama("glm", head_dim=8, attention_bias=True, rms_norm_eps=1e-5),
-    "arcee": _like_llama("arcee"),
 }  # fmt: skip
 _LINEAR_AND_FULL: Final = ["linear_attention", "full_attention"] * (NUM_LAYERS // 2)
 _DELTA_NET: Final = {
@@ -269,6 +281,7 @@ _MAMBA_2: Final = {
     "mamba_expand": 2,
     "mamba_chunk_size": 16,
 }
+_LINEAR_AND_HYBRID: Final = ["linear_attention", "hybrid"] * (NUM_LAYERS // 2)
 _NEMOTRON: Final = {
     "mamba_num_heads": 8,
     "mamba_head_dim": 8,
@@ -335,6 +348,24 @@ _RECURRENT: Final[dict[str, dict[str, Any]]] = {
         mamba_d_state=8,
     ),
     "olmo_hybrid": _like_llama("olmo_hybrid", layer_types=_LINEAR_AND_FULL),
+    "minimax": _like_llama("minimax", layer_types=_LINEAR_AND_FULL, num_local_experts=4, block_size=8),
+    "recurrent_gemma": _like_llama("recurrent_gemma", attention_window_size=SLIDING_WINDOW, tie_word_embeddings=True),
+    "rwkv": _like_llama("rwkv", rescale_every=2),
+    "xlstm": _like_llama("xlstm", num_heads=4, autocast_kernel_dtype="float32"),
+    "zamba": _like_llama(
+        "zamba", layers_block_type=_LINEAR_AND_HYBRID, mamba_d_state=8, num_key_value_heads=4, tie_word_embeddings=True
+    ),
+    "zamba2": _like_llama(
+        "zamba2",
+        layers_block_type=_LINEAR_AND_HYBRID,
+        mamba_d_state=8,
+        n_mamba_heads=8,
+        num_mem_blocks=2,
+        tie_word_embeddings=True,
+        num_key_value_heads=4,
+        use_mem_rope=True,
+        adapter_rank=4,
+    ),
 }
 
 _GEMMA_4: Final = {
@@ -372,7 +403,7 @@ _NATIVE_ONLY: Final[dict[str, dict[str, Any]]] = {
 RECURRENT: Final = tuple(_RECURRENT)  # names of the tiny models with recurrent layers
 LLAMA_SHAPED: Final = tuple(_LLAMA_SHAPED)  # names of the tiny models that the lean group must run
 _BY_TRANSFORMERS: Final = frozenset((
-    "gptj", "falcon", "falcon_grouped", "falcon_alibi", "opt_projected", "bloom",
+    "gptj", "falcon", "falcon_grouped", "falcon_alibi", "openai-gpt", "opt_projected", "bloom",
 ))  # fmt: skip
 NATIVE_RECURRENT: Final = (
     "lfm2",
@@ -410,7 +441,7 @@ def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
 def whole_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """The whole model in transformers, in eval mode, never stopping at an end token in `generate`."""
     config = AutoConfig.for_model(**tiny_config(name, **changes))
-    attention = "eager" if config.model_type == "gemma2" else None
+    attention = "eager" if config.model_type in ("gemma2", "vaultgemma") else None
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     redraw(model, seed)
     if dtype != torch.float32:
@@ -448,7 +479,8 @@ def checkpoint_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def as_published(model_type: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint in float32 as a publication has them: with a matrix for each expert."""
+    """The tensors of a checkpoint in float32 as a publication has them: all that a layer runs, and a matrix for an expert."""
+    tensors = with_shared_blocks(tensors)
 
     def rows(name: str, first: int, last: int) -> memoryview:
         return as_bytes(tensors[name][first:last].numpy())
@@ -502,6 +534,8 @@ def recurrent_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> torch.
     With a single token transformers' modules take their recurrent path. For longer inputs they have another one, in chunks,
     whose rounding differs.
     """
+    if model.config.model_type in ("minimax", "recurrent_gemma", "rwkv", "xlstm"):  # their states are in no cache
+        return all_logits(model, token_ids)
     cache = DynamicCache(config=model.config)
     takes_positions = model.config.model_type not in ("mamba", "mamba2", "falcon_mamba")
     logits = []

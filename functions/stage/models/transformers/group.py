@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.backends.cpu import get_cpu_capability
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, __version__
-from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
@@ -25,11 +24,12 @@ from functions.stage.models.layer_group import PreparedAdapter, Segment
 from functions.stage.models.packed_tensors import join_experts, widen
 from functions.stage.models.torch_adapters import TorchLowRank
 from functions.stage.models.torch_border import DTYPES, input_tensor, output_array, use_threads, weight_tensor
+from functions.stage.models.transformers import outside_caches
 from functions.stage.models.transformers.cache import TransformersKVCache
 from functions.stage.models.transformers.cache_layers import LayerMemory, SequenceCache, run_token_by_token
 from functions.stage.models.transformers.long_rope import LongRope
 from functions.stage.models.transformers.sliced_model import SlicedModel, cache_argument, load
-from storage.checkpoints.families import check_served, part_of, with_floats
+from storage.checkpoints.families import check_served, layers_key, part_of, with_floats
 from storage.checkpoints.model_description import RECURRENT_CONTEXT_TOKENS
 from storage.loading.weight_loader import RawTensor
 
@@ -59,13 +59,13 @@ class TransformersGroup:
         written_by = f"{__version__} torch {torch.__version__} {hidden_dtype} {model.device.type} {get_cpu_capability()}"
         self.first_layer = first_layer
         self.last_layer = last_layer
-        self.num_layers: int = config.num_hidden_layers
-        self.hidden_size: int = config.hidden_size
+        self.num_layers: int = getattr(config, layers_key(config.model_type))
         self.vocab_size: int = config.vocab_size
         self.max_positions = _max_positions(config)
         self.hidden_dtype = hidden_dtype
         self._device: torch.device = model.device
         self._slice = SlicedModel(model, first_layer, self.num_layers)
+        self.hidden_size = self._slice.width
         base = self._slice.base
         self._linear_modules = {
             f"{self._slice.base_name}.{name}": module
@@ -75,6 +75,8 @@ class TransformersGroup:
         self._adapters: dict[int, Mapping[str, TorchLowRank]] = {}
         self._adapter = 0  # number of the one of the sequence that runs; 0: none
         self._hooked: set[str] = set()
+        self._running = outside_caches.Running()
+        self._model_type: str = config.model_type
         self._cache_argument = cache_argument(base)
         self._takes_positions = (
             "position_ids" in inspect.signature(base.forward).parameters
@@ -85,12 +87,11 @@ class TransformersGroup:
         self._scores_per_token: int = getattr(config, "num_attention_heads", 1) if eager else 1
         self._head = model
         setattr(model, self._slice.base_name, _GivenHiddenStates(base))
-        layers = [
-            LayerMemory.of(layer, is_own=first_layer <= number < last_layer)
-            for number, layer in enumerate(DynamicCache(config=config).layers)
-        ]
-        recurrent = [number for number, layer in enumerate(layers) if layer.is_own and layer.number_of_states]
-        modules = run_token_by_token(base, recurrent) if recurrent else []
+        layers = outside_caches.memories(config, first_layer, last_layer)
+        modules = outside_caches.bring_in(base, self._slice.layers, first_layer, self._running)
+        if modules is None:
+            recurrent = [number for number, layer in enumerate(layers) if layer.is_own and layer.number_of_states]
+            modules = run_token_by_token(base, recurrent) if recurrent else []
         self.kv = TransformersKVCache(kv_budget_bytes, self._measured(layers), modules, written_by)
 
     @classmethod
@@ -167,7 +168,8 @@ class TransformersGroup:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _run(self, inputs: torch.Tensor, cache: SequenceCache) -> torch.Tensor:
-        given: dict[str, Any] = {self._cache_argument: cache}
+        self._running.cache = cache
+        given = outside_caches.arguments(self._model_type, self._cache_argument, cache)
         end = cache.position + len(inputs)
         if self._takes_positions:
             given["position_ids"] = torch.arange(cache.position, end, device=self._device)[None]
@@ -224,6 +226,7 @@ class _HiddenStates(MoeModelOutputWithPast):  # type: ignore[misc]
     """The output of `_GivenHiddenStates`. It has all fields that any family's causal model reads from its layers' output."""
 
     cross_attentions = None
+    state = None
     shared_kv_states = None
 
 

@@ -22,8 +22,9 @@ from functions.stage.models.floats import Array, Float32
 from functions.stage.models.layer_group import Segment
 from functions.stage.models.torch_border import output_array
 from functions.stage.models.transformers.group import TransformersGroup
+from functions.stage.models.transformers.outside_caches import OUTSIDE
 from functions.stage.models.transformers.sliced_model import attention_of, cache_argument
-from storage.checkpoints.families import check_served
+from storage.checkpoints.families import check_served, layers_key, with_shared_blocks
 from storage.errors import ArchitectureUnsupported
 from storage.loading.weight_loader import RawTensor
 
@@ -35,6 +36,7 @@ _STATE_HEADS: Final = (  # keys whose product is the width times a factor: numbe
     ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
     ("num_heads", "head_dim", "expand"),
 )
+_FOLLOW: Final = ("attention_hidden_size", "embedding_dim", "hybrid_layer_ids", "mamba_headdim", "num_blocks")  # others
 _TOKENS: Final = 24  # more than the copy's windows
 _TOLERANCE: Final = 1e-4  # of the greatest logit
 _MOST_PARAMETERS: Final = 10**8
@@ -72,7 +74,8 @@ def check_cut(config: Mapping[str, Any]) -> None:
             f"transformers does not run a tiny copy of this {model_type!r}, with which a cut would be tried: {error}"
         ) from error
     try:
-        found = _logits_of_stages(json.loads(copy.to_json_string(use_diff=False)), tensors, copy.num_hidden_layers, token_ids)
+        num_layers: int = getattr(copy, layers_key(copy.model_type))
+        found = _logits_of_stages(json.loads(copy.to_json_string(use_diff=False)), tensors, num_layers, token_ids)
     except ArchitectureUnsupported:
         raise
     except Exception as error:
@@ -114,8 +117,8 @@ def tiny_config(config: Mapping[str, Any]) -> Any:
     small = _smaller(fields) | {key: value[:layers] for key, value in per_layer.items()}
     if overrides := small.get("per_layer_config"):
         small["per_layer_config"] = {key: value for key, value in overrides.items() if int(key) < layers}
-    if not heads:
-        small.pop("intermediate_size", None)  # which follows from the width
+    for key in (*_FOLLOW, *(() if heads else ("intermediate_size",))):
+        small.pop(key, None)
     for count, size, factor in _STATE_HEADS:
         if isinstance(fields.get(size), int) and factor in fields and (heads is None or count != "num_heads"):
             small[count] = int(fields[factor] * width) // fields[size]
@@ -164,15 +167,25 @@ def tiny_tensors(config: Any, folder: Path) -> dict[str, torch.Tensor]:
                 parameter.add_(noise * 0.1)  # a norm's gain stays near one
     logging.disable_progress_bar()
     model.save_pretrained(folder)
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return dict(
+        with_shared_blocks({name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()})
+    )
 
 
 @torch.inference_mode()
 def _whole_logits(whole: PreTrainedModel, token_ids: Sequence[int]) -> Float32:
+    model_type, ids = whole.config.model_type, torch.tensor([token_ids])
+    if model_type == "xlstm":  # as stages run it: its path for several tokens computes in bfloat16
+        steps, cache = [], None
+        for token in ids.T:
+            output = whole(input_ids=token[None], cache=cache, use_cache=True)
+            steps.append(output_array(output.logits[0].float()))
+            cache = output.cache
+        return np.concatenate(steps)
     cache = DynamicCache(config=whole.config)
     kinds = (LinearAttentionCacheLayerMixin, CacheLayerMixin)  # without the second, transformers does not know positions
-    if not all(any(isinstance(layer, kind) for layer in cache.layers) for kind in kinds):
-        return output_array(whole(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0].float())
+    if model_type in OUTSIDE or not all(any(isinstance(layer, kind) for layer in cache.layers) for kind in kinds):
+        return output_array(whole(input_ids=ids, use_cache=False).logits[0].float())
     # As stages run recurrent layers, because transformers computes several tokens at once in another way.
     given = {cache_argument(whole): cache, "use_cache": True}
     return np.concatenate(

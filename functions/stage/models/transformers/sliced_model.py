@@ -8,7 +8,8 @@ enter at the stage's first layer and leave at its last one, whatever the model d
 import copy
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -16,8 +17,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from functions.stage.models.layer_group import MissingTensors
-from storage.checkpoints.families import EMBEDDING_MODULES, HEAD_MODULES, part_of
+from storage.checkpoints.families import EMBEDDING_MODULES, HEAD_MODULES, layers_key, part_of
 from storage.errors import ArchitectureUnsupported
+
+_TAKE_EMBEDDINGS: Final = frozenset({"zamba", "zamba2"})
+"""Families whose layers take the embeddings of tokens beside hidden states: stages pass both on, one after the other.
+
+Their layers get hidden states, embeddings and the layer's number, in this order.
+"""
 
 
 class SlicedModel:
@@ -27,28 +34,42 @@ class SlicedModel:
         """model: as `load` returns it."""
         self.model = model
         (layers,) = (module for module in model.modules() if isinstance(module, _OwnLayers))
+        self.layers: nn.ModuleList = layers
         # Not `base_model`, which some classes name wrongly.
         self.base_name, self.base = next(
             (name, child) for name, child in model.named_children() if any(module is layers for module in child.modules())
         )
         self._is_first, self._is_last = first_layer == 0, first_layer + len(layers) == num_layers
-        self._given = self._left = torch.empty(0)
+        self._given = self._left = self._embeddings = torch.empty(0)
+        self._hidden_size: int = model.config.hidden_size
+        self._takes_embeddings = model.config.model_type in _TAKE_EMBEDDINGS
+        self.width = self._hidden_size * (1 + self._takes_embeddings)  # of what stages pass on of a token
         if not self._is_first:
             layers[0].register_forward_pre_hook(self._enter, with_kwargs=True)
+        if self._takes_embeddings:
+            for number, layer in enumerate(layers, first_layer):
+                layer.register_forward_pre_hook(partial(self._number, number))
         if not self._is_last:
             layers[-1].register_forward_hook(self._leave)
 
     def __call__(self, inputs: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        """Runs one sequence's token ids [length], or hidden states [length, hidden size] if the layers are not the first."""
-        self._given = inputs[None]
+        """Runs one sequence's token ids [length], or hidden states [length, width] if the layers are not the first."""
+        self._given = embeddings = inputs[None]
+        if self._takes_embeddings and not self._is_first:
+            self._given, embeddings = embeddings.split(self._hidden_size, dim=-1)
         name = "input_ids" if self._is_first else "inputs_embeds"
         # A copy, because some models scale embeddings in place.
-        output = self.base(**{name: self._given.clone()}, use_cache=True, **arguments)
+        output = self.base(**{name: embeddings.clone()}, **arguments)
         result: torch.Tensor = (output.last_hidden_state if self._is_last else self._left)[0]
-        return result
+        return torch.cat((result, self._embeddings[0]), -1) if self._takes_embeddings and not self._is_last else result
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return ((self._given, *args[1:]), named) if args else (args, {**named, "hidden_states": self._given})
+
+    def _number(self, number: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Gives a layer that takes embeddings its number in the whole model, by which it finds its cache."""
+        self._embeddings = args[1]
+        return (*args[:2], number, *args[3:])
 
     def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self._left = output if isinstance(output, torch.Tensor) else output[0]
@@ -91,7 +112,7 @@ def load(
     tensors: by checkpoint name; those of other stages are ignored. Raises MissingTensors if names or shapes differ from what
     the config says, and ArchitectureUnsupported if the class has no list of as many layers.
     """
-    num_layers: int = config.num_hidden_layers
+    num_layers: int = getattr(config, layers_key(config.model_type))
     is_first, is_last = first_layer == 0, last_layer == num_layers
     config = copy.deepcopy(config)
     own = {}
@@ -127,7 +148,25 @@ def load(
     for trouble in ("missing_keys", "unexpected_keys"):
         if found[trouble]:
             raise MissingTensors(f"{config.model_type}: {trouble.replace('_keys', '')} tensors: {sorted(found[trouble])[:8]}")
+    _share(model)
     return model
+
+
+def _share(model: PreTrainedModel) -> None:
+    """Makes layers with the same block of weights, of which each was loaded with a copy, have one module for it."""
+    (layers,) = (module for module in model.modules() if isinstance(module, _OwnLayers))
+    for name in ("shared_transf", "shared_transformer"):
+        blocks: list[nn.Module] = []
+        for layer in layers:
+            if (own := getattr(layer, name, None)) is not None:
+                same = next((block for block in blocks if _equal(block, own)), own)
+                setattr(layer, name, same)
+                blocks.append(same)
+
+
+def _equal(left: nn.Module, right: nn.Module) -> bool:
+    ours, theirs = left.state_dict(), right.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def _tied_matrices(model_class: type[PreTrainedModel], config: Any) -> tuple[str, str]:
@@ -154,7 +193,7 @@ def _sliced(model_class: type[PreTrainedModel], first_layer: int, last_layer: in
 
     def __init__(self: PreTrainedModel, config: Any) -> None:
         model_class.__init__(self, config)
-        num_layers = config.num_hidden_layers
+        num_layers = getattr(config, layers_key(config.model_type))
         lists = (
             (owner, name, child)
             for owner in self.modules()
@@ -169,6 +208,10 @@ def _sliced(model_class: type[PreTrainedModel], first_layer: int, last_layer: in
         before = EMBEDDING_MODULES if first_layer > 0 else frozenset()
         after = HEAD_MODULES if last_layer < num_layers else frozenset()
         _take_away(self, before | after)
+        # Layers that share weights with others have copies of their own.
+        self.all_tied_weights_keys = {
+            name: other for name, other in self.all_tied_weights_keys.items() if not isinstance(part_of(name), int)
+        }
 
     # transformers finds a family's checkpoint conversion by the name of the class.
     return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
@@ -188,8 +231,9 @@ def _take_away(module: nn.Module, names: frozenset[str]) -> None:
 
 def _cut(config: Any, first_layer: int, last_layer: int) -> Any:
     """A copy of the config that describes the layers [first_layer, last_layer) alone, for the module that runs them in turn."""
-    cut, num_layers = copy.copy(config), config.num_hidden_layers
-    cut.num_hidden_layers = last_layer - first_layer
+    key = layers_key(config.model_type)
+    cut, num_layers = copy.copy(config), getattr(config, key)
+    setattr(cut, key, last_layer - first_layer)
     for name, value in vars(config).items():
         if isinstance(value, list | tuple) and len(value) == num_layers:
             setattr(cut, name, value[first_layer:last_layer])

@@ -127,7 +127,7 @@ def test_kv_memory_is_as_planned() -> None:
 
 
 def test_an_unsupported_architecture_is_named() -> None:
-    with pytest.raises(ArchitectureUnsupported, match=r"'xlnet' is not supported: transformers keeps no KV for it"):
+    with pytest.raises(ArchitectureUnsupported, match=r"'xlnet' is not supported: it is no decoder-only text model"):
         build_layer_group("auto", {"model_type": "xlnet"}, {}, 0, 1, "float32", "cpu", 1000)
 
 
