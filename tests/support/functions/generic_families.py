@@ -18,6 +18,7 @@ _SAID: Final[dict[str, dict[str, Any]]] = {
     },
     "deepseek_v2": {"n_routed_experts": 8, "num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "rwkv": {"rescale_every": 2},
     "zamba": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "hybrid"] * 3},
     "zamba2": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "hybrid"] * 3, "use_mem_rope": True},
     "gemma4_text": {"hidden_size_per_layer_input": 0},
