@@ -901,9 +901,9 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
         norms=EVERYWHERE,
         mlp_bias="mlp_bias",
         only=lambda _: {"use_post_norm": True},
-        **_LIKE_GRANITE
-        | LLAMA_BIASES
-        | {
+        **{
+            **_LIKE_GRANITE,
+            **LLAMA_BIASES,
             "scale": _scale_of_hyperclovax,
             "logit_scale": lambda values: values.number("logits_scaling"),  # Granite divides by it
         },

@@ -97,7 +97,8 @@ def with_shared_blocks(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
                 blocks.setdefault(int(number), {})[rest] = tensor
     if not blocks:
         return tensors
-    added, sources = {}, [blocks[number] for number in sorted(blocks)]
+    added: dict[str, Tensor] = {}
+    sources = [blocks[number] for number in sorted(blocks)]
     for place, number in enumerate(sorted(sharing)):
         if number not in blocks:
             source = sources[place % len(sources)]

@@ -178,7 +178,7 @@ def bring_in(base: Any, layers: nn.ModuleList, first_layer: int, running: Runnin
     family = _RECURRENT.get(model_type)
     if family is None:
         return None
-    found = [
+    found: list[TokenByToken] = [
         _StatesOutside(module, number, family, running)
         for number, layer in enumerate(layers, first_layer)
         for module in layer.modules()

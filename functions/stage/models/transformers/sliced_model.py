@@ -56,7 +56,7 @@ class SlicedModel:
         """Runs one sequence's token ids [length], or hidden states [length, width] if the layers are not the first."""
         self._given = embeddings = inputs[None]
         if self._takes_embeddings and not self._is_first:
-            self._given, embeddings = embeddings.split(self._hidden_size, dim=-1)
+            self._given, embeddings = torch.split(embeddings, self._hidden_size, dim=-1)
         name = "input_ids" if self._is_first else "inputs_embeds"
         # A copy, because some models scale embeddings in place.
         output = self.base(**{name: embeddings.clone()}, **arguments)
