@@ -153,7 +153,7 @@ def test_rejected_draft_tokens_leave_no_trace(kind: Kind, name: str, accepted: i
             expected.append(plain.forward(np.array([TEXT[at]]), [Segment(handle, at, 1)]))
         drafts = [*TEXT[position + 1 : position + 1 + accepted], *[99] * (4 - accepted)]
         hidden = group.forward(np.array([TEXT[position], *drafts]), [Segment(drafting, position, 5, draft_tokens=4)])
-        near = 1e-3 if name == "minimax" else 1e-4  # whose residual is what its norms return
+        near = 1e-3 if name in ("minimax", "zamba") else 1e-4  # five rows at once round otherwise, and their layers amplify it
         np.testing.assert_allclose(hidden[: accepted + 1], np.concatenate(expected), atol=near, rtol=near)
         position += accepted + 1
         group.kv.truncate(drafting, position)
