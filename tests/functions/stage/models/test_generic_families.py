@@ -74,7 +74,7 @@ def oracle(whole: PreTrainedModel, prompt: Sequence[int]) -> list[int]:
     for position in range(len(prompt) + NEW_TOKENS - 1):
         token = torch.tensor([text[position : position + 1]])
         output = whole(input_ids=token, position_ids=torch.tensor([[position]]), cache=cache, use_cache=True)
-        cache = output.cache
+        cache = output.cache if cache is None else cache
         if position + 1 == len(text):
             text.append(int(output.logits[0, -1].argmax()))
     return text[len(prompt) :]
