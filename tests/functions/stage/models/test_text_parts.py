@@ -35,6 +35,7 @@ _SEEING: Final = {
 MODELS: Final[dict[str, tuple[str, str, dict[str, Any]]]] = {
     "llava": ("llama", "clip_vision_model", {}),
     "gemma3": ("gemma3_text", "siglip_vision_model", {"mm_tokens_per_image": 4}),
+    "gemma4": ("gemma4_text", "gemma4_vision", {"image_token_id": 126}),
     "idefics3": ("llama_tied", "idefics3_vision", {"tie_word_embeddings": True}),
 }
 
@@ -44,8 +45,7 @@ def save(model_type: str, folder: Path) -> Any:
     config = CONFIG_MAPPING[model_type](
         text_config=tiny_models.given_fields(text),
         vision_config={"model_type": vision, **_SEEING},
-        image_token_id=127,
-        **others,
+        **{"image_token_id": 127, **others},
     )
     model = AutoModelForImageTextToText.from_config(config)
     tiny_models.redraw(model, 0)
