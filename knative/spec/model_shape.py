@@ -13,14 +13,16 @@ import msgspec
 
 from functions.stage.native.limits import SCALE_BYTES, obstacle, padded_head
 from knative.spec.errors import SpecError, UnknownShape
-from storage.checkpoints.checkpoint import Checkpoint
-from storage.checkpoints.decoder import Decoder, layer_shapes, outer_shapes
+from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
+from storage.checkpoints.decoder import Decoder, Layer, all_shapes, layer_shapes
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
+from storage.checkpoints.model_description import describe_model
 from storage.checkpoints.recurrent_layers import LayerSizes, described_sizes, layer_sizes
 from storage.checkpoints.safetensors_format import tensor_bytes
-from storage.models.checks import check_runnable
+from storage.models.checks import check_runnable, check_shapes
 from storage.models.model_repository import ModelManifest, Reader, layer_object, read_file
+from storage.models.placement import place_tensors
 
 # Bytes of a number in a layer's matrix; q4 stores four bits and a scale and a minimum per block (storage/models/q4.py). What
 # kept stores depends on the checkpoint; this is a guess for files of four bits.
@@ -98,17 +100,39 @@ class ModelShape:
 
 
 def shape_from_config(config: Mapping[str, Any], name: str, dtype: str) -> ModelShape:
-    """Sizes that a Hugging Face config alone implies. Biases are left out (under 0.1 percent).
+    """Sizes that a Hugging Face config alone implies: for layers in C those of a publication's objects, otherwise an estimate.
 
     name: the model's, for messages. Raises UnknownShape, or ArchitectureUnsupported for a dtype that no stage runs the model
     in.
     """
     decoder = _Decoder(config, name)
-    if decoder.model is not None and decoder.model.layer_input is not None:  # layers and embedding are far from the sizes below
-        return _shape(decoder, dtype, *_by_object(decoder, _described_sizes(decoder.model)))
+    shape = _estimated(decoder, dtype)
+    if shape.slow_because is not None or decoder.model is None or dtype == "kept":
+        return shape
+    from storage.models.publisher import plan_objects  # msgspec's structs and hashes of publications
+
+    model = decoder.model
+    tensors = {name: SourceTensor("F32", each, _unread) for name, each in all_shapes(model).items()}
+    in_float32 = check_shapes(decoder.config, all_shapes(model), dtype)
+    plans = plan_objects(place_tensors(tensors, describe_model(decoder.config)), dtype, in_float32)
+    sizes = {plan.name: plan.bytes for plan in plans}
+    return replace(
+        shape,
+        layer_bytes=tuple(sizes[layer_object(layer)] for layer in range(model.num_layers)),
+        embedding_bytes=sizes["embedding"],
+        head_bytes=sizes["head"] + (sizes["embedding"] if decoder.reads_embedding_last else 0),
+    )
+
+
+def _estimated(decoder: "_Decoder", dtype: str) -> ModelShape:
+    """Biases are left out (under 0.1 percent)."""
     dense, _ = decoder.layer_parameters()
     matrix = decoder.vocabulary * decoder.hidden
     return _shape(decoder, dtype, [dense] * decoder.layers, matrix, matrix + decoder.hidden)
+
+
+def _unread(first: int, last: int) -> memoryview:
+    raise AssertionError("only the shape of this tensor is known")
 
 
 def shape_from_folder(folder: Path, dtype: str) -> ModelShape:
@@ -162,19 +186,6 @@ def _shape_of_checkpoint(checkpoint: Checkpoint, name: str, dtype: str) -> Model
     return replace(shape, layer_bytes=tuple(layers), embedding_bytes=embedding, head_bytes=head)
 
 
-def _described_sizes(model: Decoder) -> dict[str, int]:
-    """Numbers of each tensor, by name; of a tied model without the head's."""
-    layers = {
-        f"{model.names.layers}.{number}.{name}": shape
-        for number, layer in enumerate(model.layers)
-        for name, shape in layer_shapes(model, layer).items()
-    }
-    outer = outer_shapes(model)
-    if model.tied:
-        outer.pop(f"{model.names.head}.weight", None)
-    return {name: math.prod(shape) for name, shape in {**outer, **layers}.items()}
-
-
 def _by_object(decoder: "_Decoder", sizes: Mapping[str, int]) -> tuple[list[int], int, int]:
     """Sizes by tensor, added up: those of each layer, of the embedding, and of what makes logits. Raises UnknownShape."""
     layers, embedding, head = [0] * decoder.layers, 0, 0
@@ -198,11 +209,12 @@ def published_shape(reader: Reader, manifest: ModelManifest) -> ModelShape:
     """
     config = msgspec.json.decode(read_file(reader, manifest, "config.json"))
     embedding_bytes, head_bytes = manifest.objects["embedding"].bytes, manifest.objects["head"].bytes
+    decoder = _Decoder(config, manifest.name)
     return replace(
-        shape_from_config(config, manifest.name, manifest.dtype),
+        _estimated(decoder, manifest.dtype),
         layer_bytes=tuple(manifest.objects[layer_object(layer)].bytes for layer in range(manifest.num_layers)),
         embedding_bytes=embedding_bytes,
-        head_bytes=head_bytes + (embedding_bytes if _Decoder(config, manifest.name).reads_embedding_last else 0),
+        head_bytes=head_bytes + (embedding_bytes if decoder.reads_embedding_last else 0),
     )
 
 
@@ -293,7 +305,10 @@ def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, hea
     dense, active = decoder.layer_parameters()
     slow_because = obstacle(dtype, "cpu", {"head_dim": decoder.head_size})
     head_size, sizes = decoder.head_size, decoder.sizes
+    compute = tuple(count * active // dense for count in layers)
     if slow_because is None and decoder.model is not None:
+        of_kinds = [_compute(decoder.model, layer) for layer in decoder.model.kinds]
+        compute = tuple(of_kinds[kind] for kind in decoder.model.order)
         sizes, head_size = described_sizes(decoder.model), padded_head(head_size)
     joined = {}
     if decoder.model is not None:
@@ -306,7 +321,7 @@ def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, hea
         layer_bytes=tuple(int(count * _LAYER_BYTES[dtype]) for count in layers),
         embedding_bytes=int(embedding * _OUTER_BYTES[dtype]),
         head_bytes=int(head * _OUTER_BYTES[dtype]),
-        layer_compute=tuple(count * active // dense for count in layers),
+        layer_compute=compute,
         head_compute=decoder.vocabulary * decoder.hidden,
         kv_values_per_layer=2 * decoder.kv_heads * head_size,
         layer_sizes=sizes,
@@ -316,6 +331,18 @@ def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, hea
         joined=joined,
         has_layer_inputs=decoder.model is not None and decoder.model.layer_input is not None,
     )
+
+
+def _compute(model: Decoder, layer: Layer) -> int:
+    """Numbers that a token is multiplied with in the layer: of its experts, those that are chosen."""
+    total = 0
+    of_experts = tuple(name.partition("{expert}")[0] for name in model.names.experts if name)
+    for name, shape in layer_shapes(model, layer).items():
+        count = math.prod(shape)
+        if layer.experts is not None and name.startswith(of_experts):
+            count = count * layer.experts.router.chosen // layer.experts.router.num_experts
+        total += count
+    return total
 
 
 def _tensor_sizes(path: Path) -> Iterator[tuple[str, int]]:

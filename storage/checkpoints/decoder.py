@@ -69,6 +69,7 @@ class Attention(_Data, frozen=True, kw_only=True):
     kv_layer: int | None = None
     qkv_bias: bool = False
     out_bias: bool = False
+    out_scale: float = 1.0  # of the output
 
 
 NO_ATTENTION: Final = Attention(num_heads=1, num_kv_heads=1, head_dim=2, scale=1.0)
@@ -96,6 +97,9 @@ class Recurrent(_Data, frozen=True, kw_only=True):
     norm: Norm | None = None  # of the output; in `delta` all heads have one gain
     norm_parts: int = 1  # of the output, that are normalized apart
     gate_first: bool = False  # the output is multiplied by its gate before the norm, not after it
+    # Of gates, values, keys, queries and steps, as they come out of the projection into a `mamba`.
+    in_scales: tuple[float, float, float, float, float] = (1.0,) * 5
+    out_scale: float = 1.0  # of the output
 
     @property
     def channels(self) -> int:
@@ -121,6 +125,8 @@ class FeedForward(_Data, frozen=True, kw_only=True):
     swiglu: tuple[float, float] | None = None
     gated: bool = True
     biased: bool = False
+    gate_scale: float = 1.0  # of what goes into the activation
+    out_scale: float = 1.0  # of the output
 
 
 class Router(_Data, frozen=True, kw_only=True):
@@ -129,7 +135,10 @@ class Router(_Data, frozen=True, kw_only=True):
     num_experts: int
     chosen: int  # experts of a token
     # What turns logits into scores. softmax_of_chosen: experts are chosen by their logits, whose softmax are the weights.
-    scores: Literal["softmax", "softmax_of_chosen", "sigmoid"] = "softmax"
+    # sparse_mix: two experts are chosen one after the other, each with its share in a softmax of the logits that are left and
+    # are not further than `threshold` below the greatest.
+    scores: Literal["softmax", "softmax_of_chosen", "sigmoid", "sparse_mix"] = "softmax"
+    threshold: float = 0.0
     biased: bool = False
     corrected: bool = False  # a bias of each expert is added to its score for the choice alone
     groups: int = 1  # of successive experts
@@ -138,6 +147,13 @@ class Router(_Data, frozen=True, kw_only=True):
     normalized: bool = False  # weights are divided by their sum plus `normal_eps`
     normal_eps: float = 0.0
     scale: float = 1.0  # of weights
+
+
+class ExpertsLatent(_Data, frozen=True, kw_only=True):
+    """Experts get a projection of hidden states, and the sum of their outputs is projected back."""
+
+    size: int
+    biased: bool = False
 
 
 class Experts(_Data, frozen=True, kw_only=True):
@@ -149,6 +165,7 @@ class Experts(_Data, frozen=True, kw_only=True):
     # They have norms of their own, before the experts, the router and after both the experts and `feed_forward`. The router's
     # has a learned scale, divided by the root of the hidden size, as gain. Each expert's weight has a learned factor.
     own_norms: bool = False
+    latent: ExpertsLatent | None = None
 
 
 class LayerInput(_Data, frozen=True, kw_only=True):
@@ -179,7 +196,7 @@ class Layer(_Data, frozen=True, kw_only=True):
     before_feed_forward: Norm | None = None
     after_feed_forward: Norm | None = None
     parallel: bool = False
-    residual_scale: float = 1.0  # of what is added
+    residual_scale: float = 1.0  # of what is added, beside the scales of outputs
     output_scale: bool = False  # hidden states are multiplied by a learned number in the end
 
 
@@ -228,6 +245,8 @@ class TensorNames(_Data, frozen=True, kw_only=True):
     )  # fmt: skip
     shared: tuple[str, str, str] = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")
     shared_gate: str = "mlp.shared_expert_gate"
+    narrow: str = ""  # the projections of hidden states to the latents of experts, and back
+    widen: str = ""
     # With `own_norms`: gains before experts, after them and after the feed-forward beside them, and vectors of the router.
     before_experts: str = "pre_feedforward_layernorm_2"
     after_experts: str = "post_feedforward_layernorm_2"
@@ -371,14 +390,14 @@ def layer_shapes(model: Decoder, layer: Layer) -> Shapes:
     if recurrent is not None:
         shapes |= _recurrent_shapes(names, recurrent, hidden)
 
-    def add_feed_forward(one: FeedForward, gate: str, up: str, down: str) -> None:
+    def add_feed_forward(one: FeedForward, size: int, gate: str, up: str, down: str) -> None:
         if one.gated:
-            add_matrix(gate, one.inner_size, hidden, one.biased)
-        add_matrix(up, one.inner_size, hidden, one.biased)
-        add_matrix(down, hidden, one.inner_size, one.biased)
+            add_matrix(gate, one.inner_size, size, one.biased)
+        add_matrix(up, one.inner_size, size, one.biased)
+        add_matrix(down, size, one.inner_size, one.biased)
 
     if feed_forward is not None:
-        add_feed_forward(feed_forward, *names_of_feed_forward(names, experts))
+        add_feed_forward(feed_forward, hidden, *names_of_feed_forward(names, experts))
     if experts is not None:
         router = experts.router
         add_matrix(names.router, router.num_experts, hidden, router.biased)
@@ -390,8 +409,13 @@ def layer_shapes(model: Decoder, layer: Layer) -> Shapes:
             for name in (names.before_experts, names.after_experts, names.after_shared):
                 shapes |= _vector_shapes(name, hidden, biased=False)
             shapes |= {names.router_scale: (hidden,), names.expert_scales: (router.num_experts,)}
+        of_experts = hidden
+        if (narrow := experts.latent) is not None:
+            of_experts = narrow.size
+            add_matrix(names.narrow, of_experts, hidden, narrow.biased)
+            add_matrix(names.widen, hidden, of_experts, narrow.biased)
         for expert in range(router.num_experts):
-            add_feed_forward(experts.each, *(name.format(expert=expert) for name in names.experts))
+            add_feed_forward(experts.each, of_experts, *(name.format(expert=expert) for name in names.experts))
     if (layer_input := model.layer_input) is not None:
         add_matrix(names.input_gate, layer_input.size, hidden, biased=False)
         add_matrix(names.input_out, hidden, layer_input.size, biased=False)
@@ -458,6 +482,15 @@ def outer_shapes(model: Decoder) -> Shapes:
         shapes[f"{names.layer_projection}.weight"] = (of_layers, model.hidden_size)
         shapes |= _vector_shapes(names.layer_projection_norm, layer_input.size, layer_input.norm.biased)
     return shapes | _vector_shapes(names.final_norm, model.hidden_size, model.final_norm.biased)
+
+
+def all_shapes(model: Decoder) -> Shapes:
+    """Shapes of all tensors of a publication, by their full names."""
+    names, of_kinds = model.names, [layer_shapes(model, layer) for layer in model.kinds]
+    shapes = {name: shape for name, shape in outer_shapes(model).items() if not (model.tied and name == f"{names.head}.weight")}
+    for number, kind in enumerate(model.order):
+        shapes |= {f"{names.layers}.{number}.{name}": shape for name, shape in of_kinds[kind].items()}
+    return shapes
 
 
 def _vector_shapes(name: str, size: int, biased: bool) -> Shapes:

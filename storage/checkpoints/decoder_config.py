@@ -16,6 +16,7 @@ from storage.checkpoints.decoder import (
     Attention,
     Decoder,
     Experts,
+    ExpertsLatent,
     FeedForward,
     Latent,
     Layer,
@@ -169,7 +170,7 @@ def _described(family: DecoderFamily, values: Values) -> Decoder:
         position_offset=family.position_offset,
         logit_scale=family.logit_scale(values),
         logit_soft_cap=values.soft_cap(family.logit_soft_cap),
-        head_bias=family.head_bias,
+        head_bias=values.flag(family.head_bias),
         causal=not values.flag(family.bidirectional),
         has_head=has_head,
         names=names,
@@ -213,6 +214,7 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
             activation=activation,
             gated=family.gated,
             biased=values.flag(family.mlp_bias),
+            **family.mlp_scales(values),
         )
     windows, unrotated = tuple(family.windows(values)), tuple(family.unrotated(values))
     if values.flag(family.bidirectional):  # the config counts both sides
@@ -252,6 +254,7 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
                 kv_layer=kv_layers.get(layer),
                 qkv_bias=values.flag(family.qkv_bias),
                 out_bias=values.flag(family.out_bias),
+                out_scale=family.attention_out_scale(values),
             )
             if "attention" in parts[layer]
             else None,
@@ -295,7 +298,11 @@ def _experts(
         normalized=values.flag(row.normalized),
         normal_eps=row.normal_eps,
         scale=1.0 if row.scale is None else values.number(row.scale),
+        threshold=row.threshold(values),
     )
+    latent = None
+    if row.latent_size is not None and values.get(row.latent_size) is not None:
+        latent = ExpertsLatent(size=values.size(row.latent_size), biased=values.flag(family.mlp_bias))
     in_group, rest = divmod(router.num_experts, groups)
     if rest or chosen_groups > groups or router.chosen > in_group * chosen_groups or (groups > 1 and in_group < 2):
         values.obstacles.append(f"{router.chosen} of {router.num_experts} experts in {chosen_groups} of {groups} groups")
@@ -303,10 +310,14 @@ def _experts(
         inner_size=values.size(row.inner_size),
         activation=activation if row.swiglu is None else "swiglu",
         swiglu=None if row.swiglu is None else (values.number(row.swiglu[0]), values.number(row.swiglu[1])),
+        gated=family.gated,
         biased=row.bias,
     )
-    shared = None if (size := row.shared_size(values)) is None else FeedForward(inner_size=size, activation=activation)
-    return sparse, Experts(router=router, each=each, shared_gate=row.shared_gate, own_norms=row.own_norms), shared
+    shared = None
+    if (size := row.shared_size(values)) is not None:
+        biased = values.flag(family.mlp_bias)
+        shared = FeedForward(inner_size=size, activation=activation, gated=family.gated, biased=biased)
+    return sparse, Experts(router=router, each=each, shared_gate=row.shared_gate, latent=latent, own_norms=row.own_norms), shared
 
 
 def _activation(family: DecoderFamily, values: Values) -> Activation:

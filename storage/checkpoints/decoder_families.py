@@ -37,7 +37,8 @@ class ExpertsFamily:
     count: str = "num_experts"
     chosen: str = "num_experts_per_tok"
     inner_size: str = "moe_intermediate_size"
-    scores: Literal["softmax", "softmax_of_chosen", "sigmoid"] = "softmax"
+    scores: Literal["softmax", "softmax_of_chosen", "sigmoid", "sparse_mix"] = "softmax"
+    threshold: Callable[["Values"], float] = lambda _: 0.0
     router_bias: bool = False
     correction: bool | str = False
     groups: tuple[str, str] | None = None  # keys of their number, and of how many a token's experts are in
@@ -49,6 +50,7 @@ class ExpertsFamily:
     shared_size: Callable[["Values"], int | None] = lambda _: None  # inner size of the shared expert; None: there is none
     shared_gate: bool = False
     own_norms: bool = False  # the layer's own feed-forward is beside them, and layers may have none
+    latent_size: str | None = None
     swiglu: tuple[str, str] | None = None  # keys of its two numbers
     layers: Callable[["Values"], Iterable[bool]] = lambda values: (True,) * values.size("num_hidden_layers")
 
@@ -114,10 +116,12 @@ class DecoderFamily:
     queries_grow: bool = False  # queries are multiplied by a logarithm of their position
     embedding_scale: Callable[["Values"], float] = lambda _: 1.0
     residual_scale: Callable[["Values"], float] = lambda _: 1.0
+    attention_out_scale: Callable[["Values"], float] = lambda _: 1.0
+    mlp_scales: Callable[["Values"], Mapping[str, float]] = lambda _: {}  # of a feed-forward, by their names in it
     logit_scale: Callable[["Values"], float] = lambda _: 1.0
     logit_soft_cap: str | None = None
     position_offset: int | None = None
-    head_bias: bool = False
+    head_bias: bool | str = False
     bidirectional: bool | str = False  # tokens attend to later ones, and windows to half as many tokens on either side
     parts: Callable[["Values"], Iterable[tuple[Part, ...]]] = lambda values: (_PLAIN,) * values.size("num_hidden_layers")
     recurrent: Callable[["Values"], Recurrent] | None = None  # the mixer of layers that have this part
@@ -170,6 +174,15 @@ class Values:
         if not is_number(value):
             raise self._wrong(name, "a number")
         return float(value)
+
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """Those of a list; all 1 if the config has none."""
+        found = self.get(name)
+        if found is None:
+            return (1.0,) * count
+        if not isinstance(found, list | tuple) or len(found) != count or not all(map(is_number, found)):
+            raise self._wrong(name, f"{count} numbers")
+        return tuple(map(float, found))
 
     def flag(self, name: bool | str) -> bool:
         value = name if isinstance(name, bool) else self.get(name)
@@ -352,7 +365,7 @@ def _parts_of(values: Values, layer_type: str, *besides: Part) -> tuple[Part, ..
 
 def _parts_of_nemotron_h(values: Values) -> list[tuple[Part, ...]]:
     types = values.get("layers_block_type")
-    return [("feed_forward",) if each == "mlp" else _parts_of(values, each) for each in types]
+    return [("feed_forward",) if each in ("mlp", "moe") else _parts_of(values, each) for each in types]
 
 
 def _with_layers_of_nemotron_h(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -361,6 +374,19 @@ def _with_layers_of_nemotron_h(config: Mapping[str, Any]) -> Mapping[str, Any]:
         names.get(each, each) for each in config.get("hybrid_override_pattern") or "ME*-"
     ]
     return {**config, "layers_block_type": types, "num_hidden_layers": len(types)}
+
+
+def _with_scales_of_phimoe(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Its class multiplies rotations by numbers of its own, and has the factors of short contexts in long ones, too."""
+    changed = dict(config)
+    for key in ("rope_parameters", "rope_scaling"):
+        rope: Any = config.get(key)
+        if isinstance(rope, Mapping) and (scale := rope.get("short_mscale")) is not None and scale == rope.get("long_mscale"):
+            plain = {name: value for name, value in rope.items() if name not in ("short_mscale", "long_mscale")}
+            changed[key] = {**plain, "attention_factor": scale}
+            if "short_factor" in rope:
+                changed[key]["long_factor"] = rope["short_factor"]
+    return changed
 
 
 def _parts_of_bamba(values: Values) -> list[tuple[Part, ...]]:
@@ -392,6 +418,29 @@ def _mamba_2(values: Values) -> Recurrent:
         norm_parts=groups,
         gate_first=True,
     )
+
+
+def _mamba_2_of_falcon(values: Values) -> Recurrent:
+    inner = values.size("mamba_expand") * values.size("hidden_size")
+    inner = inner if values.get("mamba_d_ssm") is None else values.size("mamba_d_ssm")
+    plain, into = _mamba_2(values), values.number("ssm_in_multiplier")
+    if values.flag("projectors_bias") != plain.biased or (plain.biased and into != 1):
+        values.obstacles.append("a projection that is scaled before its bias is added, or biases of one projection alone")
+    return msgspec.structs.replace(
+        plain,
+        head_size=inner // plain.num_heads,
+        norm=plain.norm if values.flag("mamba_rms_norm") else None,
+        gate_first=not values.flag("mamba_norm_before_gate"),
+        in_scales=tuple(into * scale for scale in values.numbers("ssm_multipliers", 5)),
+        out_scale=values.number("ssm_out_multiplier"),
+    )
+
+
+def _scale_of_falcon_h1(values: Values, head_dim: int, layer: int) -> float:
+    into = values.number("attention_in_multiplier")
+    if values.flag("attention_bias") and into != 1:
+        values.obstacles.append("queries, keys and values whose inputs are scaled before biases are added")
+    return head_dim**-0.5 * into**2 * values.number("key_multiplier")
 
 
 _MAMBA_2: Final[Mapping[str, Any]] = {
@@ -464,6 +513,9 @@ _GRANITE_EXPERTS: Final = TensorNames(
         "block_sparse_moe.experts.{expert}.up_proj",
         "block_sparse_moe.experts.{expert}.down_proj",
     ),
+)
+_SHARED_IN_GRANITE: Final = msgspec.structs.replace(
+    _GRANITE_EXPERTS, shared=("shared_mlp.input_linear", "shared_mlp.input_linear", "shared_mlp.output_linear")
 )
 _EXPERTS_OF_GRANITE: Final = ExpertsFamily(
     count="num_local_experts", inner_size="intermediate_size", scores="softmax_of_chosen"
@@ -1394,10 +1446,7 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
             "shared_intermediate_size": 0,
             **_GRANITE,
         },
-        names=msgspec.structs.replace(
-            _GRANITE_EXPERTS,
-            shared=("shared_mlp.input_linear", "shared_mlp.input_linear", "shared_mlp.output_linear"),
-        ),
+        names=_SHARED_IN_GRANITE,
         experts=replace(_EXPERTS_OF_GRANITE, shared_size=lambda values: values.get("shared_intermediate_size") or None),
         merged_experts=_MERGED_IN_GRANITE,
         **_LIKE_GRANITE,
@@ -1540,6 +1589,40 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
             )
         ),
     ),
+    "phimoe": DecoderFamily(
+        source="phimoe.modeling_phimoe:PhimoeDecoderLayer",
+        defaults={
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "num_experts_per_tok": 2,
+            "num_local_experts": 16,
+            "router_jitter_noise": 0.01,
+        },
+        names=TensorNames(
+            router="block_sparse_moe.gate",
+            experts=(
+                "block_sparse_moe.experts.{expert}.w1",
+                "block_sparse_moe.experts.{expert}.w3",
+                "block_sparse_moe.experts.{expert}.w2",
+            ),
+        ),
+        norm="layer",
+        norm_bias=True,
+        windows=_windows_everywhere,
+        head_bias="lm_head_bias",
+        completed=_with_scales_of_phimoe,
+        experts=ExpertsFamily(
+            count="num_local_experts",
+            inner_size="intermediate_size",
+            scores="sparse_mix",
+            threshold=lambda values: 2 * values.number("router_jitter_noise"),
+        ),
+        only=lambda _: {"num_experts_per_tok": 2},  # the class has no other number
+        unread=frozenset(("input_jitter_noise",)),
+        **LLAMA_BIASES,
+    ),
     "qwen3_5_moe_text": DecoderFamily(
         source="qwen3_5_moe.modeling_qwen3_5_moe:Qwen3_5MoeDecoderLayer",
         defaults=_QWEN3_5 | {"num_key_value_heads": 2, "num_experts_per_tok": 8, "num_experts": 256, **_QWEN_EXPERTS},
@@ -1668,27 +1751,75 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
         unread=_UNREAD_OF_MAMBA,
         **LLAMA_BIASES,
     ),
+    "falcon_h1": DecoderFamily(
+        source="falcon_h1.modeling_falcon_h1:FalconH1DecoderLayer",
+        defaults={
+            "max_position_embeddings": 8192,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            **_MAMBA_2,
+            "mamba_d_ssm": 1024,
+            "mamba_norm_before_gate": True,
+            **dict.fromkeys(
+                (
+                    "embedding_multiplier",
+                    "lm_head_multiplier",
+                    "key_multiplier",
+                    "attention_in_multiplier",
+                    "attention_out_multiplier",
+                    "ssm_in_multiplier",
+                    "ssm_out_multiplier",
+                ),
+                1.0,
+            ),
+        },
+        keys={"mamba_hidden_act": "hidden_act"},
+        names=TensorNames(
+            final_norm="model.final_layernorm",
+            gate="feed_forward.gate_proj",
+            up="feed_forward.up_proj",
+            down="feed_forward.down_proj",
+            before_feed_forward="pre_ff_layernorm",
+            recurrent="mamba",
+        ),
+        mlp_bias="mlp_bias",
+        parts=lambda values: (("attention", "recurrent", "feed_forward"),) * values.size("num_hidden_layers"),
+        recurrent=_mamba_2_of_falcon,
+        scale=_scale_of_falcon_h1,
+        embedding_scale=lambda values: values.number("embedding_multiplier"),
+        # Values are made of scaled inputs, too.
+        attention_out_scale=lambda values: values.number("attention_in_multiplier") * values.number("attention_out_multiplier"),
+        mlp_scales=lambda values: dict(zip(("gate_scale", "out_scale"), values.numbers("mlp_multipliers", 2), strict=True)),
+        logit_scale=lambda values: values.number("lm_head_multiplier"),
+        unread=_UNREAD_OF_MAMBA | {"layers_block_type", "mamba_use_mlp", "mlp_expansion_factor", "attn_layer_indices"},
+        **LLAMA_BIASES,
+    ),
     "granitemoehybrid": DecoderFamily(
         source="granitemoehybrid.modeling_granitemoehybrid:GraniteMoeHybridDecoderLayer",
         defaults={
             "max_position_embeddings": 2048,
             "shared_intermediate_size": 1024,
             "num_local_experts": 8,
+            "num_experts_per_tok": 2,
             **_GRANITE,
             **_MAMBA_2,
         },
         keys={"mamba_hidden_act": "hidden_act"},
-        names=TensorNames(
-            gate="shared_mlp.input_linear",
-            up="shared_mlp.input_linear",
-            down="shared_mlp.output_linear",
+        names=msgspec.structs.replace(
+            _SHARED_IN_GRANITE,
+            **dict(zip(("gate", "up", "down"), _SHARED_IN_GRANITE.shared, strict=True)),
             recurrent="mamba",
         ),
         inner_size=lambda values: values.size("shared_intermediate_size"),
+        experts=replace(
+            _EXPERTS_OF_GRANITE,
+            shared_size=lambda values: values.size("shared_intermediate_size"),
+            layers=lambda values: (values.get("num_local_experts") != 0,) * values.size("num_hidden_layers"),
+        ),
+        merged_experts=_MERGED_IN_GRANITE,
         parts=_parts_by_type,
         recurrent=_mamba_2,
         unrotated=lambda values: (values.get("position_embedding_type") != "rope",) * values.size("num_hidden_layers"),
-        only=lambda _: {"num_local_experts": 0},
         unread=_UNREAD_OF_MAMBA | {"num_experts_per_tok", "attention_multiplier"},
         **_LIKE_GRANITE,
         **LLAMA_BIASES,
@@ -1710,7 +1841,13 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
             "conv_kernel": 4,
             "expand": 2,
             "use_conv_bias": True,
+            "moe_intermediate_size": 7688,
+            "moe_shared_expert_intermediate_size": 7688,
+            **_ROUTED,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
         },
+        aliases={"num_local_experts": "n_routed_experts"},
         keys={
             "rms_norm_eps": "layer_norm_epsilon",
             "hidden_act": "mlp_hidden_act",
@@ -1728,6 +1865,12 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
             out="mixer.o_proj",
             up="mixer.up_proj",
             down="mixer.down_proj",
+            router="mixer.gate",
+            correction="mixer.gate.e_score_correction_bias",
+            experts=("", "mixer.experts.{expert}.up_proj", "mixer.experts.{expert}.down_proj"),
+            shared=("", "mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj"),
+            narrow="mixer.fc1_latent_proj",
+            widen="mixer.fc2_latent_proj",
             before_attention="norm",
             before_feed_forward="norm",
             recurrent="mixer",
@@ -1738,23 +1881,25 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
         parts=_parts_of_nemotron_h,
         recurrent=_mamba_2,
         rope=None,
+        experts=replace(
+            _ROUTED_EXPERTS,
+            shared_size=lambda values: values.size("moe_shared_expert_intermediate_size"),
+            layers=lambda values: (each == "moe" for each in values.get("layers_block_type")),
+            latent_size="moe_latent_size",
+        ),
         only=lambda _: {"sliding_window": None},
         unread=_UNREAD_OF_MAMBA
-        | {  # no layer has experts
-            "n_routed_experts",
+        | {
+            *_ROUTED,  # if no layer has experts
             "n_shared_experts",
             "moe_intermediate_size",
             "moe_shared_expert_intermediate_size",
             "moe_shared_expert_overlap",
             "moe_latent_size",
-            "num_experts_per_tok",
-            "routed_scaling_factor",
-            "n_group",
-            "topk_group",
-            "norm_topk_prob",
             "mtp_layers_block_type",
             "hybrid_override_pattern",
             "mtp_hybrid_override_pattern",
+            "norm_eps",
             "mamba_proj_bias",
             "num_hidden_layers",
         },

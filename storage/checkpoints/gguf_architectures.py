@@ -19,7 +19,6 @@ class Merge:
 
     parts: tuple[str, ...]  # names in the file, without the layer
     join: Callable[..., NDArray[Any]]  # from the parts as arrays to the tensor
-    by_expert: bool = False  # parts and tensor have one slice for each expert, and `join` gets one of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +154,6 @@ _LATENT: Final = {
 }
 
 
-def stacked(*matrices: NDArray[Any]) -> NDArray[Any]:
-    return np.concatenate(matrices)
-
-
 def _keys_and_values(keys: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
     """kv_b_proj from keys [heads, rank, key width] and values [heads, value width, rank]."""
     return np.concatenate((keys.swapaxes(1, 2), values), axis=1).reshape(-1, values.shape[2])
@@ -173,10 +168,13 @@ _GPT2_MATRICES: Final = {
 _LATENT_MERGES: Final = {
     "self_attn.kv_b_proj.weight": Merge(("attn_k_b.weight", "attn_v_b.weight"), _keys_and_values),
 }
-_SHARED_IN_GRANITE: Final = {"shared_mlp.input_linear.weight": Stack(("ffn_gate_shexp.weight", "ffn_up_shexp.weight"))}
-GRANITE_MERGES: Final[Mapping[str, Merge | Stack]] = {
-    "block_sparse_moe.input_linear.weight": Merge(("ffn_gate_exps.weight", "ffn_up_exps.weight"), stacked, by_expert=True),
-    **_SHARED_IN_GRANITE,
+SHARED_IN_GRANITE: Final[Mapping[str, Merge | Stack]] = {
+    "shared_mlp.input_linear.weight": Stack(("ffn_gate_shexp.weight", "ffn_up_shexp.weight"))
+}
+GRANITE_EXPERTS: Final = {
+    **{key: name.replace("mlp.", "block_sparse_moe.", 1) for key, name in EXPERTS.items()},
+    "ffn_gate_inp": "block_sparse_moe.router.layer",
+    "ffn_down_shexp": "shared_mlp.output_linear",
 }
 
 ATTENTION: Final[Mapping[str, Architecture]] = {
@@ -274,12 +272,8 @@ ATTENTION: Final[Mapping[str, Architecture]] = {
     "granitemoe": Architecture(
         "granitemoe",
         "GraniteMoeForCausalLM",
-        modules={
-            **{key: name.replace("mlp.", "block_sparse_moe.", 1) for key, name in EXPERTS.items()},
-            "ffn_gate_inp": "block_sparse_moe.router.layer",
-            "ffn_down_shexp": "shared_mlp.output_linear",
-        },
-        merges=_SHARED_IN_GRANITE,
+        modules=GRANITE_EXPERTS,
+        merges=SHARED_IN_GRANITE,
         keys={
             **GRANITE_KEYS,
             "expert_count": "num_local_experts",

@@ -181,31 +181,23 @@ def _source(
 
 
 def _merged(merge: Merge, parts: list[SourceTensor]) -> SourceTensor:
-    """The tensor that `merge` makes of `parts`. Reading a row takes the memory of the whole tensor, or of an expert's."""
-
-    def values(part: SourceTensor, first: int, last: int) -> NDArray[np.float32]:
-        return np.frombuffer(part.read_rows(first, last), np.float32).reshape(-1, *part.shape[1:])
+    """The tensor that `merge` makes of `parts`. Reading a row takes the memory of the whole tensor."""
 
     def rows(first: int, last: int) -> memoryview:
-        if merge.by_expert:
-            experts = zip(*(values(part, first, last) for part in parts), strict=True)
-            found = np.stack([merge.join(*each) for each in experts])
-        else:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                found = merge.join(*(values(part, 0, part.rows) for part in parts))[first:last]
+        whole = (np.frombuffer(part.read_rows(0, part.rows), np.float32).reshape(part.shape) for part in parts)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = merge.join(*whole)[first:last]
         if not np.isfinite(found).all():
             raise CheckpointInvalid(f"tensors {merge.parts} have values that mean nothing; make the GGUF file again")
         return np.ascontiguousarray(found).reshape(-1).view(np.uint8).data
 
-    whole = [part.shape[1:] if merge.by_expert else part.shape for part in parts]
+    shapes = [part.shape for part in parts]
     try:
-        shape = merge.join(*(np.broadcast_to(np.float32(-1), each) for each in whole)).shape
+        shape = merge.join(*(np.broadcast_to(np.float32(-1), each) for each in shapes)).shape
     except (ValueError, IndexError) as error:
         raise CheckpointInvalid(
-            f"tensors {merge.parts} as {whole} do not fit together ({error}); make the GGUF file again"
+            f"tensors {merge.parts} as {shapes} do not fit together ({error}); make the GGUF file again"
         ) from error
-    if merge.by_expert:
-        shape = (parts[0].shape[0], *shape)
     return SourceTensor("F32", shape, rows, any(part.quantized for part in parts), None, parts[0].stored_as)
 
 

@@ -16,9 +16,10 @@ from storage.checkpoints.gguf_architectures import (
     EXPERT_KEYS,
     EXPERT_KEYS_WITH_SHARED,
     EXPERTS_WITH_SHARED,
+    GRANITE_EXPERTS,
     GRANITE_KEYS,
-    GRANITE_MERGES,
     SHARED_GATE,
+    SHARED_IN_GRANITE,
     SIGMOID,
     SIZES,
     Architecture,
@@ -179,13 +180,8 @@ _DELTA_NET_EXPERTS: Final = replace(
 _GRANITE: Final = Architecture(
     "granitemoehybrid",
     "GraniteMoeHybridForCausalLM",
-    modules={
-        **_mamba_modules("mamba"),
-        "ffn_gate_inp": "block_sparse_moe.router.layer",
-        "ffn_down_exps": "block_sparse_moe.output_linear",
-        "ffn_down_shexp": "shared_mlp.output_linear",
-    },
-    merges={**_mamba_merges("mamba"), **GRANITE_MERGES},
+    modules={**_mamba_modules("mamba"), **GRANITE_EXPERTS},
+    merges={**_mamba_merges("mamba"), **SHARED_IN_GRANITE},
     keys={
         **GRANITE_KEYS,
         **_MAMBA_KEYS,

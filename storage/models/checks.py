@@ -19,6 +19,7 @@ _LAYER_MATRICES: Final = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "query_key_value", "out_proj",
     "dense", "gate_up_proj", "fc1", "fc2", "c_fc", "c_proj", "dense_h_to_4h", "dense_4h_to_h", "in_proj", "in_proj_qkv",
     "in_proj_z", "in_proj_qkvz", "w1", "w2", "w3", "input_linear", "output_linear",
+    "fc1_latent_proj", "fc2_latent_proj",
     "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "per_layer_input_gate", "per_layer_projection",
     "per_layer_model_projection",
 )  # fmt: skip

@@ -189,7 +189,7 @@ def plan_publication(
     note_losses: the plan has an `error` also for checkpoints that are not quantized. Raises what `publish` raises for the
     checkpoint.
     """
-    from storage.models.conversion import RoundingError, convert_tensor  # numpy, which only a real publication needs
+    from storage.models.conversion import RoundingError  # numpy, which only a real publication needs
 
     checkpoint = open_checkpoint(path, tokenizer, text_only)
     if path.is_dir() and not text_only:
@@ -213,6 +213,19 @@ def plan_publication(
     if dtype == "kept":
         _check_blocks(path, placed)
     error = RoundingError() if checkpoint.quantization or note_losses else None
+    return PublicationPlan(checkpoint, model, plan_objects(placed, dtype, in_float32, keep_wide, error), error)
+
+
+def plan_objects(
+    placed: Placement,
+    dtype: str,
+    in_float32: Collection[str],
+    keep_wide: Collection[str] = (),
+    error: "RoundingError | None" = None,
+) -> list[ObjectPlan]:
+    """The objects of a publication. in_float32: names of tensors that have this dtype in any publication."""
+    from storage.models.conversion import convert_tensor  # numpy, which only a real publication needs
+
     plans = []
     for object_name, members in placed.items():
         targets: dict[str, TargetTensor] = {}
@@ -220,7 +233,7 @@ def plan_publication(
             stored_as = "float32" if tensor_name in in_float32 else dtype
             targets |= convert_tensor(tensor_name, tensor, cast("Dtype", stored_as), keep_wide, error)
         plans.append(plan_object(object_name, targets))
-    return PublicationPlan(checkpoint, model, plans, error)
+    return plans
 
 
 def rehearse(plan: PublicationPlan) -> tuple[float, int]:

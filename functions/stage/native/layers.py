@@ -161,6 +161,7 @@ class ExpertsArrays:
     used_at: Array | None = None  # int64 [experts], zeros: experts need not stay in memory (`c/native.h`)
     scales: Array | None = None  # float32 [experts]
     norms: Mapping[str, NormArrays] = field(default_factory=dict)  # by their names in `c/native.h`
+    latent: tuple[MatrixArrays, MatrixArrays] | None = None  # narrow and widen
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +258,8 @@ class NativeLayers:
             **arrays.numbers,
             **{name: self._norm_record(norm) for name, norm in arrays.norms.items()},
         )
+        if arrays.latent is not None:
+            record.narrow, record.widen = (matrix_record(matrix, self._kept) for matrix in arrays.latent)
         self._kept += [experts, record, arrays.correction, arrays.used, arrays.used_at, arrays.scales]
         self._layers[slot].experts = MemoryRecord(ctypes.addressof(record), ctypes.sizeof(record))
 

@@ -48,6 +48,7 @@ class RouterScores(IntEnum):
     SOFTMAX = 0
     SOFTMAX_OF_CHOSEN = 1
     SIGMOID = 2
+    SPARSE_MIX = 3
 
 
 class RecurrentKind(IntEnum):
@@ -99,6 +100,8 @@ class ExpertsRecord(ctypes.Structure):
     _fields_ = (
         ("experts", MemoryRecord),
         ("router", MatrixRecord),
+        ("narrow", MatrixRecord),
+        ("widen", MatrixRecord),
         ("correction", MemoryRecord),
         ("used", MemoryRecord),
         ("used_at", MemoryRecord),
@@ -119,6 +122,7 @@ class ExpertsRecord(ctypes.Structure):
         ),
         ("normal_eps", ctypes.c_double),
         ("scale", ctypes.c_double),
+        ("threshold", ctypes.c_double),
     )
 
 
@@ -138,6 +142,9 @@ class RecurrentRecord(ctypes.Structure):
         ("skips", MemoryRecord),
         ("norm", NormRecord),
         ("eps", ctypes.c_double),
+        ("gate_scale", ctypes.c_double),
+        ("step_scale", ctypes.c_double),
+        ("out_scale", ctypes.c_double),
     )  # fmt: skip
 
 
@@ -182,7 +189,9 @@ class LayerRecord(ctypes.Structure):
         ),
         ("score_scale", ctypes.c_double),
         ("score_cap", ctypes.c_double),
-        ("residual_scale", ctypes.c_double),
+        ("attention_scale", ctypes.c_double),
+        ("mlp_scale", ctypes.c_double),
+        ("gate_scale", ctypes.c_double),
         ("output_scale", ctypes.c_double),
         ("swiglu", ctypes.c_double * 2),
         ("xielu", ctypes.c_double * 4),

@@ -114,24 +114,32 @@ def test_quantization_shrinks_only_weights_and_float32_doubles_all_bytes() -> No
     assert plans["float32"].hop_bytes_per_token == 4 * 576
     for dtype in ("bfloat16", "int8", "q4"):
         assert plans[dtype].hop_bytes_per_token == 2 * 576
-    assert plans["float32"].weight_bytes == 2 * plans["bfloat16"].weight_bytes
-    layer = shapes["float32"].layer_bytes[0] // 4
-    assert shapes["int8"].layer_bytes[0] == layer
-    assert shapes["q4"].layer_bytes[0] == layer * 5 // 8, "four bits, and sixteen of scale and of minimum for 32 weights"
+    assert plans["float32"].weight_bytes == pytest.approx(2 * plans["bfloat16"].weight_bytes, rel=1e-3)
+    layer = shapes["float32"].layer_bytes[0] / 4
+    assert shapes["int8"].layer_bytes[0] == pytest.approx(layer, rel=0.01), "and scales of rows"
+    in_q4 = layer * 5 / 8  # four bits, and sixteen of scale and of minimum for 32 weights
+    assert shapes["q4"].layer_bytes[0] == pytest.approx(in_q4, rel=0.01)
     in_q8_0 = shapes["float32"].embedding_bytes / 4 * 34 / 32
-    assert shapes["int8"].embedding_bytes == shapes["q4"].embedding_bytes == in_q8_0
+    assert shapes["int8"].embedding_bytes == shapes["q4"].embedding_bytes == pytest.approx(in_q8_0, rel=1e-3)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "q4"])
-def test_sizes_from_a_config_are_close_to_the_published_ones(dtype: str, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-    tiny_models.whole_model("llama", **sizes, vocab_size=2048).save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("llama", "float32"), ("llama_tied", "int8"), ("gpt2", "bfloat16"), ("qwen2_moe", "q4"), ("gpt_oss", "int8"),
+        ("deepseek_v2", "q4"), ("granitemoehybrid", "int8"), ("nemotron_h_latent", "q4"), ("lfm2_moe", "bfloat16"),
+    ],
+)  # fmt: skip
+def test_sizes_from_a_config_are_the_published_ones(name: str, dtype: str, tmp_path: Path) -> None:
+    """But for the order of tensors, which changes the lengths of headers."""
+    tiny_models.whole_model(name).save_pretrained(tmp_path)
     with EmbeddedStore(tmp_path / "store") as embedded:
         store = ObjectStore(embedded.settings)
         exact = published_shape(store, publish(tmp_path, store, "m", dtype))
     told = shape_from_config(json.loads((tmp_path / "config.json").read_text()), "m", dtype)
-    assert told.layer_bytes == pytest.approx(exact.layer_bytes, rel=0.05)
-    assert told.embedding_bytes == pytest.approx(exact.embedding_bytes, rel=0.05)
+    assert told.layer_bytes == pytest.approx(exact.layer_bytes, abs=128)
+    assert (told.embedding_bytes, told.head_bytes) == pytest.approx((exact.embedding_bytes, exact.head_bytes), abs=128)
+    assert told.layer_compute == exact.layer_compute
 
 
 def test_all_experts_count_in_bytes_and_the_chosen_ones_in_compute() -> None:

@@ -34,8 +34,8 @@ NEEDED: Final[dict[str, dict[str, Any]]] = {
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
-    "granitemoehybrid": {"num_local_experts": 0, "layer_types": ["linear_attention", "full_attention"]},
-    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention"]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe"]},
 }
 CONFIGS: Final = (
     *(tiny_models.tiny_config(name) for name in tiny_models.NATIVE),

@@ -43,17 +43,8 @@ LONG = {
 DENSE_GRANITE = {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 64}
 NEMOTRON = ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention", "mlp"]
 NEMOTRON_MOE = ["linear_attention", "moe", "full_attention", "moe", "linear_attention", "moe"]
-FALCON_PLAIN = {"embedding_multiplier": 1.0, "lm_head_multiplier": 1.0, "ssm_out_multiplier": 1.0}
-FALCON_MULTIPLIERS = {
-    "embedding_multiplier": 3.0,
-    "lm_head_multiplier": 0.5,
-    "attention_in_multiplier": 1.25,
-    "attention_out_multiplier": 0.75,
-    "key_multiplier": 0.5,
-    "mlp_multipliers": [0.5, 2.0],
-    "ssm_in_multiplier": 0.8,
-    "ssm_out_multiplier": 0.7,
-    "ssm_multipliers": [0.5, 1.5, 2.0, 0.75, 1.25],
+FALCON_PLAIN = {
+    key: [1.0] * len(value) if isinstance(value, list) else 1.0 for key, value in tiny_models.FALCON_MULTIPLIERS.items()
 }
 # Name of the case → tiny model, and changes to it. What a GGUF file cannot say is left out of the models.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -76,7 +67,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron_h": ("nemotron_h", {"layers_block_type": NEMOTRON}),
     "nemotron_h_moe": ("nemotron_h", {"layers_block_type": NEMOTRON_MOE}),
     "falcon_h1": ("falcon_h1", {"head_dim": 8, **FALCON_PLAIN}),
-    "falcon_h1_multiplied": ("falcon_h1", {"head_dim": 8, **FALCON_MULTIPLIERS}),
+    "falcon_h1_multiplied": ("falcon_h1", {"head_dim": 8}),
     "falcon_h1_normed": ("falcon_h1", {"head_dim": 8, **FALCON_PLAIN, "mamba_rms_norm": True, "mamba_norm_before_gate": False}),
 
     "llama3_wide": ("llama", {"head_dim": 64, "rope_parameters": LLAMA3}),

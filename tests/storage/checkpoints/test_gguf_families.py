@@ -38,6 +38,8 @@ NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    **{f"mlp.experts.{name}_proj": f"ffn_{name}_exps" for name in ("gate", "up", "down")},
 }
 
 
@@ -62,7 +64,7 @@ def write_gguf(
     what it means. changes: to the tiny model's config."""
     model = tiny_models.whole_model(family, **changes)
     config = model.config
-    writer = gguf.GGUFWriter(path, config.model_type)
+    writer = gguf.GGUFWriter(path, config.model_type.replace("_moe", "moe"))
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -78,8 +80,12 @@ def write_gguf(
     writer.add_token_list(TOKENS)
     writer.add_token_types([1] * len(TOKENS))
     writer.add_token_merges(["a b"])
+    if getattr(config, "num_experts", None):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     add(writer)
-    for name, tensor in tiny_models.checkpoint_tensors(model).items():
+    for name, tensor in with_experts_together(tiny_models.checkpoint_tensors(model)).items():
         if name != drop_tensor:
             add_tensor(writer, gguf_name(name), tensor, kind_of(name))
     if extra_tensor:
@@ -91,6 +97,13 @@ def write_gguf(
     return path
 
 
+def with_experts_together(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    found: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: [int(n) for n in re.findall(r"\d+", item[0])]):
+        found.setdefault(re.sub(r"experts\.\d+\.", "experts.", name), []).append(tensor)
+    return {name: torch.stack(each) if "experts." in name else each[0] for name, each in found.items()}
+
+
 def add_tensor(
     writer: gguf.GGUFWriter,
     name: str,
@@ -98,12 +111,13 @@ def add_tensor(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.Q8_0,
 ) -> None:
     array = tensor.numpy()
-    if array.ndim == 2:
+    if array.ndim > 1 and not name.endswith("ffn_gate_inp.weight"):
+        matrix = array.reshape(-1, array.shape[-1])
         try:
-            rows = gguf.quants.quantize(array, kind)
+            rows = gguf.quants.quantize(matrix, kind)
         except NotImplementedError:
-            rows = random_rows(kind.name, *array.shape, seed=len(writer.tensors[-1]), largest=3 * array.std())
-        writer.add_tensor(name, rows, raw_dtype=kind)
+            rows = random_rows(kind.name, *matrix.shape, seed=len(writer.tensors[-1]), largest=3 * array.std())
+        writer.add_tensor(name, rows.reshape(*array.shape[:-1], -1), raw_dtype=kind)
     else:
         writer.add_tensor(name, array.astype(np.float32))
 

@@ -16,6 +16,13 @@ SIZES: Final[dict[str, Any]] = {
     "num_key_value_heads": 1,
 }
 """Widths of whole supers of 256 weights."""
+EXPERTS: Final[dict[str, Any]] = {
+    "moe_intermediate_size": 256,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [],
+}
+"""Every token has all four experts, since rounding may change which are chosen."""
 MIXED: Final = "mixed"
 
 
@@ -34,4 +41,4 @@ def block_model(path: Path, family: str, name: str) -> Path:
     def kind_of(tensor: str) -> Kind:
         return next((kind for matrix, kind in kinds.items() if matrix in tensor), Kind.Q8_0)
 
-    return write_gguf(path, family, kind_of=kind_of, **SIZES)
+    return write_gguf(path, family, kind_of=kind_of, **SIZES, **(EXPERTS if "moe" in family else {}))

@@ -109,6 +109,20 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
     ),
     "olmoe": _like_llama("olmoe", num_key_value_heads=4, num_experts=8, num_experts_per_tok=3),
     "granitemoe": _like_llama("granitemoe", **_GRANITE),
+    "phimoe": _like_llama("phimoe", num_local_experts=8, lm_head_bias=True, attention_bias=True, router_jitter_noise=0.2),
+    "phimoe_longrope": _like_llama(
+        "phimoe",
+        num_local_experts=4,
+        rope_parameters={
+            "rope_theta": 10_000.0,
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.4],
+            "long_factor": [2.0, 3.0, 4.0, 5.0],
+            "short_mscale": 1.2,
+            "long_mscale": 1.2,
+            "original_max_position_embeddings": 16,
+        },
+    ),
     "granitemoeshared": _like_llama("granitemoeshared", shared_intermediate_size=24, **_GRANITE),
     "glm4_moe": _like_llama(
         "glm4_moe", head_dim=8, attention_bias=True, use_qk_norm=True, routed_scaling_factor=1.5, **_ROUTED
@@ -290,6 +304,11 @@ _NEMOTRON: Final = {
     "chunk_size": 16,
     "head_dim": 8,
 }
+FALCON_MULTIPLIERS: Final[dict[str, Any]] = {
+    "embedding_multiplier": 3.0, "lm_head_multiplier": 0.5, "attention_in_multiplier": 1.25, "attention_out_multiplier": 0.75,
+    "key_multiplier": 0.5, "mlp_multipliers": [0.5, 2.0], "ssm_in_multiplier": 0.8, "ssm_out_multiplier": 0.7,
+    "ssm_multipliers": [0.5, 1.5, 2.0, 0.75, 1.25],
+}  # fmt: skip
 _CONV_AND_FULL: Final = ["conv", "full_attention", "conv", "conv", "full_attention", "conv"]
 
 _RECURRENT: Final[dict[str, dict[str, Any]]] = {
@@ -325,8 +344,15 @@ _RECURRENT: Final[dict[str, dict[str, Any]]] = {
         layers_block_type=["linear_attention", "mlp", "full_attention", "mlp", "linear_attention", "full_attention"],
         **_NEMOTRON,
     ),
-    "falcon_h1": _like_llama(
-        "falcon_h1", mamba_d_ssm=64, embedding_multiplier=3.0, lm_head_multiplier=0.5, ssm_out_multiplier=0.7, **_MAMBA_2
+    "falcon_h1": _like_llama("falcon_h1", mamba_d_ssm=64, **FALCON_MULTIPLIERS, **_MAMBA_2),
+    "falcon_h1_normed": _like_llama(
+        "falcon_h1",
+        mamba_d_ssm=48,
+        mamba_rms_norm=True,
+        attention_bias=True,
+        mlp_bias=True,
+        **FALCON_MULTIPLIERS | {"attention_in_multiplier": 1.0},
+        **_MAMBA_2 | {"mamba_d_head": "auto"},
     ),
     "bamba": _like_llama("bamba", attn_layer_indices=[1, 4], **_MAMBA_2),
     "nemotron_h": _like_llama(
@@ -335,6 +361,17 @@ _RECURRENT: Final[dict[str, dict[str, Any]]] = {
         **_NEMOTRON,
         n_routed_experts=4,
         moe_shared_expert_intermediate_size=16,
+        **_MOE,
+    ),
+    "nemotron_h_latent": _like_llama(
+        "nemotron_h",
+        layers_block_type=["linear_attention", "moe", "full_attention", "moe", "mlp", "linear_attention"],
+        **_NEMOTRON,
+        n_routed_experts=8,
+        n_group=2,
+        moe_shared_expert_intermediate_size=24,
+        moe_latent_size=20,
+        mlp_bias=True,
         **_MOE,
     ),
     "jamba": _like_llama(
@@ -399,8 +436,13 @@ NATIVE_RECURRENT: Final = (
     "qwen3_5_text",
     "mamba2",
     "granitemoehybrid_dense",
+    "granitemoehybrid",
+    "falcon_h1",
+    "falcon_h1_normed",
     "bamba",
     "nemotron_h_dense",
+    "nemotron_h",
+    "nemotron_h_latent",
     "qwen3_next",
     "qwen3_5_moe_text",
     "lfm2_moe",

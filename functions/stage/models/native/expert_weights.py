@@ -48,8 +48,12 @@ def take_experts(model: Decoder, experts: Experts, weights: NativeWeights) -> Ex
             "shared_gate": experts.shared_gate,
             "normal_eps": router.normal_eps,
             "scale": router.scale,
+            "threshold": router.threshold,
         },
         used=np.zeros(router.num_experts, np.int64),
         scales=scales,
         norms=norms,
+        latent=None
+        if experts.latent is None
+        else (weights.matrix(names.narrow, experts.latent.biased), weights.matrix(names.widen, experts.latent.biased)),
     )

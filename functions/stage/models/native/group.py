@@ -181,7 +181,9 @@ class NativeGroup:
                         ring=self.kv.need.ring_blocks if own.attention.window is not None and self._model.causal else 0,
                     )
                 if own.recurrent is not None:
-                    arrays.recurrent = take_recurrent(self._model, own.recurrent, self._places, slot, weights)
+                    arrays.recurrent = take_recurrent(
+                        self._model, own.recurrent, self._places, slot, weights, own.residual_scale
+                    )
                 self._layers.place(slot, arrays)
                 if own.experts is not None:
                     experts = take_experts(self._model, own.experts, weights)

@@ -46,7 +46,6 @@ def take_layer(model: Decoder, layer: Layer, weights: NativeWeights) -> LayerArr
     latent: LatentArrays | None = None
     numbers: dict[str, float | tuple[float, ...]] = {
         "parallel": layer.parallel,
-        "residual_scale": layer.residual_scale,
         "output_scale": weights.vector(names.output_scale).item() if layer.output_scale else 1.0,
     }
     taken: dict[str, NormArrays] = {}  # parallel layers may have one norm before both parts
@@ -72,6 +71,7 @@ def take_layer(model: Decoder, layer: Layer, weights: NativeWeights) -> LayerArr
             "reads_kv": attention.kv_layer is not None,
             "gates": attention.output_gate,
             "score_scale": attention.scale,
+            "attention_scale": layer.residual_scale * attention.out_scale,
             "score_cap": attention.soft_cap or 0.0,
         }
         if attention.sinks:
@@ -89,7 +89,11 @@ def take_layer(model: Decoder, layer: Layer, weights: NativeWeights) -> LayerArr
         if feed_forward.activation == "xielu":
             numbers["xielu"] = _xielu(names.activation, weights)
     if (one := any_feed_forward(layer)) is not None:
-        numbers["activation"] = Activation[one.activation.upper()]
+        numbers |= {
+            "activation": Activation[one.activation.upper()],
+            "gate_scale": one.gate_scale,
+            "mlp_scale": layer.residual_scale * one.out_scale,
+        }
         if one.swiglu is not None:
             numbers["swiglu"] = one.swiglu
     return LayerArrays(matrices, norms, vectors, numbers, latent=latent)

@@ -51,10 +51,11 @@ def channels_of(recurrent: Recurrent, hidden_size: int) -> int:
 
 
 def take_recurrent(
-    model: Decoder, recurrent: Recurrent, places: StatePlaces, slot: int, weights: NativeWeights
+    model: Decoder, recurrent: Recurrent, places: StatePlaces, slot: int, weights: NativeWeights, residual_scale: float
 ) -> RecurrentArrays:
     """Removes the tensors of a recurrent mixer from `weights`. slot: the layer's number in the group. Raises MissingTensors."""
     prefix, hidden = model.names.recurrent, model.hidden_size
+    gate_scale, *channel_scales, step_scale = recurrent.in_scales
     channels, inner = channels_of(recurrent, hidden), recurrent.inner_size
     kernel = f"{prefix}.{model.names.recurrent_kernel}"
     numbers: dict[str, float] = {
@@ -69,6 +70,9 @@ def take_recurrent(
         "tail_at": places.tails[slot],
         "matrix_at": places.matrices[slot],
         "kept_at": places.kept[slot],
+        "gate_scale": gate_scale,
+        "step_scale": step_scale,
+        "out_scale": residual_scale * recurrent.out_scale,
     }
     matrices = {"out": weights.matrix(f"{prefix}.out_proj", recurrent.biased)}
     if recurrent.kind == "delta":
@@ -79,6 +83,9 @@ def take_recurrent(
     vectors = {"kernel": np.ascontiguousarray(weights.vector(f"{kernel}.weight").reshape(channels, recurrent.kernel).T)}
     if recurrent.kernel_bias:
         vectors["kernel_biases"] = weights.vector(f"{kernel}.bias")
+    if recurrent.kind == "mamba":  # a convolution of scaled numbers is one with a scaled kernel
+        keys = recurrent.num_groups * recurrent.key_size
+        vectors["kernel"] *= np.repeat(np.float32(channel_scales), [inner, keys, keys])
     norm = None
     if recurrent.kind == "convolution":
         numbers["channels_at"] = 2 * hidden

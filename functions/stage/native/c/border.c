@@ -128,18 +128,21 @@ static Status check_numbers(const Group *group, const Layer *layer)
         return LAMINA_BAD_SIZE;
     if (!within(layer->activation, LAMINA_SILU, LAMINA_SWIGLU) || !is_finite(layer->score_cap))
         return LAMINA_BAD_SIZE;
-    return is_finite(layer->score_scale) && is_finite(layer->residual_scale) && is_finite(layer->output_scale) ? LAMINA_OK : LAMINA_BAD_SIZE;
+    if (!is_finite(layer->attention_scale) || !is_finite(layer->mlp_scale) || !is_finite(layer->gate_scale) ||
+        !is_finite(layer->output_scale))
+        return LAMINA_BAD_SIZE;
+    return is_finite(layer->score_scale) ? LAMINA_OK : LAMINA_BAD_SIZE;
 }
 
-/* activation(gate x) * (up x), or activation(up x) without a gate, and down, of at most `most` inner numbers. */
-static Status check_feed_forward(const Group *group, const Layer *layer, const Matrix *gate, const Matrix *up, const Matrix *down, int64_t most)
+/* activation(gate x) * (up x), or activation(up x) without a gate, and down, of rows of `size` and at most `most` inner numbers. */
+static Status check_feed_forward(int64_t size, const Layer *layer, const Matrix *gate, const Matrix *up, const Matrix *down, int64_t most)
 {
     if (!within(up->outs, 1, most))
         return LAMINA_BAD_SIZE;
     if (gate->weights.bytes)
-        CHECK(check_shape(gate, up->outs, group->hidden_size));
-    CHECK(check_shape(up, up->outs, group->hidden_size));
-    CHECK(check_shape(down, group->hidden_size, up->outs));
+        CHECK(check_shape(gate, up->outs, size));
+    CHECK(check_shape(up, up->outs, size));
+    CHECK(check_shape(down, size, up->outs));
     if (layer->activation == LAMINA_SWIGLU && !gate->weights.bytes)
         return LAMINA_BAD_SIZE;
     return !gate->weights.bytes || gate->dtype == up->dtype ? LAMINA_OK : LAMINA_BAD_DTYPE;
@@ -149,7 +152,7 @@ static Status check_router(const Group *group, const Experts *experts)
 {
     if (!within(experts->num_experts, 1, group->most_experts) || !within(experts->chosen, 1, group->most_chosen))
         return LAMINA_BAD_SIZE;
-    if (!within(experts->scores, LAMINA_SOFTMAX, LAMINA_SIGMOID) || !within(experts->two_of_group, 0, 1) ||
+    if (!within(experts->scores, LAMINA_SOFTMAX, LAMINA_SPARSE_MIX) || !within(experts->two_of_group, 0, 1) ||
         !within(experts->normalized, 0, 1) || !within(experts->shared_gate, 0, 1))
         return LAMINA_BAD_SIZE;
     if (!within(experts->groups, 1, experts->num_experts) || experts->num_experts % experts->groups ||
@@ -158,7 +161,9 @@ static Status check_router(const Group *group, const Experts *experts)
     const int64_t in_group = experts->num_experts / experts->groups;
     if (experts->chosen > in_group * experts->chosen_groups || in_group < 1 + experts->two_of_group)
         return LAMINA_BAD_SIZE;
-    if (!is_finite(experts->normal_eps) || !is_finite(experts->scale))
+    if (!is_finite(experts->normal_eps) || !is_finite(experts->scale) || !(experts->threshold >= 0))
+        return LAMINA_BAD_SIZE;
+    if (experts->scores == LAMINA_SPARSE_MIX && experts->chosen != 2)
         return LAMINA_BAD_SIZE;
     CHECK(check_shape(&experts->router, experts->num_experts + experts->shared_gate, group->hidden_size));
     CHECK(check_optional(&experts->correction, experts->num_experts * 4, 4));
@@ -178,6 +183,14 @@ static Status check_experts(const Group *group, const Layer *layer)
     CHECK(check_memory(&layer->experts, sizeof(Experts), _Alignof(Experts)));
     const Experts *experts = layer->experts.data;
     CHECK(check_router(group, experts));
+    int64_t size = group->hidden_size;
+    if (experts->narrow.weights.bytes) {
+        size = experts->narrow.outs;
+        if (size > group->hidden_size)
+            return LAMINA_BAD_SIZE;
+        CHECK(check_shape(&experts->narrow, size, group->hidden_size));
+        CHECK(check_shape(&experts->widen, group->hidden_size, size));
+    }
     if (experts->used_at.bytes) {
         CHECK(check_memory(&group->budget, sizeof(Budget), _Alignof(Budget)));
         CHECK(check_memory(&experts->used_at, experts->num_experts * 8, 8));
@@ -187,7 +200,7 @@ static Status check_experts(const Group *group, const Layer *layer)
     for (int64_t i = 0; i < experts->num_experts; i++) {
         if (all[i].up.outs != all->up.outs || !all[i].gate.weights.bytes != !all->gate.weights.bytes)
             return LAMINA_BAD_MATRIX;
-        CHECK(check_feed_forward(group, layer, &all[i].gate, &all[i].up, &all[i].down, group->expert_size));
+        CHECK(check_feed_forward(size, layer, &all[i].gate, &all[i].up, &all[i].down, group->expert_size));
     }
     return LAMINA_OK;
 }
@@ -295,6 +308,8 @@ static Status check_recurrent(const Group *group, const Recurrent *mixer)
         return LAMINA_BAD_SIZE;
     if (!lies_within(mixer->channels_at, mixer->channels, mixer->in.outs) || !within(mixer->heads, 0, MOST))
         return LAMINA_BAD_SIZE;
+    if (!is_finite(mixer->gate_scale) || !is_finite(mixer->step_scale) || !is_finite(mixer->out_scale))
+        return LAMINA_BAD_SIZE;
     if (!lies_within(mixer->tail_at, (mixer->taps - 1) * mixer->channels, group->state_values) ||
         !lies_within(mixer->kept_at, mixer->channels + 2 * mixer->heads, group->kept_values))
         return LAMINA_BAD_SIZE;
@@ -332,7 +347,7 @@ static Status check_layer(const Group *group, const Layer *layer)
         const bool has_another = has_attention(layer) || layer->recurrent.kind || layer->experts.bytes;
         return has_another && !layer->gate.weights.bytes && !layer->down.weights.bytes ? LAMINA_OK : LAMINA_SHORT_MEMORY;
     }
-    return check_feed_forward(group, layer, &layer->gate, &layer->up, &layer->down, group->inner_size);
+    return check_feed_forward(group->hidden_size, layer, &layer->gate, &layer->up, &layer->down, group->inner_size);
 }
 
 /* What an adapter adds to a matrix fits it. */

@@ -144,6 +144,7 @@ static void pack_for_experts(const Forward *forward, const Layer *layer, bool in
 {
     const Workspace *at = &forward->at;
     const Routing routing = at->routing[number_of(forward, layer)];
+    const bool is_narrow = ((const Experts *)layer->experts.data)->narrow.weights.bytes;
     int64_t done = 0, piece;
     for (; (piece = take_piece(worker, phase, routing.packed_blocks, 1)) >= 0; done++) {
         const Route *route = at->routes;
@@ -153,8 +154,9 @@ static void pack_for_experts(const Forward *forward, const Layer *layer, bool in
         const Matrix *matrix = inner ? &expert->down : first_matrix(expert);
         const int64_t row = piece * 16 - route->first_packed;
         const Task task = {.level = forward->level, .matrix = matrix, .eps = (float)forward->group->eps, .rows = route->rows,
-                           .x = inner ? at->routed_inner + route->first * matrix->width : forward->hidden,
-                           .places = inner ? NULL : at->routed_rows + route->first, .norm = inner ? NULL : norm_before(layer, &((const Experts *)layer->experts.data)->before)};
+                           .x = inner ? at->routed_inner + route->first * matrix->width : is_narrow ? at->expert_out : forward->hidden,
+                           .places = inner ? NULL : at->routed_rows + route->first,
+                           .norm = inner || is_narrow ? NULL : norm_before(layer, &((const Experts *)layer->experts.data)->before)};
         const Rows to = rows_of_route(forward, route, matrix, row, smaller(16, route->rows - row));
         const MatrixScratch scratch = matrix_scratch(matrix, worker->scratch);
         pack_rows(&task, row, to.rows, &scratch, (float *)to.scales, (uint8_t *)to.data);
@@ -184,11 +186,11 @@ static void gate_experts(const Forward *forward, const Layer *layer, const Worke
     finish_phase(worker, phase, done, active * pieces.units);
 }
 
-/* mixed [rows, hidden_size] = what the experts of a row give, times their weights. A piece is some outputs of all experts. */
+/* mixed [rows, size] = what the experts of a row give, times their weights. A piece is some outputs of all experts. */
 static void mix_experts(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
 {
     const Workspace *at = &forward->at;
-    const int64_t size = forward->group->hidden_size, active = at->routing[number_of(forward, layer)].active;
+    const int64_t size = expert_of(layer, 0)->down.outs, active = at->routing[number_of(forward, layer)].active;
     const int64_t unit = rounded_up(size / (2 * ENOUGH_PIECES * forward->threads) + 1, LAMINA_GROUP_OUTS), units = (size + unit - 1) / unit;
     int64_t done = 0, piece;
     for (; (piece = take_piece(worker, phase, units, 1)) >= 0; done++) {
@@ -220,7 +222,7 @@ static void add_experts(const Forward *forward, const Layer *layer, bool is_last
     const int64_t size = forward->group->hidden_size;
     int64_t done = 0, row;
     for (; (row = take_piece(worker, phase, forward->rows, 1)) >= 0; done++) {
-        float *mixed = forward->at.mixed + row * size, *added = forward->at.added + row * size, *hidden = forward->hidden + row * size;
+        float *mixed = (experts->narrow.weights.bytes ? forward->at.expert_out : forward->at.mixed) + row * size, *added = forward->at.added + row * size, *hidden = forward->hidden + row * size;
         const float gate = experts->shared_gate ? forward->at.logits[row * experts->router.outs + experts->num_experts] : 1;
         if (experts->after.kind)
             forward->level->normalize(&experts->after, 0, mixed, (float)forward->group->eps, size, mixed);
@@ -228,7 +230,7 @@ static void add_experts(const Forward *forward, const Layer *layer, bool is_last
             forward->level->normalize(&experts->after_shared, 0, added, (float)forward->group->eps, size, added);
         for (int64_t i = 0; layer->up.weights.bytes && i < size; i++)
             mixed[i] += gate * added[i];
-        add_row(forward, layer, &layer->after_mlp, is_last, mixed, hidden);
+        add_row(forward, layer, &layer->after_mlp, layer->mlp_scale, is_last, mixed, hidden);
     }
     finish_phase(worker, phase, done, forward->rows);
 }
@@ -245,9 +247,13 @@ static void run_experts(const Forward *forward, const Layer *layer, bool is_last
     multiply(forward, &experts->router, forward->hidden, norm_before(layer, &experts->before_router), at->logits, SET, worker, phase + PACK_ROUTER);
     choose_for_rows(forward, layer, worker, phase + CHOOSE);
     group_rows(forward, layer, worker, phase + GROUP_ROWS);
+    if (experts->narrow.weights.bytes)
+        multiply(forward, &experts->narrow, forward->hidden, &layer->before_mlp, at->expert_out, SET, worker, phase + PACK_NARROW);
     pack_for_experts(forward, layer, false, worker, phase + PACK_EXPERTS);
     gate_experts(forward, layer, worker, phase + GATE_EXPERTS);
     pack_for_experts(forward, layer, true, worker, phase + PACK_INNER);
     mix_experts(forward, layer, worker, phase + MIX_EXPERTS);
+    if (experts->narrow.weights.bytes)
+        multiply(forward, &experts->widen, at->mixed, NULL, at->expert_out, SET, worker, phase + PACK_WIDEN);
     add_experts(forward, layer, is_last, worker, phase + ADD_EXPERTS);
 }

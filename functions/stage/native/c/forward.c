@@ -200,7 +200,8 @@ static void add_low_ranks(const Task *task, bool of_up, int64_t row, int64_t row
 static void multiply_activated(const Task *task, const Rows *x, int64_t row, int64_t first, int64_t last, float *times, float *y)
 {
     const int64_t outs = task->matrix->outs;
-    if (task->up && task->layer->activation == LAMINA_SILU && !task->adapters) { /* the same bits as below, in one go */
+    const float scale = (float)task->layer->gate_scale;
+    if (task->up && task->layer->activation == LAMINA_SILU && scale == 1 && !task->adapters) { /* the same bits as below, in one go */
         task->level->multiply_gated(task->matrix, task->up, x, first, last, y);
         return;
     }
@@ -213,8 +214,11 @@ static void multiply_activated(const Task *task, const Rows *x, int64_t row, int
             add_low_ranks(task, true, row, x->rows, first, last, times);
     }
     const float *by = task->given ? task->given + row * outs : task->up ? times : NULL;
-    for (int64_t at = first; at < first + x->rows * outs; at += outs)
+    for (int64_t at = first; at < first + x->rows * outs; at += outs) {
+        for (int64_t out = 0; scale != 1 && out < last - first; out++)
+            y[at + out] *= scale;
         task->level->activate(task->layer, last - first, by ? by + at : NULL, y + at);
+    }
 }
 
 /* Two phases: packs all rows, then computes y. With adapters one more before them. */
@@ -299,14 +303,14 @@ static void feed_forward(const Forward *forward, const Layer *layer, const Worke
 }
 
 /* hidden += scale * norm(added), for one row. is_last: of the layer. */
-static void add_row(const Forward *forward, const Layer *layer, const Norm *norm, bool is_last, float *added, float *hidden)
+static void add_row(const Forward *forward, const Layer *layer, const Norm *norm, double scale, bool is_last, float *added, float *hidden)
 {
     const int64_t size = forward->group->hidden_size;
-    const float scale = (float)layer->residual_scale, output_scale = (float)layer->output_scale;
+    const float output_scale = (float)layer->output_scale;
     if (norm->kind)
         forward->level->normalize(norm, 0, added, (float)forward->group->eps, size, added);
     for (int64_t i = 0; i < size; i++)
-        hidden[i] += scale * added[i];
+        hidden[i] += (float)scale * added[i];
     for (int64_t i = 0; is_last && output_scale != 1 && i < size; i++)
         hidden[i] *= output_scale;
     if (is_last && forward->group->rounds)
@@ -315,18 +319,18 @@ static void add_row(const Forward *forward, const Layer *layer, const Norm *norm
 
 /* hidden += scale * norm(x Wᵀ + b): two phases, and one more unless that is a plain sum. is_last: of the layer. */
 static void add_product(const Forward *forward, const Layer *layer, const Matrix *matrix, size_t low, const float *x, const Norm *norm,
-                        bool is_last, const Worker *worker, int64_t phase)
+                        double scale, bool is_last, const Worker *worker, int64_t phase)
 {
     const bool rounds = is_last && forward->group->rounds;
     const int64_t size = forward->group->hidden_size;
-    if (!norm->kind && layer->residual_scale == 1 && (!is_last || layer->output_scale == 1)) {
+    if (!norm->kind && scale == 1 && (!is_last || layer->output_scale == 1)) {
         multiply_adapted(forward, layer, matrix, low, x, NULL, forward->hidden, rounds ? ADD_AND_ROUND : ADD, worker, phase);
         return;
     }
     multiply_adapted(forward, layer, matrix, low, x, NULL, forward->at.added, SET, worker, phase);
     int64_t done = 0, row;
     for (; (row = take_piece(worker, phase + 2, forward->rows, 1)) >= 0; done++)
-        add_row(forward, layer, norm, is_last, forward->at.added + row * size, forward->hidden + row * size);
+        add_row(forward, layer, norm, scale, is_last, forward->at.added + row * size, forward->hidden + row * size);
     finish_phase(worker, phase + 2, done, forward->rows);
 }
 
@@ -461,7 +465,7 @@ static void add_input(const Forward *forward, const Layer *layer, const Worker *
     const Task task = {.level = forward->level, .matrix = &layer->input_gate, .layer = layer, .x = forward->hidden, .rows = forward->rows,
                        .given = forward->inputs + number * forward->rows * forward->group->input_size, .y = forward->at.inner};
     run_product(&task, &forward->at, worker, phase + PACK_INPUT);
-    add_product(forward, layer, &layer->input_out, NOT_ADAPTED, forward->at.inner, &layer->after_input, true, worker,
+    add_product(forward, layer, &layer->input_out, NOT_ADAPTED, forward->at.inner, &layer->after_input, 1, true, worker,
                 phase + PACK_INPUT_OUT);
 }
 
@@ -490,18 +494,18 @@ static void forward_layers(void *argument, int64_t number)
             feed_forward(forward, layer, &worker, phase + PACK_GATED);
         if (has_attention(layer))
             add_product(forward, layer, &layer->out, layer->latent.bytes ? NOT_ADAPTED : offsetof(AdapterLayer, out),
-                        layer->latent.bytes ? at->values : at->attended, &layer->after_attention,
+                        layer->latent.bytes ? at->values : at->attended, &layer->after_attention, layer->attention_scale,
                         !goes_on && !recurrent->kind, &worker, phase + PACK_OUT);
         if (recurrent->kind)
-            add_product(forward, layer, &recurrent->out, NOT_ADAPTED, at->recurrent_outputs, &layer->after_attention,
+            add_product(forward, layer, &recurrent->out, NOT_ADAPTED, at->recurrent_outputs, &layer->after_attention, recurrent->out_scale,
                         !goes_on, &worker, phase + PACK_OUTPUTS);
         if (layer->experts.bytes)
             run_experts(forward, layer, !has_input, &worker, phase);
         else if (has_mlp) {
             if (!layer->parallel)
                 feed_forward(forward, layer, &worker, phase + PACK_GATED);
-            add_product(forward, layer, &layer->down, offsetof(AdapterLayer, down), at->inner, &layer->after_mlp, !has_input, &worker,
-                        phase + PACK_DOWN);
+            add_product(forward, layer, &layer->down, offsetof(AdapterLayer, down), at->inner, &layer->after_mlp, layer->mlp_scale, !has_input,
+                        &worker, phase + PACK_DOWN);
         }
         if (has_input)
             add_input(forward, layer, &worker, phase);

@@ -18,7 +18,8 @@ enum {
     PACK_INPUTS, INPUTS, PACK_STEPS, STEPS, CONVOLVE, PREPARE, RECUR, GATE,
     LOW_OUT, PACK_OUT, OUT, ADD_OUT, PACK_OUTPUTS, OUTPUTS, ADD_OUTPUTS,
     LOW_GATED, PACK_GATED, GATED, LOW_DOWN, PACK_DOWN, DOWN, ADD_DOWN,
-    PACK_ROUTER, ROUTER, CHOOSE, GROUP_ROWS, PACK_EXPERTS, GATE_EXPERTS, PACK_INNER, MIX_EXPERTS, ADD_EXPERTS,
+    PACK_ROUTER, ROUTER, CHOOSE, GROUP_ROWS, PACK_NARROW, NARROW, PACK_EXPERTS, GATE_EXPERTS, PACK_INNER, MIX_EXPERTS,
+    PACK_WIDEN, WIDEN, ADD_EXPERTS,
     PACK_INPUT, INPUT, PACK_INPUT_OUT, INPUT_OUT, ADD_INPUT, PHASES,
 };
 
@@ -98,8 +99,8 @@ typedef struct {
     uint8_t *routed_packed; /* [that many, routed_bytes] these rows */
     float *routed_inner;    /* [rows * most_chosen, expert_size] */
     float *routed_times;    /* [rows * most_chosen, expert_size] */
-    float *expert_out;      /* [rows, hidden_size] of one expert at a time */
-    float *mixed;           /* [rows, hidden_size] of all */
+    float *expert_out;      /* [rows, hidden_size] of one expert at a time; before that what `narrow` makes, after it what `widen` does */
+    float *mixed;           /* [rows, hidden_size or latent size] of all */
     int64_t routed_bytes;
     AdaptedRows *adapted; /* [rows], rounded up to 16; absent without adapters */
     float *low;        /* [rows, low_floats] sums of A x */

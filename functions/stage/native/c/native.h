@@ -89,18 +89,22 @@ typedef enum {
     LAMINA_SOFTMAX,           /* the weights of the chosen experts are their scores */
     LAMINA_SOFTMAX_OF_CHOSEN, /* experts are chosen by the numbers, and their weights are the softmax of these */
     LAMINA_SIGMOID,
+    LAMINA_SPARSE_MIX,        /* two experts, one after the other: the one with the greatest number of those that are left; its weight is
+                                 its share in a softmax of those that are not far below (`threshold`) */
 } RouterScores;
 
 typedef struct {
-    Matrix gate; /* [inner, hidden_size], or absent */
-    Matrix up;   /* [inner, hidden_size] */
-    Matrix down; /* [hidden_size, inner] */
+    Matrix gate; /* [inner, hidden_size or latent size], or absent */
+    Matrix up;   /* [inner, the same] */
+    Matrix down; /* [the same, inner] */
 } Expert;
 
 /* The experts of a layer. A router chooses some for each row, whose outputs are added up, each times its weight. */
 typedef struct {
     Memory experts;    /* Expert [num_experts], all of one inner size */
     Matrix router;     /* float32 [num_experts, hidden_size], and with `shared_gate` one output more */
+    Matrix narrow;     /* [latent size, hidden_size]: experts get what it makes of hidden states; or absent */
+    Matrix widen;      /* [hidden_size, latent size], of the sum of their outputs; present with `narrow` */
     Memory correction; /* float32 [num_experts]: added to the scores for the choice alone; or absent */
     Memory used;       /* int64 [num_experts]: a pass adds the rows of each expert */
     Memory used_at;    /* int64 [num_experts]: the time on the budget's clock when a pass last used each expert; 0: it is not in memory.
@@ -121,6 +125,8 @@ typedef struct {
     int64_t shared_gate;   /* 1: the output of the layer's gate, up and down is multiplied by sigmoid of the router's last number */
     double normal_eps;
     double scale;          /* of weights */
+    double threshold;      /* of LAMINA_SPARSE_MIX: numbers that are further below the greatest have no share, as a part of the greater of
+                              that one and their own magnitude */
 } Experts;
 
 /* Latent attention: keys and values of all heads follow from one latent of a token, which is what the arena keeps. Its group has one key
@@ -175,6 +181,9 @@ typedef struct {
     Memory skips;        /* float32 [heads]: the output has so many times the value, too; or absent */
     Norm norm;           /* [heads * head_size] */
     double eps;          /* of that norm */
+    double gate_scale;   /* of gates and */
+    double step_scale;   /* of steps, before anything else */
+    double out_scale;    /* of what is added to the hidden states */
 } Recurrent;
 
 /* A layer: mixers, then feed-forward, each between two norms, and added to the hidden states. Each of the parts may be absent. */
@@ -208,7 +217,9 @@ typedef struct {
     int64_t key_rotation;
     double score_scale;
     double score_cap;      /* scores become cap * tanh(score / cap); 0: they do not */
-    double residual_scale; /* of what is added to the hidden states */
+    double attention_scale; /* of what attention adds to the hidden states */
+    double mlp_scale;       /* of what the feed-forward adds */
+    double gate_scale;      /* of what goes into the activation */
     double output_scale;   /* the hidden states are multiplied by it in the end */
     double swiglu[2];      /* alpha and limit */
     double xielu[4];       /* factors of x² above 0 and of exp(x) - 1 - x below, of x, and the largest x of exp */

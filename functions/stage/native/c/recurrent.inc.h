@@ -85,6 +85,7 @@ static void prepare_row(const Stream *stream, int64_t row)
     const Recurrent *mixer = stream->mixer;
     const int64_t heads = mixer->heads;
     const bool is_delta = mixer->kind == LAMINA_DELTA;
+    const vec step_scale = every_f32((float)mixer->step_scale);
     const float *rates = mixer->rates.data, *biases = mixer->step_biases.data;
     float *inputs = stream->inputs + row * mixer->in.outs, *steps = stream->steps + row * 2 * heads, *kept = kept_of(stream, row);
     for (int64_t group = 0; is_delta && group < mixer->groups; group++) {
@@ -97,7 +98,7 @@ static void prepare_row(const Stream *stream, int64_t row)
         return;
     }
     for (int64_t head = 0; head < heads; head += LANES) {
-        vec given = row_part(is_delta ? steps : inputs + mixer->steps_at, head, heads);
+        vec given = mul_f32(row_part(is_delta ? steps : inputs + mixer->steps_at, head, heads), step_scale);
         vec step = softplus_of(add_f32(given, row_part(biases, head, heads))), factor = step;
         if (is_delta) {
             vec x = row_part(steps + heads, head, heads);
@@ -165,10 +166,10 @@ static void recur(const Stream *stream, int64_t head, int64_t column)
             recur_vectors(stream, head, column, 1);
 }
 
-INLINE void multiply_by_gate(const float *gate, int64_t size, float *y)
+INLINE void multiply_by_gate(const float *gate, float scale, int64_t size, float *y)
 {
     for (int64_t i = 0; i < size; i += LANES)
-        store_row_part(y, i, size, mul_f32(row_part(y, i, size), silu_of(row_part(gate, i, size))));
+        store_row_part(y, i, size, mul_f32(row_part(y, i, size), silu_of(mul_f32(row_part(gate, i, size), every_f32(scale)))));
 }
 
 /* The outputs of all heads, normalized and multiplied by their gate. */
@@ -179,9 +180,9 @@ static void gate_row(const Stream *stream, int64_t row)
     const float *gate = stream->inputs + row * mixer->in.outs + mixer->gate_at;
     float *y = stream->outputs + row * size;
     if (mixer->gate_first)
-        multiply_by_gate(gate, size, y);
+        multiply_by_gate(gate, (float)mixer->gate_scale, size, y);
     for (int64_t first = 0; mixer->norm.kind && first < size; first += part)
         normalize(&mixer->norm, first, y + first, (float)mixer->eps, part, y + first);
     if (!mixer->gate_first)
-        multiply_by_gate(gate, size, y);
+        multiply_by_gate(gate, (float)mixer->gate_scale, size, y);
 }

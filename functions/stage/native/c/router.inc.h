@@ -58,6 +58,35 @@ static void leave_groups(const Experts *experts, const float *scores, bool *out)
         out[i] = !marked[i / size];
 }
 
+/* Two experts, as `sparsemixer` of transformers (models/phimoe/modeling_phimoe.py) chooses them. */
+static void mix_two(const Experts *experts, const float *logits, int32_t *numbers, float *weights)
+{
+    const int64_t count = experts->num_experts;
+    float shares[LAMINA_MOST_EXPERTS];
+    bool none[LAMINA_MOST_EXPERTS] = {0}, taken[LAMINA_MOST_EXPERTS] = {0}, marked[LAMINA_MOST_EXPERTS];
+    for (int64_t turn = 0; turn < 2; turn++) {
+        int64_t best = 0, in = 0;
+        mark_greatest(logits, count, 1, turn ? taken : none, marked);
+        while (!marked[best])
+            best++;
+        for (int64_t i = 0; i < count; i++) {
+            const float magnitude = logits[i] < 0 ? -logits[i] : logits[i], below = logits[best] - logits[i];
+            if (!taken[i] && !(below / (magnitude > logits[best] ? magnitude : logits[best]) > (float)experts->threshold))
+                shares[in++] = logits[i];
+        }
+        softmax_of(shares, in);
+        numbers[turn] = (int32_t)best;
+        weights[turn] = greatest_of(shares, in);
+        taken[best] = true;
+    }
+    if (numbers[0] > numbers[1]) { /* what experts give is added in the order of their numbers */
+        const int32_t number = numbers[0];
+        const float weight = weights[0];
+        numbers[0] = numbers[1], weights[0] = weights[1];
+        numbers[1] = number, weights[1] = weight;
+    }
+}
+
 static void choose_experts(const Experts *experts, float *logits, int32_t *numbers, float *weights)
 {
     const int64_t count = experts->num_experts;
@@ -65,6 +94,10 @@ static void choose_experts(const Experts *experts, float *logits, int32_t *numbe
     bool out[LAMINA_MOST_EXPERTS] = {0}, marked[LAMINA_MOST_EXPERTS];
     if (experts->shared_gate)
         sigmoids_of(logits + count, 1);
+    if (experts->scores == LAMINA_SPARSE_MIX) {
+        mix_two(experts, logits, numbers, weights);
+        return;
+    }
     if (experts->scores == LAMINA_SOFTMAX)
         softmax_of(logits, count);
     else if (experts->scores == LAMINA_SIGMOID)

@@ -59,6 +59,17 @@ def test_logits_are_near_those_of_the_file_in_float32(family: str, name: str, fo
     assert error(found, exact) < 3 * error(in_bfloat16, exact) < 0.3
 
 
+def test_experts_in_blocks_give_logits_near_those_of_the_file_in_float32(folder: Path) -> None:
+    config, blocks, floats = model(folder, "qwen3_moe", MIXED)
+    exact = logits_by_plan(groups("transformers", config, floats, "float32"), TEXTS, PLAN)
+    in_bfloat16 = logits_by_plan(groups("transformers", config, blocks, "kept"), TEXTS, PLAN)
+    own = groups("native", config, blocks, "kept")
+    found = logits_by_plan(own, TEXTS, PLAN)
+    assert error(found, exact) < 3 * error(in_bfloat16, exact) < 0.3
+    in_steps = [logits_by_plan(own, {id: text}, {id: (1,) * len(text)}) for id, text in TEXTS.items()]
+    assert torch.equal(found, torch.cat(in_steps))
+
+
 @pytest.mark.parametrize("name", ["Q4_1", "Q6_K", MIXED])
 def test_a_sequences_bits_do_not_depend_on_chunks_company_or_threads(name: str, folder: Path) -> None:
     config, blocks, _ = model(folder, "qwen2", name)

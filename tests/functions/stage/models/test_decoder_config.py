@@ -97,8 +97,7 @@ def test_family_defaults_are_those_of_transformers(model_type: str) -> None:
     needed = {
         "mamba2": {"num_heads": 2, "head_dim": 64},
         "gemma4_text": {"vocab_size_per_layer_input": 8},
-        "granitemoehybrid": {"num_local_experts": 0},
-        "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp"]},
+        "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"]},
     }.get(model_type, {})
     given = {DECODER_FAMILIES[model_type].keys.get(key, key): value for key, value in sizes.items()} | needed
     assert decoder_of(given) == decoder_of(AutoConfig.for_model(**given).to_dict())

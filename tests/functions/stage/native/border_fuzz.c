@@ -134,7 +134,7 @@ static Memory experts_of(const Group *group, int64_t dtype)
     const int gated = any(0, 3) > 0;
     Experts experts = {
         .experts = memory_of(count * (int64_t)sizeof(Expert)), .used = memory_of(count * 8), .num_experts = count,
-        .scores = any(LAMINA_SOFTMAX, LAMINA_SIGMOID), .groups = count % 2 ? 1 : any(1, 2), .normalized = any(0, 1),
+        .scores = any(LAMINA_SOFTMAX, LAMINA_SPARSE_MIX), .threshold = 0.2, .groups = count % 2 ? 1 : any(1, 2), .normalized = any(0, 1),
         .shared_gate = any(0, 1), .normal_eps = 1e-20, .scale = 1.5, .before = norm_of(group->hidden_size, 0),
         .before_router = norm_of(group->hidden_size, 0), .after = norm_of(group->hidden_size, 0),
         .after_shared = norm_of(group->hidden_size, 0), .scales = any(0, 1) ? memory_of(count * 4) : (Memory){0},
@@ -144,13 +144,21 @@ static Memory experts_of(const Group *group, int64_t dtype)
     experts.chosen = any(1, count / experts.groups * experts.chosen_groups);
     if (experts.chosen > group->most_chosen)
         experts.chosen = group->most_chosen;
+    if (experts.scores == LAMINA_SPARSE_MIX && (count < 2 || group->most_chosen < 2))
+        experts.scores = LAMINA_SOFTMAX;
+    if (experts.scores == LAMINA_SPARSE_MIX)
+        experts.groups = experts.chosen_groups = 1, experts.two_of_group = 0, experts.chosen = 2;
+    const int is_narrow = any(0, 1);
+    const int64_t size = is_narrow ? any(1, group->hidden_size) : group->hidden_size;
+    if (is_narrow)
+        experts.narrow = matrix_of(LAMINA_BF16, size, group->hidden_size), experts.widen = matrix_of(LAMINA_BF16, group->hidden_size, size);
     experts.router = matrix_of(LAMINA_F32, count + experts.shared_gate, group->hidden_size);
     if (any(0, 1))
         experts.correction = memory_of(count * 4);
     for (int64_t i = 0; i < count; i++)
         ((Expert *)experts.experts.data)[i] = (Expert){
-            .gate = gated ? matrix_of(dtype, inner, group->hidden_size) : (Matrix){0},
-            .up = matrix_of(dtype, inner, group->hidden_size), .down = matrix_of(dtype, group->hidden_size, inner)};
+            .gate = gated ? matrix_of(dtype, inner, size) : (Matrix){0},
+            .up = matrix_of(dtype, inner, size), .down = matrix_of(dtype, size, inner)};
     Memory memory = memory_of(sizeof experts);
     memcpy(memory.data, &experts, sizeof experts);
     return memory;
@@ -167,6 +175,7 @@ static int spoil_experts(Memory memory)
     else
         spoil(one, sizeof *one);
     if (says_more(&experts->experts, &before.experts, 1) || says_more(&experts->router.weights, &before.router.weights, 3) ||
+        says_more(&experts->narrow.weights, &before.narrow.weights, 3) || says_more(&experts->widen.weights, &before.widen.weights, 3) ||
         says_more(&experts->correction, &before.correction, 3) || experts->num_experts > before.num_experts)
         return 0;
     if (says_more(&experts->scales, &before.scales, 1) || says_more(&experts->before.gain, &before.before.gain, 2) ||
@@ -186,7 +195,8 @@ static int all_gated(const Layer *layer)
 /* Takes its places in states and kept inputs from the group, which it makes larger. */
 static Recurrent recurrent_of(Group *group)
 {
-    Recurrent mixer = {.kind = any(LAMINA_CONVOLUTION, LAMINA_MAMBA), .taps = any(1, 4), .channels = group->hidden_size, .eps = 1e-5};
+    Recurrent mixer = {.kind = any(LAMINA_CONVOLUTION, LAMINA_MAMBA), .taps = any(1, 4), .channels = group->hidden_size, .eps = 1e-5,
+                       .gate_scale = any(0, 2) ? 1 : 0.5, .step_scale = 0.5, .out_scale = any(0, 2) ? 1 : 0.5};
     int64_t inputs = 3 * group->hidden_size, inner = group->hidden_size;
     if (mixer.kind == LAMINA_CONVOLUTION) {
         mixer.channels_at = 2 * group->hidden_size;
@@ -310,7 +320,9 @@ static Group group_of(int is_long)
             .key_rotation = any(0, group.rotations),
             .score_scale = 0.5,
             .score_cap = any(0, 1) ? 0 : 30,
-            .residual_scale = any(0, 2) ? 1 : 0.5,
+            .attention_scale = any(0, 2) ? 1 : 0.5,
+            .mlp_scale = any(0, 2) ? 1 : 0.5,
+            .gate_scale = any(0, 2) ? 1 : 0.5,
             .swiglu = {1.7, 7.0},
             .xielu = {0.8, 0.8, 0.5, -1e-6},
         };

@@ -78,7 +78,9 @@ def group(record: records.GroupRecord | None = None) -> NativeLayers:
                 "kv_pages": 1,
                 "query_rotation": 1,
                 "key_rotation": 1,
-                "residual_scale": 1.0,
+                "attention_scale": 1.0,
+                "mlp_scale": 1.0,
+                "gate_scale": 1.0,
                 "output_scale": 1.0,
             },
         )
