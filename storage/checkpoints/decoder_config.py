@@ -208,13 +208,15 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
     dense = None
     activation = _activation(family, values)
     sparse, experts, shared = _experts(family, values, activation)
+    gate_scale, out_scale = family.mlp_scales(values)
     if not all(sparse) or (experts is not None and experts.own_norms):
         dense = FeedForward(
             inner_size=family.inner_size(values),
             activation=activation,
             gated=family.gated,
             biased=values.flag(family.mlp_bias),
-            **family.mlp_scales(values),
+            gate_scale=gate_scale,
+            out_scale=out_scale,
         )
     windows, unrotated = tuple(family.windows(values)), tuple(family.unrotated(values))
     if values.flag(family.bidirectional):  # the config counts both sides

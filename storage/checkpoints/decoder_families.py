@@ -117,7 +117,7 @@ class DecoderFamily:
     embedding_scale: Callable[["Values"], float] = lambda _: 1.0
     residual_scale: Callable[["Values"], float] = lambda _: 1.0
     attention_out_scale: Callable[["Values"], float] = lambda _: 1.0
-    mlp_scales: Callable[["Values"], Mapping[str, float]] = lambda _: {}  # of a feed-forward, by their names in it
+    mlp_scales: Callable[["Values"], Iterable[float]] = lambda _: (1.0, 1.0)  # of what the activation gets, and of the output
     logit_scale: Callable[["Values"], float] = lambda _: 1.0
     logit_soft_cap: str | None = None
     position_offset: int | None = None
@@ -440,7 +440,8 @@ def _scale_of_falcon_h1(values: Values, head_dim: int, layer: int) -> float:
     into = values.number("attention_in_multiplier")
     if values.flag("attention_bias") and into != 1:
         values.obstacles.append("queries, keys and values whose inputs are scaled before biases are added")
-    return head_dim**-0.5 * into**2 * values.number("key_multiplier")
+    scale: float = head_dim**-0.5 * into**2 * values.number("key_multiplier")
+    return scale
 
 
 _MAMBA_2: Final[Mapping[str, Any]] = {
@@ -1789,7 +1790,7 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
         embedding_scale=lambda values: values.number("embedding_multiplier"),
         # Values are made of scaled inputs, too.
         attention_out_scale=lambda values: values.number("attention_in_multiplier") * values.number("attention_out_multiplier"),
-        mlp_scales=lambda values: dict(zip(("gate_scale", "out_scale"), values.numbers("mlp_multipliers", 2), strict=True)),
+        mlp_scales=lambda values: values.numbers("mlp_multipliers", 2),
         logit_scale=lambda values: values.number("lm_head_multiplier"),
         unread=_UNREAD_OF_MAMBA | {"layers_block_type", "mamba_use_mlp", "mlp_expansion_factor", "attn_layer_indices"},
         **LLAMA_BIASES,

@@ -85,7 +85,7 @@ def take_recurrent(
         vectors["kernel_biases"] = weights.vector(f"{kernel}.bias")
     if recurrent.kind == "mamba":  # a convolution of scaled numbers is one with a scaled kernel
         keys = recurrent.num_groups * recurrent.key_size
-        vectors["kernel"] *= np.repeat(np.float32(channel_scales), [inner, keys, keys])
+        vectors["kernel"] *= np.repeat(np.array(channel_scales, np.float32), [inner, keys, keys])
     norm = None
     if recurrent.kind == "convolution":
         numbers["channels_at"] = 2 * hidden

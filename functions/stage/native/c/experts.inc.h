@@ -222,7 +222,8 @@ static void add_experts(const Forward *forward, const Layer *layer, bool is_last
     const int64_t size = forward->group->hidden_size;
     int64_t done = 0, row;
     for (; (row = take_piece(worker, phase, forward->rows, 1)) >= 0; done++) {
-        float *mixed = (experts->narrow.weights.bytes ? forward->at.expert_out : forward->at.mixed) + row * size, *added = forward->at.added + row * size, *hidden = forward->hidden + row * size;
+        float *mixed = (experts->narrow.weights.bytes ? forward->at.expert_out : forward->at.mixed) + row * size;
+        float *added = forward->at.added + row * size, *hidden = forward->hidden + row * size;
         const float gate = experts->shared_gate ? forward->at.logits[row * experts->router.outs + experts->num_experts] : 1;
         if (experts->after.kind)
             forward->level->normalize(&experts->after, 0, mixed, (float)forward->group->eps, size, mixed);

@@ -1,4 +1,4 @@
-"""Models with recurrent layers through gateway and stages: answers are those of generate, whatever happens."""
+"""Models with recurrent layers, latents and experts through gateway and stages: answers are those of generate, whatever happens."""
 
 import random
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from tests.support.functions.stage_server import Fault, StageServer, on_forwards
 from tests.support.storage import tiny_models
 
 CUT: Final = ((0, 2), (2, 3), (3, 6))
-NAMES: Final = ("lfm2", "qwen3_next", "granitemoehybrid_dense")
+NAMES: Final = ("lfm2", "qwen3_next", "granitemoehybrid", "falcon_h1", "deepseek_v2")
 NEW_TOKENS: Final = 24
 
 
@@ -86,9 +86,9 @@ def test_a_scored_prompt_goes_on_with_its_answer() -> None:
     assert scores == pytest.approx([float(row[token]) for row, token in zip(logits, text[1:], strict=False)], abs=1e-4)
 
 
-def test_a_migration_takes_states_along() -> None:
+@pytest.mark.parametrize("name", ["qwen3_next", "granitemoehybrid", "deepseek_v2"])
+def test_a_migration_takes_states_along(name: str) -> None:
     """Nothing is computed again but the newest tokens."""
-    name = "qwen3_next"
     expected = answers(name, prompts(), 60)
     with pipeline(name) as stages, running(lambda _: stage(name, 1), 1) as (new,):
         placed = Placement([each.url for each in stages], watched=True)
