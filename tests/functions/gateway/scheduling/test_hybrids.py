@@ -1,4 +1,4 @@
-"""Models with recurrent layers, latents and experts through gateway and stages: answers are those of generate, whatever happens."""
+"""Models with recurrent layers, latents and experts through gateway and stages: answers are generate's, whatever happens."""
 
 import random
 from collections.abc import Iterator

@@ -278,7 +278,7 @@ def first_expert(record: Any) -> Any:
         (lambda record: setattr(record, "chosen", 0), "range"),
         (lambda record: setattr(record, "chosen_groups", 3), "range"),
         (lambda record: setattr(record, "groups", 4), "range"),
-        (lambda record: setattr(record, "scores", 3), "range"),
+        (lambda record: setattr(record, "scores", 4), "range"),
         (lambda record: setattr(record, "scale", float("nan")), "range"),
         (lambda record: setattr(record, "shared_gate", 0), "shape"),
         (lambda record: setattr(record.router, "dtype", Dtype.BF16), "dtype"),
