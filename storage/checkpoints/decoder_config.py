@@ -319,7 +319,11 @@ def _experts(
     if (size := row.shared_size(values)) is not None:
         biased = values.flag(family.mlp_bias)
         shared = FeedForward(inner_size=size, activation=activation, gated=family.gated, biased=biased)
-    return sparse, Experts(router=router, each=each, shared_gate=row.shared_gate, latent=latent, own_norms=row.own_norms), shared
+    return (
+        sparse,
+        Experts(router=router, each=each, shared_gate=row.shared_gate, latent=latent, own_norms=row.own_norms),
+        shared,
+    )
 
 
 def _activation(family: DecoderFamily, values: Values) -> Activation:
