@@ -35,8 +35,9 @@ from functions.gateway.openai.tokens import TokensAPI
 from functions.gateway.openapi.document import register_document
 from functions.gateway.openapi.operations import operations
 from functions.gateway.page.page import register_page
-from functions.gateway.page.pipeline_events import PipelineEventsAPI
+from functions.gateway.page.pipeline_state import PIPELINE_EVENTS, PipelineState
 from functions.gateway.page.pipeline_watch import PipelineWatch, StageDescription, Watched
+from functions.gateway.page.state_events import StateEventsAPI
 from functions.gateway.stages.endpoints import service_name
 from functions.hosting.requests import CLIENT_ID, STREAMED
 from functions.hosting.web import add_problem_handlers
@@ -123,7 +124,13 @@ def create_app(
     CloudEventsAPI(service, clients, claims, scores, source, config, events, batches_changed).register(app)
     TokensAPI(service, clients).register(app)
     if watched is not None:
-        PipelineEventsAPI(PipelineWatch(watched), clients).register(app)
+        watch = PipelineWatch(watched)
+
+        def subscribe() -> tuple[str, Callable[[], PipelineState]]:
+            client_id = clients.identify(request)
+            return client_id, partial(watch.state, client_id)
+
+        StateEventsAPI(PIPELINE_EVENTS, subscribe, watched.draining).register(app)
     if config.page == "on":
         register_page(app)
     described = list(operations(with_page=config.page == "on", with_jobs=jobs is not None))

@@ -105,6 +105,13 @@ ALERTS: Final = (
         "Requests wait because a stage has no memory for their keys and values",
     ),
     Alert(
+        "LaminaFleetDeviceWait",
+        "max by (namespace, pipeline, model) (lamina_fleet_device_wait_seconds{$of}) > 120",
+        2,
+        "warning",
+        "A model of a fleet has waited for a device for more than two minutes",
+    ),
+    Alert(
         "LaminaPodNetworkWrong",
         "max by (namespace, pipeline, stage) (lamina_gateway_refused_addresses{$of}) > 0",
         2,

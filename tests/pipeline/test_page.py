@@ -11,8 +11,12 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from storage.models.adapter_publisher import publish_adapter
 from tests.support.functions.browser import Browser, browser, needs_browser
 from tests.support.functions.real_pipeline import RealPipeline, real_pipeline
 from tests.support.paths import ROOT
@@ -23,6 +27,7 @@ WIDE = (1360, 1010)
 NARROW = (412, 840)
 CONVERSATIONS = 6
 LONG_TOKENS = 160
+WIDTH = 576  # of the packaged model's hidden states
 MOST_REPLICAS = """
 const stages = [...document.querySelectorAll(".replicas")];
 return Math.max(...stages.map(each => each.querySelectorAll(".replica").length));
@@ -159,6 +164,49 @@ def test_a_replica_is_added_under_load(page: Browser, pipeline: RealPipeline, pi
         page.until(lambda: page.text(".turn.assistant .note") == "Stopped.", "the end")
     assert len(load.answered) >= CONVERSATIONS
     assert set(load.answered) == {LONG_TOKENS}
+
+
+def test_an_adapter_is_chosen_for_the_next_answers(page: Browser, pipeline: RealPipeline, tmp_path: Path) -> None:
+    assert not page.find("#adapters").is_displayed(), "there is none yet"
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    module, random = "base_model.model.model.layers.0.self_attn.q_proj", np.random.default_rng(0)
+    shapes = {"lora_A": (4, WIDTH), "lora_B": (WIDTH, 4)}
+    matrices = {f"{module}.{name}.weight": random.standard_normal(shape, np.float32) / 9 for name, shape in shapes.items()}
+    save_file(matrices, tmp_path / "adapter_model.safetensors")
+    publish_adapter(pipeline.store, pipeline.model, "support", tmp_path)
+    clear_conversation(page)
+    page.until(lambda: page.text("#adapter-list .name").split() == [pipeline.model, "support"], "the adapter")
+    assert "published" in page.text("#adapter-list .state")
+    page.find("#adapter-list li:last-child button").send_keys("\n")
+    page.until(lambda: page.text("#model") == f"{pipeline.model}:support", "the choice")
+    ask(page, "Tell me about the sea.")
+    page.until(lambda: "loaded, 1 answering" in page.text("#adapter-list .state"), "its use")
+    assert page.text(".turn.assistant .who") == f"{pipeline.model}:support"
+    assert not page.violations()
+    page.find("#stop").click()
+    page.until(lambda: page.text(".turn.assistant .note") == "Stopped.", "the end")
+    page.find("#adapter-list li:first-child button").click()
+    assert page.text("#model") == pipeline.model
+
+
+def test_batches_are_shown_and_cancelled(page: Browser, pipeline: RealPipeline, pictures: Path) -> None:
+    assert "None yet." in page.text("#batches")
+    body = {"model": pipeline.model, "prompt": "a number", "max_tokens": LONG_TOKENS, "ignore_eos": True}
+    lines = [json.dumps({"custom_id": f"{number}", "url": "/v1/completions", "body": body}) for number in range(400)]
+    headers = {"Authorization": f"Bearer {pipeline.api_key}"}
+    with httpx.Client(base_url=f"{pipeline.url}/v1", headers=headers, timeout=120) as client:
+        file = client.post("/files", files={"file": ("input.jsonl", "\n".join(lines))}, data={"purpose": "batch"}).json()
+        asked = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+        client.post("/batches", json=asked).raise_for_status()
+    page.until(lambda: "in progress: " in page.text("#batch-list") and "of 400 lines" in page.text("#batch-list"), "the batch")
+    page.until(lambda: page.find("#batch-list progress").get_property("value") > 0, "its progress")
+    page.run("document.getElementById('batches').scrollIntoView({ block: 'center' })")
+    page.picture(pictures / "page-batch.png")
+    assert not page.violations()
+    page.find("#batch-list button").send_keys("\n")
+    page.until(lambda: "cancelled: " in page.text("#batch-list"), "the end")
+    assert not page.find("#batch-list button").is_displayed()
+    page.run("document.getElementById('pipeline').scrollTop = 0")
 
 
 def test_a_narrow_page_shows_chat_or_pipeline(page: Browser, pictures: Path) -> None:

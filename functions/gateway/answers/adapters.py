@@ -39,9 +39,23 @@ class ServedModels:
         self._read: dict[str, tuple[float, AdapterName]] = {}
         self._labels: set[str] = set()
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are served, though none may be published."""
+        return self._store is not None
+
     def names(self) -> list[str]:
         """All names, the model's own first."""
         return [self.model, *(f"{self.model}:{name}" for name in sorted(self._list(_FRESH_SECONDS)))]
+
+    def digests(self) -> dict[str, frozenset[bytes]]:
+        """All adapters by name, each with the digests of its versions that requests have named lately."""
+        names = self._list(_FRESH_SECONDS)
+        read = dict(self._read)
+        return {
+            name: frozenset(bytes.fromhex(each.version) for each in read[name][1].versions) if name in read else frozenset()
+            for name in sorted(names)
+        }
 
     def check(self, requested: str) -> None:
         """Refuses a name that no adapter can have, without asking the store."""

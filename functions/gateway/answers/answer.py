@@ -142,6 +142,8 @@ class Answer:
     def _put(self, token_id: int) -> None:
         self._measure()
         self._metrics.tokens.inc()
+        if self._operation.adapter:
+            self._metrics.adapter_tokens.labels(self._operation.adapter).inc()
         self._token_ids.append(token_id)
         logprob = self.token_stream.logprob(self._taken)
         self._taken += 1

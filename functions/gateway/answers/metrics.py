@@ -47,6 +47,9 @@ class GatewayMetrics(FunctionMetrics):
         )
         self.prompt_tokens = Counter("lamina_gateway_prompt_tokens", "Tokens of prompts taken in", registry=registry)
         self.tokens = Counter("lamina_gateway_tokens", "Tokens generated", registry=registry)
+        self.adapter_tokens = Counter(
+            "lamina_gateway_adapter_tokens", "Tokens generated with an adapter", ["adapter"], registry=registry
+        )
         self.first_token = Histogram(
             "lamina_gateway_time_to_first_token_seconds",
             "From the request to its first token",
@@ -98,11 +101,14 @@ class GatewayMetrics(FunctionMetrics):
 @dataclass(frozen=True, slots=True)
 class GenAIOperation:
     name: str  # chat or text_completion
-    model: str
+    model: str  # MODEL, or MODEL:ADAPTER
+    adapter: str = ""  # as metrics name it; empty: none
 
     @classmethod
-    def of(cls, request: GenerateRequest, model: str) -> "GenAIOperation":
-        return cls("text_completion" if request.messages is None else "chat", model)
+    def of(cls, request: GenerateRequest, served: str, label: str) -> "GenAIOperation":
+        """served: the model's own name. label: what ServedModels.label makes of the requested one."""
+        adapter = label.removeprefix(f"{served}:") if label != served else ""
+        return cls("text_completion" if request.messages is None else "chat", label, adapter)
 
     @property
     def span_name(self) -> str:

@@ -87,7 +87,7 @@ class AnswerService:
             raise InvalidRequest(f"the model {self.model} {what} and generates no tokens; ask {path}")
         model = request.model or self._models.model
         adapter = self._models.adapter(model, context.request_id)
-        operation = GenAIOperation.of(request, self._models.label(model))
+        operation = GenAIOperation.of(request, self.model, self._models.label(model))
         count = request.n * len(request.prompts)
         release = self.limits.admit(context.client_id, count, in_background=context.in_background)
         answers: list[Answer] = []

@@ -15,6 +15,7 @@ from functions.gateway.build import endpoints_watch
 from functions.gateway.fleet.grants import Grants
 from functions.gateway.fleet.members import Members, Version
 from functions.gateway.fleet.metrics import FleetCollector
+from functions.gateway.fleet.overview import Overview
 from functions.gateway.fleet.parts import Parts
 from functions.gateway.fleet.routing import MemberRouter, fleet_admission, own_app
 from functions.hosting.management import Management
@@ -36,12 +37,28 @@ class FleetFunction:
         self.parts = Parts(self._watch, config.memory_bytes)
         self._grants = None if config.max_devices is None else Grants(config.max_devices, self._pods, self._is_ready)
         self.members = Members(config, environ, self._forget)
+        self._overview = Overview(self.members, self.parts, self._grants, self._pods, self._is_ready, config.max_devices)
         self._metrics = GatewayMetrics()
         start_up.report_to(self._metrics.phase_ended)
         self._draining = False
         registry = CollectorRegistry()
-        registry.register(FleetCollector(self._metrics.registry, self._registries, self.states, lambda: self.parts.evictions))
-        own = own_app(config, self.members, self._metrics, lambda line: print(line, file=sys.stderr, flush=True))
+        registry.register(
+            FleetCollector(
+                self._metrics.registry,
+                self._registries,
+                self.states,
+                lambda: self.parts.evictions,
+                self._overview.by_model,
+            )
+        )
+        own = own_app(
+            config,
+            self.members,
+            self._metrics,
+            lambda line: print(line, file=sys.stderr, flush=True),
+            self._overview,
+            lambda: self._draining,
+        )
         self.service = Service(
             MemberRouter(self.members, self.parts, own, self._grants),
             Management(registry, sick=self._sick, ready=self._ready),
@@ -53,6 +70,7 @@ class FleetFunction:
     def start(self, stop: Callable[[int], None]) -> None:
         self.members.start()
         self.parts.start()
+        self._overview.start()
         threading.Thread(target=self._note_start, name="start-up", daemon=True).start()
 
     def drain(self) -> None:
@@ -61,6 +79,7 @@ class FleetFunction:
 
     def close(self) -> None:
         self.members.stop()
+        self._overview.stop()
         self.parts.close()
         if self._watch is not None:
             self._watch.stop()

@@ -153,6 +153,15 @@ class Grants:
             holder.used_at = time.monotonic()
             self._changed.notify_all()
 
+    def waits(self) -> dict[Version, tuple[int, float]]:
+        """Of each member without a grant for its requests: how many wait, and since when the oldest, in time.monotonic()."""
+        with self._changed:
+            return {
+                version: (len(holder.waiting), holder.waiting[0])
+                for version, holder in self._holders.items()
+                if holder.waiting and (holder.granted_at is None or holder.closed)
+            }
+
     def forget(self, versions: Sequence[Version]) -> None:
         """Forgets versions that are gone, once their requests have ended. Their pods leave by themselves."""
         with self._changed:

@@ -13,16 +13,20 @@ from werkzeug.wsgi import ClosingIterator
 
 from eventing.problems import MalformedEvent, NotFound, NotReady, Problem
 from functions.configuration.config import FleetConfig
+from functions.gateway.answers.authentication import Clients, KeyRing
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.sites import Sites, check_media_type
 from functions.gateway.app import MAX_REQUEST_BYTES, base_app
 from functions.gateway.fleet.grants import Grants
 from functions.gateway.fleet.members import Members, Version
+from functions.gateway.fleet.overview import FLEET_EVENTS, FleetState, Overview
 from functions.gateway.fleet.parts import Parts
 from functions.gateway.openai.errors import add_error_handlers, unknown_model
 from functions.gateway.openai.tokens import VERSION
 from functions.gateway.openapi.operations import operations
 from functions.gateway.page.page import register_page
+from functions.gateway.page.pipeline_state import PIPELINE_EVENTS
+from functions.gateway.page.state_events import StateEventsAPI
 from functions.hosting.requests import CLIENT_ID, REFUSED, BodyStream
 from functions.hosting.web import json_response, problem_response
 
@@ -32,7 +36,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 POST_PATHS: Final = frozenset(each.path for each in operations(with_page=False) if each.method == "post")
-EVENTS_PATH: Final = "/v1/pipeline/events"
 _WITHOUT_STAGES: Final = ("/tokenize", "/detokenize")  # the gateway answers them alone
 _ERROR: Final = "lamina.fleet.error"  # in the environ of a request that no member gets: a Problem, or the unknown model
 
@@ -77,7 +80,7 @@ class MemberRouter:
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         path, is_post = environ["PATH_INFO"], environ["REQUEST_METHOD"] == "POST"
-        if REFUSED in environ or not (path in POST_PATHS if is_post else path == EVENTS_PATH):
+        if REFUSED in environ or not (path in POST_PATHS if is_post else path == PIPELINE_EVENTS):
             return self._own(environ, start_response)
         leave = ExitStack()  # what must be undone when the answer has been sent
         try:
@@ -111,8 +114,15 @@ class MemberRouter:
         return self._members.find(named)
 
 
-def own_app(config: FleetConfig, members: Members, metrics: GatewayMetrics, write_line: Callable[[str], object]) -> Flask:
-    """The application for what concerns no member: the list of models, the page, and errors."""
+def own_app(
+    config: FleetConfig,
+    members: Members,
+    metrics: GatewayMetrics,
+    write_line: Callable[[str], object],
+    overview: Overview,
+    draining: Callable[[], bool],
+) -> Flask:
+    """The application for what concerns no member: the list of models, the page, the fleet's state, and errors."""
     app = base_app(config, metrics, write_line)
     began = int(time.time())
 
@@ -141,10 +151,18 @@ def own_app(config: FleetConfig, members: Members, metrics: GatewayMetrics, writ
             raise NotFound(document["error"]["message"])
         return json_response(document, 404)
 
+    addresses = Clients(KeyRing(), config.proxies)
+
+    def subscribe() -> tuple[str, Callable[[], FleetState]]:
+        secret = secret_of(request.headers.get("Authorization", ""))
+        client_id = addresses.identify(request) if members.are_open else members.client_of(secret)
+        return client_id, lambda: overview.state(config.fleet, members.opened_by(secret), has_batches=False)
+
+    StateEventsAPI(FLEET_EVENTS, subscribe, draining).register(app)
     routes = Blueprint("openai", __name__, url_prefix="/v1")
     routes.get("/models")(models)
     routes.get("/models/<path:model>")(one_model)
-    routes.get(EVENTS_PATH.removeprefix("/v1"), endpoint="events")(refuse)
+    routes.get(PIPELINE_EVENTS.removeprefix("/v1"), endpoint="events")(refuse)
     for path in POST_PATHS:
         if path.startswith("/v1/"):
             routes.post(path.removeprefix("/v1"), endpoint=path.replace("/", "-"))(refuse)
@@ -156,7 +174,7 @@ def own_app(config: FleetConfig, members: Members, metrics: GatewayMetrics, writ
     app.get("/health", endpoint="health")(lambda: Response(status=200))
     app.get("/version", endpoint="version")(lambda: json_response({"version": VERSION}))
     if config.page == "on":
-        register_page(app)
+        register_page(app, of_fleet=True)
     return app
 
 

@@ -11,9 +11,14 @@ from flask import Flask, Response
 _FILE: Final = "page.html"
 
 
-def register_page(app: Flask) -> None:
-    """Serves the page. Its Content-Security-Policy allows the file's own script and style, by their hashes, and no others."""
+def register_page(app: Flask, *, of_fleet: bool = False) -> None:
+    """Serves the page. Its Content-Security-Policy allows the file's own script and style, by their hashes, and no others.
+
+    of_fleet: the page has the fleet's models, too, by `GET /v1/fleet/events`.
+    """
     html = files(__package__).joinpath(_FILE).read_text("utf-8")
+    if of_fleet:
+        html = html.replace("<html ", "<html data-fleet ", 1)
     policy = (
         "default-src 'none'",
         f"script-src '{_hash_of('script', html)}'",

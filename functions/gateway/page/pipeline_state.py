@@ -5,9 +5,13 @@ also be missing. Rates and averages are those of this gateway over its last seco
 stream.
 """
 
+from typing import Final
+
 from msgspec import Struct
 
 from functions.gateway.scheduling.pipeline_status import InstanceState
+
+PIPELINE_EVENTS: Final = "/v1/pipeline/events"
 
 
 class ReplicaState(Struct, frozen=True, kw_only=True):
@@ -57,6 +61,12 @@ class RunningAnswer(Struct, frozen=True, kw_only=True):
     replays: int
 
 
+class AdapterState(Struct, frozen=True, kw_only=True):
+    """An adapter (LoRA) of the model, as the store lists it."""
+
+    running: int  # answers of all clients that are computed with it: the stages of their routes have it in memory
+
+
 class PipelineState(Struct, frozen=True, kw_only=True):
     """Data of the event `snapshot`. The data of a `change` is a JSON merge patch (RFC 7396) of it."""
 
@@ -67,3 +77,5 @@ class PipelineState(Struct, frozen=True, kw_only=True):
     queue: QueueState
     tokens_per_second: float
     answers: dict[str, RunningAnswer]  # by the id of the response; at most 32, running ones first
+    adapters: dict[str, AdapterState] | None = None  # by name; None: none are served
+    batches: bool  # `/v1/batches` is served here

@@ -2,12 +2,14 @@
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Final
 
+from eventing.problems import Problem
 from functions.gateway.page.pipeline_state import (
+    AdapterState,
     ColdStartState,
     PipelineState,
     QueueState,
@@ -15,10 +17,10 @@ from functions.gateway.page.pipeline_state import (
     RunningAnswer,
     StageState,
 )
+from functions.gateway.page.state_events import SAMPLE_SECONDS
 from functions.gateway.scheduling.pipeline_status import InstanceStatus, PipelineStatus, StageStatus
 from functions.gateway.scheduling.wake_up import ColdStart
 
-SAMPLE_SECONDS: Final = 0.3
 MAX_ANSWERS: Final = 32
 WINDOW_SECONDS: Final = 2.0  # rates and averages are taken over it
 
@@ -43,6 +45,9 @@ class Watched:
     status: Callable[[], PipelineStatus]
     ready: Callable[[], bool]
     draining: Callable[[], bool]
+    # Digests of the versions of each adapter by its name; None: the gateway serves no adapters.
+    adapters: Callable[[], Mapping[str, Set[bytes]]] | None = None
+    has_batches: bool = False
 
 
 class PipelineWatch:
@@ -70,7 +75,19 @@ class PipelineWatch:
             ),
             tokens_per_second=round(_rate(now.tokens - before.tokens, seconds), 1),
             answers=_answers_of(client_id, now),
+            adapters=self._adapters(now),
+            batches=self.watched.has_batches,
         )
+
+    def _adapters(self, now: PipelineStatus) -> dict[str, AdapterState] | None:
+        if self.watched.adapters is None:
+            return None
+        try:
+            known = self.watched.adapters()
+        except Problem:  # the store cannot be asked; the state has no place for that
+            return {}
+        running = Counter(each.adapter for each in now.answers if each.route)
+        return {name: AdapterState(running=sum(running[each] for each in digests)) for name, digests in known.items()}
 
     def _sample(self) -> None:
         now = time.monotonic()

@@ -45,6 +45,7 @@ class AnswerStatus:
     prompt_tokens: int
     tokens: int
     replays: int
+    adapter: bytes = b""  # digest of its adapter's version; empty: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ def pipeline_status(state: SchedulerState) -> PipelineStatus:
                 prompt_tokens=len(sequence.prompt.token_ids),
                 tokens=len(sequence.tokens) - len(sequence.prompt.token_ids),
                 replays=sequence.stream.timings().replays,
+                adapter=sequence.prompt.adapter,
             )
             for sequence in state.sequences.values()
         ),

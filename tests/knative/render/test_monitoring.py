@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from functions.gateway.fleet.metrics import FleetCollector
+from functions.gateway.fleet.overview import ModelUse
 from functions.gateway.jobs.metrics import BatchMetrics
 from knative.render.dashboard import dashboard
 from knative.render.monitoring import ALERTS, monitoring_objects, rule_groups
@@ -46,7 +49,7 @@ Metrics = dict[str, set[str] | None]
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Metrics]:
-    """Metrics of a stage and a gateway that have answered a question."""
+    """Metrics of a stage and a gateway that have answered a question, and of a fleet's gateway."""
     with (
         published_model(tmp_path_factory.mktemp("published")) as published,
         running([stage_environment(published, 0, CUT)]) as (stage,),
@@ -55,7 +58,27 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Metrics]:
         body = json.dumps({"model": "tiny", "prompt": "the", "max_tokens": 3}).encode()
         request = urllib.request.Request(f"{gateway.url}/v1/completions", body, {"Content-Type": "application/json"})
         urllib.request.urlopen(request, timeout=60).close()
-        yield {**_metrics(stage.get("/metrics")[1]), **_metrics(gateway.get("/metrics")[1])}
+        page = gateway.get("/metrics")[1]
+        yield {**_metrics(stage.get("/metrics")[1]), **_metrics(page), **_of_a_fleet(page)}
+
+
+class _Page(Collector):
+    def __init__(self, page: str) -> None:
+        self._page = page
+
+    def collect(self) -> Iterator[Metric]:
+        return text_string_to_metric_families(self._page)
+
+
+def _of_a_fleet(page: str) -> Metrics:
+    """Metrics of the gateway of a fleet with one member, whose part has this page."""
+    member, registry = CollectorRegistry(), CollectorRegistry()
+    member.register(_Page(page))
+    use = {"tiny": ModelUse(1, 1.0, 1.0)}
+    registry.register(
+        FleetCollector(CollectorRegistry(), lambda: [("tiny", member)], lambda: {"loaded": 1}, lambda: 0, lambda: use)
+    )
+    return _metrics(generate_latest(registry).decode())
 
 
 def _metrics(page: str) -> Metrics:
@@ -123,9 +146,8 @@ def test_every_alert_uses_exported_metrics(exported: Metrics) -> None:
 def test_operating_md_explains_every_metric(exported: Metrics) -> None:
     page = (ROOT / "docs" / "operating.md").read_text()
     explained = set(re.findall(r"^\| `((?:lamina|gen_ai)_\w+)` \|", page, re.MULTILINE))
-    others = CollectorRegistry()  # of gateways with batches, and of fleets
+    others = CollectorRegistry()  # of gateways with batches
     BatchMetrics(others)
-    others.register(FleetCollector(CollectorRegistry(), tuple, dict, int))
     families = {re.sub("_(bucket|sum|count)$", "", name) for name in (*exported, *_metrics(generate_latest(others).decode()))}
     assert explained == families
 

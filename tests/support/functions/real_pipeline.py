@@ -1,25 +1,40 @@
-"""The packaged model (SmolLM2-135M) in three stages on a local platform, in a thread of its own: for tests that are clients."""
+"""The packaged model (SmolLM2-135M) on a local platform, in a thread of its own: for tests that are clients.
+
+It is a pipeline of three stages, or a member of a fleet.
+"""
 
 import asyncio
+import json
+import secrets
 import threading
-from collections.abc import Callable, Iterator
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import yaml
 from rich.console import Console
 
-from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
+from knative.commands.local_fleet import LocalFleet
+from knative.commands.local_pipeline import ensure_published, local_pipeline
+from knative.commands.model_choice import DEFAULT_MODEL
+from knative.local.kubelet.containers import NamedData
 from knative.local.platform import Platform
 from knative.render.services import services
+from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.pipeline_spec import Autoscaling, GatewayAutoscaling, PipelineSpec
+from storage.models.publisher import publish
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 from tests.support.knative.platform import running_platform
+from tests.support.storage.published import save_checkpoint
 
 STAGES = 3
+DEVICES = 2  # of the fleet
 T = TypeVar("T")
 
 
@@ -28,6 +43,7 @@ class RealPipeline:
     url: str
     model: str
     api_key: str | None
+    store: ObjectStore
     _platform: Platform
     _loop: asyncio.AbstractEventLoop
 
@@ -40,6 +56,18 @@ class RealPipeline:
 
         return self._in_loop(count)
 
+    @contextmanager
+    def asking(self, model: str) -> Iterator[None]:
+        """Another client asks the model meanwhile. Its answer must be complete at the end."""
+        body = {"model": model, "prompt": "hello", "max_tokens": 8}
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with ThreadPoolExecutor(1) as executor:
+            asked = executor.submit(urllib.request.urlopen, request, timeout=300)
+            yield
+            asked.result().close()
+
     def _in_loop(self, what: Callable[[], T]) -> T:
         async def run() -> T:
             return what()
@@ -49,14 +77,47 @@ class RealPipeline:
 
 @contextmanager
 def real_pipeline(folder: Path, *, with_key: bool = False, **gateway: Any) -> Iterator[RealPipeline]:
-    """At zero, with a store of its own; stages fall asleep soon. gateway: more of the spec's gateway."""
+    """At zero, with a store of its own, adapters and batches; stages fall asleep soon. gateway: more of the spec's gateway."""
     with EmbeddedStore(folder / "store") as embedded:
         store = ObjectStore(embedded.settings)
         manifest = ensure_published(store, None, None, Console(quiet=True))
         spec = _spec(local_pipeline(store, manifest, STAGES, None, {}).pipeline.spec, with_key, gateway)
         local = local_pipeline(store, manifest, STAGES, spec, {})
-        with _in_a_thread(folder, local) as (platform, loop):
-            yield RealPipeline(platform.url(spec.name), spec.model.name, local.api_key, platform, loop)
+        with _in_a_thread(folder, services(local.pipeline), local.secrets) as (platform, loop):
+            yield RealPipeline(platform.url(spec.name), spec.model.name, local.api_key, store, platform, loop)
+
+
+@contextmanager
+def real_fleet(folder: Path, names: Sequence[str]) -> Iterator[RealPipeline]:
+    """A fleet at zero, with two devices: the packaged model in one stage, and tiny models of these names in two each."""
+    with EmbeddedStore(folder / "store") as embedded:
+        store = ObjectStore(embedded.settings)
+        save_checkpoint(folder / "tiny")
+        for name in names:
+            publish(folder / "tiny", store, name, "float32")
+        scaling = {"window_seconds": 6, "scale_down_delay_seconds": 0}
+        cuts = {DEFAULT_MODEL: "0:30", **dict.fromkeys(names, "0:3,3:6")}
+        members = [
+            {
+                "name": name,
+                "model": {"name": name, "dtype": "float32" if name in names else "bfloat16"},
+                "cut": cut,
+                "stage": {"autoscaling": scaling},
+            }
+            for name, cut in cuts.items()
+        ]
+        fleet = {
+            "kind": "Fleet",
+            "name": "models",
+            "image": "local",
+            "store": {"endpoint": embedded.settings.endpoint_url},
+            "max_devices": DEVICES,
+        }
+        gateway = {"autoscaling": {**scaling, "max_scale": 1}}
+        (folder / "fleet.yaml").write_text(yaml.safe_dump(fleet | {"members": members, "gateway": gateway}))
+        local = LocalFleet(folder / "fleet.yaml", store, {}, folder / "weights", secrets.token_hex(32), Console(quiet=True))
+        with _in_a_thread(folder, local.objects, local.secrets) as (platform, loop):
+            yield RealPipeline(platform.url("models"), DEFAULT_MODEL, None, store, platform, loop)
 
 
 def _spec(spec: PipelineSpec, with_key: bool, gateway: dict[str, Any]) -> PipelineSpec:
@@ -65,18 +126,20 @@ def _spec(spec: PipelineSpec, with_key: bool, gateway: dict[str, Any]) -> Pipeli
     stage = msgspec.structs.replace(spec.stage, autoscaling=Autoscaling(target=0.4, max_scale=2, **quick))
     scaling = GatewayAutoscaling(max_scale=1, **quick)
     keys = "api-keys" if with_key else None
-    gateway_spec = msgspec.structs.replace(spec.gateway, autoscaling=scaling, api_keys_secret=keys, **gateway)
-    return msgspec.structs.replace(spec, stage=stage, gateway=gateway_spec)
+    gateway_spec = msgspec.structs.replace(spec.gateway, autoscaling=scaling, api_keys_secret=keys, jobs="jobs", **gateway)
+    return msgspec.structs.replace(spec, stage=stage, gateway=gateway_spec, adapters=4)
 
 
 @contextmanager
-def _in_a_thread(folder: Path, local: LocalPipeline) -> Iterator[tuple[Platform, asyncio.AbstractEventLoop]]:
+def _in_a_thread(
+    folder: Path, objects: list[KubernetesObject], named_secrets: NamedData
+) -> Iterator[tuple[Platform, asyncio.AbstractEventLoop]]:
     started = threading.Event()
     box: dict[str, Any] = {}
 
     async def serve() -> None:
         stop = asyncio.Event()
-        async with running_platform(folder, *services(local.pipeline), secrets=local.secrets) as platform:
+        async with running_platform(folder, *objects, secrets=named_secrets) as platform:
             box.update(platform=platform, loop=asyncio.get_running_loop(), stop=stop)
             started.set()
             await stop.wait()

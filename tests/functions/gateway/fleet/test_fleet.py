@@ -1,6 +1,7 @@
 """A fleet's gateway as a process, before the stages of two models, and an API that lists and watches its members."""
 
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -133,6 +134,21 @@ def answered(process: FunctionProcess, model: str) -> Any:
     return replies[-1]
 
 
+def overview(process: FunctionProcess, key: str = "") -> dict[str, Any]:
+    """The first event of `GET /v1/fleet/events`."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{process.url}/v1/fleet/events", headers=headers), timeout=60
+    ) as stream:
+        data = next(line for line in stream if line.startswith(b"data: "))
+    state: dict[str, Any] = json.loads(data.removeprefix(b"data: "))
+    return state
+
+
+def states(process: FunctionProcess, key: str = "") -> dict[str, str]:
+    return {name: each["state"] for name, each in overview(process, key)["members"].items()}
+
+
 def text_of(pipeline: Pipeline) -> str:
     return pipeline.model.tokenizer.decode(pipeline.model.expected("hello", 6))
 
@@ -153,7 +169,13 @@ def test_each_model_is_answered_by_its_own_pipeline(pipelines: tuple[Pipeline, P
         assert ask(process, None)[0] == 400
         assert ask(process, "tiny", path="/tokenize")[1]["count"] == len(pipelines[0].model.tokenizer.encode("hello").ids)
         assert process.get("/v1/models/tiny")[0] == 200
+        wait_until(lambda: states(process) == {"tiny": "serving", "other": "serving"})
+        seen = overview(process)
+        assert (seen["fleet"], seen["ready"], seen["devices"], seen["members"]["tiny"]["stages"]) == ("models", True, 4, 3)
+        wait_until(lambda: metric(process, "lamina_fleet_pod_seconds_total") > 0)
         text = process.get("/metrics")[1]
+        assert set(re.findall(r'[{,]model="([^"]*)"', text)) == {"tiny", "other"}, "no label is a name that a client wrote"
+        assert 'lamina_fleet_pods{model="tiny"} 3.0' in text
         for pipeline in pipelines:
             assert f'lamina_gateway_answers_total{{model="{pipeline.name}",outcome="length"}} 1.0' in text
         watched = {urlsplit(each).path for each in api.requests if "watch=1" in each}
@@ -201,6 +223,9 @@ def test_keys_of_a_member_open_that_member_only(pipelines: tuple[Pipeline, Pipel
     with fleet(pipelines, LAMINA_FLEET_KEYS=str(tmp_path)) as (process, _):
         assert ask(process, "tiny", "key-of-tiny")[0] == 200
         assert models(process, "key-of-tiny") == ["tiny"]
+        wait_until(lambda: list(states(process, "key-of-tiny")) == ["tiny"])
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            overview(process, "another key")
         assert ask(process, "tiny")[0] == 401
         status, refused = ask(process, "other", "key-of-tiny")
         assert status in (401, 503), refused  # nobody has a key of it yet
@@ -230,6 +255,9 @@ def test_members_take_turns_with_few_devices(pipelines: tuple[Pipeline, Pipeline
         waiting = executor.submit(ask, process, "other")
         assert ask(process, "other", path="/tokenize")[0] == 200, "it needs no stage"
         assert not waiting.done()
+        wait_until(lambda: states(process).get("other") == "waiting")
+        assert overview(process)["members"]["other"]["device_wait_seconds"] > 0
+        assert 0 < metric(process, "lamina_fleet_device_wait_seconds") < 600
         for each in tiny.slices():
             api.delete(each["metadata"]["name"])
         for each in other.slices():  # as if its pods started at once

@@ -24,7 +24,7 @@ from functions.gateway.openapi.replies import (
 )
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.hosting.server import PROBES
-from tests.functions.gateway.page.test_pipeline_events import Pipe
+from tests.functions.gateway.page.test_state_events import Pipe
 from tests.support.environments import gateway_config
 from tests.support.functions.scripted_gateway import END, TOKENIZER, Pipeline, Script, client_of
 from tests.support.storage.published import CHAT_TEMPLATE

@@ -1,4 +1,4 @@
-"""`GET /v1/pipeline/events`: the pipeline's state as server-sent events.
+"""A state as server-sent events: `GET /v1/pipeline/events`, and `GET /v1/fleet/events` of a fleet's gateway.
 
 The first event is a `snapshot`. A `change` follows whenever the state has changed, at most a few times a second. A stream ends
 after some minutes, before a proxy breaks it, when the gateway drains, and when another client wants its place; clients then
@@ -11,43 +11,48 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
-from flask import Flask, Response, request
+from flask import Flask, Response
 
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, encode_sse
 from eventing.problems import RateLimited
 from functions.fairness.fair_shares import FairShares
 from functions.gateway.answers.access_log import log_entry
-from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.streaming import STREAM_HEADERS, client_gone, with_comments
-from functions.gateway.page.pipeline_watch import SAMPLE_SECONDS, PipelineWatch
 
+SAMPLE_SECONDS: Final = 0.3  # between two looks at the state
 MAX_STREAMS: Final = 32  # open at the same time, shared among clients; each occupies a thread
 KEEP_ALIVE_SECONDS: Final = 5.0
 MAX_STREAM_SECONDS: Final = 300.0  # less than a Service's timeoutSeconds
 RETRY_AFTER_SECONDS: Final = 5
 
 
-class PipelineEventsAPI:
-    def __init__(self, watch: PipelineWatch, clients: Clients) -> None:
-        self._watch = watch
-        self._clients = clients
+# Returns the id of the client whose request is served, and a function of the state that it may see. Raises Unauthorized.
+Subscribe = Callable[[], tuple[str, Callable[[], msgspec.Struct]]]
+
+
+class StateEventsAPI:
+    def __init__(self, path: str, subscribe: Subscribe, draining: Callable[[], bool]) -> None:
+        self._path = path
+        self._subscribe = subscribe
+        self._draining = draining
         self._streams: FairShares[threading.Event] = FairShares()  # each stream's event is set when it must give way
         self._lock = threading.Lock()
 
     def register(self, app: Flask) -> None:
-        app.get("/v1/pipeline/events")(self._events)
+        app.get(self._path)(self._events)
 
     def _events(self) -> Response:
-        client_id = log_entry().client_id = self._clients.identify(request)
+        client_id, state = self._subscribe()
+        log_entry().client_id = client_id
         gave_way = threading.Event()
         with self._lock:
             yielding = self._streams.make_room(client_id, 1, MAX_STREAMS)
             if yielding is None:
-                raise RateLimited(f"{MAX_STREAMS} watch the pipeline already; try again later", RETRY_AFTER_SECONDS)
+                raise RateLimited(f"{MAX_STREAMS} read {self._path} already; try again later", RETRY_AFTER_SECONDS)
             self._streams.add(client_id, gave_way)
         for each in yielding:
             each.set()
-        stream = with_comments(self._stream(client_id, client_gone(), gave_way), KEEP_ALIVE_SECONDS)
+        stream = with_comments(self._stream(state, client_gone(), gave_way), KEEP_ALIVE_SECONDS)
         response = Response(stream, content_type=EVENT_STREAM_CONTENT_TYPE, headers=STREAM_HEADERS)
         response.call_on_close(lambda: self._leave(gave_way))
         return response
@@ -56,14 +61,16 @@ class PipelineEventsAPI:
         with self._lock:
             self._streams.remove(stream)
 
-    def _stream(self, client_id: str, gone: Callable[[], bool], gave_way: threading.Event) -> Iterator[bytes | None]:
+    def _stream(
+        self, state: Callable[[], msgspec.Struct], gone: Callable[[], bool], gave_way: threading.Event
+    ) -> Iterator[bytes | None]:
         ends_at = time.monotonic() + MAX_STREAM_SECONDS
-        sent = msgspec.to_builtins(self._watch.state(client_id))
+        sent = msgspec.to_builtins(state())
         yield encode_sse(msgspec.json.encode(sent), event="snapshot")
-        while time.monotonic() < ends_at and not gone() and not self._watch.watched.draining():
+        while time.monotonic() < ends_at and not gone() and not self._draining():
             if gave_way.wait(SAMPLE_SECONDS):
                 return
-            now = msgspec.to_builtins(self._watch.state(client_id))
+            now = msgspec.to_builtins(state())
             patch, sent = merge_patch(sent, now), now
             yield encode_sse(msgspec.json.encode(patch), event="change") if patch else None
 

@@ -17,10 +17,10 @@ from werkzeug.test import TestResponse
 from eventing.http.sse import ServerSentEvent, SSEDecoder
 from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.app import create_app
-from functions.gateway.page import pipeline_events, pipeline_watch
-from functions.gateway.page.pipeline_events import merge_patch
+from functions.gateway.page import pipeline_watch, state_events
 from functions.gateway.page.pipeline_state import PipelineState
 from functions.gateway.page.pipeline_watch import StageDescription, Watched
+from functions.gateway.page.state_events import merge_patch
 from functions.gateway.scheduling.pipeline_status import AnswerStatus, InstanceStatus, PipelineStatus, StageStatus
 from functions.gateway.scheduling.wake_up import ColdStart
 from tests.support.environments import gateway_config
@@ -69,7 +69,7 @@ class Pipe:
 
 @pytest.fixture
 def pipe(monkeypatch: pytest.MonkeyPatch) -> Pipe:
-    monkeypatch.setattr(pipeline_events, "SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(state_events, "SAMPLE_SECONDS", 0.0)
     monkeypatch.setattr(pipeline_watch, "SAMPLE_SECONDS", 0.0)
     return Pipe()
 
@@ -99,6 +99,19 @@ def test_a_snapshot_has_the_whole_state_without_other_clients_answers(pipe: Pipe
     assert (state.stages["0"].service, state.stages["0"].layers, state.stages["0"].target) == ("tiny-s0", (0, 2), 1.4)
     assert list(state.answers) == ["mine"]
     assert state.answers["mine"].route == (1,)
+
+
+def test_adapters_have_the_numbers_of_their_answers(pipe: Pipe) -> None:
+    of_other, waits = (dataclasses.replace(answer(name, "other"), adapter=b"b") for name in ("computes", "waits"))
+    pipe.now = dataclasses.replace(pipe.now, answers=(of_other, dataclasses.replace(waits, route=()), answer("mine")))
+    pipe.watched = dataclasses.replace(
+        pipe.watched, adapters=lambda: {"idle": frozenset((b"a",)), "named": frozenset((b"b", b"c"))}, has_batches=True
+    )
+    with closing(pipe.client().get("/v1/pipeline/events")) as response:
+        state = msgspec.convert(next(documents(response)), PipelineState)
+    assert state.adapters is not None
+    assert {name: each.running for name, each in state.adapters.items()} == {"idle": 0, "named": 1}
+    assert state.batches
 
 
 def test_running_answers_come_before_waiting_ones(pipe: Pipe) -> None:
@@ -138,7 +151,7 @@ def test_the_stream_requires_a_key(pipe: Pipe) -> None:
 def test_the_number_of_concurrent_streams_is_limited(pipe: Pipe) -> None:
     client = pipe.client()
     with ExitStack() as watching:
-        for _ in range(pipeline_events.MAX_STREAMS):
+        for _ in range(state_events.MAX_STREAMS):
             watching.enter_context(closing(client.get("/v1/pipeline/events")))
         refused = client.get("/v1/pipeline/events")
         assert refused.status_code == 429
@@ -155,7 +168,7 @@ def test_streams_of_a_greedy_client_give_way_to_those_of_five_modest_ones(pipe: 
         return watching.enter_context(closing(client.get("/v1/pipeline/events", headers={"Authorization": f"Bearer {key}"})))
 
     with ExitStack() as watching:
-        greedy = [watch("greedy") for _ in range(pipeline_events.MAX_STREAMS)]
+        greedy = [watch("greedy") for _ in range(state_events.MAX_STREAMS)]
         modest = [watch(f"modest-{number}") for number in range(5)]
         assert watch("greedy").status_code == 429
         assert [response.status_code for response in modest] == [200] * 5
@@ -170,8 +183,8 @@ def test_streams_of_a_greedy_client_give_way_to_those_of_five_modest_ones(pipe: 
 
 
 def test_a_stream_without_changes_has_heartbeats_and_an_end(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline_events, "KEEP_ALIVE_SECONDS", 0.01)
-    monkeypatch.setattr(pipeline_events, "MAX_STREAM_SECONDS", 0.2)
+    monkeypatch.setattr(state_events, "KEEP_ALIVE_SECONDS", 0.01)
+    monkeypatch.setattr(state_events, "MAX_STREAM_SECONDS", 0.2)
     with closing(pipe.client().get("/v1/pipeline/events")) as response:
         _, *rest = itertools.chain(response.response)
     assert set(rest) == {b":\n\n"}

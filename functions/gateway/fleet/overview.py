@@ -1,0 +1,164 @@
+"""The fleet at one moment: what `GET /v1/fleet/events` sends, and what the metrics say of each member."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from msgspec import Struct
+
+from functions.gateway.fleet.grants import Grants
+from functions.gateway.fleet.members import Members, Version
+from functions.gateway.fleet.parts import Part, Parts
+
+_log = logging.getLogger(__name__)
+
+FLEET_EVENTS: Final = "/v1/fleet/events"
+_LOOK_SECONDS: Final = 1.0
+
+# zero: no pod. waiting: requests wait for a device. starting: a stage has no pod that works yet. failed: this gateway cannot
+# serve it, as its log says.
+MemberStatus = Literal["zero", "waiting", "starting", "serving", "leaving", "failed"]
+
+
+class MemberState(Struct, frozen=True, kw_only=True):
+    """A member, or its canary."""
+
+    model: str
+    percent: int | None = None  # share of the model's requests that a canary takes; None: no canary
+    state: MemberStatus
+    stages: int
+    pods: int  # of all stages, those that start or leave included
+    pod_seconds: float  # what they have cost since this gateway began to look
+    tokens_per_second: float  # drawn for requests of this gateway
+    running: int  # sequences
+    waiting: int  # requests, for a device or their turn
+    device_wait_seconds: float | None = None  # of the oldest request that waits for a device; None: none does
+
+
+class FleetState(Struct, frozen=True, kw_only=True):
+    """Data of the event `snapshot`. The data of a `change` is a JSON merge patch (RFC 7396) of it."""
+
+    fleet: str
+    ready: bool  # this gateway knows the members
+    devices: int  # pods of all members, also of those that the client may not ask
+    max_devices: int | None = None
+    tokens_per_second: float
+    batches: bool  # `/v1/batches` is served here
+    members: dict[str, MemberState]  # by name; only those that the client may ask
+
+
+@dataclass(frozen=True, slots=True)
+class ModelUse:
+    """What a model's pipelines use now, and have used."""
+
+    pods: int
+    pod_seconds: float
+    device_wait_seconds: float  # of the oldest request that waits for a device; 0: none does
+
+
+class Overview:
+    """Looks at all members once a second, and counts the seconds of their pods. Thread-safe."""
+
+    def __init__(
+        self,
+        members: Members,
+        parts: Parts,
+        grants: Grants | None,
+        pods: Callable[[Version], tuple[int, int]],
+        is_ready: Callable[[Version], bool],
+        max_devices: int | None,
+    ) -> None:
+        """pods, is_ready: as in Grants."""
+        self._members = members
+        self._parts = parts
+        self._grants = grants
+        self._pods = pods
+        self._is_ready = is_ready
+        self._max_devices = max_devices
+        self._looked_at = time.monotonic()
+        self._states: dict[str, MemberState] = {}  # replaced as a whole by each look
+        self._tokens: dict[Version, int] = {}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._keep_looking, name="fleet-overview", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join(_LOOK_SECONDS)
+
+    def state(self, fleet: str, models: Iterable[str], *, has_batches: bool) -> FleetState:
+        """The state of the last look. models: those that the client may ask."""
+        states, own = self._states, frozenset(models)
+        return FleetState(
+            fleet=fleet,
+            ready=self._members.listed.is_set(),
+            devices=sum(each.pods for each in states.values()),
+            max_devices=self._max_devices,
+            tokens_per_second=round(sum(each.tokens_per_second for each in states.values()), 1),
+            batches=has_batches,
+            members={name: each for name, each in states.items() if each.model in own},
+        )
+
+    def by_model(self) -> Mapping[str, ModelUse]:
+        use: dict[str, ModelUse] = {}
+        for each in self._states.values():
+            before = use.get(each.model, ModelUse(0, 0.0, 0.0))
+            use[each.model] = ModelUse(
+                before.pods + each.pods,
+                before.pod_seconds + each.pod_seconds,
+                max(before.device_wait_seconds, each.device_wait_seconds or 0.0),
+            )
+        return use
+
+    def look(self) -> None:
+        now = time.monotonic()
+        seconds, self._looked_at = now - self._looked_at, now
+        parts = {part.version: part for part in self._parts.loaded()}
+        waits = {} if self._grants is None else self._grants.waits()
+        states: dict[str, MemberState] = {}
+        tokens: dict[Version, int] = {}
+        for versions in self._members.models().values():
+            for version in versions:
+                part, before = parts.get(version), self._states.get(version.name)
+                status = None if part is None or part.function is None else part.function.status
+                drawn = 0
+                if status is not None:
+                    tokens[version] = status.tokens
+                    drawn = max(0, status.tokens - self._tokens.get(version, status.tokens))
+                pods, leaving = self._pods(version)
+                queued, since = waits.get(version, (0, None))
+                running, waiting = (0, queued) if status is None else (status.running, status.waiting + queued)
+                states[version.name] = MemberState(
+                    model=version.model,
+                    percent=version.percent,
+                    state=self._status(version, part, pods - leaving, leaving, queued, running + waiting),
+                    stages=len(version.services),
+                    pods=pods,
+                    pod_seconds=round((0.0 if before is None else before.pod_seconds) + pods * seconds, 1),
+                    tokens_per_second=round(drawn / seconds, 1) if seconds > 0 else 0.0,
+                    running=running,
+                    waiting=waiting,
+                    device_wait_seconds=None if since is None else round(now - since, 1),
+                )
+        self._states, self._tokens = states, tokens
+
+    def _status(self, version: Version, part: Part | None, pods: int, leaving: int, queued: int, requests: int) -> MemberStatus:
+        if version.config is None or (part is not None and part.state == "failed"):
+            return "failed"
+        if queued:
+            return "waiting"
+        if not pods:
+            return "starting" if requests else "leaving" if leaving else "zero"
+        return "serving" if self._is_ready(version) else "starting"
+
+    def _keep_looking(self) -> None:
+        while not self._stopped.wait(_LOOK_SECONDS):
+            try:
+                self.look()
+            except Exception:  # noqa: BLE001 - the page would stand still for ever
+                _log.exception("looking at the fleet failed")

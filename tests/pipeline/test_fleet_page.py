@@ -1,0 +1,127 @@
+"""The page of a fleet in a real browser, over a real fleet of the packaged model and tiny ones.
+
+The tests are one scenario, in order. `SCREENSHOTS=docs` writes the pictures of docs/openai.md.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.functions.browser import Browser, browser, needs_browser
+from tests.support.functions.real_pipeline import RealPipeline, real_fleet
+from tests.support.paths import ROOT
+
+pytestmark = [needs_browser, pytest.mark.timeout(600)]
+
+NAMES = ("tiny-code", "tiny-draft", "tiny-search")
+WIDE = (1440, 900)
+MIDDLE = (1100, 900)
+NARROW = (412, 840)
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealPipeline]:
+    with real_fleet(tmp_path_factory.mktemp("fleet"), NAMES) as fleet:
+        yield fleet
+
+
+@pytest.fixture(scope="module")
+def page(fleet: RealPipeline) -> Iterator[Browser]:
+    with browser() as page:
+        page.prefer("light")
+        page.resize(*WIDE)
+        page.open(f"{fleet.url}/")
+        yield page
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    return ROOT / os.environ["SCREENSHOTS"] if "SCREENSHOTS" in os.environ else tmp_path
+
+
+def state_of(page: Browser, model: str) -> str:
+    found: str = page.run(
+        """
+        const name = [...document.querySelectorAll("#members .name")].find(each => each.textContent === arguments[0]);
+        return name?.parentElement.dataset.state || "";
+        """,
+        model,
+    )
+    return found
+
+
+def ask(page: Browser, question: str) -> None:
+    page.find("#question").send_keys(f"{question}\n")
+
+
+def test_all_models_are_listed_at_zero_and_the_first_is_shown(page: Browser, fleet: RealPipeline) -> None:
+    page.until(lambda: page.text("#link") == "live", "the stream")
+    page.until(lambda: page.text("#members .name").split() == [fleet.model, *NAMES], "all members")
+    page.until(lambda: all(state_of(page, name) == "zero" for name in (fleet.model, *NAMES)), "all at zero")
+    assert "4 models, 0 with pods · 0 of 2 pods" in page.text("#fleet-facts")
+    page.until(lambda: page.text("#model") == fleet.model, "the first one")
+    page.until(lambda: page.text(".stage").count("At zero: no replica runs.") == 1, "its pipeline")
+    assert not page.violations()
+
+
+def test_the_chosen_model_answers_while_another_waits_for_a_device(page: Browser, fleet: RealPipeline, pictures: Path) -> None:
+    ask(page, "Why is the sky blue? Explain it at length.")
+    page.until(lambda: state_of(page, fleet.model) == "starting", "its start")
+    page.until(lambda: len(page.text(".turn.assistant .said")) > 200, "a part of the answer")
+    page.until(lambda: state_of(page, fleet.model) == "serving", "its state")
+    assert page.text(".turn.assistant .who") == fleet.model
+    page.until(lambda: "tokens/s" in page.text("#members .facts"), "its speed")
+    assert "pod-seconds" in page.text("#members .facts")
+    with fleet.asking("tiny-code"):
+        page.until(lambda: state_of(page, "tiny-code") == "waiting", "two devices more are not there")
+        page.until(lambda: "waiting" in page.text("#members .state"), "since when")
+        assert "tiny-code: waits for a device" in page.text("#happened")
+        page.picture(pictures / "page-fleet.png")
+        page.prefer("dark")
+        assert not page.violations()
+        page.prefer("light")
+        page.find("#stop").click()
+        page.until(lambda: state_of(page, "tiny-code") == "serving", "the other gave way")
+    page.until(lambda: page.text(".turn.assistant .note") == "Stopped.", "the end")
+
+
+def test_another_model_is_chosen_by_keyboard_and_asked(page: Browser) -> None:
+    page.run("document.querySelectorAll('#members button')[2].focus()")
+    page.driver.switch_to.active_element.send_keys("\n")
+    page.until(lambda: page.text("#model") == "tiny-draft", "the next model")
+    page.until(lambda: page.text(".stage h3").count("layers") == 2, "its stages")
+    assert page.run("return location.hash") == "#tiny-draft"
+    assert page.run("return [...document.querySelectorAll('#members [aria-pressed=true] .name')].map(e => e.textContent)") == [
+        "tiny-draft"
+    ]
+    page.find("#new").click()
+    ask(page, "hello")
+    page.until(lambda: page.text(".turn.assistant .note").count("tokens, first after") == 1, "an answer")
+    assert page.text(".turn.assistant .who") == "tiny-draft"
+    page.driver.refresh()
+    page.until(lambda: page.text("#model") == "tiny-draft", "the model of the address")
+
+
+def test_narrow_pages_show_one_of_three_views(page: Browser, pictures: Path) -> None:
+    page.resize(*MIDDLE)
+    assert all(page.find(part).is_displayed() for part in ("#fleet", "#chat", "#pipeline"))
+    assert not page.violations()
+    page.resize(*NARROW)
+    try:
+        for view in ("chat", "pipeline", "fleet"):
+            page.find(f"[data-view={view}]:not(html)").click()
+            assert [part for part in ("chat", "pipeline", "fleet") if page.find(f"#{part}").is_displayed()] == [view]
+            assert page.run("return document.documentElement.scrollWidth <= innerWidth"), "nothing is wider than the window"
+        assert not page.violations()
+        page.picture(pictures / "page-fleet-narrow.png")
+    finally:
+        page.resize(*WIDE)
+
+
+def test_the_page_sent_requests_to_the_gateway_only(page: Browser, fleet: RealPipeline) -> None:
+    urls = page.requested()
+    assert any("/v1/pipeline/events?model=tiny-draft" in url for url in urls)
+    assert not [url for url in urls if not url.startswith((f"{fleet.url}/", "data:"))]
+    assert not page.console()
