@@ -435,6 +435,16 @@ def names_of_feed_forward(names: TensorNames, experts: Experts | None) -> tuple[
     return names.shared if experts is not None and not experts.own_norms else (names.gate, names.up, names.down)
 
 
+def adaptable(model: Decoder, layer: Layer) -> frozenset[str]:
+    """Names of the matrices of a layer to which adapters may add: not those of recurrent mixers, latent attention, routers and
+    routed experts."""
+    names, shapes = model.names, layer_shapes(model, layer)
+    found = set(names_of_feed_forward(names, layer.experts))
+    if layer.attention is not None and layer.attention.latent is None:
+        found |= {*names.qkv, names.out}
+    return frozenset(name for name in found if f"{name}.weight" in shapes)
+
+
 def float32_names(model: Decoder) -> frozenset[str]:
     """The tensors of layers that every publication has in float32: small ones of recurrent mixers, which decide for how long
     a state lasts. By their names in a checkpoint without the prefix of the layer."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 import msgspec
 
 from storage.checkpoints.checkpoint import SourceTensor
-from storage.checkpoints.decoder import Decoder, full_name, layer_shapes
+from storage.checkpoints.decoder import Decoder, adaptable, full_name, layer_shapes
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.checkpoints.families import part_of
@@ -278,10 +278,14 @@ class _ModuleShapes:
             span = self._spans.get(f"{module}.weight")
             shape = None if span is None else span.shape
         else:
-            names = self._decoder.names
-            adapted = (*names.qkv, names.out, names.gate, names.up, names.down, *names.shared)
-            is_adapted = inner in adapted and found[1] == f"{names.layers}.{layer}"
-            shape = self._shapes[self._decoder.order[layer]].get(f"{inner}.weight") if is_adapted else None
+            kind, names = self._decoder.order[layer], self._decoder.names
+            shape = self._shapes[kind].get(f"{inner}.weight") if found[1] == f"{names.layers}.{layer}" else None
+            if shape is not None and inner not in (allowed := adaptable(self._decoder, self._decoder.kinds[kind])):
+                raise AdapterInvalid(
+                    f"{module} is part of {_part_of_layer(self._decoder, kind, inner)}, to which stages of {self._base.name} "
+                    f"add no adapter; in this layer they add to {', '.join(sorted(allowed)) or 'nothing'}: train it with these "
+                    "as target_modules"
+                )
             shape = shape[::-1] if shape and names.transposed else shape
         if shape is None or len(shape) != 2:
             raise AdapterInvalid(
@@ -289,6 +293,16 @@ class _ModuleShapes:
                 "another model?"
             )
         return layer, inner, (shape[0], shape[1])
+
+
+def _part_of_layer(model: Decoder, kind: int, inner: str) -> str:
+    """What a matrix of a layer belongs to that no adapter changes, in words. inner: its name in the layer."""
+    names, attention = model.names, model.kinds[kind].attention
+    if names.recurrent and inner.startswith(f"{names.recurrent}."):
+        return "a recurrent mixer"
+    latents = (*names.qkv, names.query_down, names.query_up, names.kv_down, names.kv_up, names.out)
+    is_latent = attention is not None and attention.latent is not None and inner in latents
+    return "latent attention" if is_latent else "a mixture of experts"
 
 
 def _bytes_of(number: bytes) -> Iterator[memoryview]:

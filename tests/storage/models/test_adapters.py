@@ -146,6 +146,29 @@ def test_what_no_stage_computes_is_refused_before_anything_is_written(
     assert [item.key for item in store.list("adapters/")] == before
 
 
+@pytest.mark.parametrize(
+    ("family", "targets", "reason"),
+    [
+        (
+            "deepseek_v3",
+            ["q_a_proj"],
+            "q_a_proj is part of latent attention.*they add to mlp.down_proj, mlp.gate_proj, mlp.up_proj",
+        ),
+        ("deepseek_v3", ["o_proj"], "o_proj is part of latent attention"),
+        ("lfm2", ["conv.in_proj"], "conv.in_proj is part of a recurrent mixer"),
+    ],
+)
+def test_matrices_to_which_layers_add_no_adapter_are_named(
+    family: str, targets: list[str], reason: str, store: ObjectStore, tmp_path: Path
+) -> None:
+    """The refusal called them no linear modules; adapters of o_proj were taken, and not computed."""
+    tiny_models.whole_model(family).save_pretrained(tmp_path / "base")
+    publish(tmp_path / "base", store, family, "float32")
+    folder = folder_of(tmp_path / "adapter", family=family, target_modules=targets)
+    with pytest.raises(AdapterInvalid, match=reason):
+        publish_adapter(store, family, "refused", folder)
+
+
 def test_rank_above_the_limit_is_refused(store: ObjectStore, tmp_path: Path) -> None:
     with pytest.raises(AdapterInvalid, match="at most 256"):
         publish_adapter(store, "llama", "large", folder_of(tmp_path, r=257))

@@ -82,10 +82,14 @@ def by_plan(step: Step, texts: Mapping[str, Sequence[int]], plan: Mapping[str, S
 
 
 def logits_by_plan(
-    groups: Sequence[LayerGroup], texts: Mapping[str, Sequence[int]], plan: Mapping[str, Sequence[int]]
+    groups: Sequence[LayerGroup],
+    texts: Mapping[str, Sequence[int]],
+    plan: Mapping[str, Sequence[int]],
+    adapters: Mapping[str, int] | None = None,
 ) -> torch.Tensor:
-    """Logits of all texts, one text after the other."""
+    """Logits of all texts, one text after the other. adapters: the number of a text's adapter."""
     chain = GroupChain(groups)
+    chain.adapters = dict(adapters or {})
     chain.reserve(*texts, tokens=max(map(len, texts.values())))
     return torch.cat(list(by_plan(chain.logits, texts, plan).values()))
 

@@ -9,7 +9,7 @@ from functions.stage.models.floats import Array, Float32, narrowed
 from functions.stage.models.native.layer_weights import qkv_rows
 from functions.stage.native.layers import LowRankArrays
 from functions.stage.native.records import GROUP_OUTS, LOW_PARTS, Dtype
-from storage.checkpoints.decoder import Decoder, Layer, layer_shapes, names_of_feed_forward
+from storage.checkpoints.decoder import Decoder, Layer, adaptable, layer_shapes, names_of_feed_forward
 
 
 def pack_layer(model: Decoder, layer: Layer, found: Mapping[str, LowRank], narrow: bool) -> dict[str, LowRankArrays]:
@@ -19,6 +19,8 @@ def pack_layer(model: Decoder, layer: Layer, found: Mapping[str, LowRank], narro
     already. Raises WrongAdapter.
     """
     names, shapes, left = model.names, layer_shapes(model, layer), dict(found)
+    if refused := left.keys() - adaptable(model, layer):
+        raise WrongAdapter(f"the adapter changes {min(refused)}, to which the layers in C add nothing")
     gate, up, down = names_of_feed_forward(names, layer.experts)
     packed: dict[str, LowRankArrays] = {}
 
@@ -47,8 +49,6 @@ def pack_layer(model: Decoder, layer: Layer, found: Mapping[str, LowRank], narro
     for place, name in (("out", names.out), ("gate", gate), ("up", up), ("down", down)):
         if place not in packed and (taken := take(name) if name in left else None) is not None:
             packed[place] = _packed([taken], [len(taken.b)], narrow)
-    if left:
-        raise WrongAdapter(f"the adapter changes {min(left)}, which is no matrix of the layers in C")
     return packed
 
 

@@ -207,3 +207,10 @@ def test_an_adapter_of_another_model_is_refused(tensors: dict[str, torch.Tensor]
     group = group_of("llama", "float32", published("llama", "float32"))
     with pytest.raises(WrongAdapter, match=reason):
         group.prepare_adapter(raw(tensors))
+
+
+def test_layers_in_c_do_not_pass_over_an_adapter_of_latent_attention() -> None:
+    """Its addition to o_proj was left out, and the answer was the model's own."""
+    group = group_of("deepseek_v3", "float32", published("deepseek_v3", "float32"))
+    with pytest.raises(WrongAdapter, match=r"changes self_attn\.o_proj, to which"):
+        group.prepare_adapter(raw(square("self_attn.o_proj")))

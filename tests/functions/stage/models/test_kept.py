@@ -19,9 +19,11 @@ from storage.checkpoints.checkpoint import Checkpoint
 from storage.checkpoints.model_source import open_checkpoint
 from storage.models.blocks import packing_of
 from tests.functions.stage.models.test_blocks import PLAN, TEXTS, groups
+from tests.support.functions.borders import raw
 from tests.support.functions.group_chain import logits_by_plan
 from tests.support.functions.native_models import error
 from tests.support.storage import tiny_models
+from tests.support.storage.adapters import adapted, stored_tensors
 
 Tensors = dict[str, torch.Tensor]
 SIZES: Final[dict[str, Any]] = {
@@ -108,6 +110,23 @@ def test_logits_are_near_those_of_the_weights_in_float32(method: str, folder: Pa
     in_bfloat16 = logits_by_plan(stages(folder, method, "llama", "kept"), TEXTS, PLAN)
     found = logits_by_plan(stages(folder, method, "native", "kept"), TEXTS, PLAN)
     assert error(found, exact) < 3 * error(in_bfloat16, exact) < 0.3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_add_to_kept_blocks_as_to_their_numbers(method: str, folder: Path) -> None:
+    """Also if the columns of a matrix are stored in another order, which the adapter's inputs do not have."""
+    tensors = stored_tensors(adapted(tiny_models.whole_model("llama", **SIZES), 1, r=8))
+
+    def logits(kind: str, dtype: Any) -> torch.Tensor:
+        own = stages(folder, method, kind, dtype)
+        for group in own:
+            share = tiny_models.stage_tensors(tensors, group.first_layer, group.last_layer)
+            group.place_adapter(1, group.prepare_adapter(raw(share)))
+        return logits_by_plan(own, TEXTS, PLAN, {"a": 1, "c": 1})
+
+    exact, found = logits("llama", "float32"), logits("native", "kept")
+    assert error(found, exact) < 3 * error(logits("llama", "kept"), exact) < 0.3
+    assert error(logits_by_plan(stages(folder, method, "native", "kept"), TEXTS, PLAN), exact) > 0.3, "the adapter matters"
 
 
 @pytest.mark.parametrize("method", METHODS)
