@@ -6,17 +6,20 @@ nothing else ran.
 
 import asyncio
 import base64
+import json
 import os
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+import httpx
 import msgspec
 import pytest
 import torch
@@ -26,12 +29,14 @@ from transformers import AutoModelForCausalLM
 from eventing.wire.control import LEASE_SECONDS
 from eventing.wire.events import EventType
 from functions.configuration.api_keys import ApiKey, sha256_of
+from functions.configuration.config import FLEET_LABEL
 from knative.cluster.client import Ref
 from knative.cluster.deployer import Deployer
 from knative.cluster.errors import ClusterError, DeployInProgress
 from knative.cluster.lease import deploy_lease
 from knative.cluster.pipeline_token import ensure_token
 from knative.cluster.status import COLUMNS, cluster_status, status_rows
+from knative.commands.fleet import fleet_status
 from knative.commands.model_choice import packaged_model
 from knative.render.access import deployer_role
 from knative.render.prune_script import is_ready
@@ -51,6 +56,7 @@ from storage.models.publisher import publish
 from storage.store.object_store import ObjectStore
 from tests.support.knative.cluster_streams import EventStreams, RetryingClients
 from tests.support.knative.real_cluster import (
+    FLEET,
     INSTANCE,
     MAX_TOKENS,
     MODEL,
@@ -58,6 +64,7 @@ from tests.support.knative.real_cluster import (
     PROMPTS,
     SERVICE,
     STAGES,
+    Conversations,
     Probe,
     Scenario,
     as_deployer,
@@ -83,7 +90,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 OTHER: Final = "lamina-test-b"
 TINY: Final = "lamina-test-tiny"  # another model
+ONE: Final = "lamina-test-one"  # members of a fleet
+TWO: Final = "lamina-test-two"
 API_KEYS: Final = "lamina-test-api-keys"
+LINES: Final = 60
 CHANGE_SECONDS: Final = 300  # within which a change is done, under load; a rotation of the token is three
 CLIENTS: Final = 24
 KILL_SECONDS: Final = 20
@@ -128,7 +138,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
         yield steps
         Probe(steps.cluster, where).remove()
         steps.cluster.delete(Ref("v1", "Secret", where.namespace, API_KEYS))
-        for name in (NAME, OTHER):
+        for name in (NAME, OTHER, ONE, TWO, FLEET):
             steps.garbage.collect_all(name)
 
 
@@ -539,6 +549,68 @@ def test_an_adapter_is_chosen_by_name_while_a_stage_is_killed(scenario: Scenario
         pieces.append(piece)
     assert "".join(pieces) == expected
     assert scenario.gateway.complete(PROMPTS[1], LONG) == own
+
+
+def test_a_batch_outlives_a_gateway_and_a_stage(scenario: Scenario) -> None:
+    """Each line is answered once, as it was alone."""
+    scenario.deploy(gateway=GatewaySpec(jobs=NAME))
+    asked = {f"{number}": PROMPTS[number % len(PROMPTS)] for number in range(LINES)}
+    bodies = {
+        id: {"model": MODEL, "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0} for id, prompt in asked.items()
+    }
+    lines = [json.dumps({"custom_id": id, "url": "/v1/completions", "body": body}) for id, body in bodies.items()]
+    with scenario.gateway.api() as client:
+        file = client.post("/files", files={"file": ("input.jsonl", "\n".join(lines))}, data={"purpose": "batch"}).json()
+        batch = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+        id_ = client.post("/batches", json=batch).raise_for_status().json()["id"]
+        stage = pods(scenario.cluster, scenario.where, f"{SERVICE}={sorted(scenario.stage_services())[1]}")
+        for pod in (*scenario.gateway_pods()[:1], *(each["metadata"]["name"] for each in stage)):
+            kill(scenario.where, pod)
+        found: dict[str, Any] = {}
+
+        def completed() -> bool:
+            with suppress(httpx.TransportError, ValueError):  # no gateway answers for a while
+                found.update(client.get(f"/batches/{id_}").json())
+            return found.get("status") == "completed"
+
+        wait_until(completed, COLD_SECONDS, "the end of the batch")
+        output = client.get(f"/files/{found['output_file_id']}/content").raise_for_status().text
+    answered = [json.loads(line) for line in output.splitlines()]
+    assert sorted(each["custom_id"] for each in answered) == sorted(asked)
+    for each in answered:
+        assert each["response"]["body"]["choices"][0]["text"] == scenario.expected[asked[each["custom_id"]]]
+
+
+def test_a_fleet_of_two_wakes_changes_a_member_and_is_deleted(scenario: Scenario, tmp_path: Path) -> None:
+    members = {
+        ONE: {"model": {"name": MODEL, "dtype": "float32"}, "cut": "0:15,15:30"},
+        TWO: {"model": {"name": TINY, "dtype": "float32"}, "cut": "0:3,3:6"},
+    }
+    gateway = scenario.deploy_fleet(tmp_path, members)
+    with gateway.api() as client:
+        assert {each["id"] for each in client.get("/models").json()["data"]} == {MODEL, TINY}
+    tiny = replace(gateway, model=TINY)
+    assert gateway.complete(PROMPTS[0], MAX_TOKENS) == scenario.expected[PROMPTS[0]]
+    expected = tiny.complete(PROMPTS[0], MAX_TOKENS)
+    status = fleet_status(scenario.cluster, scenario.where.namespace, FLEET)
+    assert {each["name"]: each["stages"] for each in status["members"]} == {ONE: 2, TWO: 2}
+    assert all(each["pods"] for each in status["members"])
+
+    before = {name: scenario.stage_services(name) for name in members}
+    conversations = Conversations(gateway, {prompt: scenario.expected[prompt] for prompt in PROMPTS}, MAX_TOKENS)
+    with conversations.running(2):
+        members[TWO]["cut"] = "0:2,2:4,4:6"
+        scenario.deploy_fleet(tmp_path, members)
+        assert tiny.complete(PROMPTS[0], MAX_TOKENS) == expected
+    assert scenario.stage_services(ONE) == before[ONE]
+    assert len(scenario.stage_services(TWO) - before[TWO]) == 3
+
+    stages = f"{FLEET_LABEL}={FLEET},app.kubernetes.io/component=stage"
+    wait_until(lambda: not pods(scenario.cluster, scenario.where, stages), 400, "all members at zero")
+    assert tiny.complete(PROMPTS[0], MAX_TOKENS) == expected
+    assert not pods(scenario.cluster, scenario.where, f"{stages},app.kubernetes.io/instance={ONE}"), "the other stays at zero"
+    scenario.delete_fleet()
+    assert not scenario.cluster.find("serving.knative.dev/v1", "Service", scenario.where.namespace, f"{FLEET_LABEL}={FLEET}")
 
 
 def _whole_model() -> Any:

@@ -8,8 +8,12 @@ import yaml
 from click.testing import CliRunner
 
 from knative.__main__ import main
+from knative.commands.fleet import fleet_status
+from storage.store.object_store import ObjectStore
 from tests.support.knative.kubernetes_api import KubernetesApi
 from tests.support.knative.manifests import OTHER_DIGEST, fleet_document, member_document
+from tests.support.knative.real_cluster import FLEET, MODEL, Scenario, Settings
+from tests.support.storage.published import published_model
 
 
 class Fleet:
@@ -74,6 +78,41 @@ def test_members_are_deployed_changed_tried_and_deleted_one_by_one(api: Kubernet
     fleet.run("delete", str(fleet.file))
     assert api.named("services") == []
     assert not [name for name in api.named("configmaps") if name.startswith(("code", "draw", "models"))]
+
+
+@pytest.mark.slow
+def test_the_steps_of_the_test_on_a_real_cluster(api: KubernetesApi, tmp_path: Path) -> None:
+    """tests/pipeline/test_cluster.py deploys, changes and deletes a fleet by these."""
+    api.stages_scale_to_zero = True
+    (tmp_path / "kubeconfig").write_text(api.kubeconfig())
+    with (
+        published_model(tmp_path / "one", name=MODEL) as one,
+        published_model(tmp_path / "two", name="two", store=one.store) as two,
+    ):
+        where = Settings(
+            kubeconfig=str(tmp_path / "kubeconfig"),
+            context=None,
+            namespace="default",
+            image="registry.example/lamina:1",
+            store=one.store,
+            store_endpoint="http://store.example",
+            ingress=None,
+            other_image=None,
+        )
+        scenario = Scenario(where, ObjectStore(one.store), [one.manifest, two.manifest], one.tokenizer)
+        members = {
+            name: {"model": {"name": model, "dtype": "float32"}, "cut": "0:3,3:6"}
+            for name, model in (("a", MODEL), ("b", "two"))
+        }
+        assert scenario.deploy_fleet(tmp_path, members).url == f"http://{FLEET}.default.example"
+        before = scenario.stage_services("a")
+        members["b"]["cut"] = "0:2,2:4,4:6"
+        scenario.deploy_fleet(tmp_path, members)
+    assert scenario.stage_services("a") == before
+    status = fleet_status(scenario.cluster, "default", FLEET)
+    assert {each["name"]: (each["model"], each["stages"]) for each in status["members"]} == {"a": (MODEL, 2), "b": ("two", 3)}
+    scenario.delete_fleet()
+    assert api.named("services") == []
 
 
 @pytest.mark.slow

@@ -8,15 +8,17 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+import httpx
 import msgspec
+import yaml
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from tokenizers import Tokenizer
@@ -26,6 +28,8 @@ from knative.cluster.deployer import Deployer
 from knative.cluster.garbage import GarbageCollector
 from knative.cluster.objects import REVISION_LABEL, label, phase_of, readiness
 from knative.cluster.status import services_of
+from knative.commands.fleet import deploy_fleet
+from knative.commands.render import fleet_objects
 from knative.render.gitops import for_gitops, with_kustomization
 from knative.render.rendering import render, resolve
 from knative.render.resolved_pipeline import ResolvedPipeline
@@ -39,6 +43,7 @@ from storage.store.settings import StoreSettings
 
 NAME: Final = "lamina-test"
 MODEL: Final = "lamina-test-smollm2"
+FLEET: Final = "lamina-test-fleet"
 INSTANCE: Final = f"app.kubernetes.io/instance={NAME}"
 STAGES: Final = f"{INSTANCE},app.kubernetes.io/component=stage"
 SERVICE: Final = "serving.knative.dev/service"
@@ -209,6 +214,13 @@ class Gateway:
                     assert "error" not in document, document
                     yield "".join(choice["text"] for choice in document["choices"])
         raise AssertionError("the stream ended before its last event")
+
+    @contextmanager
+    def api(self) -> Iterator[httpx.Client]:
+        """A client of the paths below /v1."""
+        headers = {"Host": urlsplit(self.url).netloc}
+        with httpx.Client(base_url=f"{self.ingress or self.url}/v1", headers=headers, timeout=600) as client:
+            yield client
 
     @contextmanager
     def _asked(
@@ -423,6 +435,21 @@ class Scenario:
     def deploy(self, **changes: Any) -> None:
         url = self.deployer.deploy(self.objects(self.spec(**changes)))
         self._gateway = self.gateway_at(url)
+
+    def deploy_fleet(self, folder: Path, members: Mapping[str, dict[str, Any]]) -> Gateway:
+        """Deploys the fleet FLEET by a file in `folder`, as the command does. members: by name, what their specs say."""
+        where, path = self.where, folder / "fleet.yaml"
+        store = {"endpoint": where.store_endpoint, "bucket": where.store.bucket, "region": where.store.region}
+        fleet = {"kind": "Fleet", "name": FLEET, "namespace": where.namespace, "image": where.image, "store": store}
+        stage = {"resources": {"cpu": "1", "memory": "2Gi"}, "kv_cache": "256Mi"}
+        fleet["members"] = [{"name": name, "stage": stage} | said for name, said in members.items()]
+        path.write_text(yaml.safe_dump(fleet))
+        read, objects = fleet_objects(path, lambda: nullcontext(self.store))
+        return self.gateway_at(deploy_fleet(self.deployer, read, objects, whole=True, force=False))
+
+    def delete_fleet(self) -> None:
+        for name in (*self.deployer.members_of(FLEET), FLEET):
+            self.deployer.delete(name)
 
     def has_hpa(self) -> bool:
         """Whether the cluster has what the class hpa needs."""
