@@ -54,7 +54,7 @@ def make_event(
 
 
 def json_event(
-    type: str, source: str, value: msgspec.Struct, *, id: str | None = None, **extensions: AttributeValue
+    type: str, source: str, value: msgspec.Struct | dict[str, Any], *, id: str | None = None, **extensions: AttributeValue
 ) -> CloudEvent:
     """An event whose data is `value` as JSON."""
     return make_event(type, source, msgspec.json.encode(value), JSON_CONTENT_TYPE, id=id, **extensions)

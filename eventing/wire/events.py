@@ -46,6 +46,8 @@ class EventType(StrEnum):
     ERROR = "dev.lamina.generate.error"  # last event of a stream that failed; its data is a problem document
     SCORE_REQUEST = "dev.lamina.score.request"
     SCORE_RESPONSE = "dev.lamina.score.response"
+    EMBED_REQUEST = "dev.lamina.embed.request"
+    EMBED_RESPONSE = "dev.lamina.embed.response"
     BATCH_REQUEST = "dev.lamina.batch.request"
     BATCH_RESPONSE = "dev.lamina.batch.response"
 

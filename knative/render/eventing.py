@@ -1,6 +1,7 @@
 """The Knative Eventing objects of a pipeline whose spec has an `eventing` section: Broker, Triggers, Sequence.
 
     client → Broker ─ generate.request → gateway ─ generate.response ───────────────┐
+               ├───── embed.request → gateway ─ embed.response ─────────────────────┤
                │                                                                    ├→ Broker ─ *.response → reply sink
                ├──── score.request → Sequence of gateway and stages ─ score.response ┤
                └──── batch.request → gateway … batch.response, if it has jobs ───────┘
@@ -26,9 +27,10 @@ def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
         return []
     subscribers = {
         "generate": (EventType.GENERATE_REQUEST, _sink(pipeline.events_gateway_name)),
+        "embed": (EventType.EMBED_REQUEST, _sink(pipeline.events_gateway_name)),
         "score": (EventType.SCORE_REQUEST, _destination("flows.knative.dev/v1", "Sequence", pipeline.sequence_name)),
     }
-    answers = [EventType.GENERATE_RESPONSE, EventType.SCORE_RESPONSE]
+    answers = [EventType.GENERATE_RESPONSE, EventType.EMBED_RESPONSE, EventType.SCORE_RESPONSE]
     if pipeline.spec.gateway.jobs:
         subscribers["batch"] = (EventType.BATCH_REQUEST, _sink(pipeline.events_gateway_name))
         answers.append(EventType.BATCH_RESPONSE)

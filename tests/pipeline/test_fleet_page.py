@@ -76,7 +76,7 @@ def test_the_chosen_model_answers_while_another_waits_for_a_device(page: Browser
     assert "pod-seconds" in page.text("#members .facts")
     with fleet.asking("tiny-code"):
         page.until(lambda: state_of(page, "tiny-code") == "waiting", "two devices more are not there")
-        page.until(lambda: "waiting" in page.text("#members .state"), "since when")
+        page.until(lambda: " s for a device" in page.text("#members .state"), "since when")
         assert "tiny-code: waits for a device" in page.text("#happened")
         page.picture(pictures / "page-fleet.png")
         page.prefer("dark")
@@ -113,6 +113,8 @@ def test_narrow_pages_show_one_of_three_views(page: Browser, pictures: Path) -> 
         for view in ("chat", "pipeline", "fleet"):
             page.find(f"[data-view={view}]:not(html)").click()
             assert [part for part in ("chat", "pipeline", "fleet") if page.find(f"#{part}").is_displayed()] == [view]
+            box = page.run("return document.getElementById(arguments[0]).getBoundingClientRect().toJSON()", view)
+            assert (box["left"], box["right"], box["bottom"]) == (0, *NARROW), "it fills what the header leaves"
             assert page.run("return document.documentElement.scrollWidth <= innerWidth"), "nothing is wider than the window"
         assert not page.violations()
         page.picture(pictures / "page-fleet-narrow.png")

@@ -1,4 +1,5 @@
 """The CloudEvents API: takes `dev.lamina.generate.request` and replies with one event, or with a stream of events.
+`dev.lamina.embed.request` is answered by one event with the vectors of its texts.
 
 A gateway with LAMINA_SCORES=on is the first step of a Knative Sequence, too: it takes `dev.lamina.score.request` and replies
 with the event for the first stage. A Sequence's delivery has the header `Prefer: reply`; requests of clients do not.
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from itertools import count
-from typing import Final
+from typing import Any, Final
 
 from cloudevents.core.v1.event import CloudEvent
 from flask import Flask, Response, g, request
@@ -26,13 +27,14 @@ from eventing.http.binding import (
     to_structured_http,
 )
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, encode_sse
-from eventing.problems import MalformedEvent, NotReady, Problem, UnknownEventType, UnsupportedMediaType
+from eventing.problems import MalformedEvent, ModelNotFound, NotReady, Problem, UnknownEventType, UnsupportedMediaType
 from eventing.wire.cloud_event import data_buffers, json_data, json_event, reply_id, reply_seed
 from eventing.wire.events import Attribute, EventType
 from eventing.wire.framing import Buffer, check_not_expired, expiry_time
 from eventing.wire.generation import MAX_CHOICES, ErrorEvent, GenerateRequest, GenerateResponse, ProgressEvent, TokenEvent
 from functions.configuration.config import GatewayConfig
 from functions.gateway.answers.access_log import log_entry
+from functions.gateway.answers.adapters import is_not_served
 from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.deduplication import Deduplicator, Listener
 from functions.gateway.answers.generation import ClientLeft, Generation
@@ -45,18 +47,21 @@ from functions.gateway.answers.streaming import (
     stream_response,
     whole_response,
 )
+from functions.gateway.answers.vectors import VectorService
 from functions.gateway.cloudevents.scoring import ScoreEntry
 from functions.gateway.jobs.events import BatchEvents
 from functions.gateway.jobs.files import EVERYBODY
+from functions.gateway.openai.embeddings import EmbeddingRequest, embeddings_document
+from functions.gateway.openai.validation import read_request
 from functions.observing.tracing import read_traceparent
 from storage.errors import StorageError
 
-_SERVED: Final = (EventType.GENERATE_REQUEST, EventType.SCORE_REQUEST, EventType.BATCH_REQUEST)
+_SERVED: Final = (EventType.GENERATE_REQUEST, EventType.EMBED_REQUEST, EventType.SCORE_REQUEST, EventType.BATCH_REQUEST)
 Item = TokenEvent | ProgressEvent | GenerateResponse  # of an answer: its tokens, then the response
 
 
 class CloudEventsAPI:
-    """Answers the CloudEvents that clients post to `/`: one generate request, a batch of them, or one score request.
+    """Answers the CloudEvents that clients post to `/`: one generate request, a batch of them, or one request of another type.
 
     scores: None if score requests are not served. batches: None if batches are not; batches_changed: called when one begins.
     source: the attribute `source` of all reply events.
@@ -76,6 +81,7 @@ class CloudEventsAPI:
         self._batches = batches
         self._batches_changed = batches_changed
         self._service = service
+        self._vectors = VectorService(service)
         self._clients = clients
         self._claims = claims
         self._scores = scores
@@ -102,6 +108,9 @@ class CloudEventsAPI:
         event = self._claims.redeem(event)
         if event.get_type() == EventType.SCORE_REQUEST:
             return self._score(event, client_id)
+        to_http = to_structured_http if content_type.startswith(STRUCTURED_CONTENT_TYPE) else to_binary_http
+        if event.get_type() == EventType.EMBED_REQUEST:
+            return _http_response(to_http(self._embed(event, client_id, arrived)))
         listener = self._listen(event, client_id, arrived)
         event = _without_data(event)
         g.answering = True
@@ -112,7 +121,6 @@ class CloudEventsAPI:
                 lambda problem: _structured_sse(self._problem(event, problem)),
                 self._config.keep_alive_seconds,
             )
-        to_http = to_structured_http if content_type.startswith(STRUCTURED_CONTENT_TYPE) else to_binary_http
         return whole_response(listener.items(), lambda response: _http_response(to_http(self._response(event, response))))
 
     def _begin_batch(self, event: CloudEvent, client_id: str) -> Response:
@@ -139,28 +147,49 @@ class CloudEventsAPI:
             raise UnknownEventType(f"{event.get_type()} goes to the Broker: this gateway takes it from a Sequence only")
         return _http_response(to_binary_http(self._scores.begin(event, client_id)))
 
+    def _embed(self, event: CloudEvent, client_id: str, arrived: float) -> CloudEvent:
+        """The reply with the vectors of a request's texts, by claim check if it is large.
+
+        A repeated delivery is computed again, with the same vectors.
+        """
+        body = read_request(b"".join(data_buffers(event)), EmbeddingRequest)
+        if body.model != self._config.model:
+            raise ModelNotFound(is_not_served(body.model, self._config.model))
+        context = self._context(event, client_id, arrived, client_gone())
+        g.answering = True  # VectorService counts it
+        document = embeddings_document(self._vectors, body, context, int(time.time()))
+        log_entry().prompt_tokens = document["usage"]["prompt_tokens"]
+        reply = self._event(event, EventType.EMBED_RESPONSE, document, reply_id(event))
+        return self._claims.check_in(reply, datetime.now(UTC))
+
+    def _context(
+        self, event: CloudEvent, client_id: str, arrived: float, gone: Callable[[], bool], events: int = 1
+    ) -> RequestContext:
+        """arrived: in time.monotonic(). events: how many the request has."""
+        seconds, expiry = self._config.request_timeout_seconds, expiry_time(event.get_attributes())
+        if expiry is not None:
+            seconds = min(seconds, (expiry - datetime.now(UTC)).total_seconds())
+        traceparent = event.get_extension(Attribute.TRACEPARENT)
+        return RequestContext(
+            request_id=reply_id(event),
+            client_id=client_id,
+            seed=reply_seed(event),
+            deadline_seconds=seconds + time.monotonic() - arrived,
+            arrived=arrived,
+            max_logprobs=MAX_LOGPROBS // events,
+            gone=gone,
+            trace=read_traceparent(str(traceparent) if traceparent else request.headers.get("traceparent")),
+        )
+
     def _listen(self, event: CloudEvent, client_id: str, arrived: float, events: int = 1) -> Listener[Item]:
         """Begins the answer to a generate request, or joins it if the same event is being answered or was answered recently.
 
-        arrived: in time.monotonic(). events: how many the request has. Raises the Problem with which the answer cannot begin.
+        arrived, events: see `_context`. Raises the Problem with which the answer cannot begin.
         """
 
         def begin(abandoned: Callable[[], bool]) -> Iterator[Item | None]:
             data = json_data(event, GenerateRequest)
-            seconds, expiry = self._config.request_timeout_seconds, expiry_time(event.get_attributes())
-            if expiry is not None:
-                seconds = min(seconds, (expiry - datetime.now(UTC)).total_seconds())
-            traceparent = event.get_extension(Attribute.TRACEPARENT)
-            context = RequestContext(
-                request_id=reply_id(event),
-                client_id=client_id,
-                seed=reply_seed(event),
-                deadline_seconds=seconds + time.monotonic() - arrived,
-                arrived=arrived,
-                max_logprobs=MAX_LOGPROBS // events,
-                gone=abandoned,
-                trace=read_traceparent(str(traceparent) if traceparent else request.headers.get("traceparent")),
-            )
+            context = self._context(event, client_id, arrived, abandoned, events)
             entry = log_entry()
             entry.request = data
             entry.generation = generation = self._service().begin(data, context)
@@ -229,7 +258,7 @@ class CloudEventsAPI:
         error = ErrorEvent(problem.type, problem.title, problem.status, str(problem))
         return self._event(cause, EventType.ERROR, error, f"{reply_id(cause)}-error")
 
-    def _event(self, cause: CloudEvent, type_: str, value: Struct, id_: str) -> CloudEvent:
+    def _event(self, cause: CloudEvent, type_: str, value: Struct | dict[str, Any], id_: str) -> CloudEvent:
         attributes = {
             Attribute.TRACEPARENT: cause.get_extension(Attribute.TRACEPARENT),
             Attribute.CAUSATION_ID: cause.get_id(),

@@ -75,14 +75,14 @@ def test_broker_and_triggers_keep_their_names_and_lead_to_the_current_pipeline()
 def test_replies_have_triggers_only_with_a_reply_sink() -> None:
     triggers = [list(named(eventing_objects(pipeline(spec)), "Trigger")) for spec in (WITH, {"dead_letter_sink": "x"})]
     assert triggers == [
-        ["chat-generate", "chat-score", "chat-generate-reply", "chat-score-reply"],
-        ["chat-generate", "chat-score"],
+        ["chat-generate", "chat-embed", "chat-score", "chat-generate-reply", "chat-embed-reply", "chat-score-reply"],
+        ["chat-generate", "chat-embed", "chat-score"],
     ]
 
 
 def test_the_sequence_replies_to_the_broker_and_comes_before_its_triggers() -> None:
     objects = eventing_objects(pipeline(WITH))
-    assert [each["kind"] for each in objects] == ["Broker", "Sequence", *["Trigger"] * 4]
+    assert [each["kind"] for each in objects] == ["Broker", "Sequence", *["Trigger"] * 6]
     broker, sequence = objects[:2]
     reply = {"apiVersion": broker["apiVersion"], "kind": "Broker", "name": broker["metadata"]["name"]}
     assert sequence["spec"]["reply"]["ref"] == reply
@@ -93,7 +93,7 @@ def test_the_sequence_replies_to_the_broker_and_comes_before_its_triggers() -> N
 def test_every_delivery_has_the_same_bounds_and_dead_letter_sink() -> None:
     broker, sequence, *triggers = eventing_objects(pipeline(WITH))
     deliveries = [each["spec"]["delivery"] for each in triggers] + [step["delivery"] for step in sequence["spec"]["steps"]]
-    assert deliveries == [broker["spec"]["delivery"]] * 8
+    assert deliveries == [broker["spec"]["delivery"]] * 10
 
 
 def test_objects_share_no_values() -> None:

@@ -66,6 +66,30 @@ def test_a_model_of_text_makes_vectors(client: openai.OpenAI, published: Publish
     assert [each.index for each in found.data] == [0, 1, 2]
 
 
+def test_vectors_by_events_are_those_of_the_api(gateway: FunctionProcess, client: openai.OpenAI) -> None:
+    """A reply above 64 KiB is in the store."""
+
+    def send(**body: Any) -> httpx.Response:
+        headers = {"ce-specversion": "1.0", "ce-id": "1", "ce-source": "/me", "ce-type": "dev.lamina.embed.request"}
+        return httpx.post(f"{gateway.url}/", json=body, headers=headers, timeout=120)
+
+    reply = send(model="tiny", input=TEXTS, encoding_format="float")
+    assert (reply.status_code, reply.headers["ce-type"], reply.headers["ce-causationid"]) == (
+        200,
+        "dev.lamina.embed.response",
+        "1",
+    )
+    expected = client.embeddings.create(model="tiny", input=TEXTS, encoding_format="float")
+    for found, own in zip(reply.json()["data"], expected.data, strict=True):
+        assert found["embedding"] == pytest.approx(own.embedding, abs=1e-6)
+    assert reply.json()["usage"]["prompt_tokens"] == expected.usage.prompt_tokens
+    large = send(model="tiny", input=[f"{number}" for number in range(160)])
+    assert large.headers["ce-dataref"].startswith("s3://")
+    assert not large.content
+    assert send(model="other", input="x").status_code == 404
+    assert send(model="tiny", input="x", dimensions=4).json()["type"] == "urn:lamina:problem:invalid-request"
+
+
 def test_inputs_and_formats_of_the_api(client: openai.OpenAI, published: Published) -> None:
     ids = [published.tokenizer.encode(text).ids for text in TEXTS]
     texts = client.embeddings.create(model="tiny", input=TEXTS, encoding_format="float")

@@ -115,7 +115,7 @@ def test_logits_are_near_those_of_the_weights_in_float32(method: str, folder: Pa
 @pytest.mark.parametrize("method", METHODS)
 def test_adapters_add_to_kept_blocks_as_to_their_numbers(method: str, folder: Path) -> None:
     """Also if the columns of a matrix are stored in another order, which the adapter's inputs do not have."""
-    tensors = stored_tensors(adapted(tiny_models.whole_model("llama", **SIZES), 1, r=8))
+    tensors = stored_tensors(adapted(tiny_models.whole_model("llama", **SIZES), 1, r=8, lora_alpha=1))
 
     def logits(kind: str, dtype: Any) -> torch.Tensor:
         own = stages(folder, method, kind, dtype)
