@@ -1,6 +1,7 @@
 """What `deploy` and `status` do for a fleet on a cluster."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from functions.configuration.config import FLEET_LABEL
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from knative.cluster.client import Cluster
     from knative.cluster.deployer import Deployer
 
+MOST_ROWS: Final = 20
 FLEET_COLUMNS: Final = ("member", "model", "ready", "stages", "pods", "canary", "pipeline")
 
 
@@ -74,9 +76,20 @@ def fleet_status(cluster: "Cluster", namespace: str, name: str) -> dict[str, Any
     }
 
 
-def fleet_rows(status: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows with FLEET_COLUMNS for members that have pods, a canary, or are not Ready. The others are at zero and well."""
-    return [
+def one_screen(rows: Sequence[tuple[float, tuple[str, ...]]]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The MOST_ROWS rows with the greatest weights, in their order, and a line about the others if there are any."""
+    kept = sorted(range(len(rows)), key=lambda number: -rows[number][0])[:MOST_ROWS]
+    left = len(rows) - len(kept)
+    return [rows[number][1] for number in sorted(kept)], [f"{left} more have pods or requests; --json has all"] if left else []
+
+
+def fleet_rows(status: dict[str, Any]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Rows with FLEET_COLUMNS for members that have pods, a canary, or are not Ready. The others are at zero and well.
+
+    If they are more than a screen has, first those that are not Ready, then those with most pods; the lines say how many are
+    left out.
+    """
+    rows = [
         (
             each["name"],
             each["model"],
@@ -87,8 +100,9 @@ def fleet_rows(status: dict[str, Any]) -> list[tuple[str, ...]]:
             each["pipeline"],
         )
         for each in status["members"]
-        if each["pods"] or each["canary_percent"] or not each["ready"]
     ]
+    weights = [math.inf if not each["ready"] else each["pods"] + bool(each["canary_percent"]) for each in status["members"]]
+    return one_screen([(weight, row) for weight, row in zip(weights, rows, strict=True) if weight])
 
 
 def fleet_lines(status: dict[str, Any]) -> Iterator[str]:

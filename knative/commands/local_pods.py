@@ -47,15 +47,17 @@ def _metrics_text(pod: Mapping[str, Any]) -> str:
         return ""
 
 
-def tokens_by_model(pods: Iterable[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
-    """Tokens drawn so far, and sequences that wait, by model: sums over the pods of a fleet's gateway."""
-    tokens, waiting = defaultdict[str, float](float), defaultdict[str, float](float)
-    counted = {"lamina_gateway_drawn_tokens_total": tokens, "lamina_gateway_waiting_sequences": waiting}
+def samples_by_model(pods: Iterable[Mapping[str, Any]]) -> defaultdict[str, defaultdict[str, float]]:
+    """Metrics of the pods of a fleet's gateway: name → model → value.
+
+    Each pod counts the requests that it has, so these are summed; of what all pods see (`lamina_fleet_…`) it is the largest.
+    """
+    samples: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     for pod in pods:
         for name, model, value in _MODEL_SAMPLE.findall(_metrics_text(pod)):
-            if name in counted:
-                counted[name][model] += float(value)
-    return tokens, waiting
+            known = samples[name]
+            known[model] = max(known[model], float(value)) if name.startswith("lamina_fleet_") else known[model] + float(value)
+    return samples
 
 
 def tokens_per_second(

@@ -14,8 +14,8 @@ from rich.console import Console, Group
 from rich.live import Live
 
 from knative.commands.console import rich_table, show_table, size
-from knative.commands.fleet import FLEET_COLUMNS, fleet_lines, fleet_rows, fleet_status
-from knative.commands.local_pods import objective_line, tokens_by_model, tokens_per_second
+from knative.commands.fleet import FLEET_COLUMNS, fleet_lines, fleet_rows, fleet_status, one_screen
+from knative.commands.local_pods import objective_line, samples_by_model, tokens_per_second
 from knative.commands.options import cluster_options, named_pipeline, state_option
 from knative.commands.state_folder import StateError, find_running
 from knative.spec.fleet_spec import is_fleet
@@ -27,7 +27,18 @@ _LOCAL_COLUMNS: Final = (
     "service", "ready", "starting", "leaving", "desired", "stable", "panic", "panicking", "tokens/s", "waiting", "restarts",
     "memory",
 )  # fmt: skip
-_FLEET_COLUMNS: Final = ("member", "model", "stages", "ready", "other pods", "tokens/s", "waiting", "memory")
+_FLEET_COLUMNS: Final = (
+    "member",
+    "model",
+    "stages",
+    "ready",
+    "other pods",
+    "tokens/s",
+    "waiting",
+    "for a device",
+    "pod-seconds",
+    "memory",
+)
 _REFRESH_SECONDS: Final = 1.0
 _FIRST_RATE_SECONDS: Final = 0.5
 
@@ -114,7 +125,8 @@ def _on_a_cluster(cluster: "Cluster", namespace: str, name: str) -> _Source:
 def _fleet_on_a_cluster(cluster: "Cluster", namespace: str, name: str) -> _Source:
     def lines() -> _Lines:
         found = fleet_status(cluster, namespace, name)
-        return fleet_rows(found), list(fleet_lines(found))
+        rows, left = fleet_rows(found)
+        return rows, [*left, *fleet_lines(found)]
 
     return _Source(FLEET_COLUMNS, lambda: fleet_status(cluster, namespace, name), lines)
 
@@ -127,20 +139,25 @@ def _fleet_on_this_machine(state: Path) -> _Source:
         answer, now = _local_status(state), time.monotonic()
         services = {each["name"]: each for each in answer["services"]}
         of_members = {name for member in answer["members"] for name in member["services"]}
-        tokens, waiting = tokens_by_model([pod for name in services.keys() - of_members for pod in _pods(services[name])])
+        samples = samples_by_model([pod for name in services.keys() - of_members for pod in _pods(services[name])])
+        tokens, waiting = samples["lamina_gateway_drawn_tokens_total"], samples["lamina_gateway_waiting_sequences"]
+        cost, wait = samples["lamina_fleet_pod_seconds_total"], samples["lamina_fleet_device_wait_seconds"]
         before, seen = seen, (now, tokens)
-        rows: list[tuple[str, ...]] = []
+        rows: list[tuple[float, tuple[str, ...]]] = []
         for member in answer["members"]:
             pods = [pod for name in member["services"] if name in services for pod in _pods(services[name])]
             model = member["model"]
             drawn = 0.0 if before is None else (tokens.get(model, 0.0) - before[1].get(model, 0.0)) / (now - before[0])
-            if pods or waiting.get(model):
+            if pods or waiting[model] or wait[model]:
                 ready = sum(pod["phase"] == "ready" for pod in pods)
                 memory = size(sum(pod["memory_bytes"] for pod in pods))
                 counts = str(len(member["services"])), str(ready), str(len(pods) - ready), f"{max(0.0, drawn):.1f}"
-                rows.append((str(member["name"]), str(model), *counts, f"{waiting.get(model, 0):.0f}", memory))
+                waits = f"{waiting[model]:.0f}", f"{wait[model]:.0f} s" if wait[model] else ""
+                row = (str(member["name"]), str(model), *counts, *waits, f"{cost[model]:.0f}", memory)
+                rows.append((wait[model] + drawn + waiting[model] + len(pods), row))
+        shown, left = one_screen(rows)
         asleep = len(answer["members"]) - len(rows)
-        return rows, [f"{len(answer['members'])} members, {asleep} of them at zero", *_trouble_lines(answer)]
+        return shown, [*left, f"{len(answer['members'])} members, {asleep} of them at zero", *_trouble_lines(answer)]
 
     def lines() -> _Lines:
         if seen is None:  # a rate needs two readings

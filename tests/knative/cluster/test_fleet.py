@@ -8,7 +8,7 @@ import yaml
 from click.testing import CliRunner
 
 from knative.__main__ import main
-from knative.commands.fleet import fleet_status
+from knative.commands.fleet import MOST_ROWS, fleet_rows, fleet_status
 from storage.store.object_store import ObjectStore
 from tests.support.knative.kubernetes_api import KubernetesApi
 from tests.support.knative.manifests import OTHER_DIGEST, fleet_document, member_document
@@ -78,6 +78,24 @@ def test_members_are_deployed_changed_tried_and_deleted_one_by_one(api: Kubernet
     fleet.run("delete", str(fleet.file))
     assert api.named("services") == []
     assert not [name for name in api.named("configmaps") if name.startswith(("code", "draw", "models"))]
+
+
+def test_the_status_of_300_members_fits_on_a_screen() -> None:
+    def member(number: int) -> dict[str, object]:
+        own = {"name": f"m{number:03}", "model": "x", "canary_percent": "", "pipeline": "f"}
+        return own | {
+            "stages": 3,
+            "ready": number != 150,
+            "pods": 1 + (number in (7, 200)) if number % 5 == 0 or number == 7 else 0,
+        }
+
+    rows, lines = fleet_rows({"members": [member(number) for number in range(300)]})
+    names = [row[0] for row in rows]
+    assert len(names) == MOST_ROWS
+    assert names == sorted(names)
+    assert {"m007", "m150", "m200"} <= set(names), "what is not ready, and most pods, come first"
+    assert lines == [f"{61 - MOST_ROWS} more have pods or requests; --json has all"]
+    assert fleet_rows({"members": [member(1), member(7)]}) == ([("m007", "x", "yes", "3", "2", "", "f")], [])
 
 
 @pytest.mark.slow

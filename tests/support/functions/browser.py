@@ -107,6 +107,7 @@ def browser(*arguments: str) -> Iterator[Browser]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    driver.set_script_timeout(DEADLINE_SECONDS)
     try:
         yield Browser(driver)
     finally:
