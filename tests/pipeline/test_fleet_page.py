@@ -76,7 +76,7 @@ def test_the_chosen_model_answers_while_another_waits_for_a_device(page: Browser
     assert "pod-seconds" in page.text("#members .facts")
     with fleet.asking("tiny-code"):
         page.until(lambda: state_of(page, "tiny-code") == "waiting", "two devices more are not there")
-        page.until(lambda: " s for a device" in page.text("#members .state"), "since when")
+        page.until(lambda: " s for a device" in page.text("#members .facts"), "since when")
         assert "tiny-code: waits for a device" in page.text("#happened")
         page.picture(pictures / "page-fleet.png")
         page.prefer("dark")
