@@ -46,7 +46,6 @@ class FleetState(Struct, frozen=True, kw_only=True):
     devices: int  # pods of all members, also of those that the client may not ask
     max_devices: int | None = None
     tokens_per_second: float
-    batches: bool  # `/v1/batches` is served here
     members: dict[str, MemberState]  # by name; only those that the client may ask
 
 
@@ -91,7 +90,7 @@ class Overview:
         self._stopped.set()
         self._thread.join(_LOOK_SECONDS)
 
-    def state(self, fleet: str, models: Iterable[str], *, has_batches: bool) -> FleetState:
+    def state(self, fleet: str, models: Iterable[str]) -> FleetState:
         """The state of the last look. models: those that the client may ask."""
         states, own = self._states, frozenset(models)
         return FleetState(
@@ -100,7 +99,6 @@ class Overview:
             devices=sum(each.pods for each in states.values()),
             max_devices=self._max_devices,
             tokens_per_second=round(sum(each.tokens_per_second for each in states.values()), 1),
-            batches=has_batches,
             members={name: each for name, each in states.items() if each.model in own},
         )
 

@@ -156,7 +156,7 @@ def own_app(
     def subscribe() -> tuple[str, Callable[[], FleetState]]:
         secret = secret_of(request.headers.get("Authorization", ""))
         client_id = addresses.identify(request) if members.are_open else members.client_of(secret)
-        return client_id, lambda: overview.state(config.fleet, members.opened_by(secret), has_batches=False)
+        return client_id, lambda: overview.state(config.fleet, members.opened_by(secret))
 
     StateEventsAPI(FLEET_EVENTS, subscribe, draining).register(app)
     routes = Blueprint("openai", __name__, url_prefix="/v1")
