@@ -19,7 +19,7 @@ from selenium.webdriver.remote.webelement import WebElement
 
 CHROMIUM: Final = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER: Final = shutil.which("chromedriver")
-DEADLINE_SECONDS: Final = 90.0
+DEADLINE_SECONDS: Final = 240.0
 
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None or DRIVER is None, reason="no chromium with its driver here: apt-get install chromium chromium-driver"
