@@ -21,7 +21,7 @@ from tests.support.functions.browser import Browser, browser, needs_browser
 from tests.support.functions.real_pipeline import RealPipeline, real_pipeline
 from tests.support.paths import ROOT
 
-pytestmark = [needs_browser, pytest.mark.timeout(400)]
+pytestmark = [needs_browser, pytest.mark.timeout(600)]
 
 WIDE = (1360, 1010)
 NARROW = (412, 840)
