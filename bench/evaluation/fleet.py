@@ -57,6 +57,7 @@ class Pod:
     leaving: bool = False
     boot: int = 0
     busy_seconds: float = 0.0
+    last_pass: tuple[float, int] = (0.0, 0)  # seconds and tokens of the pass that the replies under way report
     passes: int = 0
     in_flight: int = 0  # requests
     request_seconds: float = 0.0  # sum over requests of the time that each was in flight
@@ -187,9 +188,11 @@ class Pod:
         self.computing = True
         self.busy_seconds += seconds
         self.passes += 1
-        self.clock.after(seconds, partial(self._end_pass, events, rows_of, self.boot))
+        self.clock.after(seconds, partial(self._end_pass, events, rows_of, self.boot, (seconds, tokens)))
 
-    def _end_pass(self, events: Sequence[ForwardEvent], rows_of: Sequence[Sequence[Row]], boot: int) -> None:
+    def _end_pass(
+        self, events: Sequence[ForwardEvent], rows_of: Sequence[Sequence[Row]], boot: int, seconds_and_tokens: tuple[float, int]
+    ) -> None:
         if boot != self.boot:
             return
         is_last = self.kind.index == self.kind.num_stages - 1
@@ -206,6 +209,7 @@ class Pod:
                 answered.append(Row(row.id, row.attempt, row.position, 0, result=_DRAWN) if draws else row)
             replies.append((*self._replies.pop(event), Batch(tuple(answered), event.batch.token_ids)))
         self._begin_pass()
+        self.last_pass = seconds_and_tokens
         for arrived, reply, batch in replies:
             reply(batch, self.clock.now - arrived)
 

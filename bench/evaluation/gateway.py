@@ -119,12 +119,20 @@ class SimulatedGateway(Scheduler):
         carries = not isinstance(reply, StageFailed) and stage < len(trip.instances) - 1
         tokens = len(reply.token_ids) if carries and isinstance(reply, Batch) else 0
         self.tokens_sent += tokens
-        answer = partial(self._replied, trip, stage, pod, sent, reply, engine_seconds)
+        answer = partial(self._replied, trip, stage, pod, sent, reply, engine_seconds, pod.last_pass)
         self._virtual.after(self._hops.leg(tokens), answer)
 
     def _replied(
-        self, trip: Trip, stage: int, pod: Pod | None, sent: float, reply: Batch | StageFailed, engine_seconds: float
+        self,
+        trip: Trip,
+        stage: int,
+        pod: Pod | None,
+        sent: float,
+        reply: Batch | StageFailed,
+        engine_seconds: float,
+        last_pass: tuple[float, int] = (0.0, 0),
     ) -> None:
+        """last_pass: seconds and tokens of the pass that computed the reply."""
         instance = trip.instances[stage]
         instance.in_flight.__exit__()
         ids = [row.id for row in trip.batch.rows] if isinstance(reply, StageFailed) else [row.id for row in reply.rows]
@@ -133,7 +141,7 @@ class SimulatedGateway(Scheduler):
                 raise reply if isinstance(reply, StageFailed) else StageFailed(stage, "refused", instance.url)
             seconds = self._virtual.now - sent
             origin = self._origin(instance, pod)
-            self.replied(trip, stage, ForwardReply(origin, reply, _NO_BODY, seconds, engine_seconds), seconds)
+            self.replied(trip, stage, ForwardReply(origin, reply, _NO_BODY, seconds, engine_seconds, *last_pass), seconds)
         except StageFailed as failure:
             self.failed(trip, ids, failure)
             self._over(trip, stage)

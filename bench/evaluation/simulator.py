@@ -51,6 +51,7 @@ class World:
     gateways: int = 1  # requests go to them in turn
     kill_every_seconds: float = 0.0  # the process of a pod, drawn from those that are ready; 0: never
     slow_pod: float = 1.0  # factor of the seconds of passes of the first pod of the second stage
+    prompt_seconds: float = float("inf")  # of the gateway's limits
     seed: int = 0  # of the jitter of retries
 
 
@@ -98,6 +99,7 @@ class Simulation:
         self._limits = SchedulerLimits(
             queue_limit=spec.gateway.queue_limit or SchedulerLimits().queue_limit,
             micro_batch_sequences=setting.micro_batch_sequences,
+            prompt_seconds=world.prompt_seconds,
         )
         self.gateways: list[SimulatedGateway] = []
         self._pauses: list[float] = []  # between two tokens of an answer

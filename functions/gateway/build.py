@@ -1,5 +1,6 @@
 """Builds a running scheduler from the configuration: sender, client of the stages, placement, watch."""
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from functools import partial
 from eventing.http.delivery import Sender
 from eventing.http.pod_network import PodNetwork
 from functions.configuration.config import FleetConfig, GatewayConfig
-from functions.gateway.scheduling.batching import PROMPT_SECONDS, SchedulerLimits
+from functions.gateway.scheduling.batching import SchedulerLimits
 from functions.gateway.scheduling.prefix_sharing import PrefixSharing
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.stages.client import PipelineIdentity, StageClient
@@ -88,7 +89,7 @@ def start_scheduler(config: GatewayConfig, shared: EndpointsWatch | None = None)
         stages_at_once=config.stages_at_once,
         draft_tokens=config.draft_tokens,
         cold_start_timeout_seconds=config.cold_start_timeout_seconds,
-        prompt_seconds=PROMPT_SECONDS if config.objective is None else config.objective.first_token_seconds / 2,
+        prompt_seconds=math.inf if config.objective is None else config.objective.first_token_seconds / 2,
     )
     placement = Placement(urls, watched=config.kubernetes_api is not None, pods_only=tls is not None)
     scheduler = Scheduler(client, placement, limits, PrefixSharing(config.pipeline, config.sharing))

@@ -11,7 +11,6 @@ from typing import Final
 
 from functions.gateway.scheduling.stats import RowCosts, seconds_on
 
-PROMPT_SECONDS: Final = 1.0  # of SchedulerLimits, without an objective
 IN_FLIGHT_PER_INSTANCE: Final = 2  # micro-batches per instance of the narrowest stage: above Knative's target, so that it grows
 FAR_SHARE: Final = 0.5  # the network must take this share of the stages' seconds before micro-batches are divided for it
 _MAX_FACTOR_FOR_NETWORK: Final = 4  # bounds micro-batches added for a network, whose seconds are estimates
@@ -28,7 +27,7 @@ class SchedulerLimits:
     stages_at_once: int = 0  # 0: all
     draft_tokens: int = 0  # 0: no speculation
     cold_start_timeout_seconds: float = 300.0
-    prompt_seconds: float = PROMPT_SECONDS  # how long prompts may wait at a stage before it lacks instances
+    prompt_seconds: float = math.inf  # how long prompts may wait at a stage before it lacks instances
 
 
 def micro_batches_allowed(

@@ -258,13 +258,10 @@ def _last_prompt_steps(state: SchedulerState) -> dict[str, int]:
 
 
 def _by_turns(prompts: list[Sequence], last_step: Mapping[str, int]) -> list[Sequence]:
-    """The first sequence of each client, then each client's second, and so on.
-
-    A client's answers that were interrupted go before its new prompts, and then those that are longest without a chunk.
-    """
+    """The first sequence of each client, then each client's second, and so on, longest without a chunk first."""
     taken: Counter[str] = Counter()
     order: list[tuple[int, int, Sequence]] = []
-    for sequence in sorted(prompts, key=lambda each: (not each.has_drawn, each.last_chunk_step)):
+    for sequence in sorted(prompts, key=lambda each: each.last_chunk_step):
         client_id = sequence.prompt.client_id
         order.append((taken[client_id], last_step[client_id], sequence))
         taken[client_id] += 1

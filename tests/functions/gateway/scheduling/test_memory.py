@@ -223,7 +223,7 @@ def test_a_new_instance_is_used_for_its_memory_although_one_micro_batch_could_ho
 
 @pytest.mark.slow
 def test_prompts_that_wait_are_in_flight_at_all_slow_stages_at_once() -> None:
-    with counting_stages() as stages, scheduling(stages, chunk_tokens=32) as scheduler:
+    with counting_stages() as stages, scheduling(stages, chunk_tokens=32, prompt_seconds=1.0) as scheduler:
         stages[0].seconds = stages[2].seconds = 0.05  # 1.6 ms a token
         streams = [submit(scheduler, [1] * 320, 2) for _ in range(10)]
         wait_until(lambda: signals(stages) == [MAX_MEMORY_WAITERS, 0, MAX_MEMORY_WAITERS])

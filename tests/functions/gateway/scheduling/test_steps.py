@@ -7,9 +7,6 @@ from collections import Counter
 import pytest
 
 from eventing.wire.events import EventType, Row
-from functions.gateway.scheduling.decide import _by_turns
-from functions.gateway.scheduling.sequence import Progress, Prompt, Sequence
-from functions.gateway.scheduling.token_stream import TokenStream
 from tests.support.functions.gateway import answers_of, counted, nothing_left, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import Seen, StageServer, counting_stages, inspecting, is_type
 
@@ -124,15 +121,3 @@ def test_chunks_of_prompts_go_by_client() -> None:
     all_there = max(clients.index(client) for client in range(1, 7))
     counts = Counter(clients[all_there : all_there + 60])
     assert max(counts[client] for client in range(1, 7)) - min(counts[client] for client in range(1, 7)) <= 2
-
-
-def test_interrupted_answers_are_computed_again_before_new_prompts_of_their_client() -> None:
-    def sequence(number: int, client: str, drawn: int, last_step: int) -> Sequence:
-        prompt = Prompt([1, 2, 3], 10, client_id=client)
-        made = Sequence(str(number), number, prompt, TokenStream(10, frozenset(), lambda: None), Progress(3))
-        made.tokens += [7] * drawn
-        made.last_chunk_step = last_step
-        return made
-
-    new, interrupted, other = sequence(0, "a", 0, 1), sequence(1, "a", 2, 9), sequence(2, "b", 0, 5)
-    assert _by_turns([new, interrupted, other], {"a": 1, "b": 2}) == [interrupted, other, new]
