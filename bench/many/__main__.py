@@ -3,6 +3,8 @@
     python -m bench.many                                   some three minutes on two cores
     python -m bench.many --conversations 64 --gateways 1
     python -m bench.many --fleet 1 --fleet 300             instead: fleets of so many members, all at zero
+    python -m bench.many --members 12 --devices 8          instead: tiny models that take turns on fewer devices
+    python -m bench.many --members 12 --devices 8 --seconds 1800 --simulated
 
 Stages are three processes that sleep in each pass, behind real HTTP, so that the gateway is measured. Clients share its cores:
 on a machine with few cores more gateways have no core to run on, and the verdict says so.
@@ -21,7 +23,9 @@ import click
 import psutil
 from rich.console import Console
 
+from bench.many import devices as few_devices
 from bench.many import fleet as at_zero
+from bench.many import simulated as on_a_clock
 from bench.many.conversations import Conversation, converse
 from bench.many.report import Found, Load, markdown, verdicts
 from bench.pipeline import NUM_STAGES, gateway_beside, local_spec, stage_alone
@@ -43,9 +47,31 @@ _KV_CACHE: Final = "4Gi"  # of stages that sleep: a number, not memory
 @click.option("--conversations", type=click.IntRange(min=1), multiple=True, default=(64, 256, 1000), show_default=True)
 @click.option("--gateways", type=click.IntRange(min=1), multiple=True, default=(1, 2, 4), show_default=True)
 @click.option("--fleet", type=click.IntRange(min=1), multiple=True, help="Measure fleets of so many members at zero instead.")
+@click.option(
+    "--members", type=click.IntRange(min=1), help="Measure so many models, one stage each, that share devices instead."
+)
+@click.option("--devices", type=click.IntRange(min=1), default=8, show_default=True, help="Of --members.")
+@click.option("--seconds", type=click.FloatRange(min=1), default=120, show_default=True, help="Of requests to --members.")
+@click.option("--simulated", is_flag=True, help="Of --members: on a simulated clock, in seconds.")
 @click.option("--max-tokens", type=click.IntRange(min=8), default=48, show_default=True)
 @output_option
-def main(conversations: Sequence[int], gateways: Sequence[int], fleet: Sequence[int], max_tokens: int, output: Path) -> None:
+def main(
+    conversations: Sequence[int],
+    gateways: Sequence[int],
+    fleet: Sequence[int],
+    members: int | None,
+    devices: int,
+    seconds: float,
+    simulated: bool,
+    max_tokens: int,
+    output: Path,
+) -> None:
+    if members is not None and simulated:
+        write_section(output, "few-devices-simulated", on_a_clock.markdown(members, devices, seconds))
+        return
+    if members is not None:
+        _devices(members, devices, seconds, output)
+        return
     if fleet:
         _fleets(fleet, output)
         return
@@ -79,6 +105,22 @@ def _fleets(sizes: Sequence[int], output: Path) -> None:
     )
     write_section(output, "fleet-at-zero", at_zero.markdown(found, facts))
     for verdict in at_zero.verdicts(found):
+        click.echo(verdict)
+
+
+def _devices(members: int, devices: int, seconds: float, output: Path) -> None:
+    load_before = getloadavg()[0]
+    found = {}
+    for mode in few_devices.MODES:
+        found[mode] = asyncio.run(few_devices.measure(mode, members, devices, seconds, _STATE))
+        click.echo(f"{mode}: {found[mode]}")
+    facts = (
+        f"`python -m bench.many --members {members} --devices {devices} --seconds {seconds:g}` on {machine()}: {members} tiny "
+        f"models of one stage, real processes on knative/local with Knative's own times, {few_devices.RATE:g} requests a "
+        f"second for {few_devices.TOKENS} tokens, models drawn by Zipf's law. The load average before it was {load_before:.1f}."
+    )
+    write_section(output, "few-devices", few_devices.markdown(found, devices, facts))
+    for verdict in few_devices.verdicts(found, devices):
         click.echo(verdict)
 
 

@@ -1,8 +1,8 @@
 """100 adapters of rank 16 over the packaged model, and requests that draw them by Zipf's law (`python -m bench.many.adapters`).
 
-Compares tokens per second at 16 requests at once with those of the base model, in rounds that alternate, and measures the first
-token of an adapter that is not loaded. Adapters are random: they take the time of trained ones. Writes a section of
-docs/benchmarks.md; status 1 if a target is missed.
+Compares tokens per second at 16 requests at once with those of the base model, in rounds that alternate, and the stage's CPU
+time a token, which other work on the machine changes less; and measures the first token of an adapter that is not loaded.
+Adapters are random: they take the time of trained ones. Writes a section of docs/benchmarks.md; status 1 if a target is missed.
 """
 
 import asyncio
@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from os import getloadavg
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -20,6 +22,7 @@ import aiohttp
 import click
 import msgspec
 import numpy as np
+import psutil
 from rich.console import Console
 from safetensors.numpy import save_file
 
@@ -71,7 +74,13 @@ def publish_adapters(store: ObjectStore, manifest: ModelManifest) -> list[str]:
     return names
 
 
-async def tokens_per_second(url: str, models: Sequence[str]) -> float:
+@dataclass(frozen=True, slots=True)
+class Rate:
+    tokens_per_second: float
+    cpu_milliseconds: float  # of the stage, a token
+
+
+async def rate(url: str, models: Sequence[str], stage: psutil.Process) -> Rate:
     """Asks once for each of `models`, AT_ONCE at a time."""
     left = iter(enumerate(models))
     made = 0
@@ -83,11 +92,12 @@ async def tokens_per_second(url: str, models: Sequence[str]) -> float:
 
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(timeout=timeout) as session:
-        began = time.perf_counter()
+        began, used = time.perf_counter(), sum(stage.cpu_times()[:2])
         async with asyncio.TaskGroup() as clients:
             for _ in range(AT_ONCE):
                 clients.create_task(client(session))
-        return made / (time.perf_counter() - began)
+        seconds, used = time.perf_counter() - began, sum(stage.cpu_times()[:2]) - used
+        return Rate(made / seconds, 1000 * used / made)
 
 
 async def first_token_seconds(url: str, models: Sequence[str]) -> list[float]:
@@ -106,6 +116,14 @@ async def _ask(session: aiohttp.ClientSession, url: str, model: str, number: int
         return time.perf_counter() - began, answer["usage"]["completion_tokens"]
 
 
+def _speed(rates: Sequence[Rate]) -> float:
+    return median(each.tokens_per_second for each in rates)
+
+
+def _cpu(rates: Sequence[Rate]) -> float:
+    return median(each.cpu_milliseconds for each in rates)
+
+
 @click.command(help=__doc__)
 @click.option("--dtype", default="q4", show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
@@ -113,6 +131,7 @@ async def _ask(session: aiohttp.ClientSession, url: str, model: str, number: int
 @click.option("--state", type=click.Path(path_type=Path), default=STATE / "adapters", help="Folder of the store and the logs.")
 @click.option("--write/--no-write", default=True, help="Write the section of docs/benchmarks.md.")
 def main(dtype: str, rounds: int, requests: int, state: Path, write: bool) -> None:
+    load_before = getloadavg()[0]
     state.mkdir(parents=True, exist_ok=True)
     with EmbeddedStore(state / STORE_FOLDER) as embedded, ExitStack() as running:
         store = ObjectStore(embedded.settings)
@@ -129,31 +148,36 @@ def main(dtype: str, rounds: int, requests: int, state: Path, write: bool) -> No
             gateway={"draft_tokens": 0},
         )
         local = local_pipeline(store, manifest, 1, spec, {})
-        stage, _ = running.enter_context(stage_alone(local, 0, state / "stage.log"))
+        stage, pid = running.enter_context(stage_alone(local, 0, state / "stage.log"))
+        process = psutil.Process(pid)
         url, _ = running.enter_context(gateway_beside(local, [stage], state / "gateway.log"))
         dice = random.Random(1)
         weights = [1 / rank for rank in range(1, ADAPTERS + 1)]
-        base, adapted = [], []
-        asyncio.run(tokens_per_second(url, [manifest.name] * AT_ONCE))
+        base, adapted = list[Rate](), list[Rate]()
+        asyncio.run(rate(url, [manifest.name] * AT_ONCE, process))
         for _ in range(rounds):
-            base.append(asyncio.run(tokens_per_second(url, [manifest.name] * requests)))
-            adapted.append(asyncio.run(tokens_per_second(url, dice.choices(names, weights, k=requests))))
+            base.append(asyncio.run(rate(url, [manifest.name] * requests, process)))
+            adapted.append(asyncio.run(rate(url, dice.choices(names, weights, k=requests), process)))
         # Each of these is not loaded: more than the stage keeps were asked for since.
         cold = asyncio.run(first_token_seconds(url, [*names[-KEPT:], *names[-2 * KEPT : -KEPT]]))[KEPT:]
         warm = asyncio.run(first_token_seconds(url, names[-2 * KEPT : -KEPT]))
     verdicts = [
-        judged("tokens/s with adapters, of the base model's", median(adapted) / median(base), LEAST_SHARE),
+        judged("tokens/s with adapters, of the base model's", _speed(adapted) / _speed(base), LEAST_SHARE),
+        judged(
+            "the stage's CPU time a token of the base model, of that with adapters", _cpu(base) / _cpu(adapted), LEAST_SHARE
+        ),
         judged("first token of an adapter that is not loaded, s", median(cold), MOST_FIRST_SECONDS, at_most=True),
     ]
     rows = [
-        ("base model", f"{median(base):.0f}", f"{min(base):.0f} to {max(base):.0f}"),
-        (f"{ADAPTERS} adapters by Zipf's law", f"{median(adapted):.0f}", f"{min(adapted):.0f} to {max(adapted):.0f}"),
+        (name, f"{_speed(rates):.0f}", ", ".join(f"{each.tokens_per_second:.0f}" for each in rates), f"{_cpu(rates):.2f} ms")
+        for name, rates in (("base model", base), (f"{ADAPTERS} adapters by Zipf's law", adapted))
     ]
     text = (
         f"## Adapters\n\n`python -m bench.many.adapters --dtype {dtype}` · {machine()} · {manifest.name} in {dtype}, one stage "
         f"that keeps {KEPT} adapters; {ADAPTERS} random adapters of rank {RANK} on all linear modules; {AT_ONCE} requests at "
-        f"once, {requests} a round, {NEW_TOKENS} tokens each; {rounds} alternating rounds; speculative decoding off.\n\n"
-        f"{table(['', 'tokens/s, median', 'rounds'], rows)}\n\n"
+        f"once, {requests} a round, {NEW_TOKENS} tokens each; {rounds} alternating rounds; speculative decoding off. The load "
+        f"average before it was {load_before:.1f}.\n\n"
+        f"{table(['', 'tokens/s, median', 'rounds', 'CPU of the stage a token'], rows)}\n\n"
         f"First token of an adapter that is loaded: {median(warm):.2f} s; that is not: {median(cold):.2f} s.\n\n"
         f"{verdict_table(verdicts)}"
     )

@@ -33,11 +33,12 @@ async def converse(urls: Sequence[str], model: str, count: int, max_tokens: int)
     """Holds `count` conversations at once, distributed over the gateways in turn."""
     asked = {"model": model, "stream": True, "temperature": 0, "max_tokens": max_tokens}
     return await asyncio.gather(
-        *(_one(urls[number % len(urls)], {**asked, "prompt": f"Say it {number} times"}, max_tokens) for number in range(count))
+        *(ask(urls[number % len(urls)], {**asked, "prompt": f"Say it {number} times"}, max_tokens) for number in range(count))
     )
 
 
-async def _one(url: str, asked: dict[str, object], wanted_tokens: int) -> Conversation:
+async def ask(url: str, asked: dict[str, object], wanted_tokens: int) -> Conversation:
+    """One streamed answer. asked: the request. Its error says if there are not `wanted_tokens`."""
     found = Conversation(time.perf_counter())
     try:
         await asyncio.wait_for(_read(url, asked, found), _ANSWER_SECONDS)

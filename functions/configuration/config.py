@@ -537,7 +537,13 @@ class FleetConfig(ProcessConfig, ClientsConfig):
     max_devices: int | None = setting(
         "LAMINA_FLEET_MAX_DEVICES",
         parsers.integer(1),
-        "most pods of all members' stages together; members take turns, and this gateway is the only one; unset: no limit",
+        "most pods of all members' stages together: members take turns; unset: no limit",
+        "",
+    )
+    lease: str | None = setting(
+        "LAMINA_FLEET_LEASE",
+        str,
+        "Lease in which all gateways of the fleet keep what they grant of max_devices; unset: this gateway is the only one",
         "",
     )
     memory_bytes: int = setting(

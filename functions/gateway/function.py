@@ -4,6 +4,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 from prometheus_client import CollectorRegistry
@@ -43,8 +44,15 @@ _REQUEST_BYTES: Final = 8 * MAX_REQUEST_BYTES  # most bytes of all request bodie
 class GatewayFunction:
     """The gateway of one pipeline: its HTTP service, scheduler and metrics, from start to drain and close."""
 
-    def __init__(self, config: GatewayConfig, start_up: StartUp, running: RunningScheduler) -> None:
-        """The HTTP service answers NotReady until `start` has loaded the tokenizer. running: closed by `close`.
+    def __init__(
+        self,
+        config: GatewayConfig,
+        start_up: StartUp,
+        running: RunningScheduler,
+        turn: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """The HTTP service answers NotReady until `start` has loaded the tokenizer. running: closed by `close`. turn: entered
+        for each line of a batch; raises NotReady while lines must wait.
 
         Raises ConfigError for a file of API keys that cannot be used.
         """
@@ -66,7 +74,7 @@ class GatewayFunction:
         self._worker: BatchWorker | None = None
         jobs, changed = configured_jobs(config), None
         if jobs is not None:
-            answerer = LineAnswerer(self._ready_answer_service, config)
+            answerer = LineAnswerer(self._ready_answer_service, config, turn)
             waiting = lambda: running.scheduler.stats().waiting  # noqa: E731
             metrics = BatchMetrics(self._metrics.registry)
             self._worker = BatchWorker(jobs.batches, answerer, waiting, jobs.events.tell, jobs.hold, metrics)
@@ -113,6 +121,10 @@ class GatewayFunction:
     @property
     def status(self) -> PipelineStatus:
         return self._running.scheduler.status()
+
+    @property
+    def has_open_batches(self) -> bool:
+        return self._worker is not None and self._worker.open_lines[0] > 0
 
     def drain(self) -> None:
         """Makes `/readyz` report not ready, so that new requests go elsewhere. Requests that still arrive are answered."""

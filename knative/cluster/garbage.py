@@ -58,6 +58,7 @@ OWN_KINDS: Final = (
     ("policy/v1", "PodDisruptionBudget"),
     ("batch/v1", "Job"),
     *_ACCESS,
+    ("coordination.k8s.io/v1", "Lease"),
     ("v1", "ConfigMap"),
     ("v1", "Secret"),
 )
@@ -281,6 +282,7 @@ class GarbageCollector:
             for api_version, kind in OWN_KINDS
             if self._cluster.serves(api_version, kind)
             for each in self._cluster.find(api_version, kind, self._namespace, own_selector(name))
+            if kind != "Lease" or label(each, COMPONENT)  # those of deployments have none, and end by themselves
         ]
 
 

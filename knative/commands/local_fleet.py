@@ -13,7 +13,7 @@ from rich.console import Console
 from knative.commands.local_pipeline import ensure_published, local_pipeline
 from knative.local.kubelet.containers import NamedData
 from knative.local.platform import Platform
-from knative.render.fleet import fleet_gateway, member_files
+from knative.render.fleet import fleet_gateway, fleet_lease, member_files
 from knative.render.rendering import RenderFailed
 from knative.spec.errors import SpecError
 from knative.spec.fleet_spec import FleetSpec, load_fleet
@@ -96,7 +96,8 @@ class LocalFleet:
         return msgspec.structs.replace(fleet, store=here), members
 
     def _render(self, members: list[PipelineSpec]) -> list[KubernetesObject]:
-        return [fleet_gateway(self.fleet), *(each for member in members for each in self._member(member))]
+        door = [*fleet_lease(self.fleet), fleet_gateway(self.fleet)]
+        return [*door, *(each for member in members for each in self._member(member))]
 
     def _member(self, spec: PipelineSpec) -> Iterator[KubernetesObject]:
         manifest = ensure_published(self._store, spec.model.name, spec.model.dtype, self._console)

@@ -8,7 +8,7 @@ import msgspec
 
 from knative.commands.options import OpenStore, image_option, store_options
 from knative.render import access
-from knative.render.fleet import door_files, member_files
+from knative.render.fleet import door_files, fleet_door, member_files
 from knative.render.gitops import for_gitops, with_kustomization
 from knative.render.rendering import render as render_files
 from knative.render.rendering import resolve
@@ -49,9 +49,9 @@ def render(
         click.echo(to_yaml([access.deployer_role(namespace)]), nl=False)
         return
     if is_fleet(spec):
-        if gitops:
-            raise click.UsageError("--gitops is not for a fleet: its members' old stages would be pruned while they answer")
-        files = fleet_files(spec, open_store, image)
+        fleet, members = fleet_objects(spec, open_store, image)
+        files = {**door_files(fleet), **{name: each for found in members.values() for name, each in found.items()}}
+        files = for_gitops(fleet_door(fleet), files) if gitops else files
     else:
         pipeline = resolved(read_spec(spec, image), open_store)
         files = for_gitops(pipeline, render_files(pipeline)) if gitops else render_files(pipeline)
@@ -90,15 +90,6 @@ def rendered_objects(spec: PipelineSpec, open_store: OpenStore) -> list[Kubernet
     open_store: called only if the spec does not pin cut and digests.
     """
     return [manifest for objects in render_files(resolved(spec, open_store)).values() for manifest in objects]
-
-
-def fleet_files(path: Path, open_store: OpenStore, image: str | None = None) -> dict[str, list[KubernetesObject]]:
-    """File name → objects of the fleet, in the order in which they are applied: its gateway, then each member.
-
-    open_store: called only for members that do not pin cut and digests. Raises SpecError, RenderFailed or a StorageError.
-    """
-    fleet, members = fleet_objects(path, open_store, image)
-    return {**door_files(fleet), **{name: objects for files in members.values() for name, objects in files.items()}}
 
 
 def fleet_objects(

@@ -1,4 +1,4 @@
-"""The platform's admin port: EndpointSlices and ConfigMaps as the Kubernetes API serves them, status, and metrics."""
+"""The platform's admin port: EndpointSlices, ConfigMaps and Leases as the Kubernetes API serves them, status, and metrics."""
 
 import asyncio
 import contextlib
@@ -20,6 +20,7 @@ from knative.local.serving.revisions import Revision
 from knative.local.serving.services import LocalService
 
 _OBJECTS: Final = re.compile("/(api/v1|apis/discovery.k8s.io/v1)/namespaces/([^/]+)/([a-z]+)")
+_LEASE: Final = re.compile("/apis/coordination.k8s.io/v1/namespaces/([^/]+)/leases/([^/]+)")
 _JSON: Final = b"application/json"
 _LABELS: Final = ("kn_revision_name", "kn_service_name", "kn_configuration_name", "k8s_namespace_name")
 
@@ -49,22 +50,30 @@ _UNITS: Final = {"concurrency": "Requests in flight", "rps": "Requests per secon
 
 
 class Admin:
-    """HTTP server for GET on a port of 127.0.0.1: EndpointSlices and ConfigMaps at Kubernetes' paths, `/status`, `/metrics`.
+    """HTTP server on a port of 127.0.0.1: EndpointSlices, ConfigMaps and Leases at Kubernetes' paths, `/status`, `/metrics`.
 
-    watched: the objects by the plural of their kind. status: returns what `/status` answers as JSON. metrics: returns the body
-    of `/metrics`.
+    watched: the objects by the plural of their kind. leases: are read and replaced. status: returns what `/status` answers as
+    JSON. metrics: returns the body of `/metrics`.
     """
 
     def __init__(
-        self, watched: Mapping[str, WatchedObjects], status: Callable[[], dict[str, Any]], metrics: Callable[[], bytes]
+        self,
+        watched: Mapping[str, WatchedObjects],
+        leases: WatchedObjects,
+        status: Callable[[], dict[str, Any]],
+        metrics: Callable[[], bytes],
     ) -> None:
         self._watched = watched
+        self._leases = leases
         self._status = status
         self._metrics = metrics
         self.server = HttpServer(self._serve)
 
     async def _serve(self, exchange: Exchange) -> None:
         parts = urlsplit(exchange.target.decode("latin-1"))
+        if (lease := _LEASE.fullmatch(parts.path)) is not None and exchange.method in (b"GET", b"PUT"):
+            await _serve_lease(self._leases, exchange, unquote(lease[1]), unquote(lease[2]))
+            return
         if exchange.method != b"GET":
             raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, "only GET is served here")
         named = _OBJECTS.fullmatch(parts.path)
@@ -93,6 +102,41 @@ async def _serve_objects(watched: WatchedObjects, exchange: Exchange, namespace:
                 async for line in lines:
                     exchange.write(exchange.framed(line))
     exchange.end()
+
+
+class _Body:
+    """Receives the body of a request."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.whole = asyncio.Event()
+
+    def write_body(self, data: bytes) -> None:
+        self.data += data
+
+    def end_body(self) -> None:
+        self.whole.set()
+
+    def pause(self, paused: bool) -> None:
+        """Replies are short."""
+
+
+async def _serve_lease(leases: WatchedObjects, exchange: Exchange, namespace: str, name: str) -> None:
+    if (found := leases.get(namespace, name)) is None:
+        raise HttpError(HTTPStatus.NOT_FOUND, f'leases "{name}" not found')
+    if exchange.method == b"PUT":
+        body = _Body()
+        exchange.attach(body)
+        await body.whole.wait()
+        wanted = json.loads(body.data)
+        found = leases.get(namespace, name) or found
+        if wanted["metadata"].pop("resourceVersion", None) != found["metadata"]["resourceVersion"]:
+            raise HttpError(
+                HTTPStatus.CONFLICT, "the object has been modified; please apply your changes to the latest version"
+            )
+        leases.put(wanted)
+        found = leases.get(namespace, name) or found
+    exchange.respond(HTTPStatus.OK, json.dumps(found).encode(), _JSON)
 
 
 def render_metrics(services: Iterable[LocalService]) -> bytes:

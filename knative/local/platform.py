@@ -87,8 +87,10 @@ class Platform:
         self.secret_folders = write_secrets(options.secrets, options.secret_folders, self._made_secrets)
         slices = WatchedObjects()
         self._config_maps = WatchedObjects("ConfigMap", "v1")
+        self._leases = WatchedObjects("Lease", "coordination.k8s.io/v1")
         self._admin = Admin(
             {"endpointslices": slices, "configmaps": self._config_maps},
+            self._leases,
             self.status,
             lambda: render_metrics(self.services.values()),
         )
@@ -119,7 +121,7 @@ class Platform:
         await self._admin.server.start()
 
     async def apply(self, manifests: Sequence[dict[str, Any]]) -> None:
-        """Creates or changes Services, Brokers, Triggers, Sequences, and ConfigMaps of a fleet's members; others are ignored.
+        """Creates or changes Services, Brokers, Triggers, Sequences, and a fleet's ConfigMaps and Lease; others are ignored.
 
         Raises ManifestRefused, UnsupportedManifest, SettingsError, UnknownRevision or PortInUse.
         """
@@ -142,6 +144,9 @@ class Platform:
             data = (manifest.get("data") or {}).items()
             local = {name: _CLUSTER_URL.sub(lambda found: urls.get(found[0], found[0]), value) for name, value in data}
             self._config_maps.put({**manifest, "data": local})
+        for manifest in (each for each in manifests if each["kind"] == "Lease"):
+            if self._leases.get(manifest["metadata"]["namespace"], manifest["metadata"]["name"]) is None:
+                self._leases.put(manifest)
         await self.eventing.apply(manifests)
 
     async def delete(self, manifests: Sequence[dict[str, Any]], grace_seconds: float = 5.0) -> None:

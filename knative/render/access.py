@@ -34,7 +34,7 @@ _DEPLOYER_RULES: Final[tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]]
     ("", ("secrets",), ("create", "delete", "get", "list", "update")),
     ("", ("pods", "events"), ("list",)),
     ("", ("pods/log", "namespaces"), ("get",)),
-    ("coordination.k8s.io", ("leases",), ("create", "delete", "get", "update")),
+    ("coordination.k8s.io", ("leases",), ("create", "delete", "get", "list", "patch", "update")),
 )
 
 
@@ -48,14 +48,17 @@ def deployer_role(namespace: str) -> KubernetesObject:
     return {"apiVersion": f"{RBAC}/v1", "kind": "Role", "metadata": metadata, "rules": rules}
 
 
-def gateway_access(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
+def gateway_access(pipeline: ResolvedPipeline, lease: str | None = None) -> list[KubernetesObject]:
     """ServiceAccount, Role and RoleBinding that let the gateway read EndpointSlices of its namespace, and nothing else.
 
-    The gateway of a fleet reads ConfigMaps, too, which name the fleet's members.
+    The gateway of a fleet reads ConfigMaps, too, which name the fleet's members. lease: a Lease that it changes.
     """
     rules = [{"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["get", "list", "watch"]}]
     if pipeline.fleet is not None:
         rules.append({"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get", "list", "watch"]})
+    if lease is not None:
+        named = {"resourceNames": [lease], "verbs": ["get", "update"]}
+        rules.append({"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], **named})
     return service_account_with_role(pipeline, gateway_service_account(pipeline.spec), "gateway", rules)
 
 
@@ -158,11 +161,14 @@ def _selector(pipeline: ResolvedPipeline, component: str) -> dict[str, Any]:
     return {"matchLabels": {key: own[key] for key in selecting}}
 
 
-def around_gateway(pipeline: ResolvedPipeline) -> dict[str, list[KubernetesObject]]:
-    """File name → objects that a gateway needs and that come before it: its access, network policies, disruption budget."""
+def around_gateway(pipeline: ResolvedPipeline, lease: str | None = None) -> dict[str, list[KubernetesObject]]:
+    """File name → objects that a gateway needs and that come before it: its access, network policies, disruption budget.
+
+    lease: a Lease that the gateway changes.
+    """
     files: dict[str, list[KubernetesObject]] = {}
     if pipeline.spec.gateway.service_account is None:
-        files["access.yaml"] = gateway_access(pipeline)
+        files["access.yaml"] = gateway_access(pipeline, lease)
     if pipeline.spec.network.policies:
         files["network.yaml"] = network_policies(pipeline)
     if budgets := disruption_budgets(pipeline):

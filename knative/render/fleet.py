@@ -4,6 +4,7 @@ from typing import Final
 
 from functions.configuration.config import PERCENT, member_keys
 from knative.render.access import around_gateway
+from knative.render.monitoring import monitoring_objects
 from knative.render.resolved_pipeline import ResolvedPipeline, labels
 from knative.render.services import KEYS_FOLDER, gateway_environment, gateway_service, stage_service
 from knative.spec.fleet_spec import FleetSpec
@@ -11,6 +12,7 @@ from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.pipeline_spec import quantity
 
 CANARY: Final = "{}-canary"
+GRANTS: Final = "{}-grants"
 _MEMORY_SHARE: Final = 0.75  # of the gateway's memory, beyond which it gives up idle members
 
 
@@ -21,7 +23,21 @@ def fleet_door(fleet: FleetSpec) -> ResolvedPipeline:
 
 def door_files(fleet: FleetSpec) -> dict[str, list[KubernetesObject]]:
     """File name → objects of the gateway, in the order in which they are applied."""
-    return {**around_gateway(fleet_door(fleet)), "gateway.yaml": [fleet_gateway(fleet)]}
+    lease = fleet_lease(fleet)
+    files = around_gateway(fleet_door(fleet), lease[0]["metadata"]["name"] if lease else None)
+    if lease:
+        files["grants.yaml"] = lease
+    if fleet.monitoring is not None:
+        files["monitoring.yaml"] = monitoring_objects(fleet_door(fleet))
+    return {**files, "gateway.yaml": [fleet_gateway(fleet)]}
+
+
+def fleet_lease(fleet: FleetSpec) -> list[KubernetesObject]:
+    """The Lease in which the fleet's gateways keep which members have devices. Empty without `max_devices`."""
+    if fleet.max_devices is None:
+        return []
+    metadata = {"name": GRANTS.format(fleet.name), "namespace": fleet.namespace, "labels": labels(fleet_door(fleet), "gateway")}
+    return [{"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata}]
 
 
 def member_files(member: ResolvedPipeline) -> dict[str, list[KubernetesObject]]:
@@ -58,7 +74,7 @@ def fleet_gateway(fleet: FleetSpec) -> KubernetesObject:
         "LAMINA_FLEET_MEMORY_BYTES": str(int(_MEMORY_SHARE * quantity(fleet.gateway.resources.memory))),
     }
     if fleet.max_devices is not None:
-        more["LAMINA_FLEET_MAX_DEVICES"] = str(fleet.max_devices)
+        more |= {"LAMINA_FLEET_MAX_DEVICES": str(fleet.max_devices), "LAMINA_FLEET_LEASE": GRANTS.format(fleet.name)}
     for secret in fleet.gateway.api_keys_secrets:  # mounted whole, so that a new member's entry needs no new pod
         more["LAMINA_FLEET_KEYS"] = f"{KEYS_FOLDER}/{secret}"
         for volume in template["spec"]["volumes"]:

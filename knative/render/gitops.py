@@ -30,6 +30,7 @@ _RULES: Final[list[KubernetesObject]] = [
     {"apiGroups": ["flows.knative.dev"], "resources": ["sequences"], "verbs": ["list", "delete"]},
     {"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]},
 ]
+_FLEET_RULE: Final[KubernetesObject] = {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["list"]}
 
 
 def with_kustomization(files: dict[str, list[KubernetesObject]]) -> dict[str, list[KubernetesObject]]:
@@ -39,35 +40,43 @@ def with_kustomization(files: dict[str, list[KubernetesObject]]) -> dict[str, li
 
 
 def for_gitops(pipeline: ResolvedPipeline, files: dict[str, list[KubernetesObject]]) -> dict[str, list[KubernetesObject]]:
-    """The files with annotations for GitOps controllers, and one more with the Job that prunes. files: name → objects."""
-    annotated = {name: [_annotated(pipeline, each) for each in objects] for name, objects in files.items()}
-    return {**annotated, "prune.yaml": prune_objects(pipeline)}
+    """The files with annotations for GitOps controllers, and one more with the Job that prunes.
+
+    pipeline: or the gateway of a fleet. files: name → objects, with those of all members.
+    """
+    annotated = {name: [_annotated(each) for each in objects] for name, objects in files.items()}
+    changes = msgspec.json.encode(files if pipeline.fleet else pipeline.spec) + pipeline.fingerprint.encode()
+    return {**annotated, "prune.yaml": prune_objects(pipeline, changes)}
 
 
-def _annotated(pipeline: ResolvedPipeline, manifest: KubernetesObject) -> KubernetesObject:
-    metadata, component = manifest["metadata"], manifest["metadata"]["labels"]["app.kubernetes.io/component"]
+def _annotated(manifest: KubernetesObject) -> KubernetesObject:
+    metadata, own = manifest["metadata"], manifest["metadata"]["labels"]
+    component = own["app.kubernetes.io/component"]
     annotations = dict(metadata.get("annotations") or {})
-    if manifest["kind"] == "Service" or component == "eventing":
+    if manifest["kind"] in ("Service", "ConfigMap") or component == "eventing":
         annotations[_ARGO + "sync-wave"] = _WAVES[component]
-    if metadata["name"].startswith(pipeline.sequence_name):
+    if metadata["name"].startswith(f"{own['app.kubernetes.io/instance']}-{own['lamina.dev/pipeline'][:8]}"):  # sequence_name
         annotations[_ARGO + "sync-options"] = "Prune=false"
         annotations["kustomize.toolkit.fluxcd.io/prune"] = "disabled"
     return {**manifest, "metadata": {**metadata, "annotations": annotations} if annotations else metadata}
 
 
-def prune_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
+def prune_objects(pipeline: ResolvedPipeline, changes: bytes = b"") -> list[KubernetesObject]:
     """The Job that deletes old stages and revisions, preceded by its ServiceAccount and Role.
+
+    changes: other bytes after each change of what is deployed.
 
     The Job's name carries a digest of the spec, because a Job cannot be changed: each change of the spec gets a Job of its own.
     """
     spec, own = pipeline.spec, labels(pipeline, _PRUNE)
-    change = hashlib.sha256(msgspec.json.encode(spec) + pipeline.fingerprint.encode()).hexdigest()[:8]
+    kept = pipeline.fingerprint if pipeline.fleet is None else "fleet"
+    change = hashlib.sha256(changes).hexdigest()[:8]
     account = f"{spec.name}-{_PRUNE}"
     source = Path(prune_script.__file__).read_text(encoding="utf-8")
     container = {
         "name": _PRUNE,
         "image": spec.image,
-        "command": ["python", "-c", source, spec.namespace, spec.name, pipeline.fingerprint, str(_ANSWERS_SECONDS)],
+        "command": ["python", "-c", source, spec.namespace, spec.name, kept, str(_ANSWERS_SECONDS)],
         "resources": {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"cpu": "500m", "memory": "128Mi"}},
         "securityContext": {**NON_ROOT, "capabilities": {"drop": ["ALL"]}},
     }
@@ -90,4 +99,5 @@ def prune_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
             },
         },
     }
-    return [*service_account_with_role(pipeline, account, _PRUNE, _RULES), job]
+    rules = _RULES if pipeline.fleet is None else [*_RULES, _FLEET_RULE]
+    return [*service_account_with_role(pipeline, account, _PRUNE, rules), job]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from string import Template
 from typing import Any, Final
 
+from functions.configuration.config import FLEET_LABEL
 from knative.render.resolved_pipeline import ResolvedPipeline, labels
 from knative.render.services import METRICS_PORT
 from knative.spec.kubernetes_object import KubernetesObject
@@ -24,8 +25,9 @@ _POD_LABELS: Final = {
     "serving_knative_dev_revision": "revision",
 }
 """Label of a pod, as Prometheus writes it → label of its metrics."""
+_FLEET_LABELS: Final = {"lamina_dev_fleet": "fleet"}
 
-_PER_PIPELINE: Final = "sum by (namespace, pipeline)"
+_PER_PIPELINE: Final = "sum by (namespace, pipeline, model)"  # model: of a fleet's gateway, others have none
 _NO_FAILURES: Final = (
     "stop|length|cancelled|invalid-request|context-length-exceeded|malformed-event|unauthorized|unknown-event-type|event-expired|"
     "event-too-large|unsupported-media-type|wrong-pipeline|wrong-layer|rate-limited|cross-site|unknown-host|not-found|"
@@ -67,7 +69,7 @@ ALERTS: Final = (
     ),
     Alert(
         "LaminaFirstTokenSlow",
-        "histogram_quantile(0.95, sum by (namespace, pipeline, le)"
+        "histogram_quantile(0.95, sum by (namespace, pipeline, model, le)"
         " (rate(lamina_gateway_time_to_first_token_seconds_bucket{$of}[5m]))) > 30",
         10,
         "warning",
@@ -162,14 +164,17 @@ def monitoring_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     if monitoring is None:
         return []
     own = labels(pipeline, "")
+    selecting, matcher = "app.kubernetes.io/instance", f'pipeline="{spec.name}"'
+    if pipeline.fleet is not None:  # the gateway and all members
+        selecting, matcher = FLEET_LABEL, f'fleet="{pipeline.fleet}"'
     ports = [_FUNCTION_PORT, *([_QUEUE_PROXY_PORT] if monitoring.queue_proxy_metrics else [])]
     monitor = {
-        "selector": {"matchLabels": {key: own[key] for key in ("app.kubernetes.io/instance", "app.kubernetes.io/managed-by")}},
-        "podMetricsEndpoints": [_endpoint(port, monitoring.interval_seconds) for port in ports],
+        "selector": {"matchLabels": {key: own[key] for key in (selecting, "app.kubernetes.io/managed-by")}},
+        "podMetricsEndpoints": [_endpoint(port, monitoring.interval_seconds, pipeline.fleet is not None) for port in ports],
     }
     objects = {"PodMonitor": monitor}
     if monitoring.alerts:
-        objects["PrometheusRule"] = {"groups": rule_groups(f'namespace="{spec.namespace}",pipeline="{spec.name}"')}
+        objects["PrometheusRule"] = {"groups": rule_groups(f'namespace="{spec.namespace}",{matcher}')}
     return [
         {
             "apiVersion": "monitoring.coreos.com/v1",
@@ -185,10 +190,10 @@ def monitoring_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     ]
 
 
-def _endpoint(port: str, interval_seconds: int) -> dict[str, Any]:
+def _endpoint(port: str, interval_seconds: int, of_fleet: bool) -> dict[str, Any]:
     relabelings: list[dict[str, Any]] = [
         {"sourceLabels": [f"__meta_kubernetes_pod_label_{label}"], "targetLabel": target}
-        for label, target in _POD_LABELS.items()
+        for label, target in (_POD_LABELS | (_FLEET_LABELS if of_fleet else {})).items()
     ]
     if port == _FUNCTION_PORT:
         relabelings.append(

@@ -3,6 +3,7 @@
 The Job of `render --gitops` runs this file in a pod.
 
     python -c "<this file>" NAMESPACE PIPELINE FINGERPRINT [SECONDS [API]]
+    python -c "<this file>" NAMESPACE FLEET fleet [SECONDS [API]]
 
 Needs Python alone, because the functions' image has no Kubernetes client. knative/cluster/garbage.py follows the same rules.
 Status 0: nothing old is left to delete. 1: answers still ran on old stages, or a Service was not Ready, after SECONDS, or the
@@ -21,6 +22,7 @@ from urllib.parse import quote
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 FINGERPRINT = "lamina.dev/pipeline"
+FLEET = "lamina.dev/fleet"
 COMPONENT = "app.kubernetes.io/component"
 SERVING = "/apis/serving.knative.dev/v1"
 CLASS = "autoscaling.knative.dev/class"
@@ -175,11 +177,33 @@ def prune(api: NamespaceApi, fingerprint: str, seconds: float) -> str:
         time.sleep(POLL_SECONDS)
 
 
+def prune_fleet(api: NamespaceApi, name: str, seconds: float) -> str:
+    """Deletes stages that no ConfigMap of the fleet names and that have no pods, until none is left, or for at most `seconds`.
+
+    Gateways of the fleet use such stages for answers that had begun. Returns what is left and why; empty if nothing is.
+    """
+    begun = time.monotonic()
+    while True:
+        kept = set(map(fingerprint_of, api.find("/api/v1/configmaps", f"{FLEET}={name}")))
+        left = []
+        for each in api.find(f"{SERVING}/services", f"{FLEET}={name},{COMPONENT}=stage"):
+            if fingerprint_of(each) not in kept:
+                service = each["metadata"]["name"]
+                if api.find("/api/v1/pods", f"serving.knative.dev/service={service}"):
+                    left.append(service)
+                else:
+                    api.delete(f"{SERVING}/services", each)
+        if not left or time.monotonic() > begun + seconds:
+            return f"{', '.join(left)}: still have pods" if left else ""
+        time.sleep(POLL_SECONDS)
+
+
 def main() -> None:
     namespace, name, fingerprint, *rest = sys.argv[1:]
     seconds = float(rest[0]) if rest else 900.0
     api = rest[1] if len(rest) > 1 else "https://kubernetes.default.svc"
-    if left := prune(NamespaceApi(api, namespace, name), fingerprint, seconds):
+    found = NamespaceApi(api, namespace, name)
+    if left := prune_fleet(found, name, seconds) if fingerprint == "fleet" else prune(found, fingerprint, seconds):
         sys.exit(f"not pruned within {seconds:g} s: {left}")
 
 

@@ -419,7 +419,7 @@ def _objective(spec: PipelineSpec) -> str | None:
 
 def _jobs(pipeline: ResolvedPipeline, for_events: bool) -> dict[str, object]:
     """Environment of a gateway that serves files and batches, by key."""
-    spec, name = pipeline.spec, pipeline.events_gateway_name if for_events else pipeline.spec.name
+    spec, name = pipeline.spec, pipeline.events_gateway_name if for_events else pipeline.fleet or pipeline.spec.name
     return {
         "LAMINA_JOBS_STORE": f"{spec.store.bucket}/{spec.gateway.jobs}",
         "LAMINA_JOBS_RETENTION_SECONDS": spec.gateway.jobs_retention_seconds,

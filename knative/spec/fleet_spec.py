@@ -15,6 +15,7 @@ from knative.spec.pipeline_spec import (
     GatewaySpec,
     KVStoreSpec,
     ModelSpec,
+    MonitoringSpec,
     NetworkSpec,
     PipelineSpec,
     Positive,
@@ -35,6 +36,7 @@ _OF_PROCESS: Final = frozenset(
     )
 )  # fmt: skip
 _DEFAULT_GATEWAY: Final = GatewaySpec()
+_DRAIN_SECONDS: Final = 20  # of members that share devices: far more than a step takes, and less than queue-proxy's 30 s
 
 
 class FleetSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,6 +53,7 @@ class FleetSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     kv_store: KVStoreSpec | None = None  # of members that name none
     network: NetworkSpec = NetworkSpec()
     tracing: Tracing | None = None
+    monitoring: MonitoringSpec | None = None  # of the gateway and all members
     log_level: str = "info"
     # Most pods of all members' stages at once: members take turns, one pod for each stage. Unset: each scales by itself.
     max_devices: Positive | None = None
@@ -60,9 +63,6 @@ class FleetSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise SpecError(f"$.gateway.{name}: concerns one pipeline: set it in the spec of a member")
         if len(self.gateway.api_keys_secrets) > 1:
             raise SpecError("$.gateway.api_keys_secret: a fleet takes one Secret, with an entry of keys for each member")
-
-        if self.max_devices is not None and self.gateway.autoscaling.max_scale != 1:
-            raise SpecError("$.gateway.autoscaling.max_scale: with max_devices one gateway shares the devices out; set it to 1")
 
     @property
     def token_secret(self) -> str:
@@ -80,6 +80,7 @@ class FleetSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             store=self.store,
             network=self.network,
             tracing=self.tracing,
+            monitoring=self.monitoring,
             log_level=self.log_level,
         )
 
@@ -152,9 +153,10 @@ def _member(fleet: FleetSpec, document: Any, where: str) -> PipelineSpec:
             raise SpecError(f"{where}: $.{name}: a member has the fleet's, so leave it out")
     for name in sorted(_changed(spec.gateway) & _OF_PROCESS):
         raise SpecError(f"{where}: $.gateway.{name}: is the fleet's: members share its gateway")
-    for name in ("eventing", "monitoring"):
-        if getattr(spec, name) is not None:
-            raise SpecError(f"{where}: $.{name}: a member of a fleet has none; deploy it as a pipeline of its own")
+    if spec.monitoring is not None:
+        raise SpecError(f"{where}: $.monitoring: a member has the fleet's, so leave it out")
+    if spec.eventing is not None:
+        raise SpecError(f"{where}: $.eventing: a member of a fleet has none; deploy it as a pipeline of its own")
     if fleet.max_devices is not None:
         for path, scaling in _autoscaling(spec):
             if (scaling.min_scale, scaling.max_scale) != (0, 1):
@@ -162,14 +164,14 @@ def _member(fleet: FleetSpec, document: Any, where: str) -> PipelineSpec:
         stages = spec.stages or len(parse_cut(spec.cut or ""))
         if stages > fleet.max_devices:
             raise SpecError(f"{where}: has {stages} stages, more than max_devices, {fleet.max_devices}")
-    if spec.gateway.jobs is not None:
-        raise SpecError(f"{where}: $.gateway.jobs: a fleet serves no batches; deploy the pipeline on its own")
     return spec
 
 
 def _giving_way(document: dict[str, Any]) -> dict[str, Any]:
     """The member's document with pods that go soon after their last request, because others wait for their devices."""
-    stage = document.get("stage") or {}
+    # Knative ends a pod after its timeout, before the end of queue-proxy's drain of 30 s. KV is saved after the drain.
+    drain = {} if document.get("kv_store") else {"timeout_seconds": _DRAIN_SECONDS}
+    stage = {**drain, **(document.get("stage") or {})}
     soon = {"scale_down_delay_seconds": 0, "window_seconds": 6, "max_scale": 1}
     autoscaling = {**soon, **(stage.get("autoscaling") or {})}
     return {**document, "stage": {**stage, "autoscaling": autoscaling}}

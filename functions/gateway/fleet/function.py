@@ -1,29 +1,42 @@
 """A fleet's gateway as a function."""
 
+import logging
+import secrets
 import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 from prometheus_client import CollectorRegistry
 
+from eventing.problems import Problem
 from functions.configuration.config import FleetConfig
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.app import MAX_REQUEST_BYTES
 from functions.gateway.build import endpoints_watch
-from functions.gateway.fleet.grants import Grants
+from functions.gateway.fleet.grant_record import LeaseRecord, LocalRecord
+from functions.gateway.fleet.grants import Grants, MemberPods
 from functions.gateway.fleet.members import Members, Version
 from functions.gateway.fleet.metrics import FleetCollector
 from functions.gateway.fleet.overview import Overview
 from functions.gateway.fleet.parts import Parts
 from functions.gateway.fleet.routing import MemberRouter, fleet_admission, own_app
+from functions.gateway.jobs.batches import Batches
+from functions.gateway.jobs.configured import configured_batches
+from functions.gateway.stages.kubernetes_api import LEASES, KubernetesAPI
 from functions.hosting.management import Management
 from functions.hosting.server import Service
 from functions.hosting.startup import StartUp
+from storage.errors import StorageError
+
+_log: Final = logging.getLogger(__name__)
 
 STATES: Final = ("asleep", "loading", "loaded", "failed")
 _THREADS: Final = 768  # for requests that wait or are answered
+_BATCHES_SECONDS: Final = 10.0  # between looks for open batches of members that are not loaded
 _REQUEST_BYTES: Final = 8 * MAX_REQUEST_BYTES
 
 
@@ -34,13 +47,14 @@ class FleetFunction:
         """environ: of the process; members' parts share it. Raises ConfigError for TLS files that cannot be used."""
         self._start_up = start_up
         self._watch = endpoints_watch(config, None)
-        self.parts = Parts(self._watch, config.memory_bytes)
-        self._grants = None if config.max_devices is None else Grants(config.max_devices, self._pods, self._is_ready)
-        self.members = Members(config, environ, self._forget)
-        self._overview = Overview(self.members, self.parts, self._grants, self._pods, self._is_ready, config.max_devices)
+        self.parts = Parts(self._watch, config.memory_bytes, turn=self._turn)
+        self.members = Members(config, environ, self.parts.retire)
+        self._grants = None if config.max_devices is None else self._shared_devices(config, config.max_devices)
+        self._overview = Overview(self.members, self.parts, self._grants, self._pods, config.max_devices)
         self._metrics = GatewayMetrics()
         start_up.report_to(self._metrics.phase_ended)
         self._draining = False
+        self._closed = threading.Event()
         registry = CollectorRegistry()
         registry.register(
             FleetCollector(
@@ -71,16 +85,22 @@ class FleetFunction:
         self.members.start()
         self.parts.start()
         self._overview.start()
+        if self._grants is not None:
+            self._grants.start()
         threading.Thread(target=self._note_start, name="start-up", daemon=True).start()
+        threading.Thread(target=self._resume_batches, name="fleet-batches", daemon=True).start()
 
     def drain(self) -> None:
         """Makes `/readyz` report not ready, so that new requests go elsewhere. Requests that still arrive are answered."""
         self._draining = True
 
     def close(self) -> None:
+        self._closed.set()
         self.members.stop()
         self._overview.stop()
         self.parts.close()
+        if self._grants is not None:
+            self._grants.stop()
         if self._watch is not None:
             self._watch.stop()
 
@@ -90,17 +110,48 @@ class FleetFunction:
         versions = sum(len(group) for group in self.members.models().values())
         return {state: count[state] for state in STATES} | {"asleep": max(0, versions - count.total())}
 
-    def _forget(self, versions: Sequence[Version]) -> None:
-        self.parts.retire(versions)
-        if self._grants is not None:
-            self._grants.forget(versions)
+    def _shared_devices(self, config: FleetConfig, max_devices: int) -> Grants:
+        name, record = secrets.token_hex(6), LocalRecord()
+        if config.lease is not None and config.kubernetes_api is not None:
+            api = KubernetesAPI(config.kubernetes_api, config.namespace, LEASES)
+            return Grants(max_devices, self._all_services, self._pods, LeaseRecord(api, config.lease, name), name)
+        return Grants(max_devices, self._all_services, self._pods, record, name)
 
-    def _pods(self, version: Version) -> tuple[int, int]:
-        counts = [] if self._watch is None else [self._watch.pods_of(service) for service in version.services]
-        return sum(pods for pods, _ in counts), sum(leaving for _, leaving in counts)
+    def _turn(self, version: Version) -> AbstractContextManager[object]:
+        return nullcontext() if self._grants is None else self._grants.turn(version)
 
-    def _is_ready(self, version: Version) -> bool:
-        return self._watch is not None and all(map(self._watch.is_ready, version.services))
+    def _resume_batches(self) -> None:
+        """Loads the parts of members that have open batches, after a start or when another gateway is gone."""
+        known: weakref.WeakKeyDictionary[Version, Batches] = weakref.WeakKeyDictionary()
+        while not self._closed.wait(_BATCHES_SECONDS):
+            loaded = {part.version for part in self.parts.loaded()}
+            for version in [each for each in self._versions() if each.percent is None and each.serves_batches]:
+                if version in loaded or version.config is None or self._draining:
+                    continue
+                try:
+                    batches = known.get(version) or configured_batches(version.config)
+                    if batches is not None and next(iter(known.setdefault(version, batches).open()), None) is not None:
+                        part = self.parts.enter(version)
+                        try:
+                            part.load(wakes=False)
+                        finally:
+                            self.parts.leave(part)
+                except (StorageError, Problem) as error:
+                    _log.warning("open batches of member %s are not looked for: %s", version.member, error)
+
+    def _versions(self) -> Iterator[Version]:
+        for group in self.members.models().values():
+            yield from group
+
+    def _all_services(self) -> Iterator[Sequence[str]]:
+        return (each.services for each in self._versions())
+
+    def _pods(self, services: Sequence[str]) -> MemberPods:
+        counts = [] if self._watch is None else [self._watch.pods_of(service) for service in services]
+        ready = bool(counts) and all(each.serves for each in counts)
+        # A stage's last pod serves while it leaves; if another stage has none, all are woken, and that pod gets a successor.
+        lasting = sum(ready and each.pods == each.terminating for each in counts)
+        return MemberPods(sum(each.pods for each in counts), sum(each.terminating for each in counts) - lasting, ready)
 
     def _note_start(self) -> None:
         self.members.listed.wait()

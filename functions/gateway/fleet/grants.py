@@ -1,22 +1,40 @@
 """Which members of a fleet may use devices, if there are fewer devices than the members' stages.
 
 A grant lets a member have one pod of each of its stages; a member without one sends nothing, so Knative keeps it at zero, or
-scales it to zero within its window. `decide` is a pure function, `Grants` applies it at this gateway.
+scales it to zero within its window. `decide` is a pure function. `Grants` applies it, and agrees with the fleet's other
+gateways by a GrantRecord.
 """
 
+import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
 from eventing.problems import NotReady
+from functions.gateway.fleet.grant_record import Claim, GatewayClaims, Grant, GrantRecord, LeaseRecord, LocalRecord
 from functions.gateway.fleet.members import Version
 
+_log = logging.getLogger(__name__)
+
 QUANTUM_SECONDS: Final = 30.0  # a busy member keeps its grant so long while others wait
-_TICK_SECONDS: Final = 0.2
+DEAD_SECONDS: Final = 15.0  # a gateway whose claims did not change for so long is taken for dead
+_STALE_SECONDS: Final = 10.0  # a gateway that could not read the record for so long lets nobody in
+_START_SECONDS: Final = 300.0  # an idle member whose pods have not come for so long is not starting any more
+_LINE_SECONDS: Final = 30.0  # how long a line of a batch waits for a device, until it is tried again later
 _LEAST_RETURN_SECONDS: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class MemberPods:
+    """The pods of all stages of a member."""
+
+    pods: int = 0  # also those that start or terminate
+    leaving: int = 0  # of these, those that the member cannot use any more
+    ready: bool = False  # each stage has one that works
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +43,27 @@ class MemberLoad:
 
     name: str
     devices: int  # pods that it has with a grant: its number of stages
-    pods: int = 0  # that exist now, also those that start or leave
-    leaving: int = 0  # of these pods, those that terminate: the member cannot use them again
+    pods: int = 0
+    leaving: int = 0
     granted_at: float | None = None  # None: it has no grant
-    in_flight: int = 0  # requests that were let in
+    starting: bool = False  # it has a grant, and its pods are on their way, whether requests still wait for them or not
+    in_flight: int = 0  # gateways that let requests in
     waiting_since: float | None = None  # of its oldest request that was not let in
     used_at: float = 0.0  # when its last request ended or came
     return_seconds: float = 1.0  # measured duration of its start from zero
 
     @property
     def is_idle(self) -> bool:
-        return not self.in_flight and self.waiting_since is None
+        return not self.in_flight and self.waiting_since is None and not self.starting
+
+    @property
+    def usable(self) -> int:
+        return self.pods - self.leaving
+
+    @property
+    def taken(self) -> int:
+        """Devices that nobody else can have: those of its pods, until they are gone, and with a grant those that may come."""
+        return self.pods if self.granted_at is None else max(self.devices, self.usable) + self.leaving
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,39 +77,40 @@ def decide(loads: Sequence[MemberLoad], max_devices: int, now: float) -> GrantDe
     """Divides the devices.
 
     Members get grants in the order in which their oldest requests came; none overtakes one that does not fit yet, so that each
-    is next at some time. Idle members give way first: those without pods, then by idle time divided by the time that a return
-    takes. If none is idle, members that have held their grant for QUANTUM_SECONDS finish what is in flight and give way.
-    Devices count as taken until their pods are gone.
+    is next at some time. Idle members give way first, by idle time divided by the time that a return takes. If none is idle,
+    members that have held their grant for QUANTUM_SECONDS finish what is in flight and give way. Devices count as taken until
+    their pods are gone.
     """
-    holders = {each.name: each for each in loads if each.granted_at is not None}
+    holders = [each for each in loads if each.granted_at is not None]
     line = sorted((each for each in loads if each.granted_at is None and each.waiting_since is not None), key=_since)
-    free = max_devices - sum(max(each.devices, each.pods) if each.name in holders else each.pods for each in loads)
+    free = max_devices - sum(each.taken for each in loads)
     granted, revoked, closed = list[str](), list[str](), set[str]()
     missing = 0  # devices that must become free for all that wait
     for each in line:
-        needed = each.devices - (each.pods - each.leaving)  # its own pods may still be there
+        needed = max(0, each.devices - each.usable)  # its own pods may still be there
         if not missing and needed <= free:
             granted.append(each.name)
             free -= needed
         else:
             missing += needed
-    # Members that have given way free theirs without being asked again, once their pods have left.
+    # Pods that leave free their devices without anybody giving way.
     awaited = {each.name for each in line}
-    missing -= free + sum(each.pods for each in loads if each.granted_at is None and each.name not in awaited) if missing else 0
-    for victim in sorted((each for each in holders.values() if each.is_idle), key=lambda each: -_worth(each, now)):
+    leaving = [each.leaving if each.granted_at is not None else each.pods for each in loads if each.name not in awaited]
+    missing -= free + sum(leaving) if missing else 0
+    for victim in sorted((each for each in holders if each.is_idle), key=lambda each: -_worth(each, now)):
         if missing <= 0:
             break
         revoked.append(victim.name)
-        missing -= max(victim.devices, victim.pods)
-    for victim in sorted(holders.values(), key=lambda each: each.granted_at or 0.0):
+        missing -= max(victim.devices, victim.usable)
+    for victim in sorted(holders, key=lambda each: each.granted_at or 0.0):
         held = now - (victim.granted_at or now)
-        if missing <= 0 or victim.is_idle or held < QUANTUM_SECONDS:
+        if missing <= 0 or victim.is_idle or victim.starting or held < QUANTUM_SECONDS:
             continue
         if victim.in_flight:
             closed.add(victim.name)
         else:
             revoked.append(victim.name)
-        missing -= max(victim.devices, victim.pods)
+        missing -= max(victim.devices, victim.usable)
     return GrantDecision(tuple(granted), tuple(revoked), frozenset(closed))
 
 
@@ -91,111 +120,220 @@ def _since(load: MemberLoad) -> float:
 
 def _worth(load: MemberLoad, now: float) -> float:
     """How much it helps that an idle member gives way: the longer it is idle and the sooner it is back, the more."""
-    return math.inf if not load.pods else (now - load.used_at) / max(load.return_seconds, _LEAST_RETURN_SECONDS)
+    return (now - load.used_at) / max(load.return_seconds, _LEAST_RETURN_SECONDS)
 
 
-class _Holder:
-    """A member's state at this gateway."""
+class _Member:
+    """A member's requests at this gateway."""
 
-    def __init__(self, version: Version) -> None:
-        self.version = version
-        self.devices = len(version.services)
-        self.granted_at: float | None = None
-        self.starting_since: float | None = None
-        self.return_seconds = 1.0
+    def __init__(self, devices: int) -> None:
+        self.devices = devices
         self.in_flight = 0
         self.waiting: list[float] = []  # when each request came that was not let in, oldest first
-        self.closed = False
-        self.used_at = time.monotonic()
+        self.is_open = False  # requests may enter: the record has its grant, and says that this gateway uses it
+        self.used_at = time.time()
 
 
 class Grants:
-    """Lets requests in while their members have grants. Thread-safe. For one gateway: several do not know of each other."""
+    """Lets requests in while their members have grants. Thread-safe.
+
+    A thread changes the record, when a request wants to enter and as long as any is in flight or waits.
+    """
 
     def __init__(
-        self, max_devices: int, pods: Callable[[Version], tuple[int, int]], is_ready: Callable[[Version], bool]
+        self,
+        max_devices: int,
+        members: Callable[[], Iterable[Sequence[str]]],
+        pods: Callable[[Sequence[str]], MemberPods],
+        record: LocalRecord | LeaseRecord,
+        gateway: str = "",
     ) -> None:
-        """pods: number of a member's pods now, and of those that terminate. is_ready: whether each stage has one that works."""
+        """members: of all versions of members now, their stages' Services. pods: of one of these. gateway: name of this one in
+        the record.
+        """
         self._max_devices = max_devices
+        self._all_services = members
         self._pods = pods
-        self._is_ready = is_ready
+        self._record = record
+        self._gateway = gateway
         self._changed = threading.Condition()
-        self._holders: dict[Version, _Holder] = {}
+        self._members: dict[str, _Member] = {}
+        # The following belong to the thread.
+        self._services: dict[str, Sequence[str]] = {}  # of members that may have pods, also of those that were removed
+        self._beats: dict[str, tuple[int, float]] = {}  # of other gateways, and when each was first seen
+        self._settled_at = time.monotonic()
+        self._due = threading.Event()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._keep, name="fleet-grants", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._due.set()
+        self._thread.join()
 
     def enter(self, version: Version, seconds: float) -> None:
         """Waits until the member has a grant and lets the request in. Call `leave` at its end.
 
         Raises NotReady if that takes longer than `seconds`, or if the member needs more devices than there are.
         """
+        devices = len(version.services)
+        if devices > self._max_devices:
+            raise NotReady(f"member {version.member} needs {devices} devices, and the fleet has {self._max_devices}")
+        deadline = time.monotonic() + seconds
         with self._changed:
-            holder = self._holders.setdefault(version, _Holder(version))
-            if holder.devices > self._max_devices:
-                raise NotReady(f"member {version.member} needs {holder.devices} devices, and the fleet has {self._max_devices}")
-            came = time.monotonic()
-            holder.waiting.append(came)
+            member = self._members.setdefault(version.devices_key, _Member(devices))
+            came = member.used_at = time.time()
+            member.waiting.append(came)
             try:
-                while True:
-                    self._decide()
-                    if holder.granted_at is not None and not holder.closed:
-                        holder.in_flight += 1
-                        return
-                    left = came + seconds - time.monotonic()
+                while not member.is_open:
+                    self._due.set()
+                    left = deadline - time.monotonic()
                     if left <= 0:
                         raise NotReady(f"no device became free for member {version.member} in {seconds:g} s; ask again later")
-                    self._changed.wait(min(left, _TICK_SECONDS))
+                    self._changed.wait(left)
+                member.in_flight += 1
             finally:
-                holder.waiting.remove(came)
+                member.waiting.remove(came)
+
+    @contextmanager
+    def turn(self, version: Version) -> Iterator[None]:
+        """A context manager around one line of a batch. Raises NotReady if it has to wait for long."""
+        self.enter(version, _LINE_SECONDS)
+        try:
+            yield
+        finally:
+            self.leave(version)
 
     def leave(self, version: Version) -> None:
         with self._changed:
-            holder = self._holders[version]
-            holder.in_flight -= 1
-            holder.used_at = time.monotonic()
-            self._changed.notify_all()
+            member = self._members[version.devices_key]
+            member.in_flight -= 1
+            member.used_at = time.time()
+            if not member.in_flight:
+                self._due.set()
 
-    def waits(self) -> dict[Version, tuple[int, float]]:
-        """Of each member without a grant for its requests: how many wait, and since when the oldest, in time.monotonic()."""
+    def waits(self) -> dict[str, tuple[int, float]]:
+        """Of each member whose requests wait, by `devices_key`: how many, and for how many seconds the oldest does."""
+        now = time.time()
         with self._changed:
             return {
-                version: (len(holder.waiting), holder.waiting[0])
-                for version, holder in self._holders.items()
-                if holder.waiting and (holder.granted_at is None or holder.closed)
+                key: (len(member.waiting), now - member.waiting[0])
+                for key, member in self._members.items()
+                if member.waiting and not member.is_open
             }
 
-    def forget(self, versions: Sequence[Version]) -> None:
-        """Forgets versions that are gone, once their requests have ended. Their pods leave by themselves."""
-        with self._changed:
-            for version in versions:
-                if (holder := self._holders.get(version)) is not None and not holder.in_flight and not holder.waiting:
-                    del self._holders[version]
+    def _keep(self) -> None:
+        while not self._stopped:
+            self._due.wait(self._record.tick_seconds if self._members else None)
+            self._due.clear()
+            try:
+                self._settle()
+            except Exception as error:  # noqa: BLE001 - without this thread nobody would be let in
+                _log.warning("what members may use devices could not be agreed on, trying again: %s", error)
+                with self._changed:
+                    if time.monotonic() - self._settled_at > _STALE_SECONDS:
+                        for member in self._members.values():
+                            member.is_open = False
+                time.sleep(self._record.tick_seconds)
 
-    def _decide(self) -> None:
-        now = time.monotonic()
-        by_name = {str(number): holder for number, holder in enumerate(self._holders.values())}
-        for holder in by_name.values():
-            if holder.starting_since is not None and self._is_ready(holder.version):
-                holder.return_seconds, holder.starting_since = now - holder.starting_since, None
-        loads = [
-            MemberLoad(
-                name,
-                holder.devices,
-                *self._pods(holder.version),
-                holder.granted_at,
-                holder.in_flight,
-                holder.waiting[0] if holder.waiting and (holder.granted_at is None or holder.closed) else None,
-                holder.used_at,
-                holder.return_seconds,
-            )
-            for name, holder in by_name.items()
-        ]
-        decision = decide(loads, self._max_devices, now)
-        for name in decision.revoke:
-            by_name[name].granted_at = by_name[name].starting_since = None
-        for name in decision.grant:
-            holder = by_name[name]
-            holder.granted_at = now
-            holder.starting_since = None if self._is_ready(holder.version) else now
-        for name, holder in by_name.items():
-            holder.closed = name in decision.close
-        if decision.grant:
+    def _settle(self) -> None:
+        """Brings this gateway's claims into the record, and its decision back."""
+        with self._changed:
+            claims = dict[str, Claim]()
+            for key, member in list(self._members.items()):
+                member.is_open = member.is_open and (member.in_flight > 0 or bool(member.waiting))
+                waits = bool(member.waiting) and not member.is_open
+                claims[key] = Claim(
+                    member.devices, member.in_flight > 0 or member.is_open, member.waiting[0] if waits else None
+                )
+            used = {key: member.used_at for key, member in self._members.items()}
+        opened: set[str] = set()
+
+        def change(record: GrantRecord) -> None:
+            nonlocal opened
+            opened = self.divide(record, claims, used, time.time())
+
+        self._record.update(change)
+        self._settled_at = time.monotonic()
+        with self._changed:
+            for key, member in list(self._members.items()):
+                member.is_open = key in opened
+                if not member.in_flight and not member.waiting and not claims[key].busy:
+                    del self._members[key]  # the record says that it is idle
             self._changed.notify_all()
+
+    def divide(self, record: GrantRecord, claims: Mapping[str, Claim], used: Mapping[str, float], now: float) -> set[str]:
+        """Brings this gateway's claims into the record, and decides. The thread calls it.
+
+        used: when each member was used last. now: as time.time(). Returns the members whose requests may enter here.
+        """
+        own = self._meet_others(record, claims)
+        self._services |= {",".join(each): each for each in self._all_services() if each}
+        found = {key: self._pods(services) for key, services in self._services.items()}
+        for key, grant in list(record.grants.items()):
+            pods = found.get(key, MemberPods(grant.devices, ready=True))  # a member that this gateway does not know yet
+            grant.used_at = max(grant.used_at, used.get(key, 0.0))
+            if grant.starting and pods.ready:
+                grant.starting, record.return_seconds[key] = False, round(now - grant.granted_at, 3)
+            grant.starting = grant.starting and now - grant.used_at < _START_SECONDS
+            busy = any(each.claims[key].busy for each in record.gateways.values() if key in each.claims)
+            if not busy and not grant.starting and pods.pods - pods.leaving < grant.devices:
+                del record.grants[key]  # it is at zero, or on its way: what comes back needs a device again
+        loads = [load for key in {*found, *record.grants, *claims} if (load := _load(record, key, found.get(key))) is not None]
+        decision = decide(loads, self._max_devices, now)
+        for key in decision.revoke:
+            del record.grants[key]
+        devices = {each.name: each.devices for each in loads}
+        for key in decision.grant:
+            record.grants[key] = Grant(devices[key], now, now, not found.get(key, MemberPods()).ready)
+        record.closed = tuple(sorted(decision.close))
+        opened = {key for key in claims if key in record.grants and key not in decision.close}
+        for key, claim in own.items():
+            if key in opened and claim.waiting_since is not None:
+                claim.busy, claim.waiting_since = True, None
+        return opened
+
+    def _meet_others(self, record: GrantRecord, claims: Mapping[str, Claim]) -> dict[str, Claim]:
+        """Removes gateways that died, and brings in what this one wants. Returns its claims in the record."""
+        now = time.monotonic()
+        for name, other in list(record.gateways.items()):
+            beat, seen_at = self._beats.get(name, (None, now))
+            self._beats[name] = (other.beat, now if beat != other.beat else seen_at)
+            if name != self._gateway and now - self._beats[name][1] > DEAD_SECONDS:
+                del record.gateways[name], self._beats[name]
+        record.gateways.pop(self._gateway, None)
+        own = {key: Claim(each.devices, each.busy, each.waiting_since) for key, each in claims.items() if _wants(each)}
+        if own:
+            record.gateways[self._gateway] = GatewayClaims(int(now / self._record.beat_seconds), own)
+        return own
+
+
+def _wants(claim: Claim) -> bool:
+    return claim.busy or claim.waiting_since is not None
+
+
+def _load(record: GrantRecord, key: str, pods: MemberPods | None) -> MemberLoad | None:
+    """What `decide` must know of a member; None: it has no pods, no grant and no request."""
+    grant = record.grants.get(key)
+    claims = [each.claims[key] for each in record.gateways.values() if key in each.claims]
+    if grant is None and not claims and (pods is None or not pods.pods):
+        return None
+    if pods is None:
+        pods = MemberPods()
+    waiting = [each.waiting_since for each in claims if each.waiting_since is not None]
+    may_enter = grant is not None and key not in record.closed
+    return MemberLoad(
+        key,
+        grant.devices if grant is not None else max((each.devices for each in claims), default=0),
+        pods.pods,
+        pods.leaving,
+        None if grant is None else grant.granted_at,
+        grant is not None and grant.starting,
+        sum(each.busy for each in claims) + (len(waiting) if may_enter else 0),
+        None if may_enter or not waiting else min(waiting),
+        0.0 if grant is None else grant.used_at,
+        record.return_seconds.get(key, 1.0),
+    )

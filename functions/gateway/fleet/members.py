@@ -41,6 +41,15 @@ class Version:
         return () if self.config is None else self.config.stage_services or [service_name(url) for _, url in self.config.stages]
 
     @property
+    def devices_key(self) -> str:
+        """Names the pods that it uses: two versions with the same stages have the same."""
+        return ",".join(self.services)
+
+    @property
+    def serves_batches(self) -> bool:
+        return self.config is not None and self.config.jobs_store is not None
+
+    @property
     def model(self) -> str:
         return self.environ.get("LAMINA_MODEL", "")
 
@@ -139,6 +148,11 @@ class Members:
         if self.are_open:
             return [model for model, _ in models]
         return [model for model, group in models if self._ring(group[0].member).find(secret) is not None]
+
+    def with_batches(self, secret: str = "") -> list[Version]:
+        """Versions of models that serve files and batches, and that this API key opens. Canaries are left out."""
+        found = (each for model in self.opened_by(secret) for each in self.models().get(model, ()))
+        return [each for each in found if each.percent is None and each.serves_batches]
 
     def _members(self) -> set[str]:
         with self._lock:

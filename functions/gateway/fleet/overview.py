@@ -3,13 +3,13 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from msgspec import Struct
 
-from functions.gateway.fleet.grants import Grants
+from functions.gateway.fleet.grants import Grants, MemberPods
 from functions.gateway.fleet.members import Members, Version
 from functions.gateway.fleet.parts import Part, Parts
 
@@ -66,16 +66,14 @@ class Overview:
         members: Members,
         parts: Parts,
         grants: Grants | None,
-        pods: Callable[[Version], tuple[int, int]],
-        is_ready: Callable[[Version], bool],
+        pods: Callable[[Sequence[str]], MemberPods],
         max_devices: int | None,
     ) -> None:
-        """pods, is_ready: as in Grants."""
+        """pods: as in Grants."""
         self._members = members
         self._parts = parts
         self._grants = grants
         self._pods = pods
-        self._is_ready = is_ready
         self._max_devices = max_devices
         self._looked_at = time.monotonic()
         self._states: dict[str, MemberState] = {}  # replaced as a whole by each look
@@ -128,31 +126,31 @@ class Overview:
                 if status is not None:
                     tokens[version] = status.tokens
                     drawn = max(0, status.tokens - self._tokens.get(version, status.tokens))
-                pods, leaving = self._pods(version)
-                queued, since = waits.get(version, (0, None))
+                pods = self._pods(version.services)
+                queued, waited = waits.get(version.devices_key, (0, None))
                 running, waiting = (0, queued) if status is None else (status.running, status.waiting + queued)
                 states[version.name] = MemberState(
                     model=version.model,
                     percent=version.percent,
-                    state=self._status(version, part, pods - leaving, leaving, queued, running + waiting),
+                    state=self._status(version, part, pods, queued, running + waiting),
                     stages=len(version.services),
-                    pods=pods,
-                    pod_seconds=round((0.0 if before is None else before.pod_seconds) + pods * seconds, 1),
+                    pods=pods.pods,
+                    pod_seconds=round((0.0 if before is None else before.pod_seconds) + pods.pods * seconds, 1),
                     tokens_per_second=round(drawn / seconds, 1) if seconds > 0 else 0.0,
                     running=running,
                     waiting=waiting,
-                    device_wait_seconds=None if since is None else round(now - since, 1),
+                    device_wait_seconds=None if waited is None else round(waited, 1),
                 )
         self._states, self._tokens = states, tokens
 
-    def _status(self, version: Version, part: Part | None, pods: int, leaving: int, queued: int, requests: int) -> MemberStatus:
+    def _status(self, version: Version, part: Part | None, pods: MemberPods, queued: int, requests: int) -> MemberStatus:
         if version.config is None or (part is not None and part.state == "failed"):
             return "failed"
         if queued:
             return "waiting"
-        if not pods:
-            return "starting" if requests else "leaving" if leaving else "zero"
-        return "serving" if self._is_ready(version) else "starting"
+        if pods.pods == pods.leaving:
+            return "starting" if requests else "leaving" if pods.leaving else "zero"
+        return "serving" if pods.ready else "starting"
 
     def _keep_looking(self) -> None:
         while not self._stopped.wait(_LOOK_SECONDS):

@@ -6,6 +6,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -28,6 +30,7 @@ _LOAD_SECONDS: Final = 60.0  # how long a request waits for tokenizer and templa
 _RETRY_SECONDS: Final = 2.0  # a part that could not be loaded is not tried again sooner
 _PAGE_BYTES: Final = 4096
 
+Turn = Callable[[Version], AbstractContextManager[object]]
 PartState = Literal["loading", "loaded", "failed"]
 
 
@@ -39,8 +42,9 @@ def resident_bytes() -> int:
 class Part:
     """One version's part of the gateway: tokenizer, chat template, scheduler, routes, keys and limits."""
 
-    def __init__(self, version: Version, watch: EndpointsWatch | None) -> None:
+    def __init__(self, version: Version, watch: EndpointsWatch | None, turn: Turn) -> None:
         self.version = version
+        self._turn = turn
         self.in_flight = 0  # requests; guarded by the lock of Parts, like `used_at`
         self.used_at = time.monotonic()
         self.failed_at = 0.0
@@ -60,6 +64,8 @@ class Part:
     def is_idle(self) -> bool:
         if self.in_flight or self.function is None:
             return not self.in_flight
+        if self.function.has_open_batches:
+            return False
         status = self.function.status
         return not status.waiting and not status.running
 
@@ -93,7 +99,7 @@ class Part:
             running = start_scheduler(config, self._watch)
             if wakes:
                 running.scheduler.wake()
-            function = GatewayFunction(config, StartUp(), running)
+            function = GatewayFunction(config, StartUp(), running, partial(self._turn, self.version))
         except ConfigError as error:
             self._trouble, self.failed_at = str(error), time.monotonic()
             raise NotReady(f"member {self.version.member} cannot be served: {error}") from error
@@ -107,8 +113,17 @@ class Part:
 class Parts:
     """The loaded parts. Thread-safe."""
 
-    def __init__(self, watch: EndpointsWatch | None, memory_bytes: int, resident: Callable[[], int] = resident_bytes) -> None:
-        """memory_bytes: of the process, beyond which idle parts are given up. resident: measures it."""
+    def __init__(
+        self,
+        watch: EndpointsWatch | None,
+        memory_bytes: int,
+        resident: Callable[[], int] = resident_bytes,
+        turn: Turn = nullcontext,
+    ) -> None:
+        """memory_bytes: of the process, beyond which idle parts are given up. resident: measures it. turn: entered for each
+        line of a member's batches; raises NotReady while lines must wait.
+        """
+        self._turn = turn
         self.evictions = 0
         self._watch = watch
         self._memory_bytes = memory_bytes
@@ -134,7 +149,7 @@ class Parts:
                 threading.Thread(target=part.close, name="fleet-close", daemon=True).start()
                 part = None
             if part is None:
-                part = Part(version, self._watch)
+                part = Part(version, self._watch, self._turn)
                 part.retired = version in self._gone  # found before it was replaced
                 if not part.retired:
                     self._parts[version] = part

@@ -21,13 +21,16 @@ from functions.gateway.fleet.grants import Grants
 from functions.gateway.fleet.members import Members, Version
 from functions.gateway.fleet.overview import FLEET_EVENTS, FleetState, Overview
 from functions.gateway.fleet.parts import Parts
+from functions.gateway.jobs.files import MAX_FILE_BYTES
+from functions.gateway.jobs.files_api import UPLOAD_PATH
+from functions.gateway.jobs.hold import HOLD_PATH
 from functions.gateway.openai.errors import add_error_handlers, unknown_model
 from functions.gateway.openai.tokens import VERSION
 from functions.gateway.openapi.operations import operations
 from functions.gateway.page.page import register_page
 from functions.gateway.page.pipeline_state import PIPELINE_EVENTS
 from functions.gateway.page.state_events import StateEventsAPI
-from functions.hosting.requests import CLIENT_ID, REFUSED, BodyStream
+from functions.hosting.requests import CLIENT_ID, REFUSED, STREAMED, BodyStream
 from functions.hosting.web import json_response, problem_response
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ _log = logging.getLogger(__name__)
 
 POST_PATHS: Final = frozenset(each.path for each in operations(with_page=False) if each.method == "post")
 _WITHOUT_STAGES: Final = ("/tokenize", "/detokenize")  # the gateway answers them alone
+_OF_JOBS: Final = ("/v1/files", "/v1/batches")
 _ERROR: Final = "lamina.fleet.error"  # in the environ of a request that no member gets: a Problem, or the unknown model
 
 
@@ -80,16 +84,17 @@ class MemberRouter:
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         path, is_post = environ["PATH_INFO"], environ["REQUEST_METHOD"] == "POST"
-        if REFUSED in environ or not (path in POST_PATHS if is_post else path == PIPELINE_EVENTS):
+        of_jobs = is_of_jobs(path)
+        if REFUSED in environ or not (of_jobs or (path in POST_PATHS if is_post else path == PIPELINE_EVENTS)):
             return self._own(environ, start_response)
         leave = ExitStack()  # what must be undone when the answer has been sent
         try:
-            named = model_of(environ)
-            version = self._version(named)
+            named = None if of_jobs else model_of(environ)
+            version = self._version_of_jobs(environ) if of_jobs else self._version(named)
             if version is None:
                 environ[_ERROR] = named
                 return self._own(environ, start_response)
-            computes = is_post and path not in _WITHOUT_STAGES
+            computes = is_post and not of_jobs and path not in _WITHOUT_STAGES
             if self._grants is not None and computes:
                 timeout = 0.0 if version.config is None else version.config.request_timeout_seconds
                 self._grants.enter(version, timeout)
@@ -112,6 +117,34 @@ class MemberRouter:
         if not self._members.listed.is_set():
             raise NotReady("this gateway does not know the fleet's members yet")
         return self._members.find(named)
+
+    def _version_of_jobs(self, environ: "WSGIEnvironment") -> Version:
+        """The version whose files and batches a request concerns: `?model=` names it, or the API key, or it is the only one.
+
+        Raises NotFound, MalformedEvent, Unauthorized or NotReady.
+        """
+        if not self._members.listed.is_set():
+            raise NotReady("this gateway does not know the fleet's members yet")
+        query: str = environ.get("QUERY_STRING", "")
+        named = parse_qs(query)["model"][-1] if "model" in parse_qs(query) else None
+        if environ["PATH_INFO"] == HOLD_PATH:  # asks for nothing: any part that works on batches holds it
+            found = [each.version for each in self._parts.loaded() if each.function is not None and each.version.serves_batches]
+        elif named is not None:
+            found = [each for each in [self._members.find(named)] if each is not None and each.serves_batches]
+        else:
+            found = self._members.with_batches(secret_of(environ.get("HTTP_AUTHORIZATION", "")))
+        if len(found) > 1 and environ["PATH_INFO"] != HOLD_PATH:
+            models = ", ".join(sorted(each.model for each in found))
+            raise MalformedEvent(f"several members serve batches: add ?model= to the URL, with one of {models}")
+        if not found:
+            whose = "no member of this fleet" if named is None else f"no member with the model {named}"
+            raise NotFound(f"{whose} serves files and batches; `gateway.jobs` in a member's spec lets it")
+        return found[0]
+
+
+def is_of_jobs(path: str) -> bool:
+    """Whether a path is one of files or batches."""
+    return path.startswith(_OF_JOBS) and path.removeprefix("/v1/").partition("/")[0] in ("files", "batches")
 
 
 def own_app(
@@ -142,7 +175,7 @@ def own_app(
         known = opened()
         return json_response(document(model)) if model in known else json_response(_unknown(model, known), 404)
 
-    def refuse(path: str = "") -> Response:
+    def refuse(**_: str) -> Response:
         error = request.environ.get(_ERROR)
         if isinstance(error, Problem):
             raise error
@@ -168,6 +201,10 @@ def own_app(
             routes.post(path.removeprefix("/v1"), endpoint=path.replace("/", "-"))(refuse)
         else:
             app.post(path, endpoint=f"post{path}")(refuse)
+    for path in _OF_JOBS:
+        for rest in ("", "/<path:rest>"):
+            rule = path.removeprefix("/v1") + rest
+            routes.add_url_rule(rule, f"refuse{path}{rest}".replace("/", "-"), refuse, methods=["GET", "POST", "DELETE"])
     add_error_handlers(routes)
     app.register_blueprint(routes)
     app.register_error_handler(Problem, problem_response)
@@ -186,10 +223,14 @@ def fleet_admission(config: FleetConfig, members: Members) -> "Callable[[WSGIEnv
         sites.check(environ)
         if environ["REQUEST_METHOD"] != "POST":
             return 0
-        if environ["PATH_INFO"] not in POST_PATHS:
+        of_jobs = is_of_jobs(environ["PATH_INFO"])
+        if not of_jobs and environ["PATH_INFO"] not in POST_PATHS:
             return None
         if not members.are_open:
             environ[CLIENT_ID] = members.client_of(secret_of(environ.get("HTTP_AUTHORIZATION", "")))
+        if of_jobs and environ["PATH_INFO"] == UPLOAD_PATH:
+            environ[STREAMED] = True
+            return MAX_FILE_BYTES + MAX_REQUEST_BYTES  # with the other fields of the form
         check_media_type(environ)
         return MAX_REQUEST_BYTES
 

@@ -21,14 +21,21 @@ class Jobs:
     hold: Hold
 
 
-def configured_jobs(config: GatewayConfig) -> Jobs | None:
-    """Files and batches in the configured store; None: they are not served."""
+def configured_batches(config: GatewayConfig) -> Batches | None:
+    """Batches and their files in the configured store; None: they are not served."""
     if config.jobs_store is None:
         return None
     bucket, prefix = config.jobs_store
     # By model: gateways of other models would answer that they do not serve this one.
     objects = JobObjects(PayloadStore(replace(config.store, bucket=bucket)), f"{prefix}/{config.model}")
-    batches = Batches(objects, Files(objects, config.jobs_retention_seconds))
+    return Batches(objects, Files(objects, config.jobs_retention_seconds))
+
+
+def configured_jobs(config: GatewayConfig) -> Jobs | None:
+    """Files, batches and their events; None: they are not served."""
+    batches = configured_batches(config)
+    if batches is None:
+        return None
     claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
     sender = Sender()
     events = BatchEvents(batches, claims, sender, f"/pipelines/{config.pipeline}/gateway", config.sink)

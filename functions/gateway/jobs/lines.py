@@ -4,6 +4,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -73,10 +74,16 @@ class LineResult:
 class LineAnswerer:
     """Answers lines with the gateway's AnswerService. Thread-safe."""
 
-    def __init__(self, service: Callable[[], AnswerService], config: GatewayConfig) -> None:
-        """service: raises NotReady before the tokenizer is loaded."""
+    def __init__(
+        self,
+        service: Callable[[], AnswerService],
+        config: GatewayConfig,
+        turn: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """service: raises NotReady before the tokenizer is loaded. turn: entered for each line, raises NotReady as well."""
         self._service = service
         self._config = config
+        self._turn = turn
 
     def answer(self, place: LinePlace, gone: Callable[[], bool], begun: Callable[[Generation], object]) -> LineResult:
         """Waits for the answer. A line that cannot be served is answered with its error.
@@ -85,7 +92,8 @@ class LineAnswerer:
         LineDelayed if a later try may succeed.
         """
         try:
-            return self._answer(place, gone, begun)
+            with self._turn():
+                return self._answer(place, gone, begun)
         except ClientLeft:
             raise
         except Problem as problem:

@@ -14,6 +14,7 @@ PRIVATE: Final = f"{SERVICE_TYPE_LABEL}=Private"  # selects the slices that list
 
 class Conditions(msgspec.Struct, frozen=True):
     ready: bool | None = None
+    serving: bool | None = None  # it answers, also while it terminates
     terminating: bool | None = None
 
 

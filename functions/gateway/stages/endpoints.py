@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from eventing.http.pod_network import PodNetwork
@@ -25,6 +25,22 @@ class Found:
 
     endpoints: list[Endpoint]  # inside the pod network, one per address and port
     refused: dict[str, str]  # addresses outside of it, with slice and port for the log
+
+
+@dataclass(frozen=True, slots=True)
+class PodCount:
+    """How many pods a Service has."""
+
+    pods: int = 0  # also those that start or terminate
+    terminating: int = 0
+    serves: bool = False  # one of them takes work
+
+
+def with_last(endpoints: list[Endpoint]) -> list[Endpoint]:
+    """The endpoints; if none is ready, those that terminate and still answer count as ready."""
+    if any(each.ready and not each.terminating for each in endpoints):
+        return endpoints
+    return [replace(each, ready=True, terminating=False) if each.terminating and each.serving else each for each in endpoints]
 
 
 def service_name(url: str) -> str:
@@ -51,6 +67,7 @@ def endpoints_of(slices: Iterable[Slice], pods: PodNetwork) -> Found:
                     revision=(each.metadata.labels or {}).get(REVISION_LABEL, ""),
                     ready=address.conditions.ready is not False,
                     terminating=bool(address.conditions.terminating),
+                    serving=address.conditions.serving is not False,
                 )
                 known = found.get(endpoint.url)
                 if known is None or (endpoint.ready and not known.ready):
@@ -72,12 +89,16 @@ def _port(ports: Sequence[Port], pods: PodNetwork) -> int | None:
 class EndpointsWatch:
     """Watches EndpointSlices of a namespace and reports changes of Services' instances. Thread-safe."""
 
-    def __init__(self, api: KubernetesAPI, pods: PodNetwork, services: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, api: KubernetesAPI, pods: PodNetwork, services: Sequence[str] | None = None, *, keeps_last: bool = False
+    ) -> None:
         """services: names of the Knative Services whose slices are asked for; None: all of the namespace.
 
-        Only Services that are followed are reported.
+        Only Services that are followed are reported. keeps_last: a Service's last pod is reported as ready while it terminates
+        and still answers, which queue-proxy lets it do until 30 s passed without a request.
         """
         self._pods = pods
+        self._keeps_last = keeps_last
         self._lock = threading.Lock()  # held during reports, so that they come in the order of the changes
         self._followed: dict[str, _Followed] = {}
         self._by_service: dict[str, list[Slice]] = {}
@@ -90,7 +111,7 @@ class EndpointsWatch:
     def follow(self, service: str, on_change: OnEndpoints) -> None:
         """Reports the Service's instances to `on_change`: at once if they are known, and after each change."""
         with self._lock:
-            followed = self._followed[service] = _Followed(service, self._pods, on_change)
+            followed = self._followed[service] = _Followed(service, self._pods, on_change, keeps_last=self._keeps_last)
             if self._unknown:
                 on_change(None)
             elif self._listed:
@@ -100,17 +121,17 @@ class EndpointsWatch:
         with self._lock:
             self._followed.pop(service, None)
 
-    def pods_of(self, service: str) -> tuple[int, int]:
-        """How many pods the Service has, those that start or terminate included, and how many of them terminate."""
+    def pods_of(self, service: str) -> PodCount:
+        """The Service's pods now, those that start or terminate included."""
         with self._lock:
-            found = endpoints_of(self._by_service.get(service, ()), self._pods).endpoints
-        return len(found), sum(each.terminating for each in found)
-
-    def is_ready(self, service: str) -> bool:
-        """Whether the Service has a pod that takes work."""
-        with self._lock:
-            found = endpoints_of(self._by_service.get(service, ()), self._pods).endpoints
-        return any(each.ready and not each.terminating for each in found)
+            slices = self._by_service.get(service, ())
+        if not slices:
+            return PodCount()
+        found = endpoints_of(slices, self._pods).endpoints
+        serving = with_last(found) if self._keeps_last else found
+        return PodCount(
+            len(found), sum(each.terminating for each in found), any(each.ready and not each.terminating for each in serving)
+        )
 
     def refused(self, service: str) -> int:
         """How many addresses of the Service are ignored because they are outside of the pod network."""
@@ -155,8 +176,9 @@ def _service_of(each: Slice) -> str:
 class _Followed:
     """A Service whose instances are reported."""
 
-    def __init__(self, service: str, pods: PodNetwork, on_change: OnEndpoints) -> None:
+    def __init__(self, service: str, pods: PodNetwork, on_change: OnEndpoints, *, keeps_last: bool) -> None:
         self._service = service
+        self._keeps_last = keeps_last
         self._pods = pods
         self.on_change = on_change
         self.refused: dict[str, str] = {}
@@ -169,7 +191,7 @@ class _Followed:
         self.refused = found.refused
         fell_back, self._falls_back = self._falls_back, bool(found.refused) and not found.endpoints
         if not self._falls_back:
-            self.on_change(found.endpoints)
+            self.on_change(with_last(found.endpoints) if self._keeps_last else found.endpoints)
         elif not fell_back:
             _log.error(
                 "no instance of %s is in the pod network, %s: requests %s; set gateway.pod_network to the pods' network",

@@ -1,4 +1,4 @@
-"""Lists and watches objects by the Kubernetes API, over plain urllib3.
+"""Lists, watches, reads and replaces objects by the Kubernetes API, over plain urllib3.
 
 Importing the kubernetes client takes half a second. `knative/local` serves the same API, so the same code runs everywhere.
 """
@@ -21,11 +21,13 @@ CLUSTER_API: Final = "https://kubernetes.default.svc"
 IN_CLUSTER: Final = "cluster"
 ENDPOINT_SLICES: Final = "apis/discovery.k8s.io/v1", "endpointslices"
 CONFIG_MAPS: Final = "api/v1", "configmaps"
+LEASES: Final = "apis/coordination.k8s.io/v1", "leases"
 
 WATCH_SECONDS: Final = 20.0  # length of one watch; the server ends it with a bookmark from which the next one goes on
 SILENCE_SECONDS: Final = 5.0  # a dead connection is noticed so long after the server should have ended the watch
 CONNECT_SECONDS: Final = 5.0
 _LIST_SECONDS: Final = 30.0
+_CONFLICT: Final = 409
 _GONE: Final = 410
 _MAX_LINE_BYTES: Final = 16 * 2**20
 _FIRST_PAUSE_SECONDS: Final = 0.1
@@ -97,8 +99,12 @@ class KubernetesError(Exception):
         self.without_right = status in (401, 403)
 
 
+class ReplaceConflict(Exception):
+    """The object was changed since it was read (409). Read it again."""
+
+
 class KubernetesAPI:
-    """Lists and watches objects of one kind in one namespace."""
+    """Objects of one kind in one namespace."""
 
     def __init__(
         self,
@@ -141,6 +147,20 @@ class KubernetesAPI:
             _check(response)
         return response
 
+    def get(self, name: str) -> bytes:
+        """The object as JSON. Raises KubernetesError."""
+        timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=_LIST_SECONDS)
+        response = self._pool.request("GET", f"{self._url}/{name}", headers=self._headers(), timeout=timeout)
+        _check(response)
+        return response.data
+
+    def replace(self, name: str, body: bytes) -> None:
+        """Writes the object, if it still has the resourceVersion in `body`. Raises ReplaceConflict or KubernetesError."""
+        timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=_LIST_SECONDS)
+        headers = {**self._headers(), "Content-Type": "application/json"}
+        response = self._pool.request("PUT", f"{self._url}/{name}", body=body, headers=headers, timeout=timeout)
+        _check(response)
+
     def _address(self, selector: str, **parameters: str) -> str:
         return f"{self._url}?{urlencode({'labelSelector': selector, **parameters})}"
 
@@ -154,6 +174,8 @@ class KubernetesAPI:
 def _check(response: urllib3.BaseHTTPResponse) -> None:
     if response.status == _GONE:
         raise Expired
+    if response.status == _CONFLICT:
+        raise ReplaceConflict
     if response.status != 200:
         raise KubernetesError(response.status, response.data[:200].decode("utf-8", "replace"))
 

@@ -40,6 +40,7 @@ class Endpoint:
     revision: str = ""
     ready: bool = True
     terminating: bool = False
+    serving: bool = True  # it answers, also while it terminates
 
 
 class FifoLock:

@@ -77,6 +77,9 @@ class WatchedObjects:
         self._version = 0
         self._changed = asyncio.Event()
 
+    def get(self, namespace: str, name: str) -> Slice | None:
+        return self._slices.get((namespace, name))
+
     def all(self) -> list[Slice]:
         """All objects, in the order of their namespaces and names."""
         return [found for _, found in sorted(self._slices.items())]

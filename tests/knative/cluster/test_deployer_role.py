@@ -62,6 +62,7 @@ def test_the_role_has_the_rights_that_all_commands_use(site: Site) -> None:
     allowed = granted()
     assert sorted(asked - allowed) == [], "used and not granted"
     unused = {each for each in allowed - asked if each[1:] != NEVER_APPLIED_HERE and each[2] != "endpointslices"}
+    unused -= {("patch", "coordination.k8s.io", "leases")}  # of fleets with `max_devices`
     assert sorted(unused) == [], "granted and never used"
 
 

@@ -1,7 +1,8 @@
 """A fleet's rendered objects: valid for Knative, and read by the function's own configuration."""
 
 from functions.configuration.config import FleetConfig, GatewayConfig, StageConfig, member_config, read_config
-from knative.render.fleet import door_files, member_files
+from knative.render.fleet import door_files, fleet_gateway, member_files
+from knative.render.services import stage_service
 from knative.spec.kubernetes_object import KubernetesObject
 from knative.webhook.check import validate, warnings
 from tests.support.knative.manifests import container_of, environment_of, fleet_members, fleet_of
@@ -9,15 +10,19 @@ from tests.support.knative.manifests import container_of, environment_of, fleet_
 
 def test_functions_accept_every_rendered_environment() -> None:
     fleet = fleet_of(
-        gateway={"api_keys_secret": "keys", "page": "off", "resources": {"memory": "1Gi"}, "autoscaling": {"max_scale": 1}},
+        gateway={"api_keys_secret": "keys", "page": "off", "resources": {"memory": "1Gi"}},
         max_devices=8,
     )
-    (gateway,) = door_files(fleet)["gateway.yaml"]
+    files = door_files(fleet)
+    (gateway,), (lease,) = files["gateway.yaml"], files["grants.yaml"]
     environ = environment_of(gateway)
     config = read_config(environ)
     assert isinstance(config, FleetConfig)
     assert (config.fleet, config.page, config.memory_bytes) == ("models", "off", int(0.75 * 2**30))
-    assert config.max_devices == 8
+    assert (config.max_devices, config.lease) == (8, lease["metadata"]["name"])
+    role = next(each for each in files["access.yaml"] if each["kind"] == "Role")
+    (rule,) = [each for each in role["rules"] if each["resources"] == ["leases"]]
+    assert (rule["resourceNames"], rule["verbs"]) == ([config.lease], ["get", "update"])
     mounts = {mount["mountPath"]: mount["name"] for mount in container_of(gateway)["volumeMounts"]}
     volumes = {each["name"]: each for each in gateway["spec"]["template"]["spec"]["volumes"]}
     assert config.keys_folder is not None
@@ -58,6 +63,18 @@ def test_one_policy_and_one_role_serve_all_members() -> None:
     for stage in stages:
         assert selected <= stage["spec"]["template"]["metadata"]["labels"].items()
     assert config_map["metadata"]["labels"]["lamina.dev/fleet"] == "models"
+
+
+def test_a_fleets_monitoring_covers_its_members() -> None:
+    monitor, rules = door_files(fleet_of(monitoring={"labels": {"release": "prometheus"}}))["monitoring.yaml"]
+    selected = monitor["spec"]["selector"]["matchLabels"].items()
+    (member,) = fleet_members("code")
+    for service in (fleet_gateway(fleet_of()), stage_service(member, 0)):
+        assert selected <= service["spec"]["template"]["metadata"]["labels"].items()
+    relabelings = monitor["spec"]["podMetricsEndpoints"][0]["relabelings"]
+    assert "fleet" in {each["targetLabel"] for each in relabelings}
+    expressions = [rule["expr"] for rule in rules["spec"]["groups"][0]["rules"]]
+    assert all('namespace="default",fleet="models"' in each for each in expressions)
 
 
 def _all(files: dict[str, list[KubernetesObject]]) -> list[KubernetesObject]:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from knative.__main__ import main
 from knative.cluster.client import Ref
 from knative.render.gitops import for_gitops, prune_objects
-from knative.render.prune_script import is_ready
+from knative.render.prune_script import NamespaceApi, is_ready, prune_fleet
 from knative.render.rendering import render
 from knative.webhook.check import is_knative_service, validate, warnings
 from tests.support.functions.functions import wait_until
@@ -20,6 +22,8 @@ from tests.support.knative.kubernetes_api import KubernetesApi
 from tests.support.knative.manifests import (
     DIGEST,
     OTHER_DIGEST,
+    fleet_document,
+    member_document,
     objects,
     rendered_folder,
     resolved_pipeline,
@@ -162,8 +166,8 @@ def test_the_job_deletes_old_revisions_that_would_keep_a_pod(site: Site, scaling
 
 def test_each_change_of_the_spec_has_a_job_of_its_own() -> None:
     """A Job cannot be changed, and one that has ended does not run again."""
-    names = {prune_objects(resolved_pipeline(**change))[-1]["metadata"]["name"] for change in ({}, {"log_level": "debug"})}
-    assert len(names | {prune_objects(resolved_pipeline(OTHER_DIGEST))[-1]["metadata"]["name"]}) == 3
+    pipelines = [resolved_pipeline(), resolved_pipeline(log_level="debug"), resolved_pipeline(OTHER_DIGEST)]
+    assert len({for_gitops(each, render(each))["prune.yaml"][-1]["metadata"]["name"] for each in pipelines}) == 3
 
 
 @pytest.mark.slow
@@ -199,3 +203,28 @@ def test_the_container_has_the_name_that_kn_gives_it() -> None:
     """With any other name, a second `make deploy-kn` made a new revision of every Service."""
     for each in filter(is_knative_service, objects()):
         assert [container["name"] for container in each["spec"]["template"]["spec"]["containers"]] == ["user-container"]
+
+
+def test_a_fleet_keeps_its_members_stages_and_prunes_those_that_no_member_names(api: KubernetesApi, tmp_path: Path) -> None:
+    file = tmp_path / "fleet.yaml"
+    file.write_text(yaml.safe_dump(fleet_document(members=[member_document("code"), member_document("draw", cut="0:30")])))
+    out = tmp_path / "manifests"
+    result = CliRunner().invoke(main, ["render", str(file), "--gitops", "--output", str(out)])
+    assert result.exit_code == 0, result.output
+    found = written(out)
+    stages = [each for each in found if each["kind"] == "Service" and each["metadata"]["name"] != "models"]
+    assert len(stages) == 3 + 1
+    assert [each for each in found if "Prune=false" in _option(each)] == stages
+    waves = {each["metadata"]["name"]: each["metadata"].get("annotations", {}).get(ARGO + "sync-wave") for each in found}
+    assert {waves[each["metadata"]["name"]] for each in stages} == {"1"}
+    assert waves["code"] == waves["draw"] == waves["models"] == "2"
+    (job,) = (each for each in found if each["kind"] == "Job")
+    assert job["spec"]["template"]["spec"]["containers"][0]["command"][3:6] == ["default", "models", "fleet"]
+
+    before = set(api.named("services"))
+    for each in [*stages, *(each for each in found if each["kind"] == "ConfigMap" and each["metadata"]["name"] == "code")]:
+        api.put(each)
+    assert prune_fleet(NamespaceApi(api.url, "default", "models"), "models", 30.0) == ""
+    assert set(api.named("services")) - before == {
+        each["metadata"]["name"] for each in stages if each["metadata"]["name"].startswith("code-")
+    }

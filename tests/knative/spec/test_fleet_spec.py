@@ -10,8 +10,6 @@ from knative.spec.errors import SpecError
 from knative.spec.fleet_spec import is_fleet, load_fleet
 from tests.support.knative.manifests import document, fleet_document, member_document
 
-ALONE = {"autoscaling": {"max_scale": 1}}
-
 
 def written(tmp_path: Path, **changes: Any) -> Path:
     file = tmp_path / "fleet.yaml"
@@ -38,9 +36,13 @@ def test_members_are_written_here_in_files_or_in_a_folder(tmp_path: Path) -> Non
 def test_members_that_share_devices_give_them_back_soon(tmp_path: Path) -> None:
     own = {"autoscaling": {"window_seconds": 20}}
     members = [member_document("code"), member_document("draw", stage=own)]
-    _, (code, draw) = load_fleet(written(tmp_path, members=members, max_devices=8, gateway=ALONE))
+    _, (code, draw) = load_fleet(written(tmp_path, members=members, max_devices=8))
     assert (code.stage.autoscaling.scale_down_delay_seconds, code.stage.autoscaling.window_seconds) == (0, 6)
     assert (draw.stage.autoscaling.scale_down_delay_seconds, draw.stage.autoscaling.window_seconds) == (0, 20)
+    assert (code.stage.timeout_seconds, code.gateway.timeout_seconds) == (20, 600), "the drain ends sooner"
+    stored = member_document("code", kv_store={"secret": "kv"})
+    _, (stores,) = load_fleet(written(tmp_path, members=[stored], max_devices=8))
+    assert stores.stage.timeout_seconds == 600, "KV is saved after the drain"
     _, (alone,) = load_fleet(written(tmp_path, members=[member_document("code")]))
     assert alone.stage.autoscaling.scale_down_delay_seconds == 30
 
@@ -59,14 +61,13 @@ def test_members_that_share_devices_give_them_back_soon(tmp_path: Path) -> None:
             {"members": [member_document("a", eventing={"dead_letter_sink": "x"})]},
             r"\$\.eventing: a member of a fleet has none",
         ),
-        ({"members": [member_document("a", gateway={"jobs": "jobs"})]}, r"\$\.gateway\.jobs: a fleet serves no batches"),
+        ({"members": [member_document("a", monitoring={})]}, r"\$\.monitoring: a member has the fleet's"),
         ({"members": [member_document("a", cut="0:2", stages=1)]}, r"members\[0\]: \$\.stages, \$\.cut: exactly one"),
         ({"gateway": {"queue_limit": 5}}, r"\$\.gateway\.queue_limit: concerns one pipeline"),
         ({"gateway": {"api_keys_secret": ["a", "b"]}}, r"api_keys_secret: a fleet takes one Secret"),
-        ({"max_devices": 8}, r"max_scale: with max_devices one gateway shares the devices out"),
-        ({"max_devices": 2, "gateway": ALONE}, r"has 3 stages, more than max_devices, 2"),
+        ({"max_devices": 2}, r"has 3 stages, more than max_devices, 2"),
         (
-            {"max_devices": 8, "gateway": ALONE, "members": [member_document("a", stage={"autoscaling": {"min_scale": 1}})]},
+            {"max_devices": 8, "members": [member_document("a", stage={"autoscaling": {"min_scale": 1}})]},
             r"\$\.stage\.autoscaling: members that share max_devices scale between 0 and 1",
         ),
         ({"gateways": {}}, r"fleet.yaml: \$.*gateways"),

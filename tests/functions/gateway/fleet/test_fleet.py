@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import openai
 import pytest
 
 from eventing.wire.events import Cut
@@ -244,6 +245,38 @@ def test_idle_members_are_given_up_for_memory(pipelines: tuple[Pipeline, Pipelin
                 assert answered(process, pipeline.name)["choices"][0]["text"] == text_of(pipeline)
             wait_until(lambda: process.get("/readyz")[1]["members"]["asleep"] == 2)
             assert metric(process, "lamina_fleet_evictions_total") >= 2 * round_
+
+
+def test_a_member_answers_batches_also_after_its_gateway_died(pipelines: tuple[Pipeline, Pipeline]) -> None:
+    """`?model=` names it, or it is the only one that has a place for them."""
+    tiny, other = pipelines
+    lines = [
+        {
+            "custom_id": str(number),
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"model": "tiny", "prompt": "hello", "max_tokens": 6, "temperature": 0},
+        }
+        for number in range(3)
+    ]
+    members = tiny.member(LAMINA_JOBS_STORE="lamina/jobs"), other.member()
+    with fleet(pipelines, *members, LAMINA_FLEET_MEMORY_BYTES="1") as (process, _), _openai(process) as client:
+        file = client.files.create(file=("input.jsonl", "\n".join(map(json.dumps, lines)).encode()), purpose="batch")
+        with pytest.raises(openai.NotFoundError, match="no member with the model other serves files"):
+            client.files.list(extra_query={"model": "other"})
+    with fleet(pipelines, *members) as (process, _), _openai(process) as client:
+        batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    with fleet(pipelines, *members) as (process, _), _openai(process) as client:
+        # Nobody asks for it: the gateway finds it open.
+        wait_until(lambda: process.get("/readyz")[1]["members"]["asleep"] == 1)
+        wait_until(lambda: client.batches.retrieve(batch.id, extra_query={"model": "tiny"}).status == "completed")
+        content = client.files.content(str(client.batches.retrieve(batch.id).output_file_id)).text
+    texts = [json.loads(line)["response"]["body"]["choices"][0]["text"] for line in content.splitlines()]
+    assert texts == [text_of(tiny)] * 3
+
+
+def _openai(process: FunctionProcess) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=10)
 
 
 def test_members_take_turns_with_few_devices(pipelines: tuple[Pipeline, Pipeline]) -> None:

@@ -1,0 +1,130 @@
+"""The same on a simulated clock: the gateway's own decisions, and Knative's times for a pod that comes and goes."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+from typing import Final
+
+from bench.many.devices import RATE
+from bench.report import table
+from functions.gateway.fleet.grant_record import Claim, GrantRecord, LocalRecord
+from functions.gateway.fleet.grants import Grants, MemberPods
+from knative.local.autoscaler.kpa import TICK_SECONDS
+from knative.local.kubelet.pods import PodTiming
+
+START_SECONDS: Final = 2.65  # of a pod
+ANSWER_SECONDS: Final = 0.3
+WINDOW_SECONDS: Final = 6.0
+_FIRST_SECONDS: Final = 0.05  # of a first token from a pod that is ready
+_STEP_SECONDS: Final = 0.1
+_QUIET_SECONDS: Final = PodTiming().drain_quiet_seconds
+_BEGIN: Final = 1000.0
+
+
+@dataclass(eq=False, slots=True)
+class _Pod:
+    until: float  # when it is ready, or gone if it leaves
+    ready: bool = False
+    leaving: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class _Member:
+    pods: list[_Pod] = field(default_factory=list)
+    waiting: list[float] = field(default_factory=list)  # when each request came
+    running: list[float] = field(default_factory=list)  # when each answer ends
+    used_at: float = -_BEGIN
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    first_seconds: Sequence[float]
+    mean_pods: float
+    peak: int
+
+
+def simulate(members: int, devices: int | None, timeout_seconds: float, seconds: float) -> Simulated:
+    """devices: None: KPA for each member, which leaves a pod that terminates. timeout_seconds: of a stage; it ends a drain."""
+    dice, weights = random.Random(7), [1 / rank for rank in range(1, members + 1)]
+    by_key = {f"m{number}": _Member() for number in range(members)}
+    lasts = devices is not None  # the last pod serves while it leaves
+
+    def pods_of(services: Sequence[str]) -> MemberPods:
+        pods = by_key[services[0]].pods
+        leaving = sum(each.leaving for each in pods)
+        lasting = bool(pods) and leaving == len(pods)
+        return MemberPods(len(pods), leaving - lasting, lasting or any(each.ready for each in pods))
+
+    grants = Grants(devices or members, lambda: [(key,) for key in by_key], pods_of, LocalRecord())
+    record, first_seconds, pod_seconds, peak = GrantRecord(), list[float](), 0.0, 0
+    now, due = _BEGIN, _BEGIN + dice.expovariate(RATE)
+    while now < _BEGIN + seconds or any(each.waiting for each in by_key.values()):
+        while due <= now and due < _BEGIN + seconds:
+            by_key[f"m{dice.choices(range(members), weights)[0]}"].waiting.append(due)
+            due += dice.expovariate(RATE)
+        opened = set(by_key)
+        if devices is not None:
+            claims = {
+                key: Claim(1, bool(each.running), each.waiting[0] if each.waiting else None)
+                for key, each in by_key.items()
+                if each.waiting or each.running
+            }
+            opened = grants.divide(record, claims, {key: each.used_at for key, each in by_key.items()}, now)
+        for key, member in by_key.items():
+            _step(member, now, first_seconds, lasts=lasts, opened=key in opened, timeout_seconds=timeout_seconds)
+        pods = sum(len(each.pods) for each in by_key.values())
+        pod_seconds, peak, now = pod_seconds + pods * _STEP_SECONDS, max(peak, pods), now + _STEP_SECONDS
+    return Simulated(first_seconds, pod_seconds / (now - _BEGIN), peak)
+
+
+def _step(
+    member: _Member, now: float, first_seconds: list[float], *, lasts: bool, opened: bool, timeout_seconds: float
+) -> None:
+    member.running = [ends for ends in member.running if ends > now]
+    member.pods = [each for each in member.pods if not (each.leaving and now >= each.until)]
+    for pod in member.pods:
+        if not pod.ready and now >= pod.until:
+            pod.ready, member.used_at = True, now
+    if member.waiting and opened:
+        serving = [each for each in member.pods if each.ready and not each.leaving]
+        serving += [each for each in member.pods if each.leaving and lasts]
+        if serving:
+            first_seconds += [now - came + _FIRST_SECONDS for came in member.waiting]
+            member.running += [now + ANSWER_SECONDS] * len(member.waiting)
+            member.waiting = []
+            if serving[0].leaving and timeout_seconds > _QUIET_SECONDS:
+                serving[0].until = now + _QUIET_SECONDS
+        elif all(each.ready for each in member.pods):
+            member.pods.append(_Pod(now + START_SECONDS))
+    if member.running:
+        member.used_at = now
+    if now // TICK_SECONDS != (now - _STEP_SECONDS) // TICK_SECONDS and now - member.used_at > WINDOW_SECONDS:
+        for pod in member.pods:
+            if pod.ready and not pod.leaving:
+                pod.leaving, pod.until = True, now + min(_QUIET_SECONDS, timeout_seconds)
+
+
+def markdown(members: int, devices: int, seconds: float) -> str:
+    columns = ["", "first token p50, p95", "longest", "pods on average, at most"]
+    rows = []
+    for name, bound, timeout in (
+        ("KPA for each, no bound", None, 600.0),
+        *((f"`max_devices: {count}`, `timeout_seconds: {timeout:g}`", count, timeout)
+          for count in (devices, devices - 2) for timeout in (600.0, 20.0, 10.0)),
+    ):  # fmt: skip
+        found = simulate(members, bound, timeout, seconds)
+        p95 = quantiles(found.first_seconds, n=20, method="inclusive")[18]
+        rows.append(
+            [
+                name,
+                f"{median(found.first_seconds):.2f}, {p95:.2f} s",
+                f"{max(found.first_seconds):.1f} s",
+                f"{found.mean_pods:.1f}, {found.peak}",
+            ]
+        )
+    facts = (
+        f"`python -m bench.many --members {members} --devices {devices} --seconds {seconds:g} --simulated`: {RATE:g} requests "
+        f"a second, models drawn by Zipf's law; a pod starts in {START_SECONDS:g} s, an answer takes {ANSWER_SECONDS:g} s."
+    )
+    return "\n".join(["## Many models on few devices, simulated", "", facts, "", table(columns, rows)])

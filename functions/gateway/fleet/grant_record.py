@@ -1,0 +1,101 @@
+"""The record of a fleet's grants: who has one, and what each gateway wants. Its place is memory, or a Lease of the cluster."""
+
+import copy
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+
+from functions.gateway.stages.kubernetes_api import KubernetesAPI, ReplaceConflict, reader
+
+_log = logging.getLogger(__name__)
+
+RECORD: Final = "lamina.dev/grants"  # annotation of the Lease
+_MOST_CONFLICTS: Final = 20  # in a row, until an update gives up
+
+
+class Grant(msgspec.Struct, omit_defaults=True):
+    """Times of this module are those of time.time(), since several gateways compare them."""
+
+    devices: int
+    granted_at: float
+    used_at: float  # when its last request came or ended
+    starting: bool = False  # its pods were not all ready since it was granted
+
+
+class Claim(msgspec.Struct, omit_defaults=True):
+    """One gateway's interest in a member."""
+
+    devices: int
+    busy: bool = False  # it has let requests in
+    waiting_since: float | None = None  # since when its oldest request waits that was not let in
+
+
+class GatewayClaims(msgspec.Struct, omit_defaults=True):
+    beat: int = 0  # changes while the gateway lives
+    claims: dict[str, Claim] = {}
+
+
+class GrantRecord(msgspec.Struct, omit_defaults=True):
+    """Members are named by their stages' Services, joined by commas."""
+
+    grants: dict[str, Grant] = {}
+    closed: tuple[str, ...] = ()  # members that have a grant and let no more requests in
+    gateways: dict[str, GatewayClaims] = {}
+    return_seconds: dict[str, float] = {}  # measured durations of members' starts
+
+
+Change = Callable[[GrantRecord], None]
+
+
+class LocalRecord:
+    """The record of a gateway that is alone."""
+
+    tick_seconds: Final = 0.2  # how often a gateway that waits looks again
+    beat_seconds: Final = 4.0
+
+    def __init__(self) -> None:
+        self._record = GrantRecord()
+
+    def update(self, change: Change) -> None:
+        change(self._record)
+
+
+class LeaseRecord:
+    """The record in an annotation of a Lease that exists. Updates of several gateways follow each other."""
+
+    tick_seconds: Final = 0.5
+    beat_seconds: Final = 4.0  # a gateway with claims writes at least so often
+
+    def __init__(self, api: KubernetesAPI, name: str, gateway: str) -> None:
+        """api: of Leases. gateway: name of this one, which becomes the Lease's holder when it writes."""
+        self._api = api
+        self._name = name
+        self._gateway = gateway
+        self._read: Callable[[bytes], dict[str, Any]] = reader(dict)
+        self._decode: Callable[[bytes], GrantRecord] = reader(GrantRecord)
+
+    def update(self, change: Change) -> None:
+        """Reads the record, changes it and writes it, if it differs. `change` is called again if another gateway was faster.
+
+        Raises KubernetesError, Unreadable, or an error of urllib3.
+        """
+        for _ in range(_MOST_CONFLICTS):
+            lease = self._read(self._api.get(self._name))
+            annotations = lease["metadata"].setdefault("annotations", {}) or {}
+            record = self._decode(annotations.get(RECORD, "{}").encode())
+            before = copy.deepcopy(record)
+            change(record)
+            if record == before:
+                return
+            lease["metadata"]["annotations"] = {**annotations, RECORD: msgspec.json.encode(record).decode()}
+            now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+            lease["spec"] = {**(lease.get("spec") or {}), "holderIdentity": self._gateway, "renewTime": now}
+            try:
+                self._api.replace(self._name, msgspec.json.encode(lease))
+            except ReplaceConflict:
+                continue
+            return
+        raise ReplaceConflict

@@ -1,0 +1,122 @@
+"""Two gateways of a fleet agree by one Lease of a cluster which members have devices, also when one of them dies."""
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from eventing.problems import NotReady
+from functions.configuration.config import GatewayConfig
+from functions.gateway.fleet import grants
+from functions.gateway.fleet.grant_record import RECORD, LeaseRecord
+from functions.gateway.fleet.grants import Grants, MemberPods
+from functions.gateway.fleet.members import Version
+from functions.gateway.stages.kubernetes_api import LEASES, KubernetesAPI
+from tests.support.environments import gateway_config
+from tests.support.functions.functions import wait_until
+from tests.support.knative.kubernetes_api import KubernetesApi
+
+LEASE = "models-grants"
+
+
+class Cluster:
+    """Pods that come as soon as a member has a grant, and stay until a test removes them."""
+
+    def __init__(self, api: KubernetesApi) -> None:
+        self.api = api
+        self.versions = [Version(name, name, None, {}, _one_stage(name)) for name in ("chat", "code", "draw")]
+        self.pods = dict.fromkeys((each.devices_key for each in self.versions), 0)
+        api.put({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": LEASE, "namespace": "default"}})
+
+    @contextmanager
+    def gateway(self, name: str, max_devices: int = 1) -> Iterator[Grants]:
+        record = LeaseRecord(KubernetesAPI(self.api.url, "default", LEASES), LEASE, name)
+        found = Grants(max_devices, lambda: [each.services for each in self.versions], self._pods, record, name)
+        found.start()
+        try:
+            yield found
+        finally:
+            found.stop()
+
+    def serve(self, gateway: Grants, version: Version, seconds: float = 30.0) -> None:
+        """Lets one request in, whose pod is there at once."""
+        gateway.enter(version, seconds)
+        self.pods[version.devices_key] = 1
+
+    @property
+    def granted(self) -> set[str]:
+        lease = self.api.objects["coordination.k8s.io/v1", "leases", "default", LEASE]
+        return set(json.loads(lease["metadata"]["annotations"][RECORD]).get("grants", {}))
+
+    def _pods(self, services: Sequence[str]) -> MemberPods:
+        count = self.pods[",".join(services)]
+        return MemberPods(count, ready=count > 0)
+
+
+def _one_stage(name: str) -> GatewayConfig:
+    return gateway_config(LAMINA_CUT="0:4", LAMINA_STAGES=f"0:4=http://{name}-s0")
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    api = KubernetesApi()
+    yield Cluster(api)
+    api.close()
+
+
+def test_two_gateways_never_grant_more_than_the_devices(cluster: Cluster) -> None:
+    chat, code, draw = cluster.versions
+    with cluster.gateway("one") as one, cluster.gateway("other") as other, ThreadPoolExecutor(2) as executor:
+        cluster.serve(one, chat)
+        cluster.serve(other, chat)  # the same member has its device already
+        waiting = executor.submit(cluster.serve, other, code)
+        with pytest.raises(NotReady, match="no device became free for member draw"):
+            one.enter(draw, 1.0)
+        one.leave(chat)
+        with pytest.raises(NotReady):
+            other.enter(draw, 1.5)
+        assert not waiting.done(), "the other gateway still has a request of chat in flight"
+        other.leave(chat)
+        wait_until(lambda: cluster.granted == set())
+        assert not waiting.done(), "its pod is there"
+        cluster.pods[chat.devices_key] = 0
+        waiting.result(30)
+        assert cluster.granted == {code.devices_key}
+
+
+def test_a_gateway_that_dies_gives_its_grants_up(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grants, "DEAD_SECONDS", 2.0)
+    chat, code, _ = cluster.versions
+    with ExitStack() as dying, cluster.gateway("one") as one:
+        other = dying.enter_context(cluster.gateway("other"))
+        cluster.serve(other, chat)
+        dying.close()  # in the middle of a request
+        with ThreadPoolExecutor(1) as executor:
+            waiting = executor.submit(cluster.serve, one, code, 60.0)
+            wait_until(lambda: chat.devices_key not in cluster.granted)
+            assert not waiting.done(), "its pod is there"
+            cluster.pods[chat.devices_key] = 0
+            waiting.result(60)
+
+
+def test_a_member_that_was_removed_counts_until_its_pods_are_gone(cluster: Cluster) -> None:
+    chat, code, _ = cluster.versions
+    with cluster.gateway("one") as one, ThreadPoolExecutor(1) as executor:
+        cluster.serve(one, chat)
+        one.leave(chat)
+        cluster.versions.remove(chat)
+        waiting = executor.submit(cluster.serve, one, code)
+        with pytest.raises(NotReady):
+            one.enter(code, 1.0)
+        assert not waiting.done()
+        cluster.pods[chat.devices_key] = 0
+        waiting.result(30)
+
+
+def test_without_the_lease_nobody_is_let_in_and_it_is_said_why(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+    cluster.api.finish_deletion(("coordination.k8s.io/v1", "leases", "default", LEASE))
+    with cluster.gateway("one") as one, pytest.raises(NotReady):
+        one.enter(cluster.versions[0], 1.0)
+    assert "could not be agreed on, trying again: the Kubernetes API answered 404" in caplog.text
