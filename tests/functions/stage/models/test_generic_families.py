@@ -88,7 +88,7 @@ def published(folder: Path, stages: int) -> list[TransformersGroup]:
     placed = place_tensors(checkpoint.tensors, model)
     check_shapes(checkpoint.config, {name: each.shape for part in placed.values() for name, each in part.items()}, "float32")
     config = json.loads(checkpoint.files["config.json"])
-    bounds = [round(model.num_layers * part / stages) for part in range(stages + 1)]
+    bounds = sorted({round(model.num_layers * part / stages) for part in range(stages + 1)})  # BLOOM has two layers
     groups = []
     for first, last in pairwise(bounds):
         objects = [layer_object(number) for number in range(first, last)]
