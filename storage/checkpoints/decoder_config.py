@@ -283,7 +283,7 @@ def _experts(
     if (row := family.experts) is None:
         return (False,) * values.size("num_hidden_layers"), None, None
     sparse = tuple(row.layers(values))
-    if row.own_norms and not any(sparse):
+    if not any(sparse):
         for key in (row.count, row.chosen, row.inner_size):
             values.get(key)
         return sparse, None, None
