@@ -71,9 +71,11 @@ class PrefixCache:
     def fill(self, handle: int, chain: Chain) -> int:
         """Searches again for `chain`, on behalf of a handle in use. Returns how many tokens of `chain` the handle holds then.
 
-        Drops what the handle holds beyond the chain that it was reserved with: that may be rejected draft tokens.
+        If `chain` is another than before, drops what the handle holds beyond their common prefix: that may be rejected draft
+        tokens. With the same chain it is the end of a sequence that was handed over, in no whole block.
         """
-        self.keep(handle, chain)
+        if chain != self._chains.get(handle, ()):
+            self.keep(handle, chain)
         source, held = self.longest(chain, but=handle)
         if held > self._kv.length(handle):
             self._copy(source, handle, held)

@@ -139,6 +139,18 @@ def test_rejected_draft_tokens_are_not_taken_for_the_answer_that_replaced_them(s
     assert stage.cache.fill(other, chain) == len(prompt)
 
 
+def test_what_was_handed_over_beyond_whole_blocks_is_kept_by_a_second_search(stage: Stage) -> None:
+    """Another stage still restores, so that the same reservation is asked again."""
+    sequence = text(1, 2.5)
+    chain = extended((), sequence, KEY)
+    handle = stage.cache.reserve(4 * BLOCK_TOKENS, chain)
+    stage.compute(handle, sequence)
+    assert stage.cache.fill(handle, chain) == 2 * BLOCK_TOKENS
+    assert stage.kv.length(handle) == len(sequence)
+    stage.check(handle, sequence)
+    stage.end(handle, sequence)
+
+
 def test_a_different_continuation_keeps_the_cached_one(stage: Stage) -> None:
     one, other = text(1, 2) + text(2, 1), text(1, 2) + text(3, 1)
     handle, _ = stage.begin([*one, 1])
