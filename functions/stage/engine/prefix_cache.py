@@ -74,7 +74,7 @@ class PrefixCache:
         If `chain` is another than before, drops what the handle holds beyond their common prefix: that may be rejected draft
         tokens. With the same chain it is the end of a sequence that was handed over, in no whole block.
         """
-        if chain != self._chains.get(handle, ()):
+        if self.blocks is not None and chain != self._chains.get(handle, ()):
             self.keep(handle, chain)
         source, held = self.longest(chain, but=handle)
         if held > self._kv.length(handle):

@@ -216,9 +216,12 @@ def test_with_windows_a_prefix_is_found_as_long_as_rings_still_hold_it(longer: i
 
 
 def test_a_cache_without_blocks_caches_no_prefix() -> None:
-    cache = PrefixCache(KVBudget(100))
+    kv = KVBudget(100)
+    cache = PrefixCache(kv)
     chain = extended((), text(1, 2), KEY)
     handle = cache.reserve(40, chain)
+    kv.extend(handle, 20)
+    assert cache.fill(handle, chain) == 20, "a second search drops nothing"
     cache.end(handle, chain)
     assert cache.fill(cache.reserve(40, chain), chain) == 0
     assert cache.free_tokens == 60
