@@ -97,7 +97,7 @@ def test_the_system_runs_with_emulated_devices_and_is_compared_with_its_simulati
     assert found.outcome.cost.replica_seconds == pytest.approx(4 * seconds, rel=0.05)
     assert found.outcome.cost.network_bytes > 500 * 3 * 2 * 2 * 5120
     text = document.read_text()
-    assert "| bursts | pipeline, HPA | replica-seconds |" in text
+    assert "| bursts | pipeline, HPA | 1 | replica-seconds |" in text
     assert "2.0 ms a pass, 4.0 ms a hop, and 10 µs" in text
 
 

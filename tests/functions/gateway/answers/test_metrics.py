@@ -178,11 +178,11 @@ def test_span_attributes_have_the_conventions_names_and_no_text() -> None:
         frequency_penalty=-1,
         stop="s3cret",
     )
-    operation = GenAIOperation.of(request, "tiny")
+    operation = GenAIOperation.of(request, "tiny", "tiny")
     told = {**operation.begin_attributes(request, "chatcmpl-1", 12, 100), **end_attributes("stop", "timeout", 3, 8)}
     assert operation.span_name == "chat tiny"
     assert told.keys() - NAMES == {error_attributes.ERROR_TYPE}
-    assert {operation.name, GenAIOperation.of(GenerateRequest("Hi"), "tiny").name} <= OPERATIONS
+    assert {operation.name, GenAIOperation.of(GenerateRequest("Hi"), "tiny", "tiny").name} <= OPERATIONS
     assert told["gen_ai.request.max_tokens"] == 100
     assert (told["gen_ai.usage.input_tokens"], told["gen_ai.usage.output_tokens"]) == (12, 3)
     assert told["gen_ai.usage.cache_read.input_tokens"] == 8

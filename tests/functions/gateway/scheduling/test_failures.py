@@ -12,6 +12,7 @@ from eventing.wire.events import Batch, Status
 from functions.gateway.scheduling.scheduler import Scheduler
 from functions.gateway.scheduling.sequence import Chunk, RetryBudget
 from functions.gateway.stages.routes import Placement
+from functions.stage.engine.event_queue import ForwardEvent
 from tests.support.functions.gateway import check, counted, nothing_left, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import Fault, Seen, counting_stages, inspecting, on_forward_from, on_forwards
 
@@ -150,15 +151,18 @@ def test_a_sequence_whose_answer_kills_stages_ends_after_all_tokens_before() -> 
     [(Status.STALE, ReplaysExhausted, "answered stale again"), (Status.INVALID, InvalidRequest, "as the test wants it")],
 )
 def test_a_stage_that_refuses_all_rows_ends_the_answer(status: Status, problem: type[Exception], message: str) -> None:
-    def refused(batch: Batch, **more: Any) -> Batch:
-        reply = real(batch, **more)
+    def refused(batch: Batch, **more: Any) -> ForwardEvent:
+        event = real(batch, **more)
+        reply = event.result()
         reason = "as the test wants it"
         rows = tuple(msgspec.structs.replace(row, status=status, length=0, reason=reason) for row in reply.rows)
-        return msgspec.structs.replace(reply, rows=rows, token_ids=reply.token_ids[:0], hidden=None)
+        answered = ForwardEvent(event.batch, event.source)
+        answered.answer(msgspec.structs.replace(reply, rows=rows, token_ids=reply.token_ids[:0], hidden=None))
+        return answered
 
     with counting_stages() as stages, scheduling(stages) as scheduler:
-        real = stages[1].engine.handle
-        stages[1].engine.handle = refused  # type: ignore[method-assign]
+        real = stages[1].engine.compute
+        stages[1].engine.compute = refused  # type: ignore[method-assign]
         with pytest.raises(problem, match=message):
             tokens_of(submit(scheduler, [1, 2, 3], 5))
 
