@@ -576,7 +576,7 @@ void run_pass(Pool *pool, const Group *group, const Pass *pass, int64_t most_tok
                     (Bundle){number, row + token, rows, pieces == 1 ? 0 : piece + 1, piece ? 0 : pieces};
         }
         row += segment->length;
-        forward.adapts |= segment->adapter != 0;
+        forward.adapts |= segment->adapter && group->low_floats; /* else its share of this group is empty */
     }
     if (forward.adapts)
         gather_adapted(&forward);

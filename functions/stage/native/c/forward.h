@@ -128,7 +128,7 @@ typedef struct {
     int64_t num_bundles;
     int64_t pieces; /* most in which a row's attention is computed */
     bool repeats;   /* as in Pass */
-    bool adapts;    /* a row has an adapter */
+    bool adapts;    /* a row has an adapter, and one of the group adds something */
     Workspace at;
 } Forward;
 

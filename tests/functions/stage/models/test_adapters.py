@@ -75,13 +75,14 @@ def greedy_together(groups: Sequence[LayerGroup], adapters: Mapping[str, int], n
     return {id: own[len(PROMPT) :] for id, own in tokens.items()}
 
 
-def groups_of(kind: Any, family: str) -> list[LayerGroup]:
+def groups_of(kind: Any, family: str, adapters: Sequence[int] = (1, 2, 3)) -> list[LayerGroup]:
     tensors = tiny_models.checkpoint_tensors(tiny_models.whole_model(family))
     config = tiny_models.tiny_config(family)
     return [
         with_adapters(
             build_layer_group(kind, config, raw(tiny_models.stage_tensors(tensors, *cut)), *cut, "float32", "cpu", 2**22),
             family,
+            adapters,
         )
         for cut in CUT
     ]
@@ -169,6 +170,16 @@ def test_an_adapter_of_a_quantized_model_is_near_that_of_the_same_numbers_in_flo
     exact = of(group_of("llama", "float32", plain("llama", dtype)))
     found = of(group_of("llama", dtype, published("llama", dtype)))
     assert float((found - exact).norm() / exact.norm()) < 0.2
+
+
+@pytest.mark.parametrize("kind", ["native", "llama", "transformers"])
+def test_an_adapter_of_other_stages_layers_changes_nothing_here(kind: Any) -> None:
+    """Its rows ended the process of a stage in C that had no other adapter."""
+    groups = groups_of(kind, "llama", adapters=())
+    for group in groups:
+        group.place_adapter(1, group.prepare_adapter({}))
+    base = tiny_models.greedy(tiny_models.whole_model("llama"), PROMPT, 4)
+    assert greedy_together(groups, {"a": 1, "base": 0}, 4) == {"a": base, "base": base}
 
 
 def test_a_number_takes_another_adapter_and_none() -> None:
