@@ -36,7 +36,7 @@ def test_delete_removes_everything_it_made_and_nothing_else(serving: Site) -> No
 @pytest.mark.parametrize("digest", ["d" * 64, "e" * 64], ids=["the same pipeline", "another model"])
 def test_objects_of_removed_sections_are_deleted(site: Site, digest: str) -> None:
     site.deployer.deploy(objects(**SECTIONS))
-    assert counts(site) == dict.fromkeys(PLURALS, 1) | {"triggers": 2, "networkpolicies": 2}
+    assert counts(site) == dict.fromkeys(PLURALS, 1) | {"triggers": 3, "networkpolicies": 2}
     bare = objects(digest, network={"policies": False})
     site.deployer.deploy(bare)
     assert counts(site) == {}
@@ -50,7 +50,7 @@ def test_a_rollback_removes_sections_and_restores_them(site: Site) -> None:
     site.deployer.deploy(objects(**SECTIONS))
     site.deployer.deploy(other(network={"policies": False}))
     site.deployer.rollback("chat")
-    assert counts(site) == dict.fromkeys(PLURALS, 1) | {"triggers": 2, "networkpolicies": 2}
+    assert counts(site) == dict.fromkeys(PLURALS, 1) | {"triggers": 3, "networkpolicies": 2}
     site.deployer.rollback("chat")
     assert counts(site) == {}
 

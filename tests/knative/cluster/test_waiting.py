@@ -62,7 +62,7 @@ def test_a_stage_that_never_becomes_ready_fails_at_the_timeout(site: Site) -> No
 def test_when_deploy_returns_broker_sequence_and_triggers_are_ready(site: Site) -> None:
     site.deployer.deploy(objects(**WITH_EVENTING))
     found = [each for key, each in site.api.objects.items() if key[1] in ("brokers", "sequences", "triggers")]
-    assert len(found) == 6
+    assert len(found) == 8
     assert [each["metadata"]["name"] for each in found if not readiness(each).ready] == []
 
 
