@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 
 from eventing.problems import PROBLEMS
 from functions.gateway.answers.metrics import GatewayMetrics
+from functions.gateway.fleet.metrics import FleetCollector
+from functions.gateway.fleet.overview import ModelUse
 from functions.gateway.scheduling.metrics import SchedulerCollector
 from functions.gateway.scheduling.stats import StageStats, Stats
 from functions.stage.serving.app import StageMetrics
@@ -26,12 +28,20 @@ class Gateway:
     stats: Stats = field(default_factory=lambda: Stats([StageStats()]))
 
     refused: int = 0
+    models: dict[str, ModelUse] = field(default_factory=dict)  # members of the gateway of a fleet
 
     def __post_init__(self) -> None:
         self.metrics.watch(["0:6"], lambda _: self.refused)
         self.metrics.registry.register(SchedulerCollector(lambda: self.stats, ["0:6"]))
         self.metrics.queue_limit.set(256)
         self.metrics.ready.set(1)
+
+    def page(self) -> str:
+        registry = self.metrics.registry
+        if self.models:
+            registry = CollectorRegistry()
+            registry.register(FleetCollector(self.metrics.registry, tuple, dict, int, lambda: self.models))
+        return generate_latest(registry).decode()
 
     def answer(self, outcome: str = "stop", count: int = 1, first_token_seconds: float = 0.2) -> None:
         self.metrics.answers.labels(outcome).inc(count)
@@ -73,8 +83,7 @@ def fired(story: Story, minutes: int = 40) -> set[str]:
     for now in range(0, minutes * MINUTE, SCRAPE_SECONDS):
         story(pipeline, now // MINUTE)
         if pipeline.gateway_pod is not None:
-            page = generate_latest(pipeline.gateway.metrics.registry).decode()
-            recorded.scrape(page, now, **common, service="chat", pod=pipeline.gateway_pod)
+            recorded.scrape(pipeline.gateway.page(), now, **common, service="chat", pod=pipeline.gateway_pod)
         for pod, stage in pipeline.stages.items():
             recorded.scrape(generate_latest(stage.registry).decode(), now, **common, service="chat-s0", pod=pod)
         if now % MINUTE:
@@ -100,8 +109,10 @@ def well(pipeline: Pipeline) -> None:
 
 
 def ordinary(pipeline: Pipeline, minute: int) -> None:
-    """Including a long queue for a while, a restart, single failures, clients' mistakes and a slow cold start."""
+    """Including a long queue or wait for a device for a while, a restart, single failures, clients' mistakes and a slow cold
+    start."""
     well(pipeline)
+    pipeline.gateway.models = {"tiny": ModelUse(1, 60.0 * minute, 150.0 if minute == 30 else 0.0)}
     stats = pipeline.gateway.stats
     stats.waiting = 200 if 5 <= minute < 10 else 2
     stats.memory_backlog = 3 if 5 <= minute < 12 else 0
@@ -184,6 +195,12 @@ def full_memory(pipeline: Pipeline, minute: int) -> None:
     pipeline.gateway.stats.memory_backlog = 2
 
 
+def kept_devices(pipeline: Pipeline, minute: int) -> None:
+    """One model of a fleet waits for a device that another keeps."""
+    well(pipeline)
+    pipeline.gateway.models = {"waits": ModelUse(0, 0.0, 60.0 * minute), "served": ModelUse(1, 60.0 * minute, 0.0)}
+
+
 def foreign_network(pipeline: Pipeline, minute: int) -> None:
     well(pipeline)
     pipeline.gateway.refused = 1
@@ -220,6 +237,7 @@ FIRES: list[tuple[str, Story]] = [
     ("LaminaReplays", replays_and_nothing_else),
     ("LaminaStageFails", failing_stage),
     ("LaminaStageMemoryFull", full_memory),
+    ("LaminaFleetDeviceWait", kept_devices),
     ("LaminaPodNetworkWrong", foreign_network),
     ("LaminaNotReady", never_ready),
     ("LaminaNotReady", gateway_never_ready),
