@@ -153,6 +153,8 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
         self.repeat(SegmentArrays(np.empty(0, np.int32), position, tokens, self._passes[handle]))
 
     def copy_out(self, handle: int, first: int, target: Array, *, windowed: bool = False) -> None:
+        if not target.size:  # layers with windows have dropped all of these tokens
+            return
         blocks = target.reshape(*target.shape[:3], target.shape[3] // BLOCK_TOKENS, BLOCK_TOKENS * target.shape[4])
         for row, own in zip(np.flatnonzero(self.windowed == windowed), blocks, strict=True):
             pages, places = self._places(handle, row, first, own.shape[2])
@@ -162,6 +164,8 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
             own[...] = whole.reshape(len(pages), *own.shape[:2], own.shape[3]).transpose(1, 2, 0, 3)
 
     def copy_in(self, handle: int, first: int, source: Array, *, windowed: bool = False) -> None:
+        if not source.size:  # layers with windows have dropped all of these tokens
+            return
         blocks = source.reshape(*source.shape[:3], source.shape[3] // BLOCK_TOKENS, BLOCK_TOKENS * source.shape[4])
         for row, own in zip(np.flatnonzero(self.windowed == windowed), blocks, strict=True):
             pages, places = self._places(handle, row, first, own.shape[2])
