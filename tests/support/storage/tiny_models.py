@@ -92,6 +92,9 @@ _LLAMA_SHAPED: Final[dict[str, dict[str, Any]]] = {
     "ministral": _like_llama("ministral", head_dim=16, sliding_window=SLIDING_WINDOW, layer_types=_SLIDING_AND_FULL),
     "seed_oss": _like_llama("seed_oss", head_dim=16),
     "seed_oss_biased": _like_llama("seed_oss", head_dim=8, attention_out_bias=True, mlp_bias=True),
+    "cwm": _like_llama("cwm", head_dim=8, sliding_window=SLIDING_WINDOW),
+    "internlm3": _like_llama("internlm3", head_dim=8, qkv_bias=True, bias=True),
+    "iquestcoder": _like_llama("iquestcoder", head_dim=8),
 }
 
 _MLA: Final = {  # latent attention
@@ -214,11 +217,8 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
     "glm4": _like_llama("glm4", head_dim=8, attention_bias=True),
     "glm": _like_llama("glm", head_dim=8, attention_bias=True, rms_norm_eps=1e-5),
     "arcee": _like_llama("arcee"),
-    "cwm": _like_llama("cwm", head_dim=8, sliding_window=SLIDING_WINDOW),
     "helium": _like_llama("helium", head_dim=8),
     "hyperclovax": _like_llama("hyperclovax", embedding_multiplier=3.0, logits_scaling=0.5, residual_multiplier=0.5),
-    "internlm3": _like_llama("internlm3", head_dim=8, qkv_bias=True, bias=True),
-    "iquestcoder": _like_llama("iquestcoder", head_dim=8),
     "jais2": _like_llama("jais2", head_dim=8),
     "vaultgemma": _like_llama(
         "vaultgemma", head_dim=16, query_pre_attn_scalar=16, sliding_window=SLIDING_WINDOW, tie_word_embeddings=True

@@ -427,7 +427,7 @@ static int run_pass(Pool *pool)
         int64_t tokens = pages * LAMINA_PAGE_TOKENS, position = any(is_long ? tokens / 2 : 0, tokens - 1), length = tokens - position;
         if (is_long || group_has_ring(&group)) /* a ring of one page has room for so many after a window of 40 */
             length = length < 24 ? length : 24;
-        segments[used] = (Segment){memory_of(table_rows * pages * 4), position, any(1, length)};
+        segments[used] = (Segment){.pages = memory_of(table_rows * pages * 4), .position = position, .length = any(1, length)};
         segments[used].adapter = any(0, adapters);
         segments[used].pages.bytes = group.kv_rows * pages * 4;
         const int64_t copies = any(0, 2), drafts = any(0, segments[used].length);

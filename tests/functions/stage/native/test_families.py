@@ -13,6 +13,7 @@ from functions.stage.models.native.group import NativeGroup
 from storage.checkpoints.checkpoint import SourceTensor
 from storage.checkpoints.decoder import full_name, layer_shapes, outer_shapes
 from storage.checkpoints.decoder_config import decoder_of
+from storage.checkpoints.decoder_families import DECODER_FAMILIES
 from storage.errors import ArchitectureUnsupported
 from storage.loading.weight_loader import RawTensor
 from storage.models import q4
@@ -46,7 +47,9 @@ def config_of(name: str, certain: bool) -> dict[str, Any]:
         return tiny_models.tiny_config(name, num_local_experts=2, router_jitter_noise=0.0)
     router = experts[0].router
     groups = {"topk_group": router.groups} if router.groups > 1 else {}
-    return config | {"num_experts_per_tok": router.num_experts, **groups}
+    family = DECODER_FAMILIES[config["model_type"]].experts
+    assert family is not None
+    return config | {family.chosen: router.num_experts, **groups}
 
 
 @cache

@@ -42,7 +42,7 @@ def test_random_calls_are_sound(compiler: str, tmp_path: Path) -> None:
     optimized = ("-O1", "-g") if EVERYTHING else ("-O0", "-g1")
     build = [*command, *FLAGS, *optimized, f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-I", str(SOURCE)]
     files = [str(DRIVER), *map(str, sorted(SOURCE.glob("*.c")))]
-    made = subprocess.run([*build, *files, "-o", tmp_path / "fuzz"], capture_output=True, text=True, check=False)
+    made = subprocess.run([*build, *files, "-lm", "-o", tmp_path / "fuzz"], capture_output=True, text=True, check=False)
     if made.returncode and "sanitize" in made.stderr + made.stdout:
         pytest.skip(f"{compiler} brings no {sanitizers} here: {made.stderr[-200:]}")
     assert made.returncode == 0, made.stderr
