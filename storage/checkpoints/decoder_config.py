@@ -373,9 +373,10 @@ def _rope(family: DecoderFamily, values: Values, parameters: dict[str, Any], hea
         else:
             values.obstacles.append(f"queries that grow by {beta!r} after {context!r} positions")
     parameters = {key: value for key, value in parameters.items() if key not in family.rope_ignores}
-    if family.rope_share is not None and is_number(share) and 0 < share <= 1:
+    in_frequencies = parameters["rope_type"] == "proportional" and is_number(share) and 0 <= share <= 1  # 0 for the other pairs
+    if family.rope_share is not None and not in_frequencies and is_number(share) and 0 < share <= 1:
         rotated = int(head_dim * share)
-    elif share != 1.0 and not (parameters["rope_type"] == "proportional" and is_number(share) and 0 <= share < 1):
+    elif share != 1.0 and not in_frequencies:
         values.obstacles.append(f"a rotation of {share!r} of a head")
     if rotated < 2 or rotated % 2 or not _rope_supported(parameters, rotated):
         values.obstacles.append(f"rotation {parameters!r}")

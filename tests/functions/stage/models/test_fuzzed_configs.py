@@ -22,6 +22,7 @@ from functions.stage.models.build import build_layer_group, check_cut
 from functions.stage.models.layer_group import LayerGroup, Segment
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
+from storage.checkpoints.families import layers_key
 from storage.checkpoints.model_description import describe_model
 from storage.checkpoints.model_source import open_checkpoint
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
@@ -226,7 +227,7 @@ def answer(whole: PreTrainedModel, folder: Path, dice: random.Random) -> str:
     kinds = set(getattr(whole.config, "layer_types", None) or ())
     is_hybrid = not kinds.isdisjoint(("linear_attention", "conv", "hybrid")) and bool(kinds - {"linear_attention", "conv"})
     oracle = tiny_models.recurrent_logits if is_hybrid else tiny_models.all_logits
-    layers = whole.config.num_hidden_layers
+    layers = getattr(whole.config, layers_key(whole.config.model_type))
     cut = (0, *sorted(dice.sample(range(1, layers), min(layers - 1, dice.randint(0, 2)))), layers)
     token_ids = [dice.randrange(5, tiny_models.VOCAB_SIZE) for _ in range(TOKENS)]
     split = dice.randint(1, TOKENS - 1)

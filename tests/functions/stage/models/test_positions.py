@@ -62,6 +62,10 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "partial in Phi": ("phi", {"partial_rotary_factor": 0.5}),
     "partial in StableLM": ("stablelm", {"partial_rotary_factor": 0.25}),
     "partial in GPT-NeoX": ("gpt_neox", {"rotary_pct": 0.5}),
+    "proportional in Qwen3.5": (
+        "qwen3_5_text_full",
+        {"rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 0.5, **_THETA}},
+    ),
     "by kind of layer in Gemma 3": ("gemma3_text", {}),
     "without rotation in some layers": ("smollm3", {}),
 }
