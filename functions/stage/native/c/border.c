@@ -77,7 +77,7 @@ static Status check_sizes(const Group *group)
     if (!within(group->expert_size, 0, MOST) || !within(group->most_experts, 0, LAMINA_MOST_EXPERTS) ||
         !within(group->most_chosen, 0, group->most_experts))
         return LAMINA_BAD_SIZE;
-    if (!within(group->heads, 1, MOST) || !within(group->page_bytes, 1, MOST_PAGE))
+    if (!within(group->heads, 1, MOST) || !within(group->page_bytes, 1, MOST_PAGE) || group->page_bytes % 4)
         return LAMINA_BAD_SIZE;
     if (!within(group->head_dim, 2, LAMINA_MOST_HEAD) || group->head_dim % 2)
         return LAMINA_BAD_SIZE;

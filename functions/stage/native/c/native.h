@@ -294,7 +294,7 @@ typedef struct {
     int64_t query_size;  /* nope + rope of latents */
     int64_t value_size;  /* of latents */
     int64_t num_pages;
-    int64_t page_bytes;
+    int64_t page_bytes; /* a multiple of 4 */
     int64_t kv_dtype;
     int64_t rotations; /* that a pass has */
     int64_t kv_rows;   /* of the tables of pages: `kv_pages` for each layer that writes keys and values */

@@ -171,6 +171,10 @@ WRONG: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
     "a huge head size": (lambda record: setattr(record, "head_dim", 2**40), "range"),
     "rows that keys and values do not fit": (lambda record: setattr(record, "row_numbers", 79), "range"),
     "pages that keys and values do not fit": (lambda record: setattr(record, "page_bytes", 2 * 2 * 64 * 16 * 4 - 4), "range"),
+    "pages whose numbers are not aligned": (
+        lambda record: (setattr(record, "num_pages", 7), setattr(record, "page_bytes", 2 * 2 * 64 * 16 * 4 + 2)),
+        "range",
+    ),
     "inputs of layers that the pass lacks": (lambda record: setattr(record, "input_size", 8), "memory"),
     "a larger arena than memory": (lambda record: setattr(record, "num_pages", 9), "memory"),
     "an arena of no pages": (lambda record: setattr(record, "num_pages", 0), "range"),
