@@ -376,11 +376,17 @@ static LowRank low_rank_of(const Matrix *matrix, int parts)
     return low;
 }
 
+/* Sometimes all add to layers of other groups only. */
 static void give_adapters(Group *group, int64_t count)
 {
     const Layer *layers = group->layers.data;
-    group->adapters = memory_of(count * group->num_layers * (int64_t)sizeof(AdapterLayer));
+    const int64_t bytes = count * group->num_layers * (int64_t)sizeof(AdapterLayer);
+    group->adapters = memory_of(bytes);
     AdapterLayer *shares = group->adapters.data;
+    if (any(0, 3) == 0) {
+        memset(shares, 0, (size_t)bytes);
+        return;
+    }
     for (int64_t i = 0; i < count * group->num_layers; i++) {
         const Layer *layer = &layers[i % group->num_layers];
         shares[i] = (AdapterLayer){low_rank_of(&layer->qkv, 4), low_rank_of(&layer->out, 1), low_rank_of(&layer->gate, 1),
