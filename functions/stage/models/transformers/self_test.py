@@ -100,12 +100,13 @@ def tiny_config(config: Mapping[str, Any]) -> Any:
     def name_of(key: str) -> str:
         return str(known.attribute_map.get(key, key))
 
-    num_layers: int = known.num_hidden_layers
+    key_of_layers = layers_key(known.model_type)
+    num_layers: int = getattr(known, key_of_layers)
     per_layer = {key: value for key, value in fields.items() if isinstance(value, list | tuple) and len(value) == num_layers}
     kinds = [*per_layer.values(), getattr(known, "layer_types", None) or ()]  # some configs compute them
     layers = min(num_layers, max([_LAYERS, *map(_until_all_kinds, kinds)]))
     width: int = fields[name_of("hidden_size")]
-    changes: dict[str, Any] = {"num_hidden_layers": layers, "eos_token_id": 2, "dtype": "float32"}
+    changes: dict[str, Any] = {key_of_layers: layers, "eos_token_id": 2, "dtype": "float32"}
     if heads := fields.get(name_of("num_attention_heads")):
         few, kv_heads = min(heads, _HEADS), fields.get(name_of("num_key_value_heads"))
         width = width // heads * few

@@ -82,7 +82,7 @@ def changed(name: str, dice: random.Random) -> dict[str, Any]:
     """The config of a tiny model with one to three keys changed."""
     if name not in tiny_models.ALL:
         known = default_config(name)
-        full, layers = known.to_dict(), known.num_hidden_layers
+        full, layers = known.to_dict(), getattr(known, layers_key(name))
         given = {key: value for key, value in full.items() if key != "rope_parameters"}
     else:
         full, layers = tiny_models.tiny_config(name), tiny_models.NUM_LAYERS
