@@ -4,8 +4,10 @@
 /* What a pass keeps of a draft token for this mixer, or NULL. */
 INLINE float *kept_of(const Stream *stream, int64_t row)
 {
-    const int64_t draft = stream->position + row - stream->kept_from;
-    return stream->kept && draft >= 0 ? stream->kept + draft * stream->kept_values + stream->mixer->kept_at : NULL;
+    const int64_t position = stream->position + row;
+    if (!stream->kept || position < stream->kept_from)
+        return NULL;
+    return stream->kept + (position - stream->kept_from) * stream->kept_values + stream->mixer->kept_at;
 }
 
 /* Copies a part of the states that begins at `at` if a copy of them is wanted after this row. */
