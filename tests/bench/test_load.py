@@ -69,7 +69,7 @@ def test_a_run_is_recorded_second_by_second(tmp_path: Path) -> None:
     assert {answer.conversation for answer in answers} == {0, 1, 2, 3}
     assert all(answer.tokens == 3 and answer.replays == 1 and answer.text == "aaa" for answer in answers)
     seconds = of(Second, records)
-    assert len(seconds) == 2
+    assert len(seconds) >= 2  # more on a machine that stood still meanwhile
     assert 0 < sum(second.tokens for second in seconds) <= 3 * len(answers)
     replicas = of(Replicas, records)
     assert replicas[0] == Replicas(replicas[0].t, "stage", "stage-00001", ready=2, starting=1)
