@@ -462,6 +462,14 @@ _MAMBA_2_WITHOUT_PREFIX: Final[Mapping[str, str]] = {
     "mamba_proj_bias": "use_bias",
 }
 # These keys are of initialization, training and the formula for many tokens at once.
+_NAMES_OF_BAMBA: Final = TensorNames(
+    final_norm="model.final_layernorm",
+    gate="feed_forward.gate_proj",
+    up="feed_forward.up_proj",
+    down="feed_forward.down_proj",
+    before_feed_forward="pre_ff_layernorm",
+    recurrent="mamba",
+)
 _UNREAD_OF_MAMBA: Final = frozenset((
     "chunk_size", "mamba_chunk_size", "time_step_rank", "time_step_min", "time_step_max", "time_step_floor",
     "rescale_prenorm_residual", "residual_in_fp32", "num_logits_to_keep", "z_loss_coefficient", "use_mamba_kernels",
@@ -1737,14 +1745,7 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
         source="bamba.modeling_bamba:BambaDecoderLayer",
         defaults={"max_position_embeddings": 262_144, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, **_MAMBA_2},
         keys={"mamba_hidden_act": "hidden_act"},
-        names=TensorNames(
-            final_norm="model.final_layernorm",
-            gate="feed_forward.gate_proj",
-            up="feed_forward.up_proj",
-            down="feed_forward.down_proj",
-            before_feed_forward="pre_ff_layernorm",
-            recurrent="mamba",
-        ),
+        names=_NAMES_OF_BAMBA,
         mlp_bias="mlp_bias",
         parts=_parts_of_bamba,
         recurrent=_mamba_2,
@@ -1775,14 +1776,7 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
             ),
         },
         keys={"mamba_hidden_act": "hidden_act"},
-        names=TensorNames(
-            final_norm="model.final_layernorm",
-            gate="feed_forward.gate_proj",
-            up="feed_forward.up_proj",
-            down="feed_forward.down_proj",
-            before_feed_forward="pre_ff_layernorm",
-            recurrent="mamba",
-        ),
+        names=_NAMES_OF_BAMBA,
         mlp_bias="mlp_bias",
         parts=lambda values: (("attention", "recurrent", "feed_forward"),) * values.size("num_hidden_layers"),
         recurrent=_mamba_2_of_falcon,

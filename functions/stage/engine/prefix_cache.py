@@ -71,8 +71,9 @@ class PrefixCache:
     def fill(self, handle: int, chain: Chain) -> int:
         """Searches again for `chain`, on behalf of a handle in use. Returns how many tokens of `chain` the handle holds then.
 
-        If `chain` is another than before, drops what the handle holds beyond their common prefix: that may be rejected draft
-        tokens. With the same chain it is the end of a sequence that was handed over, in no whole block.
+        If the handle had another chain, drops what it holds beyond the prefix that both have: it may be rejected draft tokens.
+        If the chain is the same, or KV has no blocks and so no chain is known, it keeps all: a reservation that is repeated
+        must not drop what was handed over or computed since the first one.
         """
         if self.blocks is not None and chain != self._chains.get(handle, ()):
             self.keep(handle, chain)

@@ -15,20 +15,7 @@ INLINE void store(void *at, vec a)
     _mm256_storeu_si256(at, a.low);
     _mm256_storeu_si256((__m256i *)at + 1, a.high);
 }
-INLINE vec load_part(const float *at, int64_t count)
-{
-    float lanes[16] = {0};
-    for (int64_t i = 0; i < count; i++)
-        lanes[i] = at[i];
-    return load(lanes);
-}
-INLINE void store_part(float *at, vec a, int64_t count)
-{
-    float lanes[16];
-    store(lanes, a);
-    for (int64_t i = 0; i < count; i++)
-        at[i] = lanes[i];
-}
+#include "vectors_part.h"
 
 #define SAME(bits) ((vec){(bits), (bits)})
 INLINE vec zeros(void) { return SAME(_mm256_setzero_si256()); }

@@ -31,20 +31,7 @@ INLINE void store(void *at, vec a)
     for (int i = 0; i < 4; i++)
         vst1q_s32((int32_t *)at + 4 * i, a.part[i]);
 }
-INLINE vec load_part(const float *at, int64_t count)
-{
-    float lanes[16] = {0};
-    for (int64_t i = 0; i < count; i++)
-        lanes[i] = at[i];
-    return load(lanes);
-}
-INLINE void store_part(float *at, vec a, int64_t count)
-{
-    float lanes[16];
-    store(lanes, a);
-    for (int64_t i = 0; i < count; i++)
-        at[i] = lanes[i];
-}
+#include "vectors_part.h"
 
 BY_PARTS(every_i32, (int32_t x), (vdupq_n_s32(x)))
 BY_PARTS(every_f32, (float x), BITS(vdupq_n_f32(x)))
