@@ -29,7 +29,7 @@ def test_a_module_counts_once_and_a_librarys_call_belongs_to_the_part_that_makes
 
 @pytest.mark.slow
 def test_a_round_through_real_processes_is_counted(tmp_path: Path) -> None:
-    gateway, stage = measure(tmp_path, tokens=16)
+    gateway, stage = measure(tmp_path)
     assert "functions/gateway/stages/client.py" in gateway.modules
     assert "functions/stage/engine/engine.py" in stage.modules
     assert gateway.hand_overs > 0

@@ -473,7 +473,9 @@ def whole_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32,
     """The whole model in transformers, in eval mode, never stopping at an end token in `generate`."""
     config = AutoConfig.for_model(**tiny_config(name, **changes))
     attention = "eager" if config.model_type in ("gemma2", "vaultgemma") else None
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # `redraw` adds to vectors, which some families draw at random (A_log of a delta rule)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     redraw(model, seed)
     if dtype != torch.float32:
         # Not `.to`: that would round the rotary frequencies too, which a model that is loaded keeps in float32.

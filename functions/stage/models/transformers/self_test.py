@@ -157,7 +157,9 @@ def tiny_tensors(config: Any, folder: Path) -> dict[str, torch.Tensor]:
         parameters = sum(each.numel() for each in AutoModelForCausalLM.from_config(config).parameters())
     if parameters > _MOST_PARAMETERS:
         raise ValueError(f"it has {parameters} parameters")
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(config))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # some families draw vectors at random (A_log of a delta rule), to which noise is added below
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(config))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
