@@ -26,7 +26,7 @@ from bench.pipeline import DidNotStart, running_pipeline
 from bench.report import STATE, Verdict, command_line, judged, machine, output_option, table, verdict_table, write_section
 from bench.serving.client import Client, Measurement
 from bench.serving.contenders import CONCURRENT, PREFILL, SINGLE, Contender, Results, measure_all, rate, ratio
-from bench.serving.peers import running_vllm
+from bench.serving.peers import running_transformers, running_vllm
 from bench.serving.requests import Request, Requests
 from knative.commands.model_choice import packaged_model
 from storage.checkpoints.model_source import open_checkpoint
@@ -34,6 +34,7 @@ from storage.checkpoints.model_source import open_checkpoint
 _STATE: Final = STATE / "peers"
 _SIZES: Final = (PACKAGED, "Qwen2.5-0.5B", "1.1B")
 _VLLM: Final = "vLLM int8, no HTTP"
+_TRANSFORMERS: Final = "transformers' generate bf16, no HTTP"
 _RPC: Final = "llama.cpp RPC, three servers, Q4_0"
 # Lamina's dtypes, and llama.cpp's formats with as many bits.
 _EQUAL: Final = {"q4": "Q4_0", "kept": "Q4_0", "int8": "Q8_0"}
@@ -57,6 +58,7 @@ _WANTED_VLLM: Final[Mapping[int, Mapping[str, float]]] = {
 @click.option("--format", "formats", multiple=True, default=("Q4_0", "Q8_0", "Q4_K_M"), show_default=True)
 @click.option("--rpc/--no-rpc", default=True, show_default=True, help="llama.cpp over three RPC servers, too.")
 @click.option("--vllm/--no-vllm", default=True, show_default=True, help="vLLM in int8, for sizes other than the packaged one.")
+@click.option("--transformers/--no-transformers", default=False, show_default=True, help="transformers' generate in bf16, too.")
 @click.option("--workload", "chosen", multiple=True, default=(SINGLE, CONCURRENT, PREFILL), show_default=True)
 @output_option
 def main(
@@ -67,6 +69,7 @@ def main(
     formats: Sequence[str],
     rpc: bool,
     vllm: bool,
+    transformers: bool,
     chosen: Sequence[str],
     output: Path,
 ) -> None:
@@ -87,6 +90,9 @@ def main(
                     contenders.append(Contender(_VLLM, process.pids, partial(process.measure, "generate")))
                 except DidNotStart as error:
                     failed[_VLLM] = error.why
+            if transformers:
+                process = stack.enter_context(running_transformers(measured.source, _logs() / "transformers.log"))
+                contenders.append(Contender(_TRANSFORMERS, process.pids, partial(process.measure, "generate")))
             work = {workload: asked for workload, asked in _requests().items() if workload in chosen}
             found = asyncio.run(measure_all(contenders, work, rounds, click.echo))
         parts.append(f"\n### {name}\n\n{_table(found, failed)}")
@@ -95,9 +101,9 @@ def main(
         f"{command_line('bench.peers')} on {machine()}; it took {time.monotonic() - began:.0f} s, the load average before it "
         f"was {load:.1f}. llama.cpp is built from its sources for this CPU (GGML_NATIVE, weights repacked), its files are made "
         "by its own `llama-quantize`. Sizes other than the packaged model have random weights. *kept* publishes llama.cpp's "
-        "Q4_0 file as it is. vLLM's CPU build has weights and activations in 8 bits and both cores, and is asked in its own "
-        "process. Guesses and prefix caches are off on all sides. Contenders take turns; rates are medians over the rounds, "
-        "ratios medians of the ratios within each round.\n"
+        "Q4_0 file as it is. vLLM's CPU build has weights and activations in 8 bits and both cores; it and transformers, which "
+        "runs a static batch in bf16, are asked in their own processes. Guesses and prefix caches are off on all sides. "
+        "Contenders take turns; rates are medians over the rounds, ratios medians of the ratios within each round.\n"
     )
     write_section(output, "peers", "\n".join(["## Peers", facts, verdict_table(verdicts), *parts]))
     for verdict in verdicts:

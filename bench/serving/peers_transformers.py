@@ -1,6 +1,6 @@
 """transformers as a peer of `bench.serving`: a process that loads the whole model in bf16 and answers one command a line.
 
-    python -m bench.serving.peers_transformers MODEL.gguf
+    python -m bench.serving.peers_transformers MODEL     a GGUF file or a folder
 
 Commands and answers are JSON lines on stdin and stdout. It has a process of its own, so that threads and memory are as without
 Lamina, and its CPU time can be measured.
@@ -44,7 +44,10 @@ class _Moments(BaseStreamer):  # type: ignore[misc]  # transformers has no types
 
 
 def load(file: Path) -> PreTrainedModel:
-    """The published weights in bf16: `from_pretrained(gguf_file=…)` leaves them packed and computes in float32."""
+    """The published weights in bf16; `from_pretrained(gguf_file=…)` would leave them packed and compute in float32."""
+    if file.is_dir():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(file, dtype=torch.bfloat16)
+        return model.eval()
     checkpoint = open_checkpoint(file)
     tensors: dict[str, torch.Tensor] = {}
     for name, source in checkpoint.tensors.items():
