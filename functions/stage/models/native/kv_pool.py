@@ -1,5 +1,6 @@
 """The KV arena of layers in C. Within a block, its bytes have the order in which C reads them (`c/native.h`)."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
@@ -36,7 +37,8 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
     more has several, each with some of its heads' keys or values: so many rows of the tables.
 
     It takes physical memory only for what has been written to. Recurrent states are float32, one array for each sequence with
-    those of all layers.
+    those of all layers. Their memory is used again: pages that the kernel gives anew cost several times as much as the copy
+    that is written to them.
     """
 
     def __init__(
@@ -91,22 +93,45 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
         self._passes: dict[int, StateArrays] = {}  # the last pass of each sequence, by handle
         self._recurrent = {}
         self._checkpoints = Checkpoints(checkpoints)
+        self._spare: list[memoryview] = []  # of states that nothing refers to any more, within the budget
+        self._most_checkpoints = checkpoints
         memory = new_memory(self.free_units * page_bytes)
         self.arena: Array = np.frombuffer(memory, np.uint8).reshape(self.free_units, page_bytes)
 
     @property
     def resident_bytes(self) -> int:
-        return resident_bytes(self.arena.ctypes.data, self.arena.nbytes) + len(self._states) * self.layout.state_bytes
+        states = (len(self._states) + len(self._spare)) * self.layout.state_bytes
+        return resident_bytes(self.arena.ctypes.data, self.arena.nbytes) + states
 
     def reserve(self, tokens: int) -> int:
         handle = super().reserve(tokens)
-        self._states[handle] = np.zeros(self._values, np.float32)
+        if self._values:
+            self._states[handle] = self._new_states()
+            self._begin_states(handle)
         return handle
 
     def release(self, handle: int) -> None:
         super().release(handle)
-        del self._states[handle]
+        self._states.pop(handle, None)
         self._passes.pop(handle, None)
+
+    def _new_states(self) -> Float32:
+        """An array for the states of a sequence, with any numbers in it."""
+        spare, checkpoints, states_of, most = self._spare, self._checkpoints, self._states, self._most_checkpoints
+
+        def give_back(memory: memoryview) -> None:
+            if len(spare) + len(checkpoints) < most + len(states_of):  # each sequence has reserved STATES_PER_SEQUENCE
+                spare.append(memory)
+
+        memory = spare.pop() if spare else new_memory(4 * self._values)
+        states = np.frombuffer(memory, np.float32)
+        weakref.finalize(states, give_back, memory).atexit = False
+        return states
+
+    def _copy_of(self, states: Float32) -> Float32:
+        copy = self._new_states()
+        copy[:] = states
+        return copy
 
     def begin_pass(self, handle: int, tokens: int, draft_tokens: int) -> StateArrays | None:
         """Before a pass that adds `tokens`, of which the last `draft_tokens` may be rejected: what C needs for the recurrent
@@ -114,10 +139,9 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
         if not self._values:
             return None
         copied_at = np.array(sorted(self._begin_recurrent(handle, tokens, draft_tokens)), np.int64)
-        copies, kept = (
-            np.empty((len(copied_at), self._values), np.float32),
-            np.empty((draft_tokens, self._kept_values), np.float32),
-        )
+        several = len(copied_at) != 1
+        copies = np.empty((len(copied_at), self._values), np.float32) if several else self._new_states()[None]
+        kept = np.empty((draft_tokens, self._kept_values), np.float32)
         first_draft = self.filled(handle) + tokens - draft_tokens
         self._passes[handle] = StateArrays(self._states[handle], copies, copied_at, kept, first_draft)
         return self._passes[handle]
@@ -128,7 +152,8 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
             done = self._passes[handle]
             alone = len(done.copies) == 1  # then it is no part of a larger array
             copied = {
-                int(at): states if alone else states.copy() for at, states in zip(done.copied_at, done.copies, strict=True)
+                int(at): states if alone else self._copy_of(states)
+                for at, states in zip(done.copied_at, done.copies, strict=True)
             }
             self._passes[handle] = replace(done, copies=done.copies[:0], copied_at=done.copied_at[:0])
             self._end_recurrent(handle, draft_tokens, copied)
@@ -144,7 +169,7 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
         self._states[handle].fill(0)
 
     def _copied_states(self, handle: int) -> Float32:
-        return self._states[handle].copy()
+        return self._copy_of(self._states[handle])
 
     def _restore_states(self, handle: int, states: Float32) -> None:
         self._states[handle][:] = states

@@ -169,7 +169,7 @@ typedef struct {
     int64_t gate_at;
     int64_t steps_at;    /* [heads], for LAMINA_MAMBA */
     int64_t tail_at;     /* in the states of a sequence */
-    int64_t matrix_at;   /* [heads, key_size, head_size] in the states of a sequence */
+    int64_t matrix_at;   /* in the states of a sequence: for each head and LAMINA_COLUMNS of its columns [key_size, columns] */
     int64_t kept_at;     /* [channels + 2 * heads] in what is kept of a draft token */
     Matrix in;           /* [..., hidden_size] */
     Matrix steps;        /* [2 * heads, hidden_size] steps, and then shares of the change; for LAMINA_DELTA */

@@ -115,57 +115,70 @@ static void prepare_row(const Stream *stream, int64_t row)
 
 enum { RECUR_VECTORS = LAMINA_COLUMNS / LANES };
 
-/* `vectors` vectors of a head's columns from `column` on, of which the last may be partial. */
-INLINE void recur_vectors(const Stream *stream, int64_t head, int64_t column, const int vectors)
+/* A part of a row of `left` numbers; all of it where `whole`. */
+INLINE vec some(const float *numbers, int64_t left, const bool whole)
+{
+    return whole ? load(numbers) : row_part(numbers, 0, left);
+}
+
+/* `vectors` vectors of columns [column, column + width) of a head, from `first` of these on. Without `whole` the last is partial. */
+INLINE void recur_vectors(const Stream *stream, int64_t head, int64_t column, int64_t width, int64_t first, const int vectors,
+                          const bool whole)
 {
     const Recurrent *mixer = stream->mixer;
     const int64_t size = mixer->head_size, keys = mixer->key_size, group = head / (mixer->heads / mixer->groups);
-    const int64_t at = mixer->matrix_at + head * keys * size;
+    const int64_t at = mixer->matrix_at + (head * size + column) * keys + first, left = width - first;
     const bool is_delta = mixer->kind == LAMINA_DELTA;
     float *matrix = stream->states + at;
     for (int64_t row = 0; row < stream->rows; row++) {
         const float *inputs = stream->inputs + row * mixer->in.outs;
         const float *query = inputs + mixer->query_at + group * keys, *key = inputs + mixer->key_at + group * keys;
-        const float *value = inputs + mixer->value_at + head * size, *steps = stream->steps + row * 2 * mixer->heads;
+        const float *value = inputs + mixer->value_at + head * size + column + first;
+        const float *steps = stream->steps + row * 2 * mixer->heads;
+        float *outputs = stream->outputs + (row * mixer->heads + head) * size + column + first;
         const vec decay = every_f32(steps[head]), factor = every_f32(steps[mixer->heads + head]);
         vec added[RECUR_VECTORS], sums[RECUR_VECTORS];
         for (int i = 0; i < vectors; i++)
             sums[i] = zeros();
         for (int64_t k = 0; is_delta && k < keys; k++) /* what the matrix has for the key */
             UNROLL for (int i = 0; i < vectors; i++)
-                sums[i] = fma_f32(mul_f32(row_part(matrix + k * size, column + i * LANES, size), decay), every_f32(key[k]), sums[i]);
+                sums[i] = fma_f32(mul_f32(some(matrix + k * width + i * LANES, left, whole), decay), every_f32(key[k]), sums[i]);
         for (int i = 0; i < vectors; i++) {
-            vec part = row_part(value, column + i * LANES, size);
+            vec part = some(value + i * LANES, left, whole);
             added[i] = mul_f32(is_delta ? sub_f32(part, sums[i]) : part, factor);
             sums[i] = zeros();
         }
         for (int64_t k = 0; k < keys; k++)
             UNROLL for (int i = 0; i < vectors; i++) {
-                float *numbers = matrix + k * size;
-                vec decayed = mul_f32(row_part(numbers, column + i * LANES, size), decay);
-                vec changed = fma_f32(every_f32(key[k]), added[i], decayed);
-                store_row_part(numbers, column + i * LANES, size, changed);
+                float *numbers = matrix + k * width + i * LANES;
+                vec changed = fma_f32(every_f32(key[k]), added[i], mul_f32(some(numbers, left, whole), decay));
+                if (whole)
+                    store(numbers, changed);
+                else
+                    store_row_part(numbers, 0, left, changed);
                 sums[i] = fma_f32(changed, every_f32(query[k]), sums[i]);
             }
         for (int i = 0; !stream->repeats && i < vectors; i++) {
             if (mixer->skips.bytes)
-                sums[i] = fma_f32(row_part(value, column + i * LANES, size), every_f32(((const float *)mixer->skips.data)[head]), sums[i]);
-            store_row_part(stream->outputs + (row * mixer->heads + head) * size, column + i * LANES, size, sums[i]);
+                sums[i] = fma_f32(some(value + i * LANES, left, whole), every_f32(((const float *)mixer->skips.data)[head]), sums[i]);
+            store_row_part(outputs + i * LANES, 0, left - i * LANES, sums[i]);
         }
-        for (int64_t k = 0; stream->num_copies && k < keys; k++)
-            copy_states(stream, row, at + k * size + column, smaller(size - column, vectors * LANES));
+        if (whole)
+            copy_states(stream, row, at, keys * width);
+        for (int64_t k = 0; !whole && stream->num_copies && k < keys; k++)
+            copy_states(stream, row, at + k * width, smaller(left, LANES));
     }
 }
 
-/* LAMINA_COLUMNS columns of a head's matrix from `column` on, or those that are left. */
+/* LAMINA_COLUMNS columns of a head's matrix from `column` on, or those that are left. They lie together: [key_size, columns]. */
 static void recur(const Stream *stream, int64_t head, int64_t column)
 {
-    const int64_t last = smaller(column + LAMINA_COLUMNS, stream->mixer->head_size);
-    if (last - column == LAMINA_COLUMNS)
-        recur_vectors(stream, head, column, RECUR_VECTORS);
+    const int64_t width = smaller(LAMINA_COLUMNS, stream->mixer->head_size - column);
+    if (width == LAMINA_COLUMNS)
+        recur_vectors(stream, head, column, width, 0, RECUR_VECTORS, true);
     else
-        for (; column < last; column += LANES)
-            recur_vectors(stream, head, column, 1);
+        for (int64_t first = 0; first < width; first += LANES)
+            recur_vectors(stream, head, column, width, first, 1, false);
 }
 
 INLINE void multiply_by_gate(const float *gate, float scale, int64_t size, float *y)

@@ -162,3 +162,26 @@ def test_a_thousand_sequences_leave_nothing_behind() -> None:
         kv.release(handle)
     assert kv.free_tokens == 4 * BLOCK
     assert handles == {0}, "handles are used again"
+
+
+def test_memory_of_recurrent_states_is_used_again_once_nothing_refers_to_them() -> None:
+    pool = NativeKVPool([], Dtype.BF16, 2**20, state_values=1024)
+
+    def computed(handle: int, tokens: int, number: float) -> None:
+        begun = pool.begin_pass(handle, tokens, 0)
+        assert begun is not None
+        pool.extend(handle, tokens)
+        begun.states[:], begun.copies[:] = number, number
+        pool.end_pass(handle, 0)
+
+    kept = pool.reserve(64)
+    computed(kept, 16, 1.0)  # leaves a checkpoint
+    for number in range(100):
+        handle = pool.reserve(64)
+        assert not pool._states[handle].any(), "a sequence begins with zeros"
+        computed(handle, 16, 2.0 + number)
+        pool.release(handle)
+    computed(kept, 3, 200.0)
+    pool.truncate(kept, 16)
+    assert (pool._states[kept] == 1.0).all()
+    assert 0 < len(pool._spare) <= 3, "what was released has served again"
