@@ -33,6 +33,7 @@ from storage.checkpoints.model_source import open_checkpoint
 
 _STATE: Final = STATE / "peers"
 _SIZES: Final = (PACKAGED, "Qwen2.5-0.5B", "1.1B")
+_KV_CACHE: Final = "3Gi"  # for the recurrent states of sixteen conversations; what is not used takes no memory
 _VLLM: Final = "vLLM int8, no HTTP"
 _TRANSFORMERS: Final = "transformers' generate bf16, no HTTP"
 _RPC: Final = "llama.cpp RPC, three servers, Q4_0"
@@ -115,7 +116,7 @@ def _lamina(stack: ExitStack, measured: Model, dtypes: Sequence[str], cuts: Sequ
     for dtype, stages in product(dtypes, cuts):
         source = str(measured.gguf("Q4_0")) if dtype == "kept" else measured.source
         state = _STATE / f"{measured.name}-{dtype}-{stages}"
-        pipeline = stack.enter_context(running_pipeline(dtype, state, model=source, stages=stages))
+        pipeline = stack.enter_context(running_pipeline(dtype, state, _KV_CACHE, source, stages))
         yield Contender(_own(dtype, stages), pipeline.pids, Client(pipeline.url, pipeline.model, {}).measure)
 
 

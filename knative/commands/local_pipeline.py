@@ -4,6 +4,7 @@ import math
 import os
 import secrets
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from functions.configuration.api_keys import HASHED
 from functions.stage.engine.threads import usable_cores
+from functions.stage.models.checkpoints import STATES_PER_SEQUENCE
 from knative.commands.console import publish_progress, show_quantized
 from knative.commands.model_choice import DEFAULT_MODEL, best_dtype, packaged_model, published_name
 from knative.local.kubelet.containers import NamedData
@@ -30,9 +32,8 @@ from knative.spec.pipeline_spec import (
     Resources,
     StageSpec,
     StoreSpec,
-    quantity,
 )
-from knative.spec.sizing import plan_stages
+from knative.spec.sizing import StagePlan, plan_stages
 from storage.checkpoints.model_source import locate, open_checkpoint
 from storage.errors import ModelNotPublished
 from storage.kv.sealed import KEY_BYTES
@@ -41,7 +42,8 @@ from storage.models.publisher import publish
 from storage.store.object_store import ObjectStore
 
 _RUNTIME_BYTES: Final = 2**30  # Python, torch and what a forward pass needs besides weights and KV
-_KV_CACHE: Final = "256Mi"
+_KV_BYTES: Final = 2**28
+_RECURRENT_SEQUENCES: Final = 8  # whose recurrent states have room beside _KV_BYTES
 _WEIGHTS_CACHE: Final = "8Gi"  # limit of the folder with verified weights; all models share it
 _KV_KEY_FILE: Final = "kv-key"
 _KV_SECRET: Final = "lamina-kv"
@@ -196,9 +198,16 @@ def _already_published(store: ObjectStore, name: str, dtype: str) -> ModelManife
         raise ModelNotPublished(f"{name!r} is no folder here, and not published as {dtype}; published: {known}") from error
 
 
+def kv_cache_bytes(plans: Sequence[StagePlan]) -> int:
+    """`kv_cache` of the stages on one machine, with room for the recurrent states of eight sequences in the largest of them."""
+    states = max(plan.state_bytes for plan in plans) * STATES_PER_SEQUENCE * _RECURRENT_SEQUENCES
+    return _KV_BYTES + states * 4 // 3  # a quarter is for checkpoints
+
+
 def _spec_for_this_machine(manifest: ModelManifest, shape: ModelShape, stages: int, store: StoreSpec) -> PipelineSpec:
     plans = plan_stages(shape, cut_evenly(shape, stages))
-    memory = max(plan.weight_bytes for plan in plans) * 2 + quantity(_KV_CACHE) + _RUNTIME_BYTES
+    kv_bytes = kv_cache_bytes(plans)
+    memory = max(plan.weight_bytes for plan in plans) * 2 + kv_bytes + _RUNTIME_BYTES
     cores = usable_cores()
     sharing = Sharing(cores, stages)
     return PipelineSpec(
@@ -209,7 +218,7 @@ def _spec_for_this_machine(manifest: ModelManifest, shape: ModelShape, stages: i
         stage=StageSpec(
             resources=Resources(cpu=str(cores), memory=f"{math.ceil(memory / 2**20)}Mi"),
             busy_threads=sharing.busy_threads,
-            kv_cache=_KV_CACHE,
+            kv_cache=f"{math.ceil(kv_bytes / 2**20)}Mi",
             autoscaling=Autoscaling(max_scale=_MAX_SCALE),
         ),
         gateway=GatewaySpec(

@@ -3,7 +3,9 @@
 import pytest
 
 from functions.gateway.scheduling.batching import micro_batches_wanted
-from knative.commands.local_pipeline import Sharing
+from functions.stage.models.checkpoints import STATES_PER_SEQUENCE, checkpoints_in
+from knative.commands.local_pipeline import Sharing, kv_cache_bytes
+from knative.spec.sizing import StagePlan
 
 
 @pytest.mark.parametrize(
@@ -21,3 +23,12 @@ def test_stages_compute_side_by_side_only_with_two_cores_each(
 def test_one_stage_at_a_time_gets_full_micro_batches(sequences: int, wanted: int) -> None:
     most = Sharing(cores=2, stages=3).micro_batch_sequences
     assert micro_batches_wanted(sequences, stages_at_once=1, max_sequences=most, allowed=6) == wanted
+
+
+def test_recurrent_states_have_room_beside_keys_and_values() -> None:
+    """Granite-4.0-H-1B in one stage: 256 MiB would hold one sequence."""
+    state_bytes = 58 * 10**6
+    plans = [StagePlan(0, 0, 40, 0, 0, 1.0, 8192, 0, state_bytes), StagePlan(1, 40, 41, 0, 0, 0.0, 8192, 0)]
+    whole = kv_cache_bytes(plans)
+    assert whole - checkpoints_in(whole, state_bytes) * state_bytes >= 8 * STATES_PER_SEQUENCE * state_bytes
+    assert kv_cache_bytes(plans[1:]) == 2**28
