@@ -91,7 +91,7 @@ def start_scheduler(config: GatewayConfig, shared: EndpointsWatch | None = None)
         stages_at_once=config.stages_at_once,
         draft_tokens=config.draft_tokens,
         cold_start_timeout_seconds=config.cold_start_timeout_seconds,
-        prompt_seconds=math.inf if config.objective is None else config.objective.first_token_seconds / 2,
+        prompt_seconds=math.inf if config.objective is None else config.objective.prompt_seconds,
     )
     placement = Placement(urls, watched=config.kubernetes_api is not None, pods_only=tls is not None)
     scheduler = Scheduler(client, placement, limits, PrefixSharing(config.pipeline, config.sharing))

@@ -13,11 +13,13 @@ from functions.configuration.objective import Objective
 from knative.spec.errors import SpecError
 
 _TAIL: Final = 1.5  # a slow token of `share` takes so many times as long as a mean one
-_MOST_IN_FLIGHT: Final = 4.0  # events at a pod: more only wait
+# Events at a pod. The gateway keeps two micro-batches for each pod of the narrowest stage (IN_FLIGHT_PER_INSTANCE): a target
+# that these alone do not exceed would let a pipeline with long answers never grow.
+_MOST_IN_FLIGHT: Final = 1.8
 _LEAST_IN_FLIGHT: Final = 1.4  # that of the defaults: with less, pods idle between events
 _UTILIZATION: Final = 0.7  # the default of target_utilization_percentage
 _ROUND_SHARE: Final = 0.75  # of a token's mean time that a round of passes takes; events wait at pods for the rest
-_WINDOWS_PER_FIRST_TOKEN: Final = 5
+_FIRST_TOKENS: Final = 5  # times the seconds of a first token: the window, and the time that a pod has to leave
 _WINDOW_SECONDS: Final = (6, 60)  # Knative's least and default
 _LEAST_CONCURRENCY: Final = 8
 _PATH: Final = "$.objective"
@@ -47,6 +49,8 @@ class Derived(Struct, frozen=True):
     """Settings that follow from an objective; None: it says nothing about them."""
 
     window_seconds: int
+    timeout_seconds: int  # of a stage's requests, and of a pod's drain
+    scale_down_delay_seconds: int = 0  # what runs at a pod leaves it at once, and its KV is handed over
     target: float | None = None
     container_concurrency: int | None = None
     micro_batch_sequences: int | None = None
@@ -55,14 +59,15 @@ class Derived(Struct, frozen=True):
 def derive(objective: ObjectiveSpec, stages: int) -> Derived:
     """The settings for a pipeline of `stages` stages. Raises SpecError if no setting can reach the objective.
 
-    Knative's window is five times the first token's seconds, so that pods are wanted before a burst's answers are late. With
+    Knative's window is five times the first token's seconds, so that pods are wanted before a burst's answers are late. A pod
+    that leaves has as long, in place of queue-proxy's drain of 30 s, in which it would take a device and do nothing. With
     measured passes, the mean time of a token is the objective by 1.5: rows are added to a micro-batch until a round takes
     three quarters of it, and so many events may be at a pod as the mean time allows.
     """
     least, most = _WINDOW_SECONDS
-    window = min(most, max(least, round(_WINDOWS_PER_FIRST_TOKEN * objective.first_token_seconds)))
+    window = min(most, max(least, round(_FIRST_TOKENS * objective.first_token_seconds)))
     if not objective.pass_seconds:
-        return Derived(window)
+        return Derived(window, window)
     mean = objective.token_seconds / _TAIL
     alone = stages * objective.pass_seconds[1]
     if alone > mean:
@@ -75,7 +80,7 @@ def derive(objective: ObjectiveSpec, stages: int) -> Derived:
     in_flight = min(_MOST_IN_FLIGHT, max(_LEAST_IN_FLIGHT, mean / (stages * objective.pass_seconds[rows])))
     target = round(in_flight / _UTILIZATION, 2)
     concurrency = max(_LEAST_CONCURRENCY, math.ceil(2 * target) + 2)  # twice the target, and two for the memory backlog
-    return Derived(window, target, concurrency, rows)
+    return Derived(window, window, target=target, container_concurrency=concurrency, micro_batch_sequences=rows)
 
 
 def with_objective(document: Any) -> Any:
@@ -98,10 +103,13 @@ def with_objective(document: Any) -> Any:
     document = deepcopy(dict(document))
     gateway, stage = document.setdefault("gateway", {}) or {}, document.setdefault("stage", {}) or {}
     document["gateway"], document["stage"] = gateway, stage
-    _fill(gateway, msgspec.structs.asdict(derived), ("micro_batch_sequences",))
+    values = msgspec.structs.asdict(derived)
+    _fill(gateway, values, ("micro_batch_sequences",))
+    if not document.get("kv_store"):  # KV is saved after the drain, which must not be cut short then
+        _fill(stage, values, ("timeout_seconds",))
     if not isinstance(scaling := stage.setdefault("autoscaling", {}), Mapping) or scaling.get("class", "kpa") != "kpa":
         return document
-    _fill(scaling, msgspec.structs.asdict(derived), ("window_seconds", "target", "container_concurrency"))
+    _fill(scaling, values, ("window_seconds", "scale_down_delay_seconds", "target", "container_concurrency"))
     return document
 
 

@@ -9,6 +9,7 @@ from bench.pipeline import local_spec
 from eventing.problems import InvalidRequest, PipelineUnavailable
 from functions.configuration.objective import Objective, parse_objective
 from functions.gateway.answers.metrics import GatewayMetrics
+from functions.gateway.scheduling.batching import IN_FLIGHT_PER_INSTANCE
 from knative.commands.local_pods import objective_line
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import gateway_service, stage_service
@@ -28,22 +29,34 @@ def test_settings_follow_from_the_objective_and_measured_passes() -> None:
     found = spec(GIVEN | {"pass_seconds": PASSES})
     scaling = found.stage.autoscaling
     assert (scaling.target, scaling.window_seconds, scaling.container_concurrency) == (2.38, 10, 8)
+    assert (scaling.scale_down_delay_seconds, found.stage.timeout_seconds) == (0, 10)
     assert found.gateway.micro_batch_sequences == 16
     assert spec({"first_token_seconds": 6, "token_seconds": 2, "pass_seconds": PASSES}).stage.autoscaling.window_seconds == 30
 
 
-def test_without_measured_passes_only_the_window_follows() -> None:
+def test_two_micro_batches_at_a_pod_exceed_the_target_however_quick_passes_are() -> None:
+    """The gateway keeps no more of them for each pod of the narrowest stage, and Knative must see that it is too few."""
+    scaling = spec(GIVEN | {"pass_seconds": {1: 0.001}}).stage.autoscaling
+    assert scaling.target_concurrency < IN_FLIGHT_PER_INSTANCE
+
+
+def test_a_pod_that_saves_its_kv_is_drained_as_long_as_that_takes() -> None:
+    assert spec(GIVEN, kv_store={"secret": "kv"}).stage.timeout_seconds == 600
+
+
+def test_without_measured_passes_only_times_follow() -> None:
     found = spec(GIVEN | {"first_token_seconds": 4})
     assert (found.stage.autoscaling.target, found.stage.autoscaling.window_seconds) == (None, 20)
     assert found.gateway.micro_batch_sequences is None
 
 
 def test_what_is_written_stays() -> None:
-    stage = {"autoscaling": {"target": 3, "window_seconds": 12}}
+    stage = {"autoscaling": {"target": 3, "window_seconds": 12, "scale_down_delay_seconds": 7}, "timeout_seconds": 90}
     found = spec(GIVEN | {"pass_seconds": PASSES}, stage=stage, gateway={"micro_batch_sequences": 5}, cut=None, stages=4)
     assert (found.stage.autoscaling.target, found.stage.autoscaling.window_seconds) == (3, 12)
+    assert (found.stage.autoscaling.scale_down_delay_seconds, found.stage.timeout_seconds) == (7, 90)
     assert (found.stage.autoscaling.container_concurrency, found.gateway.micro_batch_sequences) == (8, 5)
-    assert stage == {"autoscaling": {"target": 3, "window_seconds": 12}}
+    assert stage["timeout_seconds"] == 90
 
 
 @pytest.mark.parametrize(
