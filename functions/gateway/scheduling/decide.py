@@ -6,6 +6,7 @@ Nothing here does input or output. The caller holds the scheduler's lock.
 import math
 from collections import Counter
 from collections.abc import Mapping
+from typing import Final
 
 from functions.gateway.scheduling.actions import Action, Reserve, reserve
 from functions.gateway.scheduling.admission import admit, reserve_again
@@ -16,6 +17,8 @@ from functions.gateway.scheduling.state import SchedulerState
 from functions.gateway.scheduling.wake_up import PAUSE_SECONDS
 from functions.gateway.stages.client import Trip
 from functions.gateway.stages.routes import Instance
+
+_OVERTAKE_FACTOR: Final = 4
 
 
 def decide(state: SchedulerState, now: float) -> list[Action]:
@@ -55,7 +58,7 @@ def decide(state: SchedulerState, now: float) -> list[Action]:
 
 def next_due(state: SchedulerState, now: float) -> float:
     """When `decide` must be called next even if no reply comes before, in time.monotonic(); infinity: never."""
-    due = [sequence.deadline for sequence in state.sequences.values()]
+    due = [state.next_deadline]
     if state.has_waiting:
         timeout = state.limits.cold_start_timeout_seconds
         due += [since + timeout for since, _ in state.without_route()]
@@ -221,7 +224,9 @@ def choose_drafts(state: SchedulerState, sequences: list[Sequence]) -> list[tupl
 def begin_prompt_steps(state: SchedulerState, now: float) -> list[Trip]:
     """Begins a prompt step at each first stage that has none in hand. Returns their trips.
 
-    Clients take turns, and so do the sequences of a client. The step carries the sequence that is next and others that fit in.
+    Clients take turns; of a client's prompts the one that is due first is next, and the step carries others that fit in. A
+    prompt is due when it has waited _OVERTAKE_FACTOR times as long as its own tokens take at the slowest stage: short prompts
+    overtake long ones, which do not starve.
     Suspended instances, which have just failed, get none: suspects travel one by one, and each would use up retry budget there.
     """
     prompts_of: dict[tuple[Instance, ...], list[Sequence]] = {}
@@ -233,9 +238,19 @@ def begin_prompt_steps(state: SchedulerState, now: float) -> list[Trip]:
     if not prompts_of:
         return []
     last_step = state.last_prompt_step = _last_prompt_steps(state)
-    in_turn = {route: _by_turns(prompts, last_step) for route, prompts in prompts_of.items()}
+    token_seconds = max(stage.prompt_token_seconds for stage in state.stats.stages) or 1.0  # unknown: the shortest is next
+
+    def due(sequence: Sequence) -> float:
+        lacking = len(sequence.tokens) - sequence.progress.held_everywhere
+        return sequence.waiting_since + _OVERTAKE_FACTOR * token_seconds * lacking
+
+    def turn(item: tuple[tuple[Instance, ...], list[Sequence]]) -> tuple[int, float]:
+        first = item[1][0]
+        return last_step[first.prompt.client_id], due(first)
+
+    in_turn = {route: _by_turns(sorted(prompts, key=due), last_step) for route, prompts in prompts_of.items()}
     trips = []
-    for route, prompts in sorted(in_turn.items(), key=lambda item: last_step[item[1][0].prompt.client_id]):
+    for route, prompts in sorted(in_turn.items(), key=turn):
         if route[0].prompts.idle:  # may have changed: routes can share their first stage
             chunks = prompt_chunks(prompts, state.limits.chunk_tokens)
             if chunks:
@@ -258,10 +273,10 @@ def _last_prompt_steps(state: SchedulerState) -> dict[str, int]:
 
 
 def _by_turns(prompts: list[Sequence], last_step: Mapping[str, int]) -> list[Sequence]:
-    """The first sequence of each client, then each client's second, and so on, longest without a chunk first."""
+    """The first sequence of each client, then each client's second, and so on, each client's in the order of `prompts`."""
     taken: Counter[str] = Counter()
     order: list[tuple[int, int, Sequence]] = []
-    for sequence in sorted(prompts, key=lambda each: each.last_chunk_step):
+    for sequence in prompts:
         client_id = sequence.prompt.client_id
         order.append((taken[client_id], last_step[client_id], sequence))
         taken[client_id] += 1
@@ -272,7 +287,7 @@ def _has_prompt_chunk(state: SchedulerState, sequence: Sequence) -> bool:
     """Whether a prompt chunk of the sequence may be sent now. At most one for each stage is in flight."""
     if not sequence.reserved or sequence.restoring or sequence.leader is not None:
         return False
-    if sequence.must_restart or sequence.stream.over:
+    if sequence.must_restart or sequence.stream.over or sequence.progress.all_sent(len(sequence.tokens)):
         return False
     if sequence.progress.in_flight >= state.placement.num_stages or not may_send(state, sequence):
         return False

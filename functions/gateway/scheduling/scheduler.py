@@ -140,8 +140,7 @@ class Scheduler:
                 chain=chain,
                 leaves_kv=prompt.pooling is None and self._sharing.leaves_kv(prompt),
             )
-            self._state.sequences[id_] = sequence
-            self._state.waiting.queue.push(sequence)
+            self._state.add(sequence)
             self._act()
         return stream
 

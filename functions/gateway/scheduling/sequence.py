@@ -76,6 +76,9 @@ class Progress:
         depth = max(stage for stage, sent in enumerate(self._sent) if sent == position)
         return Chunk(position, end - position, depth)
 
+    def all_sent(self, total_tokens: int) -> bool:
+        return min(self._sent) >= total_tokens
+
     def decodes(self, total_tokens: int) -> bool:
         """Whether every stage lacks only the newest of `total_tokens` tokens, so that the next chunk is a decode step."""
         return not self.failing and self._sent.count(total_tokens - 1) == len(self._sent)

@@ -4,6 +4,7 @@ The scheduler's lock guards it, and it does no input or output. `decide` makes t
 that follow from the stages' replies.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
@@ -41,6 +42,7 @@ class SchedulerState:
         self.limits = limits
         self.stats = Stats([StageStats() for _ in range(placement.num_stages)])
         self.sequences: dict[str, Sequence] = {}  # all that have not ended, by id
+        self.next_deadline = math.inf  # no sequence has an earlier one, in time.monotonic()
         self.waiting = WaitingSequences()
         self.micro_batches: list[MicroBatch] = []
         self.steps: dict[Trip, Step] = {}  # under way
@@ -116,6 +118,11 @@ class SchedulerState:
 
     # The life of sequences and micro-batches.
 
+    def add(self, sequence: Sequence) -> None:
+        self.sequences[sequence.id] = sequence
+        self.next_deadline = min(self.next_deadline, sequence.deadline)
+        self.waiting.queue.push(sequence)
+
     def end(self, sequence: Sequence, problem: Problem | None = None) -> None:
         """Ends a sequence and releases its memory. problem: why it fails; None: its stream has ended already.
 
@@ -136,10 +143,13 @@ class SchedulerState:
 
         now: in time.monotonic().
         """
-        for sequence in [each for each in self.sequences.values() if each.deadline <= now and not each.stream.over]:
-            seconds = sequence.prompt.deadline_seconds
-            why = f"no complete answer within {seconds:g} seconds; ask for fewer tokens, or later"
-            self.end(sequence, DeadlineExceeded(why))
+        if now >= self.next_deadline:  # looking at all sequences whenever anything happens would take long
+            for sequence in [each for each in self.sequences.values() if each.deadline <= now and not each.stream.over]:
+                seconds = sequence.prompt.deadline_seconds
+                why = f"no complete answer within {seconds:g} seconds; ask for fewer tokens, or later"
+                self.end(sequence, DeadlineExceeded(why))
+            later = [each.deadline for each in self.sequences.values() if each.deadline > now]
+            self.next_deadline = min(later, default=math.inf)
         if self.no_route_since is None:
             return
         timeout = self.limits.cold_start_timeout_seconds
