@@ -2,8 +2,8 @@
 
     python -m bench.evaluation                               all, about an hour on two idle cores
     python -m bench.evaluation --quick                       small versions, some minutes: only shows that all of them run
-    python -m bench.evaluation simulated scale               some of: emulated, calibration, simulated, opponents, faults,
-                                                             measured, scale, network
+    python -m bench.evaluation simulated faults              some of: emulated, calibration, simulated, opponents, faults,
+                                                             measured, network
     python -m bench.evaluation emulated --seconds 120 --runs 2 --slowness 3
     python -m bench.evaluation --trace azure-2023.csv.gz     with the arrivals and sizes of a recorded trace
 
@@ -32,7 +32,7 @@ from bench.evaluation.network import Measured
 from bench.evaluation.report import write_document
 from bench.evaluation.results import Result, Results
 from bench.evaluation.simulator import Overheads
-from bench.evaluation.trace import Bursts, TraceInvalid
+from bench.evaluation.trace import LOADS, Bursts, TraceInvalid
 from bench.report import ROOT, STATE
 from knative.commands.options import STORE_FOLDER
 from storage.store.embedded import EmbeddedStore
@@ -54,8 +54,8 @@ class Evaluation:
             return experiments.emulated(plan, lambda: self.store, self._state / "logs")
         if name == "calibration":
             return experiments.calibration(plan, self.overheads)
-        of_plan = (experiments.simulated, experiments.opponents, experiments.faults, experiments.measured, experiments.at_scale)
-        return dict(zip(NAMES[2:7], of_plan, strict=True))[name](plan)
+        of_plan = (experiments.simulated, experiments.opponents, experiments.faults, experiments.measured)
+        return dict(zip(NAMES[2:6], of_plan, strict=True))[name](plan)
 
     @cached_property
     def store(self) -> ObjectStore:
@@ -118,11 +118,12 @@ def _networks(plan: Plan, state: Path, evaluation: Evaluation, say: Callable[[st
 @click.argument("names", nargs=-1, type=click.Choice(NAMES))
 @click.option("--quick", is_flag=True, help="Small versions.")
 @click.option("--trace", type=_FILE, help="TIMESTAMP,ContextTokens,GeneratedTokens.")
-@click.option("--seconds", type=click.IntRange(min=1), help="Of an emulated load; default: 240.")
+@click.option("--load", "loads", type=click.Choice(LOADS), multiple=True, help="Default: those of each experiment.")
+@click.option("--seconds", type=click.IntRange(min=1), help="Of a load; default: 240, simulated 600.")
 @click.option(
     "--bursts", type=(click.IntRange(min=1), click.IntRange(min=0)), help="Seconds of a burst and of a pause; default: 24 36."
 )
-@click.option("--runs", type=click.IntRange(min=1), help="Emulated runs of each way, with different seeds; default: 4.")
+@click.option("--runs", type=click.IntRange(min=1), help="Runs of each way, with different seeds; default: 4.")
 @click.option("--peak", type=float, help="Requests a second in a burst; default: 4.")
 @click.option("--slowness", type=float, help="Of emulated devices: a busy machine then adds little to a pass. Default: 1.")
 @click.option("--state", type=click.Path(file_okay=False, path_type=Path), default=STATE / "evaluation")
@@ -132,6 +133,7 @@ def main(
     names: Sequence[str],
     quick: bool,
     trace: Path | None,
+    loads: Sequence[str],
     seconds: int | None,
     bursts: tuple[int, int] | None,
     runs: int | None,
@@ -148,7 +150,13 @@ def main(
         trace=trace,
         emulated_seconds=seconds or base.emulated_seconds,
         bursts=base.bursts if bursts is None else Bursts(*bursts),
+        simulated_seconds=seconds or base.simulated_seconds,
+        emulated_loads=loads or base.emulated_loads,
+        simulated_loads=loads or base.simulated_loads,
+        measured_loads=loads or base.measured_loads,
         runs=runs or base.runs,
+        simulated_runs=runs or base.simulated_runs,
+        measured_runs=runs or base.measured_runs,
         peak=peak or base.peak,
         slowness=slowness or base.slowness,
     )
@@ -174,7 +182,11 @@ def main(
                 result for run in evaluation.runs("emulated") if (result := evaluation.results.read(run.key)) is not None
             ]
         overheads = evaluation.overheads if "calibration" in found else None
-    options = [*(["--quick"] if quick else []), *([] if trace is None else [f"--trace {trace.name}"])]
+    numbers = {"seconds": seconds, "runs": runs, "peak": peak, "slowness": slowness}
+    options = [f"--{name} {number:g}" for name, number in numbers.items() if number is not None]
+    options += ["--quick"] * quick + [f"--load {load}" for load in loads]
+    options += [] if bursts is None else ["--bursts {} {}".format(*bursts)]
+    options += [] if trace is None else [f"--trace {trace.name}"]
     command = " ".join(["python -m bench.evaluation", *names, *options])
     pages = write_document(document, found, overheads, command, time.monotonic() - began, networks)
     if document is None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from bench.evaluation.gateway import Hops
 from bench.evaluation.outcome import Cost, Outcome, outcome_of
 from bench.evaluation.replay import ARRAYS, BEGUN
-from bench.evaluation.setting import WAYS, Setting
+from bench.evaluation.setting import STATIC, Setting
 from bench.evaluation.simulator import Overheads, Simulation, World
 from bench.evaluation.trace import Trace
 from bench.pipeline import read_page, running_platform
@@ -247,13 +247,12 @@ def measure_overheads(setting: Setting, store: ObjectStore, folder: Path) -> Ove
     The load has prompts and answers at the same time, since hops of decode steps are slower while hidden states of prompts,
     megabytes each, pass through the same cores. The run is a static pipeline.
     """
-    way = WAYS[2]
     arrivals = 1.0 + np.arange(_REQUESTS) / _A_SECOND
     trace = Trace("steady", arrivals, np.full(_REQUESTS, _PROMPT_TOKENS), np.full(_REQUESTS, _ANSWER_TOKENS))
-    run = EmulatedRun(setting, way, trace, store, folder, _TAIL_SECONDS)
+    run = EmulatedRun(setting, STATIC, trace, store, folder, _TAIL_SECONDS)
     outcome = asyncio.run(run.run())
     measured = [seconds / passes for seconds, passes in run.passes if passes]
-    return fit_overheads(setting, way, trace, outcome, float(np.mean(measured)))
+    return fit_overheads(setting, STATIC, trace, outcome, float(np.mean(measured)))
 
 
 def fit_overheads(setting: Setting, way: str, trace: Trace, outcome: Outcome, mean_pass_seconds: float) -> Overheads:

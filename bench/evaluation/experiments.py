@@ -13,29 +13,24 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-import numpy as np
 
 from bench.evaluation.emulated import EmulatedRun
 from bench.evaluation.network import NETWORKS, REMEDIES, Lengths
 from bench.evaluation.opponents import clairvoyant, static
-from bench.evaluation.outcome import Cost, Outcome
-from bench.evaluation.profile import DoesNotFit, read_profile
+from bench.evaluation.outcome import Outcome
+from bench.evaluation.profile import read_profile
 from bench.evaluation.results import Result, RunKey
-from bench.evaluation.setting import MODELS, SMOLLM2_PROFILE, WAYS, Setting
+from bench.evaluation.setting import KPA, MODELS, OBJECTIVE, REPLICAS, SMOLLM2_PROFILE, STATIC, WAYS, Setting
 from bench.evaluation.simulator import Overheads, Simulation, World
-from bench.evaluation.trace import LOADS, Bursts, Sizes, Trace, drawn, make_loads, read_trace
+from bench.evaluation.trace import LOADS, Bursts, Trace, make_loads, read_trace
 from knative.local.proxies.network import EmulatedNetwork
 from storage.store.object_store import ObjectStore
 
-NAMES: Final = ("emulated", "calibration", "simulated", "opponents", "faults", "measured", "scale", "network")
-SCALE_STAGES: Final = (1, 2, 4, 8, 16)
+NAMES: Final = ("emulated", "calibration", "simulated", "opponents", "faults", "measured", "network")
 CLAIRVOYANT: Final = "clairvoyant pipeline"
 _STATIC_PODS: Final = (4, 5, 6, 7, 8)
-_SCALE_DEVICES: Final = 64
-_TIMES_THE_TRACE: Final = 4.0
 _KILL_EVERY_SECONDS: Final = 20.0
 _SLOW_POD: Final = 3.0
-_TRACE_RATE: Final = 5.53  # requests a second of the Azure trace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +38,11 @@ class Plan:
     """The sizes of all experiments."""
 
     emulated_loads: Sequence[str] = ("bursts", "trace")
-    emulated_ways: Sequence[str] = (WAYS[1], WAYS[2], WAYS[4])
+    emulated_ways: Sequence[str] = (REPLICAS, STATIC, KPA, OBJECTIVE)
     emulated_seconds: int = 240  # long enough that stages scale in
     bursts: Bursts = field(default_factory=Bursts)
     tail_seconds: float = 40.0  # after a load's last arrival, for answers that still run
-    answer_tokens: int = 288  # upper bound, so that answers end within the tail; not in `at_scale`
+    answer_tokens: int = 288  # upper bound, so that answers end within the tail
     peak: float = 4.0  # requests a second
     slowness: float = 1.0  # of the emulated devices, beside the published ones; peak and answers are divided by it
     runs: int = 4  # the same seeds for all ways
@@ -56,9 +51,6 @@ class Plan:
     simulated_loads: Sequence[str] = LOADS
     measured_loads: Sequence[str] = ("bursts",)
     measured_runs: int = 5
-    scale_seconds: int = 300
-    scale_runs: int = 2
-    scale_stages: Sequence[int] = SCALE_STAGES
     networks: Mapping[EmulatedNetwork, Sequence[str]] = field(  # network → remedies that are measured in it
         default_factory=lambda: dict.fromkeys(NETWORKS, tuple(REMEDIES))
     )
@@ -75,9 +67,6 @@ QUICK: Final = Plan(
     simulated_seconds=120,
     simulated_runs=2,
     measured_runs=1,
-    scale_seconds=60,
-    scale_runs=1,
-    scale_stages=(1, 4),
     networks={EmulatedNetwork(): (), EmulatedNetwork(0.005): tuple(REMEDIES)},
     network_lengths=Lengths(4, 8),
 )
@@ -106,11 +95,6 @@ def setting_smollm2() -> Setting:
     )
 
 
-def _scaled_70b(stages: int) -> Setting:
-    config = _config("llama-2-70b")
-    return Setting(model="llama-2-70b", config=config, device_name="h100-sxm", stages=stages, devices=_SCALE_DEVICES)
-
-
 def _config(model: str) -> dict[str, object]:
     found: dict[str, object] = json.loads(MODELS[model].read_text(encoding="utf-8"))
     return found
@@ -136,7 +120,7 @@ def calibration(plan: Plan, overheads: Overheads) -> Iterator[Run]:
 
 
 def simulated(plan: Plan) -> Iterator[Run]:
-    """The five ways under all loads, simulated, for longer."""
+    """All ways under all loads, simulated, for longer."""
     return _ways("simulated", plan, setting_13b(), plan.simulated_loads, WAYS, plan.simulated_runs)
 
 
@@ -151,10 +135,10 @@ def _ways(experiment: str, plan: Plan, setting: Setting, loads: Sequence[str], w
 
 
 def opponents(plan: Plan) -> Iterator[Run]:
-    """The pipeline that scales, static pipelines of 4 to 8 pods, and one that knows the arrivals, simulated."""
+    """Pipelines that scale, static pipelines of 4 to 8 pods, and one that knows the arrivals, simulated."""
     setting = setting_13b()
     ways = {f"static, {pods} pods": partial(static, pods=pods) for pods in _STATIC_PODS} | {CLAIRVOYANT: clairvoyant}
-    yield from _ways("opponents", plan, setting, plan.simulated_loads, (WAYS[4],), plan.simulated_runs)
+    yield from _ways("opponents", plan, setting, plan.simulated_loads, (KPA, OBJECTIVE), plan.simulated_runs)
     keys = _loads("opponents", plan, setting, plan.simulated_loads, tuple(ways), plan.simulated_runs, plan.simulated_seconds)
     for key, load in keys:
         yield Run(key, _timed(key, partial(ways[key.way], setting, load, World(tail_seconds=key.tail_seconds))))
@@ -169,7 +153,7 @@ def faults(plan: Plan) -> Iterator[Run]:
         ("bursts, pods killed", _KILL_EVERY_SECONDS, 1.0),
         ("bursts, both", _KILL_EVERY_SECONDS, _SLOW_POD),
     ):
-        ways = (WAYS[2], WAYS[4])
+        ways = (STATIC, KPA, OBJECTIVE)
         for key, load in _loads("faults", plan, setting, ("bursts",), ways, plan.simulated_runs, plan.simulated_seconds):
             world = World(tail_seconds=key.tail_seconds, kill_every_seconds=kills, slow_pod=slow, seed=key.seed)
             named = msgspec.structs.replace(key, load=name)
@@ -189,18 +173,6 @@ def _loads(
     for load, way, seed in product(loads, ways, range(runs)):
         key = _key(experiment, plan, setting, load, way, seed, seconds, plan.peak)
         yield key, make_loads(seconds, key.peak, seed, trace, plan.bursts)[load].with_answers_within(key.answer_tokens)
-
-
-def at_scale(plan: Plan) -> Iterator[Run]:
-    """13B and 70B under several times the trace: whole-model replicas and pipelines of 2 to 16 stages."""
-    trace = _trace(plan)
-    for make in (lambda stages: setting_13b(stages, _SCALE_DEVICES, "a100-80g"), _scaled_70b):
-        for stages in plan.scale_stages:
-            setting, way = make(stages), WAYS[1] if stages == 1 else WAYS[4]
-            for seed in range(plan.scale_runs):
-                name = f"{setting.model}, {stages} {'stage' if stages == 1 else 'stages'}"
-                key = _key("scale", plan, setting, name, way, seed, plan.scale_seconds, _TRACE_RATE * _TIMES_THE_TRACE)
-                yield Run(key, _simulate_scale(key, setting, trace))
 
 
 def _key(experiment: str, plan: Plan, setting: Setting, load: str, way: str, seed: int, seconds: int, peak: float) -> RunKey:
@@ -250,34 +222,3 @@ def _timed(key: RunKey, simulate: Callable[[], tuple[Outcome, int]]) -> Callable
         return Result(key, outcome, pods, None, time.process_time() - began)
 
     return run
-
-
-def _simulate_scale(key: RunKey, setting: Setting, trace: Trace | None) -> Callable[[], Result]:
-    def run() -> Result:
-        try:
-            setting.kv_tokens(key.way)
-        except DoesNotFit:
-            return Result(key, _no_outcome(), 0, None, 0.0)
-        if trace is None:
-            load = drawn("drawn", np.full(key.seconds, key.peak), 1.0, key.seed, Sizes())
-        else:
-            load = trace.times(_TIMES_THE_TRACE, key.seed).part(0, key.seconds)
-        return _simulate(key, setting, load, World(tail_seconds=key.tail_seconds))()
-
-    return run
-
-
-def _no_outcome() -> Outcome:
-    """The outcome of a setting that does not fit its devices."""
-    never = (float("inf"),) * 3
-    cost = Cost(replica_seconds=0, byte_seconds=0, cold_starts=0, network_bytes=0)
-    return Outcome(
-        requests=0,
-        failed=0,
-        seconds=0,
-        tokens_per_second=0,
-        first_token_seconds=never,
-        token_seconds=never,
-        attainment=0,
-        cost=cost,
-    )

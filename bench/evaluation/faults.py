@@ -24,7 +24,7 @@ import numpy as np
 
 from bench.evaluation.emulated import EmulatedRun
 from bench.evaluation.experiments import Plan, setting_13b
-from bench.evaluation.setting import WAYS
+from bench.evaluation.setting import OBJECTIVE, WAYS
 from bench.evaluation.trace import make_loads
 from bench.report import STATE
 from knative.commands.options import STORE_FOLDER
@@ -82,7 +82,7 @@ def _send(pod: LocalPod, number: signal.Signals) -> None:
 
 
 @click.command(help=__doc__)
-@click.argument("way", type=click.Choice(WAYS), default=WAYS[4])
+@click.argument("way", type=click.Choice(WAYS), default=OBJECTIVE)
 @click.option("--seconds", type=click.IntRange(min=10), default=120, show_default=True, help="Of bursts.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--slow/--no-slow", default=True, help="One pod at a third of its speed.")

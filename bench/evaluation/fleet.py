@@ -27,7 +27,6 @@ from knative.local.kubelet.pods import PodTiming
 
 SCRAPE_SECONDS: Final = 1.0
 _MAX_MERGE: Final = 4  # the default of LAMINA_MAX_MERGE
-_DRAIN_SECONDS: Final = PodTiming().drain_quiet_seconds
 _DRAWN: Final = Result((1,))
 
 
@@ -94,6 +93,9 @@ class Pod:
 
     def forward(self, batch: Batch, source: str, reply: Callable[[Batch | StageFailed, float], object]) -> None:
         """reply: is called with the reply and the seconds since now, at the end of the pass."""
+        if not self.ready:
+            reply(StageFailed(self.kind.index, "refused", f"{self.name} is not running"), 0.0)
+            return
         event = ForwardEvent(batch, source, lineage="")
         self._replies[event] = self.clock.now, reply
         self.queue.put(event, wakes=False)
@@ -220,11 +222,11 @@ class Pod:
         failure = StageFailed(self.kind.index, "broken", f"{self.name} was killed", blames=True)
         replies, self._replies = self._replies, {}
         between, self._between = self._between, []
-        self._waiters, self._restored_at = [], {}
+        waiting, self._waiters, self._restored_at = self._waiters, [], {}
         self._forget()
         for _, reply in replies.values():
             reply(failure, 0.0)
-        for action in between:
+        for action in (*between, *(each for _, each in waiting)):
             action()
 
 
@@ -259,6 +261,9 @@ class Fleet:
         self._held_seconds = 0.0
         self._added = 0
         self._busy: dict[int, float] = {}  # seconds of each pod, for the class HPA
+        # Of a pod that leaves: queue-proxy waits until no request has come for so long, the kubelet no longer than the timeout.
+        self.drain_seconds = min(PodTiming().drain_quiet_seconds, float(template["spec"]["timeoutSeconds"]))
+        self._grace_seconds = float(template["spec"]["timeoutSeconds"])
         first = max(1, settings.min_scale)
         self.autoscaler = revision_autoscaler(settings, template, ready=first, now=clock.now, cpu=self._busy.get)
         for _ in range(plan[0] if plan else first):
@@ -361,14 +366,16 @@ class Fleet:
             return
         pod.leaving = True
         pod.quiet_since = self.clock.now
-        self._drain(pod)
+        self._drain(pod, self.clock.now + self._grace_seconds)
 
-    def _drain(self, pod: Pod) -> None:
-        """Removes the pod once no request has come for a while, as queue-proxy does."""
-        remaining = _DRAIN_SECONDS - (self.clock.now - pod.quiet_since)
-        if remaining > 1e-9 or pod.in_flight:
-            self.clock.after(max(remaining, 1.0), partial(self._drain, pod))
+    def _drain(self, pod: Pod, deadline: float) -> None:
+        """Removes the pod once no request has come for a while, as queue-proxy does, or at the end of its grace period."""
+        now = self.clock.now
+        remaining = min(self.drain_seconds - (now - pod.quiet_since), deadline - now)
+        if now < deadline and (remaining > 1e-9 or pod.in_flight):
+            self.clock.after(min(max(remaining, 1.0), deadline - now), partial(self._drain, pod, deadline))
             return
+        pod.crash()
         self.count()
         del self.pods[pod.name]
         self._seconds_before.pop(pod, None)

@@ -201,6 +201,11 @@ class SimulatedGateway(Scheduler):
     def _reserve_at(
         self, wanted: Reserve, replies: list[tuple[ReplyOrigin, ReserveReply] | StageFailed], instance: Instance, pod: Pod
     ) -> None:
+        if not pod.ready:
+            pod.count(-1)
+            gone = StageFailed(instance.stage, "refused", f"{instance.url} is gone")
+            self._virtual.after(self._hops.leg(0), partial(self._reserved, wanted, replies, None, gone))
+            return
         peers = self._fleets[instance.stage].pods
         urls = wanted.peers.get(instance, ())
         holder = next((peers[url] for url in urls if url in peers), None)
@@ -243,7 +248,7 @@ class SimulatedGateway(Scheduler):
 
         def answered() -> None:
             pod.count(-1)
-            self._virtual.after(self._hops.leg(0), partial(self._released, release, pod))
+            self._virtual.after(self._hops.leg(0), partial(self._released, release, pod if pod.ready else None))
 
         def at_pod() -> None:
             pod.release(release.rows, self._name)

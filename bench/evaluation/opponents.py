@@ -6,13 +6,10 @@ from typing import Final
 
 from bench.evaluation.fleet import SCRAPE_SECONDS
 from bench.evaluation.outcome import Outcome
-from bench.evaluation.setting import WAYS, Setting
+from bench.evaluation.setting import OBJECTIVE, STATIC, Setting
 from bench.evaluation.simulator import Simulation, World
 from bench.evaluation.trace import Trace
-from knative.local.kubelet.pods import PodTiming
 
-_STATIC: Final = WAYS[2]
-_DRAIN_SECONDS: Final = PodTiming().drain_quiet_seconds
 _IN_FLIGHT: Final = 2.0  # requests for each pod: the target of the rendered Services
 
 
@@ -27,27 +24,27 @@ def spread(seconds: Sequence[float], pods: int) -> tuple[int, ...]:
 
 def static(setting: Setting, trace: Trace, world: World, pods: int) -> tuple[Outcome, int]:
     """A static pipeline of so many pods."""
-    step = [times.forward_seconds(1, 1, 1) + times.logits_seconds(1) for times in setting.pass_times(_STATIC)]
-    return Simulation(setting, _STATIC, trace, world, pods=spread(step, pods)).run()
+    step = [times.forward_seconds(1, 1, 1) + times.logits_seconds(1) for times in setting.pass_times(STATIC)]
+    return Simulation(setting, STATIC, trace, world, pods=spread(step, pods)).run()
 
 
 def clairvoyant(setting: Setting, trace: Trace, world: World) -> tuple[Outcome, int]:
-    """Pods come just before their load and go when no further load is near.
+    """Pods come just before their load and go when no further load is near: what any scaler could reach at best.
 
     The load is that of a static pipeline with all devices under the same trace. A pod that goes costs its drain, so none goes
-    that would be wanted again before its drain and another start are over.
+    that would be wanted again before its drain and another start are over. Starts and drains are those of the way OBJECTIVE.
     """
-    full = Simulation(setting, _STATIC, trace, world)
+    full = Simulation(setting, OBJECTIVE, trace, world, pods=[setting.replicas(OBJECTIVE)] * setting.stages)
     full.run()
     plans = []
     for fleet in full.fleets:
         wanted = [max(1, min(len(fleet.pods), math.ceil(load / _IN_FLIGHT))) for load in fleet.loads]
         before = math.ceil(fleet.kind.start_seconds / SCRAPE_SECONDS) + 1
-        after = before + math.ceil(_DRAIN_SECONDS / SCRAPE_SECONDS)
+        after = before + math.ceil(fleet.drain_seconds / SCRAPE_SECONDS)
         plan, pods = [], max(wanted[: before + 1])
         for second in range(len(wanted)):
             pods = max([pods, *wanted[second : second + before + 1]])
             pods = min(pods, max(wanted[second : second + after + 1]))
             plan.append(pods)
         plans.append(plan)
-    return Simulation(setting, _STATIC, trace, world, plans=plans).run()
+    return Simulation(setting, OBJECTIVE, trace, world, plans=plans).run()

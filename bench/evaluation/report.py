@@ -4,16 +4,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Final
+from typing import Final
 
 from matplotlib.figure import Figure
 
 from bench.evaluation.outcome import MOST_FIRST_TOKEN_SECONDS, MOST_TOKEN_SECONDS, Outcome
 from bench.evaluation.profile import read_profile
 from bench.evaluation.results import Result, interval
-from bench.evaluation.setting import SMOLLM2_PROFILE, WAYS
+from bench.evaluation.setting import COPY, HPA, KPA, OBJECTIVE, REPLICAS, SMOLLM2_PROFILE, STATIC, WAYS
 from bench.evaluation.simulator import Overheads
-from bench.evaluation.trace import LOADS
 from bench.report import machine, table, write_section
 
 Column = tuple[str, Callable[[Outcome], float], str]
@@ -42,7 +41,7 @@ CALIBRATED: Final[tuple[tuple[str, Callable[[Outcome], float], float], ...]] = (
 
 
 def ways_table(results: Sequence[Result], load: str) -> str:
-    """Means and 95 % intervals of the five ways under one load."""
+    """Means and 95 % intervals of all ways under one load."""
     rows: list[list[object]] = []
     for way in WAYS:
         if found := _outcomes(results, load, way):
@@ -59,8 +58,8 @@ def claims(results: Sequence[Result], loads: Iterable[str]) -> str:
     rows = []
     for load in loads:
         means = {way: _means(results, load, way) for way in WAYS}
-        for way in WAYS[3:]:
-            for other in (WAYS[0], WAYS[2], WAYS[1]):
+        for way in (HPA, KPA, OBJECTIVE):
+            for other in (COPY, STATIC, REPLICAS):
                 one, two = means[way], means[other]
                 if one is None or two is None:
                     continue
@@ -142,7 +141,7 @@ def faults_table(results: Sequence[Result]) -> str:
 
 def draw_opponents(results: Sequence[Result], path: Path) -> None:
     """A panel for each load: replica-seconds against p95 of the first token."""
-    loads = list(dict.fromkeys(each.key.load for each in results))
+    loads = _loads(results)
     figure = Figure(figsize=(4 * len(loads), 4), layout="constrained")
     for panel, load in zip(figure.subplots(1, len(loads), squeeze=False)[0], loads, strict=True):
         points = {}
@@ -163,23 +162,6 @@ def draw_opponents(results: Sequence[Result], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def scale_table(results: Sequence[Result]) -> str:
-    columns = [COLUMNS[index] for index in (0, 1, 3, 6, 7, 8, 9, 10, 11)]
-    rows: list[list[object]] = []
-    for load in dict.fromkeys(each.key.load for each in results):
-        found = [each for each in results if each.key.load == load]
-        device = found[0].key.setting.split(" on ")[1].split(",")[0]
-        outcomes = [each.outcome for each in found]
-        if not any(one.requests for one in outcomes):
-            rows.append([load, device, "does not fit a device", *[""] * 10])
-            continue
-        peak = max(each.peak_pods or 0 for each in found)
-        cells = [_cell([read(one) for one in outcomes], form) for _, read, form in columns]
-        speed = fmean(each.outcome.seconds / (each.wall_seconds or math.nan) for each in found)
-        rows.append([load, device, peak, *cells, f"{speed:.0f}"])
-    return table(["model, cut", "devices", "peak pods", *(name for name, _, _ in columns), "× real time"], rows)
-
-
 def _cell(values: Sequence[float], form: str) -> str:
     mean, half = interval(values)
     if not math.isfinite(mean):
@@ -198,14 +180,16 @@ _PANELS: Final[tuple[tuple[str, Callable[[Outcome], float]], ...]] = (
 )
 
 
-def draw_ways(results: Sequence[Result], loads: Sequence[str], path: Path) -> None:
+def draw_ways(results: Sequence[Result], path: Path) -> None:
     """A panel for each measure, a group of bars for each load."""
-    figure, panels = _panels()
+    loads = _loads(results)
+    figure = Figure(figsize=(5 * len(_PANELS), 4), layout="constrained")
+    panels = figure.subplots(1, len(_PANELS))
     width = 0.8 / len(WAYS)
     for panel, (title, read) in zip(panels, _PANELS, strict=True):
         for number, way in enumerate(WAYS):
             found = [interval(map(read, _outcomes(results, load, way))) for load in loads]
-            places = [index + (number - 2) * width for index in range(len(loads))]
+            places = [index + (number - len(WAYS) // 2) * width for index in range(len(loads))]
             halves = [0.0 if half != half else half for _, half in found]
             panel.bar(places, [mean for mean, _ in found], width, yerr=halves, label=way, capsize=2)
         panel.set_xticks(range(len(loads)), loads)
@@ -213,30 +197,6 @@ def draw_ways(results: Sequence[Result], loads: Sequence[str], path: Path) -> No
     panels[0].set_yscale("log")
     figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=len(WAYS))
     figure.savefig(path, dpi=110)
-
-
-def draw_scale(results: Sequence[Result], path: Path) -> None:
-    """Against the number of stages, a line for each model."""
-    figure, panels = _panels()
-    for panel, (title, read) in zip(panels, _PANELS, strict=True):
-        for model in dict.fromkeys(each.key.load.split(",")[0] for each in results):
-            by_stages: dict[int, list[float]] = {}
-            for each in results:
-                name, _, cut = each.key.load.partition(", ")
-                if name == model and each.outcome.requests:
-                    by_stages.setdefault(int(cut.split()[0]), []).append(read(each.outcome))
-            found = {stages: interval(values)[0] for stages, values in sorted(by_stages.items())}
-            panel.plot(list(found), list(found.values()), "o-", label=model)
-        panel.set_xscale("log", base=2)
-        panel.set_xlabel("stages")
-        panel.set_title(title)
-    panels[0].legend()
-    figure.savefig(path, dpi=110)
-
-
-def _panels() -> tuple[Figure, Any]:
-    figure = Figure(figsize=(5 * len(_PANELS), 4), layout="constrained")
-    return figure, figure.subplots(1, len(_PANELS))
 
 
 def write_document(
@@ -253,26 +213,31 @@ def write_document(
     profile = read_profile(SMOLLM2_PROFILE)
     for name, title, note in (
         ("emulated", "Five ways, devices emulated and the system real", ""),
-        ("simulated", "Five ways, simulated for longer", ""),
+        ("simulated", "Ways to serve, simulated", ""),
         (
             "measured",
-            "Five ways, simulated by measured passes",
+            "Ways to serve, simulated by measured passes",
             f" Passes as measured of {profile.source}; the fit is off by {profile.worst_error or 0:.0%} at its worst point.",
         ),
     ):
         if found.get(name):
-            pages[name] = _ways(found[name], f"## {title}", facts + note, document, name)
+            pages[name] = _ways(found[name], f"## {title}", facts + note)
     if found.get("calibration") and overheads is not None:
         pages["calibration"] = _calibration(found.get("emulated", []), found["calibration"], overheads, facts)
     if opponents := found.get("opponents"):
-        pages["opponents"] = _opponents(opponents, facts, document)
+        key = opponents[0].key
+        pages["opponents"] = (
+            f"## The pipeline that scales and its opponents\n\n{facts} Simulated: {key.setting}; {key.seconds} s of each load "
+            f"with a peak of {key.peak:g} requests/s, the same seeds for all. A static pipeline has its pods at the stages "
+            "with most work. The clairvoyant one knows the arrivals: its pods are ready just before they are needed, and a pod "
+            f"that will be needed again soon stays. No scaler can reach more with these starts and drains.\n\n"
+            f"{opponents_table(opponents)}"
+        )
     if faults := found.get("faults"):
         pages["faults"] = (
             f"## Bursts while pods die\n\n{facts} Simulated, {faults[0].key.seconds} s. A pod's process is killed every 20 s, "
             f"and one pod takes three times as long for a pass.\n\n{faults_table(faults)}"
         )
-    if found.get("scale"):
-        pages["scale"] = _scale(found["scale"], facts, document)
     if networks is not None:
         network_table, verdict = networks
         text = (
@@ -284,14 +249,29 @@ def write_document(
         )
         pages["network"] = f"## What a network between the pods costs\n\n{facts} {text}\n\n{network_table}"
     if document is not None:
+        for name in pages.keys() & _PICTURES.keys():
+            draw, what = _PICTURES[name]
+            picture = document.with_name(f"evaluation-{name}.png")
+            draw(found[name], picture)
+            pages[name] += f"\n\n![{what}]({picture.name})"
         for name, text in pages.items():
             write_section(document, name, text)
     return pages
 
 
-def _ways(results: Sequence[Result], title: str, facts: str, document: Path | None, name: str) -> str:
-    key = results[0].key
-    loads = [load for load in LOADS if any(each.key.load == load for each in results)]
+_WAYS_PICTURE: Final = draw_ways, "first token, objective and cost of each way under each load"
+_PICTURES: Final = {
+    **dict.fromkeys(("emulated", "simulated", "measured"), _WAYS_PICTURE),
+    "opponents": (draw_opponents, "replica-seconds against the first token of each way"),
+}
+
+
+def _loads(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(each.key.load for each in results))
+
+
+def _ways(results: Sequence[Result], title: str, facts: str) -> str:
+    key, loads = results[0].key, _loads(results)
     source = (
         "drawn from a seed, with the sizes of the Azure trace of 2023" if key.trace is None else "of the trace that was named"
     )
@@ -307,10 +287,6 @@ def _ways(results: Sequence[Result], title: str, facts: str, document: Path | No
     for load in loads:
         lines += ["", f"### {load.capitalize()}", "", ways_table(results, load)]
     lines += ["", "### The paper's claims: the pipelines that scale, against the others", "", claims(results, loads)]
-    if document is not None:
-        picture = document.with_name(f"evaluation-{name}.png")
-        draw_ways(results, loads, picture)
-        lines += ["", f"![first token, objective and cost of five ways under each load]({picture.name})"]
     return "\n".join(lines)
 
 
@@ -334,39 +310,3 @@ def _calibration(emulated: Sequence[Result], simulated: Sequence[Result], overhe
             calibrated,
         ]
     )
-
-
-def _opponents(results: Sequence[Result], facts: str, document: Path | None) -> str:
-    key = results[0].key
-    lines = [
-        "## The pipeline that scales and its opponents",
-        "",
-        f"{facts} Simulated: {key.setting}; {key.seconds} s of each load with a peak of {key.peak:g} requests/s, the same "
-        "seeds for all. A static pipeline has its pods at the stages with most work. The clairvoyant one knows the arrivals: "
-        "its pods are ready just before they are needed, and a pod that will be needed again soon stays.",
-        "",
-        opponents_table(results),
-    ]
-    if document is not None:
-        picture = document.with_name("evaluation-opponents.png")
-        draw_opponents(results, picture)
-        lines += ["", f"![replica-seconds against the first token of each way]({picture.name})"]
-    return "\n".join(lines)
-
-
-def _scale(results: Sequence[Result], facts: str, document: Path | None) -> str:
-    key = results[0].key
-    source = "a Poisson load with the trace's rate and sizes" if key.trace is None else "the trace"
-    lines = [
-        "## Four times the trace: 13B and 70B, whole or in pieces",
-        "",
-        f"{facts} Simulated, {key.seconds} s of {source}, four times over, from one pod a stage, at most 64 devices, Knative's "
-        f"autoscaler; {sum(each.key.load == key.load for each in results)} runs each.",
-        "",
-        scale_table(results),
-    ]
-    if document is not None:
-        picture = document.with_name("evaluation-scale.png")
-        draw_scale(results, picture)
-        lines += ["", f"![cost and first token by the number of stages]({picture.name})"]
-    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A model on a kind of device, and the five ways to serve it as specs, for emulated and for simulated runs."""
+"""A model on a kind of device, and the ways to serve it as specs, for emulated and for simulated runs."""
 
 import math
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+from bench.evaluation.outcome import MOST_FIRST_TOKEN_SECONDS, MOST_TOKEN_SECONDS
 from bench.evaluation.profile import Device, Profile, kv_tokens_beside, read_device, roofline
 from bench.pipeline import ALWAYS_ONE, local_spec
 from eventing.wire.events import Cut
@@ -16,7 +17,11 @@ from knative.spec.model_shape import ModelShape, shape_from_config
 from knative.spec.pipeline_spec import PipelineSpec
 from knative.spec.sizing import StagePlan, plan_stages
 
-WAYS: Final = ("one static copy", "replicas, KPA", "static pipeline", "pipeline, HPA", "pipeline, KPA")
+WAYS: Final = ("one static copy", "replicas, KPA", "static pipeline", "pipeline, HPA", "pipeline, KPA", "pipeline, objective")
+COPY, REPLICAS, STATIC, HPA, KPA, OBJECTIVE = WAYS
+_OBJECTIVE: Final = {"first_token_seconds": MOST_FIRST_TOKEN_SECONDS, "token_seconds": MOST_TOKEN_SECONDS}
+_LITTLE_KV: Final = 500  # tokens of a row
+_HOP_SECONDS: Final = 0.002
 _QUEUE_LIMIT: Final = 1024  # of the gateway: the arrivals of two seconds at a hundred times the trace
 _OTHER_BYTES: Final = 2**30
 _HERE: Final = Path(__file__).parent
@@ -63,7 +68,7 @@ class Setting:
         return int(str(self.config["max_position_embeddings"]))
 
     def cut(self, way: str) -> Cut:
-        return self._even_cut if way in WAYS[2:] else ((0, self.shape.num_layers),)
+        return self._even_cut if way not in (COPY, REPLICAS) else ((0, self.shape.num_layers),)
 
     @cached_property
     def _even_cut(self) -> Cut:
@@ -91,19 +96,20 @@ class Setting:
 
     def replicas(self, way: str) -> int:
         """Upper bound for each stage."""
-        return 1 if way == WAYS[0] else self.devices // len(self.cut(way))
+        return 1 if way == COPY else self.devices // len(self.cut(way))
 
     def spec(self, way: str) -> PipelineSpec:
         """Raises DoesNotFit."""
         kv_bytes = self.kv_tokens(way) * max(plan.kv_bytes_per_token for plan in self.plans(way))
         most = self.replicas(way)
         autoscaling: dict[str, object] = {"min_scale": most, "max_scale": most}
-        if way.endswith("KPA"):
+        if way in (REPLICAS, KPA, OBJECTIVE):
             autoscaling = {"max_scale": most}
-        elif way.endswith("HPA"):
+        elif way == HPA:
             autoscaling = {"class": "hpa", "min_scale": 1, "max_scale": most}
         return local_spec(
             "evaluation",
+            objective=self._objective(way) if way == OBJECTIVE else None,
             model={"name": self.model, "dtype": self.dtype},
             cut=format_cut(self.cut(way)),
             stage={
@@ -123,6 +129,14 @@ class Setting:
                 "autoscaling": ALWAYS_ONE,
             },
         )
+
+    def _objective(self, way: str) -> dict[str, object]:
+        """The objective, with passes as they are measured under little load: few tokens of KV, and a hop."""
+        passes = {
+            rows: max(times.forward_seconds(rows, rows * _LITTLE_KV, rows * _LITTLE_KV) for times in self.pass_times(way))
+            for rows in (1, self.micro_batch_sequences)
+        }
+        return {**_OBJECTIVE, "pass_seconds": {rows: round(seconds + _HOP_SECONDS, 4) for rows, seconds in passes.items()}}
 
     def network_bytes_per_token(self, way: str) -> int:
         """Hidden states from stage to gateway and on to the next stage, for each token of prompt and answer."""

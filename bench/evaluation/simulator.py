@@ -5,6 +5,7 @@ All decisions are made by the project's own code: the gateway's scheduler (`gate
 the network.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -51,7 +52,6 @@ class World:
     gateways: int = 1  # requests go to them in turn
     kill_every_seconds: float = 0.0  # the process of a pod, drawn from those that are ready; 0: never
     slow_pod: float = 1.0  # factor of the seconds of passes of the first pod of the second stage
-    prompt_seconds: float = float("inf")  # of the gateway's limits
     seed: int = 0  # of the jitter of retries
 
 
@@ -92,18 +92,19 @@ class Simulation:
                 pass_seconds=world.overheads.pass_seconds,
                 kv_tokens=kv_bytes // plan.kv_bytes_per_token,
                 start_seconds=START_SECONDS + plan.weight_bytes / setting.weights_bytes_per_second,
-                handover_seconds=plan.kv_bytes_per_token / rate if rate else float("inf"),
+                handover_seconds=plan.kv_bytes_per_token / rate if rate else math.inf,
             )
             settings = revision_settings(template, FROM_ZERO)
             self.fleets.append(Fleet(self.clock, kind, settings, template, self._changed, fixed))
         self._limits = SchedulerLimits(
             queue_limit=spec.gateway.queue_limit or SchedulerLimits().queue_limit,
             micro_batch_sequences=setting.micro_batch_sequences,
-            prompt_seconds=world.prompt_seconds,
+            prompt_seconds=math.inf if spec.objective is None else spec.objective.prompt_seconds,
         )
         self.gateways: list[SimulatedGateway] = []
         self._pauses: list[float] = []  # between two tokens of an answer
-        self._first, self._last = np.full(len(trace), np.nan), np.full(len(trace), np.nan)
+        # Of each request's first and last token; NaN: never.
+        self.first_seconds, self.last_seconds = np.full(len(trace), np.nan), np.full(len(trace), np.nan)
 
     def run(self) -> tuple[Outcome, int]:
         """The outcome, and the peak number of pods."""
@@ -130,7 +131,7 @@ class Simulation:
             cold_starts=sum(fleet.cold_starts for fleet in self.fleets),
             network_bytes=float(sum(gateway.tokens_sent for gateway in self.gateways) * self._hidden_bytes),
         )
-        outcome = outcome_of(self._trace, self._first, self._last, end, cost, self._pauses)
+        outcome = outcome_of(self._trace, self.first_seconds, self.last_seconds, end, cost, self._pauses)
         return outcome, sum(fleet.peak for fleet in self.fleets)
 
     def _kill(self) -> None:
@@ -159,7 +160,7 @@ class Simulation:
 
     def _progressed(self, index: int, stream: TokenStream) -> None:
         if stream.completion_tokens == 1:
-            self._first[index] = self.clock.now
+            self.first_seconds[index] = self.clock.now
         if stream.finish_reason == "length":
-            self._last[index] = self.clock.now
+            self.last_seconds[index] = self.clock.now
             self._pauses += stream.waits(1)

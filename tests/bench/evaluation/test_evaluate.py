@@ -11,11 +11,11 @@ from bench.evaluation import experiments
 from bench.evaluation.experiments import Plan
 from bench.evaluation.profile import read_profile
 from bench.evaluation.results import interval
-from bench.evaluation.setting import SMOLLM2_PROFILE, WAYS
+from bench.evaluation.setting import HPA, KPA, REPLICAS, SMOLLM2_PROFILE, WAYS
 
 SMALL = Plan(
     emulated_loads=("bursts",),
-    emulated_ways=(WAYS[3],),
+    emulated_ways=(HPA,),
     emulated_seconds=4,
     peak=2.0,
     tail_seconds=6.0,
@@ -25,9 +25,6 @@ SMALL = Plan(
     simulated_seconds=30,
     simulated_runs=2,
     measured_runs=1,
-    scale_seconds=20,
-    scale_runs=1,
-    scale_stages=(1, 16),
 )
 
 
@@ -46,14 +43,13 @@ def test_simulations_write_their_sections_and_resume(tmp_path: Path, monkeypatch
         "opponents",
         "faults",
         "measured",
-        "scale",
         "--state",
         str(tmp_path / "state"),
         "--document",
         str(document),
     )
     said = evaluated(monkeypatch, SMALL, *given)
-    assert "simulated 10/10: ramp, pipeline, KPA, run 1" in said
+    assert "simulated 12/12: ramp, pipeline, objective, run 1" in said
     assert "on disk" not in said
     text = document.read_text()
     for way in WAYS:
@@ -61,18 +57,16 @@ def test_simulations_write_their_sections_and_resume(tmp_path: Path, monkeypatch
         assert f"| {way} | 1 |" in text
     assert "| ramp | static, 5 pods |" in text
     assert "| ramp | clairvoyant pipeline |" in text
-    assert "| bursts, both | pipeline, KPA | 0 |" in text
+    assert "| bursts, both | pipeline, objective | 0 |" in text
     assert "smollm2-135m-instruct on 8 cores, 4 stages" in text
     assert "Passes as measured of native layers in bfloat16, one thread" in text
-    assert "| llama-2-70b, 1 stage | 64 h100-sxm | does not fit a device |" in text
-    assert "| llama-2-13b, 16 stages |" in text
     assert {path.name for path in tmp_path.glob("*.png")} == {
-        f"evaluation-{name}.png" for name in ("simulated", "opponents", "measured", "scale")
+        f"evaluation-{name}.png" for name in ("simulated", "opponents", "measured")
     }
     removed = next((tmp_path / "state").rglob("ramp-pipeline-KPA-1-*.yaml"))
     removed.write_text("broken off: [")
     again = evaluated(monkeypatch, SMALL, *given)
-    assert again.count("on disk") == 10 + 14 + 16 + 5 + 4 - 1
+    assert again.count("on disk") == 12 + 16 + 24 + 6 - 1
 
 
 @pytest.mark.slow
@@ -105,8 +99,8 @@ def test_passes_of_a_measured_profile_are_those_that_are_simulated(monkeypatch: 
     """A changed profile has results of its own."""
     setting = experiments.setting_smollm2()
     profile = read_profile(SMOLLM2_PROFILE)
-    assert setting.pass_times(WAYS[1]) == [profile.of_stage(0, 30, 30)]
-    assert setting.pass_times(WAYS[4]) == [profile.of_stage(*piece, 30) for piece in setting.cut(WAYS[4])]
+    assert setting.pass_times(REPLICAS) == [profile.of_stage(0, 30, 30)]
+    assert setting.pass_times(KPA) == [profile.of_stage(*piece, 30) for piece in setting.cut(KPA)]
     before = next(experiments.measured(SMALL))
     slower = msgspec.structs.replace(profile, layer_stream_seconds=10 * profile.layer_stream_seconds)
     monkeypatch.setattr(experiments, "read_profile", lambda _: slower)

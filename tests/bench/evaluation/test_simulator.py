@@ -16,17 +16,20 @@ from bench.evaluation.gateway import Hops, SimulatedGateway
 from bench.evaluation.opponents import clairvoyant, spread
 from bench.evaluation.outcome import Outcome
 from bench.evaluation.profile import DoesNotFit
-from bench.evaluation.setting import MODELS, WAYS, OverBudget, Setting
+from bench.evaluation.setting import KPA, MODELS, REPLICAS, STATIC, OverBudget, Setting
 from bench.evaluation.simulator import Overheads, Simulation, World
 from bench.evaluation.trace import Sizes, Trace, drawn
 from eventing.wire.events import Batch, Row
 from functions.configuration.pass_times import PassTimes
 from functions.gateway.scheduling import scheduler, state
+from functions.gateway.stages.failures import StageFailed
 from functions.stage.engine import event_queue, sequences
 from knative.local.autoscaler import kpa, revision_autoscaler
+from knative.local.autoscaler.revision_settings import revision_settings
+from knative.local.platform import FROM_ZERO
+from knative.render.resolved_pipeline import ResolvedPipeline
+from knative.render.services import stage_service
 from knative.spec.cut import cut_evenly
-
-COPY, REPLICAS, STATIC, HPA, KPA = WAYS
 
 
 def setting(model: str = "llama-2-13b", device: str = "l40s", stages: int = 4, devices: int = 8) -> Setting:
@@ -120,6 +123,46 @@ def test_a_pod_merges_waiting_events_and_answers_them_together() -> None:
     clock.run(10.0)
     assert ends == [("a", 1.0), ("b", 2.0), ("c", 2.0), ("d", 2.0)]
     assert (pod.passes, pod.busy_seconds) == (2, 2.0)
+
+
+def test_a_pod_that_dies_answers_everything_with_a_failure() -> None:
+    clock, kind = Clock(), StageKind(0, 1, PassTimes(fixed_seconds=1.0), 0.0, 1000, 0.0, 0.0)
+    pod, failed, called = Pod(clock, kind, "http://0-1", 1, ready=True), list[object](), list[str]()
+    batch = Batch((Row("a", 0, 0, 1, reserve_tokens=2),), memoryview(b""))
+    pod.forward(batch, "gateway", lambda reply, _: failed.append(reply))
+    pod.call(partial(called.append, "between passes"))
+    pod.await_memory(2000, partial(called.append, "waits for memory"))
+    clock.run(0.5)
+    pod.crash()
+    assert called == ["between passes", "waits for memory"]
+    pod.forward(batch, "gateway", lambda reply, _: failed.append(reply))
+    assert [each.cause for each in failed if isinstance(each, StageFailed)] == ["broken", "refused"]
+    clock.run(10.0)
+    assert (len(failed), pod.passes) == (2, 1)
+
+
+@pytest.mark.parametrize(("timeout_seconds", "gone_after"), [(600, 30.0), (10, 10.0)])
+def test_a_pod_that_leaves_is_drained_no_longer_than_its_timeout(timeout_seconds: int, gone_after: float) -> None:
+    template = stage_service(ResolvedPipeline(setting().spec(KPA), setting().cut(KPA), "0" * 64), 0)["spec"]["template"]
+    template["spec"]["timeoutSeconds"] = timeout_seconds
+    clock, kind = Clock(), StageKind(0, 4, PassTimes(fixed_seconds=1.0), 0.0, 1000, 0.0, 0.0)
+    plan = [2, 2, *[1] * 60]
+    pods = fleet.Fleet(clock, kind, revision_settings(template, FROM_ZERO), template, lambda *_: None, plan)
+    clock.run(2.5)
+    assert [pod.leaving for pod in pods.pods.values()] == [False, True]
+    clock.run(2.0 + gone_after - 0.1)
+    assert len(pods.pods) == 2
+    clock.run(2.0 + gone_after + 0.1)
+    assert len(pods.pods) == 1
+
+
+def test_prompts_of_all_routes_take_turns_at_a_stage_that_they_share() -> None:
+    """Two routes part at the last stage. Prompts of one would else wait at the first until the other has none."""
+    trace = Trace("prompts", np.linspace(0.0, 0.1, 24), np.full(24, 2000), np.full(24, 2))
+    simulation = Simulation(setting(), STATIC, trace, World(), pods=(1, 1, 1, 2))
+    simulation.run()
+    overtaken = np.argsort(np.argsort(simulation.first_seconds)) - np.arange(24)
+    assert np.abs(overtaken).max() <= 4
 
 
 def test_memory_of_a_pod_bounds_what_runs_at_once() -> None:
