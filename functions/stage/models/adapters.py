@@ -49,7 +49,8 @@ def low_ranks(tensors: Mapping[str, RawTensor], dtype: HiddenDtype) -> dict[str,
 
 def _floats(tensor: RawTensor, dtype: HiddenDtype) -> Float32:
     stored, name = _NUMPY_DTYPES[tensor.dtype]
-    wide = widened(np.frombuffer(tensor.data, stored).reshape(tensor.shape), name)
+    numbers = np.frombuffer(tensor.data, stored).reshape(tensor.shape)
+    wide = numbers if name == "F32" else widened(numbers, name)
     if dtype == "F32" or not tensor.shape:  # a scale is a number of its own
         return wide
     return widened(narrowed(wide, dtype), dtype)

@@ -181,6 +181,30 @@ class LowRankArrays:
         return sum(-(-rank // GROUP_OUTS) * GROUP_OUTS for rank in self.ranks)
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterArrays:
+    """An adapter's share of a group's layers, as C reads it."""
+
+    records: "ctypes.Array[AdapterLayerRecord]"  # [layers]
+    kept: list[Array]  # whose addresses the records have
+    low_floats: int  # most sums of A x that a row has in a layer
+
+    @classmethod
+    def of(cls, layers: Sequence[Mapping[str, LowRankArrays]]) -> "AdapterArrays":
+        """layers: for each layer of the group what is added to its matrices, by their names in `c/native.h`."""
+        records = (AdapterLayerRecord * len(layers))()
+        kept: list[Array] = []
+        low_floats = 0
+        for record, layer in zip(records, layers, strict=True):
+            for name, low in layer.items():
+                own = LowRankRecord(low.dtype, low.ranks, low.ends, low.scales, memory_of(low.a), memory_of(low.b))
+                setattr(record, name, own)
+                kept += [low.a, low.b]
+            together = sum(layer[name].low_floats for name in ("gate", "up") if name in layer)
+            low_floats = max([low_floats, together, *(low.low_floats for low in layer.values())])
+        return cls(records, kept, low_floats)
+
+
 class NativeThreads:
     """A pool of C threads that share the work of a pass. They end when this object is garbage-collected."""
 
@@ -209,7 +233,7 @@ class NativeLayers:
         group.budget = MemoryRecord(ctypes.addressof(self.budget), ctypes.sizeof(self.budget))
         group.layers = MemoryRecord(ctypes.addressof(self._layers), ctypes.sizeof(self._layers))
         self._adapters = (AdapterLayerRecord * 0)()
-        self._kept_of_adapters: dict[int, list[LowRankArrays]] = {}
+        self._kept_of_adapters: dict[int, AdapterArrays | None] = {}
         self._workspace_array = np.empty(0, np.uint8)
         self._workspace = memory_of(self._workspace_array)
 
@@ -279,25 +303,21 @@ class NativeLayers:
         self._kept += [array for array in (norm.gain, norm.biases) if array is not None]
         return NormRecord(norm.kind, memory_of(norm.gain), memory_of(norm.biases))
 
-    def place_adapter(self, number: int, layers: Sequence[Mapping[str, LowRankArrays]] | None) -> None:
-        """Makes an adapter the one of this number, from 1 on. Not during a pass.
-
-        layers: for each layer of the group what is added to its matrices, by their names in `c/native.h`; None: nothing.
-        """
-        count = self._group.num_layers
-        if len(self._adapters) < number * count:
-            self._adapters = (AdapterLayerRecord * (number * count))(*self._adapters)
-        first = (number - 1) * count
-        for slot, layer in enumerate(layers or [{}] * count, first):
-            self._adapters[slot] = AdapterLayerRecord()
-            for name, low in layer.items():
-                record = LowRankRecord(low.dtype, low.ranks, low.ends, low.scales, memory_of(low.a), memory_of(low.b))
-                setattr(self._adapters[slot], name, record)
-        self._kept_of_adapters[number] = [low for layer in layers or () for low in layer.values()]
-        self._group.adapters = MemoryRecord(ctypes.addressof(self._adapters), ctypes.sizeof(self._adapters))
-        needed = [sum(layer[name].low_floats for name in ("gate", "up") if name in layer) for layer in layers or ()]
-        needed += [low.low_floats for low in self._kept_of_adapters[number]]
-        self._group.low_floats = max([self._group.low_floats, *needed])
+    def place_adapter(self, number: int, adapter: AdapterArrays | None) -> None:
+        """Makes an adapter the one of this number, from 1 on; None: nothing is added. Not during a pass."""
+        size = self._group.num_layers * ctypes.sizeof(AdapterLayerRecord)
+        if ctypes.sizeof(self._adapters) < number * size:
+            grown = (AdapterLayerRecord * (number * self._group.num_layers))()
+            ctypes.memmove(grown, self._adapters, ctypes.sizeof(self._adapters))
+            self._adapters = grown
+            self._group.adapters = MemoryRecord(ctypes.addressof(grown), ctypes.sizeof(grown))
+        place = ctypes.addressof(self._adapters) + (number - 1) * size
+        self._kept_of_adapters[number] = adapter
+        if adapter is None:
+            ctypes.memset(place, 0, size)
+        else:
+            ctypes.memmove(place, adapter.records, size)
+            self._group.low_floats = max(self._group.low_floats, adapter.low_floats)
 
     def run(
         self, hidden: Array, rotations: Array, segments: Sequence[SegmentArrays], threads: int, inputs: Array | None = None

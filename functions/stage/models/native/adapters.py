@@ -15,8 +15,7 @@ from storage.checkpoints.decoder import Decoder, Layer, adaptable, layer_shapes,
 def pack_layer(model: Decoder, layer: Layer, found: Mapping[str, LowRank], narrow: bool) -> dict[str, LowRankArrays]:
     """What an adapter adds to the matrices of a layer, by their names in `c/native.h`.
 
-    found: by the modules' names without the layer's prefix. narrow: numbers are bf16, not float32; they must be rounded
-    already. Raises WrongAdapter.
+    found: by the modules' names without the layer's prefix. narrow: rounds the numbers to bf16. Raises WrongAdapter.
     """
     names, shapes, left = model.names, layer_shapes(model, layer), dict(found)
     if refused := left.keys() - adaptable(model, layer):
@@ -57,35 +56,30 @@ def _with_rows(low: LowRank, rows: Array) -> LowRank:
 
 
 def _packed(parts: Sequence[LowRank | None], ends: Sequence[int] | Array, narrow: bool) -> LowRankArrays:
-    a = [_packed_a(part.a, narrow) for part in parts if part is not None]
-    b = [_packed_b(part.b, narrow) for part in parts if part is not None]
+    given = [(part, int(end) - len(part.b)) for part, end in zip(parts, ends, strict=True) if part is not None]
     absent = LOW_PARTS - len(parts)
     return LowRankArrays(
         Dtype.BF16 if narrow else Dtype.F32,
         (*(0 if part is None else len(part.a) for part in parts), *[0] * absent),
         (*(int(end) for end in ends), *[int(ends[-1])] * absent),
         (*(0.0 if part is None else part.scale for part in parts), *[0.0] * absent),
-        np.concatenate(a),
-        np.concatenate(b),
+        np.concatenate([_grouped(part.a, 0, narrow) for part, _ in given]),
+        np.concatenate([_grouped(part.b, begin, narrow) for part, begin in given]),
     )
 
 
-def _packed_a(a: Float32, narrow: bool) -> Array:
-    """[rank, width] → for each group of ranks [width, ranks], or of pairs in bf16."""
-    rank, width = a.shape
-    groups = np.pad(a, ((0, -rank % GROUP_OUTS), (0, width % 2 if narrow else 0))).reshape(
-        -1, GROUP_OUTS, width + (width % 2) * narrow
-    )
-    if not narrow:
-        return np.ascontiguousarray(groups.transpose(0, 2, 1)).ravel()
-    pairs = groups.reshape(len(groups), GROUP_OUTS, -1, 2).transpose(0, 2, 1, 3)
-    return narrowed(np.ascontiguousarray(pairs), "BF16").ravel()
+def _grouped(matrix: Float32, first: int, narrow: bool) -> Array:
+    """[n, width] → for each group of GROUP_OUTS rows [width, rows], or of pairs in bf16.
 
-
-def _packed_b(b: Float32, narrow: bool) -> Array:
-    """[outs, rank] → [rank, outs], or of pairs in bf16."""
-    if not narrow:
-        return np.ascontiguousarray(b.T).ravel()
-    outs, rank = b.shape
-    pairs = np.pad(b, ((0, 0), (0, rank % 2))).reshape(outs, -1, 2).transpose(1, 0, 2)
-    return narrowed(np.ascontiguousarray(pairs), "BF16").ravel()
+    first: number of the first row, which says where in its group it is; zeros fill the first and the last group.
+    """
+    count, width = matrix.shape
+    units = matrix
+    if narrow:
+        bits = np.zeros((count, width + width % 2), np.uint16)
+        bits[:, :width] = narrowed(matrix, "BF16")
+        units = bits.view(np.uint32)
+    before = first % GROUP_OUTS
+    groups = np.zeros((-(-(before + count) // GROUP_OUTS), GROUP_OUTS, units.shape[1]), units.dtype)
+    groups.reshape(-1, units.shape[1])[before : before + count] = units
+    return np.ascontiguousarray(groups.transpose(0, 2, 1)).ravel()

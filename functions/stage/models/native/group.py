@@ -27,6 +27,7 @@ from functions.stage.models.native.rotations import Rotations
 from functions.stage.models.native.weights import NativeWeights, rows_of
 from functions.stage.models.packed_tensors import packing, shapes_of
 from functions.stage.native.layers import (
+    AdapterArrays,
     ExpertsArrays,
     MatrixArrays,
     NativeLayers,
@@ -252,12 +253,13 @@ class NativeGroup:
     def prepare_adapter(self, tensors: Mapping[str, RawTensor]) -> PreparedAdapter:
         narrow = self._dtype != "float32"
         of_layers: list[dict[str, LowRank]] = [{} for _ in range(self.first_layer, self.last_layer)]
-        for module, low in low_ranks(tensors, "BF16" if narrow else "F32").items():
+        for module, low in low_ranks(tensors, "F32").items():
             layer, _, name = module.removeprefix(f"{self._model.names.layers}.").partition(".")
             of_layers[int(layer) - self.first_layer][name] = low
         layers = self._model.layers[self.first_layer : self.last_layer]
         packed = [pack_layer(self._model, layer, own, narrow) for layer, own in zip(layers, of_layers, strict=True)]
-        return PreparedAdapter(packed, sum(low.a.nbytes + low.b.nbytes for layer in packed for low in layer.values()))
+        adapter = AdapterArrays.of(packed)
+        return PreparedAdapter(adapter, sum(each.nbytes for each in adapter.kept))
 
     def place_adapter(self, number: int, prepared: PreparedAdapter | None) -> None:
         self._layers.place_adapter(number, None if prepared is None else prepared.share)

@@ -1,6 +1,8 @@
 /* Low-rank products of adapters: y += B (A x), for up to LAMINA_TILE_ROWS rows of one adapter together. Each sum's order depends on
    the width, or on the rank, alone. */
 
+enum { LOW_AHEAD_BYTES = 1024 }; /* matrices are read once in a pass, in short pieces: the CPU's own prefetcher comes too late */
+
 /* The two numbers of each lane's pair of bf16, as float32. */
 INLINE vec first_of_pair(vec pairs) { return shift_left_i32(pairs, 16); }
 INLINE vec second_of_pair(vec pairs) { return and_i32(pairs, every_i32((int32_t)0xFFFF0000)); }
@@ -14,9 +16,11 @@ INLINE void project_group(const bool pairs, const int rows, const uint8_t *a, co
     for (int row = 0; row < rows; row++)
         even[row] = odd[row] = zeros();
     for (int64_t i = 0; i + 1 < width; i += 2) {
-        const vec both = load(a + i * LANES * (pairs ? 2 : 4));
+        const uint8_t *at = a + i * LANES * (pairs ? 2 : 4);
+        __builtin_prefetch(at + LOW_AHEAD_BYTES);
+        const vec both = load(at);
         const vec first = pairs ? first_of_pair(both) : both;
-        const vec second = pairs ? second_of_pair(both) : load(a + (i + 1) * LANES * 4);
+        const vec second = pairs ? second_of_pair(both) : load(at + LANES * 4);
         UNROLL
         for (int row = 0; row < rows; row++) {
             even[row] = fma_f32(every_f32(x[row][i]), first, even[row]);
@@ -34,20 +38,19 @@ INLINE void project_group(const bool pairs, const int rows, const uint8_t *a, co
         store(low[row], mul_f32(add_f32(even[row], odd[row]), every_f32(scale)));
 }
 
-/* y [rows, outs] += low B in outputs [first, last) of one part. b: [rank, outs], or in bf16 [rank / 2, outs, 2], both rounded up. */
-INLINE void add_part(const bool pairs, const int rows, const uint8_t *b, int64_t rank, int64_t outs, int64_t first, int64_t last,
+/* y [rows, outs] += low B in outputs [first, last), which begin a group. b: for each group [rank, LANES], or in bf16
+   [rank / 2, LANES, 2], rounded up. */
+INLINE void add_part(const bool pairs, const int rows, const uint8_t *b, int64_t rank, int64_t first, int64_t last,
                      const float *const *low, float *const *y)
 {
     for (int64_t out = first; out < last; out += LANES) {
-        const int64_t count = smaller(LANES, last - out);
         vec sums[LAMINA_TILE_ROWS];
         UNROLL
         for (int row = 0; row < rows; row++)
             sums[row] = zeros();
-        for (int64_t k = 0; k < rank; k += pairs ? 2 : 1) {
-            const float *at = (const float *)b + (pairs ? k / 2 : k) * outs + out;
-            const vec numbers = count == LANES ? load(at) : load_part(at, count);
-            const vec first_numbers = pairs ? first_of_pair(numbers) : numbers;
+        for (int64_t k = 0; k < rank; k += pairs ? 2 : 1, b += LANES * 4) {
+            __builtin_prefetch(b + LOW_AHEAD_BYTES);
+            const vec numbers = load(b), first_numbers = pairs ? first_of_pair(numbers) : numbers;
             UNROLL
             for (int row = 0; row < rows; row++) {
                 sums[row] = fma_f32(every_f32(low[row][k]), first_numbers, sums[row]);
@@ -58,7 +61,7 @@ INLINE void add_part(const bool pairs, const int rows, const uint8_t *b, int64_t
         UNROLL
         for (int row = 0; row < rows; row++) {
             float *to = y[row] + out;
-            store_row_part(to, 0, count, add_f32(row_part(to, 0, count), sums[row]));
+            store_row_part(to, 0, last - out, add_f32(row_part(to, 0, last - out), sums[row]));
         }
     }
 }
@@ -83,18 +86,18 @@ NOINLINE void project_floats(int64_t rows, const uint8_t *a, const float *const 
     BY_ROWS(project_group, a, x, width, scale, low)
 }
 
-NOINLINE void add_pairs(int64_t rows, const uint8_t *b, int64_t rank, int64_t outs, int64_t first, int64_t last,
+NOINLINE void add_pairs(int64_t rows, const uint8_t *b, int64_t rank, int64_t first, int64_t last,
                         const float *const *low, float *const *y)
 {
     const bool pairs = true;
-    BY_ROWS(add_part, b, rank, outs, first, last, low, y)
+    BY_ROWS(add_part, b, rank, first, last, low, y)
 }
 
-NOINLINE void add_floats(int64_t rows, const uint8_t *b, int64_t rank, int64_t outs, int64_t first, int64_t last,
+NOINLINE void add_floats(int64_t rows, const uint8_t *b, int64_t rank, int64_t first, int64_t last,
                          const float *const *low, float *const *y)
 {
     const bool pairs = false;
-    BY_ROWS(add_part, b, rank, outs, first, last, low, y)
+    BY_ROWS(add_part, b, rank, first, last, low, y)
 }
 #undef BY_ROWS
 
@@ -119,22 +122,20 @@ static void add_low_rank(const LowRank *by, int64_t first, int64_t last, int64_t
 {
     const uint8_t *b = by->b.data;
     const float *from[LAMINA_TILE_ROWS];
-    float *to[LAMINA_TILE_ROWS];
     int64_t group = 0, begin = 0;
     for (int part = 0; part < LAMINA_LOW_PARTS; begin = by->ends[part++]) {
-        const int64_t rank = by->ranks[part], outs = by->ends[part] - begin;
-        for (int64_t row = 0; row < rows; row++) {
+        const int64_t rank = by->ranks[part], first_group = begin / LANES * LANES, end = rounded_up(by->ends[part], LANES);
+        const int64_t low_end = larger(first, first_group), high_end = smaller(last, end);
+        for (int64_t row = 0; row < rows; row++)
             from[row] = low[row] + group * LANES;
-            to[row] = y[row] + begin;
-        }
-        if (rank && larger(first, begin) < smaller(last, by->ends[part])) {
-            const int64_t low_end = larger(first, begin) - begin, high_end = smaller(last, by->ends[part]) - begin;
+        if (rank && low_end < high_end) {
+            const uint8_t *at = b + low_rank_part_bytes(by->dtype, rank, first_group, low_end);
             if (by->dtype == LAMINA_BF16)
-                add_pairs(rows, b, rank, outs, low_end, high_end, from, to);
+                add_pairs(rows, at, rank, low_end, high_end, from, y);
             else
-                add_floats(rows, b, rank, outs, low_end, high_end, from, to);
+                add_floats(rows, at, rank, low_end, high_end, from, y);
         }
-        b += low_rank_part_bytes(by->dtype, rank, outs);
+        b += low_rank_part_bytes(by->dtype, rank, begin, by->ends[part]);
         group += low_rank_groups(rank);
     }
 }

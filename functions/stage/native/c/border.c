@@ -361,7 +361,7 @@ static Status check_low_rank(const LowRank *by, const Matrix *matrix)
     for (int part = 0; part < LAMINA_LOW_PARTS; begin = by->ends[part++]) {
         if (!within(by->ranks[part], 0, MOST) || !within(by->ends[part], begin, matrix->outs) || !is_finite(by->scales[part]))
             return LAMINA_BAD_ADAPTER;
-        b_bytes += low_rank_part_bytes(by->dtype, by->ranks[part], by->ends[part] - begin);
+        b_bytes += low_rank_part_bytes(by->dtype, by->ranks[part], begin, by->ends[part]);
     }
     if (begin != matrix->outs)
         return LAMINA_BAD_ADAPTER;
@@ -448,6 +448,15 @@ static Status check_states(const Group *group, const Segment *segment, bool repe
     return end - segment->kept_from <= kept ? LAMINA_OK : LAMINA_SHORT_MEMORY;
 }
 
+/* Whether an earlier segment has the same adapter. */
+static bool has_known_adapter(const Segment *segments, int64_t number)
+{
+    for (int64_t earlier = 0; earlier < number; earlier++)
+        if (segments[earlier].adapter == segments[number].adapter)
+            return true;
+    return false;
+}
+
 /* Segments cover all rows and have pages for them. Raises most_tokens to the length of the longest sequence. */
 static Status check_segments(const Group *group, const Pass *pass, int64_t *most_tokens)
 {
@@ -463,7 +472,7 @@ static Status check_segments(const Group *group, const Pass *pass, int64_t *most
         if (!pass->repeats)
             CHECK(check_pages(group, segment));
         CHECK(check_states(group, segment, pass->repeats));
-        if (segment->adapter)
+        if (segment->adapter && !has_known_adapter(segments, number))
             CHECK(check_adapter(group, segment->adapter));
         rows += segment->length;
         *most_tokens = larger(*most_tokens, segment->position + segment->length);

@@ -254,9 +254,10 @@ static inline int64_t low_rank_group_bytes(int64_t dtype, int64_t width)
     return rounded_up(width, 2) * LAMINA_GROUP_OUTS * bytes_of(dtype);
 }
 
-/* Bytes of B for one part. */
-static inline int64_t low_rank_part_bytes(int64_t dtype, int64_t rank, int64_t outs)
+/* Bytes of B for the groups of outputs that have some of [begin, end). */
+static inline int64_t low_rank_part_bytes(int64_t dtype, int64_t rank, int64_t begin, int64_t end)
 {
+    const int64_t outs = rounded_up(end, LAMINA_GROUP_OUTS) - begin / LAMINA_GROUP_OUTS * LAMINA_GROUP_OUTS;
     return (dtype == LAMINA_BF16 ? rounded_up(rank, 2) : rank) * outs * bytes_of(dtype);
 }
 

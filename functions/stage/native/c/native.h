@@ -236,7 +236,8 @@ typedef struct {
    one has a zero.
 
    a  part after part, for each group of LAMINA_GROUP_OUTS ranks: [width, ranks of the group], of pairs [width / 2, ranks, 2]
-   b  part after part: [rank, outputs of the part], of pairs [rank / 2, outputs, 2] */
+   b  part after part, for each group of LAMINA_GROUP_OUTS outputs of the matrix that has some of the part, with zeros for the others:
+      [rank, outputs of the group], of pairs [rank / 2, outputs, 2] */
 typedef struct {
     int64_t dtype;
     int64_t ranks[LAMINA_LOW_PARTS]; /* of each part; 0: nothing is added to it */

@@ -367,7 +367,7 @@ static LowRank low_rank_of(const Matrix *matrix, int parts)
         low.ends[part] = part < parts - 1 ? any(begin, matrix->outs) : matrix->outs;
         low.ranks[part] = part < parts ? any(part > 0 ? 0 : 1, 40) : 0;
         low.scales[part] = 0.5;
-        bytes += low_rank_part_bytes(low.dtype, low.ranks[part], low.ends[part] - begin);
+        bytes += low_rank_part_bytes(low.dtype, low.ranks[part], begin, low.ends[part]);
         begin = low.ends[part];
     }
     low.a.bytes = 1; /* not absent */
