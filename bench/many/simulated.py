@@ -22,6 +22,33 @@ _QUIET_SECONDS: Final = PodTiming().drain_quiet_seconds
 _BEGIN: Final = 1000.0
 
 
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Requests whose moments are drawn. weights: of each model; seconds: for how long; rate: of all, a second."""
+
+    told: str
+    weights: Sequence[float]
+    seconds: float
+    rate: float
+
+
+def by_zipf(members: int, seconds: float) -> Traffic:
+    told = f"{RATE:g} requests a second for {seconds:g} s, models drawn by Zipf's law"
+    return Traffic(told, [1 / rank for rank in range(1, members + 1)], seconds, RATE)
+
+
+_OF_LMSYS: Final = (4002, 703, 702, 611, 533, 272, 176, 168, 163, 159, 116, 100, 94, 84, 75, 68, 65)
+_LMSYS_SECONDS: Final = 43_200.0
+LMSYS: Final = Traffic(
+    "four hours of LMSYS-Chat-1M's 17 models, each as often as on its day 55, 0.19 requests a second "
+    "(Duan et al., MuxServe, ICML 2024, `benchmark/chatlmsys`)",
+    _OF_LMSYS,
+    14_400.0,
+    sum(_OF_LMSYS) / _LMSYS_SECONDS,
+)
+"""Requests for each model in half a day. Of the first one MuxServe has the sum only."""
+
+
 @dataclass(eq=False, slots=True)
 class _Pod:
     until: float  # when it is ready, or gone if it leaves
@@ -44,9 +71,9 @@ class Simulated:
     peak: int
 
 
-def simulate(members: int, devices: int | None, timeout_seconds: float, seconds: float) -> Simulated:
+def simulate(traffic: Traffic, devices: int | None, timeout_seconds: float) -> Simulated:
     """devices: None: KPA for each member, which leaves a pod that terminates. timeout_seconds: of a stage; it ends a drain."""
-    dice, weights = random.Random(7), [1 / rank for rank in range(1, members + 1)]
+    dice, members, weights, seconds = random.Random(7), len(traffic.weights), traffic.weights, traffic.seconds
     by_key = {f"m{number}": _Member() for number in range(members)}
     lasts = devices is not None  # the last pod serves while it leaves
 
@@ -58,11 +85,11 @@ def simulate(members: int, devices: int | None, timeout_seconds: float, seconds:
 
     grants = Grants(devices or members, lambda: [(key,) for key in by_key], pods_of, LocalRecord())
     record, first_seconds, pod_seconds, peak = GrantRecord(), list[float](), 0.0, 0
-    now, due = _BEGIN, _BEGIN + dice.expovariate(RATE)
+    now, due = _BEGIN, _BEGIN + dice.expovariate(traffic.rate)
     while now < _BEGIN + seconds or any(each.waiting for each in by_key.values()):
         while due <= now and due < _BEGIN + seconds:
             by_key[f"m{dice.choices(range(members), weights)[0]}"].waiting.append(due)
-            due += dice.expovariate(RATE)
+            due += dice.expovariate(traffic.rate)
         opened = set(by_key)
         if devices is not None:
             claims = {
@@ -107,24 +134,28 @@ def _step(
 
 def markdown(members: int, devices: int, seconds: float) -> str:
     columns = ["", "first token p50, p95", "longest", "pods on average, at most"]
-    rows = []
-    for name, bound, timeout in (
-        ("KPA for each, no bound", None, 600.0),
-        *((f"`max_devices: {count}`, `timeout_seconds: {timeout:g}`", count, timeout)
-          for count in (devices, devices - 2) for timeout in (600.0, 20.0, 10.0)),
-    ):  # fmt: skip
-        found = simulate(members, bound, timeout, seconds)
-        p95 = quantiles(found.first_seconds, n=20, method="inclusive")[18]
-        rows.append(
-            [
-                name,
-                f"{median(found.first_seconds):.2f}, {p95:.2f} s",
-                f"{max(found.first_seconds):.1f} s",
-                f"{found.mean_pods:.1f}, {found.peak}",
-            ]
-        )
-    facts = (
-        f"`python -m bench.many --members {members} --devices {devices} --seconds {seconds:g} --simulated`: {RATE:g} requests "
-        f"a second, models drawn by Zipf's law; a pod starts in {START_SECONDS:g} s, an answer takes {ANSWER_SECONDS:g} s."
-    )
-    return "\n".join(["## Many models on few devices, simulated", "", facts, "", table(columns, rows)])
+    lines = [
+        "## Many models on few devices, simulated",
+        "",
+        f"`python -m bench.many --members {members} --devices {devices} --seconds {seconds:g} --simulated`: a pod starts in "
+        f"{START_SECONDS:g} s, an answer takes {ANSWER_SECONDS:g} s.",
+    ]
+    for traffic in (by_zipf(members, seconds), LMSYS):
+        rows = []
+        for name, bound, timeout in (
+            ("KPA for each, no bound", None, 600.0),
+            *((f"`max_devices: {count}`, `timeout_seconds: {timeout:g}`", count, timeout)
+              for count in (devices, devices - 2) for timeout in (600.0, 20.0, 10.0)),
+        ):  # fmt: skip
+            found = simulate(traffic, bound, timeout)
+            p95 = quantiles(found.first_seconds, n=20, method="inclusive")[18]
+            rows.append(
+                [
+                    name,
+                    f"{median(found.first_seconds):.2f}, {p95:.2f} s",
+                    f"{max(found.first_seconds):.1f} s",
+                    f"{found.mean_pods:.1f}, {found.peak}",
+                ]
+            )
+        lines += ["", f"{traffic.told[0].upper()}{traffic.told[1:]}:", "", table(columns, rows)]
+    return "\n".join(lines)

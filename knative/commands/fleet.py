@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from functions.configuration.config import FLEET_LABEL
+from functions.configuration.config import FLEET_LABEL, PERCENT
 from knative.render.fleet import door_files
 from knative.spec.fleet_spec import FleetSpec
 from knative.spec.kubernetes_object import KubernetesObject
@@ -63,7 +63,7 @@ def fleet_status(cluster: "Cluster", namespace: str, name: str) -> dict[str, Any
                 "ready": bool(states) and all(states),
                 "stages": len(own),
                 "pods": sum(label(pod, INSTANCE) == member and label(pod, PIPELINE) == fingerprint for pod in pods),
-                "canary_percent": (found["metadata"].get("annotations") or {}).get("lamina.dev/percent", ""),
+                "canary_percent": (found["metadata"].get("annotations") or {}).get(PERCENT, ""),
                 "pipeline": fingerprint,
             }
         )

@@ -13,6 +13,7 @@ import click
 from rich.console import Console, Group
 from rich.live import Live
 
+from functions.configuration.config import PERCENT
 from knative.commands.console import rich_table, show_table, size
 from knative.commands.fleet import FLEET_COLUMNS, fleet_lines, fleet_rows, fleet_status, one_screen
 from knative.commands.local_pods import objective_line, samples_by_model, tokens_per_second
@@ -146,14 +147,16 @@ def _fleet_on_this_machine(state: Path) -> _Source:
         rows: list[tuple[float, tuple[str, ...]]] = []
         for member in answer["members"]:
             pods = [pod for name in member["services"] if name in services for pod in _pods(services[name])]
-            model = member["model"]
+            percent = member["annotations"].get(PERCENT)
+            model = "" if percent else member["model"]  # metrics are by model: a canary's are in its member's row
             drawn = 0.0 if before is None else (tokens.get(model, 0.0) - before[1].get(model, 0.0)) / (now - before[0])
             if pods or waiting[model] or wait[model]:
                 ready = sum(pod["phase"] == "ready" for pod in pods)
                 memory = size(sum(pod["memory_bytes"] for pod in pods))
                 counts = str(len(member["services"])), str(ready), str(len(pods) - ready), f"{max(0.0, drawn):.1f}"
                 waits = f"{waiting[model]:.0f}", f"{wait[model]:.0f} s" if wait[model] else ""
-                row = (str(member["name"]), str(model), *counts, *waits, f"{cost[model]:.0f}", memory)
+                name = f"{member['name']}, {percent} %" if percent else member["name"]
+                row = (name, member["model"], *counts, *waits, f"{cost[model]:.0f}", memory)
                 rows.append((wait[model] + drawn + waiting[model] + len(pods), row))
         shown, left = one_screen(rows)
         asleep = len(answer["members"]) - len(rows)

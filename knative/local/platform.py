@@ -177,6 +177,7 @@ class Platform:
                 "name": each["metadata"]["name"],
                 "model": each["data"].get("LAMINA_MODEL", ""),
                 "services": each["data"].get("LAMINA_STAGE_SERVICES", "").split(","),
+                "annotations": each["metadata"].get("annotations") or {},
             }
             for each in self._config_maps.all()
         ]

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from functions.configuration.config import PERCENT, member_keys
+from functions.configuration.config import member_keys
 from knative.render.access import around_gateway
 from knative.render.monitoring import monitoring_objects
 from knative.render.resolved_pipeline import ResolvedPipeline, labels
@@ -11,7 +11,6 @@ from knative.spec.fleet_spec import FleetSpec
 from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.pipeline_spec import quantity
 
-CANARY: Final = "{}-canary"
 GRANTS: Final = "{}-grants"
 _MEMORY_SHARE: Final = 0.75  # of the gateway's memory, beyond which it gives up idle members
 
@@ -47,17 +46,11 @@ def member_files(member: ResolvedPipeline) -> dict[str, list[KubernetesObject]]:
     return {**files, f"{name}.yaml": [member_config_map(member)]}
 
 
-def member_config_map(member: ResolvedPipeline, canary_percent: int | None = None) -> KubernetesObject:
-    """The environment of the member's part in a gateway.
-
-    canary_percent: it runs beside the member's other ConfigMap, and takes this share of the requests.
-    """
+def member_config_map(member: ResolvedPipeline) -> KubernetesObject:
+    """The environment of the member's part in a gateway."""
     own = member_keys()
     data = {entry["name"]: entry["value"] for entry in gateway_environment(member) if entry["name"] in own}
-    name = member.spec.name if canary_percent is None else CANARY.format(member.spec.name)
-    metadata: KubernetesObject = {"name": name, "namespace": member.spec.namespace, "labels": labels(member, "gateway")}
-    if canary_percent is not None:
-        metadata["annotations"] = {PERCENT: str(canary_percent)}
+    metadata = {"name": member.spec.name, "namespace": member.spec.namespace, "labels": labels(member, "gateway")}
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
 
 

@@ -4,31 +4,33 @@ The tests are one scenario, in order. `SCREENSHOTS=docs` writes the pictures of 
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.functions.browser import Browser, browser, needs_browser
-from tests.support.functions.real_pipeline import RealPipeline, real_fleet
+from tests.support.functions.real_pipeline import RealFleet, real_fleet
 from tests.support.paths import ROOT
 
 pytestmark = [needs_browser, pytest.mark.timeout(600)]
 
 NAMES = ("tiny-code", "tiny-draft", "tiny-search")
+PERCENT = 90  # of the requests for the first one, that its canary gets
 WIDE = (1440, 900)
 MIDDLE = (1100, 900)
 NARROW = (412, 840)
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealPipeline]:
-    with real_fleet(tmp_path_factory.mktemp("fleet"), NAMES) as fleet:
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealFleet]:
+    with real_fleet(tmp_path_factory.mktemp("fleet"), NAMES, PERCENT) as fleet:
         yield fleet
 
 
 @pytest.fixture(scope="module")
-def page(fleet: RealPipeline) -> Iterator[Browser]:
+def page(fleet: RealFleet) -> Iterator[Browser]:
     with browser() as page:
         page.prefer("light")
         page.resize(*WIDE)
@@ -56,7 +58,7 @@ def ask(page: Browser, question: str) -> None:
     page.find("#question").send_keys(f"{question}\n")
 
 
-def test_all_models_are_listed_at_zero_and_the_first_is_shown(page: Browser, fleet: RealPipeline) -> None:
+def test_all_models_are_listed_at_zero_and_the_first_is_shown(page: Browser, fleet: RealFleet) -> None:
     page.until(lambda: page.text("#link") == "live", "the stream")
     page.until(lambda: page.text("#members .name").split() == [fleet.model, *NAMES], "all members")
     page.until(lambda: all(state_of(page, name) == "zero" for name in (fleet.model, *NAMES)), "all at zero")
@@ -66,7 +68,7 @@ def test_all_models_are_listed_at_zero_and_the_first_is_shown(page: Browser, fle
     assert not page.violations()
 
 
-def test_the_chosen_model_answers_while_another_waits_for_a_device(page: Browser, fleet: RealPipeline, pictures: Path) -> None:
+def test_the_chosen_model_answers_while_another_waits_for_a_device(page: Browser, fleet: RealFleet, pictures: Path) -> None:
     ask(page, "Why is the sky blue? Explain it at length.")
     page.until(lambda: state_of(page, fleet.model) == "starting", "its start")
     page.until(lambda: len(page.text(".turn.assistant .said")) > 200, "a part of the answer")
@@ -104,6 +106,19 @@ def test_another_model_is_chosen_by_keyboard_and_asked(page: Browser) -> None:
     page.until(lambda: page.text("#model") == "tiny-draft", "the model of the address")
 
 
+def test_a_canary_of_one_member_is_shown_beside_it(page: Browser, fleet: RealFleet) -> None:
+    row = f"tiny-code, canary {PERCENT} %"
+    with fleet.applied(fleet.canary):
+        page.until(lambda: state_of(page, row) == "zero", "the canary")
+        while state_of(page, row) != "serving":  # some requests may go to the other version
+            with fleet.asking("tiny-code"):
+                pass
+        status = fleet.status()
+        assert re.search(rf"^tiny-code-canary, {PERCENT} % +tiny-code +1 +1 ", status, re.MULTILINE), status
+    page.until(lambda: not state_of(page, row), "its end")
+    assert state_of(page, "tiny-code")
+
+
 def test_narrow_pages_show_one_of_three_views(page: Browser, pictures: Path) -> None:
     page.resize(*MIDDLE)
     assert all(page.find(part).is_displayed() for part in ("#fleet", "#chat", "#pipeline"))
@@ -122,7 +137,7 @@ def test_narrow_pages_show_one_of_three_views(page: Browser, pictures: Path) -> 
         page.resize(*WIDE)
 
 
-def test_the_page_sent_requests_to_the_gateway_only(page: Browser, fleet: RealPipeline) -> None:
+def test_the_page_sent_requests_to_the_gateway_only(page: Browser, fleet: RealFleet) -> None:
     urls = page.requested()
     assert any("/v1/pipeline/events?model=tiny-draft" in url for url in urls)
     assert not [url for url in urls if not url.startswith((f"{fleet.url}/", "data:"))]

@@ -166,7 +166,9 @@ def test_a_replica_is_added_under_load(page: Browser, pipeline: RealPipeline, pi
     assert set(load.answered) == {LONG_TOKENS}
 
 
-def test_an_adapter_is_chosen_for_the_next_answers(page: Browser, pipeline: RealPipeline, tmp_path: Path) -> None:
+def test_an_adapter_is_chosen_for_the_next_answers(
+    page: Browser, pipeline: RealPipeline, tmp_path: Path, pictures: Path
+) -> None:
     assert not page.find("#adapters").is_displayed(), "there is none yet"
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
     module, random = "base_model.model.model.layers.0.self_attn.q_proj", np.random.default_rng(0)
@@ -182,6 +184,8 @@ def test_an_adapter_is_chosen_for_the_next_answers(page: Browser, pipeline: Real
     ask(page, "Tell me about the sea.")
     page.until(lambda: "loaded, 1 answering" in page.text("#adapter-list .state"), "its use")
     assert page.text(".turn.assistant .who") == f"{pipeline.model}:support"
+    page.run("document.getElementById('adapters').scrollIntoView({ block: 'center' })")
+    page.picture(pictures / "page-adapters.png")
     assert not page.violations()
     page.find("#stop").click()
     page.until(lambda: page.text(".turn.assistant .note") == "Stopped.", "the end")

@@ -5,10 +5,11 @@ It is a pipeline of three stages, or a member of a fleet.
 
 import asyncio
 import json
+import os
 import secrets
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +18,15 @@ from typing import Any, TypeVar
 
 import msgspec
 import yaml
+from click.testing import CliRunner
 from rich.console import Console
 
+from knative.cluster.objects import canary_config_map
 from knative.commands.local_fleet import LocalFleet
 from knative.commands.local_pipeline import ensure_published, local_pipeline
 from knative.commands.model_choice import DEFAULT_MODEL
+from knative.commands.state_folder import RunningPlatform, StateFolder
+from knative.commands.status import status
 from knative.local.kubelet.containers import NamedData
 from knative.local.platform import Platform
 from knative.render.services import services
@@ -46,6 +51,7 @@ class RealPipeline:
     store: ObjectStore
     _platform: Platform
     _loop: asyncio.AbstractEventLoop
+    _folder: Path
 
     def replicas(self) -> list[int]:
         """Ready ones of each stage."""
@@ -55,6 +61,21 @@ class RealPipeline:
             return [sum(len(revision.ready_pods) for revision in service.revisions) for service in stages]
 
         return self._in_loop(count)
+
+    @contextmanager
+    def applied(self, objects: Sequence[KubernetesObject]) -> Iterator[None]:
+        """More objects meanwhile."""
+        self._wait(self._platform.apply(objects))
+        try:
+            yield
+        finally:
+            self._wait(self._platform.delete(objects[::-1]))
+
+    def status(self) -> str:
+        """What `python -m knative status` prints."""
+        with StateFolder(self._folder / "state") as state:
+            state.publish(RunningPlatform(os.getpid(), self._platform.admin_url, self.url))
+            return CliRunner().invoke(status, ["--state", str(state.path)], catch_exceptions=False).stdout
 
     @contextmanager
     def asking(self, model: str) -> Iterator[None]:
@@ -72,7 +93,15 @@ class RealPipeline:
         async def run() -> T:
             return what()
 
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(20)
+        return self._wait(run())
+
+    def _wait(self, what: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(what, self._loop).result(20)
+
+
+@dataclass(frozen=True)
+class RealFleet(RealPipeline):
+    canary: Sequence[KubernetesObject]
 
 
 @contextmanager
@@ -84,40 +113,51 @@ def real_pipeline(folder: Path, *, with_key: bool = False, **gateway: Any) -> It
         spec = _spec(local_pipeline(store, manifest, STAGES, None, {}).pipeline.spec, with_key, gateway)
         local = local_pipeline(store, manifest, STAGES, spec, {})
         with _in_a_thread(folder, services(local.pipeline), local.secrets) as (platform, loop):
-            yield RealPipeline(platform.url(spec.name), spec.model.name, local.api_key, store, platform, loop)
+            yield RealPipeline(platform.url(spec.name), spec.model.name, local.api_key, store, platform, loop, folder)
 
 
 @contextmanager
-def real_fleet(folder: Path, names: Sequence[str]) -> Iterator[RealPipeline]:
-    """A fleet at zero, with two devices: the packaged model in one stage, and tiny models of these names in two each."""
+def real_fleet(folder: Path, names: Sequence[str], canary_percent: int) -> Iterator[RealFleet]:
+    """A fleet at zero, with two devices: the packaged model in one stage, and tiny models of these names in two each.
+
+    A canary of the first tiny one, in one stage, is not applied yet.
+    """
     with EmbeddedStore(folder / "store") as embedded:
         store = ObjectStore(embedded.settings)
         save_checkpoint(folder / "tiny")
         for name in names:
             publish(folder / "tiny", store, name, "float32")
         scaling = {"window_seconds": 6, "scale_down_delay_seconds": 0}
-        cuts = {DEFAULT_MODEL: "0:30", **dict.fromkeys(names, "0:3,3:6")}
-        members = [
-            {
-                "name": name,
-                "model": {"name": name, "dtype": "float32" if name in names else "bfloat16"},
-                "cut": cut,
-                "stage": {"autoscaling": scaling},
+        kv_key = secrets.token_hex(32)
+
+        def local_fleet(cuts: Mapping[str, str], named_secrets: NamedData) -> LocalFleet:
+            members = [
+                {
+                    "name": name,
+                    "model": {"name": name, "dtype": "float32" if name in names else "bfloat16"},
+                    "cut": cut,
+                    "stage": {"autoscaling": scaling},
+                }
+                for name, cut in cuts.items()
+            ]
+            fleet = {
+                "kind": "Fleet",
+                "name": "models",
+                "image": "local",
+                "store": {"endpoint": embedded.settings.endpoint_url},
+                "max_devices": DEVICES,
+                "gateway": {"autoscaling": {**scaling, "max_scale": 1}},
+                "members": members,
             }
-            for name, cut in cuts.items()
-        ]
-        fleet = {
-            "kind": "Fleet",
-            "name": "models",
-            "image": "local",
-            "store": {"endpoint": embedded.settings.endpoint_url},
-            "max_devices": DEVICES,
-        }
-        gateway = {"autoscaling": {**scaling, "max_scale": 1}}
-        (folder / "fleet.yaml").write_text(yaml.safe_dump(fleet | {"members": members, "gateway": gateway}))
-        local = LocalFleet(folder / "fleet.yaml", store, {}, folder / "weights", secrets.token_hex(32), Console(quiet=True))
+            (folder / "fleet.yaml").write_text(yaml.safe_dump(fleet))
+            return LocalFleet(folder / "fleet.yaml", store, named_secrets, folder / "weights", kv_key, Console(quiet=True))
+
+        local = local_fleet({DEFAULT_MODEL: "0:30", **dict.fromkeys(names, "0:3,3:6")}, {})
+        of_canary = local_fleet({names[0]: "0:6"}, local.secrets).objects
+        canary = [each for each in of_canary if each["kind"] == "Service" and each["metadata"]["name"] != "models"]
+        canary += [canary_config_map(each, canary_percent) for each in of_canary if each["kind"] == "ConfigMap"]
         with _in_a_thread(folder, local.objects, local.secrets) as (platform, loop):
-            yield RealPipeline(platform.url("models"), DEFAULT_MODEL, None, store, platform, loop)
+            yield RealFleet(platform.url("models"), DEFAULT_MODEL, None, store, platform, loop, folder, canary)
 
 
 def _spec(spec: PipelineSpec, with_key: bool, gateway: dict[str, Any]) -> PipelineSpec:

@@ -138,6 +138,41 @@ def checkpoint_tensors(seed: int = 0) -> dict[str, Any]:
     return tensors | {"model.norm.weight": gain(), "lm_head.weight": matrix(VOCAB_SIZE, hidden)}
 
 
+def save_gguf(path: Path, seed: int = 0) -> None:
+    """Writes the model as a GGUF file whose matrices have five block formats in turn."""
+    import gguf
+
+    kinds = [gguf.GGMLQuantizationType[name] for name in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")]
+    tokenizer = json.loads(byte_tokenizer().to_str())["model"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(CONFIG["num_hidden_layers"])
+    writer.add_embedding_length(CONFIG["hidden_size"])
+    writer.add_feed_forward_length(CONFIG["intermediate_size"])
+    writer.add_head_count(CONFIG["num_attention_heads"])
+    writer.add_head_count_kv(CONFIG["num_key_value_heads"])
+    writer.add_rope_dimension_count(CONFIG["head_dim"])
+    writer.add_context_length(CONFIG["max_position_embeddings"])
+    writer.add_layer_norm_rms_eps(CONFIG["rms_norm_eps"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(list(tokenizer["vocab"]))
+    writer.add_token_types([gguf.TokenType.CONTROL] * len(SPECIAL) + [gguf.TokenType.NORMAL] * (VOCAB_SIZE - len(SPECIAL)))
+    writer.add_token_merges([" ".join(merge) for merge in tokenizer["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, CONFIG["num_hidden_layers"])
+    for number, (name, tensor) in enumerate(checkpoint_tensors(seed).items()):
+        own, kind = names.get_name(name, (".weight",)), kinds[number % len(kinds)]
+        if tensor.ndim == 2:
+            writer.add_tensor(own, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(own, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def _write_safetensors(path: Path, tensors: dict[str, Any]) -> None:
     """float32 only: header size, JSON header, then the tensors' bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -154,7 +189,7 @@ def _write_safetensors(path: Path, tensors: dict[str, Any]) -> None:
 def published_model(
     folder: Path, dtype: Dtype = "float32", name: str = "tiny", store: StoreSettings | None = None
 ) -> Iterator[Published]:
-    """The model by its name, in a store of its own or in `store`, which runs."""
+    """The model by its name, in a store of its own or in `store`, which runs. In dtype kept its source is a GGUF file."""
 
     def load_model() -> "PreTrainedModel":
         from transformers import AutoModelForCausalLM
@@ -166,5 +201,8 @@ def published_model(
     save_checkpoint(folder / "checkpoint")
     with ExitStack() as stack:
         settings = store or stack.enter_context(EmbeddedStore(folder / "store")).settings
-        manifest = publish(folder / "checkpoint", ObjectStore(settings), name, dtype)
+        source = folder / "checkpoint"
+        if dtype == "kept":
+            save_gguf(source := folder / "tiny.gguf")
+        manifest = publish(source, ObjectStore(settings), name, dtype)
         yield Published(settings, manifest, load_model, byte_tokenizer())

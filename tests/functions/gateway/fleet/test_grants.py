@@ -5,7 +5,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.many.simulated import simulate
+from bench.many.simulated import by_zipf, simulate
 from functions.gateway.fleet.grants import QUANTUM_SECONDS, GrantDecision, MemberLoad, decide
 
 NOW = 1000.0
@@ -109,7 +109,7 @@ def test_grants_never_take_more_than_the_devices(loads: list[MemberLoad], max_de
 
 def test_the_bound_holds_while_pods_come_and_go() -> None:
     """Ten simulated minutes of requests to twelve members, with Knative's window, ticks and drain."""
-    found = simulate(12, 6, 20.0, 600.0)
+    found = simulate(by_zipf(12, 600.0), 6, 20.0)
     assert found.peak == 6
     assert len(found.first_seconds) > 200
     assert max(found.first_seconds) < 120, "each is next at some time"
