@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -114,7 +114,7 @@ def create_app(
     created or cancelled.
     """
     app = base_app(config, metrics, write_line)
-    clients = Clients(keys, config.proxies)
+    clients = Clients(None if keys.is_open else keys.find, config.proxies)
     source = f"/pipelines/{config.pipeline}/gateway"
     claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
     scores = None
@@ -204,7 +204,7 @@ def gateway_admission(config: GatewayConfig, keys: KeyRing, app: Flask) -> "Call
     one, UnknownHost or CrossSite if a page of another site may have sent it, and UnsupportedMediaType if the body is not
     said to be JSON. It sets CLIENT_ID.
     """
-    clients, sites = Clients(keys, config.proxies), Sites(config, is_open=keys.is_open)
+    clients, sites = Clients(None if keys.is_open else keys.find, config.proxies), Sites(config, is_open=keys.is_open)
     routes = app.url_map.bind("")  # no route depends on the host
 
     def admit(environ: "WSGIEnvironment") -> int | None:
@@ -213,17 +213,23 @@ def gateway_admission(config: GatewayConfig, keys: KeyRing, app: Flask) -> "Call
             routes.match(environ["PATH_INFO"], environ["REQUEST_METHOD"])
         except HTTPException:
             return None
-        has_body = environ["REQUEST_METHOD"] == "POST"
-        is_upload = has_body and environ["PATH_INFO"] == UPLOAD_PATH
-        request = Request(environ, populate_request=False)  # it would be part of the environ that it holds
-        with nullcontext() if has_body else suppress(Unauthorized):  # some paths without a body need no key
-            environ[CLIENT_ID] = clients.identify(request)
-        if not has_body:
-            return 0
-        if is_upload:
-            environ[STREAMED] = True
-            return MAX_FILE_BYTES + MAX_REQUEST_BYTES  # with the other fields of the form
-        check_media_type(environ)
-        return MAX_REQUEST_BYTES
+        if environ["REQUEST_METHOD"] == "POST":
+            return admit_body(environ, clients)
+        with suppress(Unauthorized):  # some paths without a body need no key
+            environ[CLIENT_ID] = clients.identify(Request(environ, populate_request=False))
+        return 0
 
     return admit
+
+
+def admit_body(environ: "WSGIEnvironment", clients: Clients) -> int:
+    """How many bytes the body of a POST may have. Sets CLIENT_ID, and STREAMED if the application reads the body as it arrives.
+
+    Raises Unauthorized, and UnsupportedMediaType if the body is not said to be JSON.
+    """
+    environ[CLIENT_ID] = clients.identify(Request(environ, populate_request=False))  # else the environ would hold itself
+    if environ["PATH_INFO"] == UPLOAD_PATH:
+        environ[STREAMED] = True
+        return MAX_FILE_BYTES + MAX_REQUEST_BYTES  # with the other fields of the form
+    check_media_type(environ)
+    return MAX_REQUEST_BYTES

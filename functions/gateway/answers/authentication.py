@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -127,27 +127,37 @@ class _KeyFile:
 class Clients:
     """Identifies the client of a request: by its API key, or by its address if the gateway has no keys.
 
-    proxies: number of proxies that every request passes; 0: X-Forwarded-For is ignored. Each proxy appends the address of its
-    peer to that header. Earlier entries are not used: a client writes them, and could pass for another client each time.
+    find: returns the valid API key with this text; None: the gateway has no keys. proxies: number of proxies that every request
+    passes; 0: X-Forwarded-For is ignored. Each proxy appends the address of its peer to that header. Earlier entries are not
+    used: a client writes them, and could pass for another client each time. wanted: the keys that are taken, for errors.
     """
 
-    def __init__(self, keys: KeyRing, proxies: int = 0) -> None:
-        self._keys = keys
+    def __init__(
+        self, find: Callable[[str], ApiKey | None] | None, proxies: int = 0, wanted: str = "one of the gateway's API keys"
+    ) -> None:
+        self._find = find
         self._proxies = proxies
-        self.are_known = not keys.is_open  # by their API keys
+        self._wanted = wanted
+        self.are_known = find is not None  # by their API keys
 
     def identify(self, request: Request) -> str:
         """The client's id, by which the pipeline is shared fairly. It is no secret.
 
         Raises Unauthorized if the gateway has keys and the request has no valid one.
         """
-        if self._keys.is_open:
+        if self._find is None:
             entries = request.headers.get("X-Forwarded-For", "").split(",")
             forwarded = entries[-self._proxies].strip() if 0 < self._proxies <= len(entries) else ""
             return forwarded[:_MAX_ADDRESS_CHARACTERS] or request.remote_addr or "unknown"
-        scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
-        key = self._keys.find(secret.strip())
-        if scheme.lower() != "bearer" or key is None:
-            seen = "another key" if secret else "no Authorization header"
-            raise Unauthorized(f"{seen}; send Authorization: Bearer with one of the gateway's API keys")
+        header = request.headers.get("Authorization", "")
+        key = self._find(bearer_token(header))
+        if key is None:
+            seen = "another key" if header else "no Authorization header"
+            raise Unauthorized(f"{seen}; send Authorization: Bearer with {self._wanted}")
         return key.id
+
+
+def bearer_token(header: str) -> str:
+    """The API key in an Authorization header; empty: none."""
+    scheme, _, secret = header.partition(" ")
+    return secret.strip() if scheme.lower() == "bearer" else ""

@@ -5,9 +5,8 @@ import secrets
 import sys
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Final
 
 from prometheus_client import CollectorRegistry
@@ -20,9 +19,8 @@ from functions.gateway.build import endpoints_watch
 from functions.gateway.fleet.grant_record import LeaseRecord, LocalRecord
 from functions.gateway.fleet.grants import Grants, MemberPods
 from functions.gateway.fleet.members import Members, Version
-from functions.gateway.fleet.metrics import FleetCollector
-from functions.gateway.fleet.overview import Overview
-from functions.gateway.fleet.parts import Parts
+from functions.gateway.fleet.overview import FleetCollector, Overview
+from functions.gateway.fleet.parts import Parts, Turn
 from functions.gateway.fleet.routing import MemberRouter, fleet_admission, own_app
 from functions.gateway.jobs.batches import Batches
 from functions.gateway.jobs.configured import configured_batches
@@ -34,7 +32,6 @@ from storage.errors import StorageError
 
 _log: Final = logging.getLogger(__name__)
 
-STATES: Final = ("asleep", "loading", "loaded", "failed")
 _THREADS: Final = 768  # for requests that wait or are answered
 _BATCHES_SECONDS: Final = 10.0  # between looks for open batches of members that are not loaded
 _REQUEST_BYTES: Final = 8 * MAX_REQUEST_BYTES
@@ -47,24 +44,17 @@ class FleetFunction:
         """environ: of the process; members' parts share it. Raises ConfigError for TLS files that cannot be used."""
         self._start_up = start_up
         self._watch = endpoints_watch(config, None)
-        self.parts = Parts(self._watch, config.memory_bytes, turn=self._turn)
-        self.members = Members(config, environ, self.parts.retire)
         self._grants = None if config.max_devices is None else self._shared_devices(config, config.max_devices)
+        turn: Turn = nullcontext if self._grants is None else self._grants.turn
+        self.parts = Parts(self._watch, config.memory_bytes, turn=turn)
+        self.members = Members(config, environ, self.parts.retire)
         self._overview = Overview(self.members, self.parts, self._grants, self._pods, config.max_devices)
         self._metrics = GatewayMetrics()
         start_up.report_to(self._metrics.phase_ended)
         self._draining = False
         self._closed = threading.Event()
         registry = CollectorRegistry()
-        registry.register(
-            FleetCollector(
-                self._metrics.registry,
-                self._registries,
-                self.states,
-                lambda: self.parts.evictions,
-                self._overview.by_model,
-            )
-        )
+        registry.register(FleetCollector(self._metrics.registry, self.parts.registries, self._overview.metrics))
         own = own_app(
             config,
             self.members,
@@ -104,21 +94,13 @@ class FleetFunction:
         if self._watch is not None:
             self._watch.stop()
 
-    def states(self) -> dict[str, int]:
-        """How many members are in which state at this gateway."""
-        count = Counter[str](part.state for part in self.parts.loaded())
-        versions = sum(len(group) for group in self.members.models().values())
-        return {state: count[state] for state in STATES} | {"asleep": max(0, versions - count.total())}
-
     def _shared_devices(self, config: FleetConfig, max_devices: int) -> Grants:
-        name, record = secrets.token_hex(6), LocalRecord()
+        name = secrets.token_hex(6)
+        record: LocalRecord | LeaseRecord = LocalRecord()
         if config.lease is not None and config.kubernetes_api is not None:
-            api = KubernetesAPI(config.kubernetes_api, config.namespace, LEASES)
-            return Grants(max_devices, self._all_services, self._pods, LeaseRecord(api, config.lease, name), name)
-        return Grants(max_devices, self._all_services, self._pods, record, name)
-
-    def _turn(self, version: Version) -> AbstractContextManager[object]:
-        return nullcontext() if self._grants is None else self._grants.turn(version)
+            record = LeaseRecord(KubernetesAPI(config.kubernetes_api, config.namespace, LEASES), config.lease, name)
+        services = lambda: (each.services for each in self._versions())  # noqa: E731
+        return Grants(max_devices, services, self._pods, record, name)
 
     def _resume_batches(self) -> None:
         """Loads the parts of members that have open batches, after a start or when another gateway is gone."""
@@ -131,20 +113,14 @@ class FleetFunction:
                 try:
                     batches = known.get(version) or configured_batches(version.config)
                     if batches is not None and next(iter(known.setdefault(version, batches).open()), None) is not None:
-                        part = self.parts.enter(version)
-                        try:
+                        with self.parts.use(version) as part:
                             part.load(wakes=False)
-                        finally:
-                            self.parts.leave(part)
                 except (StorageError, Problem) as error:
                     _log.warning("open batches of member %s are not looked for: %s", version.member, error)
 
     def _versions(self) -> Iterator[Version]:
         for group in self.members.models().values():
             yield from group
-
-    def _all_services(self) -> Iterator[Sequence[str]]:
-        return (each.services for each in self._versions())
 
     def _pods(self, services: Sequence[str]) -> MemberPods:
         counts = [] if self._watch is None else [self._watch.pods_of(service) for service in services]
@@ -158,11 +134,6 @@ class FleetFunction:
         self._start_up.mark("connect")
         self._metrics.ready.set(1)
 
-    def _registries(self) -> Iterator[tuple[str, CollectorRegistry]]:
-        for part in self.parts.loaded():
-            if (function := part.function) is not None:
-                yield part.version.model, function.metrics
-
     def _sick(self) -> str | None:
         for part in self.parts.loaded():
             if (function := part.function) is not None and (cause := function.sick()) is not None:
@@ -171,4 +142,4 @@ class FleetFunction:
 
     def _ready(self) -> tuple[bool, Mapping[str, object]]:
         ready = self.members.listed.is_set() and not self._draining
-        return ready, {"start_up": self._start_up.phases(), "members": self.states()}
+        return ready, {"start_up": self._start_up.phases(), "members": self._overview.counts()}

@@ -6,7 +6,6 @@ gateways by a GrantRecord.
 """
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -82,7 +81,8 @@ def decide(loads: Sequence[MemberLoad], max_devices: int, now: float) -> GrantDe
     their pods are gone.
     """
     holders = [each for each in loads if each.granted_at is not None]
-    line = sorted((each for each in loads if each.granted_at is None and each.waiting_since is not None), key=_since)
+    line = [each for each in loads if each.granted_at is None and each.waiting_since is not None]
+    line.sort(key=lambda each: each.waiting_since or 0.0)
     free = max_devices - sum(each.taken for each in loads)
     granted, revoked, closed = list[str](), list[str](), set[str]()
     missing = 0  # devices that must become free for all that wait
@@ -97,7 +97,9 @@ def decide(loads: Sequence[MemberLoad], max_devices: int, now: float) -> GrantDe
     awaited = {each.name for each in line}
     leaving = [each.leaving if each.granted_at is not None else each.pods for each in loads if each.name not in awaited]
     missing -= free + sum(leaving) if missing else 0
-    for victim in sorted((each for each in holders if each.is_idle), key=lambda each: -_worth(each, now)):
+    # The longer one is idle, and the sooner it would be back, the more it helps that it gives way.
+    idle = [each for each in holders if each.is_idle]
+    for victim in sorted(idle, key=lambda each: (each.used_at - now) / max(each.return_seconds, _LEAST_RETURN_SECONDS)):
         if missing <= 0:
             break
         revoked.append(victim.name)
@@ -112,15 +114,6 @@ def decide(loads: Sequence[MemberLoad], max_devices: int, now: float) -> GrantDe
             revoked.append(victim.name)
         missing -= max(victim.devices, victim.usable)
     return GrantDecision(tuple(granted), tuple(revoked), frozenset(closed))
-
-
-def _since(load: MemberLoad) -> float:
-    return math.inf if load.waiting_since is None else load.waiting_since
-
-
-def _worth(load: MemberLoad, now: float) -> float:
-    """How much it helps that an idle member gives way: the longer it is idle and the sooner it is back, the more."""
-    return (now - load.used_at) / max(load.return_seconds, _LEAST_RETURN_SECONDS)
 
 
 class _Member:
@@ -199,9 +192,9 @@ class Grants:
                 member.waiting.remove(came)
 
     @contextmanager
-    def turn(self, version: Version) -> Iterator[None]:
-        """A context manager around one line of a batch. Raises NotReady if it has to wait for long."""
-        self.enter(version, _LINE_SECONDS)
+    def turn(self, version: Version, seconds: float = _LINE_SECONDS) -> Iterator[None]:
+        """A context manager around one request, or one line of a batch: `enter` and `leave`."""
+        self.enter(version, seconds)
         try:
             yield
         finally:
@@ -305,14 +298,11 @@ class Grants:
             if name != self._gateway and now - self._beats[name][1] > DEAD_SECONDS:
                 del record.gateways[name], self._beats[name]
         record.gateways.pop(self._gateway, None)
-        own = {key: Claim(each.devices, each.busy, each.waiting_since) for key, each in claims.items() if _wants(each)}
+        wanted = {key: each for key, each in claims.items() if each.busy or each.waiting_since is not None}
+        own = {key: Claim(each.devices, each.busy, each.waiting_since) for key, each in wanted.items()}
         if own:
             record.gateways[self._gateway] = GatewayClaims(int(now / self._record.beat_seconds), own)
         return own
-
-
-def _wants(claim: Claim) -> bool:
-    return claim.busy or claim.waiting_since is not None
 
 
 def _load(record: GrantRecord, key: str, pods: MemberPods | None) -> MemberLoad | None:

@@ -6,18 +6,20 @@ import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Final
 
-from eventing.problems import Unauthorized
+from functions.configuration.api_keys import ApiKey
 from functions.configuration.config import FLEET_LABEL, PERCENT, FleetConfig, GatewayConfig, member_config
 from functions.configuration.settings import ConfigError
-from functions.gateway.answers.authentication import KeyRing
+from functions.gateway.answers.authentication import Clients, KeyRing
 from functions.gateway.stages.endpoints import service_name
 from functions.gateway.stages.kubernetes_api import CONFIG_MAPS, KubernetesAPI, KubernetesItem, ObjectWatch
 
 _log = logging.getLogger(__name__)
 
 _MEMBER_LABEL: Final = "app.kubernetes.io/instance"
+_CONTENT: Final = attrgetter("member", "percent", "environ")  # of a Version: what its ConfigMap says
 
 
 class ConfigMap(KubernetesItem):
@@ -63,6 +65,9 @@ class Members:
         """environ: of the process. on_gone: gets versions that were removed or replaced; the watch's thread calls it."""
         assert config.kubernetes_api is not None
         self.listed = threading.Event()  # the members are known
+        self.clients = Clients(  # keys of all members open the fleet
+            None if config.keys_folder is None else self.key, config.proxies, "an API key of one of the fleet's members"
+        )
         self._config = config
         self._environ = environ
         self._on_gone = on_gone
@@ -88,7 +93,7 @@ class Members:
         for name in names:
             before, now = versions.pop(name, None), found.get(name)
             version = None if now is None else self._version(now)
-            if before is not None and version is not None and _same(before, version):
+            if before is not None and version is not None and _CONTENT(before) == _CONTENT(version):
                 version = before
             elif before is not None:
                 gone.append(before)
@@ -129,34 +134,24 @@ class Members:
                 return canary
         return next((each for each in group if each.percent is None), group[0])
 
-    @property
-    def are_open(self) -> bool:
-        """Whether clients need no API key."""
-        return self._config.keys_folder is None
-
-    def client_of(self, secret: str) -> str:
-        """The id of the client with this API key of any member. Raises Unauthorized."""
-        for member in self._members():
-            if (key := self._ring(member).find(secret)) is not None:
-                return key.id
-        seen = "another key" if secret else "no Authorization header"
-        raise Unauthorized(f"{seen}; send Authorization: Bearer with an API key of one of the fleet's members")
+    def key(self, secret: str) -> ApiKey | None:
+        """The API key of any member with this text."""
+        with self._lock:
+            members = {each.member for each in self._versions.values()}
+        return next((key for member in members if (key := self._ring(member).find(secret)) is not None), None)
 
     def opened_by(self, secret: str) -> list[str]:
         """Models that a client with this API key may ask; all of them if no keys are needed."""
-        models = self.models().items()
-        if self.are_open:
-            return [model for model, _ in models]
-        return [model for model, group in models if self._ring(group[0].member).find(secret) is not None]
+        return [
+            model
+            for model, group in self.models().items()
+            if not self.clients.are_known or self._ring(group[0].member).find(secret) is not None
+        ]
 
     def with_batches(self, secret: str = "") -> list[Version]:
         """Versions of models that serve files and batches, and that this API key opens. Canaries are left out."""
         found = (each for model in self.opened_by(secret) for each in self.models().get(model, ()))
         return [each for each in found if each.percent is None and each.serves_batches]
-
-    def _members(self) -> set[str]:
-        with self._lock:
-            return {each.member for each in self._versions.values()}
 
     def _ring(self, member: str) -> KeyRing:
         """The member's API keys. A member without a file of keys lets nobody in, until there is one."""
@@ -183,7 +178,3 @@ class Members:
             return Version(metadata.name, member, percent, environ, member_config(self._environ, environ))
         except ConfigError as error:
             return Version(metadata.name, member, percent, environ, None, str(error))
-
-
-def _same(one: Version, other: Version) -> bool:
-    return (one.member, one.percent, one.environ) == (other.member, other.percent, other.environ)

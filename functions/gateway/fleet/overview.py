@@ -3,11 +3,14 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, Literal
 
 from msgspec import Struct
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from functions.gateway.fleet.grants import Grants, MemberPods
 from functions.gateway.fleet.members import Members, Version
@@ -17,6 +20,7 @@ _log = logging.getLogger(__name__)
 
 FLEET_EVENTS: Final = "/v1/fleet/events"
 _LOOK_SECONDS: Final = 1.0
+_STATES: Final = ("asleep", "loading", "loaded", "failed")  # of members at this gateway
 
 # zero: no pod. waiting: requests wait for a device. starting: a stage has no pod that works yet. failed: this gateway cannot
 # serve it, as its log says.
@@ -47,15 +51,6 @@ class FleetState(Struct, frozen=True, kw_only=True):
     max_devices: int | None = None
     tokens_per_second: float
     members: dict[str, MemberState]  # by name; only those that the client may ask
-
-
-@dataclass(frozen=True, slots=True)
-class ModelUse:
-    """What a model's pipelines use now, and have used."""
-
-    pods: int
-    pod_seconds: float
-    device_wait_seconds: float  # of the oldest request that waits for a device; 0: none does
 
 
 class Overview:
@@ -100,16 +95,14 @@ class Overview:
             members={name: each for name, each in states.items() if each.model in own},
         )
 
-    def by_model(self) -> Mapping[str, ModelUse]:
-        use: dict[str, ModelUse] = {}
-        for each in self._states.values():
-            before = use.get(each.model, ModelUse(0, 0.0, 0.0))
-            use[each.model] = ModelUse(
-                before.pods + each.pods,
-                before.pod_seconds + each.pod_seconds,
-                max(before.device_wait_seconds, each.device_wait_seconds or 0.0),
-            )
-        return use
+    def counts(self) -> dict[str, int]:
+        """How many members are in which state at this gateway."""
+        count = Counter[str](part.state for part in self._parts.loaded())
+        versions = sum(len(group) for group in self._members.models().values())
+        return {state: count[state] for state in _STATES} | {"asleep": max(0, versions - count.total())}
+
+    def metrics(self) -> Iterator[Metric]:
+        return fleet_metrics(self.counts(), self._parts.evictions, self._states.values())
 
     def look(self) -> None:
         now = time.monotonic()
@@ -158,3 +151,55 @@ class Overview:
                 self.look()
             except Exception:  # noqa: BLE001 - the page would stand still for ever
                 _log.exception("looking at the fleet failed")
+
+
+def fleet_metrics(counts: Mapping[str, int], evictions: int, members: Iterable[MemberState]) -> Iterator[Metric]:
+    """counts: members by their state at this gateway. evictions: so far."""
+    states = GaugeMetricFamily("lamina_fleet_members", "Members of the fleet by their state here", labels=["state"])
+    for state, count in counts.items():
+        states.add_metric([state], count)
+    yield states
+    yield CounterMetricFamily("lamina_fleet_evictions", "Members given up for memory while idle", evictions)
+    pods = GaugeMetricFamily("lamina_fleet_pods", "Pods of a model's stages", labels=["model"])
+    cost = CounterMetricFamily("lamina_fleet_pod_seconds", "Seconds of pods of a model's stages", labels=["model"])
+    wait = GaugeMetricFamily(
+        "lamina_fleet_device_wait_seconds", "Age of the oldest request of a model that waits for a device", labels=["model"]
+    )
+    by_model: dict[str, list[MemberState]] = {}
+    for each in members:
+        by_model.setdefault(each.model, []).append(each)
+    for model, own in by_model.items():
+        pods.add_metric([model], sum(each.pods for each in own))
+        cost.add_metric([model], sum(each.pod_seconds for each in own))
+        wait.add_metric([model], max(each.device_wait_seconds or 0.0 for each in own))
+    yield from (pods, cost, wait)
+
+
+class FleetCollector(Collector):
+    """Makes one registry's text of all loaded members' registries. The label `model` has names of members' models only.
+
+    A member's series end when its part is given up, and begin at 0 when it is loaded again. So their number is bounded by the
+    gateway's memory, and by the fleet's members.
+    """
+
+    def __init__(
+        self,
+        own: CollectorRegistry,
+        loaded: Callable[[], Iterable[tuple[str, CollectorRegistry]]],
+        fleet: Callable[[], Iterable[Metric]],
+    ) -> None:
+        """loaded: model and registry of each part. fleet: as `fleet_metrics` makes them."""
+        self._own = own
+        self._loaded = loaded
+        self._fleet = fleet
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._fleet()
+        families = {family.name: family for family in self._own.collect()}
+        for model, registry in self._loaded():
+            for family in registry.collect():
+                if family.name in ("lamina_ready", "lamina_startup_phase_seconds"):  # of the process
+                    continue
+                known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                known.samples += [sample._replace(labels={"model": model, **sample.labels}) for sample in family.samples]
+        yield from families.values()

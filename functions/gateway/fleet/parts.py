@@ -5,11 +5,13 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
+
+from prometheus_client import CollectorRegistry
 
 from eventing.problems import NotReady
 from functions.configuration.config import GatewayConfig
@@ -141,8 +143,15 @@ class Parts:
         with self._lock:
             return list(self._parts.values())
 
-    def enter(self, version: Version) -> Part:
-        """The part that answers a request for this version. The caller must call `leave` for it."""
+    def registries(self) -> Iterator[tuple[str, CollectorRegistry]]:
+        """Model and metrics of each part that is built."""
+        for part in self.loaded():
+            if (function := part.function) is not None:
+                yield part.version.model, function.metrics
+
+    @contextmanager
+    def use(self, version: Version) -> Iterator[Part]:
+        """The part that answers a request for this version. It is not given up meanwhile."""
         with self._lock:
             part, now = self._parts.get(version), time.monotonic()
             if part is not None and part.failed_at and now - part.failed_at > _RETRY_SECONDS and not part.in_flight:
@@ -155,15 +164,15 @@ class Parts:
                     self._parts[version] = part
             part.in_flight += 1
             part.used_at = now
-            return part
-
-    def leave(self, part: Part) -> None:
-        with self._lock:
-            part.in_flight -= 1
-            part.used_at = time.monotonic()
-            over = part.retired and not part.in_flight
-        if over:
-            part.close()
+        try:
+            yield part
+        finally:
+            with self._lock:
+                part.in_flight -= 1
+                part.used_at = time.monotonic()
+                over = part.retired and not part.in_flight
+            if over:
+                part.close()
 
     def retire(self, versions: Sequence[Version]) -> None:
         """Gives up the parts of versions that were removed or replaced, after their last request."""

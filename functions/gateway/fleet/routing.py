@@ -13,16 +13,14 @@ from werkzeug.wsgi import ClosingIterator
 
 from eventing.problems import MalformedEvent, NotFound, NotReady, Problem
 from functions.configuration.config import FleetConfig
-from functions.gateway.answers.authentication import Clients, KeyRing
+from functions.gateway.answers.authentication import bearer_token
 from functions.gateway.answers.metrics import GatewayMetrics
-from functions.gateway.answers.sites import Sites, check_media_type
-from functions.gateway.app import MAX_REQUEST_BYTES, base_app
+from functions.gateway.answers.sites import Sites
+from functions.gateway.app import admit_body, base_app
 from functions.gateway.fleet.grants import Grants
 from functions.gateway.fleet.members import Members, Version
 from functions.gateway.fleet.overview import FLEET_EVENTS, FleetState, Overview
 from functions.gateway.fleet.parts import Parts
-from functions.gateway.jobs.files import MAX_FILE_BYTES
-from functions.gateway.jobs.files_api import UPLOAD_PATH
 from functions.gateway.jobs.hold import HOLD_PATH
 from functions.gateway.openai.errors import add_error_handlers, unknown_model
 from functions.gateway.openai.tokens import VERSION
@@ -30,7 +28,7 @@ from functions.gateway.openapi.operations import operations
 from functions.gateway.page.page import register_page
 from functions.gateway.page.pipeline_state import PIPELINE_EVENTS
 from functions.gateway.page.state_events import StateEventsAPI
-from functions.hosting.requests import CLIENT_ID, REFUSED, STREAMED, BodyStream
+from functions.hosting.requests import REFUSED, BodyStream
 from functions.hosting.web import json_response, problem_response
 
 if TYPE_CHECKING:
@@ -66,12 +64,6 @@ def model_of(environ: "WSGIEnvironment") -> str | None:
         raise MalformedEvent(f"the request names no model: {error}") from error
 
 
-def secret_of(header: str) -> str:
-    """The API key in an Authorization header; empty: none."""
-    scheme, _, secret = header.partition(" ")
-    return secret.strip() if scheme.lower() == "bearer" else ""
-
-
 class MemberRouter:
     """The WSGI application of a fleet's gateway."""
 
@@ -89,18 +81,22 @@ class MemberRouter:
             return self._own(environ, start_response)
         leave = ExitStack()  # what must be undone when the answer has been sent
         try:
-            named = None if of_jobs else model_of(environ)
-            version = self._version_of_jobs(environ) if of_jobs else self._version(named)
-            if version is None:
+            if not self._members.listed.is_set():
+                raise NotReady("this gateway does not know the fleet's members yet")
+            if of_jobs:
+                version = self._version_of_jobs(environ)
+            elif (named := model_of(environ)) is None:
+                raise MalformedEvent("the request names no model, and a fleet serves several")
+            elif (found := self._members.find(named)) is not None:
+                version = found
+            else:
                 environ[_ERROR] = named
                 return self._own(environ, start_response)
             computes = is_post and not of_jobs and path not in _WITHOUT_STAGES
             if self._grants is not None and computes:
                 timeout = 0.0 if version.config is None else version.config.request_timeout_seconds
-                self._grants.enter(version, timeout)
-                leave.callback(self._grants.leave, version)
-            part = self._parts.enter(version)
-            leave.callback(self._parts.leave, part)
+                leave.enter_context(self._grants.turn(version, timeout))
+            part = leave.enter_context(self._parts.use(version))
             pieces = part.load(wakes=computes)(environ, start_response)
         except BaseException as error:
             leave.close()
@@ -110,21 +106,11 @@ class MemberRouter:
             return self._own(environ, start_response)
         return ClosingIterator(pieces, leave.close)
 
-    def _version(self, named: str | None) -> Version | None:
-        """The version that answers a request for a model; None: no member serves it. Raises MalformedEvent or NotReady."""
-        if named is None:
-            raise MalformedEvent("the request names no model, and a fleet serves several")
-        if not self._members.listed.is_set():
-            raise NotReady("this gateway does not know the fleet's members yet")
-        return self._members.find(named)
-
     def _version_of_jobs(self, environ: "WSGIEnvironment") -> Version:
         """The version whose files and batches a request concerns: `?model=` names it, or the API key, or it is the only one.
 
-        Raises NotFound, MalformedEvent, Unauthorized or NotReady.
+        Raises NotFound or MalformedEvent.
         """
-        if not self._members.listed.is_set():
-            raise NotReady("this gateway does not know the fleet's members yet")
         query: str = environ.get("QUERY_STRING", "")
         named = parse_qs(query)["model"][-1] if "model" in parse_qs(query) else None
         if environ["PATH_INFO"] == HOLD_PATH:  # asks for nothing: any part that works on batches holds it
@@ -132,7 +118,7 @@ class MemberRouter:
         elif named is not None:
             found = [each for each in [self._members.find(named)] if each is not None and each.serves_batches]
         else:
-            found = self._members.with_batches(secret_of(environ.get("HTTP_AUTHORIZATION", "")))
+            found = self._members.with_batches(bearer_token(environ.get("HTTP_AUTHORIZATION", "")))
         if len(found) > 1 and environ["PATH_INFO"] != HOLD_PATH:
             models = ", ".join(sorted(each.model for each in found))
             raise MalformedEvent(f"several members serve batches: add ?model= to the URL, with one of {models}")
@@ -163,10 +149,8 @@ def own_app(
         return {"id": model, "object": "model", "created": began, "owned_by": "lamina"}
 
     def opened() -> list[str]:
-        secret = secret_of(request.headers.get("Authorization", ""))
-        if not members.are_open:
-            members.client_of(secret)
-        return members.opened_by(secret)
+        members.clients.identify(request)
+        return members.opened_by(bearer_token(request.headers.get("Authorization", "")))
 
     def models() -> Response:
         return json_response({"object": "list", "data": [document(model) for model in sorted(opened())]})
@@ -184,12 +168,9 @@ def own_app(
             raise NotFound(document["error"]["message"])
         return json_response(document, 404)
 
-    addresses = Clients(KeyRing(), config.proxies)
-
     def subscribe() -> tuple[str, Callable[[], FleetState]]:
-        secret = secret_of(request.headers.get("Authorization", ""))
-        client_id = addresses.identify(request) if members.are_open else members.client_of(secret)
-        return client_id, lambda: overview.state(config.fleet, members.opened_by(secret))
+        secret = bearer_token(request.headers.get("Authorization", ""))
+        return members.clients.identify(request), lambda: overview.state(config.fleet, members.opened_by(secret))
 
     StateEventsAPI(FLEET_EVENTS, subscribe, draining).register(app)
     routes = Blueprint("openai", __name__, url_prefix="/v1")
@@ -217,22 +198,15 @@ def own_app(
 
 def fleet_admission(config: FleetConfig, members: Members) -> "Callable[[WSGIEnvironment], int | None]":
     """Like `gateway_admission`: checks a request's head before its body is read. A POST needs an API key of any member."""
-    sites = Sites(config, is_open=members.are_open)
+    sites = Sites(config, is_open=not members.clients.are_known)
 
     def admit(environ: "WSGIEnvironment") -> int | None:
         sites.check(environ)
         if environ["REQUEST_METHOD"] != "POST":
             return 0
-        of_jobs = is_of_jobs(environ["PATH_INFO"])
-        if not of_jobs and environ["PATH_INFO"] not in POST_PATHS:
+        if not is_of_jobs(environ["PATH_INFO"]) and environ["PATH_INFO"] not in POST_PATHS:
             return None
-        if not members.are_open:
-            environ[CLIENT_ID] = members.client_of(secret_of(environ.get("HTTP_AUTHORIZATION", "")))
-        if of_jobs and environ["PATH_INFO"] == UPLOAD_PATH:
-            environ[STREAMED] = True
-            return MAX_FILE_BYTES + MAX_REQUEST_BYTES  # with the other fields of the form
-        check_media_type(environ)
-        return MAX_REQUEST_BYTES
+        return admit_body(environ, members.clients)
 
     return admit
 

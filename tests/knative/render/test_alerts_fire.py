@@ -9,13 +9,13 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from eventing.problems import PROBLEMS
 from functions.gateway.answers.metrics import GatewayMetrics
-from functions.gateway.fleet.metrics import FleetCollector
-from functions.gateway.fleet.overview import ModelUse
+from functions.gateway.fleet.overview import FleetCollector, MemberState, fleet_metrics
 from functions.gateway.scheduling.metrics import SchedulerCollector
 from functions.gateway.scheduling.stats import StageStats, Stats
 from functions.stage.serving.app import StageMetrics
 from knative.render import monitoring
 from knative.render.monitoring import ALERTS, rule_groups
+from tests.support.functions.metrics import member_state
 from tests.support.knative.promql import Recorded
 
 SCRAPE_SECONDS = 30
@@ -28,7 +28,7 @@ class Gateway:
     stats: Stats = field(default_factory=lambda: Stats([StageStats()]))
 
     refused: int = 0
-    models: dict[str, ModelUse] = field(default_factory=dict)  # members of the gateway of a fleet
+    members: tuple[MemberState, ...] = ()  # of the gateway of a fleet
 
     def __post_init__(self) -> None:
         self.metrics.watch(["0:6"], lambda _: self.refused)
@@ -38,9 +38,9 @@ class Gateway:
 
     def page(self) -> str:
         registry = self.metrics.registry
-        if self.models:
+        if self.members:
             registry = CollectorRegistry()
-            registry.register(FleetCollector(self.metrics.registry, tuple, dict, int, lambda: self.models))
+            registry.register(FleetCollector(self.metrics.registry, tuple, lambda: fleet_metrics({}, 0, self.members)))
         return generate_latest(registry).decode()
 
     def answer(self, outcome: str = "stop", count: int = 1, first_token_seconds: float = 0.2) -> None:
@@ -112,7 +112,7 @@ def ordinary(pipeline: Pipeline, minute: int) -> None:
     """Including a long queue or wait for a device for a while, a restart, single failures, clients' mistakes and a slow cold
     start."""
     well(pipeline)
-    pipeline.gateway.models = {"tiny": ModelUse(1, 60.0 * minute, 150.0 if minute == 30 else 0.0)}
+    pipeline.gateway.members = (member_state("tiny", 1, 60.0 * minute, 150.0 if minute == 30 else None),)
     stats = pipeline.gateway.stats
     stats.waiting = 200 if 5 <= minute < 10 else 2
     stats.memory_backlog = 3 if 5 <= minute < 12 else 0
@@ -198,7 +198,7 @@ def full_memory(pipeline: Pipeline, minute: int) -> None:
 def kept_devices(pipeline: Pipeline, minute: int) -> None:
     """One model of a fleet waits for a device that another keeps."""
     well(pipeline)
-    pipeline.gateway.models = {"waits": ModelUse(0, 0.0, 60.0 * minute), "served": ModelUse(1, 60.0 * minute, 0.0)}
+    pipeline.gateway.members = (member_state("waits", 0, 0.0, 60.0 * minute), member_state("served", 1, 60.0 * minute))
 
 
 def foreign_network(pipeline: Pipeline, minute: int) -> None:

@@ -12,8 +12,7 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from functions.gateway.fleet.metrics import FleetCollector
-from functions.gateway.fleet.overview import ModelUse
+from functions.gateway.fleet.overview import FleetCollector, fleet_metrics
 from functions.gateway.jobs.metrics import BatchMetrics
 from knative.render.dashboard import dashboard
 from knative.render.monitoring import ALERTS, monitoring_objects, rule_groups
@@ -21,6 +20,7 @@ from knative.render.rendering import render
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import METRICS_PORT
 from tests.support.functions.functions import gateway_environment, running, stage_environment
+from tests.support.functions.metrics import member_state
 from tests.support.knative.manifests import resolved_pipeline
 from tests.support.knative.promql import used_metrics
 from tests.support.paths import ROOT
@@ -75,10 +75,8 @@ def _of_a_fleet(page: str) -> Metrics:
     """Metrics of the gateway of a fleet with one member, whose part has this page."""
     member, registry = CollectorRegistry(), CollectorRegistry()
     member.register(_Page(page))
-    use = {"tiny": ModelUse(1, 1.0, 1.0)}
-    registry.register(
-        FleetCollector(CollectorRegistry(), lambda: [("tiny", member)], lambda: {"loaded": 1}, lambda: 0, lambda: use)
-    )
+    fleet = lambda: fleet_metrics({"loaded": 1}, 0, [member_state("tiny")])  # noqa: E731
+    registry.register(FleetCollector(CollectorRegistry(), lambda: [("tiny", member)], fleet))
     return _metrics(generate_latest(registry).decode())
 
 

@@ -15,7 +15,7 @@ from werkzeug.test import EnvironBuilder
 from eventing.http.delivery import RequestTarget, fixed_headers, request_head
 from eventing.problems import QueueFull
 from eventing.wire.cloud_event import make_event
-from functions.gateway.answers.authentication import Clients, KeyRing
+from functions.gateway.answers.authentication import Clients
 from functions.gateway.stages.readiness import EarlyReadiness
 from functions.gateway.stages.routes import Endpoint
 from functions.hosting.web import problem_response
@@ -117,7 +117,7 @@ async def authorization(site: Site) -> None:
 
 
 async def forwarded_for(site: Site) -> None:
-    clients = Clients(KeyRing(), proxies=3)
+    clients = Clients(None, proxies=3)
     _, seen = await site.get("header?X-Forwarded-For", {"X-Forwarded-For": "forged"}, through_activator=True)
     builder = EnvironBuilder(headers={"X-Forwarded-For": seen})
     assert seen.startswith("forged, ")
