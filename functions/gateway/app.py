@@ -22,10 +22,10 @@ from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
 from functions.gateway.answers.sites import Sites, check_media_type
 from functions.gateway.answers.vectors import VectorService
+from functions.gateway.build import Jobs
 from functions.gateway.cloudevents.api import CloudEventsAPI
 from functions.gateway.cloudevents.scoring import ScoreEntry
 from functions.gateway.jobs.batches_api import BatchesAPI
-from functions.gateway.jobs.configured import Jobs
 from functions.gateway.jobs.files import MAX_FILE_BYTES
 from functions.gateway.jobs.files_api import UPLOAD_PATH, FilesAPI
 from functions.gateway.openai.api import OpenAIAPI

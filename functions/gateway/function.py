@@ -16,11 +16,9 @@ from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
 from functions.gateway.app import MAX_REQUEST_BYTES, client_limits, create_app, gateway_admission, stage_descriptions
-from functions.gateway.build import RunningScheduler
-from functions.gateway.jobs.configured import configured_jobs
+from functions.gateway.build import RunningScheduler, configured_jobs
 from functions.gateway.jobs.lines import LineAnswerer
-from functions.gateway.jobs.metrics import BatchMetrics
-from functions.gateway.jobs.worker import BatchWorker
+from functions.gateway.jobs.worker import BatchMetrics, BatchWorker
 from functions.gateway.page.pipeline_watch import Watched
 from functions.gateway.scheduling.metrics import SchedulerCollector
 from functions.gateway.scheduling.pipeline_status import PipelineStatus
@@ -124,7 +122,7 @@ class GatewayFunction:
 
     @property
     def has_open_batches(self) -> bool:
-        return self._worker is not None and self._worker.open_lines[0] > 0
+        return self._worker is not None and self._worker.has_open_batches
 
     def drain(self) -> None:
         """Makes `/readyz` report not ready, so that new requests go elsewhere. Requests that still arrive are answered."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 # Of a stream, at most so much waits in the kernel to be sent: more than a thousand tokens. Without a limit, megabytes would.
 _UNSENT_STREAM_BYTES: Final = 256 * 1024
 _JOIN_BELOW_BYTES: Final = 16 * 1024  # smaller replies are sent with their head: a copy costs less than a packet
@@ -82,7 +82,7 @@ class ClientConnection:
             if not had_head:
                 self._began = now
                 if reader.expects_continue:
-                    self.sock.send(_CONTINUE)
+                    self.sock.send(CONTINUE)
             transfer = self._limits.transfer_seconds + reader.received_bytes / self._limits.slowest_bytes_per_second
             self.deadline = self._began + transfer
         elif reader.begun and not had_begun:
@@ -112,12 +112,6 @@ class ClientConnection:
         self.deadline = now + (self._limits.head_seconds if self.reader.begun else self._limits.keep_alive_seconds)
         return self.reader.complete
 
-    def stream_body(self) -> None:
-        """Lets the application receive the body, if the request has one that it receives itself."""
-        if (body := self.reader.streamed) is not None:
-            limits, before = self._limits, _CONTINUE if self.reader.expects_continue else b""
-            body.connect(self.sock, limits.transfer_seconds, limits.slowest_bytes_per_second, before)
-
     def linger(self) -> None:
         """Stops sending, and lets the poller read and drop what the client still sends, for ServerLimits.linger_seconds.
 
@@ -143,9 +137,6 @@ class ClientConnection:
             return False
         self.linger()
         return True
-
-    def close(self) -> None:
-        self.sock.close()
 
 
 def client_gone(sock: socket.socket) -> bool:

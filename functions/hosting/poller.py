@@ -9,6 +9,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from functions.fairness.fair_shares import FairShares
@@ -23,28 +24,17 @@ _ACCEPTED_AT_ONCE: Final = 64
 _NO_MORE_FILES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
+@dataclass(eq=False, slots=True)
 class ListeningPort:
     """A listening socket, and the functions by which the poller handles its connections."""
 
-    def __init__(
-        self,
-        listener: socket.socket,
-        max_waiting: int,
-        read: Callable[[tuple[str, int]], RequestReader],
-        dispatch: Callable[[ClientConnection], Iterable[ClientConnection]],
-        finished: Callable[[ClientConnection], object] = lambda _: None,
-    ) -> None:
-        """max_waiting: limit of connections without a complete request. read: makes the reader for a client's address.
-
-        dispatch: queues a complete request for a thread, and returns the connections whose requests are refused with 503
-        because too many wait. finished: called when a dispatched connection comes back.
-        """
-        self.listener = listener
-        self.max_waiting = max_waiting
-        self.read = read
-        self.dispatch = dispatch
-        self.finished = finished
-        self.waiting: FairShares[ClientConnection] = FairShares(oldest_first=True)  # without a complete request
+    listener: socket.socket
+    max_waiting: int  # limit of connections without a complete request
+    read: Callable[[tuple[str, int]], RequestReader]  # makes the reader for a client's address
+    # Queues a complete request for a thread. Returns connections whose requests are refused with 503 because too many wait.
+    dispatch: Callable[[ClientConnection], Iterable[ClientConnection]]
+    finished: Callable[[ClientConnection], object] = lambda _: None  # called when a dispatched connection comes back
+    waiting: FairShares[ClientConnection] = field(default_factory=lambda: FairShares(oldest_first=True))  # for a whole request
 
 
 class Poller:
@@ -135,7 +125,7 @@ class Poller:
 
     def _close(self, connection: ClientConnection) -> None:
         self._leave(connection)
-        connection.close()
+        connection.sock.close()
 
     def _receive(self, connection: ClientConnection) -> None:
         try:
@@ -161,13 +151,13 @@ class Poller:
             if refused.refuse(BadRequest(503, "too many requests wait for a thread; send it again a little later")):
                 self._wait(refused)
             else:
-                refused.close()
+                refused.sock.close()
 
     def _go_on(self, connection: ClientConnection, keeps: bool) -> None:
         """Handles a returned connection: closes it, dispatches the next request if that is complete, or waits for it."""
         connection.port.finished(connection)
         if not keeps:
-            connection.close()
+            connection.sock.close()
         elif connection.reader.complete and not connection.lingers:
             self._dispatch(connection)
         else:
@@ -197,7 +187,7 @@ class Poller:
         closed = port.waiting.make_room(client_id, 1, max_waiting) or []
         for connection in closed:
             self._selector.unregister(connection.sock)
-            connection.close()
+            connection.sock.close()
         return bool(closed)
 
     def _close_ports(self) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from functions.hosting.connection import ClientConnection, ReplyWriter, ServerLimits, client_gone
+from functions.hosting.connection import CONTINUE, ClientConnection, ReplyWriter, ServerLimits, client_gone
 from functions.hosting.poller import ListeningPort, Poller
 from functions.hosting.requests import (
     CLIENT_GONE,
@@ -222,7 +222,9 @@ class _Answering:
     def _answer(self, connection: ClientConnection, application: "WSGIApplication", *, keeps: bool) -> bool:
         environ = connection.reader.environ
         assert environ is not None
-        connection.stream_body()
+        if (body := connection.reader.streamed) is not None:  # the application receives it itself
+            before = CONTINUE if connection.reader.expects_continue else b""
+            body.connect(connection.sock, self._limits.transfer_seconds, self._limits.slowest_bytes_per_second, before)
         environ[CLIENT_GONE] = partial(client_gone, connection.sock)  # not the connection, which has the environ
         reply = ReplyWriter(connection.sock, environ, self._limits, keeps=keeps)
         try:

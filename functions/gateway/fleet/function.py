@@ -15,7 +15,7 @@ from eventing.problems import Problem
 from functions.configuration.config import FleetConfig
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.app import MAX_REQUEST_BYTES
-from functions.gateway.build import endpoints_watch
+from functions.gateway.build import configured_batches, endpoints_watch
 from functions.gateway.fleet.grant_record import LeaseRecord, LocalRecord
 from functions.gateway.fleet.grants import Grants, MemberPods
 from functions.gateway.fleet.members import Members, Version
@@ -23,7 +23,6 @@ from functions.gateway.fleet.overview import FleetCollector, Overview
 from functions.gateway.fleet.parts import Parts, Turn
 from functions.gateway.fleet.routing import MemberRouter, fleet_admission, own_app
 from functions.gateway.jobs.batches import Batches
-from functions.gateway.jobs.configured import configured_batches
 from functions.gateway.stages.kubernetes_api import LEASES, KubernetesAPI
 from functions.hosting.management import Management
 from functions.hosting.server import Service

@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from eventing.problems import EventTooLarge, NotFound
 from functions.gateway.jobs.results import RESULTS, PartResults, ResultsContent
 from storage.errors import ObjectNotFound
-from storage.store.payload_store import PayloadStore
+from storage.store.payload_store import MAX_PAYLOAD_BYTES, PayloadStore
 
 EVERYBODY: Final = "everybody"
 EXPIRIES: Final = "expiries/"
@@ -76,13 +76,16 @@ class JobObjects:
         self.store = store
         self.prefix = prefix.strip("/") + "/"
 
-    def put(self, key: str, value: Struct | dict[str, str]) -> None:
-        self.store.put(self.prefix + key, msgspec.json.encode(value))
+    def put(self, key: str, value: Struct | dict[str, str] | bytes) -> None:
+        self.store.put(self.prefix + key, value if isinstance(value, bytes) else msgspec.json.encode(value))
+
+    def get(self, key: str, max_bytes: int = MAX_PAYLOAD_BYTES) -> bytes:
+        return self.store.get(self.prefix + key, max_bytes=max_bytes)
 
     def find(self, key: str, type_: type[T]) -> T | None:
         """The object as a value of `type_`; None if there is none, or if its bytes are something else."""
         try:
-            return msgspec.json.decode(self.store.get(self.prefix + key), type=type_)
+            return msgspec.json.decode(self.get(key), type=type_)
         except (ObjectNotFound, msgspec.DecodeError):
             return None
 
@@ -124,7 +127,7 @@ class Files:
                 total += len(part)
                 if total > MAX_FILE_BYTES:
                     raise EventTooLarge(f"the file has more than {MAX_FILE_BYTES} bytes; send several")
-                self._objects.store.put(f"{self._objects.prefix}{folder}{part_name(parts)}", part)
+                self._objects.put(folder + part_name(parts), part)
                 lines += len(part_lines(part))
                 parts += 1
         except BaseException:
@@ -176,13 +179,12 @@ class Files:
 
     def part(self, owner: str, id_: str, number: int) -> bytes:
         """One part of a file that a client sent."""
-        return self._objects.store.get(f"{self._objects.prefix}{owner}/parts/{id_}/{part_name(number)}")
+        return self._objects.get(f"{owner}/parts/{id_}/{part_name(number)}")
 
     def results(self, owner: str, batch_id: str, name: str, folder: str = "results") -> PartResults | None:
         """Results of one part of a batch; None: there are none."""
-        key = f"{self._objects.prefix}{owner}/runs/{batch_id}/{folder}/{name}"
         try:
-            return PartResults.decode(self._objects.store.get(key, max_bytes=_MAX_PART_BYTES))
+            return PartResults.decode(self._objects.get(f"{owner}/runs/{batch_id}/{folder}/{name}", _MAX_PART_BYTES))
         except ObjectNotFound:
             return None
 

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from functions.gateway.answers.generation import ClientLeft, Generation
 from functions.gateway.answers.service import AnswerService, RequestContext
 from functions.gateway.answers.vectors import VectorService
 from functions.gateway.jobs.batches import BatchJob
+from functions.gateway.jobs.results import LineResult
 from functions.gateway.openai.api import ENDPOINTS
 from functions.gateway.openai.documents import Envelope
 from functions.gateway.openai.embeddings import EMBEDDINGS, EmbeddingRequest, embeddings_document
@@ -56,34 +57,14 @@ class LinePlace:
     def digest(self) -> bytes:
         return hashlib.sha256(f"{self.job.id} {self.part} {self.number}".encode()).digest()
 
-    def custom_id(self) -> str | None:
-        try:
-            return msgspec.json.decode(self.line, type=BatchLine).custom_id
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return None
-
 
 @dataclass(frozen=True, slots=True)
-class LineResult:
-    line: bytes  # of the output or the error file, with its newline
-    failed: bool
-    input_tokens: int = 0
-    output_tokens: int = 0
-
-
 class LineAnswerer:
     """Answers lines with the gateway's AnswerService. Thread-safe."""
 
-    def __init__(
-        self,
-        service: Callable[[], AnswerService],
-        config: GatewayConfig,
-        turn: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ) -> None:
-        """service: raises NotReady before the tokenizer is loaded. turn: entered for each line, raises NotReady as well."""
-        self._service = service
-        self._config = config
-        self._turn = turn
+    _service: Callable[[], AnswerService]  # raises NotReady before the tokenizer is loaded
+    _config: GatewayConfig
+    _turn: Callable[[], AbstractContextManager[object]] = nullcontext  # entered for each line, raises NotReady as well
 
     def answer(self, place: LinePlace, gone: Callable[[], bool], begun: Callable[[Generation], object]) -> LineResult:
         """Waits for the answer. A line that cannot be served is answered with its error.
@@ -147,8 +128,7 @@ class LineAnswerer:
 
     def unanswered(self, place: LinePlace, code: str, message: str) -> LineResult:
         """The line for a request that was not answered before its batch ended."""
-        document = _head(place) | {"response": None, "error": {"code": code, "message": message}}
-        return LineResult(msgspec.json.encode(document) + b"\n", failed=True)
+        return _line(place, {"response": None, "error": {"code": code, "message": message}}, failed=True)
 
 
 def _context(place: LinePlace, id_prefix: str, gone: Callable[[], bool]) -> RequestContext:
@@ -165,16 +145,16 @@ def _context(place: LinePlace, id_prefix: str, gone: Callable[[], bool]) -> Requ
 
 
 def _result(place: LinePlace, status: int, body: dict[str, Any], input_tokens: int = 0, output_tokens: int = 0) -> LineResult:
-    request_id = f"req_{place.digest()[:12].hex()}"
-    document = _head(place) | {
-        "response": {"status_code": status, "request_id": request_id, "body": body},
-        "error": None,
-    }
-    return LineResult(msgspec.json.encode(document) + b"\n", status != 200, input_tokens, output_tokens)
+    response = {"status_code": status, "request_id": f"req_{place.digest()[:12].hex()}", "body": body}
+    return _line(place, {"response": response, "error": None}, status != 200, input_tokens, output_tokens)
 
 
-def _head(place: LinePlace) -> dict[str, Any]:
-    return {"id": f"batch_req_{place.digest()[:12].hex()}", "custom_id": place.custom_id()}
+def _line(place: LinePlace, outcome: dict[str, Any], failed: bool, input_tokens: int = 0, output_tokens: int = 0) -> LineResult:
+    custom_id = None
+    with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        custom_id = msgspec.json.decode(place.line, type=BatchLine).custom_id
+    document = {"id": f"batch_req_{place.digest()[:12].hex()}", "custom_id": custom_id, **outcome}
+    return LineResult(msgspec.json.encode(document) + b"\n", failed, input_tokens, output_tokens)
 
 
 def _repeatable(usage: Any) -> Any:

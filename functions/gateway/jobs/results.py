@@ -23,6 +23,14 @@ class ResultsHead(Struct, frozen=True, kw_only=True):
     failed: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class LineResult:
+    line: bytes  # of the output or the error file, with its newline
+    failed: bool
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
 @dataclass(slots=True)
 class PartResults:
     """Lines of the output file and of the error file, with their newlines, by the number of the request's line in its part."""
@@ -32,10 +40,10 @@ class PartResults:
     input_tokens: int = 0
     output_tokens: int = 0
 
-    def add(self, number: int, line: bytes, failed: bool, input_tokens: int = 0, output_tokens: int = 0) -> None:
-        (self.errors if failed else self.answers)[number] = line
-        self.input_tokens += input_tokens
-        self.output_tokens += output_tokens
+    def add(self, number: int, result: LineResult) -> None:
+        (self.errors if result.failed else self.answers)[number] = result.line
+        self.input_tokens += result.input_tokens
+        self.output_tokens += result.output_tokens
 
     def copy(self) -> "PartResults":
         return PartResults(self.answers.copy(), self.errors.copy(), self.input_tokens, self.output_tokens)

@@ -41,7 +41,7 @@ class BatchRun:
         self._paused_until = 0.0  # in time.monotonic()
         self._batches = batches
         self._folder = f"{job.owner}/runs/{job.id}/"
-        self._finished: set[int] = set()  # parts after the first ones that have results
+        self.finished: set[int] = set()  # parts after the first ones that have results
         self._leases: dict[str, tuple[datetime, float]] = {}  # when each was written, and when that was first seen here
 
     @property
@@ -64,7 +64,7 @@ class BatchRun:
         self._paused_until = time.monotonic() + seconds
 
     def has_results(self, number: int) -> bool:
-        return number < self.sums.parts or number in self._finished
+        return number < self.sums.parts or number in self.finished
 
     def may_end(self) -> bool:
         """Whether the batch can be ended now. Not while it pauses, after a failure.
@@ -91,7 +91,7 @@ class BatchRun:
         for name in objects.names(f"{self._folder}results/", part_name(before - 1) if before else ""):
             if int(name) >= before + WINDOW_PARTS:
                 break
-            self._finished.add(int(name))
+            self.finished.add(int(name))
         self._advance()
         if self.sums.parts != before:
             objects.put(f"{self._folder}sums.json", self.sums)
@@ -107,7 +107,7 @@ class BatchRun:
     def next_part(self) -> int | None:
         """A part without results on which nobody works; None: there is none now."""
         window = range(self.sums.parts, min(self.job.parts, self.sums.parts + WINDOW_PARTS))
-        free = (number for number in window if number not in self._finished and number not in self.taken)
+        free = (number for number in window if number not in self.finished and number not in self.taken)
         found = []
         for number in free:
             if not self.is_leased(part_name(number)):
@@ -140,23 +140,15 @@ class BatchRun:
         lines = part_lines(files.part(job.owner, job.input_file_id, number))
         return lines, files.results(job.owner, job.id, name, "work") or PartResults(), False
 
-    def store_work(self, number: int, results: PartResults) -> None:
-        """Stores results of a part that is not finished, for the gateway that goes on with it if this one dies."""
-        self._put("work", number, results)
+    def store(self, folder: str, number: int, results: PartResults) -> None:
+        """Stores results of a part. folder: `work` if it is not finished, for the gateway that goes on if this one dies."""
+        self._batches.objects.put(f"{self._folder}{folder}/{part_name(number)}", results.encode())
 
     def store_part(self, number: int, results: PartResults) -> None:
         """Stores the results of a part, all of them, unless it has some."""
         if self._batches.head(self.job, part_name(number)) is None and self._batches.end_of(self.job) is None:
-            self._put("results", number, results)
+            self.store("results", number, results)
         self._batches.objects.delete(f"{self._folder}work/{part_name(number)}")
-
-    def _put(self, folder: str, number: int, results: PartResults) -> None:
-        objects = self._batches.objects
-        objects.store.put(f"{objects.prefix}{self._folder}{folder}/{part_name(number)}", results.encode())
-
-    def finished(self, number: int) -> None:
-        """Records that the part has results."""
-        self._finished.add(number)
 
     def end(self, answerer: LineAnswerer, stopping: Callable[[], bool]) -> bool:
         """Ends the batch, which `may_end`: every line that has no answer gets an error. Returns whether it was ended.
@@ -178,7 +170,7 @@ class BatchRun:
                 number = self.sums.parts
                 if batches.head(job, part_name(number)) is None:
                     self._give_up(number, answerer, *_WHY[status])
-                self._finished.add(number)
+                self.finished.add(number)
                 self._advance()
             batches.finish(job, BatchEnd(status=status, at=int(time.time()), sums=self.sums))
         return True
@@ -190,15 +182,14 @@ class BatchRun:
             lines, results = [], PartResults()
         for index, line in enumerate(lines):
             if index not in results:
-                result = answerer.unanswered(LinePlace(self.job, number, index, line), code, message)
-                results.add(index, result.line, result.failed)
-        self._put("results", number, results)
+                results.add(index, answerer.unanswered(LinePlace(self.job, number, index, line), code, message))
+        self.store("results", number, results)
 
     def _advance(self) -> None:
         """Counts the parts that follow the first ones and have results."""
-        while (number := self.sums.parts) in self._finished:
+        while (number := self.sums.parts) in self.finished:
             head = self._batches.head(self.job, part_name(number))
-            self._finished.discard(number)
+            self.finished.discard(number)
             if head is None:  # a store showed a part of an object
                 return
             self.sums = self.sums.plus(head)

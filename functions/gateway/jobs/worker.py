@@ -5,19 +5,21 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, get_args
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from eventing.http.delivery import BadReply, DeliveryError
 from eventing.problems import Problem, RateLimited
 from functions.gateway.answers.generation import ClientLeft, Generation
 from functions.gateway.jobs.allowance import TICK_SECONDS, Allowance
-from functions.gateway.jobs.batches import Batches, BatchJob
+from functions.gateway.jobs.batches import Batches, BatchJob, EndStatus
 from functions.gateway.jobs.files import part_name
 from functions.gateway.jobs.hold import Hold
-from functions.gateway.jobs.lines import LineAnswerer, LineDelayed, LinePlace, LineResult
-from functions.gateway.jobs.metrics import BatchMetrics
-from functions.gateway.jobs.results import PartResults
+from functions.gateway.jobs.lines import LineAnswerer, LineDelayed, LinePlace
+from functions.gateway.jobs.results import LineResult, PartResults
 from functions.gateway.jobs.run import END, LEASE_SECONDS, BatchRun
 from functions.threads.pool import ThreadPool
 from storage.errors import StorageError
@@ -34,6 +36,32 @@ _MAX_ERRORS: Final = 3  # tries of a line that fails inside; then its error is i
 _EXPIRY_SECONDS: Final = 60.0  # between looks for files and batches whose time is over
 _PAUSE_SECONDS: Final = 10.0  # of a batch, after a failure of the store, or while its client has used up its budget
 _LONGEST_BACK_OFF_SECONDS: Final = 30.0
+
+
+class BatchMetrics:
+    """Metrics of batches. No label names a client, a file or a batch."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.open = Gauge("lamina_gateway_open_batches", "Batches that have not ended", registry=registry)
+        self.oldest_seconds = Gauge(
+            "lamina_gateway_oldest_batch_seconds", "Age of the oldest batch that has not ended", registry=registry
+        )
+        self.ended = Counter("lamina_gateway_batches", "Batches that this gateway ended", ["status"], registry=registry)
+        self._lines = Counter("lamina_gateway_batch_lines", "Lines of batches, by outcome", ["outcome"], registry=registry)
+        self._tokens = Counter("lamina_gateway_batch_tokens", "Tokens of lines of batches", ["kind"], registry=registry)
+        for status in get_args(EndStatus):  # exported as 0 from the start, or a rate would miss the first event of its kind
+            self.ended.labels(status)
+        for outcome in ("answered", "failed", "given_up"):
+            self._lines.labels(outcome)
+        for kind in ("input", "output"):
+            self._tokens.labels(kind)
+
+    def line(self, outcome: str, result: LineResult | None) -> None:
+        """Counts a line that this gateway answered or gave up."""
+        self._lines.labels(outcome).inc()
+        if result is not None:
+            self._tokens.labels("input").inc(result.input_tokens)
+            self._tokens.labels("output").inc(result.output_tokens)
 
 
 class BatchWorker:
@@ -57,7 +85,9 @@ class BatchWorker:
         self._hold = hold
         self._metrics = metrics
         metrics.open.set_function(lambda: len(self._runs))
-        metrics.oldest_seconds.set_function(self._oldest_seconds)
+        metrics.oldest_seconds.set_function(
+            lambda: max((time.time() - run.job.created_at for run in list(self._runs.values())), default=0.0)
+        )
         self._tell = tell
         self._batches = batches
         self._answerer = answerer
@@ -73,17 +103,13 @@ class BatchWorker:
 
     def start(self) -> None:
         self._looks.start()
-        threading.Thread(target=self._hold.keep, args=(lambda: bool(self._runs),), name="batches-hold", daemon=True).start()
+        threading.Thread(
+            target=self._hold.keep, args=(lambda: self.has_open_batches,), name="batches-hold", daemon=True
+        ).start()
 
     @property
-    def open_lines(self) -> tuple[int, int, int]:
-        """How many batches are open, and of their lines how many there are and how many have a result."""
-        jobs = list(self._runs.values())
-        done = sum(run.sums.answered + run.sums.failed for run in jobs)
-        return len(jobs), sum(run.job.lines for run in jobs), done
-
-    def _oldest_seconds(self) -> float:
-        return max((time.time() - run.job.created_at for run in list(self._runs.values())), default=0.0)
+    def has_open_batches(self) -> bool:
+        return bool(self._runs)
 
     def wake(self) -> None:
         """Makes the worker look at once, because a batch was created or cancelled."""
@@ -166,7 +192,7 @@ class BatchWorker:
     def _work(self, run: BatchRun, number: int) -> None:
         finished = False
         try:
-            part = _Part(run, number, self._answerer, self._allowance, self._stopping.is_set, self._metrics)
+            part = _Part(run, number, self._answerer, self._allowance, self._stopping, self._metrics)
             finished = part.work(self._lines)
         except StorageError as error:
             _log.warning("part %d of %s is given up: %s", number, run.job.id, error)
@@ -178,7 +204,7 @@ class BatchWorker:
             self._in_hand -= 1
             run.taken.discard(number)
             if finished:
-                run.finished(number)
+                run.finished.add(number)
         self._woken.set()
 
     def _expire(self) -> None:
@@ -209,27 +235,19 @@ class BatchWorker:
             self._woken.set()
 
 
+@dataclass(eq=False, slots=True)
 class _Part:
     """One part while this gateway works on it. A thread runs `work`; those of a pool answer the lines."""
 
-    def __init__(
-        self,
-        run: BatchRun,
-        number: int,
-        answerer: LineAnswerer,
-        allowance: Allowance,
-        stopping: Callable[[], bool],
-        metrics: BatchMetrics,
-    ) -> None:
-        self._metrics = metrics
-        self._run = run
-        self._number = number
-        self._answerer = answerer
-        self._allowance = allowance
-        self._stopping = stopping
-        self._results = PartResults()
-        self._changed = threading.Condition()
-        self._pending = 0  # lines that a thread answers or will answer
+    _run: BatchRun
+    _number: int
+    _answerer: LineAnswerer
+    _allowance: Allowance
+    _stopping: threading.Event
+    _metrics: BatchMetrics
+    _results: PartResults = field(default_factory=PartResults)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _pending: int = 0  # lines that a thread answers or will answer
 
     def work(self, lines: ThreadPool) -> bool:
         """Answers the part's lines. Returns whether it has all results; False: it is given up. Raises a StorageError."""
@@ -251,7 +269,7 @@ class _Part:
             if over:
                 break
             if len(snapshot) != stored:
-                run.store_work(number, snapshot)
+                run.store("work", number, snapshot)
                 stored = len(snapshot)
             if time.monotonic() - renewed_at > LEASE_SECONDS / 3:
                 run.lease(part_name(number))
@@ -259,19 +277,19 @@ class _Part:
         if whole:
             run.store_part(number, snapshot)
         elif len(snapshot) != stored:
-            run.store_work(number, snapshot)
+            run.store("work", number, snapshot)
         run.release(part_name(number))
         return whole
 
     def _stopped(self) -> bool:
-        return self._stopping() or not self._run.goes_on() or self._run.has_results(self._number)
+        return self._stopping.is_set() or not self._run.goes_on() or self._run.has_results(self._number)
 
     def _answer(self, place: LinePlace) -> None:
         result = self._result(place)
         self._metrics.line("given_up" if result is None else "failed" if result.failed else "answered", result)
         with self._changed:
             if result is not None:
-                self._results.add(place.number, result.line, result.failed, result.input_tokens, result.output_tokens)
+                self._results.add(place.number, result)
             self._pending -= 1
             self._changed.notify_all()
 

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from functions.gateway.fleet.overview import FleetCollector, fleet_metrics
-from functions.gateway.jobs.metrics import BatchMetrics
+from functions.gateway.jobs.worker import BatchMetrics
 from knative.render.dashboard import dashboard
 from knative.render.monitoring import ALERTS, monitoring_objects, rule_groups
 from knative.render.rendering import render

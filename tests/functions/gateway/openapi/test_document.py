@@ -11,7 +11,7 @@ import pytest
 from eventing.wire.generation import TokenLogprob
 from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.app import create_app
-from functions.gateway.jobs.configured import configured_jobs
+from functions.gateway.build import configured_jobs
 from functions.gateway.openapi.document import openapi_document
 from functions.gateway.openapi.operations import operations
 from functions.gateway.openapi.replies import (
