@@ -11,7 +11,7 @@ from functions.configuration.api_keys import ApiKey
 from functions.configuration.objective import Objective, parse_objective
 from functions.configuration.parsers import LayerRange
 from functions.configuration.pass_times import PassTimes, parse_pass_times
-from functions.configuration.settings import REQUIRED, ConfigError, Key, keys, read, setting, unknown_keys
+from functions.configuration.settings import REQUIRED, ConfigError, Key, keys, optional, read, setting, unknown_keys
 from storage.store.settings import StoreSettings
 
 if TYPE_CHECKING:
@@ -37,15 +37,15 @@ class StoreConfig(StoreSettings):
     endpoint_url: str = setting("LAMINA_STORE_ENDPOINT", parsers.url, "URL of the S3-compatible store")
     bucket: str = setting("LAMINA_STORE_BUCKET", str, "bucket that holds the models")
     region: str = setting("LAMINA_STORE_REGION", str, "region that requests are signed for", "us-east-1")
-    access_key_id: str | None = setting("AWS_ACCESS_KEY_ID", str, "access key of the store", "")
-    secret_access_key: str | None = setting("AWS_SECRET_ACCESS_KEY", str, "secret key of the store", "", secret=True)
-    session_token: str | None = setting("AWS_SESSION_TOKEN", str, "token of temporary keys", "", secret=True)
-    web_identity_token_file: str | None = setting(
-        "AWS_WEB_IDENTITY_TOKEN_FILE", str, "instead of keys: file with a token that is exchanged for some", ""
+    access_key_id: str | None = optional("AWS_ACCESS_KEY_ID", str, "access key of the store")
+    secret_access_key: str | None = optional("AWS_SECRET_ACCESS_KEY", str, "secret key of the store", secret=True)
+    session_token: str | None = optional("AWS_SESSION_TOKEN", str, "token of temporary keys", secret=True)
+    web_identity_token_file: str | None = optional(
+        "AWS_WEB_IDENTITY_TOKEN_FILE", str, "instead of keys: file with a token that is exchanged for some"
     )
-    role_arn: str | None = setting("AWS_ROLE_ARN", str, "role that the token is exchanged for", "")
-    sts_endpoint: str | None = setting(
-        "AWS_ENDPOINT_URL_STS", parsers.url, "URL that exchanges the token; unset: AWS's own in LAMINA_STORE_REGION", ""
+    role_arn: str | None = optional("AWS_ROLE_ARN", str, "role that the token is exchanged for")
+    sts_endpoint: str | None = optional(
+        "AWS_ENDPOINT_URL_STS", parsers.url, "URL that exchanges the token; unset: AWS's own in LAMINA_STORE_REGION"
     )
 
 
@@ -53,21 +53,20 @@ class StoreConfig(StoreSettings):
 class KVStoreConfig:
     """The S3-compatible store that keeps keys and values of idle conversations after their pod has ended."""
 
-    place: tuple[str, str] | None = setting(
+    place: tuple[str, str] | None = optional(
         "LAMINA_KV_STORE",
         parsers.bucket_and_prefix,
         "BUCKET/PREFIX for keys and values of idle conversations when their pod ends; unset: they are dropped",
-        "",
     )
-    endpoint_url: str | None = setting(
-        "LAMINA_KV_STORE_ENDPOINT", parsers.url, "URL of that store; unset: LAMINA_STORE_ENDPOINT", ""
+    endpoint_url: str | None = optional(
+        "LAMINA_KV_STORE_ENDPOINT", parsers.url, "URL of that store; unset: LAMINA_STORE_ENDPOINT"
     )
-    access_key_id: str | None = setting(
-        "LAMINA_KV_STORE_ACCESS_KEY_ID", str, "access key that may write there; unset: as for models", ""
+    access_key_id: str | None = optional(
+        "LAMINA_KV_STORE_ACCESS_KEY_ID", str, "access key that may write there; unset: as for models"
     )
-    secret_access_key: str | None = setting("LAMINA_KV_STORE_SECRET_ACCESS_KEY", str, "its secret key", "", secret=True)
-    key: bytes | None = setting(
-        "LAMINA_KV_KEY", parsers.key_256, "key that encrypts what is kept there: 64 hexadecimal digits", "", secret=True
+    secret_access_key: str | None = optional("LAMINA_KV_STORE_SECRET_ACCESS_KEY", str, "its secret key", secret=True)
+    key: bytes | None = optional(
+        "LAMINA_KV_KEY", parsers.key_256, "key that encrypts what is kept there: 64 hexadecimal digits", secret=True
     )
     max_bytes: int = setting(
         "LAMINA_KV_STORE_BYTES", parsers.integer(1), "most bytes of this stage there; the oldest are deleted", str(10 * 2**30)
@@ -84,25 +83,23 @@ class KVStoreConfig:
 class TLSConfig:
     """TLS between pods. Without a CA pods reach each other by plain HTTP."""
 
-    ca: str | None = setting(
+    ca: str | None = optional(
         "LAMINA_TLS_CA",
         str,
         "PEM file with CA certificates: pods of stages are reached by https only, and must show one of that CA's certificates; "
         "unset: plain HTTP",
-        "",
         closes=True,
     )
-    name: str | None = setting(
-        "LAMINA_TLS_NAME", str, "DNS name in the certificates of all pods, such as Knative's kn-user-NAMESPACE", "", closes=True
+    name: str | None = optional(
+        "LAMINA_TLS_NAME", str, "DNS name in the certificates of all pods, such as Knative's kn-user-NAMESPACE", closes=True
     )
-    certificate: str | None = setting(
+    certificate: str | None = optional(
         "LAMINA_TLS_CERTIFICATE",
         str,
         "PEM file with this pod's own certificate, for mutual TLS; it is read again when it changes",
-        "",
         closes=True,
     )
-    key: str | None = setting("LAMINA_TLS_KEY", str, "PEM file with its key", "", closes=True)
+    key: str | None = optional("LAMINA_TLS_KEY", str, "PEM file with its key", closes=True)
 
     def load(self) -> "PodTLS | None":
         """The certificates in these files; None if pods use no TLS. Raises ConfigError for files that cannot be used."""
@@ -121,7 +118,7 @@ class ProcessConfig:
     """Configuration that every function has: its ports, the store, the network of pods."""
 
     port: int = setting("PORT", parsers.integer(0, 65535), "port for requests, set by Knative; 0: a free port", "8080")
-    service: str | None = setting("K_SERVICE", str, "name of the function's Knative Service, set by Knative", "")
+    service: str | None = optional("K_SERVICE", str, "name of the function's Knative Service, set by Knative")
     listen: str = setting(
         "LAMINA_LISTEN",
         parsers.address,
@@ -146,11 +143,10 @@ class ProcessConfig:
         "LAMINA_POD_PORT", parsers.integer(0, 65535), "port of pods; others are not used; 0: the EndpointSlice's own", "8012"
     )
     tls: TLSConfig
-    traces_endpoint: str | None = setting(
+    traces_endpoint: str | None = optional(
         "OTEL_EXPORTER_OTLP_ENDPOINT",
         parsers.url,
         "URL for traces, by OTLP over HTTP; unset: no traces. OpenTelemetry reads its other OTEL_* keys itself",
-        "",
     )
     log_level: str = setting(
         "LAMINA_LOG_LEVEL", parsers.one_of("debug", "info", "warning", "error"), "least severe level that is logged", "info"
@@ -169,24 +165,21 @@ class CommonConfig(ProcessConfig):
         "dtype of the publication in the store",
     )
     cut: tuple[LayerRange, ...] = setting("LAMINA_CUT", parsers.cut, "all layer groups, such as 0:10,10:20,20:30")
-    weights: tuple[StageWeights, ...] | None = setting(
+    weights: tuple[StageWeights, ...] | None = optional(
         "LAMINA_WEIGHTS",
         parsers.weights,
         "if groups compute in different dtypes: DTYPE=DIGEST of each group's publication; unset: all in LAMINA_DTYPE",
-        "",
     )
-    wire_dtype: str | None = setting(
+    wire_dtype: str | None = optional(
         "LAMINA_WIRE_DTYPE",
         parsers.one_of("int8"),
         "int8: hidden states are sent in 8 bits, with a scale for each token; answers may differ. Unset: as they are computed",
-        "",
     )
-    kv_dtype: Literal["int8"] | None = setting(
+    kv_dtype: Literal["int8"] | None = optional(
         "LAMINA_KV_DTYPE",
         parsers.one_of("int8"),
         "int8: keys and values are kept in 8 bits, with a scale for each token and head; answers may differ. Unset: in bf16, "
         "with float32 weights in float32",
-        "",
     )
     adapters: int = setting(
         "LAMINA_ADAPTERS",
@@ -201,15 +194,14 @@ class StageConfig(CommonConfig):
     """Configuration of a stage."""
 
     layers: LayerRange = setting("LAMINA_LAYERS", parsers.layers, "this stage's group of the cut, such as 10:20")  # noqa: RUF009
-    second_pipeline_token: str | None = setting(
-        "LAMINA_SECOND_PIPELINE_TOKEN", str, "accepted beside the other, while the token is rotated", "", secret=True
+    second_pipeline_token: str | None = optional(
+        "LAMINA_SECOND_PIPELINE_TOKEN", str, "accepted beside the other, while the token is rotated", secret=True
     )
-    tls_port: int | None = setting(
+    tls_port: int | None = optional(
         "LAMINA_TLS_PORT",
         parsers.integer(1, 65535),
         "port at which the stage takes TLS connections from pods that show a certificate, and passes them to queue-proxy; "
         "unset: none, queue-proxy has such a port itself",
-        "",
     )
     queue_proxy_port: int = setting(
         "LAMINA_QUEUE_PROXY_PORT", parsers.integer(1, 65535), "port of the pod's queue-proxy, for LAMINA_TLS_PORT", "8012"
@@ -222,17 +214,15 @@ class StageConfig(CommonConfig):
         "auto",
     )
     sleep_seconds: float = setting("LAMINA_SLEEP_SECONDS", parsers.seconds, "with sleep, duration of a forward pass", "0.03")
-    sleep_pass_times: PassTimes | None = setting(  # noqa: RUF009
+    sleep_pass_times: PassTimes | None = optional(  # noqa: RUF009
         "LAMINA_SLEEP_PASS_TIMES",
         parse_pass_times,
         "instead: durations of an emulated device, as JSON (functions/configuration/pass_times.py)",
-        "",
     )
-    sleep_bytes_per_second: int | None = setting(
+    sleep_bytes_per_second: int | None = optional(
         "LAMINA_SLEEP_BYTES_PER_SECOND",
         parsers.integer(1),
         "with sleep, speed of loading weights: the start waits for their bytes ÷ this; unset: it does not wait",
-        "",
     )
     device: str = setting(
         "LAMINA_DEVICE",
@@ -263,18 +253,17 @@ class StageConfig(CommonConfig):
         "LAMINA_IDLE_SEQUENCE_SECONDS", parsers.seconds, "a sequence without events for so long is released", "600"
     )
     kv_store: KVStoreConfig
-    weights_cache: str | None = setting(
-        "LAMINA_WEIGHTS_CACHE", str, "folder of verified weights that outlives the pod; unset: none", ""
+    weights_cache: str | None = optional(
+        "LAMINA_WEIGHTS_CACHE", str, "folder of verified weights that outlives the pod; unset: none"
     )
     weights_cache_bytes: int = setting(
         "LAMINA_WEIGHTS_CACHE_BYTES", parsers.integer(1), "most bytes in this folder", str(20 * 2**30)
     )
-    weights_budget_bytes: int | None = setting(
+    weights_budget_bytes: int | None = optional(
         "LAMINA_WEIGHTS_BUDGET_BYTES",
         parsers.integer(1),
         "most memory for weights: experts that were used the longest ago are dropped, and read from LAMINA_WEIGHTS_CACHE when "
         "they are used again; unset: all stay",
-        "",
     )
 
     @property
@@ -295,27 +284,24 @@ class StageConfig(CommonConfig):
 class ClientsConfig:
     """Configuration of a process that clients reach: a gateway, or a fleet's."""
 
-    limits_store: str | None = setting(
+    limits_store: str | None = optional(
         "LAMINA_LIMITS_STORE",
         parsers.limits_store,
         "URL of a Redis, redis://HOST:PORT/DB, in which all gateways count requests and tokens per minute; unset: each counts "
         "alone",
-        "",
         secret=True,
     )
-    cors_origins: tuple[str, ...] | None = setting(
+    cors_origins: tuple[str, ...] | None = optional(
         "LAMINA_CORS_ORIGINS",
         parsers.origins,
         "origins of pages that may send requests from browsers, such as https://chat.example, separated by commas, or *; "
         "unset: none",
-        "",
     )
-    hosts: tuple[str, ...] | None = setting(
+    hosts: tuple[str, ...] | None = optional(
         "LAMINA_HOSTS",
         parsers.hosts,
         "more names by which a gateway without API keys is asked, such as chat.example or *.example, separated by commas, or * "
         "for any; IP addresses, names of one label, cluster-local names and the Knative Service's URL need not be listed",
-        "",
     )
     access_log: str = setting(
         "LAMINA_ACCESS_LOG",
@@ -336,11 +322,10 @@ class ClientsConfig:
         "how long answers may go on after SIGTERM; those that have not ended then fail with not-ready",
         "540",
     )
-    kubernetes_api: str | None = setting(
+    kubernetes_api: str | None = optional(
         "LAMINA_KUBERNETES_API",
         parsers.kubernetes_api,
         "URL of the API that serves EndpointSlices; cluster: by the pod's ServiceAccount; unset: no watch",
-        "",
     )
     page: str = setting(
         "LAMINA_PAGE", parsers.one_of("on", "off"), "on: `GET /` is a page that chats and shows the pipeline", "on"
@@ -355,20 +340,18 @@ class GatewayConfig(CommonConfig, ClientsConfig):
     stages: tuple[tuple[LayerRange, str], ...] = setting(
         "LAMINA_STAGES", parsers.stages, "URL of each group's Service: 0:10=http://…,10:20=http://…"
     )
-    api_keys: tuple[ApiKey, ...] | None = setting(
+    api_keys: tuple[ApiKey, ...] | None = optional(
         "LAMINA_API_KEYS",
         parsers.keys,
         "bearer keys of clients, or sha256: and a key's SHA-256, separated by commas, each followed by its name and limits "
         "(functions/configuration/api_keys.py); unset, and no files: open to all",
-        "",
         secret=True,
         closes=True,
     )
-    api_key_files: tuple[str, ...] | None = setting(
+    api_key_files: tuple[str, ...] | None = optional(
         "LAMINA_API_KEY_FILES",
         parsers.paths,
         "files of such keys, separated by commas; read again when they change",
-        "",
         closes=True,
     )
     client_requests_per_minute: int = setting(
@@ -440,11 +423,10 @@ class GatewayConfig(CommonConfig, ClientsConfig):
         "stages that can compute at the same time, fewer than all if they share cores; 0: all",
         "0",
     )
-    objective: Objective | None = setting(  # noqa: RUF009
+    objective: Objective | None = optional(  # noqa: RUF009
         "LAMINA_OBJECTIVE",
         parse_objective,
         "what answers shall keep, as JSON: first_token_seconds, token_seconds, share; unset: there is no objective",
-        "",
     )
     draft_tokens: int = setting(
         "LAMINA_DRAFT_TOKENS",
@@ -468,24 +450,21 @@ class GatewayConfig(CommonConfig, ClientsConfig):
     step_timeout_seconds: float = setting(
         "LAMINA_STEP_TIMEOUT_SECONDS", parsers.seconds, "longest stay of one event at a stage", "120"
     )
-    stage_services: tuple[str, ...] | None = setting(
+    stage_services: tuple[str, ...] | None = optional(
         "LAMINA_STAGE_SERVICES",
         parsers.services,
         "names of the stages' Knative Services, whose EndpointSlices are watched; unset: the first label of each URL's host",
-        "",
     )
-    stage_targets: tuple[float, ...] | None = setting(
+    stage_targets: tuple[float, ...] | None = optional(
         "LAMINA_STAGE_TARGETS",
         parsers.targets,
         "per stage, concurrency of a replica at which another is added, for the page; 0: scaled otherwise; unset: unknown",
-        "",
     )
-    jobs_store: tuple[str, str] | None = setting(
+    jobs_store: tuple[str, str] | None = optional(
         "LAMINA_JOBS_STORE",
         parsers.bucket_and_prefix,
         "BUCKET/PREFIX for files and batches (/v1/files, /v1/batches), in the store of models, with its keys; unset: they are "
         "not served",
-        "",
     )
     jobs_retention_seconds: int = setting(
         "LAMINA_JOBS_RETENTION_SECONDS",
@@ -493,17 +472,15 @@ class GatewayConfig(CommonConfig, ClientsConfig):
         "age at which files and ended batches are deleted, unless a client says otherwise for a file; 0: they stay",
         "2592000",
     )
-    own_url: str | None = setting(
+    own_url: str | None = optional(
         "LAMINA_OWN_URL",
         parsers.url,
         "URL of the gateway's own Service: while batches are open, a request to it keeps the gateway from scaling to zero",
-        "",
     )
-    sink: str | None = setting(
+    sink: str | None = optional(
         "K_SINK",
         parsers.url,
         "URL that gets the results of batches which events began, set by a SinkBinding; unset: no such events",
-        "",
     )
 
     @property
@@ -527,24 +504,21 @@ class FleetConfig(ProcessConfig, ClientsConfig):
     """Configuration of the gateway of a fleet. Each member's ConfigMap has the rest: a gateway's keys of its own pipeline."""
 
     fleet: str = setting("LAMINA_FLEET", str, "name of the fleet, in the label lamina.dev/fleet of its members' ConfigMaps")
-    keys_folder: str | None = setting(
+    keys_folder: str | None = optional(
         "LAMINA_FLEET_KEYS",
         str,
         "folder with a file of API keys for each member, of its name; a member without one lets nobody in; unset: open to all",
-        "",
         closes=True,
     )
-    max_devices: int | None = setting(
+    max_devices: int | None = optional(
         "LAMINA_FLEET_MAX_DEVICES",
         parsers.integer(1),
         "most pods of all members' stages together: members take turns; unset: no limit",
-        "",
     )
-    lease: str | None = setting(
+    lease: str | None = optional(
         "LAMINA_FLEET_LEASE",
         str,
         "Lease in which all gateways of the fleet keep what they grant of max_devices; unset: this gateway is the only one",
-        "",
     )
     memory_bytes: int = setting(
         "LAMINA_FLEET_MEMORY_BYTES",

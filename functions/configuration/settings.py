@@ -54,17 +54,16 @@ class Key:
 
 
 def setting(
-    name: str,
-    parse: Callable[[str], Any],
-    meaning: str,
-    default: str = REQUIRED,
-    *,
-    secret: bool = False,
-    closes: bool = False,
+    name: str, parse: Callable[[str], Any], meaning: str, default: str = REQUIRED, *, secret: bool = False, closes: bool = False
 ) -> Any:
     """A dataclass field that is read from the key `name`. The arguments are the fields of Key."""
     key = Key(name, parse, meaning, default, secret, closes)
     return dataclasses.field(metadata={_KEY: key}, repr=not secret)
+
+
+def optional(name: str, parse: Callable[[str], Any], meaning: str, *, secret: bool = False, closes: bool = False) -> Any:
+    """A `setting` that is None if its key is unset."""
+    return setting(name, parse, meaning, "", secret=secret, closes=closes)
 
 
 def keys(settings: type) -> Iterator[Key]:

@@ -31,11 +31,7 @@ class ClientLimits:
     """Admits requests that are within their client's limits, and counts what they use. Thread-safe."""
 
     def __init__(
-        self,
-        default: Quota,
-        quota_of: Callable[[str], Quota] = lambda _: Quota(),
-        store: str | None = None,
-        scope: str = "",
+        self, default: Quota, quota_of: Callable[[str], Quota] = lambda _: Quota(), store: str | None = None, scope: str = ""
     ) -> None:
         """default: limits that hold where `quota_of` sets none. quota_of: returns the quota of a client id.
 

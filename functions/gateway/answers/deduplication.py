@@ -108,11 +108,7 @@ class Deduplicator(Generic[T]):
         self._threads = ThreadPool(_MAX_RUNNING, "answer")
 
     def listen(
-        self,
-        key: bytes,
-        request_id: str,
-        begin: Callable[[Callable[[], bool]], Iterator[T | None]],
-        gone: Callable[[], bool],
+        self, key: bytes, request_id: str, begin: Callable[[Callable[[], bool]], Iterator[T | None]], gone: Callable[[], bool]
     ) -> Listener[T]:
         """Joins the answer with this key, or begins one. The caller closes the returned Listener.
 

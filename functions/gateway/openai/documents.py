@@ -162,12 +162,7 @@ class ChatWriter:
         if calls:
             message["tool_calls"] = calls
         logprobs = None if choice.logprobs is None else chat_logprobs(self.text, choice.logprobs)
-        return {
-            "index": self.index,
-            "message": message,
-            "finish_reason": self._finish_reason(choice),
-            "logprobs": logprobs,
-        }
+        return {"index": self.index, "message": message, "finish_reason": self._finish_reason(choice), "logprobs": logprobs}
 
     def _deltas(self, text: str) -> Iterator[dict[str, Any]]:
         if text:

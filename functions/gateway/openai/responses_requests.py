@@ -7,16 +7,7 @@ from msgspec.structs import replace
 
 from eventing.wire.generation import GenerateRequest, Message, ReasoningEffort, TopLogprobs
 from eventing.wire.structured_outputs import StructuredOutputs
-from eventing.wire.tools import (
-    MAX_TOOLS,
-    FunctionCall,
-    FunctionName,
-    NamedTool,
-    Tool,
-    ToolCall,
-    ToolFunction,
-    ToolName,
-)
+from eventing.wire.tools import MAX_TOOLS, FunctionCall, FunctionName, NamedTool, Tool, ToolCall, ToolFunction, ToolName
 from functions.gateway.openai.requests import (
     EFFORT,
     HINT,

@@ -23,13 +23,7 @@ from eventing.problems import InvalidRequest, NotReady, PipelineUnavailable, Que
 from eventing.wire.events import MAX_POSITION
 from eventing.wire.generation import ProgressEvent
 from functions.gateway.scheduling.actions import Action, Release, Reserve, Wake, reserve_at_once, reserve_in_order
-from functions.gateway.scheduling.apply import (
-    gateway_failed,
-    note_origin,
-    reservation_over,
-    stage_replied,
-    trip_failed,
-)
+from functions.gateway.scheduling.apply import gateway_failed, note_origin, reservation_over, stage_replied, trip_failed
 from functions.gateway.scheduling.batching import SchedulerLimits, admissible_sequences, max_waiting
 from functions.gateway.scheduling.decide import decide, next_due
 from functions.gateway.scheduling.pipeline_status import PipelineStatus, pipeline_status, progress_of
