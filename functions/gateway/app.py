@@ -36,7 +36,7 @@ from functions.gateway.openapi.document import register_document
 from functions.gateway.openapi.operations import operations
 from functions.gateway.page.page import register_page
 from functions.gateway.page.pipeline_state import PIPELINE_EVENTS, PipelineState
-from functions.gateway.page.pipeline_watch import PipelineWatch, StageDescription, Watched
+from functions.gateway.page.pipeline_watch import PipelineWatch, StageDescription
 from functions.gateway.page.state_events import StateEventsAPI
 from functions.gateway.stages.endpoints import service_name
 from functions.hosting.requests import CLIENT_ID, STREAMED
@@ -101,7 +101,7 @@ def create_app(
     metrics: GatewayMetrics,
     keys: KeyRing,
     write_line: Callable[[str], object] = lambda line: print(line, file=sys.stderr, flush=True),
-    watched: Watched | None = None,
+    watch: PipelineWatch | None = None,
     jobs: Jobs | None = None,
     models: ServedModels | None = None,
     batches_changed: Callable[[], object] = lambda: None,
@@ -109,7 +109,7 @@ def create_app(
     """The application with the routes of all APIs. It can answer before the tokenizer is loaded.
 
     service: returns the AnswerService; raises NotReady before the tokenizer is loaded. write_line: receives each line of the
-    access log. watched: sources of `GET /v1/pipeline/events`; None: that path is not served.
+    access log. watch: answers `GET /v1/pipeline/events`; None: that path is not served.
     jobs: None: files and batches are not served. models: None: no adapters are. batches_changed: called when a batch was
     created or cancelled.
     """
@@ -123,14 +123,13 @@ def create_app(
     events = None if jobs is None else jobs.events
     CloudEventsAPI(service, clients, claims, scores, source, config, events, batches_changed).register(app)
     TokensAPI(service, clients).register(app)
-    if watched is not None:
-        watch = PipelineWatch(watched)
+    if watch is not None:
 
         def subscribe() -> tuple[str, Callable[[], PipelineState]]:
             client_id = clients.identify(request)
             return client_id, partial(watch.state, client_id)
 
-        StateEventsAPI(PIPELINE_EVENTS, subscribe, watched.draining).register(app)
+        StateEventsAPI(PIPELINE_EVENTS, subscribe, watch.draining).register(app)
     if config.page == "on":
         register_page(app)
     described = list(operations(with_page=config.page == "on", with_jobs=jobs is not None))

@@ -19,7 +19,7 @@ from functions.gateway.app import MAX_REQUEST_BYTES, client_limits, create_app, 
 from functions.gateway.build import RunningScheduler, configured_jobs
 from functions.gateway.jobs.lines import LineAnswerer
 from functions.gateway.jobs.worker import BatchMetrics, BatchWorker
-from functions.gateway.page.pipeline_watch import Watched
+from functions.gateway.page.pipeline_watch import PipelineWatch
 from functions.gateway.scheduling.metrics import SchedulerCollector
 from functions.gateway.scheduling.pipeline_status import PipelineStatus
 from functions.gateway.text.tokenizer import ModelText
@@ -82,7 +82,7 @@ class GatewayFunction:
             self._ready_answer_service,
             self._metrics,
             self._keys,
-            watched=self._watched(),
+            watch=self._pipeline_watch(),
             jobs=jobs,
             models=self._models,
             batches_changed=changed or (lambda: None),
@@ -169,9 +169,9 @@ class GatewayFunction:
             self._worker.start()
         _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])
 
-    def _watched(self) -> Watched:
+    def _pipeline_watch(self) -> PipelineWatch:
         config = self._config
-        return Watched(
+        return PipelineWatch(
             model=config.model,
             pipeline=config.pipeline,
             queue_limit=config.queue_limit,

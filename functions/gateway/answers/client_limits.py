@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -27,29 +28,22 @@ T = TypeVar("T")
 Release = Callable[[int], None]  # called when an answer ends, with the number of tokens of prompt and answer
 
 
+@dataclass(eq=False)
 class ClientLimits:
     """Admits requests that are within their client's limits, and counts what they use. Thread-safe."""
 
-    def __init__(
-        self, default: Quota, quota_of: Callable[[str], Quota] = lambda _: Quota(), store: str | None = None, scope: str = ""
-    ) -> None:
-        """default: limits that hold where `quota_of` sets none. quota_of: returns the quota of a client id.
-
-        store: URL of a Redis in which all gateways count together; None: this process counts alone. scope: prefix of the
-        names in the store.
-        """
-        self._default = default
-        self._quota_of = quota_of
-        self._store = store
-        self._scope = scope
-        self._windows: SlidingWindows | None = None
-        self._budgets: Budgets | None = None
-        self._running: Counter[str] = Counter()
-        self._lock = threading.Lock()
+    default: Quota  # limits that hold where `quota_of` sets none
+    quota_of: Callable[[str], Quota] = lambda _: Quota()  # of a client id
+    store: str | None = None  # URL of a Redis in which all gateways count together; None: this process counts alone
+    scope: str = ""  # prefix of the names in the store
+    _windows: "SlidingWindows | None" = None
+    _budgets: Budgets | None = None
+    _running: Counter[str] = field(default_factory=Counter)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def quota(self, client_id: str) -> Quota:
         """The client's own limits, completed by the default ones. In them None and 0 mean no limit."""
-        return self._quota_of(client_id).over(self._default)
+        return self.quota_of(client_id).over(self.default)
 
     def admit(self, client_id: str, answers: int = 1, *, in_background: bool = False) -> Release:
         """Admits one request for `answers` answers. The caller calls the returned function once for each answer, when it ends.
@@ -84,8 +78,8 @@ class ClientLimits:
                 continue
             windows = self._counted()
             allows = windows.hit if unit == "requests" else windows.test
-            if not allows(limit, self._scope, unit, client_id):
-                seconds = windows.seconds_left(limit, self._scope, unit, client_id)
+            if not allows(limit, self.scope, unit, client_id):
+                seconds = windows.seconds_left(limit, self.scope, unit, client_id)
                 raise RateLimited(f"{limit} {unit} a minute are what this client may have; ask again in {seconds} s", seconds)
 
     def _check_budget(self, client_id: str, quota: Quota) -> None:
@@ -103,7 +97,7 @@ class ClientLimits:
         self._end(client_id, 1)
         quota = self.quota(client_id)
         if quota.tokens_per_minute and tokens:
-            self._counted().charge(quota.tokens_per_minute, tokens, self._scope, "tokens", client_id)
+            self._counted().charge(quota.tokens_per_minute, tokens, self.scope, "tokens", client_id)
         self._spend(client_id, tokens)
 
     def _spend(self, client_id: str, tokens: int) -> None:
@@ -120,13 +114,13 @@ class ClientLimits:
         """The counters. They are made on first use, so that a gateway without limits does not import the package `limits`."""
         with self._lock:
             if self._windows is None:
-                self._windows = SlidingWindows(self._store)
+                self._windows = SlidingWindows(self.store)
             return self._windows
 
     def _budgeted(self) -> Budgets:
         with self._lock:
             if self._budgets is None:
-                self._budgets = Budgets(self._store)
+                self._budgets = Budgets(self.store)
             return self._budgets
 
 

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from msgspec.structs import replace
@@ -61,30 +62,23 @@ class Looks:
         self._next_at = time.monotonic() + LOOK_SECONDS
 
 
+@dataclass(eq=False)
 class Generation:
     """The answers to one request while they are generated. One thread at a time.
 
     Iterate `tokens` to its end, then call `response`; or call `close` to cancel.
     """
 
-    def __init__(
-        self,
-        request_id: str,
-        request: GenerateRequest,
-        answers: Sequence[Answer],
-        gone: Callable[[], bool],
-        metrics: GatewayMetrics,
-    ) -> None:
-        """answers: those to the first prompt come first. gone: see Looks."""
-        self.request_id = request_id
-        self.request = request
-        self.answers = answers
-        self._gone = gone
-        self._metrics = metrics
-        self._noticed = threading.Event()  # set when any answer has a token or ends; used if there are several answers
-        if len(answers) > 1:
-            for answer in answers:
-                answer.token_stream.notify(self._noticed.set)
+    request_id: str
+    request: GenerateRequest
+    answers: Sequence[Answer]  # those to the first prompt come first
+    _gone: Callable[[], bool]  # see Looks
+    _metrics: GatewayMetrics
+    _noticed: threading.Event = field(default_factory=threading.Event)  # set when one of several answers has a token or ends
+
+    def __post_init__(self) -> None:
+        for answer in self.answers if len(self.answers) > 1 else ():
+            answer.token_stream.notify(self._noticed.set)
 
     def tokens(self) -> Iterator[TokenEvent | ProgressEvent | None]:
         """Yields the tokens of all answers as they come; while none come, what is awaited, or None, every LOOK_SECONDS.

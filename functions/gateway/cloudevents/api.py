@@ -8,6 +8,7 @@ with the event for the first stage. A Sequence's delivery has the header `Prefer
 import hashlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import count
 from typing import Any, Final
@@ -60,34 +61,19 @@ _SERVED: Final = (EventType.GENERATE_REQUEST, EventType.EMBED_REQUEST, EventType
 Item = TokenEvent | ProgressEvent | GenerateResponse  # of an answer: its tokens, then the response
 
 
+@dataclass(frozen=True)
 class CloudEventsAPI:
-    """Answers the CloudEvents that clients post to `/`: one generate request, a batch of them, or one request of another type.
+    """Answers the CloudEvents that clients post to `/`: a generate request, a batch of them, or one request of another type."""
 
-    scores: None if score requests are not served. batches: None if batches are not; batches_changed: called when one begins.
-    source: the attribute `source` of all reply events.
-    """
-
-    def __init__(
-        self,
-        service: Callable[[], AnswerService],
-        clients: Clients,
-        claims: ClaimCheck,
-        scores: ScoreEntry | None,
-        source: str,
-        config: GatewayConfig,
-        batches: BatchEvents | None = None,
-        batches_changed: Callable[[], object] = lambda: None,
-    ) -> None:
-        self._batches = batches
-        self._batches_changed = batches_changed
-        self._service = service
-        self._vectors = VectorService(service)
-        self._clients = clients
-        self._claims = claims
-        self._scores = scores
-        self._source = source
-        self._config = config
-        self._deduplicator: Deduplicator[Item] = Deduplicator()
+    _service: Callable[[], AnswerService]
+    _clients: Clients
+    _claims: ClaimCheck
+    _scores: ScoreEntry | None  # None: score requests are not served
+    _source: str  # attribute `source` of all reply events
+    _config: GatewayConfig
+    _batches: BatchEvents | None = None  # None: batches are not served
+    _batches_changed: Callable[[], object] = lambda: None  # called when one begins
+    _deduplicator: Deduplicator[Item] = field(default_factory=Deduplicator)
 
     def register(self, app: Flask) -> None:
         app.post("/")(self._receive)
@@ -121,7 +107,10 @@ class CloudEventsAPI:
                 lambda problem: _structured_sse(self._problem(event, problem)),
                 self._config.keep_alive_seconds,
             )
-        return whole_response(listener.items(), lambda response: _http_response(to_http(self._response(event, response))))
+        return whole_response(
+            listener.items(),
+            lambda response: _http_response(to_http(self._event(event, EventType.GENERATE_RESPONSE, response))),
+        )
 
     def _begin_batch(self, event: CloudEvent, client_id: str) -> Response:
         """Begins a batch. The reply is empty: its results are an event that comes later."""
@@ -157,10 +146,9 @@ class CloudEventsAPI:
             raise ModelNotFound(is_not_served(body.model, self._config.model))
         context = self._context(event, client_id, arrived, client_gone())
         g.answering = True  # VectorService counts it
-        document = embeddings_document(self._vectors, body, context, int(time.time()))
+        document = embeddings_document(VectorService(self._service), body, context, int(time.time()))
         log_entry().prompt_tokens = document["usage"]["prompt_tokens"]
-        reply = self._event(event, EventType.EMBED_RESPONSE, document, reply_id(event))
-        return self._claims.check_in(reply, datetime.now(UTC))
+        return self._claims.check_in(self._event(event, EventType.EMBED_RESPONSE, document), datetime.now(UTC))
 
     def _context(
         self, event: CloudEvent, client_id: str, arrived: float, gone: Callable[[], bool], events: int = 1
@@ -233,38 +221,35 @@ class CloudEventsAPI:
         if isinstance(listener, Problem):
             return self._problem(event, listener)
         try:
-            return self._response(event, last_of(listener.items()))
+            return self._event(event, EventType.GENERATE_RESPONSE, last_of(listener.items()))
         except Problem as problem:
             return self._problem(event, problem)
 
     def _stream(self, cause: CloudEvent, listener: Listener[Item]) -> Iterator[bytes | None]:
-        id_ = reply_id(cause)
         progress = count()
         for item in listener.items():
             if item is None:
                 yield None
             elif isinstance(item, ProgressEvent):
-                yield _structured_sse(self._event(cause, EventType.PROGRESS, item, f"{id_}-progress-{next(progress)}"))
+                yield _structured_sse(self._event(cause, EventType.PROGRESS, item, f"-progress-{next(progress)}"))
             elif isinstance(item, TokenEvent):
-                number = f"{item.index}" if item.choice == 0 else f"{item.choice}-{item.index}"
-                yield _structured_sse(self._event(cause, EventType.TOKEN, item, f"{id_}-{number}"))
+                number = f"-{item.index}" if item.choice == 0 else f"-{item.choice}-{item.index}"
+                yield _structured_sse(self._event(cause, EventType.TOKEN, item, number))
             else:
-                yield _structured_sse(self._response(cause, item))
-
-    def _response(self, cause: CloudEvent, response: Struct) -> CloudEvent:
-        return self._event(cause, EventType.GENERATE_RESPONSE, response, reply_id(cause))
+                yield _structured_sse(self._event(cause, EventType.GENERATE_RESPONSE, item))
 
     def _problem(self, cause: CloudEvent, problem: Problem) -> CloudEvent:
         error = ErrorEvent(problem.type, problem.title, problem.status, str(problem))
-        return self._event(cause, EventType.ERROR, error, f"{reply_id(cause)}-error")
+        return self._event(cause, EventType.ERROR, error, "-error")
 
-    def _event(self, cause: CloudEvent, type_: str, value: Struct | dict[str, Any], id_: str) -> CloudEvent:
+    def _event(self, cause: CloudEvent, type_: str, value: Struct | dict[str, Any], suffix: str = "") -> CloudEvent:
+        """A reply event. Its id is that of the reply to `cause` with this suffix."""
         attributes = {
             Attribute.TRACEPARENT: cause.get_extension(Attribute.TRACEPARENT),
             Attribute.CAUSATION_ID: cause.get_id(),
             Attribute.CAUSATION_SOURCE: cause.get_source(),
         }
-        return json_event(type_, self._source, value, id=id_, **attributes)
+        return json_event(type_, self._source, value, id=reply_id(cause) + suffix, **attributes)
 
 
 def _items(generation: Generation) -> Iterator[Item | None]:

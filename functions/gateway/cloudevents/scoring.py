@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -22,21 +23,15 @@ SCORE_LIFETIME: Final = timedelta(hours=1)
 every step and a cold start take."""
 
 
+@dataclass(frozen=True, slots=True)
 class ScoreEntry:
-    """Turns score requests into signed events for the first stage.
+    """Turns score requests into signed events for the first stage."""
 
-    service: raises NotReady before the tokenizer is loaded. pipeline: the fingerprint. source: the events' attribute `source`.
-    token: the pipeline's token, which signs the events.
-    """
-
-    def __init__(
-        self, service: Callable[[], AnswerService], claims: ClaimCheck, *, pipeline: str, source: str, token: str
-    ) -> None:
-        self._service = service
-        self._claims = claims
-        self._pipeline = pipeline
-        self._source = source
-        self._token = token
+    service: Callable[[], AnswerService]  # raises NotReady before the tokenizer is loaded
+    claims: ClaimCheck
+    pipeline: str  # its fingerprint
+    source: str  # the events' attribute `source`
+    token: str  # the pipeline's, which signs the events
 
     def begin(self, request: CloudEvent, client_id: str) -> CloudEvent:
         """The signed event for layer 0. Its id is that of a reply to `request`; large data goes to the store (claim check).
@@ -44,18 +39,18 @@ class ScoreEntry:
         Raises a Problem if the request cannot be read or scored, exceeds the client's limits, or if the store fails.
         """
         data = json_data(request, ScoreRequest)
-        token_ids = self._service().use_text(client_id, lambda text: _token_ids(data, text), len)
+        token_ids = self.service().use_text(client_id, lambda text: _token_ids(data, text), len)
         id_, now = reply_id(request), datetime.now(UTC)
         latest = now + SCORE_LIFETIME
         batch = Batch((score_row(id_, len(token_ids)),), memoryview(array("i", token_ids)))
         attributes: dict[str, AttributeValue] = {
-            Attribute.PIPELINE: self._pipeline,
+            Attribute.PIPELINE: self.pipeline,
             Attribute.LAYER: 0,
             Attribute.EXPIRY_TIME: min(expiry_time(request.get_attributes()) or latest, latest),
             Attribute.TRACEPARENT: request.get_extension(Attribute.TRACEPARENT),
         }
-        event = batch_event(EventType.FORWARD, self._source, batch, id=id_, **attributes)
-        return self._claims.check_in(sign(event, self._token), now)
+        event = batch_event(EventType.FORWARD, self.source, batch, id=id_, **attributes)
+        return self.claims.check_in(sign(event, self.token), now)
 
 
 def _token_ids(request: ScoreRequest, text: ModelText) -> list[int]:

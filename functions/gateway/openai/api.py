@@ -4,7 +4,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -47,17 +47,14 @@ ENDPOINTS: Final = {
 }
 
 
+@dataclass(frozen=True)
 class OpenAIAPI:
-    def __init__(
-        self, service: Callable[[], AnswerService], clients: Clients, config: GatewayConfig, models: ServedModels
-    ) -> None:
-        """service: raises NotReady before the tokenizer is loaded."""
-        self._service = service
-        self._clients = clients
-        self._config = config
-        self._deduplicator: Deduplicator[bytes] = Deduplicator()
-        self._served = models
-        self._began = int(time.time())
+    _service: Callable[[], AnswerService]  # raises NotReady before the tokenizer is loaded
+    _clients: Clients
+    _config: GatewayConfig
+    _served: ServedModels
+    _deduplicator: Deduplicator[bytes] = field(default_factory=Deduplicator)
+    _began: int = field(default_factory=lambda: int(time.time()))
 
     def register(self, app: Flask) -> None:
         routes = Blueprint("openai", __name__, url_prefix="/v1")
@@ -120,24 +117,24 @@ class OpenAIAPI:
             entry.generation = service.begin(generate_request, context)
             return entry.generation
 
-        def items_of(generation: Generation) -> Iterator[bytes | None]:
-            return document.stream(generation, service.text) if body.stream else _whole(generation, document, service.text)
-
+        items_of = document.stream if body.stream else partial(_whole, document)
         source: Answering
         if key:
             shared_key = hashlib.sha256(client_id.encode() + digest).digest()
-            source = self._deduplicator.listen(shared_key, id_, lambda abandoned: items_of(begin(abandoned)), client_gone())
+            source = self._deduplicator.listen(
+                shared_key, id_, lambda abandoned: items_of(begin(abandoned), service.text), client_gone()
+            )
             items = source.items()
         else:
             source = begin(client_gone())
-            items = items_of(source)
+            items = items_of(source, service.text)
         g.answering = True
         if body.stream:
             return stream_response(source, items, document.failure, config.keep_alive_seconds)
         return whole_response(items, lambda whole: Response(whole, content_type="application/json"))
 
 
-def _whole(generation: Generation, document: ChoicesDocument | ResponsesDocument, text: ModelText) -> Iterator[bytes | None]:
+def _whole(document: ChoicesDocument | ResponsesDocument, generation: Generation, text: ModelText) -> Iterator[bytes | None]:
     """The reply as one item, after its last token."""
     for _ in generation.tokens():
         yield None

@@ -4,7 +4,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from eventing.problems import Problem
@@ -34,9 +34,12 @@ class StageDescription:
     target: float | None  # concurrency at which the autoscaler adds a replica; None: unknown, or not scaled by it
 
 
-@dataclass(frozen=True, slots=True)
-class Watched:
-    """Sources of a PipelineState: the pipeline's constants, and functions that return the present state of this gateway."""
+@dataclass(eq=False)
+class PipelineWatch:
+    """Computes PipelineStates from samples of the last WINDOW_SECONDS, which all readers share. Thread-safe.
+
+    Its sources are the pipeline's constants, and functions that return the present state of this gateway.
+    """
 
     model: str
     pipeline: str
@@ -48,15 +51,9 @@ class Watched:
     # Digests of the versions of each adapter by its name; None: the gateway serves no adapters.
     adapters: Callable[[], Mapping[str, Set[bytes]]] | None = None
     has_batches: bool = False
-
-
-class PipelineWatch:
-    """Computes PipelineStates from samples of the last WINDOW_SECONDS, which all readers share. Thread-safe."""
-
-    def __init__(self, watched: Watched) -> None:
-        self.watched = watched
-        self._lock = threading.Lock()
-        self._samples: deque[PipelineStatus] = deque()  # the last is the current one; rates are differences to the first
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    # The last one is the current one; rates are differences to the first.
+    _samples: deque[PipelineStatus] = field(default_factory=deque, init=False)
 
     def state(self, client_id: str) -> PipelineState:
         """The pipeline's state, at most SAMPLE_SECONDS old, with the answers of this client only."""
@@ -64,26 +61,24 @@ class PipelineWatch:
             self._sample()
             before, now = self._samples[0], self._samples[-1]
         seconds = now.moment - before.moment
-        stages = zip(self.watched.stages, before.stages, now.stages, strict=True)
+        stages = zip(self.stages, before.stages, now.stages, strict=True)
         return PipelineState(
-            model=self.watched.model,
-            pipeline=self.watched.pipeline,
-            ready=self.watched.ready(),
+            model=self.model,
+            pipeline=self.pipeline,
+            ready=self.ready(),
             stages={str(number): _stage(*each, seconds) for number, each in enumerate(stages)},
-            queue=QueueState(
-                waiting=now.waiting, limit=self.watched.queue_limit, running=now.running, micro_batches=now.micro_batches
-            ),
+            queue=QueueState(waiting=now.waiting, limit=self.queue_limit, running=now.running, micro_batches=now.micro_batches),
             tokens_per_second=round(_rate(now.tokens - before.tokens, seconds), 1),
             answers=_answers_of(client_id, now),
             adapters=self._adapters(now),
-            batches=self.watched.has_batches,
+            batches=self.has_batches,
         )
 
     def _adapters(self, now: PipelineStatus) -> dict[str, AdapterState] | None:
-        if self.watched.adapters is None:
+        if self.adapters is None:
             return None
         try:
-            known = self.watched.adapters()
+            known = self.adapters()
         except Problem:  # the store cannot be asked; the state has no place for that
             return {}
         running = Counter(each.adapter for each in now.answers if each.route)
@@ -95,7 +90,7 @@ class PipelineWatch:
             return
         while self._samples and now - self._samples[0].moment > WINDOW_SECONDS:
             self._samples.popleft()
-        self._samples.append(self.watched.status())
+        self._samples.append(self.status())
 
 
 def _rate(difference: float, seconds: float) -> float:

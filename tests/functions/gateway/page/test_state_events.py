@@ -19,7 +19,7 @@ from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.app import create_app
 from functions.gateway.page import pipeline_watch, state_events
 from functions.gateway.page.pipeline_state import PipelineState
-from functions.gateway.page.pipeline_watch import StageDescription, Watched
+from functions.gateway.page.pipeline_watch import PipelineWatch, StageDescription
 from functions.gateway.page.state_events import merge_patch
 from functions.gateway.scheduling.pipeline_status import AnswerStatus, InstanceStatus, PipelineStatus, StageStatus
 from functions.gateway.scheduling.wake_up import ColdStart
@@ -44,7 +44,7 @@ class Pipe:
         stage = StageStatus((replica(1),), 0, 0.0, False, None)
         self.now = PipelineStatus(time.monotonic(), (stage,), 0, 1, 1, 0, (answer("mine"), answer("other", "somebody else")))
         self.draining = False
-        self.watched = Watched(
+        self.watched = PipelineWatch(
             "tiny",
             "f" * 32,
             8,
