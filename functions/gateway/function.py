@@ -179,7 +179,7 @@ class GatewayFunction:
             status=self._running.scheduler.status,
             ready=lambda: self._answer_service is not None,
             draining=lambda: self._draining,
-            adapters=self._models.digests if self._models.has_adapters else None,
+            adapters=self._models.digests if config.adapters else None,
             has_batches=self._config.jobs_store is not None,
         )
 

@@ -39,11 +39,6 @@ class ServedModels:
         self._read: dict[str, tuple[float, AdapterName]] = {}
         self._labels: set[str] = set()
 
-    @property
-    def has_adapters(self) -> bool:
-        """Whether adapters are served, though none may be published."""
-        return self._store is not None
-
     def names(self) -> list[str]:
         """All names, the model's own first."""
         return [self.model, *(f"{self.model}:{name}" for name in sorted(self._list(_FRESH_SECONDS)))]

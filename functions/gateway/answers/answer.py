@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import dataclass, field
 
 from eventing.wire.generation import Choice, FinishReason, Timings, TokenEvent, TokenLogprob
 from functions.gateway.answers.client_limits import Release
@@ -11,48 +12,28 @@ from functions.gateway.text.text_stream import TextStream
 from functions.observing.tracing import Span
 
 
+@dataclass(eq=False)
 class Answer:
     """One answer while it is generated. Call `take` until `done` is true, or `close` to cancel. One thread at a time."""
 
-    def __init__(
-        self,
-        prompt_ids: Sequence[int],
-        token_stream: TokenStream,
-        text_stream: TextStream,
-        metrics: GatewayMetrics,
-        span: Span,
-        operation: GenAIOperation,
-        release: Release,
-        echo: str | None = None,
-        *,
-        scored: bool = False,
-    ) -> None:
-        """release: called once, at the end, with the number of tokens of prompt and answer; 0 if nothing of it was computed.
-
-        span: ended with the answer.
-
-        echo: the prompt's text if the answer begins with it, else None. scored: with `echo`, the answer also has
-        log-probabilities of the prompt's tokens.
-        """
-        self.prompt_ids = prompt_ids
-        self.prompt_tokens = len(prompt_ids)
-        self.token_stream = token_stream
-        self.done = False  # `take` has returned the last token
-        self._text_stream = text_stream
-        self._metrics = metrics
-        self._span = span
-        self._operation = operation
-        self._release = release
-        self._echo = echo
-        self._scored = scored
-        self._token_ids: list[int] = []  # with echo, those of the prompt come first
-        self._logprobs: list[TokenLogprob] = []
-        self._taken = 0  # tokens of the answer received so far, without an echoed prompt
-        self._given = 0  # tokens that `take` has returned; the others wait until their text is certain
-        self._text: list[str] = []
-        self._certain = ""  # text that is certain and not yet returned with a token
-        self._measured = 0  # tokens whose latency has been recorded
-        self._closed = False
+    prompt_ids: Sequence[int]
+    token_stream: TokenStream
+    _text_stream: TextStream
+    _metrics: GatewayMetrics
+    _span: Span  # ended with the answer
+    _operation: GenAIOperation
+    _release: Release  # called at the end with the number of tokens of prompt and answer; 0 if nothing of it was computed
+    _echo: str | None = None  # the prompt's text if the answer begins with it
+    _scored: bool = False  # with `_echo`, the answer also has log-probabilities of the prompt's tokens
+    done: bool = False  # `take` has returned the last token
+    _token_ids: list[int] = field(default_factory=list)  # with echo, those of the prompt come first
+    _logprobs: list[TokenLogprob] = field(default_factory=list)
+    _taken: int = 0  # tokens of the answer received so far, without an echoed prompt
+    _given: int = 0  # tokens that `take` has returned; the others wait until their text is certain
+    _text: list[str] = field(default_factory=list)
+    _certain: str = ""  # text that is certain and not yet returned with a token
+    _measured: int = 0  # tokens whose latency has been recorded
+    _closed: bool = False
 
     def take(self, seconds: float) -> list[TokenEvent]:
         """Waits up to `seconds` for a token. Returns the tokens whose text has become certain, which may be none.
@@ -88,7 +69,7 @@ class Answer:
         if not self.token_stream.ended:
             self.token_stream.cancel("stop" if self._text_stream.stopped else "cancelled")
         begun = self.token_stream.timings().queue_seconds is not None
-        self._release(self.prompt_tokens + self.token_stream.completion_tokens if begun else 0)
+        self._release(len(self.prompt_ids) + self.token_stream.completion_tokens if begun else 0)
         self._measure()
         self._metrics.answers.labels(self.outcome).inc()
         problem = self.token_stream.problem

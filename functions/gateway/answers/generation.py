@@ -121,7 +121,7 @@ class Generation:
     def usage(self) -> Usage:
         """Numbers of tokens so far. A prompt counts once, however many answers it has."""
         one_per_prompt = self.answers[:: self.request.n]
-        prompt_tokens = sum(answer.prompt_tokens for answer in one_per_prompt)
+        prompt_tokens = sum(len(answer.prompt_ids) for answer in one_per_prompt)
         completion_tokens = sum(answer.completion_tokens for answer in self.answers)
         streams = [answer.token_stream for answer in self.answers]
         drafts = CompletionTokensDetails(

@@ -53,28 +53,17 @@ class EncodedPrompt:
     grammar: Grammar | None = None  # that the answer must follow; None: any text
 
 
+@dataclass(eq=False)
 class AnswerService:
     """Begins the answers to requests: checks and encodes each request and submits its prompts. Thread-safe."""
 
-    def __init__(
-        self,
-        text: ModelText,
-        scheduler: Scheduler,
-        metrics: GatewayMetrics,
-        tracer: Tracer = PASSING,
-        limits: ClientLimits | None = None,
-        models: ServedModels | None = None,
-        embedder: Embedder | None = None,
-    ) -> None:
-        """embedder: if the model makes vectors of texts; None: it generates tokens."""
-        self.text = text
-        self.embedder = embedder
-        self.limits = limits or ClientLimits(Quota())
-        self.scheduler = scheduler
-        self.metrics = metrics
-        self._tracer = tracer
-        self._models = models or ServedModels("", None)
-        self.model = self._models.model
+    text: ModelText
+    scheduler: Scheduler
+    metrics: GatewayMetrics
+    tracer: Tracer = PASSING
+    limits: ClientLimits = field(default_factory=lambda: ClientLimits(Quota()))
+    models: ServedModels = field(default_factory=lambda: ServedModels("", None))
+    embedder: Embedder | None = None  # if the model makes vectors of texts; None: it generates tokens
 
     def begin(self, request: GenerateRequest, context: RequestContext) -> Generation:
         """Begins all answers to a request, or none, and returns without waiting for tokens. The caller closes the Generation.
@@ -84,10 +73,10 @@ class AnswerService:
         if self.embedder is not None:
             what = "scores pairs of texts" if self.embedder.classifies else "makes vectors of texts"
             path = "/v1/score or /v1/rerank" if self.embedder.classifies else "/v1/embeddings"
-            raise InvalidRequest(f"the model {self.model} {what} and generates no tokens; ask {path}")
-        model = request.model or self._models.model
-        adapter = self._models.adapter(model, context.request_id)
-        operation = GenAIOperation.of(request, self.model, self._models.label(model))
+            raise InvalidRequest(f"the model {self.models.model} {what} and generates no tokens; ask {path}")
+        model = request.model or self.models.model
+        adapter = self.models.adapter(model, context.request_id)
+        operation = GenAIOperation.of(request, self.models.model, self.models.label(model))
         count = request.n * len(request.prompts)
         release = self.limits.admit(context.client_id, count, in_background=context.in_background)
         answers: list[Answer] = []
@@ -194,7 +183,7 @@ class AnswerService:
     ) -> Answer:
         token_ids = encoded.token_ids
         attributes = operation.begin_attributes(request, context.request_id, len(token_ids), max_tokens)
-        span = self._tracer.serve(operation.span_name, context.trace, attributes)
+        span = self.tracer.serve(operation.span_name, context.trace, attributes)
         prompt = Prompt(
             token_ids,
             max_tokens,
@@ -232,7 +221,7 @@ class AnswerService:
             special=bool(request.callable_tools) and marked_specially,
         )
         echo = encoded.text if request.echo else None
-        return Answer(token_ids, token_stream, text_stream, self.metrics, span, operation, release, echo, scored=request.scores)
+        return Answer(token_ids, token_stream, text_stream, self.metrics, span, operation, release, echo, request.scores)
 
     def _answer_lengths(self, request: GenerateRequest, prompts: Sequence[EncodedPrompt], context: RequestContext) -> list[int]:
         """The most tokens of an answer to each prompt: as requested, or fewer if the context or the client's quota ends it.

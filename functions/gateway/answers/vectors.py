@@ -98,7 +98,7 @@ class VectorService:
         """
         service = self._service()
         release, tokens = service.limits.admit(context.client_id, in_background=context.in_background), 0
-        operation, error = GenAIOperation("embeddings", service.model), None
+        operation, error = GenAIOperation("embeddings", service.models.model), None
         streams: list[TokenStream] = []
         vectors: list[list[float]] = []
         try:

@@ -127,28 +127,20 @@ class _Member:
         self.used_at = time.time()
 
 
+@dataclass(eq=False)
 class Grants:
     """Lets requests in while their members have grants. Thread-safe.
 
     A thread changes the record, when a request wants to enter and as long as any is in flight or waits.
     """
 
-    def __init__(
-        self,
-        max_devices: int,
-        members: Callable[[], Iterable[Sequence[str]]],
-        pods: Callable[[Sequence[str]], MemberPods],
-        record: LocalRecord | LeaseRecord,
-        gateway: str = "",
-    ) -> None:
-        """members: of all versions of members now, their stages' Services. pods: of one of these. gateway: name of this one in
-        the record.
-        """
-        self._max_devices = max_devices
-        self._all_services = members
-        self._pods = pods
-        self._record = record
-        self._gateway = gateway
+    _max_devices: int
+    _all_services: Callable[[], Iterable[Sequence[str]]]  # of all versions of members now, their stages' Services
+    _pods: Callable[[Sequence[str]], MemberPods]  # of one of these
+    _record: LocalRecord | LeaseRecord
+    _gateway: str = ""  # name of this one in the record
+
+    def __post_init__(self) -> None:
         self._changed = threading.Condition()
         self._members: dict[str, _Member] = {}
         # The following belong to the thread.

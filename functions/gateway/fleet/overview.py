@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from msgspec import Struct
@@ -53,23 +54,17 @@ class FleetState(Struct, frozen=True, kw_only=True):
     members: dict[str, MemberState]  # by name; only those that the client may ask
 
 
+@dataclass(eq=False)
 class Overview:
     """Looks at all members once a second, and counts the seconds of their pods. Thread-safe."""
 
-    def __init__(
-        self,
-        members: Members,
-        parts: Parts,
-        grants: Grants | None,
-        pods: Callable[[Sequence[str]], MemberPods],
-        max_devices: int | None,
-    ) -> None:
-        """pods: as in Grants."""
-        self._members = members
-        self._parts = parts
-        self._grants = grants
-        self._pods = pods
-        self._max_devices = max_devices
+    _members: Members
+    _parts: Parts
+    _grants: Grants | None
+    _pods: Callable[[Sequence[str]], MemberPods]  # as in Grants
+    _max_devices: int | None
+
+    def __post_init__(self) -> None:
         self._looked_at = time.monotonic()
         self._states: dict[str, MemberState] = {}  # replaced as a whole by each look
         self._tokens: dict[Version, int] = {}
@@ -175,6 +170,7 @@ def fleet_metrics(counts: Mapping[str, int], evictions: int, members: Iterable[M
     yield from (pods, cost, wait)
 
 
+@dataclass(eq=False)
 class FleetCollector(Collector):
     """Makes one registry's text of all loaded members' registries. The label `model` has names of members' models only.
 
@@ -182,16 +178,9 @@ class FleetCollector(Collector):
     gateway's memory, and by the fleet's members.
     """
 
-    def __init__(
-        self,
-        own: CollectorRegistry,
-        loaded: Callable[[], Iterable[tuple[str, CollectorRegistry]]],
-        fleet: Callable[[], Iterable[Metric]],
-    ) -> None:
-        """loaded: model and registry of each part. fleet: as `fleet_metrics` makes them."""
-        self._own = own
-        self._loaded = loaded
-        self._fleet = fleet
+    _own: CollectorRegistry
+    _loaded: Callable[[], Iterable[tuple[str, CollectorRegistry]]]  # model and registry of each part
+    _fleet: Callable[[], Iterable[Metric]]  # as `fleet_metrics` makes them
 
     def collect(self) -> Iterator[Metric]:
         yield from self._fleet()

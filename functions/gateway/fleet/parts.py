@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
@@ -112,24 +113,16 @@ class Part:
         self._trouble = "it could not be loaded; the log says why"
 
 
+@dataclass(eq=False)
 class Parts:
     """The loaded parts. Thread-safe."""
 
-    def __init__(
-        self,
-        watch: EndpointsWatch | None,
-        memory_bytes: int,
-        resident: Callable[[], int] = resident_bytes,
-        turn: Turn = nullcontext,
-    ) -> None:
-        """memory_bytes: of the process, beyond which idle parts are given up. resident: measures it. turn: entered for each
-        line of a member's batches; raises NotReady while lines must wait.
-        """
-        self._turn = turn
-        self.evictions = 0
-        self._watch = watch
-        self._memory_bytes = memory_bytes
-        self._resident = resident
+    _watch: EndpointsWatch | None
+    _memory_bytes: int  # of the process, beyond which idle parts are given up
+    _turn: Turn = nullcontext  # entered for each line of a member's batches; raises NotReady while lines must wait
+    evictions: int = 0
+
+    def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._parts: dict[Version, Part] = {}
         self._gone: weakref.WeakSet[Version] = weakref.WeakSet()
@@ -215,7 +208,7 @@ class Parts:
     def _keep_memory(self) -> None:
         while not self._stopped.wait(_LOOK_SECONDS):
             try:
-                while self._resident() > self._memory_bytes and self.evict():
+                while resident_bytes() > self._memory_bytes and self.evict():
                     pass
             except Exception:  # noqa: BLE001 - without this thread memory would grow for ever
                 _log.exception("giving up idle members failed")
