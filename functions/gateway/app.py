@@ -121,7 +121,7 @@ def create_app(
     if config.scores == "on":
         scores = ScoreEntry(service, claims, pipeline=config.pipeline, source=source, token=config.pipeline_token)
     events = None if jobs is None else jobs.events
-    CloudEventsAPI(service, clients, claims, scores, source, config, events, batches_changed).register(app)
+    app.post("/")(CloudEventsAPI(service, clients, claims, scores, source, config, events, batches_changed).receive)
     TokensAPI(service, clients).register(app)
     if watch is not None:
 
@@ -129,7 +129,7 @@ def create_app(
             client_id = clients.identify(request)
             return client_id, partial(watch.state, client_id)
 
-        StateEventsAPI(PIPELINE_EVENTS, subscribe, watch.draining).register(app)
+        app.get(PIPELINE_EVENTS)(StateEventsAPI(PIPELINE_EVENTS, subscribe, watch.draining).events)
     if config.page == "on":
         register_page(app)
     described = list(operations(with_page=config.page == "on", with_jobs=jobs is not None))

@@ -50,9 +50,7 @@ def add_problem_handlers(app: Flask) -> None:
     def forget_routing(_: BaseException | None) -> None:
         request.routing_exception = None  # its frames hold the request
 
-    @app.errorhandler(Problem)
-    def refused(problem: Problem) -> Response:
-        return problem_response(problem)
+    app.register_error_handler(Problem, problem_response)
 
     @app.errorhandler(RequestEntityTooLarge)
     def too_large(_: RequestEntityTooLarge) -> Response:

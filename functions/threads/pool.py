@@ -61,13 +61,9 @@ class ThreadPool(Executor):
         self._lock = threading.Lock()
         self._waiting: deque[_Call] = deque()
         self._idle: list[_Idle] = []  # most recently used last
-        self._threads = 0
+        self.threads = 0  # now
         self._started = 0
         self._closed = False
-
-    @property
-    def threads(self) -> int:
-        return self._threads
 
     @property
     def waiting(self) -> int:
@@ -77,7 +73,7 @@ class ThreadPool(Executor):
     @property
     def mostly_free(self) -> bool:
         """Whether calls take up at most half of `max_threads`."""
-        return (self._threads - len(self._idle) + len(self._waiting)) * 2 <= self._max_threads
+        return (self.threads - len(self._idle) + len(self._waiting)) * 2 <= self._max_threads
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
         """Runs a call in an idle or new thread; at `max_threads` it is queued.
@@ -92,7 +88,7 @@ class ThreadPool(Executor):
                 idle = self._idle.pop()
                 idle.call = call
                 idle.woken.release()
-            elif self._threads < self._max_threads:
+            elif self.threads < self._max_threads:
                 self._start(call)
             else:
                 self._waiting.append(call)
@@ -112,12 +108,12 @@ class ThreadPool(Executor):
         self._started += 1
         first = [call]  # taken out by the thread, which would otherwise keep its arguments until it ends
         thread = threading.Thread(target=self._run, args=(first,), name=f"{self._name}-{self._started}", daemon=True)
-        self._threads += 1  # before it runs, and may ask whether the pool is mostly free
+        self.threads += 1  # before it runs, and may ask whether the pool is mostly free
         try:
             thread.start()
         except RuntimeError as error:
-            self._threads -= 1
-            _log.error("the pool %s cannot start a thread beside its %d: %s", self._name, self._threads, error)
+            self.threads -= 1
+            _log.error("the pool %s cannot start a thread beside its %d: %s", self._name, self.threads, error)
             self._waiting.append(call)
 
     def _run(self, first: list[_Call]) -> None:
@@ -133,7 +129,7 @@ class ThreadPool(Executor):
             if self._waiting:
                 return self._waiting.popleft()
             if self._closed:
-                self._threads -= 1
+                self.threads -= 1
                 return None
             idle = _Idle()
             self._idle.append(idle)
@@ -141,9 +137,9 @@ class ThreadPool(Executor):
             with self._lock:
                 if idle in self._idle:
                     self._idle.remove(idle)
-                    self._threads -= 1
+                    self.threads -= 1
                     return None
         if idle.call is None:  # the pool was closed
             with self._lock:
-                self._threads -= 1
+                self.threads -= 1
         return idle.call

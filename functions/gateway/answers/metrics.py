@@ -31,46 +31,32 @@ _OUTPUT_TOKEN_SECONDS: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0
 class GatewayMetrics(FunctionMetrics):
     def __init__(self) -> None:
         super().__init__()
-        registry = self.registry
-        self.answers = Counter("lamina_gateway_answers", "Answers by how they ended", ["outcome"], registry=registry)
+        counter = partial(Counter, registry=self.registry)
+        gauge, histogram = partial(Gauge, registry=self.registry), partial(Histogram, registry=self.registry)
+        self.answers = counter("lamina_gateway_answers", "Answers by how they ended", ["outcome"])
         for outcome in OUTCOMES:  # exported as 0 from the start, or a rate would miss the first event of its kind
             self.answers.labels(outcome)
-        self.queue_limit = Gauge("lamina_gateway_queue_limit", "Requests that may wait", registry=registry)
-        self._refused = Gauge(
+        self.queue_limit = gauge("lamina_gateway_queue_limit", "Requests that may wait")
+        self._refused = gauge(
             "lamina_gateway_refused_addresses",
             "Addresses of instances outside of the pod network, which are not used",
             ["stage"],
-            registry=registry,
         )
-        self.prompt_tokens = Counter("lamina_gateway_prompt_tokens", "Tokens of prompts taken in", registry=registry)
-        self.tokens = Counter("lamina_gateway_tokens", "Tokens generated", registry=registry)
-        self.adapter_tokens = Counter(
-            "lamina_gateway_adapter_tokens", "Tokens generated with an adapter", ["adapter"], registry=registry
+        self.prompt_tokens = counter("lamina_gateway_prompt_tokens", "Tokens of prompts taken in")
+        self.tokens = counter("lamina_gateway_tokens", "Tokens generated")
+        self.adapter_tokens = counter("lamina_gateway_adapter_tokens", "Tokens generated with an adapter", ["adapter"])
+        self.first_token = histogram(
+            "lamina_gateway_time_to_first_token_seconds", "From the request to its first token", buckets=ANSWER_SECONDS
         )
-        self.first_token = Histogram(
-            "lamina_gateway_time_to_first_token_seconds",
-            "From the request to its first token",
-            buckets=ANSWER_SECONDS,
-            registry=registry,
+        self.inter_token = histogram(
+            "lamina_gateway_inter_token_latency_seconds", "From one token of an answer to its next", buckets=STEP_SECONDS
         )
-        self.inter_token = Histogram(
-            "lamina_gateway_inter_token_latency_seconds",
-            "From one token of an answer to its next",
-            buckets=STEP_SECONDS,
-            registry=registry,
-        )
+        self.answer = histogram("lamina_gateway_answer_seconds", "From the request to its last token", buckets=ANSWER_SECONDS)
         self.objective: Objective | None = None
-        self.objective_share = Gauge(
-            "lamina_gateway_objective_share", "Share of answers that shall be within the objective", registry=registry
-        )
-        self._judged = Counter(
-            "lamina_gateway_judged_answers", "Answers that an objective counts, complete or failed", registry=registry
-        )
-        self._within = Counter("lamina_gateway_answers_within_objective", "Those that were in time", registry=registry)
-        self.gen_ai = GenAIMetrics(registry)
-        self.answer = Histogram(
-            "lamina_gateway_answer_seconds", "From the request to its last token", buckets=ANSWER_SECONDS, registry=registry
-        )
+        self.objective_share = gauge("lamina_gateway_objective_share", "Share of answers that shall be within the objective")
+        self._judged = counter("lamina_gateway_judged_answers", "Answers that an objective counts, complete or failed")
+        self._within = counter("lamina_gateway_answers_within_objective", "Those that were in time")
+        self.gen_ai = GenAIMetrics(self.registry)
 
     def aim(self, objective: Objective | None) -> None:
         """Sets the objective by which `judge` counts answers; None: it counts none."""
@@ -107,10 +93,6 @@ class GenAIOperation:
         adapter = label.removeprefix(f"{served}:") if label != served else ""
         return cls("text_completion" if request.messages is None else "chat", label, adapter)
 
-    @property
-    def span_name(self) -> str:
-        return f"{self.name} {self.model}"
-
     def begin_attributes(self, request: GenerateRequest, response_id: str, prompt_tokens: int, max_tokens: int) -> Attributes:
         """Attributes that are known when a span begins. Sampling options that have no effect are left out."""
         options: dict[str, str | int | float | Sequence[str] | None] = {
@@ -146,26 +128,24 @@ def end_attributes(outcome: str, error: str | None, completion_tokens: int, cach
 
 class GenAIMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._duration = Histogram(
+        histogram = partial(Histogram, registry=registry)
+        self._duration = histogram(
             "gen_ai_server_request_duration_seconds",
             "From the request to the answer's end (gen_ai.server.request.duration)",
             [*_LABELS, "error_type"],
             buckets=_REQUEST_SECONDS,
-            registry=registry,
         )
-        self._first_token = Histogram(
+        self._first_token = histogram(
             "gen_ai_server_time_to_first_token_seconds",
             "From the request to the first token of an answer that succeeded (gen_ai.server.time_to_first_token)",
             _LABELS,
             buckets=_FIRST_TOKEN_SECONDS,
-            registry=registry,
         )
-        self._output_token = Histogram(
+        self._output_token = histogram(
             "gen_ai_server_time_per_output_token_seconds",
             "Of each token after the first, of an answer that succeeded (gen_ai.server.time_per_output_token)",
             _LABELS,
             buckets=_OUTPUT_TOKEN_SECONDS,
-            registry=registry,
         )
 
     def observe(

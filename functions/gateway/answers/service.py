@@ -183,7 +183,7 @@ class AnswerService:
     ) -> Answer:
         token_ids = encoded.token_ids
         attributes = operation.begin_attributes(request, context.request_id, len(token_ids), max_tokens)
-        span = self.tracer.serve(operation.span_name, context.trace, attributes)
+        span = self.tracer.serve(f"{operation.name} {operation.model}", context.trace, attributes)
         prompt = Prompt(
             token_ids,
             max_tokens,

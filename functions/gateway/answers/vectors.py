@@ -23,12 +23,11 @@ class Vectors:
     prompt_tokens: int  # of all texts
 
 
+@dataclass(frozen=True, slots=True)
 class VectorService:
     """Makes vectors of texts. Thread-safe."""
 
-    def __init__(self, service: Callable[[], AnswerService]) -> None:
-        """service: raises NotReady before the tokenizer is loaded."""
-        self._service = service
+    _service: Callable[[], AnswerService]  # raises NotReady before the tokenizer is loaded
 
     @property
     def classifies(self) -> bool:

@@ -14,7 +14,7 @@ from itertools import count
 from typing import Any, Final
 
 from cloudevents.core.v1.event import CloudEvent
-from flask import Flask, Response, g, request
+from flask import Response, g, request
 from msgspec import Struct
 
 from eventing.claim_check import ClaimCheck
@@ -75,10 +75,7 @@ class CloudEventsAPI:
     _batches_changed: Callable[[], object] = lambda: None  # called when one begins
     _deduplicator: Deduplicator[Item] = field(default_factory=Deduplicator)
 
-    def register(self, app: Flask) -> None:
-        app.post("/")(self._receive)
-
-    def _receive(self) -> Response:
+    def receive(self) -> Response:
         arrived = arrival_time()
         client_id = log_entry().client_id = self._clients.identify(request)
         content_type = request.content_type or ""

@@ -71,7 +71,7 @@ class FleetFunction:
         )
 
     def start(self, stop: Callable[[int], None]) -> None:
-        self.members.start()
+        self.members.watch.start()
         self.parts.start()
         self._overview.start()
         if self._grants is not None:
@@ -85,7 +85,7 @@ class FleetFunction:
 
     def close(self) -> None:
         self._closed.set()
-        self.members.stop()
+        self.members.watch.stop()
         self._overview.stop()
         self.parts.close()
         if self._grants is not None:

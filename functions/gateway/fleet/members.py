@@ -1,7 +1,6 @@
 """The members of a fleet, as ConfigMaps describe them: one ConfigMap for each pipeline, or two during a canary."""
 
 import logging
-import os
 import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -77,13 +76,7 @@ class Members:
         self._rings: dict[str, KeyRing] = {}  # by member
         api = KubernetesAPI(config.kubernetes_api, config.namespace, CONFIG_MAPS)
         what = f"the members of the fleet {config.fleet}"
-        self._watch = ObjectWatch(api, f"{FLEET_LABEL}={config.fleet}", ConfigMap, what, self.changed)
-
-    def start(self) -> None:
-        self._watch.start()
-
-    def stop(self) -> None:
-        self._watch.stop()
+        self.watch = ObjectWatch(api, f"{FLEET_LABEL}={config.fleet}", ConfigMap, what, self.changed)
 
     def changed(self, found: Mapping[str, ConfigMap], changed: ConfigMap | None) -> None:
         """Takes over the ConfigMaps. changed: the only one that differs; None: any may differ."""
@@ -158,20 +151,17 @@ class Members:
         ring = self._rings.get(member)
         if ring is None:
             try:
-                ring = KeyRing((), (self._key_file(member),))
+                ring = KeyRing((), (f"{self._config.keys_folder}/{member}",))
             except ConfigError:
                 return KeyRing(())
             self._rings[member] = ring
         return ring
 
-    def _key_file(self, member: str) -> str:
-        return os.path.join(self._config.keys_folder or "", member)
-
     def _version(self, found: ConfigMap) -> Version:
         metadata, environ = found.metadata, dict(found.data or {})
         member = (metadata.labels or {}).get(_MEMBER_LABEL, metadata.name)
         if self._config.keys_folder is not None:
-            environ["LAMINA_API_KEY_FILES"] = self._key_file(member)
+            environ["LAMINA_API_KEY_FILES"] = f"{self._config.keys_folder}/{member}"
         said = (metadata.annotations or {}).get(PERCENT)
         percent = int(said) if said is not None and said.isdecimal() else None
         try:

@@ -29,7 +29,7 @@ from functions.gateway.page.page import register_page
 from functions.gateway.page.pipeline_state import PIPELINE_EVENTS
 from functions.gateway.page.state_events import StateEventsAPI
 from functions.hosting.requests import REFUSED, BodyStream
-from functions.hosting.web import json_response, problem_response
+from functions.hosting.web import json_response
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -172,7 +172,7 @@ def own_app(
         secret = bearer_token(request.headers.get("Authorization", ""))
         return members.clients.identify(request), lambda: overview.state(config.fleet, members.opened_by(secret))
 
-    StateEventsAPI(FLEET_EVENTS, subscribe, draining).register(app)
+    app.get(FLEET_EVENTS)(StateEventsAPI(FLEET_EVENTS, subscribe, draining).events)
     routes = Blueprint("openai", __name__, url_prefix="/v1")
     routes.get("/models")(models)
     routes.get("/models/<path:model>")(one_model)
@@ -188,7 +188,6 @@ def own_app(
             routes.add_url_rule(rule, f"refuse{path}{rest}".replace("/", "-"), refuse, methods=["GET", "POST", "DELETE"])
     add_error_handlers(routes)
     app.register_blueprint(routes)
-    app.register_error_handler(Problem, problem_response)
     app.get("/health", endpoint="health")(lambda: Response(status=200))
     app.get("/version", endpoint="version")(lambda: json_response({"version": VERSION}))
     if config.page == "on":

@@ -172,7 +172,7 @@ class Files:
             for number in range(file.parts):
                 yield self.part(owner, file.id, number)
             return
-        for name in self._objects.names(results_folder(owner, file.batch_id)):
+        for name in self._objects.names(f"{owner}/runs/{file.batch_id}/results/"):
             results = self.results(owner, file.batch_id, name)
             if results is not None and (lines := results.lines(file.content)):
                 yield lines
@@ -198,7 +198,7 @@ class Files:
         if file.batch_id and not any(
             self._objects.exists(f"{owner}/files/{results_file_id(file.batch_id, content)}.json") for content in RESULTS
         ):
-            self._objects.delete_folder(results_folder(owner, file.batch_id))
+            self._objects.delete_folder(f"{owner}/runs/{file.batch_id}/results/")
 
 
 def _is_over(file: ClientFile) -> bool:
@@ -213,10 +213,6 @@ def part_name(number: int) -> str:
 def part_lines(part: bytes) -> list[bytes]:
     """The lines of a part that are not blank."""
     return [line for line in part.split(b"\n") if line.strip()]
-
-
-def results_folder(owner: str, batch_id: str) -> str:
-    return f"{owner}/runs/{batch_id}/results/"
 
 
 def results_file_id(batch_id: str, content: ResultsContent) -> str:

@@ -7,6 +7,7 @@ import sys
 import time
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 from flask import Blueprint, Flask, Response, g, request
@@ -105,16 +106,12 @@ class RerankRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     user: Annotated[str | None, HINT] = None
     truncate_prompt_tokens: Truncated = None
 
-    @property
-    def texts(self) -> list[str]:
-        return [each if isinstance(each, str) else each.text for each in self.documents]
 
-
+@dataclass(frozen=True, slots=True)
 class EmbeddingsAPI:
-    def __init__(self, service: VectorService, clients: Clients, config: GatewayConfig) -> None:
-        self._service = service
-        self._clients = clients
-        self._config = config
+    _service: VectorService
+    _clients: Clients
+    _config: GatewayConfig
 
     def register(self, app: Flask) -> None:
         routes = Blueprint("embeddings", __name__, url_prefix="/v1")
@@ -153,7 +150,7 @@ class EmbeddingsAPI:
         context = self._context("rerank-")
         body = read_request(request.get_data(cache=False), RerankRequest)
         self._check_model(body.model)
-        texts = body.texts
+        texts = [each if isinstance(each, str) else each.text for each in body.documents]
         scores, made = self._scores([(body.query, text) for text in texts], context, body.truncate_prompt_tokens)
         best = sorted(range(len(texts)), key=lambda number: -scores[number])[: body.top_n or None]
         results = [

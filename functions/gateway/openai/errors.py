@@ -1,7 +1,6 @@
 """Errors in the shape of the OpenAI API."""
 
 import logging
-from collections.abc import Mapping
 from typing import Any, Final
 
 from flask import Blueprint, Response, request
@@ -47,12 +46,14 @@ def path_not_served(error: HTTPException) -> Response:
     if not request.path.startswith("/v1"):
         return not_served(error)
     message = f"{request.method} {request.path}: {error.description or error.name}"
-    return _error(error.code or 404, message, error.name.lower().replace(" ", "_"), headers=allow_header(error))
+    document = error_document(error.code or 404, message, error.name.lower().replace(" ", "_"))
+    return json_response(document, error.code or 404, allow_header(error))
 
 
 def unexpected(error: Exception) -> Response:
     _log.error("unexpected error", exc_info=error)
-    return _error(500, f"{type(error).__name__}; the log of this instance has the traceback", "internal")
+    message = f"{type(error).__name__}; the log of this instance has the traceback"
+    return json_response(error_document(500, message, "internal"), 500)
 
 
 def unknown_model(requested: str, served: str) -> dict[str, Any]:
@@ -63,7 +64,3 @@ def error_document(status: int, message: str, code: str, parameter: str | None =
     types = {401: "authentication_error", 429: "rate_limit_error"}
     kind = types.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": parameter, "code": code.replace("-", "_")}}
-
-
-def _error(status: int, message: str, code: str, headers: Mapping[str, str] | None = None) -> Response:
-    return json_response(error_document(status, message, code), status, headers)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
-from flask import Flask, Response
+from flask import Response
 
 from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, encode_sse
 from eventing.problems import RateLimited
@@ -38,10 +38,7 @@ class StateEventsAPI:
         self._streams: FairShares[threading.Event] = FairShares()  # each stream's event is set when it must give way
         self._lock = threading.Lock()
 
-    def register(self, app: Flask) -> None:
-        app.get(self._path)(self._events)
-
-    def _events(self) -> Response:
+    def events(self) -> Response:
         client_id, state = self._subscribe()
         log_entry().client_id = client_id
         gave_way = threading.Event()

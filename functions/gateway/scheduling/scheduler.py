@@ -399,7 +399,7 @@ class Scheduler:
         with suppress(StageFailed):  # it does not listen yet
             reply = self._client.start_so_far(instance)
             with self._changed:
-                self._state.wake_ups.told(instance, reply)
+                self._state.wake_ups.told[instance] = reply
 
     def _warm_up(self, stage: int) -> None:
         try:

@@ -7,6 +7,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from typing import Final
 
 from eventing.wire.control import HOLD_SECONDS
@@ -23,11 +24,11 @@ _OVERTAKE_FACTOR: Final = 4
 _NEVER_FREE_TOKENS: Final = 9_999_999_999  # no stage has so many, so that it holds its reply for HOLD_SECONDS
 
 
+@dataclass(eq=False, slots=True)
 class Entering:
     """A request that an API reads before it submits its sequences. It takes a place in the queue meanwhile."""
 
-    def __init__(self) -> None:
-        self.gave_way = False  # it lost its place to another client's request
+    gave_way: bool = False  # it lost its place to another client's request
 
 
 class FairQueue:
@@ -42,7 +43,7 @@ class FairQueue:
         self.places: FairShares[Sequence | Entering] = FairShares()  # new sequences, and requests that become some
         # New sequences, by client and priority; the one next in turn is first.
         self._clients: OrderedDict[tuple[str, int], deque[Sequence]] = OrderedDict()
-        self.returned: deque[Sequence] = deque()  # admitted before
+        self.returned: deque[Sequence] = deque()  # admitted before: they go first, and use no turn of their client again
         self._turns = 0
 
     def __len__(self) -> int:
@@ -57,10 +58,6 @@ class FairQueue:
     def push(self, sequence: Sequence) -> None:
         self._clients.setdefault(sequence.prompt.turn, deque()).append(sequence)
         self.places.add(sequence.prompt.client_id, sequence)
-
-    def push_returned(self, sequence: Sequence) -> None:
-        """Adds a sequence that was admitted before. It goes ahead of new ones and does not use its client's turn again."""
-        self.returned.append(sequence)
 
     def peek(self, most_tokens: float = math.inf) -> Sequence | None:
         """The sequence that is next, not removed. None: there is none.
@@ -228,13 +225,13 @@ class WaitingSequences:
         if sequence.retry_budget.retry_at > time.monotonic():
             self.backing_off.append(sequence)
         else:
-            self.queue.push_returned(sequence)
+            self.queue.returned.append(sequence)
 
     def resume(self, now: float) -> None:
         """Queues the sequences whose back-off is over. now: in time.monotonic()."""
         for sequence in [each for each in self.backing_off if each.retry_budget.retry_at <= now]:
             self.backing_off.remove(sequence)
-            self.queue.push_returned(sequence)
+            self.queue.returned.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Removes a sequence from the queue, the back-off or the backlog. Does nothing if it is in none of them."""

@@ -33,7 +33,7 @@ class WakeUps:
         self._starting: dict[int, ColdStart] = {}
         self._last: dict[int, ColdStart] = {}
         self._asked_at: dict[Instance, float] = {}  # instances that start; in time.monotonic()
-        self._told: dict[Instance, WarmupReply] = {}  # their last answers
+        self.told: dict[Instance, WarmupReply] = {}  # their last answers to AskStart
 
     def begin(self, placement: Placement, *, all_stages: bool) -> list[Wake]:
         """Begins a round and returns its action. Returns nothing if no stage is cold or a round is under way.
@@ -51,20 +51,21 @@ class WakeUps:
 
     def ask(self, placement: Placement, now: float) -> list[AskStart]:
         """Returns questions to instances of cold stages that start, for those that were not asked lately. now: monotonic."""
-        starting = [instance for stage in placement.cold() for instance in placement.instances(stage) if _starts(instance)]
+        starting = [
+            instance
+            for stage in placement.cold()
+            for instance in placement.instances(stage)
+            if not (instance.ready or instance.terminating or instance.is_service)
+        ]
         self._asked_at = {instance: self._asked_at.get(instance, 0.0) for instance in starting}
-        self._told = {instance: reply for instance, reply in self._told.items() if instance in self._asked_at}
+        self.told = {instance: reply for instance, reply in self.told.items() if instance in self._asked_at}
         due = [instance for instance, asked_at in self._asked_at.items() if now - asked_at >= ASK_SECONDS]
         self._asked_at |= dict.fromkeys(due, now)
         return [AskStart(instance) for instance in due]
 
-    def told(self, instance: Instance, reply: WarmupReply) -> None:
-        """Records an instance's answer to AskStart."""
-        self._told[instance] = reply
-
     def loaded_percent(self, placement: Placement, stage: int) -> int:
         """How much of a cold stage's weights its furthest instance has loaded. -1: unknown, or no instance starts."""
-        told = [self._told[instance] for instance in placement.instances(stage) if instance in self._told]
+        told = [self.told[instance] for instance in placement.instances(stage) if instance in self.told]
         return max((100 * reply.loaded_bytes // reply.total_bytes for reply in told if reply.total_bytes), default=-1)
 
     def round_over(self) -> None:
@@ -91,7 +92,3 @@ class WakeUps:
     def last_start(self, stage: int) -> ColdStart | None:
         """The cold start of `stage` that is under way, else its last one. None: there was none."""
         return self._starting.get(stage) or self._last.get(stage)
-
-
-def _starts(instance: Instance) -> bool:
-    return not instance.ready and not instance.terminating and not instance.is_service

@@ -37,7 +37,7 @@ class ModelTools:
     def presented(self, turns: list[dict[str, Any]], tools: list[dict[str, Any]]) -> tuple[Any, Any]:
         """The turns and tools that the chat template gets. If it presents no tools, the turns present them, and it gets none.
 
-        turns, tools: by `turns_of` and `described`.
+        turns, tools: by `turn_of` and `described`.
         """
         if self.in_template:
             return turns, tools
@@ -62,12 +62,8 @@ def described(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     return found
 
 
-def turns_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as dicts, which chat templates read."""
-    return [_turn(message) for message in messages]
-
-
-def _turn(message: Message) -> dict[str, Any]:
+def turn_of(message: Message) -> dict[str, Any]:
+    """A message as a dict, which chat templates read."""
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         turn["tool_calls"] = [

@@ -17,7 +17,7 @@ from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.control_tokens import ControlTokens
 from functions.gateway.text.encoder import Encoder
 from functions.gateway.text.grammars import Grammars
-from functions.gateway.text.model_tools import ModelTools, described, turns_of
+from functions.gateway.text.model_tools import ModelTools, described, turn_of
 from functions.gateway.text.reasoning import BEGIN, Reasoning, thoughts_apart
 from functions.gateway.text.tool_formats import format_of
 from storage.models.model_repository import ModelManifest, Reader, read_file
@@ -132,7 +132,8 @@ class ModelText:
         if self.template is None:
             raise InvalidRequest("the model has no chat template; send `prompt` instead of `messages`")
         self.check_messages(messages, tools)
-        turns, functions, values = turns_of(messages), described(tools), self.template.variables(values, effort)
+        turns = [turn_of(message) for message in messages]
+        functions, values = described(tools), self.template.variables(values, effort)
         control = self.control
         if control is not None and not control.are_in(turns, functions, values):
             control = None

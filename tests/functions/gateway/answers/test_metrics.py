@@ -180,7 +180,7 @@ def test_span_attributes_have_the_conventions_names_and_no_text() -> None:
     )
     operation = GenAIOperation.of(request, "tiny", "tiny")
     told = {**operation.begin_attributes(request, "chatcmpl-1", 12, 100), **end_attributes("stop", "timeout", 3, 8)}
-    assert operation.span_name == "chat tiny"
+    assert (operation.name, operation.model) == ("chat", "tiny")
     assert told.keys() - NAMES == {error_attributes.ERROR_TYPE}
     assert {operation.name, GenAIOperation.of(GenerateRequest("Hi"), "tiny", "tiny").name} <= OPERATIONS
     assert told["gen_ai.request.max_tokens"] == 100

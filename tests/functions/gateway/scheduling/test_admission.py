@@ -42,7 +42,7 @@ def test_the_queue_gives_each_client_its_turn() -> None:
     second = next(sequence for sequence in queue if sequence.number == 1)
     assert queue.remove(second)
     assert not queue.remove(second)
-    queue.push_returned(returned)
+    queue.returned.append(returned)
     assert len(queue) == len(list(queue)) == 7
     assert queue.peek() == returned
     assert queue.peek(most_tokens=60).number == 0
@@ -63,7 +63,7 @@ def test_the_queue_serves_higher_priorities_first_in_three_of_four_turns() -> No
     queue = FairQueue()
     for number, (client, priority) in enumerate([("low", -1), ("a", 0), ("a", 0), ("b", 0), *[("high", 10**12)] * 4]):
         queue.push(waiting(client, number, priority))
-    queue.push_returned(waiting("low", 9, -1))
+    queue.returned.append(waiting("low", 9, -1))
     assert drain(queue) == [9, 4, 5, 6, 0, 7, 1, 3, 2]
 
 

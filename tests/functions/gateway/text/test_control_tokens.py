@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from eventing.wire.generation import Message
 from eventing.wire.tools import FunctionCall, Tool, ToolCall, ToolFunction
 from functions.gateway.text.chat_template import ChatTemplate
-from functions.gateway.text.model_tools import described, turns_of
+from functions.gateway.text.model_tools import described, turn_of
 from functions.gateway.text.tokenizer import ModelText
 from tests.support.paths import ROOT
 
@@ -148,7 +148,7 @@ def chat(family: str, text: str) -> Iterator[Conversation]:
 def transformers_ids(family: str, chat: Conversation) -> list[int]:
     functions = described(chat.tools) or None
     ids: list[int] = reference(family).apply_chat_template(
-        turns_of(chat.messages), tools=functions, add_generation_prompt=True, return_dict=False
+        [turn_of(message) for message in chat.messages], tools=functions, add_generation_prompt=True, return_dict=False
     )
     return ids
 
