@@ -13,10 +13,13 @@ from typing import NoReturn
 import click
 import gguf
 import numpy as np
+from msgspec import inspect
 
 from bench.report import with_section
+from eventing.wire.faults import describe
 from functions.configuration.environment_page import markdown_page
-from functions.gateway.openai import options_page
+from functions.gateway.openai.requests import ChatRequest, CompletionRequest
+from functions.gateway.openai.responses_requests import ResponsesRequest
 from knative.__main__ import main as command_line
 from knative.commands.families import markdown_table
 from knative.render.dashboard import dashboard
@@ -30,13 +33,21 @@ from storage.checkpoints.gguf_pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from storage.models.blocks import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
+OPENAI_REQUESTS = {"chat": ChatRequest, "completions": CompletionRequest, "responses": ResponsesRequest}
+OPTIONS_HEAD = """\
+Written by `make generate` from the types that check requests. What an option does not take is refused by name, and so is an
+option that is not listed. `null` is the same as leaving the option out.
+
+| option | of | takes | meaning |
+|---|---|---|---|
+"""
 
 
 def generated() -> Iterator[tuple[Path, str]]:
     """Every generated file with its text."""
     yield ROOT / "docs" / "reference.md", reference_page((ROOT / "docs" / "reference.md").read_text(encoding="utf-8"))
     openai_page = (ROOT / "docs" / "openai.md").read_text(encoding="utf-8")
-    yield ROOT / "docs" / "openai.md", with_section(openai_page, "options", options_page.markdown_table())
+    yield ROOT / "docs" / "openai.md", with_section(openai_page, "options", options_table())
     yield ROOT / "monitoring" / "dashboard.json", json.dumps(dashboard(), indent=1) + "\n"
     yield ROOT / "monitoring" / "alerts.yaml", to_yaml([{"groups": rule_groups()}])
     for spec in sorted((ROOT / "examples").glob("*/pipeline.yaml")):
@@ -125,6 +136,32 @@ def blocks_table() -> str:
                 kept = "yes" if kind.name in FORMATS else "widened to bfloat16"
                 rows.append((f"`{kind.name}`", f"{8 * size / items:g}", kept))
     return _table(("format", "bits per weight", "kept by dtype `kept`"), rows)
+
+
+def options_table() -> str:
+    """The options of the OpenAI API, from the types that decide which requests are served."""
+    requests: dict[tuple[str, str, str], list[str]] = {}  # by name, what it takes, meaning
+    for request, type_ in OPENAI_REQUESTS.items():
+        for row in _options(inspect.type_info(type_), ""):
+            requests.setdefault(row, []).append(request)
+    names: dict[tuple[str, str, str], list[str]] = {}  # of options that differ in nothing else, which share a row
+    for (name, takes, meaning), of in requests.items():
+        names.setdefault(("all" if len(of) == len(OPENAI_REQUESTS) else ", ".join(of), takes, meaning), []).append(f"`{name}`")
+    return OPTIONS_HEAD + "".join(
+        f"| {', '.join(each)} | {of} | {takes} | {meaning} |\n" for (of, takes, meaning), each in names.items()
+    )
+
+
+def _options(type_: inspect.Type, prefix: str) -> Iterator[tuple[str, str, str]]:
+    """A row for each option of a request's type that has a description, followed by those of its own options."""
+    for field in type_.fields if isinstance(type_, inspect.StructType) else ():
+        if not isinstance(field.type, inspect.Metadata):
+            continue
+        name, meaning = f"{prefix}{field.encode_name}", (field.type.extra_json_schema or {})["description"]
+        yield name, describe(field.type), meaning
+        inner = field.type.type
+        for each in inner.types if isinstance(inner, inspect.UnionType) else (inner,):
+            yield from _options(each, f"{name}.")
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -35,8 +35,7 @@ from functions.gateway.openai.tokens import TokensAPI
 from functions.gateway.openapi.document import register_document
 from functions.gateway.openapi.operations import operations
 from functions.gateway.page.page import register_page
-from functions.gateway.page.pipeline_state import PIPELINE_EVENTS, PipelineState
-from functions.gateway.page.pipeline_watch import PipelineWatch, StageDescription
+from functions.gateway.page.pipeline_state import PIPELINE_EVENTS, PipelineState, PipelineWatch, StageDescription
 from functions.gateway.page.state_events import StateEventsAPI
 from functions.gateway.stages.endpoints import service_name
 from functions.hosting.requests import CLIENT_ID, STREAMED

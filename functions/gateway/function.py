@@ -19,7 +19,7 @@ from functions.gateway.app import MAX_REQUEST_BYTES, client_limits, create_app, 
 from functions.gateway.build import RunningScheduler, configured_jobs
 from functions.gateway.jobs.lines import LineAnswerer
 from functions.gateway.jobs.worker import BatchMetrics, BatchWorker
-from functions.gateway.page.pipeline_watch import PipelineWatch
+from functions.gateway.page.pipeline_state import PipelineWatch
 from functions.gateway.scheduling.metrics import SchedulerCollector
 from functions.gateway.scheduling.pipeline_status import PipelineStatus
 from functions.gateway.text.tokenizer import ModelText

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs
 
@@ -64,15 +65,14 @@ def model_of(environ: "WSGIEnvironment") -> str | None:
         raise MalformedEvent(f"the request names no model: {error}") from error
 
 
+@dataclass(frozen=True, slots=True)
 class MemberRouter:
     """The WSGI application of a fleet's gateway."""
 
-    def __init__(self, members: Members, parts: Parts, own: "WSGIApplication", grants: Grants | None = None) -> None:
-        """own: answers what concerns no member, and errors. grants: None: members need none."""
-        self._members = members
-        self._parts = parts
-        self._own = own
-        self._grants = grants
+    _members: Members
+    _parts: Parts
+    _own: "WSGIApplication"  # answers what concerns no member, and errors
+    _grants: Grants | None = None  # None: members need none
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         path, is_post = environ["PATH_INFO"], environ["REQUEST_METHOD"] == "POST"

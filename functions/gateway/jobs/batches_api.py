@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 from flask import Blueprint, Response, request
@@ -43,14 +44,13 @@ class BatchRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     output_expires_after: ExpiresAfter | None = None
 
 
+@dataclass(frozen=True, slots=True)
 class BatchesAPI:
     """A client has the batches that came with its API key. At a gateway without keys all clients have all batches."""
 
-    def __init__(self, batches: Batches, clients: Clients, changed: Callable[[], object]) -> None:
-        """changed: called when a batch was created or cancelled."""
-        self._batches = batches
-        self._clients = clients
-        self._changed = changed
+    _batches: Batches
+    _clients: Clients
+    _changed: Callable[[], object]  # called when a batch was created or cancelled
 
     def register(self, routes: Blueprint) -> None:
         routes.post("/batches", endpoint="create_batch")(self._create)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
 from typing import Final
@@ -26,16 +27,15 @@ _DELIVERY_SECONDS: Final = 60.0
 _CLOCK_SECONDS: Final = 3600.0  # an event whose time differs more from the gateway's is taken to come now
 
 
+@dataclass(frozen=True, slots=True)
 class BatchEvents:
     """Thread-safe."""
 
-    def __init__(self, batches: Batches, claims: ClaimCheck, sender: Sender, source: str, sink: str | None) -> None:
-        """source: the attribute of events that tell of ends. sink: the URL that gets them; None: no events are taken."""
-        self._batches = batches
-        self._claims = claims
-        self._sender = sender
-        self._source = source
-        self._sink = sink
+    _batches: Batches
+    _claims: ClaimCheck
+    _sender: Sender
+    _source: str  # attribute of events that tell of ends
+    _sink: str | None  # the URL that gets them; None: no events are taken
 
     def begin(self, event: CloudEvent, owner: str, client_id: str) -> BatchJob:
         """Begins the batch of an event, whose data are its lines. A repeated delivery finds the batch that has begun.

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -42,13 +43,12 @@ class BatchMetrics:
     """Metrics of batches. No label names a client, a file or a batch."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.open = Gauge("lamina_gateway_open_batches", "Batches that have not ended", registry=registry)
-        self.oldest_seconds = Gauge(
-            "lamina_gateway_oldest_batch_seconds", "Age of the oldest batch that has not ended", registry=registry
-        )
-        self.ended = Counter("lamina_gateway_batches", "Batches that this gateway ended", ["status"], registry=registry)
-        self._lines = Counter("lamina_gateway_batch_lines", "Lines of batches, by outcome", ["outcome"], registry=registry)
-        self._tokens = Counter("lamina_gateway_batch_tokens", "Tokens of lines of batches", ["kind"], registry=registry)
+        counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
+        self.open = gauge("lamina_gateway_open_batches", "Batches that have not ended")
+        self.oldest_seconds = gauge("lamina_gateway_oldest_batch_seconds", "Age of the oldest batch that has not ended")
+        self.ended = counter("lamina_gateway_batches", "Batches that this gateway ended", ["status"])
+        self._lines = counter("lamina_gateway_batch_lines", "Lines of batches, by outcome", ["outcome"])
+        self._tokens = counter("lamina_gateway_batch_tokens", "Tokens of lines of batches", ["kind"])
         for status in get_args(EndStatus):  # exported as 0 from the start, or a rate would miss the first event of its kind
             self.ended.labels(status)
         for outcome in ("answered", "failed", "given_up"):
@@ -64,34 +64,27 @@ class BatchMetrics:
             self._tokens.labels("output").inc(result.output_tokens)
 
 
+@dataclass(eq=False)
 class BatchWorker:
     """Looks for open batches and answers their lines, until `stop`.
 
     Every lines' results go to the store within _CHECKPOINT_SECONDS, so a gateway that dies loses little work, and no line.
     """
 
-    def __init__(
-        self,
-        batches: Batches,
-        answerer: LineAnswerer,
-        waiting: Callable[[], int],
-        tell: Callable[[BatchJob], bool],
-        hold: Hold,
-        metrics: BatchMetrics,
-    ) -> None:
-        """waiting: number of all sequences that the scheduler has not begun. tell: called with each batch that has ended; if
-        it raises or returns False the batch stays open, for this or another gateway to tell.
-        """
-        self._hold = hold
-        self._metrics = metrics
-        metrics.open.set_function(lambda: len(self._runs))
-        metrics.oldest_seconds.set_function(
+    _batches: Batches
+    _answerer: LineAnswerer
+    _waiting: Callable[[], int]  # number of all sequences that the scheduler has not begun
+    # Called with each batch that has ended. If it raises or returns False the batch stays open, to be told later.
+    _tell: Callable[[BatchJob], bool]
+    _hold: Hold
+    _metrics: BatchMetrics
+
+    def __post_init__(self) -> None:
+        self._metrics.open.set_function(lambda: len(self._runs))
+        self._metrics.oldest_seconds.set_function(
             lambda: max((time.time() - run.job.created_at for run in list(self._runs.values())), default=0.0)
         )
-        self._tell = tell
-        self._batches = batches
-        self._answerer = answerer
-        self._allowance = Allowance(MAX_LINES, waiting)
+        self._allowance = Allowance(MAX_LINES, self._waiting)
         self._runs: dict[tuple[str, str], BatchRun] = {}  # by owner and id
         self._in_hand = 0  # parts
         self._lock = threading.Lock()  # guards runs' parts, and `_in_hand`

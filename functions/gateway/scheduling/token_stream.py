@@ -25,25 +25,19 @@ class StreamTimings:
     replays: int  # how often keys and values were computed again, for any cause
 
 
+@dataclass(eq=False)
 class TokenStream:
     """The tokens of one answer: the scheduler puts them in, an API takes them out. Thread-safe."""
 
-    def __init__(
-        self,
-        max_tokens: int,
-        eos_ids: Collection[int] = (),
-        on_cancel: Callable[[], None] = lambda: None,
-        arrived: float | None = None,
-        kept_end_ids: Collection[int] = (),
-        progress: Callable[[], ProgressEvent | None] = lambda: None,
-    ) -> None:
-        """max_tokens: the answer ends after so many tokens.
+    max_tokens: int  # the answer ends after so many
+    eos_ids: Collection[int] = ()  # end-of-text tokens: each ends the answer
+    on_cancel: Callable[[], None] = lambda: None  # called by `cancel`, without the stream's lock
+    arrived: float | None = None  # when the request came in, in time.monotonic(); None: now
+    kept_end_ids: Collection[int] = ()  # those of `eos_ids` that become part of `token_ids`
+    # What the answer awaits; None: nothing but its next token. Called without the stream's lock.
+    progress: Callable[[], ProgressEvent | None] = lambda: None
 
-        eos_ids: end-of-text tokens; each ends the answer, and becomes part of `token_ids` only if it is in `kept_end_ids` too.
-        on_cancel: called by `cancel`, without the stream's lock.
-        arrived: when the request came in, in time.monotonic(); None: now.
-        progress: what the answer awaits; None: nothing but its next token. Called without the stream's lock.
-        """
+    def __post_init__(self) -> None:
         self.over = False  # no more tokens will come
         self.finish_reason: FinishReason | None = None  # None before the end, and after a failure
         self.problem: Problem | None = None  # what failed
@@ -52,11 +46,6 @@ class TokenStream:
         self.cached_tokens = 0  # prompt tokens that every stage held when the first chunk was sent
         self.draft_tokens_accepted = 0
         self.draft_tokens_rejected = 0
-        self._max_tokens = max_tokens
-        self._eos_ids = eos_ids
-        self._kept_end_ids = kept_end_ids
-        self._on_cancel = on_cancel
-        self.progress = progress
         self._on_change: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
         self._taken = 0  # tokens that the API has taken
@@ -65,7 +54,7 @@ class TokenStream:
         self._vector: list[float] = []  # of the prompt's first `_pooled_tokens` tokens
         self._pooled_tokens = 0
         self._put_at: list[float] = []  # when each token came, in time.monotonic()
-        self._arrived = time.monotonic() if arrived is None else arrived
+        self._arrived = time.monotonic() if self.arrived is None else self.arrived
         self._started_at: float | None = None
         self._first_token_at: float | None = None
         self._ended_at: float | None = None
@@ -128,7 +117,7 @@ class TokenStream:
     def cancel(self, reason: FinishReason = "cancelled") -> None:
         """Ends the answer for the client and frees its memory at the stages at once. No tokens come after it."""
         self.finish(reason)
-        self._on_cancel()
+        self.on_cancel()
 
     def timings(self) -> StreamTimings:
         started, first, ended = (
@@ -185,15 +174,15 @@ class TokenStream:
             now = time.monotonic()
             if self._first_token_at is None:
                 self._first_token_at = now
-            is_end = token in self._eos_ids
-            if not is_end or token in self._kept_end_ids:
+            is_end = token in self.eos_ids
+            if not is_end or token in self.kept_end_ids:
                 if logprob is not None:
                     self._logprobs.append(logprob)
                 self.token_ids.append(token)
                 self._put_at.append(now)
             if is_end:
                 self._end("stop")
-            elif self.completion_tokens >= self._max_tokens:
+            elif self.completion_tokens >= self.max_tokens:
                 self._end("length")
             else:
                 self._changed.notify_all()

@@ -17,9 +17,8 @@ from werkzeug.test import TestResponse
 from eventing.http.sse import ServerSentEvent, SSEDecoder
 from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.app import create_app
-from functions.gateway.page import pipeline_watch, state_events
-from functions.gateway.page.pipeline_state import PipelineState
-from functions.gateway.page.pipeline_watch import PipelineWatch, StageDescription
+from functions.gateway.page import pipeline_state, state_events
+from functions.gateway.page.pipeline_state import PipelineState, PipelineWatch, StageDescription
 from functions.gateway.page.state_events import merge_patch
 from functions.gateway.scheduling.pipeline_status import AnswerStatus, InstanceStatus, PipelineStatus, StageStatus
 from functions.gateway.scheduling.wake_up import ColdStart
@@ -70,7 +69,7 @@ class Pipe:
 @pytest.fixture
 def pipe(monkeypatch: pytest.MonkeyPatch) -> Pipe:
     monkeypatch.setattr(state_events, "SAMPLE_SECONDS", 0.0)
-    monkeypatch.setattr(pipeline_watch, "SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(pipeline_state, "SAMPLE_SECONDS", 0.0)
     return Pipe()
 
 
@@ -119,7 +118,7 @@ def test_running_answers_come_before_waiting_ones(pipe: Pipe) -> None:
     pipe.now = dataclasses.replace(pipe.now, answers=(*waiting, answer("computes")))
     with closing(pipe.client().get("/v1/pipeline/events")) as response:
         seen = next(documents(response))["answers"]
-    assert len(seen) == pipeline_watch.MAX_ANSWERS
+    assert len(seen) == pipeline_state.MAX_ANSWERS
     assert seen["computes"]["route"] == [1]
 
 
