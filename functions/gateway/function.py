@@ -139,12 +139,6 @@ class GatewayFunction:
 
     def _load(self, stop: Callable[[int], None]) -> None:
         try:
-            self._load_text(stop)
-        finally:
-            self._loaded.set()
-
-    def _load_text(self, stop: Callable[[int], None]) -> None:
-        try:
             reader = ObjectReader(self._config.store)
             manifest = read_publication(self._config, reader)
             self._start_up.mark("connect")
@@ -154,20 +148,21 @@ class GatewayFunction:
         except (StorageError, WrongPublication) as error:
             _log.error("the gateway cannot start: %s", error)
             stop(_FAILED_STATUS)
-            return
         except Exception:  # noqa: BLE001 - logged, and told to the server
             _log.exception("the gateway cannot start")
             stop(_FAILED_STATUS)
-            return
-        self._start_up.mark("last_byte")
-        self._metrics.ready.set(1)
-        limits, running = client_limits(self._config, self._keys), self._running
-        self._answer_service = AnswerService(
-            text, running.scheduler, self._metrics, running.tracer, limits, self._models, manifest.embedder
-        )
-        if self._worker is not None:
-            self._worker.start()
-        _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])
+        else:
+            self._start_up.mark("last_byte")
+            self._metrics.ready.set(1)
+            limits, running = client_limits(self._config, self._keys), self._running
+            self._answer_service = AnswerService(
+                text, running.scheduler, self._metrics, running.tracer, limits, self._models, manifest.embedder
+            )
+            if self._worker is not None:
+                self._worker.start()
+            _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])
+        finally:
+            self._loaded.set()
 
     def _pipeline_watch(self) -> PipelineWatch:
         config = self._config

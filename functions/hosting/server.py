@@ -163,7 +163,9 @@ class _Answering:
         """Queues a probe. Returns its connection if it is refused because `max_waiting` wait already."""
         if pool.waiting >= max_waiting:
             return (connection,)
-        pool.submit(self._serve, connection, self._answer_probe)
+        # The connection ends with the reply, which fits into the kernel's buffer of a new one: a client that reads slowly
+        # cannot block the thread.
+        pool.submit(self._serve, connection, partial(self._answer, application=self._service.management, keeps=False))
         return ()
 
     def _readers(
@@ -187,14 +189,6 @@ class _Answering:
             _log.exception("a connection broke")
             keeps = False
         self.poller.take_back(connection, keeps=keeps)
-
-    def _answer_probe(self, connection: ClientConnection) -> bool:
-        """Answers one probe and returns False: the connection ends.
-
-        The reply fits into the kernel's buffer of a new connection, so a client that reads slowly cannot block the thread.
-        """
-        self._answer(connection, self._service.management, keeps=False)
-        return False
 
     def _answer_client(self, connection: ClientConnection) -> bool:
         """Answers the requests of one connection for as long as each soon follows the last.
@@ -220,6 +214,7 @@ class _Answering:
                 return True
 
     def _answer(self, connection: ClientConnection, application: "WSGIApplication", *, keeps: bool) -> bool:
+        """Answers a complete request. Returns whether the connection can be used again, which it cannot without `keeps`."""
         environ = connection.reader.environ
         assert environ is not None
         if (body := connection.reader.streamed) is not None:  # the application receives it itself

@@ -1,7 +1,6 @@
 """The record of a fleet's grants: who has one, and what each gateway wants. Its place is memory, or a Lease of the cluster."""
 
 import copy
-import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -9,8 +8,6 @@ from typing import Any, Final
 import msgspec
 
 from functions.gateway.stages.kubernetes_api import KubernetesAPI, ReplaceConflict, reader
-
-_log = logging.getLogger(__name__)
 
 RECORD: Final = "lamina.dev/grants"  # annotation of the Lease
 _MOST_CONFLICTS: Final = 20  # in a row, until an update gives up

@@ -1,6 +1,5 @@
 """Sends each request of a fleet's clients to the member that its `model` names. What names no member is answered here."""
 
-import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -34,8 +33,6 @@ from functions.hosting.web import json_response
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
-
-_log = logging.getLogger(__name__)
 
 POST_PATHS: Final = frozenset(each.path for each in operations(with_page=False) if each.method == "post")
 _WITHOUT_STAGES: Final = ("/tokenize", "/detokenize")  # the gateway answers them alone

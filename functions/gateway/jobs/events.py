@@ -80,6 +80,11 @@ class BatchEvents:
             return True
         if self._sink is None:
             return False
+
+        def results() -> Iterator[bytes]:
+            for file in self._batches.results_files(job):
+                yield from self._batches.files.read(job.owner, file)
+
         attributes: dict[str, AttributeValue] = {
             "subject": job.id,
             Attribute.TRACEPARENT: job.cause.traceparent,
@@ -87,15 +92,10 @@ class BatchEvents:
             Attribute.CAUSATION_SOURCE: job.cause.source,
         }
         event = make_event(EventType.BATCH_RESPONSE, self._source, None, JSONL_CONTENT_TYPE, id=job.id, **attributes)
-        event = self._claims.check_in_pieces(event, JSONL_CONTENT_TYPE, lambda: self._results(job), datetime.now(UTC))
+        event = self._claims.check_in_pieces(event, JSONL_CONTENT_TYPE, results, datetime.now(UTC))
         headers, body = to_binary_http(event)
         self._sender.send(self._sink, headers, body, _DELIVERY_SECONDS)
         return True
-
-    def _results(self, job: BatchJob) -> Iterator[bytes]:
-        files = self._batches.files
-        for file in self._batches.results_files(job):
-            yield from files.read(job.owner, file)
 
 
 def _endpoint(line: bytes) -> str:
