@@ -191,8 +191,6 @@ class CommonConfig(ProcessConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageConfig(CommonConfig):
-    """Configuration of a stage."""
-
     layers: LayerRange = setting("LAMINA_LAYERS", parsers.layers, "this stage's group of the cut, such as 10:20")  # noqa: RUF009
     second_pipeline_token: str | None = optional(
         "LAMINA_SECOND_PIPELINE_TOKEN", str, "accepted beside the other, while the token is rotated", secret=True
@@ -335,8 +333,6 @@ class ClientsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatewayConfig(CommonConfig, ClientsConfig):
-    """Configuration of a gateway."""
-
     stages: tuple[tuple[LayerRange, str], ...] = setting(
         "LAMINA_STAGES", parsers.stages, "URL of each group's Service: 0:10=http://…,10:20=http://…"
     )
@@ -591,7 +587,6 @@ def environment() -> Iterator[tuple[str, str, str, str]]:
 
 
 def _all_keys() -> list[tuple[Key, tuple[str, ...]]]:
-    """Every key with the roles that read it."""
     found: dict[Key, list[str]] = {_ROLE: list(_ROLES)}
     for role, settings in _ROLES.items():
         for key in keys(settings):

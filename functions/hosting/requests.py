@@ -68,8 +68,6 @@ class ClientClosed(Exception):
 
 
 class BodyShare:
-    """What one body has of the BodyBudget."""
-
     def __init__(self, client_id: str, body: "Body") -> None:
         self.client_id = client_id
         self.body = weakref.ref(body)

@@ -28,7 +28,6 @@ def not_served(error: HTTPException) -> Response:
 
 
 def allow_header(error: HTTPException) -> dict[str, str]:
-    """The error's header Allow, if it has one."""
     return {name: value for name, value in error.get_headers() if name.lower() == "allow"}
 
 

@@ -18,8 +18,6 @@ IDLE_SECONDS: Final = 5.0  # a thread that is idle for so long ends
 
 @dataclass(slots=True)
 class _Call:
-    """A submitted call and its future."""
-
     future: "Future[Any]"
     function: Callable[..., Any]
     arguments: tuple[Any, ...]

@@ -88,7 +88,6 @@ class Budgets:
         return self._ask(counter, lambda: self._store.storage.get(counter))
 
     def add(self, client_id: str, tokens: int) -> None:
-        """Counts tokens that the client has used."""
         with self._lock:
             for period in PERIODS:
                 counter = _counter(client_id, period)

@@ -189,7 +189,6 @@ class Deduplicator(Generic[T]):
 
 
 def _tokens(item: object) -> int:
-    """The size of an item in tokens, about."""
     if isinstance(item, bytes):
         return 1 + len(item) // _TOKEN_BYTES
     return 1 + (len(item.logprob.top) if isinstance(item, TokenEvent) and item.logprob is not None else 0)

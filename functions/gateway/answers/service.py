@@ -31,8 +31,6 @@ MAX_LOGPROBS: Final = 2**17  # of one request; they are in memory until its repl
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """A request's client, times and ids."""
-
     request_id: str
     client_id: str  # the scheduler shares the pipeline fairly between clients
     seed: int  # used if the request names none

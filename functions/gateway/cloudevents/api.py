@@ -276,7 +276,6 @@ def _wants_stream() -> bool:
 
 
 def _structured_sse(event: CloudEvent) -> bytes:
-    """One server-sent event with the CloudEvent in structured mode."""
     _, body = to_structured_http(event)
     return encode_sse(b"".join(body))
 

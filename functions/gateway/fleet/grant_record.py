@@ -23,8 +23,6 @@ class Grant(msgspec.Struct, omit_defaults=True):
 
 
 class Claim(msgspec.Struct, omit_defaults=True):
-    """One gateway's interest in a member."""
-
     devices: int
     busy: bool = False  # it has let requests in
     waiting_since: float | None = None  # since when its oldest request waits that was not let in

@@ -117,8 +117,6 @@ def decide(loads: Sequence[MemberLoad], max_devices: int, now: float) -> GrantDe
 
 
 class _Member:
-    """A member's requests at this gateway."""
-
     def __init__(self, devices: int) -> None:
         self.devices = devices
         self.in_flight = 0

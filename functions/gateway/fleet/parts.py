@@ -38,7 +38,6 @@ PartState = Literal["loading", "loaded", "failed"]
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES
 
 

@@ -126,7 +126,6 @@ class MemberRouter:
 
 
 def is_of_jobs(path: str) -> bool:
-    """Whether a path is one of files or batches."""
     return path.startswith(_OF_JOBS) and path.removeprefix("/v1/").partition("/")[0] in ("files", "batches")
 
 

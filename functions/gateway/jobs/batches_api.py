@@ -35,8 +35,6 @@ class ExpiresAfter(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BatchRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`POST /v1/batches`."""
-
     input_file_id: str
     endpoint: str
     completion_window: str = "24h"

@@ -29,7 +29,7 @@ _CLOCK_SECONDS: Final = 3600.0  # an event whose time differs more from the gate
 
 @dataclass(frozen=True, slots=True)
 class BatchEvents:
-    """Thread-safe."""
+    """Begins batches of events, and tells of their ends. Thread-safe."""
 
     _batches: Batches
     _claims: ClaimCheck

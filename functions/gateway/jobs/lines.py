@@ -47,8 +47,6 @@ class BatchLine(Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class LinePlace:
-    """A line of a batch."""
-
     job: BatchJob
     part: int
     number: int  # in its part
@@ -123,7 +121,6 @@ class LineAnswerer:
         return _result(place, 200, whole, whole["usage"]["prompt_tokens"])
 
     def refused(self, place: LinePlace, problem: Problem) -> LineResult:
-        """The line for a request that `problem` refuses."""
         return _result(place, *refusal(problem, place.job.endpoint))
 
     def unanswered(self, place: LinePlace, code: str, message: str) -> LineResult:

@@ -84,7 +84,6 @@ class BatchRun:
         return elapsed > _IDLE_SHARE + (1 - 2 * _IDLE_SHARE) * self.sums.parts / max(1, self.job.parts)
 
     def look(self) -> None:
-        """Reads from the store what has changed."""
         batches, objects = self._batches, self._batches.objects
         self.cancelled_at = batches.cancelled_at(self.job)
         before = self.sums.parts

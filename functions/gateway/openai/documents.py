@@ -21,8 +21,6 @@ from functions.gateway.text.tool_calls import ToolCallDelta, ToolCallParser
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """Fields that all documents of one request share."""
-
     id: str
     created: int  # in Unix time
     model: str

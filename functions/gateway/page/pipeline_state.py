@@ -93,8 +93,6 @@ class PipelineState(Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class StageDescription:
-    """The constant properties of a stage."""
-
     service: str
     layers: tuple[int, int]  # first, and last + 1
     target: float | None  # concurrency at which the autoscaler adds a replica; None: unknown, or not scaled by it

@@ -61,7 +61,6 @@ class Progress:
 
     @property
     def held_everywhere(self) -> int:
-        """Tokens that every stage holds."""
         return min(self._held)
 
     def next_chunk(self, total_tokens: int, max_tokens: int) -> Chunk | None:
@@ -265,7 +264,6 @@ class Sequence:
 
     @property
     def has_drawn(self) -> bool:
-        """Whether its answer has a token."""
         return len(self.tokens) > len(self.prompt.token_ids)
 
     @property

@@ -41,7 +41,6 @@ class PromptLookup:
         self._matched = 0  # bytes of `predicted` that the answer has repeated so far; -1: it has left the prediction
 
     def add(self, token: int) -> None:
-        """Appends a drawn token to the answer."""
         drawn = _bytes([token])
         if self._matched >= 0 and self._predicted.startswith(drawn, self._matched):
             self._matched += _TOKEN_BYTES
