@@ -1,6 +1,6 @@
 """Answers of chat completions and completions: one document with choices, or a stream of chunks."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,9 @@ from functions.gateway.answers.generation import Generation
 from functions.gateway.answers.streaming import begun
 from functions.gateway.openai.errors import error_document
 from functions.gateway.openai.requests import ChatRequest, CompletionRequest
-from functions.gateway.text.reasoning import Reasoning, TextDelta
+from functions.gateway.text.reasoning import TextDelta
 from functions.gateway.text.tokenizer import ModelText
-from functions.gateway.text.tool_calls import ToolCallDelta, ToolCallParser
+from functions.gateway.text.tool_calls import AnswerPart, AnswerParts
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +88,7 @@ class ChoicesDocument:
         request, answers = generation.request, enumerate(generation.answers)
         if not self._is_chat:
             return [CompletionWriter(index, text, top_logprobs=request.logprobs or 0) for index, _ in answers]
-        return [
-            ChatWriter(
-                self._envelope.id,
-                index,
-                text,
-                None if request.constrained else text.reasoning(answer.prompt_ids),  # a grammar allows no thoughts
-                text.tools.parser(request.callable_tools) if request.callable_tools else None,
-            )
-            for index, answer in answers
-        ]
+        return [ChatWriter(self._envelope.id, index, text, text.parts(answer.prompt_ids, request)) for index, answer in answers]
 
     def _document(self, object_: str, choices: Sequence[dict[str, Any]], **more: object) -> dict[str, Any]:
         return {
@@ -121,8 +112,7 @@ class ChatWriter:
     request_id: str
     index: int
     text: ModelText
-    reasoning: Reasoning | None  # None: the answer has no thoughts
-    parser: ToolCallParser | None  # None: the answer may call no tool
+    parts: AnswerParts
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of tokens whose text is not yet certain
 
     def first(self) -> list[dict[str, Any]]:
@@ -133,11 +123,11 @@ class ChatWriter:
         """Entries of `choices` to send for `token`. There are none while the text is not certain."""
         if token.logprob is not None:
             self.logprobs.append(token.logprob)
-        return [self._chunk(delta) for delta in self._deltas(token.text)]
+        return [self._chunk(self._delta(part)) for part in self.parts.push(token.text)]
 
     def last(self, choice: Choice) -> list[dict[str, Any]]:
         """Entries of `choices` to send after the last token; the last one has the finish reason."""
-        chunks = [self._chunk(delta) for delta in self._last_deltas()]
+        chunks = [self._chunk(self._delta(part)) for part in self.parts.finish()]
         if self.logprobs:
             chunks.append(self._chunk({"content": ""}))
         return [*chunks, self._chunk({}, self._finish_reason(choice))]
@@ -145,7 +135,7 @@ class ChatWriter:
     def whole(self, choice: Choice) -> dict[str, Any]:
         content = thoughts = ""
         calls: list[dict[str, Any]] = []
-        for delta in (*self._deltas(choice.text), *self._last_deltas()):
+        for delta in map(self._delta, (*self.parts.push(choice.text), *self.parts.finish())):
             content += delta.get("content", "")
             thoughts += delta.get("reasoning_content", "")
             for call in delta.get("tool_calls", ()):
@@ -155,35 +145,16 @@ class ChatWriter:
                     calls[-1]["function"]["arguments"] += call["function"]["arguments"]
         only_calls = bool(calls) and not content.strip()
         message: dict[str, Any] = {"role": "assistant", "content": None if only_calls else content, "refusal": None}
-        if self.reasoning is not None:
+        if self.parts.reasoning is not None:
             message["reasoning_content"] = thoughts
         if calls:
             message["tool_calls"] = calls
         logprobs = None if choice.logprobs is None else chat_logprobs(self.text, choice.logprobs)
         return {"index": self.index, "message": message, "finish_reason": self._finish_reason(choice), "logprobs": logprobs}
 
-    def _deltas(self, text: str) -> Iterator[dict[str, Any]]:
-        if text:
-            yield from self._split([TextDelta("content", text)] if self.reasoning is None else self.reasoning.push(text))
-
-    def _last_deltas(self) -> Iterator[dict[str, Any]]:
-        if self.reasoning is not None:
-            yield from self._split(self.reasoning.finish())
-        if self.parser is not None:
-            yield from map(self._call_delta, self.parser.finish())
-
-    def _split(self, parts: Iterable[TextDelta]) -> Iterator[dict[str, Any]]:
-        for kind, text in parts:
-            if kind == "reasoning":
-                yield {"reasoning_content": text}
-            elif self.parser is None:
-                yield {"content": text}
-            else:
-                yield from map(self._call_delta, self.parser.push(text))
-
-    def _call_delta(self, part: ToolCallDelta) -> dict[str, Any]:
-        if part.call is None:
-            return {"content": part.content}
+    def _delta(self, part: AnswerPart) -> dict[str, Any]:
+        if isinstance(part, TextDelta):
+            return {"content" if part.kind == "content" else "reasoning_content": part.text}
         if part.name is None:
             return {"tool_calls": [{"index": part.call, "function": {"arguments": part.arguments}}]}
         function = {"name": part.name, "arguments": part.arguments}
@@ -192,8 +163,7 @@ class ChatWriter:
         return {"tool_calls": [call]}
 
     def _finish_reason(self, choice: Choice) -> str:
-        called = self.parser is not None and self.parser.calls > 0
-        return "tool_calls" if called and choice.finish_reason == "stop" else choice.finish_reason
+        return "tool_calls" if self.parts.calls and choice.finish_reason == "stop" else choice.finish_reason
 
     def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         logprobs = chat_logprobs(self.text, self.logprobs) if self.logprobs else None

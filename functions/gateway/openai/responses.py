@@ -20,7 +20,7 @@ from functions.gateway.openai.errors import error_document
 from functions.gateway.openai.responses_requests import ResponsesRequest
 from functions.gateway.text.reasoning import TextDelta
 from functions.gateway.text.tokenizer import ModelText
-from functions.gateway.text.tool_calls import ToolCallDelta
+from functions.gateway.text.tool_calls import AnswerPart
 
 Event = dict[str, Any]
 
@@ -108,20 +108,16 @@ class Output:
         self.items: list[TextItem | CallItem] = []
         self._request_id = generation.request_id
         self._text = text
-        request = generation.request
-        self._reasoning = None if request.constrained else text.reasoning(generation.answers[0].prompt_ids)
-        self._parser = text.tools.parser(tools) if (tools := request.callable_tools) else None
+        self._parts = text.parts(generation.answers[0].prompt_ids, generation.request)
         self._logprobs: list[TokenLogprob] = []  # of tokens whose text is not yet certain
 
     def token(self, text: str, logprob: TokenLogprob | None) -> Iterator[Event]:
         if logprob is not None:
             self._logprobs.append(logprob)
-        if text:
-            yield from self._add([TextDelta("content", text)] if self._reasoning is None else self._reasoning.push(text))
+        yield from self._add(self._parts.push(text))
 
     def end(self, status: str) -> Iterator[Event]:
-        yield from self._add([] if self._reasoning is None else self._reasoning.finish())
-        yield from self._add_calls([] if self._parser is None else self._parser.finish())
+        yield from self._add(self._parts.finish())
         if not self.items or (self._logprobs and self.items[-1].kind != CallItem.kind):
             yield from self._add_text("content", "")
         yield from self.items[-1].end(status)
@@ -130,22 +126,16 @@ class Output:
         """All items as the reply lists them. status: of the last item; the others are completed."""
         return [*(item.document("completed") for item in self.items[:-1]), self.items[-1].document(status)]
 
-    def _add(self, deltas: Iterable[TextDelta]) -> Iterator[Event]:
-        for kind, text in deltas:
-            if kind == "content" and self._parser is not None:
-                yield from self._add_calls(self._parser.push(text))
-            else:
-                yield from self._add_text(kind, text)
-
-    def _add_calls(self, deltas: Iterable[ToolCallDelta]) -> Iterator[Event]:
-        for delta in deltas:
-            if delta.content:
-                yield from self._add_text("content", delta.content)
-            if delta.name is not None:
+    def _add(self, parts: Iterable[AnswerPart]) -> Iterator[Event]:
+        for part in parts:
+            if isinstance(part, TextDelta):
+                yield from self._add_text(*part)
+                continue
+            if part.name is not None:
                 call_id = self._text.tools.format.call_id(self._request_id, 0, len(self.items))
-                yield from self._begin_item(CallItem(call_id, delta.name, len(self.items)))
-            if delta.arguments:
-                yield self.items[-1].push(delta.arguments, [])
+                yield from self._begin_item(CallItem(call_id, part.name, len(self.items)))
+            if part.arguments:
+                yield self.items[-1].push(part.arguments, [])
 
     def _add_text(self, kind: str, text: str) -> Iterator[Event]:
         if not self.items or self.items[-1].kind != kind:

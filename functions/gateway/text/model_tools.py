@@ -31,8 +31,9 @@ class ModelTools:
     in_template: bool  # the chat template presents tools
     special: Mapping[str, int]  # special tokens by text; encoding never yields them, and decoding only on request
 
-    def parser(self, tools: Sequence[Tool]) -> ToolCallParser:
-        return ToolCallParser(self.format, frozenset(tool.function.name for tool in tools))
+    def parser(self, tools: Sequence[Tool]) -> ToolCallParser | None:
+        """A parser for one answer; None: it may call no tool."""
+        return ToolCallParser(self.format, frozenset(tool.function.name for tool in tools)) if tools else None
 
     def presented(self, turns: list[dict[str, Any]], tools: list[dict[str, Any]]) -> tuple[Any, Any]:
         """The turns and tools that the chat template gets. If it presents no tools, the turns present them, and it gets none.

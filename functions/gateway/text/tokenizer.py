@@ -11,7 +11,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from eventing.problems import ContextExceeded, InvalidRequest
-from eventing.wire.generation import Message
+from eventing.wire.generation import GenerateRequest, Message
 from eventing.wire.tools import Tool
 from functions.gateway.text.chat_template import ChatTemplate
 from functions.gateway.text.control_tokens import ControlTokens
@@ -19,6 +19,7 @@ from functions.gateway.text.encoder import Encoder
 from functions.gateway.text.grammars import Grammars
 from functions.gateway.text.model_tools import ModelTools, described, turn_of
 from functions.gateway.text.reasoning import BEGIN, Reasoning, thoughts_apart
+from functions.gateway.text.tool_calls import AnswerParts
 from functions.gateway.text.tool_formats import format_of
 from storage.models.model_repository import ModelManifest, Reader, read_file
 
@@ -162,6 +163,11 @@ class ModelText:
         if mark is None:
             return Reasoning(inside=self.decode(tail).rstrip().endswith(BEGIN))
         return Reasoning(inside=next((id_ for id_ in reversed(tail) if self.token_text(id_).strip()), None) == mark)
+
+    def parts(self, prompt_ids: Sequence[int], request: GenerateRequest) -> AnswerParts:
+        """Splits an answer to this rendered prompt of the request. A grammar allows no thoughts."""
+        reasoning = None if request.constrained else self.reasoning(prompt_ids)
+        return AnswerParts(reasoning, self.tools.parser(request.callable_tools))
 
     def token_text(self, token_id: int) -> str:
         """The token's text, also of a special token. Bytes that are no whole character become the replacement character."""

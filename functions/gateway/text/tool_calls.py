@@ -1,13 +1,14 @@
-"""Splits an answer's text into content and tool calls while it is generated."""
+"""Splits an answer's text into thoughts, content and tool calls while it is generated."""
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
 
+from functions.gateway.text.reasoning import Reasoning, TextDelta
 from functions.gateway.text.text_stream import overlap
 from functions.gateway.text.tool_formats import ToolFormat
 
@@ -17,12 +18,14 @@ _MAX_HEAD_CHARACTERS: Final = 1024  # from a call's begin to the end of its name
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """A part of an answer: text, or the begin of a call with its name, or more of a call's arguments."""
+    """A part of an answer: the begin of a call with its name, or more of a call's arguments."""
 
-    content: str = ""
-    call: int | None = None  # number of the call, from 0 on; None: the part is text
+    call: int  # number of the call, from 0 on
     name: str | None = None  # of the function, at the begin of its call only
     arguments: str = ""  # more text of the call's arguments
+
+
+AnswerPart = TextDelta | ToolCallDelta
 
 
 @dataclass(slots=True)
@@ -56,7 +59,7 @@ class _Nesting:
 
 @dataclass(slots=True)
 class ToolCallParser:
-    """Splits the text of one answer. Call `push` with each piece of text, then `finish`."""
+    """Splits the text of one answer without its thoughts. Call `push` with each piece of text, then `finish`."""
 
     format: ToolFormat
     names: frozenset[str]  # of the tools; in a format without a marker, only these make a call
@@ -66,19 +69,19 @@ class ToolCallParser:
     _nesting: _Nesting = field(default_factory=_Nesting)
     _marker: str = ""  # becomes text again if no call follows
 
-    def push(self, text: str) -> list[ToolCallDelta]:
+    def push(self, text: str) -> list[AnswerPart]:
         """Adds text. Returns the parts that are certain now: text that may be the begin of a call is held back."""
         self._text += text
         return list(self._deltas(at_end=False))
 
-    def finish(self) -> list[ToolCallDelta]:
+    def finish(self) -> list[AnswerPart]:
         """Returns what was held back. A call that has begun without a name becomes text."""
         deltas = list(self._deltas(at_end=True))
         held, self._text = self._marker + self._text, ""
         self._marker = ""
-        return [*deltas, ToolCallDelta(held)] if held.strip() and self._state in ("start", "text", "call") else deltas
+        return [*deltas, TextDelta("content", held)] if held.strip() and self._state in ("start", "text", "call") else deltas
 
-    def _deltas(self, at_end: bool) -> Iterator[ToolCallDelta]:
+    def _deltas(self, at_end: bool) -> Iterator[AnswerPart]:
         steps = {
             "start": self._at_start,
             "text": self._in_text,
@@ -105,7 +108,7 @@ class ToolCallParser:
         elif begun and (at_end or not _PYTHON_TAG.startswith(begun)):
             self._state = "call" if begun[0] == "{" else "text"
 
-    def _in_text(self, at_end: bool) -> ToolCallDelta | None:
+    def _in_text(self, at_end: bool) -> TextDelta | None:
         marker = self.format.marker
         place = self._text.find(marker) if marker else -1
         if place >= 0:
@@ -116,9 +119,9 @@ class ToolCallParser:
             if marker and not at_end:  # white space before a marker is dropped, so it is held as well
                 certain = len(self._text[: certain - overlap(self._text, marker)].rstrip())
             content, self._text = self._text[:certain], self._text[certain:]
-        return ToolCallDelta(content) if content else None
+        return TextDelta("content", content) if content else None
 
-    def _at_call(self, at_end: bool) -> ToolCallDelta | None:
+    def _at_call(self, at_end: bool) -> AnswerPart | None:
         opening = re.match(self.format.opening, self._text) or re.match(r"\s*", self._text)
         assert opening is not None
         at = opening.end()
@@ -127,7 +130,7 @@ class ToolCallParser:
             self._text, self._marker = self._text[head.end() :], ""
             self._state, self._nesting = "arguments", _Nesting()
             self.calls += 1
-            return ToolCallDelta(call=self.calls - 1, name=head["name"])
+            return ToolCallDelta(self.calls - 1, head["name"])
         rest = self._text[at:]
         end = _Nesting().end(rest) if head is None and rest.startswith("{") else None
         if end is not None and (whole := self._whole_call(rest, end)) is not None:
@@ -139,7 +142,7 @@ class ToolCallParser:
         read = at + end if end is not None else len(self._text) if rest.startswith("{") else 0
         content, self._text = self._marker + self._text[:read], self._text[read:]
         self._marker, self._state = "", "text"
-        return ToolCallDelta(content) if content.strip() else None
+        return TextDelta("content", content) if content.strip() else None
 
     def _whole_call(self, text: str, end: int) -> ToolCallDelta | None:
         """Parses a complete call that the format's `head` does not match: keys in another order, or no arguments.
@@ -157,7 +160,7 @@ class ToolCallParser:
         self._text, self._marker, self._state = text[end:], "", "after"
         self.calls += 1
         written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        return ToolCallDelta(call=self.calls - 1, name=name, arguments=written)
+        return ToolCallDelta(self.calls - 1, name, written)
 
     def _in_arguments(self, _: bool) -> ToolCallDelta | None:
         end = self._nesting.end(self._text)
@@ -165,7 +168,7 @@ class ToolCallParser:
         self._text = "" if end is None else self._text[end:]
         if end is not None:
             self._state, self._nesting = "after" if self.format.direct else "rest", _Nesting(depth=1)
-        return ToolCallDelta(call=self.calls - 1, arguments=arguments) if arguments else None
+        return ToolCallDelta(self.calls - 1, arguments=arguments) if arguments else None
 
     def _in_rest(self, _: bool) -> None:
         """Drops everything up to the brace that closes the call."""
@@ -187,3 +190,33 @@ class ToolCallParser:
         if rest:
             self._text = rest
             self._state = "call" if rest[0] == "{" and self.format.name != "hermes" else "text"
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerParts:
+    """Splits the whole text of one answer. Call `push` with each piece of text, then `finish`; iterate each to its end."""
+
+    reasoning: Reasoning | None  # None: the answer has no thoughts
+    parser: ToolCallParser | None  # None: the answer may call no tool
+
+    @property
+    def calls(self) -> int:
+        """How many calls have begun."""
+        return 0 if self.parser is None else self.parser.calls
+
+    def push(self, text: str) -> Iterator[AnswerPart]:
+        if text:
+            yield from self._parts([TextDelta("content", text)] if self.reasoning is None else self.reasoning.push(text))
+
+    def finish(self) -> Iterator[AnswerPart]:
+        if self.reasoning is not None:
+            yield from self._parts(self.reasoning.finish())
+        if self.parser is not None:
+            yield from self.parser.finish()
+
+    def _parts(self, texts: Iterable[TextDelta]) -> Iterator[AnswerPart]:
+        for each in texts:
+            if self.parser is None or each.kind == "reasoning":
+                yield each
+            else:
+                yield from self.parser.push(each.text)

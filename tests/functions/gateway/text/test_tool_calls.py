@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from functions.gateway.text.reasoning import TextDelta
 from functions.gateway.text.tool_calls import ToolCallDelta, ToolCallParser
 from functions.gateway.text.tool_formats import HERMES, LLAMA3, MISTRAL, MISTRAL_DIRECT, ToolFormat, format_of
 
@@ -55,14 +56,18 @@ def read(format: ToolFormat, pieces: list[str]) -> tuple[str, list[tuple[str, ob
     parser = ToolCallParser(format, NAMES)
     parts = [part for piece in pieces for part in parser.push(piece)] + parser.finish()
     calls: list[list[str]] = []
+    content = ""
     for part in parts:
+        if isinstance(part, TextDelta):
+            content += part.text
+            continue
         if part.name is not None:
             assert part.call == len(calls), "calls begin in their order"
             calls.append([part.name, ""])
         if part.arguments:
             assert part.call == len(calls) - 1
             calls[-1][1] += part.arguments
-    return "".join(part.content for part in parts), [(name, json.loads(said)) for name, said in calls]
+    return content, [(name, json.loads(said)) for name, said in calls]
 
 
 @pytest.mark.parametrize(("format", "text", "content", "calls"), CASES, ids=[text[:40] for _, text, _, _ in CASES])
@@ -82,15 +87,15 @@ def test_calls_are_found_however_the_text_is_cut(
 def test_arguments_are_returned_as_they_come() -> None:
     parser = ToolCallParser(HERMES, NAMES)
     assert parser.push('<tool_call>\n{"name": "add", "arg') == []
-    assert parser.push('uments": {"a"') == [ToolCallDelta(call=0, name="add"), ToolCallDelta(call=0, arguments='{"a"')]
-    assert parser.push(": 1}}") == [ToolCallDelta(call=0, arguments=": 1}")]
+    assert parser.push('uments": {"a"') == [ToolCallDelta(0, "add"), ToolCallDelta(0, arguments='{"a"')]
+    assert parser.push(": 1}}") == [ToolCallDelta(0, arguments=": 1}")]
     assert parser.push("\n</tool_call>") == []
 
 
 def test_text_is_held_back_only_while_it_may_be_a_call() -> None:
     parser = ToolCallParser(HERMES, NAMES)
-    assert parser.push("One <tool") == [ToolCallDelta("One")]
-    assert parser.push("box> two") == [ToolCallDelta(" <toolbox> two")]
+    assert parser.push("One <tool") == [TextDelta("content", "One")]
+    assert parser.push("box> two") == [TextDelta("content", " <toolbox> two")]
 
 
 @pytest.mark.parametrize(
