@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,6 +12,7 @@ from flask import Blueprint, Flask, Request, Response, g, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from eventing.claim_check import ClaimCheck
+from eventing.http.delivery import Sender
 from eventing.problems import EventTooLarge, NotReady, Problem, Unauthorized
 from functions.configuration.api_keys import Quota
 from functions.configuration.config import ClientsConfig, GatewayConfig
@@ -22,12 +24,14 @@ from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
 from functions.gateway.answers.sites import Sites, check_media_type
 from functions.gateway.answers.vectors import VectorService
-from functions.gateway.build import Jobs
 from functions.gateway.cloudevents.api import CloudEventsAPI
 from functions.gateway.cloudevents.scoring import ScoreEntry
+from functions.gateway.jobs.batches import Batches
 from functions.gateway.jobs.batches_api import BatchesAPI
-from functions.gateway.jobs.files import MAX_FILE_BYTES
+from functions.gateway.jobs.events import BatchEvents
+from functions.gateway.jobs.files import MAX_FILE_BYTES, Files, JobObjects
 from functions.gateway.jobs.files_api import UPLOAD_PATH, FilesAPI
+from functions.gateway.jobs.hold import Hold
 from functions.gateway.openai.api import OpenAIAPI
 from functions.gateway.openai.embeddings import EmbeddingsAPI
 from functions.gateway.openai.errors import add_error_handlers, refused
@@ -92,6 +96,15 @@ def base_app(config: ClientsConfig, metrics: GatewayMetrics, write_line: Callabl
     if config.access_log != "off":
         app.wsgi_app = AccessLog(app.wsgi_app, write_line, with_prompts=config.access_log == "prompts")  # type: ignore[method-assign]
     return app
+
+
+@dataclass(frozen=True, slots=True)
+class Jobs:
+    """Files and batches, and the events that begin batches and tell of their ends."""
+
+    batches: Batches
+    events: BatchEvents
+    hold: Hold
 
 
 def create_app(
@@ -231,3 +244,24 @@ def admit_body(environ: "WSGIEnvironment", clients: Clients) -> int:
         return MAX_FILE_BYTES + MAX_REQUEST_BYTES  # with the other fields of the form
     check_media_type(environ)
     return MAX_REQUEST_BYTES
+
+
+def configured_batches(config: GatewayConfig) -> Batches | None:
+    """Batches and their files in the configured store; None: they are not served."""
+    if config.jobs_store is None:
+        return None
+    bucket, prefix = config.jobs_store
+    # By model: gateways of other models would answer that they do not serve this one.
+    objects = JobObjects(PayloadStore(replace(config.store, bucket=bucket)), f"{prefix}/{config.model}")
+    return Batches(objects, Files(objects, config.jobs_retention_seconds))
+
+
+def configured_jobs(config: GatewayConfig) -> Jobs | None:
+    """Files, batches and their events; None: they are not served."""
+    batches = configured_batches(config)
+    if batches is None:
+        return None
+    claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
+    sender = Sender()
+    events = BatchEvents(batches, claims, sender, f"/pipelines/{config.pipeline}/gateway", config.sink)
+    return Jobs(batches, events, Hold(sender, config.own_url))

@@ -1,19 +1,17 @@
-"""Builds from the configuration what the gateway runs: scheduler, sender, watch of the stages, files and batches."""
+"""Builds a running scheduler from the configuration: sender, client of the stages, placement, watch.
+
+Nothing else is imported here: a gateway wakes its stages before it imports its APIs.
+"""
 
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
-from eventing.claim_check import ClaimCheck
 from eventing.http.delivery import Sender
 from eventing.http.pod_network import PodNetwork
 from functions.configuration.config import FleetConfig, GatewayConfig
-from functions.gateway.jobs.batches import Batches
-from functions.gateway.jobs.events import BatchEvents
-from functions.gateway.jobs.files import Files, JobObjects
-from functions.gateway.jobs.hold import Hold
 from functions.gateway.scheduling.batching import SchedulerLimits
 from functions.gateway.scheduling.prefix_sharing import PrefixSharing
 from functions.gateway.scheduling.scheduler import Scheduler
@@ -24,7 +22,6 @@ from functions.gateway.stages.readiness import EarlyReadiness
 from functions.gateway.stages.routes import Placement
 from functions.observing.telemetry import make_tracer
 from functions.observing.tracing import Tracer
-from storage.store.payload_store import PayloadStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,33 +104,3 @@ def start_scheduler(config: GatewayConfig, shared: EndpointsWatch | None = None)
         for stage, service in enumerate(services):
             watch.follow(service, partial(readiness.endpoints_changed, stage))
     return RunningScheduler(scheduler, tracer, services, sender, watch, readiness, shared is None)
-
-
-@dataclass(frozen=True, slots=True)
-class Jobs:
-    """Files and batches, and the events that begin batches and tell of their ends."""
-
-    batches: Batches
-    events: BatchEvents
-    hold: Hold
-
-
-def configured_batches(config: GatewayConfig) -> Batches | None:
-    """Batches and their files in the configured store; None: they are not served."""
-    if config.jobs_store is None:
-        return None
-    bucket, prefix = config.jobs_store
-    # By model: gateways of other models would answer that they do not serve this one.
-    objects = JobObjects(PayloadStore(replace(config.store, bucket=bucket)), f"{prefix}/{config.model}")
-    return Batches(objects, Files(objects, config.jobs_retention_seconds))
-
-
-def configured_jobs(config: GatewayConfig) -> Jobs | None:
-    """Files, batches and their events; None: they are not served."""
-    batches = configured_batches(config)
-    if batches is None:
-        return None
-    claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
-    sender = Sender()
-    events = BatchEvents(batches, claims, sender, f"/pipelines/{config.pipeline}/gateway", config.sink)
-    return Jobs(batches, events, Hold(sender, config.own_url))

@@ -7,21 +7,25 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
-from prometheus_client import CollectorRegistry
-
 from eventing.problems import NotReady
 from functions.configuration.config import GatewayConfig
 from functions.gateway.answers.adapters import ServedModels
 from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
-from functions.gateway.app import MAX_REQUEST_BYTES, client_limits, create_app, gateway_admission, stage_descriptions
-from functions.gateway.build import RunningScheduler, configured_jobs
+from functions.gateway.app import (
+    MAX_REQUEST_BYTES,
+    client_limits,
+    configured_jobs,
+    create_app,
+    gateway_admission,
+    stage_descriptions,
+)
+from functions.gateway.build import RunningScheduler
 from functions.gateway.jobs.lines import LineAnswerer
 from functions.gateway.jobs.worker import BatchMetrics, BatchWorker
 from functions.gateway.page.pipeline_state import PipelineWatch
 from functions.gateway.scheduling.metrics import SchedulerCollector
-from functions.gateway.scheduling.pipeline_status import PipelineStatus
 from functions.gateway.text.tokenizer import ModelText
 from functions.hosting.management import Management
 from functions.hosting.publication import WrongPublication, read_publication
@@ -59,28 +63,28 @@ class GatewayFunction:
         self._config = config
         self._start_up = start_up
         self._models = ServedModels(config.model, PayloadStore(config.store) if config.adapters else None)
-        self._metrics = GatewayMetrics()
-        self._metrics.queue_limit.set(config.queue_limit)
-        self._metrics.aim(config.objective)
-        start_up.report_to(self._metrics.phase_ended)
+        self.metrics = GatewayMetrics()
+        self.metrics.queue_limit.set(config.queue_limit)
+        self.metrics.aim(config.objective)
+        start_up.report_to(self.metrics.phase_ended)
         self._answer_service: AnswerService | None = None
         self._loaded = threading.Event()  # the tokenizer is loaded, or loading it has failed
-        self._running = running
+        self.running = running
         self._draining = False
         if self._keys.is_open:
             _log.warning("open to everybody: neither LAMINA_API_KEYS nor LAMINA_API_KEY_FILES is set")
-        self._worker: BatchWorker | None = None
+        self.worker: BatchWorker | None = None
         jobs, changed = configured_jobs(config), None
         if jobs is not None:
             answerer = LineAnswerer(self._ready_answer_service, config, turn)
             waiting = lambda: running.scheduler.stats().waiting  # noqa: E731
-            metrics = BatchMetrics(self._metrics.registry)
-            self._worker = BatchWorker(jobs.batches, answerer, waiting, jobs.events.tell, jobs.hold, metrics)
-            changed = self._worker.wake
+            metrics = BatchMetrics(self.metrics.registry)
+            self.worker = BatchWorker(jobs.batches, answerer, waiting, jobs.events.tell, jobs.hold, metrics)
+            changed = self.worker.wake
         app = create_app(
             config,
             self._ready_answer_service,
-            self._metrics,
+            self.metrics,
             self._keys,
             watch=self._pipeline_watch(),
             jobs=jobs,
@@ -89,14 +93,14 @@ class GatewayFunction:
         )
         self.service = Service(
             app,
-            Management(self._metrics.registry, sick=self.sick, ready=self._ready),
+            Management(self.metrics.registry, sick=running.scheduler.sick, ready=self._ready),
             gateway_admission(config, self._keys, app),
             threads=config.queue_limit + _RUNNING_THREADS,
             request_bytes=_REQUEST_BYTES,
         )
         names = [f"{first}:{last}" for (first, last), _ in config.stages]
-        self._metrics.watch(names, self._running.refused_addresses)
-        self._metrics.registry.register(SchedulerCollector(self._running.scheduler.stats, names))
+        self.metrics.watch(names, self.running.refused_addresses)
+        self.metrics.registry.register(SchedulerCollector(self.running.scheduler.stats, names))
 
     def start(self, stop: Callable[[int], None]) -> None:
         """Begins to load the tokenizer and the chat template in a thread, and returns.
@@ -109,33 +113,18 @@ class GatewayFunction:
         """Waits until the tokenizer is loaded. Returns whether it is; False also if loading has failed."""
         return self._loaded.wait(seconds) and self._answer_service is not None
 
-    def sick(self) -> str | None:
-        return self._running.scheduler.sick()
-
-    @property
-    def metrics(self) -> CollectorRegistry:
-        return self._metrics.registry
-
-    @property
-    def status(self) -> PipelineStatus:
-        return self._running.scheduler.status()
-
-    @property
-    def has_open_batches(self) -> bool:
-        return self._worker is not None and self._worker.has_open_batches
-
     def drain(self) -> None:
         """Makes `/readyz` report not ready, so that new requests go elsewhere. Requests that still arrive are answered."""
         self._draining = True
-        if self._worker is not None:
-            self._worker.stop()
+        if self.worker is not None:
+            self.worker.stop()
 
     def close(self) -> None:
         """Stops the scheduler and exports the remaining traces. Call it only after the last request has been answered."""
-        if self._worker is not None:
-            self._worker.stop()
-            self._worker.join(_BATCHES_SECONDS)
-        self._running.close()
+        if self.worker is not None:
+            self.worker.stop()
+            self.worker.join(_BATCHES_SECONDS)
+        self.running.close()
 
     def _load(self, stop: Callable[[int], None]) -> None:
         try:
@@ -153,13 +142,13 @@ class GatewayFunction:
             stop(_FAILED_STATUS)
         else:
             self._start_up.mark("last_byte")
-            self._metrics.ready.set(1)
-            limits, running = client_limits(self._config, self._keys), self._running
+            self.metrics.ready.set(1)
+            limits, running = client_limits(self._config, self._keys), self.running
             self._answer_service = AnswerService(
-                text, running.scheduler, self._metrics, running.tracer, limits, self._models, manifest.embedder
+                text, running.scheduler, self.metrics, running.tracer, limits, self._models, manifest.embedder
             )
-            if self._worker is not None:
-                self._worker.start()
+            if self.worker is not None:
+                self.worker.start()
             _log.info("ready after %.2f s", self._start_up.phases()["last_byte"])
         finally:
             self._loaded.set()
@@ -171,7 +160,7 @@ class GatewayFunction:
             pipeline=config.pipeline,
             queue_limit=config.queue_limit,
             stages=stage_descriptions(config),
-            status=self._running.scheduler.status,
+            status=self.running.scheduler.status,
             ready=lambda: self._answer_service is not None,
             draining=lambda: self._draining,
             adapters=self._models.digests if config.adapters else None,

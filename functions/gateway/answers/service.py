@@ -141,13 +141,13 @@ class AnswerService:
             self.text.check_messages(request.messages, request.tools)
         for prompt in request.prompts:
             if isinstance(prompt, str):
-                self.text.check(prompt)
+                self.text.encoder.check(len(prompt))
             elif prompt is not None:
                 self.text.check_ids(prompt)
-        self.text.check(request.prediction)
+        self.text.encoder.check(len(request.prediction))
         with self.scheduler.entering(client_id):
             grammar = self._grammar(request)
-            predicted = self.text.encode_expected(request.prediction) if request.prediction else []
+            predicted = self.text.encode(request.prediction, add_special_tokens=False) if request.prediction else []
             return [replace(self._encode(request, prompt, predicted), grammar=grammar) for prompt in request.prompts]
 
     def _grammar(self, request: GenerateRequest) -> Grammar | None:

@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry
 from eventing.problems import Problem
 from functions.configuration.config import FleetConfig
 from functions.gateway.answers.metrics import GatewayMetrics
-from functions.gateway.app import MAX_REQUEST_BYTES
-from functions.gateway.build import configured_batches, endpoints_watch
+from functions.gateway.app import MAX_REQUEST_BYTES, configured_batches
+from functions.gateway.build import endpoints_watch
 from functions.gateway.fleet.grant_record import LeaseRecord, LocalRecord
 from functions.gateway.fleet.grants import Grants, MemberPods
 from functions.gateway.fleet.members import Members, Version
@@ -135,7 +135,7 @@ class FleetFunction:
 
     def _sick(self) -> str | None:
         for part in self.parts.loaded():
-            if (function := part.function) is not None and (cause := function.sick()) is not None:
+            if (function := part.function) is not None and (cause := function.running.scheduler.sick()) is not None:
                 return f"{part.version.member}: {cause}"
         return None
 

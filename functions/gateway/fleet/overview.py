@@ -109,7 +109,7 @@ class Overview:
         for versions in self._members.models().values():
             for version in versions:
                 part, before = parts.get(version), self._states.get(version.name)
-                status = None if part is None or part.function is None else part.function.status
+                status = None if part is None or part.function is None else part.function.running.scheduler.status()
                 drawn = 0
                 if status is not None:
                     tokens[version] = status.tokens

@@ -66,9 +66,9 @@ class Part:
     def is_idle(self) -> bool:
         if self.in_flight or self.function is None:
             return not self.in_flight
-        if self.function.has_open_batches:
+        if self.function.worker is not None and self.function.worker.has_open_batches:
             return False
-        status = self.function.status
+        status = self.function.running.scheduler.status()
         return not status.waiting and not status.running
 
     def load(self, *, wakes: bool = True) -> "WSGIApplication":
@@ -139,7 +139,7 @@ class Parts:
         """Model and metrics of each part that is built."""
         for part in self.loaded():
             if (function := part.function) is not None:
-                yield part.version.model, function.metrics
+                yield part.version.model, function.metrics.registry
 
     @contextmanager
     def use(self, version: Version) -> Iterator[Part]:

@@ -54,8 +54,7 @@ class TokensAPI:
         def encode(text: ModelText) -> list[int]:
             if body.messages is not None:
                 return text.encode_messages([message.message() for message in body.messages])
-            prompt = body.prompt or ""
-            return text.encode(prompt) if body.add_special_tokens else text.encode_expected(prompt)
+            return text.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
 
         service = self._service()
         token_ids = service.use_text(client_id, encode)

@@ -82,10 +82,6 @@ class ModelText:
             parse_control_tokens,
         )
 
-    def check(self, prompt: str) -> None:
-        """Raises ContextExceeded if a text of this length cannot fit into the context. Encodes nothing."""
-        self.encoder.check(len(prompt))
-
     def check_messages(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> None:
         """Raises ContextExceeded if a conversation with its tools cannot fit into the context. Looks at lengths only."""
         if len(messages) > self.context_length:
@@ -104,19 +100,15 @@ class ModelText:
         if len(token_ids) > self.context_length:
             raise ContextExceeded.by(f"your prompt has {len(token_ids)} tokens", self.context_length)
 
-    def encode(self, prompt: str) -> list[int]:
-        """A prompt's token ids, with the special tokens that the tokenizer puts around a text. Raises ContextExceeded."""
-        return self.encoder.encode(prompt, add_special_tokens=True)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt, or without special tokens around it, of a part of an answer. Raises ContextExceeded."""
+        return self.encoder.encode(text, add_special_tokens=add_special_tokens)
 
     def encode_pair(self, first: str, second: str) -> list[int]:
         """Token ids of two texts that a classifier compares, as the tokenizer joins them. Raises ContextExceeded."""
         self.encoder.check(len(first) + len(second))
         ids: list[int] = self.tokenizer.encode(first, second).ids
         return ids
-
-    def encode_expected(self, answer: str) -> list[int]:
-        """Token ids of a text as it would occur within an answer, without special tokens around it. Raises ContextExceeded."""
-        return self.encoder.encode(answer, add_special_tokens=False)
 
     def encode_messages(
         self,

@@ -10,8 +10,7 @@ import pytest
 
 from eventing.wire.generation import TokenLogprob
 from functions.gateway.answers.authentication import KeyRing
-from functions.gateway.app import create_app
-from functions.gateway.build import configured_jobs
+from functions.gateway.app import configured_jobs, create_app
 from functions.gateway.openapi.document import openapi_document
 from functions.gateway.openapi.operations import operations
 from functions.gateway.openapi.replies import (
