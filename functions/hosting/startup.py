@@ -31,9 +31,9 @@ class StartUp:
         self.loaded_bytes = self.total_bytes = 0  # of a stage's weights; 0 before the first came
         self.mark("process")
 
-    def mark(self, phase: str, at: float | None = None) -> None:
-        """Records that `phase` has ended now, or at `at`, a reading of time.monotonic(). Only its first mark counts."""
-        seconds = (time.monotonic() if at is None else at) - self._began
+    def mark(self, phase: str) -> None:
+        """Records that `phase` has ended now. Only its first mark counts."""
+        seconds = time.monotonic() - self._began
         with self._lock:
             if phase in self._phases:
                 return

@@ -3,7 +3,6 @@
 import hashlib
 import threading
 import time
-from collections.abc import Callable
 from typing import Final
 
 from eventing.problems import ModelNotFound, NotReady
@@ -28,11 +27,10 @@ class ServedModels:
     what is known stays in use.
     """
 
-    def __init__(self, model: str, store: PayloadStore | None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, model: str, store: PayloadStore | None) -> None:
         """store: None if no adapters are served."""
         self.model = model
         self._store = store
-        self._clock = clock
         self._lock = threading.Lock()  # held while the store is asked: others wait for the same answer
         self._listed: frozenset[str] = frozenset()
         self._listed_at = -_FRESH_SECONDS
@@ -89,7 +87,7 @@ class ServedModels:
         return f"{self.model}:other"
 
     def _versions(self, name: str) -> AdapterName:
-        now = self._clock()
+        now = time.monotonic()
         read_at, known = self._read.get(name, (-_FRESH_SECONDS, None))
         if known is not None and now - read_at < _FRESH_SECONDS:
             return known
@@ -115,7 +113,7 @@ class ServedModels:
         if self._store is None:
             return frozenset()
         with self._lock:
-            now = self._clock()
+            now = time.monotonic()
             if now - self._listed_at >= fresh_seconds:
                 try:
                     self._listed = frozenset(list_adapters(self._store, self.model))

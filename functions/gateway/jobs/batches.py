@@ -80,9 +80,9 @@ class Sums(Struct, frozen=True, kw_only=True):
     input_tokens: int = 0
     output_tokens: int = 0
 
-    def plus(self, head: ResultsHead, parts: int = 1) -> "Sums":
+    def plus(self, head: ResultsHead) -> "Sums":
         return Sums(
-            parts=self.parts + parts,
+            parts=self.parts + 1,
             answered=self.answered + len(head.answered),
             failed=self.failed + len(head.failed),
             output_bytes=self.output_bytes + head.output_bytes,
