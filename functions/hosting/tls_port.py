@@ -48,15 +48,21 @@ class TLSPort:
 
 
 class _Side(asyncio.Protocol):
-    """One side of a carried connection. It stops reading while the other side takes nothing."""
+    """One side of a carried connection, such as that of queue-proxy. It stops reading while the other side takes nothing."""
 
-    other: "_Side | None" = None
     transport: asyncio.Transport | None = None
+
+    def __init__(self, other: "_Side | None" = None) -> None:
+        self.other = other
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         transport.set_write_buffer_limits(_BUFFER_BYTES)
+
+    def data_received(self, data: bytes) -> None:
+        assert self.other is not None
+        self.other.send(data)
 
     def send(self, data: bytes) -> None:
         if self.transport is not None:
@@ -76,21 +82,11 @@ class _Side(asyncio.Protocol):
             self.other.transport.close()  # after what was written
 
 
-class _Onward(_Side):
-    """The side of queue-proxy."""
-
-    def __init__(self, inbound: "_Inbound") -> None:
-        self.other = inbound
-
-    def data_received(self, data: bytes) -> None:
-        assert self.other is not None
-        self.other.send(data)
-
-
 class _Inbound(_Side):
     """The side with TLS, over MemoryBIO: asyncio's own sends no alert to a client whose certificate it refuses."""
 
     def __init__(self, tls: PodTLS, to_port: int, connections: "set[_Inbound]") -> None:
+        super().__init__()
         self._pod_tls = tls
         self._to_port = to_port
         self._connections = connections
@@ -147,9 +143,7 @@ class _Inbound(_Side):
 
     async def _open(self) -> None:
         try:
-            _, self.other = await asyncio.get_running_loop().create_connection(
-                lambda: _Onward(self), "127.0.0.1", self._to_port
-            )
+            _, self.other = await asyncio.get_running_loop().create_connection(lambda: _Side(self), "127.0.0.1", self._to_port)
         except OSError as error:
             self._answer(f"queue-proxy does not answer on port {self._to_port}: {error}")
             return
