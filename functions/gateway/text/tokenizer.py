@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Self
 
@@ -31,7 +31,7 @@ _REPLACEMENT: Final = "\ufffd"
 _BYTE: Final = re.compile(r"<0x([0-9A-F]{2})>")  # a byte in SentencePiece's byte fallback
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False)
 class ModelText:
     """A model's tokenizer, chat template, tool format and end tokens. Thread-safe."""
 
@@ -41,20 +41,17 @@ class ModelText:
     context_length: int  # tokens
     tool_parser: str = "auto"  # name of a tool format; auto: as the template shows
     parse_control_tokens: bool = False  # text of messages and tools that spells a control token becomes the token
-    encoder: Encoder = field(init=False)
-    grammars: Grammars = field(init=False)
-    tools: ModelTools = field(init=False)
-    control: ControlTokens | None = field(init=False)  # None: nothing in messages is guarded
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "encoder", Encoder(self.tokenizer, self.context_length))
-        object.__setattr__(self, "grammars", Grammars(self.tokenizer.to_str, self.eos_ids))
+        self.encoder = Encoder(self.tokenizer, self.context_length)
+        self.grammars = Grammars(self.tokenizer.to_str, self.eos_ids)
         template = self.template
         format = format_of("" if template is None else template.source, self.tool_parser)
         special = {str(token): id_ for id_, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
-        object.__setattr__(self, "tools", ModelTools(format, template is not None and template.uses("tools"), special))
-        guarded = None if template is None or self.parse_control_tokens else ControlTokens(self.tokenizer, template)
-        object.__setattr__(self, "control", guarded)
+        self.tools = ModelTools(format, template is not None and template.uses("tools"), special)
+        self.control: ControlTokens | None = None  # nothing in messages is guarded
+        if template is not None and not self.parse_control_tokens:
+            self.control = ControlTokens(self.tokenizer, template)
 
     @classmethod
     def load(
