@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -82,7 +82,7 @@ class ToolCallParser:
         return [*deltas, TextDelta("content", held)] if held.strip() and self._state in ("start", "text", "call") else deltas
 
     def _deltas(self, at_end: bool) -> Iterator[AnswerPart]:
-        steps = {
+        steps: dict[str, Callable[[bool], AnswerPart | None]] = {
             "start": self._at_start,
             "text": self._in_text,
             "call": self._at_call,
