@@ -39,9 +39,8 @@ from functions.gateway.openai.tokens import TokensAPI
 from functions.gateway.openapi.document import register_document
 from functions.gateway.openapi.operations import operations
 from functions.gateway.page.page import register_page
-from functions.gateway.page.pipeline_state import PIPELINE_EVENTS, PipelineState, PipelineWatch, StageDescription
+from functions.gateway.page.pipeline_state import PIPELINE_EVENTS, PipelineState, PipelineWatch
 from functions.gateway.page.state_events import StateEventsAPI
-from functions.gateway.stages.endpoints import service_name
 from functions.hosting.requests import CLIENT_ID, STREAMED
 from functions.hosting.web import add_problem_handlers
 from storage.errors import StorageError
@@ -186,13 +185,6 @@ def _add_cross_origin_headers(origins: frozenset[str], response: Response) -> Re
             response.headers["Access-Control-Allow-Headers"] = requested
         response.headers["Access-Control-Max-Age"] = "600"
     return response
-
-
-def stage_descriptions(config: GatewayConfig) -> tuple[StageDescription, ...]:
-    services = config.stage_services or [service_name(url) for _, url in config.stages]
-    targets = config.stage_targets or [0.0] * len(config.stages)
-    described = zip(services, config.cut, targets, strict=True)
-    return tuple(StageDescription(service, layers, target or None) for service, layers, target in described)
 
 
 def client_limits(config: GatewayConfig, keys: KeyRing) -> ClientLimits:

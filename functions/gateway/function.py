@@ -13,18 +13,11 @@ from functions.gateway.answers.adapters import ServedModels
 from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.answers.service import AnswerService
-from functions.gateway.app import (
-    MAX_REQUEST_BYTES,
-    client_limits,
-    configured_jobs,
-    create_app,
-    gateway_admission,
-    stage_descriptions,
-)
+from functions.gateway.app import MAX_REQUEST_BYTES, client_limits, configured_jobs, create_app, gateway_admission
 from functions.gateway.build import RunningScheduler
 from functions.gateway.jobs.lines import LineAnswerer
 from functions.gateway.jobs.worker import BatchMetrics, BatchWorker
-from functions.gateway.page.pipeline_state import PipelineWatch
+from functions.gateway.page.pipeline_state import PipelineWatch, StageDescription
 from functions.gateway.scheduling.metrics import SchedulerCollector
 from functions.gateway.text.tokenizer import ModelText
 from functions.hosting.management import Management
@@ -155,11 +148,13 @@ class GatewayFunction:
 
     def _pipeline_watch(self) -> PipelineWatch:
         config = self._config
+        targets = config.stage_targets or [0.0] * len(config.stages)
+        stages = zip(self.running.services, config.cut, targets, strict=True)
         return PipelineWatch(
             model=config.model,
             pipeline=config.pipeline,
             queue_limit=config.queue_limit,
-            stages=stage_descriptions(config),
+            stages=tuple(StageDescription(service, layers, target or None) for service, layers, target in stages),
             status=self.running.scheduler.status,
             ready=lambda: self._answer_service is not None,
             draining=lambda: self._draining,
