@@ -31,11 +31,18 @@ def source_of(asked: StructuredOutputs) -> str:
     Raises UnusableGrammar if it cannot be read as a grammar. Most errors are found only when the source is compiled.
     """
     if asked.regex is not None:
-        return from_regex(asked.regex)
+        from llguidance import LLMatcher
+
+        return LLMatcher.grammar_from_regex(asked.regex)
     if asked.choice is not None:
         return of_choices(asked.choice)
     if asked.grammar is not None:
-        return from_ebnf(asked.grammar)
+        from llguidance import grammar_from
+
+        try:
+            return grammar_from("grammar", asked.grammar)  # Lark as llguidance has it, or llama.cpp's GBNF
+        except ValueError as error:
+            raise UnusableGrammar(str(error)) from error
     return of_schema(_ANY_OBJECT if asked.json_object else schema_of(asked))
 
 
@@ -78,20 +85,3 @@ def place_of(schema: Any, words: Sequence[str], path: str = "#") -> str | None:
         if (inside := place_of(value, words, here)) is not None:
             return inside
     return None
-
-
-def from_regex(regex: str) -> str:
-    """The source for a regular expression. Errors in the expression are found only when the source is compiled."""
-    from llguidance import LLMatcher
-
-    return LLMatcher.grammar_from_regex(regex)
-
-
-def from_ebnf(grammar: str) -> str:
-    """The source for a grammar in llguidance's Lark or in llama.cpp's GBNF. Raises UnusableGrammar if it cannot be read."""
-    from llguidance import grammar_from
-
-    try:
-        return grammar_from("grammar", grammar)
-    except ValueError as error:
-        raise UnusableGrammar(str(error)) from error
