@@ -79,13 +79,29 @@ def keys(settings: type) -> Iterator[Key]:
 def read(settings: type[T], environ: Mapping[str, str]) -> T:
     """An instance of the dataclass `settings`, read from the environment. Raises ConfigError with all mistakes."""
     errors: list[str] = []
-    values = _values(settings, environ, errors)
-    if errors:
+    found: T | None = _read(settings, environ, errors)
+    if found is None:
         raise ConfigError(errors)
+    return found
+
+
+def _read(settings: Any, environ: Mapping[str, str], errors: list[str]) -> Any:
+    """As `read`, but adds mistakes to `errors`; None if there is one."""
+    values: dict[str, Any] = {}
+    hints = get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        if _KEY not in field.metadata:
+            values[field.name] = _read(hints[field.name], environ, errors)
+            continue
+        try:
+            values[field.name] = field.metadata[_KEY].read(environ)
+        except ValueError as error:
+            errors.append(str(error))
     try:
-        return _build(settings, values)
+        return None if errors else settings(**values)
     except ValueError as error:  # of a dataclass's own __post_init__
-        raise ConfigError([str(error)]) from error
+        errors.append(str(error))
+        return None
 
 
 def unknown_keys(environ: Mapping[str, str], prefix: str, known: Collection[str]) -> Iterator[str]:
@@ -94,23 +110,3 @@ def unknown_keys(environ: Mapping[str, str], prefix: str, known: Collection[str]
         if name.startswith(prefix) and name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             yield f"{name} is not a known key; the nearest known one is {nearest[0]}"
-
-
-def _values(settings: type, environ: Mapping[str, str], errors: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    hints = get_type_hints(settings)
-    for field in dataclasses.fields(settings):
-        if _KEY not in field.metadata:
-            values[field.name] = _values(hints[field.name], environ, errors)
-            continue
-        try:
-            values[field.name] = field.metadata[_KEY].read(environ)
-        except ValueError as error:
-            errors.append(str(error))
-    return values
-
-
-def _build(settings: type[T], values: dict[str, Any]) -> T:
-    hints = get_type_hints(settings)
-    nested = {name: _build(hints[name], value) for name, value in values.items() if dataclasses.is_dataclass(hints[name])}
-    return settings(**values | nested)
