@@ -8,7 +8,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from flask import Blueprint, Flask, Response, g, request
 from msgspec import Meta, Struct
@@ -107,6 +107,9 @@ class RerankRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     truncate_prompt_tokens: Truncated = None
 
 
+T = TypeVar("T", EmbeddingRequest, ScoringRequest, RerankRequest)
+
+
 @dataclass(frozen=True, slots=True)
 class EmbeddingsAPI:
     _service: VectorService
@@ -127,18 +130,14 @@ class EmbeddingsAPI:
             app.post(path, endpoint=path.replace("/", "-"))(self._rerank)
 
     def _embed(self) -> Response:
-        context = self._context("embd-")
-        body = read_request(request.get_data(cache=False), EmbeddingRequest)
-        self._check_model(body.model)
+        context, body = self._read("embd-", EmbeddingRequest)
         g.answering = True  # VectorService counts it
         document = embeddings_document(self._service, body, context, int(time.time()))
         log_entry().prompt_tokens = document["usage"]["prompt_tokens"]
         return json_response(document)
 
     def _score(self) -> Response:
-        context = self._context("score-")
-        body = read_request(request.get_data(cache=False), ScoringRequest)
-        self._check_model(body.model)
+        context, body = self._read("score-", ScoringRequest)
         scores, made = self._scores(body.pairs, context, body.truncate_prompt_tokens)
         data = [{"index": number, "object": "score", "score": score} for number, score in enumerate(scores)]
         return json_response(
@@ -147,9 +146,7 @@ class EmbeddingsAPI:
         )
 
     def _rerank(self) -> Response:
-        context = self._context("rerank-")
-        body = read_request(request.get_data(cache=False), RerankRequest)
-        self._check_model(body.model)
+        context, body = self._read("rerank-", RerankRequest)
         texts = [each if isinstance(each, str) else each.text for each in body.documents]
         scores, made = self._scores([(body.query, text) for text in texts], context, body.truncate_prompt_tokens)
         best = sorted(range(len(texts)), key=lambda number: -scores[number])[: body.top_n or None]
@@ -159,10 +156,6 @@ class EmbeddingsAPI:
             for number in best
         ]
         return json_response({"id": context.request_id, "model": self._config.model, "usage": _usage(made), "results": results})
-
-    def _check_model(self, model: str | None) -> None:
-        if model not in (None, self._config.model):
-            raise ModelNotFound(is_not_served(model, self._config.model))
 
     def _scores(
         self, pairs: Sequence[tuple[str, str]], context: RequestContext, truncate: int | None
@@ -183,11 +176,15 @@ class EmbeddingsAPI:
         log_entry().prompt_tokens = made.prompt_tokens
         return made
 
-    def _context(self, prefix: str) -> RequestContext:
+    def _read(self, prefix: str, type_: type[T]) -> tuple[RequestContext, T]:
+        """The request that is served now. prefix: of its id. Raises Unauthorized, MalformedEvent or ModelNotFound."""
         entry = log_entry()
         entry.client_id = client_id = self._clients.identify(request)
         g.request_id = entry.request_id = id_ = prefix + secrets.token_hex(12)
-        return RequestContext(
+        body = read_request(request.get_data(cache=False), type_)
+        if body.model not in (None, self._config.model):
+            raise ModelNotFound(is_not_served(body.model, self._config.model))
+        context = RequestContext(
             request_id=id_,
             client_id=client_id,
             seed=0,
@@ -196,6 +193,7 @@ class EmbeddingsAPI:
             gone=client_gone(),
             trace=read_traceparent(request.headers.get("traceparent")),
         )
+        return context, body
 
 
 def embeddings_document(
