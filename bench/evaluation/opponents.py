@@ -29,7 +29,7 @@ def static(setting: Setting, trace: Trace, world: World, pods: int) -> tuple[Out
 
 
 def clairvoyant(setting: Setting, trace: Trace, world: World) -> tuple[Outcome, int]:
-    """Pods come just before their load and go when no further load is near: what any scaler could reach at best.
+    """Pods come just before their load and go when no further load is near.
 
     The load is that of a static pipeline with all devices under the same trace. A pod that goes costs its drain, so none goes
     that would be wanted again before its drain and another start are over. Starts and drains are those of the way OBJECTIVE.

@@ -229,8 +229,8 @@ def write_document(
         pages["opponents"] = (
             f"## The pipeline that scales and its opponents\n\n{facts} Simulated: {key.setting}; {key.seconds} s of each load "
             f"with a peak of {key.peak:g} requests/s, the same seeds for all. A static pipeline has its pods at the stages "
-            "with most work. The clairvoyant one knows the arrivals: its pods are ready just before they are needed, and a pod "
-            f"that will be needed again soon stays. No scaler can reach more with these starts and drains.\n\n"
+            "with most work. The clairvoyant one knows the arrivals: its pods are ready just before they are needed, one for "
+            f"two events in flight in a full pipeline, and a pod that will be needed again soon stays.\n\n"
             f"{opponents_table(opponents)}"
         )
     if faults := found.get("faults"):
