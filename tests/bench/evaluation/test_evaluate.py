@@ -1,5 +1,6 @@
 """`make evaluate` in a small version: its sections and how it resumes, not its times."""
 
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -7,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench.evaluation import __main__ as command
-from bench.evaluation import experiments
+from bench.evaluation import experiments, thousand_pods
 from bench.evaluation.experiments import Plan
 from bench.evaluation.profile import read_profile
 from bench.evaluation.results import interval
@@ -122,3 +123,15 @@ def test_intervals_are_students() -> None:
     mean, half = interval([1.0, 2.0, 3.0])
     assert (mean, half) == (2.0, pytest.approx(4.303 / 3**0.5))
     assert interval([5.0])[0] == 5.0
+
+
+def test_what_a_thousand_pods_take_is_computed_from_what_one_copy_bears(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 requests a second for each of 250 copies, 171 tokens of answer each; a gateway's core draws 4,744 tokens a second."""
+    written: list[str] = []
+    monkeypatch.setattr(thousand_pods, "requests_a_second", lambda: 3.0)
+    monkeypatch.setattr(thousand_pods, "real_time_factor", lambda *_: 2.0)
+    monkeypatch.setattr(thousand_pods, "relayed_bytes_a_second", partial(thousand_pods.relayed_bytes_a_second, seconds=0.01))
+    monkeypatch.setattr(thousand_pods, "write_section", lambda *given: written.append(given[-1]))
+    assert CliRunner().invoke(thousand_pods.main).exit_code == 0
+    assert "4,744.0 tokens/s, a core | 27.1 gateways | 738 pods |" in written[0]
+    assert "0.20 × real time" in written[0]
