@@ -133,11 +133,20 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Published]"
 
 
 @pytest.fixture(scope="module")
-def gateway(published: "Published") -> "Iterator[FunctionProcess]":
-    """A gateway process before the three stage processes of `published`."""
+def stages(published: "Published") -> "Iterator[list[FunctionProcess]]":
+    """The three stage processes of `published`."""
+    from tests.support.functions.functions import running_stages
+
+    with running_stages(published) as stages:
+        yield stages
+
+
+@pytest.fixture(scope="module")
+def gateway(published: "Published", stages: "list[FunctionProcess]") -> "Iterator[FunctionProcess]":
+    """A gateway process before `stages`."""
     from tests.support.functions.functions import running_gateway
 
-    with running_gateway(published) as gateway:
+    with running_gateway(published, stages) as gateway:
         yield gateway
 
 

@@ -36,7 +36,7 @@ from eventing.wire.signature import sign, verify
 from functions.stage.serving.handlers import Scorer, StageIdentity
 from storage.store.object_store import ObjectStore
 from storage.store.payload_store import PayloadStore
-from tests.support.functions.functions import TOKEN, FunctionProcess, gateway_environment, running, stage_environment
+from tests.support.functions.functions import TOKEN, FunctionProcess, running_gateway
 from tests.support.storage.published import CUT, Published
 from tests.support.storage.tiny_models import CONTEXT, all_logits
 
@@ -44,15 +44,9 @@ TEXT = "The capital of France is the 12th"
 
 
 @pytest.fixture(scope="module")
-def stages(published: Published) -> Iterator[list[FunctionProcess]]:
-    with running(stage_environment(published, group) for group in range(len(CUT))) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def gateway(published: Published, stages: list[FunctionProcess]) -> Iterator[FunctionProcess]:
-    with FunctionProcess(gateway_environment(published, [stage.url for stage in stages], LAMINA_SCORES="on")) as process:
-        yield process.wait_ready()
+    with running_gateway(published, stages, LAMINA_SCORES="on") as gateway:
+        yield gateway
 
 
 @pytest.fixture(scope="module")

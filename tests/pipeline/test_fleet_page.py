@@ -1,18 +1,16 @@
 """The page of a fleet in a real browser, over a real fleet of the packaged model and tiny ones.
 
-The tests are one scenario, in order. `SCREENSHOTS=docs` writes the pictures of docs/openai.md.
+The tests are one scenario, in order.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.functions.browser import Browser, browser, needs_browser
+from tests.support.functions.browser import Browser, needs_browser
 from tests.support.functions.real_pipeline import RealFleet, real_fleet
-from tests.support.paths import ROOT
 
 pytestmark = [needs_browser, pytest.mark.timeout(600)]
 
@@ -30,17 +28,9 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealFleet]:
 
 
 @pytest.fixture(scope="module")
-def page(fleet: RealFleet) -> Iterator[Browser]:
-    with browser() as page:
-        page.prefer("light")
-        page.resize(*WIDE)
-        page.open(f"{fleet.url}/")
-        yield page
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    return ROOT / os.environ["SCREENSHOTS"] if "SCREENSHOTS" in os.environ else tmp_path
+def pipeline(fleet: RealFleet) -> RealFleet:
+    """What `page` shows."""
+    return fleet
 
 
 def state_of(page: Browser, model: str) -> str:
@@ -54,10 +44,6 @@ def state_of(page: Browser, model: str) -> str:
     return found
 
 
-def ask(page: Browser, question: str) -> None:
-    page.find("#question").send_keys(f"{question}\n")
-
-
 def test_all_models_are_listed_at_zero_and_the_first_is_shown(page: Browser, fleet: RealFleet) -> None:
     page.until(lambda: page.text("#link") == "live", "the stream")
     page.until(lambda: page.text("#members .name").split() == [fleet.model, *NAMES], "all members")
@@ -69,7 +55,7 @@ def test_all_models_are_listed_at_zero_and_the_first_is_shown(page: Browser, fle
 
 
 def test_the_chosen_model_answers_while_another_waits_for_a_device(page: Browser, fleet: RealFleet, pictures: Path) -> None:
-    ask(page, "Why is the sky blue? Explain it at length.")
+    page.ask("Why is the sky blue? Explain it at length.")
     page.until(lambda: state_of(page, fleet.model) == "starting", "its start")
     page.until(lambda: len(page.text(".turn.assistant .said")) > 200, "a part of the answer")
     page.until(lambda: state_of(page, fleet.model) == "serving", "its state")
@@ -99,7 +85,7 @@ def test_another_model_is_chosen_by_keyboard_and_asked(page: Browser) -> None:
         "tiny-draft"
     ]
     page.find("#new").click()
-    ask(page, "hello")
+    page.ask("hello")
     page.until(lambda: page.text(".turn.assistant .note").count("tokens, first after") == 1, "an answer")
     assert page.text(".turn.assistant .who") == "tiny-draft"
     page.driver.refresh()

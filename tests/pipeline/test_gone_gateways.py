@@ -17,7 +17,7 @@ from typing import Any
 from eventing.wire.control import LEASE_SECONDS
 from eventing.wire.events import EventType
 from eventing.wire.generation import GenerateRequest
-from tests.support.functions.functions import FunctionProcess, gateway_environment, running, running_stages, wait_until
+from tests.support.functions.functions import FunctionProcess, gateway_environment, running, running_gateway, wait_until
 from tests.support.functions.metrics import metric
 from tests.support.functions.streams import answer_of, began
 from tests.support.storage.published import Published
@@ -32,30 +32,31 @@ KEY = "a-key-of-this-test"
 FREED_SECONDS = LEASE_SECONDS + 10.0  # the ten are for a busy machine
 
 
-def test_a_killed_gateway_frees_what_it_held_and_a_paused_one_answers_right(published: Published) -> None:
+def test_a_killed_gateway_frees_what_it_held_and_a_paused_one_answers_right(
+    published: Published, stages: list[FunctionProcess]
+) -> None:
     expected = published.expected(PROMPT, LONG_TOKENS)
     assert len(expected) > 50, "long enough to be killed or paused in its midst"
-    with running_stages(published) as stages:
-        capacity = free(stages)
-        environ = gateway_environment(published, [stage.url for stage in stages])
-        with running([environ] * 3) as (killed, paused, honest), ThreadPoolExecutor(1) as honest_client:
-            with began(killed, request(LONG_TOKENS)), began(paused, request(LONG_TOKENS)) as answer:
-                killed.process.send_signal(signal.SIGKILL)
-                paused.process.send_signal(signal.SIGSTOP)
-                over = threading.Event()
-                asked = honest_client.submit(keep_asking, honest, over, expected[:SHORT_TOKENS])
-                try:
-                    killed.process.wait(10)
-                    assert held(stages) >= 2 * len(stages)
-                    wait_until(lambda: held(stages) == 0, FREED_SECONDS)
-                finally:
-                    over.set()
-                asked.result()
-                wait_until(lambda: free(stages) == capacity)  # the last answer's release may be on its way
-                paused.process.send_signal(signal.SIGCONT)
-                assert list(answer_of(answer).token_ids) == expected
-            wait_until(lambda: free(stages) == capacity)
-            assert metric(honest, "lamina_gateway_replays_total") == 0
+    capacity = free(stages)
+    environ = gateway_environment(published, [stage.url for stage in stages])
+    with running([environ] * 3) as (killed, paused, honest), ThreadPoolExecutor(1) as honest_client:
+        with began(killed, request(LONG_TOKENS)), began(paused, request(LONG_TOKENS)) as answer:
+            killed.process.send_signal(signal.SIGKILL)
+            paused.process.send_signal(signal.SIGSTOP)
+            over = threading.Event()
+            asked = honest_client.submit(keep_asking, honest, over, expected[:SHORT_TOKENS])
+            try:
+                killed.process.wait(10)
+                assert held(stages) >= 2 * len(stages)
+                wait_until(lambda: held(stages) == 0, FREED_SECONDS)
+            finally:
+                over.set()
+            asked.result()
+            wait_until(lambda: free(stages) == capacity)  # the last answer's release may be on its way
+            paused.process.send_signal(signal.SIGCONT)
+            assert list(answer_of(answer).token_ids) == expected
+        wait_until(lambda: free(stages) == capacity)
+        assert metric(honest, "lamina_gateway_replays_total") == 0
 
 
 def request(max_tokens: int) -> GenerateRequest:
@@ -124,9 +125,11 @@ class Read:
         return self.cached_tokens is not None
 
 
-def test_gateways_that_die_in_turn_break_their_own_streams_only_and_a_retry_gets_the_same_answer(published: Published) -> None:
+def test_gateways_that_die_in_turn_break_their_own_streams_only_and_a_retry_gets_the_same_answer(
+    published: Published, stages: list[FunctionProcess]
+) -> None:
     """Each time the older of two gateways is killed and another one comes."""
-    with running_stages(published) as stages, ExitStack() as stack, ThreadPoolExecutor(2 * STREAMS) as threads:
+    with ExitStack() as stack, ThreadPoolExecutor(2 * STREAMS) as threads:
         capacity = free(stages)
         environ = gateway_environment(published, [stage.url for stage in stages], LAMINA_API_KEYS=KEY)
 
@@ -159,14 +162,12 @@ def test_gateways_that_die_in_turn_break_their_own_streams_only_and_a_retry_gets
         assert free(stages) == capacity
 
 
-def test_a_client_whose_connection_broke_joins_the_running_answer(published: Published) -> None:
-    with running_stages(published) as stages:
-        environ = gateway_environment(published, [stage.url for stage in stages], LAMINA_API_KEYS=KEY)
-        with running([environ]) as (gateway,):
-            for client in (Client("a", events=True), Client("b", events=False)):
-                client.ask(gateway).close()
-                first = client.read(client.ask(gateway))
-                assert first.whole
-                assert client.read(client.ask(gateway)) == first, "kept after its end"
-            tokens = metric(gateway, "lamina_gateway_tokens_total")
-            assert tokens == 2 * DRAWN_TOKENS, "each was computed once"
+def test_a_client_whose_connection_broke_joins_the_running_answer(published: Published, stages: list[FunctionProcess]) -> None:
+    with running_gateway(published, stages, LAMINA_API_KEYS=KEY) as gateway:
+        for client in (Client("a", events=True), Client("b", events=False)):
+            client.ask(gateway).close()
+            first = client.read(client.ask(gateway))
+            assert first.whole
+            assert client.read(client.ask(gateway)) == first, "kept after its end"
+        tokens = metric(gateway, "lamina_gateway_tokens_total")
+        assert tokens == 2 * DRAWN_TOKENS, "each was computed once"

@@ -9,13 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.support.functions.functions import (
-    ROOT,
-    FunctionProcess,
-    gateway_environment,
-    running_stages,
-    wait_until,
-)
+from tests.support.functions.functions import ROOT, FunctionProcess, running_gateway, wait_until
 from tests.support.functions.metrics import metric
 from tests.support.storage.published import Published
 
@@ -68,20 +62,20 @@ def test_keys_and_values_take_the_bytes_that_the_plan_says(dtype: str, head_dim:
     assert grown == pytest.approx(planned, rel=0.05)
 
 
-def test_abandoned_sequences_leave_nothing_behind(published: Published, wide: bool) -> None:
+def test_abandoned_sequences_leave_nothing_behind(published: Published, stages: list[FunctionProcess], wide: bool) -> None:
     """Clients that leave before anything came, at the first byte, and in the middle of the answer."""
     sequences = 1000 if wide else 200
-    with running_stages(published) as stages:
-        capacity = [metric(stage, "lamina_stage_free_tokens") for stage in stages]
-        environ = gateway_environment(published, [stage.url for stage in stages], LAMINA_QUEUE_LIMIT=str(sequences))
-        with FunctionProcess(environ) as gateway, ThreadPoolExecutor(AT_ONCE) as clients:
-            gateway.wait_ready()
-            list(clients.map(lambda number: abandon(gateway, number), range(sequences)))
-            wait_until(lambda: metric(gateway, "lamina_gateway_sequences_total") >= sequences, 120)
-            for name in ("running_sequences", "waiting_sequences", "events_in_flight"):
-                wait_until(lambda name=name: metric(gateway, f"lamina_gateway_{name}") == 0, 60)
-            wait_until(lambda: all(metric(stage, "lamina_stage_sequences") == 0 for stage in stages), 60)
-            assert [metric(stage, "lamina_stage_free_tokens") for stage in stages] == capacity
+    capacity = [metric(stage, "lamina_stage_free_tokens") for stage in stages]
+    with (
+        running_gateway(published, stages, LAMINA_QUEUE_LIMIT=str(sequences)) as gateway,
+        ThreadPoolExecutor(AT_ONCE) as clients,
+    ):
+        list(clients.map(lambda number: abandon(gateway, number), range(sequences)))
+        wait_until(lambda: metric(gateway, "lamina_gateway_sequences_total") >= sequences, 120)
+        for name in ("running_sequences", "waiting_sequences", "events_in_flight"):
+            wait_until(lambda name=name: metric(gateway, f"lamina_gateway_{name}") == 0, 60)
+        wait_until(lambda: all(metric(stage, "lamina_stage_sequences") == 0 for stage in stages), 60)
+        assert [metric(stage, "lamina_stage_free_tokens") for stage in stages] == capacity
 
 
 def abandon(gateway: FunctionProcess, number: int) -> None:

@@ -42,8 +42,8 @@ OPERATIONS = [
 
 
 @pytest.fixture(scope="module")
-def gateway(published: Published) -> Iterator[FunctionProcess]:
-    with running_gateway(published, LAMINA_REQUEST_TIMEOUT_SECONDS="20", LAMINA_JOBS_STORE="lamina/jobs") as gateway:
+def gateway(published: Published, stages: list[FunctionProcess]) -> Iterator[FunctionProcess]:
+    with running_gateway(published, stages, LAMINA_REQUEST_TIMEOUT_SECONDS="20", LAMINA_JOBS_STORE="lamina/jobs") as gateway:
         yield gateway
 
 

@@ -1,11 +1,9 @@
 """The page in a real browser, over a real pipeline of the packaged model.
 
-The tests are one scenario, in order: each needs the state that the one before left. `SCREENSHOTS=docs` writes the pictures of
-docs/openai.md.
+The tests are one scenario, in order: each needs the state that the one before left.
 """
 
 import json
-import os
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -17,9 +15,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from storage.models.adapter_publisher import publish_adapter
-from tests.support.functions.browser import Browser, browser, needs_browser
+from tests.support.functions.browser import Browser, needs_browser
 from tests.support.functions.real_pipeline import RealPipeline, real_pipeline
-from tests.support.paths import ROOT
 
 pytestmark = [needs_browser, pytest.mark.timeout(600)]
 
@@ -40,25 +37,6 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealPipeline]
         yield pipeline
 
 
-@pytest.fixture(scope="module")
-def page(pipeline: RealPipeline) -> Iterator[Browser]:
-    with browser() as page:
-        page.prefer("light")
-        page.resize(*WIDE)
-        page.open(f"{pipeline.url}/")
-        yield page
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    return ROOT / os.environ["SCREENSHOTS"] if "SCREENSHOTS" in os.environ else tmp_path
-
-
-def ask(page: Browser, question: str) -> None:
-    page.find("#question").send_keys(question)
-    page.find("#send").click()
-
-
 def until_answered(page: Browser, answers: int) -> None:
     page.until(lambda: page.text(".turn.assistant .note").count("tokens, first after") == answers, f"{answers} answers")
 
@@ -70,7 +48,7 @@ def clear_conversation(page: Browser) -> None:
 
 def test_the_page_asks_for_a_key_and_keeps_it_in_the_tab_only(page: Browser, pipeline: RealPipeline) -> None:
     page.until(lambda: page.text("#link") == "needs an API key", "that a key is needed")
-    ask(page, "What is the capital of France?")
+    page.ask("What is the capital of France?")
     page.until(lambda: "An API key is needed" in page.text("[role=alert]"), "the refusal")
     assert not page.violations()
     page.find(".turn .primary").click()
@@ -95,7 +73,7 @@ def test_a_cold_start_is_shown_with_its_phases(page: Browser, pictures: Path) ->
     page.until(lambda: "Stage 2 is at zero" in page.text("#happened"), "the announcement")
     clear_conversation(page)
     assert not page.violations()
-    ask(page, "Why is the sky blue?")
+    page.ask("Why is the sky blue?")
     page.until(lambda: page.text(".start.under-way").count("Starting from zero") == 3, "all stages waking at once")
     page.until(lambda: "Waiting: stage " in page.text(".turn.assistant .note"), "what the answer awaits")
     page.picture(pictures / "page-cold-start.png")
@@ -150,7 +128,7 @@ def test_a_replica_is_added_under_load(page: Browser, pipeline: RealPipeline, pi
         page.until(lambda: page.run(MOST_REPLICAS) == 2, "another replica")
         page.until(lambda: max(pipeline.replicas()) == 2, "its readiness")
         page.until(lambda: page.text("#happened").count("is ready") >= 1, "the announcement")
-        ask(page, "Tell me about the sea.")
+        page.ask("Tell me about the sea.")
         page.until(lambda: len(page.text(".turn.assistant .said")) > 200, "a part of an answer amid others")
         page.until(lambda: page.run("return document.querySelectorAll('.replica.on-route').length") == 3, "its route")
         page.picture(pictures / "page-light.png")
@@ -181,7 +159,7 @@ def test_an_adapter_is_chosen_for_the_next_answers(
     assert "published" in page.text("#adapter-list .state")
     page.find("#adapter-list li:last-child button").send_keys("\n")
     page.until(lambda: page.text("#model") == f"{pipeline.model}:support", "the choice")
-    ask(page, "Tell me about the sea.")
+    page.ask("Tell me about the sea.")
     page.until(lambda: "loaded, 1 answering" in page.text("#adapter-list .state"), "its use")
     assert page.text(".turn.assistant .who") == f"{pipeline.model}:support"
     page.run("document.getElementById('adapters').scrollIntoView({ block: 'center' })")
@@ -243,7 +221,7 @@ def test_an_error_is_shown_and_the_conversation_can_go_on(page: Browser, picture
     assert not page.violations()
     assert all(" 4" in line for line in page.console()), "the console has the refusal only"
     clear_conversation(page)
-    ask(page, "What is the capital of Italy?")
+    page.ask("What is the capital of Italy?")
     until_answered(page, 1)
 
 

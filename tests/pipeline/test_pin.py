@@ -6,15 +6,13 @@ A PIN's digits lie in different blocks of a prompt that is known otherwise, so e
 
 import json
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 
 import pytest
 
 from eventing.wire.prefix_chain import BLOCK_TOKENS
-from tests.pipeline.test_nothing_said import ask
-from tests.support.functions.functions import FunctionProcess, gateway_environment, running, running_stages, wait_until
+from tests.pipeline.test_keys import ask
+from tests.support.functions.functions import FunctionProcess, running_gateway, wait_until
 from tests.support.storage.published import Published
 
 PINS = ("2718", "3141")
@@ -47,18 +45,9 @@ def guessed(gateway: FunctionProcess, form: int) -> tuple[str, set[int]]:
     return pin, differences
 
 
-@contextmanager
-def serving(published: Published, more: dict[str, str]) -> Iterator[FunctionProcess]:
-    with (
-        running_stages(published) as stages,
-        running([gateway_environment(published, [stage.url for stage in stages]) | more]) as (gateway,),
-    ):
-        yield gateway
-
-
 @pytest.mark.parametrize("salt", [None, SALT])
-def test_without_keys_a_stranger_learns_nothing(published: Published, salt: str | None) -> None:
-    with serving(published, {}) as gateway:
+def test_without_keys_a_stranger_learns_nothing(published: Published, stages: list[FunctionProcess], salt: str | None) -> None:
+    with running_gateway(published, stages) as gateway:
         for form, pin in enumerate(PINS):
             assert cached(gateway, form, pin, salt) == 0
             wait_until(lambda: cached(gateway, form, pin, salt) == (0 if salt is None else WHOLE))  # noqa: B023
@@ -66,8 +55,8 @@ def test_without_keys_a_stranger_learns_nothing(published: Published, salt: str 
             assert cached(gateway, form, pin, SALT[::-1]) == 0
 
 
-def test_if_all_share_a_stranger_finds_the_pin_in_forty_requests(published: Published) -> None:
-    with serving(published, {"LAMINA_PREFIX_SHARING": "pipeline"}) as gateway:
+def test_if_all_share_a_stranger_finds_the_pin_in_forty_requests(published: Published, stages: list[FunctionProcess]) -> None:
+    with running_gateway(published, stages, LAMINA_PREFIX_SHARING="pipeline") as gateway:
         for form, pin in enumerate(PINS):
             wait_until(lambda: cached(gateway, form, pin) == WHOLE)  # noqa: B023
             assert guessed(gateway, form) == (pin, {BLOCK_TOKENS})

@@ -26,7 +26,7 @@ class Exchange(BaseHTTPRequestHandler):
         self.server.requests.append(self)
         self.server.respond(self)
 
-    do_GET = do_POST
+    do_GET = do_PUT = do_POST
 
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
         """Header names with `_` for `-`."""
@@ -52,8 +52,8 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, respond: Callable[[Exchange], None]) -> None:
-        super().__init__(("127.0.0.1", 0), Exchange)
+    def __init__(self, respond: Callable[[Exchange], None], port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Exchange)
         self.respond = respond
         self.read_bodies = True
         self.connections = 0
@@ -63,7 +63,11 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/"
+        return f"{self.origin}/"
+
+    @property
+    def origin(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
 
 
 @contextmanager

@@ -7,32 +7,19 @@ import select
 import signal
 import socket
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
 
 from eventing.http.sse import SSEDecoder
-from tests.support.functions.functions import FunctionProcess, gateway_environment, running_stages, wait_until
+from tests.support.functions.functions import FunctionProcess, gateway_environment, running_gateway, running_stages, wait_until
 from tests.support.functions.metrics import metric
 from tests.support.functions.scripted_gateway import EVENT
 from tests.support.functions.server import reply
 from tests.support.knative.kubernetes_watch import WatchServer
 from tests.support.storage.published import CUT, Published, until_end
 from tests.support.storage.tiny_models import greedy
-
-
-@pytest.fixture(scope="module")
-def stage_urls(published: Published) -> Iterator[list[str]]:
-    with running_stages(published) as started:
-        yield [stage.url for stage in started]
-
-
-@pytest.fixture(scope="module")
-def gateway(published: Published, stage_urls: list[str]) -> Iterator[FunctionProcess]:
-    with FunctionProcess(gateway_environment(published, stage_urls)) as started:
-        yield started.wait_ready()
 
 
 def post(gateway: FunctionProcess, data: object, **headers: str) -> bytes:
@@ -111,7 +98,7 @@ def test_a_client_that_leaves_before_the_first_token_frees_the_pipeline(publishe
         assert "open to everybody: neither LAMINA_API_KEYS nor" in gateway.log
 
 
-def test_a_wrong_pod_network_is_no_outage(published: Published, stage_urls: list[str]) -> None:
+def test_a_wrong_pod_network_is_no_outage(published: Published, stages: list[FunctionProcess]) -> None:
     """All addresses of the API are outside of it: requests go to the stages' Service URLs, and a warning is logged."""
     address = {"addresses": ["192.168.3.4"], "conditions": {"ready": True}}
     port = {"name": "http", "port": 8012}
@@ -121,8 +108,7 @@ def test_a_wrong_pod_network_is_no_outage(published: Published, stage_urls: list
             api.put({"metadata": {"name": f"slice-{stage}", "labels": labels}, "ports": [port], "endpoints": [address]})
         watch = {"LAMINA_KUBERNETES_API": api.url, "LAMINA_POD_NETWORK": "10.0.0.0/8"}
         names = {"LAMINA_STAGE_SERVICES": ",".join(f"s{k}" for k in range(len(CUT)))}
-        with FunctionProcess(gateway_environment(published, stage_urls, **watch, **names)) as gateway:
-            gateway.wait_ready()
+        with running_gateway(published, stages, **watch, **names) as gateway:
             answer = json.loads(post(gateway, {"prompt": "hello", "max_tokens": 6}))
             assert answer["token_ids"] == expected_ids(published, published.tokenizer.encode("hello").ids, 6)
             for first, last in CUT:
@@ -151,9 +137,8 @@ def test_the_gateway_has_metrics(gateway: FunctionProcess) -> None:
         assert name in text
 
 
-def test_a_stream_is_finished_after_sigterm(published: Published, stage_urls: list[str]) -> None:
-    with FunctionProcess(gateway_environment(published, stage_urls)) as gateway:
-        gateway.wait_ready()
+def test_a_stream_is_finished_after_sigterm(published: Published, stages: list[FunctionProcess]) -> None:
+    with running_gateway(published, stages) as gateway:
         connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)
         connection.request(
             "POST", "/", json.dumps({"prompt": "the", "max_tokens": 60}), EVENT | {"Accept": "text/event-stream"}
@@ -208,8 +193,7 @@ def test_sigterm_breaks_no_stream_that_ends_within_the_drain_and_the_others_are_
     asked = json.dumps({"prompt": "the", "max_tokens": 60})
     with ExitStack() as stack:
         stages = stack.enter_context(running_stages(published))
-        environ = gateway_environment(published, [stage.url for stage in stages], LAMINA_DRAIN_SECONDS=drain_seconds)
-        gateway = stack.enter_context(FunctionProcess(environ)).wait_ready()
+        gateway = stack.enter_context(running_gateway(published, stages, LAMINA_DRAIN_SECONDS=drain_seconds))
         streams, seen = [], []
         for number in range(64):
             connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)
@@ -243,18 +227,18 @@ os._exit(main([], os.environ))
 """
 
 
-def test_a_client_that_reads_nothing_of_its_stream_frees_the_stages(published: Published) -> None:
+def test_a_client_that_reads_nothing_of_its_stream_frees_the_stages(
+    published: Published, stages: list[FunctionProcess]
+) -> None:
     asked = {"model": "tiny", "prompt": "the", "max_tokens": 200, "n": 16, "logprobs": 5, "stream": True, "ignore_eos": True}
     body = json.dumps(asked).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with running_stages(published) as stages, socket.socket() as sock:
-        environ = gateway_environment(published, [stage.url for stage in stages])
-        with FunctionProcess(environ, ("-c", _HASTY)) as gateway:
-            gateway.wait_ready()
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            sock.connect(("127.0.0.1", gateway.port))
-            sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            wait_until(lambda: 'lamina_gateway_answers_total{outcome="cancelled"}' in metrics(gateway), 60)
-            wait_until(lambda: metric(gateway, "lamina_gateway_running_sequences") == 0)
-            for stage in stages:
-                wait_until(lambda: metric(stage, "lamina_stage_sequences") == 0)  # noqa: B023 - called at once
+    environ = gateway_environment(published, [stage.url for stage in stages])
+    with FunctionProcess(environ, ("-c", _HASTY)) as gateway, socket.socket() as sock:
+        gateway.wait_ready()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", gateway.port))
+        sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_until(lambda: 'lamina_gateway_answers_total{outcome="cancelled"}' in metrics(gateway), 60)
+        wait_until(lambda: metric(gateway, "lamina_gateway_running_sequences") == 0)
+        wait_until(lambda: all(metric(stage, "lamina_stage_sequences") == 0 for stage in stages))

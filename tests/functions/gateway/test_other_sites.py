@@ -1,29 +1,17 @@
 """Pages of other sites in a real browser, against a gateway without API keys. The access log says what each request got."""
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from tests.support.functions.browser import Browser, browser, needs_browser
 from tests.support.functions.functions import FunctionProcess, gateway_environment
+from tests.support.http_server import serving
 from tests.support.storage.published import Published
 
 pytestmark = [needs_browser, pytest.mark.slow, pytest.mark.timeout(200)]
 SITE = "evil.example"
-
-
-class _Page(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "text/html")
-        self.end_headers()
-        self.wfile.write(b"<title>another site</title>")
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +29,8 @@ def page() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def other_site() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Page)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://{SITE}:{server.server_port}/"
-    server.shutdown()
-    server.server_close()
+    with serving(lambda asked: asked.answer(200, b"<title>another site</title>", Content_Type="text/html")) as server:
+        yield f"http://{SITE}:{server.server_port}/"
 
 
 def logged(gateway: FunctionProcess) -> list[tuple[str, str, int]]:

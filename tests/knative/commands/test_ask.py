@@ -5,9 +5,7 @@ import io
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import AsyncIterator, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from rich.console import Console
 from eventing.wire.generation import GenerateResponse, ProgressEvent, Timings, TokenEvent, Usage
 from knative.commands import ask
 from knative.commands.ask import Answer, Question
+from tests.support import http_server
 from tests.support.knative.site import Site
 from tests.support.paths import ROOT
 
@@ -47,21 +46,8 @@ def test_times_are_those_of_the_caller(tokens: int, monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def ingress() -> Iterator[str]:
     """URL of what answers like Knative's ingress for a host that no Route has."""
-
-    class Envoy(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_error(404)
-
-        def log_message(self, *_: object) -> None: ...
-
-    server = HTTPServer(("127.0.0.1", 0), Envoy)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with http_server.serving(lambda exchange: exchange.answer(404)) as server:
+        yield server.origin
 
 
 def refused(kubeconfig: Path, *arguments: str) -> str:

@@ -18,8 +18,8 @@ KEY = "a-client-key"
 
 
 @pytest.fixture(scope="module")
-def gateway(published: Published) -> Iterator[FunctionProcess]:
-    with running_gateway(published, LAMINA_JOBS_STORE="lamina/jobs", LAMINA_API_KEYS=KEY) as gateway:
+def gateway(published: Published, stages: list[FunctionProcess]) -> Iterator[FunctionProcess]:
+    with running_gateway(published, stages, LAMINA_JOBS_STORE="lamina/jobs", LAMINA_API_KEYS=KEY) as gateway:
         yield gateway
 
 

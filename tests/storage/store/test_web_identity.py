@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -16,6 +15,7 @@ from storage.store.object_reader import ObjectReader
 from storage.store.payload_store import PayloadStore
 from storage.store.settings import StoreSettings
 from storage.store.web_identity import keys_of
+from tests.support.http_server import Exchange, serving
 
 ROLE = "arn:aws:iam::1:role/chat"
 
@@ -24,46 +24,35 @@ class TokenService:
     """Hands out `keys` for `seconds`, or answers `failure`."""
 
     def __init__(self, keys: StoreSettings) -> None:
+        self.keys = keys
+        self.url = ""
         self.asked: list[dict[str, str]] = []
         self.seconds = 3600.0
         self.failure: tuple[int, str] | None = None
-        service = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-                service.asked.append(dict(parse_qsl(body)))
-                status, text = service.answer(keys)
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text.encode())
+    def respond(self, exchange: Exchange) -> None:
+        self.asked.append(dict(parse_qsl(exchange.body.decode())))
+        status, text = self.answer()
+        exchange.answer(status, text.encode())
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def answer(self, keys: StoreSettings) -> tuple[int, str]:
+    def answer(self) -> tuple[int, str]:
         if self.failure is not None:
             return self.failure[0], f"<ErrorResponse><Error><Code>{self.failure[1]}</Code></Error></ErrorResponse>"
         until = (datetime.now(UTC) + timedelta(seconds=self.seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
         return 200, (
             "<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials>"
-            f"<SessionToken>session</SessionToken><SecretAccessKey>{keys.secret_access_key}</SecretAccessKey>"
-            f"<Expiration>{until}</Expiration><AccessKeyId>{keys.access_key_id}</AccessKeyId>"
+            f"<SessionToken>session</SessionToken><SecretAccessKey>{self.keys.secret_access_key}</SecretAccessKey>"
+            f"<Expiration>{until}</Expiration><AccessKeyId>{self.keys.access_key_id}</AccessKeyId>"
             "</Credentials></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"
         )
 
 
 @pytest.fixture
 def service(settings: StoreSettings) -> Iterator[TokenService]:
-    started = TokenService(settings)
-    yield started
-    started.server.shutdown()
-    started.server.server_close()
+    service = TokenService(settings)
+    with serving(service.respond) as server:
+        service.url = server.origin
+        yield service
 
 
 @pytest.fixture

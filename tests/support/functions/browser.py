@@ -52,6 +52,9 @@ class Browser:
         found: str = self.run("return [...document.querySelectorAll(arguments[0])].map(e => e.innerText).join('\\n')", selector)
         return found
 
+    def ask(self, question: str) -> None:
+        self.find("#question").send_keys(f"{question}\n")
+
     def run(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)  # type: ignore[no-untyped-call]
 

@@ -206,12 +206,9 @@ def running_stages(published: Published, **more: str) -> Iterator[list[FunctionP
 
 
 @contextmanager
-def running_gateway(published: Published, **more: str) -> Iterator[FunctionProcess]:
-    """A ready gateway before the ready stages of a published model. more: of the gateway's environment."""
-    with (
-        running_stages(published) as stages,
-        running([gateway_environment(published, [stage.url for stage in stages], CUT, **more)]) as (gateway,),
-    ):
+def running_gateway(published: Published, stages: Iterable[FunctionProcess], **more: str) -> Iterator[FunctionProcess]:
+    """A ready gateway before the stages of a published model. more: of the gateway's environment."""
+    with running([gateway_environment(published, [stage.url for stage in stages], CUT, **more)]) as (gateway,):
         yield gateway
 
 

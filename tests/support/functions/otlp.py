@@ -1,14 +1,14 @@
 """A receiver of traces like OpenTelemetry's collector: OTLP over HTTP, `POST /v1/traces`, protobuf."""
 
 import gzip
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from tests.support.http_server import Exchange, serving
 
 
 @dataclass(frozen=True)
@@ -37,27 +37,17 @@ class Receiver:
 def otlp_receiver() -> Iterator[Receiver]:
     receiver = Receiver()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            if self.headers.get("Content-Encoding") == "gzip":
-                body = gzip.decompress(body)
-            receiver.headers = {name.lower(): value for name, value in self.headers.items()}
-            ok = self.path == "/v1/traces"
-            if ok:
-                receiver.spans += _spans(ExportTraceServiceRequest.FromString(body))
-            self.send_response(200 if ok else 404)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+    def receive(exchange: Exchange) -> None:
+        receiver.headers = {name.lower(): value for name, value in exchange.headers.items()}
+        zipped = receiver.headers.get("content-encoding") == "gzip"
+        if exchange.path == "/v1/traces":
+            body = gzip.decompress(exchange.body) if zipped else exchange.body
+            receiver.spans += _spans(ExportTraceServiceRequest.FromString(body))
+        exchange.answer(200 if exchange.path == "/v1/traces" else 404)
 
-        def log_message(self, format: str, *arguments: object) -> None:
-            """Silent."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        receiver.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    with serving(receive) as server:
+        receiver.endpoint = server.origin
         yield receiver
-        server.shutdown()
 
 
 def _spans(request: Any) -> Iterator[SeenSpan]:

@@ -2,12 +2,13 @@
 
 import json
 import re
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import SimpleQueue
 from threading import Lock, Thread
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
+
+from tests.support.http_server import Exchange, Server
 
 
 class WatchServer:
@@ -23,19 +24,7 @@ class WatchServer:
         self.failures: list[int] = []  # statuses of the next replies; 200: a reply that is not JSON
         self._gone = ""
         self.always_gone = False  # answer every watch with 410
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                outer._answer(self)
-
-            def log_message(self, *_: object) -> None:
-                """Tests are silent."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self._server.daemon_threads = True
+        self._server = Server(self._answer, port)
         self._thread = Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
 
     @property
@@ -44,7 +33,7 @@ class WatchServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return self._server.origin
 
     def put(self, obj: dict[str, Any], *, silently: bool = False) -> None:
         """Creates or replaces an object. silently: without an event for watches."""
@@ -83,22 +72,22 @@ class WatchServer:
             for watch in self.watches:
                 watch.put(line)
 
-    def _answer(self, request: BaseHTTPRequestHandler) -> None:
+    def _answer(self, request: Exchange) -> None:
         self.requests.append(request.path)
         query = parse_qs(urlsplit(request.path).query)
         if self.failures:
-            _send(request, self.failures.pop(0), b"{")
+            request.answer(self.failures.pop(0), b"{")
         elif "watch" not in query:
             items = [obj for obj in self.objects.values() if _selected(obj, request.path)]
             metadata = {"resourceVersion": str(self.version)}
-            _send(request, 200, json.dumps({"metadata": metadata, "items": items}).encode())
+            request.answer(200, json.dumps({"metadata": metadata, "items": items}).encode())
         elif self.always_gone or self._gone == "status":
             self._gone = ""
-            _send(request, 410, b"{}")
+            request.answer(410, b"{}")
         else:
             self._stream(request, query)
 
-    def _stream(self, request: BaseHTTPRequestHandler, query: dict[str, list[str]]) -> None:
+    def _stream(self, request: Exchange, query: dict[str, list[str]]) -> None:
         since = int(query["resourceVersion"][0])
         watch: SimpleQueue[bytes | None] = SimpleQueue()
         if self._gone == "event":
@@ -140,11 +129,3 @@ def _selected(obj: dict[str, Any], target: str) -> bool:
     labels = obj.get("metadata", {}).get("labels", {})
     terms = re.findall(r"([^ ,=]+)(?:=| in \()([^)=]*?)(?:\)|$|,(?=[^,]*[=(]))", parse_qs(parts.query)["labelSelector"][0])
     return all(name not in labels or labels[name] in values.split(",") for name, values in terms)
-
-
-def _send(request: BaseHTTPRequestHandler, status: int, body: bytes) -> None:
-    request.send_response(status)
-    request.send_header("Content-Type", "application/json")
-    request.send_header("Content-Length", str(len(body)))
-    request.end_headers()
-    request.wfile.write(body)

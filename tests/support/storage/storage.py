@@ -5,7 +5,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from http.client import HTTPConnection, HTTPResponse
@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from gguf import GGUFReader
 
 from storage.store.settings import StoreSettings
+from tests.support.http_server import serving
 
 _CHUNK_BYTES = 65_536
 # The beginning of a program whose last arguments are `store_arguments`.
@@ -123,33 +124,20 @@ def default_model_metadata() -> dict[str, Any]:
     return {name: field.contents() for name, field in GGUFReader(default_model_gguf()).fields.items()}
 
 
-def refusing_every_put(status: int, code: str) -> AbstractContextManager[str]:
+@contextmanager
+def refusing_every_put(status: int, code: str) -> Iterator[str]:
     """A server that answers before it reads the body, as a store whose disk is full does. Yields its URL."""
-    return _answering("PUT", status, f"<Error><Code>{code}</Code></Error>".encode())
-
-
-def answering_every_get_with(body: bytes) -> AbstractContextManager[str]:
-    """A server that knows no ranges. Yields its URL."""
-    return _answering("GET", 200, body)
+    body = f"<Error><Code>{code}</Code></Error>".encode()
+    with serving(lambda exchange: exchange.answer(status, body, Connection="close")) as server:
+        server.read_bodies = False
+        yield server.origin
 
 
 @contextmanager
-def _answering(method: str, status: int, body: bytes) -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *arguments: object) -> None:
-            """Silent."""
-
-    setattr(Handler, f"do_{method}", Handler.answer)
-    with _Server(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+def answering_every_get_with(body: bytes) -> Iterator[str]:
+    """A server that knows no ranges. Yields its URL."""
+    with serving(lambda exchange: exchange.answer(200, body)) as server:
+        yield server.origin
 
 
 class _Server(ThreadingHTTPServer):

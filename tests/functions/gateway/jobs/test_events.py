@@ -1,10 +1,8 @@
 """A batch as CloudEvents: its lines come as an event, inline or by claim check, and its results go to a sink the same way."""
 
 import json
-import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
@@ -17,6 +15,7 @@ from eventing.wire.events import SAFE_EVENT_BYTES, Attribute, EventType
 from eventing.wire.framing import JSONL_CONTENT_TYPE
 from storage.store.payload_store import PayloadStore
 from tests.support.functions.functions import FunctionProcess, running_gateway, wait_until
+from tests.support.http_server import Exchange, serving
 from tests.support.storage.published import Published
 
 SOURCE = "/client"
@@ -26,23 +25,14 @@ class Sink:
     """Keeps the events that it gets. The first delivery of each is refused."""
 
     def __init__(self) -> None:
+        self.url = ""
         self.events: list[CloudEvent] = []
-        sink = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                event = from_http(self.headers.items(), self.rfile.read(int(self.headers["Content-Length"])))
-                first = event.get_id() not in [known.get_id() for known in sink.events]
-                sink.events.append(event)
-                self.send_response(503 if first else 202)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            def log_message(self, *_: object) -> None: ...
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    def receive(self, exchange: Exchange) -> None:
+        event = from_http(exchange.headers.items(), exchange.body)
+        first = event.get_id() not in [known.get_id() for known in self.events]
+        self.events.append(event)
+        exchange.answer(503 if first else 202)
 
     def told(self, id_: str) -> list[CloudEvent]:
         """Deliveries of the answer to an event."""
@@ -52,14 +42,14 @@ class Sink:
 @pytest.fixture(scope="module")
 def sink() -> Iterator[Sink]:
     sink = Sink()
-    yield sink
-    sink.server.shutdown()
-    sink.server.server_close()
+    with serving(sink.receive) as server:
+        sink.url = server.origin
+        yield sink
 
 
 @pytest.fixture(scope="module")
-def gateway(published: Published, sink: Sink) -> Iterator[FunctionProcess]:
-    with running_gateway(published, LAMINA_JOBS_STORE="lamina/jobs", K_SINK=sink.url) as gateway:
+def gateway(published: Published, stages: list[FunctionProcess], sink: Sink) -> Iterator[FunctionProcess]:
+    with running_gateway(published, stages, LAMINA_JOBS_STORE="lamina/jobs", K_SINK=sink.url) as gateway:
         yield gateway
 
 

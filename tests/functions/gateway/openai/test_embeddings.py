@@ -3,8 +3,9 @@
 import base64
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,7 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.support.functions.functions import FunctionProcess, running_gateway
+from tests.support.functions.functions import FunctionProcess, running_gateway, running_stages
 from tests.support.storage.embedders import (
     TinyEmbedder,
     published_embedder,
@@ -153,13 +154,20 @@ def test_texts_are_scored_and_ranked_by_their_vectors(gateway: FunctionProcess, 
     assert len(ranked["results"]) == 2
 
 
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TinyEmbedder, FunctionProcess]]:
+@contextmanager
+def running_embedder(folder: Path, save: Callable[[Path], Any]) -> Iterator[tuple[TinyEmbedder, FunctionProcess]]:
     with (
-        published_embedder(tmp_path_factory.mktemp("gemma"), save_gemma_embedder) as embedder,
-        running_gateway(embedder.published, LAMINA_CHUNK_TOKENS="16") as gateway,
+        published_embedder(folder, save) as embedder,
+        running_stages(embedder.published) as stages,
+        running_gateway(embedder.published, stages, LAMINA_CHUNK_TOKENS="16") as gateway,
     ):
         yield embedder, gateway
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TinyEmbedder, FunctionProcess]]:
+    with running_embedder(tmp_path_factory.mktemp("gemma"), save_gemma_embedder) as running:
+        yield running
 
 
 def test_an_embedder_that_attends_both_ways(gemma: tuple[TinyEmbedder, FunctionProcess]) -> None:
@@ -185,12 +193,8 @@ def test_an_embedder_that_attends_both_ways(gemma: tuple[TinyEmbedder, FunctionP
 
 
 @pytest.mark.slow
-def test_an_embedder_of_the_last_token(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with (
-        published_embedder(tmp_path_factory.mktemp("qwen"), save_qwen_embedder) as embedder,
-        running_gateway(embedder.published, LAMINA_CHUNK_TOKENS="16") as gateway,
-        client_of(gateway) as client,
-    ):
+def test_an_embedder_of_the_last_token(tmp_path: Path) -> None:
+    with running_embedder(tmp_path, save_qwen_embedder) as (embedder, gateway), client_of(gateway) as client:
         found = client.embeddings.create(model="tiny", input=TEXTS, dimensions=20)
         for text, each in zip(TEXTS, found.data, strict=True):
             expected = embedder.vector(embedder.published.tokenizer.encode(text).ids, "last").double().numpy()
@@ -198,11 +202,8 @@ def test_an_embedder_of_the_last_token(tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.slow
-def test_a_classifier_of_pairs(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with (
-        published_embedder(tmp_path_factory.mktemp("pairs"), save_classifier) as classifier,
-        running_gateway(classifier.published, LAMINA_CHUNK_TOKENS="16") as gateway,
-    ):
+def test_a_classifier_of_pairs(tmp_path: Path) -> None:
+    with running_embedder(tmp_path, save_classifier) as (classifier, gateway):
         expected = []
         for text in TEXTS:
             ids = torch.tensor([classifier.published.tokenizer.encode(TEXTS[0], text).ids])

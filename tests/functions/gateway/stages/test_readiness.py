@@ -4,7 +4,6 @@ import ssl
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,32 +13,27 @@ from functions.gateway.stages.readiness import EarlyReadiness
 from functions.gateway.stages.routes import Endpoint
 from tests.support.certificates import CertificateAuthority, write
 from tests.support.functions.gateway import wait_until
+from tests.support.http_server import Exchange, Server, serving
 
 
 class QueueProxy:
     """Answers probes by `verdict`: a status and a body."""
 
+    server: Server
+
     def __init__(self) -> None:
         self.verdict = (503, b"")
         self.probes: list[str | None] = []
-        proxy = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                proxy.probes.append(self.headers["K-Network-Probe"])
-                is_probe = self.headers["User-Agent"] == "Knative-Activator-Probe"
-                status, body = proxy.verdict if is_probe else (404, b"asked of the function")
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+    @property
+    def url(self) -> str:
+        return self.server.origin
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+    def respond(self, exchange: Exchange) -> None:
+        self.probes.append(exchange.headers["K-Network-Probe"])
+        is_probe = exchange.headers["User-Agent"] == "Knative-Activator-Probe"
+        status, body = self.verdict if is_probe else (404, b"asked of the function")
+        exchange.answer(status, body, Connection="close")
 
 
 class Told:
@@ -62,10 +56,9 @@ def asking(told: Told, tls: PodTLS | None = None) -> Iterator[EarlyReadiness]:
 
 @pytest.fixture
 def proxy() -> Iterator[QueueProxy]:
-    started = QueueProxy()
-    yield started
-    started.server.shutdown()
-    started.server.server_close()
+    proxy = QueueProxy()
+    with serving(proxy.respond) as proxy.server:
+        yield proxy
 
 
 def test_an_instance_is_ready_once_its_queue_proxy_says_so(proxy: QueueProxy) -> None:

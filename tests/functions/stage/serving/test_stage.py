@@ -42,7 +42,7 @@ from eventing.wire.control import (
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Row, Status, Want
 from eventing.wire.signature import sign
 from functions.stage.native.library import library
-from tests.support.functions.functions import TOKEN, FunctionProcess, running, stage_environment, wait_until
+from tests.support.functions.functions import TOKEN, FunctionProcess, running, running_stages, stage_environment, wait_until
 from tests.support.functions.metrics import metric
 from tests.support.storage.published import CUT, Published
 
@@ -55,8 +55,7 @@ AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 
 @pytest.fixture(scope="module")
 def stages(published: Published) -> Iterator[list[FunctionProcess]]:
-    second = {"LAMINA_SECOND_PIPELINE_TOKEN": SECOND_TOKEN}
-    with running(stage_environment(published, group) | second for group in range(len(CUT))) as started:
+    with running_stages(published, LAMINA_SECOND_PIPELINE_TOKEN=SECOND_TOKEN) as started:
         yield started
 
 
