@@ -27,7 +27,7 @@ from knative.render.services import services
 from storage.models.adapter_publisher import delete_adapter, publish_adapter, set_share
 from storage.models.adapters import read_version
 from storage.store.object_store import ObjectStore
-from tests.support.functions.functions import FunctionProcess, gateway_environment, running, running_stages, wait_until
+from tests.support.functions.functions import FunctionProcess, running_gateway, running_stages, wait_until
 from tests.support.functions.killing import TIMING
 from tests.support.functions.metrics import metric
 from tests.support.functions.served import serving, stage_revisions, tiny_pipeline
@@ -98,7 +98,7 @@ def running_pipeline(published: Published, kept: int = KEPT) -> Iterator[Served]
     more = {"LAMINA_ADAPTERS": str(kept)}
     with (
         running_stages(published, **more) as stages,
-        running([gateway_environment(published, [stage.url for stage in stages], **more)]) as (gateway,),
+        running_gateway(published, stages, **more) as gateway,
     ):
         yield Served(gateway, stages, published.manifest.name)
 

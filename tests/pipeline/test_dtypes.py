@@ -1,20 +1,26 @@
-"""Hidden states in 8 bits between real stages: answers are those of the same layers chained here with each row rounded between
-them, one at a time and many at once."""
+"""Stages with dtypes of their own, and hidden states in 8 bits.
+
+Answers are those of the same layers chained in this process, with each row rounded between them as on the wire, one at a time
+and many at once.
+"""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 import pytest
 
-from eventing.wire.events import pipeline_fingerprint
+from eventing.wire.events import fingerprint_of, pipeline_fingerprint
 from functions.stage.models.floats import Array, HiddenDtype, narrowed, widened
 from functions.stage.models.layer_group import LayerGroup, Segment
-from storage.models.model_repository import Dtype
+from storage.models.model_repository import Dtype, ModelManifest
+from storage.models.publisher import publish
 from storage.store.object_reader import ObjectReader
-from tests.support.functions.functions import FunctionProcess, gateway_environment, running, running_stages, stage_environment
-from tests.support.functions.stage_pipeline import published_group
+from storage.store.object_store import ObjectStore
+from tests.support.functions.functions import FunctionProcess, running, running_gateway, running_stages, stage_environment
+from tests.support.functions.stage_pipeline import engines, generate, published_group
 from tests.support.functions.streams import tokens_of
 from tests.support.storage.published import CUT, Published, published_model, until_end
 
@@ -77,7 +83,7 @@ def test_answers_are_those_of_layers_between_which_each_row_is_rounded(published
     more = told(published)
     with (
         running_stages(published, **more) as stages,
-        running([gateway_environment(published, [stage.url for stage in stages], **more)]) as (gateway,),
+        running_gateway(published, stages, **more) as gateway,
     ):
         assert [tokens_of(gateway.url, prompt, NEW_TOKENS) for prompt in PROMPTS[:2]] == expected[:2]
         with ThreadPoolExecutor(len(PROMPTS)) as clients:
@@ -88,3 +94,65 @@ def test_a_stage_that_was_told_of_8_bits_is_of_another_pipeline(published: Publi
     with FunctionProcess(stage_environment(published, 1, LAMINA_WIRE_DTYPE="int8")) as stage:
         assert stage.wait_end() == 1
     assert f"is pipeline {told(published)['LAMINA_PIPELINE']}, and LAMINA_PIPELINE says" in stage.log
+
+
+DTYPES: Final[tuple[Dtype, ...]] = ("bfloat16", "int8", "q4")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def mixed(folder: Path) -> Iterator[Published]:
+    with published_model(folder, "bfloat16") as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def manifests(folder: Path, mixed: Published) -> list[ModelManifest]:
+    """Of the same checkpoint in each of DTYPES."""
+    return [publish(folder / "checkpoint", ObjectStore(mixed.store), "tiny", dtype) for dtype in DTYPES]
+
+
+def named(weights: list[tuple[Dtype, str]]) -> str:
+    return ",".join(f"{dtype}={digest}" for dtype, digest in weights)
+
+
+def chained(mixed: Published, manifests: list[ModelManifest]) -> list[int]:
+    """By layer groups of this process, each out of its own publication."""
+    reader = ObjectReader(mixed.store)
+    groups = [published_group(reader, manifest, *layers) for manifest, layers in zip(manifests, CUT, strict=True)]
+    reader.close()
+    with engines(groups) as stages:
+        prompt = mixed.tokenizer.encode(PROMPTS[0]).ids
+        return until_end(generate(stages, "id", prompt, NEW_TOKENS))
+
+
+def test_each_stage_reads_and_computes_in_its_own_dtype(mixed: Published, manifests: list[ModelManifest]) -> None:
+    weights = [(manifest.dtype, manifest.digest) for manifest in manifests]
+    told = {"LAMINA_PIPELINE": fingerprint_of(weights, CUT), "LAMINA_WEIGHTS": named(weights)}
+    environments = [stage_environment(mixed, group, **told, LAMINA_DTYPE=dtype) for group, dtype in enumerate(DTYPES)]
+    with (
+        running(environments) as stages,
+        running_gateway(mixed, stages, **told) as gateway,
+    ):
+        assert tokens_of(gateway.url, PROMPTS[0], NEW_TOKENS) == chained(mixed, manifests)
+
+
+def test_a_stage_refuses_weights_that_are_not_its_own(mixed: Published, manifests: list[ModelManifest]) -> None:
+    first, other, _ = (manifest.digest for manifest in manifests)
+    weights: list[tuple[Dtype, str]] = [("bfloat16", first), ("int8", "0" * 64), ("int8", other)]
+    told = {"LAMINA_PIPELINE": fingerprint_of(weights, CUT), "LAMINA_WEIGHTS": named(weights), "LAMINA_DTYPE": "int8"}
+    with FunctionProcess(stage_environment(mixed, 1, **told)) as stage:
+        assert stage.wait_end() == 1
+    assert f"has the digest {other}, and LAMINA_WEIGHTS wants {'0' * 64} in int8 for layers 2 to 3" in stage.log
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_as_many_weights_as_groups(mixed: Published, groups: int) -> None:
+    weights = named([("bfloat16", mixed.manifest.digest)] * groups)
+    with FunctionProcess(stage_environment(mixed, 1, LAMINA_WEIGHTS=weights)) as stage:
+        assert stage.wait_end() == 1
+    assert f"LAMINA_WEIGHTS names {groups} groups and LAMINA_CUT has 3" in stage.log
