@@ -20,6 +20,7 @@ from tests.support.storage.random_blocks import IN_FILES
 from tests.support.storage.storage import default_model_gguf
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", [*IN_FILES, MIXED])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_published_gguf_has_the_weights_of_the_file(
@@ -34,6 +35,7 @@ def test_experts_keep_their_blocks(store: ObjectStore, tmp_path: Path) -> None:
     assert_lossless(block_model(tmp_path / "tiny.gguf", "qwen3_moe", MIXED), store)
 
 
+@pytest.mark.wide
 def test_the_default_model_is_published_as_it_is(store: ObjectStore) -> None:
     assert_lossless(default_model_gguf(), store)
 

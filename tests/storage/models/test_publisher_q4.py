@@ -59,6 +59,7 @@ def assert_lossless(tensors: dict[str, RawTensor], checkpoint: Checkpoint) -> No
     assert {name.removesuffix("_format") for name in tensors} == checkpoint.tensors.keys()
 
 
+@pytest.mark.wide
 def test_the_default_model_is_stored_without_loss(store: ObjectStore) -> None:
     manifest = publish(default_model_gguf(), store, "default", "q4")
     assert_lossless(stored(store, manifest), open_checkpoint(default_model_gguf()))
