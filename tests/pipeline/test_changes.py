@@ -1,7 +1,7 @@
 """Scale-in, and a change of everything, while the pipeline answers: nothing fails, nothing is wrong, nothing crosses over.
 
 Real processes of a tiny model; every answer is held against the whole model's. `make test-changes` makes all eight changes
-under 24 streams, `make test` one of them under eight.
+under 24 streams, `make test` one of them under four.
 """
 
 import asyncio
@@ -32,13 +32,14 @@ from tests.support.functions.served import PROMPTS, Conversations, serving, stag
 from tests.support.knative.platform import until
 from tests.support.storage.published import Published, published_model, save_checkpoint
 
-GENERATIONS = 200
 LONG = 100
 SHORT = 24
-CONVERSATIONS = 12
+CONVERSATIONS = 6
 
 
-def test_scale_in_amid_two_hundred_generations(published: Published, tmp_path: Path) -> None:
+def test_scale_in_amid_many_generations(published: Published, tmp_path: Path, wide: bool) -> None:
+    generations = 200 if wide else 80
+
     async def scenario() -> None:
         pipeline = tiny_pipeline(published)
         manifests = services(pipeline)
@@ -49,16 +50,16 @@ def test_scale_in_amid_two_hundred_generations(published: Published, tmp_path: P
             middle = stage_revisions(platform, pipeline)[1][0]
             await until(lambda: len(middle.ready_pods) == 3)
             url = platform.url("tiny")
-            asked = asyncio.gather(*(conversations.ask(url, number, LONG) for number in range(GENERATIONS)))
-            await until(lambda: conversations.begun >= GENERATIONS // 10)
+            asked = asyncio.gather(*(conversations.ask(url, number, LONG) for number in range(generations)))
+            await until(lambda: conversations.begun >= generations // 10)
             pods = list(middle.pods)
             middle.autoscaler.settings = replace(middle.autoscaler.settings, min_scale=1, max_scale=1)
             await until(lambda: sum(pod.leaving for pod in pods) == 2)
-            assert conversations.answered < GENERATIONS // 2, "scaled in too late to disturb anything"
+            assert conversations.answered < generations // 2, "scaled in too late to disturb anything"
             held = asyncio.gather(*(last_held(pod) for pod in pods if pod.leaving))
             await asked
             assert await held == [0, 0], "a pod left with sequences in it"
-            assert conversations.answered == GENERATIONS
+            assert conversations.answered == generations
             assert conversations.replays >= 1, "no sequence was on a pod that left"
 
     asyncio.run(scenario())
@@ -271,7 +272,7 @@ def test_everything_is_changed_and_changed_back_under_streams(tmp_path: Path, wi
         secrets = {"tiny-pipeline": secret, "tiny-keys": {"api-keys": API_KEY}}
         async with serving(tmp_path, published, services(base), secrets=secrets) as platform, asyncio.TaskGroup() as group:
             streams = Streams(platform.url("tiny"))
-            for number in range(24 if wide else 8):
+            for number in range(24 if wide else 4):
                 group.create_task(streams.converse(number))
             assert await streams.version() == expected
             for name, changed in changes.items():

@@ -140,4 +140,4 @@ class Conversations:
         """One answer after another until `over` is set, with pauses that leave other processes the machine."""
         while not self.over.is_set():
             await self.ask(url, number, tokens)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.2)
