@@ -29,7 +29,7 @@ from functions.gateway.openapi.operations import operations
 from tests.support.functions.functions import FunctionProcess, running_gateway
 from tests.support.storage.published import Published
 
-CASES = int(os.environ.get("CASES") or 25)
+CASES = int(os.environ.get("CASES") or 12)
 MANY = 200  # among so many requests to an operation, some succeed
 ENDLESS = "/v1/pipeline/events"
 HELD = "/v1/batches/hold"  # a minute for each reply

@@ -22,7 +22,7 @@ TOKENS = 2
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("full_duplex", [True, False])
 def test_streamed_answers_are_whole(gateway: FunctionProcess, published: Published, full_duplex: bool, wide: bool) -> None:
-    answers = 1000 if wide else 150
+    answers = 1000 if wide else 100
     broken = asyncio.run(_ask_through_queue_proxy(gateway.port, published.manifest.name, full_duplex, answers))
     assert not broken, f"{len(broken)} of {answers}, such as {broken[0]!r}"
 

@@ -21,7 +21,7 @@ PROMPTS: Final = [tokens_of(seed, 4 + 3 * seed) for seed in range(16)]
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "q4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "q4", "bfloat16/int8"])
 def test_answers_that_are_replayed_do_not_differ(dtype: str, temperature: float) -> None:
     whole = answers(dtype, temperature, PROMPTS, NEW_TOKENS, chunk=256, at_once=1)
     begun = [prompt + tokens[:BROKEN_AT] for prompt, tokens in zip(PROMPTS, whole, strict=True)]

@@ -158,31 +158,6 @@ def any_chunks(dice: random.Random, tokens: int) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
-def test_answers_that_are_replayed_at_token_32_of_96_do_not_differ(dtype: str) -> None:
-    """What was a prompt and steps comes again in chunks of 16, on fresh stages, and goes on."""
-    prompts = [tokens_of(seed, 4 + 3 * seed) for seed in range(16)]
-    whole = [answer(native_groups("llama", dtype), prompt, 96) for prompt in prompts]
-    for prompt, tokens in zip(prompts, whole, strict=True):
-        replayed = answer(native_groups("llama", dtype), prompt + tokens[:32], 64, chunk=16)
-        assert tokens[:32] + replayed == tokens
-
-
-def answer(groups: Sequence[LayerGroup], text: list[int], new_tokens: int, chunk: int | None = None) -> list[int]:
-    """Drawn from the best 8 by a generator of the position, so that the smallest change of a logit may show."""
-    chain = GroupChain(groups)
-    chain.reserve("a", tokens=len(text) + new_tokens)
-    chunk = chunk or len(text)
-    logits = [chain.logits({"a": (at, text[at : at + chunk])})["a"] for at in range(0, len(text), chunk)][-1]
-    tokens: list[int] = []
-    for position in range(len(text), len(text) + new_tokens):
-        best, ids = logits[-1].topk(8)
-        drawn = torch.multinomial(best.softmax(0), 1, generator=torch.Generator().manual_seed(position))
-        tokens.append(int(ids[drawn]))
-        logits = chain.logits({"a": (position, tokens[-1:])})["a"]
-    return tokens
-
-
-@pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_a_sequence_that_was_cut_back_gets_the_same_bits(dtype: str) -> None:
     """Whatever was held behind the position, be it not finite."""
     group = first_layers("mistral_sliding", dtype)
