@@ -1,7 +1,7 @@
 """All levels of this CPU compute the same except for the order of sums. All compilers give the same bits."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 from unittest.mock import patch
@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from functions.stage.native.compiler import FLAGS, Compiler
+from functions.stage.native.compiler import SOURCE
 from functions.stage.native.library import Library, library
 from tests.support.functions.group_chain import logits_by_plan, tokens_of
 from tests.support.functions.native_models import error, exact_groups, native_groups, torch_groups
@@ -63,10 +63,8 @@ def test_a_sequences_bits_do_not_depend_on_chunks_on_any_level(level: str) -> No
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to compare with")
-def test_another_compiler_makes_the_same_bits(tmp_path: Path) -> None:
-    file = tmp_path / "by-gcc.so"
-    Compiler(("gcc", "-Wno-psabi"), "").compile(file, (*FLAGS, "-O1"))
-    other = Library(str(file))
+def test_another_compiler_makes_the_same_bits(compiled: Callable[..., Path]) -> None:
+    other = Library(str(compiled(("gcc", "-Wno-psabi"), sorted(SOURCE.glob("*.c")), ("-O1", "-shared"))))
     for level in library().levels:
         library().use_level(level)
         other.use_level(level)

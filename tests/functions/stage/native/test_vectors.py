@@ -5,14 +5,13 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from functions.stage.native.compiler import FLAGS, SOURCE
+from functions.stage.native.compiler import SOURCE
 from functions.stage.native.library import library
 
 HERE: Final = Path(__file__).parent
@@ -26,13 +25,6 @@ LEVELS: Final = {  # level → header, CPU features, further flags
     "neon_dotprod": ("vectors_neon.h", "arch=armv8.2-a+dotprod", ARM),
     "neon_i8mm": ("vectors_neon.h", "arch=armv8.2-a+dotprod+i8mm", ("-DWITH_I8MM", *ARM)),
 }
-
-
-def compiled(file: Path, sources: Iterable[Path], flags: Iterable[str]) -> Path:
-    command = [*ZIG, *FLAGS, "-O1", "-I", str(SOURCE), *map(str, sources), *flags, "-o", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return file
 
 
 def lines_of(*command: str | Path) -> list[str]:
@@ -51,20 +43,13 @@ def emulated(level: str) -> list[str]:
     return [emulator] if emulator else []
 
 
-@cache
-def portable(folder: Path) -> list[str]:
-    return lines_of(compiled(folder / "portable", [HERE / "vectors.c"], ['-DVECTORS="vectors_portable.h"']))
-
-
 @pytest.mark.parametrize("level", LEVELS)
-def test_functions_of_vectors_make_what_the_portable_ones_make(
-    level: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_functions_of_vectors_make_what_the_portable_ones_make(level: str, compiled: Callable[..., Path]) -> None:
     header, features, flags = LEVELS[level]
     command = emulated(level)
     defines = (f'-DVECTORS="{header}"', f'-DTARGET="{features}"')
-    found = lines_of(*command, compiled(tmp_path / level, [HERE / "vectors.c"], [*defines, *flags]))
-    wanted = portable(tmp_path_factory.getbasetemp())
+    found = lines_of(*command, compiled(ZIG, [HERE / "vectors.c"], ("-O1", *defines, *flags)))
+    wanted = lines_of(compiled(ZIG, [HERE / "vectors.c"], ("-O1", '-DVECTORS="vectors_portable.h"')))
     assert len(found) == len(wanted) == 50 * 36
     for line, other in zip(found, wanted, strict=True):
         name, *lanes = line.split()
@@ -77,10 +62,10 @@ def test_functions_of_vectors_make_what_the_portable_ones_make(
 
 @pytest.mark.skipif("LAMINA_FUZZ_ROUNDS" not in os.environ, reason="make sanitize runs it: compiling for ARM takes a minute")
 @pytest.mark.timeout(600)
-def test_passes_on_an_emulated_arm_cpu_make_what_portable_ones_make(tmp_path: Path) -> None:
+def test_passes_on_an_emulated_arm_cpu_make_what_portable_ones_make(compiled: Callable[..., Path]) -> None:
     """Random groups of layers of every kind, and products; see border_fuzz.c. The whole library runs, and chooses its level."""
     command = emulated("neon_dotprod")
-    file = compiled(tmp_path / "arm", [HERE / "border_fuzz.c", *sorted(SOURCE.glob("*.c"))], ARM)
+    file = compiled(ZIG, [HERE / "border_fuzz.c", *sorted(SOURCE.glob("*.c"))], ("-O1", *ARM))
     wanted = lines_of(*command, file, "1", "400", "0")
     assert wanted[-1].startswith("382 accepted"), wanted[-1]
     for level in ("1", "2"):
