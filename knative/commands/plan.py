@@ -184,8 +184,9 @@ def _objective_text(spec: PipelineSpec) -> str:
     assert given is not None
     return (
         f"{given.share:g} of answers with the first token in {given.first_token_seconds:g} s and {given.token_seconds:g} s a "
-        f"token; so a target of {_scale(scaling)[1]}, a window of {scaling.window_seconds:g} s, container_concurrency "
-        f"{scaling.container_concurrency}, micro-batches of "
+        f"token; so a target of {_scale(scaling)[1]}, a window of {scaling.window_seconds:g} s, a scale-down delay of "
+        f"{scaling.scale_down_delay_seconds:g} s, at most {spec.stage.timeout_seconds} s for a pod that leaves, "
+        f"container_concurrency {scaling.container_concurrency}, micro-batches of "
         f"{spec.gateway.micro_batch_sequences or SchedulerLimits().micro_batch_sequences}"
     )
 
