@@ -17,6 +17,7 @@ from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
 from storage.checkpoints.decoder import Decoder, Layer, all_shapes, layer_shapes
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
+from storage.checkpoints.families import EMBEDDINGS_PASSED_ON
 from storage.checkpoints.model_description import describe_model
 from storage.checkpoints.recurrent_layers import LayerSizes, described_sizes, layer_sizes
 from storage.checkpoints.safetensors_format import tensor_bytes
@@ -39,7 +40,7 @@ _TIED: Final = frozenset({"gpt2", "opt", "bloom", "falcon", "gemma", "gemma2", "
 _LAYER_KEY: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 _EMBEDDING_KEY: Final = re.compile(
     r"(?:embed_tokens|wte|wpe|word_embeddings|embed_positions|embed_in|embeddings|embed_tokens_per_layer"
-    r"|per_layer_model_projection|per_layer_projection_norm)\b"
+    r"|per_layer_model_projection|per_layer_projection_norm|altup_projections)\b"
 )
 
 
@@ -50,6 +51,7 @@ class ModelShape:
     name: str
     dtype: str
     hidden_size: int
+    row_size: int  # numbers of a token between layers
     layer_bytes: tuple[int, ...]
     embedding_bytes: int
     head_bytes: int  # norm and head as the last stage reads them; includes the embedding if the two are tied
@@ -246,6 +248,9 @@ class _Decoder:
             self.model = decoder_of(self.config)
         except UnsupportedConfig as error:
             self.slow_because = str(error)
+        self.row_size = self.hidden * (2 if self.config.get("model_type") in EMBEDDINGS_PASSED_ON else 1)
+        if self.model is not None:
+            self.row_size = self.model.row_size
         self.reads_embedding_last = self.tied or (self.model is not None and self.model.layer_input is not None)
         self.latent = self.optional("kv_lora_rank")
         if self.latent is not None:  # KV is one latent of a token, with the part of a key that is rotated
@@ -318,6 +323,7 @@ def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, hea
         name=decoder.name,
         dtype=dtype,
         hidden_size=decoder.hidden,
+        row_size=decoder.row_size,
         layer_bytes=tuple(int(count * _LAYER_BYTES[dtype]) for count in layers),
         embedding_bytes=int(embedding * _OUTER_BYTES[dtype]),
         head_bytes=int(head * _OUTER_BYTES[dtype]),

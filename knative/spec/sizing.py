@@ -66,7 +66,7 @@ def plan_stages(
             f"the cut {format_cut(cut)} does not have each of {shape.name}'s {shape.num_layers} layers once, in order"
         )
     total_compute = sum(shape.layer_compute) + shape.head_compute
-    hop_bytes = row_bytes("I8", shape.hidden_size) if wire_dtype == "int8" else shape.hidden_size * shape.value_bytes
+    hop_bytes = row_bytes("I8", shape.row_size) if wire_dtype == "int8" else shape.row_size * shape.value_bytes
     plans = []
     for first, _ in cut:
         if first in shape.joined:

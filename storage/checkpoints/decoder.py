@@ -123,6 +123,9 @@ class FeedForward(_Data, frozen=True, kw_only=True):
     activation: Activation = "silu"
     # Numbers of swiglu, (up + 1) * gate * sigmoid(alpha * gate): alpha, and the limit to which gate and up are clamped.
     swiglu: tuple[float, float] | None = None
+    # Share of the gate's numbers that become 0 if they are normally distributed: their mean plus quantile(sparsity) times their
+    # deviation is subtracted from them, and what is negative then becomes 0, before the activation.
+    sparsity: float = 0.0
     gated: bool = True
     biased: bool = False
     gate_scale: float = 1.0  # of what goes into the activation
@@ -178,6 +181,25 @@ class LayerInput(_Data, frozen=True, kw_only=True):
 
     size: int
     norm: Norm
+    vocab_size: int | None = None  # rows of the second embedding, of which later tokens have the first; None: the model's
+
+
+class Streams(_Data, frozen=True, kw_only=True):
+    """Several streams of hidden states (alternating updates, https://arxiv.org/abs/2301.13310). Layers compute with the first.
+
+    The embedding e makes the others: W e for each, scaled to the root mean square of e. A layer first adds sums of all streams
+    to each, with coefficients A tanh(R norm(x)) for the first stream x. The layer's output y changes x by y - x, and each
+    stream by as much times 1 + C tanh(R norm(y)). Its `LayerInput` is for the first stream, times a learned vector if
+    `scaled`, and added to the others. After the layers come matrices and scales as before them, and the mean of all streams.
+
+    Beside attention, a layer has a path of low rank (Laurel) from its normalized hidden states h: h + norm(B A h) is added, and
+    the sum divided by the root of 2.
+    """
+
+    count: int
+    norm: Norm
+    rank: int  # of Laurel
+    scaled: bool
 
 
 class Layer(_Data, frozen=True, kw_only=True):
@@ -260,6 +282,16 @@ class TensorNames(_Data, frozen=True, kw_only=True):
     input_gate: str = "per_layer_input_gate"
     input_out: str = "per_layer_projection"
     after_input: str = "post_per_layer_input_norm"
+    split: str = "model.altup_projections.{stream}"  # of `Streams`: W, for each stream but the first
+    join: str = "model.altup_unembed_projections.{stream}"
+    stream_router: str = "altup.modality_router"  # R
+    stream_norm: str = "altup.router_norm"
+    predict: str = "altup.prediction_coefs"  # A
+    correct: str = "altup.correction_coefs"  # C
+    stream_scale: str = "altup.correct_output_scale"
+    narrow_beside: str = "laurel.linear_left"
+    widen_beside: str = "laurel.linear_right"
+    after_beside: str = "laurel.post_laurel_norm"
     before_attention: str = "input_layernorm"
     after_attention: str = ""
     before_feed_forward: str = "post_attention_layernorm"
@@ -286,6 +318,7 @@ class Decoder(_Data, frozen=True, kw_only=True):
     ropes: dict[str, Rotation]
     final_norm: Norm
     layer_input: LayerInput | None = None
+    streams: Streams | None = None  # layers with them have attention, a feed-forward and a `layer_input`
     embedding_scale: float = 1.0
     position_offset: int | None = None  # row of position 0 in the learned position embeddings; None: there are none
     logit_scale: float = 1.0
@@ -309,6 +342,11 @@ class Decoder(_Data, frozen=True, kw_only=True):
     def inner_size(self) -> int:
         """The largest of a feed-forward that is no expert; 1 if all are."""
         return max([1, *(layer.feed_forward.inner_size for layer in self.kinds if layer.feed_forward is not None)])
+
+    @property
+    def row_size(self) -> int:
+        """Numbers of a token between layers."""
+        return self.hidden_size * (1 if self.streams is None else self.streams.count)
 
     @property
     def experts(self) -> tuple[Experts, ...]:
@@ -420,6 +458,15 @@ def layer_shapes(model: Decoder, layer: Layer) -> Shapes:
         add_matrix(names.input_gate, layer_input.size, hidden, biased=False)
         add_matrix(names.input_out, hidden, layer_input.size, biased=False)
         shapes |= _vector_shapes(names.after_input, hidden, layer_input.norm.biased)
+    if (streams := model.streams) is not None:
+        add_matrix(names.stream_router, streams.count, hidden, biased=False)
+        add_matrix(names.predict, streams.count**2, streams.count, biased=False)
+        add_matrix(names.correct, streams.count, streams.count, biased=False)
+        add_matrix(names.narrow_beside, streams.rank, hidden, biased=False)
+        add_matrix(names.widen_beside, hidden, streams.rank, biased=False)
+        for name in (names.stream_norm, names.after_beside):
+            shapes |= _vector_shapes(name, hidden, streams.norm.biased)
+        shapes[names.stream_scale] = (hidden,)
     if layer.output_scale:
         shapes[names.output_scale] = (1,)
     if names.transposed:
@@ -488,9 +535,12 @@ def outer_shapes(model: Decoder) -> Shapes:
         shapes[f"{names.head}.bias"] = (model.vocab_size,)
     if (layer_input := model.layer_input) is not None:
         of_layers = model.num_layers * layer_input.size
-        shapes[f"{names.layer_embedding}.weight"] = (model.vocab_size, of_layers)
+        shapes[f"{names.layer_embedding}.weight"] = (layer_input.vocab_size or model.vocab_size, of_layers)
         shapes[f"{names.layer_projection}.weight"] = (of_layers, model.hidden_size)
         shapes |= _vector_shapes(names.layer_projection_norm, layer_input.size, layer_input.norm.biased)
+    for stream in range(0 if model.streams is None else model.streams.count - 1):
+        square = (model.hidden_size, model.hidden_size)
+        shapes |= {f"{name.format(stream=stream)}.weight": square for name in (names.split, names.join)}
     return shapes | _vector_shapes(names.final_norm, model.hidden_size, model.final_norm.biased)
 
 

@@ -25,6 +25,7 @@ from storage.checkpoints.decoder import (
     QKNorm,
     Rotation,
     Router,
+    Streams,
 )
 from storage.checkpoints.decoder_families import (
     DECODER_FAMILIES,
@@ -163,8 +164,14 @@ def _described(family: DecoderFamily, values: Values) -> Decoder:
         order=tuple(map(kinds.index, layers)),
         ropes=_ropes(family, values, {kind: _rotated_size(layers, head_dim, kind) for kind in ("all", "windows")}),
         final_norm=norm,
-        layer_input=LayerInput(size=values.size(family.layer_input), norm=norm)
-        if family.layer_input is not None and values.get(family.layer_input)
+        layer_input=_layer_input(family, values, norm),
+        streams=Streams(
+            count=values.size("altup_num_inputs"),
+            norm=norm,
+            rank=values.size("laurel_rank"),
+            scaled=values.flag("altup_correct_scale"),
+        )
+        if family.streams
         else None,
         embedding_scale=family.embedding_scale(values),
         position_offset=family.position_offset,
@@ -175,6 +182,13 @@ def _described(family: DecoderFamily, values: Values) -> Decoder:
         has_head=has_head,
         names=names,
     )
+
+
+def _layer_input(family: DecoderFamily, values: Values, norm: Norm) -> LayerInput | None:
+    if family.layer_input is None or not values.get(family.layer_input):
+        return None
+    own, rows = values.size("vocab_size"), values.size("vocab_size_per_layer_input")
+    return LayerInput(size=values.size(family.layer_input), norm=norm, vocab_size=None if rows == own else rows)
 
 
 def _rotated_size(layers: list[Layer], head_dim: int, rope: str) -> int:
@@ -205,25 +219,31 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
     if values.flag(family.qk_norm):
         of_heads = msgspec.structs.replace(norm, biased=family.qk_norm_bias)
         qk_norm = QKNorm(norm=of_heads, over=family.qk_norm_over, after_rope=family.qk_norm_after_rope)
-    dense = None
+    dense: list[FeedForward] | list[None] = [None] * num_layers
     activation = _activation(family, values)
     sparse, experts, shared = _experts(family, values, activation)
     gate_scale, out_scale = family.mlp_scales(values)
     if not all(sparse) or (experts is not None and experts.own_norms):
-        dense = FeedForward(
-            inner_size=family.inner_size(values),
-            activation=activation,
-            gated=family.gated,
-            biased=values.flag(family.mlp_bias),
-            gate_scale=gate_scale,
-            out_scale=out_scale,
-        )
+        sizes, shares = family.inner_size(values), family.sparsity(values) or (0.0,) * num_layers
+        dense = [
+            FeedForward(
+                inner_size=size,
+                activation=activation,
+                sparsity=share,
+                gated=family.gated,
+                biased=values.flag(family.mlp_bias),
+                gate_scale=gate_scale,
+                out_scale=out_scale,
+            )
+            for size, share in zip([sizes] * num_layers if isinstance(sizes, int) else sizes, shares, strict=False)
+        ]
     windows, unrotated = tuple(family.windows(values)), tuple(family.unrotated(values))
     if values.flag(family.bidirectional):  # the config counts both sides
         windows = tuple(window and window // 2 + 1 for window in windows)
     parts = tuple(family.parts(values))
-    if {len(windows), len(unrotated), len(sparse), len(parts)} != {num_layers}:
+    if {len(windows), len(unrotated), len(sparse), len(parts), len(dense)} != {num_layers}:
         values.obstacles.append("layer lists of another length than the model")
+        dense = [None] * num_layers
         windows, unrotated, sparse = (None,) * num_layers, (False,) * num_layers, (experts is not None,) * num_layers
         parts = parts[:1] * num_layers
     recurrent = None if family.recurrent is None else family.recurrent(values)
@@ -234,9 +254,9 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
     def of_layer(layer: int) -> FeedForward | None:
         if sparse[layer] and (experts is None or not experts.own_norms):
             return shared
-        return msgspec.structs.replace(dense, inner_size=2 * dense.inner_size) if dense and layer in wider else dense
+        return dense[layer]
 
-    kv_layers, are_keys, wider = family.kv_layers(values), family.values_are_keys(values), family.wider(values)
+    kv_layers, are_keys = family.kv_layers(values), family.values_are_keys(values)
     return [
         Layer(
             attention=Attention(

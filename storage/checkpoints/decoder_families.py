@@ -95,13 +95,14 @@ class DecoderFamily:
     out_bias: bool | str = False
     mlp_bias: bool | str = False
     gated: bool = True
-    inner_size: Callable[["Values"], int] = lambda values: values.size("intermediate_size")
-    wider: Callable[["Values"], Collection[int]] = lambda _: ()  # layers whose inner size is twice that
+    inner_size: Callable[["Values"], int | Sequence[int]] = lambda values: values.size("intermediate_size")  # or of each layer
+    sparsity: Callable[["Values"], Sequence[float]] = lambda _: ()  # of each layer; empty: none has any
     heads: Callable[["Values"], Sequence[tuple[int, int]]] | None = None  # how many KV heads a layer has, and of which size
     values_are_keys: Callable[["Values"], Collection[int]] = lambda _: ()  # layers whose values are keys before norm and rope
     value_norm: bool = False
     kv_layers: Callable[["Values"], Mapping[int, int]] = lambda _: {}  # whose keys and values a layer reads, if not its own
     layer_input: str | None = None  # key of its size
+    streams: bool = False
     output_scale: bool = False
     scale: Callable[["Values", int, int], float] = lambda _, head_dim, layer: head_dim**-0.5  # of scores
     attention_soft_cap: str | None = None
@@ -633,16 +634,47 @@ _LFM2_NAMES: Final = TensorNames(
     recurrent="conv",
     recurrent_kernel="conv",
 )
+_NAMES_OF_MAMBA_2: Final = TensorNames(
+    base="backbone",
+    layers="backbone.layers",
+    embedding="backbone.embeddings",
+    final_norm="backbone.norm_f",
+    before_attention="norm",
+    recurrent="mixer",
+)
+_LFM2: Final[dict[str, Any]] = {
+    "max_position_embeddings": 128_000,
+    "num_key_value_heads": 8,
+    "norm_eps": 1e-5,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": True,
+    "conv_L_cache": 3,
+}
+_LIKE_LFM2: Final[dict[str, Any]] = {
+    "eps": "norm_eps",
+    "qk_norm": True,
+    "parts": _parts_of_lfm2,
+    "recurrent": _short_convolution,
+    "only": lambda values: {"tie_embedding": values.flag("tie_word_embeddings")},
+}
 
+_GEMMA_3N_LAYERS: Final = 35
 _GEMMA_4_LAYERS: Final = 30
 
 
+def _with_layer_types(config: Mapping[str, Any], default_layers: int, pattern: int) -> Mapping[str, Any]:
+    """With a type for each layer: every so many, one has no window."""
+    count: Any = config.get("num_hidden_layers", default_layers)
+    if config.get("layer_types") is not None or type(count) is not int:
+        return config
+    types = ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(min(count, 10_000))]
+    return {**config, "layer_types": types}
+
+
 def _gemma_4_completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """With a type for each layer. The last one attends to all tokens whatever the config says."""
-    count = config.get("num_hidden_layers", _GEMMA_4_LAYERS)
+    """The last layer attends to all tokens whatever the config says."""
+    config = _with_layer_types(config, _GEMMA_4_LAYERS, pattern=6)
     types: Any = config.get("layer_types")
-    if types is None and type(count) is int:
-        types = ["sliding_attention" if (layer + 1) % 6 else "full_attention" for layer in range(min(count, 10_000))]
     return {**config, "layer_types": [*types[:-1], "full_attention"] if types else types}
 
 
@@ -668,7 +700,7 @@ def _heads_of_gemma_4(values: Values) -> list[tuple[int, int]]:
     return [(max(1, fields.get("num_key_value_heads", kv_heads)), max(1, fields.get("head_dim", size))) for fields in found]
 
 
-def _kv_layers_of_gemma_4(values: Values) -> dict[int, int]:
+def _shared_kv_layers(values: Values) -> dict[int, int]:
     """The last layers read the keys and values of the last one of their type before them."""
     types, count = values.get("layer_types"), values.size("num_hidden_layers")
     first = count - (values.get("num_kv_shared_layers") or 0)
@@ -678,12 +710,51 @@ def _kv_layers_of_gemma_4(values: Values) -> dict[int, int]:
     return {layer: owners[types[layer]] for layer in range(max(0, first), len(types)) if types[layer] in owners}
 
 
+def _inner_sizes_of_gemma_4(values: Values) -> list[int]:
+    wider = _shared_kv_layers(values) if values.flag("use_double_wide_mlp") else ()
+    size = values.size("intermediate_size")
+    return [2 * size if layer in wider else size for layer in range(values.size("num_hidden_layers"))]
+
+
+def _inner_sizes_of_gemma_3n(values: Values) -> int | list[int]:
+    found = values.get("intermediate_size")
+    if not isinstance(found, list | tuple):
+        return values.size("intermediate_size")
+    if not all(type(size) is int and size > 0 for size in found):
+        raise ArchitectureUnsupported(f"config.json has intermediate_size = {str(found)[:64]}")
+    return [*found]
+
+
+def _sparsity_of_gemma_3n(values: Values) -> list[float]:
+    found, count = values.get("activation_sparsity_pattern"), values.size("num_hidden_layers")
+    if found is None:
+        found = [0.95 if count > 10 and layer < 10 else 0.0 for layer in range(count)]
+    if not isinstance(found, list | tuple) or not all(is_number(share) and 0 <= share < 1 for share in found):
+        raise ArchitectureUnsupported(f"config.json has activation_sparsity_pattern = {str(found)[:64]}")
+    return [float(share) for share in found]
+
+
 def _only_of_gemma_4(values: Values) -> Mapping[str, Any]:
     values.get("vocab_size_per_layer_input")
     has_input = values.get("hidden_size_per_layer_input")
     found = {"vocab_size_per_layer_input": values.get("vocab_size")} if has_input else {}
     return {"use_bidirectional_attention": "vision", **found}  # tokens of images alone attend to later ones
 
+
+_LIKE_GEMMA_4: Final[Mapping[str, Any]] = {
+    "keys": {"hidden_act": "hidden_activation"},
+    "norms": EVERYWHERE,
+    "qk_norm": True,
+    "value_norm": True,
+    "scale": lambda *_: 1.0,
+    "embedding_scale": _root_of_size,
+    "logit_soft_cap": "final_logit_softcapping",
+    "windows": lambda values: _windows(values, lambda _: False),
+    "rope_by_kind": True,
+    "kv_layers": _shared_kv_layers,
+    "layer_input": "hidden_size_per_layer_input",
+    **LLAMA_BIASES,
+}
 
 DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
     "llama": DecoderFamily(
@@ -884,26 +955,15 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
                 "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
             },
         },
-        keys={"hidden_act": "hidden_activation"},
         names=msgspec.structs.replace(
             _FOUR_NORMS,
             router="router.proj",
             experts=("experts.{expert}.gate_proj", "experts.{expert}.up_proj", "experts.{expert}.down_proj"),
         ),
-        norms=EVERYWHERE,
-        qk_norm=True,
-        value_norm=True,
-        scale=lambda *_: 1.0,
-        embedding_scale=_root_of_size,
-        logit_soft_cap="final_logit_softcapping",
         completed=_gemma_4_completed,
-        windows=lambda values: _windows(values, lambda _: False),
-        rope_by_kind=True,
         heads=_heads_of_gemma_4,
-        kv_layers=_kv_layers_of_gemma_4,
         values_are_keys=lambda values: _full_layers_of_gemma_4(values) if values.flag("attention_k_eq_v") else (),
-        wider=lambda values: _kv_layers_of_gemma_4(values) if values.flag("use_double_wide_mlp") else (),
-        layer_input="hidden_size_per_layer_input",
+        inner_size=_inner_sizes_of_gemma_4,
         output_scale=True,
         only=_only_of_gemma_4,
         experts=ExpertsFamily(
@@ -913,7 +973,36 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
             layers=lambda values: (values.flag("enable_moe_block"),) * values.size("num_hidden_layers"),
         ),
         merged_experts=MergedExperts("experts.gate_up_proj", "experts.down_proj"),
-        **LLAMA_BIASES,
+        **_LIKE_GEMMA_4,
+    ),
+    "gemma3n_text": DecoderFamily(
+        source="gemma3n.modeling_gemma3n:Gemma3nTextDecoderLayer",
+        defaults=_GEMMA
+        | {
+            "num_hidden_layers": _GEMMA_3N_LAYERS,
+            "num_key_value_heads": 2,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "max_position_embeddings": 32_768,
+            "sliding_window": 512,
+            "final_logit_softcapping": 30.0,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "vocab_size": 262_400,
+            "vocab_size_per_layer_input": 262_144,
+            "hidden_size_per_layer_input": 256,
+            "num_kv_shared_layers": 15,
+            "laurel_rank": 64,
+            "altup_num_inputs": 4,
+            "altup_correct_scale": True,
+        },
+        names=_FOUR_NORMS,
+        completed=lambda config: _with_layer_types(config, _GEMMA_3N_LAYERS, pattern=5),
+        inner_size=_inner_sizes_of_gemma_3n,
+        sparsity=_sparsity_of_gemma_3n,
+        streams=True,
+        only=lambda _: {"altup_active_idx": 0},
+        unread=frozenset(("altup_coef_clip",)),  # which limits coefficients in training
+        **_LIKE_GEMMA_4,
     ),
     "phi3": DecoderFamily(
         source="phi3.modeling_phi3:Phi3DecoderLayer",
@@ -1563,23 +1652,8 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
     ),
     "lfm2": DecoderFamily(
         source="lfm2.modeling_lfm2:Lfm2DecoderLayer",
-        defaults={
-            "max_position_embeddings": 128_000,
-            "num_key_value_heads": 8,
-            "norm_eps": 1e-5,
-            "rope_theta": 1_000_000.0,
-            "tie_word_embeddings": True,
-            "conv_L_cache": 3,
-            "block_multiple_of": 256,
-            "block_ffn_dim_multiplier": 1.0,
-            "block_auto_adjust_ff_dim": True,
-        },
+        defaults=_LFM2 | {"block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": True},
         names=_LFM2_NAMES,
-        eps="norm_eps",
-        qk_norm=True,
-        parts=_parts_of_lfm2,
-        recurrent=_short_convolution,
-        only=lambda values: {"tie_embedding": values.flag("tie_word_embeddings")},
         inner_size=_inner_of_lfm2,
         unread=frozenset(
             (
@@ -1597,6 +1671,7 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
                 "use_pos_enc",
             )
         ),
+        **_LIKE_LFM2,
     ),
     "phimoe": DecoderFamily(
         source="phimoe.modeling_phimoe:PhimoeDecoderLayer",
@@ -1666,13 +1741,8 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
     ),
     "lfm2_moe": DecoderFamily(
         source="lfm2_moe.modeling_lfm2_moe:Lfm2MoeDecoderLayer",
-        defaults={
-            "max_position_embeddings": 128_000,
-            "num_key_value_heads": 8,
-            "norm_eps": 1e-5,
-            "rope_theta": 1_000_000.0,
-            "tie_word_embeddings": True,
-            "conv_L_cache": 3,
+        defaults=_LFM2
+        | {
             "moe_intermediate_size": 1792,
             "num_dense_layers": 2,
             "num_experts_per_tok": 4,
@@ -1687,10 +1757,6 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
             correction="feed_forward.expert_bias",
             experts=tuple(f"feed_forward.experts.{{expert}}.w{number}" for number in (1, 3, 2)),
         ),
-        eps="norm_eps",
-        qk_norm=True,
-        parts=_parts_of_lfm2,
-        recurrent=_short_convolution,
         experts=ExpertsFamily(
             scores="sigmoid",
             correction="use_expert_bias",
@@ -1701,7 +1767,7 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
                 layer >= values.get("num_dense_layers") for layer in range(values.size("num_hidden_layers"))
             ),
         ),
-        only=lambda values: {"tie_embedding": values.flag("tie_word_embeddings")},
+        **_LIKE_LFM2,
     ),
     "mamba2": DecoderFamily(
         source="mamba2.modeling_mamba2:Mamba2Block",
@@ -1726,14 +1792,7 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
             "mamba_d_state": "state_size",
             **_MAMBA_2_WITHOUT_PREFIX,
         },
-        names=TensorNames(
-            base="backbone",
-            layers="backbone.layers",
-            embedding="backbone.embeddings",
-            final_norm="backbone.norm_f",
-            before_attention="norm",
-            recurrent="mixer",
-        ),
+        names=_NAMES_OF_MAMBA_2,
         norms=frozenset(("before_attention",)),
         parts=lambda values: (("recurrent",),) * values.size("num_hidden_layers"),
         recurrent=_mamba_2,
@@ -1851,11 +1910,8 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
             "mamba_d_state": "ssm_state_size",
             **_MAMBA_2_WITHOUT_PREFIX,
         },
-        names=TensorNames(
-            base="backbone",
-            layers="backbone.layers",
-            embedding="backbone.embeddings",
-            final_norm="backbone.norm_f",
+        names=msgspec.structs.replace(
+            _NAMES_OF_MAMBA_2,
             qkv=("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"),
             out="mixer.o_proj",
             up="mixer.up_proj",
@@ -1866,9 +1922,7 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
             shared=("", "mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj"),
             narrow="mixer.fc1_latent_proj",
             widen="mixer.fc2_latent_proj",
-            before_attention="norm",
             before_feed_forward="norm",
-            recurrent="mixer",
         ),
         mlp_bias="mlp_bias",
         gated=False,

@@ -11,14 +11,15 @@ from typing import Any, Final, Literal, TypeVar
 from storage.errors import ArchitectureUnsupported
 
 EMBEDDING_MODULES: Final = frozenset({
-    "embed_in", "embed_positions", "embed_tokens", "embed_tokens_per_layer", "embeddings", "emb_norm",
+    "altup_projections", "embed_in", "embed_positions", "embed_tokens", "embed_tokens_per_layer", "embeddings", "emb_norm",
     "per_layer_model_projection", "per_layer_projection_norm", "positions_embed", "project_in", "tokens_embed", "w",
     "word_embeddings", "word_embeddings_layernorm", "wpe", "wte",
 })  # fmt: skip
 """Modules before the layers, which the first stage runs."""
 HEAD_MODULES: Final = frozenset({
-    "decoder", "embed_out", "embedding_norm", "final_layer_norm", "final_layernorm", "final_norm", "head", "layer_norm",
-    "layernorm", "lm_head", "ln_f", "ln_out", "norm", "norm_f", "out_norm", "output_projection", "project_out",
+    "altup_unembed_projections", "decoder", "embed_out", "embedding_norm", "final_layer_norm", "final_layernorm", "final_norm",
+    "head", "layer_norm", "layernorm", "lm_head", "ln_f", "ln_out", "norm", "norm_f", "out_norm", "output_projection",
+    "project_out",
 })  # fmt: skip
 """Modules after the layers, which the last stage runs."""
 
@@ -27,7 +28,6 @@ REFUSED: Final[Mapping[str, str]] = {
     "cpmant": "tokens of a prompt attend to later ones, so that its states depend on where the prompt ends",
     "deepseek_v4": "several residual streams pass between its layers, and its KV is compressed",
     "dory": "its layers run more than once for a token",
-    "gemma3n_text": "its layers take embeddings of their own, and later layers the KV of earlier ones",
     "hrm_text": "its layers run more than once for a token",
     "hy_v4": "several residual streams pass between its layers",
     "inkling2_loop_text": "its layers run more than once for a token",
@@ -46,6 +46,8 @@ NO_TEXT_DECODERS: Final = frozenset({
 
 Tokens of an XLM or XLNet attend to later tokens: both learned to fill in gaps. To generate they get a masked token at the end.
 """
+EMBEDDINGS_PASSED_ON: Final = frozenset({"zamba", "zamba2"})
+"""Families whose layers get hidden states, embeddings and the layer's number: stages pass on hidden states and embeddings."""
 RECURRENT_ONLY: Final = frozenset({"rwkv", "xlstm"})
 """Families without attention whose configs do not list the kinds of their layers."""
 

@@ -21,7 +21,7 @@ _LAYER_MATRICES: Final = (
     "in_proj_z", "in_proj_qkvz", "w1", "w2", "w3", "input_linear", "output_linear",
     "fc1_latent_proj", "fc2_latent_proj",
     "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "per_layer_input_gate", "per_layer_projection",
-    "per_layer_model_projection",
+    "per_layer_model_projection", "linear_left", "linear_right",
 )  # fmt: skip
 _MAX_HEAD_DIM: Final = 1024  # LAMINA_MOST_HEAD of functions/stage/native/c/native.h
 

@@ -33,6 +33,7 @@ from functions.stage.native.records import (
     ProductRecord,
     RecurrentKind,
     SegmentRecord,
+    StreamsRecord,
     memory_of,
     new_workspace,
 )
@@ -116,6 +117,15 @@ class RecurrentArrays:
     norm: NormArrays | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class StreamArrays:
+    """What a layer does with several streams of hidden states, by the names of Streams in `c/native.h`."""
+
+    matrices: Mapping[str, MatrixArrays]
+    norms: Mapping[str, NormArrays]
+    scale: Array  # float32 [hidden_size]
+
+
 @dataclass(slots=True)
 class LayerArrays:
     """The weights and numbers of one layer, by their names in `c/native.h`. What is not there is absent or 0."""
@@ -126,6 +136,7 @@ class LayerArrays:
     numbers: dict[str, float | tuple[float, ...]]
     recurrent: RecurrentArrays | None = None
     latent: LatentArrays | None = None
+    streams: StreamArrays | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +260,8 @@ class NativeLayers:
             setattr(layer, name, self._norm_record(norm))
         if arrays.latent is not None:
             layer.latent = self._latent(arrays.latent)
+        if arrays.streams is not None:
+            layer.streams = self._streams(arrays.streams)
         for name, number in arrays.numbers.items():
             setattr(layer, name, number)
         if (mixer := arrays.recurrent) is None:
@@ -299,6 +312,15 @@ class NativeLayers:
         self._kept.append(own)
         return MemoryRecord(ctypes.addressof(own), ctypes.sizeof(own))
 
+    def _streams(self, arrays: StreamArrays) -> MemoryRecord:
+        own = StreamsRecord(
+            scale=memory_of(arrays.scale),
+            **{name: matrix_record(matrix, self._kept) for name, matrix in arrays.matrices.items()},
+            **{name: self._norm_record(norm) for name, norm in arrays.norms.items()},
+        )
+        self._kept += [own, arrays.scale]
+        return MemoryRecord(ctypes.addressof(own), ctypes.sizeof(own))
+
     def _norm_record(self, norm: NormArrays) -> NormRecord:
         self._kept += [array for array in (norm.gain, norm.biases) if array is not None]
         return NormRecord(norm.kind, memory_of(norm.gain), memory_of(norm.biases))
@@ -322,7 +344,7 @@ class NativeLayers:
     def run(
         self, hidden: Array, rotations: Array, segments: Sequence[SegmentArrays], threads: int, inputs: Array | None = None
     ) -> None:
-        """Computes one pass. Overwrites hidden, float32 [n, hidden_size], with the layers' output. Raises NativeError.
+        """Computes one pass. Overwrites hidden, float32 [n, streams, hidden_size], with the layers' output. Raises NativeError.
 
         rotations: cosines and sines, float32 [rotations, n, head_dim / 2, 2]. threads: how many compute, this one included.
         inputs: of the layers besides hidden states, float32 [layers, n, input_size].

@@ -165,6 +165,19 @@ class LatentRecord(ctypes.Structure):
     )
 
 
+class StreamsRecord(ctypes.Structure):
+    _fields_ = (
+        ("router", MatrixRecord),
+        ("norm", NormRecord),
+        ("predict", MatrixRecord),
+        ("correct", MatrixRecord),
+        ("scale", MemoryRecord),
+        ("narrow", MatrixRecord),
+        ("widen", MatrixRecord),
+        ("after", NormRecord),
+    )
+
+
 class LayerRecord(ctypes.Structure):
     _fields_ = (
         ("before_attention", NormRecord),
@@ -184,8 +197,18 @@ class LayerRecord(ctypes.Structure):
         ("input_gate", MatrixRecord),
         ("input_out", MatrixRecord),
         ("after_input", NormRecord),
+        ("streams", MemoryRecord),
         *_numbers(
-            "qk_as_one", "qk_rotated", "gates", "activation", "parallel", "window", "ring", "query_rotation", "key_rotation"
+            "qk_as_one",
+            "qk_rotated",
+            "gates",
+            "activation",
+            "sparse",
+            "parallel",
+            "window",
+            "ring",
+            "query_rotation",
+            "key_rotation",
         ),
         ("score_scale", ctypes.c_double),
         ("score_cap", ctypes.c_double),
@@ -195,6 +218,7 @@ class LayerRecord(ctypes.Structure):
         ("output_scale", ctypes.c_double),
         ("swiglu", ctypes.c_double * 2),
         ("xielu", ctypes.c_double * 4),
+        ("cutoff", ctypes.c_double),
         *_numbers("kv_heads", "head_dim", "reads_kv", "kv_row", "kv_pages"),
         ("recurrent", RecurrentRecord),
     )
@@ -240,6 +264,7 @@ class GroupRecord(ctypes.Structure):
             "rotations",
             "kv_rows",
             "input_size",
+            "streams",
             "recurrent_inputs",
             "recurrent_outputs",
             "recurrent_heads",
@@ -321,6 +346,7 @@ RECORDS: Final[Sequence[type[ctypes.Structure]]] = (
     ExpertsRecord,
     BudgetRecord,
     LatentRecord,
+    StreamsRecord,
     LayerRecord,
     LowRankRecord,
     AdapterLayerRecord,

@@ -62,6 +62,7 @@ def test_no_other_cut_has_a_lighter_heaviest_group(
         name="drawn",
         dtype="bfloat16",
         hidden_size=8,
+        row_size=8,
         layer_bytes=tuple(size for size, _ in layers),
         embedding_bytes=embedding,
         head_bytes=head[0],

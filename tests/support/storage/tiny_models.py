@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.utils import logging
 
 from storage.checkpoints.checkpoint import SourceTensor
-from storage.checkpoints.families import with_shared_blocks
+from storage.checkpoints.families import part_of, with_shared_blocks
 from storage.floats import as_bytes
 from storage.models.expert_tensors import split_experts
 
@@ -394,24 +394,31 @@ _RECURRENT: Final[dict[str, dict[str, Any]]] = {
     ),
 }
 
-_GEMMA_4: Final = {
+_GEMMA: Final = {
     "head_dim": 16,
-    "global_head_dim": 24,
     "sliding_window": SLIDING_WINDOW,
     "tie_word_embeddings": True,
     "final_logit_softcapping": 4.0,
-    "vocab_size_per_layer_input": VOCAB_SIZE,
+}
+_GEMMA_4: Final = {**_GEMMA, "global_head_dim": 24, "vocab_size_per_layer_input": VOCAB_SIZE}
+_SHARING_KV: Final = {  # the last layer reads the keys and values of the one before it
+    "layer_types": [*_SLIDING_AND_FULL[:3], "sliding_attention", "full_attention", "full_attention"],
+    "num_kv_shared_layers": 1,
+    "hidden_size_per_layer_input": 8,
 }
 # Families that layers in C alone run.
 _NATIVE_ONLY: Final[dict[str, dict[str, Any]]] = {
-    "gemma4_text": _like_llama(  # the last layer reads the keys and values of the one before it
-        "gemma4_text",
-        layer_types=[*_SLIDING_AND_FULL[:3], "sliding_attention", "full_attention", "full_attention"],
-        num_kv_shared_layers=1,
-        use_double_wide_mlp=True,
-        hidden_size_per_layer_input=8,
-        **_GEMMA_4,
+    "gemma3n_text": _like_llama(
+        "gemma3n_text",
+        intermediate_size=[64, 64, 48, 64, 40, 64],
+        activation_sparsity_pattern=[0.9, 0.0, 0.3, 0.5, 0.0, 0.9],
+        vocab_size_per_layer_input=VOCAB_SIZE - 8,
+        laurel_rank=6,
+        altup_num_inputs=3,
+        **_SHARING_KV,
+        **_GEMMA,
     ),
+    "gemma4_text": _like_llama("gemma4_text", use_double_wide_mlp=True, **_SHARING_KV, **_GEMMA_4),
     "gemma4_text_experts": _like_llama(
         "gemma4_text",
         layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
@@ -538,8 +545,8 @@ def stage_tensors(
     is_end = first_layer == 0 or last_layer == num_layers or any("embed_tokens_per_layer" in name for name in tensors)
     chosen = {}
     for name, tensor in tensors.items():
-        layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
-        if (layer is None and is_end) or (layer is not None and first_layer <= layer < last_layer):
+        part = part_of(name)
+        if first_layer <= part < last_layer if isinstance(part, int) else is_end:
             chosen[name] = tensor
     return chosen
 

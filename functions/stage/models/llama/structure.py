@@ -48,14 +48,16 @@ def check_placed(
     head: bool,
     positions: bool = False,
     inputs: bool = False,
+    others: Iterable[str] = (),
 ) -> None:
     """Raises MissingTensors, naming them, if layers [first, last) do not have all weights that they need.
 
     layers: numbers of those whose weights are there. embedding, norm, head, positions, inputs (of layers, from token ids):
     whether they are there. Only the first group of a model needs the embeddings, only the last one norm and head.
+    others: names of tensors that are known to be missing.
     """
     names = model.names
-    missing = [f"{names.layers}.{layer}" for layer in range(first, last) if layer not in layers]
+    missing = [*others, *(f"{names.layers}.{layer}" for layer in range(first, last) if layer not in layers)]
     if first == 0 and not embedding:
         missing.append(f"{names.embedding}.weight")
     if first == 0 and model.position_offset is not None and not positions:
@@ -127,6 +129,7 @@ def torch_obstacle(model: Decoder) -> str | None:
         logit_soft_cap=None,
         head_bias=False,
         layer_input=None,
+        streams=None,
         causal=True,
         has_head=True,
         names=TensorNames(),

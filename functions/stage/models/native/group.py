@@ -24,6 +24,7 @@ from functions.stage.models.native.layer_inputs import LayerInputs
 from functions.stage.models.native.layer_weights import latent_sizes, row_heads, take_layer, take_norm
 from functions.stage.models.native.recurrent_weights import StatePlaces, inputs_of, take_recurrent
 from functions.stage.models.native.rotations import Rotations
+from functions.stage.models.native.streams import StreamMatrices
 from functions.stage.models.native.weights import NativeWeights, rows_of
 from functions.stage.models.packed_tensors import packing, shapes_of
 from functions.stage.native.layers import (
@@ -78,7 +79,7 @@ class NativeGroup:
         self.first_layer = first_layer
         self.last_layer = last_layer
         self.num_layers = model.num_layers
-        self.hidden_size = model.hidden_size
+        self.hidden_size = model.row_size
         self.vocab_size = model.vocab_size
         self.max_positions = model.max_positions
         self.hidden_dtype = HIDDEN_DTYPES[dtype]
@@ -114,7 +115,11 @@ class NativeGroup:
             GroupRecord(
                 num_layers=last_layer - first_layer,
                 hidden_size=model.hidden_size,
-                inner_size=max(model.inner_size, 0 if model.layer_input is None else model.layer_input.size),
+                inner_size=max(
+                    model.inner_size,
+                    0 if model.layer_input is None else model.layer_input.size,
+                    0 if model.streams is None else model.streams.rank,
+                ),
                 expert_size=max((experts.each.inner_size for experts in model.experts), default=0),
                 most_experts=max((experts.router.num_experts for experts in model.experts), default=0),
                 most_chosen=max((experts.router.chosen for experts in model.experts), default=0),
@@ -129,6 +134,7 @@ class NativeGroup:
                 rotations=len(self._rotations),
                 kv_rows=len(self.kv.windowed),
                 input_size=0 if model.layer_input is None else model.layer_input.size,
+                streams=0 if model.streams is None else model.streams.count,
                 recurrent_inputs=max((inputs_of(each, model.hidden_size) for each in recurrent), default=0),
                 recurrent_outputs=max((each.inner_size or model.hidden_size for each in recurrent), default=0),
                 recurrent_heads=max((each.num_heads for each in recurrent), default=0),
@@ -142,6 +148,9 @@ class NativeGroup:
         self.native_threads = self._layers.threads
         self._inputs = None if model.layer_input is None else LayerInputs(model, first_layer, last_layer)
         self.takes_token_ids = self._inputs is not None and first_layer > 0
+        self._streams: StreamMatrices | None = None
+        if model.streams is not None:
+            self._streams = StreamMatrices(model, is_first=first_layer == 0, is_last=self._is_last)
         self._placed: set[int] = set()
         self._weights_budget_bytes = weights_budget_bytes
         self._kept_bytes = 0  # of weights that stay in memory
@@ -199,6 +208,8 @@ class NativeGroup:
             self._embedding = others.matrix(names.embedding)
         if self._inputs is not None:
             self._inputs.place(others, self._layers)
+        if self._streams is not None:
+            self._streams.place(others, self._layers)
         if self.first_layer == 0 and f"{names.positions}.weight" in others:
             self._positions = others.vector(f"{names.positions}.weight")
         if self._is_last and f"{names.final_norm}.weight" in others:
@@ -223,6 +234,7 @@ class NativeGroup:
             norm=self._final_norm is not None,
             head=self._head is not None or not self._model.has_head,
             inputs=self._inputs is not None and self._inputs.is_placed and self._embedding is not None,
+            others=() if self._streams is None else self._streams.missing,
         )
         if self.first_layer > 0 and self._inputs is None:  # it was needed for the head alone
             self._embedding = None
@@ -273,6 +285,8 @@ class NativeGroup:
         else:
             hidden = np.ascontiguousarray(widened(inputs, self.hidden_dtype))
         of_layers = None if self._inputs is None else self._layer_inputs(self._inputs, inputs, hidden, segments)
+        if self._streams is not None and self.first_layer == 0:
+            hidden = self._streams.split(hidden, self.native_threads.count)
         states = {part.handle: self.kv.begin_pass(part.handle, part.length, part.draft_tokens) for part in segments}
         at_once = GOING_BACK if self.kv.need.windowed_units else len(inputs)  # more would overwrite rings
         for first in range(0, len(inputs), at_once):
@@ -289,6 +303,8 @@ class NativeGroup:
                 self.kv.extend(part.handle, part.length)
         for part in segments:
             self.kv.end_pass(part.handle, part.draft_tokens)
+        if self._streams is not None and self._is_last:
+            hidden = self._streams.join(hidden, self.native_threads.count)
         if self._final_norm is not None:
             hidden = self._final_norm(hidden, self._model.final_norm.eps)
         return narrowed(hidden, self.hidden_dtype)

@@ -47,6 +47,7 @@ class LayerInputs:
         shape = len(token_ids), self._num_layers, self._input.size
         projected = self._projection(embedded, threads) * np.float32(self._hidden_size**-0.5)
         inputs: Float32 = self._norm(projected.reshape(shape), self._input.norm.eps)
-        inputs += rows_of(self._embedding, token_ids)[:, self._columns].reshape(shape) * np.float32(self._input.size**0.5)
+        known = np.where(token_ids < self._embedding.shape[0], token_ids, 0)
+        inputs += rows_of(self._embedding, known)[:, self._columns].reshape(shape) * np.float32(self._input.size**0.5)
         inputs *= np.float32(2**-0.5)
         return np.ascontiguousarray(inputs.transpose(1, 0, 2))

@@ -1,16 +1,18 @@
 """Takes the weights of a layer out of a publication's tensors, as `c/native.h` wants them: by the layer's description."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from statistics import NormalDist
 from typing import Final
 
 import numpy as np
 
 from functions.stage.models.floats import Array, Float32
 from functions.stage.models.llama.rope import interleaved_rows
-from functions.stage.models.native.weights import NativeWeights, of_one_kind, stacked, transposed, with_rows
-from functions.stage.native.layers import LatentArrays, LayerArrays, MatrixArrays, NormArrays
-from functions.stage.native.records import Activation, NormKind
-from storage.checkpoints.decoder import Attention, Decoder, FeedForward, Layer, Norm, names_of_feed_forward
+from functions.stage.models.native.weights import NativeWeights, converted, of_one_kind, stacked, transposed, with_rows
+from functions.stage.native.layers import LatentArrays, LayerArrays, MatrixArrays, NormArrays, StreamArrays
+from functions.stage.native.records import Activation, Dtype, NormKind
+from storage.checkpoints.decoder import Attention, Decoder, FeedForward, Layer, Norm, Streams, names_of_feed_forward
 
 _NORMS: Final = {"rms": NormKind.RMS, "layer": NormKind.LAYER}
 
@@ -85,6 +87,8 @@ def take_layer(model: Decoder, layer: Layer, weights: NativeWeights) -> LayerArr
         matrices |= {"input_gate": weights.matrix(names.input_gate), "input_out": weights.matrix(names.input_out)}
         norms["after_input"] = take_norm(names.after_input, model.layer_input.norm, weights)
     if feed_forward is not None:
+        if feed_forward.sparsity > 0:
+            numbers |= {"sparse": 1, "cutoff": NormalDist().inv_cdf(feed_forward.sparsity)}
         matrices |= take_feed_forward(feed_forward, names_of_feed_forward(names, layer.experts), weights)
         if feed_forward.activation == "xielu":
             numbers["xielu"] = _xielu(names.activation, weights)
@@ -96,7 +100,24 @@ def take_layer(model: Decoder, layer: Layer, weights: NativeWeights) -> LayerArr
         }
         if one.swiglu is not None:
             numbers["swiglu"] = one.swiglu
-    return LayerArrays(matrices, norms, vectors, numbers, latent=latent)
+    streams = None if model.streams is None else _streams(model, model.streams, weights)
+    return LayerArrays(matrices, norms, vectors, numbers, latent=latent, streams=streams)
+
+
+def _streams(model: Decoder, streams: Streams, weights: NativeWeights) -> StreamArrays:
+    names = model.names
+    norm = take_norm(names.stream_norm, streams.norm, weights)
+    scale = weights.vector(names.stream_scale)
+    floats = {"router": names.stream_router, "predict": names.predict, "correct": names.correct}
+    return StreamArrays(
+        {key: converted(weights.matrix(name), Dtype.F32) for key, name in floats.items()}
+        | {"narrow": weights.matrix(names.narrow_beside), "widen": weights.matrix(names.widen_beside)},
+        {
+            "norm": replace(norm, gain=norm.gain / np.float32(model.hidden_size)),  # what the router gets is divided by it
+            "after": take_norm(names.after_beside, streams.norm, weights),
+        },
+        scale if streams.scaled else np.ones_like(scale),
+    )
 
 
 def take_norm(name: str, norm: Norm, weights: NativeWeights) -> NormArrays:

@@ -9,7 +9,7 @@ import copy
 import inspect
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,14 +17,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from functions.stage.models.layer_group import MissingTensors
-from storage.checkpoints.families import EMBEDDING_MODULES, HEAD_MODULES, layers_key, part_of
+from storage.checkpoints.families import EMBEDDING_MODULES, EMBEDDINGS_PASSED_ON, HEAD_MODULES, layers_key, part_of
 from storage.errors import ArchitectureUnsupported
-
-_TAKE_EMBEDDINGS: Final = frozenset({"zamba", "zamba2"})
-"""Families whose layers take the embeddings of tokens beside hidden states: stages pass both on, one after the other.
-
-Their layers get hidden states, embeddings and the layer's number, in this order.
-"""
 
 
 class SlicedModel:
@@ -42,7 +36,7 @@ class SlicedModel:
         self._is_first, self._is_last = first_layer == 0, first_layer + len(layers) == num_layers
         self._given = self._left = self._embeddings = torch.empty(0)
         self._hidden_size: int = model.config.hidden_size
-        self._takes_embeddings = model.config.model_type in _TAKE_EMBEDDINGS
+        self._takes_embeddings = model.config.model_type in EMBEDDINGS_PASSED_ON
         self.width = self._hidden_size * (1 + self._takes_embeddings)  # of what stages pass on of a token
         if not self._is_first:
             layers[0].register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -208,6 +202,9 @@ def _sliced(model_class: type[PreTrainedModel], first_layer: int, last_layer: in
         before = EMBEDDING_MODULES if first_layer > 0 else frozenset()
         after = HEAD_MODULES if last_layer < num_layers else frozenset()
         _take_away(self, before | after)
+        for module in self.modules():
+            if type(module) is nn.Embedding:  # Youtu's class sets the padding token's row to 0, even if it was loaded
+                module._is_hf_initialized = True  # type: ignore[assignment]
         # Layers that share weights with others have copies of their own.
         self.all_tied_weights_keys = {
             name: other for name, other in self.all_tied_weights_keys.items() if not isinstance(part_of(name), int)

@@ -95,6 +95,8 @@ static Status check_sizes(const Group *group)
         return LAMINA_BAD_SIZE;
     if (!within(group->kv_rows, 0, MOST) || !within(group->input_size, 0, group->inner_size))
         return LAMINA_BAD_SIZE;
+    if (!within(group->streams, 0, LAMINA_MOST_STREAMS) || !within(group->hidden_size * larger(1, group->streams), 1, MOST))
+        return LAMINA_BAD_SIZE;
     if (!within(group->recurrent_inputs, 0, MOST) || !within(group->recurrent_outputs, 0, MOST) || !within(group->recurrent_heads, 0, MOST))
         return LAMINA_BAD_SIZE;
     if (!within(group->state_values, 0, MOST_STATES) || !within(group->kept_values, 0, MOST_STATES))
@@ -127,6 +129,10 @@ static Status check_numbers(const Group *group, const Layer *layer)
     if (!within(layer->qk_as_one, 0, layer->qk.kind != LAMINA_NO_NORM) || !within(layer->qk_rotated, 0, !layer->qk_as_one))
         return LAMINA_BAD_SIZE;
     if (!within(layer->activation, LAMINA_SILU, LAMINA_SWIGLU) || !is_finite(layer->score_cap))
+        return LAMINA_BAD_SIZE;
+    if (!within(layer->sparse, 0, 1) || !is_finite(layer->cutoff))
+        return LAMINA_BAD_SIZE;
+    if (layer->sparse && (layer->activation == LAMINA_SWIGLU || !layer->gate.weights.bytes || layer->gate_scale != 1))
         return LAMINA_BAD_SIZE;
     if (!is_finite(layer->attention_scale) || !is_finite(layer->mlp_scale) || !is_finite(layer->gate_scale) ||
         !is_finite(layer->output_scale))
@@ -323,6 +329,30 @@ static Status check_recurrent(const Group *group, const Recurrent *mixer)
     return check_shape(&mixer->out, group->hidden_size, group->hidden_size);
 }
 
+static Status check_streams(const Group *group, const Layer *layer)
+{
+    const int64_t count = group->streams, size = group->hidden_size;
+    if (!layer->before_attention.kind || !layer->after_input.kind || !has_attention(layer) || layer->recurrent.kind || layer->experts.bytes || layer->parallel || !layer->up.weights.bytes ||
+        !layer->input_gate.weights.bytes || layer->output_scale != 1)
+        return LAMINA_BAD_SIZE;
+    CHECK(check_memory(&layer->streams, sizeof(Streams), _Alignof(Streams)));
+    const Streams *streams = layer->streams.data;
+    if (!streams->after.kind)
+        return LAMINA_BAD_SIZE;
+    CHECK(check_shape(&streams->router, count, size));
+    CHECK(check_norm(&streams->norm, size));
+    CHECK(check_shape(&streams->predict, count * count, count));
+    CHECK(check_shape(&streams->correct, count, count));
+    if (streams->router.dtype != LAMINA_F32 || streams->predict.dtype != LAMINA_F32 || streams->correct.dtype != LAMINA_F32)
+        return LAMINA_BAD_DTYPE;
+    CHECK(check_memory(&streams->scale, size * 4, 4));
+    if (!within(streams->narrow.outs, 1, group->inner_size))
+        return LAMINA_BAD_SIZE;
+    CHECK(check_shape(&streams->narrow, streams->narrow.outs, size));
+    CHECK(check_shape(&streams->widen, size, streams->narrow.outs));
+    return check_norm(&streams->after, size);
+}
+
 static Status check_layer(const Group *group, const Layer *layer)
 {
     CHECK(check_numbers(group, layer));
@@ -343,6 +373,8 @@ static Status check_layer(const Group *group, const Layer *layer)
         if (layer->activation == LAMINA_SWIGLU)
             return LAMINA_BAD_SIZE;
     }
+    if (group->streams)
+        CHECK(check_streams(group, layer));
     if (!layer->up.weights.bytes) { /* a layer without any part was not placed */
         const bool has_another = has_attention(layer) || layer->recurrent.kind || layer->experts.bytes;
         return has_another && !layer->gate.weights.bytes && !layer->down.weights.bytes ? LAMINA_OK : LAMINA_SHORT_MEMORY;
@@ -487,7 +519,7 @@ static Status check_pass(const Group *group, const Pass *pass, int64_t *most_tok
     if (!within(pass->repeats, 0, 1))
         return LAMINA_BAD_SIZE;
     if (!pass->repeats)
-        CHECK(check_memory(&pass->hidden, pass->rows * group->hidden_size * 4, 4));
+        CHECK(check_memory(&pass->hidden, pass->rows * larger(1, group->streams) * group->hidden_size * 4, 4));
     if (group->input_size && !pass->repeats)
         CHECK(check_memory(&pass->inputs, group->num_layers * pass->rows * group->input_size * 4, 4));
     if (group->rotations && !pass->repeats)
@@ -601,7 +633,7 @@ int64_t lamina_draw_bytes(int64_t vocabulary, int64_t threads)
 int64_t lamina_size_of(int64_t record)
 {
     static const int64_t sizes[] = {sizeof(Memory), sizeof(Matrix), sizeof(Norm), sizeof(Recurrent), sizeof(Expert), sizeof(Experts), sizeof(Budget),
-                                    sizeof(Latent), sizeof(Layer), sizeof(LowRank), sizeof(AdapterLayer), sizeof(Group),
+                                    sizeof(Latent), sizeof(Streams), sizeof(Layer), sizeof(LowRank), sizeof(AdapterLayer), sizeof(Group),
                                     sizeof(Segment), sizeof(Pass), sizeof(Product), sizeof(Draw), sizeof(Draws), sizeof(Softmax)};
     return within(record, 0, sizeof sizes / sizeof *sizes - 1) ? sizes[record] : 0;
 }

@@ -242,7 +242,7 @@ static void run_experts(const Forward *forward, const Layer *layer, bool is_last
     const Workspace *at = &forward->at;
     const Experts *experts = layer->experts.data;
     if (layer->up.weights.bytes) {
-        feed_forward(forward, layer, worker, phase + PACK_GATED);
+        feed_forward(forward, layer, worker, phase);
         multiply_adapted(forward, layer, &layer->down, offsetof(AdapterLayer, down), at->inner, NULL, at->added, SET, worker, phase + PACK_DOWN);
     }
     multiply(forward, &experts->router, forward->hidden, norm_before(layer, &experts->before_router), at->logits, SET, worker, phase + PACK_ROUTER);

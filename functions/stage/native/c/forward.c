@@ -290,8 +290,38 @@ static void multiply_adapted(const Forward *forward, const Layer *layer, const M
     run_product(&task, &forward->at, worker, phase);
 }
 
+/* y [outs] = norm(x) Wᵀ of one row, by one thread. norm: NULL for none. */
+static void multiply_alone(const Forward *forward, const Matrix *matrix, const float *x, const Norm *norm, float *y, const Worker *worker)
+{
+    const Task task = {.level = forward->level, .matrix = matrix, .x = x, .norm = norm, .eps = (float)forward->group->eps, .rows = 1};
+    const Rows packed = pack_alone(&task, worker);
+    forward->level->multiply(matrix, &packed, 0, matrix->outs, false, y);
+}
+
+/* The feed-forward before `down`, if it is sparse: what becomes of a gate's number depends on all of its row. */
+static void feed_forward_sparsely(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
+{
+    float *inner = forward->at.inner, *times = forward->at.times;
+    const int64_t size = layer->up.outs;
+    multiply_adapted(forward, layer, &layer->gate, offsetof(AdapterLayer, gate), forward->hidden, &layer->before_mlp, inner, SET, worker,
+                     phase + PACK_GATED);
+    multiply_adapted(forward, layer, &layer->up, offsetof(AdapterLayer, up), forward->hidden, &layer->before_mlp, times, SET, worker,
+                     phase + PACK_UP);
+    int64_t done = 0, row;
+    for (; (row = take_piece(worker, phase + CUT, forward->rows, 1)) >= 0; done++) {
+        forward->level->cut(size, (float)layer->cutoff, inner + row * size);
+        forward->level->activate(layer, size, times + row * size, inner + row * size);
+    }
+    finish_phase(worker, phase + CUT, done, forward->rows);
+}
+
+/* phase: the layer's first. */
 static void feed_forward(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
 {
+    if (layer->sparse) {
+        feed_forward_sparsely(forward, layer, worker, phase);
+        return;
+    }
     const bool is_gated = layer->gate.weights.bytes;
     const size_t up = offsetof(AdapterLayer, up);
     const Task task = with_adapters(
@@ -299,7 +329,7 @@ static void feed_forward(const Forward *forward, const Layer *layer, const Worke
         (Task){.level = forward->level, .matrix = is_gated ? &layer->gate : &layer->up, .up = is_gated ? &layer->up : NULL,
                .layer = layer, .x = forward->hidden, .norm = &layer->before_mlp, .eps = (float)forward->group->eps,
                .rows = forward->rows, .y = forward->at.inner, .times = forward->at.times});
-    run_product(&task, &forward->at, worker, phase);
+    run_product(&task, &forward->at, worker, phase + PACK_GATED);
 }
 
 /* hidden += scale * norm(added), for one row. is_last: of the layer. */
@@ -336,6 +366,7 @@ static void add_product(const Forward *forward, const Layer *layer, const Matrix
 
 #include "experts.inc.h"
 #include "latent.inc.h"
+#include "streams.inc.h"
 
 /* Normalizes the queries of all heads together, and the keys. */
 static void normalize_qk(const Forward *forward, const Layer *layer, const Worker *worker, int64_t phase)
@@ -465,6 +496,11 @@ static void add_input(const Forward *forward, const Layer *layer, const Worker *
     const Task task = {.level = forward->level, .matrix = &layer->input_gate, .layer = layer, .x = forward->hidden, .rows = forward->rows,
                        .given = forward->inputs + number * forward->rows * forward->group->input_size, .y = forward->at.inner};
     run_product(&task, &forward->at, worker, phase + PACK_INPUT);
+    if (forward->streams) {
+        multiply(forward, &layer->input_out, forward->at.inner, NULL, forward->at.added, SET, worker, phase + PACK_INPUT_OUT);
+        add_to_streams(forward, layer, worker, phase + ADD_INPUT);
+        return;
+    }
     add_product(forward, layer, &layer->input_out, NOT_ADAPTED, forward->at.inner, &layer->after_input, 1, true, worker,
                 phase + PACK_INPUT_OUT);
 }
@@ -486,12 +522,16 @@ static void forward_layers(void *argument, int64_t number)
                 update_states(forward, layer, &worker, phase);
             continue;
         }
+        if (forward->streams) {
+            predict_streams(forward, layer, &worker, phase + PREDICT);
+            project_beside(forward, layer, &worker, phase);
+        }
         if (has_attention(layer))
             mix_by_attention(forward, layer, &worker, phase);
         if (recurrent->kind)
             mix_recurrently(forward, layer, &worker, phase);
         if (layer->parallel && has_mlp) /* before the hidden states change */
-            feed_forward(forward, layer, &worker, phase + PACK_GATED);
+            feed_forward(forward, layer, &worker, phase);
         if (has_attention(layer))
             add_product(forward, layer, &layer->out, layer->latent.bytes ? NOT_ADAPTED : offsetof(AdapterLayer, out),
                         layer->latent.bytes ? at->values : at->attended, &layer->after_attention, layer->attention_scale,
@@ -499,14 +539,18 @@ static void forward_layers(void *argument, int64_t number)
         if (recurrent->kind)
             add_product(forward, layer, &recurrent->out, NOT_ADAPTED, at->recurrent_outputs, &layer->after_attention, recurrent->out_scale,
                         !goes_on, &worker, phase + PACK_OUTPUTS);
+        if (forward->streams)
+            add_beside(forward, layer, &worker, phase + ADD_BESIDE);
         if (layer->experts.bytes)
             run_experts(forward, layer, !has_input, &worker, phase);
         else if (has_mlp) {
             if (!layer->parallel)
-                feed_forward(forward, layer, &worker, phase + PACK_GATED);
+                feed_forward(forward, layer, &worker, phase);
             add_product(forward, layer, &layer->down, offsetof(AdapterLayer, down), at->inner, &layer->after_mlp, layer->mlp_scale, !has_input,
                         &worker, phase + PACK_DOWN);
         }
+        if (forward->streams)
+            correct_streams(forward, layer, &worker, phase + CORRECT);
         if (has_input)
             add_input(forward, layer, &worker, phase);
     }
@@ -560,6 +604,10 @@ void run_pass(Pool *pool, const Group *group, const Pass *pass, int64_t most_tok
         .repeats = pass->repeats,
         .at = pass_workspace(group, pass->rows, most_tokens, pass->threads, pass->workspace.data),
     };
+    if (group->streams) {
+        forward.streams = forward.hidden;
+        forward.hidden = forward.at.first;
+    }
     forward.pieces = pieces_of_attention(&forward, most_tokens);
     int64_t row = 0;
     for (int64_t number = 0; row < pass->rows; number++) {

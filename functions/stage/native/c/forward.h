@@ -14,13 +14,14 @@ enum {
 /* The phases of a layer, in order; in a parallel layer GATED comes before OUT. The pieces of a phase are computed in any order.
    LOW phases come before their product, and only if a row of the pass has an adapter. */
 enum {
+    PREDICT, PACK_NARROWED, NARROWED, PACK_WIDENED, WIDENED,
     LOW_QKV, PACK_QKV, QKV, PACK_QUERIES, QUERIES, ABSORB, NORMALIZE_QK, WRITE_KV, ATTEND, MERGE, EXPAND,
     PACK_INPUTS, INPUTS, PACK_STEPS, STEPS, CONVOLVE, PREPARE, RECUR, GATE,
-    LOW_OUT, PACK_OUT, OUT, ADD_OUT, PACK_OUTPUTS, OUTPUTS, ADD_OUTPUTS,
-    LOW_GATED, PACK_GATED, GATED, LOW_DOWN, PACK_DOWN, DOWN, ADD_DOWN,
+    LOW_OUT, PACK_OUT, OUT, ADD_OUT, PACK_OUTPUTS, OUTPUTS, ADD_OUTPUTS, ADD_BESIDE,
+    LOW_GATED, PACK_GATED, GATED, LOW_UP, PACK_UP, UP, CUT, LOW_DOWN, PACK_DOWN, DOWN, ADD_DOWN,
     PACK_ROUTER, ROUTER, CHOOSE, GROUP_ROWS, PACK_NARROW, NARROW, PACK_EXPERTS, GATE_EXPERTS, PACK_INNER, MIX_EXPERTS,
     PACK_WIDEN, WIDEN, ADD_EXPERTS,
-    PACK_INPUT, INPUT, PACK_INPUT_OUT, INPUT_OUT, ADD_INPUT, PHASES,
+    CORRECT, PACK_INPUT, INPUT, PACK_INPUT_OUT, INPUT_OUT, ADD_INPUT, PHASES,
 };
 
 /* The place of a row's token in its sequence. */
@@ -81,6 +82,8 @@ typedef struct {
     float *recurrent_outputs; /* [rows, width of its `out`] */
     float *steps;      /* [rows, 2, heads of the mixer] */
     int64_t *first_rows; /* [segments] */
+    float *first;      /* [rows, hidden_size] the first stream, if there are several, and */
+    float *beside;     /* [rows, hidden_size] what `widen` makes of it */
     float *added;      /* [rows, hidden_size] what is normalized or scaled before it is added to the hidden states */
     float *scales;     /* [rows, LAMINA_TILE_OUTS] of packed rows, if there are more than FEW_ROWS, and */
     uint8_t *packed;   /* [rows, packed_row_bytes] these rows, rounded up to 16 */
@@ -120,7 +123,8 @@ typedef struct {
     const Group *group;
     const Segment *segments;
     const float *rotations; /* [rotations, rows, head_dim / 2, 2] */
-    float *hidden;          /* [rows, hidden_size] */
+    float *hidden;          /* [rows, hidden_size]; of several streams the first one while a layer computes with it */
+    float *streams;         /* [rows, streams, hidden_size], or NULL */
     const float *inputs;    /* as in Pass */
     int64_t rows;
     int64_t threads;

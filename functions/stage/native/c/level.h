@@ -58,7 +58,7 @@ typedef struct {
     int64_t kept_values;
     int64_t kept_from;
     bool repeats;            /* as in Pass */
-} Stream;
+} Mixing;
 
 typedef struct {
     const char *name;
@@ -87,6 +87,15 @@ typedef struct {
     /* y [count] = activation(y), times `times` [count] if that is not NULL. */
     void (*activate)(const Layer *layer, int64_t count, const float *times, float *y);
 
+    /* y [count] = max(0, y - mean - cutoff * deviation), with both of y. */
+    void (*cut)(int64_t count, float cutoff, float *y);
+
+    /* y [count] = tanh(y) */
+    void (*tanh)(int64_t count, float *y);
+
+    /* y [count] += factor * x */
+    void (*add_scaled)(int64_t count, float factor, const float *x, float *y);
+
     /* Chooses the experts of a row: their numbers [chosen], ascending, and weights. logits: of the router, which are overwritten. */
     void (*choose)(const Experts *experts, float *logits, int32_t *numbers, float *weights);
 
@@ -105,10 +114,10 @@ typedef struct {
 
     /* A recurrent mixer, in this order: channels [first, last) of the convolution, which replace its inputs; decays and factors of a
        row; a head's columns; norm and gate of a row. A short convolution is the first alone, and makes the outputs. */
-    void (*convolve)(const Stream *stream, int64_t first, int64_t last);
-    void (*prepare_row)(const Stream *stream, int64_t row);
-    void (*recur)(const Stream *stream, int64_t head, int64_t column);
-    void (*gate_row)(const Stream *stream, int64_t row);
+    void (*convolve)(const Mixing *mixing, int64_t first, int64_t last);
+    void (*prepare_row)(const Mixing *mixing, int64_t row);
+    void (*recur)(const Mixing *mixing, int64_t head, int64_t column);
+    void (*gate_row)(const Mixing *mixing, int64_t row);
 
     /* Merges the results of `pieces` pieces for the same queries, which are `stride` floats apart, into `attended`. */
     void (*merge_pieces)(const Group *group, const Layer *layer, const Queries *queries, int64_t pieces, int64_t stride);

@@ -32,6 +32,7 @@ enum {
     LAMINA_QUERIES = 8,       /* most queries that read keys and values together */
     LAMINA_MOST_HEAD = 1024,  /* largest head_dim */
     LAMINA_MOST_EXPERTS = 1024, /* of a layer */
+    LAMINA_MOST_STREAMS = 8,
     LAMINA_MOST_THREADS = 64,
     LAMINA_LINE_BYTES = 64,   /* a cache line; a workspace is aligned to it */
 };
@@ -186,6 +187,18 @@ typedef struct {
     double out_scale;    /* of what is added to the hidden states */
 } Recurrent;
 
+/* What a layer does with several streams of hidden states: `Streams` of storage/checkpoints/decoder.py. It computes with the first one. */
+typedef struct {
+    Matrix router;  /* float32 [streams, hidden_size] */
+    Norm norm;      /* [hidden_size], of what the router gets */
+    Matrix predict; /* float32 [streams * streams, streams]: the coefficients of all streams in the first, then in the second … */
+    Matrix correct; /* float32 [streams, streams] */
+    Memory scale;   /* float32 [hidden_size], of the first stream as input_gate gets it */
+    Matrix narrow;  /* [rank, hidden_size]: beside attention, hidden = (hidden + h + norm(widen narrow h)) / sqrt(2) with h, what qkv gets */
+    Matrix widen;   /* [hidden_size, rank] */
+    Norm after;     /* [hidden_size], of what `widen` makes */
+} Streams;
+
 /* A layer: mixers, then feed-forward, each between two norms, and added to the hidden states. Each of the parts may be absent. */
 typedef struct {
     Norm before_attention; /* [hidden_size], of all mixers */
@@ -206,10 +219,12 @@ typedef struct {
     Matrix input_gate;     /* [input_size, hidden_size]: hidden += norm(out(activation(gate hidden) * input)), last; or absent */
     Matrix input_out;      /* [hidden_size, input_size] */
     Norm after_input;      /* [hidden_size] */
+    Memory streams;        /* Streams, if the group has them */
     int64_t qk_as_one;     /* 1: the queries of all heads are one row of the norm, and the keys another */
     int64_t qk_rotated;    /* 1: the norm comes after the rotation */
     int64_t gates;         /* 1: what a query attends to is multiplied by sigmoid(gate), number by number */
     int64_t activation;
+    int64_t sparse;        /* 1: the gate's numbers become max(0, x - mean - cutoff * deviation) before the activation */
     int64_t parallel;      /* 1: attention and feed-forward are computed from the same hidden states */
     int64_t window;        /* tokens that a token attends to on one side, itself included; 0: all */
     int64_t ring;          /* pages that the layer keeps of a sequence: page n is in place n modulo ring; 0: it keeps all */
@@ -223,6 +238,7 @@ typedef struct {
     double output_scale;   /* the hidden states are multiplied by it in the end */
     double swiglu[2];      /* alpha and limit */
     double xielu[4];       /* factors of x² above 0 and of exp(x) - 1 - x below, of x, and the largest x of exp */
+    double cutoff;         /* of `sparse` */
     int64_t kv_heads;
     int64_t head_dim;
     int64_t reads_kv;      /* 1: it attends to the keys and values of an earlier layer with the same heads, and has none of its own */
@@ -300,6 +316,7 @@ typedef struct {
     int64_t rotations; /* that a pass has */
     int64_t kv_rows;   /* of the tables of pages: `kv_pages` for each layer that writes keys and values */
     int64_t input_size; /* numbers that each layer gets of each row besides the hidden states; 0: none */
+    int64_t streams;    /* of hidden states; 0: there is one, and layers have no Streams */
     int64_t recurrent_inputs;  /* most outputs of a recurrent mixer's `in` */
     int64_t recurrent_outputs; /* greatest width of its `out` */
     int64_t recurrent_heads;   /* most heads of one */
@@ -330,7 +347,7 @@ typedef struct {
     int64_t threads;  /* the caller's included */
     int64_t repeats;  /* 1: only the states are changed, again, by the draft tokens that `kept` of each segment has; for these two
                          memories may be absent: */
-    Memory hidden;    /* float32 [rows, hidden_size], read and written */
+    Memory hidden;    /* float32 [rows, streams, hidden_size], read and written */
     Memory inputs;    /* float32 [num_layers, rows, input_size], or absent */
     Memory rotations; /* float32 [rotations, rows, head_dim / 2, 2]: cosines and sines */
     Memory segments;  /* Segment [...] */
@@ -421,7 +438,7 @@ LAMINA_API int64_t lamina_pass_bytes(const Group *group, int64_t rows, int64_t m
 LAMINA_API int64_t lamina_product_bytes(const Matrix *matrix, int64_t rows, int64_t threads);
 LAMINA_API int64_t lamina_draw_bytes(int64_t vocabulary, int64_t threads);
 
-/* Sizes of Memory, Matrix, Norm, Recurrent, Expert, Experts, Budget, Latent, Layer, LowRank, AdapterLayer, Group, Segment, Pass, Product, Draw, Draws and Softmax, by number, so that Python can compare its
+/* Sizes of Memory, Matrix, Norm, Recurrent, Expert, Experts, Budget, Latent, Streams, Layer, LowRank, AdapterLayer, Group, Segment, Pass, Product, Draw, Draws and Softmax, by number, so that Python can compare its
    records; 0 beyond the last. */
 LAMINA_API int64_t lamina_size_of(int64_t record);
 

@@ -5,12 +5,12 @@
 enum { CHANNELS = 256 }; /* in a piece of work */
 
 /* The rows of a segment in a layer's mixer. */
-static Stream stream_of(const Forward *forward, const Layer *layer, int64_t number)
+static Mixing mixing_of(const Forward *forward, const Layer *layer, int64_t number)
 {
     const Segment *segment = &forward->segments[number];
     const Recurrent *mixer = &layer->recurrent;
     const int64_t first = forward->at.first_rows[number];
-    return (Stream){
+    return (Mixing){
         .mixer = mixer,
         .rows = segment->length,
         .position = segment->position,
@@ -35,22 +35,22 @@ void update_states(const Forward *forward, const Layer *layer, const Worker *wor
     const int64_t blocks = (mixer->channels + CHANNELS - 1) / CHANNELS;
     int64_t done = 0, piece;
     for (; (piece = take_piece(worker, phase + CONVOLVE, forward->num_segments, blocks)) >= 0; done++) {
-        const Stream stream = stream_of(forward, layer, piece / blocks);
+        const Mixing mixing = mixing_of(forward, layer, piece / blocks);
         const int64_t first = piece % blocks * CHANNELS;
-        forward->level->convolve(&stream, first, smaller(mixer->channels, first + CHANNELS));
+        forward->level->convolve(&mixing, first, smaller(mixer->channels, first + CHANNELS));
     }
     finish_phase(worker, phase + CONVOLVE, done, forward->num_segments * blocks);
     if (mixer->kind == LAMINA_CONVOLUTION)
         return;
     for (done = 0; (piece = take_piece(worker, phase + PREPARE, forward->rows, 1)) >= 0; done++) {
-        const Stream stream = stream_of(forward, layer, forward->at.places[piece].segment);
-        forward->level->prepare_row(&stream, forward->at.places[piece].position - stream.position);
+        const Mixing mixing = mixing_of(forward, layer, forward->at.places[piece].segment);
+        forward->level->prepare_row(&mixing, forward->at.places[piece].position - mixing.position);
     }
     finish_phase(worker, phase + PREPARE, done, forward->rows);
     const int64_t parts = (mixer->head_size + LAMINA_COLUMNS - 1) / LAMINA_COLUMNS;
     for (done = 0; (piece = take_piece(worker, phase + RECUR, forward->num_segments * mixer->heads, parts)) >= 0; done++) {
-        const Stream stream = stream_of(forward, layer, piece / parts / mixer->heads);
-        forward->level->recur(&stream, piece / parts % mixer->heads, piece % parts * LAMINA_COLUMNS);
+        const Mixing mixing = mixing_of(forward, layer, piece / parts / mixer->heads);
+        forward->level->recur(&mixing, piece / parts % mixer->heads, piece % parts * LAMINA_COLUMNS);
     }
     finish_phase(worker, phase + RECUR, done, forward->num_segments * mixer->heads * parts);
 }
@@ -68,8 +68,8 @@ void mix_recurrently(const Forward *forward, const Layer *layer, const Worker *w
         return;
     int64_t done = 0, row;
     for (; (row = take_piece(worker, phase + GATE, forward->rows, 1)) >= 0; done++) {
-        const Stream stream = stream_of(forward, layer, forward->at.places[row].segment);
-        forward->level->gate_row(&stream, forward->at.places[row].position - stream.position);
+        const Mixing mixing = mixing_of(forward, layer, forward->at.places[row].segment);
+        forward->level->gate_row(&mixing, forward->at.places[row].position - mixing.position);
     }
     finish_phase(worker, phase + GATE, done, forward->rows);
 }

@@ -2,35 +2,35 @@
    Channels of the convolution, and columns of the heads' matrices, depend on no others: they are pieces of work. */
 
 /* What a pass keeps of a draft token for this mixer, or NULL. */
-INLINE float *kept_of(const Stream *stream, int64_t row)
+INLINE float *kept_of(const Mixing *mixing, int64_t row)
 {
-    const int64_t position = stream->position + row;
-    if (!stream->kept || position < stream->kept_from)
+    const int64_t position = mixing->position + row;
+    if (!mixing->kept || position < mixing->kept_from)
         return NULL;
-    return stream->kept + (position - stream->kept_from) * stream->kept_values + stream->mixer->kept_at;
+    return mixing->kept + (position - mixing->kept_from) * mixing->kept_values + mixing->mixer->kept_at;
 }
 
 /* Copies a part of the states that begins at `at` if a copy of them is wanted after this row. */
-INLINE void copy_states(const Stream *stream, int64_t row, int64_t at, int64_t count)
+INLINE void copy_states(const Mixing *mixing, int64_t row, int64_t at, int64_t count)
 {
-    for (int64_t copy = 0; copy < stream->num_copies; copy++)
-        if (stream->copied_at[copy] == stream->position + row + 1)
-            memcpy(stream->copies + copy * stream->state_values + at, stream->states + at, (size_t)count * sizeof(float));
+    for (int64_t copy = 0; copy < mixing->num_copies; copy++)
+        if (mixing->copied_at[copy] == mixing->position + row + 1)
+            memcpy(mixing->copies + copy * mixing->state_values + at, mixing->states + at, (size_t)count * sizeof(float));
 }
 
 /* Channels [first, last): the tail has the inputs before a row, the oldest first. */
-static void convolve(const Stream *stream, int64_t first, int64_t last)
+static void convolve(const Mixing *mixing, int64_t first, int64_t last)
 {
-    const Recurrent *mixer = stream->mixer;
+    const Recurrent *mixer = mixing->mixer;
     const int64_t channels = mixer->channels, before = mixer->taps - 1;
     const bool is_short = mixer->kind == LAMINA_CONVOLUTION;
     const float *kernel = mixer->kernel.data, *biases = mixer->kernel_biases.data;
-    float *tail = stream->states + mixer->tail_at;
-    for (int64_t row = 0; row < stream->rows; row++) {
-        float *inputs = stream->inputs + row * mixer->in.outs, *kept = kept_of(stream, row);
+    float *tail = mixing->states + mixer->tail_at;
+    for (int64_t row = 0; row < mixing->rows; row++) {
+        float *inputs = mixing->inputs + row * mixer->in.outs, *kept = kept_of(mixing, row);
         for (int64_t channel = first; channel < last; channel += LANES) {
             vec x;
-            if (stream->repeats) {
+            if (mixing->repeats) {
                 x = row_part(kept, channel, last);
             } else {
                 x = row_part(inputs + mixer->channels_at, channel, last);
@@ -48,12 +48,12 @@ static void convolve(const Stream *stream, int64_t first, int64_t last)
             sum = fma_f32(x, row_part(kernel + before * channels, channel, last), sum);
             if (!is_short)
                 store_row_part(inputs + mixer->channels_at, channel, last, silu_of(sum));
-            else if (!stream->repeats)
-                store_row_part(stream->outputs + row * channels, channel, last,
+            else if (!mixing->repeats)
+                store_row_part(mixing->outputs + row * channels, channel, last,
                                mul_f32(sum, row_part(inputs + channels, channel, last)));
         }
-        for (int64_t tap = 0; stream->num_copies && tap < before; tap++)
-            copy_states(stream, row, mixer->tail_at + tap * channels + first, last - first);
+        for (int64_t tap = 0; mixing->num_copies && tap < before; tap++)
+            copy_states(mixing, row, mixer->tail_at + tap * channels + first, last - first);
     }
 }
 
@@ -82,20 +82,20 @@ INLINE void normalize_length(float *x, int64_t size, float scale)
 }
 
 /* The decay of each head's matrix and the factor of what is added to it; in Gated DeltaNet also the lengths of queries and keys. */
-static void prepare_row(const Stream *stream, int64_t row)
+static void prepare_row(const Mixing *mixing, int64_t row)
 {
-    const Recurrent *mixer = stream->mixer;
+    const Recurrent *mixer = mixing->mixer;
     const int64_t heads = mixer->heads;
     const bool is_delta = mixer->kind == LAMINA_DELTA;
     const vec step_scale = every_f32((float)mixer->step_scale);
     const float *rates = mixer->rates.data, *biases = mixer->step_biases.data;
-    float *inputs = stream->inputs + row * mixer->in.outs, *steps = stream->steps + row * 2 * heads, *kept = kept_of(stream, row);
+    float *inputs = mixing->inputs + row * mixer->in.outs, *steps = mixing->steps + row * 2 * heads, *kept = kept_of(mixing, row);
     for (int64_t group = 0; is_delta && group < mixer->groups; group++) {
         normalize_length(inputs + mixer->query_at + group * mixer->key_size, mixer->key_size,
                          1.0f / __builtin_sqrtf((float)mixer->key_size));
         normalize_length(inputs + mixer->key_at + group * mixer->key_size, mixer->key_size, 1.0f);
     }
-    if (stream->repeats) {
+    if (mixing->repeats) {
         memcpy(steps, kept + mixer->channels, (size_t)(2 * heads) * sizeof(float));
         return;
     }
@@ -122,20 +122,20 @@ INLINE vec some(const float *numbers, int64_t left, const bool whole)
 }
 
 /* `vectors` vectors of columns [column, column + width) of a head, from `first` of these on. Without `whole` the last is partial. */
-INLINE void recur_vectors(const Stream *stream, int64_t head, int64_t column, int64_t width, int64_t first, const int vectors,
+INLINE void recur_vectors(const Mixing *mixing, int64_t head, int64_t column, int64_t width, int64_t first, const int vectors,
                           const bool whole)
 {
-    const Recurrent *mixer = stream->mixer;
+    const Recurrent *mixer = mixing->mixer;
     const int64_t size = mixer->head_size, keys = mixer->key_size, group = head / (mixer->heads / mixer->groups);
     const int64_t at = mixer->matrix_at + (head * size + column) * keys + first, left = width - first;
     const bool is_delta = mixer->kind == LAMINA_DELTA;
-    float *matrix = stream->states + at;
-    for (int64_t row = 0; row < stream->rows; row++) {
-        const float *inputs = stream->inputs + row * mixer->in.outs;
+    float *matrix = mixing->states + at;
+    for (int64_t row = 0; row < mixing->rows; row++) {
+        const float *inputs = mixing->inputs + row * mixer->in.outs;
         const float *query = inputs + mixer->query_at + group * keys, *key = inputs + mixer->key_at + group * keys;
         const float *value = inputs + mixer->value_at + head * size + column + first;
-        const float *steps = stream->steps + row * 2 * mixer->heads;
-        float *outputs = stream->outputs + (row * mixer->heads + head) * size + column + first;
+        const float *steps = mixing->steps + row * 2 * mixer->heads;
+        float *outputs = mixing->outputs + (row * mixer->heads + head) * size + column + first;
         const vec decay = every_f32(steps[head]), factor = every_f32(steps[mixer->heads + head]);
         vec added[RECUR_VECTORS], sums[RECUR_VECTORS];
         for (int i = 0; i < vectors; i++)
@@ -158,27 +158,27 @@ INLINE void recur_vectors(const Stream *stream, int64_t head, int64_t column, in
                     store_row_part(numbers, 0, left, changed);
                 sums[i] = fma_f32(changed, every_f32(query[k]), sums[i]);
             }
-        for (int i = 0; !stream->repeats && i < vectors; i++) {
+        for (int i = 0; !mixing->repeats && i < vectors; i++) {
             if (mixer->skips.bytes)
                 sums[i] = fma_f32(some(value + i * LANES, left, whole), every_f32(((const float *)mixer->skips.data)[head]), sums[i]);
             store_row_part(outputs + i * LANES, 0, left - i * LANES, sums[i]);
         }
         if (whole)
-            copy_states(stream, row, at, keys * width);
-        for (int64_t k = 0; !whole && stream->num_copies && k < keys; k++)
-            copy_states(stream, row, at + k * width, smaller(left, LANES));
+            copy_states(mixing, row, at, keys * width);
+        for (int64_t k = 0; !whole && mixing->num_copies && k < keys; k++)
+            copy_states(mixing, row, at + k * width, smaller(left, LANES));
     }
 }
 
 /* LAMINA_COLUMNS columns of a head's matrix from `column` on, or those that are left. They lie together: [key_size, columns]. */
-static void recur(const Stream *stream, int64_t head, int64_t column)
+static void recur(const Mixing *mixing, int64_t head, int64_t column)
 {
-    const int64_t width = smaller(LAMINA_COLUMNS, stream->mixer->head_size - column);
+    const int64_t width = smaller(LAMINA_COLUMNS, mixing->mixer->head_size - column);
     if (width == LAMINA_COLUMNS)
-        recur_vectors(stream, head, column, width, 0, RECUR_VECTORS, true);
+        recur_vectors(mixing, head, column, width, 0, RECUR_VECTORS, true);
     else
         for (int64_t first = 0; first < width; first += LANES)
-            recur_vectors(stream, head, column, width, first, 1, false);
+            recur_vectors(mixing, head, column, width, first, 1, false);
 }
 
 INLINE void multiply_by_gate(const float *gate, float scale, int64_t size, float *y)
@@ -188,12 +188,12 @@ INLINE void multiply_by_gate(const float *gate, float scale, int64_t size, float
 }
 
 /* The outputs of all heads, normalized and multiplied by their gate. */
-static void gate_row(const Stream *stream, int64_t row)
+static void gate_row(const Mixing *mixing, int64_t row)
 {
-    const Recurrent *mixer = stream->mixer;
+    const Recurrent *mixer = mixing->mixer;
     const int64_t size = mixer->heads * mixer->head_size, part = size / mixer->norm_parts;
-    const float *gate = stream->inputs + row * mixer->in.outs + mixer->gate_at;
-    float *y = stream->outputs + row * size;
+    const float *gate = mixing->inputs + row * mixer->in.outs + mixer->gate_at;
+    float *y = mixing->outputs + row * size;
     if (mixer->gate_first)
         multiply_by_gate(gate, (float)mixer->gate_scale, size, y);
     for (int64_t first = 0; mixer->norm.kind && first < size; first += part)

@@ -141,6 +141,36 @@ static void activate(const Layer *layer, int64_t count, const float *times, floa
 }
 #undef ACTIVATE
 
+static void cut_below(int64_t count, float cutoff, float *y)
+{
+    subtract_mean(y, count, y);
+    vec squares = zeros();
+    for (int64_t i = 0; i < count; i += LANES) {
+        vec part = row_part(y, i, count);
+        squares = fma_f32(part, part, squares);
+    }
+    const vec below = every_f32(cutoff * __builtin_sqrtf(sum_f32(squares) / (float)count));
+    for (int64_t i = 0; i < count; i += LANES)
+        store_row_part(y, i, count, max_f32(zeros(), sub_f32(row_part(y, i, count), below)));
+}
+
+/* As in `cap_scores`. */
+static void tanh_of_row(int64_t count, float *y)
+{
+    const vec one = every_f32(1.0f), two = every_f32(2.0f);
+    for (int64_t i = 0; i < count; i += LANES) {
+        vec power = exp_f32(mul_f32(row_part(y, i, count), two));
+        store_row_part(y, i, count, sub_f32(one, div_f32(two, add_f32(power, one))));
+    }
+}
+
+static void add_scaled(int64_t count, float factor, const float *x, float *y)
+{
+    const vec every = every_f32(factor);
+    for (int64_t i = 0; i < count; i += LANES)
+        store_row_part(y, i, count, fma_f32(every, row_part(x, i, count), row_part(y, i, count)));
+}
+
 /* The integer that a row's largest number becomes. A lane's sum of products with up to 127 must fit an int32. */
 INLINE float largest_integer(int64_t size)
 {

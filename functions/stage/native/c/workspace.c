@@ -81,6 +81,8 @@ Workspace pass_workspace(const Group *group, int64_t rows, int64_t most_tokens, 
     workspace.recurrent_outputs = taken(&workspace, memory, rows * group->recurrent_outputs * 4);
     workspace.steps = taken(&workspace, memory, rows * 2 * group->recurrent_heads * 4);
     workspace.first_rows = taken(&workspace, memory, rows * (int64_t)sizeof(int64_t));
+    workspace.first = taken(&workspace, memory, group->streams ? rows * group->hidden_size * 4 : 0);
+    workspace.beside = taken(&workspace, memory, group->streams ? rows * group->hidden_size * 4 : 0);
     workspace.added = taken(&workspace, memory, rows * group->hidden_size * 4);
     take_packed(&workspace, memory, rows, packed_row_bytes(LAMINA_F32, widest));
     workspace.places = taken(&workspace, memory, rows * (int64_t)sizeof(Place));

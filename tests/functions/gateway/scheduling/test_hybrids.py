@@ -1,4 +1,4 @@
-"""Models with recurrent layers, latents and experts through gateway and stages: answers are generate's, whatever happens."""
+"""Models with recurrent layers, latents, experts, shared KV or streams through gateway and stages: answers are generate's."""
 
 import random
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from tests.support.functions.stage_server import Fault, StageServer, on_forwards
 from tests.support.storage import tiny_models
 
 CUT: Final = ((0, 2), (2, 3), (3, 6))
-NAMES: Final = ("lfm2", "qwen3_next", "granitemoehybrid", "falcon_h1", "deepseek_v2")
+NAMES: Final = ("lfm2", "qwen3_next", "granitemoehybrid", "falcon_h1", "deepseek_v2", "gemma4_text", "gemma3n_text")
 NEW_TOKENS: Final = 24
 
 

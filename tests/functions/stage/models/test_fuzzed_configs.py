@@ -35,8 +35,9 @@ from tests.support.storage import tiny_models
 
 CASES: Final = int(os.environ.get("LAMINA_FUZZ_CASES") or 96)
 PARTS: Final = 8  # tests, which workers share
-_OTHERS: Final = [name for name in GENERIC if name not in tiny_models.ALL]
-NAMES: Final = [name for pair in zip_longest(tiny_models.ALL, _OTHERS) for name in pair if name]
+_TINY: Final = (*tiny_models.ALL, *tiny_models.NATIVE_ONLY)
+_OTHERS: Final = [name for name in GENERIC if name not in _TINY]
+NAMES: Final = [*(name for pair in zip_longest(tiny_models.ALL, _OTHERS) for name in pair if name), *tiny_models.NATIVE_ONLY]
 TOKENS: Final = 44  # more than any window or original context drawn below
 SMALL_CONTEXT: Final = 24
 
@@ -81,7 +82,7 @@ ROPES: Final[tuple[dict[str, Any], ...]] = (
 
 def changed(name: str, dice: random.Random) -> dict[str, Any]:
     """The config of a tiny model with one to three keys changed."""
-    if name not in tiny_models.ALL:
+    if name not in _TINY:
         known = default_config(name)
         full, layers = known.to_dict(), getattr(known, layers_key(name))
         given = {key: value for key, value in full.items() if key != "rope_parameters"}
@@ -203,7 +204,8 @@ def logits_of_stages(groups: list[LayerGroup], token_ids: list[int], split: int)
         hidden: Any = np.array(token_ids[first:last])
         for group, handle in zip(groups, handles, strict=True):
             is_long = group.short_context is not None and len(token_ids) > group.short_context
-            hidden = group.forward(hidden, [Segment(handle, first, last - first, is_long)])
+            segment = Segment(handle, first, last - first, is_long, token_ids=np.array(token_ids[first:last]))
+            hidden = group.forward(hidden, [segment])
         found.append(groups[-1].logits(hidden))
     return np.concatenate(found)
 
@@ -231,7 +233,8 @@ def answer(whole: PreTrainedModel, folder: Path, dice: random.Random) -> str:
     is_hybrid = not kinds.isdisjoint(("linear_attention", "conv", "hybrid")) and bool(kinds - {"linear_attention", "conv"})
     oracle = tiny_models.recurrent_logits if is_hybrid else tiny_models.all_logits
     layers = getattr(whole.config, layers_key(whole.config.model_type))
-    cut = (0, *sorted(dice.sample(range(1, layers), min(layers - 1, dice.randint(0, 2)))), layers)
+    bounds = sorted(dice.sample(range(1, layers), min(layers - 1, dice.randint(0, 2))))
+    cut = (0, *(bound for bound in bounds if can_begin_with(bound, folder)), layers)
     token_ids = [dice.randrange(5, tiny_models.VOCAB_SIZE) for _ in range(TOKENS)]
     split = dice.randint(1, TOKENS - 1)
     expected = oracle(whole, token_ids).numpy()
@@ -241,6 +244,14 @@ def answer(whole: PreTrainedModel, folder: Path, dice: random.Random) -> str:
     most = 3e-4 if getattr(whole.config, "num_local_experts", 0) else 1e-4
     assert difference < most, f"logits differ by {difference:.2g} of the greatest; cut {cut}, chunks of {split} and the rest"
     return "equal"
+
+
+def can_begin_with(layer: int, folder: Path) -> bool:
+    """Whether a stage of the folder's model can begin with this layer."""
+    try:
+        return decoder_of(json.loads((folder / "config.json").read_text())).obstacle_to_cut(layer) is None
+    except ArchitectureUnsupported:
+        return True
 
 
 def refused_by_the_self_test(config: Mapping[str, Any]) -> str | None:

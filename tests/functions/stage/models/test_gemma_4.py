@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from functions.stage.models.kv_bytes import checked, copied_kv, put_kv, stamp
-from functions.stage.models.layer_group import Segment
+from functions.stage.models.layer_group import MissingTensors, Segment
 from functions.stage.models.native.group import NativeGroup
 from functions.stage.models.native.kv_pool import LayerKV, NativeKVPool
 from functions.stage.native.records import Dtype
@@ -21,31 +21,35 @@ from tests.support.functions.stage_pipeline import GroupPipeline
 from tests.support.storage import tiny_models
 
 SHARED: Final = {"num_kv_shared_layers": 3}  # layers 3 to 5 read the keys and values of layers 2 and 1
+NAMES: Final = ("gemma4_text", "gemma3n_text")
 TEXT: Final = [(37 * token + 11) % tiny_models.VOCAB_SIZE for token in range(60)]
 
 
 @cache
-def tensors() -> Any:
-    return tiny_models.checkpoint_tensors(whole())
+def tensors(name: str) -> Any:
+    return tiny_models.checkpoint_tensors(whole(name))
 
 
 @cache
-def whole() -> Any:
-    return tiny_models.whole_model("gemma4_text", **SHARED)
+def whole(name: str) -> Any:
+    return tiny_models.whole_model(name, **SHARED)
 
 
-def group(first: int, last: int, dtype: str = "float32") -> NativeGroup:
-    made = NativeGroup(tiny_models.tiny_config("gemma4_text", **SHARED), first, last, dtype, 2**22)
-    made.place(raw(dict(tensors())))
+def group(first: int, last: int, dtype: str = "float32", name: str = "gemma4_text") -> NativeGroup:
+    made = NativeGroup(tiny_models.tiny_config(name, **SHARED), first, last, dtype, 2**22)
+    made.place(raw(dict(tensors(name))))
     made.finish()
     return made
 
 
 @pytest.mark.parametrize("cut", [((0, 6),), ((0, 1), (1, 6))])
-def test_layers_that_read_others_keys_and_values_give_the_whole_models_logits(cut: tuple[tuple[int, int], ...]) -> None:
-    pipeline = GroupPipeline([group(*bounds) for bounds in cut])
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_that_read_others_keys_and_values_give_the_whole_models_logits(
+    name: str, cut: tuple[tuple[int, int], ...]
+) -> None:
+    pipeline = GroupPipeline([group(*bounds, name=name) for bounds in cut])
     logits = [pipeline.logits(TEXT[first : first + 7], first) for first in range(0, len(TEXT), 7)]
-    torch.testing.assert_close(torch.cat(logits), tiny_models.all_logits(whole(), TEXT), atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.cat(logits), tiny_models.all_logits(whole(name), TEXT), atol=1e-4, rtol=0)
 
 
 def test_layers_that_share_are_in_one_stage() -> None:
@@ -85,3 +89,16 @@ def test_pages_are_as_large_as_the_smallest_layer_needs() -> None:
     assert pool.arena.shape[1] == 64 * 2 * 512 * 2
     assert pool.places == [(0, 8), (8, 4), (12, 1)]
     assert pool.layout.token_bytes == 2 * 2 * (16 * 256 + 4 * 512 + 512)
+
+
+def test_a_plan_counts_all_numbers_that_pass_between_stages() -> None:
+    for name, rows in (("gemma3n_text", 3), ("zamba", 2), ("llama", 1)):
+        shape = shape_from_config(tiny_models.tiny_config(name), name, "float32")
+        assert [plan.hop_bytes_per_token for plan in plan_stages(shape, ((0, 3), (3, 6)))] == [rows * 32 * 4, 0]
+
+
+def test_a_matrix_of_streams_that_is_missing_is_named() -> None:
+    made = NativeGroup(tiny_models.tiny_config("gemma3n_text", **SHARED), 0, 6, "float32", 2**22)
+    made.place(raw({name: tensor for name, tensor in tensors("gemma3n_text").items() if "unembed_projections.1" not in name}))
+    with pytest.raises(MissingTensors, match=r"not placed: model\.altup_unembed_projections\.1\.weight"):
+        made.finish()

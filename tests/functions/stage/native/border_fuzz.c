@@ -252,6 +252,19 @@ static Memory latent_of(const Group *group, int64_t dtype, int64_t rope, int64_t
     return memory;
 }
 
+static Memory streams_of(const Group *group, int64_t dtype)
+{
+    const int64_t count = group->streams, size = group->hidden_size, rank = any(1, group->inner_size);
+    Memory memory = memory_of(sizeof(Streams));
+    *(Streams *)memory.data = (Streams){
+        .router = matrix_of(LAMINA_F32, count, size), .norm = norm_of(size, 0),
+        .predict = matrix_of(LAMINA_F32, count * count, count), .correct = matrix_of(LAMINA_F32, count, count),
+        .scale = memory_of(size * 4), .narrow = matrix_of(dtype, rank, size), .widen = matrix_of(dtype, size, rank),
+        .after = norm_of(size, 1),
+    };
+    return memory;
+}
+
 /* is_long: has pages for sequences whose attention is split. */
 static Group group_of(int is_long)
 {
@@ -276,6 +289,7 @@ static Group group_of(int is_long)
     int64_t attended = group.heads * group.head_dim, all_heads = group.heads + 2 * kv_heads;
     group.row_numbers = (all_heads + group.heads) * group.head_dim;
     group.input_size = any(0, 1) ? any(1, group.inner_size) : 0;
+    group.streams = group.input_size && any(0, 2) == 0 ? any(1, 4) : 0;
     const int latent = kv_heads == 1 && any(0, 1), from_latent = any(0, 1);
     const int64_t rope = 2 * any(0, group.head_dim / 2 - 1);
     if (latent) {
@@ -294,7 +308,7 @@ static Group group_of(int is_long)
         const int64_t own_heads = (reads ? group.heads : all_heads) + gates * group.heads;
         attended = latent ? attended : group.heads * head_dim;
         layers[i] = (Layer){
-            .before_attention = norm_of(group.hidden_size, 0),
+            .before_attention = norm_of(group.hidden_size, group.streams > 0),
             .latent = latent ? latent_of(&group, dtype, rope, queries, from_latent) : (Memory){0},
             .qkv = latent ? (Matrix){0} : matrix_of(dtype, own_heads * head_dim, group.hidden_size),
             .kv_heads = kv_heads, .head_dim = head_dim, .reads_kv = reads, .kv_pages = kv_pages,
@@ -302,8 +316,9 @@ static Group group_of(int is_long)
             .value = norm_of(head_dim, 0),
             .input_gate = group.input_size ? matrix_of(dtype, group.input_size, group.hidden_size) : (Matrix){0},
             .input_out = group.input_size ? matrix_of(dtype, group.hidden_size, group.input_size) : (Matrix){0},
-            .after_input = norm_of(group.hidden_size, 0),
-            .output_scale = any(0, 1) ? 1 : 0.5,
+            .after_input = norm_of(group.hidden_size, group.streams > 0),
+            .streams = group.streams ? streams_of(&group, dtype) : (Memory){0},
+            .output_scale = group.streams || any(0, 1) ? 1 : 0.5,
             .sinks = any(0, 1) ? memory_of(group.heads * 4) : (Memory){0},
             .out = matrix_of(dtype, group.hidden_size, attended),
             .after_attention = norm_of(group.hidden_size, 0),
@@ -314,7 +329,7 @@ static Group group_of(int is_long)
             .after_mlp = norm_of(group.hidden_size, 0),
             .activation = any(LAMINA_SILU, LAMINA_SWIGLU),
             .gates = gates,
-            .parallel = any(0, 1),
+            .parallel = group.streams ? 0 : any(0, 1),
             .window = any(0, 2) ? 0 : any(1, 40),
             .query_rotation = any(0, group.rotations),
             .key_rotation = any(0, group.rotations),
@@ -326,7 +341,7 @@ static Group group_of(int is_long)
             .swiglu = {1.7, 7.0},
             .xielu = {0.8, 0.8, 0.5, -1e-6},
         };
-        switch (any(0, 5)) { /* a layer has attention, a recurrent mixer or both, and a feed-forward or none */
+        switch (group.streams ? 5 : any(0, 5)) { /* a layer has attention, a recurrent mixer or both, and a feed-forward or none */
         case 0:
             layers[i].qkv = layers[i].out = (Matrix){0};
             layers[i].latent = (Memory){0};
@@ -342,7 +357,7 @@ static Group group_of(int is_long)
                 layers[i].kv_row = group.kv_rows, group.kv_rows += kv_pages;
         layers[i].qk_as_one = layers[i].qk.kind ? any(0, 1) : 0;
         layers[i].qk_rotated = layers[i].qk_as_one ? 0 : any(0, 1);
-        if (group.expert_size && any(0, 1)) {
+        if (group.expert_size && !group.streams && any(0, 1)) {
             layers[i].experts = experts_of(&group, of_mlp);
             layers[i].parallel = 0;
             if (any(0, 1))
@@ -350,6 +365,8 @@ static Group group_of(int is_long)
         }
         if (layers[i].activation == LAMINA_SWIGLU && (group.input_size || !all_gated(&layers[i])))
             layers[i].activation = LAMINA_SILU;
+        if (layers[i].gate.weights.bytes && layers[i].activation != LAMINA_SWIGLU && layers[i].gate_scale == 1)
+            layers[i].sparse = any(0, 1), layers[i].cutoff = 0.5;
         if (layers[i].window && any(0, 1))
             layers[i].ring = any(1, 3);
     }
@@ -453,7 +470,7 @@ static int run_pass(Pool *pool)
         most = end > most ? end : most;
     }
     int64_t threads = any(1, 3);
-    Pass pass = {.rows = rows, .threads = threads, .repeats = any(0, 9) == 0, .hidden = memory_of(rows * group.hidden_size * 4),
+    Pass pass = {.rows = rows, .threads = threads, .repeats = any(0, 9) == 0, .hidden = memory_of(rows * larger(1, group.streams) * group.hidden_size * 4),
                  .inputs = memory_of(group.num_layers * rows * group.input_size * 4),
                  .rotations = memory_of(group.rotations * rows * group.head_dim * 4), .segments = memory_of(used * (int64_t)sizeof(Segment)),
                  .workspace = workspace_of(lamina_pass_bytes(&group, rows, most, threads))};
@@ -503,7 +520,8 @@ static int run_pass(Pool *pool)
     for (int i = 0; i < 8; i++)
         if (says_more(&norms[i]->gain, &sound_norms[i]->gain, 2))
             return -1;
-    if (says_more(&layers[0].sinks, &before.sinks, 1) || says_more(&layers[0].latent, &before.latent, 1))
+    if (says_more(&layers[0].sinks, &before.sinks, 1) || says_more(&layers[0].latent, &before.latent, 1) ||
+        says_more(&layers[0].streams, &before.streams, 1))
         return -1;
     const Matrix *now[] = {&layers[0].qkv, &layers[0].out, &layers[0].gate, &layers[0].up, &layers[0].down,
                            &layers[0].recurrent.in, &layers[0].recurrent.steps, &layers[0].recurrent.out,

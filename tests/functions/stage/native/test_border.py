@@ -176,6 +176,7 @@ WRONG: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
         "range",
     ),
     "inputs of layers that the pass lacks": (lambda record: setattr(record, "input_size", 8), "memory"),
+    "streams that layers lack": (lambda record: setattr(record, "streams", 2), "range"),
     "a larger arena than memory": (lambda record: setattr(record, "num_pages", 9), "memory"),
     "an arena of no pages": (lambda record: setattr(record, "num_pages", 0), "range"),
     "keys in q4": (lambda record: setattr(record, "kv_dtype", Dtype.Q4), "dtype"),
@@ -224,6 +225,10 @@ WRONG_LAYER: Final[dict[str, tuple[Callable[[Any], None], str]]] = {
     "gains of too few heads": (lambda layer: setattr(layer.qk.gain, "bytes", 5 * 10 * 4), "memory"),
     "biases of a norm that are short": (lambda layer: setattr(layer.qk.biases, "bytes", 5 * 10 * 4), "memory"),
     "sinks of too few heads": (lambda layer: setattr(layer.sinks, "bytes", 12), "memory"),
+    "a cutoff without a scale of one": (
+        lambda layer: (setattr(layer, "sparse", 1), setattr(layer, "gate_scale", 0.5)),
+        "range",
+    ),
     "gates without a place": (lambda layer: setattr(layer, "gates", 1), "range"),
     "a norm of no known kind": (lambda layer: setattr(layer.after_mlp, "kind", 3), "range"),
     "a norm of all heads that is none": (lambda layer: (setattr(layer.qk, "kind", 0), setattr(layer, "qk_as_one", 1)), "range"),

@@ -1,0 +1,53 @@
+"""Several streams of hidden states (`Streams` of the description) before the first layer and after the last one."""
+
+import numpy as np
+
+from functions.stage.models.floats import Float32
+from functions.stage.models.native.weights import NativeWeights
+from functions.stage.native.layers import NativeLayers, NativeLinear
+from storage.checkpoints.decoder import Decoder
+
+
+class StreamMatrices:
+    """The matrices that make streams of embeddings, and hidden states of streams. `place` gives it those that it needs."""
+
+    def __init__(self, model: Decoder, *, is_first: bool, is_last: bool) -> None:
+        """is_first, is_last: whether the group has the model's first layer, before which it splits, and the last one."""
+        assert model.streams is not None
+        names = model.names
+        self._split, self._join = (
+            [name.format(stream=stream) for stream in range(model.streams.count - 1)] for name in (names.split, names.join)
+        )
+        self._needed = [*(self._split if is_first else ()), *(self._join if is_last else ())]
+        self._matrices: dict[str, NativeLinear] = {}
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of tensors that it was not given."""
+        return [f"{name}.weight" for name in self._needed if name not in self._matrices]
+
+    def place(self, weights: NativeWeights, layers: NativeLayers) -> None:
+        """Removes from `weights` what it needs of them. layers: whose threads compute."""
+        for name in self._needed:
+            if f"{name}.weight" in weights:
+                self._matrices[name] = layers.linear(weights.matrix(name))
+
+    def split(self, hidden: Float32, threads: int) -> Float32:
+        """The streams of embeddings [n, hidden_size]: float32 [n, streams * hidden_size]."""
+        return np.concatenate(self._scaled(self._split, [hidden] * (len(self._split) + 1), threads), axis=1)
+
+    def join(self, streams: Float32, threads: int) -> Float32:
+        """The mean of the streams [n, streams * hidden_size], float32 [n, hidden_size]."""
+        parts = [np.ascontiguousarray(part) for part in np.split(streams, len(self._join) + 1, axis=1)]
+        joined: Float32 = np.mean(self._scaled(self._join, parts, threads), axis=0)
+        return joined
+
+    def _scaled(self, names: list[str], parts: list[Float32], threads: int) -> list[Float32]:
+        """The first part, and the products of the others with these matrices, scaled to its root mean square."""
+        size = np.sqrt(np.square(parts[0]).mean(axis=-1, keepdims=True))
+        found = [parts[0]]
+        for name, part in zip(names, parts[1:], strict=True):
+            product = self._matrices[name](part, threads)
+            squares = np.square(product).mean(axis=-1, keepdims=True)
+            found.append(product * size / np.sqrt(np.maximum(squares, np.float32(1e-5))))
+        return found
