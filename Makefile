@@ -125,7 +125,7 @@ needs-libraries: $(VENV)/run.stamp
 
 ##@ Measure
 .PHONY: bench
-bench: $(VENV)/bench.stamp $(VENV)/native.stamp ## Throughput and latency of serving, against other ways of running the same model
+bench: $(VENV)/bench.stamp $(VENV)/native.stamp ## Throughput and latency of serving in every dtype, beside llama.cpp
 	$(BIN)/python -m bench.serving
 
 .PHONY: bench-peers
@@ -140,21 +140,9 @@ bench-coldstart: $(VENV)/bench.stamp $(VENV)/native.stamp ## From zero to the fi
 bench-load: $(VENV)/bench.stamp $(VENV)/native.stamp ## Conversations that come and go: 0, 1, 16, 64, 4, 0, on a pipeline that scales by itself
 	$(BIN)/python -m bench.load
 
-.PHONY: bench-speculation
-bench-speculation: $(VENV)/bench.stamp $(VENV)/native.stamp ## Several tokens a round: answers that quote and answers that do not, near and 5 ms away
-	$(BIN)/python -m bench.speculation
-
-.PHONY: bench-kv
-bench-kv: $(VENV)/bench.stamp $(VENV)/native.stamp ## Second turns, shared prompts, scale-in and zero, with what is held and without, beside llama.cpp's server
-	$(BIN)/python -m bench.kv
-
 .PHONY: bench-many
 bench-many: $(VENV)/bench.stamp $(VENV)/native.stamp ## 64, 256 and 1,000 conversations at once, and several gateways, on stages that sleep
 	$(BIN)/python -m bench.many
-
-.PHONY: bench-structured
-bench-structured: $(VENV)/bench.stamp $(VENV)/native.stamp ## Structured output: what a token costs with a grammar, and 200 random ones while stages are killed
-	$(BIN)/python -m bench.structured
 
 .PHONY: evaluate
 evaluate: $(VENV)/bench.stamp $(VENV)/native.stamp ## Does cutting a model pay: five ways to serve, emulated and simulated (QUICK=1 TRACE= EXPERIMENT=)

@@ -19,13 +19,15 @@ from typing import Any, Final, TypeVar
 import psutil
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 from tokenizers import Tokenizer
 
 from bench.report import ROOT
 from eventing.wire.events import Cut
 from functions.stage.engine.threads import usable_cores
-from knative.commands.local_pipeline import LocalPipeline, Sharing, local_pipeline
+from knative.commands.local_pipeline import LocalPipeline, Sharing, ensure_published, local_pipeline
 from knative.commands.model_choice import packaged_model, published_name
+from knative.commands.options import STORE_FOLDER
 from knative.commands.state_folder import find_running
 from knative.local.kubelet.containers import LocalData, read_container
 from knative.local.platform import Platform, PlatformOptions
@@ -33,6 +35,7 @@ from knative.render.services import gateway_service, stage_service
 from knative.spec.pipeline_spec import PipelineSpec
 from knative.spec.spec_file import load_spec, spec_from_dict
 from storage.models.model_repository import read_file, read_manifest
+from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings
 
@@ -92,13 +95,13 @@ class RunningPipeline:
 
 @contextmanager
 def running_pipeline(
-    dtype: str, state: Path, kv_cache: str = "256Mi", model: str | None = None, stages: int = NUM_STAGES
+    dtype: str, state: Path, model: str | None = None, stages: int = NUM_STAGES, kv_cache: str = "256Mi"
 ) -> Iterator[RunningPipeline]:
     """Starts everything and waits until it is ready. model: a source; None: the packaged one. Raises DidNotStart, which names
     the logs."""
     state.mkdir(parents=True, exist_ok=True)
     source = model or packaged_model()
-    spec, secrets = _write_spec(source, dtype, stages, state, kv_cache)
+    spec, secrets = _write_spec(source, dtype, stages, kv_cache, state)
     options = ["--spec", str(spec), "--secrets", str(secrets), "--model", source, "--dtype", dtype, "--port", "0"]
     with started([sys.executable, "-m", "knative", "run", *options, "--state", str(state)], state / "run.log") as run:
         running = wait_for(lambda: find_running(state), run, state / "run.log")
@@ -115,6 +118,16 @@ def running_pipeline(
 def local_spec(name: str, **fields: Any) -> PipelineSpec:
     """A spec for the local platform, which replaces image and store. fields: further ones as in YAML; others have defaults."""
     return spec_from_dict({"name": name, "image": "lamina:local", "store": {"endpoint": "http://embedded.invalid"}, **fields})
+
+
+@contextmanager
+def published_pipeline(spec: PipelineSpec, state: Path) -> Iterator[tuple[LocalPipeline, ObjectStore]]:
+    """The spec's pipeline of the packaged model, which is published in a store below `state` unless it is there already."""
+    state.mkdir(parents=True, exist_ok=True)
+    with EmbeddedStore(state / STORE_FOLDER) as embedded:
+        store = ObjectStore(embedded.settings)
+        manifest = ensure_published(store, None, spec.model.dtype, Console())
+        yield local_pipeline(store, manifest, spec.stages or 1, spec, {}), store
 
 
 @asynccontextmanager
@@ -220,7 +233,7 @@ def read_page(url: str, timeout_seconds: float = 30.0) -> str:
     return page
 
 
-def _write_spec(source: str, dtype: str, stages: int, state: Path, kv_cache: str) -> tuple[Path, Path]:
+def _write_spec(source: str, dtype: str, stages: int, kv_cache: str, state: Path) -> tuple[Path, Path]:
     """Writes the spec and a folder of secrets, with the token that the direct gateway needs too."""
     cores = usable_cores()
     sharing = Sharing(cores, stages)

@@ -5,11 +5,14 @@ a network. Three remedies are measured, each alone: draft tokens, hidden states 
 """
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Final, Literal
 
+import aiohttp
 import msgspec
 import yaml
 from rich.console import Console
@@ -17,7 +20,6 @@ from rich.console import Console
 from bench.evaluation.emulated import passes_of
 from bench.pipeline import ALWAYS_ONE, local_spec, running_platform
 from bench.report import table
-from bench.speculation.answers import ask
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.local.kubelet.pods import LocalPod
 from knative.local.platform import ROOT, Platform, PlatformOptions
@@ -35,7 +37,7 @@ AT_ONCE: Final = (1, 16)
 _NEARLY_NONE: Final = 1e-6  # seconds of delay without a network: its relays run too, so that their own cost cancels out
 _DTYPE: Final = "bfloat16"
 _MICRO_BATCH: Final = 8
-_PROMPTS: Final = ROOT / "bench" / "speculation" / "prompts.yaml"
+_QUESTIONS: Final = ROOT / "bench" / "data" / "quoting.yaml"
 _READY_SECONDS: Final = 180.0
 
 
@@ -109,13 +111,13 @@ async def _measured(
         async with asyncio.timeout(_READY_SECONDS):
             while not all(revision.ready_pods for each in platform.services.values() for revision in each.revisions):
                 await asyncio.sleep(0.1)
-        questions = yaml.safe_load(_PROMPTS.read_text(encoding="utf-8"))["quoting"][: lengths.questions]
-        await ask(url, local.pipeline.spec.model.name, questions[:1], 4, 1)
+        questions = yaml.safe_load(_QUESTIONS.read_text(encoding="utf-8"))[: lengths.questions]
+        await _ask(url, local.pipeline.spec.model.name, questions[:1], 4, 1)
         found = []
         for at_once in AT_ONCE:
             before = await _passes(local, platform)
             asked = questions[: max(2, lengths.questions // 4)] if at_once == 1 else questions
-            answered = await ask(url, local.pipeline.spec.model.name, asked, lengths.max_tokens, at_once)
+            usages, seconds = await _ask(url, local.pipeline.spec.model.name, asked, lengths.max_tokens, at_once)
             after = await _passes(local, platform)
             steps = tuple((b[0] - a[0]) / max(1.0, b[1] - a[1]) for a, b in zip(before, after, strict=True))
             found.append(
@@ -126,13 +128,33 @@ async def _measured(
                     wire_dtype=remedy.wire_dtype,
                     stages=remedy.stages,
                     at_once=at_once,
-                    prompt_tokens=answered.prompt_tokens / len(asked),
-                    answer_tokens=answered.tokens / len(asked),
-                    tokens_per_second=answered.tokens_per_second,
+                    prompt_tokens=fmean(each["prompt_tokens"] for each in usages),
+                    answer_tokens=fmean(each["completion_tokens"] for each in usages),
+                    tokens_per_second=sum(each["completion_tokens"] for each in usages) / seconds,
                     step_seconds=steps,
                 )
             )
         return found
+
+
+async def _ask(
+    url: str, model: str, questions: Sequence[str], max_tokens: int, at_once: int
+) -> tuple[list[dict[str, int]], float]:
+    """Asks greedily. Returns the usage of each answer, and the seconds of all. Raises aiohttp.ClientError."""
+    turns = asyncio.Semaphore(at_once)
+    timeout = aiohttp.ClientTimeout(total=600)
+    async with aiohttp.ClientSession(url, timeout=timeout, raise_for_status=True) as session:
+
+        async def one(question: str) -> dict[str, int]:
+            messages = [{"role": "user", "content": question}]
+            body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
+            async with turns, session.post("/v1/chat/completions", json=body) as reply:
+                usage: dict[str, int] = (await reply.json())["usage"]
+                return usage
+
+        began = time.perf_counter()
+        usages = await asyncio.gather(*map(one, questions))
+        return usages, time.perf_counter() - began
 
 
 async def _passes(local: LocalPipeline, platform: Platform) -> list[tuple[float, float]]:

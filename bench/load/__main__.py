@@ -2,7 +2,6 @@
 
 Everything is real but the arithmetic: publication, manifests, platform, autoscaler, gateway, HTTP. Each stage sleeps a declared
 time per pass instead of computing, because two cores hold no more compute than two cores, however many pods share them.
-`--compute` runs the same pipeline with the model's own layers.
 
 Writes a picture and a section of docs/benchmarks.md; status 1 if a target is missed.
 """
@@ -10,86 +9,38 @@ Writes a picture and a section of docs/benchmarks.md; status 1 if a target is mi
 import asyncio
 import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import click
-from rich.console import Console
 
 from bench.load.report import Setting, draw, judge, markdown
 from bench.load.series import read_records
-from bench.pipeline import local_spec, running_platform
-from bench.records import Record
+from bench.pipeline import local_spec, published_pipeline, running_platform
 from bench.report import ROOT, STATE, machine, write_section
-from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
-from knative.commands.options import STORE_FOLDER
+from knative.commands.local_pipeline import LocalPipeline
+from knative.commands.model_choice import DEFAULT_MODEL
 from knative.commands.state_folder import RunningPlatform, StateFolder
 from knative.local.platform import PlatformOptions
 from knative.render.services import services
-from knative.spec.pipeline_spec import PipelineSpec
-from storage.store.embedded import EmbeddedStore
-from storage.store.object_store import ObjectStore
+from storage.store.settings import StoreSettings
+
+_PICTURE: Final = ROOT / "docs" / "load.png"
+_PLAN: Final = "0:5,1:30,16:40,64:50,4:30,0:285"
+_MAX_TOKENS: Final = (96, 160)
+_SLEEP_SECONDS: Final = (0.03, 0.09, 0.03)
+_MICRO_BATCH_SEQUENCES: Final = 16
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
-    """One of the two runs."""
-
-    section: str
-    picture: Path
-    plan: str
-    max_tokens: tuple[int, int]
-    sleep_seconds: tuple[float, ...] | None  # per stage; None: real layers
-    micro_batch_sequences: int
-    max_scale: int
-
-
-SLEEPING: Final = Run(
-    section="load",
-    picture=ROOT / "docs" / "load.png",
-    plan="0:5,1:30,16:40,64:50,4:30,0:285",
-    max_tokens=(96, 160),
-    sleep_seconds=(0.03, 0.09, 0.03),
-    micro_batch_sequences=16,
-    max_scale=6,
-)
-COMPUTING: Final = Run(
-    section="load-compute",
-    picture=ROOT / "docs" / "load-compute.png",
-    plan="0:5,1:15,8:40,1:15,0:5",
-    max_tokens=(16, 48),
-    sleep_seconds=None,
-    micro_batch_sequences=8,
-    max_scale=2,
-)
-
-
-def _spec(run: Run) -> PipelineSpec:
-    return local_spec(
-        "load",
-        model={"name": "smollm2-135m-instruct", "dtype": "bfloat16"},
-        stages=3,
-        stage={
-            "resources": {"cpu": "1", "memory": "2Gi"},
-            "layer_group": "sleep" if run.sleep_seconds else "auto",
-            "sleep_seconds": run.sleep_seconds,
-            "autoscaling": {"max_scale": run.max_scale},
-        },
-        gateway={"micro_batch_sequences": run.micro_batch_sequences, "prefix_sharing": "pipeline"},
-    )
-
-
-async def _record(run: Run, state: StateFolder, local: LocalPipeline, store: ObjectStore, output: Path) -> None:
+async def _record(plan: str, state: StateFolder, local: LocalPipeline, store: StoreSettings, output: Path) -> None:
     """Runs the pipeline on a platform of its own, from zero, and loads it. Raises RuntimeError.
 
     The load generator has a process of its own, so that it takes no time of the platform's event loop.
     """
     async with running_platform(PlatformOptions(secrets=local.secrets, logs=state.logs), services(local.pipeline)) as platform:
         url = platform.url(local.pipeline.spec.name)
-        state.publish(RunningPlatform(platform.status()["pid"], platform.admin_url, url, store.settings))
-        options = ["--plan", run.plan, "--max-tokens", *map(str, run.max_tokens)]
+        state.publish(RunningPlatform(platform.status()["pid"], platform.admin_url, url, store))
+        options = ["--plan", plan, "--max-tokens", *map(str, _MAX_TOKENS)]
         options += ["--metrics", f"{platform.admin_url}/metrics", "--output", str(output)]
         command = [sys.executable, "-m", "bench.load.conversations", url, *options]
         process = await asyncio.create_subprocess_exec(*command, cwd=ROOT)
@@ -103,47 +54,44 @@ async def _record(run: Run, state: StateFolder, local: LocalPipeline, store: Obj
             raise RuntimeError(f"the load generator ended with status {status}")
 
 
-def _write(run: Run, model: str, setting: Setting, records: Sequence[Record]) -> None:
-    command = "python -m bench.load" + ("" if run.sleep_seconds else " --compute")
-    draw(records, run.picture, f"{model} in {len(setting.stages)} stages: {command}")
-    if run.sleep_seconds:
-        title = "Load that rises and falls, stages that sleep"
-        stages = "/".join(f"{seconds * 1000:g}" for seconds in run.sleep_seconds) + " ms per pass instead of computing"
-    else:
-        title = "The same with real compute"
-        stages = "their own layers, whose replicas share these cores: more of them are not more compute"
-    text = (
-        f"## {title}\n\n`{command}` · {machine()} · {model}, {len(setting.stages)} stages, {stages}; "
-        f"micro-batches of at most {run.micro_batch_sequences} sequences, answers of {run.max_tokens[0]} to "
-        f"{run.max_tokens[1]} tokens; conversations:seconds {run.plan}; "
-        f"all else at its default. The targets and their reasons: [scaling.md](scaling.md).\n\n"
-        f"{markdown(setting, records)}\n\n![load, replicas, throughput, time to first token]({run.picture.name})"
-    )
-    write_section(ROOT / "docs" / "benchmarks.md", run.section, text)
-
-
 @click.command(help=__doc__)
-@click.option("--compute", is_flag=True, help="Real layers instead of sleeping ones, and a shorter load.")
 @click.option("--plan", help="Another load, CONVERSATIONS:SECONDS,…: shown, but not written into the documentation.")
 @click.option(
     "--state", type=click.Path(path_type=Path), default=STATE / "load", help="State folder; its store keeps the model."
 )
-def main(compute: bool, plan: str | None, state: Path) -> None:
+def main(plan: str | None, state: Path) -> None:
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
-    run = COMPUTING if compute else SLEEPING
-    run = run if plan is None else replace(run, plan=plan)
-    with StateFolder(state) as folder, EmbeddedStore(state / STORE_FOLDER) as embedded:
-        store = ObjectStore(embedded.settings)
-        spec = _spec(run)
-        manifest = ensure_published(store, None, spec.model.dtype, Console())
-        local = local_pipeline(store, manifest, spec.stages or 1, spec, {})
-        output = state / f"{run.section}.jsonl"
-        asyncio.run(_record(run, folder, local, store, output))
+    spec = local_spec(
+        "load",
+        model={"name": DEFAULT_MODEL, "dtype": "bfloat16"},
+        stages=3,
+        stage={
+            "resources": {"cpu": "1", "memory": "2Gi"},
+            "layer_group": "sleep",
+            "sleep_seconds": _SLEEP_SECONDS,
+            "autoscaling": {"max_scale": 6},
+        },
+        gateway={"micro_batch_sequences": _MICRO_BATCH_SEQUENCES, "prefix_sharing": "pipeline"},
+    )
+    output = state / "load.jsonl"
+    with StateFolder(state) as folder, published_pipeline(spec, state) as (local, store):
+        asyncio.run(_record(plan or _PLAN, folder, local, store.settings, output))
     stages = tuple(local.pipeline.stage_name(index) for index in range(len(local.pipeline.cut)))
-    setting, records = Setting(stages, run.sleep_seconds, run.micro_batch_sequences), read_records(output)
-    click.echo(markdown(setting, records))
+    setting, records = Setting(stages, _SLEEP_SECONDS, _MICRO_BATCH_SEQUENCES), read_records(output)
+    tables = markdown(setting, records)
+    click.echo(tables)
     if plan is None:
-        _write(run, local.shape.name, setting, records)
+        model = local.shape.name
+        draw(records, _PICTURE, f"{model} in {len(stages)} stages: python -m bench.load")
+        passes = "/".join(f"{seconds * 1000:g}" for seconds in _SLEEP_SECONDS)
+        text = (
+            f"## Load that rises and falls, stages that sleep\n\n`python -m bench.load` · {machine()} · {model}, {len(stages)} "
+            f"stages, {passes} ms per pass instead of computing; micro-batches of at most {_MICRO_BATCH_SEQUENCES} sequences, "
+            f"answers of {_MAX_TOKENS[0]} to {_MAX_TOKENS[1]} tokens; conversations:seconds {_PLAN}; all else at its default. "
+            f"The targets and their reasons: [scaling.md](scaling.md).\n\n{tables}\n\n"
+            f"![load, replicas, throughput, time to first token]({_PICTURE.name})"
+        )
+        write_section(_PICTURE.with_name("benchmarks.md"), "load", text)
     sys.exit(0 if all(verdict.met for verdict in judge(setting, records)) else 1)
 
 

@@ -21,19 +21,17 @@ from typing import Final
 
 import click
 import psutil
-from rich.console import Console
 
 from bench.many import devices as few_devices
 from bench.many import fleet as at_zero
 from bench.many import simulated as on_a_clock
 from bench.many.conversations import Conversation, converse
-from bench.many.report import Found, Load, markdown, verdicts
-from bench.pipeline import NUM_STAGES, gateway_beside, local_spec, stage_alone
+from bench.many.report import Load, LoadFindings, markdown, verdicts
+from bench.pipeline import NUM_STAGES, gateway_beside, local_spec, published_pipeline, stage_alone
 from bench.report import STATE, machine, output_option, write_section
 from functions.stage.engine.threads import usable_cores
-from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
-from storage.store.embedded import EmbeddedStore
-from storage.store.object_store import ObjectStore
+from knative.commands.local_pipeline import LocalPipeline
+from knative.commands.model_choice import DEFAULT_MODEL
 
 _STATE: Final = STATE / "bench-many"
 _ZERO_SECONDS: Final = 40.0
@@ -126,38 +124,33 @@ def _devices(members: int, devices: int, seconds: float, output: Path) -> None:
 
 @contextmanager
 def _pipeline() -> Iterator[tuple[LocalPipeline, list[str], list[int]]]:
-    _STATE.mkdir(parents=True, exist_ok=True)
-    with EmbeddedStore(_STATE / "store") as embedded:
-        store = ObjectStore(embedded.settings)
-        spec = local_spec(
-            "many",
-            model={"name": "smollm2-135m-instruct", "dtype": "bfloat16"},
-            stages=NUM_STAGES,
-            stage={
-                "resources": {"cpu": "1", "memory": "5Gi"},
-                "kv_cache": _KV_CACHE,
-                "max_merge": _MOST_MERGED,
-                "layer_group": "sleep",
-                "sleep_seconds": [_PASS_SECONDS] * NUM_STAGES,
-            },
-            gateway={
-                "micro_batch_sequences": _MICRO_BATCH_SEQUENCES,
-                "queue_limit": 1000,
-                "draft_tokens": 0,
-                "prefix_sharing": "pipeline",
-                "access_log": "off",
-            },
-        )
-        manifest = ensure_published(store, None, spec.model.dtype, Console())
-        local = local_pipeline(store, manifest, NUM_STAGES, spec, {})
-        with ExitStack() as stack:
-            stages = [
-                stack.enter_context(stage_alone(local, index, _STATE / f"stage-{index}.log")) for index in range(NUM_STAGES)
-            ]
-            yield local, [url for url, _ in stages], [pid for _, pid in stages]
+    spec = local_spec(
+        "many",
+        model={"name": DEFAULT_MODEL, "dtype": "bfloat16"},
+        stages=NUM_STAGES,
+        stage={
+            "resources": {"cpu": "1", "memory": "5Gi"},
+            "kv_cache": _KV_CACHE,
+            "max_merge": _MOST_MERGED,
+            "layer_group": "sleep",
+            "sleep_seconds": [_PASS_SECONDS] * NUM_STAGES,
+        },
+        gateway={
+            "micro_batch_sequences": _MICRO_BATCH_SEQUENCES,
+            "queue_limit": 1000,
+            "draft_tokens": 0,
+            "prefix_sharing": "pipeline",
+            "access_log": "off",
+        },
+    )
+    with ExitStack() as stack:
+        local, _ = stack.enter_context(published_pipeline(spec, _STATE))
+        logs = [_STATE / f"stage-{index}.log" for index in range(NUM_STAGES)]
+        stages = [stack.enter_context(stage_alone(local, index, log)) for index, log in enumerate(logs)]
+        yield local, [url for url, _ in stages], [pid for _, pid in stages]
 
 
-def _measure(local: LocalPipeline, urls: Sequence[str], stage_pids: Sequence[int], load: Load, max_tokens: int) -> Found:
+def _measure(local: LocalPipeline, urls: Sequence[str], stage_pids: Sequence[int], load: Load, max_tokens: int) -> LoadFindings:
     with ExitStack() as stack:
         started = [
             stack.enter_context(gateway_beside(local, urls, _STATE / f"gateway-{number}.log"))
@@ -172,7 +165,7 @@ def _measure(local: LocalPipeline, urls: Sequence[str], stage_pids: Sequence[int
             _watched(gateways, [url for url, _ in started], local.pipeline.spec.model.name, load, max_tokens)
         )
         seconds = time.perf_counter() - began
-        return Found(
+        return LoadFindings(
             [each.error for each in answers if each.error],
             sum(each.tokens for each in answers),
             seconds,

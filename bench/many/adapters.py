@@ -23,20 +23,17 @@ import click
 import msgspec
 import numpy as np
 import psutil
-from rich.console import Console
 from safetensors.numpy import save_file
 
-from bench.pipeline import gateway_beside, local_spec, stage_alone
+from bench.pipeline import gateway_beside, local_spec, published_pipeline, stage_alone
 from bench.report import ROOT, STATE, judged, machine, table, verdict_table, write_section
 from functions.stage.engine.threads import usable_cores
-from knative.commands.local_pipeline import ensure_published, local_pipeline
-from knative.commands.options import STORE_FOLDER
+from knative.commands.model_choice import DEFAULT_MODEL
 from storage.checkpoints.decoder import layer_shapes
 from storage.checkpoints.decoder_config import decoder_of
 from storage.models.adapter_publisher import publish_adapter
 from storage.models.adapters import list_adapters
 from storage.models.model_repository import ModelManifest, read_file
-from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 
 ADAPTERS: Final = 100
@@ -132,22 +129,19 @@ def _cpu(rates: Sequence[Rate]) -> float:
 @click.option("--write/--no-write", default=True, help="Write the section of docs/benchmarks.md.")
 def main(dtype: str, rounds: int, requests: int, state: Path, write: bool) -> None:
     load_before = getloadavg()[0]
-    state.mkdir(parents=True, exist_ok=True)
-    with EmbeddedStore(state / STORE_FOLDER) as embedded, ExitStack() as running:
-        store = ObjectStore(embedded.settings)
-        manifest = ensure_published(store, None, dtype, Console())
+    spec = local_spec(
+        "adapters",
+        model={"name": DEFAULT_MODEL, "dtype": dtype},
+        stages=1,
+        adapters=KEPT,
+        adapter_rank=RANK,
+        stage={"resources": {"cpu": str(usable_cores()), "memory": "4Gi"}},
+        gateway={"draft_tokens": 0},
+    )
+    with ExitStack() as running:
+        local, store = running.enter_context(published_pipeline(spec, state))
+        manifest = local.manifest
         names = [f"{manifest.name}:{name}" for name in publish_adapters(store, manifest)]
-        resources = {"cpu": str(usable_cores()), "memory": "4Gi"}
-        spec = local_spec(
-            "adapters",
-            model={"name": manifest.name, "dtype": dtype},
-            stages=1,
-            adapters=KEPT,
-            adapter_rank=RANK,
-            stage={"resources": resources},
-            gateway={"draft_tokens": 0},
-        )
-        local = local_pipeline(store, manifest, 1, spec, {})
         stage, pid = running.enter_context(stage_alone(local, 0, state / "stage.log"))
         process = psutil.Process(pid)
         url, _ = running.enter_context(gateway_beside(local, [stage], state / "gateway.log"))

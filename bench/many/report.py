@@ -19,7 +19,7 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class LoadFindings:
     """The findings for one load."""
 
     errors: Sequence[str]
@@ -46,7 +46,7 @@ class Found:
         return self.tokens / self.gateway_cpu_seconds
 
 
-def verdicts(found: Mapping[Load, Found]) -> list[Verdict]:
+def verdicts(found: Mapping[Load, LoadFindings]) -> list[Verdict]:
     errors = sum(len(each.errors) for each in found.values())
     told = [Verdict("no conversation ends with an error", f"{errors} errors", errors == 0)]
     most = max(load.conversations for load in found if load.gateways == 1)
@@ -63,7 +63,7 @@ def verdicts(found: Mapping[Load, Found]) -> list[Verdict]:
     return told
 
 
-def markdown(found: Mapping[Load, Found], facts: str) -> str:
+def markdown(found: Mapping[Load, LoadFindings], facts: str) -> str:
     columns = [
         "conversations", "gateways", "tokens/s", "gateway CPU a token", "other CPU a token", "cores busy",
         "gateway memory a conversation", "between tokens p50, p99", "errors",

@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from itertools import product
 from os import getloadavg, sched_getaffinity
 from pathlib import Path
@@ -22,11 +21,11 @@ from tokenizers import Tokenizer
 
 from bench.llama_cpp import llama_server, llama_server_over_rpc
 from bench.peers.models import PACKAGED, SHAPES, Model, model
+from bench.peers.processes import running_transformers, running_vllm
 from bench.pipeline import DidNotStart, running_pipeline
 from bench.report import STATE, Verdict, command_line, judged, machine, output_option, table, verdict_table, write_section
 from bench.serving.client import Client, Measurement
 from bench.serving.contenders import CONCURRENT, PREFILL, SINGLE, Contender, Results, measure_all, rate, ratio
-from bench.serving.peers import running_transformers, running_vllm
 from bench.serving.requests import Request, Requests
 from knative.commands.model_choice import packaged_model
 from storage.checkpoints.model_source import open_checkpoint
@@ -87,13 +86,12 @@ def main(
                     failed[peer] = error.why
             if vllm and name != PACKAGED:
                 try:
-                    process = stack.enter_context(running_vllm(measured.in_8_bits(), _logs() / "vllm.log"))
-                    contenders.append(Contender(_VLLM, process.pids, partial(process.measure, "generate")))
+                    contenders.append(stack.enter_context(running_vllm(_VLLM, measured.in_8_bits(), _logs() / "vllm.log")))
                 except DidNotStart as error:
                     failed[_VLLM] = error.why
             if transformers:
-                process = stack.enter_context(running_transformers(measured.source, _logs() / "transformers.log"))
-                contenders.append(Contender(_TRANSFORMERS, process.pids, partial(process.measure, "generate")))
+                log = _logs() / "transformers.log"
+                contenders.append(stack.enter_context(running_transformers(_TRANSFORMERS, measured.source, log)))
             work = {workload: asked for workload, asked in _requests().items() if workload in chosen}
             found = asyncio.run(measure_all(contenders, work, rounds, click.echo))
         parts.append(f"\n### {name}\n\n{_table(found, failed)}")
@@ -116,7 +114,7 @@ def _lamina(stack: ExitStack, measured: Model, dtypes: Sequence[str], cuts: Sequ
     for dtype, stages in product(dtypes, cuts):
         source = str(measured.gguf("Q4_0")) if dtype == "kept" else measured.source
         state = _STATE / f"{measured.name}-{dtype}-{stages}"
-        pipeline = stack.enter_context(running_pipeline(dtype, state, _KV_CACHE, source, stages))
+        pipeline = stack.enter_context(running_pipeline(dtype, state, source, stages, _KV_CACHE))
         yield Contender(_own(dtype, stages), pipeline.pids, Client(pipeline.url, pipeline.model, {}).measure)
 
 

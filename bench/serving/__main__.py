@@ -1,4 +1,4 @@
-"""`make bench`: Lamina's three stages beside other ways of running the same model on the same machine, in one run.
+"""`make bench`: Lamina's three stages in every dtype, and llama.cpp with the same model on the same machine, in one run.
 
     python -m bench.serving                    all of it, about seven minutes on two cores; writes docs/benchmarks.md
     python -m bench.serving --rounds 1 --dtype int8 --workload "single stream" --output some/where/benchmarks.md
@@ -12,7 +12,6 @@ import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from importlib.metadata import version
 from os import getloadavg, sched_getaffinity
 from pathlib import Path
 from typing import Final
@@ -25,13 +24,11 @@ from bench.peers.models import model as bench_model
 from bench.pipeline import DidNotStart, RunningPipeline, running_pipeline
 from bench.report import STATE, machine, output_option, write_section
 from bench.serving.client import Client
-from bench.serving.contenders import CONCURRENT, LLAMA_CPP, PREFILL, SINGLE, Contender, lamina, measure_all, transformers
-from bench.serving.peers import running_transformers
+from bench.serving.contenders import CONCURRENT, LLAMA_CPP, PREFILL, SINGLE, Contender, measure_all
 from bench.serving.report import Findings, draw, markdown, verdicts
 from bench.serving.requests import Requests
 from bench.serving.round import RoundTime, measure_rounds
 from bench.serving.token_time import token_times
-from knative.commands.model_choice import packaged_model
 
 _STATE: Final = STATE / "bench"
 _ROUNDS_OF_A_STEP: Final = 60
@@ -48,7 +45,7 @@ def main(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequence[s
     found = measure(rounds, new_tokens, dtypes, chosen)
     picture = output.with_name("serving.png")
     draw(found, picture)
-    facts = _facts(found, rounds, new_tokens, time.monotonic() - began, load)
+    facts = _facts(rounds, new_tokens, time.monotonic() - began, load)
     write_section(output, "serving", markdown(found, facts, picture.name))
     for verdict in verdicts(found):
         click.echo(verdict)
@@ -57,13 +54,17 @@ def main(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequence[s
 
 def measure(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequence[str]) -> Findings:
     """All contenders start first and stay up, idle while it is not their turn."""
-    model, log = packaged_model(), _STATE / "logs"
+    log = _STATE / "logs"
     log.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         pipelines = [stack.enter_context(running_pipeline(dtype, _STATE / dtype)) for dtype in dtypes]
-        whole = stack.enter_context(running_transformers(model, log / "transformers.log"))
-        contenders = [contender for pipeline in pipelines for contender in lamina(pipeline)] + transformers(whole)
-        did_not_run = {}
+        contenders, did_not_run = list[Contender](), {}
+        for pipeline in pipelines:
+            name, pids = f"Lamina {pipeline.dtype}", pipeline.pids
+            contenders.append(Contender(name, pids, Client(pipeline.url, pipeline.model, {}).measure))
+            if pipeline.dtype != "float32":
+                client = Client(pipeline.direct_url, pipeline.model, {})
+                contenders.append(Contender(f"{name}, no queue-proxy", pids, client.measure))
         try:
             file = bench_model(PACKAGED, STATE / "peers" / "models").gguf("Q4_0")
             url, pid = stack.enter_context(llama_server(file, log / "llama-server.log", len(sched_getaffinity(0))))
@@ -82,8 +83,6 @@ def measure(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequenc
         return Findings(
             asyncio.run(measure_all(contenders, work, rounds, click.echo)),
             dict(_rounds(pipelines, requests)),
-            whole.bytes_per_second(),
-            {each.dtype: sum(entry.bytes for entry in each.local.manifest.objects.values()) for each in pipelines},
             did_not_run,
             {name: each for pipeline in pipelines for name, each in token_times(pipeline, requests, log)},
         )
@@ -100,20 +99,15 @@ def _rounds(pipelines: Sequence[RunningPipeline], requests: Requests) -> Iterato
                 yield f"{pipeline.dtype}, {name}{suffix}", found
 
 
-def _facts(found: Findings, rounds: int, new_tokens: int, seconds: float, load: float) -> list[str]:
-    packages = [f"{name} {version(name)}" for name in ("torch", "transformers")]
+def _facts(rounds: int, new_tokens: int, seconds: float, load: float) -> list[str]:
     return [
-        f"`python -m bench.serving --rounds {rounds} --new-tokens {new_tokens}` on {machine()}; {', '.join(packages)}; "
-        f"SmolLM2-135M-Instruct, greedy, every answer as long as asked for. The run took {seconds:.0f} s; the load average "
-        f"before it was {load:.1f}.\n",
+        f"`python -m bench.serving --rounds {rounds} --new-tokens {new_tokens}` on {machine()}; SmolLM2-135M-Instruct, greedy, "
+        f"every answer as long as asked for. The run took {seconds:.0f} s; the load average before it was {load:.1f}.\n",
         "Lamina is three stage processes and a gateway, started by `python -m knative run` with one replica "
         "a stage; every hop goes through a queue-proxy, all of them in the platform's one process. *No queue-proxy*: a second "
-        "gateway asks the same stages directly. Nothing is drafted, nothing of earlier "
-        "prompts is used: `python -m bench.speculation` and `python -m bench.kv` measure that. Peers have both "
-        "cores, too: transformers holds the whole model in bf16 in one "
-        "process (`generate` takes the 16 requests as one static batch, filled up to the longest prompt and run to the longest "
-        "answer; only tokens asked for count), and llama.cpp, built for this CPU (`make llama-cpp`), serves the model in Q4_0, "
-        f"its fastest format, with {SLOTS} slots, prompts not cached. "
+        "gateway asks the same stages directly. Nothing is drafted, nothing of earlier prompts is used. llama.cpp has both "
+        "cores, too: built for this CPU (`make llama-cpp`), it serves the model in Q4_0, its fastest format, with "
+        f"{SLOTS} slots, prompts not cached. "
         "Contenders take turns; rates and ratios are medians over the rounds, CPU seconds those of all its processes.\n",
     ]
 

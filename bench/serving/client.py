@@ -5,12 +5,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Final
 
 import aiohttp
+import msgspec
 
-from bench.client import connections, streamed
 from bench.serving.requests import Request
+
+_TIMEOUT: Final = aiohttp.ClientTimeout(total=600)
+_DATA: Final = b"data: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +32,13 @@ class Client:
 
     def __init__(self, url: str, model: str, options: dict[str, Any]) -> None:
         self._url = f"{url}/v1/completions"
-        self._fixed = {"model": model, "temperature": 0, **options}
+        usage = {"stream": True, "stream_options": {"include_usage": True}}
+        self._fixed = {"model": model, "temperature": 0, **usage, **options}
 
     async def measure(self, requests: Sequence[Request]) -> Measurement:
-        """Asks all requests at once. Raises aiohttp.ClientError for one that fails."""
-        async with connections() as session:
+        """Asks all requests at once. Raises aiohttp.ClientError for one that fails, RuntimeError for one that breaks off."""
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(timeout=_TIMEOUT, raise_for_status=True, connector=connector) as session:
             began = time.perf_counter()
             answers = await asyncio.gather(*(self._ask(session, request) for request in requests))
             seconds = time.perf_counter() - began
@@ -48,9 +53,15 @@ class Client:
         """Tokens as the server counts them, and the moments of the request and of each piece of text."""
         tokens, moments = 0, [time.perf_counter()]
         body = {**self._fixed, "prompt": request.text, "max_tokens": request.max_tokens}
-        async for document in streamed(session, self._url, body):
-            if any(choice.get("text") for choice in document.get("choices", ())):
-                moments.append(time.perf_counter())
-            if usage := document.get("usage"):
-                tokens = usage["completion_tokens"]
+        async with session.post(self._url, json=body) as reply:
+            async for line in reply.content:
+                if not line.startswith(_DATA + b"{"):
+                    continue
+                document = msgspec.json.decode(line.removeprefix(_DATA), type=dict[str, Any])
+                if "error" in document:
+                    raise RuntimeError(f"the answer broke off: {document['error']}")
+                if any(choice.get("text") for choice in document.get("choices", ())):
+                    moments.append(time.perf_counter())
+                if usage := document.get("usage"):
+                    tokens = usage["completion_tokens"]
         return tokens, moments

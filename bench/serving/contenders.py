@@ -1,23 +1,18 @@
-"""The contenders of `bench.serving`, the three workloads, and the turns in which they are measured."""
+"""The contenders of `bench.serving` and `bench.peers`, the three workloads, and the turns in which they are measured."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from statistics import median
 from typing import Final
 
-from bench.pipeline import RunningPipeline, cpu_seconds
-from bench.serving.client import Client, Measurement
-from bench.serving.peers import PeerProcess
+from bench.pipeline import cpu_seconds
+from bench.serving.client import Measurement
 from bench.serving.requests import Request
 
 SINGLE: Final = "single stream"
 CONCURRENT: Final = "16 concurrent"
 PREFILL: Final = "prefill of 1k"
-GENERATE: Final = "transformers generate, bf16"
-GENERATE_BATCH: Final = "transformers generate_batch, bf16"
 LLAMA_CPP: Final = "llama.cpp server, Q4_0"
-Workload = str
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,30 +20,9 @@ class Contender:
     name: str
     pids: tuple[int, ...]  # processes whose CPU time counts, with all below them
     answer: Callable[[Sequence[Request]], Awaitable[Measurement]]
-    workloads: tuple[Workload, ...] = (SINGLE, CONCURRENT, PREFILL)
 
 
-def lamina(pipeline: RunningPipeline) -> list[Contender]:
-    """As users run it, and through the gateway without queue-proxies (not in float32)."""
-    found = [
-        Contender(name, pipeline.pids, Client(url, pipeline.model, {}).measure)
-        for name, url in (
-            (f"Lamina {pipeline.dtype}", pipeline.url),
-            (f"Lamina {pipeline.dtype}, no queue-proxy", pipeline.direct_url),
-        )
-    ]
-    return found[:1] if pipeline.dtype == "float32" else found
-
-
-def transformers(peer: PeerProcess) -> list[Contender]:
-    """`generate`, with one request or a static batch, and continuous batching."""
-    return [
-        Contender(GENERATE, peer.pids, partial(peer.measure, "generate")),
-        Contender(GENERATE_BATCH, peer.pids, partial(peer.measure, "generate_batch"), (CONCURRENT,)),
-    ]
-
-
-Results = dict[Workload, dict[str, list[Measurement]]]  # by workload and contender, a measurement of each round
+Results = dict[str, dict[str, list[Measurement]]]  # by workload and contender, a measurement of each round
 
 
 def rate(measured: Sequence[Measurement]) -> float:
@@ -67,7 +41,7 @@ def ratio(measured: Mapping[str, Sequence[Measurement]], name: str, other: str) 
 
 
 async def measure_all(
-    contenders: Sequence[Contender], work: Mapping[Workload, list[Request]], rounds: int, say: Callable[[str], None]
+    contenders: Sequence[Contender], work: Mapping[str, list[Request]], rounds: int, say: Callable[[str], None]
 ) -> Results:
     """In the order A B C A B C …, so that changes on the machine meet all of them."""
     for contender in contenders:
@@ -76,12 +50,11 @@ async def measure_all(
     for number in range(rounds):
         for workload, asked in work.items():
             for contender in contenders:
-                if workload in contender.workloads:
-                    cpu = cpu_seconds(contender.pids)
-                    found = await contender.answer(asked)
-                    found = replace(found, cpu_seconds=cpu_seconds(contender.pids) - cpu)
-                    if workload == PREFILL:
-                        found = replace(found, tokens=sum(len(request.token_ids) for request in asked))
-                    results.setdefault(workload, {}).setdefault(contender.name, []).append(found)
-                    say(f"{number + 1}/{rounds} {workload}: {contender.name}: {found.tokens / found.seconds:.1f} tokens/s")
+                cpu = cpu_seconds(contender.pids)
+                found = await contender.answer(asked)
+                found = replace(found, cpu_seconds=cpu_seconds(contender.pids) - cpu)
+                if workload == PREFILL:
+                    found = replace(found, tokens=sum(len(request.token_ids) for request in asked))
+                results.setdefault(workload, {}).setdefault(contender.name, []).append(found)
+                say(f"{number + 1}/{rounds} {workload}: {contender.name}: {found.tokens / found.seconds:.1f} tokens/s")
     return results

@@ -9,7 +9,7 @@ from typing import Final
 from matplotlib.figure import Figure
 
 from bench.report import Verdict, judged, milliseconds, p99, table, verdict_table
-from bench.serving.contenders import CONCURRENT, GENERATE, GENERATE_BATCH, LLAMA_CPP, PREFILL, SINGLE, Results, rate, ratio
+from bench.serving.contenders import CONCURRENT, LLAMA_CPP, PREFILL, SINGLE, Results, rate, ratio
 from bench.serving.round import RoundTime
 from bench.serving.token_time import TokenTime, token_time_table, token_time_verdicts
 
@@ -29,8 +29,6 @@ class Findings:
 
     results: Results
     rounds: Mapping[str, RoundTime]  # by dtype, micro-batches, and whether through queue-proxies
-    bytes_per_second: float
-    weights_bytes: Mapping[str, int]  # by dtype: the weights that a token's step reads
     did_not_run: Mapping[str, str]  # contender → reason
     token_times: Mapping[str, TokenTime] = field(default_factory=dict)  # by dtype, and whether through queue-proxies
 
@@ -38,19 +36,12 @@ class Findings:
 def verdicts(found: Findings) -> list[Verdict]:
     """The targets that this run could measure."""
     single, concurrent, prefill = (found.results.get(workload, {}) for workload in (SINGLE, CONCURRENT, PREFILL))
-    speeds = [
-        ("single stream, bf16, × generate", 2.2, ratio(single, BF16, GENERATE)),
-        ("single stream, int8, × generate", 2.8, ratio(single, INT8, GENERATE)),
-        ("16 concurrent, bf16, × static batch", 3.6, ratio(concurrent, BF16, GENERATE)),
-        ("16 concurrent, bf16, × generate_batch", 1.3, ratio(concurrent, BF16, GENERATE_BATCH)),
-    ]
     against_llama_cpp = [
         ("single stream, q4, × llama.cpp", 1.35, ratio(single, Q4, LLAMA_CPP)),
         ("16 concurrent, best dtype, × llama.cpp", 4.3, max(ratio(concurrent, own, LLAMA_CPP) for own in (BF16, INT8, Q4))),
         ("prefill of 1k, best dtype, × llama.cpp", 5.0, max(ratio(prefill, own, LLAMA_CPP) for own in (BF16, INT8, Q4))),
     ]
-    told = [judged(what, seen, wanted) for what, wanted, seen in speeds if seen]
-    told += [
+    told = [
         judged(what, seen or None, wanted) for what, wanted, seen in against_llama_cpp if seen or LLAMA_CPP in found.did_not_run
     ]
     for name, wanted in (("int8, 2 × 8", 0.15), ("bfloat16, 2 × 8", 0.08)):
@@ -76,7 +67,7 @@ def _workload_table(found: Findings, workload: str) -> str:
         first = [seconds for each in measured for seconds in each.first_token_seconds]
         gaps = [seconds for each in measured for seconds in each.gap_seconds]
         cpu = median(each.cpu_seconds / each.tokens * 1000 for each in measured)
-        against_generate = ratio(results, name, GENERATE)
+        against_llama_cpp = ratio(results, name, LLAMA_CPP)
         rows.append(
             [
                 name,
@@ -84,17 +75,12 @@ def _workload_table(found: Findings, workload: str) -> str:
                 milliseconds(median(gaps)) if gaps else "–",
                 milliseconds(p99(gaps)) if gaps else "–",
                 f"{rate(measured):.1f}",
-                f"{against_generate:.2f}" if against_generate else "–",
+                f"{against_llama_cpp:.2f}" if against_llama_cpp else "–",
                 f"{cpu:.1f}",
             ]
         )
     rows += [[f"{name} did not run: {why}", *["–"] * 6] for name, why in found.did_not_run.items()]
-    if workload == SINGLE:
-        bandwidth = found.bytes_per_second
-        for dtype, size in found.weights_bytes.items():
-            bound = f"bound: {size / 1e6:.0f} MB of {dtype} weights a token at {bandwidth / 1e9:.1f} GB/s"
-            rows.append([bound, "", "", "", f"{bandwidth / size:.0f}", "", ""])
-    columns = ["", "first token, ms", "between tokens p50, ms", "p99, ms", "tokens/s", "× generate", "CPU s per 1k tokens"]
+    columns = ["", "first token, ms", "between tokens p50, ms", "p99, ms", "tokens/s", "× llama.cpp", "CPU s per 1k tokens"]
     return f"\n### {_TITLES[workload]}\n\n{table(columns, rows)}"
 
 

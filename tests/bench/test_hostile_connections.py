@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from bench.soak.hostile_connections import peak_memory
 from tests.support.functions.functions import FunctionProcess
+from tests.support.functions.hostile_connections import peak_memory
 
 # The budget of bodies is 64 MiB. Beside it are heads, buffers of the kernel's bytes, and the threads of running streams.
 PEAK_BYTES = 200 * 2**20

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from bench.many.conversations import converse
-from bench.many.report import Found, Load, markdown, verdicts
+from bench.many.report import Load, LoadFindings, markdown, verdicts
 
-ONE = Found(
+ONE = LoadFindings(
     errors=(), tokens=10_000, seconds=10.0, gaps=[0.1] * 99 + [0.2], gateway_cpu_seconds=8.0, other_cpu_seconds=4.0,
     bytes_per_conversation=64 * 1024, busy_cores=1.2, cores=8,
 )  # fmt: skip

@@ -22,7 +22,7 @@ def test_without_a_build_the_peer_did_not_start(tmp_path: Path, monkeypatch: pyt
 
 def findings(did_not_run: dict[str, str], measured: tuple[str, ...]) -> Findings:
     results = {name: [Measurement(1.0, 100, [0.1], [0.01])] for name in measured}
-    return Findings({SINGLE: results, PREFILL: results}, {}, 1e9, {}, did_not_run)
+    return Findings({SINGLE: results, PREFILL: results}, {}, did_not_run)
 
 
 def test_the_report_of_a_run_without_a_peer() -> None:

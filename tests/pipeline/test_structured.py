@@ -1,21 +1,28 @@
-"""Structured answers keep their structure and their tokens while stages are killed.
-
-`python -m bench.structured` does the same with 200 answers of the default model.
-"""
+"""Structured answers keep their structure and their tokens while stages are killed."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Final
 
-from bench.structured.asking import Ended, ask_all
 from knative.render.services import services
 from tests.support.functions.killing import TIMING, killing
 from tests.support.functions.served import serving, tiny_pipeline
+from tests.support.functions.structured_cases import Ended, ask_all, case
 from tests.support.storage.published import Published
 
 NUMBERS: Final = range(16)
 MAX_TOKENS: Final = 150
 DEADLINE_SECONDS: Final = 150.0
+
+
+def test_cases_repeat_and_differ_and_wrong_answers_do_not_fit() -> None:
+    assert [case(number).options for number in range(40)] == [case(number).options for number in range(40)]
+    assert len({json.dumps(case(number).options) for number in range(200)}) > 150
+    for number in range(16):
+        assert not case(number).fits('{"nothing": "of the kind"}')
+        assert not Ended(number, "", "stop", 1).fits
+        assert Ended(number, "", "length", 1).fits
 
 
 def test_structured_answers_survive_killed_stages(published: Published, tmp_path: Path) -> None:

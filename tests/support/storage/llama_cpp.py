@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bench.llama_cpp_library import library
-from bench.llama_cpp_library import logits as library_logits
+from tests.support.storage.llama_cpp_library import library
+from tests.support.storage.llama_cpp_library import logits as library_logits
 
 SOURCES: Final = Path(__file__).parents[3] / ".llama.cpp"
 _PRE: Final = b"tokenizer.ggml.pre"

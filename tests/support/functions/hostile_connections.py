@@ -1,4 +1,4 @@
-"""`python -m bench.soak.hostile_connections URL PID`: the peak memory of one gateway under 200 hostile connections.
+"""The peak memory of one gateway under 200 hostile connections.
 
 A quarter each: bodies of 8 MiB whose last bytes come slowly, heads of 60 KB that never end, streams that are hardly read, and
 bodies without end to a path that does not exist. Whatever the gateway closes is opened again at once.
@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 from urllib.parse import urlsplit
 
-import click
 import msgspec
 
 from knative.local.kubelet.processes import memory_bytes
@@ -107,18 +106,3 @@ async def _drip(writer: asyncio.StreamWriter, data: bytes) -> None:
     while True:
         await asyncio.sleep(_DRIP_SECONDS)
         await _send(writer, data)
-
-
-@click.command()
-@click.argument("url")
-@click.argument("pid", type=int)
-@click.option("--model", default="SmolLM2-135M-Instruct", show_default=True, help="name of the served model")
-@click.option("--seconds", default=30.0, show_default=True)
-def main(url: str, pid: int, model: str, seconds: float) -> None:
-    """Prints the memory of the gateway PID, which listens at URL, before, under and after an attack."""
-    before, peak, after = (count / 2**20 for count in asyncio.run(peak_memory(url, pid, seconds, model)))
-    click.echo(f"before {before:.0f} MiB, peak {peak:.0f} MiB, after {after:.0f} MiB")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,17 @@
-"""Random constraints for answers (JSON schemas, regular expressions, choices, grammars), and checks for them."""
+"""Random constraints for answers (JSON schemas, regular expressions, choices, grammars), questions with them, and checks."""
 
+import asyncio
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
+import aiohttp
 import jsonschema
 
+_AT_ONCE: Final = 8
 _WORDS: Final = ("name", "age", "city", "tags", "price", "note", "kind", "size", "when", "a b", 'quo"te', "größe")
 _PATTERNS: Final = (r"[a-z]{1,8}", r"\d{3}-\d{4}", r"(yes|no|maybe)( sir)?", r"[A-Z][a-z]{2,6}(, [A-Z][a-z]{2,6}){0,2}")
 _ARITHMETIC: Final = 'start: sum\nsum: product ("+" product){0,2}\nproduct: NUMBER ("*" NUMBER){0,2}\nNUMBER: /[0-9]{1,3}/\n'
@@ -79,3 +82,47 @@ def _value(dice: random.Random, depth: int) -> dict[str, Any]:
             least, most = dice.randint(0, 2), dice.randint(0, 2)
             return {"type": "array", "items": _value(dice, depth - 1), "minItems": least, "maxItems": least + most}
     return {"anyOf": [_value(dice, depth - 1) for _ in range(2)]}
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """One answer."""
+
+    number: int
+    text: str
+    finish_reason: str
+    tokens: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the answer matches; one that ran into max_tokens need not."""
+        return self.finish_reason == "length" or case(self.number).fits(self.text)
+
+
+async def ask_all(url: str, model: str, numbers: Iterable[int], max_tokens: int, found: dict[int, Ended]) -> None:
+    """Asks these cases at temperature 1, and adds the answers to `found`. Raises AssertionError for any status but 200."""
+    left = iter(numbers)
+
+    async def keep_asking(session: aiohttp.ClientSession) -> None:
+        for number in left:
+            found[number] = await _ask(session, model, number, max_tokens)
+
+    async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=600)) as session, asyncio.TaskGroup() as clients:
+        for _ in range(_AT_ONCE):
+            clients.create_task(keep_asking(session))
+
+
+async def _ask(session: aiohttp.ClientSession, model: str, number: int, max_tokens: int) -> Ended:
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [{"role": "user", "content": f"Make one up, number {number}."}],
+        "max_tokens": max_tokens,
+        "temperature": 1,
+        "seed": number,
+        **case(number).options,
+    }
+    async with session.post("/v1/chat/completions", json=body) as reply:
+        answer: dict[str, Any] = await reply.json()
+        assert reply.status == 200, f"seed {number}: {reply.status} {answer}"
+    choice = answer["choices"][0]
+    return Ended(number, choice["message"]["content"], choice["finish_reason"], answer["usage"]["completion_tokens"])
