@@ -3,6 +3,7 @@
 Stages have one replica each and stay up, so that no run is measured while a pod starts.
 """
 
+import asyncio
 import json
 import re
 import signal
@@ -30,7 +31,6 @@ from knative.commands.model_choice import packaged_model, published_name
 from knative.commands.options import STORE_FOLDER
 from knative.commands.state_folder import find_running
 from knative.local.kubelet.containers import LocalData, read_container
-from knative.local.platform import Platform, PlatformOptions
 from knative.render.services import gateway_service, stage_service
 from knative.spec.pipeline_spec import PipelineSpec
 from knative.spec.spec_file import load_spec, spec_from_dict
@@ -45,7 +45,6 @@ ALWAYS_ONE: Final[Mapping[str, Any]] = {"min_scale": 1, "max_scale": 1}  # `auto
 _TOKEN_SECRET: Final = "bench-token"
 _START_SECONDS: Final = 180.0
 _STOP_SECONDS: Final = 20.0
-_PLATFORM_STOP_SECONDS: Final = 5.0
 _PORTS: Final = ("port", "function_port", "metrics_port")
 _LISTENING: Final = re.compile(r"listening on port (\d+)")
 
@@ -131,15 +130,16 @@ def published_pipeline(spec: PipelineSpec, state: Path) -> Iterator[tuple[LocalP
 
 
 @asynccontextmanager
-async def running_platform(options: PlatformOptions, manifests: Sequence[dict[str, Any]]) -> AsyncIterator[Platform]:
-    """A local platform in this process, with these manifests applied. It stops at the end."""
-    platform = Platform(options)
-    await platform.start()
+async def module_beside(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`python -m` with these arguments, in a process that takes no time of this one's event loop. Terminated at the end."""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", *arguments, cwd=ROOT)
     try:
-        await platform.apply(manifests)
-        yield platform
+        yield process
     finally:
-        await platform.stop(_PLATFORM_STOP_SECONDS)
+        if process.returncode is None:
+            process.terminate()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), _STOP_SECONDS)
 
 
 @contextmanager

@@ -80,6 +80,14 @@ def write_section(document: Path, name: str, text: str) -> None:
     document.write_text(with_section(page, name, text), encoding="utf-8")
 
 
+def report(output: Path, name: str, text: str, verdicts: Iterable[Verdict]) -> None:
+    """Writes a section into the document, and prints the verdicts."""
+    write_section(output, name, text)
+    for verdict in verdicts:
+        click.echo(verdict)
+    click.echo(f"{output} has the rest")
+
+
 def with_section(page: str, name: str, text: str) -> str:
     """The page with `text` between the comments that mark section `name`. A new section goes to the end."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"

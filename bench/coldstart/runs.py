@@ -11,10 +11,9 @@ from typing import Any, Final
 import aiohttp
 
 from bench.network import relayed
-from bench.pipeline import running_platform
 from knative.commands.ask import Question, stream_answer
 from knative.commands.local_pipeline import local_pipeline
-from knative.local.platform import Platform, PlatformOptions
+from knative.local.platform import Platform, PlatformOptions, running_platform
 from knative.local.proxies.network import EmulatedNetwork
 from knative.render.services import services
 from storage.loading.weight_loader import stage_objects

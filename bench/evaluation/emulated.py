@@ -20,11 +20,11 @@ from bench.evaluation.replay import ARRAYS, BEGUN
 from bench.evaluation.setting import STATIC, Setting
 from bench.evaluation.simulator import Overheads, Simulation, World
 from bench.evaluation.trace import Trace
-from bench.pipeline import read_page, running_platform
+from bench.pipeline import read_page
 from functions.gateway.scheduling.batching import SchedulerLimits
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.local.kubelet.pods import LocalPod
-from knative.local.platform import ROOT, Platform, PlatformOptions
+from knative.local.platform import ROOT, Platform, PlatformOptions, running_platform
 from knative.render.services import services
 from storage.checkpoints.safetensors_format import ALIGNMENT, TensorSpan
 from storage.models.model_repository import (

@@ -18,11 +18,11 @@ import yaml
 from rich.console import Console
 
 from bench.evaluation.emulated import passes_of
-from bench.pipeline import ALWAYS_ONE, local_spec, running_platform
+from bench.pipeline import ALWAYS_ONE, local_spec
 from bench.report import table
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.local.kubelet.pods import LocalPod
-from knative.local.platform import ROOT, Platform, PlatformOptions
+from knative.local.platform import ROOT, Platform, PlatformOptions, running_platform
 from knative.local.proxies.network import EmulatedNetwork
 from knative.render.services import services
 from knative.spec.pipeline_spec import PipelineSpec

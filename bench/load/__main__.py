@@ -16,12 +16,12 @@ import click
 
 from bench.load.report import Setting, draw, judge, markdown
 from bench.load.series import read_records
-from bench.pipeline import local_spec, published_pipeline, running_platform
+from bench.pipeline import local_spec, module_beside, published_pipeline
 from bench.report import ROOT, STATE, machine, write_section
 from knative.commands.local_pipeline import LocalPipeline
 from knative.commands.model_choice import DEFAULT_MODEL
 from knative.commands.state_folder import RunningPlatform, StateFolder
-from knative.local.platform import PlatformOptions
+from knative.local.platform import PlatformOptions, running_platform
 from knative.render.services import services
 from storage.store.settings import StoreSettings
 
@@ -33,23 +33,14 @@ _MICRO_BATCH_SEQUENCES: Final = 16
 
 
 async def _record(plan: str, state: StateFolder, local: LocalPipeline, store: StoreSettings, output: Path) -> None:
-    """Runs the pipeline on a platform of its own, from zero, and loads it. Raises RuntimeError.
-
-    The load generator has a process of its own, so that it takes no time of the platform's event loop.
-    """
+    """Runs the pipeline on a platform of its own, from zero, and loads it. Raises RuntimeError."""
     async with running_platform(PlatformOptions(secrets=local.secrets, logs=state.logs), services(local.pipeline)) as platform:
         url = platform.url(local.pipeline.spec.name)
         state.publish(RunningPlatform(platform.status()["pid"], platform.admin_url, url, store))
         options = ["--plan", plan, "--max-tokens", *map(str, _MAX_TOKENS)]
         options += ["--metrics", f"{platform.admin_url}/metrics", "--output", str(output)]
-        command = [sys.executable, "-m", "bench.load.conversations", url, *options]
-        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT)
-        try:
+        async with module_beside("bench.load.conversations", url, *options) as process:
             status = await process.wait()
-        finally:
-            if process.returncode is None:
-                process.terminate()
-                await process.wait()
         if status not in (0, 1):
             raise RuntimeError(f"the load generator ended with status {status}")
 

@@ -28,7 +28,7 @@ from bench.many import simulated as on_a_clock
 from bench.many.conversations import Conversation, converse
 from bench.many.report import Load, LoadFindings, markdown, verdicts
 from bench.pipeline import NUM_STAGES, gateway_beside, local_spec, published_pipeline, stage_alone
-from bench.report import STATE, machine, output_option, write_section
+from bench.report import STATE, machine, output_option, report
 from functions.stage.engine.threads import usable_cores
 from knative.commands.local_pipeline import LocalPipeline
 from knative.commands.model_choice import DEFAULT_MODEL
@@ -65,7 +65,7 @@ def main(
     output: Path,
 ) -> None:
     if members is not None and simulated:
-        write_section(output, "few-devices-simulated", on_a_clock.markdown(members, devices, seconds))
+        report(output, "few-devices-simulated", on_a_clock.markdown(members, devices, seconds), ())
         return
     if members is not None:
         _devices(members, devices, seconds, output)
@@ -88,9 +88,7 @@ def main(
         f"at most {_MICRO_BATCH_SEQUENCES}, all conversations asked at once and streamed, {max_tokens} tokens each, nothing "
         f"drafted. Clients run on the same cores. The load average before it was {load_before:.1f}."
     )
-    write_section(output, "many", markdown(found, facts))
-    for verdict in verdicts(found):
-        click.echo(verdict)
+    report(output, "many", markdown(found, facts), verdicts(found))
 
 
 def _fleets(sizes: Sequence[int], output: Path) -> None:
@@ -101,9 +99,7 @@ def _fleets(sizes: Sequence[int], output: Path) -> None:
         f"and knative/local's API, over {_ZERO_SECONDS:g} s in which nobody asks. On a cluster Knative makes some ten objects "
         "more for each Service."
     )
-    write_section(output, "fleet-at-zero", at_zero.markdown(found, facts))
-    for verdict in at_zero.verdicts(found):
-        click.echo(verdict)
+    report(output, "fleet-at-zero", at_zero.markdown(found, facts), at_zero.verdicts(found))
 
 
 def _devices(members: int, devices: int, seconds: float, output: Path) -> None:
@@ -117,9 +113,7 @@ def _devices(members: int, devices: int, seconds: float, output: Path) -> None:
         f"models of one stage, real processes on knative/local with Knative's own times, {few_devices.RATE:g} requests a "
         f"second for {few_devices.TOKENS} tokens, models drawn by Zipf's law. The load average before it was {load_before:.1f}."
     )
-    write_section(output, "few-devices", few_devices.markdown(found, devices, facts))
-    for verdict in few_devices.verdicts(found, devices):
-        click.echo(verdict)
+    report(output, "few-devices", few_devices.markdown(found, devices, facts), few_devices.verdicts(found, devices))
 
 
 @contextmanager

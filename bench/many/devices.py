@@ -15,10 +15,9 @@ from rich.console import Console
 
 from bench.many.conversations import Conversation, ask
 from bench.peers.models import model
-from bench.pipeline import running_platform
 from bench.report import Verdict, judged, table
 from knative.commands.local_fleet import LocalFleet
-from knative.local.platform import Platform, PlatformOptions
+from knative.local.platform import Platform, PlatformOptions, running_platform
 from storage.models.publisher import publish
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore

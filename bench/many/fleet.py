@@ -13,7 +13,7 @@ import psutil
 
 from bench.report import Verdict, judged, table
 from functions.gateway.stages.kubernetes_api import WATCH_SECONDS
-from knative.local.platform import Platform, PlatformOptions
+from knative.local.platform import PlatformOptions, running_platform
 from knative.render.fleet import door_files, member_files
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.spec.cut import parse_cut
@@ -68,10 +68,7 @@ async def measure(members: int, stages: int, seconds: float) -> AtZero:
     objects = fleet_objects(members, stages)
     with tempfile.TemporaryDirectory() as folder:
         secrets = {"store": {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}, "models-pipeline": {"token": "t"}}
-        platform = Platform(PlatformOptions(secrets=secrets, logs=Path(folder)))
-        await platform.start()
-        try:
-            await platform.apply(objects)
+        async with running_platform(PlatformOptions(secrets=secrets, logs=Path(folder)), objects) as platform:
             (revision,) = platform.services["default", "models"].revisions
             async with asyncio.timeout(60):
                 while not revision.ready_pods:
@@ -82,8 +79,6 @@ async def measure(members: int, stages: int, seconds: float) -> AtZero:
             await asyncio.sleep(seconds)
             used = sum(process.cpu_times()[:2]) - before
             resident = process.memory_info().rss / 2**20
-        finally:
-            await platform.stop()
     return AtZero(members, stages, resident, used / seconds, Counter(each["kind"] for each in objects))
 
 
@@ -96,15 +91,8 @@ def verdicts(found: Sequence[AtZero]) -> list[Verdict]:
 
 
 def markdown(found: Sequence[AtZero], facts: str) -> str:
-    columns = [
-        "members",
-        "stages of each",
-        "gateway memory",
-        "CPU of a core",
-        "objects applied",
-        "requests to the API a minute",
-    ]
-    requests = _WATCHES * 60 / WATCH_SECONDS
+    columns = ["members", "stages of each", "gateway memory", "CPU of a core", "objects applied"]
+    columns.append("requests to the API a minute")
     rows = [
         [
             each.members,
@@ -112,7 +100,7 @@ def markdown(found: Sequence[AtZero], facts: str) -> str:
             f"{each.resident_mib:.0f} MiB",
             f"{each.core_share:.2%}",
             f"{each.applied} ({', '.join(f'{count} {kind}' for kind, count in each.objects.most_common(2))})",
-            f"{requests:.0f}",
+            f"{_WATCHES * 60 / WATCH_SECONDS:.0f}",
         ]
         for each in found
     ]

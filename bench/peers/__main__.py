@@ -23,7 +23,7 @@ from bench.llama_cpp import llama_server, llama_server_over_rpc
 from bench.peers.models import PACKAGED, SHAPES, Model, model
 from bench.peers.processes import running_transformers, running_vllm
 from bench.pipeline import DidNotStart, running_pipeline
-from bench.report import STATE, Verdict, command_line, judged, machine, output_option, table, verdict_table, write_section
+from bench.report import STATE, Verdict, command_line, judged, machine, output_option, report, table, verdict_table
 from bench.serving.client import Client, Measurement
 from bench.serving.contenders import CONCURRENT, PREFILL, SINGLE, Contender, Results, measure_all, rate, ratio
 from bench.serving.requests import Request, Requests
@@ -104,10 +104,7 @@ def main(
         "runs a static batch in bf16, are asked in their own processes. Guesses and prefix caches are off on all sides. "
         "Contenders take turns; rates are medians over the rounds, ratios medians of the ratios within each round.\n"
     )
-    write_section(output, "peers", "\n".join(["## Peers", facts, verdict_table(verdicts), *parts]))
-    for verdict in verdicts:
-        click.echo(verdict)
-    click.echo(f"{output} has the rest")
+    report(output, "peers", "\n".join(["## Peers", facts, verdict_table(verdicts), *parts]), verdicts)
 
 
 def _lamina(stack: ExitStack, measured: Model, dtypes: Sequence[str], cuts: Sequence[int]) -> Iterator[Contender]:

@@ -22,7 +22,7 @@ from bench.llama_cpp import SLOTS, llama_server
 from bench.peers.models import PACKAGED
 from bench.peers.models import model as bench_model
 from bench.pipeline import DidNotStart, RunningPipeline, running_pipeline
-from bench.report import STATE, machine, output_option, write_section
+from bench.report import STATE, machine, output_option, report
 from bench.serving.client import Client
 from bench.serving.contenders import CONCURRENT, LLAMA_CPP, PREFILL, SINGLE, Contender, measure_all
 from bench.serving.report import Findings, draw, markdown, verdicts
@@ -46,10 +46,7 @@ def main(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequence[s
     picture = output.with_name("serving.png")
     draw(found, picture)
     facts = _facts(rounds, new_tokens, time.monotonic() - began, load)
-    write_section(output, "serving", markdown(found, facts, picture.name))
-    for verdict in verdicts(found):
-        click.echo(verdict)
-    click.echo(f"{output} has the rest")
+    report(output, "serving", markdown(found, facts, picture.name), verdicts(found))
 
 
 def measure(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequence[str]) -> Findings:

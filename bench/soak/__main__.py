@@ -11,11 +11,9 @@ stay, and `--records` reports them again.
 """
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +22,7 @@ import click
 import msgspec
 from rich.console import Console
 
-from bench.pipeline import running_platform
+from bench.pipeline import module_beside
 from bench.records import Record, Recorder, of
 from bench.report import ROOT, STATE, machine, write_section
 from bench.soak.attacks import KINDS
@@ -53,7 +51,7 @@ from bench.soak.report import draw, markdown
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.commands.options import STORE_FOLDER
 from knative.commands.state_folder import RunningPlatform, StateFolder
-from knative.local.platform import Platform, PlatformOptions
+from knative.local.platform import Platform, PlatformOptions, running_platform
 from knative.render.services import services
 from storage.store.object_store import ObjectStore
 
@@ -63,7 +61,6 @@ _MINUTES: Final = 15.0
 _GATEWAY_KILL_SECONDS: Final = 60.0
 _WARM_UP_SECONDS: Final = 60.0
 _PROGRESS_SECONDS: Final = 15.0
-_END_SECONDS: Final = 10.0
 
 
 def say(text: str) -> None:
@@ -87,7 +84,7 @@ async def soak(plan: Plan, kill_seconds: float, platform: Platform, store: Retur
     began = (plan.seconds, tuple(plan.services), model, plan.honest, plan.greedy, kill_seconds, gateway_kill_seconds, kinds)
     recorder.write(Began(recorder.now, *began))
     faults = Faults(platform, store, plan, recorder, kill_seconds, gateway_kill_seconds)
-    async with _process("bench.soak.health", plan), asyncio.TaskGroup() as tasks:
+    async with module_beside("bench.soak.health", msgspec.json.encode(plan).decode()), asyncio.TaskGroup() as tasks:
         watching = [tasks.create_task(observer.run()), tasks.create_task(_tell(recorder))]
         tasks.create_task(faults.run())
         await _clients(plan)
@@ -99,23 +96,9 @@ async def soak(plan: Plan, kill_seconds: float, platform: Platform, store: Retur
 
 async def _clients(plan: Plan) -> None:
     """Runs all clients until the plan is over. Raises RuntimeError if they fail."""
-    async with _process("bench.soak.clients", plan) as clients:
+    async with module_beside("bench.soak.clients", msgspec.json.encode(plan).decode()) as clients:
         if await clients.wait() != 0:
             raise RuntimeError(f"the clients ended with status {clients.returncode}")
-
-
-@contextlib.asynccontextmanager
-async def _process(module: str, plan: Plan) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Terminated at the end."""
-    argument = msgspec.json.encode(plan).decode()
-    process = await asyncio.create_subprocess_exec(sys.executable, "-m", module, argument, cwd=ROOT)
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.terminate()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), _END_SECONDS)
 
 
 async def _tell(recorder: Recorder) -> None:

@@ -165,6 +165,11 @@ async def _quietly(sending: Awaitable[None]) -> None:
         await sending
 
 
+async def asks(make: Callable[[Target, random.Random], bytes], target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+    """Sends one request, by some way to a gateway, and waits for its reply."""
+    outcomes[await target.answered(target.some_way(dice), make(target, dice))] += 1
+
+
 _PATHS: Final = ("/", "/v1/completions", "/v1/chat/completions")
 _BROKEN: Final = (
     b"",
@@ -208,15 +213,14 @@ _WRONG_HEADS: Final = (
 )
 
 
-async def broken_json(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
-    data = target.post(dice.choice(_PATHS[1:]), dice.choice(_BROKEN))
-    outcomes[await target.answered(target.some_way(dice), data)] += 1
+def broken_json(target: Target, dice: random.Random) -> bytes:
+    return target.post(dice.choice(_PATHS[1:]), dice.choice(_BROKEN))
 
 
-async def wrong_event(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+def wrong_event(target: Target, dice: random.Random) -> bytes:
     body = b'{"prompt": "a", "max_tokens": 1}'
     headers = {**_EVENT, **dice.choice(_WRONG_EVENTS)}
-    outcomes[await target.answered(target.some_way(dice), target.post("/", body, **headers))] += 1
+    return target.post("/", body, **headers)
 
 
 async def wrong_head(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
@@ -254,23 +258,20 @@ _OTHER_SITES: Final = (
 )
 
 
-async def other_site(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+def other_site(target: Target, dice: random.Random) -> bytes:
     """Asks as a browser does for a page of another site."""
     body = msgspec.json.encode({"model": target.plan.model, "prompt": "a", "max_tokens": 1})
-    data = target.post(dice.choice(_PATHS[1:]), body, **dice.choice(_OTHER_SITES))
-    outcomes[await target.answered(target.some_way(dice), data)] += 1
+    return target.post(dice.choice(_PATHS[1:]), body, **dice.choice(_OTHER_SITES))
 
 
-async def offers_h2c(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+def offers_h2c(target: Target, dice: random.Random) -> bytes:
     """Offers HTTP/2 with a valid question, as Java's client does with its first one."""
     body = msgspec.json.encode({"model": target.plan.model, "prompt": "a", "max_tokens": 1})
     offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2_settings": "AAEAAEAAAAIAAAAA"}
     if dice.random() < 0.5:
-        data = target.post("/v1/completions", body, **offer)
-    else:
-        head = target.head("/v1/completions", None, transfer_encoding="chunked", **offer)
-        data = head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
-    outcomes[await target.answered(target.some_way(dice), data)] += 1
+        return target.post("/v1/completions", body, **offer)
+    head = target.head("/v1/completions", None, transfer_encoding="chunked", **offer)
+    return head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
 
 
 _PROMPT_CHARACTERS: Final = (500_000, 4_000_000)
@@ -284,30 +285,25 @@ _MOST_BLOCKS: Final = 512  # 32 MiB: enough to see whether the server stops it
 _BURST: Final = 300  # more than the gateway's queue holds
 
 
-async def huge_prompt(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+def huge_prompt(target: Target, dice: random.Random) -> bytes:
     """Sends digits: each is a token, the largest number that a text can have."""
-    data = target.completion("7" * dice.choice(_PROMPT_CHARACTERS), 1)
-    outcomes[await target.answered(target.some_way(dice), data)] += 1
+    return target.completion("7" * dice.choice(_PROMPT_CHARACTERS), 1)
 
 
-async def too_many_tokens(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
-    data = target.completion("river " * _TOO_MANY_WORDS, dice.choice((1, 2**31)))
-    outcomes[await target.answered(target.some_way(dice), data)] += 1
+def too_many_tokens(target: Target, dice: random.Random) -> bytes:
+    return target.completion("river " * _TOO_MANY_WORDS, dice.choice((1, 2**31)))
 
 
-async def many_messages(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+def many_messages(target: Target, dice: random.Random) -> bytes:
     body = {"model": target.plan.model, "messages": [{"role": "user", "content": "a"}] * _MESSAGES, "max_tokens": 1}
-    data = target.post("/v1/chat/completions", msgspec.json.encode(body))
-    outcomes[await target.answered(target.some_way(dice), data)] += 1
+    return target.post("/v1/chat/completions", msgspec.json.encode(body))
 
 
-async def deep_nesting(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+def deep_nesting(target: Target, dice: random.Random) -> bytes:
     body = dice.choice((b"[" * _NESTED, b'{"a":' * _NESTED, b'{"prompt":' + b"[" * _NESTED + b"]" * _NESTED + b"}"))
     if dice.random() < 0.5:
-        data = target.post("/v1/completions", body)
-    else:
-        data = target.post("/", body, content_type="application/cloudevents+json")
-    outcomes[await target.answered(target.some_way(dice), data)] += 1
+        return target.post("/v1/completions", body)
+    return target.post("/", body, content_type="application/cloudevents+json")
 
 
 async def many_keys(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
@@ -379,19 +375,16 @@ async def floods_tokenizer(target: Target, dice: random.Random, outcomes: Outcom
     await _at_once(_FLOOD, ask, outcomes)
 
 
-async def many_logprobs(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
+def many_logprobs(target: Target, dice: random.Random) -> bytes:
     """Asks for nearly as many log-probabilities as one request may have, in an answer or a stream, or for a long prompt's."""
     if dice.random() < 0.5:
         more = {"n": 4, "logprobs": True, "top_logprobs": 20, "stream": dice.random() < 0.5}
-        data = target.chat("Count to a thousand.", 1_500, **more)
-    else:
-        data = target.completion(_LONG_PROMPT, 1, echo=True, logprobs=20)
-    outcomes[await target.answered(target.some_way(dice), data)] += 1
+        return target.chat("Count to a thousand.", 1_500, **more)
+    return target.completion(_LONG_PROMPT, 1, echo=True, logprobs=20)
 
 
-async def too_many_logprobs(target: Target, dice: random.Random, outcomes: Outcomes) -> None:
-    data = target.chat("Count to a thousand.", 4_000, n=16, logprobs=True, top_logprobs=20, stream=dice.random() < 0.5)
-    outcomes[await target.answered(target.some_way(dice), data)] += 1
+def too_many_logprobs(target: Target, dice: random.Random) -> bytes:
+    return target.chat("Count to a thousand.", 4_000, n=16, logprobs=True, top_logprobs=20, stream=dice.random() < 0.5)
 
 
 OPENED_A_TURN: Final = "opened a turn"
@@ -419,23 +412,23 @@ KINDS: Final = (
     Kind("a byte a second", drips, 5.0),
     Kind("reads nothing of its stream", partial(stalls_reading, 0), 5.0),
     Kind("reads its stream slowly", partial(stalls_reading, 1024), 5.0),
-    Kind("broken JSON", broken_json, 0.5, never=SERVED),
-    Kind("an event with wrong headers", wrong_event, 0.5, never=SERVED),
+    Kind("broken JSON", partial(asks, broken_json), 0.5, never=SERVED),
+    Kind("an event with wrong headers", partial(asks, wrong_event), 0.5, never=SERVED),
     Kind("a wrong head", wrong_head, 0.5, never=SERVED),
     Kind("binary", binary, 0.5, never=SERVED),
     Kind("a wrong key", wrong_key, 1.0, never=SERVED),
-    Kind("a page of another site", other_site, 1.0, never=SERVED),
-    Kind("offers h2c", offers_h2c, 2.0),
-    Kind("a prompt of millions of digits", huge_prompt, 4.0, never=SERVED),
-    Kind("more tokens than the context", too_many_tokens, 3.0, never=SERVED),
-    Kind("50,000 messages", many_messages, 5.0, never=SERVED),
-    Kind("nested 100,000 deep", deep_nesting, 2.0, never=SERVED),
+    Kind("a page of another site", partial(asks, other_site), 1.0, never=SERVED),
+    Kind("offers h2c", partial(asks, offers_h2c), 2.0),
+    Kind("a prompt of millions of digits", partial(asks, huge_prompt), 4.0, never=SERVED),
+    Kind("more tokens than the context", partial(asks, too_many_tokens), 3.0, never=SERVED),
+    Kind("50,000 messages", partial(asks, many_messages), 5.0, never=SERVED),
+    Kind("nested 100,000 deep", partial(asks, deep_nesting), 2.0, never=SERVED),
     Kind("20,000 attributes", many_keys, 3.0, never=SERVED),
     Kind("a body without end", partial(huge_body, "/v1/completions"), 3.0, never=SERVED),
     Kind("a body without end to an unknown path", partial(huge_body, "/v1/nothing"), 3.0, never=SERVED),
     Kind("floods the tokenizer", floods_tokenizer, 4.0),
-    Kind("nearly too many log-probabilities", many_logprobs, 15.0),
-    Kind("too many log-probabilities", too_many_logprobs, 3.0, never=SERVED),
+    Kind("nearly too many log-probabilities", partial(asks, many_logprobs), 15.0),
+    Kind("too many log-probabilities", partial(asks, too_many_logprobs), 3.0, never=SERVED),
     Kind("control tokens in a message", spells_control_tokens, 3.0, never=f"500|{OPENED_A_TURN}"),
     Kind("wants all memory", hoards, 6.0),
     Kind("300 at once", burst, 8.0),

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from re import fullmatch
 from statistics import fmean
 from typing import Final
@@ -159,26 +160,12 @@ def has_returned(before: Resources | None, after: Resources | None) -> bool:
     )
 
 
-def _memory_back(records: Sequence[Record]) -> Verdict:
-    """Without keys and values: a stage reserves their memory at its start, but the kernel provides it page by page."""
-    return _back(records, "memory", lambda uses: uses.own_bytes / _MIB, lambda before: _GROWTH_SHARE * before, "≤ +5 %")
-
-
-def _threads_back(records: Sequence[Record]) -> Verdict:
-    return _back(records, "threads", lambda uses: uses.threads, lambda before: before + _SPARE_THREADS, f"≤ +{_SPARE_THREADS}")
-
-
-def _descriptors_back(records: Sequence[Record]) -> Verdict:
-    allowed, wanted = (lambda before: before + _SPARE_DESCRIPTORS), f"≤ +{_SPARE_DESCRIPTORS}"
-    return _back(records, "descriptors", lambda uses: uses.descriptors, allowed, wanted)
-
-
 def _back(
-    records: Sequence[Record],
     what: str,
+    wanted: str,
     used: Callable[[Resources], float],
     allowed: Callable[[float], float],
-    wanted: str,
+    records: Sequence[Record],
 ) -> Verdict:
     moments = [{name: rest.uses for name, rest in _rest(records, moment).items()} for moment in ("before", "after")]
     services = of(Began, records)[0].services if of(Began, records) else ()
@@ -291,9 +278,16 @@ VERDICTS: Final[tuple[Callable[[Sequence[Record]], Verdict], ...]] = (
     _before_greedy,
     _refusals_name_a_time,
     _peak,
-    _memory_back,
-    _threads_back,
-    _descriptors_back,
+    # Without keys and values: a stage reserves their memory at its start, but the kernel provides it page by page.
+    partial(_back, "memory", "≤ +5 %", lambda uses: uses.own_bytes / _MIB, lambda before: _GROWTH_SHARE * before),
+    partial(_back, "threads", f"≤ +{_SPARE_THREADS}", lambda uses: uses.threads, lambda before: before + _SPARE_THREADS),
+    partial(
+        _back,
+        "descriptors",
+        f"≤ +{_SPARE_DESCRIPTORS}",
+        lambda uses: uses.descriptors,
+        lambda before: before + _SPARE_DESCRIPTORS,
+    ),
     _nothing_held,
     _healthy,
     _ended_by_faults_only,

@@ -1,8 +1,8 @@
-"""What a stage's parts cost: passes of layers by dtype, products, how near these come to the machine's limits, and drawing
-tokens. Random weights in shapes of SmolLM2 and Qwen2.5.
+"""What a stage's parts cost: passes of layers by dtype, products, and how near these come to the machine's limits. Random
+weights in shapes like SmolLM2's.
 
     python -m bench.stage                  # all tables, about two minutes
-    python -m bench.stage --only sampler
+    python -m bench.stage --only shares
 
 Milliseconds of the best of several calls; candidates take turns, so that a machine busy with other work slows all of them.
 Tables are Markdown. Use it before and after a change, in one run on one machine.
@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 
 from bench.report import machine
 from bench.stage.perplexity import converted
-from eventing.wire.events import Sampling
-from functions.stage.engine.sampler import Drawing, draw, log_probabilities
 from functions.stage.models.floats import Array, narrowed
 from functions.stage.models.layer_group import KVDtype, Segment
 from functions.stage.models.native.group import NativeGroup
@@ -56,16 +54,7 @@ _SMOLLM2: Final[Mapping[str, Any]] = {
     "vocab_size": 49_152,
     "max_position_embeddings": 8192,
 }
-_QWEN: Final[Mapping[str, Any]] = {
-    **_SMOLLM2,
-    "num_hidden_layers": 1,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "vocab_size": 151_936,
-}
-_WIDE: Final[Mapping[str, Any]] = {
+_WIDE: Final[Mapping[str, Any]] = {  # widths of 256 · n, which GGUF's K-quants need
     **_SMOLLM2,
     "hidden_size": 1024,
     "intermediate_size": 2816,
@@ -73,7 +62,6 @@ _WIDE: Final[Mapping[str, Any]] = {
     "num_key_value_heads": 4,
     "vocab_size": 512,
 }
-"""Widths of 256 · n, which GGUF's K-quants need."""
 _LONG: Final[Mapping[str, Any]] = {
     **_SMOLLM2,
     "num_hidden_layers": 4,
@@ -129,14 +117,6 @@ _NEAR_OUTS: Final = 1024  # a matrix that L2 holds with its rows
 _NEAR_WIDTH: Final = 256
 _NEAR_ROWS: Final = 64
 _PROMPT_ROWS: Final = 512
-_ROWS: Final = 8  # of the sampler's table
-_SAMPLINGS: Final = {
-    "greedy": Sampling(),
-    "top-p 0.9, temperature 0.8": Sampling(temperature=0.8, top_p=0.9, seed=1),
-    "top-k 50, temperature 0.8": Sampling(temperature=0.8, top_k=50, seed=1),
-    "temperature 1": Sampling(temperature=1.0, seed=1),
-    "top-p 0.95, temperature 2": Sampling(temperature=2.0, top_p=0.95, seed=1),
-}
 
 
 def best_milliseconds(ways: Ways, rounds: int = 5, calls: int = 4) -> dict[str, float]:
@@ -192,51 +172,40 @@ def _random_blocks(form: BlockFormat, width: int, first: int, last: int) -> Bloc
     return Blocks(codes, scales, zeros=np.full(scales.shape, 7, np.uint8) if form.zero else None)
 
 
-def _by_format() -> Iterator[str]:
-    """Milliseconds of a pass through ten layers by format of blocks, without the head, compared with q4."""
-    groups = {"q4": random_group(_WIDE, "q4"), "int8": random_group(_WIDE, "int8")}
-    groups |= {name: random_group(_WIDE, "kept", blocks=name) for name in FORMATS}
-    bits = {"q4": 5.0, "int8": 8.0} | {name: form.super_bytes / (64 * form.blocks) for name, form in FORMATS.items()}
-    rows = {name: f"| {name} | {bits[name]:.2f} |" for name in groups}
-    for sequences, held, new in ((1, 128, 1), (4, 128, 1), (16, 128, 1), (1, 0, 512)):
-        handles = {name: [group.kv.reserve(held + new) for _ in range(sequences)] for name, group in groups.items()}
-        for name, group in groups.items():
-            for handle in handles[name] if held else ():
-                group.forward(np.arange(held), [Segment(handle, 0, held)])
-        ways: dict[str, Callable[[], object]] = {
-            name: partial(run_pass, group, handles[name], held, new) for name, group in groups.items()
-        }
-        best = best_milliseconds(ways, rounds=8)
-        for name, taken in best.items():
-            rows[name] += f" {taken:.2f} ({taken / best['q4']:.2f} ×) |"
-            for handle in handles[name]:
-                groups[name].kv.release(handle)
-    yield "| format | bits a weight | a token | 4 × a token | 16 × a token | prompt of 512 |"
-    yield "|---|---:|---:|---:|---:|---:|"
-    yield from rows.values()
-
-
 def passes() -> Iterator[str]:
-    """Milliseconds of a pass through ten layers by dtype, without the head."""
+    """Milliseconds of a pass through ten layers, without the head: by dtype, and by format of blocks, compared with q4."""
     groups = {dtype + (" KV in int8" if kv else ""): random_group(_SMOLLM2, dtype, kv) for dtype, kv in _DTYPES}
     yield "| pass | " + " | ".join(groups) + " |"
     yield "|---" + "|---:" * len(groups) + "|"
     for sequences, held, new in _PASSES:
         what = "a token" if new == 1 else f"{new} tokens"
         name = f"{sequences} × {what}, {held} before" if held else f"prompt of {new}"
-        handles = {dtype: [group.kv.reserve(held + new) for _ in range(sequences)] for dtype, group in groups.items()}
-        for dtype, group in groups.items():
-            for handle in handles[dtype] if held else ():
-                group.forward(np.arange(held), [Segment(handle, 0, held)])
-        ways: dict[str, Callable[[], object]] = {
-            dtype: partial(run_pass, group, handles[dtype], held, new) for dtype, group in groups.items()
-        }
-        yield f"| {name} | " + " | ".join(f"{taken:.2f}" for taken in best_milliseconds(ways).values()) + " |"
-        for dtype, group in groups.items():
-            for handle in handles[dtype]:
-                group.kv.release(handle)
-    yield ""
-    yield from _by_format()
+        yield f"| {name} | " + " | ".join(f"{taken:.2f}" for taken in _pass(groups, sequences, held, new, 5).values()) + " |"
+    groups = {"q4": random_group(_WIDE, "q4"), "int8": random_group(_WIDE, "int8")}
+    groups |= {name: random_group(_WIDE, "kept", blocks=name) for name in FORMATS}
+    bits = {"q4": 5.0, "int8": 8.0} | {name: form.super_bytes / (64 * form.blocks) for name, form in FORMATS.items()}
+    rows = {name: f"| {name} | {bits[name]:.2f} |" for name in groups}
+    for sequences, held, new in ((1, 128, 1), (4, 128, 1), (16, 128, 1), (1, 0, 512)):
+        best = _pass(groups, sequences, held, new, 8)
+        for name, taken in best.items():
+            rows[name] += f" {taken:.2f} ({taken / best['q4']:.2f} ×) |"
+    yield "\n| format | bits a weight | a token | 4 × a token | 16 × a token | prompt of 512 |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    yield from rows.values()
+
+
+def _pass(groups: Mapping[str, NativeGroup], sequences: int, held: int, new: int, rounds: int) -> dict[str, float]:
+    """Milliseconds of a pass with `new` tokens of each sequence, after `held` ones, by group."""
+    handles = {name: [group.kv.reserve(held + new) for _ in range(sequences)] for name, group in groups.items()}
+    for name, group in groups.items():
+        for handle in handles[name] if held else ():
+            group.forward(np.arange(held), [Segment(handle, 0, held)])
+    ways = {name: partial(run_pass, group, handles[name], held, new) for name, group in groups.items()}
+    best = best_milliseconds(ways, rounds)
+    for name, group in groups.items():
+        for handle in handles[name]:
+            group.kv.release(handle)
+    return best
 
 
 def _random_matrix(name: str, outs: int, width: int) -> MatrixArrays:
@@ -344,35 +313,7 @@ def run_pass(group: NativeGroup, handles: Sequence[int], held: int, new: int) ->
     group.forward(np.arange(len(handles) * new), [Segment(handle, held, new) for handle in handles])
 
 
-def sampler() -> Iterator[str]:
-    """Milliseconds to compute the logits of some rows and to draw a token for each, compared with greedy."""
-    yield f"| {_ROWS} rows, vocabulary {_QWEN['vocab_size']:,} | draw | head and draw | against greedy |"
-    yield "|---|---:|---:|---:|"
-    group = random_group(_QWEN, "int8", kv_tokens=100)
-    dice = np.random.default_rng(2)
-    hidden = narrowed(dice.standard_normal((_ROWS, group.hidden_size), np.float32), group.hidden_dtype)
-    head = best_milliseconds({"head": lambda: group.logits(hidden)})["head"]
-    # As a language model's: most tokens far below the best.
-    logits: Array = (dice.standard_normal((_ROWS, group.vocab_size)) * 2.5).astype(np.float32)
-    logits[:, :2000] += (dice.standard_normal((_ROWS, 2000)) * 4 + 4).astype(np.float32)
-    ways: dict[str, Callable[[], object]] = {
-        name: partial(_draw_all, group, logits, sampling) for name, sampling in _SAMPLINGS.items()
-    }
-    ways["greedy with log-probabilities"] = lambda: log_probabilities(logits, [5] * _ROWS)
-    ways["greedy with the 5 most probable"] = lambda: log_probabilities(logits, [5] * _ROWS, 5)
-    best = best_milliseconds(ways)
-    greedy = head + best["greedy"]
-    for name, taken in best.items():
-        yield f"| {name} | {taken:.2f} | {head + taken:.2f} | {(head + taken) / greedy:.2f} |"
-
-
-def _draw_all(group: NativeGroup, logits: Array, sampling: Sampling) -> None:
-    draw([Drawing(row[None], sampling, 5) for row in logits], group.native_threads)
-
-
-TABLES: Final[Mapping[str, Callable[[], Iterator[str]]]] = {
-    "passes": passes, "positions": positions, "matrices": matrices, "shares": shares, "sampler": sampler,
-}  # fmt: skip
+TABLES: Final = {"passes": passes, "positions": positions, "matrices": matrices, "shares": shares}
 
 
 @click.command()

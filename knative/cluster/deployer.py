@@ -76,7 +76,6 @@ class Deployer:
         """Applies the objects, waits until all of them are Ready, and returns the gateway's URL.
 
         Requests stay with the old stages until the new ones are Ready. Deploying the same objects again changes nothing.
-        force: take over fields that another field manager has set.
         """
         preflight.check(self._cluster, objects, self._say)
         with self._alone(gateway_of(objects)["metadata"]["name"]) as (history, wait):
@@ -87,7 +86,7 @@ class Deployer:
         """Deploys an earlier version and returns the gateway's URL.
 
         number: the version; None: the last that served or, if that is the newest, the one that served before it. Deletes what a
-        failed deployment or a canary has left. force: take over fields that another field manager has set.
+        failed deployment or a canary has left.
         """
         with self._alone(name) as (history, wait):
             version = history.to_go_back_to(number)
@@ -102,7 +101,7 @@ class Deployer:
         """Deploys the objects as a canary, which gets `percent` of the requests. The others stay with the version that serves.
 
         Returns the gateway's URL. Called again for the same pipeline it changes the percentage. Monitoring, network and
-        Eventing stay with the version that serves. force: take over fields that another field manager has set.
+        Eventing stay with the version that serves.
         """
         gateway = gateway_of(objects)
         name, fingerprint = gateway["metadata"]["name"], fingerprint_of(gateway)
@@ -138,7 +137,7 @@ class Deployer:
     def promote(self, name: str, *, force: bool = False) -> str:
         """Sends all requests to the canary, deletes the pipeline that served before, and returns the gateway's URL.
 
-        The old pipeline finishes its answers first. force: take over fields that another field manager has set.
+        The old pipeline finishes its answers first.
         """
         with self._alone(name) as (history, wait):
             objects = self._canary_of(name, history).objects
@@ -146,10 +145,7 @@ class Deployer:
             return self._deploy(objects, history, wait, force)
 
     def abort(self, name: str, *, force: bool = False) -> str:
-        """Sends no more requests to the canary, deletes its stages after their last answer, and returns the gateway's URL.
-
-        force: take over fields that another field manager has set.
-        """
+        """Sends no more requests to the canary, deletes its stages after their last answer, and returns the gateway's URL."""
         with self._alone(name) as (history, wait):
             version, serving = self._canary_of(name, history), history.serving()
             if serving is None:
@@ -167,7 +163,7 @@ class Deployer:
     def rotate_token(self, name: str, *, force: bool = False) -> str:
         """Replaces the token between gateway and stages without losing an answer, and returns the gateway's URL.
 
-        A rotation that was interrupted is continued. force: take over fields that another field manager has set.
+        A rotation that was interrupted is continued.
         """
         with self._alone(name) as (history, wait):
             version = history.serving()

@@ -22,6 +22,7 @@ from knative.commands.options import (
 from knative.commands.render import fleet_objects, read_spec, rendered_objects
 from knative.render.fleet import door_files
 from knative.spec.fleet_spec import is_fleet
+from knative.spec.kubernetes_object import KubernetesObject
 
 if TYPE_CHECKING:
     from knative.cluster.client import Cluster
@@ -90,12 +91,17 @@ def deploy(
     python -m knative render pipeline.yaml --output manifests/; python -m knative deploy manifests/
     python -m knative ask "$(python -m knative deploy pipeline.yaml)" "Hello?"
     """
+    fleet = None
+    door: list[KubernetesObject] = []
     if spec.is_file() and is_fleet(spec):
-        _deploy_fleet(spec, dry_run, canary, member, image, timeout, force_conflicts, connect, open_store)
-        return
-    if member is not None:
+        if canary is not None and member is None:
+            raise click.UsageError("--canary needs --member: a canary runs beside one member of a fleet")
+        fleet, members = fleet_objects(spec, open_store, image, member)
+        objects = [each for files in members.values() for found in files.values() for each in found]
+        door = [] if member else [each for found in door_files(fleet).values() for each in found]
+    elif member is not None:
         raise click.UsageError("--member is for a Fleet")
-    if not spec.is_dir():
+    elif spec.is_file():
         objects = rendered_objects(read_spec(spec, image), open_store)
     elif image is not None:
         raise click.UsageError("--image needs a SPEC; manifests in a folder name their image themselves")
@@ -103,42 +109,16 @@ def deploy(
         objects = read_rendered(spec)
     from knative.cluster.deployer import Deployer
 
-    deployer = Deployer(connect(), objects[0]["metadata"]["namespace"], say, timeout)
+    namespace = objects[0]["metadata"]["namespace"] if fleet is None else fleet.namespace
+    deployer = Deployer(connect(), namespace, say, timeout)
     if dry_run:
-        lines = list(deployer.diff(objects))
-        click.echo("\n".join(lines) if lines else "nothing would change")
+        click.echo("\n".join(deployer.diff([*door, *objects])) or "nothing would change")
     elif canary is not None:
         click.echo(deployer.canary(objects, canary, force=force_conflicts))
+    elif fleet is not None:
+        click.echo(deploy_fleet(deployer, fleet, members, whole=member is None, force=force_conflicts))
     else:
         click.echo(deployer.deploy(objects, force=force_conflicts))
-
-
-def _deploy_fleet(
-    spec: Path,
-    dry_run: str | None,
-    canary: int | None,
-    member: str | None,
-    image: str | None,
-    timeout: float,
-    force: bool,
-    connect: "Callable[[], Cluster]",
-    open_store: OpenStore,
-) -> None:
-    if canary is not None and member is None:
-        raise click.UsageError("--canary needs --member: a canary runs beside one member of a fleet")
-    fleet, members = fleet_objects(spec, open_store, image, member)
-    from knative.cluster.deployer import Deployer
-
-    deployer = Deployer(connect(), fleet.namespace, say, timeout)
-    objects = [each for files in members.values() for each in (each for found in files.values() for each in found)]
-    if dry_run:
-        door = [] if member else [each for found in door_files(fleet).values() for each in found]
-        lines = list(deployer.diff([*door, *objects]))
-        click.echo("\n".join(lines) if lines else "nothing would change")
-    elif canary is not None:
-        click.echo(deployer.canary(objects, canary, force=force))
-    else:
-        click.echo(deploy_fleet(deployer, fleet, members, whole=member is None, force=force))
 
 
 @click.command(short_help="List what a cluster lacks for a pipeline.")

@@ -3,9 +3,7 @@
 import base64
 import binascii
 import dataclasses
-import os
 import secrets
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +15,7 @@ from rich.console import Console
 from functions.configuration.api_keys import LIMITS, ApiKey, Quota, limit, parse_keys, sha256_of
 from functions.gateway.answers.budgets import PERIODS, Budgets
 from knative.commands.console import show_table
+from knative.commands.state_folder import replace_file
 from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import to_yaml
 from knative.spec.pipeline_spec import KEYS_ENTRY
@@ -147,12 +146,7 @@ class KeyFile:
                 manifest["data"] = data
             manifest["stringData"] = {**(self.manifest.get("stringData") or {}), KEYS_ENTRY: text}
             text = to_yaml([manifest])
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}-")
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        if self.path.exists():
-            os.chmod(temporary, self.path.stat().st_mode)
-        os.replace(temporary, self.path)
+        replace_file(self.path, text.encode())
 
 
 def _read_secret(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 from rich.console import Console
 
-from knative.commands.local_pipeline import ensure_published, local_pipeline
+from knative.commands.local_pipeline import as_in_specs, ensure_published, local_pipeline
 from knative.local.kubelet.containers import NamedData
 from knative.local.platform import Platform
 from knative.render.fleet import fleet_gateway, fleet_lease, member_files
@@ -18,7 +18,7 @@ from knative.render.rendering import RenderFailed
 from knative.spec.errors import SpecError
 from knative.spec.fleet_spec import FleetSpec, load_fleet
 from knative.spec.kubernetes_object import KubernetesObject
-from knative.spec.pipeline_spec import PipelineSpec, StoreSpec
+from knative.spec.pipeline_spec import PipelineSpec
 from storage.errors import StorageError
 from storage.store.object_store import ObjectStore
 
@@ -44,12 +44,8 @@ class LocalFleet:
         self._seen = self._signature()
         self.fleet, members = self._read()
         self.models = [each.model.name for each in members]
-        settings = store.settings
         self.secrets: dict[str, dict[str, str]] = {
-            str(self.fleet.store.secret): {
-                "AWS_ACCESS_KEY_ID": settings.access_key_id or "",
-                "AWS_SECRET_ACCESS_KEY": settings.secret_access_key or "",
-            },
+            str(self.fleet.store.secret): as_in_specs(store)[1],
             self.fleet.token_secret: {"token": secrets.token_hex(16)},
             **{name: {each.name: secrets.token_hex(16) for each in members} for name in self.fleet.gateway.api_keys_secrets},
             **{name: dict(values) for name, values in named_secrets.items()},
@@ -91,9 +87,7 @@ class LocalFleet:
 
     def _read(self) -> tuple[FleetSpec, list[PipelineSpec]]:
         fleet, members = load_fleet(self._path)
-        settings = self._store.settings
-        here = StoreSpec(endpoint=settings.endpoint_url, bucket=settings.bucket, region=settings.region)
-        return msgspec.structs.replace(fleet, store=here), members
+        return msgspec.structs.replace(fleet, store=as_in_specs(self._store)[0]), members
 
     def _render(self, members: list[PipelineSpec]) -> list[KubernetesObject]:
         door = [*fleet_lease(self.fleet), fleet_gateway(self.fleet)]

@@ -1,9 +1,7 @@
 """The pipeline that `run` serves: a model in the embedded store, a spec for this machine, and its secrets."""
 
 import math
-import os
 import secrets
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from functions.stage.engine.threads import usable_cores
 from functions.stage.models.checkpoints import STATES_PER_SEQUENCE
 from knative.commands.console import publish_progress, show_quantized
 from knative.commands.model_choice import DEFAULT_MODEL, best_dtype, packaged_model, published_name
+from knative.commands.state_folder import replace_file
 from knative.local.kubelet.containers import NamedData
 from knative.render.rendering import resolve
 from knative.render.resolved_pipeline import ResolvedPipeline
@@ -134,8 +133,7 @@ def local_pipeline(
     """
     replace = msgspec.structs.replace
     shape = published_shape(store, manifest)
-    settings = store.settings
-    here = StoreSpec(endpoint=settings.endpoint_url, bucket=settings.bucket, region=settings.region)
+    here, store_keys = as_in_specs(store)
     if spec is None:
         spec = _spec_for_this_machine(manifest, shape, stages, here)
         if weights_cache is not None:
@@ -148,10 +146,7 @@ def local_pipeline(
         if spec.kv_store is not None:
             spec = replace(spec, kv_store=replace(spec.kv_store, endpoint=None, bucket=None))
     generated = {
-        str(spec.store.secret): {
-            "AWS_ACCESS_KEY_ID": settings.access_key_id or "",
-            "AWS_SECRET_ACCESS_KEY": settings.secret_access_key or "",
-        },
+        str(spec.store.secret): store_keys,
         spec.token_secret: {"token": secrets.token_hex(16)},
         **{name: {KEYS_ENTRY: secrets.token_hex(16)} for name in spec.gateway.api_keys_secrets},
     }
@@ -168,6 +163,13 @@ def local_pipeline(
     return LocalPipeline(resolve(spec, published), manifest, shape, {**generated, **named_secrets})
 
 
+def as_in_specs(store: ObjectStore) -> tuple[StoreSpec, dict[str, str]]:
+    """A store as a spec names it, and the contents of the Secret with its keys."""
+    settings = store.settings
+    keys = {"AWS_ACCESS_KEY_ID": settings.access_key_id or "", "AWS_SECRET_ACCESS_KEY": settings.secret_access_key or ""}
+    return StoreSpec(endpoint=settings.endpoint_url, bucket=settings.bucket, region=settings.region), keys
+
+
 def kept_kv_key(state: Path) -> str:
     """The key that encrypts KV of idle conversations in the store. It is made once and kept in the state folder.
 
@@ -177,11 +179,7 @@ def kept_kv_key(state: Path) -> str:
     kept = file.read_text(encoding="ascii").strip() if file.exists() else ""
     if not kept:
         kept = secrets.token_hex(KEY_BYTES)
-        # The file appears whole: a process that is killed meanwhile leaves no empty key.
-        handle, temporary = tempfile.mkstemp(dir=state, prefix=f".{_KV_KEY_FILE}-")
-        with open(handle, "w", encoding="ascii") as text:
-            text.write(kept)
-        os.replace(temporary, file)
+        replace_file(file, kept.encode())
     return kept
 
 

@@ -1,11 +1,10 @@
 """`python -m knative run`: a pipeline of functions on this machine answers one question, then serves."""
 
 import asyncio
-import contextlib
 import logging
 import shlex
 import signal
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,27 +16,23 @@ from rich.console import Console
 from eventing.claim_check import sweep
 from knative.commands.ask import AskFailed, Question, chat_option, is_question, show_answer
 from knative.commands.local_fleet import LocalFleet
-from knative.commands.local_pipeline import (
-    LocalPipeline,
-    ensure_published,
-    kept_kv_key,
-    local_pipeline,
-)
+from knative.commands.local_pipeline import LocalPipeline, ensure_published, kept_kv_key, local_pipeline
 from knative.commands.local_pods import show_stages, watch_starts
 from knative.commands.options import STORE_FOLDER, state_option, tokenizer_option
 from knative.commands.state_folder import RunningPlatform, StateFolder, naming_a_full_disk
 from knative.local.kubelet.containers import NamedData, data_folders, read_data_folder
-from knative.local.platform import Platform, PlatformOptions
+from knative.local.platform import Platform, PlatformOptions, running_platform
 from knative.render.eventing import eventing_objects
 from knative.render.services import services
-from knative.spec.fleet_spec import is_fleet
+from knative.spec.fleet_spec import FleetSpec, is_fleet
 from knative.spec.kubernetes_object import KubernetesObject
-from knative.spec.pipeline_spec import DTYPES, KEYS_ENTRY, KV_PREFIX
+from knative.spec.pipeline_spec import DTYPES, KEYS_ENTRY, KV_PREFIX, PipelineSpec
 from knative.spec.spec_file import load_spec
 from storage.kv.kv_store import Retention, prune
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 from storage.store.payload_store import PayloadStore
+from storage.store.settings import StoreSettings
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _CACHE_FOLDER: Final = "weights"
@@ -108,10 +103,10 @@ def run(**options: Any) -> None:
                 prune(objects, KV_PREFIX, _KV_RETENTION, datetime.now(UTC))  # deletes old KV of idle conversations
             with naming_a_full_disk(state.path):
                 if chosen.spec is not None and is_fleet(chosen.spec):
-                    running: _Run = _FleetRun(chosen, state, _prepare_fleet(chosen, store, console), store, console)
+                    running: _Run = _FleetRun(chosen, _prepare_fleet(chosen, store, console))
                 else:
-                    running = _PipelineRun(chosen, state, _prepare(chosen, store, console), store, console)
-            asyncio.run(running.run())
+                    running = _PipelineRun(chosen, _prepare(chosen, store, console))
+            asyncio.run(running.run(state, store.settings))
 
 
 def _prepare(options: RunOptions, store: ObjectStore, console: Console) -> LocalPipeline:
@@ -134,21 +129,15 @@ class _Run:
     It starts the platform, asks one question, and serves until a signal stops it. Subclasses know what runs.
     """
 
-    name: str  # of the gateway's Service
-    namespace: str
-
-    def __init__(self, options: RunOptions, state: StateFolder, store: ObjectStore, console: Console) -> None:
-        self._options = options
-        self._state = state
-        self._store = store
-        self._console = console
+    def __init__(
+        self, chosen: RunOptions, spec: PipelineSpec | FleetSpec, objects: list[KubernetesObject], secrets: NamedData
+    ) -> None:
+        self._options = chosen
+        self._spec = spec
+        self._objects = objects
+        self._secrets = secrets
+        self._console = Console()
         self._stop = asyncio.Event()
-
-    def _secrets(self) -> NamedData:
-        raise NotImplementedError
-
-    def _objects(self) -> list[KubernetesObject]:
-        raise NotImplementedError
 
     def _announce(self, platform: Platform, url: str) -> None:
         raise NotImplementedError
@@ -160,39 +149,25 @@ class _Run:
         """Runs until a signal stops the run."""
         await self._stop.wait()
 
-    async def run(self) -> None:
+    async def run(self, state: StateFolder, store: StoreSettings) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop.set)
-        async with self._platform() as platform:
-            url = platform.url(self.name, self.namespace)
-            self._publish(platform, url)
+        options = PlatformOptions(
+            ports={self._spec.name: self._options.port},
+            secrets=self._secrets,
+            secret_folders=data_folders(self._options.secrets),
+            config_maps=read_data_folder(self._options.config_maps),
+            logs=state.logs,
+        )
+        async with running_platform(options, self._objects, _STOP_SECONDS) as platform:
+            url = platform.url(self._spec.name, self._spec.namespace)
+            state.publish(RunningPlatform(platform.status()["pid"], platform.admin_url, url, store))
             self._announce(platform, url)
             if not await self._until_stopped(self._first_answer(platform, url)) or self._options.once:
                 return
             self._say(f"serving on {url} until Ctrl-C; python -m knative status shows what runs")
             await self._serve(platform)
-
-    @contextlib.asynccontextmanager
-    async def _platform(self) -> AsyncIterator[Platform]:
-        options = PlatformOptions(
-            ports={self.name: self._options.port},
-            secrets=self._secrets(),
-            secret_folders=data_folders(self._options.secrets),
-            config_maps=read_data_folder(self._options.config_maps),
-            logs=self._state.logs,
-        )
-        platform = Platform(options)
-        await platform.start()
-        try:
-            await platform.apply(self._objects())
-            yield platform
-        finally:
-            await platform.stop(_STOP_SECONDS)
-
-    def _publish(self, platform: Platform, url: str) -> None:
-        pid = platform.status()["pid"]
-        self._state.publish(RunningPlatform(pid=pid, admin_url=platform.admin_url, gateway_url=url, store=self._store.settings))
 
     async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
         """Runs `work` to its end, or cancels it when a signal stops the run. Returns False if it was cancelled.
@@ -216,32 +191,23 @@ class _Run:
 class _PipelineRun(_Run):
     """Runs one pipeline, and shows its stages after the first answer."""
 
-    def __init__(
-        self, options: RunOptions, state: StateFolder, local: LocalPipeline, store: ObjectStore, console: Console
-    ) -> None:
-        super().__init__(options, state, store, console)
+    def __init__(self, chosen: RunOptions, local: LocalPipeline) -> None:
+        objects = [*services(local.pipeline), *eventing_objects(local.pipeline)]
+        super().__init__(chosen, local.pipeline.spec, objects, local.secrets)
         self._local = local
-        self._spec = local.pipeline.spec
-        self.name, self.namespace = self._spec.name, self._spec.namespace
-
-    def _secrets(self) -> NamedData:
-        return self._local.secrets
-
-    def _objects(self) -> list[KubernetesObject]:
-        return [*services(self._local.pipeline), *eventing_objects(self._local.pipeline)]
 
     def _announce(self, platform: Platform, url: str) -> None:
-        shape, stages = self._local.shape, len(self._local.pipeline.cut)
-        if self._spec.gateway.page != "off":
+        spec, shape, stages = self._local.pipeline.spec, self._local.shape, len(self._local.pipeline.cut)
+        if spec.gateway.page != "off":
             self._say(f"{url}/ in a browser: chat, and the pipeline alive")
         self._say(f"{shape.name} as {shape.dtype} in {stages} stages, all at zero; gateway {url}")
         if self._local.api_key is not None:
             self._say(f"the gateway requires a key: Authorization: Bearer {self._local.api_key}")
-        for name in self._spec.gateway.api_keys_secrets:
+        for name in spec.gateway.api_keys_secrets:
             file = platform.secret_folders[name] / KEYS_ENTRY
             self._say(f"make, list and revoke keys while it runs: python -m knative keys {file}")
-        if self._spec.eventing is not None:
-            self._say(f"events go to the broker {platform.eventing.broker_url(self._spec.name, self._spec.namespace)}")
+        if spec.eventing is not None:
+            self._say(f"events go to the broker {platform.eventing.broker_url(spec.name, spec.namespace)}")
 
     async def _first_answer(self, platform: Platform, url: str) -> None:
         """Asks the first question and shows the stages. Says why not if the gateway wants a key that is not known here.
@@ -278,18 +244,9 @@ class _PipelineRun(_Run):
 class _FleetRun(_Run):
     """Runs a fleet, and follows the files that describe it."""
 
-    def __init__(
-        self, options: RunOptions, state: StateFolder, local: LocalFleet, store: ObjectStore, console: Console
-    ) -> None:
-        super().__init__(options, state, store, console)
+    def __init__(self, chosen: RunOptions, local: LocalFleet) -> None:
+        super().__init__(chosen, local.fleet, local.objects, local.secrets)
         self._local = local
-        self.name, self.namespace = local.fleet.name, local.fleet.namespace
-
-    def _secrets(self) -> NamedData:
-        return self._local.secrets
-
-    def _objects(self) -> list[KubernetesObject]:
-        return self._local.objects
 
     def _announce(self, platform: Platform, url: str) -> None:
         if self._local.fleet.gateway.page != "off":

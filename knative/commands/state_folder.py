@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -72,16 +73,23 @@ class StateFolder:
         self._release()
 
     def publish(self, running: RunningPlatform) -> None:
-        """Writes the platform's addresses to the file that `find_running` reads, atomically."""
-        temporary = self._file.with_suffix(".new")
-        temporary.touch(mode=0o600)
-        temporary.write_bytes(msgspec.json.encode(running))
-        temporary.replace(self._file)
+        """Writes the platform's addresses to the file that `find_running` reads."""
+        replace_file(self._file, msgspec.json.encode(running))
 
     def _release(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file that is always whole for readers, even if this process is killed. A new one is only its owner's."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    with open(handle, "wb") as file:
+        file.write(data)
+    if path.exists():
+        os.chmod(temporary, path.stat().st_mode)
+    os.replace(temporary, path)
 
 
 @contextlib.contextmanager

@@ -29,17 +29,8 @@ _LOCAL_COLUMNS: Final = (
     "memory",
 )  # fmt: skip
 _FLEET_COLUMNS: Final = (
-    "member",
-    "model",
-    "stages",
-    "ready",
-    "other pods",
-    "tokens/s",
-    "waiting",
-    "for a device",
-    "pod-seconds",
-    "memory",
-)
+    "member", "model", "stages", "ready", "other pods", "tokens/s", "waiting", "for a device", "pod-seconds", "memory",
+)  # fmt: skip
 _REFRESH_SECONDS: Final = 1.0
 _FIRST_RATE_SECONDS: Final = 0.5
 
@@ -51,11 +42,13 @@ class _Source:
     """Where `status` reads from: this machine or a cluster. Both functions raise if there is no status.
 
     document: reads the whole status, for --json. lines: reads rows of a table with `columns`, and lines to print below it.
+    has_rates: the rows have rates since the reading before, so the first reading is not shown.
     """
 
     columns: Sequence[str]
     document: Callable[[], dict[str, Any]]
     lines: Callable[[], _Lines]
+    has_rates: bool = False
 
 
 @click.command(short_help="Show what runs here or on a cluster, and why.")
@@ -90,6 +83,9 @@ def status(
     if as_json:
         click.echo(json.dumps(source.document(), indent=2))
         return
+    if source.has_rates:
+        source.lines()
+        time.sleep(_FIRST_RATE_SECONDS)
     console = Console()
     if watch and console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
@@ -135,7 +131,7 @@ def _fleet_on_a_cluster(cluster: "Cluster", namespace: str, name: str) -> _Sourc
 def _fleet_on_this_machine(state: Path) -> _Source:
     seen: tuple[float, dict[str, float]] | None = None
 
-    def look() -> _Lines:
+    def lines() -> _Lines:
         nonlocal seen
         answer, now = _local_status(state), time.monotonic()
         services = {each["name"]: each for each in answer["services"]}
@@ -162,13 +158,7 @@ def _fleet_on_this_machine(state: Path) -> _Source:
         asleep = len(answer["members"]) - len(rows)
         return shown, [*left, f"{len(answer['members'])} members, {asleep} of them at zero", *_trouble_lines(answer)]
 
-    def lines() -> _Lines:
-        if seen is None:  # a rate needs two readings
-            look()
-            time.sleep(_FIRST_RATE_SECONDS)
-        return look()
-
-    return _Source(_FLEET_COLUMNS, lambda: _local_status(state), lines)
+    return _Source(_FLEET_COLUMNS, lambda: _local_status(state), lines, has_rates=True)
 
 
 def _pods(service: dict[str, Any]) -> list[dict[str, Any]]:
@@ -177,9 +167,8 @@ def _pods(service: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _on_this_machine(state: Path) -> _Source:
     seen: dict[str, tuple[float, float]] = {}
-    looked = False
 
-    def look() -> _Lines:
+    def lines() -> _Lines:
         answer, now = _local_status(state), time.monotonic()
         rows: list[tuple[str, ...]] = []
         for service in answer["services"]:
@@ -188,18 +177,10 @@ def _on_this_machine(state: Path) -> _Source:
                 label = str(service["name"]) if single else f"{revision['name']} {revision['percent']} %"
                 rows.append(_row(label, revision, *tokens_per_second(revision, now, seen)))
         objective = objective_line([pod for service in answer["services"] for pod in _pods(service)])
-        lines = [] if objective is None else [objective]
-        return rows, [*lines, *_event_lines(answer.get("eventing") or {}), *_trouble_lines(answer)]
+        below = [] if objective is None else [objective]
+        return rows, [*below, *_event_lines(answer.get("eventing") or {}), *_trouble_lines(answer)]
 
-    def lines() -> _Lines:
-        nonlocal looked
-        if not looked:  # a rate needs two readings
-            looked = True
-            look()
-            time.sleep(_FIRST_RATE_SECONDS)
-        return look()
-
-    return _Source(_LOCAL_COLUMNS, lambda: _local_status(state), lines)
+    return _Source(_LOCAL_COLUMNS, lambda: _local_status(state), lines, has_rates=True)
 
 
 def _local_status(state: Path) -> dict[str, Any]:

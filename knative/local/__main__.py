@@ -15,7 +15,7 @@ import yaml
 from knative.local.autoscaler.revision_settings import SettingsError
 from knative.local.errors import LocalError
 from knative.local.kubelet.containers import data_folders, read_data_folder
-from knative.local.platform import Platform, PlatformOptions
+from knative.local.platform import Platform, PlatformOptions, running_platform
 from knative.webhook.check import is_knative_service
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -81,10 +81,7 @@ async def _serve(manifests: Sequence[dict[str, Any]], options: PlatformOptions) 
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    platform = Platform(options)
-    await platform.start()
-    try:
-        await platform.apply(manifests)
+    async with running_platform(options, manifests) as platform:
         for service in platform.services.values():
             click.echo(f"{service.name}: {service.url}")
         for broker in platform.eventing.status().get("brokers", ()):
@@ -93,8 +90,6 @@ async def _serve(manifests: Sequence[dict[str, Any]], options: PlatformOptions) 
         watch = asyncio.create_task(_print_changes(platform))
         await stop.wait()
         watch.cancel()
-    finally:
-        await platform.stop()
 
 
 async def _print_changes(platform: Platform) -> None:

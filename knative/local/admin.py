@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from knative.local.http.messages import HttpError
-from knative.local.http.server import Exchange, HttpServer
+from knative.local.http.server import Exchange, HttpServer, read_body
 from knative.local.kubelet.pods import LocalPod, Phase
 from knative.local.kubelet.processes import memory_bytes
 from knative.local.serving.endpoint_slices import WatchedObjects
@@ -21,6 +21,7 @@ from knative.local.serving.services import LocalService
 
 _OBJECTS: Final = re.compile("/(api/v1|apis/discovery.k8s.io/v1)/namespaces/([^/]+)/([a-z]+)")
 _LEASE: Final = re.compile("/apis/coordination.k8s.io/v1/namespaces/([^/]+)/leases/([^/]+)")
+_MAX_LEASE_BYTES: Final = 2**20
 _JSON: Final = b"application/json"
 _LABELS: Final = ("kn_revision_name", "kn_service_name", "kn_configuration_name", "k8s_namespace_name")
 
@@ -104,31 +105,11 @@ async def _serve_objects(watched: WatchedObjects, exchange: Exchange, namespace:
     exchange.end()
 
 
-class _Body:
-    """Receives the body of a request."""
-
-    def __init__(self) -> None:
-        self.data = bytearray()
-        self.whole = asyncio.Event()
-
-    def write_body(self, data: bytes) -> None:
-        self.data += data
-
-    def end_body(self) -> None:
-        self.whole.set()
-
-    def pause(self, paused: bool) -> None:
-        """Replies are short."""
-
-
 async def _serve_lease(leases: WatchedObjects, exchange: Exchange, namespace: str, name: str) -> None:
     if (found := leases.get(namespace, name)) is None:
         raise HttpError(HTTPStatus.NOT_FOUND, f'leases "{name}" not found')
     if exchange.method == b"PUT":
-        body = _Body()
-        exchange.attach(body)
-        await body.whole.wait()
-        wanted = json.loads(body.data)
+        wanted = json.loads(await read_body(exchange, _MAX_LEASE_BYTES, "the Lease is too long"))
         found = leases.get(namespace, name) or found
         if wanted["metadata"].pop("resourceVersion", None) != found["metadata"]["resourceVersion"]:
             raise HttpError(

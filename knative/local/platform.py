@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -219,3 +220,17 @@ class Platform:
             entrypoint=self._options.entrypoint,
         )
         return Revision(name, template, settings, local, self._context)
+
+
+@asynccontextmanager
+async def running_platform(
+    options: PlatformOptions, manifests: Sequence[dict[str, Any]], grace_seconds: float = 5.0
+) -> AsyncIterator[Platform]:
+    """A platform in this process, with these manifests applied. It stops at the end; see `Platform.stop`."""
+    platform = Platform(options)
+    await platform.start()
+    try:
+        await platform.apply(manifests)
+        yield platform
+    finally:
+        await platform.stop(grace_seconds)

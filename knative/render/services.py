@@ -185,10 +185,6 @@ def _tls_env(spec: PipelineSpec) -> list[KubernetesObject]:
     )
 
 
-def _shows_certificates(spec: PipelineSpec) -> bool:
-    return spec.network.tls is not None and spec.network.tls.secret is not None
-
-
 def tls_name(spec: PipelineSpec) -> str | None:
     """The DNS name that certificates of the pipeline's pods must have; None without TLS between pods."""
     tls = spec.network.tls
@@ -270,13 +266,14 @@ def _stage_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]
     first, last = pipeline.cut[index]
     cached = stage.weights_cache is not None
     concurrency = stage.autoscaling.container_concurrency
+    tls = pipeline.spec.network.tls
     return [
         *_common_env(pipeline, "stage", pipeline.weights[index][0]),
         # This key exists only while the token is rotated: knative/cluster/pipeline_token.py.
         _from_secret("LAMINA_SECOND_PIPELINE_TOKEN", pipeline.spec.token_secret, "second", optional=True),
         *_values(
             LAMINA_LAYERS=f"{first}:{last}",
-            LAMINA_TLS_PORT=pod_port(pipeline.spec) if _shows_certificates(pipeline.spec) else None,
+            LAMINA_TLS_PORT=pod_port(pipeline.spec) if tls is not None and tls.secret is not None else None,
             LAMINA_LAYER_GROUP=stage.layer_group,
             LAMINA_SLEEP_SECONDS=_for_stage(stage.sleep_seconds, index, "sleep_seconds"),
             **_emulated_device(stage, index),

@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,19 @@ from storage.checkpoints.families import part_of
 from storage.checkpoints.hugging_face_folder import read_json, read_rows
 from storage.checkpoints.safetensors_format import read_spans
 from storage.errors import AdapterInvalid, AdapterNotPublished, ModelNotPublished
+from storage.models.adapters import (
+    ADAPTERS,
+    MANIFEST,
+    MAX_RANK,
+    VERSION_DIGITS,
+    AdapterManifest,
+    AdapterName,
+    NamedVersion,
+    adapter_prefix,
+    list_adapters,
+    read_name,
+    version_prefix,
+)
 from storage.models.model_repository import (
     PART_BYTES,
     ModelManifest,
@@ -35,24 +48,11 @@ from storage.models.object_writer import ObjectPlan, TargetTensor, plan_object, 
 if TYPE_CHECKING:
     from storage.store.object_store import ObjectStore
 
-from storage.models.adapters import (
-    ADAPTERS,
-    MANIFEST,
-    MAX_RANK,
-    VERSION_DIGITS,
-    AdapterManifest,
-    AdapterName,
-    NamedVersion,
-    adapter_prefix,
-    list_adapters,
-    read_name,
-    version_prefix,
-)
-
 _CONFIG: Final = "adapter_config.json"
 _TENSORS: Final = "adapter_model.safetensors"
 _FLOATS: Final = ("F32", "BF16", "F16")
 _PREFIX: Final = "base_model.model."
+# Fields of an adapter_config.json that change what is computed, if they are set, and no stage computes.
 _REFUSED: Final[Mapping[str, str]] = {
     "use_dora": "DoRA, which scales each row of the adapted matrix",
     "modules_to_save": "whole modules beside the low-rank matrices",
@@ -84,9 +84,6 @@ class _Config(msgspec.Struct):
             raise AdapterInvalid(f"{module} has rank {rank} in {_TENSORS} and {wanted} in {_CONFIG}; which is right?")
         alpha = _of_pattern(self.alpha_pattern, module, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
-
-
-# Fields of an adapter_config.json that change what is computed, if they are set, and no stage computes.
 
 
 def plan_adapter(folder: Path, base: ModelManifest, config: Mapping[str, Any]) -> tuple[AdapterManifest, list[ObjectPlan]]:
@@ -126,7 +123,7 @@ def plan_adapter(folder: Path, base: ModelManifest, config: Mapping[str, Any]) -
             {
                 f"{module}.lora_A": TargetTensor(a.dtype, a.shape, a.blocks),
                 f"{module}.lora_B": TargetTensor(b.dtype, b.shape, b.blocks),
-                f"{module}.lora_scale": TargetTensor("F32", (), partial(_bytes_of, scale)),
+                f"{module}.lora_scale": TargetTensor("F32", (), partial(iter, (memoryview(scale),))),
             }
         )
         ranks.append(rank)
@@ -303,7 +300,3 @@ def _part_of_layer(model: Decoder, kind: int, inner: str) -> str:
     latents = (*names.qkv, names.query_down, names.query_up, names.kv_down, names.kv_up, names.out)
     is_latent = attention is not None and attention.latent is not None and inner in latents
     return "latent attention" if is_latent else "a mixture of experts"
-
-
-def _bytes_of(number: bytes) -> Iterator[memoryview]:
-    yield memoryview(number)

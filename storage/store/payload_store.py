@@ -30,56 +30,52 @@ class PayloadStore(ObjectReader):
 
     def put(self, key: str, data: bytes) -> None:
         """Writes or replaces an object in one request."""
-        path, digest = object_path(self.settings, key), hashlib.sha256(data).hexdigest()
-        for attempt in self._attempts(key):
-            with attempt, self._exchange("PUT", key, signed_headers(self._keyed(), "PUT", path, digest), data) as response:
-                response.read()
+        self._request("PUT", key, body=data)
 
     def put_pieces(self, key: str, pieces: Iterable[bytes]) -> None:
         """Writes or replaces an object of any length, piece by piece, in bounded memory. It appears when it is complete."""
-        path = object_path(self.settings, key)
         parts: list[str] = []
         upload, held = "", bytearray()
         try:
             for piece in pieces:
                 held += piece
                 if len(held) >= _PART_BYTES:
-                    upload = upload or self._text_of(_UPLOAD_ID, "POST", key, path, "uploads=")
-                    parts.append(self._put_part(key, path, upload, len(parts) + 1, bytes(held)))
+                    upload = upload or self._text_of(_UPLOAD_ID, "POST", key, "uploads=")
+                    parts.append(self._put_part(key, upload, len(parts) + 1, bytes(held)))
                     held.clear()
             if not upload:
                 self.put(key, bytes(held))
                 return
             if held:
-                parts.append(self._put_part(key, path, upload, len(parts) + 1, bytes(held)))
+                parts.append(self._put_part(key, upload, len(parts) + 1, bytes(held)))
             listed = "".join(
                 f"<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag></Part>" for number, etag in enumerate(parts, 1)
             )
             body = f"<CompleteMultipartUpload>{listed}</CompleteMultipartUpload>".encode()
-            self._text_of(_ETAG, "POST", key, path, canonical_query({"uploadId": upload}), body)
+            self._text_of(_ETAG, "POST", key, canonical_query({"uploadId": upload}), body)
         except BaseException:
             if upload:
                 with contextlib.suppress(StorageError):
-                    self._request("DELETE", key, path, canonical_query({"uploadId": upload}))
+                    self._request("DELETE", key, canonical_query({"uploadId": upload}))
             raise
 
-    def _put_part(self, key: str, path: str, upload: str, number: int, data: bytes) -> str:
+    def _put_part(self, key: str, upload: str, number: int, data: bytes) -> str:
         """Writes one part of a multipart upload and returns its ETag."""
         query = canonical_query({"partNumber": str(number), "uploadId": upload})
-        return self._request("PUT", key, path, query, data)[0]
+        return self._request("PUT", key, query, data)[0]
 
-    def _text_of(self, element: "re.Pattern[bytes]", method: str, key: str, path: str, query: str, body: bytes = b"") -> str:
+    def _text_of(self, element: "re.Pattern[bytes]", method: str, key: str, query: str, body: bytes = b"") -> str:
         """The text of an element of the answer. Raises UnexpectedAnswer if it has none: errors come with status 200, too."""
-        answer = self._request(method, key, path, query, body)[1]
+        answer = self._request(method, key, query, body)[1]
         found = element.search(answer)
         if found is None:
             raise UnexpectedAnswer(f"{self.settings.place} answers an upload of {key!r} with {answer[:200]!r}")
         return found[1].decode()
 
-    def _request(self, method: str, key: str, path: str, query: str, body: bytes = b"") -> tuple[str, bytes]:
-        """Sends a signed request. Returns the answer's ETag and body."""
-        digest = hashlib.sha256(body).hexdigest()
-        for attempt in self._attempts(key):
+    def _request(self, method: str, key: str, query: str = "", body: bytes = b"", *, named: str = "") -> tuple[str, bytes]:
+        """Sends a signed request. Returns the answer's ETag and body. named: in errors, for a request without a key."""
+        path, digest = object_path(self.settings, key), hashlib.sha256(body).hexdigest()
+        for attempt in self._attempts(key or named):
             with attempt:
                 headers = signed_headers(self._keyed(), method, path, digest, query=query)
                 with self._exchange(method, key, headers, body, query) as response:
@@ -88,10 +84,7 @@ class PayloadStore(ObjectReader):
 
     def delete(self, key: str) -> None:
         """Deletes an object; a missing one is no error."""
-        path = object_path(self.settings, key)
-        for attempt in self._attempts(key):
-            with attempt, self._exchange("DELETE", key, signed_headers(self._keyed(), "DELETE", path)) as response:
-                response.read()
+        self._request("DELETE", key)
 
     def list(self, prefix: str, *, after: str = "", at_once: int = 1000) -> Iterator[ObjectInfo]:
         """Yields all objects whose keys begin with `prefix` (ListObjectsV2), in the order of their keys.
@@ -103,15 +96,8 @@ class PayloadStore(ObjectReader):
         parameters = {"list-type": "2", "prefix": prefix, "max-keys": str(at_once)}
         if after:
             parameters["start-after"] = after
-        path = object_path(self.settings, "")
         while True:
-            query = canonical_query(parameters)
-            answer = b""
-            for attempt in self._attempts(prefix):
-                with attempt:
-                    headers = signed_headers(self._keyed(), "GET", path, query=query)
-                    with self._exchange("GET", "", headers, query=query) as response:
-                        answer = response.read()
+            _, answer = self._request("GET", "", canonical_query(parameters), named=prefix)
             try:
                 page = ElementTree.fromstring(answer)
             except ElementTree.ParseError as error:

@@ -19,7 +19,7 @@ import torch
 
 from eventing.wire.generation import GenerateRequest, GenerateResponse
 from eventing.wire.prefix_chain import BLOCK_TOKENS
-from knative.local.serving.endpoint_slices import PodEndpoint, endpoint_slice
+from knative.local.serving.endpoint_slices import endpoint_slice
 from tests.support.functions.functions import FunctionProcess, gateway_environment, running, stage_environment, wait_until
 from tests.support.functions.metrics import metric
 from tests.support.functions.streams import BrokenStream, answer_of, began
@@ -119,8 +119,8 @@ def put(api: WatchServer, stage: int, name: str, function: FunctionProcess, stat
         return
     ready = state == "ready"
     service = SERVICES[stage]
-    port = function.port
-    api.put(endpoint_slice(PodEndpoint(service, f"{service}-00001", "default", name, port, ready, True, not ready)))
+    conditions = {"ready": ready, "serving": True, "terminating": not ready}
+    api.put(endpoint_slice(service, f"{service}-00001", "default", name, conditions, function.port))
 
 
 def states_of(gateway: FunctionProcess) -> list[str]:

@@ -13,8 +13,6 @@ from knative.local.autoscaler.revision_settings import RevisionSettings
 
 UNKNOWN: Final = -1  # desired scale while the autoscaler has no data
 _ACTIVATION_BUFFER_SECONDS: Final = 30  # added to the progress deadline, so that the pods' failure is known before they go
-_PROBE_PERIOD_SECONDS: Final = 1
-_PROXY_CHECK_SECONDS: Final = 3
 
 
 class Activity(StrEnum):
@@ -41,7 +39,6 @@ class ScaleTarget:
 
     want: int  # pods; 0 without `apply` marks the revision inactive and leaves its pods; -1: unknown
     apply: bool  # whether replicas shall be set to `want` now
-    check_after_seconds: float | None = None  # when to reconcile again though nothing has changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,37 +74,20 @@ def scale_target(
         return ScaleTarget(want, apply=True)
     if not settings.enable_scale_to_zero:
         return ScaleTarget(1, apply=True)
+    in_activity = now - status.since
     if status.activity is Activity.ACTIVATING:
-        timeout = settings.progress_deadline_seconds + _ACTIVATION_BUFFER_SECONDS
-        if now - status.since > timeout:
-            return ScaleTarget(0, apply=True)
-        return ScaleTarget(UNKNOWN, apply=False, check_after_seconds=timeout)
+        failed = in_activity > settings.progress_deadline_seconds + _ACTIVATION_BUFFER_SECONDS
+        return ScaleTarget(0, apply=True) if failed else ScaleTarget(UNKNOWN, apply=False)
     if status.activity is Activity.ACTIVE:
         # A revision stays active for at least a stable window, then with one pod at most.
-        left = settings.decider.stable_window_seconds - (now - status.since)
-        if left > 0:
-            return ScaleTarget(1, apply=True, check_after_seconds=left)
-        check_after = None if status.proxied_since is None else _PROXY_CHECK_SECONDS
-        return ScaleTarget(0, apply=False, check_after_seconds=check_after)
-    return _inactive_target(settings, status, now, reachable, backed_by_activator)
-
-
-def _inactive_target(
-    settings: RevisionSettings, status: RevisionStatus, now: float, reachable: bool, backed_by_activator: bool
-) -> ScaleTarget:
+        stays = in_activity < settings.decider.stable_window_seconds
+        return ScaleTarget(1, apply=True) if stays else ScaleTarget(0, apply=False)
     if settings.pods_report and not backed_by_activator:
-        return ScaleTarget(0, apply=False, check_after_seconds=_PROBE_PERIOD_SECONDS)
-    inactive = now - status.since
-    grace = settings.scale_to_zero_grace_period_seconds
+        return ScaleTarget(0, apply=False)
     retention = settings.scale_to_zero_pod_retention_period_seconds if reachable else 0.0
-    if inactive >= max(grace, retention):
-        return ScaleTarget(0, apply=True)
-    if inactive < retention:
-        return ScaleTarget(0, apply=False, check_after_seconds=retention - inactive)
     proxied = 0.0 if status.proxied_since is None else now - status.proxied_since
-    if proxied >= grace:
-        return ScaleTarget(0, apply=True)
-    return ScaleTarget(0, apply=False, check_after_seconds=grace - proxied)
+    over = max(in_activity, proxied) >= settings.scale_to_zero_grace_period_seconds
+    return ScaleTarget(0, apply=over and in_activity >= retention)
 
 
 def next_status(

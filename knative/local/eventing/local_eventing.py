@@ -4,7 +4,6 @@ Everything is in memory, as with Eventing's InMemoryChannel, whatever channel a 
 platform stops are lost. Events to a Service that is not on this machine are written into a file.
 """
 
-import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -20,12 +19,12 @@ from knative.local.eventing.delivery import Spool, Subscription
 from knative.local.eventing.objects import EventingObject, read_eventing_object
 from knative.local.eventing.wiring import BrokerInbox, EventingContext, StepInbox, Wiring, broker_path
 from knative.local.http.messages import HttpError
-from knative.local.http.server import Exchange, HttpServer
+from knative.local.http.server import Exchange, HttpServer, read_body
 
 _log = logging.getLogger(__name__)
 
-MAX_DELIVERIES: Final = 1000  # in progress at once; beyond it events from outside are refused with 429
 MAX_EVENT_BYTES: Final = 2**20  # as a Kafka topic's default; larger payloads go by reference, see `eventing.claim_check`
+MAX_DELIVERIES: Final = 1000  # in progress at once; beyond it events from outside are refused with 429
 
 
 class LocalEventing:
@@ -99,7 +98,8 @@ class LocalEventing:
         if exchange.method != b"POST":
             raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, "events come by POST")
         self._check_capacity()
-        body = await _CollectedBody(exchange).read()
+        too_long = f"an event has at most {MAX_EVENT_BYTES} bytes here; send a reference to more (dataref)"
+        body = await read_body(exchange, MAX_EVENT_BYTES, too_long)
         headers = [(name.decode("latin-1"), value.decode("utf-8", "replace")) for name, value in exchange.headers]
         try:
             event = from_http(headers, body)
@@ -115,36 +115,6 @@ class LocalEventing:
         # Replies and steps are never refused: each follows an event that was in progress.
         if len(self._spool) >= self._max_deliveries:
             raise HttpError(HTTPStatus.TOO_MANY_REQUESTS, f"{len(self._spool)} deliveries are in progress already; try later")
-
-
-class _CollectedBody:
-    """A BodySink that collects the whole body of a request, up to MAX_EVENT_BYTES."""
-
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-        self._data = bytearray()
-        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    async def read(self) -> bytes:
-        """Returns the whole body when it has arrived. Raises HttpError 413 if it is longer than MAX_EVENT_BYTES."""
-        self._exchange.attach(self)
-        await self._done
-        return bytes(self._data)
-
-    def write_body(self, data: bytes) -> None:
-        if self._done.done():  # too long already
-            return
-        self._data += data
-        if len(self._data) > MAX_EVENT_BYTES:
-            text = f"an event has at most {MAX_EVENT_BYTES} bytes here; send a reference to more (dataref)"
-            self._done.set_exception(HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text))
-
-    def end_body(self) -> None:
-        if not self._done.done():
-            self._done.set_result(None)
-
-    def pause(self, paused: bool) -> None:
-        """Does nothing: the answer to an event is too short to wait for a slow client."""
 
 
 def _subscription_status(subscription: Subscription) -> dict[str, Any]:

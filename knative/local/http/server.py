@@ -134,6 +134,38 @@ class Exchange:
             self.sink.end_body()
 
 
+class _CollectedBody:
+    """A BodySink for `read_body`."""
+
+    def __init__(self, most_bytes: int, too_long: str) -> None:
+        self.data = bytearray()
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._most_bytes = most_bytes
+        self._too_long = too_long
+
+    def write_body(self, data: bytes) -> None:
+        if self.done.done():  # too long already
+            return
+        self.data += data
+        if len(self.data) > self._most_bytes:
+            self.done.set_exception(HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, self._too_long))
+
+    def end_body(self) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def pause(self, paused: bool) -> None:
+        """Does nothing: the answer is too short to wait for a slow client."""
+
+
+async def read_body(exchange: Exchange, most_bytes: int, too_long: str) -> bytes:
+    """The whole body of a request, when it has arrived. Raises HttpError 413 with `too_long` beyond `most_bytes`."""
+    body = _CollectedBody(most_bytes, too_long)
+    exchange.attach(body)
+    await body.done
+    return bytes(body.data)
+
+
 Handler = Callable[[Exchange], Awaitable[None]]
 
 

@@ -5,9 +5,8 @@ It counts requests, applies containerConcurrency and the time limits, and keeps 
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
@@ -116,11 +115,8 @@ class QueueProxy:
                     return
                 through_activator = find(exchange.headers, PROXY_HEADER) == ACTIVATOR
                 with self._counted(self.all), self._counted(self.proxied) if through_activator else nullcontext():
-                    await self._breaker.acquire()
-                    try:
+                    async with self._breaker.slot():
                         await self._forward(exchange)
-                    finally:
-                        self._breaker.release()
         except UpstreamFailed as error:
             raise HttpError(HTTPStatus.BAD_GATEWAY, str(error)) from error
 
@@ -210,33 +206,23 @@ class Breaker:
 
     def __init__(self, container_concurrency: int) -> None:
         """container_concurrency: number of slots; 0: no limit and no queue."""
-        self._limit = container_concurrency
-        self._running = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._slots = asyncio.Semaphore(container_concurrency) if container_concurrency else None
+        self._places = _QUEUE_FACTOR * container_concurrency  # left in the queue
 
-    async def acquire(self) -> None:
-        """Waits for a slot, which the caller gives back by `release`. Raises HttpError 503 if the queue is full."""
-        if not self._limit or (self._running < self._limit and not self._waiting):
-            self._running += 1
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """Waits for a slot and holds it for the block. Raises HttpError 503 if the queue is full."""
+        if self._slots is None:
+            yield
             return
-        if len(self._waiting) >= _QUEUE_FACTOR * self._limit:
+        if self._slots.locked() and not self._places:
             raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "pending request queue full")
-        slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(slot)
+        self._places -= 1
         try:
-            await slot
-        except asyncio.CancelledError:
-            if slot.done() and not slot.cancelled():
-                self.release()
-            elif slot in self._waiting:  # else `release` has just skipped it
-                self._waiting.remove(slot)
-            raise
-
-    def release(self) -> None:
-        """Gives a slot back: to the request that has waited longest, if one waits."""
-        while self._waiting:
-            slot = self._waiting.popleft()
-            if not slot.done():
-                slot.set_result(None)
-                return
-        self._running -= 1
+            await self._slots.acquire()
+        finally:
+            self._places += 1
+        try:
+            yield
+        finally:
+            self._slots.release()

@@ -7,7 +7,7 @@ import asyncio
 import json
 import re
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
@@ -21,41 +21,30 @@ _BOOKMARK_SECONDS: Final = 30.0
 _API_VERSION: Final = "discovery.k8s.io/v1"
 
 
-@dataclass(frozen=True, slots=True)
-class PodEndpoint:
-    service: str
-    revision: str
-    namespace: str
-    pod: str
-    port: int  # of its queue-proxy, on 127.0.0.1
-    ready: bool
-    serving: bool  # it answers requests, also while it is terminating
-    terminating: bool
-    tls_port: int = 0  # the same with TLS; 0: there is none
+def endpoint_slice(
+    service: str, revision: str, namespace: str, pod: str, conditions: Mapping[str, bool], port: int, tls_port: int = 0
+) -> Slice:
+    """conditions: ready, serving (it answers requests, also while it is terminating) and terminating.
 
-
-def endpoint_slice(endpoint: PodEndpoint) -> Slice:
+    port, tls_port: of the pod's queue-proxy, on 127.0.0.1; 0: there is none.
+    """
     labels = {
-        "kubernetes.io/service-name": f"{endpoint.revision}-private",
+        "kubernetes.io/service-name": f"{revision}-private",
         "endpointslice.kubernetes.io/managed-by": "endpointslice-controller.k8s.io",
-        "networking.internal.knative.dev/serverlessservice": endpoint.revision,
+        "networking.internal.knative.dev/serverlessservice": revision,
         "networking.internal.knative.dev/serviceType": "Private",
-        "serving.knative.dev/revision": endpoint.revision,
-        "serving.knative.dev/service": endpoint.service,
+        "serving.knative.dev/revision": revision,
+        "serving.knative.dev/service": service,
     }
-    conditions = {"ready": endpoint.ready, "serving": endpoint.serving, "terminating": endpoint.terminating}
-    target = {"kind": "Pod", "name": endpoint.pod, "namespace": endpoint.namespace}
+    target = {"kind": "Pod", "name": pod, "namespace": namespace}
+    ports = (("http", port), ("https", tls_port))
     return {
         "apiVersion": _API_VERSION,
         "kind": "EndpointSlice",
-        "metadata": {"name": f"{endpoint.pod}-private", "namespace": endpoint.namespace, "labels": labels},
+        "metadata": {"name": f"{pod}-private", "namespace": namespace, "labels": labels},
         "addressType": "IPv4",
-        "endpoints": [{"addresses": ["127.0.0.1"], "conditions": conditions, "targetRef": target}],
-        "ports": [
-            {"name": name, "protocol": "TCP", "port": port}
-            for name, port in (("http", endpoint.port), ("https", endpoint.tls_port))
-            if port
-        ],
+        "endpoints": [{"addresses": ["127.0.0.1"], "conditions": dict(conditions), "targetRef": target}],
+        "ports": [{"name": name, "protocol": "TCP", "port": number} for name, number in ports if number],
     }
 
 

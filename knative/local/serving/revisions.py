@@ -20,7 +20,7 @@ from knative.local.kubelet.pods import LocalPod, Phase, PodTiming
 from knative.local.proxies.activator import Activator
 from knative.local.proxies.network import EmulatedNetwork
 from knative.local.proxies.serving_certs import ServingCerts
-from knative.local.serving.endpoint_slices import PodEndpoint, WatchedObjects, endpoint_slice
+from knative.local.serving.endpoint_slices import WatchedObjects, endpoint_slice
 
 _log = logging.getLogger(__name__)
 
@@ -193,21 +193,12 @@ class Revision:
         self.activator.set_pods([pod.proxy for pod in ready])
 
     def _publish(self, pod: LocalPod) -> None:
-        endpoint = PodEndpoint(
-            service=self.name.service,
-            revision=self.name.revision,
-            namespace=self.name.namespace,
-            pod=pod.name,
-            port=pod.proxy.port,
-            ready=pod.ready,
-            serving=pod.ready or (pod.phase is Phase.LEAVING and bool(pod.readiness)),
-            terminating=pod.leaving,
-            tls_port=pod.tls_port,
-        )
-        if pod.phase is Phase.GONE:
-            self._context.slices.remove(endpoint_slice(endpoint))
-        else:
-            self._context.slices.put(endpoint_slice(endpoint))
+        serving = pod.ready or (pod.phase is Phase.LEAVING and bool(pod.readiness))
+        conditions = {"ready": pod.ready, "serving": serving, "terminating": pod.leaving}
+        ports = (pod.proxy.port, pod.tls_port)
+        found = endpoint_slice(self.name.service, self.name.revision, self.name.namespace, pod.name, conditions, *ports)
+        slices = self._context.slices
+        slices.remove(found) if pod.phase is Phase.GONE else slices.put(found)
 
     def _check_progress(self) -> None:
         since, deadline = self._without_ready_pod_since, self._settings.progress_deadline_seconds

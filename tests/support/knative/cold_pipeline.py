@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from knative.commands.local_pipeline import LocalPipeline, local_pipeline
-from knative.local.platform import Platform, PlatformOptions
+from knative.local.platform import Platform, PlatformOptions, running_platform
 from knative.render.services import services
 from storage.store.object_store import ObjectStore
 from tests.support.storage.published import CUT, Published
@@ -34,13 +34,8 @@ async def cold_pipeline(
 @asynccontextmanager
 async def deployed(local: LocalPipeline, manifests: list[dict[str, Any]], folder: Path) -> AsyncIterator[Platform]:
     """A platform with its default timing, to which the manifests are applied. folder: for logs."""
-    platform = Platform(PlatformOptions(logs=folder, secrets=local.secrets))
-    await platform.start()
-    try:
-        await platform.apply(manifests)
+    async with running_platform(PlatformOptions(logs=folder, secrets=local.secrets), manifests, 1.0) as platform:
         yield platform
-    finally:
-        await platform.stop(1.0)
 
 
 def set_environment(manifest: dict[str, Any], environ: Mapping[str, str]) -> None:

@@ -11,6 +11,7 @@ import aiohttp
 
 from knative.local.kubelet.pods import PodTiming
 from knative.local.platform import Platform, PlatformOptions
+from knative.local.platform import running_platform as started_platform
 from knative.local.serving.revisions import Revision
 from knative.webhook.autoscaling_annotations import AutoscalerConfig
 
@@ -45,13 +46,8 @@ def echo_service(name: str = "echo", *, concurrency: int = 8, timeout: int = 30,
 @asynccontextmanager
 async def running_platform(logs: Path, /, *manifests: dict[str, Any], **options: Any) -> AsyncIterator[Platform]:
     settings: dict[str, Any] = {"logs": logs, "timing": QUICK, "autoscaler": FROM_ZERO} | options
-    platform = Platform(PlatformOptions(**settings))
-    await platform.start()
-    try:
-        await platform.apply(list(manifests))
+    async with started_platform(PlatformOptions(**settings), manifests, 1.0) as platform:
         yield platform
-    finally:
-        await platform.stop(1.0)
 
 
 @asynccontextmanager

@@ -41,60 +41,58 @@ LONG_ACTIVE = status(ACTIVE, WINDOW)
 
 
 @pytest.mark.parametrize(
-    ("configured", "before", "desired", "want", "apply", "again"),
+    ("configured", "before", "desired", "want", "apply"),
     [
-        pytest.param({}, status(ACTIVE, WINDOW - 1), 0, 1, True, 1, id="active for less than the window: one pod stays"),
-        pytest.param({"window": 30}, status(ACTIVE, 29), 0, 1, True, 1, id="the same with the revision's own window"),
-        pytest.param({}, LONG_ACTIVE, 0, 0, False, None, id="active for the window: inactive first"),
-        pytest.param({}, status(ACTIVE, WINDOW, proxied=5), 0, 0, False, 3, id="the same, already in proxy mode"),
-        pytest.param({}, status(INACTIVE, GRACE), 0, 0, True, None, id="after the grace period"),
-        pytest.param({}, status(INACTIVE, GRACE - 1), 0, 0, False, GRACE, id="just before the grace period"),
-        pytest.param({}, status(INACTIVE, GRACE - 1, proxied=GRACE - 1), 0, 0, False, 1, id="proxied not long enough"),
-        pytest.param({}, status(INACTIVE, GRACE - 1, proxied=GRACE), 0, 0, True, None, id="proxied for the grace period"),
+        pytest.param({}, status(ACTIVE, WINDOW - 1), 0, 1, True, id="active for less than the window: one pod stays"),
+        pytest.param({"window": 30}, status(ACTIVE, 29), 0, 1, True, id="the same with the revision's own window"),
+        pytest.param({}, LONG_ACTIVE, 0, 0, False, id="active for the window: inactive first"),
+        pytest.param({}, status(ACTIVE, WINDOW, proxied=5), 0, 0, False, id="the same, already in proxy mode"),
+        pytest.param({}, status(INACTIVE, GRACE), 0, 0, True, id="after the grace period"),
+        pytest.param({}, status(INACTIVE, GRACE - 1), 0, 0, False, id="just before the grace period"),
+        pytest.param({}, status(INACTIVE, GRACE - 1, proxied=GRACE - 1), 0, 0, False, id="proxied not long enough"),
+        pytest.param({}, status(INACTIVE, GRACE - 1, proxied=GRACE), 0, 0, True, id="proxied for the grace period"),
         pytest.param(
             {"scale_to_zero_pod_retention_period_seconds": 2 * GRACE},
             status(INACTIVE, GRACE),
-            *(0, 0, False, GRACE),
+            *(0, 0, False),
             id="the last pod is retained",
         ),
         pytest.param(
             {"scale_to_zero_pod_retention_period_seconds": GRACE},
             status(INACTIVE, GRACE),
-            *(0, 0, True, None),
+            *(0, 0, True),
             id="retained long enough",
         ),
         pytest.param(
             {"scale_to_zero_pod_retention_period_seconds": 42},
             status(INACTIVE, GRACE - 1, proxied=GRACE),
-            *(0, 0, True, None),
+            *(0, 0, True),
             id="retained and proxied long enough",
         ),
-        pytest.param({}, status(ACTIVATING, (DEADLINE + 30) / 2), 0, -1, False, DEADLINE + 30, id="still activating"),
-        pytest.param({}, status(ACTIVATING, DEADLINE + 31), 0, 0, True, None, id="activation has failed"),
-        pytest.param({"min_scale": 2}, status(INACTIVE, GRACE), 0, 2, True, None, id="min-scale"),
-        pytest.param({}, LONG_ACTIVE, 10, 10, True, None, id="scales up"),
-        pytest.param({"max_scale": 8}, LONG_ACTIVE, 10, 8, True, None, id="max-scale"),
-        pytest.param({}, status(INACTIVE, GRACE / 2), 10, 10, True, None, id="wakes an inactive revision"),
-        pytest.param({}, status(INACTIVE, 0), -1, -1, False, None, id="no data, inactive"),
-        pytest.param({}, status(ACTIVE, 0), -1, -1, False, None, id="no data, active"),
-        pytest.param({}, status(ACTIVATING, 1), -1, -1, False, DEADLINE + 30, id="no data, activating"),
-        pytest.param({"min_scale": 2}, status(ACTIVATING, 1), -1, 2, True, None, id="no data, activating, min-scale"),
-        pytest.param({"initial_scale": 2}, status(ACTIVATING, 0, initialized=False), 1, 2, True, None, id="initial scale"),
+        pytest.param({}, status(ACTIVATING, (DEADLINE + 30) / 2), 0, -1, False, id="still activating"),
+        pytest.param({}, status(ACTIVATING, DEADLINE + 31), 0, 0, True, id="activation has failed"),
+        pytest.param({"min_scale": 2}, status(INACTIVE, GRACE), 0, 2, True, id="min-scale"),
+        pytest.param({}, LONG_ACTIVE, 10, 10, True, id="scales up"),
+        pytest.param({"max_scale": 8}, LONG_ACTIVE, 10, 8, True, id="max-scale"),
+        pytest.param({}, status(INACTIVE, GRACE / 2), 10, 10, True, id="wakes an inactive revision"),
+        pytest.param({}, status(INACTIVE, 0), -1, -1, False, id="no data, inactive"),
+        pytest.param({}, status(ACTIVE, 0), -1, -1, False, id="no data, active"),
+        pytest.param({}, status(ACTIVATING, 1), -1, -1, False, id="no data, activating"),
+        pytest.param({"min_scale": 2}, status(ACTIVATING, 1), -1, 2, True, id="no data, activating, min-scale"),
+        pytest.param({"initial_scale": 2}, status(ACTIVATING, 0, initialized=False), 1, 2, True, id="initial scale"),
         pytest.param(
             {"initial_scale": 5, "max_scale": 3},
             status(ACTIVATING, 0, initialized=False),
-            *(1, 5, True, None),
+            *(1, 5, True),
             id="initial scale beats max-scale",
         ),
-        pytest.param({"initial_scale": 2}, status(ACTIVE, 120), 0, 1, True, WINDOW - 120, id="initial scale was reached"),
-        pytest.param({"enable_scale_to_zero": False}, status(INACTIVE, GRACE), 0, 1, True, None, id="never to zero"),
-        pytest.param({"enable_scale_to_zero": False}, LONG_ACTIVE, -1, -1, False, None, id="never to zero, no data"),
+        pytest.param({"initial_scale": 2}, status(ACTIVE, 120), 0, 1, True, id="initial scale was reached"),
+        pytest.param({"enable_scale_to_zero": False}, status(INACTIVE, GRACE), 0, 1, True, id="never to zero"),
+        pytest.param({"enable_scale_to_zero": False}, LONG_ACTIVE, -1, -1, False, id="never to zero, no data"),
     ],
 )
-def test_scale_target(
-    configured: dict[str, float], before: RevisionStatus, desired: int, want: int, apply: bool, again: float | None
-) -> None:
-    assert scale_target(settings(**configured), before, desired, NOW) == ScaleTarget(want, apply, again)
+def test_scale_target(configured: dict[str, float], before: RevisionStatus, desired: int, want: int, apply: bool) -> None:
+    assert scale_target(settings(**configured), before, desired, NOW) == ScaleTarget(want, apply)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +100,8 @@ def test_scale_target(
     [
         ({"min_scale": 2}, status(INACTIVE, GRACE), ScaleTarget(0, True)),
         ({"scale_to_zero_pod_retention_period_seconds": 10 * GRACE}, status(INACTIVE, GRACE), ScaleTarget(0, True)),
-        ({"scale_to_zero_pod_retention_period_seconds": 10 * GRACE}, status(INACTIVE, GRACE - 1), ScaleTarget(0, False, GRACE)),
-        ({"initial_scale": 2}, status(ACTIVE, 120, initialized=False), ScaleTarget(1, True, WINDOW - 120)),
+        ({"scale_to_zero_pod_retention_period_seconds": 10 * GRACE}, status(INACTIVE, GRACE - 1), ScaleTarget(0, False)),
+        ({"initial_scale": 2}, status(ACTIVE, 120, initialized=False), ScaleTarget(1, True)),
     ],
 )
 def test_an_unreachable_revision_has_no_floor(
@@ -114,7 +112,7 @@ def test_an_unreachable_revision_has_no_floor(
 
 def test_the_last_pod_waits_for_the_activator() -> None:
     before = status(INACTIVE, GRACE)
-    assert scale_target(settings(), before, 0, NOW, backed_by_activator=False) == ScaleTarget(0, False, 1)
+    assert scale_target(settings(), before, 0, NOW, backed_by_activator=False) == ScaleTarget(0, False)
     always = replace(settings(), decider=replace(settings().decider, target_burst_capacity=-1))
     assert scale_target(always, before, 0, NOW, backed_by_activator=False) == ScaleTarget(0, True), "it always is then"
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from types import SimpleNamespace
 from typing import cast
 
@@ -117,27 +118,28 @@ async def test_the_breaker_keeps_order_and_refuses_beyond_ten_times() -> None:
     breaker, order, gates = Breaker(1), [], [asyncio.Event() for _ in range(11)]
 
     async def visit(index: int) -> None:
-        await breaker.acquire()
-        order.append(index)
-        await gates[index].wait()
-        breaker.release()
+        async with breaker.slot():
+            order.append(index)
+            await gates[index].wait()
 
     tasks = [asyncio.create_task(visit(index)) for index in range(11)]
     await until(lambda: order == [0])
     with pytest.raises(HttpError, match="pending request queue full"):
-        await breaker.acquire()
+        await visit(0)
     tasks[3].cancel()
     for gate in gates:
         gate.set()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert order == [0, 1, 2, *range(4, 11)]
-    await breaker.acquire()
+    async with breaker.slot():
+        pass
 
 
 async def test_a_breaker_without_limit_admits_everything() -> None:
     breaker = Breaker(0)
-    for _ in range(50):
-        await breaker.acquire()
+    async with AsyncExitStack() as stack:
+        for _ in range(50):
+            await stack.enter_async_context(breaker.slot())
 
 
 def test_concurrency_is_weighted_by_time() -> None:

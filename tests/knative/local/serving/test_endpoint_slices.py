@@ -8,14 +8,15 @@ from typing import Any
 import aiohttp
 import pytest
 
-from knative.local.serving.endpoint_slices import PodEndpoint, WatchedObjects, endpoint_slice
+from knative.local.serving.endpoint_slices import WatchedObjects, endpoint_slice
 from tests.support.knative.platform import client, echo_service, fetch, revision, running_platform, until
 
 PATH = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices"
 
 
-def endpoint(pod: str = "p1", *, ready: bool = True, service: str = "echo", port: int = 1234) -> PodEndpoint:
-    return PodEndpoint(service, f"{service}-00001", "default", pod, port, ready, ready, False)
+def a_slice(pod: str = "p1", *, ready: bool = True, service: str = "echo", port: int = 1234) -> dict[str, Any]:
+    conditions = {"ready": ready, "serving": ready, "terminating": False}
+    return endpoint_slice(service, f"{service}-00001", "default", pod, conditions, port)
 
 
 async def collect(slices: WatchedObjects, count: int, since: str = "", selector: str = "") -> list[dict[str, Any]]:
@@ -29,7 +30,7 @@ async def collect(slices: WatchedObjects, count: int, since: str = "", selector:
 
 
 def test_a_slice_has_knatives_labels_and_names_its_port() -> None:
-    found = endpoint_slice(endpoint())
+    found = a_slice()
     assert (
         found["metadata"]["labels"]
         | {
@@ -46,13 +47,13 @@ def test_a_slice_has_knatives_labels_and_names_its_port() -> None:
 
 async def test_a_watch_without_version_begins_with_what_exists() -> None:
     slices = WatchedObjects()
-    slices.put(endpoint_slice(endpoint("p1")))
+    slices.put(a_slice("p1"))
     watching = asyncio.create_task(collect(slices, 4))
     await asyncio.sleep(0)
-    slices.put(endpoint_slice(endpoint("p2")))
-    slices.put(endpoint_slice(endpoint("p2")))  # the same again is no event
-    slices.put(endpoint_slice(endpoint("p2", ready=False)))
-    slices.remove(endpoint_slice(endpoint("p1")))
+    slices.put(a_slice("p2"))
+    slices.put(a_slice("p2"))  # the same again is no event
+    slices.put(a_slice("p2", ready=False))
+    slices.remove(a_slice("p1"))
     events = await watching
     seen = [(event["type"], event["object"]["metadata"]["name"]) for event in events]
     assert seen == [("ADDED", "p1-private"), ("ADDED", "p2-private"), ("MODIFIED", "p2-private"), ("DELETED", "p1-private")]
@@ -60,9 +61,9 @@ async def test_a_watch_without_version_begins_with_what_exists() -> None:
 
 async def test_a_watch_goes_on_from_a_lists_version() -> None:
     slices = WatchedObjects()
-    slices.put(endpoint_slice(endpoint("p1")))
+    slices.put(a_slice("p1"))
     version = slices.list("default", "")["metadata"]["resourceVersion"]
-    slices.put(endpoint_slice(endpoint("p2")))
+    slices.put(a_slice("p2"))
     (event,) = await collect(slices, 1, since=version)
     assert event["object"]["metadata"]["name"] == "p2-private"
     assert int(event["object"]["metadata"]["resourceVersion"]) > int(version)
@@ -71,7 +72,7 @@ async def test_a_watch_goes_on_from_a_lists_version() -> None:
 async def test_a_version_older_than_the_history_is_expired() -> None:
     slices = WatchedObjects()
     for index in range(1100):
-        slices.put(endpoint_slice(endpoint(port=index)))
+        slices.put(a_slice(port=index))
     (event,) = await collect(slices, 1, since="1")
     assert (event["type"], event["object"]["code"], event["object"]["reason"]) == ("ERROR", 410, "Expired")
 
@@ -91,8 +92,8 @@ async def test_a_version_older_than_the_history_is_expired() -> None:
 )
 async def test_label_selectors(selector: str, expected: int) -> None:
     slices = WatchedObjects()
-    slices.put(endpoint_slice(endpoint("p1")))
-    slices.put(endpoint_slice(endpoint("p2", service="other")))
+    slices.put(a_slice("p1"))
+    slices.put(a_slice("p2", service="other"))
     assert len(slices.list("default", selector)["items"]) == expected
     assert slices.list("elsewhere", selector)["items"] == []
 
