@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from eventing.problems import EventTooLarge, NotFound
 from functions.gateway.jobs.results import RESULTS, PartResults, ResultsContent
-from storage.errors import ObjectNotFound
+from storage.errors import ObjectAltered, ObjectNotFound
 from storage.store.payload_store import MAX_PAYLOAD_BYTES, PayloadStore
 
 EVERYBODY: Final = "everybody"
@@ -153,10 +153,13 @@ class Files:
 
     def get(self, owner: str, id_: str) -> ClientFile:
         check_id(id_)
-        file = self._objects.find(f"{owner}/files/{id_}.json", ClientFile)
+        file = self.find(owner, id_)
         if file is None or _is_over(file):
             raise NotFound(f"there is no file {id_!r} of this API key")
         return file
+
+    def find(self, owner: str, id_: str) -> ClientFile | None:
+        return self._objects.find(f"{owner}/files/{id_}.json", ClientFile)
 
     def list(
         self, owner: str, after: str, limit: int, wanted: Callable[[ClientFile], bool] = lambda _: True
@@ -167,15 +170,19 @@ class Files:
         )
 
     def read(self, owner: str, file: ClientFile) -> Iterator[bytes]:
-        """The content, piece by piece."""
+        """The content, piece by piece. Raises ObjectAltered if the store does not show all of it."""
         if file.content == "input":
             for number in range(file.parts):
                 yield self.part(owner, file.id, number)
             return
+        missing = file.bytes
         for name in self._objects.names(f"{owner}/runs/{file.batch_id}/results/"):
             results = self.results(owner, file.batch_id, name)
             if results is not None and (lines := results.lines(file.content)):
+                missing -= len(lines)
                 yield lines
+        if missing > 0:
+            raise ObjectAltered(f"the store shows {file.bytes - missing} of the {file.bytes} bytes of {file.id}; read it again")
 
     def part(self, owner: str, id_: str, number: int) -> bytes:
         """One part of a file that a client sent."""
@@ -190,7 +197,7 @@ class Files:
 
     def delete(self, owner: str, id_: str) -> None:
         """Deletes a file, if there is one. Results of a batch stay as long as one of the two files has them."""
-        file = self._objects.find(f"{owner}/files/{id_}.json", ClientFile)
+        file = self.find(owner, id_)
         if file is None:
             return
         self._objects.delete(f"{owner}/files/{id_}.json")

@@ -15,6 +15,7 @@ from storage.errors import ObjectNotFound
 LEASE_SECONDS: Final = 10.0  # a gateway that has not renewed its lease for so long is taken for dead
 END: Final = "end"  # the lease of the gateway that ends the batch
 _CHOICES: Final = 8  # a part is drawn from so many, so that gateways seldom choose the same one
+_LOST_SECONDS: Final = 600.0  # a part of the input that the store lacks so long after the window is lost
 _IDLE_SHARE: Final = 0.1  # of the window, in which live traffic goes first in any case
 
 _WHY: Final = {
@@ -177,7 +178,10 @@ class BatchRun:
     def _give_up(self, number: int, answerer: LineAnswerer, code: str, message: str) -> None:
         try:
             lines, results, _ = self.read_part(number)
-        except ObjectNotFound:  # somebody has deleted the input
+        except ObjectNotFound:
+            is_deleted = self._batches.files.find(self.job.owner, self.job.input_file_id) is None
+            if not is_deleted and time.time() < self.job.expires_at + _LOST_SECONDS:
+                raise  # the store does not show a part for now: the batch is ended later
             lines, results = [], PartResults()
         for index, line in enumerate(lines):
             if index not in results:

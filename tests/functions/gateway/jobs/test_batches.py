@@ -6,15 +6,18 @@ import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import openai
 import pytest
 
 from functions.gateway.jobs.batches import Batches
-from functions.gateway.jobs.files import MAX_LINE_BYTES, PART_LINES, Files, JobObjects
+from functions.gateway.jobs.files import MAX_LINE_BYTES, PART_LINES, Files, JobObjects, part_name
+from functions.gateway.jobs.lines import LineAnswerer
+from functions.gateway.jobs.run import BatchRun
 from knative.local.kubelet.processes import memory_bytes
+from storage.errors import ObjectAltered, ObjectNotFound
 from storage.store.payload_store import PayloadStore
 from tests.support.functions.functions import FunctionProcess, running_gateway, wait_until
 from tests.support.storage.published import Published
@@ -252,6 +255,29 @@ def test_a_batch_ends_with_its_window(client: openai.OpenAI) -> None:
     batch = ended(client, begun(client, long_lines(count), completion_window="3s"))
     assert batch.status == "expired"
     check_stopped(client, batch, count, "batch_expired")
+
+
+def test_a_part_that_the_store_does_not_show_is_not_passed_over(published: Published) -> None:
+    answerer = LineAnswerer(cast(Any, None), cast(Any, None))  # all lines are given up
+    with PayloadStore(published.store) as store:
+        objects = JobObjects(store, "unseen")
+        files = Files(objects)
+        file = files.add("me", files.write("me", "input.jsonl", [LINE % (number, b"") for number in range(3 * PART_LINES)]))
+        batches = Batches(objects, files)
+        job = batches.create("me", "me", file, "/v1/chat/completions", ("1s", 1), created_at=int(time.time()) - 60)
+        key = f"me/parts/{file.id}/{part_name(1)}"
+        part = objects.get(key)
+        objects.delete(key)
+        run = BatchRun(batches, job)
+        with pytest.raises(ObjectNotFound):
+            run.end(answerer, lambda: False)
+        objects.put(key, part)
+        assert run.end(answerer, lambda: False)
+        (errors,) = batches.results_files(job)
+        assert b"".join(files.read("me", errors)).count(b"\n") == errors.lines == 3 * PART_LINES
+        objects.delete(f"me/runs/{job.id}/results/{part_name(2)}")
+        with pytest.raises(ObjectAltered, match=r"of the [0-9]+ bytes"):
+            list(files.read("me", errors))
 
 
 def test_a_batch_belongs_to_its_key(client: openai.OpenAI) -> None:
