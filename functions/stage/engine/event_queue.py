@@ -66,6 +66,7 @@ class ForwardEvent(Work[Batch]):
         self.lineage = lineage
         self.expires_at = expires_at
         self.arrived = arrived
+        self.prompts = any(row.length - row.draft_tokens > 1 for row in batch.rows)  # it has a chunk of a prompt
         # The forward pass that computed it: its seconds, and the tokens of all events that it merged. Set before the answer.
         self.pass_seconds = 0.0
         self.pass_tokens = 0
@@ -90,7 +91,8 @@ class EventQueue:
     """Events and calls that wait for the engine. Thread-safe; only the thread that holds the engine's lock calls `take`.
 
     A pass merges the events at the head of the queue, at most `max_merge` and at most one in `num_stages` of those that wait.
-    Without the second limit all micro-batches would travel as one convoy: one stage would work and the others would idle.
+    Without the second limit all micro-batches would travel as one convoy: one stage would work and the others would idle. Only
+    a decode step joins a prompt's chunk that is first: it comes sooner than in a pass of its own, and the chunk hardly later.
     Events that share a sequence are never merged, and keep their order.
     """
 
@@ -159,7 +161,8 @@ class EventQueue:
             tokens = 0
             for event in self._waiting:
                 fits = not chosen or tokens + len(event.batch.token_ids) <= _MERGED_TOKENS
-                if len(chosen) < limit and fits and seen_ids.isdisjoint(event.ids):
+                joins = len(chosen) == 1 < self._max_merge and chosen[0].prompts and not event.prompts
+                if (len(chosen) < limit or joins) and fits and seen_ids.isdisjoint(event.ids):
                     chosen.append(event)
                     tokens += len(event.batch.token_ids)
                 else:

@@ -325,3 +325,20 @@ def test_many_threads_at_once_get_their_own_answers() -> None:
         for n, tokens in enumerate(pool.map(converse, range(90))):
             assert tokens == [n * k % 97 for k in range(1, 11)]
         assert engine.free_tokens == 100_000
+
+
+def test_a_decode_step_joins_the_chunk_of_a_prompt_that_is_before_it() -> None:
+    """In all other orders a pass takes one of so few events, so that micro-batches do not travel as one convoy."""
+
+    def taken(*lengths: int) -> list[int]:
+        queue = EventQueue(num_stages=4, max_merge=4)
+        for number, length in enumerate(lengths):
+            row = Row(str(number), 0, 1, length, Want.TOKEN)
+            queue.put(ForwardEvent(Batch((row,), memoryview(b"")), "gateway"))
+        return [event.batch.rows[0].length for event in queue.take()[1]]
+
+    assert taken(64, 1, 1) == [64, 1]
+    assert taken(64, 64, 1) == [64, 1]
+    assert taken(1, 64) == [1]
+    assert taken(64, 64) == [64]
+    assert taken(1, 1) == [1]
