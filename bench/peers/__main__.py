@@ -104,7 +104,8 @@ def main(
         "runs a static batch in bf16, are asked in their own processes. Guesses and prefix caches are off on all sides. "
         "Contenders take turns; rates are medians over the rounds, ratios medians of the ratios within each round.\n"
     )
-    report(output, "peers", "\n".join(["## Peers", facts, verdict_table(verdicts), *parts]), verdicts)
+    section, title = ("peers", "## Peers") if set(names) & set(_SIZES) else ("families", "## Other families")
+    report(output, section, "\n".join([title, "", facts, *([verdict_table(verdicts)] if verdicts else []), *parts]), verdicts)
 
 
 def _lamina(stack: ExitStack, measured: Model, dtypes: Sequence[str], cuts: Sequence[int]) -> Iterator[Contender]:
