@@ -179,7 +179,7 @@ def test_memory_of_a_pod_bounds_what_runs_at_once() -> None:
 
 def test_micro_batches_that_move_take_their_keys_and_values_along() -> None:
     """At first there is a pod for each stage. Those that join get micro-batches: handed over, or computed again."""
-    trace = steady(3.0, 30)
+    trace = steady(4.0, 30)
     moved = {}
     for rate in (0.0, 1e11):
         simulation = Simulation(setting(), KPA, trace, World(handover_bytes_per_second=rate))
