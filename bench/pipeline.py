@@ -244,7 +244,7 @@ def _write_spec(source: str, dtype: str, stages: int, kv_cache: str, state: Path
         "image": "lamina:local",
         "pipeline_token_secret": _TOKEN_SECRET,
         "stage": {
-            "resources": {"cpu": str(cores), "memory": "6Gi"},
+            "resources": {"cpu": str(cores), "memory": "12Gi"},
             "busy_threads": sharing.busy_threads,
             "kv_cache": kv_cache,
             "autoscaling": {**ALWAYS_ONE},

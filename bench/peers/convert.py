@@ -27,4 +27,6 @@ if __name__ == "__main__":
         each.set_vocab = with_smollm_vocabulary
     converter.no_mtp = True  # these folders have no layers that predict further tokens
     hparams = converter.load_hparams(Path(folder), False)
+    if config["model_type"] == "granitemoehybrid":  # transformers renames what published checkpoints have
+        hparams["layer_types"] = ["attention" if kind == "full_attention" else "mamba" for kind in hparams["layer_types"]]
     converter(Path(folder), gguf.LlamaFileType.MOSTLY_F16, Path(target), hparams=hparams).write()
