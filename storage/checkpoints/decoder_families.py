@@ -462,7 +462,6 @@ _MAMBA_2_WITHOUT_PREFIX: Final[Mapping[str, str]] = {
     "mamba_conv_bias": "use_conv_bias",
     "mamba_proj_bias": "use_bias",
 }
-# These keys are of initialization, training and the formula for many tokens at once.
 _NAMES_OF_BAMBA: Final = TensorNames(
     final_norm="model.final_layernorm",
     gate="feed_forward.gate_proj",
@@ -471,6 +470,7 @@ _NAMES_OF_BAMBA: Final = TensorNames(
     before_feed_forward="pre_ff_layernorm",
     recurrent="mamba",
 )
+# These keys are of initialization, training and the formula for many tokens at once.
 _UNREAD_OF_MAMBA: Final = frozenset((
     "chunk_size", "mamba_chunk_size", "time_step_rank", "time_step_min", "time_step_max", "time_step_floor",
     "rescale_prenorm_residual", "residual_in_fp32", "num_logits_to_keep", "z_loss_coefficient", "use_mamba_kernels",

@@ -18,7 +18,7 @@ from functions.gateway.scheduling.wake_up import PAUSE_SECONDS
 from functions.gateway.stages.client import Trip
 from functions.gateway.stages.routes import Instance
 
-_OVERTAKE_FACTOR: Final = 4
+_DUE_FACTOR: Final = 4  # of a prompt's own time; see `begin_prompt_steps`
 
 
 def decide(state: SchedulerState, now: float) -> list[Action]:
@@ -225,7 +225,7 @@ def begin_prompt_steps(state: SchedulerState, now: float) -> list[Trip]:
     """Begins a prompt step at each first stage that has none in hand. Returns their trips.
 
     Clients take turns; of a client's prompts the one that is due first is next, and the step carries others that fit in. A
-    prompt is due when it has waited _OVERTAKE_FACTOR times as long as its own tokens take at the slowest stage: short prompts
+    prompt is due when it has waited _DUE_FACTOR times as long as its own tokens take at the slowest stage: short prompts
     overtake long ones, which do not starve.
     Suspended instances, which have just failed, get none: suspects travel one by one, and each would use up retry budget there.
     """
@@ -242,7 +242,7 @@ def begin_prompt_steps(state: SchedulerState, now: float) -> list[Trip]:
 
     def due(sequence: Sequence) -> float:
         lacking = len(sequence.tokens) - sequence.progress.held_everywhere
-        return sequence.waiting_since + _OVERTAKE_FACTOR * token_seconds * lacking
+        return sequence.waiting_since + _DUE_FACTOR * token_seconds * lacking
 
     def turn(item: tuple[tuple[Instance, ...], list[Sequence]]) -> tuple[int, float]:
         first = item[1][0]

@@ -480,10 +480,7 @@ def whole_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32,
     """The whole model in transformers, in eval mode, never stopping at an end token in `generate`."""
     config = AutoConfig.for_model(**tiny_config(name, **changes))
     attention = "eager" if config.model_type in ("gemma2", "vaultgemma") else None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # `redraw` adds to vectors, which some families draw at random (A_log of a delta rule)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    redraw(model, seed)
+    model = random_model(config, seed, attention)
     if dtype != torch.float32:
         # Not `.to`: that would round the rotary frequencies too, which a model that is loaded keeps in float32.
         model = type(model).from_pretrained(
@@ -492,6 +489,15 @@ def whole_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32,
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()
+
+
+def random_model(config: Any, seed: int, attention: str | None) -> PreTrainedModel:
+    """A model with seeded weights. attention: the implementation; None: transformers' choice."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # `redraw` adds to vectors, which some families draw at random (A_log of a delta rule)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    redraw(model, seed)
+    return model
 
 
 @torch.no_grad()

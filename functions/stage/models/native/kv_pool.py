@@ -139,8 +139,8 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
         if not self._values:
             return None
         copied_at = np.array(sorted(self._begin_recurrent(handle, tokens, draft_tokens)), np.int64)
-        several = len(copied_at) != 1
-        copies = np.empty((len(copied_at), self._values), np.float32) if several else self._new_states()[None]
+        alone = len(copied_at) == 1  # then `end_pass` keeps the copy as it is
+        copies = self._new_states()[None] if alone else np.empty((len(copied_at), self._values), np.float32)
         kept = np.empty((draft_tokens, self._kept_values), np.float32)
         first_draft = self.filled(handle) + tokens - draft_tokens
         self._passes[handle] = StateArrays(self._states[handle], copies, copied_at, kept, first_draft)
@@ -163,7 +163,7 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
         return b"" if states is None else states.tobytes()
 
     def state_in(self, handle: int, tokens: int, data: memoryview) -> None:
-        self._continue(handle, tokens, np.frombuffer(data, np.float32).copy())
+        self._continue(handle, tokens, self._copy_of(np.frombuffer(data, np.float32)))
 
     def _begin_states(self, handle: int) -> None:
         self._states[handle].fill(0)

@@ -115,8 +115,8 @@ static void prepare_row(const Mixing *mixing, int64_t row)
 
 enum { RECUR_VECTORS = LAMINA_COLUMNS / LANES };
 
-/* A part of a row of `left` numbers; all of it where `whole`. */
-INLINE vec some(const float *numbers, int64_t left, const bool whole)
+/* The vector at `numbers`, where a row has `left` numbers more. whole: these are at least a vector. */
+INLINE vec vector_at(const float *numbers, int64_t left, const bool whole)
 {
     return whole ? load(numbers) : row_part(numbers, 0, left);
 }
@@ -142,16 +142,16 @@ INLINE void recur_vectors(const Mixing *mixing, int64_t head, int64_t column, in
             sums[i] = zeros();
         for (int64_t k = 0; is_delta && k < keys; k++) /* what the matrix has for the key */
             UNROLL for (int i = 0; i < vectors; i++)
-                sums[i] = fma_f32(mul_f32(some(matrix + k * width + i * LANES, left, whole), decay), every_f32(key[k]), sums[i]);
+                sums[i] = fma_f32(mul_f32(vector_at(matrix + k * width + i * LANES, left, whole), decay), every_f32(key[k]), sums[i]);
         for (int i = 0; i < vectors; i++) {
-            vec part = some(value + i * LANES, left, whole);
+            vec part = vector_at(value + i * LANES, left, whole);
             added[i] = mul_f32(is_delta ? sub_f32(part, sums[i]) : part, factor);
             sums[i] = zeros();
         }
         for (int64_t k = 0; k < keys; k++)
             UNROLL for (int i = 0; i < vectors; i++) {
                 float *numbers = matrix + k * width + i * LANES;
-                vec changed = fma_f32(every_f32(key[k]), added[i], mul_f32(some(numbers, left, whole), decay));
+                vec changed = fma_f32(every_f32(key[k]), added[i], mul_f32(vector_at(numbers, left, whole), decay));
                 if (whole)
                     store(numbers, changed);
                 else
@@ -160,7 +160,7 @@ INLINE void recur_vectors(const Mixing *mixing, int64_t head, int64_t column, in
             }
         for (int i = 0; !mixing->repeats && i < vectors; i++) {
             if (mixer->skips.bytes)
-                sums[i] = fma_f32(some(value + i * LANES, left, whole), every_f32(((const float *)mixer->skips.data)[head]), sums[i]);
+                sums[i] = fma_f32(vector_at(value + i * LANES, left, whole), every_f32(((const float *)mixer->skips.data)[head]), sums[i]);
             store_row_part(outputs + i * LANES, 0, left - i * LANES, sums[i]);
         }
         if (whole)

@@ -152,10 +152,7 @@ def loaded_by_transformers(config: Mapping[str, Any], folder: Path, seed: int) -
     try:
         known = AutoConfig.from_pretrained(folder)
         attention = "eager" if getattr(known, "attn_logit_softcapping", None) else None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(known, attn_implementation=attention)
-        tiny_models.redraw(model, seed)
+        model = tiny_models.random_model(known, seed, attention)
         model.save_pretrained(folder)
         path.write_text(json.dumps(config))
         whole: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
