@@ -43,17 +43,25 @@ def admit(state: SchedulerState, now: float) -> list[Reserve]:
 def reserve_again(state: SchedulerState) -> list[Reserve]:
     """Repeats the reservations of sequences whose KV is being restored, and of followers whose prefix leader is done.
 
-    The stages may hold more of their tokens now, and their replies say so.
+    The stages may hold more of their tokens now, and their replies say so. Sequences that have migrated ask only the new
+    instance. The other stages hold tokens drawn since the first reservation, and would drop these: a longer chain tells a stage
+    that what it holds beyond the shorter one may be rejected draft tokens.
     """
     reservations = []
     for batch in state.micro_batches:
-        if batch.target is not None:
-            continue
-        again = [each for each in batch.sequences if each.at_rest and (each.restoring or leader_is_done(each, state))]
-        for sequence in again:
-            sequence.reserved = False
-        if again:
-            reservations.append(_reserve(state, batch, again))
+        again: dict[Instance | None, list[Sequence]] = {}  # by the instance that they migrated from
+        for sequence in batch.sequences:
+            left = sequence.handing_over
+            asks = left is not None or (batch.target is None and (sequence.restoring or leader_is_done(sequence, state)))
+            if asks and sequence.at_rest:
+                sequence.reserved = False
+                again.setdefault(left, []).append(sequence)
+        for left, sequences in again.items():
+            if left is None:
+                reservations.append(_reserve(state, batch, sequences))
+            else:
+                target = batch.route.instances[left.stage]
+                reservations.append(reserve((target,), sequences, peers={target: (left.url,)}, migrates=True))
     return reservations
 
 

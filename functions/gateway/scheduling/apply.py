@@ -299,9 +299,8 @@ def reservation_over(state: SchedulerState, wanted: Reserve, reservation: Reserv
             _reservation_refused(state, sequence, status, reasons[sequence])
             continue
         sequence.reserved = True
-        # A migration asks the new instance alone; other stages may still restore.
-        sequence.restoring = restoring or (sequence.restoring and wanted.migrates)
-        if sequence.handing_over is not None and not sequence.restoring:
+        sequence.restoring = restoring
+        if sequence.handing_over is not None and not restoring:
             state.release_at((sequence.handing_over,), sequence)
             sequence.handing_over = None
         held_before = sequence.progress.held_everywhere

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Final
 
-from functions.gateway.scheduling.actions import Action, Reserve, reserve
+from functions.gateway.scheduling.actions import Action
 from functions.gateway.scheduling.admission import admit, reserve_again
 from functions.gateway.scheduling.micro_batch import MicroBatch, Step, level, make_step, prompt_chunks
 from functions.gateway.scheduling.sequence import TRIAL_AFTER_FAILURES, Chunk, Sequence
@@ -33,7 +33,8 @@ def decide(state: SchedulerState, now: float) -> list[Action]:
     for batch in [batch for batch in state.micro_batches if not batch.sequences and not batch.decoding]:
         batch.route.close()
         state.micro_batches.remove(batch)
-    actions: list[Action] = [*migrate(state, now)]
+    migrate(state, now)
+    actions: list[Action] = []
     if not state.micro_batches or now >= state.leases.renew_at:
         used = [instance for batch in state.micro_batches for instance in batch.route.instances]
         actions += state.leases.renew(used, state.sequences, now)
@@ -76,12 +77,11 @@ def next_due(state: SchedulerState, now: float) -> float:
 # Micro-batches migrate to other instances: at once from instances that leave, and one at a time for balance.
 
 
-def migrate(state: SchedulerState, now: float) -> list[Reserve]:
+def migrate(state: SchedulerState, now: float) -> None:
     """Chooses which micro-batches migrate, and moves those that have nothing in flight.
 
-    Returns the reservations at their new instances.
+    A micro-batch leaves one instance at a time: the next when the KV that the last one hands over has come.
     """
-    reservations: list[Reserve] = []
     placement = state.placement
     _rebalance(state)
     for batch in state.micro_batches:
@@ -91,10 +91,9 @@ def migrate(state: SchedulerState, now: float) -> list[Reserve]:
         if leaving is not None and batch.target is None:
             state.stats.migrations["leaving"] += 1
         batch.target = leaving or batch.target
-        while batch.target is not None and batch.at_rest:
-            reservations += _move(state, batch, batch.target)
+        while batch.target is not None and batch.at_rest and not any(each.handing_over for each in batch.sequences):
+            _move(state, batch, batch.target)
             batch.target = placement.must_leave(batch.route)
-    return reservations
 
 
 def _rebalance(state: SchedulerState) -> None:
@@ -120,27 +119,22 @@ def _rebalance(state: SchedulerState) -> None:
         state.stats.migrations["balance"] += 1
 
 
-def _move(state: SchedulerState, batch: MicroBatch, target: Instance) -> list[Reserve]:
+def _move(state: SchedulerState, batch: MicroBatch, target: Instance) -> None:
     """Moves a micro-batch that has nothing in flight to the instance `target`, in place of the one of the same stage.
 
-    Returns a reservation for the sequences whose KV `target` may fetch from the old instance, which keeps them until then; none
-    if there is no such sequence. The KV of all others is computed again.
+    The old instance keeps the KV that `target` can fetch from it until then. All other KV is computed again, or restored:
+    sequences that still restore at other stages ask all stages again.
     """
     batch.target = None
     left = batch.route.replace(target)
-    fetched = []
     for sequence in batch.sequences:
         sequence.progress.missed(target.stage, 0)
         sequence.stream.replayed()
         state.stats.replays["moved"] += 1
-        if sequence.prefix_chain() and not (left.is_service or target.is_service):
-            if sequence.handing_over is not None:
-                state.release_at((sequence.handing_over,), sequence)
-            sequence.reserved, sequence.handing_over = False, left
-            fetched.append(sequence)
+        if sequence.prefix_chain() and not (sequence.restoring or left.is_service or target.is_service):
+            sequence.handing_over = left
         else:
             state.release_at((left,), sequence)
-    return [reserve((target,), fetched, peers={target: (left.url,)}, migrates=True)] if fetched else []
 
 
 # Suspects run alone.
