@@ -85,7 +85,8 @@ async def rate(url: str, models: Sequence[str], stage: psutil.Process) -> Rate:
     async def client(session: aiohttp.ClientSession) -> None:
         nonlocal made
         for number, model in left:
-            made += (await _ask(session, url, model, number, NEW_TOKENS))[1]
+            _, tokens = await _ask(session, url, model, number, NEW_TOKENS)
+            made += tokens
 
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(timeout=timeout) as session:

@@ -29,4 +29,9 @@ if __name__ == "__main__":
     hparams = converter.load_hparams(Path(folder), False)
     if config["model_type"] == "granitemoehybrid":  # transformers renames what published checkpoints have
         hparams["layer_types"] = ["attention" if kind == "full_attention" else "mamba" for kind in hparams["layer_types"]]
+    if config["model_type"] == "gemma3_text":  # its converter cuts off the embeddings that the tokenizer has no tokens for
+        own, common = converter.modify_tensors, converter.__mro__[1].modify_tensors
+        converter.modify_tensors = lambda self, tensor, name, layer: (common if "embed_tokens" in name else own)(
+            self, tensor, name, layer
+        )
     converter(Path(folder), gguf.LlamaFileType.MOSTLY_F16, Path(target), hparams=hparams).write()

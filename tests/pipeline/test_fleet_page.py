@@ -4,8 +4,9 @@ The tests are one scenario, in order.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,11 +97,16 @@ def test_a_canary_of_one_member_is_shown_beside_it(page: Browser, fleet: RealFle
     row = f"tiny-code, canary {PERCENT} %"
     with fleet.applied(fleet.canary):
         page.until(lambda: state_of(page, row) == "zero", "the canary")
-        while state_of(page, row) != "serving":  # some requests may go to the other version
+
+        def asked(shown: Callable[[], Any]) -> Any:
+            """Asks first: some requests go to the other version, and the canary goes back to zero."""
             with fleet.asking("tiny-code"):
                 pass
-        status = fleet.status()
-        assert re.search(rf"^tiny-code-canary, {PERCENT} % +tiny-code +1 +1 ", status, re.MULTILINE), status
+            return shown()
+
+        page.until(lambda: asked(lambda: state_of(page, row) == "serving"), "the canary serves")
+        in_status = re.compile(rf"^tiny-code-canary, {PERCENT} % +tiny-code +1 +1 ", re.MULTILINE)
+        page.until(lambda: asked(lambda: in_status.search(fleet.status())), "the canary in `status`")
     page.until(lambda: not state_of(page, row), "its end")
     assert state_of(page, "tiny-code")
 
