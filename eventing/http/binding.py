@@ -21,7 +21,7 @@ from cloudevents.core.v1.event import CloudEvent
 from eventing.problems import MalformedEvent, UnsupportedMediaType
 from eventing.wire.cloud_event import attribute_text, checked_event, data_buffers, event_of
 from eventing.wire.events import BATCH_CONTENT_TYPE
-from eventing.wire.framing import JSON_CONTENT_TYPE, REQUIRED, Buffer, is_json, read_attributes, zoned_time
+from eventing.wire.framing import JSON_CONTENT_TYPE, REQUIRED, Buffer, is_json, media_type, read_attributes, zoned_time
 
 STRUCTURED_CONTENT_TYPE: Final = JSONFormat.CONTENT_TYPE
 BATCHED_CONTENT_TYPE: Final = "application/cloudevents-batch+json"
@@ -60,16 +60,12 @@ def from_http(headers: Headers, body: bytes | bytearray | memoryview) -> CloudEv
     """
     items = list(headers.items() if isinstance(headers, Mapping) else headers)
     content_type = next((value for name, value in items if name.lower() == "content-type"), "")
-    media_type = content_type.partition(";")[0].strip().lower()
-    if not media_type.startswith("application/cloudevents"):
+    type_ = media_type(content_type)
+    if not type_.startswith("application/cloudevents"):
         return event_of(read_attributes(items), cast("bytes", body))
-    if media_type != STRUCTURED_CONTENT_TYPE:
+    if type_ != STRUCTURED_CONTENT_TYPE:
         raise UnsupportedMediaType(f"{content_type} is not served; send one event, binary or as {STRUCTURED_CONTENT_TYPE}")
     return cast("CloudEvent", from_structured(HTTPMessage(dict(items), cast("bytes", body)), _FORMAT, checked_event))
-
-
-def is_batched(headers: Mapping[str, str]) -> bool:
-    return headers.get("content-type", "").partition(";")[0].strip().lower() == BATCHED_CONTENT_TYPE
 
 
 def from_batched_http(body: bytes | memoryview) -> list[CloudEvent]:

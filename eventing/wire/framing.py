@@ -216,13 +216,13 @@ def reply_id_of(source: str, id: str) -> str:
     return hashlib.sha256(cause_key(source, id)).hexdigest()[:32]
 
 
-def is_json_lines(content_type: str) -> bool:
-    return content_type.partition(";")[0].strip().lower() == JSONL_CONTENT_TYPE
+def media_type(content_type: str) -> str:
+    """The type and subtype of a Content-Type header, in lower case and without parameters (RFC 9110, section 8.3.1)."""
+    return content_type.partition(";")[0].strip().lower()
 
 
 def is_json(content_type: str) -> bool:
-    media_type = content_type.partition(";")[0].strip().lower()
-    return media_type.endswith(("/json", "+json"))
+    return media_type(content_type).endswith(("/json", "+json"))
 
 
 def cause_key(source: str, id: str) -> bytes:

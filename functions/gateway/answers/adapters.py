@@ -16,7 +16,7 @@ _MAX_LABELS: Final = 100  # adapters with a label of their own in metrics
 
 
 def is_not_served(requested: str, served: str) -> str:
-    """Says that a gateway serves other models. served: their names."""
+    """The error message for a model that the gateway lacks. served: the names of those that it has, as text."""
     return f"The model {requested!r} is not served here; this gateway serves {served!r}"
 
 
@@ -76,7 +76,7 @@ class ServedModels:
         return bytes.fromhex(chosen[0])
 
     def label(self, requested: str) -> str:
-        """The value of metrics' label for a served name. Only so many adapters have one of their own."""
+        """The metrics label of a served name. Adapters beyond a limit share one label, which bounds the number of series."""
         name = requested.partition("@")[0]
         if name == self.model or name in self._labels:
             return name

@@ -43,7 +43,10 @@ class LimitsStore:
         self._retry_at = 0.0
 
     def ask(self, ask: Callable[[], T]) -> T:
-        """Calls `ask`, which asks `storage`. Raises ConnectionError if the store does not answer, or did not a moment ago."""
+        """Returns what `ask` returns, a function that uses `storage`.
+
+        Raises ConnectionError if the store does not answer, or has failed within the last STORE_RETRY_SECONDS.
+        """
         from limits.errors import StorageError
 
         if time.monotonic() < self._retry_at:
@@ -82,7 +85,7 @@ class Budgets:
                 return self._known.get(counter, 0) + self._unwritten.get(counter, (0, 0))[0]
 
     def read(self, client_id: str, period: Period) -> int:
-        """As `used`, but raises ConnectionError if the store does not answer, or did not a moment ago."""
+        """Like `used`, but raises ConnectionError, as `LimitsStore.ask` does, instead of using old counts."""
         self._write()
         counter = _counter(client_id, period)
         return self._ask(counter, lambda: self._store.storage.get(counter))

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class PassingBytes(bytes):
-    """An encoded event that is of no use after the next one, such as progress. Who joins later does not get it."""
+    """An encoded event that is of no use after the next one, such as progress. Listeners that join later do not get it."""
 
 
 class _SharedAnswer(Generic[T]):
@@ -64,7 +64,7 @@ class Listener(Generic[T]):
     def items(self) -> Iterator[T | None]:
         """Yields all items, also those from before this listener joined; while none come, None every LOOK_SECONDS.
 
-        Of progress only the last is yielded, if no item came after. Raises the Problem that ended the answer, or ClientLeft if
+        Of successive progress only the last is yielded. Raises the Problem that ended the answer, or ClientLeft if
         this listener's client has left.
         """
         given, told = 0, None
@@ -98,7 +98,7 @@ class Listener(Generic[T]):
 
 
 class Deduplicator(Generic[T]):
-    """Running and recently completed answers, by a key of their request. Thread-safe."""
+    """Lets repeated requests share one answer, while it runs and for a while after its end. Thread-safe."""
 
     def __init__(self) -> None:
         self._shared: dict[bytes, _SharedAnswer[T]] = {}

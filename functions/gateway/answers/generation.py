@@ -29,9 +29,9 @@ class ClientLeft(Exception):
 
 
 class Looks:
-    """Looks every LOOK_SECONDS whether the client has left and, while no tokens come, what the answer awaits.
+    """Checks every LOOK_SECONDS whether the client has left and, while no tokens come, what the answer waits for.
 
-    gone: tells without waiting whether the client has left. awaited: what the answer awaits; None: the client did not ask.
+    gone: tells without waiting whether the client has left. awaited: returns what the answer waits for; None: not asked for.
     """
 
     def __init__(self, gone: Callable[[], bool], awaited: Callable[[], ProgressEvent | None] | None = None) -> None:
@@ -95,7 +95,7 @@ class Generation:
             self.close()
 
     def _await_what(self) -> ProgressEvent | None:
-        """What the first of the answers awaits that awaits more than its next token."""
+        """What the answers wait for besides their next tokens, such as a cold start; None: nothing else."""
         running = (answer.token_stream.progress() for answer in self.answers if not answer.done)
         return next((progress for progress in running if progress is not None), None)
 

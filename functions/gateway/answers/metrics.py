@@ -64,7 +64,7 @@ class GatewayMetrics(FunctionMetrics):
         self.objective_share.set(0 if objective is None else objective.share)
 
     def judge(self, problem: Problem | None, outcome: str, first_seconds: float, total_seconds: float, tokens: int) -> None:
-        """Counts an answer that has ended. Left out are those that clients cancelled, and refusals of what they asked."""
+        """Counts an answer that has ended. Answers that clients cancelled and invalid requests are not counted."""
         if self.objective is None or outcome == "cancelled" or (problem is not None and problem.status < _SERVER_ERROR):
             return
         self._judged.inc()

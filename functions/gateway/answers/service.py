@@ -120,7 +120,7 @@ class AnswerService:
         )
 
     def use_text(self, client_id: str, work: Callable[[ModelText], T], tokens: Callable[[T], int] = lambda _: 0) -> T:
-        """Serves a request that gets no answer from the pipeline: returns what `work` makes of it with the model's text.
+        """Serves a request that needs the tokenizer but no stage, such as /tokenize: returns what `work` makes of it.
 
         Meanwhile the request counts as waiting and as one of its client's answers. tokens: of the result, those that count for
         the client's limits. Raises InvalidRequest, QueueFull, RateLimited, NotReady, and what `work` raises.

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from eventing.problems import CrossSite, UnknownHost, UnsupportedMediaType
-from eventing.wire.framing import is_json, is_json_lines
+from eventing.wire.framing import JSONL_CONTENT_TYPE, is_json, media_type
 from functions.configuration.config import FleetConfig, GatewayConfig
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Sites:
     """The hosts and the origins that a gateway answers. Thread-safe."""
 
     def __init__(self, config: GatewayConfig | FleetConfig, *, is_open: bool) -> None:
-        """is_open: the gateway has no API keys. If it has, a page needs one, whatever name it has for the gateway."""
+        """is_open: the gateway has no API keys. With keys any host name is accepted, because a foreign page has no key."""
         self._origins = frozenset(config.cors_origins or ())
         hosts = config.hosts or ()
         self._any_host = not is_open or _ANY in hosts
@@ -92,7 +92,7 @@ def check_media_type(environ: "WSGIEnvironment") -> None:
     if is_json(content_type):
         return
     is_event = environ["PATH_INFO"] == "/"
-    if is_event and is_json_lines(content_type):  # of a batch
+    if is_event and media_type(content_type) == JSONL_CONTENT_TYPE:  # of a batch
         return
     if is_event and not content_type and "HTTP_CE_SPECVERSION" in environ:
         return  # an event without data, or whose data is elsewhere

@@ -46,7 +46,7 @@ def stream_response(
 
 
 def with_comments(events: Iterator[bytes | None], keep_alive_seconds: float) -> Iterator[bytes]:
-    """The events, and a comment after so many seconds of silence; 0: never. None: there is nothing to send yet."""
+    """Yields the events, and a comment after `keep_alive_seconds` of silence; 0: never. None: there is nothing to send yet."""
     sent_at = time.monotonic()
     for event in events:
         if event is not None:

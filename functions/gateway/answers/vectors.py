@@ -42,7 +42,7 @@ class VectorService:
         return embedder is None or embedder.normalized
 
     def checked_dimensions(self, wanted: int | None, pooling: Pooling | None) -> int | None:
-        """`wanted` itself. Raises InvalidRequest if the model's vectors cannot be so short, or if it pools otherwise."""
+        """Returns `wanted`. Raises InvalidRequest if the model's vectors cannot be cut to it, or are pooled otherwise."""
         embedder = self._service().embedder
         if embedder is None:
             if wanted is not None:
@@ -65,7 +65,7 @@ class VectorService:
         return wanted
 
     def checked(self, text: str | Sequence[int] | tuple[str, str], model: ModelText, truncate: int | None) -> Sequence[int]:
-        """The token ids of a text, of a pair of texts, or those given. truncate: keep so many; -1: as many as the model takes.
+        """Token ids of a text or a pair of texts; ids are only checked. truncate: how many to keep; -1: what the model takes.
 
         Raises ContextExceeded for more than the model takes, InvalidRequest for none or unknown ones.
         """

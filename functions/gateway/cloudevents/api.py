@@ -19,10 +19,10 @@ from msgspec import Struct
 
 from eventing.claim_check import ClaimCheck
 from eventing.http.binding import (
+    BATCHED_CONTENT_TYPE,
     STRUCTURED_CONTENT_TYPE,
     from_batched_http,
     from_http,
-    is_batched,
     to_batched_http,
     to_binary_http,
     to_structured_http,
@@ -31,7 +31,7 @@ from eventing.http.sse import EVENT_STREAM_CONTENT_TYPE, encode_sse
 from eventing.problems import MalformedEvent, ModelNotFound, NotReady, Problem, UnknownEventType, UnsupportedMediaType
 from eventing.wire.cloud_event import data_buffers, json_data, json_event, reply_id, reply_seed
 from eventing.wire.events import Attribute, EventType
-from eventing.wire.framing import Buffer, check_not_expired, expiry_time
+from eventing.wire.framing import Buffer, check_not_expired, expiry_time, media_type
 from eventing.wire.generation import MAX_CHOICES, ErrorEvent, GenerateRequest, GenerateResponse, ProgressEvent, TokenEvent
 from functions.configuration.config import GatewayConfig
 from functions.gateway.answers.access_log import log_entry
@@ -79,7 +79,7 @@ class CloudEventsAPI:
         arrived = arrival_time()
         client_id = log_entry().client_id = self._clients.identify(request)
         content_type = request.content_type or ""
-        if is_batched({"content-type": content_type}):
+        if media_type(content_type) == BATCHED_CONTENT_TYPE:
             return self._receive_batch(client_id, arrived)
         event = from_http(request.headers.items(), request.get_data(cache=False))
         if event.get_type() not in _SERVED:

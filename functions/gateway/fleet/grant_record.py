@@ -14,7 +14,7 @@ _MOST_CONFLICTS: Final = 20  # in a row, until an update gives up
 
 
 class Grant(msgspec.Struct, omit_defaults=True):
-    """Times of this module are those of time.time(), since several gateways compare them."""
+    """The right of a member to use devices. Times in this module are in Unix time, since several gateways compare them."""
 
     devices: int
     granted_at: float
@@ -34,7 +34,7 @@ class GatewayClaims(msgspec.Struct, omit_defaults=True):
 
 
 class GrantRecord(msgspec.Struct, omit_defaults=True):
-    """Members are named by their stages' Services, joined by commas."""
+    """Who has devices, and what each gateway wants. Members are named by their stages' Services, joined by commas."""
 
     grants: dict[str, Grant] = {}
     closed: tuple[str, ...] = ()  # members that have a grant and let no more requests in

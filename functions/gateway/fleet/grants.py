@@ -19,10 +19,10 @@ from functions.gateway.fleet.members import Version
 
 _log = logging.getLogger(__name__)
 
-QUANTUM_SECONDS: Final = 30.0  # a busy member keeps its grant so long while others wait
-DEAD_SECONDS: Final = 15.0  # a gateway whose claims did not change for so long is taken for dead
-_STALE_SECONDS: Final = 10.0  # a gateway that could not read the record for so long lets nobody in
-_START_SECONDS: Final = 300.0  # an idle member whose pods have not come for so long is not starting any more
+QUANTUM_SECONDS: Final = 30.0  # a busy member keeps its grant for this long while others wait
+DEAD_SECONDS: Final = 15.0  # a gateway whose claims have not changed for this long is taken for dead
+_STALE_SECONDS: Final = 10.0  # a gateway that has not read the record for this long lets no request in
+_START_SECONDS: Final = 300.0  # an idle member whose pods have not come for this long no longer counts as starting
 _LINE_SECONDS: Final = 30.0  # how long a line of a batch waits for a device, until it is tried again later
 _LEAST_RETURN_SECONDS: Final = 0.1
 
@@ -61,7 +61,7 @@ class MemberLoad:
 
     @property
     def taken(self) -> int:
-        """Devices that nobody else can have: those of its pods, until they are gone, and with a grant those that may come."""
+        """Devices that no other member can get: those of its pods until they are gone, and with a grant those that may come."""
         return self.pods if self.granted_at is None else max(self.devices, self.usable) + self.leaving
 
 
@@ -199,7 +199,7 @@ class Grants:
                 self._due.set()
 
     def waits(self) -> dict[str, tuple[int, float]]:
-        """Of each member whose requests wait, by `devices_key`: how many, and for how many seconds the oldest does."""
+        """Requests that wait for a device, by `devices_key` of their member: number, and how many seconds the oldest waits."""
         now = time.time()
         with self._changed:
             return {

@@ -43,7 +43,7 @@ class Version:
 
     @property
     def devices_key(self) -> str:
-        """Names the pods that it uses: two versions with the same stages have the same."""
+        """Identifies its stages' pods: versions with the same stages have the same key."""
         return ",".join(self.services)
 
     @property
@@ -128,7 +128,7 @@ class Members:
         return next((each for each in group if each.percent is None), group[0])
 
     def key(self, secret: str) -> ApiKey | None:
-        """The API key of any member with this text."""
+        """The API key with this text, of whichever member; None: no member has it."""
         with self._lock:
             members = {each.member for each in self._versions.values()}
         return next((key for member in members if (key := self._ring(member).find(secret)) is not None), None)

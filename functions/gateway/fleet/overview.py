@@ -149,7 +149,7 @@ class Overview:
 
 
 def fleet_metrics(counts: Mapping[str, int], evictions: int, members: Iterable[MemberState]) -> Iterator[Metric]:
-    """counts: members by their state at this gateway. evictions: so far."""
+    """The fleet's metrics. counts: members by their state at this gateway. evictions: so far."""
     states = GaugeMetricFamily("lamina_fleet_members", "Members of the fleet by their state here", labels=["state"])
     for state, count in counts.items():
         states.add_metric([state], count)

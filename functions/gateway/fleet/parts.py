@@ -114,7 +114,7 @@ class Part:
 
 @dataclass(eq=False)
 class Parts:
-    """The loaded parts. Thread-safe."""
+    """The parts of all members that are loaded: builds, shares and evicts them. Thread-safe."""
 
     _watch: EndpointsWatch | None
     _memory_bytes: int  # of the process, beyond which idle parts are given up

@@ -17,9 +17,9 @@ class Slot:
 
 
 class Allowance:
-    """Places for lines, more while nothing else waits, fewer as soon as something does. Thread-safe.
+    """Limits the lines that are answered at once: more while no live request waits, fewer as soon as one does. Thread-safe.
 
-    Their number grows by a quarter every TICK_SECONDS, while the pipeline begins what it gets, and is halved while live
+    The number of places grows by a quarter every TICK_SECONDS, while the pipeline begins what it gets, and is halved while live
     requests wait for longer than that. Lines that have no place any more are given up, the newest first.
     """
 

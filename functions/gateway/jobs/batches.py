@@ -48,7 +48,7 @@ class Cause(Struct, frozen=True):
 
 
 class BatchJob(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a client asked for."""
+    """A batch as its client asked for it."""
 
     id: str
     owner: str
@@ -102,7 +102,7 @@ class BatchEnd(Struct, frozen=True, kw_only=True):
 
 
 class Mark(Struct, frozen=True):
-    """Says that something is so: a batch is open or cancelled, or a gateway works on a part."""
+    """An object whose key says all: a batch is open or cancelled, or a gateway works on a part."""
 
     at: int  # in Unix time
 
@@ -205,7 +205,7 @@ class Batches:
         self.files.add(job.owner, file, job.output_expires_seconds)
 
     def expire(self, now: float) -> None:
-        """Deletes the files and batches whose time is over. Several gateways may do so at once. now: in Unix time.
+        """Deletes the files and batches that have expired. Several gateways may do so at once. now: in Unix time.
 
         A file that an open batch reads stays until that has ended.
         """
@@ -250,7 +250,7 @@ class Batches:
         return self.objects.find(f"{job.owner}/runs/{job.id}/sums.json", Sums) or Sums()
 
     def head(self, job: BatchJob, name: str, folder: str = "results") -> ResultsHead | None:
-        """Counts of one part; None: it has no results."""
+        """Counts of one part of the batch; None: it has no results. folder: `results`, or `work` for a part in progress."""
         data = bytearray(HEAD_BYTES)
         key = f"{self.objects.prefix}{job.owner}/runs/{job.id}/{folder}/{name}"
         try:
@@ -260,7 +260,7 @@ class Batches:
         return read_head(bytes(data))
 
     def progress(self, job: BatchJob) -> Sums:
-        """Counts of all lines that are answered so far; `parts` is without meaning."""
+        """Counts of all lines that are answered so far; `parts` means nothing."""
         sums, run = self.sums(job), f"{job.owner}/runs/{job.id}/"
         counted = sums.parts
         seen = set()

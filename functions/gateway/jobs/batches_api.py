@@ -28,7 +28,7 @@ ShortText = Annotated[str, Meta(max_length=512)]
 
 
 class ExpiresAfter(Struct, frozen=True, forbid_unknown_fields=True):
-    """When a file is deleted: so long after it was created."""
+    """When a file is deleted: `seconds` after it was created."""
 
     seconds: Annotated[int, Meta(ge=1, le=MAX_KEPT_SECONDS)]
     anchor: Literal["created_at"] = "created_at"

@@ -59,7 +59,7 @@ def new_id(prefix: str) -> str:
 
 
 def named_id(prefix: str, *names: str) -> str:
-    """An id that follows from names: the same one for each delivery of an event. Its place in listings is any."""
+    """An id made of a digest of `names`: the same for each delivery of an event. Listings have it at a random place."""
     return prefix + hashlib.sha256("\n".join(names).encode()).hexdigest()[:27]
 
 
@@ -110,7 +110,7 @@ class Files:
     """The files of all owners. Thread-safe. Methods raise NotFound for a file that is not the owner's, or a StorageError."""
 
     def __init__(self, objects: JobObjects, retention_seconds: int = 0) -> None:
-        """retention_seconds: files are deleted so long after their creation, unless they say otherwise; 0: never."""
+        """retention_seconds: age at which files without an expiry of their own are deleted; 0: never."""
         self._objects = objects
         self.retention_seconds = retention_seconds
 
@@ -144,7 +144,7 @@ class Files:
         return file
 
     def expire_at(self, at: int, owner: str, id_: str) -> None:
-        """Has a file or a batch deleted at `at`, in Unix time."""
+        """Schedules the deletion of a file or a batch. at: in Unix time."""
         self._objects.put(f"{EXPIRIES}{at:011}/{owner}/{id_}", {})
 
     def drop(self, owner: str, file: ClientFile) -> None:
@@ -213,7 +213,7 @@ def _is_over(file: ClientFile) -> bool:
 
 
 def part_name(number: int) -> str:
-    """Sorts as the number does."""
+    """The name of a part's object. Names sort as their numbers do."""
     return f"{number:08}"
 
 

@@ -39,12 +39,9 @@ class FilesAPI:
     def register(self, routes: Blueprint) -> None:
         routes.post("/files", endpoint="upload")(self._upload)
         routes.get("/files", endpoint="files")(self._list)
-        routes.get("/files/<id>", endpoint="file")(lambda id: json_response(file_document(self._get(id))))
+        routes.get("/files/<id>", endpoint="file")(self._document)
         routes.get("/files/<id>/content", endpoint="content")(self._content)
         routes.delete("/files/<id>", endpoint="delete_file")(self._delete)
-
-    def _get(self, id: str) -> ClientFile:
-        return self._files.get(owner_of_request(self._clients), id)
 
     def _upload(self) -> Response:
         owner = owner_of_request(self._clients)
@@ -67,6 +64,10 @@ class FilesAPI:
         purpose = request.args.get("purpose")
         files, has_more = self._files.list(owner, after, limit, lambda file: purpose in (None, _PURPOSES[file.content]))
         return json_response(list_document([file_document(file) for file in files], has_more=has_more))
+
+    def _document(self, id: str) -> Response:
+        file = self._files.get(owner_of_request(self._clients), id)
+        return json_response(file_document(file))
 
     def _content(self, id: str) -> Response:
         owner = owner_of_request(self._clients)

@@ -22,7 +22,7 @@ _PAUSE_SECONDS: Final = 5.0  # after a failed one, or one that was not held
 
 
 class Hold:
-    """Sends such requests, and holds those that arrive. Thread-safe."""
+    """Keeps one request to the gateway's own Service in flight, and holds those that arrive here. Thread-safe."""
 
     def __init__(self, sender: Sender, url: str | None) -> None:
         """url: of the gateway's own Service; None: nothing is sent."""

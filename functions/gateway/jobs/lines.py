@@ -155,7 +155,7 @@ def _line(place: LinePlace, outcome: dict[str, Any], failed: bool, input_tokens:
 
 
 def _repeatable(usage: Any) -> Any:
-    """The usage without what depends on caches and drafts, and may be different the next time."""
+    """The usage without counts that may differ the next time, because they depend on caches and drafts."""
     counts: dict[str, Any] = {name: value for name, value in msgspec.to_builtins(usage).items() if isinstance(value, int)}
     if "input_tokens" in counts:  # of responses, whose type wants details
         counts["input_tokens_details"] = {"cached_tokens": 0, "cache_write_tokens": 0}

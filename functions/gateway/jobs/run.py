@@ -25,10 +25,11 @@ _WHY: Final = {
 
 
 class BatchRun:
-    """Methods that ask the store raise a StorageError. The worker's lock guards `look`, `next_part`, `taken` and `finished`.
+    """An open batch: how far it is, and which gateway works on which part. Methods that ask the store raise a StorageError.
 
-    The clocks of gateways and store should differ by less than LEASE_SECONDS: otherwise leases expire too early or too late,
-    and the same parts are computed several times, or late.
+    The worker's lock guards `look`, `next_part`, `taken` and `finished`. The clocks of gateways and store
+    should differ by less than LEASE_SECONDS: otherwise leases expire too early or too late, and the same parts are computed
+    several times, or late.
     """
 
     def __init__(self, batches: Batches, job: BatchJob) -> None:
@@ -61,7 +62,7 @@ class BatchRun:
         return not self.closed and self.stopped_as is None and time.monotonic() >= self._paused_until
 
     def pause(self, seconds: float) -> None:
-        """Lines are not answered for so long."""
+        """Answers no lines for `seconds`."""
         self._paused_until = time.monotonic() + seconds
 
     def has_results(self, number: int) -> bool:
@@ -145,7 +146,7 @@ class BatchRun:
         self._batches.objects.put(f"{self._folder}{folder}/{part_name(number)}", results.encode())
 
     def store_part(self, number: int, results: PartResults) -> None:
-        """Stores the results of a part, all of them, unless it has some."""
+        """Stores the complete results of a part, unless the store has some already."""
         if self._batches.head(self.job, part_name(number)) is None and self._batches.end_of(self.job) is None:
             self.store("results", number, results)
         self._batches.objects.delete(f"{self._folder}work/{part_name(number)}")

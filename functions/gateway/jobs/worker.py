@@ -68,7 +68,7 @@ class BatchMetrics:
 class BatchWorker:
     """Looks for open batches and answers their lines, until `stop`.
 
-    Every lines' results go to the store within _CHECKPOINT_SECONDS, so a gateway that dies loses little work, and no line.
+    Results go to the store every _CHECKPOINT_SECONDS, so a gateway that dies loses little work, and no line.
     """
 
     _batches: Batches
@@ -115,7 +115,7 @@ class BatchWorker:
         self._woken.set()
 
     def join(self, seconds: float) -> None:
-        """Waits after `stop`, at most so long, until what is answered is stored."""
+        """Waits at most `seconds` after `stop`, until what is answered is stored."""
         deadline = time.monotonic() + seconds
         while self._in_hand and time.monotonic() < deadline:
             time.sleep(0.02)

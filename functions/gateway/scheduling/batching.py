@@ -83,16 +83,6 @@ def lacking_instances(
     ]
 
 
-def admissible_sequences(running: int, allowed: int, max_sequences: int) -> int:
-    """How many more sequences fit into the allowed micro-batches; negative if there are more than allowed."""
-    return allowed * max_sequences - running
-
-
-def max_waiting(queue_limit: int, admissible: int) -> int:
-    """How many requests may wait before new ones are refused. admissible: those that the next decision admits do not count."""
-    return queue_limit + max(0, admissible)
-
-
 def micro_batches_that_fill(
     sequences: int, minimum: int, maximum: int, stages_at_once: int, costs: Items[RowCosts], network_seconds: float
 ) -> int:

@@ -24,7 +24,7 @@ from eventing.wire.events import MAX_POSITION
 from eventing.wire.generation import ProgressEvent
 from functions.gateway.scheduling.actions import Action, Release, Reserve, Wake, reserve_at_once, reserve_in_order
 from functions.gateway.scheduling.apply import gateway_failed, note_origin, reservation_over, stage_replied, trip_failed
-from functions.gateway.scheduling.batching import SchedulerLimits, admissible_sequences, max_waiting
+from functions.gateway.scheduling.batching import SchedulerLimits
 from functions.gateway.scheduling.decide import decide, next_due
 from functions.gateway.scheduling.pipeline_status import PipelineStatus, pipeline_status, progress_of
 from functions.gateway.scheduling.prefix_sharing import PrefixSharing, prompt_chain
@@ -247,8 +247,9 @@ class Scheduler:
             raise NotReady(_SHUTTING_DOWN)
         state = self._state
         places, admitted_before = state.waiting.queue.places, state.waiting.admitted_before
-        admissible = admissible_sequences(state.running, state.micro_batches_allowed(), self._limits.micro_batch_sequences)
-        capacity = max_waiting(self._limits.queue_limit, admissible) - admitted_before
+        # Sequences that the next decision admits do not count as waiting.
+        admissible = state.micro_batches_allowed() * self._limits.micro_batch_sequences - state.running
+        capacity = self._limits.queue_limit + max(0, admissible) - admitted_before
         # If the limit falls because instances terminate, requests that wait already keep their places.
         yielding = places.make_room(client_id, 1, max(capacity, places.total))
         if yielding is None:
