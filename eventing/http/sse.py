@@ -17,24 +17,21 @@ _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
 class ServerSentEvent(Struct, frozen=True):
-    """One event of a stream, as its reader gets it.
-
-    id: the last id that the stream has sent so far, perhaps with an earlier event; empty: none.
-    """
+    """One event of a stream, as its reader gets it. Ids are not read: no stream of Lamina can be resumed."""
 
     data: str
     event: str = "message"
-    id: str = ""
 
 
-def encode_sse(data: str | bytes, *, event: str = "", id: str = "") -> bytes:
+def encode_sse(data: str | bytes, *, event: str = "") -> bytes:
     """Encodes one event.
 
-    data: UTF-8 text of one or more lines. Raises ValueError if `event` or `id` contains a line break.
+    data: UTF-8 text of one or more lines. Raises ValueError if `event` contains a line break.
     """
-    lines = [*_field(b"event", event), *_field(b"id", id)]
-    lines += [b"data: " + line for line in _LINE_END.split(data.encode() if isinstance(data, str) else data)]
-    return b"\n".join([*lines, b"", b""])
+    if re.search("[\r\n\0]", event):
+        raise ValueError(f"event {event!r} must be one line")
+    lines = [b"data: " + line for line in _LINE_END.split(data.encode() if isinstance(data, str) else data)]
+    return b"\n".join([*([b"event: " + event.encode()] if event else []), *lines, b"", b""])
 
 
 class SSEDecoder:
@@ -50,7 +47,6 @@ class SSEDecoder:
         self._at_start = True
         self._event = ""
         self._data: list[str] = []
-        self._id = ""
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
         """Takes the next bytes of the stream and returns the events that they complete."""
@@ -92,18 +88,9 @@ class SSEDecoder:
             self._data.append(value)
         elif name == b"event":
             self._event = value
-        elif name == b"id" and "\0" not in value:
-            self._id = value
         return None
 
     def _dispatch(self) -> ServerSentEvent | None:
         data, event = self._data, self._event
         self._data, self._event, self._held_bytes = [], "", 0
-        return ServerSentEvent("\n".join(data), event or "message", self._id) if data else None
-
-
-def _field(name: bytes, value: str) -> list[bytes]:
-    encoded = value.encode()
-    if _LINE_END.search(encoded) or b"\0" in encoded:
-        raise ValueError(f"{name.decode()} {value!r} must be one line")
-    return [name + b": " + encoded] if value else []
+        return ServerSentEvent("\n".join(data), event or "message") if data else None

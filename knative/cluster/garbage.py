@@ -145,8 +145,7 @@ class GarbageCollector:
             for service in services_of(self._cluster, self._namespace, name)
             if readiness(service).ready
             for revision in self._revisions(service["metadata"]["name"])
-            if revision["metadata"]["name"] not in {*routed_revisions(service), *_latest(service)}
-            and _would_keep_pods(revision)
+            if revision["metadata"]["name"] not in routed_revisions(service) | _latest(service) and _would_keep_pods(revision)
         ]
 
     def _revisions(self, service: str) -> list[KubernetesObject]:

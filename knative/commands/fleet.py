@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
 from functions.configuration.config import FLEET_LABEL, PERCENT
@@ -32,9 +33,9 @@ def deploy_fleet(
     """
     url = ""
     if whole:
-        url = deployer.deploy(_all(door_files(fleet)), force=force)
+        url = deployer.deploy([*chain(*door_files(fleet).values())], force=force)
     for files in members.values():
-        url = deployer.deploy(_all(files), force=force) or url
+        url = deployer.deploy([*chain(*files.values())], force=force) or url
     if whole:
         for name in deployer.members_of(fleet.name):
             if name not in members:
@@ -111,7 +112,3 @@ def fleet_lines(status: dict[str, Any]) -> Iterator[str]:
     gateway = "ready" if status["gateway_ready"] else "NOT ready"
     yield f"{len(status['members'])} members, {asleep} of them at zero"
     yield f"gateway {gateway} with {status['gateway_pods']} pods: {status['url']}"
-
-
-def _all(files: dict[str, list[KubernetesObject]]) -> list[KubernetesObject]:
-    return [each for objects in files.values() for each in objects]

@@ -102,25 +102,16 @@ def run(**options: Any) -> None:
             with PayloadStore(embedded.settings) as objects:
                 prune(objects, KV_PREFIX, _KV_RETENTION, datetime.now(UTC))  # deletes old KV of idle conversations
             with naming_a_full_disk(state.path):
+                named, cache, kv_key = read_data_folder(chosen.secrets), chosen.state / _CACHE_FOLDER, kept_kv_key(chosen.state)
                 if chosen.spec is not None and is_fleet(chosen.spec):
-                    running: _Run = _FleetRun(chosen, _prepare_fleet(chosen, store, console))
+                    running: _Run = _FleetRun(chosen, LocalFleet(chosen.spec, store, named, cache, kv_key, console))
                 else:
-                    running = _PipelineRun(chosen, _prepare(chosen, store, console))
+                    spec = load_spec(chosen.spec) if chosen.spec else None
+                    wanted = (spec.model.name, spec.model.dtype) if spec and not chosen.model else (chosen.model, chosen.dtype)
+                    manifest = ensure_published(store, *wanted, console, chosen.tokenizer)
+                    local = local_pipeline(store, manifest, chosen.stages, spec, named, cache, kv_key)
+                    running = _PipelineRun(chosen, local)
             asyncio.run(running.run(state, store.settings))
-
-
-def _prepare(options: RunOptions, store: ObjectStore, console: Console) -> LocalPipeline:
-    spec = load_spec(options.spec) if options.spec else None
-    model, dtype = (spec.model.name, spec.model.dtype) if spec and not options.model else (options.model, options.dtype)
-    manifest = ensure_published(store, model, dtype, console, options.tokenizer)
-    cache, kv_key = options.state / _CACHE_FOLDER, kept_kv_key(options.state)
-    return local_pipeline(store, manifest, options.stages, spec, read_data_folder(options.secrets), cache, kv_key)
-
-
-def _prepare_fleet(options: RunOptions, store: ObjectStore, console: Console) -> LocalFleet:
-    assert options.spec is not None
-    cache, kv_key = options.state / _CACHE_FOLDER, kept_kv_key(options.state)
-    return LocalFleet(options.spec, store, read_data_folder(options.secrets), cache, kv_key, console)
 
 
 class _Run:

@@ -20,7 +20,6 @@ from storage.store.object_reader import ObjectInfo
 from storage.store.payload_store import PayloadStore
 
 _MAX_PART_BYTES: Final = 2**30
-_MARK: Final = "writer-"  # begins the names of marks; those of parts are hexadecimal
 
 
 class KVObjects:
@@ -30,6 +29,7 @@ class KVObjects:
         self._store = store
         self._sealer = sealer
         self.folder = f"{prefix.strip('/')}/{pipeline}/{layers[0]}-{layers[1]}/"
+        self.marks = self.folder + "writer-"  # begins the keys of marks: objects that say that a pod writes here
 
     def key(self, kind: str, digest: bytes, part: KVPart) -> str:
         """The object key of a part, that is, of the KV of some successive blocks of tokens.
@@ -52,13 +52,6 @@ class KVObjects:
         sealed = self._sealer.seal(key, data)
         self._store.put(key, bytes(sealed))
         return len(sealed)
-
-    def mark_of(self, writer: str) -> str:
-        """The key of a pod's mark, an object that says that the pod writes here. writer: names the pod."""
-        return f"{self.folder}{_MARK}{writer}"
-
-    def is_mark(self, key: str) -> bool:
-        return key.startswith(self.folder + _MARK)
 
     def mark(self, key: str) -> None:
         """Writes or renews a mark. Raises a StorageError."""

@@ -25,7 +25,7 @@ class WriteShare:
         """retention: bytes and age of what all pods of the stage keep."""
         self._store = store
         self._retention = retention
-        self._mark = store.mark_of(secrets.token_hex(8))
+        self._mark = store.marks + secrets.token_hex(8)
         self._share_bytes = 0
         self._listed_at = -math.inf
         self.stored_keys: set[str] = set()  # of parts that need not be written; any thread may read it
@@ -55,13 +55,13 @@ class WriteShare:
         """
         self._store.mark(self._mark)
         objects, now = self._store.list(), datetime.now(UTC)
-        marks = [found for found in objects if self._store.is_mark(found.key)]
+        marks = [found for found in objects if found.key.startswith(self._store.marks)]
         left = [found for found in marks if now - found.modified > timedelta(seconds=2 * _LISTING_SECONDS)]
         writers = max(1, len(marks) - len(left))
         most = self._retention.max_bytes
         shared = most - most // _EIGHTH
         free = min(max(most // _EIGHTH, writers * num_bytes), most // 2)
-        parts = [found for found in objects if not self._store.is_mark(found.key)]
+        parts = [found for found in objects if not found.key.startswith(self._store.marks)]
         over = Retention(shared - free, self._retention.max_age).expired(parts, now)
         self._store.delete([*over, *left])
         deleted = {found.key for found in over}

@@ -96,11 +96,11 @@ class ContainerLife:
         kill_group(process.pid)
 
 
-def last_line(log: Path, most_bytes: int = 4096) -> str:
-    """The last line of a log that is not blank, "" if there is none. Only the last `most_bytes` are read."""
+def last_line(log: Path) -> str:
+    """The last line of a log that is not blank, "" if there is none. Only the last 4 KiB are read."""
     try:
         with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - most_bytes))
+            file.seek(max(0, file.seek(0, 2) - 4096))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return ""

@@ -21,13 +21,8 @@ def _read(chunks: list[bytes]) -> list[ServerSentEvent]:
 
 @given(st.lists(st.tuples(st.lists(_LINE, min_size=1), _LINE)), st.data())
 def test_written_events_are_read_back_from_any_chunks(events: list[tuple[list[str], str]], data: st.DataObject) -> None:
-    stream = b"".join(
-        COMMENT + encode_sse("\n".join(lines), event=name, id=str(number)) for number, (lines, name) in enumerate(events)
-    )
-    expected = [
-        ServerSentEvent("\n".join(lines), name or "message", str(number)) for number, (lines, name) in enumerate(events)
-    ]
-    assert _read(_cut(data, stream)) == expected
+    stream = b"".join(COMMENT + encode_sse("\n".join(lines), event=name) for lines, name in events)
+    assert _read(_cut(data, stream)) == [ServerSentEvent("\n".join(lines), name or "message") for lines, name in events]
 
 
 @given(st.data(), st.sampled_from([b"\n", b"\r\n", b"\r"]))
@@ -38,12 +33,12 @@ def test_every_line_end_however_it_is_cut(data: st.DataObject, end: bytes) -> No
     assert _read(_cut(data, stream)) == [
         ServerSentEvent("a\nb"),
         ServerSentEvent(""),
-        ServerSentEvent(" c", id="7"),
+        ServerSentEvent(" c"),
     ]
 
 
 def test_the_layout() -> None:
-    assert encode_sse(b'{"a":1}', event="token", id="3") == b'event: token\nid: 3\ndata: {"a":1}\n\n'
+    assert encode_sse(b'{"a":1}', event="token") == b'event: token\ndata: {"a":1}\n\n'
     assert encode_sse("") == b"data: \n\n"
 
 
@@ -59,8 +54,6 @@ def test_events_come_as_soon_as_they_are_complete() -> None:
 def test_names_of_several_lines_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="must be one line"):
         encode_sse("x", event=name)
-    with pytest.raises(ValueError, match="must be one line"):
-        encode_sse("x", id=name)
 
 
 @given(st.binary())
