@@ -62,7 +62,7 @@ def endpoints_watch(config: GatewayConfig | FleetConfig, services: Sequence[str]
     if config.kubernetes_api is None:
         return None
     pods = PodNetwork(config.pod_network, config.pod_port, secure=config.tls.load() is not None)
-    # Members that share devices use a pod that leaves as long as it answers, because a new one beside it needs a device.
+    # Members that share devices use a terminating pod as long as it answers: its successor needs a device of its own.
     keeps_last = isinstance(config, FleetConfig) and config.max_devices is not None
     watch = EndpointsWatch(KubernetesAPI(config.kubernetes_api, config.namespace), pods, services, keeps_last=keeps_last)
     watch.start()

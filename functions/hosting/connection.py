@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-# Of a stream, at most so much waits in the kernel to be sent: more than a thousand tokens. Without a limit, megabytes would.
+# At most so many bytes of a stream wait in the kernel to be sent: over a thousand tokens. Without a limit, megabytes would.
 _UNSENT_STREAM_BYTES: Final = 256 * 1024
 _JOIN_BELOW_BYTES: Final = 16 * 1024  # smaller replies are sent with their head: a copy costs less than a packet
 _FAILED: Final = b"the function failed; its log has the traceback\n"
@@ -31,8 +31,8 @@ class ServerLimits:
     """How long clients may take, and how many connections they may hold. A connection that exceeds a limit is closed."""
 
     head_seconds: float = 10.0  # from a request's first byte, or the connection's start, to the end of its headers
-    # For a body, and for all the time in which a reply waits for its client to read, beside what its bytes take at the slowest
-    # rate.
+    # For receiving a body, and for all the time that a reply waits for its client to read: in addition to the time that its
+    # bytes take at `slowest_bytes_per_second`.
     transfer_seconds: float = 10.0
     slowest_bytes_per_second: float = 32 * 1024
     keep_alive_seconds: float = 75.0  # more than senders keep an idle connection (eventing/http/delivery): they close first

@@ -47,7 +47,7 @@ MANAGEMENT: Final = "lamina.management"  # whether the request came by the manag
 CLIENT_GONE: Final = "lamina.client_gone"  # () -> bool: whether the client has closed its connection
 ARRIVED: Final = "lamina.arrived"  # when the head was complete, before body and thread, in time.monotonic()
 
-STREAMED_BODY_BYTES: Final = 2**22  # a streamed body counts so much, for what its application makes of it at a time
+STREAMED_BODY_BYTES: Final = 2**22  # what a streamed body counts, for the pieces that its application holds
 
 _READ_BYTES: Final = 2**18
 _END_OF_HEAD: Final = b"\r\n\r\n"
@@ -114,13 +114,13 @@ class BodyBudget:
                         body.clear()
 
     def keep(self, share: BodyShare) -> None:
-        """From now on the body does not give way, because it is complete. Raises Overloaded if it has done so before."""
+        """Protects a complete body: from now on it does not give way. Raises Overloaded if it has done so before."""
         with self._lock:
             self._check(share)
             self._shares.fix(share)
 
     def give_back(self, share: BodyShare) -> None:
-        """Counts a body no longer.
+        """Frees the bytes of a body for others.
 
         Takes no lock: destructors call it, and the garbage collector may run one inside of `take`.
         """
@@ -250,7 +250,7 @@ class StreamedBody(io.RawIOBase):
             raise MalformedEvent(f"{self._framed_bytes} bytes of chunks hold {self._received_bytes} of a body")
 
     def close(self) -> None:
-        """Counts against the budget no longer."""
+        """Gives its bytes back to the BodyBudget."""
         self._held = None
         super().close()
 
@@ -572,7 +572,7 @@ class RequestReader:
 
 
 def _feed_parser(parser: Any, data: bytes, *, in_head: bool = False) -> None:
-    """Raises BadRequest, and HttpParserUpgrade while the head is read."""
+    """Parses `data`. Raises BadRequest, and HttpParserUpgrade if `in_head`."""
     try:
         parser.feed_data(data)
     except httptools.HttpParserUpgrade:  # after the end of a body: the next request's, which is not served

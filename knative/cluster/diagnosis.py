@@ -21,7 +21,7 @@ from knative.spec.kubernetes_object import KubernetesObject
 
 _LOG_LINES: Final = 10
 _EVENTS: Final = 5
-# Reasons for which a container waits, and which last until somebody changes something.
+# Reasons why a container waits that last until the Service or the cluster is changed.
 _HOPELESS: Final = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CrashLoopBackOff", "CreateContainerConfigError")
 _NEXT_STEPS: Final = {
     "exceeded quota": "lower the resources in the spec, or have the quota raised",

@@ -61,7 +61,7 @@ class LocalFleet:
     async def follow(self, platform: Platform, say: Callable[[str], None]) -> None:
         """Applies changes of the fleet's files to the platform, until it is cancelled.
 
-        What a member no longer needs is deleted once it has no pods.
+        Services that a member no longer needs are deleted once they have no pods.
         """
         leaving: list[KubernetesObject] = []
         while True:

@@ -222,7 +222,7 @@ def _spec_for_this_machine(manifest: ModelManifest, shape: ModelShape, stages: i
         gateway=GatewaySpec(
             micro_batch_sequences=sharing.micro_batch_sequences,
             stages_at_once=sharing.stages_at_once,
-            prefix_sharing="pipeline",  # whoever asks this machine is its user
+            prefix_sharing="pipeline",  # all clients of this machine are its user
             jobs="jobs",
         ),
         store=store,

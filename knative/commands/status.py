@@ -39,7 +39,7 @@ _Lines = tuple[list[tuple[str, ...]], list[str]]  # rows of the table, and lines
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Where `status` reads from: this machine or a cluster. Both functions raise if there is no status.
+    """A source of status: this machine or a cluster. Both functions raise if there is no status.
 
     document: reads the whole status, for --json. lines: reads rows of a table with `columns`, and lines to print below it.
     has_rates: the rows have rates since the reading before, so the first reading is not shown.

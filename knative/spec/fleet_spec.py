@@ -122,7 +122,7 @@ def _read(path: Path) -> Any:
 
 
 def _members(fleet: FleetSpec, path: Path) -> list[tuple[Any, str]]:
-    """The documents of the members, each with the place where it is written."""
+    """The documents of the members, each with its place: a file, or a path in the fleet's own."""
     if isinstance(fleet.members, str):
         folder = path.parent / fleet.members
         if not folder.is_dir():

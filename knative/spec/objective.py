@@ -1,4 +1,4 @@
-"""What answers shall keep, and the settings that follow from it where a spec leaves them open."""
+"""The objective for answers, and the settings that follow from it if a spec does not set them."""
 
 import math
 from collections.abc import Mapping

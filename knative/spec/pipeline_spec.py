@@ -275,7 +275,7 @@ class GatewaySpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     request_timeout_seconds: Seconds | None = None
     step_timeout_seconds: Seconds | None = None
     timeout_seconds: TimeoutSeconds = 600
-    # Silence after which a stream sends a comment, so that nobody takes it for dead. 0: never. Unset: 10.
+    # Silence after which a stream sends a comment, so that clients do not take it for dead. 0: never. Unset: 10.
     keep_alive_seconds: Annotated[float, Meta(ge=0, le=3600)] | None = None
     # Secret, or several, whose key `api-keys` holds API keys (`python -m knative keys`). Unset: no key is needed.
     api_keys_secret: str | Annotated[list[str], Meta(min_length=1)] | None = None

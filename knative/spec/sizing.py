@@ -120,7 +120,7 @@ def replicas_for(
 def needed_bytes(stage: StageSpec, weight_bytes: int | None, adapter_bytes: int = 0) -> float:
     """Memory in bytes that a pod of the stage needs. weight_bytes None: unknown, so weights are not counted.
 
-    Of experts beyond a weights budget, files in the page cache have the bytes, which the kernel frees when others need memory.
+    Experts beyond a weights budget do not count: they are in the page cache, which the kernel frees when memory is short.
     adapter_bytes: of all adapters that the stage keeps.
     """
     loaded: float = 0 if stage.layer_group == "sleep" else weight_bytes or 0

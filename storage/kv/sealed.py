@@ -28,7 +28,7 @@ SEAL_BYTES: Final = _HEAD_BYTES + _TAG_BYTES  # that a sealed object has more th
 class Sealer:
     """Encrypts and decrypts the objects that hold stored keys and values, and derives their secret names. Thread-safe.
 
-    Without the configured key nobody can read an object, or compute from a prompt which name its object would have.
+    Without the configured key one can neither read an object nor compute the name that the KV of a prompt would have.
     """
 
     def __init__(self, key: bytes) -> None:

@@ -38,7 +38,7 @@ class RawTensor:
     dtype: str  # a safetensors name: F32, BF16, F16, I8; U8 for matrices in four bits
     shape: tuple[int, ...]
     data: memoryview
-    from_file: bool = False  # a private mapping of a file, to which nobody may write: its pages can be dropped and read again
+    from_file: bool = False  # a private mapping of a file, not to be written to: its pages can be dropped and read again
 
 
 @dataclass(frozen=True, slots=True)

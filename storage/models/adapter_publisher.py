@@ -260,7 +260,7 @@ class _ModuleShapes:
         self._shapes = [] if self._decoder is None else [layer_shapes(self._decoder, kind) for kind in self._decoder.kinds]
 
     def full_name(self, module: str) -> str:
-        """The name that the module has in the model, of which some checkpoints leave out a prefix."""
+        """The module's name in the model; some checkpoints leave out its prefix."""
         return module if self._decoder is None else full_name(self._decoder, module)
 
     def place(self, module: str) -> tuple[int, str, tuple[int, int]]:

@@ -43,7 +43,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class BlockFormat:
-    """How weights are stored in blocks."""
+    """How a kind of block stores weights: bits of a code, scales and minima, and the layout of the file's blocks."""
 
     name: str
     low: int  # bits of a code in the lower planes: 2, 4 or 8
@@ -69,7 +69,7 @@ class BlockFormat:
 
     @property
     def lanes(self) -> list[tuple[int, int]]:
-        """What the bytes of a super are, in order: (bytes of each of the 16 lanes, number of such vectors)."""
+        """The vectors that make up a super, in order: (bytes of each of the 16 lanes, number of such vectors)."""
         integers = 2 if self.factors and self.minimum else self.factors
         parts = [(4, self.low + self.high), (1, integers)] * self.blocks
         parts += [(self.scale_bytes, 1), (2, int(self.minimum)), (1, int(self.zero))]

@@ -23,7 +23,7 @@ class Dense(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Embedder(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What a model does with the final hidden states of a text. It has no head for tokens."""
+    """How a model without a head for tokens makes a vector, or scores, of a text's final hidden states."""
 
     pooling: Pooled
     size: int  # of a vector

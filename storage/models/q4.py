@@ -70,7 +70,7 @@ def dequantize(packed: Array, outs: int, width: int) -> Array:
 
 
 def packed_rows(packed: Array, rows: Array) -> Array:
-    """See `blocks.packed_rows`."""
+    """Selects rows of a packed matrix, as `blocks.packed_rows` does."""
     return blocks.packed_rows(_Q4_1, packed, rows)
 
 

@@ -34,7 +34,7 @@ class GatewayClaims(msgspec.Struct, omit_defaults=True):
 
 
 class GrantRecord(msgspec.Struct, omit_defaults=True):
-    """Who has devices, and what each gateway wants. Members are named by their stages' Services, joined by commas."""
+    """Which members have devices, and what gateways want. Members are named by their stages' Services, joined by commas."""
 
     grants: dict[str, Grant] = {}
     closed: tuple[str, ...] = ()  # members that have a grant and let no more requests in

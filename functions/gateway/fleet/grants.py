@@ -214,7 +214,7 @@ class Grants:
             self._due.clear()
             try:
                 self._settle()
-            except Exception as error:  # noqa: BLE001 - without this thread nobody would be let in
+            except Exception as error:  # noqa: BLE001 - without this thread no request would be let in
                 _log.warning("what members may use devices could not be agreed on, trying again: %s", error)
                 with self._changed:
                     if time.monotonic() - self._settled_at > _STALE_SECONDS:

@@ -147,7 +147,7 @@ class Members:
         return [each for each in found if each.percent is None and each.serves_batches]
 
     def _ring(self, member: str) -> KeyRing:
-        """The member's API keys. A member without a file of keys lets nobody in, until there is one."""
+        """The member's API keys. A member without a file of keys accepts no client until there is one."""
         ring = self._rings.get(member)
         if ring is None:
             try:

@@ -137,7 +137,7 @@ def own_app(
     overview: Overview,
     draining: Callable[[], bool],
 ) -> Flask:
-    """The application for what concerns no member: the list of models, the page, the fleet's state, and errors."""
+    """The application for requests that no member answers: the list of models, the page, the fleet's state, and errors."""
     app = base_app(config, metrics, write_line)
     began = int(time.time())
 

@@ -54,7 +54,7 @@ class ClientFile(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def new_id(prefix: str) -> str:
-    """An id that nobody can guess. Later ones are smaller, so that listings begin with the newest. prefix: file- or batch_."""
+    """An id that cannot be guessed. Later ones are smaller, so that listings begin with the newest. prefix: file- or batch_."""
     return f"{prefix}{_LATEST_MS - int(time.time() * 1000):011x}{secrets.token_hex(8)}"
 
 

@@ -34,7 +34,7 @@ class BatchRun:
 
     def __init__(self, batches: Batches, job: BatchJob) -> None:
         self.job = job
-        self.sums: Sums = batches.sums(job)  # of the first parts, all of which have results
+        self.sums: Sums = batches.sums(job)  # of the parts before the first one without results
         self.taken: set[int] = set()  # parts that this gateway works on
         self.ending = False  # this gateway ends the batch
         self.closed = False  # the batch has ended
@@ -106,7 +106,7 @@ class BatchRun:
         }
 
     def next_part(self) -> int | None:
-        """A part without results on which nobody works; None: there is none now."""
+        """A part that has no results and no worker; None: there is none now."""
         window = range(self.sums.parts, min(self.job.parts, self.sums.parts + WINDOW_PARTS))
         free = (number for number in window if number not in self.finished and number not in self.taken)
         found = []

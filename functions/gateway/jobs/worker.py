@@ -162,7 +162,7 @@ class BatchWorker:
             try:
                 with self._lock:
                     run.look()
-            except (StorageError, ValueError) as error:  # a name that is no number: somebody else has written there
+            except (StorageError, ValueError) as error:  # a name that is no number: another program has written there
                 _log.warning("%s waits: %s", run.job.id, error)
                 run.pause(_PAUSE_SECONDS)
             if run.may_end() and not run.ending and not run.taken and not run.is_leased(END):
@@ -170,7 +170,7 @@ class BatchWorker:
                 self._parts.submit(self._end, run)
 
     def _take_parts(self) -> None:
-        """Begins parts of the batches of which this gateway has fewest, as many as may be in memory."""
+        """Begins as many parts as may be in memory, first those of batches from which this gateway has fewest."""
         while self._in_hand < MAX_PARTS and not self._stopping.is_set():
             with self._lock:
                 open_ = sorted(self._runs.values(), key=lambda run: (len(run.taken), run.job.expires_at))

@@ -219,7 +219,7 @@ class CompletionWriter:
     def _top(self, position: TokenLogprob) -> dict[str, float] | None:
         """Log-probabilities of the likeliest tokens and of the drawn one, by the token's text.
 
-        Of several tokens with the same text the likeliest counts. None for a prompt's first token, which has no probability.
+        The likeliest of several tokens with the same text counts. None for a prompt's first token, which has no probability.
         """
         if position.logprob is None:
             return None

@@ -101,7 +101,7 @@ def reserve(
 
 
 def _lineages(route: Route | None, first_stage: int) -> tuple[str | None, ...]:
-    """The lineages of the input of a route's instances from `first_stage` on, by what the instances said before."""
+    """The lineage of each instance's input, from `first_stage` of the route on, by the instances' earlier replies."""
     assert route is not None
     lineages: list[str | None] = []
     lineage: str | None = ""

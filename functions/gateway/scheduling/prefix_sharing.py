@@ -28,7 +28,7 @@ class PrefixSharing:
         """The key of the prompt's prefix chain; None: no prefix caching.
 
         A `cache_salt` narrows sharing to requests with the same one. With `request` nothing but it goes from one request to
-        another: whoever knows it has sent it, or was told it.
+        another: a client that knows the salt has sent it, or was told it.
         """
         if self.mode == "off":
             return None

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 from functions.gateway.text.chat_template import GUARD, ChatTemplate, with_guards
 from functions.gateway.text.encoder import Encoder
 
-_ROLES: Final = ("system", "user", "assistant", "tool")  # of which some templates make tokens: '<|' + message.role + '|>'
+_ROLES: Final = ("system", "user", "assistant", "tool")  # some templates make tokens of them: '<|' + message.role + '|>'
 _TEMPLATE_KEYS: Final = frozenset(  # by which templates read messages and tools
     ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "id", "type", "function", "arguments")
 )

@@ -193,7 +193,7 @@ def _chat_template(
 ) -> ChatTemplate | None:
     """The model's chat template: chat_template.jinja, else the one in tokenizer_config.json. None if it has none.
 
-    Of several named templates in tokenizer_config.json, the one named `default` is used.
+    If tokenizer_config.json has several named templates, the one named `default` is used.
     """
     if "chat_template.jinja" in manifest.files:
         source: Any = read_file(reader, manifest, "chat_template.jinja").decode()

@@ -43,7 +43,7 @@ class ScaleTarget:
 
 @dataclass(frozen=True, slots=True)
 class Reconciliation:
-    """What the platform shall do after a reconciliation."""
+    """The replicas that the platform shall keep, and whether the activator shall be in the path."""
 
     replicas: int
     proxy: bool  # whether the activator shall be in the path
