@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from functions.fairness.fair_shares import FairShares
 from functions.hosting.connection import CONTINUE, ClientConnection, ReplyWriter, ServerLimits, client_gone
 from functions.hosting.poller import ListeningPort, Poller
 from functions.hosting.requests import (
@@ -26,7 +27,6 @@ from functions.hosting.requests import (
     RequestReader,
     base_environ,
 )
-from functions.hosting.turns import Turns, threads_for
 from functions.threads.pool import ThreadPool
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ _MANAGEMENT_CONNECTIONS: Final = 32
 _MAX_QUEUED: Final = 256  # complete requests that wait for a thread; more are refused
 _MIN_CONNECTIONS: Final = 16
 _OTHER_FILES: Final = 512  # file descriptors for connections to stages and the store, and for libraries
+# A request in hand cannot give way, so some threads stay free: a client gets one more only while it has less than this multiple
+# of the free ones (dynamic thresholds, Choudhury and Hahne 1998). Alone it gets three quarters of all.
+_MULTIPLE_OF_FREE: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,45 @@ class Server:
             stop = self._stop
         if stop is not None:
             stop()
+
+
+class Turns:
+    """Hands complete requests to threads; clients whose requests must wait take turns. The poller's thread calls all methods.
+
+    start: hands a connection to a thread at once.
+    """
+
+    def __init__(self, threads: int, max_waiting: int, start: Callable[[ClientConnection], object]) -> None:
+        self._threads = threads
+        self._max_waiting = max_waiting
+        self._start = start
+        self._in_hand: FairShares[ClientConnection] = FairShares()
+        self._waiting: FairShares[ClientConnection] = FairShares()
+
+    def push(self, connection: ClientConnection) -> list[ClientConnection]:
+        """Starts a complete request or lets it wait. Returns the connections whose requests give way and must be refused."""
+        client_id = connection.reader.client_id
+        if self._may_start(client_id):  # so nothing of this client waits
+            self._begin(client_id, connection)
+            return []
+        yielding = self._waiting.make_room(client_id, 1, self._max_waiting)
+        if yielding is None:
+            return [connection]
+        self._waiting.add(client_id, connection)
+        return yielding
+
+    def finished(self, connection: ClientConnection) -> None:
+        """Frees the connection's thread, if it had one, and starts what may start now."""
+        self._in_hand.remove(connection)
+        while (client_id := next(filter(self._may_start, self._waiting.clients()), None)) is not None:
+            self._begin(client_id, self._waiting.take(client_id))
+
+    def _may_start(self, client_id: str) -> bool:
+        return self._in_hand.held(client_id) < _MULTIPLE_OF_FREE * (self._threads - self._in_hand.total)
+
+    def _begin(self, client_id: str, connection: ClientConnection) -> None:
+        self._in_hand.add(client_id, connection)
+        self._start(connection)
 
 
 class _Answering:
@@ -227,6 +269,11 @@ class _Answering:
         except OSError:  # the client is gone, or reads nothing
             return False
         return reply.keeps
+
+
+def threads_for(one_client: int) -> int:
+    """How many threads there must be so that one client alone can have `one_client` of them."""
+    return one_client + one_client // _MULTIPLE_OF_FREE
 
 
 def _is_probe(connection: ClientConnection) -> bool:

@@ -8,7 +8,7 @@ from http.client import HTTPConnection
 
 import pytest
 
-from functions.hosting.turns import threads_for
+from functions.hosting.server import threads_for
 from tests.support.functions.server import ENOUGH, Serving, reply, serving
 
 
