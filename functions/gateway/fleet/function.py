@@ -5,7 +5,7 @@ import secrets
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Final
 
@@ -98,7 +98,7 @@ class FleetFunction:
         record: LocalRecord | LeaseRecord = LocalRecord()
         if config.lease is not None and config.kubernetes_api is not None:
             record = LeaseRecord(KubernetesAPI(config.kubernetes_api, config.namespace, LEASES), config.lease, name)
-        services = lambda: (each.services for each in self._versions())  # noqa: E731
+        services = lambda: (each.services for each in self.members.versions())  # noqa: E731
         return Grants(max_devices, services, self._pods, record, name)
 
     def _resume_batches(self) -> None:
@@ -106,7 +106,7 @@ class FleetFunction:
         known: weakref.WeakKeyDictionary[Version, Batches] = weakref.WeakKeyDictionary()
         while not self._closed.wait(_BATCHES_SECONDS):
             loaded = {part.version for part in self.parts.loaded()}
-            for version in [each for each in self._versions() if each.percent is None and each.serves_batches]:
+            for version in [each for each in self.members.versions() if each.percent is None and each.serves_batches]:
                 if version in loaded or version.config is None or self._draining:
                     continue
                 try:
@@ -116,10 +116,6 @@ class FleetFunction:
                             part.load(wakes=False)
                 except (StorageError, Problem) as error:
                     _log.warning("open batches of member %s are not looked for: %s", version.member, error)
-
-    def _versions(self) -> Iterator[Version]:
-        for group in self.members.models().values():
-            yield from group
 
     def _pods(self, services: Sequence[str]) -> MemberPods:
         counts = [] if self._watch is None else [self._watch.pods_of(service) for service in services]

@@ -111,6 +111,10 @@ class Members:
         with self._lock:
             return self._by_model
 
+    def versions(self) -> list[Version]:
+        """All versions of all members, model after model."""
+        return [version for group in self.models().values() for version in group]
+
     def find(self, named: str) -> Version | None:
         """The version that answers a request for this model; None: no member serves it.
 

@@ -93,8 +93,8 @@ class Overview:
     def counts(self) -> dict[str, int]:
         """How many members are in which state at this gateway."""
         count = Counter[str](part.state for part in self._parts.loaded())
-        versions = sum(len(group) for group in self._members.models().values())
-        return {state: count[state] for state in _STATES} | {"asleep": max(0, versions - count.total())}
+        asleep = max(0, len(self._members.versions()) - count.total())
+        return {state: count[state] for state in _STATES} | {"asleep": asleep}
 
     def metrics(self) -> Iterator[Metric]:
         return fleet_metrics(self.counts(), self._parts.evictions, self._states.values())
@@ -106,29 +106,28 @@ class Overview:
         waits = {} if self._grants is None else self._grants.waits()
         states: dict[str, MemberState] = {}
         tokens: dict[Version, int] = {}
-        for versions in self._members.models().values():
-            for version in versions:
-                part, before = parts.get(version), self._states.get(version.name)
-                status = None if part is None or part.function is None else part.function.running.scheduler.status()
-                drawn = 0
-                if status is not None:
-                    tokens[version] = status.tokens
-                    drawn = max(0, status.tokens - self._tokens.get(version, status.tokens))
-                pods = self._pods(version.services)
-                queued, waited = waits.get(version.devices_key, (0, None))
-                running, waiting = (0, queued) if status is None else (status.running, status.waiting + queued)
-                states[version.name] = MemberState(
-                    model=version.model,
-                    percent=version.percent,
-                    state=self._status(version, part, pods, queued, running + waiting),
-                    stages=len(version.services),
-                    pods=pods.pods,
-                    pod_seconds=round((0.0 if before is None else before.pod_seconds) + pods.pods * seconds, 1),
-                    tokens_per_second=round(drawn / seconds, 1) if seconds > 0 else 0.0,
-                    running=running,
-                    waiting=waiting,
-                    device_wait_seconds=None if waited is None else round(waited, 1),
-                )
+        for version in self._members.versions():
+            part, before = parts.get(version), self._states.get(version.name)
+            status = None if part is None or part.function is None else part.function.running.scheduler.status()
+            drawn = 0
+            if status is not None:
+                tokens[version] = status.tokens
+                drawn = max(0, status.tokens - self._tokens.get(version, status.tokens))
+            pods = self._pods(version.services)
+            queued, waited = waits.get(version.devices_key, (0, None))
+            running, waiting = (0, queued) if status is None else (status.running, status.waiting + queued)
+            states[version.name] = MemberState(
+                model=version.model,
+                percent=version.percent,
+                state=self._status(version, part, pods, queued, running + waiting),
+                stages=len(version.services),
+                pods=pods.pods,
+                pod_seconds=round((0.0 if before is None else before.pod_seconds) + pods.pods * seconds, 1),
+                tokens_per_second=round(drawn / seconds, 1) if seconds > 0 else 0.0,
+                running=running,
+                waiting=waiting,
+                device_wait_seconds=None if waited is None else round(waited, 1),
+            )
         self._states, self._tokens = states, tokens
 
     def _status(self, version: Version, part: Part | None, pods: MemberPods, queued: int, requests: int) -> MemberStatus:
