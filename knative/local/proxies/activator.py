@@ -77,9 +77,7 @@ class Activator:
         exchange.peers.append(THIS_MACHINE)
         others = [header for header in exchange.headers if header[0].lower() != PROXY_HEADER]
         exchange.headers = [*others, (PROXY_HEADER, ACTIVATOR)]
-        clock = asyncio.get_running_loop().time
-        self.meter.enter(clock())
-        try:
+        with self.meter.counted():
             async with in_time(exchange, self._timeouts, "activator request timeout"):
                 tracker = self._pick()
                 if tracker is None:
@@ -90,8 +88,6 @@ class Activator:
                     await tracker.proxy.serve(exchange)
                 finally:
                     self._release(tracker)
-        finally:
-            self.meter.leave(clock())
 
     def _release(self, tracker: _PodTracker) -> None:
         tracker.in_flight -= 1

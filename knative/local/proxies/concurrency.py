@@ -1,6 +1,9 @@
 """Counts requests for the autoscaler, in queue-proxy and activator: how many were in flight on average, and how many
 arrived."""
 
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -21,6 +24,16 @@ class ConcurrencyMeter:
         self._since = self._changed = now
         self._weighted = 0.0
         self._arrivals = 0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts one request for the block, by the event loop's clock."""
+        clock = asyncio.get_running_loop().time
+        self.enter(clock())
+        try:
+            yield
+        finally:
+            self.leave(clock())
 
     def enter(self, now: float) -> None:
         self._advance(now)

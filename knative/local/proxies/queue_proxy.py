@@ -5,8 +5,8 @@ It counts requests, applies containerConcurrency and the time limits, and keeps 
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
@@ -114,7 +114,7 @@ class QueueProxy:
                     await self._forward(exchange)  # neither counted nor limited
                     return
                 through_activator = find(exchange.headers, PROXY_HEADER) == ACTIVATOR
-                with self._counted(self.all), self._counted(self.proxied) if through_activator else nullcontext():
+                with self.all.counted(), self.proxied.counted() if through_activator else nullcontext():
                     async with self._breaker.slot():
                         await self._forward(exchange)
         except UpstreamFailed as error:
@@ -154,15 +154,6 @@ class QueueProxy:
             exchange.write(exchange.start(HTTPStatus.OK, b"OK", [(b"K-Network-Hash", version), (b"Content-Length", b"0")]))
             exchange.end()
         return True
-
-    @contextmanager
-    def _counted(self, meter: ConcurrencyMeter) -> Iterator[None]:
-        clock = asyncio.get_running_loop().time
-        meter.enter(clock())
-        try:
-            yield
-        finally:
-            meter.leave(clock())
 
     async def _forward(self, exchange: Exchange) -> None:
         if self._upstream is None:
