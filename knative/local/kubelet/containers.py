@@ -123,8 +123,8 @@ def _timeouts(pod: Mapping[str, Any]) -> Timeouts:
 
 
 def _mounts(pod: Mapping[str, Any], container: Mapping[str, Any], local: LocalData) -> dict[str, str]:
-    """Maps each path at which a Secret is mounted to the Secret's folder here, which replaces the path in the environment's
-    values."""
+    """Mount path of each Secret → the Secret's folder on this machine. In values of the environment the folder replaces the
+    path."""
     secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod.get("volumes") or () if "secret" in volume}
     found = {}
     for mount in container.get("volumeMounts") or ():
