@@ -161,8 +161,7 @@ class Platform:
                 await service.stop(grace_seconds)
 
     async def stop(self, grace_seconds: float = 5.0) -> None:
-        """Ends every pod: SIGTERM to all, SIGKILL to those that still run after `grace_seconds`. Deliveries in progress are
-        lost."""
+        """Ends every pod: SIGTERM to all, SIGKILL after `grace_seconds` to those that run. Deliveries in progress are lost."""
         await self.eventing.stop()
         await asyncio.gather(*(service.stop(grace_seconds) for service in self.services.values()))
         self._admin.server.close()

@@ -175,8 +175,7 @@ def _duration(annotation: Annotation, least_seconds: int, whole: bool, annotatio
 
 
 def _in_whole_seconds(annotation: Annotation, name: str, annotations: Annotations, at: str) -> Violations:
-    """Checks a duration, which must be in whole seconds and not negative. Empty counts as absent. name: what messages call
-    it."""
+    """Checks a duration: in whole seconds, not negative. Empty counts as absent. name: what messages call it."""
     key, value = annotation.get(annotations)
     if not value:
         return

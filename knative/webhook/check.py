@@ -59,8 +59,7 @@ def validate(
 
 
 def missing_flags(service: dict[str, Any], features: FeatureFlags = _DEFAULT_FEATURES) -> dict[str, str]:
-    """The flags of config-features that the Service needs and that are off, each with one field of the Service that needs
-    it."""
+    """The flags of config-features that the Service needs and that are off, each with a field that needs it."""
     return {each.flag: each.field for each in reversed(validate(service, features=features)) if each.flag is not None}
 
 
@@ -115,8 +114,7 @@ def _revision_name(template: dict[str, Any], service: dict[str, Any]) -> Violati
 
 
 def _traffic(targets: Sequence[dict[str, Any]], at: str) -> Violations:
-    """Checks the traffic split (pkg/apis/serving/v1/route_validation.go). Without targets the latest revision gets
-    everything."""
+    """Checks the traffic split (pkg/apis/serving/v1/route_validation.go). Without targets the latest revision gets all."""
     tags: dict[str, int] = {}
     for index, target in enumerate(targets):
         field, tag, percent = f"{at}[{index}]", target.get("tag", ""), target.get("percent", 0)

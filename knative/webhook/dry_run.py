@@ -74,8 +74,7 @@ _REQUIRED: Final = (
 
 
 def pod(spec: dict[str, Any], at: str) -> Violations:
-    """Yields violations of Kubernetes' rules in the pod `spec`. at: its path in messages, "spec", because Kubernetes sees the
-    pod only."""
+    """Yields violations of Kubernetes' rules in the pod `spec`. at: its path in messages; Kubernetes sees the pod only."""
     yield from broken_rules(_RULES, spec, at)
     for path, name in _REQUIRED:
         found = select(spec, path, at)

@@ -181,8 +181,7 @@ SERVICE: Final[Schema] = {
 
 
 def unknown_fields(value: object, schema: Schema = SERVICE, at: str = "") -> Violations:
-    """Yields every field in `value` that the schema lacks, as the API server's strict field validation does. at: path of
-    `value`."""
+    """Yields every field in `value` that the schema lacks, like the API server's strict field validation. at: its path."""
     if isinstance(schema, Fields) and isinstance(value, dict):
         fields = {name.rstrip("!"): field for name, field in schema.items()}
         for name, item in value.items():

@@ -79,8 +79,7 @@ class Retention:
     max_age: timedelta
 
     def expired(self, objects: Iterable[ObjectInfo], now: datetime) -> list[ObjectInfo]:
-        """The objects to delete: those older than `max_age`, and the oldest of the others until what stays has at most
-        `max_bytes`."""
+        """The objects to delete: those over `max_age`, and the oldest others until the rest has at most `max_bytes`."""
         kept_bytes = 0
         expired = []
         for found in sorted(objects, key=lambda each: (each.modified, each.key), reverse=True):

@@ -29,8 +29,7 @@ _UNFINISHED_SUFFIX: Final = ".unfinished"
 
 
 class WeightCache:
-    """A cache of at most `max_bytes` in `folder`, unfinished files included. The least recently used object is evicted
-    first."""
+    """A cache of at most `max_bytes` in `folder`, unfinished files included. Evicts the least recently used object first."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = folder
@@ -62,8 +61,7 @@ class WeightCache:
         return None
 
     def put(self, stored: StoredObject, data: memoryview) -> None:
-        """Writes a verified object's bytes into the cache if they fit after evictions. An error of the file system is only
-        logged."""
+        """Writes a verified object's bytes into the cache if they fit after evictions. Errors of the file system are logged."""
         if stored.bytes > self._max_bytes:
             return
         path = self._folder / f"{stored.digest}.{xxh3_128_hexdigest(data)}{_SUFFIX}"
@@ -82,8 +80,7 @@ class WeightCache:
                 unfinished.unlink()
 
     def _reserve(self, unfinished: Path, size: int) -> BinaryIO | None:
-        """Creates an unfinished file of `size` bytes, which count from now on, and locks it until it is closed; None: it does
-        not fit."""
+        """Creates an unfinished file of `size` bytes, which count from now on, locked until it is closed; None: no room."""
         with (self._folder / ".lock").open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one thread of one process at a time evicts and reserves
             if not self._evict_for(size):
@@ -115,8 +112,7 @@ class WeightCache:
 
 
 def _removed_if_abandoned(path: Path) -> bool:
-    """Removes an unfinished file if its writer has ended, and returns whether it is gone. A live writer holds a lock on its
-    file."""
+    """Removes an unfinished file if its writer has ended: a live one holds a lock. Returns whether it is gone."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

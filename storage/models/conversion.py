@@ -144,8 +144,7 @@ def _int8_matrix(name: str, source: SourceTensor, error: RoundingError | None) -
 
 
 def _q4_matrix(name: str, source: SourceTensor, error: RoundingError | None) -> TargetTensor:
-    """The matrix packed as in `q4`. Four bits of the checkpoint are kept as they are; other weights get the least square
-    error."""
+    """The matrix packed as in `q4`. Four bits of a checkpoint stay as they are; other weights get the least square error."""
 
     outs, width = source.shape
 
@@ -229,8 +228,7 @@ def _in_blocks(
 
 
 def _int8(rows: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """Quantizes rows [out, in]. Returns weights [out, in] and scales [out]; if a scale is not finite, its weights mean
-    nothing."""
+    """Quantizes rows [out, in] to weights [out, in] and scales [out]. If a scale is not finite, its weights mean nothing."""
     scales = np.abs(rows).max(axis=1, keepdims=True) / np.float32(_INT8_MAX)
     scales[scales == 0] = 1.0
     with np.errstate(invalid="ignore"):

@@ -130,8 +130,7 @@ def check_name(name: str, what: str = "model") -> None:
 
 
 def model_prefix(name: str, dtype: str) -> str:
-    """The prefix of the keys of a model in one dtype, with a slash at its end. Raises ValueError for an invalid name or
-    dtype."""
+    """The prefix of a model's keys in one dtype, with a slash at its end. Raises ValueError for an invalid name or dtype."""
     check_name(name)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")

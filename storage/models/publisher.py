@@ -64,8 +64,7 @@ _FRAGMENT_SUFFIX: Final = ".fragment.json"
 
 @dataclass(frozen=True, slots=True)
 class PublishProgress:
-    """The progress of a publication, reported after every block. Bytes count sent objects and those that an earlier run has
-    finished."""
+    """The progress of a publication, reported after every block. Bytes of objects sent now or by an earlier run."""
 
     object: str
     done_bytes: int

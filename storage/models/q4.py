@@ -101,8 +101,7 @@ def quantize(rows: Floats) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDAr
 
 
 def _best_ends(blocks: Floats) -> tuple[Floats, Floats]:
-    """For each row of `blocks` [blocks, 32] the scale and minimum with the least square error of those tried: two arrays
-    [blocks]."""
+    """Scale and minimum with the least square error of those tried, two arrays [blocks], for blocks [blocks, 32]."""
     weights = np.ascontiguousarray(blocks.T)  # the sums of all blocks are then sums of rows, which are fast
     mean = weights.mean(axis=0)
     weights -= mean  # else the sums below lose the digits in which close weights differ

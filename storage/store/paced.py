@@ -22,8 +22,7 @@ class TooSlow(TimeoutError):
 
 
 class Pace:
-    """The time that one request may still wait. Waiting consumes it, transferred bytes restore it, up to twice
-    `stall_seconds`."""
+    """The time that a request may still wait. Waiting uses it up; transferred bytes restore it, up to 2 * `stall_seconds`."""
 
     def __init__(self, stall_seconds: float) -> None:
         self._max_seconds = self._seconds_left = 2 * stall_seconds

@@ -18,8 +18,7 @@ _ALGORITHM: Final = "AWS4-HMAC-SHA256"
 
 
 def object_path(settings: StoreSettings, key: str) -> str:
-    """The path of a request about an object, percent-encoded once, as S3 signs it. The bucket is in the path, not in the
-    host."""
+    """The path of a request for an object, percent-encoded once, as S3 signs it. It begins with the bucket."""
     base = urlsplit(settings.endpoint_url).path.rstrip("/")
     return quote(f"{base}/{settings.bucket}/{key}", safe="/-_.~")
 

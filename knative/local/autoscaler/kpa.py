@@ -92,8 +92,7 @@ def scale(
 
 
 def _bounded(spec: DeciderSpec, wanted: int, pods: int) -> int:
-    """Limits `wanted` to what the scale rates allow from `pods`, then raises it to the activation scale if there is any
-    load."""
+    """Limits `wanted` by the scale rates from `pods`, then raises it to the activation scale if there is any load."""
     up = math.ceil(spec.max_scale_up_rate * pods)
     down = math.floor(pods / spec.max_scale_down_rate) if spec.reachable else 0
     desired = min(max(wanted, down), up)
@@ -133,14 +132,12 @@ class Autoscaler:
         self._stable, self._panic = window(spec.stable_window_seconds), window(spec.panic_window_seconds)
 
     def record(self, now: float, value: float) -> None:
-        """Records the metric of the second `now`. value: concurrency or requests per second of all pods and the activator
-        together."""
+        """Records the metric of the second `now`. value: requests in flight or per second, of all pods and the activator."""
         self._stable.record(now, value)
         self._panic.record(now, value)
 
     def decide(self, now: float, ready: int) -> Decision | None:
-        """Decides by the recorded values. Returns None if the metric is unknown: nothing was recorded for longer than a stable
-        window."""
+        """Decides by the recorded values. None: nothing was recorded for longer than a stable window: the load is unknown."""
         if self._pods_report and self._stable.is_empty(now):
             return None
         stable, panic = self._stable.average(now), self._panic.average(now)

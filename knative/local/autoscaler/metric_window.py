@@ -26,8 +26,7 @@ class MetricWindow:
         self._last: int | None = None
 
     def record(self, now: float, value: float) -> None:
-        """Adds `value` to the bucket of the second `now`. A value that is older than the newest by a whole window or more is
-        dropped."""
+        """Adds `value` to the bucket of the second `now`. Values older than the newest by a whole window are dropped."""
         second = math.floor(now)
         if self._last is None:
             self._first = self._last = second
@@ -41,8 +40,7 @@ class MetricWindow:
         return self._last is None or math.floor(now) - self._last > self.size
 
     def _advance(self, second: int, last: int) -> bool:
-        """Extends the window to `second` and clears the buckets that were skipped. Returns False if `second` is too old for the
-        window."""
+        """Extends the window to `second` and clears skipped buckets. Returns False if `second` is too old for the window."""
         if second + self.size <= last:
             return False
         if self._first is None or second < self._first:

@@ -44,8 +44,7 @@ class RevisionAutoscaler:
     """
 
     def __init__(self, settings: RevisionSettings, *, ready: int, now: float) -> None:
-        """ready: number of pods that are ready already; 0 for a new revision, which starts with `settings.initial_scale`
-        replicas."""
+        """ready: number of ready pods; 0 for a new revision, which starts with `settings.initial_scale` replicas."""
         self.settings = settings
         self.status = RevisionStatus(Activity.ACTIVATING, now)
         self.desired_scale = UNKNOWN

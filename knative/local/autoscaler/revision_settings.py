@@ -1,5 +1,4 @@
-"""The autoscaler's settings for one revision: the annotations of its template, else config-autoscaler, as Knative resolves
-them."""
+"""The autoscaler's settings of one revision: annotations of its template, else config-autoscaler, as Knative resolves them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -49,8 +48,7 @@ class RevisionSettings:
 
 
 def revision_settings(template: Mapping[str, Any], config: AutoscalerConfig = _DEFAULTS) -> RevisionSettings:
-    """The settings of a revision with this template, a Service's `spec.template`. config: for what it leaves out. Raises
-    SettingsError."""
+    """The settings of a revision with this `spec.template`. config: for what it leaves out. Raises SettingsError."""
     given = template.get("metadata", {}).get("annotations") or {}
     autoscaler_class = _read(given, annotated.CLASS, str, config.pod_autoscaler_class)
     metric = _read(given, annotated.METRIC, str, "cpu" if autoscaler_class == annotated.HPA else "concurrency")

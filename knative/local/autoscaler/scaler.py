@@ -109,6 +109,5 @@ def next_status(
 
 
 def in_proxy_mode(want: int, excess_burst_capacity: int) -> bool:
-    """Whether the activator shall be in the path: at zero, and while the ready pods could not take a burst of the target
-    size."""
+    """Whether the activator shall be in the path: at zero, and if the ready pods cannot take a burst of the target size."""
     return not (want > 0 and excess_burst_capacity >= 0)

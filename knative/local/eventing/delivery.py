@@ -27,8 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 class Undeliverable(Exception):
-    """A delivery failed: its last attempt failed, or one got a final status. `attributes` are those that the dead letter
-    adds."""
+    """A delivery failed at its last attempt, or with a final status. `attributes`: those that the dead letter adds."""
 
     def __init__(self, destination: str, status: int, body: bytes) -> None:
         super().__init__(f"{destination} answered {status}: {body[:200].decode(errors='replace')}")
@@ -133,7 +132,6 @@ class Spool:
 
 
 def with_attributes(event: CloudEvent, changes: Mapping[str, str | None]) -> CloudEvent:
-    """A copy of the event with the attributes in `changes` set, or removed where the value is None. It shares the data's
-    memory."""
+    """A copy of the event, sharing its data's memory, with the attributes in `changes` set, or removed if None."""
     attributes = {**event.get_attributes(), **changes}
     return checked_event({name: value for name, value in attributes.items() if value is not None}, event.get_data())

@@ -77,8 +77,7 @@ class LocalEventing:
         return self._server.url + broker_path(namespace, name)
 
     def status(self) -> dict[str, Any]:
-        """The deliveries in progress, and the counts of every Broker, Trigger and step, for `/status`. Empty if no object was
-        applied."""
+        """Deliveries in progress, counts of every Broker, Trigger and step, for `/status`. Empty before the first `apply`."""
         if self._wiring is None:
             return {}
         brokers, steps = [], []

@@ -29,8 +29,7 @@ _TEXT_DIALECTS: Final[Mapping[str, Callable[[str, str], bool]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """The address of a delivery: an object by kind and name, or an absolute URL. With both, `uri` is a path at the object's
-    URL."""
+    """The address of a delivery: an object by kind and name, or a URL. With both, `uri` is a path at the object's URL."""
 
     kind: tuple[str, str] | None = None  # (apiVersion, kind)
     namespace: str = ""
@@ -43,8 +42,7 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """The rules of delivery for a Trigger or step (Knative's DeliverySpec). By default there is one attempt and no dead letter
-    sink."""
+    """The rules of delivery for a Trigger or step (Knative's DeliverySpec); by default one attempt, no dead letter sink."""
 
     retry: int = 0
     policy: str | None = None  # exponential, linear, or None: no pause
@@ -53,8 +51,7 @@ class Delivery:
     dead_letter_sink: Destination | None = None
 
     def pause_seconds(self, retry: int) -> float:
-        """Seconds to wait before retry number `retry`. Counted from 0, as in Knative's dispatcher: the first linear retry has
-        no pause."""
+        """Seconds to wait before retry number `retry`, from 0 as in Knative: the first linear retry has no pause."""
         if self.policy == "exponential":
             return self.backoff_seconds * math.exp2(retry)
         return self.backoff_seconds * retry if self.policy == "linear" else 0.0

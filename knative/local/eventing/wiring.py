@@ -183,8 +183,7 @@ class Wiring:
         return _InboxReference(self._context.base_url, path, self.inboxes)
 
     def _http_target(self, url: str, needs_event_replies: bool) -> HttpTarget:
-        """The target for a URL. There is one for each URL, so that its limit on concurrent deliveries holds for all senders
-        together."""
+        """The only target for a URL, so that its limit on concurrent deliveries holds for all senders together."""
         key = (url, needs_event_replies)
         if key not in self._http:
             self._http[key] = HttpTarget(self._context.session, url, needs_event_replies=needs_event_replies)

@@ -62,8 +62,7 @@ def write_secrets(secrets: NamedData, given: Mapping[str, Path], parent: Path) -
 
 
 def read_data_folder(folder: Path | None) -> NamedData:
-    """Reads Secrets or ConfigMaps laid out as Kubernetes mounts them: a folder for each, a file for each key. None: there are
-    none."""
+    """Reads Secrets or ConfigMaps laid out as Kubernetes mounts them: a folder for each, a file for each key. None: none."""
     if folder is None:
         return {}
     return {
@@ -123,8 +122,7 @@ def _timeouts(pod: Mapping[str, Any]) -> Timeouts:
 
 
 def _mounts(pod: Mapping[str, Any], container: Mapping[str, Any], local: LocalData) -> dict[str, str]:
-    """Mount path of each Secret → the Secret's folder on this machine. In values of the environment the folder replaces the
-    path."""
+    """Mount path of each Secret → its folder on this machine, which replaces the path in values of the environment."""
     secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod.get("volumes") or () if "secret" in volume}
     found = {}
     for mount in container.get("volumeMounts") or ():

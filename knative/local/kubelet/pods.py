@@ -95,8 +95,7 @@ class LocalPod:
         return self._own_tls_port or self.proxy.tls_port
 
     async def start(self, folder: Path) -> None:
-        """Starts the queue-proxy and then, in a task, the container in `folder`. Returns before the container runs; see
-        `phase`."""
+        """Starts the queue-proxy and then, in a task, the container in `folder`. Returns before it runs; see `phase`."""
         await self.proxy.start()
         self._on_change()
         self._task = asyncio.create_task(self._keep_running(folder), name=f"pod {self.name}")
@@ -118,8 +117,7 @@ class LocalPod:
         await self.stop(deadline - loop.time())
 
     async def stop(self, grace_seconds: float) -> None:
-        """Sends SIGTERM to the container, after `grace_seconds` SIGKILL to all its processes. A pod that was never ready has no
-        grace."""
+        """Sends SIGTERM, after `grace_seconds` SIGKILL to all processes. A pod that was never ready has no grace."""
         self._enter(Phase.LEAVING)
         if self._task is not None:
             if (pid := self.pid) is None:

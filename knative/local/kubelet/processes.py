@@ -31,8 +31,7 @@ Process = asyncio.subprocess.Process  # its pid is also its process group
 
 
 async def start_process(command: Sequence[str], environ: Mapping[str, str], folder: Path, log: Path) -> Process:
-    """Starts the command in `folder`, in a session of its own, and appends its output to `log`. Raises OSError if it cannot be
-    run."""
+    """Starts the command in `folder`, in a session of its own; its output is appended to `log`. Raises OSError."""
     with log.open("ab") as output:
         return await asyncio.create_subprocess_exec(
             *dying_with_parent(command, environ),

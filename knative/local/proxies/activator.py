@@ -27,8 +27,7 @@ class _PodTracker:
 
 
 class Activator:
-    """Forwards the requests of one revision to its pods and holds those for which no pod has a free slot. For one event
-    loop."""
+    """Forwards a revision's requests to its pods, and holds them while no pod has a free slot. For one event loop."""
 
     def __init__(self, container_concurrency: int, timeouts: Timeouts, queue_depth: int, wake: Callable[[], None]) -> None:
         """queue_depth: how many requests may be held; more get 503. wake: called when a request is held and no pod is ready.
@@ -50,8 +49,7 @@ class Activator:
         return len(self._waiting)
 
     def set_pods(self, proxies: list[QueueProxy]) -> None:
-        """Replaces the pods that get requests. proxies: those of the ready pods, oldest first. Held requests go to new pods at
-        once."""
+        """Replaces the pods that get requests, and hands out held ones. proxies: of the ready pods, oldest first."""
         known = {tracker.proxy: tracker for tracker in self._trackers}
         self._trackers = [known.get(proxy) or _PodTracker(proxy) for proxy in proxies]
         self._hand_out()
@@ -94,8 +92,7 @@ class Activator:
         self._hand_out()
 
     async def _wait(self) -> _PodTracker:
-        """Holds a request until `_hand_out` gives it a pod, at which it then counts as in flight. Raises HttpError 503 if the
-        queue is full."""
+        """Holds a request until `_hand_out` gives it a pod and counts it in flight. Raises HttpError 503 if too many wait."""
         if len(self._waiting) >= self._queue_depth:
             raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, f"{self._queue_depth} requests wait for a pod already")
         waiter: asyncio.Future[_PodTracker] = asyncio.get_running_loop().create_future()

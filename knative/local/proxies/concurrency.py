@@ -1,5 +1,4 @@
-"""Counts requests for the autoscaler, in queue-proxy and activator: how many were in flight on average, and how many
-arrived."""
+"""Counts requests for the autoscaler, in queue-proxy and activator: arrivals, and how many were in flight on average."""
 
 import asyncio
 from collections.abc import Iterator

@@ -15,8 +15,7 @@ from knative.local.http.server import Exchange
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """The time limits of a request, from a revision's template and under Knative's names. For the last two, 0 means no
-    limit."""
+    """The time limits of a request, from a revision's template and under Knative's names. 0: no limit, for the last two."""
 
     timeout_seconds: float
     response_start_timeout_seconds: float = 0.0

@@ -91,8 +91,7 @@ class Revision:
 
     @property
     def initialized(self) -> bool:
-        """Whether as many pods as the initial scale have been ready once (always if that is 0), so that traffic may move
-        here."""
+        """Whether as many pods as the initial scale have been ready once, so that traffic may move here."""
         return self.autoscaler.status.initialized or not max(self._settings.initial_scale, self._settings.min_scale)
 
     def start(self) -> None:

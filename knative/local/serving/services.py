@@ -92,8 +92,7 @@ class LocalService:
         await target.revision.serve(exchange)
 
     async def _move(self, traffic: list[TrafficTarget]) -> None:
-        """Waits until every revision in `traffic` is ready, then makes it the traffic split. If one fails, the old split
-        stays."""
+        """Waits until every revision in `traffic` is ready, then makes it the split. If one fails, the old split stays."""
         for target in traffic:
             revision = target.revision
             while not revision.initialized:
