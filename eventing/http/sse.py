@@ -24,10 +24,7 @@ class ServerSentEvent(Struct, frozen=True):
 
 
 def encode_sse(data: str | bytes, *, event: str = "") -> bytes:
-    """Encodes one event.
-
-    data: UTF-8 text of one or more lines. Raises ValueError if `event` contains a line break.
-    """
+    """Encodes one event. data: UTF-8 text of one or more lines. Raises ValueError if `event` contains a line break."""
     if re.search("[\r\n\0]", event):
         raise ValueError(f"event {event!r} must be one line")
     lines = [b"data: " + line for line in _LINE_END.split(data.encode() if isinstance(data, str) else data)]

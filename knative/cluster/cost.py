@@ -62,10 +62,7 @@ def usage_since_start(cluster: Cluster, namespace: str, name: str, now: datetime
 def usage_from_prometheus(
     cluster: Cluster, namespace: str, name: str, url: str, window_seconds: float, now: float
 ) -> list[RevisionUsage]:
-    """Usage in the last window_seconds before the Unix time `now`, counted by the Prometheus at `url`.
-
-    Raises NotCounted.
-    """
+    """Usage in the last window_seconds before the Unix time `now`, counted by the Prometheus at `url`. Raises NotCounted."""
     pattern = f"{name}(-[0-9a-f]{{8}}-(s[0-9]+|ev))?"
     query = f'{_GAUGE}{{k8s_namespace_name="{namespace}",kn_service_name=~"{pattern}"}}'
     step = max(_STEP_SECONDS, window_seconds / _MOST_POINTS)

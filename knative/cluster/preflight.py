@@ -196,10 +196,7 @@ def _missing_sinks(cluster: Cluster, objects: list[KubernetesObject]) -> Iterato
 
 
 def _destinations(value: Any, namespace: str) -> Iterator[Ref]:
-    """Yields every `ref: {apiVersion, kind, name}` at any depth of a spec.
-
-    namespace: that of references which name none.
-    """
+    """Yields every `ref: {apiVersion, kind, name}` at any depth of a spec. namespace: that of references which name none."""
     if isinstance(value, dict):
         reference = value.get("ref")
         if isinstance(reference, dict):

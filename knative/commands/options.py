@@ -48,10 +48,7 @@ def say(line: str) -> None:
 
 
 def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator that adds --kubeconfig and --context.
-
-    The command gets `connect`, and calls it when it needs the cluster.
-    """
+    """Decorator that adds --kubeconfig and --context. The command gets `connect`, and calls it when it needs the cluster."""
 
     @click.option("--kubeconfig", envvar="KUBECONFIG", show_envvar=True, help="File with clusters and credentials.")
     @click.option("--context", help="Context of the kubeconfig; its current one by default.")
@@ -96,10 +93,7 @@ def named_pipeline(pipeline: str, namespace: str | None) -> tuple[str, str | Non
 
 
 def store_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator that adds the options of the store.
-
-    The command gets `open_store`, and calls it when it needs the store.
-    """
+    """Decorator that adds the options of the store. The command gets `open_store`, and calls it when it needs the store."""
 
     @click.option("--store-endpoint", envvar="LAMINA_STORE_ENDPOINT", show_envvar=True, help="S3-compatible store.")
     @click.option("--store-bucket", envvar="LAMINA_STORE_BUCKET", show_envvar=True, default="lamina", show_default=True)

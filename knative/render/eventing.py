@@ -18,10 +18,7 @@ from knative.spec.pipeline_spec import EventingSpec
 
 
 def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
-    """Broker, Sequence and Triggers, in the order in which they are applied.
-
-    Empty if the spec has no `eventing` section.
-    """
+    """Broker, Sequence and Triggers, in the order in which they are applied. Empty if the spec has no `eventing` section."""
     eventing, name = pipeline.spec.eventing, pipeline.spec.name
     if eventing is None:
         return []

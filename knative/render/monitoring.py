@@ -138,10 +138,7 @@ ALERTS: Final = (
 
 
 def rule_groups(matchers: str = "") -> list[dict[str, Any]]:
-    """All alerts as Prometheus rule groups.
-
-    matchers: select pipelines, such as `pipeline="chat"`; empty: all pipelines.
-    """
+    """All alerts as Prometheus rule groups. matchers: select pipelines, such as `pipeline="chat"`; empty: all pipelines."""
     rules = [
         {
             "alert": alert.name,
@@ -156,10 +153,7 @@ def rule_groups(matchers: str = "") -> list[dict[str, Any]]:
 
 
 def monitoring_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
-    """A PodMonitor and, unless the spec turns alerts off, a PrometheusRule.
-
-    Empty if the spec has no `monitoring` section.
-    """
+    """A PodMonitor and, unless the spec turns alerts off, a PrometheusRule. Empty if the spec has no `monitoring` section."""
     spec, monitoring = pipeline.spec, pipeline.spec.monitoring
     if monitoring is None:
         return []

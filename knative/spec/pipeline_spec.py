@@ -116,10 +116,7 @@ class Autoscaling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     @property
     def target_concurrency(self) -> float:
-        """Average requests in flight per pod above which Knative adds another pod.
-
-        0 with class hpa, which scales by CPU.
-        """
+        """Average requests in flight per pod above which Knative adds another pod. 0 with class hpa, which scales by CPU."""
         if self.autoscaler_class == "hpa":
             return 0.0
         return round((self.target or self.default_target) * self.target_utilization_percentage / 100, 4)
