@@ -59,8 +59,7 @@ class ReplyTemplate:
     def headers(self, id: str, extensions: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         """All headers of one reply, with the present time.
 
-        extensions: attributes of this reply as (name, value). They are written as they are, so they must not need
-        percent-encoding.
+        extensions: attributes of this reply as (name, value). They must not need percent-encoding.
         """
         headers = [*self._constant, ("ce-id", id), ("ce-time", datetime.now(UTC).isoformat()[:-6] + "Z")]
         for name, value in extensions:
@@ -189,8 +188,7 @@ def decode_json(data: bytes | memoryview, type_: type[T]) -> T:
     """Decodes JSON into structs. Raises msgspec.DecodeError, UnicodeDecodeError and RecursionError.
 
     msgspec 0.22 prepares a struct's fields when it is first decoded, and may run Python code meanwhile. Another thread that
-    decodes the same struct then reads a half-filled table, and the process ends with SIGSEGV. So decoders are made here, one
-    at a time.
+    decodes the same struct then reads a half-filled table: the process ends with SIGSEGV. So decoders are made one at a time.
     """
     decoder = _decoders.get(type_)
     if decoder is None:

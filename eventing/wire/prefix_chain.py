@@ -4,8 +4,7 @@ Sequences with the same first n digests have the same first n blocks. Digests ar
 may share, so one client cannot find another's KV. The gateway computes chains; stages only compare them.
 
 The bits of keys and values depend also on what computed them: CPU level and dtypes of the stage and of all stages before it.
-Their digest is the lineage, which travels with the events. A stage finds KV by the chain under its lineage. All functions are
-pure.
+Their digest is the lineage, which travels with the events. A stage finds KV by chain and lineage. All functions are pure.
 """
 
 from array import array

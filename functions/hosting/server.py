@@ -83,8 +83,7 @@ class Server:
         """Serves until SIGTERM, SIGINT or `stop`; then calls `on_stop` and finishes requests in hand. Main thread only.
 
         `on_stop` runs in a thread of its own. close: called when all requests are finished, or ServerLimits.graceful_seconds
-        have passed. It makes those still in hand fail, and their replies are sent before this returns. Returns the exit status:
-        0, or that of `stop`.
+        have passed. It makes those in hand fail; their replies are awaited. Returns the exit status: 0, or that of `stop`.
         """
         answering = _Answering(service, self._limits)
         waiting = _connections_allowed(self._limits.waiting_connections, threads_for(service.threads) + _MAX_QUEUED)

@@ -58,8 +58,7 @@ class StartUp:
 def without_collection() -> Iterator[None]:
     """Turns the garbage collector off while modules are imported, and excludes their objects from all later collections.
 
-    Torch makes some 170,000 objects. Collections while their number grows take 0.15 s of a stage's start, and each later one
-    0.05 s.
+    Torch makes some 170,000 objects. Collections while their number grows take 0.15 s of a stage's start, later ones 0.05 s.
     """
     gc.disable()
     try:

@@ -46,8 +46,7 @@ def cluster_status(cluster: Cluster, namespace: str, name: str) -> dict[str, Any
     """Status of one pipeline as a JSON document.
 
     `services`: the gateway first, each with its revisions. `eventing`: readiness of Broker, Sequence and Triggers. `notes`:
-    lines about versions and a running deployment. `troubles`: lines about what is not Ready, or does not reach the gateway, and
-    why.
+    lines about versions and a running deployment. `troubles`: what is not Ready, or does not reach the gateway, and why.
     """
     services = services_of(cluster, namespace, name)
     pods = cluster.find("v1", "Pod", namespace, own_selector(name))

@@ -83,8 +83,7 @@ def pipeline_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def named_pipeline(pipeline: str, namespace: str | None) -> tuple[str, str | None]:
     """Name and namespace of a pipeline. Raises SpecError.
 
-    pipeline: its name, or the file of its spec. namespace: from the option; None: that of the spec, or None if there is no
-    spec.
+    pipeline: its name, or the file of its spec. namespace: from the option; None: that of the spec, or None without one.
     """
     if not pipeline.endswith((".yaml", ".yml")):
         return pipeline, namespace

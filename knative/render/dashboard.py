@@ -1,7 +1,6 @@
 """The Grafana dashboard of pipelines, as JSON: answers, stages, prefix cache, trouble, and Knative's own metrics.
 
-Labels are those that knative/render/monitoring.py adds. A cluster exports Knative's metrics only if its config-observability
-turns them on.
+Labels are those that knative/render/monitoring.py adds. Knative exports its metrics only if config-observability says so.
 """
 
 from collections.abc import Iterator, Sequence

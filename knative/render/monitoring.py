@@ -1,7 +1,6 @@
 """Alert rules, and the Prometheus operator's objects of a pipeline with a `monitoring` section.
 
-Alerts use only metrics that functions export, so they work on a cluster whose Knative exports none. docs/operating.md has a
-section on each.
+Alerts use only metrics that functions export, so they work if Knative exports none. docs/operating.md has a section on each.
 """
 
 from dataclasses import dataclass

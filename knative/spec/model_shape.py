@@ -104,8 +104,7 @@ class ModelShape:
 def shape_from_config(config: Mapping[str, Any], name: str, dtype: str) -> ModelShape:
     """Sizes that a Hugging Face config alone implies: for layers in C those of a publication's objects, otherwise an estimate.
 
-    name: the model's, for messages. Raises UnknownShape, or ArchitectureUnsupported for a dtype that no stage runs the model
-    in.
+    name: the model's, for messages. Raises UnknownShape, or ArchitectureUnsupported for a dtype in which no stage runs it.
     """
     decoder = _Decoder(config, name)
     shape = _estimated(decoder, dtype)

@@ -41,8 +41,7 @@ def parts_between(first: int, end: int, most: int) -> Iterator[KVPart]:
     """Yields the parts that hold the blocks [first, end), as large as possible and in order; the first may begin before
     `first`.
 
-    most: highest number of blocks in a part, a power of two. Parts begin at a multiple of it, so that all readers ask for the
-    same parts.
+    most: highest number of blocks in a part, a power of two. All parts begin at multiples of it, so that readers agree.
     """
     at = first // most * most
     while at < end:

@@ -147,8 +147,7 @@ class _ObjectLoad:
 class _Load:
     """One load of a stage: threads read its parts in the order of a forward pass.
 
-    A thread first opens an object: its bytes come from the cache, or memory is allocated and its parts are queued for all
-    threads.
+    A thread first opens an object: its bytes come from the cache, or its memory is allocated and its parts are queued.
     """
 
     def __init__(
@@ -199,8 +198,7 @@ class _Load:
                     incomplete.complete.set_exception(error)
 
     def _next(self) -> tuple[_ObjectLoad, int | None] | None:
-        """Returns a thread's next task: (object, number of the part to read) or (object to open, None); None if nothing is
-        left.
+        """Returns a thread's next task: (object, number of the part to read) or (object to open, None); None: all done.
 
         Waits while another thread opens an object, because that may add parts.
         """

@@ -185,8 +185,7 @@ def plan_publication(
 ) -> PublicationPlan:
     """Says what `publish` would write of the checkpoint at `path`; reads no tensor, unless it must compare tied matrices.
 
-    note_losses: the plan has an `error` also for checkpoints that are not quantized. Raises what `publish` raises for the
-    checkpoint.
+    note_losses: the plan has an `error` also for checkpoints that are not quantized. Raises as `publish` does.
     """
     from storage.models.conversion import RoundingError  # numpy, which only a real publication needs
 

@@ -45,8 +45,7 @@ def log_entry() -> LogEntry:
 class AccessLog:
     """A WSGI middleware that writes one line for each request, when its reply is closed.
 
-    write: receives the line, JSON without a newline, in the thread that answered. with_prompts: lines also have the prompt
-    and the answer's text.
+    write: receives the line, JSON without a newline, in the thread that answered. with_prompts: with prompt and answer's text.
     """
 
     def __init__(self, application: "WSGIApplication", write: Callable[[str], object], *, with_prompts: bool = False) -> None:

@@ -128,8 +128,7 @@ class SlidingWindows:
     """Counters of the last minute's requests and tokens of each client, in this process or in a store that gateways share.
 
     In all methods `limit` is the highest count that is allowed in a minute, and `names` identify the counter: scope, unit and
-    client. While the store does not answer, this process counts alone: a client then gets its whole limit at each gateway.
-    Thread-safe.
+    client. While the store does not answer, this process counts alone: a client gets its limit at each gateway. Thread-safe.
     """
 
     def __init__(self, store: str | None = None) -> None:

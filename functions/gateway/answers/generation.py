@@ -47,8 +47,7 @@ class Looks:
     def look(self, found: bool) -> Iterator[ProgressEvent | None]:
         """Call it after each wait for tokens. If a look is due and no token came since the last one, yields one item.
 
-        The item is what is awaited if that has changed, else None. found: the wait brought tokens. Raises ClientLeft if the
-        client has disconnected.
+        The item is what is awaited if that has changed, else None. found: the wait brought tokens. Raises ClientLeft.
         """
         self._found = self._found or found
         if time.monotonic() < self._next_at:

@@ -158,8 +158,7 @@ def choose_trial(state: SchedulerState) -> None:
 def may_send(state: SchedulerState, sequence: Sequence) -> bool:
     """Whether a step may carry this sequence now.
 
-    During a trial that is only the suspect on trial, once nothing else is in flight. Otherwise it is every sequence that needs
-    no trial.
+    During a trial that is only the suspect on trial, once nothing else is in flight; otherwise all that need no trial.
     """
     if state.trial is None:
         return sequence.retry_budget.failures_here < TRIAL_AFTER_FAILURES

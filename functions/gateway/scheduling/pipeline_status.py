@@ -1,7 +1,6 @@
 """The pipeline at one moment as this gateway sees it: plain data for the page and for `GET /v1/pipeline/events`.
 
-A gateway knows the instances by its watch, its own events in flight and its own queue. Each of several gateways sees only its
-own part of the work.
+A gateway knows the instances by its watch, its own events in flight and its own queue. Each gateway sees its own work only.
 """
 
 import time

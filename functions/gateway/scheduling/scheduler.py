@@ -79,8 +79,7 @@ class Scheduler:
     def entering(self, client_id: str) -> Iterator[None]:
         """Counts a request as waiting while an API reads it, before `submit`.
 
-        Raises NotReady when closing, and QueueFull as `submit` does. At the end it raises QueueFull if the request has lost its
-        place meanwhile.
+        Raises NotReady when closing, and QueueFull as `submit` does. At the end it raises QueueFull if the place was lost.
         """
         entering = Entering()
         with self._changed:

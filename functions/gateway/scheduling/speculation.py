@@ -30,8 +30,7 @@ _MIN_GAIN: Final = 1 / 256  # expected tokens below which a draft token is not c
 class PromptLookup:
     """Prompt lookup for one sequence: drafts the tokens that followed its last tokens earlier in the text. Not thread-safe.
 
-    It takes the latest place with the longest match. It holds prompt, answer and the text that the client expects, four bytes a
-    token.
+    It takes the latest place with the longest match. It holds prompt, answer and the expected text, four bytes a token.
     """
 
     def __init__(self, token_ids: Items[int], predicted: Items[int] = ()) -> None:

@@ -228,8 +228,7 @@ class SchedulerState:
     def release(self, sequence: Sequence, *, had_memory: bool = True) -> None:
         """Queues the release of a sequence's memory at every stage of its route.
 
-        Stages that did not reply are included: a lost event may have reached them. had_memory: whether all stages had granted
-        the memory.
+        Stages that did not reply are included: a lost event may have reached them. had_memory: whether all stages granted it.
         """
         if sequence.route is None:
             return

@@ -95,8 +95,7 @@ class StageStats:
         """Adds a step that took `seconds` from request to reply.
 
         decode_tokens: draft tokens included; 0 for prompt chunks, whose times are only summed. exchange_seconds: from the
-        request's first byte to the reply's last. engine_seconds: queueing and compute as the stage reports them; None: not
-        reported.
+        request's first byte to the reply's last. engine_seconds: queueing and compute by the stage's report; None: none.
         """
         self.steps += 1
         self.seconds += seconds
@@ -123,8 +122,7 @@ def _moved_estimate(estimate: float, seconds: float) -> float:
 class Stats:
     """Counters of the scheduler since its start.
 
-    The fields `waiting` to `trips` are current numbers instead. `Scheduler.stats` sets them, and `wake_ups`, in the copy that
-    it returns.
+    The fields `waiting` to `trips` are current numbers instead. `Scheduler.stats` sets them and `wake_ups` in its copy.
     """
 
     stages: list[StageStats]

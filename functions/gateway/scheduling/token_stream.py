@@ -1,7 +1,6 @@
 """The tokens of one answer on their way from the scheduler to an API, how the answer ended, and how long it took.
 
-The stream has a lock of its own, so the scheduler and the API do not wait for each other's. Either may end it; the first end
-counts.
+The stream has a lock of its own, so the scheduler and the API do not wait for each other's. Either ends it, once.
 """
 
 import threading
@@ -106,8 +105,7 @@ class TokenStream:
     def waits(self, begin: int) -> list[float]:
         """Seconds before each token from index `begin` on: from the request to the first, then from token to token.
 
-        Tokens count when they are drawn, not when the API takes them. An end-of-text token that is not kept counts only if it
-        is the first.
+        Tokens count when they are drawn, not when the API takes them. An end-of-text token not kept counts only if first.
         """
         with self._changed:
             put_at = self._put_at or ([] if self._first_token_at is None else [self._first_token_at])

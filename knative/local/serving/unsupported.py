@@ -1,7 +1,6 @@
 """Finds fields of a Service that have no effect on one machine: refused if answers would differ, else logged as warnings.
 
-knative/local/README.md lists the differences to a cluster. Fields without a mention here are emulated or have no meaning on
-one machine.
+knative/local/README.md lists the differences to a cluster. Other fields are emulated or have no meaning on one machine.
 """
 
 from collections.abc import Iterator, Mapping
