@@ -104,8 +104,7 @@ class _Search:
     def _union_fault(self, value: Any, expected: inspect.UnionType, path: str) -> Fault | None:
         """The fault of a value that may have several types.
 
-        It is that of the one alternative that fits the value's JSON type or tag; if that is none or several, the value as a
-        whole is the fault.
+        It is that of the alternative with the value's JSON type or tag; if none or several have it, the value is the fault.
         """
         meant = [each for each in expected.types if _is_kind(value, each)]
         tagged = {each.tag: each for each in meant if isinstance(each, inspect.StructType) and each.tag_field}

@@ -87,8 +87,7 @@ def one_screen(rows: Sequence[tuple[float, tuple[str, ...]]]) -> tuple[list[tupl
 def fleet_rows(status: dict[str, Any]) -> tuple[list[tuple[str, ...]], list[str]]:
     """Rows with FLEET_COLUMNS for members that have pods, a canary, or are not Ready. The others are at zero and well.
 
-    If they are more than a screen has, first those that are not Ready, then those with most pods; the lines say how many are
-    left out.
+    If a screen cannot have all, first those that are not Ready, then those with most pods; the lines say how many are left.
     """
     rows = [
         (

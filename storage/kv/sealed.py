@@ -1,8 +1,7 @@
 """Encryption of stored keys and values: AES-256-GCM, with names that reveal nothing without the key.
 
 The configured key yields two keys, one for names and one for contents. A nonce is 96 random bits, which NIST SP 800-38D
-(section 8.3) allows for 2³² objects under one key. The object's name is authenticated with its contents, so that one object
-cannot replace another.
+(section 8.3) allows for 2³² objects under one key. Name and contents are authenticated together: none replaces another.
 """
 
 import os

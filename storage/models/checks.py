@@ -1,8 +1,7 @@
 """Checks a model before anything of it is written: tensor shapes against config.json, and whether a stage can run the dtype.
 
 `decoder` knows the tensors of the models that Lamina's own layers run. For others transformers builds the model without
-memory (on torch's meta device), which names every tensor with its shape. Stages check again what they load. Importing this file
-loads no library.
+memory (on torch's meta device), which names every tensor with its shape. Stages check again what they load.
 """
 
 import re

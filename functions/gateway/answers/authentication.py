@@ -1,8 +1,7 @@
 """Identifies clients: by API key if the gateway has keys, else by the address that the platform's first proxy saw.
 
 Keys come from the environment and from files. A changed file is read again within a second: a key that was removed is refused
-from then on, and answers that have begun are finished. Kubernetes updates a mounted Secret some time after it was changed
-(docs/operating.md).
+from then on, and answers that have begun are finished. Kubernetes updates mounted Secrets late (docs/operating.md).
 """
 
 import hmac

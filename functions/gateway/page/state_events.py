@@ -1,8 +1,7 @@
 """A state as server-sent events: `GET /v1/pipeline/events`, and `GET /v1/fleet/events` of a fleet's gateway.
 
 The first event is a `snapshot`. A `change` follows whenever the state has changed, at most a few times a second. A stream ends
-after some minutes, before a proxy breaks it, when the gateway drains, and when another client wants its place; clients then
-connect again.
+after some minutes, before a proxy breaks it, when the gateway drains, or another client wants its place; clients reconnect.
 """
 
 import threading

@@ -3,8 +3,7 @@
 A draft is what followed the last tokens where they stood before in prompt or answer (prompt lookup), or in the text that the
 client expects. An accepted draft token saves the sequence a step; a rejected one has cost compute. A step carries as many as
 raise the tokens per second. The chance of acceptance comes from the sequence's own drafts, and from all others while it has
-few. The cost comes from measured steps (`stats.RowCosts`). Answers do not depend on drafts: the last stage draws each token as
-it would without them.
+few. Costs are measured (`stats.RowCosts`). Answers do not depend on drafts: the last stage draws the same tokens without them.
 """
 
 from array import array

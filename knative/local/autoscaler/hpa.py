@@ -120,8 +120,7 @@ class HorizontalPodAutoscaler:
     def _stabilized(self, now: float, current: int, recommendation: int) -> int:
         """Damps a recommendation, so that a short change of load does not change the number of pods.
 
-        Scaling in goes down to the highest recommendation in the scale-in window, scaling out up to the lowest in the scale-out
-        window.
+        Scaling in stops at the highest recommendation in its window, scaling out at the lowest in its own.
         """
         self._recommendations.append((now, recommendation))
         longest = max(self.spec.up_stabilization_seconds, self.spec.down_stabilization_seconds)

@@ -60,8 +60,7 @@ class MetricWindow:
 class LinearWindow(MetricWindow):
     """Every second of the window weighs the same.
 
-    The average is over the seconds from the first to the last that was recorded within the window. Seconds missing in between
-    count as zero.
+    The average is over the seconds from the first to the last record within the window. Missing ones count as zero.
     """
 
     def average(self, now: float) -> float:

@@ -67,8 +67,7 @@ class _Trace(msgspec.Struct, frozen=True):
 def replay(path: Path | str) -> Replay:
     """Runs the traces in a file through `Autoscaler` and compares each decision with the one that Knative made.
 
-    Scale, excess burst capacity and panic must be equal, averages within 1e-9. path: JSON lines, plain or gzip. Raises
-    TraceError or OSError.
+    Scale, burst capacity and panic must be equal, averages within 1e-9. path: JSON lines, or gzip. Raises TraceError, OSError.
     """
     decisions = 0
     differences: list[Difference] = []

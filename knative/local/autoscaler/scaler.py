@@ -61,8 +61,7 @@ def scale_target(
     """How many replicas a revision shall have.
 
     desired: the autoscaler's last answer, or UNKNOWN. now: seconds. reachable: whether a route leads to the revision.
-    backed_by_activator: whether the activator answers at the revision's address, which Knative probes before it removes the
-    last pod.
+    backed_by_activator: whether the activator answers at the revision's address; probed before the last pod is removed.
     """
     if desired < 0 and status.activity is not Activity.ACTIVATING:
         return ScaleTarget(desired, apply=False)
