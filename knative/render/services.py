@@ -287,8 +287,8 @@ def _stage_env(pipeline: ResolvedPipeline, index: int) -> list[KubernetesObject]
             LAMINA_MAX_MEMORY_WAITERS=max(0, concurrency - 2) if 0 < concurrency < 4 else None,
             LAMINA_IDLE_SEQUENCE_SECONDS=stage.idle_sequence_seconds,
             LAMINA_WEIGHTS_CACHE=stage.weights_cache,
-            # Less than the volume's limit: the kubelet also counts blocks and folders, and evicts the pod beyond the limit.
             LAMINA_WEIGHTS_BUDGET_BYTES=None if stage.weights_budget is None else int(quantity(stage.weights_budget)),
+            # Less than the volume's limit: the kubelet also counts blocks and folders, and evicts the pod beyond the limit.
             LAMINA_WEIGHTS_CACHE_BYTES=int(quantity(stage.weights_cache_size) * _CACHE_SHARE) if cached else None,
         ),
         *_kv_store_env(pipeline, index),
