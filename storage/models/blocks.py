@@ -64,7 +64,7 @@ class BlockFormat:
 
     @property
     def planes(self) -> list[tuple[int, int]]:
-        """The planes of codes: (lowest bit, number of bits)."""
+        """The planes into which the bits of a code are split: (lowest bit, number of bits) of each."""
         return [(0, self.low), (self.low, self.high)] if self.high else [(0, self.low)]
 
     @property
@@ -77,13 +77,13 @@ class BlockFormat:
 
     @property
     def super_bytes(self) -> int:
-        """Bytes of a super of one group."""
+        """Bytes of a super of all 16 rows of a group."""
         return sum(GROUP * size * count for size, count in self.lanes)
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """What `X.weight_format` says of a matrix."""
+    """The content of a matrix's `X.weight_format`: the name of its format, and its shape before packing."""
 
     format: str
     shape: tuple[int, int]  # [outs, width]
