@@ -111,6 +111,7 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
         "qwen2_moe", num_experts=4, shared_expert_intermediate_size=48, decoder_sparse_step=1, mlp_only_layers=[1], **_MOE
     ),
     "olmoe": _like_llama("olmoe", num_key_value_heads=4, num_experts=8, num_experts_per_tok=3),
+    "flex_olmo": _like_llama("flex_olmo", num_experts=4, num_experts_per_tok=2),
     "granitemoe": _like_llama("granitemoe", **_GRANITE),
     "phimoe": _like_llama("phimoe", num_local_experts=8, lm_head_bias=True, attention_bias=True, router_jitter_noise=0.2),
     "phimoe_longrope": _like_llama(
@@ -233,6 +234,7 @@ _OTHERS: Final[dict[str, dict[str, Any]]] = {
         rope_parameters=dict(_ROPE),
     ),
     "ernie4_5": _like_llama("ernie4_5", head_dim=8, tie_word_embeddings=True),
+    "exaone": _like_llama("exaone", attention_bias=True, mlp_bias=True),
     "exaone4": _like_llama("exaone4", sliding_window=SLIDING_WINDOW, layer_types=_SLIDING_AND_FULL),
     "hunyuan_v1_dense": _like_llama("hunyuan_v1_dense", head_dim=8),
     "hunyuan_v1_dense_alpha": _like_llama(

@@ -3,6 +3,7 @@
 A case draws a tiny model and changes one to three keys that its config class reads, or leaves them out, in old and new
 spellings. Publication may refuse it with a reason, also that of its self-test, but a stage may not refuse what was published.
 What transformers cannot load does not count. `make fuzz CASES=500` runs more of them.
+With LAMINA_FUZZ_MODEL all cases change the tiny model of this name.
 """
 
 import json
@@ -37,7 +38,8 @@ CASES: Final = int(os.environ.get("LAMINA_FUZZ_CASES") or 96)
 PARTS: Final = 8  # tests, which workers share
 _TINY: Final = (*tiny_models.ALL, *tiny_models.NATIVE_ONLY)
 _OTHERS: Final = [name for name in GENERIC if name not in _TINY]
-NAMES: Final = [*(name for pair in zip_longest(tiny_models.ALL, _OTHERS) for name in pair if name), *tiny_models.NATIVE_ONLY]
+_ALL: Final = [*(name for pair in zip_longest(tiny_models.ALL, _OTHERS) for name in pair if name), *tiny_models.NATIVE_ONLY]
+NAMES: Final = [name for name in _ALL if name == os.environ.get("LAMINA_FUZZ_MODEL", name)]
 TOKENS: Final = 44  # more than any window or original context drawn below
 SMALL_CONTEXT: Final = 24
 
