@@ -371,9 +371,11 @@ def _parts_of_nemotron_h(values: Values) -> list[tuple[Part, ...]]:
 
 def _with_layers_of_nemotron_h(config: Mapping[str, Any]) -> Mapping[str, Any]:
     names = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
-    types = config.get("layers_block_type") or [
-        names.get(each, each) for each in config.get("hybrid_override_pattern") or "ME*-"
-    ]
+    types = (
+        config.get("layers_block_type")
+        or config.get("layer_types")
+        or [names.get(each, each) for each in config.get("hybrid_override_pattern") or "ME*-"]
+    )
     return {**config, "layers_block_type": types, "num_hidden_layers": len(types)}
 
 
@@ -1397,6 +1399,12 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
             "scale_attn_weights": True,
             "tie_word_embeddings": True,
         },
+        aliases={
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+        },
         keys={
             "hidden_size": "n_embd",
             "num_hidden_layers": "n_layer",
@@ -1893,6 +1901,7 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
             **_GRANITE,
             **_MAMBA_2,
         },
+        aliases={"layers_block_type": "layer_types"},
         keys={"mamba_hidden_act": "hidden_act"},
         names=msgspec.structs.replace(
             _SHARED_IN_GRANITE,
@@ -1936,7 +1945,7 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
             "n_routed_experts": 8,
             "num_experts_per_tok": 2,
         },
-        aliases={"num_local_experts": "n_routed_experts"},
+        aliases={"num_local_experts": "n_routed_experts", "layer_types": "layers_block_type"},
         keys={
             "rms_norm_eps": "layer_norm_epsilon",
             "hidden_act": "mlp_hidden_act",

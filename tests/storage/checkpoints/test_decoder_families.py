@@ -38,17 +38,17 @@ NEEDED: Final[dict[str, dict[str, Any]]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe"]},
 }
+
+
+def bare_config(family: str) -> dict[str, Any]:
+    """Without its keys transformers does not build the family's model."""
+    names = DECODER_FAMILIES[family].keys
+    return {"model_type": family, **{names.get(key, key): value for key, value in BARE.items()}, **NEEDED.get(family, {})}
+
+
 CONFIGS: Final = (
     *(tiny_models.tiny_config(name) for name in tiny_models.NATIVE),
-    # Without these transformers does not build the models.
-    *(
-        {
-            "model_type": family,
-            **{DECODER_FAMILIES[family].keys.get(key, key): value for key, value in BARE.items()},
-            **NEEDED.get(family, {}),
-        }
-        for family in DECODER_FAMILIES
-    ),
+    *map(bare_config, DECODER_FAMILIES),
     *({"model_type": family, **BARE, "num_key_value_heads": None} for family in ("llama", "qwen2", "smollm3")),
     {"model_type": "llama", **BARE, "head_dim": None},
     {"model_type": "llama", **BARE, "num_nextn_predict_layers": 1, "architectures": ["LlamaForCausalLM"]},
@@ -80,6 +80,17 @@ def test_tensors_are_those_of_the_model(config: dict[str, Any]) -> None:
         name: SourceTensor("F32", tuple(tensor.shape), lambda first, last: memoryview(b"")) for name, tensor in saved.items()
     }
     assert ours == {name: tensor.shape for name, tensor in split_experts(config["model_type"], sources).items()}
+
+
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_a_key_is_read_by_its_other_names(family: str) -> None:
+    """Checkpoints of EXAONE say num_layers, for example. transformers writes the first name into every config that it saves."""
+    known = AutoConfig.for_model(**bare_config(family))
+    values = known.to_dict()
+    config = bare_config(family) | {key: values[key] for key in known.attribute_map.values() if key in values}
+    for other, key in known.attribute_map.items():
+        renamed = {other if name == key else name: value for name, value in config.items()}
+        assert decoder_of(renamed) == decoder_of(config), f"{key} as {other}"
 
 
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
