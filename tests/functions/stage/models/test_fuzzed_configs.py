@@ -9,7 +9,7 @@ With LAMINA_FUZZ_MODEL all cases change the tiny model of this name.
 import json
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +23,7 @@ from functions.stage.models.build import build_layer_group, check_cut
 from functions.stage.models.layer_group import LayerGroup, Segment
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
-from storage.checkpoints.families import layers_key
+from storage.checkpoints.families import layers_key, with_shared_blocks
 from storage.checkpoints.model_description import describe_model
 from storage.checkpoints.model_source import open_checkpoint
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
@@ -169,7 +169,7 @@ def published_groups(folder: Path, cut: tuple[int, ...]) -> list[LayerGroup]:
     """The stages of the folder's model, after the checks of publication, which may raise CheckpointInvalid."""
     checkpoint = open_checkpoint(folder)
     check_runnable(checkpoint.config, "float32")
-    sources = split_experts(checkpoint.config["model_type"], checkpoint.tensors)
+    sources = with_shared_blocks(split_experts(checkpoint.config["model_type"], checkpoint.tensors))
     placed = place_tensors(sources, describe_model(checkpoint.config))
     shapes = {name: each.shape for members in placed.values() for name, each in members.items()}
     check_shapes(checkpoint.config, shapes, "float32")
@@ -239,10 +239,22 @@ def answer(whole: PreTrainedModel, folder: Path, dice: random.Random) -> str:
     expected = oracle(whole, token_ids).numpy()
     found = logits_of_stages(published_groups(folder, cut), token_ids, split)
     difference = np.abs(found - expected).max() / np.abs(expected).max()
-    # Experts' products round otherwise with other rows beside them: 2.1e-4 of the greatest logit was seen, with equal tokens.
-    most = 3e-4 if getattr(whole.config, "num_local_experts", 0) else 1e-4
-    assert difference < most, f"logits differ by {difference:.2g} of the greatest; cut {cut}, chunks of {split} and the rest"
+    if difference >= 1e-4:  # some configs amplify rounding, and a router's choice can change
+        most = 4 * amplified_rounding(whole, lambda: oracle(whole, token_ids))
+        assert difference < most, f"logits differ by {difference:.2g} of the greatest; cut {cut}, {split} tokens first"
     return "equal"
+
+
+@torch.no_grad()
+def amplified_rounding(whole: PreTrainedModel, logits: Callable[[], torch.Tensor]) -> float:
+    """How much logits change, of the greatest, if the last bits of the embeddings do."""
+    embedding, generator = whole.get_input_embeddings().weight, torch.Generator().manual_seed(0)
+    kept, before, change = embedding.clone(), logits(), 0.0
+    for _ in range(4):
+        embedding.copy_(kept * (1 + torch.randint(-1, 2, kept.shape, generator=generator) * 2.0**-23))
+        change = max(change, float((logits() - before).abs().max() / before.abs().max()))
+    embedding.copy_(kept)
+    return change
 
 
 def can_begin_with(layer: int, folder: Path) -> bool:
