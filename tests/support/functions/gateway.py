@@ -16,14 +16,14 @@ from functions.gateway.stages.routes import Placement
 from tests.support.functions.counting_group import VOCAB
 from tests.support.functions.stage_server import FINGERPRINT, TOKEN, StageServer
 
-WAIT_SECONDS: Final = 60.0  # deadline of everything that a test waits for
+WAIT_SECONDS: Final = 120.0  # deadline of everything that a test waits for
 
 
 @contextmanager
 def scheduling(
     stages: Sequence[StageServer],
     *,
-    step_timeout_seconds: float = 20.0,
+    step_timeout_seconds: float = WAIT_SECONDS,
     placement: Placement | None = None,
     sharing: str = "pipeline",
     **limits: Any,

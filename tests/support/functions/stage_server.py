@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -103,6 +103,16 @@ def on_forward_from(position: int, then: Callable[[], object]) -> Inspect:
     return inspecting(lambda seen: seen.type == EventType.FORWARD and seen.rows[0].position == position, then, times=1)
 
 
+def hold(stage: "StageServer", positions: Container[int]) -> threading.Event:
+    """Makes forward events with a row at one of `positions` wait at the stage until the returned event is set.
+
+    What a test does in the middle of an answer then comes before its end, however late the test's thread is.
+    """
+    go_on = threading.Event()
+    stage.inspect = inspecting(lambda seen: any(row.position in positions for row in seen.rows), go_on.wait)
+    return go_on
+
+
 class _Handler(WSGIRequestHandler):
     protocol_version = "HTTP/1.1"
     server: "_Server"
@@ -110,6 +120,8 @@ class _Handler(WSGIRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.server.sockets.add(self.connection)
+        if self.server.killed:  # before this thread began: the connection must not reach the next boot
+            _reset(self.connection)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def finish(self) -> None:
@@ -127,6 +139,7 @@ class _Server(ThreadedWSGIServer):
     daemon_threads = True
     block_on_close = False
     sockets: set[socket.socket]
+    killed = False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that the test has broken."""
@@ -158,10 +171,12 @@ class StageServer:
         }
         self._boots = 0
         self._server: _Server | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of `start` and `kill`
         self._port = free_port()  # of a kind that no outgoing connection takes while the stage is down
         self.seconds = 0.0
         """What each pass takes at least."""
+        self.clock: Callable[[], float] = time.time
+        """Of the engine; says which sequences are idle."""
         self.inspect: Inspect = lambda _: None
         self.seen: list[Seen] = []
         self.passes: list[set[tuple[int, int]]] = []
@@ -176,6 +191,10 @@ class StageServer:
         return self._cut[self.index][0]
 
     @property
+    def is_down(self) -> bool:
+        return self._server is None
+
+    @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._port}"
 
@@ -183,32 +202,50 @@ class StageServer:
     def forwards(self) -> list[Seen]:
         return [seen for seen in self.seen if seen.type == EventType.FORWARD]
 
+    @property
+    def prompts_begun(self) -> list[int]:
+        """The first token of each prompt, in the order in which they arrived."""
+        begun = []
+        for seen in self.forwards:
+            starts = itertools.accumulate((row.length for row in seen.rows), initial=0)
+            begun += [seen.token_ids[start] for start, row in zip(starts, seen.rows, strict=False) if row.position == 0]
+        return begun
+
     def start(self) -> None:
-        """A new boot, with nothing held."""
-        self._boots += 1
-        self.group = self._build()
-        self.engine = _NotingEngine(
-            self, _Slow(self.group, self), num_stages=len(self._cut), tiers=self._tiers(self.group), **self._settings
-        )
-        self.engine.start()
-        server = _Server("127.0.0.1", self._port, self._app(), _Handler)
-        server.sockets = set()
-        self._port = server.port
-        self._server = server
-        self._thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        self._thread.start()
+        """A new boot, with nothing held. Does nothing while it runs."""
+        with self._lock:
+            if self._server is not None:
+                return
+            self._boots += 1
+            self.group = self._build()
+            self.engine = _NotingEngine(
+                self,
+                _Slow(self.group, self),
+                num_stages=len(self._cut),
+                tiers=self._tiers(self.group),
+                clock=self._now,
+                **self._settings,
+            )
+            self.engine.start()
+            self._server = server = _Server("127.0.0.1", self._port, self._app(), _Handler)
+            server.sockets = set()
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def _now(self) -> float:
+        return self.clock()
 
     def kill(self) -> None:
         """Acts like SIGKILL: every connection is reset, the port is closed, the KV is lost."""
         with self._lock:
             server, self._server = self._server, None
-        if server is None:
-            return
-        server.shutdown()
-        server.server_close()
-        for connection in list(server.sockets):
-            _reset(connection)
-        self.engine.stop(drain=False)
+            if server is None:
+                return
+            server.shutdown()
+            server.killed = True
+            server.server_close()
+            for connection in list(server.sockets):
+                _reset(connection)
+            self.engine.stop(drain=False)
 
     def _app(self) -> Callable[["WSGIEnvironment", "StartResponse"], Iterable[bytes]]:
         readiness = SimpleNamespace(engine=lambda wait_seconds=0.0: self.engine, phases=dict, loaded=lambda: (0, 0))
@@ -265,8 +302,10 @@ class _NotingEngine(Engine):
         self._stage = stage
 
     def compute(self, batch: Batch, **named: Any) -> ForwardEvent:
+        event = super().compute(batch, **named)
+        # Afterwards: passes that are over before the event is in the queue are none that it waits for.
         self._stage.queued.append((self._stage.passes_over, batch.rows))
-        return super().compute(batch, **named)
+        return event
 
 
 class _Slow:

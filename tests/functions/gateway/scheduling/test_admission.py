@@ -13,7 +13,7 @@ from functions.gateway.answers.service import BACKGROUND
 from functions.gateway.scheduling.waiting import AGEING_TURNS, FairQueue
 from functions.gateway.stages.routes import Endpoint, Placement
 from tests.support.functions.gateway import answers_of, counted, scheduling, submit, tokens_of, wait_until
-from tests.support.functions.stage_server import counting_stage, counting_stages, inspecting, is_type, running
+from tests.support.functions.stage_server import counting_stage, counting_stages, hold, inspecting, is_type, running
 
 
 class SequenceStub(SimpleNamespace):
@@ -89,20 +89,22 @@ def test_a_low_priority_is_served_however_many_of_higher_ones_come() -> None:
 
 def test_a_crowd_does_not_hold_up_a_single_request_of_another_client() -> None:
     with counting_stages(1) as (stage,), scheduling([stage], micro_batch_sequences=1) as scheduler:
-        stage.seconds = 0.005
+        go_on = hold(stage, range(6))
         crowd = [submit(scheduler, [1], 6, client_id="crowd") for _ in range(12)]
-        tokens_of(submit(scheduler, [2], 6, client_id="single"))
-        assert sum(stream.finish_reason is None for stream in crowd) >= 8
-        for stream in crowd:
+        single = submit(scheduler, [2], 6, client_id="single")
+        go_on.set()
+        for stream in (single, *crowd):
             tokens_of(stream)
+    assert stage.prompts_begun.index(2) <= 4, "eight and more of the crowd begin after it"
 
 
 def test_the_queue_is_bounded() -> None:
     with counting_stages(1) as (stage,), scheduling([stage], micro_batch_sequences=2, queue_limit=3) as scheduler:
-        stage.seconds = 0.02
+        go_on = hold(stage, range(5))
         accepted = [submit(scheduler, [1], 5) for _ in range(2 * 2 + 3)]
         with pytest.raises(QueueFull, match="requests wait already"):
             submit(scheduler, [1], 5)
+        go_on.set()
         for stream in accepted:
             assert tokens_of(stream) == counted([1], 5)
         answers_of(scheduler, [[1]], max_tokens=2)
@@ -125,7 +127,7 @@ def test_five_modest_clients_get_places_in_a_queue_that_a_greedy_one_has_filled(
     modest = [f"modest-{number}" for number in range(5)]
     with counting_stages(1) as (stage,), scheduling([stage], micro_batch_sequences=2, queue_limit=12) as scheduler:
         go_on = threading.Event()
-        stage.inspect = inspecting(is_type(EventType.FORWARD), lambda: go_on.wait(30))
+        stage.inspect = inspecting(is_type(EventType.FORWARD), go_on.wait)
         greedy = [submit(scheduler, [1], 5, client_id="greedy") for _ in range(2 * 2 + 12)]
         with pytest.raises(QueueFull, match="requests wait already"):
             submit(scheduler, [1], 5, client_id="greedy")
@@ -156,7 +158,7 @@ def test_a_burst_shares_reservations() -> None:
     with counting_stages() as stages, scheduling(stages, micro_batch_sequences=32) as scheduler:
         tokens_of(submit(scheduler, [1, 2], 2))  # wakes the stages
         before = sum(seen.type == EventType.RESERVE for seen in stages[0].seen)
-        stages[0].inspect = inspecting(is_type(EventType.RESERVE), lambda: go_on.wait(20))
+        stages[0].inspect = inspecting(is_type(EventType.RESERVE), go_on.wait)
         burst = [submit(scheduler, [3, number], 3) for number in range(24)]
         go_on.set()
         assert [tokens_of(stream) for stream in burst] == [counted([3, number], 3) for number in range(24)]
@@ -169,7 +171,7 @@ def test_sequences_end_on_the_revision_where_they_began_and_none_begins_on_an_ol
     with running(lambda _: counting_stage(0, 1), 2) as (old, new):
         placement = Placement([old.url], watched=True)
         placement.update(0, [Endpoint(old.url, "s0-00001")])
-        old.seconds = 0.01
+        go_on = hold(old, range(10, 60))
         with scheduling([old], placement=placement) as scheduler:
             early = submit(scheduler, [1, 2], 60)
             wait_until(lambda: len(early.token_ids) > 3)
@@ -177,7 +179,7 @@ def test_sequences_end_on_the_revision_where_they_began_and_none_begins_on_an_ol
             seen_by_old = {id_ for seen in old.forwards for id_ in seen.ids}
             later = [submit(scheduler, [3, number], 4) for number in range(6)]
             assert [tokens_of(stream) for stream in later] == [counted([3, number], 4) for number in range(6)]
-            assert early.finish_reason is None
+            go_on.set()
             assert tokens_of(early) == counted([1, 2], 60)
             assert scheduler.stats().replays == {}
         assert {id_ for seen in old.forwards for id_ in seen.ids} == seen_by_old

@@ -17,8 +17,17 @@ from knative.local.autoscaler.revision_autoscaler import RevisionAutoscaler
 from knative.local.autoscaler.revision_settings import revision_settings
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import stage_service
-from tests.support.functions.gateway import check, counted, nothing_left, scheduling, submit, tokens_of, wait_until
-from tests.support.functions.stage_server import Fault, StageServer, counting_stage, counting_stages, inspecting, running
+from tests.support.functions.gateway import (
+    WAIT_SECONDS,
+    check,
+    counted,
+    nothing_left,
+    scheduling,
+    submit,
+    tokens_of,
+    wait_until,
+)
+from tests.support.functions.stage_server import Fault, StageServer, counting_stage, counting_stages, hold, inspecting, running
 
 
 def test_a_sequence_that_can_never_fit_is_refused_and_delays_no_other() -> None:
@@ -49,7 +58,7 @@ def test_two_gateways_finish_on_memory_for_one_and_a_half_sequences(num_stages: 
 def test_a_sequence_in_the_memory_backlog_blocks_smaller_ones_of_its_client_only_in_the_end() -> None:
     """Behind an ingress without keys all requests are one client's: they overtake it too, and it does not starve."""
     with counting_stages(capacity_tokens=100) as stages, scheduling(stages, micro_batch_sequences=16) as scheduler:
-        stages[0].seconds = 0.005
+        go_on = hold(stages[0], range(20, 50))
         holder = submit(scheduler, [1] * 5, 45)
         wait_until(lambda: holder.token_ids, "its first token")
         large = [submit(scheduler, [2] * 70, 10) for _ in range(2)]
@@ -57,17 +66,18 @@ def test_a_sequence_in_the_memory_backlog_blocks_smaller_ones_of_its_client_only
         small = [submit(scheduler, [3] * 10, 2) for _ in range(60)]
         assert tokens_of(small[0]) == counted([3] * 10, 2)
         assert holder.finish_reason is None, "all of that while it runs"
+        go_on.set()
         assert [tokens_of(stream) for stream in large] == [counted([2] * 70, 10)] * 2
-        assert any(stream.finish_reason is None for stream in small), "the rest waits for the large one"
         check([holder], [[1] * 5], 45)
         check(small[1:], [[3] * 10] * 59, 2)
+        assert stages[0].prompts_begun[-1] == 3, "the rest waits for the large ones"
         nothing_left(stages)
 
 
 @pytest.mark.slow
 def test_a_client_that_wants_most_of_the_memory_does_not_hold_up_others() -> None:
     with counting_stages(capacity_tokens=100) as stages, scheduling(stages, micro_batch_sequences=16) as scheduler:
-        stages[0].seconds = 0.01
+        go_on = hold(stages[0], range(20, 60))
         holder = submit(scheduler, [1] * 5, 55, client_id="holder")
         wait_until(lambda: holder.token_ids, "its first token")
         greedy = [submit(scheduler, [2] * 70, 10, client_id="greedy") for _ in range(4)]
@@ -76,6 +86,7 @@ def test_a_client_that_wants_most_of_the_memory_does_not_hold_up_others() -> Non
             assert tokens_of(submit(scheduler, [number], 2, client_id="modest")) == counted([number], 2)
         assert holder.finish_reason is None, "all of that while it runs"
         assert not any(stream.token_ids for stream in greedy)
+        go_on.set()
         for stream in (holder, *greedy):
             tokens_of(stream)
         nothing_left(stages)
@@ -84,17 +95,17 @@ def test_a_client_that_wants_most_of_the_memory_does_not_hold_up_others() -> Non
 @pytest.mark.slow
 def test_a_sequence_in_the_memory_backlog_is_overtaken_only_so_far() -> None:
     with counting_stages(capacity_tokens=100) as stages, scheduling(stages, micro_batch_sequences=16) as scheduler:
-        stages[0].seconds = 0.002
+        go_on = hold(stages[0], range(10, 20))
         holder = submit(scheduler, [1] * 5, 20, client_id="holder")
         wait_until(lambda: holder.token_ids, "its first token")
         large = submit(scheduler, [2] * 80, 10, client_id="large")
         wait_until(lambda: scheduler.stats().memory_backlog, "a sequence in the memory backlog")
         crowd = [submit(scheduler, [3] * 20, 10, client_id=f"client-{number}") for number in range(40)]
-        assert tokens_of(large) == counted([2] * 80, 10)
-        served = sum(bool(stream.token_ids) for stream in crowd)
-        assert served * 30 <= 4 * 90, "the memory that went to others before it"
-        for stream in (holder, *crowd):
+        go_on.set()
+        for stream in (holder, large, *crowd):
             tokens_of(stream)
+        begun = stages[0].prompts_begun
+        assert begun[: begun.index(2)].count(3) * 30 <= 4 * 90, "the memory that went to others before it"
         nothing_left(stages)
 
 
@@ -104,11 +115,11 @@ def test_cancelling_frees_memory_everywhere_at_once() -> None:
         stages[1].seconds = 0.05
         others = [submit(scheduler, [3], 8), submit(scheduler, [4] * 50, 4)]
         decoding, prefilling = submit(scheduler, [1], 1000), submit(scheduler, [2] * 400, 10)
-        decoding.next_token(10)
+        decoding.next_token(WAIT_SECONDS)
         prefilling.cancel()
         decoding.cancel()
         assert decoding.finish_reason == prefilling.finish_reason == "cancelled"
-        assert prefilling.next_token(1) is None
+        assert prefilling.next_token(0.0) is None
         assert [tokens_of(other) for other in others] == [counted([3], 8), counted([4] * 50, 4)]
         nothing_left(stages)
         assert scheduler.stats().sequences["cancelled"] == 2
@@ -121,7 +132,6 @@ def test_cancelling_frees_memory_everywhere_at_once() -> None:
 def narrow_in_the_middle() -> Iterator[list[StageServer]]:
     """Three stages. The second has memory for one and a half sequences of 60 tokens, the others for any number."""
     with running(lambda index: counting_stage(index, 3, 90 if index == 1 else 100_000), 3) as stages:
-        stages[1].seconds = 0.02
         yield stages
 
 
@@ -134,8 +144,10 @@ def signals(stages: list[StageServer]) -> list[int]:
 @pytest.mark.parametrize(("backlog", "held"), [(1, 1), (2, 2), (5, MAX_MEMORY_WAITERS)])
 def test_the_memory_backlog_is_in_flight_at_full_stages_only(backlog: int, held: int) -> None:
     with narrow_in_the_middle() as stages, scheduling(stages) as scheduler:
+        go_on = hold(stages[1], range(20, 60))
         streams = [submit(scheduler, [number] * 20, 40) for number in range(1 + backlog)]
         wait_until(lambda: signals(stages) == [0, held, 0])
+        go_on.set()
         check(streams, [[number] * 20 for number in range(len(streams))], 40)
         wait_until(lambda: signals(stages) == [0, 0, 0])
         nothing_left(stages)
@@ -144,7 +156,7 @@ def test_the_memory_backlog_is_in_flight_at_full_stages_only(backlog: int, held:
 @pytest.mark.slow
 def test_a_cancelled_sequence_leaves_no_signal() -> None:
     with narrow_in_the_middle() as stages, scheduling(stages) as scheduler:
-        stages[1].seconds = 0.05
+        go_on = hold(stages[1], range(10, 85))
         holder, leaving = (submit(scheduler, [number] * 5, 80) for number in range(2))
         wait_until(lambda: signals(stages) == [0, 1, 0])
         leaving.cancel()
@@ -159,14 +171,16 @@ def test_a_cancelled_sequence_leaves_no_signal() -> None:
             return releases() <= asked + 1  # one may renew the lease
 
         wait_until(asks_no_more)
-        assert holder.finish_reason is None, "the stage is still full"
+        assert stages[1].engine.sequences, "the stage is still full"
         assert signals(stages) == [0, 0, 0]
+        go_on.set()
         tokens_of(holder)
 
 
 @pytest.mark.slow
 def test_several_gateways_share_the_few_signals() -> None:
     with narrow_in_the_middle() as stages, scheduling(stages) as one, scheduling(stages) as other:
+        stages[1].seconds = 0.02
         streams = [submit(gateway, [number] * 20, 40) for number in range(4) for gateway in (one, other)]
         most = 0
         while any(stream.finish_reason is None for stream in streams):
@@ -181,6 +195,7 @@ def test_several_gateways_share_the_few_signals() -> None:
 def test_a_stage_that_replies_at_once_is_not_asked_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """An older stage, which does not know the attribute."""
     with narrow_in_the_middle() as stages, scheduling(stages) as scheduler:
+        stages[1].seconds = 0.02
         asked: list[float] = []
         monkeypatch.setattr(stages[1].engine, "await_memory", lambda *_, **__: asked.append(time.monotonic()))
         streams = [submit(scheduler, [number] * 20, 60) for number in range(3)]
@@ -192,6 +207,7 @@ def test_a_stage_that_replies_at_once_is_not_asked_again_and_again(monkeypatch: 
 @pytest.mark.slow
 def test_signals_that_fail_cost_no_answer() -> None:
     with narrow_in_the_middle() as stages, scheduling(stages) as scheduler:
+        stages[1].seconds = 0.005
         stages[1].inspect = inspecting(
             lambda seen: seen.type == EventType.RELEASE and b'"rows":[]' in seen.body, Fault.UNAVAILABLE
         )
@@ -207,14 +223,15 @@ def test_a_new_instance_is_used_for_its_memory_although_one_micro_batch_could_ho
     with counting_stages(1, capacity_tokens=100) as (old,), counting_stages(1, capacity_tokens=100) as (new,):
         placement = Placement([old.url], watched=True)
         placement.update(0, [Endpoint(old.url)])
-        old.seconds = new.seconds = 0.01
+        go_on = [hold(stage, range(10, 50)) for stage in (old, new)]
         with scheduling([old], placement=placement, micro_batch_sequences=8) as scheduler:
             streams = [submit(scheduler, [number] * 5, 45) for number in range(4)]
             wait_until(lambda: scheduler.stats().memory_backlog == 2)
             scheduler.endpoints_changed(0, [Endpoint(old.url), Endpoint(new.url)])
             wait_until(lambda: all(stream.token_ids for stream in streams), "a token of each")
-            assert not any(stream.finish_reason for stream in streams[:1]), "all of them run at the same time"
-            assert (old.engine.sequences, new.engine.sequences) == (2, 2)
+            assert (old.engine.sequences, new.engine.sequences) == (2, 2), "all of them run at the same time"
+            for each in go_on:
+                each.set()
             check(streams, [[number] * 5 for number in range(len(streams))], 45)
 
 
@@ -223,9 +240,9 @@ def test_a_new_instance_is_used_for_its_memory_although_one_micro_batch_could_ho
 
 @pytest.mark.slow
 def test_prompts_that_wait_are_in_flight_at_all_slow_stages_at_once() -> None:
-    with counting_stages() as stages, scheduling(stages, chunk_tokens=32, prompt_seconds=1.0) as scheduler:
-        stages[0].seconds = stages[2].seconds = 0.05  # 1.6 ms a token
-        streams = [submit(scheduler, [1] * 320, 2) for _ in range(10)]
+    with counting_stages() as stages, scheduling(stages, chunk_tokens=32, prompt_seconds=10.0) as scheduler:
+        stages[0].seconds = stages[2].seconds = 0.2  # 40 s for all prompts; a pass of the other stage may take 50 ms
+        streams = [submit(scheduler, [1] * 320, 2) for _ in range(20)]
         wait_until(lambda: signals(stages) == [MAX_MEMORY_WAITERS, 0, MAX_MEMORY_WAITERS])
         for stream in streams:
             stream.cancel()
@@ -272,7 +289,7 @@ def test_many_answers_that_could_fill_the_memory_alone_run_beside_each_other() -
     with counting_stages(capacity_tokens=100) as stages, scheduling(stages) as scheduler:
         prompts = [[number] for number in range(1, 9)]
         streams = [submit(scheduler, prompt, 90, open_ended=True) for prompt in prompts]
-        assert submit(scheduler, [5], 4).next_token(10) == 5
+        assert submit(scheduler, [5], 4).next_token(WAIT_SECONDS) == 5
         check(streams, prompts, 90)
         nothing_left(stages)
 

@@ -42,7 +42,7 @@ def test_the_status_has_a_running_answers_route_and_the_events_at_its_stages() -
     go_on = threading.Event()
     with watched() as pipeline:
         pipeline.publish_ready(pipeline.instances[0])
-        pipeline.stages[1].inspect = inspecting(is_type(EventType.FORWARD), lambda: go_on.wait(20))
+        pipeline.stages[1].inspect = inspecting(is_type(EventType.FORWARD), go_on.wait)
         stream = submit(pipeline.scheduler, [1, 2, 3], 4, client_id="me", request_id="mine")
         wait_until(lambda: middle(pipeline.scheduler)[1].event_seconds > 0)
         (answer,) = pipeline.scheduler.status().answers
@@ -61,7 +61,7 @@ def test_the_status_has_a_running_answers_route_and_the_events_at_its_stages() -
 def test_the_status_has_a_cold_start_while_it_lasts_and_afterwards() -> None:
     awake = threading.Event()
     with counting_stages() as stages:
-        stages[2].inspect = inspecting(is_type(EventType.WARMUP), lambda: awake.wait(20))
+        stages[2].inspect = inspecting(is_type(EventType.WARMUP), awake.wait)
         with scheduling(stages) as scheduler:
             scheduler.wake()
             wait_until(lambda: [stage.cold for stage in scheduler.status().stages] == [False, False, True])
@@ -77,7 +77,7 @@ def test_an_answer_says_what_it_awaits() -> None:
     awake, go_on = threading.Event(), threading.Event()
     limits = {"micro_batch_sequences": 1, "chunk_tokens": 16, "stages_at_once": 1}
     with counting_stages(1, capacity_tokens=200) as (stage,):
-        stage.inspect = inspecting(is_type(EventType.WARMUP), lambda: awake.wait(20))
+        stage.inspect = inspecting(is_type(EventType.WARMUP), awake.wait)
         with scheduling([stage], **limits) as scheduler:
             first = submit(scheduler, [1] * 64, 4)
             seen = first.progress()
