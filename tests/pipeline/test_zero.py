@@ -32,7 +32,7 @@ NEW_TOKENS: Final = 24
 async def all_at_zero(platform: Platform, pipeline: ResolvedPipeline) -> None:
     revisions = [revision for of_stage in stage_revisions(platform, pipeline) for revision in of_stage]
     gateway = platform.services["default", "tiny"].revisions
-    await until(lambda: not any(revision.pods for revision in [*revisions, *gateway]), 60)
+    await until(lambda: not any(revision.pods for revision in [*revisions, *gateway]))
 
 
 def test_everything_at_zero_and_a_conversation_goes_on(published: Published, tmp_path: Path) -> None:
@@ -92,7 +92,9 @@ def create_batch(url: str) -> str:
 
 
 def gateways(platform: Platform, pipeline: ResolvedPipeline) -> int:
-    return sum(len(revision.ready_pods) for revision in platform.services["default", pipeline.spec.name].revisions)
+    """Pods that are not leaving; on a busy machine one may not be ready for a moment."""
+    revisions = platform.services["default", pipeline.spec.name].revisions
+    return sum(not pod.leaving for revision in revisions for pod in revision.pods)
 
 
 @pytest.mark.timeout(600)

@@ -17,11 +17,11 @@ from eventing.http.binding import to_binary_http
 from eventing.wire.cloud_event import json_event
 from eventing.wire.events import EventType, Sampling
 from eventing.wire.generation import GenerateRequest, GenerateResponse
-from knative.commands.local_pods import read_metrics
 from knative.local.kubelet.pods import PodTiming
 from knative.local.platform import Platform
 from knative.local.serving.revisions import Revision
 from knative.render.resolved_pipeline import ResolvedPipeline
+from tests.support.functions.metrics import pod_metrics
 from tests.support.functions.served import stage_revisions
 from tests.support.knative.platform import until
 
@@ -29,6 +29,7 @@ CLIENTS: Final = 16
 ENDINGS: Final = ("", " hello", " The capital of France is", "x" * 30, " the the the north")
 KILL_SECONDS: Final = 2.0
 KILL_ANSWERS: Final = 20  # a kill follows after so many answers at the latest, so that a fast machine has enough kills
+KILL_TOKENS: Final = 4 * CLIENTS  # no kill follows before so many, or on a slow machine one sequence would meet three in a row
 TIMING: Final = PodTiming(restart_backoff_seconds=0.2, restart_backoff_max_seconds=0.2)
 
 
@@ -102,8 +103,11 @@ class Killer:
 
     async def _rest(self, asked: asyncio.Task[None], answers: Sized) -> None:
         enough = len(answers) + KILL_ANSWERS
+        enough_tokens = (await self._metrics())["lamina_gateway_tokens_total"] + KILL_TOKENS
         with suppress(TimeoutError):
             await until(lambda: asked.done() or len(answers) >= enough, KILL_SECONDS)
+        while not asked.done() and (await self._metrics())["lamina_gateway_tokens_total"] < enough_tokens:
+            await asyncio.sleep(0.1)
 
     async def _kill(self, stage: Revision) -> None:
         await until(lambda: bool(stage.ready_pods))
@@ -115,7 +119,10 @@ class Killer:
         assert "SIGKILL" in pod.last_end
 
     async def _look(self) -> float:
-        (pod,) = self.gateway.ready_pods
-        samples = await asyncio.to_thread(read_metrics, {"metrics_port": pod.metrics_port})
+        samples = await self._metrics()
         self.replays.append(samples["lamina_gateway_replays_total"])
         return samples["lamina_gateway_running_sequences"]
+
+    async def _metrics(self) -> dict[str, float]:
+        (pod,) = self.gateway.pods
+        return await pod_metrics(pod)

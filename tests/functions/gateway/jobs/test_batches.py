@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -306,19 +307,26 @@ def test_what_no_batch_may_ask_is_refused(client: openai.OpenAI, more: dict[str,
         begun(client, [])
 
 
-def test_an_input_stays_as_long_as_it_is_read(client: openai.OpenAI) -> None:
+def test_an_input_stays_as_long_as_it_is_read(client: openai.OpenAI, published: Published) -> None:
     batch = begun(client, long_lines(10 * PART_LINES))
     with pytest.raises(openai.BadRequestError, match="has not ended"):
         client.files.delete(batch.input_file_id)
     client.batches.cancel(batch.id)
     ended(client, batch)
-    wait_until(lambda: client.files.delete(batch.input_file_id).deleted)
+    with PayloadStore(published.store) as store:
+        until_closed(store, batch.id)
+    assert client.files.delete(batch.input_file_id).deleted
+
+
+def until_closed(store: PayloadStore, batch_id: str) -> None:
+    """Waits for what a gateway does after the end that clients see."""
+    wait_until(lambda: not [found for found in store.list("jobs/tiny/open/") if found.key.endswith(batch_id)])
 
 
 def test_nothing_of_ended_batches_is_left_but_files(client: openai.OpenAI, published: Published) -> None:
     batch = ended(client, begun(client, [line(0)]))
     with PayloadStore(published.store) as store:
-        wait_until(lambda: not [found for found in store.list("jobs/tiny/open/") if found.key.endswith(batch.id)])
+        until_closed(store, batch.id)
         assert [
             found.key.rpartition(f"{batch.id}/")[2] for found in store.list("jobs/tiny/") if f"/runs/{batch.id}/" in found.key
         ] == ["results/00000000"]
@@ -371,22 +379,31 @@ def test_files_say_when_they_are_deleted(client: openai.OpenAI) -> None:
         )
 
 
-def test_files_and_batches_are_deleted_when_their_time_is_over(client: openai.OpenAI, published: Published) -> None:
-    """A file that an open batch reads stays."""
+def test_files_and_batches_are_deleted_when_their_time_is_over(
+    client: openai.OpenAI, gateway: FunctionProcess, published: Published
+) -> None:
+    """A file that an open batch reads stays. The gateway is stopped meanwhile, or it could end that batch."""
     batch = ended(client, begun(client, [line(1)], output_expires_after={"anchor": "created_at", "seconds": 10**6}))
     with PayloadStore(published.store) as store:
         objects = JobObjects(store, "jobs/tiny")
         batches = Batches(objects, Files(objects))
         owner = next(each.split("/")[0] for each in objects.names("") if each.endswith(f"batches/{batch.id}.json"))
-        waiting = batches.create(owner, owner, batches.files.get(owner, batch.input_file_id), batch.endpoint, ("24h", 86_400))
+        until_closed(store, batch.id)
         input_deleted_at = time.time() + 31 * 86_400
-        batches.expire(input_deleted_at)
-        assert client.files.retrieve(batch.input_file_id)
+        gateway.process.send_signal(signal.SIGSTOP)
+        try:
+            file = batches.files.get(owner, batch.input_file_id)
+            waiting = batches.create(owner, owner, file, batch.endpoint, ("24h", 86_400))
+            batches.expire(input_deleted_at)
+            assert batches.files.get(owner, batch.input_file_id)
+        finally:
+            gateway.process.send_signal(signal.SIGCONT)
         with pytest.raises(openai.NotFoundError):
             client.files.retrieve(batch.output_file_id or "")
         with pytest.raises(openai.NotFoundError):
             client.batches.retrieve(batch.id)
         ended(client, client.batches.retrieve(waiting.id))
+        until_closed(store, waiting.id)
         batches.expire(input_deleted_at)
         with pytest.raises(openai.NotFoundError):
             client.files.retrieve(batch.input_file_id)
