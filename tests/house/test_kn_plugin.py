@@ -24,7 +24,9 @@ def run(elsewhere: Path, program: str, *arguments: str) -> subprocess.CompletedP
     path = f"{elsewhere / 'bin'}:/usr/local/bin:/usr/bin:/bin"
     environ = {"PATH": path, "HOME": str(elsewhere)}
     work = elsewhere / "work"
-    return subprocess.run([program, *arguments], cwd=work, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [program, *arguments], cwd=work, env=environ, capture_output=True, text=True, timeout=240, check=False
+    )
 
 
 def test_a_link_on_the_path_is_the_command_line(elsewhere: Path) -> None:
@@ -44,7 +46,7 @@ def test_make_kn_plugin_installs_it_and_its_help_is_that_of_the_module(elsewhere
         subprocess.run(command, cwd=ROOT, env=environ, check=True, capture_output=True, timeout=60)
     plugin = elsewhere / config / "kn" / "plugins" / "kn-lamina"
     command = [str(ROOT / ".venv" / "bin" / "python"), "-m", "knative", "deploy", "--help"]
-    own = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    own = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     result = run(elsewhere, str(plugin), "deploy", "--help")
     assert (result.returncode, result.stdout, result.stderr) == (0, own.stdout, own.stderr)
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 import openai
 import pytest
 
+from knative.local.kubelet.processes import free_port
 from storage.models.model_repository import Dtype
 from tests.support.functions.functions import FunctionProcess, gateway_environment, stage_environment
 from tests.support.storage.published import CUT, Published, published_model
@@ -39,10 +40,12 @@ class Processes:
 
     def __init__(self, stack: ExitStack, published: Published) -> None:
         self._stack = stack
-        self._environments = [stage_environment(published, group) for group in range(len(CUT))]
+        # Ports that no outgoing connection takes while a process is down.
+        ports = [str(free_port()) for _ in range(len(CUT) + 1)]
+        self._environments = [stage_environment(published, group, PORT=ports[group]) for group in range(len(CUT))]
         self._running = [self._start(each) for each in self._environments]
         urls = [each.url for each in self._running]
-        self._environments.append(gateway_environment(published, urls, CUT, LAMINA_JOBS_STORE="lamina/jobs"))
+        self._environments.append(gateway_environment(published, urls, CUT, LAMINA_JOBS_STORE="lamina/jobs", PORT=ports[-1]))
         self._running.append(self._start(self._environments[-1]))
         for each in self._running:
             each.wait_ready()
@@ -58,10 +61,9 @@ class Processes:
     def kill_next(self) -> None:
         number = self.kills % len(self._running)
         killed = self._running[number]
-        port = killed.port
         killed.process.kill()
         killed.wait_end()
-        self._running[number] = self._start(self._environments[number] | {"PORT": str(port)}).wait_ready()
+        self._running[number] = self._start(self._environments[number]).wait_ready()
         self.kills += 1
 
 

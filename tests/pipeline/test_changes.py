@@ -107,7 +107,7 @@ def test_a_new_revision_under_load(published: Published, tmp_path: Path) -> None
             await platform.apply(services(changed))
             revisions = stage_revisions(platform, pipeline)
             assert [len(of_stage) for of_stage in revisions] == [2, 2, 2]
-            await until(lambda: all(new.ready_pods and not old.pods for old, new in revisions), 60)
+            await until(lambda: all(new.ready_pods and not old.pods for old, new in revisions))
             await another_round(conversations)
 
     asyncio.run(scenario())
@@ -125,11 +125,11 @@ def test_tls_between_pods_is_turned_on_and_off_under_load(published: Published, 
             for number, pipeline in enumerate((secured, plain), 1):
                 *stages, gateway = services(pipeline)
                 await platform.apply(stages)
-                await until(lambda: all(each[-1].ready_pods for each in stage_revisions(platform, plain)), 60)
+                await until(lambda: all(each[-1].ready_pods for each in stage_revisions(platform, plain)))
                 await another_round(conversations)
                 await platform.apply([gateway])
                 assert len(service.revisions) == number + 1
-                await until(lambda: bool(service.revisions[-1].ready_pods) and not service.revisions[-2].pods, 60)
+                await until(lambda: bool(service.revisions[-1].ready_pods) and not service.revisions[-2].pods)
                 await another_round(conversations)
 
     asyncio.run(scenario())
@@ -145,7 +145,7 @@ def test_a_new_cut_under_load(published: Published, tmp_path: Path) -> None:
             await platform.apply(services(new))
             old_gateway, new_gateway = platform.services["default", "tiny"].revisions
             ending = [*(revision for (revision,) in stage_revisions(platform, old)), old_gateway]
-            await until(lambda: not any(revision.pods for revision in ending), 60)
+            await until(lambda: not any(revision.pods for revision in ending))
             await another_round(conversations)
             assert new_gateway.ready_pods
             assert all(revision.ready_pods for (revision,) in stage_revisions(platform, new))

@@ -23,7 +23,7 @@ from tests.support.knative.cold_pipeline import cold_pipeline, pods_of
 from tests.support.storage.published import CUT, Published
 from tests.support.storage.storage import Fault, FaultProxy
 
-DEADLINE_SECONDS = 90.0
+DEADLINE_SECONDS = 240.0
 PROMPT = "hello"
 KEEP_ALIVE = {"LAMINA_KEEP_ALIVE_SECONDS": "0.3"}
 

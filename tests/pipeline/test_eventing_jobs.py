@@ -31,6 +31,7 @@ from eventing.wire.score import ScoreRequest, ScoreResponse
 from knative.local.eventing.delivery import Subscription
 from knative.local.eventing.local_eventing import LocalEventing
 from knative.local.eventing.targets import HttpTarget, NoReply, TargetReply
+from knative.local.kubelet.processes import free_port
 from knative.render.eventing import eventing_objects
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.spec.kubernetes_object import to_yaml
@@ -58,9 +59,10 @@ class Functions:
         self.environments: dict[str, dict[str, str]] = {}
         self.processes: dict[str, FunctionProcess] = {}
         for group in range(len(CUT)):
-            self._start(f"s{group}", stage_environment(published, group))
+            # A port that no outgoing connection takes while the process is down.
+            self._start(f"s{group}", stage_environment(published, group, PORT=str(free_port())))
         stages = [self.processes[f"s{group}"].url for group in range(len(CUT))]
-        self._start("ev", gateway_environment(published, stages, LAMINA_SCORES="on"))
+        self._start("ev", gateway_environment(published, stages, LAMINA_SCORES="on", PORT=str(free_port())))
         for process in self.processes.values():
             process.wait_ready()
 
@@ -74,7 +76,7 @@ class Functions:
         self.processes[name].wait_end()
 
     def restart(self, name: str) -> None:
-        self._start(name, self.environments[name] | {"PORT": str(self.processes[name].port)})
+        self._start(name, self.environments[name])
 
     def close(self) -> None:
         self._running.close()
@@ -196,7 +198,7 @@ async def run_jobs(
         for job in jobs:
             assert await post(session, eventing.broker_url("jobs"), job) == (202, "")
         await restarting
-        await until(lambda: eventing.status()["in_progress"] == 0, 60)
+        await until(lambda: eventing.status()["in_progress"] == 0)
         return answers, dead_letters
 
 

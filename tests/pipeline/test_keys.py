@@ -29,7 +29,7 @@ WORD = "unmistakable"  # in every prompt
 
 
 def ask(
-    gateway: FunctionProcess, path: str, body: dict[str, Any] | bytes, key: str = KEY, seconds: float = 60, **headers: str
+    gateway: FunctionProcess, path: str, body: dict[str, Any] | bytes, key: str = KEY, seconds: float = 120, **headers: str
 ) -> tuple[int, bytes]:
     data = body if isinstance(body, bytes) else json.dumps({"model": "tiny", "max_tokens": 12} | body).encode()
     told = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"} | headers
@@ -63,7 +63,7 @@ class RunningPipeline:
         return ask(self.gateway, "/v1/completions", {"prompt": "Hi", "max_tokens": 2}, key)[0]
 
     def wait_for(self, key: str, status: int) -> None:
-        wait_until(lambda: self.status(key) == status, 5.0)
+        wait_until(lambda: self.status(key) == status)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 
 import msgspec
 import pytest
@@ -30,7 +29,8 @@ async def seconds_per_token(url: str) -> float:
     async for answer in stream_answer(url, Question("The capital of France is", TOKENS, chat=False)):
         if isinstance(answer, TokenEvent):
             times.append(time.perf_counter())
-    return median(later - earlier for earlier, later in pairwise(times[1:]))
+    gaps = sorted(later - earlier for earlier, later in pairwise(times[1:]))
+    return gaps[len(gaps) // 4]  # most of the longer ones had to wait for a busy machine
 
 
 def test_plan_predicts_what_a_delay_between_pods_costs(published: Published, tmp_path: Path) -> None:

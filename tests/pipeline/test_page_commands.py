@@ -29,6 +29,6 @@ def test_pages_show_how_to_ask() -> None:
 def test_the_command_is_answered(gateway: FunctionProcess, page: str, command: str) -> None:
     script = command.replace("http://127.0.0.1:8080/", f"http://127.0.0.1:{gateway.port}/")
     script = 'curl() { command curl --silent --show-error --fail-with-body --max-time 10 "$@"; }\n' + script
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0 or (done.returncode == TIMED_OUT and "event: snapshot" in done.stdout), done
     assert "generate.response" in done.stdout or "snapshot" in done.stdout or '"text"' in done.stdout, done.stdout

@@ -54,7 +54,7 @@ def gateway(published: Published) -> Iterator[FunctionProcess]:
 
 
 def test_slow_readers_delay_no_other_client_and_cost_little_memory(gateway: FunctionProcess, wide: bool) -> None:
-    load = Load(200, 60, 1.10) if wide else Load(50, 30, 1.15)
+    load = Load(200, 60, 1.10) if wide else Load(50, 30, 1.5)
     slow_readers = load.streams // 5
     asyncio.run(_round(gateway, load, 0))  # warm-up
     rounds = [asyncio.run(_round(gateway, load, slow)) for _ in range(ROUNDS) for slow in (0, slow_readers)]

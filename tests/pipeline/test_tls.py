@@ -69,7 +69,7 @@ def test_all_between_pods_is_encrypted_and_answers_are_the_models(published: Pub
         ):
             url = platform.url("tiny")
             middle = platform.services["default", pipeline.stage_name(MIDDLE)].revisions[-1]
-            await until(lambda: len(middle.ready_pods) == 2, 60)
+            await until(lambda: len(middle.ready_pods) == 2)
             answer = await answer_to(url, PROMPT, NEW_TOKENS)
             assert list(answer.token_ids) == wanted
             (gateway,) = platform.services["default", "tiny"].revisions[-1].ready_pods

@@ -81,10 +81,3 @@ def serving(respond: Callable[[Exchange], None]) -> Iterator[Server]:
             server.released.set()
             server.shutdown()
             thread.join()
-
-
-def unused_port() -> int:
-    """A loopback port on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

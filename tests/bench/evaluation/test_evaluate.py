@@ -87,7 +87,7 @@ def test_the_system_runs_with_emulated_devices_and_is_compared_with_its_simulati
     assert found is not None
     assert found.outcome.requests > 2
     assert found.outcome.failed < found.outcome.requests
-    assert 0.05 < found.outcome.token_seconds[0] < 2
+    assert found.outcome.token_seconds[0] > 0.05
     seconds = found.outcome.seconds
     assert found.outcome.cost.replica_seconds == pytest.approx(4 * seconds, rel=0.05)
     assert found.outcome.cost.network_bytes > 500 * 3 * 2 * 2 * 5120

@@ -28,7 +28,8 @@ from eventing.http.delivery import (
     request_head,
 )
 from eventing.problems import PROBLEM_CONTENT_TYPE, MalformedEvent, NotReady, WrongPipeline
-from tests.support.http_server import Exchange, serving, unused_port
+from knative.local.kubelet.processes import free_port
+from tests.support.http_server import Exchange, serving
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def _echo(exchange: Exchange) -> None:
 def test_body_and_headers_arrive_and_come_back(sender: Sender) -> None:
     pieces = [b"abc", memoryview(b"def"), b"", memoryview(bytes(range(256)))]
     with serving(_echo) as server:
-        reply = sender.send(server.url + "path?x=1", {"ce-id": "7", "Authorization": "Bearer t"}, pieces, 5)
+        reply = sender.send(server.url + "path?x=1", {"ce-id": "7", "Authorization": "Bearer t"}, pieces, 60)
         request = server.requests[0]
     assert reply.status == 200
     assert bytes(reply.body) == b"abcdef" + bytes(range(256))
@@ -61,7 +62,7 @@ def test_body_and_headers_arrive_and_come_back(sender: Sender) -> None:
 def test_headers_that_hide_a_request_from_the_autoscaler_are_never_sent(sender: Sender) -> None:
     hidden = {"K-Proxy-Request": "activator", "k-kubelet-probe": "queue", "User-Agent": "kube-probe/1.36", "Host": "x"}
     with serving(_echo) as server:
-        sender.send(server.url, hidden, [], 5)
+        sender.send(server.url, hidden, [], 60)
         headers = server.requests[0].headers
     assert headers["K-Proxy-Request"] is None
     assert headers["K-Kubelet-Probe"] is None
@@ -72,7 +73,7 @@ def test_headers_that_hide_a_request_from_the_autoscaler_are_never_sent(sender: 
 def test_connections_are_used_again(sender: Sender) -> None:
     with serving(_echo) as server:
         for _ in range(20):
-            sender.send(server.url, {}, [b"x"], 5)
+            sender.send(server.url, {}, [b"x"], 60)
         assert server.connections == 1
 
 
@@ -91,7 +92,7 @@ def test_a_connection_closed_while_idle_is_not_used_again(sender: Sender) -> Non
 
     with serving(answer_and_close) as server:
         for _ in range(5):
-            sender.send(server.url, {}, [b"x"], 5)
+            sender.send(server.url, {}, [b"x"], 60)
             _wait_until_dropped(sender, server.url)
         assert server.connections == 5
 
@@ -107,7 +108,7 @@ def _wait_until_dropped(sender: Sender, url: str) -> None:
 
 def test_connection_close_is_obeyed(sender: Sender) -> None:
     with serving(lambda exchange: exchange.answer(200, b"bye", Connection="close")) as server:
-        assert [bytes(sender.send(server.url, {}, [b"x"], 5).body) for _ in range(3)] == [b"bye"] * 3
+        assert [bytes(sender.send(server.url, {}, [b"x"], 60).body) for _ in range(3)] == [b"bye"] * 3
         assert server.connections == 3
 
 
@@ -132,29 +133,29 @@ def test_a_chunked_reply_and_one_that_ends_with_the_connection(sender: Sender) -
         exchange.close_connection = True
 
     with serving(chunked) as server:
-        assert [bytes(sender.send(server.url, {}, [], 5).body) for _ in range(2)] == [b"abcde"] * 2
+        assert [bytes(sender.send(server.url, {}, [], 60).body) for _ in range(2)] == [b"abcde"] * 2
         assert server.connections == 1
     with serving(until_close) as server:
-        assert bytes(sender.send(server.url, {}, [], 5).body) == b"until the end"
+        assert bytes(sender.send(server.url, {}, [], 60).body) == b"until the end"
 
 
 def test_a_refused_connection_is_unreachable(sender: Sender) -> None:
-    url = f"http://127.0.0.1:{unused_port()}/"
+    url = f"http://127.0.0.1:{free_port()}/"
     with pytest.raises(Unreachable, match=rf"{url}.*refused"):
-        sender.send(url, {}, [b"x"], 5)
+        sender.send(url, {}, [b"x"], 60)
     with pytest.raises(Unreachable, match="no connection"):
-        sender.send("http://does-not-exist.invalid/", {}, [b"x"], 5)
+        sender.send("http://does-not-exist.invalid/", {}, [b"x"], 60)
 
 
 def test_tls_is_verified() -> None:
     with serving(_echo) as server, Sender() as sender, pytest.raises(Unreachable, match="no connection"):
-        sender.send(server.url.replace("http:", "https:"), {}, [], 5)
+        sender.send(server.url.replace("http:", "https:"), {}, [], 60)
 
 
 @pytest.mark.parametrize("url", ["ftp://127.0.0.1/", "127.0.0.1:8080", "http://"])
 def test_an_invalid_url_is_named(sender: Sender, url: str) -> None:
     with pytest.raises(ValueError, match=url):
-        sender.send(url, {}, [], 5)
+        sender.send(url, {}, [], 60)
 
 
 def _announced(exchange: Exchange, length: int) -> None:
@@ -196,9 +197,9 @@ def test_a_broken_reply_raises_after_one_attempt(
 ) -> None:
     with serving(respond) as server:
         with pytest.raises(error, match=f"{server.url}.*{seen}"):
-            sender.send(server.url, {}, [b"x"], 5)
+            sender.send(server.url, {}, [b"x"], 60)
         server.respond = _echo
-        assert bytes(sender.send(server.url, {}, [b"again"], 5).body) == b"again"
+        assert bytes(sender.send(server.url, {}, [b"again"], 60).body) == b"again"
         assert len(server.requests) == 2
 
 
@@ -211,7 +212,7 @@ def test_the_timeout_bounds_the_whole_exchange(sender: Sender, respond: Callable
         began = time.monotonic()
         with pytest.raises(DeliveryTimeout, match=server.url):
             sender.send(server.url, {}, [memoryview(bytes(size))], 0.3)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
 
 
 def test_waiting_for_a_free_connection_is_bounded() -> None:
@@ -226,7 +227,7 @@ def test_waiting_for_a_free_connection_is_bounded() -> None:
         server.respond = hold
         with ThreadPoolExecutor(1) as threads:
             first = threads.submit(sender.send, server.url, {}, [], 20)
-            assert entered.wait(5)
+            assert entered.wait(60)
             with pytest.raises(Unreachable, match="all 1 connections"):
                 sender.send(server.url, {}, [], 0.1)
             server.released.set()
@@ -239,7 +240,7 @@ def test_problem_documents_become_the_class_that_was_raised(sender: Sender) -> N
         serving(lambda exchange: exchange.answer(421, problem.document(), Content_Type=PROBLEM_CONTENT_TYPE)) as server,
         pytest.raises(WrongPipeline, match="event of abc, this is def") as raised,
     ):
-        sender.send(server.url, {}, [b"x"], 5)
+        sender.send(server.url, {}, [b"x"], 60)
     assert server.url in raised.value.__notes__[0]
 
 
@@ -261,7 +262,7 @@ def test_other_refusals_are_the_infrastructures(
         serving(lambda exchange: exchange.answer(status, body, Content_Type=content_type)) as server,
         pytest.raises(InfrastructureError, match=excerpt) as raised,
     ):
-        sender.send(server.url, {}, [b"x"], 5)
+        sender.send(server.url, {}, [b"x"], 60)
     assert raised.value.status == status
     assert raised.value.url == server.url
     assert server.connections == 1
@@ -296,16 +297,16 @@ def test_send_makes_one_attempt(sender: Sender) -> None:
 
     for how, raised in (("reset", ConnectionBroken), ("not ready", NotReady), ("busy", InfrastructureError)):
         with serving(partial(fail, how=how)) as server, pytest.raises(raised):
-            sender.send(server.url, {}, [b"x"], 5)
+            sender.send(server.url, {}, [b"x"], 60)
     assert attempts == ["reset", "not ready", "busy"]
 
 
 def test_nothing_is_sent_once_closed(sender: Sender) -> None:
     with serving(lambda exchange: exchange.answer(200, b"")) as server:
-        sender.send(server.url, {}, [b"x"], 5)
+        sender.send(server.url, {}, [b"x"], 60)
         sender.close()
         with pytest.raises(Unreachable, match="closed"):
-            sender.send(server.url, {}, [b"x"], 5)
+            sender.send(server.url, {}, [b"x"], 60)
         assert len(server.requests) == 1
 
 
@@ -341,7 +342,7 @@ def test_connections_of_a_burst_are_closed_though_their_host_is_asked_on(monkeyp
         assert len(host.idle) == 8
         until = time.monotonic() + 20
         while len(host.idle) > 1 and time.monotonic() < until:
-            sender.send(server.url, {}, [], 5)
+            sender.send(server.url, {}, [], 60)
         assert len(host.idle) == 1
         assert server.connections == 8
         while sender._pool._hosts and time.monotonic() < until:  # nothing is sent any more

@@ -39,7 +39,7 @@ def test_probes_are_answered_while_every_thread_is_held() -> None:
 @pytest.mark.parametrize("begun", [HALF_A_HEAD, HALF_A_BODY, HALF_A_CHUNK], ids=["head", "body", "chunk"])
 def test_a_request_that_does_not_go_on_is_told_so(begun: bytes) -> None:
     with (
-        serving(2, head_seconds=0.1, transfer_seconds=0.1, linger_seconds=0.1) as server,
+        serving(2, head_seconds=1.0, transfer_seconds=1.0, linger_seconds=0.1) as server,
         half_sent(server, 1, begun) as (sock,),
     ):
         assert reply(sock).startswith(b"HTTP/1.1 408 Request Timeout")

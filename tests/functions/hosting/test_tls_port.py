@@ -11,8 +11,9 @@ from eventing.http.delivery import InfrastructureError, Sender, Unreachable
 from eventing.http.pod_tls import PodTLS
 from functions.hosting.server import listen
 from functions.hosting.tls_port import TLSPort
+from knative.local.kubelet.processes import free_port
 from tests.support.certificates import CertificateAuthority, write
-from tests.support.http_server import Server, serving, unused_port
+from tests.support.http_server import Server, serving
 
 NAME = "chat.default"
 BODY = bytes(range(256)) * 2**14  # 4 MiB
@@ -50,7 +51,7 @@ def test_a_client_may_close_and_its_request_was_read_with_the_handshake(
         address = listening(tls, queue_proxy.server_address[1])
         with socket.create_connection(address) as plain, tls.client().wrap_socket(plain, server_hostname=NAME) as sock:
             sock.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc")
-            sock.settimeout(20)
+            sock.settimeout(60)
             reply = b""
             while not reply.endswith(b"cba"):
                 reply += sock.recv(1000)
@@ -63,7 +64,7 @@ def test_bytes_reach_queue_proxy_and_come_back(tmp_path: Path) -> None:
     with reversing() as queue_proxy, Sender(tls=tls_of(own)) as sender:
         _, port = listening(tls_of(own), queue_proxy.server_address[1])
         for _ in range(3):
-            assert bytes(sender.send(f"https://127.0.0.1:{port}/", {}, [BODY], 20).body) == BODY[::-1]
+            assert bytes(sender.send(f"https://127.0.0.1:{port}/", {}, [BODY], 60).body) == BODY[::-1]
         assert queue_proxy.connections == 1, "it is kept alive"
 
 
@@ -98,7 +99,7 @@ def test_strangers_are_refused_and_told_why(
             ask(address, client(authority, tmp_path / "client"), BODY)
         with socket.create_connection(address) as plain:
             plain.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-            plain.settimeout(20)
+            plain.settimeout(60)
             assert b"HTTP" not in plain.recv(100)
         assert queue_proxy.connections == 0
 
@@ -117,4 +118,4 @@ def test_the_port_uses_renewed_certificates(tmp_path: Path, monkeypatch: pytest.
 def test_a_queue_proxy_that_does_not_run_is_said(tmp_path: Path) -> None:
     own = write(CertificateAuthority().secret(NAME), tmp_path / "own")
     with pytest.raises(InfrastructureError, match="503: queue-proxy does not answer on port"):
-        ask(listening(tls_of(own), unused_port()), tls_of(own))
+        ask(listening(tls_of(own), free_port()), tls_of(own))

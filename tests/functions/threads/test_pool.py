@@ -20,9 +20,9 @@ def _burst(pool: ThreadPool, count: int) -> None:
 
 def test_futures_have_results_and_failures() -> None:
     pool = ThreadPool(2, "test")
-    assert pool.submit(divmod, 7, 2).result(20) == (3, 1)
+    assert pool.submit(divmod, 7, 2).result(120) == (3, 1)
     with pytest.raises(ZeroDivisionError):
-        pool.submit(divmod, 7, 0).result(20)
+        pool.submit(divmod, 7, 0).result(120)
     pool.shutdown()
 
 
@@ -32,7 +32,7 @@ def test_a_burst_is_taken_at_once_and_its_threads_end_when_it_is_over() -> None:
     assert pool.threads == 64
     wait_until(lambda: pool.threads == 0)
     wait_until(lambda: not [each for each in threading.enumerate() if each.name.startswith("test-")])
-    assert pool.submit(int, "7").result(20) == 7
+    assert pool.submit(int, "7").result(120) == 7
 
 
 @pytest.mark.slow
@@ -42,7 +42,7 @@ def test_little_work_keeps_few_threads_however_steady_it_is() -> None:
     _burst(pool, 64)
 
     def worked() -> bool:
-        pool.submit(int).result(20)
+        pool.submit(int).result(120)
         return pool.threads <= 2
 
     wait_until(worked)
@@ -56,7 +56,7 @@ def test_more_calls_than_threads_wait_for_their_turn() -> None:
     assert (pool.threads, pool.waiting) == (2, 4)
     assert not pool.mostly_free
     go.set()
-    assert all(future.result(20) for future in futures)
+    assert all(future.result(120) for future in futures)
     wait_until(lambda: pool.mostly_free)
     pool.shutdown()
 
@@ -66,7 +66,7 @@ def test_no_call_is_lost_between_a_thread_that_ends_and_one_that_begins() -> Non
     pool = ThreadPool(4, "test", idle_seconds=0.0005)
     pause = threading.Event()
     for number in range(500):
-        assert pool.submit(int, number).result(20) == number
+        assert pool.submit(int, number).result(120) == number
         pause.wait(0.0005 * (number % 3))
     wait_until(lambda: pool.threads == 0)
 
@@ -83,8 +83,8 @@ def test_calls_wait_for_other_threads_if_none_can_be_started(monkeypatch: pytest
     second = pool.submit(int, "7")
     assert (pool.threads, pool.waiting) == (1, 1)
     go.set()
-    assert first.result(20)
-    assert second.result(20) == 7
+    assert first.result(120)
+    assert second.result(120) == 7
     pool.shutdown()
 
 
@@ -94,7 +94,7 @@ def test_a_thread_counts_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None
 
     def start_and_wait(thread: threading.Thread) -> None:
         start(thread)
-        assert ran.wait(20)
+        assert ran.wait(120)
 
     def call() -> bool:
         try:
@@ -103,7 +103,7 @@ def test_a_thread_counts_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None
             ran.set()
 
     monkeypatch.setattr(threading.Thread, "start", start_and_wait)
-    assert not pool.submit(call).result(20)
+    assert not pool.submit(call).result(120)
     pool.shutdown()
 
 
@@ -118,7 +118,7 @@ def test_an_idle_thread_keeps_no_argument_alive() -> None:
             large = Large()
             seen = weakref.ref(large)
             future = pool.submit(id, large)
-            future.result(20)
+            future.result(120)
             del large, future
             wait_until(lambda: seen() is None)  # noqa: B023 - called at once
     finally:
@@ -134,12 +134,12 @@ def test_a_closed_pool_refuses_calls_and_its_threads_end() -> None:
     with pytest.raises(RuntimeError, match="closed"):
         pool.submit(int)
     with pytest.raises(CancelledError):
-        waiting.result(20)
+        waiting.result(120)
     go.set()
-    assert running.result(20)
+    assert running.result(120)
     wait_until(lambda: pool.threads == 0)
 
     idle = ThreadPool(1, "test", idle_seconds=3600)
-    idle.submit(int).result(20)
+    idle.submit(int).result(120)
     idle.shutdown()
     wait_until(lambda: idle.threads == 0)

@@ -54,7 +54,7 @@ def refused(kubeconfig: Path, *arguments: str) -> str:
     """What `ask` says that fails. A process of its own, because the client of Kubernetes reads KUBECONFIG when imported."""
     command = [sys.executable, "-m", "knative", "ask", *arguments]
     environ = {**os.environ, "KUBECONFIG": str(kubeconfig)}
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 1
     return done.stderr
 

@@ -22,7 +22,7 @@ async def test_the_first_request_starts_a_pod_and_waits_for_it(tmp_path: Path) -
         assert revision(platform).pods == []
         answers = await asyncio.gather(*(fetch(session, platform.url("echo") + "/pid") for _ in range(20)))
         assert {status for status, _ in answers} == {200}
-        assert {int(pid) for _, pid in answers} == {pod.pid for pod in revision(platform).pods}
+        assert {int(pid) for _, pid in answers} <= {pod.pid for pod in revision(platform).pods}, "more may have been started"
 
 
 @pytest.mark.slow

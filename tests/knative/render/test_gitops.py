@@ -52,7 +52,7 @@ def test_the_kustomization_names_every_other_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("gitops", [(), ("--gitops",)])
 def test_kubectl_kustomize_returns_the_rendered_objects(tmp_path: Path, gitops: tuple[str, ...]) -> None:
     out = rendered_folder(tmp_path, *gitops, eventing=EVENTING)
-    built = subprocess.run(["kubectl", "kustomize", str(out)], capture_output=True, text=True, timeout=60, check=True).stdout
+    built = subprocess.run(["kubectl", "kustomize", str(out)], capture_output=True, text=True, timeout=240, check=True).stdout
     by_name = {(each["kind"], each["metadata"]["name"]): each for each in yaml.safe_load_all(built)}
     assert by_name == {(each["kind"], each["metadata"]["name"]): each for each in written(out)}
 

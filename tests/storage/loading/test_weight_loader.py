@@ -2,7 +2,6 @@
 
 import ctypes
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,11 +91,11 @@ def test_objects_come_in_the_order_of_a_forward_pass(manifest: ModelManifest, re
 
 def test_a_layer_can_be_placed_while_the_next_one_flows(manifest: ModelManifest, proxy: FaultProxy) -> None:
     proxy.faults.append(Fault(path="layer-00005", stall_after=1000))
-    with ObjectReader(proxy.settings, stall_seconds=2.0) as reader:
+    with ObjectReader(proxy.settings, stall_seconds=600.0) as reader:
         objects = iterate_layers(reader, manifest, 3, 6)
-        started = time.monotonic()
         assert [next(objects).name, next(objects).name] == ["layer-00003", "layer-00004"]
-        assert time.monotonic() - started < 2.0, "did not wait for the layer that stalls"
+        proxy.down()  # ends what is stalled
+        proxy.up()
         assert [loaded.name for loaded in objects] == ["layer-00005", "head"]
 
 
@@ -108,7 +107,7 @@ def test_reading_begins_with_the_call(manifest: ModelManifest, reader: ObjectRea
             complete.set()
 
     objects = iterate_layers(reader, manifest, 0, 6, on_progress=note)
-    assert complete.wait(20)
+    assert complete.wait(120)
     assert len(list(objects)) == 8
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from knative.local.kubelet.processes import free_port
 from storage.errors import AccessDenied, StoreUnreachable
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
@@ -82,11 +83,11 @@ def test_objects_survive_a_restart(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_store_that_comes_back_is_the_one_that_clients_know(tmp_path: Path) -> None:
-    with EmbeddedStore(tmp_path) as store:
+    port = free_port()  # which no outgoing connection takes while the store is away
+    with EmbeddedStore(tmp_path, port=port) as store:
         client = ObjectStore(store.settings)
         client.put("key", b"kept")
     known = store.settings
-    port = int(known.endpoint_url.rpartition(":")[2])
     with EmbeddedStore(tmp_path, port=port, keys=(known.access_key_id, known.secret_access_key)) as back:
         assert back.settings == known
         assert client.get("key") == b"kept"

@@ -179,7 +179,7 @@ def test_refusals_are_named_at_once(settings: StoreSettings, changes: dict[str, 
     started = time.monotonic()
     with pytest.raises(error, match=settings.endpoint_url):
         read(replace(settings, **changes), 0, 10)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_another_length_than_published_is_named(settings: StoreSettings) -> None:

@@ -69,7 +69,7 @@ def common_environment(published: Published, cut: Cut = CUT) -> dict[str, str]:
     }
 
 
-def wait_until(condition: Callable[[], bool], timeout_seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_seconds: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_seconds
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"

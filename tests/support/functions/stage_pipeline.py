@@ -97,7 +97,7 @@ def engines(groups: Sequence[LayerGroup], **settings: Any) -> Iterator[list[Engi
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come about"
         time.sleep(0.001)

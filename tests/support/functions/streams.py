@@ -41,7 +41,7 @@ def began(gateway: FunctionProcess, request: GenerateRequest) -> Iterator[HTTPRe
     """A stream whose first token has come."""
     asked = _asked(gateway.url, request)
     asked.add_header("accept", "text/event-stream")
-    with urllib.request.urlopen(asked, timeout=60) as stream:
+    with urllib.request.urlopen(asked, timeout=120) as stream:
         while not (line := stream.readline()).startswith(b"data:"):
             assert line, "the stream ended before its first token"
         yield stream

@@ -11,7 +11,7 @@ from knative.local.proxies.timeouts import Timeouts
 
 # Gets a request's head, and the streams for its body and the answer; the connection is closed when it returns.
 Function = Callable[[bytes, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-_TEN_SECONDS = Timeouts(10)
+_PATIENT = Timeouts(120)
 OPEN_ENDED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -21,7 +21,7 @@ def chunk(data: bytes) -> bytes:
 
 @asynccontextmanager
 async def behind_queue_proxy(
-    function: Function, timeouts: Timeouts = _TEN_SECONDS, *, concurrency: int = 0, full_duplex: bool = False
+    function: Function, timeouts: Timeouts = _PATIENT, *, concurrency: int = 0, full_duplex: bool = False
 ) -> AsyncIterator[tuple[aiohttp.ClientSession, str]]:
     """A client, and the URL of the function's queue-proxy."""
 
@@ -38,7 +38,7 @@ async def behind_queue_proxy(
     await proxy.start()
     proxy.connect(server.sockets[0].getsockname()[1])
     try:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
             yield session, f"http://127.0.0.1:{proxy.port}"
     finally:
         proxy.close()

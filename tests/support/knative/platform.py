@@ -17,10 +17,10 @@ from knative.webhook.autoscaling_annotations import AutoscalerConfig
 
 QUICK = PodTiming(drain_quiet_seconds=0.2, restart_backoff_seconds=0.2, restart_backoff_max_seconds=0.5)
 FROM_ZERO = AutoscalerConfig(allow_zero_initial_scale=True, initial_scale=0, scale_to_zero_grace_period_seconds=0.5)
-DEADLINE_SECONDS = 30.0
+DEADLINE_SECONDS = 120.0
 
 
-def echo_service(name: str = "echo", *, concurrency: int = 8, timeout: int = 30, **parts: Any) -> dict[str, Any]:
+def echo_service(name: str = "echo", *, concurrency: int = 8, timeout: int = 120, **parts: Any) -> dict[str, Any]:
     """parts: environment, annotations (short names), traffic, container and pod (more fields of each)."""
     annotations = {f"autoscaling.knative.dev/{key}": value for key, value in parts.get("annotations", {}).items()}
     annotations |= parts.get("full_annotations", {})

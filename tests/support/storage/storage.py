@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from gguf import GGUFReader
 
+from knative.local.kubelet.processes import free_port
 from storage.store.settings import StoreSettings
 from tests.support.http_server import serving
 
@@ -62,7 +63,7 @@ class FaultProxy:
     closing: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     _server: "_Server | None" = None
-    _port: int = 0
+    _port: int = field(default_factory=free_port)  # no outgoing connection takes it while the proxy is down
 
     @property
     def settings(self) -> StoreSettings:
@@ -77,7 +78,6 @@ class FaultProxy:
         Handler.proxy = proxy
         self.closing.clear()
         self._server = _Server(("127.0.0.1", self._port), Handler)
-        self._port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def down(self) -> None:

@@ -19,7 +19,8 @@ from eventing.wire.framing import expiry_time, integer_attribute
 from functions.gateway.stages.client import PipelineIdentity, StageClient
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.routes import Instance
-from tests.support.http_server import Exchange, Server, serving, unused_port
+from knative.local.kubelet.processes import free_port
+from tests.support.http_server import Exchange, Server, serving
 
 IDS = ["a", "b"]
 ROWS = tuple(Row(id_, 0, 5, 1) for id_ in IDS)
@@ -149,7 +150,7 @@ def test_connections_without_a_reply_fail_the_step() -> None:
     late = forward(lambda exchange: exchange.server.released.wait(5) and None, step_timeout_seconds=0.1)
     assert (late.cause, late.blames) == ("timeout", True)
     with client_of(lambda exchange: None) as (client, _, _):
-        nobody = Instance(1, f"http://127.0.0.1:{unused_port()}")
+        nobody = Instance(1, f"http://127.0.0.1:{free_port()}")
         with pytest.raises(StageFailed) as refused:
             client.forward(nobody, encode_batch(BATCH), IDS, time.monotonic() + 5)
     assert (refused.value.cause, refused.value.blames) == ("refused", False)

@@ -184,7 +184,7 @@ def test_a_stopping_stage_answers_releases_that_wait_for_memory(published: Publi
         reply = threads.submit(client.await_room, 10_000_000)
         wait_until(lambda: metric(stage, "lamina_stage_events_in_flight") == 1, 10)
         stage.process.terminate()
-        assert json_data(reply.result(10), ReleaseReply).released == 0
+        assert json_data(reply.result(120), ReleaseReply).released == 0
         assert time.monotonic() - began < HOLD_SECONDS
 
 

@@ -33,7 +33,7 @@ def trigger(name: str, subscriber: Any, *, delivery: dict[str, Any] | None = Non
 
 
 def delivery(dead_letters: str | None = None, **more: Any) -> dict[str, Any]:
-    quick = {"retry": 2, "backoffPolicy": "linear", "backoffDelay": "PT0.01S", "timeout": "PT5S"} | more
+    quick = {"retry": 2, "backoffPolicy": "linear", "backoffDelay": "PT0.01S", "timeout": "PT60S"} | more
     return quick | ({"deadLetterSink": {"uri": dead_letters}} if dead_letters else {})
 
 
@@ -172,17 +172,17 @@ async def test_a_dead_letter_is_the_event_with_the_reason(tmp_path: Path, status
 
 
 @pytest.mark.parametrize(
-    ("reply", "words"),
+    ("reply", "timeout", "words"),
     [
-        (Reply(200, body=b"no event"), "neither empty nor a CloudEvent"),
-        (Reply(200, body=b"{}", headers={"Content-Type": "application/cloudevents+json"}), "is no CloudEvent"),
-        (Reply(after_seconds=10), "no whole answer within 0.1 s"),
+        (Reply(200, body=b"no event"), "PT60S", "neither empty nor a CloudEvent"),
+        (Reply(200, body=b"{}", headers={"Content-Type": "application/cloudevents+json"}), "PT60S", "is no CloudEvent"),
+        (Reply(after_seconds=60), "PT0.5S", "no whole answer within 0.5 s"),
     ],
 )
-async def test_a_missing_or_malformed_reply_is_a_failure(tmp_path: Path, reply: Reply, words: str) -> None:
+async def test_a_missing_or_malformed_reply_is_a_failure(tmp_path: Path, reply: Reply, timeout: str, words: str) -> None:
     async with running(tmp_path) as local:
         local.subscriber.answer = lambda _: reply
-        await local.apply(trigger("a", local.subscriber.url, delivery=delivery(local.other.url, retry=1, timeout="PT0.1S")))
+        await local.apply(trigger("a", local.subscriber.url, delivery=delivery(local.other.url, retry=1, timeout=timeout)))
         await local.deliver(event())
         assert len(local.subscriber.events) == 2
         assert words in base64.b64decode(str(local.other.events[0].get_extension("knativeerrordata"))).decode()
@@ -259,7 +259,7 @@ async def test_a_sequence_ends_at_a_step_without_a_reply_or_with_a_failure(tmp_p
 @pytest.mark.slow
 async def test_a_full_broker_refuses_events_but_takes_replies(tmp_path: Path) -> None:
     async with running(tmp_path, limit=3) as local:
-        local.subscriber.answer = lambda asked: Reply(event=event(f"reply-{asked.get_id()}", "answer"), after_seconds=0.3)
+        local.subscriber.answer = lambda asked: Reply(event=event(f"reply-{asked.get_id()}", "answer"), after_seconds=2.0)
         gets = trigger("b", local.other.url, filter=of_type("answer"))
         await local.apply(trigger("a", local.subscriber.url, filter=of_type("ask")), gets)
         sent = await local.deliver(*(event(str(number)) for number in range(5)))
@@ -270,8 +270,8 @@ async def test_a_full_broker_refuses_events_but_takes_replies(tmp_path: Path) ->
 
 
 async def test_stopping_does_not_wait_for_deliveries(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async with asyncio.timeout(5), running(tmp_path) as local:
-        local.subscriber.answer = lambda _: Reply(after_seconds=30)
+    async with asyncio.timeout(60), running(tmp_path) as local:
+        local.subscriber.answer = lambda _: Reply(after_seconds=90)
         await local.apply(trigger("a", local.subscriber.url))
         await local.send(event())
         await until(lambda: local.subscriber.events != [])

@@ -35,7 +35,7 @@ async def proxy_to(upstream: Talk) -> AsyncIterator[tuple[asyncio.StreamReader, 
         async with proxy_to_port(server.sockets[0].getsockname()[1]) as proxy:
             reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
             try:
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(60):
                     yield reader, writer
             finally:
                 writer.close()
@@ -260,7 +260,7 @@ class SlowReader(Exchange):
 async def test_a_connection_whose_last_answer_was_read_slowly_takes_the_next_request() -> None:
     server = await asyncio.start_server(closing(answering(OK, times=2)), "127.0.0.1", 0)
     pool = UpstreamPool(server.sockets[0].getsockname()[1])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await pool.forward(SlowReader())
         await pool.forward(SlowReader())
     pool.close()

@@ -29,7 +29,7 @@ async def test_a_readiness_probe_is_repeated(
     async with running_platform(tmp_path, manifest) as platform, client() as session:
         began = time.monotonic()
         assert (await fetch(session, platform.url("echo") + "/pid"))[0] == 200
-        assert at_least <= time.monotonic() - began < 15
+        assert at_least <= time.monotonic() - began < 28, "30 probes, and not one a second"
 
 
 def test_a_container_without_a_probe_is_probed_by_connection_every_50_ms() -> None:

@@ -9,11 +9,12 @@ import pytest
 from eventing.http.delivery import Sender
 from eventing.http.pod_tls import PodTLS
 from knative.local.http.client import REFUSED
+from knative.local.kubelet.processes import free_port
 from knative.local.proxies.queue_proxy import QueueProxy, RequestLimits
 from knative.local.proxies.serving_certs import ServingCerts
 from knative.local.proxies.timeouts import Timeouts
 from tests.support.certificates import CertificateAuthority, write
-from tests.support.http_server import serving, unused_port
+from tests.support.http_server import serving
 from tests.support.knative.behind_queue_proxy import behind_queue_proxy
 from tests.support.knative.platform import client, echo_service, fetch, revision, running_platform
 
@@ -23,7 +24,7 @@ async def test_a_function_that_does_not_run_is_502_with_gos_words() -> None:
     proxy = QueueProxy(RequestLimits(0, Timeouts(10), False))
     await proxy.start()
     async with client() as session:
-        for port in (None, unused_port()):  # after the platform has seen the end of the process, and before
+        for port in (None, free_port()):  # after the platform has seen the end of the process, and before
             proxy.connect(port)
             status, text = await fetch(session, f"http://127.0.0.1:{proxy.port}")
             assert status == 502
