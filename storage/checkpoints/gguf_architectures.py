@@ -48,6 +48,7 @@ class Architecture:
     model_type: str
     class_name: str
     # Modules with other names than in MODULES. A key with `.weight` or `.bias` names a whole tensor, and so does its value.
+    # {} stands for the number of an expert. Between several names is a |: the rows of each expert are those of all of them.
     modules: Mapping[str, str] = field(default_factory=dict)
     layers: str = "model.layers"  # what holds the layers
     # Tensors of a layer that are several in the file, or have other values or another order of dimensions there.
@@ -136,6 +137,19 @@ _ROUTED_KEYS: Final = {
     "leading_dense_block_count": "first_k_dense_replace",
 }
 SOFTMAX, SIGMOID = 1, 2  # values of expert_gating_func
+_LAYER_INPUTS: Final = {
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+}
+_LAYER_INPUT_KEYS: Final = {
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention.shared_kv_layers": "num_kv_shared_layers",
+    "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+}
 GRANITE_KEYS: Final = {
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
@@ -227,6 +241,58 @@ ATTENTION: Final[Mapping[str, Architecture]] = {
         keys={"final_logit_softcapping": "final_logit_softcapping"},
         config=_GELU,
         norm_plus_one=True,
+        sliding=True,
+    ),
+    "gemma3n": Architecture(
+        "gemma3n_text",
+        "Gemma3nForCausalLM",
+        modules={
+            **_NORMS_AROUND,
+            **_LAYER_INPUTS,
+            "altup_proj": "model.altup_projections.{}",
+            "altup_unembd_proj": "model.altup_unembed_projections.{}",
+            "altup_router": "altup.modality_router",
+            "altup_router_norm": "altup.router_norm",
+            "altup_predict_coef": "altup.prediction_coefs",
+            "altup_correct_coef": "altup.correction_coefs",
+            "altup_correct_scale.weight": "altup.correct_output_scale",
+            "laurel_l": "laurel.linear_left",
+            "laurel_r": "laurel.linear_right",
+            "laurel_post_norm": "laurel.post_laurel_norm",
+        },
+        keys={**_LAYER_INPUT_KEYS, "altup.num_inputs": "altup_num_inputs"},
+        sizes={key: name for key, name in SIZES.items() if key != "feed_forward_length"},  # each layer has its own
+        config=_GELU,
+        sliding=True,
+        implied={"altup.active_idx": (0,)},
+    ),
+    "gemma4": Architecture(
+        "gemma4_text",
+        "Gemma4ForCausalLM",
+        modules={
+            **_NORMS_AROUND,
+            **_LAYER_INPUTS,
+            "layer_output_scale.weight": "layer_scalar",
+            "ffn_gate_inp": "router.proj",
+            "ffn_gate_inp.scale.weight": "router.scale",
+            "ffn_gate_up_exps.weight": "experts.{}.gate_proj.weight|experts.{}.up_proj.weight",
+            "ffn_down_exps": "experts.{}.down_proj",
+            "ffn_down_exps.scale.weight": "router.per_expert_scale",
+            "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+            "post_ffw_norm_1": "post_feedforward_layernorm_1",
+            "post_ffw_norm_2": "post_feedforward_layernorm_2",
+        },
+        keys={
+            **_LAYER_INPUT_KEYS,
+            "expert_count": "num_experts",
+            "expert_used_count": "top_k_experts",
+            "expert_feed_forward_length": "moe_intermediate_size",
+        },
+        sizes={
+            key: name for key, name in SIZES.items() if key not in ("feed_forward_length", "attention.head_count_kv")
+        },  # layers have their own
+        flags={"enable_moe_block": "ffn_gate_up_exps.weight"},
+        config=_GELU,
         sliding=True,
     ),
     "phi2": Architecture(

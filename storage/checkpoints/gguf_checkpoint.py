@@ -109,8 +109,13 @@ def _sources(
         if len(tensor.shape) != (2 if kind == "bias" else 3):
             raise CheckpointInvalid(f"{tensor.path} has {tensor.name!r} as {list(tensor.shape)}; make it again")
         experts, rows, *columns = tensor.shape
-        tensor = replace(tensor, shape=(experts * rows, *columns))
-        return {prefix + name.format(number): _source(tensor, file_bytes, rows, number * rows) for number in range(experts)}
+        tensor, parts = replace(tensor, shape=(experts * rows, *columns)), name.split("|")
+        rows //= len(parts)
+        return {
+            prefix + part.format(number): _source(tensor, file_bytes, rows, (number * len(parts) + place) * rows)
+            for number in range(experts)
+            for place, part in enumerate(parts)
+        }
     return {prefix + name: _whole(tensor, architecture, config, file_bytes)}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Final
 
 import numpy as np
@@ -77,6 +78,7 @@ _SAME_AS: Final = {
 }
 _LARGEST_GEMMA_LAYERS: Final = {"gemma2": 46, "gemma3": 62}  # these scale attention by the width of a head's share
 _LARGEST_SIZE: Final = 2**31
+_NO_ROTATION: Final = 1e29  # frequencies divided by this or more do not rotate
 
 
 def architecture_of(path: Path, header: GgufHeader) -> Architecture:
@@ -155,6 +157,10 @@ def model_config(path: Path, header: GgufHeader) -> dict[str, Any]:
         config["new_decoder_architecture"] = config["num_key_value_heads"] > 1
         config["num_kv_heads"] = config["num_key_value_heads"]
         config["num_ln_in_parallel_attn"] = 2 if architecture is FALCON_GROUPED else 1
+    if name == "gemma3n":
+        config |= _gemma_3n(metadata, layers)
+    if name == "gemma4":
+        config |= _gemma_4(metadata, config)
     if name in _LARGEST_GEMMA_LAYERS:
         is_largest = config["num_hidden_layers"] == _LARGEST_GEMMA_LAYERS[name]
         share = config["hidden_size"] // config["num_attention_heads"]
@@ -193,6 +199,14 @@ class _Metadata:
         if type(value) is not int or not 0 < value < _LARGEST_SIZE:
             raise self.wrong(key, "is no size")
         return value
+
+    def sizes(self, key: str, layers: int) -> list[int]:
+        """A size of each layer."""
+        value = self.value(key)
+        found = value if isinstance(value, list) else [value] * layers
+        if len(found) != layers or not all(type(each) is int and 0 < each < _LARGEST_SIZE for each in found):
+            raise self.wrong(key, f"is no size of each of {layers} layers")
+        return found
 
     def quotient(self, dividend: str, divisor: str) -> int:
         """One size divided by another. Raises CheckpointInvalid if it is no whole number."""
@@ -264,6 +278,48 @@ def _latent_attention(metadata: _Metadata, config: Mapping[str, Any]) -> dict[st
     }
 
 
+def _gemma_3n(metadata: _Metadata, layers: int) -> dict[str, Any]:
+    """The sizes of feed-forwards, how sparse they are, and sizes that only tensors tell."""
+    cutoffs = metadata.value("activation_sparsity_scale")
+    if (
+        not isinstance(cutoffs, list)
+        or len(cutoffs) != layers
+        or not all(isinstance(each, float) and each < float("inf") for each in cutoffs)
+    ):
+        raise metadata.wrong("activation_sparsity_scale", f"is no list of {layers} numbers")
+    found: dict[str, Any] = {
+        "intermediate_size": metadata.sizes("feed_forward_length", layers),
+        "activation_sparsity_pattern": [round(NormalDist().cdf(each), 6) for each in cutoffs],  # -infinity: 0
+    }
+    for config_key, tensor in (
+        ("laurel_rank", "blk.0.laurel_l.weight"),
+        ("vocab_size_per_layer_input", "per_layer_token_embd.weight"),
+    ):
+        if tensor not in metadata.tensors:
+            raise CheckpointInvalid(f"{metadata.path} lacks {tensor}; make the GGUF file again")
+        found[config_key] = metadata.tensors[tensor].shape[0]
+    return found
+
+
+def _gemma_4(metadata: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers without a window have heads of their own, maybe with keys as values. Layers that share KV may be wider."""
+    layers = config["num_hidden_layers"]
+    inner, kv_heads = (metadata.sizes(key, layers) for key in ("feed_forward_length", "attention.head_count_kv"))
+    metadata.value(_WINDOW_PATTERN)
+    full = [layer for layer, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
+    windowed = [heads for layer, heads in enumerate(kv_heads) if layer not in full]
+    return {
+        "intermediate_size": min(inner),
+        "use_double_wide_mlp": min(inner) < max(inner),
+        "num_key_value_heads": (windowed or kv_heads)[0],
+        "num_global_key_value_heads": kv_heads[full[0]] if full else None,
+        "head_dim": metadata.size("attention.key_length_swa"),
+        "global_head_dim": config["head_dim"],
+        "attention_k_eq_v": bool(full) and f"blk.{full[0]}.attn_v.weight" not in metadata.tensors,
+        "vocab_size_per_layer_input": config["vocab_size"],
+    }
+
+
 def _rope(metadata: _Metadata, architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of config.json that describe the rotation of queries and keys."""
     theta, head_dim = metadata.number("rope.freq_base"), config["head_dim"]
@@ -283,20 +339,35 @@ def _rope(metadata: _Metadata, architecture: Architecture, config: Mapping[str, 
             raise metadata.wrong("rope.dimension_count", f"is more than the {head_dim} of a head")
         parameters["partial_rotary_factor"] = rotated / head_dim
     factors = {kind: metadata.tensors.get(f"rope_factors_{kind}.weight") for kind in ("short", "long")}
-    if "rope_freqs.weight" in metadata.tensors:
+    if architecture.model_type == "gemma4_text":
+        parameters |= {"rope_type": "proportional", "partial_rotary_factor": _rotated_share(metadata)}
+    elif "rope_freqs.weight" in metadata.tensors:
         parameters |= _scaled_by_frequency(metadata.tensors["rope_freqs.weight"], theta, head_dim)
     elif factors["short"] and factors["long"]:
         metadata.used |= {"rope.scaling.type", "rope.scaling.attn_factor"}
         lists = {f"{kind}_factor": _floats(tensor).tolist() for kind, tensor in factors.items() if tensor}
         original = metadata.size("rope.scaling.original_context_length")
         parameters |= {"rope_type": "longrope", "original_max_position_embeddings": original, **lists}
-    if architecture.model_type == "gemma3_text":
+    if architecture.model_type in ("gemma3_text", "gemma3n_text", "gemma4_text"):
         metadata.defaults["rope.freq_base_swa"] = 10_000.0
         local = {"rope_type": "default", "rope_theta": metadata.number("rope.freq_base_swa")}
         return {"rope_parameters": {"full_attention": parameters, "sliding_attention": local}}
     if architecture.model_type == "olmo3" and metadata.keys.get("rope.freq_base_swa") == theta:
         metadata.used.add("rope.freq_base_swa")
     return {"rope_parameters": parameters}
+
+
+def _rotated_share(metadata: _Metadata) -> float:
+    """The share of a head that Gemma 4 rotates: `rope_freqs.weight` divides the frequencies of the others by 1e30."""
+    if "rope_freqs.weight" not in metadata.tensors:
+        raise CheckpointInvalid(f"{metadata.path} lacks rope_freqs.weight; make the GGUF file again")
+    factors = _floats(metadata.tensors["rope_freqs.weight"])
+    rotated = int((factors == 1).sum())
+    if not (factors[:rotated] == 1).all() or not (factors[rotated:] >= _NO_ROTATION).all():
+        raise ArchitectureUnsupported(
+            f"{metadata.path} has rope_freqs.weight with factors other than 1 and 1e30; publish it from safetensors"
+        )
+    return rotated / len(factors)
 
 
 def _yarn_scales(metadata: _Metadata, architecture: Architecture) -> dict[str, Any]:
@@ -367,7 +438,7 @@ def _windows(metadata: _Metadata, num_layers: int) -> dict[str, Any]:
 
 def _check_others(metadata: _Metadata, architecture: Architecture, config: Mapping[str, Any], kinds: list[str]) -> None:
     """Raises ArchitectureUnsupported if a key that was not used says what the model is not. kinds: of layers."""
-    heads = (config.get("head_dim"),)
+    heads, windowed_heads = (config.get("global_head_dim", config.get("head_dim")),), (config.get("head_dim"),)
     recurrent = [kind == "linear_attention" for kind in kinds]
     # A window as long as the context hides nothing.
     window = metadata.keys.get(_WINDOW)
@@ -377,6 +448,8 @@ def _check_others(metadata: _Metadata, architecture: Architecture, config: Mappi
         "attention.key_length": heads,
         "attention.value_length": heads,
         "rope.dimension_count": heads,
+        "attention.value_length_swa": windowed_heads,
+        "rope.dimension_count_swa": windowed_heads,
         "vocab_size": (config["vocab_size"],),
         _WINDOW: wide,
         _RECURRENT_LAYERS: (recurrent, [*recurrent, False]),

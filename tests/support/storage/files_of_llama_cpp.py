@@ -20,6 +20,19 @@ CASES: Final[dict[str, dict[str, Any]]] = {
     "gpt2": {"n_layer": 2},
     "gemma3_text": {},
     "lfm2": {},
+    "gemma3n_text": {
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "intermediate_size": [64, 48, 64],
+        "activation_sparsity_pattern": [0.9, 0.0, 0.3],
+        "altup_num_inputs": 4,
+        "vocab_size_per_layer_input": tiny_models.VOCAB_SIZE,
+    },
+    "gemma4_text_experts": {
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "hidden_size_per_layer_input": 8,
+    },
 }
 _CONVERTER_READS: Final[dict[str, dict[str, Any]]] = {"gpt2": {"n_ctx": 256}}
 
