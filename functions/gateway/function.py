@@ -44,7 +44,7 @@ class GatewayFunction:
         config: GatewayConfig,
         start_up: StartUp,
         running: RunningScheduler,
-        turn: Callable[[], AbstractContextManager[object]] = nullcontext,
+        turn: Callable[[bool], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """The HTTP service answers NotReady until `start` has loaded the tokenizer. running: closed by `close`. turn: entered
         for each line of a batch; raises NotReady while lines must wait.

@@ -26,6 +26,7 @@ class Claim(msgspec.Struct, omit_defaults=True):
     devices: int
     busy: bool = False  # it has let requests in
     waiting_since: float | None = None  # since when its oldest request waits that was not let in
+    live: bool = True  # some of these requests are more than lines of batches that have time
 
 
 class GatewayClaims(msgspec.Struct, omit_defaults=True):

@@ -5,6 +5,7 @@ scales it to zero within its window. `decide` is a pure function. `Grants` appli
 gateways by a GrantRecord.
 """
 
+import copy
 import logging
 import threading
 import time
@@ -13,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from eventing.problems import NotReady
+from eventing.problems import NotReady, QueueFull
+from functions.gateway.answers.generation import LOOK_SECONDS
 from functions.gateway.fleet.grant_record import Claim, GatewayClaims, Grant, GrantRecord, LeaseRecord, LocalRecord
 from functions.gateway.fleet.members import Version
 
@@ -48,6 +50,7 @@ class MemberLoad:
     starting: bool = False  # it has a grant, and its pods are on their way, whether requests still wait for them or not
     in_flight: int = 0  # gateways that let requests in
     waiting_since: float | None = None  # of its oldest request that was not let in
+    live: bool = True  # some of these requests are more than lines of batches that have time
     used_at: float = 0.0  # when its last request ended or came
     return_seconds: float = 1.0  # measured duration of its start from zero
 
@@ -79,40 +82,47 @@ def decide(loads: Sequence[MemberLoad], max_devices: int, now: float) -> GrantDe
     is next at some time. Idle members give way first, by idle time divided by the time that a return takes. If none is idle,
     members that have held their grant for QUANTUM_SECONDS finish what is in flight and give way. Devices count as taken until
     their pods are gone.
+
+    Members with live requests are before those with lines of batches only. These give way to them without a quantum, and have
+    none of them give way: they take what is free, and turns among themselves.
     """
     holders = [each for each in loads if each.granted_at is not None]
     line = [each for each in loads if each.granted_at is None and each.waiting_since is not None]
-    line.sort(key=lambda each: each.waiting_since or 0.0)
+    line.sort(key=lambda each: (not each.live, each.waiting_since or 0.0))
     free = max_devices - sum(each.taken for each in loads)
     granted, revoked, closed = list[str](), list[str](), set[str]()
-    missing = 0  # devices that must become free for all that wait
+    urgent = missing = 0  # devices that must become free for live requests, and for all that wait
     for each in line:
         needed = max(0, each.devices - each.usable)  # its own pods may still be there
         if not missing and needed <= free:
             granted.append(each.name)
             free -= needed
         else:
-            missing += needed
+            urgent, missing = urgent + needed * each.live, missing + needed
     # Pods that leave free their devices without anybody giving way.
     awaited = {each.name for each in line}
     leaving = [each.leaving if each.granted_at is not None else each.pods for each in loads if each.name not in awaited]
-    missing -= free + sum(leaving) if missing else 0
+    coming = free + sum(leaving)
+    urgent, missing = urgent - coming, missing - coming
     # The longer one is idle, and the sooner it would be back, the more it helps that it gives way.
     idle = [each for each in holders if each.is_idle]
     for victim in sorted(idle, key=lambda each: (each.used_at - now) / max(each.return_seconds, _LEAST_RETURN_SECONDS)):
-        if missing <= 0:
+        if urgent <= 0:
             break
         revoked.append(victim.name)
-        missing -= max(victim.devices, victim.usable)
-    for victim in sorted(holders, key=lambda each: each.granted_at or 0.0):
-        held = now - (victim.granted_at or now)
-        if missing <= 0 or victim.is_idle or victim.starting or held < QUANTUM_SECONDS:
+        freed = max(victim.devices, victim.usable)
+        urgent, missing = urgent - freed, missing - freed
+    for victim in sorted(holders, key=lambda each: (each.live, each.granted_at or 0.0)):
+        quantum = QUANTUM_SECONDS if victim.live or urgent <= 0 else 0.0
+        wanted = urgent if victim.live else missing
+        if wanted <= 0 or victim.is_idle or victim.starting or now - (victim.granted_at or now) < quantum:
             continue
         if victim.in_flight:
             closed.add(victim.name)
         else:
             revoked.append(victim.name)
-        missing -= max(victim.devices, victim.usable)
+        freed = max(victim.devices, victim.usable)
+        urgent, missing = urgent - freed, missing - freed
     return GrantDecision(tuple(granted), tuple(revoked), frozenset(closed))
 
 
@@ -120,9 +130,15 @@ class _Member:
     def __init__(self, devices: int) -> None:
         self.devices = devices
         self.in_flight = 0
-        self.waiting: list[float] = []  # when each request came that was not let in, oldest first
+        self.live = 0  # requests, in flight or waiting, that are no lines of batches, or of batches that are late
+        self.waiting: list[float] = []  # when each of these came that was not let in, oldest first
+        self.lines: list[float] = []  # the same of other lines
         self.is_open = False  # requests may enter: the record has its grant, and says that this gateway uses it
         self.used_at = time.time()
+
+    @property
+    def waiting_since(self) -> float | None:
+        return next(iter(self.waiting or self.lines), None)
 
 
 @dataclass(eq=False)
@@ -157,49 +173,64 @@ class Grants:
         self._due.set()
         self._thread.join()
 
-    def enter(self, version: Version, seconds: float) -> None:
+    def enter(self, version: Version, seconds: float, gone: Callable[[], bool] = lambda: False, *, live: bool = True) -> None:
         """Waits until the member has a grant and lets the request in. Call `leave` at its end.
 
-        Raises NotReady if that takes longer than `seconds`, or if the member needs more devices than there are.
+        live: False: a line of a batch that has time. gone: tells without waiting whether the client has left. Raises NotReady
+        if it has, if that takes longer than `seconds`, or if the member needs more devices than there are, and QueueFull if the
+        member's `queue_limit` of requests wait.
         """
-        devices = len(version.services)
+        devices, limit = len(version.services), 0 if version.config is None else version.config.queue_limit
         if devices > self._max_devices:
             raise NotReady(f"member {version.member} needs {devices} devices, and the fleet has {self._max_devices}")
         deadline = time.monotonic() + seconds
         with self._changed:
             member = self._members.setdefault(version.devices_key, _Member(devices))
+            line = member.waiting if live else member.lines
+            if not member.is_open and len(line) >= limit:
+                raise QueueFull(f"{len(line)} requests of member {version.member} wait for a device; ask again later")
             came = member.used_at = time.time()
-            member.waiting.append(came)
+            line.append(came)
+            member.live += live
+            if not member.is_open:
+                self._due.set()
             try:
                 while not member.is_open:
-                    self._due.set()
                     left = deadline - time.monotonic()
                     if left <= 0:
                         raise NotReady(f"no device became free for member {version.member} in {seconds:g} s; ask again later")
-                    self._changed.wait(left)
+                    if gone():
+                        raise NotReady("the client has left while its request waited for a device")
+                    self._changed.wait(min(left, LOOK_SECONDS))
                 member.in_flight += 1
+            except BaseException:
+                member.live -= live
+                raise
             finally:
-                member.waiting.remove(came)
+                line.remove(came)
 
     @contextmanager
-    def turn(self, version: Version, seconds: float = _LINE_SECONDS) -> Iterator[None]:
+    def turn(
+        self, version: Version, live: bool, seconds: float = _LINE_SECONDS, gone: Callable[[], bool] = lambda: False
+    ) -> Iterator[None]:
         """A context manager around one request, or one line of a batch: `enter` and `leave`."""
-        self.enter(version, seconds)
+        self.enter(version, seconds, gone, live=live)
         try:
             yield
         finally:
-            self.leave(version)
+            self.leave(version, live=live)
 
-    def leave(self, version: Version) -> None:
+    def leave(self, version: Version, *, live: bool = True) -> None:
         with self._changed:
             member = self._members[version.devices_key]
             member.in_flight -= 1
+            member.live -= live
             member.used_at = time.time()
             if not member.in_flight:
                 self._due.set()
 
     def waits(self) -> dict[str, tuple[int, float]]:
-        """Requests that wait for a device, by `devices_key` of their member: number, and how many seconds the oldest waits."""
+        """Live requests that wait for a device, by `devices_key` of their member: number, and how many seconds the oldest waits."""
         now = time.time()
         with self._changed:
             return {
@@ -227,10 +258,13 @@ class Grants:
         with self._changed:
             claims = dict[str, Claim]()
             for key, member in list(self._members.items()):
-                member.is_open = member.is_open and (member.in_flight > 0 or bool(member.waiting))
-                waits = bool(member.waiting) and not member.is_open
+                since = member.waiting_since
+                member.is_open = member.is_open and (member.in_flight > 0 or since is not None)
                 claims[key] = Claim(
-                    member.devices, member.in_flight > 0 or member.is_open, member.waiting[0] if waits else None
+                    member.devices,
+                    member.in_flight > 0 or member.is_open,
+                    None if member.is_open else since,
+                    member.live > 0,
                 )
             used = {key: member.used_at for key, member in self._members.items()}
         opened: set[str] = set()
@@ -244,7 +278,7 @@ class Grants:
         with self._changed:
             for key, member in list(self._members.items()):
                 member.is_open = key in opened
-                if not member.in_flight and not member.waiting and not claims[key].busy:
+                if not member.in_flight and member.waiting_since is None and not claims[key].busy:
                     del self._members[key]  # the record says that it is idle
             self._changed.notify_all()
 
@@ -289,7 +323,7 @@ class Grants:
                 del record.gateways[name], self._beats[name]
         record.gateways.pop(self._gateway, None)
         wanted = {key: each for key, each in claims.items() if each.busy or each.waiting_since is not None}
-        own = {key: Claim(each.devices, each.busy, each.waiting_since) for key, each in wanted.items()}
+        own = {key: copy.copy(each) for key, each in wanted.items()}
         if own:
             record.gateways[self._gateway] = GatewayClaims(int(now / self._record.beat_seconds), own)
         return own
@@ -314,6 +348,7 @@ def _load(record: GrantRecord, key: str, pods: MemberPods | None) -> MemberLoad 
         grant is not None and grant.starting,
         sum(each.busy for each in claims) + (len(waiting) if may_enter else 0),
         None if may_enter or not waiting else min(waiting),
+        any(each.live for each in claims),
         0.0 if grant is None else grant.used_at,
         record.return_seconds.get(key, 1.0),
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Final
 
-from functions.configuration.api_keys import ApiKey
+from functions.configuration.api_keys import ApiKey, sha256_of
 from functions.configuration.config import FLEET_LABEL, PERCENT, FleetConfig, GatewayConfig, member_config
 from functions.configuration.settings import ConfigError
 from functions.gateway.answers.authentication import Clients, KeyRing
@@ -73,7 +73,9 @@ class Members:
         self._lock = threading.Lock()
         self._versions: dict[str, Version] = {}  # by name of their ConfigMap
         self._by_model: dict[str, list[Version]] = {}
+        self._names: frozenset[str] = frozenset()  # of members
         self._rings: dict[str, KeyRing] = {}  # by member
+        self._opened: dict[str, str] = {}  # hash of an API key → the member that it opened last
         api = KubernetesAPI(config.kubernetes_api, config.namespace, CONFIG_MAPS)
         what = f"the members of the fleet {config.fleet}"
         self.watch = ObjectWatch(api, f"{FLEET_LABEL}={config.fleet}", ConfigMap, what, self.changed)
@@ -102,6 +104,7 @@ class Members:
                 _log.error("model %s is of members %s: %s serves it", model, " and ".join(stable), stable[0])
         with self._lock:
             self._versions, self._by_model = versions, by_model
+            self._names = frozenset(each.member for each in versions.values())
         self.listed.set()
         if gone:
             self._on_gone(gone)
@@ -115,14 +118,14 @@ class Members:
         """All versions of all members, model after model."""
         return [version for group in self.models().values() for version in group]
 
-    def find(self, named: str) -> Version | None:
-        """The version that answers a request for this model; None: no member serves it.
+    def find(self, named: str, secret: str) -> Version | None:
+        """The version that answers a request for this model; None: no member that this API key opens serves it.
 
         named: a model, or model:adapter. If a canary runs, it is drawn by the percentages.
         """
         with self._lock:
             group = self._by_model.get(named) or self._by_model.get(named.partition(":")[0])
-        if not group:
+        if not group or not self._opens(group, secret):
             return None
         drawn = random.uniform(0, 100)
         for canary in (each for each in group if each.percent is not None):
@@ -133,22 +136,28 @@ class Members:
 
     def key(self, secret: str) -> ApiKey | None:
         """The API key with this text, of whichever member; None: no member has it."""
+        hashed = sha256_of(secret)
         with self._lock:
-            members = {each.member for each in self._versions.values()}
-        return next((key for member in members if (key := self._ring(member).find(secret)) is not None), None)
+            members = self._names
+        last = self._opened.get(hashed, "")  # the poller's thread asks for each request: hundreds of members take a millisecond
+        for member in (last, *members) if last in members else members:
+            if (key := self._ring(member).find(secret)) is not None:
+                self._opened[hashed] = member
+                return key
+        return None
 
     def opened_by(self, secret: str) -> list[str]:
         """Models that a client with this API key may ask; all of them if no keys are needed."""
-        return [
-            model
-            for model, group in self.models().items()
-            if not self.clients.are_known or self._ring(group[0].member).find(secret) is not None
-        ]
+        return [model for model, group in self.models().items() if self._opens(group, secret)]
 
     def with_batches(self, secret: str = "") -> list[Version]:
         """Versions of models that serve files and batches, and that this API key opens. Canaries are left out."""
         found = (each for model in self.opened_by(secret) for each in self.models().get(model, ()))
         return [each for each in found if each.percent is None and each.serves_batches]
+
+    def _opens(self, group: Sequence[Version], secret: str) -> bool:
+        """Whether this API key opens the member with these versions."""
+        return not self.clients.are_known or self._ring(group[0].member).find(secret) is not None
 
     def _ring(self, member: str) -> KeyRing:
         """The member's API keys. A member without a file of keys accepts no client until there is one."""

@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,8 @@ _LOAD_SECONDS: Final = 60.0  # how long a request waits for tokenizer and templa
 _RETRY_SECONDS: Final = 2.0  # a part that could not be loaded is not tried again sooner
 _PAGE_BYTES: Final = 4096
 
-Turn = Callable[[Version], AbstractContextManager[object]]
+# Entered for each line of a member's batches; raises NotReady while lines must wait. Gets whether the batch is late.
+Turn = Callable[[Version, bool], AbstractContextManager[object]]
 PartState = Literal["loading", "loaded", "failed"]
 
 
@@ -118,7 +119,7 @@ class Parts:
 
     _watch: EndpointsWatch | None
     _memory_bytes: int  # of the process, beyond which idle parts are given up
-    _turn: Turn = nullcontext  # entered for each line of a member's batches; raises NotReady while lines must wait
+    _turn: Turn
     evictions: int = 0
 
     def __post_init__(self) -> None:
@@ -185,8 +186,8 @@ class Parts:
             if not idle:
                 return False
             part = self._parts.pop(idle[0].version)
+            self.evictions += 1
         part.close()
-        self.evictions += 1
         _log.info("gave up the part of %s, idle for %.0f s", part.version.member, time.monotonic() - part.used_at)
         del part, idle
         gc.collect()

@@ -28,7 +28,7 @@ from functions.gateway.openapi.operations import operations
 from functions.gateway.page.page import register_page
 from functions.gateway.page.pipeline_state import PIPELINE_EVENTS
 from functions.gateway.page.state_events import StateEventsAPI
-from functions.hosting.requests import REFUSED, BodyStream
+from functions.hosting.requests import CLIENT_GONE, REFUSED, BodyStream
 from functions.hosting.web import json_response
 
 if TYPE_CHECKING:
@@ -77,22 +77,23 @@ class MemberRouter:
         if REFUSED in environ or not (of_jobs or (path in POST_PATHS if is_post else path == PIPELINE_EVENTS)):
             return self._own(environ, start_response)
         leave = ExitStack()  # what must be undone when the answer has been sent
+        secret = bearer_token(environ.get("HTTP_AUTHORIZATION", ""))
         try:
             if not self._members.listed.is_set():
                 raise NotReady("this gateway does not know the fleet's members yet")
             if of_jobs:
-                version = self._version_of_jobs(environ)
+                version = self._version_of_jobs(environ, secret)
             elif (named := model_of(environ)) is None:
                 raise MalformedEvent("the request names no model, and a fleet serves several")
-            elif (found := self._members.find(named)) is not None:
+            elif (found := self._members.find(named, secret)) is not None:
                 version = found
             else:
                 environ[_ERROR] = named
                 return self._own(environ, start_response)
             computes = is_post and not of_jobs and path not in _WITHOUT_STAGES
-            if self._grants is not None and computes:
-                timeout = 0.0 if version.config is None else version.config.request_timeout_seconds
-                leave.enter_context(self._grants.turn(version, timeout))
+            if self._grants is not None and computes and version.config is not None:
+                gone = environ.get(CLIENT_GONE, lambda: False)
+                leave.enter_context(self._grants.turn(version, True, version.config.request_timeout_seconds, gone))
             part = leave.enter_context(self._parts.use(version))
             pieces = part.load(wakes=computes)(environ, start_response)
         except BaseException as error:
@@ -103,7 +104,7 @@ class MemberRouter:
             return self._own(environ, start_response)
         return ClosingIterator(pieces, leave.close)
 
-    def _version_of_jobs(self, environ: "WSGIEnvironment") -> Version:
+    def _version_of_jobs(self, environ: "WSGIEnvironment", secret: str) -> Version:
         """The version whose files and batches a request concerns: `?model=` names it, or the API key, or it is the only one.
 
         Raises NotFound or MalformedEvent.
@@ -113,9 +114,9 @@ class MemberRouter:
         if environ["PATH_INFO"] == HOLD_PATH:  # asks for nothing: any part that works on batches holds it
             found = [each.version for each in self._parts.loaded() if each.function is not None and each.version.serves_batches]
         elif named is not None:
-            found = [each for each in [self._members.find(named)] if each is not None and each.serves_batches]
+            found = [each for each in [self._members.find(named, secret)] if each is not None and each.serves_batches]
         else:
-            found = self._members.with_batches(bearer_token(environ.get("HTTP_AUTHORIZATION", "")))
+            found = self._members.with_batches(secret)
         if len(found) > 1 and environ["PATH_INFO"] != HOLD_PATH:
             models = ", ".join(sorted(each.model for each in found))
             raise MalformedEvent(f"several members serve batches: add ?model= to the URL, with one of {models}")

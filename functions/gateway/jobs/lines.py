@@ -62,16 +62,19 @@ class LineAnswerer:
 
     _service: Callable[[], AnswerService]  # raises NotReady before the tokenizer is loaded
     _config: GatewayConfig
-    _turn: Callable[[], AbstractContextManager[object]] = nullcontext  # entered for each line, raises NotReady as well
+    # Entered for each line, raises NotReady as well. Gets whether the line's batch is late.
+    _turn: Callable[[bool], AbstractContextManager[object]] = nullcontext
 
-    def answer(self, place: LinePlace, gone: Callable[[], bool], begun: Callable[[Generation], object]) -> LineResult:
+    def answer(
+        self, place: LinePlace, late: bool, gone: Callable[[], bool], begun: Callable[[Generation], object]
+    ) -> LineResult:
         """Waits for the answer. A line that cannot be served is answered with its error.
 
-        gone: whether the line shall be given up, which raises ClientLeft. begun: called when the answer begins. Raises
-        LineDelayed if a later try may succeed.
+        late: whether the batch is. gone: whether the line shall be given up, which raises ClientLeft. begun: called when the
+        answer begins. Raises LineDelayed if a later try may succeed.
         """
         try:
-            with self._turn():
+            with self._turn(late):
                 return self._answer(place, gone, begun)
         except ClientLeft:
             raise

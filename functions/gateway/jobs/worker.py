@@ -296,7 +296,7 @@ class _Part:
                     stream = generation.answers[0].token_stream
                     slot.is_waiting = lambda: stream.timings().queue_seconds is None
 
-                return self._answerer.answer(place, lambda: slot.preempted or self._stopped(), begun)
+                return self._answerer.answer(place, self._run.due(), lambda: slot.preempted or self._stopped(), begun)
             except ClientLeft:
                 continue
             except LineDelayed as delayed:

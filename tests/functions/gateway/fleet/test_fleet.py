@@ -229,13 +229,14 @@ def test_keys_of_a_member_open_that_member_only(pipelines: tuple[Pipeline, Pipel
             overview(process, "another key")
         assert refused.value.code == 401
         assert ask(process, "tiny")[0] == 401
+        assert ask(process, "other", "key-of-tiny")[0] == 404, "nobody has a key of it yet"
+        (tmp_path / "other").write_text("key-of-other name=bob max_tokens=1\n")
         status, refused = ask(process, "other", "key-of-tiny")
-        assert status in (401, 503), refused  # nobody has a key of it yet
-        (tmp_path / "other").write_text("key-of-other name=bob client_max_tokens=1\n".replace("client_", ""))
+        assert (status, refused["error"]["code"]) == (404, "model_not_found")
+        assert process.get("/readyz")[1]["members"]["asleep"] == 1, "a key of another member loads and wakes nothing"
         wait_until(lambda: ask(process, "other", "key-of-other")[0] == 200)
         assert ask(process, "other", "key-of-other")[1]["usage"]["completion_tokens"] == 1
-        assert ask(process, "other", "key-of-tiny")[0] == 401
-        assert ask(process, "tiny", "key-of-other")[0] == 401
+        assert ask(process, "tiny", "key-of-other")[0] == 404
 
 
 def test_idle_members_are_given_up_for_memory(pipelines: tuple[Pipeline, Pipeline]) -> None:

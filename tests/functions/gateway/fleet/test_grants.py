@@ -74,6 +74,25 @@ def test_a_busy_member_gives_way_after_its_quantum_and_finishes_what_is_in_fligh
     assert decide([done, waits("new")], 2, NOW + 1) == GrantDecision(revoke=("busy",))
 
 
+def test_lines_of_batches_wait_for_live_requests_of_other_members() -> None:
+    """They take what is free, have nobody with live requests give way, and give way at once, after the lines in flight."""
+    batch = replace(waits("batch", 50), live=False)
+    assert decide([batch, waits("new")], 2, NOW) == GrantDecision(("new",))
+    assert decide([batch, waits("new")], 4, NOW) == GrantDecision(("new", "batch"))
+    assert decide([batch, holds("idle"), holds("busy", in_flight=1)], 4, NOW) == GrantDecision(), "idle pods end by themselves"
+    lines = holds("lines", in_flight=1, live=False, granted_at=NOW - 1)
+    assert decide([lines, waits("new")], 2, NOW) == GrantDecision(close=frozenset({"lines"}))
+    assert decide([lines, holds("idle"), waits("new")], 4, NOW) == GrantDecision(revoke=("idle",))
+    assert decide([holds("busy", in_flight=1), lines, waits("new")], 4, NOW).close == {"lines"}, "whoever holds it longer"
+
+
+def test_batches_take_turns_with_each_other() -> None:
+    lines = holds("lines", in_flight=1, live=False, granted_at=NOW - QUANTUM_SECONDS + 1)
+    batch = replace(waits("batch"), live=False)
+    assert decide([lines, batch], 2, NOW) == GrantDecision()
+    assert decide([lines, batch], 2, NOW + 1) == GrantDecision(close=frozenset({"lines"}))
+
+
 @st.composite
 def loads_of(draw: st.DrawFn) -> list[MemberLoad]:
     def load(number: int) -> MemberLoad:
@@ -88,6 +107,7 @@ def loads_of(draw: st.DrawFn) -> list[MemberLoad]:
             granted_at is not None and draw(st.booleans()),
             0 if granted_at is None else draw(st.integers(0, 3)),
             draw(st.none() | st.floats(0, NOW)),
+            draw(st.booleans()),
             draw(st.floats(0, NOW)),
         )
 

@@ -1,16 +1,18 @@
 """Two gateways of a fleet agree by one Lease of a cluster which members have devices, also when one of them dies."""
 
 import json
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from eventing.problems import NotReady
+from eventing.problems import NotReady, QueueFull
 from functions.configuration.config import GatewayConfig
 from functions.gateway.fleet import grants
-from functions.gateway.fleet.grant_record import RECORD, LeaseRecord
+from functions.gateway.fleet.grant_record import RECORD, Change, LeaseRecord
 from functions.gateway.fleet.grants import Grants, MemberPods
 from functions.gateway.fleet.members import Version
 from functions.gateway.stages.kubernetes_api import LEASES, KubernetesAPI
@@ -56,7 +58,7 @@ class Cluster:
 
 
 def _one_stage(name: str) -> GatewayConfig:
-    return gateway_config(LAMINA_CUT="0:4", LAMINA_STAGES=f"0:4=http://{name}-s0")
+    return gateway_config(LAMINA_CUT="0:4", LAMINA_STAGES=f"0:4=http://{name}-s0", LAMINA_QUEUE_LIMIT="2")
 
 
 @pytest.fixture
@@ -84,6 +86,35 @@ def test_two_gateways_never_grant_more_than_the_devices(cluster: Cluster) -> Non
         cluster.pods[chat.devices_key] = 0
         waiting.result(30)
         assert cluster.granted == {code.devices_key}
+
+
+def test_requests_that_wait_for_a_device_are_bounded_and_end_with_their_clients(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They hold threads that all members share, and would wake a member for nobody. They ask the API once a tick."""
+    chat, code, _ = cluster.versions
+    left, asked, update = threading.Event(), list[float](), LeaseRecord.update
+
+    def noted(record: LeaseRecord, change: Change) -> None:
+        asked.append(time.monotonic())
+        update(record, change)
+
+    monkeypatch.setattr(LeaseRecord, "update", noted)
+    with cluster.gateway("one") as one, ThreadPoolExecutor(2) as executor:
+        cluster.serve(one, chat)
+        waiting = [executor.submit(one.enter, code, 600.0, left.is_set) for _ in range(2)]
+        wait_until(lambda: one.waits().get(code.devices_key, (0, 0.0))[0] == 2)
+        with pytest.raises(QueueFull, match="2 requests of member code wait for a device"):
+            one.enter(code, 600.0)
+        begun = len(asked)
+        wait_until(lambda: len(asked) > begun + 5)
+        assert asked[begun + 5] - asked[begun + 1] > 3.5 * LeaseRecord.tick_seconds
+        left.set()
+        for each in waiting:
+            with pytest.raises(NotReady, match="the client has left"):
+                each.result(60)
+        assert one.waits() == {}
+        cluster.serve(one, chat)  # it never had to give way
 
 
 def test_a_gateway_that_dies_gives_its_grants_up(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
