@@ -96,8 +96,8 @@ def _fleets(sizes: Sequence[int], output: Path) -> None:
     asked = " ".join(f"--fleet {size}" for size in sizes)
     facts = (
         f"`python -m bench.many {asked}` on {machine()}: a fleet's gateway as a process, "
-        f"and knative/local's API, over {_ZERO_SECONDS:g} s in which nobody asks. On a cluster Knative makes some ten objects "
-        "more for each Service."
+        f"and knative/local's API, over {_ZERO_SECONDS:g} s in which nobody asks. *On a cluster* counts what Knative and "
+        "Kubernetes make for each Service."
     )
     report(output, "fleet-at-zero", at_zero.markdown(found, facts), at_zero.verdicts(found))
 

@@ -26,6 +26,12 @@ _MOST_CORE: Final = 0.02
 _SETTLE_SECONDS: Final = 10.0
 _LAYERS: Final = 30
 _WATCHES: Final = 2  # ConfigMaps and EndpointSlices
+_MADE_FOR_A_SERVICE: Final = 17
+"""Objects that a cluster makes for a Knative Service with one revision (Knative Serving of August 2026, pkg/reconciler).
+
+Knative: Configuration, Route, Revision, Deployment, Image, PodAutoscaler, Metric, ServerlessService, Ingress, three Services,
+and the public one's Endpoints. Kubernetes: ReplicaSet, the private Service's Endpoints, and their two EndpointSlices.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,11 @@ class AtZero:
     @property
     def applied(self) -> int:
         return self.objects.total()
+
+    @property
+    def on_a_cluster(self) -> int:
+        services = self.objects["Service"]  # all of them Knative's
+        return self.applied + _MADE_FOR_A_SERVICE * services
 
 
 def fleet_objects(members: int, stages: int) -> list[KubernetesObject]:
@@ -92,7 +103,7 @@ def verdicts(found: Sequence[AtZero]) -> list[Verdict]:
 
 def markdown(found: Sequence[AtZero], facts: str) -> str:
     columns = ["members", "stages of each", "gateway memory", "CPU of a core", "objects applied"]
-    columns.append("requests to the API a minute")
+    columns += ["objects on a cluster", "requests to the API a minute"]
     rows = [
         [
             each.members,
@@ -100,6 +111,7 @@ def markdown(found: Sequence[AtZero], facts: str) -> str:
             f"{each.resident_mib:.0f} MiB",
             f"{each.core_share:.2%}",
             f"{each.applied} ({', '.join(f'{count} {kind}' for kind, count in each.objects.most_common(2))})",
+            f"{each.on_a_cluster:,}",
             f"{_WATCHES * 60 / WATCH_SECONDS:.0f}",
         ]
         for each in found

@@ -1,5 +1,6 @@
 """The same on a simulated clock: the gateway's own decisions, and Knative's times for a pod that comes and goes."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ _FIRST_SECONDS: Final = 0.05  # of a first token from a pod that is ready
 _STEP_SECONDS: Final = 0.1
 _QUIET_SECONDS: Final = PodTiming().drain_quiet_seconds
 _BEGIN: Final = 1000.0
+_PATIENCE_SECONDS: Final = 600.0  # request_timeout_seconds of a gateway
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +69,22 @@ class _Member:
 @dataclass(frozen=True, slots=True)
 class Simulated:
     first_seconds: Sequence[float]
-    mean_pods: float
+    replica_seconds: float
     peak: int
 
 
-def simulate(traffic: Traffic, devices: int | None, timeout_seconds: float) -> Simulated:
-    """devices: None: KPA for each member, which leaves a pod that terminates. timeout_seconds: of a stage; it ends a drain."""
+def simulate(
+    traffic: Traffic, devices: int | None, timeout_seconds: float, window_seconds: float = WINDOW_SECONDS
+) -> Simulated:
+    """devices: None: KPA for each member, which leaves a pod that terminates. timeout_seconds: of a stage; it ends a drain.
+
+    window_seconds: infinite: each member always has its pod.
+    """
     dice, members, weights, seconds = random.Random(7), len(traffic.weights), traffic.weights, traffic.seconds
     by_key = {f"m{number}": _Member() for number in range(members)}
+    if math.isinf(window_seconds):
+        for member in by_key.values():
+            member.pods.append(_Pod(_BEGIN))
     lasts = devices is not None  # the last pod serves while it leaves
 
     def pods_of(services: Sequence[str]) -> MemberPods:
@@ -99,14 +109,21 @@ def simulate(traffic: Traffic, devices: int | None, timeout_seconds: float) -> S
             }
             opened = grants.divide(record, claims, {key: each.used_at for key, each in by_key.items()}, now)
         for key, member in by_key.items():
-            _step(member, now, first_seconds, lasts=lasts, opened=key in opened, timeout_seconds=timeout_seconds)
+            _step(member, now, first_seconds, timeout_seconds, window_seconds, opened=key in opened, lasts=lasts)
         pods = sum(len(each.pods) for each in by_key.values())
         pod_seconds, peak, now = pod_seconds + pods * _STEP_SECONDS, max(peak, pods), now + _STEP_SECONDS
-    return Simulated(first_seconds, pod_seconds / (now - _BEGIN), peak)
+    return Simulated(first_seconds, pod_seconds, peak)
 
 
 def _step(
-    member: _Member, now: float, first_seconds: list[float], *, lasts: bool, opened: bool, timeout_seconds: float
+    member: _Member,
+    now: float,
+    first_seconds: list[float],
+    timeout_seconds: float,
+    window_seconds: float,
+    *,
+    opened: bool,
+    lasts: bool,
 ) -> None:
     member.running = [ends for ends in member.running if ends > now]
     member.pods = [each for each in member.pods if not (each.leaving and now >= each.until)]
@@ -126,36 +143,43 @@ def _step(
             member.pods.append(_Pod(now + START_SECONDS))
     if member.running:
         member.used_at = now
-    if now // TICK_SECONDS != (now - _STEP_SECONDS) // TICK_SECONDS and now - member.used_at > WINDOW_SECONDS:
+    if now // TICK_SECONDS != (now - _STEP_SECONDS) // TICK_SECONDS and now - member.used_at > window_seconds:
         for pod in member.pods:
             if pod.ready and not pod.leaving:
                 pod.leaving, pod.until = True, now + min(_QUIET_SECONDS, timeout_seconds)
 
 
 def markdown(members: int, devices: int, seconds: float) -> str:
-    columns = ["", "first token p50, p95", "longest", "pods on average, at most"]
+    columns = ["", "first token p50, p95", "longest", "failures", "replica-seconds", "of static", "most pods"]
     lines = [
         "## Many models on few devices, simulated",
         "",
         f"`python -m bench.many --members {members} --devices {devices} --seconds {seconds:g} --simulated`: a pod starts in "
-        f"{START_SECONDS:g} s, an answer takes {ANSWER_SECONDS:g} s.",
+        f"{START_SECONDS:g} s, an answer takes {ANSWER_SECONDS:g} s, and a request that waits for more than "
+        f"{_PATIENCE_SECONDS:g} s has failed.",
     ]
     for traffic in (by_zipf(members, seconds), LMSYS):
-        rows = []
-        for name, bound, timeout in (
-            ("KPA for each, no bound", None, 600.0),
-            *((f"`max_devices: {count}`, `timeout_seconds: {timeout:g}`", count, timeout)
-              for count in (devices, devices - 2) for timeout in (600.0, 20.0, 10.0)),
-        ):  # fmt: skip
-            found = simulate(traffic, bound, timeout)
-            p95 = quantiles(found.first_seconds, n=20, method="inclusive")[18]
-            rows.append(
-                [
-                    name,
-                    f"{median(found.first_seconds):.2f}, {p95:.2f} s",
-                    f"{max(found.first_seconds):.1f} s",
-                    f"{found.mean_pods:.1f}, {found.peak}",
-                ]
-            )
+        static = simulate(traffic, None, 600.0, math.inf)
+        found = {
+            "a static pod for each model": static,
+            "KPA for each, no bound": simulate(traffic, None, 600.0),
+            **{
+                f"`max_devices: {count}`, `timeout_seconds: {timeout:g}`": simulate(traffic, count, timeout)
+                for count in (devices, devices - 2)
+                for timeout in (600.0, 20.0, 10.0)
+            },
+        }
+        rows = [
+            [
+                name,
+                f"{median(each.first_seconds):.2f}, {quantiles(each.first_seconds, n=20, method='inclusive')[18]:.2f} s",
+                f"{max(each.first_seconds):.1f} s",
+                f"{sum(waited > _PATIENCE_SECONDS for waited in each.first_seconds)} of {len(each.first_seconds)}",
+                f"{each.replica_seconds:.0f}",
+                f"{each.replica_seconds / static.replica_seconds:.2f} ×",
+                each.peak,
+            ]
+            for name, each in found.items()
+        ]
         lines += ["", f"{traffic.told[0].upper()}{traffic.told[1:]}:", "", table(columns, rows)]
     return "\n".join(lines)
