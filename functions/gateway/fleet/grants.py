@@ -230,7 +230,7 @@ class Grants:
                 self._due.set()
 
     def waits(self) -> dict[str, tuple[int, float]]:
-        """Live requests that wait for a device, by `devices_key` of their member: number, and how many seconds the oldest waits."""
+        """Live requests that wait for a device, by their member's `devices_key`: number, and seconds that the oldest waits."""
         now = time.time()
         with self._changed:
             return {
