@@ -38,7 +38,9 @@ def decide(state: SchedulerState, now: float) -> list[Action]:
     if not state.micro_batches or now >= state.leases.renew_at:
         used = [instance for batch in state.micro_batches for instance in batch.route.instances]
         actions += state.leases.renew(used, state.sequences, now)
-    actions += reserve_again(state)
+    in_batches = [sequence for batch in state.micro_batches for sequence in batch.sequences]
+    if [each for each in in_batches if each.restoring or each.leader is not None or each.handing_over is not None]:
+        actions += reserve_again(state)
     if has_waiting := state.has_waiting:
         actions += admit(state, now)
         has_waiting = state.has_waiting
