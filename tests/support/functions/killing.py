@@ -124,5 +124,4 @@ class Killer:
         return samples["lamina_gateway_running_sequences"]
 
     async def _metrics(self) -> dict[str, float]:
-        (pod,) = self.gateway.pods
-        return await pod_metrics(pod)
+        return await pod_metrics(self.gateway.pods[0])
