@@ -297,5 +297,10 @@ def _part_of_layer(model: Decoder, kind: int, inner: str) -> str:
     if names.recurrent and inner.startswith(f"{names.recurrent}."):
         return "a recurrent mixer"
     latents = (*names.qkv, names.query_down, names.query_up, names.kv_down, names.kv_up, names.out)
-    is_latent = attention is not None and attention.latent is not None and inner in latents
-    return "latent attention" if is_latent else "a mixture of experts"
+    if attention is not None and attention.latent is not None and inner in latents:
+        return "latent attention"
+    if inner in (names.input_gate, names.input_out):
+        return "the inputs that each layer gets from token ids"
+    if inner in (names.stream_router, names.predict, names.correct, names.narrow_beside, names.widen_beside):
+        return "the streams of hidden states"
+    return "a mixture of experts"

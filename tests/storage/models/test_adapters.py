@@ -156,12 +156,14 @@ def test_what_no_stage_computes_is_refused_before_anything_is_written(
         ),
         ("deepseek_v3", ["o_proj"], "o_proj is part of latent attention"),
         ("lfm2", ["conv.in_proj"], "conv.in_proj is part of a recurrent mixer"),
+        ("gemma3n_text", ["linear_left"], "part of the streams of hidden states.*mlp.up_proj, self_attn.k_proj"),
+        ("gemma3n_text", ["per_layer_projection"], "part of the inputs that each layer gets from token ids"),
     ],
 )
 def test_matrices_to_which_layers_add_no_adapter_are_named(
     family: str, targets: list[str], reason: str, store: ObjectStore, tmp_path: Path
 ) -> None:
-    """The refusal called them no linear modules; adapters of o_proj were taken, and not computed."""
+    """The refusal called them no linear modules, or parts of experts; adapters of o_proj were taken, and not computed."""
     tiny_models.whole_model(family).save_pretrained(tmp_path / "base")
     publish(tmp_path / "base", store, family, "float32")
     folder = folder_of(tmp_path / "adapter", family=family, target_modules=targets)

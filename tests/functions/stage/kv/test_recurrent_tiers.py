@@ -1,4 +1,4 @@
-"""Conversations of models with recurrent layers go on from memory, from another instance and from the store."""
+"""Conversations of models with recurrent layers, or shared KV, go on from memory, from another instance and from the store."""
 
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from tests.support.functions.stage_server import StageServer
 from tests.support.storage import tiny_models
 
 NAMES = ["lfm2", "qwen3_5_text", "mamba2", "falcon_h1", "jamba"]
+GEMMAS = ["gemma3n_text", "gemma4_text"]
 
 
 def hybrid(name: str, kv_budget_bytes: int = 2**22) -> LayerGroup:
@@ -54,7 +55,7 @@ def test_a_regenerated_answer_finds_its_prompt() -> None:
         assert stage.converse("again", tokens, 30) == (64, drawn)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *GEMMAS])
 @pytest.mark.parametrize("ended", [True, False])
 def test_another_instance_takes_over_with_the_state(name: str, ended: bool) -> None:
     server = StageServer(0, (LAYERS,), lambda: hybrid(name))
@@ -73,7 +74,7 @@ def test_another_instance_takes_over_with_the_state(name: str, ended: bool) -> N
     assert drawn == oracle(name, tokens)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *GEMMAS])
 def test_a_stage_that_was_at_zero_continues_from_the_store(name: str, tmp_path: Path) -> None:
     with EmbeddedStore(tmp_path) as server, PayloadStore(server.settings, stall_seconds=1.0, retry_seconds=0.5) as store:
         with kv_stage(store=store, group=hybrid(name)) as stage:

@@ -12,7 +12,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from functions.stage.models.adapters import WrongAdapter
-from functions.stage.models.build import build_layer_group
 from functions.stage.models.layer_group import LayerGroup
 from functions.stage.native.library import library
 from storage.checkpoints.families import part_of
@@ -20,6 +19,7 @@ from storage.models.model_repository import Dtype
 from tests.functions.stage.native.test_families import TEXTS, group_of, plain, published
 from tests.support.functions.borders import raw
 from tests.support.functions.group_chain import GroupChain, by_plan, tokens_of
+from tests.support.functions.stage_pipeline import build_groups
 from tests.support.storage import tiny_models
 from tests.support.storage.adapters import adapted, stored_tensors
 
@@ -30,6 +30,9 @@ ADAPTERS: Mapping[int, dict[str, Any]] = {
     3: {"r": 37, "lora_alpha": 5},
 }
 MIXTURES = ("mixtral", "qwen3_moe", "deepseek_v3")  # of experts, whose matrices are no linear modules
+GEMMAS = ("gemma3n_text", "gemma4_text", "gemma4_text_experts")
+# Parts of the names of the modules that are adapted, if these are not all linear ones.
+ADAPTED = dict.fromkeys(MIXTURES, ("attn",)) | dict.fromkeys(GEMMAS, (".self_attn.", ".mlp."))
 PROMPT = tokens_of(5, 9)
 # Separate and fused matrices, by head, transposed, without gate, with norms after the products, in parallel, with biases.
 FAMILIES = ("llama", "qwen2_sliding", "phi3", "gpt_neox", "gpt2", "starcoder2", "gemma2", "cohere2", "granite")
@@ -44,8 +47,8 @@ def oracle(family: str, number: int) -> PeftModel:
         config["fan_in_fan_out"] = True
     model = tiny_models.whole_model(family)
     modules = [name for name, each in model.named_modules() if isinstance(each, nn.Linear | Conv1D) and name != "lm_head"]
-    if family in MIXTURES:
-        config["target_modules"] = [name for name in modules if "attn" in name]
+    if family in ADAPTED:
+        config["target_modules"] = [name for name in modules if any(part in name for part in ADAPTED[family])]
     elif number == 3:  # some layers only, and in each some modules only
         config["target_modules"] = [name for name in modules if part_of(f"{name}.weight") in (1, 3, 4)][::2]
     return adapted(model, number, **config)
@@ -76,22 +79,14 @@ def greedy_together(groups: Sequence[LayerGroup], adapters: Mapping[str, int], n
 
 
 def groups_of(kind: Any, family: str, adapters: Sequence[int] = (1, 2, 3)) -> list[LayerGroup]:
-    tensors = tiny_models.checkpoint_tensors(tiny_models.whole_model(family))
-    config = tiny_models.tiny_config(family)
-    return [
-        with_adapters(
-            build_layer_group(kind, config, raw(tiny_models.stage_tensors(tensors, *cut)), *cut, "float32", "cpu", 2**22),
-            family,
-            adapters,
-        )
-        for cut in CUT
-    ]
+    groups = build_groups(family, CUT, kind, kv_budget_bytes=2**22)
+    return [with_adapters(group, family, adapters) for group in groups]
 
 
 @pytest.mark.parametrize(
     ("kind", "family"),
     [
-        *(("native", family) for family in FAMILIES),
+        *(("native", family) for family in (*FAMILIES, *GEMMAS)),
         ("llama", "llama_biased"),
         ("llama", "mistral_sliding"),
         *(("transformers", family) for family in ("llama", "gpt2", "bloom", "jamba", *MIXTURES)),
