@@ -38,14 +38,18 @@ def loaded(process: FunctionProcess) -> set[str]:
     return set(line.split()[1:])
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_a_pipeline_answers_with_the_whole_models_tokens_and_loads_no_torch(published: Published, installed: bool) -> None:
-    wanted = published.expected(PROMPT, NEW_TOKENS)
+@pytest.mark.parametrize(("installed", "family"), [(True, "llama"), (False, "gemma3n_text")])
+def test_a_pipeline_answers_with_the_whole_models_tokens_and_loads_no_torch(
+    published: Published, installed: bool, family: str, tmp_path: Path
+) -> None:
+    """Llama, and a model with several hidden states of a token, inputs of each layer and shared keys and values."""
     with ExitStack() as stack:
-        environs = [stage_environment(published, group) for group in range(len(CUT))]
+        model = published if family == "llama" else stack.enter_context(published_model(tmp_path, family=family))
+        wanted = model.expected(PROMPT, NEW_TOKENS)
+        environs = [stage_environment(model, group) for group in range(len(CUT))]
         stages = [stack.enter_context(function(environ, installed=installed)) for environ in environs]
         urls = [stage.wait_ready().url for stage in stages]
-        gateway = stack.enter_context(function(gateway_environment(published, urls), installed=installed))
+        gateway = stack.enter_context(function(gateway_environment(model, urls), installed=installed))
         assert tokens_of(gateway.wait_ready().url, PROMPT, NEW_TOKENS) == wanted
         for process in (*stages, gateway):
             assert "functions" in (modules := loaded(process))

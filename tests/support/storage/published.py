@@ -187,9 +187,16 @@ def _write_safetensors(path: Path, tensors: dict[str, Any]) -> None:
 
 @contextmanager
 def published_model(
-    folder: Path, dtype: Dtype = "float32", name: str = "tiny", store: StoreSettings | None = None
+    folder: Path,
+    dtype: Dtype = "float32",
+    name: str = "tiny",
+    store: StoreSettings | None = None,
+    family: str | None = None,
 ) -> Iterator[Published]:
-    """The model by its name, in a store of its own or in `store`, which runs. In dtype kept its source is a GGUF file."""
+    """The model by its name, in a store of its own or in `store`, which runs. In dtype kept its source is a GGUF file.
+
+    family: a tiny model of tiny_models.py, which takes its place but for tokenizer and end tokens, and needs torch.
+    """
 
     def load_model() -> "PreTrainedModel":
         from transformers import AutoModelForCausalLM
@@ -199,6 +206,12 @@ def published_model(
         return model
 
     save_checkpoint(folder / "checkpoint")
+    if family is not None:
+        from tests.support.storage.tiny_models import whole_model
+
+        generation = (folder / "checkpoint" / "generation_config.json").read_bytes()
+        whole_model(family, vocab_size=VOCAB_SIZE).save_pretrained(folder / "checkpoint")
+        (folder / "checkpoint" / "generation_config.json").write_bytes(generation)
     with ExitStack() as stack:
         settings = store or stack.enter_context(EmbeddedStore(folder / "store")).settings
         source = folder / "checkpoint"

@@ -86,7 +86,7 @@ def test_a_scored_prompt_goes_on_with_its_answer() -> None:
     assert scores == pytest.approx([float(row[token]) for row, token in zip(logits, text[1:], strict=False)], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "granitemoehybrid", "deepseek_v2"])
+@pytest.mark.parametrize("name", ["qwen3_next", "granitemoehybrid", "deepseek_v2", "gemma4_text", "gemma3n_text"])
 def test_a_migration_takes_states_along(name: str) -> None:
     """Nothing is computed again but the newest tokens."""
     expected = answers(name, prompts(), 60)
