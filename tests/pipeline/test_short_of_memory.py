@@ -14,11 +14,11 @@ from tests.support.storage.published import Published
 
 STAGES, MAX_SCALE = 2, 3
 FIT = 4  # sequences in the memory of one pod: half of a micro-batch
-PASS_SECONDS = 0.15
-TOKENS = 200
+PASS_SECONDS = 0.3  # of each stage, so that an answer takes longer than the stages have to grow
+TOKENS = 220
 # Keys and values of three layers with two heads of eight numbers in 16 bits, as stages that sleep count them.
 KV_BYTES = FIT * (TOKENS + 20) * 2 * 3 * 2 * 8 * 2
-DEADLINE_SECONDS = 90.0
+DEADLINE_SECONDS = 120.0
 
 
 async def _converse(url: str, number: int) -> None:

@@ -7,6 +7,8 @@ finds in its next turn, the other gateway has left there.
 
 import json
 import random
+import signal
+import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +98,18 @@ class Pipeline:
     def idle(self, middle: FunctionProcess) -> None:
         """Waits until what answers held is remembered."""
         wait_until(lambda: sum(metric(stage, "lamina_stage_sequences") for stage in [*self.ends, middle]) == 0)
+
+    def stopped_amid_answers(self) -> bool:
+        """Stops the first stage. Whether answers wait for it; on a busy machine all may have ended."""
+        self.ends[0].process.send_signal(signal.SIGSTOP)
+        running, before = self._running(), -1.0
+        while running != before:  # steps that have passed the first stage go on
+            time.sleep(0.5)
+            running, before = self._running(), running
+        return running > 0
+
+    def _running(self) -> float:
+        return sum(metric(gateway, "lamina_gateway_running_sequences") for gateway in self.gateways)
 
     @contextmanager
     def begun(self, turn: Turn, numbers: Sequence[int], swapped: bool = False) -> Iterator[dict[int, HTTPResponse]]:
@@ -199,19 +213,23 @@ def test_conversations_go_on_at_the_other_gateway_whatever_goes_away(published: 
         pipeline.publish(leaving="gone", killed="ready")
 
         with pipeline.begun(fourth, everybody, swapped=True) as streams:
+            amid = pipeline.stopped_amid_answers()
             killed.process.kill()
+            pipeline.ends[0].process.send_signal(signal.SIGCONT)
             pipeline.publish(killed="gone", spare="ready")
             answers = fourth.answers(streams)
         assert set(cached(answers)) == {third.left}
-        assert replays(answers) > 0
+        assert replays(answers) > 0 or not amid
         assert found(spare, "store") > 0
         pipeline.idle(spare)
 
         gone, stays = pipeline.gateways
         with pipeline.begun(fifth, everybody) as streams:
-            gone.process.kill()
+            gone.process.send_signal(signal.SIGSTOP)
             fifth.answers({number: streams[number] for number in everybody[1::2]})
-            assert any(breaks(streams[number]) for number in everybody[::2])
+            amid = metric(spare, "lamina_stage_sequences") > 0
+            gone.process.kill()
+            assert any(breaks(streams[number]) for number in everybody[::2]) or not amid
         pipeline.gateways = [stays, stays]
         answers = pipeline.ask(fifth, everybody[::2])
         assert set(cached(answers)) == {whole_blocks(len(fifth.prompts[0]) - 1)}, "the gateway that is gone computed it"

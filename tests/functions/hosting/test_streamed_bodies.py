@@ -9,7 +9,7 @@ import pytest
 
 from functions.hosting.requests import STREAMED_BODY_BYTES
 from knative.local.kubelet.processes import memory_bytes
-from tests.support.functions.server import Serving, half_sent, reply, serving
+from tests.support.functions.server import ENOUGH, Serving, half_sent, reply, serving
 
 PIECE = bytes(range(256)) * 2**10
 PIECES = 256
@@ -57,17 +57,17 @@ def test_a_client_that_waits_for_it_is_told_to_go_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pieces", "status", "said"),
+    ("pieces", "seconds", "status", "said"),
     [
-        ((WITH_LENGTH % (2**20 + 1),), 503, b"EventTooLarge"),
-        ((IN_CHUNKS, *itertools.repeat(CHUNK, 5)), 413, b"more than 1048576 bytes"),
-        ((IN_CHUNKS, b"1\r\nx\r\nno number\r\n"), 400, b"no HTTP/1.1"),
-        ((WITH_LENGTH % 10, b"x"), 400, b"too slowly: 1 bytes"),
+        ((WITH_LENGTH % (2**20 + 1),), ENOUGH, 503, b"EventTooLarge"),
+        ((IN_CHUNKS, *itertools.repeat(CHUNK, 5)), ENOUGH, 413, b"more than 1048576 bytes"),
+        ((IN_CHUNKS, b"1\r\nx\r\nno number\r\n"), ENOUGH, 400, b"no HTTP/1.1"),
+        ((WITH_LENGTH % 10, b"x"), 1.0, 400, b"too slowly: 1 bytes"),
     ],
     ids=["announced too long", "too long", "no chunks", "slow"],
 )
-def test_what_is_no_body_is_refused(pieces: Iterable[bytes], status: int, said: bytes) -> None:
-    with serving(4, transfer_seconds=0.5, request_bytes=STREAMED_BODY_BYTES) as server:
+def test_what_is_no_body_is_refused(pieces: Iterable[bytes], seconds: float, status: int, said: bytes) -> None:
+    with serving(4, transfer_seconds=seconds, request_bytes=STREAMED_BODY_BYTES) as server:
         for _ in range(2):  # its share of the budget is given back
             answered = answer(server, pieces)
             assert answered.startswith(b"HTTP/1.1 %d " % status)

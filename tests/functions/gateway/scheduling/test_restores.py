@@ -19,7 +19,7 @@ from functions.stage.kv import peer_tier
 from tests.support.functions.gateway import WAIT_SECONDS, nothing_left, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.kv_stages import native_stage
 from tests.support.functions.native_models import CUT
-from tests.support.functions.stage_server import StageServer, inspecting, is_type, running
+from tests.support.functions.stage_server import StageServer, hold, inspecting, is_type, running
 from tests.support.storage import tiny_models
 
 MIDDLE: Final = 1
@@ -101,12 +101,12 @@ def test_others_are_admitted_and_computed_while_many_are_restored() -> None:
 def test_a_sequence_beside_one_that_is_restored_in_the_same_reservation_does_not_wait() -> None:
     with slow_pipeline(stages_at_once=1) as (scheduler, stages, store):
         go_on = threading.Event()
-        stages[0].inspect = inspecting(is_type(EventType.RESERVE), lambda: go_on.wait(30), times=1)
+        stages[0].inspect = inspecting(is_type(EventType.RESERVE), go_on.wait, times=1)
         submit(scheduler, short_prompt(0), 1)
         waiting, other = submit(scheduler, long_prompt(1), 8), submit(scheduler, short_prompt(2), 8)
         go_on.set()
         assert len(tokens_of(other)) == 8
-        assert store.asked
+        wait_until(lambda: store.asked, "the restore")
         assert not waiting.token_ids
         store.opened.set()
         assert len(tokens_of(waiting)) == 8
@@ -141,13 +141,13 @@ def test_an_instance_that_is_left_keeps_what_is_fetched_slowly(monkeypatch: pyte
         with scheduling(stages, placement=placed, draft_tokens=0) as scheduler:
             for index, stage in enumerate(stages):
                 scheduler.endpoints_changed(index, [Endpoint(stage.url)])
-            for stage in (*stages, new):
-                stage.seconds = 0.005
+            left = hold(stages[0], range(80, 110))
             moving = submit(scheduler, long_prompt(1), 60)
             wait_until(lambda: len(moving.token_ids) > 20, "some tokens")
             old = stages[MIDDLE]
             scheduler.endpoints_changed(MIDDLE, [Endpoint(old.url, ready=False, terminating=True), Endpoint(new.url)])
-            assert asked.wait(30)
+            left.set()
+            assert asked.wait(WAIT_SECONDS)
             assert len(tokens_of(submit(scheduler, short_prompt(2), 8))) == 8
             assert old.engine.sequences == 1
             opened.set()

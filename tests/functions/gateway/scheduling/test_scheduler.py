@@ -1,16 +1,18 @@
 """The scheduler over real stage applications and engines: every token, the events on the wire, and the ends of answers."""
 
 import itertools
+import threading
 import time
 
 import pytest
 
 from eventing.problems import DeadlineExceeded, NotReady
 from eventing.wire.events import EventType, Sampling, Want
+from functions.gateway.scheduling import scheduler as scheduler_module
 from functions.gateway.scheduling.sequence import Prompt
 from functions.gateway.scheduling.token_stream import TokenStream
-from tests.support.functions.gateway import answers_of, counted, nothing_left, scheduling, submit, tokens_of
-from tests.support.functions.stage_server import counting_stages, inspecting, is_type
+from tests.support.functions.gateway import WAIT_SECONDS, answers_of, counted, nothing_left, scheduling, submit, tokens_of
+from tests.support.functions.stage_server import counting_stages, hold, inspecting, is_type
 
 PROMPTS = [[(7 * sequence + 3 * token) % 90 for token in range(1 + 5 * sequence)] for sequence in range(16)]
 
@@ -76,9 +78,10 @@ def test_end_of_text_ends_the_answer_and_is_not_part_of_it() -> None:
 
 def test_a_cancelled_sequence_in_the_queue_is_never_sent() -> None:
     with counting_stages(1) as (stage,), scheduling([stage], micro_batch_sequences=1) as scheduler:
-        stage.seconds = 0.01
+        go_on = hold(stage, range(10))
         running = [submit(scheduler, [1], 10) for _ in range(2)]
         submit(scheduler, [50], 10).cancel()
+        go_on.set()
         for stream in running:
             tokens_of(stream)
         assert all(50 not in seen.token_ids for seen in stage.forwards)
@@ -100,7 +103,7 @@ def test_closing_ends_all_answers_and_refuses_new_ones() -> None:
     with counting_stages() as stages, scheduling(stages) as scheduler:
         stages[0].seconds = 0.02
         stream = submit(scheduler, [1], 1000)
-        stream.next_token(10)
+        stream.next_token(WAIT_SECONDS)
         scheduler.close()
         with pytest.raises(NotReady, match="shutting down"):
             tokens_of(stream)
@@ -111,14 +114,17 @@ def test_closing_ends_all_answers_and_refuses_new_ones() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 1000], ids=["ended just before", "ended by closing"])
-def test_closing_waits_until_the_stages_have_heard_all_releases(tokens: int) -> None:
+def test_closing_waits_until_the_stages_have_heard_all_releases(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections are closed next, so a release that was not sent would leave the memory taken until the lease ends."""
     with counting_stages() as stages, scheduling(stages) as scheduler:
+        monkeypatch.setattr(scheduler_module, "_CLOSE_SECONDS", WAIT_SECONDS)
+        closing = threading.Event()
         for stage in stages:
-            stage.inspect = inspecting(is_type(EventType.RELEASE), lambda: time.sleep(0.5))
+            stage.inspect = inspecting(is_type(EventType.RELEASE), lambda: closing.wait() and time.sleep(0.5))
             stage.seconds = 0.02
-        submit(scheduler, [1], tokens).next_token(10)
+        submit(scheduler, [1], tokens).next_token(WAIT_SECONDS)
         assert all(stage.engine.sequences for stage in stages)
+        closing.set()
         scheduler.close()
         assert not any(stage.engine.sequences for stage in stages)
 

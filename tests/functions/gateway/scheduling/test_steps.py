@@ -3,12 +3,24 @@
 import itertools
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from eventing.wire.events import EventType, Row
-from tests.support.functions.gateway import answers_of, counted, nothing_left, scheduling, submit, tokens_of, wait_until
-from tests.support.functions.stage_server import Seen, StageServer, counting_stages, inspecting, is_type
+from tests.support.functions.gateway import (
+    WAIT_SECONDS,
+    answers_of,
+    check,
+    counted,
+    nothing_left,
+    scheduling,
+    submit,
+    tokens_of,
+    wait_until,
+)
+from tests.support.functions.stage_server import Seen, StageServer, counting_stages, hold, inspecting, is_type
 
 
 def at_once(events: list[Seen]) -> int:
@@ -17,12 +29,23 @@ def at_once(events: list[Seen]) -> int:
     return max(itertools.accumulate(step for _, step in moments))
 
 
+@contextmanager
+def admitted_together(stage: StageServer) -> Iterator[None]:
+    """What is submitted in the context is reserved at its end, as if it came in one moment. stage: the first."""
+    go_on = threading.Event()
+    stage.inspect = inspecting(is_type(EventType.RESERVE), go_on.wait)
+    yield
+    go_on.set()
+
+
 @pytest.mark.slow
 def test_each_stage_gets_a_micro_batch_of_equal_size() -> None:
     with counting_stages() as stages, scheduling(stages) as scheduler:
         for stage in stages:
             stage.seconds = 0.01
-        answers_of(scheduler, [[1, 2]] * 16, max_tokens=12)
+        with admitted_together(stages[0]):
+            streams = [submit(scheduler, [1, 2], 12) for _ in range(16)]
+        check(streams, [[1, 2]] * 16, 12)
         nothing_left(stages)
     decodes = [seen for seen in stages[0].forwards if all(row.position > 1 for row in seen.rows)]
     everywhere = [seen for stage in stages for seen in stage.forwards]
@@ -41,7 +64,9 @@ def test_all_sequences_share_a_micro_batch_if_one_stage_computes_at_a_time() -> 
     with counting_stages() as stages, scheduling(stages, stages_at_once=1) as scheduler:
         for stage in stages:
             stage.seconds = 0.002
-        answers_of(scheduler, [[number] * 4 for number in range(6)], max_tokens=20)
+        with admitted_together(stages[0]):
+            streams = [submit(scheduler, [number] * 4, 20) for number in range(6)]
+        check(streams, [[number] * 4 for number in range(6)], 20)
         together = [len(seen.rows) for seen in stages[0].forwards if seen.rows[0].length == 1]
     assert max(together) == 6
     assert together.count(6) >= 10, "every step is one event, once all have joined"
@@ -50,12 +75,15 @@ def test_all_sequences_share_a_micro_batch_if_one_stage_computes_at_a_time() -> 
 def test_sequences_join_and_leave_between_steps() -> None:
     with counting_stages(1) as (stage,), scheduling([stage], micro_batch_sequences=4) as scheduler:
         stage.seconds = 0.005
-        long = submit(scheduler, [5], 60)
-        assert long.next_token(10) is not None
-        answers_of(scheduler, [[1], [2], [3]], max_tokens=4)
-        assert long.finish_reason is None
+        long = submit(scheduler, [5], 20_000)
+        assert long.next_token(WAIT_SECONDS) is not None
+        with admitted_together(stage):
+            streams = [submit(scheduler, [number], 4) for number in (1, 2, 3)]
+        check(streams, [[1], [2], [3]], 4)
         answers_of(scheduler, [[4, 4]], max_tokens=30)
-        assert [long.next_token(10) for _ in range(59)] == counted([5], 60)[1:]
+        assert long.finish_reason is None
+        assert [long.next_token(WAIT_SECONDS) for _ in range(59)] == counted([5], 60)[1:]
+        long.cancel()
     assert {1, 4} <= {len(seen.rows) for seen in stage.forwards}
 
 
@@ -77,7 +105,7 @@ def test_running_decodes_wait_for_at_most_one_chunk() -> None:
         for stage in stages:
             stage.seconds = 0.002
         running = submit(scheduler, [1], 400)
-        running.next_token(10)
+        running.next_token(WAIT_SECONDS)
         prompts = [[number] * 1024 for number in range(3)]
         answers_of(scheduler, prompts, max_tokens=2)
         running.cancel()
@@ -96,25 +124,23 @@ def _chunks_waited_for(stage: StageServer, over: int, step: Row) -> int:
 
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     with counting_stages() as stages, scheduling(stages, chunk_tokens=16) as scheduler:
-        for stage in stages:
-            stage.seconds = 0.005
+        go_on = hold(stages[0], [64])
         long = submit(scheduler, [1] * 640, 2)
-        wait_until(lambda: len(stages[0].forwards) > 3)
         short = submit(scheduler, [2] * 20, 2)
-        tokens_of(short)
-        assert long.timings().time_to_first_token_seconds is None
-        assert tokens_of(long) == counted([1] * 640, 2)
+        wait_until(lambda: scheduler.stats().running == 2)
+        go_on.set()
+        check([short, long], [[2] * 20, [1] * 640], 2)
+    rows = [row for seen in stages[0].forwards for row in seen.rows]
+    assert [row.position for row in rows if row.length == 16].index(0, 1) < 10, "one of forty chunks"
 
 
 def test_chunks_of_prompts_go_by_client() -> None:
     """A greedy client's six prompts are computed as one client's: each of five others gets as many tokens per round."""
     with counting_stages(1) as (stage,), scheduling([stage], chunk_tokens=16, micro_batch_sequences=16) as scheduler:
         tokens_of(submit(scheduler, [9], 1))  # wakes the stage
-        go_on = threading.Event()
-        stage.inspect = inspecting(is_type(EventType.RESERVE), lambda: go_on.wait(30))
-        submitted = [submit(scheduler, [1] * 320, 2, client_id="greedy") for _ in range(6)]
-        submitted += [submit(scheduler, [2 + number] * 320, 2, client_id=f"modest-{number}") for number in range(5)]
-        go_on.set()
+        with admitted_together(stage):
+            submitted = [submit(scheduler, [1] * 320, 2, client_id="greedy") for _ in range(6)]
+            submitted += [submit(scheduler, [2 + number] * 320, 2, client_id=f"modest-{number}") for number in range(5)]
         for stream in submitted:
             tokens_of(stream)
     clients = [seen.token_ids[0] for seen in stage.forwards if len(seen.token_ids) == 16]

@@ -7,6 +7,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from functions.configuration.pass_times import PassTimes
 from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
-from functions.stage.models import build
+from functions.stage.models import build, sleep_group
 from functions.stage.models.build import GroupChoice, Kind, UnsupportedDtype, build_layer_group, choose, device_for
 from functions.stage.models.kv_cache import KVBudget
 from functions.stage.models.layer_group import KVCacheFull, LayerGroup, Segment
@@ -181,17 +182,24 @@ def test_sleeping_stages_answer_the_token_they_were_given() -> None:
             assert generate(stages, str(last), [1, 2, last], 5, chunk=2) == [last] * 5
 
 
-def test_a_sleeping_pass_takes_its_time_whatever_its_size() -> None:
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds for which sleeping groups would have slept."""
+    seconds: list[float] = []
+    monkeypatch.setattr(sleep_group, "time", SimpleNamespace(sleep=seconds.append))
+    return seconds
+
+
+def test_a_sleeping_pass_takes_its_time_whatever_its_size(slept: list[float]) -> None:
     group = sleeping(2, 4, PassTimes(fixed_seconds=0.05))
     handles = [group.kv.reserve(20) for _ in range(3)]
-    began = time.perf_counter()
     hidden = group.forward(np.zeros((30, 32), np.uint16), [Segment(handle, 0, 10) for handle in handles])
-    assert 0.05 <= time.perf_counter() - began < 0.5
+    assert slept == [0.05]
     assert hidden.shape == (30, 32)
     assert [group.kv.length(handle) for handle in handles] == [10] * 3
 
 
-def test_an_emulated_pass_takes_as_long_as_its_device_would() -> None:
+def test_an_emulated_pass_takes_as_long_as_its_device_would(slept: list[float]) -> None:
     """A prompt takes arithmetic, a step over many held tokens takes bandwidth, and the last stage has a head."""
     times = PassTimes(
         fixed_seconds=0.01,
@@ -204,17 +212,10 @@ def test_an_emulated_pass_takes_as_long_as_its_device_would() -> None:
     )
     group = sleeping(2, 6, times)
     handle = group.kv.reserve(100)
-
-    def taken(position: int, length: int) -> float:
-        began = time.perf_counter()
+    for position, length in ((0, 60), (60, 1)):
         group.forward(np.zeros((length, 32), np.uint16), [Segment(handle, position, length)])
-        return time.perf_counter() - began
-
-    assert 0.01 + 0.06 + 60 * 30.5 * 0.0001 <= taken(0, 60) < 0.5
-    assert 0.01 + 0.02 + 0.061 <= taken(60, 1) < 0.3
-    began = time.perf_counter()
     group.logits(np.zeros((5, 32), np.uint16))
-    assert 0.05 <= time.perf_counter() - began < 0.3
+    assert slept == pytest.approx([0.01 + 0.06 + 60 * 30.5 * 0.0001, 0.01 + 0.02 + 0.061, 0.05])
 
 
 def test_a_sleeping_group_accounts_for_kv_as_a_real_one() -> None:

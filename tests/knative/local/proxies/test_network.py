@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -32,6 +32,16 @@ async def relayed(network: EmulatedNetwork) -> AsyncIterator[Relay]:
         await asyncio.sleep(0.05)
 
 
+async def quickest(exchange: Callable[[], Awaitable[float]], at_least: float, below: float) -> None:
+    """Each of several exchanges takes `at_least` so many seconds, and one less than `below`: others may run beside it."""
+    for _ in range(20):
+        seconds = await exchange()
+        assert at_least <= seconds
+        if seconds < below:
+            return
+    pytest.fail(f"each took {below} s or more")
+
+
 async def sent(relay: Relay, data: bytes) -> tuple[bytes, float]:
     """(the bytes that came back, seconds)"""
     reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
@@ -48,24 +58,37 @@ async def test_every_byte_is_delayed_each_way() -> None:
     async with relayed(EmulatedNetwork(delay_seconds=DELAY)) as relay:
         for size in (1, 3_000_000):
             data = bytes(range(256)) * (size // 256) + b"x"
-            answer, seconds = await sent(relay, data)
-            assert answer == data
-            assert 2 * DELAY <= seconds < 2 * DELAY + 1.0
+
+            async def exchange(data: bytes = data) -> float:
+                answer, seconds = await sent(relay, data)
+                assert answer == data
+                return seconds
+
+            await quickest(exchange, 2 * DELAY, 2 * DELAY + 1.0)
 
 
 async def test_the_link_limits_bytes_per_second_each_way() -> None:
     async with relayed(EmulatedNetwork(bytes_per_second=5e6)) as relay:
-        data = b"x" * 2_000_000
-        answer, seconds = await sent(relay, data)
-        assert answer == data
-        assert 0.4 <= seconds < 1.2, "both directions at the same time, as chunks come"
+
+        async def exchange() -> float:
+            """Both directions at the same time, as chunks come."""
+            data = b"x" * 2_000_000
+            answer, seconds = await sent(relay, data)
+            assert answer == data
+            return seconds
+
+        await quickest(exchange, 0.4, 1.2)
 
 
 async def test_connections_of_a_pod_share_its_link() -> None:
     async with relayed(EmulatedNetwork(bytes_per_second=5e6)) as relay:
-        began = time.perf_counter()
-        await asyncio.gather(*(sent(relay, b"x" * 500_000) for _ in range(4)))
-        assert 0.4 <= time.perf_counter() - began < 1.2
+
+        async def exchange() -> float:
+            began = time.perf_counter()
+            await asyncio.gather(*(sent(relay, b"x" * 500_000) for _ in range(4)))
+            return time.perf_counter() - began
+
+        await quickest(exchange, 0.4, 1.2)
 
 
 async def test_a_broken_connection_breaks_on_the_other_side() -> None:

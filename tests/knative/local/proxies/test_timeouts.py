@@ -14,7 +14,7 @@ async def never(head: bytes, reader: asyncio.StreamReader, writer: asyncio.Strea
 
 
 async def drops(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """A drop every 50 ms, for two seconds; then nothing, for as long as the client stays."""
+    """A drop every 50 ms, for two seconds and longer on a busy machine; then nothing, for as long as the client stays."""
     writer.write(OPEN_ENDED)
     for _ in range(40):
         writer.write(chunk(b"drop "))
@@ -30,18 +30,15 @@ async def fetch(session: aiohttp.ClientSession, url: str) -> tuple[int, str]:
 
 @pytest.mark.slow
 async def test_waiting_for_a_slot_counts() -> None:
-    """Four requests to a function that takes one at a time and never answers: all time out together."""
-    async with behind_queue_proxy(never, Timeouts(0.5), concurrency=1) as (session, url):
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        answers = await asyncio.gather(*(fetch(session, url) for _ in range(4)))
-        assert answers == [(504, "request timeout\n")] * 4
-        assert loop.time() - began < 1.5
+    """Requests to a function that takes one at a time and never answers: all time out together, and not one by one."""
+    async with behind_queue_proxy(never, Timeouts(1.0), concurrency=1) as (session, url), asyncio.timeout(9):
+        answers = await asyncio.gather(*(fetch(session, url) for _ in range(11)))
+        assert answers == [(504, "request timeout\n")] * 11
 
 
 @pytest.mark.slow
 async def test_an_answer_past_its_time_ends_with_knatives_words() -> None:
-    async with behind_queue_proxy(drops, Timeouts(0.5)) as (session, url):
+    async with behind_queue_proxy(drops, Timeouts(2.0)) as (session, url):
         status, text = await fetch(session, url)
         assert status == 200
         assert text.startswith("drop drop ")
@@ -63,13 +60,13 @@ async def test_an_answer_with_a_length_past_its_time_breaks() -> None:
 async def test_the_response_start_timeout_ends_with_the_answers_first_byte() -> None:
     async with behind_queue_proxy(never, Timeouts(10, response_start_timeout_seconds=0.3)) as (session, url):
         assert await fetch(session, url) == (504, "request timeout\n")
-    async with behind_queue_proxy(drops, Timeouts(1.5, response_start_timeout_seconds=0.3)) as (session, url):
-        assert (await fetch(session, url))[1].count("drop") > 10
+    async with behind_queue_proxy(drops, Timeouts(3, response_start_timeout_seconds=1.0)) as (session, url):
+        assert (await fetch(session, url))[1].count("drop") > 20
 
 
 @pytest.mark.slow
 async def test_the_idle_timeout_counts_from_the_last_bytes() -> None:
-    timeouts = Timeouts(10, idle_timeout_seconds=1.0)
+    timeouts = Timeouts(10, idle_timeout_seconds=1.5)
     async with behind_queue_proxy(never, timeouts) as (session, url):
         assert await fetch(session, url) == (504, "request timeout\n")
     async with behind_queue_proxy(drops, timeouts) as (session, url):
@@ -86,6 +83,6 @@ async def test_a_slot_is_free_after_a_timeout() -> None:
             await reader.read()
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 
-    async with behind_queue_proxy(first_never, Timeouts(0.5), concurrency=1) as (session, url):
+    async with behind_queue_proxy(first_never, Timeouts(2.0), concurrency=1) as (session, url):
         assert (await fetch(session, url))[0] == 504
         assert await fetch(session, url) == (200, "ok")

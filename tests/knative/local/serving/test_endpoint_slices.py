@@ -21,7 +21,7 @@ def a_slice(pod: str = "p1", *, ready: bool = True, service: str = "echo", port:
 
 async def collect(slices: WatchedObjects, count: int, since: str = "", selector: str = "") -> list[dict[str, Any]]:
     events = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         async for line in slices.watch("default", selector, since, False):
             events.append(json.loads(line))
             if len(events) == count:
@@ -102,7 +102,9 @@ async def test_a_watch_shows_the_life_of_a_pod(tmp_path: Path) -> None:
     async with running_platform(tmp_path, echo_service()) as platform, client() as session:
         url = f"{platform.admin_url}{PATH}?labelSelector=serving.knative.dev/service%3Decho"
         seen: list[tuple[str, dict[str, bool]]] = []
-        watching = asyncio.create_task(watch(session, url, seen))
+        begun = asyncio.Event()
+        watching = asyncio.create_task(watch(session, url, seen, begun))
+        await begun.wait()
         await fetch(session, platform.url("echo") + "/pid")
         status, text = await fetch(session, url)
         (found,) = json.loads(text)["items"]
@@ -137,8 +139,11 @@ async def test_unsupported_requests_get_a_status(tmp_path: Path) -> None:
         assert "kn_revision_pods_desired" in (await fetch(session, platform.admin_url + "/metrics"))[1]
 
 
-async def watch(session: aiohttp.ClientSession, url: str, seen: list[tuple[str, dict[str, bool]]]) -> None:
+async def watch(
+    session: aiohttp.ClientSession, url: str, seen: list[tuple[str, dict[str, bool]]], begun: asyncio.Event
+) -> None:
     async with session.get(url + "&watch=1") as reply:
+        begun.set()
         async for line in reply.content:
             event = json.loads(line)
             seen.append((event["type"], event["object"]["endpoints"][0]["conditions"]))
