@@ -70,14 +70,14 @@ image-rootfs-test: $(VENV)/dev.stamp $(VENV)/native.stamp ## Without an engine: 
 	$(BIN)/python -m pytest -m image tests/house/test_image_rootfs.py
 
 .PHONY: deploy-all
-deploy-all: needs-spec needs-store $(VENV)/run.stamp needs-libraries ## Push the model, render, apply, wait, print the URL, ask (SPEC= MODEL= IMAGE= CONTEXT= INGRESS= PROMPT=)
+deploy-all: needs-spec needs-store $(VENV)/run.stamp needs-libraries ## Push the model, or a fleet's; render, apply, wait, print the URL, ask (SPEC= MODEL= IMAGE= CONTEXT= INGRESS= PROMPT=)
 	@$(BIN)/python -m knative push --spec "$$SPEC" $${MODEL:+"$$MODEL"}
 	@url=$$($(BIN)/python -m knative deploy "$$SPEC" --timeout "$$TIMEOUT" $${IMAGE:+--image "$$IMAGE"} $${CONTEXT:+--context "$$CONTEXT"}); \
 	  echo "$$url"; \
 	  case "$$url" in *.svc.cluster.local) \
 	    echo "deployed, but not asked: no ingress serves that name. The warning above says how to get a port; then:" >&2; \
 	    echo "  $(BIN)/python -m knative ask http://127.0.0.1:8080 $${PROMPT@Q}" >&2; exit 0 ;; esac; \
-	  exec $(BIN)/python -m knative ask "$${INGRESS:-$$url}" "$$PROMPT" --max-tokens "$$MAX_TOKENS" $${INGRESS:+--host "$${url#*://}"}
+	  exec $(BIN)/python -m knative ask "$${INGRESS:-$$url}" "$$PROMPT" --spec "$$SPEC" --max-tokens "$$MAX_TOKENS" $${INGRESS:+--host "$${url#*://}"}
 
 .PHONY: undeploy-all
 undeploy-all: needs-spec $(VENV)/run.stamp ## Delete everything that was made for the pipeline, whichever way it came (SPEC= CONTEXT=)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ from eventing.problems import MalformedEvent, problem_from_document
 from eventing.wire.cloud_event import json_event
 from eventing.wire.events import EventType
 from eventing.wire.generation import ErrorEvent, GenerateRequest, GenerateResponse, Message, ProgressEvent, TokenEvent
+from knative.spec.fleet_spec import is_fleet, load_fleet
 
 _LIST_SECONDS: Final = 10
 _SENTENCE_ENDS: Final = ("?", ".", "!", "…", "？", "。", "！", "؟", "।")
@@ -70,6 +72,11 @@ class Question:
 @click.option("--api-key", envvar="LAMINA_API_KEY", show_envvar=True, help="If the gateway requires one.")
 @click.option("--host", help="If URL is an ingress's address: the host of the gateway's URL, which does not resolve here.")
 @click.option("--model", help="If the gateway is a fleet's: the model to ask.")
+@click.option(
+    "--spec",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The spec behind the gateway: without --model, the first member of a Fleet is asked.",
+)
 @click.option("--timeout", type=click.FloatRange(min=1), default=900.0, show_default=True, help="Seconds for the whole answer.")
 def ask(
     url: str,
@@ -80,6 +87,7 @@ def ask(
     api_key: str | None,
     host: str | None,
     model: str | None,
+    spec: Path | None,
     timeout: float,
 ) -> None:
     """Ask the gateway at URL, and print the answer while it streams.
@@ -89,6 +97,8 @@ def ask(
     python -m knative ask http://127.0.0.1:8080 "The capital of France is" --max-tokens 8
     python -m knative ask http://203.0.113.7 --host chat.default.example.com "What is the capital of France?"
     """
+    if model is None and spec is not None and is_fleet(spec):
+        model = load_fleet(spec)[1][0].model.name
     as_chat = is_question(prompt) if chat is None else chat
     question = Question(prompt, max_tokens, temperature, as_chat, api_key, timeout, host, model)
     console = Console()

@@ -11,6 +11,7 @@ from rich.console import Console
 from knative.commands.console import publish_progress, show_quantized, show_table, size
 from knative.commands.model_choice import DEFAULT_MODEL, best_dtype, is_kept, packaged_model, published_name, torch_needed
 from knative.commands.options import OpenStore, store_options, tokenizer_option
+from knative.spec.fleet_spec import is_fleet, load_fleet
 from knative.spec.pipeline_spec import DTYPES, ModelSpec
 from knative.spec.spec_file import load_spec
 from storage.checkpoints.model_source import locate, open_checkpoint
@@ -28,7 +29,8 @@ _UPLOAD_BYTES_PER_SECOND = 100 * 2**20
 @click.option(
     "--spec",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Take name and dtype from this PipelineSpec. Without SOURCE nothing is done if that model is already published.",
+    help="Take name and dtype from this PipelineSpec, or those of all members of a Fleet. Without SOURCE nothing is done for "
+    "models that are already published.",
 )
 @click.option("--afresh", is_flag=True, help="Write every object again, also those that the store has: repairs damage.")
 @click.option("--text-only", is_flag=True, help="Of a model that also sees or hears, only the language model.")
@@ -55,6 +57,7 @@ def push(
     python -m knative push ./Llama-2-13b-hf --name llama-2-13b --dtype bfloat16
     python -m knative push HuggingFaceTB/SmolLM2-1.7B-Instruct --dtype int8
     python -m knative push --spec pipeline.yaml ./Llama-2-13b-hf
+    python -m knative push --spec fleet.yaml --name llama-2-13b ./Llama-2-13b-hf
     """
     from functions.stage.models.build import check_cut  # numpy, which --help needs not
 
@@ -101,13 +104,25 @@ def push(
 def _models(source: str | None, name: str | None, dtype: str | None, spec: Path | None) -> list[ModelSpec]:
     """The models to publish: one, or with a spec one for each dtype that it needs.
 
-    The name comes from the options, else the spec, else the source; `dtype` overrides the spec.
+    The name comes from the options, else the spec, else the source; `dtype` overrides the spec. With a fleet they are the
+    models of all members, or the one of this name.
     """
     if spec is None:
         default = published_name(source) if source else DEFAULT_MODEL
         return [ModelSpec(name=name or default, dtype=dtype or ModelSpec(name=default).dtype)]
-    loaded = load_spec(spec)
-    return [ModelSpec(name=name or loaded.model.name, dtype=each) for each in ([dtype] if dtype else loaded.dtypes)]
+    if is_fleet(spec):
+        members = load_fleet(spec)[1]
+        pipelines = [each for each in members if name in (None, each.model.name)]
+        if not pipelines or (source and name is None):
+            names = ", ".join(each.model.name for each in members)
+            raise click.UsageError(f"--name must be a model of the fleet; its members have {names}")
+    else:
+        pipelines = [load_spec(spec)]
+    return [
+        ModelSpec(name=name or each.model.name, dtype=kind)
+        for each in pipelines
+        for kind in ([dtype] if dtype else each.dtypes)
+    ]
 
 
 def _show_plan(console: Console, model: ModelSpec, plan: PublicationPlan) -> None:

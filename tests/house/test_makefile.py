@@ -122,17 +122,28 @@ def test_kn_gets_a_file_for_each_service_and_kubectl_the_rest(
     assert gateway["spec"]["template"]["spec"]["containers"][0]["image"] == "registry.example/other:2"
 
 
-def test_deploy_all_pushes_applies_waits_and_asks(
-    tmp_path: Path, spec: Path, environ: dict[str, str], published: Published, api: KubernetesApi
-) -> None:
-    """The cluster is a stand-in; what answers is a pipeline of real functions, behind what stands for the ingress."""
+@pytest.fixture(scope="module")
+def ingress(published: Published) -> Iterator[str]:
+    """URL of what stands for the ingress: a pipeline of real functions answers there."""
     cut = ((0, 6),)
     with (
         running([stage_environment(published, 0, cut)]) as (stage,),
         running([gateway_environment(published, [stage.url], cut, LAMINA_HOSTS="chat.models.example")]) as (gateway,),
     ):
-        arguments = (f"SPEC={spec}", f"INGRESS={gateway.url}", "PROMPT=the weather", "MAX_TOKENS=4")
-        done = make(tmp_path, "deploy-all", *arguments, **environ)
+        yield gateway.url
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "fleet"])
+def test_deploy_all_pushes_applies_waits_and_asks(
+    kind: str, tmp_path: Path, spec: Path, environ: dict[str, str], published: Published, api: KubernetesApi, ingress: str
+) -> None:
+    """The cluster is a stand-in."""
+    if kind == "fleet":
+        pipeline = yaml.safe_load(spec.read_text())
+        member = {"name": "tiny", **{key: pipeline.pop(key) for key in ("model", "stages")}}
+        spec.write_text(yaml.safe_dump({"kind": "Fleet", **pipeline, "members": [member]}))
+    arguments = (f"SPEC={spec}", f"INGRESS={ingress}", "PROMPT=the weather", "MAX_TOKENS=4")
+    done = make(tmp_path, "deploy-all", *arguments, **environ)
     assert done.returncode == 0, done.stderr
     assert "digest: " + published.manifest.digest in done.stdout
     assert "http://chat.models.example\n" in done.stdout

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from rich.console import Console
 
@@ -16,6 +17,7 @@ from eventing.wire.generation import GenerateResponse, ProgressEvent, Timings, T
 from knative.commands import ask
 from knative.commands.ask import Answer, Question
 from tests.support import http_server
+from tests.support.knative.manifests import fleet_document, member_document
 from tests.support.knative.site import Site
 from tests.support.paths import ROOT
 
@@ -70,6 +72,15 @@ def test_a_host_that_the_ingress_does_not_know_is_told_with_those_that_it_knows(
 def test_without_a_cluster_it_says_how_to_list_them(ingress: str, tmp_path: Path) -> None:
     said = refused(tmp_path / "none", ingress, "hello")
     assert f"knows no host {ingress.removeprefix('http://')}; python -m knative list shows the hosts" in said
+
+
+def test_the_first_member_of_a_fleet_is_asked(tmp_path: Path) -> None:
+    members = [member_document("code"), member_document("a")]
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(fleet_document(members=members)))
+    with http_server.serving(lambda exchange: exchange.answer(500)) as server:
+        for more in ([], ["--model", "a"]):
+            CliRunner().invoke(ask.ask, [server.origin, "hello", "--spec", str(tmp_path / "fleet.yaml"), *more])
+        assert [each.path for each in server.requests] == ["/?model=code", "/?model=a"]
 
 
 def test_a_terminal_shows_what_an_answer_awaits(monkeypatch: pytest.MonkeyPatch) -> None:

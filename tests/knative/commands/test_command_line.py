@@ -16,6 +16,7 @@ from knative.__main__ import main
 from knative.commands.ask import is_question
 from knative.local.platform import ROOT
 from tests.storage.checkpoints.test_gguf_families import write_gguf
+from tests.support.knative.manifests import fleet_document, member_document
 from tests.support.knative.run_command import Run
 from tests.support.storage.storage import default_model_gguf
 
@@ -139,6 +140,17 @@ def test_a_dry_run_of_push_names_what_is_not_published(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     result = invoke("push", str(path), "--name", "x", "--dtype", "float32", "--dry-run", "--tokenizer", str(folder))
     assert "lost: 1 layers that predict further tokens" in result.output, result.output
+
+
+def test_push_for_a_fleet_takes_the_models_of_its_members(tmp_path: Path) -> None:
+    members = [member_document("code", model={"name": "code", "dtype": "q4"}), member_document("draw")]
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(fleet_document(members=members)))
+    push = ["push", "--spec", str(tmp_path / "fleet.yaml"), "--dry-run"]
+    one = invoke(*push, "--name", "code", str(default_model_gguf()))
+    assert [line.split(":")[0] for line in one.output.splitlines() if ": llama, " in line] == ["code as q4"]
+    for more in ([str(default_model_gguf())], ["--name", "other", str(default_model_gguf())]):
+        assert "--name must be a model of the fleet; its members have code, draw" in invoke(*push, *more).output
+    assert "code is not published as q4; name its SOURCE" in invoke(*push).output
 
 
 def test_plan_shows_stage_overrides_of_a_spec(tmp_path: Path) -> None:
