@@ -194,9 +194,9 @@ def trip_failed(state: SchedulerState, step: Step, ids: Items[str], failure: Sta
             sequence.retry_budget.failed_at(failure.stage, chunk)
             _suspect(state, sequence, str(failure), PipelineUnavailable if failure.final else ReplaysExhausted)
         sequence.progress.failing = True
-        sequence.must_restart = True
+        sequence.must_restart, sequence.broken_by = True, failure.cause
         sequence.progress.returned()
-        _settle(state, sequence, failure.cause)
+        _settle(state, sequence)
 
 
 def _row_failed(state: SchedulerState, sequence: Sequence, chunk: Chunk, stage: int, row: Row) -> None:
@@ -221,9 +221,9 @@ def _row_failed(state: SchedulerState, sequence: Sequence, chunk: Chunk, stage: 
         sequence.progress.missed(stage, 0 if is_mean else held)
     else:
         sequence.progress.failing = True
-        sequence.must_restart = True
+        sequence.must_restart, sequence.broken_by = True, str(status)
     sequence.progress.returned()
-    _settle(state, sequence, str(status))
+    _settle(state, sequence)
 
 
 def _lost(state: SchedulerState, sequence: Sequence, stage: int, status: Status) -> None:
@@ -341,24 +341,21 @@ def _reservation_refused(state: SchedulerState, sequence: Sequence, status: Stat
 # Beginning again.
 
 
-def _settle(state: SchedulerState, sequence: Sequence, cause: str | None = None) -> None:
-    """If the sequence has no chunk in flight: dismisses it if it has ended, or queues it again if it must restart.
-
-    cause: why it is computed again, a key of `Stats.replays`; None: the restart does not count as a replay.
-    """
+def _settle(state: SchedulerState, sequence: Sequence) -> None:
+    """If the sequence has no chunk in flight: dismisses it if it has ended, or queues it again if it must restart."""
     if not sequence.at_rest:
         return
     if sequence.stream.over:
         state.dismiss(sequence)
     elif sequence.must_restart:
-        _start_again(state, sequence, cause)
+        _start_again(state, sequence)
 
 
-def _start_again(state: SchedulerState, sequence: Sequence, cause: str | None = None) -> None:
-    """Queues the sequence again, for another route. cause: key of `Stats.replays`; None: it does not count as a replay."""
-    if cause is not None and not sequence.stream.over:
+def _start_again(state: SchedulerState, sequence: Sequence) -> None:
+    """Queues the sequence again, for another route. After a failure that counts as a replay."""
+    if sequence.broken_by is not None and not sequence.stream.over:
         sequence.waiting_since = time.monotonic()
-        _replayed(state, sequence, cause)
+        _replayed(state, sequence, sequence.broken_by)
     state.put_back(sequence)
 
 

@@ -44,6 +44,17 @@ def test_no_token_is_lost_or_repeated(fault: Fault, stage: int) -> None:
         nothing_left(stages)
 
 
+def test_a_replay_counts_if_another_chunk_is_in_flight_when_the_route_breaks() -> None:
+    with counting_stages() as stages, scheduling(stages, chunk_tokens=16) as scheduler:
+        stages[2].inspect = on_forwards(Fault.REPLY_LOST, 1)
+        broken = lambda: scheduler._state.last_failure is not None  # noqa: E731
+        stages[1].inspect = on_forward_from(16, lambda: wait_until(broken))  # the next chunk returns after the failure
+        prompt = list(range(40))
+        stream = submit(scheduler, prompt, 4)
+        assert tokens_of(stream) == counted(prompt, 4)
+        assert stream.timings().replays == scheduler.stats().replays["broken"] == 1
+
+
 @pytest.mark.slow
 def test_a_stage_that_comes_back_later() -> None:
     with counting_stages() as stages, scheduling(stages, chunk_tokens=16) as scheduler:
