@@ -182,7 +182,9 @@ def test_a_converted_model_is_the_one_that_it_was(case: str, converted: Path, tm
         for folder in (converted / case, tmp_path)
     )
     prompt = list(range(3, 100))
-    torch.testing.assert_close(tiny_models.all_logits(second, prompt), tiny_models.all_logits(first, prompt), rtol=0, atol=2e-4)
+    # Qwen3.5's delta rule amplifies the lost bits of its decay; docs/log.md has how much.
+    most = 1e-3 if model_type.startswith("qwen3_5") else 2e-4
+    torch.testing.assert_close(tiny_models.all_logits(second, prompt), tiny_models.all_logits(first, prompt), rtol=0, atol=most)
 
 
 @pytest.mark.llamacpp
