@@ -140,7 +140,8 @@ def publish_adapter(store: "ObjectStore", model: str, name: str, folder: Path, *
     """Publishes a PEFT folder as a version of the adapter `name` of a model, and returns the version.
 
     share: percent of the requests for `name` that get it; the version that had the largest share before gets the rest. All
-    checks come before the first upload. Raises ValueError for an invalid name, ModelNotPublished, another StorageError.
+    checks come before the first upload. Raises ValueError for an invalid name, and ModelNotPublished, AdapterInvalid or another
+    StorageError.
     """
     check_name(name, "adapter")
     prefix = adapter_prefix(model)

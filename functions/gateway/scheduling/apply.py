@@ -352,7 +352,7 @@ def _settle(state: SchedulerState, sequence: Sequence) -> None:
 
 
 def _start_again(state: SchedulerState, sequence: Sequence) -> None:
-    """Queues the sequence again, for another route. After a failure that counts as a replay."""
+    """Queues the sequence again, for another route. It counts as a replay if `broken_by` names a failure."""
     if sequence.broken_by is not None and not sequence.stream.over:
         sequence.waiting_since = time.monotonic()
         _replayed(state, sequence, sequence.broken_by)

@@ -39,6 +39,7 @@ def decide(state: SchedulerState, now: float) -> list[Action]:
         used = [instance for batch in state.micro_batches for instance in batch.route.instances]
         actions += state.leases.renew(used, state.sequences, now)
     in_batches = [sequence for batch in state.micro_batches for sequence in batch.sequences]
+    # `reserve_again` finds nothing for any other sequence, and most decisions come between two tokens.
     if [each for each in in_batches if each.restoring or each.leader is not None or each.handing_over is not None]:
         actions += reserve_again(state)
     if has_waiting := state.has_waiting:

@@ -248,7 +248,7 @@ class Sequence:
     reserved_chain: Chain = ()  # the chain that its last reservation named
     overtaken_tokens: int = 0  # memory given to others while it was in the memory backlog
     must_restart: bool = False  # its route broke: it leaves the micro-batch once none of its chunks is in flight
-    broken_by: str | None = None  # what broke its route, a key of `Stats.replays`; None: nothing did
+    broken_by: str | None = None  # the failure for which it must restart, a key of `Stats.replays`; None: none
     last_chunk_step: int = 0  # number of the step that sent its last prompt chunk; the lowest is next
     leader: "Sequence | None" = None  # computes a prefix that this sequence shares and waits for
     leader_tokens: int = 0  # length of that prefix

@@ -105,7 +105,8 @@ class TokenStream:
     def waits(self, begin: int) -> list[float]:
         """Seconds before each token from index `begin` on: from the request to the first, then from token to token.
 
-        Tokens count when they are drawn, not when the API takes them. An end-of-text token not kept counts only if first.
+        Tokens count when they are drawn, not when the API takes them. An end-of-text token that is dropped counts only
+        if it is the first.
         """
         with self._changed:
             put_at = self._put_at or ([] if self._first_token_at is None else [self._first_token_at])

@@ -176,7 +176,7 @@ class StageServer:
         self.seconds = 0.0
         """What each pass takes at least."""
         self.clock: Callable[[], float] = time.time
-        """Of the engine; says which sequences are idle."""
+        """The engine's clock, by which it finds idle sequences."""
         self.inspect: Inspect = lambda _: None
         self.seen: list[Seen] = []
         self.passes: list[set[tuple[int, int]]] = []

@@ -115,7 +115,7 @@ static void prepare_row(const Mixing *mixing, int64_t row)
 
 enum { RECUR_VECTORS = LAMINA_COLUMNS / LANES };
 
-/* The vector at `numbers`, where a row has `left` numbers more. whole: these are at least a vector. */
+/* The vector that begins at `numbers`. left: how many numbers the row has from there on; whole: at least a vector of them. */
 INLINE vec vector_at(const float *numbers, int64_t left, const bool whole)
 {
     return whole ? load(numbers) : row_part(numbers, 0, left);

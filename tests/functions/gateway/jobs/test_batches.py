@@ -319,7 +319,7 @@ def test_an_input_stays_as_long_as_it_is_read(client: openai.OpenAI, published: 
 
 
 def until_closed(store: PayloadStore, batch_id: str) -> None:
-    """Waits for what a gateway does after the end that clients see."""
+    """Waits until a gateway has removed the mark of an open batch, some time after clients see the batch's end."""
     wait_until(lambda: not [found for found in store.list("jobs/tiny/open/") if found.key.endswith(batch_id)])
 
 

@@ -47,8 +47,8 @@ def test_no_token_is_lost_or_repeated(fault: Fault, stage: int) -> None:
 def test_a_replay_counts_if_another_chunk_is_in_flight_when_the_route_breaks() -> None:
     with counting_stages() as stages, scheduling(stages, chunk_tokens=16) as scheduler:
         stages[2].inspect = on_forwards(Fault.REPLY_LOST, 1)
-        broken = lambda: scheduler._state.last_failure is not None  # noqa: E731
-        stages[1].inspect = on_forward_from(16, lambda: wait_until(broken))  # the next chunk returns after the failure
+        # The next chunk returns after the failure.
+        stages[1].inspect = on_forward_from(16, lambda: wait_until(lambda: scheduler._state.last_failure))
         prompt = list(range(40))
         stream = submit(scheduler, prompt, 4)
         assert tokens_of(stream) == counted(prompt, 4)
@@ -121,6 +121,7 @@ def test_a_stage_that_hangs_and_answers_late(stage: int) -> None:
     with counting_stages() as stages, scheduling(stages, step_timeout_seconds=1.0) as scheduler:
         stages[stage].inspect = on_forwards(lambda: wait_until(lambda: scheduler.stats().replays["timeout"]), 6, 7)
         assert run(scheduler) > 0
+        assert scheduler.stats().replays["timeout"] > 0
 
 
 @pytest.mark.slow
@@ -142,6 +143,7 @@ def test_a_stopped_stage_costs_no_attempts() -> None:
         stopping.start()
         run(scheduler, max_tokens=60)
         stopping.join()
+        assert not scheduler.stats().sequences["replays-exhausted"]
 
 
 def is_poisonous(seen: Seen) -> bool:

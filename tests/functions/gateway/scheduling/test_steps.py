@@ -31,7 +31,7 @@ def at_once(events: list[Seen]) -> int:
 
 @contextmanager
 def admitted_together(stage: StageServer) -> Iterator[None]:
-    """What is submitted in the context is reserved at its end, as if it came in one moment. stage: the first."""
+    """Holds reservations until its end, so that requests submitted within it are admitted together. stage: the first."""
     go_on = threading.Event()
     stage.inspect = inspecting(is_type(EventType.RESERVE), go_on.wait)
     yield

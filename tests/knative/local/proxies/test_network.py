@@ -33,7 +33,7 @@ async def relayed(network: EmulatedNetwork) -> AsyncIterator[Relay]:
 
 
 async def quickest(exchange: Callable[[], Awaitable[float]], at_least: float, below: float) -> None:
-    """Each of several exchanges takes `at_least` so many seconds, and one less than `below`: others may run beside it."""
+    """Checks that every exchange takes `at_least` seconds, and that one of 20 takes less than `below`."""
     for _ in range(20):
         seconds = await exchange()
         assert at_least <= seconds
