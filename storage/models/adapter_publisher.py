@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.checkpoints.families import part_of
 from storage.checkpoints.hugging_face_folder import read_json, read_rows
-from storage.checkpoints.safetensors_format import read_spans
+from storage.checkpoints.safetensors_format import read_spans, tensor_bytes
 from storage.errors import AdapterInvalid, AdapterNotPublished, ModelNotPublished
 from storage.models.adapters import (
     ADAPTERS,
@@ -38,7 +38,6 @@ from storage.models.model_repository import (
     ModelManifest,
     StoredObject,
     check_name,
-    layer_object,
     list_models,
     read_file,
     read_manifest,
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
 
 _CONFIG: Final = "adapter_config.json"
 _TENSORS: Final = "adapter_model.safetensors"
+_OBJECT_BYTES: Final = 4 * 2**20  # an object for each layer costs a stage more than reading its neighbours' layers
 _FLOATS: Final = ("F32", "BF16", "F16")
 _PREFIX: Final = "base_model.model."
 # Fields of an adapter_config.json that change what is computed, if they are set, and no stage computes.
@@ -128,12 +128,27 @@ def plan_adapter(folder: Path, base: ModelManifest, config: Mapping[str, Any]) -
         )
         ranks.append(rank)
         inner_names.add(inner)
-    plans = [plan_object(layer_object(layer), tensors) for layer, tensors in sorted(layers.items())]
+    plans = [plan_object(f"from-{layer:05d}", tensors) for layer, tensors in _grouped(layers)]
     objects = {
         plan.name: StoredObject("", plan.bytes, PART_BYTES, planned_digests(plan, lambda count: None), plan.named_spans)
         for plan in plans
     }
     return AdapterManifest(rank=max(ranks), modules=tuple(sorted(inner_names)), objects=objects), plans
+
+
+def _grouped(layers: Mapping[int, Mapping[str, TargetTensor]]) -> Iterator[tuple[int, dict[str, TargetTensor]]]:
+    """Neighbouring layers together, up to _OBJECT_BYTES, with the number of the first."""
+    first, grouped, size = -1, dict[str, TargetTensor](), 0
+    for layer, tensors in sorted(layers.items()):
+        own = sum(tensor_bytes(tensor.dtype, tensor.shape) for tensor in tensors.values())
+        if grouped and size + own > _OBJECT_BYTES:
+            yield first, grouped
+            grouped = {}
+        if not grouped:
+            first, size = layer, 0
+        grouped |= tensors
+        size += own
+    yield first, grouped
 
 
 def publish_adapter(store: "ObjectStore", model: str, name: str, folder: Path, *, share: int = 100) -> NamedVersion:

@@ -1,6 +1,6 @@
-"""Adapters (LoRA) in a bucket: published from a PEFT folder, cut by layers like the weights of the model that they adapt.
+"""Adapters (LoRA) in a bucket: published from a PEFT folder, a few layers of the model that they adapt in each object.
 
-    adapters/{model}/versions/{version}/manifest.json, layer-00000.safetensors …
+    adapters/{model}/versions/{version}/manifest.json, from-00000.safetensors …
     adapters/{model}/names/{name}.json
 
 A version is named by its contents and never changes. A name lists versions with the share of requests that each gets. A push
@@ -28,12 +28,12 @@ T = TypeVar("T")
 
 
 class AdapterManifest(msgspec.Struct, frozen=True, kw_only=True):
-    """One version of an adapter. An object has, for each adapted module X of its layer, `X.lora_A` [rank, inputs], `X.lora_B`
+    """One version of an adapter. An object has, for each adapted module X of its layers, `X.lora_A` [rank, inputs], `X.lora_B`
     [outputs, rank] and `X.lora_scale`, a float32: the module's output grows by scale * B A x."""
 
     rank: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)]  # the largest
     modules: tuple[str, ...]  # without the layers' prefix, sorted
-    objects: dict[str, StoredObject]  # by layer_object; layers without a module have none
+    objects: dict[str, StoredObject]  # each has whole layers; their tensors' names say which
 
     @property
     def bytes(self) -> int:

@@ -4,15 +4,16 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 
 from functions.configuration.config import StageConfig
+from storage.checkpoints.families import part_of
 from storage.errors import AdapterInvalid
 from storage.loading.weight_loader import RawTensor, iterate_objects
 from storage.models.adapters import read_version
-from storage.models.model_repository import layer_object
 from storage.store.object_reader import ObjectReader
 
 
 def adapter_loader(config: StageConfig) -> Callable[[bytes], Mapping[str, RawTensor]]:
     """A function that reads the version of an adapter by its digest. It raises a StorageError."""
+    layers = range(*config.layers)
 
     def load(adapter: bytes) -> Mapping[str, RawTensor]:
         with closing(ObjectReader(config.store)) as reader:
@@ -21,8 +22,11 @@ def adapter_loader(config: StageConfig) -> Callable[[bytes], Mapping[str, RawTen
                 raise AdapterInvalid(
                     f"its rank is {manifest.rank} and this stage takes ranks up to {config.adapter_rank}: raise `adapter_rank`"
                 )
-            names = [layer_object(layer) for layer in range(*config.layers)]
-            stored = {name: manifest.objects[name] for name in names if name in manifest.objects}
-            return {name: tensor for loaded in iterate_objects(reader, stored) for name, tensor in loaded.tensors.items()}
+            wanted = {
+                name: {tensor for tensor in stored.tensors if part_of(tensor) in layers}
+                for name, stored in manifest.objects.items()
+            }
+            found = iterate_objects(reader, {name: manifest.objects[name] for name, tensors in wanted.items() if tensors})
+            return {tensor: loaded.tensors[tensor] for loaded in found for tensor in wanted[loaded.name]}
 
     return load

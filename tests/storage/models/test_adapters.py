@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from storage.errors import AdapterInvalid, AdapterNotPublished, ChecksumMismatch, ModelNotPublished, StorageError
 from storage.loading.weight_loader import iterate_objects
+from storage.models import adapter_publisher
 from storage.models.adapter_publisher import adapted_models, delete_adapter, publish_adapter, set_share
 from storage.models.adapters import list_adapters, read_name, read_version
 from storage.models.publisher import publish
@@ -47,13 +48,24 @@ PATTERNS = {"rank_pattern": {"layers.1.self_attn.q_proj": 6}, "alpha_pattern": {
 
 
 @pytest.mark.parametrize(
-    ("family", "config"), [("llama", PATTERNS), ("gpt2", {"r": 6, "fan_in_fan_out": True, "use_rslora": True})]
+    ("family", "config", "object_bytes", "number"),
+    [("llama", PATTERNS, 4 * 2**20, 1), ("gpt2", {"r": 6, "fan_in_fan_out": True, "use_rslora": True}, 30_000, 3)],
+    ids=["one object", "two layers in each object"],
 )
 def test_matrices_are_stored_unchanged_with_their_scale(
-    family: str, config: dict[str, Any], store: ObjectStore, settings: StoreSettings, tmp_path: Path
+    family: str,
+    config: dict[str, Any],
+    object_bytes: int,
+    number: int,
+    store: ObjectStore,
+    settings: StoreSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(adapter_publisher, "_OBJECT_BYTES", object_bytes)
     folder = folder_of(tmp_path, family=family, **config)
     published = publish_adapter(store, family, "plain", folder)
+    assert len(read_version(store, family, published.version).objects) == number
     found, source = objects(settings, published.version, family), load_file(folder / TENSORS)
     assert published.rank == 6
     assert len(found) == len(source) * 3 // 2
@@ -183,12 +195,12 @@ def test_its_model_must_be_published(store: ObjectStore, tmp_path: Path) -> None
 
 def test_an_altered_object_is_noticed(store: ObjectStore, settings: StoreSettings, tmp_path: Path) -> None:
     version = publish_adapter(store, "llama", "altered", folder_of(tmp_path, seed=9)).version
-    stored = read_version(store, "llama", version).objects["layer-00002"]
+    stored = read_version(store, "llama", version).objects["from-00000"]
     data = bytearray(store.get(stored.key))
     data[-70] ^= 1
     store.put(stored.key, bytes(data))
     with pytest.raises(ChecksumMismatch):
         objects(settings, version)
     store.delete(stored.key)
-    with pytest.raises(StorageError, match="layer-00002"):
+    with pytest.raises(StorageError, match="from-00000"):
         objects(settings, version)
