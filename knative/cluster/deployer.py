@@ -163,27 +163,31 @@ class Deployer:
     def rotate_token(self, name: str, *, force: bool = False) -> str:
         """Replaces the token between gateway and stages without losing an answer, and returns the gateway's URL.
 
-        A rotation that was interrupted is continued.
+        name: of a pipeline or a fleet, whose members have one token. A rotation that was interrupted is continued.
         """
         with self._alone(name) as (history, wait):
-            version = history.serving()
-            if version is None:
-                raise NothingServes(f"no version of {name} serves in namespace {self.namespace}; deploy it first")
-            objects = version.objects
-            if label(gateway_of(objects), FLEET):
-                raise Rejected(
-                    f"{name} shares the token of the fleet {label(gateway_of(objects), FLEET)}, which is not rotated"
-                )
+            objects = self._served(name, history)
+            if is_member(gateway_of(objects)):
+                fleet = label(gateway_of(objects), FLEET)
+                raise Rejected(f"{name} shares the token of the fleet {fleet}; rotate that of the fleet: rotate-token {fleet}")
             preflight.check(self._cluster, objects, self._say)
-            _refuse_beside_a_canary(history)
+            for member in self.members_of(name):
+                self._served(member, History(self._cluster, self.namespace, member))
+
+            def deploy_all() -> str:
+                for member in self.members_of(name):
+                    with self._alone(member) as (of_member, wait_for_member):
+                        self._deploy(self._served(member, of_member), of_member, wait_for_member, force)
+                return self._deploy(objects, history, wait, force)
+
             if rotation_is_unfinished(self._cluster, objects):
-                self._deploy(objects, history, wait, force)
+                deploy_all()
             while True:
                 if not self._garbage.await_end_of_old_gateways(name):
                     raise DeployFailed("old gateway pods still answer, with the old token; rotate again when they have ended")
                 state = advance_rotation(self._cluster, objects)
                 self._say(f"token: state {state} of {LAST_STATE}")
-                url = self._deploy(objects, history, wait, force)
+                url = deploy_all()
                 if state == LAST_STATE:
                     return url
 
@@ -216,12 +220,14 @@ class Deployer:
 
         Yields the history, and a wait that ends if the Lease is lost. Raises DeployInProgress if another deployment holds it.
         """
+        before = self._check
         with deploy_lease(self._cluster, self.namespace, name, self._say) as lease:
             self._check = lease.check
             yield (
                 History(self._cluster, self.namespace, name),
                 ReadinessWait(self._cluster, self.namespace, self._say, self._timeout_seconds, lease.check),
             )
+        self._check = before
 
     def _deploy(self, objects: list[KubernetesObject], history: History, wait: ReadinessWait, force: bool) -> str:
         with self._noted(history, objects, Outcome.SERVED) as version:
@@ -336,6 +342,14 @@ class Deployer:
     def _is_missing_access(self, manifest: KubernetesObject) -> bool:
         access = manifest["kind"] in ("ServiceAccount", "Role", "RoleBinding")
         return access and self._cluster.get(Ref.of(manifest)) is None
+
+    def _served(self, name: str, history: History) -> list[KubernetesObject]:
+        """Objects of the version that serves. Raises NothingServes if none does, and Rejected if a canary runs beside it."""
+        version = history.serving()
+        if version is None:
+            raise NothingServes(f"no version of {name} serves in namespace {self.namespace}; deploy it first")
+        _refuse_beside_a_canary(history)
+        return version.objects
 
     def _canary_of(self, name: str, history: History) -> DeployedVersion:
         version = history.canary()

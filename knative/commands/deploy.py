@@ -187,10 +187,11 @@ def rollback(name: str, deployer: "Deployer", number: int | None, force_conflict
 @_on_a_pipeline
 @force_option
 def rotate_token(name: str, deployer: "Deployer", force_conflicts: bool) -> None:
-    """Replace the token between gateway and stages of PIPELINE (its name, or the file of its spec).
+    """Replace the token between gateway and stages of PIPELINE (its name, or the file of its spec), or of a Fleet.
 
     Pods are replaced three times: stages accept both tokens, gateways send the new one, the old one becomes invalid. No answer
-    is lost. Prints the gateway's URL. If it is interrupted, run it again: it continues.
+    is lost. Prints the gateway's URL. If it is interrupted, run it again: it continues. Members of a Fleet share one token, and
+    follow one after the other.
     """
     click.echo(deployer.rotate_token(name, force=force_conflicts))
 
