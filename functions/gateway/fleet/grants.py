@@ -288,7 +288,8 @@ class Grants:
         used: when each member was used last. now: as time.time(). Returns the members whose requests may enter here.
         """
         own = self._meet_others(record, claims)
-        self._services |= {",".join(each): each for each in self._all_services() if each}
+        current = {",".join(each): each for each in self._all_services() if each}
+        self._services |= current
         found = {key: self._pods(services) for key, services in self._services.items()}
         for key, grant in list(record.grants.items()):
             pods = found.get(key, MemberPods(grant.devices, ready=True))  # a member that this gateway does not know yet
@@ -307,6 +308,10 @@ class Grants:
         for key in decision.grant:
             record.grants[key] = Grant(devices[key], now, now, not found.get(key, MemberPods()).ready)
         record.closed = tuple(sorted(decision.close))
+        for key in [*self._services, *record.return_seconds]:
+            if key not in current and key not in record.grants and key not in claims and not found.get(key, MemberPods()).pods:
+                self._services.pop(key, None)
+                record.return_seconds.pop(key, None)
         opened = {key for key in claims if key in record.grants and key not in decision.close}
         for key, claim in own.items():
             if key in opened and claim.waiting_since is not None:

@@ -17,6 +17,7 @@ from functions.gateway.stages.kubernetes_api import CONFIG_MAPS, KubernetesAPI, 
 
 _log = logging.getLogger(__name__)
 
+_MOST_OPENED: Final = 10_000  # keys that are remembered with their member
 _MEMBER_LABEL: Final = "app.kubernetes.io/instance"
 _CONTENT: Final = attrgetter("member", "percent", "environ")  # of a Version: what its ConfigMap says
 
@@ -75,7 +76,7 @@ class Members:
         self._by_model: dict[str, list[Version]] = {}
         self._names: frozenset[str] = frozenset()  # of members
         self._rings: dict[str, KeyRing] = {}  # by member
-        self._opened: dict[str, str] = {}  # hash of an API key → the member that it opened last
+        self._opened: dict[str, str] = {}  # hash of an API key → the member that it opened last; at most _MOST_OPENED
         api = KubernetesAPI(config.kubernetes_api, config.namespace, CONFIG_MAPS)
         what = f"the members of the fleet {config.fleet}"
         self.watch = ObjectWatch(api, f"{FLEET_LABEL}={config.fleet}", ConfigMap, what, self.changed)
@@ -105,6 +106,7 @@ class Members:
         with self._lock:
             self._versions, self._by_model = versions, by_model
             self._names = frozenset(each.member for each in versions.values())
+            self._rings = {member: ring for member, ring in self._rings.items() if member in self._names}
         self.listed.set()
         if gone:
             self._on_gone(gone)
@@ -139,9 +141,11 @@ class Members:
         hashed = sha256_of(secret)
         with self._lock:
             members = self._names
-        last = self._opened.get(hashed, "")  # the poller's thread asks for each request: hundreds of members take a millisecond
+        last = self._opened.pop(hashed, "")  # the poller's thread asks for each request: hundreds of members take a millisecond
         for member in (last, *members) if last in members else members:
             if (key := self._ring(member).find(secret)) is not None:
+                if len(self._opened) >= _MOST_OPENED:
+                    self._opened.clear()
                 self._opened[hashed] = member
                 return key
         return None

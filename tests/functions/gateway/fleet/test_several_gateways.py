@@ -1,18 +1,18 @@
 """Two gateways of a fleet agree by one Lease of a cluster which members have devices, also when one of them dies."""
 
-import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
+import msgspec
 import pytest
 
 from eventing.problems import NotReady, QueueFull
 from functions.configuration.config import GatewayConfig
 from functions.gateway.fleet import grants
-from functions.gateway.fleet.grant_record import RECORD, Change, LeaseRecord
+from functions.gateway.fleet.grant_record import RECORD, Change, GrantRecord, LeaseRecord
 from functions.gateway.fleet.grants import Grants, MemberPods
 from functions.gateway.fleet.members import Version
 from functions.gateway.stages.kubernetes_api import LEASES, KubernetesAPI
@@ -30,6 +30,7 @@ class Cluster:
         self.api = api
         self.versions = [Version(name, name, None, {}, _one_stage(name)) for name in ("chat", "code", "draw")]
         self.pods = dict.fromkeys((each.devices_key for each in self.versions), 0)
+        self.asked: list[str] = []  # whose pods gateways have looked for
         api.put({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": LEASE, "namespace": "default"}})
 
     @contextmanager
@@ -48,12 +49,18 @@ class Cluster:
         self.pods[version.devices_key] = 1
 
     @property
-    def granted(self) -> set[str]:
+    def record(self) -> GrantRecord:
         lease = self.api.objects["coordination.k8s.io/v1", "leases", "default", LEASE]
-        return set(json.loads(lease["metadata"]["annotations"][RECORD]).get("grants", {}))
+        return msgspec.json.decode(lease["metadata"]["annotations"][RECORD], type=GrantRecord)
+
+    @property
+    def granted(self) -> set[str]:
+        return set(self.record.grants)
 
     def _pods(self, services: Sequence[str]) -> MemberPods:
-        count = self.pods[",".join(services)]
+        key = ",".join(services)
+        self.asked.append(key)
+        count = self.pods[key]
         return MemberPods(count, ready=count > 0)
 
 
@@ -144,6 +151,24 @@ def test_a_member_that_was_removed_counts_until_its_pods_are_gone(cluster: Clust
         assert not waiting.done()
         cluster.pods[chat.devices_key] = 0
         waiting.result(30)
+
+
+def test_a_member_that_is_gone_leaves_nothing_in_the_record(cluster: Cluster) -> None:
+    """Each deployment of a member has a key of its own, and the annotation of a Lease has an end."""
+    chat, code, _ = cluster.versions
+    with cluster.gateway("one") as one:
+        cluster.serve(one, chat)
+        wait_until(lambda: chat.devices_key in cluster.record.return_seconds)  # it was measured
+        one.leave(chat)
+        cluster.versions.remove(chat)
+        cluster.pods[chat.devices_key] = 0
+        cluster.serve(one, code)
+        wait_until(lambda: code.devices_key in cluster.record.return_seconds)
+        assert list(cluster.record.return_seconds) == [code.devices_key]
+        cluster.asked.clear()
+        wait_until(lambda: code.devices_key in cluster.asked)
+        assert chat.devices_key not in cluster.asked, "its pods are looked for although nobody has it"
+        one.leave(code)
 
 
 def test_without_the_lease_nobody_is_let_in_and_it_is_said_why(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
