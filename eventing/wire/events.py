@@ -68,6 +68,7 @@ class Attribute(StrEnum):
     TRACEPARENT = "traceparent"
     CAUSATION_ID = "causationid"  # on events to clients: id of the event that is answered
     CAUSATION_SOURCE = "causationsource"  # and its source; both together are unique
+    MODEL = "model"  # of a client's request: as `model` in its data, which may be elsewhere; a fleet's gateway routes by it
     DATAREF = "dataref"  # claim check: where the data is in the store, `s3://bucket/key`
     DATAREF_BYTES = "datarefbytes"  # size of that data
     DATAREF_SHA256 = "datarefsha256"  # SHA-256 of that data, hexadecimal

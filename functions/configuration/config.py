@@ -329,6 +329,16 @@ class ClientsConfig:
         "LAMINA_PAGE", parsers.one_of("on", "off"), "on: `GET /` is a page that chats and shows the pipeline", "on"
     )
     namespace: str = setting("LAMINA_NAMESPACE", str, "namespace of the stages", "default")
+    own_url: str | None = optional(
+        "LAMINA_OWN_URL",
+        parsers.url,
+        "URL of the gateway's own Service: while batches are open, a request to it keeps the gateway from scaling to zero",
+    )
+    sink: str | None = optional(
+        "K_SINK",
+        parsers.url,
+        "URL that gets the results of batches which events began, set by a SinkBinding; unset: no such events",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -467,16 +477,6 @@ class GatewayConfig(CommonConfig, ClientsConfig):
         parsers.integer(0, 10**9),
         "age at which files and ended batches are deleted, unless a client says otherwise for a file; 0: they stay",
         "2592000",
-    )
-    own_url: str | None = optional(
-        "LAMINA_OWN_URL",
-        parsers.url,
-        "URL of the gateway's own Service: while batches are open, a request to it keeps the gateway from scaling to zero",
-    )
-    sink: str | None = optional(
-        "K_SINK",
-        parsers.url,
-        "URL that gets the results of batches which events began, set by a SinkBinding; unset: no such events",
     )
 
     @property

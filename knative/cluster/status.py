@@ -51,15 +51,10 @@ def cluster_status(cluster: Cluster, namespace: str, name: str) -> dict[str, Any
     services = services_of(cluster, namespace, name)
     pods = cluster.find("v1", "Pod", namespace, own_selector(name))
     desired = _desired_scales(cluster, namespace, own_selector(name))
-    eventing = [
-        each
-        for api_version, kind in _EVENTING
-        if services and cluster.serves(api_version, kind)
-        for each in cluster.find(api_version, kind, namespace, own_selector(name))
-    ]
+    eventing = eventing_of(cluster, namespace, name) if services else []
     return {
         "services": [_service(each, pods, desired) for each in services],
-        "eventing": [_eventing(each) for each in eventing],
+        "eventing": [eventing_status(each) for each in eventing],
         "notes": list(_notes(cluster, namespace, name)) if services else [],
         "troubles": [*_troubles(cluster, services, pods, eventing, name), *_refused_pods(services, pods, name)],
     }
@@ -121,7 +116,17 @@ def _desired_scales(cluster: Cluster, namespace: str, selector: str) -> dict[str
     return {name: scale for name, scale in scales.items() if scale >= 0}  # -1: the autoscaler has no data yet
 
 
-def _eventing(manifest: KubernetesObject) -> dict[str, Any]:
+def eventing_of(cluster: Cluster, namespace: str, name: str) -> list[KubernetesObject]:
+    """Objects of Knative Eventing that belong to a pipeline, or to a fleet's gateway."""
+    return [
+        each
+        for api_version, kind in _EVENTING
+        if cluster.serves(api_version, kind)
+        for each in cluster.find(api_version, kind, namespace, own_selector(name))
+    ]
+
+
+def eventing_status(manifest: KubernetesObject) -> dict[str, Any]:
     state = readiness(manifest)
     return {
         "kind": manifest["kind"],

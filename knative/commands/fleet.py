@@ -44,8 +44,12 @@ def deploy_fleet(
 
 
 def fleet_status(cluster: "Cluster", namespace: str, name: str) -> dict[str, Any]:
-    """Status of a fleet on a cluster as a JSON document: gateway and members, by three lists of the namespace's objects."""
+    """Status of a fleet on a cluster as a JSON document: gateway and members, by three lists of the namespace's objects.
+
+    A fleet with a gateway for events takes a list more for each kind of Eventing's objects.
+    """
     from knative.cluster.objects import COMPONENT, INSTANCE, PIPELINE, SERVING, label, phase_of, readiness
+    from knative.cluster.status import eventing_of, eventing_status
 
     selector = f"{FLEET_LABEL}={name}"
     services = cluster.find(SERVING, "Service", namespace, selector)
@@ -68,11 +72,14 @@ def fleet_status(cluster: "Cluster", namespace: str, name: str) -> dict[str, Any
                 "pipeline": fingerprint,
             }
         )
-    gateway = next((each for each in services if each["metadata"]["name"] == name), None)
+    gateways = {each["metadata"]["name"]: each for each in services if label(each, INSTANCE) == name}
+    gateway = gateways.get(name)
+    eventing = eventing_of(cluster, namespace, name) if len(gateways) > 1 else []
     return {
         "url": ((gateway or {}).get("status") or {}).get("url", ""),
         "gateway_ready": gateway is not None and readiness(gateway).ready is True,
         "gateway_pods": sum(label(pod, INSTANCE) == name for pod in pods),
+        "eventing": [eventing_status(each) for each in eventing],
         "members": members,
     }
 
@@ -111,3 +118,6 @@ def fleet_lines(status: dict[str, Any]) -> Iterator[str]:
     gateway = "ready" if status["gateway_ready"] else "NOT ready"
     yield f"{len(status['members'])} members, {asleep} of them at zero"
     yield f"gateway {gateway} with {status['gateway_pods']} pods: {status['url']}"
+    for each in status["eventing"]:
+        if each["ready"] != "ready":
+            yield f"{each['kind']} {each['name']}: {each['ready']}{each['reason']}"

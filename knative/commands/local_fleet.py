@@ -13,7 +13,8 @@ from rich.console import Console
 from knative.commands.local_pipeline import as_in_specs, ensure_published, local_pipeline
 from knative.local.kubelet.containers import NamedData
 from knative.local.platform import Platform
-from knative.render.fleet import fleet_gateway, fleet_lease, member_files
+from knative.render.eventing import eventing_objects
+from knative.render.fleet import fleet_door, fleet_gateway, fleet_lease, member_files
 from knative.render.rendering import RenderFailed
 from knative.spec.errors import SpecError
 from knative.spec.fleet_spec import FleetSpec, load_fleet
@@ -91,6 +92,8 @@ class LocalFleet:
 
     def _render(self, members: list[PipelineSpec]) -> list[KubernetesObject]:
         door = [*fleet_lease(self.fleet), fleet_gateway(self.fleet)]
+        if self.fleet.eventing is not None:
+            door += [fleet_gateway(self.fleet, for_events=True), *eventing_objects(fleet_door(self.fleet))]
         return [*door, *(each for member in members for each in self._member(member))]
 
     def _member(self, spec: PipelineSpec) -> Iterator[KubernetesObject]:

@@ -155,6 +155,8 @@ class _Run:
             url = platform.url(self._spec.name, self._spec.namespace)
             state.publish(RunningPlatform(platform.status()["pid"], platform.admin_url, url, store))
             self._announce(platform, url)
+            if self._spec.eventing is not None:
+                self._say(f"events go to the broker {platform.eventing.broker_url(self._spec.name, self._spec.namespace)}")
             if not await self._until_stopped(self._first_answer(platform, url)) or self._options.once:
                 return
             self._say(f"serving on {url} until Ctrl-C; python -m knative status shows what runs")
@@ -197,8 +199,6 @@ class _PipelineRun(_Run):
         for name in spec.gateway.api_keys_secrets:
             file = platform.secret_folders[name] / KEYS_ENTRY
             self._say(f"make, list and revoke keys while it runs: python -m knative keys {file}")
-        if spec.eventing is not None:
-            self._say(f"events go to the broker {platform.eventing.broker_url(spec.name, spec.namespace)}")
 
     async def _first_answer(self, platform: Platform, url: str) -> None:
         """Asks the first question and shows the stages. Says why not if the gateway wants a key that is not known here.

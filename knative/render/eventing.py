@@ -1,4 +1,4 @@
-"""The Knative Eventing objects of a pipeline whose spec has an `eventing` section: Broker, Triggers, Sequence.
+"""The Knative Eventing objects of a pipeline or fleet whose spec has an `eventing` section: Broker, Triggers, Sequence.
 
     client → Broker ─ generate.request → gateway ─ generate.response ───────────────┐
                ├───── embed.request → gateway ─ embed.response ─────────────────────┤
@@ -7,6 +7,7 @@
                └──── batch.request → gateway … batch.response, if it has jobs ───────┘
                      events that fail for good, at any step → dead letter sink
 
+A fleet has one Broker for all members, whose gateway routes by the events' model, and no Sequence.
 Delivery is at least once. Knative retries without a reply and on 404, 408, 409, 429 and 5xx; the statuses of `problems` are
 chosen for that. A dead letter gives its reason in `knativeerrorcode` and `knativeerrordata`.
 """
@@ -18,17 +19,27 @@ from knative.spec.pipeline_spec import EventingSpec
 
 
 def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
-    """Broker, Sequence and Triggers, in the order in which they are applied. Empty if the spec has no `eventing` section."""
-    eventing, name = pipeline.spec.eventing, pipeline.spec.name
+    """Broker, Sequence and Triggers, in the order in which they are applied. Empty if the spec has no `eventing` section.
+
+    pipeline: or a fleet's gateway, as `fleet_door` makes it.
+    """
+    eventing, name, of_fleet = pipeline.spec.eventing, pipeline.spec.name, pipeline.fleet is not None
     if eventing is None:
         return []
+    with_jobs = of_fleet or bool(pipeline.spec.gateway.jobs)  # any member of a fleet may have them
+    # The gateway of a fleet refuses scores. Without their Trigger they would be lost, instead of becoming dead letters.
+    scorer = ("serving.knative.dev/v1", "Service", pipeline.events_gateway_name)
+    if not of_fleet:
+        scorer = ("flows.knative.dev/v1", "Sequence", pipeline.sequence_name)
     subscribers = {
         "generate": (EventType.GENERATE_REQUEST, _sink(pipeline.events_gateway_name)),
         "embed": (EventType.EMBED_REQUEST, _sink(pipeline.events_gateway_name)),
-        "score": (EventType.SCORE_REQUEST, _destination("flows.knative.dev/v1", "Sequence", pipeline.sequence_name)),
+        "score": (EventType.SCORE_REQUEST, _destination(*scorer)),
     }
-    answers = [EventType.GENERATE_RESPONSE, EventType.EMBED_RESPONSE, EventType.SCORE_RESPONSE]
-    if pipeline.spec.gateway.jobs:
+    answers = [EventType.GENERATE_RESPONSE, EventType.EMBED_RESPONSE]
+    if not of_fleet:
+        answers.append(EventType.SCORE_RESPONSE)
+    if with_jobs:
         subscribers["batch"] = (EventType.BATCH_REQUEST, _sink(pipeline.events_gateway_name))
         answers.append(EventType.BATCH_RESPONSE)
     if eventing.reply_sink is not None:
@@ -56,12 +67,12 @@ def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     }
     return [
         broker,
-        _object(pipeline, "flows.knative.dev/v1", "Sequence", pipeline.sequence_name, sequence),
+        *([] if of_fleet else [_object(pipeline, "flows.knative.dev/v1", "Sequence", pipeline.sequence_name, sequence)]),
         *(
             _object(pipeline, "eventing.knative.dev/v1", "Trigger", f"{name}-{suffix}", trigger)
             for suffix, trigger in triggers.items()
         ),
-        *([_binding(pipeline)] if pipeline.spec.gateway.jobs else []),
+        *([_binding(pipeline)] if with_jobs else []),
     ]
 
 

@@ -4,8 +4,9 @@ from typing import Final
 
 from functions.configuration.config import member_keys
 from knative.render.access import around_gateway
+from knative.render.eventing import eventing_objects
 from knative.render.monitoring import monitoring_objects
-from knative.render.resolved_pipeline import ResolvedPipeline, labels
+from knative.render.resolved_pipeline import ResolvedPipeline, cluster_url, labels
 from knative.render.services import KEYS_FOLDER, gateway_environment, gateway_service, stage_service
 from knative.spec.fleet_spec import FleetSpec
 from knative.spec.kubernetes_object import KubernetesObject
@@ -28,7 +29,11 @@ def door_files(fleet: FleetSpec) -> dict[str, list[KubernetesObject]]:
         files["grants.yaml"] = lease
     if fleet.monitoring is not None:
         files["monitoring.yaml"] = monitoring_objects(fleet_door(fleet))
-    return {**files, "gateway.yaml": [fleet_gateway(fleet)]}
+    files["gateway.yaml"] = [fleet_gateway(fleet)]
+    if fleet.eventing is not None:
+        files["gateway-events.yaml"] = [fleet_gateway(fleet, for_events=True)]
+        files["eventing.yaml"] = eventing_objects(fleet_door(fleet))
+    return files
 
 
 def fleet_lease(fleet: FleetSpec) -> list[KubernetesObject]:
@@ -54,10 +59,9 @@ def member_config_map(member: ResolvedPipeline) -> KubernetesObject:
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
 
 
-def fleet_gateway(fleet: FleetSpec) -> KubernetesObject:
-    """The Service of the fleet's gateway."""
-    door = fleet_door(fleet)
-    service = gateway_service(door)
+def fleet_gateway(fleet: FleetSpec, *, for_events: bool = False) -> KubernetesObject:
+    """The Service of the fleet's gateway or, with for_events, of the one to which Eventing delivers, which asks for no keys."""
+    service = gateway_service(fleet_door(fleet), for_events=for_events)
     template = service["spec"]["template"]
     container = template["spec"]["containers"][0]
     of_members = member_keys()
@@ -65,10 +69,12 @@ def fleet_gateway(fleet: FleetSpec) -> KubernetesObject:
         "LAMINA_ROLE": "fleet",
         "LAMINA_FLEET": fleet.name,
         "LAMINA_FLEET_MEMORY_BYTES": str(int(_MEMORY_SHARE * quantity(fleet.gateway.resources.memory))),
+        "LAMINA_OWN_URL": cluster_url(service["metadata"]["name"], fleet.namespace),
     }
     if fleet.max_devices is not None:
         more |= {"LAMINA_FLEET_MAX_DEVICES": str(fleet.max_devices), "LAMINA_FLEET_LEASE": GRANTS.format(fleet.name)}
-    for secret in fleet.gateway.api_keys_secrets:  # mounted whole, so that a new member's entry needs no new pod
+    # Mounted whole, so that a new member's entry needs no new pod.
+    for secret in () if for_events else fleet.gateway.api_keys_secrets:
         more["LAMINA_FLEET_KEYS"] = f"{KEYS_FOLDER}/{secret}"
         for volume in template["spec"]["volumes"]:
             if volume.get("secret", {}).get("secretName") == secret:

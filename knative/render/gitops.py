@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from functions.configuration.config import FLEET_LABEL
 from knative.render import prune_script
 from knative.render.access import service_account_with_role
 from knative.render.resolved_pipeline import ResolvedPipeline, labels
@@ -55,7 +56,8 @@ def _annotated(manifest: KubernetesObject) -> KubernetesObject:
     annotations = dict(metadata.get("annotations") or {})
     if manifest["kind"] in ("Service", "ConfigMap") or component == "eventing":
         annotations[_ARGO + "sync-wave"] = _WAVES[component]
-    if metadata["name"].startswith(f"{own['app.kubernetes.io/instance']}-{own['lamina.dev/pipeline'][:8]}"):  # sequence_name
+    named_by_fingerprint = metadata["name"].startswith(f"{own['app.kubernetes.io/instance']}-{own['lamina.dev/pipeline'][:8]}")
+    if named_by_fingerprint and (component == "stage" or FLEET_LABEL not in own):  # a fleet's gateway keeps its fingerprint
         annotations[_ARGO + "sync-options"] = "Prune=false"
         annotations["kustomize.toolkit.fluxcd.io/prune"] = "disabled"
     return {**manifest, "metadata": {**metadata, "annotations": annotations} if annotations else metadata}

@@ -54,7 +54,12 @@ class ResolvedPipeline:
         return [self.stage_name(index) for index in range(len(self.cut))]
 
     def stage_url(self, index: int) -> str:
-        return f"http://{self.stage_name(index)}.{self.spec.namespace}.svc.cluster.local"
+        return cluster_url(self.stage_name(index), self.spec.namespace)
+
+
+def cluster_url(name: str, namespace: str) -> str:
+    """The URL of a Service inside the cluster."""
+    return f"http://{name}.{namespace}.svc.cluster.local"
 
 
 def labels(pipeline: ResolvedPipeline, component: str) -> dict[str, str]:

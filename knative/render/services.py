@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from functions.configuration.objective import Objective
-from knative.render.resolved_pipeline import ResolvedPipeline, labels
+from knative.render.resolved_pipeline import ResolvedPipeline, cluster_url, labels
 from knative.spec.cut import format_cut
 from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import KubernetesObject
@@ -416,11 +416,11 @@ def _objective(spec: PipelineSpec) -> str | None:
 
 def _jobs(pipeline: ResolvedPipeline, for_events: bool) -> dict[str, object]:
     """Environment of a gateway that serves files and batches, by key."""
-    spec, name = pipeline.spec, pipeline.events_gateway_name if for_events else pipeline.fleet or pipeline.spec.name
+    spec, name = pipeline.spec, pipeline.events_gateway_name if for_events else pipeline.spec.name
     return {
         "LAMINA_JOBS_STORE": f"{spec.store.bucket}/{spec.gateway.jobs}",
         "LAMINA_JOBS_RETENTION_SECONDS": spec.gateway.jobs_retention_seconds,
-        "LAMINA_OWN_URL": f"http://{name}.{spec.namespace}.svc.cluster.local",
+        "LAMINA_OWN_URL": cluster_url(name, spec.namespace),
     }
 
 

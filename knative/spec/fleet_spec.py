@@ -12,6 +12,7 @@ from knative.spec.cut import parse_cut
 from knative.spec.errors import SpecError, describe_fault
 from knative.spec.pipeline_spec import (
     Autoscaling,
+    EventingSpec,
     GatewaySpec,
     KVStoreSpec,
     ModelSpec,
@@ -53,6 +54,7 @@ class FleetSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     kv_store: KVStoreSpec | None = None  # of members that name none
     network: NetworkSpec = NetworkSpec()
     tracing: Tracing | None = None
+    eventing: EventingSpec | None = None  # a Broker and a gateway for events of all members; unset: HTTP only
     monitoring: MonitoringSpec | None = None  # of the gateway and all members
     log_level: str = "info"
     # Most pods of all members' stages at once: members take turns, one pod for each stage. Unset: each scales by itself.
@@ -63,6 +65,7 @@ class FleetSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise SpecError(f"$.gateway.{name}: concerns one pipeline: set it in the spec of a member")
         if len(self.gateway.api_keys_secrets) > 1:
             raise SpecError("$.gateway.api_keys_secret: a fleet takes one Secret, with an entry of keys for each member")
+        self.door()  # checks what it has in common with pipelines, such as its name
 
     @property
     def token_secret(self) -> str:
@@ -80,6 +83,7 @@ class FleetSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             store=self.store,
             network=self.network,
             tracing=self.tracing,
+            eventing=self.eventing,
             monitoring=self.monitoring,
             log_level=self.log_level,
         )
@@ -156,7 +160,7 @@ def _member(fleet: FleetSpec, document: Any, where: str) -> PipelineSpec:
     if spec.monitoring is not None:
         raise SpecError(f"{where}: $.monitoring: a member has the fleet's, so leave it out")
     if spec.eventing is not None:
-        raise SpecError(f"{where}: $.eventing: a member of a fleet has none; deploy it as a pipeline of its own")
+        raise SpecError(f"{where}: $.eventing: is the fleet's: one Broker takes the events of all members, so leave it out")
     if fleet.max_devices is not None:
         for path, scaling in _autoscaling(spec):
             if (scaling.min_scale, scaling.max_scale) != (0, 1):

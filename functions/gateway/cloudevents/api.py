@@ -16,6 +16,7 @@ from typing import Any, Final
 from cloudevents.core.v1.event import CloudEvent
 from flask import Response, g, request
 from msgspec import Struct
+from msgspec.structs import replace
 
 from eventing.claim_check import ClaimCheck
 from eventing.http.binding import (
@@ -128,7 +129,10 @@ class CloudEventsAPI:
         come from one, or this gateway does not score.
         """
         if self._scores is None:
-            raise UnknownEventType(f"{event.get_type()} goes to the Broker, whose gateway is not this one")
+            raise UnknownEventType(
+                f"{event.get_type()} goes to the Broker of a pipeline with a Sequence, whose gateway is not this one; "
+                "/v1/completions with echo, logprobs and max_tokens 0 has the same numbers"
+            )
         if "reply" not in request.headers.get("Prefer", "").lower().split():
             raise UnknownEventType(f"{event.get_type()} goes to the Broker: this gateway takes it from a Sequence only")
         return _http_response(to_binary_http(self._scores.begin(event, client_id)))
@@ -174,6 +178,8 @@ class CloudEventsAPI:
 
         def begin(abandoned: Callable[[], bool]) -> Iterator[Item | None]:
             data = json_data(event, GenerateRequest)
+            if data.model is None and (named := event.get_extension(Attribute.MODEL)) is not None:
+                data = replace(data, model=str(named))
             context = self._context(event, client_id, arrived, abandoned, events)
             entry = log_entry()
             entry.request = data

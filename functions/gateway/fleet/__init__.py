@@ -4,6 +4,7 @@
 that are loaded, and gives up idle ones for memory. A part is what `functions.gateway` runs for a single pipeline. `grants`
 shares devices out, and `grant_record` is what several gateways agree on.
 
-May import: storage, eventing, functions.configuration, functions.hosting, functions.gateway, functions.gateway.answers,
-functions.gateway.jobs, functions.gateway.openai, functions.gateway.openapi, functions.gateway.page, functions.gateway.stages.
+May import: storage, eventing, eventing.http, eventing.wire, functions.configuration, functions.hosting, functions.gateway,
+functions.gateway.answers, functions.gateway.jobs, functions.gateway.openai, functions.gateway.openapi, functions.gateway.page,
+functions.gateway.stages.
 """

@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, unquote
 
 import msgspec
 from flask import Blueprint, Flask, Response, request
 from werkzeug.wsgi import ClosingIterator
 
+from eventing.http.binding import STRUCTURED_CONTENT_TYPE
 from eventing.problems import MalformedEvent, NotFound, NotReady, Problem
+from eventing.wire.events import EventType
 from functions.configuration.config import FleetConfig
 from functions.gateway.answers.authentication import bearer_token
 from functions.gateway.answers.metrics import GatewayMetrics
@@ -44,22 +46,32 @@ class _Named(msgspec.Struct):
     model: str | None = None
 
 
-def model_of(environ: "WSGIEnvironment") -> str | None:
-    """The model that a request names: `?model=` of its URL, or `model` in its body. None: it names none.
+class _StructuredEvent(_Named):
+    data: msgspec.Raw = msgspec.Raw(b"{}")
 
-    The body can be read again afterwards. Raises MalformedEvent for a body that is no JSON object.
+
+def model_of(environ: "WSGIEnvironment") -> str | None:
+    """The model that a request names: `?model=` of its URL, an event's attribute `model`, or `model` in its body or data.
+
+    None: it names none. The body can be read again afterwards. Raises MalformedEvent for a body that is no JSON object.
     """
     query: str = environ.get("QUERY_STRING", "")
     if named := parse_qs(query).get("model"):
         return named[-1]
     if environ["REQUEST_METHOD"] != "POST":
         return None
+    if attribute := environ.get("HTTP_CE_MODEL"):
+        return unquote(attribute)
     body = environ["wsgi.input"].read()
     environ["wsgi.input"] = BodyStream(body)
     try:
+        if environ.get("CONTENT_TYPE", "").startswith(STRUCTURED_CONTENT_TYPE):
+            event = msgspec.json.decode(body, type=_StructuredEvent)
+            return event.model or msgspec.json.decode(event.data, type=_Named).model
         return msgspec.json.decode(body, type=_Named).model
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise MalformedEvent(f"the request names no model: {error}") from error
+        how = "; name it by the attribute `model`" if environ["PATH_INFO"] == "/" else ""
+        raise MalformedEvent(f"the request names no model: {error}{how}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +102,8 @@ class MemberRouter:
             else:
                 environ[_ERROR] = named
                 return self._own(environ, start_response)
-            computes = is_post and not of_jobs and path not in _WITHOUT_STAGES
+            begins_batch = environ.get("HTTP_CE_TYPE") == EventType.BATCH_REQUEST
+            computes = is_post and not of_jobs and not begins_batch and path not in _WITHOUT_STAGES
             if self._grants is not None and computes and version.config is not None:
                 gone = environ.get(CLIENT_GONE, lambda: False)
                 leave.enter_context(self._grants.turn(version, True, version.config.request_timeout_seconds, gone))

@@ -30,6 +30,7 @@ _CE_HEADERS: Final[Mapping[str, Mapping[str, object]]] = {
     "ce-source": {"minLength": 1},
     "ce-type": {"enum": [EventType.GENERATE_REQUEST]},
     "ce-expirytime": {"format": "date-time"},
+    "ce-model": {},
 }
 _SITE_ERRORS: Final = (403, 421)  # a page of another site asks
 _BODY_ERRORS: Final = (400, *_SITE_ERRORS, 413, 415, 429)

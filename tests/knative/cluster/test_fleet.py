@@ -25,8 +25,8 @@ class Fleet:
         self._kubeconfig = folder / "kubeconfig"
         self._kubeconfig.write_text(api.kubeconfig())
 
-    def write(self, *members: object) -> None:
-        self.file.write_text(yaml.safe_dump(fleet_document(members=list(members))))
+    def write(self, *members: object, **changes: object) -> None:
+        self.file.write_text(yaml.safe_dump(fleet_document(members=list(members), **changes)))
 
     def run(self, *arguments: str) -> str:
         result = CliRunner().invoke(main, [*arguments, "--kubeconfig", str(self._kubeconfig)])
@@ -78,6 +78,28 @@ def test_members_are_deployed_changed_tried_and_deleted_one_by_one(api: Kubernet
     fleet.run("delete", str(fleet.file))
     assert api.named("services") == []
     assert not [name for name in api.named("configmaps") if name.startswith(("code", "draw", "models"))]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("eventing")
+def test_a_fleets_eventing_is_deployed_shown_and_removed(api: KubernetesApi, tmp_path: Path) -> None:
+    fleet, code = Fleet(api, tmp_path), member_document("code", cut="0:30")
+    fleet.write(code, eventing={"dead_letter_sink": "dead-letters", "reply_sink": "answers"})
+    fleet.run("deploy", str(fleet.file))
+    assert api.named("brokers") == ["models"]
+    assert len(api.named("triggers")) == 7
+    (gateway,) = api.named("sinkbindings")
+    assert gateway in api.named("services")
+    shown = json.loads(fleet.run("status", str(fleet.file), "--json"))["eventing"]
+    assert {each["kind"] for each in shown} == {"Broker", "Trigger", "SinkBinding"}
+    trigger = api.objects["eventing.knative.dev/v1", "triggers", "default", "models-batch"]
+    trigger["status"]["conditions"] = [{"type": "Ready", "status": "False", "reason": "BrokerDown"}]
+    lines = fleet.run("status", str(fleet.file)).splitlines()
+    assert [line for line in lines if "Trigger" in line] == ["Trigger models-batch: NOT ready, BrokerDown"]
+    fleet.write(code)
+    fleet.run("deploy", str(fleet.file))
+    assert [api.named(kind) for kind in ("brokers", "triggers", "sinkbindings")] == [[], [], []]
+    assert gateway not in api.named("services")
 
 
 def test_the_status_of_300_members_fits_on_a_screen() -> None:

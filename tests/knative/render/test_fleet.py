@@ -1,5 +1,6 @@
 """A fleet's rendered objects: valid for Knative, and read by the function's own configuration."""
 
+from eventing.wire.events import EventType
 from functions.configuration.config import FleetConfig, GatewayConfig, StageConfig, member_config, read_config
 from knative.render.fleet import door_files, fleet_gateway, member_files
 from knative.render.services import stage_service
@@ -63,6 +64,34 @@ def test_one_policy_and_one_role_serve_all_members() -> None:
     for stage in stages:
         assert selected <= stage["spec"]["template"]["metadata"]["labels"].items()
     assert config_map["metadata"]["labels"]["lamina.dev/fleet"] == "models"
+
+
+def test_one_broker_and_one_gateway_take_the_events_of_all_members() -> None:
+    fleet = fleet_of(
+        gateway={"api_keys_secret": "keys"}, eventing={"dead_letter_sink": "dead-letters", "reply_sink": "answers"}
+    )
+    files = door_files(fleet)
+    (gateway,) = files["gateway-events.yaml"]
+    name = gateway["metadata"]["name"]
+    assert (validate(gateway), list(warnings(gateway))) == ([], [])
+    config = read_config(environment_of(gateway) | {"K_SINK": "http://broker.example"})
+    assert isinstance(config, FleetConfig)
+    assert (config.keys_folder, config.page) == (None, "off"), "Eventing sends no key"
+    assert config.own_url == f"http://{name}.default.svc.cluster.local"
+    public = read_config(environment_of(files["gateway.yaml"][0]))
+    assert isinstance(public, FleetConfig)
+    assert public.own_url == "http://models.default.svc.cluster.local"
+    (member,) = fleet_members("code")
+    part = member_config(environment_of(gateway), member_files(member)["code.yaml"][0]["data"])
+    assert part.own_url == config.own_url, "a batch keeps the gateway alive that works on it"
+
+    kinds = [each["kind"] for each in files["eventing.yaml"]]
+    assert kinds == ["Broker", *["Trigger"] * 7, "SinkBinding"], "and no Sequence"
+    triggers = [each["spec"] for each in files["eventing.yaml"] if each["kind"] == "Trigger"]
+    asked = {each["filter"]["attributes"]["type"] for each in triggers if each["subscriber"]["ref"]["name"] == name}
+    requests = EventType.GENERATE_REQUEST, EventType.EMBED_REQUEST, EventType.SCORE_REQUEST, EventType.BATCH_REQUEST
+    assert asked == set(requests)
+    assert "knative-eventing" in str(files["network.yaml"])
 
 
 def test_a_fleets_monitoring_covers_its_members() -> None:

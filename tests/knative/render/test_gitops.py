@@ -207,15 +207,19 @@ def test_the_container_has_the_name_that_kn_gives_it() -> None:
 
 def test_a_fleet_keeps_its_members_stages_and_prunes_those_that_no_member_names(api: KubernetesApi, tmp_path: Path) -> None:
     file = tmp_path / "fleet.yaml"
-    file.write_text(yaml.safe_dump(fleet_document(members=[member_document("code"), member_document("draw", cut="0:30")])))
+    members = [member_document("code"), member_document("draw", cut="0:30")]
+    file.write_text(yaml.safe_dump(fleet_document(members=members, eventing=EVENTING)))
     out = tmp_path / "manifests"
     result = CliRunner().invoke(main, ["render", str(file), "--gitops", "--output", str(out)])
     assert result.exit_code == 0, result.output
     found = written(out)
-    stages = [each for each in found if each["kind"] == "Service" and each["metadata"]["name"] != "models"]
+    services = [each for each in found if each["kind"] == "Service"]
+    stages = [each for each in services if each["metadata"]["labels"]["app.kubernetes.io/component"] == "stage"]
+    assert len(services) == len(stages) + 2, "a gateway, and one for events"
     assert len(stages) == 3 + 1
     assert [each for each in found if "Prune=false" in _option(each)] == stages
-    waves = {each["metadata"]["name"]: each["metadata"].get("annotations", {}).get(ARGO + "sync-wave") for each in found}
+    waved = [each for each in found if each["kind"] in ("Service", "ConfigMap")]
+    waves = {each["metadata"]["name"]: each["metadata"]["annotations"][ARGO + "sync-wave"] for each in waved}
     assert {waves[each["metadata"]["name"]] for each in stages} == {"1"}
     assert waves["code"] == waves["draw"] == waves["models"] == "2"
     (job,) = (each for each in found if each["kind"] == "Job")

@@ -59,8 +59,9 @@ def test_members_that_share_devices_give_them_back_soon(tmp_path: Path) -> None:
         ({"members": [member_document("a", gateway={"page": "off"})]}, r"members\[0\]: \$\.gateway\.page: is the fleet's"),
         (
             {"members": [member_document("a", eventing={"dead_letter_sink": "x"})]},
-            r"\$\.eventing: a member of a fleet has none",
+            r"members\[0\]: \$\.eventing: is the fleet's",
         ),
+        ({"name": "m" * 29, "eventing": {"dead_letter_sink": "x"}}, r"\$\.name: .*at most 28 characters"),
         ({"members": [member_document("a", monitoring={})]}, r"\$\.monitoring: a member has the fleet's"),
         ({"members": [member_document("a", cut="0:2", stages=1)]}, r"members\[0\]: \$\.stages, \$\.cut: exactly one"),
         ({"gateway": {"queue_limit": 5}}, r"\$\.gateway\.queue_limit: concerns one pipeline"),

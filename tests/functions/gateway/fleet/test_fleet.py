@@ -1,12 +1,14 @@
 """A fleet's gateway as a process, before the stages of two models, and an API that lists and watches its members."""
 
+import asyncio
+import base64
 import json
 import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,16 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
+from cloudevents.core.v1.event import CloudEvent
 
-from eventing.wire.events import Cut
+from eventing.http.binding import to_structured_http
+from eventing.wire.cloud_event import json_data, json_event, make_event
+from eventing.wire.events import Attribute, Cut, EventType
+from eventing.wire.framing import JSONL_CONTENT_TYPE
+from eventing.wire.generation import GenerateRequest, GenerateResponse
+from knative.local.eventing.local_eventing import LocalEventing
+from knative.render.eventing import eventing_objects
+from knative.render.fleet import fleet_door
 from tests.support.functions.functions import (
     FunctionProcess,
     common_environment,
@@ -25,7 +35,10 @@ from tests.support.functions.functions import (
     wait_until,
 )
 from tests.support.functions.metrics import metric
+from tests.support.knative.event_sink import event_sink, post
 from tests.support.knative.kubernetes_watch import WatchServer
+from tests.support.knative.manifests import fleet_of
+from tests.support.knative.platform import client, until
 from tests.support.storage.published import CUT, Published, published_model
 
 WHOLE: Cut = ((0, 6),)
@@ -278,6 +291,70 @@ def test_a_member_answers_batches_also_after_its_gateway_died(pipelines: tuple[P
 
 def _openai(process: FunctionProcess) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=10)
+
+
+def test_events_go_to_the_member_that_they_name(pipelines: tuple[Pipeline, Pipeline], tmp_path: Path) -> None:
+    """Through the rendered Broker. The attribute `model` names the member, or `model` in the data."""
+    asyncio.run(_send_events(pipelines, tmp_path))
+
+
+async def _send_events(pipelines: tuple[Pipeline, Pipeline], folder: Path) -> None:
+    tiny, other = pipelines
+    asked = GenerateRequest(prompt="hello", max_tokens=6)
+    of_other = GenerateRequest(prompt="hello", max_tokens=6, model="other")
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 6, "temperature": 0}
+    lines = [{"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body} for number in range(2)]
+    data = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    answered = [
+        json_event(EventType.GENERATE_REQUEST, "/jobs", asked, id="attribute", model="tiny"),
+        json_event(EventType.GENERATE_REQUEST, "/jobs", of_other, id="data"),
+        make_event(EventType.BATCH_REQUEST, "/jobs", data, JSONL_CONTENT_TYPE, id="batch", model="tiny"),
+    ]
+    refused = [
+        json_event(EventType.GENERATE_REQUEST, "/jobs", asked, id="unnamed"),
+        json_event(EventType.GENERATE_REQUEST, "/jobs", asked, id="unknown", model="third"),
+        json_event(EventType.GENERATE_REQUEST, "/jobs", of_other, id="contradiction", model="tiny"),
+        json_event(EventType.SCORE_REQUEST, "/jobs", {"text": "hello"}, id="score", model="tiny"),
+    ]
+    async with event_sink() as answers, event_sink() as dead_letters, client() as session, AsyncExitStack() as stack:
+        url = ""
+        eventing = LocalEventing(lambda *_: url, folder)
+        stack.push_async_callback(eventing.stop)
+        sinks = {"dead_letter_sink": dead_letters.url, "reply_sink": answers.url}
+        delivery = {"retry": 4, "backoff_policy": "linear", "backoff_seconds": 0.2, "timeout_seconds": 120}
+        objects = eventing_objects(fleet_door(fleet_of(eventing=sinks | delivery)))
+        await eventing.apply(objects[:1])  # the Broker, whose URL the gateway gets
+        broker = eventing.broker_url("models")
+        members = tiny.member(LAMINA_JOBS_STORE="lamina/event-jobs"), other.member()
+        with fleet(pipelines, *members, K_SINK=broker) as (process, _):
+            url = process.url
+            await eventing.apply(objects)
+            for event in answered + refused:
+                assert await post(session, broker, event) == (202, "")
+            await until(lambda: len(answers.once()) == len(answered) and len(dead_letters.once()) == len(refused), 120)
+            for event in answered[:2]:
+                headers, buffers = to_structured_http(event)
+                async with session.post(url, data=b"".join(buffers), headers=headers) as reply:
+                    assert (reply.status, (await reply.json())["data"]["text"]) == (200, text_of(tiny))
+    causes = {str(event.get_extension(Attribute.CAUSATION_ID)): event for event in answers.events}
+    for id_ in ("attribute", "data"):
+        assert json_data(causes[id_], GenerateResponse).text == text_of(tiny)
+    results = [json.loads(line) for line in bytes(causes["batch"].get_data()).splitlines()]  # type: ignore[arg-type]
+    assert [each["response"]["body"]["choices"][0]["text"] for each in results] == [text_of(tiny)] * len(lines)
+    sources = {causes["attribute"].get_source(), causes["data"].get_source()}
+    assert sources == {f"/pipelines/{each.model.fingerprint(each.cut)}/gateway" for each in pipelines}
+    assert {letter.get_id(): _reason(letter) for letter in dead_letters.events} == {
+        "unnamed": ("400", "malformed-event"),
+        "unknown": ("404", "not-found"),
+        "contradiction": ("404", "model-not-found"),
+        "score": ("400", "unknown-event-type"),
+    }
+
+
+def _reason(letter: CloudEvent) -> tuple[str, str]:
+    """Status and problem that a dead letter names."""
+    problem = json.loads(base64.b64decode(str(letter.get_extension("knativeerrordata"))))
+    return str(letter.get_extension("knativeerrorcode")), problem["type"].rpartition(":")[2]
 
 
 def test_members_take_turns_with_few_devices(pipelines: tuple[Pipeline, Pipeline]) -> None:
