@@ -103,7 +103,7 @@ def architectures_table() -> str:
     """The architectures of GGUF files that are read, and what is undone of how llama.cpp stores them."""
     rows = []
     for name, architecture in ARCHITECTURES.items():
-        kinds = (architecture, *VARIANTS.get(name, ()))
+        kinds = (architecture, *(row for row, _ in VARIANTS.get(name, ())))
         undone = {
             "queries and keys are interleaved": any(kind.permuted for kind in kinds),
             "norms are stored plus one": architecture.norm_plus_one,

@@ -1,6 +1,6 @@
 """Makes config.json from a GGUF file's metadata. A key that changes a model's results is translated, or the file is refused."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Final
@@ -16,6 +16,8 @@ from storage.checkpoints.gguf_architectures import (
     MISTRAL,
     MIXTRAL,
     OLMO3,
+    SIGMOID,
+    SOFTMAX,
     Architecture,
 )
 from storage.checkpoints.gguf_format import GgufHeader, GgufTensor
@@ -25,17 +27,6 @@ from storage.errors import ArchitectureUnsupported, CheckpointInvalid
 
 ARCHITECTURES: Final[Mapping[str, Architecture]] = {**ATTENTION, **RECURRENT}
 """By the architecture's name in the file."""
-VARIANTS: Final[Mapping[str, tuple[Architecture, ...]]] = {
-    "llama": (MIXTRAL, MISTRAL),
-    "mistral3": (MISTRAL,),
-    "olmo2": (OLMO3,),
-    "granitemoe": (GRANITE_SHARED,),
-    "deepseek2": (DEEPSEEK3,),
-    "falcon": (FALCON_GROUPED,),
-    "granitehybrid": (GRANITE_DENSE, BAMBA),
-    "mamba": (FALCON_MAMBA,),
-}
-"""What else files of an architecture may hold; `architecture_of` tells them apart."""
 _RMS_NORM: Final = "attention.layer_norm_rms_epsilon"
 _LAYER_NORM: Final = "attention.layer_norm_epsilon"
 _FURTHER: Final = "nextn_predict_layers"
@@ -81,6 +72,32 @@ _LARGEST_SIZE: Final = 2**31
 _NO_ROTATION: Final = 1e29  # frequencies divided by this or more do not rotate
 
 
+def _slides(fields: Mapping[str, Any], _: Collection[str]) -> bool:
+    window, context = fields.get(f"llama.{_WINDOW}"), fields.get("llama.context_length")
+    return isinstance(window, int) and isinstance(context, int) and 0 < window < context
+
+
+def _is_sigmoid(fields: Mapping[str, Any], tensors: Collection[str]) -> bool:
+    unsaid = SIGMOID if any(each.endswith("exp_probs_b.bias") for each in tensors) else SOFTMAX
+    return bool(fields.get("deepseek2.expert_gating_func", unsaid) == SIGMOID)
+
+
+VARIANTS: Final[Mapping[str, tuple[tuple[Architecture, Callable[[Mapping[str, Any], Collection[str]], bool]], ...]]] = {
+    "llama": ((MIXTRAL, lambda _, tensors: "blk.0.ffn_gate_exps.weight" in tensors), (MISTRAL, _slides)),
+    "mistral3": ((MISTRAL, lambda fields, _: "mistral3.attention.temperature_scale" not in fields),),
+    "olmo2": ((OLMO3, lambda fields, _: bool(fields.get(f"olmo2.{_WINDOW_PATTERN}"))),),
+    "granitemoe": ((GRANITE_SHARED, lambda _, tensors: "blk.0.ffn_up_shexp.weight" in tensors),),
+    "deepseek2": ((DEEPSEEK3, _is_sigmoid),),
+    "falcon": ((FALCON_GROUPED, lambda _, tensors: "blk.0.attn_norm_2.weight" in tensors),),
+    "granitehybrid": (
+        (BAMBA, lambda fields, _: fields.get("granitehybrid.rope.scaling.finetuned") is not False),
+        (GRANITE_DENSE, lambda _, tensors: "blk.0.ffn_gate_exps.weight" not in tensors),
+    ),
+    "mamba": ((FALCON_MAMBA, lambda fields, _: fields.get("mamba.ssm.dt_b_c_rms") is True),),
+}
+"""What else files of an architecture may hold: rows, and whether a file is of a row, by its metadata and names of tensors."""
+
+
 def architecture_of(path: Path, header: GgufHeader) -> Architecture:
     """The row of the table for a GGUF file. Raises ArchitectureUnsupported if it has none."""
     name = str(header.fields.get("general.architecture"))
@@ -88,27 +105,8 @@ def architecture_of(path: Path, header: GgufHeader) -> Architecture:
         raise ArchitectureUnsupported(
             f"{path} holds a {name[:64]!r}; known are {', '.join(ARCHITECTURES)}; publish others from safetensors"
         )
-    tensors, fields = {tensor.name for tensor in header.tensors}, header.fields
-    window, context = (fields.get(f"{name}.{key}") for key in (_WINDOW, "context_length"))
-    slides = isinstance(window, int) and isinstance(context, int) and 0 < window < context
-    sigmoid = fields.get("deepseek2.expert_gating_func", 2 if any(each.endswith("exp_probs_b.bias") for each in tensors) else 1)
-    variants = {
-        "llama": (
-            (MIXTRAL, "blk.0.ffn_gate_exps.weight" in tensors),
-            (MISTRAL, slides),
-        ),
-        "mistral3": ((MISTRAL, "mistral3.attention.temperature_scale" not in fields),),
-        "olmo2": ((OLMO3, bool(fields.get(f"olmo2.{_WINDOW_PATTERN}"))),),
-        "granitemoe": ((GRANITE_SHARED, "blk.0.ffn_up_shexp.weight" in tensors),),
-        "deepseek2": ((DEEPSEEK3, sigmoid == 2),),
-        "falcon": ((FALCON_GROUPED, "blk.0.attn_norm_2.weight" in tensors),),
-        "granitehybrid": (
-            (BAMBA, fields.get("granitehybrid.rope.scaling.finetuned") is not False),
-            (GRANITE_DENSE, "blk.0.ffn_gate_exps.weight" not in tensors),
-        ),
-        "mamba": ((FALCON_MAMBA, fields.get("mamba.ssm.dt_b_c_rms") is True),),
-    }
-    return next((row for row, is_it in variants.get(name, ()) if is_it), ARCHITECTURES[name])
+    tensors = {tensor.name for tensor in header.tensors}
+    return next((row for row, is_it in VARIANTS.get(name, ()) if is_it(header.fields, tensors)), ARCHITECTURES[name])
 
 
 def model_config(path: Path, header: GgufHeader) -> dict[str, Any]:
