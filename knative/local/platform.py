@@ -40,15 +40,9 @@ _CLUSTER_URL: Final = re.compile(r"http://[-a-z0-9]+\.[-a-z0-9]+\.svc\.cluster\.
 ROOT: Final = Path(__file__).resolve().parents[2]  # Lamina's folder, where `python -m functions` is found
 # Fields that say where and as which user a pod runs. They have no effect here, and each cluster decides itself.
 _PLACEMENT_FIELDS: Final = (
-    "affinity",
-    "nodeSelector",
-    "priorityClassName",
-    "runtimeClassName",
-    "schedulerName",
-    "securityContext",
-    "tolerations",
+    "affinity", "nodeSelector", "priorityClassName", "runtimeClassName", "schedulerName", "securityContext", "tolerations",
     "topologySpreadConstraints",
-)
+)  # fmt: skip
 _PLACEMENT_ALLOWED: Final = FeatureFlags({POD_FIELDS[name]: ENABLED for name in _PLACEMENT_FIELDS})
 # Knative's defaults, except that new Services begin at zero: on one machine nothing starts without a request.
 FROM_ZERO: Final = AutoscalerConfig(allow_zero_initial_scale=True, initial_scale=0)

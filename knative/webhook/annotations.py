@@ -24,17 +24,10 @@ QUEUE_RESOURCES: Final = tuple(
 NETWORKING: Final = tuple(
     f"networking.knative.dev/{name}"
     for name in (
-        "ingress.class",
-        "ingress-class",
-        "certificate.class",
-        "certificate-class",
-        "disableAutoTLS",
-        "disable-auto-tls",
-        "disable-external-domain-tls",
-        "httpOption",
-        "http-protocol",
+        "ingress.class", "ingress-class", "certificate.class", "certificate-class", "disableAutoTLS", "disable-auto-tls",
+        "disable-external-domain-tls", "httpOption", "http-protocol",
     )
-)
+)  # fmt: skip
 
 _PERCENTAGES: Final = (  # annotation, lowest, highest
     (annotated.PANIC_WINDOW_PERCENTAGE, 1, 100),

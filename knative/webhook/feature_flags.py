@@ -10,31 +10,23 @@ DISABLED: Final = "Disabled"
 ALLOW_ROOT_BOUNDED: Final = "AllowRootBounded"
 
 POD_FIELDS: Final = {
-    "affinity": "kubernetes.podspec-affinity",
-    "dnsConfig": "kubernetes.podspec-dnsconfig",
-    "dnsPolicy": "kubernetes.podspec-dnspolicy",
-    "hostAliases": "kubernetes.podspec-hostaliases",
-    "hostIPC": "kubernetes.podspec-hostipc",
-    "hostNetwork": "kubernetes.podspec-hostnetwork",
-    "hostPID": "kubernetes.podspec-hostpid",
+    **{
+        name: f"kubernetes.podspec-{name.lower()}"
+        for name in (
+            "affinity", "dnsConfig", "dnsPolicy", "hostAliases", "hostIPC", "hostNetwork", "hostPID", "nodeSelector",
+            "priorityClassName", "runtimeClassName", "schedulerName", "securityContext", "shareProcessNamespace",
+            "tolerations", "topologySpreadConstraints",
+        )
+    },
     "initContainers": "kubernetes.podspec-init-containers",
-    "nodeSelector": "kubernetes.podspec-nodeselector",
-    "priorityClassName": "kubernetes.podspec-priorityclassname",
-    "runtimeClassName": "kubernetes.podspec-runtimeclassname",
-    "schedulerName": "kubernetes.podspec-schedulername",
-    "securityContext": "kubernetes.podspec-securitycontext",
-    "shareProcessNamespace": "kubernetes.podspec-shareprocessnamespace",
-    "tolerations": "kubernetes.podspec-tolerations",
-    "topologySpreadConstraints": "kubernetes.podspec-topologyspreadconstraints",
-}  # field of `spec.template.spec` → its flag
+}  # fmt: skip
+"""Field of `spec.template.spec` → its flag."""
 VOLUME_FIELDS: Final = {
     "emptyDir": "kubernetes.podspec-volumes-emptydir",
     "persistentVolumeClaim": "kubernetes.podspec-persistent-volume-claim",
-    "image": "kubernetes.podspec-volumes-image",
-    "hostPath": "kubernetes.podspec-volumes-hostpath",
-    "csi": "kubernetes.podspec-volumes-csi",
-    "ephemeral": "kubernetes.podspec-volumes-ephemeral",
-}  # kind of a volume → its flag; Secrets, ConfigMaps and projections have none
+    **{name: f"kubernetes.podspec-volumes-{name.lower()}" for name in ("image", "hostPath", "csi", "ephemeral")},
+}
+"""Kind of a volume → its flag; Secrets, ConfigMaps and projections have none."""
 FIELD_REF: Final = "kubernetes.podspec-fieldref"
 MOUNT_PROPAGATION: Final = "kubernetes.podspec-volumes-mount-propagation"
 ADD_CAPABILITIES: Final = "kubernetes.containerspec-addcapabilities"

@@ -22,72 +22,41 @@ class Mapping:
 
 Schema = str | Fields[str, Any] | list[Any] | Mapping
 
+# fmt: off
 _STRINGS: Final = ["string"]
 _STRING_MAP: Final = Mapping("string")
 _NAMED_OPTIONAL: Final = {"name": "string", "optional": "boolean"}
 _KEY_SELECTOR: Final = {"key!": "string", **_NAMED_OPTIONAL}
 _KEY_TO_PATH: Final = {"key!": "string", "mode": "integer", "path!": "string"}
 _PROBE: Final = {
-    "exec": {"command": _STRINGS},
-    "grpc": {"port": "integer", "service": "string"},
+    "exec": {"command": _STRINGS}, "grpc": {"port": "integer", "service": "string"},
     "httpGet": {
-        "host": "string",
-        "httpHeaders": [{"name!": "string", "value!": "string"}],
-        "path": "string",
-        "port": "int-or-string",
+        "host": "string", "httpHeaders": [{"name!": "string", "value!": "string"}], "path": "string", "port": "int-or-string",
         "scheme": "string",
     },
-    "tcpSocket": {"host": "string", "port": "int-or-string"},
-    "initialDelaySeconds": "integer",
-    "periodSeconds": "integer",
-    "timeoutSeconds": "integer",
-    "successThreshold": "integer",
-    "failureThreshold": "integer",
+    "tcpSocket": {"host": "string", "port": "int-or-string"}, "initialDelaySeconds": "integer", "periodSeconds": "integer",
+    "timeoutSeconds": "integer", "successThreshold": "integer", "failureThreshold": "integer",
 }
 _ENV: Final = {
-    "name!": "string",
-    "value": "string",
+    "name!": "string", "value": "string",
     "valueFrom": {
-        "configMapKeyRef": _KEY_SELECTOR,
-        "secretKeyRef": _KEY_SELECTOR,
-        "fieldRef": "any",
-        "resourceFieldRef": "any",
+        "configMapKeyRef": _KEY_SELECTOR, "secretKeyRef": _KEY_SELECTOR, "fieldRef": "any", "resourceFieldRef": "any",
     },
 }
 _SECURITY_CONTEXT: Final = {
-    "allowPrivilegeEscalation": "boolean",
-    "capabilities": {"add": _STRINGS, "drop": _STRINGS},
-    "privileged": "boolean",
-    "readOnlyRootFilesystem": "boolean",
-    "runAsGroup": "integer",
-    "runAsNonRoot": "boolean",
-    "runAsUser": "integer",
+    "allowPrivilegeEscalation": "boolean", "capabilities": {"add": _STRINGS, "drop": _STRINGS}, "privileged": "boolean",
+    "readOnlyRootFilesystem": "boolean", "runAsGroup": "integer", "runAsNonRoot": "boolean", "runAsUser": "integer",
     "seccompProfile": {"localhostProfile": "string", "type!": "string"},
 }
 _CONTAINER: Final = {
-    "args": _STRINGS,
-    "command": _STRINGS,
-    "env": [_ENV],
-    "envFrom": [{"configMapRef": _NAMED_OPTIONAL, "prefix": "string", "secretRef": _NAMED_OPTIONAL}],
-    "image": "string",
-    "imagePullPolicy": "string",
-    "livenessProbe": _PROBE,
-    "name": "string",
-    "ports": [{"containerPort": "integer", "name": "string", "protocol": "string"}],
-    "readinessProbe": _PROBE,
-    "resources": {"limits": Mapping("quantity"), "requests": Mapping("quantity")},
-    "securityContext": _SECURITY_CONTEXT,
-    "startupProbe": _PROBE,
-    "terminationMessagePath": "string",
-    "terminationMessagePolicy": "string",
+    "args": _STRINGS, "command": _STRINGS, "env": [_ENV],
+    "envFrom": [{"configMapRef": _NAMED_OPTIONAL, "prefix": "string", "secretRef": _NAMED_OPTIONAL}], "image": "string",
+    "imagePullPolicy": "string", "livenessProbe": _PROBE, "name": "string",
+    "ports": [{"containerPort": "integer", "name": "string", "protocol": "string"}], "readinessProbe": _PROBE,
+    "resources": {"limits": Mapping("quantity"), "requests": Mapping("quantity")}, "securityContext": _SECURITY_CONTEXT,
+    "startupProbe": _PROBE, "terminationMessagePath": "string", "terminationMessagePolicy": "string",
     "volumeMounts": [
-        {
-            "mountPath!": "string",
-            "mountPropagation": "string",
-            "name!": "string",
-            "readOnly": "boolean",
-            "subPath": "string",
-        }
+        {"mountPath!": "string", "mountPropagation": "string", "name!": "string", "readOnly": "boolean", "subPath": "string"},
     ],
     "workingDir": "string",
 }
@@ -96,88 +65,45 @@ _PROJECTION: Final = {
     "downwardAPI": {
         "items": [
             {
-                "fieldRef": {"apiVersion": "string", "fieldPath!": "string"},
-                "mode": "integer",
-                "path!": "string",
+                "fieldRef": {"apiVersion": "string", "fieldPath!": "string"}, "mode": "integer", "path!": "string",
                 "resourceFieldRef": {"containerName": "string", "divisor": "quantity", "resource!": "string"},
-            }
-        ]
+            },
+        ],
     },
     "secret": {"items": [_KEY_TO_PATH], **_NAMED_OPTIONAL},
     "serviceAccountToken": {"audience": "string", "expirationSeconds": "integer", "path!": "string"},
 }
 _VOLUME: Final = {
-    "name!": "string",
-    "configMap": {"defaultMode": "integer", "items": [_KEY_TO_PATH], **_NAMED_OPTIONAL},
-    "csi": "any",
-    "emptyDir": {"medium": "string", "sizeLimit": "quantity"},
-    "ephemeral": "any",
-    "hostPath": "any",
-    "image": "any",
-    "persistentVolumeClaim": "any",
-    "projected": {"defaultMode": "integer", "sources": [_PROJECTION]},
+    "name!": "string", "configMap": {"defaultMode": "integer", "items": [_KEY_TO_PATH], **_NAMED_OPTIONAL}, "csi": "any",
+    "emptyDir": {"medium": "string", "sizeLimit": "quantity"}, "ephemeral": "any", "hostPath": "any", "image": "any",
+    "persistentVolumeClaim": "any", "projected": {"defaultMode": "integer", "sources": [_PROJECTION]},
     "secret": {"defaultMode": "integer", "items": [_KEY_TO_PATH], "optional": "boolean", "secretName": "string"},
 }
 _REVISION_SPEC: Final = {
-    "affinity": "any",
-    "automountServiceAccountToken": "boolean",
-    "containerConcurrency": "integer",
-    "containers!": [_CONTAINER],
-    "dnsConfig": "any",
-    "dnsPolicy": "string",
-    "enableServiceLinks": "boolean",
-    "hostAliases": ["any"],
-    "hostIPC": "boolean",
-    "hostNetwork": "boolean",
-    "hostPID": "boolean",
-    "idleTimeoutSeconds": "integer",
-    "imagePullSecrets": [{"name": "string"}],
-    "initContainers": ["any"],
-    "nodeSelector": _STRING_MAP,
-    "priorityClassName": "string",
-    "responseStartTimeoutSeconds": "integer",
-    "runtimeClassName": "string",
-    "schedulerName": "string",
-    "securityContext": "any",
-    "serviceAccountName": "string",
-    "shareProcessNamespace": "boolean",
-    "timeoutSeconds": "integer",
-    "tolerations": ["any"],
-    "topologySpreadConstraints": ["any"],
-    "volumes": [_VOLUME],
+    "affinity": "any", "automountServiceAccountToken": "boolean", "containerConcurrency": "integer",
+    "containers!": [_CONTAINER], "dnsConfig": "any", "dnsPolicy": "string", "enableServiceLinks": "boolean",
+    "hostAliases": ["any"], "hostIPC": "boolean", "hostNetwork": "boolean", "hostPID": "boolean",
+    "idleTimeoutSeconds": "integer", "imagePullSecrets": [{"name": "string"}], "initContainers": ["any"],
+    "nodeSelector": _STRING_MAP, "priorityClassName": "string", "responseStartTimeoutSeconds": "integer",
+    "runtimeClassName": "string", "schedulerName": "string", "securityContext": "any", "serviceAccountName": "string",
+    "shareProcessNamespace": "boolean", "timeoutSeconds": "integer", "tolerations": ["any"],
+    "topologySpreadConstraints": ["any"], "volumes": [_VOLUME],
 }
 _TRAFFIC_TARGET: Final = {
-    "configurationName": "string",
-    "latestRevision": "boolean",
-    "percent": "integer",
-    "revisionName": "string",
-    "tag": "string",
+    "configurationName": "string", "latestRevision": "boolean", "percent": "integer", "revisionName": "string", "tag": "string",
     "url": "string",
 }
 _METADATA: Final = {
-    "annotations": _STRING_MAP,
-    "creationTimestamp": "any",
-    "deletionGracePeriodSeconds": "any",
-    "deletionTimestamp": "any",
-    "finalizers": _STRINGS,
-    "generateName": "string",
-    "generation": "any",
-    "labels": _STRING_MAP,
-    "managedFields": "any",
-    "name": "string",
-    "namespace": "string",
-    "ownerReferences": "any",
-    "resourceVersion": "any",
-    "selfLink": "any",
+    "annotations": _STRING_MAP, "creationTimestamp": "any", "deletionGracePeriodSeconds": "any", "deletionTimestamp": "any",
+    "finalizers": _STRINGS, "generateName": "string", "generation": "any", "labels": _STRING_MAP, "managedFields": "any",
+    "name": "string", "namespace": "string", "ownerReferences": "any", "resourceVersion": "any", "selfLink": "any",
     "uid": "any",
 }
 SERVICE: Final[Schema] = {
-    "apiVersion": "string",
-    "kind": "string",
-    "metadata": _METADATA,
-    "spec": {"template": {"metadata": _METADATA, "spec": _REVISION_SPEC}, "traffic": [_TRAFFIC_TARGET]},
-    "status": "any",
+    "apiVersion": "string", "kind": "string", "metadata": _METADATA,
+    "spec": {"template": {"metadata": _METADATA, "spec": _REVISION_SPEC}, "traffic": [_TRAFFIC_TARGET]}, "status": "any",
 }
+# fmt: on
 
 
 def unknown_fields(value: object, schema: Schema = SERVICE, at: str = "") -> Violations:

@@ -14,19 +14,11 @@ _SERVICE: Final = "metadata.annotations"
 _TEMPLATE: Final = "spec.template.metadata.annotations"
 _DEFAULT_TIMEOUT_SECONDS: Final = 300
 _TEMPLATE_ANNOTATIONS: Final = (*annotated.AUTOSCALING, annotated.PROGRESS_DEADLINE, QUEUE_PERCENTAGE, *QUEUE_RESOURCES)
-_ANYWHERE: Final = frozenset(
-    (
-        *NETWORKING,
-        "serving.knative.dev/creator",
-        "serving.knative.dev/lastModifier",
-        "serving.knative.dev/no-gc",
-        "serving.knative.dev/lastPinned",
-        "serving.knative.dev/routes",
-        "serving.knative.dev/routingStateModified",
-        "features.knative.dev/queueproxy-podinfo",
-        "features.knative.dev/http-full-duplex",
-    )
-)
+_ANYWHERE: Final = frozenset((
+    *NETWORKING, "serving.knative.dev/creator", "serving.knative.dev/lastModifier", "serving.knative.dev/no-gc",
+    "serving.knative.dev/lastPinned", "serving.knative.dev/routes", "serving.knative.dev/routingStateModified",
+    "features.knative.dev/queueproxy-podinfo", "features.knative.dev/http-full-duplex",
+))  # fmt: skip
 _PLACE: Final = {  # key → where Knative reads it
     **{key: _TEMPLATE for annotation in _TEMPLATE_ANNOTATIONS for key in annotation.keys},
     **dict.fromkeys(ROLLOUT_DURATION.keys, _SERVICE),

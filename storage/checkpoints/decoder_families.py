@@ -218,20 +218,18 @@ def _windows_everywhere(values: Values) -> tuple[int | None, ...]:
     return (values.get("sliding_window"),) * values.size("num_hidden_layers")
 
 
+def _with_used_window(values: Values) -> Values:
+    return values if values.get("use_sliding_window") else values.without("sliding_window")
+
+
 def _windows_of_qwen(values: Values) -> tuple[int | None, ...]:
-    if not values.get("use_sliding_window"):
-        values = values.without("sliding_window")
+    values = _with_used_window(values)
     first = math.inf if values.get("sliding_window") is None else values.number("max_window_layers")
     return _windows(values, lambda layer: layer >= first)
 
 
-def _windows_if_used(values: Values) -> tuple[int | None, ...]:
-    return _windows_everywhere(values if values.get("use_sliding_window") else values.without("sliding_window"))
-
-
 def _windows_of_qwen2_moe(values: Values) -> tuple[int | None, ...]:
-    if not values.get("use_sliding_window"):
-        values = values.without("sliding_window")
+    values = _with_used_window(values)
     first = 0.0 if values.get("sliding_window") is None else values.number("max_window_layers")
     return _windows(values, lambda layer: layer % 2 == 0 and layer < first)
 
@@ -239,10 +237,6 @@ def _windows_of_qwen2_moe(values: Values) -> tuple[int | None, ...]:
 def _scale_of_gemma(values: Values, *_: int) -> float:
     scale: float = values.number("query_pre_attn_scalar") ** -0.5
     return scale
-
-
-def _scale_of_hyperclovax(values: Values, head_dim: int, _: int) -> float:
-    return head_dim**-0.5 if values.get("attention_multiplier") is None else values.number("attention_multiplier")
 
 
 def _unrotated_in_smollm(values: Values) -> tuple[bool, ...]:
@@ -259,10 +253,6 @@ def _windows_of_smollm(values: Values) -> tuple[int | None, ...]:
         for unrotated in _unrotated_in_smollm(values)
     ]
     return _windows(values, slides.__getitem__)
-
-
-def _every_fourth_is_full(values: Values) -> tuple[int | None, ...]:
-    return _windows(values, lambda layer: (layer + 1) % 4 != 0)
 
 
 def _windows_by_pattern(values: Values) -> tuple[int | None, ...]:
@@ -447,39 +437,6 @@ def _scale_of_falcon_h1(values: Values, head_dim: int, layer: int) -> float:
     return scale
 
 
-_MAMBA_2: Final[Mapping[str, Any]] = {
-    "mamba_n_heads": 128,
-    "mamba_d_head": "auto",
-    "mamba_n_groups": 1,
-    "mamba_d_state": 256,
-    "mamba_d_conv": 4,
-    "mamba_expand": 2,
-    "mamba_conv_bias": True,
-}
-# Keys of Mamba-2 as families without the prefix have them.
-_MAMBA_2_WITHOUT_PREFIX: Final[Mapping[str, str]] = {
-    "mamba_n_groups": "n_groups",
-    "mamba_d_conv": "conv_kernel",
-    "mamba_expand": "expand",
-    "mamba_conv_bias": "use_conv_bias",
-    "mamba_proj_bias": "use_bias",
-}
-_NAMES_OF_BAMBA: Final = TensorNames(
-    final_norm="model.final_layernorm",
-    gate="feed_forward.gate_proj",
-    up="feed_forward.up_proj",
-    down="feed_forward.down_proj",
-    before_feed_forward="pre_ff_layernorm",
-    recurrent="mamba",
-)
-# These keys are of initialization, training and the formula for many tokens at once.
-_UNREAD_OF_MAMBA: Final = frozenset((
-    "chunk_size", "mamba_chunk_size", "time_step_rank", "time_step_min", "time_step_max", "time_step_floor",
-    "rescale_prenorm_residual", "residual_in_fp32", "num_logits_to_keep", "z_loss_coefficient", "use_mamba_kernels",
-    "mamba_ssm_cache_dtype", "router_aux_loss_coef",
-))  # fmt: skip
-
-
 def _delta_net(values: Values) -> Recurrent:
     if (activation := values.get("hidden_act")) not in (None, "silu", "swish"):
         values.obstacles.append(f"a convolution with activation {activation!r}")
@@ -496,15 +453,6 @@ def _delta_net(values: Values) -> Recurrent:
     )
 
 
-_DELTA_NET: Final[Mapping[str, Any]] = {
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-}
-
-
 def _inner_of_lfm2(values: Values) -> int:
     inner = values.size("intermediate_size" if values.get("block_ff_dim") is None else "block_ff_dim")
     factor = 1 if values.get("block_ffn_dim_multiplier") is None else values.number("block_ffn_dim_multiplier")
@@ -512,156 +460,6 @@ def _inner_of_lfm2(values: Values) -> int:
     if values.flag("block_auto_adjust_ff_dim"):
         inner = -(-int(factor * int(2 * inner / 3)) // multiple) * multiple
     return inner
-
-
-LLAMA_BIASES: Final[Mapping[str, Any]] = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
-
-AFTER: Final = frozenset(("after_attention", "after_feed_forward"))
-EVERYWHERE: Final = AFTER | BEFORE
-_GRANITE_EXPERTS: Final = TensorNames(
-    router="block_sparse_moe.router.layer",
-    experts=(
-        "block_sparse_moe.experts.{expert}.gate_proj",
-        "block_sparse_moe.experts.{expert}.up_proj",
-        "block_sparse_moe.experts.{expert}.down_proj",
-    ),
-)
-_SHARED_IN_GRANITE: Final = msgspec.structs.replace(
-    _GRANITE_EXPERTS, shared=("shared_mlp.input_linear", "shared_mlp.input_linear", "shared_mlp.output_linear")
-)
-_EXPERTS_OF_GRANITE: Final = ExpertsFamily(
-    count="num_local_experts", inner_size="intermediate_size", scores="softmax_of_chosen"
-)
-_MERGED_IN_GRANITE: Final = MergedExperts("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight")
-_ROUTED: Final[dict[str, Any]] = {
-    "num_experts_per_tok": 8,
-    "n_routed_experts": 128,
-    "n_shared_experts": 1,
-    "routed_scaling_factor": 1.0,
-    "n_group": 1,
-    "topk_group": 1,
-    "norm_topk_prob": True,
-}
-_ROUTED_EXPERTS: Final = ExpertsFamily(
-    count="n_routed_experts",
-    scores="sigmoid",
-    correction=True,
-    groups=("n_group", "topk_group"),
-    normalized="norm_topk_prob",
-    normal_eps=1e-20,
-    scale="routed_scaling_factor",
-    shared_size=lambda values: values.size("moe_intermediate_size") * values.size("n_shared_experts"),
-    layers=_all_but_first,
-)
-_SHARED_EXPERTS: Final = TensorNames(
-    shared=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj")
-)
-_GEMMA: Final[dict[str, Any]] = {"head_dim": 256, "tie_word_embeddings": True}
-_GEMMA_2: Final[Mapping[str, Any]] = {
-    **_GEMMA,
-    "num_key_value_heads": 4,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "max_position_embeddings": 8192,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "final_logit_softcapping": 30.0,
-    "attn_logit_softcapping": 50.0,
-}
-_LIKE_GEMMA_2: Final[Mapping[str, Any]] = {
-    "gain_plus_one": True,
-    "embedding_scale": _root_of_size,
-    "scale": _scale_of_gemma,
-    "attention_soft_cap": "attn_logit_softcapping",
-    "logit_soft_cap": "final_logit_softcapping",
-    "windows": lambda values: _windows(values, lambda layer: layer % 2 == 0),
-    **LLAMA_BIASES,
-}
-_GRANITE: Final = dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"), 1.0)
-_LIKE_GRANITE: Final[Mapping[str, Any]] = {
-    "scale": lambda values, *_: values.number("attention_multiplier"),
-    "embedding_scale": lambda values: values.number("embedding_multiplier"),
-    "residual_scale": lambda values: values.number("residual_multiplier"),
-    "logit_scale": lambda values: 1 / values.number("logits_scaling"),
-}
-_LATENT: Final = {
-    "kv_lora_rank": 512,
-    "q_lora_rank": 1536,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 128,
-    "v_head_dim": 128,
-}
-_LATENT_ATTENTION: Final[Mapping[str, Any]] = {
-    "latent": True,
-    "qkv_bias": "attention_bias",
-    "out_bias": "attention_bias",
-    "scale": _scale_of_latent,
-    "rope": "neighbours",
-    "has_head_dim": False,
-    "only": lambda values: {"rope_interleave": True},
-}
-_FOUR_NORMS: Final = TensorNames(
-    after_attention="post_attention_layernorm",
-    before_feed_forward="pre_feedforward_layernorm",
-    after_feed_forward="post_feedforward_layernorm",
-)
-_NORMS_AFTER: Final = TensorNames(after_attention="post_attention_layernorm", after_feed_forward="post_feedforward_layernorm")
-
-_QWEN3_5: Final[dict[str, Any]] = {
-    "max_position_embeddings": 32_768,
-    "head_dim": 256,
-    "full_attention_interval": 4,
-    **_DELTA_NET,
-}
-_QWEN_EXPERTS: Final[Mapping[str, Any]] = {"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512}
-_LIKE_QWEN3_5: Final[Mapping[str, Any]] = {
-    "gain_plus_one": True,
-    "qk_norm": True,
-    "output_gate": True,
-    "parts": _parts_by_type,
-    "recurrent": _delta_net,
-    "rope_share": 0.25,
-    "rope_ignores": frozenset(("mrope_section", "mrope_interleaved")),
-    **LLAMA_BIASES,
-}
-_LFM2_NAMES: Final = TensorNames(
-    final_norm="model.embedding_norm",
-    query_norm="self_attn.q_layernorm",
-    key_norm="self_attn.k_layernorm",
-    out="self_attn.out_proj",
-    gate="feed_forward.w1",
-    up="feed_forward.w3",
-    down="feed_forward.w2",
-    before_attention="operator_norm",
-    before_feed_forward="ffn_norm",
-    recurrent="conv",
-    recurrent_kernel="conv",
-)
-_NAMES_OF_MAMBA_2: Final = TensorNames(
-    base="backbone",
-    layers="backbone.layers",
-    embedding="backbone.embeddings",
-    final_norm="backbone.norm_f",
-    before_attention="norm",
-    recurrent="mixer",
-)
-_LFM2: Final[dict[str, Any]] = {
-    "max_position_embeddings": 128_000,
-    "num_key_value_heads": 8,
-    "norm_eps": 1e-5,
-    "rope_theta": 1_000_000.0,
-    "tie_word_embeddings": True,
-    "conv_L_cache": 3,
-}
-_LIKE_LFM2: Final[dict[str, Any]] = {
-    "eps": "norm_eps",
-    "qk_norm": True,
-    "parts": _parts_of_lfm2,
-    "recurrent": _short_convolution,
-    "only": lambda values: {"tie_embedding": values.flag("tie_word_embeddings")},
-}
-
-_GEMMA_3N_LAYERS: Final = 35
-_GEMMA_4_LAYERS: Final = 30
 
 
 def _with_layer_types(config: Mapping[str, Any], default_layers: int, pattern: int) -> Mapping[str, Any]:
@@ -743,121 +541,188 @@ def _only_of_gemma_4(values: Values) -> Mapping[str, Any]:
     return {"use_bidirectional_attention": "vision", **found}  # tokens of images alone attend to later ones
 
 
-_LIKE_GEMMA_4: Final[Mapping[str, Any]] = {
-    "keys": {"hidden_act": "hidden_activation"},
-    "norms": EVERYWHERE,
-    "qk_norm": True,
-    "value_norm": True,
-    "scale": lambda *_: 1.0,
-    "embedding_scale": _root_of_size,
-    "logit_soft_cap": "final_logit_softcapping",
-    "windows": lambda values: _windows(values, lambda _: False),
-    "rope_by_kind": True,
-    "kv_layers": _shared_kv_layers,
-    "layer_input": "hidden_size_per_layer_input",
-    **LLAMA_BIASES,
+# Tables, in which a row takes few lines: ruff would give each field a line of its own.
+# fmt: off
+_MAMBA_2: Final[Mapping[str, Any]] = {
+    "mamba_n_heads": 128, "mamba_d_head": "auto", "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_conv": 4,
+    "mamba_expand": 2, "mamba_conv_bias": True,
 }
-
+# Keys of Mamba-2 as families without the prefix have them.
+_MAMBA_2_WITHOUT_PREFIX: Final[Mapping[str, str]] = {
+    "mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_expand": "expand", "mamba_conv_bias": "use_conv_bias",
+    "mamba_proj_bias": "use_bias",
+}
+_NAMES_OF_BAMBA: Final = TensorNames(
+    final_norm="model.final_layernorm", gate="feed_forward.gate_proj", up="feed_forward.up_proj", down="feed_forward.down_proj",
+    before_feed_forward="pre_ff_layernorm", recurrent="mamba",
+)
+# These keys are of initialization, training and the formula for many tokens at once.
+_UNREAD_OF_MAMBA: Final = frozenset((
+    "chunk_size", "mamba_chunk_size", "time_step_rank", "time_step_min", "time_step_max", "time_step_floor",
+    "rescale_prenorm_residual", "residual_in_fp32", "num_logits_to_keep", "z_loss_coefficient", "use_mamba_kernels",
+    "mamba_ssm_cache_dtype", "router_aux_loss_coef",
+))
+_DELTA_NET: Final[Mapping[str, Any]] = {
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+LLAMA_BIASES: Final[Mapping[str, Any]] = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
+AFTER: Final = frozenset(("after_attention", "after_feed_forward"))
+EVERYWHERE: Final = AFTER | BEFORE
+_GRANITE_EXPERTS: Final = TensorNames(
+    router="block_sparse_moe.router.layer",
+    experts=(
+        "block_sparse_moe.experts.{expert}.gate_proj", "block_sparse_moe.experts.{expert}.up_proj",
+        "block_sparse_moe.experts.{expert}.down_proj",
+    ),
+)
+_MIXTRAL_EXPERTS: Final = TensorNames(
+    router="block_sparse_moe.gate",
+    experts=(
+        "block_sparse_moe.experts.{expert}.w1", "block_sparse_moe.experts.{expert}.w3", "block_sparse_moe.experts.{expert}.w2",
+    ),
+)
+_SHARED_IN_GRANITE: Final = msgspec.structs.replace(
+    _GRANITE_EXPERTS, shared=("shared_mlp.input_linear", "shared_mlp.input_linear", "shared_mlp.output_linear"),
+)
+_EXPERTS_OF_GRANITE: Final = ExpertsFamily(
+    count="num_local_experts", inner_size="intermediate_size", scores="softmax_of_chosen",
+)
+_MERGED_IN_GRANITE: Final = MergedExperts("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight")
+_ROUTED: Final[dict[str, Any]] = {
+    "num_experts_per_tok": 8, "n_routed_experts": 128, "n_shared_experts": 1, "routed_scaling_factor": 1.0, "n_group": 1,
+    "topk_group": 1, "norm_topk_prob": True,
+}
+_ROUTED_EXPERTS: Final = ExpertsFamily(
+    count="n_routed_experts", scores="sigmoid", correction=True, groups=("n_group", "topk_group"), normalized="norm_topk_prob",
+    normal_eps=1e-20, scale="routed_scaling_factor",
+    shared_size=lambda values: values.size("moe_intermediate_size") * values.size("n_shared_experts"), layers=_all_but_first,
+)
+_SHARED_EXPERTS: Final = TensorNames(
+    shared=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj"),
+)
+_GEMMA: Final[dict[str, Any]] = {"head_dim": 256, "tie_word_embeddings": True}
+_GEMMA_2: Final[Mapping[str, Any]] = {
+    **_GEMMA, "num_key_value_heads": 4, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192,
+    "query_pre_attn_scalar": 256, "sliding_window": 4096, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
+}
+_LIKE_GEMMA_2: Final[Mapping[str, Any]] = {
+    "gain_plus_one": True, "embedding_scale": _root_of_size, "scale": _scale_of_gemma,
+    "attention_soft_cap": "attn_logit_softcapping", "logit_soft_cap": "final_logit_softcapping",
+    "windows": lambda values: _windows(values, lambda layer: layer % 2 == 0), **LLAMA_BIASES,
+}
+_GRANITE: Final = dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"), 1.0)
+_LIKE_GRANITE: Final[Mapping[str, Any]] = {
+    "scale": lambda values, *_: values.number("attention_multiplier"),
+    "embedding_scale": lambda values: values.number("embedding_multiplier"),
+    "residual_scale": lambda values: values.number("residual_multiplier"),
+    "logit_scale": lambda values: 1 / values.number("logits_scaling"),
+}
+_LATENT: Final = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+_LATENT_ATTENTION: Final[Mapping[str, Any]] = {
+    "latent": True, "qkv_bias": "attention_bias", "out_bias": "attention_bias", "scale": _scale_of_latent, "rope": "neighbours",
+    "has_head_dim": False, "only": lambda values: {"rope_interleave": True},
+}
+_FOUR_NORMS: Final = TensorNames(
+    after_attention="post_attention_layernorm", before_feed_forward="pre_feedforward_layernorm",
+    after_feed_forward="post_feedforward_layernorm",
+)
+_NORMS_AFTER: Final = TensorNames(after_attention="post_attention_layernorm", after_feed_forward="post_feedforward_layernorm")
+_QWEN3_5: Final[dict[str, Any]] = {
+    "max_position_embeddings": 32_768, "head_dim": 256, "full_attention_interval": 4, **_DELTA_NET,
+}
+_QWEN_EXPERTS: Final[Mapping[str, Any]] = {"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512}
+_LIKE_QWEN3_5: Final[Mapping[str, Any]] = {
+    "gain_plus_one": True, "qk_norm": True, "output_gate": True, "parts": _parts_by_type, "recurrent": _delta_net,
+    "rope_share": 0.25, "rope_ignores": frozenset(("mrope_section", "mrope_interleaved")), **LLAMA_BIASES,
+}
+_GLM: Final[Mapping[str, Any]] = {
+    "max_position_embeddings": 131_072, "num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1.5625e-07,
+    "attention_bias": True,
+}
+_LFM2_NAMES: Final = TensorNames(
+    final_norm="model.embedding_norm", query_norm="self_attn.q_layernorm", key_norm="self_attn.k_layernorm",
+    out="self_attn.out_proj", gate="feed_forward.w1", up="feed_forward.w3", down="feed_forward.w2",
+    before_attention="operator_norm", before_feed_forward="ffn_norm", recurrent="conv", recurrent_kernel="conv",
+)
+_NAMES_OF_MAMBA_2: Final = TensorNames(
+    base="backbone", layers="backbone.layers", embedding="backbone.embeddings", final_norm="backbone.norm_f",
+    before_attention="norm", recurrent="mixer",
+)
+_LFM2: Final[dict[str, Any]] = {
+    "max_position_embeddings": 128_000, "num_key_value_heads": 8, "norm_eps": 1e-5, "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": True, "conv_L_cache": 3,
+}
+_LIKE_LFM2: Final[dict[str, Any]] = {
+    "eps": "norm_eps", "qk_norm": True, "parts": _parts_of_lfm2, "recurrent": _short_convolution,
+    "only": lambda values: {"tie_embedding": values.flag("tie_word_embeddings")},
+}
+_GEMMA_3N_LAYERS: Final = 35
+_GEMMA_4_LAYERS: Final = 30
+_LIKE_GEMMA_4: Final[Mapping[str, Any]] = {
+    "keys": {"hidden_act": "hidden_activation"}, "norms": EVERYWHERE, "qk_norm": True, "value_norm": True,
+    "scale": lambda *_: 1.0, "embedding_scale": _root_of_size, "logit_soft_cap": "final_logit_softcapping",
+    "windows": lambda values: _windows(values, lambda _: False), "rope_by_kind": True, "kv_layers": _shared_kv_layers,
+    "layer_input": "hidden_size_per_layer_input", **LLAMA_BIASES,
+}
 DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
     "llama": DecoderFamily(
         source="llama.modeling_llama:LlamaDecoderLayer",
-        defaults={"max_position_embeddings": 2048},
-        mlp_bias="mlp_bias",
-        **LLAMA_BIASES,
+        defaults={"max_position_embeddings": 2048}, mlp_bias="mlp_bias", **LLAMA_BIASES,
     ),
     "arcee": DecoderFamily(
         source="arcee.modeling_arcee:ArceeDecoderLayer",
-        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "relu2"},
-        mlp_bias="mlp_bias",
-        gated=False,
-        **LLAMA_BIASES,
+        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "relu2"}, mlp_bias="mlp_bias",
+        gated=False, **LLAMA_BIASES,
     ),
     "cwm": DecoderFamily(
         source="cwm.modeling_cwm:CwmDecoderLayer",
         defaults={
-            "max_position_embeddings": 131_072,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "rms_norm_eps": 1e-5,
-            "sliding_window": 8192,
-            "rope_theta": 1_000_000.0,
+            "max_position_embeddings": 131_072, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5,
+            "sliding_window": 8192, "rope_theta": 1_000_000.0,
             "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 1_000_000.0,
-                "factor": 16.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3", "rope_theta": 1_000_000.0, "factor": 16.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
             },
         },
-        mlp_bias="mlp_bias",
-        windows=_windows_but_every_fourth,
+        mlp_bias="mlp_bias", windows=_windows_but_every_fourth,
     ),
     "exaone": DecoderFamily(
         source="llama.modeling_llama:LlamaDecoderLayer",
         defaults={"max_position_embeddings": 4096, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0},
-        aliases={
-            "num_layers": "num_hidden_layers",
-            "layer_norm_epsilon": "rms_norm_eps",
-            "activation_function": "hidden_act",
-        },
+        aliases={"num_layers": "num_hidden_layers", "layer_norm_epsilon": "rms_norm_eps", "activation_function": "hidden_act"},
         names=TensorNames(
-            base="transformer",
-            layers="transformer.h",
-            embedding="transformer.wte",
-            final_norm="transformer.ln_f",
-            qkv=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
-            out="attn.attention.out_proj",
-            gate="mlp.c_fc_0",
-            up="mlp.c_fc_1",
-            down="mlp.c_proj",
-            before_attention="ln_1",
-            before_feed_forward="ln_2",
+            base="transformer", layers="transformer.h", embedding="transformer.wte", final_norm="transformer.ln_f",
+            qkv=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"), out="attn.attention.out_proj",
+            gate="mlp.c_fc_0", up="mlp.c_fc_1", down="mlp.c_proj", before_attention="ln_1", before_feed_forward="ln_2",
         ),
-        mlp_bias="mlp_bias",
-        **LLAMA_BIASES,
+        mlp_bias="mlp_bias", **LLAMA_BIASES,
     ),
     "helium": DecoderFamily(
         source="helium.modeling_helium:HeliumDecoderLayer",
         defaults={
-            "max_position_embeddings": 4096,
-            "num_key_value_heads": 20,
-            "head_dim": 128,
-            "rms_norm_eps": 1e-8,
+            "max_position_embeddings": 4096, "num_key_value_heads": 20, "head_dim": 128, "rms_norm_eps": 1e-8,
             "rope_theta": 100_000.0,
         },
-        qkv_bias="attention_bias",
-        mlp_bias="mlp_bias",
-        rope="neighbours",
+        qkv_bias="attention_bias", mlp_bias="mlp_bias", rope="neighbours",
     ),
     "internlm3": DecoderFamily(
         source="llama.modeling_llama:LlamaDecoderLayer",
         defaults={"max_position_embeddings": 32_768, "num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1e-5},
-        aliases={"qkv_bias": "attention_bias", "bias": "mlp_bias"},
-        mlp_bias="mlp_bias",
-        **LLAMA_BIASES,
+        aliases={"qkv_bias": "attention_bias", "bias": "mlp_bias"}, mlp_bias="mlp_bias", **LLAMA_BIASES,
     ),
     "iquestcoder": DecoderFamily(
         source="llama.modeling_llama:LlamaDecoderLayer",
         defaults={"max_position_embeddings": 131_072, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5},
-        mlp_bias="mlp_bias",
-        **LLAMA_BIASES,
+        mlp_bias="mlp_bias", **LLAMA_BIASES,
     ),
     "jais2": DecoderFamily(
         source="jais2.modeling_jais2:Jais2DecoderLayer",
         defaults={
-            "max_position_embeddings": 8192,
-            "layer_norm_eps": 1e-5,
-            "hidden_act": "relu2",
-            "attention_bias": True,
+            "max_position_embeddings": 8192, "layer_norm_eps": 1e-5, "hidden_act": "relu2", "attention_bias": True,
             "mlp_bias": True,
         },
-        norm="layer",
-        eps="layer_norm_eps",
-        norm_bias=True,
-        mlp_bias="mlp_bias",
-        gated=False,
-        **LLAMA_BIASES,
+        norm="layer", eps="layer_norm_eps", norm_bias=True, mlp_bias="mlp_bias", gated=False, **LLAMA_BIASES,
     ),
     "ministral": DecoderFamily(
         source="ministral.modeling_ministral:MinistralDecoderLayer",
@@ -872,160 +737,92 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
     "qwen2": DecoderFamily(
         source="qwen2.modeling_qwen2:Qwen2DecoderLayer",
         defaults={
-            "max_position_embeddings": 32_768,
-            "sliding_window": 4096,
-            "num_key_value_heads": 32,
-            "max_window_layers": 28,
+            "max_position_embeddings": 32_768, "sliding_window": 4096, "num_key_value_heads": 32, "max_window_layers": 28,
         },
-        qkv_bias=True,
-        windows=_windows_of_qwen,
+        qkv_bias=True, windows=_windows_of_qwen,
     ),
     "qwen3": DecoderFamily(
         source="qwen3.modeling_qwen3:Qwen3DecoderLayer",
         defaults={
-            "max_position_embeddings": 32_768,
-            "sliding_window": 4096,
-            "num_key_value_heads": 32,
-            "head_dim": 128,
+            "max_position_embeddings": 32_768, "sliding_window": 4096, "num_key_value_heads": 32, "head_dim": 128,
             "max_window_layers": 28,
         },
-        qk_norm=True,
-        windows=_windows_of_qwen,
-        **LLAMA_BIASES,
+        qk_norm=True, windows=_windows_of_qwen, **LLAMA_BIASES,
     ),
     "seed_oss": DecoderFamily(
         source="seed_oss.modeling_seed_oss:SeedOssDecoderLayer",
         defaults={"max_position_embeddings": 524_288, "num_key_value_heads": 8, "attention_bias": True, "head_dim": 128},
-        qkv_bias="attention_bias",
-        out_bias="attention_out_bias",
-        mlp_bias="mlp_bias",
+        qkv_bias="attention_bias", out_bias="attention_out_bias", mlp_bias="mlp_bias",
     ),
     "smollm3": DecoderFamily(
         source="smollm3.modeling_smollm3:SmolLM3DecoderLayer",
         defaults={
-            "max_position_embeddings": 32_768,
-            "num_key_value_heads": 4,
-            "rope_theta": 2_000_000.0,
-            "tie_word_embeddings": True,
+            "max_position_embeddings": 32_768, "num_key_value_heads": 4, "rope_theta": 2_000_000.0, "tie_word_embeddings": True,
             "no_rope_layer_interval": 4,
         },
-        mlp_bias="mlp_bias",
-        windows=_windows_of_smollm,
-        unrotated=_unrotated_in_smollm,
-        **LLAMA_BIASES,
+        mlp_bias="mlp_bias", windows=_windows_of_smollm, unrotated=_unrotated_in_smollm, **LLAMA_BIASES,
     ),
     "gemma": DecoderFamily(
         source="gemma.modeling_gemma:GemmaDecoderLayer",
         defaults=_GEMMA | {"num_key_value_heads": 16, "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 8192},
-        gain_plus_one=True,
-        embedding_scale=_root_of_size,
-        legacy_gelu=True,
-        **LLAMA_BIASES,
+        gain_plus_one=True, embedding_scale=_root_of_size, legacy_gelu=True, **LLAMA_BIASES,
     ),
     "gemma2": DecoderFamily(
         source="gemma2.modeling_gemma2:Gemma2DecoderLayer",
-        defaults=_GEMMA_2,
-        keys={"hidden_act": "hidden_activation"},
-        names=_FOUR_NORMS,
-        norms=EVERYWHERE,
-        **_LIKE_GEMMA_2,
+        defaults=_GEMMA_2, keys={"hidden_act": "hidden_activation"}, names=_FOUR_NORMS, norms=EVERYWHERE, **_LIKE_GEMMA_2,
     ),
     "vaultgemma": DecoderFamily(
         source="vaultgemma.modeling_vaultgemma:VaultGemmaDecoderLayer",
-        defaults=_GEMMA_2,
-        keys={"hidden_act": "hidden_activation"},
-        names=TensorNames(before_feed_forward="pre_feedforward_layernorm"),
-        **_LIKE_GEMMA_2,
+        defaults=_GEMMA_2, keys={"hidden_act": "hidden_activation"},
+        names=TensorNames(before_feed_forward="pre_feedforward_layernorm"), **_LIKE_GEMMA_2,
     ),
     "gemma3_text": DecoderFamily(
         source="gemma3.modeling_gemma3:Gemma3DecoderLayer",
-        defaults=_GEMMA
-        | {
-            "num_key_value_heads": 4,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "max_position_embeddings": 131_072,
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 4096,
-            "sliding_window_pattern": 6,
-            "rope_theta": 1_000_000.0,
+        defaults=_GEMMA | {
+            "num_key_value_heads": 4, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 131_072,
+            "query_pre_attn_scalar": 256, "sliding_window": 4096, "sliding_window_pattern": 6, "rope_theta": 1_000_000.0,
             "rope_local_base_freq": 10_000.0,
         },
-        keys={"hidden_act": "hidden_activation"},
-        names=_FOUR_NORMS,
-        norms=EVERYWHERE,
-        gain_plus_one=True,
-        qk_norm=True,
-        embedding_scale=_root_of_size,
-        scale=_scale_of_gemma,
-        logit_soft_cap="final_logit_softcapping",
-        attention_soft_cap="attn_logit_softcapping",
-        windows=_windows_by_pattern,
-        bidirectional="use_bidirectional_attention",
-        rope_by_kind=True,
-        **LLAMA_BIASES,
+        keys={"hidden_act": "hidden_activation"}, names=_FOUR_NORMS, norms=EVERYWHERE, gain_plus_one=True, qk_norm=True,
+        embedding_scale=_root_of_size, scale=_scale_of_gemma, logit_soft_cap="final_logit_softcapping",
+        attention_soft_cap="attn_logit_softcapping", windows=_windows_by_pattern, bidirectional="use_bidirectional_attention",
+        rope_by_kind=True, **LLAMA_BIASES,
     ),
     "gemma4_text": DecoderFamily(
         source="gemma4.modeling_gemma4:Gemma4TextDecoderLayer",
-        defaults=_GEMMA
-        | {
-            "num_hidden_layers": _GEMMA_4_LAYERS,
-            "num_key_value_heads": 4,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "max_position_embeddings": 131_072,
-            "sliding_window": 512,
-            "global_head_dim": 512,
-            "hidden_size_per_layer_input": 256,
-            "vocab_size_per_layer_input": 262_144,
+        defaults=_GEMMA | {
+            "num_hidden_layers": _GEMMA_4_LAYERS, "num_key_value_heads": 4, "hidden_activation": "gelu_pytorch_tanh",
+            "max_position_embeddings": 131_072, "sliding_window": 512, "global_head_dim": 512,
+            "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262_144,
             "rope_parameters": {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
                 "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
             },
         },
         names=msgspec.structs.replace(
-            _FOUR_NORMS,
-            router="router.proj",
+            _FOUR_NORMS, router="router.proj",
             experts=("experts.{expert}.gate_proj", "experts.{expert}.up_proj", "experts.{expert}.down_proj"),
         ),
-        completed=_gemma_4_completed,
-        heads=_heads_of_gemma_4,
+        completed=_gemma_4_completed, heads=_heads_of_gemma_4,
         values_are_keys=lambda values: _full_layers_of_gemma_4(values) if values.flag("attention_k_eq_v") else (),
-        inner_size=_inner_sizes_of_gemma_4,
-        output_scale=True,
-        only=_only_of_gemma_4,
+        inner_size=_inner_sizes_of_gemma_4, output_scale=True, only=_only_of_gemma_4,
         experts=ExpertsFamily(
-            chosen="top_k_experts",
-            normalized=True,
-            own_norms=True,
+            chosen="top_k_experts", normalized=True, own_norms=True,
             layers=lambda values: (values.flag("enable_moe_block"),) * values.size("num_hidden_layers"),
         ),
-        merged_experts=MergedExperts("experts.gate_up_proj", "experts.down_proj"),
-        **_LIKE_GEMMA_4,
+        merged_experts=MergedExperts("experts.gate_up_proj", "experts.down_proj"), **_LIKE_GEMMA_4,
     ),
     "gemma3n_text": DecoderFamily(
         source="gemma3n.modeling_gemma3n:Gemma3nTextDecoderLayer",
-        defaults=_GEMMA
-        | {
-            "num_hidden_layers": _GEMMA_3N_LAYERS,
-            "num_key_value_heads": 2,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "max_position_embeddings": 32_768,
-            "sliding_window": 512,
-            "final_logit_softcapping": 30.0,
-            "rope_theta": 1_000_000.0,
-            "rope_local_base_freq": 10_000.0,
-            "vocab_size": 262_400,
-            "vocab_size_per_layer_input": 262_144,
-            "hidden_size_per_layer_input": 256,
-            "num_kv_shared_layers": 15,
-            "laurel_rank": 64,
-            "altup_num_inputs": 4,
-            "altup_correct_scale": True,
+        defaults=_GEMMA | {
+            "num_hidden_layers": _GEMMA_3N_LAYERS, "num_key_value_heads": 2, "hidden_activation": "gelu_pytorch_tanh",
+            "max_position_embeddings": 32_768, "sliding_window": 512, "final_logit_softcapping": 30.0,
+            "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0, "vocab_size": 262_400,
+            "vocab_size_per_layer_input": 262_144, "hidden_size_per_layer_input": 256, "num_kv_shared_layers": 15,
+            "laurel_rank": 64, "altup_num_inputs": 4, "altup_correct_scale": True,
         },
-        names=_FOUR_NORMS,
-        completed=lambda config: _with_layer_types(config, _GEMMA_3N_LAYERS, pattern=5),
-        inner_size=_inner_sizes_of_gemma_3n,
-        sparsity=_sparsity_of_gemma_3n,
-        streams=True,
+        names=_FOUR_NORMS, completed=lambda config: _with_layer_types(config, _GEMMA_3N_LAYERS, pattern=5),
+        inner_size=_inner_sizes_of_gemma_3n, sparsity=_sparsity_of_gemma_3n, streams=True,
         only=lambda _: {"altup_active_idx": 0},
         unread=frozenset(("altup_coef_clip",)),  # which limits coefficients in training
         **_LIKE_GEMMA_4,
@@ -1034,72 +831,43 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
         source="phi3.modeling_phi3:Phi3DecoderLayer",
         defaults={"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
         names=TensorNames(qkv=("self_attn.qkv_proj",), gate="mlp.gate_up_proj", up="mlp.gate_up_proj"),
-        windows=_windows_everywhere,
-        rope_share=1.0,
-        longrope_names=("su", "yarn"),
+        windows=_windows_everywhere, rope_share=1.0, longrope_names=("su", "yarn"),
     ),
     "phi": DecoderFamily(
         source="phi.modeling_phi:PhiDecoderLayer",
         defaults={"max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "hidden_act": "gelu_new"},
         names=TensorNames(
-            out="self_attn.dense",
-            up="mlp.fc1",
-            down="mlp.fc2",
-            query_norm="self_attn.q_layernorm",
-            key_norm="self_attn.k_layernorm",
-            final_norm="model.final_layernorm",
+            out="self_attn.dense", up="mlp.fc1", down="mlp.fc2", query_norm="self_attn.q_layernorm",
+            key_norm="self_attn.k_layernorm", final_norm="model.final_layernorm",
         ),
-        norm="layer",
-        eps="layer_norm_eps",
-        norm_bias=True,
-        parallel=True,
-        one_norm_if_parallel=True,
-        qk_norm="qk_layernorm",
-        qk_norm_bias=True,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        gated=False,
-        rope_share=0.5,
-        head_bias=True,
+        norm="layer", eps="layer_norm_eps", norm_bias=True, parallel=True, one_norm_if_parallel=True, qk_norm="qk_layernorm",
+        qk_norm_bias=True, qkv_bias=True, out_bias=True, mlp_bias=True, gated=False, rope_share=0.5, head_bias=True,
     ),
     "granite": DecoderFamily(
         source="granite.modeling_granite:GraniteDecoderLayer",
-        defaults={"max_position_embeddings": 2048, **_GRANITE},
-        mlp_bias="mlp_bias",
-        **_LIKE_GRANITE,
-        **LLAMA_BIASES,
+        defaults={"max_position_embeddings": 2048, **_GRANITE}, mlp_bias="mlp_bias", **_LIKE_GRANITE, **LLAMA_BIASES,
     ),
     "hyperclovax": DecoderFamily(
         source="hyperclovax.modeling_hyperclovax:HyperCLOVAXDecoderLayer",
         defaults={"max_position_embeddings": 2048, **_GRANITE, "attention_multiplier": None, "use_post_norm": True},
-        names=TensorNames(after_attention="post_norm1", after_feed_forward="post_norm2"),
-        norms=EVERYWHERE,
-        mlp_bias="mlp_bias",
+        names=TensorNames(after_attention="post_norm1", after_feed_forward="post_norm2"), norms=EVERYWHERE, mlp_bias="mlp_bias",
         only=lambda _: {"use_post_norm": True},
         **{
-            **_LIKE_GRANITE,
-            **LLAMA_BIASES,
-            "scale": _scale_of_hyperclovax,
+            **_LIKE_GRANITE, **LLAMA_BIASES,
+            "scale": lambda values, head_dim, _: (
+                head_dim**-0.5 if values.get("attention_multiplier") is None else values.number("attention_multiplier")
+            ),
             "logit_scale": lambda values: values.number("logits_scaling"),  # Granite divides by it
         },
     ),
     "granite_swa": DecoderFamily(
         source="granite_swa.modeling_granite_swa:GraniteSWADecoderLayer",
         defaults={
-            "max_position_embeddings": 8192,
-            "num_key_value_heads": 4,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": True,
-            "sliding_window": 128,
-            **_GRANITE,
+            "max_position_embeddings": 8192, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+            "sliding_window": 128, **_GRANITE,
         },
-        mlp_bias="mlp_bias",
-        sinks=True,
-        windows=_windows_but_every_fourth,
-        unrotated=_unrotated_in_granite_swa,
-        **_LIKE_GRANITE,
-        **LLAMA_BIASES,
+        mlp_bias="mlp_bias", sinks=True, windows=_windows_but_every_fourth, unrotated=_unrotated_in_granite_swa,
+        **_LIKE_GRANITE, **LLAMA_BIASES,
     ),
     "qwen3_5_text": DecoderFamily(
         source="qwen3_5.modeling_qwen3_5:Qwen3_5DecoderLayer",
@@ -1110,371 +878,188 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
     "deepseek_v2": DecoderFamily(
         source="deepseek_v2.modeling_deepseek_v2:DeepseekV2DecoderLayer",
         defaults={
-            "max_position_embeddings": 2048,
-            **_LATENT,
-            **_ROUTED,
-            "num_experts_per_tok": 6,
-            "n_routed_experts": 64,
-            "n_shared_experts": 2,
-            "topk_method": "greedy",
-            "moe_intermediate_size": 1407,
+            "max_position_embeddings": 2048, **_LATENT, **_ROUTED, "num_experts_per_tok": 6, "n_routed_experts": 64,
+            "n_shared_experts": 2, "topk_method": "greedy", "moe_intermediate_size": 1407,
         },
-        aliases={"num_experts": "n_routed_experts"},
-        names=_SHARED_EXPERTS,
+        aliases={"num_experts": "n_routed_experts"}, names=_SHARED_EXPERTS,
         experts=replace(_ROUTED_EXPERTS, scores="softmax", correction=False, group_score="greatest", normalized=False),
         **{**_LATENT_ATTENTION, "only": _only_of_deepseek_v2},
     ),
     "deepseek_v3": DecoderFamily(
         source="deepseek_v3.modeling_deepseek_v3:DeepseekV3DecoderLayer",
         defaults={
-            "max_position_embeddings": 4096,
-            "num_nextn_predict_layers": 1,
-            **_LATENT,
-            **_ROUTED,
-            "n_routed_experts": 256,
-            "n_group": 8,
-            "topk_group": 4,
-            "routed_scaling_factor": 2.5,
-            "first_k_dense_replace": 3,
+            "max_position_embeddings": 4096, "num_nextn_predict_layers": 1, **_LATENT, **_ROUTED, "n_routed_experts": 256,
+            "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "first_k_dense_replace": 3,
             "moe_intermediate_size": 2048,
         },
-        aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
-        names=_SHARED_EXPERTS,
-        experts=_ROUTED_EXPERTS,
-        **_LATENT_ATTENTION,
+        aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}, names=_SHARED_EXPERTS,
+        experts=_ROUTED_EXPERTS, **_LATENT_ATTENTION,
     ),
     "youtu": DecoderFamily(
         source="youtu.modeling_youtu:YoutuDecoderLayer",
         defaults={"max_position_embeddings": 131_072, "tie_word_embeddings": True, **_LATENT},
-        unread=frozenset(("embedding_initializer_range",)),
-        **_LATENT_ATTENTION,
+        unread=frozenset(("embedding_initializer_range",)), **_LATENT_ATTENTION,
     ),
     "glm4_moe_lite": DecoderFamily(
         source="glm4_moe_lite.modeling_glm4_moe_lite:Glm4MoeLiteDecoderLayer",
         defaults={
-            "max_position_embeddings": 202_752,
-            "rms_norm_eps": 1e-5,
-            **_LATENT,
-            "q_lora_rank": 768,
-            "qk_nope_head_dim": 192,
-            "v_head_dim": 256,
-            **_ROUTED,
-            "num_experts_per_tok": 4,
-            "n_routed_experts": 64,
-            "routed_scaling_factor": 1.8,
+            "max_position_embeddings": 202_752, "rms_norm_eps": 1e-5, **_LATENT, "q_lora_rank": 768, "qk_nope_head_dim": 192,
+            "v_head_dim": 256, **_ROUTED, "num_experts_per_tok": 4, "n_routed_experts": 64, "routed_scaling_factor": 1.8,
             "moe_intermediate_size": 1536,
         },
-        aliases={"num_local_experts": "n_routed_experts"},
-        names=_SHARED_EXPERTS,
-        experts=replace(_ROUTED_EXPERTS, layers=_sparse_layers_of_glm),
-        **_LATENT_ATTENTION,
+        aliases={"num_local_experts": "n_routed_experts"}, names=_SHARED_EXPERTS,
+        experts=replace(_ROUTED_EXPERTS, layers=_sparse_layers_of_glm), **_LATENT_ATTENTION,
     ),
     "olmo2": DecoderFamily(
         source="olmo2.modeling_olmo2:Olmo2DecoderLayer",
-        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
-        names=_NORMS_AFTER,
-        norms=AFTER,
-        qk_norm=True,
-        qk_norm_over="all_heads",
-        **LLAMA_BIASES,
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}, names=_NORMS_AFTER, norms=AFTER, qk_norm=True,
+        qk_norm_over="all_heads", **LLAMA_BIASES,
     ),
     "olmo3": DecoderFamily(
         source="olmo3.modeling_olmo3:Olmo3DecoderLayer",
         defaults={
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-5,
-            "sliding_window": 4096,
-            "rope_theta": 500_000.0,
+            "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 500_000.0,
             "rope_local_base_freq": 500_000.0,
         },
-        names=_NORMS_AFTER,
-        norms=AFTER,
-        qk_norm=True,
-        qk_norm_over="all_heads",
-        windows=_every_fourth_is_full,
-        rope_by_kind=True,
-        **LLAMA_BIASES,
+        names=_NORMS_AFTER, norms=AFTER, qk_norm=True, qk_norm_over="all_heads",
+        windows=lambda values: _windows(values, lambda layer: (layer + 1) % 4 != 0),
+        rope_by_kind=True, **LLAMA_BIASES,
     ),
     "starcoder2": DecoderFamily(
         source="starcoder2.modeling_starcoder2:Starcoder2DecoderLayer",
         defaults={
-            "max_position_embeddings": 4096,
-            "num_key_value_heads": 2,
-            "norm_epsilon": 1e-5,
-            "hidden_act": "gelu_pytorch_tanh",
-            "use_bias": True,
-            "tie_word_embeddings": True,
+            "max_position_embeddings": 4096, "num_key_value_heads": 2, "norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh",
+            "use_bias": True, "tie_word_embeddings": True,
         },
-        names=TensorNames(up="mlp.c_fc", down="mlp.c_proj"),
-        norm="layer",
-        eps="norm_epsilon",
-        norm_bias=True,
-        qkv_bias="use_bias",
-        out_bias="use_bias",
-        mlp_bias="use_bias",
-        gated=False,
-        windows=_windows_everywhere,
+        names=TensorNames(up="mlp.c_fc", down="mlp.c_proj"), norm="layer", eps="norm_epsilon", norm_bias=True,
+        qkv_bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", gated=False, windows=_windows_everywhere,
     ),
     "stablelm": DecoderFamily(
         source="stablelm.modeling_stablelm:StableLmDecoderLayer",
         defaults={"max_position_embeddings": 4096, "num_key_value_heads": 32, "layer_norm_eps": 1e-5},
         names=TensorNames(query_norm="self_attn.q_layernorm.norms.{head}", key_norm="self_attn.k_layernorm.norms.{head}"),
-        norm="layer",
-        eps="layer_norm_eps",
-        norm_bias=True,
-        parallel="use_parallel_residual",
-        one_norm_if_parallel=True,
-        qk_norm="qk_layernorm",
-        qk_norm_over="head_of_its_own",
-        qkv_bias="use_qkv_bias",
-        rope_share=0.25,
-        has_head_dim=False,
+        norm="layer", eps="layer_norm_eps", norm_bias=True, parallel="use_parallel_residual", one_norm_if_parallel=True,
+        qk_norm="qk_layernorm", qk_norm_over="head_of_its_own", qkv_bias="use_qkv_bias", rope_share=0.25, has_head_dim=False,
     ),
     "cohere": DecoderFamily(
         source="cohere.modeling_cohere:CohereDecoderLayer",
         defaults={
-            "max_position_embeddings": 8192,
-            "layer_norm_eps": 1e-5,
-            "logit_scale": 0.0625,
-            "tie_word_embeddings": True,
+            "max_position_embeddings": 8192, "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "tie_word_embeddings": True,
             "rope_theta": 500_000.0,
         },
-        norm="layer",
-        eps="layer_norm_eps",
-        parallel=True,
-        one_norm_if_parallel=True,
-        qk_norm="use_qk_norm",
-        qk_norm_over="head_of_its_own",
-        rope="neighbours",
-        logit_scale=lambda values: values.number("logit_scale"),
+        norm="layer", eps="layer_norm_eps", parallel=True, one_norm_if_parallel=True, qk_norm="use_qk_norm",
+        qk_norm_over="head_of_its_own", rope="neighbours", logit_scale=lambda values: values.number("logit_scale"),
         **LLAMA_BIASES,
     ),
     "cohere2": DecoderFamily(
         source="cohere2.modeling_cohere2:Cohere2DecoderLayer",
         defaults={
-            "max_position_embeddings": 8192,
-            "layer_norm_eps": 1e-5,
-            "logit_scale": 0.0625,
-            "tie_word_embeddings": True,
-            "sliding_window": 4096,
-            "sliding_window_pattern": 4,
+            "max_position_embeddings": 8192, "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "tie_word_embeddings": True,
+            "sliding_window": 4096, "sliding_window_pattern": 4,
         },
-        norm="layer",
-        eps="layer_norm_eps",
-        parallel=True,
-        one_norm_if_parallel=True,
-        rope="neighbours",
-        windows=_windows_by_pattern,
-        unrotated=_full_layers,
-        logit_scale=lambda values: values.number("logit_scale"),
+        norm="layer", eps="layer_norm_eps", parallel=True, one_norm_if_parallel=True, rope="neighbours",
+        windows=_windows_by_pattern, unrotated=_full_layers, logit_scale=lambda values: values.number("logit_scale"),
         **LLAMA_BIASES,
     ),
     "glm": DecoderFamily(
         source="glm.modeling_glm:GlmDecoderLayer",
-        defaults={
-            "max_position_embeddings": 131_072,
-            "num_key_value_heads": 2,
-            "head_dim": 128,
-            "rms_norm_eps": 1.5625e-07,
-            "attention_bias": True,
-        },
-        names=TensorNames(gate="mlp.gate_up_proj", up="mlp.gate_up_proj"),
-        qkv_bias="attention_bias",
-        rope="neighbours",
+        defaults=_GLM,
+        names=TensorNames(gate="mlp.gate_up_proj", up="mlp.gate_up_proj"), qkv_bias="attention_bias", rope="neighbours",
         rope_share=0.5,
     ),
     "glm4": DecoderFamily(
         source="glm4.modeling_glm4:Glm4DecoderLayer",
-        defaults={
-            "max_position_embeddings": 131_072,
-            "num_key_value_heads": 2,
-            "head_dim": 128,
-            "rms_norm_eps": 1.5625e-07,
-            "attention_bias": True,
-        },
+        defaults=_GLM,
         names=TensorNames(
-            gate="mlp.gate_up_proj",
-            up="mlp.gate_up_proj",
-            after_attention="post_self_attn_layernorm",
+            gate="mlp.gate_up_proj", up="mlp.gate_up_proj", after_attention="post_self_attn_layernorm",
             after_feed_forward="post_mlp_layernorm",
         ),
-        norms=EVERYWHERE,
-        qkv_bias="attention_bias",
-        rope="neighbours",
-        rope_share=0.5,
+        norms=EVERYWHERE, qkv_bias="attention_bias", rope="neighbours", rope_share=0.5,
     ),
     "exaone4": DecoderFamily(
         source="exaone4.modeling_exaone4:Exaone4DecoderLayer",
         defaults={
-            "max_position_embeddings": 2048,
-            "num_key_value_heads": 32,
-            "rms_norm_eps": 1e-5,
-            "sliding_window": 4096,
+            "max_position_embeddings": 2048, "num_key_value_heads": 32, "rms_norm_eps": 1e-5, "sliding_window": 4096,
             "sliding_window_pattern": 4,
         },
-        names=_NORMS_AFTER,
-        norms=AFTER,
-        qk_norm=True,
-        windows=_windows_by_pattern,
-        unrotated=_full_layers,
+        names=_NORMS_AFTER, norms=AFTER, qk_norm=True, windows=_windows_by_pattern, unrotated=_full_layers,
     ),
     "ernie4_5": DecoderFamily(
         source="ernie4_5.modeling_ernie4_5:Ernie4_5DecoderLayer",
         defaults={
-            "max_position_embeddings": 131_072,
-            "num_key_value_heads": 2,
-            "head_dim": 128,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": True,
-            "rope_theta": 500_000.0,
+            "max_position_embeddings": 131_072, "num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True, "rope_theta": 500_000.0,
         },
-        qkv_bias="use_bias",
-        out_bias="use_bias",
-        mlp_bias="use_bias",
-        rope="neighbours",
+        qkv_bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", rope="neighbours",
     ),
     "hunyuan_v1_dense": DecoderFamily(
         source="hunyuan_v1_dense.modeling_hunyuan_v1_dense:HunYuanDenseV1DecoderLayer",
         defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
-        names=TensorNames(query_norm="self_attn.query_layernorm", key_norm="self_attn.key_layernorm"),
-        qk_norm=True,
-        qk_norm_after_rope=True,
-        rope_alpha=True,
-        **LLAMA_BIASES,
+        names=TensorNames(query_norm="self_attn.query_layernorm", key_norm="self_attn.key_layernorm"), qk_norm=True,
+        qk_norm_after_rope=True, rope_alpha=True, **LLAMA_BIASES,
     ),
     "nemotron": DecoderFamily(
         source="nemotron.modeling_nemotron:NemotronDecoderLayer",
-        defaults={"max_position_embeddings": 4096, "norm_eps": 1e-5, "hidden_act": "relu2"},
-        norm="layer",
-        eps="norm_eps",
-        norm_bias=True,
-        gain_plus_one=True,
-        gated=False,
-        mlp_bias="mlp_bias",
-        rope_share=0.5,
-        **LLAMA_BIASES,
+        defaults={"max_position_embeddings": 4096, "norm_eps": 1e-5, "hidden_act": "relu2"}, norm="layer", eps="norm_eps",
+        norm_bias=True, gain_plus_one=True, gated=False, mlp_bias="mlp_bias", rope_share=0.5, **LLAMA_BIASES,
     ),
     "gpt_neox": DecoderFamily(
         source="gpt_neox.modeling_gpt_neox:GPTNeoXLayer",
         defaults={
-            "max_position_embeddings": 2048,
-            "layer_norm_eps": 1e-5,
-            "hidden_act": "gelu",
-            "use_parallel_residual": True,
+            "max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "hidden_act": "gelu", "use_parallel_residual": True,
             "attention_bias": True,
         },
         keys={
-            "rope_theta": "rotary_emb_base",
-            "partial_rotary_factor": "rotary_pct",
+            "rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct",
             "num_key_value_heads": "num_attention_heads",
         },
         names=TensorNames(
-            base="gpt_neox",
-            layers="gpt_neox.layers",
-            embedding="gpt_neox.embed_in",
-            final_norm="gpt_neox.final_layer_norm",
-            head="embed_out",
-            qkv=("attention.query_key_value",),
-            qkv_by_head=True,
-            out="attention.dense",
-            up="mlp.dense_h_to_4h",
-            down="mlp.dense_4h_to_h",
+            base="gpt_neox", layers="gpt_neox.layers", embedding="gpt_neox.embed_in", final_norm="gpt_neox.final_layer_norm",
+            head="embed_out", qkv=("attention.query_key_value",), qkv_by_head=True, out="attention.dense",
+            up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h",
         ),
-        norm="layer",
-        eps="layer_norm_eps",
-        norm_bias=True,
-        parallel="use_parallel_residual",
-        mlp_bias=True,
-        gated=False,
-        rope_share=0.25,
-        has_head_dim=False,
-        **LLAMA_BIASES,
+        norm="layer", eps="layer_norm_eps", norm_bias=True, parallel="use_parallel_residual", mlp_bias=True, gated=False,
+        rope_share=0.25, has_head_dim=False, **LLAMA_BIASES,
     ),
     "gpt2": DecoderFamily(
         source="gpt2.modeling_gpt2:GPT2Block",
         defaults={
-            "n_positions": 1024,
-            "layer_norm_epsilon": 1e-5,
-            "activation_function": "gelu_new",
-            "scale_attn_weights": True,
+            "n_positions": 1024, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new", "scale_attn_weights": True,
             "tie_word_embeddings": True,
         },
         aliases={
-            "hidden_size": "n_embd",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
+            "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
             "max_position_embeddings": "n_positions",
         },
         keys={
-            "hidden_size": "n_embd",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "num_key_value_heads": "n_head",
-            "max_position_embeddings": "n_positions",
-            "intermediate_size": "n_inner",
+            "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+            "num_key_value_heads": "n_head", "max_position_embeddings": "n_positions", "intermediate_size": "n_inner",
             "hidden_act": "activation_function",
         },
         names=TensorNames(
-            base="transformer",
-            layers="transformer.h",
-            embedding="transformer.wte",
-            positions="transformer.wpe",
-            final_norm="transformer.ln_f",
-            qkv=("attn.c_attn",),
-            out="attn.c_proj",
-            up="mlp.c_fc",
-            down="mlp.c_proj",
-            before_attention="ln_1",
-            before_feed_forward="ln_2",
-            transposed=True,
+            base="transformer", layers="transformer.h", embedding="transformer.wte", positions="transformer.wpe",
+            final_norm="transformer.ln_f", qkv=("attn.c_attn",), out="attn.c_proj", up="mlp.c_fc", down="mlp.c_proj",
+            before_attention="ln_1", before_feed_forward="ln_2", transposed=True,
         ),
-        norm="layer",
-        eps="layer_norm_epsilon",
-        norm_bias=True,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        gated=False,
-        inner_size=lambda values: values.size("intermediate_size", 4 * values.size("hidden_size")),
-        scale=_scale_of_gpt2,
-        rope=None,
-        position_offset=0,
-        has_head_dim=False,
+        norm="layer", eps="layer_norm_epsilon", norm_bias=True, qkv_bias=True, out_bias=True, mlp_bias=True, gated=False,
+        inner_size=lambda values: values.size("intermediate_size", 4 * values.size("hidden_size")), scale=_scale_of_gpt2,
+        rope=None, position_offset=0, has_head_dim=False,
     ),
     "opt": DecoderFamily(
         source="opt.modeling_opt:OPTDecoderLayer",
         defaults={
-            "max_position_embeddings": 2048,
-            "activation_function": "relu",
-            "enable_bias": True,
-            "tie_word_embeddings": True,
+            "max_position_embeddings": 2048, "activation_function": "relu", "enable_bias": True, "tie_word_embeddings": True,
         },
         keys={
-            "intermediate_size": "ffn_dim",
-            "hidden_act": "activation_function",
-            "num_key_value_heads": "num_attention_heads",
+            "intermediate_size": "ffn_dim", "hidden_act": "activation_function", "num_key_value_heads": "num_attention_heads",
         },
         names=TensorNames(
-            layers="model.decoder.layers",
-            embedding="model.decoder.embed_tokens",
-            positions="model.decoder.embed_positions",
-            final_norm="model.decoder.final_layer_norm",
-            out="self_attn.out_proj",
-            up="fc1",
-            down="fc2",
-            before_attention="self_attn_layer_norm",
-            before_feed_forward="final_layer_norm",
+            layers="model.decoder.layers", embedding="model.decoder.embed_tokens", positions="model.decoder.embed_positions",
+            final_norm="model.decoder.final_layer_norm", out="self_attn.out_proj", up="fc1", down="fc2",
+            before_attention="self_attn_layer_norm", before_feed_forward="final_layer_norm",
         ),
-        norm="layer",
-        eps=1e-5,
-        norm_bias=True,
-        qkv_bias="enable_bias",
-        out_bias="enable_bias",
-        mlp_bias="enable_bias",
-        gated=False,
-        rope=None,
-        position_offset=2,
-        has_head_dim=False,
+        norm="layer", eps=1e-5, norm_bias=True, qkv_bias="enable_bias", out_bias="enable_bias", mlp_bias="enable_bias",
+        gated=False, rope=None, position_offset=2, has_head_dim=False,
         only=lambda values: {
             "do_layer_norm_before": True,
             "_remove_final_layer_norm": False,
@@ -1485,151 +1070,82 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
     "mixtral": DecoderFamily(
         source="mixtral.modeling_mixtral:MixtralDecoderLayer",
         defaults={
-            "max_position_embeddings": 131_072,
-            "num_key_value_heads": 8,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 1_000_000.0,
-            "num_experts_per_tok": 2,
-            "num_local_experts": 8,
+            "max_position_embeddings": 131_072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0,
+            "num_experts_per_tok": 2, "num_local_experts": 8,
         },
         aliases={"num_experts": "num_local_experts"},
-        names=TensorNames(
-            router="block_sparse_moe.gate",
-            experts=(
-                "block_sparse_moe.experts.{expert}.w1",
-                "block_sparse_moe.experts.{expert}.w3",
-                "block_sparse_moe.experts.{expert}.w2",
-            ),
-        ),
+        names=_MIXTRAL_EXPERTS,
         windows=_windows_everywhere,
         experts=ExpertsFamily(count="num_local_experts", inner_size="intermediate_size", normalized=True),
     ),
     "qwen2_moe": DecoderFamily(
         source="qwen2_moe.modeling_qwen2_moe:Qwen2MoeDecoderLayer",
         defaults={
-            "max_position_embeddings": 32_768,
-            "sliding_window": 4096,
-            "num_key_value_heads": 16,
-            "max_window_layers": 28,
-            "qkv_bias": True,
-            "decoder_sparse_step": 1,
-            "moe_intermediate_size": 1408,
-            "shared_expert_intermediate_size": 5632,
-            "num_experts_per_tok": 4,
-            "num_experts": 60,
+            "max_position_embeddings": 32_768, "sliding_window": 4096, "num_key_value_heads": 16, "max_window_layers": 28,
+            "qkv_bias": True, "decoder_sparse_step": 1, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+            "num_experts_per_tok": 4, "num_experts": 60,
         },
-        qkv_bias="qkv_bias",
-        windows=_windows_of_qwen2_moe,
+        qkv_bias="qkv_bias", windows=_windows_of_qwen2_moe,
         experts=ExpertsFamily(
-            normalized="norm_topk_prob",
-            shared_size=lambda values: values.size("shared_expert_intermediate_size"),
-            shared_gate=True,
-            layers=_sparse_layers_of_qwen,
+            normalized="norm_topk_prob", shared_size=lambda values: values.size("shared_expert_intermediate_size"),
+            shared_gate=True, layers=_sparse_layers_of_qwen,
         ),
     ),
     "qwen3_moe": DecoderFamily(
         source="qwen3_moe.modeling_qwen3_moe:Qwen3MoeDecoderLayer",
         defaults={
-            "max_position_embeddings": 32_768,
-            "sliding_window": 4096,
-            "num_key_value_heads": 4,
-            "decoder_sparse_step": 1,
-            "moe_intermediate_size": 768,
-            "num_experts_per_tok": 8,
-            "num_experts": 128,
+            "max_position_embeddings": 32_768, "sliding_window": 4096, "num_key_value_heads": 4, "decoder_sparse_step": 1,
+            "moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_experts": 128,
         },
-        aliases={"num_local_experts": "num_experts"},
-        qk_norm=True,
-        windows=_windows_if_used,
-        experts=ExpertsFamily(normalized="norm_topk_prob", layers=_sparse_layers_of_qwen),
-        **LLAMA_BIASES,
+        aliases={"num_local_experts": "num_experts"}, qk_norm=True,
+        windows=lambda values: _windows_everywhere(_with_used_window(values)),
+        experts=ExpertsFamily(normalized="norm_topk_prob", layers=_sparse_layers_of_qwen), **LLAMA_BIASES,
     ),
     "olmoe": DecoderFamily(
         source="olmoe.modeling_olmoe:OlmoeDecoderLayer",
-        defaults={
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-            "num_experts_per_tok": 8,
-            "num_experts": 64,
-        },
-        aliases={"num_local_experts": "num_experts"},
-        qk_norm=True,
-        qk_norm_over="all_heads",
-        experts=ExpertsFamily(inner_size="intermediate_size", normalized="norm_topk_prob"),
-        **LLAMA_BIASES,
+        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "num_experts_per_tok": 8, "num_experts": 64},
+        aliases={"num_local_experts": "num_experts"}, qk_norm=True, qk_norm_over="all_heads",
+        experts=ExpertsFamily(inner_size="intermediate_size", normalized="norm_topk_prob"), **LLAMA_BIASES,
     ),
     "flex_olmo": DecoderFamily(
         source="flex_olmo.modeling_flex_olmo:FlexOlmoDecoderLayer",
         defaults={"max_position_embeddings": 4096, "rope_theta": 500_000.0, "num_experts_per_tok": 5, "num_experts": 7},
-        aliases={"num_local_experts": "num_experts"},
-        names=_NORMS_AFTER,
-        norms=AFTER,
-        qk_norm=True,
-        qk_norm_over="all_heads",
-        experts=ExpertsFamily(inner_size="intermediate_size", normalized="norm_topk_prob"),
-        **LLAMA_BIASES,
+        aliases={"num_local_experts": "num_experts"}, names=_NORMS_AFTER, norms=AFTER, qk_norm=True, qk_norm_over="all_heads",
+        experts=ExpertsFamily(inner_size="intermediate_size", normalized="norm_topk_prob"), **LLAMA_BIASES,
     ),
     "granitemoe": DecoderFamily(
         source="granitemoe.modeling_granitemoe:GraniteMoeDecoderLayer",
         defaults={"max_position_embeddings": 2048, "num_local_experts": 8, "num_experts_per_tok": 2, **_GRANITE},
-        names=_GRANITE_EXPERTS,
-        experts=_EXPERTS_OF_GRANITE,
-        merged_experts=_MERGED_IN_GRANITE,
-        **_LIKE_GRANITE,
-        **LLAMA_BIASES,
+        names=_GRANITE_EXPERTS, experts=_EXPERTS_OF_GRANITE, merged_experts=_MERGED_IN_GRANITE, **_LIKE_GRANITE, **LLAMA_BIASES,
     ),
     "granitemoeshared": DecoderFamily(
         source="granitemoeshared.modeling_granitemoeshared:GraniteMoeSharedDecoderLayer",
         defaults={
-            "max_position_embeddings": 2048,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "shared_intermediate_size": 0,
+            "max_position_embeddings": 2048, "num_local_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 0,
             **_GRANITE,
         },
         names=_SHARED_IN_GRANITE,
         experts=replace(_EXPERTS_OF_GRANITE, shared_size=lambda values: values.get("shared_intermediate_size") or None),
-        merged_experts=_MERGED_IN_GRANITE,
-        **_LIKE_GRANITE,
-        **LLAMA_BIASES,
+        merged_experts=_MERGED_IN_GRANITE, **_LIKE_GRANITE, **LLAMA_BIASES,
     ),
     "gpt_oss": DecoderFamily(
         source="gpt_oss.modeling_gpt_oss:GptOssDecoderLayer",
         defaults={
-            "max_position_embeddings": 131_072,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "rms_norm_eps": 1e-5,
-            "sliding_window": 128,
-            "attention_bias": True,
-            "num_local_experts": 128,
-            "num_experts_per_tok": 4,
-            "swiglu_alpha": 1.702,
-            "swiglu_limit": 7.0,
-            "rope_theta": 150_000.0,
+            "max_position_embeddings": 131_072, "num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5,
+            "sliding_window": 128, "attention_bias": True, "num_local_experts": 128, "num_experts_per_tok": 4,
+            "swiglu_alpha": 1.702, "swiglu_limit": 7.0, "rope_theta": 150_000.0,
             "rope_parameters": {
-                "rope_type": "yarn",
-                "factor": 32.0,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "truncate": False,
+                "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
                 "original_max_position_embeddings": 4096,
             },
         },
-        aliases={"num_experts": "num_local_experts"},
-        names=TensorNames(router="mlp.router"),
-        sinks=True,
+        aliases={"num_experts": "num_local_experts"}, names=TensorNames(router="mlp.router"), sinks=True,
         windows=lambda values: _windows(values, lambda layer: layer % 2 == 0),
         experts=ExpertsFamily(
-            count="num_local_experts",
-            inner_size="intermediate_size",
-            scores="softmax_of_chosen",
-            router_bias=True,
-            bias=True,
+            count="num_local_experts", inner_size="intermediate_size", scores="softmax_of_chosen", router_bias=True, bias=True,
             swiglu=("swiglu_alpha", "swiglu_limit"),
         ),
-        merged_experts=MergedExperts("mlp.experts.gate_up_proj", "mlp.experts.down_proj", transposed=True),
-        **LLAMA_BIASES,
+        merged_experts=MergedExperts("mlp.experts.gate_up_proj", "mlp.experts.down_proj", transposed=True), **LLAMA_BIASES,
     ),
     "glm4_moe": DecoderFamily(
         source="glm4_moe.modeling_glm4_moe:Glm4MoeDecoderLayer",
@@ -1642,169 +1158,93 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
             "num_nextn_predict_layers": 1,
         }
         | _ROUTED,
-        aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
-        names=_SHARED_EXPERTS,
-        qk_norm="use_qk_norm",
-        qkv_bias="attention_bias",
-        rope_share=0.5,
-        experts=_ROUTED_EXPERTS,
+        aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}, names=_SHARED_EXPERTS,
+        qk_norm="use_qk_norm", qkv_bias="attention_bias", rope_share=0.5, experts=_ROUTED_EXPERTS,
     ),
     "ministral3": DecoderFamily(
         source="ministral3.modeling_ministral3:Ministral3DecoderLayer",
         defaults={
-            "max_position_embeddings": 262_144,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 262_144, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5,
             "rope_parameters": {
-                "type": "yarn",
-                "rope_theta": 1_000_000.0,
-                "factor": 16.0,
-                "original_max_position_embeddings": 16_384,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "mscale_all_dim": 1.0,
-                "mscale": 1.0,
-                "llama_4_scaling_beta": 0.1,
+                "type": "yarn", "rope_theta": 1_000_000.0, "factor": 16.0, "original_max_position_embeddings": 16_384,
+                "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
             },
         },
-        windows=_windows_everywhere,
-        queries_grow=True,
+        windows=_windows_everywhere, queries_grow=True,
     ),
     "apertus": DecoderFamily(
         source="apertus.modeling_apertus:ApertusDecoderLayer",
         defaults={
-            "max_position_embeddings": 65_536,
-            "rms_norm_eps": 1e-5,
-            "hidden_act": "xielu",
+            "max_position_embeddings": 65_536, "rms_norm_eps": 1e-5, "hidden_act": "xielu",
             "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 12_000_000.0,
-                "factor": 8.0,
-                "original_max_position_embeddings": 8192,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
+                "rope_type": "llama3", "rope_theta": 12_000_000.0, "factor": 8.0, "original_max_position_embeddings": 8192,
+                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             },
         },
         names=TensorNames(
-            before_attention="attention_layernorm", before_feed_forward="feedforward_layernorm", activation="mlp.act_fn"
+            before_attention="attention_layernorm", before_feed_forward="feedforward_layernorm", activation="mlp.act_fn",
         ),
-        qk_norm=True,
-        gated=False,
-        **LLAMA_BIASES,
+        qk_norm=True, gated=False, **LLAMA_BIASES,
     ),
     "lfm2": DecoderFamily(
         source="lfm2.modeling_lfm2:Lfm2DecoderLayer",
         defaults=_LFM2 | {"block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": True},
-        names=_LFM2_NAMES,
-        inner_size=_inner_of_lfm2,
-        unread=frozenset(
-            (
-                "block_dim",
-                "block_mlp_init_scale",
-                "block_norm_eps",
-                "block_out_init_scale",
-                "block_use_swiglu",
-                "block_use_xavier_init",
-                "conv_dim",
-                "conv_dim_out",
-                "conv_use_xavier_init",
-                "num_heads",
-                "theta",
-                "use_pos_enc",
-            )
-        ),
+        names=_LFM2_NAMES, inner_size=_inner_of_lfm2,
+        unread=frozenset((
+            "block_dim", "block_mlp_init_scale", "block_norm_eps", "block_out_init_scale", "block_use_swiglu",
+            "block_use_xavier_init", "conv_dim", "conv_dim_out", "conv_use_xavier_init", "num_heads", "theta", "use_pos_enc",
+        )),
         **_LIKE_LFM2,
     ),
     "phimoe": DecoderFamily(
         source="phimoe.modeling_phimoe:PhimoeDecoderLayer",
         defaults={
-            "max_position_embeddings": 131_072,
-            "num_key_value_heads": 8,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 1_000_000.0,
-            "num_experts_per_tok": 2,
-            "num_local_experts": 16,
-            "router_jitter_noise": 0.01,
+            "max_position_embeddings": 131_072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0,
+            "num_experts_per_tok": 2, "num_local_experts": 16, "router_jitter_noise": 0.01,
         },
-        names=TensorNames(
-            router="block_sparse_moe.gate",
-            experts=(
-                "block_sparse_moe.experts.{expert}.w1",
-                "block_sparse_moe.experts.{expert}.w3",
-                "block_sparse_moe.experts.{expert}.w2",
-            ),
-        ),
-        norm="layer",
-        norm_bias=True,
-        windows=_windows_everywhere,
-        head_bias="lm_head_bias",
-        completed=_with_scales_of_phimoe,
+        names=_MIXTRAL_EXPERTS,
+        norm="layer", norm_bias=True, windows=_windows_everywhere, head_bias="lm_head_bias", completed=_with_scales_of_phimoe,
         experts=ExpertsFamily(
-            count="num_local_experts",
-            inner_size="intermediate_size",
-            scores="sparse_mix",
+            count="num_local_experts", inner_size="intermediate_size", scores="sparse_mix",
             threshold=lambda values: 2 * values.number("router_jitter_noise"),
         ),
         only=lambda _: {"num_experts_per_tok": 2},  # the class has no other number
-        unread=frozenset(("input_jitter_noise",)),
-        **LLAMA_BIASES,
+        unread=frozenset(("input_jitter_noise",)), **LLAMA_BIASES,
     ),
     "qwen3_5_moe_text": DecoderFamily(
         source="qwen3_5_moe.modeling_qwen3_5_moe:Qwen3_5MoeDecoderLayer",
         defaults=_QWEN3_5 | {"num_key_value_heads": 2, "num_experts_per_tok": 8, "num_experts": 256, **_QWEN_EXPERTS},
         names=TensorNames(recurrent="linear_attn", recurrent_in=("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")),
         experts=ExpertsFamily(
-            normalized=True, shared_size=lambda values: values.size("shared_expert_intermediate_size"), shared_gate=True
+            normalized=True, shared_size=lambda values: values.size("shared_expert_intermediate_size"), shared_gate=True,
         ),
-        inner_size=lambda _: 1,
-        unread=frozenset(("router_aux_loss_coef",)),
-        **_LIKE_QWEN3_5,
+        inner_size=lambda _: 1, unread=frozenset(("router_aux_loss_coef",)), **_LIKE_QWEN3_5,
     ),
     "qwen3_next": DecoderFamily(
         source="qwen3_next.modeling_qwen3_next:Qwen3NextDecoderLayer",
-        defaults=_QWEN3_5
-        | {
-            "num_key_value_heads": 2,
-            "num_experts_per_tok": 10,
-            "num_experts": 512,
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
-            **_QWEN_EXPERTS,
+        defaults=_QWEN3_5 | {
+            "num_key_value_heads": 2, "num_experts_per_tok": 10, "num_experts": 512, "norm_topk_prob": True,
+            "decoder_sparse_step": 1, **_QWEN_EXPERTS,
         },
         names=TensorNames(recurrent="linear_attn", recurrent_in=("in_proj_qkvz", "in_proj_ba")),
         experts=ExpertsFamily(
-            normalized="norm_topk_prob",
-            shared_size=lambda values: values.size("shared_expert_intermediate_size"),
-            shared_gate=True,
-            layers=_sparse_layers_of_qwen,
+            normalized="norm_topk_prob", shared_size=lambda values: values.size("shared_expert_intermediate_size"),
+            shared_gate=True, layers=_sparse_layers_of_qwen,
         ),
-        unread=frozenset(("router_aux_loss_coef",)),
-        **_LIKE_QWEN3_5,
+        unread=frozenset(("router_aux_loss_coef",)), **_LIKE_QWEN3_5,
     ),
     "lfm2_moe": DecoderFamily(
         source="lfm2_moe.modeling_lfm2_moe:Lfm2MoeDecoderLayer",
-        defaults=_LFM2
-        | {
-            "moe_intermediate_size": 1792,
-            "num_dense_layers": 2,
-            "num_experts_per_tok": 4,
-            "num_experts": 32,
-            "use_expert_bias": True,
-            "routed_scaling_factor": 1.0,
-            "norm_topk_prob": True,
+        defaults=_LFM2 | {
+            "moe_intermediate_size": 1792, "num_dense_layers": 2, "num_experts_per_tok": 4, "num_experts": 32,
+            "use_expert_bias": True, "routed_scaling_factor": 1.0, "norm_topk_prob": True,
         },
         names=msgspec.structs.replace(
-            _LFM2_NAMES,
-            router="feed_forward.gate",
-            correction="feed_forward.expert_bias",
+            _LFM2_NAMES, router="feed_forward.gate", correction="feed_forward.expert_bias",
             experts=tuple(f"feed_forward.experts.{{expert}}.w{number}" for number in (1, 3, 2)),
         ),
         experts=ExpertsFamily(
-            scores="sigmoid",
-            correction="use_expert_bias",
-            normalized="norm_topk_prob",
-            normal_eps=1e-6,
+            scores="sigmoid", correction="use_expert_bias", normalized="norm_topk_prob", normal_eps=1e-6,
             scale="routed_scaling_factor",
             layers=lambda values: (
                 layer >= values.get("num_dense_layers") for layer in range(values.size("num_hidden_layers"))
@@ -1815,74 +1255,40 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
     "mamba2": DecoderFamily(
         source="mamba2.modeling_mamba2:Mamba2Block",
         defaults={
-            "max_position_embeddings": 2**20,
-            "num_attention_heads": 1,
-            "num_heads": 128,
-            "head_dim": 64,
-            "state_size": 128,
-            "n_groups": 8,
-            "conv_kernel": 4,
-            "expand": 2,
-            "use_conv_bias": True,
-            "layer_norm_epsilon": 1e-5,
+            "max_position_embeddings": 2**20, "num_attention_heads": 1, "num_heads": 128, "head_dim": 64, "state_size": 128,
+            "n_groups": 8, "conv_kernel": 4, "expand": 2, "use_conv_bias": True, "layer_norm_epsilon": 1e-5,
         },
         keys={
             "head_dim": "attention_head_dim",  # it has none
-            "rms_norm_eps": "layer_norm_epsilon",
-            "mamba_hidden_act": "hidden_act",
-            "mamba_n_heads": "num_heads",
-            "mamba_d_head": "head_dim",
-            "mamba_d_state": "state_size",
-            **_MAMBA_2_WITHOUT_PREFIX,
+            "rms_norm_eps": "layer_norm_epsilon", "mamba_hidden_act": "hidden_act", "mamba_n_heads": "num_heads",
+            "mamba_d_head": "head_dim", "mamba_d_state": "state_size", **_MAMBA_2_WITHOUT_PREFIX,
         },
-        names=_NAMES_OF_MAMBA_2,
-        norms=frozenset(("before_attention",)),
-        parts=lambda values: (("recurrent",),) * values.size("num_hidden_layers"),
-        recurrent=_mamba_2,
-        inner_size=lambda _: 1,
-        rope=None,
-        unread=_UNREAD_OF_MAMBA,
+        names=_NAMES_OF_MAMBA_2, norms=frozenset(("before_attention",)),
+        parts=lambda values: (("recurrent",),) * values.size("num_hidden_layers"), recurrent=_mamba_2, inner_size=lambda _: 1,
+        rope=None, unread=_UNREAD_OF_MAMBA,
     ),
     "bamba": DecoderFamily(
         source="bamba.modeling_bamba:BambaDecoderLayer",
         defaults={"max_position_embeddings": 262_144, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, **_MAMBA_2},
-        keys={"mamba_hidden_act": "hidden_act"},
-        names=_NAMES_OF_BAMBA,
-        mlp_bias="mlp_bias",
-        parts=_parts_of_bamba,
-        recurrent=_mamba_2,
-        rope_share=0.5,
-        unread=_UNREAD_OF_MAMBA,
-        **LLAMA_BIASES,
+        keys={"mamba_hidden_act": "hidden_act"}, names=_NAMES_OF_BAMBA, mlp_bias="mlp_bias", parts=_parts_of_bamba,
+        recurrent=_mamba_2, rope_share=0.5, unread=_UNREAD_OF_MAMBA, **LLAMA_BIASES,
     ),
     "falcon_h1": DecoderFamily(
         source="falcon_h1.modeling_falcon_h1:FalconH1DecoderLayer",
         defaults={
-            "max_position_embeddings": 8192,
-            "num_key_value_heads": 8,
-            "rms_norm_eps": 1e-5,
-            **_MAMBA_2,
-            "mamba_d_ssm": 1024,
+            "max_position_embeddings": 8192, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, **_MAMBA_2, "mamba_d_ssm": 1024,
             "mamba_norm_before_gate": True,
             **dict.fromkeys(
                 (
-                    "embedding_multiplier",
-                    "lm_head_multiplier",
-                    "key_multiplier",
-                    "attention_in_multiplier",
-                    "attention_out_multiplier",
-                    "ssm_in_multiplier",
-                    "ssm_out_multiplier",
+                    "embedding_multiplier", "lm_head_multiplier", "key_multiplier", "attention_in_multiplier",
+                    "attention_out_multiplier", "ssm_in_multiplier", "ssm_out_multiplier",
                 ),
                 1.0,
             ),
         },
-        keys={"mamba_hidden_act": "hidden_act"},
-        names=_NAMES_OF_BAMBA,
-        mlp_bias="mlp_bias",
+        keys={"mamba_hidden_act": "hidden_act"}, names=_NAMES_OF_BAMBA, mlp_bias="mlp_bias",
         parts=lambda values: (("attention", "recurrent", "feed_forward"),) * values.size("num_hidden_layers"),
-        recurrent=_mamba_2_of_falcon,
-        scale=_scale_of_falcon_h1,
+        recurrent=_mamba_2_of_falcon, scale=_scale_of_falcon_h1,
         embedding_scale=lambda values: values.number("embedding_multiplier"),
         # Values are made of scaled inputs, too.
         attention_out_scale=lambda values: values.number("attention_in_multiplier") * values.number("attention_out_multiplier"),
@@ -1894,107 +1300,55 @@ DECODER_FAMILIES: Final[Mapping[str, DecoderFamily]] = {
     "granitemoehybrid": DecoderFamily(
         source="granitemoehybrid.modeling_granitemoehybrid:GraniteMoeHybridDecoderLayer",
         defaults={
-            "max_position_embeddings": 2048,
-            "shared_intermediate_size": 1024,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            **_GRANITE,
-            **_MAMBA_2,
+            "max_position_embeddings": 2048, "shared_intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 2,
+            **_GRANITE, **_MAMBA_2,
         },
-        aliases={"layers_block_type": "layer_types"},
-        keys={"mamba_hidden_act": "hidden_act"},
+        aliases={"layers_block_type": "layer_types"}, keys={"mamba_hidden_act": "hidden_act"},
         names=msgspec.structs.replace(
-            _SHARED_IN_GRANITE,
-            **dict(zip(("gate", "up", "down"), _SHARED_IN_GRANITE.shared, strict=True)),
-            recurrent="mamba",
+            _SHARED_IN_GRANITE, **dict(zip(("gate", "up", "down"), _SHARED_IN_GRANITE.shared, strict=True)), recurrent="mamba",
         ),
         inner_size=lambda values: values.size("shared_intermediate_size"),
         experts=replace(
-            _EXPERTS_OF_GRANITE,
-            shared_size=lambda values: values.size("shared_intermediate_size"),
+            _EXPERTS_OF_GRANITE, shared_size=lambda values: values.size("shared_intermediate_size"),
             layers=lambda values: (values.get("num_local_experts") != 0,) * values.size("num_hidden_layers"),
         ),
-        merged_experts=_MERGED_IN_GRANITE,
-        parts=_parts_by_type,
-        recurrent=_mamba_2,
+        merged_experts=_MERGED_IN_GRANITE, parts=_parts_by_type, recurrent=_mamba_2,
         unrotated=lambda values: (values.get("position_embedding_type") != "rope",) * values.size("num_hidden_layers"),
-        unread=_UNREAD_OF_MAMBA | {"num_experts_per_tok", "attention_multiplier"},
-        **_LIKE_GRANITE,
-        **LLAMA_BIASES,
+        unread=_UNREAD_OF_MAMBA | {"num_experts_per_tok", "attention_multiplier"}, **_LIKE_GRANITE, **LLAMA_BIASES,
     ),
     "nemotron_h": DecoderFamily(
         source="nemotron_h.modeling_nemotron_h:NemotronHBlock",
         defaults={
-            "max_position_embeddings": 4096,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "intermediate_size": 21_504,
-            "mlp_hidden_act": "relu2",
-            "layer_norm_epsilon": 1e-5,
-            "mamba_num_heads": 128,
-            "mamba_head_dim": 64,
-            "ssm_state_size": 128,
-            "n_groups": 8,
-            "conv_kernel": 4,
-            "expand": 2,
-            "use_conv_bias": True,
-            "moe_intermediate_size": 7688,
-            "moe_shared_expert_intermediate_size": 7688,
-            **_ROUTED,
-            "n_routed_experts": 8,
+            "max_position_embeddings": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+            "intermediate_size": 21_504, "mlp_hidden_act": "relu2", "layer_norm_epsilon": 1e-5, "mamba_num_heads": 128,
+            "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8, "conv_kernel": 4, "expand": 2, "use_conv_bias": True,
+            "moe_intermediate_size": 7688, "moe_shared_expert_intermediate_size": 7688, **_ROUTED, "n_routed_experts": 8,
             "num_experts_per_tok": 2,
         },
         aliases={"num_local_experts": "n_routed_experts", "layer_types": "layers_block_type"},
         keys={
-            "rms_norm_eps": "layer_norm_epsilon",
-            "hidden_act": "mlp_hidden_act",
-            "mamba_n_heads": "mamba_num_heads",
-            "mamba_d_head": "mamba_head_dim",
-            "mamba_d_state": "ssm_state_size",
-            **_MAMBA_2_WITHOUT_PREFIX,
+            "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "mlp_hidden_act", "mamba_n_heads": "mamba_num_heads",
+            "mamba_d_head": "mamba_head_dim", "mamba_d_state": "ssm_state_size", **_MAMBA_2_WITHOUT_PREFIX,
         },
         names=msgspec.structs.replace(
-            _NAMES_OF_MAMBA_2,
-            qkv=("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"),
-            out="mixer.o_proj",
-            up="mixer.up_proj",
-            down="mixer.down_proj",
-            router="mixer.gate",
-            correction="mixer.gate.e_score_correction_bias",
+            _NAMES_OF_MAMBA_2, qkv=("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"), out="mixer.o_proj", up="mixer.up_proj",
+            down="mixer.down_proj", router="mixer.gate", correction="mixer.gate.e_score_correction_bias",
             experts=("", "mixer.experts.{expert}.up_proj", "mixer.experts.{expert}.down_proj"),
-            shared=("", "mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj"),
-            narrow="mixer.fc1_latent_proj",
-            widen="mixer.fc2_latent_proj",
-            before_feed_forward="norm",
+            shared=("", "mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj"), narrow="mixer.fc1_latent_proj",
+            widen="mixer.fc2_latent_proj", before_feed_forward="norm",
         ),
-        mlp_bias="mlp_bias",
-        gated=False,
-        completed=_with_layers_of_nemotron_h,
-        parts=_parts_of_nemotron_h,
-        recurrent=_mamba_2,
+        mlp_bias="mlp_bias", gated=False, completed=_with_layers_of_nemotron_h, parts=_parts_of_nemotron_h, recurrent=_mamba_2,
         rope=None,
         experts=replace(
-            _ROUTED_EXPERTS,
-            shared_size=lambda values: values.size("moe_shared_expert_intermediate_size"),
-            layers=lambda values: (each == "moe" for each in values.get("layers_block_type")),
-            latent_size="moe_latent_size",
+            _ROUTED_EXPERTS, shared_size=lambda values: values.size("moe_shared_expert_intermediate_size"),
+            layers=lambda values: (each == "moe" for each in values.get("layers_block_type")), latent_size="moe_latent_size",
         ),
         only=lambda _: {"sliding_window": None},
-        unread=_UNREAD_OF_MAMBA
-        | {
+        unread=_UNREAD_OF_MAMBA | {
             *_ROUTED,  # if no layer has experts
-            "n_shared_experts",
-            "moe_intermediate_size",
-            "moe_shared_expert_intermediate_size",
-            "moe_shared_expert_overlap",
-            "moe_latent_size",
-            "mtp_layers_block_type",
-            "hybrid_override_pattern",
-            "mtp_hybrid_override_pattern",
-            "norm_eps",
-            "mamba_proj_bias",
-            "num_hidden_layers",
+            "n_shared_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_overlap",
+            "moe_latent_size", "mtp_layers_block_type", "hybrid_override_pattern", "mtp_hybrid_override_pattern", "norm_eps",
+            "mamba_proj_bias", "num_hidden_layers",
         },
         **LLAMA_BIASES,
     ),
