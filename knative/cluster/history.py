@@ -12,7 +12,7 @@ import yaml
 from knative.cluster.client import Cluster, Ref
 from knative.cluster.errors import NothingServes
 from knative.cluster.objects import INSTANCE, MANAGED_BY, PIPELINE, fingerprint_of, gateway_of
-from knative.spec.kubernetes_object import KubernetesObject, to_yaml
+from knative.spec.kubernetes_object import KubernetesObject, kubernetes_object, to_yaml
 
 KEPT_VERSIONS: Final = 10
 _HISTORY: Final = "lamina.dev/history"
@@ -132,18 +132,9 @@ class History:
         annotations = {_NUMBER: str(version.number), PIPELINE: version.fingerprint, _OUTCOME: str(version.outcome)}
         if version.reason:
             annotations[_REASON] = version.reason.splitlines()[0][:_REASON_LENGTH]
-        config_map: KubernetesObject = {
-            "apiVersion": "v1",
-            "kind": "ConfigMap",
-            "metadata": {
-                "name": f"{self._name}-v{version.number}",
-                "namespace": self._namespace,
-                "labels": {INSTANCE: self._name, MANAGED_BY: "lamina", _HISTORY: "true"},
-                "annotations": annotations,
-            },
-            "data": {_MANIFESTS: version.manifests},
-        }
-        self._cluster.apply(config_map)
+        own = {INSTANCE: self._name, MANAGED_BY: "lamina", _HISTORY: "true"}
+        name, data = f"{self._name}-v{version.number}", {_MANIFESTS: version.manifests}
+        self._cluster.apply(kubernetes_object("v1", "ConfigMap", name, self._namespace, own, annotations, data=data))
 
 
 def last_served(known: list[DeployedVersion]) -> DeployedVersion | None:

@@ -13,12 +13,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Final
 
 from knative.cluster.client import Cluster, Ref
 from knative.cluster.errors import ClusterError, DeployInProgress, NotPermitted
 from knative.cluster.objects import INSTANCE, MANAGED_BY
-from knative.spec.kubernetes_object import KubernetesObject
+from knative.spec.kubernetes_object import KubernetesObject, kubernetes_object
 
 DURATION_SECONDS: Final = 60
 _RENEWALS_PER_DURATION: Final = 4
@@ -103,18 +103,14 @@ def deploy_lease(
 
 def _acquire(cluster: Cluster, ref: Ref, name: str, say: Callable[[str], None], duration_seconds: float) -> KubernetesObject:
     now = datetime.now(UTC)
-    metadata: dict[str, Any] = {
-        "name": ref.name,
-        "namespace": ref.namespace,
-        "labels": {INSTANCE: name, MANAGED_BY: "lamina"},
-    }
     spec = {
         "holderIdentity": _identity(),
         "leaseDurationSeconds": max(1, round(duration_seconds)),
         "acquireTime": now.strftime(_FORMAT),
         "renewTime": now.strftime(_FORMAT),
     }
-    lease = {"apiVersion": _COORDINATION, "kind": "Lease", "metadata": metadata, "spec": spec}
+    own = {INSTANCE: name, MANAGED_BY: "lamina"}
+    lease = kubernetes_object(_COORDINATION, "Lease", ref.name, ref.namespace, own, spec=spec)
     created = cluster.create(lease)
     if created is not None:
         return created
@@ -128,7 +124,7 @@ def _acquire(cluster: Cluster, ref: Ref, name: str, say: Callable[[str], None], 
             f"can take over {ref} in {left_seconds:.0f} s"
         )
     version = live["metadata"]["resourceVersion"]
-    taken = cluster.replace({**lease, "metadata": {**metadata, "resourceVersion": version}})
+    taken = cluster.replace({**lease, "metadata": {**lease["metadata"], "resourceVersion": version}})
     if taken is None:
         raise DeployInProgress(f"another deployment took over {ref} at the same moment; wait for its end")
     say(f"took over {ref}, which {holder(live)} did not renew in time")

@@ -19,7 +19,7 @@ from typing import Final
 from knative.cluster.client import Cluster, Ref
 from knative.cluster.errors import NotPermitted, PreflightFailed, Rejected
 from knative.cluster.objects import INSTANCE, MANAGED_BY, SERVING, label
-from knative.spec.kubernetes_object import KubernetesObject
+from knative.spec.kubernetes_object import KubernetesObject, kubernetes_object
 
 LAST_STATE: Final = 3
 _ROTATION: Final = "lamina.dev/rotation"
@@ -75,18 +75,8 @@ def ensure_token(cluster: Cluster, objects: list[KubernetesObject], say: Callabl
     """Creates the Secret with the pipeline's token unless it exists, and reports that to `say`."""
     for ref, wanted in wanted_secrets(objects).items():
         if wanted.is_token and cluster.get(ref) is None:
-            secret: KubernetesObject = {
-                "apiVersion": "v1",
-                "kind": "Secret",
-                "metadata": {
-                    "name": ref.name,
-                    "namespace": ref.namespace,
-                    "labels": {INSTANCE: wanted.pipeline, MANAGED_BY: "lamina"},
-                },
-                "type": "Opaque",
-                "data": {"token": _new_token()},
-            }
-            if cluster.create(secret):
+            own, data = {INSTANCE: wanted.pipeline, MANAGED_BY: "lamina"}, {"token": _new_token()}
+            if cluster.create(kubernetes_object("v1", "Secret", ref.name, ref.namespace, own, type="Opaque", data=data)):
                 say(f"made {ref}: the token between gateway and stages")
 
 

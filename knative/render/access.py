@@ -3,9 +3,9 @@
 from typing import Any, Final
 
 from functions.configuration.config import FLEET_LABEL
-from knative.render.resolved_pipeline import ResolvedPipeline, labels
+from knative.render.resolved_pipeline import ResolvedPipeline, labels, pipeline_object
 from knative.render.services import METRICS_PORT, QUEUE_PROXY, QUEUE_PROXY_TLS, gateway_service_account, pod_port
-from knative.spec.kubernetes_object import KubernetesObject
+from knative.spec.kubernetes_object import KubernetesObject, kubernetes_object
 
 RBAC: Final = "rbac.authorization.k8s.io"
 DEPLOYER_ROLE: Final = "lamina-deployer"
@@ -44,8 +44,9 @@ def deployer_role(namespace: str) -> KubernetesObject:
         {"apiGroups": [group], "resources": list(resources), "verbs": sorted(verbs)}
         for group, resources, verbs in _DEPLOYER_RULES
     ]
-    metadata = {"name": DEPLOYER_ROLE, "namespace": namespace, "labels": {"app.kubernetes.io/part-of": "lamina"}}
-    return {"apiVersion": f"{RBAC}/v1", "kind": "Role", "metadata": metadata, "rules": rules}
+    return kubernetes_object(
+        f"{RBAC}/v1", "Role", DEPLOYER_ROLE, namespace, {"app.kubernetes.io/part-of": "lamina"}, rules=rules
+    )
 
 
 def gateway_access(pipeline: ResolvedPipeline, lease: str | None = None) -> list[KubernetesObject]:
@@ -69,18 +70,12 @@ def service_account_with_role(
 
     component: the value of their component label.
     """
-    namespace = pipeline.spec.namespace
-    metadata = {"name": name, "namespace": namespace, "labels": labels(pipeline, component)}
+    role = {"apiGroup": RBAC, "kind": "Role", "name": name}
+    subjects = [{"kind": "ServiceAccount", "name": name, "namespace": pipeline.spec.namespace}]
     return [
-        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata},
-        {"apiVersion": f"{RBAC}/v1", "kind": "Role", "metadata": metadata, "rules": rules},
-        {
-            "apiVersion": f"{RBAC}/v1",
-            "kind": "RoleBinding",
-            "metadata": metadata,
-            "roleRef": {"apiGroup": RBAC, "kind": "Role", "name": name},
-            "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": namespace}],
-        },
+        pipeline_object(pipeline, "v1", "ServiceAccount", name, component),
+        pipeline_object(pipeline, f"{RBAC}/v1", "Role", name, component, rules=rules),
+        pipeline_object(pipeline, f"{RBAC}/v1", "RoleBinding", name, component, roleRef=role, subjects=subjects),
     ]
 
 
@@ -92,18 +87,9 @@ def disruption_budgets(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     most = pipeline.spec.gateway.max_unavailable
     if most is None:
         return []
-    return [
-        {
-            "apiVersion": "policy/v1",
-            "kind": "PodDisruptionBudget",
-            "metadata": {
-                "name": f"{pipeline.spec.name}-gateway",
-                "namespace": pipeline.spec.namespace,
-                "labels": labels(pipeline, "gateway"),
-            },
-            "spec": {"maxUnavailable": most, "selector": _selector(pipeline, "gateway")},
-        }
-    ]
+    spec = {"maxUnavailable": most, "selector": _selector(pipeline, "gateway")}
+    name = f"{pipeline.spec.name}-gateway"
+    return [pipeline_object(pipeline, "policy/v1", "PodDisruptionBudget", name, "gateway", spec=spec)]
 
 
 def network_policies(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
@@ -122,15 +108,13 @@ def network_policies(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     # No fingerprint in the selectors, because during a deployment the old gateway still uses the old stages.
     own = [{"podSelector": _selector(pipeline, component)} for component in ("gateway", "stage")]
     return [
-        {
-            "apiVersion": "networking.k8s.io/v1",
-            "kind": "NetworkPolicy",
-            "metadata": {
-                "name": f"{pipeline.spec.name}-{component}",
-                "namespace": pipeline.spec.namespace,
-                "labels": labels(pipeline, component),
-            },
-            "spec": {
+        pipeline_object(
+            pipeline,
+            "networking.k8s.io/v1",
+            "NetworkPolicy",
+            f"{pipeline.spec.name}-{component}",
+            component,
+            spec={
                 "podSelector": _selector(pipeline, component),
                 "policyTypes": ["Ingress"],
                 "ingress": [
@@ -139,7 +123,7 @@ def network_policies(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
                     _allow([_peer(pipeline.spec.network.monitoring_namespace)], _QUEUE_PROXY_METRICS, METRICS_PORT),
                 ],
             },
-        }
+        )
         for component, clients in (("stage", [requests, _allow(own, *own_ports)]), ("gateway", [requests]))
     ]
 

@@ -13,7 +13,7 @@ chosen for that. A dead letter gives its reason in `knativeerrorcode` and `knati
 """
 
 from eventing.wire.events import EventType
-from knative.render.resolved_pipeline import ResolvedPipeline, labels
+from knative.render.resolved_pipeline import ResolvedPipeline, pipeline_object
 from knative.spec.kubernetes_object import KubernetesObject
 from knative.spec.pipeline_spec import EventingSpec
 
@@ -46,16 +46,24 @@ def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
         for event_type in answers:
             subscribers[f"{event_type.split('.')[2]}-reply"] = (event_type, _sink(eventing.reply_sink))
     # The Broker's delivery applies to Triggers of others that set none.
-    broker = _object(pipeline, "eventing.knative.dev/v1", "Broker", name, {"delivery": _delivery(eventing)})
-    broker["metadata"]["annotations"] = {"eventing.knative.dev/broker.class": eventing.broker_class}
+    broker = pipeline_object(
+        pipeline,
+        "eventing.knative.dev/v1",
+        "Broker",
+        name,
+        "eventing",
+        annotations={"eventing.knative.dev/broker.class": eventing.broker_class},
+        spec={"delivery": _delivery(eventing)},
+    )
     # The reply of each step is the event of the next; the last reply goes to the Broker.
-    sequence = {
+    steps = {
         "channelTemplate": {"apiVersion": eventing.channel.api_version, "kind": eventing.channel.kind},
         "steps": [
             {**_sink(step), "delivery": _delivery(eventing)} for step in (pipeline.events_gateway_name, *pipeline.stage_names)
         ],
         "reply": _destination("eventing.knative.dev/v1", "Broker", name),
     }
+    sequence = pipeline_object(pipeline, "flows.knative.dev/v1", "Sequence", pipeline.sequence_name, "eventing", spec=steps)
     triggers = {
         suffix: {
             "broker": name,
@@ -67,9 +75,9 @@ def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     }
     return [
         broker,
-        *([] if of_fleet else [_object(pipeline, "flows.knative.dev/v1", "Sequence", pipeline.sequence_name, sequence)]),
+        *([] if of_fleet else [sequence]),
         *(
-            _object(pipeline, "eventing.knative.dev/v1", "Trigger", f"{name}-{suffix}", trigger)
+            pipeline_object(pipeline, "eventing.knative.dev/v1", "Trigger", f"{name}-{suffix}", "eventing", spec=trigger)
             for suffix, trigger in triggers.items()
         ),
         *([_binding(pipeline)] if with_jobs else []),
@@ -81,7 +89,8 @@ def _binding(pipeline: ResolvedPipeline) -> KubernetesObject:
     spec, name = pipeline.spec, pipeline.events_gateway_name
     subject = {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "namespace": spec.namespace, "name": name}
     sink = _destination("eventing.knative.dev/v1", "Broker", spec.name)
-    return _object(pipeline, "sources.knative.dev/v1", "SinkBinding", name, {"subject": subject, "sink": sink})
+    fields = {"subject": subject, "sink": sink}
+    return pipeline_object(pipeline, "sources.knative.dev/v1", "SinkBinding", name, "eventing", spec=fields)
 
 
 def _delivery(eventing: EventingSpec) -> KubernetesObject:
@@ -105,8 +114,3 @@ def _sink(sink: str) -> KubernetesObject:
 
 def _destination(api_version: str, kind: str, name: str) -> KubernetesObject:
     return {"ref": {"apiVersion": api_version, "kind": kind, "name": name}}
-
-
-def _object(pipeline: ResolvedPipeline, api_version: str, kind: str, name: str, spec: KubernetesObject) -> KubernetesObject:
-    metadata = {"name": name, "namespace": pipeline.spec.namespace, "labels": labels(pipeline, "eventing")}
-    return {"apiVersion": api_version, "kind": kind, "metadata": metadata, "spec": spec}

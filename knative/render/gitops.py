@@ -14,7 +14,7 @@ import msgspec
 from functions.configuration.config import FLEET_LABEL
 from knative.render import prune_script
 from knative.render.access import service_account_with_role
-from knative.render.resolved_pipeline import ResolvedPipeline, labels
+from knative.render.resolved_pipeline import ResolvedPipeline, labels, pipeline_object
 from knative.render.services import NON_ROOT
 from knative.spec.kubernetes_object import KubernetesObject
 
@@ -70,7 +70,7 @@ def prune_objects(pipeline: ResolvedPipeline, changes: bytes = b"") -> list[Kube
 
     The Job's name carries a digest of the spec, because a Job cannot be changed: each change of the spec gets a Job of its own.
     """
-    spec, own = pipeline.spec, labels(pipeline, _PRUNE)
+    spec = pipeline.spec
     kept = pipeline.fingerprint if pipeline.fleet is None else "fleet"
     change = hashlib.sha256(changes).hexdigest()[:8]
     account = f"{spec.name}-{_PRUNE}"
@@ -83,23 +83,16 @@ def prune_objects(pipeline: ResolvedPipeline, changes: bytes = b"") -> list[Kube
         "securityContext": {**NON_ROOT, "capabilities": {"drop": ["ALL"]}},
     }
     placement = {name: value for name, value in spec.gateway.pod.rendered().items() if name not in _PLACEMENT_AMONG_GATEWAYS}
-    job: KubernetesObject = {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {
-            "name": f"{spec.name}-{_PRUNE}-{change}",
-            "namespace": spec.namespace,
-            "labels": own,
-            "annotations": {_ARGO + "hook": "PostSync", _ARGO + "hook-delete-policy": "BeforeHookCreation"},
-        },
-        "spec": {
-            "backoffLimit": 3,
-            "ttlSecondsAfterFinished": _KEPT_SECONDS,
-            "template": {
-                "metadata": {"labels": own},
-                "spec": {**placement, "serviceAccountName": account, "restartPolicy": "Never", "containers": [container]},
-            },
-        },
-    }
+    pod = {**placement, "serviceAccountName": account, "restartPolicy": "Never", "containers": [container]}
+    template = {"metadata": {"labels": labels(pipeline, _PRUNE)}, "spec": pod}
+    job = pipeline_object(
+        pipeline,
+        "batch/v1",
+        "Job",
+        f"{spec.name}-{_PRUNE}-{change}",
+        _PRUNE,
+        annotations={_ARGO + "hook": "PostSync", _ARGO + "hook-delete-policy": "BeforeHookCreation"},
+        spec={"backoffLimit": 3, "ttlSecondsAfterFinished": _KEPT_SECONDS, "template": template},
+    )
     rules = _RULES if pipeline.fleet is None else [*_RULES, _FLEET_RULE]
     return [*service_account_with_role(pipeline, account, _PRUNE, rules), job]

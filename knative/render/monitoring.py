@@ -10,7 +10,7 @@ from typing import Any, Final
 from functions.configuration.config import FLEET_LABEL
 from knative.render.resolved_pipeline import ResolvedPipeline, labels
 from knative.render.services import METRICS_PORT
-from knative.spec.kubernetes_object import KubernetesObject
+from knative.spec.kubernetes_object import KubernetesObject, kubernetes_object
 
 # Knative's name of the function's port, whatever the Service calls it. Prometheus finds pods by it; the metrics have another
 # port, which a Knative Service cannot declare.
@@ -168,17 +168,9 @@ def monitoring_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     objects = {"PodMonitor": monitor}
     if monitoring.alerts:
         objects["PrometheusRule"] = {"groups": rule_groups(f'namespace="{spec.namespace}",{matcher}')}
+    selected = {**monitoring.labels, **labels(pipeline, "monitoring")}
     return [
-        {
-            "apiVersion": "monitoring.coreos.com/v1",
-            "kind": kind,
-            "metadata": {
-                "name": spec.name,
-                "namespace": spec.namespace,
-                "labels": {**monitoring.labels, **labels(pipeline, "monitoring")},
-            },
-            "spec": fields,
-        }
+        kubernetes_object("monitoring.coreos.com/v1", kind, spec.name, spec.namespace, selected, spec=fields)
         for kind, fields in objects.items()
     ]
 

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from eventing.wire.events import Cut, StageWeights, fingerprint_of
 from functions.configuration.config import FLEET_LABEL
+from knative.spec.kubernetes_object import KubernetesObject, kubernetes_object
 from knative.spec.pipeline_spec import PipelineSpec, StageSpec
 
 
@@ -76,3 +78,10 @@ def labels(pipeline: ResolvedPipeline, component: str) -> dict[str, str]:
         "lamina.dev/pipeline": pipeline.fingerprint,
     }
     return own if pipeline.fleet is None else {**own, FLEET_LABEL: pipeline.fleet}
+
+
+def pipeline_object(
+    pipeline: ResolvedPipeline, api_version: str, kind: str, name: str, component: str, **fields: Any
+) -> KubernetesObject:
+    """An object in the pipeline's namespace, with the labels of one of its components."""
+    return kubernetes_object(api_version, kind, name, pipeline.spec.namespace, labels(pipeline, component), **fields)

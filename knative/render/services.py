@@ -14,7 +14,7 @@ from functions.configuration.objective import Objective
 from knative.render.resolved_pipeline import ResolvedPipeline, cluster_url, labels
 from knative.spec.cut import format_cut
 from knative.spec.errors import SpecError
-from knative.spec.kubernetes_object import KubernetesObject
+from knative.spec.kubernetes_object import KubernetesObject, kubernetes_object
 from knative.spec.pipeline_spec import KEYS_ENTRY, Autoscaling, PipelineSpec, PodSpec, Resources, StageSpec, quantity
 
 T = TypeVar("T")
@@ -107,12 +107,8 @@ def _service(
     template["spec"] |= pod.rendered()
     if cluster_local:
         own_labels["networking.knative.dev/visibility"] = "cluster-local"
-    return {
-        "apiVersion": "serving.knative.dev/v1",
-        "kind": "Service",
-        "metadata": {"name": name, "namespace": pipeline.spec.namespace, "labels": own_labels},
-        "spec": {"template": template},
-    }
+    namespace, spec = pipeline.spec.namespace, {"template": template}
+    return kubernetes_object("serving.knative.dev/v1", "Service", name, namespace, own_labels, spec=spec)
 
 
 def _template(

@@ -1,6 +1,7 @@
 """Kubernetes objects as dicts, and their YAML."""
 
 import re
+from collections.abc import Mapping
 from typing import Any, Final
 
 import yaml
@@ -8,6 +9,22 @@ import yaml
 KubernetesObject = dict[str, Any]  # apiVersion, kind, metadata and the fields of its kind
 
 _NUMBER_LIKE: Final = re.compile(r"[-+.]?\d")
+
+
+def kubernetes_object(
+    api_version: str,
+    kind: str,
+    name: str,
+    namespace: str,
+    labels: Mapping[str, str],
+    annotations: Mapping[str, str] | None = None,
+    **fields: Any,
+) -> KubernetesObject:
+    """An object with this metadata. fields: all others, such as `spec`."""
+    metadata: KubernetesObject = {"name": name, "namespace": namespace, "labels": labels}
+    if annotations is not None:
+        metadata["annotations"] = annotations
+    return {"apiVersion": api_version, "kind": kind, "metadata": metadata, **fields}
 
 
 def to_yaml(objects: list[KubernetesObject]) -> str:
