@@ -5,10 +5,9 @@ step has a subscription.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from itertools import pairwise
 from pathlib import Path
 from typing import Final
 from urllib.parse import urljoin
@@ -76,9 +75,9 @@ class StepInbox:
     The step's reply goes to the inbox of the next step.
     """
 
-    def __init__(self, url: str, step: Subscription, spool: Spool) -> None:
+    def __init__(self, url: str, spool: Spool) -> None:
         self.name = url
-        self.step = step
+        self.step: Subscription  # set before the first event comes
         self._spool = spool
 
     async def deliver(
@@ -124,10 +123,11 @@ class Wiring:
         self._context = context
         objects = list(objects)
         self._brokers = {(each.namespace, each.name): each for each in objects if isinstance(each, Broker)}
-        self._sequences = {(each.namespace, each.name) for each in objects if isinstance(each, EventSequence)}
         self._http: dict[tuple[str, bool], HttpTarget] = {}
         for path in (broker_path(*key) for key in self._brokers):
             self.inboxes[path] = BrokerInbox(context.base_url + path, context.spool)
+        for path in (path for each in objects if isinstance(each, EventSequence) for path in _step_paths(each)):
+            self.inboxes[path] = StepInbox(context.base_url + path, context.spool)
         for each in objects:
             if isinstance(each, EventSequence):
                 self._wire_sequence(each)
@@ -135,24 +135,20 @@ class Wiring:
                 self._wire_trigger(each)
 
     def _wire_sequence(self, sequence: EventSequence) -> None:
-        paths = [sequence_path(sequence.namespace, sequence.name, index) for index in range(len(sequence.steps))]
-        replies = [_InboxReference(self._context.base_url, following, self.inboxes) for _, following in pairwise(paths)]
+        inboxes = [self.inboxes[path] for path in _step_paths(sequence)]
         last = None if sequence.reply is None else self._target(sequence.reply, f"Sequence {sequence.name}")
-        for index, (step, path, reply) in enumerate(zip(sequence.steps, paths, [*replies, last], strict=True)):
+        for index, (step, inbox, reply) in enumerate(zip(sequence.steps, inboxes, [*inboxes[1:], last], strict=True)):
             name = f"{sequence.namespace}/{sequence.name}[{index}]"
-            subscription = self._subscription(name, step.subscriber, step.delivery, reply, needs_event_replies=False)
-            self.inboxes[path] = StepInbox(self._context.base_url + path, subscription, self._context.spool)
+            assert isinstance(inbox, StepInbox)
+            inbox.step = self._subscription(name, step.subscriber, step.delivery, reply, needs_event_replies=False)
 
     def _wire_trigger(self, trigger: Trigger) -> None:
         broker = self._brokers.get((trigger.namespace, trigger.broker))
         if broker is None:
             raise UnsupportedManifest(f"Trigger {trigger.name}: there is no Broker {trigger.broker!r} in {trigger.namespace}")
-        path = broker_path(broker.namespace, broker.name)
-        name = f"{trigger.namespace}/{trigger.name}"
+        name, inbox = f"{trigger.namespace}/{trigger.name}", self.inboxes[broker_path(broker.namespace, broker.name)]
         delivery = _effective(trigger.delivery, broker.delivery)
-        reply = _InboxReference(self._context.base_url, path, self.inboxes)
-        subscription = self._subscription(name, trigger.subscriber, delivery, reply, needs_event_replies=True)
-        inbox = self.inboxes[path]
+        subscription = self._subscription(name, trigger.subscriber, delivery, inbox, needs_event_replies=True)
         assert isinstance(inbox, BrokerInbox)
         inbox.subscribers.append(Subscriber(name, trigger.filter, subscription))
 
@@ -177,10 +173,10 @@ class Wiring:
             if url is None:
                 return FileTarget(self._context.sinks / f"events-{destination.name}.jsonl")
             return self._http_target(urljoin(url, destination.uri or "/"), needs_event_replies)
-        if key not in (self._brokers if destination.kind == BROKER else self._sequences):
+        inbox = self.inboxes.get((broker_path if destination.kind == BROKER else sequence_path)(*key))
+        if inbox is None:
             raise UnsupportedManifest(f"{of}: there is no {destination}")
-        path = (broker_path if destination.kind == BROKER else sequence_path)(*key)
-        return _InboxReference(self._context.base_url, path, self.inboxes)
+        return inbox
 
     def _http_target(self, url: str, needs_event_replies: bool) -> HttpTarget:
         """The only target for a URL, so that its limit on concurrent deliveries holds for all senders together."""
@@ -190,19 +186,8 @@ class Wiring:
         return self._http[key]
 
 
-class _InboxReference:
-    """A Target that passes events to the Broker or step of a Sequence at `path`.
-
-    It is looked up in `inboxes` only when an event comes, so it may be made before that Broker or step.
-    """
-
-    def __init__(self, base_url: str, path: str, inboxes: Mapping[str, Target]) -> None:
-        self.name = base_url + path
-        self._path = path
-        self._inboxes = inboxes
-
-    async def deliver(self, event: CloudEvent, timeout_seconds: float | None, *, prefer_reply: bool) -> TargetReply:
-        return await self._inboxes[self._path].deliver(event, timeout_seconds, prefer_reply=prefer_reply)
+def _step_paths(sequence: EventSequence) -> list[str]:
+    return [sequence_path(sequence.namespace, sequence.name, index) for index in range(len(sequence.steps))]
 
 
 def _effective(own: Delivery | None, brokers: Delivery | None) -> Delivery:
