@@ -2,9 +2,7 @@
 
 import json
 import math
-import re
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,10 +15,10 @@ from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
 from storage.checkpoints.decoder import Decoder, Layer, all_shapes, layer_shapes
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
-from storage.checkpoints.families import EMBEDDINGS_PASSED_ON
+from storage.checkpoints.families import EMBEDDINGS_PASSED_ON, part_of
 from storage.checkpoints.model_description import describe_model
 from storage.checkpoints.recurrent_layers import LayerSizes, described_sizes, layer_sizes
-from storage.checkpoints.safetensors_format import tensor_bytes
+from storage.checkpoints.safetensors_format import read_spans, tensor_bytes
 from storage.models.checks import check_runnable, check_shapes
 from storage.models.model_repository import ModelManifest, Reader, layer_object, read_file
 from storage.models.placement import place_tensors
@@ -31,17 +29,9 @@ _LAYER_BYTES: Final = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 
 # Bytes of a number in embedding and head.
 _OUTER_BYTES: Final = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0625, "q4": 1.0625, "kept": 1.0625}
 
-_UNGATED: Final = frozenset(
-    {"arcee", "bloom", "falcon", "gpt2", "gpt_neox", "gptj", "jais2", "nemotron", "openai-gpt", "opt", "phi", "starcoder2"}
-)
-"""Families whose feed-forward has two matrices instead of a gated three."""
-_TIED: Final = frozenset({"gpt2", "opt", "bloom", "falcon", "gemma", "gemma2", "gemma3_text", "cohere"})
-"""Families that share embedding and head although their config.json does not say so."""
-_LAYER_KEY: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
-_EMBEDDING_KEY: Final = re.compile(
-    r"(?:embed_tokens|wte|wpe|word_embeddings|embed_positions|embed_in|embeddings|embed_tokens_per_layer"
-    r"|per_layer_model_projection|per_layer_projection_norm|altup_projections)\b"
-)
+# Of families that the table of storage/checkpoints/decoder_families.py does not describe:
+_UNGATED: Final = frozenset({"bloom", "falcon", "gptj", "openai-gpt"})  # feed-forwards have two matrices, and no gate
+_TIED: Final = frozenset({"bloom", "falcon"})  # embedding and head are one matrix, although config.json does not say so
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +147,7 @@ def shape_from_folder(folder: Path, dtype: str) -> ModelShape:
         return _shape_of_checkpoint(open_folder(folder), folder.name, dtype)
     if quantized or not files:
         return shape_from_config(config, folder.name, dtype)
-    sizes = {key: size for file in files for key, size in _tensor_sizes(file)}
+    sizes = {key: math.prod(span.shape) for file in files for key, span in read_spans(file).items()}
     decoder = _Decoder(config, folder.name)
     return _shape(decoder, dtype, *_by_object(decoder, sizes))
 
@@ -191,13 +181,13 @@ def _by_object(decoder: "_Decoder", sizes: Mapping[str, int]) -> tuple[list[int]
     """Sizes by tensor, added up: those of each layer, of the embedding, and of what makes logits. Raises UnknownShape."""
     layers, embedding, head = [0] * decoder.layers, 0, 0
     for key, size in sizes.items():
-        match = _LAYER_KEY.search(key)
-        if match and int(match[1]) < decoder.layers:
-            layers[int(match[1])] += size
-        elif _EMBEDDING_KEY.search(key):
+        part = part_of(key)
+        if part == "embedding":
             embedding += size
-        else:
+        elif not isinstance(part, int):
             head += size
+        elif part < decoder.layers:  # others predict further tokens, and are not published
+            layers[part] += size
     if not all(layers):
         raise UnknownShape(f"{decoder.name} has no tensor of layer {layers.index(0)} of {decoder.layers}")
     return layers, embedding, head + (embedding if decoder.reads_embedding_last else 0)
@@ -236,7 +226,6 @@ class _Decoder:
         self.heads = self.size("num_attention_heads", "n_head", "n_heads") if has_attention else 1
         self.head_size = self.optional("head_dim", "attention_head_dim") or self.hidden // self.heads
         self.vocabulary = self.size("vocab_size")
-        self.tied = bool(self.config.get("tie_word_embeddings", self.config.get("model_type") in _TIED))
         if self.config.get("multi_query") and not self.config.get("new_decoder_architecture"):  # Falcon
             self.kv_heads = 1
         else:
@@ -247,10 +236,16 @@ class _Decoder:
             self.model = decoder_of(self.config)
         except UnsupportedConfig as error:
             self.slow_because = str(error)
-        self.row_size = self.hidden * (2 if self.config.get("model_type") in EMBEDDINGS_PASSED_ON else 1)
         if self.model is not None:
+            own = [layer.feed_forward for layer in self.model.kinds] + [each.each for each in self.model.experts]
+            self.gated = all(part.gated for part in own if part is not None)
             self.row_size = self.model.row_size
-        self.reads_embedding_last = self.tied or (self.model is not None and self.model.layer_input is not None)
+            self.reads_embedding_last = self.model.tied or self.model.layer_input is not None
+        else:
+            family = self.config.get("model_type")
+            self.gated = family not in _UNGATED
+            self.row_size = self.hidden * (2 if family in EMBEDDINGS_PASSED_ON else 1)
+            self.reads_embedding_last = bool(self.config.get("tie_word_embeddings", family in _TIED))
         self.latent = self.optional("kv_lora_rank")
         if self.latent is not None:  # KV is one latent of a token, with the part of a key that is rotated
             self.kv_heads, self.head_size = 1, self.latent + self.size("qk_rope_head_dim")
@@ -280,7 +275,7 @@ class _Decoder:
         hidden = self.hidden
         norms = 2 * hidden
         attention = self._attention_parameters() + norms
-        matrices = 2 if self.config.get("model_type") in _UNGATED else 3
+        matrices = 3 if self.gated else 2
         experts = self.optional("num_local_experts", "num_experts", "n_routed_experts")
         if not experts:
             inner = self.optional("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden
@@ -300,7 +295,7 @@ class _Decoder:
         if self.optional("num_local_experts", "num_experts", "n_routed_experts"):
             return attention
         inner = self.optional("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * self.hidden
-        return attention + (2 if self.config.get("model_type") in _UNGATED else 3) * (self.hidden + inner)
+        return attention + (3 if self.gated else 2) * (self.hidden + inner)
 
 
 def _shape(decoder: _Decoder, dtype: str, layers: list[int], embedding: int, head: int) -> ModelShape:
@@ -348,19 +343,3 @@ def _compute(model: Decoder, layer: Layer) -> int:
             count = count * layer.experts.router.chosen // layer.experts.router.num_experts
         total += count
     return total
-
-
-def _tensor_sizes(path: Path) -> Iterator[tuple[str, int]]:
-    """Yields name and number of elements of each tensor in a file of safetensors.
-
-    Its header is 8 bytes of length, then JSON. Raises UnknownShape.
-    """
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, 100_000_000)))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                yield name, math.prod(tensor["shape"])
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise UnknownShape(f"{path}: no readable safetensors header ({error})") from error
