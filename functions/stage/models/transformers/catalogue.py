@@ -1,15 +1,13 @@
 """The decoder-only text families of the installed transformers, and what runs each."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from storage.checkpoints.decoder_config import decoder_of
-from storage.checkpoints.decoder_families import DECODER_FAMILIES, UnsupportedConfig
+from storage.checkpoints.decoder_families import DECODER_FAMILIES
 from storage.checkpoints.families import NO_TEXT_DECODERS, REFUSED
 
 
@@ -25,7 +23,7 @@ class KnownFamily:
 def known_families() -> list[KnownFamily]:
     """Every decoder-only text family of the installed transformers, by name.
 
-    native: layers in C run the defaults of the config class, with transformers or torch for what they do not run. generic:
+    native: layers in C, with transformers' modules for configs that the table of families does not describe. generic:
     transformers' modules. A model that also sees or hears counts by its text part.
     """
     logging.set_verbosity_error()  # some classes' defaults do not please their own checks
@@ -39,16 +37,8 @@ def _is_text_decoder(model_type: str) -> bool:
     return not config.is_encoder_decoder and config.get_text_config(decoder=True) is config
 
 
-def _is_described(config: Mapping[str, Any]) -> bool:
-    try:
-        decoder_of(config)
-    except UnsupportedConfig:
-        return False
-    return True
-
-
 def _known(model_type: str) -> KnownFamily:
-    if model_type in DECODER_FAMILIES and _is_described(CONFIG_MAPPING[model_type]().to_dict()):
+    if model_type in DECODER_FAMILIES:
         return KnownFamily(model_type, "native")
     if model_type in REFUSED:
         return KnownFamily(model_type, "refused", REFUSED[model_type])
