@@ -1,13 +1,14 @@
 """Pods of the pipeline that runs on this machine: their metrics, how they start, and how long each phase of a start took."""
 
 import asyncio
-import re
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from http.client import HTTPException
 from typing import Any, Final
 
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 from rich.console import Console
 
 from knative.commands.console import show_table, size
@@ -15,8 +16,7 @@ from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.spec.model_shape import ModelShape
 from knative.spec.sizing import plan_stages
 
-_SAMPLE: Final = re.compile(r"^(\w+)(?:\{[^}]*\})? ([-+.\deE]+)$", re.MULTILINE)
-_MODEL_SAMPLE: Final = re.compile(r'^(\w+)\{model="([^"]*)"\} ([-+.\deE]+)$', re.MULTILINE)
+_TIMEOUT_SECONDS: Final = 2
 _POLL_SECONDS: Final = 0.1
 _HOPELESS_RESTARTS: Final = 2  # a function that ended twice before it was ever ready will end again
 
@@ -25,53 +25,63 @@ class PodsFailed(Exception):
     """A pod cannot start. The message has its last output and the path of its log."""
 
 
-def read_metrics(pod: Mapping[str, Any]) -> defaultdict[str, float]:
-    """Metrics of a pod: name → value, summed over labels; empty if the pod does not answer.
+def read_metrics(pod: Mapping[str, Any]) -> defaultdict[str, float] | None:
+    """Metrics of a pod: name → value, summed over labels. None if the pod does not answer: its load is unknown, and not zero.
 
     pod: an entry of the platform's status. Metrics have a port of their own, so that reading them does not keep a pod alive.
     """
+    found = _read_samples(pod)
+    if found is None:
+        return None
     samples: defaultdict[str, float] = defaultdict(float)
-    for name, value in _SAMPLE.findall(_metrics_text(pod)):
-        samples[name] += float(value)
+    for each in found:
+        samples[each.name] += each.value
     return samples
 
 
-def _metrics_text(pod: Mapping[str, Any]) -> str:
+def _read_samples(pod: Mapping[str, Any]) -> list[Sample] | None:
     if pod["metrics_port"] is None:
-        return ""
+        return None
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{pod['metrics_port']}/metrics", timeout=2) as reply:
-            text: str = reply.read().decode()
-            return text
-    except (OSError, HTTPException):
-        return ""
+        with urllib.request.urlopen(f"http://127.0.0.1:{pod['metrics_port']}/metrics", timeout=_TIMEOUT_SECONDS) as reply:
+            families = text_string_to_metric_families(reply.read().decode())
+            return [sample for family in families for sample in family.samples]
+    except (OSError, HTTPException, ValueError):
+        return None
 
 
-def samples_by_model(pods: Iterable[Mapping[str, Any]]) -> defaultdict[str, defaultdict[str, float]]:
-    """Metrics of the pods of a fleet's gateway: name → model → value.
+def samples_by_model(pods: Iterable[Mapping[str, Any]]) -> defaultdict[str, defaultdict[str, float]] | None:
+    """Metrics of the pods of a fleet's gateway: name → model → value. None if a ready pod does not answer.
 
     Each pod counts the requests that it has, so these are summed; of what all pods see (`lamina_fleet_…`) it is the largest.
     """
     samples: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     for pod in pods:
-        for name, model, value in _MODEL_SAMPLE.findall(_metrics_text(pod)):
-            known = samples[name]
-            known[model] = max(known[model], float(value)) if name.startswith("lamina_fleet_") else known[model] + float(value)
+        found = _read_samples(pod)
+        if found is None and pod["phase"] == "ready":
+            return None
+        for each in found or ():
+            if each.labels.keys() == {"model"}:
+                known, model = samples[each.name], each.labels["model"]
+                is_shared = each.name.startswith("lamina_fleet_")
+                known[model] = max(known[model], each.value) if is_shared else known[model] + each.value
     return samples
 
 
 def tokens_per_second(
     revision: Mapping[str, Any], now: float, seen: dict[str, tuple[float, float]]
-) -> tuple[float | None, int]:
+) -> tuple[float | None, int | None]:
     """Tokens per second of the revision's pods, and number of sequences that wait in its gateway's queue.
 
     now: the time in seconds. seen: pod → its number of tokens and the time of reading; it is updated, so that the next call can
-    compute a rate. The rate is None if no pod was seen before.
+    compute a rate. The rate is None if no pod was seen before. Both are None if a ready pod does not answer, as Knative's
+    autoscaler then takes the load for unknown (knative/serving, pkg/autoscaler/metrics/stats_scraper.go).
     """
-    rates, waiting = [], 0
+    rates, waiting, complete = [], 0, True
     for pod in revision["pods"]:
         samples = read_metrics(pod)
-        if not samples:
+        if samples is None:
+            complete = complete and pod["phase"] != "ready"
             continue
         tokens = samples["lamina_stage_tokens_total"] + samples["lamina_gateway_tokens_total"]
         waiting += int(samples["lamina_gateway_waiting_sequences"])
@@ -79,25 +89,29 @@ def tokens_per_second(
         if before is not None and now > before[1]:
             rates.append(max(0.0, tokens - before[0]) / (now - before[1]))
         seen[pod["name"]] = (tokens, now)
-    return (sum(rates) if rates else None), waiting
+    return (sum(rates) if rates and complete else None), (waiting if complete else None)
 
 
 def objective_line(pods: Iterable[Mapping[str, Any]]) -> str | None:
     """Whether the answers of a gateway's pods, since these started, keep the objective; None: there is none."""
     total: defaultdict[str, float] = defaultdict(float)
-    share = 0.0
+    share, silent = 0.0, []
     for pod in pods:
         samples = read_metrics(pod)
+        if samples is None:
+            silent += [pod["name"]] if pod["phase"] == "ready" else []
+            continue
         share = max(share, samples["lamina_gateway_objective_share"])
         for name in ("lamina_gateway_judged_answers_total", "lamina_gateway_answers_within_objective_total"):
             total[name] += samples[name]
     judged, within = total["lamina_gateway_judged_answers_total"], total["lamina_gateway_answers_within_objective_total"]
     if not share:
         return None
+    unread = f"; {', '.join(silent)} did not answer" if silent else ""
     if not judged:
-        return f"objective: no answer yet; {share:.4g} of them shall be within"
+        return f"objective: no answer yet; {share:.4g} of them shall be within{unread}"
     verdict = "kept" if within >= share * judged else "missed"
-    return f"objective: {within / judged:.4g} of {judged:.0f} answers within, {share:.4g} wanted: {verdict}"
+    return f"objective: {within / judged:.4g} of {judged:.0f} answers within, {share:.4g} wanted: {verdict}{unread}"
 
 
 async def watch_starts(status: Callable[[], Mapping[str, Any]], tell: Callable[[str], None]) -> None:
@@ -157,10 +171,11 @@ def _seconds(begin: float | None, end: float | None) -> str:
 
 
 def _compute_rate(pod: Mapping[str, Any] | None) -> float | None:
-    """Tokens per second of compute, from the stage's own metrics; None if it has not computed yet, or has no pod."""
-    samples = {} if pod is None else read_metrics(pod)
-    seconds = samples.get("lamina_stage_compute_seconds_sum", 0.0)
-    return samples.get("lamina_stage_tokens_total", 0.0) / seconds if seconds else None
+    """Tokens per second of compute, from the stage's own metrics; None if it has not computed yet, or does not answer."""
+    if pod is None or (samples := read_metrics(pod)) is None:
+        return None
+    seconds = samples["lamina_stage_compute_seconds_sum"]
+    return samples["lamina_stage_tokens_total"] / seconds if seconds else None
 
 
 def _pods(status: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:

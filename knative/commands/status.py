@@ -3,6 +3,7 @@
 import json
 import time
 import urllib.request
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -136,23 +137,27 @@ def _fleet_on_this_machine(state: Path) -> _Source:
         answer, now = _local_status(state), time.monotonic()
         services = {each["name"]: each for each in answer["services"]}
         of_members = {name for member in answer["members"] for name in member["services"]}
-        samples = samples_by_model([pod for name in services.keys() - of_members for pod in _pods(services[name])])
+        read = samples_by_model([pod for name in services.keys() - of_members for pod in _pods(services[name])])
+        samples: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float)) if read is None else read
         tokens, waiting = samples["lamina_gateway_drawn_tokens_total"], samples["lamina_gateway_waiting_sequences"]
         cost, wait = samples["lamina_fleet_pod_seconds_total"], samples["lamina_fleet_device_wait_seconds"]
-        before, seen = seen, (now, tokens)
+        before, seen = seen, seen if read is None else (now, tokens)
         rows: list[tuple[float, tuple[str, ...]]] = []
         for member in answer["members"]:
             pods = [pod for name in member["services"] if name in services for pod in _pods(services[name])]
             percent = member["annotations"].get(PERCENT)
             model = "" if percent else member["model"]  # metrics are by model: a canary's are in its member's row
-            drawn = 0.0 if before is None else (tokens.get(model, 0.0) - before[1].get(model, 0.0)) / (now - before[0])
+            drawn = 0.0
+            if before is not None:
+                drawn = max(0.0, tokens.get(model, 0.0) - before[1].get(model, 0.0)) / (now - before[0])
             if pods or waiting[model] or wait[model]:
                 ready = sum(pod["phase"] == "ready" for pod in pods)
                 memory = size(sum(pod["memory_bytes"] for pod in pods))
-                counts = str(len(member["services"])), str(ready), str(len(pods) - ready), f"{max(0.0, drawn):.1f}"
+                counts = str(len(member["services"])), str(ready), str(len(pods) - ready)
                 waits = f"{waiting[model]:.0f}", f"{wait[model]:.0f} s" if wait[model] else ""
+                figures = ["-"] * 4 if read is None else [f"{drawn:.1f}", *waits, f"{cost[model]:.0f}"]
                 name = f"{member['name']}, {percent} %" if percent else member["name"]
-                row = (name, member["model"], *counts, *waits, f"{cost[model]:.0f}", memory)
+                row = (name, member["model"], *counts, *figures, memory)
                 rows.append((wait[model] + drawn + waiting[model] + len(pods), row))
         shown, left = one_screen(rows)
         asleep = len(answer["members"]) - len(rows)
@@ -195,7 +200,7 @@ def _local_status(state: Path) -> dict[str, Any]:
     return answer
 
 
-def _row(name: str, revision: dict[str, Any], rate: float | None, queued: int) -> tuple[str, ...]:
+def _row(name: str, revision: dict[str, Any], rate: float | None, queued: int | None) -> tuple[str, ...]:
     phases = [pod["phase"] for pod in revision["pods"]]
     return (
         name,
@@ -207,7 +212,7 @@ def _row(name: str, revision: dict[str, Any], rate: float | None, queued: int) -
         f"{revision['panic']:.2f}",
         "yes" if revision["panicking"] else "no",
         "-" if rate is None else f"{rate:.1f}",
-        str(revision["waiting"] + queued),
+        "-" if queued is None else str(revision["waiting"] + queued),
         str(sum(pod["restarts"] for pod in revision["pods"])),
         size(sum(pod["memory_bytes"] for pod in revision["pods"])),
     )

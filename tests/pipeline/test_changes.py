@@ -70,7 +70,7 @@ async def last_held(pod: LocalPod) -> float:
     held = -1.0
     while pod.phase is not Phase.GONE:
         samples = await asyncio.to_thread(read_metrics, {"metrics_port": pod.metrics_port})
-        held = samples.get("lamina_stage_sequences", held)
+        held = held if samples is None else samples.get("lamina_stage_sequences", held)
         await asyncio.sleep(0.05)
     return held
 

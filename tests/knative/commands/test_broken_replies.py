@@ -7,10 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
 from knative.cluster.cost import NotCounted, usage_from_prometheus
 from knative.commands import status
-from knative.commands.local_pods import read_metrics
+from knative.commands.local_pods import objective_line, read_metrics, samples_by_model, tokens_per_second
 from knative.commands.state_folder import StateError
 
 
@@ -34,7 +35,32 @@ def port(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def test_a_pod_that_ends_while_its_metrics_are_read_has_none(port: int) -> None:
-    assert read_metrics({"metrics_port": port}) == {}
+    assert read_metrics({"metrics_port": port}) is None
+
+
+@pytest.mark.parametrize(("phase", "waiting"), [("ready", None), ("starting", 3)])
+def test_load_is_unknown_if_a_ready_pod_does_not_answer(phase: str, waiting: int | None) -> None:
+    """As for Knative's autoscaler. The metrics of a pod that starts are not served yet."""
+    registry = CollectorRegistry()
+    Gauge("lamina_gateway_waiting_sequences", "help", ["model"], registry=registry).labels("m").set(3)
+    Gauge("lamina_gateway_objective_share", "help", registry=registry).set(0.5)
+    server, thread = start_http_server(0, "127.0.0.1", registry)
+    try:
+        with socket.socket() as silent:
+            silent.bind(("127.0.0.1", 0))  # and does not listen
+            pods = [
+                {"name": "a", "phase": "ready", "metrics_port": server.server_port},
+                {"name": "b", "phase": phase, "metrics_port": silent.getsockname()[1]},
+            ]
+            assert tokens_per_second({"pods": pods}, 1.0, {"a": (0.0, 0.0)}) == (None if waiting is None else 0.0, waiting)
+            by_model = samples_by_model(pods)
+            assert (by_model is None) is (waiting is None)
+            assert by_model is None or by_model["lamina_gateway_waiting_sequences"] == {"m": 3.0}
+            assert ("b did not answer" in str(objective_line(pods))) is (waiting is None)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def test_status_names_the_platform_that_breaks_off(port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
