@@ -87,5 +87,5 @@ def _shared(option: str) -> tuple[str, str, str, int]:
     model, _, name = adapter.partition(":")
     version, _, percent = rest.partition("=")
     if not (model and name and version and percent.isdecimal() and int(percent) <= 100):
-        raise click.BadParameter(f"{option!r} is not MODEL:NAME@VERSION=PERCENT", param_hint="--share")
+        raise click.BadParameter(f"{option!r} is not MODEL:NAME@VERSION=PERCENT, PERCENT 0 to 100", param_hint="--share")
     return model, name, version, int(percent)

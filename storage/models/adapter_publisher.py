@@ -64,6 +64,7 @@ _REFUSED: Final[Mapping[str, str]] = {
     "lora_bias": "biases of the second matrix",
     "use_bdlora": "block-diagonal matrices",
 }
+_INSTEAD: Final = "train it without them, or merge it into the model (merge_and_unload of peft) and push that as another model"
 T = TypeVar("T")
 
 
@@ -98,7 +99,10 @@ def plan_adapter(folder: Path, base: ModelManifest, config: Mapping[str, Any]) -
     for name, tensor in _tensors(folder).items():
         found = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_(A|B)\.weight", name)
         if found is None:
-            raise AdapterInvalid(f"{folder} has {name!r}; served are lora_A and lora_B of linear modules in layers only")
+            raise AdapterInvalid(
+                f"{folder} has {name!r}; served are lora_A and lora_B of linear modules in layers, and nothing of embedding, "
+                f"head or other modules: {_INSTEAD}"
+            )
         modules.setdefault(shapes.full_name(found[1]), {})[found[2]] = tensor
     if not modules:
         raise AdapterInvalid(f"{folder / _TENSORS} has no lora_A")
@@ -160,9 +164,11 @@ def publish_adapter(store: "ObjectStore", model: str, name: str, folder: Path, *
     """
     check_name(name, "adapter")
     prefix = adapter_prefix(model)
-    base = next((read_manifest(store, model, dtype) for found, dtype in list_models(store) if found == model), None)
+    published = list_models(store)
+    base = next((read_manifest(store, model, dtype) for found, dtype in published if found == model), None)
     if base is None:
-        raise ModelNotPublished(f"model {model!r} is not published; push it before its adapters")
+        known = ", ".join(sorted({found for found, _ in published})) or "none"
+        raise ModelNotPublished(f"model {model!r} is not published (published: {known}); push it before its adapters")
     manifest, plans = plan_adapter(folder, base, msgspec.json.decode(read_file(store, base, "config.json")))
     version = hashlib.sha256(msgspec.json.encode(manifest, order="sorted")).hexdigest()[:VERSION_DIGITS]
     objects = {}
@@ -233,14 +239,17 @@ def _write_name(store: "ObjectStore", key: str, name: AdapterName) -> None:
 
 def _read_config(folder: Path) -> _Config:
     """Raises AdapterInvalid for a kind of adapter, or for options, that no stage computes."""
+    if not (folder / _CONFIG).is_file():
+        raise AdapterInvalid(f"{folder} has no {_CONFIG}; name the folder that save_pretrained of peft wrote")
     found = read_json(folder / _CONFIG)
     if found.get("peft_type", "LORA") != "LORA":
         raise AdapterInvalid(f"{folder / _CONFIG} has peft_type {found['peft_type']!r}; served is LORA")
     for field, what in _REFUSED.items():
         if found.get(field):
-            raise AdapterInvalid(f"{folder / _CONFIG} has {field} {found[field]!r}: {what}, which no stage computes")
+            seen = f"{folder / _CONFIG} has {field} {found[field]!r}: {what}, which no stage computes"
+            raise AdapterInvalid(f"{seen}; {_INSTEAD}")
     if found.get("bias", "none") != "none":
-        raise AdapterInvalid(f"{folder / _CONFIG} has bias {found['bias']!r}: trained biases, which no stage adds")
+        raise AdapterInvalid(f"{folder / _CONFIG} has bias {found['bias']!r}: trained biases, which no stage adds; {_INSTEAD}")
     try:
         return msgspec.convert(found, type=_Config)
     except msgspec.ValidationError as error:

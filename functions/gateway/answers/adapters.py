@@ -52,8 +52,10 @@ class ServedModels:
 
     def check(self, requested: str) -> None:
         """Refuses a name that no adapter can have, without asking the store."""
-        if requested != self.model and (self._store is None or not requested.startswith(f"{self.model}:")):
-            raise ModelNotFound(is_not_served(requested, self.model))
+        of_this_model = requested.startswith(f"{self.model}:")
+        if requested != self.model and (self._store is None or not of_this_model):
+            hint = "; it keeps no adapters: set `adapters` in the spec" if of_this_model else ""
+            raise ModelNotFound(is_not_served(requested, self.model) + hint)
 
     def adapter(self, requested: str, request_id: str) -> bytes:
         """The digest of the version of an adapter that a request gets; empty for the model itself.

@@ -131,7 +131,7 @@ def moved(tensors: dict[str, torch.Tensor], module: str) -> dict[str, torch.Tens
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (_config({"use_dora": True}), "DoRA"),
+        (_config({"use_dora": True}), "DoRA.*merge it into the model"),
         (_config({"modules_to_save": ["lm_head"]}), "lm_head.*no stage computes"),
         (_config({"bias": "all"}), "biases"),
         (_config({"peft_type": "LOHA"}), "'LOHA'"),
@@ -139,13 +139,14 @@ def moved(tensors: dict[str, torch.Tensor], module: str) -> dict[str, torch.Tens
         (_config({"r": "four"}), "cannot be read"),
         (_config({"alora_invocation_tokens": [1]}), "aLoRA"),
         (_tensor(lambda tensors: tensors.update({f"{Q}.lora_magnitude_vector": torch.ones(32)})), "lora_magnitude_vector"),
-        (_tensor(lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(2, 2)})), "lm_head"),
+        (_tensor(lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(2, 2)})), "lm_head.*merge it"),
         (_tensor(lambda tensors: tensors.pop(f"{Q}.lora_B.weight")), "lacks the other matrix"),
         (_tensor(lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(4, 31)})), r"\[4, 31\].*\[32, 32\]"),
         (_tensor(lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(4, 32).to(torch.int32)})), "I32"),
         (_tensor(lambda tensors: tensors.update(moved(tensors, f"{Q}_x"))), "another model"),
         (_tensor(lambda tensors: tensors.update(moved(tensors, Q.replace("0", "9")))), "6 layers"),
         (lambda folder: (folder / TENSORS).rename(folder / "adapter_model.bin"), "pickle"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), "has no adapter_config.json; name the folder that"),
     ],
 )  # fmt: skip
 def test_what_no_stage_computes_is_refused_before_anything_is_written(
@@ -189,7 +190,7 @@ def test_rank_above_the_limit_is_refused(store: ObjectStore, tmp_path: Path) -> 
 
 
 def test_its_model_must_be_published(store: ObjectStore, tmp_path: Path) -> None:
-    with pytest.raises(ModelNotPublished, match="'mistral'"):
+    with pytest.raises(ModelNotPublished, match=r"'mistral' is not published \(published: .*llama"):
         publish_adapter(store, "mistral", "early", folder_of(tmp_path))
 
 

@@ -3,6 +3,7 @@
 import pytest
 from prometheus_client import generate_latest
 
+from eventing.problems import ModelNotFound
 from eventing.wire.generation import GenerateRequest
 from functions.gateway.answers.adapters import ServedModels
 from functions.gateway.answers.metrics import GatewayMetrics, GenAIOperation
@@ -23,3 +24,12 @@ def test_metrics_have_labels_for_so_many_adapters(version: str) -> None:
     assert page.count("lamina_gateway_adapter_tokens_total{") == 101
     assert f'lamina_gateway_adapter_tokens_total{{adapter="other"}} {ADAPTERS - 100}.0' in page
     assert page.count("gen_ai_server_request_duration_seconds_count{") == 101
+
+
+@pytest.mark.parametrize(("named", "hint"), [("tiny:style", "keeps no adapters: set `adapters`"), ("other:style", "")])
+def test_a_pipeline_without_adapters_says_how_to_have_some(named: str, hint: str) -> None:
+    with pytest.raises(ModelNotFound) as refused:
+        ServedModels("tiny", None).check(named)
+    assert f"The model '{named}' is not served here; this gateway serves 'tiny'" in str(refused.value)
+    assert ("adapters" in str(refused.value)) == bool(hint)
+    assert hint in str(refused.value)
