@@ -27,8 +27,9 @@ _WHY: Final = {
 class BatchRun:
     """An open batch: how far it is, and which gateway works on which part. Methods that ask the store raise a StorageError.
 
-    The worker's lock guards `look`, `next_part`, `taken` and `finished`. The clocks of gateways and store should differ by less
-    than LEASE_SECONDS: otherwise leases expire too early or too late, and the same parts are computed several times, or late.
+    The worker's lock guards `look`, `next_part`, `taken` and `finished`. While `ending`, only the thread in `end` changes the
+    run, and `look` is not called. The clocks of gateways and store should differ by less than LEASE_SECONDS: otherwise leases
+    expire too early or too late, and the same parts are computed several times, or late.
     """
 
     def __init__(self, batches: Batches, job: BatchJob) -> None:

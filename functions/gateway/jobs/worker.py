@@ -159,13 +159,15 @@ class BatchWorker:
                 del self._runs[place]
                 run.closed = True
                 continue
+            if run.ending:  # the thread that ends it counts its parts
+                continue
             try:
                 with self._lock:
                     run.look()
             except (StorageError, ValueError) as error:  # a name that is no number: another program has written there
                 _log.warning("%s waits: %s", run.job.id, error)
                 run.pause(_PAUSE_SECONDS)
-            if run.may_end() and not run.ending and not run.taken and not run.is_leased(END):
+            if run.may_end() and not run.taken and not run.is_leased(END):
                 run.ending = True
                 self._parts.submit(self._end, run)
 

@@ -1,10 +1,12 @@
 """Files and batches by the official client: a real pipeline, a real store. The oracle is the same pipeline, asked live."""
 
 import hashlib
+import itertools
 import json
 import signal
 import time
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -12,11 +14,16 @@ from typing import Any, cast
 import httpx
 import openai
 import pytest
+from prometheus_client import CollectorRegistry
 
-from functions.gateway.jobs.batches import Batches
+from functions.gateway.jobs import worker
+from functions.gateway.jobs.batches import Batches, BatchJob
 from functions.gateway.jobs.files import MAX_LINE_BYTES, PART_LINES, Files, JobObjects, part_name
+from functions.gateway.jobs.hold import Hold
 from functions.gateway.jobs.lines import LineAnswerer
+from functions.gateway.jobs.results import ResultsHead
 from functions.gateway.jobs.run import BatchRun
+from functions.gateway.jobs.worker import BatchMetrics, BatchWorker
 from knative.local.kubelet.processes import memory_bytes
 from storage.errors import ObjectAltered, ObjectNotFound
 from storage.store.payload_store import PayloadStore
@@ -279,6 +286,44 @@ def test_a_part_that_the_store_does_not_show_is_not_passed_over(published: Publi
         objects.delete(f"me/runs/{job.id}/results/{part_name(2)}")
         with pytest.raises(ObjectAltered, match=r"of the [0-9]+ bytes"):
             list(files.read("me", errors))
+
+
+def test_a_part_is_counted_once_while_the_batch_is_ended(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker looks at its batches once a second, and ending a long one takes longer."""
+    monkeypatch.setattr(worker, "LOOK_SECONDS", 0.01)
+    looks, heads, count = itertools.count(1), list[str](), 4 * PART_LINES
+    looked = 0
+    open_batches, head = Batches.open, Batches.head
+
+    def noted(batches: Batches) -> Iterator[tuple[tuple[str, str], datetime]]:
+        nonlocal looked
+        looked = next(looks)
+        return open_batches(batches)
+
+    def slow(batches: Batches, job: BatchJob, name: str, folder: str = "results") -> ResultsHead | None:
+        found, before = head(batches, job, name, folder), looked
+        heads.append(name)
+        if heads.count(part_name(1)) == 2 and name == part_name(1):  # it has just been written, and is counted now
+            wait_until(lambda: looked > before + 2)
+        return found
+
+    monkeypatch.setattr(Batches, "open", noted)
+    monkeypatch.setattr(Batches, "head", slow)
+    with PayloadStore(published.store) as store:
+        objects = JobObjects(store, "counted")
+        files = Files(objects)
+        file = files.add("me", files.write("me", "input.jsonl", [LINE % (number, b"") for number in range(count)]))
+        batches = Batches(objects, files)
+        job = batches.create("me", "me", file, "/v1/chat/completions", ("1s", 1), created_at=int(time.time()) - 60)
+        answerer = LineAnswerer(cast(Any, None), cast(Any, None))  # all lines are given up
+        metrics = BatchMetrics(CollectorRegistry())
+        running = BatchWorker(batches, answerer, lambda: 0, lambda _: True, Hold(cast(Any, None), None), metrics)
+        running.start()
+        wait_until(lambda: not running.has_open_batches and looked > 0 and batches.end_of(job) is not None)
+        running.stop()
+        (errors,) = batches.results_files(job)
+        assert errors.lines == count
+        assert b"".join(files.read("me", errors)).count(b"\n") == count
 
 
 def test_a_batch_belongs_to_its_key(client: openai.OpenAI) -> None:
