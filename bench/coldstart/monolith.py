@@ -10,7 +10,7 @@ import tempfile
 import time
 from typing import Any, Final
 
-from storage.loading.weight_loader import load_layers
+from storage.loading.weight_loader import iterate_layers
 from storage.models.model_repository import ModelManifest
 from storage.store.object_reader import ObjectReader
 from storage.store.object_store import ObjectStore
@@ -28,7 +28,8 @@ def publish_monolith(store: ObjectStore, manifest: ModelManifest) -> None:
 
     dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     with ObjectReader(store.settings) as reader:
-        raw = load_layers(reader, manifest, 0, manifest.num_layers)
+        loaded = iterate_layers(reader, manifest, 0, manifest.num_layers)
+        raw = {name: each for part in loaded for name, each in part.tensors.items()}
         files = {name: reader.get(stored.key) for name, stored in manifest.files.items()}
     tensors = {name: torch.frombuffer(each.data, dtype=dtypes[each.dtype]).view(each.shape) for name, each in raw.items()}
     for name, content in (files | {_WEIGHTS: save(tensors, {"format": "pt"})}).items():

@@ -29,7 +29,7 @@ def load(file: Path) -> PreTrainedModel:
     checkpoint = open_checkpoint(file)
     tensors: dict[str, torch.Tensor] = {}
     for name, source in checkpoint.tensors.items():
-        for stored, target in convert_tensor(name, source, "bfloat16", ()).items():
+        for stored, target in convert_tensor(name, source, "bfloat16").items():
             tensors[stored] = torch.frombuffer(bytearray(b"".join(target.blocks())), dtype=torch.bfloat16).view(target.shape)
     config = json.loads(checkpoint.files["config.json"])
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)

@@ -57,7 +57,8 @@ def converted(sources: Mapping[str, SourceTensor], dtype: Dtype, keep_wide: Sequ
     """The tensors of a checkpoint as a stage gets them from a publication in `dtype`."""
     tensors: dict[str, RawTensor] = {}
     for name, source in sources.items():
-        for stored, target in convert_tensor(name, source, dtype, keep_wide).items():
+        kind: Dtype = "bfloat16" if dtype in ("int8", "q4") and name.split(".")[-2] in keep_wide else dtype
+        for stored, target in convert_tensor(name, source, kind).items():
             tensors[stored] = RawTensor(target.dtype, target.shape, memoryview(bytearray(b"".join(target.blocks()))))
     return tensors
 

@@ -170,7 +170,7 @@ def _shape_of_checkpoint(checkpoint: Checkpoint, name: str, dtype: str) -> Model
     if dtype != "kept":
         return shape
     stored = {
-        key: sum(tensor_bytes(each.dtype, each.shape) for each in convert_tensor(key, tensor, "kept", ()).values())
+        key: sum(tensor_bytes(each.dtype, each.shape) for each in convert_tensor(key, tensor, "kept").values())
         for key, tensor in tensors.items()
     }
     layers, embedding, head = _by_object(decoder, stored)

@@ -79,25 +79,6 @@ def stage_objects(manifest: ModelManifest, first: int, last: int) -> list[str]:
     return [*names, "head"] if is_last else names
 
 
-def load_layers(
-    reader: "ObjectReader",
-    manifest: ModelManifest,
-    first: int,
-    last: int,
-    *,
-    cache: "WeightCache | None" = None,
-    on_progress: ProgressCallback | None = None,
-) -> dict[str, RawTensor]:
-    """Loads all tensors that layers [first, last) need, and returns them by their names in the checkpoint.
-
-    Raises ValueError for a range outside the model, ChecksumMismatch, which names object and part, or the reader's errors.
-    """
-    tensors: dict[str, RawTensor] = {}
-    for loaded in iterate_layers(reader, manifest, first, last, cache=cache, on_progress=on_progress):
-        tensors |= loaded.tensors
-    return tensors
-
-
 def iterate_layers(
     reader: "ObjectReader",
     manifest: ModelManifest,
@@ -108,9 +89,10 @@ def iterate_layers(
     on_progress: ProgressCallback | None = None,
     map_files: bool = False,
 ) -> Iterator[LoadedObject]:
-    """Loads as `load_layers` does, but yields each object when it is complete, in the order of a forward pass.
+    """Loads the objects that layers [first, last) need, and yields each when it is complete, in the order of a forward pass.
 
-    map_files: objects that the cache did not have are mapped from it, too, once they are written to it.
+    map_files: objects that the cache did not have are mapped from it, too, once they are written to it. Raises ValueError for a
+    range outside the model, ChecksumMismatch, which names object and part, or the reader's errors.
 
     Reading starts with this call, not with the first `next`, and goes on in threads. Drop each object before taking the next
     one: then a caller that copies needs memory for the weights and one layer more.

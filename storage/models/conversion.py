@@ -7,7 +7,7 @@ In kept every tensor keeps the checkpoint's format: matrices in the formats of `
 """
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, cast
 
@@ -71,12 +71,11 @@ def _largest_magnitude(numbers: Floats) -> float:
 
 
 def convert_tensor(
-    name: str, source: SourceTensor, dtype: Dtype, keep_wide: Collection[str], error: RoundingError | None = None
+    name: str, source: SourceTensor, dtype: Dtype, error: RoundingError | None = None
 ) -> dict[str, TargetTensor]:
     """The tensors to store for one tensor of the checkpoint, by name: one in the wanted type, or a matrix and its description.
 
-    keep_wide: matrices, such as down_proj, that stay bfloat16 in an int8 or q4 publication. error: notes what each block loses
-    as it is converted. Raises CheckpointInvalid for a tensor that is no float.
+    error: notes what each block loses as it is converted. Raises CheckpointInvalid for a tensor that is no float.
     """
     if source.dtype not in FLOATS:
         raise CheckpointInvalid(f"tensor {name!r} is {source.dtype}, no float; publish the unquantized checkpoint")
@@ -87,17 +86,13 @@ def convert_tensor(
         kept = "F32" if stored_as == "F64" else stored_as if stored_as in FLOATS else "BF16"
         return {name: _float_tensor(name, source, cast("FloatName", kept), error)}
     in_layer, outside = is_layer_matrix(name, source.shape), name.endswith(_OUTER_MATRICES)
-    if dtype in ("int8", "q4") and (in_layer or outside) and name.split(".")[-2] in keep_wide:
-        return {name: _float_tensor(name, source, "BF16", error)}
-    if dtype in ("int8", "q4") and outside and source.shape[1] % BLOCK == 0:
+    if dtype not in ("int8", "q4") or not (in_layer or outside):
+        return {name: _float_tensor(name, source, _FLOATS_OF[dtype], error)}
+    if outside and source.shape[1] % BLOCK == 0:
         if source.read_blocks is not None and (form := FORMATS.get(str(source.stored_as))):
             return _matrix_in_blocks(name, source, form, error)
         return _q8_0_matrix(name, source, error)
-    if dtype == "q4" and in_layer:
-        return {name: _q4_matrix(name, source, error)}
-    if dtype in ("int8", "q4") and (in_layer or outside):
-        return _int8_matrix(name, source, error)
-    return {name: _float_tensor(name, source, _FLOATS_OF[dtype], error)}
+    return {name: _q4_matrix(name, source, error)} if dtype == "q4" and in_layer else _int8_matrix(name, source, error)
 
 
 def _float_tensor(name: str, source: SourceTensor, dtype: FloatName, error: RoundingError | None) -> TargetTensor:

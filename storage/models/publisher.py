@@ -104,7 +104,6 @@ def publish(
     *,
     progress: ProgressCallback | None = None,
     on_quantized: QuantizedCallback | None = None,
-    keep_wide: Collection[str] = (),
     afresh: bool = False,
     tokenizer: Path | None = None,
     text_only: bool = False,
@@ -112,12 +111,11 @@ def publish(
 ) -> ModelManifest:
     """Publishes a model under `name` and `dtype`, and returns its manifest.
 
-    source: a Hugging Face folder, a GGUF file, or a hub id. dtype: one of DTYPES. on_quantized: called at the end, if
-    the source is a quantized Hugging Face checkpoint and was not published before. keep_wide: matrices, such as down_proj, that
-    int8 and q4 leave in bfloat16. afresh: writes every object, even if the store seems to have it; this repairs a damaged
-    publication. tokenizer: a folder whose tokenizer is published instead of the source's own.
-    text_only: publishes only the language model of a checkpoint that also sees or hears.
-    check_cut: tries, before anything is written, whether stages can run a model that Lamina's own layers do not.
+    source: a Hugging Face folder, a GGUF file, or a hub id. dtype: one of DTYPES. on_quantized: called at the end, if the
+    source is a quantized Hugging Face checkpoint and was not published before. afresh: writes every object, even if the store
+    seems to have it; this repairs a damaged publication. tokenizer: a folder whose tokenizer is published instead of the
+    source's own. text_only: publishes only the language model of a checkpoint that also sees or hears. check_cut: tries, before
+    anything is written, whether stages can run a model that Lamina's own layers do not.
 
     Raises ValueError for an invalid name or dtype, CheckpointInvalid or another StorageError. After an error, the former
     publication under this name stays as it was.
@@ -127,7 +125,7 @@ def publish(
     read = [path] if tokenizer is None else [path, tokenizer]
     state, contents = [*map(checkpoint_state, read)], " ".join(map(checkpoint_fingerprint, read))
     # 128 bits: two checkpoints never share a folder.
-    text = f"{contents} {dtype} {sorted(keep_wide)} {MANIFEST_VERSION} {PART_BYTES}"
+    text = f"{contents} {dtype} {MANIFEST_VERSION} {PART_BYTES}"
     publication = hashlib.sha256(text.encode()).hexdigest()[:32]
     if not afresh:
         with suppress(ModelNotPublished, ManifestInvalid):
@@ -135,7 +133,7 @@ def publish(
             if current.publication == publication:
                 _log.info("%s is published as %s in %s already", source, name, dtype)
                 return current
-    planned = plan_publication(path, dtype, keep_wide=keep_wide, tokenizer=tokenizer, text_only=text_only, check_cut=check_cut)
+    planned = plan_publication(path, dtype, tokenizer=tokenizer, text_only=text_only, check_cut=check_cut)
     checkpoint, model, plans, error = planned.checkpoint, planned.model, planned.objects, planned.error
     upload = _Upload(store, f"{prefix}{publication}/", plans, progress, afresh)
     try:
@@ -177,7 +175,6 @@ def plan_publication(
     path: Path,
     dtype: str,
     *,
-    keep_wide: Collection[str] = (),
     tokenizer: Path | None = None,
     text_only: bool = False,
     note_losses: bool = False,
@@ -211,14 +208,13 @@ def plan_publication(
     if dtype == "kept":
         _check_blocks(path, placed)
     error = RoundingError() if checkpoint.quantization or note_losses else None
-    return PublicationPlan(checkpoint, model, plan_objects(placed, dtype, in_float32, keep_wide, error), error)
+    return PublicationPlan(checkpoint, model, plan_objects(placed, dtype, in_float32, error), error)
 
 
 def plan_objects(
     placed: Placement,
     dtype: str,
     in_float32: Collection[str],
-    keep_wide: Collection[str] = (),
     error: "RoundingError | None" = None,
 ) -> list[ObjectPlan]:
     """The objects of a publication. in_float32: names of tensors that have this dtype in any publication."""
@@ -229,7 +225,7 @@ def plan_objects(
         targets: dict[str, TargetTensor] = {}
         for tensor_name, tensor in members.items():
             stored_as = "float32" if tensor_name in in_float32 else dtype
-            targets |= convert_tensor(tensor_name, tensor, cast("Dtype", stored_as), keep_wide, error)
+            targets |= convert_tensor(tensor_name, tensor, cast("Dtype", stored_as), error)
         plans.append(plan_object(object_name, targets))
     return plans
 

@@ -60,7 +60,7 @@ def hpa_spec(settings: RevisionSettings) -> HpaSpec:
     )
 
 
-def recommend(spec: HpaSpec, cpu_percent: Sequence[float], *, silent: int = 0, unready: int = 0) -> int:
+def recommend(spec: HpaSpec, cpu_percent: Sequence[float], *, silent: int, unready: int) -> int:
     """The number of pods that the CPU load asks for, before stabilization and bounds.
 
     cpu_percent: CPU of each ready pod that reports, in percent of its request; if there is none, the present number is

@@ -9,9 +9,10 @@ import pytest
 from blake3 import blake3
 
 from storage.loading.memory import new_memory, populate
-from storage.loading.weight_loader import CONNECTIONS, load_layers
+from storage.loading.weight_loader import CONNECTIONS
 from storage.models.model_repository import ModelManifest, StoredObject, layer_object
 from tests.storage.models.test_model_repository import a_manifest
+from tests.support.storage.storage import load_layers
 
 PART: Final = 4096
 DEADLINE_SECONDS: Final = 20.0

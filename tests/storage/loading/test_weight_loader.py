@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from storage.checkpoints.safetensors_format import TensorSpan
 from storage.errors import ChecksumMismatch, ObjectAltered, ObjectNotFound, StorageError, StoreUnreachable
 from storage.loading.weight_cache import WeightCache
-from storage.loading.weight_loader import LoadedObject, LoadProgress, iterate_layers, load_layers, stage_objects
+from storage.loading.weight_loader import LoadedObject, LoadProgress, iterate_layers, stage_objects
 from storage.models.model_repository import PART_BYTES, ModelManifest, StoredObject
 from storage.models.publisher import publish
 from storage.store.object_reader import ObjectReader
 from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings
 from tests.support.storage import tiny_models
-from tests.support.storage.storage import Fault, FaultProxy
+from tests.support.storage.storage import Fault, FaultProxy, load_layers
 from tests.support.storage.torch_tensors import as_torch, assert_equal
 
 

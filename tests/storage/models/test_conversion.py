@@ -62,7 +62,7 @@ def test_floats_are_rounded_as_torch_rounds(name: str, dtype: Dtype) -> None:
     values = values_of(name)
     if dtype == "float16":  # beyond it is refused, below
         values = values[(values.to(torch.float16).isinf() == values.isinf()).all(1)]
-    (target,) = convert_tensor("model.norm.weight", source(values), dtype, ()).values()
+    (target,) = convert_tensor("model.norm.weight", source(values), dtype).values()
     assert written(target) == raw(values.to(TARGETS[dtype]))
 
 
@@ -70,7 +70,7 @@ def test_floats_are_rounded_as_torch_rounds(name: str, dtype: Dtype) -> None:
 def test_nan_stays_nan(dtype: Dtype) -> None:
     bits = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF], np.uint32)
     values = torch.from_numpy(bits.view(np.float32))
-    (target,) = convert_tensor("model.norm.weight", source(values), dtype, ()).values()
+    (target,) = convert_tensor("model.norm.weight", source(values), dtype).values()
     assert bool(torch.frombuffer(bytearray(written(target)), dtype=TARGETS[dtype]).isnan().all())
 
 
@@ -86,7 +86,7 @@ def test_int8_equals_torchs(name: str) -> None:
     rows = values.float()
     scale = rows.abs().amax(dim=1, keepdim=True) / 127
     scale[scale == 0] = 1.0
-    matrix, scales = convert_tensor(NAME, source(values), "int8", ()).items()
+    matrix, scales = convert_tensor(NAME, source(values), "int8").items()
     assert (matrix[0], scales[0]) == (NAME, f"{NAME}_scale")
     assert written(matrix[1]) == raw((rows / scale).round().clamp(-127, 127).to(torch.int8))
     assert written(scales[1]) == raw(scale)
@@ -96,6 +96,6 @@ def test_int8_equals_torchs(name: str) -> None:
 def test_int8_refuses_numbers_that_are_not_finite(bad: float) -> None:
     values = torch.ones(4, 32)
     values[2, 5] = bad
-    matrix = convert_tensor(NAME, source(values), "int8", ())[NAME]
+    matrix = convert_tensor(NAME, source(values), "int8")[NAME]
     with pytest.raises(CheckpointInvalid, match=r"up_proj.weight' has values that are infinite or no numbers, .* bfloat16"):
         written(matrix)

@@ -31,7 +31,6 @@ from storage.errors import (
     StorageError,
     StoreUnreachable,
 )
-from storage.loading.weight_loader import load_layers
 from storage.models.model_repository import ModelManifest, object_names, read_file, read_manifest
 from storage.models.publisher import PublishProgress, publish
 from storage.store.embedded import EmbeddedStore
@@ -41,7 +40,7 @@ from storage.store.settings import StoreSettings
 from tests.storage.checkpoints.test_gguf_families import write_gguf
 from tests.support.paths import ROOT
 from tests.support.storage import tiny_models
-from tests.support.storage.storage import STORE_OF_ARGUMENTS, Fault, FaultProxy, store_arguments
+from tests.support.storage.storage import STORE_OF_ARGUMENTS, Fault, FaultProxy, load_layers, store_arguments
 from tests.support.storage.torch_tensors import as_torch, assert_equal, folder_tensors
 
 O_PROJ, GATE = "model.layers.3.self_attn.o_proj.weight", "model.layers.2.mlp.gate_proj.weight"
@@ -230,7 +229,7 @@ def test_mistral_with_kinds_of_layers_is_published_as_ministral(store: ObjectSto
 
 
 def test_int8_has_a_scale_per_output_channel(llama: Path, settings: StoreSettings, store: ObjectStore) -> None:
-    manifest = publish(llama, store, "quantized", "int8", keep_wide=["down_proj"])
+    manifest = publish(llama, store, "quantized", "int8")
     tensors, checkpoint = loaded(settings, manifest), folder_tensors(llama)
     matrix = "model.layers.3.mlp.up_proj.weight"
     assert tensors[matrix].dtype == torch.int8
@@ -238,8 +237,7 @@ def test_int8_has_a_scale_per_output_channel(llama: Path, settings: StoreSetting
     assert torch.equal(scale, checkpoint[matrix].abs().amax(1) / 127)
     error = (tensors[matrix].float() * scale[:, None] - checkpoint[matrix]).abs()
     assert bool((error <= scale[:, None] * 0.501).all())
-    wide = ("model.layers.3.mlp.down_proj.weight", "model.layers.3.input_layernorm.weight")
-    assert {tensors[name].dtype for name in wide} == {torch.bfloat16}
+    assert tensors["model.layers.3.input_layernorm.weight"].dtype == torch.bfloat16
     outer = ("lm_head.weight", "model.embed_tokens.weight")
     assert {bytes(tensors[f"{name}_format"].numpy()) for name in outer} == {b'{"format":"Q8_0","shape":[128,32]}'}
 

@@ -14,7 +14,7 @@ from storage.checkpoints import checkpoint as checkpoints
 from storage.checkpoints.checkpoint import Checkpoint
 from storage.checkpoints.model_source import open_checkpoint
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
-from storage.loading.weight_loader import RawTensor, load_layers
+from storage.loading.weight_loader import RawTensor
 from storage.models.blocks import FORMATS, floats_of, unpack
 from storage.models.checks import is_layer_matrix
 from storage.models.model_repository import ModelManifest
@@ -24,7 +24,7 @@ from storage.store.object_reader import ObjectReader
 from storage.store.object_store import ObjectStore
 from tests.storage.checkpoints.test_gguf_families import write_gguf
 from tests.support.storage import tiny_models
-from tests.support.storage.storage import default_model_gguf
+from tests.support.storage.storage import default_model_gguf, load_layers
 
 Array = np.ndarray[Any, Any]
 NUMPY: Final = {"F32": np.float32, "U8": np.uint8}

@@ -18,6 +18,9 @@ from urllib.parse import urlsplit
 from gguf import GGUFReader
 
 from knative.local.kubelet.processes import free_port
+from storage.loading.weight_loader import RawTensor, iterate_layers
+from storage.models.model_repository import ModelManifest
+from storage.store.object_reader import ObjectReader
 from storage.store.settings import StoreSettings
 from tests.support.http_server import serving
 
@@ -34,6 +37,12 @@ store = ObjectStore(StoreSettings(endpoint_url=endpoint, bucket="lamina", access
 
 def store_arguments(settings: StoreSettings) -> tuple[str, str, str]:
     return settings.endpoint_url, settings.access_key_id or "", settings.secret_access_key or ""
+
+
+def load_layers(reader: ObjectReader, manifest: ModelManifest, first: int, last: int, **options: Any) -> dict[str, RawTensor]:
+    """All tensors that layers [first, last) need, by their names in the checkpoint. options: of `iterate_layers`."""
+    loaded = iterate_layers(reader, manifest, first, last, **options)
+    return {name: tensor for each in loaded for name, tensor in each.tensors.items()}
 
 
 @dataclass

@@ -8,11 +8,11 @@ import pytest
 from eventing.wire.events import Pooling, Row, Status, Want
 from functions.stage.models.build import build_layer_group
 from functions.stage.models.vector_head import VectorHead
-from storage.loading.weight_loader import load_layers
 from storage.models.model_repository import read_file
 from storage.store.object_reader import ObjectReader
 from tests.support.functions.stage_pipeline import batch, engines, through
 from tests.support.storage.embedders import published_embedder, save_gemma_embedder
+from tests.support.storage.storage import load_layers
 
 TOKENS = 100
 

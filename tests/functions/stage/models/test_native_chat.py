@@ -27,7 +27,7 @@ def groups(cut: Sequence[tuple[int, int]], dtype: Dtype = "float32") -> list[Lay
     tensors: dict[str, RawTensor] = {}
     for name, array in checkpoint_tensors().items():
         source = SourceTensor("F32", array.shape, lambda first, last, array=array: memoryview(array[first:last]).cast("B"))
-        for stored, target in convert_tensor(name, source, dtype, ()).items():
+        for stored, target in convert_tensor(name, source, dtype).items():
             tensor = RawTensor(target.dtype, target.shape, memoryview(bytearray(b"".join(target.blocks()))))
             found = re.match(r"model\.layers\.(\d+)\.", stored)
             copies = range(int(found[1]), LAYERS, CONFIG["num_hidden_layers"]) if found else ()

@@ -12,10 +12,10 @@ from functions.stage.models.build import build_layer_group
 from functions.stage.models.layer_group import Segment
 from functions.stage.models.native.group import NativeGroup
 from functions.stage.models.vector_head import VectorHead
-from storage.loading.weight_loader import load_layers
 from storage.models.model_repository import read_file
 from storage.store.object_reader import ObjectReader
 from tests.support.storage.embedders import published_embedder, save_gemma_embedder
+from tests.support.storage.storage import load_layers
 
 TEXTS = [[1, *(7 * number % 250 + 5 for number in range(length))] for length in (90, 1, 33, 17, 64)]
 

@@ -62,7 +62,7 @@ def published(name: str, dtype: Dtype, certain: bool = False) -> dict[str, RawTe
         tensors = tiny_models.as_published("phimoe", tiny_models.checkpoint_tensors(model))
     for key, tensor in tensors.items():
         source = SourceTensor("F32", tuple(tensor.shape), partial(rows_of, tensor.numpy().reshape(tensor.shape or (1,))))
-        for target, made in convert_tensor(key, source, dtype, ()).items():
+        for target, made in convert_tensor(key, source, dtype).items():
             stored[target] = RawTensor(made.dtype, made.shape, memoryview(bytearray(b"".join(made.blocks()))))
     return stored
 
