@@ -91,7 +91,10 @@ class ReadinessWait:
         return False
 
     def _waits_for_predecessor(self, service: KubernetesObject) -> bool:
-        """Whether the Service failed because objects of a deleted one are not gone: its Route, or its Revision's Deployment."""
+        """Whether the Service fails only because an earlier one of its name was deleted, and its objects are not gone yet.
+
+        Such an object is a Route, or a Revision's Deployment.
+        """
         if not_owned(service):
             return True
         with contextlib.suppress(NotPermitted):

@@ -196,7 +196,7 @@ async def _check(reply: aiohttp.ClientResponse) -> None:
 
 
 def _endpoint(file: Path) -> str:
-    """The path that the file's first line asks."""
+    """Path of the API, such as /v1/chat/completions, to which the first request in the file goes. Raises AskFailed."""
     with file.open("rb") as lines:
         first = next((line for line in lines if line.strip()), b"")
     try:

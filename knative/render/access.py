@@ -146,9 +146,9 @@ def _selector(pipeline: ResolvedPipeline, component: str) -> dict[str, Any]:
 
 
 def around_gateway(pipeline: ResolvedPipeline, lease: str | None = None) -> dict[str, list[KubernetesObject]]:
-    """File name → objects that a gateway needs and that come before it: its access, network policies, disruption budget.
+    """Objects that must exist before a gateway, by the file that `render` writes them to: access, network, disruption.
 
-    lease: a Lease that the gateway changes.
+    lease: name of a Lease that the gateway may change.
     """
     files: dict[str, list[KubernetesObject]] = {}
     if pipeline.spec.gateway.service_account is None:

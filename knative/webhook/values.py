@@ -80,19 +80,22 @@ def parse_quantity(value: str | float) -> Fraction:
 
 
 def is_dns_1035_label(name: str, *, is_prefix: bool = False) -> bool:
-    """True for names of Services, revisions and tags. is_prefix: `name` is only the beginning of a generated name."""
+    """Whether a Service, revision or tag may have this name: like a DNS 1123 label, and its first character is a letter.
+
+    is_prefix: `name` is only the beginning of a generated name, and may end with a hyphen.
+    """
     if is_prefix and name.endswith("-"):
         name = name[:-1] + "a"
     return len(name) <= 63 and bool(_DNS_1035_LABEL.fullmatch(name))
 
 
 def is_dns_1123_label(name: str) -> bool:
-    """True for names of containers and volumes."""
+    """Whether a container or volume may have this name: a-z, 0-9 and inner hyphens, at most 63 characters."""
     return len(name) <= 63 and bool(_DNS_1123_LABEL.fullmatch(name))
 
 
 def is_dns_1123_subdomain(name: str) -> bool:
-    """True for names of ServiceAccounts, Secrets and ConfigMaps."""
+    """Whether a ServiceAccount, Secret or ConfigMap may have this name: DNS 1123 labels that are joined by dots."""
     return len(name) <= 253 and bool(_DNS_1123_SUBDOMAIN.fullmatch(name))
 
 

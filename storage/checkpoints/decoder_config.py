@@ -102,7 +102,9 @@ _KEYS_OF_FAMILIES: Final = frozenset((
 
 
 def decoder_of(config: Mapping[str, Any]) -> Decoder:
-    """The description of the model of a parsed config.json: that of its publication, or else by the table of families.
+    """Describes what the layers of a model compute. config: its parsed config.json.
+
+    The config.json of a publication has the description. For others it is made by the table of families.
 
     Raises UnsupportedConfig, which names everything that the layers do not run, and ArchitectureUnsupported for a missing or
     impossible value.
@@ -128,7 +130,10 @@ def decoder_of(config: Mapping[str, Any]) -> Decoder:
 
 
 def with_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config.json with the description of its layers; unchanged if the table does not describe them."""
+    """A config.json with the description of the model's layers added, as publications have it.
+
+    It is unchanged if no row of the table describes them: transformers' modules then run the model.
+    """
     try:
         return {**config, DECODER_KEY: msgspec.to_builtins(decoder_of(config))}
     except UnsupportedConfig:
@@ -257,6 +262,7 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
         return dense[layer]
 
     kv_layers, are_keys = family.kv_layers(values), family.values_are_keys(values)
+    ropes = ["windows" if family.rope_by_kind and window is not None else "all" for window in windows]
     return [
         Layer(
             attention=Attention(
@@ -267,7 +273,7 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
                 scale=family.scale(values, heads_of_layers[layer][1], layer),
                 soft_cap=values.soft_cap(family.attention_soft_cap),
                 window=windows[layer],
-                rope=None if unrotated[layer] or family.rope is None else _rope_of(family, windows[layer]),
+                rope=None if unrotated[layer] or family.rope is None else ropes[layer],
                 qk_norm=qk_norm,
                 sinks=family.sinks,
                 output_gate=family.output_gate,
@@ -353,11 +359,6 @@ def _activation(family: DecoderFamily, values: Values) -> Activation:
     if name not in _ACTIVATIONS or (name == "xielu" and not family.names.activation):
         values.obstacles.append(f"activation {name!r}")
     return _ACTIVATIONS.get(name, "silu")
-
-
-def _rope_of(family: DecoderFamily, window: int | None) -> str:
-    """The rotation of a layer, by its name in the description."""
-    return "windows" if family.rope_by_kind and window is not None else "all"
 
 
 def _ropes(family: DecoderFamily, values: Values, sizes: Mapping[str, int]) -> dict[str, Rotation]:

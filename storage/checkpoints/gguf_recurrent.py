@@ -33,21 +33,12 @@ def _logarithm(decay: NDArray[Any]) -> NDArray[Any]:
     return logarithm
 
 
-def _logarithms(decay: NDArray[Any]) -> NDArray[Any]:
-    """The same for a vector that the file has as a matrix of one column."""
-    return _logarithm(decay[:, 0])
-
-
 def _with_channels(convolution: NDArray[Any]) -> NDArray[Any]:
     return convolution[:, None, :]
 
 
-def _flat(matrix: NDArray[Any]) -> NDArray[Any]:
-    return matrix.reshape(-1)
-
-
 def _heads_apart(config: Mapping[str, Any]) -> NDArray[np.intp]:
-    """Rows of in_proj_qkvz, which has query, key, values and gates of one key head after the other."""
+    """Where the file has each row of in_proj_qkvz, which has query, key, values and gates of one key head after the other."""
     keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
     key_rows, value_rows = keys * config["linear_key_head_dim"], values * config["linear_value_head_dim"]
     ends = np.cumsum([key_rows, key_rows, value_rows, value_rows])
@@ -56,7 +47,10 @@ def _heads_apart(config: Mapping[str, Any]) -> NDArray[np.intp]:
 
 
 def _tiled(config: Mapping[str, Any], width: int) -> NDArray[np.intp]:
-    """Rows of heads of values, which the file has in the order (member, key head). width: rows of a head."""
+    """Where the file has each row of the heads of values, of which those of one key head are no neighbours there.
+
+    width: rows of a head.
+    """
     keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
     heads = np.arange(values).reshape(-1, keys).T.reshape(-1)
     return (heads[:, None] * width + np.arange(width)).reshape(-1)
@@ -71,7 +65,7 @@ def _tiled_values(config: Mapping[str, Any]) -> NDArray[np.intp]:
 
 
 def _tiled_after_keys(config: Mapping[str, Any]) -> NDArray[np.intp]:
-    """Rows of queries, keys and values, of which only the values are in another order."""
+    """Where the file has each row of queries, keys and values; only those of values are in another order."""
     first = 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"]
     return np.concatenate([np.arange(first), first + _tiled_values(config)])
 
@@ -87,10 +81,10 @@ def _mamba_modules(prefix: str) -> dict[str, str]:
 
 def _mamba_merges(prefix: str) -> dict[str, Merge | Stack]:
     return {
-        f"{prefix}.A_log": Merge(("ssm_a",), _logarithms),
-        f"{prefix}.D": Merge(("ssm_d",), _flat),
+        f"{prefix}.A_log": Merge(("ssm_a",), lambda decay: _logarithm(decay[:, 0])),  # a matrix of one column in the file
+        f"{prefix}.D": Merge(("ssm_d",), np.ravel),
         f"{prefix}.conv1d.weight": Merge(("ssm_conv1d.weight",), _with_channels),
-        f"{prefix}.norm.weight": Merge(("ssm_norm.weight",), _flat),
+        f"{prefix}.norm.weight": Merge(("ssm_norm.weight",), np.ravel),
     }
 
 
@@ -247,7 +241,7 @@ _MAMBA: Final = Architecture(
     },
     layers="backbone.layers",
     merges={
-        "mixer.A_log": Merge(("ssm_a",), _logarithm), "mixer.D": Merge(("ssm_d",), _flat),
+        "mixer.A_log": Merge(("ssm_a",), _logarithm), "mixer.D": Merge(("ssm_d",), np.ravel),
         "mixer.conv1d.weight": Merge(("ssm_conv1d.weight",), _with_channels),
     },
     sizes=_STATE_SPACE_SIZES,

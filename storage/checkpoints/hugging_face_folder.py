@@ -126,7 +126,7 @@ def read_rows(path: Path, span: TensorSpan, first: int, last: int) -> memoryview
 
 
 def _shards(folder: Path) -> dict[Path, list[str] | None]:
-    """The safetensors files of a checkpoint, each with the names of the tensors to read from it; None: all of them."""
+    """The safetensors files of a checkpoint, each with the tensors that the index lists for it; None: there is no index."""
     if (folder / _INDEX).is_file():
         return dict(_indexed_shards(folder))
     if (folder / _SINGLE).is_file():

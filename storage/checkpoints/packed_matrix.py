@@ -175,9 +175,3 @@ class PackedMatrix:
             scales = self.scales(first, last)[:, groups]
             minima = (self.zeros(first, last)[:, groups] * -scales).astype(np.float16)
         return FourBits(self.codes(first, last).astype(np.uint8), scales.astype(np.float16), minima)
-
-
-def are_float16(scales: Array) -> bool:
-    """Whether float16 holds all these numbers without rounding."""
-    with np.errstate(all="ignore"):
-        return bool((scales.astype(np.float16).astype(np.float32) == scales).all())

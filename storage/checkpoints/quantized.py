@@ -21,7 +21,6 @@ from storage.checkpoints.packed_matrix import (
     E2M1,
     Array,
     PackedMatrix,
-    are_float16,
     float_source,
     powers_of_two,
     read_array,
@@ -240,7 +239,12 @@ def _groups(parts: _Parts, inputs: int, outputs: int, zero_columns: int, zero_ro
 
 
 def _scales_are_float16(parts: _Parts, suffix: str) -> bool:
-    return parts[suffix].dtype == "F16" or are_float16(parts.array(suffix))
+    """Whether float16 holds all scales without rounding."""
+    if parts[suffix].dtype == "F16":
+        return True
+    scales = parts.array(suffix)
+    with np.errstate(all="ignore"):
+        return bool((scales.astype(np.float16).astype(np.float32) == scales).all())
 
 
 def _compressed_tensors(parts: _Parts, settings: Settings) -> SourceTensor:
@@ -250,7 +254,8 @@ def _compressed_tensors(parts: _Parts, settings: Settings) -> SourceTensor:
     (zeros packed along the outputs), compressors/nvfp4/base.py:101, compressors/mx_utils.py:33,
     quantization/lifecycle/forward_helpers.py:548 (the value).
     """
-    formats = {str(settings.get("format")), *(str(group.get("format")) for group in _config_groups(settings))} - {"None"}
+    groups = (settings.get("config_groups") or {}).values()
+    formats = {str(each.get("format")) for each in (settings, *groups)} - {"None"}
     sparse = str((settings.get("sparsity_config") or {}).get("format") or "dense")
     known = {"float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "nvfp4-pack-quantized"}
     known |= {"mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision", "dense"}
@@ -264,10 +269,6 @@ def _compressed_tensors(parts: _Parts, settings: Settings) -> SourceTensor:
     if packed.dtype == "U8":
         return _e2m1(parts, ".weight_packed", ".weight_global_scale", divide=True)
     return _packed_stream(parts, packed)
-
-
-def _config_groups(settings: Settings) -> list[Settings]:
-    return list((settings.get("config_groups") or {}).values())
 
 
 def _scaled_bytes(parts: _Parts, settings: Settings) -> SourceTensor:

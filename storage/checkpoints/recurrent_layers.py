@@ -27,10 +27,6 @@ class LayerSizes:
         return self.tail_values * value_bytes + self.matrix_values * 4
 
 
-def _short_convolution(config: Any) -> tuple[int, int]:
-    return config.hidden_size * config.conv_L_cache, 0
-
-
 def _delta_net(config: Any) -> tuple[int, int]:
     key, value = config.linear_key_head_dim, config.linear_value_head_dim
     channels = 2 * config.linear_num_key_heads * key + config.linear_num_value_heads * value
@@ -67,14 +63,6 @@ def _lightning(config: Any) -> tuple[int, int]:
     return config.num_attention_heads * head**2, 0  # the matrix has the dtype of hidden states
 
 
-def _rg_lru(config: Any) -> tuple[int, int]:
-    return config.lru_width * (config.conv1d_width - 1), config.lru_width
-
-
-def _rwkv(config: Any) -> tuple[int, int]:
-    return 2 * config.hidden_size, 3 * config.attention_hidden_size
-
-
 def _xlstm(config: Any) -> tuple[int, int]:
     keys, values = (int(config.hidden_size * share) for share in (config.qk_dim_factor, config.v_dim_factor))
     return 0, keys * values // config.num_heads + keys + config.num_heads
@@ -89,8 +77,8 @@ _SIZES: Final[dict[str, Callable[[Any], tuple[int, int]]]] = {
     "falcon_mamba": _mamba,
     "granitemoehybrid": _BAMBA,
     "jamba": _mamba_of_jamba,
-    "lfm2": _short_convolution,
-    "lfm2_moe": _short_convolution,
+    "lfm2": lambda config: (config.hidden_size * config.conv_L_cache, 0),
+    "lfm2_moe": lambda config: (config.hidden_size * config.conv_L_cache, 0),
     "mamba": _mamba,
     "mamba2": _mamba_2("num_heads", "head_dim", "state_size", "n_groups", "conv_kernel"),
     "minimax": _lightning,
@@ -99,8 +87,8 @@ _SIZES: Final[dict[str, Callable[[Any], tuple[int, int]]]] = {
     "qwen3_5_moe_text": _delta_net,
     "qwen3_5_text": _delta_net,
     "qwen3_next": _delta_net,
-    "recurrent_gemma": _rg_lru,
-    "rwkv": _rwkv,
+    "recurrent_gemma": lambda config: (config.lru_width * (config.conv1d_width - 1), config.lru_width),
+    "rwkv": lambda config: (2 * config.hidden_size, 3 * config.attention_hidden_size),
     "xlstm": _xlstm,
     "zamba": _zamba,
     "zamba2": _zamba,

@@ -73,13 +73,15 @@ class _Config(msgspec.Struct):
 
     r: Annotated[int, msgspec.Meta(ge=1)]
     lora_alpha: float
-    peft_type: str = "LORA"
     use_rslora: bool = False
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
 
     def scale(self, module: str, rank: int) -> float:
-        """The factor of the product of both matrices. Raises AdapterInvalid if `rank` is not the config's."""
+        """The factor by which the product of a module's two matrices is multiplied when it is added to the module's own.
+
+        rank: of the matrices. Raises AdapterInvalid if it is not the config's.
+        """
         wanted = _of_pattern(self.rank_pattern, module, self.r)
         if rank != wanted:
             raise AdapterInvalid(f"{module} has rank {rank} in {_TENSORS} and {wanted} in {_CONFIG}; which is right?")
