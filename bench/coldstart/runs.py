@@ -49,11 +49,7 @@ class ColdStart:
 
 
 async def cold_pipeline(
-    at: Store,
-    stages: int,
-    *,
-    bytes_per_second: float | None = None,
-    weights_cache: Path | None = None,
+    at: Store, stages: int, *, bytes_per_second: float | None = None, weights_cache: Path | None = None
 ) -> ColdStart:
     """bytes_per_second: of each pod, the gateway's included; None: no limit."""
     local = local_pipeline(at.objects, at.manifest, stages, None, {}, weights_cache)

@@ -8,17 +8,7 @@ from typing import Any, Final
 
 from matplotlib.figure import Figure
 
-from bench.load.series import (
-    Answer,
-    Failure,
-    Phase,
-    Replicas,
-    Second,
-    idle_seconds,
-    percentile,
-    phases,
-    replica_seconds,
-)
+from bench.load.series import Answer, Failure, Phase, Replicas, Second, idle_seconds, percentile, phases, replica_seconds
 from bench.records import Record, of
 from bench.report import Verdict, judged, table, verdict_table
 

@@ -42,12 +42,7 @@ SHAPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "Qwen3-0.6B": _shape("qwen3", (1024, 3072, 28, 16, 8), head_dim=128, vocab_size=151_936),
     "Llama-3.2-1B": _shape("llama", (2048, 8192, 16, 32, 8), head_dim=64, vocab_size=128_256),
     "Gemma-3-1B": _shape(
-        "gemma3_text",
-        (1152, 6912, 26, 4, 1),
-        head_dim=256,
-        vocab_size=262_144,
-        sliding_window=512,
-        query_pre_attn_scalar=256,
+        "gemma3_text", (1152, 6912, 26, 4, 1), head_dim=256, vocab_size=262_144, sliding_window=512, query_pre_attn_scalar=256
     ),
     "LFM2-1.2B": _shape(
         "lfm2",

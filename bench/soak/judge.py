@@ -161,11 +161,7 @@ def has_returned(before: Resources | None, after: Resources | None) -> bool:
 
 
 def _back(
-    what: str,
-    wanted: str,
-    used: Callable[[Resources], float],
-    allowed: Callable[[float], float],
-    records: Sequence[Record],
+    what: str, wanted: str, used: Callable[[Resources], float], allowed: Callable[[float], float], records: Sequence[Record]
 ) -> Verdict:
     moments = [{name: rest.uses for name, rest in _rest(records, moment).items()} for moment in ("before", "after")]
     services = of(Began, records)[0].services if of(Began, records) else ()

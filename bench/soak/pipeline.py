@@ -23,12 +23,7 @@ def spec_of(stages: int) -> PipelineSpec:
         "soak",
         model={"name": MODEL, "dtype": "float32"},
         stages=stages,
-        stage={
-            "resources": {"cpu": "2", "memory": "2Gi"},
-            "busy_threads": 1,
-            "kv_cache": "128Mi",
-            "autoscaling": ALWAYS_ONE,
-        },
+        stage={"resources": {"cpu": "2", "memory": "2Gi"}, "busy_threads": 1, "kv_cache": "128Mi", "autoscaling": ALWAYS_ONE},
         gateway={
             "micro_batch_sequences": 4,  # the greedy client's connections fill the queue
             "api_keys_secret": KEYS_SECRET,

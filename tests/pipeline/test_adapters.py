@@ -100,10 +100,7 @@ class Served:
 @contextmanager
 def running_pipeline(published: Published, kept: int = KEPT) -> Iterator[Served]:
     more = {"LAMINA_ADAPTERS": str(kept)}
-    with (
-        running_stages(published, **more) as stages,
-        running_gateway(published, stages, **more) as gateway,
-    ):
+    with running_stages(published, **more) as stages, running_gateway(published, stages, **more) as gateway:
         yield Served(gateway, stages, published.manifest.name)
 
 

@@ -307,9 +307,7 @@ def test_class_hpa_keeps_no_pod_of_old_revisions(scenario: Scenario) -> None:
         pytest.skip("Knative's HPA extension or a metrics server is not installed on this cluster")
     base = scenario.spec(name=OTHER, cut="0:30")
     spec = msgspec.structs.replace(
-        base,
-        stage=msgspec.structs.replace(base.stage, autoscaling=HPA),
-        gateway=GatewaySpec(autoscaling=GATEWAY_HPA),
+        base, stage=msgspec.structs.replace(base.stage, autoscaling=HPA), gateway=GatewaySpec(autoscaling=GATEWAY_HPA)
     )
     for change in ({}, {"log_level": "debug"}, {"cut": "0:15,15:30"}):
         spec = msgspec.structs.replace(spec, **change)

@@ -81,10 +81,7 @@ def test_answers_are_those_of_layers_between_which_each_row_is_rounded(published
     exact = [chained.generate(prompt, cuts_in_8_bits=False) for prompt in prompts]
     assert expected != exact, "eight bits make no difference, so that nothing is told by this"
     more = told(published)
-    with (
-        running_stages(published, **more) as stages,
-        running_gateway(published, stages, **more) as gateway,
-    ):
+    with running_stages(published, **more) as stages, running_gateway(published, stages, **more) as gateway:
         assert [tokens_of(gateway.url, prompt, NEW_TOKENS) for prompt in PROMPTS[:2]] == expected[:2]
         with ThreadPoolExecutor(len(PROMPTS)) as clients:
             assert list(clients.map(lambda prompt: tokens_of(gateway.url, prompt, NEW_TOKENS), PROMPTS)) == expected
@@ -134,10 +131,7 @@ def test_each_stage_reads_and_computes_in_its_own_dtype(mixed: Published, manife
     weights = [(manifest.dtype, manifest.digest) for manifest in manifests]
     told = {"LAMINA_PIPELINE": fingerprint_of(weights, CUT), "LAMINA_WEIGHTS": named(weights)}
     environments = [stage_environment(mixed, group, **told, LAMINA_DTYPE=dtype) for group, dtype in enumerate(DTYPES)]
-    with (
-        running(environments) as stages,
-        running_gateway(mixed, stages, **told) as gateway,
-    ):
+    with running(environments) as stages, running_gateway(mixed, stages, **told) as gateway:
         assert tokens_of(gateway.url, PROMPTS[0], NEW_TOKENS) == chained(mixed, manifests)
 
 

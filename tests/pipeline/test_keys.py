@@ -136,10 +136,7 @@ def test_modest_clients_are_answered_beside_a_greedy_one(published: Published, s
     modest, enough, greedy_statuses = [f"modest-{number}" for number in range(5)], threading.Event(), Counter[int]()
     limits = {"LAMINA_QUEUE_LIMIT": "8", "LAMINA_MICRO_BATCH_SEQUENCES": "1", "LAMINA_API_KEYS": ",".join(["greedy", *modest])}
 
-    with (
-        running_gateway(published, stages, **limits) as gateway,
-        ThreadPoolExecutor(GREEDY_AT_ONCE + len(modest)) as threads,
-    ):
+    with running_gateway(published, stages, **limits) as gateway, ThreadPoolExecutor(GREEDY_AT_ONCE + len(modest)) as threads:
 
         def status(key: str) -> int:
             return ask(gateway, "/v1/completions", {"prompt": key, "max_tokens": 24, "ignore_eos": True}, key)[0]

@@ -30,11 +30,7 @@ def test_every_line_end_however_it_is_cut(data: st.DataObject, end: bytes) -> No
     stream = end.join(
         [b"\xef\xbb\xbfdata: a", b"data:b", b": comment", b"", b"data", b"", b"id: 7", b"event: x", b"", b"data:  c", b"", b""]
     )
-    assert _read(_cut(data, stream)) == [
-        ServerSentEvent("a\nb"),
-        ServerSentEvent(""),
-        ServerSentEvent(" c"),
-    ]
+    assert _read(_cut(data, stream)) == [ServerSentEvent("a\nb"), ServerSentEvent(""), ServerSentEvent(" c")]
 
 
 def test_the_layout() -> None:

@@ -11,13 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventing.problems import EventTooLarge, MalformedEvent, Problem
-from eventing.wire.batch_codec import (
-    MAX_TABLE_BYTES,
-    TENSOR_ALIGNMENT,
-    decode_batch,
-    encode_batch,
-    select_rows,
-)
+from eventing.wire.batch_codec import MAX_TABLE_BYTES, TENSOR_ALIGNMENT, decode_batch, encode_batch, select_rows
 from eventing.wire.events import MAX_BATCH_TOKENS, MAX_HIDDEN_SIZE, MAX_ROWS, Batch, Row, Status, Tensor
 from tests.support.functions.batches import batches, encoded, make_batch
 

@@ -15,11 +15,7 @@ from tests.support.faults import fault_of
         (ReserveRequest, '{"rows": []}', "rows: expected an array, length at least 1"),
         (ReserveRequest, '{"rows": [{"id": "a", "attempt": 0, "reserve_tokens": 0}]}', "rows[0].reserve_tokens: expected "),
         (ReleaseRequest, '{"rows": [{"id": "", "attempt": 0}]}', "rows[0].id: expected a text, length at least 1"),
-        (
-            ReleaseRequest,
-            '{"rows": [' + ",".join(['{"id": "a", "attempt": 0}'] * (MAX_ROWS + 1)) + "]}",
-            "length at most 1024",
-        ),
+        (ReleaseRequest, '{"rows": [' + ",".join(['{"id": "a", "attempt": 0}'] * (MAX_ROWS + 1)) + "]}", "length at most 1024"),
         (WarmupRequest, '{"hot": true}', "hot: "),
         (ScoreRequest, "{}", "not neither"),
         (ScoreRequest, '{"text": "x", "token_ids": [1, 2]}', "not both"),

@@ -18,13 +18,7 @@ from eventing.wire.batch_codec import encode_batch
 from eventing.wire.cloud_event import make_event
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Row, Tensor
 from knative.local.kubelet.processes import memory_bytes
-from tests.support.functions.functions import (
-    TOKEN,
-    FunctionProcess,
-    gateway_environment,
-    stage_environment,
-    wait_until,
-)
+from tests.support.functions.functions import TOKEN, FunctionProcess, gateway_environment, stage_environment, wait_until
 from tests.support.functions.server import reply
 from tests.support.storage.published import CUT, Published
 

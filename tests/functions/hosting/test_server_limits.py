@@ -197,10 +197,7 @@ def test_slow_bodies_of_a_greedy_client_give_way_to_those_of_five_modest_ones() 
 
 
 def test_connections_of_a_greedy_client_give_way_to_those_of_five_modest_ones() -> None:
-    with (
-        serving(2, waiting_connections=40, head_seconds=ENOUGH, transfer_seconds=ENOUGH) as server,
-        ExitStack() as stack,
-    ):
+    with serving(2, waiting_connections=40, head_seconds=ENOUGH, transfer_seconds=ENOUGH) as server, ExitStack() as stack:
         modest = [stack.enter_context(server.connect()) for _ in MODEST]
         for client, sock in zip(MODEST, modest, strict=True):
             sock.sendall(begun_by(client, 1_000, 10))

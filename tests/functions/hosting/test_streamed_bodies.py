@@ -30,10 +30,7 @@ def answer(server: Serving, pieces: Iterable[bytes]) -> bytes:
 
 @pytest.mark.parametrize(
     "pieces",
-    [
-        (WITH_LENGTH % LENGTH, *itertools.repeat(PIECE, PIECES)),
-        (IN_CHUNKS, *itertools.repeat(CHUNK, PIECES), b"0\r\n\r\n"),
-    ],
+    [(WITH_LENGTH % LENGTH, *itertools.repeat(PIECE, PIECES)), (IN_CHUNKS, *itertools.repeat(CHUNK, PIECES), b"0\r\n\r\n")],
     ids=["length", "chunks"],
 )
 def test_a_long_body_is_received_whole_in_little_memory(pieces: Iterable[bytes]) -> None:

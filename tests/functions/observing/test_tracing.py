@@ -192,9 +192,7 @@ def test_opentelemetrys_own_settings_hold(traced: Receiver) -> None:
     assert all(len(span.attributes["lamina.pipeline"]) == 32 for span in traced.spans)
 
 
-def test_a_failed_span_has_its_error_and_unsampled_spans_are_not_exported(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_failed_span_has_its_error_and_unsampled_spans_are_not_exported(monkeypatch: pytest.MonkeyPatch) -> None:
     with otlp_receiver() as receiver:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
         tracer = make_tracer(receiver.endpoint, "lamina-test", {})

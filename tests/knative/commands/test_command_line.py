@@ -51,8 +51,7 @@ def test_run_ask_status_and_ctrl_c(running: Run) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("after", "number"),
-    [("publishing", signal.SIGINT), ("all at zero", signal.SIGINT), ("s0: starting", signal.SIGTERM)],
+    ("after", "number"), [("publishing", signal.SIGINT), ("all at zero", signal.SIGINT), ("s0: starting", signal.SIGTERM)]
 )
 def test_a_signal_at_any_phase_leaves_no_process(running: Run, after: str, number: signal.Signals) -> None:
     # A shell without job control starts what it runs in the background with SIGINT ignored.
@@ -196,10 +195,7 @@ def test_plan_refuses_int8_if_no_stage_would_run_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ("plan", "--model", LLAMA, "--stages", "41"),
-            "41 stages requested, but llama-2-13b has 40 layers; ask for at most",
-        ),
+        (("plan", "--model", LLAMA, "--stages", "41"), "41 stages requested, but llama-2-13b has 40 layers; ask for at most"),
         (("plan", "--model", LLAMA, "--cut", "0:10,20:40"), "group 20:40 must begin with layer 10"),
         (("ask", "http://127.0.0.1:9", "hi"), "no connection"),
     ],

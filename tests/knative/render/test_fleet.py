@@ -10,10 +10,7 @@ from tests.support.knative.manifests import container_of, environment_of, fleet_
 
 
 def test_functions_accept_every_rendered_environment() -> None:
-    fleet = fleet_of(
-        gateway={"api_keys_secret": "keys", "page": "off", "resources": {"memory": "1Gi"}},
-        max_devices=8,
-    )
+    fleet = fleet_of(gateway={"api_keys_secret": "keys", "page": "off", "resources": {"memory": "1Gi"}}, max_devices=8)
     files = door_files(fleet)
     (gateway,), (lease,) = files["gateway.yaml"], files["grants.yaml"]
     environ = environment_of(gateway)

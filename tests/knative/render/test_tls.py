@@ -31,18 +31,8 @@ OWN = ("tls.crt", "tls.key")
     ("tls", "expected", "port", "volumes"),
     [
         ({}, files("tls", "kn-user-default"), 8112, [secret("serving-certs", "ca.crt")]),
-        (
-            {"ca_config_map": "trust", "name": "x.example"},
-            files("ca", "x.example"),
-            8112,
-            [config_map("trust")],
-        ),
-        (
-            {"secret": "chat-tls"},
-            files("tls", "chat.default", own=True),
-            8443,
-            [secret("chat-tls", "ca.crt", *OWN)],
-        ),
+        ({"ca_config_map": "trust", "name": "x.example"}, files("ca", "x.example"), 8112, [config_map("trust")]),
+        ({"secret": "chat-tls"}, files("tls", "chat.default", own=True), 8443, [secret("chat-tls", "ca.crt", *OWN)]),
         (
             {"secret": "chat-tls", "ca_config_map": "trust"},
             files("ca", "chat.default", own=True),

@@ -5,14 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from knative.webhook.values import (
-    is_dns_1035_label,
-    is_qualified_name,
-    parse_duration,
-    parse_float,
-    parse_int,
-    parse_quantity,
-)
+from knative.webhook.values import is_dns_1035_label, is_qualified_name, parse_duration, parse_float, parse_int, parse_quantity
 
 SECOND = 10**9
 DURATIONS = {

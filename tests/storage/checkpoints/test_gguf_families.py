@@ -105,10 +105,7 @@ def with_experts_together(tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def add_tensor(
-    writer: gguf.GGUFWriter,
-    name: str,
-    tensor: torch.Tensor,
-    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.Q8_0,
+    writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.Q8_0
 ) -> None:
     array = tensor.numpy()
     if array.ndim > 1 and not name.endswith("ffn_gate_inp.weight"):

@@ -13,11 +13,7 @@ from storage.models.model_repository import Dtype
 from storage.models.object_writer import TargetTensor
 
 TORCH: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-TARGETS: Final[dict[Dtype, torch.dtype]] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+TARGETS: Final[dict[Dtype, torch.dtype]] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAME: Final = "model.layers.0.mlp.up_proj.weight"
 
 

@@ -7,14 +7,7 @@ import msgspec
 import pytest
 
 from storage.checkpoints.safetensors_format import TensorSpan
-from storage.errors import (
-    ChecksumMismatch,
-    ManifestInvalid,
-    ManifestTooNew,
-    ManifestTooOld,
-    ModelNotPublished,
-    ObjectNotFound,
-)
+from storage.errors import ChecksumMismatch, ManifestInvalid, ManifestTooNew, ManifestTooOld, ModelNotPublished, ObjectNotFound
 from storage.models.model_repository import (
     MANIFEST_VERSION,
     ModelManifest,

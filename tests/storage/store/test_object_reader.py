@@ -16,14 +16,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from storage.errors import (
-    AccessDenied,
-    BucketNotFound,
-    ObjectAltered,
-    StorageError,
-    StoreUnreachable,
-    UnexpectedAnswer,
-)
+from storage.errors import AccessDenied, BucketNotFound, ObjectAltered, StorageError, StoreUnreachable, UnexpectedAnswer
 from storage.store.object_reader import ObjectReader
 from storage.store.object_store import ObjectStore
 from storage.store.settings import StoreSettings

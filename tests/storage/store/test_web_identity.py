@@ -130,10 +130,7 @@ def test_refused_keys_are_reported_at_once(keyless: StoreSettings, service: Toke
         reader.get("models/one")
     assert len(service.asked) == 1
     gone = replace(keyless, web_identity_token_file="/nowhere/token")
-    with (
-        ObjectReader(gone) as reader,
-        pytest.raises(AccessDenied, match=r"/nowhere/token cannot be read .* mounted"),
-    ):
+    with ObjectReader(gone) as reader, pytest.raises(AccessDenied, match=r"/nowhere/token cannot be read .* mounted"):
         reader.get("models/one")
     nobody = replace(keyless, sts_endpoint="http://127.0.0.1:1")
     with ObjectReader(nobody, retry_seconds=0.2) as reader, pytest.raises(StoreUnreachable, match="Connection refused"):

@@ -62,12 +62,7 @@ class Pipeline:
     def submit(self, prompt: Prompt) -> TokenStream:
         self.prompts.append(prompt)
         self.stream = stream = TokenStream(
-            prompt.max_tokens,
-            prompt.eos_ids,
-            self.cancelled.set,
-            prompt.arrived,
-            prompt.kept_end_ids,
-            lambda: self.awaited,
+            prompt.max_tokens, prompt.eos_ids, self.cancelled.set, prompt.arrived, prompt.kept_end_ids, lambda: self.awaited
         )
         self.script(stream)
         return stream

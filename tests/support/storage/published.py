@@ -187,11 +187,7 @@ def _write_safetensors(path: Path, tensors: dict[str, Any]) -> None:
 
 @contextmanager
 def published_model(
-    folder: Path,
-    dtype: Dtype = "float32",
-    name: str = "tiny",
-    store: StoreSettings | None = None,
-    family: str | None = None,
+    folder: Path, dtype: Dtype = "float32", name: str = "tiny", store: StoreSettings | None = None, family: str | None = None
 ) -> Iterator[Published]:
     """The model by its name, in a store of its own or in `store`, which runs. In dtype kept its source is a GGUF file.
 

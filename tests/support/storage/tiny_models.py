@@ -78,8 +78,7 @@ _LLAMA_SHAPED: Final[dict[str, dict[str, Any]]] = {
         },
     ),
     "llama_rope_yarn": _like_llama(
-        "llama",
-        rope_parameters={**_ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        "llama", rope_parameters={**_ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     ),
     "smollm3": _like_llama("smollm3", no_rope_layers=[1, 1, 1, 0, 1, 1]),
     "mistral": _like_llama("mistral", sliding_window=None),
@@ -396,12 +395,7 @@ _RECURRENT: Final[dict[str, dict[str, Any]]] = {
     ),
 }
 
-_GEMMA: Final = {
-    "head_dim": 16,
-    "sliding_window": SLIDING_WINDOW,
-    "tie_word_embeddings": True,
-    "final_logit_softcapping": 4.0,
-}
+_GEMMA: Final = {"head_dim": 16, "sliding_window": SLIDING_WINDOW, "tie_word_embeddings": True, "final_logit_softcapping": 4.0}
 _GEMMA_4: Final = {**_GEMMA, "global_head_dim": 24, "vocab_size_per_layer_input": VOCAB_SIZE}
 _SHARING_KV: Final = {  # the last layer reads the keys and values of the one before it
     "layer_types": [*_SLIDING_AND_FULL[:3], "sliding_attention", "full_attention", "full_attention"],

@@ -11,11 +11,7 @@ from tests.support.environments import GATEWAY
 from tests.support.functions.scripted_gateway import EVENT, Pipeline, chat, client_of
 
 PAGE = "https://chat.example"
-ASKS = {
-    "Origin": PAGE,
-    "Access-Control-Request-Method": "POST",
-    "Access-Control-Request-Headers": "authorization,content-type",
-}
+ASKS = {"Origin": PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
 
 
 def preflight(client: FlaskClient, path: str = "/v1/chat/completions", **headers: str) -> dict[str, str]:

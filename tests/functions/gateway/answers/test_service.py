@@ -99,11 +99,7 @@ def test_a_problem_before_the_first_token_has_its_status(
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("tokens", [0, 2])
 def test_an_unexpected_error_is_reported_without_its_details(
-    client: FlaskClient,
-    pipeline: Pipeline,
-    tokens: int,
-    api: str,
-    caplog: pytest.LogCaptureFixture,
+    client: FlaskClient, pipeline: Pipeline, tokens: int, api: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Before the first token by the status, later by the last event of the stream."""
 

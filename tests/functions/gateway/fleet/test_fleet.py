@@ -70,10 +70,7 @@ class Pipeline:
 
     def slices(self) -> Iterator[dict[str, Any]]:
         for service, url in zip(self.services, self.urls, strict=True):
-            labels = {
-                "serving.knative.dev/service": service,
-                "networking.internal.knative.dev/serviceType": "Private",
-            }
+            labels = {"serving.knative.dev/service": service, "networking.internal.knative.dev/serviceType": "Private"}
             yield {
                 "kind": "EndpointSlice",
                 "metadata": {"name": service, "labels": labels},

@@ -43,11 +43,7 @@ def test_a_sequence_that_can_never_fit_is_refused_and_delays_no_other() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("num_stages", [1, 3])
 def test_two_gateways_finish_on_memory_for_one_and_a_half_sequences(num_stages: int) -> None:
-    with (
-        counting_stages(num_stages, capacity_tokens=90) as stages,
-        scheduling(stages) as one,
-        scheduling(stages) as other,
-    ):
+    with counting_stages(num_stages, capacity_tokens=90) as stages, scheduling(stages) as one, scheduling(stages) as other:
         prompts = [[number] * 40 for number in range(4)]
         for streams in [[submit(gateway, prompt, 20) for prompt in prompts] for gateway in (one, other)]:
             check(streams, prompts, 20)

@@ -92,10 +92,7 @@ def test_lists_then_follows(server: WatchServer) -> None:
         server.put(slice_of("one", FIRST_READY, ("10.1.0.6", {"ready": False})))
         told.wait(FIRST, Endpoint("http://10.1.0.6:8012", "stage-0-00001", ready=False))
         server.put(slice_of("one", ("10.1.0.5", TERMINATING), SECOND_READY))
-        told.wait(
-            Endpoint("http://10.1.0.5:8012", "stage-0-00001", ready=False, terminating=True),
-            SECOND,
-        )
+        told.wait(Endpoint("http://10.1.0.5:8012", "stage-0-00001", ready=False, terminating=True), SECOND)
         server.delete("one")
         told.wait()
     listing, following = server.requests[:2]
@@ -161,10 +158,7 @@ def test_slices_are_merged(server: WatchServer) -> None:
     server.put(slice_of("pod-1", ("127.0.0.1", READY), ports=[("http", 40001)]))
     server.put(slice_of("pod-2", ("127.0.0.1", READY), revision="stage-0-00002", ports=[(None, 40002)]))
     with watching(server, local) as told:
-        told.wait(
-            Endpoint("http://127.0.0.1:40001", "stage-0-00001"),
-            Endpoint("http://127.0.0.1:40002", "stage-0-00002"),
-        )
+        told.wait(Endpoint("http://127.0.0.1:40001", "stage-0-00001"), Endpoint("http://127.0.0.1:40002", "stage-0-00002"))
         server.delete("pod-1")
         told.wait(Endpoint("http://127.0.0.1:40002", "stage-0-00002"))
 

@@ -131,9 +131,7 @@ conversations = st.builds(
 )
 disturbances = st.tuples(st.sampled_from(["none", "duplicate", "lost", "late", "attempt"]), st.integers(0, 1000))
 micro_batches = st.builds(
-    MicroBatch,
-    conversations=st.lists(conversations, min_size=1, max_size=3),
-    disturbances=st.lists(disturbances, max_size=8),
+    MicroBatch, conversations=st.lists(conversations, min_size=1, max_size=3), disturbances=st.lists(disturbances, max_size=8)
 )
 cuts = st.sets(st.integers(1, tiny_models.NUM_LAYERS - 1), max_size=3).map(
     lambda inner: tuple(zip([0, *sorted(inner)], [*sorted(inner), tiny_models.NUM_LAYERS], strict=True))
@@ -163,10 +161,7 @@ def test_tokens_are_the_whole_models_whatever_happens_on_the_way(
     name: str, kind: Kind, cut: tuple[tuple[int, int], ...], groups_of: list[MicroBatch], num_stages: int, max_merge: int
 ) -> None:
     groups = build_groups(name, cut, kind)
-    with (
-        engines(groups, num_stages=num_stages, max_merge=max_merge) as stages,
-        ThreadPoolExecutor(max_workers=3) as pool,
-    ):
+    with engines(groups, num_stages=num_stages, max_merge=max_merge) as stages, ThreadPoolExecutor(max_workers=3) as pool:
         answers = list(pool.map(lambda micro_batch: micro_batch.drive(stages), groups_of))
     for micro_batch, found in zip(groups_of, answers, strict=True):
         assert found == [expected(name, conversation) for conversation in micro_batch.conversations]

@@ -181,14 +181,7 @@ def published_groups(folder: Path, cut: tuple[int, ...]) -> list[LayerGroup]:
     try:
         return [
             build_layer_group(
-                "auto",
-                config,
-                tiny_models.stage_tensors(tensors, first, last, cut[-1]),
-                first,
-                last,
-                "float32",
-                "cpu",
-                2**27,
+                "auto", config, tiny_models.stage_tensors(tensors, first, last, cut[-1]), first, last, "float32", "cpu", 2**27
             )
             for first, last in pairwise(cut)
         ]

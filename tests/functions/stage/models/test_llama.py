@@ -153,14 +153,7 @@ def test_an_incomplete_layer_is_refused_and_the_missing_tensor_named(kind: Kind)
 
 @pytest.mark.parametrize(
     "segments",
-    [
-        [],
-        [Segment(0, 1, 5)],
-        [Segment(0, 0, 61)],
-        [Segment(0, 0, 0)],
-        [Segment(0, 0, 2), Segment(0, 0, 3)],
-        [Segment(0, 0, 6)],
-    ],
+    [[], [Segment(0, 1, 5)], [Segment(0, 0, 61)], [Segment(0, 0, 0)], [Segment(0, 0, 2), Segment(0, 0, 3)], [Segment(0, 0, 6)]],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_segments_that_do_not_fit_the_cache_are_refused_and_change_nothing(kind: Kind, segments: list[Segment]) -> None:

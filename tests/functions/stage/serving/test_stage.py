@@ -71,10 +71,7 @@ class Client:
     def __init__(self, sender: Sender, stage: FunctionProcess, published: Published, group: int) -> None:
         self._sender = sender
         self.url = stage.url
-        self.attributes: dict[str, Any] = {
-            Attribute.PIPELINE: published.fingerprint(),
-            Attribute.LAYER: CUT[group][0],
-        }
+        self.attributes: dict[str, Any] = {Attribute.PIPELINE: published.fingerprint(), Attribute.LAYER: CUT[group][0]}
 
     def post(self, headers: dict[str, str], body: Any) -> HttpReply:
         return self._sender.send(self.url, headers, body, 30)

@@ -11,10 +11,7 @@ from knative.webhook.autoscaling_annotations import AutoscalerConfig
 
 def settings(container_concurrency: int = 0, config: AutoscalerConfig | None = None, **annotations: Any) -> RevisionSettings:
     keys = {f"autoscaling.knative.dev/{name.replace('_', '-')}": value for name, value in annotations.items()}
-    template: dict[str, Any] = {
-        "metadata": {"annotations": keys},
-        "spec": {"containerConcurrency": container_concurrency},
-    }
+    template: dict[str, Any] = {"metadata": {"annotations": keys}, "spec": {"containerConcurrency": container_concurrency}}
     return revision_settings(template, config or AutoscalerConfig())
 
 

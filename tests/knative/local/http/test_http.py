@@ -105,11 +105,7 @@ LONG = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n"
         (GET, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
         # the answer to HEAD has a length but no body; an HTTP/1.0 client gets a body that ends with its connection
         (b"HEAD / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", LONG + b"\r\n", LONG + b"Connection: close\r\n\r\n"),
-        (
-            b"GET / HTTP/1.0\r\n\r\n",
-            CHUNKED + b"2\r\nhi\r\n0\r\n\r\n",
-            b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhi",
-        ),
+        (b"GET / HTTP/1.0\r\n\r\n", CHUNKED + b"2\r\nhi\r\n0\r\n\r\n", b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhi"),
     ],
 )
 async def test_answers_are_reframed(request_bytes: bytes, answer: bytes, expected: bytes) -> None:
