@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from functions.stage.native.compiler import FLAGS, SOURCE, CompilationFailed
+from functions.stage.native.library import library
 
 HERE = Path(__file__).parent
 
@@ -41,3 +42,14 @@ def compiled(request: pytest.FixtureRequest) -> Callable[..., Path]:
         return file
 
     return compile_
+
+
+@pytest.fixture(scope="session")
+def own_sources() -> list[str | Path]:
+    """C files of the library, and options to link them, without levels that this CPU does not have: no call reaches those."""
+    files = sorted(SOURCE.glob("*.c"))
+    absent = [path for path in files if path.match("level_*") and path.stem.removeprefix("level_") not in library().levels]
+    return [
+        *(path for path in files if path not in absent),
+        *(f"-Wl,--defsym={path.stem.replace('level', 'lamina', 1)}=0" for path in absent),
+    ]

@@ -1,7 +1,7 @@
 """All levels of this CPU compute the same except for the order of sums. All compilers give the same bits."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 from unittest.mock import patch
@@ -9,7 +9,6 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from functions.stage.native.compiler import SOURCE
 from functions.stage.native.library import Library, library
 from tests.support.functions.group_chain import logits_by_plan, tokens_of
 from tests.support.functions.native_models import error, exact_groups, native_groups, torch_groups
@@ -63,8 +62,8 @@ def test_a_sequences_bits_do_not_depend_on_chunks_on_any_level(level: str) -> No
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to compare with")
-def test_another_compiler_makes_the_same_bits(compiled: Callable[..., Path]) -> None:
-    other = Library(str(compiled(("gcc", "-Wno-psabi"), sorted(SOURCE.glob("*.c")), ("-O1", "-shared"))))
+def test_another_compiler_makes_the_same_bits(compiled: Callable[..., Path], own_sources: Sequence[str | Path]) -> None:
+    other = Library(str(compiled(("gcc", "-Wno-psabi"), own_sources, ("-O1", "-shared"))))
     for level in library().levels:
         library().use_level(level)
         other.use_level(level)

@@ -119,10 +119,7 @@ def test_tokens_are_those_of_generate_and_logits_those_of_the_whole_model(name: 
 @pytest.mark.parametrize("kind", ["native", "llama", "transformers"])
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [
-        ("mistral", {"sliding_window": 1}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 1, "max_window_layers": 2}),
-    ],
+    [("mistral", {"sliding_window": 1}), ("qwen2", {"use_sliding_window": True, "sliding_window": 1, "max_window_layers": 2})],
 )
 def test_a_window_of_one_token_sees_that_token(kind: Kind, family: str, changes: dict[str, Any]) -> None:
     """Compared with the whole model without a cache: the cache of its `generate` wrongly keeps all tokens."""

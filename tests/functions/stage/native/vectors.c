@@ -1,12 +1,50 @@
-/* Prints what the functions of a header of vectors make of the same numbers: a line each, name and 16 lanes.
+/* Prints what the functions of a header of vectors make of the same numbers: a line each, name and 16 lanes in hexadecimal. Names
+   with ~ are of functions that may round otherwise.
 
-   VECTORS: the header. TARGET: the CPU's features that it needs. Lines with digits are of functions that may round otherwise. */
+   VECTORS: the header. TARGET: the CPU's features that it needs. It is linked without a C library, for Linux. */
 
 #include <stdint.h>
-#include <stdio.h>
 #include <string.h>
 
 #include "compiler.h"
+
+#if defined(__aarch64__)
+enum { WRITE = 64, EXIT = 93 };
+
+static long system_call(long number, long a, const void *b, long c)
+{
+    register long x0 __asm__("x0") = a, x2 __asm__("x2") = c, x8 __asm__("x8") = number;
+    register const void *x1 __asm__("x1") = b;
+    __asm__ volatile("svc 0" : "+r"(x0) : "r"(x1), "r"(x2), "r"(x8) : "memory");
+    return x0;
+}
+#define ENTRY
+#else
+enum { WRITE = 1, EXIT = 60 };
+
+static long system_call(long number, long a, const void *b, long c)
+{
+    long result;
+    __asm__ volatile("syscall" : "=a"(result) : "a"(number), "D"(a), "S"(b), "d"(c) : "rcx", "r11", "memory");
+    return result;
+}
+#define ENTRY __attribute__((force_align_arg_pointer))
+#endif
+
+__attribute__((no_builtin)) void *memcpy(void *restrict to, const void *restrict from, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        ((uint8_t *)to)[i] = ((const uint8_t *)from)[i];
+    return to;
+}
+
+__attribute__((no_builtin)) void *memset(void *to, int value, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        ((uint8_t *)to)[i] = (uint8_t)value;
+    return to;
+}
+
 #ifdef TARGET
 BEGIN_TARGET(TARGET)
 #endif
@@ -23,21 +61,17 @@ static uint32_t next(void)
 static void bits(const char *name, vec a)
 {
     uint32_t lanes[16];
+    char line[256], *end = line;
     store(lanes, a);
-    printf("%s", name);
-    for (int i = 0; i < 16; i++)
-        printf(" %08x", lanes[i]);
-    printf("\n");
-}
-
-static void digits(const char *name, vec a)
-{
-    float lanes[16];
-    store(lanes, a);
-    printf("%s", name);
-    for (int i = 0; i < 16; i++)
-        printf(" %.4f", (double)lanes[i]);
-    printf("\n");
+    while (*name)
+        *end++ = *name++;
+    for (int digit = 0; digit < 16 * 8; digit++) {
+        if (digit % 8 == 0)
+            *end++ = ' ';
+        *end++ = "0123456789abcdef"[lanes[digit / 8] >> (28 - digit % 8 * 4) & 15];
+    }
+    *end++ = '\n';
+    system_call(WRITE, 1, line, end - line);
 }
 
 /* 16 numbers of [-8, 8), with special ones among them or not. */
@@ -48,7 +82,7 @@ static void floats(float *made, int special)
         made[i] = special && next() % 4 == 0 ? specials[next() % 8] : (float)(int32_t)next() * 0x1p-28f;
 }
 
-int main(void)
+ENTRY void _start(void)
 {
     for (int round = 0; round < 50; round++) {
         float x[64], y[16], z[16];
@@ -84,13 +118,13 @@ int main(void)
         bits("store_part", load(x + 16)), bits("load_part", load_part(y, 1 + round % 15));
         vec tiles[4][4];
         floats(z, 0);
-        digits("fma_f32", fma_f32(c, load(z), c)), digits("dot_bf16", dot_bf16(c, bf16_of_f32(c, load(z)), bf16_of_f32(load(z), c)));
-        digits("sum_f32", every_f32(sum_f32(c)));
+        bits("~fma_f32", fma_f32(c, load(z), c)), bits("~dot_bf16", dot_bf16(c, bf16_of_f32(c, load(z)), bf16_of_f32(load(z), c)));
+        bits("~sum_f32", every_f32(sum_f32(c)));
         for (int part = 0; part < 16; part++)
             tiles[part / 4][part % 4] = mul_f32(c, every_f32((float)part));
-        digits("sum_tile", sum_tile(4, tiles)), digits("sum_tile_3", sum_tile(3, tiles));
+        bits("~sum_tile", sum_tile(4, tiles)), bits("~sum_tile_3", sum_tile(3, tiles));
     }
-    return 0;
+    system_call(EXIT, 0, NULL, 0);
 }
 #ifdef TARGET
 END_TARGET
