@@ -12,7 +12,7 @@ from functions.configuration.settings import ConfigError
 from functions.hosting.startup import StartUp, without_collection
 
 if TYPE_CHECKING:
-    from functions.hosting.server import Service
+    from functions.hosting.answering import Service
 
 _log = logging.getLogger("functions")
 

@@ -20,9 +20,9 @@ from functions.gateway.jobs.worker import BatchMetrics, BatchWorker
 from functions.gateway.page.pipeline_state import PipelineWatch, StageDescription
 from functions.gateway.scheduling.metrics import SchedulerCollector
 from functions.gateway.text.tokenizer import ModelText
+from functions.hosting.answering import Service
 from functions.hosting.management import Management
 from functions.hosting.publication import WrongPublication, read_publication
-from functions.hosting.server import Service
 from functions.hosting.startup import StartUp
 from storage.errors import StorageError
 from storage.store.object_reader import ObjectReader

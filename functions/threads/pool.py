@@ -68,11 +68,6 @@ class ThreadPool(Executor):
         """How many calls wait for a thread."""
         return len(self._waiting)
 
-    @property
-    def mostly_free(self) -> bool:
-        """Whether calls take up at most half of `max_threads`."""
-        return (self.threads - len(self._idle) + len(self._waiting)) * 2 <= self._max_threads
-
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
         """Runs a call in an idle or new thread; at `max_threads` it is queued.
 
@@ -106,7 +101,7 @@ class ThreadPool(Executor):
         self._started += 1
         first = [call]  # taken out by the thread, which would otherwise keep its arguments until it ends
         thread = threading.Thread(target=self._run, args=(first,), name=f"{self._name}-{self._started}", daemon=True)
-        self.threads += 1  # before it runs, and may ask whether the pool is mostly free
+        self.threads += 1
         try:
             thread.start()
         except RuntimeError as error:

@@ -24,8 +24,8 @@ from functions.gateway.fleet.parts import Parts, Turn
 from functions.gateway.fleet.routing import MemberRouter, fleet_admission, own_app
 from functions.gateway.jobs.batches import Batches
 from functions.gateway.stages.kubernetes_api import LEASES, KubernetesAPI
+from functions.hosting.answering import Service
 from functions.hosting.management import Management
-from functions.hosting.server import Service
 from functions.hosting.startup import StartUp
 from storage.errors import StorageError
 

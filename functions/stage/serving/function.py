@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Final
 
 from eventing.problems import NotReady
 from functions.configuration.config import StageConfig
+from functions.hosting.answering import Service
 from functions.hosting.management import Management
 from functions.hosting.publication import WrongPublication
-from functions.hosting.server import Service, listen
+from functions.hosting.server import listen
 from functions.hosting.startup import StartUp
 from functions.observing.telemetry import make_tracer
 from functions.stage.serving.app import MAX_EVENT_BYTES, StageApp, StageMetrics, stage_admission

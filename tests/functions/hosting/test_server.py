@@ -5,10 +5,11 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection
+from unittest.mock import Mock
 
 import pytest
 
-from functions.hosting.server import threads_for
+from functions.hosting.answering import Turns, threads_for
 from tests.support.functions.server import ENOUGH, Serving, reply, serving
 
 
@@ -49,6 +50,20 @@ def test_more_connections_than_threads_are_all_answered(threads: int) -> None:
         answered = [answering_thread(connection) for _ in range(3) for connection in opened]
     assert len(answered) == 21
     assert len(set(answered)) <= threads_for(threads)
+
+
+def test_a_request_counts_before_its_thread_begins() -> None:
+    """Otherwise a server's only thread may take all of them for free, and wait while others want it."""
+
+    class Connection:
+        reader = Mock(client_id="a client")
+
+    free: list[bool] = []
+    turns = Turns(1, 1, lambda _: free.append(turns.mostly_free))
+    connection = Connection()
+    turns.push(connection)
+    turns.finished(connection)
+    assert (free, turns.mostly_free) == ([False], True)
 
 
 def test_requests_sent_in_one_piece_are_all_answered() -> None:

@@ -15,13 +15,14 @@ from tests.support.paths import ROOT
 
 _SERVER: Final = """
 import hashlib, json, sys, threading, time
-import functions.hosting.server
+import functions.hosting.answering
 from eventing.problems import Problem
 from functions.hosting.requests import CLIENT_GONE, CLIENT_ID, STREAMED
 from functions.hosting.connection import ServerLimits
-from functions.hosting.server import Server, Service
+from functions.hosting.answering import Service
+from functions.hosting.server import Server
 given = json.loads(sys.argv[1])
-functions.hosting.server.NEXT_REQUEST_SECONDS = given["next_request_seconds"]
+functions.hosting.answering.NEXT_REQUEST_SECONDS = given["next_request_seconds"]
 held = threading.Event()
 gone = threading.Event()
 def application(environ, start_response):

@@ -22,7 +22,7 @@ from functions.gateway.openapi.replies import (
     ResponseObject,
 )
 from functions.gateway.scheduling.token_stream import TokenStream
-from functions.hosting.server import PROBES
+from functions.hosting.answering import PROBES
 from tests.functions.gateway.page.test_state_events import Pipe
 from tests.support.environments import gateway_config
 from tests.support.functions.scripted_gateway import END, TOKENIZER, Pipeline, Script, client_of
