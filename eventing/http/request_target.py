@@ -3,15 +3,10 @@
 import re
 from typing import Final
 
-_AUTHORITY: Final = re.compile(
-    r"(?:\[[0-9A-Fa-f:.]+(?:%25[\w.~-]+)?\]|[\w.~!$&'()*+,;=%-]*)(?::[0-9]*)?", re.ASCII
-)  # RFC 3986, section 3.2, without user information, which RFC 9110, section 4.2.4, wants refused
+# What a Host header may be: a host, with a port or without, or nothing (RFC 9110, section 7.2; RFC 3986, section 3.2, without
+# user information, which RFC 9110, section 4.2.4, wants refused).
+AUTHORITY: Final = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%25[\w.~-]+)?\]|[\w.~!$&'()*+,;=%-]*)(?::[0-9]*)?", re.ASCII)
 _ABSOLUTE: Final = re.compile(r"https?://([^/?]+)([^?]*)(.*)", re.IGNORECASE | re.DOTALL)
-
-
-def is_authority(text: str) -> bool:
-    """Whether `text` may be the value of a Host header: a host, with a port or without, or nothing (RFC 9110, section 7.2)."""
-    return _AUTHORITY.fullmatch(text) is not None
 
 
 def read_target(method: str, target: str) -> tuple[str, str | None]:
@@ -28,7 +23,7 @@ def read_target(method: str, target: str) -> tuple[str, str | None]:
             raise ValueError(f"the request target * is for OPTIONS, and the method is {method}; send a path")
         return target, None
     found = _ABSOLUTE.fullmatch(target)
-    if found is None or not is_authority(found[1]):
+    if found is None or not AUTHORITY.fullmatch(found[1]):
         raise ValueError(f"the request target {_shown(target)} is neither a path nor an http URL")
     path = found[2] or ("*" if method == "OPTIONS" and not found[3] else "/")  # RFC 9112, section 3.2.4
     return path + found[3], found[1]

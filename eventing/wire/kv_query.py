@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 from eventing.problems import MalformedEvent
 from eventing.wire.control import Attempt, SequenceId
 from eventing.wire.events import MAX_POSITION
-from eventing.wire.prefix_chain import BLOCK_TOKENS, DIGEST_BYTES, LINEAGE_BYTES
+from eventing.wire.prefix_chain import BLOCK_TOKENS, DIGEST_BYTES, LINEAGE
 
 KV_PATH: Final = "/kv"
 HELD_HEADER: Final = "lamina-held"  # of a reply to a query by sequence id: how many tokens of the sequence are held
@@ -29,7 +29,7 @@ class KVQuery(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=Tru
     layer: Annotated[int, Meta(ge=0)]  # the stage's first
     first: Annotated[int, Meta(ge=0, le=MAX_POSITION)]
     end: Annotated[int, Meta(ge=1, le=MAX_POSITION)]
-    lineage: Annotated[str, Meta(pattern=rf"^[0-9a-f]{{{2 * LINEAGE_BYTES}}}$")]
+    lineage: Annotated[str, Meta(pattern=f"^{LINEAGE.pattern}$")]
     # Hexadecimal, of the chain's block that ends at `end`, without lineage. Empty: only the sequence itself is wanted.
     digest: Annotated[str, Meta(pattern=rf"^([0-9a-f]{{{2 * DIGEST_BYTES}}})?$")] = ""
     id: SequenceId | None = None

@@ -7,6 +7,7 @@ The bits of keys and values depend also on what computed them: CPU level and dty
 Their digest is the lineage, which travels with the events. A stage finds KV by chain and lineage. All functions are pure.
 """
 
+import re
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,6 +20,7 @@ from blake3 import blake3
 BLOCK_TOKENS: Final = 16
 DIGEST_BYTES: Final = 16
 LINEAGE_BYTES: Final = 8
+LINEAGE: Final = re.compile(f"[0-9a-f]{{{2 * LINEAGE_BYTES}}}")  # as text: hexadecimal
 
 Chain = tuple[bytes, ...]  # the digests of successive blocks
 
@@ -56,10 +58,6 @@ def lineage_after(before: str, kind: str) -> str:
     """
     data = f"{before} {kind}".encode()
     return blake3(data, derive_key_context="lamina lineage 1").hexdigest(length=LINEAGE_BYTES)
-
-
-def is_lineage(text: str) -> bool:
-    return len(text) == 2 * LINEAGE_BYTES and set(text) <= set("0123456789abcdef")
 
 
 def under(chain: Chain, lineage: str | None) -> Chain:

@@ -21,7 +21,7 @@ from urllib.parse import unquote_to_bytes
 
 import httptools
 
-from eventing.http.request_target import is_authority, read_target
+from eventing.http.request_target import AUTHORITY, read_target
 from eventing.problems import EventTooLarge, MalformedEvent, Overloaded, Problem
 from functions.fairness.fair_shares import FairShares
 
@@ -618,7 +618,7 @@ def wsgi_environ(
     host = environ.get("HTTP_HOST")
     if host is None and version != "1.0":
         raise BadRequest(400, "the request has no Host header, which HTTP/1.1 demands")
-    if host is not None and not is_authority(host):
+    if host is not None and not AUTHORITY.fullmatch(host):
         raise BadRequest(400, "the Host header is no host with a port or without")
     if authority is not None:
         environ["HTTP_HOST"] = authority

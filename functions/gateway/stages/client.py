@@ -34,7 +34,7 @@ from eventing.wire.control import (
 )
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Status
 from eventing.wire.framing import JSON_CONTENT_TYPE, Buffer, event_lines, read_attributes, read_json
-from eventing.wire.prefix_chain import is_lineage
+from eventing.wire.prefix_chain import LINEAGE
 from functions.gateway.stages.failures import StageFailed, stage_failed
 from functions.gateway.stages.routes import FifoLock, Instance
 from functions.observing.tracing import PASSING, Attributes, Span, TraceContext, Tracer
@@ -270,7 +270,7 @@ def _lineage_extension(lineage: str) -> list[tuple[str, str]]:
 
 def _origin(instance: Instance, attributes: dict[str, str], before: str = "") -> ReplyOrigin:
     free, lineage = attributes.get(Attribute.FREE_TOKENS, ""), attributes.get(Attribute.LINEAGE, "")
-    if not is_lineage(lineage):
+    if not LINEAGE.fullmatch(lineage):
         lineage = ""
     boot, free_tokens = attributes.get(Attribute.INSTANCE, ""), int(free) if free.isdecimal() else None
     return ReplyOrigin(instance, boot, free_tokens, before, lineage)

@@ -39,7 +39,7 @@ from eventing.wire.framing import (
     required_attribute,
 )
 from eventing.wire.kv_query import KVQuery
-from eventing.wire.prefix_chain import is_lineage
+from eventing.wire.prefix_chain import LINEAGE
 from eventing.wire.score import ScoreResponse, score_row
 from eventing.wire.signature import sign
 from functions.configuration.config import StageConfig
@@ -222,7 +222,7 @@ class EventHandlers:
         if self._identity.first == 0:
             return ""
         lineage: str | None = attributes.get(Attribute.LINEAGE)
-        if lineage is not None and not is_lineage(lineage):
+        if lineage is not None and not LINEAGE.fullmatch(lineage):
             raise MalformedEvent(f"the attribute {Attribute.LINEAGE} is {lineage[:40]!r}; send that of the last stage's reply")
         return lineage
 

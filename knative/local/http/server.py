@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 import httptools
 
-from eventing.http.request_target import is_authority, read_target
+from eventing.http.request_target import AUTHORITY, read_target
 from knative.local.http.messages import CHUNKED, LAST_CHUNK, Headers, HttpError, chunk, find, has_body, head
 
 _log = logging.getLogger(__name__)
@@ -313,7 +313,7 @@ class _ClientConnection(asyncio.Protocol):
         hosts = [value for name, value in self._headers if name.lower() == b"host"]
         if len(hosts) != 1 and (hosts or self.speaks_1_1):
             raise ValueError(f"the request has {len(hosts)} Host headers; send one")
-        if hosts and not is_authority(hosts[0].decode("latin-1")):
+        if hosts and not AUTHORITY.fullmatch(hosts[0].decode("latin-1")):
             raise ValueError("the Host header is no host with a port or without")
         target, authority = read_target(method.decode(), self._target.decode("latin-1"))
         if authority is not None or not hosts:  # a proxy sends a Host always (RFC 9110, section 7.2)
