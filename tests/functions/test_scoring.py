@@ -33,7 +33,8 @@ from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType
 from eventing.wire.framing import expiry_time
 from eventing.wire.score import ScoreRequest, ScoreResponse, score_row
 from eventing.wire.signature import sign, verify
-from functions.stage.serving.handlers import Scorer, StageIdentity
+from functions.stage.serving.handlers import StageIdentity
+from functions.stage.serving.scoring import Scorer
 from storage.store.object_store import ObjectStore
 from storage.store.payload_store import PayloadStore
 from tests.support.functions.functions import TOKEN, FunctionProcess, running_gateway

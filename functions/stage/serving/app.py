@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
     from functions.stage.engine.adapters import LoadedAdapter
-    from functions.stage.engine.engine import PassStatistics
+    from functions.stage.engine.engine import Engine, PassStatistics
     from functions.stage.engine.kv_tiers import Reuse
     from functions.stage.models.layer_group import ColdExperts
 
@@ -233,13 +233,11 @@ class StageMetrics(FunctionMetrics):
         self.weights_bytes = gauge("lamina_stage_weights_bytes", "Bytes of this stage's objects in the store")
         self.loaded_bytes = gauge("lamina_stage_loaded_bytes", "Bytes of them that were loaded and verified")
 
-        self._cold_experts: Callable[[], ColdExperts] | None = None
-        for name, field, help_text in (
-            ("experts_found", "found", "Experts that a layer used and found in memory"),
-            ("experts_read", "read", "Experts that a layer used and read from the weight cache"),
-            ("expert_bytes", "resident_bytes", "Bytes of experts in memory that may be dropped"),
-        ):
-            gauge(f"lamina_stage_{name}", help_text).set_function(partial(self._number_of_experts, field))
+        self._experts = {  # by field of ColdExperts
+            "found": gauge("lamina_stage_experts_found", "Experts that a layer used and found in memory"),
+            "read": gauge("lamina_stage_experts_read", "Experts that a layer used and read from the weight cache"),
+            "resident_bytes": gauge("lamina_stage_expert_bytes", "Bytes of experts in memory that may be dropped"),
+        }
 
         # Every series starts at 0, or a rate would miss its first increment.
         for type_ in EVENT_TYPES:
@@ -279,29 +277,22 @@ class StageMetrics(FunctionMetrics):
 
     def watch_experts(self, cold_experts: "Callable[[], ColdExperts]") -> None:
         """Calls this function whenever the metrics are scraped. Otherwise no experts are cold."""
-        self._cold_experts = cold_experts
+        for field, metric in self._experts.items():
+            metric.set_function(lambda field=field: float(getattr(cold_experts(), field)))
 
-    def _number_of_experts(self, field: str) -> float:
-        return 0 if self._cold_experts is None else float(getattr(self._cold_experts(), field))
-
-    def watch(
-        self,
-        free_tokens: Callable[[], float],
-        sequences: Callable[[], float],
-        remembered_tokens: Callable[[], float],
-        kv_resident_bytes: Callable[[], float],
-        checkpoint_bytes: Callable[[], float],
-        adapters: Callable[[], float],
-        adapter_bytes: Callable[[], float],
-    ) -> None:
-        """Registers gauges that call these functions whenever the metrics are scraped."""
+    def watch(self, engine: "Engine") -> None:
+        """Registers gauges that read numbers of the engine whenever the metrics are scraped."""
         for name, help_text, read in (
-            ("free_tokens", "KV tokens that can still be reserved", free_tokens),
-            ("sequences", "Sequences that hold KV", sequences),
-            ("kv_remembered_tokens", "KV tokens of ended sequences, which count as free", remembered_tokens),
-            ("kv_resident_bytes", "Bytes of LAMINA_KV_CACHE_BYTES that have been used once", kv_resident_bytes),
-            ("checkpoint_bytes", "Bytes of recurrent states that sequences can go back to", checkpoint_bytes),
-            ("adapters", "Adapters in memory", adapters),
-            ("adapter_bytes", "Bytes of memory that they take", adapter_bytes),
+            ("free_tokens", "KV tokens that can still be reserved", lambda: engine.free_tokens),
+            ("sequences", "Sequences that hold KV", lambda: engine.sequences),
+            ("kv_remembered_tokens", "KV tokens of ended sequences, which count as free", lambda: engine.cached_tokens),
+            (
+                "kv_resident_bytes",
+                "Bytes of LAMINA_KV_CACHE_BYTES that have been used once",
+                lambda: engine.kv_resident_bytes,
+            ),
+            ("checkpoint_bytes", "Bytes of recurrent states that sequences can go back to", lambda: engine.checkpoint_bytes),
+            ("adapters", "Adapters in memory", lambda: engine.adapters.loaded),
+            ("adapter_bytes", "Bytes of memory that they take", lambda: engine.adapters.loaded_bytes),
         ):
             Gauge(f"lamina_stage_{name}", help_text, registry=self.registry).set_function(read)

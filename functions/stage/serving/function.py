@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
+from eventing.claim_check import ClaimCheck
 from eventing.problems import NotReady
 from functions.configuration.config import StageConfig
 from functions.hosting.answering import Service
@@ -18,8 +19,10 @@ from functions.observing.telemetry import make_tracer
 from functions.stage.serving.app import MAX_EVENT_BYTES, StageApp, StageMetrics, stage_admission
 from functions.stage.serving.arriving import ArrivingModel
 from functions.stage.serving.bring_up import UnservableModel, bring_up
-from functions.stage.serving.handlers import EventHandlers
+from functions.stage.serving.handlers import EventHandlers, StageIdentity
+from functions.stage.serving.scoring import Scorer
 from storage.errors import StorageError
+from storage.store.payload_store import PayloadStore
 
 if TYPE_CHECKING:
     from functions.stage.engine.engine import Engine
@@ -54,7 +57,10 @@ class StageFunction:
         self._failed = False
         self._draining = False
         self._tracer = make_tracer(config.traces_endpoint, "lamina-stage", {"lamina.pipeline": config.pipeline})
-        handlers = EventHandlers(config, self.instance, self, self._tracer)
+        identity = StageIdentity.of(config, self.instance)
+        claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
+        scorer = Scorer(identity, self, claims, config.pipeline_token)
+        handlers = EventHandlers(identity, self, scorer.answer, self._tracer)
         self.service = Service(
             StageApp(handlers, self._metrics, *config.pipeline_tokens),
             Management(self._metrics.registry, sick=self._sick, ready=self._ready),
@@ -131,7 +137,8 @@ class StageFunction:
             self._fail(stop)
             return
         engine = ready.engine
-        self._measure_engine(engine)
+        self._metrics.watch(engine)
+        self._metrics.ready.set(1)
         with self._changed:
             self._engine, self._kv_writer = engine, ready.tiers.writer
             self._changed.notify_all()
@@ -143,18 +150,6 @@ class StageFunction:
             self._failed = True
             self._changed.notify_all()
         stop(_FAILED_STATUS)
-
-    def _measure_engine(self, engine: "Engine") -> None:
-        self._metrics.watch(
-            lambda: engine.free_tokens,
-            lambda: engine.sequences,
-            lambda: engine.cached_tokens,
-            lambda: engine.kv_resident_bytes,
-            lambda: engine.checkpoint_bytes,
-            lambda: engine.adapters.loaded,
-            lambda: engine.adapters.loaded_bytes,
-        )
-        self._metrics.ready.set(1)
 
     def _sick(self) -> str | None:
         if self._engine is not None and not self._engine.alive(_STUCK_AFTER_SECONDS):

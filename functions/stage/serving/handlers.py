@@ -1,6 +1,5 @@
 """How a stage answers each type of event. Knows events and an engine, no HTTP server."""
 
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,27 +10,24 @@ import msgspec
 from cloudevents.core.v1.event import CloudEvent
 from msgspec import Struct
 
-from eventing.claim_check import ClaimCheck
 from eventing.http.binding import to_binary_http
-from eventing.problems import InvalidRequest, MalformedEvent, NotReady, UnknownEventType, WrongLayer, WrongPipeline
+from eventing.problems import MalformedEvent, UnknownEventType, WrongLayer, WrongPipeline
 from eventing.wire.batch_codec import encode_batch
-from eventing.wire.cloud_event import batch_data, batch_event, event_of, json_event, make_event
+from eventing.wire.cloud_event import event_of, make_event
 from eventing.wire.control import (
     ReleaseReply,
     ReleaseRequest,
-    ReleaseRow,
     ReserveReply,
     ReserveRequest,
     WarmupReply,
     WarmupRequest,
 )
-from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Status
+from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, EventType
 from eventing.wire.framing import (
     JSON_CONTENT_TYPE,
     Buffer,
     ReplyTemplate,
     check_not_expired,
-    expiry_time,
     integer_attribute,
     read_batch,
     read_json,
@@ -40,11 +36,8 @@ from eventing.wire.framing import (
 )
 from eventing.wire.kv_query import KVQuery
 from eventing.wire.prefix_chain import LINEAGE
-from eventing.wire.score import ScoreResponse, score_row
-from eventing.wire.signature import sign
 from functions.configuration.config import StageConfig
 from functions.observing.tracing import PASSING, Tracer, read_traceparent
-from storage.store.payload_store import PayloadStore
 
 if TYPE_CHECKING:
     from functions.stage.engine.engine import Engine  # imports numpy, which a start must not wait for
@@ -118,14 +111,20 @@ Handler = Callable[[Attributes, Buffer, float | None], EventReply]  # the float:
 class EventHandlers:
     """Answers events, with one handler per event type."""
 
-    def __init__(self, config: StageConfig, instance: str, engines: EngineSource, tracer: Tracer = PASSING) -> None:
-        self._tracer = tracer
-        self._identity = identity = StageIdentity.of(config, instance)
+    def __init__(
+        self,
+        identity: StageIdentity,
+        engines: EngineSource,
+        score: Callable[[CloudEvent], CloudEvent],
+        tracer: Tracer = PASSING,
+    ) -> None:
+        """score: answers a signed forward event, which a Sequence delivers (`scoring`)."""
+        self._identity = identity
         self._engines = engines
+        self._score = score
+        self._tracer = tracer
         self._started: Engine | None = None
-        claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
-        self._scorer = Scorer(identity, engines, claims, config.pipeline_token)
-        self._layers = f"{config.layers[0]}:{config.layers[1]}"
+        self._layers = f"{identity.first}:{identity.last}"
         onward_type, next_layer = (EventType.RESULT, None) if identity.is_last_stage else (EventType.FORWARD, identity.last)
         self._batch_reply = self._template(onward_type, BATCH_CONTENT_TYPE, next_layer)
         self._json_replies = {
@@ -174,7 +173,7 @@ class EventHandlers:
 
     def _forward(self, attributes: Attributes, data: Buffer, expires_at: float | None) -> EventReply:
         if Attribute.SIGNATURE in attributes:  # from a Sequence, which passes each reply on
-            headers, body = to_binary_http(self._scorer.answer(event_of(attributes, data)))
+            headers, body = to_binary_http(self._score(event_of(attributes, data)))
             return EventReply(list(headers.items()), body)
         self._identity.check_layer(integer_attribute(attributes, Attribute.LAYER))
         engine = self._engine()
@@ -242,67 +241,3 @@ class EventHandlers:
         own = self._identity
         event = make_event(type_, own.source, b"", content_type, pipeline=own.pipeline, instance=own.instance, layer=next_layer)
         return ReplyTemplate(to_binary_http(event)[0])
-
-
-class Scorer:
-    """Scores a text in a single pass, for a Sequence of Eventing in which each reply is the next step's event.
-
-    The gateway makes a Batch of one row, each stage runs its layers over it, and the last stage answers with a ScoreResponse.
-    Stages keep nothing between events: each reserves and frees the row's memory within one event, under an id of its own, so
-    that repeated deliveries do not interfere. All events of a score have the id of the reply to the request. Data that is too
-    large for a channel goes by claim check.
-    """
-
-    def __init__(self, identity: StageIdentity, engines: EngineSource, claims: ClaimCheck, token: str) -> None:
-        self._identity = identity
-        self._engines = engines
-        self._claims = claims
-        self._token = token
-        self._source = f"{identity.source}/scores"
-
-    def answer(self, event: CloudEvent) -> CloudEvent:
-        """Runs the layers over the event's one row; returns the next stage's event, or the response. Raises a Problem."""
-        self._identity.check_layer(integer_attribute(event.get_attributes(), Attribute.LAYER))
-        required_attribute(event.get_attributes(), Attribute.EXPIRY_TIME)  # what follows is signed, too
-        engine = self._engines.engine()
-        batch = batch_data(self._claims.redeem(event))
-        if len(batch.rows) != 1 or len(batch.token_ids) < 2:
-            raise MalformedEvent(f"{len(batch.rows)} rows with {len(batch.token_ids)} tokens; send one text at a time")
-        reply = self._run(engine, batch, event)
-        return self._claims.check_in(self._reply(event, batch, reply, engine.free_tokens), datetime.now(UTC))
-
-    def _run(self, engine: "Engine", batch: Batch, event: CloudEvent) -> Batch:
-        """Runs the layers over the batch; the row of the reply is ok. Raises NotReady if a retry helps, else InvalidRequest."""
-        expiry = expiry_time(event.get_attributes())
-        own = score_row(secrets.token_hex(12), len(batch.token_ids))
-        try:
-            reply = engine.handle(
-                msgspec.structs.replace(batch, rows=(own,)),
-                source=self._source,
-                expires_at=None if expiry is None else expiry.timestamp(),
-            )
-        finally:
-            engine.release([ReleaseRow(own.id, own.attempt)], source=self._source)
-        row = reply.rows[0]
-        if row.status is Status.INVALID:
-            raise InvalidRequest(row.reason or "the text cannot be scored")
-        if row.status is not Status.OK:
-            raise NotReady(f"the text was not scored now: {row.status}, {row.reason or 'no reason given'}")
-        return reply
-
-    def _reply(self, cause: CloudEvent, asked: Batch, reply: Batch, free_tokens: int) -> CloudEvent:
-        source, id_ = self._identity.source, cause.get_id()
-        attributes: dict[str, str | int | None] = {
-            Attribute.PIPELINE: self._identity.pipeline,
-            Attribute.INSTANCE: self._identity.instance,
-            Attribute.FREE_TOKENS: free_tokens,
-            **{name: cause.get_extension(name) for name in (Attribute.EXPIRY_TIME, Attribute.TRACEPARENT)},
-        }
-        if self._identity.is_last_stage:
-            result = reply.rows[0].result
-            logprobs = () if result is None else result.logprobs or ()
-            response = ScoreResponse(tuple(asked.token_ids), logprobs, sum(logprobs))
-            return json_event(EventType.SCORE_RESPONSE, source, response, id=id_, **attributes)
-        attributes[Attribute.LAYER] = self._identity.last
-        onward = msgspec.structs.replace(reply, rows=asked.rows)
-        return sign(batch_event(EventType.FORWARD, source, onward, id=id_, **attributes), self._token)

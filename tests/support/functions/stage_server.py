@@ -29,7 +29,7 @@ from functions.stage.engine.event_queue import ForwardEvent
 from functions.stage.engine.kv_tiers import Tier
 from functions.stage.models.layer_group import LayerGroup
 from functions.stage.serving.app import StageApp, StageMetrics
-from functions.stage.serving.handlers import EventHandlers
+from functions.stage.serving.handlers import EventHandlers, StageIdentity
 from knative.local.kubelet.processes import free_port
 from tests.support.functions.counting_group import CountingGroup
 
@@ -250,7 +250,8 @@ class StageServer:
     def _app(self) -> Callable[["WSGIEnvironment", "StartResponse"], Iterable[bytes]]:
         readiness = SimpleNamespace(engine=lambda wait_seconds=0.0: self.engine, phases=dict, loaded=lambda: (0, 0))
         config = _config(self._cut, self.index)
-        handlers = EventHandlers(config, f"stage-{self.index}-boot-{self._boots}", cast("Any", readiness))
+        identity = StageIdentity.of(config, f"stage-{self.index}-boot-{self._boots}")
+        handlers = EventHandlers(identity, cast("Any", readiness), score=cast("Any", None))  # no Sequence asks it
         app = StageApp(handlers, StageMetrics(), TOKEN)
 
         def with_faults(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
