@@ -17,12 +17,14 @@ from bench.evaluation.fleet import Fleet, Pod
 from eventing.http.delivery import Sender
 from eventing.wire.control import ReserveReply, WarmupReply
 from eventing.wire.events import Batch, Row, Status
-from functions.gateway.scheduling.actions import Action, Release, Reserve, Wake, combined
-from functions.gateway.scheduling.apply import note_origin, reservation_over
+from functions.gateway.scheduling.apply import note_origin
 from functions.gateway.scheduling.batching import SchedulerLimits
-from functions.gateway.scheduling.decide import next_due
+from functions.gateway.scheduling.decide import Action, next_due
+from functions.gateway.scheduling.leases import Release
 from functions.gateway.scheduling.prefix_sharing import PrefixSharing
+from functions.gateway.scheduling.reservations import Reserve, combined, reservation_over
 from functions.gateway.scheduling.scheduler import Scheduler
+from functions.gateway.scheduling.wake_up import Wake
 from functions.gateway.stages.client import ForwardReply, PipelineIdentity, ReplyOrigin, StageClient, Trip
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.routes import Instance, Placement

@@ -7,7 +7,6 @@ refuses batched mode, which has functions of its own. The SDK's JSONFormat would
 
 import base64
 import json
-import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, Final, NoReturn, cast
@@ -30,9 +29,6 @@ Headers = Mapping[str, str] | Iterable[tuple[str, str]]
 
 # Extensions may be integers and booleans too (JSON format, section 2.2).
 _STRINGS: Final = (*REQUIRED, "datacontenttype", "dataschema", "subject", "time")
-# What needs no quoting in a header: printable ASCII without blank, double quote and per cent (HTTP binding, 3.1.3.2).
-_PLAIN: Final = re.compile("[!#$&-~]*")
-_TO_Z: Final = re.compile(r"\+00:00\Z")
 
 
 def to_binary_http(event: CloudEvent) -> tuple[dict[str, str], list[Buffer]]:
@@ -40,10 +36,7 @@ def to_binary_http(event: CloudEvent) -> tuple[dict[str, str], list[Buffer]]:
 
     The body is a list of buffers that are the event's own data: nothing is copied.
     """
-    headers = _plain_headers(event)
-    if headers is None:
-        headers = to_binary(event, _FORMAT).headers
-    return headers, data_buffers(event)
+    return to_binary(event, _FORMAT).headers, data_buffers(event)
 
 
 def to_structured_http(event: CloudEvent) -> tuple[dict[str, str], list[Buffer]]:
@@ -89,22 +82,6 @@ def from_batched_http(body: bytes | memoryview) -> list[CloudEvent]:
 def to_batched_http(events: Iterable[CloudEvent]) -> tuple[dict[str, str], list[Buffer]]:
     """The headers and the body of events in batched mode. Raises UnsupportedMediaType if an event's data is not JSON."""
     return {"content-type": BATCHED_CONTENT_TYPE}, [b"[" + b",".join(_FORMAT.write(event) for event in events) + b"]"]
-
-
-def _plain_headers(event: CloudEvent) -> dict[str, str] | None:
-    """The headers that the SDK's `to_binary` makes, in half the time; None if a value needs percent-encoding."""
-    headers: dict[str, str] = {}
-    for name, value in event.get_attributes().items():
-        if name == "datacontenttype":
-            headers["content-type"] = value
-            continue
-        if value is None:
-            return None
-        text = _TO_Z.sub("Z", value.isoformat()) if isinstance(value, datetime) else str(value)
-        if not _PLAIN.fullmatch(text):
-            return None
-        headers[f"ce-{name}"] = text
-    return headers
 
 
 class _PassThrough(JSONFormat):

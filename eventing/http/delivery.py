@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 import httptools
@@ -83,8 +83,7 @@ class ReplyTooLarge(BadReply):
         self.status = status
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(NamedTuple):
     """Scheme, host and port that a connection leads to (RFC 9110, section 4.3.1)."""
 
     secure: bool

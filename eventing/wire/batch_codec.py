@@ -20,7 +20,8 @@ The first 24 bytes determine every size, so a body of another length is refused 
 
 import struct
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Final
 
 import msgspec
@@ -93,15 +94,13 @@ def select_rows(batch: Batch, keep: Sequence[int]) -> Batch:
     """
     if len(keep) == len(batch.rows):
         return batch
-    offsets = batch.offsets()
-    spans = list(_merged((offsets[index], offsets[index + 1]) for index in keep))
-    hidden = batch.hidden
+    offsets, hidden = batch.offsets(), batch.hidden
+    spans = [(offsets[index], offsets[index + 1]) for index in keep if batch.rows[index].length]
     if hidden is not None:
-        size = row_bytes(hidden.dtype, hidden.shape[1])
+        tokens, size = sum(last - first for first, last in spans), row_bytes(hidden.dtype, hidden.shape[1])
         data = _gather(hidden.data, [(first * size, last * size) for first, last in spans])
-        hidden = Tensor(hidden.dtype, (sum(last - first for first, last in spans), hidden.shape[1]), data)
-    token_ids = _gather(batch.token_ids, spans)
-    return Batch(tuple(batch.rows[index] for index in keep), token_ids, hidden)
+        hidden = Tensor(hidden.dtype, (tokens, hidden.shape[1]), data)
+    return Batch(tuple(batch.rows[index] for index in keep), _gather(batch.token_ids, spans), hidden)
 
 
 def _tensor_header(hidden: Tensor | None, tokens: int) -> tuple[bytes, int]:
@@ -185,26 +184,9 @@ def _raw(view: memoryview) -> list[memoryview]:
     return [view.cast("B")] if view.nbytes else []
 
 
-def _merged(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Joins neighbouring spans (first, end), which must ascend, and drops empty ones."""
-    first = last = 0
-    for begin, end in spans:
-        if begin == end:
-            continue
-        if begin != last:
-            if first != last:
-                yield first, last
-            first = begin
-        last = end
-    if first != last:
-        yield first, last
-
-
 def _gather(view: memoryview, spans: Sequence[tuple[int, int]]) -> memoryview:
-    if not spans:
-        return view[:0]
-    if len(spans) == 1:
-        first, last = spans[0]
-        return view[first:last]
+    """The spans [first, end) of `view`, which ascend: a view of it if they are neighbours, otherwise copied into one."""
+    if all(end == begin for (_, end), (begin, _) in pairwise(spans)):
+        return view[spans[0][0] : spans[-1][1]] if spans else view[:0]
     joined = memoryview(b"".join(view[first:last] for first, last in spans))
     return joined.cast("i") if view.format == "i" else joined

@@ -5,9 +5,9 @@ from collections.abc import Sequence as Items
 from collections.abc import Set
 
 from eventing.wire.control import MAX_PEERS
-from functions.gateway.scheduling.actions import Reserve, reserve
 from functions.gateway.scheduling.micro_batch import MicroBatch
 from functions.gateway.scheduling.prefix_sharing import leader_is_done
+from functions.gateway.scheduling.reservations import Reserve, reserve
 from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.scheduling.state import SchedulerState
 from functions.gateway.stages.routes import Instance
@@ -40,28 +40,27 @@ def admit(state: SchedulerState, now: float) -> list[Reserve]:
     return [_reserve(state, batch, sequences) for batch, sequences in admitted.items()]
 
 
-def reserve_again(state: SchedulerState) -> list[Reserve]:
-    """Repeats the reservations of sequences whose KV is being restored, and of followers whose prefix leader is done.
+def reserve_again(state: SchedulerState, batch: MicroBatch, waiting: Items[Sequence]) -> list[Reserve]:
+    """Repeats the reservations of sequences of `batch` that wait for KV: restored, computed by their leader, or handed over.
 
     The stages may hold more of their tokens now, and their replies say so. Sequences that have migrated ask only the new
     instance. The other stages hold tokens drawn since the first reservation, and would drop these: a longer chain tells a stage
     that what it holds beyond the shorter one may be rejected draft tokens.
     """
+    again: dict[Instance | None, list[Sequence]] = {}  # by the instance that they migrated from
+    for sequence in waiting:
+        left = sequence.handing_over
+        asks = left is not None or (batch.target is None and (sequence.restoring or leader_is_done(sequence, state)))
+        if asks and sequence.at_rest:
+            sequence.reserved = False
+            again.setdefault(left, []).append(sequence)
     reservations = []
-    for batch in state.micro_batches:
-        again: dict[Instance | None, list[Sequence]] = {}  # by the instance that they migrated from
-        for sequence in batch.sequences:
-            left = sequence.handing_over
-            asks = left is not None or (batch.target is None and (sequence.restoring or leader_is_done(sequence, state)))
-            if asks and sequence.at_rest:
-                sequence.reserved = False
-                again.setdefault(left, []).append(sequence)
-        for left, sequences in again.items():
-            if left is None:
-                reservations.append(_reserve(state, batch, sequences))
-            else:
-                target = batch.route.instances[left.stage]
-                reservations.append(reserve((target,), sequences, peers={target: (left.url,)}, migrates=True))
+    for left, sequences in again.items():
+        if left is None:
+            reservations.append(_reserve(state, batch, sequences))
+        else:
+            target = batch.route.instances[left.stage]
+            reservations.append(reserve((target,), sequences, peers={target: (left.url,)}, migrates=True))
     return reservations
 
 

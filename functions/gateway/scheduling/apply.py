@@ -1,24 +1,19 @@
-"""Applies replies, reservations and failures of stages to the scheduler's state (docs/scheduling.md, "When something breaks").
+"""Applies the replies of stages to the scheduler's state; the last stage's reply carries the new tokens.
 
-The caller holds the scheduler's lock. A failed event ends no answer while its sequences have retries left: they are computed
-again on another route, or only at the stage that lost their KV.
+The caller holds the scheduler's lock.
 """
 
 import logging
 import time
-from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from itertools import repeat
 from typing import Final
 
-from eventing.problems import AdapterUnusable, InvalidRequest, PipelineUnavailable, Problem, ReplaysExhausted
-from eventing.wire.control import ReleaseRow
-from eventing.wire.events import Pooling, Result, Row, Status
+from eventing.wire.events import Pooling, Result, Status
 from eventing.wire.generation import TokenLogprob
-from functions.gateway.scheduling.actions import Reservation, Reserve
 from functions.gateway.scheduling.micro_batch import Step
-from functions.gateway.scheduling.prefix_sharing import follow, stop_following
-from functions.gateway.scheduling.sequence import Chunk, Sequence, names_of
+from functions.gateway.scheduling.replays import replayed, row_failed, settle
+from functions.gateway.scheduling.sequence import Chunk, Sequence
 from functions.gateway.scheduling.state import SchedulerState
 from functions.gateway.scheduling.stats import StageStats, seconds_on
 from functions.gateway.stages.client import ForwardReply, ReplyOrigin
@@ -30,9 +25,6 @@ _log: Final = logging.getLogger(__name__)
 _INCOMPLETE: Final = (
     "its reply lacks a token, a log-probability or a vector that was wanted, or accepts draft tokens that were not sent"
 )
-
-
-# A stage replied.
 
 
 def stage_replied(state: SchedulerState, step: Step, stage: int, reply: ForwardReply, seconds: float) -> None:
@@ -56,7 +48,7 @@ def stage_replied(state: SchedulerState, step: Step, stage: int, reply: ForwardR
                 raise StageFailed(stage, "malformed", _INCOMPLETE, blames=True)
     for row, (sequence, chunk) in zip(rows, chunks, strict=True):
         if row.status is not Status.OK:
-            _row_failed(state, sequence, chunk, stage, row)
+            row_failed(state, sequence, chunk, stage, row)
             continue
         sequence.progress.computed(stage, chunk)
         if stage == step.trip.depth:
@@ -76,7 +68,7 @@ def note_origin(state: SchedulerState, origin: ReplyOrigin, in_trip: Items[tuple
             for sequence in batch.sequences if instance in batch.route.instances else ():
                 if sequence.reserved and sequence not in told:
                     sequence.progress.missed(instance.stage, 0)
-                    _replayed(state, sequence, "rebooted")
+                    replayed(state, sequence, "rebooted")
     instance.replied(origin.boot, origin.free_tokens, origin.before, origin.lineage)
 
 
@@ -114,7 +106,8 @@ def _chunk_over(state: SchedulerState, sequence: Sequence, chunk: Chunk, result:
                 sequence.must_restart = True
             else:
                 sequence.stream.finish("length")
-    _settle(state, sequence)
+    if sequence.stream.over or sequence.must_restart:
+        settle(state, sequence)
 
 
 def _pooled(state: SchedulerState, sequence: Sequence, chunk: Chunk, vector: bytes) -> None:
@@ -176,189 +169,3 @@ def _is_incomplete(result: Result | None, sequence: Sequence, chunk: Chunk) -> b
     if top is not None and len(logprobs) != len(tokens):
         return True
     return not tokens or tokens[:-1] != chunk.draft_tokens[: len(tokens) - 1]
-
-
-# A step, or one row of it, failed.
-
-
-def trip_failed(state: SchedulerState, step: Step, ids: Items[str], failure: StageFailed) -> None:
-    """Applies a trip that ended at `failure.stage` without a usable reply: its sequences begin again on another route.
-
-    ids: the rows that were on their way to the stage. If these rows may have broken the stage, or the stage refuses this
-    gateway, the failure counts against their retry budgets.
-    """
-    _stage_failed(state, step.trip.instances[failure.stage], failure)
-    for id_ in ids:
-        sequence, chunk = step.chunks[id_]
-        if (failure.blames or failure.final) and not (sequence.must_restart or sequence.stream.over):
-            sequence.retry_budget.failed_at(failure.stage, chunk)
-            _suspect(state, sequence, str(failure), PipelineUnavailable if failure.final else ReplaysExhausted)
-        sequence.progress.failing = True
-        sequence.must_restart, sequence.broken_by = True, failure.cause
-        sequence.progress.returned()
-        _settle(state, sequence)
-
-
-def _row_failed(state: SchedulerState, sequence: Sequence, chunk: Chunk, stage: int, row: Row) -> None:
-    """Applies a row that `stage` did not compute, by its status.
-
-    MISS: the tokens that the stage lacks are sent again. INVALID: the sequence fails with InvalidRequest, or is tried again
-    without draft tokens if it had any. Otherwise it begins again on another route.
-    """
-    status, held = row.status, row.held or 0
-    if status is Status.INVALID and chunk.draft_tokens and not chunk.scores and sequence.drafter is not None:
-        # The draft tokens may be the reason, and the client did not ask for them: tries again without.
-        sequence.drafter.disabled = True
-        status, held = Status.MISS, chunk.position
-    elif status is Status.INVALID:
-        _log.info("%s: stage %d refuses it: %s", names_of([sequence]), stage, row.reason)
-        sequence.stream.fail(InvalidRequest(row.reason or f"stage {stage} refuses the sequence"))
-    elif status in (Status.MISS, Status.STALE):
-        _lost(state, sequence, stage, status)
-    if status is Status.MISS:
-        # A mean takes the vectors of all chunks.
-        is_mean = stage == state.placement.num_stages - 1 and sequence.prompt.pooling is Pooling.MEAN
-        sequence.progress.missed(stage, 0 if is_mean else held)
-    else:
-        sequence.progress.failing = True
-        sequence.must_restart, sequence.broken_by = True, str(status)
-    sequence.progress.returned()
-    _settle(state, sequence)
-
-
-def _lost(state: SchedulerState, sequence: Sequence, stage: int, status: Status) -> None:
-    """Counts that `stage` lost KV of the sequence. Only a second loss at the same stage uses up retry budget.
-
-    Does nothing while an earlier loss is being handled, because later chunks in flight report the same loss again.
-    """
-    if sequence.progress.failing or sequence.stream.over:
-        return
-    if stage in sequence.retry_budget.lost_at:
-        sequence.retry_budget.failed()
-        _suspect(state, sequence, f"stage {stage} answered {status} again")
-    sequence.retry_budget.lost_at.add(stage)
-    if status is Status.MISS:
-        _replayed(state, sequence, str(status))
-
-
-def _suspect(state: SchedulerState, sequence: Sequence, why: str, problem: type[Problem] = ReplaysExhausted) -> None:
-    """Makes the sequence a suspect, which may have broken a stage. Ends it with `problem` if its retry budget is exhausted.
-
-    why: the last failure, for the log and the client's error message.
-    """
-    state.suspects.add(sequence)
-    if sequence.retry_budget.exhausted:
-        attempts = sequence.retry_budget.failures
-        _log.warning("%s: given up: %s", names_of([sequence]), why)
-        sequence.stream.fail(problem(f"gave up after {attempts} attempts that came no further; the last: {why}"))
-
-
-def _stage_failed(state: SchedulerState, instance: Instance, failure: StageFailed) -> None:
-    """Gives the instance no work for a while. If only a client's deadline has passed, ends the sequences that are too late."""
-    if failure.expired:
-        state.expire(time.monotonic())
-    else:
-        state.last_failure = failure
-        state.placement.avoid(instance)
-
-
-def gateway_failed(state: SchedulerState, sequences: Iterable[Sequence]) -> None:
-    """Ends these sequences with a Problem, because an unexpected error in the gateway left their state unknown."""
-    for sequence in list(sequences):
-        state.abandon(sequence, Problem("the gateway failed; its log has the traceback"))
-
-
-# Stages replied to a reservation.
-
-
-def reservation_over(state: SchedulerState, wanted: Reserve, reservation: Reservation) -> None:
-    """Applies the replies to a reservation. Its sequences can now be computed, join the memory backlog, or begin again.
-
-    All of them are in one micro-batch. Memory of those that have ended meanwhile is released.
-    """
-    for origin in reservation.origins:
-        note_origin(state, origin)
-    present, reasons = [], dict(zip(wanted.sequences, reservation.reasons, strict=True))
-    for index, (sequence, row) in enumerate(zip(wanted.sequences, wanted.rows, strict=True)):
-        if sequence.id in state.sequences:
-            present.append((sequence, reservation.statuses[index], reservation.held[index], reservation.restoring[index]))
-        else:
-            state.release_row(wanted.instances, ReleaseRow(row.id, row.attempt))
-    if reservation.failure is not None:
-        # Nothing was computed yet, so it counts against no sequence.
-        if present and present[0][0].route is not None:
-            _stage_failed(state, present[0][0].route.instances[reservation.failure.stage], reservation.failure)
-        for sequence, *_ in present:
-            _start_again(state, sequence)
-        return
-    state.no_route_since = state.last_failure = None
-    if Status.FULL in reservation.statuses:
-        state.waiting.backlog.refused()
-    for sequence, status, held, restoring in present:
-        if status is not Status.OK:
-            _reservation_refused(state, sequence, status, reasons[sequence])
-            continue
-        sequence.reserved = True
-        sequence.restoring = restoring
-        if sequence.handing_over is not None and not restoring:
-            state.release_at((sequence.handing_over,), sequence)
-            sequence.handing_over = None
-        held_before = sequence.progress.held_everywhere
-        for stage, tokens in enumerate(held, wanted.instances[0].stage):
-            sequence.progress.found(stage, min(tokens, len(sequence.tokens) - 1))
-        if sequence.leader is not None:
-            stop_following(sequence, held_before)
-        state.waiting.backlog.granted()
-        _settle(state, sequence)
-        if sequence.reserved and sequence.route is not None and reservation.caches_prefixes:
-            state.where_held.put(sequence.reserved_chain, sequence.route.instances)
-            if not wanted.migrates and not sequence.restoring:
-                follow(sequence, state)
-
-
-def _reservation_refused(state: SchedulerState, sequence: Sequence, status: Status, reason: str) -> None:
-    """reason: why a stage cannot use the sequence's adapter; empty: memory is what it refuses."""
-    if sequence.stream.over:
-        state.dismiss(sequence)
-    elif reason:
-        state.dismiss(sequence, AdapterUnusable(reason))
-    elif status is Status.FULL:
-        state.take_out(sequence, had_memory=False)
-        sequence.reserves_in_order = True
-        state.waiting.backlog.add(sequence)
-    elif status is Status.STALE:
-        _start_again(state, sequence)
-    elif sequence.shrink():
-        state.put_back(sequence)
-    elif sequence.has_drawn:
-        sequence.stream.finish("length")
-        state.dismiss(sequence)
-    else:
-        wanted = f"prompt and answer of {sequence.impossible_tokens} tokens"
-        state.dismiss(sequence, InvalidRequest(f"{wanted} are more than a stage can ever hold; ask for fewer"))
-
-
-# Beginning again.
-
-
-def _settle(state: SchedulerState, sequence: Sequence) -> None:
-    """If the sequence has no chunk in flight: dismisses it if it has ended, or queues it again if it must restart."""
-    if not sequence.at_rest:
-        return
-    if sequence.stream.over:
-        state.dismiss(sequence)
-    elif sequence.must_restart:
-        _start_again(state, sequence)
-
-
-def _start_again(state: SchedulerState, sequence: Sequence) -> None:
-    """Queues the sequence again, for another route. It counts as a replay if `broken_by` names a failure."""
-    if sequence.broken_by is not None and not sequence.stream.over:
-        sequence.waiting_since = time.monotonic()
-        _replayed(state, sequence, sequence.broken_by)
-    state.put_back(sequence)
-
-
-def _replayed(state: SchedulerState, sequence: Sequence, cause: str) -> None:
-    sequence.stream.replayed()
-    state.stats.replays[cause] += 1

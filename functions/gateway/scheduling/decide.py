@@ -8,15 +8,19 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Final
 
-from functions.gateway.scheduling.actions import Action
 from functions.gateway.scheduling.admission import admit, reserve_again
+from functions.gateway.scheduling.leases import Release
 from functions.gateway.scheduling.micro_batch import MicroBatch, Step, level, make_step, prompt_chunks
+from functions.gateway.scheduling.reservations import Reserve
 from functions.gateway.scheduling.sequence import TRIAL_AFTER_FAILURES, Chunk, Sequence
 from functions.gateway.scheduling.speculation import draft_lengths, step_seconds
 from functions.gateway.scheduling.state import SchedulerState
-from functions.gateway.scheduling.wake_up import PAUSE_SECONDS
+from functions.gateway.scheduling.wake_up import PAUSE_SECONDS, AskStart, Wake
 from functions.gateway.stages.client import Trip
 from functions.gateway.stages.routes import Instance
+
+# What `decide` asks the scheduler's threads to send: plain data, made while the lock is held and carried out without it.
+Action = Trip | Reserve | Release | Wake | AskStart
 
 _DUE_FACTOR: Final = 4  # of a prompt's own time; see `begin_prompt_steps`
 
@@ -38,10 +42,12 @@ def decide(state: SchedulerState, now: float) -> list[Action]:
     if not state.micro_batches or now >= state.leases.renew_at:
         used = [instance for batch in state.micro_batches for instance in batch.route.instances]
         actions += state.leases.renew(used, state.sequences, now)
-    in_batches = [sequence for batch in state.micro_batches for sequence in batch.sequences]
-    # `reserve_again` finds nothing for any other sequence, and most decisions come between two tokens.
-    if [each for each in in_batches if each.restoring or each.leader is not None or each.handing_over is not None]:
-        actions += reserve_again(state)
+    for batch in state.micro_batches:
+        waiting = [
+            each for each in batch.sequences if each.restoring or each.leader is not None or each.handing_over is not None
+        ]
+        if waiting:
+            actions += reserve_again(state, batch, waiting)
     if has_waiting := state.has_waiting:
         actions += admit(state, now)
         has_waiting = state.has_waiting

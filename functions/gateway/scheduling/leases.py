@@ -7,11 +7,19 @@ from dataclasses import dataclass
 from typing import Final
 
 from eventing.wire.control import LEASE_SECONDS, RENEWAL_SECONDS, ReleaseRow
-from functions.gateway.scheduling.actions import Release
 from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.stages.routes import Instance
 
 _KEPT_SECONDS: Final = 2 * LEASE_SECONDS  # after so long without contact a stage has freed all that was this gateway's
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Release:
+    """Action: free the memory of `rows` at one instance. With or without rows, it renews this gateway's lease there."""
+
+    instance: Instance
+    rows: Items[ReleaseRow]
+    awaited_tokens: int = 0  # the stage holds its reply until it could reserve so many, see waiting.BacklogSignals
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,18 +22,21 @@ from typing import Final
 from eventing.problems import InvalidRequest, NotReady, PipelineUnavailable, QueueFull
 from eventing.wire.events import MAX_POSITION
 from eventing.wire.generation import ProgressEvent
-from functions.gateway.scheduling.actions import Action, Release, Reserve, Wake, reserve_at_once, reserve_in_order
-from functions.gateway.scheduling.apply import gateway_failed, note_origin, reservation_over, stage_replied, trip_failed
+from functions.gateway.scheduling.apply import note_origin, stage_replied
 from functions.gateway.scheduling.batching import SchedulerLimits
-from functions.gateway.scheduling.decide import decide, next_due
+from functions.gateway.scheduling.decide import Action, decide, next_due
+from functions.gateway.scheduling.leases import Release
 from functions.gateway.scheduling.pipeline_status import PipelineStatus, pipeline_status, progress_of
 from functions.gateway.scheduling.prefix_sharing import PrefixSharing, prompt_chain
+from functions.gateway.scheduling.replays import gateway_failed, trip_failed
+from functions.gateway.scheduling.reservations import Reserve, reservation_over, reserve_at_once, reserve_in_order
 from functions.gateway.scheduling.sequence import Progress, Prompt, Sequence, names_of
 from functions.gateway.scheduling.speculation import Drafter, PromptLookup, SharedRates
 from functions.gateway.scheduling.state import SchedulerState
 from functions.gateway.scheduling.stats import Stats
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.scheduling.waiting import Entering
+from functions.gateway.scheduling.wake_up import Wake
 from functions.gateway.stages.client import ForwardReply, StageClient, Trip, walk
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.routes import Endpoint, Instance, Placement

@@ -13,7 +13,6 @@ from typing import Final
 from eventing.problems import DeadlineExceeded, PipelineUnavailable, Problem
 from eventing.wire.control import ReleaseRow
 from eventing.wire.prefix_chain import Chain, packed
-from functions.gateway.scheduling.actions import Release
 from functions.gateway.scheduling.batching import (
     FAR_SHARE,
     SchedulerLimits,
@@ -22,7 +21,7 @@ from functions.gateway.scheduling.batching import (
     micro_batches_that_fill,
     micro_batches_wanted,
 )
-from functions.gateway.scheduling.leases import LeaseRenewals
+from functions.gateway.scheduling.leases import LeaseRenewals, Release
 from functions.gateway.scheduling.micro_batch import MicroBatch, Step
 from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.scheduling.stats import StageStats, Stats

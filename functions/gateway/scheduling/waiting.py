@@ -12,8 +12,8 @@ from typing import Final
 
 from eventing.wire.control import HOLD_SECONDS
 from functions.fairness.fair_shares import FairShares
-from functions.gateway.scheduling.actions import Release
 from functions.gateway.scheduling.batching import IN_FLIGHT_PER_INSTANCE
+from functions.gateway.scheduling.leases import Release
 from functions.gateway.scheduling.sequence import Sequence
 from functions.gateway.stages.routes import Instance, Placement
 

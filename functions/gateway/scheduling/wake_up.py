@@ -2,15 +2,29 @@
 
 import time
 from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Final
 
 from eventing.wire.control import WarmupReply
-from functions.gateway.scheduling.actions import AskStart, Wake
 from functions.gateway.stages.routes import Instance, Placement
 
 ASK_SECONDS: Final = 0.5  # between two questions to an instance how far its start is
 PAUSE_SECONDS: Final = 0.5  # between two rounds of warm-up events; the watch may see a new pod that much later than its reply
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Action: send warm-up events to these stages, all at once."""
+
+    stages: Items[int]  # their indexes
+
+
+@dataclass(frozen=True, slots=True)
+class AskStart:
+    """Action: ask an instance that is not ready how far its start is."""
+
+    instance: Instance
 
 
 @dataclass(frozen=True, slots=True)

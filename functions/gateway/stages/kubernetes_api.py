@@ -26,7 +26,7 @@ LEASES: Final = "apis/coordination.k8s.io/v1", "leases"
 WATCH_SECONDS: Final = 20.0  # length of one watch; the server ends it with a bookmark from which the next one goes on
 SILENCE_SECONDS: Final = 5.0  # a dead connection is noticed so long after the server should have ended the watch
 CONNECT_SECONDS: Final = 5.0
-_LIST_SECONDS: Final = 30.0
+_REPLY_SECONDS: Final = 30.0
 _CONFLICT: Final = 409
 _GONE: Final = 410
 _MAX_LINE_BYTES: Final = 16 * 2**20
@@ -129,10 +129,8 @@ class KubernetesAPI:
         self._pool = urllib3.PoolManager(maxsize=4, retries=False, ca_certs=authority)
 
     def list(self, selector: str) -> bytes:
-        timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=_LIST_SECONDS)
-        response = self._pool.request("GET", self._address(selector), headers=self._headers(), timeout=timeout)
-        _check(response)
-        return response.data
+        """The objects that `selector` matches, as JSON. Raises KubernetesError."""
+        return self._request("GET", self._address(selector))
 
     def watch(self, selector: str, resource_version: str) -> urllib3.BaseHTTPResponse:
         """Opens a stream of the changes after `resource_version`; the caller closes it. Raises KubernetesError or Expired."""
@@ -149,17 +147,18 @@ class KubernetesAPI:
 
     def get(self, name: str) -> bytes:
         """The object as JSON. Raises KubernetesError."""
-        timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=_LIST_SECONDS)
-        response = self._pool.request("GET", f"{self._url}/{name}", headers=self._headers(), timeout=timeout)
-        _check(response)
-        return response.data
+        return self._request("GET", f"{self._url}/{name}")
 
     def replace(self, name: str, body: bytes) -> None:
         """Writes the object, if it still has the resourceVersion in `body`. Raises ReplaceConflict or KubernetesError."""
-        timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=_LIST_SECONDS)
-        headers = {**self._headers(), "Content-Type": "application/json"}
-        response = self._pool.request("PUT", f"{self._url}/{name}", body=body, headers=headers, timeout=timeout)
+        self._request("PUT", f"{self._url}/{name}", body)
+
+    def _request(self, method: str, url: str, body: bytes | None = None) -> bytes:
+        headers = self._headers() | ({} if body is None else {"Content-Type": "application/json"})
+        timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=_REPLY_SECONDS)
+        response = self._pool.request(method, url, body=body, headers=headers, timeout=timeout)
         _check(response)
+        return response.data
 
     def _address(self, selector: str, **parameters: str) -> str:
         return f"{self._url}?{urlencode({'labelSelector': selector, **parameters})}"

@@ -17,8 +17,7 @@ MAX_DIGESTS: Final = 2**15  # of half a million tokens; some 8 MB
 class WhereHeld:
     """Maps digests of prefix chains to instances; forgets the least recently used digests. The scheduler's lock protects it."""
 
-    def __init__(self, max_digests: int = MAX_DIGESTS) -> None:
-        self._max_digests = max_digests
+    def __init__(self) -> None:
         self._places: OrderedDict[bytes, tuple[tuple[Instance, str], ...]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -30,7 +29,7 @@ class WhereHeld:
         for digest in chain:
             self._places[digest] = place
             self._places.move_to_end(digest)
-        while len(self._places) > self._max_digests:
+        while len(self._places) > MAX_DIGESTS:
             self._places.popitem(last=False)
 
     def find(self, chain: Chain) -> Held:

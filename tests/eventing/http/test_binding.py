@@ -104,14 +104,12 @@ def test_the_sdk_and_this_binding_read_each_others_events() -> None:
     ],
 )
 @pytest.mark.parametrize("offset", [timedelta(0), timedelta(hours=-3, minutes=-30), timedelta(seconds=30)])
-def test_headers_are_those_of_the_sdk(extensions: dict[str, Any], offset: timedelta) -> None:
+def test_headers_are_read_as_the_sdk_reads_them(extensions: dict[str, Any], offset: timedelta) -> None:
     attributes = make_event("a.type", "/a/source", b"data", "text/plain", **extensions).get_attributes()
     event = CloudEvent({**attributes, "time": datetime(2026, 2, 3, 4, 5, 6, 70, timezone(offset))}, b"data")
     headers, _ = to_binary_http(event)
-    message = to_binary_event(event)
-    assert headers == message.headers
     if offset.seconds % 60 == 0:  # RFC 3339 has no seconds there.
-        assert from_http(headers, b"").get_attributes() == from_http_event(message).get_attributes()
+        assert from_http(headers, b"").get_attributes() == from_http_event(HTTPMessage(headers, b"")).get_attributes()
 
 
 def test_a_time_that_only_the_sdk_reads_is_read() -> None:

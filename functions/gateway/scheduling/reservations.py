@@ -1,6 +1,6 @@
-"""Actions: what `decide` asks the scheduler's threads to send. Also how a reservation is carried out.
+"""Reservations: memory for sequences at all stages, asked for before any of their tokens is computed.
 
-Actions are plain data. They are made while the scheduler's lock is held and carried out without it.
+`reserve` makes the action, threads carry it out without the scheduler's lock, and `reservation_over` applies the replies.
 """
 
 from array import array
@@ -12,11 +12,16 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from eventing.problems import AdapterUnusable, InvalidRequest
 from eventing.wire.control import ReleaseRow, ReserveReply, ReserveRow
 from eventing.wire.events import Status
 from eventing.wire.prefix_chain import BLOCK_TOKENS, packed
+from functions.gateway.scheduling.apply import note_origin
+from functions.gateway.scheduling.prefix_sharing import follow, stop_following
+from functions.gateway.scheduling.replays import settle, stage_failed, start_again
 from functions.gateway.scheduling.sequence import Sequence
-from functions.gateway.stages.client import ReplyOrigin, StageClient, Traces, Trip
+from functions.gateway.scheduling.state import SchedulerState
+from functions.gateway.stages.client import ReplyOrigin, StageClient, Traces
 from functions.gateway.stages.failures import StageFailed
 from functions.gateway.stages.routes import Instance, Route
 
@@ -36,32 +41,6 @@ class Reserve:
     in_order: bool = False  # see `reserve_in_order`
     peers: Mapping[Instance, tuple[str, ...]] = field(default_factory=dict)  # URLs from which an instance may fetch KV
     migrates: bool = False  # it asks one new instance for sequences that hold memory at the other stages
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Release:
-    """Action: free the memory of `rows` at one instance. With or without rows, it renews this gateway's lease there."""
-
-    instance: Instance
-    rows: Items[ReleaseRow]
-    awaited_tokens: int = 0  # the stage holds its reply until it could reserve so many, see waiting.BacklogSignals
-
-
-@dataclass(frozen=True, slots=True)
-class Wake:
-    """Action: send warm-up events to these stages, all at once."""
-
-    stages: Items[int]  # their indexes
-
-
-@dataclass(frozen=True, slots=True)
-class AskStart:
-    """Action: ask an instance that is not ready how far its start is."""
-
-    instance: Instance
-
-
-Action = Trip | Reserve | Release | Wake | AskStart
 
 
 def reserve(
@@ -189,3 +168,70 @@ def combined(replies: Items[tuple[ReplyOrigin, ReserveReply] | StageFailed], num
             restoring[number] |= row.restoring
             reasons[number] = reasons[number] or (row.reason if row.status is Status.INVALID else "")
     return Reservation(statuses, origins, held, restoring, reasons, caches_prefixes)
+
+
+def reservation_over(state: SchedulerState, wanted: Reserve, reservation: Reservation) -> None:
+    """Applies the replies to a reservation. Its sequences can now be computed, join the memory backlog, or begin again.
+
+    All of them are in one micro-batch. Memory of those that have ended meanwhile is released.
+    """
+    for origin in reservation.origins:
+        note_origin(state, origin)
+    present, reasons = [], dict(zip(wanted.sequences, reservation.reasons, strict=True))
+    for index, (sequence, row) in enumerate(zip(wanted.sequences, wanted.rows, strict=True)):
+        if sequence.id in state.sequences:
+            present.append((sequence, reservation.statuses[index], reservation.held[index], reservation.restoring[index]))
+        else:
+            state.release_row(wanted.instances, ReleaseRow(row.id, row.attempt))
+    if reservation.failure is not None:
+        # Nothing was computed yet, so it counts against no sequence.
+        if present and present[0][0].route is not None:
+            stage_failed(state, present[0][0].route.instances[reservation.failure.stage], reservation.failure)
+        for sequence, *_ in present:
+            start_again(state, sequence)
+        return
+    state.no_route_since = state.last_failure = None
+    if Status.FULL in reservation.statuses:
+        state.waiting.backlog.refused()
+    for sequence, status, held, restoring in present:
+        if status is not Status.OK:
+            _reservation_refused(state, sequence, status, reasons[sequence])
+            continue
+        sequence.reserved = True
+        sequence.restoring = restoring
+        if sequence.handing_over is not None and not restoring:
+            state.release_at((sequence.handing_over,), sequence)
+            sequence.handing_over = None
+        held_before = sequence.progress.held_everywhere
+        for stage, tokens in enumerate(held, wanted.instances[0].stage):
+            sequence.progress.found(stage, min(tokens, len(sequence.tokens) - 1))
+        if sequence.leader is not None:
+            stop_following(sequence, held_before)
+        state.waiting.backlog.granted()
+        settle(state, sequence)
+        if sequence.reserved and sequence.route is not None and reservation.caches_prefixes:
+            state.where_held.put(sequence.reserved_chain, sequence.route.instances)
+            if not wanted.migrates and not sequence.restoring:
+                follow(sequence, state)
+
+
+def _reservation_refused(state: SchedulerState, sequence: Sequence, status: Status, reason: str) -> None:
+    """reason: why a stage cannot use the sequence's adapter; empty: memory is what it refuses."""
+    if sequence.stream.over:
+        state.dismiss(sequence)
+    elif reason:
+        state.dismiss(sequence, AdapterUnusable(reason))
+    elif status is Status.FULL:
+        state.take_out(sequence, had_memory=False)
+        sequence.reserves_in_order = True
+        state.waiting.backlog.add(sequence)
+    elif status is Status.STALE:
+        start_again(state, sequence)
+    elif sequence.shrink():
+        state.put_back(sequence)
+    elif sequence.has_drawn:
+        sequence.stream.finish("length")
+        state.dismiss(sequence)
+    else:
+        wanted = f"prompt and answer of {sequence.impossible_tokens} tokens"
+        state.dismiss(sequence, InvalidRequest(f"{wanted} are more than a stage can ever hold; ask for fewer"))
