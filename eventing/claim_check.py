@@ -7,10 +7,10 @@ payloads by their names. Reading a payload does not delete it, because the same 
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from cloudevents.core.v1.event import CloudEvent
 
@@ -56,11 +56,7 @@ class ClaimCheck:
             return event
         data = b"".join(data_buffers(event))
         digest = hashlib.sha256(data).hexdigest()
-        name = f"{_hour_after(expiry_time(event.get_attributes()) or now + self._lifetime)}/{digest}"
-        with _store_errors():
-            self._store.put(self._prefix + name, data)
-        reference = (self._root + name, str(len(data)), digest)
-        return checked_event(dict(event.get_attributes()) | dict(zip(_REFERENCE, reference, strict=True)), None)
+        return self._stored(event.get_attributes(), len(data), digest, now, lambda key: self._store.put(key, data))
 
     def redeem(self, event: CloudEvent) -> CloudEvent:
         """The event with its data, which is fetched and verified if the event carries a reference; otherwise the event itself.
@@ -70,8 +66,15 @@ class ClaimCheck:
         reference = event.get_extension(Attribute.DATAREF)
         if reference is None:
             return event
+        name, expected_bytes, expected_digest = self._expected(event, str(reference))
+        with _store_errors(str(reference)):
+            data = self._store.get(self._prefix + name)
+        if len(data) != expected_bytes:
+            raise MalformedEvent(f"the payload {reference} has {len(data)} bytes, the event says {expected_bytes}")
+        if hashlib.sha256(data).hexdigest() != expected_digest:
+            raise MalformedEvent(f"the payload {reference} is not the one that was checked in: its SHA-256 differs")
         attributes = {name: value for name, value in event.get_attributes().items() if name not in _REFERENCE}
-        return checked_event(attributes, self._fetch(event, str(reference)))
+        return checked_event(attributes, data)
 
     def pieces(self, event: CloudEvent) -> Iterator[bytes]:
         """The event's data piece by piece: fetched if it carries a reference, in bounded memory.
@@ -86,11 +89,8 @@ class ClaimCheck:
         digest, view = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES))
         for start in range(0, expected_bytes, _PIECE_BYTES):
             piece = view[: expected_bytes - start]
-            try:
-                with _store_errors():
-                    self._store.read_range_into(self._prefix + name, start, piece, total_bytes=expected_bytes)
-            except ObjectNotFound as error:
-                raise EventExpired(f"the payload {reference} is not in the store any more") from error
+            with _store_errors(str(reference)):
+                self._store.read_range_into(self._prefix + name, start, piece, total_bytes=expected_bytes)
             digest.update(piece)
             yield bytes(piece)
         if digest.hexdigest() != expected_digest:
@@ -111,11 +111,18 @@ class ClaimCheck:
             digest.update(piece)
         if size <= SAFE_EVENT_BYTES:
             return checked_event(attributes, b"".join(pieces()))
-        name = f"{_hour_after(expiry_time(event.get_attributes()) or now + self._lifetime)}/{digest.hexdigest()}"
+        size -= event_bytes(event)
+        return self._stored(attributes, size, digest.hexdigest(), now, lambda key: self._store.put_pieces(key, pieces()))
+
+    def _stored(
+        self, attributes: Mapping[str, Any], size: int, digest: str, now: datetime, put: Callable[[str], object]
+    ) -> CloudEvent:
+        """Stores a payload by `put`, which gets its key, and returns the event that refers to it. Raises NotReady."""
+        name = f"{_hour_after(expiry_time(attributes) or now + self._lifetime)}/{digest}"
         with _store_errors():
-            self._store.put_pieces(self._prefix + name, pieces())
-        reference = (self._root + name, str(size - event_bytes(event)), digest.hexdigest())
-        return checked_event(attributes | dict(zip(_REFERENCE, reference, strict=True)), None)
+            put(self._prefix + name)
+        reference = (self._root + name, str(size), digest)
+        return checked_event({**attributes, **dict(zip(_REFERENCE, reference, strict=True))}, None)
 
     def _expected(self, event: CloudEvent, reference: str) -> tuple[str, int, str]:
         """The name of a payload, and the length and the digest that it must have. Raises MalformedEvent, EventTooLarge."""
@@ -128,19 +135,6 @@ class ClaimCheck:
         if expected_bytes > MAX_PAYLOAD_BYTES:
             raise EventTooLarge(f"the payload {reference} has {expected_bytes} bytes, the most is {MAX_PAYLOAD_BYTES}")
         return name, expected_bytes, expected_digest
-
-    def _fetch(self, event: CloudEvent, reference: str) -> bytes:
-        name, expected_bytes, expected_digest = self._expected(event, reference)
-        try:
-            with _store_errors():
-                data = self._store.get(self._prefix + name)
-        except ObjectNotFound as error:
-            raise EventExpired(f"the payload {reference} is not in the store any more") from error
-        if len(data) != expected_bytes:
-            raise MalformedEvent(f"the payload {reference} has {len(data)} bytes, the event says {expected_bytes}")
-        if hashlib.sha256(data).hexdigest() != expected_digest:
-            raise MalformedEvent(f"the payload {reference} is not the one that was checked in: its SHA-256 differs")
-        return data
 
 
 def sweep(store: "ObjectStore", now: datetime, prefix: str = CLAIMS_PREFIX) -> int:
@@ -164,16 +158,17 @@ def event_bytes(event: CloudEvent) -> int:
 
 
 @contextmanager
-def _store_errors() -> Iterator[None]:
-    """Raises failures of the store as NotReady, so that the event is delivered again; passes ObjectNotFound on.
+def _store_errors(reference: str | None = None) -> Iterator[None]:
+    """Raises failures of the store as NotReady, so that the event is delivered again; EventExpired if a payload is gone.
 
-    If the event becomes a dead letter, the message names the store's error.
+    reference: of the payload that is read; None: one is written. If the event becomes a dead letter, the message names the
+    store's error.
     """
     try:
         yield
-    except ObjectNotFound:
-        raise
     except StorageError as error:
+        if reference is not None and isinstance(error, ObjectNotFound):
+            raise EventExpired(f"the payload {reference} is not in the store any more") from error
         raise NotReady(f"the store of large payloads failed: {error}") from error
 
 

@@ -41,6 +41,11 @@ EFFORT: Final = Meta(
 TEMPLATE_VARIABLES: Final = Meta(
     description="further variables of the chat template. It must use them, but for `enable_thinking` and `thinking`"
 )
+# Those that have the same name, meaning and default in a GenerateRequest.
+_SAME_OPTIONS: Final = (
+    *("model", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "ignore_eos"),
+    *("stop", "stop_token_ids", "include_stop_str_in_output", "n", "seed", "cache_salt"),
+)
 _GUIDED: Final = Meta(description="vLLM's older name for a part of `structured_outputs`")
 
 
@@ -189,26 +194,15 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def sampling_fields(self) -> dict[str, Any]:
         """These options as fields of a GenerateRequest. Raises ValueError if several options say the answer's form."""
+        options = self.stream_options
+        fields = {name: value for name in _SAME_OPTIONS if (value := getattr(self, name)) is not None}
         return {
-            "model": self.model,
+            **fields,
             "temperature": 1.0 if self.temperature is None else self.temperature,
-            "top_p": 1.0 if self.top_p is None else self.top_p,
             "top_k": max(0, self.top_k or 0),
-            "min_p": self.min_p or 0.0,
-            "repetition_penalty": 1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            "presence_penalty": self.presence_penalty or 0.0,
-            "frequency_penalty": self.frequency_penalty or 0.0,
             "logit_bias": {int(token): bias for token, bias in (self.logit_bias or {}).items()},
-            "min_tokens": self.min_tokens or 0,
-            "ignore_eos": bool(self.ignore_eos),
-            "cache_salt": self.cache_salt,
-            "seed": None if self.seed is None else self.seed % 2**63,
-            "stop": self.stop or (),
-            "stop_token_ids": self.stop_token_ids or (),
-            "include_stop_str_in_output": bool(self.include_stop_str_in_output),
-            "n": self.n or 1,
             "structured_outputs": self.structure(),
-            "include_progress": self.stream_options is not None and bool(self.stream_options.include_progress),
+            "include_progress": options is not None and bool(options.include_progress),
         }
 
     def forms(self) -> list[StructuredOutputs]:
