@@ -28,33 +28,28 @@ class SchedulerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
         drafts = {"accepted": stats.draft_tokens_accepted, "rejected": stats.draft_tokens_rejected}
-        yield GaugeMetricFamily("lamina_gateway_waiting_sequences", "Requests that wait for their turn", stats.waiting)
-        yield GaugeMetricFamily(
-            "lamina_gateway_memory_backlog_sequences", "Requests that a stage refused for lack of memory", stats.memory_backlog
-        )
-        yield GaugeMetricFamily("lamina_gateway_running_sequences", "Requests that are being answered", stats.running)
-        yield GaugeMetricFamily("lamina_gateway_micro_batches", "Micro-batches that exist", stats.micro_batches)
-        yield GaugeMetricFamily("lamina_gateway_events_in_flight", "Forward events in flight", stats.trips)
-        yield CounterMetricFamily("lamina_gateway_drawn_tokens", "Tokens drawn by the last stage", stats.tokens)
-        yield CounterMetricFamily(
-            "lamina_gateway_sent_prompt_tokens", "Prompt tokens sent, replays included", stats.prompt_tokens
-        )
-        yield CounterMetricFamily(
-            "lamina_gateway_cached_prompt_tokens", "Prompt tokens that every stage held already", stats.cached_tokens
-        )
-        yield CounterMetricFamily("lamina_gateway_wake_ups", "Rounds of warm-up events to sleeping stages", stats.wake_ups)
-        yield CounterMetricFamily(
-            "lamina_gateway_grown_sequences", "Answers that filled their memory and went on with more", stats.grown
-        )
+        for name, help_, value in (
+            ("waiting_sequences", "Requests that wait for their turn", stats.waiting),
+            ("memory_backlog_sequences", "Requests that a stage refused for lack of memory", stats.memory_backlog),
+            ("running_sequences", "Requests that are being answered", stats.running),
+            ("micro_batches", "Micro-batches that exist", stats.micro_batches),
+            ("events_in_flight", "Forward events in flight", stats.trips),
+        ):
+            yield GaugeMetricFamily(f"lamina_gateway_{name}", help_, value)
+        for name, help_, value in (
+            ("drawn_tokens", "Tokens drawn by the last stage", stats.tokens),
+            ("sent_prompt_tokens", "Prompt tokens sent, replays included", stats.prompt_tokens),
+            ("cached_prompt_tokens", "Prompt tokens that every stage held already", stats.cached_tokens),
+            ("wake_ups", "Rounds of warm-up events to sleeping stages", stats.wake_ups),
+            ("grown_sequences", "Answers that filled their memory and went on with more", stats.grown),
+        ):
+            yield CounterMetricFamily(f"lamina_gateway_{name}", help_, value)
         yield _by_label("lamina_gateway_draft_tokens", "Draft tokens", "outcome", drafts, ())
         yield _by_label("lamina_gateway_sequences", "Sequences that ended", "outcome", stats.sequences, _OUTCOMES)
         yield _by_label("lamina_gateway_replays", "Sequences computed again", "cause", stats.replays, _REPLAY_CAUSES)
+        migrations = stats.migrations
         yield _by_label(
-            "lamina_gateway_migrations",
-            "Micro-batches that changed to another instance",
-            "cause",
-            stats.migrations,
-            _MIGRATION_CAUSES,
+            "lamina_gateway_migrations", "Micro-batches that moved to another instance", "cause", migrations, _MIGRATION_CAUSES
         )
         by_stage = list(zip(self._stage_names, stats.stages, strict=True))
         steps, seconds = {name: each.steps for name, each in by_stage}, {name: each.seconds for name, each in by_stage}

@@ -118,7 +118,7 @@ class StageClient:
         timeout, client_deadline = _time_left(self._step_timeout_seconds, deadline)
         with instance.in_flight, self._span(instance, EventType.FORWARD, traces) as span:
             sent = time.perf_counter()
-            extensions = _lineage_extension(lineage)
+            extensions = ((Attribute.LINEAGE.value, lineage),) if lineage else ()
             reply = self._send(instance, EventType.FORWARD, body, timeout, span.context, client_deadline, extensions)
             exchange_seconds = time.perf_counter() - sent
         try:
@@ -149,16 +149,10 @@ class StageClient:
         """
         seconds = min(self._step_timeout_seconds, RESERVATION_SECONDS * 2 ** min(instance.failures, 8))
         timeout, client_deadline = _time_left(seconds, deadline)
+        extensions = ((Attribute.LINEAGE.value, lineage),) if lineage else ()
         request = ReserveRequest(tuple(rows))
         attributes, reply = self._call(
-            instance,
-            EventType.RESERVE,
-            request,
-            ReserveReply,
-            timeout,
-            traces,
-            extensions=_lineage_extension(lineage),
-            client_deadline=client_deadline,
+            instance, EventType.RESERVE, request, ReserveReply, timeout, traces, extensions, client_deadline
         )
         if [(row.id, row.attempt) for row in reply.rows] != [(row.id, row.attempt) for row in rows]:
             raise StageFailed(instance.stage, "malformed", "its reply to a reservation has other rows than the request")
@@ -197,7 +191,6 @@ class StageClient:
         reply_type: type[S],
         timeout_seconds: float,
         traces: Traces = (),
-        *,
         extensions: Sequence[tuple[str, str]] = (),
         client_deadline: float | None = None,
     ) -> tuple[dict[str, str], S]:
@@ -264,16 +257,12 @@ def _time_left(own_seconds: float, deadline: float) -> tuple[float, float | None
     return (left, deadline) if left < own_seconds else (own_seconds, None)
 
 
-def _lineage_extension(lineage: str) -> list[tuple[str, str]]:
-    return [(Attribute.LINEAGE.value, lineage)] if lineage else []
-
-
 def _origin(instance: Instance, attributes: dict[str, str], before: str = "") -> ReplyOrigin:
     free, lineage = attributes.get(Attribute.FREE_TOKENS, ""), attributes.get(Attribute.LINEAGE, "")
-    if not LINEAGE.fullmatch(lineage):
-        lineage = ""
-    boot, free_tokens = attributes.get(Attribute.INSTANCE, ""), int(free) if free.isdecimal() else None
-    return ReplyOrigin(instance, boot, free_tokens, before, lineage)
+    free_tokens = int(free) if free.isdecimal() else None
+    return ReplyOrigin(
+        instance, attributes.get(Attribute.INSTANCE, ""), free_tokens, before, lineage if LINEAGE.fullmatch(lineage) else ""
+    )
 
 
 @dataclass(frozen=True, eq=False, slots=True)
