@@ -44,28 +44,20 @@ class SchedulerCollector(Collector):
             ("grown_sequences", "Answers that filled their memory and went on with more", stats.grown),
         ):
             yield CounterMetricFamily(f"lamina_gateway_{name}", help_, value)
-        yield _by_label("lamina_gateway_draft_tokens", "Draft tokens", "outcome", drafts, ())
-        yield _by_label("lamina_gateway_sequences", "Sequences that ended", "outcome", stats.sequences, _OUTCOMES)
-        yield _by_label("lamina_gateway_replays", "Sequences computed again", "cause", stats.replays, _REPLAY_CAUSES)
-        migrations = stats.migrations
-        yield _by_label(
-            "lamina_gateway_migrations", "Micro-batches that moved to another instance", "cause", migrations, _MIGRATION_CAUSES
-        )
         by_stage = list(zip(self._stage_names, stats.stages, strict=True))
         steps, seconds = {name: each.steps for name, each in by_stage}, {name: each.seconds for name, each in by_stage}
-        yield _by_label("lamina_gateway_stage_steps", "Events that a stage answered", "stage", steps, ())
-        yield _by_label("lamina_gateway_stage_seconds", "Seconds from events to their replies", "stage", seconds, ())
-        yield _by_label(
-            "lamina_gateway_step_seconds", "Seconds of the threads that walk trips", "part", stats.seconds_by_part(), ()
+        labelled: tuple[tuple[str, str, str, Mapping[str, float], Iterable[str]], ...] = (
+            ("draft_tokens", "Draft tokens", "outcome", drafts, ()),
+            ("sequences", "Sequences that ended", "outcome", stats.sequences, _OUTCOMES),
+            ("replays", "Sequences computed again", "cause", stats.replays, _REPLAY_CAUSES),
+            ("migrations", "Micro-batches that changed to another instance", "cause", stats.migrations, _MIGRATION_CAUSES),
+            ("stage_steps", "Events that a stage answered", "stage", steps, ()),
+            ("stage_seconds", "Seconds from events to their replies", "stage", seconds, ()),
+            ("step_seconds", "Seconds of the threads that walk trips", "part", stats.seconds_by_part(), ()),
         )
-
-
-def _by_label(name: str, help_: str, label: str, values: Mapping[str, float], initial: Iterable[str]) -> CounterMetricFamily:
-    """Makes a counter with one label. values: label value → count.
-
-    initial: label values that are exported from the start, with 0, because Prometheus' rate() does not see a series begin.
-    """
-    family = CounterMetricFamily(name, help_, labels=[label])
-    for value, count in {**dict.fromkeys(initial, 0), **values}.items():
-        family.add_metric([value], count)
-    return family
+        for name, help_, label, values, initial in labelled:
+            family = CounterMetricFamily(f"lamina_gateway_{name}", help_, labels=[label])
+            # Prometheus' rate() does not see a series begin, so known label values are there from the start, with 0.
+            for value, count in {**dict.fromkeys(initial, 0), **values}.items():
+                family.add_metric([value], count)
+            yield family
