@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from storage.store.object_store import ObjectStore  # imports boto3
 
 CLAIMS_PREFIX: Final = "claims/"  # in the models' bucket; a lifecycle rule may delete objects older than a few days there
-DEFAULT_LIFETIME: Final = timedelta(hours=24)
+DEFAULT_LIFETIME: Final = timedelta(hours=24)  # of the payload of an event without `expirytime`
 
 _PIECE_BYTES: Final = 2**20
 _HOUR: Final = "%Y%m%dT%HZ"
@@ -36,15 +36,12 @@ _REFERENCE: Final = (Attribute.DATAREF, Attribute.DATAREF_BYTES, Attribute.DATAR
 class ClaimCheck:
     """Stores payloads of events under one prefix of one bucket and fetches them. Refuses references to any other place."""
 
-    def __init__(
-        self, store: PayloadStore, bucket: str, prefix: str = CLAIMS_PREFIX, lifetime: timedelta = DEFAULT_LIFETIME
-    ) -> None:
-        """prefix: ends in `/`. lifetime: how long the payload of an event without `expirytime` is kept."""
+    def __init__(self, store: PayloadStore, bucket: str, prefix: str = CLAIMS_PREFIX) -> None:
+        """prefix: ends in `/`."""
         if not prefix.endswith("/"):
             raise ValueError(f"the prefix {prefix!r} must end in '/'")
         self._store = store
         self._prefix = prefix
-        self._lifetime = lifetime
         self._root = f"s3://{bucket}/{prefix}"
 
     def check_in(self, event: CloudEvent, now: datetime) -> CloudEvent:
@@ -118,7 +115,7 @@ class ClaimCheck:
         self, attributes: Mapping[str, Any], size: int, digest: str, now: datetime, put: Callable[[str], object]
     ) -> CloudEvent:
         """Stores a payload by `put`, which gets its key, and returns the event that refers to it. Raises NotReady."""
-        name = f"{_hour_after(expiry_time(attributes) or now + self._lifetime)}/{digest}"
+        name = f"{_hour_after(expiry_time(attributes) or now + DEFAULT_LIFETIME)}/{digest}"
         with _store_errors():
             put(self._prefix + name)
         reference = (self._root + name, str(size), digest)

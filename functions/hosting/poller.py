@@ -131,7 +131,8 @@ class Poller:
         try:
             complete = connection.receive()
         except BadRequest as error:
-            self._refuse(connection, error)
+            if not connection.refuse(error):
+                self._close(connection)
         except (ClientClosed, OSError):
             self._close(connection)
         except Exception:  # noqa: BLE001 - logged; one connection must not take all others with it
@@ -165,18 +166,14 @@ class Poller:
                 connection.deadline = min(connection.deadline, time.monotonic() + self._limits.linger_seconds)
             self._wait(connection)
 
-    def _refuse(self, connection: ClientConnection, error: BadRequest) -> None:
-        if not connection.refuse(error):
-            self._close(connection)
-
     def _close_the_late(self, now: float) -> None:
         for port in self._ports:
             for connection in [each for each in port.waiting if each.deadline <= now or each.reader.gave_way]:
                 if connection.reader.gave_way:
                     self._receive(connection)
-                elif connection.reader.begun and not connection.lingers:
-                    self._refuse(connection, BadRequest(408, "the request did not come in time"))
-                else:
+                    continue
+                late = BadRequest(408, "the request did not come in time")
+                if not connection.reader.begun or connection.lingers or not connection.refuse(late):
                     self._close(connection)
 
     def _close_waiting(self, port: ListeningPort, client_id: str, max_waiting: int) -> bool:

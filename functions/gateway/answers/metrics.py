@@ -95,14 +95,7 @@ class GenAIOperation:
 
     def begin_attributes(self, request: GenerateRequest, response_id: str, prompt_tokens: int, max_tokens: int) -> Attributes:
         """Attributes that are known when a span begins. Sampling options that have no effect are left out."""
-        options: dict[str, str | int | float | Sequence[str] | None] = {
-            "top_p": request.top_p if request.top_p < 1 else None,
-            "top_k": request.top_k or None,
-            "seed": request.seed,
-            "presence_penalty": request.presence_penalty or None,
-            "frequency_penalty": request.frequency_penalty or None,
-        }
-        return {
+        attributes: dict[str, str | int | float | Sequence[str] | None] = {
             "gen_ai.operation.name": self.name,
             "gen_ai.provider.name": PROVIDER,
             "gen_ai.request.model": self.model,
@@ -111,8 +104,13 @@ class GenAIOperation:
             "gen_ai.request.max_tokens": max_tokens,
             "gen_ai.request.temperature": request.temperature,
             "gen_ai.usage.input_tokens": prompt_tokens,
-            **{f"gen_ai.request.{name}": value for name, value in options.items() if value is not None},
+            "gen_ai.request.top_p": request.top_p if request.top_p < 1 else None,
+            "gen_ai.request.top_k": request.top_k or None,
+            "gen_ai.request.seed": request.seed,
+            "gen_ai.request.presence_penalty": request.presence_penalty or None,
+            "gen_ai.request.frequency_penalty": request.frequency_penalty or None,
         }
+        return {name: value for name, value in attributes.items() if value is not None}
 
 
 def end_attributes(outcome: str, error: str | None, completion_tokens: int, cached_tokens: int) -> Attributes:

@@ -96,7 +96,7 @@ class CloudEventsAPI:
         if event.get_type() == EventType.EMBED_REQUEST:
             return _http_response(to_http(self._embed(event, client_id, arrived)))
         listener = self._listen(event, client_id, arrived)
-        event = _without_data(event)
+        event = CloudEvent(event.get_attributes())  # its data would stay in memory, and in the budget of bodies, for the answer
         g.answering = True
         if _wants_stream():
             return stream_response(
@@ -207,7 +207,7 @@ class CloudEventsAPI:
                     begun.append(self._listen(self._claims.redeem(event), client_id, arrived, len(events)))
                 except Problem as problem:
                     begun.append(problem)
-                events[number] = _without_data(event)
+                events[number] = CloudEvent(event.get_attributes())  # without data, as in `receive`
             del event
             g.answering = True
             replies = [self._wait(event, listener) for event, listener in zip(events, begun, strict=True)]
@@ -258,11 +258,6 @@ class CloudEventsAPI:
 def _items(generation: Generation) -> Iterator[Item | None]:
     yield from generation.tokens()
     yield generation.response()
-
-
-def _without_data(cause: CloudEvent) -> CloudEvent:
-    """What replies need of their cause. Its data would stay in memory, and in the budget of bodies, while the answer runs."""
-    return CloudEvent(cause.get_attributes())
 
 
 def _check_batch(events: list[CloudEvent]) -> None:

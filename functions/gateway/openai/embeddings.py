@@ -83,7 +83,7 @@ class ScoringRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """Raises InvalidRequest if the numbers of texts do not fit together."""
-        left, right = _several(self.text_1), _several(self.text_2)
+        left, right = ([texts] if isinstance(texts, str) else list(texts) for texts in (self.text_1, self.text_2))
         if len(left) == 1:
             left = left * len(right)
         if len(left) != len(right):
@@ -218,10 +218,6 @@ def shaped(vector: Sequence[float], size: int | None, *, normalize: bool) -> lis
     kept = list(vector[:size])
     length = math.hypot(*kept) if normalize else 1.0
     return [number / length for number in kept] if length else kept
-
-
-def _several(texts: Texts) -> list[str]:
-    return [texts] if isinstance(texts, str) else list(texts)
 
 
 def _base64(vector: Sequence[float]) -> str:

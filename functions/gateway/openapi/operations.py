@@ -88,7 +88,16 @@ def operations(*, with_page: bool, with_jobs: bool = False) -> Iterator[Operatio
             events=event,
             headers={"Idempotency-Key": {}},
         )
-    yield from _vectors()
+    for path, summary, request, reply in (
+        ("/v1/embeddings", "Vectors of texts", EmbeddingRequest, replies.EmbeddingReply),
+        ("/v1/score", "How alike two texts are, for each pair", ScoringRequest, replies.ScoreReply),
+        ("/score", "The same as /v1/score", ScoringRequest, replies.ScoreReply),
+        ("/v1/rerank", "Documents in the order in which they answer a query", RerankRequest, replies.RerankReply),
+        ("/rerank", "The same as /v1/rerank", RerankRequest, replies.RerankReply),
+        ("/v2/rerank", "The same as /v1/rerank", RerankRequest, replies.RerankReply),
+    ):
+        refused = () if path.startswith("/v1") else (422,)
+        yield Operation("post", path, summary, {JSON: reply}, {JSON: request}, (*_BODY_ERRORS, 404, *refused, *_ANSWER_ERRORS))
     if with_jobs:
         yield from _jobs()
     yield Operation("get", "/v1/models", "The one model that is served", {JSON: replies.ModelList})
@@ -113,19 +122,6 @@ def operations(*, with_page: bool, with_jobs: bool = False) -> Iterator[Operatio
         ("/readyz", "Whether it takes work", replies.ReadyReply),
     ):
         yield Operation("get", path, summary, {JSON: verdict}, errors=(), keyed=False, negative=verdict)
-
-
-def _vectors() -> Iterator[Operation]:
-    for path, summary, request, reply in (
-        ("/v1/embeddings", "Vectors of texts", EmbeddingRequest, replies.EmbeddingReply),
-        ("/v1/score", "How alike two texts are, for each pair", ScoringRequest, replies.ScoreReply),
-        ("/score", "The same as /v1/score", ScoringRequest, replies.ScoreReply),
-        ("/v1/rerank", "Documents in the order in which they answer a query", RerankRequest, replies.RerankReply),
-        ("/rerank", "The same as /v1/rerank", RerankRequest, replies.RerankReply),
-        ("/v2/rerank", "The same as /v1/rerank", RerankRequest, replies.RerankReply),
-    ):
-        refused = () if path.startswith("/v1") else (422,)
-        yield Operation("post", path, summary, {JSON: reply}, {JSON: request}, (*_BODY_ERRORS, 404, *refused, *_ANSWER_ERRORS))
 
 
 def _jobs() -> Iterator[Operation]:

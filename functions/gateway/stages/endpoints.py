@@ -4,16 +4,44 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 from urllib.parse import urlsplit
 
+import msgspec
+
 from eventing.http.pod_network import PodNetwork
-from functions.gateway.stages.endpoint_slices import PRIVATE, REVISION_LABEL, SERVICE_LABEL, Port, Slice
-from functions.gateway.stages.kubernetes_api import KubernetesAPI, ObjectWatch
+from functions.gateway.stages.kubernetes_api import KubernetesAPI, KubernetesItem, ObjectWatch
 from functions.gateway.stages.routes import Endpoint
 
 _log = logging.getLogger(__name__)
 
+SERVICE_LABEL: Final = "serving.knative.dev/service"
+REVISION_LABEL: Final = "serving.knative.dev/revision"
+SERVICE_TYPE_LABEL: Final = "networking.internal.knative.dev/serviceType"
+PRIVATE: Final = f"{SERVICE_TYPE_LABEL}=Private"  # selects the slices that list a revision's pods
+
 OnEndpoints = Callable[[Sequence[Endpoint] | None], None]  # all endpoints of a Service after a change; None: unknown
+
+
+class Conditions(msgspec.Struct, frozen=True):
+    ready: bool | None = None
+    serving: bool | None = None  # it answers, also while it terminates
+    terminating: bool | None = None
+
+
+class Address(msgspec.Struct):
+    addresses: tuple[str, ...] = ()
+    conditions: Conditions = Conditions()
+
+
+class Port(msgspec.Struct):
+    port: int | None = None
+    name: str | None = None
+
+
+class Slice(KubernetesItem):
+    endpoints: tuple[Address, ...] | None = None
+    ports: tuple[Port, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

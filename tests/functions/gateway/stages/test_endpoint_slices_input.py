@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from eventing.http.pod_network import PodNetwork
 from functions.gateway.stages import kubernetes_api
-from functions.gateway.stages.endpoint_slices import Slice
-from functions.gateway.stages.endpoints import endpoints_of
+from functions.gateway.stages.endpoints import Slice, endpoints_of
 from functions.gateway.stages.kubernetes_api import (
     KubernetesError,
     ObjectList,
