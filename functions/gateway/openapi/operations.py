@@ -88,7 +88,7 @@ def operations(*, with_page: bool, with_jobs: bool = False) -> Iterator[Operatio
             events=event,
             headers={"Idempotency-Key": {}},
         )
-    for path, summary, request, reply in (
+    for path, summary, asked, answer in (
         ("/v1/embeddings", "Vectors of texts", EmbeddingRequest, replies.EmbeddingReply),
         ("/v1/score", "How alike two texts are, for each pair", ScoringRequest, replies.ScoreReply),
         ("/score", "The same as /v1/score", ScoringRequest, replies.ScoreReply),
@@ -97,7 +97,7 @@ def operations(*, with_page: bool, with_jobs: bool = False) -> Iterator[Operatio
         ("/v2/rerank", "The same as /v1/rerank", RerankRequest, replies.RerankReply),
     ):
         refused = () if path.startswith("/v1") else (422,)
-        yield Operation("post", path, summary, {JSON: reply}, {JSON: request}, (*_BODY_ERRORS, 404, *refused, *_ANSWER_ERRORS))
+        yield Operation("post", path, summary, {JSON: answer}, {JSON: asked}, (*_BODY_ERRORS, 404, *refused, *_ANSWER_ERRORS))
     if with_jobs:
         yield from _jobs()
     yield Operation("get", "/v1/models", "The one model that is served", {JSON: replies.ModelList})

@@ -28,22 +28,22 @@ class SchedulerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
         drafts = {"accepted": stats.draft_tokens_accepted, "rejected": stats.draft_tokens_rejected}
-        for name, help_, value in (
+        for name, help_, number in (
             ("waiting_sequences", "Requests that wait for their turn", stats.waiting),
             ("memory_backlog_sequences", "Requests that a stage refused for lack of memory", stats.memory_backlog),
             ("running_sequences", "Requests that are being answered", stats.running),
             ("micro_batches", "Micro-batches that exist", stats.micro_batches),
             ("events_in_flight", "Forward events in flight", stats.trips),
         ):
-            yield GaugeMetricFamily(f"lamina_gateway_{name}", help_, value)
-        for name, help_, value in (
+            yield GaugeMetricFamily(f"lamina_gateway_{name}", help_, number)
+        for name, help_, number in (
             ("drawn_tokens", "Tokens drawn by the last stage", stats.tokens),
             ("sent_prompt_tokens", "Prompt tokens sent, replays included", stats.prompt_tokens),
             ("cached_prompt_tokens", "Prompt tokens that every stage held already", stats.cached_tokens),
             ("wake_ups", "Rounds of warm-up events to sleeping stages", stats.wake_ups),
             ("grown_sequences", "Answers that filled their memory and went on with more", stats.grown),
         ):
-            yield CounterMetricFamily(f"lamina_gateway_{name}", help_, value)
+            yield CounterMetricFamily(f"lamina_gateway_{name}", help_, number)
         by_stage = list(zip(self._stage_names, stats.stages, strict=True))
         steps, seconds = {name: each.steps for name, each in by_stage}, {name: each.seconds for name, each in by_stage}
         labelled: tuple[tuple[str, str, str, Mapping[str, float], Iterable[str]], ...] = (

@@ -278,7 +278,7 @@ class StageMetrics(FunctionMetrics):
     def watch_experts(self, cold_experts: "Callable[[], ColdExperts]") -> None:
         """Calls this function whenever the metrics are scraped. Otherwise no experts are cold."""
         for field, metric in self._experts.items():
-            metric.set_function(lambda field=field: float(getattr(cold_experts(), field)))
+            metric.set_function(partial(lambda field: float(getattr(cold_experts(), field)), field))
 
     def watch(self, engine: "Engine") -> None:
         """Registers gauges that read numbers of the engine whenever the metrics are scraped."""
