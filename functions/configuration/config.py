@@ -269,14 +269,6 @@ class StageConfig(CommonConfig):
         """The bearer tokens that the stage accepts: two while the token is rotated, else one."""
         return (self.pipeline_token, *([self.second_pipeline_token] if self.second_pipeline_token else []))
 
-    @property
-    def first(self) -> bool:
-        return self.layers == self.cut[0]
-
-    @property
-    def last(self) -> bool:
-        return self.layers == self.cut[-1]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ClientsConfig:

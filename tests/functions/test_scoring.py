@@ -156,14 +156,8 @@ class WideEngine:
         self.seen: list[Batch] = []
         self.released: list[str] = []
 
-    def engine(self, wait_seconds: float = 0.0) -> "WideEngine":
+    def started(self, _: float) -> "WideEngine":
         return self
-
-    def phases(self) -> dict[str, float]:
-        return {}
-
-    def loaded(self) -> tuple[int, int]:
-        return 0, 0
 
     def handle(self, batch: Batch, *, source: str, expires_at: float | None = None) -> Batch:
         self.seen.append(batch)
@@ -189,7 +183,7 @@ def wide(published: Published) -> Iterator[tuple[list[WideEngine], list[Scorer]]
     with PayloadStore(published.store) as store:
         claims = ClaimCheck(store, published.store.bucket)
         identities = [StageIdentity("0123456789abcdef0123456789abcdef", 2 * k, 2 * k + 2, k == 1, "me") for k in (0, 1)]
-        yield engines, [Scorer(*pair, claims, TOKEN) for pair in zip(identities, engines, strict=True)]
+        yield engines, [Scorer(own, engine.started, claims, TOKEN) for own, engine in zip(identities, engines, strict=True)]
 
 
 def first_event(tokens: int = 100) -> CloudEvent:
@@ -255,7 +249,7 @@ def test_payloads_that_are_gone_or_not_the_same_are_refused(wide: Wide, publishe
 def test_a_store_that_does_not_answer_is_worth_a_retry(published: Published) -> None:
     nowhere = PayloadStore(replace(published.store, endpoint_url="http://127.0.0.1:1"), retry_seconds=0.1)
     identity = StageIdentity("0123456789abcdef0123456789abcdef", 0, 2, False, "me")
-    scorer = Scorer(identity, WideEngine(scores=False), ClaimCheck(nowhere, "lamina"), TOKEN)
+    scorer = Scorer(identity, WideEngine(scores=False).started, ClaimCheck(nowhere, "lamina"), TOKEN)
     with pytest.raises(NotReady, match=r"127\.0\.0\.1:1"):
         scorer.answer(first_event())
 

@@ -45,9 +45,9 @@ class Looks:
         return max(0.0, self._next_at - time.monotonic())
 
     def look(self, found: bool) -> Iterator[ProgressEvent | None]:
-        """Call it after each wait for tokens. If a look is due and no token came since the last one, yields one item.
+        """Call it after each wait for tokens. found: the wait brought some. Raises ClientLeft.
 
-        The item is what is awaited if that has changed, else None. found: the wait brought tokens. Raises ClientLeft.
+        If no token has come for LOOK_SECONDS it yields one item: what the answer waits for, or None if that is as before.
         """
         self._found = self._found or found
         if time.monotonic() < self._next_at:

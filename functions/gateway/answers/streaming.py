@@ -14,7 +14,9 @@ from eventing.problems import Problem
 from eventing.wire.generation import ProgressEvent, TokenEvent
 from functions.gateway.answers.deduplication import Listener
 from functions.gateway.answers.generation import ClientLeft, Generation
+from functions.gateway.answers.service import RequestContext
 from functions.hosting.requests import ARRIVED, CLIENT_GONE
+from functions.observing.tracing import read_traceparent
 
 _log: Final = logging.getLogger(__name__)
 STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # keeps proxies from buffering tokens
@@ -82,6 +84,21 @@ def begun(
             return chain((event,), events)
         yield None
     return iter(())
+
+
+def request_context(
+    request_id: str, client_id: str, seed: int, deadline_seconds: float, gone: Callable[[], bool] | None = None
+) -> RequestContext:
+    """The context of the current Flask request. gone: None: tells whether its client has left, if the server can know."""
+    return RequestContext(
+        request_id=request_id,
+        client_id=client_id,
+        seed=seed,
+        deadline_seconds=deadline_seconds,
+        arrived=arrival_time(),
+        gone=gone or client_gone(),
+        trace=read_traceparent(request.headers.get("traceparent")),
+    )
 
 
 def arrival_time() -> float:

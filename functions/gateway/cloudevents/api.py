@@ -77,11 +77,10 @@ class CloudEventsAPI:
     _deduplicator: Deduplicator[Item] = field(default_factory=Deduplicator)
 
     def receive(self) -> Response:
-        arrived = arrival_time()
         client_id = log_entry().client_id = self._clients.identify(request)
         content_type = request.content_type or ""
         if media_type(content_type) == BATCHED_CONTENT_TYPE:
-            return self._receive_batch(client_id, arrived)
+            return self._receive_batch(client_id)
         event = from_http(request.headers.items(), request.get_data(cache=False))
         if event.get_type() not in _SERVED:
             raise UnknownEventType(f"{event.get_type()!r} is not served by a gateway, which serves {', '.join(_SERVED)}")
@@ -94,8 +93,8 @@ class CloudEventsAPI:
             return self._score(event, client_id)
         to_http = to_structured_http if content_type.startswith(STRUCTURED_CONTENT_TYPE) else to_binary_http
         if event.get_type() == EventType.EMBED_REQUEST:
-            return _http_response(to_http(self._embed(event, client_id, arrived)))
-        listener = self._listen(event, client_id, arrived)
+            return _http_response(to_http(self._embed(event, client_id)))
+        listener = self._listen(event, client_id)
         event = CloudEvent(event.get_attributes())  # its data would stay in memory, and in the budget of bodies, for the answer
         g.answering = True
         if _wants_stream():
@@ -137,7 +136,7 @@ class CloudEventsAPI:
             raise UnknownEventType(f"{event.get_type()} goes to the Broker: this gateway takes it from a Sequence only")
         return _http_response(to_binary_http(self._scores.begin(event, client_id)))
 
-    def _embed(self, event: CloudEvent, client_id: str, arrived: float) -> CloudEvent:
+    def _embed(self, event: CloudEvent, client_id: str) -> CloudEvent:
         """The reply with the vectors of a request's texts, by claim check if it is large.
 
         A repeated delivery is computed again, with the same vectors.
@@ -145,16 +144,15 @@ class CloudEventsAPI:
         body = read_request(b"".join(data_buffers(event)), EmbeddingRequest)
         if body.model != self._config.model:
             raise ModelNotFound(is_not_served(body.model, self._config.model))
-        context = self._context(event, client_id, arrived, client_gone())
+        context = self._context(event, client_id, client_gone())
         g.answering = True  # VectorService counts it
         document = embeddings_document(VectorService(self._service), body, context, int(time.time()))
         log_entry().prompt_tokens = document["usage"]["prompt_tokens"]
         return self._claims.check_in(self._event(event, EventType.EMBED_RESPONSE, document), datetime.now(UTC))
 
-    def _context(
-        self, event: CloudEvent, client_id: str, arrived: float, gone: Callable[[], bool], events: int = 1
-    ) -> RequestContext:
-        """arrived: in time.monotonic(). events: how many the request has."""
+    def _context(self, event: CloudEvent, client_id: str, gone: Callable[[], bool], events: int = 1) -> RequestContext:
+        """events: how many the request has."""
+        arrived = arrival_time()
         seconds, expiry = self._config.request_timeout_seconds, expiry_time(event.get_attributes())
         if expiry is not None:
             seconds = min(seconds, (expiry - datetime.now(UTC)).total_seconds())
@@ -170,17 +168,17 @@ class CloudEventsAPI:
             trace=read_traceparent(str(traceparent) if traceparent else request.headers.get("traceparent")),
         )
 
-    def _listen(self, event: CloudEvent, client_id: str, arrived: float, events: int = 1) -> Listener[Item]:
+    def _listen(self, event: CloudEvent, client_id: str, events: int = 1) -> Listener[Item]:
         """Begins the answer to a generate request, or joins it if the same event is being answered or was answered recently.
 
-        arrived, events: see `_context`. Raises the Problem with which the answer cannot begin.
+        events: see `_context`. Raises the Problem with which the answer cannot begin.
         """
 
         def begin(abandoned: Callable[[], bool]) -> Iterator[Item | None]:
             data = json_data(event, GenerateRequest)
             if data.model is None and (named := event.get_extension(Attribute.MODEL)) is not None:
                 data = replace(data, model=str(named))
-            context = self._context(event, client_id, arrived, abandoned, events)
+            context = self._context(event, client_id, abandoned, events)
             entry = log_entry()
             entry.request = data
             entry.generation = generation = self._service().begin(data, context)
@@ -192,7 +190,7 @@ class CloudEventsAPI:
             key.update(buffer)
         return self._deduplicator.listen(key.digest(), reply_id(event), begin, client_gone())
 
-    def _receive_batch(self, client_id: str, arrived: float) -> Response:
+    def _receive_batch(self, client_id: str) -> Response:
         """Answers a batch of events with a batch of reply events in the same order.
 
         All answers begin before the first is awaited. An event that fails gets an error event as its reply.
@@ -204,7 +202,7 @@ class CloudEventsAPI:
             for number, event in enumerate(events):
                 try:
                     check_not_expired(event.get_attributes(), datetime.now(UTC))
-                    begun.append(self._listen(self._claims.redeem(event), client_id, arrived, len(events)))
+                    begun.append(self._listen(self._claims.redeem(event), client_id, len(events)))
                 except Problem as problem:
                     begun.append(problem)
                 events[number] = CloudEvent(event.get_attributes())  # without data, as in `receive`

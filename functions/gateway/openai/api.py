@@ -18,8 +18,8 @@ from functions.gateway.answers.adapters import ServedModels
 from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.deduplication import Deduplicator
 from functions.gateway.answers.generation import Generation
-from functions.gateway.answers.service import AnswerService, RequestContext
-from functions.gateway.answers.streaming import Answering, arrival_time, client_gone, stream_response, whole_response
+from functions.gateway.answers.service import AnswerService
+from functions.gateway.answers.streaming import Answering, client_gone, request_context, stream_response, whole_response
 from functions.gateway.openai.documents import ChoicesDocument, Envelope
 from functions.gateway.openai.errors import add_error_handlers, path_not_served
 from functions.gateway.openai.requests import ChatRequest, CompletionRequest
@@ -28,7 +28,6 @@ from functions.gateway.openai.responses_requests import ResponsesRequest
 from functions.gateway.openai.validation import read_request
 from functions.gateway.text.tokenizer import ModelText
 from functions.hosting.web import json_response
-from functions.observing.tracing import read_traceparent
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ class OpenAIAPI:
         return document if name == self._config.model else {**document, "parent": self._config.model}
 
     def _answer(self, kind: AnswerKind) -> Response:
-        arrived, entry, config = arrival_time(), log_entry(), self._config
+        entry, config = log_entry(), self._config
         client_id = entry.client_id = self._clients.identify(request)
         data = request.get_data(cache=False)
         body = read_request(data, kind.type_)
@@ -105,15 +104,8 @@ class OpenAIAPI:
         entry.request = generate_request
 
         def begin(gone: Callable[[], bool]) -> Generation:
-            context = RequestContext(
-                request_id=id_,
-                client_id=client_id,
-                seed=int.from_bytes(digest[12:20]) >> 1,
-                deadline_seconds=config.request_timeout_seconds,
-                arrived=arrived,
-                gone=gone,
-                trace=read_traceparent(request.headers.get("traceparent")),
-            )
+            seed = int.from_bytes(digest[12:20]) >> 1
+            context = request_context(id_, client_id, seed, config.request_timeout_seconds, gone)
             entry.generation = service.begin(generate_request, context)
             return entry.generation
 

@@ -22,13 +22,12 @@ from functions.gateway.answers.adapters import is_not_served
 from functions.gateway.answers.authentication import Clients
 from functions.gateway.answers.generation import ClientLeft
 from functions.gateway.answers.service import RequestContext
-from functions.gateway.answers.streaming import CLIENT_CLOSED_REQUEST, arrival_time, client_gone
+from functions.gateway.answers.streaming import CLIENT_CLOSED_REQUEST, request_context
 from functions.gateway.answers.vectors import Vectors, VectorService
 from functions.gateway.openai.errors import add_error_handlers
 from functions.gateway.openai.requests import HINT
 from functions.gateway.openai.validation import read_request
 from functions.hosting.web import json_response
-from functions.observing.tracing import read_traceparent
 
 EMBEDDINGS: Final = "/v1/embeddings"
 MAX_INPUTS: Final = 2048  # of one request, as in the OpenAI API
@@ -184,16 +183,7 @@ class EmbeddingsAPI:
         body = read_request(request.get_data(cache=False), type_)
         if body.model not in (None, self._config.model):
             raise ModelNotFound(is_not_served(body.model, self._config.model))
-        context = RequestContext(
-            request_id=id_,
-            client_id=client_id,
-            seed=0,
-            deadline_seconds=self._config.request_timeout_seconds,
-            arrived=arrival_time(),
-            gone=client_gone(),
-            trace=read_traceparent(request.headers.get("traceparent")),
-        )
-        return context, body
+        return request_context(id_, client_id, 0, self._config.request_timeout_seconds), body
 
 
 def embeddings_document(

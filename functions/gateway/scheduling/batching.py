@@ -39,10 +39,9 @@ def micro_batches_allowed(
     network included; if one is 0 (not measured), all stages count as equal. network_seconds: per stage, the part of
     service_seconds in which no instance computes; empty: the network is quick.
 
-    The narrowest stage has the most busy seconds per instance. By Little's law, its rate times the seconds of a whole round
-    keeps it busy; twice that keeps two micro-batches at each of its instances, apart from those at the other stages. Two per
-    instance counted over the whole pipeline would leave it with little more than one, below the autoscaler's target, so that it
-    would never grow (docs/scheduling.md has the numbers).
+    So many that IN_FLIGHT_PER_INSTANCE of them are at each instance of the narrowest stage, which has the most busy seconds per
+    instance, while others are at other stages. By Little's law that is its rate times the seconds of a whole round, times that
+    constant. With fewer its concurrency would stay below the autoscaler's target, and it would never grow.
     """
     instances = [max(1, count) for count in ready_instances]
     seconds = busy = service_seconds if all(service_seconds) else [1.0] * len(instances)

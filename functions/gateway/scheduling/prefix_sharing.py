@@ -25,10 +25,9 @@ class PrefixSharing:
     mode: str  # pipeline: all requests share; client: those of one client; request: only the answers of one; off: none
 
     def key(self, prompt: Prompt) -> bytes | None:
-        """The key of the prompt's prefix chain; None: no prefix caching.
+        """The key of the prompt's prefix chain: prompts with equal keys share cached prefixes. None: no prefix caching.
 
-        A `cache_salt` narrows sharing to requests with the same one. With `request` nothing but it goes from one request to
-        another: a client that knows the salt has sent it, or was told it.
+        A `cache_salt` narrows sharing to requests with the same one. In the mode `request` only such requests share at all.
         """
         if self.mode == "off":
             return None

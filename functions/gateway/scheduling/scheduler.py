@@ -31,7 +31,7 @@ from functions.gateway.scheduling.prefix_sharing import PrefixSharing, prompt_ch
 from functions.gateway.scheduling.replays import gateway_failed, trip_failed
 from functions.gateway.scheduling.reservations import Reserve, reservation_over, reserve_at_once, reserve_in_order
 from functions.gateway.scheduling.sequence import Progress, Prompt, Sequence, names_of
-from functions.gateway.scheduling.speculation import Drafter, PromptLookup, SharedRates
+from functions.gateway.scheduling.speculation import Drafter, PromptLookup, shared_rates
 from functions.gateway.scheduling.state import SchedulerState
 from functions.gateway.scheduling.stats import Stats
 from functions.gateway.scheduling.token_stream import TokenStream
@@ -62,7 +62,7 @@ class Scheduler:
         self._sharing = sharing
         self._state = SchedulerState(placement, limits)
         self._changed = threading.Condition()  # the lock; notified when the clock must look again, and when sequences end
-        self._shared_rates = SharedRates()
+        self._shared_rates = shared_rates()
         self._boot = secrets.token_hex(6)
         self._numbers = count()
         self._closing = self._closed = False

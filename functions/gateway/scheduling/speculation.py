@@ -108,15 +108,12 @@ class AcceptanceRate:
         self.rejected = self.decay * self.rejected + rejected
 
 
-@dataclass(slots=True)
-class SharedRates:
-    """Acceptance rates over all sequences of a gateway, for short and long matches.
+Rates = tuple[AcceptanceRate, AcceptanceRate]  # for short and for long matches
 
-    A new sequence's estimate starts from them; they start from one half.
-    """
 
-    short: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(_SHARED_DECAY))
-    long: AcceptanceRate = field(default_factory=lambda: AcceptanceRate(_SHARED_DECAY))
+def shared_rates() -> Rates:
+    """Rates over all sequences of a gateway, from which a new sequence's estimate starts; they start from one half."""
+    return AcceptanceRate(_SHARED_DECAY), AcceptanceRate(_SHARED_DECAY)
 
 
 @dataclass(slots=True)
@@ -127,10 +124,9 @@ class Drafter:
     """
 
     lookup: PromptLookup
-    shared: SharedRates = field(default_factory=SharedRates)
+    shared: Rates = field(default_factory=shared_rates)
     disabled: bool = False  # a stage refused a row that had draft tokens: the sequence goes on without
-    _short: AcceptanceRate = field(default_factory=AcceptanceRate)
-    _long: AcceptanceRate = field(default_factory=AcceptanceRate)
+    _own: Rates = field(default_factory=lambda: (AcceptanceRate(), AcceptanceRate()))
     _match: int = 0
     _draft: tuple[int, ...] = ()
 
@@ -162,9 +158,8 @@ class Drafter:
 
     def _rates(self) -> tuple[AcceptanceRate, AcceptanceRate]:
         """The acceptance rates for the last draft's length of match: the sequence's own and the shared one."""
-        if self._match >= _LONG_MATCH_TOKENS:
-            return self._long, self.shared.long
-        return self._short, self.shared.short
+        is_long = self._match >= _LONG_MATCH_TOKENS
+        return self._own[is_long], self.shared[is_long]
 
 
 def step_seconds(costs: Items[RowCosts], micro_batches: int, network_seconds: float) -> Callable[[int], float | None]:

@@ -126,7 +126,7 @@ class MemoryBacklog:
         return min(allowances, default=math.inf)
 
     def overtaken(self, by: Sequence) -> None:
-        """Counts the memory of `by`, which got ahead, for each sequence in the backlog."""
+        """Counts that `by` got memory before the sequences in the backlog: each may be overtaken by a limited amount."""
         for sequence in self.sequences:
             sequence.overtaken_tokens += by.reserve_tokens
 

@@ -112,7 +112,7 @@ def _tojson(
 
 
 def with_guards(written: str) -> str:
-    """What `json.dumps` or `repr` has written, with guards instead of the escapes for them."""
+    """Puts GUARD, a noncharacter, back where `json.dumps` or `repr` has written the escape of it."""
     return _ESCAPED_GUARD.sub(rf"\1{GUARD}", written)
 
 

@@ -50,8 +50,7 @@ STATUSES: Final = ("200", *sorted({str(problem.status) for problem in PROBLEMS.v
 class StageApp:
     """Answers events at `POST /`, and `GET /kv`, as plain WSGI.
 
-    Flask would cost a request as much as a small stage's layers do when these have emptied the CPU's caches, as they have in
-    every step of a stream; docs/log.md has the numbers.
+    Not as a Flask application, which took as long for a request as the layers of a small stage (docs/log.md).
     """
 
     def __init__(self, handlers: EventHandlers, metrics: "StageMetrics", *pipeline_tokens: str) -> None:

@@ -59,8 +59,8 @@ class StageFunction:
         self._tracer = make_tracer(config.traces_endpoint, "lamina-stage", {"lamina.pipeline": config.pipeline})
         identity = StageIdentity.of(config, self.instance)
         claims = ClaimCheck(PayloadStore(config.store), config.store.bucket)
-        scorer = Scorer(identity, self, claims, config.pipeline_token)
-        handlers = EventHandlers(identity, self, scorer.answer, self._tracer)
+        scorer = Scorer(identity, self.engine, claims, config.pipeline_token)
+        handlers = EventHandlers(identity, self.engine, scorer.answer, start_up, self._tracer)
         self.service = Service(
             StageApp(handlers, self._metrics, *config.pipeline_tokens),
             Management(self._metrics.registry, sick=self._sick, ready=self._ready),
@@ -92,7 +92,7 @@ class StageFunction:
             self._engine.stop(drain=False)
         self._tracer.close()
 
-    def engine(self, wait_seconds: float = 0.0) -> "Engine":
+    def engine(self, wait_seconds: float) -> "Engine":
         """The engine, which has run one step already. Waits up to `wait_seconds` for it and then raises NotReady."""
         if self._engine is not None:
             return self._engine
@@ -104,10 +104,7 @@ class StageFunction:
             raise NotReady(f"the start of {self.instance} failed; its log has the cause")
         if self._draining:
             raise NotReady(f"{self.instance} was told to stop before its weights were in; another instance will answer")
-        raise NotReady(f"{self.instance} is starting; ended are the phases {', '.join(self.phases())}")
-
-    def phases(self) -> dict[str, float]:
-        return self._start_up.phases()
+        raise NotReady(f"{self.instance} is starting; ended are the phases {', '.join(self._start_up.phases())}")
 
     def _open_tls_port(self, port: int) -> bool:
         from functions.hosting.tls_port import TLSPort
@@ -121,9 +118,6 @@ class StageFunction:
         TLSPort(listener, self._tls, self._config.queue_proxy_port).start()
         _log.info("TLS on port %d", port)
         return True
-
-    def loaded(self) -> tuple[int, int]:
-        return self._start_up.loaded_bytes, self._start_up.total_bytes
 
     def _bring_up(self, stop: Callable[[int], None]) -> None:
         try:
@@ -142,7 +136,7 @@ class StageFunction:
         with self._changed:
             self._engine, self._kv_writer = engine, ready.tiers.writer
             self._changed.notify_all()
-        phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.phases().items())
+        phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self._start_up.phases().items())
         _log.info("ready: %s; layers run by %s", phases, engine.runs_by)
 
     def _fail(self, stop: Callable[[int], None]) -> None:
@@ -159,6 +153,6 @@ class StageFunction:
     def _ready(self) -> tuple[bool, Mapping[str, object]]:
         return self._engine is not None and not self._draining, {
             "instance": self.instance,
-            "start_up": self.phases(),
+            "start_up": self._start_up.phases(),
             "layers_run_by": None if self._engine is None else self._engine.runs_by,
         }

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import msgspec
 from cloudevents.core.v1.event import CloudEvent
@@ -37,6 +37,7 @@ from eventing.wire.framing import (
 from eventing.wire.kv_query import KVQuery
 from eventing.wire.prefix_chain import LINEAGE
 from functions.configuration.config import StageConfig
+from functions.hosting.startup import StartUp
 from functions.observing.tracing import PASSING, Tracer, read_traceparent
 
 if TYPE_CHECKING:
@@ -45,19 +46,7 @@ if TYPE_CHECKING:
 WARM_UP_SECONDS: Final = 600.0  # a warm-up event waits at most this long for the weights, whatever its expirytime
 
 Attributes = Mapping[str, Any]
-
-
-class EngineSource(Protocol):
-    """Gives handlers the stage's engine, which starts in another thread while the server already takes requests."""
-
-    def engine(self, wait_seconds: float = 0.0) -> "Engine":
-        """The engine. Waits up to `wait_seconds` for its start and then raises NotReady."""
-
-    def phases(self) -> dict[str, float]:
-        """The phases of the start that have ended, with their seconds since the process began."""
-
-    def loaded(self) -> tuple[int, int]:
-        """Bytes of weights that are loaded, and of all; 0 if they are not known yet."""
+EngineSource = Callable[[float], "Engine"]  # waits at most so many seconds for the engine's start, then raises NotReady
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +103,15 @@ class EventHandlers:
     def __init__(
         self,
         identity: StageIdentity,
-        engines: EngineSource,
+        engine: EngineSource,
         score: Callable[[CloudEvent], CloudEvent],
+        start_up: StartUp,
         tracer: Tracer = PASSING,
     ) -> None:
         """score: answers a signed forward event, which a Sequence delivers (`scoring`)."""
         self._identity = identity
-        self._engines = engines
+        self._wait_for_engine = engine
+        self._start_up = start_up
         self._score = score
         self._tracer = tracer
         self._started: Engine | None = None
@@ -168,7 +159,7 @@ class EventHandlers:
     def _engine(self, wait_seconds: float = 0.0) -> "Engine":
         """The started engine. Waits up to `wait_seconds` for its start and then raises NotReady."""
         if self._started is None:
-            self._started = self._engines.engine(wait_seconds)
+            self._started = self._wait_for_engine(wait_seconds)
         return self._started
 
     def _forward(self, attributes: Attributes, data: Buffer, expires_at: float | None) -> EventReply:
@@ -195,7 +186,8 @@ class EventHandlers:
         if read_json(attributes, data, WarmupRequest).wait:
             left = WARM_UP_SECONDS if expires_at is None else expires_at - time.time()
             engine = self._engine(min(left, WARM_UP_SECONDS))
-        reply = WarmupReply(self._identity.instance, self._engines.phases(), *self._engines.loaded())
+        own = self._start_up
+        reply = WarmupReply(self._identity.instance, own.phases(), own.loaded_bytes, own.total_bytes)
         return self._json_reply(attributes, reply, engine)
 
     def _reserve(self, attributes: Attributes, data: Buffer, expires_at: float | None) -> EventReply:

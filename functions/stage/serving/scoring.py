@@ -30,9 +30,9 @@ class Scorer:
     large for a channel goes by claim check.
     """
 
-    def __init__(self, identity: StageIdentity, engines: EngineSource, claims: ClaimCheck, token: str) -> None:
+    def __init__(self, identity: StageIdentity, engine: EngineSource, claims: ClaimCheck, token: str) -> None:
         self._identity = identity
-        self._engines = engines
+        self._engine = engine
         self._claims = claims
         self._token = token
         self._source = f"{identity.source}/scores"
@@ -41,7 +41,7 @@ class Scorer:
         """Runs the layers over the event's one row; returns the next stage's event, or the response. Raises a Problem."""
         self._identity.check_layer(integer_attribute(event.get_attributes(), Attribute.LAYER))
         required_attribute(event.get_attributes(), Attribute.EXPIRY_TIME)  # what follows is signed, too
-        engine = self._engines.engine()
+        engine = self._engine(0.0)
         batch = batch_data(self._claims.redeem(event))
         if len(batch.rows) != 1 or len(batch.token_ids) < 2:
             raise MalformedEvent(f"{len(batch.rows)} rows with {len(batch.token_ids)} tokens; send one text at a time")

@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from io import BytesIO
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
@@ -24,6 +23,7 @@ from eventing.wire.batch_codec import decode_batch
 from eventing.wire.control import LEASE_SECONDS
 from eventing.wire.events import Batch, Cut, EventType, Row
 from functions.configuration.config import StageConfig, read_config
+from functions.hosting.startup import StartUp
 from functions.stage.engine.engine import Engine
 from functions.stage.engine.event_queue import ForwardEvent
 from functions.stage.engine.kv_tiers import Tier
@@ -248,10 +248,9 @@ class StageServer:
             self.engine.stop(drain=False)
 
     def _app(self) -> Callable[["WSGIEnvironment", "StartResponse"], Iterable[bytes]]:
-        readiness = SimpleNamespace(engine=lambda wait_seconds=0.0: self.engine, phases=dict, loaded=lambda: (0, 0))
         config = _config(self._cut, self.index)
         identity = StageIdentity.of(config, f"stage-{self.index}-boot-{self._boots}")
-        handlers = EventHandlers(identity, cast("Any", readiness), score=cast("Any", None))  # no Sequence asks it
+        handlers = EventHandlers(identity, lambda _: self.engine, cast("Any", None), StartUp())  # no Sequence asks it
         app = StageApp(handlers, StageMetrics(), TOKEN)
 
         def with_faults(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:

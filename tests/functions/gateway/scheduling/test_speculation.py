@@ -11,8 +11,9 @@ from functions.gateway.scheduling.speculation import (
     MAX_LOOKED_UP_TOKENS,
     Drafter,
     PromptLookup,
-    SharedRates,
+    Rates,
     draft_lengths,
+    shared_rates,
     step_seconds,
 )
 from functions.gateway.scheduling.stats import RowCosts, seconds_on
@@ -150,8 +151,8 @@ def test_one_micro_batch_pays_for_the_round_and_many_for_the_narrowest_stage() -
 # Chances of acceptance.
 
 
-def drafter_of(tokens: list[int], shared: SharedRates | None = None) -> Drafter:
-    return Drafter(PromptLookup(tokens), shared or SharedRates())
+def drafter_of(tokens: list[int], shared: Rates | None = None) -> Drafter:
+    return Drafter(PromptLookup(tokens), shared or shared_rates())
 
 
 def test_the_chance_follows_what_was_accepted() -> None:
@@ -185,7 +186,7 @@ def test_the_chance_follows_drafts_that_were_not_sent() -> None:
 
 
 def test_a_new_sequence_starts_with_the_rates_of_all_others() -> None:
-    shared = SharedRates()
+    shared = shared_rates()
     for _ in range(40):
         other = drafter_of([1, 2, 3, 1, 2], shared)
         assert other.draft(4)
