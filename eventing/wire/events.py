@@ -242,27 +242,18 @@ Cut = Sequence[tuple[int, int]]  # layer groups [first, last) in order, without 
 StageWeights = tuple[str, str]  # the dtype in which a stage computes, and the digest of the publication that it reads
 
 
-def pipeline_fingerprint(
-    weights_digest: str, cut: Cut, dtype: str, wire_dtype: str | None = None, kv_dtype: str | None = None
-) -> str:
-    """32 hexadecimal digits that depend on weights, cut, wire version and the dtypes of layers, hidden states and KV.
-
-    wire_dtype, kv_dtype: None if hidden states, or keys and values, have the dtype of the layers. 128 bits make it practically
-    impossible that two pipelines have the same fingerprint. Names of Services carry its first eight digits, which tell
-    successive pipelines apart.
-    """
-    ranges = ",".join(f"{first}:{last}" for first, last in cut)
-    text = f"{weights_digest} {ranges} {dtype} {WIRE_VERSION}" + (f" {wire_dtype}" if wire_dtype else "")
-    text += f" kv {kv_dtype}" if kv_dtype else ""
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
 def fingerprint_of(
     weights: Sequence[StageWeights], cut: Cut, wire_dtype: str | None = None, kv_dtype: str | None = None
 ) -> str:
-    """The `pipeline_fingerprint` of stages whose dtypes may differ. weights: one per stage."""
-    if len(set(weights)) == 1:
-        ((dtype, digest),) = set(weights)
-        return pipeline_fingerprint(digest, cut, dtype, wire_dtype, kv_dtype)
-    digests, dtypes = (",".join(each[place] for each in weights) for place in (1, 0))
-    return pipeline_fingerprint(digests, cut, dtypes, wire_dtype, kv_dtype)
+    """32 hexadecimal digits that depend on weights, cut, wire version and the dtypes of layers, hidden states and KV.
+
+    weights: one per stage, or one for all. wire_dtype, kv_dtype: None if hidden states, or keys and values, have the dtype of
+    the layers. 128 bits make it practically impossible that two pipelines have the same fingerprint. Names of Services carry
+    its first eight digits, which tell successive pipelines apart.
+    """
+    uniform = len(set(weights)) == 1
+    dtypes, digests = (each[0] if uniform else ",".join(each) for each in zip(*weights, strict=True))
+    ranges = ",".join(f"{first}:{last}" for first, last in cut)
+    text = f"{digests} {ranges} {dtypes} {WIRE_VERSION}" + (f" {wire_dtype}" if wire_dtype else "")
+    text += f" kv {kv_dtype}" if kv_dtype else ""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

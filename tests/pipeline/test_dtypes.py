@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 import pytest
 
-from eventing.wire.events import fingerprint_of, pipeline_fingerprint
+from eventing.wire.events import fingerprint_of
 from functions.stage.models.floats import Array, HiddenDtype, narrowed, widened
 from functions.stage.models.layer_group import LayerGroup, Segment
 from storage.models.model_repository import Dtype, ModelManifest
@@ -29,7 +29,7 @@ NEW_TOKENS: Final = 24
 
 
 def told(published: Published) -> dict[str, str]:
-    fingerprint = pipeline_fingerprint(published.manifest.digest, CUT, published.manifest.dtype, "int8")
+    fingerprint = fingerprint_of([(published.manifest.dtype, published.manifest.digest)], CUT, "int8")
     return {"LAMINA_WIRE_DTYPE": "int8", "LAMINA_PIPELINE": fingerprint}
 
 

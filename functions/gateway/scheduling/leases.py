@@ -22,13 +22,6 @@ class Release:
     awaited_tokens: int = 0  # the stage holds its reply until it could reserve so many, see waiting.BacklogSignals
 
 
-@dataclass(frozen=True, slots=True)
-class _LostRelease:
-    instance: Instance
-    row: ReleaseRow
-    until: float  # in time.monotonic()
-
-
 class LeaseRenewals:
     """Renews the gateway's lease at every instance that a route uses, by release events, which mostly have no rows.
 
@@ -39,7 +32,7 @@ class LeaseRenewals:
 
     def __init__(self) -> None:
         self.renew_at = 0.0  # in time.monotonic()
-        self._lost: list[_LostRelease] = []
+        self._lost: list[tuple[Instance, ReleaseRow, float]] = []  # the float: how long it is kept, in time.monotonic()
 
     def renew(self, instances: Iterable[Instance], sequences: Mapping[str, Sequence], now: float) -> list[Release]:
         """Returns a release event for each of `instances`, with the rows whose release failed there before.
@@ -49,21 +42,21 @@ class LeaseRenewals:
         """
         used = dict.fromkeys(instances)
         self.renew_at = now + RENEWAL_SECONDS
-        lost, self._lost = self._lost, [each for each in self._lost if each.instance not in used and now < each.until]
+        lost, self._lost = self._lost, [each for each in self._lost if each[0] not in used and now < each[2]]
         return [
-            Release(instance, [each.row for each in lost if each.instance is instance and not _is_back(each, sequences)])
-            for instance in used
+            Release(user, [row for instance, row, _ in lost if instance is user and not _is_back(instance, row, sequences)])
+            for user in used
         ]
 
     def release_failed(self, instance: Instance, rows: Items[ReleaseRow]) -> None:
         """Keeps rows whose release got no usable reply, so that a renewal repeats it. The instance may have freed them."""
         until = time.monotonic() + _KEPT_SECONDS
-        self._lost += [_LostRelease(instance, row, until) for row in rows]
+        self._lost += [(instance, row, until) for row in rows]
 
 
-def _is_back(lost: _LostRelease, sequences: Mapping[str, Sequence]) -> bool:
+def _is_back(instance: Instance, row: ReleaseRow, sequences: Mapping[str, Sequence]) -> bool:
     """Whether the sequence uses the instance again, in the same attempt. If so, its row must not be released."""
-    sequence = sequences.get(lost.row.id)
-    if sequence is None or sequence.route is None or lost.instance not in sequence.route.instances:
+    sequence = sequences.get(row.id)
+    if sequence is None or sequence.route is None or instance not in sequence.route.instances:
         return False
-    return sequence.progress.attempt == lost.row.attempt
+    return sequence.progress.attempt == row.attempt

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from eventing.wire.events import pipeline_fingerprint
+from eventing.wire.events import fingerprint_of
 from functions.configuration.api_keys import Quota
 from functions.configuration.config import GatewayConfig, StageConfig, read_config
 from functions.configuration.pass_times import PassTimes
@@ -121,7 +121,7 @@ def test_each_stage_gets_the_kv_store_and_its_share_of_the_bytes() -> None:
 
 
 def test_names_carry_the_fingerprint() -> None:
-    expected = pipeline_fingerprint(DIGEST, CUT, "int8")
+    expected = fingerprint_of([("int8", DIGEST)], CUT)
     names = [service["metadata"]["name"] for service in services(pipeline())]
     assert names == [*(f"chat-{expected[:8]}-s{k}" for k in range(3)), "chat"]
 
@@ -130,7 +130,7 @@ def test_names_carry_the_fingerprint() -> None:
 def test_a_dtype_of_hidden_states_or_kv_is_part_of_the_fingerprint_and_reaches_every_function(field: str) -> None:
     variant = pipeline(**{field: "int8"})
     told = {"wire_dtype": None, "kv_dtype": None, field: "int8"}
-    assert variant.fingerprint == pipeline_fingerprint(DIGEST, CUT, "int8", **told)
+    assert variant.fingerprint == fingerprint_of([("int8", DIGEST)], CUT, **told)
     assert len({variant.fingerprint, pipeline().fingerprint, pipeline(wire_dtype="int8", kv_dtype="int8").fingerprint}) == 3
     configs = [read_config(environment_of(service)) for service in services(variant)]
     assert [(config.wire_dtype, config.kv_dtype, config.pipeline) for config in configs] == [

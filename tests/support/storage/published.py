@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from eventing.wire.events import Cut, pipeline_fingerprint
+from eventing.wire.events import Cut, fingerprint_of
 from storage.models.model_repository import Dtype, ModelManifest
 from storage.models.publisher import publish
 from storage.store.embedded import EmbeddedStore
@@ -77,7 +77,7 @@ class Published:
         return until_end(greedy(self.model, ids, new_tokens))
 
     def fingerprint(self, cut: Cut = CUT) -> str:
-        return pipeline_fingerprint(self.manifest.digest, cut, self.manifest.dtype)
+        return fingerprint_of([(self.manifest.dtype, self.manifest.digest)], cut)
 
 
 def until_end(token_ids: Iterable[int]) -> list[int]:
