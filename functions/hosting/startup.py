@@ -82,7 +82,7 @@ def use_few_arenas() -> None:
         mallopt(_M_ARENA_MAX, _ARENAS)
 
 
-def return_free_memory() -> None:
+def return_free_memory(every_seconds: float = _TRIM_SECONDS) -> None:
     """Starts a thread that gives pages without live objects back to the kernel, again and again. Only with glibc.
 
     glibc itself returns only the end of an arena: after a burst, 30 of a gateway's 105 MiB were free and stayed resident.
@@ -90,7 +90,7 @@ def return_free_memory() -> None:
 
     def trim() -> None:
         while True:
-            time.sleep(_TRIM_SECONDS)
+            time.sleep(every_seconds)
             trim_memory()
 
     if hasattr(ctypes.CDLL(None), "malloc_trim"):

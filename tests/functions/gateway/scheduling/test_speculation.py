@@ -182,7 +182,7 @@ def test_the_chance_follows_drafts_that_were_not_sent() -> None:
     for token in (50, 5, 6):
         wrong.drawn([token])
     assert wrong.draft(1), "5 and 6 stood there before"
-    assert wrong.shared.long.rejected == 1.0
+    assert wrong.shared[True].rejected == 1.0
 
 
 def test_a_new_sequence_starts_with_the_rates_of_all_others() -> None:
