@@ -21,7 +21,6 @@ from bench.evaluation.setting import STATIC, Setting
 from bench.evaluation.simulator import Overheads, Simulation, World
 from bench.evaluation.trace import Trace
 from bench.pipeline import read_page
-from functions.gateway.scheduling.batching import SchedulerLimits
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.local.kubelet.pods import LocalPod
 from knative.local.platform import ROOT, Platform, PlatformOptions, running_platform
@@ -236,7 +235,6 @@ _A_SECOND: Final = 0.5
 _PROMPT_TOKENS: Final = 1024
 _ANSWER_TOKENS: Final = 64
 _TAIL_SECONDS: Final = 25.0
-_CHUNK_TOKENS: Final = SchedulerLimits().chunk_tokens
 _FIT_ROUNDS: Final = 16
 _FIT_STEP: Final = 0.5  # part of an error that a round corrects
 
@@ -258,6 +256,7 @@ def measure_overheads(setting: Setting, store: ObjectStore, folder: Path) -> Ove
 def fit_overheads(setting: Setting, way: str, trace: Trace, outcome: Outcome, mean_pass_seconds: float) -> Overheads:
     """The overheads with which the simulation of a run has its mean pass and its medians of first token and token."""
     num_stages = len(setting.cut(way))
+    tokens = _PROMPT_TOKENS + num_stages * setting.chunk_tokens(way)  # on the way to a first token
     overheads = Overheads()
     for _ in range(_FIT_ROUNDS):
         simulation = Simulation(setting, way, trace, World(overheads=overheads, handover_bytes_per_second=0))
@@ -271,7 +270,7 @@ def fit_overheads(setting: Setting, way: str, trace: Trace, outcome: Outcome, me
             pass_seconds=max(0.0, overheads.pass_seconds + mean_pass_seconds - mean_pass),
             hops=Hops(
                 max(0.0, hops.hop_seconds + _FIT_STEP * token / num_stages),
-                max(0.0, hops.hop_token_seconds + _FIT_STEP * first / (_PROMPT_TOKENS + num_stages * _CHUNK_TOKENS)),
+                max(0.0, hops.hop_token_seconds + _FIT_STEP * first / tokens),
             ),
         )
     return overheads

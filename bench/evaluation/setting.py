@@ -23,6 +23,9 @@ _OBJECTIVE: Final = {"first_token_seconds": MOST_FIRST_TOKEN_SECONDS, "token_sec
 _LITTLE_KV: Final = 500  # tokens of a row
 _HOP_SECONDS: Final = 0.002
 _QUEUE_LIMIT: Final = 1024  # of the gateway: the arrivals of two seconds at a hundred times the trace
+_LEAST_CHUNK_TOKENS: Final = 256
+_MERGED_TOKENS: Final = 512  # in one pass: functions/stage/engine/event_queue.py
+_SHORT_SECONDS: Final = 1e-9  # instead of none
 _OTHER_BYTES: Final = 2**30
 _HERE: Final = Path(__file__).parent
 
@@ -81,6 +84,14 @@ class Setting:
     def pass_times(self, way: str) -> list[PassTimes]:
         return [self.profile.of_stage(first, last, self.shape.num_layers) for first, last in self.cut(way)]
 
+    def chunk_tokens(self, way: str) -> int:
+        """Tokens of a prompt's chunk: twice as many as arithmetic computes while a pass reads its weights.
+
+        Not fewer than the gateway's default, and with a decode step no more than a pass merges.
+        """
+        balanced = min(times.stream_seconds / max(times.token_seconds, _SHORT_SECONDS) for times in self.pass_times(way))
+        return round(max(_LEAST_CHUNK_TOKENS, min(_MERGED_TOKENS - self.micro_batch_sequences, 2 * balanced)))
+
     def kv_tokens(self, way: str) -> int:
         """Tokens that a pod of every stage can hold. Raises DoesNotFit."""
         return min(
@@ -122,6 +133,7 @@ class Setting:
             },
             gateway={
                 "micro_batch_sequences": self.micro_batch_sequences,
+                "chunk_tokens": self.chunk_tokens(way),
                 "draft_tokens": 0,
                 "prefix_sharing": "pipeline",
                 "queue_limit": _QUEUE_LIMIT,

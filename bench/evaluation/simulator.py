@@ -98,6 +98,7 @@ class Simulation:
             self.fleets.append(Fleet(self.clock, kind, settings, template, self._changed, fixed))
         self._limits = SchedulerLimits(
             queue_limit=spec.gateway.queue_limit or SchedulerLimits().queue_limit,
+            chunk_tokens=spec.gateway.chunk_tokens or SchedulerLimits().chunk_tokens,
             micro_batch_sequences=setting.micro_batch_sequences,
             prompt_seconds=math.inf if spec.objective is None else spec.objective.prompt_seconds,
         )

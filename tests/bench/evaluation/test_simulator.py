@@ -11,6 +11,7 @@ import pytest
 
 from bench.evaluation import fleet
 from bench.evaluation.clock import Clock
+from bench.evaluation.experiments import setting_smollm2
 from bench.evaluation.fleet import Pod, StageKind
 from bench.evaluation.gateway import Hops, SimulatedGateway
 from bench.evaluation.opponents import clairvoyant, spread
@@ -56,7 +57,7 @@ def test_decisions_are_the_products_own_code() -> None:
 
 
 def test_another_autoscaler_decision_changes_the_number_of_pods(monkeypatch: pytest.MonkeyPatch) -> None:
-    trace = steady(3.0, 20)
+    trace = steady(6.0, 20)
     _, before = simulated(KPA, trace)
     real = kpa.scale
 
@@ -165,6 +166,14 @@ def test_prompts_of_all_routes_take_turns_at_a_stage_that_they_share() -> None:
     assert np.abs(overtaken).max() <= 4
 
 
+@pytest.mark.parametrize(("device", "tokens"), [("l40s", 496), ("h100-sxm", 394), ("cores", 256)])
+def test_chunks_of_prompts_are_twice_as_long_as_a_pass_reads_its_weights(device: str, tokens: int) -> None:
+    """An L40S computes 279 tokens meanwhile, and merges 512 with a decode step; an H100 197. On cores arithmetic is slower."""
+    given = setting_smollm2() if device == "cores" else setting(device=device)
+    assert given.chunk_tokens(STATIC) == tokens
+    assert given.spec(STATIC).gateway.chunk_tokens == tokens
+
+
 def test_memory_of_a_pod_bounds_what_runs_at_once() -> None:
     """A pod with memory for one of three sequences serves them one by one, whatever the micro-batches would hold."""
     trace = Trace("three", np.zeros(3), np.full(3, 3000), np.full(3, 100))
@@ -179,7 +188,7 @@ def test_memory_of_a_pod_bounds_what_runs_at_once() -> None:
 
 def test_micro_batches_that_move_take_their_keys_and_values_along() -> None:
     """At first there is a pod for each stage. Those that join get micro-batches: handed over, or computed again."""
-    trace = steady(4.0, 30)
+    trace = steady(7.0, 30)
     moved = {}
     for rate in (0.0, 1e11):
         simulation = Simulation(setting(), KPA, trace, World(handover_bytes_per_second=rate))
