@@ -108,7 +108,8 @@ def migrate(state: SchedulerState, now: float) -> None:
 def _rebalance(state: SchedulerState) -> None:
     """If an instance has many more routes than another one of its stage, chooses one of its micro-batches to migrate there.
 
-    Does nothing while the micro-batch chosen before has not moved, or is still being computed again.
+    One that holds nothing at the instance goes first: after a restart others would wait there until all is computed again.
+    Does nothing while a micro-batch chosen before that held something has not moved, or is still being computed again.
     """
     settling = state.settling
     if settling is not None and settling in state.micro_batches and (settling.target or not settling.caught_up):
@@ -118,13 +119,14 @@ def _rebalance(state: SchedulerState) -> None:
     if unbalanced is None:
         return
     most, least = unbalanced
-    movable = [
-        batch for batch in state.micro_batches if most in batch.route.instances and batch.target is None and batch.caught_up
-    ]
+    using = [batch for batch in state.micro_batches if most in batch.route.instances and batch.target is None]
+    empty = [batch for batch in using if batch.sequences and not batch.holds_at(most.stage)]
+    movable = empty or [batch for batch in using if batch.caught_up]
     if movable:
         # The one with the fewest tokens, which may have to be computed again.
-        state.settling = min(movable, key=lambda batch: sum(len(sequence.tokens) for sequence in batch.sequences))
-        state.settling.target = least
+        chosen = min(movable, key=lambda batch: sum(len(sequence.tokens) for sequence in batch.sequences))
+        chosen.target = least
+        state.settling = None if empty else chosen
         state.stats.migrations["balance"] += 1
 
 

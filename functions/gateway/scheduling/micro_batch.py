@@ -39,6 +39,10 @@ class MicroBatch:
         """Whether every sequence's next chunk is a decode step: none is still being computed again after a migration."""
         return all(sequence.decodes for sequence in self.sequences)
 
+    def holds_at(self, stage: int) -> bool:
+        """Whether `stage` holds tokens of any of its sequences."""
+        return any(sequence.progress.held(stage) for sequence in self.sequences)
+
     def join(self, sequence: Sequence) -> None:
         self.sequences.append(sequence)
         sequence.route = self.route

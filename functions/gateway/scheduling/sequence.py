@@ -63,6 +63,10 @@ class Progress:
     def held_everywhere(self) -> int:
         return min(self._held)
 
+    def held(self, stage: int) -> int:
+        """How many tokens `stage` holds."""
+        return self._held[stage]
+
     def next_chunk(self, total_tokens: int, max_tokens: int) -> Chunk | None:
         """The next chunk of a sequence of `total_tokens`, at most `max_tokens` long.
 

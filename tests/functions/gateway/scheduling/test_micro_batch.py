@@ -6,10 +6,13 @@ import pytest
 
 from eventing.wire.events import Grammar, Sampling, grammar_digest
 from functions.gateway.scheduling import micro_batch
+from functions.gateway.scheduling.batching import SchedulerLimits
+from functions.gateway.scheduling.decide import migrate
 from functions.gateway.scheduling.micro_batch import MicroBatch, first_batch, level, prompt_chunks
 from functions.gateway.scheduling.sequence import Chunk, Progress, Prompt, RetryBudget, Sequence
+from functions.gateway.scheduling.state import SchedulerState
 from functions.gateway.scheduling.token_stream import TokenStream
-from functions.gateway.stages.routes import Instance, Route
+from functions.gateway.stages.routes import Endpoint, Instance, Placement, Route
 
 
 def sequence(number: int, prompt_tokens: int = 10, *, decoding: bool = False, failures: int = 0, grammar: str = "") -> Sequence:
@@ -51,6 +54,23 @@ def test_a_micro_batch_gives_sequences_to_smaller_ones_on_its_route(
     level(own, [own, *others], too_many=too_many, max_sequences=8)
     assert (len(own.sequences), *(len(other.sequences) for other in others)) == after
     assert all(each.route is batch.route for batch in (own, *others) for each in batch.sequences)
+
+
+@pytest.mark.parametrize(("restarted", "moved"), [(False, 1), (True, 2)])
+def test_micro_batches_move_at_once_if_the_crowded_instance_has_lost_their_kv(restarted: bool, moved: int) -> None:
+    """Two of four are to move. With KV the second waits until the first has been computed again."""
+    placement = Placement(["http://stage"], watched=True)
+    placement.update(0, [Endpoint("http://a")])
+    state = SchedulerState(placement, SchedulerLimits())
+    for number in range(4):
+        state.micro_batches.append(MicroBatch(placement.place(1)))
+        state.micro_batches[-1].join(sequence(number, decoding=True))
+        if restarted:
+            state.micro_batches[-1].sequences[0].progress.missed(0, 0)
+    placement.update(0, [Endpoint("http://a"), Endpoint("http://b")])
+    for _ in range(4):
+        migrate(state, now=0.0)
+    assert sum(batch.route.instances[0].url == "http://b" for batch in state.micro_batches) == moved
 
 
 def test_sequences_do_not_change_to_another_route() -> None:
