@@ -83,7 +83,7 @@ def next_due(state: SchedulerState, now: float) -> float:
     return min([moment for moment in due if moment > now], default=math.inf)
 
 
-# Micro-batches migrate to other instances: at once from instances that leave, and one at a time for balance.
+# Micro-batches migrate to other instances: from instances that leave, and for balance.
 
 
 def migrate(state: SchedulerState, now: float) -> None:
@@ -106,28 +106,32 @@ def migrate(state: SchedulerState, now: float) -> None:
 
 
 def _rebalance(state: SchedulerState) -> None:
-    """If an instance has many more routes than another one of its stage, chooses one of its micro-batches to migrate there.
+    """If an instance has many more routes than another one of its stage, some of its micro-batches go there.
 
-    One that holds nothing at the instance goes first: after a restart others would wait there until all is computed again.
-    Does nothing while a micro-batch chosen before that held something has not moved, or is still being computed again.
+    Those that hold nothing at the instance move at once: after a restart they would wait there until the others are computed
+    again. Of the others one at a time is chosen to migrate: none while the last one is still being computed again.
     """
-    settling = state.settling
-    if settling is not None and settling in state.micro_batches and (settling.target or not settling.caught_up):
-        return
-    state.settling = None
-    unbalanced = state.placement.unbalanced()
-    if unbalanced is None:
-        return
-    most, least = unbalanced
-    using = [batch for batch in state.micro_batches if most in batch.route.instances and batch.target is None]
-    empty = [batch for batch in using if batch.sequences and not batch.holds_at(most.stage)]
-    movable = empty or [batch for batch in using if batch.caught_up]
-    if movable:
-        # The one with the fewest tokens, which may have to be computed again.
-        chosen = min(movable, key=lambda batch: sum(len(sequence.tokens) for sequence in batch.sequences))
-        chosen.target = least
-        state.settling = None if empty else chosen
-        state.stats.migrations["balance"] += 1
+    settling = state.settling if state.settling in state.micro_batches else None
+    if settling is not None and settling.target is not None:
+        return  # its route still counts at the instance that it leaves
+    settled = settling is None or settling.caught_up
+    for stage in range(state.placement.num_stages):
+        while (unbalanced := state.placement.unbalanced(stage)) is not None:
+            most, least = unbalanced
+            using = [batch for batch in state.micro_batches if most in batch.route.instances and batch.target is None]
+            empty = next((batch for batch in using if batch.holds_nothing(stage)), None)
+            if empty is not None:
+                _move(state, empty, least)
+                state.stats.migrations["balance"] += 1
+                continue
+            movable = [batch for batch in using if settled and batch.caught_up]
+            if movable:
+                # The one with the fewest tokens, which may have to be computed again.
+                state.settling = min(movable, key=lambda batch: sum(len(sequence.tokens) for sequence in batch.sequences))
+                state.settling.target = least
+                state.stats.migrations["balance"] += 1
+                return
+            break
 
 
 def _move(state: SchedulerState, batch: MicroBatch, target: Instance) -> None:

@@ -39,9 +39,16 @@ class MicroBatch:
         """Whether every sequence's next chunk is a decode step: none is still being computed again after a migration."""
         return all(sequence.decodes for sequence in self.sequences)
 
-    def holds_at(self, stage: int) -> bool:
-        """Whether `stage` holds tokens of any of its sequences."""
-        return any(sequence.progress.held(stage) for sequence in self.sequences)
+    def holds_nothing(self, stage: int) -> bool:
+        """Whether `stage` holds no token of any of its sequences, and none is on its way: moving it costs nothing."""
+        return bool(self.sequences) and not any(
+            sequence.progress.held(stage)
+            or not sequence.at_rest
+            or sequence.restoring
+            or sequence.handing_over is not None
+            or sequence.leader is not None
+            for sequence in self.sequences
+        )
 
     def join(self, sequence: Sequence) -> None:
         self.sequences.append(sequence)

@@ -375,16 +375,18 @@ class Placement:
                 return True
         return False
 
-    def unbalanced(self) -> tuple[Instance, Instance] | None:
-        """(from, to): an instance with so many more routes than another that it should give one away. None if balanced."""
-        for stage, current in enumerate(self._current):
-            usable = self.usable(stage) if len(current) > 1 else ()
-            if len(usable) > 1:
-                slowness = slowness_of(usable)
-                least = min(usable, key=lambda each: (each.routes + 1) * slowness.get(each.url, 1.0))
-                most = max(usable, key=lambda each: each.routes * slowness.get(each.url, 1.0))
-                if uneven(most.routes, least.routes, slowness.get(most.url, 1.0), slowness.get(least.url, 1.0)):
-                    return most, least
+    def unbalanced(self, stage: int) -> tuple[Instance, Instance] | None:
+        """(from, to): an instance of `stage` with so many more routes than another that it should give one away.
+
+        None if the stage is balanced. A route that is given away never makes them unbalanced the other way round.
+        """
+        usable = self.usable(stage) if len(self._current[stage]) > 1 else ()
+        if len(usable) > 1:
+            slowness = slowness_of(usable)
+            least = min(usable, key=lambda each: (each.routes + 1) * slowness.get(each.url, 1.0))
+            most = max(usable, key=lambda each: each.routes * slowness.get(each.url, 1.0))
+            if uneven(most.routes, least.routes, slowness.get(most.url, 1.0), slowness.get(least.url, 1.0)):
+                return most, least
         return None
 
     def slowness(self, route: Route) -> float:

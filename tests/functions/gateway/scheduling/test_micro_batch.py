@@ -15,14 +15,17 @@ from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.stages.routes import Endpoint, Instance, Placement, Route
 
 
-def sequence(number: int, prompt_tokens: int = 10, *, decoding: bool = False, failures: int = 0, grammar: str = "") -> Sequence:
+def sequence(
+    number: int, prompt_tokens: int = 10, *, decoding: bool = False, failures: int = 0, grammar: str = "", stages: int = 1
+) -> Sequence:
     sampling = Sampling(grammar=Grammar(grammar_digest(grammar), (2,), grammar)) if grammar else Sampling()
     prompt = Prompt(list(range(1, 1 + prompt_tokens)), 5, sampling=sampling)
-    made = Sequence(f"id-{number}", number, prompt, TokenStream(5), Progress(1), RetryBudget(failures), reserved=True)
+    made = Sequence(f"id-{number}", number, prompt, TokenStream(5), Progress(stages), RetryBudget(failures), reserved=True)
     if decoding:
         chunk = made.progress.next_chunk(prompt_tokens, prompt_tokens)
         made.progress.send(chunk)
-        made.progress.computed(0, chunk)
+        for stage in range(stages):
+            made.progress.computed(stage, chunk)
         made.progress.returned()
         made.tokens.append(1)
     return made
@@ -56,21 +59,60 @@ def test_a_micro_batch_gives_sequences_to_smaller_ones_on_its_route(
     assert all(each.route is batch.route for batch in (own, *others) for each in batch.sequences)
 
 
-@pytest.mark.parametrize(("restarted", "moved"), [(False, 1), (True, 2)])
-def test_micro_batches_move_at_once_if_the_crowded_instance_has_lost_their_kv(restarted: bool, moved: int) -> None:
-    """Two of four are to move. With KV the second waits until the first has been computed again."""
-    placement = Placement(["http://stage"], watched=True)
-    placement.update(0, [Endpoint("http://a")])
+def crowded(lost: tuple[int, ...] = ()) -> SchedulerState:
+    """Four micro-batches that decode, on the only instance of each of two stages, and a second instance that has just come.
+
+    lost: stages whose instance has restarted.
+    """
+    placement = Placement(["http://0", "http://1"], watched=True)
+    for stage in range(2):
+        placement.update(stage, [Endpoint("http://old")])
     state = SchedulerState(placement, SchedulerLimits())
     for number in range(4):
-        state.micro_batches.append(MicroBatch(placement.place(1)))
-        state.micro_batches[-1].join(sequence(number, decoding=True))
-        if restarted:
-            state.micro_batches[-1].sequences[0].progress.missed(0, 0)
-    placement.update(0, [Endpoint("http://a"), Endpoint("http://b")])
-    for _ in range(4):
+        route = placement.place(1)
+        assert route is not None
+        state.micro_batches.append(MicroBatch(route))
+        state.micro_batches[-1].join(sequence(number, decoding=True, stages=2))
+        for stage in lost:
+            state.micro_batches[-1].sequences[0].progress.missed(stage, 0)
+    for stage in range(2):
+        placement.update(stage, [Endpoint("http://old"), Endpoint("http://new")])
+    return state
+
+
+def moved(state: SchedulerState) -> tuple[int, int]:
+    """How many micro-batches are at the new instance of each stage after some decisions."""
+    for _ in range(6):
         migrate(state, now=0.0)
-    assert sum(batch.route.instances[0].url == "http://b" for batch in state.micro_batches) == moved
+    routes = [batch.route.instances for batch in state.micro_batches]
+    first, second = (sum(route[stage].url == "http://new" for route in routes) for stage in range(2))
+    return first, second
+
+
+@pytest.mark.parametrize(("lost", "expected"), [((), (1, 0)), ((0,), (2, 0)), ((1,), (0, 2)), ((0, 1), (2, 2))])
+def test_micro_batches_share_a_new_instance_at_once_if_the_old_one_lost_their_kv(
+    lost: tuple[int, ...], expected: tuple[int, int]
+) -> None:
+    """Two of four belong at each new instance. With KV the second waits until the first has been computed again."""
+    state = crowded(lost)
+    assert moved(state) == expected
+    assert state.stats.migrations == {"balance": sum(expected)}
+
+
+@pytest.mark.parametrize("waits", ["on its way", "without memory", "restored", "handed over", "follows"])
+def test_a_micro_batch_whose_kv_is_on_its_way_to_a_crowded_instance_stays(waits: str) -> None:
+    state = crowded(lost=(1,))
+    for batch in state.micro_batches:
+        each = batch.sequences[0]
+        if waits == "on its way":
+            chunk = each.progress.next_chunk(len(each.tokens), 4)
+            assert chunk is not None
+            each.progress.send(chunk)
+        each.reserved = waits != "without memory"
+        each.restoring = waits == "restored"
+        each.handing_over = Instance(1, "http://left") if waits == "handed over" else None
+        each.leader = sequence(9) if waits == "follows" else None
+    assert moved(state) == (0, 0)
 
 
 def test_sequences_do_not_change_to_another_route() -> None:

@@ -76,10 +76,10 @@ def test_two_routes_more_than_another_instance_are_unbalanced() -> None:
     for _ in range(2):
         placed.place(1)
     placed.update(1, [Endpoint("x"), Endpoint("y")])
-    uneven = placed.unbalanced()
+    uneven = placed.unbalanced(1)
     assert (uneven[0].url, uneven[1].url) == ("x", "y")
     placed.place(1)
-    assert placed.unbalanced() is None
+    assert placed.unbalanced(1) is None
 
 
 def paced(instance: Instance, times_as_slow: float, passes: int, now: float) -> None:
@@ -97,15 +97,15 @@ def test_an_instance_at_a_third_of_its_peers_speed_gets_a_quarter_of_the_routes(
     for _ in range(20):  # pauses of the process
         paced(slow, 50.0, 1, now)
         paced(slow, 1.0, 4, now)
-        assert placed.unbalanced() is None
+        assert placed.unbalanced(1) is None
     paced(slow, 3.0, 30, now)
-    assert placed.unbalanced() == (slow, quick)
+    assert placed.unbalanced(1) == (slow, quick)
     next(route for route in routes if slow in route.instances).replace(quick)
-    assert placed.unbalanced() is None
+    assert placed.unbalanced(1) is None
     assert placed.least_used(1) is quick, "1 route beside 3"
     assert [placed.slowness(route) > 2 for route in routes if slow in route.instances] == [True]
     paced(slow, 1.0, 40, now)
-    assert placed.unbalanced() == (quick, slow)
+    assert placed.unbalanced(1) == (quick, slow)
 
 
 def test_a_slow_instance_without_routes_gets_a_try_after_a_while() -> None:
@@ -184,7 +184,7 @@ def test_revisions_are_compared_only_when_endpoints_change(monkeypatch: pytest.M
     monkeypatch.setattr(routes, "_revision_order", lambda _: pytest.fail("compared again"))
     route = placed.place(10)
     assert placed.ready_counts() == [1, 2]
-    assert (placed.cold(), placed.strands(route), placed.outdated(route), placed.unbalanced()) == ([], False, False, None)
+    assert (placed.cold(), placed.strands(route), placed.outdated(route), placed.unbalanced(1)) == ([], False, False, None)
     monkeypatch.undo()
     placed.update(1, [Endpoint("x")])
     assert placed.ready_counts() == [1, 1]

@@ -52,5 +52,5 @@ def test_a_route_goes_to_its_cached_prefix_unless_others_have_much_less_load() -
     routes = [placed.place(1, held) for _ in range(3)]
     seen = [route.instances[0] is holder for route in routes if route is not None]
     assert seen == [True, True, False]
-    assert placed.unbalanced() is None, "two more would be moved away"
+    assert placed.unbalanced(0) is None, "two more would be moved away"
     assert Held(TOKENS_OF_A_ROUTE, (holder,)).on((holder,)) == TOKENS_OF_A_ROUTE
