@@ -6,7 +6,7 @@ import click
 from rich.console import Console
 
 from knative.commands.console import show_table, size
-from knative.commands.options import OpenStore, store_options
+from knative.commands.options import FOLDER, OpenStore, store_options
 from storage.models.adapter_publisher import adapted_models, delete_adapter, publish_adapter, set_share
 from storage.models.adapters import list_adapters, read_name
 
@@ -14,7 +14,7 @@ _share_range = click.IntRange(0, 100)
 
 
 @click.command(short_help="Publish an adapter (LoRA) of a published model.")
-@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", metavar="DIR", type=FOLDER)
 @click.option("--model", required=True, help="Name of the model that it adapts.")
 @click.option("--name", help="Name of the adapter. Default: the folder's.")
 @click.option(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from knative.commands.manifest_files import FileObject, ManifestError, read_manifests
-from knative.commands.options import cluster_options
+from knative.commands.options import FILE, cluster_options
 from knative.local.autoscaler.replay import TraceError, replay
 from knative.webhook.check import in_one_line, is_knative_service, validate, warnings
 from knative.webhook.feature_flags import FeatureFlags, NoFeatures, read_features
@@ -90,7 +90,7 @@ def _check(file: Path, manifests: list[FileObject], flags: FeatureFlags) -> bool
 
 
 @click.command("kpa-replay", short_help="Compare the local autoscaler with recorded decisions.")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=FILE)
 def kpa_replay(file: Path) -> None:
     """Replay recorded traces of Knative's autoscaler (JSON lines, plain or gzip) through the local one.
 

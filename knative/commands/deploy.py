@@ -10,6 +10,7 @@ import click
 from knative.commands.fleet import deploy_fleet
 from knative.commands.manifest_files import read_rendered
 from knative.commands.options import (
+    FILE,
     OpenStore,
     cluster_options,
     force_option,
@@ -122,7 +123,7 @@ def deploy(
 
 
 @click.command(short_help="List what a cluster lacks for a pipeline.")
-@click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("spec", type=FILE)
 @image_option
 @cluster_options
 @store_options

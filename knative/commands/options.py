@@ -23,6 +23,9 @@ OpenStore = Callable[[], AbstractContextManager[ObjectStore]]  # raises a Storag
 
 STORE_FOLDER: Final = "store"  # of the embedded store, in the state folder
 
+FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER: Final = click.Path(exists=True, file_okay=False, path_type=Path)
+
 force_option = click.option("--force-conflicts", is_flag=True, help="Take over fields that another field manager has set.")
 timeout_option = click.option(
     "--timeout", type=click.FloatRange(min=1), default=900, show_default=True, help="Seconds to wait for each step."
@@ -30,7 +33,7 @@ timeout_option = click.option(
 image_option = click.option("--image", help="Image to use instead of the spec's.")
 tokenizer_option = click.option(
     "--tokenizer",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=FOLDER,
     help="Folder with tokenizer.json, and chat_template.jinja, to publish instead of the model's own.",
 )
 state_option = click.option(

@@ -10,7 +10,7 @@ from rich.console import Console
 from functions.gateway.scheduling.batching import SchedulerLimits
 from knative.commands.console import show_table, size
 from knative.commands.model_choice import best_dtype
-from knative.commands.options import OpenStore, store_options
+from knative.commands.options import FILE, OpenStore, store_options
 from knative.spec.cut import cut_evenly, format_cut, parse_cut
 from knative.spec.model_shape import ModelShape, published_shape, shape_from_folder, shape_from_gguf
 from knative.spec.pipeline_spec import DTYPES, Autoscaling, GatewaySpec, PipelineSpec, PodSpec, StageSpec, quantity
@@ -32,7 +32,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 @click.command(short_help="Show the cut of a model, and what each stage needs.")
-@click.argument("spec_file", metavar="[SPEC]", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("spec_file", metavar="[SPEC]", required=False, type=FILE)
 @click.option(
     "--model",
     help="A Hugging Face folder (its config.json is enough), a GGUF file, or a published name.  [default: the spec's]",

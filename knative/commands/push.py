@@ -10,7 +10,7 @@ from rich.console import Console
 
 from knative.commands.console import publish_progress, show_quantized, show_table, size
 from knative.commands.model_choice import DEFAULT_MODEL, best_dtype, is_kept, packaged_model, published_name, torch_needed
-from knative.commands.options import OpenStore, store_options, tokenizer_option
+from knative.commands.options import FILE, OpenStore, store_options, tokenizer_option
 from knative.spec.fleet_spec import is_fleet, load_fleet
 from knative.spec.pipeline_spec import DTYPES, ModelSpec
 from knative.spec.spec_file import load_spec
@@ -28,7 +28,7 @@ _UPLOAD_BYTES_PER_SECOND = 100 * 2**20
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: kept for a quantized SOURCE that runs in C, else bfloat16.")
 @click.option(
     "--spec",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     help="Take name and dtype from this PipelineSpec, or those of all members of a Fleet. Without SOURCE nothing is done for "
     "models that are already published.",
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from knative.commands.options import OpenStore, image_option, store_options
+from knative.commands.options import FILE, OpenStore, image_option, store_options
 from knative.render import access
 from knative.render.fleet import door_files, fleet_door, member_files
 from knative.render.gitops import for_gitops, with_kustomization
@@ -23,7 +23,7 @@ from storage.models.model_repository import ModelManifest, read_manifest
 
 
 @click.command(short_help="Render the Kubernetes objects of a pipeline.")
-@click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("spec", type=FILE)
 @click.option("--output", "-o", type=click.Path(file_okay=False, path_type=Path), help="Folder to write the files into.")
 @click.option("--gitops", is_flag=True, help="Add what Argo CD or Flux need: sync waves, prune protection, a pruning Job.")
 @click.option("--deployer-role", is_flag=True, help="Render instead the Role that deploying needs in the namespace.")

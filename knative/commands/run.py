@@ -18,7 +18,7 @@ from knative.commands.ask import AskFailed, Question, chat_option, is_question, 
 from knative.commands.local_fleet import LocalFleet
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, kept_kv_key, local_pipeline
 from knative.commands.local_pods import show_stages, watch_starts
-from knative.commands.options import STORE_FOLDER, state_option, tokenizer_option
+from knative.commands.options import FILE, FOLDER, STORE_FOLDER, state_option, tokenizer_option
 from knative.commands.state_folder import RunningPlatform, StateFolder, naming_a_full_disk
 from knative.local.kubelet.containers import NamedData, data_folders, read_data_folder
 from knative.local.platform import Platform, PlatformOptions, running_platform
@@ -34,7 +34,6 @@ from storage.store.object_store import ObjectStore
 from storage.store.payload_store import PayloadStore
 from storage.store.settings import StoreSettings
 
-_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _CACHE_FOLDER: Final = "weights"
 _KV_RETENTION: Final = Retention(10 * 2**30, timedelta(days=7))
 _STOP_SECONDS: Final = 3.0  # how long pods may finish their work when the run ends
@@ -60,7 +59,7 @@ class RunOptions:
 @click.command(short_help="Run a pipeline on this machine, ask a question, serve.")
 @click.option(
     "--spec",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     help="A PipelineSpec or a Fleet instead of --stages …",
 )
 @click.option("--model", help="A folder, GGUF file, hub id or published name. Default: the packaged SmolLM2-135M-Instruct.")
@@ -74,8 +73,8 @@ class RunOptions:
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @chat_option
 @click.option("--once", is_flag=True, help="End after the answer.")
-@click.option("--secrets", type=_FOLDER, help="Secrets that the spec names: a folder for each, a file for each key.")
-@click.option("--config-maps", type=_FOLDER, help="Config maps, likewise.")
+@click.option("--secrets", type=FOLDER, help="Secrets that the spec names: a folder for each, a file for each key.")
+@click.option("--config-maps", type=FOLDER, help="Config maps, likewise.")
 @state_option
 def run(**options: Any) -> None:
     """Run a pipeline on this machine: publish the model, start at zero, ask one question, show the stages, then serve.

