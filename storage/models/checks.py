@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from storage.checkpoints.decoder import EMBEDDER_KEY, Decoder, Shapes, float32_names, full_name, layer_shapes, outer_shapes
+from storage.checkpoints.decoder import EMBEDDER_KEY, Decoder, Shapes, all_shapes, float32_names, full_name, outer_shapes
 from storage.checkpoints.decoder_config import decoder_of
 from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.checkpoints.families import check_served, mixes_longrope, with_floats
@@ -87,11 +87,7 @@ def check_shapes(config: Mapping[str, Any], seen: Shapes, dtype: str) -> frozens
 
 
 def _check_by_description(model: Decoder, seen: Shapes) -> None:
-    expected = outer_shapes(model) | {
-        f"{model.names.layers}.{number}.{name}": shape
-        for number, layer in enumerate(model.layers)
-        for name, shape in layer_shapes(model, layer).items()
-    }
+    expected = all_shapes(model) | outer_shapes(model)  # a tied model may have a head's matrix, too
     names = {full_name(model, name): name for name in seen}
     for name, given in names.items():
         if name in expected and expected[name] != seen[given]:

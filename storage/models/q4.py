@@ -57,13 +57,6 @@ def pack(quants: Array, scales: Array, minima: Array) -> Array:
     return blocks.pack(_Q4_1, Blocks(padded, scales.astype(np.float16), minima.astype(np.float16)))
 
 
-def unpack(packed: Array, outs: int, width: int) -> tuple[Array, Array, Array]:
-    """The inverse of `pack`. Returns quants uint8 [outs, width], and scales and minima float16 [outs, blocks]."""
-    found = blocks.unpack(_Q4_1, packed, outs)
-    assert found.minima is not None
-    return np.ascontiguousarray(found.codes[:, :width]), found.scales, found.minima
-
-
 def dequantize(packed: Array, outs: int, width: int) -> Array:
     """The weights of a packed matrix, float32 [outs, width]."""
     return blocks.floats_of(_Q4_1, blocks.unpack(_Q4_1, packed, outs))[:, :width]

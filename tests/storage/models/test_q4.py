@@ -5,7 +5,8 @@ import pytest
 from gguf import quants
 from gguf.constants import GGMLQuantizationType
 
-from storage.models.q4 import Array, dequantize, pack, packed_rows, packed_shape, unpack
+from storage.models.blocks import FORMATS, unpack
+from storage.models.q4 import Array, dequantize, pack, packed_rows, packed_shape
 
 SHAPES = ((16, 32), (32, 96), (1, 1), (5, 40), (33, 64), (576, 1536))
 
@@ -21,7 +22,8 @@ def parts(outs: int, width: int, seed: int = 0) -> tuple[Array, Array, Array]:
 def test_unpacking_reverses_packing(outs: int, width: int) -> None:
     packed = pack(*parts(outs, width))
     assert packed.shape == packed_shape(outs, width)
-    for found, given in zip(unpack(packed, outs, width), parts(outs, width), strict=True):
+    blocks = unpack(FORMATS["Q4_1"], packed, outs)
+    for found, given in zip((blocks.codes[:, :width], blocks.scales, blocks.minima), parts(outs, width), strict=True):
         assert np.array_equal(found, given)
 
 
