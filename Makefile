@@ -36,6 +36,9 @@ TORCH_INDEX ?=
 # Recipes read these through the environment, so that no quoting in a value can break a command.
 export FLEET PROMPT MAX_TOKENS STAGES DTYPE MODEL PORT ONCE SPEC IMAGE CONTEXT INGRESS TIMEOUT ENGINE BASE ACCELERATOR TARGET TORCH_INDEX MINUTES QUICK TRACE EXPERIMENT CASES
 
+# Many containers forbid bytecode: then each of the many processes of a test run would compile its imports again.
+export PYTHONDONTWRITEBYTECODE :=
+
 BIN := $(VENV)/bin
 CLIENTS ?= .venv-clients
 CLIENTS_LIST ?= requirements-clients

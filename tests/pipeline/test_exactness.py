@@ -28,6 +28,7 @@ from storage.store.object_store import ObjectStore
 from tests.support.functions.functions import gateway_environment, running, stage_environment
 from tests.support.storage.published import Published
 from tests.support.storage.storage import default_model_gguf
+from tests.support.storage.torch_tensors import reading_gguf_once
 
 CLOSE_LOGITS = 1e-3
 NEW_TOKENS = 16
@@ -78,7 +79,8 @@ def real_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealModel]:
 
 
 def _load(gguf: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with reading_gguf_once():
+        return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

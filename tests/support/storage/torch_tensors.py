@@ -1,9 +1,13 @@
 """Tensors of checkpoints and of publications as torch has them, and their comparison to the bit."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import gguf
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -36,8 +40,16 @@ def gguf_by_transformers(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     """What transformers reads from the GGUF file of this checkpoint: its config, and its tensors."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**checkpoint.config))
-    parsed: dict[str, Any] = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
+    with reading_gguf_once():
+        parsed: dict[str, Any] = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
     return parsed
+
+
+@contextmanager
+def reading_gguf_once() -> Iterator[None]:
+    """transformers reads a GGUF file's metadata for each of its purposes, and makes the table of names for each module."""
+    with patch("gguf.GGUFReader", cache(gguf.GGUFReader)), patch("gguf.get_tensor_name_map", cache(gguf.get_tensor_name_map)):
+        yield
 
 
 def assert_equal(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
