@@ -278,7 +278,8 @@ class Grants:
         with self._changed:
             for key, member in list(self._members.items()):
                 member.is_open = key in opened
-                if not member.in_flight and member.waiting_since is None and not claims[key].busy:
+                known = claims.get(key)  # None: its first request has come since, and may have left
+                if not member.in_flight and member.waiting_since is None and known is not None and not known.busy:
                     del self._members[key]  # the record says that it is idle
             self._changed.notify_all()
 

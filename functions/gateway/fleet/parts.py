@@ -50,16 +50,15 @@ class Part:
         self._turn = turn
         self.in_flight = 0  # requests; guarded by the lock of Parts, like `used_at`
         self.used_at = time.monotonic()
-        self.failed_at = 0.0
+        self.failed_at = 0.0  # when it could not be built or loaded; 0: that did not happen
         self.retired = False  # closed after its last request
         self.function: GatewayFunction | None = None
         self._watch = watch
         self._lock = threading.Lock()
-        self._trouble = ""
 
     @property
     def state(self) -> PartState:
-        if self._trouble:
+        if self.failed_at:
             return "failed"
         return "loaded" if self.function is not None and self.function.await_ready(0.0) else "loading"
 
@@ -73,7 +72,7 @@ class Part:
         return not status.waiting and not status.running
 
     def load(self, *, wakes: bool = True) -> "WSGIApplication":
-        """Builds the part unless it is built, and waits until it can answer. Raises NotReady.
+        """Builds the part unless it is built, and waits for _LOAD_SECONDS until it can answer. Raises NotReady.
 
         wakes: if it is built, its stages begin to start at once.
         """
@@ -85,9 +84,9 @@ class Part:
                 self.function = self._build(config, wakes=wakes)
             function = self.function
         if not function.await_ready(_LOAD_SECONDS):
-            self._trouble = self._trouble or f"nothing was loaded for {_LOAD_SECONDS:g} s"
-            self.failed_at = time.monotonic()
-            raise NotReady(f"member {self.version.member} cannot be loaded; the log of this gateway says why")
+            if self.failed_at:
+                raise NotReady(f"member {self.version.member} cannot be loaded; the log of this gateway says why")
+            raise NotReady(f"member {self.version.member} is still being loaded; ask again later")
         return function.service.application
 
     def close(self) -> None:
@@ -104,13 +103,13 @@ class Part:
                 running.scheduler.wake()
             function = GatewayFunction(config, StartUp(), running, partial(self._turn, self.version))
         except ConfigError as error:
-            self._trouble, self.failed_at = str(error), time.monotonic()
+            self.failed_at = time.monotonic()
             raise NotReady(f"member {self.version.member} cannot be served: {error}") from error
         function.start(self._failed)
         return function
 
     def _failed(self, _status: int) -> None:
-        self._trouble = "it could not be loaded; the log says why"
+        self.failed_at = time.monotonic()
 
 
 @dataclass(eq=False)
