@@ -161,7 +161,8 @@ def _fleet_on_this_machine(state: Path) -> _Source:
                 rows.append((wait[model] + drawn + waiting[model] + len(pods), row))
         shown, left = one_screen(rows)
         asleep = len(answer["members"]) - len(rows)
-        return shown, [*left, f"{len(answer['members'])} members, {asleep} of them at zero", *_trouble_lines(answer)]
+        at_zero = f"{len(answer['members'])} members, {asleep} of them at zero"
+        return shown, [*left, at_zero, *_event_lines(answer.get("eventing") or {}), *_trouble_lines(answer)]
 
     return _Source(_FLEET_COLUMNS, lambda: _local_status(state), lines, has_rates=True)
 
