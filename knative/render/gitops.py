@@ -66,9 +66,8 @@ def _annotated(manifest: KubernetesObject) -> KubernetesObject:
 def prune_objects(pipeline: ResolvedPipeline, changes: bytes = b"") -> list[KubernetesObject]:
     """The Job that deletes old stages and revisions, preceded by its ServiceAccount and Role.
 
-    changes: other bytes after each change of what is deployed.
-
-    The Job's name carries a digest of the spec, because a Job cannot be changed: each change of the spec gets a Job of its own.
+    changes: bytes that say what is deployed. The Job's name carries a digest of them, because a Job cannot be changed: each
+    change of the spec gets a Job of its own.
     """
     spec = pipeline.spec
     kept = pipeline.fingerprint if pipeline.fleet is None else "fleet"

@@ -38,7 +38,7 @@ class StagePlan:
 
     @property
     def sequence_bytes(self) -> int:
-        """Memory of a sequence of SEQUENCE_TOKENS."""
+        """Bytes of KV and recurrent states that a sequence of SEQUENCE_TOKENS tokens takes in this stage."""
         return SEQUENCE_TOKENS * self.kv_bytes_per_token + STATES_PER_SEQUENCE * self.state_bytes
 
     def kv_tokens(self, kv_cache_bytes: int) -> int | None:

@@ -73,7 +73,7 @@ class Attention(_Data, frozen=True, kw_only=True):
 
 
 NO_ATTENTION: Final = Attention(num_heads=1, num_kv_heads=1, head_dim=2, scale=1.0)
-"""The sizes of a model without attention, where there must be some."""
+"""Placeholder sizes for a model without attention."""
 
 
 class Recurrent(_Data, frozen=True, kw_only=True):
@@ -153,7 +153,8 @@ class Router(_Data, frozen=True, kw_only=True):
 
 
 class ExpertsLatent(_Data, frozen=True, kw_only=True):
-    """Experts get a projection of hidden states, and the sum of their outputs is projected back."""
+    """Experts that compute with narrower rows: they get a projection of hidden states, and the sum of their outputs is
+    projected back."""
 
     size: int
     biased: bool = False
@@ -181,7 +182,7 @@ class LayerInput(_Data, frozen=True, kw_only=True):
 
     size: int
     norm: Norm
-    vocab_size: int | None = None  # rows of the second embedding, of which later tokens have the first; None: the model's
+    vocab_size: int | None = None  # rows of the second embedding; later tokens take its first; None: the model's
 
 
 class Streams(_Data, frozen=True, kw_only=True):
@@ -345,7 +346,7 @@ class Decoder(_Data, frozen=True, kw_only=True):
 
     @property
     def row_size(self) -> int:
-        """Numbers of a token between layers."""
+        """How many numbers of a token pass from one layer to the next."""
         return self.hidden_size * (1 if self.streams is None else self.streams.count)
 
     @property

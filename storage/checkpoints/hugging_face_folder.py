@@ -169,7 +169,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 def _embedded_chat_template(folder: Path) -> str | None:
     """The chat template in tokenizer_config.json, where older checkpoints have it; None if there is none.
 
-    Of several named templates it is the one named `default`.
+    If it names several templates, the one named `default`.
     """
     path = folder / "tokenizer_config.json"
     template = read_json(path).get("chat_template") if path.is_file() else None

@@ -35,7 +35,7 @@ Settings = Mapping[str, Any]  # a quantization_config
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """The tensors of one matrix, by what follows its prefix in their names."""
+    """The tensors of one matrix, by the rest of their names after its prefix."""
 
     prefix: str
     tensors: Mapping[str, SourceTensor]
@@ -195,7 +195,9 @@ def _awq(parts: _Parts, settings: Settings) -> SourceTensor:
 
 
 def _gptq(parts: _Parts, settings: Settings) -> SourceTensor:
-    """2, 3, 4 or 8 bits; a stream of bits along the inputs, for zeros along the outputs; g_idx has the group of each input.
+    """Integers of 2, 3, 4 or 8 bits, packed one after another along the inputs, and their zero points along the outputs.
+
+    g_idx has the group of each input, which shares a scale and a zero point.
 
     AutoGPTQ, auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py:123 (packing), :301 (zeros are stored less one, in the format
     `gptq`), qlinear_cuda.py:302 (g_idx), 9f7d370; GPTQModel, gptqmodel/utils/model.py:755 (`gptq_v2` stores zeros), f4c327a17.

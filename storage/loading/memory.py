@@ -33,7 +33,7 @@ def address_of(memory: memoryview) -> int:
 
 
 def drop_pages(address: int, size: int) -> None:
-    """Frees the whole pages of a private mapping of a file, none of which was written to. Later uses read the file again."""
+    """Frees whole pages of a private mapping of a file that nothing wrote to. Later uses read the file again."""
     first, last = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
     if first < last and (libc := _libc()) is not None:
         libc.madvise(first, last - first, mmap.MADV_DONTNEED)

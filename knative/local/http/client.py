@@ -22,7 +22,10 @@ class UpstreamFailed(Exception):
 
 
 class UpstreamPool:
-    """A pool of connections to one server on 127.0.0.1, for one event loop. `on_answer` is called for every answer."""
+    """Kept-alive connections to one server on 127.0.0.1, for one event loop.
+
+    on_answer: called with the headers of every answer before they are passed on; see AnswerBegins.
+    """
 
     def __init__(self, port: int, on_answer: AnswerBegins = lambda exchange, headers: None) -> None:
         self.port = port

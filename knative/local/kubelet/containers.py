@@ -122,7 +122,10 @@ def _timeouts(pod: Mapping[str, Any]) -> Timeouts:
 
 
 def _mounts(pod: Mapping[str, Any], container: Mapping[str, Any], local: LocalData) -> dict[str, str]:
-    """Mount path of each Secret → its folder on this machine, which replaces the path in values of the environment."""
+    """Path at which the container mounts each Secret → the Secret's folder on this machine.
+
+    Values of the container's environment that name the path get the folder instead.
+    """
     secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod.get("volumes") or () if "secret" in volume}
     found = {}
     for mount in container.get("volumeMounts") or ():

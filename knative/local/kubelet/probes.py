@@ -51,7 +51,10 @@ class ProbeResult:
 
 
 def readiness_probe(container: Mapping[str, Any]) -> Probe:
-    """The readiness probe of a container, which may be a mere connection to its port. Raises UnsupportedManifest."""
+    """The readiness probe of a container. Without one it is ready when its port takes a connection.
+
+    Raises UnsupportedManifest.
+    """
     probe = read_probe(container, "readinessProbe") or Probe(path=None)
     return replace(probe, aggressive=not (container.get("readinessProbe") or {}).get("periodSeconds"))
 
