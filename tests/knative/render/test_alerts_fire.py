@@ -3,6 +3,8 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -18,8 +20,20 @@ from knative.render.monitoring import ALERTS, rule_groups
 from tests.support.functions.metrics import member_state
 from tests.support.knative.promql import Recorded
 
+if TYPE_CHECKING:
+    from functions.stage.engine.engine import Engine
+
 SCRAPE_SECONDS = 30
 MINUTE = 60
+
+ENGINE = SimpleNamespace(
+    free_tokens=4096,
+    sequences=1,
+    cached_tokens=0,
+    kv_resident_bytes=0,
+    checkpoint_bytes=0,
+    adapters=SimpleNamespace(loaded=0, loaded_bytes=0),
+)
 
 
 @dataclass
@@ -61,7 +75,7 @@ class Pipeline:
     def pod(self, name: str, ready: bool = True) -> StageMetrics:
         if name not in self.stages:
             self.stages[name] = StageMetrics()
-            self.stages[name].watch(lambda: 4096, lambda: 1, *[lambda: 0] * 5)
+            self.stages[name].watch(cast("Engine", ENGINE))
         self.stages[name].ready.set(ready)
         return self.stages[name]
 
