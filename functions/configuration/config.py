@@ -412,6 +412,13 @@ class GatewayConfig(CommonConfig, ClientsConfig):
     chunk_tokens: int = setting(
         "LAMINA_CHUNK_TOKENS", parsers.integer(1, 65_536), "most prompt tokens of one sequence in one event", "256"
     )
+    prompt_bytes: int = setting(
+        "LAMINA_PROMPT_BYTES",
+        parsers.integer(1, 2**40),
+        "bytes of prompts' hidden states that may be on their way between stages at once; further chunks wait. They take up to "
+        "twice as much memory",
+        "134217728",
+    )
     micro_batch_sequences: int = setting(
         "LAMINA_MICRO_BATCH_SEQUENCES", parsers.integer(1, 1024), "most sequences in one micro-batch", "8"
     )

@@ -90,6 +90,7 @@ def start_scheduler(config: GatewayConfig, shared: EndpointsWatch | None = None)
     limits = SchedulerLimits(
         queue_limit=config.queue_limit,
         chunk_tokens=config.chunk_tokens,
+        prompt_bytes=config.prompt_bytes,
         micro_batch_sequences=config.micro_batch_sequences,
         stages_at_once=config.stages_at_once,
         draft_tokens=config.draft_tokens,

@@ -15,7 +15,16 @@ from knative.render.resolved_pipeline import ResolvedPipeline, cluster_url, labe
 from knative.spec.cut import format_cut
 from knative.spec.errors import SpecError
 from knative.spec.kubernetes_object import KubernetesObject, kubernetes_object
-from knative.spec.pipeline_spec import KEYS_ENTRY, Autoscaling, PipelineSpec, PodSpec, Resources, StageSpec, quantity
+from knative.spec.pipeline_spec import (
+    KEYS_ENTRY,
+    Autoscaling,
+    GatewayResources,
+    PipelineSpec,
+    PodSpec,
+    Resources,
+    StageSpec,
+    quantity,
+)
 
 T = TypeVar("T")
 CONTAINER_PORT: Final = 8080
@@ -30,6 +39,7 @@ _TOKEN_FOLDER: Final = "/var/run/secrets/lamina/store"
 _TOKEN_SECONDS: Final = 3600
 KEYS_FOLDER: Final = "/var/run/secrets/lamina/api-keys"
 _GATEWAY_PROGRESS_SECONDS: Final = 120
+_PROMPT_SHARE: Final = 128 / 512  # of the gateway's memory; a function's default for the default memory
 QUEUE_PROXY, QUEUE_PROXY_TLS = 8012, 8112  # queue-proxy's ports for requests (knative/serving pkg/networking/constants.go)
 POD_TLS: Final = 8443  # the stage's own port with TLS, if the spec has certificates
 SERVING_CERTS: Final = "serving-certs"  # the Secret with queue-proxy's certificate, in each namespace with system-internal-tls
@@ -367,6 +377,7 @@ def gateway_environment(
             LAMINA_QUEUE_LIMIT=gateway.queue_limit,
             LAMINA_KEEP_ALIVE_SECONDS=gateway.keep_alive_seconds,
             LAMINA_CHUNK_TOKENS=gateway.chunk_tokens,
+            LAMINA_PROMPT_BYTES=_prompt_bytes(gateway.resources),
             LAMINA_MICRO_BATCH_SEQUENCES=gateway.micro_batch_sequences,
             LAMINA_DRAFT_TOKENS=gateway.draft_tokens,
             # `client` is the default with keys, and means nothing to the gateway for events, which has none.
@@ -399,6 +410,11 @@ def gateway_environment(
     if gateway.limits_secret is not None:
         env.append(_from_secret("LAMINA_LIMITS_STORE", gateway.limits_secret, "url"))
     return env
+
+
+def _prompt_bytes(resources: GatewayResources) -> int | None:
+    """The part of the gateway's memory that hidden states of prompts may take; None: that of the default."""
+    return None if resources.memory == GatewayResources().memory else int(_PROMPT_SHARE * quantity(resources.memory))
 
 
 def _objective(spec: PipelineSpec) -> str | None:

@@ -42,6 +42,8 @@ def stage_replied(state: SchedulerState, step: Step, stage: int, reply: ForwardR
         _note_pass(stats, step.trip.instances[stage], reply)
     if step.micro_batch is None:
         stats.prompt_pass(reply.pass_tokens, reply.pass_seconds)
+        if stage < step.trip.depth:
+            state.prompt_token_bytes = len(reply.body) / sum(chunk.length for _, chunk in chunks)
     if stage == state.placement.num_stages - 1:
         for row, (sequence, chunk) in zip(rows, chunks, strict=True):
             if row.status is Status.OK and _is_incomplete(row.result, sequence, chunk):

@@ -236,7 +236,14 @@ def begin_prompt_steps(state: SchedulerState, now: float) -> list[Trip]:
     prompt is due when it has waited _DUE_FACTOR times as long as its own tokens take at the slowest stage: short prompts
     overtake long ones, which do not starve.
     Suspended instances, which have just failed, get none: suspects travel one by one, and each would use up retry budget there.
+    None begins while hidden states of prompts that are under way may take `prompt_bytes` of the gateway's memory: where a later
+    stage is slower than the first, they wait there.
     """
+    under_way = sum(
+        chunk.length for step in state.steps.values() if step.micro_batch is None for _, chunk in step.chunks.values()
+    )
+    if under_way * state.prompt_token_bytes >= state.limits.prompt_bytes:
+        return []
     prompts_of: dict[tuple[Instance, ...], list[Sequence]] = {}
     for batch in state.micro_batches:
         if batch.target is None and batch.route.instances[0].prompts.idle and not batch.route.suspended(now):

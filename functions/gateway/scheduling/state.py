@@ -46,6 +46,7 @@ class SchedulerState:
         self.micro_batches: list[MicroBatch] = []
         self.steps: dict[Trip, Step] = {}  # under way
         self.steps_begun = 0
+        self.prompt_token_bytes = 0.0  # of a prompt token's hidden states on the way between stages; 0: none were seen yet
         self.last_prompt_step: dict[str, int] = {}  # by client, the number of the last step with a chunk of its prompts
         self.where_held = WhereHeld()
         self.no_route_since: float | None = None  # since when a stage has no instance for a new route, in time.monotonic()

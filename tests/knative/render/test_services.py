@@ -11,6 +11,7 @@ from functions.configuration.config import GatewayConfig, StageConfig, read_conf
 from functions.configuration.pass_times import PassTimes
 from functions.gateway.answers.authentication import KeyRing
 from functions.gateway.app import client_limits
+from functions.gateway.scheduling.batching import SchedulerLimits
 from knative.render.resolved_pipeline import ResolvedPipeline
 from knative.render.services import METRICS_PORT, services, stage_service
 from knative.spec.cut import parse_cut
@@ -41,6 +42,15 @@ def test_requests_that_wait_for_memory_leave_places_to_those_that_compute(places
     config = read_config(environment_of(stage_service(pipeline(stage={"autoscaling": autoscaling}), 1)))
     assert isinstance(config, StageConfig)
     assert config.max_memory_waiters == awaiting
+
+
+@pytest.mark.parametrize(("memory", "wanted"), [("512Mi", None), ("2Gi", str(512 * 2**20))])
+def test_hidden_states_of_prompts_may_take_a_part_of_the_gateways_memory(memory: str, wanted: str | None) -> None:
+    gateway = services(pipeline(gateway={"resources": {"memory": memory}}))[-1]
+    assert environment_of(gateway).get("LAMINA_PROMPT_BYTES") == wanted
+    config = read_config(environment_of(gateway))
+    assert isinstance(config, GatewayConfig)
+    assert config.prompt_bytes == int(wanted or SchedulerLimits().prompt_bytes)
 
 
 def test_functions_accept_every_rendered_environment() -> None:

@@ -1,5 +1,6 @@
 """Memory at the stages: waited for in order, shown to autoscalers, reserved as answers grow, and freed everywhere."""
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,13 +60,13 @@ def test_a_sequence_in_the_memory_backlog_blocks_smaller_ones_of_its_client_only
         wait_until(lambda: holder.token_ids, "its first token")
         large = [submit(scheduler, [2] * 70, 10) for _ in range(2)]
         wait_until(lambda: scheduler.stats().memory_backlog, "a sequence in the memory backlog")
-        small = [submit(scheduler, [3] * 10, 2) for _ in range(60)]
-        assert tokens_of(small[0]) == counted([3] * 10, 2)
+        small = [submit(scheduler, [3] * 11, 1) for _ in range(60)]  # no decode steps: they would join the holder's, which wait
+        assert tokens_of(small[0]) == counted([3] * 11, 1)
         assert holder.finish_reason is None, "all of that while it runs"
         go_on.set()
         assert [tokens_of(stream) for stream in large] == [counted([2] * 70, 10)] * 2
         check([holder], [[1] * 5], 45)
-        check(small[1:], [[3] * 10] * 59, 2)
+        check(small[1:], [[3] * 11] * 59, 1)
         assert stages[0].prompts_begun[-1] == 3, "the rest waits for the large ones"
         nothing_left(stages)
 
@@ -229,6 +230,28 @@ def test_a_new_instance_is_used_for_its_memory_although_one_micro_batch_could_ho
             for each in go_on:
                 each.set()
             check(streams, [[number] * 5 for number in range(len(streams))], 45)
+
+
+def test_chunks_wait_while_hidden_states_of_prompts_take_the_gateways_memory() -> None:
+    with counting_stages() as stages, scheduling(stages, chunk_tokens=32, prompt_bytes=1) as scheduler:
+        assert tokens_of(submit(scheduler, [1] * 8, 2)) == counted([1] * 8, 2), "its hidden states tell how large others are"
+        arrived, go_on = threading.Event(), threading.Event()
+
+        def stay() -> None:
+            arrived.set()
+            go_on.wait(WAIT_SECONDS)
+
+        stages[1].inspect = inspecting(lambda seen: any(row.position == 0 for row in seen.rows), stay)
+        prompts = [[number] * 32 for number in range(6)]
+        streams = [submit(scheduler, prompts[0], 2)]
+        assert arrived.wait(WAIT_SECONDS)
+        for prompt in prompts[1:]:  # the first stage is free, and the scheduler decides for each
+            streams.append(submit(scheduler, prompt, 2))
+            wait_until(lambda: scheduler.stats().running == len(streams), "it has memory")
+        assert scheduler.stats().trips == 1
+        go_on.set()
+        check(streams, prompts, 2)
+        nothing_left(stages)
 
 
 # Prompts that would wait too long are in flight, too, at all stages that lack instances.
