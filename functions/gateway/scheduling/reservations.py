@@ -198,6 +198,7 @@ def reservation_over(state: SchedulerState, wanted: Reserve, reservation: Reserv
             _reservation_refused(state, sequence, status, reasons[sequence])
             continue
         sequence.reserved = True
+        sequence.overtook = ()
         sequence.restoring = restoring
         if sequence.handing_over is not None and not restoring:
             state.release_at((sequence.handing_over,), sequence)

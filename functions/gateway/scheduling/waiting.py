@@ -111,6 +111,7 @@ class MemoryBacklog:
         self._back_off_seconds = _FIRST_BACK_OFF_SECONDS
 
     def add(self, sequence: Sequence) -> None:
+        self._not_overtaken(sequence)
         bisect.insort(self.sequences, sequence, key=lambda other: other.number)
 
     def overtaking_tokens(self, besides: Sequence | None = None) -> float:
@@ -126,9 +127,20 @@ class MemoryBacklog:
         return min(allowances, default=math.inf)
 
     def overtaken(self, by: Sequence) -> None:
-        """Counts that `by` got memory before the sequences in the backlog: each may be overtaken by a limited amount."""
-        for sequence in self.sequences:
+        """Counts that `by` asks for memory before the sequences in the backlog: each may be overtaken by a limited amount.
+
+        It counts no more once `by` is refused and added to the backlog. Two micro-batches that ask at once can refuse each
+        other at every stage, and nobody gets what they asked for.
+        """
+        self._not_overtaken(by)
+        by.overtook = tuple(self.sequences)
+        for sequence in by.overtook:
             sequence.overtaken_tokens += by.reserve_tokens
+
+    def _not_overtaken(self, by: Sequence) -> None:
+        for sequence in by.overtook:
+            sequence.overtaken_tokens -= by.reserve_tokens
+        by.overtook = ()
 
     def refused(self) -> None:
         """Sets a back-off after a stage refused memory, each time a longer one (`retry_at`).

@@ -10,7 +10,7 @@ import pytest
 from eventing.problems import QueueFull
 from eventing.wire.events import EventType
 from functions.gateway.answers.service import BACKGROUND
-from functions.gateway.scheduling.waiting import AGEING_TURNS, FairQueue
+from functions.gateway.scheduling.waiting import AGEING_TURNS, FairQueue, MemoryBacklog
 from functions.gateway.stages.routes import Endpoint, Placement
 from tests.support.functions.gateway import answers_of, counted, scheduling, submit, tokens_of, wait_until
 from tests.support.functions.stage_server import counting_stage, counting_stages, hold, inspecting, is_type, running
@@ -22,7 +22,7 @@ class SequenceStub(SimpleNamespace):
 
 def waiting(client_id: str, number: int, priority: int = 0) -> Any:
     prompt = SimpleNamespace(client_id=client_id, priority=priority, turn=(client_id, priority))
-    return SequenceStub(number=number, prompt=prompt, reserve_tokens=10 * (number + 1))
+    return SequenceStub(number=number, prompt=prompt, reserve_tokens=10 * (number + 1), overtaken_tokens=0, overtook=())
 
 
 def drain(queue: FairQueue) -> list[int]:
@@ -49,6 +49,17 @@ def test_the_queue_gives_each_client_its_turn() -> None:
     assert queue.peek(most_tokens=9) is None
     assert drain(queue) == [9, 0, 4, 6, 2, 5, 3]
     assert len(queue) == 0
+
+
+def test_what_was_refused_counts_for_no_sequence_as_overtaken() -> None:
+    """Two micro-batches that ask at once may refuse each other at every stage: all that overtook are then in the backlog."""
+    backlog, large, small = MemoryBacklog(), waiting("a", 7), waiting("a", 1)
+    backlog.add(large)
+    before = backlog.overtaking_tokens()
+    backlog.overtaken(small)
+    assert backlog.overtaking_tokens() == before - small.reserve_tokens
+    backlog.add(small)
+    assert backlog.overtaking_tokens(besides=small) == before
 
 
 def test_a_sequence_that_needs_too_much_does_not_hide_others_of_its_client() -> None:
