@@ -111,20 +111,28 @@ def calibration_table(emulated: Sequence[Result], simulated: Sequence[Result]) -
 
 
 def opponents_table(results: Sequence[Result]) -> str:
-    """The pipeline that scales beside static ones of any size and a clairvoyant one, and what of the largest it takes."""
+    """The pipeline that scales beside static ones of any size and a clairvoyant one, each compared with the largest static one.
+
+    Runs of the same seed are compared.
+    """
     rows: list[list[object]] = []
     for load in dict.fromkeys(each.key.load for each in results):
-        ways = dict.fromkeys(each.key.way for each in results if each.key.load == load)
-        largest = _outcomes(results, load, [way for way in ways if way.startswith("static")][-1])
-        cost = fmean(one.cost.replica_seconds for one in largest)
-        for way in ways:
-            found = _outcomes(results, load, way)
-            cells = [_cell([read(one) for one in found], form) for _, read, form in (COLUMNS[index] for index in (1, 4, 7, 9))]
-            share = fmean(one.cost.replica_seconds for one in found) / cost
-            rows.append([load, way, *cells, f"{share:.2f} ×"])
-    return table(
-        ["load", "way", "first token p95", "per token p95", "within objective", "replica-seconds", "of the largest"], rows
-    )
+        of_way: dict[str, dict[int, Outcome]] = {}
+        for each in results:
+            if each.key.load == load:
+                of_way.setdefault(each.key.way, {})[each.key.seed] = each.outcome
+        largest = of_way[[way for way in of_way if way.startswith("static")][-1]]
+        for way, found in of_way.items():
+            row: list[object] = [load, way]
+            for index in (1, 4, 9):
+                _, read, form = COLUMNS[index]
+                row.append(_cell([read(one) for one in found.values()], form))
+                row.append(_cell([read(one) / read(largest[seed]) for seed, one in found.items()], "{:.2f} ×"))
+            _, read, form = COLUMNS[7]
+            rows.append([*row, _cell([read(one) for one in found.values()], form)])
+    names = ("first token p95", "per token p95", "replica-seconds")
+    columns = [column for name in names for column in (name, "of the largest")]
+    return table(["load", "way", *columns, "within objective"], rows)
 
 
 def faults_table(results: Sequence[Result]) -> str:
