@@ -29,7 +29,7 @@ _LAYER_BYTES: Final = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 
 # Bytes of a number in embedding and head.
 _OUTER_BYTES: Final = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0625, "q4": 1.0625, "kept": 1.0625}
 
-# Of families that the table of storage/checkpoints/decoder_families.py does not describe:
+# Families that the table of storage/checkpoints/decoder_families.py does not describe:
 _UNGATED: Final = frozenset({"bloom", "falcon", "gptj", "openai-gpt"})  # feed-forwards have two matrices, and no gate
 _TIED: Final = frozenset({"bloom", "falcon"})  # embedding and head are one matrix, although config.json does not say so
 

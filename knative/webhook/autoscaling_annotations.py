@@ -64,7 +64,7 @@ HPA_IGNORES: Final = (
     TARGET_UTILIZATION_PERCENTAGE, TARGET_BURST_CAPACITY, METRIC_AGGREGATION_ALGORITHM, PANIC_WINDOW_PERCENTAGE,
     PANIC_THRESHOLD_PERCENTAGE, ACTIVATION_SCALE, SCALE_DOWN_DELAY, SCALE_TO_ZERO_POD_RETENTION_PERIOD,
 )  # fmt: skip
-"""Those that a revision of the HPA class does not read."""
+"""Annotations that a revision of the HPA class does not read."""
 
 TARGET_MIN: Final = 0.01
 WINDOW_MIN_SECONDS: Final = 6

@@ -38,7 +38,7 @@ def _with_channels(convolution: NDArray[Any]) -> NDArray[Any]:
 
 
 def _heads_apart(config: Mapping[str, Any]) -> NDArray[np.intp]:
-    """Where the file has each row of in_proj_qkvz, which has query, key, values and gates of one key head after the other."""
+    """The numbers, in the file, of the rows of in_proj_qkvz: query, key, values and gates of one key head after the other."""
     keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
     key_rows, value_rows = keys * config["linear_key_head_dim"], values * config["linear_value_head_dim"]
     ends = np.cumsum([key_rows, key_rows, value_rows, value_rows])
@@ -47,7 +47,7 @@ def _heads_apart(config: Mapping[str, Any]) -> NDArray[np.intp]:
 
 
 def _tiled(config: Mapping[str, Any], width: int) -> NDArray[np.intp]:
-    """Where the file has each row of the heads of values, of which those of one key head are no neighbours there.
+    """The numbers, in the file, of the rows of value heads. The file does not put the heads of one key head side by side.
 
     width: rows of a head.
     """
@@ -65,7 +65,7 @@ def _tiled_values(config: Mapping[str, Any]) -> NDArray[np.intp]:
 
 
 def _tiled_after_keys(config: Mapping[str, Any]) -> NDArray[np.intp]:
-    """Where the file has each row of queries, keys and values; only those of values are in another order."""
+    """The numbers, in the file, of the rows of queries, keys and values. Only rows of values are in another order there."""
     first = 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"]
     return np.concatenate([np.arange(first), first + _tiled_values(config)])
 

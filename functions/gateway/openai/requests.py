@@ -41,7 +41,7 @@ EFFORT: Final = Meta(
 TEMPLATE_VARIABLES: Final = Meta(
     description="further variables of the chat template. It must use them, but for `enable_thinking` and `thinking`"
 )
-# Those that have the same name, meaning and default in a GenerateRequest.
+# Options that have the same name, meaning and default in a GenerateRequest.
 _SAME_OPTIONS: Final = (
     *("model", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "ignore_eos"),
     *("stop", "stop_token_ids", "include_stop_str_in_output", "n", "seed", "cache_salt"),

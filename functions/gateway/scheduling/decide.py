@@ -236,14 +236,9 @@ def begin_prompt_steps(state: SchedulerState, now: float) -> list[Trip]:
     prompt is due when it has waited _DUE_FACTOR times as long as its own tokens take at the slowest stage: short prompts
     overtake long ones, which do not starve.
     Suspended instances, which have just failed, get none: suspects travel one by one, and each would use up retry budget there.
-    None begins while hidden states of prompts that are under way may take `prompt_bytes` of the gateway's memory: where a later
-    stage is slower than the first, they wait there.
+    No step begins while hidden states of prompt steps under way may take `prompt_bytes` of the gateway's memory: if a later
+    stage is slower than the first, steps wait for it at the gateway.
     """
-    under_way = sum(
-        chunk.length for step in state.steps.values() if step.micro_batch is None for _, chunk in step.chunks.values()
-    )
-    if under_way * state.prompt_token_bytes >= state.limits.prompt_bytes:
-        return []
     prompts_of: dict[tuple[Instance, ...], list[Sequence]] = {}
     for batch in state.micro_batches:
         if batch.target is None and batch.route.instances[0].prompts.idle and not batch.route.suspended(now):
@@ -251,6 +246,11 @@ def begin_prompt_steps(state: SchedulerState, now: float) -> list[Trip]:
             if prompts:
                 prompts_of.setdefault(batch.route.instances, []).extend(prompts)
     if not prompts_of:
+        return []
+    under_way = sum(
+        chunk.length for step in state.steps.values() if step.micro_batch is None for _, chunk in step.chunks.values()
+    )
+    if under_way * state.prompt_token_bytes >= state.limits.prompt_bytes:
         return []
     last_step = state.last_prompt_step = _last_prompt_steps(state)
     token_seconds = max(stage.prompt_token_seconds for stage in state.stats.stages) or 1.0  # unknown: the shortest is next

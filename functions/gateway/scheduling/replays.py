@@ -1,4 +1,4 @@
-"""What a failure does to sequences (docs/scheduling.md, "When something breaks"). The caller holds the scheduler's lock.
+"""Applies failures of stages to sequences (docs/scheduling.md, "When something breaks"). The caller holds the scheduler's lock.
 
 A failed event ends no answer while its sequences have retries left: they are computed again on another route, or only at the
 stage that lost their KV.

@@ -251,7 +251,7 @@ class Sequence:
     reserves_in_order: bool = False  # a stage was full once: from then on stages are asked one after the other
     reserved_chain: Chain = ()  # the chain that its last reservation named
     overtaken_tokens: int = 0  # memory given to others while it was in the memory backlog
-    overtook: "tuple[Sequence, ...]" = ()  # those whose overtaken_tokens count what it asked for and was not refused
+    overtook: "tuple[Sequence, ...]" = ()  # sequences whose overtaken_tokens include what it asked for, until it is refused
     must_restart: bool = False  # its route broke: it leaves the micro-batch once none of its chunks is in flight
     broken_by: str | None = None  # the failure for which it must restart, a key of `Stats.replays`; None: none
     last_chunk_step: int = 0  # number of the step that sent its last prompt chunk; the lowest is next

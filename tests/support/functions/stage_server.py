@@ -114,7 +114,7 @@ def hold(stage: "StageServer", positions: Container[int]) -> threading.Event:
 
 
 class _StartNow(StartUp):
-    """Of a pod that begins to start when it is asked: the test's own process is older."""
+    """Start-up of a pod that begins when it is asked. The real one would count from the start of the test's process."""
 
     def phases(self) -> dict[str, float]:
         return {}
