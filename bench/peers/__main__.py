@@ -25,7 +25,7 @@ from bench.peers.processes import running_transformers, running_vllm
 from bench.pipeline import DidNotStart, running_pipeline
 from bench.report import STATE, Verdict, command_line, judged, machine, output_option, report, table, verdict_table
 from bench.serving.client import Client, Measurement
-from bench.serving.contenders import CONCURRENT, PREFILL, SINGLE, Contender, Results, measure_all, rate, ratio
+from bench.serving.contenders import CONCURRENT, PREFILL, SINGLE, Contender, ContenderEnded, Results, measure_all, rate, ratio
 from bench.serving.requests import Request, Requests
 from knative.commands.model_choice import packaged_model
 from storage.checkpoints.model_source import open_checkpoint
@@ -87,13 +87,13 @@ def main(
             if vllm and name != PACKAGED:
                 try:
                     contenders.append(stack.enter_context(running_vllm(_VLLM, measured.in_8_bits(), _logs() / "vllm.log")))
-                except DidNotStart as error:
+                except (DidNotStart, ContenderEnded) as error:
                     failed[_VLLM] = error.why
             if transformers:
                 log = _logs() / "transformers.log"
                 contenders.append(stack.enter_context(running_transformers(_TRANSFORMERS, measured.source, log)))
             work = {workload: asked for workload, asked in _requests().items() if workload in chosen}
-            found = asyncio.run(measure_all(contenders, work, rounds, click.echo))
+            found = asyncio.run(measure_all(contenders, work, rounds, click.echo, failed))
         parts.append(f"\n### {name}\n\n{_table(found, failed)}")
         verdicts += _verdicts(name, found)
     facts = (
@@ -172,16 +172,20 @@ def _verdicts(size: str, found: Results) -> Iterator[Verdict]:
 def _table(found: Results, failed: Mapping[str, str]) -> str:
     """A row per contender: its rates, compared with llama.cpp's fastest format, and with its format of as many bits."""
     rows = []
-    for name in dict.fromkeys(name for results in found.values() for name in results):
+    names = dict.fromkeys(name for results in found.values() for name in results)
+    for name in names:
         row = [name]
         for results in found.values():
             against = [_fastest(results, "llama.cpp")]
             if name.startswith("Lamina"):
                 against.append(f"llama.cpp {_EQUAL.get(name.split()[1].strip(','), '')}")
             ratios = [f"{ratio(results, name, peer):.2f}" if peer in results else "–" for peer in against]
-            row += [f"{rate(results[name]):.1f}", " / ".join(ratios)]
+            row += [f"{rate(results[name]):.1f}", " / ".join(ratios)] if name in results else ["–", "–"]
         rows.append(row)
-    rows += [[f"{name} did not run: {why}", *["–"] * (2 * len(found))] for name, why in failed.items()]
+    rows += [
+        [f"{name} {'did not run to the end' if name in names else 'did not run'}: {why}", *["–"] * (2 * len(found))]
+        for name, why in failed.items()
+    ]
     heads = [column for workload in found for column in (f"{workload}, tokens/s", "× llama.cpp's best / of as many bits")]
     return table(["", *heads], rows)
 

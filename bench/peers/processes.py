@@ -14,7 +14,7 @@ from typing import Any
 from bench.pipeline import DidNotStart
 from bench.report import ROOT
 from bench.serving.client import Measurement
-from bench.serving.contenders import Contender
+from bench.serving.contenders import Contender, ContenderEnded
 from bench.serving.requests import Request
 from functions.stage.engine.threads import WAITING
 
@@ -41,7 +41,7 @@ def running_vllm(name: str, folder: Path, log: Path) -> AbstractContextManager[C
 
 @contextmanager
 def _running(name: str, command: list[str], environ: Mapping[str, str], log: Path) -> Iterator[Contender]:
-    """Raises RuntimeError if the process ends."""
+    """Raises ContenderEnded if the process ends, also in `measure`."""
     with (
         log.open("w") as errors,
         subprocess.Popen(
@@ -58,7 +58,7 @@ def _running(name: str, command: list[str], environ: Mapping[str, str], log: Pat
         def read() -> dict[str, Any]:
             assert process.stdout is not None
             if not (line := process.stdout.readline()):
-                raise RuntimeError(f"{name} has ended; {log} says why")
+                raise ContenderEnded("its process has ended", log)
             answer: dict[str, Any] = json.loads(line)
             return answer
 

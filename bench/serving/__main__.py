@@ -78,7 +78,7 @@ def measure(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequenc
         }
         work = {name: asked for name, asked in workloads.items() if name in chosen}
         return Findings(
-            asyncio.run(measure_all(contenders, work, rounds, click.echo)),
+            asyncio.run(measure_all(contenders, work, rounds, click.echo, did_not_run)),
             dict(_rounds(pipelines, requests)),
             did_not_run,
             {name: each for pipeline in pipelines for name, each in token_times(pipeline, requests, log)},

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Final
 
@@ -20,6 +21,14 @@ class Contender:
     name: str
     pids: tuple[int, ...]  # processes whose CPU time counts, with all below them
     answer: Callable[[Sequence[Request]], Awaitable[Measurement]]
+
+
+class ContenderEnded(RuntimeError):
+    """A contender's process has ended. why: for a report, without this machine's paths."""
+
+    def __init__(self, why: str, log: Path) -> None:
+        super().__init__(f"{why}; {log} says more")
+        self.why = why
 
 
 Results = dict[str, dict[str, list[Measurement]]]  # by workload and contender, a measurement of each round
@@ -41,17 +50,29 @@ def ratio(measured: Mapping[str, Sequence[Measurement]], name: str, other: str) 
 
 
 async def measure_all(
-    contenders: Sequence[Contender], work: Mapping[str, list[Request]], rounds: int, say: Callable[[str], None]
+    contenders: Sequence[Contender],
+    work: Mapping[str, list[Request]],
+    rounds: int,
+    say: Callable[[str], None],
+    failed: dict[str, str],
 ) -> Results:
-    """In the order A B C A B C …, so that changes on the machine meet all of them."""
+    """In the order A B C A B C …, so that changes on the machine meet all of them.
+
+    failed: gets those that end on the way, by name, and why; what was measured of them before stays.
+    """
     for contender in contenders:
         await contender.answer([replace(request, max_tokens=8) for request in next(iter(work.values()))[:1]])
     results: Results = {}
     for number in range(rounds):
         for workload, asked in work.items():
-            for contender in contenders:
+            for contender in (each for each in contenders if each.name not in failed):
                 cpu = cpu_seconds(contender.pids)
-                found = await contender.answer(asked)
+                try:
+                    found = await contender.answer(asked)
+                except ContenderEnded as error:
+                    failed[contender.name] = error.why
+                    say(f"{number + 1}/{rounds} {workload}: {contender.name}: {error}")
+                    continue
                 found = replace(found, cpu_seconds=cpu_seconds(contender.pids) - cpu)
                 if workload == PREFILL:
                     found = replace(found, tokens=sum(len(request.token_ids) for request in asked))

@@ -1,5 +1,7 @@
 """llama.cpp as a peer: a report says why it is missing."""
 
+import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -7,8 +9,9 @@ import pytest
 from bench import llama_cpp
 from bench.pipeline import DidNotStart
 from bench.serving.client import Measurement
-from bench.serving.contenders import LLAMA_CPP, PREFILL, SINGLE
+from bench.serving.contenders import LLAMA_CPP, PREFILL, SINGLE, Contender, ContenderEnded, measure_all
 from bench.serving.report import BF16, Findings, markdown, verdicts
+from bench.serving.requests import Request
 
 WHY = "llama.cpp is not built: make llama-cpp"
 
@@ -41,3 +44,25 @@ def test_the_report_of_a_run_with_a_peer() -> None:
     found = findings({}, (BF16, LLAMA_CPP))
     assert [(verdict.seen, verdict.word) for verdict in verdicts(found)] == [("1.00", "missed")]
     assert "did not run" not in markdown(found, [], "serving.png")
+
+
+def test_a_peer_that_ends_on_the_way_costs_the_others_nothing(tmp_path: Path) -> None:
+    asked = 0
+
+    async def answers(requests: Sequence[Request]) -> Measurement:
+        return Measurement(1.0, 100, [0.1], [0.01])
+
+    async def ends_in_the_second_round(requests: Sequence[Request]) -> Measurement:
+        nonlocal asked
+        asked += 1
+        if asked > 2:  # the first time warms up
+            raise ContenderEnded("its process has ended", tmp_path / "log")
+        return await answers(requests)
+
+    failed: dict[str, str] = {}
+    contenders = [Contender("ends", (), ends_in_the_second_round), Contender("stays", (), answers)]
+    work = {SINGLE: [Request("a", (1,), 8)]}
+    results = asyncio.run(measure_all(contenders, work, 3, print, failed))
+    assert {name: len(measured) for name, measured in results[SINGLE].items()} == {"ends": 1, "stays": 3}
+    assert failed == {"ends": "its process has ended"}
+    assert asked == 3
