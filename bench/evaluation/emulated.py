@@ -259,7 +259,7 @@ def fit_overheads(setting: Setting, way: str, trace: Trace, outcome: Outcome, me
     tokens = _PROMPT_TOKENS + num_stages * setting.chunk_tokens(way)  # on the way to a first token
     overheads = Overheads()
     for _ in range(_FIT_ROUNDS):
-        simulation = Simulation(setting, way, trace, World(overheads=overheads, handover_bytes_per_second=0))
+        simulation = Simulation(setting, way, trace, World(overheads=overheads))
         said, _ = simulation.run()
         pods = [pod for fleet in simulation.fleets for pod in fleet.pods.values() if pod.passes]
         mean_pass = sum(pod.busy_seconds for pod in pods) / sum(pod.passes for pod in pods)

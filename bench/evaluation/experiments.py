@@ -114,8 +114,7 @@ def calibration(plan: Plan, overheads: Overheads) -> Iterator[Run]:
         hops = overheads.hops
         costs = (overheads.pass_seconds, hops.hop_seconds, hops.hop_token_seconds)
         key = msgspec.structs.replace(emulated_key, overheads=costs)
-        # Layers that sleep hold no KV that could be handed over.
-        world = World(overheads=overheads, tail_seconds=key.tail_seconds, handover_bytes_per_second=0)
+        world = World(overheads=overheads, tail_seconds=key.tail_seconds)
         yield Run(key, _simulate(key, setting, load, world))
 
 

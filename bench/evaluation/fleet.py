@@ -70,6 +70,7 @@ class Pod:
     _replies: dict[ForwardEvent, tuple[float, Callable[[Batch | StageFailed, float], object]]] = field(default_factory=dict)
     _waiters: list[tuple[int, Callable[[], object]]] = field(default_factory=list)  # tokens that each waits for
     _restored_at: dict[str, float] = field(default_factory=dict)  # by sequence, when its KV has come
+    _link_free_at: float = 0.0  # sequences' KV comes over the pod's link one after the other
 
     def __post_init__(self) -> None:
         self._forget()
@@ -118,8 +119,9 @@ class Pod:
         now = self.clock.now
         fetched = row.id in self._restored_at or self.held(row.id, source)
         if holder is not None and not fetched and (there := holder.held(row.id, source)):
-            self._restored_at[row.id] = now + there * self.kind.handover_seconds
-            self.clock.after(there * self.kind.handover_seconds, partial(self._restored, row.id, source, there))
+            self._link_free_at = max(now, self._link_free_at) + there * self.kind.handover_seconds
+            self._restored_at[row.id] = self._link_free_at
+            self.clock.after(self._link_free_at - now, partial(self._restored, row.id, source, there))
         hold = min(RESTORE_HOLD_SECONDS, max(0.0, self._restored_at.get(row.id, now) - now))
         return reserved, hold
 

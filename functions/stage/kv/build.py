@@ -13,6 +13,7 @@ from functions.stage.kv.peer_tier import PeerClient, PeerTier
 from functions.stage.kv.store_tier import KVWriter, StoreTier, Written
 from functions.stage.models.kv_cache import KVBlocks
 from functions.stage.models.layer_group import KVCache
+from functions.stage.models.sleep_group import SleepKV
 from functions.threads.pool import ThreadPool
 from storage.kv.kv_store import KVObjects, Retention
 from storage.kv.sealed import Sealer
@@ -47,7 +48,8 @@ def tiers_of(
         return Fetcher(tier, kv.layout, FetchEstimate(rate), threads, observe)
 
     pods = PodNetwork(config.pod_network, config.pod_port, secure=tls is not None)
-    peers = PeerClient(pods, config.pipeline, config.layers[0], config.pipeline_token, tls)
+    token_seconds = kv.token_seconds if isinstance(kv, SleepKV) else 0.0
+    peers = PeerClient(pods, config.pipeline, config.layers[0], config.pipeline_token, tls, token_seconds)
     peer_tier = PeerTier(peers, fetcher(PeerTier.name))
     own = config.kv_store
     if own.place is None or own.key is None:

@@ -4,6 +4,7 @@ The gateway names the instances that may hold a sequence's KV. This file has bot
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -65,16 +66,20 @@ def _copied(query: KVQuery, sequences: SequenceTable) -> tuple[bytearray, int] |
 class PeerClient:
     """Asks other instances of one stage for KV. Thread-safe."""
 
-    def __init__(self, pods: PodNetwork, pipeline: str, layer: int, token: str, tls: PodTLS | None = None) -> None:
+    def __init__(
+        self, pods: PodNetwork, pipeline: str, layer: int, token: str, tls: PodTLS | None = None, token_seconds: float = 0.0
+    ) -> None:
         """pods: addresses that may be asked, and so get the token. layer: the stage's first. token: the pipeline's secret.
 
-        tls: given if `pods` are reached by https.
+        tls: given if `pods` are reached by https. token_seconds: what KV of a token takes on the link of an emulated device.
         """
         self._pods = pods
         self._pipeline = pipeline
         self._layer = layer
         self._headers = {"authorization": f"Bearer {token}"}
         self._sender = Sender(connect_timeout_seconds=1.0, tls=tls)
+        self._token_seconds = token_seconds
+        self._link = threading.Lock()  # an emulated link carries one reply at a time
 
     def admits(self, peer: str) -> bool:
         """Whether a peer's URL is in the pod network, so that it may get the token. Logs a warning if not."""
@@ -99,6 +104,9 @@ class PeerClient:
             reply = self._sender.get(peer + query.target, self._headers, max(0.001, deadline - time.monotonic()))
         except (DeliveryError, Problem) as error:
             raise TierAway(f"{type(error).__name__}: {error}") from error
+        if self._token_seconds and reply.status != _NO_CONTENT:
+            with self._link:
+                time.sleep(max(0.0, min((end - first) * self._token_seconds, deadline - time.monotonic())))
         held = reply.headers.get(HELD_HEADER, "")
         return reply.body if reply.status != _NO_CONTENT else memoryview(b""), int(held) if held.isdecimal() else 0
 

@@ -210,18 +210,20 @@ def build_layer_group(
     kv_budget_bytes: int,
     sleep_times: PassTimes | None = None,
     kv_dtype: KVDtype | None = None,
+    sleep_bytes_per_second: int | None = None,
 ) -> LayerGroup:
     """Layers [first_layer, last_layer) of the model of a config.json, ready to run.
 
     tensors: by checkpoint name; the group may remove them. dtype: of the publication. device: see `choose`. sleep_times: how
-    long passes take, for kind `sleep`, which needs no tensors. kv_dtype: see `choose`. Raises what `choose` and the group
-    raise.
+    long passes take, for kind `sleep`, which needs no tensors. kv_dtype: see `choose`. sleep_bytes_per_second: of the link of
+    an emulated pod. Raises what `choose` and the group raise.
     """
     choice = choose(kind, config, dtype, device, kv_dtype=kv_dtype)
     if choice.kind == "sleep":
         from functions.stage.models.sleep_group import SleepGroup
 
-        return SleepGroup(config, first_layer, last_layer, kv_budget_bytes, sleep_times or PassTimes())
+        times = sleep_times or PassTimes()
+        return SleepGroup(config, first_layer, last_layer, kv_budget_bytes, times, sleep_bytes_per_second)
     if choice.kind == "transformers":
         from functions.stage.models.transformers.group import TransformersGroup
 

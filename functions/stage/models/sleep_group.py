@@ -1,7 +1,7 @@
 """A layer group that computes nothing and sleeps as long as a pass would take on another device. For tests and benchmarks.
 
-KV is counted as in a real group. Hidden states carry the token's id, and the logits of the last stage select the token that
-came in, so that a generation goes on to its end.
+KV is counted as in a real group, and handed over between pods if the speed of their links is given. Hidden states carry the
+token's id, and the logits of the last stage select the token that came in, so that a generation goes on to its end.
 """
 
 import time
@@ -12,7 +12,7 @@ import numpy as np
 
 from functions.configuration.pass_times import PassTimes, pairs
 from functions.stage.models.floats import Array, Float32, HiddenDtype, narrowed, widened
-from functions.stage.models.kv_cache import KVBudget
+from functions.stage.models.kv_cache import KVBlocks, KVBudget, KVLayout
 from functions.stage.models.layer_group import PreparedAdapter, Segment
 from storage.loading.weight_loader import RawTensor
 
@@ -20,6 +20,26 @@ _BF16_BYTES: Final = 2
 # A token id travels as digits of 7 bits. Every dtype of hidden states holds them exactly, I8 because _LARGEST is in each row.
 _DIGITS: Final = np.array([1, 2**7, 2**14, 2**21])
 _LARGEST: Final = 2**7 - 1
+
+
+class SleepKV(KVBlocks):
+    """Implements `KVBlocks` with two bytes for a token, which say nothing, in place of its keys and values."""
+
+    layout = KVLayout("sleep", num_layers=1, kv_heads=1, head_bytes=1)
+
+    def __init__(self, tokens: int, token_seconds: float) -> None:
+        """token_seconds: how long an emulated link takes for the KV of one token."""
+        super().__init__(tokens)
+        self.token_seconds = token_seconds
+
+    def _copy_kv(self, source: int, target: int, tokens: int) -> None:
+        """Does nothing."""
+
+    def copy_out(self, handle: int, first: int, target: Array, *, windowed: bool = False) -> None:
+        """Leaves `target` as it is."""
+
+    def copy_in(self, handle: int, first: int, source: Array, *, windowed: bool = False) -> None:
+        """Does nothing."""
 
 
 class SleepGroup:
@@ -33,16 +53,27 @@ class SleepGroup:
     runs_by = "nothing: passes sleep"
 
     def __init__(
-        self, config: Mapping[str, Any], first_layer: int, last_layer: int, kv_budget_bytes: int, times: PassTimes
+        self,
+        config: Mapping[str, Any],
+        first_layer: int,
+        last_layer: int,
+        kv_budget_bytes: int,
+        times: PassTimes,
+        link_bytes_per_second: float | None = None,
     ) -> None:
-        """config: a config.json with Llama's names. times: how long passes take."""
+        """config: a config.json with Llama's names. times: how long passes take. link_bytes_per_second: speed of a pod's link.
+
+        Without a link, KV is not handed over, and what a pod lacks is computed again.
+        """
         self.first_layer = first_layer
         self.last_layer = last_layer
         self.num_layers: int = config["num_hidden_layers"]
         self.hidden_size: int = config["hidden_size"]
         self.vocab_size: int = config["vocab_size"]
         self.max_positions: int = config["max_position_embeddings"]
-        self.kv = KVBudget(kv_budget_bytes // self._kv_bytes_per_token(config))
+        token_bytes = self._kv_bytes_per_token(config)
+        tokens = kv_budget_bytes // token_bytes
+        self.kv: KVBudget = SleepKV(tokens, token_bytes / link_bytes_per_second) if link_bytes_per_second else KVBudget(tokens)
         self._times = times
 
     def use_threads(self, count: int) -> None:

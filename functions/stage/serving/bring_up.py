@@ -154,5 +154,6 @@ def _built(
         choice.device,
         config.kv_cache_bytes,
         config.sleep_pass_times or PassTimes(fixed_seconds=config.sleep_seconds),
+        sleep_bytes_per_second=config.sleep_bytes_per_second,
     )
     return built, vector_head

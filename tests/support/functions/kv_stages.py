@@ -21,6 +21,7 @@ from functions.stage.kv.peer_tier import PeerClient, PeerTier
 from functions.stage.kv.store_tier import KVWriter, StoreTier
 from functions.stage.models.kv_cache import KVBlocks
 from functions.stage.models.layer_group import LayerGroup
+from functions.stage.models.sleep_group import SleepKV
 from storage.kv.kv_store import KVObjects, Retention
 from storage.kv.sealed import Sealer
 from storage.store.payload_store import PayloadStore
@@ -129,7 +130,8 @@ def kv_stage(
     assert isinstance(group.kv, KVBlocks)
     restores, estimate = Restores(), FetchEstimate(ComputeRate())
     with ThreadPoolExecutor(4) as threads:
-        peers = PeerClient(LOOPBACK, FINGERPRINT, LAYERS[0], TOKEN)
+        token_seconds = group.kv.token_seconds if isinstance(group.kv, SleepKV) else 0.0
+        peers = PeerClient(LOOPBACK, FINGERPRINT, LAYERS[0], TOKEN, token_seconds=token_seconds)
         tiers: list[Any] = [PeerTier(peers, Fetcher("peer", group.kv.layout, estimate, threads, restores))]
         writer = None
         if store is not None:

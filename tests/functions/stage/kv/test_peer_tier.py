@@ -17,12 +17,16 @@ from eventing.wire.control import ReserveRow
 from eventing.wire.faults import find_fault
 from eventing.wire.kv_query import KVQuery
 from eventing.wire.prefix_chain import BLOCK_TOKENS
+from functions.configuration.pass_times import PassTimes
 from functions.stage.kv import peer_tier
 from functions.stage.kv.peer_tier import PeerClient
+from functions.stage.models.build import build_layer_group
 from functions.stage.models.kv_bytes import stamp
+from functions.stage.models.layer_group import LayerGroup
 from tests.support.functions.kv_stages import DTYPES, LAYERS, LOOPBACK, KVStage, chain_of, drawn_without_tiers, kv_stage, text
 from tests.support.functions.native_models import native_groups
 from tests.support.functions.stage_server import FINGERPRINT, TOKEN, StageServer
+from tests.support.storage import tiny_models
 
 
 @contextmanager
@@ -63,6 +67,26 @@ def test_an_idle_conversation_is_found_by_its_content(dtype: str) -> None:
         assert held == (len(tokens) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
         assert stage.restores.tokens == {"peer": held}
     assert drawn == drawn_without_tiers(dtype, follow_up)
+
+
+def test_emulated_keys_and_values_take_as_long_as_on_their_link() -> None:
+    token_bytes = 6 * 2 * 2 * 8 * 2  # layers, keys and values, heads, numbers of a head, bytes of bfloat16
+
+    def sleeping() -> LayerGroup:
+        config = tiny_models.tiny_config("llama")
+        return build_layer_group(
+            "sleep", config, {}, *LAYERS, "bfloat16", "cpu", 2**20, PassTimes(), sleep_bytes_per_second=500 * token_bytes
+        )
+
+    server = StageServer(0, (LAYERS,), sleeping)
+    try:
+        with kv_stage(group=sleeping()) as stage:
+            tokens = conversation(server, ended=False)
+            began = time.monotonic()
+            assert stage.reserve("moving", tokens, peers=(server.url,)).held == len(tokens) - 1
+            assert time.monotonic() - began >= (len(tokens) - 1) / 500
+    finally:
+        server.kill()
 
 
 def test_a_sequence_with_penalties_computes_tokens_after_its_last_block() -> None:
