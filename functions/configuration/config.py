@@ -220,7 +220,7 @@ class StageConfig(CommonConfig):
     sleep_bytes_per_second: int | None = optional(
         "LAMINA_SLEEP_BYTES_PER_SECOND",
         parsers.integer(1),
-        "with sleep, speed of a pod's link: its start waits for its weights' bytes ÷ this, and KV is handed over at this speed; "
+        "with sleep, speed of a pod's link: the start waits for its weights' bytes ÷ this, KV is handed over at this speed; "
         "unset: the start does not wait, and no KV is handed over",
     )
     device: str = setting(
