@@ -156,9 +156,14 @@ def _reserve(state: SchedulerState, batch: MicroBatch, sequences: Items[Sequence
 def _peers(state: SchedulerState, instance: Instance, sequences: Items[Sequence]) -> tuple[str, ...]:
     """URLs of other instances from which `instance` may fetch KV of the sequences, at most MAX_PEERS.
 
-    These are instances that leave, and those where much of a sequence was computed last.
+    These are instances where much of a sequence was computed last, or anything of it if they leave. An instance that leaves is
+    not asked for anything else: each request makes queue-proxy wait for another 30 s before the pod ends.
     """
-    places = [state.where_held.find(sequence.prefix_chain()) for sequence in sequences]
-    others = [held.instances[instance.stage] for held in places if held.tokens >= state.limits.chunk_tokens]
-    urls = [other.url for other in others if other is not instance and other.ready and not other.is_service]
-    return tuple(dict.fromkeys([*state.placement.leaving(instance), *urls]))[:MAX_PEERS]
+    leaving, urls = state.placement.leaving(instance), dict[str, None]()
+    for sequence in sequences:
+        tokens, holder = state.where_held.holder(sequence.prefix_chain(), instance.stage)
+        if holder is None or holder is instance or holder.is_service:
+            continue
+        if holder.url in leaving or (holder.ready and tokens >= state.limits.chunk_tokens):
+            urls[holder.url] = None
+    return tuple(urls)[:MAX_PEERS]

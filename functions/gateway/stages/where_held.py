@@ -42,3 +42,12 @@ class WhereHeld:
             if any(instance.boot == boot and instance.ready and not instance.terminating for instance, boot in place):
                 return Held(blocks * BLOCK_TOKENS, tuple(instance for instance, _ in place))
         return NOTHING
+
+    def holder(self, chain: Chain, stage: int) -> tuple[int, Instance | None]:
+        """Tokens of the longest known part of the chain that an instance of `stage` holds, and which; it may leave."""
+        for blocks in range(len(chain), 0, -1):
+            if place := self._places.get(chain[blocks - 1]):
+                instance, boot = place[stage]
+                if instance.boot == boot:
+                    return blocks * BLOCK_TOKENS, instance
+        return 0, None

@@ -196,6 +196,29 @@ def test_a_sequence_on_another_instance_names_the_peer_that_has_its_prefix() -> 
             tokens_of(busy)
 
 
+def test_an_instance_that_leaves_is_asked_for_what_it_was_given_and_for_nothing_else() -> None:
+    """Each request makes its queue-proxy wait for another 30 s: asked for everything, it stays until it is killed."""
+    make = native_stage("float32")
+    with running(make, 3) as stages, running(lambda _: make(1), 1) as (other,):
+        placed = Placement([stage.url for stage in stages], watched=True)
+        with scheduling(stages, placement=placed) as scheduler:
+            for index, stage in enumerate(stages):
+                scheduler.endpoints_changed(index, [Endpoint(stage.url)])
+            known = text(1, 100)
+            tokens_of(submit(scheduler, known, 2))
+            nothing_left(stages)
+            scheduler.endpoints_changed(1, [Endpoint(stages[1].url, ready=False, terminating=True), Endpoint(other.url)])
+            for prompt, peers in ((known, (stages[1].url,)), (text(2, 150), ())):
+                before = len(other.seen)
+                tokens_of(submit(scheduler, prompt, 2))
+                asked = [
+                    msgspec.json.decode(seen.body, type=ReserveRequest)
+                    for seen in other.seen[before:]
+                    if seen.type == EventType.RESERVE
+                ]
+                assert {row.peers for request in asked for row in request.rows} == {peers}
+
+
 def test_reservations_carry_token_ids_only_for_penalties() -> None:
     with running(native_stage("float32"), 3) as stages, scheduling(stages) as scheduler:
         for sampling in (Sampling(temperature=0.5), PENALIZED):
