@@ -23,14 +23,12 @@ def tool(name: str) -> Path:
 
 
 @contextmanager
-def llama_server(
-    file: Path, log: Path, threads: int, options: Sequence[str] = (), slots: int = SLOTS
-) -> Iterator[tuple[str, int]]:
+def llama_server(file: Path, log: Path, threads: int, options: Sequence[str] = ()) -> Iterator[tuple[str, int]]:
     """Serves a GGUF file. options: further ones of llama-server. Yields its URL and its process id. Raises DidNotStart."""
     port = free_port()
     command = [str(tool("llama-server")), "--model", str(file), "--host", "127.0.0.1", "--port", str(port), *options]
     command += ["--threads", str(threads), "--threads-batch", str(threads)]
-    command += ["--ctx-size", str(_CONTEXT_TOKENS), "--parallel", str(slots)]
+    command += ["--ctx-size", str(_CONTEXT_TOKENS), "--parallel", str(SLOTS)]
     with started(command, log) as process:
         url = f"http://127.0.0.1:{port}"
         wait_for(lambda: succeeds(f"{url}/health"), process, log)

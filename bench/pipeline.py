@@ -143,15 +143,13 @@ async def module_beside(*arguments: str) -> AsyncIterator[asyncio.subprocess.Pro
 
 
 @contextmanager
-def gateway_beside(
-    local: LocalPipeline, urls: Sequence[str], log: Path, environ: Mapping[str, str] | None = None
-) -> Iterator[tuple[str, int]]:
-    """Another gateway with the platform's settings, changed by `environ`, that asks the stages at `urls`.
+def gateway_beside(local: LocalPipeline, urls: Sequence[str], log: Path) -> Iterator[tuple[str, int]]:
+    """Another gateway with the platform's settings that asks the stages at `urls`.
 
     Yields its URL and its process id. Raises DidNotStart.
     """
     services = {local.pipeline.stage_url(index): url for index, url in enumerate(urls)}
-    with _function(gateway_service(local.pipeline), LocalData(local.secrets, {}, services, {}), log, environ) as gateway:
+    with _function(gateway_service(local.pipeline), LocalData(local.secrets, {}, services, {}), log) as gateway:
         yield gateway
 
 
@@ -163,13 +161,11 @@ def stage_alone(local: LocalPipeline, index: int, log: Path) -> Iterator[tuple[s
 
 
 @contextmanager
-def _function(
-    service: dict[str, Any], data: LocalData, log: Path, environ: Mapping[str, str] | None = None
-) -> Iterator[tuple[str, int]]:
+def _function(service: dict[str, Any], data: LocalData, log: Path) -> Iterator[tuple[str, int]]:
     """The process of a rendered Service's pod, once it is ready: its URL and its id."""
     told = dict(read_container(service["spec"]["template"], data, {}).environ)
     told.pop("LAMINA_KUBERNETES_API", None)  # Service URLs are the stages themselves.
-    told |= {"PORT": "0", "LAMINA_LISTEN": "127.0.0.1", "LAMINA_METRICS_PORT": "0", **(environ or {})}
+    told |= {"PORT": "0", "LAMINA_LISTEN": "127.0.0.1", "LAMINA_METRICS_PORT": "0"}
     with started([sys.executable, "-m", "functions"], log, told) as process:
         url = wait_for(lambda: _listening_url(log), process, log)
         wait_for(lambda: succeeds(f"{url}/readyz"), process, log)

@@ -1,7 +1,7 @@
 """Holds conversations with a gateway, as many at a time as a plan says, and records them second by second.
 
     python -m bench.load.conversations http://127.0.0.1:8080 --plan 1:30,16:60,64:90,4:60,0:120 \\
-        --metrics http://127.0.0.1:9000/metrics --output load.jsonl
+        --max-tokens 16 48 --metrics http://127.0.0.1:9000/metrics --output load.jsonl
 
 A plan is `CONVERSATIONS:SECONDS,…`. A conversation asks one question after another, as HTTP CloudEvents with streamed answers.
 When the plan ends it, it finishes its answer first. `--metrics` is any Prometheus page with Knative's `kn_revision_*` gauges,
@@ -28,6 +28,8 @@ from eventing.wire.generation import TokenEvent
 from knative.commands.ask import AskFailed, Question, stream_answer
 
 _WORDS: Final = ("river", "stone", "lamp", "seven", "north", "glass", "quiet", "engine", "paper", "winter", "copper", "field")
+_PROMPT_WORDS: Final = (8, 64)  # the least and the most
+_TIMEOUT_SECONDS: Final = 600.0
 _PAUSE_AFTER_FAILURE_SECONDS: Final = 1.0
 # A metric's name → its field of `Replicas`.
 _GAUGES: Final = {
@@ -47,12 +49,8 @@ class Load:
 
     url: str
     plan: tuple[tuple[int, float], ...]  # (conversations, seconds) in order
-    prompt_words: tuple[int, int]  # least and most words of a prompt
     max_tokens: tuple[int, int]  # least and most tokens of an answer: with equal lengths conversations would go in step
-    api_key: str | None
-    timeout_seconds: float
-    metrics_url: str | None
-    seed: int
+    metrics_url: str  # a Prometheus page with the revisions' replicas
 
 
 @dataclass
@@ -63,9 +61,7 @@ class LoadRecorder(Recorder):
 
 async def run(load: Load, recorder: LoadRecorder) -> None:
     """Follows the whole plan; returns when the last answer has ended."""
-    observers = [asyncio.create_task(_seconds(recorder))]
-    if load.metrics_url is not None:
-        observers.append(asyncio.create_task(_scrape(load.metrics_url, recorder)))
+    observers = [asyncio.create_task(each) for each in (_seconds(recorder), _scrape(load.metrics_url, recorder))]
     try:
         await _follow(load, recorder)
     finally:
@@ -94,11 +90,11 @@ async def _follow(load: Load, recorder: LoadRecorder) -> None:
 
 async def _converse(load: Load, number: int, over: asyncio.Event, recorder: LoadRecorder) -> None:
     """Asks question after question until the plan ends this conversation."""
-    words = random.Random(f"{load.seed} {number}")
+    words = random.Random(f"1 {number}")
     while not over.is_set():
-        prompt = " ".join(words.choices(_WORDS, k=words.randint(*load.prompt_words)))
+        prompt = " ".join(words.choices(_WORDS, k=words.randint(*_PROMPT_WORDS)))
         max_tokens = words.randint(*load.max_tokens)
-        question = Question(prompt, max_tokens, chat=False, api_key=load.api_key, timeout_seconds=load.timeout_seconds)
+        question = Question(prompt, max_tokens, chat=False, timeout_seconds=_TIMEOUT_SECONDS)
         started = recorder.now
         recorder.in_flight += 1
         try:
@@ -186,16 +182,10 @@ def parse_plan(text: str) -> tuple[tuple[int, float], ...]:
 
 @click.command()
 @click.argument("url")
-@click.option(
-    "--plan", default="1:30,16:60,64:90,4:60,0:120", show_default=True, callback=lambda _c, _p, text: parse_plan(text)
-)
-@click.option("--metrics", "metrics_url", help="Prometheus page with the revisions' replicas; scraped each second.")
+@click.option("--plan", required=True, callback=lambda _c, _p, text: parse_plan(text))
+@click.option("--metrics", "metrics_url", required=True, help="Prometheus page with the replicas; scraped each second.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="JSON lines.")
-@click.option("--prompt-words", type=(click.IntRange(min=1), click.IntRange(min=1)), default=(8, 64), show_default=True)
-@click.option("--max-tokens", type=(click.IntRange(min=1), click.IntRange(min=1)), default=(16, 48), show_default=True)
-@click.option("--api-key", envvar="LAMINA_API_KEY", show_envvar=True)
-@click.option("--timeout", "timeout_seconds", type=click.FloatRange(min=1), default=600.0, show_default=True)
-@click.option("--seed", default=1, show_default=True, help="Of the prompts.")
+@click.option("--max-tokens", type=(click.IntRange(min=1), click.IntRange(min=1)), required=True)
 def main(output: Path, **load: object) -> None:
     """Load the gateway at URL as the plan says; status 1 if an answer failed."""
     output.unlink(missing_ok=True)

@@ -23,14 +23,14 @@ class Setting:
     """The measured pipeline."""
 
     stages: tuple[str, ...]  # names of the stages' Services, in order
-    sleep_seconds: tuple[float, ...] | None  # of a pass, per stage; None: real layers
+    sleep_seconds: tuple[float, ...]  # of a pass, per stage
     micro_batch_sequences: int
 
     def possible_rate(self, replicas: Sequence[float], conversations: int) -> float:
         """Tokens per second at best: of the narrowest stage with full micro-batches, or of conversations that never wait."""
-        seconds = self.sleep_seconds or ()
-        widths = (count * self.micro_batch_sequences / each for count, each in zip(replicas, seconds, strict=True))
-        return min(conversations / sum(seconds), *widths)
+        timed = zip(replicas, self.sleep_seconds, strict=True)
+        widths = (count * self.micro_batch_sequences / seconds for count, seconds in timed)
+        return min(conversations / sum(self.sleep_seconds), *widths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class PhaseFigures:
     seconds: float
     replicas: tuple[float, ...]  # ready, per stage
     tokens_per_second: float
-    possible_rate: float | None  # None: real layers, or answers of the phase before still run
+    possible_rate: float | None  # None: answers of the phase before still run
     first_token_p50: float
     first_token_p95: float
     answers: int
@@ -71,7 +71,7 @@ def _figures(setting: Setting, records: Sequence[Record], phase: Phase, end: flo
         seconds=end - phase.t,
         replicas=replicas,
         tokens_per_second=fmean(tokens) if tokens else 0.0,
-        possible_rate=setting.possible_rate(replicas, phase.conversations) if setting.sleep_seconds and rises else None,
+        possible_rate=setting.possible_rate(replicas, phase.conversations) if rises else None,
         first_token_p50=percentile(first, 0.5),
         first_token_p95=percentile(first, 0.95),
         answers=len(first),
@@ -86,13 +86,10 @@ def _failed_requests(records: Sequence[Record]) -> list[Failure]:
 
 
 def judge(setting: Setting, records: Sequence[Record]) -> list[Verdict]:
-    """The targets. Real layers on a machine that cannot multiply them have one: that no request fails."""
     failures, answers = _failed_requests(records), len(of(Answer, records))
     seen = f"{len(failures)} of {answers + len(failures)}" + (f"; first: {failures[0].reason}" if failures else "")
     verdicts = [Verdict("no request failed", seen, bool(answers) and not failures)]
-    if not setting.sleep_seconds:
-        return verdicts
-    verdicts += [_at_zero(records), _only_the_slow_stage(setting, setting.sleep_seconds, records)]
+    verdicts += [_at_zero(records), _only_the_slow_stage(setting, records)]
     for each in phase_figures(setting, records):
         if each.rises:
             what = f"{each.conversations} conversations: throughput by the possible one, {SETTLED_SECONDS:.0f} s after the rise"
@@ -116,10 +113,10 @@ def _at_zero(records: Sequence[Record]) -> Verdict:
     return Verdict("all at zero at the end", seen, bool(last) and not held)
 
 
-def _only_the_slow_stage(setting: Setting, seconds: Sequence[float], records: Sequence[Record]) -> Verdict:
+def _only_the_slow_stage(setting: Setting, records: Sequence[Record]) -> Verdict:
     pods = of(Replicas, records)
     peaks = [max((each.ready + each.starting for each in pods if each.service == stage), default=0) for stage in setting.stages]
-    slow = max(range(len(peaks)), key=lambda stage: seconds[stage])
+    slow = max(range(len(peaks)), key=lambda stage: setting.sleep_seconds[stage])
     holds = peaks[slow] > 1 and all(peak <= 1 for stage, peak in enumerate(peaks) if stage != slow)
     return Verdict("the slow stage, and not its neighbours, gains replicas", f"at most {_slashed(peaks)}", holds)
 

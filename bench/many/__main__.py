@@ -2,9 +2,6 @@
 
     python -m bench.many                                   some three minutes on two cores
     python -m bench.many --conversations 64 --gateways 1
-    python -m bench.many --fleet 1 --fleet 300             instead: fleets of so many members, all at zero
-    python -m bench.many --members 12 --devices 8          instead: tiny models that take turns on fewer devices
-    python -m bench.many --members 12 --devices 8 --seconds 1800 --simulated
 
 Stages are three processes that sleep in each pass, behind real HTTP, so that the gateway is measured. Clients share its cores:
 on a machine with few cores more gateways have no core to run on, and the verdict says so.
@@ -22,9 +19,6 @@ from typing import Final
 import click
 import psutil
 
-from bench.many import devices as few_devices
-from bench.many import fleet as at_zero
-from bench.many import simulated as on_a_clock
 from bench.many.conversations import Conversation, converse
 from bench.many.report import Load, LoadFindings, markdown, verdicts
 from bench.pipeline import NUM_STAGES, gateway_beside, local_spec, published_pipeline, stage_alone
@@ -34,7 +28,6 @@ from knative.commands.local_pipeline import LocalPipeline
 from knative.commands.model_choice import DEFAULT_MODEL
 
 _STATE: Final = STATE / "bench-many"
-_ZERO_SECONDS: Final = 40.0
 _PASS_SECONDS: Final = 0.04
 _MICRO_BATCH_SEQUENCES: Final = 170  # three equal stages get six micro-batches, which hold 1,000 conversations
 _MOST_MERGED: Final = 8
@@ -44,35 +37,9 @@ _KV_CACHE: Final = "4Gi"  # of stages that sleep: a number, not memory
 @click.command(help=__doc__)
 @click.option("--conversations", type=click.IntRange(min=1), multiple=True, default=(64, 256, 1000), show_default=True)
 @click.option("--gateways", type=click.IntRange(min=1), multiple=True, default=(1, 2, 4), show_default=True)
-@click.option("--fleet", type=click.IntRange(min=1), multiple=True, help="Measure fleets of so many members at zero instead.")
-@click.option(
-    "--members", type=click.IntRange(min=1), help="Measure so many models, one stage each, that share devices instead."
-)
-@click.option("--devices", type=click.IntRange(min=1), default=8, show_default=True, help="Of --members.")
-@click.option("--seconds", type=click.FloatRange(min=1), default=120, show_default=True, help="Of requests to --members.")
-@click.option("--simulated", is_flag=True, help="Of --members: on a simulated clock, in seconds.")
 @click.option("--max-tokens", type=click.IntRange(min=8), default=48, show_default=True)
 @output_option
-def main(
-    conversations: Sequence[int],
-    gateways: Sequence[int],
-    fleet: Sequence[int],
-    members: int | None,
-    devices: int,
-    seconds: float,
-    simulated: bool,
-    max_tokens: int,
-    output: Path,
-) -> None:
-    if members is not None and simulated:
-        report(output, "few-devices-simulated", on_a_clock.markdown(members, devices, seconds), ())
-        return
-    if members is not None:
-        _devices(members, devices, seconds, output)
-        return
-    if fleet:
-        _fleets(fleet, output)
-        return
+def main(conversations: Sequence[int], gateways: Sequence[int], max_tokens: int, output: Path) -> None:
     load_before = getloadavg()[0]
     loads = [Load(count, 1) for count in conversations]
     loads += [Load(max(conversations), count) for count in gateways if count > 1]
@@ -89,31 +56,6 @@ def main(
         f"drafted. Clients run on the same cores. The load average before it was {load_before:.1f}."
     )
     report(output, "many", markdown(found, facts), verdicts(found))
-
-
-def _fleets(sizes: Sequence[int], output: Path) -> None:
-    found = [asyncio.run(at_zero.measure(size, NUM_STAGES, _ZERO_SECONDS)) for size in sizes]
-    asked = " ".join(f"--fleet {size}" for size in sizes)
-    facts = (
-        f"`python -m bench.many {asked}` on {machine()}: a fleet's gateway as a process, "
-        f"and knative/local's API, over {_ZERO_SECONDS:g} s in which nobody asks. *On a cluster* counts what Knative and "
-        "Kubernetes make for each Service."
-    )
-    report(output, "fleet-at-zero", at_zero.markdown(found, facts), at_zero.verdicts(found))
-
-
-def _devices(members: int, devices: int, seconds: float, output: Path) -> None:
-    load_before = getloadavg()[0]
-    found = {}
-    for mode in few_devices.MODES:
-        found[mode] = asyncio.run(few_devices.measure(mode, members, devices, seconds, _STATE))
-        click.echo(f"{mode}: {found[mode]}")
-    facts = (
-        f"`python -m bench.many --members {members} --devices {devices} --seconds {seconds:g}` on {machine()}: {members} tiny "
-        f"models of one stage, real processes on knative/local with Knative's own times, {few_devices.RATE:g} requests a "
-        f"second for {few_devices.TOKENS} tokens, models drawn by Zipf's law. The load average before it was {load_before:.1f}."
-    )
-    report(output, "few-devices", few_devices.markdown(found, devices, facts), few_devices.verdicts(found, devices))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from bench.llama_cpp import llama_server, llama_server_over_rpc
 from bench.peers.models import PACKAGED, SHAPES, Model, model
-from bench.peers.processes import running_transformers, running_vllm
+from bench.peers.vllm import running_vllm
 from bench.pipeline import DidNotStart, running_pipeline
 from bench.report import STATE, Verdict, command_line, judged, machine, output_option, report, table, verdict_table
 from bench.serving.client import Client, Measurement
@@ -34,7 +34,6 @@ _STATE: Final = STATE / "peers"
 _SIZES: Final = (PACKAGED, "Qwen2.5-0.5B", "1.1B")
 _KV_CACHE: Final = "3Gi"  # for the recurrent states of sixteen conversations; what is not used takes no memory
 _VLLM: Final = "vLLM int8, no HTTP"
-_TRANSFORMERS: Final = "transformers' generate bf16, no HTTP"
 _RPC: Final = "llama.cpp RPC, three servers, Q4_0"
 # Lamina's dtypes, and llama.cpp's formats with as many bits.
 _EQUAL: Final = {"q4": "Q4_0", "kept": "Q4_0", "int8": "Q8_0"}
@@ -58,7 +57,6 @@ _WANTED_VLLM: Final[Mapping[int, Mapping[str, float]]] = {
 @click.option("--format", "formats", multiple=True, default=("Q4_0", "Q8_0", "Q4_K_M"), show_default=True)
 @click.option("--rpc/--no-rpc", default=True, show_default=True, help="llama.cpp over three RPC servers, too.")
 @click.option("--vllm/--no-vllm", default=True, show_default=True, help="vLLM in int8, for sizes other than the packaged one.")
-@click.option("--transformers/--no-transformers", default=False, show_default=True, help="transformers' generate in bf16, too.")
 @click.option("--workload", "chosen", multiple=True, default=(SINGLE, CONCURRENT, PREFILL), show_default=True)
 @output_option
 def main(
@@ -69,7 +67,6 @@ def main(
     formats: Sequence[str],
     rpc: bool,
     vllm: bool,
-    transformers: bool,
     chosen: Sequence[str],
     output: Path,
 ) -> None:
@@ -89,9 +86,6 @@ def main(
                     contenders.append(stack.enter_context(running_vllm(_VLLM, measured.in_8_bits(), _logs() / "vllm.log")))
                 except (DidNotStart, ContenderEnded) as error:
                     failed[_VLLM] = error.why
-            if transformers:
-                log = _logs() / "transformers.log"
-                contenders.append(stack.enter_context(running_transformers(_TRANSFORMERS, measured.source, log)))
             work = {workload: asked for workload, asked in _requests().items() if workload in chosen}
             found = asyncio.run(measure_all(contenders, work, rounds, click.echo, failed))
         parts.append(f"\n### {name}\n\n{_table(found, failed)}")
@@ -100,8 +94,8 @@ def main(
         f"{command_line('bench.peers')} on {machine()}; it took {time.monotonic() - began:.0f} s, the load average before it "
         f"was {load:.1f}. llama.cpp is built from its sources for this CPU (GGML_NATIVE, weights repacked), its files are made "
         "by its own `llama-quantize`. Sizes other than the packaged model have random weights. *kept* publishes llama.cpp's "
-        "Q4_0 file as it is. vLLM's CPU build has weights and activations in 8 bits and both cores; it and transformers, which "
-        "runs a static batch in bf16, are asked in their own processes. Guesses and prefix caches are off on all sides. "
+        "Q4_0 file as it is. vLLM's CPU build has weights and activations in 8 bits and both cores, and is asked in its own "
+        "process. Guesses and prefix caches are off on all sides. "
         "Contenders take turns; rates are medians over the rounds, ratios medians of the ratios within each round.\n"
     )
     section, title = ("peers", "## Peers") if set(names) & set(_SIZES) else ("families", "## Other families")
@@ -113,11 +107,7 @@ def _lamina(stack: ExitStack, measured: Model, dtypes: Sequence[str], cuts: Sequ
         source = str(measured.gguf("Q4_0")) if dtype == "kept" else measured.source
         state = _STATE / f"{measured.name}-{dtype}-{stages}"
         pipeline = stack.enter_context(running_pipeline(dtype, state, source, stages, _KV_CACHE))
-        yield Contender(_own(dtype, stages), pipeline.pids, Client(pipeline.url, pipeline.model, {}).measure)
-
-
-def _own(dtype: str, stages: int) -> str:
-    return f"Lamina {dtype}, {_cut(stages)}"
+        yield Contender(f"Lamina {dtype}, {_cut(stages)}", pipeline.pids, Client(pipeline.url, pipeline.model, {}).measure)
 
 
 def _cut(stages: int) -> str:

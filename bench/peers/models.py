@@ -36,7 +36,6 @@ def _shape(model_type: str, sizes: tuple[int, int, int, int, int], **fields: Any
 
 PACKAGED: Final = "SmolLM2-135M"
 SHAPES: Final[Mapping[str, Mapping[str, Any]]] = {
-    "tiny": _shape("llama", (64, 128, 4, 4, 2), vocab_size=_TOKENS),
     "Qwen2.5-0.5B": _shape("qwen2", (896, 4864, 24, 14, 2), vocab_size=151_936),
     "1.1B": _shape("llama", (2048, 8192, 16, 32, 8), vocab_size=_TOKENS),
     "Qwen3-0.6B": _shape("qwen3", (1024, 3072, 28, 16, 8), head_dim=128, vocab_size=151_936),

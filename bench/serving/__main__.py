@@ -28,7 +28,6 @@ from bench.serving.contenders import CONCURRENT, LLAMA_CPP, PREFILL, SINGLE, Con
 from bench.serving.report import Findings, draw, markdown, verdicts
 from bench.serving.requests import Requests
 from bench.serving.round import RoundTime, measure_rounds
-from bench.serving.token_time import token_times
 
 _STATE: Final = STATE / "bench"
 _ROUNDS_OF_A_STEP: Final = 60
@@ -81,7 +80,6 @@ def measure(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequenc
             asyncio.run(measure_all(contenders, work, rounds, click.echo, did_not_run)),
             dict(_rounds(pipelines, requests)),
             did_not_run,
-            {name: each for pipeline in pipelines for name, each in token_times(pipeline, requests, log)},
         )
 
 

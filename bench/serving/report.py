@@ -1,7 +1,7 @@
 """The findings of `bench.serving`, their targets, and the section of docs/benchmarks.md."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Final
@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from bench.report import Verdict, judged, milliseconds, p99, table, verdict_table
 from bench.serving.contenders import CONCURRENT, LLAMA_CPP, PREFILL, SINGLE, Results, rate, ratio
 from bench.serving.round import RoundTime
-from bench.serving.token_time import TokenTime, token_time_table, token_time_verdicts
 
 BF16: Final = "Lamina bfloat16"
 INT8: Final = "Lamina int8"
@@ -30,7 +29,6 @@ class Findings:
     results: Results
     rounds: Mapping[str, RoundTime]  # by dtype, micro-batches, and whether through queue-proxies
     did_not_run: Mapping[str, str]  # contender → reason
-    token_times: Mapping[str, TokenTime] = field(default_factory=dict)  # by dtype, and whether through queue-proxies
 
 
 def verdicts(found: Findings) -> list[Verdict]:
@@ -48,16 +46,12 @@ def verdicts(found: Findings) -> list[Verdict]:
         if name in found.rounds:
             share = found.rounds[name].transport_share
             told.append(judged(f"transport and codec of a round, {name}", share, wanted, at_most=True, number="{:.1%}"))
-    for name, each in found.token_times.items():
-        told += token_time_verdicts(name, each)
     return told
 
 
 def markdown(found: Findings, facts: Sequence[str], picture: str) -> str:
     parts = ["## Serving", *facts, f"![Tokens per second of all contenders]({picture})\n", verdict_table(verdicts(found))]
     parts += [_workload_table(found, workload) for workload in found.results]
-    if found.token_times:
-        parts.append(token_time_table(found.token_times))
     return "\n".join([*parts, _round_table(found.rounds)])
 
 

@@ -62,42 +62,6 @@ _WIDE: Final[Mapping[str, Any]] = {  # widths of 256 · n, which GGUF's K-quants
     "num_key_value_heads": 4,
     "vocab_size": 512,
 }
-_LONG: Final[Mapping[str, Any]] = {
-    **_SMOLLM2,
-    "num_hidden_layers": 4,
-    "hidden_size": 256,
-    "intermediate_size": 1024,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 2**15 + 64,
-}
-_OF_POSITIONS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "attention in all 4 layers": _LONG,
-    "Mamba-2 in all": {**_LONG, "model_type": "mamba2", "num_heads": 8, "head_dim": 64, "state_size": 64, "n_groups": 1},
-    "Mamba-2 in 3, attention in 1": {
-        **_LONG,
-        "model_type": "granitemoehybrid",
-        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
-        "num_local_experts": 0,
-        "shared_intermediate_size": 1024,
-        "mamba_n_heads": 8,
-        "mamba_d_head": 64,
-        "mamba_d_state": 64,
-        "mamba_n_groups": 1,
-    },
-    "Gated DeltaNet in 3, attention in 1": {
-        **_LONG,
-        "model_type": "qwen3_5_text",
-        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
-        "head_dim": 64,
-        "linear_key_head_dim": 64,
-        "linear_value_head_dim": 64,
-        "linear_num_key_heads": 4,
-        "linear_num_value_heads": 8,
-    },
-}
-_POSITIONS: Final = (64, 1024, 4096, 16_384, 32_768)
 _PASSES: Final = (  # sequences, tokens that each holds, new ones of each
     (1, 128, 1),
     (8, 128, 1),
@@ -227,29 +191,6 @@ def _random_matrix(name: str, outs: int, width: int) -> MatrixArrays:
     return MatrixArrays(dtype, packed, packed_shape=(outs, width), parts=((name, outs),))
 
 
-def positions() -> Iterator[str]:
-    """Milliseconds of a token by its position, in bf16: processor time of one thread, the best of 48 tokens."""
-    yield "| layers | " + " | ".join(f"at {position:,}" for position in _POSITIONS) + " |"
-    yield "|---" + "|---:" * len(_POSITIONS) + "|"
-    for name, config in _OF_POSITIONS.items():
-        group = random_group(config, "bfloat16", kv_tokens=_POSITIONS[-1] + 1024)
-        group.use_threads(1)
-        handle, at, cells = group.kv.reserve(_POSITIONS[-1] + 48), 0, []
-        for position in _POSITIONS:
-            while at < position:
-                new = min(1024, position - at)
-                group.forward(np.arange(new) % 512, [Segment(handle, at, new)])
-                at += new
-            taken = []
-            for at in range(position, position + 48):
-                begun = time.thread_time()
-                group.forward(np.array([at % 512]), [Segment(handle, at, 1)])
-                taken.append((time.thread_time() - begun) * 1e3)
-            at += 1
-            cells.append(f"{min(taken):.3f}")
-        yield f"| {name} | " + " | ".join(cells) + " |"
-
-
 def matrices() -> Iterator[str]:
     """Milliseconds to multiply some rows by one matrix, by format, compared with q4. One thread."""
     dice = np.random.default_rng(1)
@@ -313,7 +254,7 @@ def run_pass(group: NativeGroup, handles: Sequence[int], held: int, new: int) ->
     group.forward(np.arange(len(handles) * new), [Segment(handle, held, new) for handle in handles])
 
 
-TABLES: Final = {"passes": passes, "positions": positions, "matrices": matrices, "shares": shares}
+TABLES: Final = {"passes": passes, "matrices": matrices, "shares": shares}
 
 
 @click.command()

@@ -1,12 +1,11 @@
 """Perplexity of a model in each dtype, through the lean layer group cut in three: what bits cost in quality.
 
     python -m bench.stage.perplexity
-    python -m bench.stage.perplexity --model path/to/checkpoint --text a.txt --text b.txt --keep-wide down_proj
+    python -m bench.stage.perplexity --model path/to/checkpoint --text a.txt --text b.txt
 
-Weights are converted as the publisher converts them. The first table compares each dtype with float32: perplexity, and how
-often the likeliest token is the same. The second one compares bfloat16 with itself where hidden states travel in 8 bits between
-2, 4 and 10 stages. For a GGUF file one more compares the file as it is published in dtype kept with what llama.cpp's program
-llama-perplexity (`make llama-cpp`) says of the same file and text. All are printed as Markdown.
+Weights are converted as the publisher converts them. A table compares each dtype with float32: perplexity, and how often the
+likeliest token is the same. For a GGUF file another compares the file as it is published in dtype kept with what llama.cpp's
+program llama-perplexity (`make llama-cpp`) says of the same file and text. Both are printed as Markdown.
 """
 
 import json
@@ -24,9 +23,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from functions.stage.engine.sampler import log_probabilities
-from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
 from functions.stage.models.build import build_layer_group
-from functions.stage.models.floats import Array, Float32
+from functions.stage.models.floats import Array
 from functions.stage.models.layer_group import KVDtype, LayerGroup, Segment
 from knative.commands.model_choice import packaged_model
 from storage.checkpoints.checkpoint import Checkpoint, SourceTensor
@@ -42,7 +40,6 @@ _LLAMA_CPP_WINDOW: Final = 512  # what llama-perplexity takes if nothing is said
 _LLAMA_PERPLEXITY: Final = Path(__file__).parents[2] / ".llama.cpp" / "build" / "bin" / "llama-perplexity"
 _LOGITS_ROWS: Final = 64  # at a time, since 262,144 logits take a MiB
 _KV_DTYPES: Final[tuple[KVDtype | None, ...]] = (None, "int8")
-_STAGES_IN_8_BITS: Final = (2, 4, 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,24 +50,21 @@ class Reading:
     likeliest: Array  # the likeliest next token at every place, int64
 
 
-def converted(sources: Mapping[str, SourceTensor], dtype: Dtype, keep_wide: Sequence[str] = ()) -> dict[str, RawTensor]:
+def converted(sources: Mapping[str, SourceTensor], dtype: Dtype) -> dict[str, RawTensor]:
     """The tensors of a checkpoint as a stage gets them from a publication in `dtype`."""
     tensors: dict[str, RawTensor] = {}
     for name, source in sources.items():
-        kind: Dtype = "bfloat16" if dtype in ("int8", "q4") and name.split(".")[-2] in keep_wide else dtype
-        for stored, target in convert_tensor(name, source, kind).items():
+        for stored, target in convert_tensor(name, source, dtype).items():
             tensors[stored] = RawTensor(target.dtype, target.shape, memoryview(bytearray(b"".join(target.blocks()))))
     return tensors
 
 
-def stages(
-    checkpoint: Checkpoint, dtype: Dtype, keep_wide: Sequence[str], count: int = _STAGES, kv_dtype: KVDtype | None = None
-) -> list[LayerGroup]:
+def stages(checkpoint: Checkpoint, dtype: Dtype, kv_dtype: KVDtype | None = None) -> list[LayerGroup]:
     """The whole model in groups."""
     config = json.loads(checkpoint.files["config.json"])
-    tensors = converted(checkpoint.tensors, dtype, keep_wide)
+    tensors = converted(checkpoint.tensors, dtype)
     layers = config["num_hidden_layers"]
-    bounds = [layers * stage // count for stage in range(count + 1)]
+    bounds = [layers * stage // _STAGES for stage in range(_STAGES + 1)]
     groups = []
     for first, last in pairwise(bounds):
         kv_bytes = 2 * 4 * _WINDOW_TOKENS * (last - first) * config["hidden_size"]
@@ -79,45 +73,36 @@ def stages(
     return groups
 
 
-def read(groups: Sequence[LayerGroup], token_ids: Sequence[int], wire_dtype: str | None = None) -> Reading:
-    """Every window of the text by itself; the first token of a window is given, not predicted.
-
-    wire_dtype: of hidden states between groups; None: as the groups have them.
-    """
+def read(groups: Sequence[LayerGroup], token_ids: Sequence[int]) -> Reading:
+    """Every window of the text by itself; the first token of a window is given, not predicted."""
     log_probability = 0.0
     predicted = 0
     likeliest = []
     for start in range(0, len(token_ids) - 1, _WINDOW_TOKENS):
         window = np.array(token_ids[start : start + _WINDOW_TOKENS])
-        logits = _logits(groups, window, wire_dtype or groups[0].hidden_dtype)[:-1]
+        logits = groups[-1].logits(_hidden(groups, window))[:-1]
         log_probability += math.fsum(logprob for logprob, _ in log_probabilities(logits, window[1:]))
         predicted += len(window) - 1
         likeliest.append(logits.argmax(axis=-1))
     return Reading(math.exp(-log_probability / predicted), np.concatenate(likeliest))
 
 
-def _logits(groups: Sequence[LayerGroup], window: Array, wire_dtype: str) -> Float32:
-    return groups[-1].logits(_hidden(groups, window, wire_dtype))
-
-
-def _hidden(groups: Sequence[LayerGroup], window: Array, wire_dtype: str) -> Array:
+def _hidden(groups: Sequence[LayerGroup], window: Array) -> Array:
     hidden = window
     for group in groups:
-        if group.first_layer:
-            hidden = hidden_array(wire_tensor(hidden, group.hidden_dtype, wire_dtype), group.hidden_dtype)
         handle = group.kv.reserve(len(window))
         hidden = group.forward(hidden, [Segment(handle, 0, len(window))])
         group.kv.release(handle)
     return hidden
 
 
-def rows(checkpoint: Checkpoint, token_ids: Mapping[Path, Sequence[int]], keep_wide: Sequence[str]) -> list[str]:
+def rows(checkpoint: Checkpoint, token_ids: Mapping[Path, Sequence[int]]) -> list[str]:
     """One Markdown row per dtype, with keys and values in 8 bits too, and text."""
     table = ["| dtype | text (tokens) | perplexity | against float32 | same likeliest token |", "|---|---|---|---|---|"]
     exact: dict[Path, Reading] = {}
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "int8", "q4")
     for dtype, kv_dtype in product(dtypes, _KV_DTYPES):
-        groups = stages(checkpoint, dtype, keep_wide, kv_dtype=kv_dtype)
+        groups = stages(checkpoint, dtype, kv_dtype)
         name = dtype + (f", KV in {kv_dtype}" if kv_dtype else "")
         for text, ids in token_ids.items():
             reading = read(groups, ids)
@@ -125,20 +110,6 @@ def rows(checkpoint: Checkpoint, token_ids: Mapping[Path, Sequence[int]], keep_w
             worse = reading.perplexity / reference.perplexity - 1
             same = (reading.likeliest == reference.likeliest).mean()
             table.append(f"| {name} | {text.name} ({len(ids)}) | {reading.perplexity:.3f} | {worse:+.2%} | {same:.3f} |")
-    return table
-
-
-def rows_in_8_bits(checkpoint: Checkpoint, token_ids: Mapping[Path, Sequence[int]], keep_wide: Sequence[str]) -> list[str]:
-    """One Markdown row per number of stages and text."""
-    table = ["| stages | text (tokens) | bf16 | 8 bits | against bf16 | same likeliest token |", "|---|---|---|---|---|---|"]
-    for count in _STAGES_IN_8_BITS:
-        groups = stages(checkpoint, "bfloat16", keep_wide, count)
-        for text, ids in token_ids.items():
-            wide, narrow = read(groups, ids), read(groups, ids, "I8")
-            worse = narrow.perplexity / wide.perplexity - 1
-            same = (narrow.likeliest == wide.likeliest).mean()
-            both = f"{wide.perplexity:.3f} | {narrow.perplexity:.3f}"
-            table.append(f"| {count} | {text.name} ({len(ids)}) | {both} | {worse:+.2%} | {same:.3f} |")
     return table
 
 
@@ -150,7 +121,7 @@ def rows_of_llama_cpp(
     first_token: what the tokenizer puts before every text.
     """
     table = ["| text (tokens) | kept | llama-perplexity | difference |", "|---|---|---|---|"]
-    groups = stages(checkpoint, "kept", ())
+    groups = stages(checkpoint, "kept")
     for text, ids in token_ids.items():
         ours, theirs = read_as_llama_cpp(groups, ids, first_token), perplexity_by_llama_cpp(path, text)
         table.append(f"| {text.name} ({len(ids)}) | {ours:.4f} | {theirs:.4f} | {ours / theirs - 1:+.2%} |")
@@ -164,7 +135,7 @@ def read_as_llama_cpp(groups: Sequence[LayerGroup], token_ids: Sequence[int], fi
     for start in range(0, count * _LLAMA_CPP_WINDOW, _LLAMA_CPP_WINDOW):
         window = token_ids[start : start + _LLAMA_CPP_WINDOW]
         beginning = window[0] if first_token is None else first_token
-        hidden = _hidden(groups, np.array([beginning, *window[1:]]), groups[0].hidden_dtype)
+        hidden = _hidden(groups, np.array([beginning, *window[1:]]))
         for first in range(half, _LLAMA_CPP_WINDOW - 1, _LOGITS_ROWS):
             last = min(first + _LOGITS_ROWS, _LLAMA_CPP_WINDOW - 1)
             logits = groups[-1].logits(hidden[first:last])
@@ -185,10 +156,9 @@ def perplexity_by_llama_cpp(path: Path, text: Path) -> float:
 @click.command()
 @click.option("--model", help="A folder, a GGUF file, or a hub id; without it, the default model.")
 @click.option("--text", "texts", type=click.Path(exists=True, path_type=Path), multiple=True, default=_TEXTS)
-@click.option("--keep-wide", multiple=True, help="A matrix, such as down_proj, that int8 and q4 leave in bfloat16.")
 @click.option("--only-llama-cpp", is_flag=True, help="Compare a GGUF file with llama-perplexity, and nothing else.")
-def main(model: str | None, texts: Sequence[Path], keep_wide: Sequence[str], only_llama_cpp: bool) -> None:
-    """Print Markdown tables of perplexity by dtype and text, and by stages where hidden states travel in 8 bits."""
+def main(model: str | None, texts: Sequence[Path], only_llama_cpp: bool) -> None:
+    """Print Markdown tables of perplexity by dtype and text."""
     path = locate(model or packaged_model())
     checkpoint = open_checkpoint(path)
     tokenizer = Tokenizer.from_buffer(checkpoint.files["tokenizer.json"])
@@ -200,7 +170,7 @@ def main(model: str | None, texts: Sequence[Path], keep_wide: Sequence[str], onl
         click.echo("\n".join([*rows_of_llama_cpp(path, checkpoint, token_ids, first_token), ""]))
     if only_llama_cpp:
         return
-    click.echo("\n".join([*rows(checkpoint, token_ids, keep_wide), "", *rows_in_8_bits(checkpoint, token_ids, keep_wide)]))
+    click.echo("\n".join(rows(checkpoint, token_ids)))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def load(folder: Path, handler: Callable[[web.Request], Awaitable[web.StreamResp
     async def whole() -> None:
         async with serving(web.post("/", handler), web.get("/metrics", metrics)) as url:
             with LoadRecorder(output) as recorder:
-                await run(Load(url, parse_plan(plan), (2, 4), (3, 3), None, 10, f"{url}/metrics", 1), recorder)
+                await run(Load(url, parse_plan(plan), (3, 3), f"{url}/metrics"), recorder)
 
     asyncio.run(whole())
     return output

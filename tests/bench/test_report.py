@@ -69,11 +69,6 @@ def test_an_unread_metrics_page_is_no_failed_request() -> None:
     assert held([*records(), Failure(300, -1, 299, "timeout")], "no request failed")
 
 
-def test_with_real_layers_only_failures_count() -> None:
-    verdicts = judge(Setting(("s0", "s1"), None, 4), records())
-    assert [verdict.what for verdict in verdicts] == ["no request failed"]
-
-
 def test_idle_seconds_are_those_without_a_pod() -> None:
     assert idle_seconds(records()) == pytest.approx(5 + 199)
 

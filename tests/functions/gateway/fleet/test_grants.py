@@ -5,8 +5,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.many.simulated import by_zipf, simulate
 from functions.gateway.fleet.grants import QUANTUM_SECONDS, GrantDecision, MemberLoad, decide
+from tests.support.functions.simulated_fleet import simulate
 
 NOW = 1000.0
 
@@ -129,10 +129,10 @@ def test_grants_never_take_more_than_the_devices(loads: list[MemberLoad], max_de
 
 def test_the_bound_holds_while_pods_come_and_go() -> None:
     """Ten simulated minutes of requests to twelve members, with Knative's window, ticks and drain."""
-    found = simulate(by_zipf(12, 600.0), 6, 20.0)
-    assert found.peak == 6
-    assert len(found.first_seconds) > 200
-    assert max(found.first_seconds) < 120, "each is next at some time"
+    waits, peak = simulate(12, 600.0, devices=6, timeout_seconds=20.0)
+    assert peak == 6
+    assert len(waits) > 200
+    assert max(waits) < 120, "each is next at some time"
 
 
 def test_everybody_is_served_in_the_end() -> None:

@@ -49,7 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def our_logits(checkpoint: Checkpoint, dtype: Dtype) -> NDArray[np.float32]:
     hidden: Any = np.array(PROMPT)
-    groups = stages(checkpoint, dtype, ())
+    groups = stages(checkpoint, dtype)
     for group in groups:
         handle = group.kv.reserve(len(PROMPT))
         hidden = group.forward(hidden, [Segment(handle, 0, len(PROMPT))])

@@ -1,12 +1,11 @@
-"""Peers of `bench.peers` that are no servers: vLLM and transformers, each a process of its own that answers JSON lines."""
+"""vLLM as a peer of `bench.peers`: a process of its own that answers JSON lines (`vllm_process.py`)."""
 
 import asyncio
 import json
 import os
 import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,14 @@ from bench.report import ROOT
 from bench.serving.client import Measurement
 from bench.serving.contenders import Contender, ContenderEnded
 from bench.serving.requests import Request
-from functions.stage.engine.threads import WAITING
 
 
-def running_transformers(name: str, source: str, log: Path) -> AbstractContextManager[Contender]:
-    """transformers with the whole model. Its threads spin briefly like a stage's, so that other load costs it no more."""
-    return _running(name, [sys.executable, "-m", "bench.peers.transformers_process", source], WAITING, log)
+@contextmanager
+def running_vllm(name: str, folder: Path, log: Path) -> Iterator[Contender]:
+    """vLLM's CPU build with a model folder, its OpenMP and tcmalloc preloaded.
 
-
-def running_vllm(name: str, folder: Path, log: Path) -> AbstractContextManager[Contender]:
-    """vLLM's CPU build with a model folder, its OpenMP and tcmalloc preloaded. Raises DidNotStart if it is not installed."""
+    Raises DidNotStart if it is not installed, ContenderEnded if the process ends, also in `measure`.
+    """
     python = ROOT / ".vllm" / "bin" / "python"
     if not python.exists():
         raise DidNotStart("vLLM is not installed: make vllm", python)
@@ -36,12 +33,7 @@ def running_vllm(name: str, folder: Path, log: Path) -> AbstractContextManager[C
         "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     }
-    return _running(name, [str(python), "bench/peers/vllm_process.py", str(folder)], told, log)
-
-
-@contextmanager
-def _running(name: str, command: list[str], environ: Mapping[str, str], log: Path) -> Iterator[Contender]:
-    """Raises ContenderEnded if the process ends, also in `measure`."""
+    command = [str(python), "bench/peers/vllm_process.py", str(folder)]
     with (
         log.open("w") as errors,
         subprocess.Popen(
@@ -51,7 +43,7 @@ def _running(name: str, command: list[str], environ: Mapping[str, str], log: Pat
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env={**os.environ, **environ},
+            env={**os.environ, **told},
         ) as process,
     ):
 
