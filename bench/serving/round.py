@@ -11,6 +11,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, fields
 from typing import Final
 
@@ -72,7 +73,7 @@ def measure_rounds(
         pipeline.local.pipeline.fingerprint, TOKEN, "/gateways/bench", tuple(first for first, _ in pipeline.cut)
     )
     sender = _Timed()
-    with sender, ThreadPoolExecutor(len(batches)) as threads:
+    with closing(sender), ThreadPoolExecutor(len(batches)) as threads:
         client = StageClient(sender, identity, _TIMEOUT_SECONDS)
         instances = [Instance(stage, url) for stage, url in enumerate(urls)]
         walkers = [_Walker(f"round-{number}", batch, client, instances, sender) for number, batch in enumerate(batches)]

@@ -125,8 +125,9 @@ class HttpReply:
         self._complete = False
         self._chunks = bytearray()
         self._fields: dict[bytes, bytes] = {}
-        # httptools calls this once per header; a method in Python would be a dozen of a hop's calls.
+        # httptools calls these once per header and piece; methods in Python would be a dozen of a hop's calls.
         self.on_header = self._fields.__setitem__
+        self.on_body = self._chunks.extend
         self._parser = httptools.HttpResponseParser(self)
 
     def read(self, sock: socket.socket, deadline: float, begun: bytes) -> bytes:
@@ -163,10 +164,6 @@ class HttpReply:
         """Called by httptools."""
         self.status = self._parser.get_status_code()
         self.keeps = self._parser.should_keep_alive()
-
-    def on_body(self, data: bytes) -> None:
-        """Called by httptools."""
-        self._chunks += data
 
     def on_message_complete(self) -> None:
         """Called by httptools."""
@@ -413,7 +410,7 @@ class ConnectionPool:
 
 
 class Sender:
-    """Sends requests, one attempt each. Thread-safe. As a context manager it closes its connections at the end."""
+    """Sends requests, one attempt each. Thread-safe."""
 
     def __init__(
         self,
@@ -474,14 +471,9 @@ class Sender:
         return reply
 
     def close(self) -> None:
+        """Closes idle connections and breaks those in use."""
         self._closed = True
         self._pool.close()
-
-    def __enter__(self) -> "Sender":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _connect(self, connection: KeptConnection, url: str, deadline: float) -> None:
         timeout = min(self._connect_timeout_seconds, remaining(deadline))

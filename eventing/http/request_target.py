@@ -14,8 +14,9 @@ def read_target(method: str, target: str) -> tuple[str, str | None]:
 
     Raises ValueError if the target has none of the forms that the method may have, or a fragment. CONNECT is not supported.
     """
+    shown = repr(target if len(target) <= 80 else f"{target[:77]}...")
     if "#" in target:
-        raise ValueError(f"the request target {_shown(target)} has a fragment; leave it out")
+        raise ValueError(f"the request target {shown} has a fragment; leave it out")
     if target.startswith("/"):
         return target, None
     if target == "*":
@@ -24,10 +25,6 @@ def read_target(method: str, target: str) -> tuple[str, str | None]:
         return target, None
     found = _ABSOLUTE.fullmatch(target)
     if found is None or not AUTHORITY.fullmatch(found[1]):
-        raise ValueError(f"the request target {_shown(target)} is neither a path nor an http URL")
+        raise ValueError(f"the request target {shown} is neither a path nor an http URL")
     path = found[2] or ("*" if method == "OPTIONS" and not found[3] else "/")  # RFC 9112, section 3.2.4
     return path + found[3], found[1]
-
-
-def _shown(target: str) -> str:
-    return repr(target if len(target) <= 80 else f"{target[:77]}...")

@@ -152,11 +152,6 @@ class Sampling(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=Tr
             self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias or self.banned
         )
 
-    @property
-    def looks_back(self) -> bool:
-        """Whether the draw may depend on which tokens came before (grammar, penalties), and not on the logits alone."""
-        return self.grammar is not None or self.adjusts
-
 
 class Result(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """What the last stage answers for a row whose `want` is not NONE."""

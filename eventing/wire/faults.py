@@ -5,7 +5,7 @@ msgspec reports a fault only in words, which differ between its versions, so the
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,6 +25,14 @@ _KINDS: Final[dict[type[inspect.Type], tuple[type | tuple[type, ...], str]]] = {
     inspect.StructType: (dict, "an object"),
 }
 """What JSON has for a type, and its name in an error. All that requests and specs use."""
+_BOUNDS: Final = (  # of a type: msgspec's name, what an error calls it, whether a value or its length keeps it
+    ("ge", "at least", operator.ge),
+    ("gt", "above", operator.gt),
+    ("le", "at most", operator.le),
+    ("lt", "below", operator.lt),
+    ("min_length", "length at least", operator.ge),
+    ("max_length", "length at most", operator.le),
+)
 _MAX_COMPARISONS: Final = 20_000  # a tenth of a second; a request of 8 MiB has millions of values
 
 
@@ -52,11 +60,11 @@ class _TooManyValues(Exception):
     pass
 
 
+@dataclass
 class _Search:
     """Compares a document with its type, value by value, up to the first fault."""
 
-    def __init__(self) -> None:
-        self._compared = 0
+    _compared: int = 0
 
     def fault(self, value: Any, expected: inspect.Type, path: str) -> Fault | None:
         self._compared += 1
@@ -135,20 +143,8 @@ def _is_within_bounds(value: Any, expected: inspect.Type) -> bool:
     if isinstance(expected, inspect.StrType) and expected.pattern:
         return re.search(expected.pattern, value) is not None
     size = len(value) if isinstance(value, str | list | dict) else value
-    return all(allows(size, bound) for _, allows, bound in _bounds(expected))
-
-
-def _bounds(expected: inspect.Type) -> Iterator[tuple[str, Callable[[Any, Any], bool], float]]:
-    for name, words, allows in (
-        ("ge", "at least", operator.ge),
-        ("gt", "above", operator.gt),
-        ("le", "at most", operator.le),
-        ("lt", "below", operator.lt),
-        ("min_length", "length at least", operator.ge),
-        ("max_length", "length at most", operator.le),
-    ):
-        if (bound := getattr(expected, name, None)) is not None:
-            yield words, allows, bound
+    bounds = ((getattr(expected, name, None), allows) for name, _, allows in _BOUNDS)
+    return all(bound is None or allows(size, bound) for bound, allows in bounds)
 
 
 def describe(expected: inspect.Type) -> str:
@@ -162,8 +158,8 @@ def describe(expected: inspect.Type) -> str:
     described = _KINDS[type(expected)][1]
     if isinstance(expected, inspect.StrType) and expected.pattern:
         return f"{described} that matches {expected.pattern}"
-    bounds = " and ".join(f"{words} {bound}" for words, _, bound in _bounds(expected))
-    return f"{described}, {bounds}" if bounds else described
+    bounds = [f"{words} {bound}" for name, words, _ in _BOUNDS if (bound := getattr(expected, name, None)) is not None]
+    return f"{described}, {' and '.join(bounds)}" if bounds else described
 
 
 def _quoted(values: Iterable[Any]) -> str:

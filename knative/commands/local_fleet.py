@@ -77,12 +77,15 @@ class LocalFleet:
             except (SpecError, RenderFailed, StorageError) as error:
                 say(f"the fleet stays as it is: {error}")
                 continue
-            before, after = _by_name(self.objects), _by_name(wanted)
+            before, after = (
+                {(each["kind"], each["metadata"]["name"]): each for each in objects} for objects in (self.objects, wanted)
+            )
             changed = [each for key, each in after.items() if before.get(key) != each]
             gone = [each for key, each in before.items() if key not in after]
             await platform.apply(changed)
             await platform.delete([each for each in gone if each["kind"] == "ConfigMap"])
-            leaving = [each for each in [*leaving, *gone] if each["kind"] == "Service" and _key(each) not in after]
+            gone_services = [each for each in [*leaving, *gone] if each["kind"] == "Service"]
+            leaving = [each for each in gone_services if ("Service", each["metadata"]["name"]) not in after]
             self.objects, self.models = wanted, [each.model.name for each in members]
             say(f"the fleet has {len(members)} members: {len(changed)} objects changed, {len(gone)} removed")
 
@@ -109,14 +112,6 @@ class LocalFleet:
         folder = self._path.parent
         files = [self._path, *folder.glob("*.yaml"), *folder.glob("*/*.yaml")]
         return {file: file.stat().st_mtime_ns for file in files if file.exists()}
-
-
-def _key(each: KubernetesObject) -> tuple[str, str]:
-    return each["kind"], each["metadata"]["name"]
-
-
-def _by_name(objects: list[KubernetesObject]) -> dict[tuple[str, str], KubernetesObject]:
-    return {_key(each): each for each in objects}
 
 
 async def _deleted(platform: Platform, each: KubernetesObject) -> bool:

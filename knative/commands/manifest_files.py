@@ -98,7 +98,7 @@ def read_rendered(folder: Path) -> list[KubernetesObject]:
                         f"{file}: {min(more)} changes what is applied; build it first: "
                         f"kubectl kustomize {file.parent} > BUILT/all.yaml, then deploy BUILT"
                     )
-            elif _component(manifest) != "prune":  # the Job that prunes: the deployer deletes old stages itself
+            elif _labels(manifest).get(_COMPONENT) != "prune":  # the Job that prunes: the deployer deletes old stages itself
                 found.append(manifest)
     if faults := list(_faults(found)):
         raise ManifestError("\n".join(f"{folder}: {fault}" for fault in faults))
@@ -107,11 +107,12 @@ def read_rendered(folder: Path) -> list[KubernetesObject]:
 
 def _order(manifest: KubernetesObject) -> int:
     """Rank of an object in the order of `render`: access and monitoring, stages, gateway, gateway for events, Eventing."""
-    if _component(manifest) == "eventing":
+    component = _labels(manifest).get(_COMPONENT)
+    if component == "eventing":
         return 4
     if not is_knative_service(manifest):
         return 0
-    return 1 if _component(manifest) == "stage" else 2 if _is_main_gateway(manifest) else 3
+    return 1 if component == "stage" else 2 if _is_main_gateway(manifest) else 3
 
 
 def _faults(found: list[KubernetesObject]) -> Iterator[str]:
@@ -120,7 +121,7 @@ def _faults(found: list[KubernetesObject]) -> Iterator[str]:
         yield f"has {len(gateways)} gateways, and needs one; did `render --output` write this folder?"
     for each in found:
         metadata = each.get("metadata") or {}
-        if not metadata.get("name") or not metadata.get("namespace") or not _component(each):
+        if not metadata.get("name") or not metadata.get("namespace") or not _labels(each).get(_COMPONENT):
             yield f"{each.get('kind')} {metadata.get('name')}: lacks its name, namespace, or the labels that `render` writes"
     namespaces = {str((each.get("metadata") or {}).get("namespace")) for each in found}
     for what, values in (
@@ -133,11 +134,8 @@ def _faults(found: list[KubernetesObject]) -> Iterator[str]:
 
 def _is_main_gateway(manifest: KubernetesObject) -> bool:
     """Whether the object is the gateway for clients, rather than the one for events."""
-    return _component(manifest) == "gateway" and manifest["metadata"].get("name") == _labels(manifest).get(_INSTANCE)
-
-
-def _component(manifest: KubernetesObject) -> str:
-    return str(_labels(manifest).get(_COMPONENT) or "")
+    labels = _labels(manifest)
+    return labels.get(_COMPONENT) == "gateway" and manifest["metadata"].get("name") == labels.get(_INSTANCE)
 
 
 def _labels(manifest: KubernetesObject) -> dict[str, Any]:

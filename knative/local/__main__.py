@@ -83,7 +83,7 @@ async def _serve(manifests: Sequence[dict[str, Any]], options: PlatformOptions) 
         loop.add_signal_handler(number, stop.set)
     async with running_platform(options, manifests) as platform:
         for service in platform.services.values():
-            click.echo(f"{service.name}: {service.url}")
+            click.echo(f"{service.name}: {service.server.url}")
         for broker in platform.eventing.status().get("brokers", ()):
             click.echo(f"broker: {broker['url']}")
         click.echo(f"status: {platform.admin_url}/status, process {os.getpid()}; serving until Ctrl-C")

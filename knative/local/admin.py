@@ -141,7 +141,7 @@ def render_metrics(services: Iterable[LocalService]) -> bytes:
 def service_status(service: LocalService) -> dict[str, Any]:
     percent = {target.revision.name.revision: target.percent for target in service.traffic}
     revisions = [_revision_status(revision, percent.get(revision.name.revision, 0)) for revision in service.revisions]
-    return {"name": service.name, "namespace": service.namespace, "url": service.url, "revisions": revisions}
+    return {"name": service.name, "namespace": service.namespace, "url": service.server.url, "revisions": revisions}
 
 
 def _revision_status(revision: Revision, percent: int) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def _revision_status(revision: Revision, percent: int) -> dict[str, Any]:
         "stable": round(decision.stable, 3) if decision else 0.0,
         "panic": round(decision.panic, 3) if decision else 0.0,
         "panicking": revision.autoscaler.panicking,
-        "waiting": revision.activator.waiting,
+        "waiting": len(revision.activator.waiting),
         "activator_in_path": revision.activator.in_path,
         "failure": revision.failure,
         "pods": [_pod_status(pod) for pod in revision.pods],

@@ -100,10 +100,6 @@ class Platform:
             certs=self._serving_certs(),
         )
 
-    @property
-    def admin_url(self) -> str:
-        return self._admin.server.url
-
     def _serving_certs(self) -> ServingCerts | None:
         """Like Knative's queue-proxy, those here serve TLS if the Secret with their certificate exists."""
         folder = self.secret_folders.get(SERVING_CERTS)
@@ -114,6 +110,7 @@ class Platform:
 
     async def start(self) -> None:
         await self._admin.server.start()
+        self.admin_url = self._admin.server.url
 
     async def apply(self, manifests: Sequence[dict[str, Any]]) -> None:
         """Creates or changes Services, Brokers, Triggers, Sequences, and a fleet's ConfigMaps and Lease; others are ignored.
@@ -162,7 +159,7 @@ class Platform:
         shutil.rmtree(self._made_secrets, ignore_errors=True)
 
     def url(self, name: str, namespace: str = "default") -> str:
-        return self.services[namespace, name].url
+        return self.services[namespace, name].server.url
 
     def status(self) -> dict[str, Any]:
         services = [service_status(service) for service in self.services.values()]
@@ -179,11 +176,11 @@ class Platform:
 
     def _replacements(self) -> dict[str, str]:
         """Cluster-local URL → local URL of each Service, in place of cluster DNS."""
-        return {f"http://{each.name}.{each.namespace}.svc.cluster.local": each.url for each in self.services.values()}
+        return {f"http://{each.name}.{each.namespace}.svc.cluster.local": each.server.url for each in self.services.values()}
 
     def _find(self, namespace: str, name: str) -> str | None:
         service = self.services.get((namespace, name))
-        return None if service is None else service.url
+        return None if service is None else service.server.url
 
     async def _listen(self, name: str, namespace: str) -> None:
         service = LocalService(name, namespace, self._make_revision)

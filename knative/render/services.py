@@ -366,6 +366,8 @@ def gateway_environment(
 ) -> list[KubernetesObject]:
     """Environment entries of the pipeline's gateway. key_secrets: those whose API keys it takes."""
     gateway = pipeline.spec.gateway
+    memory = gateway.resources.memory
+    prompt_bytes = None if memory == GatewayResources().memory else int(_PROMPT_SHARE * quantity(memory))
     stages = ",".join(f"{first}:{last}={pipeline.stage_url(k)}" for k, (first, last) in enumerate(pipeline.cut))
     env = [
         *_common_env(pipeline, "gateway", pipeline.spec.model.dtype),
@@ -377,7 +379,7 @@ def gateway_environment(
             LAMINA_QUEUE_LIMIT=gateway.queue_limit,
             LAMINA_KEEP_ALIVE_SECONDS=gateway.keep_alive_seconds,
             LAMINA_CHUNK_TOKENS=gateway.chunk_tokens,
-            LAMINA_PROMPT_BYTES=_prompt_bytes(gateway.resources),
+            LAMINA_PROMPT_BYTES=prompt_bytes,
             LAMINA_MICRO_BATCH_SEQUENCES=gateway.micro_batch_sequences,
             LAMINA_DRAFT_TOKENS=gateway.draft_tokens,
             # `client` is the default with keys, and means nothing to the gateway for events, which has none.
@@ -410,11 +412,6 @@ def gateway_environment(
     if gateway.limits_secret is not None:
         env.append(_from_secret("LAMINA_LIMITS_STORE", gateway.limits_secret, "url"))
     return env
-
-
-def _prompt_bytes(resources: GatewayResources) -> int | None:
-    """The part of the gateway's memory that hidden states of prompts may take; None: that of the default."""
-    return None if resources.memory == GatewayResources().memory else int(_PROMPT_SHARE * quantity(resources.memory))
 
 
 def _objective(spec: PipelineSpec) -> str | None:

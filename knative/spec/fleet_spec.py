@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import msgspec
-import yaml
 from msgspec import Struct
 
 from knative.spec.cut import parse_cut
@@ -23,7 +22,7 @@ from knative.spec.pipeline_spec import (
     StoreSpec,
     Tracing,
 )
-from knative.spec.spec_file import spec_from_dict
+from knative.spec.spec_file import read_yaml, spec_from_dict
 from knative.spec.stage_overrides import changed
 
 KIND: Final = "Fleet"
@@ -94,7 +93,7 @@ def load_fleet(path: Path) -> tuple[FleetSpec, list[PipelineSpec]]:
 
     Raises SpecError; its message begins with the file's name.
     """
-    document = _read(path)
+    document = read_yaml(path)
     try:
         fleet = msgspec.convert(document, FleetSpec)
     except msgspec.ValidationError as error:
@@ -114,15 +113,8 @@ def load_fleet(path: Path) -> tuple[FleetSpec, list[PipelineSpec]]:
 
 def is_fleet(path: Path) -> bool:
     """Whether a file describes a fleet, rather than a pipeline. Raises SpecError if it is no YAML."""
-    document = _read(path)
+    document = read_yaml(path)
     return isinstance(document, dict) and document.get("kind") == KIND
-
-
-def _read(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SpecError(f"{path}: cannot be read as YAML: {error}") from error
 
 
 def _members(fleet: FleetSpec, path: Path) -> list[tuple[Any, str]]:
@@ -131,9 +123,9 @@ def _members(fleet: FleetSpec, path: Path) -> list[tuple[Any, str]]:
         folder = path.parent / fleet.members
         if not folder.is_dir():
             raise SpecError(f"{path}: $.members: {folder} is no folder")
-        return [(_read(file), str(file)) for file in sorted(folder.iterdir()) if file.suffix in (".yaml", ".yml")]
+        return [(read_yaml(file), str(file)) for file in sorted(folder.iterdir()) if file.suffix in (".yaml", ".yml")]
     return [
-        (_read(path.parent / each), str(path.parent / each))
+        (read_yaml(path.parent / each), str(path.parent / each))
         if isinstance(each, str)
         else (each, f"{path}: $.members[{number}]")
         for number, each in enumerate(fleet.members)

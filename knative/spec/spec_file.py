@@ -25,9 +25,16 @@ def spec_from_dict(document: Any) -> PipelineSpec:
 
 def load_spec(path: Path) -> PipelineSpec:
     """Reads the spec in a file of one YAML document. Raises SpecError; its message begins with the file's name."""
+    document = read_yaml(path)
     try:
-        return spec_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SpecError(f"{path}: cannot be read as YAML: {error}") from error
+        return spec_from_dict(document)
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The one document in a file. Raises SpecError."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SpecError(f"{path}: cannot be read as YAML: {error}") from error

@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -52,7 +52,7 @@ def gateway(published: Published, stages: list[FunctionProcess]) -> Iterator[Fun
 
 @pytest.fixture(scope="module")
 def sender() -> Iterator[Sender]:
-    with Sender() as sender:
+    with closing(Sender()) as sender:
         yield sender
 
 

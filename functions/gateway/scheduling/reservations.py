@@ -59,8 +59,9 @@ def reserve(
     for sequence in sequences:
         scores = sequence.prompt.scored and not sequence.has_drawn  # needs every token computed, so it uses no prefix cache
         chain = sequence.reserved_chain = () if scores else sequence.prefix_chain()
-        # Penalties look at all earlier tokens, also at those whose computation the prefix cache saves.
-        looks_back = sequence.prompt.sampling.looks_back
+        # A grammar and penalties look at all earlier tokens, also at those whose computation the prefix cache saves.
+        sampling = sequence.prompt.sampling
+        looks_back = sampling.grammar is not None or sampling.adjusts
         token_ids = array("i", sequence.tokens[: BLOCK_TOKENS * len(chain)]).tobytes() if looks_back else b""
         rows.append(
             ReserveRow(

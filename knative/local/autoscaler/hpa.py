@@ -25,7 +25,8 @@ from knative.webhook.values import parse_quantity
 CpuSeconds = Callable[[int], float | None]
 
 SYNC_SECONDS: Final = 15  # how often the Horizontal Pod Autoscaler decides
-_TOLERANCE: Final = 0.1
+_LEAST_RATIO: Final = 1 - 0.1  # of utilization to target; between these the number of pods stays
+_MOST_RATIO: Final = 1 + 0.1
 _DEFAULT_TARGET_PERCENT: Final = 80
 _DEFAULT_DOWN_STABILIZATION_SECONDS: Final = 300.0
 _UP_PERIOD_SECONDS: Final = 15
@@ -72,11 +73,11 @@ def recommend(spec: HpaSpec, cpu_percent: Sequence[float], *, silent: int, unrea
         return current
     ratio = _ratio(spec, cpu_percent)
     if not silent and not (unready and ratio > 1):
-        return current if _near_one(ratio) else math.ceil(ratio * len(cpu_percent))
+        return current if _LEAST_RATIO <= ratio <= _MOST_RATIO else math.ceil(ratio * len(cpu_percent))
     assumed = [0.0] * (silent + unready) if ratio > 1 else [float(spec.target_percent)] * silent
     filled = [*cpu_percent, *assumed]
     ratio_of_all = _ratio(spec, filled)
-    if _near_one(ratio_of_all) or (ratio > 1) != (ratio_of_all > 1):
+    if _LEAST_RATIO <= ratio_of_all <= _MOST_RATIO or (ratio > 1) != (ratio_of_all > 1):
         return current
     wanted = math.ceil(ratio_of_all * len(filled))
     return max(wanted, current) if ratio > 1 else min(wanted, current)
@@ -84,10 +85,6 @@ def recommend(spec: HpaSpec, cpu_percent: Sequence[float], *, silent: int, unrea
 
 def _ratio(spec: HpaSpec, cpu_percent: Sequence[float]) -> float:
     return math.floor(math.fsum(cpu_percent) / len(cpu_percent)) / spec.target_percent
-
-
-def _near_one(ratio: float) -> bool:
-    return 1 - _TOLERANCE <= ratio <= 1 + _TOLERANCE
 
 
 class HorizontalPodAutoscaler:

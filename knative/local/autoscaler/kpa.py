@@ -52,15 +52,6 @@ class Decision:
     panicking: bool
 
 
-def initial_state(ready: int, now: float) -> AutoscalerState:
-    """The state of a new autoscaler. With more than one ready pod it begins in panic, because without a history it must not
-    scale in.
-
-    ready: number of ready pods. now: seconds.
-    """
-    return AutoscalerState(panic_since=now if ready > 1 else None, max_panic_pods=ready)
-
-
 def scale(
     spec: DeciderSpec, state: AutoscalerState, ready: int, stable: float, panic: float, now: float
 ) -> tuple[Decision, AutoscalerState]:
@@ -127,7 +118,8 @@ class Autoscaler:
         """
         self.spec = spec
         self._pods_report = pods_report
-        self.state = initial_state(ready, now)
+        # With more than one ready pod it begins in panic, because without a history it must not scale in.
+        self.state = AutoscalerState(panic_since=now if ready > 1 else None, max_panic_pods=ready)
         window = WINDOWS.get(algorithm, LinearWindow)
         self._stable, self._panic = window(spec.stable_window_seconds), window(spec.panic_window_seconds)
 

@@ -126,8 +126,10 @@ class Wiring:
         self._http: dict[tuple[str, bool], HttpTarget] = {}
         for path in (broker_path(*key) for key in self._brokers):
             self.inboxes[path] = BrokerInbox(context.base_url + path, context.spool)
-        for path in (path for each in objects if isinstance(each, EventSequence) for path in _step_paths(each)):
-            self.inboxes[path] = StepInbox(context.base_url + path, context.spool)
+        for sequence in (each for each in objects if isinstance(each, EventSequence)):
+            for index in range(len(sequence.steps)):
+                path = sequence_path(sequence.namespace, sequence.name, index)
+                self.inboxes[path] = StepInbox(context.base_url + path, context.spool)
         for each in objects:
             if isinstance(each, EventSequence):
                 self._wire_sequence(each)
@@ -135,7 +137,8 @@ class Wiring:
                 self._wire_trigger(each)
 
     def _wire_sequence(self, sequence: EventSequence) -> None:
-        inboxes = [self.inboxes[path] for path in _step_paths(sequence)]
+        key, count = (sequence.namespace, sequence.name), len(sequence.steps)
+        inboxes = [self.inboxes[sequence_path(*key, index)] for index in range(count)]
         last = None if sequence.reply is None else self._target(sequence.reply, f"Sequence {sequence.name}")
         for index, (step, inbox, reply) in enumerate(zip(sequence.steps, inboxes, [*inboxes[1:], last], strict=True)):
             name = f"{sequence.namespace}/{sequence.name}[{index}]"
@@ -184,10 +187,6 @@ class Wiring:
         if key not in self._http:
             self._http[key] = HttpTarget(self._context.session, url, needs_event_replies=needs_event_replies)
         return self._http[key]
-
-
-def _step_paths(sequence: EventSequence) -> list[str]:
-    return [sequence_path(sequence.namespace, sequence.name, index) for index in range(len(sequence.steps))]
 
 
 def _effective(own: Delivery | None, brokers: Delivery | None) -> Delivery:

@@ -42,11 +42,7 @@ class Activator:
         self._wake = wake
         self._trackers: list[_PodTracker] = []
         self._turn = 0
-        self._waiting: deque[asyncio.Future[_PodTracker]] = deque()
-
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting)
+        self.waiting: deque[asyncio.Future[_PodTracker]] = deque()  # requests that are held
 
     def set_pods(self, proxies: list[QueueProxy]) -> None:
         """Replaces the pods that get requests, and hands out held ones. proxies: of the ready pods, oldest first."""
@@ -56,8 +52,8 @@ class Activator:
 
     def fail_waiting(self, reason: str) -> None:
         """Answers all held requests with 503 and `reason`, because the revision will not come up."""
-        while self._waiting:
-            waiter = self._waiting.popleft()
+        while self.waiting:
+            waiter = self.waiting.popleft()
             if not waiter.done():
                 waiter.set_exception(HttpError(HTTPStatus.SERVICE_UNAVAILABLE, reason))
 
@@ -93,24 +89,24 @@ class Activator:
 
     async def _wait(self) -> _PodTracker:
         """Holds a request until `_hand_out` gives it a pod and counts it in flight. Raises HttpError 503 if too many wait."""
-        if len(self._waiting) >= self._queue_depth:
+        if len(self.waiting) >= self._queue_depth:
             raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, f"{self._queue_depth} requests wait for a pod already")
         waiter: asyncio.Future[_PodTracker] = asyncio.get_running_loop().create_future()
-        self._waiting.append(waiter)
+        self.waiting.append(waiter)
         if not self._trackers:
             self._wake()
         try:
             return await waiter
         except asyncio.CancelledError:
-            if waiter in self._waiting:
-                self._waiting.remove(waiter)
+            if waiter in self.waiting:
+                self.waiting.remove(waiter)
             elif waiter.done() and not waiter.cancelled() and waiter.exception() is None:
                 self._release(waiter.result())  # a pod was handed out in the same moment
             raise
 
     def _hand_out(self) -> None:
-        while self._waiting and (tracker := self._pick()) is not None:
-            waiter = self._waiting.popleft()
+        while self.waiting and (tracker := self._pick()) is not None:
+            waiter = self.waiting.popleft()
             if not waiter.done():
                 tracker.in_flight += 1
                 waiter.set_result(tracker)

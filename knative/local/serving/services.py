@@ -38,10 +38,6 @@ class LocalService:
         self.server = HttpServer(self._serve)
         self._rollout: asyncio.Task[None] | None = None
 
-    @property
-    def url(self) -> str:
-        return self.server.url
-
     def apply(self, manifest: Mapping[str, Any]) -> None:
         """Applies the Service's manifest. A changed template becomes a new revision, to which traffic moves when it is ready.
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -34,7 +35,7 @@ from tests.support.http_server import Exchange, serving
 
 @pytest.fixture
 def sender() -> Iterator[Sender]:
-    with Sender(connect_timeout_seconds=1.0, max_connections_per_host=8) as sender:
+    with closing(Sender(connect_timeout_seconds=1.0, max_connections_per_host=8)) as sender:
         yield sender
 
 
@@ -148,7 +149,7 @@ def test_a_refused_connection_is_unreachable(sender: Sender) -> None:
 
 
 def test_tls_is_verified() -> None:
-    with serving(_echo) as server, Sender() as sender, pytest.raises(Unreachable, match="no connection"):
+    with serving(_echo) as server, closing(Sender()) as sender, pytest.raises(Unreachable, match="no connection"):
         sender.send(server.url.replace("http:", "https:"), {}, [], 60)
 
 
@@ -216,7 +217,7 @@ def test_the_timeout_bounds_the_whole_exchange(sender: Sender, respond: Callable
 
 
 def test_waiting_for_a_free_connection_is_bounded() -> None:
-    with serving(lambda exchange: None) as server, Sender(max_connections_per_host=1) as sender:
+    with serving(lambda exchange: None) as server, closing(Sender(max_connections_per_host=1)) as sender:
         entered = threading.Event()
 
         def hold(exchange: Exchange) -> None:
@@ -335,7 +336,7 @@ def test_connections_of_a_burst_are_closed_though_their_host_is_asked_on(monkeyp
             everyone.wait(20)
         exchange.answer(200, b"")
 
-    with Sender(connect_timeout_seconds=1.0, max_connections_per_host=8) as sender, serving(together) as server:
+    with closing(Sender(connect_timeout_seconds=1.0, max_connections_per_host=8)) as sender, serving(together) as server:
         with ThreadPoolExecutor(8) as clients:
             list(clients.map(lambda _: sender.send(server.url + "burst", {}, [], 20), range(8)))
         (host,) = sender._pool._hosts.values()

@@ -2,7 +2,7 @@
 
 import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def showing(folder: Path) -> ssl.SSLContext:
 
 
 def asked(server: Server, tls: PodTLS) -> bytes:
-    with Sender(connect_timeout_seconds=5, tls=tls) as sender:
+    with closing(Sender(connect_timeout_seconds=5, tls=tls)) as sender:
         return bytes(sender.send(server.url.replace("http:", "https:"), {}, [b"body"], 5).body)
 
 

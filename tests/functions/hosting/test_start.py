@@ -8,6 +8,7 @@ import sys
 from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 
 @pytest.fixture
 def sender() -> Iterator[Sender]:
-    with Sender() as sender:
+    with closing(Sender()) as sender:
         yield sender
 
 

@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,7 @@ def listening(tls: PodTLS, to_port: int) -> tuple[str, int]:
 
 
 def ask(address: tuple[str, int], tls: PodTLS, body: bytes = b"body") -> bytes:
-    with Sender(tls=tls) as sender:
+    with closing(Sender(tls=tls)) as sender:
         return bytes(sender.send(f"https://127.0.0.1:{address[1]}/", {}, [body], 20).body)
 
 
@@ -61,7 +61,7 @@ def test_a_client_may_close_and_its_request_was_read_with_the_handshake(
 
 def test_bytes_reach_queue_proxy_and_come_back(tmp_path: Path) -> None:
     own = write(CertificateAuthority().secret(NAME), tmp_path / "own")
-    with reversing() as queue_proxy, Sender(tls=tls_of(own)) as sender:
+    with reversing() as queue_proxy, closing(Sender(tls=tls_of(own))) as sender:
         _, port = listening(tls_of(own), queue_proxy.server_address[1])
         for _ in range(3):
             assert bytes(sender.send(f"https://127.0.0.1:{port}/", {}, [BODY], 60).body) == BODY[::-1]

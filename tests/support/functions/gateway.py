@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, Final
 
 from eventing.http.delivery import Sender
@@ -31,7 +31,7 @@ def scheduling(
     """A scheduler over the stages by their URLs, or by `placement`."""
     source = f"/gateways/{id(stages)}-{time.monotonic_ns()}"
     identity = PipelineIdentity(FINGERPRINT, TOKEN, source, tuple(stage.first_layer for stage in stages))
-    with Sender() as sender:
+    with closing(Sender()) as sender:
         client = StageClient(sender, identity, step_timeout_seconds)
         placement = placement or Placement([stage.url for stage in stages], watched=False)
         scheduler = Scheduler(client, placement, SchedulerLimits(**limits), PrefixSharing(FINGERPRINT, sharing))

@@ -3,7 +3,7 @@
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -32,7 +32,7 @@ Respond = Callable[[Exchange], None]
 @contextmanager
 def client_of(respond: Respond, step_timeout_seconds: float = 5.0) -> Iterator[tuple[StageClient, Instance, Server]]:
     identity = PipelineIdentity("0123456789abcdef0123456789abcdef", "secret", "/gateways/1", (0, 10, 20))
-    with serving(respond) as server, Sender() as sender:
+    with serving(respond) as server, closing(Sender()) as sender:
         yield StageClient(sender, identity, step_timeout_seconds), Instance(1, server.url), server
 
 
@@ -95,13 +95,13 @@ def test_reservation_release_and_warm_up() -> None:
 def test_with_tls_a_stage_is_woken_without_the_token() -> None:
     """The Service URL leads through the ingress, without encryption."""
     identity = PipelineIdentity("0123456789abcdef0123456789abcdef", "secret", "/gateways/1", (0, 10, 20))
-    with serving(lambda exchange: exchange.answer(200)) as server, Sender() as sender:
+    with serving(lambda exchange: exchange.answer(200)) as server, closing(Sender()) as sender:
         client = StageClient(sender, identity, 5.0, pods_only=True)
         client.warm_up(1, server.url.removesuffix("/"), 5.0)
         (request,) = server.requests
         assert (request.command, request.path) == ("GET", "/readyz")
         assert "secret" not in str(request.headers)
-    with client_of(lambda exchange: exchange.answer(503)) as (_, instance, server), Sender() as sender:
+    with client_of(lambda exchange: exchange.answer(503)) as (_, instance, server), closing(Sender()) as sender:
         with pytest.raises(StageFailed) as failed:
             StageClient(sender, identity, 5.0, pods_only=True).warm_up(1, instance.url, 5.0)
         assert (failed.value.stage, failed.value.cause) == (1, "infrastructure")

@@ -61,7 +61,7 @@ def stages(published: Published) -> Iterator[list[FunctionProcess]]:
 
 @pytest.fixture(scope="module")
 def sender() -> Iterator[Sender]:
-    with Sender() as sender:
+    with closing(Sender()) as sender:
         yield sender
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from knative.local.autoscaler.kpa import Autoscaler, AutoscalerState, DeciderSpec, Decision, initial_state, scale
+from knative.local.autoscaler.kpa import Autoscaler, AutoscalerState, DeciderSpec, Decision, scale
 
 UTILIZATION = 0.75
 WINDOW = 60.0
@@ -36,7 +36,7 @@ class Revision:
 
     def __init__(self, decider: DeciderSpec, state: AutoscalerState | None = None) -> None:
         self.spec = decider
-        self.state = state or initial_state(1, 0.0)
+        self.state = state or AutoscalerState(max_panic_pods=1)
 
     def ask(self, ready: int, stable: float, panic: float, now: float = 0.0) -> Decision:
         decision, self.state = scale(self.spec, self.state, ready, stable, panic, now)
@@ -122,9 +122,10 @@ def test_a_new_target_counts_at_once() -> None:
 
 
 def test_an_autoscaler_that_starts_with_several_pods_panics() -> None:
-    assert initial_state(5, 7.0) == AutoscalerState(panic_since=7.0, max_panic_pods=5)
-    assert initial_state(1, 7.0).panic_since is None
-    assert Revision(spec(10, 100), initial_state(5, 0)).ask(5, 0, 0, now=2).desired_scale == 5
+    assert Autoscaler(spec(10, 100), ready=5, now=7.0).state == AutoscalerState(panic_since=7.0, max_panic_pods=5)
+    assert Autoscaler(spec(10, 100), ready=1, now=7.0).state.panic_since is None
+    of_five = Autoscaler(spec(10, 100), ready=5, now=0.0).state
+    assert Revision(spec(10, 100), of_five).ask(5, 0, 0, now=2).desired_scale == 5
 
 
 def delayed(**changes: Any) -> DeciderSpec:

@@ -1,6 +1,7 @@
 """queue-proxy's own answers: 502 without a function, readiness, X-Forwarded-For."""
 
 import asyncio
+from contextlib import closing
 from pathlib import Path
 
 import aiohttp
@@ -47,7 +48,7 @@ async def test_with_certificates_there_is_a_port_with_tls_which_uses_renewed_one
     folder = tmp_path / "serving-certs"
 
     def ask(tls: PodTLS, port: int) -> bytes:
-        with Sender(tls=tls) as sender:
+        with closing(Sender(tls=tls)) as sender:
             return bytes(sender.get(f"https://127.0.0.1:{port}/", {}, 10).body)
 
     def trusting(authority: str) -> PodTLS:

@@ -76,10 +76,10 @@ async def test_full_pods_keep_requests_waiting_and_a_new_pod_gets_them() -> None
     scene = Scene(1, 2)
     scene.activator.set_pods(scene.pods[:1])
     tasks = scene.send(3)
-    await until(lambda: scene.activator.waiting == 2)
+    await until(lambda: len(scene.activator.waiting) == 2)
     scene.activator.set_pods(scene.pods)
     await until(lambda: scene.held[1].served == 1)
-    assert scene.activator.waiting == 1
+    assert len(scene.activator.waiting) == 1
     await scene.let_go(tasks)
     assert scene.activator.meter.in_flight == 0
 
@@ -96,7 +96,7 @@ async def test_an_activator_out_of_the_path_holds_and_counts_nothing() -> None:
 async def test_a_cancelled_wait_returns_its_slot() -> None:
     scene = Scene(1, 1)
     running, *waiting = scene.send(3)
-    await until(lambda: scene.activator.waiting == 2)
+    await until(lambda: len(scene.activator.waiting) == 2)
     waiting[0].cancel()
     await asyncio.wait([waiting[0]])
     await scene.let_go([running, waiting[1]])
@@ -107,7 +107,7 @@ async def test_every_request_at_zero_wakes_the_revision_and_learns_why_it_failed
     woken: list[None] = []
     scene = Scene(1, 0, wake=lambda: woken.append(None))
     tasks = scene.send(2)
-    await until(lambda: scene.activator.waiting == 2)
+    await until(lambda: len(scene.activator.waiting) == 2)
     assert len(woken) == 2
     scene.activator.fail_waiting("no luck")
     results = await asyncio.gather(*tasks, return_exceptions=True)
