@@ -1,4 +1,4 @@
-"""`make bench-coldstart`: first tokens of three stages and of a monolith from zero, and load phases by the number of stages.
+"""`make bench-coldstart`: first tokens of three stages from zero, and load phases by the number of stages.
 
     python -m bench.coldstart
 
@@ -14,9 +14,8 @@ from typing import Final
 
 import click
 
-from bench.coldstart.monolith import publish_monolith
 from bench.coldstart.report import Results, draw, markdown, verdicts
-from bench.coldstart.runs import ColdStart, Store, cold_monolith, cold_pipeline
+from bench.coldstart.runs import ColdStart, Store, cold_pipeline
 from bench.report import ROOT, STATE, machine, write_section
 from knative.commands.model_choice import DEFAULT_MODEL, packaged_model
 from storage.models.publisher import publish
@@ -29,15 +28,12 @@ _CUTS: Final = (1, 2, 3, 5)
 
 async def measure(store: Store, bytes_per_second: float, rounds: int) -> Results:
     """All settings in each round, so that other work on the machine meets all alike."""
-    found = Results(bytes_per_second, [], [], [], [], {stages: [] for stages in _CUTS})
+    found = Results(bytes_per_second, [], [], {stages: [] for stages in _CUTS})
     cache = store.logs.parent / "weights"
     await cold_pipeline(store, 3, weights_cache=cache)  # fills it
     for _ in range(rounds):
         found.stages.append(_told("3 stages", await cold_pipeline(store, 3)))
         found.cached.append(_told("3 stages, cache", await cold_pipeline(store, 3, weights_cache=cache)))
-        found.monolith.append(_told("monolith", await cold_monolith(store)))
-        limited = await cold_monolith(store, bytes_per_second=bytes_per_second)
-        found.monolith_limited.append(_told("monolith, limited", limited))
         for stages, runs in found.limited.items():
             run = await cold_pipeline(store, stages, bytes_per_second=bytes_per_second)
             runs.append(_told(f"stages: {stages}, limited", run))
@@ -61,7 +57,6 @@ def main(rounds: int, bytes_per_second: float, folder: Path, print_only: bool) -
     with EmbeddedStore(folder / "store") as embedded:
         objects = ObjectStore(embedded.settings)
         manifest = publish(packaged_model(), objects, DEFAULT_MODEL, "bfloat16")
-        publish_monolith(objects, manifest)
         results = asyncio.run(measure(Store(objects, manifest, logs), bytes_per_second, rounds))
     text = (
         f"## Cold start\n\n`python -m bench.coldstart --rounds {rounds}` · {machine()} · SmolLM2-135M-Instruct in bfloat16; "

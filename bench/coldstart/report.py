@@ -18,9 +18,7 @@ _COLOURS: Final = {"import": "#4477aa", "weights": "#66ccee", "place": "#228833"
 class Results:
     """Each list has one entry per round."""
 
-    bytes_per_second: float  # the limit of each pod in `monolith_limited` and `limited`
-    monolith: list[ColdStart]
-    monolith_limited: list[ColdStart]
+    bytes_per_second: float  # the limit of each pod in `limited`
     stages: list[ColdStart]  # three
     cached: list[ColdStart]  # three, with the folder of verified weights that `python -m knative run` has
     limited: Mapping[int, list[ColdStart]]  # by the number of stages
@@ -44,12 +42,8 @@ def first_token(runs: Sequence[ColdStart]) -> float:
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    three, monolith = first_token(results.stages), first_token(results.monolith)
-    limited = first_token(results.limited[3]) / first_token(results.monolith_limited)
     return [
-        judged("first token of 3 stages", three, 1.1, at_most=True, number="{:.2f} s"),
-        judged("first token of 3 stages against the monolith, limited", limited, 0.3, at_most=True, number="{:.2f} ×"),
-        judged("the same without a limit", three / monolith, 0.7, at_most=True, number="{:.2f} ×"),
+        judged("first token of 3 stages", first_token(results.stages), 1.1, at_most=True, number="{:.2f} s"),
         *(
             judged(
                 f"load phase of {stages} stage{'s' * (stages > 1)}, deviation from bytes over rate",
@@ -64,9 +58,7 @@ def verdicts(results: Results) -> list[Verdict]:
 
 def markdown(results: Results) -> str:
     named = {
-        f"monolith, {results.rate}": results.monolith_limited,
         f"3 stages, {results.rate}": results.limited[3],
-        "monolith": results.monolith,
         "3 stages": results.stages,
         "3 stages, weights out of the cache": results.cached,
     }
@@ -124,16 +116,14 @@ def _draw_waits(panel: Any, results: Results) -> None:
     runs = {
         "3 stages, cache": results.cached,
         "3 stages": results.stages,
-        "monolith": results.monolith,
         f"3 stages, {results.rate}": results.limited[3],
-        f"monolith, {results.rate}": results.monolith_limited,
     }
     for row, each in enumerate(runs.values()):
         run = _middle(each)
         ends = _ends(run)
         # Weights that flow during the import cost nothing extra.
-        weights = max(ends["import"], ends.get("last_byte", ends.get("download", 0.0)))
-        placed = max(weights, ends.get("warm_up", ends.get("load", 0.0)))
+        weights = max(ends["import"], ends["last_byte"])
+        placed = max(weights, ends["warm_up"])
         begin = 0.0
         for part, end in zip(_COLOURS, (ends["import"], weights, placed, run.first_token_seconds), strict=True):
             panel.barh(row, end - begin, left=begin, color=_COLOURS[part], label=part if row == 0 else None)

@@ -1,14 +1,11 @@
-"""Cold starts on the local platform: the first token of a pipeline, or a monolith, that has no running pod."""
+"""Cold starts on the local platform: the first token of a pipeline that has no running pod."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-
-import aiohttp
 
 from bench.network import relayed
 from knative.commands.ask import Question, stream_answer
@@ -21,7 +18,6 @@ from storage.models.model_repository import ModelManifest
 from storage.store.object_store import ObjectStore
 
 PROMPT: Final = "What is the capital of France?"
-_NAME: Final = "monolith"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +31,12 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class ColdStart:
-    """One request to a Service without a pod."""
+    """One request to a pipeline without a pod."""
 
     first_token_seconds: float  # from the client's request
     token: str
-    phases: tuple[Mapping[str, float], ...]  # of each stage, or of the monolith: phase → its end after the process's start
-    largest_bytes: int  # weights of the largest stage; of a monolith: all weights
+    phases: tuple[Mapping[str, float], ...]  # of each stage: phase → its end after the process's start
+    largest_bytes: int  # weights of the largest stage
 
     @property
     def load_seconds(self) -> float:
@@ -64,26 +60,9 @@ async def cold_pipeline(
             token = await _first_token(url)
             seconds = time.perf_counter() - began
             phases = tuple(_phases(platform, local.pipeline.stage_name(index)) for index in range(stages))
-    largest = max(_bytes_of(at.manifest, first, last) for first, last in local.pipeline.cut)
+    objects = at.manifest.objects
+    largest = max(sum(objects[name].bytes for name in stage_objects(at.manifest, *layers)) for layers in local.pipeline.cut)
     return ColdStart(seconds, token, phases, largest)
-
-
-async def cold_monolith(at: Store, *, bytes_per_second: float | None = None) -> ColdStart:
-    with _endpoints(at.objects, bytes_per_second, 1) as (endpoint,):
-        options = PlatformOptions(logs=at.logs)
-        async with running_platform(options, [_monolith(at.objects, endpoint)]) as platform:
-            began = time.perf_counter()
-            async with (
-                aiohttp.ClientSession() as session,
-                session.post(platform.url(_NAME), data=PROMPT.encode(), raise_for_status=True) as reply,
-            ):
-                answer = await reply.json()
-            seconds = time.perf_counter() - began
-    return ColdStart(seconds, answer["token"], (answer["phases"],), _bytes_of(at.manifest, 0, at.manifest.num_layers))
-
-
-def _bytes_of(manifest: ModelManifest, first: int, last: int) -> int:
-    return sum(manifest.objects[name].bytes for name in stage_objects(manifest, first, last))
 
 
 async def _first_token(url: str) -> str:
@@ -105,27 +84,6 @@ def _set_environment(manifest: dict[str, Any], name: str, value: str) -> None:
     (container,) = manifest["spec"]["template"]["spec"]["containers"]
     (entry,) = (each for each in container["env"] if each["name"] == name)
     entry["value"] = value
-
-
-def _monolith(store: ObjectStore, endpoint: str) -> dict[str, Any]:
-    settings = store.settings
-    environ = {
-        "LAMINA_STORE_ENDPOINT": endpoint,
-        "LAMINA_STORE_BUCKET": settings.bucket,
-        "AWS_ACCESS_KEY_ID": settings.access_key_id,
-        "AWS_SECRET_ACCESS_KEY": settings.secret_access_key,
-    }
-    container = {
-        "image": "registry.example/monolith:1",
-        "command": [sys.executable, "-m", "bench.coldstart.monolith"],
-        "env": [{"name": name, "value": value} for name, value in environ.items()],
-    }
-    return {
-        "apiVersion": "serving.knative.dev/v1",
-        "kind": "Service",
-        "metadata": {"name": _NAME},
-        "spec": {"template": {"spec": {"timeoutSeconds": 300, "containers": [container]}}},
-    }
 
 
 @contextlib.contextmanager

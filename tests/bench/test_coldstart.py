@@ -22,9 +22,8 @@ def run_of(first_token: float, load: float, largest: int) -> ColdStart:
 def results(first_token_seconds: float) -> Results:
     """Three stages without a limit take `first_token_seconds`; all else is well within its bounds."""
     cold = {stages: [run_of(3.0, 6.0 / stages, 300_000_000 // stages)] for stages in (1, 2, 3, 5)}
-    monolith = [ColdStart(10.0, "The", ({"import": 4.0, "download": 9.0, "load": 9.5},), 300_000_000)]
     stages, cached = [run_of(first_token_seconds, 0.3, 100_000_000)], [run_of(0.5, 0.1, 100_000_000)]
-    return Results(50e6, monolith, list(monolith), stages, cached, cold)
+    return Results(50e6, stages, cached, cold)
 
 
 def test_targets_are_judged_and_tabulated(tmp_path: Path) -> None:
