@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import click
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 STATE: Final = ROOT / ".lamina"
+DOCUMENT: Final = ROOT / "docs" / "benchmarks.md"
 _TITLE: Final = "# Benchmarks\n\nWritten by the programs in `bench/`; each section names its command, machine and settings.\n"
 
 
@@ -71,7 +72,7 @@ def command_line(module: str) -> str:
 def output_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds --output, the document to write the section into."""
     path = click.Path(dir_okay=False, path_type=Path)
-    return click.option("--output", type=path, default=ROOT / "docs" / "benchmarks.md")(command)
+    return click.option("--output", type=path, default=DOCUMENT)(command)
 
 
 def write_section(document: Path, name: str, text: str) -> None:
@@ -86,6 +87,14 @@ def report(output: Path, name: str, text: str, verdicts: Iterable[Verdict]) -> N
     for verdict in verdicts:
         click.echo(verdict)
     click.echo(f"{output} has the rest")
+
+
+def conclude(name: str, text: str, verdicts: Iterable[Verdict], *, write: bool) -> NoReturn:
+    """Prints a section, writes it into docs/benchmarks.md, and ends the process: with status 1 if a target is missed."""
+    click.echo(text)
+    if write:
+        write_section(DOCUMENT, name, text)
+    sys.exit(0 if all(verdict.met for verdict in verdicts) else 1)
 
 
 def with_section(page: str, name: str, text: str) -> str:

@@ -2,27 +2,25 @@
 
     python -m bench.coldstart
 
-One run prints the tables and writes its section of docs/benchmarks.md and docs/coldstart.png; status 1 if a target is missed.
+One run prints the tables and writes its section of docs/benchmarks.md; status 1 if a target is missed.
 The page cache is warm: every process is cold. Needs requirements-bench.txt.
 """
 
 import asyncio
 import logging
-import sys
 from pathlib import Path
 from typing import Final
 
 import click
 
-from bench.coldstart.report import Results, draw, markdown, verdicts
+from bench.coldstart.report import Results, markdown, verdicts
 from bench.coldstart.runs import ColdStart, Store, cold_pipeline
-from bench.report import ROOT, STATE, machine, write_section
+from bench.report import STATE, conclude, machine
 from knative.commands.model_choice import DEFAULT_MODEL, packaged_model
 from storage.models.publisher import publish
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
 
-_PICTURE: Final = ROOT / "docs" / "coldstart.png"
 _CUTS: Final = (1, 2, 3, 5)
 
 
@@ -60,14 +58,9 @@ def main(rounds: int, bytes_per_second: float, folder: Path, print_only: bool) -
         results = asyncio.run(measure(Store(objects, manifest, logs), bytes_per_second, rounds))
     text = (
         f"## Cold start\n\n`python -m bench.coldstart --rounds {rounds}` · {machine()} · SmolLM2-135M-Instruct in bfloat16; "
-        f"medians. Every process is cold, the page cache is warm.\n\n{markdown(results)}\n\n"
-        f"![waits of a cold request; load phase by the cut]({_PICTURE.name})"
+        f"medians. Every process is cold, the page cache is warm.\n\n{markdown(results)}"
     )
-    click.echo(text)
-    if not print_only:
-        draw(results, _PICTURE)
-        write_section(_PICTURE.with_name("benchmarks.md"), "coldstart", text)
-    sys.exit(0 if all(verdict.met for verdict in verdicts(results)) else 1)
+    conclude("coldstart", text, verdicts(results), write=not print_only)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Writes a picture and a section of docs/benchmarks.md; status 1 if a target is mi
 
 import asyncio
 import logging
-import sys
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +16,7 @@ import click
 from bench.load.report import Setting, draw, judge, markdown
 from bench.load.series import read_records
 from bench.pipeline import local_spec, module_beside, published_pipeline
-from bench.report import ROOT, STATE, machine, write_section
+from bench.report import DOCUMENT, STATE, conclude, machine
 from knative.commands.local_pipeline import LocalPipeline
 from knative.commands.model_choice import DEFAULT_MODEL
 from knative.commands.state_folder import RunningPlatform, StateFolder
@@ -25,7 +24,7 @@ from knative.local.platform import PlatformOptions, running_platform
 from knative.render.services import services
 from storage.store.settings import StoreSettings
 
-_PICTURE: Final = ROOT / "docs" / "load.png"
+_PICTURE: Final = DOCUMENT.with_name("load.png")
 _PLAN: Final = "0:5,1:30,16:40,64:50,4:30,0:285"
 _MAX_TOKENS: Final = (96, 160)
 _SLEEP_SECONDS: Final = (0.03, 0.09, 0.03)
@@ -69,21 +68,18 @@ def main(plan: str | None, state: Path) -> None:
         asyncio.run(_record(plan or _PLAN, folder, local, store.settings, output))
     stages = tuple(local.pipeline.stage_name(index) for index in range(len(local.pipeline.cut)))
     setting, records = Setting(stages, _SLEEP_SECONDS, _MICRO_BATCH_SEQUENCES), read_records(output)
-    tables = markdown(setting, records)
-    click.echo(tables)
+    model = local.shape.name
+    passes = "/".join(f"{seconds * 1000:g}" for seconds in _SLEEP_SECONDS)
+    text = (
+        f"## Load that rises and falls, stages that sleep\n\n`python -m bench.load` · {machine()} · {model}, {len(stages)} "
+        f"stages, {passes} ms per pass instead of computing; micro-batches of at most {_MICRO_BATCH_SEQUENCES} sequences, "
+        f"answers of {_MAX_TOKENS[0]} to {_MAX_TOKENS[1]} tokens; conversations:seconds {plan or _PLAN}; all else at its "
+        f"default. The targets and their reasons: [scaling.md](scaling.md).\n\n{markdown(setting, records)}\n\n"
+        f"![load, replicas, throughput, time to first token]({_PICTURE.name})"
+    )
     if plan is None:
-        model = local.shape.name
         draw(records, _PICTURE, f"{model} in {len(stages)} stages: python -m bench.load")
-        passes = "/".join(f"{seconds * 1000:g}" for seconds in _SLEEP_SECONDS)
-        text = (
-            f"## Load that rises and falls, stages that sleep\n\n`python -m bench.load` · {machine()} · {model}, {len(stages)} "
-            f"stages, {passes} ms per pass instead of computing; micro-batches of at most {_MICRO_BATCH_SEQUENCES} sequences, "
-            f"answers of {_MAX_TOKENS[0]} to {_MAX_TOKENS[1]} tokens; conversations:seconds {_PLAN}; all else at its default. "
-            f"The targets and their reasons: [scaling.md](scaling.md).\n\n{tables}\n\n"
-            f"![load, replicas, throughput, time to first token]({_PICTURE.name})"
-        )
-        write_section(_PICTURE.with_name("benchmarks.md"), "load", text)
-    sys.exit(0 if all(verdict.met for verdict in judge(setting, records)) else 1)
+    conclude("load", text, judge(setting, records), write=plan is None)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ again beside every kind of hostile client (`bench.soak.attacks`) and every fault
 first ones token for token. A warm-up with all clients and no fault comes first; at the end every process must be back at what
 it used after that. `bench.soak.judge` has the table of verdicts.
 
-Writes a picture and a section of docs/benchmarks.md, for the default length only; status 1 if a target is missed. The records
+Writes a section of docs/benchmarks.md, for the default length only; status 1 if a target is missed. The records
 stay, and `--records` reports them again.
 """
 
 import asyncio
 import logging
 import secrets
-import sys
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +23,7 @@ from rich.console import Console
 
 from bench.pipeline import module_beside
 from bench.records import Record, Recorder, of
-from bench.report import ROOT, STATE, machine, write_section
+from bench.report import STATE, conclude, machine
 from bench.soak.attacks import KINDS
 from bench.soak.faults import Faults
 from bench.soak.honest import ComeAgain, NoAnswer, take_references
@@ -47,7 +46,7 @@ from bench.soak.records import (
     is_gateway,
     read_records,
 )
-from bench.soak.report import draw, markdown
+from bench.soak.report import markdown
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.commands.options import STORE_FOLDER
 from knative.commands.state_folder import RunningPlatform, StateFolder
@@ -55,7 +54,6 @@ from knative.local.platform import Platform, PlatformOptions, running_platform
 from knative.render.services import services
 from storage.store.object_store import ObjectStore
 
-_PICTURE: Final = ROOT / "docs" / "soak.png"
 _STAGES: Final = 3
 _MINUTES: Final = 15.0
 _GATEWAY_KILL_SECONDS: Final = 60.0
@@ -171,21 +169,15 @@ def main(
         records = state / "soak.jsonl"
         run(minutes * 60, honest, greedy, kill_seconds, records, state)
     found = read_records(records)
-    click.echo(markdown(found))
     began = of(Began, found)[0]
-    if print_only or began.seconds < _MINUTES * 60:
-        draw(found, records.with_suffix(".png"), f"{began.seconds / 60:g} minutes")
-    else:
-        draw(found, _PICTURE, f"{began.model}, {began.seconds / 60:g} minutes: make soak")
-        text = (
-            f"## Soak\n\n`python -m bench.soak` · {machine()} · {began.model}, {GATEWAYS} gateways and {_STAGES} stages of one "
-            f"pod each, {len(began.honest)} honest clients with one question at a time and a greedy one with {began.greedy}, "
-            f"{began.seconds / 60:g} minutes, a stage killed every {began.kill_seconds:g} seconds, a gateway every "
-            f"{began.gateway_kill_seconds:g}. A hostile client that opens several connections counts once for each.\n\n"
-            f"{markdown(found)}\n\n![answers and faults, health, threads, descriptors, memory]({_PICTURE.name})"
-        )
-        write_section(_PICTURE.with_name("benchmarks.md"), "soak", text)
-    sys.exit(0 if all(verdict.met for verdict in verdicts(found)) else 1)
+    text = (
+        f"## Soak\n\n`python -m bench.soak` · {machine()} · {began.model}, {GATEWAYS} gateways and {_STAGES} stages of one "
+        f"pod each, {len(began.honest)} honest clients with one question at a time and a greedy one with {began.greedy}, "
+        f"{began.seconds / 60:g} minutes, a stage killed every {began.kill_seconds:g} seconds, a gateway every "
+        f"{began.gateway_kill_seconds:g}. A hostile client that opens several connections counts once for each.\n\n"
+        f"{markdown(found)}"
+    )
+    conclude("soak", text, verdicts(found), write=not print_only and began.seconds >= _MINUTES * 60)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,13 @@
-"""The tables and the picture of a soak in the documentation."""
+"""The tables of a soak in the documentation."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
-from typing import Any, Final
-
-from matplotlib.figure import Figure
 
 from bench.records import Record, of
 from bench.report import table
-from bench.soak.judge import HEALTHY_SECONDS, verdicts
-from bench.soak.records import Answer, Attempt, Began, Broken, Fault, Health, Lost, Refused, Resources, Rest, Usage
-
-_BIN_SECONDS: Final = 10.0
-_COLORS: Final = {"kill": "tab:red", "hang": "tab:purple", "away": "tab:orange"}
+from bench.soak.judge import verdicts
+from bench.soak.records import Answer, Attempt, Broken, Health, Lost, Refused, Resources, Rest, Usage
 
 
 def markdown(records: Sequence[Record]) -> str:
@@ -88,55 +81,3 @@ def _counted(counts: Counter[str]) -> str:
 def _cell(text: str) -> str:
     """Text of a model or a log, escaped for a cell of a table."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
-
-
-def draw(records: Sequence[Record], picture: Path, title: str) -> None:
-    figure = Figure(figsize=(10, 12), layout="constrained")
-    panels = figure.subplots(5, 1, sharex=True)
-    _draw_answers(panels[0], records)
-    for service in sorted({health.service for health in of(Health, records)}):
-        mine = [health for health in of(Health, records) if health.service == service]
-        panels[1].plot([health.t for health in mine], [health.seconds for health in mine], ".", markersize=3, label=service)
-    panels[1].axhline(HEALTHY_SECONDS, color="black", linewidth=0.8)
-    panels[1].set_ylabel("/healthz (s)")
-    _draw_usage(panels[2], records, "threads", lambda uses: uses.threads)
-    _draw_usage(panels[3], records, "descriptors", lambda uses: uses.descriptors)
-    _draw_usage(panels[4], records, "resident MiB\nwithout keys and values", lambda uses: uses.own_bytes / 2**20)
-    for panel in panels:
-        panel.set_ylim(bottom=0)
-        panel.grid(visible=True, alpha=0.3)
-        panel.legend(loc="upper left")
-    for began in of(Began, records):
-        panels[-1].set_xlim(left=began.t)
-    panels[-1].set_xlabel("seconds")
-    figure.suptitle(title)
-    figure.savefig(picture, dpi=120)
-
-
-def _draw_answers(panel: Any, records: Sequence[Record]) -> None:
-    times = [answer.t for answer in of(Answer, records)]
-    bins = [start * _BIN_SECONDS for start in range(int(max(times, default=0.0) / _BIN_SECONDS) + 2)]
-    panel.hist(times, bins=bins, color="lightgray", label="answers in 10 s")
-    for kind, color in _COLORS.items():
-        faults = [fault for fault in of(Fault, records) if fault.fault == kind]
-        for number, fault in enumerate(faults):
-            label = f"{kind} ({len(faults)})" if number == 0 else None
-            panel.axvspan(fault.t, max(fault.until, fault.t + 0.5), color=color, alpha=0.4, linewidth=0, label=label)
-    lost = [each.t for each in of(Lost, records)]
-    panel.plot(lost, [0.0] * len(lost), "rx", label=f"lost ({len(lost)})")
-    panel.set_ylabel("answers, faults")
-
-
-def _draw_usage(panel: Any, records: Sequence[Record], name: str, value: Callable[[Resources], float]) -> None:
-    """A line for each service, with a gap between its processes."""
-    for service in sorted({usage.service for usage in of(Usage, records)}):
-        points: list[tuple[float, float]] = []
-        pid = None
-        for usage in of(Usage, records):
-            if usage.service == service:
-                if pid is not None and usage.pid != pid:
-                    points.append((usage.t, float("nan")))
-                pid = usage.pid
-                points.append((usage.t, value(usage.uses)))
-        panel.plot([t for t, _ in points], [each for _, each in points], linewidth=1, label=service)
-    panel.set_ylabel(name)

@@ -37,7 +37,7 @@ from bench.soak.records import (
     named_pods,
     read_records,
 )
-from bench.soak.report import draw, markdown
+from bench.soak.report import markdown
 from bench.soak.target import SERVED, function_ports
 
 GATEWAYS, STAGES = ("gateway 0", "gateway 1"), ("stage 0", "stage 1")
@@ -250,9 +250,6 @@ def test_records_of_several_processes_are_read_together(tmp_path: Path) -> None:
     assert answers(str(path)) == len(of(Answer, found)) > 0
     assert failing(found) == []
     assert markdown(found) == markdown(sorted(records(), key=lambda record: record.t))
-    picture = tmp_path / "soak.png"
-    draw(found, picture, "a soak")
-    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_text_of_a_model_does_not_break_the_table() -> None:
