@@ -1,4 +1,4 @@
-"""Runs Lamina for a benchmark: `python -m knative run`, as a user does, and further gateways that ask its stages directly.
+"""Runs Lamina for a benchmark: `python -m knative run`, as a user does, or single gateways and stages as processes.
 
 Stages have one replica each and stay up, so that no run is measured while a pod starts.
 """
@@ -70,15 +70,14 @@ class StageUrls:
 
 @dataclass(frozen=True, slots=True)
 class RunningPipeline:
-    """Three stages and a gateway on the local platform, and a gateway that talks to the same stages directly."""
+    """A gateway and its stages on the local platform."""
 
     dtype: str
     url: str
-    direct_url: str
     stages: tuple[StageUrls, ...]
     local: LocalPipeline
     store: StoreSettings
-    pids: tuple[int, ...]  # of the platform (whose children the pods are) and of the direct gateway
+    pid: int  # of the platform, whose children the pods are
 
     @property
     def cut(self) -> Cut:
@@ -109,9 +108,7 @@ def running_pipeline(
         store = ObjectStore(running.store)
         manifest = read_manifest(store, published_name(source), dtype)
         local = local_pipeline(store, manifest, stages, load_spec(spec), {_TOKEN_SECRET: {"token": TOKEN}})
-        with gateway_beside(local, [pod.function for pod in pods], state / "gateway.log") as (direct_url, pid):
-            pids = (run.pid, pid)
-            yield RunningPipeline(dtype, running.gateway_url, direct_url, pods, local, running.store, pids)
+        yield RunningPipeline(dtype, running.gateway_url, pods, local, running.store, run.pid)
 
 
 def local_spec(name: str, **fields: Any) -> PipelineSpec:
@@ -230,7 +227,7 @@ def read_page(url: str, timeout_seconds: float = 30.0) -> str:
 
 
 def _write_spec(source: str, dtype: str, stages: int, kv_cache: str, state: Path) -> tuple[Path, Path]:
-    """Writes the spec and a folder of secrets, with the token that the direct gateway needs too."""
+    """Writes the spec and a folder of secrets, with the token that `bench.serving.round` needs, too."""
     cores = usable_cores()
     sharing = Sharing(cores, stages)
     spec = {

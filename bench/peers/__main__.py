@@ -107,7 +107,7 @@ def _lamina(stack: ExitStack, measured: Model, dtypes: Sequence[str], cuts: Sequ
         source = str(measured.gguf("Q4_0")) if dtype == "kept" else measured.source
         state = _STATE / f"{measured.name}-{dtype}-{stages}"
         pipeline = stack.enter_context(running_pipeline(dtype, state, source, stages, _KV_CACHE))
-        yield Contender(f"Lamina {dtype}, {_cut(stages)}", pipeline.pids, Client(pipeline.url, pipeline.model, {}).measure)
+        yield Contender(f"Lamina {dtype}, {_cut(stages)}", (pipeline.pid,), Client(pipeline.url, pipeline.model, {}).measure)
 
 
 def _cut(stages: int) -> str:

@@ -3,9 +3,8 @@
     python -m bench.serving                    all of it, about seven minutes on two cores; writes docs/benchmarks.md
     python -m bench.serving --rounds 1 --dtype int8 --workload "single stream" --output some/where/benchmarks.md
 
-Lamina runs as users run it (`python -m knative run`: gateway and stages as processes behind queue-proxies), and through a
-second gateway that asks the same stage processes directly. Needs the packages of requirements-bench.txt, and a machine with
-nothing else to do.
+Lamina runs as users run it (`python -m knative run`: gateway and stages as processes behind queue-proxies). Needs the packages
+of requirements-bench.txt, and a machine with nothing else to do.
 """
 
 import asyncio
@@ -56,11 +55,8 @@ def measure(rounds: int, new_tokens: int, dtypes: Sequence[str], chosen: Sequenc
         pipelines = [stack.enter_context(running_pipeline(dtype, _STATE / dtype)) for dtype in dtypes]
         contenders, did_not_run = list[Contender](), {}
         for pipeline in pipelines:
-            name, pids = f"Lamina {pipeline.dtype}", pipeline.pids
-            contenders.append(Contender(name, pids, Client(pipeline.url, pipeline.model, {}).measure))
-            if pipeline.dtype != "float32":
-                client = Client(pipeline.direct_url, pipeline.model, {})
-                contenders.append(Contender(f"{name}, no queue-proxy", pids, client.measure))
+            client = Client(pipeline.url, pipeline.model, {})
+            contenders.append(Contender(f"Lamina {pipeline.dtype}", (pipeline.pid,), client.measure))
         try:
             file = bench_model(PACKAGED, STATE / "peers" / "models").gguf("Q4_0")
             url, pid = stack.enter_context(llama_server(file, log / "llama-server.log", len(sched_getaffinity(0))))
@@ -99,10 +95,9 @@ def _facts(rounds: int, new_tokens: int, seconds: float, load: float) -> list[st
         f"`python -m bench.serving --rounds {rounds} --new-tokens {new_tokens}` on {machine()}; SmolLM2-135M-Instruct, greedy, "
         f"every answer as long as asked for. The run took {seconds:.0f} s; the load average before it was {load:.1f}.\n",
         "Lamina is three stage processes and a gateway, started by `python -m knative run` with one replica "
-        "a stage; every hop goes through a queue-proxy, all of them in the platform's one process. *No queue-proxy*: a second "
-        "gateway asks the same stages directly. Nothing is drafted, nothing of earlier prompts is used. llama.cpp has both "
-        "cores, too: built for this CPU (`make llama-cpp`), it serves the model in Q4_0, its fastest format, with "
-        f"{SLOTS} slots, prompts not cached. "
+        "a stage; every hop goes through a queue-proxy, all of them in the platform's one process. "
+        "Nothing is drafted, nothing of earlier prompts is used. llama.cpp has both cores, too: built for this CPU "
+        f"(`make llama-cpp`), it serves the model in Q4_0, its fastest format, with {SLOTS} slots, prompts not cached. "
         "Contenders take turns; rates and ratios are medians over the rounds, CPU seconds those of all its processes.\n",
     ]
 

@@ -6,7 +6,7 @@ from functions.configuration.config import member_keys
 from knative.render.access import around_gateway
 from knative.render.eventing import eventing_objects
 from knative.render.monitoring import monitoring_objects
-from knative.render.resolved_pipeline import ResolvedPipeline, cluster_url, labels
+from knative.render.resolved_pipeline import ResolvedPipeline, cluster_url, pipeline_object
 from knative.render.services import KEYS_FOLDER, gateway_environment, gateway_service, stage_service
 from knative.spec.fleet_spec import FleetSpec
 from knative.spec.kubernetes_object import KubernetesObject
@@ -40,8 +40,7 @@ def fleet_lease(fleet: FleetSpec) -> list[KubernetesObject]:
     """The Lease in which the fleet's gateways keep which members have devices. Empty without `max_devices`."""
     if fleet.max_devices is None:
         return []
-    metadata = {"name": GRANTS.format(fleet.name), "namespace": fleet.namespace, "labels": labels(fleet_door(fleet), "gateway")}
-    return [{"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata}]
+    return [pipeline_object(fleet_door(fleet), "coordination.k8s.io/v1", "Lease", GRANTS.format(fleet.name), "gateway")]
 
 
 def member_files(member: ResolvedPipeline) -> dict[str, list[KubernetesObject]]:
@@ -55,8 +54,7 @@ def member_config_map(member: ResolvedPipeline) -> KubernetesObject:
     """The environment of the member's part in a gateway."""
     own = member_keys()
     data = {entry["name"]: entry["value"] for entry in gateway_environment(member) if entry["name"] in own}
-    metadata = {"name": member.spec.name, "namespace": member.spec.namespace, "labels": labels(member, "gateway")}
-    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
+    return pipeline_object(member, "v1", "ConfigMap", member.spec.name, "gateway", data=data)
 
 
 def fleet_gateway(fleet: FleetSpec, *, for_events: bool = False) -> KubernetesObject:
