@@ -73,6 +73,7 @@ _PASSES: Final = (  # sequences, tokens that each holds, new ones of each
     (1, 0, 128),
     (1, 0, 512),
 )
+_KV_TOKENS: Final = 20_000
 _THREADS: Final = 2
 _OUTS: Final = 2048  # of the table of matrices
 _WIDTH: Final = 4096
@@ -95,9 +96,7 @@ def best_milliseconds(ways: Ways, rounds: int = 5, calls: int = 4) -> dict[str, 
     return best
 
 
-def random_group(
-    config: Mapping[str, Any], dtype: Dtype, kv_dtype: KVDtype | None = None, kv_tokens: int = 20_000, blocks: str = ""
-) -> NativeGroup:
+def random_group(config: Mapping[str, Any], dtype: Dtype, kv_dtype: KVDtype | None = None, blocks: str = "") -> NativeGroup:
     """The whole model of a config with random weights. blocks: the format of matrices, with dtype kept."""
     sizes = decoder_of(config)
     dice = np.random.default_rng(1)
@@ -114,7 +113,7 @@ def random_group(
         if blocks and len(shape) == 2:
             source = replace(source, stored_as=blocks, read_blocks=partial(_random_blocks, FORMATS[blocks], shape[1]))
         sources[name] = source
-    kv_bytes = kv_tokens * sizes.num_layers * 2 * 4 * sizes.attention.num_kv_heads * sizes.attention.head_dim
+    kv_bytes = _KV_TOKENS * sizes.num_layers * 2 * 4 * sizes.attention.num_kv_heads * sizes.attention.head_dim
     group = NativeGroup(config, 0, sizes.num_layers, dtype, kv_bytes, kv_dtype)
     group.place(converted(sources, dtype))
     group.finish()

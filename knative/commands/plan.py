@@ -211,10 +211,12 @@ def _show_replicas(
         return
     targets, most = [each.target_concurrency for each in scalings], [each.max_scale for each in scalings]
     replicas = replicas_for(plans, conversations, micro_batch, targets, most)
+    # A single number if all stages have the same.
+    target, scale = ("/".join(f"{each:g}" for each in (of[:1] if len(set(of)) == 1 else of)) for of in (targets, most))
     text = ", ".join(f"stage {plan.index}: {count}" for plan, count in zip(plans, replicas, strict=True))
     console.out(
         f"replicas for {conversations} conversations in micro-batches of at most {micro_batch}, "
-        f"{_alike(targets)} in flight for each pod, at most {_alike(most)}: {text}",
+        f"{target} in flight for each pod, at most {scale}: {text}",
         highlight=False,
     )
 
@@ -235,8 +237,3 @@ def _show_network(
             f"without it; micro-batches in flight {far.micro_batches}, bytes a token between pods {far.bytes_per_token}",
             highlight=False,
         )
-
-
-def _alike(numbers: Sequence[float]) -> str:
-    """Numbers of all stages as text: a single one if all are equal, else all, separated by `/`."""
-    return "/".join(f"{each:g}" for each in (numbers[:1] if len(set(numbers)) == 1 else numbers))
