@@ -13,6 +13,7 @@ stay, and `--records` reports them again.
 import asyncio
 import logging
 import secrets
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -21,15 +22,14 @@ import click
 import msgspec
 from rich.console import Console
 
-from bench.pipeline import module_beside
+from bench.pipeline import ALWAYS_ONE, local_spec, module_beside
 from bench.records import Record, Recorder, of
 from bench.report import STATE, conclude, machine
 from bench.soak.attacks import KINDS
-from bench.soak.faults import Faults
+from bench.soak.faults import Faults, ReturningStore
 from bench.soak.honest import ComeAgain, NoAnswer, take_references
 from bench.soak.judge import verdicts
 from bench.soak.observe import Observer
-from bench.soak.pipeline import GATEWAYS, KEYS_SECRET, MODEL, TIMING, ReturningStore, spec_of
 from bench.soak.records import (
     GATEWAY,
     GREEDY,
@@ -50,11 +50,17 @@ from bench.soak.report import markdown
 from knative.commands.local_pipeline import LocalPipeline, ensure_published, local_pipeline
 from knative.commands.options import STORE_FOLDER
 from knative.commands.state_folder import RunningPlatform, StateFolder
+from knative.local.kubelet.pods import PodTiming
 from knative.local.platform import Platform, PlatformOptions, running_platform
 from knative.render.services import services
 from storage.store.object_store import ObjectStore
 
 _STAGES: Final = 3
+_MODEL: Final = "smollm2-135m-instruct"
+_KEYS_SECRET: Final = "soak-keys"
+_GATEWAYS: Final = 2
+# Short back-off: otherwise a pod that is killed again and again would be down for most of the run.
+_TIMING: Final = PodTiming(restart_backoff_seconds=0.5, restart_backoff_max_seconds=5.0)
 _MINUTES: Final = 15.0
 _GATEWAY_KILL_SECONDS: Final = 60.0
 _WARM_UP_SECONDS: Final = 60.0
@@ -121,7 +127,7 @@ def run(seconds: float, honest: int, greedy: int, kill_seconds: float, records: 
 
     async def whole(state: StateFolder, local: LocalPipeline, store: ReturningStore) -> None:
         records.unlink(missing_ok=True)
-        options = PlatformOptions(secrets=local.secrets, logs=state.logs, timing=TIMING)
+        options = PlatformOptions(secrets=local.secrets, logs=state.logs, timing=_TIMING)
         name, stages = local.pipeline.spec.name, local.pipeline.stage_names
         with Recorder(records) as recorder:
             async with running_platform(options, services(local.pipeline)) as platform:
@@ -134,7 +140,7 @@ def run(seconds: float, honest: int, greedy: int, kill_seconds: float, records: 
                     url=url,
                     admin_url=platform.admin_url,
                     services={
-                        **{f"{GATEWAY} {index}": name for index in range(GATEWAYS)},
+                        **{f"{GATEWAY} {index}": name for index in range(_GATEWAYS)},
                         **{f"stage {index}": stage for index, stage in enumerate(stages)},
                     },
                     model=local.manifest.name,
@@ -143,11 +149,21 @@ def run(seconds: float, honest: int, greedy: int, kill_seconds: float, records: 
                 )
                 await soak(plan, kill_seconds, platform, store, recorder)
 
-    with StateFolder(state_path) as state, ReturningStore(state_path / STORE_FOLDER) as returning:
+    spec = local_spec(
+        "soak",
+        model={"name": _MODEL, "dtype": "float32"},  # answers must be equal token for token
+        stages=_STAGES,
+        stage={"resources": {"cpu": "2", "memory": "2Gi"}, "busy_threads": 1, "kv_cache": "128Mi", "autoscaling": ALWAYS_ONE},
+        gateway={
+            "micro_batch_sequences": 4,  # the greedy client's connections fill the queue
+            "api_keys_secret": _KEYS_SECRET,
+            "autoscaling": {"min_scale": _GATEWAYS, "max_scale": _GATEWAYS},
+        },
+    )
+    with StateFolder(state_path) as state, closing(ReturningStore(state_path / STORE_FOLDER)) as returning:
         store = ObjectStore(returning.settings)
-        spec = spec_of(_STAGES)
-        manifest = ensure_published(store, MODEL, spec.model.dtype, Console())
-        named_secrets = {KEYS_SECRET: {"api-keys": ",".join(keys.values())}}
+        manifest = ensure_published(store, _MODEL, spec.model.dtype, Console())
+        named_secrets = {_KEYS_SECRET: {"api-keys": ",".join(keys.values())}}
         asyncio.run(whole(state, local_pipeline(store, manifest, _STAGES, spec, named_secrets), returning))
 
 
@@ -171,7 +187,7 @@ def main(
     found = read_records(records)
     began = of(Began, found)[0]
     text = (
-        f"## Soak\n\n`python -m bench.soak` · {machine()} · {began.model}, {GATEWAYS} gateways and {_STAGES} stages of one "
+        f"## Soak\n\n`python -m bench.soak` · {machine()} · {began.model}, {_GATEWAYS} gateways and {_STAGES} stages of one "
         f"pod each, {len(began.honest)} honest clients with one question at a time and a greedy one with {began.greedy}, "
         f"{began.seconds / 60:g} minutes, a stage killed every {began.kill_seconds:g} seconds, a gateway every "
         f"{began.gateway_kill_seconds:g}. A hostile client that opens several connections counts once for each.\n\n"

@@ -8,19 +8,39 @@ only the first after the first third. So every process lives long enough to show
 import asyncio
 import os
 import random
+import secrets
 import signal
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from bench.records import Recorder
-from bench.soak.pipeline import ReturningStore
 from bench.soak.records import STORE, Fault, Plan, is_gateway, named_pods
 from knative.local.platform import Platform
+from storage.store.embedded import EmbeddedStore
 
 _LOOK_SECONDS = 0.1
 _MOST_STRETCHED = 3
 _REPLACED_SECONDS = 120.0  # after that a killed gateway counts as replaced: health and answers tell
+
+
+class ReturningStore:
+    """The embedded store, which can close and come back at the same address."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._keys = (secrets.token_hex(10), secrets.token_hex(20))
+        self._store = EmbeddedStore(folder, keys=self._keys)
+        self.settings = self._store.settings
+
+    def close(self) -> None:
+        self._store.close()
+
+    def come_back(self) -> None:
+        """Raises StoreUnreachable."""
+        port = urlsplit(self.settings.endpoint_url).port or 0
+        self._store = EmbeddedStore(self._folder, port=port, keys=self._keys)
 
 
 @dataclass
@@ -129,7 +149,7 @@ class Faults:
             away = min(30.0, every / 3)
             await asyncio.sleep(every - away)
             began = self.recorder.now
-            await asyncio.to_thread(self.store.leave)
+            await asyncio.to_thread(self.store.close)
             try:
                 await asyncio.sleep(away)
             finally:
