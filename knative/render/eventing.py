@@ -15,6 +15,7 @@ chosen for that. A dead letter gives its reason in `knativeerrorcode` and `knati
 from eventing.wire.events import EventType
 from knative.render.resolved_pipeline import ResolvedPipeline, pipeline_object
 from knative.spec.kubernetes_object import KubernetesObject
+from knative.spec.pipeline_spec import EventingSpec
 
 
 def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
@@ -25,14 +26,6 @@ def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
     eventing, name, of_fleet = pipeline.spec.eventing, pipeline.spec.name, pipeline.fleet is not None
     if eventing is None:
         return []
-    # Retry n, counted from 0, comes after backoff_seconds × 2^n (exponential) or × n (linear).
-    delivery: KubernetesObject = {
-        "deadLetterSink": _sink(eventing.dead_letter_sink),
-        "retry": eventing.retry,
-        "backoffPolicy": eventing.backoff_policy,
-        "backoffDelay": f"PT{eventing.backoff_seconds:g}S",
-        "timeout": f"PT{eventing.timeout_seconds}S",
-    }
     with_jobs = of_fleet or bool(pipeline.spec.gateway.jobs)  # any member of a fleet may have them
     # The gateway of a fleet refuses scores. Without their Trigger they would be lost, instead of becoming dead letters.
     scorer = ("serving.knative.dev/v1", "Service", pipeline.events_gateway_name)
@@ -60,12 +53,14 @@ def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
         name,
         "eventing",
         annotations={"eventing.knative.dev/broker.class": eventing.broker_class},
-        spec={"delivery": delivery},
+        spec={"delivery": _delivery(eventing)},
     )
     # The reply of each step is the event of the next; the last reply goes to the Broker.
     steps = {
         "channelTemplate": {"apiVersion": eventing.channel.api_version, "kind": eventing.channel.kind},
-        "steps": [{**_sink(step), "delivery": delivery} for step in (pipeline.events_gateway_name, *pipeline.stage_names)],
+        "steps": [
+            {**_sink(step), "delivery": _delivery(eventing)} for step in (pipeline.events_gateway_name, *pipeline.stage_names)
+        ],
         "reply": _destination("eventing.knative.dev/v1", "Broker", name),
     }
     sequence = pipeline_object(pipeline, "flows.knative.dev/v1", "Sequence", pipeline.sequence_name, "eventing", spec=steps)
@@ -74,7 +69,7 @@ def eventing_objects(pipeline: ResolvedPipeline) -> list[KubernetesObject]:
             "broker": name,
             "filter": {"attributes": {"type": str(event_type)}},
             "subscriber": subscriber,
-            "delivery": delivery,
+            "delivery": _delivery(eventing),
         }
         for suffix, (event_type, subscriber) in subscribers.items()
     }
@@ -96,6 +91,20 @@ def _binding(pipeline: ResolvedPipeline) -> KubernetesObject:
     sink = _destination("eventing.knative.dev/v1", "Broker", spec.name)
     fields = {"subject": subject, "sink": sink}
     return pipeline_object(pipeline, "sources.knative.dev/v1", "SinkBinding", name, "eventing", spec=fields)
+
+
+def _delivery(eventing: EventingSpec) -> KubernetesObject:
+    """Retries, timeout and dead letter sink of a Broker, Trigger or step.
+
+    Retry n, counted from 0, comes after backoff_seconds × 2^n (exponential) or × n (linear).
+    """
+    return {
+        "deadLetterSink": _sink(eventing.dead_letter_sink),
+        "retry": eventing.retry,
+        "backoffPolicy": eventing.backoff_policy,
+        "backoffDelay": f"PT{eventing.backoff_seconds:g}S",
+        "timeout": f"PT{eventing.timeout_seconds}S",
+    }
 
 
 def _sink(sink: str) -> KubernetesObject:

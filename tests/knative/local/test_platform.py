@@ -138,11 +138,11 @@ async def test_more_than_the_activator_may_hold_gets_503(tmp_path: Path) -> None
     manifest = echo_service(environment={"NEVER_READY": "1"})
     async with running_platform(tmp_path, manifest, activator_queue_depth=2) as platform, client() as session:
         held = [asyncio.create_task(fetch(session, platform.url("echo"))) for _ in range(2)]
-        await until(lambda: revision(platform).activator.waiting == 2)
+        await until(lambda: len(revision(platform).activator.waiting) == 2)
         assert await fetch(session, platform.url("echo")) == (503, "2 requests wait for a pod already\n")
         for task in held:
             task.cancel()
-        await until(lambda: revision(platform).activator.waiting == 0)
+        await until(lambda: len(revision(platform).activator.waiting) == 0)
 
 
 async def test_a_crash_breaks_the_request_and_the_container_comes_back(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ async def test_an_activator_out_of_the_path_holds_and_counts_nothing() -> None:
     scene.activator.in_path = False
     tasks = scene.send(6)
     await until(lambda: sum(scene.served()) == 6)
-    assert (scene.activator.meter.in_flight, scene.activator.waiting) == (0, 0)
+    assert (scene.activator.meter.in_flight, len(scene.activator.waiting)) == (0, 0)
     await scene.let_go(tasks)
 
 
