@@ -157,7 +157,7 @@ class Simulation:
             stream = gateway.submit(prompt)
         except Problem:
             return  # the queue is full
-        stream.notify(partial(self._progressed, index, stream))
+        stream.on_change = partial(self._progressed, index, stream)
 
     def _progressed(self, index: int, stream: TokenStream) -> None:
         if stream.completion_tokens == 1:

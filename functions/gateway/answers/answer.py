@@ -126,10 +126,9 @@ class Answer:
         if self._operation.adapter:
             self._metrics.adapter_tokens.labels(self._operation.adapter).inc()
         self._token_ids.append(token_id)
-        logprob = self.token_stream.logprob(self._taken)
+        if self.token_stream.logprobs:
+            self._logprobs.append(self.token_stream.logprobs[self._taken])
         self._taken += 1
-        if logprob is not None:
-            self._logprobs.append(logprob)
         self._certain += self._text_stream.push(token_id)
 
     def _measure(self) -> None:

@@ -77,7 +77,7 @@ class Generation:
 
     def __post_init__(self) -> None:
         for answer in self.answers if len(self.answers) > 1 else ():
-            answer.token_stream.notify(self._noticed.set)
+            answer.token_stream.on_change = self._noticed.set
 
     def tokens(self) -> Iterator[TokenEvent | ProgressEvent | None]:
         """Yields the tokens of all answers as they come; while none come, what is awaited, or None, every LOOK_SECONDS.

@@ -122,7 +122,8 @@ def _choose_micro_batch(state: SchedulerState, sequence: Sequence, now: float, e
         To compute a chunk of a prompt delays the others about as much as one more sequence. So each chunk that the prefix cache
         saves counts as one sequence fewer. On a route with a slow instance each sequence counts as often as it is slow.
         """
-        saved_chunks = held.on(batch.route.instances) / limits.chunk_tokens
+        instances = batch.route.instances
+        saved_chunks = sum(map(held.at, instances)) / len(instances) / limits.chunk_tokens
         sequences = (len(batch.sequences) + 1) * placement.slowness(batch.route)
         return batch.route.lacks(sequence.reserve_tokens), sequences - saved_chunks
 

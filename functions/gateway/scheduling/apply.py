@@ -52,7 +52,7 @@ def stage_replied(state: SchedulerState, step: Step, stage: int, reply: ForwardR
         if row.status is not Status.OK:
             row_failed(state, sequence, chunk, stage, row)
             continue
-        sequence.progress.computed(stage, chunk)
+        sequence.progress.held[stage] = chunk.position + chunk.length
         if stage == step.trip.depth:
             _chunk_over(state, sequence, chunk, row.result)
 

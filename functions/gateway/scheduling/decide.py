@@ -32,8 +32,9 @@ def decide(state: SchedulerState, now: float) -> list[Action]:
     stages are woken; memory is released.
     """
     state.expire(now)
-    if state.waiting.backing_off:
-        state.waiting.resume(now)
+    for sequence in [each for each in state.waiting.backing_off if each.retry_budget.retry_at <= now]:
+        state.waiting.backing_off.remove(sequence)
+        state.waiting.queue.returned.append(sequence)
     for batch in [batch for batch in state.micro_batches if not batch.sequences and not batch.decoding]:
         batch.route.close()
         state.micro_batches.remove(batch)
@@ -144,7 +145,7 @@ def _move(state: SchedulerState, batch: MicroBatch, target: Instance) -> None:
     left = batch.route.replace(target)
     for sequence in batch.sequences:
         sequence.progress.missed(target.stage, 0)
-        sequence.stream.replayed()
+        sequence.stream.replays += 1
         state.stats.replays["moved"] += 1
         if sequence.prefix_chain() and not (sequence.restoring or left.is_service or target.is_service):
             sequence.handing_over = left
@@ -302,7 +303,7 @@ def _has_prompt_chunk(state: SchedulerState, sequence: Sequence) -> bool:
     """Whether a prompt chunk of the sequence may be sent now. At most one for each stage is in flight."""
     if not sequence.reserved or sequence.restoring or sequence.leader is not None:
         return False
-    if sequence.must_restart or sequence.stream.over or sequence.progress.all_sent(len(sequence.tokens)):
+    if sequence.must_restart or sequence.stream.over or min(sequence.progress.sent) >= len(sequence.tokens):
         return False
     if sequence.progress.in_flight >= state.placement.num_stages or not may_send(state, sequence):
         return False

@@ -42,7 +42,7 @@ class MicroBatch:
     def holds_nothing(self, stage: int) -> bool:
         """Whether `stage` holds no token of any of its sequences, and none is on its way: moving it costs nothing."""
         return bool(self.sequences) and not any(
-            sequence.progress.held(stage)
+            sequence.progress.held[stage]
             or not sequence.at_rest
             or sequence.restoring
             or sequence.handing_over is not None

@@ -130,5 +130,5 @@ def start_again(state: SchedulerState, sequence: Sequence) -> None:
 
 
 def replayed(state: SchedulerState, sequence: Sequence, cause: str) -> None:
-    sequence.stream.replayed()
+    sequence.stream.replays += 1
     state.stats.replays[cause] += 1

@@ -39,7 +39,7 @@ from functions.gateway.scheduling.waiting import Entering
 from functions.gateway.scheduling.wake_up import Wake
 from functions.gateway.stages.client import ForwardReply, StageClient, Trip, walk
 from functions.gateway.stages.failures import StageFailed
-from functions.gateway.stages.routes import Endpoint, Instance, Placement
+from functions.gateway.stages.routes import Endpoint, Placement
 from functions.threads.pool import ThreadPool
 
 _log = logging.getLogger(__name__)
@@ -182,12 +182,15 @@ class Scheduler:
 
         Waits at most a few seconds for the releases. Threads that wait for a stage even longer end when the sender is closed.
         """
+        state = self._state
         with self._changed:
             self._closing = True
-            for sequence in list(self._state.sequences.values()):
-                self._state.end(sequence, NotReady(_SHUTTING_DOWN))
+            for sequence in list(state.sequences.values()):
+                state.end(sequence, NotReady(_SHUTTING_DOWN))
             self._act()
-            self._changed.wait_for(lambda: self._state.idle and not self._releases_in_flight, _CLOSE_SECONDS)
+            self._changed.wait_for(
+                lambda: not (state.sequences or state.steps or state.releases or self._releases_in_flight), _CLOSE_SECONDS
+            )
             self._closed = True
             self._changed.notify_all()
         self._clock.join(_CLOSE_SECONDS)
@@ -323,7 +326,10 @@ class Scheduler:
             elif isinstance(action, Wake):
                 self._wake(action)
             else:
-                self._ask_start(action.instance)
+                with suppress(StageFailed):  # it does not listen yet
+                    reply = self._client.start_so_far(action.instance)
+                    with self._changed:
+                        self._state.wake_ups.told[action.instance] = reply
         except Exception:  # noqa: BLE001 - the end of a thread
             _log.exception("%s failed inside the gateway", type(action).__name__)
 
@@ -397,12 +403,6 @@ class Scheduler:
             with self._changed:
                 self._state.wake_ups.round_over()
                 self._act()
-
-    def _ask_start(self, instance: Instance) -> None:
-        with suppress(StageFailed):  # it does not listen yet
-            reply = self._client.start_so_far(instance)
-            with self._changed:
-                self._state.wake_ups.told[instance] = reply
 
     def _warm_up(self, stage: int) -> None:
         try:

@@ -56,64 +56,52 @@ class Progress:
         self.in_flight = 0  # chunks sent whose replies have not all come
         self.failing = False  # a chunk in flight was lost: nothing is sent until the others are back
         self.grammar_known = False  # the last stage has drawn a token in this attempt, so it knows the sequence's grammar
-        self._held = [0] * num_stages
-        self._sent = [0] * num_stages
+        self.held = [0] * num_stages  # tokens that each stage holds
+        self.sent = [0] * num_stages  # and those that it holds or gets by chunks in flight
 
     @property
     def held_everywhere(self) -> int:
-        return min(self._held)
-
-    def held(self, stage: int) -> int:
-        """How many tokens `stage` holds."""
-        return self._held[stage]
+        return min(self.held)
 
     def next_chunk(self, total_tokens: int, max_tokens: int) -> Chunk | None:
         """The next chunk of a sequence of `total_tokens`, at most `max_tokens` long.
 
         None: all is sent, or chunks in flight must return first after a failure.
         """
-        position = min(self._sent)
+        position = min(self.sent)
         if self.failing or position >= total_tokens:
             return None
-        end = min([position + max_tokens, total_tokens, *(sent for sent in self._sent if sent > position)])
-        depth = max(stage for stage, sent in enumerate(self._sent) if sent == position)
+        end = min([position + max_tokens, total_tokens, *(sent for sent in self.sent if sent > position)])
+        depth = max(stage for stage, sent in enumerate(self.sent) if sent == position)
         return Chunk(position, end - position, depth)
-
-    def all_sent(self, total_tokens: int) -> bool:
-        return min(self._sent) >= total_tokens
 
     def decodes(self, total_tokens: int) -> bool:
         """Whether every stage lacks only the newest of `total_tokens` tokens, so that the next chunk is a decode step."""
-        return not self.failing and self._sent.count(total_tokens - 1) == len(self._sent)
+        return not self.failing and self.sent.count(total_tokens - 1) == len(self.sent)
 
     def found(self, stage: int, held: int) -> None:
         """Records that `stage` holds `held` tokens, by its reply to a reservation. Call it only while nothing is in flight."""
-        self._held[stage] = self._sent[stage] = max(self._held[stage], held)
+        self.held[stage] = self.sent[stage] = max(self.held[stage], held)
 
     def send(self, chunk: Chunk) -> None:
         """Records that `chunk` is sent to the stages 0 to `chunk.depth`."""
         self.in_flight += 1
-        self._sent[: chunk.depth + 1] = [chunk.position + chunk.length] * (chunk.depth + 1)
-
-    def computed(self, stage: int, chunk: Chunk) -> None:
-        """Records that `stage` has computed `chunk`, so that it holds all tokens up to its end."""
-        self._held[stage] = chunk.position + chunk.length
+        self.sent[: chunk.depth + 1] = [chunk.position + chunk.length] * (chunk.depth + 1)
 
     def accepted(self, draft_tokens: int) -> None:
         """Records that the first `draft_tokens` draft tokens of the only chunk in flight were accepted.
 
         Every stage holds them then.
         """
-        if draft_tokens:
-            self._held = [held + draft_tokens for held in self._held]
-            self._sent = [sent + draft_tokens for sent in self._sent]
+        self.held = [held + draft_tokens for held in self.held]
+        self.sent = [sent + draft_tokens for sent in self.sent]
 
     def missed(self, stage: int, held: int) -> None:
         """Records that `stage` holds only `held` tokens, 0 if another instance takes its place.
 
         The rest is sent again, once chunks in flight have returned.
         """
-        self._held[stage] = min(self._held[stage], held)
+        self.held[stage] = min(self.held[stage], held)
         self.grammar_known = False
         self.failing = True
         self._settle()
@@ -131,13 +119,13 @@ class Progress:
         """
         self.attempt += 1
         self.grammar_known = False
-        self._held = [0] * len(self._held)
-        self._sent = list(self._held)
+        self.held = [0] * len(self.held)
+        self.sent = list(self.held)
         self.failing = False
 
     def _settle(self) -> None:
         if self.in_flight == 0:
-            self._sent = list(self._held)
+            self.sent = list(self.held)
             self.failing = False
 
 

@@ -50,14 +50,14 @@ class PromptLookup:
         """Returns at most `max_tokens` draft tokens, and the number of matching tokens before them. ((), 0): no match."""
         if 0 <= self._matched < len(self._predicted):
             draft = self._predicted[self._matched :][: max_tokens * _TOKEN_BYTES]
-            return _tokens(draft), max(MATCH_TOKENS[0], self._matched // _TOKEN_BYTES)
+            return tuple(memoryview(draft).cast("i")), max(MATCH_TOKENS[0], self._matched // _TOKEN_BYTES)
         end, match = self._longest_match()
         if not match:
             return (), 0
         size = max_tokens * _TOKEN_BYTES
         found = self._text[end : end + size]
         # A repeating text has its last repetition at its end: the draft repeats it further.
-        return _tokens((found * -(-size // len(found)))[:size]), match
+        return tuple(memoryview((found * -(-size // len(found)))[:size]).cast("i")), match
 
     def _longest_match(self) -> tuple[int, int]:
         """Finds the longest suffix of the text that also stands earlier, at its latest such place.
@@ -81,10 +81,6 @@ class PromptLookup:
 
 def _bytes(token_ids: Items[int]) -> bytearray:
     return bytearray(array("i", token_ids).tobytes())
-
-
-def _tokens(data: bytearray) -> tuple[int, ...]:
-    return tuple(memoryview(data).cast("i"))
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ that follow from the stages' replies.
 """
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
@@ -60,7 +61,7 @@ class SchedulerState:
         self._lacking: list[int] = []  # see `lacking_instances`
         self._lacking_until = 0.0  # in time.monotonic()
         self._abandoned: dict[str, int] = {}  # id → attempt of sequences that ended while a step still carried them
-        self._releases: defaultdict[Instance, list[ReleaseRow]] = defaultdict(list)  # to be sent
+        self.releases: defaultdict[Instance, list[ReleaseRow]] = defaultdict(list)  # to be sent
 
     @property
     def running(self) -> int:
@@ -71,10 +72,6 @@ class SchedulerState:
     def has_waiting(self) -> bool:
         """Whether some sequence is in no micro-batch."""
         return len(self.sequences) > sum([len(batch.sequences) for batch in self.micro_batches])
-
-    @property
-    def idle(self) -> bool:
-        return not (self.sequences or self.steps or self._releases)
 
     # How much work there may be.
 
@@ -198,12 +195,17 @@ class SchedulerState:
         next(batch for batch in self.micro_batches if batch.route is sequence.route).drop(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
-        """Moves a sequence from its micro-batch to the queue, ahead of new ones. One that has ended meanwhile is removed."""
+        """Moves a sequence from its micro-batch to the queue, ahead of new ones, or to the back-off if that is not over.
+
+        One that has ended meanwhile is removed.
+        """
         self.take_out(sequence)
         if sequence.stream.over:
             self._forget(sequence)
+        elif sequence.retry_budget.retry_at > time.monotonic():
+            self.waiting.backing_off.append(sequence)
         else:
-            self.waiting.put_back(sequence)
+            self.waiting.queue.returned.append(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
         self.sequences.pop(sequence.id, None)
@@ -244,12 +246,12 @@ class SchedulerState:
     def release_row(self, instances: Iterable[Instance], row: ReleaseRow) -> None:
         """Queues the release of one row at these instances, for a sequence that no longer uses them."""
         for instance in instances:
-            self._releases[instance].append(row)
+            self.releases[instance].append(row)
 
     def take_releases(self) -> list[Release]:
         """Returns all queued releases, one for each instance, and clears the queue."""
-        releases = [Release(instance, rows) for instance, rows in self._releases.items()]
-        self._releases.clear()
+        releases = [Release(instance, rows) for instance, rows in self.releases.items()]
+        self.releases.clear()
         return releases
 
 

@@ -45,19 +45,20 @@ class TokenStream:
         self.cached_tokens = 0  # prompt tokens that every stage held when the first chunk was sent
         self.draft_tokens_accepted = 0
         self.draft_tokens_rejected = 0
-        self._on_change: Callable[[], None] = lambda: None
+        # Called after each token and at the end. It must not block: the stream's lock is held.
+        self.on_change: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
         self._taken = 0  # tokens that the API has taken
-        self._logprobs: list[TokenLogprob] = []
+        self.logprobs: list[TokenLogprob] = []  # of `token_ids`; empty if the prompt did not ask for log-probabilities
         self._prompt_logprobs: dict[int, TokenLogprob] = {}  # by position
-        self._vector: list[float] = []  # of the prompt's first `_pooled_tokens` tokens
-        self._pooled_tokens = 0
+        self.vector: list[float] = []  # of the prompt; complete when the stream is over and nothing failed
+        self._pooled_tokens = 0  # of the prompt, from its first on, that are in `vector`
         self._put_at: list[float] = []  # when each token came, in time.monotonic()
         self._arrived = time.monotonic() if self.arrived is None else self.arrived
         self._started_at: float | None = None
         self._first_token_at: float | None = None
         self._ended_at: float | None = None
-        self._replays = 0
+        self.replays = 0  # how often keys and values were computed again, for any cause
 
     # For the API.
 
@@ -76,25 +77,10 @@ class TokenStream:
                 raise copy(self.problem)  # a raised exception holds the stream and the request, by its traceback's frames
             return None
 
-    def notify(self, on_change: Callable[[], None]) -> None:
-        """From now on calls `on_change` after each token and at the end. It must not block: the stream's lock is held."""
-        with self._changed:
-            self._on_change = on_change
-
-    def logprob(self, index: int) -> TokenLogprob | None:
-        """The log-probability of token `index` of the answer. None: the prompt did not ask for log-probabilities."""
-        return self._logprobs[index] if index < len(self._logprobs) else None
-
     def prompt_logprobs(self) -> list[TokenLogprob]:
         """The log-probabilities of the prompt's tokens, from the second on. Complete when the answer has begun or ended."""
         with self._changed:
             return [self._prompt_logprobs[position] for position in sorted(self._prompt_logprobs)]
-
-    @property
-    def vector(self) -> list[float]:
-        """The prompt's vector, complete when the stream is over and nothing failed."""
-        with self._changed:
-            return self._vector
 
     @property
     def ended(self) -> bool:
@@ -123,7 +109,7 @@ class TokenStream:
             None if moment is None else moment - self._arrived
             for moment in (self._started_at, self._first_token_at, self._ended_at)
         )
-        return StreamTimings(started, first, ended, self._replays)
+        return StreamTimings(started, first, ended, self.replays)
 
     # For the scheduler.
 
@@ -137,10 +123,6 @@ class TokenStream:
         self._started_at = time.monotonic()
         self.cached_tokens = cached_tokens
         return True
-
-    def replayed(self) -> None:
-        """Counts that KV of the sequence is computed again."""
-        self._replays += 1
 
     def scored(self, position: int, logprobs: Iterable[TokenLogprob]) -> int:
         """Adds log-probabilities of the prompt's tokens from index `position` on. Returns how many there are in all."""
@@ -156,11 +138,11 @@ class TokenStream:
         """
         with self._changed:
             if position == 0:
-                self._vector, self._pooled_tokens = list(vector), length
+                self.vector, self._pooled_tokens = list(vector), length
             elif position == self._pooled_tokens:
                 total = position + length
-                pairs = zip(self._vector, vector, strict=True)
-                self._vector = [(before * position + own * length) / total for before, own in pairs]
+                pairs = zip(self.vector, vector, strict=True)
+                self.vector = [(before * position + own * length) / total for before, own in pairs]
                 self._pooled_tokens = total
             return self._pooled_tokens
 
@@ -176,7 +158,7 @@ class TokenStream:
             is_end = token in self.eos_ids
             if not is_end or token in self.kept_end_ids:
                 if logprob is not None:
-                    self._logprobs.append(logprob)
+                    self.logprobs.append(logprob)
                 self.token_ids.append(token)
                 self._put_at.append(now)
             if is_end:
@@ -185,7 +167,7 @@ class TokenStream:
                 self._end("length")
             else:
                 self._changed.notify_all()
-                self._on_change()
+                self.on_change()
 
     def finish(self, reason: FinishReason) -> None:
         """Ends the answer for `reason`. Does nothing if it has ended."""
@@ -206,4 +188,4 @@ class TokenStream:
         self._ended_at = time.monotonic()
         self.over = True
         self._changed.notify_all()
-        self._on_change()
+        self.on_change()

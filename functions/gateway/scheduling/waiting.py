@@ -232,19 +232,6 @@ class WaitingSequences:
         """How many of them were in a micro-batch already."""
         return len(self.queue.returned) + len(self.backing_off) + len(self.backlog.sequences)
 
-    def put_back(self, sequence: Sequence) -> None:
-        """Queues a sequence that was admitted before: at once, or after its back-off if that is not over."""
-        if sequence.retry_budget.retry_at > time.monotonic():
-            self.backing_off.append(sequence)
-        else:
-            self.queue.returned.append(sequence)
-
-    def resume(self, now: float) -> None:
-        """Queues the sequences whose back-off is over. now: in time.monotonic()."""
-        for sequence in [each for each in self.backing_off if each.retry_budget.retry_at <= now]:
-            self.backing_off.remove(sequence)
-            self.queue.returned.append(sequence)
-
     def remove(self, sequence: Sequence) -> None:
         """Removes a sequence from the queue, the back-off or the backlog. Does nothing if it is in none of them."""
         if not self.queue.remove(sequence):

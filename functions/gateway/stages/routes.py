@@ -195,20 +195,8 @@ class Held:
         """How many tokens of the prefix `instance` has probably cached."""
         return self.tokens if self.instances and self.instances[instance.stage] is instance else 0
 
-    def on(self, instances: Sequence[Instance]) -> float:
-        """How many tokens of the prefix the instances of a route have probably cached, on average. instances: one per stage."""
-        return sum(map(self.at, instances)) / len(instances)
-
 
 NOTHING: Final = Held()
-
-
-def uneven(most_routes: int, least_routes: int, slowness: float = 1.0, least_slowness: float = 1.0) -> bool:
-    """Whether a stage's instance with the most routes should give one to its instance with the least.
-
-    slowness: how many times as long passes take at each as at the stage's quickest instance.
-    """
-    return slowness * most_routes - least_slowness * (least_routes + 1) >= REBALANCE_AT - 1
 
 
 class Route:
@@ -385,7 +373,8 @@ class Placement:
             slowness = slowness_of(usable)
             least = min(usable, key=lambda each: (each.routes + 1) * slowness.get(each.url, 1.0))
             most = max(usable, key=lambda each: each.routes * slowness.get(each.url, 1.0))
-            if uneven(most.routes, least.routes, slowness.get(most.url, 1.0), slowness.get(least.url, 1.0)):
+            more, less = most.routes * slowness.get(most.url, 1.0), (least.routes + 1) * slowness.get(least.url, 1.0)
+            if more - less >= REBALANCE_AT - 1:
                 return most, least
         return None
 

@@ -6,6 +6,7 @@ reservation says what an instance really holds.
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain
@@ -14,14 +15,11 @@ from functions.gateway.stages.routes import NOTHING, Held, Instance
 MAX_DIGESTS: Final = 2**15  # of half a million tokens; some 8 MB
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class WhereHeld:
     """Maps digests of prefix chains to instances; forgets the least recently used digests. The scheduler's lock protects it."""
 
-    def __init__(self) -> None:
-        self._places: OrderedDict[bytes, tuple[tuple[Instance, str], ...]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._places)
+    _places: OrderedDict[bytes, tuple[tuple[Instance, str], ...]] = field(default_factory=OrderedDict)
 
     def put(self, chain: Chain, instances: Sequence[Instance]) -> None:
         """Records that a sequence with this chain runs, or ran, at `instances` (one per stage) in their present boots."""

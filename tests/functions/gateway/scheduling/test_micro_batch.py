@@ -25,7 +25,7 @@ def sequence(
         chunk = made.progress.next_chunk(prompt_tokens, prompt_tokens)
         made.progress.send(chunk)
         for stage in range(stages):
-            made.progress.computed(stage, chunk)
+            made.progress.held[stage] = chunk.end
         made.progress.returned()
         made.tokens.append(1)
     return made

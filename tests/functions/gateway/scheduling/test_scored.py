@@ -37,7 +37,7 @@ def test_a_prompt_is_scored_in_any_chunks(chunk_tokens: int, max_tokens: int) ->
         assert tokens == counted(PROMPT, max_tokens)
         assert stream.finish_reason == "length"
         assert same(stream.prompt_logprobs(), expected(PROMPT, 1))
-        drawn = [stream.logprob(index) for index in range(max_tokens)]
+        drawn = stream.logprobs[:max_tokens]
         assert same([one for one in drawn if one], expected(PROMPT + tokens, len(PROMPT)))
         nothing_left(stages)
 
@@ -70,5 +70,5 @@ def test_draft_tokens_change_no_log_probability() -> None:
         stream = submit(scheduler, zeros, 24, top_logprobs=1)
         assert tokens_of(stream) == counted(zeros, 24)
         assert stream.draft_tokens_accepted > 0
-        drawn = [stream.logprob(index) for index in range(24)]
+        drawn = stream.logprobs[:24]
         assert same([one for one in drawn if one], expected(zeros + [0] * 24, 8))

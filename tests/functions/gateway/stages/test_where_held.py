@@ -39,7 +39,7 @@ def test_ten_thousand_conversations_leave_it_as_large_as_a_thousand() -> None:
     where, one = WhereHeld(), instances("one")
     for number in range(10_000):
         where.put(extended((), [number] * 10 * BLOCK_TOKENS, KEY), one)
-    assert len(where) == MAX_DIGESTS
+    assert len(where._places) == MAX_DIGESTS
     assert where.find(extended((), [9_999] * 10 * BLOCK_TOKENS, KEY)).tokens == 10 * BLOCK_TOKENS
     assert where.find(extended((), [0] * 10 * BLOCK_TOKENS, KEY)) is NOTHING
 
@@ -53,7 +53,7 @@ def test_a_route_goes_to_its_cached_prefix_unless_others_have_much_less_load() -
     seen = [route.instances[0] is holder for route in routes if route is not None]
     assert seen == [True, True, False]
     assert placed.unbalanced(0) is None, "two more would be moved away"
-    assert Held(TOKENS_OF_A_ROUTE, (holder,)).on((holder,)) == TOKENS_OF_A_ROUTE
+    assert Held(TOKENS_OF_A_ROUTE, (holder,)).at(holder) == TOKENS_OF_A_ROUTE
 
 
 def test_what_an_instance_that_leaves_holds_is_known_for_its_peers() -> None:
