@@ -35,7 +35,7 @@ def source_of(asked: StructuredOutputs) -> str:
 
         return LLMatcher.grammar_from_regex(asked.regex)
     if asked.choice is not None:
-        return of_choices(asked.choice)
+        return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in asked.choice)
     if asked.grammar is not None:
         from llguidance import grammar_from
 
@@ -43,7 +43,8 @@ def source_of(asked: StructuredOutputs) -> str:
             return grammar_from("grammar", asked.grammar)  # Lark as llguidance has it, or llama.cpp's GBNF
         except ValueError as error:
             raise UnusableGrammar(str(error)) from error
-    return of_schema(_ANY_OBJECT if asked.json_object else schema_of(asked))
+    schema = _ANY_OBJECT if asked.json_object else schema_of(asked)
+    return json.dumps({"grammars": [{"json_schema": with_options(schema)}]}, ensure_ascii=False)
 
 
 def schema_of(asked: StructuredOutputs) -> dict[str, Any]:
@@ -59,17 +60,9 @@ def schema_of(asked: StructuredOutputs) -> dict[str, Any]:
     return schema
 
 
-def of_schema(schema: Mapping[str, Any]) -> str:
-    return json.dumps({"grammars": [{"json_schema": with_options(schema)}]}, ensure_ascii=False)
-
-
 def with_options(schema: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of the schema that carries JSON_OPTIONS, which llguidance reads from it."""
     return {**schema, "x-guidance": JSON_OPTIONS}
-
-
-def of_choices(choices: Sequence[str]) -> str:
-    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
 
 
 def place_of(schema: Any, words: Sequence[str], path: str = "#") -> str | None:

@@ -147,7 +147,7 @@ class AnswerService:
         self.text.encoder.check(len(request.prediction))
         with self.scheduler.entering(client_id):
             grammar = self._grammar(request)
-            predicted = self.text.encode(request.prediction, add_special_tokens=False) if request.prediction else []
+            predicted = self.text.encoder.encode(request.prediction, add_special_tokens=False) if request.prediction else []
             return [replace(self._encode(request, prompt, predicted), grammar=grammar) for prompt in request.prompts]
 
     def _grammar(self, request: GenerateRequest) -> Grammar | None:
@@ -155,7 +155,7 @@ class AnswerService:
         if forced := request.forced_tools:
             tools = self.text.tools
             several = request.parallel_tool_calls and not isinstance(request.tool_choice, NamedTool)
-            return self.text.grammars.of_tools(tools.format.grammar(forced, several, tools.special))
+            return self.text.grammars.of(tools.format.grammar(forced, several, tools.special))
         return None if request.structured_outputs is None else self.text.grammars.of(request.structured_outputs)
 
     def _encode(self, request: GenerateRequest, prompt: str | Sequence[int] | None, predicted_ids: list[int]) -> EncodedPrompt:
@@ -164,7 +164,7 @@ class AnswerService:
             token_ids = self.text.encode_messages(request.messages, values, request.callable_tools, effort)
             return EncodedPrompt(token_ids, predicted_ids)
         if prompt is None or isinstance(prompt, str):
-            return EncodedPrompt(self.text.encode(prompt or ""), predicted_ids, prompt or "")
+            return EncodedPrompt(self.text.encoder.encode(prompt or ""), predicted_ids, prompt or "")
         return EncodedPrompt(prompt, predicted_ids, self.text.decode(prompt) if request.echo else "")
 
     def _begin_answer(

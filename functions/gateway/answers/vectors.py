@@ -74,7 +74,7 @@ class VectorService:
         if embedder is not None:
             limit = min(limit, embedder.max_tokens or limit, _MOST_TOKENS_IN_ONE_CHUNK if embedder.in_one_chunk else limit)
         if isinstance(text, str):
-            token_ids: Sequence[int] = model.encode(text)
+            token_ids: Sequence[int] = model.encoder.encode(text)
         elif text and isinstance(text[0], str):
             token_ids = model.encode_pair(*text)
         else:

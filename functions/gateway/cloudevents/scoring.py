@@ -55,7 +55,7 @@ class ScoreEntry:
 
 def _token_ids(request: ScoreRequest, text: ModelText) -> list[int]:
     """The tokens to score. Raises InvalidRequest for a single token or an unknown one, ContextExceeded for too many."""
-    token_ids = text.encode(request.text) if request.text is not None else list(request.token_ids or ())
+    token_ids = text.encoder.encode(request.text) if request.text is not None else list(request.token_ids or ())
     if len(token_ids) < 2:
         raise InvalidRequest("a text of one token has nothing to score: each token is scored by those before it")
     text.check_ids(token_ids)

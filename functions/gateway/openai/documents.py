@@ -163,7 +163,8 @@ class ChatWriter:
         return {"tool_calls": [call]}
 
     def _finish_reason(self, choice: Choice) -> str:
-        return "tool_calls" if self.parts.calls and choice.finish_reason == "stop" else choice.finish_reason
+        calls = 0 if self.parts.parser is None else self.parts.parser.calls
+        return "tool_calls" if calls and choice.finish_reason == "stop" else choice.finish_reason
 
     def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         logprobs = chat_logprobs(self.text, self.logprobs) if self.logprobs else None

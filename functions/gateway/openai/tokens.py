@@ -54,7 +54,7 @@ class TokensAPI:
         def encode(text: ModelText) -> list[int]:
             if body.messages is not None:
                 return text.encode_messages([message.message() for message in body.messages])
-            return text.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+            return text.encoder.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
 
         service = self._service()
         token_ids = service.use_text(client_id, encode)

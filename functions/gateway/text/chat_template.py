@@ -42,14 +42,11 @@ class ChatTemplate:
         self.source = source
         self._template = environment.from_string(source)
         parsed = environment.parse(source)
-        self._variables = find_undeclared_variables(parsed)
+        self.used = find_undeclared_variables(parsed)  # variables that the template reads
         written = [node.data for node in parsed.find_all(TemplateData)] + [node.value for node in parsed.find_all(Const)]
         self.texts = [text for text in written if isinstance(text, str)]  # those in the template itself, which it may write
         self._special_tokens = dict(special_tokens)
         self.reasons = reasoning.END in source  # the model thinks before it answers
-
-    def uses(self, variable: str) -> bool:
-        return variable in self._variables
 
     def variables(self, given: Mapping[str, Any], effort: str | None) -> dict[str, Any]:
         """The values of the template's further variables. given: the client's own. effort: how much the model shall think.
@@ -58,8 +55,8 @@ class ChatTemplate:
         without these variables gets none of them: its model thinks as it does.
         """
         hints = {} if effort is None else {"reasoning_effort": effort, **dict.fromkeys(_SWITCHES, effort != "none")}
-        own = {name: value for name, value in given.items() if name not in _SWITCHES or self.uses(name)}
-        return {name: value for name, value in hints.items() if self.uses(name)} | own
+        own = {name: value for name, value in given.items() if name not in _SWITCHES or name in self.used}
+        return {name: value for name, value in hints.items() if name in self.used} | own
 
     def render(
         self,
@@ -74,7 +71,7 @@ class ChatTemplate:
         so far, and raises the error if they are too many. values: further variables of the template. Raises InvalidRequest if
         the template does not use one of them, or if it refuses the messages.
         """
-        if unknown := values.keys() - (self._variables - _RESERVED):
+        if unknown := values.keys() - (self.used - _RESERVED):
             raise InvalidRequest(f"the model's chat template knows no `{min(unknown)}`; leave it out")
         own = {"messages": turns, "add_generation_prompt": True, **({"tools": tools} if tools else {})}
         pieces: list[str] = []

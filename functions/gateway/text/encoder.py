@@ -35,10 +35,11 @@ class Encoder:
             seen = f"your text has {characters} characters or more, and that many tokens hold {self.max_characters} at most"
             raise ContextExceeded.by(seen, self._context_length)
 
-    def encode(self, text: str, *, add_special_tokens: bool, tokenizer: Tokenizer | None = None) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, tokenizer: Tokenizer | None = None) -> list[int]:
         """The text's token ids. Raises ContextExceeded if it cannot fit, without encoding much more than would fit.
 
-        tokenizer: one with the same tokens, if not the Encoder's own.
+        add_special_tokens: those around a prompt; a part of an answer has none. tokenizer: one with the same tokens, if not the
+        Encoder's own.
         """
         self.check(len(text))
         if len(text) <= _LONG_CHARACTERS:

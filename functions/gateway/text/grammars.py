@@ -28,21 +28,19 @@ class Grammars:
         self._compiling = threading.Lock()
         self._known: OrderedDict[str, None] = OrderedDict()  # digests of grammars that compile, least recently used first
 
-    def of(self, structure: StructuredOutputs) -> Grammar:
-        """The grammar of answers with this structure. Raises MalformedEvent if there is none or it does not compile."""
-        try:
-            return self.of_source(source_of(structure))
-        except (UnusableGrammar, RecursionError, UnicodeError) as error:
-            raise MalformedEvent(_sentence(structure, _shorten(error))) from error
+    def of(self, asked: StructuredOutputs | str) -> Grammar:
+        """The grammar of answers with this structure, or of forced tool calls, whose source ToolFormat.grammar wrote.
 
-    def of_tools(self, source: str) -> Grammar:
-        """The grammar of forced tool calls. source: by ToolFormat.grammar. Raises MalformedEvent if it does not compile."""
+        Raises MalformedEvent if there is none or it does not compile.
+        """
         try:
-            return self.of_source(source)
+            return self._of_source(asked if isinstance(asked, str) else source_of(asked))
         except (UnusableGrammar, RecursionError, UnicodeError) as error:
-            raise MalformedEvent(f"`tools` cannot be forced: {_shorten(error)}") from error
+            seen = " ".join(str(error).split())[:_SHOWN_CHARACTERS]
+            why = f"`tools` cannot be forced: {seen}" if isinstance(asked, str) else _sentence(asked, seen)
+            raise MalformedEvent(why) from error
 
-    def of_source(self, source: str) -> Grammar:
+    def _of_source(self, source: str) -> Grammar:
         """The grammar with this source, in llguidance's notation.
 
         Raises UnusableGrammar if it is too large or does not compile, or if the model has no token that ends an answer.
@@ -61,10 +59,6 @@ class Grammars:
             if len(self._known) > _MAX_KNOWN:
                 self._known.popitem(last=False)
         return grammar
-
-
-def _shorten(error: Exception) -> str:
-    return " ".join(str(error).split())[:_SHOWN_CHARACTERS]
 
 
 def _sentence(structure: StructuredOutputs, error: str) -> str:

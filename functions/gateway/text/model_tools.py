@@ -9,7 +9,6 @@ import msgspec
 
 from eventing.wire.generation import Message
 from eventing.wire.tools import Tool, ToolCall
-from functions.gateway.text.tool_calls import ToolCallParser
 from functions.gateway.text.tool_formats import ToolFormat
 
 # Hermes 2 Pro's prompt format
@@ -30,10 +29,6 @@ class ModelTools:
     format: ToolFormat
     in_template: bool  # the chat template presents tools
     special: Mapping[str, int]  # special tokens by text; encoding never yields them, and decoding only on request
-
-    def parser(self, tools: Sequence[Tool]) -> ToolCallParser | None:
-        """A parser for one answer; None: it may call no tool."""
-        return ToolCallParser(self.format, frozenset(tool.function.name for tool in tools)) if tools else None
 
     def presented(self, turns: list[dict[str, Any]], tools: list[dict[str, Any]]) -> tuple[Any, Any]:
         """The turns and tools that the chat template gets. If it presents no tools, the turns present them, and it gets none.

@@ -16,14 +16,16 @@ class TextDelta(NamedTuple):
 
 def thoughts_apart(turns: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The turns, with the assistant's thoughts moved from `content` to `reasoning_content`."""
-    return [_apart(turn) if turn["role"] == "assistant" and END in turn["content"] else turn for turn in turns]
-
-
-def _apart(turn: dict[str, Any]) -> dict[str, Any]:
-    reasoning = Reasoning(inside=BEGIN not in turn["content"].partition(END)[0])
-    parts = [*reasoning.push(turn["content"]), *reasoning.finish()]
-    thoughts, content = ("".join(part.text for part in parts if part.kind == kind) for kind in ("reasoning", "content"))
-    return {**turn, "content": content, "reasoning_content": thoughts}
+    found = []
+    for turn in turns:
+        if turn["role"] == "assistant" and END in turn["content"]:
+            reasoning = Reasoning(inside=BEGIN not in turn["content"].partition(END)[0])
+            parts = [*reasoning.push(turn["content"]), *reasoning.finish()]
+            thoughts, content = ("".join(part.text for part in parts if part.kind == kind) for kind in ("reasoning", "content"))
+            found.append({**turn, "content": content, "reasoning_content": thoughts})
+        else:
+            found.append(turn)
+    return found
 
 
 class Reasoning:

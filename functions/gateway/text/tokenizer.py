@@ -19,7 +19,7 @@ from functions.gateway.text.encoder import Encoder
 from functions.gateway.text.grammars import Grammars
 from functions.gateway.text.model_tools import ModelTools, described, turn_of
 from functions.gateway.text.reasoning import BEGIN, Reasoning, thoughts_apart
-from functions.gateway.text.tool_calls import AnswerParts
+from functions.gateway.text.tool_calls import AnswerParts, ToolCallParser
 from functions.gateway.text.tool_formats import format_of
 from storage.models.model_repository import ModelManifest, Reader, read_file
 
@@ -48,7 +48,7 @@ class ModelText:
         template = self.template
         format = format_of("" if template is None else template.source, self.tool_parser)
         special = {str(token): id_ for id_, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.tools = ModelTools(format, template is not None and template.uses("tools"), special)
+        self.tools = ModelTools(format, template is not None and "tools" in template.used, special)
         self.control: ControlTokens | None = None  # nothing in messages is guarded
         if template is not None and not self.parse_control_tokens:
             self.control = ControlTokens(self.tokenizer, template)
@@ -96,10 +96,6 @@ class ModelText:
             raise InvalidRequest(f"token {greatest} is outside of the vocabulary of {vocabulary}")
         if len(token_ids) > self.context_length:
             raise ContextExceeded.by(f"your prompt has {len(token_ids)} tokens", self.context_length)
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt, or without special tokens around it, of a part of an answer. Raises ContextExceeded."""
-        return self.encoder.encode(text, add_special_tokens=add_special_tokens)
 
     def encode_pair(self, first: str, second: str) -> list[int]:
         """Token ids of two texts that a classifier compares, as the tokenizer joins them. Raises ContextExceeded."""
@@ -156,7 +152,8 @@ class ModelText:
     def parts(self, prompt_ids: Sequence[int], request: GenerateRequest) -> AnswerParts:
         """Splits an answer to this rendered prompt of the request. A grammar allows no thoughts."""
         reasoning = None if request.constrained else self.reasoning(prompt_ids)
-        return AnswerParts(reasoning, self.tools.parser(request.callable_tools))
+        names = frozenset(tool.function.name for tool in request.callable_tools)
+        return AnswerParts(reasoning, ToolCallParser(self.tools.format, names) if names else None)
 
     def token_text(self, token_id: int) -> str:
         """The token's text, also of a special token. Bytes that are no whole character become the replacement character."""

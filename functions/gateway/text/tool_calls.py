@@ -199,11 +199,6 @@ class AnswerParts:
     reasoning: Reasoning | None  # None: the answer has no thoughts
     parser: ToolCallParser | None  # None: the answer may call no tool
 
-    @property
-    def calls(self) -> int:
-        """How many calls have begun."""
-        return 0 if self.parser is None else self.parser.calls
-
     def push(self, text: str) -> Iterator[AnswerPart]:
         if text:
             yield from self._parts([TextDelta("content", text)] if self.reasoning is None else self.reasoning.push(text))

@@ -9,7 +9,8 @@ import pytest
 from eventing.wire.structured_outputs import StructuredOutputs
 from functions.grammars.compiler import GrammarCompiler
 from functions.grammars.matcher import Allowed, Matcher, is_allowed
-from functions.grammars.sources import UnusableGrammar, of_choices, of_schema, place_of, source_of
+from functions.grammars.sources import UnusableGrammar, place_of, source_of
+from tests.support.functions.grammar_sources import of_choices, of_schema
 from tests.support.storage.published import END_IDS, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -13,7 +13,7 @@ from eventing.problems import QueueFull, RateLimited
 from functions.configuration.api_keys import Quota
 from functions.gateway.answers import budgets
 from functions.gateway.answers.client_limits import ClientLimits, SlidingWindows
-from functions.gateway.text.tokenizer import ModelText
+from functions.gateway.text.encoder import Encoder
 from tests.support.functions.scripted_gateway import EVENT, Pipeline, client_of, refuse
 from tests.support.redis_server import redis_server
 
@@ -114,13 +114,13 @@ def test_a_request_that_is_refused_after_some_of_its_answers_began_uses_no_token
 @pytest.mark.slow
 def test_ten_thousand_requests_beyond_a_limit_are_not_tokenized(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[object] = []
-    real = ModelText.encode
+    real = Encoder.encode
 
-    def encode(self: ModelText, *given: Any, **named: Any) -> Any:
+    def encode(self: Encoder, *given: Any, **named: Any) -> Any:
         read.append(given)
         return real(self, *given, **named)
 
-    monkeypatch.setattr(ModelText, "encode", encode)
+    monkeypatch.setattr(Encoder, "encode", encode)
     client = client_of(pipeline, **KEYS, LAMINA_CLIENT_REQUESTS_PER_MINUTE="10", LAMINA_CLIENT_TOKENS_PER_MINUTE="100000")
     headers = {"Authorization": "Bearer alice"}
     statuses = Counter(

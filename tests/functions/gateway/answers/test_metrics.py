@@ -15,7 +15,7 @@ from functions.gateway.answers import generation as core
 from functions.gateway.answers.metrics import GenAIOperation, end_attributes
 from functions.gateway.app import MAX_REQUEST_BYTES
 from functions.gateway.scheduling.token_stream import TokenStream
-from functions.gateway.text.tokenizer import ModelText
+from functions.gateway.text.encoder import Encoder
 from tests.support.functions.gateway import wait_until
 from tests.support.functions.scripted_gateway import APIS, EVENT, TOKENIZER, Pipeline, ask, ask_either, chat, client_of, refuse
 
@@ -25,12 +25,14 @@ def test_time_is_measured_from_the_requests_arrival(
     client: FlaskClient, pipeline: Pipeline, api: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokenizing a request takes its client's time, so it counts, also against the deadline."""
-    for name in ("encode", "encode_messages"):
-        real = getattr(ModelText, name)
-        monkeypatch.setattr(
-            ModelText, name, lambda text, *asked, real=real: (noted.append(time.monotonic()), real(text, *asked))[1]
-        )
     noted: list[float] = []
+    real = Encoder.encode
+
+    def encode(self: Encoder, *asked: Any, **named: Any) -> Any:
+        noted.append(time.monotonic())
+        return real(self, *asked, **named)
+
+    monkeypatch.setattr(Encoder, "encode", encode)
     assert ask_either(client, api).status_code == 200
     ((read_at,), (prompt,)) = noted, pipeline.prompts
     assert prompt.arrived < read_at

@@ -23,6 +23,7 @@ from functions.gateway.answers.service import MAX_LOGPROBS, AnswerService
 from functions.gateway.app import create_app
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.chat_template import ChatTemplate
+from functions.gateway.text.encoder import Encoder
 from functions.gateway.text.tokenizer import ModelText
 from tests.support.environments import gateway_config
 from tests.support.functions.gateway import wait_until
@@ -361,7 +362,7 @@ def test_a_request_that_will_be_refused_is_not_tokenized(
 ) -> None:
     """Its length is checked first, then the queue. Only then is it rendered or tokenized."""
     read: list[str] = []
-    monkeypatch.setattr(ModelText, "encode", lambda _, prompt: read.append(prompt) or [1])
+    monkeypatch.setattr(Encoder, "encode", lambda _, prompt: read.append(prompt) or [1])
     monkeypatch.setattr(ModelText, "encode_messages", lambda _, messages, *__: read.append(messages[0].content) or [1])
     client = client_of(pipeline)
     pipeline.full = full

@@ -7,7 +7,7 @@ import pytest
 from flask.testing import FlaskClient
 
 from eventing.wire.events import Grammar, grammar_digest
-from functions.grammars.sources import of_schema
+from tests.support.functions.grammar_sources import of_schema
 from tests.support.functions.scripted_gateway import EVENT, Pipeline, chat
 
 SCHEMA = {"properties": {"a": {"type": "integer"}}, "type": "object"}  # sorted, as the test client writes it

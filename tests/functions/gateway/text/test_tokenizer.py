@@ -97,7 +97,7 @@ def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
     reference: PreTrainedTokenizerFast = transformers_tokenizer(tmp_path, CHAT_TEMPLATE)
     text = load(chat_template__jinja=CHAT_TEMPLATE.encode(), tokenizer_config__json={"eos_token": "<|im_end|>"})
     for prompt in TEXTS:
-        assert text.encode(prompt) == reference(prompt)["input_ids"]
+        assert text.encoder.encode(prompt) == reference(prompt)["input_ids"]
     expected = reference.apply_chat_template(TURNS, add_generation_prompt=True, return_dict=False)
     assert text.encode_messages(MESSAGES) == expected
 

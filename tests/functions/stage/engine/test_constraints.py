@@ -8,11 +8,11 @@ import pytest
 
 from eventing.wire.events import Grammar, Row, Sampling, Status, Want, grammar_digest
 from functions.grammars.compiler import GrammarCompiler
-from functions.grammars.sources import of_choices, of_schema
 from functions.stage.engine import constraints
 from functions.stage.engine.engine import Engine
 from functions.stage.models.build import build_layer_group
 from tests.support.functions.borders import raw
+from tests.support.functions.grammar_sources import of_choices, of_schema
 from tests.support.functions.stage_pipeline import batch, drawn, engines
 from tests.support.storage import tiny_models
 from tests.support.storage.published import END_IDS, byte_tokenizer
