@@ -3,8 +3,8 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
 
 from functions.configuration.config import Config, FleetConfig, StageConfig, read_config
 from functions.configuration.environment_page import help_text, markdown_page
@@ -12,32 +12,19 @@ from functions.configuration.settings import ConfigError
 from functions.hosting.startup import StartUp, without_collection
 
 if TYPE_CHECKING:
-    from functions.hosting.answering import Service
+    from functions.gateway.fleet.function import FleetFunction
+    from functions.gateway.function import GatewayFunction
+    from functions.stage.serving.function import StageFunction
+
+    # `start` returns at once; after a later failure it calls what it got with an exit status. `drain` is called at SIGTERM: it
+    # lets requests in hand finish, and refuses those that wait for readiness. `close` stops the function's own work, such as
+    # its scheduler or engine: once, after the last request was answered; or before, if that takes too long, and then it fails
+    # the requests that are still in hand.
+    Function = StageFunction | GatewayFunction | FleetFunction
 
 _log = logging.getLogger("functions")
 
 USAGE_STATUS: Final = 2
-
-
-class Function(Protocol):
-    """A stage, a gateway or a fleet's gateway.
-
-    `start` returns at once; after a later failure it calls `stop` with an exit status.
-    """
-
-    @property
-    def service(self) -> "Service": ...
-
-    def start(self, stop: Callable[[int], None]) -> None: ...
-
-    def drain(self) -> None:
-        """Called at SIGTERM: lets requests in hand finish, and refuses those that wait for readiness."""
-
-    def close(self) -> None:
-        """Stops the function's own work, such as its scheduler or engine. Called once, after the last request was answered.
-
-        If that takes too long, it is called before, and fails the requests that are still in hand.
-        """
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -74,12 +61,12 @@ def _serve(config: Config, start_up: StartUp, environ: Mapping[str, str]) -> int
     # Imported late: a wrong environment and --help need none of it, and each role only its own modules.
     with without_collection():
         from functions.hosting.startup import return_free_memory, use_few_arenas
-        from functions.observing.telemetry import set_up_logging
 
         use_few_arenas()
         if not isinstance(config, StageConfig):  # a stage's memory is weights, keys and values
             return_free_memory()
-        set_up_logging(config.log_level)
+        form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+        logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr, format=form, force=True)
         try:
             function = _function(config, start_up, environ)
         except ConfigError as error:
@@ -98,7 +85,7 @@ def _serve(config: Config, start_up: StartUp, environ: Mapping[str, str]) -> int
     return server.run(function.service, function.drain, function.close)
 
 
-def _function(config: Config, start_up: StartUp, environ: Mapping[str, str]) -> Function:
+def _function(config: Config, start_up: StartUp, environ: Mapping[str, str]) -> "Function":
     """The configured function. What others wait for begins before its remaining modules are imported: a stage's weights, and
     the other stages' starts, for a request that starts a gateway at zero will need them all.
 

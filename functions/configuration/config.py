@@ -1,5 +1,6 @@
 """The configuration of a function: every key of its environment, with parser, meaning and default. Read once, at the start."""
 
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
@@ -11,7 +12,7 @@ from functions.configuration.api_keys import ApiKey
 from functions.configuration.objective import Objective, parse_objective
 from functions.configuration.parsers import LayerRange
 from functions.configuration.pass_times import PassTimes, parse_pass_times
-from functions.configuration.settings import REQUIRED, ConfigError, Key, keys, optional, read, setting, unknown_keys
+from functions.configuration.settings import REQUIRED, ConfigError, Key, keys, optional, read, setting
 from storage.store.settings import StoreSettings
 
 if TYPE_CHECKING:
@@ -533,7 +534,11 @@ def read_config(environ: Mapping[str, str]) -> Config:
 
     Raises ConfigError with one sentence for each wrong, missing or unknown key.
     """
-    errors = list(unknown_keys(environ, _PREFIX, {key.name for key, _ in _all_keys()}))
+    errors, known = list[str](), {key.name for key, _ in _all_keys()}
+    for name in sorted(environ):
+        if name.startswith(_PREFIX) and name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            errors.append(f"{name} is not a known key; the nearest known one is {nearest[0]}")
     try:
         role = _ROLE.read(environ)
     except ValueError as error:

@@ -5,7 +5,6 @@ such dataclass is read from the same mapping.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Final, TypeVar, get_type_hints
 
@@ -102,11 +101,3 @@ def _read(settings: Any, environ: Mapping[str, str], errors: list[str]) -> Any:
     except ValueError as error:  # of a dataclass's own __post_init__
         errors.append(str(error))
         return None
-
-
-def unknown_keys(environ: Mapping[str, str], prefix: str, known: Collection[str]) -> Iterator[str]:
-    """One sentence for each key with this prefix that is not in `known`. It names the nearest known key."""
-    for name in sorted(environ):
-        if name.startswith(prefix) and name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            yield f"{name} is not a known key; the nearest known one is {nearest[0]}"

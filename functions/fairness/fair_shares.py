@@ -22,7 +22,7 @@ class FairShares(Generic[T]):
         self._oldest_first = oldest_first
         self._owners: dict[T, str] = {}  # client of each item, oldest first
         self._items: dict[str, dict[T, int]] = {}  # amounts of each client's items, oldest first
-        self._held: Counter[str] = Counter()  # sum of each client's amounts
+        self.held: Counter[str] = Counter()  # sum of each client's amounts
         self._fixed: set[T] = set()
 
     def __len__(self) -> int:
@@ -39,16 +39,12 @@ class FairShares(Generic[T]):
         """The clients that have items, in the order of their turns: see `take`."""
         return iter(self._items)
 
-    def held(self, client_id: str) -> int:
-        """The sum of a client's amounts."""
-        return self._held[client_id]
-
     def add(self, client_id: str, item: T, amount: int = 1) -> None:
         """Counts an item of a client, or `amount` more of one that is counted already. `make_room` comes before."""
         self._owners[item] = client_id
         items = self._items.setdefault(client_id, {})
         items[item] = items.get(item, 0) + amount
-        self._held[client_id] += amount
+        self.held[client_id] += amount
         self.total += amount
 
     def move(self, client_id: str, item: T) -> None:
@@ -89,7 +85,7 @@ class FairShares(Generic[T]):
         missing = self.total + amount - capacity
         if missing <= 0:
             return []
-        held = self._held.copy()
+        held = self.held.copy()
         held[client_id] += amount
         yielding: list[T] = []
         while missing > 0:
@@ -107,9 +103,9 @@ class FairShares(Generic[T]):
 
     def _subtract(self, client_id: str, amount: int) -> None:
         self.total -= amount
-        self._held[client_id] -= amount
+        self.held[client_id] -= amount
         if not self._items[client_id]:
-            del self._items[client_id], self._held[client_id]
+            del self._items[client_id], self.held[client_id]
 
     def _next_to_yield(self, client_id: str, held: Counter[str], chosen: list[T]) -> T | None:
         """The item that gives way next. held: what each client holds after those in `chosen` have given way."""

@@ -5,6 +5,7 @@ Threads of a pool answer clients. Probes have a thread of their own on the clien
 
 import logging
 import socket
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,6 @@ from functions.hosting.requests import (
     BodyBudget,
     ClientClosed,
     RequestReader,
-    base_environ,
 )
 from functions.threads.pool import ThreadPool
 
@@ -91,7 +91,7 @@ class Turns:
         return 2 * self._in_hand.total <= self._threads
 
     def _may_start(self, client_id: str) -> bool:
-        return self._in_hand.held(client_id) < _MULTIPLE_OF_FREE * (self._threads - self._in_hand.total)
+        return self._in_hand.held[client_id] < _MULTIPLE_OF_FREE * (self._threads - self._in_hand.total)
 
     def _begin(self, client_id: str, connection: ClientConnection) -> None:
         self._in_hand.add(client_id, connection)
@@ -132,7 +132,7 @@ class Answering:
 
     def _probe(self, pool: ThreadPool, max_waiting: int, connection: ClientConnection) -> Iterable[ClientConnection]:
         """Queues a probe. Returns its connection if it is refused because `max_waiting` wait already."""
-        if pool.waiting >= max_waiting:
+        if len(pool.waiting) >= max_waiting:
             return (connection,)
         # The connection ends with the reply, which fits into the kernel's buffer of a new one: a client that reads slowly
         # cannot block the thread.
@@ -146,8 +146,21 @@ class Answering:
 
         management: whether `listener` is the management port.
         """
-        port: int = listener.getsockname()[1]
-        return lambda client: RequestReader(admit, self._budget, base_environ(host, port, client) | {MANAGEMENT: management})
+        base = {
+            "SCRIPT_NAME": "",
+            "SERVER_NAME": host,
+            "SERVER_PORT": str(listener.getsockname()[1]),
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "http",
+            "wsgi.errors": sys.stderr,
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": False,
+            "wsgi.run_once": False,
+            MANAGEMENT: management,
+        }
+        return lambda client: RequestReader(
+            admit, self._budget, base | {"REMOTE_ADDR": client[0], "REMOTE_PORT": str(client[1])}
+        )
 
     def _serve(self, connection: ClientConnection, answer: Callable[[ClientConnection], bool]) -> None:
         """Answers on a connection and gives it back to the poller, also after an error.

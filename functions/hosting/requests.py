@@ -9,7 +9,6 @@ import io
 import re
 import select
 import socket
-import sys
 import threading
 import time
 import weakref
@@ -84,13 +83,9 @@ class BodyBudget:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._shares: FairShares[BodyShare] = FairShares()
-        self._given_back: deque[BodyShare] = deque()  # not yet removed from _shares
-
-    @property
-    def held_bytes(self) -> int:
-        with self._lock:
-            self._settle()
-            return self._shares.total
+        # Of bodies whose memory is free, not yet removed from _shares. Needs no lock: destructors append, and the garbage
+        # collector may run one inside of `take`.
+        self.given_back: deque[BodyShare] = deque()
 
     def take(self, share: BodyShare, count: int) -> None:
         """Counts `count` more bytes of a body. If there are too many, bodies of another client may give way.
@@ -119,13 +114,6 @@ class BodyBudget:
             self._check(share)
             self._shares.fix(share)
 
-    def give_back(self, share: BodyShare) -> None:
-        """Frees the bytes of a body for others.
-
-        Takes no lock: destructors call it, and the garbage collector may run one inside of `take`.
-        """
-        self._given_back.append(share)
-
     def _check(self, share: BodyShare) -> None:
         if share.gave_way:
             raise Overloaded(
@@ -133,8 +121,8 @@ class BodyBudget:
             )
 
     def _settle(self) -> None:
-        while self._given_back:
-            self._shares.remove(self._given_back.popleft())
+        while self.given_back:
+            self._shares.remove(self.given_back.popleft())
 
 
 class Body(bytearray):
@@ -165,7 +153,7 @@ class Body(bytearray):
 
     def __del__(self) -> None:
         if self._budget is not None:
-            self._budget.give_back(self.share)
+            self._budget.given_back.append(self.share)
 
 
 class BodyStream(io.RawIOBase):
@@ -623,22 +611,6 @@ def wsgi_environ(
     if authority is not None:
         environ["HTTP_HOST"] = authority
     return environ
-
-
-def base_environ(host: str, port: int, client: tuple[str, int]) -> "WSGIEnvironment":
-    return {
-        "SCRIPT_NAME": "",
-        "SERVER_NAME": host,
-        "SERVER_PORT": str(port),
-        "REMOTE_ADDR": client[0],
-        "REMOTE_PORT": str(client[1]),
-        "wsgi.version": (1, 0),
-        "wsgi.url_scheme": "http",
-        "wsgi.errors": sys.stderr,
-        "wsgi.multithread": True,
-        "wsgi.multiprocess": False,
-        "wsgi.run_once": False,
-    }
 
 
 def _keeps_alive(version: str, connection: str) -> bool:

@@ -26,25 +26,19 @@ _REFUSAL: Final = (
 )
 
 
-class TLSPort:
-    """Accepts TLS connections from the pipeline's pods and carries their bytes to another port of this machine and back."""
+def serve_tls(listener: socket.socket, tls: PodTLS, to_port: int) -> None:
+    """Accepts TLS connections from the pipeline's pods and carries their bytes to another port of this machine and back.
 
-    def __init__(self, listener: socket.socket, tls: PodTLS, to_port: int) -> None:
-        """listener: is listening already. to_port: of the pod's queue-proxy."""
-        self._listener = listener
-        self._tls = tls
-        self._to_port = to_port
-        self._open: set[_Inbound] = set()
+    Serves in a daemon thread until the process ends. listener: is listening already. to_port: of the pod's queue-proxy.
+    """
+    connections: set[_Inbound] = set()
 
-    def start(self) -> None:
-        """Serves in a daemon thread until the process ends."""
-        threading.Thread(target=lambda: asyncio.run(self._serve()), name="tls-port", daemon=True).start()
-
-    async def _serve(self) -> None:
-        server = await asyncio.get_running_loop().create_server(
-            lambda: _Inbound(self._tls, self._to_port, self._open), sock=self._listener
-        )
+    async def serve() -> None:
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: _Inbound(tls, to_port, connections), sock=listener)
         await server.serve_forever()
+
+    threading.Thread(target=lambda: asyncio.run(serve()), name="tls-port", daemon=True).start()
 
 
 class _Side(asyncio.Protocol):

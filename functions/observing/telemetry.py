@@ -1,10 +1,9 @@
-"""Logs, metrics and traces that stages and gateways have in common.
+"""Metrics and traces that stages and gateways have in common.
 
 Each application has a metrics registry of its own; nothing is global.
 """
 
 import logging
-import sys
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Gauge
@@ -17,13 +16,6 @@ _log: Final = logging.getLogger(__name__)
 # within a bucket is a guess.
 STEP_SECONDS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 ANSWER_SECONDS: Final = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-
-
-def set_up_logging(level: str) -> None:
-    """Logs from `level` on go to stderr, one line each, with time, level and origin."""
-    logging.basicConfig(
-        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
 
 
 def make_tracer(endpoint: str | None, service: str, attributes: Attributes) -> Tracer:

@@ -7,6 +7,7 @@ passed on, nothing is recorded, and OpenTelemetry is not imported.
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
@@ -30,14 +31,14 @@ class TraceContext(Struct, frozen=True):
         return f"00-{self.trace_id}-{self.span_id}-{int(self.sampled):02x}"
 
 
+@dataclass(eq=False)
 class Span:
     """A traced operation. As a context manager it ends with its block, and an exception of the block is its error.
 
     This base class records nothing.
     """
 
-    def __init__(self, context: TraceContext) -> None:
-        self.context = context
+    context: TraceContext
 
     def end(self, error: str | None = None, attributes: Attributes | None = None) -> None:
         """Ends the operation. Only the first call has an effect.

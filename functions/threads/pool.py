@@ -38,11 +38,8 @@ class _Call:
 class _Idle:
     """An idle thread. It waits for `woken`, and then runs `call`, or ends if that is None."""
 
-    woken: threading.Lock = field(default_factory=threading.Lock)
+    woken: threading.Lock = field(default_factory=threading.Lock)  # held until then
     call: _Call | None = None
-
-    def __post_init__(self) -> None:
-        self.woken.acquire()
 
 
 class ThreadPool(Executor):
@@ -57,16 +54,11 @@ class ThreadPool(Executor):
         self._name = name
         self._idle_seconds = idle_seconds
         self._lock = threading.Lock()
-        self._waiting: deque[_Call] = deque()
+        self.waiting: deque[_Call] = deque()  # for a thread
         self._idle: list[_Idle] = []  # most recently used last
         self.threads = 0  # now
         self._started = 0
         self._closed = False
-
-    @property
-    def waiting(self) -> int:
-        """How many calls wait for a thread."""
-        return len(self._waiting)
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
         """Runs a call in an idle or new thread; at `max_threads` it is queued.
@@ -84,15 +76,15 @@ class ThreadPool(Executor):
             elif self.threads < self._max_threads:
                 self._start(call)
             else:
-                self._waiting.append(call)
+                self.waiting.append(call)
         return call.future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Refuses further calls and ends idle threads. wait: has no effect, threads are never waited for."""
         with self._lock:
             self._closed = True
-            while cancel_futures and self._waiting:
-                self._waiting.popleft().future.cancel()
+            while cancel_futures and self.waiting:
+                self.waiting.popleft().future.cancel()
             while self._idle:
                 self._idle.pop().woken.release()
 
@@ -107,7 +99,7 @@ class ThreadPool(Executor):
         except RuntimeError as error:
             self.threads -= 1
             _log.error("the pool %s cannot start a thread beside its %d: %s", self._name, self.threads, error)
-            self._waiting.append(call)
+            self.waiting.append(call)
 
     def _run(self, first: list[_Call]) -> None:
         call: _Call | None = first.pop()
@@ -119,12 +111,13 @@ class ThreadPool(Executor):
     def _next(self) -> _Call | None:
         """Waits for a thread's next call. None if the thread shall end: it was idle for too long, or the pool was closed."""
         with self._lock:
-            if self._waiting:
-                return self._waiting.popleft()
+            if self.waiting:
+                return self.waiting.popleft()
             if self._closed:
                 self.threads -= 1
                 return None
             idle = _Idle()
+            idle.woken.acquire()
             self._idle.append(idle)
         if not idle.woken.acquire(timeout=self._idle_seconds):
             with self._lock:

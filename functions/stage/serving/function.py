@@ -107,7 +107,7 @@ class StageFunction:
         raise NotReady(f"{self.instance} is starting; ended are the phases {', '.join(self._start_up.phases())}")
 
     def _open_tls_port(self, port: int) -> bool:
-        from functions.hosting.tls_port import TLSPort
+        from functions.hosting.tls_port import serve_tls
 
         assert self._tls is not None, "the configuration was checked"
         try:
@@ -115,7 +115,7 @@ class StageFunction:
         except OSError as error:
             _log.error("cannot listen on %s; choose another with LAMINA_TLS_PORT", error.strerror)
             return False
-        TLSPort(listener, self._tls, self._config.queue_proxy_port).start()
+        serve_tls(listener, self._tls, self._config.queue_proxy_port)
         _log.info("TLS on port %d", port)
         return True
 

@@ -29,7 +29,7 @@ def test_a_client_alone_has_everything_and_gives_way_to_equal_parts() -> None:
     assert asked(shares, GREEDY, 70, 60) == [GREEDY] * 10
     for client in MODEST:
         asked(shares, client, 30, 60)
-    assert {client: shares.held(client) for client in (GREEDY, *MODEST)} == dict.fromkeys((GREEDY, *MODEST), 10)
+    assert {client: shares.held[client] for client in (GREEDY, *MODEST)} == dict.fromkeys((GREEDY, *MODEST), 10)
     assert shares.total == 60
 
 
@@ -87,4 +87,4 @@ def test_a_share_is_lost_only_to_clients_that_hold_less(requests: list[tuple[str
         for owner, held in amounts.values():
             expected[owner] += held
         assert shares.total == sum(expected.values()) <= capacity
-        assert all(shares.held(owner) == expected[owner] for owner in "abcdef")
+        assert all(shares.held[owner] == expected[owner] for owner in "abcdef")

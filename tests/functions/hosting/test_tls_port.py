@@ -10,7 +10,7 @@ import pytest
 from eventing.http.delivery import InfrastructureError, Sender, Unreachable
 from eventing.http.pod_tls import PodTLS
 from functions.hosting.server import listen
-from functions.hosting.tls_port import TLSPort
+from functions.hosting.tls_port import serve_tls
 from knative.local.kubelet.processes import free_port
 from tests.support.certificates import CertificateAuthority, write
 from tests.support.http_server import Server, serving
@@ -26,7 +26,7 @@ def tls_of(folder: Path, *, own: bool = True) -> PodTLS:
 
 def listening(tls: PodTLS, to_port: int) -> tuple[str, int]:
     listener = listen("127.0.0.1", 0)
-    TLSPort(listener, tls, to_port).start()
+    serve_tls(listener, tls, to_port)
     address: tuple[str, int] = listener.getsockname()
     return address
 
