@@ -29,25 +29,18 @@ class RunningScheduler:
     scheduler: Scheduler
     tracer: Tracer
     services: Sequence[str]  # names of the stages' Services
+    watch: EndpointsWatch | None
     _sender: Sender
-    _watch: EndpointsWatch | None
     _readiness: EarlyReadiness
     _owns_watch: bool
 
-    def refused_addresses(self, stage: int) -> int:
-        """Number of addresses of this stage's instances that are not used, because they are outside of the pod network.
-
-        Always 0 without a watch of EndpointSlices.
-        """
-        return 0 if self._watch is None else self._watch.refused(self.services[stage])
-
     def close(self) -> None:
         """Stops the watch, ends all sequences, closes the connections to the stages and exports the remaining traces."""
-        if self._watch is not None:
+        if self.watch is not None:
             for service in self.services:
-                self._watch.unfollow(service)
+                self.watch.unfollow(service)
             if self._owns_watch:
-                self._watch.stop()
+                self.watch.slices.stop()
         self._readiness.stop()
         self.scheduler.close()
         self._sender.close()
@@ -65,7 +58,7 @@ def endpoints_watch(config: GatewayConfig | FleetConfig, services: Sequence[str]
     # Members that share devices use a terminating pod as long as it answers: its successor needs a device of its own.
     keeps_last = isinstance(config, FleetConfig) and config.max_devices is not None
     watch = EndpointsWatch(KubernetesAPI(config.kubernetes_api, config.namespace), pods, services, keeps_last=keeps_last)
-    watch.start()
+    watch.slices.start()
     return watch
 
 
@@ -104,4 +97,4 @@ def start_scheduler(config: GatewayConfig, shared: EndpointsWatch | None = None)
     if watch is not None:
         for stage, service in enumerate(services):
             watch.follow(service, partial(readiness.endpoints_changed, stage))
-    return RunningScheduler(scheduler, tracer, services, sender, watch, readiness, shared is None)
+    return RunningScheduler(scheduler, tracer, services, watch, sender, readiness, shared is None)

@@ -5,6 +5,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Final
 
 from eventing.problems import NotReady
@@ -73,7 +74,7 @@ class GatewayFunction:
             waiting = lambda: running.scheduler.stats().waiting  # noqa: E731
             metrics = BatchMetrics(self.metrics.registry)
             self.worker = BatchWorker(jobs.batches, answerer, waiting, jobs.events.tell, jobs.hold, metrics)
-            changed = self.worker.wake
+            changed = self.worker.woken.set
         app = create_app(
             config,
             self._ready_answer_service,
@@ -92,7 +93,10 @@ class GatewayFunction:
             request_bytes=_REQUEST_BYTES,
         )
         names = [f"{first}:{last}" for (first, last), _ in config.stages]
-        self.metrics.watch(names, self.running.refused_addresses)
+        for name, service in zip(names, running.services, strict=True):
+            refused = self.metrics.refused_addresses.labels(name)
+            if running.watch is not None:
+                refused.set_function(partial(running.watch.refused, service))
         self.metrics.registry.register(SchedulerCollector(self.running.scheduler.stats, names))
 
     def start(self, stop: Callable[[int], None]) -> None:

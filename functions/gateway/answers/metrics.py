@@ -5,7 +5,7 @@ https://opentelemetry.io/docs/specs/semconv/gen-ai/. Each answer is one operatio
 attribute holds text of prompts or answers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, get_args
@@ -37,7 +37,7 @@ class GatewayMetrics(FunctionMetrics):
         for outcome in OUTCOMES:  # exported as 0 from the start, or a rate would miss the first event of its kind
             self.answers.labels(outcome)
         self.queue_limit = gauge("lamina_gateway_queue_limit", "Requests that may wait")
-        self._refused = gauge(
+        self.refused_addresses = gauge(
             "lamina_gateway_refused_addresses",
             "Addresses of instances outside of the pod network, which are not used",
             ["stage"],
@@ -70,15 +70,6 @@ class GatewayMetrics(FunctionMetrics):
         self._judged.inc()
         if problem is None and self.objective.met(first_seconds, total_seconds, tokens):
             self._within.inc()
-
-    def watch(self, stages: Sequence[str], refused: Callable[[int], int]) -> None:
-        """Connects the gauge of refused addresses to its source.
-
-        stages: value of the label `stage` for each stage. refused: returns the number of refused addresses of a stage, given
-        the stage's number; it is called whenever metrics are read.
-        """
-        for number, stage in enumerate(stages):
-            self._refused.labels(stage).set_function(partial(refused, number))
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,10 +72,10 @@ class FleetFunction:
 
     def start(self, stop: Callable[[int], None]) -> None:
         self.members.watch.start()
-        self.parts.start()
-        self._overview.start()
+        self.parts.thread.start()
+        self._overview.thread.start()
         if self._grants is not None:
-            self._grants.start()
+            self._grants.thread.start()
         threading.Thread(target=self._note_start, name="start-up", daemon=True).start()
         threading.Thread(target=self._resume_batches, name="fleet-batches", daemon=True).start()
 
@@ -91,7 +91,7 @@ class FleetFunction:
         if self._grants is not None:
             self._grants.stop()
         if self._watch is not None:
-            self._watch.stop()
+            self._watch.slices.stop()
 
     def _shared_devices(self, config: FleetConfig, max_devices: int) -> Grants:
         name = secrets.token_hex(6)

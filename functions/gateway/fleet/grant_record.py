@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import msgspec
 
@@ -46,14 +47,13 @@ class GrantRecord(msgspec.Struct, omit_defaults=True):
 Change = Callable[[GrantRecord], None]
 
 
+@dataclass(frozen=True, slots=True)
 class LocalRecord:
     """The record of a gateway that is alone."""
 
-    tick_seconds: Final = 0.2  # how often a gateway that waits looks again
-    beat_seconds: Final = 4.0
-
-    def __init__(self) -> None:
-        self._record = GrantRecord()
+    tick_seconds: ClassVar[float] = 0.2  # how often a gateway that waits looks again
+    beat_seconds: ClassVar[float] = 4.0
+    _record: GrantRecord = field(default_factory=GrantRecord)
 
     def update(self, change: Change) -> None:
         change(self._record)

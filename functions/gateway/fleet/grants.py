@@ -163,15 +163,12 @@ class Grants:
         self._settled_at = time.monotonic()
         self._due = threading.Event()
         self._stopped = False
-        self._thread = threading.Thread(target=self._keep, name="fleet-grants", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
+        self.thread = threading.Thread(target=self._keep, name="fleet-grants", daemon=True)
 
     def stop(self) -> None:
         self._stopped = True
         self._due.set()
-        self._thread.join()
+        self.thread.join()
 
     def enter(self, version: Version, seconds: float, gone: Callable[[], bool] = lambda: False, *, live: bool = True) -> None:
         """Waits until the member has a grant and lets the request in. Call `leave` at its end.

@@ -73,7 +73,7 @@ class Members:
         self._on_gone = on_gone
         self._lock = threading.Lock()
         self._versions: dict[str, Version] = {}  # by name of their ConfigMap
-        self._by_model: dict[str, list[Version]] = {}
+        self.by_model: dict[str, list[Version]] = {}  # all versions by the name of their model; replaced as a whole
         self._names: frozenset[str] = frozenset()  # of members
         self._rings: dict[str, KeyRing] = {}  # by member
         self._opened: dict[str, str] = {}  # hash of an API key → the member that it opened last; at most _MOST_OPENED
@@ -104,29 +104,24 @@ class Members:
             if len(stable := [each.member for each in group if each.percent is None]) > 1:
                 _log.error("model %s is of members %s: %s serves it", model, " and ".join(stable), stable[0])
         with self._lock:
-            self._versions, self._by_model = versions, by_model
+            self._versions, self.by_model = versions, by_model
             self._names = frozenset(each.member for each in versions.values())
             self._rings = {member: ring for member, ring in self._rings.items() if member in self._names}
         self.listed.set()
         if gone:
             self._on_gone(gone)
 
-    def models(self) -> dict[str, list[Version]]:
-        """All versions by the name of their model."""
-        with self._lock:
-            return self._by_model
-
     def versions(self) -> list[Version]:
         """All versions of all members, model after model."""
-        return [version for group in self.models().values() for version in group]
+        return [version for group in self.by_model.values() for version in group]
 
     def find(self, named: str, secret: str) -> Version | None:
         """The version that answers a request for this model; None: no member that this API key opens serves it.
 
         named: a model, or model:adapter. If a canary runs, it is drawn by the percentages.
         """
-        with self._lock:
-            group = self._by_model.get(named) or self._by_model.get(named.partition(":")[0])
+        by_model = self.by_model
+        group = by_model.get(named) or by_model.get(named.partition(":")[0])
         if not group or not self._opens(group, secret):
             return None
         drawn = random.uniform(0, 100)
@@ -152,11 +147,11 @@ class Members:
 
     def opened_by(self, secret: str) -> list[str]:
         """Models that a client with this API key may ask; all of them if no keys are needed."""
-        return [model for model, group in self.models().items() if self._opens(group, secret)]
+        return [model for model, group in self.by_model.items() if self._opens(group, secret)]
 
     def with_batches(self, secret: str = "") -> list[Version]:
         """Versions of models that serve files and batches, and that this API key opens. Canaries are left out."""
-        found = (each for model in self.opened_by(secret) for each in self.models().get(model, ()))
+        found = (each for model in self.opened_by(secret) for each in self.by_model.get(model, ()))
         return [each for each in found if each.percent is None and each.serves_batches]
 
     def _opens(self, group: Sequence[Version], secret: str) -> bool:

@@ -69,14 +69,11 @@ class Overview:
         self._states: dict[str, MemberState] = {}  # replaced as a whole by each look
         self._tokens: dict[Version, int] = {}
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._keep_looking, name="fleet-overview", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
+        self.thread = threading.Thread(target=self._keep_looking, name="fleet-overview", daemon=True)
 
     def stop(self) -> None:
         self._stopped.set()
-        self._thread.join(_LOOK_SECONDS)
+        self.thread.join(_LOOK_SECONDS)
 
     def state(self, fleet: str, models: Iterable[str]) -> FleetState:
         """The state of the last look. models: those that the client may ask."""

@@ -66,7 +66,7 @@ class Part:
     def is_idle(self) -> bool:
         if self.in_flight or self.function is None:
             return not self.in_flight
-        if self.function.worker is not None and self.function.worker.has_open_batches:
+        if self.function.worker is not None and self.function.worker.runs:
             return False
         status = self.function.running.scheduler.status()
         return not status.waiting and not status.running
@@ -126,10 +126,7 @@ class Parts:
         self._parts: dict[Version, Part] = {}
         self._gone: weakref.WeakSet[Version] = weakref.WeakSet()
         self._stopped = threading.Event()
-        self._keeper = threading.Thread(target=self._keep_memory, name="fleet-memory", daemon=True)
-
-    def start(self) -> None:
-        self._keeper.start()
+        self.thread = threading.Thread(target=self._keep_memory, name="fleet-memory", daemon=True)
 
     def loaded(self) -> list[Part]:
         with self._lock:
@@ -195,7 +192,7 @@ class Parts:
 
     def close(self) -> None:
         self._stopped.set()
-        self._keeper.join(_LOOK_SECONDS)
+        self.thread.join(_LOOK_SECONDS)
         with self._lock:
             parts, self._parts = list(self._parts.values()), {}
         closing = [threading.Thread(target=part.close, name="fleet-close", daemon=True) for part in parts]

@@ -15,7 +15,6 @@ from functions.gateway.jobs.batches import Batches, BatchJob
 from functions.gateway.jobs.files import named_id, results_file_id
 from functions.gateway.jobs.files_api import MAX_KEPT_SECONDS, list_document, owner_of_request, page_of_request
 from functions.gateway.jobs.lines import BATCH_ENDPOINTS
-from functions.gateway.jobs.results import ResultsContent
 from functions.gateway.openai.validation import read_request
 from functions.hosting.web import json_response
 
@@ -53,11 +52,8 @@ class BatchesAPI:
     def register(self, routes: Blueprint) -> None:
         routes.post("/batches", endpoint="create_batch")(self._create)
         routes.get("/batches", endpoint="batches")(self._list)
-        routes.get("/batches/<id>", endpoint="batch")(lambda id: json_response(self._document(self._get(id))))
+        routes.get("/batches/<id>", endpoint="batch")(self._one)
         routes.post("/batches/<id>/cancel", endpoint="cancel_batch")(self._cancel)
-
-    def _get(self, id: str) -> BatchJob:
-        return self._batches.get(owner_of_request(self._clients), id)
 
     def _create(self) -> Response:
         owner = owner_of_request(self._clients)
@@ -87,8 +83,12 @@ class BatchesAPI:
         jobs, has_more = self._batches.list(owner, after, limit)
         return json_response(list_document([self._document(job) for job in jobs], has_more=has_more))
 
+    def _one(self, id: str) -> Response:
+        job = self._batches.get(owner_of_request(self._clients), id)
+        return json_response(self._document(job))
+
     def _cancel(self, id: str) -> Response:
-        job = self._get(id)
+        job = self._batches.get(owner_of_request(self._clients), id)
         self._batches.cancel(job)
         self._changed()
         return json_response(self._document(job))
@@ -104,9 +104,6 @@ class BatchesAPI:
         else:
             status = "finalizing" if done >= job.lines else "in_progress"
 
-        def file_id(content: ResultsContent, lines: int) -> str | None:
-            return results_file_id(job.id, content) if end is not None and lines else None
-
         def ended(as_: str) -> int | None:
             return end.at if end is not None and end.status == as_ else None
 
@@ -118,8 +115,8 @@ class BatchesAPI:
             "input_file_id": job.input_file_id,
             "completion_window": job.completion_window,
             "status": status,
-            "output_file_id": file_id("output", sums.answered),
-            "error_file_id": file_id("errors", sums.failed),
+            "output_file_id": results_file_id(job.id, "output") if end is not None and sums.answered else None,
+            "error_file_id": results_file_id(job.id, "errors") if end is not None and sums.failed else None,
             "created_at": job.created_at,
             "in_progress_at": job.created_at,
             "expires_at": job.expires_at,

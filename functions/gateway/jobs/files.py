@@ -89,9 +89,6 @@ class JobObjects:
         except (ObjectNotFound, msgspec.DecodeError):
             return None
 
-    def exists(self, key: str) -> bool:
-        return any(found.key == self.prefix + key for found in self.store.list(self.prefix + key, at_once=1))
-
     def names(self, folder: str, after: str = "", at_once: int = 1000) -> Iterator[str]:
         """Names in a folder, which ends in `/`, that are greater than `after`, in their order."""
         whole = self.prefix + folder
@@ -202,9 +199,8 @@ class Files:
             return
         self._objects.delete(f"{owner}/files/{id_}.json")
         self._objects.delete_folder(f"{owner}/parts/{id_}/")
-        if file.batch_id and not any(
-            self._objects.exists(f"{owner}/files/{results_file_id(file.batch_id, content)}.json") for content in RESULTS
-        ):
+        both = [results_file_id(file.batch_id, content) for content in RESULTS] if file.batch_id else []
+        if both and all(self.find(owner, each) is None for each in both):
             self._objects.delete_folder(f"{owner}/runs/{file.batch_id}/results/")
 
 

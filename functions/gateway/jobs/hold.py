@@ -29,11 +29,11 @@ class Hold:
         self._sender = sender
         self._url = url
         self._held = threading.BoundedSemaphore(_MOST_HELD)
-        self._over = threading.Event()
+        self.over = threading.Event()  # if set, nothing is held any more
 
     def keep(self, is_open: Callable[[], bool]) -> None:
-        """Sends one request after the other while a batch is open, until `stop`. Runs in a thread of its own."""
-        while self._url is not None and not self._over.wait(_LOOK_SECONDS):
+        """Sends one request after the other while a batch is open, until `over`. Runs in a thread of its own."""
+        while self._url is not None and not self.over.wait(_LOOK_SECONDS):
             if not is_open():
                 continue
             try:
@@ -42,17 +42,14 @@ class Hold:
                 held = False
                 _log.warning("nothing keeps this gateway from scaling to zero while batches are open: %s", error)
             if not held:
-                self._over.wait(_PAUSE_SECONDS)
+                self.over.wait(_PAUSE_SECONDS)
 
     def hold(self) -> bool:
-        """Waits for HOLD_SECONDS, or until `stop`. Returns False at once if others wait already."""
+        """Waits for HOLD_SECONDS, or until `over`. Returns False at once if others wait already."""
         if not self._held.acquire(blocking=False):
             return False
         try:
-            self._over.wait(HOLD_SECONDS)
+            self.over.wait(HOLD_SECONDS)
         finally:
             self._held.release()
         return True
-
-    def stop(self) -> None:
-        self._over.set()

@@ -126,9 +126,10 @@ class LineAnswerer:
     def refused(self, place: LinePlace, problem: Problem) -> LineResult:
         return _result(place, *refusal(problem, place.job.endpoint))
 
-    def unanswered(self, place: LinePlace, code: str, message: str) -> LineResult:
-        """The line for a request that was not answered before its batch ended."""
-        return _line(place, {"response": None, "error": {"code": code, "message": message}}, failed=True)
+
+def unanswered(place: LinePlace, code: str, message: str) -> LineResult:
+    """The line for a request that was not answered before its batch ended."""
+    return _line(place, {"response": None, "error": {"code": code, "message": message}}, failed=True)
 
 
 def _context(place: LinePlace, id_prefix: str, gone: Callable[[], bool]) -> RequestContext:

@@ -8,7 +8,7 @@ from typing import Final
 
 from functions.gateway.jobs.batches import WINDOW_PARTS, BatchEnd, Batches, BatchJob, EndStatus, Mark, Sums
 from functions.gateway.jobs.files import part_lines, part_name
-from functions.gateway.jobs.lines import LineAnswerer, LinePlace
+from functions.gateway.jobs.lines import LinePlace, unanswered
 from functions.gateway.jobs.results import PartResults
 from storage.errors import ObjectNotFound
 
@@ -64,9 +64,6 @@ class BatchRun:
     def pause(self, seconds: float) -> None:
         """Answers no lines for `seconds`."""
         self._paused_until = time.monotonic() + seconds
-
-    def has_results(self, number: int) -> bool:
-        return number < self.sums.parts or number in self.finished
 
     def may_end(self) -> bool:
         """Whether the batch can be ended now. Not while it pauses, after a failure.
@@ -151,7 +148,7 @@ class BatchRun:
             self.store("results", number, results)
         self._batches.objects.delete(f"{self._folder}work/{part_name(number)}")
 
-    def end(self, answerer: LineAnswerer, stopping: Callable[[], bool]) -> bool:
+    def end(self, stopping: Callable[[], bool]) -> bool:
         """Ends the batch, which `may_end`: every line that has no answer gets an error. Returns whether it was ended.
 
         stopping: this gateway ends; another one goes on from where this one is.
@@ -170,13 +167,13 @@ class BatchRun:
                     renewed = time.monotonic()
                 number = self.sums.parts
                 if batches.head(job, part_name(number)) is None:
-                    self._give_up(number, answerer, *_WHY[status])
+                    self._give_up(number, *_WHY[status])
                 self.finished.add(number)
                 self._advance()
             batches.finish(job, BatchEnd(status=status, at=int(time.time()), sums=self.sums))
         return True
 
-    def _give_up(self, number: int, answerer: LineAnswerer, code: str, message: str) -> None:
+    def _give_up(self, number: int, code: str, message: str) -> None:
         try:
             lines, results, _ = self.read_part(number)
         except ObjectNotFound:
@@ -186,7 +183,7 @@ class BatchRun:
             lines, results = [], PartResults()
         for index, line in enumerate(lines):
             if index not in results:
-                results.add(index, answerer.unanswered(LinePlace(self.job, number, index, line), code, message))
+                results.add(index, unanswered(LinePlace(self.job, number, index, line), code, message))
         self.store("results", number, results)
 
     def _advance(self) -> None:

@@ -80,15 +80,15 @@ class BatchWorker:
     _metrics: BatchMetrics
 
     def __post_init__(self) -> None:
-        self._metrics.open.set_function(lambda: len(self._runs))
+        self._metrics.open.set_function(lambda: len(self.runs))
         self._metrics.oldest_seconds.set_function(
-            lambda: max((time.time() - run.job.created_at for run in list(self._runs.values())), default=0.0)
+            lambda: max((time.time() - run.job.created_at for run in list(self.runs.values())), default=0.0)
         )
         self._allowance = Allowance(MAX_LINES, self._waiting)
-        self._runs: dict[tuple[str, str], BatchRun] = {}  # by owner and id
+        self.runs: dict[tuple[str, str], BatchRun] = {}  # of open batches, by owner and id
         self._in_hand = 0  # parts
         self._lock = threading.Lock()  # guards runs' parts, and `_in_hand`
-        self._woken = threading.Event()
+        self.woken = threading.Event()  # if set, the worker looks at once, because a batch was created or cancelled
         self._stopping = threading.Event()
         self._parts = ThreadPool(MAX_PARTS + 1, "batch-part")
         self._lines = ThreadPool(MAX_LINES, "batch-line")
@@ -96,23 +96,13 @@ class BatchWorker:
 
     def start(self) -> None:
         self._looks.start()
-        threading.Thread(
-            target=self._hold.keep, args=(lambda: self.has_open_batches,), name="batches-hold", daemon=True
-        ).start()
-
-    @property
-    def has_open_batches(self) -> bool:
-        return bool(self._runs)
-
-    def wake(self) -> None:
-        """Makes the worker look at once, because a batch was created or cancelled."""
-        self._woken.set()
+        threading.Thread(target=self._hold.keep, args=(lambda: bool(self.runs),), name="batches-hold", daemon=True).start()
 
     def stop(self) -> None:
         """Gives up the lines that are being answered, and leaves them to other gateways. Does not wait."""
         self._stopping.set()
-        self._hold.stop()
-        self._woken.set()
+        self._hold.over.set()
+        self.woken.set()
 
     def join(self, seconds: float) -> None:
         """Waits at most `seconds` after `stop`, until what is answered is stored."""
@@ -138,25 +128,25 @@ class BatchWorker:
                 _log.exception("looking for batches failed")
             if self._in_hand and time.monotonic() - ticked_at >= TICK_SECONDS:
                 ticked_at = time.monotonic()
-                self._allowance.tick(MAX_LINES // 8 if any(run.due() for run in self._runs.values()) else 0)
-            self._woken.wait(TICK_SECONDS if self._in_hand else LOOK_SECONDS if self._runs else IDLE_LOOK_SECONDS)
-            self._woken.clear()
+                self._allowance.tick(MAX_LINES // 8 if any(run.due() for run in self.runs.values()) else 0)
+            self.woken.wait(TICK_SECONDS if self._in_hand else LOOK_SECONDS if self.runs else IDLE_LOOK_SECONDS)
+            self.woken.clear()
 
     def _look(self) -> None:
         """Learns which batches are open, and how far they are."""
         open_ = set()
         for place, opened in self._batches.open():
             open_.add(place)
-            if place in self._runs:
+            if place in self.runs:
                 continue
             job = self._batches.find(*place)
             if job is not None:
-                self._runs[place] = BatchRun(self._batches, job)
+                self.runs[place] = BatchRun(self._batches, job)
             elif (datetime.now(UTC) - opened).total_seconds() > _CREATING_SECONDS:  # the gateway died that created it
                 self._batches.close(*place)
-        for place, run in list(self._runs.items()):
+        for place, run in list(self.runs.items()):
             if place not in open_:
-                del self._runs[place]
+                del self.runs[place]
                 run.closed = True
                 continue
             if run.ending:  # the thread that ends it counts its parts
@@ -175,7 +165,7 @@ class BatchWorker:
         """Begins as many parts as may be in memory, first those of batches from which this gateway has fewest."""
         while self._in_hand < MAX_PARTS and not self._stopping.is_set():
             with self._lock:
-                open_ = sorted(self._runs.values(), key=lambda run: (len(run.taken), run.job.expires_at))
+                open_ = sorted(self.runs.values(), key=lambda run: (len(run.taken), run.job.expires_at))
                 chosen = ((run, run.next_part()) for run in open_ if run.goes_on())
                 run, number = next((each for each in chosen if each[1] is not None), (None, None))
                 if run is None or number is None:
@@ -200,7 +190,7 @@ class BatchWorker:
             run.taken.discard(number)
             if finished:
                 run.finished.add(number)
-        self._woken.set()
+        self.woken.set()
 
     def _expire(self) -> None:
         try:
@@ -212,7 +202,7 @@ class BatchWorker:
 
     def _end(self, run: BatchRun) -> None:
         try:
-            if run.end(self._answerer, self._stopping.is_set):
+            if run.end(self._stopping.is_set):
                 if not self._tell(run.job):
                     run.pause(LEASE_SECONDS)
                     return
@@ -227,7 +217,7 @@ class BatchWorker:
             run.pause(_PAUSE_SECONDS)
         finally:
             run.ending = False
-            self._woken.set()
+            self.woken.set()
 
 
 @dataclass(eq=False, slots=True)
@@ -277,7 +267,9 @@ class _Part:
         return whole
 
     def _stopped(self) -> bool:
-        return self._stopping.is_set() or not self._run.goes_on() or self._run.has_results(self._number)
+        if self._stopping.is_set() or not self._run.goes_on():
+            return True
+        return self._number < self._run.sums.parts or self._number in self._run.finished  # another gateway was faster
 
     def _answer(self, place: LinePlace) -> None:
         result = self._result(place)

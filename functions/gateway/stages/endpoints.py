@@ -134,7 +134,7 @@ class EndpointsWatch:
         self._unknown = False
         chosen = PRIVATE if services is None else f"{SERVICE_LABEL} in ({','.join(services)}),{PRIVATE}"
         names = f"of {', '.join(services)}" if services is not None else "of all Services"
-        self._watch = ObjectWatch(api, chosen, Slice, f"the instances {names}", self._changed, self._lost)
+        self.slices = ObjectWatch(api, chosen, Slice, f"the instances {names}", self._changed, self._lost)
 
     def follow(self, service: str, on_change: OnEndpoints) -> None:
         """Reports the Service's instances to `on_change`: at once if they are known, and after each change."""
@@ -166,12 +166,6 @@ class EndpointsWatch:
         with self._lock:
             followed = self._followed.get(service)
             return 0 if followed is None else len(followed.refused)
-
-    def start(self) -> None:
-        self._watch.start()
-
-    def stop(self) -> None:
-        self._watch.stop()
 
     def _changed(self, slices: Mapping[str, Slice], changed: Slice | None) -> None:
         by_service: dict[str, list[Slice]] = {}

@@ -130,15 +130,19 @@ class KubernetesAPI:
 
     def list(self, selector: str) -> bytes:
         """The objects that `selector` matches, as JSON. Raises KubernetesError."""
-        return self._request("GET", self._address(selector))
+        return self._request("GET", f"{self._url}?{urlencode({'labelSelector': selector})}")
 
     def watch(self, selector: str, resource_version: str) -> urllib3.BaseHTTPResponse:
         """Opens a stream of the changes after `resource_version`; the caller closes it. Raises KubernetesError or Expired."""
-        lasts = f"{max(1.0, self._watch_seconds):.0f}"
-        address = self._address(
-            selector, watch="1", resourceVersion=resource_version, allowWatchBookmarks="true", timeoutSeconds=lasts
-        )
+        parameters = {
+            "labelSelector": selector,
+            "watch": "1",
+            "resourceVersion": resource_version,
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": f"{max(1.0, self._watch_seconds):.0f}",
+        }
         timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=self._watch_seconds + self._silence_seconds)
+        address = f"{self._url}?{urlencode(parameters)}"
         response = self._pool.request("GET", address, headers=self._headers(), timeout=timeout, preload_content=False)
         if response.status != 200:
             response.read(cache_content=True)
@@ -159,9 +163,6 @@ class KubernetesAPI:
         response = self._pool.request(method, url, body=body, headers=headers, timeout=timeout)
         _check(response)
         return response.data
-
-    def _address(self, selector: str, **parameters: str) -> str:
-        return f"{self._url}?{urlencode({'labelSelector': selector, **parameters})}"
 
     def _headers(self) -> dict[str, str]:
         """The Authorization header. The token is read for each request, because Kubernetes rotates it."""

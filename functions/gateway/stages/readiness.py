@@ -50,9 +50,10 @@ class EarlyReadiness:
                 self._on_change(stage, None)
                 return
             self._known[stage] = endpoints
-            self._ready &= set(self._starting())
+            starting = set(self._starting())
+            self._ready &= starting
             self._tell(stage)
-            asked = [each.url for each in endpoints if _starts(each) and each.url not in self._ready | self._asked]
+            asked = [each.url for each in endpoints if each.url in starting - self._ready - self._asked]
             self._asked.update(asked)
         for url in asked:
             threading.Thread(target=self._ask, args=(stage, url), name="readiness", daemon=True).start()
@@ -62,7 +63,8 @@ class EarlyReadiness:
         self._sender.close()
 
     def _starting(self) -> list[str]:
-        return [each.url for endpoints in self._known.values() for each in endpoints if _starts(each)]
+        known = (each for endpoints in self._known.values() for each in endpoints)
+        return [each.url for each in known if not each.ready and not each.terminating]
 
     def _tell(self, stage: int) -> None:
         told = [replace(each, ready=True) if each.url in self._ready else each for each in self._known.get(stage, ())]
@@ -94,7 +96,3 @@ class EarlyReadiness:
         except (DeliveryError, Problem):
             return False
         return reply.status == 200 and bytes(reply.body) == _PASSED
-
-
-def _starts(endpoint: Endpoint) -> bool:
-    return not endpoint.ready and not endpoint.terminating

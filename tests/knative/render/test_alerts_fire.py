@@ -45,7 +45,7 @@ class Gateway:
     members: tuple[MemberState, ...] = ()  # of the gateway of a fleet
 
     def __post_init__(self) -> None:
-        self.metrics.watch(["0:6"], lambda _: self.refused)
+        self.metrics.refused_addresses.labels("0:6").set_function(lambda: self.refused)
         self.metrics.registry.register(SchedulerCollector(lambda: self.stats, ["0:6"]))
         self.metrics.queue_limit.set(256)
         self.metrics.ready.set(1)

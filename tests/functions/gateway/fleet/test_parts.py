@@ -25,7 +25,7 @@ def a_part(published: Published, monkeypatch: pytest.MonkeyPatch, read: Callable
     environ = gateway_environment(published, ["http://127.0.0.1:9"] * len(CUT))
     version = Version("tiny", "tiny", None, environ, cast("GatewayConfig", read_config(environ)))
     found = Parts(None, 2**40, lambda *_: nullcontext())
-    found.start()
+    found.thread.start()
     yield found, version
     found.close()
 

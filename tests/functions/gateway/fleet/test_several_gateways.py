@@ -37,7 +37,7 @@ class Cluster:
     def gateway(self, name: str, max_devices: int = 1) -> Iterator[Grants]:
         record = LeaseRecord(KubernetesAPI(self.api.url, "default", LEASES), LEASE, name)
         found = Grants(max_devices, lambda: [each.services for each in self.versions], self._pods, record, name)
-        found.start()
+        found.thread.start()
         try:
             yield found
         finally:

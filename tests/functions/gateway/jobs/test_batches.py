@@ -266,7 +266,6 @@ def test_a_batch_ends_with_its_window(client: openai.OpenAI) -> None:
 
 
 def test_a_part_that_the_store_does_not_show_is_not_passed_over(published: Published) -> None:
-    answerer = LineAnswerer(cast(Any, None), cast(Any, None))  # all lines are given up
     with PayloadStore(published.store) as store:
         objects = JobObjects(store, "unseen")
         files = Files(objects)
@@ -278,9 +277,9 @@ def test_a_part_that_the_store_does_not_show_is_not_passed_over(published: Publi
         objects.delete(key)
         run = BatchRun(batches, job)
         with pytest.raises(ObjectNotFound):
-            run.end(answerer, lambda: False)
+            run.end(lambda: False)
         objects.put(key, part)
-        assert run.end(answerer, lambda: False)
+        assert run.end(lambda: False)
         (errors,) = batches.results_files(job)
         assert b"".join(files.read("me", errors)).count(b"\n") == errors.lines == 3 * PART_LINES
         objects.delete(f"me/runs/{job.id}/results/{part_name(2)}")
@@ -319,7 +318,7 @@ def test_a_part_is_counted_once_while_the_batch_is_ended(published: Published, m
         metrics = BatchMetrics(CollectorRegistry())
         running = BatchWorker(batches, answerer, lambda: 0, lambda _: True, Hold(cast(Any, None), None), metrics)
         running.start()
-        wait_until(lambda: not running.has_open_batches and looked > 0 and batches.end_of(job) is not None)
+        wait_until(lambda: not running.runs and looked > 0 and batches.end_of(job) is not None)
         running.stop()
         (errors,) = batches.results_files(job)
         assert errors.lines == count

@@ -72,11 +72,11 @@ def watching(
     api = KubernetesAPI(server.url, "lamina", **seconds)  # type: ignore[arg-type]
     told.watch = EndpointsWatch(api, pods, ["stage-0", "stage-1"])
     told.watch.follow("stage-0", on_change or told)
-    told.watch.start()
+    told.watch.slices.start()
     try:
         yield told
     finally:
-        told.watch.stop()
+        told.watch.slices.stop()
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_one_watch_reports_each_service_to_its_own_follower(server: WatchServer)
     told, other = Told(), Told()
     watch = EndpointsWatch(KubernetesAPI(server.url, "lamina"), PODS)
     watch.follow("stage-0", told)
-    watch.start()
+    watch.slices.start()
     try:
         told.wait(FIRST)
         watch.follow("stage-1", other)
@@ -125,7 +125,7 @@ def test_one_watch_reports_each_service_to_its_own_follower(server: WatchServer)
         other.wait(SECOND)
         assert told.all == [[FIRST]], "the other Service's changes, or its own after it left, were told"
     finally:
-        watch.stop()
+        watch.slices.stop()
     assert len([each for each in server.requests if "watch=1" in each]) == 1
 
 
@@ -267,7 +267,7 @@ def test_an_unavailable_api_is_retried() -> None:
         with WatchServer(port) as server:
             server.put(slice_of("one", FIRST_READY))
             told.wait(FIRST)
-            told.watch.stop()
+            told.watch.slices.stop()
 
 
 def test_a_listener_that_fails_is_called_again(server: WatchServer, caplog: pytest.LogCaptureFixture) -> None:
