@@ -77,8 +77,7 @@ class ClientLimits:
             if not limit:
                 continue
             windows = self._counted()
-            allows = windows.hit if unit == "requests" else windows.test
-            if not allows(limit, self.scope, unit, client_id):
+            if not windows.allows(limit, self.scope, unit, client_id, counts=unit == "requests"):
                 seconds = windows.seconds_left(limit, self.scope, unit, client_id)
                 raise RateLimited(f"{limit} {unit} a minute are what this client may have; ask again in {seconds} s", seconds)
 
@@ -141,13 +140,9 @@ class SlidingWindows:
         self._local = SlidingWindowCounterRateLimiter(MemoryStorage())
         self._lock = threading.Lock()
 
-    def test(self, limit: int, *names: str) -> bool:
-        """Whether a counter of the last minute is below `limit`. Counts nothing."""
-        return self._ask(lambda limiter: limiter.test(_a_minute(limit), *names))
-
-    def hit(self, limit: int, *names: str) -> bool:
-        """Adds one to a counter of the last minute if it is below `limit`, and returns whether it was."""
-        return self._ask(lambda limiter: limiter.hit(_a_minute(limit), *names))
+    def allows(self, limit: int, *names: str, counts: bool) -> bool:
+        """Whether a counter of the last minute is below `limit`. counts: adds one to it if it is."""
+        return self._ask(lambda limiter: (limiter.hit if counts else limiter.test)(_a_minute(limit), *names))
 
     def charge(self, limit: int, cost: int, *names: str) -> None:
         """Adds `cost` to a counter of the last minute, but at most what is left up to `limit`.

@@ -125,7 +125,7 @@ def _choose_micro_batch(state: SchedulerState, sequence: Sequence, now: float, e
         instances = batch.route.instances
         saved_chunks = sum(map(held.at, instances)) / len(instances) / limits.chunk_tokens
         sequences = (len(batch.sequences) + 1) * placement.slowness(batch.route)
-        return batch.route.lacks(sequence.reserve_tokens), sequences - saved_chunks
+        return any(each.lacks(sequence.reserve_tokens) for each in instances), sequences - saved_chunks
 
     open_batches = [
         batch
@@ -143,9 +143,10 @@ def _needs_other_instances(state: SchedulerState, current: Items[MicroBatch], se
 
     A few long sequences may fill a pod before they fill a micro-batch. False if no more micro-batches are allowed.
     """
-    if not all(batch.route.lacks(sequence.reserve_tokens) for batch in current):
+    tokens = sequence.reserve_tokens
+    if not all(any(instance.lacks(tokens) for instance in batch.route.instances) for batch in current):
         return False
-    return sequence.reserve_tokens <= state.placement.free_tokens() and len(current) < state.micro_batches_allowed()
+    return tokens <= state.placement.free_tokens() and len(current) < state.micro_batches_allowed()
 
 
 def _reserve(state: SchedulerState, batch: MicroBatch, sequences: Items[Sequence], *, in_order: bool = False) -> Reserve:

@@ -242,10 +242,12 @@ def begin_prompt_steps(state: SchedulerState, now: float) -> list[Trip]:
     """
     prompts_of: dict[tuple[Instance, ...], list[Sequence]] = {}
     for batch in state.micro_batches:
-        if batch.target is None and batch.route.instances[0].prompts.idle and not batch.route.suspended(now):
+        instances = batch.route.instances
+        suspended = max([instance.suspended_until for instance in instances]) > now
+        if batch.target is None and instances[0].prompts.idle and not suspended:
             prompts = [sequence for sequence in batch.sequences if _has_prompt_chunk(state, sequence)]
             if prompts:
-                prompts_of.setdefault(batch.route.instances, []).extend(prompts)
+                prompts_of.setdefault(instances, []).extend(prompts)
     if not prompts_of:
         return []
     under_way = sum(
@@ -257,7 +259,7 @@ def begin_prompt_steps(state: SchedulerState, now: float) -> list[Trip]:
     token_seconds = max(stage.prompt_token_seconds for stage in state.stats.stages) or 1.0  # unknown: the shortest is next
 
     def due(sequence: Sequence) -> float:
-        lacking = len(sequence.tokens) - sequence.progress.held_everywhere
+        lacking = len(sequence.tokens) - min(sequence.progress.held)
         return sequence.waiting_since + _DUE_FACTOR * token_seconds * lacking
 
     def turn(item: tuple[tuple[Instance, ...], list[Sequence]]) -> tuple[int, float]:

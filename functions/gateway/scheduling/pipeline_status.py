@@ -62,7 +62,7 @@ def pipeline_status(state: SchedulerState) -> PipelineStatus:
     """Takes a snapshot of the pipeline. The caller holds the scheduler's lock."""
     now, cold, stages = time.monotonic(), set(state.placement.cold()), []
     for stage, stats in enumerate(state.stats.stages):
-        instances = tuple(_instance_status(instance, now) for instance in state.placement.instances(stage))
+        instances = tuple(_instance_status(instance, now) for instance in state.placement.stages[stage].values())
         start = state.wake_ups.last_start(stage)
         stages.append(StageStatus(instances, stats.steps, stats.seconds, stage in cold, start))
     return PipelineStatus(
@@ -103,7 +103,7 @@ def progress_of(state: SchedulerState, sequence: Sequence) -> ProgressEvent | No
         return ProgressEvent("turn", f"turn in the queue, {len(waiting)} waiting", waiting=len(waiting))
     if not sequence.reserved:
         return ProgressEvent("memory", "memory at the stages")
-    held, total = sequence.progress.held_everywhere, len(sequence.tokens)
+    held, total = min(sequence.progress.held), len(sequence.tokens)
     if held + 1 < total:
         percent = 100 * held // total
         return ProgressEvent("prompt", f"prompt, {percent} %", percent=percent)

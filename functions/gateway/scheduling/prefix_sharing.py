@@ -60,7 +60,7 @@ def follow(sequence: Sequence, state: SchedulerState) -> None:
     if sequence.follow_failed or sequence.retry_budget.failures_here or not sequence.at_rest or sequence.stream.over:
         return
     assert sequence.route is not None
-    leader, leader_tokens = None, sequence.progress.held_everywhere + MIN_SHARED_TOKENS - 1
+    leader, leader_tokens = None, min(sequence.progress.held) + MIN_SHARED_TOKENS - 1
     for batch in state.micro_batches:
         for other in batch.sequences if batch.route.instances == sequence.route.instances else ():
             shared = BLOCK_TOKENS * common_blocks(sequence.reserved_chain, other.reserved_chain)
@@ -79,7 +79,7 @@ def leader_is_done(sequence: Sequence, state: SchedulerState) -> bool:
         return True
     if leader.route.instances != sequence.route.instances:
         return True
-    return leader.progress.held_everywhere >= sequence.leader_tokens
+    return min(leader.progress.held) >= sequence.leader_tokens
 
 
 def stop_following(sequence: Sequence, held_before: int) -> None:
@@ -89,8 +89,8 @@ def stop_following(sequence: Sequence, held_before: int) -> None:
     the prefix, the sequence does not follow again.
     """
     assert sequence.leader is not None
-    found_nothing = sequence.progress.held_everywhere <= held_before
-    sequence.follow_failed = found_nothing and sequence.leader.progress.held_everywhere >= sequence.leader_tokens
+    found_nothing = min(sequence.progress.held) <= held_before
+    sequence.follow_failed = found_nothing and min(sequence.leader.progress.held) >= sequence.leader_tokens
     sequence.leader = None
 
 

@@ -204,7 +204,7 @@ def reservation_over(state: SchedulerState, wanted: Reserve, reservation: Reserv
         if sequence.handing_over is not None and not restoring:
             state.release_at((sequence.handing_over,), sequence)
             sequence.handing_over = None
-        held_before = sequence.progress.held_everywhere
+        held_before = min(sequence.progress.held)
         for stage, tokens in enumerate(held, wanted.instances[0].stage):
             sequence.progress.found(stage, min(tokens, len(sequence.tokens) - 1))
         if sequence.leader is not None:

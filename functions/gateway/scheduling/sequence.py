@@ -59,10 +59,6 @@ class Progress:
         self.held = [0] * num_stages  # tokens that each stage holds
         self.sent = [0] * num_stages  # and those that it holds or gets by chunks in flight
 
-    @property
-    def held_everywhere(self) -> int:
-        return min(self.held)
-
     def next_chunk(self, total_tokens: int, max_tokens: int) -> Chunk | None:
         """The next chunk of a sequence of `total_tokens`, at most `max_tokens` long.
 

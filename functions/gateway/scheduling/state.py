@@ -101,7 +101,7 @@ class SchedulerState:
         if now >= self._lacking_until:
             tokens = sum(len(sequence.tokens) for sequence in self.waiting)
             for batch in self.micro_batches:
-                tokens += sum(len(each.tokens) - each.progress.held_everywhere - 1 for each in batch.sequences)
+                tokens += sum(len(each.tokens) - min(each.progress.held) - 1 for each in batch.sequences)
             seconds = [stage.prompt_token_seconds for stage in self.stats.stages]
             ready = self.placement.ready_counts()
             self._lacking = lacking_instances(tokens, seconds, ready, self.limits.prompt_seconds)

@@ -184,7 +184,7 @@ class BacklogSignals:
         sent: list[Release] = []
         for stage, instances_lacking in enumerate(lacking):
             count, tokens = IN_FLIGHT_PER_INSTANCE * instances_lacking, _NEVER_FREE_TOKENS
-            if needed and not placement.has_memory(stage, needed):
+            if needed and all(instance.lacks(needed) for instance in placement.usable(stage)):
                 count, tokens = max(count, len(backlog.sequences)), needed
             if not count:
                 continue

@@ -68,7 +68,7 @@ class WakeUps:
         starting = [
             instance
             for stage in placement.cold()
-            for instance in placement.instances(stage)
+            for instance in placement.stages[stage].values()
             if not (instance.ready or instance.terminating or instance.is_service)
         ]
         self._asked_at = {instance: self._asked_at.get(instance, 0.0) for instance in starting}
@@ -79,7 +79,7 @@ class WakeUps:
 
     def loaded_percent(self, placement: Placement, stage: int) -> int:
         """How much of a cold stage's weights its furthest instance has loaded. -1: unknown, or no instance starts."""
-        told = [self.told[instance] for instance in placement.instances(stage) if instance in self.told]
+        told = [self.told[instance] for instance in placement.stages[stage].values() if instance in self.told]
         return max((100 * reply.loaded_bytes // reply.total_bytes for reply in told if reply.total_bytes), default=-1)
 
     def round_over(self) -> None:

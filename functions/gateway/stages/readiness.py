@@ -53,7 +53,8 @@ class EarlyReadiness:
             starting = set(self._starting())
             self._ready &= starting
             self._tell(stage)
-            asked = [each.url for each in endpoints if each.url in starting - self._ready - self._asked]
+            new = starting - self._ready - self._asked
+            asked = [each.url for each in endpoints if each.url in new]
             self._asked.update(asked)
         for url in asked:
             threading.Thread(target=self._ask, args=(stage, url), name="readiness", daemon=True).start()

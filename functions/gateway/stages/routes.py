@@ -144,6 +144,10 @@ class Instance:
     def usable(self, now: float) -> bool:
         return self.ready and self.awake and not self.terminating and not self.suspended(now)
 
+    def lacks(self, reserve_tokens: int) -> bool:
+        """Whether it has, by its last reply, fewer free KV tokens than `reserve_tokens`."""
+        return self.free_tokens is not None and self.free_tokens < reserve_tokens
+
     def replied(self, boot: str, free_tokens: int | None, before: str = "", lineage: str = "") -> None:
         """Records a reply. before, lineage: of the input and of what was computed from it; empty `lineage`: not said."""
         self.failures = 0
@@ -215,14 +219,6 @@ class Route:
         self.instances = (*self.instances[: instance.stage], instance, *self.instances[instance.stage + 1 :])
         return left
 
-    def suspended(self, now: float) -> bool:
-        """Whether an instance of the route failed recently and is suspended."""
-        return max([instance.suspended_until for instance in self.instances]) > now
-
-    def lacks(self, reserve_tokens: int) -> bool:
-        """Whether an instance of the route has, by its last reply, fewer free KV tokens than `reserve_tokens`."""
-        return any(_lacks(instance, reserve_tokens) for instance in self.instances)
-
     def close(self) -> None:
         for instance in self.instances:
             instance.routes -= 1
@@ -240,7 +236,7 @@ class Placement:
         self.service_urls = tuple(service_urls)
         self._pods_only = pods_only
         self.num_stages = len(service_urls)
-        self._stages: list[dict[str, Instance]] = [{} for _ in service_urls]  # by URL
+        self.stages: list[dict[str, Instance]] = [{} for _ in service_urls]  # all known instances of each, by URL
         self._current: list[list[Instance]] = [[] for _ in service_urls]  # ready, of the newest revision that has any
         self._numbers = [count(1) for _ in service_urls]
         for stage in () if watched else range(len(service_urls)):
@@ -251,7 +247,7 @@ class Placement:
 
         Instances that it does not report any more count as terminating, so that routes leave them.
         """
-        known = self._stages[stage]
+        known = self.stages[stage]
         seen = {endpoint.url: endpoint for endpoint in endpoints}
         for url in known.keys() - seen.keys():
             instance = known.pop(url)
@@ -266,15 +262,11 @@ class Placement:
         """Called if the instances of `stage` cannot be known: routes use its Service URL until `update` is called."""
         url = self.service_urls[stage]
         if self._pods_only:
-            self._stages[stage].clear()
+            self.stages[stage].clear()
             self._choose_current(stage)
-        elif url not in self._stages[stage]:
+        elif url not in self.stages[stage]:
             self._add(stage, Instance(stage, url, is_service=True, awake=False))
             self._choose_current(stage)
-
-    def instances(self, stage: int) -> list[Instance]:
-        """All known instances of `stage`, whether they take work or not."""
-        return list(self._stages[stage].values())
 
     def usable(self, stage: int) -> list[Instance]:
         """Instances that may be given work now."""
@@ -291,7 +283,7 @@ class Placement:
 
     def woken(self, stage: int) -> None:
         """Records that the Service URL of `stage` replied, so that routes may use it."""
-        for instance in self._stages[stage].values():
+        for instance in self.stages[stage].values():
             if instance.is_service:
                 instance.awake, instance.failures, instance.suspended_until = True, 0, 0.0
 
@@ -320,13 +312,9 @@ class Placement:
         def load(instance: Instance) -> tuple[bool, float, bool]:
             saved = held.at(instance)
             routes = (instance.routes + 1) * slowness.get(instance.url, 1.0)
-            return _lacks(instance, reserve_tokens), routes - min(1.0, saved / TOKENS_OF_A_ROUTE), not saved
+            return instance.lacks(reserve_tokens), routes - min(1.0, saved / TOKENS_OF_A_ROUTE), not saved
 
         return min(usable, key=load, default=None)
-
-    def has_memory(self, stage: int, reserve_tokens: int) -> bool:
-        """Whether some usable instance of `stage` has, by its last reply, `reserve_tokens` free KV tokens."""
-        return any(not _lacks(instance, reserve_tokens) for instance in self.usable(stage))
 
     def free_tokens(self) -> float:
         """The largest reservation for which each stage has a usable instance, by the last replies; infinity: unknown."""
@@ -347,7 +335,7 @@ class Placement:
 
     def leaving(self, instance: Instance) -> tuple[str, ...]:
         """URLs of other instances of the same stage that terminate and still answer."""
-        others = self._stages[instance.stage].values()
+        others = self.stages[instance.stage].values()
         urls = [other.url for other in others if other.terminating and not other.is_service and other is not instance]
         return tuple(urls[:MAX_PEERS])
 
@@ -386,16 +374,16 @@ class Placement:
 
     def next_resumption(self, now: float) -> float:
         """When the next suspension ends, in time.monotonic(); infinity if none is pending."""
-        ends = [each.suspended_until for known in self._stages for each in known.values() if each.suspended_until > now]
+        ends = [each.suspended_until for known in self.stages for each in known.values() if each.suspended_until > now]
         return min(ends, default=math.inf)
 
     def _add(self, stage: int, instance: Instance) -> Instance:
         instance.number = next(self._numbers[stage])
-        self._stages[stage][instance.url] = instance
+        self.stages[stage][instance.url] = instance
         return instance
 
     def _choose_current(self, stage: int) -> None:
-        ready = [instance for instance in self._stages[stage].values() if instance.ready and not instance.terminating]
+        ready = [instance for instance in self.stages[stage].values() if instance.ready and not instance.terminating]
         newest = max([_revision_order(instance.revision) for instance in ready], default=None)
         self._current[stage] = [instance for instance in ready if _revision_order(instance.revision) == newest]
 
@@ -409,10 +397,6 @@ def slowness_of(instances: Sequence[Instance]) -> dict[str, float]:
     quickest = min((instance.pace for instance in measured), default=1.0)
     paces = {instance.url: instance.pace / quickest for instance in measured if instance.slow}
     return {url: pace for url, pace in paces.items() if pace >= _QUICK_BELOW}
-
-
-def _lacks(instance: Instance, reserve_tokens: int) -> bool:
-    return instance.free_tokens is not None and instance.free_tokens < reserve_tokens
 
 
 def _revision_order(revision: str) -> tuple[int, str]:

@@ -126,18 +126,19 @@ class ControlTokens:
             return self._tokenizers[splitting]
 
 
-class _GuardedDict(dict[Any, Any]):
+class _Guarded:
     """Keeps guards if a template writes it as Python does."""
 
     def __repr__(self) -> str:
         return with_guards(super().__repr__())
 
 
-class _GuardedList(list[Any]):
-    """Keeps guards if a template writes it as Python does."""
+class _GuardedDict(_Guarded, dict[Any, Any]):
+    pass
 
-    def __repr__(self) -> str:
-        return with_guards(super().__repr__())
+
+class _GuardedList(_Guarded, list[Any]):
+    pass
 
 
 def _is_control(token: AddedToken) -> bool:

@@ -168,7 +168,7 @@ def test_a_clients_deadline_counts_against_no_stage() -> None:
             tokens_of(submit(scheduler, [1, 2], 5, deadline_seconds=0.2))
         wait_until(lambda: not scheduler.stats().trips, "the end of the event")
         resumed.set()
-        instances = [scheduler._state.placement.instances(stage)[0] for stage in range(3)]
+        instances = [next(iter(known.values())) for known in scheduler._state.placement.stages]
         assert [instance.failures for instance in instances] == [0, 0, 0]
         assert all(instance.awake for instance in instances)
         answers_of(scheduler, [[1, 2]], max_tokens=2)

@@ -89,7 +89,7 @@ def paced(instance: Instance, times_as_slow: float, passes: int, now: float) -> 
 
 def test_an_instance_at_a_third_of_its_peers_speed_gets_a_quarter_of_the_routes() -> None:
     placed = placement("slow", "quick")
-    slow, quick = placed.instances(1)
+    slow, quick = placed.stages[1].values()
     routes = [placed.place(1) for _ in range(4)]
     assert (slow.routes, quick.routes) == (2, 2)
     now = time.monotonic()
@@ -110,7 +110,7 @@ def test_an_instance_at_a_third_of_its_peers_speed_gets_a_quarter_of_the_routes(
 
 def test_a_slow_instance_without_routes_gets_a_try_after_a_while() -> None:
     placed = placement("slow", "quick")
-    slow, quick = placed.instances(1)
+    slow, quick = placed.stages[1].values()
     long_ago = time.monotonic() - 60
     paced(slow, 3.0, 30, long_ago)
     paced(quick, 1.0, 1, time.monotonic())
@@ -121,7 +121,7 @@ def test_a_slow_instance_without_routes_gets_a_try_after_a_while() -> None:
 
 def test_stages_that_are_slow_as_a_whole_have_no_slow_instance() -> None:
     placed = placement("x", "y")
-    for instance in placed.instances(1):
+    for instance in placed.stages[1].values():
         paced(instance, 3.0, 30, time.monotonic())
     assert placed.slowness(placed.place(1)) == 1.0
 
