@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Final, Literal
 from eventing.wire.events import MAX_DRAFT_TOKENS, StageWeights
 from functions.configuration import parsers
 from functions.configuration.api_keys import ApiKey
-from functions.configuration.objective import Objective, parse_objective
+from functions.configuration.objective import Objective
 from functions.configuration.parsers import LayerRange
-from functions.configuration.pass_times import PassTimes, parse_pass_times
+from functions.configuration.pass_times import PassTimes
 from functions.configuration.settings import REQUIRED, ConfigError, Key, keys, optional, read, setting
 from storage.store.settings import StoreSettings
 
@@ -215,7 +215,7 @@ class StageConfig(CommonConfig):
     sleep_seconds: float = setting("LAMINA_SLEEP_SECONDS", parsers.seconds, "with sleep, duration of a forward pass", "0.03")
     sleep_pass_times: PassTimes | None = optional(  # noqa: RUF009
         "LAMINA_SLEEP_PASS_TIMES",
-        parse_pass_times,
+        parsers.json_object(PassTimes, f"with any of {', '.join(PassTimes.__struct_fields__)}, numbers from 0 to 3600"),
         "instead: durations of an emulated device, as JSON (functions/configuration/pass_times.py)",
     )
     sleep_bytes_per_second: int | None = optional(
@@ -432,7 +432,7 @@ class GatewayConfig(CommonConfig, ClientsConfig):
     )
     objective: Objective | None = optional(  # noqa: RUF009
         "LAMINA_OBJECTIVE",
-        parse_objective,
+        parsers.json_object(Objective, 'such as {"first_token_seconds": 2, "token_seconds": 0.2}'),
         "what answers shall keep, as JSON: first_token_seconds, token_seconds, share; unset: there is no objective",
     )
     draft_tokens: int = setting(

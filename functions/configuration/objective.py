@@ -25,11 +25,3 @@ class Objective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """Whether an answer of `tokens` tokens is within. Both times begin with the request."""
         later = (total_seconds - first_token_seconds) / max(1, tokens - 1)
         return first_token_seconds <= self.first_token_seconds and later <= self.token_seconds
-
-
-def parse_objective(text: str) -> Objective:
-    """Parses a JSON object with fields of Objective. Raises a ValueError that says what is allowed."""
-    try:
-        return msgspec.json.decode(text, type=Objective)
-    except msgspec.MsgspecError as error:
-        raise ValueError(f'an object of JSON such as {{"first_token_seconds": 2, "token_seconds": 0.2}} ({error})') from error

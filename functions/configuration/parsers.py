@@ -4,13 +4,17 @@ import ipaddress
 import math
 import re
 from collections.abc import Callable
+from typing import TypeVar
 from urllib.parse import urlsplit
+
+import msgspec
 
 from functions.configuration.api_keys import ApiKey, parse_keys
 
 MAX_SECONDS = 10_000_000  # about 115 days; waits for a lock are limited to about 9e9 (threading.TIMEOUT_MAX)
 
 LayerRange = tuple[int, int]
+T = TypeVar("T")
 
 
 def one_of(*allowed: str) -> Callable[[str], str]:
@@ -32,6 +36,18 @@ def integer(lowest: int, highest: int | None = None) -> Callable[[str], int]:
         if number < lowest or (highest is not None and number > highest):
             raise ValueError(allowed)
         return number
+
+    return parse
+
+
+def json_object(type_: type[T], allowed: str) -> Callable[[str], T]:
+    """Parses a JSON object with the fields of `type_`. allowed: what it may be, for errors."""
+
+    def parse(value: str) -> T:
+        try:
+            return msgspec.json.decode(value, type=type_)
+        except msgspec.MsgspecError as error:
+            raise ValueError(f"an object of JSON {allowed} ({error})") from error
 
     return parse
 

@@ -47,12 +47,3 @@ def pairs(position: float, length: float) -> float:
     position: number of tokens before the new ones. length: number of new tokens.
     """
     return length * (position + (length + 1) / 2)
-
-
-def parse_pass_times(text: str) -> PassTimes:
-    """Parses a JSON object with fields of PassTimes. Raises a ValueError that says what is allowed."""
-    try:
-        return msgspec.json.decode(text, type=PassTimes)
-    except msgspec.MsgspecError as error:
-        fields = ", ".join(PassTimes.__struct_fields__)
-        raise ValueError(f"an object of JSON with any of {fields}, numbers from 0 to 3600 ({error})") from error

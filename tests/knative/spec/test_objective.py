@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 from prometheus_client import start_http_server
 
 from bench.pipeline import local_spec
 from eventing.problems import InvalidRequest, PipelineUnavailable
-from functions.configuration.objective import Objective, parse_objective
+from functions.configuration.objective import Objective
 from functions.gateway.answers.metrics import GatewayMetrics
 from functions.gateway.scheduling.batching import IN_FLIGHT_PER_INSTANCE
 from knative.commands.local_pods import objective_line
@@ -78,7 +79,7 @@ def test_the_gateway_gets_the_objective_and_stages_the_settings() -> None:
     pipeline = ResolvedPipeline(spec(GIVEN | {"pass_seconds": PASSES}), ((0, 1), (1, 2), (2, 3), (3, 4)), "0" * 64)
     env = gateway_service(pipeline)["spec"]["template"]["spec"]["containers"][0]["env"]
     (value,) = (each["value"] for each in env if each["name"] == "LAMINA_OBJECTIVE")
-    assert parse_objective(value) == Objective(first_token_seconds=2, token_seconds=0.2, share=0.95)
+    assert msgspec.json.decode(value, type=Objective) == Objective(first_token_seconds=2, token_seconds=0.2, share=0.95)
     annotations = stage_service(pipeline, 0)["spec"]["template"]["metadata"]["annotations"]
     assert annotations["autoscaling.knative.dev/target"] == "2.38"
 
