@@ -3,6 +3,5 @@
 `gateway` and `stage` share only the wire format, `eventing.wire`. Code that both need is in `configuration`, `hosting` and
 `observing`.
 
-May import: functions.configuration, functions.hosting, functions.observing, functions.gateway, functions.gateway.fleet,
-functions.stage.serving.
+May import: functions.configuration, functions.hosting, functions.gateway, functions.gateway.fleet, functions.stage.serving.
 """
