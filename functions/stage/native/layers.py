@@ -220,7 +220,9 @@ class NativeThreads:
     """A pool of C threads that share the work of a pass. They end when this object is garbage-collected."""
 
     def __init__(self, library: Library) -> None:
-        self.pool = library.new_pool()
+        self.pool: int | None = library.functions["lamina_new_pool"]()
+        if self.pool is None:
+            raise MemoryError("no memory for a pool of threads")
         self.count = 1  # threads that compute, the caller's included
         weakref.finalize(self, library.functions["lamina_free_pool"], self.pool)
 
@@ -342,32 +344,22 @@ class NativeLayers:
             self._group.low_floats = max(self._group.low_floats, adapter.low_floats)
 
     def run(
-        self, hidden: Array, rotations: Array, segments: Sequence[SegmentArrays], threads: int, inputs: Array | None = None
-    ) -> None:
-        """Computes one pass. Overwrites hidden, float32 [n, streams, hidden_size], with the layers' output. Raises NativeError.
-
-        rotations: cosines and sines, float32 [rotations, n, head_dim / 2, 2]. threads: how many compute, this one included.
-        inputs: of the layers besides hidden states, float32 [layers, n, input_size].
-        """
-        self._run(len(hidden), hidden, rotations, segments, threads, inputs)
-
-    def repeat(self, segment: SegmentArrays, threads: int) -> None:
-        """Changes a sequence's states again by its draft tokens [position, position + length), from what `kept` has of them.
-
-        Raises NativeError.
-        """
-        self._run(segment.length, None, None, [segment], threads)
-
-    def _run(
         self,
-        rows: int,
         hidden: Array | None,
         rotations: Array | None,
         segments: Sequence[SegmentArrays],
         threads: int,
         inputs: Array | None = None,
     ) -> None:
-        """hidden: None to repeat."""
+        """Computes one pass. Overwrites hidden, float32 [n, streams, hidden_size], with the layers' output. Raises NativeError.
+
+        rotations: cosines and sines, float32 [rotations, n, head_dim / 2, 2]. threads: how many compute, this one included.
+        inputs: of the layers besides hidden states, float32 [layers, n, input_size].
+
+        Without hidden and rotations it repeats: it changes the states of the one segment's sequence by its draft tokens
+        [position, position + length) again, from what `kept` has of them.
+        """
+        rows = segments[0].length if hidden is None else len(hidden)
         threads = min(threads, MOST_THREADS)
         most_tokens = 0
         records = (SegmentRecord * len(segments))()
@@ -381,7 +373,7 @@ class NativeLayers:
                 )
                 record.copies, record.copied_at = memory_of(states.copies), memory_of(states.copied_at)
             most_tokens = max(most_tokens, position + length)
-        needed = self._library.pass_bytes(self._group, rows, most_tokens, threads)
+        needed = self._library.bytes_for("lamina_pass_bytes", self._group, rows, most_tokens, threads)
         if self._workspace.bytes < needed:
             self._workspace_array = new_workspace(needed)
             self._workspace = memory_of(self._workspace_array)
@@ -395,11 +387,7 @@ class NativeLayers:
             segments=MemoryRecord(ctypes.addressof(records), ctypes.sizeof(records)),
             workspace=self._workspace,
         )
-        self._library.run_layers(self.threads.pool, self._group, forward_pass)
-
-    def linear(self, matrix: MatrixArrays) -> "NativeLinear":
-        """A function that multiplies by a matrix outside the layers, with the same pool of threads."""
-        return NativeLinear(self._library, self.threads, matrix)
+        self._library.call("lamina_run_layers", self.threads.pool, self._group, forward_pass)
 
 
 class NativeLinear:
@@ -417,7 +405,7 @@ class NativeLinear:
         y = np.empty((len(x), self._matrix.outs), np.float32)
         if len(x) == 0:
             return y
-        workspace = new_workspace(self._library.product_bytes(self._matrix, len(x), threads))
+        workspace = new_workspace(self._library.bytes_for("lamina_product_bytes", self._matrix, len(x), threads))
         product = ProductRecord(
             matrix=self._matrix,
             rows=len(x),
@@ -426,7 +414,7 @@ class NativeLinear:
             y=memory_of(y),
             workspace=memory_of(workspace),
         )
-        self._library.multiply(self._threads.pool, product)
+        self._library.call("lamina_multiply", self._threads.pool, product)
         return y
 
 

@@ -71,67 +71,25 @@ class Library:
 
     def use_level(self, name: str) -> None:
         """Uses another level than the best one, in the whole process. For tests. Raises ValueError if this CPU lacks it."""
-        status = self.functions["lamina_use_level"](self.levels.index(name))
-        if status:
-            raise self._error(status)
+        self.call("lamina_use_level", self.levels.index(name))
 
-    def new_pool(self) -> int:
-        """Creates a pool of threads and returns its address, for `run_layers` and `multiply`. Raises MemoryError."""
-        pool: int | None = self.functions["lamina_new_pool"]()
-        if pool is None:
-            raise MemoryError("no memory for a pool of threads")
-        return pool
+    def call(self, name: str, *arguments: Any) -> None:
+        """Calls a function of `c/native.h` that returns a status. Raises NativeError.
 
-    def run_layers(self, pool: int, group: GroupRecord, forward_pass: PassRecord) -> None:
-        """Runs one pass through the group's layers. pool: serves one call at a time. Raises NativeError."""
-        status = self.functions["lamina_run_layers"](pool, ctypes.byref(group), ctypes.byref(forward_pass))
-        if status:
-            raise self._error(status)
-
-    def multiply(self, pool: int, product: ProductRecord) -> None:
-        """Multiplies by one matrix. pool: serves one call at a time. Raises NativeError."""
-        status = self.functions["lamina_multiply"](pool, ctypes.byref(product))
-        if status:
-            raise self._error(status)
-
-    def draw(self, pool: int | None, draws: DrawsRecord) -> None:
-        """Draws tokens into their records. pool: serves one call at a time; None: for one thread. Raises NativeError."""
-        status = self.functions["lamina_draw"](pool, ctypes.byref(draws))
-        if status:
-            raise self._error(status)
-
-    def softmax(self, softmax: SoftmaxRecord) -> None:
-        """Computes the results of a softmax into its record. Raises NativeError."""
-        status = self.functions["lamina_softmax"](ctypes.byref(softmax))
-        if status:
-            raise self._error(status)
-
-    def pass_bytes(self, group: GroupRecord, rows: int, most_tokens: int, threads: int) -> int:
-        """Bytes of temporary memory that a pass needs. Raises NativeError for sizes that are not allowed.
-
-        rows: tokens of the pass. most_tokens: length of its longest sequence after the pass.
+        Records are passed by reference. A pool among the arguments serves one call at a time; None: this thread alone computes.
         """
-        needed: int = self.functions["lamina_pass_bytes"](ctypes.byref(group), rows, most_tokens, threads)
-        if needed < 0:
-            raise self._error(-needed)
-        return needed
+        if status := self.functions[name](*arguments):
+            raise NativeError(self.functions["lamina_message"](status).decode())
 
-    def product_bytes(self, matrix: MatrixRecord, rows: int, threads: int) -> int:
-        """Bytes of temporary memory to multiply `rows` rows by a matrix. Raises NativeError for sizes that are not allowed."""
-        needed: int = self.functions["lamina_product_bytes"](ctypes.byref(matrix), rows, threads)
-        if needed < 0:
-            raise self._error(-needed)
-        return needed
+    def bytes_for(self, name: str, *arguments: Any) -> int:
+        """Calls a function of `c/native.h` that says how much temporary memory another one needs.
 
-    def draw_bytes(self, vocabulary: int, threads: int) -> int:
-        """Bytes of temporary memory to draw tokens. Raises NativeError for sizes that are not allowed."""
-        needed: int = self.functions["lamina_draw_bytes"](vocabulary, threads)
+        Raises NativeError for sizes that are not allowed.
+        """
+        needed: int = self.functions[name](*arguments)
         if needed < 0:
-            raise self._error(-needed)
+            raise NativeError(self.functions["lamina_message"](-needed).decode())
         return needed
-
-    def _error(self, status: int) -> NativeError:
-        return NativeError(self.functions["lamina_message"](status).decode())
 
 
 UNAVAILABLE: Final = (NoCompiler, CompilationFailed, OSError, ImportError)

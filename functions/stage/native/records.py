@@ -68,8 +68,9 @@ class Dtype(IntEnum):
     FLOAT_BLOCKS = 5
 
 
-def _numbers(*names: str) -> list[tuple[str, Any]]:
-    return [(name, ctypes.c_int64) for name in names]
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    """Fields of one type that follow each other. names: with spaces in between."""
+    return [(name, kind) for name in names.split()]
 
 
 class MemoryRecord(ctypes.Structure):
@@ -78,78 +79,47 @@ class MemoryRecord(ctypes.Structure):
 
 class MatrixRecord(ctypes.Structure):
     _fields_ = (
-        *_numbers("dtype", "outs", "width"),
-        ("weights", MemoryRecord),
-        ("scales", MemoryRecord),
-        ("biases", MemoryRecord),
-        ("order", MemoryRecord),
-        ("formats", ctypes.c_int64 * PARTS),
-        ("ends", ctypes.c_int64 * PARTS),
+        *_fields(ctypes.c_int64, "dtype outs width"),
+        *_fields(MemoryRecord, "weights scales biases order"),
+        *_fields(ctypes.c_int64 * PARTS, "formats ends"),
     )
 
 
 class NormRecord(ctypes.Structure):
-    _fields_ = (*_numbers("kind"), ("gain", MemoryRecord), ("biases", MemoryRecord))
+    _fields_ = (("kind", ctypes.c_int64), *_fields(MemoryRecord, "gain biases"))
 
 
 class ExpertRecord(ctypes.Structure):
-    _fields_ = (("gate", MatrixRecord), ("up", MatrixRecord), ("down", MatrixRecord))
+    _fields_ = _fields(MatrixRecord, "gate up down")
 
 
 class ExpertsRecord(ctypes.Structure):
     _fields_ = (
         ("experts", MemoryRecord),
-        ("router", MatrixRecord),
-        ("narrow", MatrixRecord),
-        ("widen", MatrixRecord),
-        ("correction", MemoryRecord),
-        ("used", MemoryRecord),
-        ("used_at", MemoryRecord),
-        ("scales", MemoryRecord),
-        ("before", NormRecord),
-        ("before_router", NormRecord),
-        ("after", NormRecord),
-        ("after_shared", NormRecord),
-        *_numbers(
-            "num_experts",
-            "chosen",
-            "scores",
-            "groups",
-            "chosen_groups",
-            "two_of_group",
-            "normalized",
-            "shared_gate",
-        ),
-        ("normal_eps", ctypes.c_double),
-        ("scale", ctypes.c_double),
-        ("threshold", ctypes.c_double),
+        *_fields(MatrixRecord, "router narrow widen"),
+        *_fields(MemoryRecord, "correction used used_at scales"),
+        *_fields(NormRecord, "before before_router after after_shared"),
+        *_fields(ctypes.c_int64, "num_experts chosen scores groups chosen_groups two_of_group normalized shared_gate"),
+        *_fields(ctypes.c_double, "normal_eps scale threshold"),
     )
 
 
 class RecurrentRecord(ctypes.Structure):
     _fields_ = (
-        *_numbers(
-            "kind", "taps", "channels", "groups", "key_size", "heads", "head_size", "norm_parts", "gate_first", "channels_at",
-            "query_at", "key_at", "value_at", "gate_at", "steps_at", "tail_at", "matrix_at", "kept_at",
+        *_fields(
+            ctypes.c_int64,
+            "kind taps channels groups key_size heads head_size norm_parts gate_first channels_at query_at "
+            "key_at value_at gate_at steps_at tail_at matrix_at kept_at",
         ),
-        ("in", MatrixRecord),
-        ("steps", MatrixRecord),
-        ("out", MatrixRecord),
-        ("kernel", MemoryRecord),
-        ("kernel_biases", MemoryRecord),
-        ("rates", MemoryRecord),
-        ("step_biases", MemoryRecord),
-        ("skips", MemoryRecord),
+        *_fields(MatrixRecord, "in steps out"),
+        *_fields(MemoryRecord, "kernel kernel_biases rates step_biases skips"),
         ("norm", NormRecord),
-        ("eps", ctypes.c_double),
-        ("gate_scale", ctypes.c_double),
-        ("step_scale", ctypes.c_double),
-        ("out_scale", ctypes.c_double),
-    )  # fmt: skip
+        *_fields(ctypes.c_double, "eps gate_scale step_scale out_scale"),
+    )
 
 
 class BudgetRecord(ctypes.Structure):
-    _fields_ = tuple(_numbers("most_bytes", "bytes", "clock", "found", "read"))
+    _fields_ = _fields(ctypes.c_int64, "most_bytes bytes clock found read")
 
 
 class LatentRecord(ctypes.Structure):
@@ -158,9 +128,8 @@ class LatentRecord(ctypes.Structure):
         ("query_norm", NormRecord),
         ("queries", MatrixRecord),
         ("norm", NormRecord),
-        ("absorb", MemoryRecord),
-        ("expand", MemoryRecord),
-        *_numbers("rank", "nope", "rope", "value_size"),
+        *_fields(MemoryRecord, "absorb expand"),
+        *_fields(ctypes.c_int64, "rank nope rope value_size"),
         ("eps", ctypes.c_double),
     )
 
@@ -169,11 +138,9 @@ class StreamsRecord(ctypes.Structure):
     _fields_ = (
         ("router", MatrixRecord),
         ("norm", NormRecord),
-        ("predict", MatrixRecord),
-        ("correct", MatrixRecord),
+        *_fields(MatrixRecord, "predict correct"),
         ("scale", MemoryRecord),
-        ("narrow", MatrixRecord),
-        ("widen", MatrixRecord),
+        *_fields(MatrixRecord, "narrow widen"),
         ("after", NormRecord),
     )
 
@@ -183,96 +150,51 @@ class LayerRecord(ctypes.Structure):
         ("before_attention", NormRecord),
         ("qkv", MatrixRecord),
         ("latent", MemoryRecord),
-        ("qk", NormRecord),
-        ("value", NormRecord),
+        *_fields(NormRecord, "qk value"),
         ("sinks", MemoryRecord),
         ("out", MatrixRecord),
-        ("after_attention", NormRecord),
-        ("before_mlp", NormRecord),
-        ("gate", MatrixRecord),
-        ("up", MatrixRecord),
-        ("down", MatrixRecord),
+        *_fields(NormRecord, "after_attention before_mlp"),
+        *_fields(MatrixRecord, "gate up down"),
         ("experts", MemoryRecord),
         ("after_mlp", NormRecord),
-        ("input_gate", MatrixRecord),
-        ("input_out", MatrixRecord),
+        *_fields(MatrixRecord, "input_gate input_out"),
         ("after_input", NormRecord),
         ("streams", MemoryRecord),
-        *_numbers(
-            "qk_as_one",
-            "qk_rotated",
-            "gates",
-            "activation",
-            "sparse",
-            "parallel",
-            "window",
-            "ring",
-            "query_rotation",
-            "key_rotation",
+        *_fields(
+            ctypes.c_int64,
+            "qk_as_one qk_rotated gates activation sparse parallel window ring query_rotation key_rotation",
         ),
-        ("score_scale", ctypes.c_double),
-        ("score_cap", ctypes.c_double),
-        ("attention_scale", ctypes.c_double),
-        ("mlp_scale", ctypes.c_double),
-        ("gate_scale", ctypes.c_double),
-        ("output_scale", ctypes.c_double),
+        *_fields(ctypes.c_double, "score_scale score_cap attention_scale mlp_scale gate_scale output_scale"),
         ("swiglu", ctypes.c_double * 2),
         ("xielu", ctypes.c_double * 4),
         ("cutoff", ctypes.c_double),
-        *_numbers("kv_heads", "head_dim", "reads_kv", "kv_row", "kv_pages"),
+        *_fields(ctypes.c_int64, "kv_heads head_dim reads_kv kv_row kv_pages"),
         ("recurrent", RecurrentRecord),
     )
 
 
 class LowRankRecord(ctypes.Structure):
     _fields_ = (
-        *_numbers("dtype"),
-        ("ranks", ctypes.c_int64 * LOW_PARTS),
-        ("ends", ctypes.c_int64 * LOW_PARTS),
+        ("dtype", ctypes.c_int64),
+        *_fields(ctypes.c_int64 * LOW_PARTS, "ranks ends"),
         ("scales", ctypes.c_double * LOW_PARTS),
-        ("a", MemoryRecord),
-        ("b", MemoryRecord),
+        *_fields(MemoryRecord, "a b"),
     )
 
 
 class AdapterLayerRecord(ctypes.Structure):
-    _fields_ = tuple((name, LowRankRecord) for name in ("qkv", "out", "gate", "up", "down"))
+    _fields_ = _fields(LowRankRecord, "qkv out gate up down")
 
 
 class GroupRecord(ctypes.Structure):
     _fields_ = (
-        ("layers", MemoryRecord),
-        ("arena", MemoryRecord),
-        ("budget", MemoryRecord),
-        ("adapters", MemoryRecord),
-        *_numbers(
-            "num_layers",
-            "hidden_size",
-            "inner_size",
-            "expert_size",
-            "most_experts",
-            "most_chosen",
-            "heads",
-            "head_dim",
-            "row_numbers",
-            "latent_outs",
-            "query_size",
-            "value_size",
-            "num_pages",
-            "page_bytes",
-            "kv_dtype",
-            "rotations",
-            "kv_rows",
-            "input_size",
-            "streams",
-            "recurrent_inputs",
-            "recurrent_outputs",
-            "recurrent_heads",
-            "state_values",
-            "kept_values",
-            "low_floats",
-            "rounds",
-            "bidirectional",
+        *_fields(MemoryRecord, "layers arena budget adapters"),
+        *_fields(
+            ctypes.c_int64,
+            "num_layers hidden_size inner_size expert_size most_experts most_chosen heads head_dim row_numbers "
+            "latent_outs query_size value_size num_pages page_bytes kv_dtype rotations kv_rows input_size "
+            "streams recurrent_inputs recurrent_outputs recurrent_heads state_values kept_values low_floats "
+            "rounds bidirectional",
         ),
         ("eps", ctypes.c_double),
     )
@@ -281,60 +203,39 @@ class GroupRecord(ctypes.Structure):
 class SegmentRecord(ctypes.Structure):
     _fields_ = (
         ("pages", MemoryRecord),
-        *_numbers("position", "length"),
-        ("states", MemoryRecord),
-        ("copies", MemoryRecord),
-        ("copied_at", MemoryRecord),
-        ("kept", MemoryRecord),
-        *_numbers("kept_from", "adapter"),
+        *_fields(ctypes.c_int64, "position length"),
+        *_fields(MemoryRecord, "states copies copied_at kept"),
+        *_fields(ctypes.c_int64, "kept_from adapter"),
     )
 
 
 class PassRecord(ctypes.Structure):
     _fields_ = (
-        *_numbers("rows", "threads", "repeats"),
-        ("hidden", MemoryRecord),
-        ("inputs", MemoryRecord),
-        ("rotations", MemoryRecord),
-        ("segments", MemoryRecord),
-        ("workspace", MemoryRecord),
+        *_fields(ctypes.c_int64, "rows threads repeats"),
+        *_fields(MemoryRecord, "hidden inputs rotations segments workspace"),
     )
 
 
 class ProductRecord(ctypes.Structure):
-    _fields_ = (
-        ("matrix", MatrixRecord),
-        *_numbers("rows", "threads"),
-        ("x", MemoryRecord),
-        ("y", MemoryRecord),
-        ("workspace", MemoryRecord),
-    )
+    _fields_ = (("matrix", MatrixRecord), *_fields(ctypes.c_int64, "rows threads"), *_fields(MemoryRecord, "x y workspace"))
 
 
 class DrawRecord(ctypes.Structure):
     _fields_ = (
-        ("logits", MemoryRecord),
-        ("allowed", MemoryRecord),
+        *_fields(MemoryRecord, "logits allowed"),
         ("temperature", ctypes.c_double),
         ("top_k", ctypes.c_int64),
-        ("top_p", ctypes.c_double),
-        ("min_p", ctypes.c_double),
-        *_numbers("seed", "position", "token"),
+        *_fields(ctypes.c_double, "top_p min_p"),
+        *_fields(ctypes.c_int64, "seed position token"),
     )
 
 
 class DrawsRecord(ctypes.Structure):
-    _fields_ = (("draws", MemoryRecord), *_numbers("threads"), ("workspace", MemoryRecord))
+    _fields_ = (("draws", MemoryRecord), ("threads", ctypes.c_int64), ("workspace", MemoryRecord))
 
 
 class SoftmaxRecord(ctypes.Structure):
-    _fields_ = (
-        ("scores", MemoryRecord),
-        ("weights", MemoryRecord),
-        ("keys", MemoryRecord),
-        ("top", MemoryRecord),
-        ("log_sum", ctypes.c_double),
-    )
+    _fields_ = (*_fields(MemoryRecord, "scores weights keys top"), ("log_sum", ctypes.c_double))
 
 
 RECORDS: Final[Sequence[type[ctypes.Structure]]] = (

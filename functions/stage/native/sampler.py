@@ -43,12 +43,6 @@ class _Scratch(threading.local):
         self.keys = np.empty(0, np.uint64)
         self.workspace = np.empty(0, np.uint8)
 
-    def memory(self, size: int) -> tuple[MemoryRecord, MemoryRecord]:
-        """Temporary memory for weights and keys of `size` tokens. The next call may free it."""
-        if len(self.weights) < size:
-            self.weights, self.keys = np.empty(size, np.float32), np.empty(size, np.uint64)
-        return memory_of(self.weights), memory_of(self.keys)
-
 
 _scratch: Final = _Scratch()
 
@@ -65,11 +59,12 @@ def draw(draws: Sequence[Draw], threads: NativeThreads | None = None) -> list[in
         record.temperature, record.top_k, record.top_p, record.min_p = each.temperature, each.top_k, each.top_p, each.min_p
         record.seed, record.position = each.seed, each.position
     count = 1 if threads is None else min(threads.count, len(draws))
-    needed = library().draw_bytes(len(draws[0].logits), count)
+    needed = library().bytes_for("lamina_draw_bytes", len(draws[0].logits), count)
     if len(_scratch.workspace) < needed:
         _scratch.workspace = new_workspace(needed)
     memory = MemoryRecord(ctypes.addressof(records), ctypes.sizeof(records))
-    library().draw(None if threads is None else threads.pool, DrawsRecord(memory, count, memory_of(_scratch.workspace)))
+    wanted = DrawsRecord(memory, count, memory_of(_scratch.workspace))
+    library().call("lamina_draw", None if threads is None else threads.pool, wanted)
     return [None if record.token < 0 else record.token for record in records]
 
 
@@ -78,8 +73,9 @@ def softmax(scores: Array, count: int) -> tuple[float, list[int]]:
 
     Raises NativeError if a score is a NaN or the greatest is infinite.
     """
-    weights, keys = _scratch.memory(len(scores))
+    if len(_scratch.weights) < len(scores):
+        _scratch.weights, _scratch.keys = np.empty(len(scores), np.float32), np.empty(len(scores), np.uint64)
     top = np.empty(count, np.int64)
-    record = SoftmaxRecord(memory_of(scores), weights, keys, memory_of(top))
-    library().softmax(record)
+    record = SoftmaxRecord(memory_of(scores), memory_of(_scratch.weights), memory_of(_scratch.keys), memory_of(top))
+    library().call("lamina_softmax", record)
     return record.log_sum, top.tolist()

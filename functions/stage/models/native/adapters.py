@@ -1,6 +1,7 @@
 """Packs an adapter's matrices as `LowRank` of `c/native.h` has them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -39,20 +40,16 @@ def pack_layer(model: Decoder, layer: Layer, found: Mapping[str, LowRank], narro
     parts = [(taken_qkv[name], rows) for name, rows in of_qkv]
     if any(part for part, _ in parts):
         ends = np.cumsum([len(rows) for _, rows in parts])
-        packed["qkv"] = _packed([None if part is None else _with_rows(part, rows) for part, rows in parts], ends, narrow)
+        packed["qkv"] = _packed([None if part is None else replace(part, b=part.b[rows]) for part, rows in parts], ends, narrow)
     if layer.feed_forward is not None and layer.feed_forward.gated and gate == up:
         inner, both = layer.feed_forward.inner_size, take(up)
         if both is not None:
-            packed["gate"] = _packed([_with_rows(both, np.arange(inner))], [inner], narrow)
-            packed["up"] = _packed([_with_rows(both, inner + np.arange(inner))], [inner], narrow)
+            packed["gate"] = _packed([replace(both, b=both.b[:inner])], [inner], narrow)
+            packed["up"] = _packed([replace(both, b=both.b[inner:])], [inner], narrow)
     for place, name in (("out", names.out), ("gate", gate), ("up", up), ("down", down)):
         if place not in packed and (taken := take(name) if name in left else None) is not None:
             packed[place] = _packed([taken], [len(taken.b)], narrow)
     return packed
-
-
-def _with_rows(low: LowRank, rows: Array) -> LowRank:
-    return LowRank(low.a, low.b[rows], low.scale)
 
 
 def _packed(parts: Sequence[LowRank | None], ends: Sequence[int] | Array, narrow: bool) -> LowRankArrays:

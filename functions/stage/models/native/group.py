@@ -106,7 +106,7 @@ class NativeGroup:
             state_values=self._places.state_values,
             kept_values=self._places.kept_values,
         )
-        self.kv.repeat = lambda segment: self._layers.repeat(segment, self.native_threads.count)
+        self.kv.repeat = lambda segment: self._layers.run(None, None, [segment], self.native_threads.count)
         self._kv_places = dict(zip(kv_owners, self.kv.places, strict=True))
         self._rotations = Rotations(model)
         self.short_context = self._rotations.short_context
@@ -131,7 +131,7 @@ class NativeGroup:
                 num_pages=len(self.kv.arena),
                 page_bytes=self.kv.arena.shape[1],
                 kv_dtype=kv_numbers,
-                rotations=len(self._rotations),
+                rotations=len(self._rotations.tables),
                 kv_rows=len(self.kv.windowed),
                 input_size=0 if model.layer_input is None else model.layer_input.size,
                 streams=0 if model.streams is None else model.streams.count,
@@ -207,15 +207,15 @@ class NativeGroup:
         if needs_embedding and f"{names.embedding}.weight" in others:
             self._embedding = others.matrix(names.embedding)
         if self._inputs is not None:
-            self._inputs.place(others, self._layers)
+            self._inputs.place(others, self.native_threads)
         if self._streams is not None:
-            self._streams.place(others, self._layers)
+            self._streams.place(others, self.native_threads)
         if self.first_layer == 0 and f"{names.positions}.weight" in others:
             self._positions = others.vector(f"{names.positions}.weight")
         if self._is_last and f"{names.final_norm}.weight" in others:
             self._final_norm = take_norm(names.final_norm, self._model.final_norm, others)
         if self._is_last and f"{names.head}.weight" in others:
-            self._head = self._layers.linear(others.matrix(names.head, self._model.head_bias))
+            self._head = NativeLinear(library(), self.native_threads, others.matrix(names.head, self._model.head_bias))
         elif self._is_last and f"{names.head}.bias" in others:
             self._tied_head_biases = others.vector(f"{names.head}.bias")
 
@@ -223,7 +223,8 @@ class NativeGroup:
         """Makes the group ready to run. Raises MissingTensors, naming the weights that `place` never got."""
         has_biases = self._tied_head_biases is not None or not self._model.head_bias
         if self._is_last and self._head is None and self._model.tied and self._embedding is not None and has_biases:
-            self._head = self._layers.linear(replace(self._embedding, biases=self._tied_head_biases))
+            tied = replace(self._embedding, biases=self._tied_head_biases)
+            self._head = NativeLinear(library(), self.native_threads, tied)
         check_placed(
             self._model,
             self.first_layer,
@@ -293,7 +294,7 @@ class NativeGroup:
             rows = slice(first, min(first + at_once, len(inputs)))
             parts = segments_within(segments, rows.start, rows.stop)
             arrays = [
-                SegmentArrays(self.kv.table(part.handle), part.position, part.length, states[part.handle], part.adapter)
+                SegmentArrays(self.kv.tables[part.handle], part.position, part.length, states[part.handle], part.adapter)
                 for part in parts
             ]
             given = None if of_layers is None else np.ascontiguousarray(of_layers[:, rows])

@@ -8,7 +8,8 @@ import numpy as np
 from functions.stage.models.floats import Array, Float32
 from functions.stage.models.native.layer_weights import take_norm
 from functions.stage.models.native.weights import NativeWeights, rows_of, with_rows
-from functions.stage.native.layers import MatrixArrays, NativeLayers, NativeLinear, NormArrays
+from functions.stage.native.layers import MatrixArrays, NativeLinear, NativeThreads, NormArrays
+from functions.stage.native.library import library
 from storage.checkpoints.decoder import Decoder
 
 
@@ -28,14 +29,15 @@ class LayerInputs:
     def is_placed(self) -> bool:
         return self._embedding is not None and self._projection is not None and self._norm is not None
 
-    def place(self, weights: NativeWeights, layers: NativeLayers) -> None:
-        """Removes from `weights` what it needs of them. layers: whose threads compute."""
+    def place(self, weights: NativeWeights, threads: NativeThreads) -> None:
+        """Removes from `weights` what it needs of them. threads: compute the products."""
         names = self._names
         if f"{names.layer_embedding}.weight" in weights:
             self._embedding = weights.matrix(names.layer_embedding)
         if f"{names.layer_projection}.weight" in weights:
             rows = np.arange(self._columns.start, self._columns.stop)
-            self._projection = layers.linear(with_rows(weights.matrix(names.layer_projection), rows))
+            projection = with_rows(weights.matrix(names.layer_projection), rows)
+            self._projection = NativeLinear(library(), threads, projection)
         if f"{names.layer_projection_norm}.weight" in weights:
             self._norm = take_norm(names.layer_projection_norm, self._input.norm, weights)
 

@@ -92,7 +92,8 @@ def take_layer(model: Decoder, layer: Layer, weights: NativeWeights) -> LayerArr
         matrices |= take_feed_forward(feed_forward, names_of_feed_forward(names, layer.experts), weights)
         if feed_forward.activation == "xielu":
             numbers["xielu"] = _xielu(names.activation, weights)
-    if (one := any_feed_forward(layer)) is not None:
+    # The shared expert has the activation of the others.
+    if (one := layer.feed_forward if layer.experts is None else layer.experts.each) is not None:
         numbers |= {
             "activation": Activation[one.activation.upper()],
             "gate_scale": one.gate_scale,
@@ -122,11 +123,7 @@ def _streams(model: Decoder, streams: Streams, weights: NativeWeights) -> Stream
 
 def take_norm(name: str, norm: Norm, weights: NativeWeights) -> NormArrays:
     """Removes the gain and biases of a norm from `weights`. Raises MissingTensors."""
-
-    def every_number(part: str) -> Float32:
-        return weights.vector(f"{name}.{part}")
-
-    return _norm(norm, every_number)
+    return _norm(norm, lambda part: weights.vector(f"{name}.{part}"))
 
 
 def _norm(norm: Norm, vector: Callable[[str], Float32]) -> NormArrays:
@@ -212,11 +209,6 @@ def _latent(model: Decoder, attention: Attention, weights: NativeWeights) -> Lat
         value_size=value_size,
         eps=latent.norm.eps,
     )
-
-
-def any_feed_forward(layer: Layer) -> FeedForward | None:
-    """A feed-forward of the layer, if it has any. The shared expert has the activation of the others."""
-    return layer.feed_forward if layer.experts is None else layer.experts.each
 
 
 def take_feed_forward(

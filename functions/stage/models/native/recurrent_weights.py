@@ -31,11 +31,11 @@ class StatePlaces:
         for layer in layers:
             own = layer.recurrent
             tails.append(states)
-            matrices.append(states if own is None else states + (own.kernel - 1) * channels_of(own, hidden_size))
+            matrices.append(states if own is None else states + (own.kernel - 1) * (own.channels or hidden_size))
             kept.append(values)
             if own is not None:
                 states += own.state_values(hidden_size)
-                values += channels_of(own, hidden_size) + 2 * own.num_heads
+                values += (own.channels or hidden_size) + 2 * own.num_heads
         return cls(tuple(tails), tuple(matrices), tuple(kept), states, values)
 
 
@@ -46,17 +46,13 @@ def inputs_of(recurrent: Recurrent, hidden_size: int) -> int:
     return recurrent.channels + recurrent.inner_size + (recurrent.num_heads if recurrent.kind == "mamba" else 0)
 
 
-def channels_of(recurrent: Recurrent, hidden_size: int) -> int:
-    return hidden_size if recurrent.kind == "convolution" else recurrent.channels
-
-
 def take_recurrent(
     model: Decoder, recurrent: Recurrent, places: StatePlaces, slot: int, weights: NativeWeights, residual_scale: float
 ) -> RecurrentArrays:
     """Removes the tensors of a recurrent mixer from `weights`. slot: the layer's number in the group. Raises MissingTensors."""
     prefix, hidden = model.names.recurrent, model.hidden_size
     gate_scale, *channel_scales, step_scale = recurrent.in_scales
-    channels, inner = channels_of(recurrent, hidden), recurrent.inner_size
+    channels, inner = recurrent.channels or hidden, recurrent.inner_size
     kernel = f"{prefix}.{model.names.recurrent_kernel}"
     numbers: dict[str, float] = {
         "taps": recurrent.kernel,

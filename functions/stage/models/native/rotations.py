@@ -18,15 +18,15 @@ class Rotations:
     """All rotations of a model: each of its ropes, and one more for queries that grow with their position."""
 
     def __init__(self, model: Decoder) -> None:
-        self._tables: list[RotationTable] = []
+        self.tables: list[RotationTable] = []
         self._long_tables: dict[int, RotationTable] = {}  # of LongRoPE, by the number of the table that they replace
         self._numbers: dict[str, tuple[int, int]] = {}
         self.short_context: int | None = None  # see `LayerGroup`
         for name, rotation in model.ropes.items():
-            self._tables.append(RotationTable(rotation, model.attention.head_dim))
-            of_keys = of_queries = len(self._tables)
+            self.tables.append(RotationTable(rotation, model.attention.head_dim))
+            of_keys = of_queries = len(self.tables)
             if rotation.query_growth is not None:
-                self._tables.append(RotationTable(rotation, model.attention.head_dim, of_queries=True))
+                self.tables.append(RotationTable(rotation, model.attention.head_dim, of_queries=True))
                 of_queries += 1
             self._numbers[name] = of_queries, of_keys
             if rotation.parameters["rope_type"] == "longrope":
@@ -36,9 +36,6 @@ class Rotations:
                 self.short_context = min(original, self.short_context or original)
         self._head_dim = model.attention.head_dim
 
-    def __len__(self) -> int:
-        return len(self._tables)
-
     def numbers(self, rope: str | None) -> dict[str, int]:
         """The numbers of the rotations of a layer's queries and keys, as `c/native.h` counts them."""
         of_queries, of_keys = (0, 0) if rope is None else self._numbers[rope]
@@ -46,10 +43,10 @@ class Rotations:
 
     def __call__(self, positions: Sequence[int], segments: Sequence[Segment]) -> Float32:
         """positions: of the tokens of all segments. Returns float32 [rotations, len(positions), head_dim / 2, 2]."""
-        if len(self._tables) == 1 and not self._long_tables:
-            return self._tables[0](positions)[None]
-        rows: Float32 = np.empty((len(self._tables), len(positions), self._head_dim // 2, 2), np.float32)
-        for number, table in enumerate(self._tables):
+        if len(self.tables) == 1 and not self._long_tables:
+            return self.tables[0](positions)[None]
+        rows: Float32 = np.empty((len(self.tables), len(positions), self._head_dim // 2, 2), np.float32)
+        for number, table in enumerate(self.tables):
             rows[number] = table(positions)
         first = 0
         for segment in segments if self._long_tables else ():

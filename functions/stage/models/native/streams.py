@@ -4,7 +4,8 @@ import numpy as np
 
 from functions.stage.models.floats import Float32
 from functions.stage.models.native.weights import NativeWeights
-from functions.stage.native.layers import NativeLayers, NativeLinear
+from functions.stage.native.layers import NativeLinear, NativeThreads
+from functions.stage.native.library import library
 from storage.checkpoints.decoder import Decoder
 
 
@@ -26,11 +27,11 @@ class StreamMatrices:
         """Names of tensors that it was not given."""
         return [f"{name}.weight" for name in self._needed if name not in self._matrices]
 
-    def place(self, weights: NativeWeights, layers: NativeLayers) -> None:
-        """Removes from `weights` what it needs of them. layers: whose threads compute."""
+    def place(self, weights: NativeWeights, threads: NativeThreads) -> None:
+        """Removes from `weights` what it needs of them. threads: compute the products."""
         for name in self._needed:
             if f"{name}.weight" in weights:
-                self._matrices[name] = layers.linear(weights.matrix(name))
+                self._matrices[name] = NativeLinear(library(), threads, weights.matrix(name))
 
     def split(self, hidden: Float32, threads: int) -> Float32:
         """The streams of embeddings [n, hidden_size]: float32 [n, streams * hidden_size]."""

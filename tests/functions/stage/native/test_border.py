@@ -140,13 +140,13 @@ def test_too_little_or_unaligned_memory_is_refused(name: str) -> None:
         "hidden": zeros(3, 48),
         "rotations": zeros(3, 10),
         "segments": np.array([[pages.ctypes.data, pages.nbytes, 0, 3, *[0] * 10]], np.int64),
-        "workspace": records.new_workspace(library().pass_bytes(group_record, 3, 3, 1)),
+        "workspace": records.new_workspace(library().bytes_for("lamina_pass_bytes", group_record, 3, 3, 1)),
     }
     memory = {key: memory_of(array) for key, array in arrays.items()}
 
     def run_with(**changed: MemoryRecord) -> None:
         passed = records.PassRecord(rows=3, threads=1, **(memory | changed))
-        library().run_layers(layers.threads.pool, group_record, passed)
+        library().call("lamina_run_layers", layers.threads.pool, group_record, passed)
 
     run_with()
     for wrong in (
