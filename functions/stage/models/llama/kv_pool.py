@@ -24,7 +24,7 @@ _BLOCK_TOKENS: Final = 16  # as many as in a block of a prefix chain
 
 
 class TorchKVPool(KVArena):
-    """Implements `KVCache`. The arena is one tensor [num_layers, 2, num_kv_heads, tokens of all blocks, head_dim]."""
+    """The arena is one tensor [num_layers, 2, num_kv_heads, tokens of all blocks, head_dim]."""
 
     def __init__(
         self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, budget_bytes: int
@@ -78,7 +78,7 @@ class TorchKVPool(KVArena):
 
     def _slots(self, handle: int, first: int, last: int) -> Array:
         tokens = np.arange(first, last)
-        slots: Array = self.table(handle)[0, tokens // _BLOCK_TOKENS].astype(np.int64) * _BLOCK_TOKENS + tokens % _BLOCK_TOKENS
+        slots: Array = self.tables[handle][0, tokens // _BLOCK_TOKENS].astype(np.int64) * _BLOCK_TOKENS + tokens % _BLOCK_TOKENS
         return slots
 
     def _copy_blocks(self, sources: Array, targets: Array) -> None:

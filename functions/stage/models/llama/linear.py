@@ -7,7 +7,7 @@ of gate and up. Decoding 8 sequences, the four matrices of 10 SmolLM2 layers tak
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from torch.nn import functional
@@ -93,51 +93,42 @@ class TorchWeights:
             raise MissingTensors(f"{missing} is missing") from None
 
 
-class Linear(Protocol):
-    """Multiplies activations x [n, in] by a weight matrix W, and adds its biases b. Results are [n, out]."""
+class Linear:
+    """Multiplies activations x [n, in] by a weight matrix W, and adds its biases b. Results are [n, out].
+
+    Subclasses do that; here SiLU, sum and factor are operators of their own.
+    """
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x Wᵀ + b."""
-
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """residual + x Wᵀ + b."""
-
-    def silu(self, x: torch.Tensor) -> torch.Tensor:
-        """silu(x Wᵀ + b)."""
-
-    def times(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        """(x Wᵀ + b) * factor."""
-
-
-class _Unfused:
-    """Implements `Linear` except for the product itself: SiLU, sum and factor are operators of their own."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """residual + x Wᵀ + b."""
         return self(x).add_(residual)
 
     def silu(self, x: torch.Tensor) -> torch.Tensor:
+        """silu(x Wᵀ + b)."""
         return functional.silu(self(x), inplace=True)
 
     def times(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """(x Wᵀ + b) * factor."""
         return self(x).mul_(factor)
 
 
-class PlainLinear(_Unfused):
-    """Implements `Linear` with torch's standard operator, for any device and float dtype."""
+@dataclass(frozen=True, slots=True)
+class PlainLinear(Linear):
+    """Runs torch's standard operator, for any device and float dtype."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._weight = weight
-        self._bias = bias
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self._weight, self._bias)
+        return functional.linear(x, self.weight, self.bias)
 
 
-class OneDnnLinear:
-    """Implements `Linear` for fp32 or bf16 on CPUs with oneDNN's kernels, from a copy of the weight in oneDNN's layout."""
+class OneDnnLinear(Linear):
+    """For fp32 or bf16 on CPUs: oneDNN's kernels, on a copy of the weight in oneDNN's layout."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight.default(weight)
@@ -162,8 +153,8 @@ class OneDnnLinear:
         return y
 
 
-class Int8Linear(_Unfused):
-    """Implements `Linear` for int8 weights and float32 activations on CPUs, if layers cannot run in C.
+class Int8Linear(Linear):
+    """For int8 weights and float32 activations on CPUs, if layers cannot run in C.
 
     Weights have a scale for each output, activations a scale for each row, and each activation is two int8 numbers. Products
     are summed exactly in int32, so a row's result never depends on other rows. The kernel is oneDNN's, which is fast only with
@@ -210,28 +201,28 @@ class Int8Linear(_Unfused):
         return of_whole.add_(of_rest, alpha=1 / _LARGEST), row_scale
 
 
-class CastLinear(_Unfused):
-    """Implements `Linear` for activations of another dtype than the matrix: converts them before, and the result back.
+@dataclass(frozen=True, slots=True)
+class CastLinear(Linear):
+    """For activations of another dtype than the matrix: converts them before, and the result back.
 
-    dtype: of `inner`'s activations. Some matrices of an int8 publication need it, because they were published as floats.
+    Some matrices of an int8 publication need it, because they were published as floats.
     """
 
-    def __init__(self, inner: Linear, dtype: torch.dtype) -> None:
-        self._inner = inner
-        self._dtype = dtype
+    inner: Linear
+    dtype: torch.dtype  # of its activations
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._inner(x.to(self._dtype)).to(x.dtype)
+        return self.inner(x.to(self.dtype)).to(x.dtype)
 
 
-class ConcatLinear(_Unfused):
-    """Implements `Linear` for stacked matrices of different dtypes: multiplies by each and concatenates the results."""
+@dataclass(frozen=True, slots=True)
+class ConcatLinear(Linear):
+    """For stacked matrices of different dtypes: multiplies by each and concatenates the results."""
 
-    def __init__(self, parts: Sequence[Linear]) -> None:
-        self._parts = parts
+    parts: Sequence[Linear]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([part(x) for part in self._parts], 1)
+        return torch.cat([part(x) for part in self.parts], 1)
 
 
 def stacked(matrices: Sequence[Matrix]) -> list[Matrix]:

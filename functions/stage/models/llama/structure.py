@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterable, Sequence
 from msgspec import Struct
 from msgspec.structs import replace
 
-from functions.stage.models.layer_group import KVCache, MissingTensors, Segment
+from functions.stage.models.kv_cache import KVBudget
+from functions.stage.models.layer_group import MissingTensors, Segment
 from functions.stage.models.packed_tensors import WrongShape
 from storage.checkpoints.decoder import (
     Attention,
@@ -72,7 +73,7 @@ def check_placed(
         raise MissingTensors(f"not placed: {', '.join(missing)}")
 
 
-def checked_positions(kv: KVCache, rows: int, segments: Sequence[Segment]) -> list[int]:
+def checked_positions(kv: KVBudget, rows: int, segments: Sequence[Segment]) -> list[int]:
     """Checks the segments of a pass and returns the position of each of its tokens.
 
     rows: tokens of the input. Raises ValueError if the segments do not add up to `rows`, a segment does not begin after the

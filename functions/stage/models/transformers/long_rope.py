@@ -5,6 +5,7 @@ chooses in every call, by the positions in it, and computes a sequence anew when
 the KV cache, so all chunks of a long prompt must have the second set: the engine tells (`Segment.is_long`).
 """
 
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -21,39 +22,36 @@ class UnsupportedRope(ValueError):
     """The position embeddings of this checkpoint's config are not supported. Publish another model."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Rotary:
+    """One module of a model that computes LongRoPE embeddings, with both sets of frequencies."""
+
+    module: Any
+    short: torch.Tensor
+    long: torch.Tensor
+
+
 class LongRope:
     """All modules of a model that compute LongRoPE embeddings. Most models have none: then `choose` does nothing."""
 
     def __init__(self, model: nn.Module) -> None:
         """Raises UnsupportedRope if some kinds of layers use LongRoPE and others do not. No supported family does that."""
         self._rotaries: list[_Rotary] = []
+        self.short_context: int | None = None  # most tokens of a sequence that has the first set of frequencies
         for module in model.modules():
             if getattr(module, "rope_type", None) == _LONGROPE:
-                self._rotaries.append(_Rotary(module))
+                self._rotaries.append(self._rotary(module))
             elif mixes_longrope(module):
                 raise UnsupportedRope("longrope in some kinds of layers and not in others is not supported")
 
-    @property
-    def short_context(self) -> int | None:
-        """Most tokens of a sequence that has the first set of frequencies; None without LongRoPE."""
-        return min((rotary.original for rotary in self._rotaries), default=None)
+    def _rotary(self, module: Any) -> _Rotary:
+        original: int = module.config.rope_parameters["original_max_position_embeddings"]
+        self.short_context = min(original, self.short_context or original)
+        long, _ = ROPE_INIT_FUNCTIONS[_LONGROPE](module.config, "cpu", seq_len=original + 1)
+        module.rope_type = _CHOSEN
+        return _Rotary(module, module.inv_freq, long.to(module.inv_freq.device))
 
     def choose(self, is_long: bool) -> None:
         """Sets the frequencies for the sequence that is computed next."""
         for rotary in self._rotaries:
-            rotary.choose(is_long)
-
-
-class _Rotary:
-    """One module of a model that computes LongRoPE embeddings, with both sets of frequencies."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-        self.original: int = module.config.rope_parameters["original_max_position_embeddings"]
-        self._short: torch.Tensor = module.inv_freq
-        long, _ = ROPE_INIT_FUNCTIONS[_LONGROPE](module.config, "cpu", seq_len=self.original + 1)
-        self._long = long.to(self._short.device)
-        module.rope_type = _CHOSEN
-
-    def choose(self, is_long: bool) -> None:
-        self._module.inv_freq = self._long if is_long else self._short
+            rotary.module.inv_freq = rotary.long if is_long else rotary.short
