@@ -26,6 +26,7 @@ from storage.checkpoints.gguf_format import GgufHeader, GgufTensor, gguf_parts, 
 from storage.checkpoints.gguf_tokenizer import tokenizer_files
 from storage.checkpoints.safetensors_format import read_exactly
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
+from storage.floats import as_bytes
 
 _Type = gguf.GGMLQuantizationType
 _FLOATS: Final = frozenset({_Type.F64, _Type.F32, _Type.F16, _Type.BF16})
@@ -171,8 +172,8 @@ def _source(
     def floats(first: int, last: int) -> memoryview:
         values = np.ascontiguousarray(dequantize(read(first, last)), np.float32)
         if columns is not None:
-            values = np.ascontiguousarray(values[:, columns])
-        return (values + np.float32(shift) if shift else values).reshape(-1).view(np.uint8).data
+            values = values[:, columns]
+        return as_bytes(values + np.float32(shift) if shift else values)
 
     return SourceTensor(
         "F32",
@@ -194,7 +195,7 @@ def _merged(merge: Merge, parts: list[SourceTensor]) -> SourceTensor:
             found = merge.join(*whole)[first:last]
         if not np.isfinite(found).all():
             raise CheckpointInvalid(f"tensors {merge.parts} have values that mean nothing; make the GGUF file again")
-        return np.ascontiguousarray(found).reshape(-1).view(np.uint8).data
+        return as_bytes(found)
 
     shapes = [part.shape for part in parts]
     try:
@@ -239,7 +240,7 @@ def _stacked(parts: list[SourceTensor], order: NDArray[np.intp] | None) -> Sourc
     return SourceTensor(
         "F32",
         (total, *shape),
-        lambda first, last: gathered(floats, first, last).reshape(-1).view(np.uint8).data,
+        lambda first, last: as_bytes(gathered(floats, first, last)),
         any(part.quantized for part in parts),
         None,
         parts[0].stored_as,

@@ -46,7 +46,7 @@ def _heads_apart(config: Mapping[str, Any]) -> NDArray[np.intp]:
     return np.concatenate([part.reshape(keys, -1) for part in parts], axis=1).reshape(-1)
 
 
-def _tiled(config: Mapping[str, Any], width: int) -> NDArray[np.intp]:
+def _tiled(config: Mapping[str, Any], width: int = 1) -> NDArray[np.intp]:
     """The numbers, in the file, of the rows of value heads. The file does not put the heads of one key head side by side.
 
     width: rows of a head.
@@ -54,10 +54,6 @@ def _tiled(config: Mapping[str, Any], width: int) -> NDArray[np.intp]:
     keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
     heads = np.arange(values).reshape(-1, keys).T.reshape(-1)
     return (heads[:, None] * width + np.arange(width)).reshape(-1)
-
-
-def _tiled_heads(config: Mapping[str, Any]) -> NDArray[np.intp]:
-    return _tiled(config, 1)
 
 
 def _tiled_values(config: Mapping[str, Any]) -> NDArray[np.intp]:
@@ -124,7 +120,7 @@ _DELTA_NET: Final = Architecture(
     },
     rows={
         "attn_qkv.weight": _tiled_after_keys, "ssm_conv1d.weight": _tiled_after_keys, "attn_gate.weight": _tiled_values,
-        "ssm_alpha.weight": _tiled_heads, "ssm_beta.weight": _tiled_heads, "ssm_a": _tiled_heads, "ssm_dt.bias": _tiled_heads,
+        "ssm_alpha.weight": _tiled, "ssm_beta.weight": _tiled, "ssm_a": _tiled, "ssm_dt.bias": _tiled,
     },
     columns={"ssm_out.weight": _tiled_values},
     keys={

@@ -44,7 +44,8 @@ def open_folder(folder: Path, text_only: bool = False) -> Checkpoint:
     if settings := _quantization_config(folder, published):
         from storage.checkpoints.quantized import dequantized  # numpy, which only quantized checkpoints need here
 
-        tensors, quantization = dequantized(folder, settings, tensors, _metadata(folder))
+        metadata = {key: text for path in _shards(folder) for key, text in read_header(path)[1].items()}
+        tensors, quantization = dequantized(folder, settings, tensors, metadata)
     left_out: tuple[str, ...] = ()
     if text_only:
         published, tensors, left_out = _text_part(folder, published, tensors)
@@ -91,10 +92,6 @@ def _quantization_config(folder: Path, config: dict[str, Any]) -> object:
         return settings
     stored = read_json(folder / found)
     return {"quant_method": _QUANTIZATION_FILES[found], **(stored.get("quantization") or stored)}
-
-
-def _metadata(folder: Path) -> dict[str, str]:
-    return {key: text for path in _shards(folder) for key, text in read_header(path)[1].items()}
 
 
 def tokenizer_folder(folder: Path) -> dict[str, bytes]:

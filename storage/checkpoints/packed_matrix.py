@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.checkpoints.checkpoint import Blocks, FourBits, SourceTensor
-from storage.floats import FLOATS, read_floats
+from storage.floats import FLOATS, as_bytes, read_floats
 
 Array = NDArray[Any]
 Rows = Callable[[int, int], Array]  # rows [first, last) of something
@@ -96,7 +96,7 @@ def float_source(shape: tuple[int, ...], read: Rows, stored_as: str) -> SourceTe
     def read_rows(first: int, last: int) -> memoryview:
         with np.errstate(all="ignore"):  # a checkpoint may have scales that are 0 or infinite
             rows = read(first, last)
-        return np.ascontiguousarray(rows, np.float32).reshape(-1).view(np.uint8).data
+        return as_bytes(np.asarray(rows, np.float32))
 
     return SourceTensor("F32", shape, read_rows, stored_as=stored_as)
 

@@ -24,7 +24,7 @@ def populate(part: memoryview) -> None:
     """
     # libc's madvise releases the interpreter's lock; `mmap.madvise` holds it, and all threads wait.
     if (libc := _libc()) is not None:
-        libc.madvise(ctypes.addressof(ctypes.c_char.from_buffer(part)), len(part), _MADV_POPULATE_WRITE)
+        libc.madvise(address_of(part), len(part), _MADV_POPULATE_WRITE)
 
 
 def address_of(memory: memoryview) -> int:

@@ -105,7 +105,9 @@ def plan_adapter(folder: Path, base: ModelManifest, config: Mapping[str, Any]) -
                 f"{folder} has {name!r}; served are lora_A and lora_B of linear modules in layers, and nothing of embedding, "
                 f"head or other modules: {_INSTEAD}"
             )
-        modules.setdefault(shapes.full_name(found[1]), {})[found[2]] = tensor
+        # Some checkpoints leave out the prefix of names.
+        module = found[1] if shapes.decoder is None else full_name(shapes.decoder, found[1])
+        modules.setdefault(module, {})[found[2]] = tensor
     if not modules:
         raise AdapterInvalid(f"{folder / _TENSORS} has no lora_A")
     layers: dict[int, dict[str, TargetTensor]] = {}
@@ -280,14 +282,10 @@ class _ModuleShapes:
     def __init__(self, base: ModelManifest, config: Mapping[str, Any]) -> None:
         self._base = base
         self._spans = {name: span for stored in base.objects.values() for name, span in stored.tensors.items()}
-        self._decoder: Decoder | None = None
+        self.decoder: Decoder | None = None
         with suppress(UnsupportedConfig):
-            self._decoder = decoder_of(config)
-        self._shapes = [] if self._decoder is None else [layer_shapes(self._decoder, kind) for kind in self._decoder.kinds]
-
-    def full_name(self, module: str) -> str:
-        """The module's name in the model; some checkpoints leave out its prefix."""
-        return module if self._decoder is None else full_name(self._decoder, module)
+            self.decoder = decoder_of(config)
+        self._shapes = [] if self.decoder is None else [layer_shapes(self.decoder, kind) for kind in self.decoder.kinds]
 
     def place(self, module: str) -> tuple[int, str, tuple[int, int]]:
         """Layer, name without the layer's prefix, and shape [outputs, inputs] of a module. Raises AdapterInvalid."""
@@ -297,15 +295,15 @@ class _ModuleShapes:
         if layer >= self._base.num_layers:
             raise AdapterInvalid(f"{module} is in layer {layer}, and {self._base.name} has {self._base.num_layers} layers")
         inner = found[2]
-        if self._decoder is None:
+        if self.decoder is None:
             span = self._spans.get(f"{module}.weight")
             shape = None if span is None else span.shape
         else:
-            kind, names = self._decoder.order[layer], self._decoder.names
+            kind, names = self.decoder.order[layer], self.decoder.names
             shape = self._shapes[kind].get(f"{inner}.weight") if found[1] == f"{names.layers}.{layer}" else None
-            if shape is not None and inner not in (allowed := adaptable(self._decoder, self._decoder.kinds[kind])):
+            if shape is not None and inner not in (allowed := adaptable(self.decoder, self.decoder.kinds[kind])):
                 raise AdapterInvalid(
-                    f"{module} is part of {_part_of_layer(self._decoder, kind, inner)}, to which stages of {self._base.name} "
+                    f"{module} is part of {_part_of_layer(self.decoder, kind, inner)}, to which stages of {self._base.name} "
                     f"add no adapter; in this layer they add to {', '.join(sorted(allowed)) or 'nothing'}: train it with these "
                     "as target_modules"
                 )

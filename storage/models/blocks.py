@@ -174,7 +174,8 @@ def unpack(form: BlockFormat, packed: Array, outs: int, lanes: int = GROUP) -> B
     for shift, bits in form.planes:
         end = start + 4 * lanes * bits
         planes = np.ascontiguousarray(of_blocks[..., start:end]).view(np.uint32).reshape(*shape, bits, 1, lanes)
-        codes |= (planes >> _steps(bits) & _mask(bits)).reshape(codes.shape) << shift
+        steps = (np.arange(8 // bits, dtype=np.uint32) * np.uint32(bits))[:, None]  # shifts of the parts in one plane
+        codes |= (planes >> steps & _mask(bits)).reshape(codes.shape) << shift
         start = end
     factors = minimum_factors = None
     if form.factors:
@@ -198,11 +199,6 @@ def unpack(form: BlockFormat, packed: Array, outs: int, lanes: int = GROUP) -> B
 def _mask(bits: int) -> Any:
     """Selects the lowest bits of each of the four bytes of a uint32."""
     return np.uint32(0x01010101 * ((1 << bits) - 1))
-
-
-def _steps(bits: int) -> Array:
-    """By how much the codes of the parts in one plane are shifted: [parts, 1]."""
-    return (np.arange(8 // bits, dtype=np.uint32) * np.uint32(bits))[:, None]
 
 
 def single_rows(form: BlockFormat, packed: Array, rows: Array) -> Array:

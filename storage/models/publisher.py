@@ -164,7 +164,8 @@ def publish(
         **described,
     )
     store.put(manifest_key(name, dtype), encode_manifest(manifest))
-    upload.delete_fragments()
+    for plan in plans:
+        store.delete(f"{prefix}{publication}/{plan.name}{_FRAGMENT_SUFFIX}")
     if on_quantized and error and checkpoint.quantization:
         source_bytes = sum(count for _, _, count, _, _ in state[0])
         on_quantized(QuantizedSource(checkpoint.quantization, source_bytes, error.largest, error.largest_weight))
@@ -335,10 +336,6 @@ class _Upload:
         return {
             name: StoredFile(self._prefix + name, len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()
         }
-
-    def delete_fragments(self) -> None:
-        for plan in self._plans:
-            self._store.delete(f"{self._prefix}{plan.name}{_FRAGMENT_SUFFIX}")
 
     def objects(self) -> dict[str, StoredObject]:
         """Writes all objects, several at a time, and returns what the manifest says of them.

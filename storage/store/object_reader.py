@@ -48,9 +48,6 @@ class ObjectInfo:
 class _TransientAnswer(Exception):
     """The store answered with a 5xx, 408 or 429: the request is repeated until the time for retries ends."""
 
-    def __init__(self, status: int, code: str) -> None:
-        super().__init__(f"HTTP {status} {code}".rstrip())
-
 
 class ObjectReader:
     """Reads objects of one bucket. Thread-safe; connections are kept and reused until it is closed. A context manager."""
@@ -184,7 +181,7 @@ class ObjectReader:
                 if response.status not in (200, 204, 206):
                     code = error_code(response.read(_ERROR_BODY_BYTES))
                     if is_transient(response.status):
-                        raise _TransientAnswer(response.status, code)
+                        raise _TransientAnswer(f"HTTP {response.status} {code}".rstrip())
                     raise refusal(self.settings, key, response.status, code)
                 yield response
                 if not response.isclosed() and response.read(1):

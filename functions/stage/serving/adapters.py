@@ -1,7 +1,6 @@
 """Reads an adapter's share of a stage's layers from the store."""
 
 from collections.abc import Callable, Mapping
-from contextlib import closing
 
 from functions.configuration.config import StageConfig
 from storage.checkpoints.families import part_of
@@ -16,7 +15,7 @@ def adapter_loader(config: StageConfig) -> Callable[[bytes], Mapping[str, RawTen
     layers = range(*config.layers)
 
     def load(adapter: bytes) -> Mapping[str, RawTensor]:
-        with closing(ObjectReader(config.store)) as reader:
+        with ObjectReader(config.store) as reader:
             manifest = read_version(reader, config.model, adapter.hex())
             if manifest.rank > config.adapter_rank:
                 raise AdapterInvalid(
