@@ -18,10 +18,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from eventing.wire.events import Sampling
 from eventing.wire.generation import GenerateResponse
-from functions.stage.engine.sampler import sample
 from knative.render.services import services
 from storage.models.model_repository import Dtype
 from tests.support.functions.killing import ENDINGS, TIMING, Killer, ask_all, killing, prompt, sampling
+from tests.support.functions.sampling import sample
 from tests.support.functions.served import keeping, kept_objects, serving, tiny_pipeline
 from tests.support.storage.published import Published, published_model, until_end
 

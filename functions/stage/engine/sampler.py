@@ -9,7 +9,7 @@ position. The draw takes the token whose exponential variate divided by its weig
 softmax. So a replay draws the same token, whatever the batch, the cut or the machine. Logits that are rounded differently in
 another batch change the outcome of this comparison far more seldom than that of a cumulative sum over the vocabulary.
 
-What takes time runs in C (`functions/stage/native/c/sampler.inc.h`); numpy gives the same bits on machines without it.
+What takes time runs in C (`functions/stage/native/c/sampler.inc.h`), and without C in `numpy_sampler`, with the same bits.
 """
 
 import math
@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from eventing.wire.events import Sampling
 from functions.grammars.matcher import Allowed
+from functions.stage.engine import numpy_sampler
 from functions.stage.native import sampler as native_sampler
 from functions.stage.native.layers import NativeThreads
 from functions.stage.native.library import UNAVAILABLE, library
@@ -33,16 +34,6 @@ TopLogprobs = tuple[tuple[int, float], ...]  # token ids with their log-probabil
 
 GREEDY: Final = Sampling()
 _LEAST_DIVISOR: Final = 1e-100  # smaller divisors order the tokens no differently: any float32 divided by this is larger
-_LOWEST: Final = np.float32(-87)  # tokens whose score is farther below the greatest have weight 0
-_WEIGHT_STEPS: Final = 2.0**40  # weights are summed as integers: the order of a sum does not matter
-_LOGARITHM: Final = (
-    0.15313837699209373,
-    0.1818357216161805,
-    0.22222198432149784,
-    0.2857142874366239,
-    0.3999999999940942,
-    0.6666666666666735,
-)
 
 
 @dataclass(slots=True)
@@ -81,21 +72,6 @@ def draw(drawings: Sequence[Drawing], threads: NativeThreads | None = None) -> N
         drawings = [drawing for drawing, token in zip(drawings, tokens, strict=True) if drawing.take(token)]
 
 
-def sample(
-    logits: Floats, sampling: Sampling, position: int, history: Sequence[int], allowed: Allowed | None = None
-) -> int | None:
-    """Draws a token from float32 logits [vocab]. None if the greatest logit is not finite.
-
-    At temperature 0 the token with the greatest logit is taken, of several equal ones the lowest token id.
-
-    position: of the token that is drawn. history: all tokens before it, prompt included, used only if there is a penalty.
-    allowed: bits of the tokens that may be drawn, at least one. None: all are.
-    """
-    drawing = Drawing(logits[None], sampling, position, history, allowed=None if allowed is None else [allowed])
-    draw([drawing])
-    return drawing.drawn[0] if drawing.drawn else None
-
-
 def _draw_next(drawings: Sequence[Drawing], threads: NativeThreads | None) -> list[int | None]:
     """One token of each sequence; None if the greatest logit is not finite."""
     draws: list[native_sampler.Draw] = []
@@ -117,7 +93,7 @@ def _draw_next(drawings: Sequence[Drawing], threads: NativeThreads | None) -> li
                     None if drawing.allowed is None else drawing.allowed[count],
                 )
             )
-        tokens = native_sampler.draw(draws, threads) if is_native() else [draw_in_numpy(each) for each in draws]
+        tokens = native_sampler.draw(draws, threads) if is_native() else [numpy_sampler.draw(each) for each in draws]
         for place, (token, drawing) in enumerate(zip(tokens, drawings, strict=True)):
             if token is None and math.isfinite(drawing.logits[len(drawing.drawn)].max()):
                 tokens[place] = _draw_widely(drawing, draws[place])
@@ -133,7 +109,7 @@ def log_probabilities(
     out. Logarithms are natural, and taken before penalties, temperature and filters. A row with a NaN or an infinite maximum
     gives NaN. Works row by row, so that memory stays at one row.
     """
-    softmax = native_sampler.softmax if is_native() else softmax_in_numpy
+    softmax = native_sampler.softmax if is_native() else numpy_sampler.softmax
     found: list[tuple[float, TopLogprobs]] = []
     for row, token in zip(logits, token_ids, strict=True):
         greatest = row.max()
@@ -147,13 +123,6 @@ def log_probabilities(
     return found
 
 
-def softmax_in_numpy(scores: Floats, count: int) -> tuple[float, list[int]]:
-    """As `native.sampler.softmax`, to the bit, where C cannot be used."""
-    total = np.rint(_weights(scores).astype(np.float64) * _WEIGHT_STEPS).astype(np.int64).sum()
-    log_sum = _logarithm(np.array([float(total) / _WEIGHT_STEPS]))
-    return float(log_sum[0]), np.argsort(-scores, kind="stable")[:count].tolist()
-
-
 @cache
 def is_native() -> bool:
     """Whether tokens are drawn in C; else in numpy, which gives the same tokens but is slower."""
@@ -164,29 +133,11 @@ def is_native() -> bool:
     return True
 
 
-def draw_in_numpy(wanted: native_sampler.Draw) -> int | None:
-    """As one draw of `native.sampler.draw`, to the bit, where C cannot be used."""
-    logits = wanted.logits
-    if not math.isfinite(logits.max()):
-        return None
-    if wanted.allowed is not None:
-        logits = _masked(logits, wanted.allowed)
-    scores = logits / np.float32(wanted.temperature or 1)
-    if not math.isfinite(scores.max()):
-        return None
-    if wanted.temperature == 0:
-        return int(scores.argmax())
-    weights, tokens = keep(scores, wanted.top_k, wanted.top_p, wanted.min_p)
-    tokens, weights = tokens[weights > 0], weights[weights > 0]
-    variates = _variates(wanted.seed, wanted.position, tokens)
-    return int(tokens[np.argmin(variates / weights.astype(np.float64))])
-
-
 def _draw_widely(drawing: Drawing, wanted: native_sampler.Draw) -> int | None:
     """Draws where float32 overflows, or all tokens that may come are banned. wanted: the draw that gave no token."""
     scores = drawing.logits[len(drawing.drawn)].astype(np.float64)
     if wanted.allowed is not None:
-        scores = _masked(scores, wanted.allowed)
+        scores = numpy_sampler.masked(scores, wanted.allowed)
     adjusted = drawing.adjusted(scores, max(drawing.sampling.repetition_penalty, _LEAST_DIVISOR))
     if not math.isfinite(adjusted.max()):  # all tokens are banned
         adjusted = scores
@@ -195,15 +146,7 @@ def _draw_widely(drawing: Drawing, wanted: native_sampler.Draw) -> int | None:
     # The greatest score becomes 0, those far below it -inf.
     scaled = ((adjusted - adjusted.max()) / max(wanted.temperature, _LEAST_DIVISOR)).astype(np.float32)
     draw = replace(wanted, logits=scaled, temperature=1.0, allowed=None)
-    return native_sampler.draw([draw])[0] if is_native() else draw_in_numpy(draw)
-
-
-def _masked(scores: Floats, allowed: Allowed) -> Floats:
-    """The scores, -infinity for tokens that are not allowed."""
-    bits = np.unpackbits(allowed.view(np.uint8), count=min(len(scores), 32 * len(allowed)), bitorder="little")
-    masked = np.full_like(scores, -np.inf)
-    np.copyto(masked[: len(bits)], scores[: len(bits)], where=bits.view(np.bool_))
-    return masked
+    return native_sampler.draw([draw])[0] if is_native() else numpy_sampler.draw(draw)
 
 
 def _adjust(scores: Floats, sampling: Sampling, position: int, history: Sequence[int], repetition_penalty: float) -> Floats:
@@ -227,59 +170,3 @@ def _adjust(scores: Floats, sampling: Sampling, position: int, history: Sequence
     if position < sampling.banned_until:
         adjusted[[token for token in sampling.banned if token < len(adjusted)]] = -np.inf
     return adjusted
-
-
-def keep(scores: Floats, top_k: int, top_p: float, min_p: float) -> tuple[Floats, Tokens]:
-    """Applies top-k, top-p and min-p to float32 scores [vocab]. Returns the weights of the tokens that remain, and their ids.
-
-    A weight is exp(score - greatest score).
-    """
-    weights = _weights(scores)
-    tokens = np.argsort(-scores, kind="stable")  # of equal scores the lowest id first
-    if 0 < top_k < len(tokens):
-        tokens = tokens[scores[tokens] >= scores[tokens[top_k - 1]]]
-    if top_p < 1:
-        masses = np.rint(weights[tokens].astype(np.float64) * _WEIGHT_STEPS).astype(np.int64)
-        tokens = tokens[np.cumsum(masses) - masses < top_p * float(masses.sum())]
-    tokens = np.sort(tokens[weights[tokens] >= np.float32(min_p)])
-    return weights[tokens], tokens
-
-
-def _weights(scores: Floats) -> Floats:
-    """exp(score - greatest score), computed as `weigh` in `functions/stage/native/c/sampler.inc.h` does."""
-    x = scores - scores.max()
-    limited = np.maximum(x, _LOWEST)
-    n = np.rint(limited * np.float32(1.44269504))
-    r = limited - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
-    y = np.full_like(r, 1.9875691500e-4)
-    for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        y = y * r + np.float32(factor)
-    y = y * (r * r) + r + np.float32(1)
-    return np.where(x < _LOWEST, np.float32(0), y * ((n.astype(np.int32) + 127) << 23).view(np.float32))
-
-
-def _variates(seed: int, position: int, tokens: Tokens) -> npt.NDArray[np.float64]:
-    """Exponential variates of `tokens`, ascending ids. A token's number depends only on seed, position and the token's id.
-
-    numpy keeps the stream of raw Philox numbers stable across versions.
-    """
-    raw = np.random.Philox(key=[seed, 0], counter=[0, position, 0, 0]).random_raw(int(tokens[-1]) + 1)[tokens]
-    uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    return -_logarithm(np.minimum(uniform, 1 - 2.0**-53))
-
-
-def _logarithm(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Natural logarithm, computed as in `functions/stage/native/c/sampler.inc.h`: numpy's differs between CPUs."""
-    fraction, exponent = np.frexp(x)
-    is_small = fraction < 0.7071067811865476
-    fraction, exponent = np.where(is_small, fraction * 2, fraction), (exponent - is_small).astype(np.float64)
-    f = fraction - 1
-    s = f / (2 + f)
-    z = s * s
-    r = np.full_like(z, 0.14798198605116586)
-    for factor in _LOGARITHM:
-        r = r * z + factor
-    logarithm: npt.NDArray[np.float64] = exponent * 0.6931471803691238 + (
-        s * (r * z) + exponent * 1.9082149292705877e-10 + 2 * s
-    )
-    return logarithm

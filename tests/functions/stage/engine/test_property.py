@@ -17,8 +17,8 @@ from eventing.wire.batch_codec import decode_batch, encode_batch, select_rows
 from eventing.wire.events import Batch, Row, Sampling, Status, Want
 from functions.stage.engine import forward_pass
 from functions.stage.engine.engine import Engine
-from functions.stage.engine.sampler import sample
 from functions.stage.models.build import Kind
+from tests.support.functions.sampling import sample
 from tests.support.functions.stage_pipeline import batch, build_groups, engines, through, whole_model
 from tests.support.storage import tiny_models
 

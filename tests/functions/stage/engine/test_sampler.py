@@ -22,11 +22,13 @@ from transformers.generation.logits_process import (
 )
 
 from eventing.wire.events import Sampling
-from functions.stage.engine import sampler
-from functions.stage.engine.sampler import keep, log_probabilities
+from functions.stage.engine import numpy_sampler
+from functions.stage.engine.numpy_sampler import keep
+from functions.stage.engine.sampler import log_probabilities
 from functions.stage.native import sampler as native_sampler
 from functions.stage.native.layers import NativeThreads
 from functions.stage.native.library import library
+from tests.support.functions.sampling import sample as sample_one
 from tests.support.functions.stage_pipeline import whole_model
 from tests.support.storage import tiny_models
 
@@ -47,7 +49,7 @@ def sample(
 ) -> list[int | None]:
     """A token for each row of logits."""
     masks = allowed[0] if allowed else [None] * len(samplings)
-    return [sampler.sample(*row) for row in zip(logits, samplings, positions, histories, masks, strict=True)]
+    return [sample_one(*row) for row in zip(logits, samplings, positions, histories, masks, strict=True)]
 
 
 def processors(sampling: Sampling) -> LogitsProcessorList:
@@ -304,11 +306,11 @@ def test_every_level_and_number_of_threads_draws_as_numpy_does(
     try:
         library().use_level(level)
         with np.errstate(all="ignore"):
-            expected = [sampler.draw_in_numpy(draw) for draw in together]
+            expected = [numpy_sampler.draw(draw) for draw in together]
         assert native_sampler.draw(together) == native_sampler.draw(together, THREADS) == expected
         scores = dice.standard_normal(size).astype(np.float32)
         count = int(dice.integers(0, min(size, 20) + 1))
-        assert native_sampler.softmax(scores, count) == sampler.softmax_in_numpy(scores, count)
+        assert native_sampler.softmax(scores, count) == numpy_sampler.softmax(scores, count)
     finally:
         library().use_level(before)
 
