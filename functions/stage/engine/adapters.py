@@ -105,9 +105,7 @@ class AdapterTable:
         return slot.over
 
     def number(self, adapter: bytes) -> int:
-        """The group's number of an adapter that a row names; 0 for none. Raises Refusal if it is not loaded."""
-        if not adapter:
-            return 0
+        """The group's number of an adapter that a row names. Raises Refusal if it is not loaded."""
         self._check(adapter)
         slot = self._slots.get(adapter)
         if slot is None or not slot.ready:

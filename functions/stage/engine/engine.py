@@ -27,7 +27,7 @@ from eventing.wire.prefix_chain import lineage_after
 from functions.grammars.compiler import GrammarCompiler
 from functions.stage.engine.adapters import AdapterTable, LoadAdapter, LoadedAdapter
 from functions.stage.engine.constraints import Constraints
-from functions.stage.engine.event_queue import Call, EventQueue, ForwardEvent
+from functions.stage.engine.event_queue import EventQueue, ForwardEvent
 from functions.stage.engine.forward_pass import ForwardPass
 from functions.stage.engine.kv_tiers import MEMORY, ComputeRate, Restore, Reuse, Tier
 from functions.stage.engine.prefix_cache import CachedPrefix
@@ -114,18 +114,26 @@ class Engine:
         self._on_pass = on_pass
         self._queue = EventQueue(num_stages, max_merge)
         self.rate = rate or ComputeRate()
-        self._sequences = SequenceTable(group.kv, idle_sequence_seconds, clock, group.short_context)
-        self._cache = self._sequences.cache
-        self.has_prefix_cache = self._cache.blocks is not None  # KV of ended sequences is kept for new ones
+        # Any thread may read how many tokens and bytes these have. All else is for the thread that holds the engine's lock.
+        self.kv = group.kv
+        self.sequences = SequenceTable(group.kv, idle_sequence_seconds, clock, group.short_context)
+        self.cache = self.sequences.cache
         self.runs_by = group.runs_by
-        self._cache.on_found = lambda tokens: on_reuse(self.rate.reuse(MEMORY, tokens))
+        self.cache.on_found = lambda tokens: on_reuse(self.rate.reuse(MEMORY, tokens))
         if on_evicted is not None:
-            self._cache.on_evicted = on_evicted
-        self._memory_waiters = MemoryWaiters(lambda: self.free_tokens, max_memory_waiters)
+            self.cache.on_evicted = on_evicted
+        self._memory_waiters = MemoryWaiters(lambda: self.cache.free_tokens, max_memory_waiters)
         self._vector_head = vector_head or VectorHead({})
-        self.adapters = AdapterTable(group, adapters, load_adapter, self._call, self._sequences.adapters, on_adapter)
+        self.adapters = AdapterTable(
+            group,
+            adapters,
+            load_adapter,
+            self._queue.call,
+            lambda: {sequence.adapter for sequence in self.sequences.by_id.values()},
+            on_adapter,
+        )
         self._forward_pass = ForwardPass(
-            group, self._sequences, Constraints(grammars), self._wire_dtype, self._vector_head, self.adapters.number
+            group, self.sequences, Constraints(grammars), self._wire_dtype, self._vector_head, self.adapters.number
         )
         self._leases = GatewayLeases(lease_seconds)
         self._check_seconds = min(self._leases.check_seconds, idle_sequence_seconds / 10)
@@ -134,31 +142,6 @@ class Engine:
         self._pass_began: float | None = None
         self._compute_lock = threading.Lock()
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
-
-    @property
-    def free_tokens(self) -> int:
-        """KV tokens that can still be reserved."""
-        return self._cache.free_tokens
-
-    @property
-    def kv_resident_bytes(self) -> int:
-        """Bytes of physical memory that the KV cache takes: all that was ever written to. 0 if unknown."""
-        return self._group.kv.resident_bytes
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Bytes of recurrent states to which sequences can go back."""
-        return 0 if self._cache.blocks is None else self._cache.blocks.checkpoint_bytes
-
-    @property
-    def cached_tokens(self) -> int:
-        """KV tokens that the prefix cache holds of ended sequences."""
-        return self._cache.cached_tokens
-
-    @property
-    def sequences(self) -> int:
-        """Number of sequences that have KV reserved."""
-        return len(self._sequences)
 
     def start(self) -> None:
         """Starts the engine's thread. Call it once, before any event."""
@@ -235,7 +218,7 @@ class Engine:
         left = math.inf if expires_at is None else expires_at - self._clock()
         deadline = time.monotonic() + _RESTORING_SHARE * left
         own = self.lineage(lineage)
-        replies = self._call(lambda: [self._reserve(row, own, source, deadline) for row in rows])
+        replies = self._queue.call(lambda: [self._reserve(row, own, source, deadline) for row in rows])
         awaited: list[Future[Any]] = [reply.over for reply, _ in replies if isinstance(reply, Restore)]
         awaited += [loaded for _, loaded in replies if loaded is not None]
         wait(awaited, max(0.0, min(RESTORE_HOLD_SECONDS, left)))
@@ -249,7 +232,7 @@ class Engine:
 
         The engine's thread calls it, so it may read KV but should be short. Raises NotReady, and what `action` raises.
         """
-        return self._call(lambda: action(self._sequences))
+        return self._queue.call(lambda: action(self.sequences))
 
     def release(self, rows: Sequence[ReleaseRow], *, source: str) -> int:
         """Releases sequences and returns how many there were; unknown ones are no error. Raises NotReady.
@@ -262,10 +245,10 @@ class Engine:
             released = 0
             for row in rows:
                 self._queue.mark_released(row.id, row.attempt, source)
-                released += self._sequences.release(row, source)
+                released += self.sequences.release(row, source)
             return released
 
-        return self._call(release)
+        return self._queue.call(release)
 
     def await_memory(self, tokens: int, *, source: str, expires_at: float | None = None) -> None:
         """Blocks until `tokens` can be reserved, or the time is over. Reserves nothing and does not say which of both happened.
@@ -290,12 +273,6 @@ class Engine:
         self.handle(Batch((row,), memoryview(array("i", [0])), tensor), source=source)
         self.release([ReleaseRow(row_id, attempt=0)], source=source)
 
-    def _call(self, action: Callable[[], T]) -> T:
-        call = Call(action)
-        self._queue.call(call)
-        result: T = call.result()
-        return result
-
     def _await_adapters(self, wanted: Collection[bytes], seconds: float) -> None:
         """Waits until adapters are loaded, at most `seconds`. Rows of one that cannot be are refused by the pass."""
 
@@ -306,7 +283,7 @@ class Engine:
                     loads.append(self.adapters.claim(adapter))
             return loads
 
-        wait(self._call(claim), None if seconds == math.inf else max(0.0, seconds))
+        wait(self._queue.call(claim), None if seconds == math.inf else max(0.0, seconds))
 
     def _with_adapter(self, row: ReserveRow, reserved: ReservedRow) -> ReservedRow:
         """The reply to a reservation, which also says whether the sequence's adapter is loaded."""
@@ -333,12 +310,12 @@ class Engine:
         return self._reserve_memory(row, lineage, source, deadline), loaded
 
     def _reserve_memory(self, row: ReserveRow, lineage: str | None, source: str, deadline: float) -> ReservedRow | Restore:
-        known = self._sequences.get(row.id, source)
+        known = self.sequences.get(row.id, source)
         if known is not None and known.restore is not None and known.restore.answers(row, lineage):
             return known.restore
-        reserved = self._sequences.reserve(row, source, lineage)
+        reserved = self.sequences.reserve(row, source, lineage)
         restore = self._restorer.begin(row, lineage, reserved, source, deadline)
-        if (sequence := self._sequences.get(row.id, source)) is not None:
+        if (sequence := self.sequences.get(row.id, source)) is not None:
             sequence.restore = restore
         return restore or reserved
 
@@ -356,8 +333,8 @@ class Engine:
 
     def _expire(self) -> None:
         """Releases idle sequences, and all sequences of gateways whose leases have expired: no gateway will release them."""
-        lost = self._leases.expired(self._sequences.sources())
-        if released := self._sequences.expire(lost):
+        lost = self._leases.expired({sequence.source for sequence in self.sequences.by_id.values()})
+        if released := self.sequences.expire(lost):
             _log.warning("released %d abandoned sequences; gateways with expired leases: %s", released, sorted(lost) or "none")
 
     def _work(self) -> None:

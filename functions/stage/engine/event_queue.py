@@ -82,11 +82,6 @@ class Call(Work[Any]):
         self.action = action
 
 
-def most_merged(waiting: int, num_stages: int, max_merge: int) -> int:
-    """Most events that one pass merges if `waiting` events wait: one in `num_stages`, rounded up, and at most `max_merge`."""
-    return min(max_merge, -(-waiting // num_stages))
-
-
 class EventQueue:
     """Events and calls that wait for the engine. Thread-safe; only the thread that holds the engine's lock calls `take`.
 
@@ -127,13 +122,19 @@ class EventQueue:
             if wakes:
                 self._changed.notify()
 
-    def call(self, call: Call) -> None:
-        """Adds a call, and wakes the engine's thread. Raises NotReady after `close`."""
+    def call(self, action: Callable[[], T]) -> T:
+        """Has the engine call `action` between two passes, and returns its result.
+
+        Raises NotReady after `close`, and what `action` raises.
+        """
+        call = Call(action)
         with self._lock:
             if self._closed:
                 raise NotReady("the stage takes no more work: it is shutting down")
             self._calls.append(call)
             self._changed.notify()
+        result: T = call.result()
+        return result
 
     def wait(self, timeout_seconds: float) -> bool:
         """Blocks until there is work or the time is over.
@@ -154,7 +155,7 @@ class EventQueue:
             if self._calls:
                 calls, self._calls = self._calls, []
                 return calls, []
-            limit = most_merged(len(self._waiting), self._num_stages, self._max_merge)
+            limit = min(self._max_merge, -(-len(self._waiting) // self._num_stages))
             chosen: list[ForwardEvent] = []
             left: list[ForwardEvent] = []
             seen_ids: set[str] = set()

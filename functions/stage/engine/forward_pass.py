@@ -3,7 +3,6 @@
 import math
 from array import array
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
@@ -13,7 +12,7 @@ import numpy as np
 from eventing.wire.events import Batch, Grammar, Result, Row, Sampling, Status, Want
 from functions.grammars.matcher import Allowed
 from functions.grammars.sources import UnusableGrammar
-from functions.stage.engine.constraints import ConstrainedRow, Constraints, Masks
+from functions.stage.engine.constraints import ConstrainedRow, Constraints
 from functions.stage.engine.event_queue import ForwardEvent
 from functions.stage.engine.row_checks import invalid_rows
 from functions.stage.engine.sampler import GREEDY, Drawing, TopLogprobs, draw, log_probabilities
@@ -86,7 +85,7 @@ class ForwardPass:
     ) -> None:
         """wire_dtype: dtype of hidden states in events, I8 or the group's own.
 
-        adapter_number: the group's number of an adapter, 0 for none. Raises Refusal if it is not loaded.
+        adapter_number: the group's number of an adapter. Raises Refusal if it is not loaded.
         """
         self._group = group
         self._vector_head = vector_head
@@ -110,7 +109,11 @@ class ForwardPass:
             masks = self._constraints.begin([_constrained_row(row) for row in constrained]) if constrained else None
             hidden = self._run_layers(parts, rows)
             if masks is not None:
-                self._take_masks(constrained, masks)
+                for row, own in zip(constrained, masks.result(), strict=True):
+                    if isinstance(own, UnusableGrammar):
+                        self._refuse(row, f"this stage cannot follow the grammar: {own}")
+                    else:
+                        row.masks = own
             if not all_finite(hidden, self._group.hidden_dtype):
                 self._refuse_not_finite(parts, hidden)
             if self._is_last:
@@ -142,7 +145,7 @@ class ForwardPass:
                     raise Refusal(Status.INVALID, reason=invalid[index])
                 if index in event.stale:
                     raise Refusal(Status.STALE)
-                adapter = self._adapter_number(row.adapter)
+                adapter = self._adapter_number(row.adapter) if row.adapter else 0
                 sequence = self._sequences.admit(row, event.source, event.lineage)
                 pass_row = _PassRow(index, row, sequence, span, adapter, row.sampling or GREEDY)
                 if self._is_last:
@@ -200,14 +203,6 @@ class ForwardPass:
                     reason = f"hidden states that came out of layer {self._group.last_layer - 1} are not finite"
                     part.refuse(row.index, Refusal(Status.INVALID, reason=reason))
                     part.rows.remove(row)
-
-    def _take_masks(self, rows: Sequence[_PassRow], masks: "Future[list[Masks]]") -> None:
-        """Waits for the grammars' masks and gives each row its own. Refuses rows whose grammar cannot be used."""
-        for row, own in zip(rows, masks.result(), strict=True):
-            if isinstance(own, UnusableGrammar):
-                self._refuse(row, f"this stage cannot follow the grammar: {own}")
-            else:
-                row.masks = own
 
     def _results(self, parts: Sequence[_EventPart], hidden: Array) -> list[Batch]:
         """The last stage's reply to each event: rows with drawn tokens or log-probabilities, without fields for stages."""

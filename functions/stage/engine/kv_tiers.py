@@ -93,20 +93,20 @@ class Reuse:
     saved_seconds: float  # expected time to compute the tokens, less the time of finding them; never negative
 
 
+@dataclass(slots=True)
 class ComputeRate:
     """Measures how many seconds this stage's layers take for one token of a prompt. Thread-safe."""
 
-    def __init__(self) -> None:
-        self._seconds_per_token: float | None = None
+    seconds_per_token: float | None = None  # None before the first measurement
 
     def computed(self, tokens: int, seconds: float) -> None:
         """Counts one pass: how many tokens it computed, in how many seconds. Ignores passes with few tokens."""
         if tokens >= _FEWEST_TOKENS:
-            self._seconds_per_token = smoothed(self._seconds_per_token, seconds / tokens)
+            self.seconds_per_token = smoothed(self.seconds_per_token, seconds / tokens)
 
     def seconds(self, tokens: int) -> float | None:
         """Expected time to compute the tokens; None before the first measurement."""
-        return None if self._seconds_per_token is None else tokens * self._seconds_per_token
+        return None if self.seconds_per_token is None else tokens * self.seconds_per_token
 
     def reuse(self, tier: str, tokens: int, seconds: float = 0.0) -> Reuse:
         """Describes a hit in `tier`. seconds: the time that finding the tokens took."""

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain, common_blocks
-from functions.stage.models.kv_cache import KVBlocks
-from functions.stage.models.layer_group import KVCache
+from functions.stage.models.kv_cache import KVBlocks, KVBudget
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +23,7 @@ class CachedPrefix:
 
 
 class PrefixCache:
-    """Reserves memory in a `KVCache`, and finds there the KV that a new sequence has in common with others.
+    """Reserves memory in a `KVBudget`, and finds there the KV that a new sequence has in common with others.
 
     With a KV cache that is no `KVBlocks` (transformers' modules) it never finds anything. A digest identifies its block and all
     blocks before it, so handles are found by the digests of their chains. A handle's chain covers all tokens that it is meant
@@ -33,7 +32,7 @@ class PrefixCache:
     on_evicted: called with a prefix just before it is evicted. on_found: called with the number of tokens that were found.
     """
 
-    def __init__(self, kv: KVCache, on_evicted: Callable[[CachedPrefix], None] = lambda prefix: None) -> None:
+    def __init__(self, kv: KVBudget, on_evicted: Callable[[CachedPrefix], None] = lambda prefix: None) -> None:
         self._kv = kv
         self.blocks = kv if isinstance(kv, KVBlocks) else None  # None: KV cannot be copied, so nothing is cached
         self._chains: dict[int, Chain] = {}
@@ -91,11 +90,11 @@ class PrefixCache:
         """
         if self.blocks is None:
             return
-        self.blocks.keep_checkpoint(handle, BLOCK_TOKENS * len(chain))
+        self.blocks.checkpoints.ask(handle, BLOCK_TOKENS * len(chain))
         for blocks in range(len(chain), 0, -1):
             if len(alike := self._holders[chain[blocks - 1]]) > 1:
                 for other in alike:
-                    self.blocks.keep_checkpoint(other, BLOCK_TOKENS * blocks)
+                    self.blocks.checkpoints.ask(other, BLOCK_TOKENS * blocks)
                 break
 
     def keep(self, handle: int, chain: Chain) -> None:
@@ -187,7 +186,7 @@ class PrefixCache:
         self.blocks.resize(source, tokens)
         del self._cached[source]
         self._cached_units -= units
-        self.blocks.keep_checkpoint(source, held)
+        self.blocks.checkpoints.ask(source, held)
         self.on_found(held)
         return source
 
@@ -214,7 +213,8 @@ class PrefixCache:
         for handle in candidates:
             if self.blocks.free_units >= units:
                 break
-            self._evict(handle)
+            self.on_evicted(self._prefix(handle))
+            self._forget(handle)
         return True
 
     def _copy(self, source: int | None, target: int, held: int) -> bool:
@@ -230,13 +230,8 @@ class PrefixCache:
         if handle in self._cached:
             self._cached[handle] = self._cached.pop(handle)
 
-    def _evict(self, handle: int) -> None:
-        if handle in self._cached:
-            self.on_evicted(self._prefix(handle))
-            self._forget(handle)
-
     def _prefix(self, handle: int) -> CachedPrefix:
-        checkpoints = () if self.blocks is None else self.blocks.checkpoints(handle)
+        checkpoints = () if self.blocks is None else self.blocks.checkpoints.of(handle)
         return CachedPrefix(handle, self._chains.get(handle, ()), checkpoints)
 
     def _forget(self, handle: int) -> None:

@@ -17,7 +17,7 @@ from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain, under, unpacked
 from functions.grammars.matcher import Matcher
 from functions.stage.engine.kv_tiers import Restore
 from functions.stage.engine.prefix_cache import PrefixCache
-from functions.stage.models.layer_group import KVCache, KVCacheFull
+from functions.stage.models.kv_cache import KVBudget, KVCacheFull
 
 # More than the autoscaler's target, so that it adds pods, and far below the usual containerConcurrency.
 MAX_MEMORY_WAITERS: Final = 2
@@ -55,9 +55,9 @@ class Refusal(Exception):
 
 
 class SequenceTable:
-    """All sequences of a stage by id, with their memory. Only the thread that holds the engine's lock may call it."""
+    """All sequences of a stage, with their memory. Only the thread that holds the engine's lock may call it."""
 
-    def __init__(self, kv: KVCache, idle_seconds: float, clock: Callable[[], float], short_context: int | None = None) -> None:
+    def __init__(self, kv: KVBudget, idle_seconds: float, clock: Callable[[], float], short_context: int | None = None) -> None:
         """idle_seconds: `expire` releases a sequence if no event named it for so long. clock: seconds since the epoch.
 
         short_context: of the layer group.
@@ -67,10 +67,7 @@ class SequenceTable:
         self.cache = PrefixCache(kv)
         self._idle_seconds = idle_seconds
         self._clock = clock
-        self._sequences: dict[str, SequenceState] = {}
-
-    def __len__(self) -> int:
-        return len(self._sequences)
+        self.by_id: dict[str, SequenceState] = {}
 
     def admit(self, row: Row, source: str, lineage: str | None) -> SequenceState:
         """Returns the row's sequence, ready to compute the row: its KV ends at the row's position and has memory for the row.
@@ -81,7 +78,7 @@ class SequenceTable:
         if row.reserve_tokens is not None and row.position == 0:
             sequence = self._reserve(row.id, row.attempt, row.reserve_tokens, source, (), row.adapter)
         else:
-            found = self._sequences.get(row.id)
+            found = self.by_id.get(row.id)
             if found is None:
                 raise Refusal(Status.MISS, held=0)
             sequence = found
@@ -134,7 +131,7 @@ class SequenceTable:
 
     def get(self, id_: str, source: str) -> SequenceState | None:
         """The sequence of this id and source; None if there is none."""
-        sequence = self._sequences.get(id_)
+        sequence = self.by_id.get(id_)
         return None if sequence is None or sequence.source != source else sequence
 
     def holder(self, id_: str, attempt: int, source: str, lineage: str) -> tuple[int, int] | None:
@@ -152,42 +149,34 @@ class SequenceTable:
 
         False if it is unknown, in a newer attempt or of another source.
         """
-        sequence = self._sequences.get(release.id)
+        sequence = self.by_id.get(release.id)
         if sequence is None or sequence.source != source or sequence.attempt > release.attempt:
             return False
-        del self._sequences[release.id]
+        del self.by_id[release.id]
         chain = under(unpacked(release.chain), sequence.lineage)
         if sequence.lineage_tokens < math.inf:
             chain = chain[: int(sequence.lineage_tokens) // BLOCK_TOKENS]
         self.cache.end(sequence.handle, chain)
         return True
 
-    def sources(self) -> set[str]:
-        """Names of the gateways that have sequences here."""
-        return {sequence.source for sequence in self._sequences.values()}
-
-    def adapters(self) -> set[bytes]:
-        """The adapters that sequences use."""
-        return {sequence.adapter for sequence in self._sequences.values()}
-
     def expire(self, lost_sources: Container[str] = ()) -> int:
         """Releases sequences that have been idle too long, and all of the gateways `lost_sources`. Returns how many."""
         oldest = self._clock() - self._idle_seconds
         expired = [
-            id_ for id_, sequence in self._sequences.items() if sequence.last_seen < oldest or sequence.source in lost_sources
+            id_ for id_, sequence in self.by_id.items() if sequence.last_seen < oldest or sequence.source in lost_sources
         ]
         for id_ in expired:
-            self.cache.end(self._sequences.pop(id_).handle)
+            self.cache.end(self.by_id.pop(id_).handle)
         return len(expired)
 
     def _reserve(self, id_: str, attempt: int, tokens: int, source: str, chain: Chain, adapter: bytes) -> SequenceState:
-        sequence = self._sequences.get(id_)
+        sequence = self.by_id.get(id_)
         if sequence is not None:
             self._begin_attempt(id_, sequence, attempt, source, chain)
             if tokens <= self._kv.reserved(sequence.handle):
                 return sequence
             # More is wanted than it has reserved: release its memory, and so all KV that it holds.
-            self.cache.drop(self._sequences.pop(id_).handle)
+            self.cache.drop(self.by_id.pop(id_).handle)
         if tokens > self._kv.capacity_tokens:
             reason = f"{tokens} tokens to reserve will never fit: this stage's KV cache has {self._kv.capacity_tokens}"
             raise Refusal(Status.INVALID, reason=reason)
@@ -195,8 +184,8 @@ class SequenceTable:
             handle = self.cache.reserve(tokens, chain)
         except KVCacheFull as full:
             raise Refusal(Status.FULL, held=0, reason=str(full)) from full
-        self._sequences[id_] = SequenceState(source, attempt, handle, self._clock(), adapter=adapter)
-        return self._sequences[id_]
+        self.by_id[id_] = SequenceState(source, attempt, handle, self._clock(), adapter=adapter)
+        return self.by_id[id_]
 
     def _begin_attempt(self, id_: str, sequence: SequenceState, attempt: int, source: str, chain: Chain = ()) -> None:
         """Begins a newer attempt of a known sequence, or checks that `attempt` is the current one. Raises Refusal.

@@ -48,7 +48,12 @@ class Checkpoints(Generic[State]):
         return len(self._kept)
 
     def ask(self, handle: int, tokens: int) -> None:
-        """Asks for a checkpoint after `tokens` of the sequence, which stays if it is there already."""
+        """Asks for a checkpoint after `tokens` of the sequence, which stays if it is there already.
+
+        Does nothing if none is kept, as without recurrent layers.
+        """
+        if not self._most:
+            return
         self._asked.setdefault(handle, set()).add(tokens)
         if (handle, tokens) in self._kept:
             self._kept[handle, tokens].moves_on = False

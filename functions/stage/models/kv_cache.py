@@ -12,18 +12,27 @@ whose state was kept (`checkpoints`), and the tokens after it are computed again
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
+from functions.stage.models.checkpoints import Checkpoints
 from functions.stage.models.floats import Array
-from functions.stage.models.layer_group import KVCacheFull
 
 GOING_BACK: Final = 240  # tokens that a ring keeps besides the window, and most that a pass may add to a sequence with a ring
 _SPARE: Final = 16  # tokens of a ring besides these: a copy may overwrite a block of so many, of which it needs one token
 
 _COPIED_AT_ONCE: Final = 2**20  # bytes that are copied at a time, so that copying takes little memory
 _ANY_LENGTH: Final = 2**30  # tokens of a sequence that takes the same memory at any length
+
+
+class KVCacheFull(Exception):
+    """A reservation does not fit into the KV budget. Retry after other sequences have ended."""
+
+    def __init__(self, wanted_tokens: int, free_tokens: int) -> None:
+        super().__init__(f"{wanted_tokens} tokens wanted, {free_tokens} free")
+        self.wanted_tokens = wanted_tokens
+        self.free_tokens = free_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +82,10 @@ class _Reservation:
 
 
 class KVBudget:
-    """Implements `KVCache` by counting. Subclasses or layer groups own the memory itself."""
+    """Counts the memory for the KV of many sequences, within one budget. Subclasses or layer groups own the memory itself.
+
+    A handle names the memory of one sequence: a small integer, which is reused after its release.
+    """
 
     def __init__(self, units: int, need: KVNeed | None = None, going_back: int = GOING_BACK) -> None:
         """units: of memory in all. need: of a sequence; None: a unit for each token.
@@ -83,19 +95,22 @@ class KVBudget:
         self.need = need or KVNeed()
         self._going_back = going_back
         self.free_units = units
-        self.capacity_tokens = self.need.tokens(units)
+        self.capacity_tokens = self.need.tokens(units)  # length of the longest sequence that could be reserved alone
         self._reservations: dict[int, _Reservation] = {}
         self._released_handles: list[int] = []
 
     @property
     def free_tokens(self) -> int:
+        """Length of the longest sequence that can still be reserved."""
         return self.need.tokens(self.free_units)
 
     @property
     def resident_bytes(self) -> int:
+        """Bytes of physical memory that it takes: all that was ever written to. 0 if unknown. Any thread may ask."""
         return 0
 
     def reserve(self, tokens: int) -> int:
+        """Reserves memory for `tokens` of a new sequence and returns its handle. Raises KVCacheFull."""
         if self.need.of(tokens) > self.free_units:
             raise KVCacheFull(tokens, self.free_tokens)
         handle = self._released_handles.pop() if self._released_handles else len(self._reservations)
@@ -108,9 +123,11 @@ class KVBudget:
         return self.need.of(self._reservations[handle].tokens)
 
     def reserved(self, handle: int) -> int:
+        """Tokens for which the sequence has memory reserved."""
         return self._reservations[handle].tokens
 
     def length(self, handle: int) -> int:
+        """Tokens whose KV the sequence holds."""
         reservation = self._reservations[handle]
         return reservation.filled if reservation.filled >= reservation.least else 0
 
@@ -131,6 +148,11 @@ class KVBudget:
             reservation.least = max(reservation.least, reservation.filled - self._going_back)
 
     def truncate(self, handle: int, length: int) -> None:
+        """Drops the KV of tokens beyond `length`; their memory stays reserved.
+
+        Drops all KV if layers with a sliding window no longer hold what the token at `length` attends to, and with recurrent
+        layers all KV beyond the last checkpoint.
+        """
         reservation = self._reservations[handle]
         reservation.filled = min(reservation.filled, length)
         if reservation.filled < reservation.least:
@@ -148,6 +170,7 @@ class KVBudget:
         reservation.tokens = tokens
 
     def release(self, handle: int) -> None:
+        """Frees the sequence's memory. The handle is not valid any more."""
         self.free_units += self.need.of(self._reservations.pop(handle).tokens)
         self._released_handles.append(handle)
 
@@ -181,29 +204,15 @@ class KVLayout:
 
 
 class KVBlocks(KVBudget):
-    """Implements `KVCache` with KV that can be copied between sequences, and out and in, in blocks of the layout."""
+    """A `KVBudget` of KV that can be copied between sequences, and out and in, in blocks of the layout."""
 
     layout: KVLayout  # of the bytes of `copy_out` and `copy_in`
     window = 0  # the widest, in tokens
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Bytes of recurrent states that are kept besides those of the sequences' last tokens. Any thread may ask."""
-        return 0
+    checkpoints: Checkpoints[Any] = Checkpoints(0)  # recurrent states besides those of the sequences' last tokens
 
     def last_held(self, handle: int, tokens: int) -> int:
         """How many tokens the sequence holds after `truncate` to `tokens`, of which none needs to be computed again."""
         return tokens if self.holds(handle, tokens) else 0
-
-    def keep_checkpoint(self, handle: int, tokens: int) -> None:
-        """Asks that the recurrent states after the first `tokens` are kept when they are computed; other sequences begin alike.
-
-        Does nothing without recurrent layers.
-        """
-
-    def checkpoints(self, handle: int) -> tuple[int, ...]:
-        """After how many tokens the sequence has recurrent states besides those of its last token."""
-        return ()
 
     def state_out(self, handle: int, tokens: int) -> bytes:
         """The recurrent states after the first `tokens`, `layout.state_bytes`; empty if they are not kept."""
@@ -286,15 +295,12 @@ class KVArena(KVBlocks):
                 f"{need.of(1) * block_bytes} bytes: raise it"
             )
         self._is_free = np.ones(self.free_units, bool)
-        self._tables: dict[int, Array] = {}
-
-    def table(self, handle: int) -> Array:
-        """Numbers of the sequence's blocks, int32 [rows, blocks]. Those that a ring does not have are -1."""
-        return self._tables[handle]
+        # By handle the numbers of the sequence's blocks, int32 [rows, blocks]. Those that a ring does not have are -1.
+        self.tables: dict[int, Array] = {}
 
     def reserve(self, tokens: int) -> int:
         handle = super().reserve(tokens)
-        self._tables[handle] = np.full((len(self.windowed), 0), -1, np.int32)
+        self.tables[handle] = np.full((len(self.windowed), 0), -1, np.int32)
         self._fit_table(handle, tokens)
         return handle
 
@@ -306,11 +312,11 @@ class KVArena(KVBlocks):
     def release(self, handle: int) -> None:
         super().release(handle)
         self._fit_table(handle, 0)
-        del self._tables[handle]
+        del self.tables[handle]
 
     def _copy_kv(self, source: int, target: int, tokens: int) -> None:
         blocks = self.need.blocks(tokens)
-        froms, tos = self._tables[source][:, :blocks], self._tables[target][:, :blocks]
+        froms, tos = self.tables[source][:, :blocks], self.tables[target][:, :blocks]
         both = (froms >= 0) & (tos >= 0)
         froms, tos = froms[both], tos[both]
         at_once = max(1, _COPIED_AT_ONCE // self._block_bytes)
@@ -323,7 +329,7 @@ class KVArena(KVBlocks):
 
     def _fit_table(self, handle: int, tokens: int) -> None:
         """Frees blocks that the sequence does not need any more, and takes those that it lacks."""
-        old, blocks = self._tables[handle], self.need.blocks(tokens)
+        old, blocks = self.tables[handle], self.need.blocks(tokens)
         surplus = old[:, blocks:]
         self._is_free[surplus[surplus >= 0]] = True
         table = np.full((len(old), blocks), -1, np.int32)
@@ -332,7 +338,7 @@ class KVArena(KVBlocks):
         lacking = table < 0
         lacking[self.windowed, self.need.ring_blocks :] = False
         table[lacking] = self._take(int(lacking.sum()))
-        self._tables[handle] = table
+        self.tables[handle] = table
 
     def _take(self, count: int) -> Array:
         """Numbers of `count` free blocks, which are free no more: neighbours if there are so many, otherwise the first ones."""

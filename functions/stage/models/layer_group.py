@@ -9,59 +9,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from functions.stage.models.floats import Array, Float32, HiddenDtype
+from functions.stage.models.kv_cache import KVBudget
 from functions.stage.native.layers import NativeThreads
 from storage.loading.weight_loader import RawTensor
 
 KVDtype = Literal["int8"]  # of keys and values, if it is not that of activations
-
-
-class KVCacheFull(Exception):
-    """A reservation does not fit into the KV budget. Retry after other sequences have ended."""
-
-    def __init__(self, wanted_tokens: int, free_tokens: int) -> None:
-        super().__init__(f"{wanted_tokens} tokens wanted, {free_tokens} free")
-        self.wanted_tokens = wanted_tokens
-        self.free_tokens = free_tokens
+KVCache = KVBudget
 
 
 class MissingTensors(Exception):
     """The publication lacks tensors that the layers need. Publish the model again from a complete checkpoint."""
-
-
-class KVCache(Protocol):
-    """Memory for the KV of many sequences, within one byte budget.
-
-    A handle names the memory of one sequence: a small integer, which is reused after its release.
-    """
-
-    capacity_tokens: int  # length of the longest sequence that could be reserved if there were no other
-
-    @property
-    def free_tokens(self) -> int:
-        """Length of the longest sequence that can still be reserved."""
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of physical memory that the cache takes: all that was ever written to. 0 if unknown. Any thread may ask."""
-
-    def reserve(self, tokens: int) -> int:
-        """Reserves memory for `tokens` of a new sequence and returns its handle. Raises KVCacheFull."""
-
-    def reserved(self, handle: int) -> int:
-        """Tokens for which the sequence has memory reserved."""
-
-    def length(self, handle: int) -> int:
-        """Tokens whose KV the sequence holds."""
-
-    def truncate(self, handle: int, length: int) -> None:
-        """Drops the KV of tokens beyond `length`; their memory stays reserved.
-
-        Drops all KV if layers with a sliding window no longer hold what the token at `length` attends to, and with recurrent
-        layers all KV beyond the last checkpoint.
-        """
-
-    def release(self, handle: int) -> None:
-        """Frees the sequence's memory. The handle is not valid any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +99,7 @@ class LayerGroup(Protocol):
         """Threads in C that help the group, and between its calls may help to draw tokens. None: it has none."""
 
     @property
-    def kv(self) -> KVCache: ...
+    def kv(self) -> KVBudget: ...
 
     def use_threads(self, count: int) -> None:
         """Sets the number of threads that later passes compute with.

@@ -32,21 +32,17 @@ class RecurrentKV(KVBlocks, Generic[State]):
     `layout.state_bytes` is 0, a sequence has none and everything is as in `KVBlocks`.
     """
 
-    _checkpoints: Checkpoints[State]
+    checkpoints: Checkpoints[State]
     _recurrent: dict[int, _Recurrent[State]]
 
     # Subclasses implement these.
-
-    def _begin_states(self, handle: int) -> None:
-        """Makes the sequence's states those before its first token."""
-        raise NotImplementedError
 
     def _copied_states(self, handle: int) -> State:
         """Copies of the sequence's states."""
         raise NotImplementedError
 
-    def _restore_states(self, handle: int, states: State) -> None:
-        """Makes copies of `states` the sequence's states."""
+    def _restore_states(self, handle: int, states: State | None) -> None:
+        """Makes copies of `states` the sequence's states; None: those before its first token."""
         raise NotImplementedError
 
     def _repeat(self, handle: int, position: int, tokens: int) -> None:
@@ -55,10 +51,6 @@ class RecurrentKV(KVBlocks, Generic[State]):
 
     # KVBlocks.
 
-    @property
-    def checkpoint_bytes(self) -> int:
-        return len(self._checkpoints) * self.layout.state_bytes
-
     def reserve(self, tokens: int) -> int:
         handle = super().reserve(tokens)
         self._recurrent[handle] = _Recurrent()
@@ -66,7 +58,7 @@ class RecurrentKV(KVBlocks, Generic[State]):
 
     def release(self, handle: int) -> None:
         super().release(handle)
-        self._checkpoints.release(handle)
+        self.checkpoints.release(handle)
         del self._recurrent[handle]
 
     def length(self, handle: int) -> int:
@@ -83,7 +75,7 @@ class RecurrentKV(KVBlocks, Generic[State]):
         if not self.layout.state_bytes:
             return super().last_held(handle, tokens)
         recurrent, tokens = self._recurrent[handle], min(tokens, self.filled(handle))
-        at = self._checkpoints.last(handle, tokens)
+        at = self.checkpoints.last(handle, tokens)
         if recurrent.at is not None and recurrent.at <= tokens:
             at = max(at, recurrent.at)
         if recurrent.before_drafts is not None and recurrent.before_drafts[0] <= tokens:
@@ -91,19 +83,19 @@ class RecurrentKV(KVBlocks, Generic[State]):
         return at if KVBlocks.holds(self, handle, at) else 0
 
     def truncate(self, handle: int, length: int) -> None:
-        """See `KVCache`. With recurrent layers it goes back to the last position up to `length` whose states can be had."""
+        """See `KVBudget`. With recurrent layers it goes back to the last position up to `length` whose states can be had."""
         if not self.layout.state_bytes:
             super().truncate(handle, length)
             return
         at = self.last_held(handle, length)
         super().truncate(handle, at)
-        self._checkpoints.truncate(handle, at)
+        self.checkpoints.truncate(handle, at)
         recurrent = self._recurrent[handle]
         before = recurrent.before_drafts
         if recurrent.at == at:
             return
         if at == 0:
-            self._begin_states(handle)
+            self._restore_states(handle, None)
         elif (states := self._states_at(handle, at)) is not None:
             self._restore_states(handle, states)
         elif before is not None:
@@ -121,17 +113,10 @@ class RecurrentKV(KVBlocks, Generic[State]):
             assert states is not None
             self._continue(target, tokens, states)
 
-    def keep_checkpoint(self, handle: int, tokens: int) -> None:
-        if self.layout.state_bytes:
-            self._checkpoints.ask(handle, tokens)
-
-    def checkpoints(self, handle: int) -> tuple[int, ...]:
-        return self._checkpoints.of(handle)
-
     def _states_at(self, handle: int, tokens: int) -> State | None:
         """Copies of the states after `tokens`; None if they are not kept."""
         recurrent = self._recurrent[handle]
-        if (states := self._checkpoints.get(handle, tokens)) is not None:
+        if (states := self.checkpoints.get(handle, tokens)) is not None:
             return states
         if (states := recurrent.among_drafts.get(tokens)) is not None:
             return states
@@ -146,7 +131,7 @@ class RecurrentKV(KVBlocks, Generic[State]):
         self._restore_states(handle, states)
         self._recurrent[handle] = _Recurrent(at=tokens)
         if tokens % BLOCK_TOKENS == 0:
-            self._checkpoints.put(handle, tokens, states)
+            self.checkpoints.put(handle, tokens, states)
 
     # A pass.
 
@@ -158,9 +143,9 @@ class RecurrentKV(KVBlocks, Generic[State]):
         recurrent, first = self._recurrent[handle], self.filled(handle)
         for at, state in recurrent.among_drafts.items():
             if at <= first:
-                self._checkpoints.put(handle, at, state)
+                self.checkpoints.put(handle, at, state)
         self._recurrent[handle] = _Recurrent(at=None)
-        copied = self._checkpoints.positions(handle, first, first + tokens)
+        copied = self.checkpoints.positions(handle, first, first + tokens)
         if draft_tokens:
             certain = first + tokens - draft_tokens
             if certain == first:
@@ -175,8 +160,8 @@ class RecurrentKV(KVBlocks, Generic[State]):
         recurrent.at, recurrent.drafts, certain = end, draft_tokens, end - draft_tokens
         if draft_tokens and recurrent.before_drafts is None:
             recurrent.before_drafts = certain, copied[certain]
-        for at in self._checkpoints.positions(handle, 0, end).intersection(copied):
+        for at in self.checkpoints.positions(handle, 0, end).intersection(copied):
             if at <= certain:
-                self._checkpoints.put(handle, at, copied[at])
+                self.checkpoints.put(handle, at, copied[at])
             else:
                 recurrent.among_drafts[at] = copied[at]

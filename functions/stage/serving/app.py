@@ -282,15 +282,19 @@ class StageMetrics(FunctionMetrics):
     def watch(self, engine: "Engine") -> None:
         """Registers gauges that read numbers of the engine whenever the metrics are scraped."""
         for name, help_text, read in (
-            ("free_tokens", "KV tokens that can still be reserved", lambda: engine.free_tokens),
-            ("sequences", "Sequences that hold KV", lambda: engine.sequences),
-            ("kv_remembered_tokens", "KV tokens of ended sequences, which count as free", lambda: engine.cached_tokens),
+            ("free_tokens", "KV tokens that can still be reserved", lambda: engine.cache.free_tokens),
+            ("sequences", "Sequences that hold KV", lambda: len(engine.sequences.by_id)),
+            ("kv_remembered_tokens", "KV tokens of ended sequences, which count as free", lambda: engine.cache.cached_tokens),
             (
                 "kv_resident_bytes",
                 "Bytes of LAMINA_KV_CACHE_BYTES that have been used once",
-                lambda: engine.kv_resident_bytes,
+                lambda: engine.kv.resident_bytes,
             ),
-            ("checkpoint_bytes", "Bytes of recurrent states that sequences can go back to", lambda: engine.checkpoint_bytes),
+            (
+                "checkpoint_bytes",
+                "Bytes of recurrent states that sequences can go back to",
+                lambda: 0 if (kv := engine.cache.blocks) is None else len(kv.checkpoints) * kv.layout.state_bytes,
+            ),
             ("adapters", "Adapters in memory", lambda: engine.adapters.loaded),
             ("adapter_bytes", "Bytes of memory that they take", lambda: engine.adapters.loaded_bytes),
         ):

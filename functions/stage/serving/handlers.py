@@ -110,11 +110,10 @@ class EventHandlers:
     ) -> None:
         """score: answers a signed forward event, which a Sequence delivers (`scoring`)."""
         self._identity = identity
-        self._wait_for_engine = engine
+        self._engine = engine
         self._start_up = start_up
         self._score = score
         self._tracer = tracer
-        self._started: Engine | None = None
         self._layers = f"{identity.first}:{identity.last}"
         onward_type, next_layer = (EventType.RESULT, None) if identity.is_last_stage else (EventType.FORWARD, identity.last)
         self._batch_reply = self._template(onward_type, BATCH_CONTENT_TYPE, next_layer)
@@ -151,23 +150,17 @@ class EventHandlers:
         asked = KVQuery.read(query)
         self._identity.check_pipeline(asked.pipeline)
         self._identity.check_layer(asked.layer)
-        engine = self._engine()
+        engine = self._engine(0.0)
         from functions.stage.kv.peer_tier import hand_over  # imports numpy, as the engine has by now
 
         return hand_over(asked, engine)
-
-    def _engine(self, wait_seconds: float = 0.0) -> "Engine":
-        """The started engine. Waits up to `wait_seconds` for its start and then raises NotReady."""
-        if self._started is None:
-            self._started = self._wait_for_engine(wait_seconds)
-        return self._started
 
     def _forward(self, attributes: Attributes, data: Buffer, expires_at: float | None) -> EventReply:
         if Attribute.SIGNATURE in attributes:  # from a Sequence, which passes each reply on
             headers, body = to_binary_http(self._score(event_of(attributes, data)))
             return EventReply(list(headers.items()), body)
         self._identity.check_layer(integer_attribute(attributes, Attribute.LAYER))
-        engine = self._engine()
+        engine = self._engine(0.0)
         began = time.perf_counter()
         batch = read_batch(attributes, data)
         decoded = time.perf_counter()
@@ -192,15 +185,15 @@ class EventHandlers:
 
     def _reserve(self, attributes: Attributes, data: Buffer, expires_at: float | None) -> EventReply:
         rows = read_json(attributes, data, ReserveRequest).rows
-        engine = self._engine()
+        engine = self._engine(0.0)
         before = self._lineage(attributes)
         reserved = engine.reserve(rows, source=attributes["source"], expires_at=expires_at, lineage=before)
-        reply = ReserveReply(tuple(reserved), engine.has_prefix_cache)
+        reply = ReserveReply(tuple(reserved), engine.cache.blocks is not None)
         return self._json_reply(attributes, reply, engine, engine.lineage(before))
 
     def _release(self, attributes: Attributes, data: Buffer, expires_at: float | None) -> EventReply:
         rows = read_json(attributes, data, ReleaseRequest).rows
-        engine = self._engine()
+        engine = self._engine(0.0)
         source, awaits_memory = attributes["source"], Attribute.AWAITED_TOKENS in attributes
         released = engine.release(rows, source=source) if rows or not awaits_memory else 0
         if awaits_memory:
@@ -224,7 +217,7 @@ class EventHandlers:
     def _headers(
         self, template: ReplyTemplate, cause: Attributes, engine: "Engine | None", lineage: str | None = None
     ) -> list[tuple[str, str]]:
-        extensions = [(Attribute.FREE_TOKENS.value, str(0 if engine is None else engine.free_tokens))]
+        extensions = [(Attribute.FREE_TOKENS.value, str(0 if engine is None else engine.cache.free_tokens))]
         if lineage is not None:
             extensions.append((Attribute.LINEAGE.value, lineage))
         return template.headers(reply_id_of(cause["source"], cause["id"]), extensions)

@@ -46,7 +46,7 @@ class Scorer:
         if len(batch.rows) != 1 or len(batch.token_ids) < 2:
             raise MalformedEvent(f"{len(batch.rows)} rows with {len(batch.token_ids)} tokens; send one text at a time")
         reply = self._run(engine, batch, event)
-        return self._claims.check_in(self._reply(event, batch, reply, engine.free_tokens), datetime.now(UTC))
+        return self._claims.check_in(self._reply(event, batch, reply, engine.cache.free_tokens), datetime.now(UTC))
 
     def _run(self, engine: "Engine", batch: Batch, event: CloudEvent) -> Batch:
         """Runs the layers over the batch; the row of the reply is ok. Raises NotReady if a retry helps, else InvalidRequest."""

@@ -27,11 +27,9 @@ SCRAPE_SECONDS = 30
 MINUTE = 60
 
 ENGINE = SimpleNamespace(
-    free_tokens=4096,
-    sequences=1,
-    cached_tokens=0,
-    kv_resident_bytes=0,
-    checkpoint_bytes=0,
+    cache=SimpleNamespace(free_tokens=4096, cached_tokens=0, blocks=None),
+    kv=SimpleNamespace(resident_bytes=0),
+    sequences=SimpleNamespace(by_id={"one": None}),
     adapters=SimpleNamespace(loaded=0, loaded_bytes=0),
 )
 

@@ -88,7 +88,8 @@ def answers_of(scheduler: Scheduler, prompts: list[list[int]], max_tokens: int) 
 
 
 def nothing_left(stages: list[StageServer]) -> None:
-    wait_until(lambda: not any(stage.engine.sequences for stage in stages), "the release of all sequences")
+    wait_until(lambda: not any(stage.engine.sequences.by_id for stage in stages), "the release of all sequences")
     wait_until(
-        lambda: all(stage.engine.free_tokens == stage.group.kv.capacity_tokens for stage in stages), "all memory to be free"
+        lambda: all(stage.engine.cache.free_tokens == stage.group.kv.capacity_tokens for stage in stages),
+        "all memory to be free",
     )

@@ -31,7 +31,7 @@ _NO_LAYER: Final = LayerKV(None, 1, 2)  # whose pages there are if no layer has 
 
 
 class NativeKVPool(RecurrentKV[Float32], KVArena):
-    """Implements `KVCache`. A block is a page of one layer: the keys and then the values of PAGE_TOKENS tokens.
+    """A block is a page of one layer: the keys and then the values of PAGE_TOKENS tokens.
 
     Layers may have heads of different sizes. All pages are as large as the smallest of a layer needs, and a layer that needs
     more has several, each with some of its heads' keys or values: so many rows of the tables.
@@ -92,7 +92,7 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
         self._states: dict[int, Float32] = {}  # by handle
         self._passes: dict[int, StateArrays] = {}  # the last pass of each sequence, by handle
         self._recurrent = {}
-        self._checkpoints = Checkpoints(checkpoints)
+        self.checkpoints = Checkpoints(checkpoints)
         self._spare: list[memoryview] = []  # of states that nothing refers to any more, within the budget
         self._most_checkpoints = checkpoints
         memory = new_memory(self.free_units * page_bytes)
@@ -107,7 +107,7 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
         handle = super().reserve(tokens)
         if self._values:
             self._states[handle] = self._new_states()
-            self._begin_states(handle)
+            self._restore_states(handle, None)
         return handle
 
     def release(self, handle: int) -> None:
@@ -117,7 +117,7 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
 
     def _new_states(self) -> Float32:
         """An array for the states of a sequence, with any numbers in it."""
-        spare, checkpoints, states_of, most = self._spare, self._checkpoints, self._states, self._most_checkpoints
+        spare, checkpoints, states_of, most = self._spare, self.checkpoints, self._states, self._most_checkpoints
 
         def give_back(memory: memoryview) -> None:
             if len(spare) + len(checkpoints) < most + len(states_of):  # each sequence has reserved STATES_PER_SEQUENCE
@@ -165,14 +165,11 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
     def state_in(self, handle: int, tokens: int, data: memoryview) -> None:
         self._continue(handle, tokens, self._copy_of(np.frombuffer(data, np.float32)))
 
-    def _begin_states(self, handle: int) -> None:
-        self._states[handle].fill(0)
-
     def _copied_states(self, handle: int) -> Float32:
         return self._copy_of(self._states[handle])
 
-    def _restore_states(self, handle: int, states: Float32) -> None:
-        self._states[handle][:] = states
+    def _restore_states(self, handle: int, states: Float32 | None) -> None:
+        self._states[handle][:] = 0 if states is None else states
 
     def _repeat(self, handle: int, position: int, tokens: int) -> None:
         self.repeat(SegmentArrays(np.empty(0, np.int32), position, tokens, self._passes[handle]))
@@ -211,7 +208,7 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
         pages, places = np.divmod(np.arange(blocks) + first // BLOCK_TOKENS, PAGE_TOKENS // BLOCK_TOKENS)
         if self.windowed[layer]:
             pages %= self.need.ring_blocks
-        return self.table(handle)[layer, pages], places
+        return self.tables[handle][layer, pages], places
 
     def _copy_blocks(self, sources: Array, targets: Array) -> None:
         self.arena[targets] = self.arena[sources]

@@ -66,7 +66,7 @@ class TransformersKVCache(RecurrentKV[States]):
         self._modules = tuple(recurrent_modules)
         self._caches: dict[int, SequenceCache] = {}
         self._recurrent = {}
-        self._checkpoints = Checkpoints(checkpoints)
+        self.checkpoints = Checkpoints(checkpoints)
 
     def reserve(self, tokens: int) -> int:
         handle = super().reserve(tokens)
@@ -94,24 +94,22 @@ class TransformersKVCache(RecurrentKV[States]):
         cache.go_to(self.filled(handle))
         return cache
 
-    @torch.inference_mode()
-    def truncate(self, handle: int, length: int) -> None:
-        super().truncate(handle, length)
-
     # Recurrent states.
 
-    def _begin_states(self, handle: int) -> None:
-        for layer in self._caches[handle].recurrent:
-            layer.begin()
-
+    @torch.inference_mode()
     def _copied_states(self, handle: int) -> States:
         return tuple(state.clone() for layer in self._caches[handle].recurrent for state in layer.states)
 
-    def _restore_states(self, handle: int, states: States) -> None:
-        rest = iter(states)
+    @torch.inference_mode()
+    def _restore_states(self, handle: int, states: States | None) -> None:
+        rest = iter(states or ())
         for layer, places in zip(self._caches[handle].recurrent, self._places, strict=True):
-            layer.restore(places, list(islice(rest, len(places))))
+            if states is None:
+                layer.begin()
+            else:
+                layer.restore(places, list(islice(rest, len(places))))
 
+    @torch.inference_mode()
     def _repeat(self, handle: int, position: int, tokens: int) -> None:
         for module in self._modules:
             module.repeat(self._caches[handle], tokens)
@@ -142,9 +140,6 @@ class TransformersKVCache(RecurrentKV[States]):
     # Copies.
 
     @torch.inference_mode()
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        super().copy(source, target, tokens)
-
     def _copy_kv(self, source: int, target: int, tokens: int) -> None:
         read, written = self.cache(source), self.cache(target)
         for layer, copied_layer in zip(read.own, written.own, strict=True):

@@ -80,7 +80,7 @@ def test_a_stage_that_never_comes_back() -> None:
         for stream in streams:
             with pytest.raises(PipelineUnavailable, match=r"no route for 3 .*: 1; the last failure: .* no connection"):
                 tokens_of(stream)
-        wait_until(lambda: not (stages[0].engine.sequences or stages[2].engine.sequences))
+        wait_until(lambda: not (stages[0].engine.sequences.by_id or stages[2].engine.sequences.by_id))
 
 
 def test_a_restart_between_steps_costs_a_recomputation_up_to_that_stage() -> None:
@@ -105,7 +105,7 @@ def test_a_stage_that_drops_idle_sequences_costs_a_recomputation() -> None:
 
         def idle() -> None:
             stages[2].clock = lambda: time.time() + 601.0
-            wait_until(lambda: not stages[2].engine.sequences)
+            wait_until(lambda: not stages[2].engine.sequences.by_id)
             stages[2].clock = time.time
 
         stages[1].inspect = on_forward_from(15, idle)

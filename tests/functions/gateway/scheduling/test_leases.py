@@ -58,10 +58,10 @@ def test_a_release_that_failed_is_repeated_once_the_gateway_uses_the_instance(ot
         if not others_run:
             wait_until(lambda: not scheduler.stats().micro_batches)
             time.sleep(LEASE / 8)
-            assert stages[2].engine.sequences == 1
+            assert len(stages[2].engine.sequences.by_id) == 1
             long = submit(scheduler, [1] * 5, 50)
         wait_until(lambda: long.token_ids, "its first token")
-        wait_until(lambda: stages[2].engine.sequences == 1, "the repeated release")
+        wait_until(lambda: len(stages[2].engine.sequences.by_id) == 1, "the repeated release")
         go_on.set()
         assert tokens_of(long) == counted([1] * 5, 50)
         nothing_left(stages)

@@ -168,7 +168,7 @@ def test_a_cancelled_sequence_leaves_no_signal() -> None:
             return releases() <= asked + 1  # one may renew the lease
 
         wait_until(asks_no_more)
-        assert stages[1].engine.sequences, "the stage is still full"
+        assert stages[1].engine.sequences.by_id, "the stage is still full"
         assert signals(stages) == [0, 0, 0]
         go_on.set()
         tokens_of(holder)
@@ -226,7 +226,9 @@ def test_a_new_instance_is_used_for_its_memory_although_one_micro_batch_could_ho
             wait_until(lambda: scheduler.stats().memory_backlog == 2)
             scheduler.endpoints_changed(0, [Endpoint(old.url), Endpoint(new.url)])
             wait_until(lambda: all(stream.token_ids for stream in streams), "a token of each")
-            assert (old.engine.sequences, new.engine.sequences) == (2, 2), "all of them run at the same time"
+            assert (len(old.engine.sequences.by_id), len(new.engine.sequences.by_id)) == (2, 2), (
+                "all of them run at the same time"
+            )
             for each in go_on:
                 each.set()
             check(streams, [[number] * 5 for number in range(len(streams))], 45)

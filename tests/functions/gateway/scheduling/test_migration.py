@@ -25,7 +25,7 @@ def test_a_terminating_instance_is_left_at_once_and_later_stages_compute_nothing
         prompts_after = sum(row.position == 0 for seen in pipeline.stages[2].forwards for row in seen.rows)
         pipeline.publish(Endpoint(old.url, ready=False, terminating=True), Endpoint(new.url))
         left.set()
-        wait_until(lambda: not old.engine.sequences, "leaving the terminating instance")
+        wait_until(lambda: not old.engine.sequences.by_id, "leaving the terminating instance")
         left_at = len(old.forwards)
         pipeline.check(streams, 120)
         assert len(old.forwards) == left_at
@@ -65,7 +65,7 @@ def test_a_new_instance_gets_its_share_one_micro_batch_at_a_time(monkeypatch: py
         wait_until(lambda: streams[0].token_ids, "its first token")
         pipeline.publish(Endpoint(old.url), Endpoint(new.url))
         found.set()
-        wait_until(lambda: new.engine.sequences >= 8, "the migration of a micro-batch")
+        wait_until(lambda: len(new.engine.sequences.by_id) >= 8, "the migration of a micro-batch")
         pipeline.check(streams, 80)
         assert 1 <= pipeline.scheduler.stats().migrations["balance"] <= 4
 
@@ -78,11 +78,11 @@ def test_a_slow_instance_gets_less_until_it_is_quick_again() -> None:
         for stage in (*pipeline.stages, quick):
             stage.seconds = 0.004
         streams = pipeline.run(24, 2_000)
-        wait_until(lambda: slow.engine.sequences == quick.engine.sequences == 12, "equal shares")
+        wait_until(lambda: len(slow.engine.sequences.by_id) == len(quick.engine.sequences.by_id) == 12, "equal shares")
         slow.seconds = 0.02
-        wait_until(lambda: slow.engine.sequences <= 6, "a micro-batch leaves the slow one")
+        wait_until(lambda: len(slow.engine.sequences.by_id) <= 6, "a micro-batch leaves the slow one")
         slow.seconds = 0.004
-        wait_until(lambda: slow.engine.sequences == quick.engine.sequences == 12, "equal shares again")
+        wait_until(lambda: len(slow.engine.sequences.by_id) == len(quick.engine.sequences.by_id) == 12, "equal shares again")
         for stream in streams:
             stream.cancel()
 
@@ -97,7 +97,7 @@ def test_service_urls_serve_until_the_watch_works() -> None:
         wait_until(lambda: streams[0].token_ids, "its first token")
         pipeline.publish(Endpoint(pipeline.instances[1].url))
         found.set()
-        wait_until(lambda: pipeline.instances[1].engine.sequences, "the migration to the instance that the watch found")
+        wait_until(lambda: pipeline.instances[1].engine.sequences.by_id, "the migration to the instance that the watch found")
         pipeline.check(streams, 60)
 
 

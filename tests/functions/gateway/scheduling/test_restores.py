@@ -149,7 +149,7 @@ def test_an_instance_that_is_left_keeps_what_is_fetched_slowly(monkeypatch: pyte
             left.set()
             assert asked.wait(WAIT_SECONDS)
             assert len(tokens_of(submit(scheduler, short_prompt(2), 8))) == 8
-            assert old.engine.sequences == 1
+            assert len(old.engine.sequences.by_id) == 1
             opened.set()
             assert len(tokens_of(moving)) == 60
             assert max(length for each in new.passes for position, length in each if position >= 50) == 1

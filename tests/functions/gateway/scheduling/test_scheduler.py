@@ -123,10 +123,10 @@ def test_closing_waits_until_the_stages_have_heard_all_releases(tokens: int, mon
             stage.inspect = inspecting(is_type(EventType.RELEASE), lambda: closing.wait() and time.sleep(0.5))
             stage.seconds = 0.02
         submit(scheduler, [1], tokens).next_token(WAIT_SECONDS)
-        assert all(stage.engine.sequences for stage in stages)
+        assert all(stage.engine.sequences.by_id for stage in stages)
         closing.set()
         scheduler.close()
-        assert not any(stage.engine.sequences for stage in stages)
+        assert not any(stage.engine.sequences.by_id for stage in stages)
 
 
 # The stream of an answer.

@@ -171,7 +171,7 @@ def test_a_release_makes_waiting_rows_stale() -> None:
                 people.group.gate.set()
                 assert releasing.result(DEADLINE_SECONDS) == 0
         assert [row.status for row in waiting.result().rows] == [Status.STALE, Status.OK]
-        assert people.engine.free_tokens == 100 - 2 - 10
+        assert people.engine.cache.free_tokens == 100 - 2 - 10
 
 
 def test_a_poisoned_event_fails_alone() -> None:
@@ -200,7 +200,7 @@ def test_an_expired_event_is_dropped_before_it_is_computed() -> None:
         with pytest.raises(EventExpired):
             expired.result()
         assert token(timely) == 1
-        assert people.engine.sequences == 2
+        assert len(people.engine.sequences.by_id) == 2
 
 
 def test_idle_sequences_expire_and_active_ones_do_not() -> None:
@@ -212,7 +212,7 @@ def test_idle_sequences_expire_and_active_ones_do_not() -> None:
         assert token(people.send(step("a", 1, 1))) == 2
         now[0] += 20
         assert reserved(people.engine, [ReserveRow("c", 0, 90)], source=GATEWAY) == [Status.OK]
-        assert people.engine.free_tokens == 0
+        assert people.engine.cache.free_tokens == 0
         assert answer(people.send(step("b", 1, 1))).status is Status.MISS
 
 
@@ -222,8 +222,8 @@ def test_a_thousand_abandoned_sequences_are_all_freed() -> None:
         for first in range(0, 1000, 100):
             rows = [step(str(n), 0, 1, reserve=10) for n in range(first, first + 100)]
             assert {row.status for row in engine.handle(batch(rows, [1] * 100), source=GATEWAY).rows} == {Status.OK}
-        wait_for(lambda: engine.free_tokens == 10_000)
-        assert engine.sequences == 0
+        wait_for(lambda: engine.cache.free_tokens == 10_000)
+        assert len(engine.sequences.by_id) == 0
         assert not engine._queue._steps
 
 
@@ -285,7 +285,7 @@ def test_warm_up_holds_no_memory() -> None:
     with engines(groups) as stages:
         for engine in stages:
             engine.warm_up()
-        assert [engine.free_tokens for engine in stages] == [100] * 3
+        assert [engine.cache.free_tokens for engine in stages] == [100] * 3
     assert [group.passes for group in groups] == [[[1]]] * 3
 
 
@@ -324,7 +324,7 @@ def test_many_threads_at_once_get_their_own_answers() -> None:
 
         for n, tokens in enumerate(pool.map(converse, range(90))):
             assert tokens == [n * k % 97 for k in range(1, 11)]
-        assert engine.free_tokens == 100_000
+        assert engine.cache.free_tokens == 100_000
 
 
 def test_a_decode_step_joins_the_chunk_of_a_prompt_that_is_before_it() -> None:

@@ -91,7 +91,7 @@ def test_a_duplicate_of_the_current_step_gives_the_same_answer(stage: Stage) -> 
 def test_a_first_row_that_comes_again_has_one_reservation(stage: Stage, first: int, second: int) -> None:
     stage.begin("a", [1, 2, 3], reserve=first)
     stage.begin("a", [1, 2, 3], reserve=second)
-    assert stage.engine.free_tokens == 100 - second
+    assert stage.engine.cache.free_tokens == 100 - second
 
 
 def test_a_rollback_drops_later_tokens(stage: Stage) -> None:
@@ -112,7 +112,7 @@ def test_a_gap_is_a_miss_that_reports_held_tokens_and_changes_nothing(stage: Sta
 def test_an_unknown_sequence_is_a_miss(stage: Stage, position: int, reserve: int | None) -> None:
     answer = stage.step("unknown", position, [1], reserve=reserve)
     assert (answer.status, answer.held) == (Status.MISS, 0)
-    assert stage.engine.free_tokens == 100
+    assert stage.engine.cache.free_tokens == 100
 
 
 def test_a_newer_attempt_begins_with_nothing_held(stage: Stage) -> None:
@@ -120,7 +120,7 @@ def test_a_newer_attempt_begins_with_nothing_held(stage: Stage) -> None:
     answer = stage.step("a", 3, [6], attempt=1)
     assert (answer.status, answer.held) == (Status.MISS, 0)
     assert stage.begin("a", [1, 2, 3], attempt=1) == 6
-    assert stage.engine.free_tokens == 80
+    assert stage.engine.cache.free_tokens == 80
 
 
 def test_an_older_attempt_is_stale_and_touches_nothing(stage: Stage) -> None:
@@ -135,7 +135,7 @@ def test_a_sequence_that_does_not_fit_is_full(stage: Stage) -> None:
     answer = stage.step("b", 0, [1], reserve=11)
     assert (answer.status, answer.held) == (Status.FULL, 0)
     assert stage.begin("c", [1], reserve=10) == 1
-    assert stage.engine.free_tokens == 0
+    assert stage.engine.cache.free_tokens == 0
 
 
 def test_a_sequence_that_can_never_fit_is_invalid(stage: Stage) -> None:
@@ -157,10 +157,10 @@ def test_reservations_are_idempotent_and_serve_first_rows(stage: Stage) -> None:
     statuses = [Status.OK, Status.OK, Status.FULL]
     for _ in range(2):
         assert reserved(stage.engine, wanted, source=GATEWAY) == statuses
-        assert stage.engine.free_tokens == 10
+        assert stage.engine.cache.free_tokens == 10
     assert token_of(stage.step("a", 0, [4])) == 4
     assert token_of(stage.step("b", 0, [5], reserve=60)) == 5
-    assert stage.engine.free_tokens == 10
+    assert stage.engine.cache.free_tokens == 10
     assert reserved(stage.engine, [ReserveRow("a", 3, 30)], source=GATEWAY) == [Status.OK]
     assert reserved(stage.engine, [ReserveRow("a", 2, 30)], source=GATEWAY) == [Status.STALE]
     assert reserved(stage.engine, [ReserveRow("a", 4, 30)], source="another") == [Status.INVALID]
@@ -173,7 +173,7 @@ def test_a_release_frees_attempts_up_to_its_own(stage: Stage) -> None:
     assert stage.engine.release(releases, source="another") == 0
     assert stage.engine.release(releases, source=GATEWAY) == 1
     assert stage.engine.release(releases, source=GATEWAY) == 0
-    assert (stage.engine.free_tokens, stage.engine.sequences) == (80, 1)
+    assert (stage.engine.cache.free_tokens, len(stage.engine.sequences.by_id)) == (80, 1)
     assert stage.step("a", 1, [1], attempt=1).status is Status.MISS
 
 
@@ -213,7 +213,7 @@ def test_invalid_rows_leave_their_neighbours_unharmed(stage: Stage) -> None:
     assert (token_of(reply.rows[0]), token_of(reply.rows[8])) == (3, 8)
     assert reply.rows[7] == rows[7]
     assert {row.status for row in reply.rows[1:7]} == {Status.INVALID}
-    assert (stage.group.passes, stage.engine.free_tokens) == ([[2, 1]], 80)
+    assert (stage.group.passes, stage.engine.cache.free_tokens) == ([[2, 1]], 80)
 
 
 def test_a_sequence_whose_states_become_not_finite_fails_alone(stage: Stage) -> None:

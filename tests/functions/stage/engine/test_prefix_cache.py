@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from eventing.wire.prefix_chain import BLOCK_TOKENS, Chain, chain_key, extended
 from functions.stage.engine.prefix_cache import CachedPrefix, PrefixCache
-from functions.stage.models.kv_cache import GOING_BACK, KVArena, KVBudget
-from functions.stage.models.layer_group import KVCacheFull
+from functions.stage.models.kv_cache import GOING_BACK, KVArena, KVBudget, KVCacheFull
 
 KEY = chain_key("0" * 32, "")
 BLOCKS = 12  # of the arena
@@ -29,7 +28,7 @@ class TokenPool(KVArena):
 
     def places(self, handle: int, row: int, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         blocks, offsets = np.divmod(np.arange(first, end), BLOCK_TOKENS)
-        return self.table(handle)[row, blocks % self.need.ring_blocks if self.windowed[row] else blocks], offsets
+        return self.tables[handle][row, blocks % self.need.ring_blocks if self.windowed[row] else blocks], offsets
 
     def _copy_blocks(self, sources: np.ndarray, targets: np.ndarray) -> None:
         self.arena[targets] = self.arena[sources]
@@ -92,12 +91,12 @@ def test_a_follow_up_turn_takes_over_the_cached_blocks_and_takes_others_wherever
     first = text(1, 3.5)
     handle, held = stage.begin(first)
     assert held == 0
-    blocks = stage.kv.table(handle)[:, :3]
+    blocks = stage.kv.tables[handle][:, :3]
     other, _ = stage.begin(text(3, 2))
     stage.end(handle, first)
     again, held = stage.begin(first + text(2, 5))
     assert held == 3 * BLOCK_TOKENS
-    assert (stage.kv.table(again)[:, :3] == blocks).all(), "nothing was copied"
+    assert (stage.kv.tables[again][:, :3] == blocks).all(), "nothing was copied"
     assert stage.cache.cached_tokens == 0
     stage.cache.drop(other)
 

@@ -44,12 +44,12 @@ def test_a_lost_gateways_sequences_are_freed_and_others_stay() -> None:
         assert reserved(engine, [ReserveRow("a", 0, 60)], source="killed") == [Status.OK]
         assert reserved(engine, [ReserveRow("b", 0, 30)], source="idle") == [Status.OK]
         with renewing(engine, "idle"):
-            wait_for(lambda: engine.free_tokens == 70)
+            wait_for(lambda: engine.cache.free_tokens == 70)
             assert reserved(engine, [ReserveRow("c", 0, 70)], source="idle") == [Status.OK]
             engine.release([], source="third")
             wait_for(lambda: "third" not in engine._leases._renewed)
-            assert engine.free_tokens == 0
-        wait_for(lambda: engine.free_tokens == 100)
+            assert engine.cache.free_tokens == 0
+        wait_for(lambda: engine.cache.free_tokens == 100)
 
 
 def test_a_pass_longer_than_a_lease_expires_no_lease() -> None:
@@ -65,8 +65,8 @@ def test_a_pass_longer_than_a_lease_expires_no_lease() -> None:
         group.gate.set()
         pass_.join()
         with renewing(engine, "gateway"):
-            wait_for(lambda: engine.free_tokens == 40)
-            assert engine.sequences == 1
+            wait_for(lambda: engine.cache.free_tokens == 40)
+            assert len(engine.sequences.by_id) == 1
 
 
 def test_a_lease_renewed_just_as_it_expired_expires_again_later() -> None:
@@ -187,6 +187,6 @@ def test_waiting_requests_delay_nothing_else(full: Engine) -> None:
     with waiting(full, 60, early):
         full.release([ReleaseRow("b", 0)], source="gateway")
         assert reserved(full, [ReserveRow("c", 0, 30)], source="another") == [Status.OK]
-        assert full.free_tokens == 10
+        assert full.cache.free_tokens == 10
         full.release([ReleaseRow("a", 0)], source="gateway")
-        assert full.free_tokens == 70, "waiting reserves nothing"
+        assert full.cache.free_tokens == 70, "waiting reserves nothing"

@@ -214,7 +214,7 @@ def test_another_key_or_sharer_finds_nothing(store: PayloadStore) -> None:
 def test_a_full_arena_is_reported_and_no_tier_is_asked(store: PayloadStore) -> None:
     tokens = first_turn(store)
     with kv_stage(store=store) as stage:
-        stage.reserve("large", text(1, 1), more=stage.engine.free_tokens - 48)
+        stage.reserve("large", text(1, 1), more=stage.engine.cache.free_tokens - 48)
         assert stage.reserve("second", tokens).status == "full"
         assert stage.restores.tokens == {}
 

@@ -18,8 +18,8 @@ from functions.configuration.pass_times import PassTimes
 from functions.stage.engine.wire_tensors import hidden_array, wire_tensor
 from functions.stage.models import build, sleep_group
 from functions.stage.models.build import GroupChoice, Kind, UnsupportedDtype, build_layer_group, choose, device_for
-from functions.stage.models.kv_cache import KVBudget
-from functions.stage.models.layer_group import KVCacheFull, LayerGroup, Segment
+from functions.stage.models.kv_cache import KVBudget, KVCacheFull
+from functions.stage.models.layer_group import LayerGroup, Segment
 from storage.checkpoints.decoder_families import UnsupportedConfig
 from storage.errors import LibraryMissing
 from tests.support.functions.stage_pipeline import CUT, build_groups, engines, generate, stage_tensors, tensors, whole_model

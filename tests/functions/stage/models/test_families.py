@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from functions.stage.models.build import UnsupportedDtype, build_layer_group
-from functions.stage.models.layer_group import KVCacheFull, MissingTensors, Segment
+from functions.stage.models.kv_cache import KVCacheFull
+from functions.stage.models.layer_group import MissingTensors, Segment
 from functions.stage.models.transformers.group import TransformersGroup
 from storage.checkpoints.model_description import describe_model
 from storage.errors import ArchitectureUnsupported

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from functions.stage.models.kv_cache import GOING_BACK, KVBudget, KVNeed
-from functions.stage.models.layer_group import KVCacheFull
+from functions.stage.models.kv_cache import GOING_BACK, KVBudget, KVCacheFull, KVNeed
 from functions.stage.models.llama.kv_pool import TorchKVPool
 from functions.stage.models.native.kv_pool import LayerKV, NativeKVPool
 from functions.stage.native.records import PAGE_TOKENS, Dtype
@@ -64,21 +63,21 @@ def test_a_reservation_larger_than_every_hole_takes_blocks_here_and_there_and_mo
     one, other = handles[1], handles[3]
     for handle in handles[::2]:
         kv.release(handle)
-    tables = kv.table(one).copy(), kv.table(other).copy()
+    tables = kv.tables[one].copy(), kv.tables[other].copy()
     large = kv.reserve(6 * BLOCK)
     fill(kv, large, 0, 6 * BLOCK, 100.0)
     for handle, value in ((one, 10.0), (other, 30.0), (large, 100.0)):
         assert_holds(kv, handle, value)
     assert kv.free_tokens == 0
-    assert np.array_equal((kv.table(one), kv.table(other)), tables)
+    assert np.array_equal((kv.tables[one], kv.tables[other]), tables)
 
 
 def test_a_reservation_takes_neighbours_where_there_are_enough() -> None:
     kv = pool(10)
     first, _ = kv.reserve(BLOCK), kv.reserve(2 * BLOCK)
     kv.release(first)
-    assert kv.table(kv.reserve(4 * BLOCK)).tolist() == [[3, 4, 5, 6]]
-    assert kv.table(kv.reserve(BLOCK)).tolist() == [[0]]
+    assert kv.tables[kv.reserve(4 * BLOCK)].tolist() == [[3, 4, 5, 6]]
+    assert kv.tables[kv.reserve(BLOCK)].tolist() == [[0]]
 
 
 @pytest.mark.parametrize("windows", [(None,) * 4, (None, 100, 100, 700)])
@@ -94,7 +93,7 @@ def test_physical_memory_is_what_was_written_and_never_more_than_the_budget(wind
         while held and kv.need.of(tokens) > kv.free_units:
             kv.release(held.pop(dice.randrange(len(held))))
         handle = kv.reserve(tokens)
-        pages = kv.table(handle)
+        pages = kv.tables[handle]
         kv.arena[pages[pages >= 0]] = 1
         if held and kv.holds(held[-1], tokens):
             kv.copy(held[-1], handle, tokens)
@@ -105,7 +104,7 @@ def test_physical_memory_is_what_was_written_and_never_more_than_the_budget(wind
         assert kv.resident_bytes <= budget
     assert kv.free_units + sum(map(kv.units, held)) == budget // page_bytes
     fresh = NativeKVPool(layers, Dtype.F32, budget)
-    fresh.arena[fresh.table(fresh.reserve(PAGE_TOKENS))] = 1
+    fresh.arena[fresh.tables[fresh.reserve(PAGE_TOKENS)]] = 1
     assert fresh.resident_bytes == len(windows) * page_bytes
 
 

@@ -129,8 +129,8 @@ def test_windows_save_memory(window: int, pattern: int, most: float) -> None:
     every = 12 * tokens * 2 * heads * size * 4
     pool = NativeKVPool([LayerKV(window, heads, size) for window in windows], Dtype.F32, every)
     handle = pool.reserve(tokens)
-    assert (pool.table(handle) >= 0).sum() == pool.units(handle)
-    pages = pool.table(handle)
+    assert (pool.tables[handle] >= 0).sum() == pool.units(handle)
+    pages = pool.tables[handle]
     pool.arena[pages[pages >= 0]] = 1
     assert 0 < pool.resident_bytes <= most * every
     token = torch.zeros(1, heads, 1, size)

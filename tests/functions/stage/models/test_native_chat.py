@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from functions.stage.models.build import build_layer_group
-from functions.stage.models.layer_group import KVCacheFull, LayerGroup, Segment
+from functions.stage.models.kv_cache import KVCacheFull
+from functions.stage.models.layer_group import LayerGroup, Segment
 from storage.checkpoints.checkpoint import SourceTensor
 from storage.loading.weight_loader import RawTensor
 from storage.models.conversion import convert_tensor
