@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from itertools import islice
-from typing import Final, Protocol
+from typing import Final
 
 from eventing.wire.prefix_chain import BLOCK_TOKENS
 from functions.stage.engine.kv_tiers import ComputeRate, RestoreRequest, smoothed
@@ -43,10 +43,8 @@ Returns None if the tier does not hold the whole part. Raises FetchFailed.
 """
 
 
-class Observe(Protocol):
-    """A function that is called with the outcome of each restore, for metrics."""
-
-    def __call__(self, tier: str, *, num_bytes: int, seconds: float, failed: bool) -> None: ...
+Observe = Callable[[str, int, float, bool], None]
+"""A function (tier, bytes, seconds, failed) that is called with the outcome of each restore, for metrics."""
 
 
 class FetchEstimate:
@@ -128,7 +126,7 @@ class Fetcher:
                 self._mark_away(source)
         if fetched.failure is not None:
             _log.warning("%d of %d tokens came from %s, the rest is computed: %s", tokens, missing, source, fetched.failure)
-        self._observe(self._tier, num_bytes=fetched.bytes, seconds=seconds, failed=fetched.failure is not None)
+        self._observe(self._tier, fetched.bytes, seconds, fetched.failure is not None)
         return fetched.held
 
     def checked(self, data: bytes | bytearray | memoryview, first: int, end: int) -> CheckedKV:

@@ -260,7 +260,7 @@ class StageMetrics(FunctionMetrics):
         for status in set(statistics.rows):
             self._rows[status].inc(statistics.rows.count(status))
 
-    def observe_restore(self, tier: str, *, num_bytes: int, seconds: float, failed: bool) -> None:
+    def observe_restore(self, tier: str, num_bytes: int, seconds: float, failed: bool) -> None:
         self.restored_bytes.labels(tier).inc(num_bytes)
         self.restore_seconds.labels(tier).inc(seconds)
         self.restores_failed.labels(tier).inc(failed)

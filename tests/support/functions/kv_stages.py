@@ -43,7 +43,7 @@ class Restores:
     tokens: dict[str, int] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
 
-    def __call__(self, tier: str, *, num_bytes: int, seconds: float, failed: bool) -> None:
+    def __call__(self, tier: str, num_bytes: int, seconds: float, failed: bool) -> None:
         if failed:
             self.failed.append(tier)
 
