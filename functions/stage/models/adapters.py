@@ -2,16 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
-
-import numpy as np
 
 from functions.stage.models.floats import Float32, HiddenDtype, narrowed, widened
+from storage.floats import read_floats
 from storage.loading.weight_loader import RawTensor
-
-_NUMPY_DTYPES: Final[Mapping[str, tuple[type[np.generic], HiddenDtype]]] = {
-    "F32": (np.float32, "F32"), "BF16": (np.uint16, "BF16"), "F16": (np.float16, "F16"),
-}  # fmt: skip
 
 
 class WrongAdapter(Exception):
@@ -48,9 +42,7 @@ def low_ranks(tensors: Mapping[str, RawTensor], dtype: HiddenDtype) -> dict[str,
 
 
 def _floats(tensor: RawTensor, dtype: HiddenDtype) -> Float32:
-    stored, name = _NUMPY_DTYPES[tensor.dtype]
-    numbers = np.frombuffer(tensor.data, stored).reshape(tensor.shape)
-    wide = numbers if name == "F32" else widened(numbers, name)
+    wide = read_floats(tensor.data, tensor.dtype).reshape(tensor.shape)
     if dtype == "F32" or not tensor.shape:  # a scale is a number of its own
         return wide
     return widened(narrowed(wide, dtype), dtype)

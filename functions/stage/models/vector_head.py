@@ -1,17 +1,16 @@
 """Turns the final hidden states of a text into a vector or a score, as its model's publication says. In float32, by numpy."""
 
 from collections.abc import Mapping, MutableMapping
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from eventing.wire.events import Pooling
-from functions.stage.models.floats import DTYPES, Array, Float32, HiddenDtype, widened
+from functions.stage.models.floats import Array, Float32, HiddenDtype, widened
 from functions.stage.models.layer_group import MissingTensors
+from storage.floats import read_floats
 from storage.loading.weight_loader import RawTensor
 from storage.models.embedder import CLASSIFIER, embedder_in
-
-_NAMES: Final[Mapping[str, HiddenDtype]] = {"F32": "F32", "BF16": "BF16", "F16": "F16"}
 
 
 class VectorHead:
@@ -29,8 +28,8 @@ class VectorHead:
         """Removes the layers' tensors from `tensors`, which may be any part of the model, and keeps them."""
         for name in self.embedder.tensors & tensors.keys() if self.embedder else ():
             raw = tensors.pop(name)
-            numbers = np.frombuffer(raw.data, DTYPES[raw.dtype]).reshape(raw.shape)
-            self._tensors[name] = widened(numbers, _NAMES[raw.dtype])
+            # A copy, so that the memory of the whole object can be freed.
+            self._tensors[name] = np.array(read_floats(raw.data, raw.dtype)).reshape(raw.shape)
 
     def finish(self) -> None:
         """Raises MissingTensors, naming the matrices that `place` never got."""
