@@ -130,16 +130,11 @@ class AdapterTable:
             in_use = self._in_use()
             for adapter, slot in self._slots.items():
                 if slot.ready and adapter not in in_use:
-                    self._drop(adapter)
-                    break
-            else:
-                raise Refusal(Status.FULL, held=0, reason=f"all {self._most} adapters that this stage keeps are in use")
+                    del self._slots[adapter]
+                    self._group.place_adapter(slot.number, None)
+                    return slot.number
+            raise Refusal(Status.FULL, held=0, reason=f"all {self._most} adapters that this stage keeps are in use")
         return self._free.pop()
-
-    def _drop(self, adapter: bytes) -> None:
-        slot = self._slots.pop(adapter)
-        self._group.place_adapter(slot.number, None)
-        self._free.append(slot.number)
 
     def _fetch(self, adapter: bytes, slot: _Slot) -> None:
         """Loads an adapter; a thread of its own calls this."""

@@ -307,17 +307,14 @@ class Engine:
                 loaded = self.adapters.claim(row.adapter)
             except Refusal as refusal:
                 return ReservedRow(row.id, row.attempt, refusal.status, reason=str(refusal)), None
-        return self._reserve_memory(row, lineage, source, deadline), loaded
-
-    def _reserve_memory(self, row: ReserveRow, lineage: str | None, source: str, deadline: float) -> ReservedRow | Restore:
         known = self.sequences.get(row.id, source)
         if known is not None and known.restore is not None and known.restore.answers(row, lineage):
-            return known.restore
+            return known.restore, loaded
         reserved = self.sequences.reserve(row, source, lineage)
         restore = self._restorer.begin(row, lineage, reserved, source, deadline)
         if (sequence := self.sequences.get(row.id, source)) is not None:
             sequence.restore = restore
-        return restore or reserved
+        return restore or reserved, loaded
 
     def _serve(self) -> None:
         last_check = self._clock()
