@@ -114,7 +114,7 @@ class EmulatedRun:
             cold_starts=self._cold_starts,
             network_bytes=float(tokens * self._setting.network_bytes_per_token(self._way)),
         )
-        return outcome_of(self._trace, first, last, seconds, cost)
+        return outcome_of(self._trace, first, last, seconds, cost, slowness=self._setting.slowness)
 
     def _pods(self, platform: Platform) -> Iterator[list[LocalPod]]:
         """The pods of each stage, in any state."""

@@ -83,7 +83,9 @@ def setting_13b(stages: int = 4, devices: int = 8, device: str = "l40s", slownes
     setting = Setting(model="llama-2-13b", config=_config("llama-2-13b"), device_name=device, stages=stages, devices=devices)
     if slowness == 1.0:
         return setting
-    return replace(setting, measured=setting.profile.times(slowness), memory_bytes=setting.device.memory_bytes)
+    return replace(
+        setting, measured=setting.profile.times(slowness), memory_bytes=setting.device.memory_bytes, slowness=slowness
+    )
 
 
 def setting_smollm2() -> Setting:

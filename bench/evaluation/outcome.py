@@ -33,12 +33,23 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     pauses: tuple[float, float] | None = None  # between two tokens of an answer: p99.9, longest; None: not recorded
 
 
-def outcome_of(trace: Trace, first: Floats, last: Floats, seconds: float, cost: Cost, pauses: Sequence[float] = ()) -> Outcome:
-    """first, last: times of each request's first and last token on the trace's clock; NaN: never."""
+def outcome_of(
+    trace: Trace,
+    first: Floats,
+    last: Floats,
+    seconds: float,
+    cost: Cost,
+    pauses: Sequence[float] = (),
+    slowness: float = 1.0,
+) -> Outcome:
+    """first, last: times of each request's first and last token on the trace's clock; NaN: never. slowness: of the devices,
+    with which the objective is multiplied.
+    """
     first_token = first - trace.arrival_seconds
     per_token = (last - first) / np.maximum(1, trace.answer_tokens - 1)
     answered = np.isfinite(last) & (last - trace.arrival_seconds <= PATIENCE_SECONDS)
-    met = answered & (first_token <= MOST_FIRST_TOKEN_SECONDS) & (per_token <= MOST_TOKEN_SECONDS)
+    in_time = (first_token <= slowness * MOST_FIRST_TOKEN_SECONDS) & (per_token <= slowness * MOST_TOKEN_SECONDS)
+    met = answered & in_time
     several = answered & (trace.answer_tokens > 1)
     return Outcome(
         requests=len(trace),

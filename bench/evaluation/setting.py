@@ -19,7 +19,6 @@ from knative.spec.sizing import StagePlan, plan_stages
 
 WAYS: Final = ("one static copy", "replicas, KPA", "static pipeline", "pipeline, HPA", "pipeline, KPA", "pipeline, objective")
 COPY, REPLICAS, STATIC, HPA, KPA, OBJECTIVE = WAYS
-_OBJECTIVE: Final = {"first_token_seconds": MOST_FIRST_TOKEN_SECONDS, "token_seconds": MOST_TOKEN_SECONDS}
 _LITTLE_KV: Final = 500  # tokens of a row
 _HOP_SECONDS: Final = 0.002
 _QUEUE_LIMIT: Final = 1024  # of the gateway: the arrivals of two seconds at a hundred times the trace
@@ -48,6 +47,7 @@ class Setting:
     dtype: str = "bfloat16"
     measured: Profile | None = None  # instead of a profile from the device's published figures
     memory_bytes: float | None = None  # of a device; None: as published
+    slowness: float = 1.0  # factor of the objective's seconds, for devices whose passes take so many times as long
 
     def __post_init__(self) -> None:
         """Raises OverBudget."""
@@ -148,7 +148,11 @@ class Setting:
             rows: max(times.forward_seconds(rows, rows * _LITTLE_KV, rows * _LITTLE_KV) for times in self.pass_times(way))
             for rows in (1, self.micro_batch_sequences)
         }
-        return {**_OBJECTIVE, "pass_seconds": {rows: round(seconds + _HOP_SECONDS, 4) for rows, seconds in passes.items()}}
+        return {
+            "first_token_seconds": self.slowness * MOST_FIRST_TOKEN_SECONDS,
+            "token_seconds": self.slowness * MOST_TOKEN_SECONDS,
+            "pass_seconds": {rows: round(seconds + _HOP_SECONDS, 4) for rows, seconds in passes.items()},
+        }
 
     def network_bytes_per_token(self, way: str) -> int:
         """Hidden states from stage to gateway and on to the next stage, for each token of prompt and answer."""

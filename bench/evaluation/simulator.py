@@ -74,6 +74,7 @@ class Simulation:
         """
         self.clock = Clock()
         self._world = world
+        self._slowness = setting.slowness
         self._trace = trace.within(setting.context_tokens)
         self._plans = setting.plans(way)
         self._hidden_bytes = max(plan.hop_bytes_per_token for plan in self._plans)
@@ -132,7 +133,7 @@ class Simulation:
             cold_starts=sum(fleet.cold_starts for fleet in self.fleets),
             network_bytes=float(sum(gateway.tokens_sent for gateway in self.gateways) * self._hidden_bytes),
         )
-        outcome = outcome_of(self._trace, self.first_seconds, self.last_seconds, end, cost, self._pauses)
+        outcome = outcome_of(self._trace, self.first_seconds, self.last_seconds, end, cost, self._pauses, self._slowness)
         return outcome, sum(fleet.peak for fleet in self.fleets)
 
     def _kill(self) -> None:

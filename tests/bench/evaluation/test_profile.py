@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from bench.evaluation.experiments import setting_13b
 from bench.evaluation.fitting import Point, fit_profile
 from bench.evaluation.profile import (
     DoesNotFit,
@@ -15,6 +16,7 @@ from bench.evaluation.profile import (
     read_profile,
     roofline,
 )
+from bench.evaluation.setting import OBJECTIVE
 from functions.configuration.pass_times import PassTimes, pairs
 from knative.spec.model_shape import shape_from_folder
 from tests.support.paths import ROOT
@@ -105,3 +107,9 @@ def test_a_device_that_is_not_known_and_a_stage_that_does_not_fit_are_refused() 
     with pytest.raises(DoesNotFit, match=r"whole: 26.0 GB of weights and 4096 tokens .* 24 GB.*cut the model into more stages"):
         kv_tokens_beside(26 * 10**9, 819_200, 24e9, 4096, "whole")
     assert kv_tokens_beside(26 * 10**9, 819_200, 48e9, 4096, "whole") == 20996
+
+
+def test_the_objective_of_slow_devices_is_as_many_times_as_long() -> None:
+    spec = setting_13b(slowness=3.0).spec(OBJECTIVE)
+    assert spec.objective is not None
+    assert (spec.objective.first_token_seconds, spec.objective.token_seconds) == (6.0, pytest.approx(0.6))
