@@ -105,21 +105,12 @@ LONG: Final = 160
 TEXT: Final = "The capital of France is Paris, and the capital of Italy is Rome."
 COLD_SECONDS: Final = 600
 NOTHING_MAY_BE_LEFT: Final = (
-    ("serving.knative.dev/v1", "Service"),
-    ("serving.knative.dev/v1", "Revision"),
-    ("apps/v1", "Deployment"),
-    ("v1", "Pod"),
-    ("v1", "Secret"),
-    ("v1", "ConfigMap"),
-    ("v1", "ServiceAccount"),
-    ("rbac.authorization.k8s.io/v1", "Role"),
-    ("rbac.authorization.k8s.io/v1", "RoleBinding"),
-    ("networking.k8s.io/v1", "NetworkPolicy"),
-    ("coordination.k8s.io/v1", "Lease"),
-    ("eventing.knative.dev/v1", "Broker"),
-    ("eventing.knative.dev/v1", "Trigger"),
+    ("serving.knative.dev/v1", "Service"), ("serving.knative.dev/v1", "Revision"), ("apps/v1", "Deployment"), ("v1", "Pod"),
+    ("v1", "Secret"), ("v1", "ConfigMap"), ("v1", "ServiceAccount"), ("rbac.authorization.k8s.io/v1", "Role"),
+    ("rbac.authorization.k8s.io/v1", "RoleBinding"), ("networking.k8s.io/v1", "NetworkPolicy"),
+    ("coordination.k8s.io/v1", "Lease"), ("eventing.knative.dev/v1", "Broker"), ("eventing.knative.dev/v1", "Trigger"),
     ("flows.knative.dev/v1", "Sequence"),
-)
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -136,16 +136,13 @@ def ask(url: str, prompt: Any, **parameters: Any) -> dict[str, Any]:
 
 def assert_same(published: Published, prompt: Any, seen: list[int], wanted: list[int]) -> None:
     """seen: without the end-of-sequence token that transformers' output has."""
-    wanted = [token for token in wanted if token not in eos_ids(published)]
+    ends = {published.tokenizer.token_to_id(end) for end in ("<|im_end|>", "<|endoftext|>")}
+    wanted = [token for token in wanted if token not in ends]
     for step, (one, other) in enumerate(zip(seen, wanted, strict=False)):
         if one != other:
             assert is_close(published, prompt, wanted[:step]), f"{prompt!r}: {seen} instead of {wanted} from token {step} on"
             return
     assert len(seen) == len(wanted), f"{prompt!r}: {seen} instead of {wanted}"
-
-
-def eos_ids(published: Published) -> set[int]:
-    return {published.tokenizer.token_to_id("<|im_end|>"), published.tokenizer.token_to_id("<|endoftext|>")}
 
 
 def is_close(published: Published, prompt: Any, so_far: list[int]) -> bool:

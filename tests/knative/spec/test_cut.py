@@ -25,15 +25,9 @@ from tests.support.storage import tiny_models
 
 LLAMA_2_13B = ROOT / "examples" / "llama-2-13b"
 SMOLLM2 = {
-    "model_type": "llama",
-    "num_hidden_layers": 30,
-    "hidden_size": 576,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "intermediate_size": 1536,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-}
+    "model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 def heaviest(shape: ModelShape, cut: tuple[tuple[int, int], ...]) -> float:

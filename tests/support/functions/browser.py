@@ -98,15 +98,9 @@ def browser(*arguments: str) -> Iterator[Browser]:
     options.binary_location = CHROMIUM
     # For root in a container with little shared memory, and without requests to the browser's maker.
     for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        "--disable-background-networking",
-        "--no-first-run",
-        *arguments,
-    ):
+        "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars",
+        "--disable-background-networking", "--no-first-run", *arguments,
+    ):  # fmt: skip
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))

@@ -58,30 +58,16 @@ def _chunks(body: bytes) -> bytes:
 
 def _targets() -> Iterator[Case]:
     for target, read in (
-        (b"/", b"/"),
-        (b"/a/b", b"/a/b"),
-        (b"/a?b=c", b"/a?b=c"),
-        (b"/?", b"/"),
-        (b"/a?b?c/d", b"/a?b?c/d"),
-        (b"//a/b", b"//a/b"),
-        (b"/a//b/../c", b"/a//b/../c"),
-        (b"/a;b=c:d@e!$&'()*+,=~", b"/a;b=c:d@e!$&'()*+,=~"),
-        (b"/%61%20b", b"/a b"),
-        (b"/a?%61%20b", b"/a?%61%20b"),
-        (b"/http://b/c", b"/http://b/c"),
-        (b"/*", b"/*"),
-    ):
+        (b"/", b"/"), (b"/a/b", b"/a/b"), (b"/a?b=c", b"/a?b=c"), (b"/?", b"/"), (b"/a?b?c/d", b"/a?b?c/d"),
+        (b"//a/b", b"//a/b"), (b"/a//b/../c", b"/a//b/../c"), (b"/a;b=c:d@e!$&'()*+,=~", b"/a;b=c:d@e!$&'()*+,=~"),
+        (b"/%61%20b", b"/a b"), (b"/a?%61%20b", b"/a?%61%20b"), (b"/http://b/c", b"/http://b/c"), (b"/*", b"/*"),
+    ):  # fmt: skip
         yield served("9112 3.2.1", _get(b"GET " + target + b" HTTP/1.1"), b"GET " + read + b" a ")
     for target, read in (
-        (b"http://b/", b"/ b"),
-        (b"http://b", b"/ b"),
-        (b"http://b?c", b"/?c b"),
-        (b"http://b/c?d=e", b"/c?d=e b"),
-        (b"HTTP://B:80/c", b"/c B:80"),
-        (b"https://b:443/", b"/ b:443"),
-        (b"http://[::1]:8080/c", b"/c [::1]:8080"),
+        (b"http://b/", b"/ b"), (b"http://b", b"/ b"), (b"http://b?c", b"/?c b"), (b"http://b/c?d=e", b"/c?d=e b"),
+        (b"HTTP://B:80/c", b"/c B:80"), (b"https://b:443/", b"/ b:443"), (b"http://[::1]:8080/c", b"/c [::1]:8080"),
         (b"http://b:/c", b"/c b:"),
-    ):
+    ):  # fmt: skip
         yield served("9112 3.2.2", _get(b"GET " + target + b" HTTP/1.1"), b"GET " + read + b" ")
     yield refused("9112 3.2", b"GET http://b/ HTTP/1.1\r\n\r\n")  # Host is demanded with this form as well
     yield served("9112 3.2.4", _get(b"OPTIONS * HTTP/1.1"), b"OPTIONS * a ")
@@ -99,16 +85,9 @@ def _targets() -> Iterator[Case]:
 
 def _hosts() -> Iterator[Case]:
     for host in (
-        b"b",
-        b"b:8080",
-        b"b.example.",
-        b"127.0.0.1:80",
-        b"[::1]",
-        b"[::1]:80",
-        b"[fe80::1%25eth0]",
-        b"a_b",
+        b"b", b"b:8080", b"b.example.", b"127.0.0.1:80", b"[::1]", b"[::1]:80", b"[fe80::1%25eth0]", b"a_b",
         b"xn--bcher-kva.example",
-    ):
+    ):  # fmt: skip
         yield served("9110 7.2", _get(b"GET / HTTP/1.1", b"Host: " + host + b"\r\n"), b"GET / " + host + b" ")
     yield served("9110 7.2", _get(b"GET / HTTP/1.1", b"hOsT:b\r\n"), b"GET / b ")
     yield served("9112 5", _get(b"GET / HTTP/1.1", b"Host: \t b \t\r\n"), b"GET / b ")
@@ -141,22 +120,10 @@ def _request_lines() -> Iterator[Case]:
     yield served("9112 2.2", b"\r\n" + _get(b"GET / HTTP/1.1"), b"GET / a ")
     yield served("9112 2.2", b"\r\n\r\n" + _get(b"GET / HTTP/1.1"), b"GET / a ")
     for line in (
-        b"GET / HTTP/3.0",
-        b"GET / HTTP/11.1",
-        b"GET / HTTP/1.",
-        b"GET / HTTP/1.1x",
-        b"GET / http/1.1",
-        b"GET / HTTPS/1.1",
-        b"GET",
-        b"GET /a b HTTP/1.1",
-        b"GET / HTTP/1.1 x",
-        b" GET / HTTP/1.1",
-        b"G\x00T / HTTP/1.1",
-        b"GET\x00/ HTTP/1.1",
-        b"GET /\x00 HTTP/1.1",
-        b"GET /\x7f HTTP/1.1",
-        b"G(T / HTTP/1.1",
-    ):
+        b"GET / HTTP/3.0", b"GET / HTTP/11.1", b"GET / HTTP/1.", b"GET / HTTP/1.1x", b"GET / http/1.1", b"GET / HTTPS/1.1",
+        b"GET", b"GET /a b HTTP/1.1", b"GET / HTTP/1.1 x", b" GET / HTTP/1.1", b"G\x00T / HTTP/1.1", b"GET\x00/ HTTP/1.1",
+        b"GET /\x00 HTTP/1.1", b"GET /\x7f HTTP/1.1", b"G(T / HTTP/1.1",
+    ):  # fmt: skip
         yield refused("9112 3", _get(line))
     yield refused("9110 15.6.6", _get(b"GET / HTTP/2.0"), 505)
     yield refused("9110 15.6.6", _get(b"GET / HTTP/0.9"), 505)
@@ -183,18 +150,9 @@ def _fields() -> Iterator[Case]:
     ):
         yield served("9110 5.5", _get(b"GET / HTTP/1.1", H + field + b"\r\n"), b"GET / a ")
     for field in (
-        b"X : y",
-        b"X\t: y",
-        b": y",
-        b"X",
-        b"X y: z",
-        b"X(: y",
-        b"X\x00: y",
-        b"X\x80: y",
-        b"X: a\x00b",
-        b"X: a\rb",
+        b"X : y", b"X\t: y", b": y", b"X", b"X y: z", b"X(: y", b"X\x00: y", b"X\x80: y", b"X: a\x00b", b"X: a\rb",
         b"X: a\nY: b",
-    ):
+    ):  # fmt: skip
         yield refused("9112 5", _get(b"GET / HTTP/1.1", H + field + b"\r\n"))
     yield refused("9112 2.2", b"GET / HTTP/1.1\r\n " + H + b"\r\n")  # blank before the first field
     yield refused("9112 5.2", _get(b"GET / HTTP/1.1", H + b"Content-Length: 0\r\n Transfer-Encoding: chunked\r\n"))

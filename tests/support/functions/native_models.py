@@ -90,11 +90,9 @@ def torch_groups(name: str, dtype: str) -> list[LlamaGroup]:
 
 def exact_groups(name: str, dtype: str, keep_wide: Collection[str] = ()) -> list[LlamaGroup]:
     """The exact results that `native_groups` approximate: one torch group in float32 on numbers rounded to `dtype`."""
-    return [_torch_group(name, "float32", _exact(checkpoint(name, dtype, keep_wide)), 0, tiny_models.NUM_LAYERS)]
-
-
-def _exact(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return dequantized({name: plain(each) if each.dtype == torch.uint8 else each for name, each in stored.items()})
+    stored = checkpoint(name, dtype, keep_wide)
+    exact = dequantized({key: plain(each) if each.dtype == torch.uint8 else each for key, each in stored.items()})
+    return [_torch_group(name, "float32", exact, 0, tiny_models.NUM_LAYERS)]
 
 
 def _torch_group(name: str, dtype: str, tensors: dict[str, torch.Tensor], first: int, last: int) -> LlamaGroup:

@@ -141,14 +141,9 @@ def real_fleet(folder: Path, names: Sequence[str], canary_percent: int) -> Itera
                 for name, cut in cuts.items()
             ]
             fleet = {
-                "kind": "Fleet",
-                "name": "models",
-                "image": "local",
-                "store": {"endpoint": embedded.settings.endpoint_url},
-                "max_devices": DEVICES,
-                "gateway": {"autoscaling": {**scaling, "max_scale": 1}},
-                "members": members,
-            }
+                "kind": "Fleet", "name": "models", "image": "local", "store": {"endpoint": embedded.settings.endpoint_url},
+                "max_devices": DEVICES, "gateway": {"autoscaling": {**scaling, "max_scale": 1}}, "members": members,
+            }  # fmt: skip
             (folder / "fleet.yaml").write_text(yaml.safe_dump(fleet))
             return LocalFleet(folder / "fleet.yaml", store, named_secrets, folder / "weights", kv_key, Console(quiet=True))
 

@@ -60,7 +60,7 @@ def refusal(manifest: dict[str, Any], enabled: set[str]) -> str | None:
     if manifest["spec"].get("template") is None:
         return "missing field(s): spec.template.spec.containers"
     for case in _CASES:
-        wanted = {_path(field): _at(case["manifest"], _path(field)) for field in case["fields"]}
+        wanted = {_path(field): next(_values(case["manifest"], _path(field)), None) for field in case["fields"]}
         wanted = {path: value for path, value in wanted.items() if value is not None}
         if case["accepted"] or not wanted or {path[-1] for path in wanted} & enabled:
             continue
@@ -129,7 +129,3 @@ def _values(value: Any, path: Path) -> Iterator[Any]:
             yield from _values(inner, path)
     elif isinstance(value, dict) and path[0] in value:
         yield from _values(value[path[0]], path[1:])
-
-
-def _at(value: Any, path: Path) -> Any:
-    return next(_values(value, path), None)

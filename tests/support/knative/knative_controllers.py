@@ -211,17 +211,15 @@ def _await_ownership(api: "KubernetesApi", service: Object) -> Steps:
     owner = api.objects[api.key_of(service)]["metadata"]["uid"]
     for kind, plural in (("Configuration", "configurations"), ("Route", "routes")):
         key = (SERVICE[0], plural, metadata["namespace"], metadata["name"])
-        while key in api.objects and owner not in _owners(api.objects[key]):
+        while key in api.objects and owner not in [
+            each["uid"] for each in api.objects[key]["metadata"].get("ownerReferences", [])
+        ]:
             text = f'There is an existing {kind} "{metadata["name"]}" that we do not own.'
             set_conditions(api, service, "", "False", "NotOwned", text, routes=kind == "Route")
             yield
     if key not in api.objects:
         own = _owned_by(api, service)
         api.put({"apiVersion": SERVICE[0], "kind": "Route", "metadata": own | {"generation": 1}, "spec": {}})
-
-
-def _owners(manifest: Object) -> list[str]:
-    return [each["uid"] for each in manifest["metadata"].get("ownerReferences", [])]
 
 
 def _owned_by(api: "KubernetesApi", service: Object) -> Object:
@@ -260,7 +258,8 @@ def route(api: "KubernetesApi", service: Object, revision: str) -> None:
             text = f'Revision "{each["revisionName"]}" referenced in traffic not found.'
             set_conditions(api, service, revision, "False", "RevisionMissing", text, routes=True)
             return
-    domain = "svc.cluster.local" if _cluster_local(service) else api.domain
+    visibility = service["metadata"].get("labels", {}).get("networking.knative.dev/visibility")
+    domain = "svc.cluster.local" if visibility == "cluster-local" else api.domain
     status = {
         "address": {"url": f"http://{metadata['name']}.{metadata['namespace']}.svc.cluster.local"},
         "conditions": [_condition(kind, "True") for kind in ("ConfigurationsReady", "Ready", "RoutesReady")],
@@ -359,10 +358,6 @@ def _configure(api: "KubernetesApi", service: Object) -> Object:
 def _revisions_with_traffic(service: Object) -> set[str]:
     status = service.get("status") or {}
     return {each["revisionName"] for each in status.get("traffic") or []}
-
-
-def _cluster_local(service: Object) -> bool:
-    return service["metadata"].get("labels", {}).get("networking.knative.dev/visibility") == "cluster-local"
 
 
 # -- Eventing ---------------------------------------------------------------------------------------------------------

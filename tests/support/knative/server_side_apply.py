@@ -21,7 +21,9 @@ def conflicts(live: Object, manifest: Object, manager: str, owners: Owners) -> d
     """Other managers → their fields that the manifest would change, in the API server's notation."""
     paths = fields_of(manifest)
     found = {
-        other: sorted(_dotted(path) for path in paths & owned if value_at(live, path) != value_at(manifest, path))
+        other: sorted(
+            "".join(f".{key}" for key in path) for path in paths & owned if value_at(live, path) != value_at(manifest, path)
+        )
         for other, owned in owners.items()
         if other != manager
     }
@@ -58,10 +60,6 @@ def value_at(value: Any, path: Path) -> Any:
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
     return value
-
-
-def _dotted(path: Path) -> str:
-    return "".join(f".{key}" for key in path)
 
 
 def _nested(paths: set[Path]) -> Object:

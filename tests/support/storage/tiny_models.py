@@ -28,18 +28,10 @@ CONTEXT: Final = 256
 SLIDING_WINDOW: Final = 8
 
 _COMMON: Final[dict[str, Any]] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": NUM_LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "tie_word_embeddings": False,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 _SLIDING_AND_FULL: Final = ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2)
 _ROPE: Final = {"rope_theta": 10_000.0, "rope_type": "default"}
 _MOE: Final = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -279,32 +271,17 @@ _STORED: Final[dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 _LINEAR_AND_FULL: Final = ["linear_attention", "full_attention"] * (NUM_LAYERS // 2)
 _DELTA_NET: Final = {
-    "layer_types": _LINEAR_AND_FULL,
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "head_dim": 16,
-}
+    "layer_types": _LINEAR_AND_FULL, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 16,
+}  # fmt: skip
 _DELTA_NET_MOE: Final = {**_DELTA_NET, **_MOE, "num_experts": 4, "shared_expert_intermediate_size": 16}
 _MAMBA_2: Final = {
-    "mamba_n_heads": 8,
-    "mamba_d_head": 8,
-    "mamba_d_state": 16,
-    "mamba_n_groups": 2,
-    "mamba_expand": 2,
-    "mamba_chunk_size": 16,
-}
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_expand": 2, "mamba_chunk_size": 16,
+}  # fmt: skip
 _LINEAR_AND_HYBRID: Final = ["linear_attention", "hybrid"] * (NUM_LAYERS // 2)
 _NEMOTRON: Final = {
-    "mamba_num_heads": 8,
-    "mamba_head_dim": 8,
-    "ssm_state_size": 16,
-    "n_groups": 2,
-    "chunk_size": 16,
-    "head_dim": 8,
-}
+    "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 16, "head_dim": 8,
+}  # fmt: skip
 FALCON_MULTIPLIERS: Final[dict[str, Any]] = {
     "embedding_multiplier": 3.0, "lm_head_multiplier": 0.5, "attention_in_multiplier": 1.25, "attention_out_multiplier": 0.75,
     "key_multiplier": 0.5, "mlp_multipliers": [0.5, 2.0], "ssm_in_multiplier": 0.8, "ssm_out_multiplier": 0.7,

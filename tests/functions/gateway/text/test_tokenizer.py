@@ -18,13 +18,8 @@ from tests.support.functions.sentencepiece import llama_2
 from tests.support.storage.published import CHAT_TEMPLATE, byte_tokenizer
 
 TEXTS = [
-    "hello",
-    "The capital of France is",
-    "12345 + 67",
-    "naïve 😀 日本語",
-    " leading and  double  spaces\n\n",
-    "the other then",
-]
+    "hello", "The capital of France is", "12345 + 67", "naïve 😀 日本語", " leading and  double  spaces\n\n", "the other then",
+]  # fmt: skip
 MESSAGES = (
     Message("system", "Be brief."),
     Message("user", "Hi <b>&</b> 😀"),

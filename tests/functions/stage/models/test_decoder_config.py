@@ -86,14 +86,9 @@ def test_a_config_without_defaults_reads_the_same(name: str) -> None:
 @pytest.mark.parametrize("model_type", DECODER_FAMILIES)
 def test_family_defaults_are_those_of_transformers(model_type: str) -> None:
     sizes = {
-        "model_type": model_type,
-        "vocab_size": 8,
-        "hidden_size": 64,
-        "intermediate_size": 8,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-    }
+        "model_type": model_type, "vocab_size": 8, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 32,
+        "num_attention_heads": 8, "num_key_value_heads": 8,
+    }  # fmt: skip
     needed = {
         "mamba2": {"num_heads": 2, "head_dim": 64},
         "gemma4_text": {"vocab_size_per_layer_input": 8},

@@ -28,14 +28,9 @@ CONTEXT: Final[dict[str, Any]] = {"max_position_embeddings": 8192}
 CUT: Final = ((0, 3), (3, 6))
 LENGTH: Final = 900  # a ring of the tiny models has 320 tokens, transformers' layers keep 264
 WINDOWED: Final[Sequence[tuple[Kind, str]]] = [
-    ("native", "ministral"),
-    ("native", "mistral_sliding"),
-    ("native", "qwen2_sliding"),
-    ("transformers", "gemma2"),
-    ("transformers", "gemma3_text"),
-    ("transformers", "gpt_oss"),
-    ("transformers", "mistral_sliding"),
-]
+    ("native", "ministral"), ("native", "mistral_sliding"), ("native", "qwen2_sliding"), ("transformers", "gemma2"),
+    ("transformers", "gemma3_text"), ("transformers", "gpt_oss"), ("transformers", "mistral_sliding"),
+]  # fmt: skip
 
 
 @cache

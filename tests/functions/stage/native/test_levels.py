@@ -16,14 +16,9 @@ from tests.support.functions.native_models import error, exact_groups, native_gr
 TEXTS: Final = {"a": tokens_of(1, 30), "b": tokens_of(2, 21), "c": tokens_of(3, 6)}
 PLAN: Final = {"a": (1, 20, 9), "b": (3, 1, 17), "c": (0, 1, 5)}
 MODELS: Final = (
-    ("llama_biased", "bfloat16"),
-    ("llama_biased", "int8"),
-    ("qwen3", "float32"),
-    ("mistral_sliding", "int8"),
-    ("qwen3", "q4"),
-    ("qwen3", "float32/int8"),
-    ("mistral_sliding", "bfloat16/int8"),
-)
+    ("llama_biased", "bfloat16"), ("llama_biased", "int8"), ("qwen3", "float32"), ("mistral_sliding", "int8"), ("qwen3", "q4"),
+    ("qwen3", "float32/int8"), ("mistral_sliding", "bfloat16/int8"),
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

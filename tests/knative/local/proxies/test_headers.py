@@ -147,17 +147,10 @@ def broker_attributes(subscriber: EventSink, letters: EventSink) -> None:
 
 
 SERVING: dict[str, Callable[[Site], Awaitable[None]]] = {
-    "K-Network-Probe": probe,
-    "User-Agent": user_agent,
-    "K-Kubelet-Probe": kubelet_probe,
-    "K-Proxy-Request": proxy_request,
-    "K-Original-Host": original_host,
-    "Knative-Serving-Revision": revision_names,
-    "Host": host,
-    "Authorization": authorization,
-    "X-Forwarded-For": forwarded_for,
-    "traceparent": traceparent,
-}
+    "K-Network-Probe": probe, "User-Agent": user_agent, "K-Kubelet-Probe": kubelet_probe, "K-Proxy-Request": proxy_request,
+    "K-Original-Host": original_host, "Knative-Serving-Revision": revision_names, "Host": host, "Authorization": authorization,
+    "X-Forwarded-For": forwarded_for, "traceparent": traceparent,
+}  # fmt: skip
 EVENTING: dict[str, Callable[[EventSink, EventSink], None]] = {
     "Prefer": prefer,
     "Retry-After": retry_after,
