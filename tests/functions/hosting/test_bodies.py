@@ -1,13 +1,16 @@
 """A request's memory, and its share of the budget of bodies, are free when the request is over, without the garbage collector.
 
-Real functions, in which the collector never runs, get one request again and again.
+Real functions, in which the collector never runs, get one request again and again. Bodies that an application receives itself
+may have any length, in bounded memory, under the budget of all bodies.
 """
 
 import contextlib
+import hashlib
+import itertools
 import json
 import socket
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from types import MappingProxyType
 
@@ -17,9 +20,10 @@ from eventing.http.binding import to_binary_http
 from eventing.wire.batch_codec import encode_batch
 from eventing.wire.cloud_event import make_event
 from eventing.wire.events import BATCH_CONTENT_TYPE, Attribute, Batch, EventType, Row, Tensor
+from functions.hosting.requests import STREAMED_BODY_BYTES
 from knative.local.kubelet.processes import memory_bytes
 from tests.support.functions.functions import TOKEN, FunctionProcess, gateway_environment, stage_environment, wait_until
-from tests.support.functions.server import reply
+from tests.support.functions.server import ENOUGH, Serving, half_sent, reply, serving
 from tests.support.storage.published import CUT, Published
 
 BODY_BYTES = 8 * 2**20 - 1024  # eight of them are the whole budget
@@ -198,3 +202,73 @@ def test_a_stage_frees_an_event_at_once(stage: FunctionProcess, published: Publi
     make, status = STAGE_CASES[case]
     check_case(stage, make(published), status)
     check_case(stage, event(published, bytes(BODY_BYTES)), 400, 1)
+
+
+PIECE = bytes(range(256)) * 2**10
+PIECES = 256
+LENGTH = len(PIECE) * PIECES  # 64 MiB
+LIMIT = 2**27
+HEAD = b"POST /streamed HTTP/1.1\r\nHost: localhost\r\n"
+WITH_LENGTH = HEAD + b"Content-Length: %d\r\n\r\n"
+IN_CHUNKS = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+CHUNK = b"%x\r\n%b\r\n" % (len(PIECE), PIECE)
+
+
+def answer(server: Serving, pieces: Iterable[bytes]) -> bytes:
+    with server.connect() as sock:
+        for piece in pieces:
+            sock.sendall(piece)
+        return reply(sock)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [(WITH_LENGTH % LENGTH, *itertools.repeat(PIECE, PIECES)), (IN_CHUNKS, *itertools.repeat(CHUNK, PIECES), b"0\r\n\r\n")],
+    ids=["length", "chunks"],
+)
+def test_a_long_body_is_received_whole_in_little_memory(pieces: Iterable[bytes]) -> None:
+    digest = hashlib.sha256(PIECE * PIECES).hexdigest().encode()
+    with serving(4, body_bytes=LIMIT, request_bytes=STREAMED_BODY_BYTES) as server:
+        answer(server, [WITH_LENGTH % 1, b"x"])
+        before = memory_bytes(server.process.pid)
+        for _ in range(2):  # its share of the budget is given back
+            answered = answer(server, pieces)
+            assert answered.startswith(b"HTTP/1.1 200 ")
+            assert answered.endswith(digest)
+        assert memory_bytes(server.process.pid) < before + LENGTH / 4
+
+
+def test_a_client_that_waits_for_it_is_told_to_go_on() -> None:
+    with serving(4) as server, server.connect() as sock:
+        sock.sendall(HEAD + b"Content-Length: 1\r\nExpect: 100-continue\r\n\r\n")
+        assert sock.recv(2**16).startswith(b"HTTP/1.1 100 ")
+        sock.sendall(b"x")
+        assert reply(sock).endswith(hashlib.sha256(b"x").hexdigest().encode())
+
+
+@pytest.mark.parametrize(
+    ("pieces", "seconds", "status", "said"),
+    [
+        ((WITH_LENGTH % (2**20 + 1),), ENOUGH, 503, b"EventTooLarge"),
+        ((IN_CHUNKS, *itertools.repeat(CHUNK, 5)), ENOUGH, 413, b"more than 1048576 bytes"),
+        ((IN_CHUNKS, b"1\r\nx\r\nno number\r\n"), ENOUGH, 400, b"no HTTP/1.1"),
+        ((WITH_LENGTH % 10, b"x"), 1.0, 400, b"too slowly: 1 bytes"),
+    ],
+    ids=["announced too long", "too long", "no chunks", "slow"],
+)
+def test_what_is_no_body_is_refused(pieces: Iterable[bytes], seconds: float, status: int, said: bytes) -> None:
+    with serving(4, transfer_seconds=seconds, request_bytes=STREAMED_BODY_BYTES) as server:
+        for _ in range(2):  # its share of the budget is given back
+            answered = answer(server, pieces)
+            assert answered.startswith(b"HTTP/1.1 %d " % status)
+            assert said in answered
+
+
+def test_bodies_on_their_way_count_until_their_clients_leave() -> None:
+    with serving(8, request_bytes=2 * STREAMED_BODY_BYTES) as server:
+        with half_sent(server, 2, WITH_LENGTH % 10 + b"x") as opened:
+            assert b"Overloaded" in answer(server, [WITH_LENGTH % 1, b"x"])
+            for sock in opened:
+                sock.shutdown(socket.SHUT_WR)
+                assert b"the client has left after 1 bytes" in reply(sock)
+        assert answer(server, [WITH_LENGTH % 1, b"x"]).startswith(b"HTTP/1.1 200 ")

@@ -1,11 +1,11 @@
-"""Who reaches whom, in a network that enforces the rendered NetworkPolicies: Knative's own traffic, and no other."""
+"""Who reaches whom, by the rendered NetworkPolicies, in a network that enforces them; roles and budgets are minimal."""
 
 from itertools import product
 from typing import Any, Final
 
 import pytest
 
-from knative.render.access import network_policies
+from knative.render.access import gateway_access, network_policies
 from knative.render.rendering import render
 from tests.support.knative.manifests import resolved_pipeline
 from tests.support.knative.network_policy import Endpoint, Network
@@ -192,3 +192,22 @@ def test_expressions_of_selectors(expression: dict[str, Any], labels: dict[str, 
     chosen = {"podSelector": {"matchExpressions": [{"key": "k", **expression}]}}
     net = Network([policy(ingress=[{"from": [chosen]}])])
     assert net.reaches(Endpoint("default", labels), DB, 1) is matched
+
+
+def test_the_gateway_may_only_read_endpoint_slices() -> None:
+    account, role, binding = gateway_access(resolved_pipeline())
+    assert role["rules"] == [
+        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["get", "list", "watch"]}
+    ]
+    assert binding["subjects"][0]["name"] == account["metadata"]["name"] == "chat-gateway"
+    assert "access.yaml" not in render(resolved_pipeline(gateway={"service_account": "mine"}))
+
+
+def test_a_disruption_budget_selects_gateways_only() -> None:
+    files = render(resolved_pipeline(gateway={"max_unavailable": 1}))
+    (budget,) = files["disruption.yaml"]
+    assert (budget["kind"], budget["spec"]["maxUnavailable"]) == ("PodDisruptionBudget", 1)
+    selected = budget["spec"]["selector"]["matchLabels"]
+    labels = [each["spec"]["template"]["metadata"]["labels"] for each in files["stage-0.yaml"] + files["gateway.yaml"]]
+    assert [selected.items() <= each.items() for each in labels] == [False, True]
+    assert "disruption.yaml" not in render(resolved_pipeline())

@@ -1,4 +1,4 @@
-"""Metrics of answers: their times by the client's clock, their outcomes, and OpenTelemetry's names for generative AI."""
+"""Metrics of answers: their times by the client's clock, outcomes, bounded names of adapters, and OpenTelemetry's names."""
 
 import time
 from typing import Any
@@ -8,11 +8,13 @@ from flask.testing import FlaskClient
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv._incubating.metrics import gen_ai_metrics
 from opentelemetry.semconv.attributes import error_attributes
+from prometheus_client import generate_latest
 
-from eventing.problems import DeadlineExceeded, InvalidRequest, NotReady, PipelineUnavailable, Problem, QueueFull
+from eventing.problems import DeadlineExceeded, InvalidRequest, ModelNotFound, NotReady, PipelineUnavailable, Problem, QueueFull
 from eventing.wire.generation import GenerateRequest, Message
 from functions.gateway.answers import generation as core
-from functions.gateway.answers.metrics import GenAIOperation, end_attributes
+from functions.gateway.answers.adapters import ServedModels
+from functions.gateway.answers.metrics import GatewayMetrics, GenAIOperation, end_attributes
 from functions.gateway.app import MAX_REQUEST_BYTES
 from functions.gateway.scheduling.token_stream import TokenStream
 from functions.gateway.text.encoder import Encoder
@@ -223,3 +225,30 @@ def test_gen_ai_metrics_count_answers_and_failures(pipeline: Pipeline) -> None:
     pipeline.script = pipeline.say("Hello")
     assert ask(client, {"prompt": "Hi"}).status_code == 200
     assert sampled(pipeline, FIRST, gen_ai_operation_name="text_completion") == 1
+
+
+ADAPTERS = 300
+
+
+@pytest.mark.parametrize("version", ["", "@1f3c"])
+def test_metrics_have_labels_for_so_many_adapters(version: str) -> None:
+    models, metrics = ServedModels("tiny", None), GatewayMetrics()
+    for number in range(ADAPTERS):
+        operation = GenAIOperation.of(GenerateRequest(prompt="x"), "tiny", models.label(f"tiny:adapter-{number}{version}"))
+        metrics.adapter_tokens.labels(operation.adapter).inc()
+        metrics.gen_ai.observe(operation, None, 1.0, 0.5, 3)
+    own = GenAIOperation.of(GenerateRequest(prompt="x"), "tiny", models.label("tiny"))
+    assert (own.model, own.adapter) == ("tiny", "")
+    page = generate_latest(metrics.registry).decode()
+    assert page.count("lamina_gateway_adapter_tokens_total{") == 101
+    assert f'lamina_gateway_adapter_tokens_total{{adapter="other"}} {ADAPTERS - 100}.0' in page
+    assert page.count("gen_ai_server_request_duration_seconds_count{") == 101
+
+
+@pytest.mark.parametrize(("named", "hint"), [("tiny:style", "keeps no adapters: set `adapters`"), ("other:style", "")])
+def test_a_pipeline_without_adapters_says_how_to_have_some(named: str, hint: str) -> None:
+    with pytest.raises(ModelNotFound) as refused:
+        ServedModels("tiny", None).check(named)
+    assert f"The model '{named}' is not served here; this gateway serves 'tiny'" in str(refused.value)
+    assert ("adapters" in str(refused.value)) == bool(hint)
+    assert hint in str(refused.value)
