@@ -5,9 +5,11 @@ This is the only importer of boto3. It uses path-style addresses and signature v
 
 import io
 import ssl
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cache
 from http.client import HTTPException
 from typing import Any, BinaryIO, Final, NoReturn, TypeVar, cast
 from urllib.parse import urlsplit
@@ -40,8 +42,15 @@ _BODY_READ_BYTES: Final = 2**16
 _CONNECTIONS: Final = 3
 _STALL_SECONDS: Final = 60.0
 _ATTEMPTS: Final = 4
+_MAKING_A_CLIENT: Final = threading.Lock()
 
 _Returned = TypeVar("_Returned")
+
+
+@cache
+def _session() -> boto3.session.Session:
+    """The session of all stores whose keys are given."""
+    return boto3.session.Session()
 
 
 class ObjectStore:
@@ -58,12 +67,6 @@ class ObjectStore:
         """
         self.settings = settings
         self._bucket = settings.bucket
-        session = boto3.session.Session(
-            aws_access_key_id=settings.access_key_id,
-            aws_secret_access_key=settings.secret_access_key,
-            aws_session_token=settings.session_token,
-            region_name=settings.region,
-        )
         # When the checksums were on by default, stores without trailing checksums refused uploads and answered reads that
         # boto3 then rejected.
         config = Config(
@@ -75,7 +78,18 @@ class ObjectStore:
             read_timeout=stall_seconds,
             retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
         )
-        self._client = session.client("s3", endpoint_url=settings.endpoint_url, config=config)
+        # A session parses the descriptions of all AWS services, which takes 60 ms. Making a client is not thread-safe.
+        with _MAKING_A_CLIENT:
+            session = _session() if settings.access_key_id else boto3.session.Session()  # which looks for keys now
+            self._client = session.client(
+                "s3",
+                endpoint_url=settings.endpoint_url,
+                region_name=settings.region,
+                aws_access_key_id=settings.access_key_id,
+                aws_secret_access_key=settings.secret_access_key,
+                aws_session_token=settings.session_token,
+                config=config,
+            )
         self._client.meta.events.register("before-send.s3", cast("Any", _PacedSender(settings.endpoint_url, stall_seconds)))
         self._transfer = TransferConfig(
             multipart_threshold=_PART_BYTES,
