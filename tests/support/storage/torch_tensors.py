@@ -15,6 +15,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from storage.checkpoints.checkpoint import Checkpoint
 from storage.loading.weight_loader import RawTensor
+from tests.support.storage.storage import gguf_reader
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
 
@@ -48,7 +49,7 @@ def gguf_by_transformers(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 @contextmanager
 def reading_gguf_once() -> Iterator[None]:
     """transformers reads a GGUF file's metadata for each of its purposes, and makes the table of names for each module."""
-    with patch("gguf.GGUFReader", cache(gguf.GGUFReader)), patch("gguf.get_tensor_name_map", cache(gguf.get_tensor_name_map)):
+    with patch("gguf.GGUFReader", gguf_reader), patch("gguf.get_tensor_name_map", cache(gguf.get_tensor_name_map)):
         yield
 
 
