@@ -253,7 +253,7 @@ def test_ten_thousand_conversations_leave_it_as_large_as_a_thousand() -> None:
     where, one = WhereHeld(), instances("one")
     for number in range(10_000):
         where.put(extended((), [number] * 10 * BLOCK_TOKENS, KEY), one)
-    assert len(where) == MAX_DIGESTS
+    assert len(where._places) == MAX_DIGESTS
     assert where.find(extended((), [9_999] * 10 * BLOCK_TOKENS, KEY)).tokens == 10 * BLOCK_TOKENS
     assert where.find(extended((), [0] * 10 * BLOCK_TOKENS, KEY)) is NOTHING
 
@@ -267,19 +267,7 @@ def test_a_route_goes_to_its_cached_prefix_unless_others_have_much_less_load() -
     seen = [route.instances[0] is holder for route in routes if route is not None]
     assert seen == [True, True, False]
     assert placed.unbalanced(0) is None, "two more would be moved away"
-    assert Held(TOKENS_OF_A_ROUTE, (holder,)).on((holder,)) == TOKENS_OF_A_ROUTE
-
-
-def test_what_an_instance_that_leaves_holds_is_known_for_its_peers() -> None:
-    where, one, other = WhereHeld(), instances("one"), instances("other")
-    chain = extended((), list(range(40)), KEY)
-    where.put(chain, one)
-    where.put(chain[:1], other)
-    one[0].terminating, one[0].ready = True, False
-    assert where.holder(chain, 0) == (32, one[0])
-    one[0].replied("next boot", None)
-    assert where.holder(chain, 0) == (16, other[0])
-    assert where.holder(extended((), [7] * 40, KEY), 0) == (0, None)
+    assert Held(TOKENS_OF_A_ROUTE, (holder,)).at(holder) == TOKENS_OF_A_ROUTE
 
 
 def test_what_an_instance_that_leaves_holds_is_known_for_its_peers() -> None:
