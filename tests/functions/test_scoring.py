@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -149,7 +150,7 @@ def test_deliveries_at_the_same_time_do_not_meet(steps: Steps) -> None:
 class WideEngine:
     """Answers with hidden states of 4,096 numbers a token, and scores every token with -1."""
 
-    free_tokens = 1
+    cache = SimpleNamespace(free_tokens=1)
 
     def __init__(self, scores: bool) -> None:
         self.scores = scores
