@@ -1,6 +1,6 @@
-"""The access log: one line of JSON for each request when it has ended, with its client, duration and tokens.
+"""The access log: writes one line of JSON for each request when it has ended, with its client, duration and tokens.
 
-It never has keys, and has prompts and answers only with `LAMINA_ACCESS_LOG=prompts`.
+Lines never contain API keys. They contain prompts and answers only with `LAMINA_ACCESS_LOG=prompts`.
 """
 
 import time
@@ -25,7 +25,7 @@ _ENTRY: Final = "lamina.access"
 
 @dataclass(slots=True)
 class LogEntry:
-    """Data of one request for its line in the access log. The request's handler fills in the fields; None: not known."""
+    """Data of one request for its line in the access log. The request's handler fills in the fields. None means not known."""
 
     arrived: float = 0.0  # in time.monotonic()
     request_id: str | None = None
@@ -37,7 +37,7 @@ class LogEntry:
 
 
 def log_entry() -> LogEntry:
-    """Returns the LogEntry of the current Flask request. Without an access log it is made, but never written."""
+    """Returns the LogEntry of the current Flask request. Without an access log, the entry is never written."""
     entry: LogEntry = request.environ.setdefault(_ENTRY, LogEntry())
     return entry
 
@@ -45,7 +45,8 @@ def log_entry() -> LogEntry:
 class AccessLog:
     """A WSGI middleware that writes one line for each request, when its reply is closed.
 
-    write: receives the line, JSON without a newline, in the thread that answered. with_prompts: with prompt and answer's text.
+    `write` receives the line, JSON without a newline, in the thread that answered. If `with_prompts`, lines contain the prompt
+    and the answer's text.
     """
 
     def __init__(self, application: "WSGIApplication", write: Callable[[str], object], *, with_prompts: bool = False) -> None:

@@ -16,19 +16,19 @@ _MAX_LABELS: Final = 100  # adapters with a label of their own in metrics
 
 
 def is_not_served(requested: str, served: str) -> str:
-    """The error message for a model that the gateway lacks. served: the names of those that it has, as text."""
+    """Returns the error message for a model that the gateway lacks. `served` lists the names of its models, as text."""
     return f"The model {requested!r} is not served here; this gateway serves {served!r}"
 
 
 class ServedModels:
-    """The served model and its adapters. Thread-safe. Raises ModelNotFound, or NotReady if the store cannot be asked.
+    """The served model and its adapters. Thread-safe. Methods raise ModelNotFound, or NotReady if the store cannot be asked.
 
-    The store is asked when a client names an adapter, and a name's versions are read again after a few seconds. If that fails,
-    what is known stays in use.
+    The store is asked when a client names an adapter. The versions of a name are read again after a few seconds. If that fails,
+    the versions that are known stay in use.
     """
 
     def __init__(self, model: str, store: PayloadStore | None) -> None:
-        """store: None if no adapters are served."""
+        """Reads nothing yet. If `store` is None, no adapters are served."""
         self.model = model
         self._store = store
         self._lock = threading.Lock()  # held while the store is asked: others wait for the same answer
@@ -38,11 +38,14 @@ class ServedModels:
         self._labels: set[str] = set()
 
     def names(self) -> list[str]:
-        """All names, the model's own first."""
+        """Returns all names, the model's own first."""
         return [self.model, *(f"{self.model}:{name}" for name in sorted(self._list(_FRESH_SECONDS)))]
 
     def digests(self) -> dict[str, frozenset[bytes]]:
-        """All adapters by name, each with the digests of its versions that requests have named lately."""
+        """Returns all adapters by name, each with the digests of its versions.
+
+        Digests are missing for an adapter that no request has named lately.
+        """
         names = self._list(_FRESH_SECONDS)
         read = dict(self._read)
         return {
@@ -51,16 +54,16 @@ class ServedModels:
         }
 
     def check(self, requested: str) -> None:
-        """Refuses a name that no adapter can have, without asking the store."""
+        """Raises ModelNotFound for a name that no adapter can have. Does not ask the store."""
         of_this_model = requested.startswith(f"{self.model}:")
         if requested != self.model and (self._store is None or not of_this_model):
             hint = "; it keeps no adapters: set `adapters` in the spec" if of_this_model else ""
             raise ModelNotFound(is_not_served(requested, self.model) + hint)
 
     def adapter(self, requested: str, request_id: str) -> bytes:
-        """The digest of the version of an adapter that a request gets; empty for the model itself.
+        """Returns the digest of the adapter version that a request gets. Empty for the model itself.
 
-        request_id: decides between versions that share a name, so that a repeated request gets the same one.
+        `request_id` decides between versions that share a name, so that a repeated request gets the same version.
         """
         self.check(requested)
         if requested == self.model:
@@ -78,7 +81,10 @@ class ServedModels:
         return bytes.fromhex(chosen[0])
 
     def label(self, requested: str) -> str:
-        """The metrics label of a served name. Adapters beyond a limit share one label, which bounds the number of series."""
+        """Returns the metrics label of a served name.
+
+        Adapters beyond a limit share one label, which bounds the number of series.
+        """
         name = requested.partition("@")[0]
         if name == self.model or name in self._labels:
             return name
@@ -111,7 +117,7 @@ class ServedModels:
         return known
 
     def _list(self, fresh_seconds: float) -> frozenset[str]:
-        """The names of all adapters, as the store listed them at most so long ago."""
+        """Returns the names of all adapters, from a listing that is at most `fresh_seconds` old."""
         if self._store is None:
             return frozenset()
         with self._lock:

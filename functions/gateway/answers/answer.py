@@ -134,14 +134,14 @@ class Answer:
     def _measure(self) -> None:
         """Records the latency of each new token in the metrics.
 
-        The time counts at which the pipeline drew a token, not that at which the client reads it.
+        The latency is measured when the pipeline draws the token, not when the client reads it.
         """
         for seconds in self.token_stream.waits(self._measured):
             (self._metrics.inter_token if self._measured else self._metrics.first_token).observe(seconds)
             self._measured += 1
 
     def _give(self, end: int) -> list[TokenEvent]:
-        """Events for the tokens that were not yet returned, up to index `end`. The last one carries all certain text."""
+        """Returns events for the tokens up to index `end` that were not returned yet. The last one carries all certain text."""
         given = []
         for index in range(self._given, end):
             text = self._certain if index == end - 1 else ""

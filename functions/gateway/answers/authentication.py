@@ -1,7 +1,7 @@
 """Identifies clients: by API key if the gateway has keys, else by the address that the platform's first proxy saw.
 
-Keys come from the environment and from files. A changed file is read again within a second: a key that was removed is refused
-from then on, and answers that have begun are finished. Kubernetes updates mounted Secrets late (docs/operating.md).
+Keys come from the environment and from files. A changed file is read again within a second. From then on a key that was removed
+is refused; answers that have begun are finished. Kubernetes updates mounted Secrets late (docs/operating.md).
 """
 
 import hmac
@@ -29,10 +29,10 @@ class KeyRing:
     """The API keys that are valid now. Thread-safe."""
 
     def __init__(self, keys: Sequence[ApiKey] | None = None, files: Sequence[str] = (), *, takes_budgets: bool = True) -> None:
-        """If `keys` is None and there are no files, the gateway is open to all.
+        """Reads the files. If `keys` is None and there are no files, the gateway is open to all.
 
-        takes_budgets: a store counts budgets; without one a key with a budget is an error. Raises ConfigError for such a key,
-        and for a file that cannot be read or parsed.
+        If `takes_budgets`, a store counts budgets. Otherwise a key with a budget is an error. Raises ConfigError for such a
+        key, and for a file that cannot be read or parsed.
         """
         self._fixed = tuple(keys or ())
         self._files = [_KeyFile(Path(path), takes_budgets=takes_budgets) for path in files]
@@ -53,7 +53,7 @@ class KeyRing:
         return found if found is not None and hmac.compare_digest(found.hashed, hashed) else None
 
     def quota(self, client_id: str) -> Quota:
-        """The quota in the list of keys for this client; one without limits if the key is unknown or has none."""
+        """Returns the quota of this client's key. It has no limits if the key is unknown or has no quota."""
         found = self._by_id.get(client_id)
         return Quota() if found is None else found.quota
 
@@ -80,7 +80,7 @@ class KeyRing:
 
 
 def _uncounted_budget(keys: Sequence[ApiKey]) -> str | None:
-    """A sentence that names the first key with a budget, which nothing would count; None: no key has one."""
+    """Returns a sentence that names the first key with a budget, which nothing would count. None if no key has one."""
     found = next((key for key in keys if key.quota.has_budget), None)
     if found is None:
         return None
@@ -115,7 +115,7 @@ class _KeyFile:
         return None
 
     def state(self) -> tuple[int, ...]:
-        """A value that differs after the file was written to or replaced; Kubernetes replaces it."""
+        """Returns a value that changes when the file is written to or replaced. Kubernetes replaces it."""
         try:
             found = os.stat(self._path)
         except OSError:
@@ -126,9 +126,12 @@ class _KeyFile:
 class Clients:
     """Identifies the client of a request: by its API key, or by its address if the gateway has no keys.
 
-    find: returns the valid API key with this text; None: the gateway has no keys. proxies: number of proxies that every request
-    passes; 0: X-Forwarded-For is ignored. Each proxy appends the address of its peer to that header. Earlier entries are not
-    used: a client writes them, and could pass for another client each time. wanted: the keys that are taken, for errors.
+    `find` returns the valid API key with a given text. If `find` is None, the gateway has no keys. `wanted` names, for errors,
+    the keys that are taken.
+
+    `proxies` is the number of proxies that every request passes. If it is 0, X-Forwarded-For is ignored. Each proxy appends the
+    address of its peer to that header. Earlier entries are not used: a client writes them, and could pass for another client
+    each time.
     """
 
     def __init__(
@@ -140,7 +143,7 @@ class Clients:
         self.are_known = find is not None  # by their API keys
 
     def identify(self, request: Request) -> str:
-        """The client's id, by which the pipeline is shared fairly. It is no secret.
+        """Returns the client's id, by which the pipeline is shared fairly. The id is no secret.
 
         Raises Unauthorized if the gateway has keys and the request has no valid one.
         """
@@ -157,6 +160,6 @@ class Clients:
 
 
 def bearer_token(header: str) -> str:
-    """The API key in an Authorization header; empty: none."""
+    """Returns the API key in an Authorization header. Empty if there is none."""
     scheme, _, secret = header.partition(" ")
     return secret.strip() if scheme.lower() == "bearer" else ""

@@ -27,12 +27,13 @@ _MAX_COUNTERS: Final = 65_536  # that are in memory
 
 
 class LimitsStore:
-    """Counters in a store. After a failure it is not asked again for STORE_RETRY_SECONDS. Thread-safe."""
+    """Access to counters in a store. After a failure, the store is not asked for STORE_RETRY_SECONDS. Thread-safe."""
 
     def __init__(self, url: str | None, meanwhile: str) -> None:
-        """url: of a Redis, such as redis://host:6379/0; None: counters in this process. Does not connect yet.
+        """Does not connect yet. `url` is that of a Redis, such as redis://host:6379/0.
 
-        meanwhile: for the log, what happens while the store does not answer.
+        If `url` is None, the counters are in this process. `meanwhile` says, for the log, what happens while the store does not
+        answer.
         """
         from limits.storage import MemoryStorage, storage_from_string
 
@@ -43,7 +44,7 @@ class LimitsStore:
         self._retry_at = 0.0
 
     def ask(self, ask: Callable[[], T]) -> T:
-        """Returns what `ask` returns, a function that uses `storage`.
+        """Calls `ask`, a function that uses `storage`, and returns its result.
 
         Raises ConnectionError if the store does not answer, or has failed within the last STORE_RETRY_SECONDS.
         """
@@ -63,20 +64,20 @@ class LimitsStore:
 class Budgets:
     """Counts the tokens of each client in this day and month, together with all gateways that use the store. Thread-safe.
 
-    While the store does not answer, a gateway goes on from the counts that it read last, adds its own tokens, and writes them
-    when the store is back. So a client may exceed its budget by what it uses at other gateways meanwhile. A gateway that starts
-    meanwhile begins at 0, and one that ends loses what it could not write.
+    While the store does not answer, a gateway continues from the counts that it read last and adds its own tokens. It writes
+    these when the store is back. So a client may exceed its budget by what it uses at other gateways meanwhile. A gateway that
+    starts meanwhile begins at 0. A gateway that stops meanwhile loses the tokens that it could not write.
     """
 
     def __init__(self, store: str | None) -> None:
-        """store: URL, as for LimitsStore."""
+        """`store` is a URL, or None, as for LimitsStore."""
         self._store = LimitsStore(store, "budgets go on from the last counts")
         self._known: dict[str, int] = {}  # counts in the store, as they were last seen
         self._unwritten: dict[str, tuple[int, int]] = {}  # by counter: tokens, and for how many seconds the store keeps it
         self._lock = threading.Lock()
 
     def used(self, client_id: str, period: Period) -> int:
-        """Tokens of this client in the current period, as far as this gateway knows."""
+        """Returns the tokens of this client in the current period, as far as this gateway knows."""
         try:
             return self.read(client_id, period)
         except ConnectionError:
@@ -101,7 +102,7 @@ class Budgets:
             self._write()
 
     def _write(self) -> None:
-        """Adds what is not written yet to the store's counts. Raises ConnectionError."""
+        """Adds the tokens that are not written yet to the store's counts. Raises ConnectionError."""
         while self._unwritten:
             with self._lock:
                 if not self._unwritten:
@@ -115,7 +116,7 @@ class Budgets:
                 raise
 
     def _ask(self, counter: str, ask: Callable[[], int]) -> int:
-        """The counter's count, as the store answers. Raises ConnectionError."""
+        """Calls `ask` for the counter's count in the store, remembers the count, and returns it. Raises ConnectionError."""
         count = int(self._store.ask(ask))
         with self._lock:
             if len(self._known) >= _MAX_COUNTERS:

@@ -42,14 +42,14 @@ class ClientLimits:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def quota(self, client_id: str) -> Quota:
-        """The client's own limits, completed by the default ones. In them None and 0 mean no limit."""
+        """Returns the client's own limits, completed by the default ones. None and 0 in them mean no limit."""
         return self.quota_of(client_id).over(self.default)
 
     def admit(self, client_id: str, answers: int = 1, *, in_background: bool = False) -> Release:
         """Admits one request for `answers` answers. The caller calls the returned function once for each answer, when it ends.
 
-        in_background: only the client's budgets count, because the gateway chooses when and how many it answers. Raises
-        RateLimited, or InvalidRequest if the request has more answers than the client may ever have at once.
+        If `in_background`, only the client's budgets count, because the gateway chooses when and how many such requests it
+        answers. Raises RateLimited, or InvalidRequest if the request has more answers than the client may ever have at once.
         """
         quota = self.quota(client_id)
         if in_background:
@@ -131,7 +131,7 @@ class SlidingWindows:
     """
 
     def __init__(self, store: str | None = None) -> None:
-        """store: URL, as for LimitsStore."""
+        """`store` is a URL, as for LimitsStore. If it is None, this process counts alone."""
         from limits.storage import MemoryStorage
         from limits.strategies import SlidingWindowCounterRateLimiter
 
@@ -141,11 +141,11 @@ class SlidingWindows:
         self._lock = threading.Lock()
 
     def allows(self, limit: int, *names: str, counts: bool) -> bool:
-        """Whether a counter of the last minute is below `limit`. counts: adds one to it if it is."""
+        """Returns whether a counter of the last minute is below `limit`. If it is and `counts` is true, adds one to it."""
         return self._ask(lambda limiter: (limiter.hit if counts else limiter.test)(_a_minute(limit), *names))
 
     def charge(self, limit: int, cost: int, *names: str) -> None:
-        """Adds `cost` to a counter of the last minute, but at most what is left up to `limit`.
+        """Adds `cost` to a counter of the last minute, but never so much that it exceeds `limit`.
 
         The package `limits` would refuse a larger cost and add nothing.
         """
@@ -159,9 +159,10 @@ class SlidingWindows:
         self._ask(take)
 
     def seconds_left(self, limit: int, *names: str) -> int:
-        """Seconds, at least 1, until a client whose counter has reached `limit` may try again, if nothing else is counted.
+        """Returns the seconds, at least 1, until a counter that has reached `limit` is below it, if nothing else is counted.
 
-        The counter is that of this minute, plus that of the minute before times the part of it that is less than a minute ago.
+        The counter is the count of this minute plus a share of the count of the minute before. The share is the part of that
+        minute that is less than a minute ago.
         """
         item = _a_minute(limit)
 

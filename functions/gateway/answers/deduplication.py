@@ -1,8 +1,10 @@
-"""Deduplication: repeated and concurrent requests with one key share one answer, which a thread of a pool takes in.
+"""Deduplication: requests with the same key, concurrent or repeated, share one answer. A pool's thread reads its items.
 
-A client that lost its connection and asks again within ABANDONED_SECONDS joins the running answer, from its beginning; until
-KEPT_SECONDS after the end it gets the complete one. This holds within one gateway. Another gateway computes the answer again;
-it is the same one, because the seed follows from the request too.
+A client that lost its connection and asks again within ABANDONED_SECONDS joins the running answer and gets it from its
+beginning. Until KEPT_SECONDS after the answer's end, such a client gets the complete answer.
+
+This holds within one gateway. Another gateway computes the answer again. Both answers are the same, because the seed follows
+from the request.
 """
 
 import logging
@@ -62,10 +64,10 @@ class Listener(Generic[T]):
         self._closed = False
 
     def items(self) -> Iterator[T | None]:
-        """Yields all items, also those from before this listener joined; while none come, None every LOOK_SECONDS.
+        """Yields all items of the answer, including those from before this listener joined.
 
-        Of successive progress only the last is yielded. Raises the Problem that ended the answer, or ClientLeft if
-        this listener's client has left.
+        While no items come, yields None every LOOK_SECONDS. Of successive progress items, only the last is yielded. Raises the
+        Problem that ended the answer, or ClientLeft if this listener's client has left.
         """
         given, told = 0, None
         looks = Looks(self._gone)
@@ -91,7 +93,7 @@ class Listener(Generic[T]):
             self.close()
 
     def close(self) -> None:
-        """The answer is cancelled if it is unfinished and no other listener comes within ABANDONED_SECONDS."""
+        """Leaves the answer, which is cancelled if it is unfinished and no listener comes within ABANDONED_SECONDS."""
         if not self._closed:
             self._closed = True
             self._leave()
@@ -112,9 +114,11 @@ class Deduplicator(Generic[T]):
     ) -> Listener[T]:
         """Joins the answer with this key, or begins one. The caller closes the returned Listener.
 
-        key: digest of the request and its client. begin: called if there is no such answer; its errors are raised here. It gets
-        a function that tells whether the answer is abandoned, and returns the answer's items, with None while there is none,
-        which a thread iterates. gone: tells without waiting whether this request's client has left.
+        `key` is the digest of the request and its client. `gone` tells without waiting whether this request's client has left.
+
+        If there is no such answer, `begin` is called. Its argument is a function that tells whether the answer is abandoned.
+        `begin` returns an iterator over the answer's items, with None while there is no item. A thread reads the iterator.
+        Errors of `begin` are raised here.
         """
         with self._lock:
             self._drop_old()
@@ -165,7 +169,7 @@ class Deduplicator(Generic[T]):
             shared.changed.notify_all()
 
     def _is_abandoned(self, key: bytes, shared: _SharedAnswer[T]) -> bool:
-        """Whether the answer shall be cancelled. Then no listener joins it any more."""
+        """Returns whether the answer shall be cancelled. If so, no listener can join it any more."""
         with self._lock:
             if shared.listeners or time.monotonic() < shared.left_at + ABANDONED_SECONDS:
                 return False

@@ -25,13 +25,14 @@ LOOK_SECONDS: Final = 0.5  # between checks whether the client is still connecte
 
 
 class ClientLeft(Exception):
-    """The client has disconnected and the answer was cancelled."""
+    """The client has disconnected, so the answer was cancelled."""
 
 
 class Looks:
     """Checks every LOOK_SECONDS whether the client has left and, while no tokens come, what the answer waits for.
 
-    gone: tells without waiting whether the client has left. awaited: returns what the answer waits for; None: not asked for.
+    `gone` returns, without waiting, whether the client has left. `awaited` returns what the answer waits for. If `awaited` is
+    None, this is not checked.
     """
 
     def __init__(self, gone: Callable[[], bool], awaited: Callable[[], ProgressEvent | None] | None = None) -> None:
@@ -45,9 +46,10 @@ class Looks:
         return max(0.0, self._next_at - time.monotonic())
 
     def look(self, found: bool) -> Iterator[ProgressEvent | None]:
-        """Call it after each wait for tokens. found: the wait brought some. Raises ClientLeft.
+        """Yields what the answer waits for, once, if no token has come for LOOK_SECONDS. Otherwise yields nothing.
 
-        If no token has come for LOOK_SECONDS it yields one item: what the answer waits for, or None if that is as before.
+        The item is None if nothing has changed. Call it after each wait for tokens. `found` says whether the wait brought
+        tokens. Raises ClientLeft.
         """
         self._found = self._found or found
         if time.monotonic() < self._next_at:
@@ -80,9 +82,10 @@ class Generation:
             answer.token_stream.on_change = self._noticed.set
 
     def tokens(self) -> Iterator[TokenEvent | ProgressEvent | None]:
-        """Yields the tokens of all answers as they come; while none come, what is awaited, or None, every LOOK_SECONDS.
+        """Yields the tokens of all answers as they come.
 
-        Raises the Problem that ended an answer early, or ClientLeft. Closing the iterator cancels unfinished answers.
+        While no tokens come, yields every LOOK_SECONDS what the answers wait for, or None. Raises the Problem that ended an
+        answer early, or ClientLeft. Closing the iterator cancels unfinished answers.
         """
         looks = Looks(self._gone, self._await_what if self.request.include_progress else None)
         found = True
@@ -94,7 +97,7 @@ class Generation:
             self.close()
 
     def _await_what(self) -> ProgressEvent | None:
-        """What the answers wait for besides their next tokens, such as a cold start; None: nothing else."""
+        """Returns what the answers wait for besides their next tokens, such as a cold start. None if there is nothing else."""
         running = (answer.token_stream.progress() for answer in self.answers if not answer.done)
         return next((progress for progress in running if progress is not None), None)
 
@@ -118,7 +121,7 @@ class Generation:
             answer.close()
 
     def usage(self) -> Usage:
-        """Numbers of tokens so far. A prompt counts once, however many answers it has."""
+        """Returns the numbers of tokens so far. A prompt counts once, however many answers it has."""
         one_per_prompt = self.answers[:: self.request.n]
         prompt_tokens = sum(len(answer.prompt_ids) for answer in one_per_prompt)
         completion_tokens = sum(answer.completion_tokens for answer in self.answers)
@@ -130,7 +133,7 @@ class Generation:
         return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, drafts, cached)
 
     def response(self) -> GenerateResponse:
-        """All answers, complete. Call it once, after the last token: it also records the duration in the metrics."""
+        """Returns all answers, complete. Call it once, after the last token: it also records the duration in the metrics."""
         timings = self._timings()
         self._metrics.answer.observe(timings.total_seconds)
         choices = tuple(answer.choice() for answer in self.answers)
@@ -151,7 +154,7 @@ class Generation:
         return "\n".join(answer.text for answer in self.answers)
 
     def account(self) -> dict[str, object]:
-        """Fields of the access log: outcome, numbers of tokens, and times. Call it after `close`."""
+        """Returns the request's fields of the access log: outcome, numbers of tokens, and times. Call it after `close`."""
         timings, usage = self._timings(), self.usage()
         # If one answer broke, the others were cancelled.
         broken = (answer for answer in self.answers if answer.token_stream.problem is not None)

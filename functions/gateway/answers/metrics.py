@@ -59,12 +59,15 @@ class GatewayMetrics(FunctionMetrics):
         self.gen_ai = GenAIMetrics(self.registry)
 
     def aim(self, objective: Objective | None) -> None:
-        """Sets the objective by which `judge` counts answers; None: it counts none."""
+        """Sets the objective by which `judge` counts answers. If it is None, `judge` counts none."""
         self.objective = objective
         self.objective_share.set(0 if objective is None else objective.share)
 
     def judge(self, problem: Problem | None, outcome: str, first_seconds: float, total_seconds: float, tokens: int) -> None:
-        """Counts an answer that has ended. Answers that clients cancelled and invalid requests are not counted."""
+        """Counts an answer that has ended, and whether it met the objective.
+
+        Answers that clients cancelled and invalid requests are not counted.
+        """
         if self.objective is None or outcome == "cancelled" or (problem is not None and problem.status < _SERVER_ERROR):
             return
         self._judged.inc()
@@ -80,12 +83,15 @@ class GenAIOperation:
 
     @classmethod
     def of(cls, request: GenerateRequest, served: str, label: str) -> "GenAIOperation":
-        """served: the model's own name. label: what ServedModels.label makes of the requested one."""
+        """Makes the operation of a request.
+
+        `served` is the model's own name. `label` is what ServedModels.label returns for the requested name.
+        """
         adapter = label.removeprefix(f"{served}:") if label != served else ""
         return cls("text_completion" if request.messages is None else "chat", label, adapter)
 
     def begin_attributes(self, request: GenerateRequest, response_id: str, prompt_tokens: int, max_tokens: int) -> Attributes:
-        """Attributes that are known when a span begins. Sampling options that have no effect are left out."""
+        """Returns the attributes that are known when a span begins. Sampling options that have no effect are left out."""
         attributes: dict[str, str | int | float | Sequence[str] | None] = {
             "gen_ai.operation.name": self.name,
             "gen_ai.provider.name": PROVIDER,
@@ -105,7 +111,10 @@ class GenAIOperation:
 
 
 def end_attributes(outcome: str, error: str | None, completion_tokens: int, cached_tokens: int) -> Attributes:
-    """Attributes that are known when a span ends. error: name of the problem; None if the answer succeeded."""
+    """Returns the attributes that are known when a span ends.
+
+    `error` is the name of the problem, or None if the answer succeeded.
+    """
     attributes: dict[str, str | int | float | Sequence[str]] = {
         "gen_ai.response.finish_reasons": (outcome,),
         "gen_ai.usage.output_tokens": completion_tokens,
@@ -142,7 +151,7 @@ class GenAIMetrics:
     ) -> None:
         """Records an answer that has ended. Both durations begin when the request arrived.
 
-        error: name of the problem, or `cancelled`; None if the answer succeeded.
+        `error` is the name of the problem, or `cancelled`. It is None if the answer succeeded.
         """
         labels = (operation.name, PROVIDER, operation.model)
         self._duration.labels(*labels, error or "").observe(total_seconds)

@@ -99,9 +99,9 @@ class AnswerService:
         return Generation(context.request_id, request, answers, context.gone, self.metrics)
 
     def submit_text(self, token_ids: Sequence[int], context: RequestContext, pooling: Pooling | None) -> TokenStream:
-        """Has the stages make a vector of a text. pooling: None: as the model is published, or the last token.
+        """Submits a text of which the stages make a vector. Raises QueueFull, NotReady.
 
-        Raises QueueFull, NotReady.
+        If `pooling` is None, pools as the model is published, or takes the last token for a model that generates tokens.
         """
         embedder = self.embedder
         return self.scheduler.submit(
@@ -120,10 +120,10 @@ class AnswerService:
         )
 
     def use_text(self, client_id: str, work: Callable[[ModelText], T], tokens: Callable[[T], int] = lambda _: 0) -> T:
-        """Serves a request that needs the tokenizer but no stage, such as /tokenize: returns what `work` makes of it.
+        """Runs `work` for a request that needs the tokenizer but no stage, such as /tokenize, and returns its result.
 
-        Meanwhile the request counts as waiting and as one of its client's answers. tokens: of the result, those that count for
-        the client's limits. Raises InvalidRequest, QueueFull, RateLimited, NotReady, and what `work` raises.
+        Meanwhile the request counts as waiting and as one of its client's answers. `tokens` returns how many tokens of the
+        result count for the client's limits. Raises InvalidRequest, QueueFull, RateLimited, NotReady, and what `work` raises.
         """
         release = self.limits.admit(client_id)
         used = 0
@@ -151,7 +151,10 @@ class AnswerService:
             return [replace(self._encode(request, prompt, predicted), grammar=grammar) for prompt in request.prompts]
 
     def _grammar(self, request: GenerateRequest) -> Grammar | None:
-        """Grammar of forced tool calls or of `structured_outputs`; None: any. Raises MalformedEvent if it cannot be used."""
+        """Returns the grammar of forced tool calls or of `structured_outputs`. None if the answer may be any text.
+
+        Raises MalformedEvent if the grammar cannot be used.
+        """
         if forced := request.forced_tools:
             tools = self.text.tools
             several = request.parallel_tool_calls and not isinstance(request.tool_choice, NamedTool)
@@ -222,10 +225,13 @@ class AnswerService:
         return Answer(token_ids, token_stream, text_stream, self.metrics, span, operation, release, echo, request.scores)
 
     def _answer_lengths(self, request: GenerateRequest, prompts: Sequence[EncodedPrompt], context: RequestContext) -> list[int]:
-        """The most tokens of an answer to each prompt: as requested, or fewer if the context or the client's quota ends it.
+        """Returns the most tokens that an answer to each prompt may have.
 
-        Raises InvalidRequest for an empty prompt, and if there may be more log-probabilities than one request may have; without
-        `max_tokens` they make the answers shorter instead. Raises ContextExceeded if no token is left for an answer.
+        These are as many as requested, or fewer if the context or the client's quota is smaller. Raises InvalidRequest for an
+        empty prompt, and ContextExceeded if no token is left for an answer.
+
+        The log-probabilities of one request are limited. If there may be more, answers without `max_tokens` become shorter.
+        Otherwise InvalidRequest is raised.
         """
         most = self.limits.quota(context.client_id).max_tokens or self.text.context_length
         if request.max_tokens is not None:

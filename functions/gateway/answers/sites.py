@@ -26,7 +26,7 @@ class Sites:
     """The hosts and the origins that a gateway answers. Thread-safe."""
 
     def __init__(self, config: GatewayConfig | FleetConfig, *, is_open: bool) -> None:
-        """is_open: the gateway has no API keys. With keys any host name is accepted, because a foreign page has no key."""
+        """If `is_open`, the gateway has no API keys. With keys any host name is accepted, because a foreign page has no key."""
         self._origins = frozenset(config.cors_origins or ())
         hosts = config.hosts or ()
         self._any_host = not is_open or _ANY in hosts
@@ -40,7 +40,7 @@ class Sites:
     def check(self, environ: "WSGIEnvironment") -> None:
         """Raises UnknownHost or CrossSite for a request that a page of another site may have sent.
 
-        An HTTP/1.0 request without a Host comes from no browser.
+        A request without a Host (HTTP/1.0) passes the check of the host, because no browser sends one.
         """
         host = environ.get("HTTP_HOST", "")
         if host and not self._any_host and not (len(host) <= _MAX_HOST_CHARACTERS and self._answers_to(host)):
@@ -73,7 +73,10 @@ class Sites:
         return (first == service or tagged) and others[0] == namespace
 
     def _is_cross_site(self, environ: "WSGIEnvironment", host: str) -> bool:
-        """As Go's http.CrossOriginProtection decides, and also for GET, since a stream that a page opens occupies a thread."""
+        """Returns whether a page of another site sent the request, by the rules of Go's http.CrossOriginProtection.
+
+        Here the rules also apply to GET, because a stream that a page opens occupies a thread.
+        """
         method, origin = environ["REQUEST_METHOD"], environ.get("HTTP_ORIGIN")
         if method == "OPTIONS" or _ANY in self._origins or origin in self._origins:
             return False
@@ -87,7 +90,11 @@ class Sites:
 
 
 def check_media_type(environ: "WSGIEnvironment") -> None:
-    """Raises UnsupportedMediaType unless a body is said to be JSON. Pages may send text/plain and forms to other sites."""
+    """Raises UnsupportedMediaType unless the Content-Type of the request says JSON.
+
+    Pages may send text/plain and forms to other sites, so these are refused. Events may also be JSON lines, or have no
+    Content-Type.
+    """
     content_type = environ.get("CONTENT_TYPE", "")
     if is_json(content_type):
         return

@@ -29,12 +29,15 @@ Answering = Generation | Listener[Any]  # an answer on its way
 def stream_response(
     source: Answering, events: Iterator[bytes | None], failure: Callable[[Problem], bytes], keep_alive_seconds: float
 ) -> Response:
-    """Waits for the first event, then returns a reply that streams `events`. Raises a Problem that comes before it.
+    """Waits for the first event, then returns a reply that streams `events`.
 
-    source: closed when the reply ends or the client leaves. events: None among them says that there is nothing to send yet.
-    failure: encodes a Problem that comes later, as the last event. keep_alive_seconds: silence after which a comment is sent,
-    also as the first event; 0: never. Nothing is sent before the first event, so that an answer that fails early gets the
-    status of its Problem. Also, Go's ReverseProxy closes the connection if a reply begins before it has sent the whole request.
+    Raises a Problem that comes before the first event. Nothing is sent until then, so that an answer that fails early gets the
+    status of its Problem. Also, Go's ReverseProxy closes the connection if a reply begins before the proxy has sent the whole
+    request.
+
+    `source` is closed when the reply ends or the client leaves. A None among `events` says that there is nothing to send yet.
+    `failure` encodes a Problem that comes later, as the last event. After `keep_alive_seconds` of silence a comment is sent,
+    which may also be the first event. If it is 0, no comment is sent.
     """
     sent = with_comments(events, keep_alive_seconds)
     try:
@@ -48,7 +51,10 @@ def stream_response(
 
 
 def with_comments(events: Iterator[bytes | None], keep_alive_seconds: float) -> Iterator[bytes]:
-    """Yields the events, and a comment after `keep_alive_seconds` of silence; 0: never. None: there is nothing to send yet."""
+    """Yields the events that are not None, and a comment after `keep_alive_seconds` of silence, or never if that is 0.
+
+    A None among `events` says that there is nothing to send yet.
+    """
     sent_at = time.monotonic()
     for event in events:
         if event is not None:
@@ -61,7 +67,10 @@ def with_comments(events: Iterator[bytes | None], keep_alive_seconds: float) -> 
 
 
 def whole_response(items: Iterator[T | None], reply: Callable[[T], Response]) -> Response:
-    """Waits for the last of an answer's items and returns `reply` of it. Raises the Problem that ended the answer early."""
+    """Waits for the last of an answer's items and returns `reply` of that item.
+
+    Raises the Problem that ended the answer early.
+    """
     try:
         return reply(last_of(items))
     except ClientLeft:
@@ -69,7 +78,7 @@ def whole_response(items: Iterator[T | None], reply: Callable[[T], Response]) ->
 
 
 def last_of(items: Iterator[T | None]) -> T:
-    """The last of an answer's items, after all have come."""
+    """Reads all of an answer's items and returns the last."""
     last = deque(items, maxlen=1).pop()
     assert last is not None
     return last
@@ -78,7 +87,7 @@ def last_of(items: Iterator[T | None]) -> T:
 def begun(
     events: Iterator[TokenEvent | ProgressEvent | None],
 ) -> Generator[None, None, Iterator[TokenEvent | ProgressEvent | None]]:
-    """Yields None until the first token or progress has come, and returns an iterator that begins with it."""
+    """Yields None until the first token or progress has come. Returns an iterator that begins with that item."""
     for event in events:
         if event is not None:
             return chain((event,), events)
@@ -89,7 +98,10 @@ def begun(
 def request_context(
     request_id: str, client_id: str, seed: int, deadline_seconds: float, gone: Callable[[], bool] | None = None
 ) -> RequestContext:
-    """The context of the current Flask request. gone: None: tells whether its client has left, if the server can know."""
+    """Makes the context of the current Flask request.
+
+    `gone` tells whether the client has left. If it is None, the server tells that, if it can know.
+    """
     return RequestContext(
         request_id=request_id,
         client_id=client_id,
@@ -102,13 +114,16 @@ def request_context(
 
 
 def arrival_time() -> float:
-    """When the server received the current request, in time.monotonic()."""
+    """Returns when the server received the current request, in time.monotonic()."""
     arrived: float = request.environ.get(ARRIVED) or time.monotonic()
     return arrived
 
 
 def client_gone() -> Callable[[], bool]:
-    """A function that tells whether the client of the current request has left; always False if the server cannot know."""
+    """Returns a function that tells whether the client of the current request has left.
+
+    The function always returns False if the server cannot know.
+    """
     gone: Callable[[], bool] = request.environ.get(CLIENT_GONE, lambda: False)
     return gone
 

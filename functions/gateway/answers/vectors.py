@@ -1,4 +1,4 @@
-"""Has the stages make vectors of texts: those of one request, a few at a time. Knows no HTTP."""
+"""Makes vectors of texts on the stages: those of one request, a few at a time. Knows no HTTP."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -31,18 +31,22 @@ class VectorService:
 
     @property
     def classifies(self) -> bool:
-        """Whether the model makes one logit of a pair of texts."""
+        """Whether the model scores pairs of texts: it makes one logit of each pair."""
         embedder = self._service().embedder
         return embedder is not None and embedder.classifies
 
     @property
     def normalizes(self) -> bool:
-        """Whether vectors have length 1 unless a client asks for others."""
+        """Whether vectors are scaled to length 1 unless a client asks otherwise."""
         embedder = self._service().embedder
         return embedder is None or embedder.normalized
 
     def checked_dimensions(self, wanted: int | None, pooling: Pooling | None) -> int | None:
-        """Returns `wanted`. Raises InvalidRequest if the model's vectors cannot be cut to it, or are pooled otherwise."""
+        """Returns how many numbers of each vector to keep, or None for all of them.
+
+        Raises InvalidRequest if the model's vectors cannot be cut to `wanted`, or the model pools in another way than
+        `pooling`.
+        """
         embedder = self._service().embedder
         if embedder is None:
             if wanted is not None:
@@ -65,9 +69,10 @@ class VectorService:
         return wanted
 
     def checked(self, text: str | Sequence[int] | tuple[str, str], model: ModelText, truncate: int | None) -> Sequence[int]:
-        """Token ids of a text or a pair of texts; ids are only checked. truncate: how many to keep; -1: what the model takes.
+        """Returns the token ids of a text or of a pair of texts. Given token ids are only checked.
 
-        Raises ContextExceeded for more than the model takes, InvalidRequest for none or unknown ones.
+        `truncate` is the number of tokens to keep. If it is -1, keeps as many as the model takes. If it is None, keeps all.
+        Raises ContextExceeded for more tokens than the model takes, InvalidRequest for none or unknown ones.
         """
         embedder = self._service().embedder
         limit = model.context_length
@@ -91,9 +96,10 @@ class VectorService:
     def make(
         self, encode: Callable[[ModelText], Sequence[Sequence[int]]], context: RequestContext, pooling: Pooling | None
     ) -> Vectors:
-        """The vectors of the texts that `encode` makes token ids of, after all have come.
+        """Returns the vectors of texts, after all have come. `encode` returns the token ids of each text.
 
-        pooling: None: as the model is published, or the last token. Raises ClientLeft, and the Problem that ended one of them.
+        If `pooling` is None, pools as the model is published, or takes the last token. Raises ClientLeft, and the Problem that
+        ended one of the texts.
         """
         service = self._service()
         release, tokens = service.limits.admit(context.client_id, in_background=context.in_background), 0
@@ -131,7 +137,7 @@ class VectorService:
 
 
 def _vector(stream: TokenStream, gone: Callable[[], bool]) -> list[float]:
-    """Waits for a text's vector. Raises ClientLeft, and the Problem that ended the sequence."""
+    """Waits for the vector of one text and returns it. Raises ClientLeft, and the Problem that ended the sequence."""
     while not stream.over:
         stream.next_token(LOOK_SECONDS)
         if gone():

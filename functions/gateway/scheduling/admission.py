@@ -41,11 +41,13 @@ def admit(state: SchedulerState, now: float) -> list[Reserve]:
 
 
 def reserve_again(state: SchedulerState, batch: MicroBatch, waiting: Items[Sequence]) -> list[Reserve]:
-    """Repeats the reservations of sequences of `batch` that wait for KV: restored, computed by their leader, or handed over.
+    """Repeats the reservations of sequences of `batch` that wait for KV. Returns the reservations to ask for.
 
-    The stages may hold more of their tokens now, and their replies say so. Sequences that have migrated ask only the new
-    instance. The other stages hold tokens drawn since the first reservation, and would drop these: a longer chain tells a stage
-    that what it holds beyond the shorter one may be rejected draft tokens.
+    They wait for KV that is restored, computed by their leader, or handed over. The stages may hold more of their tokens now,
+    and the replies say so.
+
+    Sequences that have migrated ask only the new instance. The other stages hold tokens drawn since the first reservation. A
+    longer chain would make them drop these tokens, which could be rejected draft tokens.
     """
     again: dict[Instance | None, list[Sequence]] = {}  # by the instance that they migrated from
     for sequence in waiting:
@@ -65,9 +67,9 @@ def reserve_again(state: SchedulerState, batch: MicroBatch, waiting: Items[Seque
 
 
 def _admit_from_backlog(state: SchedulerState, now: float) -> Reserve | None:
-    """Admits the oldest sequence of the memory backlog and returns its reservation; None: no sequence can be admitted.
+    """Admits the oldest sequence of the memory backlog. Returns its reservation, or None if no sequence can be admitted.
 
-    During the back-off it admits another one instead, if that may overtake the oldest and seems to fit.
+    During the back-off, admits a younger sequence instead, if that may overtake the oldest and seems to fit.
     """
     backlog = state.waiting.backlog
     sequence = backlog.sequences[0]
@@ -98,9 +100,9 @@ def _join(state: SchedulerState, batch: MicroBatch, sequence: Sequence) -> None:
 
 
 def _choose_micro_batch(state: SchedulerState, sequence: Sequence, now: float, excluded: Set[MicroBatch]) -> MicroBatch | None:
-    """The micro-batch that `sequence` shall join, a new one if one more is wanted. None: the sequence has to wait.
+    """Returns the micro-batch that `sequence` shall join, or None if the sequence has to wait.
 
-    excluded: existing micro-batches that it must not join.
+    Makes a new micro-batch if one more is wanted. `excluded` are existing micro-batches that the sequence must not join.
     """
     placement, limits = state.placement, state.limits
     # Sequences stay on their revision, but new ones join only the newest. Otherwise an old one would never scale to zero.
@@ -117,10 +119,10 @@ def _choose_micro_batch(state: SchedulerState, sequence: Sequence, now: float, e
         return state.micro_batches[-1]
 
     def load(batch: MicroBatch) -> tuple[bool, float]:
-        """Sort key: micro-batches whose route has memory for the sequence come first, then those with few sequences.
+        """Returns a sort key: micro-batches whose route has memory for the sequence come first, then those with few sequences.
 
-        To compute a chunk of a prompt delays the others about as much as one more sequence. So each chunk that the prefix cache
-        saves counts as one sequence fewer. On a route with a slow instance each sequence counts as often as it is slow.
+        Computing a prompt chunk delays the others about as much as one more sequence. So each chunk that the prefix cache saves
+        counts as one sequence fewer. On a route with a slow instance, the number of sequences is multiplied by the slowness.
         """
         instances = batch.route.instances
         saved_chunks = sum(map(held.at, instances)) / len(instances) / limits.chunk_tokens
@@ -139,7 +141,7 @@ def _choose_micro_batch(state: SchedulerState, sequence: Sequence, now: float, e
 
 
 def _needs_other_instances(state: SchedulerState, current: Items[MicroBatch], sequence: Sequence) -> bool:
-    """Whether the sequence needs a new micro-batch, because only instances that no micro-batch uses have memory for it.
+    """Returns whether the sequence needs a new micro-batch on other instances, because all routes in use lack memory for it.
 
     A few long sequences may fill a pod before they fill a micro-batch. False if no more micro-batches are allowed.
     """
@@ -156,10 +158,10 @@ def _reserve(state: SchedulerState, batch: MicroBatch, sequences: Items[Sequence
 
 
 def _peers(state: SchedulerState, instance: Instance, sequences: Items[Sequence]) -> tuple[str, ...]:
-    """URLs of other instances from which `instance` may fetch KV of the sequences, at most MAX_PEERS.
+    """Returns the URLs of other instances from which `instance` may fetch KV of the sequences, at most MAX_PEERS.
 
-    These are instances where much of a sequence was computed last, or anything of it if they leave. An instance that leaves is
-    not asked for anything else: each request makes queue-proxy wait for another 30 s before the pod ends.
+    Much of a sequence was computed last at such a peer, or at least some of it if the peer terminates. A terminating instance
+    is asked for nothing else. Each request makes its queue-proxy wait for another 30 s before the pod ends.
     """
     leaving, urls = state.placement.leaving(instance), dict[str, None]()
     for sequence in sequences:

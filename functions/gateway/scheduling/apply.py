@@ -28,10 +28,11 @@ _INCOMPLETE: Final = (
 
 
 def stage_replied(state: SchedulerState, step: Step, stage: int, reply: ForwardReply, seconds: float) -> None:
-    """Applies the reply of one stage to the sequences of `step`. The last stage's reply carries their new tokens.
+    """Applies the reply of one stage to the sequences of `step`.
 
-    stage: its index. seconds: from the request to the reply. Raises StageFailed if the last stage's reply lacks a requested
-    token or log-probability.
+    `stage` is the stage's index, `seconds` the time from the request to the reply. The last stage's reply carries the new
+    tokens. Raises StageFailed if that reply lacks a requested token, log-probability or vector, or accepts draft tokens that
+    were not sent.
     """
     rows = reply.batch.rows
     chunks = [step.chunks[row.id] for row in rows]
@@ -58,10 +59,10 @@ def stage_replied(state: SchedulerState, step: Step, stage: int, reply: ForwardR
 
 
 def note_origin(state: SchedulerState, origin: ReplyOrigin, in_trip: Items[tuple[Sequence, Chunk]] = ()) -> None:
-    """Records that an instance replied, and its free memory. If its boot id is a new one, the instance restarted.
+    """Records the free memory that an instance's reply states, and detects a restart of the instance.
 
-    Sequences that it held are then computed again at this stage. in_trip: the rows of the reply, which are left out, because
-    their statuses already say what the instance has lost.
+    A new boot id means that the instance restarted and lost its KV. Its sequences are then computed again at this stage.
+    `in_trip` has the rows of the reply. Their sequences are left out, because their statuses already say what was lost.
     """
     instance = origin.instance
     if instance.boot not in ("", origin.boot):
@@ -75,7 +76,10 @@ def note_origin(state: SchedulerState, origin: ReplyOrigin, in_trip: Items[tuple
 
 
 def _note_pass(stats: StageStats, instance: Instance, reply: ForwardReply) -> None:
-    """Compares the pass that computed a step with the quickest passes of its size at the stage: a slow instance is noticed."""
+    """Compares an instance's forward pass with the stage's quickest passes of the same size, and updates the instance's pace.
+
+    Logs a warning when the instance becomes slow, or quick again.
+    """
     stats.passes.step(reply.pass_tokens, reply.pass_seconds)
     # By all sizes: a slow instance gets small steps, which no other may have measured.
     quickest = seconds_on(stats.passes.points(), reply.pass_tokens) or reply.pass_seconds
@@ -87,9 +91,10 @@ def _note_pass(stats: StageStats, instance: Instance, reply: ForwardReply) -> No
 
 
 def _chunk_over(state: SchedulerState, sequence: Sequence, chunk: Chunk, result: Result | None) -> None:
-    """Applies a chunk that its last stage has computed: passes on tokens or scores, and grows a reservation that is full.
+    """Applies a chunk that the last stage of its trip has computed: passes its tokens, scores or vector to the answer's stream.
 
-    result: the row's result; None if neither a token nor log-probabilities were requested.
+    If the answer has filled its reservation, the sequence queues again for a larger one. If `result` is None, the row asked for
+    no token, log-probability or vector.
     """
     sequence.progress.returned()
     if result is not None and chunk.scores:
@@ -113,7 +118,7 @@ def _chunk_over(state: SchedulerState, sequence: Sequence, chunk: Chunk, result:
 
 
 def _pooled(state: SchedulerState, sequence: Sequence, chunk: Chunk, vector: bytes) -> None:
-    """Adds a chunk's vector to the prompt's, which is complete when all tokens are in it."""
+    """Adds the vector of a chunk to that of its prompt. Finishes the stream when the vector covers all tokens."""
     position, length = chunk.position, chunk.length
     if sequence.prompt.pooling is Pooling.LAST:
         position, length = 0, len(sequence.tokens)
@@ -123,7 +128,10 @@ def _pooled(state: SchedulerState, sequence: Sequence, chunk: Chunk, vector: byt
 
 
 def _drawn(state: SchedulerState, sequence: Sequence, drafted: int, tokens: Items[int], result: Result) -> None:
-    """Applies `tokens` that the last stage drew: the accepted draft tokens and one more. drafted: draft tokens in the chunk."""
+    """Applies `tokens` that the last stage drew: the accepted draft tokens, then one more token.
+
+    `drafted` is the number of draft tokens that the chunk carried.
+    """
     stats, stream = state.stats, sequence.stream
     accepted = len(tokens) - 1
     stats.tokens += len(tokens)
@@ -154,7 +162,11 @@ def _logprobs_of(tokens: Items[int], result: Result) -> list[TokenLogprob]:
 
 
 def _is_incomplete(result: Result | None, sequence: Sequence, chunk: Chunk) -> bool:
-    """Whether a requested token or log-probability is missing, or accepted draft tokens differ from those that were sent."""
+    """Returns whether the last stage's result lacks something that the chunk asked for.
+
+    This is so if a token, log-probability or vector is missing, or if the accepted draft tokens differ from those that were
+    sent.
+    """
     pooling = sequence.prompt.pooling
     if not (chunk.scores or pooling is Pooling.MEAN or chunk.end == len(sequence.tokens)):
         return False

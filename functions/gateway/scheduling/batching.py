@@ -1,4 +1,4 @@
-"""How many micro-batches there may be, how sequences are divided among them, and how many may wait.
+"""Computes how many micro-batches there may be, how many the sequences need, and how many instances each stage lacks.
 
 Pure functions of counts and measured seconds: the scheduler, `knative plan` and the simulator in bench/evaluation share them.
 """
@@ -19,7 +19,7 @@ _MIN_RATE_GAIN: Final = 1.08  # factor that dividing further must gain in tokens
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """What the configuration allows the scheduler; functions/configuration/config.py explains each setting."""
+    """Limits of the scheduler, from the configuration. functions/configuration/config.py explains each setting."""
 
     queue_limit: int = 256
     chunk_tokens: int = 256
@@ -34,15 +34,17 @@ class SchedulerLimits:
 def micro_batches_allowed(
     ready_instances: Items[int], service_seconds: Items[float], network_seconds: Items[float] = ()
 ) -> int:
-    """How many micro-batches may be in flight: at least one for each stage.
+    """Returns how many micro-batches may be in flight: at least one for each stage.
 
-    ready_instances: per stage, how many take work; 0: unknown. service_seconds: per stage, of a step that does not wait,
-    network included; if one is 0 (not measured), all stages count as equal. network_seconds: per stage, the part of
-    service_seconds in which no instance computes; empty: the network is quick.
+    `ready_instances` has per stage the number of instances that take work, 0 if unknown. `service_seconds` has per stage the
+    seconds of a step that does not wait, network included. If one of them is 0 (not measured), all stages count as equal.
+    `network_seconds` has per stage the part of `service_seconds` in which no instance computes. It is empty if the network is
+    quick.
 
-    So many that IN_FLIGHT_PER_INSTANCE of them are at each instance of the narrowest stage, which has the most busy seconds per
-    instance, while others are at other stages. By Little's law that is its rate times the seconds of a whole round, times that
-    constant. With fewer its concurrency would stay below the autoscaler's target, and it would never grow.
+    The narrowest stage is the one with the most busy seconds per instance. Each of its instances shall have
+    IN_FLIGHT_PER_INSTANCE micro-batches while others are at other stages. By Little's law this takes the stage's rate, times
+    the seconds of a whole round, times that constant. With fewer micro-batches the stage's concurrency would stay below the
+    autoscaler's target, and the stage would never grow.
     """
     instances = [max(1, count) for count in ready_instances]
     seconds = busy = service_seconds if all(service_seconds) else [1.0] * len(instances)
@@ -58,11 +60,11 @@ def micro_batches_allowed(
 def micro_batches_wanted(
     sequences: int, stages_at_once: int, max_sequences: int, allowed: int, filling: Callable[[int, int], int] | None = None
 ) -> int:
-    """Into how many micro-batches this number of sequences is divided, at most `allowed`.
+    """Returns into how many micro-batches this number of sequences is divided, at most `allowed`.
 
     There is one for each stage that can compute at the same time (`stages_at_once`), and more if one would have over
-    `max_sequences`. filling: given the sequences and this number as a minimum, returns how many keep a slow network busy; None:
-    the network is quick.
+    `max_sequences`. `filling` gets the number of sequences and this minimum, and returns how many micro-batches keep a slow
+    network busy. If `filling` is None, the network is quick.
     """
     wanted = min(sequences, allowed, max(stages_at_once, math.ceil(sequences / max_sequences)))
     return wanted if filling is None or wanted < 1 else min(sequences, allowed, filling(sequences, wanted))
@@ -71,11 +73,11 @@ def micro_batches_wanted(
 def lacking_instances(
     prompt_tokens: float, token_seconds: Items[float], ready_instances: Items[int], most_seconds: float
 ) -> list[int]:
-    """Per stage, how many more instances would compute the prompts that wait within `most_seconds`.
+    """Returns per stage how many more instances it needs to compute the waiting prompts within `most_seconds`.
 
-    prompt_tokens: that no stage has computed. token_seconds: per stage, of one token of a prompt in a large pass; 0: unknown,
-    which lacks none. Every stage is judged by itself, so that all are shown to lack instances at once; the narrowest one holds
-    the prompts back from the others, and these would seem to lack instances one after the other.
+    `prompt_tokens` are those that no stage has computed. `token_seconds` has per stage the seconds of one prompt token in a
+    large pass. A stage with 0 (unknown) lacks none. Every stage is judged alone, so that all lacking stages show at once. The
+    narrowest stage holds prompts back from the others, which would otherwise seem to lack instances one after the other.
     """
     return [
         max(0, math.ceil(prompt_tokens * seconds / most_seconds) - max(1, count))
@@ -86,10 +88,11 @@ def lacking_instances(
 def micro_batches_that_fill(
     sequences: int, minimum: int, maximum: int, stages_at_once: int, costs: Items[RowCosts], network_seconds: float
 ) -> int:
-    """How many micro-batches, `minimum` to `maximum`, make the most tokens a second on a slow network.
+    """Returns how many micro-batches, from `minimum` to `maximum`, make the most tokens per second on a slow network.
 
-    Some compute while others travel. But smaller steps cost more for each row, so the measured costs decide; if a stage has
-    none, returns `minimum`. costs: per stage. network_seconds: of a whole round.
+    More micro-batches let some compute while others travel. But smaller steps cost more for each row, so the measured costs
+    decide. Returns `minimum` if a stage has no measurements. `costs` has one item per stage. `network_seconds` is the time of a
+    whole round.
     """
     curves = [cost.points() for cost in costs]
     if not all(curves):

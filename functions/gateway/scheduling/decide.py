@@ -1,4 +1,4 @@
-"""Decides what happens next: `decide` changes the scheduler's state by everything that can happen now.
+"""Decides what the scheduler does next. `decide` makes all changes of the state that are possible now.
 
 Nothing here does input or output. The caller holds the scheduler's lock.
 """
@@ -26,10 +26,10 @@ _DUE_FACTOR: Final = 4  # of a prompt's own time; see `begin_prompt_steps`
 
 
 def decide(state: SchedulerState, now: float) -> list[Action]:
-    """Makes all changes of the state that are possible now and returns what must be sent, in order. now: in time.monotonic().
+    """Makes all changes of the state that are possible now, and returns what must be sent, in order.
 
     Sequences expire or leave their back-off; micro-batches migrate; sequences get memory; decode and prompt steps begin; cold
-    stages are woken; memory is released.
+    stages are woken; memory is released. `now` is in time.monotonic().
     """
     state.expire(now)
     for sequence in [each for each in state.waiting.backing_off if each.retry_budget.retry_at <= now]:
@@ -68,7 +68,10 @@ def decide(state: SchedulerState, now: float) -> list[Action]:
 
 
 def next_due(state: SchedulerState, now: float) -> float:
-    """When `decide` must be called next even if no reply comes before, in time.monotonic(); infinity: never."""
+    """Returns the time at which `decide` must be called even if no reply comes before, in time.monotonic().
+
+    Infinity if nothing is due.
+    """
     due = [state.next_deadline]
     if state.has_waiting:
         timeout = state.limits.cold_start_timeout_seconds
@@ -90,7 +93,7 @@ def next_due(state: SchedulerState, now: float) -> float:
 def migrate(state: SchedulerState, now: float) -> None:
     """Chooses which micro-batches migrate, and moves those that have nothing in flight.
 
-    A micro-batch leaves one instance at a time: the next when the KV that the last one hands over has come.
+    A micro-batch leaves one instance at a time. It leaves the next one only after the KV from the last one has arrived.
     """
     placement = state.placement
     _rebalance(state)
@@ -107,10 +110,11 @@ def migrate(state: SchedulerState, now: float) -> None:
 
 
 def _rebalance(state: SchedulerState) -> None:
-    """If an instance has many more routes than another one of its stage, some of its micro-batches go there.
+    """Moves micro-batches away from an instance that has many more routes than another instance of its stage.
 
-    Those that hold nothing at the instance move at once: after a restart they would wait there until the others are computed
-    again. Of the others one at a time is chosen to migrate: none while the last one is still being computed again.
+    Micro-batches that hold nothing at the instance move at once. Otherwise they would wait there, after a restart, until the
+    others are computed again. The others migrate one at a time. The next one is chosen after the last one has been computed
+    again.
     """
     settling = state.settling if state.settling in state.micro_batches else None
     if settling is not None and settling.target is not None:
@@ -136,10 +140,10 @@ def _rebalance(state: SchedulerState) -> None:
 
 
 def _move(state: SchedulerState, batch: MicroBatch, target: Instance) -> None:
-    """Moves a micro-batch that has nothing in flight to the instance `target`, in place of the one of the same stage.
+    """Moves a micro-batch to the instance `target`, which replaces the instance of the same stage on its route.
 
-    The old instance keeps the KV that `target` can fetch from it until then. All other KV is computed again, or restored:
-    sequences that still restore at other stages ask all stages again.
+    The micro-batch must have nothing in flight. The old instance keeps KV that `target` can fetch until `target` has fetched
+    it. All other KV is restored or computed again. Sequences that still restore KV at other stages ask all stages again.
     """
     batch.target = None
     left = batch.route.replace(target)
@@ -157,9 +161,9 @@ def _move(state: SchedulerState, batch: MicroBatch, target: Instance) -> None:
 
 
 def choose_trial(state: SchedulerState) -> None:
-    """Sets `state.trial` to a suspect that has used up much of its retry budget, unless a trial is under way.
+    """Sets `state.trial` to a suspect with TRIAL_AFTER_FAILURES failures at one place, unless a trial is under way.
 
-    It then runs alone. If it breaks a stage again, no other sequence of this gateway is affected.
+    The suspect then runs alone. If it breaks a stage again, no other sequence of this gateway is affected.
     """
     if state.trial is not None and (state.trial not in state.suspects or state.trial.route is None):
         state.trial = None
@@ -172,9 +176,10 @@ def choose_trial(state: SchedulerState) -> None:
 
 
 def may_send(state: SchedulerState, sequence: Sequence) -> bool:
-    """Whether a step may carry this sequence now.
+    """Returns whether a step may carry this sequence now.
 
-    During a trial that is only the suspect on trial, once nothing else is in flight; otherwise all that need no trial.
+    During a trial, only the suspect on trial may be sent, and only once nothing else is in flight. Without a trial, every
+    sequence may be sent that does not need one.
     """
     if state.trial is None:
         return sequence.retry_budget.failures_here < TRIAL_AFTER_FAILURES
@@ -212,7 +217,7 @@ def begin_decode_steps(state: SchedulerState) -> list[Trip]:
 
 
 def choose_drafts(state: SchedulerState, sequences: list[Sequence]) -> list[tuple[int, ...]]:
-    """The draft tokens to send for each sequence of a decode step: as many as should raise the tokens per second."""
+    """Returns the draft tokens to send for each sequence of a decode step: as many as should raise the tokens per second."""
     limit = state.limits.draft_tokens
     drafts: list[tuple[int, ...]] = []
     for sequence in sequences:
@@ -231,14 +236,17 @@ def choose_drafts(state: SchedulerState, sequences: list[Sequence]) -> list[tupl
 
 
 def begin_prompt_steps(state: SchedulerState, now: float) -> list[Trip]:
-    """Begins a prompt step at each first stage that has none in hand. Returns their trips.
+    """Begins a prompt step at each first stage that is free for one. Returns the trips of these steps.
 
-    Clients take turns; of a client's prompts the one that is due first is next, and the step carries others that fit in. A
-    prompt is due when it has waited _DUE_FACTOR times as long as its own tokens take at the slowest stage: short prompts
-    overtake long ones, which do not starve.
-    Suspended instances, which have just failed, get none: suspects travel one by one, and each would use up retry budget there.
-    No step begins while hidden states of prompt steps under way may take `prompt_bytes` of the gateway's memory: if a later
-    stage is slower than the first, steps wait for it at the gateway.
+    Clients take turns. Of a client's prompts, the one that is due first is next, and the step carries others that fit in. A
+    prompt is due when it has waited _DUE_FACTOR times as long as its own tokens take at the slowest stage. So short prompts
+    overtake long ones, and long ones do not starve.
+
+    Suspended instances, which have just failed, get no prompt step. Suspects are sent one by one, and each would use up retry
+    budget there.
+
+    No step begins while hidden states of prompt steps under way may take `prompt_bytes` of the gateway's memory. If a later
+    stage is slower than the first, such steps wait for it at the gateway.
     """
     prompts_of: dict[tuple[Instance, ...], list[Sequence]] = {}
     for batch in state.micro_batches:
@@ -277,9 +285,10 @@ def begin_prompt_steps(state: SchedulerState, now: float) -> list[Trip]:
 
 
 def _last_prompt_steps(state: SchedulerState) -> dict[str, int]:
-    """For each client with sequences in micro-batches the number of the last step that carried a chunk of its prompts.
+    """Returns for each client the number of the last step that carried a chunk of its prompts.
 
-    For a client without one that is when its first sequence joined.
+    Only clients with sequences in micro-batches are included. A client without such a step gets the number of the last step
+    before its first sequence joined.
     """
     last_step: dict[str, int] = {}
     for batch in state.micro_batches:
@@ -291,7 +300,10 @@ def _last_prompt_steps(state: SchedulerState) -> dict[str, int]:
 
 
 def _by_turns(prompts: list[Sequence], last_step: Mapping[str, int]) -> list[Sequence]:
-    """The first sequence of each client, then each client's second, and so on, each client's in the order of `prompts`."""
+    """Orders `prompts` so that clients take turns: the first of each client, then the second of each client, and so on.
+
+    Each client's prompts keep their order. In each round, the client whose last prompt step is oldest goes first.
+    """
     taken: Counter[str] = Counter()
     order: list[tuple[int, int, Sequence]] = []
     for sequence in prompts:
@@ -302,7 +314,7 @@ def _by_turns(prompts: list[Sequence], last_step: Mapping[str, int]) -> list[Seq
 
 
 def _has_prompt_chunk(state: SchedulerState, sequence: Sequence) -> bool:
-    """Whether a prompt chunk of the sequence may be sent now. At most one for each stage is in flight."""
+    """Returns whether a prompt chunk of the sequence may be sent now. It may have one chunk in flight for each stage."""
     if not sequence.reserved or sequence.restoring or sequence.leader is not None:
         return False
     if sequence.must_restart or sequence.stream.over or min(sequence.progress.sent) >= len(sequence.tokens):

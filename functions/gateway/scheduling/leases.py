@@ -1,4 +1,4 @@
-"""Renewals of the gateway's lease at stages, which free what it holds there after `LEASE_SECONDS` without one."""
+"""Renews the gateway's lease at stages. A stage without a renewal for `LEASE_SECONDS` frees all memory of this gateway."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ _KEPT_SECONDS: Final = 2 * LEASE_SECONDS  # after so long without contact a stag
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Release:
-    """Action: free the memory of `rows` at one instance. With or without rows, it renews this gateway's lease there."""
+    """Action: frees the memory of `rows` at one instance and renews this gateway's lease there. `rows` may be empty."""
 
     instance: Instance
     rows: Items[ReleaseRow]
@@ -23,11 +23,11 @@ class Release:
 
 
 class LeaseRenewals:
-    """Renews the gateway's lease at every instance that a route uses, by release events, which mostly have no rows.
+    """Renews the gateway's lease at every instance on a route. Renewals are release events, which mostly have no rows.
 
     Forward events are not enough: a step may spend longer at another stage than the lease lasts. A renewal also repeats
-    releases that failed. An instance that no route uses gets no renewal, and frees by itself what could not be released. Until
-    then those rows are kept here, because the gateway may use the instance again.
+    releases that failed. An instance on no route gets no renewal, so its lease expires and it frees this gateway's memory.
+    Until then the rows of failed releases are kept here, because a route may use the instance again.
     """
 
     def __init__(self) -> None:
@@ -37,8 +37,8 @@ class LeaseRenewals:
     def renew(self, instances: Iterable[Instance], sequences: Mapping[str, Sequence], now: float) -> list[Release]:
         """Returns a release event for each of `instances`, with the rows whose release failed there before.
 
-        instances: all that routes use, repeats allowed. sequences: by id; rows of those that use the instance again are left
-        out. now: in time.monotonic(). The next renewal is due at `renew_at`.
+        `instances` are those of all routes, repeats allowed. `sequences` are keyed by id. A row is left out if its sequence
+        uses the instance again. `now` is in time.monotonic(). Sets `renew_at`, the time of the next renewal.
         """
         used = dict.fromkeys(instances)
         self.renew_at = now + RENEWAL_SECONDS
@@ -49,13 +49,16 @@ class LeaseRenewals:
         ]
 
     def release_failed(self, instance: Instance, rows: Items[ReleaseRow]) -> None:
-        """Keeps rows whose release got no usable reply, so that a renewal repeats it. The instance may have freed them."""
+        """Keeps rows whose release got no usable reply, so that a renewal repeats the release.
+
+        The instance may have freed them all the same.
+        """
         until = time.monotonic() + _KEPT_SECONDS
         self._lost += [(instance, row, until) for row in rows]
 
 
 def _is_back(instance: Instance, row: ReleaseRow, sequences: Mapping[str, Sequence]) -> bool:
-    """Whether the sequence uses the instance again, in the same attempt. If so, its row must not be released."""
+    """Returns whether the row's sequence uses the instance again in the same attempt. Such a row must not be released."""
     sequence = sequences.get(row.id)
     if sequence is None or sequence.route is None or instance not in sequence.route.instances:
         return False

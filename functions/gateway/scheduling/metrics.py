@@ -21,7 +21,10 @@ _MIGRATION_CAUSES: Final = ("leaving", "balance")
 
 class SchedulerCollector(Collector):
     def __init__(self, stats: Callable[[], Stats], stage_names: list[str]) -> None:
-        """stats: called at each scrape. stage_names: values of the label `stage`, in the order of the stages."""
+        """Makes a collector that calls `stats` at each scrape.
+
+        `stage_names` are the values of the label `stage`, in the order of the stages.
+        """
         self._stats = stats
         self._stage_names = stage_names
 

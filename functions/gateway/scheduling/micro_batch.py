@@ -1,7 +1,7 @@
 """Micro-batches, and the steps that carry them through the stages.
 
 Sequences join and leave a micro-batch between its steps. Micro-batches on the same route exchange sequences at no cost, so they
-are kept equally large. A sequence that changed to another route would have to be computed again.
+are kept equally large. A sequence that moves to another route must be computed again.
 """
 
 from array import array
@@ -36,11 +36,18 @@ class MicroBatch:
 
     @property
     def caught_up(self) -> bool:
-        """Whether every sequence's next chunk is a decode step: none is still being computed again after a migration."""
+        """Whether the next chunk of every sequence is a decode step.
+
+        False while a sequence is computed again after a migration.
+        """
         return all(sequence.decodes for sequence in self.sequences)
 
     def holds_nothing(self, stage: int) -> bool:
-        """Whether `stage` holds no token of any of its sequences, and none is on its way: moving it costs nothing."""
+        """Returns whether the micro-batch can move away from its instance of `stage` at no cost.
+
+        This is so if the instance holds no tokens of its sequences, and none of them has chunks in flight, restores KV, gets KV
+        from another instance or follows a leader. False for an empty micro-batch.
+        """
         return bool(self.sequences) and not any(
             sequence.progress.held[stage]
             or not sequence.at_rest
@@ -61,9 +68,10 @@ class MicroBatch:
 
 
 def level(own: MicroBatch, others: Iterable[MicroBatch], too_many: bool, max_sequences: int) -> None:
-    """Moves sequences of `own` to smaller micro-batches on the same route. Call it between two steps of `own`.
+    """Moves sequences from `own` to smaller micro-batches on the same route, so that they become equally large.
 
-    too_many: there are more micro-batches than wanted; then all move to the smallest, if at most `max_sequences` result.
+    Call it between two steps of `own`. If `too_many`, there are more micro-batches than wanted. Then all sequences move to the
+    smallest one, if it has at most `max_sequences` afterwards.
     """
     siblings = [
         other
@@ -88,9 +96,10 @@ def level(own: MicroBatch, others: Iterable[MicroBatch], too_many: bool, max_seq
 
 
 def prompt_chunks(sequences: Items[Sequence], chunk_tokens: int) -> list[tuple[Sequence, Chunk]]:
-    """Chooses prompt chunks for one event, in the order of `sequences`, which share a route: at most `chunk_tokens` in all.
+    """Chooses the prompt chunks of one event. Returns an empty list if no sequence has a chunk to send.
 
-    All chunks end at the same stage. A suspect gets an event of its own. Empty if no sequence has anything to send.
+    `sequences` share a route and are taken in their order. The chunks have at most `chunk_tokens` tokens in all, unless a
+    prompt must be computed in one chunk. All chunks end at the same stage. A suspect gets an event of its own.
     """
     chunks: list[tuple[Sequence, Chunk]] = []
     remaining, vectors = chunk_tokens, _MAX_VECTORS
@@ -109,7 +118,7 @@ def prompt_chunks(sequences: Items[Sequence], chunk_tokens: int) -> list[tuple[S
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step under way: its trip, and which sequences and chunks it carries."""
+    """A step under way: its trip, and the sequences and chunks that the trip carries."""
 
     trip: Trip
     chunks: Mapping[str, tuple[Sequence, Chunk]]  # by row id
@@ -118,9 +127,9 @@ class Step:
 
 
 def make_step(chunks: Items[tuple[Sequence, Chunk]], instances: tuple[Instance, ...], micro_batch: MicroBatch | None) -> Step:
-    """Makes a step of these chunks. They end at the same stage, and their sequences are on the route `instances`.
+    """Makes a step of these chunks. All must end at the same stage, and their sequences must be on the route `instances`.
 
-    micro_batch: the one that decodes; None for prompt chunks.
+    `micro_batch` is the one that decodes. It is None for prompt chunks.
     """
     traces = {sequence.id: sequence.prompt.trace for sequence, _ in chunks if sequence.prompt.trace is not None}
     batch = first_batch(chunks, len(instances))
@@ -137,7 +146,7 @@ def make_step(chunks: Items[tuple[Sequence, Chunk]], instances: tuple[Instance, 
 
 
 def first_batch(chunks: Items[tuple[Sequence, Chunk]], num_stages: int) -> Batch:
-    """The Batch that is sent to the first stage: a row for each chunk, token ids and no tensor."""
+    """Makes the Batch for the first stage. It has a row for each chunk, the token ids, and no tensor."""
     token_ids = array("i")
     rows: list[Row] = []
     grammars_sent: dict[str, int] = {}  # digest → bytes of its source
@@ -172,9 +181,10 @@ def first_batch(chunks: Items[tuple[Sequence, Chunk]], num_stages: int) -> Batch
 
 
 def _sampling(sequence: Sequence, grammars_sent: dict[str, int]) -> Sampling:
-    """The sampling settings for a row. They include the grammar's source only if the last stage may not know it yet.
+    """Returns the sampling settings for a sequence's row.
 
-    grammars_sent: digests and sizes of the sources in earlier rows of the event, which need not be repeated; updated.
+    They include the grammar's source only if the last stage may not know it and the event has space for it. `grammars_sent`
+    maps the digests of sources in earlier rows of the event to their sizes in bytes. It is updated.
     """
     sampling, grammar = sequence.prompt.sampling, sequence.prompt.sampling.grammar
     if grammar is None:

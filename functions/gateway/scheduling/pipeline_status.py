@@ -1,6 +1,7 @@
-"""The pipeline at one moment as this gateway sees it: plain data for the page and for `GET /v1/pipeline/events`.
+"""A snapshot of the pipeline as this gateway sees it: plain data for the page and for `GET /v1/pipeline/events`.
 
-A gateway knows the instances by its watch, its own events in flight and its own queue. Each gateway sees its own work only.
+A gateway knows the instances from its watch, its own events in flight and its own queue. It does not see the work of other
+gateways.
 """
 
 import time
@@ -88,7 +89,7 @@ def pipeline_status(state: SchedulerState) -> PipelineStatus:
 
 
 def progress_of(state: SchedulerState, sequence: Sequence) -> ProgressEvent | None:
-    """What a sequence awaits now; None: nothing but its next token. The caller holds the scheduler's lock."""
+    """Returns what a sequence waits for now, or None if only for its next token. The caller holds the scheduler's lock."""
     placement, waiting = state.placement, state.waiting
     cold = placement.cold()
     if cold:

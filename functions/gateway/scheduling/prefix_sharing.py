@@ -1,10 +1,10 @@
 """Prefix sharing: the keys of prefix chains, and leaders that compute a prefix for their followers.
 
-The time of a cache hit tells a client that another one has asked the same, so the configuration says who shares.
+The time of a cache hit tells a client that another one has sent the same text, so the configuration says which requests share.
 
-Sequences that begin alike and arrive together compute their common prefix once. The first is the leader. The others, its
-followers, have their memory and their place in a micro-batch, and wait. When every stage holds the prefix, the followers ask
-for their reservation again, and the reply says how many tokens need not be computed.
+Sequences that begin alike and arrive together compute their common prefix once. The first sequence is the leader. The others
+are its followers: they have memory and a place in a micro-batch, and wait. When every stage holds the prefix, the followers ask
+for their reservation again. The reply says how many tokens need not be computed.
 """
 
 from dataclasses import dataclass
@@ -19,15 +19,16 @@ MIN_SHARED_TOKENS: Final = 64  # a shorter prefix is computed sooner than waited
 
 @dataclass(frozen=True, slots=True)
 class PrefixSharing:
-    """Which requests share cached prefixes: those with equal keys of their prefix chains."""
+    """Decides which requests share cached prefixes: those whose prefix chains have equal keys."""
 
     pipeline: str  # its fingerprint
     mode: str  # pipeline: all requests share; client: those of one client; request: only the answers of one; off: none
 
     def key(self, prompt: Prompt) -> bytes | None:
-        """The key of the prompt's prefix chain: prompts with equal keys share cached prefixes. None: no prefix caching.
+        """Returns the key of the prompt's prefix chain. Prompts with equal keys share cached prefixes.
 
-        A `cache_salt` narrows sharing to requests with the same one. In the mode `request` only such requests share at all.
+        Returns None if there is no prefix caching. A `cache_salt` narrows sharing to requests with the same salt. In the mode
+        `request`, a request without a salt shares only among its own answers.
         """
         if self.mode == "off":
             return None
@@ -38,12 +39,12 @@ class PrefixSharing:
         return chain_key(self.pipeline, sharer, prompt.adapter)
 
     def leaves_kv(self, prompt: Prompt) -> bool:
-        """Whether another answer may reuse the KV of this prompt's answer after its end."""
+        """Returns whether other answers may reuse the KV that the answer to this prompt leaves when it ends."""
         return self.mode != "off" and (self.mode != "request" or bool(prompt.cache_salt) or not prompt.is_only_answer)
 
 
 def prompt_chain(sharing: PrefixSharing, prompt: Prompt) -> tuple[bytes | None, Chain]:
-    """The key and the prefix chain of a prompt; (None, ()): no prefix caching.
+    """Returns the key and the prefix chain of a prompt, or (None, ()) without prefix caching.
 
     The chain covers all tokens but the last, which has to be computed in any case.
     """
@@ -52,10 +53,10 @@ def prompt_chain(sharing: PrefixSharing, prompt: Prompt) -> tuple[bytes | None, 
 
 
 def follow(sequence: Sequence, state: SchedulerState) -> None:
-    """Chooses as leader the sequence on the same route that computes the longest common prefix, if it is worth waiting for.
+    """Makes `sequence` the follower of the sequence on the same route that computes the longest common prefix.
 
-    The prefix must be at least MIN_SHARED_TOKENS longer than what every stage holds already. Call this after the reservation is
-    granted and before a chunk is sent. `sequence` then waits until `leader_is_done`.
+    Does nothing unless that prefix is at least MIN_SHARED_TOKENS longer than what every stage holds already. Call it after the
+    reservation is granted and before a chunk is sent. `sequence` then waits until `leader_is_done`.
     """
     if sequence.follow_failed or sequence.retry_budget.failures_here or not sequence.at_rest or sequence.stream.over:
         return
@@ -71,7 +72,7 @@ def follow(sequence: Sequence, state: SchedulerState) -> None:
 
 
 def leader_is_done(sequence: Sequence, state: SchedulerState) -> bool:
-    """Whether a follower shall ask for its reservation again: its leader has computed the shared prefix, or never will."""
+    """Returns whether a follower shall ask for its reservation again: its leader has computed the prefix, or never will."""
     leader = sequence.leader
     if leader is None or not sequence.at_rest or sequence.must_restart or sequence.stream.over:
         return False
@@ -83,10 +84,10 @@ def leader_is_done(sequence: Sequence, state: SchedulerState) -> bool:
 
 
 def stop_following(sequence: Sequence, held_before: int) -> None:
-    """Ends the wait of a follower, whose repeated reservation was granted.
+    """Ends the wait of a follower after its repeated reservation was granted.
 
-    held_before: tokens of the sequence that every stage held before. If there are not more now although the leader has computed
-    the prefix, the sequence does not follow again.
+    `held_before` is the number of its tokens that every stage held before the reservation. If they hold no more now, although
+    the leader has computed the prefix, the sequence does not follow again.
     """
     assert sequence.leader is not None
     found_nothing = min(sequence.progress.held) <= held_before

@@ -1,7 +1,7 @@
 """Applies failures of stages to sequences (docs/scheduling.md, "When something breaks"). The caller holds the scheduler's lock.
 
-A failed event ends no answer while its sequences have retries left: they are computed again on another route, or only at the
-stage that lost their KV.
+An answer survives failures while its sequence has retries left. The sequence is computed again on another route, or only at the
+stage that lost its KV.
 """
 
 import logging
@@ -22,9 +22,9 @@ _log: Final = logging.getLogger(__name__)
 
 
 def trip_failed(state: SchedulerState, step: Step, ids: Items[str], failure: StageFailed) -> None:
-    """Applies a trip that ended at `failure.stage` without a usable reply: its sequences begin again on another route.
+    """Applies a trip that ended at `failure.stage` without a usable reply. Its sequences begin again on another route.
 
-    ids: the rows that were on their way to the stage. If these rows may have broken the stage, or the stage refuses this
+    `ids` name the rows that were on their way to the stage. If these rows may have broken the stage, or the stage refuses this
     gateway, the failure counts against their retry budgets.
     """
     stage_failed(state, step.trip.instances[failure.stage], failure)
@@ -40,10 +40,10 @@ def trip_failed(state: SchedulerState, step: Step, ids: Items[str], failure: Sta
 
 
 def row_failed(state: SchedulerState, sequence: Sequence, chunk: Chunk, stage: int, row: Row) -> None:
-    """Applies a row that `stage` did not compute, by its status.
+    """Applies a row that `stage` did not compute, by the row's status.
 
-    MISS: the tokens that the stage lacks are sent again. INVALID: the sequence fails with InvalidRequest, or is tried again
-    without draft tokens if it had any. Otherwise it begins again on another route.
+    MISS: the tokens that the stage lacks are sent again. INVALID: the sequence fails with InvalidRequest; if the row had draft
+    tokens, it is tried again without them instead. Other statuses: the sequence begins again on another route.
     """
     status, held = row.status, row.held or 0
     if status is Status.INVALID and chunk.draft_tokens and not chunk.scores and sequence.drafter is not None:
@@ -84,7 +84,7 @@ def _lost(state: SchedulerState, sequence: Sequence, stage: int, status: Status)
 def _suspect(state: SchedulerState, sequence: Sequence, why: str, problem: type[Problem] = ReplaysExhausted) -> None:
     """Makes the sequence a suspect, which may have broken a stage. Ends it with `problem` if its retry budget is exhausted.
 
-    why: the last failure, for the log and the client's error message.
+    `why` describes the last failure, for the log and the client's error message.
     """
     state.suspects.add(sequence)
     if sequence.retry_budget.exhausted:
@@ -94,7 +94,10 @@ def _suspect(state: SchedulerState, sequence: Sequence, why: str, problem: type[
 
 
 def stage_failed(state: SchedulerState, instance: Instance, failure: StageFailed) -> None:
-    """Gives the instance no work for a while. If only a client's deadline has passed, ends the sequences that are too late."""
+    """Gives the instance no work for a while after `failure`.
+
+    If only a client's deadline has passed, ends the sequences that are past their deadline instead.
+    """
     if failure.expired:
         state.expire(time.monotonic())
     else:

@@ -51,9 +51,9 @@ def reserve(
     peers: Mapping[Instance, tuple[str, ...]] | None = None,
     migrates: bool = False,
 ) -> Reserve:
-    """Makes a Reserve of `sequences` at `instances`, one of each of consecutive stages. Other parameters: fields of Reserve.
+    """Makes the action that asks `instances`, one for each of consecutive stages, for the memory of `sequences`.
 
-    Stores in each sequence the prefix chain that its row names.
+    The other parameters are fields of Reserve. Stores in each sequence the prefix chain that its row names.
     """
     rows = []
     for sequence in sequences:
@@ -81,7 +81,10 @@ def reserve(
 
 
 def _lineages(route: Route | None, first_stage: int) -> tuple[str | None, ...]:
-    """The lineage of each instance's input, from `first_stage` of the route on, by the instances' earlier replies."""
+    """Returns the lineage of the input of each instance on the route, from `first_stage` on.
+
+    The instances' earlier replies state the lineages. An item is empty for the first stage and None if it is not known yet.
+    """
     assert route is not None
     lineages: list[str | None] = []
     lineage: str | None = ""
@@ -105,9 +108,9 @@ class Reservation:
 
 
 def reserve_at_once(client: StageClient, wanted: Reserve, calls: Executor) -> Reservation:
-    """Asks all instances of `wanted` at the same time, by threads of `calls`.
+    """Asks all instances of `wanted` at the same time, in threads of `calls`.
 
-    Returns after the last reply, so that no later release can arrive before the reservation that it releases.
+    Returns after the last reply. So a later release cannot arrive before the reservation that it releases.
     """
     futures = [
         calls.submit(_ask, client, instance, wanted, lineage or "")
@@ -118,10 +121,10 @@ def reserve_at_once(client: StageClient, wanted: Reserve, calls: Executor) -> Re
 
 
 def reserve_in_order(client: StageClient, wanted: Reserve) -> Reservation:
-    """Asks stage after stage and stops at the first that grants nothing.
+    """Asks the stages one after the other, and stops at the first stage that grants no memory.
 
-    If two gateways ask all stages at once, each may get a part and give it back, again and again. In order, the gateway that
-    gets the first stage competes at the others only with those that got it before.
+    If two gateways ask all stages at once, each may get a part and give it back, again and again. In order, a gateway that gets
+    the first stage competes at later stages only with gateways that got the first stage before.
     """
     replies: list[tuple[ReplyOrigin, ReserveReply] | StageFailed] = []
     lineage = wanted.lineages[0] or ""
@@ -149,7 +152,8 @@ def _ask(
 def combined(replies: Items[tuple[ReplyOrigin, ReserveReply] | StageFailed], num_rows: int) -> Reservation:
     """Combines the stages' replies: each row gets the worst of its statuses. One StageFailed makes the whole a failure.
 
-    A stage that was asked under another lineage than the stage before it has by its reply holds nothing of use.
+    A stage may have been asked with another lineage than the reply of the stage before it states. Then the tokens that it holds
+    are of no use and count as 0.
     """
     statuses = [Status.OK] * num_rows
     held: list[list[int]] = [[] for _ in range(num_rows)]
@@ -172,9 +176,9 @@ def combined(replies: Items[tuple[ReplyOrigin, ReserveReply] | StageFailed], num
 
 
 def reservation_over(state: SchedulerState, wanted: Reserve, reservation: Reservation) -> None:
-    """Applies the replies to a reservation. Its sequences can now be computed, join the memory backlog, or begin again.
+    """Applies the replies to a reservation. Its sequences can then be computed, join the memory backlog, queue again, or end.
 
-    All of them are in one micro-batch. Memory of those that have ended meanwhile is released.
+    All of the sequences are in one micro-batch. The memory of sequences that have ended meanwhile is released.
     """
     for origin in reservation.origins:
         note_origin(state, origin)
@@ -218,7 +222,10 @@ def reservation_over(state: SchedulerState, wanted: Reserve, reservation: Reserv
 
 
 def _reservation_refused(state: SchedulerState, sequence: Sequence, status: Status, reason: str) -> None:
-    """reason: why a stage cannot use the sequence's adapter; empty: memory is what it refuses."""
+    """Applies a refused reservation to its sequence, which then joins the memory backlog, queues again or ends.
+
+    `reason` says why a stage cannot use the sequence's adapter. It is empty if the adapter is not the reason.
+    """
     if sequence.stream.over:
         state.dismiss(sequence)
     elif reason:

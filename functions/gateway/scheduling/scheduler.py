@@ -1,7 +1,7 @@
 """The scheduler: continuous batching over a pipeline of stages. Its public interface, its lock and its threads.
 
-Replies, new requests, changed instances and the clock all change the state under one lock. Then `decide` changes it by
-everything that can happen next, and threads send what it returns and wait for the replies, without the lock.
+Replies, new requests, changed instances and the clock change the state under one lock. After each change, `decide` makes all
+further changes that are possible. Threads send what `decide` returns and wait for the replies, without the lock.
 
 There is a thread for each event in flight rather than an event loop: `eventing.http.delivery` is synchronous, which needs less
 CPU for a request than an asyncio client, and a hop's time is spent waiting in a system call.
@@ -54,7 +54,7 @@ _SHUTTING_DOWN: Final = "this gateway is shutting down; ask again, another one w
 
 
 class Scheduler:
-    """Has the stages compute answers to prompts, and puts their tokens into streams. Thread-safe. Runs until `close`."""
+    """Computes answers to prompts on the stages, and puts their tokens into streams. Thread-safe. Runs until `close`."""
 
     def __init__(self, client: StageClient, placement: Placement, limits: SchedulerLimits, sharing: PrefixSharing) -> None:
         self._client = client
@@ -80,9 +80,10 @@ class Scheduler:
 
     @contextmanager
     def entering(self, client_id: str) -> Iterator[None]:
-        """Counts a request as waiting while an API reads it, before `submit`.
+        """Context manager that counts a request as waiting while an API reads it, before `submit`.
 
-        Raises NotReady when closing, and QueueFull as `submit` does. At the end it raises QueueFull if the place was lost.
+        Raises NotReady if the gateway is shutting down, and QueueFull as `submit` does. On exit, raises QueueFull if another
+        client's request has taken the place.
         """
         entering = Entering()
         with self._changed:
@@ -97,10 +98,10 @@ class Scheduler:
             raise QueueFull(_GAVE_WAY)
 
     def submit(self, prompt: Prompt) -> TokenStream:
-        """Queues a prompt and returns the stream into which the tokens of its answer come.
+        """Queues a prompt and returns the stream of its answer's tokens.
 
-        Raises QueueFull if too many wait already and no other client gives way, InvalidRequest if prompt and answer are too
-        long, or NotReady when closing.
+        Raises QueueFull if too many requests wait already and no other client's request gives way, InvalidRequest if prompt and
+        answer are too long, or NotReady if the gateway is shutting down.
         """
         total_tokens = len(prompt.token_ids) + prompt.max_tokens
         if total_tokens > MAX_POSITION:
@@ -148,7 +149,10 @@ class Scheduler:
                 self._act()
 
     def _progress(self, id_: str) -> ProgressEvent | None:
-        """What a sequence awaits. Asks instances that start how far they are, so that a later call can tell."""
+        """Returns what a sequence waits for. None if only for its next token, or if the sequence has ended.
+
+        Also asks starting instances for their progress, so that a later call can report it.
+        """
         with self._changed:
             sequence = self._state.sequences.get(id_)
             if sequence is None:
@@ -162,7 +166,7 @@ class Scheduler:
             self._start(self._state.wake_ups.begin(self._state.placement, all_stages=True))
 
     def sick(self) -> str | None:
-        """Describes a defect that keeps the scheduler from its work; None: there is none.
+        """Describes a defect that keeps the scheduler from working, or returns None.
 
         Takes no lock, because a stuck thread may hold it.
         """
@@ -180,7 +184,7 @@ class Scheduler:
     def close(self) -> None:
         """Ends all sequences with NotReady, releases their memory at the stages, and ends the scheduler's threads.
 
-        Waits at most a few seconds for the releases. Threads that wait for a stage even longer end when the sender is closed.
+        Waits at most a few seconds for the releases. Threads that still wait for a stage then end when the sender is closed.
         """
         state = self._state
         with self._changed:
@@ -198,7 +202,7 @@ class Scheduler:
         self._calls.shutdown()
 
     def stats(self) -> Stats:
-        """A copy of the statistics, with the current numbers of sequences, micro-batches and trips."""
+        """Returns a copy of the statistics, with the current numbers of sequences, micro-batches and trips."""
         with self._changed:
             state = self._state
             stats = copy.deepcopy(state.stats)
@@ -214,9 +218,9 @@ class Scheduler:
     # For the watch.
 
     def endpoints_changed(self, stage: int, endpoints: Items[Endpoint] | None) -> None:
-        """Applies what the watch saw, and acts on it.
+        """Applies a report of the watch and decides what to send.
 
-        endpoints: all instances of `stage`; None: they cannot be known, so routes use the Service's URL.
+        `endpoints` are all instances of `stage`. If it is None, the instances cannot be known, so routes use the Service's URL.
         """
         with self._changed:
             if endpoints is None:
@@ -244,9 +248,10 @@ class Scheduler:
     # With the lock held.
 
     def _make_room(self, client_id: str) -> None:
-        """Makes sure that one more request of this client may wait. If the queue is full, another client's may give way.
+        """Makes sure that one more request of this client may wait.
 
-        Raises NotReady when closing, and QueueFull if no other client gives way.
+        If the queue is full, another client's request may give way. Raises NotReady if the gateway is shutting down, and
+        QueueFull if no request gives way.
         """
         if self._closing:
             raise NotReady(_SHUTTING_DOWN)
@@ -269,9 +274,9 @@ class Scheduler:
         self._start(self._decide())
 
     def _decide(self) -> list[Action]:
-        """Calls `decide` and returns what must be sent.
+        """Calls `decide` and returns the actions to carry out.
 
-        If `decide` fails, the state of the sequences is unknown: all end, and new ones can come.
+        If `decide` fails, the state of the sequences is unknown. Then all sequences end, and new ones can be submitted.
         """
         try:
             actions = decide(self._state, time.monotonic())
@@ -289,7 +294,7 @@ class Scheduler:
         return actions
 
     def _start(self, actions: Items[Action]) -> None:
-        """Hands the actions to threads, and wakes the clock if something is due before it would wake by itself."""
+        """Hands the actions to threads. Wakes the clock if something is due before the clock would wake by itself."""
         for action in () if self._closed else actions:
             if isinstance(action, Trip):
                 self._walked.add(action)
@@ -334,9 +339,9 @@ class Scheduler:
             _log.exception("%s failed inside the gateway", type(action).__name__)
 
     def _walk(self, trip: Trip | None) -> None:
-        """Walks the trip, then applies its end, decides, and walks the first trip that this began: mostly the next decode step.
+        """Walks the trip, applies its end, and decides what is next. Repeats this with the first trip that the decision began.
 
-        Other actions go to other threads. Ends when a decision begins no trip.
+        That trip is mostly the next decode step. Other actions go to other threads. Returns when a decision begins no trip.
         """
         began = time.perf_counter()
         while trip is not None:
@@ -358,7 +363,7 @@ class Scheduler:
                 began = self._state.stats.step_over(began, walked)
 
     def _end_after_failure(self, sequences: Items[Sequence]) -> None:
-        """Ends the sequences of a step or a reservation that failed by an error in the gateway. Called in an except block."""
+        """Ends the sequences of a step or reservation after an unexpected error in the gateway. Call it in an except block."""
         _log.exception("the gateway failed; the answers that it had in hand end: %s", names_of(sequences))
         with self._changed:
             gateway_failed(self._state, sequences)

@@ -43,12 +43,13 @@ class Chunk:
 
 
 class Progress:
-    """Counts which tokens of a sequence's current attempt each stage holds, and derives what must be sent next.
+    """Counts which tokens of a sequence's current attempt each stage holds, and derives the next chunk to send.
 
-    One rule covers prompts, decode steps, misses, migrations and replays: the next chunk begins at the position of the stage
-    that holds least, and goes as far as the last stage that lacks it. A new sequence starts at 0 everywhere. A migration puts
-    one stage back to 0. A miss or a reservation puts a stage to the number of tokens that it says it holds. A broken route
-    begins a new attempt, again at 0 everywhere.
+    One rule covers prompts, decode steps, misses, migrations and replays. The next chunk begins at the position of the stage
+    that holds least. It goes as far as the last stage that lacks it.
+
+    A new sequence starts at 0 at all stages. A migration sets one stage to 0. After a miss or a reservation, a stage has the
+    number of tokens that its reply states. A broken route begins a new attempt, again at 0 at all stages.
     """
 
     def __init__(self, num_stages: int) -> None:
@@ -60,9 +61,9 @@ class Progress:
         self.sent = [0] * num_stages  # and those that it holds or gets by chunks in flight
 
     def next_chunk(self, total_tokens: int, max_tokens: int) -> Chunk | None:
-        """The next chunk of a sequence of `total_tokens`, at most `max_tokens` long.
+        """Returns the next chunk, at most `max_tokens` long, of a sequence of `total_tokens` tokens.
 
-        None: all is sent, or chunks in flight must return first after a failure.
+        Returns None if all is sent, or if chunks in flight must return first after a failure.
         """
         position = min(self.sent)
         if self.failing or position >= total_tokens:
@@ -76,7 +77,10 @@ class Progress:
         return not self.failing and self.sent.count(total_tokens - 1) == len(self.sent)
 
     def found(self, stage: int, held: int) -> None:
-        """Records that `stage` holds `held` tokens, by its reply to a reservation. Call it only while nothing is in flight."""
+        """Records that `stage` holds `held` tokens, as its reply to a reservation states.
+
+        Call it only while nothing is in flight.
+        """
         self.held[stage] = self.sent[stage] = max(self.held[stage], held)
 
     def send(self, chunk: Chunk) -> None:
@@ -87,7 +91,7 @@ class Progress:
     def accepted(self, draft_tokens: int) -> None:
         """Records that the first `draft_tokens` draft tokens of the only chunk in flight were accepted.
 
-        Every stage holds them then.
+        Every stage holds these tokens now.
         """
         self.held = [held + draft_tokens for held in self.held]
         self.sent = [sent + draft_tokens for sent in self.sent]
@@ -160,7 +164,7 @@ class Prompt:
 
     @property
     def turn(self) -> tuple[str, int]:
-        """Sequences with the same one are served in the order in which they came."""
+        """Key by which sequences take turns. Sequences with equal keys are served in the order in which they came."""
         return self.client_id, self.priority
 
 
@@ -208,7 +212,8 @@ class RetryBudget:
 class Sequence:
     """A prompt and the answer that grows from it.
 
-    It waits first (route is None), then joins a micro-batch and asks for memory (reserved is False), and then is computed.
+    A sequence first waits (`route` is None). Then it joins a micro-batch and asks for memory (`reserved` is False). Then its
+    tokens are computed.
     """
 
     id: str  # what the stages know it by: unique among all gateways and their restarts
@@ -258,7 +263,7 @@ class Sequence:
 
     @property
     def has_memory(self) -> bool:
-        """Whether every stage has granted its memory, even if its reservation is being asked again."""
+        """Whether every stage has granted the sequence's memory. True also while its reservation is asked for again."""
         return self.reserved or self.restoring
 
     @property
@@ -275,10 +280,10 @@ class Sequence:
         return progress.in_flight == 0 and self.reserved and not self.must_restart and progress.decodes(len(self.tokens))
 
     def next_chunk(self, max_tokens: int) -> Chunk | None:
-        """The next chunk that some stage lacks, at most `max_tokens` long. None: nothing can be sent now.
+        """Returns the next chunk that some stage lacks, at most `max_tokens` long. None if nothing can be sent now.
 
-        A scored prompt is first sent without its last token, because only the log-probability of that one is wanted. The last
-        token follows when all scores are there.
+        A prompt that must be computed in one chunk may be longer. A scored prompt is first sent without its last token, because
+        only the log-probability of that token is wanted. The last token follows when all scores are there.
         """
         progress, last = self.progress, len(self.prompt.token_ids) - 1
         if self.prompt.in_one_chunk:
@@ -292,7 +297,7 @@ class Sequence:
         return progress.next_chunk(len(self.tokens), max_tokens)
 
     def prefix_chain(self) -> Chain:
-        """The prefix chain of all tokens but the newest, which the next step has to compute in any case.
+        """Returns the prefix chain of all tokens but the newest, which the next step has to compute in any case.
 
         Empty without prefix caching.
         """
@@ -307,9 +312,9 @@ class Sequence:
         return self.reserve_tokens > len(self.tokens)
 
     def shrink(self) -> bool:
-        """Reduces its reservation, after a stage said that it can never hold `reserve_tokens`.
+        """Reduces the reservation after a stage said that it can never hold `reserve_tokens`.
 
-        Returns False if a smaller one is no use: the answer is not open-ended, or no further token would fit.
+        Returns False if a smaller reservation is of no use: the answer is not open-ended, or no further token would fit.
         """
         self.impossible_tokens = self.reserve_tokens
         self.reserve_tokens = (len(self.tokens) + self.reserve_tokens) // 2
@@ -328,5 +333,5 @@ class Sequence:
 
 
 def names_of(sequences: Iterable[Sequence]) -> str:
-    """For a log line: each request's id, and in brackets the id that stages know."""
+    """Formats sequences for a log line: each request's id, and in brackets the id that stages know."""
     return ", ".join(f"{sequence.prompt.request_id} ({sequence.id})" for sequence in sequences)

@@ -1,9 +1,11 @@
-"""Speculative decoding: which tokens are drafted for a sequence, and how many of them a step carries.
+"""Speculative decoding: chooses which tokens are drafted for a sequence, and how many of them a step carries.
 
-A draft is what followed the last tokens where they stood before in prompt or answer (prompt lookup), or in the text that the
-client expects. An accepted draft token saves the sequence a step; a rejected one has cost compute. A step carries as many as
-raise the tokens per second. The chance of acceptance comes from the sequence's own drafts, and from all others while it has
-few. Costs are measured (`stats.RowCosts`). Answers do not depend on drafts: the last stage draws the same tokens without them.
+Drafts come from prompt lookup. It finds the last tokens at an earlier place in prompt or answer, or in the text that the client
+expects. The tokens that followed there are the draft. An accepted draft token saves the sequence a step; a rejected one has
+cost compute. A step carries as many as raise the tokens per second.
+
+The chance of acceptance is estimated from the sequence's own drafts, and from those of all sequences while it has few. Costs
+are measured (`stats.RowCosts`). Drafts do not change answers: the last stage draws the same tokens without them.
 """
 
 from array import array
@@ -27,13 +29,16 @@ _MIN_GAIN: Final = 1 / 256  # expected tokens below which a draft token is not c
 
 
 class PromptLookup:
-    """Prompt lookup for one sequence: drafts the tokens that followed its last tokens earlier in the text. Not thread-safe.
+    """Drafts for one sequence the tokens that followed its last tokens earlier in the text. Not thread-safe.
 
-    It takes the latest place with the longest match. It holds prompt, answer and the expected text, four bytes a token.
+    Takes the longest match, at its latest place. Keeps prompt, answer and expected text in memory, four bytes a token.
     """
 
     def __init__(self, token_ids: Items[int], predicted: Items[int] = ()) -> None:
-        """token_ids: the prompt. predicted: tokens that the client expects the answer to have."""
+        """Makes the text to search, of the prompt `token_ids` and of `predicted`.
+
+        `predicted` are tokens that the client expects the answer to have.
+        """
         self._predicted = _bytes(predicted[:MAX_LOOKED_UP_TOKENS])
         self._text = self._predicted + _bytes(token_ids)  # one text, so that one search finds both
         self._matched = 0  # bytes of `predicted` that the answer has repeated so far; -1: it has left the prediction
@@ -47,7 +52,10 @@ class PromptLookup:
         self._text += drawn
 
     def draft(self, max_tokens: int) -> tuple[tuple[int, ...], int]:
-        """Returns at most `max_tokens` draft tokens, and the number of matching tokens before them. ((), 0): no match."""
+        """Returns at most `max_tokens` draft tokens, and the number of matching tokens before them.
+
+        Returns ((), 0) without a match.
+        """
         if 0 <= self._matched < len(self._predicted):
             draft = self._predicted[self._matched :][: max_tokens * _TOKEN_BYTES]
             return tuple(memoryview(draft).cast("i")), max(MATCH_TOKENS[0], self._matched // _TOKEN_BYTES)
@@ -60,9 +68,10 @@ class PromptLookup:
         return tuple(memoryview((found * -(-size // len(found)))[:size]).cast("i")), match
 
     def _longest_match(self) -> tuple[int, int]:
-        """Finds the longest suffix of the text that also stands earlier, at its latest such place.
+        """Finds the longest suffix of the text that also occurs earlier, among the lengths MATCH_TOKENS.
 
-        Returns the byte at which that place ends, and the length of the suffix in tokens. (0, 0): there is none.
+        Returns the byte offset at which its latest earlier occurrence ends, and its length in tokens. Returns (0, 0) without a
+        match.
         """
         best = (0, 0)
         first = max(0, len(self._text) - MAX_LOOKED_UP_TOKENS * _TOKEN_BYTES)
@@ -85,16 +94,16 @@ def _bytes(token_ids: Items[int]) -> bytearray:
 
 @dataclass(slots=True)
 class AcceptanceRate:
-    """Decaying counts of accepted draft tokens, and of drafts that were not accepted to their end."""
+    """Decaying counts of accepted draft tokens, and of drafts in which a token was rejected."""
 
     decay: float = _DECAY
     accepted: float = 0.0
     rejected: float = 0.0
 
     def estimate(self, prior: float) -> float:
-        """The chance, 0 to 1, that a draft token is accepted if those before it were.
+        """Estimates the chance, 0 to 1, that a draft token is accepted if those before it were.
 
-        prior: a chance that is assumed before anything was counted; it weighs less the more was counted.
+        `prior` is the chance that is assumed before anything was counted. It weighs less the more was counted.
         """
         return (self.accepted + _PRIOR_WEIGHT * prior) / (self.accepted + self.rejected + _PRIOR_WEIGHT)
 
@@ -108,7 +117,7 @@ Rates = tuple[AcceptanceRate, AcceptanceRate]  # for short and for long matches
 
 
 def shared_rates() -> Rates:
-    """Rates over all sequences of a gateway, from which a new sequence's estimate starts; they start from one half."""
+    """Makes the rates of all sequences of a gateway. A new sequence's estimate starts from these rates."""
     return AcceptanceRate(_SHARED_DECAY), AcceptanceRate(_SHARED_DECAY)
 
 
@@ -116,7 +125,7 @@ def shared_rates() -> Rates:
 class Drafter:
     """Drafts tokens for one sequence, and measures how many of them would be accepted.
 
-    It compares drafts with the drawn tokens even if they were not sent. So none has to be sent only to learn the rate.
+    Compares drafts with the drawn tokens even if the drafts were not sent. So none has to be sent only to learn the rate.
     """
 
     lookup: PromptLookup
@@ -140,7 +149,7 @@ class Drafter:
         return own.estimate(shared.estimate(0.5))
 
     def drawn(self, tokens: Items[int]) -> None:
-        """Compares the last draft with the tokens that were drawn in its place, and appends these to the answer."""
+        """Compares the last draft with the drawn `tokens`, then adds the drawn tokens to the searched text."""
         draft = self._draft[: len(tokens)]
         if draft:
             accepted = 0
@@ -153,16 +162,17 @@ class Drafter:
             self.lookup.add(token)
 
     def _rates(self) -> tuple[AcceptanceRate, AcceptanceRate]:
-        """The acceptance rates for the last draft's length of match: the sequence's own and the shared one."""
+        """Returns the sequence's own and the shared acceptance rate for the match length of the last draft."""
         is_long = self._match >= _LONG_MATCH_TOKENS
         return self._own[is_long], self.shared[is_long]
 
 
 def step_seconds(costs: Items[RowCosts], micro_batches: int, network_seconds: float) -> Callable[[int], float | None]:
-    """Returns a function: number of tokens in a step → estimated seconds per step of the pipeline; None: not measured.
+    """Returns a function that estimates the pipeline's seconds per step from the number of tokens in a step.
 
-    With many micro-batches that is the time of the slowest stage; with few, a whole round divided by their number. costs: per
-    stage. network_seconds: of a whole round.
+    The function returns None if a stage has no measurements. With many micro-batches, the time is that of the slowest stage.
+    With few, it is that of a whole round divided by their number. `costs` has one item per stage. `network_seconds` is the time
+    of a whole round.
     """
     curves = [cost.points() for cost in costs]
 
@@ -178,8 +188,8 @@ def step_seconds(costs: Items[RowCosts], micro_batches: int, network_seconds: fl
 def draft_lengths(drafts: Items[tuple[int, float]], seconds: Callable[[int], float | None]) -> list[int]:
     """Chooses how many draft tokens of each row to send, for the most expected tokens per second.
 
-    drafts: per row, the length of its draft and the chance that each token is accepted. seconds: as `step_seconds` returns; all
-    lengths are 0 if it returns None.
+    `drafts` has per row the length of its draft and the chance that a token is accepted. `seconds` is a function that
+    `step_seconds` returns. If it returns None, all lengths are 0.
     """
     lengths, best = [0] * len(drafts), [0] * len(drafts)
     rows, tokens = len(drafts), float(len(drafts))

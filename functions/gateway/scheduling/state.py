@@ -97,7 +97,10 @@ class SchedulerState:
         return micro_batches_wanted(sequences, stages_at_once, self.limits.micro_batch_sequences, allowed, filling)
 
     def lacking_instances(self, now: float) -> list[int]:
-        """Per stage, how many instances it lacks to compute the prompts that wait in time. Looked at every _DEMAND_SECONDS."""
+        """Returns per stage how many instances it lacks to compute the waiting prompts in time.
+
+        Computed anew every _DEMAND_SECONDS. `now` is in time.monotonic().
+        """
         if now >= self._lacking_until:
             tokens = sum(len(sequence.tokens) for sequence in self.waiting)
             for batch in self.micro_batches:
@@ -121,9 +124,10 @@ class SchedulerState:
         self.waiting.queue.push(sequence)
 
     def end(self, sequence: Sequence, problem: Problem | None = None) -> None:
-        """Ends a sequence and releases its memory. problem: why it fails; None: its stream has ended already.
+        """Ends a sequence and releases its memory.
 
-        If a chunk of it is in flight, the sequence stays in its micro-batch until that has returned.
+        `problem` says why the sequence fails. If it is None, the sequence's stream has ended already. If a chunk of the
+        sequence is in flight, it stays in its micro-batch until the chunk has returned.
         """
         if problem is not None:
             sequence.stream.fail(problem)
@@ -158,14 +162,17 @@ class SchedulerState:
             self.end(sequence, PipelineUnavailable(why))
 
     def without_route(self) -> list[tuple[float, Sequence]]:
-        """(since, sequence) of all that wait while a stage has no instance. since: start of this wait, in time.monotonic()."""
+        """Returns (since, sequence) for each waiting sequence while a stage has no instance, otherwise an empty list.
+
+        `since` is the start of this wait, in time.monotonic().
+        """
         since = self.no_route_since
         return [] if since is None else [(max(since, each.waiting_since), each) for each in self.waiting]
 
     def dismiss(self, sequence: Sequence, problem: Problem | None = None) -> None:
         """Removes a sequence that ends and releases its memory. Call it only while none of its chunks is in flight.
 
-        problem: why it fails; None: its stream has ended already.
+        `problem` says why the sequence fails. If it is None, the sequence's stream has ended already.
         """
         if problem is not None:
             sequence.stream.fail(problem)
@@ -190,14 +197,14 @@ class SchedulerState:
         self._forget(sequence)
 
     def take_out(self, sequence: Sequence, *, had_memory: bool = True) -> None:
-        """Removes a sequence from its micro-batch and releases its memory. had_memory: as in `release`."""
+        """Removes a sequence from its micro-batch and releases its memory. `had_memory` is as in `release`."""
         self.release(sequence, had_memory=had_memory)
         next(batch for batch in self.micro_batches if batch.route is sequence.route).drop(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
-        """Moves a sequence from its micro-batch to the queue, ahead of new ones, or to the back-off if that is not over.
+        """Moves a sequence from its micro-batch to the queue, ahead of new sequences.
 
-        One that has ended meanwhile is removed.
+        If its retry time has not come, the sequence goes to the back-off instead. If it has ended meanwhile, it is removed.
         """
         self.take_out(sequence)
         if sequence.stream.over:
@@ -230,7 +237,8 @@ class SchedulerState:
     def release(self, sequence: Sequence, *, had_memory: bool = True) -> None:
         """Queues the release of a sequence's memory at every stage of its route.
 
-        Stages that did not reply are included: a lost event may have reached them. had_memory: whether all stages granted it.
+        Stages that did not reply are included, because a lost event may have reached them. `had_memory` says whether all stages
+        had granted the memory.
         """
         if sequence.route is None:
             return
@@ -256,5 +264,8 @@ class SchedulerState:
 
 
 def _left_chain(sequence: Sequence) -> Chain:
-    """Names the KV that a sequence leaves in prefix caches: for itself while it goes on, then for others if they may share."""
+    """Returns the prefix chain of the KV that a sequence leaves in prefix caches. Empty if it leaves none.
+
+    While the sequence goes on, the KV is for itself. After its end, the KV is for other sequences, if they may share it.
+    """
     return () if sequence.stream.over and not sequence.leaves_kv else sequence.prefix_chain()

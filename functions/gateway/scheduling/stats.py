@@ -28,9 +28,9 @@ class _Measured:
 
 @dataclass(slots=True)
 class RowCosts:
-    """Measured seconds of one stage's decode steps, by the number of tokens in a step.
+    """Measured seconds of one stage's steps or passes, by the number of tokens.
 
-    Four tokens often cost hardly more than one, sixteen do.
+    The seconds are not proportional to the tokens: four tokens often cost hardly more than one, but sixteen cost more.
     """
 
     _measured: dict[int, _Measured] = field(default_factory=dict)  # by index in _SIZE_LIMITS
@@ -50,10 +50,10 @@ class RowCosts:
         old.at_step = self._steps
 
     def points(self) -> list[tuple[float, float]]:
-        """(tokens, seconds) of each size that was measured lately, both ascending.
+        """Returns (tokens, seconds) for each step size that was measured lately, both ascending.
 
-        If a step took longer than a larger one, it must have waited; it gets the larger one's seconds. If instead the larger
-        one were raised, one slow step of a rare size would make all further tokens look free.
+        A step that took longer than a larger one must have waited, so it gets the larger one's seconds. Raising the larger one
+        instead would be wrong: one slow step of a rare size would make all further tokens look free.
         """
         points: list[tuple[float, float]] = []
         for size in sorted(self._measured, reverse=True):
@@ -64,7 +64,10 @@ class RowCosts:
 
 
 def seconds_on(points: Items[tuple[float, float]], tokens: int) -> float | None:
-    """Estimates the seconds of a step of `tokens` tokens by interpolation. points: of `RowCosts.points`. None: it is empty."""
+    """Estimates the seconds of a step of `tokens` tokens by interpolation. Returns None if `points` is empty.
+
+    `points` are those that `RowCosts.points` returns.
+    """
     if not points:
         return None
     if tokens <= points[0][0]:
@@ -94,8 +97,9 @@ class StageStats:
     ) -> None:
         """Adds a step that took `seconds` from request to reply.
 
-        decode_tokens: draft tokens included; 0 for prompt chunks, whose times are only summed. exchange_seconds: from the
-        request's first byte to the reply's last. engine_seconds: queueing and compute by the stage's report; None: none.
+        `decode_tokens` includes draft tokens. It is 0 for prompt chunks, whose times are only summed. `exchange_seconds` is the
+        time from the request's first byte to the reply's last. `engine_seconds` is the time of queueing and compute that the
+        stage reports. It is None if the stage reports none.
         """
         self.steps += 1
         self.seconds += seconds
@@ -122,7 +126,8 @@ def _moved_estimate(estimate: float, seconds: float) -> float:
 class Stats:
     """Counters of the scheduler since its start.
 
-    The fields `waiting` to `trips` are current numbers instead. `Scheduler.stats` sets them and `wake_ups` in its copy.
+    The fields from `waiting` to `trips` are not counters but current numbers. `Scheduler.stats` sets them and `wake_ups` in the
+    copy that it returns.
     """
 
     stages: list[StageStats]
@@ -145,9 +150,10 @@ class Stats:
     wake_ups: int = 0  # rounds of warm-up events
 
     def step_over(self, began: float, walked: float) -> float:
-        """Adds one step of a thread that walks trips, from `began` until now. Its trip was over at `walked`.
+        """Counts the time of one step of a thread that walks trips, and returns the current time.
 
-        All times are in time.perf_counter(). Returns now, which is when the thread's next step begins.
+        The step began at `began`, its trip was over at `walked`, and the thread's next step begins now. All times are in
+        time.perf_counter().
         """
         now = time.perf_counter()
         self.deciding_seconds += now - walked
@@ -155,10 +161,11 @@ class Stats:
         return now
 
     def seconds_by_part(self) -> dict[str, float]:
-        """`steps_seconds` by part: `exchange`, `events`, `deciding` and `rows`.
+        """Splits `steps_seconds` into the parts `exchange`, `events`, `deciding` and `rows`.
 
-        exchange: requests and replies on the wire. events: the rest of the hops. deciding: with the lock or waiting for it.
-        rows: all else, mostly making Batches and applying replies.
+        `exchange` is the time of requests and replies on the wire. `events` is the rest of the time between sending an event
+        and its reply. `deciding` is the time with the lock or waiting for the lock. `rows` is all other time, mostly making
+        Batches and applying replies.
         """
         hops = sum(stage.seconds for stage in self.stages)
         exchange = sum(stage.exchange_seconds for stage in self.stages)

@@ -1,6 +1,7 @@
 """The tokens of one answer on their way from the scheduler to an API, how the answer ended, and how long it took.
 
-The stream has a lock of its own, so the scheduler and the API do not wait for each other's. Either ends it, once.
+The stream has a lock of its own, so the scheduler and the API do not wait for each other's locks. Either may end the stream.
+Only the first end counts.
 """
 
 import threading
@@ -16,7 +17,7 @@ from eventing.wire.generation import FinishReason, ProgressEvent, TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class StreamTimings:
-    """Times of one answer, in seconds from the request's arrival. None: it has not happened yet."""
+    """Times of one answer, in seconds from the request's arrival. A time is None if its event has not happened yet."""
 
     queue_seconds: float | None  # until the first chunk was sent, so routes and memory are included
     time_to_first_token_seconds: float | None
@@ -63,9 +64,10 @@ class TokenStream:
     # For the API.
 
     def next_token(self, timeout: float | None = None) -> int | None:
-        """Waits for the next token and returns its id. None: the answer is complete, or none came within `timeout` seconds.
+        """Waits for the next token and returns its id.
 
-        timeout: None waits for ever. Raises the Problem that ended the answer, after all tokens before it.
+        Returns None if the answer is complete, or if no token came within `timeout` seconds. If `timeout` is None, waits for
+        ever. If a Problem ended the answer, raises it after all tokens have been returned.
         """
         with self._changed:
             if self._taken == len(self.token_ids) and not self.over:
@@ -78,7 +80,10 @@ class TokenStream:
             return None
 
     def prompt_logprobs(self) -> list[TokenLogprob]:
-        """The log-probabilities of the prompt's tokens, from the second on. Complete when the answer has begun or ended."""
+        """Returns the log-probabilities of the prompt's tokens, from the second token on.
+
+        The list is complete once the answer has begun or ended.
+        """
         with self._changed:
             return [self._prompt_logprobs[position] for position in sorted(self._prompt_logprobs)]
 
@@ -89,10 +94,10 @@ class TokenStream:
             return self.over and self._taken >= len(self.token_ids)
 
     def waits(self, begin: int) -> list[float]:
-        """Seconds before each token from index `begin` on: from the request to the first, then from token to token.
+        """Returns the seconds before each token from index `begin` on. The first token's wait begins with the request.
 
-        Tokens count when they are drawn, not when the API takes them. An end-of-text token that is dropped counts only
-        if it is the first.
+        A token counts when it is drawn, not when the API takes it. An end-of-text token that is dropped counts only if it is
+        the first token.
         """
         with self._changed:
             put_at = self._put_at or ([] if self._first_token_at is None else [self._first_token_at])
@@ -100,7 +105,7 @@ class TokenStream:
             return [later - earlier for earlier, later in pairwise([before, *put_at[begin:]])]
 
     def cancel(self, reason: FinishReason = "cancelled") -> None:
-        """Ends the answer for the client and frees its memory at the stages at once. No tokens come after it."""
+        """Ends the answer for the client, and frees its memory at the stages at once. No tokens come after this."""
         self.finish(reason)
         self.on_cancel()
 
@@ -114,9 +119,9 @@ class TokenStream:
     # For the scheduler.
 
     def started(self, cached_tokens: int) -> bool:
-        """Records that a chunk is sent. Returns whether it is the sequence's first.
+        """Records that a chunk is sent. Returns whether this is the sequence's first chunk.
 
-        cached_tokens: prompt tokens before it, which every stage holds already.
+        `cached_tokens` is the number of prompt tokens before the chunk, which every stage holds already.
         """
         if self._started_at is not None:
             return False
@@ -125,16 +130,16 @@ class TokenStream:
         return True
 
     def scored(self, position: int, logprobs: Iterable[TokenLogprob]) -> int:
-        """Adds log-probabilities of the prompt's tokens from index `position` on. Returns how many there are in all."""
+        """Adds log-probabilities of prompt tokens from index `position` on. Returns how many prompt tokens have one now."""
         with self._changed:
             self._prompt_logprobs.update(enumerate(logprobs, position))
             return len(self._prompt_logprobs)
 
     def pooled(self, position: int, length: int, vector: Sequence[float]) -> int:
-        """Adds the vector of `length` tokens of the prompt from index `position` on. Returns how many tokens it has in all.
+        """Adds the vector of `length` prompt tokens from index `position` on. Returns how many tokens the vector covers now.
 
-        The vector of all tokens is the mean of the chunks', weighed by their lengths. A chunk at position 0 begins anew: the
-        prompt is computed again.
+        The vector of several chunks is the mean of theirs, weighted by their lengths. A chunk at position 0 replaces the whole
+        vector, because the prompt is then computed again.
         """
         with self._changed:
             if position == 0:
@@ -147,7 +152,10 @@ class TokenStream:
             return self._pooled_tokens
 
     def put(self, token: int, logprob: TokenLogprob | None = None) -> None:
-        """Adds a token that the last stage drew. An end-of-text token, or the last one of `max_tokens`, ends the answer."""
+        """Adds a token that the last stage drew. Does nothing if the answer has ended.
+
+        An end-of-text token ends the answer, and so does the token that makes `max_tokens`.
+        """
         with self._changed:
             if self.over:
                 return

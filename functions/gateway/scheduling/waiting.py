@@ -1,4 +1,4 @@
-"""Sequences that hold no memory anywhere: in the queue, in the back-off before a replay, or refused by a full stage."""
+"""Sequences that wait without memory at any stage: in the queue, in the back-off before a replay, or in the memory backlog."""
 
 import bisect
 import math
@@ -26,17 +26,19 @@ _NEVER_FREE_TOKENS: Final = 9_999_999_999  # no stage has so many, so that it ho
 
 @dataclass(eq=False, slots=True)
 class Entering:
-    """A request that an API reads before it submits its sequences. It takes a place in the queue meanwhile."""
+    """A request that an API still reads, before it submits the request's sequences. The request has a place in the queue."""
 
     gave_way: bool = False  # it lost its place to another client's request
 
 
 class FairQueue:
-    """First come, first served within a client; clients of one priority take turns, higher priorities go first. What a client
-    asks in the background, with a lower priority, takes turns as if another client asked it.
+    """A queue of sequences that is fair between clients.
 
-    Every AGEING_TURNS-th turn goes to the client that has waited longest for one, so that a low priority does not starve.
-    Sequences that were admitted before and come back go before all new ones.
+    Higher priorities go first. Clients of equal priority take turns. Each client's sequences are served in the order in which
+    they came. If a client also has sequences of a lower priority, these take turns as if they were another client's.
+
+    Every AGEING_TURNS-th turn goes to the client that has waited longest for a turn, so that low priorities do not starve.
+    Sequences that come back after they were admitted go before all new ones.
     """
 
     def __init__(self) -> None:
@@ -50,7 +52,7 @@ class FairQueue:
         return len(self.returned) + sum(map(len, self._clients.values()))
 
     def __iter__(self) -> Iterator[Sequence]:
-        """All sequences, in no particular order."""
+        """Yields all sequences, in no particular order."""
         yield from self.returned
         for waiting in self._clients.values():
             yield from waiting
@@ -60,9 +62,9 @@ class FairQueue:
         self.places.add(sequence.prompt.client_id, sequence)
 
     def peek(self, most_tokens: float = math.inf) -> Sequence | None:
-        """The sequence that is next, not removed. None: there is none.
+        """Returns the next sequence without removing it, or None if there is none.
 
-        most_tokens: sequences that need more memory are passed over.
+        Sequences that need more memory than `most_tokens` are passed over.
         """
 
         def first(waiting: Iterable[Sequence]) -> Sequence | None:
@@ -76,7 +78,10 @@ class FairQueue:
         return max(firsts, key=lambda sequence: sequence.prompt.priority, default=None)  # among equals the client next in turn
 
     def take(self, sequence: Sequence) -> None:
-        """Removes a sequence that `peek` returned. If it was never admitted before, its client goes to the end of the round."""
+        """Removes a sequence that `peek` returned.
+
+        If the sequence was never admitted before, its client goes to the end of the round.
+        """
         is_new = sequence not in self.returned
         self.remove(sequence)
         self._turns += is_new
@@ -101,8 +106,8 @@ class FairQueue:
 class MemoryBacklog:
     """Sequences that a stage refused for lack of memory, oldest first.
 
-    Others that fit may overtake one until they have got `_OVERTAKE_FACTOR` times the memory that it needs. Then all wait for
-    it, so that long prompts do not starve.
+    Other sequences that fit may overtake a sequence of the backlog until they have got `_OVERTAKE_FACTOR` times the memory that
+    it needs. Then all others wait for that sequence, so that long prompts do not starve.
     """
 
     def __init__(self) -> None:
@@ -115,9 +120,9 @@ class MemoryBacklog:
         bisect.insort(self.sequences, sequence, key=lambda other: other.number)
 
     def overtaking_tokens(self, besides: Sequence | None = None) -> float:
-        """The most memory that a sequence may ask for before those in the backlog get theirs; infinity if it is empty.
+        """Returns the most memory, in tokens, that a sequence may ask for before the backlog. Infinity if the backlog is empty.
 
-        besides: a sequence of the backlog that is not looked at, because it is the one that would overtake.
+        `besides` is the sequence of the backlog that would overtake the others. It is not counted.
         """
         allowances = [
             _OVERTAKE_FACTOR * sequence.reserve_tokens - sequence.overtaken_tokens
@@ -127,10 +132,10 @@ class MemoryBacklog:
         return min(allowances, default=math.inf)
 
     def overtaken(self, by: Sequence) -> None:
-        """Counts that `by` asks for memory before the sequences in the backlog: each may be overtaken by a limited amount.
+        """Counts that `by` asks for memory before the sequences in the backlog. Each may be overtaken by a limited amount.
 
-        It counts no more once `by` is refused and added to the backlog. Two micro-batches that ask at once can refuse each
-        other at every stage, and nobody gets what they asked for.
+        The count is undone if `by` is refused and added to the backlog. Two micro-batches that ask at once can refuse each
+        other at every stage, so that neither gets memory.
         """
         self._not_overtaken(by)
         by.overtook = tuple(self.sequences)
@@ -143,7 +148,7 @@ class MemoryBacklog:
         by.overtook = ()
 
     def refused(self) -> None:
-        """Sets a back-off after a stage refused memory, each time a longer one (`retry_at`).
+        """Sets `retry_at` after a stage refused memory. Each refusal makes the back-off longer, up to a limit.
 
         Jitter keeps two gateways from colliding again and again.
         """
@@ -161,11 +166,13 @@ class MemoryBacklog:
 
 
 class BacklogSignals:
-    """Requests that stages hold open, so that their autoscalers see what waits in the gateway: for memory, or for compute.
+    """Requests that instances hold open, so that their autoscalers see the sequences that wait in the gateway.
 
-    A pod that is full of long answers may have a single event in flight, or none, and prompts are held back by the narrowest
-    stage. Autoscalers would add no pod, or one stage after the other. So instances of each stage that lacks memory or instances
-    get releases without rows, to which they reply only when they have memory, or after HOLD_SECONDS.
+    A pod that is full of long answers may have a single event in flight, or none. And the narrowest stage holds prompts back
+    from the others. So autoscalers would add no pod, or add pods to one stage after the other.
+
+    Therefore instances of each stage that lacks memory or instances get releases without rows. They reply to these only when
+    they have memory, or after HOLD_SECONDS.
     """
 
     def __init__(self) -> None:
@@ -173,11 +180,12 @@ class BacklogSignals:
         self._not_before: dict[Instance, float] = {}  # next request to an instance that holds no reply, in time.monotonic()
 
     def send(self, backlog: MemoryBacklog, lacking: Items[int], placement: Placement, now: float) -> list[Release]:
-        """Returns the releases to send now, to all stages at once.
+        """Returns the releases to send now, to all stages at once, in addition to those that are still open.
 
-        At a stage that lacks memory for the oldest sequence of the backlog as many are open as the backlog has sequences; at
-        one that lacks instances, IN_FLIGHT_PER_INSTANCE for each of them; and at most IN_FLIGHT_PER_INSTANCE at each instance.
-        lacking: instances that each stage lacks. now: in time.monotonic().
+        A stage may lack memory for the oldest sequence of the backlog. Then as many releases are open there as the backlog has
+        sequences. A stage may lack instances. Then IN_FLIGHT_PER_INSTANCE releases are open for each lacking instance. At most
+        IN_FLIGHT_PER_INSTANCE are open at each instance. `lacking` has the number of lacking instances per stage. `now` is in
+        time.monotonic().
         """
         self._not_before = {instance: moment for instance, moment in self._not_before.items() if moment > now}
         needed = backlog.sequences[0].reserve_tokens if backlog.sequences else 0
@@ -195,9 +203,9 @@ class BacklogSignals:
         return sent
 
     def replied(self, release: Release, backlog: MemoryBacklog, now: float) -> bool:
-        """Records that `release` was answered or has failed, and ends the back-off if the instance has memory now.
+        """Records that `release` was answered or has failed. Returns whether `release` is one of these signals.
 
-        Returns whether `release` was one of these signals; False for any other.
+        If the instance has the awaited memory now, ends the back-off of `backlog`.
         """
         sent_at = self._open.pop(release, None)
         if sent_at is None:
@@ -222,14 +230,14 @@ class WaitingSequences:
         return len(self.queue) + len(self.backing_off) + len(self.backlog.sequences)
 
     def __iter__(self) -> Iterator[Sequence]:
-        """All of them, in no particular order."""
+        """Yields all waiting sequences, in no particular order."""
         yield from self.queue
         yield from self.backing_off
         yield from self.backlog.sequences
 
     @property
     def admitted_before(self) -> int:
-        """How many of them were in a micro-batch already."""
+        """How many of the waiting sequences were in a micro-batch before."""
         return len(self.queue.returned) + len(self.backing_off) + len(self.backlog.sequences)
 
     def remove(self, sequence: Sequence) -> None:

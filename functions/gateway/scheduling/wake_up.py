@@ -1,4 +1,4 @@
-"""Wake-ups of stages without instances by warm-up events, and how long the cold starts took as this gateway saw it."""
+"""Wakes stages without instances by warm-up events, and records how long each cold start took as this gateway saw it."""
 
 import time
 from collections.abc import Mapping
@@ -22,14 +22,14 @@ class Wake:
 
 @dataclass(frozen=True, slots=True)
 class AskStart:
-    """Action: ask an instance that is not ready how far its start is."""
+    """Action: ask an instance that is not ready how far it has started."""
 
     instance: Instance
 
 
 @dataclass(frozen=True, slots=True)
 class ColdStart:
-    """One start of a stage from zero: under way (ended is None), complete, or failed (cause is set)."""
+    """One start of a stage from zero. It is under way if `ended` is None, failed if `cause` is set, and complete otherwise."""
 
     began: float  # when the warm-up event was sent, in time.monotonic()
     ended: float | None = None  # when it was answered or failed
@@ -50,9 +50,9 @@ class WakeUps:
         self.told: dict[Instance, WarmupReply] = {}  # their last answers to AskStart
 
     def begin(self, placement: Placement, *, all_stages: bool) -> list[Wake]:
-        """Begins a round and returns its action. Returns nothing if no stage is cold or a round is under way.
+        """Begins a round of warm-up events. Returns its action, or an empty list if no stage is cold or a round is under way.
 
-        all_stages: sends events to stages that are not cold as well.
+        If `all_stages`, stages that are not cold get events too.
         """
         cold = placement.cold()
         if not cold or self.under_way:
@@ -64,7 +64,10 @@ class WakeUps:
         return [Wake(range(placement.num_stages) if all_stages else cold)]
 
     def ask(self, placement: Placement, now: float) -> list[AskStart]:
-        """Returns questions to instances of cold stages that start, for those that were not asked lately. now: monotonic."""
+        """Returns actions that ask starting instances of cold stages for their progress, unless they were asked lately.
+
+        `now` is in time.monotonic().
+        """
         starting = [
             instance
             for stage in placement.cold()
@@ -78,7 +81,10 @@ class WakeUps:
         return [AskStart(instance) for instance in due]
 
     def loaded_percent(self, placement: Placement, stage: int) -> int:
-        """How much of a cold stage's weights its furthest instance has loaded. -1: unknown, or no instance starts."""
+        """Returns how many percent of a cold stage's weights its furthest instance has loaded.
+
+        Returns -1 if that is unknown, or no instance is starting.
+        """
         told = [self.told[instance] for instance in placement.stages[stage].values() if instance in self.told]
         return max((100 * reply.loaded_bytes // reply.total_bytes for reply in told if reply.total_bytes), default=-1)
 
@@ -88,9 +94,9 @@ class WakeUps:
         self.next_at = time.monotonic() + PAUSE_SECONDS
 
     def stage_woke(self, stage: int, reply: WarmupReply) -> None:
-        """Ends the cold start of `stage` with its reply.
+        """Ends the cold start of `stage` after its warm-up reply, and records the cold start.
 
-        It is not recorded if the pod began to start before the warm-up event was sent, because then the stage was not at zero.
+        A pod that began to start before the warm-up event was sent is not recorded, because the stage was not at zero then.
         """
         start = self._starting.pop(stage, None)
         now = time.monotonic()
@@ -98,11 +104,11 @@ class WakeUps:
             self._last[stage] = ColdStart(start.began, now, reply.start_up)
 
     def stage_failed(self, stage: int, cause: str) -> None:
-        """Ends the cold start of `stage` with a failure. cause: in one word, see StageFailed."""
+        """Ends the cold start of `stage` with a failure. `cause` is one word, see StageFailed."""
         start = self._starting.pop(stage, None)
         if start is not None:
             self._last[stage] = ColdStart(start.began, time.monotonic(), cause=cause)
 
     def last_start(self, stage: int) -> ColdStart | None:
-        """The cold start of `stage` that is under way, else its last one. None: there was none."""
+        """Returns the cold start of `stage` that is under way, else its last one. None if there was none."""
         return self._starting.get(stage) or self._last.get(stage)

@@ -1,9 +1,9 @@
-"""Events that the gateway sends to instances of stages, and the trip of a step through all stages.
+"""Sends events to instances of stages, and walks a step's trip through all stages.
 
-If an event as a whole fails, `StageFailed` is raised (`failures`); if one row fails, the reply's row says so.
+If an event as a whole fails, `StageFailed` is raised (`failures`). If one row fails, the reply's row says so.
 
-On a trip, while every row is ok, the body of a stage's reply is the body of the next request, byte for byte; only its table is
-read. Rows that are not ok are left out of the next request, without harm to the others.
+On a trip, while every row is ok, the body of a stage's reply becomes the body of the next request, byte for byte. Only its
+table is read. Rows that are not ok are left out of the next request, without harm to the others.
 """
 
 import re
@@ -50,7 +50,7 @@ S = TypeVar("S", bound=Struct)
 
 @dataclass(frozen=True, slots=True)
 class ReplyOrigin:
-    """The instance that replied, and the boot and free memory that its reply states."""
+    """Where a reply came from: the instance, and the boot, free memory and lineage that the reply states."""
 
     instance: Instance
     boot: str  # the `instance` attribute: a name with a nonce of its boot
@@ -74,7 +74,7 @@ class ForwardReply:
 
 @dataclass(frozen=True, slots=True)
 class PipelineIdentity:
-    """What every event to a stage says of the pipeline and of this gateway."""
+    """Identifies the pipeline and this gateway in every event to a stage."""
 
     fingerprint: str
     token: str
@@ -94,7 +94,7 @@ class StageClient:
         *,
         pods_only: bool = False,
     ) -> None:
-        """pods_only: nothing confidential is sent to a Service URL, because the way there is not encrypted."""
+        """If `pods_only`, sends nothing confidential to a Service URL, because the way there is not encrypted."""
         self._pods_only = pods_only
         self._sender = sender
         self._identity = identity
@@ -112,8 +112,9 @@ class StageClient:
     ) -> ForwardReply:
         """Sends one step to one stage and returns the reply. Raises StageFailed.
 
-        body: an encoded Batch. ids: of its rows, in their order. deadline: of the clients, in time.monotonic(). traces: of the
-        rows' sequences. lineage: of the hidden states, by the reply of the stage before; empty: unknown, or there is none.
+        `body` is an encoded Batch, and `ids` are the ids of its rows, in their order. `deadline` is that of the clients, in
+        time.monotonic(). `traces` belong to the rows' sequences. `lineage` is that of the hidden states, from the reply of the
+        stage before. It is empty if it is unknown or there is none.
         """
         timeout, client_deadline = _time_left(self._step_timeout_seconds, deadline)
         with instance.in_flight, self._span(instance, EventType.FORWARD, traces) as span:
@@ -139,12 +140,12 @@ class StageClient:
     def reserve(
         self, instance: Instance, rows: Sequence[ReserveRow], deadline: float, traces: Traces = (), lineage: str = ""
     ) -> tuple[ReplyOrigin, ReserveReply]:
-        """Reserves memory for sequences; each row of the reply has its own status. Raises StageFailed.
+        """Reserves memory for sequences at one instance. Each row of the reply has its own status. Raises StageFailed.
 
-        lineage: of the hidden states that the stage will get, as for `forward`.
+        `lineage` is that of the hidden states that the stage will get, as for `forward`.
 
-        A stage replies between two forward passes, so this may take as long as one. An instance that accepts the connection and
-        does not reply is given less time than a step, so that another instance is asked soon. The time doubles with every
+        A stage replies between two forward passes, so this may take as long as one. The timeout is shorter than that of a step:
+        if an instance accepts the connection and does not reply, another one is asked soon. The timeout doubles with every
         failure, because some stages have long passes.
         """
         seconds = min(self._step_timeout_seconds, RESERVATION_SECONDS * 2 ** min(instance.failures, 8))
@@ -159,9 +160,10 @@ class StageClient:
         return _origin(instance, attributes, lineage), reply
 
     def release(self, instance: Instance, rows: Sequence[ReleaseRow], awaited_tokens: int = 0) -> ReplyOrigin:
-        """Frees the memory of sequences. Without rows it only renews this gateway's lease. Raises StageFailed.
+        """Frees the memory of sequences at one instance and renews this gateway's lease there. Raises StageFailed.
 
-        awaited_tokens: if not 0, the stage holds its reply until it could reserve so many KV tokens, at most HOLD_SECONDS.
+        Without rows it only renews the lease. If `awaited_tokens` is not 0, the stage holds its reply until it could reserve
+        that many KV tokens, at most HOLD_SECONDS.
         """
         timeout = self._step_timeout_seconds if rows else min(RENEWAL_SECONDS, self._step_timeout_seconds)
         extensions = [(Attribute.AWAITED_TOKENS.value, str(awaited_tokens))] if awaited_tokens else []
@@ -180,7 +182,7 @@ class StageClient:
         return self._call(Instance(stage, url), EventType.WARMUP, WarmupRequest(), WarmupReply, timeout_seconds)[1]
 
     def start_so_far(self, instance: Instance) -> WarmupReply:
-        """How far the start of an instance is that is not ready. Raises StageFailed."""
+        """Asks an instance that is not ready how far it has started. Raises StageFailed."""
         return self._call(instance, EventType.WARMUP, WarmupRequest(wait=False), WarmupReply, START_SECONDS)[1]
 
     def _call(
@@ -196,7 +198,7 @@ class StageClient:
     ) -> tuple[dict[str, str], S]:
         """Sends one JSON event and returns the attributes and the data of its reply. Raises StageFailed.
 
-        client_deadline: in time.monotonic(), if the clients' deadline is what limits the timeout; otherwise None.
+        `client_deadline` is the clients' deadline, in time.monotonic(), if it limits `timeout_seconds`. Otherwise it is None.
         """
         body = [msgspec.json.encode(request)]
         with self._span(instance, event_type, traces) as span:
@@ -227,7 +229,7 @@ class StageClient:
             raise stage_failed(instance.stage, error, client_deadline) from error
 
     def _make_template(self, instance: Instance, event_type: EventType) -> RequestTemplate:
-        """Makes the part of the head that all events of a type to `instance` share, and keeps it in the instance."""
+        """Makes the part of the request head that all events of one type to `instance` share, and stores it in `instance`."""
         content_type = BATCH_CONTENT_TYPE if event_type is EventType.FORWARD else JSON_CONTENT_TYPE
         own = self._identity
         layer = own.first_layers[instance.stage]
@@ -249,9 +251,9 @@ class StageClient:
 
 
 def _time_left(own_seconds: float, deadline: float) -> tuple[float, float | None]:
-    """The timeout of a reply in seconds: `own_seconds`, or the time until `deadline` if that is shorter.
+    """Returns the timeout of a reply in seconds: `own_seconds`, or the time until `deadline` if that is shorter.
 
-    Second: `deadline` if it is what limits the timeout, otherwise None.
+    Also returns `deadline` if it limits the timeout, otherwise None.
     """
     left = deadline - time.monotonic()
     return (left, deadline) if left < own_seconds else (own_seconds, None)
@@ -281,7 +283,7 @@ class Trip:
 
 
 class TripLog(Protocol):
-    """Receives the events of a trip. The thread that runs `walk` calls it."""
+    """Receives what happens on a trip. The thread that runs `walk` calls it."""
 
     def replied(self, trip: Trip, stage: int, reply: ForwardReply, seconds: float) -> None:
         """Called when `stage` has replied, after `seconds`. Rows that are ok go on to the next stage.
@@ -290,7 +292,7 @@ class TripLog(Protocol):
         """
 
     def failed(self, trip: Trip, ids: Sequence[str], failure: StageFailed) -> None:
-        """Called when the trip has ended at `failure.stage`. ids: of the rows that were on their way there."""
+        """Called when the trip has ended at `failure.stage`. `ids` are those of the rows that were on their way there."""
 
     def first_stage_free(self) -> None:
         """Called when a trip with prompt chunks has left its first stage, so that another may enter it."""
@@ -333,7 +335,7 @@ def walk(trip: Trip, client: StageClient, log: TripLog) -> None:
 
 
 def _next_turn(left: FifoLock, entered: FifoLock) -> FifoLock:
-    """Waits for the next stage's lock `entered`, leaves the last stage's `left`, and returns `entered`.
+    """Leaves the last stage's lock `left`, waits for the next stage's lock `entered`, and returns `entered`.
 
     Queues at the next stage before it leaves the last, so that chunks of one prompt stay in order.
     """

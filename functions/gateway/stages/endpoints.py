@@ -1,4 +1,4 @@
-"""Watches the instances of stages, in the EndpointSlices of their private Services: one watch for all stages."""
+"""Watches the instances of stages in the EndpointSlices of their private Services, with one watch for all stages."""
 
 import logging
 import threading
@@ -48,7 +48,7 @@ class Slice(KubernetesItem):
 class Found:
     """The addresses of one stage's pods, as its EndpointSlices list them, whether ready or not.
 
-    Those outside the pod network are kept apart, because the gateway must not send to them.
+    Addresses outside the pod network are kept apart, because the gateway must not send to them.
     """
 
     endpoints: list[Endpoint]  # inside the pod network, one per address and port
@@ -65,14 +65,14 @@ class PodCount:
 
 
 def with_last(endpoints: list[Endpoint]) -> list[Endpoint]:
-    """The endpoints; if none is ready, those that terminate and still answer count as ready."""
+    """Returns the endpoints. If none is ready, marks as ready those that terminate and still answer."""
     if any(each.ready and not each.terminating for each in endpoints):
         return endpoints
     return [replace(each, ready=True, terminating=False) if each.terminating and each.serving else each for each in endpoints]
 
 
 def service_name(url: str) -> str:
-    """The name of the Service in its URL: `http://stage-0.default.svc.cluster.local` → `stage-0`."""
+    """Returns the Service's name from its URL: `http://stage-0.default.svc.cluster.local` → `stage-0`."""
     return (urlsplit(url).hostname or "").partition(".")[0]
 
 
@@ -104,9 +104,10 @@ def endpoints_of(slices: Iterable[Slice], pods: PodNetwork) -> Found:
 
 
 def _port(ports: Sequence[Port], pods: PodNetwork) -> int | None:
-    """The port for requests: the one named http, else the only one; None if there is no port, or several and none named http.
+    """Returns the port for requests, or None if there is none or the choice is not clear.
 
-    With TLS: the pods' configured port, as Knative's activator does (`useSecurePort`), else the one named https.
+    Without TLS, this is the port named http, else the only port. With TLS, this is the pods' configured port, as Knative's
+    activator does (`useSecurePort`), else the port named https.
     """
     if pods.secure and pods.port:
         return pods.port
@@ -120,10 +121,10 @@ class EndpointsWatch:
     def __init__(
         self, api: KubernetesAPI, pods: PodNetwork, services: Sequence[str] | None = None, *, keeps_last: bool = False
     ) -> None:
-        """services: names of the Knative Services whose slices are asked for; None: all of the namespace.
+        """Watches the slices of the Knative Services named in `services`. If it is None, watches all of the namespace.
 
-        Only Services that are followed are reported. keeps_last: a Service's last pod is reported as ready while it terminates
-        and still answers, which queue-proxy lets it do until 30 s passed without a request.
+        Only Services that are followed are reported. If `keeps_last`, a Service's last pod is reported as ready while it
+        terminates and still answers. queue-proxy lets it answer until 30 s have passed without a request.
         """
         self._pods = pods
         self._keeps_last = keeps_last
@@ -150,7 +151,7 @@ class EndpointsWatch:
             self._followed.pop(service, None)
 
     def pods_of(self, service: str) -> PodCount:
-        """The Service's pods now, those that start or terminate included."""
+        """Counts the Service's pods now, including those that start or terminate."""
         with self._lock:
             slices = self._by_service.get(service, ())
         if not slices:
@@ -162,7 +163,7 @@ class EndpointsWatch:
         )
 
     def refused(self, service: str) -> int:
-        """How many addresses of the Service are ignored because they are outside of the pod network."""
+        """Returns how many addresses of the Service are ignored because they are outside the pod network."""
         with self._lock:
             followed = self._followed.get(service)
             return 0 if followed is None else len(followed.refused)
@@ -196,7 +197,7 @@ def _service_of(each: Slice) -> str:
 
 
 class _Followed:
-    """A Service whose instances are reported."""
+    """A Service that is followed: passes its instances to `on_change`."""
 
     def __init__(self, service: str, pods: PodNetwork, on_change: OnEndpoints, *, keeps_last: bool) -> None:
         self._service = service

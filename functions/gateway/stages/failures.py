@@ -19,7 +19,7 @@ from eventing.problems import (
 class StageFailed(Exception):
     """An event got no usable reply from an instance of `stage`, or from its Service URL.
 
-    It may be retried on another instance, unless it is final or expired.
+    The event may be retried on another instance, unless the failure is final or expired.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ _REFUSED: Final = "connect: connection refused"
 
 
 def stage_failed(stage: int, error: DeliveryError | Problem, client_deadline: float | None = None) -> StageFailed:
-    """Classifies `error`, with which an event to `stage` failed.
+    """Makes a StageFailed of `error`, with which an event to `stage` failed.
 
-    client_deadline: in time.monotonic(), if it came before the stage's own timeout; otherwise None.
+    `client_deadline` is in time.monotonic(). It is None unless it came before the stage's own timeout.
     """
     if client_deadline is not None:
         late = isinstance(error, DeliveryTimeout | Unreachable) and time.monotonic() >= client_deadline

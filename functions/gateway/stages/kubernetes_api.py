@@ -1,4 +1,4 @@
-"""Lists, watches, reads and replaces objects by the Kubernetes API, over plain urllib3.
+"""Lists, watches, reads and replaces Kubernetes objects over plain urllib3.
 
 Importing the kubernetes client takes half a second. `knative/local` serves the same API, so the same code runs everywhere.
 """
@@ -88,11 +88,11 @@ read_status: Final = reader(_Status)
 
 
 class Expired(Exception):
-    """Kubernetes has no changes since this resourceVersion any more (410). The watch has to begin with a new list."""
+    """Kubernetes no longer has the changes since this resourceVersion (410). The watch has to begin with a new list."""
 
 
 class KubernetesError(Exception):
-    """The API answered with an error. 401 and 403: this gateway may not watch."""
+    """The API answered with an error. With the status 401 or 403, this gateway may not watch."""
 
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(f"the Kubernetes API answered {status}: {detail}")
@@ -104,7 +104,7 @@ class ReplaceConflict(Exception):
 
 
 class KubernetesAPI:
-    """Objects of one kind in one namespace."""
+    """A client for the objects of one kind in one namespace."""
 
     def __init__(
         self,
@@ -114,10 +114,10 @@ class KubernetesAPI:
         watch_seconds: float = WATCH_SECONDS,
         silence_seconds: float = SILENCE_SECONDS,
     ) -> None:
-        """api: base URL, or `cluster` for the cluster's API with the pod's own ServiceAccount. kind: path of its group and
-        version, and its plural.
+        """`api` is the base URL, or `cluster` for the cluster's API with the pod's own ServiceAccount.
 
-        watch_seconds: length of a watch. silence_seconds: how long after it a silent connection counts as dead.
+        `kind` is the path of the kind's group and version, and its plural. `watch_seconds` is the length of a watch. A
+        connection that stays silent for `silence_seconds` after that counts as dead.
         """
         self._watch_seconds = watch_seconds
         self._silence_seconds = silence_seconds
@@ -129,7 +129,7 @@ class KubernetesAPI:
         self._pool = urllib3.PoolManager(maxsize=4, retries=False, ca_certs=authority)
 
     def list(self, selector: str) -> bytes:
-        """The objects that `selector` matches, as JSON. Raises KubernetesError."""
+        """Returns the objects that `selector` matches, as JSON. Raises KubernetesError."""
         return self._request("GET", f"{self._url}?{urlencode({'labelSelector': selector})}")
 
     def watch(self, selector: str, resource_version: str) -> urllib3.BaseHTTPResponse:
@@ -150,7 +150,7 @@ class KubernetesAPI:
         return response
 
     def get(self, name: str) -> bytes:
-        """The object as JSON. Raises KubernetesError."""
+        """Returns the object as JSON. Raises KubernetesError."""
         return self._request("GET", f"{self._url}/{name}")
 
     def replace(self, name: str, body: bytes) -> None:
@@ -165,7 +165,10 @@ class KubernetesAPI:
         return response.data
 
     def _headers(self) -> dict[str, str]:
-        """The Authorization header. The token is read for each request, because Kubernetes rotates it."""
+        """Returns the Authorization header, or none outside a cluster.
+
+        The token is read for each request, because Kubernetes rotates it.
+        """
         if not self._in_cluster:
             return {}
         return {"Authorization": f"Bearer {(SERVICE_ACCOUNT / 'token').read_text().strip()}"}
@@ -198,9 +201,9 @@ def lines_of(stream: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
 
 
 class ObjectWatch(Generic[T]):
-    """Keeps the objects that match a label selector, in a thread: lists them, then follows their changes.
+    """Keeps the objects that match a label selector up to date in memory, with a thread of its own.
 
-    It lists again on 410, and reconnects with back-off.
+    The thread lists the objects, then follows their changes. It lists again on 410, and reconnects with back-off.
     """
 
     def __init__(
@@ -212,11 +215,11 @@ class ObjectWatch(Generic[T]):
         on_change: Callable[[Mapping[str, T], T | None], None],
         on_unknown: Callable[[], None] = lambda: None,
     ) -> None:
-        """what: the objects in words, for thread and log. Both functions are called by the thread.
+        """`what` names the objects for thread and log. The thread calls `on_change` and `on_unknown`.
 
-        on_change: gets all objects by name, and the one that was changed or deleted; None after a list. If it fails, the
-        objects are listed and it is called again. on_unknown: the objects cannot be known, because no list has succeeded yet,
-        or the right to list is missing.
+        `on_change` gets all objects by name, and the object that was changed or deleted, or None after a list. If it raises,
+        the objects are listed and it is called again. `on_unknown` is called if the objects cannot be known: no list has
+        succeeded yet, or the right to list is missing.
         """
         self._api = api
         self._selector = selector

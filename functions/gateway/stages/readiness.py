@@ -31,10 +31,10 @@ OnChange = Callable[[int, Sequence[Endpoint] | None], None]  # a stage and all i
 
 
 class EarlyReadiness:
-    """Passes endpoints from the watch to `on_change`, and marks those that answered a probe as ready."""
+    """Passes endpoints from the watch on to `on_change`, and marks as ready those that answered a probe."""
 
     def __init__(self, on_change: OnChange, tls: PodTLS | None = None) -> None:
-        """tls: given if instances are reached by https."""
+        """Starts no probes yet. `tls` must be given if instances are reached by https."""
         self._on_change = on_change
         self._lock = threading.Lock()  # held during `on_change`, so that changes are passed on in their order
         self._known: dict[int, Sequence[Endpoint]] = {}

@@ -1,7 +1,8 @@
-"""Instances of stages, and routes: one instance for each stage, chosen by the gateway. Session affinity on stock Knative.
+"""Instances of stages, and routes. A route is one instance for each stage, chosen by the gateway.
 
-The scheduler's lock protects what changes. Threads of trips read an instance's `stage`, `url` and `prompts`, which do not
-change, and `failures` for a timeout. `FifoLock` and `InFlight` have locks of their own.
+Routes give session affinity on stock Knative. The scheduler's lock protects what changes. Threads of trips read an instance's
+`stage`, `url` and `prompts`, which do not change, and `failures` for a timeout. `FifoLock` and `InFlight` have locks of their
+own.
 """
 
 import math
@@ -55,7 +56,10 @@ class FifoLock:
         return not self._queue
 
     def queue(self) -> threading.Event:
-        """Queues the caller. The returned event is set when it may enter. It must call `leave` afterwards, always."""
+        """Queues the caller, and returns an event that is set when the caller may enter.
+
+        The caller must always call `leave` afterwards.
+        """
         turn = threading.Event()
         with self._lock:
             if not self._queue:
@@ -71,10 +75,10 @@ class FifoLock:
 
 
 class InFlight:
-    """Counts events at an instance over time: this gateway's part of what Knative's autoscaler calls concurrency.
+    """Measures this gateway's part of what Knative's autoscaler calls the concurrency of an instance.
 
-    A context manager around each event; thread-safe. Weighted by time, as queue-proxy counts requests (knative/serving
-    pkg/http/stats).
+    Use it as a context manager around each event. Thread-safe. The number of events is weighted by time, as queue-proxy counts
+    requests (knative/serving pkg/http/stats).
     """
 
     def __init__(self) -> None:
@@ -98,7 +102,7 @@ class InFlight:
             self._events -= 1
 
     def event_seconds(self) -> float:
-        """The sum over all events so far of the seconds that each was in flight.
+        """Returns the sum over all events so far of the seconds that each was in flight.
 
         The difference of two readings, divided by the time between them, is the concurrency.
         """
@@ -149,7 +153,11 @@ class Instance:
         return self.free_tokens is not None and self.free_tokens < reserve_tokens
 
     def replied(self, boot: str, free_tokens: int | None, before: str = "", lineage: str = "") -> None:
-        """Records a reply. before, lineage: of the input and of what was computed from it; empty `lineage`: not said."""
+        """Records a reply of the instance.
+
+        `before` is the lineage of the input, and `lineage` that of what was computed from it. If `lineage` is empty, the reply
+        did not state it.
+        """
         self.failures = 0
         if boot != self.boot or len(self.lineages) > _MOST_LINEAGES:
             self.lineages.clear()
@@ -160,7 +168,10 @@ class Instance:
             self.free_tokens = free_tokens
 
     def passed(self, seconds: float, quickest_seconds: float, now: float) -> None:
-        """Records a forward pass. quickest_seconds: of a pass of that size at the stage's quickest instance. now: monotonic."""
+        """Records a forward pass that took `seconds`, and updates `slow`.
+
+        `quickest_seconds` is the time of a pass of that size at the stage's quickest instance. `now` is in time.monotonic().
+        """
         if now - self.paced_at > _PACE_SECONDS:
             self.pass_seconds = self.quickest_seconds = _FIRST_PASSES * quickest_seconds
             self.slow = False
@@ -171,7 +182,10 @@ class Instance:
 
     @property
     def pace(self) -> float:
-        """How many times as long its last passes took as the stage's quickest ones; jitter of short passes does not count."""
+        """How many times as long the last passes took as the stage's quickest passes of their sizes.
+
+        Jitter of short passes hardly counts.
+        """
         passes = _SHORT_PASS_SECONDS / (1 - _PACE_DECAY)
         return (self.pass_seconds + passes) / (self.quickest_seconds + passes)
 
@@ -196,7 +210,7 @@ class Held:
     instances: tuple[Instance, ...] = ()
 
     def at(self, instance: Instance) -> int:
-        """How many tokens of the prefix `instance` has probably cached."""
+        """Returns how many tokens of the prefix `instance` has probably cached."""
         return self.tokens if self.instances and self.instances[instance.stage] is instance else 0
 
 
@@ -204,7 +218,7 @@ NOTHING: Final = Held()
 
 
 class Route:
-    """One instance per stage. Each instance counts its routes until they are closed."""
+    """One instance per stage. Each instance counts the routes that use it until they are closed."""
 
     def __init__(self, instances: Iterable[Instance]) -> None:
         self.instances = tuple(instances)
@@ -212,7 +226,7 @@ class Route:
             instance.routes += 1
 
     def replace(self, instance: Instance) -> Instance:
-        """Puts `instance` in the place of the instance of the same stage, which is returned."""
+        """Puts `instance` on the route in place of the present instance of its stage. Returns the replaced instance."""
         left = self.instances[instance.stage]
         left.routes -= 1
         instance.routes += 1
@@ -228,10 +242,11 @@ class Placement:
     """Knows the instances of all stages, and chooses routes over them."""
 
     def __init__(self, service_urls: Sequence[str], *, watched: bool, pods_only: bool = False) -> None:
-        """service_urls: one per stage.
+        """`service_urls` has the URL of one Service per stage.
 
-        watched: an EndpointsWatch will report instances by `update`. If not, the Service URLs stand for them, asleep until they
-        reply. pods_only: Service URLs never stand for instances, because requests to them are not encrypted.
+        If `watched`, an EndpointsWatch will report instances by `update`. If not, the Service URLs stand for the instances,
+        asleep until they reply. If `pods_only`, Service URLs never stand for instances, because requests to them are not
+        encrypted.
         """
         self.service_urls = tuple(service_urls)
         self._pods_only = pods_only
@@ -245,7 +260,7 @@ class Placement:
     def update(self, stage: int, endpoints: Iterable[Endpoint]) -> None:
         """Replaces the known instances of `stage` by those that the watch reports.
 
-        Instances that it does not report any more count as terminating, so that routes leave them.
+        Instances that the watch no longer reports count as terminating, so that routes leave them.
         """
         known = self.stages[stage]
         seen = {endpoint.url: endpoint for endpoint in endpoints}
@@ -259,7 +274,10 @@ class Placement:
         self._choose_current(stage)
 
     def unwatched(self, stage: int) -> None:
-        """Called if the instances of `stage` cannot be known: routes use its Service URL until `update` is called."""
+        """Makes routes use the Service URL of `stage` until `update` is called. Call it if the instances cannot be known.
+
+        If `pods_only`, the stage has no instances instead.
+        """
         url = self.service_urls[stage]
         if self._pods_only:
             self.stages[stage].clear()
@@ -269,16 +287,16 @@ class Placement:
             self._choose_current(stage)
 
     def usable(self, stage: int) -> list[Instance]:
-        """Instances that may be given work now."""
+        """Returns the instances of `stage` that may be given work now."""
         now = time.monotonic()
         return [instance for instance in self._current[stage] if instance.usable(now)]
 
     def ready_counts(self) -> list[int]:
-        """Per stage, how many instances of the current revision take work; 0 if that is unknown without a watch."""
+        """Returns per stage how many ready instances of the newest revision it has. 0 if the stage is not watched."""
         return [len([each for each in current if not each.is_service]) for current in self._current]
 
     def cold(self) -> list[int]:
-        """Stages that must be woken: none of their instances is ready and awake."""
+        """Returns the stages that must be woken: none of their instances is ready and awake."""
         return [stage for stage, current in enumerate(self._current) if not any(each.awake for each in current)]
 
     def woken(self, stage: int) -> None:
@@ -293,13 +311,14 @@ class Placement:
         instance.awake = not instance.is_service
 
     def place(self, reserve_tokens: int, held: Held = NOTHING) -> Route | None:
-        """A new route over the least used instances, those with enough memory first. None: a stage has no usable instance.
+        """Returns a new route over the least used instances, or None if a stage has no usable instance.
 
-        An instance that is n times as slow as its peers gets a route when they have n times as many, and of equals the one that
-        is known for longest, because the others leave first (a ReplicaSet deletes its youngest pods).
+        Instances with enough memory come first. An instance that is n times as slow as its peers gets a route when they have n
+        times as many. Of equals, the one that is known for longest is chosen, because the others leave first (a ReplicaSet
+        deletes its youngest pods).
 
-        held: tokens that some instances have cached. They weigh at most as much as one route: an instance with two routes more
-        than another would give one away again.
+        `held` says which instances have cached tokens. Cached tokens weigh at most as much as one route: an instance with two
+        routes more than another would give one away again.
         """
         chosen = [self.least_used(stage, reserve_tokens, held) for stage in range(self.num_stages)]
         instances = [instance for instance in chosen if instance is not None]
@@ -317,12 +336,15 @@ class Placement:
         return min(usable, key=load, default=None)
 
     def free_tokens(self) -> float:
-        """The largest reservation for which each stage has a usable instance, by the last replies; infinity: unknown."""
+        """Returns the largest reservation, in tokens, for which each stage has a usable instance, by the last replies.
+
+        Infinity if that is unknown.
+        """
         free = [[instance.free_tokens for instance in self.usable(stage)] for stage in range(self.num_stages)]
         return min(max((math.inf if tokens is None else tokens for tokens in stage), default=0) for stage in free)
 
     def must_leave(self, route: Route) -> Instance | None:
-        """The instance that shall take the place of one that terminates or is not ready.
+        """Returns the instance that shall replace an instance of `route` that terminates or is not ready.
 
         None if the route has no such instance, or its stage has no other.
         """
@@ -334,7 +356,7 @@ class Placement:
         return None
 
     def leaving(self, instance: Instance) -> tuple[str, ...]:
-        """URLs of other instances of the same stage that terminate and still answer."""
+        """Returns the URLs of other instances of the same stage that terminate and still answer, at most MAX_PEERS."""
         others = self.stages[instance.stage].values()
         urls = [other.url for other in others if other.terminating and not other.is_service and other is not instance]
         return tuple(urls[:MAX_PEERS])
@@ -352,9 +374,9 @@ class Placement:
         return False
 
     def unbalanced(self, stage: int) -> tuple[Instance, Instance] | None:
-        """(from, to): an instance of `stage` with so many more routes than another that it should give one away.
+        """Returns two instances of `stage` of which the first has so many more routes that it should give one to the second.
 
-        None if the stage is balanced. A route that is given away never makes them unbalanced the other way round.
+        None if the stage is balanced. Giving one route away never makes them unbalanced the other way round.
         """
         usable = self.usable(stage) if len(self._current[stage]) > 1 else ()
         if len(usable) > 1:
@@ -367,7 +389,10 @@ class Placement:
         return None
 
     def slowness(self, route: Route) -> float:
-        """How many times as long the passes of the route's slowest instance take as those of its stage's quickest; 1: alike."""
+        """Returns how slow the route's slowest instance is: its pass time divided by that of its stage's quickest instance.
+
+        Returns 1 if no instance of the route is slow.
+        """
         if not any(instance.slow for instance in route.instances):
             return 1.0
         return max([slowness_of(self._current[each.stage]).get(each.url, 1.0) for each in route.instances])
@@ -389,7 +414,7 @@ class Placement:
 
 
 def slowness_of(instances: Sequence[Instance]) -> dict[str, float]:
-    """By URL of a stage's slow instances: how many times as long their passes take as those of the quickest instance."""
+    """Returns for each slow instance, by URL, its pass time divided by that of the quickest of these instances of a stage."""
     if not any(instance.slow for instance in instances):
         return {}
     since = time.monotonic() - _PACE_SECONDS
@@ -400,6 +425,6 @@ def slowness_of(instances: Sequence[Instance]) -> dict[str, float]:
 
 
 def _revision_order(revision: str) -> tuple[int, str]:
-    """Sorts revisions from old to new, by the number at the end of Knative's names (`stage-0-00002`)."""
+    """Returns a key that sorts revisions from old to new, by the number at the end of Knative's names (`stage-0-00002`)."""
     number = re.search(r"-(\d+)$", revision)
     return (int(number[1]) if number else 0, revision)

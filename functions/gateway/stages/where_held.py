@@ -22,7 +22,10 @@ class WhereHeld:
     _places: OrderedDict[bytes, tuple[tuple[Instance, str], ...]] = field(default_factory=OrderedDict)
 
     def put(self, chain: Chain, instances: Sequence[Instance]) -> None:
-        """Records that a sequence with this chain runs, or ran, at `instances` (one per stage) in their present boots."""
+        """Records that a sequence with this chain runs, or ran, at `instances`, one per stage.
+
+        The record is void for an instance that restarts.
+        """
         place = tuple((instance, instance.boot) for instance in instances)
         for digest in chain:
             self._places[digest] = place
@@ -31,9 +34,9 @@ class WhereHeld:
             self._places.popitem(last=False)
 
     def find(self, chain: Chain) -> Held:
-        """The longest known part of the chain, and where it is held; NOTHING if none is known.
+        """Returns the longest known part of the chain and the instances that hold it. NOTHING if no part is known.
 
-        Instances that have rebooted or are terminating do not count.
+        A part is known only if one of its instances is ready, does not terminate and has not restarted.
         """
         for blocks in range(len(chain), 0, -1):
             place = self._places.get(chain[blocks - 1], ())
@@ -42,7 +45,10 @@ class WhereHeld:
         return NOTHING
 
     def holder(self, chain: Chain, stage: int) -> tuple[int, Instance | None]:
-        """Tokens of the longest known part of the chain that an instance of `stage` holds, and which; it may leave."""
+        """Returns how many tokens of the chain an instance of `stage` holds, and that instance. (0, None) if none is known.
+
+        The tokens are those of the longest known part of the chain. The instance may be terminating.
+        """
         for blocks in range(len(chain), 0, -1):
             if place := self._places.get(chain[blocks - 1]):
                 instance, boot = place[stage]

@@ -29,9 +29,9 @@ _REFUSALS: Final = (TemplateError, TypeError, ValueError, LookupError)  # raised
 
 class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """special_tokens: name → text, such as bos_token → <s>. Templates use the names as variables.
+        """Compiles a template. Raises jinja2.TemplateSyntaxError.
 
-        Raises jinja2.TemplateSyntaxError.
+        `special_tokens` maps names to texts, such as bos_token → <s>. Templates use the names as variables.
         """
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
@@ -49,10 +49,11 @@ class ChatTemplate:
         self.reasons = reasoning.END in source  # the model thinks before it answers
 
     def variables(self, given: Mapping[str, Any], effort: str | None) -> dict[str, Any]:
-        """The values of the template's further variables. given: the client's own. effort: how much the model shall think.
+        """Returns the template's variables from `given`, the client's own values, and `effort`, how much the model shall think.
 
-        The effort is `reasoning_effort`, and `none` or not for a template that can only switch thoughts off and on. A template
-        without these variables gets none of them: its model thinks as it does.
+        The effort becomes `reasoning_effort`. If the template can only switch thoughts on and off, they are off for the effort
+        `none`. A template without these variables gets none of them, so its model thinks as usual. The client's own values come
+        before those from the effort.
         """
         hints = {} if effort is None else {"reasoning_effort": effort, **dict.fromkeys(_SWITCHES, effort != "none")}
         own = {name: value for name, value in given.items() if name not in _SWITCHES or name in self.used}
@@ -65,11 +66,11 @@ class ChatTemplate:
         values: Mapping[str, Any] = MappingProxyType({}),
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
-        """The conversation as text, up to the begin of the assistant's next answer.
+        """Returns the conversation as text, up to the beginning of the assistant's next answer.
 
-        turns, tools: messages and functions as dicts, which templates read. check: is called with the number of characters
-        so far, and raises the error if they are too many. values: further variables of the template. Raises InvalidRequest if
-        the template does not use one of them, or if it refuses the messages.
+        `turns` and `tools` are messages and functions as dicts, which templates read. `check` is called with the number of
+        characters so far, and raises an error if they are too many. `values` are further variables of the template. Raises
+        InvalidRequest if the template does not use one of these variables, or if it refuses the messages.
         """
         if unknown := values.keys() - (self.used - _RESERVED):
             raise InvalidRequest(f"the model's chat template knows no `{min(unknown)}`; leave it out")
@@ -109,7 +110,7 @@ def _tojson(
 
 
 def with_guards(written: str) -> str:
-    """Puts GUARD, a noncharacter, back where `json.dumps` or `repr` has written the escape of it."""
+    """Puts GUARD, a noncharacter, back where `json.dumps` or `repr` has written its escape."""
     return _ESCAPED_GUARD.sub(rf"\1{GUARD}", written)
 
 

@@ -28,11 +28,12 @@ _HTML: Final = re.compile(
 class ControlTokens:
     """Finds control tokens in what the chat template gets from a client, and encodes them as text. Thread-safe.
 
-    `guard` puts a noncharacter between the characters of such texts. So the tokenizer does not find the tokens in the rendered
-    text, and only then removes the noncharacter. A client's own U+FDD0 in a guarded request is removed, too.
+    `guard` puts a noncharacter between the characters of such texts, so that the tokenizer does not find the tokens in the
+    rendered text. The tokenizer removes the noncharacter only after that. A client's own U+FDD0 in a guarded request is
+    removed, too.
 
-    Control tokens are the special ones among the tokenizer's added tokens, and those in brackets, such as `<tool_call>`.
-    The rest are ordinary text, such as runs of spaces, and Gemma's tokens for tags of HTML.
+    Control tokens are the special ones among the tokenizer's added tokens, and those in brackets, such as `<tool_call>`. Other
+    added tokens are ordinary text, such as runs of spaces, and Gemma's tokens for tags of HTML.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
@@ -56,9 +57,9 @@ class ControlTokens:
         self._lock = threading.Lock()
 
     def are_in(self, *values: Any) -> bool:
-        """Whether a string in these values spells a control token, by itself or with what the template may write around it.
+        """Returns whether a string in these values spells a control token, alone or with what the template may write around it.
 
-        values: strings, or lists and dicts of them.
+        `values` are strings, or lists and dicts of them.
         """
         texts = {text.strip() for text in _strings(values)}
         probe = GUARD.join(before + text + after for before, after in self._around for text in texts)
@@ -66,7 +67,10 @@ class ControlTokens:
         return any(encoding.ids)
 
     def guard(self, value: Any) -> Any:
-        """The value with the control tokens in its strings guarded. Keys by which templates read, and roles, stay."""
+        """Returns the value with the control tokens in its strings guarded.
+
+        Roles, and the keys by which templates read messages and tools, are not changed.
+        """
         if isinstance(value, str):
             return self._guard_text(value)
         if isinstance(value, Mapping):
@@ -77,7 +81,7 @@ class ControlTokens:
         return _GuardedList(map(self.guard, value)) if isinstance(value, list | tuple) else value
 
     def encode(self, text: str, encoder: Encoder) -> list[int]:
-        """Token ids of text that was rendered from guarded values. Raises ContextExceeded."""
+        """Returns the token ids of text that was rendered from guarded values. Raises ContextExceeded."""
         ids = encoder.encode(text, add_special_tokens=False, tokenizer=self._guarding(splitting=False))
         if Counter(filter(self._control_ids.__contains__, ids)) == self._written(text):
             return ids
@@ -100,16 +104,16 @@ class ControlTokens:
         return text[:lead] + guarded + text[lead + len(core) :]
 
     def _written(self, text: str) -> Counter[int]:
-        """How often each control token occurs in guarded text, by id."""
+        """Returns how often each control token occurs in guarded text, by id."""
         (encoding,) = self._finder.encode_batch_fast([text], add_special_tokens=False)
         names = self._finder.get_added_tokens_decoder()
         return Counter(self._ids[names[id_].content] for id_ in encoding.ids if id_)
 
     def _guarding(self, *, splitting: bool) -> Tokenizer:
-        """A tokenizer for guarded text, which shares the model's vocabulary.
+        """Returns a tokenizer for guarded text, which shares the model's vocabulary.
 
-        It looks for control tokens before it normalizes, so that guards still keep them apart. Then it removes guards; or, if
-        `splitting`, it encodes what is between two of them apart, and each guard becomes a token.
+        It looks for control tokens before it normalizes, so that guards still keep them apart. Then it removes the guards. If
+        `splitting`, it instead encodes the pieces between guards one by one, and makes a token of each guard.
         """
         with self._lock:
             if splitting not in self._tokenizers:
@@ -127,7 +131,7 @@ class ControlTokens:
 
 
 class _Guarded:
-    """Keeps guards if a template writes it as Python does."""
+    """Base of dicts and lists whose repr keeps guards, for templates that write values as Python does."""
 
     def __repr__(self) -> str:
         return with_guards(super().__repr__())

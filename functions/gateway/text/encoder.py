@@ -36,10 +36,10 @@ class Encoder:
             raise ContextExceeded.by(seen, self._context_length)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, tokenizer: Tokenizer | None = None) -> list[int]:
-        """The text's token ids. Raises ContextExceeded if it cannot fit, without encoding much more than would fit.
+        """Returns the text's token ids. Raises ContextExceeded if it cannot fit, without encoding much more than would fit.
 
-        add_special_tokens: those around a prompt; a part of an answer has none. tokenizer: one with the same tokens, if not the
-        Encoder's own.
+        If `add_special_tokens`, adds those that surround a prompt. A part of an answer has none. `tokenizer` is one with the
+        same tokens, to use instead of the Encoder's own.
         """
         self.check(len(text))
         if len(text) <= _LONG_CHARACTERS:

@@ -1,4 +1,4 @@
-"""Makes the grammars that answers must follow. One that does not compile is refused before its request is queued."""
+"""Makes the grammars that answers must follow. A grammar that does not compile is refused before its request is queued."""
 
 import re
 import threading
@@ -29,9 +29,10 @@ class Grammars:
         self._known: OrderedDict[str, None] = OrderedDict()  # digests of grammars that compile, least recently used first
 
     def of(self, asked: StructuredOutputs | str) -> Grammar:
-        """The grammar of answers with this structure, or of forced tool calls, whose source ToolFormat.grammar wrote.
+        """Makes the grammar of answers with this structure, or of forced tool calls.
 
-        Raises MalformedEvent if there is none or it does not compile.
+        If `asked` is a string, it is a grammar's source that ToolFormat.grammar wrote. Raises MalformedEvent if no grammar can
+        be made or it does not compile.
         """
         try:
             return self._of_source(asked if isinstance(asked, str) else source_of(asked))
@@ -41,9 +42,9 @@ class Grammars:
             raise MalformedEvent(why) from error
 
     def _of_source(self, source: str) -> Grammar:
-        """The grammar with this source, in llguidance's notation.
+        """Makes the grammar with this source, in llguidance's notation.
 
-        Raises UnusableGrammar if it is too large or does not compile, or if the model has no token that ends an answer.
+        Raises UnusableGrammar if the source is too large or does not compile, or if the model has no token that ends an answer.
         """
         size = len(source.encode())
         if size > MAX_GRAMMAR_BYTES:
@@ -62,7 +63,10 @@ class Grammars:
 
 
 def _sentence(structure: StructuredOutputs, error: str) -> str:
-    """The error with the name of its option, and the place in a JSON schema if one of the schema's keys occurs in the error."""
+    """Returns the error with the name of its option.
+
+    If one of the keys of a JSON schema occurs in the error, adds the key's place in the schema.
+    """
     kind = next(name for name in structure.__struct_fields__ if getattr(structure, name) is not None)
     place = None
     if kind == "json" and isinstance(structure.json, dict):

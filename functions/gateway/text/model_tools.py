@@ -31,9 +31,10 @@ class ModelTools:
     special: Mapping[str, int]  # special tokens by text; encoding never yields them, and decoding only on request
 
     def presented(self, turns: list[dict[str, Any]], tools: list[dict[str, Any]]) -> tuple[Any, Any]:
-        """The turns and tools that the chat template gets. If it presents no tools, the turns present them, and it gets none.
+        """Returns the turns and tools that the chat template gets.
 
-        turns, tools: by `turn_of` and `described`.
+        If the template presents no tools, the returned turns describe the tools, and the returned tools are empty. `turn_of`
+        makes the turns, `described` the tools.
         """
         if self.in_template:
             return turns, tools
@@ -48,7 +49,7 @@ class ModelTools:
 
 
 def described(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Tools as dicts, which chat templates read."""
+    """Returns tools as dicts, which chat templates read."""
     found = []
     for tool in tools:
         function = tool.function
@@ -59,7 +60,7 @@ def described(tools: Sequence[Tool]) -> list[dict[str, Any]]:
 
 
 def turn_of(message: Message) -> dict[str, Any]:
-    """A message as a dict, which chat templates read."""
+    """Returns a message as a dict, which chat templates read."""
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         turn["tool_calls"] = [
@@ -74,7 +75,7 @@ def turn_of(message: Message) -> dict[str, Any]:
 
 
 def _plain_turn(turn: dict[str, Any]) -> dict[str, Any]:
-    """The turn for a template without tools: a call, or the result of one, is written as text."""
+    """Returns the turn for a template without tools: calls and their results are written as text."""
     role, content = turn["role"], turn["content"]
     if role == "tool":
         return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
@@ -89,7 +90,7 @@ def _plain_turn(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _arguments(call: ToolCall) -> Any:
-    """The call's arguments as a dict, which templates write in their own way; as text if they are no JSON object."""
+    """Returns the call's arguments as a dict, which templates write in their own way. As text if they are no JSON object."""
     try:
         arguments = msgspec.json.decode(call.function.arguments)  # refuses lone surrogates, which no text can hold
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Splits an answer's text into thoughts, between <think> and </think> at its begin, and content."""
+"""Splits an answer's text into content and the thoughts before it, which are between <think> and </think>."""
 
 from collections.abc import Iterable
 from typing import Any, Final, Literal, NamedTuple
@@ -15,7 +15,7 @@ class TextDelta(NamedTuple):
 
 
 def thoughts_apart(turns: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The turns, with the assistant's thoughts moved from `content` to `reasoning_content`."""
+    """Returns the turns with the assistant's thoughts moved from `content` to `reasoning_content`."""
     found = []
     for turn in turns:
         if turn["role"] == "assistant" and END in turn["content"]:
@@ -32,13 +32,13 @@ class Reasoning:
     """Splits one answer's text into thoughts and content while it is generated. Drops empty lines around thoughts."""
 
     def __init__(self, *, inside: bool) -> None:
-        """inside: the answer begins with thoughts."""
+        """If `inside`, the answer begins with thoughts, without a <think> of its own."""
         self._state: Literal["before", "inside", "after", "content"] = "inside" if inside else "before"
         self._held = ""
         self._begun = False  # part of the thoughts has been returned
 
     def push(self, text: str) -> list[TextDelta]:
-        """Adds text. Returns the parts that are certain now: text that may be the begin of a mark is held back."""
+        """Adds text and returns the parts that are certain now. Text that may be the beginning of a mark is held back."""
         self._held += text
         parts: list[TextDelta] = []
         while (part := self._next()) is not None:

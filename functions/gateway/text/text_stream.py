@@ -1,4 +1,4 @@
-"""Turns token ids into text as soon as it is certain: characters are complete, and no stop string may begin in it."""
+"""Turns token ids into text as soon as the text is certain: its characters are complete, and no stop string may begin in it."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -15,9 +15,9 @@ class Detokenizer:
     """Decodes an answer token by token. Returned text never changes, and all of it together is the answer's text."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), special: bool = False) -> None:
-        """before: tokens that the answer continues; empty if it is a text of its own, such as a chat message.
+        """`before` are tokens that the answer continues. Empty for a text of its own, such as a chat message.
 
-        special: special tokens become text, too; otherwise they are skipped.
+        If `special`, special tokens become text, too. Otherwise they are skipped.
         """
         self._tokenizer = tokenizer
         self._skip_special = not special
@@ -28,7 +28,7 @@ class Detokenizer:
         self._pending: list[int] = []  # tokens whose text has not been returned
 
     def push(self, token_id: int) -> str:
-        """Adds a token. Returns the text that it completes; empty while its last character lacks bytes."""
+        """Adds a token and returns the text that it completes. Empty while the last character lacks bytes."""
         self._pending.append(token_id)
         try:
             text: str | None = self._stream.step(self._tokenizer, token_id)
@@ -59,10 +59,10 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Ends a text at the first stop string. Holds text back while it may be the begin of one."""
+    """Ends a text at the first stop string. Holds text back while it may be the beginning of one."""
 
     def __init__(self, stop_strings: Sequence[str], *, included: bool = False) -> None:
-        """included: the text ends after the stop string, not before it."""
+        """If `included`, the text ends after the stop string instead of before it."""
         self._stop_strings = stop_strings
         self._included = included
         self.held = ""
@@ -89,7 +89,7 @@ class StopStrings:
 class TextStream:
     """Turns one answer's tokens into text that ends at the first stop string: a Detokenizer followed by StopStrings.
 
-    before, special: as in Detokenizer. stop_included: as `included` in StopStrings.
+    `before` and `special` are as in Detokenizer, and `stop_included` is `included` in StopStrings.
     """
 
     def __init__(
@@ -123,13 +123,13 @@ class TextStream:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a prefix of `stop`, shorter than `stop` itself."""
+    """Returns the length of the longest suffix of `text` that is a prefix of `stop`, but not the whole of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if stop.startswith(text[-length:])), 0)
 
 
 def _readable(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
-    """The last token that is text by itself, as a list; empty if none of the last _SEARCHED_TOKENS is."""
+    """Returns the last token that is text by itself, as a list. Empty if none of the last _SEARCHED_TOKENS is."""
     for token_id in reversed(token_ids[-_SEARCHED_TOKENS:]):
         text = tokenizer.decode([token_id])
         if text and not text.endswith(_REPLACEMENT):

@@ -59,8 +59,8 @@ class ModelText:
     ) -> Self:
         """Reads the files that were published with the model.
 
-        tool_parser, parse_control_tokens: as the fields. Raises ObjectNotFound if there is no tokenizer.json, ValueError for
-        files that cannot be parsed.
+        `tool_parser` and `parse_control_tokens` become the fields. Raises ObjectNotFound if there is no tokenizer.json,
+        ValueError for files that cannot be parsed.
         """
         tokenizer = Tokenizer.from_str(read_file(reader, manifest, "tokenizer.json").decode())
         tokenizer.no_truncation()
@@ -98,7 +98,7 @@ class ModelText:
             raise ContextExceeded.by(f"your prompt has {len(token_ids)} tokens", self.context_length)
 
     def encode_pair(self, first: str, second: str) -> list[int]:
-        """Token ids of two texts that a classifier compares, as the tokenizer joins them. Raises ContextExceeded."""
+        """Returns the token ids of two texts that a classifier compares, joined by the tokenizer. Raises ContextExceeded."""
         self.encoder.check(len(first) + len(second))
         ids: list[int] = self.tokenizer.encode(first, second).ids
         return ids
@@ -110,10 +110,10 @@ class ModelText:
         tools: Sequence[Tool] = (),
         effort: str | None = None,
     ) -> list[int]:
-        """Token ids of a conversation that the chat template has rendered. The template writes special tokens itself.
+        """Renders a conversation with the chat template and returns its token ids. The template writes special tokens itself.
 
-        values, effort: as for ChatTemplate.variables. tools: those that the model may call. Raises InvalidRequest if the model
-        has no template or the template refuses the messages, ContextExceeded if they cannot fit.
+        `values` and `effort` are as for ChatTemplate.variables. `tools` are those that the model may call. Raises
+        InvalidRequest if the model has no template or the template refuses the messages, ContextExceeded if they cannot fit.
         """
         if self.template is None:
             raise InvalidRequest("the model has no chat template; send `prompt` instead of `messages`")
@@ -131,15 +131,16 @@ class ModelText:
         return self.encoder.encode(text, add_special_tokens=False) if control is None else control.encode(text, self.encoder)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, with that of special tokens. Other threads run meanwhile."""
+        """Returns the text of tokens, including that of special tokens. Other threads can run meanwhile."""
         # The library releases the GIL for batches but not for a single list.
         (text,) = self.tokenizer.decode_batch([list(token_ids)], skip_special_tokens=False)
         return text
 
     def reasoning(self, prompt_ids: Sequence[int]) -> Reasoning | None:
-        """A Reasoning for the answer to this rendered prompt; None if the model's chat template has no mark for thoughts.
+        """Returns a Reasoning for the answer to this rendered prompt. None if the chat template has no mark for thoughts.
 
-        The answer begins with thoughts if the prompt ends with <think>, as a token if there is one: text may be a client's.
+        The answer begins with thoughts if the prompt ends with <think>. If <think> is a token, only the token counts, because a
+        client may have written the text.
         """
         if self.template is None or not self.template.reasons:
             return None
@@ -150,18 +151,21 @@ class ModelText:
         return Reasoning(inside=next((id_ for id_ in reversed(tail) if self.token_text(id_).strip()), None) == mark)
 
     def parts(self, prompt_ids: Sequence[int], request: GenerateRequest) -> AnswerParts:
-        """Splits an answer to this rendered prompt of the request. A grammar allows no thoughts."""
+        """Returns an AnswerParts that splits the answer to this rendered prompt. An answer with a grammar has no thoughts."""
         reasoning = None if request.constrained else self.reasoning(prompt_ids)
         names = frozenset(tool.function.name for tool in request.callable_tools)
         return AnswerParts(reasoning, ToolCallParser(self.tools.format, names) if names else None)
 
     def token_text(self, token_id: int) -> str:
-        """The token's text, also of a special token. Bytes that are no whole character become the replacement character."""
+        """Returns the token's text, also that of a special token.
+
+        Bytes that are no whole character become the replacement character.
+        """
         text: str = self.tokenizer.decode([token_id], skip_special_tokens=False)
         return text
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """The token's bytes, which may be a part of a character. None if the vocabulary does not show them."""
+        """Returns the token's bytes, which may be a part of a character. None if the vocabulary does not show them."""
         text = self.token_text(token_id)
         if _REPLACEMENT not in text:
             return text.encode()
@@ -175,7 +179,10 @@ class ModelText:
 
 
 def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens of tokenizer_config.json: name → text. A token there is a string, or an object with it as `content`."""
+    """Returns the special tokens of tokenizer_config.json: name → text.
+
+    A token in that file is a string, or an object with the string as `content`.
+    """
     found = {}
     for name in _SPECIAL_TOKENS:
         token = tokenizer_config.get(name)
@@ -188,7 +195,7 @@ def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
 def _chat_template(
     reader: Reader, manifest: ModelManifest, tokenizer_config: Mapping[str, Any], special: Mapping[str, str]
 ) -> ChatTemplate | None:
-    """The model's chat template: chat_template.jinja, else the one in tokenizer_config.json. None if it has none.
+    """Returns the model's chat template: chat_template.jinja, else the one in tokenizer_config.json. None if it has none.
 
     If tokenizer_config.json has several named templates, the one named `default` is used.
     """
@@ -204,7 +211,7 @@ def _chat_template(
 def _eos_ids(
     tokenizer: Tokenizer, special: Mapping[str, str], generation_config: Mapping[str, Any], model_config: Mapping[str, Any]
 ) -> frozenset[int]:
-    """Tokens that end an answer: from generation_config.json, else config.json, else the tokenizer's eos_token."""
+    """Returns the tokens that end an answer: from generation_config.json, else config.json, else the tokenizer's eos_token."""
     for config in (generation_config, model_config):
         ids = config.get("eos_token_id")
         if ids is not None:
@@ -216,7 +223,10 @@ def _eos_ids(
 
 
 def _byte_characters() -> dict[str, int]:
-    """Character → byte in byte-level BPE (GPT-2's `bytes_to_unicode`): printable bytes as themselves, others from U+0100 on."""
+    """Returns the byte of each character in byte-level BPE (GPT-2's `bytes_to_unicode`).
+
+    Printable bytes stand for themselves. The others are the characters from U+0100 on.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}

@@ -18,7 +18,7 @@ _MAX_HEAD_CHARACTERS: Final = 1024  # from a call's begin to the end of its name
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """A part of an answer: the begin of a call with its name, or more of a call's arguments."""
+    """A part of an answer: the beginning of a call with its name, or more of a call's arguments."""
 
     call: int  # number of the call, from 0 on
     name: str | None = None  # of the function, at the begin of its call only
@@ -37,7 +37,10 @@ class _Nesting:
     escaped: bool = False
 
     def end(self, text: str) -> int | None:
-        """Position in `text` after the object's last character; None if the object goes on. text: the next piece."""
+        """Reads `text`, the next piece. Returns the position in it after the object's last character.
+
+        Returns None if the object goes on.
+        """
         for place, character in enumerate(text):
             if self.in_string:
                 if self.escaped:
@@ -59,7 +62,10 @@ class _Nesting:
 
 @dataclass(slots=True)
 class ToolCallParser:
-    """Splits the text of one answer without its thoughts. Call `push` with each piece of text, then `finish`."""
+    """Splits the text of one answer, without its thoughts, into content and calls.
+
+    Call `push` with each piece of text, then `finish`.
+    """
 
     format: ToolFormat
     names: frozenset[str]  # of the tools; in a format without a marker, only these make a call
@@ -70,12 +76,12 @@ class ToolCallParser:
     _marker: str = ""  # becomes text again if no call follows
 
     def push(self, text: str) -> list[AnswerPart]:
-        """Adds text. Returns the parts that are certain now: text that may be the begin of a call is held back."""
+        """Adds text and returns the parts that are certain now. Text that may be the beginning of a call is held back."""
         self._text += text
         return list(self._deltas(at_end=False))
 
     def finish(self) -> list[AnswerPart]:
-        """Returns what was held back. A call that has begun without a name becomes text."""
+        """Returns the text that was held back. A call that has begun without a name becomes text."""
         deltas = list(self._deltas(at_end=True))
         held, self._text = self._marker + self._text, ""
         self._marker = ""
@@ -194,7 +200,10 @@ class ToolCallParser:
 
 @dataclass(frozen=True, slots=True)
 class AnswerParts:
-    """Splits the whole text of one answer. Call `push` with each piece of text, then `finish`; iterate each to its end."""
+    """Splits the whole text of one answer into thoughts, content and tool calls.
+
+    Call `push` with each piece of text, then `finish`. Read each iterator that they return to its end.
+    """
 
     reasoning: Reasoning | None  # None: the answer has no thoughts
     parser: ToolCallParser | None  # None: the answer may call no tool

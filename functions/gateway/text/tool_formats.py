@@ -32,17 +32,19 @@ class ToolFormat:
     direct: bool = False  # a call is a name and an object of arguments, instead of one object with both
 
     def call_id(self, request_id: str, answer: int, call: int) -> str:
-        """A call's id, the same for every computation of the request. Mistral's templates accept only nine letters and digits.
+        """Returns a call's id, which is the same whenever the request is computed again.
 
-        answer, call: their numbers.
+        `answer` and `call` are the numbers of the answer and of the call in it. Mistral's templates accept only nine letters
+        and digits.
         """
         digest = hashlib.sha256(f"{request_id} {answer} {call}".encode()).hexdigest()
         return digest[:9] if self.name == "mistral" else f"call_{digest[:24]}"
 
     def grammar(self, tools: Sequence[Tool], parallel: bool, special: Mapping[str, int]) -> str:
-        """Source of a grammar, in llguidance's Lark, for an answer that calls one tool, or at least one if `parallel`.
+        """Returns the source of a grammar, in llguidance's Lark, for an answer that calls a tool.
 
-        special: text → id of the tokenizer's special tokens.
+        The answer calls one tool, or at least one if `parallel`. `special` maps the texts of the tokenizer's special tokens to
+        their ids.
         """
 
         def literal(text: str) -> str:
@@ -87,7 +89,10 @@ MISTRAL_DIRECT: Final = ToolFormat(name="mistral", marker="[TOOL_CALLS]", head=_
 
 
 def format_of(template: str, name: str = "auto") -> ToolFormat:
-    """The format with this name; auto: the one that the chat template's source shows, Hermes if it shows none."""
+    """Returns the format with this name. `template` is the chat template's source.
+
+    If the name is `auto`, returns the format that the template shows, or Hermes if it shows none.
+    """
     if name == "mistral" or (name == "auto" and "[TOOL_CALLS]" in template):
         return MISTRAL_DIRECT if "[ARGS]" in template else MISTRAL
     if name != "auto":
