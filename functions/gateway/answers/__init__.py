@@ -1,8 +1,7 @@
-"""Code that all APIs of the gateway share: it sends prompts to the scheduler and makes answers from the tokens.
+"""Code that all APIs of the gateway share: sends prompts to the scheduler and makes answers from the tokens.
 
-API keys, limits of clients, pages of other sites, the access log and the metrics of answers are here, too.
+Also here: API keys, limits of clients, protection from pages of other sites, the access log, and the metrics of answers.
 
 May import: eventing, eventing.wire, eventing.http, functions.configuration, functions.hosting, functions.observing,
-functions.threads, functions.gateway.text, functions.gateway.scheduling, storage,
-storage.models, storage.store.
+functions.threads, functions.gateway.text, functions.gateway.scheduling, storage, storage.models, storage.store.
 """

@@ -82,7 +82,7 @@ class Answer:
         self._metrics.gen_ai.observe(self._operation, failure, total_seconds, first_seconds, self.completion_tokens)
 
     def choice(self) -> Choice:
-        """The complete answer, for the reply. Call it only when `done` is true."""
+        """Returns the complete answer, for the reply. Call it only when `done` is true."""
         return Choice(self.text, tuple(self._token_ids), self._finish_reason(), tuple(self._logprobs) or None)
 
     @property
@@ -109,7 +109,7 @@ class Answer:
         return Timings(seen.queue_seconds or 0.0, first, total, rate, seen.replays)
 
     def _put_echo(self) -> None:
-        """With `echo`, puts the prompt's tokens and text before the answer's, once.
+        """Puts the prompt's tokens and text before the answer's, once, if the request asked for `echo`.
 
         Call it at the first token or at the end: only then are the prompt's log-probabilities complete.
         """

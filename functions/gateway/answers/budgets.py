@@ -86,7 +86,7 @@ class Budgets:
                 return self._known.get(counter, 0) + self._unwritten.get(counter, (0, 0))[0]
 
     def read(self, client_id: str, period: Period) -> int:
-        """Like `used`, but raises ConnectionError, as `LimitsStore.ask` does, instead of using old counts."""
+        """Returns the same as `used`, but raises ConnectionError instead of using old counts if the store does not answer."""
         self._write()
         counter = _counter(client_id, period)
         return self._ask(counter, lambda: self._store.storage.get(counter))
@@ -126,7 +126,7 @@ class Budgets:
 
 
 def seconds_left(period: Period) -> int:
-    """Seconds, at least 1, until the next day or month begins."""
+    """Returns the seconds, at least 1, until the next day or month begins."""
     now = datetime.fromtimestamp(time.time(), UTC)
     midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
     begins = midnight + timedelta(days=1) if period == "day" else (midnight.replace(day=1) + timedelta(days=32)).replace(day=1)

@@ -1,8 +1,9 @@
 """Limits of each client: requests and tokens a minute, budgets, concurrent answers, the longest answer, and priority.
 
-A minute is a sliding window, counted by the package `limits`. A refused request costs nothing else: it is refused before it
-is tokenized. An answer's tokens are counted when it ends, so a client that has any left may begin one more. Concurrent answers
-are counted by each gateway alone; requests and tokens too, unless there is a store that all gateways share.
+A minute is a sliding window, counted by the package `limits`. A request is refused before it is tokenized, so a refused request
+costs nothing else. An answer's tokens are counted when it ends, so a client that has any tokens left may begin one more answer.
+Each gateway counts concurrent answers alone. It also counts requests and tokens alone, unless there is a store that all
+gateways share.
 """
 
 import math
@@ -71,7 +72,7 @@ class ClientLimits:
         return lambda tokens: self._release(client_id, tokens)
 
     def _count_request(self, client_id: str, quota: Quota) -> None:
-        """Counts one request of the client. Raises RateLimited instead if its requests or tokens are used up."""
+        """Counts one request of the client. If the client's requests or tokens are used up, raises RateLimited instead."""
         self._check_budget(client_id, quota)
         for limit, unit in ((quota.tokens_per_minute, "tokens"), (quota.requests_per_minute, "requests")):
             if not limit:
@@ -110,7 +111,10 @@ class ClientLimits:
                 del self._running[client_id]
 
     def _counted(self) -> "SlidingWindows":
-        """The counters. They are made on first use, so that a gateway without limits does not import the package `limits`."""
+        """Returns the counters, which are made on first use.
+
+        So a gateway without limits does not import the package `limits`.
+        """
         with self._lock:
             if self._windows is None:
                 self._windows = SlidingWindows(self.store)

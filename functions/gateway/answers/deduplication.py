@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class PassingBytes(bytes):
-    """An encoded event that is of no use after the next one, such as progress. Listeners that join later do not get it."""
+    """An encoded event that the next event makes useless, such as progress. Listeners that join later do not get it."""
 
 
 class _SharedAnswer(Generic[T]):

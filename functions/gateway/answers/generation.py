@@ -65,9 +65,9 @@ class Looks:
 
 @dataclass(eq=False)
 class Generation:
-    """The answers to one request while they are generated. One thread at a time.
+    """The answers to one request while they are generated. Use it from one thread at a time.
 
-    Iterate `tokens` to its end, then call `response`; or call `close` to cancel.
+    Iterate `tokens` to its end, then call `response`. To cancel, call `close`.
     """
 
     request_id: str

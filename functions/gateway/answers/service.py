@@ -64,9 +64,10 @@ class AnswerService:
     embedder: Embedder | None = None  # if the model makes vectors of texts; None: it generates tokens
 
     def begin(self, request: GenerateRequest, context: RequestContext) -> Generation:
-        """Begins all answers to a request, or none, and returns without waiting for tokens. The caller closes the Generation.
+        """Begins all answers to a request, or none, and returns without waiting for tokens.
 
-        Raises InvalidRequest, MalformedEvent, ModelNotFound, QueueFull, RateLimited, NotReady.
+        The caller closes the Generation. Raises InvalidRequest, MalformedEvent, ModelNotFound, QueueFull, RateLimited,
+        NotReady.
         """
         if self.embedder is not None:
             what = "scores pairs of texts" if self.embedder.classifies else "makes vectors of texts"

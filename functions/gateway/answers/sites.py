@@ -1,7 +1,7 @@
-"""Keeps pages of other sites from using a gateway through the browser of a person who can reach it.
+"""Keeps pages of other sites from using a gateway through the browser of a person who can reach the gateway.
 
-A page may give a gateway's address a name of its own site (DNS rebinding), and it may send some requests to other sites without
-asking them (Fetch Standard, section 3.2.2). Programs other than browsers are not affected by anything here.
+A page may give a gateway's address a name of the page's own site (DNS rebinding). A page may also send some requests to other
+sites without their consent (Fetch Standard, section 3.2.2). Programs other than browsers are not affected by anything here.
 """
 
 import ipaddress
@@ -23,7 +23,7 @@ _ANY: Final = "*"
 
 
 class Sites:
-    """The hosts and the origins that a gateway answers. Thread-safe."""
+    """The host names to which a gateway answers, and the origins of the pages that may use it. Thread-safe."""
 
     def __init__(self, config: GatewayConfig | FleetConfig, *, is_open: bool) -> None:
         """If `is_open`, the gateway has no API keys. With keys any host name is accepted, because a foreign page has no key."""

@@ -1,4 +1,4 @@
-"""Replies over WSGI: server-sent events, or one document after the last token."""
+"""Makes replies over WSGI: a stream of server-sent events, or one document after the last token."""
 
 import logging
 import time

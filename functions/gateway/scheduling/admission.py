@@ -1,4 +1,4 @@
-"""Admission: waiting sequences join micro-batches, as many as capacity and memory allow, and ask stages for memory."""
+"""Admits waiting sequences to micro-batches, as far as capacity and memory allow, and asks stages for their memory."""
 
 import math
 from collections.abc import Sequence as Items

@@ -190,7 +190,7 @@ def may_send(state: SchedulerState, sequence: Sequence) -> bool:
 
 
 def begin_decode_steps(state: SchedulerState) -> list[Trip]:
-    """Begins a decode step for each micro-batch that has none under way and does not migrate. Returns their trips."""
+    """Begins a decode step for each micro-batch that has none under way and does not migrate. Returns the steps' trips."""
     trips = []
     depth = state.placement.num_stages - 1
     too_many = len(state.micro_batches) > 1 and len(state.micro_batches) > state.micro_batches_wanted(state.running)
@@ -325,7 +325,7 @@ def _has_prompt_chunk(state: SchedulerState, sequence: Sequence) -> bool:
 
 
 def _begin(state: SchedulerState, step: Step) -> Trip:
-    """Records in the state, its statistics and its sequences that `step` is sent now. Returns its trip."""
+    """Records in the state, the statistics and the sequences that `step` is sent now. Returns the step's trip."""
     is_prompt = step.micro_batch is None
     if step.micro_batch is not None:
         step.micro_batch.decoding = True

@@ -69,7 +69,8 @@ def row_failed(state: SchedulerState, sequence: Sequence, chunk: Chunk, stage: i
 def _lost(state: SchedulerState, sequence: Sequence, stage: int, status: Status) -> None:
     """Counts that `stage` lost KV of the sequence. Only a second loss at the same stage uses up retry budget.
 
-    Does nothing while an earlier loss is being handled, because later chunks in flight report the same loss again.
+    Does nothing until the sequence has recovered from an earlier loss, because later chunks in flight report the same loss
+    again.
     """
     if sequence.progress.failing or sequence.stream.over:
         return
@@ -115,7 +116,7 @@ def gateway_failed(state: SchedulerState, sequences: Iterable[Sequence]) -> None
 
 
 def settle(state: SchedulerState, sequence: Sequence) -> None:
-    """If the sequence has no chunk in flight: dismisses it if it has ended, or queues it again if it must restart."""
+    """Dismisses a sequence that has ended, or queues one again that must restart. Does nothing while a chunk is in flight."""
     if not sequence.at_rest:
         return
     if sequence.stream.over:
@@ -125,7 +126,7 @@ def settle(state: SchedulerState, sequence: Sequence) -> None:
 
 
 def start_again(state: SchedulerState, sequence: Sequence) -> None:
-    """Queues the sequence again, for another route. It counts as a replay if `broken_by` names a failure."""
+    """Queues the sequence again, for another route. Counts a replay if `broken_by` names a failure."""
     if sequence.broken_by is not None and not sequence.stream.over:
         sequence.waiting_since = time.monotonic()
         replayed(state, sequence, sequence.broken_by)

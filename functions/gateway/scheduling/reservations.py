@@ -1,6 +1,6 @@
-"""Reservations: memory for sequences at all stages, asked for before any of their tokens is computed.
+"""Reservations: memory for sequences at all stages, which the gateway asks for before it sends their tokens.
 
-`reserve` makes the action, threads carry it out without the scheduler's lock, and `reservation_over` applies the replies.
+`reserve` makes the action. Threads carry it out without the scheduler's lock. `reservation_over` applies the replies.
 """
 
 from array import array
@@ -30,7 +30,7 @@ _WORST_FIRST: Final = (Status.INVALID, Status.STALE, Status.MISS, Status.FULL, S
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Action: ask instances for memory for sequences of one micro-batch, before any of their tokens is computed there."""
+    """Action: asks instances for the memory of a micro-batch's sequences, before any of their tokens is computed there."""
 
     sequences: Items[Sequence]
     instances: tuple[Instance, ...]  # of consecutive stages

@@ -307,7 +307,10 @@ class Scheduler:
     # In threads.
 
     def _tick(self) -> None:
-        """The clock's thread: decides when something is due without a reply, such as a deadline or the end of a back-off."""
+        """Runs in the clock's thread: decides when something is due without a reply.
+
+        Such things are a deadline or the end of a back-off.
+        """
         with self._changed:
             while not self._closed:
                 self._clock_looked_at = time.monotonic()

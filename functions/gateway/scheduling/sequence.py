@@ -1,4 +1,4 @@
-"""A sequence: a prompt, the answer that grows from it, what the stages hold of it, and the attempts that it has left.
+"""A sequence: a prompt, its answer so far, the number of its tokens that each stage holds, and its retry budget.
 
 Not thread-safe: the scheduler's lock guards it.
 """
@@ -29,7 +29,10 @@ _GREEDY: Final = Sampling()
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens of one sequence that one step computes at stages 0 to `depth`: a part of a prompt, or the newest token."""
+    """Tokens of one sequence that one step computes at stages 0 to `depth`: a part of a prompt, or the newest token.
+
+    The newest token may be followed by draft tokens.
+    """
 
     position: int  # of its first token in the sequence
     length: int  # without draft tokens
@@ -97,9 +100,9 @@ class Progress:
         self.sent = [sent + draft_tokens for sent in self.sent]
 
     def missed(self, stage: int, held: int) -> None:
-        """Records that `stage` holds only `held` tokens, 0 if another instance takes its place.
+        """Records that `stage` holds only `held` tokens. Use 0 if another instance takes the stage's place.
 
-        The rest is sent again, once chunks in flight have returned.
+        The other tokens are sent again, after chunks in flight have returned.
         """
         self.held[stage] = min(self.held[stage], held)
         self.grammar_known = False
@@ -113,7 +116,7 @@ class Progress:
             self._settle()
 
     def restart(self) -> None:
-        """Begins a new attempt at the sequence: everything is computed again, because no stage holds KV of this attempt yet.
+        """Begins a new attempt, in which all tokens are computed again at all stages.
 
         Call it only while no chunk of the sequence is in flight.
         """
@@ -189,7 +192,7 @@ class RetryBudget:
         self.lost_at.clear()
 
     def failed_at(self, stage: int, chunk: Chunk) -> None:
-        """Counts a failure of `stage` while it had `chunk`.
+        """Counts a failure of `stage` while it computed `chunk`.
 
         Tokens that break a stage break it each time, but accidents happen anywhere. So `failures_here` begins again at 1 if the
         last failure was at another stage or at other tokens.
@@ -268,12 +271,12 @@ class Sequence:
 
     @property
     def at_rest(self) -> bool:
-        """Whether its memory is reserved and none of its chunks is in flight."""
+        """Whether the sequence's memory is reserved and none of its chunks is in flight."""
         return self.progress.in_flight == 0 and self.reserved
 
     @property
     def decodes(self) -> bool:
-        """Whether its next chunk is a decode step and may be sent. A prompt that becomes a vector has none."""
+        """Whether the sequence's next chunk is a decode step and may be sent. False for a prompt that becomes a vector."""
         progress = self.progress
         if self.prompt.pooling is not None:
             return False
@@ -306,7 +309,7 @@ class Sequence:
         return self.chain
 
     def grow(self) -> bool:
-        """Doubles the reservation for its answer, as far as its limits allow. Returns False if no further token would fit."""
+        """Doubles the reservation for the sequence's answer, up to its limits. Returns False if no further token would fit."""
         prompt = len(self.prompt.token_ids)
         self.reserve_tokens = min(prompt + 2 * (self.reserve_tokens - prompt), self.impossible_tokens - 1)
         return self.reserve_tokens > len(self.tokens)

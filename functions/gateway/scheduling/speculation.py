@@ -108,7 +108,7 @@ class AcceptanceRate:
         return (self.accepted + _PRIOR_WEIGHT * prior) / (self.accepted + self.rejected + _PRIOR_WEIGHT)
 
     def count(self, accepted: int, rejected: bool) -> None:
-        """Adds one draft: how many of its tokens were accepted, and whether the next one was rejected."""
+        """Adds one draft: `accepted` of its tokens were accepted, and `rejected` says whether the next one was rejected."""
         self.accepted = self.decay * self.accepted + accepted
         self.rejected = self.decay * self.rejected + rejected
 

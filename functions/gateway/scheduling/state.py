@@ -1,7 +1,7 @@
 """The scheduler's state: all sequences, micro-batches, steps under way, and what must be sent to stages.
 
-The scheduler's lock guards it, and it does no input or output. `decide` makes the changes that can happen next, `apply` those
-that follow from the stages' replies.
+The scheduler's lock guards the state. Nothing here does input or output. `decide` makes the changes that can happen next,
+`apply` those that follow from the stages' replies.
 """
 
 import math
@@ -112,7 +112,7 @@ class SchedulerState:
         return self._lacking
 
     def _is_far(self) -> bool:
-        """Whether the network takes so much of a round that other micro-batches should compute meanwhile."""
+        """Whether the network takes so large a share of a round that other micro-batches should compute meanwhile."""
         network_seconds = sum([stage.network_seconds for stage in self.stats.stages])
         return network_seconds > FAR_SHARE * (sum([stage.service_seconds for stage in self.stats.stages]) - network_seconds)
 
@@ -142,7 +142,7 @@ class SchedulerState:
     def expire(self, now: float) -> None:
         """Ends sequences whose deadline has passed, and those that have waited too long for a stage without an instance.
 
-        now: in time.monotonic().
+        `now` is in time.monotonic().
         """
         if now >= self.next_deadline:  # looking at all sequences whenever anything happens would take long
             for sequence in [each for each in self.sequences.values() if each.deadline <= now and not each.stream.over]:
@@ -182,7 +182,7 @@ class SchedulerState:
     def abandon(self, sequence: Sequence, problem: Problem) -> None:
         """Ends a sequence whose state is unknown after an error in the gateway.
 
-        Its memory is released at once. If a step still carries it, its memory is released once more after that step.
+        Releases the sequence's memory at once, and once more after the last step that still carries the sequence.
         """
         if sequence.id not in self.sequences:
             return
@@ -223,7 +223,10 @@ class SchedulerState:
         self.stats.sequences[stream.problem.name if stream.problem else stream.finish_reason or "?"] += 1
 
     def step_over(self, trip: Trip) -> None:
-        """Removes the step of a trip that has ended, successfully or not. Its replies must have been applied."""
+        """Removes the step of a trip that has ended, successfully or not.
+
+        Call it after the trip's replies have been applied.
+        """
         step = self.steps.pop(trip)
         if step.micro_batch is not None:
             step.micro_batch.decoding = False

@@ -111,7 +111,7 @@ class StageStats:
             self.network_seconds = _moved_estimate(self.network_seconds, max(0.0, seconds - at_stage))
 
     def prompt_pass(self, tokens: int, seconds: float) -> None:
-        """Adds a forward pass that computed a prompt chunk. tokens: of all events in the pass."""
+        """Adds a forward pass that computed a prompt chunk. `tokens` are those of all events in the pass."""
         if tokens >= _FEWEST_PROMPT_TOKENS:
             weight = _PROMPT_WEIGHT if self.prompt_token_seconds else 1.0
             self.prompt_token_seconds += weight * (seconds / tokens - self.prompt_token_seconds)

@@ -191,7 +191,7 @@ class TokenStream:
                 self._end(None)
 
     def _end(self, reason: FinishReason | None) -> None:
-        """Ends the stream. The caller holds its lock. reason: None if the answer failed."""
+        """Ends the stream. The caller holds the stream's lock. If `reason` is None, the answer failed."""
         self.finish_reason = reason
         self._ended_at = time.monotonic()
         self.over = True

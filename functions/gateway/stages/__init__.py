@@ -1,4 +1,4 @@
-"""The stages as the gateway sees them: instances and routes, the watch that finds them, a step's trip through them.
+"""The stages as the gateway sees them: instances, routes, the watch that finds instances, and trips through all stages.
 
 May import: eventing, eventing.wire, eventing.http, functions.observing.
 """

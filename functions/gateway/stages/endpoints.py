@@ -77,9 +77,10 @@ def service_name(url: str) -> str:
 
 
 def endpoints_of(slices: Iterable[Slice], pods: PodNetwork) -> Found:
-    """Collects the pods' addresses from the EndpointSlices of one stage. Missing fields have Kubernetes's defaults.
+    """Collects the pods' addresses from the EndpointSlices of one stage.
 
-    pods: the network to which requests may be sent; addresses outside it are returned as refused.
+    Requests may be sent to the network `pods` only. Addresses outside it are returned as refused. Missing fields have
+    Kubernetes's defaults.
     """
     found: dict[str, Endpoint] = {}
     refused: dict[str, str] = {}
@@ -138,7 +139,7 @@ class EndpointsWatch:
         self.slices = ObjectWatch(api, chosen, Slice, f"the instances {names}", self._changed, self._lost)
 
     def follow(self, service: str, on_change: OnEndpoints) -> None:
-        """Reports the Service's instances to `on_change`: at once if they are known, and after each change."""
+        """Reports the Service's instances to `on_change` after each change, and also at once if they are known."""
         with self._lock:
             followed = self._followed[service] = _Followed(service, self._pods, on_change, keeps_last=self._keeps_last)
             if self._unknown:

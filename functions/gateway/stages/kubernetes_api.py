@@ -71,7 +71,7 @@ class Unreadable(ValueError):
 
 
 def reader(type_: type[V]) -> Callable[[bytes | msgspec.Raw], V]:
-    """Returns a function that decodes JSON of this type. It raises Unreadable."""
+    """Returns a function that decodes JSON of this type and raises Unreadable if that fails."""
     decode = msgspec.json.Decoder(type_).decode
 
     def read(data: bytes | msgspec.Raw) -> V:
@@ -154,7 +154,10 @@ class KubernetesAPI:
         return self._request("GET", f"{self._url}/{name}")
 
     def replace(self, name: str, body: bytes) -> None:
-        """Writes the object, if it still has the resourceVersion in `body`. Raises ReplaceConflict or KubernetesError."""
+        """Replaces the object with `body`, if the object still has the resourceVersion in `body`.
+
+        Raises ReplaceConflict if it has another one, or KubernetesError.
+        """
         self._request("PUT", f"{self._url}/{name}", body)
 
     def _request(self, method: str, url: str, body: bytes | None = None) -> bytes:
@@ -186,7 +189,7 @@ def _check(response: urllib3.BaseHTTPResponse) -> None:
 def lines_of(stream: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
     """Yields complete lines as they arrive.
 
-    A line that is cut off by the connection's end is dropped: the next watch repeats it.
+    Drops a line that the end of the connection cuts off. The next watch repeats the line.
     """
     begun, length = [], 0
     while part := stream.read1(2**16):
@@ -246,7 +249,10 @@ class ObjectWatch(Generic[T]):
         self._thread.join(CONNECT_SECONDS)
 
     def _run(self) -> None:
-        """The thread's loop. It survives all errors: otherwise the gateway would go on with objects that are gone."""
+        """Runs the thread's loop, which survives all errors.
+
+        Otherwise the gateway would go on with objects that no longer exist.
+        """
         pause = _FIRST_PAUSE_SECONDS
         while not self._stopped.is_set():
             try:

@@ -1,10 +1,12 @@
 """Finds instances that are ready before Kubernetes reports them, by probing their queue-proxy as Knative's activator does.
 
-queue-proxy recognizes a probe by its User-Agent (HealthCheckUAPrefixes in knative/serving pkg/queue/sharedmain/handlers.go);
-a request with another one goes to the function. It replies to a probe with 200 and `queue` once the function is ready, and with
-400 unless the header `K-Network-Probe` is `queue` (pkg/queue/health). For each probe it probes the function every 50 ms for up
-to ten seconds. It does not count probes as requests. The kubelet gives up its first probe after a second and repeats it ten
-seconds later, so an EndpointSlice alone can be ten seconds late.
+The kubelet gives up its first probe after a second and repeats it ten seconds later, so an EndpointSlice alone can be ten
+seconds late.
+
+queue-proxy recognizes a probe by its User-Agent (HealthCheckUAPrefixes in knative/serving pkg/queue/sharedmain/handlers.go). It
+passes other requests to the function. It replies to a probe with 200 and `queue` once the function is ready, and with 400
+unless the header `K-Network-Probe` is `queue` (pkg/queue/health). For each probe, queue-proxy itself probes the function every
+50 ms for up to ten seconds. It does not count probes as requests.
 """
 
 import logging
@@ -72,7 +74,10 @@ class EarlyReadiness:
         self._on_change(stage, told)
 
     def _ask(self, stage: int, url: str) -> None:
-        """Probes one instance until it is ready, or Kubernetes reports it ready or gone. Runs in a thread of its own."""
+        """Probes one instance until it is ready, or Kubernetes reports it as ready or no longer lists it.
+
+        Runs in a thread of its own.
+        """
         try:
             while not self._passes(url):
                 self._stopped.wait(_PAUSE_SECONDS)

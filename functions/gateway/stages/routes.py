@@ -142,14 +142,14 @@ class Instance:
     slow: bool = False  # its pace has reached SLOW_FROM, and has not fallen below _QUICK_BELOW since
 
     def suspended(self, now: float) -> bool:
-        """Whether events to the instance would probably fail, because it failed recently. now: in time.monotonic()."""
+        """Whether events to the instance would probably fail, because it failed recently. `now` is in time.monotonic()."""
         return now < self.suspended_until
 
     def usable(self, now: float) -> bool:
         return self.ready and self.awake and not self.terminating and not self.suspended(now)
 
     def lacks(self, reserve_tokens: int) -> bool:
-        """Whether it has, by its last reply, fewer free KV tokens than `reserve_tokens`."""
+        """Whether the instance, by its last reply, has fewer free KV tokens than `reserve_tokens`."""
         return self.free_tokens is not None and self.free_tokens < reserve_tokens
 
     def replied(self, boot: str, free_tokens: int | None, before: str = "", lineage: str = "") -> None:
@@ -190,10 +190,10 @@ class Instance:
         return (self.pass_seconds + passes) / (self.quickest_seconds + passes)
 
     def suspend(self, now: float) -> None:
-        """Gives the instance no work for a while, which is longer after each failure.
+        """Gives the instance no work for a while. The time gets longer with each failure.
 
-        Failures during a suspension are not counted: these events were under way already. A pod may die with many events in
-        hand and be back at once.
+        Failures during a suspension are not counted, because these events were under way already. A pod may die with many
+        events in hand and be back at once.
         """
         if self.suspended(now):
             return
@@ -362,7 +362,7 @@ class Placement:
         return tuple(urls[:MAX_PEERS])
 
     def strands(self, route: Route) -> bool:
-        """Whether an instance of `route` terminates and its stage has no other. The stage has to be woken then."""
+        """Whether an instance of `route` terminates and its stage has no other ready instance. That stage has to be woken."""
         return bool([each for each in route.instances if each.terminating and not self._current[each.stage]])
 
     def outdated(self, route: Route) -> bool:
@@ -398,7 +398,7 @@ class Placement:
         return max([slowness_of(self._current[each.stage]).get(each.url, 1.0) for each in route.instances])
 
     def next_resumption(self, now: float) -> float:
-        """When the next suspension ends, in time.monotonic(); infinity if none is pending."""
+        """Returns when the next suspension of an instance ends, in time.monotonic(). Infinity if no instance is suspended."""
         ends = [each.suspended_until for known in self.stages for each in known.values() if each.suspended_until > now]
         return min(ends, default=math.inf)
 

@@ -1,7 +1,7 @@
 """Remembers to which instances the gateway sent each prefix chain, so that a sequence goes where its prefix may be cached.
 
-The memory is only a hint: an instance may have evicted the prefix, and other gateways send sequences too. The reply to a
-reservation says what an instance really holds.
+This is only a hint: an instance may have evicted the prefix, and other gateways send sequences too. The reply to a reservation
+says what an instance really holds.
 """
 
 from collections import OrderedDict
@@ -17,7 +17,10 @@ MAX_DIGESTS: Final = 2**15  # of half a million tokens; some 8 MB
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WhereHeld:
-    """Maps digests of prefix chains to instances; forgets the least recently used digests. The scheduler's lock protects it."""
+    """Maps digests of prefix chains to instances, and forgets the least recently used digests.
+
+    The scheduler's lock protects it.
+    """
 
     _places: OrderedDict[bytes, tuple[tuple[Instance, str], ...]] = field(default_factory=OrderedDict)
 

@@ -88,7 +88,10 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """A jinja2 extension for `{% generation %}`, which marks assistant messages for training: renders the text inside it."""
+    """A jinja2 extension for `{% generation %}`, which marks assistant messages for training.
+
+    Renders the text inside the tag.
+    """
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own way
 

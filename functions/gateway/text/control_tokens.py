@@ -167,7 +167,7 @@ def _is_role(key: Any, value: Any) -> bool:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """All strings within a value that can be guarded."""
+    """Yields all strings that `guard` would guard within a value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

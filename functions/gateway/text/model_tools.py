@@ -1,4 +1,4 @@
-"""How tools are presented to a model: by its chat template, or in Hermes' prompt format if the template has no tools."""
+"""Presents tools to a model: by its chat template, or in Hermes' prompt format if the template has no tools."""
 
 import json
 from collections.abc import Mapping, Sequence

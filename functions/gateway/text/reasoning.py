@@ -52,7 +52,10 @@ class Reasoning:
         return [TextDelta(kind, held)] if held and self._state != "after" else []
 
     def _next(self) -> TextDelta | None:
-        """Removes the next part from the held text and returns it; its text may be empty. None if more text is needed."""
+        """Removes the next part from the held text and returns it. Returns None if more text is needed.
+
+        The part's text may be empty.
+        """
         if self._state == "before":
             return self._first()
         if self._state == "inside":

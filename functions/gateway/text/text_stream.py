@@ -12,7 +12,7 @@ _REPLACEMENT: Final = "\ufffd"
 
 
 class Detokenizer:
-    """Decodes an answer token by token. Returned text never changes, and all of it together is the answer's text."""
+    """Decodes an answer token by token. Text that was returned never changes. All of it together is the answer's text."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), special: bool = False) -> None:
         """`before` are tokens that the answer continues. Empty for a text of its own, such as a chat message.

@@ -151,9 +151,9 @@ class ToolCallParser:
         return TextDelta("content", content) if content.strip() else None
 
     def _whole_call(self, text: str, end: int) -> ToolCallDelta | None:
-        """Parses a complete call that the format's `head` does not match: keys in another order, or no arguments.
+        """Parses a complete call that the format's `head` does not match: its keys have another order, or it has no arguments.
 
-        text: begins with the call's object, which ends at `end`. None if the object is no call.
+        `text` begins with the call's object, which ends at `end`. Returns None if the object is no call.
         """
         try:
             call: Any = msgspec.json.decode(text[:end])  # refuses lone surrogates, which no text can hold
@@ -177,7 +177,7 @@ class ToolCallParser:
         return ToolCallDelta(self.calls - 1, arguments=arguments) if arguments else None
 
     def _in_rest(self, _: bool) -> None:
-        """Drops everything up to the brace that closes the call."""
+        """Drops the text up to the brace that closes the call."""
         end = self._nesting.end(self._text)
         self._text = "" if end is None else self._text[end:]
         if end is not None:

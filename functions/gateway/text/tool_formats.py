@@ -1,6 +1,7 @@
-"""Formats of tool calls: Hermes and Qwen, Llama 3, Mistral. A model's format is set, or found in its chat template.
+"""Formats of tool calls: Hermes and Qwen, Llama 3, Mistral.
 
-A grammar writes forced calls in the model's own format, so that they are parsed like any others.
+A model's format is set, or found in its chat template. A grammar writes forced calls in the model's own format, so that they
+are parsed like any others.
 """
 
 import hashlib
