@@ -1,7 +1,8 @@
-"""Events, their bytes, and their delivery over HTTP. Tensors are bytes with dtype and shape; imports neither torch nor Flask.
+"""CloudEvents of Lamina, their bytes, and their delivery over HTTP.
 
-`wire` has the formats, `http` delivers them, `problems` has the reasons to refuse an event, and `claim_check` moves payloads
-that are too large for an intermediary into the store.
+Tensors are bytes with a dtype and a shape. Neither torch nor Flask is imported. `wire` has the formats and `http` delivers the
+events. `problems` has the reasons to refuse an event. `claim_check` moves payloads that are too large for an intermediary into
+the object store.
 
 May import: storage, storage.store, eventing.wire.
 """

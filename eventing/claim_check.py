@@ -1,8 +1,11 @@
-"""Claim check: data too large for an intermediary is put into the object store, and the event carries a reference (`dataref`).
+"""Claim check: large event data is put into the object store, and the event carries a reference to it (`dataref`).
 
-Brokers and channels pass on 64 KiB and may drop more. Gateway and stages talk directly and do not use it. A payload's key is
-its expiry, rounded up to the hour, and its SHA-256, so a repeated delivery writes the same object, and `sweep` finds expired
-payloads by their names. Reading a payload does not delete it, because the same event may be delivered again.
+It is for events that pass Brokers and channels, which pass on 64 KiB and may drop larger events. Gateway and stages talk to
+each other directly and do not use it.
+
+A payload's key is the payload's expiry, rounded up to the hour, and its SHA-256. So a repeated delivery writes the same object,
+and `sweep` finds expired payloads by their names. Reading a payload does not delete it, because the same event may be delivered
+again.
 """
 
 import hashlib
@@ -37,7 +40,7 @@ class ClaimCheck:
     """Stores payloads of events under one prefix of one bucket and fetches them. Refuses references to any other place."""
 
     def __init__(self, store: PayloadStore, bucket: str, prefix: str = CLAIMS_PREFIX) -> None:
-        """prefix: ends in `/`."""
+        """Uses the objects of `bucket` whose keys begin with `prefix`, which must end in `/`."""
         if not prefix.endswith("/"):
             raise ValueError(f"the prefix {prefix!r} must end in '/'")
         self._store = store
@@ -45,9 +48,10 @@ class ClaimCheck:
         self._root = f"s3://{bucket}/{prefix}"
 
     def check_in(self, event: CloudEvent, now: datetime) -> CloudEvent:
-        """The event itself up to SAFE_EVENT_BYTES; a larger one's data is stored, and the returned event refers to it.
+        """Returns the event itself if it has at most SAFE_EVENT_BYTES.
 
-        now: with a time zone. Raises NotReady if the store fails.
+        Otherwise stores its data and returns an event that refers to it. `now` has a time zone. Raises NotReady if the store
+        fails.
         """
         if event_bytes(event) <= SAFE_EVENT_BYTES:
             return event
@@ -56,9 +60,10 @@ class ClaimCheck:
         return self._stored(event.get_attributes(), len(data), digest, now, lambda key: self._store.put(key, data))
 
     def redeem(self, event: CloudEvent) -> CloudEvent:
-        """The event with its data, which is fetched and verified if the event carries a reference; otherwise the event itself.
+        """Fetches and verifies the data of an event with a reference, and returns the event with it.
 
-        Raises MalformedEvent, EventTooLarge, EventExpired (the payload was deleted), NotReady (the store failed).
+        Returns any other event unchanged. Raises MalformedEvent, EventTooLarge, EventExpired (the payload was deleted),
+        NotReady (the store failed).
         """
         reference = event.get_extension(Attribute.DATAREF)
         if reference is None:
@@ -74,9 +79,9 @@ class ClaimCheck:
         return checked_event(attributes, data)
 
     def pieces(self, event: CloudEvent) -> Iterator[bytes]:
-        """The event's data piece by piece: fetched if it carries a reference, in bounded memory.
+        """Yields the event's data piece by piece. Data behind a reference is fetched in bounded memory.
 
-        Raises as `redeem` does, if the data has another digest only after its last piece.
+        Raises the errors of `redeem`. A wrong digest is found, and raised, only after the last piece.
         """
         reference = event.get_extension(Attribute.DATAREF)
         if reference is None:
@@ -96,10 +101,11 @@ class ClaimCheck:
     def check_in_pieces(
         self, event: CloudEvent, content_type: str, pieces: Callable[[], Iterator[bytes]], now: datetime
     ) -> CloudEvent:
-        """The event, which has no data, with those of `pieces`: up to SAFE_EVENT_BYTES itself, more by reference.
+        """Adds the data of `pieces` to an event without data, and returns the event.
 
-        pieces: returns the same bytes each time it is called; they are never in memory together. now: with a time zone. Raises
-        NotReady if the store fails.
+        The returned event carries up to SAFE_EVENT_BYTES itself; otherwise the data is stored and the event refers to it.
+        `pieces` must return the same bytes at each call; they are never in memory together when they are stored. `now` has a
+        time zone. Raises NotReady if the store fails.
         """
         attributes = dict(event.get_attributes()) | {"datacontenttype": content_type}
         size, digest = event_bytes(event), hashlib.sha256()
@@ -114,7 +120,7 @@ class ClaimCheck:
     def _stored(
         self, attributes: Mapping[str, Any], size: int, digest: str, now: datetime, put: Callable[[str], object]
     ) -> CloudEvent:
-        """Stores a payload by `put`, which gets its key, and returns the event that refers to it. Raises NotReady."""
+        """Stores a payload and returns the event that refers to it. `put` is called with the payload's key. Raises NotReady."""
         name = f"{_hour_after(expiry_time(attributes) or now + DEFAULT_LIFETIME)}/{digest}"
         with _store_errors():
             put(self._prefix + name)
@@ -122,7 +128,10 @@ class ClaimCheck:
         return checked_event({**attributes, **dict(zip(_REFERENCE, reference, strict=True))}, None)
 
     def _expected(self, event: CloudEvent, reference: str) -> tuple[str, int, str]:
-        """The name of a payload, and the length and the digest that it must have. Raises MalformedEvent, EventTooLarge."""
+        """Returns the payload's name, and the length and digest that the event says it has.
+
+        Raises MalformedEvent or EventTooLarge.
+        """
         name = reference.removeprefix(self._root)
         hour, _, digest = name.partition("/")
         if name == reference or _end_of_hour(hour) is None or not _DIGEST.fullmatch(digest):
@@ -135,7 +144,7 @@ class ClaimCheck:
 
 
 def sweep(store: "ObjectStore", now: datetime, prefix: str = CLAIMS_PREFIX) -> int:
-    """Deletes expired payloads under `prefix` and returns how many. now: with a time zone."""
+    """Deletes expired payloads under `prefix` and returns how many it deleted. `now` has a time zone."""
     over = []
     for info in store.list(prefix):
         end = _end_of_hour(info.key.removeprefix(prefix).partition("/")[0])
@@ -147,7 +156,7 @@ def sweep(store: "ObjectStore", now: datetime, prefix: str = CLAIMS_PREFIX) -> i
 
 
 def event_bytes(event: CloudEvent) -> int:
-    """Approximate size of an event on the wire, in bytes: data and attributes, in binary or structured mode."""
+    """Returns the approximate size of an event on the wire, in bytes: data and attributes, in binary or structured mode."""
     attributes = event.get_attributes().items()
     return sum(memoryview(buffer).nbytes for buffer in data_buffers(event)) + sum(
         len(name) + len(attribute_text(value) or "") + len("ce-: \r\n") for name, value in attributes
@@ -156,10 +165,10 @@ def event_bytes(event: CloudEvent) -> int:
 
 @contextmanager
 def _store_errors(reference: str | None = None) -> Iterator[None]:
-    """Raises failures of the store as NotReady, so that the event is delivered again; EventExpired if a payload is gone.
+    """Context manager that turns errors of the store into NotReady, so that the event is delivered again.
 
-    reference: of the payload that is read; None: one is written. If the event becomes a dead letter, the message names the
-    store's error.
+    While a payload is read, `reference` names it, and a missing object raises EventExpired instead. While one is written,
+    `reference` is None.
     """
     try:
         yield
@@ -170,9 +179,9 @@ def _store_errors(reference: str | None = None) -> Iterator[None]:
 
 
 def _hour_after(moment: datetime) -> str:
-    """The name of the hour from whose beginning on a payload that expires at `moment` may be deleted: the next full hour.
+    """Names the next full hour after `moment`, at which a payload that expires at `moment` may be deleted.
 
-    A moment in the last hour of the calendar has that hour itself.
+    For a moment in the last hour of the calendar, returns the name of that hour.
     """
     latest = datetime.max.replace(tzinfo=UTC) - timedelta(hours=1)
     return (min(moment.astimezone(UTC), latest) + timedelta(hours=1)).strftime(_HOUR)

@@ -1,7 +1,7 @@
 """Reasons to refuse an event as a whole, as exceptions and as problem documents (RFC 9457).
 
-There is one class per condition. Its `type` tells Lamina's refusals from the infrastructure's. Knative Eventing retries 404,
-408, 409, 429 and 5xx and takes any other 4xx as final; the statuses are chosen for that.
+There is one class for each condition. The document's `type` tells refusals of Lamina from those of the infrastructure. The
+statuses are chosen for Knative Eventing, which retries after 404, 408, 409, 429 and 5xx and never after another 4xx.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ _TYPE_PREFIX: Final = "urn:lamina:problem:"
 
 
 class Problem(Exception):
-    """Base class of the reasons to refuse an event. `str(problem)` says what was seen and what to do."""
+    """Base class of the reasons to refuse an event. `str(problem)` says what was seen, and what to do."""
 
     status: ClassVar[int] = 500
     name: ClassVar[str] = "internal"
@@ -27,11 +27,11 @@ class Problem(Exception):
         return _TYPE_PREFIX + self.name
 
     def headers(self) -> dict[str, str]:
-        """Headers that every reply with this problem has, whichever server sends it."""
+        """Returns the headers that every reply with this problem has: Retry-After, if `retry_after_seconds` is set."""
         return {} if self.retry_after_seconds is None else {"Retry-After": str(self.retry_after_seconds)}
 
     def document(self) -> bytes:
-        """The `application/problem+json` body."""
+        """Returns the body of the reply, an `application/problem+json` document."""
         return msgspec.json.encode(
             {"type": self.type, "title": self.title, "status": self.status, "detail": str(self)},
         )
@@ -53,13 +53,16 @@ class Unauthorized(Problem):
 
 
 class CrossSite(Problem):
-    """403. A browser sent it for a page of another site. A retry does not help."""
+    """403. A browser sent the request for a page of another site. A retry does not help."""
 
     status, name, title = 403, "cross-site", "Pages of this site may not ask here"
 
 
 class UnknownHost(Problem):
-    """421. The Host is no name of this function, so a page may have made it up. A retry does not help."""
+    """421. The Host header is no name of this function: a page of another site may have sent the request.
+
+    A retry does not help.
+    """
 
     status, name, title = 421, "unknown-host", "This function does not answer to that name"
 
@@ -77,25 +80,25 @@ class NotFound(Problem):
 
 
 class ModelNotFound(NotFound):
-    """404. The gateway serves no model, or no adapter of its model, of this name. A retry helps only after it was published."""
+    """404. The gateway serves no model or adapter of this name. A retry helps only after somebody has published one."""
 
     name, title = "model-not-found", "This model is not served here"
 
 
 class EventExpired(Problem):
-    """410. `expirytime` has passed: the answer is no longer awaited. A retry does not help."""
+    """410. `expirytime` has passed, so nobody awaits the answer. A retry does not help."""
 
     status, name, title = 410, "event-expired", "The event expired before it was worked on"
 
 
 class EventTooLarge(Problem):
-    """413. More bytes, rows or tokens than this function takes. A retry does not help."""
+    """413. The event has more bytes, rows or tokens than this function accepts. A retry does not help."""
 
     status, name, title = 413, "event-too-large", "The event is too large"
 
 
 class UnsupportedMediaType(Problem):
-    """415. A Batch in structured mode, or a content type that is not served. A retry does not help."""
+    """415. The event is a Batch in structured mode, or its content type is not served. A retry does not help."""
 
     status, name, title = 415, "unsupported-media-type", "The content type or mode is not supported for this event"
 
@@ -107,13 +110,13 @@ class WrongPipeline(Problem):
 
 
 class WrongLayer(Problem):
-    """421. The event wants another layer than this stage's first. A retry does not help."""
+    """421. The event is for a layer that is not this stage's first layer. A retry does not help."""
 
     status, name, title = 421, "wrong-layer", "The event wants a layer that this stage does not begin with"
 
 
 class InvalidRequest(Problem):
-    """422. The request is well-formed and its values cannot be served. A retry does not help."""
+    """422. The request is well-formed, but its values cannot be served. A retry does not help."""
 
     status, name, title = 422, "invalid-request", "The request cannot be served as it is"
 
@@ -125,9 +128,9 @@ class ContextExceeded(InvalidRequest):
 
     @classmethod
     def by(cls, seen: str, context_length: int) -> Self:
-        """The error in the OpenAI API's words, by which client programs recognize it. All its places use this.
+        """Makes the error with the OpenAI API's words, by which client programs recognize it.
 
-        seen: what does not fit, as the rest of a sentence. context_length: in tokens.
+        `seen` says what does not fit, as the rest of a sentence. `context_length` is in tokens.
         """
         return cls(
             f"This model's maximum context length is {context_length} tokens. However, {seen}. Please reduce its length."
@@ -135,13 +138,13 @@ class ContextExceeded(InvalidRequest):
 
 
 class QueueFull(Problem):
-    """429. The bounded queue is full. A retry helps, later."""
+    """429. The bounded queue is full. A retry helps later."""
 
     status, name, title, retry_after_seconds = 429, "queue-full", "Too many requests wait already", 1
 
 
 class RateLimited(Problem):
-    """429. This client has used up its rate. A retry helps after Retry-After."""
+    """429. This client has reached one of its limits. A retry helps after Retry-After."""
 
     status, name, title = 429, "rate-limited", "This client asks for more than it may"
     retry_after_seconds: int | None = 1
@@ -158,7 +161,7 @@ class ReplaysExhausted(Problem):
 
 
 class AdapterUnusable(Problem):
-    """500. A stage cannot load the adapter that the request names, as its object is missing or altered. Publish it again."""
+    """500. A stage cannot load the adapter of the request: its object is missing or altered. Publish the adapter again."""
 
     status, name, title = 500, "adapter-unusable", "A stage cannot use the adapter"
 
@@ -170,7 +173,7 @@ class NotReady(Problem):
 
 
 class Overloaded(NotReady):
-    """503. Requests in memory have reached their limit of bytes. A retry helps, a little later."""
+    """503. The bodies of all requests in memory have reached their limit of bytes. A retry helps a little later."""
 
     name, title = "overloaded", "This instance holds as much as it can"
 
@@ -203,7 +206,7 @@ class _Document(msgspec.Struct):
 
 
 def problem_from_document(body: bytes) -> Problem | None:
-    """The exception that a reply's body describes; None if it is not a problem document of Lamina's."""
+    """Returns the exception that a reply's body describes; None if the body is not a problem document of Lamina."""
     try:
         document = msgspec.json.decode(body, type=_Document)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -1,4 +1,4 @@
-"""`python -m functions`: the entry point of stages and of the gateway, chosen by the environment."""
+"""`python -m functions`: the entry point of stages and gateways. The environment says which of them runs."""
 
 import logging
 import os
@@ -86,10 +86,10 @@ def _serve(config: Config, start_up: StartUp, environ: Mapping[str, str]) -> int
 
 
 def _function(config: Config, start_up: StartUp, environ: Mapping[str, str]) -> "Function":
-    """The configured function. What others wait for begins before its remaining modules are imported: a stage's weights, and
-    the other stages' starts, for a request that starts a gateway at zero will need them all.
+    """Builds the function that the configuration describes. Raises ConfigError.
 
-    Raises ConfigError.
+    Some work takes long, so it begins before the function's remaining modules are imported. A stage loads its weights. A
+    gateway wakes its stages, because a request that starts a gateway from zero needs all of them.
     """
     if isinstance(config, StageConfig):
         from functions.stage.serving.arriving import ArrivingModel

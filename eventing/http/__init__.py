@@ -1,6 +1,6 @@
 """Events over HTTP: the CloudEvents binding, delivery over kept-alive connections, server-sent events.
 
-Addresses of pods and the targets of requests are read here, too.
+Also checks the addresses of pods, sets up TLS between pods, and parses the targets of requests.
 
 May import: eventing, eventing.wire.
 """

@@ -1,8 +1,8 @@
 """Converts CloudEvents to HTTP and back (CloudEvents 1.0.2, HTTP protocol binding and JSON format), over the cloudevents SDK.
 
-Binary mode carries any data, structured and batched mode only JSON; a Batch in structured mode is refused with 415. `from_http`
-refuses batched mode, which has functions of its own. The SDK's JSONFormat would decode event data, copy it and guess its type;
-`_PassThrough` keeps it as bytes.
+Binary mode carries any data; structured and batched mode carry only JSON. A Batch in structured mode is refused with 415.
+`from_http` refuses batched mode, for which there is `from_batched_http`. The SDK's own JSONFormat would decode the event's
+data, copy it and guess its type, so `_PassThrough` replaces it and keeps the data as bytes.
 """
 
 import base64
@@ -32,7 +32,7 @@ _STRINGS: Final = (*REQUIRED, "datacontenttype", "dataschema", "subject", "time"
 
 
 def to_binary_http(event: CloudEvent) -> tuple[dict[str, str], list[Buffer]]:
-    """The headers (names in lower case) and the body of an event in binary mode.
+    """Returns the headers (names in lower case) and the body of an event in binary mode.
 
     The body is a list of buffers that are the event's own data: nothing is copied.
     """
@@ -40,7 +40,7 @@ def to_binary_http(event: CloudEvent) -> tuple[dict[str, str], list[Buffer]]:
 
 
 def to_structured_http(event: CloudEvent) -> tuple[dict[str, str], list[Buffer]]:
-    """The headers and the body of an event in structured mode. Raises UnsupportedMediaType if its data is not JSON."""
+    """Returns the headers and the body of an event in structured mode. Raises UnsupportedMediaType if its data is not JSON."""
     message = to_structured(event, _FORMAT)
     return message.headers, [message.body]
 
@@ -64,7 +64,7 @@ def from_http(headers: Headers, body: bytes | bytearray | memoryview) -> CloudEv
 def from_batched_http(body: bytes | memoryview) -> list[CloudEvent]:
     """Reads the events of a request in batched mode (JSON batch format, CloudEvents 1.0.2, JSON format, section 4).
 
-    Raises MalformedEvent, whose message says which of the events is wrong.
+    Raises MalformedEvent; its message says which of the events is wrong.
     """
     try:
         pieces = msgspec.json.decode(body, type=list[msgspec.Raw])
@@ -80,12 +80,15 @@ def from_batched_http(body: bytes | memoryview) -> list[CloudEvent]:
 
 
 def to_batched_http(events: Iterable[CloudEvent]) -> tuple[dict[str, str], list[Buffer]]:
-    """The headers and the body of events in batched mode. Raises UnsupportedMediaType if an event's data is not JSON."""
+    """Returns the headers and the body of events in batched mode.
+
+    Raises UnsupportedMediaType if an event's data is not JSON.
+    """
     return {"content-type": BATCHED_CONTENT_TYPE}, [b"[" + b",".join(_FORMAT.write(event) for event in events) + b"]"]
 
 
 class _PassThrough(JSONFormat):
-    """JSON format for the SDK: leaves event data as the bytes or buffers that it is, and reads structured events strictly."""
+    """The SDK's JSON format, except that event data stays bytes or buffers, and structured events are read strictly."""
 
     def read_data(self, body: Any, datacontenttype: str | None) -> Any:
         return body
@@ -145,7 +148,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _shown(value: object) -> str:
-    """Describes a value in an error message: a string's first 40 characters, else the JSON type, since a text may be long."""
+    """Describes a value in an error message: a string by its first 40 characters, any other value by its JSON type."""
     if isinstance(value, str):
         return repr(value[:40])
     return f"a JSON {type(value).__name__}" + (f", {value}" if isinstance(value, float) else "")
@@ -186,7 +189,7 @@ def _structured_data(members: dict[str, Any]) -> bytes | None:
 
 
 def _attribute(name: str, value: object) -> str | datetime:
-    """Converts a member of a structured event to the value that the attribute has in binary mode; `time` to a datetime.
+    """Converts a member of a structured event to the attribute's value in binary mode: a string, or a datetime for `time`.
 
     Raises MalformedEvent.
     """

@@ -1,8 +1,9 @@
-"""Sends requests over HTTP/1.1, each in one attempt, on connections that are kept alive.
+"""Sends requests over HTTP/1.1 on kept-alive connections, one attempt for each.
 
-There are no retries: the gateway answers a failure with another route and a replay. Redirects are never followed, and proxies
-from the environment never used. The client is the project's own: http.client reads headers as if they were mail and sends head
-and body apart, and urllib3 limits the sending of a body by the connect timeout (docs/log.md has the numbers).
+There are no retries here: after a failure the gateway chooses another route and replays the sequence. Redirects are never
+followed, and proxies from the environment are never used. This client replaces two libraries. http.client parses headers like
+mail and sends head and body separately; urllib3 limits the sending of a body by the connect timeout (docs/log.md has the
+numbers).
 """
 
 import contextlib
@@ -42,23 +43,26 @@ _KNATIVE_PREFIXES: Final = ("k-", "kn-", "knative-")
 
 
 class DeliveryError(Exception):
-    """Base class: no function of Lamina replied to the request. The message names the URL."""
+    """Base class of failed deliveries: no function of Lamina replied to the request. The message names the URL."""
 
 
 class Unreachable(DeliveryError):
-    """No connection could be made (refused, no route, unknown name, TLS, none free in the pool): nothing was delivered."""
+    """Nothing was delivered, because no connection was available.
+
+    It was refused, had no route, an unknown name or a TLS error, or no connection of the pool became free.
+    """
 
 
 class ConnectionBroken(DeliveryError):
-    """The connection broke before the whole reply came: the event may have been handled or not."""
+    """The connection broke before the whole reply came. The receiver may have handled the event or not."""
 
 
 class DeliveryTimeout(DeliveryError):
-    """The whole reply did not come in time: the event may have been handled or not."""
+    """The whole reply did not come in time. The receiver may have handled the event or not."""
 
 
 class InfrastructureError(DeliveryError):
-    """A reply that is neither 2xx nor a problem document of Lamina's. A proxy, an activator or a server sent it."""
+    """The reply is neither 2xx nor a problem document of Lamina, so a proxy, an activator or another server sent it."""
 
     def __init__(self, status: int, url: str, excerpt: str) -> None:
         super().__init__(f"{url} answered {status}: {excerpt}")
@@ -72,11 +76,11 @@ class NoFreeConnection(Exception):
 
 
 class BadReply(Exception):
-    """The bytes that came are not a complete HTTP reply."""
+    """The received bytes are not a complete HTTP reply."""
 
 
 class ReplyTooLarge(BadReply):
-    """The body of an HTTP reply has more than MAX_REPLY_BYTES. `status` is the reply's."""
+    """The body of an HTTP reply has more than MAX_REPLY_BYTES. `status` is the status of that reply."""
 
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(f"{detail}, the most is {MAX_REPLY_BYTES}")
@@ -84,7 +88,7 @@ class ReplyTooLarge(BadReply):
 
 
 class Origin(NamedTuple):
-    """Scheme, host and port that a connection leads to (RFC 9110, section 4.3.1)."""
+    """The scheme, host and port that a connection leads to (RFC 9110, section 4.3.1)."""
 
     secure: bool
     host: str
@@ -112,7 +116,7 @@ class RequestTarget:
 
 
 class HttpReply:
-    """Reads and holds one reply. Header names are in lower case.
+    """One HTTP reply, and the code that reads it from a socket. Header names are in lower case.
 
     The body is writable memory that belongs to this reply alone, so tensors may be views of it.
     """
@@ -131,10 +135,10 @@ class HttpReply:
         self._parser = httptools.HttpResponseParser(self)
 
     def read(self, sock: socket.socket, deadline: float, begun: bytes) -> bytes:
-        """Reads the head and, of a final reply, the body. Raises BadReply, OSError, and TimeoutError at `deadline`.
+        """Reads the head of a reply, and the body too unless the reply is interim (status 1xx).
 
-        begun: bytes of this reply that were already received. Returns the bytes that were received after an interim reply (1xx)
-        and begin the next one; after a final reply nothing.
+        `begun` are bytes of this reply that were received before. After an interim reply, returns the bytes that follow it:
+        they begin the next reply. Otherwise returns no bytes. Raises BadReply, OSError, and TimeoutError at `deadline`.
         """
         data = begun
         while (end := data.find(_END_OF_HEAD)) < 0:
@@ -161,16 +165,16 @@ class HttpReply:
         return b""
 
     def on_headers_complete(self) -> None:
-        """Called by httptools."""
+        """Callback of httptools: stores the status and whether the connection can be kept."""
         self.status = self._parser.get_status_code()
         self.keeps = self._parser.should_keep_alive()
 
     def on_message_complete(self) -> None:
-        """Called by httptools."""
+        """Callback of httptools: marks the body as complete."""
         self._complete = True
 
     def _read_known(self, sock: socket.socket, deadline: float, begun: bytes, length: int) -> None:
-        """Receives a body of `length` bytes directly into its final memory. begun: those that came with the head."""
+        """Receives a body of `length` bytes directly into its final memory. `begun` are its bytes that came with the head."""
         if length > MAX_REPLY_BYTES:
             raise ReplyTooLarge(self.status, f"a body of {length} bytes")
         self.body = view = memoryview(bytearray(length))
@@ -185,7 +189,7 @@ class HttpReply:
         self.keeps = self.keeps and len(begun) <= length
 
     def _read_framed(self, sock: socket.socket, deadline: float, begun: bytes) -> None:
-        """Receives a body in chunks, or until the connection ends. begun: its bytes that came with the head."""
+        """Receives a body that comes in chunks or ends with the connection. `begun` are its bytes that came with the head."""
         self._feed(begun)
         while not self._complete:
             sock.settimeout(remaining(deadline))
@@ -209,7 +213,7 @@ class HttpReply:
 def exchange(sock: socket.socket, head: bytes, buffers: Sequence[Buffer], deadline: float) -> HttpReply:
     """Sends one request on a connected socket and reads its reply.
 
-    deadline: in time.monotonic(), for both together. Raises BadReply, OSError, and TimeoutError at the deadline.
+    `deadline` is in time.monotonic() and holds for both together. Raises BadReply, OSError, and TimeoutError at the deadline.
     """
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server may have refused before all was sent
         for buffer in _joined((head, *buffers)):
@@ -226,7 +230,7 @@ def exchange(sock: socket.socket, head: bytes, buffers: Sequence[Buffer], deadli
 def request_head(target: RequestTarget, headers: Mapping[str, str], method: str = "POST") -> bytes:
     """Encodes the request line and the headers, with the blank line that ends them.
 
-    Raises ValueError if a line break or a blank would end the request line or a header early.
+    Raises ValueError if a line break or space in a value would end the request line or a header too early.
     """
     lines = [f"{method} {target.path} HTTP/1.1", f"Host: {target.host}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
@@ -243,12 +247,12 @@ class RequestTemplate:
         self._head = request_head(target, fixed_headers(headers)).removesuffix(b"\r\n")
 
     def head(self, body_bytes: int, lines: bytes) -> bytes:
-        """The complete head of one request. lines: its own encoded headers, each with its line end."""
+        """Returns the complete head of one request. `lines` are the encoded headers of this request, each with its line end."""
         return b"%b%bContent-Length: %d\r\n\r\n" % (self._head, lines, body_bytes)
 
 
 def remaining(deadline: float) -> float:
-    """Seconds until `deadline` (time.monotonic()). Raises TimeoutError after it."""
+    """Returns the seconds until `deadline` (time.monotonic()). Raises TimeoutError once the deadline has passed."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         raise TimeoutError
@@ -271,7 +275,7 @@ def _joined(buffers: Iterable[Buffer]) -> Iterator[Buffer]:
 
 
 class KeptConnection:
-    """A connection to an origin; `sock` is None before `connect` and after `close`."""
+    """A connection to an origin. `sock` is None before `connect` and after `close`."""
 
     def __init__(self, origin: Origin, tls: PodTLS | None) -> None:
         self.origin = origin
@@ -279,7 +283,7 @@ class KeptConnection:
         self._tls = tls
 
     def connect(self, timeout_seconds: float) -> None:
-        """Opens the connection. Raises OSError, ssl.SSLError included."""
+        """Opens the connection. Raises OSError, of which ssl.SSLError is a subclass."""
         address = (self.origin.host, self.origin.port or (443 if self.origin.secure else 80))
         sock = socket.create_connection(address, timeout_seconds)
         try:
@@ -300,7 +304,7 @@ class KeptConnection:
             self.sock = None
 
     def is_dropped(self) -> bool:
-        """Whether an idle connection cannot be reused: it is readable, so the server closed it or sent unrequested bytes."""
+        """Returns whether an idle connection cannot be reused: the server has closed it or sent unrequested bytes."""
         poll = select.poll()
         assert self.sock is not None
         poll.register(self.sock, select.POLLIN)
@@ -314,7 +318,7 @@ def _system_trust() -> ssl.SSLContext:
 
 @dataclass(slots=True, eq=False)
 class _Host:
-    """A pool's connections to one origin."""
+    """The connections of a pool to one origin."""
 
     idle: deque[tuple[float, KeptConnection]] = field(default_factory=deque)  # (idle since, it), most recently used last
     used: set[KeptConnection] = field(default_factory=set)
@@ -322,7 +326,10 @@ class _Host:
 
 
 class ConnectionPool:
-    """Keeps at most `max_connections_per_host` connections to each origin, idle ones for IDLE_SECONDS. Thread-safe."""
+    """Keeps at most `max_connections_per_host` connections to each origin. Idle ones stay open for IDLE_SECONDS.
+
+    Thread-safe.
+    """
 
     def __init__(self, max_connections_per_host: int, tls: PodTLS | None = None) -> None:
         self._max_connections = max_connections_per_host
@@ -334,7 +341,7 @@ class ConnectionPool:
         self._looking = False  # a timer is going to look for old connections
 
     def take(self, origin: Origin, wait_seconds: float) -> KeptConnection:
-        """Returns an idle connection, else a new one that the caller must connect. The caller must give it back.
+        """Returns an idle connection, or a new one that the caller must connect. The caller must give the connection back.
 
         If the limit is reached, waits up to `wait_seconds` for another thread to give one back; then raises NoFreeConnection.
         """
@@ -355,7 +362,7 @@ class ConnectionPool:
             return connection
 
     def give_back(self, connection: KeptConnection, *, keep: bool) -> None:
-        """Returns a connection to the pool. keep: it can be used for another request; otherwise it is closed."""
+        """Returns a connection to the pool. If `keep`, it may be used for another request; otherwise it is closed."""
         with self._lock:
             host = self._hosts[connection.origin]
             host.used.discard(connection)
@@ -397,7 +404,10 @@ class ConnectionPool:
             self._looking = True
 
     def _close_old(self) -> None:
-        """Closes connections that were idle for IDLE_SECONDS, and forgets origins without any, such as pods that are gone."""
+        """Closes connections that were idle for IDLE_SECONDS.
+
+        Forgets origins without connections, such as pods that have ended.
+        """
         with self._lock:
             for origin, host in list(self._hosts.items()):
                 while host.idle and host.idle[0][0] < time.monotonic() - IDLE_SECONDS:
@@ -410,7 +420,7 @@ class ConnectionPool:
 
 
 class Sender:
-    """Sends requests, one attempt each. Thread-safe."""
+    """Sends HTTP requests, one attempt for each. Thread-safe."""
 
     def __init__(
         self,
@@ -419,28 +429,32 @@ class Sender:
         max_connections_per_host: int = 64,
         tls: PodTLS | None = None,
     ) -> None:
-        """tls: for https, which then leads to pods only; None: the system's trust store, with host names checked."""
+        """`tls` holds the settings of TLS between pods; https URLs may then lead to pods only.
+
+        If `tls` is None, https uses the system's trust store and checks host names.
+        """
         self._connect_timeout_seconds = connect_timeout_seconds
         self._pool = ConnectionPool(max_connections_per_host, tls)
         self._closed = False
 
     def send(self, url: str, headers: Mapping[str, str], buffers: Sequence[Buffer], timeout_seconds: float) -> HttpReply:
-        """POSTs `buffers` as one body; the whole reply must come within `timeout_seconds`. Raises as `deliver` does."""
+        """POSTs `buffers` as one body. The whole reply must come within `timeout_seconds`. Raises the errors of `deliver`."""
         length = {"Content-Length": str(sum(memoryview(buffer).nbytes for buffer in buffers))}
         target = RequestTarget.of(url)
         head = request_head(target, fixed_headers(headers) | length)
         return self.deliver(target, head, buffers, time.monotonic() + timeout_seconds)
 
     def get(self, url: str, headers: Mapping[str, str], timeout_seconds: float) -> HttpReply:
-        """Sends a GET; the whole reply must come within `timeout_seconds`. Raises as `deliver` does."""
+        """Sends a GET. The whole reply must come within `timeout_seconds`. Raises the errors of `deliver`."""
         target = RequestTarget.of(url)
         head = request_head(target, fixed_headers(headers), "GET")
         return self.deliver(target, head, (), time.monotonic() + timeout_seconds)
 
     def deliver(self, target: RequestTarget, head: bytes, buffers: Sequence[Buffer], deadline: float) -> HttpReply:
-        """Sends a request whose head is already encoded, and returns its 2xx reply. deadline: in time.monotonic().
+        """Sends a request whose head is already encoded, and returns its 2xx reply. `deadline` is in time.monotonic().
 
-        Raises the Problem with which Lamina refused it, InfrastructureError for any other refusal, or another DeliveryError.
+        If a function of Lamina refuses the request, raises the Problem that it replied with. Raises InfrastructureError for any
+        other refusal, and another DeliveryError if no whole reply came.
         """
         url = target.url
         if self._closed:
@@ -484,7 +498,10 @@ class Sender:
 
 
 def fixed_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """The caller's `headers` without those that only this module may set, and with the headers that every request has."""
+    """Returns the headers of a request: the caller's `headers` and those that every request has.
+
+    Leaves out headers of the caller that only this module or Knative may set.
+    """
     own = {"Accept-Encoding": "identity", "User-Agent": USER_AGENT}
     for name, value in headers.items():
         if name.lower() not in _OWN_HEADERS and not name.lower().startswith(_KNATIVE_PREFIXES):

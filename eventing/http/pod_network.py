@@ -1,4 +1,4 @@
-"""Tells addresses of pods from others: a forged EndpointSlice must not divert prompts and the pipeline token."""
+"""Checks whether an address is a pod's, so that a forged EndpointSlice cannot divert prompts and the pipeline token."""
 
 import ipaddress
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
-"""TLS between pods: the CA to trust, the DNS name that every pod's certificate has, and this pod's own certificate.
+"""TLS between pods: the CA to trust, the DNS name in every pod's certificate, and this pod's own certificate.
 
-A pod is reached by its address, which no certificate names. So a certificate is checked for one name that all pods share, as
-Knative's activator does for `kn-user-{namespace}` (knative/serving pkg/activator/certificate/tls_context.go).
+Pods are reached by their IP addresses, which no certificate contains. So every pod's certificate has the same DNS name, and
+that name is checked, as Knative's activator does for `kn-user-{namespace}` (knative/serving
+pkg/activator/certificate/tls_context.go).
 """
 
 import logging
@@ -29,15 +30,17 @@ class UnusableTLSFiles(Exception):
 
 
 class PodTLS:
-    """The settings of TLS connections between pods. Changed files are read again for the next connection. Thread-safe.
+    """The settings of TLS connections between pods. Thread-safe.
 
-    If changed files cannot be used, the earlier ones stay in use, and an error is logged.
+    Changed files are read again for the next connection. If they cannot be used, the earlier ones stay in use, and an error is
+    logged.
     """
 
     def __init__(self, ca: str, name: str, certificate: str | None = None, key: str | None = None) -> None:
-        """ca, certificate, key: paths of PEM files. name: the DNS name that certificates of pods must have.
+        """Reads the PEM files at the paths `ca`, `certificate` and `key`.
 
-        Without a certificate of its own a pod only calls others. Raises UnusableTLSFiles.
+        Certificates of other pods must have the DNS name `name`. If `certificate` is None, this pod can connect to others but
+        cannot accept connections. Raises UnusableTLSFiles.
         """
         self.name = name
         self._ca, self._certificate, self._key = ca, certificate, key
@@ -47,21 +50,21 @@ class PodTLS:
         self._check_at = time.monotonic() + _CHECK_SECONDS
 
     def client(self) -> ssl.SSLContext:
-        """Settings for a connection to another pod. `server_hostname` must be `name`."""
+        """Returns the TLS settings for a connection to another pod. The caller passes `name` as `server_hostname`."""
         self._read_changed_files()
         return self._client
 
     def server(self) -> ssl.SSLContext:
-        """Settings for a connection from another pod, which must show a certificate of the CA; see `admits`.
+        """Returns the TLS settings for connections from other pods, which must show a certificate of the CA; see `admits`.
 
-        Needs a certificate of its own.
+        Call it only if this pod has a certificate.
         """
         self._read_changed_files()
         assert self._server is not None
         return self._server
 
     def admits(self, certificate: Mapping[str, Any] | None) -> bool:
-        """Whether a client's certificate (`SSLSocket.getpeercert`) has the name of the pipeline's pods."""
+        """Returns whether a client's certificate (from `SSLSocket.getpeercert`) has the name of the pipeline's pods."""
         return ("DNS", self.name) in ((certificate or {}).get("subjectAltName") or ())
 
     def _read_changed_files(self) -> None:
@@ -80,7 +83,7 @@ class PodTLS:
             self._lock.release()
 
     def _read_state(self) -> list[tuple[int, ...]]:
-        """A value that differs after a file was written to or replaced; Kubernetes replaces mounted ones."""
+        """Returns a value that changes when a file is written to or replaced, as Kubernetes does with mounted files."""
         try:
             found = [os.stat(path) for path in (self._ca, self._certificate, self._key) if path is not None]
             return [(each.st_ino, each.st_size, each.st_mtime_ns) for each in found]
@@ -110,7 +113,7 @@ class PodTLS:
 
 
 def tls_problem(error: Exception) -> str:
-    """What went wrong with a connection, in words that say what to do if it was TLS."""
+    """Describes why a connection failed. For a TLS error the text also says what to do."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"{_VERIFY.get(error.verify_code, 'its certificate is not accepted')} ({error.verify_message})"
     if is_refusal(error):
@@ -119,5 +122,5 @@ def tls_problem(error: Exception) -> str:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether the server refused the client's certificate. With TLS 1.3 the client learns it from its first read."""
+    """Returns whether the server refused the client's certificate. With TLS 1.3 this shows only at the client's first read."""
     return isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or "")

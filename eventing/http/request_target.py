@@ -1,4 +1,4 @@
-"""The target and the authority of an HTTP/1.1 request (RFC 9112, section 3.2)."""
+"""Parses the target of an HTTP/1.1 request and its authority (RFC 9112, section 3.2)."""
 
 import re
 from typing import Final
@@ -10,9 +10,10 @@ _ABSOLUTE: Final = re.compile(r"https?://([^/?]+)([^?]*)(.*)", re.IGNORECASE | r
 
 
 def read_target(method: str, target: str) -> tuple[str, str | None]:
-    """Path and query of a request's target, or `*`; and the authority if the target names one, which overrules the Host header.
+    """Returns the path and query (or `*`) of a request's target, and the authority if the target contains one.
 
-    Raises ValueError if the target has none of the forms that the method may have, or a fragment. CONNECT is not supported.
+    Such an authority overrules the Host header. Raises ValueError if the target has a fragment or a form that the method does
+    not allow. CONNECT is not supported.
     """
     shown = repr(target if len(target) <= 80 else f"{target[:77]}...")
     if "#" in target:

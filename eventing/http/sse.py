@@ -1,4 +1,4 @@
-"""Server-sent events (WHATWG HTML, section 9.2), the format of token streams."""
+"""Encodes and decodes server-sent events (WHATWG HTML, section 9.2), the format of token streams."""
 
 import re
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
 class ServerSentEvent(Struct, frozen=True):
-    """One event of a stream, as its reader gets it. Ids are not read: no stream of Lamina can be resumed."""
+    """One event of a stream, as the decoder returns it. Ids are not read, because no stream of Lamina can be resumed."""
 
     data: str
     event: str = "message"
 
 
 def encode_sse(data: str | bytes, *, event: str = "") -> bytes:
-    """Encodes one event. data: UTF-8 text of one or more lines. Raises ValueError if `event` contains a line break."""
+    """Encodes one event. `data` is UTF-8 text of one or more lines. Raises ValueError if `event` contains a line break."""
     if re.search("[\r\n\0]", event):
         raise ValueError(f"event {event!r} must be one line")
     lines = [b"data: " + line for line in _LINE_END.split(data.encode() if isinstance(data, str) else data)]
@@ -32,7 +32,7 @@ def encode_sse(data: str | bytes, *, event: str = "") -> bytes:
 
 
 class SSEDecoder:
-    """Decodes a stream that arrives in chunks of any size. Drops comments, and an event that is incomplete at the stream's end.
+    """Decodes a stream that arrives in chunks of any size. Drops comments, and an incomplete event at the stream's end.
 
     Raises MalformedEvent for an event of more than MAX_EVENT_BYTES.
     """

@@ -88,9 +88,9 @@ def decode_batch(body: bytes | bytearray | memoryview) -> Batch:
 
 
 def select_rows(batch: Batch, keep: Sequence[int]) -> Batch:
-    """A batch of only the rows at the indices `keep` (ascending), with their tokens and their part of the tensor.
+    """Returns a batch of only the rows with the indices `keep` (ascending), with their tokens and hidden states.
 
-    Copies only if rows with tokens are dropped from between others; otherwise it holds views of `batch`.
+    Copies data only if the rows that stay are not adjacent; otherwise the result holds views of `batch`.
     """
     if len(keep) == len(batch.rows):
         return batch
@@ -117,7 +117,10 @@ def _tensor_header(hidden: Tensor | None, tokens: int) -> tuple[bytes, int]:
 
 
 def _read_header(view: memoryview) -> tuple[int, int, int, str, int]:
-    """Reads rows, tokens, table_bytes, dtype ("" without a tensor) and hidden_size, and checks each against its limits."""
+    """Reads the header and checks each number against its limits.
+
+    Returns the counts of rows and tokens, table_bytes, the tensor's dtype ("" without a tensor) and hidden_size.
+    """
     if len(view) < _HEADER.size:
         raise MalformedEvent(f"the body has {len(view)} bytes, a Batch begins with {_HEADER.size}")
     magic, rows, tokens, table_bytes, dtype, hidden_size = _HEADER.unpack_from(view)
@@ -180,12 +183,15 @@ def _padding(tokens: int, table_bytes: int) -> int:
 
 
 def _raw(view: memoryview) -> list[memoryview]:
-    """The view as plain bytes, in a list. The list is empty for an empty view, which Python cannot cast."""
+    """Returns a list with the view as plain bytes, or an empty list for an empty view, which Python cannot cast."""
     return [view.cast("B")] if view.nbytes else []
 
 
 def _gather(view: memoryview, spans: Sequence[tuple[int, int]]) -> memoryview:
-    """The spans [first, end) of `view`, which ascend: a view of it if they are neighbours, otherwise copied into one."""
+    """Returns the spans [first, end) of `view`, which ascend, as one memoryview.
+
+    The result is a view if the spans are adjacent; otherwise it is a copy.
+    """
     if all(end == begin for (_, end), (begin, _) in pairwise(spans)):
         return view[spans[0][0] : spans[-1][1]] if spans else view[:0]
     joined = memoryview(b"".join(view[first:last] for first, last in spans))

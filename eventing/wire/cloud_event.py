@@ -42,7 +42,10 @@ def make_event(
     id: str | None = None,
     **extensions: AttributeValue,
 ) -> CloudEvent:
-    """An event with the present time, and with a fresh id unless one is given. Extensions that are None are left out."""
+    """Makes an event with the present time. If `id` is None, the event gets a fresh id.
+
+    Extensions that are None are left out.
+    """
     attributes: dict[str, Any] = {
         name: text for name, value in extensions.items() if (text := attribute_text(value)) is not None
     }
@@ -56,19 +59,20 @@ def make_event(
 def json_event(
     type: str, source: str, value: msgspec.Struct | dict[str, Any], *, id: str | None = None, **extensions: AttributeValue
 ) -> CloudEvent:
-    """An event whose data is `value` as JSON."""
+    """Makes an event whose data is `value` as JSON. If `id` is None, the event gets a fresh id."""
     return make_event(type, source, msgspec.json.encode(value), JSON_CONTENT_TYPE, id=id, **extensions)
 
 
 def batch_event(type: str, source: str, batch: Batch, *, id: str | None = None, **extensions: AttributeValue) -> CloudEvent:
-    """An event whose data are views of the batch's own memory."""
+    """Makes an event with a Batch as its data. Token ids and tensor are views of the batch's own memory."""
     return make_event(type, source, encode_batch(batch), BATCH_CONTENT_TYPE, id=id, **extensions)
 
 
 def checked_event(attributes: dict[str, Any], data: Any) -> CloudEvent:
-    """Checks the attributes and makes an event of them. It keeps `attributes` itself, so the caller must not change it.
+    """Checks the attributes and makes an event with them.
 
-    data: of type Data. Raises MalformedEvent, which names the attribute.
+    The event keeps the dict `attributes`, so the caller must not change it. `data` is of type Data. Raises MalformedEvent,
+    which names the attribute.
     """
     for name, value in attributes.items():
         check_attribute(name, value if isinstance(value, str) else "")
@@ -83,7 +87,7 @@ def checked_event(attributes: dict[str, Any], data: Any) -> CloudEvent:
 
 
 def event_of(attributes: Mapping[str, Any], data: Data) -> CloudEvent:
-    """Makes an event of attributes that are all text, as `framing.read_attributes` returns them.
+    """Makes an event from attributes that are all text, as `framing.read_attributes` returns them.
 
     Raises MalformedEvent, which names the attribute.
     """
@@ -94,7 +98,10 @@ def event_of(attributes: Mapping[str, Any], data: Data) -> CloudEvent:
 
 
 def attribute_text(value: AttributeValue) -> str | None:
-    """The string that an attribute's value has on the wire (CloudEvents 1.0.2, section 3.1); None, not sent, for None."""
+    """Returns the string that an attribute's value has on the wire (CloudEvents 1.0.2, section 3.1).
+
+    If the value is None, returns None: the attribute is not sent.
+    """
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, datetime):
@@ -103,17 +110,17 @@ def attribute_text(value: AttributeValue) -> str | None:
 
 
 def json_data(event: CloudEvent, type: type[T]) -> T:
-    """The event's JSON data. Raises as `read_json` does."""
+    """Decodes the event's JSON data. Raises the errors of `read_json`."""
     return read_json(event.get_attributes(), one_piece(event), type)
 
 
 def batch_data(event: CloudEvent) -> Batch:
-    """The event's Batch, a view of its data. Raises as `read_batch` does."""
+    """Decodes the event's Batch, which is a view of the event's data. Raises the errors of `read_batch`."""
     return read_batch(event.get_attributes(), one_piece(event))
 
 
 def data_buffers(event: CloudEvent) -> list[Buffer]:
-    """The buffers of the event's data; an empty list if it has none."""
+    """Returns the buffers of the event's data; an empty list if there is no data."""
     data = cast("Data", event.get_data())
     if data is None:
         return []
@@ -121,16 +128,16 @@ def data_buffers(event: CloudEvent) -> list[Buffer]:
 
 
 def reply_id(cause: CloudEvent) -> str:
-    """The id of the reply to `cause`: the same for every delivery of it, so that a sink can drop repetitions."""
+    """Returns the id of the reply to `cause`. It is the same for every delivery, so that a sink can drop repetitions."""
     return reply_id_of(cause.get_source(), cause.get_id())
 
 
 def reply_seed(cause: CloudEvent) -> int:
-    """The seed of a request that names none: the same for every delivery, so that every delivery has the same answer."""
+    """Returns the seed for a request that names none. It is the same for every delivery, and so is the answer."""
     return int.from_bytes(hashlib.sha256(cause_key(cause.get_source(), cause.get_id())).digest()[:8]) >> 1
 
 
 def one_piece(event: CloudEvent) -> Buffer:
-    """The event's data as one buffer; empty if there is no data."""
+    """Returns the event's data as one buffer, which is empty if there is no data."""
     buffers = data_buffers(event)
     return buffers[0] if len(buffers) == 1 else b"".join(buffers)

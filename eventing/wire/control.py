@@ -1,4 +1,4 @@
-"""What the gateway and a stage tell each other besides forward events: JSON data of reserve, release and warm-up events."""
+"""JSON data of reserve, release and warm-up events: what gateway and stage tell each other besides forward events."""
 
 from typing import Annotated, Final
 
@@ -21,7 +21,7 @@ PackedChain = Annotated[bytes, Meta(max_length=MAX_POSITION // BLOCK_TOKENS * DI
 
 
 class ReserveRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """A sequence that needs memory in a stage's KV cache."""
+    """A sequence that needs memory in a stage's KV cache: one row of a reserve event."""
 
     id: SequenceId
     attempt: Attempt
@@ -45,7 +45,7 @@ class ReserveRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=
 
 
 class ReserveRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """Data of `dev.lamina.reserve`."""
+    """Data of `dev.lamina.reserve`: sequences for which the gateway asks a stage for memory."""
 
     rows: Annotated[tuple[ReserveRow, ...], Meta(min_length=1, max_length=MAX_ROWS)]
 
@@ -66,14 +66,14 @@ class ReservedRow(Struct, frozen=True, omit_defaults=True):
 
 
 class ReserveReply(Struct, frozen=True):
-    """Data of the reply to a reserve event: the rows of the request in their order."""
+    """Data of the reply to a reserve event. Its rows have the order of the request's rows."""
 
     rows: tuple[ReservedRow, ...]
     remembers: bool = False  # the stage has a prefix cache: sequences find what others computed
 
 
 class ReleaseRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """A sequence that has ended. All its attempts up to this one are released."""
+    """A sequence that has ended: one row of a release event. The stage releases this attempt and all earlier ones."""
 
     id: SequenceId
     attempt: Attempt
@@ -84,7 +84,7 @@ class ReleaseRow(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=
 
 
 class ReleaseRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """Data of `dev.lamina.release`. Unknown ids are no error. Without rows it only renews the gateway's lease."""
+    """Data of `dev.lamina.release`. Unknown ids are no error. An event without rows only renews the gateway's lease."""
 
     rows: Annotated[tuple[ReleaseRow, ...], Meta(max_length=MAX_ROWS)]
 
@@ -94,15 +94,15 @@ class ReleaseReply(Struct, frozen=True):
 
 
 class WarmupRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Data of `dev.lamina.warmup`."""
+    """Data of `dev.lamina.warmup`, which makes a stage's instance start and report how far its start is."""
 
     wait: bool = True  # the reply comes when the instance is ready; False: at once, and says how far the start is
 
 
 class WarmupReply(Struct, frozen=True):
-    """Data of the reply to a warm-up event: the instance, and which phases of its start have ended.
+    """Data of the reply to a warm-up event: which instance replied, and which phases of its start have ended.
 
-    Times are seconds since its process began.
+    Times are seconds since the instance's process began.
     """
 
     instance: str

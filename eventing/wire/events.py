@@ -32,7 +32,7 @@ SCALE_BYTES: Final = 4  # before each row of I8: a float32, the factor of its nu
 
 
 class EventType(StrEnum):
-    """The `type` attribute of every event that Lamina sends or accepts."""
+    """The values of the `type` attribute of events that Lamina sends or accepts."""
 
     FORWARD = "dev.lamina.forward"
     RESULT = "dev.lamina.result"
@@ -53,7 +53,7 @@ class EventType(StrEnum):
 
 
 class Attribute(StrEnum):
-    """Extension attributes. Their names are at most 20 lower-case letters and digits (CloudEvents 1.0, section 3.1)."""
+    """Names of extension attributes. They are at most 20 lower-case letters and digits (CloudEvents 1.0, section 3.1)."""
 
     PIPELINE = "pipeline"  # fingerprint of weights, cut, dtypes and wire version; a stage refuses another pipeline's
     LAYER = "layer"  # next layer to run; a stage accepts only its first layer and replies with the one after its last
@@ -75,7 +75,7 @@ class Attribute(StrEnum):
 
 
 class Want(StrEnum):
-    """What the last stage shall answer for a row."""
+    """What the last stage shall return for a row."""
 
     NONE = "none"
     TOKEN = "token"
@@ -84,7 +84,7 @@ class Want(StrEnum):
 
 
 class Pooling(StrEnum):
-    """How the final hidden states of a row's tokens become one vector."""
+    """How the final hidden states of a row's tokens are combined into one vector."""
 
     MEAN = "mean"
     LAST = "last"  # the last token's
@@ -106,12 +106,12 @@ Adapter = Annotated[bytes, Meta(max_length=ADAPTER_BYTES)]
 
 
 class Grammar(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The form that an answer must have. It begins after `Sampling.prompt_tokens` tokens.
+    """The grammar that an answer must follow. The answer begins after `Sampling.prompt_tokens` tokens.
 
-    Which tokens are allowed next depends on the answer's tokens so far and on nothing else.
+    Which tokens are allowed next depends only on the answer's tokens so far.
 
-    A sequence's rows that want a token carry the source until the last stage has answered one of them. Later rows carry the
-    digest alone. A stage that no longer knows the digest answers with a miss at the row's position.
+    A sequence's first rows that want a token carry the grammar's source, until the last stage has answered one of them. Later
+    rows carry only its digest. A stage that does not know the digest answers with a miss at the row's position.
     """
 
     digest: Annotated[str, Meta(min_length=32, max_length=32)]  # `grammar_digest` of the source
@@ -125,7 +125,7 @@ def grammar_digest(source: str) -> str:
 
 
 class Sampling(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """How the last stage draws a token. The draw is a function of logits, these values and the position alone."""
+    """How the last stage draws a token. The result depends only on the logits, these values and the token's position."""
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0  # 0 is greedy
     top_k: Annotated[int, Meta(ge=0)] = 0  # 0 keeps all
@@ -147,14 +147,14 @@ class Sampling(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=Tr
 
     @property
     def adjusts(self) -> bool:
-        """Whether penalties, biases or banned tokens change the logits before the draw."""
+        """Returns whether penalties, biases or banned tokens change the logits before the draw."""
         return bool(
             self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias or self.banned
         )
 
 
 class Result(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What the last stage answers for a row whose `want` is not NONE."""
+    """What the last stage returns for a row whose `want` is not NONE."""
 
     # With `Want.TOKEN`: the draft tokens that were accepted, and one token more.
     tokens: tuple[TokenId, ...] | None = None
@@ -169,10 +169,10 @@ class Result(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True
 
 
 class Row(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """`length` new tokens of one sequence, at `position` of its attempt `attempt`.
+    """`length` new tokens of one sequence, from `position` on, in the sequence's attempt number `attempt`.
 
-    Before a stage computes a row, it drops the KV that it holds beyond `position`, such as that of draft tokens that were not
-    accepted. If it holds less, it answers with a miss.
+    Before a stage computes the row, it drops the sequence's KV from `position` on, such as KV of rejected draft tokens. If it
+    has less KV than `position` tokens, it answers with a miss.
     """
 
     id: Annotated[str, Meta(min_length=1, max_length=128)]
@@ -200,7 +200,7 @@ class Row(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
 
 
 class Tensor(Struct, frozen=True):
-    """Hidden states as bytes; C order, little endian. The bytes are a view, never a copy."""
+    """Hidden states as bytes in C order, little endian. The bytes are a view, never a copy."""
 
     dtype: str  # a key of ITEM_BYTES
     shape: tuple[int, ...]
@@ -208,12 +208,12 @@ class Tensor(Struct, frozen=True):
 
 
 class Batch(Struct, frozen=True):
-    """What a forward event carries: rows, their token ids, and at most one tensor.
+    """Data of a forward event: rows, their token ids, and at most one tensor of hidden states.
 
     The rows' lengths add up to `len(token_ids)` and, if there is a tensor, to `hidden.shape[0]`.
 
-    The first stage's request has no tensor; between stages it is hidden [sum(length), hidden_size]. The last stage's reply has
-    neither tensor nor token ids: its rows have length 0 and carry results.
+    The request to the first stage has no tensor. Between stages the tensor is [sum(length), hidden_size]. The last stage's
+    reply has neither a tensor nor token ids: its rows have length 0 and carry results.
     """
 
     rows: tuple[Row, ...]
@@ -221,7 +221,7 @@ class Batch(Struct, frozen=True):
     hidden: Tensor | None = None
 
     def offsets(self) -> list[int]:
-        """Index of each row's first token, then the number of tokens: len(rows) + 1 numbers."""
+        """Returns the index of each row's first token, and then the number of all tokens: len(rows) + 1 numbers."""
         offsets = [0]
         for row in self.rows:
             offsets.append(offsets[-1] + row.length)
@@ -229,7 +229,7 @@ class Batch(Struct, frozen=True):
 
 
 def row_bytes(dtype: str, hidden_size: int) -> int:
-    """Bytes of one token's hidden states on the wire, with the scale of I8. dtype: a key of ITEM_BYTES."""
+    """Returns the bytes of one token's hidden states on the wire, for I8 with their scale. `dtype` is a key of ITEM_BYTES."""
     return hidden_size * ITEM_BYTES[dtype] + (SCALE_BYTES if dtype == "I8" else 0)
 
 
@@ -240,11 +240,11 @@ StageWeights = tuple[str, str]  # the dtype in which a stage computes, and the d
 def fingerprint_of(
     weights: Sequence[StageWeights], cut: Cut, wire_dtype: str | None = None, kv_dtype: str | None = None
 ) -> str:
-    """32 hexadecimal digits that depend on weights, cut, wire version and the dtypes of layers, hidden states and KV.
+    """Returns the pipeline's fingerprint: a digest of weights, cut, wire version and dtypes of layers, hidden states and KV.
 
-    weights: one per stage, or one for all. wire_dtype, kv_dtype: None if hidden states, or keys and values, have the dtype of
-    the layers. 128 bits make it practically impossible that two pipelines have the same fingerprint. Names of Services carry
-    its first eight digits, which tell successive pipelines apart.
+    It has 32 hexadecimal digits (128 bits), so two pipelines practically never have the same one. Names of Services contain its
+    first eight digits. `weights` has one element for each stage, or one for all. If `wire_dtype` is None, hidden states have
+    the layers' dtype; if `kv_dtype` is None, keys and values have it.
     """
     uniform = len(set(weights)) == 1
     dtypes, digests = (each[0] if uniform else ",".join(each) for each in zip(*weights, strict=True))

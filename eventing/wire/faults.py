@@ -1,6 +1,6 @@
-"""Finds where a document does not fit its type, for an error message that names the path.
+"""Finds where a document does not fit its type, so that an error message can name the path.
 
-msgspec reports a fault only in words, which differ between its versions, so the document is compared with the type again.
+msgspec reports a fault only in words, which differ between its versions. So the document is compared with its type again here.
 """
 
 import operator
@@ -46,9 +46,9 @@ class Fault:
 
 
 def find_fault(document: Any, type_: type) -> Fault | None:
-    """The first fault of a document (what JSON or YAML decodes to), in the order in which the decoder reads it.
+    """Returns the first fault of a document (what JSON or YAML decodes to), in the order in which the decoder reads it.
 
-    None: it fits, or the fault comes after _MAX_COMPARISONS values.
+    Returns None if the document fits, or if the fault comes after _MAX_COMPARISONS values.
     """
     try:
         return _Search().fault(document, inspect.type_info(type_), "")
@@ -110,9 +110,10 @@ class _Search:
         return None
 
     def _union_fault(self, value: Any, expected: inspect.UnionType, path: str) -> Fault | None:
-        """The fault of a value that may have several types.
+        """Returns the fault of a value that may have one of several types; None if the value fits one of them.
 
-        It is that of the alternative with the value's JSON type or tag; if none or several have it, the value is the fault.
+        If exactly one of these types has the value's JSON type or tag, the value is compared with it. Otherwise the whole value
+        is the fault.
         """
         meant = [each for each in expected.types if _is_kind(value, each)]
         tagged = {each.tag: each for each in meant if isinstance(each, inspect.StructType) and each.tag_field}
@@ -148,7 +149,7 @@ def _is_within_bounds(value: Any, expected: inspect.Type) -> bool:
 
 
 def describe(expected: inspect.Type) -> str:
-    """What a type takes, in words; null is left out beside other alternatives."""
+    """Describes in words which values a type accepts. Null is left out if there are alternatives."""
     if isinstance(expected, inspect.Metadata):
         return describe(expected.type)
     if isinstance(expected, inspect.UnionType):

@@ -1,7 +1,7 @@
-"""Writes and reads events in HTTP's binary mode as headers and bytes, without event objects, which would slow down each hop.
+"""Writes and reads events in HTTP's binary mode as headers and bytes (CloudEvents 1.0.2, HTTP protocol binding).
 
-A sender keeps a template of the headers that stay the same and adds those that differ from event to event. A receiver reads all
-attributes into a dictionary. CloudEvents 1.0.2 with its HTTP protocol binding, as in `eventing.http.binding`.
+It makes no event objects, which would slow down each hop; `eventing.http.binding` does. A sender keeps a template of the
+headers that stay the same, and adds those that differ from event to event. A receiver reads all attributes into a dictionary.
 """
 
 import hashlib
@@ -50,16 +50,19 @@ def event_lines(extensions: Iterable[tuple[str, str]]) -> bytes:
 
 
 class ReplyTemplate:
-    """The headers that all replies of one event type from one function have in common."""
+    """The constant headers of all replies of one event type from one function."""
 
     def __init__(self, headers: Mapping[str, str]) -> None:
-        """headers: those of any such reply, made by `binding.to_binary_http`. Its id and time are not used."""
+        """Takes the constant headers from one such reply, made by `binding.to_binary_http`.
+
+        The reply's id and time are not used.
+        """
         self._constant = [(name, value) for name, value in headers.items() if name not in ("ce-id", "ce-time")]
 
     def headers(self, id: str, extensions: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        """All headers of one reply, with the present time.
+        """Returns all headers of one reply, with the present time.
 
-        extensions: attributes of this reply as (name, value). They must not need percent-encoding.
+        `extensions` are attributes of this reply as (name, value). Their values must not need percent-encoding.
         """
         headers = [*self._constant, ("ce-id", id), ("ce-time", datetime.now(UTC).isoformat()[:-6] + "Z")]
         for name, value in extensions:
@@ -68,7 +71,7 @@ class ReplyTemplate:
 
 
 def read_attributes(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Reads the attributes of an event in binary mode. The content type becomes `datacontenttype`.
+    """Returns the attributes of an event in binary mode. The content type becomes `datacontenttype`.
 
     Raises MalformedEvent, which names the attribute.
     """
@@ -122,7 +125,7 @@ def check_attribute(name: str, value: str) -> None:
 
 
 def required_attribute(attributes: Mapping[str, Any], name: str) -> str:
-    """The value of an attribute. Raises MalformedEvent if it is missing."""
+    """Returns the value of an attribute. Raises MalformedEvent if the attribute is missing."""
     value = attributes.get(name)
     if value is None:
         raise MalformedEvent(f"{attributes['type']}: the attribute {name} is missing")
@@ -130,7 +133,7 @@ def required_attribute(attributes: Mapping[str, Any], name: str) -> str:
 
 
 def integer_attribute(attributes: Mapping[str, Any], name: str) -> int:
-    """The value of a required attribute that consists of digits. Raises MalformedEvent if it is missing or anything else."""
+    """Returns the number in a required attribute. Raises MalformedEvent if the attribute is missing or not 1 to 10 digits."""
     value = required_attribute(attributes, name)
     if not (value.isascii() and value.isdigit() and len(value) <= 10):
         raise MalformedEvent(f"{attributes['type']}: the attribute {name} is {value!r}, not a number")
@@ -140,7 +143,7 @@ def integer_attribute(attributes: Mapping[str, Any], name: str) -> int:
 def zoned_time(name: str, text: str) -> datetime:
     """Parses a time attribute: RFC 3339, and other forms of ISO 8601 that the SDK reads.
 
-    Raises MalformedEvent, also for a time without a time zone.
+    Raises MalformedEvent for an invalid time and for one without a time zone.
     """
     try:
         moment = datetime.fromisoformat(text.replace("z", "Z"))
@@ -152,7 +155,10 @@ def zoned_time(name: str, text: str) -> datetime:
 
 
 def expiry_time(attributes: Mapping[str, Any]) -> datetime | None:
-    """The time after which the answer is no longer awaited, in UTC; None if the event never expires. Raises MalformedEvent."""
+    """Returns the event's `expirytime` in UTC, after which nobody awaits the answer.
+
+    Returns None if the event never expires. Raises MalformedEvent.
+    """
     value = attributes.get(Attribute.EXPIRY_TIME)
     if value is None:
         return None
@@ -163,7 +169,7 @@ def expiry_time(attributes: Mapping[str, Any]) -> datetime | None:
 
 
 def check_not_expired(attributes: Mapping[str, Any], now: datetime) -> datetime | None:
-    """Returns `expiry_time`. Raises EventExpired if it has passed. now: with a time zone."""
+    """Returns the event's expiry time (see `expiry_time`). Raises EventExpired if it has passed. `now` has a time zone."""
     expiry = expiry_time(attributes)
     if expiry is not None and expiry <= now:
         raise EventExpired(f"{attributes['type']} {attributes['id']} expired at {expiry.isoformat()[:-6]}Z")
@@ -171,9 +177,9 @@ def check_not_expired(attributes: Mapping[str, Any], now: datetime) -> datetime 
 
 
 def read_json(attributes: Mapping[str, Any], data: Buffer, type: type[T]) -> T:
-    """Decodes the JSON data of an event with these attributes.
+    """Decodes the JSON data of an event that has these attributes.
 
-    Raises UnsupportedMediaType if they name another content type, and MalformedEvent, which names the path of the fault.
+    Raises UnsupportedMediaType for another content type, and MalformedEvent, which names the path of the fault.
     """
     content_type = attributes.get("datacontenttype") or JSON_CONTENT_TYPE
     if not is_json(content_type):
@@ -187,8 +193,9 @@ def read_json(attributes: Mapping[str, Any], data: Buffer, type: type[T]) -> T:
 def decode_json(data: bytes | memoryview, type_: type[T]) -> T:
     """Decodes JSON into structs. Raises msgspec.DecodeError, UnicodeDecodeError and RecursionError.
 
-    msgspec 0.22 prepares a struct's fields when it is first decoded, and may run Python code meanwhile. Another thread that
-    decodes the same struct then reads a half-filled table: the process ends with SIGSEGV. So decoders are made one at a time.
+    Decoders are made one at a time because of a bug in msgspec 0.22. It prepares a struct's fields when the struct is first
+    decoded, and may run Python code meanwhile. Another thread that decodes the same struct would then read a half-filled table,
+    and the process would end with SIGSEGV.
     """
     decoder = _decoders.get(type_)
     if decoder is None:
@@ -199,7 +206,7 @@ def decode_json(data: bytes | memoryview, type_: type[T]) -> T:
 
 
 def read_batch(attributes: Mapping[str, Any], data: Buffer) -> Batch:
-    """Decodes the Batch of an event with these attributes. It holds views of `data`.
+    """Decodes the Batch of an event that has these attributes. The Batch holds views of `data`.
 
     Raises UnsupportedMediaType, MalformedEvent and EventTooLarge.
     """
@@ -210,12 +217,12 @@ def read_batch(attributes: Mapping[str, Any], data: Buffer) -> Batch:
 
 
 def reply_id_of(source: str, id: str) -> str:
-    """The id of the reply to the event with this source and id. It is the same at every delivery of the event."""
+    """Returns the id of the reply to the event with this source and id. It is the same at every delivery of the event."""
     return hashlib.sha256(cause_key(source, id)).hexdigest()[:32]
 
 
 def media_type(content_type: str) -> str:
-    """The type and subtype of a Content-Type header, in lower case and without parameters (RFC 9110, section 8.3.1)."""
+    """Returns the type and subtype of a Content-Type header, in lower case, without parameters (RFC 9110, section 8.3.1)."""
     return content_type.partition(";")[0].strip().lower()
 
 
@@ -224,7 +231,7 @@ def is_json(content_type: str) -> bool:
 
 
 def cause_key(source: str, id: str) -> bytes:
-    """Source and id of an event as one key, unique to the event (CloudEvents 1.0.2, section 3.1.1).
+    """Joins the source and the id of an event into one key, unique to the event (CloudEvents 1.0.2, section 3.1.1).
 
     The length of the source comes first, so that two different pairs never give the same bytes.
     """

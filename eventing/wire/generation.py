@@ -1,7 +1,7 @@
 """Requests to generate text and their answers: the JSON data of `dev.lamina.generate.*`.
 
-Requests refuse unknown fields, because dropping an option in silence would answer another question. Replies accept them, so
-that an older client can read a newer gateway. Bounds are part of the types. The same holds for `score` and `control`.
+Requests refuse unknown fields, because a dropped option would change the answer without notice. Replies accept unknown fields,
+so that an older client can read a newer gateway's. Bounds are part of the types. `score` and `control` follow the same rules.
 """
 
 from collections.abc import Collection, Sequence
@@ -55,9 +55,11 @@ class Message(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=Tru
 
 
 def choice_seed(seed: int, index: int) -> int:
-    """The seed of a request's answer number `index` over prompts and answers to each: a counter-based hash of both.
+    """Returns the seed of answer number `index` of a request, from the request's own seed.
 
-    Answers to requests with neighbouring seeds share nothing. Number 0 has `seed` itself. seed: below 2^63, as the result.
+    Answer 0 has `seed` itself; the seeds of the others are a hash of `seed` and `index`, so answers to requests with
+    neighbouring seeds share nothing. Answers are numbered over all prompts of the request. `seed` and the result are below
+    2^63.
     """
     if index == 0:
         return seed
@@ -65,7 +67,7 @@ def choice_seed(seed: int, index: int) -> int:
 
 
 class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Data of `dev.lamina.generate.request`. Whether the answer streams is the client's Accept header, not a field."""
+    """Data of `dev.lamina.generate.request`. The client's Accept header, not a field, says whether the answer is streamed."""
 
     # Text without the chat template, or its tokens. Exactly one of `prompt` and `messages` is given.
     prompt: Prompts | None = None
@@ -134,7 +136,7 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
 
     @property
     def callable_tools(self) -> Tools:
-        """The tools that the prompt describes to the model."""
+        """The tools that the prompt describes to the model; none if `tool_choice` is `none`."""
         return () if self.tool_choice == "none" else self.tools
 
     @property
@@ -151,7 +153,7 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
 
     @property
     def prompts(self) -> Sequence[str | Sequence[int] | None]:
-        """The prompts, each a text or token ids; a single None if the request has `messages`.
+        """Returns the prompts, each a text or token ids. Returns a single None if the request has `messages`.
 
         Raises ValueError if kinds are mixed.
         """
@@ -163,9 +165,9 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
         return (self.prompt,) if kinds == {int} else self.prompt  # type: ignore[return-value]
 
     def each(self, seed: int) -> list["GenerateRequest"]:
-        """Splits the request into one request per answer: the n answers to the first prompt, then those to the next.
+        """Splits the request into one request per answer: the n answers to the first prompt, then those to the next prompt.
 
-        The first has the request's own seed, or `seed` if the request has none, and the others have `choice_seed` of it.
+        The first has the request's own seed, or `seed` if the request has none. Each other has `choice_seed` of that seed.
         """
         seed = seed if self.seed is None else self.seed % 2**63
         prompts = [prompt for prompt in self.prompts for _ in range(self.n)]
@@ -177,25 +179,25 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
 
     @property
     def scores(self) -> bool:
-        """Whether log-probabilities of the prompt's own tokens are wanted: `echo` with `logprobs`."""
+        """Whether the client wants log-probabilities of the prompt's own tokens: `echo` with `logprobs`."""
         return self.echo and self.logprobs is not None
 
     @property
     def scored(self) -> bool:
-        """Whether log-probabilities of the prompt's own tokens are computed: also if there is no answer to compute."""
+        """Whether log-probabilities of the prompt's own tokens are computed: the client wants them, or `max_tokens` is 0."""
         return self.scores or self.max_tokens == 0
 
     def end_ids(self, eos_ids: Collection[int]) -> frozenset[int]:
-        """Ids of the tokens that end the answer. eos_ids: the model's own, which `ignore_eos` leaves out."""
+        """Returns the ids of tokens that end the answer. `eos_ids` are the model's own, which `ignore_eos` leaves out."""
         return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else frozenset(eos_ids))
 
     def sampling(
         self, seed: int, prompt_tokens: int = 0, eos_ids: Collection[int] = (), grammar: Grammar | None = None
     ) -> Sampling:
-        """How the last stage draws the answer's tokens.
+        """Returns how the last stage draws the answer's tokens.
 
-        seed: used if the request has none. prompt_tokens: length of the prompt. eos_ids: the model's end tokens. grammar: the
-        form of the answer; None: any.
+        `seed` is used if the request has none. `prompt_tokens` is the length of the prompt. `eos_ids` are the model's end
+        tokens. The answer must follow `grammar`; if it is None, any text is allowed.
         """
         penalized = self.presence_penalty or self.frequency_penalty
         banned = tuple(sorted(self.end_ids(eos_ids))) if self.min_tokens else ()
@@ -217,7 +219,7 @@ class GenerateRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
 
 
 class CompletionTokensDetails(Struct, frozen=True):
-    """How many draft tokens were accepted and how many were rejected."""
+    """Counts of accepted and of rejected draft tokens."""
 
     accepted_prediction_tokens: int = 0
     rejected_prediction_tokens: int = 0
@@ -265,7 +267,7 @@ class Choice(Struct, frozen=True, omit_defaults=True):
 
 
 class GenerateResponse(Struct, frozen=True, omit_defaults=True):
-    """Data of `dev.lamina.generate.response`, which on a stream is the last event.
+    """Data of `dev.lamina.generate.response`, which is the last event of a stream.
 
     `text`, `token_ids`, `finish_reason` and `logprobs` are those of the first answer.
     """
@@ -280,7 +282,7 @@ class GenerateResponse(Struct, frozen=True, omit_defaults=True):
 
 
 class TokenEvent(Struct, frozen=True, omit_defaults=True):
-    """Data of `dev.lamina.generate.token`: the text that token `index` of the answer completes, which may be empty."""
+    """Data of `dev.lamina.generate.token`: the text that becomes certain with token `index` of the answer; it may be empty."""
 
     index: int
     token_id: int
@@ -290,10 +292,11 @@ class TokenEvent(Struct, frozen=True, omit_defaults=True):
 
 
 class ProgressEvent(Struct, frozen=True, omit_defaults=True):
-    """Data of `dev.lamina.generate.progress`: what an answer awaits while no token comes. A later one replaces it.
+    """Data of `dev.lamina.generate.progress`: what an answer waits for while no token comes.
 
-    `start`: a stage that has no pod or whose pod loads weights. `memory`: for keys and values at the stages. `turn`: the
-    requests before it in the queue. `retry`: the next attempt after a stage failed. `prompt`: the prompt is being computed.
+    A later event replaces an earlier one. `start`: a stage that has no pod, or whose pod loads weights. `memory`: memory for
+    keys and values at the stages. `turn`: requests before this one in the queue. `retry`: the next attempt after a stage
+    failed. `prompt`: the prompt's computation.
     """
 
     awaits: Literal["start", "memory", "turn", "retry", "prompt"]

@@ -1,6 +1,6 @@
-"""The query of a GET request by which one instance of a stage asks another for keys and values of some tokens.
+"""The query of a GET request with which one instance of a stage asks another for the keys and values of some tokens.
 
-The reply is 200 with bytes in the format of functions/stage/models/kv_bytes.py, or 204 if they are not held.
+The reply is 200 with bytes in the format of functions/stage/models/kv_bytes.py, or 204 if that instance does not have them.
 """
 
 from typing import Annotated, Final
@@ -20,9 +20,10 @@ MAX_QUERY_TOKENS: Final = 64 * BLOCK_TOKENS
 
 
 class KVQuery(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Asks for the KV of tokens [first, end): of one sequence (`id`), or of any whose prefix chain has `digest` at `end`.
+    """Asks for the KV of tokens [first, end).
 
-    The KV must be of the given lineage.
+    The tokens are those of the sequence `id`, or of any sequence whose prefix chain has `digest` at `end`. The KV must be of
+    the given lineage.
     """
 
     pipeline: str
@@ -44,7 +45,7 @@ class KVQuery(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=Tru
 
     @property
     def target(self) -> str:
-        """Path and query of the GET request."""
+        """Returns path and query of the GET request."""
         return f"{KV_PATH}?{urlencode(msgspec.to_builtins(self))}"
 
     @classmethod

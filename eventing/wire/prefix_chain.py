@@ -1,10 +1,10 @@
 """The prefix chain of a sequence: one digest per whole block of tokens, over the block and all blocks before it.
 
-Sequences with the same first n digests have the same first n blocks. Digests are keyed by the pipeline and by the clients that
-may share, so one client cannot find another's KV. The gateway computes chains; stages only compare them.
+Sequences with the same first n digests have the same first n blocks. The key of the digests depends on the pipeline and on the
+clients that may share, so one client cannot find another's KV. The gateway computes chains; stages only compare them.
 
-The bits of keys and values depend also on what computed them: CPU level and dtypes of the stage and of all stages before it.
-Their digest is the lineage, which travels with the events. A stage finds KV by chain and lineage. All functions are pure.
+Keys and values depend, to the bit, also on what computed them: CPU level and dtypes of the stage and of all stages before it. A
+digest of these is the lineage, which travels with the events. A stage finds KV by chain and lineage. All functions are pure.
 """
 
 import re
@@ -26,19 +26,20 @@ Chain = tuple[bytes, ...]  # the digests of successive blocks
 
 
 def chain_key(pipeline: str, sharer: str, adapter: bytes = b"") -> bytes:
-    """The key of digests, 32 bytes.
+    """Returns the key of a chain's digests, 32 bytes.
 
-    pipeline: its fingerprint. sharer: the client whose sequences may share KV with one another; empty: all clients of the
-    pipeline. adapter: the digest of the adapter's version, whose KV differs; empty: none.
+    `pipeline` is the pipeline's fingerprint. Sequences of the client `sharer` may share KV with one another; if it is empty,
+    those of all clients may. `adapter` is the digest of the adapter's version, whose KV differs; it is empty without an
+    adapter.
     """
     adapted = f"{pipeline} adapter {adapter.hex()}" if adapter else pipeline
     return blake3(f"{adapted} {sharer}".encode(), derive_key_context="lamina prefix chain 1").digest()
 
 
 def extended(chain: Chain, token_ids: Sequence[int], key: bytes) -> Chain:
-    """Computes the chain of all whole blocks of `token_ids`.
+    """Returns the chain of all whole blocks of `token_ids`.
 
-    chain: the digests of its first blocks that are known already; empty if none. key: from `chain_key`.
+    `chain` has the digests of the first blocks that are known already, if any. `key` comes from `chain_key`.
     """
     digests = list(chain)
     last = digests[-1] if digests else b""
@@ -52,16 +53,20 @@ def extended(chain: Chain, token_ids: Sequence[int], key: bytes) -> Chain:
 
 @lru_cache(maxsize=256)
 def lineage_after(before: str, kind: str) -> str:
-    """The lineage of KV that a stage computes, and of the hidden states that it passes on: hexadecimal.
+    """Returns the lineage, in hexadecimal, of the KV that a stage computes and of the hidden states that it sends on.
 
-    before: the lineage of what came into the stage; empty for the first. kind: all that the stage's own bits depend on.
+    `before` is the lineage of the stage's input; it is empty for the first stage. `kind` names all that the stage's own bits
+    depend on.
     """
     data = f"{before} {kind}".encode()
     return blake3(data, derive_key_context="lamina lineage 1").hexdigest(length=LINEAGE_BYTES)
 
 
 def under(chain: Chain, lineage: str | None) -> Chain:
-    """The digests by which KV of a lineage is found; none if the lineage is None, which stands for an unknown one."""
+    """Returns the keys by which a stage finds KV of a lineage: each digest followed by the lineage.
+
+    Returns none if `lineage` is None, which means that it is unknown.
+    """
     if lineage is None:
         return ()
     suffix = bytes.fromhex(lineage)
@@ -69,19 +74,19 @@ def under(chain: Chain, lineage: str | None) -> Chain:
 
 
 def packed(chain: Chain) -> bytes:
-    """Encodes a chain for the wire: its digests one after the other."""
+    """Encodes a chain for the wire: its digests, joined."""
     return b"".join(chain)
 
 
 def unpacked(data: bytes) -> Chain:
-    """Decodes a chain from the wire. Raises ValueError if `data` is not whole digests."""
+    """Decodes a chain from the wire. Raises ValueError if the length is not a multiple of a digest's."""
     if len(data) % DIGEST_BYTES:
         raise ValueError(f"a chain of {len(data)} bytes is not a multiple of {DIGEST_BYTES}")
     return tuple(data[first : first + DIGEST_BYTES] for first in range(0, len(data), DIGEST_BYTES))
 
 
 def common_blocks(one: Chain, other: Chain) -> int:
-    """Number of blocks with which both chains begin. It searches by bisection, as a digest covers all blocks before it."""
+    """Returns how many first blocks two chains share. Bisection suffices, as a digest covers all blocks before its own."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

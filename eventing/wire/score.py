@@ -1,4 +1,4 @@
-"""Scoring a text in a single pass: the JSON data of `dev.lamina.score.*`, and the row that passes through the stages."""
+"""Scores a text in a single pass: the JSON data of `dev.lamina.score.*`, and the row that passes through the stages."""
 
 from typing import Annotated
 
@@ -20,7 +20,7 @@ class ScoreRequest(Struct, frozen=True, omit_defaults=True, forbid_unknown_field
 
 
 class ScoreResponse(Struct, frozen=True):
-    """Data of `dev.lamina.score.response`."""
+    """Data of `dev.lamina.score.response`: the log-probabilities of the text's tokens."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # of each token but the first, given those before it; natural logarithms
@@ -28,5 +28,5 @@ class ScoreResponse(Struct, frozen=True):
 
 
 def score_row(id_: str, tokens: int) -> Row:
-    """A row of `tokens` tokens at position 0 that wants their log-probabilities."""
+    """Returns a row of `tokens` tokens at position 0 that asks for their log-probabilities."""
     return Row(id_, attempt=0, position=0, length=tokens, want=Want.LOGPROBS, reserve_tokens=tokens)

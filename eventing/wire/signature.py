@@ -1,9 +1,10 @@
-"""Signed events: an attribute that proves knowledge of the pipeline token, for events that travel without our headers.
+"""Signs events and verifies them: the attribute `signature` proves that the sender knows the pipeline token.
 
-A Sequence of Knative Eventing passes events from stage to stage and sends no Authorization header. So the gateway signs the
-event that begins a score, each stage signs its reply, and a stage accepts a signed event without a bearer token. The signature
-is HMAC-SHA256 with the pipeline token over the event's identity, data and expiry. Intermediaries may add other attributes,
-which are ignored. A signed event can be replayed until it expires, without harm: the same tokens have the same answer.
+It is for events that travel without our headers. A Sequence of Knative Eventing passes events from stage to stage and sends no
+Authorization header. So the gateway signs the event that begins a score, and each stage signs its reply. A stage accepts a
+signed event without a bearer token. The signature is HMAC-SHA256 with the pipeline token over the event's identity, data and
+expiry. Intermediaries may add other attributes, which are ignored. A signed event can be replayed until it expires, without
+harm: the same tokens have the same answer.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ _SIGNED: Final = (Attribute.PIPELINE, Attribute.LAYER, Attribute.EXPIRY_TIME)
 def sign(event: CloudEvent, token: str) -> CloudEvent:
     """Returns the event with the attribute `signature`.
 
-    Raises ValueError without `expirytime`, because the signature would be valid for ever.
+    Raises ValueError if the event has no `expirytime`, because the signature would be valid for ever.
     """
     if event.get_extension(Attribute.EXPIRY_TIME) is None:
         raise ValueError(f"{event.get_type()} {event.get_id()} has no {Attribute.EXPIRY_TIME}, so it cannot be signed")
@@ -34,10 +35,11 @@ def sign(event: CloudEvent, token: str) -> CloudEvent:
 
 
 def verify(event: CloudEvent, *tokens: str) -> None:
-    """Raises Unauthorized if the signature was made with none of the `tokens`, and EventExpired if the event has expired.
+    """Checks the signature of an event, made with any of `tokens`.
 
-    For an event whose data is in the store (`dataref`) the signature covers the SHA-256 that it names; `ClaimCheck.redeem` then
-    checks the data against that.
+    Raises Unauthorized if none of them made it, and EventExpired if the event has expired. If the data is in the store
+    (`dataref`), the signature covers the SHA-256 that the event names, and `ClaimCheck.redeem` then checks the data against
+    that.
     """
     given = str(event.get_extension(Attribute.SIGNATURE) or "").encode()
     known = [hmac.compare_digest(given, _signature(event, token).encode()) for token in tokens]

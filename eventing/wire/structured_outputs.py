@@ -11,7 +11,7 @@ MAX_CHOICES = 4096
 
 
 class StructuredOutputs(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The form of an answer. Exactly one field is given."""
+    """The form that an answer must have. Exactly one field is given."""
 
     json: dict[str, Any] | GrammarText | None = None  # a JSON schema, or its text
     json_object: bool | None = None  # any JSON object

@@ -25,7 +25,7 @@ class FunctionName(Struct, frozen=True):
 
 
 class NamedTool(Struct, frozen=True):
-    """A tool choice that names the one function which must be called, exactly once."""
+    """A tool choice that names one function: the model must call it exactly once."""
 
     type: Literal["function"]
     function: FunctionName

@@ -2,8 +2,8 @@
 
     sha256:<64 hexadecimal digits> name=alice requests_per_minute=60 concurrent=4
 
-One key per line, or separated by commas; a line that begins with # is a comment. Errors give the numbers of keys and words and
-never show them, because any word may be a key.
+Keys stand on lines of their own, or are separated by commas; a line that begins with # is a comment. Error messages number the
+keys and words and never quote them, because any word may be a key.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ _MOST: Final = 10**12
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """Limits of a client. None: not set; 0: no limit."""
+    """Limits of one client. A limit of None is not set; a limit of 0 is no limit."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None  # in prompts and answers
@@ -36,7 +36,7 @@ class Quota:
         return bool(self.tokens_per_day or self.tokens_per_month)
 
     def over(self, other: Self) -> Self:
-        """This quota, with unset limits taken from `other`."""
+        """Returns this quota, with its unset limits taken from `other`."""
         said = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         return dataclasses.replace(other, **said)
 
@@ -53,23 +53,26 @@ class ApiKey:
 
     @property
     def id(self) -> str:
-        """The first digits of the hash, which name the key in logs and lists. They are no secret."""
+        """The first digits of the key's hash, which name the key in logs and lists. They are no secret."""
         return self.hashed[:_ID_DIGITS]
 
     def written(self) -> str:
-        """The key as a line of a list, with its hash instead of the key itself."""
+        """Returns the key as a line of a list, with its hash in place of the key itself."""
         said = {name: getattr(self.quota, name) for name in LIMITS}
         words = [f"{name}={value}" for name, value in (("name", self.name or None), *said.items()) if value is not None]
         return " ".join([HASHED + self.hashed, *words])
 
 
 def sha256_of(key: str) -> str:
-    """The key's hash as 64 hexadecimal digits. A key has 256 random bits and cannot be guessed, so a fast hash is enough."""
+    """Returns the key's SHA-256 as 64 hexadecimal digits.
+
+    A key has 256 random bits and cannot be guessed, so a fast hash is enough.
+    """
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def parse_keys(text: str) -> tuple[ApiKey, ...]:
-    """The keys of a list. Raises ValueError for an entry that is wrong, repeated, or empty between two commas."""
+    """Returns the keys of a list. Raises ValueError for an entry that is wrong, repeated, or empty between two commas."""
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     entries = [entry.split() for line in lines for entry in line.split(",")]
     found = [_key(number, words) for number, words in enumerate(entries, 1)]
@@ -82,7 +85,7 @@ def parse_keys(text: str) -> tuple[ApiKey, ...]:
 
 
 def limit(name: str, value: str) -> int:
-    """The value of one limit of a quota, as a number. Raises ValueError for an unknown name or a value out of range."""
+    """Parses the value of one limit of a quota. Raises ValueError for an unknown name or a value out of range."""
     least = -_MOST if name == "priority" else 0
     if name not in LIMITS or not re.fullmatch("-?[0-9]{1,13}", value) or not least <= int(value) <= _MOST:
         raise ValueError(f"a limit is NAME=NUMBER, NAME one of {', '.join(LIMITS)}")

@@ -1,4 +1,7 @@
-"""The configuration of a function: every key of its environment, with parser, meaning and default. Read once, at the start."""
+"""The configuration of a function: every key of its environment, with parser, meaning and default.
+
+It is read once, at the start.
+"""
 
 import difflib
 from collections.abc import Iterator, Mapping
@@ -82,7 +85,7 @@ class KVStoreConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TLSConfig:
-    """TLS between pods. Without a CA pods reach each other by plain HTTP."""
+    """Configuration of TLS between pods. Without a CA, pods reach each other by plain HTTP."""
 
     ca: str | None = optional(
         "LAMINA_TLS_CA",
@@ -103,7 +106,10 @@ class TLSConfig:
     key: str | None = optional("LAMINA_TLS_KEY", str, "PEM file with its key", closes=True)
 
     def load(self) -> "PodTLS | None":
-        """The certificates in these files; None if pods use no TLS. Raises ConfigError for files that cannot be used."""
+        """Reads the certificates in these files. Returns None if pods use no TLS.
+
+        Raises ConfigError for files that cannot be used.
+        """
         from eventing.http.pod_tls import PodTLS, UnusableTLSFiles
 
         if self.ca is None or self.name is None:
@@ -156,7 +162,7 @@ class ProcessConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommonConfig(ProcessConfig):
-    """Configuration that a stage and a gateway share: the pipeline."""
+    """Configuration of a pipeline, which its stages and gateway share."""
 
     pipeline: str = setting("LAMINA_PIPELINE", parsers.fingerprint, "fingerprint of the pipeline, which every event has")
     model: str = setting("LAMINA_MODEL", str, "name of the model in the store")
@@ -268,13 +274,13 @@ class StageConfig(CommonConfig):
 
     @property
     def pipeline_tokens(self) -> tuple[str, ...]:
-        """The bearer tokens that the stage accepts: two while the token is rotated, else one."""
+        """The bearer tokens that the stage accepts: two while the token is rotated, otherwise one."""
         return (self.pipeline_token, *([self.second_pipeline_token] if self.second_pipeline_token else []))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClientsConfig:
-    """Configuration of a process that clients reach: a gateway, or a fleet's."""
+    """Configuration of a process that clients connect to: the gateway of a pipeline or of a fleet."""
 
     limits_store: str | None = optional(
         "LAMINA_LIMITS_STORE",
@@ -482,10 +488,11 @@ class GatewayConfig(CommonConfig, ClientsConfig):
 
     @property
     def sharing(self) -> str:
-        """`prefix_sharing` with auto resolved: client if there are API keys, else request.
+        """Who may share entries of the prefix cache: `prefix_sharing`, with `auto` replaced.
 
-        A hit in the prefix cache shows in the response time, so strangers do not share by default. Without keys everybody is a
-        stranger: all clients behind an ingress may have one address.
+        `auto` becomes `client` if there are API keys, otherwise `request`. A hit in the prefix cache shows in the response
+        time, so clients that may be strangers to each other do not share by default. Without keys all clients may be strangers,
+        since all behind an ingress may have one address.
         """
         if self.prefix_sharing != "auto":
             return self.prefix_sharing
@@ -498,7 +505,10 @@ class GatewayConfig(CommonConfig, ClientsConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FleetConfig(ProcessConfig, ClientsConfig):
-    """Configuration of the gateway of a fleet. Each member's ConfigMap has the rest: a gateway's keys of its own pipeline."""
+    """Configuration of a fleet's gateway.
+
+    Each member's ConfigMap has the remaining keys of a gateway, for that member's pipeline.
+    """
 
     fleet: str = setting("LAMINA_FLEET", str, "name of the fleet, in the label lamina.dev/fleet of its members' ConfigMaps")
     keys_folder: str | None = optional(
@@ -530,7 +540,7 @@ _ROLES: Final[dict[str, type[Config]]] = {"stage": StageConfig, "gateway": Gatew
 
 
 def read_config(environ: Mapping[str, str]) -> Config:
-    """The configuration of the role that the environment names.
+    """Reads the configuration for the role that the environment names.
 
     Raises ConfigError with one sentence for each wrong, missing or unknown key.
     """
@@ -557,10 +567,10 @@ def read_config(environ: Mapping[str, str]) -> Config:
 
 
 def member_config(fleet: Mapping[str, str], member: Mapping[str, str]) -> GatewayConfig:
-    """The configuration of one member's part in a fleet's gateway.
+    """Reads the configuration of one member's part of a fleet's gateway.
 
-    fleet: environment of the process. member: the member's own keys, which say nothing of process, store and clients. Raises
-    ConfigError.
+    `fleet` is the environment of the process. `member` has the member's own keys, none of which concern process, store or
+    clients. Raises ConfigError.
     """
     shared = {key.name for key, owners in _all_keys() if "fleet" in owners}
     own = {key.name for key, owners in _all_keys() if owners == ("fleet",)}
@@ -576,12 +586,15 @@ def member_config(fleet: Mapping[str, str], member: Mapping[str, str]) -> Gatewa
 
 
 def member_keys() -> frozenset[str]:
-    """Names of the keys that each member of a fleet has for itself, and that its gateway's process does not read."""
+    """Returns the names of keys that each member of a fleet sets for itself. The fleet's own process does not read them."""
     return frozenset(key.name for key, owners in _all_keys() if "gateway" in owners and "fleet" not in owners)
 
 
 def environment() -> Iterator[tuple[str, str, str, str]]:
-    """Name, roles, default and meaning of every key. Default: `required` if the key must be set, empty if unset means None."""
+    """Yields name, roles, default and meaning of every key.
+
+    The default is `required` if the key must be set. It is empty if an unset key means None.
+    """
     grouped: dict[tuple[str, ...], list[Key]] = {}
     for key, owners in _all_keys():
         grouped.setdefault(owners, []).append(key)
@@ -600,7 +613,7 @@ def _all_keys() -> list[tuple[Key, tuple[str, ...]]]:
 
 
 def _contradictions(config: Config) -> Iterator[str]:
-    """One error, a sentence, for each set of values that are valid alone but not together."""
+    """Yields one error, a sentence, for each set of values that are valid alone but not together."""
     if config.store.web_identity_token_file is None:
         store_keys = {"AWS_ACCESS_KEY_ID": config.store.access_key_id, "AWS_SECRET_ACCESS_KEY": config.store.secret_access_key}
         for name, value in store_keys.items():

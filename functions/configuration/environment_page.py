@@ -1,4 +1,4 @@
-"""The environment of a function as text: for `--help`, and for docs/reference.md."""
+"""Describes the keys of a function's environment as text, for `--help` and for docs/reference.md."""
 
 from typing import Final
 

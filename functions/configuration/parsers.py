@@ -1,4 +1,4 @@
-"""Parsers of settings: text → value. Each raises a ValueError that says what is allowed."""
+"""Parsers of settings: each turns a text into a value, or raises a ValueError that says what is allowed."""
 
 import ipaddress
 import math
@@ -41,7 +41,7 @@ def integer(lowest: int, highest: int | None = None) -> Callable[[str], int]:
 
 
 def json_object(type_: type[T], allowed: str) -> Callable[[str], T]:
-    """Parses a JSON object with the fields of `type_`. allowed: what it may be, for errors."""
+    """Returns a parser of JSON objects with the fields of `type_`. `allowed` describes them in error messages."""
 
     def parse(value: str) -> T:
         try:
@@ -80,7 +80,7 @@ def address(value: str) -> str:
 
 
 def layers(value: str) -> LayerRange:
-    """`10:20` → (10, 20)."""
+    """Parses a layer range: `10:20` → (10, 20)."""
     match = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", value)
     if match is None or int(match[1]) >= int(match[2]):
         raise ValueError("FIRST:LAST with FIRST before LAST, such as 10:20 for layers 10 to 19")
@@ -88,7 +88,7 @@ def layers(value: str) -> LayerRange:
 
 
 def weights(value: str) -> tuple[tuple[str, str], ...]:
-    """`int8=<digest>,bfloat16=<digest>` → (("int8", <digest>), …), one pair for each group of the cut."""
+    """Parses the weights of each layer group: `int8=<digest>,bfloat16=<digest>` → (("int8", <digest>), …)."""
     found = [part.partition("=") for part in value.split(",")]
     if not all(dtype and equals and digest for dtype, equals, digest in found):
         raise ValueError("DTYPE=DIGEST of each layer group, separated by commas")
@@ -96,7 +96,7 @@ def weights(value: str) -> tuple[tuple[str, str], ...]:
 
 
 def cut(value: str) -> tuple[LayerRange, ...]:
-    """`0:10,10:20` → ((0, 10), (10, 20)); begins at 0 and has no gaps."""
+    """Parses a cut: `0:10,10:20` → ((0, 10), (10, 20)). It must begin at 0 and have no gaps."""
     groups = tuple(layers(part) for part in value.split(","))
     ends = [0, *(last for _, last in groups)]
     for (first, last), end in zip(groups, ends, strict=False):
@@ -106,7 +106,7 @@ def cut(value: str) -> tuple[LayerRange, ...]:
 
 
 def url(value: str) -> str:
-    """An http or https URL without its trailing slash."""
+    """Parses an http or https URL and returns it without its trailing slash."""
     parts = urlsplit(value)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise ValueError("a URL that begins with http:// or https://")
@@ -115,7 +115,7 @@ def url(value: str) -> str:
 
 
 def bucket_and_prefix(value: str) -> tuple[str, str]:
-    """`lamina/kv` → ("lamina", "kv")."""
+    """Parses a place in a store: `lamina/kv` → ("lamina", "kv")."""
     bucket, _, prefix = value.partition("/")
     if not bucket or not re.fullmatch(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*", prefix):
         raise ValueError("BUCKET/PREFIX, such as lamina/kv")
@@ -129,12 +129,12 @@ def key_256(value: str) -> bytes:
 
 
 def kubernetes_api(value: str) -> str:
-    """`cluster`, which stands for the API of the pod's own cluster, or a URL."""
+    """Parses the URL of a Kubernetes API; `cluster` stands for the API of the pod's own cluster."""
     return value if value == "cluster" else url(value)
 
 
 def stages(value: str) -> tuple[tuple[LayerRange, str], ...]:
-    """`0:10=http://a,10:20=http://b` → (((0, 10), "http://a"), …)."""
+    """Parses layer ranges with URLs: `0:10=http://a,10:20=http://b` → (((0, 10), "http://a"), …)."""
     pairs = []
     for part in value.split(","):
         group, equals, address = part.partition("=")
@@ -145,7 +145,7 @@ def stages(value: str) -> tuple[tuple[LayerRange, str], ...]:
 
 
 def services(value: str) -> tuple[str, ...]:
-    """`chat-1f0a-s0,chat-1f0a-s1` → ("chat-1f0a-s0", "chat-1f0a-s1")."""
+    """Parses names of Services: `chat-1f0a-s0,chat-1f0a-s1` → ("chat-1f0a-s0", "chat-1f0a-s1")."""
     names = tuple(value.split(","))
     if not all(re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name) for name in names):
         raise ValueError("names of Services, separated by commas")
@@ -153,7 +153,7 @@ def services(value: str) -> tuple[str, ...]:
 
 
 def targets(value: str) -> tuple[float, ...]:
-    """`1.4,1.4,0` → (1.4, 1.4, 0.0), a concurrency for each stage."""
+    """Parses a concurrency for each stage: `1.4,1.4,0` → (1.4, 1.4, 0.0)."""
     try:
         found = tuple(float(part) for part in value.split(","))
     except ValueError:
@@ -164,7 +164,7 @@ def targets(value: str) -> tuple[float, ...]:
 
 
 def keys(value: str) -> tuple[ApiKey, ...]:
-    """A list of API keys. An empty one is refused: it is a mistake that would shut out all clients."""
+    """Parses a list of API keys. Refuses an empty list, a mistake that would shut out all clients."""
     found = parse_keys(value)
     if not found:
         raise ValueError("at least one key")
@@ -172,7 +172,7 @@ def keys(value: str) -> tuple[ApiKey, ...]:
 
 
 def paths(value: str) -> tuple[str, ...]:
-    """`/etc/a, /etc/b` → ("/etc/a", "/etc/b")."""
+    """Parses paths of files: `/etc/a, /etc/b` → ("/etc/a", "/etc/b")."""
     found = tuple(part.strip() for part in value.split(","))
     if not all(found):
         raise ValueError("paths of files, separated by commas, none of them empty")
@@ -187,7 +187,10 @@ def limits_store(value: str) -> str:
 
 
 def origins(value: str) -> tuple[str, ...]:
-    """`https://a.example,http://localhost:3000` → both origins, as browsers send them (RFC 6454, section 6.2); `*`: all."""
+    """Parses web origins as browsers send them (RFC 6454, section 6.2): `https://a.example,http://localhost:3000`.
+
+    `*` stands for all origins.
+    """
     found = tuple(part.strip() for part in value.split(","))
     for each in found:
         parts = urlsplit(each)
@@ -197,7 +200,7 @@ def origins(value: str) -> tuple[str, ...]:
 
 
 def hosts(value: str) -> tuple[str, ...]:
-    """`chat.example,*.corp.example` → both; `*`: any name."""
+    """Parses host names: `chat.example,*.corp.example`. `*` stands for any name."""
     names = tuple(part.strip() for part in value.split(","))
     if not all(re.fullmatch(r"\*|(\*\.)?[a-z0-9]([a-z0-9._-]*[a-z0-9])?", name) for name in names):
         raise ValueError("names such as chat.example or *.example, in lower case, without a port, separated by commas; or *")
@@ -205,7 +208,7 @@ def hosts(value: str) -> tuple[str, ...]:
 
 
 def networks(value: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
-    """`10.244.0.0/16,fd00:10:244::/56` → both networks; a cluster may have IPv4 and IPv6 pods."""
+    """Parses IP networks: `10.244.0.0/16,fd00:10:244::/56`. A cluster may have IPv4 and IPv6 pods."""
     try:
         return tuple(ipaddress.ip_network(part.strip()) for part in value.split(","))
     except ValueError as error:

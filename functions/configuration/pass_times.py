@@ -1,5 +1,6 @@
-"""The duration of a stage's forward pass on an emulated device. The layer group `sleep` waits for it instead of
-computing, and `bench/evaluation` simulates with it.
+"""The duration of a stage's forward pass on an emulated device.
+
+The layer group `sleep` waits for it instead of computing, and `bench/evaluation` simulates with it.
 
     forward = fixed + max(token · tokens + pair · pairs, stream + stream_token · tokens + kv_token · kv tokens)
     logits  = max(logits_row · rows, logits_stream)                               in the last stage, for rows that draw a token
@@ -28,10 +29,10 @@ class PassTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logits_stream_seconds: _Seconds = 0.0  # reading the output matrix from the device's memory once
 
     def forward_seconds(self, tokens: float, pairs: float, kv_tokens: float) -> float:
-        """Seconds that a forward pass takes without its logits.
+        """Returns the seconds that a forward pass takes, without its logits.
 
-        All arguments are sums over the rows. tokens: new tokens. pairs: results of the function `pairs`. kv_tokens: tokens in
-        the KV cache after the pass.
+        The arguments are sums over the rows of the pass. `tokens` counts new tokens. `pairs` are results of the function
+        `pairs`. `kv_tokens` counts tokens in the KV cache after the pass.
         """
         arithmetic = self.token_seconds * tokens + self.pair_seconds * pairs
         streamed = self.stream_seconds + self.stream_token_seconds * tokens + self.kv_token_seconds * kv_tokens
@@ -42,8 +43,8 @@ class PassTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def pairs(position: float, length: float) -> float:
-    """Number of pairs of tokens in the attention of one row: each new token with itself and every token before it.
+    """Returns the number of pairs of tokens in one row's attention: each new token with itself and every token before it.
 
-    position: number of tokens before the new ones. length: number of new tokens.
+    `position` is the number of tokens before the new ones, `length` the number of new tokens.
     """
     return length * (position + (length + 1) / 2)

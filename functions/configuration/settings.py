@@ -1,7 +1,7 @@
-"""Frozen dataclasses read from a mapping of strings: one declaration per key, all errors at once.
+"""Reads frozen dataclasses from a mapping of strings. Each key is declared once, and all errors are raised together.
 
-`config` declares Lamina's keys with it. A field declared with `setting()` is read from its key; a field whose type is another
-such dataclass is read from the same mapping.
+`config` declares Lamina's keys with this module. A field declared with `setting()` is read from its key. A field whose type is
+another such dataclass is read from the same mapping.
 """
 
 import dataclasses
@@ -34,9 +34,9 @@ class Key:
     closes: bool = False  # restricts access, which is open if the key is unset; so an empty value is an error
 
     def read(self, environ: Mapping[str, str]) -> Any:
-        """The parsed value; None if the key is unset and its default is empty.
+        """Returns the parsed value. Returns None if the key is unset and its default is empty.
 
-        Raises ValueError that names the key, its value and what is allowed.
+        Raises ValueError; it names the key, its value and what is allowed.
         """
         if self.closes and environ.get(self.name) == "":
             raise ValueError(f"{self.name} is set and empty: give it a value, or unset it ({self.meaning})")
@@ -55,18 +55,18 @@ class Key:
 def setting(
     name: str, parse: Callable[[str], Any], meaning: str, default: str = REQUIRED, *, secret: bool = False, closes: bool = False
 ) -> Any:
-    """A dataclass field that is read from the key `name`. The arguments are the fields of Key."""
+    """Declares a dataclass field that is read from the key `name`. The arguments are the fields of Key."""
     key = Key(name, parse, meaning, default, secret, closes)
     return dataclasses.field(metadata={_KEY: key}, repr=not secret)
 
 
 def optional(name: str, parse: Callable[[str], Any], meaning: str, *, secret: bool = False, closes: bool = False) -> Any:
-    """A `setting` that is None if its key is unset."""
+    """Declares a `setting` that is None if its key is unset."""
     return setting(name, parse, meaning, "", secret=secret, closes=closes)
 
 
 def keys(settings: type) -> Iterator[Key]:
-    """The keys that the fields of a dataclass and of dataclasses nested in it are read from, in the order of the fields."""
+    """Yields the keys of a dataclass and of the dataclasses nested in it, in the order of the fields."""
     hints = get_type_hints(settings)
     for field in dataclasses.fields(settings):
         if _KEY in field.metadata:
@@ -76,7 +76,7 @@ def keys(settings: type) -> Iterator[Key]:
 
 
 def read(settings: type[T], environ: Mapping[str, str]) -> T:
-    """An instance of the dataclass `settings`, read from the environment. Raises ConfigError with all mistakes."""
+    """Returns an instance of the dataclass `settings`, read from the environment. Raises ConfigError with all mistakes."""
     errors: list[str] = []
     found: T | None = _read(settings, environ, errors)
     if found is None:
@@ -85,7 +85,7 @@ def read(settings: type[T], environ: Mapping[str, str]) -> T:
 
 
 def _read(settings: Any, environ: Mapping[str, str], errors: list[str]) -> Any:
-    """As `read`, but adds mistakes to `errors`; None if there is one."""
+    """Like `read`, but adds mistakes to `errors`, and returns None if there are any."""
     values: dict[str, Any] = {}
     hints = get_type_hints(settings)
     for field in dataclasses.fields(settings):

@@ -1,4 +1,4 @@
-"""The one policy by which clients share a resource that is full.
+"""The policy by which clients share a resource that is full; all parts of Lamina use this one.
 
 May import: nothing of Lamina.
 """

@@ -1,4 +1,4 @@
-"""How clients share a limited resource. docs/scheduling.md says where it is used."""
+"""Shares a limited resource fairly among clients. docs/scheduling.md says where it is used."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterator
@@ -8,11 +8,12 @@ T = TypeVar("T", bound=Hashable)
 
 
 class FairShares(Generic[T]):
-    """The items that clients hold of one limited resource, and which of them give way when it is full. Not thread-safe.
+    """Counts the items that each client holds of one limited resource, and chooses items that give way when it is full.
 
-    A client alone may hold everything. When the resource is full, the client gives way that would hold most, the new amount
-    included: if that is the one that asks, it is refused; another one loses its newest item. A client's only item is never
-    taken for another client. So if all want more than there is, all get equal parts (longest queue drop, Suter et al. 1999).
+    Not thread-safe. A client alone may hold everything. When the resource is full, the client that would hold most gives way;
+    the new amount counts. If that is the client that asks, its request is refused. If it is another client, that client loses
+    its newest item, but never its only one. So if all clients want more than there is, all get equal parts (longest queue drop,
+    Suter et al. 1999).
 
     With `oldest_first` nobody is refused: the client that would hold most loses its oldest item, even its only one.
     """
@@ -29,18 +30,18 @@ class FairShares(Generic[T]):
         return len(self._owners)
 
     def __iter__(self) -> Iterator[T]:
-        """All items, oldest first."""
+        """Yields all items, oldest first."""
         return iter(self._owners)
 
     def __contains__(self, item: T) -> bool:
         return item in self._owners
 
     def clients(self) -> Iterator[str]:
-        """The clients that have items, in the order of their turns: see `take`."""
+        """Yields the clients that have items, in the order of their turns. `take` moves a client to the end of this order."""
         return iter(self._items)
 
     def add(self, client_id: str, item: T, amount: int = 1) -> None:
-        """Counts an item of a client, or `amount` more of one that is counted already. `make_room` comes before."""
+        """Counts a new item for a client, or adds `amount` to an item that is counted already. Call `make_room` before."""
         self._owners[item] = client_id
         items = self._items.setdefault(client_id, {})
         items[item] = items.get(item, 0) + amount
@@ -48,7 +49,7 @@ class FairShares(Generic[T]):
         self.total += amount
 
     def move(self, client_id: str, item: T) -> None:
-        """From now on counts an item for this client. It stays as old as it is."""
+        """From now on counts an item for this client. The item keeps its age for `oldest_first`."""
         before = self._owners[item]
         if before == client_id:
             return
@@ -57,12 +58,12 @@ class FairShares(Generic[T]):
         self.add(client_id, item, amount)
 
     def fix(self, item: T) -> None:
-        """From now on the item does not give way. It still counts. Does nothing if it is not counted."""
+        """Protects an item: from now on it does not give way. It still counts. Does nothing if the item is not counted."""
         if item in self._owners:
             self._fixed.add(item)
 
     def remove(self, item: T) -> None:
-        """Counts an item no longer. Does nothing if it is not counted, for example because it has given way."""
+        """Stops counting an item. Does nothing if the item is not counted, for example because it has given way."""
         client_id = self._owners.pop(item, None)
         if client_id is None:
             return
@@ -71,16 +72,20 @@ class FairShares(Generic[T]):
         self._subtract(client_id, amount)
 
     def take(self, client_id: str) -> T:
-        """Removes and returns a client's oldest item. If it has more, it becomes the last of `clients`."""
+        """Removes and returns a client's oldest item.
+
+        If the client has more items, its next turn comes after all other clients'.
+        """
         self._items[client_id] = self._items.pop(client_id)
         item = next(iter(self._items[client_id]))
         self.remove(item)
         return item
 
     def make_room(self, client_id: str, amount: int, capacity: int) -> list[T] | None:
-        """Removes and returns the items that give way so that a client can have `amount` more. None: it is refused.
+        """Removes and returns the items that must give way so that a client can have `amount` more.
 
-        capacity: of the resource at present, in the unit of the amounts. The caller frees what the items hold.
+        Returns None if the client is refused. `capacity` is the resource's present size, in the same unit as the amounts. The
+        caller frees what the returned items hold.
         """
         missing = self.total + amount - capacity
         if missing <= 0:
@@ -108,7 +113,10 @@ class FairShares(Generic[T]):
             del self._items[client_id], self.held[client_id]
 
     def _next_to_yield(self, client_id: str, held: Counter[str], chosen: list[T]) -> T | None:
-        """The item that gives way next. held: what each client holds after those in `chosen` have given way."""
+        """Returns the item that gives way next; None if no item may.
+
+        `held` is what clients hold without the items in `chosen`.
+        """
         if self._oldest_first:
             candidates = [item for item in self._owners if item not in self._fixed and item not in chosen]
             return max(candidates, key=lambda item: held[self._owners[item]], default=None)  # of equals the first

@@ -1,4 +1,4 @@
-"""The gateway's Flask application: all APIs over one AnswerService."""
+"""The gateway's Flask application: the routes of all APIs, over one AnswerService."""
 
 import logging
 import sys
@@ -61,9 +61,9 @@ _SECURITY_HEADERS: Final = {
 
 
 class _Gateway(Flask):
-    """The Flask application. Counts each POST that an API refuses in `lamina_gateway_answers`, by error.
+    """The Flask application. Counts each POST that an API refuses in `lamina_gateway_answers`, with its error as a label.
 
-    An answer that has begun is not counted here: it counts itself when it ends (Answer.close).
+    An answer that has begun is not counted here: Answer.close counts it when it ends.
     """
 
     def __init__(self, metrics: GatewayMetrics) -> None:
@@ -82,9 +82,9 @@ class _Gateway(Flask):
 
 
 def base_app(config: ClientsConfig, metrics: GatewayMetrics, write_line: Callable[[str], object]) -> Flask:
-    """An application without routes that has what all need: errors, headers, the access log.
+    """Returns an application without routes, with what all gateways need: error handlers, headers, the access log.
 
-    write_line: receives each line of the access log.
+    `write_line` receives each line of the access log.
     """
     app = _Gateway(metrics)
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST_BYTES
@@ -99,7 +99,7 @@ def base_app(config: ClientsConfig, metrics: GatewayMetrics, write_line: Callabl
 
 @dataclass(frozen=True, slots=True)
 class Jobs:
-    """Files and batches, and the events that begin batches and tell of their ends."""
+    """Files and batches of clients, and the CloudEvents that begin batches and report their ends."""
 
     batches: Batches
     events: BatchEvents
@@ -117,12 +117,12 @@ def create_app(
     models: ServedModels | None = None,
     batches_changed: Callable[[], object] = lambda: None,
 ) -> Flask:
-    """The application with the routes of all APIs. It can answer before the tokenizer is loaded.
+    """Returns the application with the routes of all APIs. It can answer before the tokenizer is loaded.
 
-    service: returns the AnswerService; raises NotReady before the tokenizer is loaded. write_line: receives each line of the
-    access log. watch: answers `GET /v1/pipeline/events`; None: that path is not served.
-    jobs: None: files and batches are not served. models: None: no adapters are. batches_changed: called when a batch was
-    created or cancelled.
+    `service` returns the AnswerService, or raises NotReady before the tokenizer is loaded. `write_line` receives each line of
+    the access log. `watch` answers `GET /v1/pipeline/events`; if it is None, that path is not served. If `jobs` is None, files
+    and batches are not served; if `models` is None, adapters are not. `batches_changed` is called when a batch was created or
+    cancelled.
     """
     app = base_app(config, metrics, write_line)
     clients = Clients(None if keys.is_open else keys.find, config.proxies)
@@ -168,9 +168,9 @@ def _add_headers(response: Response) -> Response:
 
 
 def _add_cross_origin_headers(origins: frozenset[str], response: Response) -> Response:
-    """Adds the headers by which browsers let pages of other sites send requests (Fetch Standard, section 3.2).
+    """Adds the headers with which browsers let pages of other sites send requests (Fetch Standard, section 3.2).
 
-    origins: sites that are allowed, as browsers send them in `Origin`; `*` for all. Cookies and other credentials of the
+    `origins` are the allowed sites, as browsers send them in `Origin`; `*` allows all. Cookies and other credentials of the
     browser are never allowed: a page sets the header with the API key itself.
     """
     origin = request.headers.get("Origin", "")
@@ -202,10 +202,10 @@ def client_limits(config: GatewayConfig, keys: KeyRing) -> ClientLimits:
 def gateway_admission(config: GatewayConfig, keys: KeyRing, app: Flask) -> "Callable[[WSGIEnvironment], int | None]":
     """Returns a function with which the server checks a request's head before it reads the body.
 
-    The function takes the WSGI environ and returns the most bytes that the body may have; 0 unless the method is POST; None if
-    `app` has no such path, or not with this method. It raises Unauthorized if the gateway has API keys and a POST has no valid
-    one, UnknownHost or CrossSite if a page of another site may have sent it, and UnsupportedMediaType if the body is not
-    said to be JSON. It sets CLIENT_ID.
+    The function takes the WSGI environ and sets CLIENT_ID in it. It returns the most bytes that the body may have, which is 0
+    unless the method is POST. It returns None if `app` does not serve the path with this method. It raises Unauthorized if the
+    gateway has API keys and a POST has no valid one, UnknownHost or CrossSite if a page of another site may have sent the
+    request, and UnsupportedMediaType if the body is not declared as JSON.
     """
     clients, sites = Clients(None if keys.is_open else keys.find, config.proxies), Sites(config, is_open=keys.is_open)
     routes = app.url_map.bind("")  # no route depends on the host
@@ -226,9 +226,10 @@ def gateway_admission(config: GatewayConfig, keys: KeyRing, app: Flask) -> "Call
 
 
 def admit_body(environ: "WSGIEnvironment", clients: Clients) -> int:
-    """How many bytes the body of a POST may have. Sets CLIENT_ID, and STREAMED if the application reads the body as it arrives.
+    """Returns how many bytes the body of a POST may have.
 
-    Raises Unauthorized, and UnsupportedMediaType if the body is not said to be JSON.
+    Sets CLIENT_ID, and STREAMED if the application reads the body as it arrives. Raises Unauthorized, and UnsupportedMediaType
+    if the body is not declared as JSON.
     """
     environ[CLIENT_ID] = clients.identify(Request(environ, populate_request=False))  # else the environ would hold itself
     if environ["PATH_INFO"] == UPLOAD_PATH:
@@ -239,7 +240,7 @@ def admit_body(environ: "WSGIEnvironment", clients: Clients) -> int:
 
 
 def configured_batches(config: GatewayConfig) -> Batches | None:
-    """Batches and their files in the configured store; None: they are not served."""
+    """Returns the batches and their files in the configured store; None if no store is configured for them."""
     if config.jobs_store is None:
         return None
     bucket, prefix = config.jobs_store
@@ -249,7 +250,7 @@ def configured_batches(config: GatewayConfig) -> Batches | None:
 
 
 def configured_jobs(config: GatewayConfig) -> Jobs | None:
-    """Files, batches and their events; None: they are not served."""
+    """Returns files, batches and their events; None if no store is configured for them."""
     batches = configured_batches(config)
     if batches is None:
         return None

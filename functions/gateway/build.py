@@ -1,6 +1,6 @@
-"""Builds a running scheduler from the configuration: sender, client of the stages, placement, watch.
+"""Builds a running scheduler from the configuration: sender, client of the stages, placement, watch of the EndpointSlices.
 
-Nothing else is imported here: a gateway wakes its stages before it imports its APIs.
+It imports nothing else, because a gateway wakes its stages before it imports its APIs.
 """
 
 import math
@@ -48,7 +48,7 @@ class RunningScheduler:
 
 
 def endpoints_watch(config: GatewayConfig | FleetConfig, services: Sequence[str] | None) -> EndpointsWatch | None:
-    """A started watch of the EndpointSlices of these Services, None: of all in the namespace.
+    """Starts a watch of the EndpointSlices of `services` and returns it. If `services` is None, watches all in the namespace.
 
     Returns None if no Kubernetes API is configured. Raises ConfigError for TLS files that cannot be used.
     """
@@ -63,10 +63,10 @@ def endpoints_watch(config: GatewayConfig | FleetConfig, services: Sequence[str]
 
 
 def start_scheduler(config: GatewayConfig, shared: EndpointsWatch | None = None) -> RunningScheduler:
-    """Starts a scheduler over the configured stages. It sends them nothing before the first sequence or `wake`.
+    """Starts a scheduler for the configured stages. It sends them nothing before the first sequence or `wake`.
 
-    shared: a watch that other schedulers use, too; None: it gets one of its own.
-    Raises ConfigError for TLS files that cannot be used.
+    `shared` is a watch that other schedulers use, too; if it is None, the scheduler gets a watch of its own. Raises ConfigError
+    for TLS files that cannot be used.
     """
     identity = PipelineIdentity(
         fingerprint=config.pipeline,

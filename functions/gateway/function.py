@@ -1,4 +1,4 @@
-"""The gateway as a function: it serves while a thread loads the tokenizer, and reports its health."""
+"""The gateway as a function: it serves requests while a thread loads the tokenizer, and reports its health."""
 
 import logging
 import socket
@@ -47,9 +47,9 @@ class GatewayFunction:
         running: RunningScheduler,
         turn: Callable[[bool], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """The HTTP service answers NotReady until `start` has loaded the tokenizer. running: closed by `close`. turn: entered
-        for each line of a batch; raises NotReady while lines must wait.
+        """The HTTP service answers NotReady until `start` has loaded the tokenizer. `close` also closes `running`.
 
+        `turn` returns a context manager that is entered for each line of a batch, and raises NotReady while lines must wait.
         Raises ConfigError for a file of API keys that cannot be used.
         """
         counts = config.limits_store is not None
@@ -100,18 +100,21 @@ class GatewayFunction:
         self.metrics.registry.register(SchedulerCollector(self.running.scheduler.stats, names))
 
     def start(self, stop: Callable[[int], None]) -> None:
-        """Begins to load the tokenizer and the chat template in a thread, and returns.
+        """Starts a thread that loads the tokenizer and the chat template, and returns at once.
 
-        stop: ends the process with an exit status; the thread calls it with 1 if loading fails, after it has logged the cause.
+        If loading fails, the thread logs the cause and calls `stop` with the exit status 1. `stop` ends the process.
         """
         threading.Thread(target=self._load, args=(stop,), name="start-up", daemon=True).start()
 
     def await_ready(self, seconds: float) -> bool:
-        """Waits until the tokenizer is loaded. Returns whether it is; False also if loading has failed."""
+        """Waits until the tokenizer is loaded. Returns False if that takes longer than `seconds`, or if loading failed."""
         return self._loaded.wait(seconds) and self._answer_service is not None
 
     def drain(self) -> None:
-        """Makes `/readyz` report not ready, so that new requests go elsewhere. Requests that still arrive are answered."""
+        """Makes `/readyz` report not ready, so that new requests go to other gateways.
+
+        Requests that still arrive are answered.
+        """
         self._draining = True
         if self.worker is not None:
             self.worker.stop()

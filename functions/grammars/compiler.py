@@ -1,8 +1,8 @@
 """Compiles the source of a grammar with llguidance, which is imported for the first grammar.
 
-Every cost of a source is bounded: its bytes when it is received, and by llguidance's own fuel the terminals that it compiles
-(0.2 s at worst), the items of a step (50 ms at worst) and the states that it keeps. A grammar that exceeds a limit is refused,
-and an answer fails if its grammar exceeds one while it is generated.
+Every cost of a source is bounded. Its bytes are limited when it is received. Limits of llguidance bound the terminals that it
+compiles (0.2 s at worst), the items of a step (50 ms at worst) and the states that it keeps. A grammar that exceeds a limit is
+refused. An answer fails if its grammar exceeds a limit during the generation.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,20 +27,20 @@ _LIMITS: Final[dict[str, Any]] = {
 class GrammarCompiler:
     """Compiles grammars for one tokenizer. Not thread-safe.
 
-    The first grammar is slow: the import takes 0.1 s, a vocabulary of 49k tokens 0.3 s.
+    The first grammar is slow: the import takes 0.1 s, and a vocabulary of 49k tokens 0.3 s.
     """
 
     def __init__(self, tokenizer_json: Callable[[], str]) -> None:
-        """tokenizer_json: reads the published tokenizer.json; called once, for the first grammar."""
+        """`tokenizer_json` returns the text of the published tokenizer.json. It is called once, for the first grammar."""
         self._read = tokenizer_json
         self._json: str | None = None
         self._tokenizers: dict[tuple[int, ...], LLTokenizer] = {}
 
     def compile(self, source: str, end_ids: Sequence[int]) -> "Matcher":
-        """Compiles a grammar. Returns a Matcher at the begin of an answer, where at least one token is allowed.
+        """Compiles a grammar and returns a Matcher at the beginning of an answer. The grammar allows at least one token there.
 
-        end_ids: tokens that end the answer. Raises UnusableGrammar if the source does not compile, and what reading the
-        tokenizer raises.
+        `end_ids` are the tokens that end the answer. Raises UnusableGrammar if the source does not compile, and the errors of
+        reading the tokenizer.
         """
         from llguidance import LLMatcher, LLParserLimits
 

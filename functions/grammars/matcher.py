@@ -1,4 +1,4 @@
-"""Follows an answer through a grammar and says which tokens may come next, as bits."""
+"""Follows an answer through a grammar and returns, as bit masks, which tokens may come next."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -30,14 +30,15 @@ class Matcher:
         self._check()
 
     def copy(self) -> "Matcher":
-        """A copy. Call it only on a matcher that has followed no answer yet."""
+        """Returns a copy. Call it only on a matcher that has followed no answer yet."""
         return Matcher(self._matcher.deep_copy(), self._vocab_size)
 
     def allowed(self, tokens: Sequence[int], draft_tokens: Sequence[int] = ()) -> list[Allowed]:
-        """Masks of the tokens that may follow `tokens`, and each draft token after them, up to the first that is not allowed.
+        """Returns masks of the allowed tokens: one for the token after `tokens`, and one for the token after each draft token.
 
-        tokens: the answer so far; it need not continue that of the previous call. Raises UnusableGrammar if the grammar does
-        not allow it, or if no token may follow.
+        The list ends early, after the first mask that does not allow its draft token. `tokens` are the answer so far; they need
+        not continue the answer of the previous call. Raises UnusableGrammar if the grammar does not allow the answer, or if no
+        token may follow.
         """
         self._go_to(list(tokens))
         masks = [self._next()]

@@ -1,6 +1,6 @@
-"""Turns structures that clients name (JSON schema, regex, choice, grammar) into a grammar's source in llguidance's notation.
+"""Turns structures that clients specify (JSON schema, regex, choice, grammar) into a grammar's source for llguidance.
 
-llguidance is imported when a source needs it.
+llguidance is imported only when a source needs it.
 """
 
 import json
@@ -26,9 +26,9 @@ class UnusableGrammar(Exception):
 
 
 def source_of(asked: StructuredOutputs) -> str:
-    """The source for the structure that a client names: JSON of `grammars`, or Lark.
+    """Returns a grammar's source for the structure that a client specifies: JSON of `grammars`, or Lark for llguidance.
 
-    Raises UnusableGrammar if it cannot be read as a grammar. Most errors are found only when the source is compiled.
+    Raises UnusableGrammar if the structure cannot be read as a grammar. Most errors are found only when the source is compiled.
     """
     if asked.regex is not None:
         from llguidance import LLMatcher
@@ -48,7 +48,7 @@ def source_of(asked: StructuredOutputs) -> str:
 
 
 def schema_of(asked: StructuredOutputs) -> dict[str, Any]:
-    """The client's JSON schema, parsed if it came as text. Raises UnusableGrammar if it is no JSON object."""
+    """Returns the client's JSON schema, parsed if it is text. Raises UnusableGrammar if it is no JSON object."""
     if not isinstance(asked.json, str):
         return asked.json or {}
     try:
@@ -61,14 +61,14 @@ def schema_of(asked: StructuredOutputs) -> dict[str, Any]:
 
 
 def with_options(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the schema that carries JSON_OPTIONS, which llguidance reads from it."""
+    """Returns a copy of the schema with JSON_OPTIONS, which llguidance reads from the schema."""
     return {**schema, "x-guidance": JSON_OPTIONS}
 
 
 def place_of(schema: Any, words: Sequence[str], path: str = "#") -> str | None:
-    """JSON pointer to the first key or text value of the schema that is one of `words`; None if there is none.
+    """Returns the JSON pointer to the first key or text value in the schema that is one of `words`; None if there is none.
 
-    path: the JSON pointer to `schema` itself.
+    `path` is the JSON pointer to `schema` itself.
     """
     items = schema.items() if isinstance(schema, dict) else enumerate(schema) if isinstance(schema, list) else ()
     for key, value in items:

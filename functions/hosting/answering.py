@@ -1,6 +1,6 @@
-"""Answers complete requests: which thread takes which request next, and when a thread is done with a connection.
+"""Answers complete requests: decides which request a thread takes next, and gives connections back to the poller.
 
-Threads of a pool answer clients. Probes have a thread of their own on the clients' port, and the management port has one.
+Threads of a pool answer clients. Probes on the clients' port have one thread, and the management port has another.
 """
 
 import logging
@@ -45,7 +45,7 @@ _MULTIPLE_OF_FREE: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A function's WSGI applications and its limits, which a Server runs."""
+    """A function's WSGI applications and their limits, which a Server runs."""
 
     application: "WSGIApplication"
     management: "WSGIApplication"  # probes on both ports, and all else on the management port; never blocks
@@ -55,9 +55,9 @@ class Service:
 
 
 class Turns:
-    """Hands complete requests to threads; clients whose requests must wait take turns. The poller's thread calls its methods.
+    """Hands complete requests to threads. Clients whose requests must wait take turns.
 
-    start: hands a connection to a thread at once.
+    Only the poller's thread calls its methods, except `mostly_free`. `start` hands a connection to a thread at once.
     """
 
     def __init__(self, threads: int, max_waiting: int, start: Callable[[ClientConnection], object]) -> None:
@@ -68,7 +68,10 @@ class Turns:
         self._waiting: FairShares[ClientConnection] = FairShares()
 
     def push(self, connection: ClientConnection) -> list[ClientConnection]:
-        """Starts a complete request or lets it wait. Returns the connections whose requests give way and must be refused."""
+        """Starts a complete request, or queues it.
+
+        Returns the connections whose requests must be refused to make place for it.
+        """
         client_id = connection.reader.client_id
         if self._may_start(client_id):  # so nothing of this client waits
             self._begin(client_id, connection)
@@ -80,14 +83,14 @@ class Turns:
         return yielding
 
     def finished(self, connection: ClientConnection) -> None:
-        """Frees the connection's thread, if it had one, and starts what may start now."""
+        """Frees the connection's thread, if it had one, and starts queued requests that may start now."""
         self._in_hand.remove(connection)
         while (client_id := next(filter(self._may_start, self._waiting.clients()), None)) is not None:
             self._begin(client_id, self._waiting.take(client_id))
 
     @property
     def mostly_free(self) -> bool:
-        """Whether requests have at most half of the threads. Any thread may ask."""
+        """Whether at most half of the threads have a request. Any thread may ask."""
         return 2 * self._in_hand.total <= self._threads
 
     def _may_start(self, client_id: str) -> bool:
@@ -131,7 +134,7 @@ class Answering:
         )
 
     def _probe(self, pool: ThreadPool, max_waiting: int, connection: ClientConnection) -> Iterable[ClientConnection]:
-        """Queues a probe. Returns its connection if it is refused because `max_waiting` wait already."""
+        """Queues a probe. Returns the connection if the probe is refused, because `max_waiting` probes wait already."""
         if len(pool.waiting) >= max_waiting:
             return (connection,)
         # The connection ends with the reply, which fits into the kernel's buffer of a new one: a client that reads slowly
@@ -142,9 +145,9 @@ class Answering:
     def _readers(
         self, host: str, listener: socket.socket, admit: "Admit", *, management: bool = False
     ) -> Callable[[tuple[str, int]], RequestReader]:
-        """Returns a function that makes the request reader of a client's connection from the client's address.
+        """Returns a function that makes a connection's RequestReader from the client's address.
 
-        management: whether `listener` is the management port.
+        `management` says whether `listener` is the management port.
         """
         base = {
             "SCRIPT_NAME": "",
@@ -163,9 +166,9 @@ class Answering:
         )
 
     def _serve(self, connection: ClientConnection, answer: Callable[[ClientConnection], bool]) -> None:
-        """Answers on a connection and gives it back to the poller, also after an error.
+        """Calls `answer` with a connection, and gives the connection back to the poller, also after an error.
 
-        answer: returns whether the connection stays open.
+        `answer` returns whether the connection stays open.
         """
         try:
             keeps = answer(connection)
@@ -175,7 +178,7 @@ class Answering:
         self.poller.take_back(connection, keeps=keeps)
 
     def _answer_client(self, connection: ClientConnection) -> bool:
-        """Answers the requests of one connection for as long as each soon follows the last.
+        """Answers the requests of one connection, as long as each comes soon after the last.
 
         Returns whether the connection stays open.
         """
@@ -198,7 +201,7 @@ class Answering:
                 return True
 
     def _answer(self, connection: ClientConnection, application: "WSGIApplication", *, keeps: bool) -> bool:
-        """Answers a complete request. Returns whether the connection can be used again, which it cannot without `keeps`."""
+        """Answers a complete request. Returns whether the connection can be used again; it cannot if `keeps` is False."""
         environ = connection.reader.environ
         assert environ is not None
         if (body := connection.reader.streamed) is not None:  # the application receives it itself
@@ -214,7 +217,7 @@ class Answering:
 
 
 def threads_for(one_client: int) -> int:
-    """How many threads there must be so that one client alone can have `one_client` of them."""
+    """Returns how many threads are needed so that a single client may use `one_client` of them."""
     return one_client + one_client // _MULTIPLE_OF_FREE
 
 

@@ -28,7 +28,7 @@ _FAILED: Final = b"the function failed; its log has the traceback\n"
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """How long clients may take, and how many connections they may hold. A connection that exceeds a limit is closed."""
+    """How long clients may take, and how many connections they may have. A connection that exceeds a limit is closed."""
 
     head_seconds: float = 10.0  # from a request's first byte, or the connection's start, to the end of its headers
     # For receiving a body, and for all the time that a reply waits for its client to read: in addition to the time that its
@@ -44,11 +44,12 @@ class ServerLimits:
 class ClientConnection:
     """One client's connection.
 
-    The poller's thread owns it until a request is complete. Then a pool thread owns it until that request is answered.
+    The poller's thread owns the connection until a request is complete. Then a pool thread owns it until the request is
+    answered.
     """
 
     def __init__(self, sock: socket.socket, reader: RequestReader, limits: ServerLimits, port: Any) -> None:
-        """port: the ListeningPort that accepted the connection."""
+        """`port` is the ListeningPort that accepted the connection."""
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
         self.sock = sock
@@ -62,7 +63,7 @@ class ClientConnection:
     def receive(self) -> bool:
         """Reads what has arrived, without waiting, and returns whether the request is complete.
 
-        After `linger` it drops what it reads. Raises BadRequest, ClientClosed, OSError.
+        After `linger` it drops what it reads and returns False. Raises BadRequest, ClientClosed, OSError.
         """
         if self.lingers:
             with contextlib.suppress(BlockingIOError):
@@ -90,9 +91,9 @@ class ClientConnection:
         return False
 
     def receive_soon(self, seconds: float) -> bool:
-        """Waits at most `seconds` for the request to be complete and returns whether it is. Raises as `receive` does.
+        """Waits at most `seconds` for the next request to be complete, and returns whether it is.
 
-        The pool thread that answered the last request calls it.
+        Raises the errors of `receive`. The pool thread that answered the previous request calls it.
         """
         end = time.monotonic() + seconds
         poll = select.poll()
@@ -103,9 +104,9 @@ class ClientConnection:
         return False
 
     def next_request(self) -> bool:
-        """Prepares for the connection's next request, after a reply was sent. Raises BadRequest.
+        """Prepares the connection for its next request, after a reply was sent. Raises BadRequest.
 
-        Returns True if that request has been received completely already, along with the bytes of the last one.
+        Returns whether that request is complete already, because its bytes came with those of the previous one.
         """
         self.reader = self.reader.following()
         now = time.monotonic()
@@ -113,7 +114,7 @@ class ClientConnection:
         return self.reader.complete
 
     def linger(self) -> None:
-        """Stops sending, and lets the poller read and drop what the client still sends, for ServerLimits.linger_seconds.
+        """Stops sending. For ServerLimits.linger_seconds the poller reads and drops what the client still sends.
 
         If the connection were closed at once, a reset could keep the client from reading the reply.
         """
@@ -127,7 +128,7 @@ class ClientConnection:
     def refuse(self, error: BadRequest) -> bool:
         """Replies to a bad request with the error's status and text, without waiting, and calls `linger`.
 
-        Returns False if the reply could not be sent; the caller then closes the connection.
+        Returns False if the reply could not be sent; the caller must then close the connection.
         """
         detail = f"{error}\n".encode("latin-1", "replace")
         head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\nContent-Type: text/plain\r\n"
@@ -140,14 +141,14 @@ class ClientConnection:
 
 
 def client_gone(sock: socket.socket) -> bool:
-    """Whether the client has closed its side of a connection. Never waits."""
+    """Returns whether the client has closed its side of a connection. Never waits."""
     poll = select.poll()
     poll.register(sock, select.POLLRDHUP)
     return bool(poll.poll(0))
 
 
 class ReplyWriter:
-    """Writes a WSGI application's reply to a socket, in chunks if its length is not known (PEP 3333, HTTP/1.1)."""
+    """Writes a WSGI application's reply to a socket (PEP 3333, HTTP/1.1). A body of unknown length is sent in chunks."""
 
     def __init__(self, sock: socket.socket, environ: "WSGIEnvironment", limits: ServerLimits, *, keeps: bool) -> None:
         self.keeps = keeps  # the connection can be used again; False after a failure
@@ -166,7 +167,10 @@ class ReplyWriter:
         self._blocked_seconds = 0.0  # so far, because the client did not read
 
     def answer(self, application: "WSGIApplication", environ: "WSGIEnvironment") -> None:
-        """Runs the application and sends its reply, or 500 if the application fails. Raises OSError if sending fails."""
+        """Runs the application and sends its reply, or a reply with 500 if the application fails.
+
+        Raises OSError if sending fails.
+        """
         pieces: Iterable[bytes] = ()
         try:
             pieces = application(environ, self.start_response)
@@ -194,8 +198,8 @@ class ReplyWriter:
     def write(self, data: bytes, /) -> None:
         """Sends a piece of the body. The first call also sends the status line and headers before it.
 
-        Raises OSError: TimeoutError if the client reads so slowly that the reply, from its beginning, has been blocked for
-        longer than ServerLimits gives. Raises ValueError if the body becomes longer than its Content-Length.
+        Raises OSError if sending fails: TimeoutError if the client reads so slowly that the whole reply has been blocked for
+        longer than ServerLimits allows. Raises ValueError if the body becomes longer than its Content-Length.
         """
         if not data:
             return
@@ -224,7 +228,10 @@ class ReplyWriter:
             raise ValueError(f"the body ended {self._left} bytes before the announced length")
 
     def _fail(self) -> None:
-        """Replies with 500 if nothing has been sent; otherwise the connection just ends, so that the client sees it."""
+        """Replies with 500 if nothing has been sent.
+
+        Otherwise the connection ends early, which shows the client that the reply is incomplete.
+        """
         self.keeps = False
         if not self._head_is_out:
             self._status = "500 Internal Server Error"
@@ -232,7 +239,7 @@ class ReplyWriter:
             self.write(_FAILED)
 
     def _head(self) -> bytes:
-        """Encodes the reply's status line and headers, and decides how the body is framed (RFC 9112, section 6.3)."""
+        """Returns the reply's status line and headers, encoded, and decides how the body is framed (RFC 9112, section 6.3)."""
         self._head_is_out = True
         bodiless = self._status[:1] == "1" or self._status[:3] in ("204", "304")
         self._has_body = not bodiless and self._method != "HEAD"

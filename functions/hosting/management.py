@@ -1,4 +1,4 @@
-"""Probes and metrics for the platform, as plain WSGI: they do not depend on the application."""
+"""Probes and metrics for the platform, as plain WSGI. They work even if the function's application does not."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Management:
     """Answers `/healthz`, `/readyz` and `/metrics`.
 
-    On the clients' port it answers only the two probes, without details: the platform probes that port, and strangers may too.
+    On the clients' port it answers only the two probes, without details. The platform probes that port, but strangers can reach
+    it, too.
     """
 
     registry: CollectorRegistry

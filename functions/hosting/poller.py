@@ -1,4 +1,4 @@
-"""The one thread that waits for all connections: accepts them, reads requests until they are complete, closes slow ones."""
+"""The thread that waits for all connections: accepts them, reads requests until they are complete, and closes slow ones."""
 
 import contextlib
 import errno
@@ -26,7 +26,7 @@ _NO_MORE_FILES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM
 
 @dataclass(eq=False, slots=True)
 class ListeningPort:
-    """A listening socket, and the functions by which the poller handles its connections."""
+    """A listening socket, and the functions with which the poller handles its connections."""
 
     listener: socket.socket
     max_waiting: int  # limit of connections without a complete request
@@ -38,7 +38,7 @@ class ListeningPort:
 
 
 class Poller:
-    """Waits for all connections in one thread, which calls `run`. `take_back` and `stop` may be called from any thread."""
+    """Waits for all connections in one thread, the thread that calls `run`. Any thread may call `take_back` and `stop`."""
 
     def __init__(self, ports: Sequence[ListeningPort], limits: ServerLimits) -> None:
         self._ports = ports
@@ -51,17 +51,23 @@ class Poller:
         self.stopping = False
 
     def take_back(self, connection: ClientConnection, *, keeps: bool) -> None:
-        """Returns a connection to the poller, after its request was answered. keeps: it stays open; otherwise it is closed."""
+        """Returns a connection to the poller after its request was answered.
+
+        If not `keeps`, the poller closes the connection.
+        """
         self._returned.append((connection, keeps))
         os.eventfd_write(self._wake, 1)
 
     def stop(self) -> None:
-        """Accepts no more connections; `run` returns after the requests that have begun. A signal's handler may call it."""
+        """Stops accepting connections. `run` returns after the requests that have begun. A signal handler may call it."""
         self.stopping = True
         os.eventfd_write(self._wake, 1)
 
     def run(self) -> None:
-        """Runs until `stop`, then until no connection is left, or for ServerLimits.graceful_seconds. Call `finish` after it."""
+        """Serves until `stop` is called, and then finishes the remaining connections. Call `finish` after it.
+
+        After `stop` it returns when no connection remains, or after ServerLimits.graceful_seconds.
+        """
         self._selector.register(self._wake, selectors.EVENT_READ)
         for port in self._ports:
             port.listener.setblocking(False)
@@ -74,7 +80,7 @@ class Poller:
             self._turn()
 
     def finish(self) -> None:
-        """Waits for the replies to requests that are still in hand, at most LAST_REPLIES_SECONDS, and ends."""
+        """Waits at most LAST_REPLIES_SECONDS for replies that are still being sent, and closes the poller."""
         end = time.monotonic() + LAST_REPLIES_SECONDS
         while self._in_hand and time.monotonic() < end:
             self._turn()
@@ -155,7 +161,7 @@ class Poller:
                 refused.sock.close()
 
     def _go_on(self, connection: ClientConnection, keeps: bool) -> None:
-        """Handles a returned connection: closes it, dispatches the next request if that is complete, or waits for it."""
+        """Handles a returned connection: closes it, dispatches its next request if that is complete, or waits for the rest."""
         connection.port.finished(connection)
         if not keeps:
             connection.sock.close()
@@ -177,9 +183,9 @@ class Poller:
                     self._close(connection)
 
     def _close_waiting(self, port: ListeningPort, client_id: str, max_waiting: int) -> bool:
-        """Closes connections until a client may have one more, and returns whether there were any.
+        """Closes waiting connections until a client may have one more. Returns whether it closed any.
 
-        The longest waiting one of the client that has most is closed.
+        It closes those of the client that has most, the longest waiting first.
         """
         closed = port.waiting.make_room(client_id, 1, max_waiting) or []
         for connection in closed:
@@ -190,7 +196,7 @@ class Poller:
     def _close_ports(self) -> None:
         """Closes the listening sockets.
 
-        Waiting connections stay open for linger_seconds, for requests that are on their way (RFC 9112, section 9.6).
+        Waiting connections stay open for linger_seconds, because requests may be on their way (RFC 9112, section 9.6).
         """
         end = time.monotonic() + self._limits.linger_seconds
         for port in self._ports:

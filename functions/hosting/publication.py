@@ -1,4 +1,4 @@
-"""Reads a function's publication from the store and checks it against the configuration."""
+"""Reads the manifest of a function's model from the store and checks it against the configuration."""
 
 from eventing.wire.events import fingerprint_of
 from functions.configuration.config import CommonConfig
@@ -7,14 +7,14 @@ from storage.models.model_repository import ModelManifest, Reader, read_manifest
 
 
 class WrongPublication(Exception):
-    """The store holds another model than the configuration names. Render the pipeline again."""
+    """The store has another model than the configuration names. Render the pipeline again."""
 
 
 def read_publication(config: CommonConfig, reader: Reader, group: LayerRange | None = None) -> ModelManifest:
-    """The manifest of the configured publication.
+    """Returns the manifest of the configured model.
 
-    group: a stage's layers, whose weights are checked; None for a gateway, which reads no weights. Raises WrongPublication,
-    which names what was found, or a StorageError.
+    `group` is the layers of a stage, whose weights are checked. It is None for a gateway, which reads no weights. Raises
+    WrongPublication, which names what was found, or a StorageError.
     """
     manifest = read_manifest(reader, config.model, config.dtype)
     what = f"model {config.model!r} in {config.dtype} in {config.store.place}"

@@ -1,7 +1,8 @@
 """Reads a request from its bytes into a WSGI environment (PEP 3333).
 
-Head and body are checked against their limits before memory is used for them. Nothing here blocks. httptools reads the head and
-chunks. A body of known length goes from the socket into its final memory, which the application gets without a copy.
+Head and body are checked against their limits before memory is used for them. Nothing here blocks, except reads of a
+StreamedBody. httptools parses the head and chunks. A body of known length goes from the socket directly into its final memory,
+which the application gets without a copy.
 """
 
 import contextlib
@@ -55,7 +56,10 @@ _MAX_FRAMING: Final = 8  # bytes of chunked framing per byte of body; a chunk of
 
 
 class BadRequest(Exception):
-    """The bytes are not a request that the application can answer. The server replies with `status` and ends the connection."""
+    """The received bytes are no request that the application can answer.
+
+    The server replies with `status` and ends the connection.
+    """
 
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(detail)
@@ -63,7 +67,7 @@ class BadRequest(Exception):
 
 
 class ClientClosed(Exception):
-    """The connection ended before the request was complete."""
+    """The client closed the connection before the request was complete."""
 
 
 class BodyShare:
@@ -74,9 +78,9 @@ class BodyShare:
 
 
 class BodyBudget:
-    """Limits the bytes that the bodies of all requests together have in memory, and shares them among clients. Thread-safe.
+    """Limits the memory of all request bodies together, and shares it among clients. Thread-safe.
 
-    A body that is not complete can give way.
+    When the memory is used up, an incomplete body may give way to one of another client: its request is refused.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -88,9 +92,9 @@ class BodyBudget:
         self.given_back: deque[BodyShare] = deque()
 
     def take(self, share: BodyShare, count: int) -> None:
-        """Counts `count` more bytes of a body. If there are too many, bodies of another client may give way.
+        """Counts `count` more bytes of a body. If the limit is exceeded, bodies of other clients may give way.
 
-        Raises Overloaded if none does, or if this body has given way.
+        Raises Overloaded if no other body gives way, or if this body has given way.
         """
         with self._lock:
             self._settle()
@@ -109,7 +113,7 @@ class BodyBudget:
                         body.clear()
 
     def keep(self, share: BodyShare) -> None:
-        """Protects a complete body: from now on it does not give way. Raises Overloaded if it has done so before."""
+        """Protects a complete body: from now on it does not give way. Raises Overloaded if it has given way before."""
         with self._lock:
             self._check(share)
             self._shares.fix(share)
@@ -126,7 +130,7 @@ class BodyBudget:
 
 
 class Body(bytearray):
-    """A request's body. It counts against the BodyBudget until its memory is freed."""
+    """A request's body. Its bytes count in the BodyBudget until its memory is freed."""
 
     _budget: BodyBudget | None = None
     _charged = 0
@@ -136,9 +140,9 @@ class Body(bytearray):
         self.share = BodyShare(client_id, self)
 
     def charge(self, budget: BodyBudget, received: int) -> None:
-        """Takes memory for this body from the budget of all bodies; its first SMALL_BODY_BYTES are free. Raises Overloaded.
+        """Counts this body's bytes in the budget of all bodies; the first SMALL_BODY_BYTES are free. Raises Overloaded.
 
-        received: bytes of it that have come in so far.
+        `received` is how many of its bytes have come so far.
         """
         due = received - SMALL_BODY_BYTES - self._charged
         if due > 0 or self.share.gave_way:
@@ -147,7 +151,7 @@ class Body(bytearray):
             self._charged += due
 
     def keep(self) -> None:
-        """The body is complete and gives way no more. Raises Overloaded if it has done so before."""
+        """Protects the body, which must be complete, from giving way. Raises Overloaded if it has given way before."""
         if self._budget is not None:
             self._budget.keep(self.share)
 
@@ -157,9 +161,10 @@ class Body(bytearray):
 
 
 class BodyStream(io.RawIOBase):
-    """The body as `wsgi.input`.
+    """A complete body as `wsgi.input`.
 
-    If an application reads a whole large body at once, it gets the buffer itself without a copy, and the stream is empty then.
+    If an application reads a whole large body at once, it gets the buffer itself without a copy. The stream is empty
+    afterwards.
     """
 
     def __init__(self, body: bytes | bytearray) -> None:
@@ -189,13 +194,16 @@ class BodyStream(io.RawIOBase):
 
 
 class StreamedBody(io.RawIOBase):
-    """A body of any length as `wsgi.input`, received while the application reads. One thread at a time.
+    """A body of any length as `wsgi.input`, received from the socket while the application reads. Not thread-safe.
 
     `read` raises MalformedEvent if the client leaves or is too slow, and EventTooLarge.
     """
 
     def __init__(self, body: Body, length: int | None, max_bytes: int, parser: Any, parsed: "_Parsed") -> None:
-        """body: has a share of the BodyBudget for this one. length: None: in chunks, which parser and parsed read."""
+        """`body` counts this body's memory in the BodyBudget.
+
+        If `length` is None, the body comes in chunks, which `parser` and `parsed` read.
+        """
         self._held: Body | None = body
         self._length = length
         self._max_bytes = max_bytes
@@ -211,15 +219,16 @@ class StreamedBody(io.RawIOBase):
         self._before = b""
 
     def connect(self, sock: socket.socket, transfer_seconds: float, bytes_per_second: float, before: bytes = b"") -> None:
-        """Call it before the first read. The client may be slower than `bytes_per_second` by `transfer_seconds` in all.
+        """Sets the socket from which the body is read. Call it before the first read.
 
-        before: sent before the first byte is received.
+        `before` is sent to the client before the first byte is received. The client must send `bytes_per_second`; it may be
+        late by `transfer_seconds` in all.
         """
         self._sock, self._before = sock, before
         self._seconds_left, self._bytes_per_second = transfer_seconds, bytes_per_second
 
     def feed(self, data: bytes) -> None:
-        """Takes in bytes that were received already."""
+        """Adds bytes of the body that were received with the head."""
         self._framed_bytes += len(data)
         if self._length is None:
             _feed_parser(self._parser, data)
@@ -238,7 +247,7 @@ class StreamedBody(io.RawIOBase):
             raise MalformedEvent(f"{self._framed_bytes} bytes of chunks hold {self._received_bytes} of a body")
 
     def close(self) -> None:
-        """Gives its bytes back to the BodyBudget."""
+        """Frees the body's share of the BodyBudget."""
         self._held = None
         super().close()
 
@@ -278,10 +287,10 @@ class StreamedBody(io.RawIOBase):
 
 
 class _Parsed:
-    """What httptools' parser, which calls the methods, has found so far.
+    """Receives the callbacks of httptools' parser, and keeps what the parser has found so far.
 
-    It knows neither the parser nor the reader. In a cycle, a body that is not read to its end would stay in memory, and count,
-    until the garbage collector runs.
+    It has no reference to the parser or the reader. In a reference cycle, a body that is not read to its end would stay in
+    memory, and count in the BodyBudget, until the garbage collector runs.
     """
 
     def __init__(self) -> None:
@@ -340,20 +349,20 @@ class RequestReader:
 
     @property
     def client_id(self) -> str:
-        """The client for whom this request counts: its address until its head has come."""
+        """The client for whom this request counts. Until the head has come, it is the client's address."""
         environ = self._base if self.environ is None else self.environ
         client_id: str = environ.get(CLIENT_ID) or environ.get("REMOTE_ADDR", "")
         return client_id
 
     @property
     def gave_way(self) -> bool:
-        """Whether the body's memory was given to another client. The next `receive` then completes the request as refused."""
+        """Whether the body's memory was given to another client. If so, the next `receive` completes the request as refused."""
         return self._body is not None and self._body.share.gave_way
 
     def following(self) -> "RequestReader":
-        """Returns the reader of the connection's next request, with the bytes of it that have arrived already.
+        """Returns the reader of the connection's next request. It contains the bytes of that request that have arrived already.
 
-        It may be complete at once. Raises BadRequest.
+        The next request may be complete at once. Raises BadRequest.
         """
         reader = RequestReader(self._admit, self._budget, self._base)
         if self._rest:
@@ -480,7 +489,7 @@ class RequestReader:
             self.expects_continue = environ.get("HTTP_EXPECT", "").lower() == "100-continue"
 
     def _stream(self, max_bytes: int) -> None:
-        """Completes the request with a body that the application receives. The connection ends after the reply.
+        """Completes the request with a StreamedBody, which the application reads. The connection ends after the reply.
 
         Raises Overloaded if the bodies of all requests leave no memory for it.
         """
@@ -516,10 +525,10 @@ class RequestReader:
             self._complete()
 
     def _received(self, count: int) -> None:
-        """Counts `count` bytes of the body that have just been received, for a body whose length is known.
+        """Counts `count` bytes of the body that have just been received. The body's length must be known.
 
-        Completes the request if they are the last ones. Refuses it if the memory for the bodies of all requests is used up, or
-        was given to another client.
+        Completes the request with the body's last bytes. Refuses the request if the memory for all bodies is used up, or if
+        this body's memory was given to another client.
         """
         assert self._body is not None
         self.received_bytes += count
@@ -546,13 +555,13 @@ class RequestReader:
         self.complete = True
 
     def _refuse(self, problem: Problem) -> None:
-        """Completes the request without its body, so that the application can reply with `problem`."""
+        """Completes the request without its body, so that the application replies with `problem`."""
         assert self.environ is not None
         self.environ[REFUSED] = problem.with_traceback(None)  # its frames would hold the body's memory
         self._complete_unread()
 
     def _complete_unread(self) -> None:
-        """Completes the request without its body. If it has one, the connection ends after the reply."""
+        """Completes the request without its body. If the request has one, the connection ends after the reply."""
         self._body = None
         self.unread = self._length != 0
         self.received_bytes, self.keeps = 0, self.keeps and not self.unread
@@ -560,7 +569,7 @@ class RequestReader:
 
 
 def _feed_parser(parser: Any, data: bytes, *, in_head: bool = False) -> None:
-    """Parses `data`. Raises BadRequest, and HttpParserUpgrade if `in_head`."""
+    """Parses `data`. Raises BadRequest, and also HttpParserUpgrade if `in_head`."""
     try:
         parser.feed_data(data)
     except httptools.HttpParserUpgrade:  # after the end of a body: the next request's, which is not served
@@ -573,9 +582,10 @@ def _feed_parser(parser: Any, data: bytes, *, in_head: bool = False) -> None:
 def wsgi_environ(
     method: bytes, url: bytes, version: str, headers: Iterable[tuple[bytes, bytes]], base: "WSGIEnvironment"
 ) -> "WSGIEnvironment":
-    """The WSGI environment of a request, without `wsgi.input`. base: the entries that depend on server and connection only.
+    """Returns the WSGI environment of a request, without `wsgi.input`.
 
-    Raises BadRequest for a target or a Host that RFC 9112, section 3.2, wants refused.
+    `base` has the entries that depend only on server and connection. Raises BadRequest for a target or a Host that must be
+    refused (RFC 9112, section 3.2).
     """
     if version not in ("1.0", "1.1"):
         raise BadRequest(505, f"HTTP/{version} is not served, HTTP/1.1 is")
@@ -614,16 +624,19 @@ def wsgi_environ(
 
 
 def _keeps_alive(version: str, connection: str) -> bool:
-    """Whether another request may follow (RFC 9112, section 9.3). connection: the header; empty if there is none."""
+    """Returns whether another request may follow on the connection (RFC 9112, section 9.3).
+
+    `connection` is the header of that name; it is empty if there is none.
+    """
     options = {option.strip() for option in connection.lower().split(",")}
     return "close" not in options and (version == "1.1" or "keep-alive" in options)
 
 
 @lru_cache(maxsize=512)
 def _key(name: bytes) -> str | None:
-    """A header's key in the WSGI environment.
+    """Returns the key that a header has in the WSGI environment.
 
-    None for a name with an underscore, because WSGI would mistake it for another header (`ce_id` for `ce-id`).
+    Returns None for a name with an underscore, because WSGI would mistake it for another header (`ce_id` for `ce-id`).
     """
     if b"_" in name:
         return None

@@ -1,7 +1,7 @@
 """Serves a function over HTTP from this one process: the poller's thread reads requests, pool threads answer them.
 
-There is no parent process: a signal reaches the server itself, and the platform sees when it dies. A thread gets a request only
-once it is complete, so clients that send slowly hold a connection and no thread (docs/log.md says what other servers did).
+There is no parent process: signals reach the server itself, and the platform sees when it dies. A thread gets a request only
+once it is complete. So clients that send slowly occupy a connection but no thread (docs/log.md says what other servers did).
 """
 
 import resource
@@ -23,11 +23,11 @@ _OTHER_FILES: Final = 512  # file descriptors for connections to stages and the 
 class Server:
     """A function's HTTP server.
 
-    It listens from construction on, so that requests wait rather than fail while the application starts.
+    It listens from its construction on, so that requests wait rather than fail while the application starts.
     """
 
     def __init__(self, host: str, port: int, management_port: int, limits: ServerLimits | None = None) -> None:
-        """A port of 0 lets the operating system choose one. Raises OSError, which names a port that cannot be listened on."""
+        """Listens on both ports; for port 0 the operating system chooses one. Raises OSError, which names the port."""
         self._limits = limits or ServerLimits()
         self._listener = listen(host, port)
         self._management_listener = listen(host, management_port)
@@ -38,10 +38,11 @@ class Server:
         self._status: int | None = None
 
     def run(self, service: Service, on_stop: Callable[[], None], close: Callable[[], None]) -> int:
-        """Serves until SIGTERM, SIGINT or `stop`; then calls `on_stop` and finishes requests in hand. Main thread only.
+        """Serves until SIGTERM, SIGINT or `stop`, then finishes the requests that have begun.
 
-        `on_stop` runs in a thread of its own. close: called when all requests are finished, or ServerLimits.graceful_seconds
-        have passed. It makes those in hand fail; their replies are awaited. Returns the exit status: 0, or that of `stop`.
+        Call it from the main thread only. Returns the exit status: 0, or the status given to `stop`. At the end of serving,
+        `on_stop` is called in a thread of its own. `close` is called when all requests are finished, or after
+        ServerLimits.graceful_seconds. It must make the remaining requests fail; their replies are still sent.
         """
         answering = Answering(service, self._limits)
         waiting = _connections_allowed(self._limits.waiting_connections, threads_for(service.threads) + MAX_QUEUED)
@@ -75,7 +76,7 @@ class Server:
         return self._status or 0
 
     def stop(self, status: int) -> None:
-        """Ends `run` as SIGTERM would; `run` then returns `status`. May be called from any thread, also before `run`."""
+        """Ends `run` as SIGTERM would; `run` then returns `status`. Any thread may call it, also before `run`."""
         with self._lock:
             self._status = status
             stop = self._stop
@@ -84,7 +85,10 @@ class Server:
 
 
 def _connections_allowed(waiting: int, in_hand: int) -> int:
-    """How many connections may wait beside those in hand. Raises the limit of open files as far as that is allowed."""
+    """Returns how many connections may wait, besides `in_hand` connections whose requests are queued or being answered.
+
+    Raises the process's limit of open files as far as necessary and allowed.
+    """
     wanted = waiting + in_hand + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < wanted:
@@ -99,7 +103,7 @@ def _port(listener: socket.socket) -> int:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. The host `::` accepts IPv4 as well. Raises OSError, which names the port."""
+    """Returns a listening socket. The host `::` accepts IPv4 as well. Raises OSError, which names the port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     both = host == "::" and socket.has_dualstack_ipv6()
     try:

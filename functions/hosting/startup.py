@@ -1,4 +1,4 @@
-"""The start of a function's process: its phases as seconds since the process began, and settings of allocator and collector."""
+"""The start of a function's process: when its phases end, and settings of the memory allocator and the garbage collector."""
 
 import ctypes
 import gc
@@ -23,7 +23,7 @@ class StartUp:
     """Records when each phase of the start ends, in seconds since the process began. Thread-safe."""
 
     def __init__(self) -> None:
-        """Marks the phase `process`, the start of Python itself, as ended."""
+        """Records that the phase `process`, the start of Python itself, has ended."""
         self._began = time.monotonic() - _process_age_seconds()
         self._lock = threading.Lock()
         self._phases: dict[str, float] = {}
@@ -32,7 +32,7 @@ class StartUp:
         self.mark("process")
 
     def mark(self, phase: str) -> None:
-        """Records that `phase` has ended now. Only its first mark counts."""
+        """Records that `phase` has ended now. Further calls for the same phase have no effect."""
         seconds = time.monotonic() - self._began
         with self._lock:
             if phase in self._phases:
@@ -42,23 +42,27 @@ class StartUp:
                 tell(phase, self._phases[phase])
 
     def report_to(self, tell: Callable[[str, float], None]) -> None:
-        """Calls `tell` with every phase and its seconds: ended phases now, the others when they end."""
+        """Calls `tell` with the name and the end of every phase: now for ended phases, and later when others end.
+
+        The end is in seconds since the process began.
+        """
         with self._lock:
             self._listeners.append(tell)
             for phase, seconds in self._phases.items():
                 tell(phase, seconds)
 
     def phases(self) -> dict[str, float]:
-        """The seconds from the start of the process to the end of each phase that has ended."""
+        """Returns when each ended phase ended, in seconds since the process began."""
         with self._lock:
             return dict(self._phases)
 
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Turns the garbage collector off while modules are imported, and excludes their objects from all later collections.
+    """Context manager that turns the garbage collector off while modules are imported.
 
-    Torch makes some 170,000 objects. Collections while their number grows take 0.15 s of a stage's start, later ones 0.05 s.
+    At its end it excludes all objects so far from later collections. Torch makes some 170,000 objects: collections while their
+    number grows take 0.15 s of a stage's start, and later ones 0.05 s.
     """
     gc.disable()
     try:
@@ -69,13 +73,11 @@ def without_collection() -> Iterator[None]:
 
 
 def use_few_arenas() -> None:
-    """Lets all threads allocate from two arenas of glibc. Has no effect with other C libraries.
+    """Makes all threads allocate from two arenas of glibc. Call it before other threads start.
 
-    Call it before there are threads.
-
-    glibc makes up to eight arenas per core, and memory freed in one cannot be used by another. A gateway's hundreds of threads
-    read large bodies now and then, and their 16 arenas grew for ever: 46 of 228 MiB were in use (docs/log.md). Most work holds
-    the interpreter's lock, so threads seldom wait for an arena.
+    No effect with other C libraries. glibc makes up to eight arenas per core, and memory freed in one cannot be used by
+    another. A gateway's hundreds of threads read large bodies now and then, and their 16 arenas grew for ever: 46 of 228 MiB
+    were in use (docs/log.md). Most work holds the interpreter's lock, so threads seldom wait for an arena.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -83,7 +85,7 @@ def use_few_arenas() -> None:
 
 
 def return_free_memory(every_seconds: float = _TRIM_SECONDS) -> None:
-    """Starts a thread that gives pages without live objects back to the kernel, again and again. Only with glibc.
+    """Starts a thread that regularly returns unused pages to the kernel. Has no effect with other C libraries than glibc.
 
     glibc itself returns only the end of an arena: after a burst, 30 of a gateway's 105 MiB were free and stayed resident.
     """
@@ -98,14 +100,14 @@ def return_free_memory(every_seconds: float = _TRIM_SECONDS) -> None:
 
 
 def trim_memory() -> None:
-    """Gives pages without live objects back to the kernel. Has no effect with other C libraries than glibc."""
+    """Returns unused pages to the kernel. Has no effect with other C libraries than glibc."""
     malloc_trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
 
 
 def _process_age_seconds() -> float:
-    """How long this process has existed, as the kernel reports it (to 10 ms)."""
+    """Returns how long this process has existed, as the kernel reports it (with a precision of 10 ms)."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # proc(5): starttime is field 22, the third after the name is 0
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)

@@ -1,7 +1,7 @@
-"""The port at which a pod with a certificate of its own takes TLS connections from the pipeline's other pods.
+"""The port on which a stage with its own certificate accepts TLS connections from other pods of the pipeline.
 
-Knative's queue-proxy asks for no client certificate. So with certificates of the pipeline's own a stage listens itself, and
-passes the bytes on to the queue-proxy of its pod, on loopback: requests are counted and limited as all others.
+Knative's queue-proxy asks for no client certificate. So a stage whose pipeline has certificates listens itself, and passes the
+bytes on to the queue-proxy of its pod, on loopback. There the requests are counted and limited as all others.
 """
 
 import asyncio
@@ -27,9 +27,10 @@ _REFUSAL: Final = (
 
 
 def serve_tls(listener: socket.socket, tls: PodTLS, to_port: int) -> None:
-    """Accepts TLS connections from the pipeline's pods and carries their bytes to another port of this machine and back.
+    """Accepts TLS connections from the pipeline's pods, and forwards their bytes to a port of this machine and back.
 
-    Serves in a daemon thread until the process ends. listener: is listening already. to_port: of the pod's queue-proxy.
+    Serves in a daemon thread until the process ends. `listener` must be listening. `to_port` is the port of the pod's
+    queue-proxy.
     """
     connections: set[_Inbound] = set()
 
@@ -42,7 +43,10 @@ def serve_tls(listener: socket.socket, tls: PodTLS, to_port: int) -> None:
 
 
 class _Side(asyncio.Protocol):
-    """One side of a carried connection, such as that of queue-proxy. It stops reading while the other side takes nothing."""
+    """One side of a forwarded connection, such as the one to queue-proxy.
+
+    It stops reading while the other side's buffer is full.
+    """
 
     transport: asyncio.Transport | None = None
 
@@ -77,7 +81,10 @@ class _Side(asyncio.Protocol):
 
 
 class _Inbound(_Side):
-    """The side with TLS, over MemoryBIO: asyncio's own sends no alert to a client whose certificate it refuses."""
+    """The side with TLS.
+
+    It uses MemoryBIO, because asyncio's own TLS sends no alert to a client whose certificate it refuses.
+    """
 
     def __init__(self, tls: PodTLS, to_port: int, connections: "set[_Inbound]") -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a Flask application needs of the server: errors as problem documents."""
+"""Error handlers that every Flask application of a function needs: they reply with problem documents."""
 
 import logging
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def problem_response(problem: Problem) -> Response:
 
 
 def not_served(error: HTTPException) -> Response:
-    """The reply for an unknown path or method."""
+    """Returns the reply for an unknown path or method: a problem document."""
     document = {"type": "about:blank", "title": error.name, "status": error.code, "detail": error.description}
     return Response(msgspec.json.encode(document), error.code, allow_header(error), content_type=PROBLEM_CONTENT_TYPE)
 
@@ -32,9 +32,9 @@ def allow_header(error: HTTPException) -> dict[str, str]:
 
 
 def add_problem_handlers(app: Flask) -> None:
-    """Makes `app` answer every exception with a problem document. Unexpected ones are logged with their traceback.
+    """Makes `app` answer every exception with a problem document. Unexpected exceptions are logged with their traceback.
 
-    Requests that the server has refused by their head (REFUSED) are answered in the same way.
+    Requests that the server has refused after reading their head (REFUSED) are answered in the same way.
     """
 
     @app.before_request

@@ -1,6 +1,6 @@
 """Metrics and traces that stages and gateways have in common.
 
-Each application has a metrics registry of its own; nothing is global.
+Each application has its own metrics registry; nothing is global.
 """
 
 import logging
@@ -19,10 +19,10 @@ ANSWER_SECONDS: Final = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 6
 
 
 def make_tracer(endpoint: str | None, service: str, attributes: Attributes) -> Tracer:
-    """A tracer that exports to an OTLP collector, or one that records nothing if `endpoint` is None.
+    """Returns a tracer that exports to an OTLP collector, or one that records nothing if `endpoint` is None.
 
-    OpenTelemetry reads the endpoint itself, with the other OTEL_* keys. service: its name, unless OTEL_SERVICE_NAME overrides
-    it. attributes: of all spans of this process.
+    OpenTelemetry itself reads the endpoint and the other OTEL_* keys from the environment. `service` is the name of the
+    service, unless OTEL_SERVICE_NAME overrides it. `attributes` are set on all spans of this process.
     """
     if endpoint is None:
         return PASSING
@@ -35,7 +35,7 @@ def make_tracer(endpoint: str | None, service: str, attributes: Attributes) -> T
 
 
 class FunctionMetrics:
-    """The metrics that stage and gateway share, in a registry of its own."""
+    """The metrics that stages and gateways share, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

@@ -1,7 +1,7 @@
-"""Traces from a client to every stage, by W3C Trace Context.
+"""Traces a request from the client to every stage, with W3C Trace Context.
 
-Every event carries a `traceparent`, which continues the client's or begins a new trace. Without an exporter, contexts are
-passed on, nothing is recorded, and OpenTelemetry is not imported.
+Every event carries a `traceparent`, which continues the client's trace or begins a new one. Without an exporter, trace contexts
+are still passed on, but nothing is recorded and OpenTelemetry is not imported.
 """
 
 import os
@@ -33,7 +33,7 @@ class TraceContext(Struct, frozen=True):
 
 @dataclass(eq=False)
 class Span:
-    """A traced operation. As a context manager it ends with its block, and an exception of the block is its error.
+    """A traced operation. As a context manager it ends with its block, and records an exception of the block as its error.
 
     This base class records nothing.
     """
@@ -43,7 +43,7 @@ class Span:
     def end(self, error: str | None = None, attributes: Attributes | None = None) -> None:
         """Ends the operation. Only the first call has an effect.
 
-        error: None if the operation succeeded. attributes: added to those from its beginning.
+        `error` is None if the operation succeeded. `attributes` are added to those from the span's beginning.
         """
 
     def __enter__(self) -> Self:
@@ -54,34 +54,38 @@ class Span:
 
 
 class Tracer:
-    """Makes trace contexts and records nothing; `tracing_export.ExportingTracer` exports. Thread-safe."""
+    """Makes trace contexts and records nothing; the subclass `tracing_export.ExportingTracer` exports spans. Thread-safe."""
 
     def serve(self, name: str, parent: TraceContext | None, attributes: Attributes) -> Span:
-        """Begins the span of a request that is handled. parent: the sender's span; None begins a new trace."""
+        """Begins the span of a received request. `parent` is the sender's span; if it is None, a new trace begins."""
         return Span(_child_of(parent))
 
     def send(self, name: str, causes: Sequence[TraceContext], attributes: Attributes) -> Span:
         """Begins the span of an event that is sent on behalf of several requests (`causes`), with links to all of them.
 
-        Its parent is the first request of them that is sampled, else the first one; without any it begins a new trace.
+        The span's parent is the first sampled request, or the first one if none is sampled. If `causes` is empty, a new trace
+        begins.
         """
         return Span(_child_of(main_cause(causes)))
 
     def close(self) -> None:
-        """Exports what has not been exported yet."""
+        """Exports the spans that have not been exported yet."""
 
 
 PASSING: Final = Tracer()
 
 
 def read_traceparent(text: str | None) -> TraceContext | None:
-    """Parses a `traceparent`. None if it is missing or invalid: then a new trace begins (section 4.3)."""
+    """Parses a `traceparent`. Returns None if it is missing or invalid; then a new trace begins (section 4.3)."""
     found = _TRACEPARENT.fullmatch((text or "").strip())
     return None if found is None else TraceContext(found[1], found[2], bool(int(found[3], 16) & 1))
 
 
 def main_cause(causes: Sequence[TraceContext]) -> TraceContext | None:
-    """The request whose trace a shared event's span joins: the first one that is sampled, else the first; None without any."""
+    """Returns the request whose trace the span of a shared event joins: the first sampled one, else the first.
+
+    Returns None if `causes` is empty.
+    """
     for cause in causes:
         if cause.sampled:
             return cause

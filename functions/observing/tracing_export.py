@@ -1,4 +1,4 @@
-"""Records spans and exports them over OTLP/HTTP by OpenTelemetry. Imported only if traces are configured."""
+"""Records spans and exports them over OTLP/HTTP with OpenTelemetry. Imported only if traces are configured."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from functions.observing.tracing import Attributes, Span, TraceContext, Tracer, 
 class ExportingTracer(Tracer):
     """Records spans and exports them in the background.
 
-    Endpoint, headers, sampler and the like are OpenTelemetry's own OTEL_* keys.
+    OpenTelemetry's own OTEL_* keys configure endpoint, headers, sampler and the like.
     """
 
     def __init__(self, service: str, attributes: Attributes) -> None:

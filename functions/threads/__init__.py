@@ -1,4 +1,4 @@
-"""A pool of threads that grows with the number of calls and shrinks when they are done.
+"""A pool of threads that grows with the number of calls and shrinks when calls have ended.
 
 May import: nothing of Lamina.
 """

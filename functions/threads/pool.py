@@ -1,4 +1,4 @@
-"""A pool of threads that end when they are idle, so that a burst's threads are given back after it."""
+"""A pool whose threads end when they are idle, so that the threads of a burst do not stay."""
 
 import logging
 import threading
@@ -36,7 +36,7 @@ class _Call:
 
 @dataclass(slots=True, eq=False)
 class _Idle:
-    """An idle thread. It waits for `woken`, and then runs `call`, or ends if that is None."""
+    """An idle thread. It waits for `woken` and then runs `call`. If `call` is None, the thread ends."""
 
     woken: threading.Lock = field(default_factory=threading.Lock)  # held until then
     call: _Call | None = None
@@ -45,8 +45,8 @@ class _Idle:
 class ThreadPool(Executor):
     """Runs calls in at most `max_threads` threads, which are started when needed and end after IDLE_SECONDS without a call.
 
-    The library's ThreadPoolExecutor keeps its threads for ever, and the process waits for them when it ends. Here the thread
-    that was busy last is woken first, so that the threads of a burst stay idle and end.
+    The standard library's ThreadPoolExecutor keeps its threads for ever, and the process waits for them when it ends. Here the
+    thread that was busy last is woken first, so that the threads of a burst stay idle and end.
     """
 
     def __init__(self, max_threads: int, name: str, idle_seconds: float = IDLE_SECONDS) -> None:
@@ -61,9 +61,9 @@ class ThreadPool(Executor):
         self._closed = False
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
-        """Runs a call in an idle or new thread; at `max_threads` it is queued.
+        """Runs a call in an idle or new thread. If `max_threads` threads are busy, the call is queued.
 
-        Raises RuntimeError if the pool is closed. If a thread cannot be started, the call waits for the others.
+        The call is also queued if a thread cannot be started. Raises RuntimeError if the pool is closed.
         """
         call = _Call(Future(), fn, args, kwargs)
         with self._lock:
@@ -80,7 +80,7 @@ class ThreadPool(Executor):
         return call.future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Refuses further calls and ends idle threads. wait: has no effect, threads are never waited for."""
+        """Refuses further calls and ends idle threads. `wait` has no effect: it never waits for threads."""
         with self._lock:
             self._closed = True
             while cancel_futures and self.waiting:
@@ -89,7 +89,7 @@ class ThreadPool(Executor):
                 self._idle.pop().woken.release()
 
     def _start(self, call: _Call) -> None:
-        """Starts a thread that runs `call`; if that fails, queues it. The caller holds the lock."""
+        """Starts a thread that runs `call`. If that fails, queues the call. The caller must hold the lock."""
         self._started += 1
         first = [call]  # taken out by the thread, which would otherwise keep its arguments until it ends
         thread = threading.Thread(target=self._run, args=(first,), name=f"{self._name}-{self._started}", daemon=True)
@@ -109,7 +109,7 @@ class ThreadPool(Executor):
             call = self._next()
 
     def _next(self) -> _Call | None:
-        """Waits for a thread's next call. None if the thread shall end: it was idle for too long, or the pool was closed."""
+        """Waits for a thread's next call. Returns None if the thread must end: it was idle too long, or the pool was closed."""
         with self._lock:
             if self.waiting:
                 return self.waiting.popleft()

@@ -1,8 +1,8 @@
 """The CloudEvents API: takes `dev.lamina.generate.request` and replies with one event, or with a stream of events.
-`dev.lamina.embed.request` is answered by one event with the vectors of its texts.
 
-A gateway with LAMINA_SCORES=on is the first step of a Knative Sequence, too: it takes `dev.lamina.score.request` and replies
-with the event for the first stage. A Sequence's delivery has the header `Prefer: reply`; requests of clients do not.
+The reply to `dev.lamina.embed.request` is one event with the vectors of its texts. A gateway with LAMINA_SCORES=on is also the
+first step of a Knative Sequence: it takes `dev.lamina.score.request` and replies with the event for the first stage. A Sequence
+sends the header `Prefer: reply` with its requests; clients do not.
 """
 
 import hashlib
@@ -110,7 +110,7 @@ class CloudEventsAPI:
         )
 
     def _begin_batch(self, event: CloudEvent, client_id: str) -> Response:
-        """Begins a batch. The reply is empty: its results are an event that comes later."""
+        """Begins a batch. The reply is empty: the batch's results are sent later, as an event."""
         if self._batches is None:
             raise UnknownEventType(f"{event.get_type()} takes a place for batches; set gateway.jobs (LAMINA_JOBS_STORE)")
         owner = client_id if self._clients.are_known else EVERYBODY
@@ -124,8 +124,8 @@ class CloudEventsAPI:
     def _score(self, event: CloudEvent, client_id: str) -> Response:
         """Begins to score a prompt: the reply is the event that a Knative Sequence then delivers to the first stage.
 
-        That event contains the pipeline's token, so only a Sequence may get it. Raises UnknownEventType if the request does not
-        come from one, or this gateway does not score.
+        That event is signed with the pipeline's token, so only a Sequence may get it. Raises UnknownEventType if the request
+        does not come from a Sequence, or if this gateway does not score.
         """
         if self._scores is None:
             raise UnknownEventType(
@@ -137,7 +137,7 @@ class CloudEventsAPI:
         return _http_response(to_binary_http(self._scores.begin(event, client_id)))
 
     def _embed(self, event: CloudEvent, client_id: str) -> CloudEvent:
-        """The reply with the vectors of a request's texts, by claim check if it is large.
+        """Returns the reply event with the vectors of a request's texts. Large vectors go to the store (claim check).
 
         A repeated delivery is computed again, with the same vectors.
         """
@@ -151,7 +151,7 @@ class CloudEventsAPI:
         return self._claims.check_in(self._event(event, EventType.EMBED_RESPONSE, document), datetime.now(UTC))
 
     def _context(self, event: CloudEvent, client_id: str, gone: Callable[[], bool], events: int = 1) -> RequestContext:
-        """events: how many the request has."""
+        """Returns the context of the request that `event` makes. `events` is the number of events in the HTTP request."""
         arrived = arrival_time()
         seconds, expiry = self._config.request_timeout_seconds, expiry_time(event.get_attributes())
         if expiry is not None:
@@ -169,9 +169,9 @@ class CloudEventsAPI:
         )
 
     def _listen(self, event: CloudEvent, client_id: str, events: int = 1) -> Listener[Item]:
-        """Begins the answer to a generate request, or joins it if the same event is being answered or was answered recently.
+        """Begins the answer to a generate request. If the same event is being answered, or was recently, joins that answer.
 
-        events: see `_context`. Raises the Problem with which the answer cannot begin.
+        `events` is the number of events in the HTTP request. Raises the Problem because of which the answer cannot begin.
         """
 
         def begin(abandoned: Callable[[], bool]) -> Iterator[Item | None]:
@@ -218,7 +218,10 @@ class CloudEventsAPI:
         return _http_response(to_batched_http(replies))
 
     def _wait(self, event: CloudEvent, listener: Listener[Item] | Problem) -> CloudEvent:
-        """Waits for the answer to `event` and returns the reply event. listener: a Problem if the answer could not begin."""
+        """Waits for the answer to `event` and returns the reply event.
+
+        If `listener` is a Problem, the answer could not begin.
+        """
         if isinstance(listener, Problem):
             return self._problem(event, listener)
         try:
@@ -244,7 +247,7 @@ class CloudEventsAPI:
         return self._event(cause, EventType.ERROR, error, "-error")
 
     def _event(self, cause: CloudEvent, type_: str, value: Struct | dict[str, Any], suffix: str = "") -> CloudEvent:
-        """A reply event. Its id is that of the reply to `cause` with this suffix."""
+        """Makes a reply event. Its id is the id of the reply to `cause`, followed by `suffix`."""
         attributes = {
             Attribute.TRACEPARENT: cause.get_extension(Attribute.TRACEPARENT),
             Attribute.CAUSATION_ID: cause.get_id(),

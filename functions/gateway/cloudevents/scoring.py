@@ -1,4 +1,4 @@
-"""The first step of scoring a text: makes the event for the first stage. Runs no layers and waits for no stage."""
+"""The first step of scoring a text: makes the event for the first stage. It runs no layers and waits for no stage."""
 
 from array import array
 from collections.abc import Callable
@@ -34,9 +34,10 @@ class ScoreEntry:
     token: str  # the pipeline's, which signs the events
 
     def begin(self, request: CloudEvent, client_id: str) -> CloudEvent:
-        """The signed event for layer 0. Its id is that of a reply to `request`; large data goes to the store (claim check).
+        """Returns the signed event for layer 0. It has the id of the reply to `request`.
 
-        Raises a Problem if the request cannot be read or scored, exceeds the client's limits, or if the store fails.
+        Large data goes to the store (claim check). Raises a Problem if the request cannot be read or scored, or exceeds the
+        client's limits, or if the store fails.
         """
         data = json_data(request, ScoreRequest)
         token_ids = self.service().use_text(client_id, lambda text: _token_ids(data, text), len)
@@ -54,7 +55,7 @@ class ScoreEntry:
 
 
 def _token_ids(request: ScoreRequest, text: ModelText) -> list[int]:
-    """The tokens to score. Raises InvalidRequest for a single token or an unknown one, ContextExceeded for too many."""
+    """Returns the tokens to score. Raises InvalidRequest for a single token or an unknown one, ContextExceeded for too many."""
     token_ids = text.encoder.encode(request.text) if request.text is not None else list(request.token_ids or ())
     if len(token_ids) < 2:
         raise InvalidRequest("a text of one token has nothing to score: each token is scored by those before it")

@@ -1,13 +1,14 @@
-"""The gateway of a fleet: many pipelines behind one address, each with its own part of the gateway, built on first use.
+"""The gateway of a fleet: many pipelines behind one address. Each member has its own part of the gateway, built on first use.
 
-`routing` finds the member that a request's `model` names. `members` knows them by their ConfigMaps, `parts` holds the parts
-that are loaded, and gives up idle ones for memory. A part is what `functions.gateway` runs for a single pipeline. `grants`
-shares devices out, and `grant_record` is what several gateways agree on.
+`routing` finds the member that a request's `model` names. `members` reads the members' ConfigMaps. `parts` keeps the loaded
+parts and closes idle ones to free memory. A part is what `functions.gateway` runs for a single pipeline. `grants` divides
+devices among members, and `grant_record` is the state that several gateways share.
 
-Requests have threads of their own, in which they wait for devices and for parts that are loaded. The server's poller looks for
-API keys. The watches' threads take over ConfigMaps (`Members.changed`, which closes parts) and EndpointSlices. `fleet-grants`
-decides who gets devices, `fleet-overview` looks at all members, `fleet-memory` gives up idle parts, and `fleet-batches` loads
-those with open batches. Members, Parts, Grants and Overview have a lock each, and hold it for no request to another process.
+Threads: each request has one, in which it waits for a device and for its part. The server's poller looks up API keys. The
+watches' threads apply changed ConfigMaps (`Members.changed`, which closes parts) and EndpointSlices. `fleet-grants` decides
+which members get devices, `fleet-overview` samples all members, `fleet-memory` closes idle parts, and `fleet-batches` loads
+parts with open batches. Members, Parts, Grants and Overview have a lock each, and never hold it during a request to another
+process.
 
 May import: storage, eventing, eventing.http, eventing.wire, functions.configuration, functions.hosting, functions.gateway,
 functions.gateway.answers, functions.gateway.jobs, functions.gateway.openai, functions.gateway.openapi, functions.gateway.page,

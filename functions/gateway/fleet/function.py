@@ -1,4 +1,4 @@
-"""A fleet's gateway as a function."""
+"""A fleet's gateway, as the function that `python -m functions` runs."""
 
 import logging
 import secrets
@@ -37,10 +37,13 @@ _REQUEST_BYTES: Final = 8 * MAX_REQUEST_BYTES
 
 
 class FleetFunction:
-    """The gateway of a fleet: HTTP service, members and their parts, from start to drain and close."""
+    """The gateway of a fleet: its HTTP service, its members and their parts, from start to drain and close."""
 
     def __init__(self, config: FleetConfig, environ: Mapping[str, str], start_up: StartUp) -> None:
-        """environ: of the process; members' parts share it. Raises ConfigError for TLS files that cannot be used."""
+        """`environ` is the environment of the process, which the members' parts share.
+
+        Raises ConfigError for TLS files that cannot be used.
+        """
         self._start_up = start_up
         self._watch = endpoints_watch(config, None)
         self._grants = None if config.max_devices is None else self._shared_devices(config, config.max_devices)
@@ -80,7 +83,10 @@ class FleetFunction:
         threading.Thread(target=self._resume_batches, name="fleet-batches", daemon=True).start()
 
     def drain(self) -> None:
-        """Makes `/readyz` report not ready, so that new requests go elsewhere. Requests that still arrive are answered."""
+        """Makes `/readyz` report not ready, so that new requests go to other gateways.
+
+        Requests that still arrive are answered.
+        """
         self._draining = True
 
     def close(self) -> None:
@@ -102,7 +108,7 @@ class FleetFunction:
         return Grants(max_devices, services, self._pods, record, name)
 
     def _resume_batches(self) -> None:
-        """Loads the parts of members that have open batches, after a start or when another gateway is gone."""
+        """Loads the parts of members that have open batches, after this gateway's start or another gateway's end."""
         known: weakref.WeakKeyDictionary[Version, Batches] = weakref.WeakKeyDictionary()
         while not self._closed.wait(_BATCHES_SECONDS):
             loaded = {part.version for part in self.parts.loaded()}

@@ -1,4 +1,7 @@
-"""The record of a fleet's grants: who has one, and what each gateway wants. Its place is memory, or a Lease of the cluster."""
+"""The record of a fleet's grants: which members have one, and what each gateway wants.
+
+It is kept in memory, or in a Lease of the cluster that all gateways of the fleet share.
+"""
 
 import copy
 from collections.abc import Callable
@@ -15,7 +18,7 @@ _MOST_CONFLICTS: Final = 20  # in a row, until an update gives up
 
 
 class Grant(msgspec.Struct, omit_defaults=True):
-    """The right of a member to use devices. Times in this module are in Unix time, since several gateways compare them."""
+    """The right of a member to use devices. All times in this module are Unix times, because several gateways compare them."""
 
     devices: int
     granted_at: float
@@ -36,7 +39,10 @@ class GatewayClaims(msgspec.Struct, omit_defaults=True):
 
 
 class GrantRecord(msgspec.Struct, omit_defaults=True):
-    """Which members have devices, and what gateways want. Members are named by their stages' Services, joined by commas."""
+    """The members with grants, and the claims of each gateway.
+
+    A member's key is the names of its stages' Services, joined by commas.
+    """
 
     grants: dict[str, Grant] = {}
     closed: tuple[str, ...] = ()  # members that have a grant and let no more requests in
@@ -49,7 +55,7 @@ Change = Callable[[GrantRecord], None]
 
 @dataclass(frozen=True, slots=True)
 class LocalRecord:
-    """The record of a gateway that is alone."""
+    """The record of a fleet that has only one gateway, kept in memory."""
 
     tick_seconds: ClassVar[float] = 0.2  # how often a gateway that waits looks again
     beat_seconds: ClassVar[float] = 4.0
@@ -60,13 +66,16 @@ class LocalRecord:
 
 
 class LeaseRecord:
-    """The record in an annotation of a Lease that exists. Updates of several gateways follow each other."""
+    """The record in an annotation of an existing Lease.
+
+    Concurrent updates by several gateways are applied one after another.
+    """
 
     tick_seconds: Final = 0.5
     beat_seconds: Final = 4.0  # a gateway with claims writes at least so often
 
     def __init__(self, api: KubernetesAPI, name: str, gateway: str) -> None:
-        """api: of Leases. gateway: name of this one, which becomes the Lease's holder when it writes."""
+        """`api` gives access to Leases. `gateway` names this gateway, which becomes the Lease's holder when it writes."""
         self._api = api
         self._name = name
         self._gateway = gateway
@@ -74,9 +83,10 @@ class LeaseRecord:
         self._decode: Callable[[bytes], GrantRecord] = reader(GrantRecord)
 
     def update(self, change: Change) -> None:
-        """Reads the record, changes it and writes it, if it differs. `change` is called again if another gateway was faster.
+        """Reads the record, applies `change`, and writes the record if it differs.
 
-        Raises KubernetesError, Unreadable, or an error of urllib3.
+        If another gateway has written meanwhile, reads again and calls `change` again. Raises KubernetesError, Unreadable, or
+        an error of urllib3.
         """
         for _ in range(_MOST_CONFLICTS):
             lease = self._read(self._api.get(self._name))

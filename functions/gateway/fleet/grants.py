@@ -1,8 +1,8 @@
-"""Which members of a fleet may use devices, if there are fewer devices than the members' stages.
+"""Decides which members of a fleet may use devices, if there are fewer devices than stages of all members.
 
-A grant lets a member have one pod of each of its stages; a member without one sends nothing, so Knative keeps it at zero, or
-scales it to zero within its window. `decide` is a pure function. `Grants` applies it, and agrees with the fleet's other
-gateways by a GrantRecord.
+A grant lets a member have one pod for each of its stages. A member without a grant sends nothing to its stages, so Knative
+keeps them at zero, or scales them to zero. `decide` is a pure function. `Grants` applies it, and shares a GrantRecord with the
+fleet's other gateways.
 """
 
 import copy
@@ -31,7 +31,7 @@ _LEAST_RETURN_SECONDS: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class MemberPods:
-    """The pods of all stages of a member."""
+    """The present pods of all stages of a member."""
 
     pods: int = 0  # also those that start or terminate
     leaving: int = 0  # of these, those that the member cannot use any more
@@ -40,7 +40,7 @@ class MemberPods:
 
 @dataclass(frozen=True, slots=True)
 class MemberLoad:
-    """What `decide` knows of a member. Times in seconds of one clock."""
+    """What `decide` must know of one member. All times are seconds of the same clock."""
 
     name: str
     devices: int  # pods that it has with a grant: its number of stages
@@ -64,7 +64,10 @@ class MemberLoad:
 
     @property
     def taken(self) -> int:
-        """Devices that no other member can get: those of its pods until they are gone, and with a grant those that may come."""
+        """The number of devices that no other member can get now.
+
+        It counts the member's pods until they are gone; with a grant also the pods that it may still start.
+        """
         return self.pods if self.granted_at is None else max(self.devices, self.usable) + self.leaving
 
 
@@ -76,15 +79,15 @@ class GrantDecision:
 
 
 def decide(loads: Sequence[MemberLoad], max_devices: int, now: float) -> GrantDecision:
-    """Divides the devices.
+    """Divides the devices: decides which members get a grant and which must give it back.
 
-    Members get grants in the order in which their oldest requests came; none overtakes one that does not fit yet, so that each
-    is next at some time. Idle members give way first, by idle time divided by the time that a return takes. If none is idle,
-    members that have held their grant for QUANTUM_SECONDS finish what is in flight and give way. Devices count as taken until
-    their pods are gone.
+    Members that wait get grants in the order of their oldest requests. None overtakes a member that does not fit yet, so each
+    gets its turn. Idle members give way first, in the order of their idle time divided by the time that a return takes. If none
+    is idle, members that have held their grant for QUANTUM_SECONDS finish what is in flight and give way. Devices count as
+    taken until their pods are gone.
 
-    Members with live requests are before those with lines of batches only. These give way to them without a quantum, and have
-    none of them give way: they take what is free, and turns among themselves.
+    Members with live requests go before members with lines of batches only. The latter give way without a quantum, and make no
+    member with live requests give way: they use free devices, and take turns among themselves.
     """
     holders = [each for each in loads if each.granted_at is not None]
     line = [each for each in loads if each.granted_at is None and each.waiting_since is not None]
@@ -143,9 +146,9 @@ class _Member:
 
 @dataclass(eq=False)
 class Grants:
-    """Lets requests in while their members have grants. Thread-safe.
+    """Lets requests in when their members have grants. Thread-safe.
 
-    A thread changes the record, when a request wants to enter and as long as any is in flight or waits.
+    A thread updates the record when a request wants to enter, and while any request is in flight or waits.
     """
 
     _max_devices: int
@@ -171,11 +174,11 @@ class Grants:
         self.thread.join()
 
     def enter(self, version: Version, seconds: float, gone: Callable[[], bool] = lambda: False, *, live: bool = True) -> None:
-        """Waits until the member has a grant and lets the request in. Call `leave` at its end.
+        """Waits until the member has a grant, and lets the request in. Call `leave` when the request has ended.
 
-        live: False: a line of a batch that has time. gone: tells without waiting whether the client has left. Raises NotReady
-        if it has, if that takes longer than `seconds`, or if the member needs more devices than there are, and QueueFull if the
-        member's `queue_limit` of requests wait.
+        If not `live`, the request is a line of a batch that may wait. `gone` returns at once whether the client has left.
+        Raises QueueFull if as many requests wait as the member's `queue_limit`. Raises NotReady if the client has left, if the
+        wait takes longer than `seconds`, or if the member needs more devices than there are.
         """
         devices, limit = len(version.services), 0 if version.config is None else version.config.queue_limit
         if devices > self._max_devices:
@@ -210,7 +213,7 @@ class Grants:
     def turn(
         self, version: Version, live: bool, seconds: float = _LINE_SECONDS, gone: Callable[[], bool] = lambda: False
     ) -> Iterator[None]:
-        """A context manager around one request, or one line of a batch: `enter` and `leave`."""
+        """A context manager around one request, or one line of a batch: it calls `enter` and `leave`."""
         self.enter(version, seconds, gone, live=live)
         try:
             yield
@@ -227,7 +230,10 @@ class Grants:
                 self._due.set()
 
     def waits(self) -> dict[str, tuple[int, float]]:
-        """Live requests that wait for a device, by their member's `devices_key`: number, and seconds that the oldest waits."""
+        """Returns, for each member, how many live requests wait for a device, and how long the oldest has waited, in seconds.
+
+        The keys are the `devices_key` of members with such requests.
+        """
         now = time.time()
         with self._changed:
             return {
@@ -251,7 +257,7 @@ class Grants:
                 time.sleep(self._record.tick_seconds)
 
     def _settle(self) -> None:
-        """Brings this gateway's claims into the record, and its decision back."""
+        """Writes this gateway's claims into the record, and applies the decision to the requests that wait here."""
         with self._changed:
             claims = dict[str, Claim]()
             for key, member in list(self._members.items()):
@@ -281,9 +287,9 @@ class Grants:
             self._changed.notify_all()
 
     def divide(self, record: GrantRecord, claims: Mapping[str, Claim], used: Mapping[str, float], now: float) -> set[str]:
-        """Brings this gateway's claims into the record, and decides. The thread calls it.
+        """Writes this gateway's claims into the record and decides. Returns the members whose requests may enter here.
 
-        used: when each member was used last. now: as time.time(). Returns the members whose requests may enter here.
+        Only the thread of Grants calls it. `used` is when each member was used last. `now` is a time.time().
         """
         own = self._meet_others(record, claims)
         current = {",".join(each): each for each in self._all_services() if each}
@@ -317,7 +323,10 @@ class Grants:
         return opened
 
     def _meet_others(self, record: GrantRecord, claims: Mapping[str, Claim]) -> dict[str, Claim]:
-        """Removes gateways that died, and brings in what this one wants. Returns its claims in the record."""
+        """Removes gateways that died from the record, and adds this gateway's claims.
+
+        Returns these claims as they are in the record.
+        """
         now = time.monotonic()
         for name, other in list(record.gateways.items()):
             beat, seen_at = self._beats.get(name, (None, now))
@@ -333,7 +342,7 @@ class Grants:
 
 
 def _load(record: GrantRecord, key: str, pods: MemberPods | None) -> MemberLoad | None:
-    """What `decide` must know of a member; None: it has no pods, no grant and no request."""
+    """Returns what `decide` must know of a member; None if it has no pods, no grant and no request."""
     grant = record.grants.get(key)
     claims = [each.claims[key] for each in record.gateways.values() if key in each.claims]
     if grant is None and not claims and (pods is None or not pods.pods):

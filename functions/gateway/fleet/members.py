@@ -1,4 +1,4 @@
-"""The members of a fleet, as ConfigMaps describe them: one ConfigMap for each pipeline, or two during a canary."""
+"""The members of a fleet, as their ConfigMaps describe them: one ConfigMap for each member, and a second during a canary."""
 
 import logging
 import random
@@ -28,7 +28,7 @@ class ConfigMap(KubernetesItem):
 
 @dataclass(frozen=True, eq=False)
 class Version:
-    """One version of a member: a pipeline with its stages. Equal only to itself, so that a changed one is another."""
+    """One version of a member: a pipeline with its stages. It is equal only to itself; a changed ConfigMap makes a new one."""
 
     name: str  # of its ConfigMap
     member: str
@@ -39,12 +39,12 @@ class Version:
 
     @property
     def services(self) -> Sequence[str]:
-        """Names of its stages' Knative Services."""
+        """The names of the Knative Services of the version's stages."""
         return () if self.config is None else self.config.stage_services or [service_name(url) for _, url in self.config.stages]
 
     @property
     def devices_key(self) -> str:
-        """Identifies its stages' pods: versions with the same stages have the same key."""
+        """Identifies the pods of the version's stages. Versions with the same stages have the same key."""
         return ",".join(self.services)
 
     @property
@@ -57,12 +57,15 @@ class Version:
 
 
 class Members:
-    """The fleet's members now. Thread-safe."""
+    """The present members of the fleet. Thread-safe."""
 
     def __init__(
         self, config: FleetConfig, environ: Mapping[str, str], on_gone: Callable[[Sequence[Version]], None] = lambda _: None
     ) -> None:
-        """environ: of the process. on_gone: gets versions that were removed or replaced; the watch's thread calls it."""
+        """`environ` is the environment of the process.
+
+        `on_gone` is called with versions that were removed or replaced, in the thread of the watch.
+        """
         assert config.kubernetes_api is not None
         self.listed = threading.Event()  # the members are known
         self.clients = Clients(  # keys of all members open the fleet
@@ -82,7 +85,7 @@ class Members:
         self.watch = ObjectWatch(api, f"{FLEET_LABEL}={config.fleet}", ConfigMap, what, self.changed)
 
     def changed(self, found: Mapping[str, ConfigMap], changed: ConfigMap | None) -> None:
-        """Takes over the ConfigMaps. changed: the only one that differs; None: any may differ."""
+        """Applies the ConfigMaps in `found`. `changed` is the only one that differs; if it is None, any may differ."""
         names = {*self._versions, *found} if changed is None else {changed.metadata.name}
         gone = []
         versions = dict(self._versions)
@@ -112,13 +115,13 @@ class Members:
             self._on_gone(gone)
 
     def versions(self) -> list[Version]:
-        """All versions of all members, model after model."""
+        """Returns all versions of all members, grouped by model."""
         return [version for group in self.by_model.values() for version in group]
 
     def find(self, named: str, secret: str) -> Version | None:
-        """The version that answers a request for this model; None: no member that this API key opens serves it.
+        """Returns the version that answers a request for a model. During a canary, draws it by the percentages.
 
-        named: a model, or model:adapter. If a canary runs, it is drawn by the percentages.
+        `named` is `MODEL` or `MODEL:ADAPTER`. Returns None if no member that this API key opens serves the model.
         """
         by_model = self.by_model
         group = by_model.get(named) or by_model.get(named.partition(":")[0])
@@ -132,7 +135,7 @@ class Members:
         return next((each for each in group if each.percent is None), group[0])
 
     def key(self, secret: str) -> ApiKey | None:
-        """The API key with this text, of whichever member; None: no member has it."""
+        """Returns the API key with this text, of whichever member has it; None if none has it."""
         hashed = sha256_of(secret)
         with self._lock:
             members = self._names
@@ -146,20 +149,20 @@ class Members:
         return None
 
     def opened_by(self, secret: str) -> list[str]:
-        """Models that a client with this API key may ask; all of them if no keys are needed."""
+        """Returns the models that a client with this API key may use: all of them if no keys are needed."""
         return [model for model, group in self.by_model.items() if self._opens(group, secret)]
 
     def with_batches(self, secret: str = "") -> list[Version]:
-        """Versions of models that serve files and batches, and that this API key opens. Canaries are left out."""
+        """Returns the versions that serve files and batches and that this API key opens, without canaries."""
         found = (each for model in self.opened_by(secret) for each in self.by_model.get(model, ()))
         return [each for each in found if each.percent is None and each.serves_batches]
 
     def _opens(self, group: Sequence[Version], secret: str) -> bool:
-        """Whether this API key opens the member with these versions."""
+        """Returns whether this API key opens the member whose versions are `group`."""
         return not self.clients.are_known or self._ring(group[0].member).find(secret) is not None
 
     def _ring(self, member: str) -> KeyRing:
-        """The member's API keys. A member without a file of keys accepts no client until there is one."""
+        """Returns the API keys of a member. While the file with its keys is missing, the member accepts no client."""
         ring = self._rings.get(member)
         if ring is None:
             try:

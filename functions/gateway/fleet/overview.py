@@ -1,4 +1,4 @@
-"""The fleet at one moment: what `GET /v1/fleet/events` sends, and what the metrics say of each member."""
+"""The present state of the fleet: data of `GET /v1/fleet/events`, and of the metrics of each member."""
 
 import logging
 import threading
@@ -29,7 +29,7 @@ MemberStatus = Literal["zero", "waiting", "starting", "serving", "leaving", "fai
 
 
 class MemberState(Struct, frozen=True, kw_only=True):
-    """A member, or its canary."""
+    """The state of a member or of its canary."""
 
     model: str
     percent: int | None = None  # share of the model's requests that a canary takes; None: no canary
@@ -44,7 +44,7 @@ class MemberState(Struct, frozen=True, kw_only=True):
 
 
 class FleetState(Struct, frozen=True, kw_only=True):
-    """Data of the event `snapshot`. The data of a `change` is a JSON merge patch (RFC 7396) of it."""
+    """State of a fleet: data of the event `snapshot`. The data of a `change` is a JSON merge patch (RFC 7396) of it."""
 
     fleet: str
     ready: bool  # this gateway knows the members
@@ -56,7 +56,7 @@ class FleetState(Struct, frozen=True, kw_only=True):
 
 @dataclass(eq=False)
 class Overview:
-    """Looks at all members once a second, and counts the seconds of their pods. Thread-safe."""
+    """Samples the state of all members once a second, and adds up the seconds of their pods. Thread-safe."""
 
     _members: Members
     _parts: Parts
@@ -76,7 +76,7 @@ class Overview:
         self.thread.join(_LOOK_SECONDS)
 
     def state(self, fleet: str, models: Iterable[str]) -> FleetState:
-        """The state of the last look. models: those that the client may ask."""
+        """Returns the state of the last sample, with the members of those `models` that the client may use."""
         states, own = self._states, frozenset(models)
         return FleetState(
             fleet=fleet,
@@ -88,7 +88,7 @@ class Overview:
         )
 
     def counts(self) -> dict[str, int]:
-        """How many members are in which state at this gateway."""
+        """Returns how many members are in each state at this gateway."""
         count = Counter[str](part.state for part in self._parts.loaded())
         asleep = max(0, len(self._members.versions()) - count.total())
         return {state: count[state] for state in _STATES} | {"asleep": asleep}
@@ -145,7 +145,10 @@ class Overview:
 
 
 def fleet_metrics(counts: Mapping[str, int], evictions: int, members: Iterable[MemberState]) -> Iterator[Metric]:
-    """The fleet's metrics. counts: members by their state at this gateway. evictions: so far."""
+    """Yields the fleet's metrics.
+
+    `counts` has the number of members in each state here, `evictions` that of evictions so far.
+    """
     states = GaugeMetricFamily("lamina_fleet_members", "Members of the fleet by their state here", labels=["state"])
     for state, count in counts.items():
         states.add_metric([state], count)
@@ -168,10 +171,10 @@ def fleet_metrics(counts: Mapping[str, int], evictions: int, members: Iterable[M
 
 @dataclass(eq=False)
 class FleetCollector(Collector):
-    """Makes one registry's text of all loaded members' registries. The label `model` has names of members' models only.
+    """Merges the metrics of all loaded members into one registry. The label `model` has only names of members' models.
 
-    A member's series end when its part is given up, and begin at 0 when it is loaded again. So their number is bounded by the
-    gateway's memory, and by the fleet's members.
+    A member's series end when its part is closed, and begin at 0 when it is loaded again. So the gateway's memory and the
+    fleet's members bound the number of series.
     """
 
     _own: CollectorRegistry

@@ -1,4 +1,4 @@
-"""The members' parts of this gateway: built on first use, given up for memory while they are idle."""
+"""The members' parts of this gateway: each is built on first use, and closed when it is idle and memory is needed."""
 
 import gc
 import logging
@@ -43,7 +43,7 @@ def resident_bytes() -> int:
 
 
 class Part:
-    """One version's part of the gateway: tokenizer, chat template, scheduler, routes, keys and limits."""
+    """One version's part of the gateway: tokenizer, chat template, scheduler, routes, API keys and limits."""
 
     def __init__(self, version: Version, watch: EndpointsWatch | None, turn: Turn) -> None:
         self.version = version
@@ -72,9 +72,9 @@ class Part:
         return not status.waiting and not status.running
 
     def load(self, *, wakes: bool = True) -> "WSGIApplication":
-        """Builds the part unless it is built, and waits for _LOAD_SECONDS until it can answer. Raises NotReady.
+        """Builds the part if necessary, and waits up to _LOAD_SECONDS until it can answer. Raises NotReady.
 
-        wakes: if it is built, its stages begin to start at once.
+        If `wakes`, and the part is not built yet, its stages start at once.
         """
         config = self.version.config
         with self._lock:
@@ -133,14 +133,14 @@ class Parts:
             return list(self._parts.values())
 
     def registries(self) -> Iterator[tuple[str, CollectorRegistry]]:
-        """Model and metrics of each part that is built."""
+        """Yields the model and the metrics of each part that is built."""
         for part in self.loaded():
             if (function := part.function) is not None:
                 yield part.version.model, function.metrics.registry
 
     @contextmanager
     def use(self, version: Version) -> Iterator[Part]:
-        """The part that answers a request for this version. It is not given up meanwhile."""
+        """Context manager that yields the part for this version. The part is not closed before the context ends."""
         with self._lock:
             part, now = self._parts.get(version), time.monotonic()
             if part is not None and part.failed_at and now - part.failed_at > _RETRY_SECONDS and not part.in_flight:
@@ -164,7 +164,7 @@ class Parts:
                 part.close()
 
     def retire(self, versions: Sequence[Version]) -> None:
-        """Gives up the parts of versions that were removed or replaced, after their last request."""
+        """Closes the parts of versions that were removed or replaced, after their last requests."""
         for version in versions:
             with self._lock:
                 self._gone.add(version)
@@ -176,7 +176,7 @@ class Parts:
                 part.close()
 
     def evict(self) -> bool:
-        """Gives up the idle part that was used least recently. Returns whether there was one."""
+        """Closes the idle part that was used least recently. Returns whether there was one."""
         with self._lock:
             idle = sorted((part for part in self._parts.values() if part.is_idle), key=lambda part: part.used_at)
             if not idle:

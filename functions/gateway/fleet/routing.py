@@ -1,4 +1,4 @@
-"""Sends each request of a fleet's clients to the member that its `model` names. What names no member is answered here."""
+"""Sends each request of a fleet's clients to the member that its `model` names. Requests without a model are answered here."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -51,9 +51,10 @@ class _StructuredEvent(_Named):
 
 
 def model_of(environ: "WSGIEnvironment") -> str | None:
-    """The model that a request names: `?model=` of its URL, an event's attribute `model`, or `model` in its body or data.
+    """Returns the model that a request names: in `?model=`, in an event's attribute `model`, or in its body or event data.
 
-    None: it names none. The body can be read again afterwards. Raises MalformedEvent for a body that is no JSON object.
+    Returns None if it names none. The body can be read again afterwards. Raises MalformedEvent for a body that is no JSON
+    object.
     """
     query: str = environ.get("QUERY_STRING", "")
     if named := parse_qs(query).get("model"):
@@ -76,7 +77,7 @@ def model_of(environ: "WSGIEnvironment") -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class MemberRouter:
-    """The WSGI application of a fleet's gateway."""
+    """The WSGI application of a fleet's gateway: calls the application of the member that a request names."""
 
     _members: Members
     _parts: Parts
@@ -118,9 +119,10 @@ class MemberRouter:
         return ClosingIterator(pieces, leave.close)
 
     def _version_of_jobs(self, environ: "WSGIEnvironment", secret: str) -> Version:
-        """The version whose files and batches a request concerns: `?model=` names it, or the API key, or it is the only one.
+        """Returns the version whose files and batches a request concerns. Raises NotFound or MalformedEvent.
 
-        Raises NotFound or MalformedEvent.
+        It is the version that `?model=` names, or else the only one that the API key opens. A request to HOLD_PATH concerns
+        none, so any loaded version with batches takes it.
         """
         query: str = environ.get("QUERY_STRING", "")
         named = parse_qs(query)["model"][-1] if "model" in parse_qs(query) else None
@@ -151,7 +153,7 @@ def own_app(
     overview: Overview,
     draining: Callable[[], bool],
 ) -> Flask:
-    """The application for requests that no member answers: the list of models, the page, the fleet's state, and errors."""
+    """Returns the application for requests that no member answers: list of models, page, state of the fleet, and errors."""
     app = base_app(config, metrics, write_line)
     began = int(time.time())
 
@@ -206,7 +208,10 @@ def own_app(
 
 
 def fleet_admission(config: FleetConfig, members: Members) -> "Callable[[WSGIEnvironment], int | None]":
-    """Like `gateway_admission`: checks a request's head before its body is read. A POST needs an API key of any member."""
+    """Returns a function that checks a request's head before its body is read, like `gateway_admission`.
+
+    A POST needs an API key of any member.
+    """
     sites = Sites(config, is_open=not members.clients.are_known)
 
     def admit(environ: "WSGIEnvironment") -> int | None:

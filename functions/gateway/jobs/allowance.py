@@ -1,4 +1,4 @@
-"""How many lines of batches are answered at the same time: as many as live traffic leaves."""
+"""Decides how many lines of batches are answered at the same time: as many as live traffic leaves capacity for."""
 
 import threading
 from collections.abc import Callable
@@ -9,7 +9,7 @@ _FIRST: Final = 8
 
 
 class Slot:
-    """The place of one line that is being answered."""
+    """The right to answer one line of a batch."""
 
     def __init__(self) -> None:
         self.preempted = False  # the line shall be given up, for live traffic
@@ -19,12 +19,15 @@ class Slot:
 class Allowance:
     """Limits the lines that are answered at once: more while no live request waits, fewer as soon as one does. Thread-safe.
 
-    The number of places grows by a quarter every TICK_SECONDS, while the pipeline begins what it gets, and is halved while live
-    requests wait for longer than that. Lines that have no place any more are given up, the newest first.
+    The limit grows by a quarter every TICK_SECONDS, while the pipeline soon begins the lines that it gets. It is halved if live
+    requests wait at two ticks in a row. Slots above the limit are then preempted, the newest first.
     """
 
     def __init__(self, most: int, waiting: Callable[[], int]) -> None:
-        """waiting: number of all sequences that the scheduler has not begun."""
+        """Never allows more than `most` lines.
+
+        `waiting` returns the number of all sequences that the scheduler has not begun.
+        """
         self._most = most
         self._waiting = waiting
         self._allowed = min(_FIRST, most)
@@ -33,7 +36,7 @@ class Allowance:
         self._changed = threading.Condition()
 
     def enter(self, stopped: Callable[[], bool]) -> Slot | None:
-        """Waits for a place. None: `stopped` has become true."""
+        """Waits for a slot and returns it. Returns None once `stopped` is true."""
         with self._changed:
             while not stopped():
                 if len(self._slots) < self._allowed:
@@ -49,7 +52,7 @@ class Allowance:
             self._changed.notify_all()
 
     def tick(self, least: int) -> None:
-        """Adapts the number of places. least: places that live traffic does not take. Call it every TICK_SECONDS."""
+        """Adapts the limit; call it every TICK_SECONDS. Live traffic cannot push it below `least` lines."""
         waiting = self._waiting()
         with self._changed:
             own = sum(slot.is_waiting() for slot in self._slots)

@@ -1,4 +1,4 @@
-"""Batches of clients as objects: what was asked for, how far it is, and how it ended.
+"""Batches of clients as objects in the store: what the client asked for, how far the batch is, and how it ended.
 
     {prefix}/open/{owner}/{id}                     says that the batch has not ended; written first, deleted last
     {prefix}/{owner}/batches/{id}.json             what was asked for; written once
@@ -9,8 +9,8 @@
     {prefix}/{owner}/runs/{id}/sums.json           counts of the first parts; saves reading their results again
     {prefix}/{owner}/ends/{id}.json                how it ended; written when the results are complete
 
-Several gateways may compute the same part. They write the same results, because ids, seeds and times follow from the batch and
-the line, so it does not matter whose are written last.
+A part is a run of whole lines of the input file. Several gateways may compute the same part. They write the same results,
+because ids, seeds and times follow from the batch and the line. So it does not matter which gateway writes last.
 """
 
 import time
@@ -40,7 +40,7 @@ WINDOW_PARTS: Final = 128  # so many parts after the first unfinished one are wo
 
 
 class Cause(Struct, frozen=True):
-    """The event that began a batch."""
+    """The event that began a batch, if an event did."""
 
     id: str
     source: str
@@ -70,7 +70,7 @@ class BatchJob(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Sums(Struct, frozen=True, kw_only=True):
-    """Counts of the first `parts` parts of a batch."""
+    """Counts of lines, tokens and bytes over the first `parts` parts of a batch."""
 
     parts: int = 0
     answered: int = 0
@@ -102,13 +102,16 @@ class BatchEnd(Struct, frozen=True, kw_only=True):
 
 
 class Mark(Struct, frozen=True):
-    """An object whose key says all: a batch is open or cancelled, or a gateway works on a part."""
+    """An object whose key alone has a meaning: a batch is open or cancelled, or a gateway works on a part."""
 
     at: int  # in Unix time
 
 
 class Batches:
-    """The batches of all owners. Thread-safe. Methods raise NotFound for a batch that is not the owner's, or a StorageError."""
+    """Stores and finds the batches of all owners. Thread-safe.
+
+    Methods raise NotFound for a batch of another owner or an unknown one, or a StorageError.
+    """
 
     def __init__(self, objects: JobObjects, files: Files) -> None:
         self.objects = objects
@@ -128,7 +131,11 @@ class Batches:
         cause: Cause | None = None,
         output_expires_seconds: int | None = None,
     ) -> BatchJob:
-        """window: as the client wrote it, and in seconds. id_: None: a new one. created_at: None: now."""
+        """Creates a batch and returns it.
+
+        `window` is the completion window, as the client wrote it and in seconds. If `id_` is None, the batch gets a new id. If
+        `created_at` is None, the batch is created now.
+        """
         job = BatchJob(
             id=id_ or new_id("batch_"),
             owner=owner,
@@ -159,11 +166,14 @@ class Batches:
         return self.objects.find(f"{owner}/batches/{id_}.json", BatchJob)
 
     def list(self, owner: str, after: str, limit: int) -> tuple[list[BatchJob], bool]:
-        """The newest batches after `after` (an id; empty: all), and whether there are more."""
+        """Returns the newest batches, at most `limit`, and whether there are more.
+
+        The list begins after the id `after`, or with the newest if `after` is empty.
+        """
         return listed(self.objects, f"{owner}/batches/", BatchJob, after, limit)
 
     def open(self) -> Iterator[tuple[tuple[str, str], datetime]]:
-        """Owner and id of all batches that have not ended, and when each was opened."""
+        """Yields owner and id of each batch that has not ended, and the time at which it was opened."""
         prefix = f"{self.objects.prefix}open/"
         for found in self.objects.store.list(prefix):
             owner, _, id_ = found.key.removeprefix(prefix).partition("/")
@@ -181,7 +191,7 @@ class Batches:
         return self.objects.find(f"{job.owner}/ends/{job.id}.json", BatchEnd)
 
     def finish(self, job: BatchJob, end: BatchEnd) -> None:
-        """Makes the batch end, whose results must be complete: writes the manifests of its files, and the end after them."""
+        """Ends a batch whose results are complete: writes the manifests of its output and error files, and then its end."""
         sums = end.sums
         self._add_file(job, "output", sums.answered, sums.output_bytes, end.at)
         self._add_file(job, "errors", sums.failed, sums.error_bytes, end.at)
@@ -190,7 +200,7 @@ class Batches:
         self.objects.put(f"{job.owner}/ends/{job.id}.json", end)
 
     def _add_file(self, job: BatchJob, content: ResultsContent, lines: int, size: int, created_at: int) -> None:
-        """Writes the manifest of a file of results, if it has lines."""
+        """Writes the manifest of an output or error file, if the file has lines."""
         if not lines:
             return
         file = ClientFile(
@@ -205,9 +215,9 @@ class Batches:
         self.files.add(job.owner, file, job.output_expires_seconds)
 
     def expire(self, now: float) -> None:
-        """Deletes the files and batches that have expired. Several gateways may do so at once. now: in Unix time.
+        """Deletes the files and batches that have expired. `now` is a Unix time. Several gateways may call it at once.
 
-        A file that an open batch reads stays until that has ended.
+        A file that an open batch reads is deleted only after that batch has ended.
         """
         for name in self.objects.names(EXPIRIES):
             at, _, rest = name.partition("/")
@@ -224,13 +234,13 @@ class Batches:
             self.objects.delete(EXPIRIES + name)
 
     def results_files(self, job: BatchJob) -> Iterator[ClientFile]:
-        """The output and the error file of a batch that has ended, as far as it has them."""
+        """Yields the output file and the error file of a batch that has ended, if they exist."""
         for content in RESULTS:
             with suppress(NotFound):
                 yield self.files.get(job.owner, results_file_id(job.id, content))
 
     def close(self, owner: str, id_: str) -> None:
-        """Deletes what only gateways that work on a batch need. Call it when the batch has ended."""
+        """Deletes the objects that gateways need only while they work on a batch. Call it when the batch has ended."""
         run = f"{owner}/runs/{id_}/"
         for folder in ("work/", "leases/"):
             self.objects.delete_folder(run + folder)
@@ -238,7 +248,7 @@ class Batches:
         self.objects.delete(f"open/{owner}/{id_}")
 
     def reads(self, owner: str, file_id: str) -> str | None:
-        """The id of a batch that has not ended and reads this file; None: there is none."""
+        """Returns the id of an open batch that reads this file; None if there is none."""
         for name in self.objects.names(f"open/{owner}/"):
             job = self.find(owner, name)
             if job is not None and job.input_file_id == file_id:
@@ -246,11 +256,14 @@ class Batches:
         return None
 
     def sums(self, job: BatchJob) -> Sums:
-        """Counts of the first parts, as a gateway wrote them lately."""
+        """Returns the stored counts of the first parts, which may be older than the results."""
         return self.objects.find(f"{job.owner}/runs/{job.id}/sums.json", Sums) or Sums()
 
     def head(self, job: BatchJob, name: str, folder: str = "results") -> ResultsHead | None:
-        """Counts of one part of the batch; None: it has no results. folder: `results`, or `work` for a part in progress."""
+        """Returns the counts of one part of the batch; None if it has no results.
+
+        `folder` is `results`, or `work` for a part that is not finished.
+        """
         data = bytearray(HEAD_BYTES)
         key = f"{self.objects.prefix}{job.owner}/runs/{job.id}/{folder}/{name}"
         try:
@@ -260,7 +273,7 @@ class Batches:
         return read_head(bytes(data))
 
     def progress(self, job: BatchJob) -> Sums:
-        """Counts of all lines that are answered so far; `parts` means nothing."""
+        """Returns the counts of all lines that are answered so far. Their `parts` has no meaning."""
         sums, run = self.sums(job), f"{job.owner}/runs/{job.id}/"
         counted = sums.parts
         seen = set()

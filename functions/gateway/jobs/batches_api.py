@@ -1,4 +1,4 @@
-"""`/v1/batches`: batches of requests that are answered within a window, when nothing else is to do."""
+"""The routes `/v1/batches`: batches of requests that are answered within a window, when live traffic leaves capacity."""
 
 import hashlib
 import re
@@ -27,7 +27,7 @@ ShortText = Annotated[str, Meta(max_length=512)]
 
 
 class ExpiresAfter(Struct, frozen=True, forbid_unknown_fields=True):
-    """When a file is deleted: `seconds` after it was created."""
+    """When a file is deleted: `seconds` after its creation."""
 
     seconds: Annotated[int, Meta(ge=1, le=MAX_KEPT_SECONDS)]
     anchor: Literal["created_at"] = "created_at"
@@ -43,7 +43,10 @@ class BatchRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 @dataclass(frozen=True, slots=True)
 class BatchesAPI:
-    """A client has the batches that came with its API key. At a gateway without keys all clients have all batches."""
+    """Answers requests to `/v1/batches`.
+
+    A client sees the batches of its API key. At a gateway without keys all clients see all batches.
+    """
 
     _batches: Batches
     _clients: Clients
@@ -139,7 +142,7 @@ class BatchesAPI:
 
 
 def window_seconds(text: str) -> int:
-    """The seconds of a completion window such as 24h. Raises InvalidRequest."""
+    """Returns the seconds of a completion window such as 24h. Raises InvalidRequest."""
     found = re.fullmatch("([0-9]{1,6})([smhd])", text)
     seconds = int(found[1]) * _UNITS[found[2]] if found else 0
     if not 0 < seconds <= MAX_WINDOW_SECONDS:

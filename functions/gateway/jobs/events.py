@@ -1,4 +1,4 @@
-"""Batches as CloudEvents: an event with JSON Lines begins a batch, and another one tells of its end, with all results."""
+"""Batches as CloudEvents: an event with JSON Lines begins a batch, and another event with all results reports its end."""
 
 import time
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ _CLOCK_SECONDS: Final = 3600.0  # an event whose time differs more from the gate
 
 @dataclass(frozen=True, slots=True)
 class BatchEvents:
-    """Begins batches of events, and tells of their ends. Thread-safe."""
+    """Begins batches that come as events, and sends events with their results. Thread-safe."""
 
     _batches: Batches
     _claims: ClaimCheck
@@ -38,10 +38,11 @@ class BatchEvents:
     _sink: str | None  # the URL that gets them; None: no events are taken
 
     def begin(self, event: CloudEvent, owner: str, client_id: str) -> BatchJob:
-        """Begins the batch of an event, whose data are its lines. A repeated delivery finds the batch that has begun.
+        """Begins the batch of an event whose data are the batch's lines.
 
-        The lines' common `url` is the endpoint, and the window ends at the event's `expirytime`, or after a day. Raises a
-        Problem for an event that cannot be served, and a StorageError.
+        For a repeated delivery, returns the batch that has begun. The endpoint is the `url` of all lines. The window ends at
+        the event's `expirytime`, or after a day if there is none. Raises a Problem for an event that cannot be served, and a
+        StorageError.
         """
         if self._sink is None:
             raise UnknownEventType(f"{event.get_type()} has an answer later, and this gateway has no sink for it; set K_SINK")
@@ -71,10 +72,11 @@ class BatchEvents:
         )
 
     def tell(self, job: BatchJob) -> bool:
-        """Sends the event with the results of a batch that has ended, if an event began it. Its id is the same every time.
+        """If an event began the batch, sends an event with the batch's results. Call it when the batch has ended.
 
-        Its data are the lines of the output file, then those of the error file. Returns False if this gateway has no sink for
-        it. Raises a DeliveryError, a BadReply, a Problem or a StorageError.
+        The data are the lines of the output file, then those of the error file. The event's id is the same at every call.
+        Returns False if an event is due and this gateway has no sink for it. Raises a DeliveryError, a BadReply, a Problem or a
+        StorageError.
         """
         if job.cause is None:
             return True

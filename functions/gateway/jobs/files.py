@@ -1,11 +1,11 @@
-"""Files of clients as objects: their content in parts of whole lines, and a manifest, which is written last.
+"""Files of clients as objects in the store: their content in parts of whole lines, and a manifest, which is written last.
 
     {prefix}/{owner}/files/{id}.json          the manifest; without it the file does not exist
     {prefix}/{owner}/parts/{id}/00000000 …    the content
     {prefix}/expiries/{time}/{owner}/{id}     when to delete a file or a batch; sorts by the Unix time
 
-Output and error files of a batch have a manifest only: their content is the batch's results (results.py). An owner is an API
-key's id, or EVERYBODY at a gateway without keys. Nothing here uses conditional writes, which not all stores know.
+Output and error files of a batch have a manifest only: their content is the batch's results (results.py). An owner is the id of
+an API key, or EVERYBODY at a gateway without keys. Nothing here uses conditional writes, which not all stores support.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ Content = Literal["input"] | ResultsContent
 
 
 class ClientFile(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The manifest of a file."""
+    """The manifest of a client's file: its name, size, parts and times."""
 
     id: str
     filename: str
@@ -54,23 +54,29 @@ class ClientFile(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def new_id(prefix: str) -> str:
-    """An id that cannot be guessed. Later ones are smaller, so that listings begin with the newest. prefix: file- or batch_."""
+    """Returns a new id that cannot be guessed. `prefix` is `file-` or `batch_`.
+
+    A later id sorts before an earlier one, so that listings begin with the newest.
+    """
     return f"{prefix}{_LATEST_MS - int(time.time() * 1000):011x}{secrets.token_hex(8)}"
 
 
 def named_id(prefix: str, *names: str) -> str:
-    """An id made of a digest of `names`: the same for each delivery of an event. Listings have it at a random place."""
+    """Returns an id made from a digest of `names`, which is the same for each delivery of an event.
+
+    It sorts at a random place of a listing.
+    """
     return prefix + hashlib.sha256("\n".join(names).encode()).hexdigest()[:27]
 
 
 def check_id(id_: str) -> None:
-    """Raises NotFound for an id that this gateway has not made, and which could name any object."""
+    """Raises NotFound for an id without the form of this gateway's ids, because it could name any object."""
     if not _ID.fullmatch(id_):
         raise NotFound(f"there is no {id_[:80]!r} of this API key")
 
 
 class JobObjects:
-    """Objects under one prefix of the store, small ones as JSON. Thread-safe. Methods raise a StorageError."""
+    """Reads and writes objects under one prefix of the store, small ones as JSON. Thread-safe. Methods raise a StorageError."""
 
     def __init__(self, store: PayloadStore, prefix: str) -> None:
         self.store = store
@@ -83,14 +89,14 @@ class JobObjects:
         return self.store.get(self.prefix + key, max_bytes=max_bytes)
 
     def find(self, key: str, type_: type[T]) -> T | None:
-        """The object as a value of `type_`; None if there is none, or if its bytes are something else."""
+        """Returns the object as a value of `type_`; None if there is no object, or if its bytes are no such value."""
         try:
             return msgspec.json.decode(self.get(key), type=type_)
         except (ObjectNotFound, msgspec.DecodeError):
             return None
 
     def names(self, folder: str, after: str = "", at_once: int = 1000) -> Iterator[str]:
-        """Names in a folder, which ends in `/`, that are greater than `after`, in their order."""
+        """Yields the names in a folder that are greater than `after`, in their order. `folder` ends in `/`."""
         whole = self.prefix + folder
         for found in self.store.list(whole, after=whole + after if after else "", at_once=at_once):
             yield found.key.removeprefix(whole)
@@ -104,17 +110,21 @@ class JobObjects:
 
 
 class Files:
-    """The files of all owners. Thread-safe. Methods raise NotFound for a file that is not the owner's, or a StorageError."""
+    """Stores and finds the files of all owners. Thread-safe.
+
+    Methods raise NotFound for a file of another owner or an unknown one, or a StorageError.
+    """
 
     def __init__(self, objects: JobObjects, retention_seconds: int = 0) -> None:
-        """retention_seconds: age at which files without an expiry of their own are deleted; 0: never."""
+        """Files without an expiry of their own are deleted at the age `retention_seconds`; 0 means never."""
         self._objects = objects
         self.retention_seconds = retention_seconds
 
     def write(self, owner: str, filename: str, pieces: Iterable[bytes], id_: str | None = None) -> ClientFile:
-        """Writes the content of a new file, in bounded memory. It does not exist before `add`.
+        """Writes the content of a new file in bounded memory. The file does not exist before `add` is called.
 
-        id_: None: a new one. Raises EventTooLarge, and what `pieces` raises; then nothing of it stays.
+        If `id_` is None, the file gets a new id. Raises EventTooLarge, and the errors of `pieces`; the written content is then
+        deleted.
         """
         id_ = id_ or new_id("file-")
         folder = f"{owner}/parts/{id_}/"
@@ -133,7 +143,10 @@ class Files:
         return ClientFile(id=id_, filename=filename, bytes=total, created_at=int(time.time()), lines=lines, parts=parts)
 
     def add(self, owner: str, file: ClientFile, expires_after_seconds: int | None = None) -> ClientFile:
-        """Makes a written file exist, and returns its manifest. expires_after_seconds: None: `retention_seconds`."""
+        """Writes the manifest of a file whose content is written, and returns it. The file exists from then on.
+
+        If `expires_after_seconds` is None, `retention_seconds` is used.
+        """
         if seconds := expires_after_seconds or self.retention_seconds:
             file = replace(file, expires_at=file.created_at + seconds)
             self.expire_at(file.created_at + seconds, owner, file.id)
@@ -141,11 +154,11 @@ class Files:
         return file
 
     def expire_at(self, at: int, owner: str, id_: str) -> None:
-        """Schedules the deletion of a file or a batch. at: in Unix time."""
+        """Schedules the deletion of a file or a batch at the Unix time `at`."""
         self._objects.put(f"{EXPIRIES}{at:011}/{owner}/{id_}", {})
 
     def drop(self, owner: str, file: ClientFile) -> None:
-        """Deletes the content of a file that was written and shall not be added."""
+        """Deletes the content of a file that was written but will not be added."""
         self._objects.delete_folder(f"{owner}/parts/{file.id}/")
 
     def get(self, owner: str, id_: str) -> ClientFile:
@@ -161,13 +174,16 @@ class Files:
     def list(
         self, owner: str, after: str, limit: int, wanted: Callable[[ClientFile], bool] = lambda _: True
     ) -> tuple[list[ClientFile], bool]:
-        """The newest wanted files after `after` (an id; empty: all), and whether there are more."""
+        """Returns the newest files that `wanted` accepts, at most `limit`, and whether there are more.
+
+        The list begins after the id `after`, or with the newest if `after` is empty.
+        """
         return listed(
             self._objects, f"{owner}/files/", ClientFile, after, limit, lambda file: wanted(file) and not _is_over(file)
         )
 
     def read(self, owner: str, file: ClientFile) -> Iterator[bytes]:
-        """The content, piece by piece. Raises ObjectAltered if the store does not show all of it."""
+        """Yields the file's content piece by piece. Raises ObjectAltered if the store does not show all of it."""
         if file.content == "input":
             for number in range(file.parts):
                 yield self.part(owner, file.id, number)
@@ -182,18 +198,18 @@ class Files:
             raise ObjectAltered(f"the store shows {file.bytes - missing} of the {file.bytes} bytes of {file.id}; read it again")
 
     def part(self, owner: str, id_: str, number: int) -> bytes:
-        """One part of a file that a client sent."""
+        """Returns one part of a file that a client sent."""
         return self._objects.get(f"{owner}/parts/{id_}/{part_name(number)}")
 
     def results(self, owner: str, batch_id: str, name: str, folder: str = "results") -> PartResults | None:
-        """Results of one part of a batch; None: there are none."""
+        """Returns the results of one part of a batch; None if there are none."""
         try:
             return PartResults.decode(self._objects.get(f"{owner}/runs/{batch_id}/{folder}/{name}", _MAX_PART_BYTES))
         except ObjectNotFound:
             return None
 
     def delete(self, owner: str, id_: str) -> None:
-        """Deletes a file, if there is one. Results of a batch stay as long as one of the two files has them."""
+        """Deletes a file, if it exists. The results of a batch are deleted with the last of its output and error files."""
         file = self.find(owner, id_)
         if file is None:
             return
@@ -209,17 +225,17 @@ def _is_over(file: ClientFile) -> bool:
 
 
 def part_name(number: int) -> str:
-    """The name of a part's object. Names sort as their numbers do."""
+    """Returns the name of a part's object. Names sort in the order of the numbers."""
     return f"{number:08}"
 
 
 def part_lines(part: bytes) -> list[bytes]:
-    """The lines of a part that are not blank."""
+    """Returns the lines of a part that are not blank."""
     return [line for line in part.split(b"\n") if line.strip()]
 
 
 def results_file_id(batch_id: str, content: ResultsContent) -> str:
-    """The id of a batch's output or error file: every gateway gives it the same."""
+    """Returns the id of a batch's output or error file, which is the same at every gateway."""
     digits = batch_id.removeprefix("batch_")
     return f"file-{digits[:-1]}{int(digits[-1], 16) ^ (1 if content == 'output' else 2):x}"
 
@@ -227,7 +243,11 @@ def results_file_id(batch_id: str, content: ResultsContent) -> str:
 def listed(
     objects: JobObjects, folder: str, type_: type[S], after: str, limit: int, wanted: Callable[[S], bool] = lambda _: True
 ) -> tuple[list[S], bool]:
-    """At most `limit` wanted values of the folder's objects, newest first, and whether there are more."""
+    """Returns the newest values in a folder that `wanted` accepts, at most `limit`, and whether there are more.
+
+    The list begins after the id `after`, or with the newest if `after` is empty. Objects that are no value of `type_` are
+    skipped.
+    """
     if after:
         check_id(after)
     names = objects.names(folder, f"{after}.json" if after else "", at_once=min(limit + 1, 1000))
@@ -243,7 +263,7 @@ def listed(
 
 
 def _parts(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Joins pieces to parts that end at line ends. Raises EventTooLarge for a line of more than MAX_LINE_BYTES."""
+    """Joins pieces into parts that end at line ends. Raises EventTooLarge for a line of more than MAX_LINE_BYTES."""
     lines: list[bytes] = []
     size, begun = 0, b""
     for piece in pieces:

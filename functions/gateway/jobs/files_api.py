@@ -1,4 +1,4 @@
-"""`/v1/files`: files that batches read, and those that they write."""
+"""The routes `/v1/files`: files that batches read, and files with their results."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -29,7 +29,10 @@ T = TypeVar("T")
 
 
 class FilesAPI:
-    """A client has the files that came with its API key. At a gateway without keys all clients have all files."""
+    """Answers requests to `/v1/files`.
+
+    A client sees the files of its API key. At a gateway without keys all clients see all files.
+    """
 
     def __init__(self, batches: Batches, clients: Clients) -> None:
         self._batches = batches
@@ -84,7 +87,10 @@ class FilesAPI:
 
 
 def _kept_seconds(fields: dict[str, str]) -> int | None:
-    """How long after its creation a file shall be deleted, by the form's `expires_after`; None: it does not say."""
+    """Returns how many seconds after its creation a file shall be deleted, from the form's `expires_after`.
+
+    Returns None if the form has no such field.
+    """
     anchor, said = fields.get("expires_after[anchor]", "created_at"), fields.get("expires_after[seconds]")
     if said is None:
         return None
@@ -96,13 +102,16 @@ def _kept_seconds(fields: dict[str, str]) -> int | None:
 
 
 def owner_of_request(clients: Clients) -> str:
-    """For whom files and batches of the current request are kept. Raises Unauthorized."""
+    """Returns the owner of files and batches for the current request: the API key's id, or EVERYBODY. Raises Unauthorized."""
     client_id = log_entry().client_id = clients.identify(request)
     return client_id if clients.are_known else EVERYBODY
 
 
 def page_of_request(most: int, default: int | None = None) -> tuple[str, int]:
-    """The query's `after` and `limit`, at most `most`. default: if the query has no limit. Raises InvalidRequest."""
+    """Returns the query's `after`, and its `limit` but at most `most`.
+
+    A query without a limit gets `default`, or `most` if that is None. Raises InvalidRequest.
+    """
     said = request.args.get("limit", str(default or most))
     if not re.fullmatch("[0-9]{1,6}", said) or not int(said):
         raise InvalidRequest(f"limit is {said[:40]!r}; it is a number from 1 on")
@@ -128,12 +137,11 @@ def file_document(file: ClientFile) -> dict[str, Any]:
 
 
 def read_upload(body: IO[bytes], content_type: str, take: Callable[[str, Iterator[bytes]], T]) -> tuple[dict[str, str], T]:
-    """Reads a file out of a multipart/form-data body (RFC 7578) while it arrives.
+    """Reads a file out of a multipart/form-data body (RFC 7578) while the body arrives.
 
-    Returns the form's fields, and what `take` returned for its field `file`.
-
-    take: called once, with the file's name and its content, piece by piece; what it does not read is skipped. Raises
-    MalformedEvent for a body that is no such form, and what reading the body raises.
+    Returns the form's fields, and what `take` returned. `take` is called once, with the name and the content, piece by piece,
+    of the form's field `file`; content that it does not read is skipped. Raises MalformedEvent for a body that is no such form,
+    and the errors of reading the body.
     """
     kind, options = parse_options_header(content_type)
     if kind != "multipart/form-data" or not options.get("boundary"):
@@ -160,7 +168,7 @@ def read_upload(body: IO[bytes], content_type: str, take: Callable[[str, Iterato
 
 
 def _content(events: Iterator[Event]) -> Iterator[bytes]:
-    """The data of the field or file whose head was the last event."""
+    """Yields the data of the field or file whose head is the last event read from `events`."""
     for event in events:
         if not isinstance(event, Data):
             raise MalformedEvent("the form's parts do not follow each other")

@@ -1,7 +1,7 @@
-"""Keeps a gateway from scaling to zero while batches are open: a request to its own Service stays in flight.
+"""Keeps a gateway from scaling to zero while batches are open: a request to the gateway's own Service stays in flight.
 
-Knative counts requests and knows nothing of batches. The request passes the Service's URL, so queue-proxy counts it and the
-autoscaler keeps at least one gateway. It carries no secret and asks for nothing.
+Knative counts requests and knows nothing of batches. The request goes to the Service's URL, so queue-proxy counts it and the
+autoscaler keeps at least one gateway. It carries no secret and has no effect.
 """
 
 import logging
@@ -22,17 +22,17 @@ _PAUSE_SECONDS: Final = 5.0  # after a failed one, or one that was not held
 
 
 class Hold:
-    """Keeps one request to the gateway's own Service in flight, and holds those that arrive here. Thread-safe."""
+    """Keeps one request to the gateway's own Service in flight, and holds such requests that arrive here. Thread-safe."""
 
     def __init__(self, sender: Sender, url: str | None) -> None:
-        """url: of the gateway's own Service; None: nothing is sent."""
+        """`url` is the URL of the gateway's own Service. If it is None, no requests are sent."""
         self._sender = sender
         self._url = url
         self._held = threading.BoundedSemaphore(_MOST_HELD)
         self.over = threading.Event()  # if set, nothing is held any more
 
     def keep(self, is_open: Callable[[], bool]) -> None:
-        """Sends one request after the other while a batch is open, until `over`. Runs in a thread of its own."""
+        """Sends one request after another while `is_open` returns True, until `over` is set. Runs in a thread of its own."""
         while self._url is not None and not self.over.wait(_LOOK_SECONDS):
             if not is_open():
                 continue
@@ -45,7 +45,7 @@ class Hold:
                 self.over.wait(_PAUSE_SECONDS)
 
     def hold(self) -> bool:
-        """Waits for HOLD_SECONDS, or until `over`. Returns False at once if others wait already."""
+        """Waits for HOLD_SECONDS, or until `over` is set. Returns False at once if too many requests wait already."""
         if not self._held.acquire(blocking=False):
             return False
         try:

@@ -1,4 +1,7 @@
-"""Answers one line of a batch, as the OpenAI API answers the request in it. The same line gets the same bytes everywhere."""
+"""Answers one line of a batch as the OpenAI API answers the request in it.
+
+The same line gets the same bytes at every gateway.
+"""
 
 import hashlib
 import logging
@@ -31,7 +34,7 @@ _DELAYED_STATUSES: Final = (429, 503, 504)
 
 
 class LineDelayed(Exception):
-    """The line cannot be answered now, because of the Problem that is its cause. It is tried again later."""
+    """The line cannot be answered now and is tried again later. The exception's cause is the Problem."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(str(problem))
@@ -58,7 +61,7 @@ class LinePlace:
 
 @dataclass(frozen=True, slots=True)
 class LineAnswerer:
-    """Answers lines with the gateway's AnswerService. Thread-safe."""
+    """Answers lines of batches with the gateway's AnswerService. Thread-safe."""
 
     _service: Callable[[], AnswerService]  # raises NotReady before the tokenizer is loaded
     _config: GatewayConfig
@@ -68,10 +71,10 @@ class LineAnswerer:
     def answer(
         self, place: LinePlace, late: bool, gone: Callable[[], bool], begun: Callable[[Generation], object]
     ) -> LineResult:
-        """Waits for the answer. A line that cannot be served is answered with its error.
+        """Answers a line and returns the result. A line that cannot be served is answered with its error.
 
-        late: whether the batch is. gone: whether the line shall be given up, which raises ClientLeft. begun: called when the
-        answer begins. Raises LineDelayed if a later try may succeed.
+        `late` says whether the batch is late. `begun` is called when the answer begins. If `gone` returns True, the line is
+        given up and ClientLeft is raised. Raises LineDelayed if a later try may succeed.
         """
         try:
             with self._turn(late):
@@ -128,7 +131,7 @@ class LineAnswerer:
 
 
 def unanswered(place: LinePlace, code: str, message: str) -> LineResult:
-    """The line for a request that was not answered before its batch ended."""
+    """Returns the error line for a request that was not answered before its batch ended."""
     return _line(place, {"response": None, "error": {"code": code, "message": message}}, failed=True)
 
 
@@ -159,7 +162,7 @@ def _line(place: LinePlace, outcome: dict[str, Any], failed: bool, input_tokens:
 
 
 def _repeatable(usage: Any) -> Any:
-    """The usage without counts that may differ the next time, because they depend on caches and drafts."""
+    """Returns the usage without counts that depend on caches and drafts, because a second answer may differ in them."""
     counts: dict[str, Any] = {name: value for name, value in msgspec.to_builtins(usage).items() if isinstance(value, int)}
     if "input_tokens" in counts:  # of responses, whose type wants details
         counts["input_tokens_details"] = {"cached_tokens": 0, "cache_write_tokens": 0}

@@ -1,4 +1,4 @@
-"""The results of one part of a batch as one object, so that they appear at once, whole: a head, answers, errors."""
+"""The results of one part of a batch as one object: a head, answers, errors. So they appear all at once."""
 
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -13,7 +13,7 @@ HEAD_BYTES: Final = 512  # with blanks up to its end
 
 
 class ResultsHead(Struct, frozen=True, kw_only=True):
-    """Counts of one object, which is `HEAD_BYTES + output_bytes + error_bytes` long."""
+    """The head of one object with results: counts of it. The object is `HEAD_BYTES + output_bytes + error_bytes` long."""
 
     output_bytes: int = 0
     error_bytes: int = 0
@@ -33,7 +33,10 @@ class LineResult:
 
 @dataclass(slots=True)
 class PartResults:
-    """Lines of the output file and of the error file, with their newlines, by the number of the request's line in its part."""
+    """Lines of the output file and of the error file, with their newlines.
+
+    Each has as its key the number of the request's line in the part.
+    """
 
     answers: dict[int, bytes] = field(default_factory=dict)
     errors: dict[int, bytes] = field(default_factory=dict)
@@ -72,7 +75,7 @@ class PartResults:
 
     @classmethod
     def decode(cls, data: bytes) -> "PartResults | None":
-        """None if the bytes are no results, or not all of them."""
+        """Decodes the object with the results of a part. Returns None if the bytes are no results or incomplete."""
         head = read_head(data[:HEAD_BYTES])
         if head is None or len(data) != HEAD_BYTES + head.output_bytes + head.error_bytes:
             return None
@@ -83,7 +86,7 @@ class PartResults:
 
 
 def read_head(data: bytes) -> ResultsHead | None:
-    """The head of an object's first HEAD_BYTES; None if they are something else."""
+    """Decodes the first HEAD_BYTES of an object with results. Returns None if they are no such head."""
     try:
         return msgspec.json.decode(data, type=ResultsHead)
     except msgspec.DecodeError:

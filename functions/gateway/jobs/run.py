@@ -1,4 +1,4 @@
-"""One open batch as this gateway sees it: which parts have results, and which parts other gateways work on."""
+"""One open batch as this gateway sees it: which parts of its input have results, and which parts other gateways work on."""
 
 import random
 import time
@@ -25,11 +25,11 @@ _WHY: Final = {
 
 
 class BatchRun:
-    """An open batch: how far it is, and which gateway works on which part. Methods that ask the store raise a StorageError.
+    """An open batch: how far it is, and which gateway works on which part. Methods that use the store raise a StorageError.
 
-    The worker's lock guards `look`, `next_part`, `taken` and `finished`. While `ending`, only the thread in `end` changes the
-    run, and `look` is not called. The clocks of gateways and store should differ by less than LEASE_SECONDS: otherwise leases
-    expire too early or too late, and the same parts are computed several times, or late.
+    The worker's lock guards `look`, `next_part`, `taken` and `finished`. While `ending` is set, only the thread that runs `end`
+    changes this object, and `look` is not called. The clocks of gateways and store should differ by less than LEASE_SECONDS.
+    Otherwise leases expire too early or too late, and parts are computed several times, or late.
     """
 
     def __init__(self, batches: Batches, job: BatchJob) -> None:
@@ -52,23 +52,24 @@ class BatchRun:
 
     @property
     def stopped_as(self) -> EndStatus | None:
-        """How the batch ends before all lines are answered; None: it goes on."""
+        """How the batch ends early, cancelled or expired; None if it has not been stopped."""
         if self.cancelled_at is not None:
             return "cancelled"
         return "expired" if time.time() >= self.job.expires_at else None
 
     def goes_on(self) -> bool:
-        """Whether lines may be answered."""
+        """Returns whether lines of the batch may be answered now."""
         return not self.closed and self.stopped_as is None and time.monotonic() >= self._paused_until
 
     def pause(self, seconds: float) -> None:
-        """Answers no lines for `seconds`."""
+        """Stops answering lines of the batch for `seconds`."""
         self._paused_until = time.monotonic() + seconds
 
     def may_end(self) -> bool:
-        """Whether the batch can be ended now. Not while it pauses, after a failure.
+        """Returns whether the batch can be ended now; never while it pauses after a failure.
 
-        When it was stopped, gateways have some time to give up their parts.
+        A complete batch can be ended at once. A stopped one can be ended after LEASE_SECONDS, in which gateways give up their
+        parts.
         """
         if time.monotonic() < self._paused_until:
             return False
@@ -78,7 +79,7 @@ class BatchRun:
         return self.stopped_as is not None and time.time() >= min(since, self.job.expires_at) + LEASE_SECONDS
 
     def due(self) -> bool:
-        """Whether the batch is so late that it no longer gives way to all live traffic."""
+        """Returns whether the batch is so late that it no longer gives way to all live traffic."""
         elapsed = (time.time() - self.job.created_at) / self.job.window_seconds
         return elapsed > _IDLE_SHARE + (1 - 2 * _IDLE_SHARE) * self.sums.parts / max(1, self.job.parts)
 
@@ -103,7 +104,7 @@ class BatchRun:
         }
 
     def next_part(self) -> int | None:
-        """A part that has no results and no worker; None: there is none now."""
+        """Returns the number of a part that has no results and on which no gateway works; None if there is none now."""
         window = range(self.sums.parts, min(self.job.parts, self.sums.parts + WINDOW_PARTS))
         free = (number for number in window if number not in self.finished and number not in self.taken)
         found = []
@@ -115,7 +116,7 @@ class BatchRun:
         return random.choice(found) if found else None
 
     def is_leased(self, name: str) -> bool:
-        """Whether another gateway works on a part, or ends the batch."""
+        """Returns whether another gateway has the lease `name`: it works on that part, or ends the batch."""
         if name not in self._leases:
             return False
         written, seen = self._leases[name]
@@ -123,14 +124,17 @@ class BatchRun:
         return age < LEASE_SECONDS and time.monotonic() - seen < LEASE_SECONDS
 
     def lease(self, name: str) -> None:
-        """Takes or renews a lease. Two gateways may have the same one; they write the same results."""
+        """Takes or renews a lease. Two gateways may take the same one at once; they then write the same results."""
         self._batches.objects.put(f"{self._folder}leases/{name}", Mark(int(time.time())))
 
     def release(self, name: str) -> None:
         self._batches.objects.delete(f"{self._folder}leases/{name}")
 
     def read_part(self, number: int) -> tuple[list[bytes], PartResults, bool]:
-        """The lines of a part, its results so far, and whether they are all."""
+        """Returns the lines of a part, its results so far, and whether the results are complete.
+
+        If they are complete, the list of lines is empty.
+        """
         job, files, name = self.job, self._batches.files, part_name(number)
         whole = files.results(job.owner, job.id, name)
         if whole is not None:
@@ -139,7 +143,10 @@ class BatchRun:
         return lines, files.results(job.owner, job.id, name, "work") or PartResults(), False
 
     def store(self, folder: str, number: int, results: PartResults) -> None:
-        """Stores results of a part. folder: `work` if it is not finished, for the gateway that goes on if this one dies."""
+        """Stores results of a part in `folder`.
+
+        `folder` is `work` if the part is not finished: if this gateway dies, another one continues from there.
+        """
         self._batches.objects.put(f"{self._folder}{folder}/{part_name(number)}", results.encode())
 
     def store_part(self, number: int, results: PartResults) -> None:
@@ -149,9 +156,10 @@ class BatchRun:
         self._batches.objects.delete(f"{self._folder}work/{part_name(number)}")
 
     def end(self, stopping: Callable[[], bool]) -> bool:
-        """Ends the batch, which `may_end`: every line that has no answer gets an error. Returns whether it was ended.
+        """Ends a batch for which `may_end` is true: every line without an answer gets an error.
 
-        stopping: this gateway ends; another one goes on from where this one is.
+        Returns whether the batch was ended. Returns False if `stopping` returns True because this gateway shuts down; another
+        gateway then continues.
         """
         batches, job = self._batches, self.job
         ended = batches.end_of(job)
@@ -187,7 +195,7 @@ class BatchRun:
         self.store("results", number, results)
 
     def _advance(self) -> None:
-        """Counts the parts that follow the first ones and have results."""
+        """Adds the counts of further finished parts to `sums`, as long as they follow the first parts without a gap."""
         while (number := self.sums.parts) in self.finished:
             head = self._batches.head(self.job, part_name(number))
             self.finished.discard(number)

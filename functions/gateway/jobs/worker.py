@@ -1,4 +1,4 @@
-"""Answers the lines of open batches, beside the live requests of this gateway and together with other gateways."""
+"""Answers the lines of open batches, beside this gateway's live requests and together with other gateways."""
 
 import logging
 import math
@@ -57,7 +57,10 @@ class BatchMetrics:
             self._tokens.labels(kind)
 
     def line(self, outcome: str, result: LineResult | None) -> None:
-        """Counts a line that this gateway answered or gave up."""
+        """Counts a line that this gateway answered or gave up.
+
+        If the line was given up, `result` is None.
+        """
         self._lines.labels(outcome).inc()
         if result is not None:
             self._tokens.labels("input").inc(result.input_tokens)
@@ -66,7 +69,7 @@ class BatchMetrics:
 
 @dataclass(eq=False)
 class BatchWorker:
-    """Looks for open batches and answers their lines, until `stop`.
+    """Looks for open batches and answers their lines, until `stop` is called.
 
     Results go to the store every _CHECKPOINT_SECONDS, so a gateway that dies loses little work, and no line.
     """
@@ -99,13 +102,13 @@ class BatchWorker:
         threading.Thread(target=self._hold.keep, args=(lambda: bool(self.runs),), name="batches-hold", daemon=True).start()
 
     def stop(self) -> None:
-        """Gives up the lines that are being answered, and leaves them to other gateways. Does not wait."""
+        """Gives up the lines that are being answered, so that other gateways answer them. Does not wait."""
         self._stopping.set()
         self._hold.over.set()
         self.woken.set()
 
     def join(self, seconds: float) -> None:
-        """Waits at most `seconds` after `stop`, until what is answered is stored."""
+        """Waits until the answers so far are stored, at most `seconds`. Call it after `stop`."""
         deadline = time.monotonic() + seconds
         while self._in_hand and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -133,7 +136,7 @@ class BatchWorker:
             self.woken.clear()
 
     def _look(self) -> None:
-        """Learns which batches are open, and how far they are."""
+        """Reads from the store which batches are open, and how far they are."""
         open_ = set()
         for place, opened in self._batches.open():
             open_.add(place)
@@ -162,7 +165,10 @@ class BatchWorker:
                 self._parts.submit(self._end, run)
 
     def _take_parts(self) -> None:
-        """Begins as many parts as may be in memory, first those of batches from which this gateway has fewest."""
+        """Begins parts until as many are in memory as are allowed.
+
+        It first takes parts of the batches from which this gateway has the fewest.
+        """
         while self._in_hand < MAX_PARTS and not self._stopping.is_set():
             with self._lock:
                 open_ = sorted(self.runs.values(), key=lambda run: (len(run.taken), run.job.expires_at))
@@ -222,7 +228,7 @@ class BatchWorker:
 
 @dataclass(eq=False, slots=True)
 class _Part:
-    """One part while this gateway works on it. A thread runs `work`; those of a pool answer the lines."""
+    """One part of a batch while this gateway works on it. One thread runs `work`; a pool's threads answer the lines."""
 
     _run: BatchRun
     _number: int
@@ -235,7 +241,7 @@ class _Part:
     _pending: int = 0  # lines that a thread answers or will answer
 
     def work(self, lines: ThreadPool) -> bool:
-        """Answers the part's lines. Returns whether it has all results; False: it is given up. Raises a StorageError."""
+        """Answers the part's lines. Returns True if all have results, False if the part was given up. Raises a StorageError."""
         run, number = self._run, self._number
         run.lease(part_name(number))
         content, self._results, finished = run.read_part(number)
@@ -281,7 +287,7 @@ class _Part:
             self._changed.notify_all()
 
     def _result(self, place: LinePlace) -> LineResult | None:
-        """Answers a line, and tries again as long as that may help. None: it is given up."""
+        """Answers a line, and tries again while that may help. Returns None if the line is given up."""
         failures = errors = 0
         while (slot := self._allowance.enter(self._stopped)) is not None:
             try:

@@ -127,7 +127,7 @@ class OpenAIAPI:
 
 
 def _whole(document: ChoicesDocument | ResponsesDocument, generation: Generation, text: ModelText) -> Iterator[bytes | None]:
-    """The reply as one item, after its last token."""
+    """Yields None while the answer is not complete, and then the whole reply as one item."""
     for _ in generation.tokens():
         yield None
     yield msgspec.json.encode(document.whole(generation, text))

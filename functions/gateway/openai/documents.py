@@ -1,4 +1,4 @@
-"""Answers of chat completions and completions: one document with choices, or a stream of chunks."""
+"""Replies to chat completions and completions: one document with choices, or a stream of chunks."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ class Envelope:
 
 
 class ChoicesDocument:
-    """Writes the reply to a request for completions, whole or as a stream. Its `choices` has an entry for each answer.
+    """Writes the reply to a request for completions, whole or as a stream. `choices` in it has an entry for each answer.
 
     Has the same methods as ResponsesDocument.
     """
@@ -43,7 +43,7 @@ class ChoicesDocument:
         self._with_continuous_usage = self._with_usage and options is not None and bool(options.continuous_usage_stats)
 
     def whole(self, generation: Generation, text: ModelText) -> dict[str, Any]:
-        """The whole reply. Call it only after the last token."""
+        """Returns the whole reply. Call it only after the last token."""
         response = generation.response()
         writers = self._writers(generation, text)
         choices = [writer.whole(answer.choice()) for writer, answer in zip(writers, generation.answers, strict=True)]
@@ -81,7 +81,7 @@ class ChoicesDocument:
         yield encode_sse("[DONE]")
 
     def failure(self, problem: Problem) -> bytes:
-        """The server-sent event, an error, that ends a stream which breaks off."""
+        """Returns the server-sent event with an error that ends a stream early."""
         return encode_sse(msgspec.json.encode(error_document(problem.status, str(problem), problem.name)))
 
     def _writers(self, generation: Generation, text: ModelText) -> "list[Writer]":
@@ -116,17 +116,17 @@ class ChatWriter:
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of tokens whose text is not yet certain
 
     def first(self) -> list[dict[str, Any]]:
-        """Entries of `choices` to send before the first token, each in a chunk of its own."""
+        """Returns the entries of `choices` to send before the first token, each in a chunk of its own."""
         return [self._chunk({"role": "assistant", "content": ""})]
 
     def chunks(self, token: TokenEvent) -> list[dict[str, Any]]:
-        """Entries of `choices` to send for `token`. There are none while the text is not certain."""
+        """Returns the entries of `choices` to send for `token`. There are none while the text is not certain."""
         if token.logprob is not None:
             self.logprobs.append(token.logprob)
         return [self._chunk(self._delta(part)) for part in self.parts.push(token.text)]
 
     def last(self, choice: Choice) -> list[dict[str, Any]]:
-        """Entries of `choices` to send after the last token; the last one has the finish reason."""
+        """Returns the entries of `choices` to send after the last token. The last entry has the finish reason."""
         chunks = [self._chunk(self._delta(part)) for part in self.parts.finish()]
         if self.logprobs:
             chunks.append(self._chunk({"content": ""}))
@@ -218,9 +218,10 @@ class CompletionWriter:
         }
 
     def _top(self, position: TokenLogprob) -> dict[str, float] | None:
-        """Log-probabilities of the likeliest tokens and of the drawn one, by the token's text.
+        """Returns the log-probabilities of the likeliest tokens and of the drawn token, by the token's text.
 
-        The likeliest of several tokens with the same text counts. None for a prompt's first token, which has no probability.
+        If several tokens have the same text, the likeliest counts. Returns None for a prompt's first token, which has no
+        probability.
         """
         if position.logprob is None:
             return None

@@ -1,4 +1,7 @@
-"""The paths /v1/embeddings, as in the OpenAI API, and /score and /rerank (also below /v1), as in those of vLLM and Jina."""
+"""The routes of embeddings and scores: /v1/embeddings as in the OpenAI API, /score and /rerank as in vLLM's and Jina's.
+
+/score and /rerank are also served below /v1.
+"""
 
 import base64
 import math
@@ -57,7 +60,7 @@ class EmbeddingRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def inputs(self) -> Sequence[str | Sequence[int]]:
-        """The inputs one by one. Raises InvalidRequest if kinds are mixed, or if there are too many."""
+        """Returns the inputs one by one. Raises InvalidRequest if their kinds are mixed, or if there are too many."""
         if isinstance(self.input, str):
             return (self.input,)
         kinds = {type(part) for part in self.input}
@@ -71,7 +74,7 @@ class EmbeddingRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class ScoringRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Has one text_1 for all of text_2, or as many of both."""
+    """A request to score pairs of texts: one text_1 with each text_2, or as many texts in both."""
 
     model: str | None = None
     text_1: Texts
@@ -81,7 +84,7 @@ class ScoringRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """Raises InvalidRequest if the numbers of texts do not fit together."""
+        """Returns the pairs to score. Raises InvalidRequest if the numbers of texts do not fit together."""
         left, right = ([texts] if isinstance(texts, str) else list(texts) for texts in (self.text_1, self.text_2))
         if len(left) == 1:
             left = left * len(right)
@@ -159,7 +162,10 @@ class EmbeddingsAPI:
     def _scores(
         self, pairs: Sequence[tuple[str, str]], context: RequestContext, truncate: int | None
     ) -> tuple[list[float], Vectors]:
-        """The score of each pair: by the model's classifier between 0 and 1, or else the cosine of the texts' vectors."""
+        """Returns the score of each pair, and the vectors that were computed for it.
+
+        With a classifier the score is its probability, from 0 to 1. Otherwise it is the cosine of the two texts' vectors.
+        """
         service = self._service
         if service.classifies:
             made = self._made(lambda text: [service.checked(pair, text, truncate) for pair in pairs], context, Pooling.LAST)
@@ -176,7 +182,10 @@ class EmbeddingsAPI:
         return made
 
     def _read(self, prefix: str, type_: type[T]) -> tuple[RequestContext, T]:
-        """The request that is served now. prefix: of its id. Raises Unauthorized, MalformedEvent or ModelNotFound."""
+        """Reads the current request: its context and its body. The request's id begins with `prefix`.
+
+        Raises Unauthorized, MalformedEvent or ModelNotFound.
+        """
         entry = log_entry()
         entry.client_id = client_id = self._clients.identify(request)
         g.request_id = entry.request_id = id_ = prefix + secrets.token_hex(12)
@@ -189,7 +198,7 @@ class EmbeddingsAPI:
 def embeddings_document(
     service: VectorService, body: EmbeddingRequest, context: RequestContext, created: int
 ) -> dict[str, Any]:
-    """The reply to a request, after all vectors have come. created: in Unix time. Raises what VectorService raises."""
+    """Computes the vectors of a request and returns the reply. `created` is a Unix time. Raises the errors of VectorService."""
     inputs, pooling = body.inputs, None if body.pooling is None else Pooling(body.pooling)
     size = service.checked_dimensions(body.dimensions, pooling)
     made = service.make(
@@ -204,7 +213,7 @@ def embeddings_document(
 
 
 def shaped(vector: Sequence[float], size: int | None, *, normalize: bool) -> list[float]:
-    """The vector's first `size` numbers, None: all; divided by their length if `normalize`."""
+    """Returns the vector's first `size` numbers, or all if `size` is None. If `normalize`, divides them by their length."""
     kept = list(vector[:size])
     length = math.hypot(*kept) if normalize else 1.0
     return [number / length for number in kept] if length else kept

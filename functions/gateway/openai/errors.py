@@ -1,4 +1,4 @@
-"""Errors in the shape of the OpenAI API."""
+"""Replies with errors, in the shape of the OpenAI API."""
 
 import logging
 from typing import Any, Final
@@ -20,20 +20,20 @@ _PROMPT_PARAMETERS: Final = {
 
 
 def add_error_handlers(routes: Blueprint) -> None:
-    """Makes the routes answer every exception in the shape of the OpenAI API."""
+    """Makes the routes answer every exception with an error in the shape of the OpenAI API."""
     routes.errorhandler(Problem)(refused)
     routes.errorhandler(HTTPException)(path_not_served)
     routes.errorhandler(Exception)(unexpected)
 
 
 def refused(problem: Problem) -> Response:
-    """The reply for a Problem. It has the Problem's status, but 400 for InvalidRequest, as in the OpenAI API."""
+    """Returns the reply for a Problem. Its status is the Problem's, but 400 for InvalidRequest, as in the OpenAI API."""
     status, document = refusal(problem, request.path)
     return json_response(document, status, problem.headers())
 
 
 def refusal(problem: Problem, path: str) -> tuple[int, dict[str, Any]]:
-    """The status and the document of `refused`. path: of the request."""
+    """Returns the status and the document of the reply for a Problem. `path` is the request's."""
     status = 400 if isinstance(problem, InvalidRequest) else problem.status
     parameter = _PROMPT_PARAMETERS.get(path) if isinstance(problem, ContextExceeded) else None
     if isinstance(problem, ModelNotFound):
@@ -42,7 +42,10 @@ def refusal(problem: Problem, path: str) -> tuple[int, dict[str, Any]]:
 
 
 def path_not_served(error: HTTPException) -> Response:
-    """The reply to a path or method without a route: in the shape of the OpenAI API under /v1, a problem document elsewhere."""
+    """Returns the reply to a path or method without a route.
+
+    Under /v1 it has the shape of the OpenAI API; elsewhere it is a problem document.
+    """
     if not request.path.startswith("/v1"):
         return not_served(error)
     message = f"{request.method} {request.path}: {error.description or error.name}"

@@ -1,4 +1,4 @@
-"""Types of requests for chat completions and completions. An option that is not listed here is refused by its name."""
+"""Types of requests for chat completions and completions. An option without a field here is refused with its name."""
 
 from typing import Annotated, Any, Final, Literal
 
@@ -50,7 +50,7 @@ _GUIDED: Final = Meta(description="vLLM's older name for a part of `structured_o
 
 
 class TextPart(Struct, frozen=True, tag_field="type", tag="text"):
-    """Text of a message. Fields that are not listed are ignored: they are hints for caches."""
+    """A text in a message. Further fields are ignored: they are hints for caches."""
 
     text: str
 
@@ -59,12 +59,12 @@ Content = str | tuple[TextPart, ...]
 
 
 def join_text(content: Any) -> str:
-    """A message's content as one string. content: a string, or parts, whose `text` fields are joined."""
+    """Returns a message's content as one string. `content` is a string, or parts, whose texts are joined."""
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 class ChatMessage(Struct, frozen=True, kw_only=True):
-    """One message of a conversation. Fields that are not listed are ignored: clients send back answers with all their fields.
+    """One message of a conversation. Unknown fields are ignored, because clients send back answers with all their fields.
 
     `audio` and `function_call` would change the answer and are not served, so they must be null.
     """
@@ -101,7 +101,7 @@ class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Prediction(Struct, frozen=True, tag_field="type", tag="content", forbid_unknown_fields=True):
-    """A text that much of the answer is expected to repeat."""
+    """A text that the answer is expected to repeat for the most part."""
 
     content: Content
 
@@ -126,7 +126,7 @@ class JSONSchemaFormat(Struct, frozen=True, tag_field="type", tag="json_schema",
 
 
 class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options that all kinds of requests share. What would make the answer wrong is refused; hints are taken."""
+    """Options that all kinds of requests share. Options that would make the answer wrong are refused; hints are accepted."""
 
     model: Annotated[str, Meta(description="the served model's name, or MODEL:ADAPTER; another gets 404")]
     temperature: Annotated[
@@ -193,7 +193,10 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"logit_bias has {wrong[0][:40]!r}; its keys are token ids in decimal")
 
     def sampling_fields(self) -> dict[str, Any]:
-        """These options as fields of a GenerateRequest. Raises ValueError if several options say the answer's form."""
+        """Returns these options as fields of a GenerateRequest.
+
+        Raises ValueError if several options specify the answer's form.
+        """
         options = self.stream_options
         fields = {name: value for name in _SAME_OPTIONS if (value := getattr(self, name)) is not None}
         return {
@@ -206,13 +209,16 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         }
 
     def forms(self) -> list[StructuredOutputs]:
-        """The forms that the answer must have; more than one is an error."""
+        """Returns the forms that the options require of the answer. `structure` refuses more than one."""
         given = [] if self.structured_outputs is None else [self.structured_outputs]
         guides = {kind: getattr(self, f"guided_{kind}") for kind in ("json", "regex", "choice", "grammar")}
         return given + [StructuredOutputs(**{kind: guide}) for kind, guide in guides.items() if guide is not None]
 
     def structure(self) -> StructuredOutputs | None:
-        """The form that the answer must have; None: any text. Raises ValueError if several options say one."""
+        """Returns the form that the answer must have; None if it may be any text.
+
+        Raises ValueError if several options specify a form.
+        """
         given = self.forms()
         if len(given) > 1:
             raise ValueError("what the answer must look like is said more than once; keep one of its options")
@@ -220,7 +226,10 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class FormattedOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options of chat completions and completions. `/v1/responses` has the form of an answer at another place."""
+    """Options that only chat completions and completions share.
+
+    `/v1/responses` specifies the answer's form in another field.
+    """
 
     response_format: Annotated[
         TextFormat | JSONObjectFormat | JSONSchemaFormat | None,
@@ -237,7 +246,7 @@ class FormattedOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class ChatRequest(FormattedOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`POST /v1/chat/completions`."""
+    """The body of `POST /v1/chat/completions`."""
 
     messages: Annotated[
         Annotated[tuple[ChatMessage, ...], Meta(min_length=1)],
@@ -266,7 +275,7 @@ class ChatRequest(FormattedOptions, frozen=True, kw_only=True, forbid_unknown_fi
     ] = None
 
     def generate_request(self) -> GenerateRequest:
-        """This request in the form that AnswerService takes. Raises ValueError if options contradict each other."""
+        """Converts the request to the type that AnswerService takes. Raises ValueError if options contradict each other."""
         if self.top_logprobs and not self.logprobs:
             raise ValueError(f"top_logprobs is {self.top_logprobs}, which takes `logprobs`: true")
         return GenerateRequest(
@@ -284,7 +293,7 @@ class ChatRequest(FormattedOptions, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class CompletionRequest(FormattedOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`POST /v1/completions`: prompts as texts or token ids, without the chat template."""
+    """The body of `POST /v1/completions`: prompts as texts or token ids, without the chat template."""
 
     prompt: Annotated[
         Prompts, Meta(description=f"a text, several texts, token ids, or lists of them; prompts × `n` ≤ {MAX_CHOICES}")
@@ -302,7 +311,7 @@ class CompletionRequest(FormattedOptions, frozen=True, kw_only=True, forbid_unkn
     suffix: Annotated[None, NOT_SERVED] = None
 
     def generate_request(self) -> GenerateRequest:
-        """This request in the form that AnswerService takes. Raises ValueError if options contradict each other."""
+        """Converts the request to the type that AnswerService takes. Raises ValueError if options contradict each other."""
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError(f"best_of is {self.best_of} and n is {self.n or 1}; both must be the same")
         return GenerateRequest(

@@ -1,4 +1,4 @@
-"""Answers of `/v1/responses`: a document of items, or the events that build it.
+"""Replies of `/v1/responses`: one document of items, or the stream of events that builds it.
 
 https://platform.openai.com/docs/api-reference/responses-streaming
 """
@@ -26,7 +26,7 @@ Event = dict[str, Any]
 
 
 class TextItem:
-    """An output item with text: a message (`kind` is content), or the thoughts before one (`kind` is reasoning).
+    """An output item with text: a message (`kind` is content), or the model's thoughts before it (`kind` is reasoning).
 
     `begin`, `push` and `end` return the events that build the item in a stream; `document` returns the item itself.
     """
@@ -73,7 +73,7 @@ class TextItem:
 
 
 class CallItem:
-    """An output item that calls a function; `text` is the arguments so far, as JSON. Has the same methods as TextItem."""
+    """An output item that calls a function. `text` has the arguments so far, as JSON. Has the same methods as TextItem."""
 
     kind = "call"
 
@@ -102,7 +102,10 @@ class CallItem:
 
 
 class Output:
-    """Splits an answer into items. `token` and `end` yield the events that build them; iterate each of these to its end."""
+    """Splits an answer into output items.
+
+    `token` and `end` yield the events that build the items; the caller must iterate each of these to its end.
+    """
 
     def __init__(self, generation: Generation, text: ModelText) -> None:
         self.items: list[TextItem | CallItem] = []
@@ -123,7 +126,7 @@ class Output:
         yield from self.items[-1].end(status)
 
     def documents(self, status: str) -> list[dict[str, Any]]:
-        """All items as the reply lists them. status: of the last item; the others are completed."""
+        """Returns all items as the reply lists them. `status` is the status of the last item; the others are completed."""
         return [*(item.document("completed") for item in self.items[:-1]), self.items[-1].document(status)]
 
     def _add(self, parts: Iterable[AnswerPart]) -> Iterator[Event]:
@@ -194,7 +197,10 @@ class ResponsesDocument:
         return encode_sse(msgspec.json.encode(numbered), event=event["type"])
 
     def _document(self, generation: Generation, output: Output, reason: FinishReason | None) -> dict[str, Any]:
-        """The `response` object. reason: of the answer's end; None before it, when the object has no output and no usage."""
+        """Returns the `response` object. `reason` says why the answer ended.
+
+        While the answer goes on, `reason` is None, and the object has no output and no usage.
+        """
         request = self._request
         status = "in_progress" if reason is None else _status(reason)
         text_format = None if request.text is None else request.text.format

@@ -1,4 +1,4 @@
-"""Types of requests of `/v1/responses`. The gateway stores no conversation, so each request has all of it."""
+"""Types of requests to `/v1/responses`. Each request contains the whole conversation, because the gateway stores none."""
 
 from typing import Annotated, Any, Literal
 
@@ -28,7 +28,7 @@ class ContentPart(Struct, frozen=True):
 
 
 class InputItem(Struct, frozen=True, kw_only=True):
-    """A message, or an item of an earlier response that the client sends back. Fields that are not listed are ignored."""
+    """A message, or an item of an earlier response that the client sends back. Unknown fields are ignored."""
 
     type: Literal["message", "reasoning", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -39,7 +39,10 @@ class InputItem(Struct, frozen=True, kw_only=True):
     output: str | tuple[ContentPart, ...] | None = None  # of a function_call_output
 
     def message(self, number: int) -> Message:
-        """The item as a Message. number: its index in `input`, for errors. Raises ValueError if a required field is missing."""
+        """Converts the item to a Message. Raises ValueError if a required field is missing.
+
+        `number` is the item's index in `input`, for error messages.
+        """
         if self.type == "function_call":
             if self.call_id is None or self.name is None or self.arguments is None:
                 raise ValueError(f"input[{number}] is a function_call and lacks `call_id`, `name` or `arguments`")
@@ -54,7 +57,7 @@ class InputItem(Struct, frozen=True, kw_only=True):
 
 
 class ResponseTool(Struct, frozen=True):
-    """A function that the model may call. Tools that the server itself would have to run are not served."""
+    """A function that the model may call. Tools that the server itself would have to run are refused."""
 
     type: Literal["function"]
     name: ToolName
@@ -87,7 +90,7 @@ class ResponseText(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ReasoningOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    """Options for the model's thoughts. They are always returned in full, and never rendered again in a later turn."""
+    """Options for the model's thoughts. Thoughts are always returned in full, and left out of the prompt in later turns."""
 
     effort: Annotated[ReasoningEffort | None, EFFORT] = None
     summary: Annotated[str | None, HINT] = None
@@ -109,7 +112,7 @@ Includable = Literal[
 
 
 class ResponsesRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`POST /v1/responses`, with the same Options as chat completions."""
+    """The body of `POST /v1/responses`, with the same Options as chat completions."""
 
     input: Annotated[
         Annotated[str, Meta(min_length=1)] | Annotated[tuple[InputItem, ...], Meta(min_length=1)],
@@ -146,7 +149,7 @@ class ResponsesRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields
     prompt: Annotated[None, NOT_SERVED] = None
 
     def messages(self) -> tuple[Message, ...]:
-        """The conversation for the chat template. Raises ValueError if an item is incomplete."""
+        """Returns the conversation for the chat template. Raises ValueError if an item is incomplete."""
         messages = [] if self.instructions is None else [Message("system", self.instructions)]
         if isinstance(self.input, str):
             return (*messages, Message("user", self.input))
@@ -172,7 +175,7 @@ class ResponsesRequest(Options, frozen=True, kw_only=True, forbid_unknown_fields
         return Options.forms(self)
 
     def generate_request(self) -> GenerateRequest:
-        """This request in the form that AnswerService takes. Raises ValueError if options contradict each other."""
+        """Converts the request to the type that AnswerService takes. Raises ValueError if options contradict each other."""
         if self.n not in (None, 1):
             raise ValueError(f"n is {self.n}; a response has one answer")
         logprobs = "message.output_text.logprobs" in (self.include or ())

@@ -1,4 +1,4 @@
-"""The paths /tokenize, /detokenize, /health and /version, with the same fields as in vLLM."""
+"""The routes /tokenize, /detokenize, /health and /version, with the same fields as in vLLM."""
 
 from collections.abc import Callable
 from typing import Annotated, Final
@@ -19,7 +19,10 @@ VERSION: Final = "0.1.0"
 
 
 class TokenizeRequest(Struct, frozen=True, kw_only=True):
-    """Has either `prompt` or `messages`. `add_special_tokens` has no effect on messages: the chat template writes theirs."""
+    """A request to tokenize either `prompt` or `messages`.
+
+    `add_special_tokens` has no effect on messages: the chat template writes their special tokens.
+    """
 
     model: str | None = None
     prompt: str | None = None

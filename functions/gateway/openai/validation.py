@@ -1,4 +1,4 @@
-"""Decodes JSON as a typed request. An error names the option, what was seen there, and what is allowed."""
+"""Decodes JSON as a typed request. An error names the option, the value that was seen, and what is allowed."""
 
 from typing import Final, TypeVar
 

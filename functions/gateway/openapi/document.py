@@ -25,7 +25,10 @@ _DESCRIPTION: Final = (
 
 
 def openapi_document(operations: Iterable[Operation], model: str, *, with_keys: bool) -> dict[str, Any]:
-    """The document as JSON objects. model: name of the served model. with_keys: the gateway requires an API key."""
+    """Returns the OpenAPI document as JSON objects.
+
+    `model` is the name of the served model. `with_keys` says whether the gateway requires an API key.
+    """
     listed = list(operations)
     types = _types(listed)
     schemas, components = msgspec.json.schema_components(types, ref_template=_SCHEMAS)
@@ -49,13 +52,13 @@ def openapi_document(operations: Iterable[Operation], model: str, *, with_keys: 
 
 
 def register_document(app: Flask, operations: Iterable[Operation], model: str, *, with_keys: bool) -> None:
-    """Serves `/openapi.json`. The document is generated at the first request, so that it does not delay the gateway's start."""
+    """Serves `/openapi.json`. The document is generated at the first request, so that the gateway starts without delay."""
     document = cache(lambda: msgspec.json.encode(openapi_document(operations, model, with_keys=with_keys)))
     app.get("/openapi.json", endpoint="openapi")(lambda: Response(document(), content_type=JSON))
 
 
 def _types(operations: Iterable[Operation]) -> list[Any]:
-    """All types of bodies and events that the operations name, and those of errors, each once."""
+    """Returns each type of a body or event that the operations use, and the types of errors, once."""
     found: dict[Any, None] = {ErrorReply: None, ProblemDocument: None}
     for each in operations:
         for type_ in (*each.request.values(), *(each.replies or {}).values(), each.events, each.negative):
@@ -106,16 +109,16 @@ def _responses(operation: Operation, schemas: dict[Any, Any]) -> Iterator[tuple[
 
 
 def _content(content: Content, schemas: dict[Any, Any], event: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A body's `content` in the document: media type → schema.
+    """Returns a body's `content` in the document: media type → schema.
 
-    event: schema for a body without a type that is a stream of events; None: such a body is any text.
+    `event` is the schema of a body without a type that is a stream of events. If it is None, such a body is any text.
     """
     text = {"type": "string"} if event is None else event
     return {media_type: {"schema": text if type_ is None else schemas[type_]} for media_type, type_ in content.items()}
 
 
 def _event(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any] | None:
-    """The schema of one server-sent event of the operation's reply; None if the reply is no stream.
+    """Returns the schema of one server-sent event of the operation's reply; None if the reply is no stream.
 
     OpenAPI 3.1 cannot describe a stream, so tools expect the schema of one event in its place.
     """

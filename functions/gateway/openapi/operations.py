@@ -1,4 +1,4 @@
-"""Every path of the gateway with its types and statuses, for the OpenAPI document. A test compares it with the routes."""
+"""Every path of the gateway with its types and statuses, for the OpenAPI document. A test compares them with the routes."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -26,7 +26,7 @@ class ErrorReply(Struct, frozen=True):
 
 
 class ProblemDocument(Struct, frozen=True):
-    """An error of a path outside of /v1 (RFC 9457)."""
+    """An error of a path that is not under /v1 (RFC 9457)."""
 
     title: str
     status: int
@@ -140,7 +140,10 @@ class CompletionChoice(Struct, frozen=True):
 
 
 class Completion(Completed, frozen=True, kw_only=True):
-    """A reply of /v1/completions, or the data of one server-sent event of it. The last event's data is `[DONE]`."""
+    """A reply of /v1/completions, or the data of one server-sent event of a streamed reply.
+
+    The last event's data is `[DONE]`.
+    """
 
     object: Literal["text_completion"]
     choices: tuple[CompletionChoice, ...]
@@ -155,7 +158,7 @@ class OutputPart(Struct, frozen=True):
 
 
 class OutputItem(Struct, frozen=True, kw_only=True):
-    """A message, the thoughts before it, or a tool call."""
+    """An item of a response: a message, the model's thoughts before it, or a tool call."""
 
     id: str
     type: Literal["message", "reasoning", "function_call"]
@@ -177,7 +180,7 @@ class ResponseUsage(Struct, frozen=True):
 
 
 class ResponseObject(Struct, frozen=True, kw_only=True):
-    """A reply of /v1/responses. It repeats the options of its request beside these fields."""
+    """A reply of /v1/responses. Beside these fields it has the options of its request."""
 
     id: str
     object: Literal["response"]
@@ -295,7 +298,7 @@ class GenerateResponseEvent(CloudEvent, frozen=True, kw_only=True):
 
 
 class FileForm(Struct, frozen=True):
-    """The fields of the form that brings a file; `file` is its content, JSON Lines."""
+    """The form that uploads a file. Its field `file` is the content, JSON Lines."""
 
     file: str
     purpose: Literal["batch"]

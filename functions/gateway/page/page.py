@@ -1,4 +1,4 @@
-"""The page at `/`: one HTML file that speaks to this gateway only."""
+"""The page at `/`: one HTML file that makes requests to this gateway only."""
 
 import base64
 import hashlib
@@ -12,9 +12,9 @@ _FILE: Final = "page.html"
 
 
 def register_page(app: Flask, *, of_fleet: bool = False) -> None:
-    """Serves the page. Its Content-Security-Policy allows the file's own script and style, by their hashes, and no others.
+    """Serves the page. Its Content-Security-Policy allows only the file's own script and style, by their hashes.
 
-    of_fleet: the page has the fleet's models, too, by `GET /v1/fleet/events`.
+    If `of_fleet`, the page also shows the fleet's models, from `GET /v1/fleet/events`.
     """
     html = files(__package__).joinpath(_FILE).read_text("utf-8")
     if of_fleet:
@@ -36,6 +36,6 @@ def register_page(app: Flask, *, of_fleet: bool = False) -> None:
 
 
 def _hash_of(element: str, html: str) -> str:
-    """SHA-256 of every byte between the tags of `element`, as CSP level 3 writes it. It must occur once in the file."""
+    """Returns the hash of an element's content, SHA-256 as CSP level 3 writes it. The element must occur once in the file."""
     (text,) = re.findall(rf"<{element}>(.*?)</{element}>", html, re.DOTALL)
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,8 +1,8 @@
-"""The pipeline's state, which `GET /v1/pipeline/events` sends: sampled when a reader asks, once per SAMPLE_SECONDS for all.
+"""The pipeline's state, which `GET /v1/pipeline/events` sends.
 
-Things that come and go are members of objects and not elements of lists, so that a merge patch can name them. A null field may
-also be missing. Rates and averages are those of this gateway over its last seconds. docs/openai.md says how clients read the
-stream.
+It is sampled on demand, once per SAMPLE_SECONDS for all readers. Things that come and go are members of objects and not
+elements of lists, so that a merge patch can name them. A null field may also be missing. Rates and averages are those of this
+gateway over its last seconds. docs/openai.md says how clients read the stream.
 """
 
 import threading
@@ -44,7 +44,7 @@ class ColdStartState(Struct, frozen=True, kw_only=True):
 
 
 class StageState(Struct, frozen=True, kw_only=True):
-    """A layer group: one Knative Service."""
+    """A stage: one layer group, served by one Knative Service."""
 
     service: str
     layers: tuple[int, int]  # first, and last + 1
@@ -78,7 +78,7 @@ class AdapterState(Struct, frozen=True, kw_only=True):
 
 
 class PipelineState(Struct, frozen=True, kw_only=True):
-    """Data of the event `snapshot`. The data of a `change` is a JSON merge patch (RFC 7396) of it."""
+    """State of a pipeline: data of the event `snapshot`. The data of a `change` is a JSON merge patch (RFC 7396) of it."""
 
     model: str
     pipeline: str  # its fingerprint
@@ -102,7 +102,7 @@ class StageDescription:
 class PipelineWatch:
     """Computes PipelineStates from samples of the last WINDOW_SECONDS, which all readers share. Thread-safe.
 
-    Its sources are the pipeline's constants, and functions that return the present state of this gateway.
+    Its fields are constants of the pipeline, and functions that return the present state of this gateway.
     """
 
     model: str
@@ -120,7 +120,7 @@ class PipelineWatch:
     _samples: deque[PipelineStatus] = field(default_factory=deque, init=False)
 
     def state(self, client_id: str) -> PipelineState:
-        """The pipeline's state, at most SAMPLE_SECONDS old, with the answers of this client only."""
+        """Returns the pipeline's state, at most SAMPLE_SECONDS old, with the answers of this client only."""
         with self._lock:
             self._sample()
             before, now = self._samples[0], self._samples[-1]
@@ -189,7 +189,7 @@ def _cold_start(start: ColdStart) -> ColdStartState:
 
 
 def _answers_of(client_id: str, now: PipelineStatus) -> dict[str, RunningAnswer]:
-    """The client's answers by request id, running ones before waiting ones, at most MAX_ANSWERS."""
+    """Returns the client's answers by request id: running ones before waiting ones, at most MAX_ANSWERS."""
     own = sorted((answer for answer in now.answers if answer.client_id == client_id), key=lambda each: not each.route)
     return {
         each.request_id: RunningAnswer(

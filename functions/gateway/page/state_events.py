@@ -1,7 +1,8 @@
-"""A state as server-sent events: `GET /v1/pipeline/events`, and `GET /v1/fleet/events` of a fleet's gateway.
+"""Sends a state as server-sent events: `GET /v1/pipeline/events`, and `GET /v1/fleet/events` of a fleet's gateway.
 
 The first event is a `snapshot`. A `change` follows whenever the state has changed, at most a few times a second. A stream ends
-after some minutes, before a proxy breaks it, when the gateway drains, or another client wants its place; clients reconnect.
+after some minutes (before a proxy breaks it), when the gateway drains, or when another client needs its place. Clients
+reconnect.
 """
 
 import threading
@@ -72,9 +73,9 @@ class StateEventsAPI:
 
 
 def merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON merge patch (RFC 7396) that turns `old` into `new`; empty if they are equal.
+    """Returns the JSON merge patch (RFC 7396) that turns `old` into `new`. It is empty if they are equal.
 
-    A member that was removed and one that became null are both null in the patch.
+    In the patch, removed members and members that became null are both null.
     """
     patch: dict[str, Any] = {name: None for name in old if name not in new}
     for name, value in new.items():
