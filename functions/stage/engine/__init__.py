@@ -1,6 +1,6 @@
-"""Computes a stage's events: their queue, forward passes that merge them, checks and admission of rows, and sampling.
+"""Computes a stage's events: queues them, checks and admits their rows, merges them into forward passes, samples tokens.
 
-Several threads may bring events, but a lock lets only one compute at a time.
+Several threads may submit events, but a lock lets only one thread compute at a time.
 
 May import: eventing, eventing.wire, functions.grammars, functions.stage.models, functions.stage.native, functions.threads,
 storage, storage.loading, storage.models.

@@ -1,8 +1,8 @@
-"""The adapters that a stage keeps: loaded when a sequence first names them, dropped when none uses them and others are wanted.
+"""The adapters (LoRA) that a stage keeps in memory.
 
-An adapter is read and converted in a thread of its own while the engine computes. A number of the layer group belongs to it
-from the moment it is claimed. Sequences keep their adapters: only those that no sequence names are dropped, the least recently
-claimed first.
+An adapter is loaded when a sequence first names it. A separate thread reads and converts it while the engine computes. As soon
+as an adapter is claimed, it has a number in the layer group. If a new adapter finds no free number, the least recently claimed
+adapter that no sequence uses is dropped.
 """
 
 import logging
@@ -33,10 +33,10 @@ LoadAdapter = Callable[[bytes], Mapping[str, RawTensor]]
 
 @dataclass(frozen=True, slots=True)
 class LoadedAdapter:
-    """An adapter was loaded, or could not be. For metrics."""
+    """The outcome of loading an adapter, successful or not. For metrics."""
 
     seconds: float
-    bytes: int  # of memory; 0: it could not
+    bytes: int  # of memory; 0 if the load failed
     failed: bool
 
 
@@ -49,7 +49,7 @@ class _Slot:
 
 
 class AdapterTable:
-    """All adapters of a stage by the digests of their versions.
+    """Keeps the adapters of a stage, each under the digest of its version.
 
     Only the thread that holds the engine's lock may call it, except for `is_ready`, `refusal`, `loaded` and `loaded_bytes`.
     """
@@ -63,9 +63,10 @@ class AdapterTable:
         in_use: Callable[[], Collection[bytes]],
         on_load: Callable[[LoadedAdapter], None] = lambda loaded: None,
     ) -> None:
-        """most: adapters at a time. load: None if the stage keeps none. in_use: the adapters of all sequences.
+        """most: greatest number of adapters in memory. load: None if the stage keeps no adapters.
 
-        call: runs a function on the engine's thread between two passes, and raises NotReady when the engine has stopped.
+        call: runs a function on the engine's thread between two passes, and raises NotReady after the engine has stopped.
+        in_use: returns the digests of the adapters that sequences use now. on_load: called after each load.
         """
         self._group = group
         self._load = load
@@ -92,9 +93,10 @@ class AdapterTable:
         return slot is not None and slot.ready
 
     def claim(self, adapter: bytes) -> "Future[None]":
-        """Keeps an adapter for a sequence, and begins to load it if it is not there. Returns the end of its load.
+        """Marks an adapter as the most recently used, and begins to load it if it is not in memory.
 
-        Raises Refusal: full while sequences use all adapters that the stage may keep, invalid if this one could not be loaded.
+        Returns a future that completes when the load has ended, successfully or not. Raises Refusal with status FULL if
+        sequences use all adapters that fit, and INVALID if the stage keeps no adapters or this one failed to load lately.
         """
         slot = self._slots.get(adapter)
         if slot is None:
@@ -105,7 +107,7 @@ class AdapterTable:
         return slot.over
 
     def number(self, adapter: bytes) -> int:
-        """The group's number of an adapter that a row names. Raises Refusal if it is not loaded."""
+        """Returns the number of an adapter in the layer group. Raises Refusal if the adapter is not loaded."""
         self._check(adapter)
         slot = self._slots.get(adapter)
         if slot is None or not slot.ready:
@@ -114,7 +116,7 @@ class AdapterTable:
         return slot.number
 
     def refusal(self, adapter: bytes) -> str | None:
-        """Why the adapter could not be loaded lately; None: it could, or was not tried."""
+        """Returns why the adapter failed to load in the last seconds. None if no load of it failed lately."""
         until, reason = self._failed.get(adapter, (0.0, ""))
         return reason if time.monotonic() < until else None
 
@@ -125,7 +127,7 @@ class AdapterTable:
             raise Refusal(Status.INVALID, reason=reason)
 
     def _number(self) -> int:
-        """A number that no adapter has; drops an adapter if necessary. Raises Refusal."""
+        """Returns a free number. Drops an unused adapter if none is free. Raises Refusal if all adapters are in use."""
         if not self._free:
             in_use = self._in_use()
             for adapter, slot in self._slots.items():
@@ -137,7 +139,7 @@ class AdapterTable:
         return self._free.pop()
 
     def _fetch(self, adapter: bytes, slot: _Slot) -> None:
-        """Loads an adapter; a thread of its own calls this."""
+        """Loads an adapter. Runs in a thread of its own."""
         began = time.perf_counter()
         try:
             try:

@@ -1,6 +1,6 @@
-"""Holds rows to their grammars: remembers the grammars that the stage was sent, and computes which tokens a row may draw.
+"""Restricts the tokens that rows may draw to those that their grammars allow.
 
-Masks are computed on a thread of their own while the layers run.
+Remembers the grammars that the stage was sent. A separate thread computes the masks of allowed tokens while the layers run.
 """
 
 from collections import OrderedDict
@@ -20,7 +20,10 @@ MOST_GRAMMARS: Final = 64  # kept, the most recently used ones; a running sequen
 
 @dataclass(frozen=True, slots=True)
 class ConstrainedRow:
-    """A row whose next tokens a grammar restricts. Its token ids are copies, as the next pass changes the sequence's array."""
+    """A row whose next tokens a grammar restricts.
+
+    The token ids are copies, because the next pass changes the arrays of the sequence.
+    """
 
     grammar: Grammar
     sequence: SequenceState
@@ -29,24 +32,30 @@ class ConstrainedRow:
 
 
 Masks = Sequence[Allowed] | UnusableGrammar
-"""Masks of the tokens that may follow a row's last known token and each allowed draft token; or why the grammar failed."""
+"""The masks of one row, or the reason why its grammar failed.
+
+The first mask says which tokens may follow the last known token. Each further mask does so for an allowed draft token.
+"""
 
 
 class Constraints:
-    """The grammars of a last stage. Only the thread that holds the engine's lock may call its public methods."""
+    """Keeps the grammars of a pipeline's last stage and computes masks.
+
+    Only the thread that holds the engine's lock may call the public methods.
+    """
 
     def __init__(self, compiler: GrammarCompiler | None) -> None:
-        """compiler: None if the stage has no tokenizer; then every row with a grammar is refused."""
+        """If `compiler` is None, the stage has no tokenizer, and every row with a grammar is refused."""
         self._compiler = compiler
         self._sources: OrderedDict[str, str] = OrderedDict()  # by digest, most recently used last
         self._compiled: dict[str, Matcher] = {}  # in their initial state; used by the grammar thread only
         self._thread: ThreadPoolExecutor | None = None
 
     def admit(self, row: Row, grammar: Grammar, sequence: SequenceState) -> None:
-        """Checks that the row's grammar can be applied, and remembers its source for later rows, which name only its digest.
+        """Checks that the row's grammar can be applied, and remembers the grammar's source.
 
-        Raises Refusal if the stage has no tokenizer, the grammar is unknown or does not match its digest, or the stage does not
-        know the sequence's earlier tokens.
+        Later rows name only the digest of the grammar. Raises Refusal if the stage has no tokenizer, if the grammar is unknown
+        or does not match its digest, or if the stage does not know the earlier tokens of the sequence.
         """
         if len(sequence.token_ids) < row.position:
             raise Refusal(Status.MISS, held=0)  # computed by another instance, and nothing told this one the tokens
@@ -62,9 +71,9 @@ class Constraints:
             self._sources.move_to_end(grammar.digest)
 
     def begin(self, rows: Sequence[ConstrainedRow]) -> "Future[list[Masks]]":
-        """Starts computing the masks of all rows on the grammar thread. Returns a future of one entry for each row.
+        """Starts to compute the masks of all rows on the grammar thread. Returns a future list with one entry for each row.
 
-        The future raises what reading the tokenizer raised.
+        If reading the tokenizer fails, the future raises that error.
         """
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "grammars")

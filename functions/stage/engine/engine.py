@@ -1,9 +1,9 @@
 """The engine of a stage: takes events from many threads, computes one forward pass at a time, and answers each event.
 
-The engine knows batches and layer groups, no HTTP. A thread must hold the engine's lock to read or write KV. A thread that
-brings an event while the lock is free computes the event itself, which spares two hand-overs between threads. Otherwise the
-engine's own thread computes, and the others wait for their replies. Torch's operators keep threads for each thread that calls
-them, so with torch only the engine's own thread computes.
+The engine knows batches and layer groups, but not HTTP. A thread must hold the engine's lock to read or write KV. If the lock
+is free, the thread that submits an event computes the event itself, which saves two switches between threads. Otherwise the
+engine's own thread computes the event, and the submitting thread waits for the reply. With torch only the engine's own thread
+computes, because torch starts a pool of worker threads for each thread that calls its operators.
 """
 
 import logging
@@ -56,7 +56,10 @@ _RESTORING_SHARE: Final = 0.7  # part of the time until a reservation expires in
 
 @dataclass(frozen=True, slots=True)
 class PassStatistics:
-    """Measurements of one forward pass, for metrics. `on_pass` gets them after the replies, while the engine's lock is held."""
+    """Measurements of one forward pass, for metrics.
+
+    The engine passes them to `on_pass` after the replies, while its lock is held.
+    """
 
     queue_seconds: tuple[float, ...]  # how long each merged event waited
     compute_seconds: float
@@ -93,18 +96,19 @@ class Engine:
         on_pass: Callable[[PassStatistics], None] | None = None,
         on_reuse: Callable[[Reuse], None] = lambda reuse: None,
     ) -> None:
-        """num_stages: stages of the whole pipeline. max_merge: most events in one pass (`EventQueue`).
+        """num_stages: number of stages in the whole pipeline. max_merge: most events in one pass (see `EventQueue`).
 
-        idle_sequence_seconds: a sequence is released if no event names it for so long. lease_seconds: a gateway's sequences are
-        released if nothing comes from it for so long. max_memory_waiters: most requests that `await_memory` holds open at once.
-        threads: chooses the number of threads of each pass; None: the group's default. tiers: asked in this order for KV that
-        the prefix cache lacks. rate: is told the time of every pass. grammars: compiles grammars of answers; the last stage
-        needs it. wire_dtype: of hidden states between stages, I8 for 8 bits; None: the group's own. vector_head: of an
-        embedder; None: the model generates tokens. adapters: most adapters in memory. load_adapter: reads one; None: rows with
-        adapters are refused. clock: seconds since the epoch.
+        idle_sequence_seconds: a sequence is released after this time without an event that names it. lease_seconds: all
+        sequences of a gateway are released after this time without a request from the gateway. max_memory_waiters: most
+        requests that `await_memory` holds open at once. threads: chooses the number of threads for each pass; if None, the
+        group keeps its default. tiers: places to fetch KV from that the prefix cache lacks, asked in this order. rate:
+        measures the speed of prefill from every pass. grammars: compiles grammars; only the last stage needs it. wire_dtype:
+        dtype of hidden states between stages, I8 for 8 bits; if None, the dtype of the group. vector_head: None for a model
+        that generates tokens. adapters: most adapters in memory. load_adapter: reads an adapter; if None, rows with adapters
+        are refused. clock: returns seconds since the epoch.
 
         on_adapter: called after each load of an adapter. on_evicted: called just before a cached prefix is evicted. on_pass:
-        called after each pass. on_reuse: called when a reservation found KV in the prefix cache or a tier.
+        called after each pass. on_reuse: called when a reservation finds KV in the prefix cache or a tier.
         """
         self._group = group
         self._wire_dtype = wire_dtype or group.hidden_dtype
@@ -148,13 +152,16 @@ class Engine:
         self._thread.start()
 
     def drain(self) -> None:
-        """Makes `await_memory` return at once, now and later: other instances of the stage may have free memory."""
+        """Makes all present and later calls of `await_memory` return at once.
+
+        The gateway can then try other instances of the stage.
+        """
         self._memory_waiters.close()
 
     def stop(self, *, drain: bool = True) -> None:
-        """Refuses new work, ends the engine's thread and waits for that.
+        """Refuses new work, and waits until the engine's thread has ended.
 
-        drain: compute the events that wait; False: they fail with NotReady.
+        If `drain` is true, waiting events are computed first. Otherwise they fail with NotReady.
         """
         self.drain()
         if drain:
@@ -172,20 +179,21 @@ class Engine:
         return self._thread.is_alive() and not stuck
 
     def lineage(self, before: str | None) -> str | None:
-        """The lineage of what this stage computes from input of the lineage `before`; None: unknown."""
+        """Returns the lineage of this stage's output, given the lineage `before` of its input. None stands for unknown."""
         return None if before is None else lineage_after(before, self._kind)
 
     def handle(self, batch: Batch, *, source: str, expires_at: float | None = None, lineage: str | None = "") -> Batch:
-        """Computes a forward event and returns the reply, after its pass. Parameters and errors are those of `compute`."""
+        """Computes a forward event and returns the reply. Blocks until then. Parameters and errors are those of `compute`."""
         return self.compute(batch, source=source, expires_at=expires_at, lineage=lineage).result()
 
     def compute(self, batch: Batch, *, source: str, expires_at: float | None = None, lineage: str | None = "") -> ForwardEvent:
-        """Hands a forward event to the engine. Its `result` blocks until the pass is done; then it also knows the pass.
+        """Submits a forward event. Returns an object whose `result()` blocks until the pass is done and returns the reply.
 
-        source: names the gateway that sent the event; a sequence belongs to the source that began it. expires_at: seconds since
-        the epoch; None: the event never expires. lineage: of the event's hidden states; empty: there is no stage before; None:
-        unknown.
-        This or the result raises MalformedEvent, EventTooLarge, EventExpired, NotReady, or what the layer group raised.
+        After the pass, the object also has the duration and the number of tokens of the pass. source: names the gateway that
+        sent the event; a sequence belongs to the source that began it. expires_at: seconds since the epoch; if None, the event
+        never expires. lineage: of the hidden states in the event; empty at the first stage, None if unknown.
+
+        This method or `result()` raises MalformedEvent, EventTooLarge, EventExpired, NotReady, or the error of the layer group.
         """
         self._leases.renew(source)
         check_event(batch, self._group, self._wire_dtype)
@@ -208,11 +216,12 @@ class Engine:
     ) -> list[ReservedRow]:
         """Reserves memory for sequences, and fills it with KV from the prefix cache and the tiers as far as they have it.
 
-        Returns for each row its status (ok, full, stale or invalid), and how many tokens of its chain are held. Rows that fit
-        stay reserved if others do not. The tiers are asked in other threads; rows that are still being restored after
-        RESTORE_HOLD_SECONDS say so, and the same reservation asks again. source: names the gateway. expires_at: when the reply
-        is due, seconds since the epoch; the tiers may use 70 % of the time until then. lineage: of the hidden states that will
-        come, as for `handle`. Raises NotReady.
+        Returns a reply for each row: a status (ok, full, stale or invalid), and how many tokens of the row's chain are held.
+        Rows are independent: one that does not fit does not undo the others. Other threads ask the tiers. If that takes longer
+        than RESTORE_HOLD_SECONDS, the reply says `restoring`, and the caller repeats the reservation to get the outcome.
+
+        source: names the gateway. expires_at: when the reply is due, seconds since the epoch; the tiers may use 70 % of the
+        time until then. lineage: of the hidden states that will follow, as for `compute`. Raises NotReady.
         """
         self._leases.renew(source)
         left = math.inf if expires_at is None else expires_at - self._clock()
@@ -228,16 +237,16 @@ class Engine:
         ]
 
     def with_sequences(self, action: Callable[[SequenceTable], T]) -> T:
-        """Calls `action` with the sequence table between two passes, and returns its result.
+        """Calls `action` with the sequence table between two passes, and returns the result of `action`.
 
-        The engine's thread calls it, so it may read KV but should be short. Raises NotReady, and what `action` raises.
+        `action` runs under the engine's lock, so it may read KV but should be short. Raises NotReady, and what `action` raises.
         """
         return self._queue.call(lambda: action(self.sequences))
 
     def release(self, rows: Sequence[ReleaseRow], *, source: str) -> int:
-        """Releases sequences and returns how many there were; unknown ones are no error. Raises NotReady.
+        """Releases sequences and returns how many were known. Unknown sequences are no error. Raises NotReady.
 
-        source: names the gateway, whose lease every call renews, even one without rows.
+        source: names the gateway. Every call renews the lease of the gateway, even a call without rows.
         """
         self._leases.renew(source)
 
@@ -251,10 +260,10 @@ class Engine:
         return self._queue.call(release)
 
     def await_memory(self, tokens: int, *, source: str, expires_at: float | None = None) -> None:
-        """Blocks until `tokens` can be reserved, or the time is over. Reserves nothing and does not say which of both happened.
+        """Blocks until memory for `tokens` is free, or a time limit has passed. Does not tell which, and reserves nothing.
 
-        source: names the gateway, whose lease this renews. expires_at: seconds since the epoch; this returns after half of the
-        time until then, so that the reply is not late.
+        source: names the gateway, whose lease the call renews. expires_at: seconds since the epoch. The time limit is at most
+        half of the time until then, so that the reply is not late.
         """
         self._leases.renew(source)
         left = math.inf if expires_at is None else (expires_at - self._clock()) / 2
@@ -274,7 +283,7 @@ class Engine:
         self.release([ReleaseRow(row_id, attempt=0)], source=source)
 
     def _await_adapters(self, wanted: Collection[bytes], seconds: float) -> None:
-        """Waits until adapters are loaded, at most `seconds`. Rows of one that cannot be are refused by the pass."""
+        """Waits at most `seconds` until adapters are loaded. If a load fails, the pass refuses the rows of the adapter."""
 
         def claim() -> list[Future[None]]:
             loads = []
@@ -286,7 +295,10 @@ class Engine:
         wait(self._queue.call(claim), None if seconds == math.inf else max(0.0, seconds))
 
     def _with_adapter(self, row: ReserveRow, reserved: ReservedRow) -> ReservedRow:
-        """The reply to a reservation, which also says whether the sequence's adapter is loaded."""
+        """Adds the state of the adapter to the reply to a reservation.
+
+        Returns `restoring` while the adapter is being loaded, and INVALID if the load failed.
+        """
         if not row.adapter or reserved.status is not Status.OK or self.adapters.is_ready(row.adapter):
             return reserved
         if (reason := self.adapters.refusal(row.adapter)) is not None:
@@ -296,10 +308,11 @@ class Engine:
     def _reserve(
         self, row: ReserveRow, lineage: str | None, source: str, deadline: float
     ) -> tuple[ReservedRow | Restore, "Future[None] | None"]:
-        """Reserves memory for a sequence, and begins to load its adapter and to restore the KV that it lacks.
+        """Reserves memory for a sequence, and begins to load its adapter and to restore missing KV.
 
-        The engine's thread calls this. If the same reservation is asked again, returns its restore. Also returns the end of the
-        adapter's load. deadline: of a new restore, in time.monotonic().
+        Returns the reply or the restore that is under way, and a future that completes when the adapter's load has ended. A
+        repeated reservation gets the restore of the first one. deadline: time limit of a new restore, in time.monotonic().
+        Runs on the engine's thread.
         """
         loaded = None
         if row.adapter:
@@ -329,15 +342,15 @@ class Engine:
             self._queue.abandon()
 
     def _expire(self) -> None:
-        """Releases idle sequences, and all sequences of gateways whose leases have expired: no gateway will release them."""
+        """Releases idle sequences, and all sequences of gateways whose leases have expired."""
         lost = self._leases.expired({sequence.source for sequence in self.sequences.by_id.values()})
         if released := self.sequences.expire(lost):
             _log.warning("released %d abandoned sequences; gateways with expired leases: %s", released, sorted(lost) or "none")
 
     def _work(self) -> None:
-        """Runs all queued calls or, if there are none, one pass over the next events. The caller holds the engine's lock.
+        """Runs all queued calls or, if there are none, one pass over the next events. The caller must hold the engine's lock.
 
-        An error that escapes here is a defect. The stage then takes no more work, and fails all waiting work.
+        An error that escapes from this method is a defect. The queue then takes no more work, and all waiting work fails.
         """
         calls, events = self._queue.take()
         try:
@@ -354,7 +367,7 @@ class Engine:
             raise
 
     def _answer(self, events: list[ForwardEvent]) -> None:
-        """Computes the events that have not expired and answers them. The others fail with EventExpired."""
+        """Computes the events that have not expired, and answers them. Expired events fail with EventExpired."""
         now = self._clock()
         current: list[ForwardEvent] = []
         for event in events:
@@ -384,9 +397,9 @@ class Engine:
             self._report(current, outcomes, began, seconds, tokens)
 
     def _run(self, events: list[ForwardEvent]) -> Sequence[Batch | Exception]:
-        """Runs one pass over all events, or one for each if that raises, so that an event that causes an error fails alone.
+        """Runs one pass over all events, and returns the reply or the error of each event.
 
-        Returns the reply or the error of each event.
+        If the pass raises, runs a pass for each event, so that only the event that causes the error fails.
         """
         try:
             return self._forward_pass.run(events)

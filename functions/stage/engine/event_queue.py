@@ -1,4 +1,4 @@
-"""The queue of a stage's events, and the choice of those that the next forward pass merges."""
+"""The queue of a stage's events. It chooses the events that the next forward pass merges."""
 
 import threading
 from collections import defaultdict
@@ -14,9 +14,10 @@ T = TypeVar("T")
 
 
 class Work(Generic[T]):
-    """Work that one thread hands to the engine, and its result, for which that thread waits. Answer it or fail it exactly once.
+    """A unit of work that a thread submits to the engine. The thread waits for `result`.
 
-    It is a smaller concurrent.futures.Future, which would take four times as many Python calls.
+    The engine calls `answer` or `fail` exactly once. The class replaces concurrent.futures.Future, which takes four times as
+    many Python calls.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class Work(Generic[T]):
         self._pending.release()
 
     def result(self) -> T:
-        """Blocks until there is an answer. Raises the error if the work failed. Call it once."""
+        """Blocks until the work is done and returns the answer. Raises the error if the work failed. Call it once."""
         with self._pending:
             if self._error is not None:
                 try:
@@ -46,7 +47,7 @@ class Work(Generic[T]):
 
 
 class ForwardEvent(Work[Batch]):
-    """An event to compute in a forward pass; its result is the reply."""
+    """An event to compute in a forward pass. The result is the reply."""
 
     def __init__(
         self,
@@ -56,9 +57,9 @@ class ForwardEvent(Work[Batch]):
         arrived: float = 0.0,
         lineage: str | None = None,
     ) -> None:
-        """source: names the gateway. expires_at: seconds since the epoch; None: never. arrived: time.perf_counter().
+        """source: names the gateway. expires_at: seconds since the epoch; if None, the event never expires.
 
-        lineage: of the KV that the event's rows get; None: unknown.
+        arrived: time of arrival, from time.perf_counter(). lineage: of the KV that the rows will have; None if unknown.
         """
         super().__init__()
         self.batch = batch
@@ -67,7 +68,7 @@ class ForwardEvent(Work[Batch]):
         self.expires_at = expires_at
         self.arrived = arrived
         self.prompts = any(row.length - row.draft_tokens > 1 for row in batch.rows)  # it has a chunk of a prompt
-        # The forward pass that computed it: its seconds, and the tokens of all events that it merged. Set before the answer.
+        # Duration of the forward pass that computed the event, and tokens of all events in that pass. Set before the answer.
         self.pass_seconds = 0.0
         self.pass_tokens = 0
         self.ids: set[str] = set()  # of the rows; the queue fills it
@@ -75,7 +76,7 @@ class ForwardEvent(Work[Batch]):
 
 
 class Call(Work[Any]):
-    """A function that the engine calls between two passes; its result is what the function returns."""
+    """A function that the engine calls between two passes. The result is what the function returns."""
 
     def __init__(self, action: Callable[[], Any]) -> None:
         super().__init__()
@@ -85,10 +86,10 @@ class Call(Work[Any]):
 class EventQueue:
     """Events and calls that wait for the engine. Thread-safe; only the thread that holds the engine's lock calls `take`.
 
-    A pass merges the events at the head of the queue, at most `max_merge` and at most one in `num_stages` of those that wait.
-    Without the second limit all micro-batches would travel as one convoy: one stage would work and the others would idle. Only
-    a decode step joins a prompt's chunk that is first: it comes sooner than in a pass of its own, and the chunk hardly later.
-    Events that share a sequence are never merged, and keep their order.
+    A pass merges events from the head of the queue: at most `max_merge`, and at most 1 / `num_stages` of the waiting events.
+    Without the second limit all micro-batches would travel together, and only one stage would work at a time. There is one
+    exception: if a chunk of a prompt is first, one event with decode steps may join it, which hardly delays the chunk. Events
+    that share a sequence are never merged, and keep their order.
     """
 
     def __init__(self, num_stages: int, max_merge: int) -> None:
@@ -105,7 +106,7 @@ class EventQueue:
     def put(self, event: ForwardEvent, *, wakes: bool = True) -> None:
         """Adds an event. Raises NotReady after `close`.
 
-        Marks rows of the event that are older than others of their sequence as stale. wakes: whether to wake the engine's
+        If the queue already has a newer step of a row's sequence, marks the row as stale. wakes: whether to wake the engine's
         thread; False if the caller will compute the event itself.
         """
         with self._lock:
@@ -123,7 +124,7 @@ class EventQueue:
                 self._changed.notify()
 
     def call(self, action: Callable[[], T]) -> T:
-        """Has the engine call `action` between two passes, and returns its result.
+        """Makes the engine call `action` between two passes, and returns the result of `action`.
 
         Raises NotReady after `close`, and what `action` raises.
         """
@@ -137,19 +138,19 @@ class EventQueue:
         return result
 
     def wait(self, timeout_seconds: float) -> bool:
-        """Blocks until there is work or the time is over.
+        """Blocks until there is work, the queue is closed, or the time has passed.
 
-        False only if the queue is closed and empty, so that no work will come.
+        Returns False only if the queue is closed and empty: no more work will follow.
         """
         with self._lock:
             self._changed.wait_for(lambda: self._calls or self._waiting or self._closed, timeout_seconds)
             return bool(self._calls or self._waiting) or not self._closed
 
     def take(self) -> tuple[list[Call], list[ForwardEvent]]:
-        """Removes and returns the engine's next work, without waiting: two empty lists if there is none.
+        """Removes the engine's next work from the queue and returns it. Does not block.
 
-        Calls (functions to be called between two passes) come first: all of them and no event. Otherwise the events that the
-        next forward pass merges.
+        If there are calls (functions to run between two passes), returns all of them and no event. Otherwise returns the
+        events that the next forward pass merges. Both lists are empty if there is no work.
         """
         with self._lock:
             if self._calls:
@@ -179,7 +180,7 @@ class EventQueue:
                 self._changed.notify()
 
     def done(self, events: Iterable[ForwardEvent]) -> None:
-        """Ends the bookkeeping of events that have been computed. Call it before they are answered."""
+        """Forgets the steps of computed events. Call it before the events are answered."""
         with self._lock:
             for event in events:
                 for row in event.batch.rows:
@@ -189,9 +190,9 @@ class EventQueue:
                         del self._steps[event.source, row.id]
 
     def mark_released(self, id_: str, attempt: int, source: str) -> None:
-        """Marks waiting rows of a released sequence as stale, so that they do not begin it again.
+        """Marks waiting rows of a released sequence as stale, so that they do not begin the sequence again.
 
-        attempt: the one released; rows of it and of older attempts are marked.
+        attempt: the released attempt. Rows of newer attempts are not marked.
         """
         with self._lock:
             for event in self._waiting:
@@ -209,7 +210,7 @@ class EventQueue:
     def abandon(self, in_hand: Iterable[Work[Any]] = ()) -> None:
         """Closes the queue and fails all unanswered work with NotReady.
 
-        in_hand: work that was taken from the queue already, and fails too.
+        in_hand: work that the engine has already taken from the queue. It fails too.
         """
         with self._lock:
             self._closed = True

@@ -1,4 +1,4 @@
-"""One forward pass of a layer group over the rows of several events: admit rows, run the layers, answer each event."""
+"""Runs one forward pass of a layer group over the rows of several events: admits rows, runs the layers, answers events."""
 
 import math
 from array import array
@@ -30,7 +30,7 @@ _NO_TOKENS: Final = memoryview(array("i"))
 
 @dataclass(slots=True)
 class _PassRow:
-    """A row of an event that was admitted, and goes through the layers in this pass."""
+    """An admitted row of an event. The pass runs the layers over it."""
 
     index: int  # of the row in its event
     row: Row
@@ -48,10 +48,10 @@ class _PassRow:
 
 @dataclass(slots=True)
 class _EventPart:
-    """One event in a pass: its rows that go through the layers, and the reply to all of its rows."""
+    """One event in a pass: the admitted rows, and the replies to all rows."""
 
     batch: Batch
-    inputs: Array  # token ids or hidden states of the rows that go through the layers
+    inputs: Array  # token ids or hidden states of the admitted rows
     answers: list[Row]  # one for each row of the event; until it is answered, the row that came in
     rows: list[_PassRow] = field(default_factory=list)
 
@@ -83,9 +83,9 @@ class ForwardPass:
         vector_head: VectorHead,
         adapter_number: Callable[[bytes], int],
     ) -> None:
-        """wire_dtype: dtype of hidden states in events, I8 or the group's own.
+        """wire_dtype: dtype of hidden states in events, either I8 or the dtype of the group.
 
-        adapter_number: the group's number of an adapter. Raises Refusal if it is not loaded.
+        adapter_number: returns the number of an adapter in the group. Raises Refusal if the adapter is not loaded.
         """
         self._group = group
         self._vector_head = vector_head
@@ -98,7 +98,7 @@ class ForwardPass:
     def run(self, events: Sequence[ForwardEvent]) -> list[Batch]:
         """Runs one pass and returns the reply to each event.
 
-        If it raises, the KV of every sequence has been truncated to its row's position, so that the events can be run again.
+        On an error, first truncates the KV of each sequence to the position of its row, so that the events can run again.
         """
         parts = [self._admit(event) for event in events]
         rows = [row for part in parts for row in part.rows]
@@ -167,7 +167,7 @@ class ForwardPass:
         return part
 
     def _run_layers(self, parts: Sequence[_EventPart], rows: Sequence[_PassRow]) -> Array:
-        """Runs the layers. Returns hidden states [tokens, size] of all rows, and sets `begin` and `end` of each row."""
+        """Runs the layers over all rows and returns their hidden states [tokens, size]. Sets `begin` and `end` of each row."""
         segments: list[Segment] = []
         begin = 0
         for part in parts:
@@ -205,7 +205,7 @@ class ForwardPass:
                     part.rows.remove(row)
 
     def _results(self, parts: Sequence[_EventPart], hidden: Array) -> list[Batch]:
-        """The last stage's reply to each event: rows with drawn tokens or log-probabilities, without fields for stages."""
+        """Returns the last stage's reply to each event: rows with drawn tokens, log-probabilities or vectors."""
         drawing = [row for part in parts for row in part.rows if row.row.want is Want.TOKEN and row.refusal is None]
         for rows in _split_by_logits(drawing):
             self._draw(rows, hidden)
@@ -229,9 +229,10 @@ class ForwardPass:
         return replies
 
     def _relay(self, part: _EventPart, hidden: Array) -> Batch:
-        """The reply to one event of a stage that is not the last: it is the next stage's input, and has refused rows too.
+        """Returns the reply to one event at a stage that is not the last. The reply is the input of the next stage.
 
-        hidden: of all rows of the pass. If every row is ok, rows and token ids are those that came in.
+        It includes refused rows. If no row is refused, it has the rows and token ids of the event. hidden: hidden states of all
+        rows of the pass.
         """
         batch, rows, dtype = part.batch, part.rows, self._group.hidden_dtype
         if not rows:
@@ -247,9 +248,9 @@ class ForwardPass:
         return Batch(tuple(part.answers), memoryview(token_ids), wire_tensor(kept, dtype, self._wire_dtype))
 
     def _draw(self, rows: Sequence[_PassRow], hidden: Array) -> None:
-        """Sets each row's result: the token drawn after its last known token, and one after each draft token that is accepted.
+        """Draws tokens and sets the result of each row: one token, and one more for each accepted draft token.
 
-        Refuses rows whose logits are not finite. hidden: of all rows of the pass.
+        Refuses rows whose logits are not finite. hidden: hidden states of all rows of the pass.
         """
         places: list[int] = []
         for row in rows:
@@ -277,9 +278,10 @@ class ForwardPass:
                 row.result = _with_logprobs(row, log_probabilities(drawing.logits[: len(tokens)], tokens, top), tokens)
 
     def _score(self, row: _PassRow, token_ids: memoryview, hidden: Array) -> None:
-        """Sets the row's result: the log-probability of each of its tokens but the first, under the logits of the token before.
+        """Sets the result of a row: the log-probability of each token after the first, given the tokens before it.
 
-        Refuses the row if one is not finite. token_ids: the row's. hidden: of all rows of the pass.
+        Refuses the row if a log-probability is not finite. token_ids: ids of the row's tokens. hidden: hidden states of all
+        rows of the pass.
         """
         found: list[tuple[float, TopLogprobs]] = []
         predicting, predicted = hidden[row.begin : row.end - 1], token_ids[1:]
@@ -309,7 +311,10 @@ def _constrained_row(row: _PassRow) -> ConstrainedRow:
 
 
 def _whole_rows(rows: Sequence[_PassRow]) -> list[int]:
-    """Splits a pass between rows: the first token of each part, which has at most _TOKENS_AT_ONCE tokens or is one row."""
+    """Splits the tokens of a pass into parts that never cut a row. Returns the index of each part's first token.
+
+    A part has at most _TOKENS_AT_ONCE tokens, unless it is a single longer row.
+    """
     firsts = [0]
     for row in rows:
         if row.end - firsts[-1] > _TOKENS_AT_ONCE and row.begin > firsts[-1]:
@@ -318,7 +323,10 @@ def _whole_rows(rows: Sequence[_PassRow]) -> list[int]:
 
 
 def _split_by_logits(rows: Sequence[_PassRow]) -> list[list[_PassRow]]:
-    """Splits rows into lists that need at most _LOGITS_AT_ONCE rows of logits. A list with a single row may need more."""
+    """Splits rows into lists that need at most _LOGITS_AT_ONCE rows of logits each.
+
+    A list that consists of a single row may need more.
+    """
     lists: list[list[_PassRow]] = []
     logits = _LOGITS_AT_ONCE
     for row in rows:

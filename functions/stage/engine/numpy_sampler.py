@@ -1,4 +1,7 @@
-"""Draws tokens and computes log-probabilities in numpy, where C cannot be used: the same bits as `native.sampler`, slower."""
+"""Draws tokens and computes log-probabilities in numpy, if C cannot be used.
+
+Results equal those of `native.sampler` to the bit, but take longer.
+"""
 
 import math
 from typing import Final
@@ -23,7 +26,10 @@ _LOGARITHM: Final = (
 
 
 def draw(wanted: Draw) -> int | None:
-    """As one draw of `native.sampler.draw`, to the bit."""
+    """Draws one token, with the same result as `native.sampler.draw`.
+
+    Returns None if the greatest logit or score is not finite.
+    """
     logits = wanted.logits
     if not math.isfinite(logits.max()):
         return None
@@ -41,14 +47,14 @@ def draw(wanted: Draw) -> int | None:
 
 
 def softmax(scores: Array, count: int) -> tuple[float, list[int]]:
-    """As `native.sampler.softmax`, to the bit."""
+    """Returns the same as `native.sampler.softmax`, to the bit."""
     total = np.rint(_weights(scores).astype(np.float64) * _WEIGHT_STEPS).astype(np.int64).sum()
     log_sum = _logarithm(np.array([float(total) / _WEIGHT_STEPS]))
     return float(log_sum[0]), np.argsort(-scores, kind="stable")[:count].tolist()
 
 
 def masked(scores: Array, allowed: Allowed) -> Array:
-    """The scores, -infinity for tokens that are not allowed."""
+    """Returns a copy of the scores in which tokens that are not allowed have -infinity."""
     bits = np.unpackbits(allowed.view(np.uint8), count=min(len(scores), 32 * len(allowed)), bitorder="little")
     found = np.full_like(scores, -np.inf)
     np.copyto(found[: len(bits)], scores[: len(bits)], where=bits.view(np.bool_))
@@ -72,7 +78,7 @@ def keep(scores: Array, top_k: int, top_p: float, min_p: float) -> tuple[Array, 
 
 
 def _weights(scores: Array) -> Array:
-    """exp(score - greatest score), computed as `weigh` in `functions/stage/native/c/sampler.inc.h` does."""
+    """Returns exp(score - greatest score), computed like `weigh` in `functions/stage/native/c/sampler.inc.h`."""
     x = scores - scores.max()
     limited = np.maximum(x, _LOWEST)
     n = np.rint(limited * np.float32(1.44269504))
@@ -85,9 +91,10 @@ def _weights(scores: Array) -> Array:
 
 
 def _variates(seed: int, position: int, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Exponential variates of `tokens`, ascending ids. A token's number depends only on seed, position and the token's id.
+    """Returns an exponential variate for each of `tokens`, which must be sorted.
 
-    numpy keeps the stream of raw Philox numbers stable across versions.
+    A variate depends only on the seed, the position and the token's id. numpy keeps the stream of raw Philox numbers stable
+    across versions.
     """
     raw = np.random.Philox(key=[seed, 0], counter=[0, position, 0, 0]).random_raw(int(tokens[-1]) + 1)[tokens]
     uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
@@ -95,7 +102,10 @@ def _variates(seed: int, position: int, tokens: npt.NDArray[np.int64]) -> npt.ND
 
 
 def _logarithm(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Natural logarithm, computed as in `functions/stage/native/c/sampler.inc.h`: numpy's differs between CPUs."""
+    """Returns the natural logarithm, computed as in `functions/stage/native/c/sampler.inc.h`.
+
+    numpy's own logarithm differs between CPUs.
+    """
     fraction, exponent = np.frexp(x)
     is_small = fraction < 0.7071067811865476
     fraction, exponent = np.where(is_small, fraction * 2, fraction), (exponent - is_small).astype(np.float64)

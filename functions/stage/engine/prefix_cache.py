@@ -1,9 +1,9 @@
-"""The prefix cache: KV of ended sequences stays in memory until the memory is needed, and is found again by its prefix chain.
+"""The prefix cache: keeps the KV of ended sequences in memory until other sequences need the memory.
 
-Memory of the KV arena belongs to a running sequence or is cached. Both kinds are found by chain. A conversation that goes on
-takes over its cached memory; a sequence that begins like another one copies the common prefix. Cached tokens count as
-free. They are evicted, least recently used first, when a reservation needs their memory, so they never cause `full`.
-Only the thread that holds the engine's lock may call this.
+KV is found by its prefix chain, whether it belongs to a running sequence or is cached. When a conversation continues, its new
+sequence takes over the cached memory. A sequence that begins like another one gets a copy of the common prefix. Cached tokens
+count as free memory: when a reservation needs the memory, they are evicted, least recently used first. So they never cause a
+reservation to fail. Only the thread that holds the engine's lock may call this module.
 """
 
 from collections.abc import Callable
@@ -15,19 +15,19 @@ from functions.stage.models.kv_cache import KVBlocks, KVBudget
 
 @dataclass(frozen=True, slots=True)
 class CachedPrefix:
-    """KV of an ended sequence in the prefix cache. It can be read as long as `still_holds` says so."""
+    """KV of an ended sequence in the prefix cache. It can be read as long as `PrefixCache.still_holds` returns True."""
 
     handle: int  # of its memory in the KV cache
-    chain: Chain  # digests of all whole blocks that it holds
-    checkpoints: tuple[int, ...] = ()  # after so many of its tokens it has recurrent states
+    chain: Chain  # digests of all whole blocks of the prefix
+    checkpoints: tuple[int, ...] = ()  # numbers of tokens after which recurrent states are kept
 
 
 class PrefixCache:
-    """Reserves memory in a `KVBudget`, and finds there the KV that a new sequence has in common with others.
+    """Reserves memory in a `KVBudget`, and finds the KV that a new sequence has in common with other sequences.
 
-    With a KV cache that is no `KVBlocks` (transformers' modules) it never finds anything. A digest identifies its block and all
-    blocks before it, so handles are found by the digests of their chains. A handle's chain covers all tokens that it is meant
-    to hold; the KV cache knows how many it holds now.
+    If the KV cache is not a `KVBlocks`, nothing is cached or found. A handle names the memory of one sequence. Its chain has a
+    digest for each block of tokens, which identifies the block and all blocks before it. The chain covers all tokens that the
+    handle is meant to hold; the KV cache knows how many tokens the handle holds now.
 
     on_evicted: called with a prefix just before it is evicted. on_found: called with the number of tokens that were found.
     """
@@ -44,7 +44,7 @@ class PrefixCache:
 
     @property
     def free_tokens(self) -> int:
-        """Length of the longest sequence that can be reserved. Cached tokens count as free."""
+        """Length of the longest sequence that can be reserved, in tokens. Cached tokens count as free."""
         return (
             self._kv.free_tokens
             if self.blocks is None
@@ -57,7 +57,10 @@ class PrefixCache:
         return sum(self._kv.length(handle) for handle in self._cached)
 
     def reserve(self, tokens: int, chain: Chain) -> int:
-        """Reserves memory for `tokens`. Returns its handle, which holds as much of `chain` as was found. Raises KVCacheFull."""
+        """Reserves memory for `tokens`, fills it with the longest known prefix of `chain`, and returns its handle.
+
+        Raises KVCacheFull.
+        """
         source, held = self.longest(chain)
         if source is not None and source in self._cached and held == BLOCK_TOKENS * len(self._chains.get(source, ())):
             handle = self._take_over(source, tokens, held)
@@ -68,11 +71,11 @@ class PrefixCache:
         return handle
 
     def fill(self, handle: int, chain: Chain) -> int:
-        """Searches again for `chain`, on behalf of a handle in use. Returns how many tokens of `chain` the handle holds then.
+        """Searches again for KV of `chain`, for a handle in use. Returns how many tokens of `chain` the handle then holds.
 
-        If the handle had another chain, drops what it holds beyond the prefix that both have: it may be rejected draft tokens.
-        If the chain is the same, or KV has no blocks and so no chain is known, it keeps all: a reservation that is repeated
-        must not drop what was handed over or computed since the first one.
+        If the handle had another chain, first drops its KV beyond the common prefix of both chains, which may be of rejected
+        draft tokens. If the chain is the same or the KV cache has no blocks, keeps all KV: a repeated reservation must not drop
+        KV that was restored or computed since the first one.
         """
         if self.blocks is not None and chain != self._chains.get(handle, ()):
             self.keep(handle, chain)
@@ -84,9 +87,9 @@ class PrefixCache:
         return min(self._kv.length(handle), BLOCK_TOKENS * len(chain))
 
     def _ask_for_checkpoints(self, handle: int, chain: Chain) -> None:
-        """Asks for the states of recurrent layers where later sequences will go on.
+        """Asks for checkpoints of recurrent states at the positions where later sequences are likely to continue.
 
-        That is at the end of this prompt, and at the end of what it has in common with another sequence.
+        These are the end of this prompt, and the end of the longest prefix that it shares with another sequence.
         """
         if self.blocks is None:
             return
@@ -102,13 +105,13 @@ class PrefixCache:
         self._kv.truncate(handle, BLOCK_TOKENS * common_blocks(self._chains.get(handle, ()), chain))
 
     def unfindable_from(self, handle: int, tokens: int) -> None:
-        """Makes the handle's tokens from index `tokens` on unfindable by its chain: they are not what it names."""
+        """Shortens the chain of a handle to the first `tokens`, so that searches no longer find later tokens there."""
         self._set_chain(handle, self._chains.get(handle, ())[: tokens // BLOCK_TOKENS])
 
     def end(self, handle: int, chain: Chain = ()) -> None:
-        """Ends the handle's sequence and caches its whole blocks, unless another handle holds them too.
+        """Ends the sequence of a handle. Caches the whole blocks of its KV, unless another handle holds them too.
 
-        chain: of all tokens of the sequence; empty: the chain that it was reserved with.
+        chain: of all tokens of the sequence. If empty, the chain of the reservation is used.
         """
         chain = chain or self._chains.get(handle, ())
         chain = chain[: self._kv.length(handle) // BLOCK_TOKENS]
@@ -131,31 +134,32 @@ class PrefixCache:
         self._cached_units += self.blocks.units(handle)
 
     def drop(self, handle: int) -> None:
-        """Frees the handle's memory without caching what it holds."""
+        """Frees the memory of a handle without caching its KV."""
         self._set_chain(handle, ())
         self._kv.release(handle)
 
     def cached(self) -> list[CachedPrefix]:
-        """All cached prefixes, most recently used first."""
+        """Returns all cached prefixes, most recently used first."""
         return [self._prefix(handle) for handle in reversed(self._cached)]
 
     def still_holds(self, prefix: CachedPrefix) -> bool:
-        """False if the prefix has been evicted, or a sequence has taken over its memory."""
+        """Whether the prefix is still cached. False if it was evicted, or if a sequence has taken over its memory."""
         return prefix.handle in self._cached and self._chains.get(prefix.handle) == prefix.chain
 
     def holder(self, digest: bytes, blocks: int) -> int | None:
-        """A handle that holds the prefix of `blocks` blocks whose last digest is `digest`; None if there is none.
+        """Returns a handle that holds the prefix of `blocks` blocks whose last digest is `digest`. None if there is none.
 
-        It may be of a running sequence or a cached one. It may hold more, and of layers with windows only what comes later.
+        The handle may belong to a running or to a cached sequence, and may hold more tokens. Its layers with sliding windows
+        may hold only later tokens.
         """
         holders = self._holders.get(digest, ())
         return next((handle for handle in holders if self._kv.length(handle) >= blocks * BLOCK_TOKENS), None)
 
     def longest(self, chain: Chain, but: int | None = None) -> tuple[int | None, int]:
-        """The handle that holds most of `chain`, and how many tokens of it; (None, 0) if none holds any.
+        """Returns the handle that holds most of `chain`, and how many tokens of `chain`. (None, 0) if no handle holds any.
 
-        It may be of a running sequence or a cached one. A sequence that has gone on too far does not hold a shorter prefix in
-        layers with windows. but: a handle to ignore.
+        The handle may belong to a running or to a cached sequence. A sequence that is much longer than the common prefix does
+        not count if its layers with sliding windows have dropped the tokens that are needed. but: a handle to ignore.
         """
         for blocks in range(len(chain), 0, -1):
             for handle in self._holders.get(chain[blocks - 1], ()):
@@ -164,7 +168,7 @@ class PrefixCache:
         return None, 0
 
     def _set_chain(self, handle: int, chain: Chain) -> None:
-        """Replaces the chain by which a handle is found; an empty one makes it unfindable."""
+        """Replaces the chain of a handle. With an empty chain, searches do not find the handle."""
         for digest in self._chains.pop(handle, ()):
             holders = self._holders[digest]
             holders.discard(handle)
@@ -176,9 +180,9 @@ class PrefixCache:
                 self._holders.setdefault(digest, set()).add(handle)
 
     def _take_over(self, source: int, tokens: int, held: int) -> int:
-        """Turns cached memory into a sequence's memory for `tokens`, and returns the sequence's handle. Raises KVCacheFull.
+        """Turns the cached memory `source` into memory for a sequence of `tokens`. Returns the same handle. Raises KVCacheFull.
 
-        held: tokens that are cached there.
+        held: how many tokens are cached in that memory.
         """
         assert self.blocks is not None
         self._make_free(self.blocks.need.of(tokens) - self.blocks.units(source), source)
@@ -202,9 +206,9 @@ class PrefixCache:
         return self._kv.reserve(tokens)
 
     def _make_free(self, units: int, kept: int | None) -> bool:
-        """Evicts cached prefixes, least recently used first and never `kept`, until so many units are free.
+        """Evicts cached prefixes, least recently used first, until `units` of memory are free. Never evicts `kept`.
 
-        Evicts none and returns False if all of them are too few.
+        Evicts nothing and returns False if evicting all other prefixes would not be enough.
         """
         assert self.blocks is not None
         candidates = [handle for handle in self._cached if handle != kept]
@@ -218,7 +222,10 @@ class PrefixCache:
         return True
 
     def _copy(self, source: int | None, target: int, held: int) -> bool:
-        """Copies the first `held` tokens of `source` to `target`. Does nothing and returns False if `source` was evicted."""
+        """Copies the KV of the first `held` tokens of `source` to `target`.
+
+        Does nothing and returns False if `source` is None or was evicted, or if KV has no blocks.
+        """
         if self.blocks is None or source is None or not self._chains.get(source, ()):
             return False
         self.on_found(held - self._kv.length(target))

@@ -1,4 +1,4 @@
-"""Restores: KV comes from the tiers into sequences' memory, beside the engine's passes and beside one another."""
+"""Restores the KV of sequences from the tiers, in threads that run in parallel to the engine's passes."""
 
 import logging
 import time
@@ -21,7 +21,10 @@ _log: Final = logging.getLogger(__name__)
 _AT_ONCE: Final = 64  # restores that run at a time; others wait for a thread
 
 WithSequences = Callable[[Callable[[SequenceTable], int]], int]
-"""Calls a function with the sequence table between two passes, and returns its result. Raises what it raises, and NotReady."""
+"""Calls a function with the sequence table between two passes, and returns the function's result.
+
+Raises NotReady, and what the function raises.
+"""
 
 
 class Restorer:
@@ -30,7 +33,7 @@ class Restorer:
     def __init__(
         self, tiers: Sequence[Tier], with_sequences: WithSequences, rate: ComputeRate, on_reuse: Callable[[Reuse], None]
     ) -> None:
-        """tiers: asked in this order. rate, on_reuse: as for `Engine`."""
+        """tiers: places to ask for KV, in this order. rate, on_reuse: as for `Engine`."""
         self._tiers = tuple(tiers)
         self._with_sequences = with_sequences
         self._rate = rate
@@ -40,10 +43,10 @@ class Restorer:
     def begin(
         self, row: ReserveRow, lineage: str | None, reserved: ReservedRow, source: str, deadline: float
     ) -> Restore | None:
-        """Begins to restore what a sequence lacks of its chain; None: it lacks nothing, or there are no tiers.
+        """Begins to restore the KV that a sequence lacks of its chain.
 
-        lineage: of the KV; None: unknown, and nothing is restored. reserved: the reply to `row` so far. deadline: in
-        time.monotonic().
+        Returns None if nothing is to be restored: no KV is missing, the reservation was refused, there are no tiers, or the
+        lineage is unknown (None). reserved: the reply to `row` so far. deadline: of the restore, in time.monotonic().
         """
         complete = reserved.held >= BLOCK_TOKENS * len(row.digests)
         if not self._tiers or lineage is None or reserved.status is not Status.OK or complete:
@@ -52,7 +55,10 @@ class Restorer:
         return Restore(row, lineage, reserved, over)
 
     def _restore(self, row: ReserveRow, lineage: str, reserved: ReservedRow, source: str, deadline: float) -> ReservedRow:
-        """Asks tier after tier until all of the row's chain is held. Returns `reserved` with the tokens held by then."""
+        """Asks one tier after the other until the sequence holds its whole chain.
+
+        Returns a copy of `reserved` that says how many tokens the sequence then holds.
+        """
 
         def with_cache(action: Callable[[KVBlocks, int], int]) -> int:
             def act(sequences: SequenceTable) -> int:

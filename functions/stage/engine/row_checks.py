@@ -1,4 +1,7 @@
-"""Checks an event before it is computed. A malformed event fails as a whole; an invalid row is refused by itself."""
+"""Checks events before they are computed.
+
+A malformed event fails as a whole. An invalid row is refused, and the other rows of its event are computed.
+"""
 
 from eventing.problems import EventTooLarge, MalformedEvent
 from eventing.wire.events import MAX_BATCH_TOKENS, MAX_ROWS, Batch, Status, Want
@@ -8,9 +11,9 @@ from storage.models.embedder import Embedder
 
 
 def check_event(batch: Batch, group: LayerGroup, wire_dtype: str) -> None:
-    """Checks an event as a whole: number of rows and tokens, lengths of rows, dtype and shape of the tensor.
+    """Checks an event as a whole: its number of rows and tokens, the lengths of rows, and the tensor's dtype and shape.
 
-    wire_dtype: dtype that hidden states must have. Raises MalformedEvent or EventTooLarge.
+    wire_dtype: the dtype that hidden states must have. Raises MalformedEvent or EventTooLarge.
     """
     tokens = len(batch.token_ids)
     if not 1 <= len(batch.rows) <= MAX_ROWS:
@@ -36,9 +39,10 @@ def check_event(batch: Batch, group: LayerGroup, wire_dtype: str) -> None:
 
 
 def invalid_rows(batch: Batch, hidden: Array | None, group: LayerGroup, embedder: Embedder | None = None) -> dict[int, str]:
-    """Finds the rows that can never be computed: index of the row → reason. Rows whose status is not ok are skipped.
+    """Finds the rows that can never be computed. Returns a dictionary from the index of a row to the reason.
 
-    hidden: [tokens, hidden_size]; None for the first stage. embedder: if the model makes vectors and no tokens.
+    Skips rows whose status is not ok. hidden: hidden states [tokens, hidden_size]; None at the first stage. embedder: None for
+    a model that generates tokens.
     """
     invalid: dict[int, str] = {}
     for index, row in enumerate(batch.rows):

@@ -1,15 +1,16 @@
 """Samples tokens from logits, as a pure function of logits, sampling values, seed and position.
 
-Filters are those of transformers' `generate`, in its order: repetition penalty, temperature, top-k, top-p, min-p. Before the
-temperature come the OpenAI API's penalties, biases and banned tokens, and before everything a grammar's mask. If values are
-so small that float32 overflows, the same is computed in float64: every `Sampling` draws a token.
+The order of filters is that of transformers' `generate`: repetition penalty, temperature, top-k, top-p, min-p. The OpenAI
+API's penalties, biases and banned tokens, and the mask of a grammar, come before the temperature. If sampling values are so
+small that float32 overflows, the draw is repeated in float64, so that every `Sampling` draws a token.
 
-Each token has a weight, its probability up to a factor, and a number from a counter-based generator (Philox) keyed by seed and
-position. The draw takes the token whose exponential variate divided by its weight is the least, which is a draw from the
-softmax. So a replay draws the same token, whatever the batch, the cut or the machine. Logits that are rounded differently in
-another batch change the outcome of this comparison far more seldom than that of a cumulative sum over the vocabulary.
+Each token has a weight, which is proportional to its probability, and an exponential variate. The variate comes from a
+counter-based generator (Philox) keyed by seed and position. The token with the least variate / weight is drawn, which is a draw
+from the softmax. So a replay draws the same token, whatever the batch, the cut of the model or the machine. If logits are
+rounded differently in another batch, this comparison seldom changes; a cumulative sum over the vocabulary would change more
+often.
 
-What takes time runs in C (`functions/stage/native/c/sampler.inc.h`), and without C in `numpy_sampler`, with the same bits.
+The slow parts run in C (`functions/stage/native/c/sampler.inc.h`). Without C, `numpy_sampler` computes the same bits.
 """
 
 import math
@@ -38,19 +39,22 @@ _LEAST_DIVISOR: Final = 1e-100  # smaller divisors order the tokens no different
 
 @dataclass(slots=True)
 class Drawing:
-    """The next token of a sequence, and one more after each draft token that is accepted: one that was drawn, too."""
+    """A draw of the next tokens of one sequence: one token, and one more after each accepted draft token.
+
+    A draft token is accepted if the drawn token equals it.
+    """
 
     logits: Floats  # float32 [draft tokens + 1, vocab]
     sampling: Sampling
     position: int  # of the first token drawn
     history: Sequence[int] = ()  # all tokens before it, prompt included, used only if there is a penalty
     draft_tokens: Sequence[int] = ()
-    # The grammar's bits, for the first token and for the token after each draft token that it allows. None: all are allowed.
+    # Masks from the grammar: for the first token, and for the token after each allowed draft token. None: no grammar.
     allowed: Sequence[Allowed] | None = None
     drawn: list[int] = field(default_factory=list)  # the result; empty if the first logits are not finite
 
     def take(self, token: int | None) -> bool:
-        """Adds a token. Returns whether there is another one to draw."""
+        """Adds a drawn token. Returns whether another token must be drawn. If `token` is None, the drawing ends."""
         if token is None:
             return False
         self.drawn.append(token)
@@ -59,21 +63,27 @@ class Drawing:
         return is_accepted_draft and (self.allowed is None or count < len(self.allowed))
 
     def adjusted(self, logits: Floats, repetition_penalty: float) -> Floats:
-        """The logits of the next token after penalties, biases and bans; a copy unless there are none."""
+        """Returns the logits of the next token with penalties, biases and bans applied.
+
+        Returns `logits` itself if there are none of these, otherwise a copy.
+        """
         count = len(self.drawn)
         history = [*self.history, *self.draft_tokens[:count]] if count and self.sampling.adjusts else self.history
         return _adjust(logits, self.sampling, self.position + count, history, repetition_penalty)
 
 
 def draw(drawings: Sequence[Drawing], threads: NativeThreads | None = None) -> None:
-    """Draws the tokens of several sequences, which share one vocabulary. threads: share the work, if it is done in C."""
+    """Draws tokens for several sequences with the same vocabulary, and stores them in `Drawing.drawn`.
+
+    threads: C threads that share the work; ignored if numpy draws the tokens.
+    """
     while drawings:
         tokens = _draw_next(drawings, threads)
         drawings = [drawing for drawing, token in zip(drawings, tokens, strict=True) if drawing.take(token)]
 
 
 def _draw_next(drawings: Sequence[Drawing], threads: NativeThreads | None) -> list[int | None]:
-    """One token of each sequence; None if the greatest logit is not finite."""
+    """Draws one token for each sequence. A token is None if the greatest logit is not finite."""
     draws: list[native_sampler.Draw] = []
     with np.errstate(all="ignore"):  # overflow is detected, and computed in float64
         for drawing in drawings:
@@ -103,11 +113,11 @@ def _draw_next(drawings: Sequence[Drawing], threads: NativeThreads | None) -> li
 def log_probabilities(
     logits: npt.NDArray[np.float32], token_ids: Sequence[int] | Tokens, most_probable: int = 0
 ) -> list[tuple[float, TopLogprobs]]:
-    """The log-probability of each of `token_ids` [n] under `logits`, float32 [n, vocab], and each row's most probable tokens.
+    """Returns the log-probability of each of `token_ids` [n] under `logits`, float32 [n, vocab], and the most probable tokens.
 
-    most_probable: how many of these. Of equally probable tokens the lowest id comes first; tokens of probability 0 are left
-    out. Logarithms are natural, and taken before penalties, temperature and filters. A row with a NaN or an infinite maximum
-    gives NaN. Works row by row, so that memory stays at one row.
+    most_probable: how many of the most probable tokens each row gets. The lowest id comes first among equally probable tokens,
+    and tokens of probability 0 are omitted. Logarithms are natural. Penalties, temperature and filters do not apply. A row
+    with a NaN or an infinite maximum gives NaN and no tokens. Takes memory for one row only.
     """
     softmax = native_sampler.softmax if is_native() else numpy_sampler.softmax
     found: list[tuple[float, TopLogprobs]] = []
@@ -125,7 +135,7 @@ def log_probabilities(
 
 @cache
 def is_native() -> bool:
-    """Whether tokens are drawn in C; else in numpy, which gives the same tokens but is slower."""
+    """Whether C draws the tokens. Otherwise numpy draws the same tokens, but takes longer."""
     try:
         library()
     except UNAVAILABLE:
@@ -134,7 +144,10 @@ def is_native() -> bool:
 
 
 def _draw_widely(drawing: Drawing, wanted: native_sampler.Draw) -> int | None:
-    """Draws where float32 overflows, or all tokens that may come are banned. wanted: the draw that gave no token."""
+    """Repeats in float64 a draw that gave no token. If all allowed tokens are banned, ignores penalties, biases and bans.
+
+    wanted: the draw that gave no token, because float32 overflowed or because of the bans.
+    """
     scores = drawing.logits[len(drawing.drawn)].astype(np.float64)
     if wanted.allowed is not None:
         scores = numpy_sampler.masked(scores, wanted.allowed)
@@ -150,9 +163,10 @@ def _draw_widely(drawing: Drawing, wanted: native_sampler.Draw) -> int | None:
 
 
 def _adjust(scores: Floats, sampling: Sampling, position: int, history: Sequence[int], repetition_penalty: float) -> Floats:
-    """Applies the penalties, biases and bans of `sampling`; a copy unless there are none.
+    """Returns the scores with the penalties, biases and bans of `sampling` applied.
 
-    Ignores tokens outside the vocabulary.
+    Returns `scores` itself if there are none of these, otherwise a copy. Ignores biases and bans of tokens outside the
+    vocabulary.
     """
     if not sampling.adjusts:
         return scores

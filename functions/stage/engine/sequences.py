@@ -1,7 +1,7 @@
-"""The sequences that a stage holds: which rows are admitted, when sequences expire, and requests that wait for memory.
+"""The sequences of a stage: admits rows, expires sequences, and holds requests that wait for memory.
 
-Within an attempt a row's position decides: KV beyond it is dropped before computing, and a row is a miss if KV ends before it.
-A newer attempt begins with nothing held, and rows of an older one are stale.
+KV beyond a row's position is dropped before the row is computed. If the KV ends before the position, the row is a miss. A newer attempt of a sequence begins with the KV that the chains of both attempts
+have in common. Rows of older attempts are stale.
 """
 
 import math
@@ -29,22 +29,22 @@ class SequenceState:
     attempt: int
     handle: int  # of its memory in the KV cache
     last_seen: float  # when an event last named it, seconds since the epoch
-    # Ids of the tokens held, for penalties and grammars. Only the last stage keeps them. Ids of tokens that it did not compute
-    # came with the reservation.
+    # Ids of the sequence's tokens, for penalties and grammars. Only the last stage keeps them. The reservation brings the ids
+    # of tokens that the stage did not compute.
     token_ids: "array[int]" = field(default_factory=lambda: array("i"))
     matcher: Matcher | None = None  # of its grammar; used by the grammar thread only
     grammar: str = ""  # digest of the matcher's grammar
     lineage: str | None = None  # of its KV; None: unknown
     lineage_tokens: float = math.inf  # KV from this token on was computed under another lineage
-    is_long: bool = False  # it was begun with more known tokens than the group's `short_context`
+    is_long: bool = False  # whether it began with more known tokens than the group's `short_context`
     restore: Restore | None = None  # its last one
     adapter: bytes = b""  # digest of its adapter's version; empty: none
 
 
 class Refusal(Exception):
-    """A row is not computed. Its answer has this status.
+    """A row is refused: it is not computed, and its answer has this status.
 
-    held: tokens of the sequence that the stage holds, for a miss. reason: for the log and the client.
+    held: how many tokens of the sequence the stage holds; set for a miss. reason: for the log and the client.
     """
 
     def __init__(self, status: Status, *, held: int | None = None, reason: str | None = None) -> None:
@@ -55,12 +55,12 @@ class Refusal(Exception):
 
 
 class SequenceTable:
-    """All sequences of a stage, with their memory. Only the thread that holds the engine's lock may call it."""
+    """All sequences of a stage, with their memory. Only the thread that holds the engine's lock may call methods."""
 
     def __init__(self, kv: KVBudget, idle_seconds: float, clock: Callable[[], float], short_context: int | None = None) -> None:
-        """idle_seconds: `expire` releases a sequence if no event named it for so long. clock: seconds since the epoch.
+        """idle_seconds: `expire` releases a sequence after this time without an event that names it.
 
-        short_context: of the layer group.
+        clock: returns seconds since the epoch. short_context: see `LayerGroup.short_context`.
         """
         self._short_context = short_context
         self._kv = kv
@@ -70,10 +70,10 @@ class SequenceTable:
         self.by_id: dict[str, SequenceState] = {}
 
     def admit(self, row: Row, source: str, lineage: str | None) -> SequenceState:
-        """Returns the row's sequence, ready to compute the row: its KV ends at the row's position and has memory for the row.
+        """Prepares a sequence for a row and returns it: its KV ends at the row's position and has memory for the row.
 
-        Begins the sequence if the row reserves memory for it. source: names the gateway that sent the row. lineage: of the KV
-        that the row gets. Raises Refusal.
+        Begins the sequence if the row asks for memory and is at position 0. source: names the gateway that sent the row.
+        lineage: of the KV that the row will have. Raises Refusal.
         """
         if row.reserve_tokens is not None and row.position == 0:
             sequence = self._reserve(row.id, row.attempt, row.reserve_tokens, source, (), row.adapter)
@@ -113,10 +113,11 @@ class SequenceTable:
         return sequence
 
     def reserve(self, wanted: ReserveRow, source: str, lineage: str | None) -> ReservedRow:
-        """Reserves memory for a sequence and fills it from the prefix cache. A refusal is a status, not an exception.
+        """Reserves memory for a sequence, and fills the memory from the prefix cache.
 
-        Idempotent: a repeated request of the same attempt is answered with the tokens that are held by then. lineage: of the KV
-        that the sequence shall have; None: unknown, and nothing is found.
+        A refusal is a status in the reply, not an exception. A request of the same attempt may be repeated: the reply then says
+        how many tokens are held by that time. lineage: of the KV that the sequence will have. If None, the lineage is unknown
+        and nothing is found.
         """
         chain = under(wanted.digests, lineage)
         try:
@@ -130,14 +131,14 @@ class SequenceTable:
         return ReservedRow(wanted.id, wanted.attempt, Status.OK, held)
 
     def get(self, id_: str, source: str) -> SequenceState | None:
-        """The sequence of this id and source; None if there is none."""
+        """Returns the sequence with this id, or None if this source has no such sequence."""
         sequence = self.by_id.get(id_)
         return None if sequence is None or sequence.source != source else sequence
 
     def holder(self, id_: str, attempt: int, source: str, lineage: str) -> tuple[int, int] | None:
-        """The KV handle of a sequence in exactly this attempt, and how many tokens of the lineage it holds.
+        """Returns the KV handle of a sequence, and how many tokens of this lineage it holds.
 
-        None if there is no such sequence of the source and the lineage.
+        None if there is no sequence with exactly this id, attempt, source and lineage.
         """
         sequence = self.get(id_, source)
         if sequence is None or (sequence.attempt, sequence.lineage) != (attempt, lineage):
@@ -145,9 +146,9 @@ class SequenceTable:
         return sequence.handle, int(min(self._kv.length(sequence.handle), sequence.lineage_tokens))
 
     def release(self, release: ReleaseRow, source: str) -> bool:
-        """Releases a sequence, and caches its KV for later ones.
+        """Releases a sequence, and caches its KV for later sequences.
 
-        False if it is unknown, in a newer attempt or of another source.
+        Returns False if the sequence is unknown, in a newer attempt, or of another source.
         """
         sequence = self.by_id.get(release.id)
         if sequence is None or sequence.source != source or sequence.attempt > release.attempt:
@@ -160,7 +161,7 @@ class SequenceTable:
         return True
 
     def expire(self, lost_sources: Container[str] = ()) -> int:
-        """Releases sequences that have been idle too long, and all of the gateways `lost_sources`. Returns how many."""
+        """Releases sequences that have been idle too long, and all sequences of `lost_sources`. Returns how many."""
         oldest = self._clock() - self._idle_seconds
         expired = [
             id_ for id_, sequence in self.by_id.items() if sequence.last_seen < oldest or sequence.source in lost_sources
@@ -188,9 +189,10 @@ class SequenceTable:
         return self.by_id[id_]
 
     def _begin_attempt(self, id_: str, sequence: SequenceState, attempt: int, source: str, chain: Chain = ()) -> None:
-        """Begins a newer attempt of a known sequence, or checks that `attempt` is the current one. Raises Refusal.
+        """Begins a newer attempt of a known sequence. Raises Refusal if `attempt` is older than the present one.
 
-        chain: the new attempt's. KV of the older attempt is kept as far as both chains are equal.
+        Also raises Refusal if the sequence is of another source. chain: of the new attempt. The KV of the common prefix of both
+        attempts' chains is kept.
         """
         if sequence.source != source:
             raise Refusal(Status.INVALID, reason=f"the id {id_!r} is in use by another source")
@@ -203,11 +205,12 @@ class SequenceTable:
 
 
 class GatewayLeases:
-    """The leases of gateways, by which a stage finds out that a gateway has died. Every event renews the lease of its source.
+    """The leases of gateways. A lease that expires tells the stage that its gateway has died.
 
-    A source names one process of a gateway: after a restart it has another. The engine's thread calls `expired` at intervals of
-    at least `check_seconds`; a lease expires after CHECKS such calls without a renewal. So time in which this stage receives no
-    event, in a long pass or while the process is paused, does not count. Any thread may call `renew`.
+    Every event renews the lease of its source. A source names one process of a gateway, so a restarted gateway is a new source.
+    The engine's thread calls `expired` at intervals of at least `check_seconds`. A lease expires after CHECKS such calls
+    without a renewal. So time in which the stage itself makes no progress, in a long pass or in a paused process, does not
+    count. Any thread may call `renew`.
     """
 
     CHECKS = 10  # calls of `expired` without a renewal until a lease expires
@@ -221,9 +224,9 @@ class GatewayLeases:
         self._renewed[source] = self._checks
 
     def expired(self, holders: Collection[str]) -> set[str]:
-        """Counts one check, and returns the sources whose leases have expired.
+        """Counts one check, and returns those of `holders` whose leases have expired.
 
-        holders: sources that have sequences at this stage; only these are returned.
+        holders: the sources that have sequences at this stage.
         """
         self._checks += 1
         expired = {source for source, renewed in list(self._renewed.items()) if self._checks - renewed > self.CHECKS}
@@ -235,10 +238,10 @@ class GatewayLeases:
 
 
 class MemoryWaiters:
-    """Requests held open at a stage that lacks memory, so that its autoscaler counts them as in flight. Thread-safe."""
+    """Holds requests open while the stage lacks memory, so that the autoscaler counts them as in flight. Thread-safe."""
 
     def __init__(self, free_tokens: Callable[[], int], most: int = MAX_MEMORY_WAITERS) -> None:
-        """free_tokens: returns the KV tokens that can be reserved. most: requests held at a time, of all gateways together."""
+        """free_tokens: returns how many tokens of KV can be reserved. most: requests held at once, of all gateways together."""
         self._free_tokens = free_tokens
         self._most = most
         self._changed = threading.Condition()
@@ -246,9 +249,9 @@ class MemoryWaiters:
         self.waiting = 0
 
     def wait(self, tokens: int, seconds: float) -> None:
-        """Blocks until `tokens` can be reserved or `seconds` have passed; the caller is not told which.
+        """Blocks until `tokens` can be reserved or `seconds` have passed. The caller is not told which.
 
-        Returns at once after `close`, and if as many requests wait already as the constructor allows.
+        Returns at once after `close`, or if the greatest number of requests is already waiting.
         """
         with self._changed:
             if self.waiting >= self._most:
@@ -260,13 +263,13 @@ class MemoryWaiters:
                 self.waiting -= 1
 
     def notify(self) -> None:
-        """Lets waiting requests check again whether there is memory. Cheap if none waits."""
+        """Makes waiting requests check again whether there is memory. Cheap if no request waits."""
         if self.waiting:
             with self._changed:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Makes all calls of `wait` return, now and later."""
+        """Makes all present and later calls of `wait` return at once."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

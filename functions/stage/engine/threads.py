@@ -1,4 +1,7 @@
-"""How many threads a stage computes with, and how torch's threads wait, which must be set before torch is imported."""
+"""Chooses how many threads a stage computes with, and sets how torch's threads wait.
+
+The latter must happen before torch is imported.
+"""
 
 import os
 import sys
@@ -22,33 +25,40 @@ _CGROUP_V1: Final = (Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/
 class PassThreads:
     """Chooses the number of threads of each pass, for stages that share the cores of a machine and compute with torch.
 
-    If a stage is mostly idle, the others wait while it computes: it has the cores for itself, and uses all threads. A busy
-    stage uses fewer, because other stages compute at the same time, and torch's threads wait for each other.
+    A stage that is mostly idle usually computes while the other stages wait, so it uses all threads. A busy stage uses fewer
+    threads: other stages compute at the same time, and torch's threads would wait for each other.
     """
 
     def __init__(self, threads: int, busy_threads: int) -> None:
-        """threads: of a pass while the stage is mostly idle. busy_threads: while it is busy; 0: as many as `threads`."""
+        """threads: threads per pass while the stage is mostly idle.
+
+        busy_threads: threads per pass while the stage is busy. If 0, `threads`.
+        """
         self._threads = threads
         self._busy_threads = busy_threads or threads
         self._busy = 0.0  # share of the time, moving average over passes
         self._last: tuple[float, float] | None = None  # when the last pass began and ended
 
     def begin(self, now: float) -> int:
-        """The number of threads for the pass that begins now. now: seconds of any monotonic clock, the same as for `end`."""
+        """Returns the number of threads for the pass that begins now.
+
+        now: seconds of a monotonic clock, the same clock as for `end`.
+        """
         if self._last is not None:
             began, ended = self._last
             self._busy += ((ended - began) / max(now - began, 1e-9) - self._busy) * _SMOOTHING
         return self._busy_threads if self._busy > _BUSY else self._threads
 
     def end(self, began: float, now: float) -> None:
-        """Counts a pass: it began at `began` and has ended `now`."""
+        """Counts a pass that began at `began` and has ended at `now`."""
         self._last = (began, now)
 
 
 def thread_count(configured: int) -> int:
-    """The threads to compute with: `configured`, or if that is 0 the whole cores that this process may use, at least one.
+    """Returns how many threads to compute with.
 
-    These are limited by its CPU affinity and by the CPU quota of its cgroup.
+    That is `configured`, unless it is 0. Then it is the number of whole cores that this process may use, at least one. The CPU
+    affinity of the process and the CPU quota of its cgroup limit these cores.
     """
     if configured:
         return configured
@@ -57,21 +67,22 @@ def thread_count(configured: int) -> int:
 
 
 def usable_cores() -> int:
-    """Cores in this process's affinity mask. Ignores its CPU limit."""
+    """Returns the number of cores in the affinity mask of this process. Ignores the CPU quota."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def set_openmp(environ: MutableMapping[str, str], threads: int) -> None:
-    """Sets OpenMP's variables in `environ`: its threads, and that one that waits soon sleeps. Call it before torch loads.
+    """Sets OpenMP's variables in `environ`: the number of threads, and that a waiting thread soon sleeps.
 
-    If several stages share cores, threads that wait in a loop make passes 2 to 5 times as slow.
+    Call it before torch is imported. If several stages share cores, threads that wait in a loop make passes 2 to 5 times as
+    slow.
     """
     environ["OMP_NUM_THREADS"] = str(threads)
     environ.update(WAITING)
 
 
 def _cpu_limit() -> float | None:
-    """Cores that the cgroup allows, such as 1.5; None: no limit."""
+    """Returns how many cores the cgroup allows, such as 1.5. None if there is no limit."""
     try:
         quota, period = _CGROUP_V2.read_text().split()
     except (OSError, ValueError):

@@ -12,10 +12,10 @@ _MOST_SCALE: Final = np.nextafter(np.finfo(np.float32).max / np.float32(127), np
 
 
 def hidden_array(hidden: Tensor, dtype: HiddenDtype) -> Array:
-    """The hidden states of an event's tensor, in the group's dtype. A view of the tensor's bytes unless these are I8.
+    """Returns the hidden states of an event's tensor as an array, a view of the tensor's bytes if possible.
 
-    I8 has 8 bits for each number and a float32 scale for each row. A row whose scale is not finite becomes numbers that are not
-    finite, which later checks find.
+    An I8 tensor has 8 bits for each number and a float32 scale for each row. It is converted to `dtype`, the dtype of the
+    group. A row whose scale is not finite becomes numbers that are not finite; later checks find them.
     """
     if hidden.dtype != "I8":
         return np.frombuffer(hidden.data, DTYPES[hidden.dtype]).reshape(hidden.shape)
@@ -25,10 +25,10 @@ def hidden_array(hidden: Tensor, dtype: HiddenDtype) -> Array:
 
 
 def wire_tensor(hidden: Array, dtype: HiddenDtype, wire_dtype: str) -> Tensor:
-    """An event's tensor of hidden states [n, hidden_size], which must be finite; n > 0.
+    """Returns hidden states [n, hidden_size] as a tensor for an event. They must be finite, and n > 0.
 
-    dtype: of `hidden`. wire_dtype: I8, or the same dtype, for which contiguous arrays are not copied. I8 scales each row by
-    itself, so that its largest number becomes 127 or -127.
+    dtype: of `hidden`. wire_dtype: either `dtype` or I8. With `dtype`, contiguous arrays are not copied. With I8, each row has
+    a scale of its own, so that the largest number of the row becomes 127 or -127.
     """
     if wire_dtype != "I8":
         return Tensor(wire_dtype, hidden.shape, np.ascontiguousarray(hidden).data.cast("B"))
@@ -42,5 +42,5 @@ def wire_tensor(hidden: Array, dtype: HiddenDtype, wire_dtype: str) -> Tensor:
 
 
 def _row_of(hidden_size: int) -> np.dtype[np.void]:
-    """The bytes of one I8 row: its scale, then its numbers."""
+    """Returns the layout of one row of an I8 tensor: the scale, then the numbers."""
     return np.dtype([("scale", "<f4"), ("numbers", "i1", (hidden_size,))])

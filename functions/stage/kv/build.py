@@ -26,19 +26,20 @@ _RETRY_SECONDS: Final = 2.0  # how long a request to the store is retried; after
 
 @dataclass(frozen=True, slots=True)
 class Tiers:
-    """The tiers of a stage, and what writes KV to the store."""
+    """The tiers of a stage, and the writer that puts KV into the store."""
 
-    tiers: tuple[Tier, ...] = ()  # in the order in which they are asked, the fastest first
-    writer: KVWriter | None = None  # None: there is no store for keys and values
+    tiers: tuple[Tier, ...] = ()  # the fastest first; they are asked in this order
+    writer: KVWriter | None = None  # None if no store for KV is configured
 
 
 def tiers_of(
     config: StageConfig, kv: KVCache, rate: ComputeRate, observe: Observe, written: Written, tls: PodTLS | None = None
 ) -> Tiers:
-    """Builds the tiers that the configuration names; none for a KV cache that is no `KVBlocks`, whose bytes cannot be read.
+    """Builds the tiers that the configuration names.
 
-    rate: of this stage's prefill, with which fetching is compared. observe: called after each restore. written: called after
-    each part that the store has got. tls: given if peers are reached by https.
+    There are none if `kv` is not a `KVBlocks`, because the bytes of such a cache cannot be read. rate: speed of this stage's
+    prefill; KV is fetched only if that is expected to be faster. observe: called after each restore. written: called after each
+    part of KV that was written to the store. tls: given if peers are reached over https.
     """
     if not isinstance(kv, KVBlocks):
         return Tiers()
@@ -63,7 +64,7 @@ def tiers_of(
 
 
 def _store_settings(config: StageConfig, bucket: str) -> StoreSettings:
-    """The settings of the KV store: those of the models' store, except for what the KV store's own settings say."""
+    """Returns the settings of the KV store. A setting that the KV store lacks is that of the models' store."""
     own, models = config.kv_store, config.store
     settings = replace(models, bucket=bucket, endpoint_url=own.endpoint_url or models.endpoint_url)
     if own.access_key_id is None:

@@ -1,4 +1,7 @@
-"""Fetches a sequence's KV from a tier: several parts at once, which are written into the KV arena in their order."""
+"""Fetches the KV of a sequence from a tier.
+
+Several parts of the KV are fetched at once, and written into the KV arena in their order.
+"""
 
 import logging
 import math
@@ -33,22 +36,22 @@ class FetchFailed(Exception):
 
 
 class TierAway(FetchFailed):
-    """The tier did not answer, or not in time. It is not asked for some seconds, so that other sequences do not wait for it."""
+    """The tier did not answer in time. Do not ask it for some seconds, so that other sequences do not wait for it."""
 
 
 Fetch = Callable[[KVPart, float], CheckedKV | None]
-"""A function (part, deadline) that fetches a part of a chain's KV. deadline: in time.monotonic().
+"""A function (part, deadline) that fetches one part of a chain's KV. The deadline is in time.monotonic().
 
 Returns None if the tier does not hold the whole part. Raises FetchFailed.
 """
 
 
 Observe = Callable[[str, int, float, bool], None]
-"""A function (tier, bytes, seconds, failed) that is called with the outcome of each restore, for metrics."""
+"""A function (tier, bytes, seconds, failed) that records the outcome of each restore, for metrics."""
 
 
 class FetchEstimate:
-    """Estimates whether fetching from one tier is faster than computing, from what both took lately. Thread-safe."""
+    """Estimates from recent measurements whether fetching KV from one tier is faster than computing it. Thread-safe."""
 
     def __init__(self, rate: ComputeRate) -> None:
         self._rate = rate
@@ -57,7 +60,7 @@ class FetchEstimate:
         self._seconds_per_token: float | None = None
 
     def time_limit(self, tokens: int) -> float | None:
-        """Most seconds that a fetch of `tokens` may take; None: do not fetch, because computing them is faster."""
+        """Returns the time limit of a fetch of `tokens`, in seconds. None if computing them is expected to be faster."""
         computing = self._rate.seconds(tokens)
         if computing is None:
             return MOST_SECONDS
@@ -71,7 +74,7 @@ class FetchEstimate:
         return min(MOST_SECONDS, max(LEAST_SECONDS, computing))
 
     def fetched(self, tokens: int, seconds: float) -> None:
-        """Counts one fetch. tokens: how many came, 0 if the tier held nothing. seconds: how long it took."""
+        """Counts one fetch. tokens: how many tokens were fetched; 0 if the tier held nothing. seconds: how long it took."""
         with self._lock:
             if tokens >= _ENOUGH_TOKENS:
                 self._seconds_per_token = smoothed(self._seconds_per_token, seconds / tokens)
@@ -81,7 +84,7 @@ class FetchEstimate:
 
 @dataclass(slots=True)
 class _Fetched:
-    """The outcome of one fetch, which may have failed after some parts."""
+    """The outcome of one fetch. If it failed, some parts may have been fetched before."""
 
     held: int  # tokens that the sequence holds now
     bytes: int = 0  # fetched
@@ -89,10 +92,10 @@ class _Fetched:
 
 
 class Fetcher:
-    """Fetches KV from one tier, if that is expected to be faster than computing it. Thread-safe."""
+    """Fetches KV from one tier, if that is expected to be faster than to compute the KV. Thread-safe."""
 
     def __init__(self, tier: str, layout: KVLayout, estimate: FetchEstimate, threads: Executor, observe: Observe) -> None:
-        """tier: its name, for metrics. layout: of the stage's own arena. threads: fetch the parts."""
+        """tier: name of the tier in metrics. layout: of the stage's own KV arena. threads: the threads that fetch parts."""
         self.layout = layout
         self._tier = tier
         self._estimate = estimate
@@ -102,10 +105,11 @@ class Fetcher:
         self._away_until: dict[str, float] = {}  # source → time.monotonic() from which it may be asked again
 
     def restore(self, request: RestoreRequest, fetch: Fetch, source: str) -> int:
-        """Fetches what the sequence lacks of its chain. Returns how many tokens it holds then. Raises SequenceGone.
+        """Fetches the KV that the sequence lacks of its chain. Returns how many tokens the sequence then holds.
 
-        Fetches nothing if computing is faster, time is short, or `source` did not answer lately. A failure is logged, not
-        raised: what came before it stays. fetch: gets one part. source: name of the peer or store.
+        Fetches nothing if computing is faster, the deadline is near, or `source` did not answer lately. A failure is logged and
+        not raised; parts that were fetched before stay. fetch: fetches one part. source: name of the peer or store. Raises
+        SequenceGone.
         """
         missing = len(request.chain) * BLOCK_TOKENS - request.held
         time_limit = self._estimate.time_limit(missing)
@@ -143,7 +147,10 @@ class Fetcher:
             self._away_until[source] = now + _AWAY_SECONDS
 
     def _fetch_parts(self, request: RestoreRequest, fetch: Fetch, deadline: float) -> _Fetched:
-        """Fetches part after part until one is missing or fails, or the deadline (time.monotonic()) has passed."""
+        """Fetches one part after the other, until a part is missing or fails, or the deadline has passed.
+
+        deadline: in time.monotonic().
+        """
         parts = deque(parts_between(request.held // BLOCK_TOKENS, len(request.chain), part_blocks(self.layout)))
         requested: dict[KVPart, Future[CheckedKV | None]] = {}
         fetched = _Fetched(request.held)
@@ -171,12 +178,15 @@ class Fetcher:
 
 
 def part_blocks(layout: KVLayout) -> int:
-    """Most blocks of tokens in one part, given the size of a token's KV. The same for peers and the store."""
+    """Returns the greatest number of blocks in one part, which depends on the size of a token's KV.
+
+    Peers and the store use the same number.
+    """
     return most_blocks(layout.token_bytes * BLOCK_TOKENS)
 
 
 def place(request: RestoreRequest, found: CheckedKV) -> int:
-    """Writes fetched KV into the sequence's memory. Returns how many tokens it holds then.
+    """Writes fetched KV into the memory of the sequence. Returns how many tokens have then been written.
 
     Raises SequenceGone, and ValueError if tokens before `found` are missing.
     """

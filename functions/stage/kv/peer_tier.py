@@ -1,6 +1,6 @@
-"""Other instances of the same stage as a tier: KV goes from pod to pod.
+"""The tier of peers: fetches KV from other instances of the same stage.
 
-The gateway names the instances that may hold a sequence's KV. This file has both sides: `PeerTier` asks, `hand_over` answers.
+The gateway names the instances that may hold a sequence's KV. `PeerTier` asks them, and `hand_over` answers such a request.
 """
 
 import logging
@@ -38,10 +38,10 @@ class SequenceReader(Protocol):
 
 
 def hand_over(query: KVQuery, engine: SequenceReader) -> tuple[bytearray, int] | None:
-    """Answers the query of another instance of this stage for the KV of a range of tokens; None if it is not here.
+    """Answers another instance of this stage, which asks for the KV of a range of tokens. None if this instance lacks them.
 
-    Returns the KV in the format of `kv_bytes`, and how many tokens of KV the sequence has here. That number is 0 if the KV was
-    found in another sequence, by the digest of the same tokens.
+    Returns the KV in the format of `kv_bytes`, and how many tokens of KV the named sequence has here. That number is 0 if the
+    KV was found by its digest, in another sequence with the same tokens.
     """
     found = engine.with_sequences(lambda sequences: _copied(query, sequences))
     if found is not None:
@@ -69,9 +69,10 @@ class PeerClient:
     def __init__(
         self, pods: PodNetwork, pipeline: str, layer: int, token: str, tls: PodTLS | None = None, token_seconds: float = 0.0
     ) -> None:
-        """pods: addresses that may be asked, and so get the token. layer: the stage's first. token: the pipeline's secret.
+        """pods: the addresses that may be asked; these get the token. layer: first layer of the stage.
 
-        tls: given if `pods` are reached by https. token_seconds: what KV of a token takes on the link of an emulated device.
+        token: the secret of the pipeline. tls: given if `pods` are reached over https. token_seconds: how long the emulated
+        link of a `SleepGroup` takes for the KV of one token; 0 for real stages.
         """
         self._pods = pods
         self._pipeline = pipeline
@@ -82,7 +83,7 @@ class PeerClient:
         self._link = threading.Lock()  # an emulated link carries one reply at a time
 
     def admits(self, peer: str) -> bool:
-        """Whether a peer's URL is in the pod network, so that it may get the token. Logs a warning if not."""
+        """Whether the URL of a peer is in the pod network, so that the peer may get the token. Logs a warning if not."""
         parts = urlsplit(peer)
         if parts.scheme == self._pods.scheme and self._pods.admits(parts.hostname or "", parts.port or 0):
             return True
@@ -92,10 +93,11 @@ class PeerClient:
     def ask(
         self, peer: str, request: RestoreRequest, first: int, end: int, digest: bytes, deadline: float
     ) -> tuple[memoryview, int]:
-        """Asks a peer for the KV of tokens [first, end), by the sequence's id and by the digest of the block that ends there.
+        """Asks a peer for the KV of tokens [first, end).
 
-        Returns unverified bytes, empty if the peer lacks them, and how many tokens the peer holds of this sequence. digest:
-        empty: only by the id. deadline: in time.monotonic(). Raises TierAway.
+        Returns the bytes, which are not verified, and how many tokens of this sequence the peer holds. The bytes are empty if
+        the peer lacks the KV. digest: of the block that ends at `end`. The peer looks for the id of the sequence and for the
+        digest; if `digest` is empty, for the id alone. deadline: in time.monotonic(). Raises TierAway.
         """
         id_, attempt, source = request.sequence
         of_tokens = digest[:DIGEST_BYTES].hex()
@@ -141,17 +143,18 @@ class _PeerRestore:
         self._fetcher = fetcher
         self._peer = peer
         self._request = request
-        self._held_by_peer = 0  # tokens of this very sequence
+        self._held_by_peer = 0  # tokens of this sequence that the peer holds
 
     def part(self, part: KVPart, deadline: float) -> CheckedKV | None:
-        """See `Fetch`."""
+        """Fetches one part, as `Fetch` says."""
         digest = self._request.chain[part.end - 1]
         return self._range(part.first * BLOCK_TOKENS, part.end * BLOCK_TOKENS, digest, deadline)
 
     def rest(self, held: int) -> int:
-        """Fetches the tokens after the chain's last whole block, which only the peer that a sequence migrates from can have.
+        """Fetches the KV of tokens after the last whole block of the chain. Returns how many tokens the sequence then holds.
 
-        held: tokens that the sequence holds here. Returns how many it holds then. Raises SequenceGone.
+        Only the peer that the sequence migrates from can have such KV. held: how many tokens the sequence holds here already.
+        Raises SequenceGone.
         """
         end = min(self._held_by_peer, held + BLOCK_TOKENS - 1)
         if end <= held:

@@ -1,8 +1,8 @@
-"""The store as a tier: KV of idle conversations is written to it, and read when neither memory nor a peer has it.
+"""The tier of the store: keeps the KV of idle conversations, for the case that neither memory nor a peer has it.
 
-KV is written when the prefix cache evicts it, and when the pod ends. The engine's thread copies the bytes into a bounded queue.
-Another thread writes them to the store at a limited rate. KV that fits neither into the queue nor into the pod's share of the
-store is dropped and computed again.
+KV is written when the prefix cache evicts it, and when the pod shuts down. The engine's thread copies the bytes into a bounded
+queue, and another thread writes them to the store at a limited rate. If KV does not fit into the queue or into the pod's share
+of the store, it is dropped. It is computed again when the conversation continues.
 """
 
 import logging
@@ -35,11 +35,11 @@ _PAUSE_SECONDS: Final = 30.0  # after a failure, until the store is tried again
 _POLL_SECONDS: Final = 0.02
 
 Written = Callable[[int], None]
-"""A function that is called with the size in bytes of each part that has been written, for metrics."""
+"""A function that gets the size in bytes of each part that was written to the store, for metrics."""
 
 
 class StoreTier:
-    """Implements `Tier` by reading the parts that a `KVWriter` of any pod has written."""
+    """Implements `Tier` with the store. Reads the parts that the `KVWriter` of any pod has written."""
 
     name: Final = "store"
 
@@ -51,7 +51,10 @@ class StoreTier:
         return self._fetcher.restore(request, lambda part, _: self._part(request, part), "the store")
 
     def _part(self, request: RestoreRequest, part: KVPart) -> CheckedKV | None:
-        """Reads a part; None if it is not stored. Deletes a part that fails verification. Raises FetchFailed."""
+        """Reads and verifies one part. None if the store does not have it.
+
+        Deletes a part that fails verification. Raises FetchFailed.
+        """
         key = self._store.key(self._fetcher.layout.kind, request.chain[part.end - 1], part)
         try:
             data = self._store.get(key)
@@ -64,10 +67,13 @@ class StoreTier:
 
 
 class KVWriter:
-    """Writes cached prefixes to the store, on a thread of its own that starts with the first of them. It never ends."""
+    """Writes cached prefixes to the store, in a thread of its own.
+
+    The thread starts with the first prefix and never ends.
+    """
 
     def __init__(self, store: KVObjects, pool: KVBlocks, retention: Retention, bytes_per_second: int, written: Written) -> None:
-        """retention: of all pods of the stage together. bytes_per_second: of this pod."""
+        """retention: limits for all pods of the stage together. bytes_per_second: limit of this pod. written: see `Written`."""
         self._store = store
         self._pool = pool
         self._most_blocks = part_blocks(pool.layout)
@@ -81,18 +87,18 @@ class KVWriter:
         self._thread: threading.Thread | None = None
 
     def evicted(self, prefix: CachedPrefix) -> None:
-        """Copies a prefix that is about to be evicted into the queue.
+        """Copies a prefix into the queue just before it is evicted. The caller must hold the engine's lock.
 
-        Drops what does not fit, because the engine must not wait. The caller must hold the engine's lock.
+        Drops parts that do not fit into the queue, because the engine must not wait.
         """
         for key, part in self._missing_parts(prefix):
             if self._paused or not self._copy(prefix, key, part):
                 return
 
     def drain(self, engine: Engine, seconds: float) -> None:
-        """Writes all cached prefixes, most recently used first. Call it without the engine's lock when the pod ends.
+        """Writes all cached prefixes, most recently used first. Call it when the pod shuts down, without the engine's lock.
 
-        Blocks until all is written, the store fails, or `seconds` have passed.
+        Blocks until all prefixes are written, the store fails, or `seconds` have passed.
         """
         end = time.monotonic() + seconds
         for prefix in engine.with_sequences(lambda sequences: sequences.cache.cached()):

@@ -1,4 +1,4 @@
-"""An adapter's share of a group's layers as numpy arrays, as layer groups take it."""
+"""Reads the part of an adapter that changes a group's layers into numpy arrays, from which layer groups prepare it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,12 +9,15 @@ from storage.loading.weight_loader import RawTensor
 
 
 class WrongAdapter(Exception):
-    """An adapter does not fit the layers, or has what their implementation does not compute. Publish it for this model."""
+    """An adapter does not fit the layers, or changes what their implementation cannot change.
+
+    Publish the adapter for this model.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """What an adapter adds to the output of a module: scale * B A x."""
+    """The term that an adapter adds to the output of a module with input x: scale * B A x."""
 
     a: Float32  # [rank, inputs]
     b: Float32  # [outputs, rank]
@@ -22,9 +25,9 @@ class LowRank:
 
 
 def low_ranks(tensors: Mapping[str, RawTensor], dtype: HiddenDtype) -> dict[str, LowRank]:
-    """The low-rank matrices of each adapted module, by its name in the checkpoint, rounded to `dtype`.
+    """Returns the low-rank matrices of each adapted module, rounded to `dtype`. Keys are module names in the checkpoint.
 
-    tensors: of objects of an `AdapterManifest`. Raises WrongAdapter for tensors that no such object has.
+    tensors: from the objects of an `AdapterManifest`. Raises WrongAdapter if a module does not have exactly three tensors.
     """
     found: dict[str, LowRank] = {}
     for name in tensors:

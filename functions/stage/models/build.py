@@ -40,16 +40,16 @@ _MODULES: Final = {
 
 
 class UnsupportedDtype(Exception):
-    """No available implementation runs the publication's dtype. Publish the model in a float dtype."""
+    """No available implementation runs the dtype of the published model. Publish the model in a float dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupChoice:
-    """The implementation that is to run the layers of a model, and its device."""
+    """The chosen implementation of the layers of a model, and the device that it runs on."""
 
     kind: Literal["native", "llama", "transformers", "sleep"]
     device: str  # cpu, cuda, or another of torch's
-    why: str | None = None  # the reason why the layers cannot run in C, for logs; None: they can, or another kind was asked for
+    why: str | None = None  # why the layers cannot run in C, for logs; None if they can, or if another kind was requested
 
 
 def choose(
@@ -62,10 +62,14 @@ def choose(
 ) -> GroupChoice:
     """Chooses the implementation and device for a model, without building anything. May import torch and compile C.
 
-    config: a config.json. dtype: of the publication. device: auto, cpu, cuda, or another of torch's. before_torch: called just
-    before torch is imported. kv_dtype: of keys and values, which layers in C alone keep in 8 bits; None: that of activations.
-    Kind `auto` prefers layers in C, then torch's operators if they run the model exactly, then transformers. Raises
-    ArchitectureUnsupported, UnsupportedConfig, UnsupportedDtype if the requested kind cannot run it, and LibraryMissing.
+    Kind `auto` prefers layers in C, then torch's operators if they run the model exactly, then transformers' modules.
+
+    config: a config.json. dtype: of the published model. device: auto, cpu, cuda, or another device of torch. before_torch:
+    called just before torch is imported. kv_dtype: int8 for keys and values in 8 bits, which only layers in C support; if
+    None, they have the dtype of activations.
+
+    Raises ArchitectureUnsupported, UnsupportedConfig or UnsupportedDtype if the requested kind cannot run the model, and
+    LibraryMissing.
     """
     if kind == "sleep":
         return GroupChoice(kind, "cpu")
@@ -97,9 +101,10 @@ def choose(
 
 
 def check_cut(config: Mapping[str, Any]) -> None:
-    """Raises ArchitectureUnsupported, which says what differed, if transformers' modules do not run the config.json in stages.
+    """Checks that transformers' modules run the model of a config.json in stages. Takes seconds.
 
-    Takes seconds. Raises LibraryMissing if torch or transformers is not installed.
+    Raises ArchitectureUnsupported, which says what differs, if they do not, and LibraryMissing if torch or transformers is not
+    installed.
     """
     _of_torch("transformers", config, "float32", "cpu", None, lambda: None)
     from functions.stage.models.transformers import self_test
@@ -108,9 +113,10 @@ def check_cut(config: Mapping[str, Any]) -> None:
 
 
 def native_obstacle(model: Decoder, dtype: str, device: str) -> str | None:
-    """Why the layers cannot run in C: dtype, device, head size, or neither a compiled library nor a compiler. None: they can.
+    """Returns the reason why the layers of a model cannot run in C, or None if they can.
 
-    Logs a warning if dtype and device would allow it. device: cpu, cuda, or another of torch's.
+    The reason is the dtype, the device, the head size, or that there is neither a compiled library nor a compiler. Logs a
+    warning if dtype and device are not the reason. device: cpu, cuda, or another device of torch.
     """
     obstacle = limits.obstacle(dtype, device, {"head_dim": model.attention.head_dim})
     if obstacle is None and model.names.transposed and dtype in ("int8", "q4", "kept"):
@@ -126,8 +132,9 @@ def native_obstacle(model: Decoder, dtype: str, device: str) -> str | None:
 
 
 def device_for(configured: str, dtype: str, before_torch: Callable[[], None] = lambda: None) -> str:
-    """The device to run on: `configured`, or for `auto` the GPU if there is one and the dtype is a float, else the CPU.
+    """Returns the device to run on.
 
+    That is `configured`, unless it is `auto`. Then it is the GPU if there is one and the dtype is a float, otherwise the CPU.
     before_torch: called just before torch is imported, which happens only on machines with a GPU.
     """
     if configured != "auto":
@@ -150,9 +157,10 @@ def _of_torch(
     why: str | None,
     before_torch: Callable[[], None],
 ) -> GroupChoice:
-    """The choice of an implementation that needs torch. why: the layers cannot run in C; None: another kind was asked for.
+    """Returns the choice of an implementation that needs torch.
 
-    Raises UnsupportedDtype, and LibraryMissing if torch or transformers is not installed.
+    why: the reason why the layers cannot run in C; None if another kind was requested. Raises UnsupportedDtype, and
+    LibraryMissing if torch or transformers is not installed.
     """
     before_torch()
     if kind == "transformers" and dtype not in (*FLOAT_DTYPES, "kept"):
@@ -185,10 +193,10 @@ def empty_group(
     kv_dtype: KVDtype | None = None,
     weights_budget_bytes: int | None = None,
 ) -> "NativeGroup | LlamaGroup":
-    """A native or llama group without weights. The caller calls its `place` as weights arrive, and then `finish`.
+    """Returns a native or llama group without weights. The caller calls `place` as weights arrive, and then `finish`.
 
-    Layers are [first_layer, last_layer). dtype: of the publication. weights_budget_bytes: see `NativeGroup`; torch's layers
-    keep all weights. Raises what the group's constructor raises.
+    The group has layers [first_layer, last_layer). dtype: of the published model. weights_budget_bytes: see `NativeGroup`; a
+    llama group ignores it and keeps all weights in memory. Raises what the constructor of the group raises.
     """
     if choice.kind == "native":
         from functions.stage.models.native.group import NativeGroup
@@ -212,11 +220,11 @@ def build_layer_group(
     kv_dtype: KVDtype | None = None,
     sleep_bytes_per_second: int | None = None,
 ) -> LayerGroup:
-    """Layers [first_layer, last_layer) of the model of a config.json, ready to run.
+    """Builds layers [first_layer, last_layer) of the model of a config.json, ready to run.
 
-    tensors: by checkpoint name; the group may remove them. dtype: of the publication. device: see `choose`. sleep_times: how
-    long passes take, for kind `sleep`, which needs no tensors. kv_dtype: see `choose`. sleep_bytes_per_second: of the link of
-    an emulated pod. Raises what `choose` and the group raise.
+    tensors: by checkpoint name; the group may remove tensors from the mapping. dtype: of the published model. device, kv_dtype:
+    see `choose`. sleep_times: how long passes take, for kind `sleep`, which needs no tensors. sleep_bytes_per_second: speed of
+    the link of an emulated pod. Raises what `choose` and the group raise.
     """
     choice = choose(kind, config, dtype, device, kv_dtype=kv_dtype)
     if choice.kind == "sleep":

@@ -1,14 +1,15 @@
-"""Checkpoints: recurrent states that are kept of a sequence, so that it can go back to them.
+"""Checkpoints: copies of a sequence's recurrent states, so that the sequence can go back to an earlier position.
 
-A recurrent state of a layer covers all tokens so far, and no token can be taken out of it. Going back to an earlier position
-means to restore the last checkpoint before it, and to compute the tokens after that again. A checkpoint takes as much memory as
-the state itself, often that of thousands of tokens' KV. So they are kept only at the positions from which sequences go on:
+The recurrent state of a layer covers all tokens so far, and no token can be taken out of it. To go back to an earlier position,
+a sequence restores the last checkpoint before that position, and computes the tokens after the checkpoint again. A checkpoint
+takes as much memory as the state, often as much as the KV of thousands of tokens. So checkpoints are kept only at positions
+from which sequences are likely to continue:
 
-    the last whole block of each sequence, which moves on with it: the end of a turn
-    the end of a prompt, and the end of a prefix that two sequences have in common, as the prefix cache asks for them
+    the end of the last whole block of each sequence, where its next turn begins; a later one replaces it
+    the end of a prompt, and the end of a prefix that two sequences share: the prefix cache asks for these
     every SPACING_TOKENS
 
-All sequences share one budget. Beyond it the checkpoint that was not used for the longest time is dropped.
+All sequences share one budget. If it is exceeded, the least recently used checkpoint is dropped.
 """
 
 from collections.abc import Iterable
@@ -24,21 +25,24 @@ State = TypeVar("State")
 
 
 def checkpoints_in(budget_bytes: int, state_bytes: int) -> int:
-    """How many checkpoints a stage keeps. budget_bytes: of all its memory for sequences. state_bytes: 0: not recurrent."""
+    """Returns how many checkpoints a stage may keep. budget_bytes: all memory for sequences.
+
+    state_bytes: size of the recurrent states of one sequence; 0 if no layer is recurrent.
+    """
     return budget_bytes // _SHARE // state_bytes if state_bytes else 0
 
 
 @dataclass(slots=True)
 class _Checkpoint(Generic[State]):
     state: State
-    moves_on: bool  # it is only the last whole block so far: the next one replaces it
+    moves_on: bool  # it is here only as the last whole block so far: the next one replaces it
 
 
 class Checkpoints(Generic[State]):
-    """Keeps states by sequence and position, within a budget. It never changes or looks into a state."""
+    """Keeps recurrent states by sequence and position, within a budget. Never reads or changes a state."""
 
     def __init__(self, most: int) -> None:
-        """most: states that are kept, of all sequences together."""
+        """most: greatest number of states, of all sequences together."""
         self._most = most
         self._kept: dict[tuple[int, int], _Checkpoint[State]] = {}  # by handle and tokens, least recently used first
         self._positions: dict[int, set[int]] = {}  # handle → tokens of its checkpoints
@@ -48,9 +52,9 @@ class Checkpoints(Generic[State]):
         return len(self._kept)
 
     def ask(self, handle: int, tokens: int) -> None:
-        """Asks for a checkpoint after `tokens` of the sequence, which stays if it is there already.
+        """Asks for a checkpoint after `tokens` of the sequence. If it exists already, it will not be replaced by later blocks.
 
-        Does nothing if none is kept, as without recurrent layers.
+        Does nothing if no checkpoints are kept, as in a model without recurrent layers.
         """
         if not self._most:
             return
@@ -59,7 +63,7 @@ class Checkpoints(Generic[State]):
             self._kept[handle, tokens].moves_on = False
 
     def positions(self, handle: int, first: int, end: int) -> set[int]:
-        """After which tokens in (first, end] the sequence is to have checkpoints."""
+        """Returns the positions in (first, end], in tokens, at which the sequence should have checkpoints."""
         if not self._most:
             return set()
         spaced = range(first // SPACING_TOKENS * SPACING_TOKENS + SPACING_TOKENS, end + 1, SPACING_TOKENS)
@@ -68,9 +72,9 @@ class Checkpoints(Generic[State]):
         return {*spaced, *asked, *((last_block,) if last_block > first else ())}
 
     def put(self, handle: int, tokens: int, state: State) -> None:
-        """Keeps a state after `tokens` of the sequence.
+        """Adds a checkpoint after `tokens` of the sequence.
 
-        Drops the sequence's last whole block before it, and checkpoints beyond the budget.
+        Drops the earlier checkpoint of the sequence's last whole block, and checkpoints that exceed the budget.
         """
         moves_on = tokens % SPACING_TOKENS > 0 and tokens not in self._asked.get(handle, ())
         self._drop(handle, [at for at in self.of(handle) if at == tokens or (at < tokens and self._kept[handle, at].moves_on)])
@@ -81,7 +85,7 @@ class Checkpoints(Generic[State]):
             self._drop(of, [at])
 
     def get(self, handle: int, tokens: int) -> State | None:
-        """The state after `tokens` of the sequence; None if it is not kept."""
+        """Returns the state after `tokens` of the sequence. None if there is no such checkpoint."""
         found = self._kept.pop((handle, tokens), None)
         if found is None:
             return None
@@ -89,20 +93,20 @@ class Checkpoints(Generic[State]):
         return found.state
 
     def last(self, handle: int, tokens: int) -> int:
-        """The last checkpoint that is not beyond `tokens`; 0, where every sequence begins, if there is none."""
+        """Returns the position of the last checkpoint up to `tokens`. 0 if there is none: the beginning of the sequence."""
         return max((at for at in self.of(handle) if at <= tokens), default=0)
 
     def truncate(self, handle: int, tokens: int) -> None:
-        """Drops the sequence's checkpoints beyond `tokens`: other tokens may follow."""
+        """Drops the checkpoints of the sequence after position `tokens`, because other tokens may follow."""
         self._drop(handle, [at for at in self.of(handle) if at > tokens])
 
     def release(self, handle: int) -> None:
-        """Drops all that is kept and asked for of the sequence."""
+        """Drops all checkpoints of the sequence and all that were asked for."""
         self._drop(handle, self.of(handle))
         self._asked.pop(handle, None)
 
     def of(self, handle: int) -> tuple[int, ...]:
-        """After how many tokens of the sequence there are checkpoints, in no particular order."""
+        """Returns the positions of the sequence's checkpoints, in tokens and in no particular order."""
         return tuple(self._positions.get(handle, ()))
 
     def _drop(self, handle: int, positions: Iterable[int]) -> None:

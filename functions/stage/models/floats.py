@@ -1,7 +1,7 @@
-"""Hidden states as numpy arrays, as layer groups read and return them. Dtypes have the names of the wire: F32, BF16, F16.
+"""Hidden states as numpy arrays, which layer groups read and return. Dtypes have the names of the wire: F32, BF16, F16.
 
-numpy has no bfloat16: such numbers are uint16, the upper half of the float32 of the same value, as on the wire. Widen them to
-float32 before computing with them.
+numpy has no bfloat16. Such numbers are uint16: the upper half of the float32 with the same value, as in events. Convert them
+to float32 with `widened` before computing with them.
 """
 
 from collections.abc import Mapping
@@ -25,15 +25,17 @@ HIDDEN_DTYPES: Final[Mapping[str, HiddenDtype]] = {
     "q4": "BF16",
     "kept": "BF16",
 }
-"""dtype of a publication → dtype of hidden states between its stages. For int8, q4 and kept, bf16 halves the bytes sent and
-does not change perplexity (docs/log.md)."""
+"""Maps the dtype of a published model to the dtype of hidden states between its stages.
+
+For int8, q4 and kept, bf16 halves the bytes sent and does not change perplexity (docs/log.md).
+"""
 
 _BF16_MAGNITUDE: Final = 0x7FFF
 _BF16_INFINITY: Final = 0x7F80
 
 
 def widened(numbers: Array, dtype: HiddenDtype) -> Float32:
-    """Converts to float32. Always returns a new array. dtype: of `numbers`."""
+    """Converts `numbers`, which have `dtype`, to float32. Always returns a new array."""
     if dtype != "BF16":
         return numbers.astype(np.float32)
     bits = numbers.astype(np.uint32)
@@ -52,7 +54,7 @@ def all_finite(numbers: Array, dtype: HiddenDtype) -> bool:
 
 
 def finite_rows(numbers: Array, dtype: HiddenDtype) -> npt.NDArray[np.bool_]:
-    """For each row of `numbers` [n, width], whether all its numbers are finite: bool [n]."""
+    """Returns for each row of `numbers` [n, width] whether all its numbers are finite, as bool [n]."""
     finite = (numbers & _BF16_MAGNITUDE) < _BF16_INFINITY if dtype == "BF16" else np.isfinite(numbers)
     rows: npt.NDArray[np.bool_] = np.all(finite, axis=-1)
     return rows

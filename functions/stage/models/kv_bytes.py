@@ -1,4 +1,4 @@
-"""The byte format of KV: how keys and values of a range of tokens are sent between pods and kept in the store.
+"""The byte format in which the KV of a range of tokens is sent between pods and kept in the store.
 
     header   little-endian: magic "LMKV", version, BLAKE3 of the layout's kind, its sizes, first token, tokens,
              first token of layers with windows, whether there are recurrent states, BLAKE3 of the payload
@@ -6,8 +6,8 @@
              arena of the sender. Layers with a window keep the last tokens of a sequence only. Then the recurrent states after
              the last token, if the sender has them.
 
-A payload is used only after its digest, and the header against the receiver's arena, have been checked. The bytes name neither
-the model and its layers nor the lineage: the request for them does (`stage/kv`).
+Before a payload is used, its digest is checked, and the header is compared with the receiver's arena. The bytes do not name the
+model, its layers or the lineage. The request for the bytes names them (`stage/kv`).
 """
 
 import struct
@@ -30,7 +30,7 @@ _DIGEST_BYTES: Final = 32
 class ForeignKV(ValueError):
     """The bytes do not fit this arena: their layout, version or position differs.
 
-    Another model, dtype, CPU or release wrote them.
+    A stage with another model, dtype, CPU or release wrote them.
     """
 
 
@@ -50,10 +50,10 @@ class CheckedKV:
 
 
 def copied_kv(pool: KVBlocks, handle: int, first: int, end: int) -> bytearray:
-    """Copies the KV of a sequence's tokens [first, end) into bytes of this format, except for the digest.
+    """Copies the KV of a sequence's tokens [first, end) into bytes of this format, without the digest.
 
-    `stamp` adds the digest; it takes longest and, unlike this, needs no access to the arena, so any thread may do it.
-    first: must begin a block. Raises ValueError if it does not, or the sequence does not hold the tokens.
+    Call `stamp` to add the digest. That takes longer, but needs no access to the arena, so any thread may call it. Raises
+    ValueError if `first` is not the beginning of a block, or if the sequence does not hold the tokens.
     """
     layout = pool.layout
     if not 0 <= first < end <= pool.length(handle) or first % layout.block_tokens:
@@ -76,10 +76,11 @@ def stamp(data: bytearray) -> None:
 
 
 def put_kv(pool: KVBlocks, handle: int, found: CheckedKV) -> int:
-    """Writes to the arena those tokens of `found` that the sequence lacks. Returns how many have been written then.
+    """Writes the KV of tokens that the sequence lacks to the arena. Returns how many tokens have then been written.
 
-    They are held only when layers with windows and recurrent layers have got their part, which may come later. found: checked
-    against the pool's layout. Raises ValueError if the sequence lacks tokens before `found`, or has too little memory reserved.
+    The sequence holds these tokens only when layers with windows and recurrent layers have their part too, which a later call
+    may bring. found: KV that was checked against the layout of `pool`. Raises ValueError if the sequence lacks tokens before
+    `found`, or has too little memory reserved.
     """
     first, end = found.first, found.end
     filled = pool.filled(handle)
@@ -100,7 +101,7 @@ def put_kv(pool: KVBlocks, handle: int, found: CheckedKV) -> int:
 
 
 def checked(layout: KVLayout, data: bytes | bytearray | memoryview) -> CheckedKV:
-    """Verifies the header of KV bytes against a layout, and the digest. Raises ForeignKV or AlteredKV."""
+    """Verifies the digest of KV bytes, and that the header fits the layout. Raises ForeignKV or AlteredKV."""
     view = memoryview(data)
     if len(view) < HEADER_BYTES:
         raise AlteredKV(f"{len(view)} bytes, fewer than a header has")
@@ -141,7 +142,10 @@ def _kv_bytes(layout: KVLayout, first: int, end: int, windowed_from: int) -> int
 
 
 def _arrays(layout: KVLayout, payload: memoryview, first: int, end: int, windowed_from: int) -> tuple[Array, Array]:
-    """The parts of a payload: KV of layers without a window and of those with one, as `KVBlocks.copy_out` fills them."""
+    """Returns two views of a payload: KV of layers without a window, and KV of layers with one.
+
+    Their shapes are those that `KVBlocks.copy_out` takes.
+    """
     rows, windowed_rows = layout.rounded(end) - first, layout.rounded(end) - windowed_from
     numbers = np.frombuffer(payload, np.uint8)
     split = layout.num_layers * rows * layout.layer_bytes

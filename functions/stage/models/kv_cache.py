@@ -1,13 +1,14 @@
-"""The bookkeeping of a KV cache: what each sequence has reserved and filled, and which blocks of the arena it has.
+"""The bookkeeping of a KV cache: what each sequence has reserved and filled, and which blocks of the arena belong to it.
 
-The arena is the memory for the KV of all sequences. It has blocks of a fixed number of tokens, and a sequence has a table of
-those that it reserved. Blocks need not be neighbours: all free memory can be reserved, and nothing is ever moved.
+The arena is the memory for the KV of all sequences. It consists of blocks of a fixed number of tokens. Each sequence has a table
+of the blocks that it has reserved. Blocks need not be neighbours: all free memory can be reserved, and nothing is ever moved.
 
-A layer with a sliding window keeps the last tokens of a sequence only: the window, and some more, so that a sequence can be
-truncated by so many. Truncated further it holds nothing, and is computed again. In an arena they are a ring of blocks.
+A layer with a sliding window keeps only the last tokens of a sequence: the window, and GOING_BACK tokens more. So the sequence
+can be truncated by up to GOING_BACK tokens. If it is truncated further, all its KV is dropped and must be computed again. In an
+arena these tokens are in a ring of blocks.
 
-A recurrent layer keeps a state of fixed size instead of KV. It cannot be truncated: a sequence goes back to the last position
-whose state was kept (`checkpoints`), and the tokens after it are computed again.
+A recurrent layer keeps a state of fixed size instead of KV. The state cannot be truncated: a sequence goes back to the last
+position whose state was kept (`checkpoints`), and the tokens after that position are computed again.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from functions.stage.models.checkpoints import Checkpoints
 from functions.stage.models.floats import Array
 
 GOING_BACK: Final = 240  # tokens that a ring keeps besides the window, and most that a pass may add to a sequence with a ring
-_SPARE: Final = 16  # tokens of a ring besides these: a copy may overwrite a block of so many, of which it needs one token
+_SPARE: Final = 16  # further tokens of a ring: a copy may overwrite a block of this many tokens of which it needs one
 
 _COPIED_AT_ONCE: Final = 2**20  # bytes that are copied at a time, so that copying takes little memory
 _ANY_LENGTH: Final = 2**30  # tokens of a sequence that takes the same memory at any length
@@ -37,11 +38,11 @@ class KVCacheFull(Exception):
 
 @dataclass(frozen=True, slots=True)
 class KVNeed:
-    """How much memory a sequence takes, in units that the cache chooses."""
+    """How much memory a sequence takes. The KV cache chooses the unit of memory."""
 
     units: int = 1  # for a block of tokens in all layers without a window
     windowed_units: int = 0  # for a block in all layers with a window
-    kept_tokens: int = 0  # most that these keep of a sequence
+    kept_tokens: int = 0  # most tokens of a sequence that layers with a window keep
     block_tokens: int = 1
     fixed_units: int = 0  # for the recurrent states of a sequence of any length
 
@@ -54,14 +55,15 @@ class KVNeed:
         return -(-tokens // self.block_tokens)
 
     def of(self, tokens: int) -> int:
-        """Units for a sequence of so many tokens."""
+        """Returns the units that a sequence of `tokens` takes."""
         blocks = self.blocks(tokens)
         return self.fixed_units + blocks * self.units + min(blocks, self.ring_blocks) * self.windowed_units
 
     def tokens(self, units: int) -> int:
-        """The longest sequence that so many units suffice for.
+        """Returns the length in tokens of the longest sequence that fits into `units`.
 
-        With windows in all layers any length would do if a ring fits; this then counts as if layers had none.
+        If all layers have windows, a sequence of any length fits as soon as a ring fits. The result is then still computed as
+        if layers kept all tokens.
         """
         units -= self.fixed_units
         if units < 0:
@@ -78,19 +80,19 @@ class KVNeed:
 class _Reservation:
     tokens: int  # reserved
     filled: int = 0  # tokens written
-    least: int = 0  # fewest tokens, besides none, for which layers with windows still hold what the next token attends to
+    least: int = 0  # the sequence cannot be truncated to fewer tokens, except to none: layers with windows have dropped KV
 
 
 class KVBudget:
-    """Counts the memory for the KV of many sequences, within one budget. Subclasses or layer groups own the memory itself.
+    """Counts the memory for the KV of many sequences, within one budget. Subclasses or layer groups own the memory.
 
-    A handle names the memory of one sequence: a small integer, which is reused after its release.
+    A handle names the memory of one sequence. It is a small integer, which is reused after its release.
     """
 
     def __init__(self, units: int, need: KVNeed | None = None, going_back: int = GOING_BACK) -> None:
-        """units: of memory in all. need: of a sequence; None: a unit for each token.
+        """units: size of the memory. need: what a sequence takes; if None, one unit for each token.
 
-        going_back: tokens by which a sequence can be truncated after layers with windows have dropped its first tokens.
+        going_back: number of tokens by which a sequence can be truncated if layers with windows have dropped its first tokens.
         """
         self.need = need or KVNeed()
         self._going_back = going_back
@@ -101,12 +103,12 @@ class KVBudget:
 
     @property
     def free_tokens(self) -> int:
-        """Length of the longest sequence that can still be reserved."""
+        """Length of the longest sequence that can still be reserved, in tokens."""
         return self.need.tokens(self.free_units)
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of physical memory that it takes: all that was ever written to. 0 if unknown. Any thread may ask."""
+        """Bytes of physical memory in use, which is all memory that was ever written to. 0 if unknown. Thread-safe."""
         return 0
 
     def reserve(self, tokens: int) -> int:
@@ -119,39 +121,42 @@ class KVBudget:
         return handle
 
     def units(self, handle: int) -> int:
-        """Units of memory that the sequence's reservation takes."""
+        """Returns the units of memory that the reservation of the sequence takes."""
         return self.need.of(self._reservations[handle].tokens)
 
     def reserved(self, handle: int) -> int:
-        """Tokens for which the sequence has memory reserved."""
+        """Returns the number of tokens for which the sequence has memory reserved."""
         return self._reservations[handle].tokens
 
     def length(self, handle: int) -> int:
-        """Tokens whose KV the sequence holds."""
+        """Returns the number of tokens whose KV the sequence holds."""
         reservation = self._reservations[handle]
         return reservation.filled if reservation.filled >= reservation.least else 0
 
     def filled(self, handle: int) -> int:
-        """Tokens written. More than `length` while KV is being restored, and what windows need of it has not come yet."""
+        """Returns the number of tokens written.
+
+        This is more than `length` while KV is being restored and the part for layers with windows is still missing.
+        """
         return self._reservations[handle].filled
 
     def holds(self, handle: int, tokens: int) -> bool:
-        """Whether the sequence, truncated to `tokens`, would hold them."""
+        """Whether the sequence would hold `tokens` tokens after it is truncated to them."""
         reservation = self._reservations[handle]
         return reservation.least <= tokens <= reservation.filled
 
     def extend(self, handle: int, tokens: int) -> None:
-        """Counts `tokens` more as held by the sequence, whose KV the caller has written or is about to write."""
+        """Counts `tokens` more tokens of the sequence as held. The caller has written their KV or is about to write it."""
         reservation = self._reservations[handle]
         reservation.filled += tokens
         if self.need.windowed_units and self.need.blocks(reservation.filled) > self.need.ring_blocks:
             reservation.least = max(reservation.least, reservation.filled - self._going_back)
 
     def truncate(self, handle: int, length: int) -> None:
-        """Drops the KV of tokens beyond `length`; their memory stays reserved.
+        """Drops the KV of tokens beyond `length`. The memory stays reserved.
 
-        Drops all KV if layers with a sliding window no longer hold what the token at `length` attends to, and with recurrent
-        layers all KV beyond the last checkpoint.
+        If layers with a sliding window no longer hold the KV that the token at `length` attends to, drops all KV. With recurrent
+        layers, drops all KV after the last checkpoint up to `length`.
         """
         reservation = self._reservations[handle]
         reservation.filled = min(reservation.filled, length)
@@ -177,13 +182,13 @@ class KVBudget:
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """The order and meaning of the bytes in a KV arena. Only arenas with equal layouts can use each other's bytes."""
+    """The layout of the bytes in a KV arena. Arenas can exchange KV only if their layouts are equal."""
 
-    kind: str  # names the implementation and all else that bits depend on, such as `native float32 avx512`
-    num_layers: int  # that keep all tokens
+    kind: str  # the implementation, and all else that the bits depend on, such as `native float32 avx512`
+    num_layers: int  # number of layers that keep all tokens
     kv_heads: int
     head_bytes: int  # of one key or value of one token and head, padding included
-    block_tokens: int = 1  # what is copied begins at a multiple of it
+    block_tokens: int = 1  # a copied range begins at a multiple of this
     windowed_layers: int = 0
     window: int = 0  # the widest, in tokens
     state_bytes: int = 0  # of the recurrent states of a sequence
@@ -204,44 +209,47 @@ class KVLayout:
 
 
 class KVBlocks(KVBudget):
-    """A `KVBudget` of KV that can be copied between sequences, and out and in, in blocks of the layout."""
+    """A `KVBudget` whose KV can be copied between sequences, and to and from other memory, in blocks of the layout."""
 
     layout: KVLayout  # of the bytes of `copy_out` and `copy_in`
     window = 0  # the widest, in tokens
     checkpoints: Checkpoints[Any] = Checkpoints(0)  # recurrent states besides those of the sequences' last tokens
 
     def last_held(self, handle: int, tokens: int) -> int:
-        """How many tokens the sequence holds after `truncate` to `tokens`, of which none needs to be computed again."""
+        """Returns how many tokens the sequence would hold after `truncate` to `tokens`."""
         return tokens if self.holds(handle, tokens) else 0
 
     def state_out(self, handle: int, tokens: int) -> bytes:
-        """The recurrent states after the first `tokens`, `layout.state_bytes`; empty if they are not kept."""
+        """Returns the recurrent states after the first `tokens` as `layout.state_bytes` bytes. Empty if they are not kept."""
         return b""
 
     def state_in(self, handle: int, tokens: int, data: memoryview) -> None:
-        """Makes `data`, which `state_out` returned, the states of a sequence that has been `restored` up to `tokens`."""
+        """Sets the recurrent states of a sequence that has been `restored` up to `tokens`. data: from `state_out`."""
         raise NotImplementedError
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Replaces what the sequence `target` holds by a copy of the first `tokens` of `source`, which `holds` them."""
+        """Replaces the KV of `target` with a copy of the first `tokens` of `source`, for which `holds` must be True."""
         self.truncate(target, 0)
         self._copy_kv(source, target, tokens)
         copied = self._reservations[target]
         copied.filled, copied.least = tokens, self._reservations[source].least
 
     def _copy_kv(self, source: int, target: int, tokens: int) -> None:
-        """Copies the keys and values of the first `tokens`."""
+        """Copies the keys and values of the first `tokens` of `source` to `target`."""
         raise NotImplementedError
 
     def windowed_from(self, handle: int, first: int) -> int:
-        """The first token from `first` on whose KV layers with windows hold too, if `filled` goes so far. It begins a block."""
+        """Returns the first token from `first` on whose KV layers with windows hold too. The token begins a block.
+
+        The result may be beyond `filled`: then these layers hold none of the tokens from `first` on.
+        """
         least, block = self._reservations[handle].least, self.layout.block_tokens
         return max(first, (least - self.window + block) // block * block) if least else first
 
     def restored(self, handle: int, end: int, windowed_from: int) -> None:
-        """Counts tokens up to `end`, which the caller has written, as held.
+        """Counts all tokens up to `end` as held. The caller has written their KV.
 
-        windowed_from: those of layers with windows were written from here on.
+        windowed_from: first token whose KV was written in layers with windows.
         """
         reservation = self._reservations[handle]
         if windowed_from > reservation.filled:
@@ -249,21 +257,22 @@ class KVBlocks(KVBudget):
         self.extend(handle, end - reservation.filled)
 
     def copy_out(self, handle: int, first: int, target: Array, *, windowed: bool = False) -> None:
-        """Copies KV of tokens from `first` on, which begins a block of the layout, to `target`.
+        """Copies the KV of tokens from `first` on to `target`. Token `first` must begin a block of the layout.
 
-        target: uint8 [layers, 2, num_kv_heads, tokens, head bytes]. windowed: of the layers with windows instead of the others.
+        target: uint8 [layers, 2, num_kv_heads, tokens, head bytes]; says how many tokens to copy. windowed: copy from the layers
+        with windows; otherwise from the others.
         """
         raise NotImplementedError
 
     def copy_in(self, handle: int, first: int, source: Array, *, windowed: bool = False) -> None:
-        """Copies `source`, an array as `copy_out` fills it, into the arena."""
+        """Copies `source` into the arena, from token `first` on. `source` has the shape that `copy_out` fills."""
         raise NotImplementedError
 
 
 class KVArena(KVBlocks):
     """Implements `KVBlocks` with an arena of blocks. Subclasses own the arena.
 
-    A table has a row of block numbers for all layers, or for each layer.
+    The table of a sequence has one row of block numbers for all layers, or a row for each layer.
     """
 
     def __init__(
@@ -274,11 +283,11 @@ class KVArena(KVBlocks):
         windows: Sequence[int | None] = (None,),
         fixed_bytes: int = 0,
     ) -> None:
-        """block_bytes: of a block, whose number is in one place of a table. windows: one for each row of a sequence's table.
+        """block_bytes: size of one block. windows: the sliding window of each row of a table, in tokens; None for no window.
 
-        fixed_bytes: memory of a sequence besides its blocks, which is not in the arena but in the budget.
+        fixed_bytes: memory of each sequence besides its blocks. It counts in the budget, but is not in the arena.
 
-        Raises ValueError if the budget is less than the shortest sequence takes.
+        Raises ValueError if the budget is too small for the shortest sequence.
         """
         self.windowed = np.array([window is not None for window in windows], bool)
         windowed = int(self.windowed.sum())
@@ -295,7 +304,7 @@ class KVArena(KVBlocks):
                 f"{need.of(1) * block_bytes} bytes: raise it"
             )
         self._is_free = np.ones(self.free_units, bool)
-        # By handle the numbers of the sequence's blocks, int32 [rows, blocks]. Those that a ring does not have are -1.
+        # By handle: numbers of the sequence's blocks, int32 [rows, blocks]. -1 stands for blocks beyond the end of a ring.
         self.tables: dict[int, Array] = {}
 
     def reserve(self, tokens: int) -> int:
@@ -324,11 +333,11 @@ class KVArena(KVBlocks):
             self._copy_blocks(froms[first : first + at_once], tos[first : first + at_once])
 
     def _copy_blocks(self, sources: Array, targets: Array) -> None:
-        """Copies blocks to others, given their numbers."""
+        """Copies each of the blocks `sources` to the block in `targets`. Both are arrays of block numbers."""
         raise NotImplementedError
 
     def _fit_table(self, handle: int, tokens: int) -> None:
-        """Frees blocks that the sequence does not need any more, and takes those that it lacks."""
+        """Adjusts the table of a sequence to `tokens`: frees surplus blocks, and takes blocks that are missing."""
         old, blocks = self.tables[handle], self.need.blocks(tokens)
         surplus = old[:, blocks:]
         self._is_free[surplus[surplus >= 0]] = True
@@ -341,7 +350,7 @@ class KVArena(KVBlocks):
         self.tables[handle] = table
 
     def _take(self, count: int) -> Array:
-        """Numbers of `count` free blocks, which are free no more: neighbours if there are so many, otherwise the first ones."""
+        """Takes `count` free blocks and returns their numbers: neighbours if possible, otherwise the first free blocks."""
         free = np.flatnonzero(self._is_free)
         runs = np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1) if count else free
         first = int(runs[0]) if len(runs) else 0

@@ -1,7 +1,7 @@
 """The interface of a layer group: consecutive decoder layers with their KV cache.
 
-It has three implementations: `native` (C, no torch), `llama` (torch's operators) and `transformers` (any other family); a
-fourth, `sleep`, only simulates one. The engine uses this interface and numpy arrays only.
+There are three implementations: `native` (C, no torch), `llama` (torch's operators) and `transformers` (any other family). A
+fourth, `sleep`, only simulates the time that passes take. The engine uses only this interface and numpy arrays.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,24 +18,30 @@ KVCache = KVBudget
 
 
 class MissingTensors(Exception):
-    """The publication lacks tensors that the layers need. Publish the model again from a complete checkpoint."""
+    """The published model lacks tensors that the layers need. Publish it again from a complete checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One sequence's tokens in a forward pass: `length` new ones, after the `position` tokens whose KV `handle` holds."""
+    """The new tokens of one sequence in a forward pass.
+
+    There are `length` new tokens. They follow the `position` tokens whose KV the sequence `handle` already holds.
+    """
 
     handle: int
     position: int
     length: int
     is_long: bool = False  # the sequence has more tokens than the group's `short_context`
-    draft_tokens: int = 0  # the last so many of them may be rejected: the sequence is truncated then
+    draft_tokens: int = 0  # this many tokens at the end may be rejected later; the sequence is then truncated
     adapter: int = 0  # number of its adapter in the group, from 1 on; 0: none
     token_ids: Array | None = None  # int64 [length], for groups that take them besides hidden states
 
 
 def segments_within(segments: Sequence[Segment], first: int, end: int) -> list[Segment]:
-    """The segments, or parts of them, of tokens [first, end) of the pass. Tokens are counted over all segments in order."""
+    """Returns the segments of tokens [first, end) of a pass, cut where necessary.
+
+    Tokens are numbered over all segments in order.
+    """
     parts: list[Segment] = []
     begin = 0
     for segment in segments:
@@ -52,7 +58,11 @@ def segments_within(segments: Sequence[Segment], first: int, end: int) -> list[S
 
 @dataclass(frozen=True, slots=True)
 class ColdExperts:
-    """Experts that need not stay in memory: how often a layer found one there or read it, and the bytes of those there now."""
+    """Counters of experts that may be dropped from memory and read again.
+
+    found: how often a layer used an expert that was in memory. read: how often a layer had to read one. resident_bytes: size of
+    those that are in memory now.
+    """
 
     found: int
     read: int
@@ -61,7 +71,7 @@ class ColdExperts:
 
 @dataclass(frozen=True, slots=True)
 class PreparedAdapter:
-    """An adapter's share of a group's layers, in the form that the group computes with."""
+    """The part of an adapter for the layers of a group, in the form that the group computes with."""
 
     share: Any
     bytes: int
@@ -72,8 +82,8 @@ class LayerGroup(Protocol):
 
     first_layer: int
     last_layer: int
-    num_layers: int  # of the whole model: the first group has first_layer 0, the last one last_layer num_layers
-    hidden_size: int  # numbers of a token that come in, unless the group is the first; some families pass on more than one row
+    num_layers: int  # of the whole model; last_layer of the last group equals this
+    hidden_size: int  # numbers per token in the input of a group that is not the first; some families pass on several rows per token
     vocab_size: int
     max_positions: int  # the model's context, tokens
     hidden_dtype: HiddenDtype
@@ -81,22 +91,22 @@ class LayerGroup(Protocol):
 
     @property
     def short_context(self) -> int | None:
-        """With LongRoPE: sequences of more tokens have other rotations, from their first token on. None: no such bound."""
+        """For LongRoPE: all tokens of a sequence with more tokens than this have other rotations. None for other models."""
 
     @property
     def takes_token_ids(self) -> bool:
-        """True if layers compute with token ids besides hidden states: then segments must have them in all stages."""
+        """Whether layers compute with token ids besides hidden states. If so, segments must have token ids in all stages."""
 
     @property
     def shares_work(self) -> bool:
-        """True if calls from different threads share one pool of worker threads, so that any thread may call the group.
+        """Whether any thread may call the group, because all calls share one pool of worker threads.
 
-        Torch's operators start a pool for each thread that calls them; such a group is called from one thread only.
+        False for groups that use torch, which starts a pool for each calling thread. Call them from one thread only.
         """
 
     @property
     def native_threads(self) -> NativeThreads | None:
-        """Threads in C that help the group, and between its calls may help to draw tokens. None: it has none."""
+        """Threads in C that run the group. Between calls of the group they may draw tokens. None if there are none."""
 
     @property
     def kv(self) -> KVBudget: ...
@@ -104,31 +114,34 @@ class LayerGroup(Protocol):
     def use_threads(self, count: int) -> None:
         """Sets the number of threads that later passes compute with.
 
-        Before the first call it is one; with torch, torch's default.
+        Before the first call, layers in C use one thread, and torch uses its default.
         """
 
     def prepare_adapter(self, tensors: Mapping[str, RawTensor]) -> PreparedAdapter:
-        """Converts an adapter's share of these layers for `place_adapter`. Any thread may call it, also during a pass.
+        """Converts the part of an adapter for these layers, for `place_adapter`. Any thread may call this, even during a pass.
 
-        tensors: of the layers' objects of an `AdapterManifest`. Raises WrongAdapter.
+        tensors: the adapter's tensors for these layers, from the objects of an `AdapterManifest`. Raises WrongAdapter.
         """
 
     def place_adapter(self, number: int, prepared: PreparedAdapter | None) -> None:
-        """Makes an adapter the one that segments name by `number`, from 1 on; None: frees the memory of that number."""
+        """Sets the adapter that segments name by `number`. If `prepared` is None, frees the adapter of that number.
+
+        Numbers begin at 1.
+        """
 
     def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
-        """Runs all segments, each of another sequence, in one pass, and extends their KV by their lengths.
+        """Runs all segments in one pass, and extends the KV of each by its length. Each must be of another sequence.
 
-        The group only reads `inputs`, which may be the bytes of an event. The caller owns the result. If this raises, the KV of
-        a segment may have grown by any part of its length: the caller must truncate it.
+        The group does not write to `inputs`, which may be the bytes of an event. The caller owns the result. If this method
+        raises, the KV of a segment may have grown by any part of its length, and the caller must truncate it.
 
         inputs: int64 token ids [sum(length)] for the first group, else hidden states [sum(length), hidden_size].
-        Returns hidden states [sum(length), next group's hidden_size], with the final norm applied by the last group. They have
-        `hidden_dtype`, stored as `floats.DTYPES` says: bf16 is its bits in uint16.
+        Returns hidden states [sum(length), hidden_size of the next group]. The last group applies the final norm. Their dtype is
+        `hidden_dtype`, in the numpy dtype of `floats.DTYPES`: bf16 numbers are bits in uint16.
         """
 
     def logits(self, hidden: Array) -> Float32:
-        """The logits of hidden states that `forward` returned: [n, hidden_size] → float32 [n, vocab_size]. Last group only.
+        """Returns the logits, float32 [n, vocab_size], of hidden states [n, hidden_size] that `forward` returned.
 
-        They include the scaling and soft cap that some families apply.
+        Logits include the scaling and soft cap that some families apply. Only the last group can compute them.
         """
