@@ -1,7 +1,7 @@
 """The sequences of a stage: admits rows, expires sequences, and holds requests that wait for memory.
 
-KV beyond a row's position is dropped before the row is computed. If the KV ends before the position, the row is a miss. A newer attempt of a sequence begins with the KV that the chains of both attempts
-have in common. Rows of older attempts are stale.
+KV beyond a row's position is dropped before the row is computed. If the KV ends before the position, the row is a miss. A newer
+attempt of a sequence begins with the KV that the chains of both attempts have in common. Rows of older attempts are stale.
 """
 
 import math

@@ -1,7 +1,8 @@
 """The bookkeeping of a KV cache: what each sequence has reserved and filled, and which blocks of the arena belong to it.
 
-The arena is the memory for the KV of all sequences. It consists of blocks of a fixed number of tokens. Each sequence has a table
-of the blocks that it has reserved. Blocks need not be neighbours: all free memory can be reserved, and nothing is ever moved.
+The arena is the memory for the KV of all sequences. It consists of blocks of a fixed number of tokens. Each sequence has a
+table of the blocks that it has reserved. Blocks need not be neighbours, so all free memory can be reserved, and nothing is ever
+moved.
 
 A layer with a sliding window keeps only the last tokens of a sequence: the window, and GOING_BACK tokens more. So the sequence
 can be truncated by up to GOING_BACK tokens. If it is truncated further, all its KV is dropped and must be computed again. In an
@@ -155,8 +156,8 @@ class KVBudget:
     def truncate(self, handle: int, length: int) -> None:
         """Drops the KV of tokens beyond `length`. The memory stays reserved.
 
-        If layers with a sliding window no longer hold the KV that the token at `length` attends to, drops all KV. With recurrent
-        layers, drops all KV after the last checkpoint up to `length`.
+        If layers with a sliding window no longer hold the KV that the token at `length` attends to, drops all KV. With
+        recurrent layers, drops all KV after the last checkpoint up to `length`.
         """
         reservation = self._reservations[handle]
         reservation.filled = min(reservation.filled, length)
@@ -259,8 +260,8 @@ class KVBlocks(KVBudget):
     def copy_out(self, handle: int, first: int, target: Array, *, windowed: bool = False) -> None:
         """Copies the KV of tokens from `first` on to `target`. Token `first` must begin a block of the layout.
 
-        target: uint8 [layers, 2, num_kv_heads, tokens, head bytes]; says how many tokens to copy. windowed: copy from the layers
-        with windows; otherwise from the others.
+        target: uint8 [layers, 2, num_kv_heads, tokens, head bytes]; says how many tokens to copy. windowed: copy from the
+        layers with windows; otherwise from the others.
         """
         raise NotImplementedError
 

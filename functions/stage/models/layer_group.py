@@ -83,7 +83,7 @@ class LayerGroup(Protocol):
     first_layer: int
     last_layer: int
     num_layers: int  # of the whole model; last_layer of the last group equals this
-    hidden_size: int  # numbers per token in the input of a group that is not the first; some families pass on several rows per token
+    hidden_size: int  # numbers per token that a group gets if it is not the first; some families pass on several rows
     vocab_size: int
     max_positions: int  # the model's context, tokens
     hidden_dtype: HiddenDtype
@@ -136,8 +136,8 @@ class LayerGroup(Protocol):
         raises, the KV of a segment may have grown by any part of its length, and the caller must truncate it.
 
         inputs: int64 token ids [sum(length)] for the first group, else hidden states [sum(length), hidden_size].
-        Returns hidden states [sum(length), hidden_size of the next group]. The last group applies the final norm. Their dtype is
-        `hidden_dtype`, in the numpy dtype of `floats.DTYPES`: bf16 numbers are bits in uint16.
+        Returns hidden states [sum(length), hidden_size of the next group]. The last group applies the final norm. Their dtype
+        is `hidden_dtype`, in the numpy dtype of `floats.DTYPES`: bf16 numbers are bits in uint16.
         """
 
     def logits(self, hidden: Array) -> Float32:

@@ -1,4 +1,7 @@
-"""Tensors of a publication as other layers than those in C need them: blocks as floats, and experts joined."""
+"""Reads packed matrices of a published model, and converts tensors for implementations that are not in C.
+
+These implementations need matrices in blocks as floats, and transformers needs the experts of a layer in one tensor.
+"""
 
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -16,15 +19,18 @@ from storage.models.blocks import FORMATS, Packing, floats_of, packed_shape, pac
 from storage.models.expert_tensors import merged_experts
 
 _FORMAT = "_format"  # ends the name of the tensor that describes a matrix in blocks
-_ORDER = "_order"  # of the one that has the order of its columns
+_ORDER = "_order"  # ends the name of the tensor that has the order of the matrix's columns
 
 
 class WrongShape(MissingTensors):
-    """A published tensor has another shape than the config says. Publish the model again from a sound checkpoint."""
+    """The shape of a published tensor is not that of the config. Publish the model again from a sound checkpoint."""
 
 
 def packing(tensors: Mapping[str, RawTensor], name: str) -> Packing | None:
-    """How the matrix `name` is packed in blocks; None: it is not. Raises WrongShape if its bytes are not those of its shape."""
+    """Returns how the matrix `name` is packed in blocks, or None if it is not packed.
+
+    Raises WrongShape if the packed bytes do not fit the shape of the matrix.
+    """
     if (described := tensors.get(name + _FORMAT)) is None or name not in tensors:
         return None
     try:
@@ -38,9 +44,9 @@ def packing(tensors: Mapping[str, RawTensor], name: str) -> Packing | None:
 
 
 def column_order(tensors: Mapping[str, RawTensor], name: str, width: int) -> Array | None:
-    """The numbers of the columns of the matrix `name`, int32 [width], in the order in which it has them; None: their own.
+    """Returns the order in which the matrix `name` stores its columns: their numbers, int32 [width].
 
-    Raises WrongShape.
+    None if the columns are in their natural order. Raises WrongShape.
     """
     if (stored := tensors.get(name + _ORDER)) is None:
         return None
@@ -51,7 +57,7 @@ def column_order(tensors: Mapping[str, RawTensor], name: str, width: int) -> Arr
 
 
 def shapes_of(tensors: Mapping[str, RawTensor]) -> Shapes:
-    """The shapes of tensors by name, those of matrices in blocks as if they were not packed. Raises WrongShape."""
+    """Returns the shapes of tensors by name. A matrix in blocks has its unpacked shape. Raises WrongShape."""
     packed = {name: packing(tensors, name) for name in tensors}
     return {
         name: tensor.shape if (found := packed[name]) is None else found.shape
@@ -61,7 +67,7 @@ def shapes_of(tensors: Mapping[str, RawTensor]) -> Shapes:
 
 
 def widen(tensors: MutableMapping[str, RawTensor], dtype: HiddenDtype) -> None:
-    """Replaces matrices in blocks by floats of `dtype`, for layers that are not in C. Raises WrongShape."""
+    """Replaces matrices in blocks with floats of `dtype`, for implementations that are not in C. Raises WrongShape."""
     for name in [name for name in tensors if name + _FORMAT in tensors]:
         if found := packing(tensors, name):
             form = FORMATS[found.format]
@@ -78,7 +84,10 @@ def widen(tensors: MutableMapping[str, RawTensor], dtype: HiddenDtype) -> None:
 
 
 def join_experts(model_type: str, tensors: MutableMapping[str, RawTensor]) -> None:
-    """Replaces the matrices of experts by the tensors of all experts that transformers reads, if the family has such."""
+    """Joins the matrices of single experts into the tensors that transformers reads, which hold all experts of a layer.
+
+    Changes `tensors` in place. Does nothing for families whose experts transformers reads one by one.
+    """
     for suffix, (parts, kind, transposed) in merged_experts(model_type):
         first = f".{parts[0].format(expert=0)}.{kind}"
         for prefix in [name.removesuffix(first[1:]) for name in tensors if name.endswith(first)]:

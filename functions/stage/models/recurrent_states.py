@@ -1,8 +1,8 @@
-"""Which recurrent states of each sequence can be had, so that the sequence can go back to them.
+"""Keeps track of the recurrent states to which each sequence can go back.
 
-The states of a sequence cannot be truncated. It goes back to the last checkpoint, or to the last token before draft tokens: the
-states there, and what changes states by these tokens, are kept until the next pass, to change the states again by the draft
-tokens that were accepted.
+Recurrent states cannot be truncated. A sequence goes back to its last checkpoint, or to the last token before the draft tokens
+of the last pass. For the latter, the states before the draft tokens are kept until the next pass, with the data by which the
+draft tokens changed the states. So the states can be updated again with only the accepted draft tokens.
 """
 
 from collections.abc import Mapping
@@ -17,19 +17,19 @@ State = TypeVar("State")
 
 @dataclass(slots=True)
 class _Recurrent(Generic[State]):
-    """Which states of a sequence can be had."""
+    """The states of one sequence that are available besides checkpoints."""
 
-    at: int | None = 0  # its layers have the states after so many tokens; None: a pass that failed has left them anyhow
+    at: int | None = 0  # the layers have the states after this many tokens; None: undefined, as a pass has begun or failed
     before_drafts: tuple[int, State] | None = None  # tokens before the last pass's draft tokens, and the states there
     drafts: int = 0
     among_drafts: dict[int, State] = field(default_factory=dict)  # checkpoints, if these tokens are accepted
 
 
 class RecurrentKV(KVBlocks, Generic[State]):
-    """Implements `KVBlocks` for sequences with recurrent states. Subclasses own the states of the last token.
+    """Implements `KVBlocks` for sequences with recurrent states. Subclasses own the states after the last token.
 
-    State: copies of a sequence's states in all layers, which are never changed. Without recurrent layers, which is when
-    `layout.state_bytes` is 0, a sequence has none and everything is as in `KVBlocks`.
+    State: type of a copy of a sequence's states in all layers; copies are never changed. If `layout.state_bytes` is 0, no layer
+    is recurrent and the class does the same as `KVBlocks`.
     """
 
     checkpoints: Checkpoints[State]
@@ -38,15 +38,18 @@ class RecurrentKV(KVBlocks, Generic[State]):
     # Subclasses implement these.
 
     def _copied_states(self, handle: int) -> State:
-        """Copies of the sequence's states."""
+        """Returns a copy of the present states of the sequence."""
         raise NotImplementedError
 
     def _restore_states(self, handle: int, states: State | None) -> None:
-        """Makes copies of `states` the sequence's states; None: those before its first token."""
+        """Sets the states of the sequence to a copy of `states`. If None, to the states before the first token."""
         raise NotImplementedError
 
     def _repeat(self, handle: int, position: int, tokens: int) -> None:
-        """Changes the sequence's states, which are those after `position` tokens, by its last pass's first draft tokens."""
+        """Updates the states of the sequence with the first `tokens` draft tokens of its last pass.
+
+        The states must be those after `position` tokens.
+        """
         raise NotImplementedError
 
     # KVBlocks.
@@ -83,7 +86,7 @@ class RecurrentKV(KVBlocks, Generic[State]):
         return at if KVBlocks.holds(self, handle, at) else 0
 
     def truncate(self, handle: int, length: int) -> None:
-        """See `KVBudget`. With recurrent layers it goes back to the last position up to `length` whose states can be had."""
+        """See `KVBudget`. With recurrent layers, goes back to the last position up to `length` whose states are available."""
         if not self.layout.state_bytes:
             super().truncate(handle, length)
             return
@@ -114,7 +117,7 @@ class RecurrentKV(KVBlocks, Generic[State]):
             self._continue(target, tokens, states)
 
     def _states_at(self, handle: int, tokens: int) -> State | None:
-        """Copies of the states after `tokens`; None if they are not kept."""
+        """Returns a copy of the states after `tokens`. None if they are not kept."""
         recurrent = self._recurrent[handle]
         if (states := self.checkpoints.get(handle, tokens)) is not None:
             return states
@@ -127,7 +130,7 @@ class RecurrentKV(KVBlocks, Generic[State]):
         return None
 
     def _continue(self, handle: int, tokens: int, states: State) -> None:
-        """Makes these the states after the first `tokens` of a sequence."""
+        """Sets the states of a sequence to `states`, which are those after the first `tokens`."""
         self._restore_states(handle, states)
         self._recurrent[handle] = _Recurrent(at=tokens)
         if tokens % BLOCK_TOKENS == 0:
@@ -136,9 +139,10 @@ class RecurrentKV(KVBlocks, Generic[State]):
     # A pass.
 
     def _begin_recurrent(self, handle: int, tokens: int, draft_tokens: int) -> set[int]:
-        """Before a pass that adds `tokens`, of which the last `draft_tokens` may be rejected.
+        """Prepares a sequence for a pass that adds `tokens`, of which the last `draft_tokens` may be rejected.
 
-        Returns after how many tokens of the sequence the pass is to copy its states. Call `_end_recurrent` with them after it.
+        Returns the positions in the sequence, in tokens, at which the pass must copy the states. Call `_end_recurrent` with the
+        copies after the pass.
         """
         recurrent, first = self._recurrent[handle], self.filled(handle)
         for at, state in recurrent.among_drafts.items():
@@ -155,7 +159,7 @@ class RecurrentKV(KVBlocks, Generic[State]):
         return copied
 
     def _end_recurrent(self, handle: int, draft_tokens: int, copied: Mapping[int, State]) -> None:
-        """After a pass. copied: the states that it has copied, by tokens."""
+        """Keeps the states of a pass that has ended. copied: the states that the pass has copied, by position in tokens."""
         recurrent, end = self._recurrent[handle], self.filled(handle)
         recurrent.at, recurrent.drafts, certain = end, draft_tokens, end - draft_tokens
         if draft_tokens and recurrent.before_drafts is None:

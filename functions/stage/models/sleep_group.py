@@ -1,7 +1,7 @@
 """A layer group that computes nothing and sleeps as long as a pass would take on another device. For tests and benchmarks.
 
-KV is counted as in a real group, and handed over between pods if the speed of their links is given. Hidden states carry the
-token's id, and the logits of the last stage select the token that came in, so that a generation goes on to its end.
+KV is counted as in a real group. It is sent between pods if the speed of their links is given. Hidden states carry the id of
+their token, and the logits of the last stage select the same token, so that a generation runs to its end.
 """
 
 import time
@@ -23,12 +23,12 @@ _LARGEST: Final = 2**7 - 1
 
 
 class SleepKV(KVBlocks):
-    """Implements `KVBlocks` with two bytes for a token, which say nothing, in place of its keys and values."""
+    """Implements `KVBlocks` with two meaningless bytes for each token in place of keys and values."""
 
     layout = KVLayout("sleep", num_layers=1, kv_heads=1, head_bytes=1)
 
     def __init__(self, tokens: int, token_seconds: float) -> None:
-        """token_seconds: how long an emulated link takes for the KV of one token."""
+        """token_seconds: how long the emulated link takes to send the KV of one token."""
         super().__init__(tokens)
         self.token_seconds = token_seconds
 

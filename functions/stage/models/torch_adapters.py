@@ -1,4 +1,4 @@
-"""Adapters in torch: what they add to the outputs of linear modules, row by row of a pass."""
+"""Adapters in torch: adds their terms to the outputs of linear modules, for the rows of a pass that have adapters."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from functions.stage.models.layer_group import Segment
 
 @dataclass(frozen=True, slots=True)
 class TorchLowRank:
-    """What an adapter adds to the output of a module: scale * B A x."""
+    """The term that an adapter adds to the output of a module with input x: scale * B A x."""
 
     a: torch.Tensor  # [rank, inputs]
     b: torch.Tensor  # [outputs, rank]
@@ -26,20 +26,20 @@ class TorchLowRank:
         return self.a.nbytes + self.b.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., inputs] of any float dtype. Returns [..., outputs] of that dtype."""
+        """Returns the term for x, [..., inputs] of any float dtype, as [..., outputs] of that dtype."""
         low = torch.nn.functional.linear(x.to(self.a.dtype), self.a)
         return torch.nn.functional.linear(low, self.b).mul_(self.scale).to(x.dtype)
 
 
 Share = Mapping[str, TorchLowRank]
-"""An adapter's share of one layer, by names of matrices."""
+"""The part of an adapter that changes one layer, by names of matrices."""
 
 
 class PassAdapters:
-    """The rows of a pass that have adapters. Rows of one adapter that follow each other are computed together."""
+    """The rows of a pass that have adapters. Neighbouring rows with the same adapter are computed together."""
 
     def __init__(self, segments: Sequence[Segment], shares: Mapping[int, Sequence[Share]]) -> None:
-        """shares: of each layer of the group, by the adapters' numbers."""
+        """shares: for each adapter number, the `Share` of each layer of the group."""
         self._spans: list[tuple[int, int, Sequence[Share]]] = []
         end = 0
         for segment in segments:
@@ -52,7 +52,10 @@ class PassAdapters:
             self._spans.append((first, end, share))
 
     def add(self, slot: int, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Adds to y [n, outputs], the product of x [n, inputs] with the matrix `name` of the group's layer `slot`."""
+        """Adds the terms of adapters to y [n, outputs] in place.
+
+        y is the product of x [n, inputs] with the matrix `name` of a layer. slot: number of the layer in the group.
+        """
         for first, end, share in self._spans:
             if (low := share[slot].get(name)) is not None:
                 y[first:end] += low(x[first:end])

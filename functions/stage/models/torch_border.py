@@ -1,7 +1,6 @@
-"""Converts between numpy arrays, which layer groups read and return, and torch tensors. Shares memory instead of copying if
-possible.
+"""Converts between torch tensors and the numpy arrays that layer groups read and return.
 
-Dtypes have the names of the wire (`floats`).
+Shares memory instead of copying if possible. Dtypes have the names of the wire (`floats`).
 """
 
 from typing import Final
@@ -16,9 +15,9 @@ DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.floa
 
 
 def input_tensor(inputs: Array, dtype: str) -> torch.Tensor:
-    """The tensor of a group's input: int64 token ids, or hidden states of `dtype`.
+    """Returns the input of a group as a tensor: int64 token ids, or hidden states of `dtype`.
 
-    Shares memory with the array, unless that is read-only, which torch does not accept.
+    The tensor shares memory with the array, except with a read-only array of hidden states, which torch does not accept.
     """
     if inputs.dtype == np.int64:
         return torch.from_numpy(inputs)
@@ -27,18 +26,18 @@ def input_tensor(inputs: Array, dtype: str) -> torch.Tensor:
 
 
 def output_array(tensor: torch.Tensor) -> Array:
-    """The numpy array of a CPU tensor, in the same memory if that is contiguous. bf16 becomes its bits in uint16."""
+    """Returns a CPU tensor as an array, in the same memory if it is contiguous. bf16 numbers become bits in uint16."""
     contiguous = tensor.detach().contiguous()
     array: Array = (contiguous.view(torch.uint16) if contiguous.dtype == torch.bfloat16 else contiguous).numpy()
     return array
 
 
 def weight_tensor(raw: RawTensor) -> torch.Tensor:
-    """The torch tensor of a published one, in the same memory."""
+    """Returns a published tensor as a torch tensor in the same memory."""
     return torch.frombuffer(raw.data, dtype=DTYPES[raw.dtype]).view(raw.shape)
 
 
 def use_threads(count: int) -> None:
-    """Sets the threads of torch's operators in the whole process."""
+    """Sets the number of threads of torch's operators in the whole process."""
     if count != torch.get_num_threads():
         torch.set_num_threads(count)

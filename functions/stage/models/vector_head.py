@@ -1,4 +1,4 @@
-"""Turns the final hidden states of a text into a vector or a score, as its model's publication says. In float32, by numpy."""
+"""Turns the final hidden states of a text into a vector or a score, in float32 with numpy."""
 
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -14,9 +14,9 @@ from storage.models.embedder import CLASSIFIER, embedder_in
 
 
 class VectorHead:
-    """What follows the last layer if a row wants a vector: pooling, then the dense layers of an embedder or a classifier.
+    """Computes a vector after the last layer: pools hidden states, then applies the dense layers of an embedder.
 
-    A model that generates tokens has none of these layers, and its hidden states are pooled alone.
+    The matrix of a classifier comes last. A model that generates tokens has no such layers; its hidden states are only pooled.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -25,20 +25,20 @@ class VectorHead:
         self._tensors: dict[str, Float32] = {}
 
     def place(self, tensors: MutableMapping[str, RawTensor]) -> None:
-        """Removes the layers' tensors from `tensors`, which may be any part of the model, and keeps them."""
+        """Removes the tensors of the dense layers from `tensors`, and keeps copies. `tensors` may be any part of the model."""
         for name in self.embedder.tensors & tensors.keys() if self.embedder else ():
             raw = tensors.pop(name)
             # A copy, so that the memory of the whole object can be freed.
             self._tensors[name] = np.array(read_floats(raw.data, raw.dtype)).reshape(raw.shape)
 
     def finish(self) -> None:
-        """Raises MissingTensors, naming the matrices that `place` never got."""
+        """Checks that all matrices are here. Raises MissingTensors, which names those that `place` never got."""
         needed = self.embedder.tensors if self.embedder else frozenset()
         if missing := sorted(name for name in needed - self._tensors.keys() if name.endswith(".weight")):
             raise MissingTensors(f"not placed: {', '.join(missing)}")
 
     def __call__(self, hidden: Array, dtype: HiddenDtype, pooling: Pooling) -> Float32:
-        """The vector of hidden states [tokens, hidden_size]. dtype: of `hidden`."""
+        """Returns the vector of a text with hidden states [tokens, hidden_size]. dtype: of `hidden`."""
         if pooling is Pooling.LAST:
             vector = widened(hidden[-1], dtype)
         else:

@@ -1,7 +1,7 @@
-"""Compiles the C library in `c/` with the compiler that the variable CC names, or else the one in the package `ziglang`.
+"""Compiles the C library in `c/`, with the compiler that the variable CC names or else with the package `ziglang`.
 
-The compiled library is kept in `__pycache__`, or in a folder of the user if that cannot be written to. Its name has a digest of
-source, flags and compiler. A container image brings a compiled library in `__pycache__`.
+The compiled library is kept in `__pycache__`, or in the user's cache folder if `__pycache__` cannot be written to. The name of
+the file has a digest of source, flags and compiler. A container image has a compiled library in `__pycache__`.
 """
 
 import hashlib
@@ -53,14 +53,14 @@ class CompilationFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Compiler:
-    """A C compiler: the beginning of its command line, and the version that it reports."""
+    """A C compiler: the first words of its command line, and its version."""
 
     command: tuple[str, ...]
     version: str
 
     @classmethod
     def found(cls) -> "Compiler | None":
-        """The compiler that the variable CC names, else the one in the package ziglang; None if there is neither."""
+        """Returns the compiler that the variable CC names, or else the one in the package ziglang. None if there is neither."""
         if named := os.environ.get("CC"):
             command = tuple(shlex.split(named))
             return cls(command, _output((*command, "--version")))
@@ -77,7 +77,10 @@ class Compiler:
 
 
 def library_file() -> Path:
-    """Path of the compiled library; compiled first if there is none for this source. Raises NoCompiler, CompilationFailed."""
+    """Returns the path of the compiled library. Compiles it first if there is none for this source.
+
+    Raises NoCompiler or CompilationFailed.
+    """
     compiler = Compiler.found()
     name = _library_name(compiler)
     for folder in (_CACHE, _user_cache()):
@@ -101,7 +104,10 @@ def library_file() -> Path:
 
 
 def _library_name(compiler: Compiler | None) -> str:
-    """File name of the library that `compiler` makes from this source. compiler: None: a glob pattern for any compiler."""
+    """Returns the file name of the library that `compiler` makes from this source.
+
+    If `compiler` is None, returns a glob pattern that matches the libraries of all compilers.
+    """
     files = sorted(SOURCE.glob("*.[ch]"))
     source = _digest(*FLAGS, *(part for file in files for part in (file.name, file.read_text())))
     by = "*" if compiler is None else _digest(*compiler.command[1:], compiler.version)
@@ -117,7 +123,7 @@ def _user_cache() -> Path:
 
 
 def _writable_folder() -> Path:
-    """The folder to keep a new library in. Raises CompilationFailed if none can be written to."""
+    """Returns the folder for a new library. Raises CompilationFailed if no folder can be written to."""
     for folder in (_CACHE, _user_cache()):
         try:
             folder.mkdir(parents=True, exist_ok=True)

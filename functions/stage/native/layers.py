@@ -49,11 +49,11 @@ class MatrixArrays:
     biases: Array | None = None  # float32 [outs]
     packed_shape: tuple[int, int] | None = None  # [outs, width] of a matrix in q4 or blocks, whose weights have another shape
     parts: Sequence[tuple[str, int]] = ()  # of a matrix in blocks, at most PARTS: formats and numbers of outputs
-    order: Array | None = None  # int32 [width]: which input each column of the weights is multiplied by; None: its own
+    order: Array | None = None  # int32 [width]: number of the input that each column is multiplied by; None: its own
 
     @property
     def is_padded(self) -> bool:
-        """C reads a copy of the weights, whose width is a multiple of STEP."""
+        """Whether C reads a copy of the weights that is padded to a width that is a multiple of STEP."""
         return self.packed_shape is None and self.weights.shape[1] % STEP != 0
 
     @property
@@ -72,9 +72,9 @@ class NormArrays:
     biases: Array | None = None
 
     def __call__(self, x: Array, eps: float) -> Array:
-        """The norm of each row of contiguous x [..., size], independently of other rows.
+        """Normalizes each row of contiguous x [..., size], independently of other rows. Returns a new array.
 
-        RMSNorm of one row of 576 takes 12 µs, of 256 rows 160 (Xeon with AMX, one thread).
+        RMSNorm takes 12 µs for one row of 576, and 160 µs for 256 rows (Xeon with AMX, one thread).
         """
         with np.errstate(over="ignore", invalid="ignore"):  # the engine finds rows that are not finite
             if self.kind is NormKind.LAYER:
@@ -91,7 +91,7 @@ class NormArrays:
 
 @dataclass(frozen=True, slots=True)
 class LatentArrays:
-    """The weights and sizes of latent attention, as `Latent` in `c/native.h` has them."""
+    """The weights and sizes of latent attention. `Latent` in `c/native.h` explains the fields."""
 
     down: MatrixArrays
     query_norm: NormArrays | None
@@ -108,7 +108,7 @@ class LatentArrays:
 
 @dataclass(frozen=True, slots=True)
 class RecurrentArrays:
-    """A recurrent mixer, by the names of `c/native.h`. What is not given is absent or 0."""
+    """The weights and numbers of a recurrent mixer, by their names in `c/native.h`. Missing entries are absent or 0."""
 
     kind: RecurrentKind
     matrices: Mapping[str, MatrixArrays]
@@ -119,7 +119,7 @@ class RecurrentArrays:
 
 @dataclass(frozen=True, slots=True)
 class StreamArrays:
-    """What a layer does with several streams of hidden states, by the names of Streams in `c/native.h`."""
+    """The weights of a layer with several streams of hidden states, by their names in Streams of `c/native.h`."""
 
     matrices: Mapping[str, MatrixArrays]
     norms: Mapping[str, NormArrays]
@@ -128,7 +128,7 @@ class StreamArrays:
 
 @dataclass(slots=True)
 class LayerArrays:
-    """The weights and numbers of one layer, by their names in `c/native.h`. What is not there is absent or 0."""
+    """The weights and numbers of one layer, by their names in `c/native.h`. Missing entries are absent or 0."""
 
     matrices: dict[str, MatrixArrays]
     norms: dict[str, NormArrays]
@@ -141,20 +141,20 @@ class LayerArrays:
 
 @dataclass(frozen=True, slots=True)
 class StateArrays:
-    """The recurrent states of a sequence, and where a pass is to copy them to."""
+    """The recurrent states of a sequence, and the arrays into which a pass copies them at some positions."""
 
     states: Array  # float32 [state_values]
-    copies: Array  # float32 [copies, state_values]: written
-    copied_at: Array  # int64 [copies]: after so many tokens of the sequence
+    copies: Array  # float32 [copies, state_values]: the pass writes them
+    copied_at: Array  # int64 [copies]: positions at which the states are copied, in tokens of the sequence
     kept: Array  # float32 [draft tokens, kept_values]: written, to change the states by draft tokens again; no rows: not kept
     kept_from: int = 0  # position of the first draft token
 
 
 class SegmentArrays(NamedTuple):
-    """New tokens of a sequence."""
+    """The new tokens of one sequence in a pass."""
 
-    pages: Array  # int32 [layers with attention, pages]: numbers of its pages in the KV arena
-    position: int  # tokens that it holds
+    pages: Array  # int32 [layers with attention, pages]: numbers of the sequence's pages in the KV arena
+    position: int  # tokens that the sequence already holds
     length: int  # new tokens
     states: StateArrays | None = None  # with recurrent mixers
     adapter: int = 0  # number of its adapter; 0: none
@@ -177,7 +177,7 @@ class ExpertsArrays:
 
 @dataclass(frozen=True, slots=True)
 class LowRankArrays:
-    """What an adapter adds to a matrix, in the arrays that C reads: a `LowRank` of `c/native.h`."""
+    """What an adapter adds to a matrix, in the arrays that C reads. `LowRank` in `c/native.h` explains the fields."""
 
     dtype: Dtype
     ranks: tuple[int, ...]  # [LOW_PARTS], as the next two
@@ -188,21 +188,21 @@ class LowRankArrays:
 
     @property
     def low_floats(self) -> int:
-        """Sums of A x that a row has: each rank counts as whole groups."""
+        """Number of floats that A x takes for one row. Each rank is rounded up to whole groups of GROUP_OUTS."""
         return sum(-(-rank // GROUP_OUTS) * GROUP_OUTS for rank in self.ranks)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterArrays:
-    """An adapter's share of a group's layers, as C reads it."""
+    """The part of an adapter for the layers of a group, in the form that C reads."""
 
     records: "ctypes.Array[AdapterLayerRecord]"  # [layers]
-    kept: list[Array]  # whose addresses the records have
-    low_floats: int  # most sums of A x that a row has in a layer
+    kept: list[Array]  # the arrays whose addresses are in the records, to keep them alive
+    low_floats: int  # most floats that A x takes for one row in a layer
 
     @classmethod
     def of(cls, layers: Sequence[Mapping[str, LowRankArrays]]) -> "AdapterArrays":
-        """layers: for each layer of the group what is added to its matrices, by their names in `c/native.h`."""
+        """Makes the records. layers: for each layer of the group, what is added to its matrices, by names in `c/native.h`."""
         records = (AdapterLayerRecord * len(layers))()
         kept: list[Array] = []
         low_floats = 0
@@ -228,13 +228,13 @@ class NativeThreads:
 
 
 class NativeLayers:
-    """The layers of one group in C. It uses the arrays that it is given without a copy: the caller must not change them."""
+    """The layers of one group in C. Uses the given arrays without copying them, so the caller must not change them."""
 
     def __init__(self, library: Library, group: GroupRecord, arena: Array) -> None:
-        """Creates a pool of threads, and `num_layers` empty layers, which `place` fills one by one before the first `run`.
+        """Creates a pool of threads and `num_layers` empty layers. Call `place` for each layer before the first `run`.
 
-        group: all sizes of the group; its fields `layers` and `arena` are overwritten. arena: the KV arena, which `run`
-        writes to.
+        group: all sizes of the group; its fields `layers`, `arena` and `budget` are overwritten. arena: the KV arena, to which
+        `run` writes.
         """
         self._library = library
         self.threads = NativeThreads(library)
@@ -251,7 +251,7 @@ class NativeLayers:
         self._workspace = memory_of(self._workspace_array)
 
     def place(self, slot: int, arrays: LayerArrays) -> None:
-        """Sets the weights and numbers of one layer. slot: its number in the group, from 0."""
+        """Sets the weights and numbers of one layer. slot: number of the layer in the group, from 0."""
         layer = self._layers[slot]
         for name, matrix in arrays.matrices.items():
             setattr(layer, name, matrix_record(matrix, self._kept))
@@ -280,7 +280,7 @@ class NativeLayers:
             layer.recurrent.norm = self._norm_record(mixer.norm)
 
     def place_experts(self, slot: int, arrays: ExpertsArrays) -> None:
-        """Sets the experts of one layer. slot: the layer's number in the group, from 0."""
+        """Sets the router and the experts of one layer. slot: number of the layer in the group, from 0."""
         experts = (ExpertRecord * len(arrays.experts))()
         for record, matrices in zip(experts, arrays.experts, strict=True):
             for name, matrix in matrices.items():
@@ -328,7 +328,10 @@ class NativeLayers:
         return NormRecord(norm.kind, memory_of(norm.gain), memory_of(norm.biases))
 
     def place_adapter(self, number: int, adapter: AdapterArrays | None) -> None:
-        """Makes an adapter the one of this number, from 1 on; None: nothing is added. Not during a pass."""
+        """Sets the adapter of a number. If `adapter` is None, removes it. Do not call this during a pass.
+
+        Numbers begin at 1.
+        """
         size = self._group.num_layers * ctypes.sizeof(AdapterLayerRecord)
         if ctypes.sizeof(self._adapters) < number * size:
             grown = (AdapterLayerRecord * (number * self._group.num_layers))()
@@ -351,13 +354,14 @@ class NativeLayers:
         threads: int,
         inputs: Array | None = None,
     ) -> None:
-        """Computes one pass. Overwrites hidden, float32 [n, streams, hidden_size], with the layers' output. Raises NativeError.
+        """Computes one pass, and overwrites `hidden` with the output of the layers. Raises NativeError.
 
-        rotations: cosines and sines, float32 [rotations, n, head_dim / 2, 2]. threads: how many compute, this one included.
-        inputs: of the layers besides hidden states, float32 [layers, n, input_size].
+        hidden: float32 [n, streams, hidden_size]. rotations: cosines and sines, float32 [rotations, n, head_dim / 2, 2].
+        threads: how many threads compute, including the calling one. inputs: inputs of layers besides hidden states, float32
+        [layers, n, input_size].
 
-        Without hidden and rotations it repeats: it changes the states of the one segment's sequence by its draft tokens
-        [position, position + length) again, from what `kept` has of them.
+        If `hidden` and `rotations` are None, computes no pass. It then updates the recurrent states of the only segment again,
+        with the draft tokens [position, position + length) that the last pass kept in `StateArrays.kept`.
         """
         rows = segments[0].length if hidden is None else len(hidden)
         threads = min(threads, MOST_THREADS)
@@ -391,7 +395,7 @@ class NativeLayers:
 
 
 class NativeLinear:
-    """Multiplies by one matrix in C. Called with x, float32 [n, width], it returns x Wᵀ + b, float32 [n, outs]."""
+    """Multiplies by one matrix W with biases b in C."""
 
     def __init__(self, library: Library, threads: NativeThreads, matrix: MatrixArrays) -> None:
         self._library = library
@@ -400,7 +404,10 @@ class NativeLinear:
         self._matrix = matrix_record(matrix, self._kept)
 
     def __call__(self, x: Array, threads: int) -> Array:
-        """threads: how many compute, this one included. Raises NativeError."""
+        """Returns x Wᵀ + b, float32 [n, outs], for x, float32 [n, width]. Raises NativeError.
+
+        threads: how many threads compute, including the calling one.
+        """
         threads = min(threads, MOST_THREADS)
         y = np.empty((len(x), self._matrix.outs), np.float32)
         if len(x) == 0:
@@ -419,7 +426,7 @@ class NativeLinear:
 
 
 def matrix_record(matrix: MatrixArrays, kept: list[Any]) -> MatrixRecord:
-    """The C record of a matrix, which has the addresses of its arrays. Adds these arrays to `kept`, to keep them alive.
+    """Returns the C record of a matrix, with the addresses of its arrays. Adds the arrays to `kept`, to keep them alive.
 
     Copies the weights only if they must be padded to a width that is a multiple of STEP.
     """

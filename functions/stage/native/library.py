@@ -20,7 +20,7 @@ _log: Final = logging.getLogger(__name__)
 
 
 class NativeError(ValueError):
-    """The library refused its arguments: a size, dtype, shape or address is wrong. No memory was changed."""
+    """The library refused the arguments of a call: a size, dtype, shape or address is wrong. No memory was changed."""
 
 
 _FUNCTIONS: Final[dict[str, tuple[Any, list[Any]]]] = {
@@ -43,10 +43,13 @@ _FUNCTIONS: Final[dict[str, tuple[Any, list[Any]]]] = {
 
 
 class Library:
-    """The functions of the C library. Calls release Python's global lock, so that other Python threads run meanwhile."""
+    """The functions of the C library. Calls release the GIL, so that other Python threads can run."""
 
     def __init__(self, path: str) -> None:
-        """Raises OSError if the file cannot be loaded, and ImportError if its structs differ in size from records.py."""
+        """Loads the library. Raises OSError if the file cannot be loaded.
+
+        Raises ImportError if the sizes of its structs differ from those in records.py.
+        """
         loaded = ctypes.CDLL(path)
         self.functions: dict[str, Any] = {}
         for name, (result, arguments) in _FUNCTIONS.items():
@@ -70,19 +73,23 @@ class Library:
         return self.levels[number]
 
     def use_level(self, name: str) -> None:
-        """Uses another level than the best one, in the whole process. For tests. Raises ValueError if this CPU lacks it."""
+        """Selects a level for the whole process, in place of the best one. For tests.
+
+        Raises ValueError if this CPU does not support the level.
+        """
         self.call("lamina_use_level", self.levels.index(name))
 
     def call(self, name: str, *arguments: Any) -> None:
         """Calls a function of `c/native.h` that returns a status. Raises NativeError.
 
-        Records are passed by reference. A pool among the arguments serves one call at a time; None: this thread alone computes.
+        Records are passed by reference. An argument that is a pool of threads may serve one call at a time. If it is None, only
+        the calling thread computes.
         """
         if status := self.functions[name](*arguments):
             raise NativeError(self.functions["lamina_message"](status).decode())
 
     def bytes_for(self, name: str, *arguments: Any) -> int:
-        """Calls a function of `c/native.h` that says how much temporary memory another one needs.
+        """Calls a function of `c/native.h` that returns how many bytes of temporary memory another function needs.
 
         Raises NativeError for sizes that are not allowed.
         """
@@ -93,12 +100,15 @@ class Library:
 
 
 UNAVAILABLE: Final = (NoCompiler, CompilationFailed, OSError, ImportError)
-"""The errors that `library` raises on a machine that cannot run layers in C. Use torch's operators there."""
+"""The errors that `library` raises if this machine cannot run layers in C. Use torch's operators then."""
 
 
 @cache
 def library() -> Library:
-    """The C library, loaded once per process and compiled first if necessary. Raises one of the errors in UNAVAILABLE."""
+    """Returns the C library. The first call in a process loads it, and compiles it if necessary.
+
+    Raises one of the errors in UNAVAILABLE.
+    """
     loaded = Library(str(library_file()))
     _log.info("layers run in C, for %s", loaded.level)
     return loaded

@@ -9,9 +9,9 @@ SCALE_BYTES: Final = 4  # of the scale of a key or value in 8 bits: LAMINA_SCALE
 
 
 def obstacle(dtype: str, device: str, sizes: Mapping[str, int]) -> str | None:
-    """The reason why layers cannot run in C, as part of a sentence for logs; None: they can.
+    """Returns the reason why layers cannot run in C, as part of a sentence for logs. None if they can run.
 
-    dtype: of the publication. sizes: by their names in a config.json; head_dim is enough.
+    dtype: of the published model. sizes: sizes by their names in a config.json; only head_dim is read.
     """
     if device != "cpu":
         return f"they are on {device}"
@@ -24,5 +24,5 @@ def obstacle(dtype: str, device: str, sizes: Mapping[str, int]) -> str | None:
 
 
 def padded_head(head_dim: int) -> int:
-    """Numbers that a key or value of one head takes in the KV arena: head_dim rounded up to a multiple of 16."""
+    """Returns how many numbers a key or value of one head takes in the KV arena: head_dim rounded up to a multiple of 16."""
     return -(-head_dim // 16) * 16

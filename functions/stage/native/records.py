@@ -24,11 +24,11 @@ BLOCK_FORMATS: Final = (
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
     "INT4_32", "INT4_64", "INT4_128", "INT8_32", "INT8_128", "E4M3_32", "E4M3_128",
 )  # fmt: skip
-"""By number, as in LAMINA_BLOCK_FORMATS and LAMINA_FLOAT_BLOCK_FORMATS."""
+"""Formats of matrices in blocks. The index is the number in LAMINA_BLOCK_FORMATS and LAMINA_FLOAT_BLOCK_FORMATS."""
 
 
 class NormKind(IntEnum):
-    """NO_NORM is 0: the kind of a record that was not filled in."""
+    """The kind of a norm. C also has the kind 0, no norm: that of a record which was not filled in."""
 
     RMS = 1
     LAYER = 2
@@ -52,7 +52,7 @@ class RouterScores(IntEnum):
 
 
 class RecurrentKind(IntEnum):
-    """0 is that of a layer without a recurrent mixer."""
+    """The kind of a recurrent mixer. C also has the kind 0: that of a layer without one."""
 
     CONVOLUTION = 1
     DELTA = 2
@@ -69,7 +69,7 @@ class Dtype(IntEnum):
 
 
 def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
-    """Fields of one type that follow each other. names: with spaces in between."""
+    """Returns consecutive fields of one type. names: names of the fields, separated by spaces."""
     return [(name, kind) for name in names.split()]
 
 
@@ -263,7 +263,9 @@ RECORDS: Final[Sequence[type[ctypes.Structure]]] = (
 
 
 def memory_of(array: Array | None) -> MemoryRecord:
-    """The address and size of an array; both 0 for None. The caller must keep the array alive while C uses the record.
+    """Returns the address and size of an array. The caller must keep the array alive while C uses the record.
+
+    For None, both are 0.
 
     Raises ValueError if the array is not contiguous.
     """
@@ -275,7 +277,7 @@ def memory_of(array: Array | None) -> MemoryRecord:
 
 
 def new_workspace(num_bytes: int) -> Array:
-    """Uninitialized temporary memory for C, uint8 [num_bytes], which begins on a cache line."""
+    """Returns uninitialized temporary memory for C, uint8 [num_bytes], that begins on a cache line."""
     memory = np.empty(num_bytes + LINE_BYTES, np.uint8)
     first = -memory.ctypes.data % LINE_BYTES
     return memory[first : first + num_bytes]

@@ -1,4 +1,4 @@
-"""Draws tokens and computes log-probabilities in C. Several threads may call it at once."""
+"""Draws tokens and computes log-probabilities in C. The functions are thread-safe."""
 
 import ctypes
 import threading
@@ -23,7 +23,7 @@ from functions.stage.native.records import (
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A token to draw; see `Draw` in `c/native.h`."""
+    """The parameters for drawing one token. `Draw` in `c/native.h` explains the fields."""
 
     logits: Array  # float32 [vocab]
     temperature: float
@@ -36,7 +36,7 @@ class Draw:
 
 
 class _Scratch(threading.local):
-    """Temporary memory of a thread, for the largest vocabulary so far."""
+    """Temporary memory of one thread, large enough for the largest vocabulary so far."""
 
     def __init__(self) -> None:
         self.weights = np.empty(0, np.float32)
@@ -48,10 +48,11 @@ _scratch: Final = _Scratch()
 
 
 def draw(draws: Sequence[Draw], threads: NativeThreads | None = None) -> list[int | None]:
-    """A token for each of `draws`, which have one vocabulary.
+    """Draws a token for each of `draws`, which must have the same vocabulary.
 
-    None if the greatest logit, or after division by the temperature the greatest of an allowed token, is not finite.
-    threads: share the draws; they must be doing nothing else. Raises NativeError for values that are out of range.
+    A token is None if the greatest logit is not finite, or if the greatest score of an allowed token is not finite. A score is
+    a logit divided by the temperature. threads: C threads that share the draws; they must be idle. Raises NativeError for
+    values that are out of range.
     """
     records = (DrawRecord * len(draws))()
     for record, each in zip(records, draws, strict=True):
@@ -69,9 +70,9 @@ def draw(draws: Sequence[Draw], threads: NativeThreads | None = None) -> list[in
 
 
 def softmax(scores: Array, count: int) -> tuple[float, list[int]]:
-    """The logarithm of the sum of exp(score - greatest score), and the `count` most probable tokens. scores: float32 [vocab].
+    """Returns the logarithm of the sum of exp(score - greatest score), and the `count` most probable tokens.
 
-    Raises NativeError if a score is a NaN or the greatest is infinite.
+    scores: float32 [vocab]. Raises NativeError if a score is a NaN or the greatest is infinite.
     """
     if len(_scratch.weights) < len(scores):
         _scratch.weights, _scratch.keys = np.empty(len(scores), np.float32), np.empty(len(scores), np.uint64)

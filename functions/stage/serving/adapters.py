@@ -1,4 +1,4 @@
-"""Reads an adapter's share of a stage's layers from the store."""
+"""Reads the part of an adapter for a stage's layers from the store."""
 
 from collections.abc import Callable, Mapping
 
@@ -11,7 +11,10 @@ from storage.store.object_reader import ObjectReader
 
 
 def adapter_loader(config: StageConfig) -> Callable[[bytes], Mapping[str, RawTensor]]:
-    """A function that reads the version of an adapter by its digest. It raises a StorageError."""
+    """Returns a function that takes the digest of an adapter's version and reads its tensors for this stage.
+
+    That function raises a StorageError.
+    """
     layers = range(*config.layers)
 
     def load(adapter: bytes) -> Mapping[str, RawTensor]:

@@ -1,4 +1,4 @@
-"""A stage over HTTP: authentication, limits of size, the headers of replies, and the stage's metrics."""
+"""Serves a stage over HTTP: authentication, limits on sizes, headers of replies, and the stage's metrics."""
 
 import hmac
 import logging
@@ -48,13 +48,13 @@ STATUSES: Final = ("200", *sorted({str(problem.status) for problem in PROBLEMS.v
 
 
 class StageApp:
-    """Answers events at `POST /`, and `GET /kv`, as plain WSGI.
+    """A WSGI application that answers events at `POST /`, and `GET /kv`.
 
-    Not as a Flask application, which took as long for a request as the layers of a small stage (docs/log.md).
+    It does not use Flask, which took as long for a request as the layers of a small stage (docs/log.md).
     """
 
     def __init__(self, handlers: EventHandlers, metrics: "StageMetrics", *pipeline_tokens: str) -> None:
-        """pipeline_tokens: bearer tokens, each of which is accepted."""
+        """pipeline_tokens: bearer tokens. A request with any of them is accepted."""
         self._handlers = handlers
         self._pipeline_tokens = pipeline_tokens
         self._admit = stage_admission(*pipeline_tokens)
@@ -96,7 +96,7 @@ class StageApp:
         return (body,)
 
     def _hand_over(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        """Answers `GET /kv`: another instance of this stage asks for keys and values."""
+        """Answers `GET /kv`, with which another instance of this stage asks for KV."""
         try:
             _check_token(environ.get("HTTP_AUTHORIZATION", ""), self._pipeline_tokens)
             found = self._handlers.hand_over(environ.get("QUERY_STRING", ""))
@@ -112,7 +112,7 @@ class StageApp:
         return (bytes(data),)
 
     def _refuse(self, start_response: "StartResponse", error: Exception, type_: str) -> Iterable[bytes]:
-        """Replies with a problem document for `error`. type_: the event's type, a label in metrics."""
+        """Replies with a problem document for `error`, and counts it. type_: type of the event, for the metrics."""
         if isinstance(error, Problem):
             problem = error
         else:
@@ -123,12 +123,13 @@ class StageApp:
         return _reply_problem(start_response, HTTPStatus(problem.status), problem.document(), more)
 
     def _read_event(self, environ: "WSGIEnvironment") -> tuple[Mapping[str, Any], Buffer]:
-        """Attributes and data of an event whose sender is known by its bearer token or by the event's signature.
+        """Reads an event, authenticates its sender, and returns the attributes and data of the event.
 
-        Raises a Problem: Unauthorized, EventExpired (a signature that is no longer valid), and what is wrong with the event.
+        A bearer token or the signature of the event authenticates the sender. Raises Unauthorized, EventExpired if a signature
+        is no longer valid, or another Problem that says what is wrong with the event.
         """
         if REFUSED in environ:
-            raise environ.pop(REFUSED)  # a raised exception holds the environ, by the frames of its traceback
+            raise environ.pop(REFUSED)  # popped, because the frames of the raised exception's traceback hold the environ
         most: int = environ[ADMITTED_BYTES] if ADMITTED_BYTES in environ else self._admit(environ) or 0
         length = int(environ.get("CONTENT_LENGTH") or 0)
         if length > most:
@@ -150,7 +151,7 @@ class StageApp:
 
 
 def _refuse_route(start_response: "StartResponse", path: str) -> Iterable[bytes]:
-    """Replies to a path that no stage has, or to a method that its path does not have."""
+    """Replies to a request whose path is unknown (404), or whose method is not that of the path (405)."""
     method = {"/": "POST", KV_PATH: "GET"}.get(path)
     status = HTTPStatus.NOT_FOUND if method is None else HTTPStatus.METHOD_NOT_ALLOWED
     detail = f"a stage answers POST / and GET {KV_PATH}"
@@ -166,9 +167,10 @@ def _reply_problem(
 
 
 def stage_admission(*pipeline_tokens: str) -> "Callable[[WSGIEnvironment], int | None]":
-    """Returns a function that says, by a request's head alone, how many bytes of body it may have; None: it has none to read.
+    """Returns a function that decides from the head of a request how many bytes of body the request may have.
 
-    That function raises Unauthorized for an unknown sender, so that a stranger's body is not read.
+    The function returns None for a request whose body is not to be read. It raises Unauthorized for an unknown sender, so that
+    the body of a stranger is not read.
     """
 
     def admit(environ: "WSGIEnvironment") -> int | None:
@@ -186,7 +188,8 @@ def stage_admission(*pipeline_tokens: str) -> "Callable[[WSGIEnvironment], int |
 def _is_signed(environ: "WSGIEnvironment") -> bool:
     """Whether an event carries a signature instead of a token.
 
-    Only binary mode counts, as gateway and stages send it: a stranger's JSON is not parsed to look for a signature in it.
+    Only events in binary mode count, which is how gateway and stages send signed events. JSON of a stranger is never parsed to
+    look for a signature.
     """
     structured = environ.get("CONTENT_TYPE", "").lower().startswith("application/cloudevents")
     return _SIGNATURE in environ and "HTTP_AUTHORIZATION" not in environ and not structured
@@ -275,12 +278,15 @@ class StageMetrics(FunctionMetrics):
         self.kv_saved.labels(reuse.tier).inc(reuse.saved_seconds)
 
     def watch_experts(self, cold_experts: "Callable[[], ColdExperts]") -> None:
-        """Calls this function whenever the metrics are scraped. Otherwise no experts are cold."""
+        """Calls `cold_experts` for the metrics of experts whenever the metrics are scraped.
+
+        Call this for a stage with a weights budget. Without the call these metrics stay 0.
+        """
         for field, metric in self._experts.items():
             metric.set_function(partial(lambda field: float(getattr(cold_experts(), field)), field))
 
     def watch(self, engine: "Engine") -> None:
-        """Registers gauges that read numbers of the engine whenever the metrics are scraped."""
+        """Registers gauges that read numbers from the engine whenever the metrics are scraped."""
         for name, help_text, read in (
             ("free_tokens", "KV tokens that can still be reserved", lambda: engine.cache.free_tokens),
             ("sequences", "Sequences that hold KV", lambda: len(engine.sequences.by_id)),

@@ -1,4 +1,4 @@
-"""A stage's model on its way from the store. This file imports nothing heavy: bytes arrive while libraries are imported."""
+"""Reads a stage's model from the store while heavy libraries are still being imported. Imports none of these itself."""
 
 import threading
 import time
@@ -21,7 +21,10 @@ _Opened = tuple[dict[str, Any], Iterator[LoadedObject]]
 
 
 class ArrivingModel:
-    """Checks a stage's publication and reads the objects of its layers, in threads that start at once."""
+    """A model that is being read: checks the published model and reads the objects of the stage's layers, in threads.
+
+    The threads start in the constructor.
+    """
 
     def __init__(self, config: StageConfig, start_up: StartUp) -> None:
         self._config = config
@@ -31,7 +34,7 @@ class ArrivingModel:
         threading.Thread(target=self._run, name="open-model", daemon=True).start()
 
     def opened(self) -> _Opened:
-        """Waits until the publication is checked, and returns the model's config.json and the objects as they arrive.
+        """Waits until the published model is checked. Returns its config.json, and an iterator of objects as they arrive.
 
         Raises WrongPublication or a StorageError.
         """

@@ -1,4 +1,4 @@
-"""Starts a stage's engine from its configuration and its arriving model."""
+"""Starts a stage's engine from the configuration and from the model, which is still being read."""
 
 import os
 from contextlib import closing
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 class UnservableModel(Exception):
-    """The layers cannot run here, because of architecture, dtype or missing tensors; the message says which."""
+    """The layers cannot run here, because of architecture, dtype or missing tensors. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class StartedEngine:
-    """An engine that has run one step, and the tiers of its KV cache."""
+    """A started engine, which has already run one step, and the tiers of its KV cache."""
 
     engine: "Engine"
     tiers: "Tiers"
@@ -42,7 +42,7 @@ def bring_up(
 ) -> StartedEngine:
     """Starts the engine and returns once it has run one step. Raises WrongPublication, UnservableModel or a StorageError.
 
-    tls: given if other instances are reached by https.
+    tls: given if other instances are reached over https.
     """
     threads = thread_count(config.threads)
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of numpy, which multiplies no matrices here; read when numpy is loaded
@@ -83,7 +83,7 @@ def bring_up(
 
 
 def _read_tokenizer(config: StageConfig) -> str:
-    """Reads the model's tokenizer.json. Called for the first grammar, since most pods never need it.
+    """Reads the model's tokenizer.json and returns its text. Called only for the first grammar: most pods never need it.
 
     Raises a StorageError or WrongPublication.
     """

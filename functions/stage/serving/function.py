@@ -1,4 +1,4 @@
-"""The stage as a function: starts the engine while the server already runs, and answers probes."""
+"""The function that serves a stage: starts the engine while the server already runs, and answers probes."""
 
 import logging
 import secrets
@@ -38,10 +38,10 @@ _REQUEST_BYTES: Final = 2 * MAX_EVENT_BYTES  # of all events together
 
 
 class StageFunction:
-    """The function that serves one stage of one pipeline: its engine, handlers, metrics, and their start and end."""
+    """The function that serves one stage of one pipeline. Owns the engine, the event handlers and the metrics."""
 
     def __init__(self, config: StageConfig, start_up: StartUp, arriving: ArrivingModel) -> None:
-        """Raises ConfigError for TLS files that cannot be used."""
+        """Builds the service. Raises ConfigError if the TLS files cannot be used."""
         self.instance = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._config = config
         self._tls = config.tls.load()
@@ -77,7 +77,10 @@ class StageFunction:
         threading.Thread(target=self._bring_up, args=(stop,), name="start-up", daemon=True).start()
 
     def drain(self) -> None:
-        """Called at SIGTERM. Refuses warm-up events that wait for weights, and replies to releases that wait for memory."""
+        """Ends long waits: refuses warm-up events that wait for weights, and answers releases that wait for memory.
+
+        The server calls this at SIGTERM.
+        """
         with self._changed:
             self._draining = True
             self._changed.notify_all()
@@ -85,7 +88,7 @@ class StageFunction:
                 self._engine.drain()
 
     def close(self) -> None:
-        """Called after the last request was answered. Writes the prefix cache to the store and stops the engine."""
+        """Writes the prefix cache to the store and stops the engine. The server calls this after the last request."""
         if self._engine is not None:
             if self._kv_writer is not None:
                 self._kv_writer.drain(self._engine, _KV_WRITE_SECONDS)
@@ -93,7 +96,7 @@ class StageFunction:
         self._tracer.close()
 
     def engine(self, wait_seconds: float) -> "Engine":
-        """The engine, which has run one step already. Waits up to `wait_seconds` for it and then raises NotReady."""
+        """Returns the engine after it has run its first step. Raises NotReady if that takes longer than `wait_seconds`."""
         if self._engine is not None:
             return self._engine
         with self._changed:

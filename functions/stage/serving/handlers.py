@@ -1,4 +1,4 @@
-"""How a stage answers each type of event. Knows events and an engine, no HTTP server."""
+"""Answers each type of event that a stage gets. Knows events and an engine, but not the HTTP server."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +51,7 @@ EngineSource = Callable[[float], "Engine"]  # waits at most so many seconds for 
 
 @dataclass(frozen=True, slots=True)
 class StageIdentity:
-    """The layers [first, last) of a pipeline, and the instance that runs them."""
+    """Which layers [first, last) of which pipeline this stage runs, and the name of this instance."""
 
     pipeline: str
     first: int
@@ -66,25 +66,28 @@ class StageIdentity:
 
     @property
     def source(self) -> str:
-        """The source of all replies. Instances share it, so that repeated deliveries have the same reply from each."""
+        """The CloudEvents source of all replies.
+
+        All instances of the stage share it, so that a repeated delivery gets the same reply from any instance.
+        """
         return f"/pipelines/{self.pipeline}/stages/{self.first}-{self.last}"
 
     def check_pipeline(self, seen: str) -> None:
-        """Raises WrongPipeline if `seen`, the event's fingerprint, is not this pipeline's."""
+        """Raises WrongPipeline if `seen`, the fingerprint of a pipeline in an event, is not that of this pipeline."""
         if seen != self.pipeline:
             raise WrongPipeline(
                 f"the event is of pipeline {seen!r} and this stage of {self.pipeline!r}; send it to its own pipeline's stage"
             )
 
     def check_layer(self, layer: int) -> None:
-        """Raises WrongLayer if `layer`, the next layer that an event wants, is not this stage's first."""
+        """Raises WrongLayer if `layer`, the next layer for an event, is not the first layer of this stage."""
         if layer != self.first:
             raise WrongLayer(f"the event wants layer {layer} and this stage runs {self.first} to {self.last - 1}")
 
 
 @dataclass(slots=True)
 class EventReply:
-    """Headers and body of a reply; for a forward event also the seconds that it took."""
+    """Headers and body of a reply. The reply to a forward event also has the times that it took."""
 
     headers: Sequence[tuple[str, str]]
     body: Sequence[Buffer]
@@ -108,7 +111,7 @@ class EventHandlers:
         start_up: StartUp,
         tracer: Tracer = PASSING,
     ) -> None:
-        """score: answers a signed forward event, which a Sequence delivers (`scoring`)."""
+        """score: answers a signed forward event, which a Sequence of Knative Eventing delivers (see `scoring`)."""
         self._identity = identity
         self._engine = engine
         self._start_up = start_up
@@ -129,7 +132,10 @@ class EventHandlers:
         }
 
     def answer(self, attributes: Attributes, data: Buffer) -> EventReply:
-        """Checks pipeline and expiry, and returns the reply of the type's handler. Raises a Problem to refuse the event."""
+        """Checks an event's pipeline and expiry, and returns the reply of the handler for its type.
+
+        Raises a Problem if the event is refused.
+        """
         type_ = attributes["type"]
         handler = self.table.get(type_)
         if handler is None:
@@ -143,9 +149,9 @@ class EventHandlers:
         return reply
 
     def hand_over(self, query: str) -> tuple[bytearray, int] | None:
-        """Keys and values for another instance, and how many tokens of the sequence are held (0 if a digest was asked for).
+        """Returns KV for another instance, and how many tokens of the named sequence are held. None if the KV is not held.
 
-        query: a KVQuery. None if they are not held. Raises a Problem.
+        The number is 0 if the KV was found by its digest. query: the query string of a KVQuery. Raises a Problem.
         """
         asked = KVQuery.read(query)
         self._identity.check_pipeline(asked.pipeline)
@@ -202,7 +208,10 @@ class EventHandlers:
         return self._json_reply(attributes, ReleaseReply(released), engine)
 
     def _lineage(self, attributes: Attributes) -> str | None:
-        """The lineage of what comes into this stage, by the event; empty for the first stage; None: the event has none."""
+        """Returns the lineage that an event states for its hidden states. Empty at the first stage; None if it states none.
+
+        Raises MalformedEvent.
+        """
         if self._identity.first == 0:
             return ""
         lineage: str | None = attributes.get(Attribute.LINEAGE)

@@ -1,4 +1,4 @@
-"""Scoring: what a stage answers to an event of a Sequence, which passes each reply on to the next stage."""
+"""Scoring: answers events of a Sequence of Knative Eventing, which passes each reply on to the next stage."""
 
 import secrets
 from datetime import UTC, datetime
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class Scorer:
-    """Scores a text in a single pass, for a Sequence of Eventing in which each reply is the next step's event.
+    """Scores a text in a single pass. In the Sequence, each reply is the event for the next stage.
 
-    The gateway makes a Batch of one row, each stage runs its layers over it, and the last stage answers with a ScoreResponse.
-    Stages keep nothing between events: each reserves and frees the row's memory within one event, under an id of its own, so
-    that repeated deliveries do not interfere. All events of a score have the id of the reply to the request. Data that is too
-    large for a channel goes by claim check.
+    The gateway makes a Batch of one row, each stage runs its layers over the row, and the last stage answers with a
+    ScoreResponse. Stages keep nothing between events: each stage reserves and frees the memory of the row within one event. It
+    uses a new id for the row each time, so that repeated deliveries do not interfere. All events of one score have the same
+    id. Data that is too large for a channel goes by claim check.
     """
 
     def __init__(self, identity: StageIdentity, engine: EngineSource, claims: ClaimCheck, token: str) -> None:
@@ -38,7 +38,10 @@ class Scorer:
         self._source = f"{identity.source}/scores"
 
     def answer(self, event: CloudEvent) -> CloudEvent:
-        """Runs the layers over the event's one row; returns the next stage's event, or the response. Raises a Problem."""
+        """Runs the layers over the single row of an event. Returns the event for the next stage, or the final response.
+
+        Raises a Problem.
+        """
         self._identity.check_layer(integer_attribute(event.get_attributes(), Attribute.LAYER))
         required_attribute(event.get_attributes(), Attribute.EXPIRY_TIME)  # what follows is signed, too
         engine = self._engine(0.0)
@@ -49,7 +52,10 @@ class Scorer:
         return self._claims.check_in(self._reply(event, batch, reply, engine.cache.free_tokens), datetime.now(UTC))
 
     def _run(self, engine: "Engine", batch: Batch, event: CloudEvent) -> Batch:
-        """Runs the layers over the batch; the row of the reply is ok. Raises NotReady if a retry helps, else InvalidRequest."""
+        """Runs the layers over the batch and returns the reply, whose row has status ok.
+
+        Raises NotReady if a retry may help, otherwise InvalidRequest.
+        """
         expiry = expiry_time(event.get_attributes())
         own = score_row(secrets.token_hex(12), len(batch.token_ids))
         try:

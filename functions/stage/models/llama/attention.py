@@ -1,8 +1,8 @@
-"""Attention in torch: for each sequence of a pass, one or a few calls of torch's kernel on its part of the KV pool.
+"""Attention in torch: one or a few calls of torch's kernel for each sequence of a pass.
 
-The linear layers see all rows of a pass as one matrix; attention reads each sequence's blocks, in place if they are neighbours.
-Masks and places are the same in every layer and computed once per pass. A chunk whose mask would be large is computed part by
-part, so that memory does not grow with the product of chunk and context.
+The linear layers see all rows of a pass as one matrix. Attention reads the blocks of each sequence in the KV pool, in place if
+they are neighbours. Masks and the places of tokens are the same in every layer, so they are computed once per pass. A chunk
+whose mask would be large is computed part by part, so that memory does not grow with the product of chunk and context.
 """
 
 import math
@@ -20,9 +20,9 @@ _MASKS_KEPT: Final = 16  # most masks kept during a pass
 
 
 class PassAttention:
-    """Computes the attention of one pass, in all layers that have the same window.
+    """Computes the attention of one pass, in all layers with the same window.
 
-    window: tokens that a token attends to, itself included; None: all.
+    window: how many tokens a token attends to, itself included. If None, it attends to all.
     """
 
     def __init__(self, segments: Sequence[Segment], pool: TorchKVPool, window: int | None, dtype: torch.dtype) -> None:
@@ -39,9 +39,10 @@ class PassAttention:
         ]
 
     def __call__(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
-        """Attention of one layer. queries: [n, num_kv_heads, heads per kv head, head_dim]. Returns [n, num_heads * head_dim].
+        """Computes the attention of one layer. Returns [n, num_heads * head_dim].
 
-        The layer's keys and values of the same tokens must be in the pool already. layer: its number in the pool.
+        queries: [n, num_kv_heads, heads per kv head, head_dim]. layer: number of the layer in the pool, which must already have
+        the keys and values of these tokens.
         """
         parts = zip(self._segments, self._firsts, torch.split(queries, self._lengths), self._readers, strict=True)
         attended = [
@@ -54,7 +55,7 @@ class PassAttention:
     def _segment(
         self, segment: Segment, first: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> Iterator[torch.Tensor]:
-        """Attention of one segment, in one or more parts. first: position of the first of `keys` and `values`."""
+        """Yields the attention of one segment, in one or more parts. first: position of the first token in `keys`."""
         if segment.length == 1:
             # The heads that share a key head take the place of a chunk's tokens, so that each key is read once. Key heads are
             # the batch: the kernel's result is then in the order that the next matrix reads.
@@ -78,11 +79,11 @@ class PassAttention:
             yield begin, (begin := min(begin + rows, segment.length))
 
     def _first_seen(self, position: int) -> int:
-        """The first position that the token at `position` attends to."""
+        """Returns the first position that the token at `position` attends to."""
         return 0 if self._window is None else max(0, position - self._window + 1)
 
     def _mask(self, rows: int, back: int) -> torch.Tensor:
-        """The mask [rows, back + rows] that is added to scores. The first row attends to `back` tokens before itself."""
+        """Returns the mask [rows, back + rows] to add to scores. The first row attends to `back` tokens before itself."""
         if (rows, back) not in self._masks:
             if len(self._masks) == _MASKS_KEPT:
                 self._masks.clear()
@@ -95,7 +96,10 @@ class PassAttention:
 
 
 def _chunk(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Attention of a chunk. mask: added to scores; None for a prompt's first chunk, whose tokens attend to all before them."""
+    """Returns the attention of a chunk. mask: added to scores.
+
+    If `mask` is None, each token attends to all tokens before it in the chunk. This is for the first chunk of a prompt.
+    """
     heads = queries.flatten(1, 2).transpose(0, 1).unsqueeze(0)
     keys, values = keys.transpose(0, 1), values.transpose(0, 1)
     attended = functional.scaled_dot_product_attention(heads, keys, values, mask, is_causal=mask is None, enable_gqa=True)

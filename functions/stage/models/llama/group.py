@@ -54,10 +54,10 @@ class LlamaGroup:
         kv_budget_bytes: int,
         why: str | None = None,
     ) -> None:
-        """config: a config.json. Layers are [first_layer, last_layer). dtype: of the publication.
+        """config: a config.json. Layers are [first_layer, last_layer). dtype: of the published model.
 
-        why: the reason why the layers do not run in C, which would be faster; it only becomes part of `runs_by`. None: no
-        reason is given. Raises UnsupportedConfig, and ValueError for impossible layers, budget, dtype or device.
+        why: the reason why the layers do not run in C, which would be faster; used only in `runs_by`. Raises UnsupportedConfig,
+        and ValueError for impossible layers, budget, dtype or device.
         """
         model = self._model = decoder_of(config)
         if (obstacle := torch_obstacle(model)) is not None:
@@ -96,8 +96,8 @@ class LlamaGroup:
     def place(self, tensors: MutableMapping[str, RawTensor]) -> None:
         """Removes this group's weights from `tensors` and keeps them. Ignores weights of other groups.
 
-        tensors: any part of the model, by checkpoint name, but only whole layers. Raises MissingTensors if a layer is not
-        complete or a name is unknown, and WrongShape.
+        tensors: by checkpoint name, any part of the model that has each layer whole or not at all. Raises MissingTensors if a
+        layer is incomplete or a name is unknown, and WrongShape.
         """
         widen(tensors, self.hidden_dtype)
         check_shapes(self._model, {name: tensor.shape for name, tensor in tensors.items()})
@@ -117,7 +117,7 @@ class LlamaGroup:
             self._head = linear([others.matrix(names.head)], self._precision.activations)
 
     def finish(self) -> None:
-        """Makes the group ready to run. Raises MissingTensors, naming the weights that `place` never got."""
+        """Makes the group ready to run. Raises MissingTensors, which names the weights that `place` never got."""
         if self._is_last and self._head is None and self._model.tied and self._embedding is not None:
             self._head = linear([Matrix(self._embedding)], self._precision.activations)
         check_placed(
@@ -162,12 +162,12 @@ class LlamaGroup:
             self._adapters[number] = prepared.share
 
     def cold_experts(self) -> ColdExperts:
-        """None: no layer has experts."""
+        """Returns counters of 0, because no layer has experts."""
         return ColdExperts(0, 0, 0)
 
     @torch.inference_mode()
     def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
-        """See `LayerGroup`. Raises ValueError for segments that do not fit the KV cache, which then stays unchanged."""
+        """See `LayerGroup`. Raises ValueError if segments do not fit the KV cache, and then leaves the cache unchanged."""
         positions = checked_positions(self.kv, len(inputs), segments)
         hidden = input_tensor(inputs, self.hidden_dtype).to(self._device)
         if self._embedding is not None:
@@ -200,7 +200,11 @@ class LlamaGroup:
 
 
 def _stacked(parts: Sequence[LowRank | None], orders: Sequence[Array]) -> LowRank:
-    """One pair of matrices for several modules with the same input: B has a block for each. Scales are in B."""
+    """Combines the low-rank matrices of several modules with the same input into one pair. Scales are multiplied into B.
+
+    B has a block for each module. parts: None for a module that the adapter does not change. orders: for each module, the order
+    of its outputs.
+    """
     given = [part for part in parts if part is not None]
     ranks = [0 if part is None else len(part.a) for part in parts]
     b = np.zeros((sum(map(len, orders)), sum(ranks)), np.float32)

@@ -1,14 +1,14 @@
-"""The KV cache of layers in torch: one arena of blocks of tokens, read in place where a sequence's blocks are neighbours.
+"""The KV cache of layers in torch: one arena of blocks of tokens. A sequence is read in place if its blocks are neighbours.
 
-µs for the attention of one layer without its matrices, bf16, 9 heads and 3 KV heads (Xeon with AMX, one thread; docs/log.md has
-more):
+Time in µs of one layer's attention without its matrices, bf16, 9 heads and 3 KV heads (Xeon with AMX, one thread; docs/log.md
+has more):
 
     sequences, lengths   blocks gathered   blocks that are neighbours
     8, all 128                 216                   239
     8, 64 to 512               694                   371
     16, 64 to 512             1298                   780
 
-So a reservation takes neighbours wherever there are so many free ones.
+So a reservation takes neighbours if there are enough free ones.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ _BLOCK_TOKENS: Final = 16  # as many as in a block of a prefix chain
 
 
 class TorchKVPool(KVArena):
-    """The arena is one tensor [num_layers, 2, num_kv_heads, tokens of all blocks, head_dim]."""
+    """A `KVArena` in one tensor [num_layers, 2, num_kv_heads, tokens of all blocks, head_dim]."""
 
     def __init__(
         self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, budget_bytes: int
@@ -39,7 +39,7 @@ class TorchKVPool(KVArena):
         self.layout = KVLayout(kind, num_layers, num_kv_heads, head_dim * dtype.itemsize, _BLOCK_TOKENS)
 
     def slots(self, spans: Iterable[tuple[int, int, int]]) -> torch.Tensor:
-        """Indexes in the arena, int64 [n], of all tokens of the spans. A span is (handle, first token, end token)."""
+        """Returns the arena indexes, int64 [n], of all tokens of the spans. A span is (handle, first token, end token)."""
         return torch.from_numpy(np.concatenate([self._slots(*span) for span in spans])).to(self.device)
 
     def write(self, layer: int, slots: torch.Tensor, keys_and_values: torch.Tensor) -> None:
@@ -47,9 +47,9 @@ class TorchKVPool(KVArena):
         self._arena[layer].index_copy_(2, slots, keys_and_values.permute(1, 2, 0, 3))
 
     def reader(self, handle: int, first: int, last: int) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
-        """A function that returns a layer's keys and values of a sequence's tokens [first, last).
+        """Returns a function that takes a layer and returns its keys and values of a sequence's tokens [first, last).
 
-        Both are [num_kv_heads, 1, last - first, head_dim], as they are when the function is called.
+        Keys and values have the shape [num_kv_heads, 1, last - first, head_dim]. The function reads them when it is called.
         """
         slots = self._slots(handle, first, last)
         if slots[-1] - slots[0] == last - first - 1:

@@ -27,7 +27,7 @@ class PassState:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """The weights of one layer. Rows of queries and keys are reordered: the two halves of each rotated pair are adjacent."""
+    """The weights of one layer. Rows of queries and keys are reordered so that the halves of each rotated pair are adjacent."""
 
     input_gain: torch.Tensor
     qkv: Sequence[Matrix]  # one matrix, or three if their dtypes differ
@@ -40,7 +40,7 @@ class LayerWeights:
 
     @classmethod
     def take(cls, model: Decoder, weights: TorchWeights) -> "LayerWeights":
-        """Removes the layer's tensors from `weights`. Raises MissingTensors."""
+        """Removes the layer's tensors from `weights` and returns them in this form. Raises MissingTensors."""
         layer, names = model.kinds[0], model.names
         attention, mlp_bias = model.attention, layer.feed_forward is not None and layer.feed_forward.biased
         queries, keys, values = (weights.matrix(name, attention.qkv_bias) for name in names.qkv)
@@ -70,7 +70,7 @@ class LlamaLayer:
     """A decoder layer: attention and MLP, each with its norm and residual sum."""
 
     def __init__(self, model: Decoder, layer: int, slot: int, weights: LayerWeights, precision: Precision) -> None:
-        """layer: its number in the whole model. slot: its number in this group's KV pool."""
+        """layer: number of the layer in the whole model. slot: number of the layer in this group's KV pool."""
         self._slot = slot
         attention = model.layers[layer].attention
         assert attention is not None, "see torch_obstacle"
@@ -115,10 +115,10 @@ class LlamaLayer:
 
 
 class RmsNorm:
-    """RMSNorm, x * weight / sqrt(mean(x²) + eps) over the last dimension, computed in float32 by five operators.
+    """RMSNorm over the last dimension: x * weight / sqrt(mean(x²) + eps), computed in float32 with five operators.
 
-    `F.rms_norm` runs eight on CPUs. For one row of 576 in fp32 this takes 6.1 µs and `F.rms_norm` 7.1, for 512 rows 103 and 638
-    (Xeon with AMX, one thread).
+    On CPUs `F.rms_norm` runs eight operators. One row of 576 in fp32 takes 6.1 µs here and 7.1 µs with `F.rms_norm`; 512 rows
+    take 103 and 638 µs (Xeon with AMX, one thread).
     """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
@@ -138,8 +138,8 @@ class RmsNorm:
 class GatedMlp:
     """The gated MLP of a layer: residual + W_down (silu(W_gate x) * W_up x).
 
-    int8 gate and up are stacked into one matrix, so that x is quantized once for both. With other dtypes they are two matrices,
-    whose kernels compute SiLU and the product too.
+    In int8, gate and up are stacked into one matrix, so that x is quantized once for both. In other dtypes they are two
+    matrices, whose kernels also compute SiLU and the product.
     """
 
     def __init__(self, gate: Matrix, up: Matrix, down: Matrix, dtype: torch.dtype) -> None:
@@ -157,7 +157,7 @@ class GatedMlp:
         return self._down.add_to(residual, functional.silu(gate).mul_(up))
 
     def adapted(self, residual: torch.Tensor, x: torch.Tensor, slot: int, adapters: PassAdapters) -> torch.Tensor:
-        """The same with adapters. slot: the layer's number in the group."""
+        """Returns the same as `add_to`, with adapters applied. slot: number of the layer in the group."""
         gate, up = self._gate(x).chunk(2, 1) if self._is_stacked else (self._gate(x), self._up(x))
         adapters.add(slot, "gate", x, gate)
         adapters.add(slot, "up", x, up)
@@ -168,7 +168,7 @@ class GatedMlp:
 
 
 class Rope:
-    """Computes the rotations of rotary position embeddings, once per pass. `rotate` applies them in every layer."""
+    """Computes the rotations of rotary position embeddings, once per pass. The function `rotate` applies them in a layer."""
 
     def __init__(self, parameters: Mapping[str, Any], head_dim: int, device: torch.device) -> None:
         frequencies, scaling = rope_frequencies(parameters, head_dim)
@@ -176,15 +176,15 @@ class Rope:
         self._scaling = torch.tensor(scaling, dtype=torch.float32, device=device)
 
     def rotations(self, positions: torch.Tensor) -> torch.Tensor:
-        """The rotation of each pair of a head at int64 positions [n]: complex64 [n, 1, head_dim / 2]."""
+        """Returns the rotation of each pair of a head at int64 positions [n], as complex64 [n, 1, head_dim / 2]."""
         angles = positions.float().unsqueeze(1) * self._frequencies
         return torch.polar(self._scaling.expand_as(angles), angles).unsqueeze(1)
 
 
 def rotate(heads: torch.Tensor, rotations: torch.Tensor) -> None:
-    """Rotates heads [n, heads, head_dim] in place. The halves of a pair are adjacent: they are used as one complex number.
+    """Rotates heads [n, heads, head_dim] in place. The halves of a pair are adjacent and form one complex number.
 
-    For 16 rows of 12 heads this takes 6.6 µs; rotating halves that are apart takes 78 µs (Xeon with AMX, one thread).
+    This takes 6.6 µs for 16 rows of 12 heads. If the halves were not adjacent, it would take 78 µs (Xeon with AMX, one thread).
     """
     pairs = heads.view(*heads.shape[:2], -1, 2)
     if heads.dtype == torch.float32:

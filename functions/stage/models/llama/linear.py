@@ -1,8 +1,8 @@
-"""Matrices in torch: reads them from a publication and multiplies by them with the fastest kernel for dtype and device.
+"""Matrices in torch: reads them from a published model, and multiplies with the fastest kernel for dtype and device.
 
-On CPUs fp32 and bf16 weights are reordered once for oneDNN, whose kernels also compute the residual sum, SiLU, and the product
-of gate and up. Decoding 8 sequences, the four matrices of 10 SmolLM2 layers take 3.8 ms in bf16 this way and 5.6 ms with
-`F.linear` (fp32 11.7 and 19.2 ms), 128 tokens 7.2 and 12.5 ms (Xeon with AMX, one thread).
+On CPUs, fp32 and bf16 weights are reordered once for oneDNN, whose kernels also compute the residual sum, SiLU, and the product
+of gate and up. When 8 sequences are decoded, the four matrices of 10 SmolLM2 layers take 3.8 ms in bf16 this way, and 5.6 ms
+with `F.linear` (fp32: 11.7 and 19.2 ms). For 128 tokens they take 7.2 and 12.5 ms (Xeon with AMX, one thread).
 """
 
 from collections.abc import MutableMapping, Sequence
@@ -50,16 +50,16 @@ class Matrix:
     bias: torch.Tensor | None = None  # [out], in the weight's dtype (int8: float32)
 
     def with_rows(self, rows: torch.Tensor) -> "Matrix":
-        """A copy of the matrix with its rows (outputs) in the order of the row numbers `rows`."""
+        """Returns a copy of the matrix with the rows (outputs) that `rows` names, in that order."""
         scale = None if self.scale is None else self.scale[rows]
         bias = None if self.bias is None else self.bias[rows]
         return Matrix(self.weight[rows], scale, bias)
 
 
 class TorchWeights:
-    """The tensors whose names begin with one prefix. Names in calls are without it.
+    """The tensors whose names begin with one prefix. Methods take names without the prefix.
 
-    `vector` and `matrix` remove a tensor from the mapping, so that its memory is freed once it has been copied.
+    `vector` and `matrix` remove a tensor from the mapping, so that its memory is freed after it was copied.
     """
 
     def __init__(
@@ -78,7 +78,10 @@ class TorchWeights:
         return self._take(name).to(self._precision.activations)
 
     def matrix(self, name: str, biased: bool = False) -> Matrix:
-        """Removes the matrix `name`.weight, with its scales and, if `biased`, biases, and returns it. Raises MissingTensors."""
+        """Removes the matrix `name`.weight and returns it, with its scales and, if `biased`, its biases.
+
+        Raises MissingTensors.
+        """
         weight = self._take(f"{name}.weight")
         if weight.dtype == torch.int8:
             scale = self._take(f"{name}.weight_scale").float()
@@ -94,31 +97,32 @@ class TorchWeights:
 
 
 class Linear:
-    """Multiplies activations x [n, in] by a weight matrix W, and adds its biases b. Results are [n, out].
+    """Multiplies activations x [n, in] by a weight matrix W and adds biases b. Results are [n, out].
 
-    Subclasses do that; here SiLU, sum and factor are operators of their own.
+    Subclasses implement the product. The other methods here use separate operators for SiLU, sum and factor; subclasses may
+    override them with faster kernels.
     """
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x Wᵀ + b."""
+        """Returns x Wᵀ + b."""
         raise NotImplementedError
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """residual + x Wᵀ + b."""
+        """Returns residual + x Wᵀ + b."""
         return self(x).add_(residual)
 
     def silu(self, x: torch.Tensor) -> torch.Tensor:
-        """silu(x Wᵀ + b)."""
+        """Returns silu(x Wᵀ + b)."""
         return functional.silu(self(x), inplace=True)
 
     def times(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        """(x Wᵀ + b) * factor."""
+        """Returns (x Wᵀ + b) * factor."""
         return self(x).mul_(factor)
 
 
 @dataclass(frozen=True, slots=True)
 class PlainLinear(Linear):
-    """Runs torch's standard operator, for any device and float dtype."""
+    """A `Linear` for any device and float dtype, with torch's standard operator."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -128,7 +132,7 @@ class PlainLinear(Linear):
 
 
 class OneDnnLinear(Linear):
-    """For fp32 or bf16 on CPUs: oneDNN's kernels, on a copy of the weight in oneDNN's layout."""
+    """A `Linear` for fp32 or bf16 on CPUs: oneDNN's kernels, on a copy of the weight in oneDNN's layout."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight.default(weight)
@@ -154,16 +158,16 @@ class OneDnnLinear(Linear):
 
 
 class Int8Linear(Linear):
-    """For int8 weights and float32 activations on CPUs, if layers cannot run in C.
+    """A `Linear` for int8 weights and float32 activations on CPUs, for use if layers cannot run in C.
 
-    Weights have a scale for each output, activations a scale for each row, and each activation is two int8 numbers. Products
-    are summed exactly in int32, so a row's result never depends on other rows. The kernel is oneDNN's, which is fast only with
-    AMX: other CPUs have a reference kernel that is hundreds of times slower.
+    Weights have a scale for each output, and activations a scale for each row. Each activation becomes two int8 numbers.
+    Products are summed exactly in int32, so the result of a row never depends on other rows. The kernel is oneDNN's, which is
+    fast only with AMX: on other CPUs oneDNN has a reference kernel that is hundreds of times slower.
 
-    One int8 number per activation costs 3 to 5 % of perplexity, because a few channels of a row are far larger than the rest.
-    So the remainder of truncation to int8 is multiplied by the same kernel as a second row: 14 bits in all, and at most 0.6 %.
-    While decoding, two rows take as long as one, because reading the matrix takes the time. docs/log.md has the numbers, and
-    compares torch's other int8 operators.
+    One int8 number per activation would cost 3 to 5 % of perplexity, because a few channels of a row are far larger than the
+    rest. So the remainder after truncation to int8 goes through the same kernel as a second row. That gives 14 bits in all, and
+    costs at most 0.6 %. While decoding, two rows take as long as one, because most of the time goes to reading the matrix.
+    docs/log.md has the numbers, and compares torch's other int8 operators.
     """
 
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -186,7 +190,7 @@ class Int8Linear(Linear):
         return torch.addcmul(residual, y, row_scale)
 
     def _products(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x Wᵀ as float32 [n, out], and scales [n, 1]: the caller must multiply its rows by them."""
+        """Returns unscaled products float32 [n, out], and scales [n, 1] by which the caller must multiply the rows."""
         row_scale = x.abs().amax(1, keepdim=True).clamp_min_(_SMALLEST)
         steps = x * (self._largest / row_scale)
         rows = torch.empty((2 * len(x), x.shape[1]), dtype=torch.int8)
@@ -203,13 +207,13 @@ class Int8Linear(Linear):
 
 @dataclass(frozen=True, slots=True)
 class CastLinear(Linear):
-    """For activations of another dtype than the matrix: converts them before, and the result back.
+    """A `Linear` for activations whose dtype is not that of the matrix: converts them, and converts the result back.
 
-    Some matrices of an int8 publication need it, because they were published as floats.
+    Some matrices of a model published in int8 need it, because they were published as floats.
     """
 
     inner: Linear
-    dtype: torch.dtype  # of its activations
+    dtype: torch.dtype  # of the activations of `inner`
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner(x.to(self.dtype)).to(x.dtype)
@@ -217,7 +221,7 @@ class CastLinear(Linear):
 
 @dataclass(frozen=True, slots=True)
 class ConcatLinear(Linear):
-    """For stacked matrices of different dtypes: multiplies by each and concatenates the results."""
+    """A `Linear` for stacked matrices of different dtypes: multiplies by each and concatenates the results."""
 
     parts: Sequence[Linear]
 
@@ -226,9 +230,9 @@ class ConcatLinear(Linear):
 
 
 def stacked(matrices: Sequence[Matrix]) -> list[Matrix]:
-    """A list with one matrix that has the rows (outputs) of all; the matrices unchanged if their dtypes differ.
+    """Stacks the rows (outputs) of matrices. Returns a list with one matrix.
 
-    Either all have biases, or none has.
+    If dtypes differ, returns a list of the unchanged matrices. Either all matrices must have biases, or none.
     """
     if len(matrices) == 1 or len({matrix.weight.dtype for matrix in matrices}) > 1:
         return list(matrices)
@@ -239,7 +243,7 @@ def stacked(matrices: Sequence[Matrix]) -> list[Matrix]:
 
 
 def linear(matrices: Sequence[Matrix], dtype: torch.dtype) -> Linear:
-    """The fastest `Linear` for activations of `dtype` and one matrix, or several whose outputs are concatenated."""
+    """Returns the fastest `Linear` for activations of `dtype`. Outputs of several matrices are concatenated."""
     matrix, *others = stacked(matrices)
     if others:
         return ConcatLinear([linear([part], dtype) for part in (matrix, *others)])

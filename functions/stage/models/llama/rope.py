@@ -1,13 +1,12 @@
-"""Rotary position embeddings: the frequencies that a config.json says, and the order of rows in query and key matrices.
+"""Rotary position embeddings: frequencies, and the order of rows in query and key matrices. Needs no torch.
 
-Needs no torch.
-
-A rotation turns pairs of numbers of a head. Checkpoints keep the two halves of a rotated pair head_dim / 2 apart.
+A rotation turns pairs of numbers of a head. In checkpoints, the two halves of a rotated pair are head_dim / 2 apart.
 `interleaved_rows` reorders the rows of query and key matrices so that the halves are adjacent. Queries and keys are permuted
-alike, so their products do not change.
+in the same way, so their products do not change.
 
-Frequencies follow transformers' `modeling_rope_utils` in float32, except for the power, which is rounded from float64: that
-equals nearly all of torch's to the bit. `storage.checkpoints.decoder_config` reads what a config says of them.
+Frequencies are computed in float32 like in transformers' `modeling_rope_utils`. Only the power is computed in float64 and then
+rounded, which equals torch's result to the bit in nearly all cases. `storage.checkpoints.decoder_config` reads the parameters
+from a config.json.
 """
 
 import math
@@ -26,7 +25,7 @@ def _default(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, flo
 
 
 def _proportional(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, float]:
-    """The first pairs of a head are rotated as if all were; the others are not."""
+    """Proportional RoPE: only a share of the pairs of a head is rotated, with the frequencies of full rotation."""
     frequencies = _default(parameters, head_dim)[0] / np.float32(parameters.get("factor", 1.0))
     frequencies[int(parameters["partial_rotary_factor"] * head_dim // 2) :] = 0
     return frequencies, 1.0
@@ -56,7 +55,7 @@ def _yarn(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, float]
 
 
 def _yarn_range(parameters: Mapping[str, Any], head_dim: int) -> tuple[float, float]:
-    """The first and last of the dimensions between kept and divided frequencies, which may be fractions."""
+    """Returns the first and last dimension of the range in which YaRN interpolates. They may be fractions."""
 
     def dimension(rotations: float) -> float:
         wavelengths = parameters["original_max_position_embeddings"] / (rotations * 2 * math.pi)
@@ -104,18 +103,18 @@ _FREQUENCIES: Final[dict[str, Callable[[Mapping[str, Any], int], tuple[Float32, 
 
 
 def rope_frequencies(parameters: Mapping[str, Any], head_dim: int) -> tuple[Float32, float]:
-    """Radians per position of each pair, float32 [head_dim / 2], and a factor by which cosines and sines are multiplied.
+    """Returns the frequencies of all pairs, and a factor by which cosines and sines are multiplied.
 
-    parameters: of the position embeddings, `Rotation.parameters` of the description.
+    Frequencies are radians per position, float32 [head_dim / 2]. parameters: `Rotation.parameters` of the model's description.
     """
     return _FREQUENCIES[parameters["rope_type"]](parameters, head_dim)
 
 
 def interleaved_rows(num_heads: int, head_dim: int, rotated: int | None = None) -> Array:
-    """The order of a query or key matrix's rows in which the halves of each rotated pair are adjacent.
+    """Returns the order of a query or key matrix's rows in which the halves of each rotated pair are adjacent.
 
-    rotated: how many numbers of a head are rotated, the first ones; None: all. Returns row numbers [num_heads * head_dim], with
-    which the matrix is indexed.
+    The result is row numbers [num_heads * head_dim], to index the matrix with. rotated: how many numbers at the beginning of a
+    head are rotated. If None, all are.
     """
     rotated = head_dim if rotated is None else rotated
     order = np.concatenate([np.arange(rotated).reshape(2, -1).T.ravel(), np.arange(rotated, head_dim)])

@@ -1,7 +1,7 @@
-"""Checks for groups of Llama-shaped models: whether all weights are there, their shapes, and the segments of a pass.
+"""Checks for groups of Llama-shaped models: that all weights are there, their shapes, and the segments of a pass.
 
-Layers in C and torch's operators take sizes from the config. With a tensor of another shape they would access memory outside
-it, so every tensor is checked. Needs no torch.
+Layers in C and torch's operators take sizes from the config. If a tensor had another shape, they would access memory outside
+the tensor. So every tensor is checked. Needs no torch.
 """
 
 import re
@@ -30,7 +30,7 @@ from storage.models.q4 import packed_shape
 
 
 def check_layers(model: Decoder, first: int, last: int) -> None:
-    """Raises ValueError if [first, last) are not layers of the model, or not without others."""
+    """Raises ValueError if [first, last) are not layers of the model, or if the model cannot be cut at these layers."""
     if not 0 <= first < last <= model.num_layers:
         raise ValueError(f"layers {first}:{last} are no group of a model of {model.num_layers}")
     for bound in (first, last):
@@ -51,11 +51,11 @@ def check_placed(
     inputs: bool = False,
     others: Iterable[str] = (),
 ) -> None:
-    """Raises MissingTensors, naming them, if layers [first, last) do not have all weights that they need.
+    """Raises MissingTensors, which names the missing tensors, if layers [first, last) do not have all their weights.
 
-    layers: numbers of those whose weights are there. embedding, norm, head, positions, inputs (of layers, from token ids):
-    whether they are there. Only the first group of a model needs the embeddings, only the last one norm and head.
-    others: names of tensors that are known to be missing.
+    layers: numbers of the layers whose weights are present. embedding, norm, head, positions, inputs: whether these weights are
+    present; inputs are the weights of `LayerInput`. Only the first group of a model needs embedding and positions, and only
+    the last group needs norm and head. others: names of tensors that are known to be missing.
     """
     names = model.names
     missing = [*others, *(f"{names.layers}.{layer}" for layer in range(first, last) if layer not in layers)]
@@ -74,10 +74,10 @@ def check_placed(
 
 
 def checked_positions(kv: KVBudget, rows: int, segments: Sequence[Segment]) -> list[int]:
-    """Checks the segments of a pass and returns the position of each of its tokens.
+    """Checks the segments of a pass, and returns the position of each token of the pass.
 
-    rows: tokens of the input. Raises ValueError if the segments do not add up to `rows`, a segment does not begin after the
-    tokens that its sequence holds, exceeds its reservation, or a sequence has two.
+    rows: number of tokens in the input. Raises ValueError if the lengths of segments do not add up to `rows`, if a segment does
+    not begin after the tokens that its sequence holds, if it exceeds the reservation, or if a sequence has two segments.
     """
     positions: list[int] = []
     handles: set[int] = set()
@@ -95,7 +95,10 @@ def checked_positions(kv: KVBudget, rows: int, segments: Sequence[Segment]) -> l
 
 
 def torch_obstacle(model: Decoder) -> str | None:
-    """Why torch's layers cannot run the model, for messages; None: they can. They run models that differ little from Llama."""
+    """Returns the reason why torch's layers cannot run the model, or None if they can.
+
+    They run models that differ little from Llama.
+    """
     if model.experts:
         return "layers with experts run in C alone"
     attention, norm = model.attention, Norm(eps=model.final_norm.eps)
@@ -140,12 +143,12 @@ def torch_obstacle(model: Decoder) -> str | None:
 
 
 def _different(own: Struct, other: Struct) -> list[str]:
-    """The fields in which two descriptions differ."""
+    """Returns the names of the fields in which two descriptions differ."""
     return [name for name in own.__struct_fields__ if getattr(own, name) != getattr(other, name)]
 
 
 def layers_in(model: Decoder, names: Iterable[str]) -> list[int]:
-    """The numbers of the layers that tensors of these names belong to, sorted."""
+    """Returns the sorted numbers of the layers to which the tensors `names` belong."""
     return sorted({int(found[1]) for found in map(_layer_pattern(model).match, names) if found})
 
 
@@ -154,10 +157,10 @@ def _layer_pattern(model: Decoder) -> re.Pattern[str]:
 
 
 def check_shapes(model: Decoder, seen: Shapes, in_four_bits: Collection[str] = ()) -> None:
-    """Checks the shapes of some tensors of the model. seen: shapes by checkpoint name.
+    """Checks the shapes of some of the model's tensors. seen: shapes by checkpoint name.
 
-    in_four_bits: names of packed q4 tensors. Raises WrongShape, and MissingTensors for a tensor that a model with this config
-    does not have: it must not be ignored.
+    in_four_bits: names of packed q4 tensors. Raises WrongShape. Raises MissingTensors for a tensor that a model with this
+    config does not have, because ignoring the tensor would change results.
     """
     of_others = _with_scales(outer_shapes(model))
     of_kinds = [_with_scales(layer_shapes(model, layer)) for layer in model.kinds]
@@ -179,6 +182,6 @@ def check_shapes(model: Decoder, seen: Shapes, in_four_bits: Collection[str] = (
 
 
 def _with_scales(shapes: Shapes) -> Shapes:
-    """The shapes, and with each matrix the shape of the scales that it has if it is int8."""
+    """Returns the shapes, and for each matrix also the shape of its scales, which it has only in int8."""
     scales = {f"{name}_scale": shape[:1] for name, shape in shapes.items() if len(shape) == 2}
     return {**shapes, **scales}

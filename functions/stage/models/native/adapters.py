@@ -1,4 +1,4 @@
-"""Packs an adapter's matrices as `LowRank` of `c/native.h` has them."""
+"""Packs the matrices of an adapter into the format of `LowRank` in `c/native.h`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,9 +14,10 @@ from storage.checkpoints.decoder import Decoder, Layer, adaptable, layer_shapes,
 
 
 def pack_layer(model: Decoder, layer: Layer, found: Mapping[str, LowRank], narrow: bool) -> dict[str, LowRankArrays]:
-    """What an adapter adds to the matrices of a layer, by their names in `c/native.h`.
+    """Returns what an adapter adds to the matrices of a layer. Keys are the names of matrices in `c/native.h`.
 
-    found: by the modules' names without the layer's prefix. narrow: rounds the numbers to bf16. Raises WrongAdapter.
+    found: low-rank matrices by the names of modules, without the layer's prefix. narrow: whether to round numbers to bf16.
+    Raises WrongAdapter.
     """
     names, shapes, left = model.names, layer_shapes(model, layer), dict(found)
     if refused := left.keys() - adaptable(model, layer):
@@ -66,9 +67,10 @@ def _packed(parts: Sequence[LowRank | None], ends: Sequence[int] | Array, narrow
 
 
 def _grouped(matrix: Float32, first: int, narrow: bool) -> Array:
-    """[n, width] → for each group of GROUP_OUTS rows [width, rows], or of pairs in bf16.
+    """Reorders a matrix [n, width] for C: for each group of GROUP_OUTS rows, the transposed rows [width, GROUP_OUTS].
 
-    first: number of the first row, which says where in its group it is; zeros fill the first and the last group.
+    In bf16, a pair of neighbouring columns counts as one. first: number of the first row, which need not begin a group. Zeros
+    fill the first and the last group.
     """
     count, width = matrix.shape
     units = matrix

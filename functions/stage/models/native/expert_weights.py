@@ -1,4 +1,4 @@
-"""Takes the router and the experts of a layer out of a publication's tensors, as `c/native.h` wants them."""
+"""Takes the router and the experts of a layer out of a model's tensors, in the form that `c/native.h` needs."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from storage.checkpoints.decoder import Decoder, Experts
 
 
 def take_experts(model: Decoder, experts: Experts, weights: NativeWeights) -> ExpertsArrays:
-    """Removes the router and the experts of a layer from `weights` and returns them. Raises MissingTensors."""
+    """Removes the router and the experts of a layer from `weights`, and returns them. Raises MissingTensors."""
     names, router, norms, scales = model.names, experts.router, {}, None
     if experts.own_norms:
         norms = {

@@ -1,8 +1,8 @@
 """The layer group of the Llama-shaped families on a CPU: layers and head in C, embedding and final norm in numpy.
 
-A sequence's results never depend on its chunks, on other rows or on the number of threads, to the bit: no sum mixes rows.
-Weights are set layer by layer while later ones are still being read. They stay in the memory that they were read into, except
-for the matrices of queries, keys and values, which C needs as one.
+No sum mixes rows. So the results of a sequence are the same to the bit, however it is cut into chunks, and whatever the other
+rows and the number of threads. Weights are set layer by layer while later layers are still being read. They stay in the memory
+that they were read into, except for the matrices of queries, keys and values, which C needs as one matrix.
 """
 
 import logging
@@ -45,7 +45,7 @@ from storage.loading.weight_loader import RawTensor
 
 _log: Final = logging.getLogger(__name__)
 
-# dtype of a publication → of keys and values
+# dtype of a published model → dtype of keys and values
 _KV_DTYPES: Final = {"float32": Dtype.F32, "bfloat16": Dtype.BF16, "int8": Dtype.BF16, "q4": Dtype.BF16, "kept": Dtype.BF16}
 
 
@@ -66,11 +66,13 @@ class NativeGroup:
     ) -> None:
         """config: a config.json. Layers are [first_layer, last_layer).
 
-        dtype: of the publication; `native_obstacle` tells which run. kv_dtype: of keys and values; None: float32 for float32,
-        else bf16. weights_budget_bytes: most memory for weights. Beyond it, experts that files of the weight cache have are
-        dropped, those first that were used the longest ago; but those that a layer uses in one pass are in memory together.
-        None: all stay. Raises UnsupportedConfig, ValueError for impossible layers or too small a budget of keys and values,
-        and one of the errors in `library.UNAVAILABLE` if the C library can be neither loaded nor compiled.
+        dtype: of the published model; `native_obstacle` tells whether it can run. kv_dtype: of keys and values; if None,
+        float32 for a float32 model, otherwise bf16. weights_budget_bytes: most memory for weights. If it is exceeded, the least
+        recently used experts that can be read again from the weight cache are dropped. The experts that a layer uses in
+        one pass are in memory together, even if they exceed the budget. If None, all weights stay in memory.
+
+        Raises UnsupportedConfig, ValueError for impossible layers or too small a KV budget, and one of the errors in
+        `library.UNAVAILABLE` if the C library can be neither loaded nor compiled.
         """
         model = self._model = decoder_of(config)
         check_layers(model, first_layer, last_layer)
@@ -163,8 +165,8 @@ class NativeGroup:
     def place(self, tensors: MutableMapping[str, RawTensor]) -> None:
         """Removes this group's weights from `tensors` and keeps them. Ignores weights of other groups.
 
-        tensors: any part of the model, by checkpoint name, but only whole layers. Raises MissingTensors if a layer is not
-        complete or a name is unknown, and WrongShape.
+        tensors: by checkpoint name, any part of the model that has each layer whole or not at all. Raises MissingTensors if a
+        layer is incomplete or a name is unknown, and WrongShape.
         """
         for name in list(tensors):
             tensors[full_name(self._model, name)] = tensors.pop(name)
@@ -220,7 +222,7 @@ class NativeGroup:
             self._tied_head_biases = others.vector(f"{names.head}.bias")
 
     def finish(self) -> None:
-        """Makes the group ready to run. Raises MissingTensors, naming the weights that `place` never got."""
+        """Makes the group ready to run. Raises MissingTensors, which names the weights that `place` never got."""
         has_biases = self._tied_head_biases is not None or not self._model.head_bias
         if self._is_last and self._head is None and self._model.tied and self._embedding is not None and has_biases:
             tied = replace(self._embedding, biases=self._tied_head_biases)
@@ -243,7 +245,10 @@ class NativeGroup:
             self._layers.budget.most_bytes = max(0, self._weights_budget_bytes - self._kept_bytes)
 
     def _in_files(self, layer: int, experts: ExpertsArrays, tensors: Iterable[RawTensor]) -> ExpertsArrays:
-        """The experts as those that need not stay in memory, which none is in now, if C reads their weights from files."""
+        """Marks the experts of a layer as ones that may be dropped from memory, and drops them, if possible.
+
+        That is possible only if C reads their weights from files as they are. Otherwise returns the experts unchanged.
+        """
         in_files = {address_of(tensor.data) for tensor in tensors if tensor.from_file}
         weights = [matrix.weights for matrices in experts.experts for matrix in matrices.values()]
         padded = any(matrix.is_padded for matrices in experts.experts for matrix in matrices.values())
@@ -256,7 +261,7 @@ class NativeGroup:
         return replace(experts, used_at=np.zeros_like(experts.used))
 
     def cold_experts(self) -> ColdExperts:
-        """Counters of the experts that are read under a weights budget."""
+        """Returns counters of the experts that may be dropped from memory, for a group with a weights budget."""
         budget = self._layers.budget
         return ColdExperts(found=budget.found, read=budget.read, resident_bytes=budget.bytes)
 
@@ -278,7 +283,7 @@ class NativeGroup:
         self._layers.place_adapter(number, None if prepared is None else prepared.share)
 
     def forward(self, inputs: Array, segments: Sequence[Segment]) -> Array:
-        """See `LayerGroup`. Raises ValueError for segments that do not fit the KV cache, which then stays unchanged."""
+        """See `LayerGroup`. Raises ValueError if segments do not fit the KV cache, and then leaves the cache unchanged."""
         positions = checked_positions(self.kv, len(inputs), segments)
         rotations = self._rotations(positions, segments)
         if self.first_layer == 0 and self._embedding is not None:
@@ -322,7 +327,7 @@ class NativeGroup:
         return logits
 
     def _layer_inputs(self, layer_inputs: LayerInputs, inputs: Array, hidden: Float32, segments: Sequence[Segment]) -> Float32:
-        """What the layers get besides hidden states. Raises ValueError if a later stage's segments lack token ids."""
+        """Returns the inputs of layers besides hidden states. Raises ValueError if segments of a later stage lack token ids."""
         if self.first_layer == 0:
             return layer_inputs(inputs, hidden, self.native_threads.count)
         given = [segment.token_ids for segment in segments if segment.token_ids is not None]

@@ -27,18 +27,17 @@ class LayerKV(NamedTuple):
     head_dim: int
 
 
-_NO_LAYER: Final = LayerKV(None, 1, 2)  # whose pages there are if no layer has any
+_NO_LAYER: Final = LayerKV(None, 1, 2)  # stands for a layer if no layer has keys and values
 
 
 class NativeKVPool(RecurrentKV[Float32], KVArena):
-    """A block is a page of one layer: the keys and then the values of PAGE_TOKENS tokens.
+    """A `KVArena` for layers in C. A block is a page of one layer: the keys, then the values, of PAGE_TOKENS tokens.
 
-    Layers may have heads of different sizes. All pages are as large as the smallest of a layer needs, and a layer that needs
-    more has several, each with some of its heads' keys or values: so many rows of the tables.
+    Layers may have heads of different sizes. All pages have the size that the smallest layer needs. A layer that needs more has
+    several pages for the same tokens, each with the keys or values of some heads, and one row of the tables for each page.
 
-    It takes physical memory only for what has been written to. Recurrent states are float32, one array for each sequence with
-    those of all layers. Their memory is used again: pages that the kernel gives anew cost several times as much as the copy
-    that is written to them.
+    Memory that was never written to takes no physical memory. The recurrent states of a sequence are one float32 array for all
+    layers. Memory of states is reused, because new pages from the kernel cost several times as much as the copy into them.
     """
 
     def __init__(
@@ -50,11 +49,11 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
         state_values: int = 0,
         kept_values: int = 0,
     ) -> None:
-        """layers: those that write keys and values. dtype: of keys and values, BF16, F32 or INT8.
+        """layers: the layers that write keys and values. dtype: of keys and values, BF16, F32 or INT8.
 
-        written_by: names dtypes and the CPU level, on which the KV's bits depend: only pools with the same name exchange KV.
-        state_values, kept_values: in the recurrent states of a sequence, and kept of a draft token. Raises ValueError if the
-        budget is less than one page of tokens.
+        written_by: names the dtypes and the CPU level, on which the bits of KV depend. Pools exchange KV only if this is equal.
+        state_values: how many numbers the recurrent states of a sequence have. kept_values: how many numbers are kept of each
+        draft token, to update states again. Raises ValueError if the budget is less than the shortest sequence takes.
         """
         scale_bytes = SCALE_BYTES if dtype is Dtype.INT8 else 0
         # Of each layer: how many keys and values of heads a token has, and the bytes of one of them.
@@ -87,7 +86,7 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
             self.window,
             state_bytes,
         )
-        self.repeat: Callable[[SegmentArrays], None]  # changes states by draft tokens again: set by the group
+        self.repeat: Callable[[SegmentArrays], None]  # updates states with draft tokens again; the group sets it
         self._values, self._kept_values = state_values, kept_values
         self._states: dict[int, Float32] = {}  # by handle
         self._passes: dict[int, StateArrays] = {}  # the last pass of each sequence, by handle
@@ -116,7 +115,7 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
         self._passes.pop(handle, None)
 
     def _new_states(self) -> Float32:
-        """An array for the states of a sequence, with any numbers in it."""
+        """Returns an uninitialized array for the states of a sequence, in reused memory if possible."""
         spare, checkpoints, states_of, most = self._spare, self.checkpoints, self._states, self._most_checkpoints
 
         def give_back(memory: memoryview) -> None:
@@ -134,8 +133,10 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
         return copy
 
     def begin_pass(self, handle: int, tokens: int, draft_tokens: int) -> StateArrays | None:
-        """Before a pass that adds `tokens`, of which the last `draft_tokens` may be rejected: what C needs for the recurrent
-        states; None without recurrent layers. Call `end_pass` after it."""
+        """Prepares a sequence for a pass that adds `tokens`, of which the last `draft_tokens` may be rejected.
+
+        Returns the arrays that C needs for recurrent states. None without recurrent layers. Call `end_pass` after the pass.
+        """
         if not self._values:
             return None
         copied_at = np.array(sorted(self._begin_recurrent(handle, tokens, draft_tokens)), np.int64)
@@ -197,14 +198,14 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
             arena[pages, :, places] = written.reshape(len(pages), arena.shape[1], arena.shape[3])
 
     def _blocks(self, row: Any) -> Array:
-        """The arena as the layer of a table's row sees it: [pages, keys and values of heads, blocks, bytes of a block]."""
+        """Returns a view of the arena for one row of a table: [pages, keys and values of heads, blocks, bytes of a block]."""
         parts, size = self._parts[row]
         return self.arena[:, : parts * PAGE_TOKENS * size].reshape(
             len(self.arena), parts, PAGE_TOKENS // BLOCK_TOKENS, BLOCK_TOKENS * size
         )
 
     def _places(self, handle: int, layer: Any, first: int, blocks: int) -> tuple[Array, Array]:
-        """Page of the arena, and place in it, of `blocks` blocks of BLOCK_TOKENS tokens, from token `first` on."""
+        """Returns the pages of `blocks` blocks of BLOCK_TOKENS tokens from token `first` on, and their places in the pages."""
         pages, places = np.divmod(np.arange(blocks) + first // BLOCK_TOKENS, PAGE_TOKENS // BLOCK_TOKENS)
         if self.windowed[layer]:
             pages %= self.need.ring_blocks

@@ -1,6 +1,6 @@
-"""What layers get besides hidden states: numbers that follow from token ids alone (`LayerInput` of the description).
+"""Computes the inputs of layers besides hidden states (`LayerInput` of the model's description), from token ids alone.
 
-Every stage computes those of its own layers, so that hidden states are all that passes between stages.
+Every stage computes the inputs of its own layers, so that only hidden states and token ids pass between stages.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from storage.checkpoints.decoder import Decoder
 
 
 class LayerInputs:
-    """The inputs of layers [first_layer, last_layer) besides hidden states. `place` gives it the weights, in any order."""
+    """Computes the inputs of layers [first_layer, last_layer) besides hidden states. First call `place` for the weights."""
 
     def __init__(self, model: Decoder, first_layer: int, last_layer: int) -> None:
         assert model.layer_input is not None
@@ -30,7 +30,10 @@ class LayerInputs:
         return self._embedding is not None and self._projection is not None and self._norm is not None
 
     def place(self, weights: NativeWeights, threads: NativeThreads) -> None:
-        """Removes from `weights` what it needs of them. threads: compute the products."""
+        """Removes the weights that the inputs need from `weights`. May be called for parts of the model, in any order.
+
+        threads: C threads that compute the products.
+        """
         names = self._names
         if f"{names.layer_embedding}.weight" in weights:
             self._embedding = weights.matrix(names.layer_embedding)
@@ -42,7 +45,7 @@ class LayerInputs:
             self._norm = take_norm(names.layer_projection_norm, self._input.norm, weights)
 
     def __call__(self, token_ids: Array, embedded: Float32, threads: int) -> Float32:
-        """The inputs of each layer, float32 [layers, tokens, size]. embedded: the tokens' scaled embeddings."""
+        """Returns the inputs of each layer, float32 [layers, tokens, size]. embedded: scaled embeddings of the tokens."""
         assert self._embedding is not None, "see is_placed"
         assert self._projection is not None
         assert self._norm is not None

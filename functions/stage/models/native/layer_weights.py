@@ -1,4 +1,7 @@
-"""Takes the weights of a layer out of a publication's tensors, as `c/native.h` wants them: by the layer's description."""
+"""Takes the weights of a layer out of a model's tensors, in the form that `c/native.h` needs.
+
+The description of the layer says which weights there are.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,13 +21,13 @@ _NORMS: Final = {"rms": NormKind.RMS, "layer": NormKind.LAYER}
 
 
 def row_heads(attention: Attention) -> int:
-    """How many heads the matrix qkv of a layer has: queries, its own keys and values, and gates if there are any."""
+    """Returns the number of heads in the matrix qkv of a layer: queries, the layer's own keys and values, and gates."""
     own_kv = 0 if attention.kv_layer is not None else 2 * attention.num_kv_heads
     return attention.num_heads * (2 if attention.output_gate else 1) + own_kv
 
 
 def latent_sizes(attention: Attention) -> dict[str, int]:
-    """The sizes of latent attention in all layers, by their names in Group of `c/native.h`; empty for other attention."""
+    """Returns the sizes of latent attention, by their names in Group of `c/native.h`. Empty for other attention."""
     if (latent := attention.latent) is None:
         return {}
     query_size = latent.nope_size + latent.rope_size
@@ -38,8 +41,8 @@ def latent_sizes(attention: Attention) -> dict[str, int]:
 def take_layer(model: Decoder, layer: Layer, weights: NativeWeights) -> LayerArrays:
     """Removes a layer's tensors from `weights` and returns its arrays.
 
-    Rows of queries and keys are reordered so that the two halves of each rotated pair are adjacent. Numbers lack those that
-    depend on the group: window, ring and rotations. Raises MissingTensors.
+    Rows of queries and keys are reordered so that the two halves of each rotated pair are adjacent. The caller must add the
+    numbers that depend on the group: window, ring, rotations, and the places of KV. Raises MissingTensors.
     """
     names, attention, feed_forward = model.names, layer.attention, layer.feed_forward
     matrices: dict[str, MatrixArrays] = {}
@@ -134,7 +137,7 @@ def _norm(norm: Norm, vector: Callable[[str], Float32]) -> NormArrays:
 
 
 def _head_order(model: Decoder, attention: Attention) -> Array:
-    """The order of the numbers of each query and key."""
+    """Returns the order in which C needs the numbers of each query and key."""
     rotation = None if attention.rope is None else model.ropes[attention.rope]
     if rotation is None or rotation.adjacent:
         return np.arange(attention.head_dim)
@@ -142,10 +145,9 @@ def _head_order(model: Decoder, attention: Attention) -> Array:
 
 
 def qkv_rows(model: Decoder, attention: Attention) -> list[tuple[str, Array]]:
-    """The parts of C's one matrix of queries, keys, values and gates.
+    """Returns the parts of which C's single matrix of queries, keys, values and gates is stacked.
 
-    Each is the name of a matrix in the checkpoint, and the numbers of the outputs of that matrix that are the part, in C's
-    order.
+    Each part is the name of a matrix in the checkpoint, and the numbers of the rows (outputs) to take from it, in order.
     """
     names, size = model.names, attention.head_dim
     order, counts = _head_order(model, attention), (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
@@ -174,7 +176,7 @@ def qkv_rows(model: Decoder, attention: Attention) -> list[tuple[str, Array]]:
 
 
 def _qkv(model: Decoder, attention: Attention, weights: NativeWeights) -> MatrixArrays:
-    """The rows of all queries, then of all keys, then of all values, then of all gates."""
+    """Returns one matrix with the rows of all queries, then all keys, then all values, then all gates."""
     parts = qkv_rows(model, attention)
     taken = {name: weights.matrix(name, attention.qkv_bias) for name in dict(parts)}
     ordered = [
@@ -185,7 +187,10 @@ def _qkv(model: Decoder, attention: Attention, weights: NativeWeights) -> Matrix
 
 
 def _latent(model: Decoder, attention: Attention, weights: NativeWeights) -> LatentArrays:
-    """Each head's keys and values have matrices of their own, and that of keys is transposed: it is applied to queries."""
+    """Returns the weights of latent attention. Each head has a matrix for keys and one for values.
+
+    The matrix for keys is transposed, because it is applied to queries.
+    """
     names, latent = model.names, attention.latent
     assert latent is not None
     queries, query_norm = None, None
@@ -214,9 +219,9 @@ def _latent(model: Decoder, attention: Attention, weights: NativeWeights) -> Lat
 def take_feed_forward(
     feed_forward: FeedForward, names: tuple[str, str, str], weights: NativeWeights
 ) -> dict[str, MatrixArrays]:
-    """Removes a feed-forward from `weights` and returns its matrices, by their names in `c/native.h`. Raises MissingTensors.
+    """Removes the matrices of a feed-forward from `weights` and returns them, by their names in `c/native.h`.
 
-    names: of gate, up and down.
+    names: names of gate, up and down in the checkpoint. Raises MissingTensors.
     """
     gate_name, up_name, down_name = names
     down = {"down": weights.matrix(down_name, feed_forward.biased)}
@@ -231,7 +236,7 @@ def take_feed_forward(
 
 
 def _qk_norm(model: Decoder, attention: Attention, weights: NativeWeights) -> NormArrays:
-    """Gains and biases of all queries, then of all keys [heads + kv heads, head_dim], in the order of the rows of qkv."""
+    """Returns the norm of queries and keys: gains and biases [heads + kv heads, head_dim], in the order of qkv's rows."""
     order = _head_order(model, attention)
     assert attention.qk_norm is not None
 
@@ -254,6 +259,9 @@ def _qk_norm(model: Decoder, attention: Attention, weights: NativeWeights) -> No
 
 
 def _xielu(name: str, weights: NativeWeights) -> tuple[float, ...]:
-    """The four numbers of xIELU in `c/native.h`; https://arxiv.org/abs/2411.13010, as transformers.activations has them."""
+    """Returns the four numbers of xIELU in `c/native.h`, computed as in transformers.activations.
+
+    See https://arxiv.org/abs/2411.13010.
+    """
     positive, negative, beta, eps = (weights.vector(f"{name}.{part}").item() for part in ("alpha_p", "alpha_n", "beta", "eps"))
     return (float(np.logaddexp(0, positive)), beta + float(np.logaddexp(0, negative)), beta, eps)

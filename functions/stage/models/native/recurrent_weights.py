@@ -1,4 +1,4 @@
-"""Takes the weights of a layer's recurrent mixer out of a publication's tensors, as `c/native.h` wants them."""
+"""Takes the weights of a layer's recurrent mixer out of a model's tensors, in the form that `c/native.h` needs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,10 @@ _KINDS: Final = {"convolution": RecurrentKind.CONVOLUTION, "delta": RecurrentKin
 
 @dataclass(frozen=True, slots=True)
 class StatePlaces:
-    """Offsets of each layer's part in a sequence's states, and in what is kept of a draft token."""
+    """Where each layer's numbers are in the states of a sequence, and in the numbers that are kept of a draft token.
+
+    tails, matrices and kept have an offset for each layer. The last two fields are the total sizes.
+    """
 
     tails: tuple[int, ...]
     matrices: tuple[int, ...]
@@ -40,7 +43,7 @@ class StatePlaces:
 
 
 def inputs_of(recurrent: Recurrent, hidden_size: int) -> int:
-    """Numbers that a mixer makes of each row first."""
+    """Returns how many numbers a mixer's input projection makes of each row."""
     if recurrent.kind == "convolution":
         return 3 * hidden_size
     return recurrent.channels + recurrent.inner_size + (recurrent.num_heads if recurrent.kind == "mamba" else 0)
@@ -49,7 +52,10 @@ def inputs_of(recurrent: Recurrent, hidden_size: int) -> int:
 def take_recurrent(
     model: Decoder, recurrent: Recurrent, places: StatePlaces, slot: int, weights: NativeWeights, residual_scale: float
 ) -> RecurrentArrays:
-    """Removes the tensors of a recurrent mixer from `weights`. slot: the layer's number in the group. Raises MissingTensors."""
+    """Removes the tensors of a recurrent mixer from `weights`, and returns them. Raises MissingTensors.
+
+    slot: number of the layer in the group.
+    """
     prefix, hidden = model.names.recurrent, model.hidden_size
     gate_scale, *channel_scales, step_scale = recurrent.in_scales
     channels, inner = recurrent.channels or hidden, recurrent.inner_size
@@ -98,7 +104,7 @@ def take_recurrent(
 
 
 def _places_in_a_row(recurrent: Recurrent) -> dict[str, int]:
-    """The offsets of the parts of a row of the mixer's inputs."""
+    """Returns the offsets of the parts of a row after the mixer's input projection, by their names in `c/native.h`."""
     keys, inner = recurrent.num_groups * recurrent.key_size, recurrent.inner_size
     if recurrent.kind == "delta":
         return {"query_at": 0, "key_at": keys, "value_at": 2 * keys, "gate_at": 2 * keys + inner}
@@ -107,7 +113,7 @@ def _places_in_a_row(recurrent: Recurrent) -> dict[str, int]:
 
 
 def _delta_matrices(names: TensorNames, recurrent: Recurrent, weights: NativeWeights) -> tuple[MatrixArrays, MatrixArrays]:
-    """Queries, keys, values and gates; steps and shares."""
+    """Returns the two input matrices of a delta rule: queries, keys, values and gates; steps and shares."""
     given = [weights.matrix(f"{names.recurrent}.{name}") for name in names.recurrent_in]
     if len(given) == 4:
         channels, gates, shares, steps = given
@@ -116,7 +122,7 @@ def _delta_matrices(names: TensorNames, recurrent: Recurrent, weights: NativeWei
     values = recurrent.inner_size // groups
 
     def by_part(*sizes: int) -> list[Array]:
-        """Rows of each part of all groups. sizes: of a group's parts, in order."""
+        """Returns the row numbers of each part, in all groups. sizes: sizes of the parts of a group, in order."""
         ends = np.cumsum(sizes)
         first = np.arange(groups)[:, None] * ends[-1]
         return [(first + np.arange(end - size, end)).ravel() for size, end in zip(sizes, ends, strict=True)]

@@ -1,4 +1,4 @@
-"""Cosines and sines of the rotations by position that a pass needs."""
+"""Computes the cosines and sines by which a pass rotates queries and keys."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -15,7 +15,7 @@ _TABLE_ROWS: Final = 1024  # positions that are added to a table at a time: 1.4 
 
 
 class Rotations:
-    """All rotations of a model: each of its ropes, and one more for queries that grow with their position."""
+    """All rotations of a model: one for each rope, and another if a rope scales queries with their position."""
 
     def __init__(self, model: Decoder) -> None:
         self.tables: list[RotationTable] = []
@@ -37,12 +37,15 @@ class Rotations:
         self._head_dim = model.attention.head_dim
 
     def numbers(self, rope: str | None) -> dict[str, int]:
-        """The numbers of the rotations of a layer's queries and keys, as `c/native.h` counts them."""
+        """Returns the numbers of the rotations of a layer's queries and keys in `c/native.h`: from 1 on; 0 for no rotation."""
         of_queries, of_keys = (0, 0) if rope is None else self._numbers[rope]
         return {"query_rotation": of_queries, "key_rotation": of_keys}
 
     def __call__(self, positions: Sequence[int], segments: Sequence[Segment]) -> Float32:
-        """positions: of the tokens of all segments. Returns float32 [rotations, len(positions), head_dim / 2, 2]."""
+        """Returns the cosines and sines of all rotations, float32 [rotations, len(positions), head_dim / 2, 2].
+
+        positions: of all tokens of the segments, in order.
+        """
         if len(self.tables) == 1 and not self._long_tables:
             return self.tables[0](positions)[None]
         rows: Float32 = np.empty((len(self.tables), len(positions), self._head_dim // 2, 2), np.float32)
@@ -66,13 +69,13 @@ class RotationTable:
     """
 
     def __init__(self, rotation: Rotation, head_dim: int, *, of_queries: bool = False) -> None:
-        """of_queries: multiplies by the growth of queries."""
+        """of_queries: whether to multiply by `Rotation.query_growth`, which scales queries with their position."""
         self._frequencies, self._scaling = rope_frequencies(rotation.parameters, rotation.rotated)
         self._growth = rotation.query_growth if of_queries else None
         self._table: Float32 = np.empty((0, head_dim // 2, 2), np.float32)
 
     def __call__(self, positions: Sequence[int]) -> Float32:
-        """Cosine and sine of each pair of a head at `positions` [n]: float32 [n, head_dim / 2, 2]."""
+        """Returns cosine and sine of each pair of a head at `positions` [n], as float32 [n, head_dim / 2, 2]."""
         if (end := max(positions) + 1) > len(self._table):
             parts = [self._table]
             for first in range(len(self._table), end, _TABLE_ROWS):

@@ -1,4 +1,4 @@
-"""Several streams of hidden states (`Streams` of the description) before the first layer and after the last one."""
+"""Models with several streams of hidden states (`Streams` of the description): makes the streams and joins them."""
 
 import numpy as np
 
@@ -10,10 +10,13 @@ from storage.checkpoints.decoder import Decoder
 
 
 class StreamMatrices:
-    """The matrices that make streams of embeddings, and hidden states of streams. `place` gives it those that it needs."""
+    """Splits embeddings into streams before the first layer, and joins the streams after the last layer.
+
+    First call `place` for the matrices.
+    """
 
     def __init__(self, model: Decoder, *, is_first: bool, is_last: bool) -> None:
-        """is_first, is_last: whether the group has the model's first layer, before which it splits, and the last one."""
+        """is_first, is_last: whether the group has the first layer of the model (and splits), or the last one (and joins)."""
         assert model.streams is not None
         names = model.names
         self._split, self._join = (
@@ -24,27 +27,30 @@ class StreamMatrices:
 
     @property
     def missing(self) -> list[str]:
-        """Names of tensors that it was not given."""
+        """Names of needed tensors that `place` has not got yet."""
         return [f"{name}.weight" for name in self._needed if name not in self._matrices]
 
     def place(self, weights: NativeWeights, threads: NativeThreads) -> None:
-        """Removes from `weights` what it needs of them. threads: compute the products."""
+        """Removes the needed matrices from `weights`. threads: C threads that compute the products."""
         for name in self._needed:
             if f"{name}.weight" in weights:
                 self._matrices[name] = NativeLinear(library(), threads, weights.matrix(name))
 
     def split(self, hidden: Float32, threads: int) -> Float32:
-        """The streams of embeddings [n, hidden_size]: float32 [n, streams * hidden_size]."""
+        """Splits embeddings [n, hidden_size] into streams, float32 [n, streams * hidden_size]."""
         return np.concatenate(self._scaled(self._split, [hidden] * (len(self._split) + 1), threads), axis=1)
 
     def join(self, streams: Float32, threads: int) -> Float32:
-        """The mean of the streams [n, streams * hidden_size], float32 [n, hidden_size]."""
+        """Joins streams [n, streams * hidden_size] into hidden states, float32 [n, hidden_size]: their mean."""
         parts = [np.ascontiguousarray(part) for part in np.split(streams, len(self._join) + 1, axis=1)]
         joined: Float32 = np.mean(self._scaled(self._join, parts, threads), axis=0)
         return joined
 
     def _scaled(self, names: list[str], parts: list[Float32], threads: int) -> list[Float32]:
-        """The first part, and the products of the others with these matrices, scaled to its root mean square."""
+        """Multiplies each part but the first by its matrix, and scales the product to the root mean square of the first part.
+
+        Returns the first part, which is unchanged, and the scaled products.
+        """
         size = np.sqrt(np.square(parts[0]).mean(axis=-1, keepdims=True))
         found = [parts[0]]
         for name, part in zip(names, parts[1:], strict=True):

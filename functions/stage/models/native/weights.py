@@ -1,4 +1,4 @@
-"""Converts a publication's tensors to the arrays that C reads. Tensors that have C's order already are not copied."""
+"""Converts the tensors of a published model to the arrays that C reads. Tensors in C's order are not copied."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Final
@@ -21,21 +21,21 @@ _NUMPY_DTYPES: Final = {"BF16": np.uint16, "I8": np.int8, "F32": np.float32, "F1
 _MATRICES: Final = {
     "float32": Dtype.F32,
     "bfloat16": Dtype.BF16,
-}  # dtype of a publication → dtype of its matrices in C; others stay as published
+}  # dtype of a published model → dtype of its matrices in C; others stay as published
 
 
 class NativeWeights:
-    """The tensors whose names begin with one prefix. Names in calls are without it.
+    """The tensors whose names begin with one prefix. Methods take names without the prefix.
 
-    `vector` and `matrix` remove a tensor from the mapping, so that its memory is freed once it has been copied.
+    `vector` and `matrix` remove a tensor from the mapping, so that its memory is freed after it was copied.
     """
 
     def __init__(
         self, tensors: MutableMapping[str, RawTensor], prefix: str, dtype: str, shapes: Shapes, *, transposed: bool = False
     ) -> None:
-        """dtype: of the publication. shapes: of matrices, by name without the prefix; packed q4 tensors have another shape.
+        """dtype: of the published model. shapes: unpacked shapes of matrices, by name without the prefix.
 
-        transposed: matrices are [width, outs].
+        transposed: whether the published matrices are [width, outs].
         """
         self._tensors = tensors
         self._prefix = prefix
@@ -52,7 +52,10 @@ class NativeWeights:
         return array if dtype == "F32" else widened(array, _FLOATS[_DTYPES[dtype]])
 
     def matrix(self, name: str, biased: bool = False) -> MatrixArrays:
-        """Removes the matrix `name`.weight, with its scales and, if `biased`, biases, and returns it. Raises MissingTensors."""
+        """Removes the matrix `name`.weight and returns it, with its scales and, if `biased`, its biases.
+
+        Raises MissingTensors.
+        """
         packed = packing(self._tensors, f"{self._prefix}{name}.weight")
         dtype, weights = self._take(f"{name}.weight")
         if self._transposed:
@@ -82,7 +85,7 @@ class NativeWeights:
 
 
 def rows_of(matrix: MatrixArrays, rows: Array) -> Float32:
-    """A copy of some rows of the matrix, in float32. rows: their numbers."""
+    """Returns a copy of the rows whose numbers are `rows`, in float32."""
     if matrix.dtype == Dtype.INT8:
         assert matrix.scales is not None
         return matrix.weights[rows].astype(np.float32) * matrix.scales[rows, None]
@@ -96,7 +99,7 @@ def rows_of(matrix: MatrixArrays, rows: Array) -> Float32:
 
 
 def with_rows(matrix: MatrixArrays, rows: Array) -> MatrixArrays:
-    """A copy of the matrix with its rows (outputs) in the order of the row numbers `rows`."""
+    """Returns a copy of the matrix with the rows (outputs) that `rows` names, in that order."""
     scales = None if matrix.scales is None else matrix.scales[rows]
     biases = None if matrix.biases is None else matrix.biases[rows]
     if matrix.dtype == Dtype.Q4:
@@ -109,13 +112,13 @@ def with_rows(matrix: MatrixArrays, rows: Array) -> MatrixArrays:
 
 
 def transposed(matrix: MatrixArrays, rows: Array) -> MatrixArrays:
-    """Some rows of the matrix as columns, in float32 if it has that dtype, else in bf16. rows: their numbers."""
+    """Returns a transposed copy of the rows whose numbers are `rows`. It is float32 if the matrix is, otherwise bf16."""
     dtype = Dtype.F32 if matrix.dtype == Dtype.F32 else Dtype.BF16
     return MatrixArrays(dtype, np.ascontiguousarray(narrowed(rows_of(matrix, rows).T, _FLOATS[dtype])))
 
 
 def _format(matrix: MatrixArrays) -> BlockFormat:
-    """The format of a matrix in blocks that is not stacked of several."""
+    """Returns the format of a matrix in blocks. The matrix must not be stacked from several."""
     ((name, _),) = matrix.parts
     return FORMATS[name]
 
@@ -148,8 +151,11 @@ def _weights_stacked(matrices: Sequence[MatrixArrays]) -> Array:
 
 
 def of_one_kind(matrices: Sequence[MatrixArrays]) -> Sequence[MatrixArrays]:
-    """The matrices unchanged if all have one dtype and order of columns, and in blocks whole groups; otherwise all converted to
-    bf16."""
+    """Returns the matrices unchanged if they can be stacked, otherwise all converted to bf16.
+
+    They can be stacked if they have the same dtype and order of columns. Of matrices in blocks, all but the last must also have
+    a whole number of row groups.
+    """
     whole_groups = all(not matrix.parts or matrix.shape[0] % GROUP == 0 for matrix in matrices[:-1])
     orders = {None if matrix.order is None else matrix.order.tobytes() for matrix in matrices}
     if len({matrix.dtype for matrix in matrices}) == len(orders) == 1 and whole_groups:
@@ -158,7 +164,7 @@ def of_one_kind(matrices: Sequence[MatrixArrays]) -> Sequence[MatrixArrays]:
 
 
 def converted(matrix: MatrixArrays, dtype: Dtype) -> MatrixArrays:
-    """The matrix converted to `dtype`, float32 or bf16; the same object if it has that dtype."""
+    """Returns the matrix in `dtype`, float32 or bf16. It is the same object if it has that dtype already."""
     if matrix.dtype == dtype:
         return matrix
     wide = rows_of(matrix, np.arange(matrix.shape[0]))

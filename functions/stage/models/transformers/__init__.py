@@ -1,4 +1,4 @@
-"""Runs any decoder of transformers with its own modules, and tries whether a model can be cut.
+"""Runs any decoder with transformers' own modules, and tests whether a model can be cut into stages.
 
 May import: functions.stage.models, storage, storage.checkpoints, storage.loading.
 """

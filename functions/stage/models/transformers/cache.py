@@ -1,6 +1,6 @@
-"""The KV cache of transformers' modules: one cache object for each sequence, under one budget of bytes.
+"""The KV cache of transformers' modules: one cache object for each sequence, within one budget of bytes.
 
-To change recurrent states by draft tokens again, the inputs of the recurrent modules are kept.
+For draft tokens, the inputs of recurrent modules are kept, so that states can be updated again with only the accepted tokens.
 """
 
 import math
@@ -36,9 +36,10 @@ class TransformersKVCache(RecurrentKV[States]):
         recurrent_modules: Sequence[TokenByToken] = (),
         written_by: str = "",
     ) -> None:
-        """layers: of the whole model, measured. written_by: all else that the bits of KV depend on, as for `NativeKVPool`.
+        """layers: all layers of the model, with measured sizes. recurrent_modules: those of this stage.
 
-        Raises ValueError if the budget is less than one token takes.
+        written_by: names all else that the bits of KV depend on, as for `NativeKVPool`. Raises ValueError if the budget is less
+        than one token takes.
         """
         self._own = [layer for layer in layers if layer.is_own]
         full = [layer.kv_bytes for layer in self._own if layer.has_kv and layer.window is None]
@@ -86,9 +87,9 @@ class TransformersKVCache(RecurrentKV[States]):
                 layer.resize(tokens)
 
     def cache(self, handle: int) -> SequenceCache:
-        """The cache object of a sequence. All its layers hold `filled(handle)` tokens.
+        """Returns the cache object of a sequence, after setting the length of all layers to `filled(handle)` tokens.
 
-        Lengths are set here and not in `truncate`, because a pass that failed half-way has extended some layers only.
+        Lengths are set here and not in `truncate`, because a pass that failed half-way has extended only some of the layers.
         """
         cache = self._caches[handle]
         cache.go_to(self.filled(handle))
@@ -117,10 +118,10 @@ class TransformersKVCache(RecurrentKV[States]):
     # A pass.
 
     def begin_pass(self, handle: int, tokens: int, draft_tokens: int) -> SequenceCache:
-        """Counts `tokens` more, of which the last `draft_tokens` may be rejected, and returns the cache object for them.
+        """Prepares a sequence for a pass that adds `tokens`, and returns its cache object.
 
-        Counted before they are computed: if that fails, layers with windows may have dropped tokens of a sequence that is as
-        long as after it. Call `end_pass` after them.
+        The last `draft_tokens` of them may be rejected. The tokens count as held before they are computed: if the pass fails,
+        layers with windows may already have dropped as many old tokens as after the pass. Call `end_pass` after the pass.
         """
         cache = self.cache(handle)
         if self.layout.state_bytes:
@@ -185,6 +186,6 @@ class TransformersKVCache(RecurrentKV[States]):
 
 
 def _tensor_of(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Bytes [tokens, bytes] as KV [1, heads, tokens, head size]."""
+    """Converts bytes [tokens, bytes] to KV [1, heads, tokens, head size], with the dtype and device of `like`."""
     _, heads, _, size = like.shape
     return rows.contiguous().view(like.dtype).reshape(len(rows), heads, size).transpose(0, 1)[None].to(like.device)

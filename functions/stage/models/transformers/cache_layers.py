@@ -1,7 +1,8 @@
-"""The layers of transformers' cache objects: KV of one sequence that is allocated at once, and states of recurrent layers.
+"""The layers of transformers' cache objects: the KV or the recurrent states of one layer and one sequence.
 
-All KV that a sequence reserved is allocated at its first token, so that later steps allocate nothing. Layers with a sliding
-window keep the window and at least GOING_BACK tokens before it, so that a sequence can be truncated by so many.
+All KV memory that a sequence has reserved is allocated at its first token, so that later steps allocate nothing. Layers with a
+sliding window keep the window and at least GOING_BACK tokens before it, so that a sequence can be truncated by GOING_BACK
+tokens.
 """
 
 from collections.abc import Collection, Sequence
@@ -25,9 +26,9 @@ from transformers.cache_utils import (
 from storage.checkpoints.decoder_families import UnsupportedConfig
 
 GOING_BACK: Final = 128
-_SPARE: Final = 128  # tokens of memory besides: a layer drops its first tokens once for so many new ones
+_SPARE: Final = 128  # further tokens: a layer drops old tokens only once for this many new ones
 
-# transformers' cache of a layer, of those that `LayerMemory.layer` has a counterpart of.
+# The classes of transformers' cache layers for which `LayerMemory.layer` has a counterpart.
 _KINDS: Final = (
     DummyLayer, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
@@ -65,11 +66,14 @@ class ReservedLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """All that is kept of tokens, each [1, heads, tokens, size]. Empty before the first token."""
+        """All tensors that hold tokens, each [1, heads, tokens, size]. Empty before the first token."""
         return [self.keys, self.values] if self.is_initialized else []
 
     def put(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Writes the KV of tokens from `first` on [1, heads, tokens, head size], the last that it holds then."""
+        """Writes the KV of tokens from `first` on. These become the last tokens of the layer.
+
+        keys, values: [1, heads, tokens, head size].
+        """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self.length = first + keys.shape[-2]
@@ -80,7 +84,7 @@ class ReservedLayer(DynamicLayer):  # type: ignore[misc]
         return self.length
 
     def resize(self, tokens: int) -> None:
-        """Changes the reservation, and keeps what is held and fits."""
+        """Changes the reservation to `tokens`. Keeps the KV that still fits."""
         self.reserved_tokens = tokens
         if self.is_initialized:
             keys, values, held = self.keys, self.values, min(self.length - self.first, tokens)
@@ -95,7 +99,7 @@ class WindowLayer(ReservedLayer):
     is_sliding = True
 
     def __init__(self, reserved_tokens: int, window: int) -> None:
-        """window: tokens that a token attends to, itself included."""
+        """window: how many tokens a token attends to, itself included."""
         super().__init__(min(reserved_tokens, kept_tokens(window)))
         self.window = window
         self.first = 0
@@ -113,7 +117,7 @@ class WindowLayer(ReservedLayer):
         self._append(keys, values)
 
     def _append(self, new_keys: torch.Tensor, new_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds tokens, and drops the first ones if there is too little memory. Returns KV of old and new tokens."""
+        """Adds tokens. If there is too little memory, drops old tokens. Returns the KV of old and new tokens."""
         if not self.is_initialized:
             self.lazy_initialization(new_keys, new_values)
         held, rows = self.length - self.first, new_keys.shape[-2]
@@ -141,17 +145,20 @@ class WindowLayer(ReservedLayer):
 
 
 class IndexedLayer(ReservedLayer):
-    """KV of one layer with sparse attention, and the keys [1, 1, tokens, size] by which its indexer chooses tokens."""
+    """KV of one layer with sparse attention, and the keys [1, 1, tokens, size] with which its indexer chooses tokens."""
 
     indexer_keys: torch.Tensor | None = None
-    position = 0  # tokens that were held before those that the modules get now
+    position = 0  # tokens before those of the present pass
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         return [*super().tensors, *([] if self.indexer_keys is None else [self.indexer_keys])]
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
-        """Adds the keys of new tokens [1, tokens, size] and returns all. It is called before `update` or after it."""
+        """Adds the indexer keys of new tokens [1, tokens, size], and returns those of all tokens.
+
+        The modules call it before or after `update`.
+        """
         if self.indexer_keys is None:
             self.indexer_keys = self._allocate(indexer_key_states[:, None])
         end = self.position + indexer_key_states.shape[1]
@@ -195,22 +202,22 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
             self._set("recurrent", state_idx, torch.zeros_like(recurrent_states))
 
     def begin(self) -> None:
-        """Forgets all tokens. The states are zeros again, as before the first token."""
+        """Forgets all tokens. The next token begins with states of zeros."""
         self.has_previous_state = dict.fromkeys(self.has_previous_state, False)
 
     @property
     def places(self) -> list[tuple[str, int]]:
-        """Kind and index of each state that the layer has, in the order of `states`. Known after its first token."""
+        """Kind and index of each state of the layer, in the order of `states`. Known after the first token."""
         convolutions = [("conv", index) for index, state in self.conv_states.items() if state is not None]
         return convolutions + [("recurrent", index) for index, state in self.recurrent_states.items() if state is not None]
 
     @property
     def states(self) -> list[torch.Tensor]:
-        """The states themselves, which the next token changes."""
+        """The states themselves, not copies. The next token changes them."""
         return [getattr(self, f"{kind}_states")[index] for kind, index in self.places]
 
     def restore(self, places: Sequence[tuple[str, int]], states: Sequence[torch.Tensor]) -> None:
-        """Continues after other tokens, whose states `states` are. It copies them."""
+        """Sets the states of the layer to copies of `states`. places: kind and index of each, as in `places`."""
         for (kind, index), state in zip(places, states, strict=True):
             self.dtype, self.device = state.dtype, state.device
             self._set(kind, index, state.clone())
@@ -224,7 +231,7 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
 
 
 class StateAndReservedLayer(StateLayer, ReservedLayer):
-    """A layer that has both: attention and a recurrent mixer side by side."""
+    """KV and recurrent states of a layer that has attention and a recurrent mixer side by side."""
 
     is_compileable = False
 
@@ -233,7 +240,7 @@ class StateAndReservedLayer(StateLayer, ReservedLayer):
         LinearAttentionLayer.__init__(self, number_of_states)
 
     def lazy_initialization(self, *kv: Any, **state: Any) -> None:
-        """transformers gives keys and values by position, and states by name."""
+        """Allocates either KV or states. transformers passes keys and values by position, and states by name."""
         if kv:
             ReservedLayer.lazy_initialization(self, *kv)
         else:
@@ -244,7 +251,7 @@ class StateAndReservedLayer(StateLayer, ReservedLayer):
 class LayerMemory:
     """What one layer keeps of a sequence."""
 
-    is_own: bool = True  # of this stage; others keep nothing, and are there for masks and positions
+    is_own: bool = True  # whether it is of this stage; other layers keep nothing, and serve only for masks and positions
     has_kv: bool = False
     has_indexer: bool = False  # its sparse attention keeps keys of an indexer, too
     window: int | None = None  # of its attention, in tokens; None: it attends to all
@@ -256,7 +263,10 @@ class LayerMemory:
 
     @classmethod
     def of(cls, layer: Any, is_own: bool = True) -> Self:
-        """What a layer of transformers' own cache keeps, not measured yet. Raises UnsupportedConfig for unknown ones."""
+        """Describes what a layer of transformers' own cache keeps, without sizes.
+
+        Raises UnsupportedConfig for an unknown class of layer.
+        """
         if type(layer) not in _KINDS:
             raise UnsupportedConfig(f"a layer keeps a {type(layer).__name__}, which stages do not")
         return cls(
@@ -268,9 +278,9 @@ class LayerMemory:
         )
 
     def measured(self, layer: Any) -> "LayerMemory":
-        """With the sizes that a layer, which `layer` returned, has after its first token.
+        """Returns a copy of this description with the sizes that `layer` has after its first token.
 
-        Raises UnsupportedConfig if the model's modules do not use the cache.
+        layer: from the method `layer`. Raises UnsupportedConfig if the modules of the model do not use the cache.
         """
         if self.is_own and self.has_kv and not layer.tensors:
             raise UnsupportedConfig("transformers' modules of this model keep no KV")
@@ -287,7 +297,7 @@ class LayerMemory:
         return sum(tensor.nbytes for tensor in self.kv)
 
     def layer(self, tokens: int) -> Any:
-        """A layer for a sequence of so many tokens."""
+        """Returns a new cache layer for a sequence of `tokens`."""
         if self.has_indexer:
             return IndexedLayer(tokens)
         if self.number_of_states and self.has_kv:
@@ -300,19 +310,19 @@ class LayerMemory:
 
 
 def kept_tokens(window: int) -> int:
-    """Most tokens that a layer with a window keeps."""
+    """Returns the greatest number of tokens that a layer with a window keeps."""
     return window + GOING_BACK + _SPARE
 
 
 class SequenceCache(Cache):  # type: ignore[misc]
-    """All layers' memory of one sequence, as transformers' modules use it in a pass."""
+    """The memory of one sequence in all layers, as a cache object for transformers' modules."""
 
     def __init__(self, memories: Sequence[LayerMemory], tokens: int) -> None:
-        """memories: of all layers of the model, in order. tokens: reserved."""
+        """memories: of all layers of the model, in order. tokens: number of tokens to reserve."""
         layers = [memory.layer(tokens) for memory in memories]
         super().__init__(layers=layers)
         self.own = [layer for layer, memory in zip(layers, memories, strict=True) if memory.is_own]  # of this stage
-        self.position = 0  # tokens of the sequence before those that the modules get now
+        self.position = 0  # tokens of the sequence before those of the present pass
         self.recurrent = [layer for layer in self.own if isinstance(layer, StateLayer)]
         # After which tokens of this pass the states are copied, and the copies of all layers so far.
         self.copied: dict[int, list[torch.Tensor]] = {}
@@ -320,7 +330,7 @@ class SequenceCache(Cache):  # type: ignore[misc]
         self.draft_inputs: dict[int, list[torch.Tensor]] = {}  # of each recurrent layer by its index, token by token
 
     def go_to(self, position: int) -> None:
-        """Sets the tokens that the sequence has, in all layers."""
+        """Sets the length of the sequence in all layers to `position` tokens."""
         self.position = position
         for layer in self.layers:
             if isinstance(layer, ReservedLayer):
@@ -331,7 +341,10 @@ class SequenceCache(Cache):  # type: ignore[misc]
                 layer.position = position
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """transformers' own asks a layer with attention, which this stage may not have."""
+        """Returns the length of the sequence.
+
+        transformers' own method asks a layer with attention, which this stage may not have.
+        """
         return self.position
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -343,13 +356,14 @@ class SequenceCache(Cache):  # type: ignore[misc]
 
 
 class TokenByToken:
-    """Runs a recurrent module token by token: its states, and so its results, do not depend on how a text is cut into chunks.
+    """Runs a recurrent module token by token, so that states and results do not depend on how a text is cut into chunks.
 
-    With a single token transformers' modules take their recurrent path, with several another one whose rounding differs.
+    For a single token, transformers' modules take their recurrent path. For several tokens they take another path, which rounds
+    differently.
     """
 
     def __init__(self, module: Any) -> None:
-        """Replaces the `forward` of `module`."""
+        """Replaces the `forward` of `module` with this object."""
         self.layer: int = module.layer_idx
         self._whole = module.forward
         module.forward = self
@@ -367,15 +381,15 @@ class TokenByToken:
         return torch.cat(outputs, dim=1)
 
     def repeat(self, cache: SequenceCache, tokens: int) -> None:
-        """Updates the states by the first `tokens` of the last pass's draft tokens again."""
+        """Updates the states again with the first `tokens` draft tokens of the last pass."""
         for token in cache.draft_inputs[self.layer][:tokens]:
             self._whole(token, cache=cache)
 
 
 def run_token_by_token(model: nn.Module, recurrent_layers: Collection[int]) -> list[TokenByToken]:
-    """Makes all recurrent modules of `model` run so. recurrent_layers: the indexes of layers that have one.
+    """Makes all recurrent modules of `model` run token by token, and returns them.
 
-    Raises UnsupportedConfig if their modules cannot be found.
+    recurrent_layers: indexes of the layers with a recurrent module. Raises UnsupportedConfig if the modules cannot be found.
     """
     found: list[Any] = [
         module

@@ -1,4 +1,4 @@
-"""The decoder-only text families of the installed transformers, and what runs each."""
+"""Lists the decoder-only text families of the installed transformers, and how stages run each."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,10 +21,10 @@ class KnownFamily:
 
 
 def known_families() -> list[KnownFamily]:
-    """Every decoder-only text family of the installed transformers, by name.
+    """Returns every decoder-only text family of the installed transformers, sorted by name.
 
-    native: layers in C, with transformers' modules for configs that the table of families does not describe. generic:
-    transformers' modules. A model that also sees or hears counts by its text part.
+    A `native` family runs in C, or with transformers' modules if the table of families does not describe its config. A
+    `generic` family runs with transformers' modules. A model that also takes images or sound is listed as its text part.
     """
     logging.set_verbosity_error()  # some classes' defaults do not please their own checks
     return [_known(model_type) for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) if _is_text_decoder(model_type)]

@@ -1,8 +1,8 @@
-"""A layer group of transformers' own modules, which runs any family in `families`, as fast as transformers does.
+"""A layer group of transformers' own modules. Runs any family that stages serve, as fast as transformers does.
 
-transformers builds its causal model class from a config that is cut to the group's layers, without the modules of other stages.
-Its loader renames and fuses checkpoint tensors as the family needs, and its causal head computes the logits. Sequences run one
-after the other and are never padded together, so their results equal those of the whole model to the bit.
+transformers builds its causal model class without the modules of other stages (`sliced_model`). Its loader renames and fuses
+checkpoint tensors as the family needs, and its causal head computes the logits. Sequences run one after the other and are never
+padded together, so their results equal those of the whole model to the bit.
 """
 
 import inspect
@@ -39,7 +39,7 @@ _SCORES_AT_ONCE: Final = 2**22  # most numbers in a mask (rows times tokens) or 
 
 
 class TransformersGroup:
-    """A LayerGroup, the layers of one stage, that runs them with the modules of transformers. Use `build` to create it."""
+    """Implements `LayerGroup` with the modules of transformers. Use `build` to create it."""
 
     shares_work: Final = False
     takes_token_ids: Final = False
@@ -73,7 +73,7 @@ class TransformersGroup:
             if isinstance(module, nn.Linear | Conv1D) and part_of(f"{name}.weight") is not None
         }
         self._adapters: dict[int, Mapping[str, TorchLowRank]] = {}
-        self._adapter = 0  # number of the one of the sequence that runs; 0: none
+        self._adapter = 0  # number of the adapter of the sequence that runs; 0: none
         self._hooked: set[str] = set()
         self._running = outside_caches.Running()
         self._model_type: str = config.model_type
@@ -105,11 +105,11 @@ class TransformersGroup:
         device: torch.device | str,
         kv_budget_bytes: int,
     ) -> Self:
-        """Layers [first_layer, last_layer) of the model that `config` (a config.json) describes.
+        """Builds layers [first_layer, last_layer) of the model that `config` (a config.json) describes.
 
-        tensors: by checkpoint name; at least those of this group, embedding and head included if it has them. Their memory is
-        used without a copy if they have the dtype and device already. dtype: of the publication, a float or kept; matrices in
-        blocks become bfloat16. Raises ArchitectureUnsupported, UnsupportedRope, MissingTensors.
+        tensors: by checkpoint name, at least all of this group. The first group also needs the embedding, and the last one the
+        head. Tensors that already have the dtype and device are used without a copy. dtype: of the published model, a float or
+        kept; matrices in blocks become bfloat16. Raises ArchitectureUnsupported, UnsupportedRope or MissingTensors.
         """
         check_served(config)
         known = CONFIG_MAPPING[config["model_type"]].from_dict(_understood(config))
@@ -146,7 +146,7 @@ class TransformersGroup:
         self._adapters[number] = prepared.share
 
     def _add_adapter(self, name: str, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        """Adds to a module's output what the adapter of the sequence that runs adds. A hook of torch."""
+        """Adds the adapter of the sequence that runs to the output of a module. Torch calls this as a forward hook."""
         low = self._adapters.get(self._adapter, {}).get(name)
         return output if low is None else output + low(args[0])
 
@@ -158,7 +158,10 @@ class TransformersGroup:
         return output_array(torch.cat(outputs).to("cpu", DTYPES[self.hidden_dtype]))
 
     def _forward_one(self, inputs: torch.Tensor, segment: Segment) -> torch.Tensor:
-        """Runs one sequence's segment; a long one in parts, as masks and scores grow with the product of rows and tokens."""
+        """Runs the segment of one sequence.
+
+        A long segment runs in parts, because masks and scores grow with the product of its length and the context.
+        """
         self._long_rope.choose(segment.is_long)
         self._adapter = segment.adapter
         cache = self.kv.begin_pass(segment.handle, len(inputs), segment.draft_tokens)
@@ -185,7 +188,7 @@ class TransformersGroup:
 
     @torch.inference_mode()
     def _measured(self, layers: Sequence[LayerMemory]) -> list[LayerMemory]:
-        """Measures what each layer keeps of a sequence by computing a token."""
+        """Computes one token, and returns the descriptions of layers with the sizes of what each layer keeps."""
         cache = SequenceCache(layers, 1)
         if self.first_layer == 0:
             inputs = torch.zeros(1, dtype=torch.int64, device=self._device)
@@ -197,25 +200,25 @@ class TransformersGroup:
 
 
 def _shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
-    """[outputs, inputs]"""
+    """Returns (outputs, inputs) of a linear module."""
     outs, width = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
     return outs, width
 
 
 class _GivenHiddenStates(nn.Module):
-    """Replaces the layers of a causal model and returns its input, so that the model turns hidden states into logits."""
+    """Stands in for the layers of a causal model and returns its input, so that the model only computes logits from it."""
 
     def __init__(self, base: nn.Module) -> None:
-        """base: the replaced module. Some causal models read numbers from it, as FalconH1's reads the logits' multiplier."""
+        """base: the replaced module. Some causal models read attributes of it, such as FalconH1's multiplier of logits."""
         super().__init__()
-        self.__dict__["base"] = base  # not as a part of this module, which would have its weights
+        self.__dict__["base"] = base  # not as a submodule, whose weights this module would then have
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["base"], name)
 
     @property
     def decoder(self) -> nn.Module:
-        """OPT's causal model calls this attribute instead of the module itself."""
+        """This object, because OPT's causal model calls the attribute `decoder` instead of the module."""
         return self
 
     def forward(self, *_: object, inputs_embeds: torch.Tensor, **__: object) -> "_HiddenStates":
@@ -223,7 +226,7 @@ class _GivenHiddenStates(nn.Module):
 
 
 class _HiddenStates(MoeModelOutputWithPast):  # type: ignore[misc]
-    """The output of `_GivenHiddenStates`. It has all fields that any family's causal model reads from its layers' output."""
+    """The output of `_GivenHiddenStates`, with all fields that the causal model of any family reads."""
 
     cross_attentions = None
     state = None
@@ -231,9 +234,10 @@ class _HiddenStates(MoeModelOutputWithPast):  # type: ignore[misc]
 
 
 def _understood(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without what its family does not have: windows, which the cache would have and the layers not.
+    """Returns a config.json without fields that would mislead transformers.
 
-    Also without its quantization, since a quantized checkpoint was published as plain floats.
+    These are sliding windows of a family that has none: the cache would apply them, and the layers would not. It is also the
+    quantization, because a quantized checkpoint was published as plain floats.
     """
     default = CONFIG_MAPPING[config["model_type"]]()
     strange = {"quantization_config"}.union(name for name in _OF_WINDOWS if not hasattr(default, name))

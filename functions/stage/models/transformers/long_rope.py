@@ -1,8 +1,9 @@
 """Chooses the frequencies of LongRoPE position embeddings for each pass of a sequence.
 
-LongRoPE has two sets of frequencies: for sequences within the model's original context, and for longer ones. transformers
-chooses in every call, by the positions in it, and computes a sequence anew when it crosses the original context. Keys stay in
-the KV cache, so all chunks of a long prompt must have the second set: the engine tells (`Segment.is_long`).
+LongRoPE has two sets of frequencies: one for sequences within the model's original context, and one for longer sequences.
+transformers chooses the set in every call, by the positions in the call, and computes a sequence anew when it exceeds the
+original context. Here keys stay in the KV cache, so all chunks of a long prompt must use the second set. The engine says which
+set a sequence needs (`Segment.is_long`).
 """
 
 from dataclasses import dataclass
@@ -19,12 +20,12 @@ _CHOSEN: Final = "chosen here"  # a rope_type that transformers does not know, s
 
 
 class UnsupportedRope(ValueError):
-    """The position embeddings of this checkpoint's config are not supported. Publish another model."""
+    """The position embeddings that the config describes are not supported. Publish another model."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Rotary:
-    """One module of a model that computes LongRoPE embeddings, with both sets of frequencies."""
+    """A module that computes LongRoPE embeddings, and both sets of frequencies."""
 
     module: Any
     short: torch.Tensor
@@ -32,12 +33,12 @@ class _Rotary:
 
 
 class LongRope:
-    """All modules of a model that compute LongRoPE embeddings. Most models have none: then `choose` does nothing."""
+    """All modules of a model that compute LongRoPE embeddings. In most models there are none, and `choose` does nothing."""
 
     def __init__(self, model: nn.Module) -> None:
         """Raises UnsupportedRope if some kinds of layers use LongRoPE and others do not. No supported family does that."""
         self._rotaries: list[_Rotary] = []
-        self.short_context: int | None = None  # most tokens of a sequence that has the first set of frequencies
+        self.short_context: int | None = None  # greatest length of a sequence with the first set of frequencies, in tokens
         for module in model.modules():
             if getattr(module, "rope_type", None) == _LONGROPE:
                 self._rotaries.append(self._rotary(module))
@@ -52,6 +53,6 @@ class LongRope:
         return _Rotary(module, module.inv_freq, long.to(module.inv_freq.device))
 
     def choose(self, is_long: bool) -> None:
-        """Sets the frequencies for the sequence that is computed next."""
+        """Sets the frequencies for the sequence that runs next. is_long: whether it needs the second set."""
         for rotary in self._rotaries:
             rotary.module.inv_freq = rotary.long if is_long else rotary.short

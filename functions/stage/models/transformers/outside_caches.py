@@ -1,7 +1,7 @@
-"""Families whose modules in transformers know nothing of its caches: their states are put into one all the same.
+"""Supports families whose modules do not use transformers' caches for all their states.
 
 transformers keeps these states in attributes of modules, in classes of the family's own, or not at all. Here each such module
-gets another `forward`, which takes the states from the cache of the sequence that runs and puts the new ones back.
+gets another `forward`. It reads the states from the cache of the sequence that runs, and writes the new states back.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,18 +22,18 @@ States = Sequence[torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class _Recurrent:
-    """How to run a recurrent module whose states are outside of caches.
+    """How to run a recurrent module that does not keep its states in a cache.
 
-    begin: the states before the first token, for a module and a token [1, 1, hidden size]. step: the module's output for a
-    token and the states after it, given the module, its own `forward`, the token, the states, and whether it is the first
-    token. outputs: how many values `forward` returns; the first are the hidden states, and nothing reads the others.
+    begin: a function (module, token) that returns the states before the first token. The token is [1, 1, hidden size]. step: a
+    function (module, the module's own `forward`, token, states, is first token) that returns the output for the token and the
+    states after it. outputs: how many values `forward` returns; the first is the hidden states, and the others are never read.
     """
 
     module: str  # the class's name
     begin: Callable[[Any, torch.Tensor], States]
     step: Callable[[Any, Callable[..., Any], torch.Tensor, States, bool], tuple[torch.Tensor, States]]
     outputs: int
-    has_attention: bool = False  # its other layers use the cache that they are given
+    has_attention: bool = False  # whether other layers have attention, which uses the cache that it is given
 
 
 def _minimax_begin(attention: Any, token: torch.Tensor) -> States:
@@ -102,17 +102,17 @@ _RECURRENT: Final = {
 
 KEEPS_NO_KV: Final = frozenset({"openai-gpt"})
 OUTSIDE: Final = KEEPS_NO_KV.union(_RECURRENT)
-"""Families, by model_type, whose modules do not use transformers' caches for all that they keep."""
+"""The model_type of all families whose modules do not use transformers' caches for all their states."""
 
 
 class Running:
-    """The cache of the sequence that runs, for modules that are not given it."""
+    """Holds the cache of the sequence that runs, for modules whose `forward` does not get the cache."""
 
     cache: SequenceCache
 
 
 class _StatesOutside(TokenByToken):
-    """Runs such a module token by token, with states from the cache."""
+    """Runs a recurrent module token by token, with states from the cache of the sequence that runs."""
 
     def __init__(self, module: Any, layer: int, family: _Recurrent, running: Running) -> None:
         module.layer_idx = layer
@@ -135,7 +135,7 @@ class _StatesOutside(TokenByToken):
 
 
 class _AttentionWithoutKV:
-    """GPT-1's attention, with the keys and values of earlier tokens from the cache; transformers computes them again."""
+    """GPT-1's attention with cached keys and values. transformers itself computes those of earlier tokens again."""
 
     def __init__(self, module: Any, layer: int, running: Running) -> None:
         self._module, self._layer, self._running = module, layer, running
@@ -153,9 +153,10 @@ class _AttentionWithoutKV:
 
 
 def memories(config: Any, first_layer: int, last_layer: int) -> list[LayerMemory]:
-    """What each layer of transformers' cache for a model keeps, not measured yet. Own layers are [first_layer, last_layer).
+    """Describes what each layer of transformers' cache for a model keeps, without sizes.
 
-    A layer with two attentions has two in the cache, one after the other.
+    This stage has layers [first_layer, last_layer) of the model. A layer of the model with two attentions has two consecutive
+    layers in the cache.
     """
     layers = DynamicCache(config=config).layers
     per_layer = len(layers) // getattr(config, layers_key(config.model_type))
@@ -166,9 +167,10 @@ def memories(config: Any, first_layer: int, last_layer: int) -> list[LayerMemory
 
 
 def bring_in(base: Any, layers: nn.ModuleList, first_layer: int, running: Running) -> list[TokenByToken] | None:
-    """Makes the layers of a stage keep their states in the cache `running`. base: the module that runs them in turn.
+    """Makes the layers of a stage keep their states in the cache that `running` holds.
 
-    Returns the recurrent modules; None for families that use transformers' caches.
+    Returns the recurrent modules. None, without any change, for families that use transformers' caches. base: the module that
+    calls the layers one after the other.
     """
     model_type = base.config.model_type
     if model_type in KEEPS_NO_KV:
@@ -192,7 +194,10 @@ def bring_in(base: Any, layers: nn.ModuleList, first_layer: int, running: Runnin
 
 
 def _rescale(block: Any, number: int) -> None:
-    """Halves what RWKV's layers add as the whole model does: once more after each `rescale_every` layers."""
+    """Rescales an RWKV layer as the whole model does, which halves the outputs of layers after each `rescale_every` layers.
+
+    number: number of the layer in the whole model.
+    """
     every = block.config.rescale_every
     block.lamina_divisor = 2 if every > 0 and (number + 1) % every == 0 else 1
     block.attention.layer_id = block.feed_forward.layer_id = 0  # the states are those of one layer
@@ -201,7 +206,10 @@ def _rescale(block: Any, number: int) -> None:
 
 
 def arguments(model_type: str, name: str, cache: SequenceCache) -> dict[str, Any]:
-    """What a model's `forward` gets for its cache, which it calls `name`. Families outside caches are told to use none."""
+    """Returns the arguments about the cache for a model's `forward`. name: the name of the cache's parameter.
+
+    Families that do not use transformers' caches get `use_cache=False`.
+    """
     family = _RECURRENT.get(model_type)
     if family is None and model_type not in KEEPS_NO_KV:
         return {name: cache, "use_cache": True}

@@ -1,6 +1,6 @@
-"""Tries whether a model can be cut: a tiny random model of its config.json in two stages must give the whole model's logits.
+"""Tests whether a model can be cut: two stages of a tiny random copy of the model must give the logits of the whole copy.
 
-The copy keeps what the config says and takes few layers, heads, experts and words, so that it runs within seconds on a CPU.
+The copy has the config of the model, but with few layers, heads, experts and tokens, so that it runs within seconds on a CPU.
 """
 
 import json
@@ -59,7 +59,10 @@ _MOST: Final[Mapping[str, int]] = {  # key of a config: the greatest value that 
 
 
 def check_cut(config: Mapping[str, Any]) -> None:
-    """Raises ArchitectureUnsupported, which says what differed, if the model of a config.json does not run in two stages."""
+    """Checks that the model of a config.json runs in two stages.
+
+    Raises ArchitectureUnsupported, which says what differs, if it does not.
+    """
     check_served(config)
     model_type = config.get("model_type")
     try:
@@ -90,9 +93,9 @@ def check_cut(config: Mapping[str, Any]) -> None:
 
 
 def tiny_config(config: Mapping[str, Any]) -> Any:
-    """A transformers config like that of a config.json, of a model that runs within a second.
+    """Returns a transformers config like a given config.json, but of a tiny model that runs within a second.
 
-    Sizes of heads stay, since much depends on them; so do ratios.
+    The sizes of heads stay, because much depends on them. Ratios between sizes stay too.
     """
     known = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
     fields = known.to_dict()
@@ -128,13 +131,16 @@ def tiny_config(config: Mapping[str, Any]) -> Any:
 
 
 def _until_all_kinds(kinds: Sequence[object]) -> int:
-    """How many of the first layers have all kinds; 0 if there are more kinds than half of the layers."""
+    """Returns how many layers from the first on it takes to have one of each kind. kinds: the kind of each layer.
+
+    0 if there are more kinds than half of the layers.
+    """
     firsts = {str(kind): number for number, kind in reversed(list(enumerate(kinds, 1)))}
     return max(firsts.values(), default=0) if len(firsts) <= len(kinds) // 2 else 0
 
 
 def _smaller(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config, and of configs within it, with the sizes of a tiny model."""
+    """Returns the fields of a config, and of configs nested in it, with the sizes of a tiny model."""
     small: dict[str, Any] = {}
     for key, value in fields.items():
         if key.endswith("_config") and isinstance(value, dict) and key != "per_layer_config":
@@ -149,9 +155,9 @@ def _smaller(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tiny_tensors(config: Any, folder: Path) -> dict[str, torch.Tensor]:
-    """Saves a seeded random model of a tiny config in a folder, and returns its tensors by their names there.
+    """Saves a random model with a tiny config in a folder, and returns its tensors by checkpoint name.
 
-    Raises ValueError for a config of a model that is not tiny.
+    The seed is fixed. Raises ValueError if the model of the config is not tiny.
     """
     with torch.device("meta"):
         parameters = sum(each.numel() for each in AutoModelForCausalLM.from_config(config).parameters())
@@ -199,7 +205,7 @@ def _whole_logits(whole: PreTrainedModel, token_ids: Sequence[int]) -> Float32:
 def _logits_of_stages(
     config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], num_layers: int, token_ids: Sequence[int]
 ) -> Float32:
-    """The logits of two stages, which get the tokens in three chunks, one of a single token."""
+    """Returns the logits that two stages compute. The stages get the tokens in three chunks, one with a single token."""
     middle, tokens = num_layers // 2, len(token_ids)
     raw = {
         name: RawTensor("F32", tuple(tensor.shape), output_array(tensor.float()).data.cast("B"))

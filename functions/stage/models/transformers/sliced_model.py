@@ -1,8 +1,8 @@
-"""The part of a transformers model that one stage runs, built by a rule that holds for any decoder.
+"""Builds the part of a transformers model that one stage runs, in the same way for any decoder.
 
-The causal model class is built from the whole model's config, so that each layer is what its number makes it. Then layers of
-other stages are taken away, and modules before and after the layers that this stage does not run are replaced. Hidden states
-enter at the stage's first layer and leave at its last one, whatever the model does around its layers.
+The causal model class is built with the whole model's config, so that each layer is of the kind that its number says. Then the
+layers of other stages are removed, and so are embedding or head if this stage does not run them. Hooks put hidden states in at
+the stage's first layer and take them out at its last layer, whatever the model does around its layers.
 """
 
 import copy
@@ -22,10 +22,10 @@ from storage.errors import ArchitectureUnsupported
 
 
 class SlicedModel:
-    """Layers [first_layer, last_layer) of a causal model, with its embedding if they are the first and its head if the last."""
+    """Runs the layers of one stage of a causal model. The first stage also runs the embedding, the last the final norm."""
 
     def __init__(self, model: PreTrainedModel, first_layer: int, num_layers: int) -> None:
-        """model: as `load` returns it."""
+        """model: from `load`. num_layers: of the whole model."""
         self.model = model
         (layers,) = (module for module in model.modules() if isinstance(module, _OwnLayers))
         self.layers: nn.ModuleList = layers
@@ -47,7 +47,10 @@ class SlicedModel:
             layers[-1].register_forward_hook(self._leave)
 
     def __call__(self, inputs: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        """Runs one sequence's token ids [length], or hidden states [length, width] if the layers are not the first."""
+        """Runs one sequence and returns hidden states. inputs: token ids [length] at the first stage.
+
+        At other stages, inputs are hidden states [length, width].
+        """
         self._given = embeddings = inputs[None]
         if self._takes_embeddings and not self._is_first:
             self._given, embeddings = torch.split(embeddings, self._hidden_size, dim=-1)
@@ -61,7 +64,10 @@ class SlicedModel:
         return ((self._given, *args[1:]), named) if args else (args, {**named, "hidden_states": self._given})
 
     def _number(self, number: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Gives a layer that takes embeddings its number in the whole model, by which it finds its cache."""
+        """A hook that tells a layer its number in the whole model, with which the layer finds its cache.
+
+        Also keeps the embeddings that the layer gets.
+        """
         self._embeddings = args[1]
         return (*args[:2], number, *args[3:])
 
@@ -70,7 +76,7 @@ class SlicedModel:
 
 
 class _OwnLayers(nn.ModuleList):
-    """The layers of a stage. They keep their numbers in the whole model, which name their tensors."""
+    """The list of a stage's layers. Layers keep their numbers in the whole model, which are in the names of tensors."""
 
     def __init__(self, layers: Iterable[nn.Module], first_layer: int) -> None:
         super().__init__()
@@ -82,7 +88,7 @@ class _OwnLayers(nn.ModuleList):
 
 
 class _Absent(nn.Module):
-    """Replaces a module of another stage. What it returns is used for its shape alone."""
+    """Replaces a module of another stage. Only the shape of its output is used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,10 +107,11 @@ def load(
     first_layer: int,
     last_layer: int,
 ) -> PreTrainedModel:
-    """The model of transformers' class and the whole model's config, of which only layers [first_layer, last_layer) remain.
+    """Loads a model of which only layers [first_layer, last_layer) remain, with embedding or head if they belong to these.
 
-    tensors: by checkpoint name; those of other stages are ignored. Raises MissingTensors if names or shapes differ from what
-    the config says, and ArchitectureUnsupported if the class has no list of as many layers.
+    config: transformers' config of the whole model. tensors: by checkpoint name; those of other stages are ignored. Raises
+    MissingTensors if names or shapes are not those of the config, and ArchitectureUnsupported if the class has no list with as
+    many layers as the config says.
     """
     num_layers: int = getattr(config, layers_key(config.model_type))
     is_first, is_last = first_layer == 0, last_layer == num_layers
@@ -147,7 +154,7 @@ def load(
 
 
 def _share(model: PreTrainedModel) -> None:
-    """Makes layers with the same block of weights, of which each was loaded with a copy, have one module for it."""
+    """Makes layers with equal shared blocks use one module. Before, each layer has its own copy of the block."""
     (layers,) = (module for module in model.modules() if isinstance(module, _OwnLayers))
     for name in ("shared_transf", "shared_transformer"):
         blocks: list[nn.Module] = []
@@ -164,7 +171,7 @@ def _equal(left: nn.Module, right: nn.Module) -> bool:
 
 
 def _tied_matrices(model_class: type[PreTrainedModel], config: Any) -> tuple[str, str]:
-    """Names of the matrices of head and embedding, which some models share."""
+    """Returns the names of the head's and the embedding's matrix in a model that shares one matrix for both."""
     with torch.device("meta"):
         whole = model_class(config)
     names = {module: name for name, module in whole.named_modules()}
@@ -172,18 +179,18 @@ def _tied_matrices(model_class: type[PreTrainedModel], config: Any) -> tuple[str
 
 
 def cache_argument(model: nn.Module) -> str:
-    """The name under which a model's `forward` takes its cache, which transformers 5.24 renamed."""
+    """Returns the name of the cache's parameter of a model's `forward`. transformers 5.24 renamed it."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def attention_of(config: Any) -> str | None:
-    """The implementation of attention for a config, if transformers' own choice would compute something else."""
+    """Returns the implementation of attention that a config needs. None if transformers may choose."""
     # SDPA has no soft cap on attention scores, and would silently drop it.
     return "eager" if getattr(config, "attn_logit_softcapping", None) else None
 
 
 def _sliced(model_class: type[PreTrainedModel], first_layer: int, last_layer: int) -> type[PreTrainedModel]:
-    """A subclass of the model class that has no modules of other stages, so that no memory is spent on them."""
+    """Returns a subclass of the model class without the modules of other stages, so that they take no memory."""
 
     def __init__(self: PreTrainedModel, config: Any) -> None:
         model_class.__init__(self, config)
@@ -215,7 +222,7 @@ def _sliced(model_class: type[PreTrainedModel], first_layer: int, last_layer: in
 
 
 def _take_away(module: nn.Module, names: frozenset[str]) -> None:
-    """Replaces the modules of these names that have parameters, except inside the layers."""
+    """Replaces submodules whose names are in `names` if they have parameters. Does not look into layers."""
     for name, child in list(module.named_children()):
         if isinstance(child, _OwnLayers):
             continue
@@ -227,7 +234,10 @@ def _take_away(module: nn.Module, names: frozenset[str]) -> None:
 
 
 def _cut(config: Any, first_layer: int, last_layer: int) -> Any:
-    """A copy of the config that describes the layers [first_layer, last_layer) alone, for the module that runs them in turn."""
+    """Returns a copy of the config that describes only layers [first_layer, last_layer).
+
+    It is for the module that calls the layers one after the other.
+    """
     key = layers_key(config.model_type)
     cut, num_layers = copy.copy(config), getattr(config, key)
     setattr(cut, key, last_layer - first_layer)
