@@ -63,7 +63,9 @@ class AdapterTable:
         in_use: Callable[[], Collection[bytes]],
         on_load: Callable[[LoadedAdapter], None] = lambda loaded: None,
     ) -> None:
-        """most: greatest number of adapters in memory. load: None if the stage keeps no adapters.
+        """Creates an empty table. Nothing is loaded before the first `claim`.
+
+        most: greatest number of adapters in memory. load: None if the stage keeps no adapters.
 
         call: runs a function on the engine's thread between two passes, and raises NotReady after the engine has stopped.
         in_use: returns the digests of the adapters that sequences use now. on_load: called after each load.

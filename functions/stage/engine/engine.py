@@ -96,7 +96,9 @@ class Engine:
         on_pass: Callable[[PassStatistics], None] | None = None,
         on_reuse: Callable[[Reuse], None] = lambda reuse: None,
     ) -> None:
-        """num_stages: number of stages in the whole pipeline. max_merge: most events in one pass (see `EventQueue`).
+        """Creates an engine that is not running yet.
+
+        num_stages: number of stages in the whole pipeline. max_merge: most events in one pass (see `EventQueue`).
 
         idle_sequence_seconds: a sequence is released after this time without an event that names it. lease_seconds: all
         sequences of a gateway are released after this time without a request from the gateway. max_memory_waiters: most

@@ -57,7 +57,9 @@ class ForwardEvent(Work[Batch]):
         arrived: float = 0.0,
         lineage: str | None = None,
     ) -> None:
-        """source: names the gateway. expires_at: seconds since the epoch; if None, the event never expires.
+        """Creates an event that waits for its pass.
+
+        source: names the gateway. expires_at: seconds since the epoch; if None, the event never expires.
 
         arrived: time of arrival, from time.perf_counter(). lineage: of the KV that the rows will have; None if unknown.
         """

@@ -83,8 +83,9 @@ class ForwardPass:
         vector_head: VectorHead,
         adapter_number: Callable[[bytes], int],
     ) -> None:
-        """wire_dtype: dtype of hidden states in events, either I8 or the dtype of the group.
+        """Prepares to run passes of `group` over sequences in the table `sequences`.
 
+        wire_dtype: dtype of hidden states in events, either I8 or the dtype of the group.
         adapter_number: returns the number of an adapter in the group. Raises Refusal if the adapter is not loaded.
         """
         self._group = group

@@ -50,7 +50,7 @@ class Restore:
     """The restore of a sequence's KV from the tiers, either under way or over."""
 
     def __init__(self, wanted: ReserveRow, lineage: str | None, reserved: ReservedRow, over: "Future[ReservedRow]") -> None:
-        """wanted: the reservation. lineage: of the KV.
+        """Describes the restore that serves the reservation `wanted`. lineage: of the KV.
 
         reserved: the reply to the reservation before the restore. over: a future of the reply after the restore.
         """

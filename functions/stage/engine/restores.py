@@ -33,7 +33,7 @@ class Restorer:
     def __init__(
         self, tiers: Sequence[Tier], with_sequences: WithSequences, rate: ComputeRate, on_reuse: Callable[[Reuse], None]
     ) -> None:
-        """tiers: places to ask for KV, in this order. rate, on_reuse: as for `Engine`."""
+        """Prepares to ask `tiers`, in their order. rate, on_reuse: as for `Engine`."""
         self._tiers = tuple(tiers)
         self._with_sequences = with_sequences
         self._rate = rate

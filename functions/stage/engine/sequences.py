@@ -58,7 +58,9 @@ class SequenceTable:
     """All sequences of a stage, with their memory. Only the thread that holds the engine's lock may call methods."""
 
     def __init__(self, kv: KVBudget, idle_seconds: float, clock: Callable[[], float], short_context: int | None = None) -> None:
-        """idle_seconds: `expire` releases a sequence after this time without an event that names it.
+        """Creates a table without sequences, whose memory is counted in `kv`.
+
+        idle_seconds: `expire` releases a sequence after this time without an event that names it.
 
         clock: returns seconds since the epoch. short_context: see `LayerGroup.short_context`.
         """
@@ -241,7 +243,10 @@ class MemoryWaiters:
     """Holds requests open while the stage lacks memory, so that the autoscaler counts them as in flight. Thread-safe."""
 
     def __init__(self, free_tokens: Callable[[], int], most: int = MAX_MEMORY_WAITERS) -> None:
-        """free_tokens: returns how many tokens of KV can be reserved. most: requests held at once, of all gateways together."""
+        """Prepares to hold at most `most` requests at once, of all gateways together.
+
+        free_tokens: returns how many tokens of KV can be reserved.
+        """
         self._free_tokens = free_tokens
         self._most = most
         self._changed = threading.Condition()

@@ -30,7 +30,9 @@ class PassThreads:
     """
 
     def __init__(self, threads: int, busy_threads: int) -> None:
-        """threads: threads per pass while the stage is mostly idle.
+        """Sets the two numbers of threads to choose from.
+
+        threads: threads per pass while the stage is mostly idle.
 
         busy_threads: threads per pass while the stage is busy. If 0, `threads`.
         """

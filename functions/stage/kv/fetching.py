@@ -95,7 +95,10 @@ class Fetcher:
     """Fetches KV from one tier, if that is expected to be faster than to compute the KV. Thread-safe."""
 
     def __init__(self, tier: str, layout: KVLayout, estimate: FetchEstimate, threads: Executor, observe: Observe) -> None:
-        """tier: name of the tier in metrics. layout: of the stage's own KV arena. threads: the threads that fetch parts."""
+        """Prepares to fetch KV from one tier.
+
+        tier: name of the tier in metrics. layout: of the stage's own KV arena. threads: the threads that fetch parts.
+        """
         self.layout = layout
         self._tier = tier
         self._estimate = estimate

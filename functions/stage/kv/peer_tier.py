@@ -69,8 +69,9 @@ class PeerClient:
     def __init__(
         self, pods: PodNetwork, pipeline: str, layer: int, token: str, tls: PodTLS | None = None, token_seconds: float = 0.0
     ) -> None:
-        """pods: the addresses that may be asked; these get the token. layer: first layer of the stage.
+        """Prepares to ask instances of one stage, without connecting to any.
 
+        pods: the addresses that may be asked; these get the token. layer: first layer of the stage.
         token: the secret of the pipeline. tls: given if `pods` are reached over https. token_seconds: how long the emulated
         link of a `SleepGroup` takes for the KV of one token; 0 for real stages.
         """

@@ -73,7 +73,10 @@ class KVWriter:
     """
 
     def __init__(self, store: KVObjects, pool: KVBlocks, retention: Retention, bytes_per_second: int, written: Written) -> None:
-        """retention: limits for all pods of the stage together. bytes_per_second: limit of this pod. written: see `Written`."""
+        """Prepares to write KV from `pool` to `store`, without starting the thread.
+
+        retention: limits for all pods of the stage together. bytes_per_second: limit of this pod. written: see `Written`.
+        """
         self._store = store
         self._pool = pool
         self._most_blocks = part_blocks(pool.layout)

@@ -42,7 +42,7 @@ class Checkpoints(Generic[State]):
     """Keeps recurrent states by sequence and position, within a budget. Never reads or changes a state."""
 
     def __init__(self, most: int) -> None:
-        """most: greatest number of states, of all sequences together."""
+        """Creates an empty collection of at most `most` states, of all sequences together."""
         self._most = most
         self._kept: dict[tuple[int, int], _Checkpoint[State]] = {}  # by handle and tokens, least recently used first
         self._positions: dict[int, set[int]] = {}  # handle → tokens of its checkpoints

@@ -91,8 +91,9 @@ class KVBudget:
     """
 
     def __init__(self, units: int, need: KVNeed | None = None, going_back: int = GOING_BACK) -> None:
-        """units: size of the memory. need: what a sequence takes; if None, one unit for each token.
+        """Counts `units` of memory, all of them free.
 
+        need: what a sequence takes; if None, one unit for each token.
         going_back: number of tokens by which a sequence can be truncated if layers with windows have dropped its first tokens.
         """
         self.need = need or KVNeed()
@@ -284,8 +285,9 @@ class KVArena(KVBlocks):
         windows: Sequence[int | None] = (None,),
         fixed_bytes: int = 0,
     ) -> None:
-        """block_bytes: size of one block. windows: the sliding window of each row of a table, in tokens; None for no window.
+        """Divides the budget into blocks, all of them free.
 
+        block_bytes: size of one block. windows: the sliding window of each row of a table, in tokens; None for no window.
         fixed_bytes: memory of each sequence besides its blocks. It counts in the budget, but is not in the arena.
 
         Raises ValueError if the budget is too small for the shortest sequence.

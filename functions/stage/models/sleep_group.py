@@ -61,9 +61,10 @@ class SleepGroup:
         times: PassTimes,
         link_bytes_per_second: float | None = None,
     ) -> None:
-        """config: a config.json with Llama's names. times: how long passes take. link_bytes_per_second: speed of a pod's link.
+        """Creates layers [first_layer, last_layer). config: a config.json with Llama's names.
 
-        Without a link, KV is not handed over, and what a pod lacks is computed again.
+        times: how long passes take. link_bytes_per_second: speed of the emulated link of a pod. If None, KV is not sent
+        between pods, and a pod computes the KV that it lacks.
         """
         self.first_layer = first_layer
         self.last_layer = last_layer

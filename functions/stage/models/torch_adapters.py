@@ -39,7 +39,7 @@ class PassAdapters:
     """The rows of a pass that have adapters. Neighbouring rows with the same adapter are computed together."""
 
     def __init__(self, segments: Sequence[Segment], shares: Mapping[int, Sequence[Share]]) -> None:
-        """shares: for each adapter number, the `Share` of each layer of the group."""
+        """Finds the rows that have adapters. shares: for each adapter number, the `Share` of each layer of the group."""
         self._spans: list[tuple[int, int, Sequence[Share]]] = []
         end = 0
         for segment in segments:

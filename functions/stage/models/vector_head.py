@@ -20,7 +20,7 @@ class VectorHead:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """config: a config.json."""
+        """Reads from a config.json which layers the head has. Their weights come later, with `place`."""
         self.embedder = embedder_in(config)
         self._tensors: dict[str, Float32] = {}
 

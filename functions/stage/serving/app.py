@@ -54,7 +54,7 @@ class StageApp:
     """
 
     def __init__(self, handlers: EventHandlers, metrics: "StageMetrics", *pipeline_tokens: str) -> None:
-        """pipeline_tokens: bearer tokens. A request with any of them is accepted."""
+        """Accepts requests with any of the bearer tokens `pipeline_tokens`. `handlers` answers their events."""
         self._handlers = handlers
         self._pipeline_tokens = pipeline_tokens
         self._admit = stage_admission(*pipeline_tokens)

@@ -111,7 +111,10 @@ class EventHandlers:
         start_up: StartUp,
         tracer: Tracer = PASSING,
     ) -> None:
-        """score: answers a signed forward event, which a Sequence of Knative Eventing delivers (see `scoring`)."""
+        """Prepares the headers of replies.
+
+        score: answers a signed forward event, which a Sequence of Knative Eventing delivers (see `scoring`).
+        """
         self._identity = identity
         self._engine = engine
         self._start_up = start_up

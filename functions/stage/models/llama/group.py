@@ -54,8 +54,9 @@ class LlamaGroup:
         kv_budget_bytes: int,
         why: str | None = None,
     ) -> None:
-        """config: a config.json. Layers are [first_layer, last_layer). dtype: of the published model.
+        """Creates layers [first_layer, last_layer) without weights.
 
+        config: a config.json. dtype: of the published model.
         why: the reason why the layers do not run in C, which would be faster; used only in `runs_by`. Raises UnsupportedConfig,
         and ValueError for impossible layers, budget, dtype or device.
         """

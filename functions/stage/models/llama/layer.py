@@ -70,7 +70,7 @@ class LlamaLayer:
     """A decoder layer: attention and MLP, each with its norm and residual sum."""
 
     def __init__(self, model: Decoder, layer: int, slot: int, weights: LayerWeights, precision: Precision) -> None:
-        """layer: number of the layer in the whole model. slot: number of the layer in this group's KV pool."""
+        """Builds layer number `layer` of the whole model. slot: number of the layer in this group's KV pool."""
         self._slot = slot
         attention = model.layers[layer].attention
         assert attention is not None, "see torch_obstacle"
@@ -122,7 +122,7 @@ class RmsNorm:
     """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        """weight: the gain, [size], or [heads, size] if each head has its own. eps: added to the mean square."""
+        """Sets the gain `weight`: [size], or [heads, size] if each head has its own. eps: added to the mean square."""
         self._weight = weight.float()
         self._eps = torch.tensor(eps, dtype=torch.float32, device=weight.device)
         self._share = 1 / weight.shape[-1]
@@ -143,7 +143,7 @@ class GatedMlp:
     """
 
     def __init__(self, gate: Matrix, up: Matrix, down: Matrix, dtype: torch.dtype) -> None:
-        """gate, up, down: the three matrices. dtype: of activations."""
+        """Prepares the three matrices for multiplication. dtype: of activations."""
         self._is_stacked = gate.weight.dtype == up.weight.dtype == torch.int8
         self._gate = linear([gate, up] if self._is_stacked else [gate], dtype)
         self._up = self._gate if self._is_stacked else linear([up], dtype)

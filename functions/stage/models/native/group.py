@@ -64,12 +64,12 @@ class NativeGroup:
         kv_dtype: KVDtype | None = None,
         weights_budget_bytes: int | None = None,
     ) -> None:
-        """config: a config.json. Layers are [first_layer, last_layer).
+        """Creates layers [first_layer, last_layer) without weights.
 
-        dtype: of the published model; `native_obstacle` tells whether it can run. kv_dtype: of keys and values; if None,
-        float32 for a float32 model, otherwise bf16. weights_budget_bytes: most memory for weights. If it is exceeded, the least
-        recently used experts that can be read again from the weight cache are dropped. The experts that a layer uses in
-        one pass are in memory together, even if they exceed the budget. If None, all weights stay in memory.
+        config: a config.json. dtype: of the published model; `native_obstacle` tells whether it can run. kv_dtype: of keys and
+        values; if None, float32 for a float32 model, otherwise bf16. weights_budget_bytes: most memory for weights. If it is
+        exceeded, the least recently used experts that can be read again from the weight cache are dropped. The experts that a
+        layer uses in one pass are in memory together, even if they exceed the budget. If None, all weights stay in memory.
 
         Raises UnsupportedConfig, ValueError for impossible layers or too small a KV budget, and one of the errors in
         `library.UNAVAILABLE` if the C library can be neither loaded nor compiled.

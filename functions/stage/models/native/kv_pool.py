@@ -49,8 +49,9 @@ class NativeKVPool(RecurrentKV[Float32], KVArena):
         state_values: int = 0,
         kept_values: int = 0,
     ) -> None:
-        """layers: the layers that write keys and values. dtype: of keys and values, BF16, F32 or INT8.
+        """Allocates the arena for `layers`, the layers that write keys and values.
 
+        dtype: of keys and values, BF16, F32 or INT8.
         written_by: names the dtypes and the CPU level, on which the bits of KV depend. Pools exchange KV only if this is equal.
         state_values: how many numbers the recurrent states of a sequence have. kept_values: how many numbers are kept of each
         draft token, to update states again. Raises ValueError if the budget is less than the shortest sequence takes.

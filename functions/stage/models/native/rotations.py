@@ -69,7 +69,7 @@ class RotationTable:
     """
 
     def __init__(self, rotation: Rotation, head_dim: int, *, of_queries: bool = False) -> None:
-        """of_queries: whether to multiply by `Rotation.query_growth`, which scales queries with their position."""
+        """Creates an empty table. of_queries: whether to multiply by `Rotation.query_growth`, which grows with positions."""
         self._frequencies, self._scaling = rope_frequencies(rotation.parameters, rotation.rotated)
         self._growth = rotation.query_growth if of_queries else None
         self._table: Float32 = np.empty((0, head_dim // 2, 2), np.float32)

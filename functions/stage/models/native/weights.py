@@ -33,8 +33,9 @@ class NativeWeights:
     def __init__(
         self, tensors: MutableMapping[str, RawTensor], prefix: str, dtype: str, shapes: Shapes, *, transposed: bool = False
     ) -> None:
-        """dtype: of the published model. shapes: unpacked shapes of matrices, by name without the prefix.
+        """Gives access to the tensors whose names begin with `prefix`.
 
+        dtype: of the published model. shapes: unpacked shapes of matrices, by name without the prefix.
         transposed: whether the published matrices are [width, outs].
         """
         self._tensors = tensors

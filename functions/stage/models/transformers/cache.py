@@ -36,8 +36,9 @@ class TransformersKVCache(RecurrentKV[States]):
         recurrent_modules: Sequence[TokenByToken] = (),
         written_by: str = "",
     ) -> None:
-        """layers: all layers of the model, with measured sizes. recurrent_modules: those of this stage.
+        """Creates a cache without sequences.
 
+        layers: all layers of the model, with measured sizes. recurrent_modules: those of this stage.
         written_by: names all else that the bits of KV depend on, as for `NativeKVPool`. Raises ValueError if the budget is less
         than one token takes.
         """

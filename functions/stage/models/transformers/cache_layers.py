@@ -99,7 +99,7 @@ class WindowLayer(ReservedLayer):
     is_sliding = True
 
     def __init__(self, reserved_tokens: int, window: int) -> None:
-        """window: how many tokens a token attends to, itself included."""
+        """Creates an empty layer. window: how many tokens a token attends to, itself included."""
         super().__init__(min(reserved_tokens, kept_tokens(window)))
         self.window = window
         self.first = 0
@@ -318,7 +318,7 @@ class SequenceCache(Cache):  # type: ignore[misc]
     """The memory of one sequence in all layers, as a cache object for transformers' modules."""
 
     def __init__(self, memories: Sequence[LayerMemory], tokens: int) -> None:
-        """memories: of all layers of the model, in order. tokens: number of tokens to reserve."""
+        """Creates an empty cache for a sequence of at most `tokens`. memories: of all layers of the model, in order."""
         layers = [memory.layer(tokens) for memory in memories]
         super().__init__(layers=layers)
         self.own = [layer for layer, memory in zip(layers, memories, strict=True) if memory.is_own]  # of this stage

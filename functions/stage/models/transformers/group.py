@@ -209,7 +209,7 @@ class _GivenHiddenStates(nn.Module):
     """Stands in for the layers of a causal model and returns its input, so that the model only computes logits from it."""
 
     def __init__(self, base: nn.Module) -> None:
-        """base: the replaced module. Some causal models read attributes of it, such as FalconH1's multiplier of logits."""
+        """Stands in for `base`. Some causal models read attributes of `base`, such as FalconH1's multiplier of logits."""
         super().__init__()
         self.__dict__["base"] = base  # not as a submodule, whose weights this module would then have
 

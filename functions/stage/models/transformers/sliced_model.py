@@ -25,7 +25,7 @@ class SlicedModel:
     """Runs the layers of one stage of a causal model. The first stage also runs the embedding, the last the final norm."""
 
     def __init__(self, model: PreTrainedModel, first_layer: int, num_layers: int) -> None:
-        """model: from `load`. num_layers: of the whole model."""
+        """Registers the hooks on `model`, which `load` returned. num_layers: of the whole model."""
         self.model = model
         (layers,) = (module for module in model.modules() if isinstance(module, _OwnLayers))
         self.layers: nn.ModuleList = layers
