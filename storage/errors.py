@@ -1,4 +1,4 @@
-"""Errors of stores, publications and checkpoints: one class per condition.
+"""Errors of stores, published models and checkpoints: one class per condition.
 
 Every message names what was seen (endpoint, bucket, key, file) and what to do about it.
 """
@@ -9,15 +9,15 @@ class StorageError(Exception):
 
 
 class StoreUnreachable(StorageError):
-    """The endpoint does not answer, or it stalls or fails for longer than the retries last. Trying later may help."""
+    """The endpoint does not answer, or it still stalled or failed when the time for retries was over. Trying later may help."""
 
 
 class AccessDenied(StorageError):
-    """The store refuses the access keys or what they ask for. A retry does not help."""
+    """The store refuses the access keys, or does not allow the request with them. A retry does not help."""
 
 
 class BucketNotFound(StorageError):
-    """The endpoint answers and has no such bucket. A retry does not help."""
+    """The endpoint has no such bucket. A retry does not help."""
 
 
 class ObjectNotFound(StorageError):
@@ -25,22 +25,22 @@ class ObjectNotFound(StorageError):
 
 
 class UnexpectedAnswer(StorageError):
-    """The endpoint gives an answer that an S3 store would not give. A retry does not help."""
+    """The endpoint sent an answer that no S3 store would send. A retry does not help."""
 
 
 class ObjectAltered(StorageError):
-    """An object in the store has another length or other contents than were written. Publish an altered model again."""
+    """An object in the store differs in length or contents from what was written. Publish an altered model again."""
 
 
 class ChecksumMismatch(ObjectAltered):
-    """The bytes read for a part or a file of a publication have another checksum than its manifest says.
+    """A part or a file of a published model does not have the checksum that the manifest states.
 
-    Parts of weights are read several times before this is raised. The object was altered: publish again.
+    Parts of weights are read several times before this is raised. The object was altered: publish the model again.
     """
 
 
 class SealBroken(ObjectAltered):
-    """An encrypted KV object was altered or truncated, or encrypted with another key. Its KV is computed again."""
+    """An encrypted KV object was altered or truncated, or encrypted with another key. The caller computes its KV again."""
 
 
 class ModelNotPublished(StorageError):
@@ -48,11 +48,11 @@ class ModelNotPublished(StorageError):
 
 
 class ManifestInvalid(StorageError):
-    """A manifest cannot be read, or contradicts itself. Publish again."""
+    """A manifest cannot be read, or contradicts itself. Publish the model again."""
 
 
 class ManifestTooNew(ManifestInvalid):
-    """A manifest has a later version than this Lamina reads. Update Lamina, or publish again with this one."""
+    """A manifest has a later version than this Lamina can read. Update Lamina, or publish again with this one."""
 
 
 class ManifestTooOld(ManifestInvalid):
@@ -64,11 +64,11 @@ class CheckpointInvalid(StorageError):
 
 
 class AdapterInvalid(CheckpointInvalid):
-    """An adapter does not fit its model, or has what no stage computes. Nothing was published."""
+    """An adapter does not fit its model, or needs an operation that no stage computes. Nothing was published."""
 
 
 class AdapterNotPublished(StorageError):
-    """The store holds no adapter of this name, or no such version. Publish it first."""
+    """The store holds no adapter of this name, or not the wanted version. Publish it first."""
 
 
 class ArchitectureUnsupported(CheckpointInvalid):
@@ -76,7 +76,7 @@ class ArchitectureUnsupported(CheckpointInvalid):
 
 
 class LibraryMissing(StorageError):
-    """What was asked for needs a library that a lean installation leaves out. Install requirements.txt."""
+    """The operation needs a library that a lean installation leaves out. Install requirements.txt."""
 
     def __init__(self, what: str, missing: ImportError) -> None:
         super().__init__(

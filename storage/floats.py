@@ -1,6 +1,6 @@
 """Reads floats of a checkpoint into numpy and rounds them to published types; the bytes equal those that torch writes.
 
-numpy has no bfloat16: it is the upper half of a float32, rounded to the nearest, ties to even.
+numpy has no bfloat16. A bfloat16 is the upper half of a float32, rounded to the nearest, ties to even.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _QUIET_NAN: Final = 0x7FC0
 
 
 def read_floats(block: memoryview, dtype: str) -> Floats:
-    """The numbers in `block`, whose type is `dtype`, as a flat array; numbers beyond float32 become infinite."""
+    """Reads the numbers in `block`, which are of type `dtype`, as a flat array. Numbers beyond float32 become infinite."""
     if dtype == "BF16":
         return (np.frombuffer(block, "<u2").astype(np.uint32) << 16).view(np.float32)
     with np.errstate(over="ignore"):
@@ -27,7 +27,7 @@ def read_floats(block: memoryview, dtype: str) -> Floats:
 
 
 def rounded(values: Floats, dtype: FloatName) -> NDArray[Any]:
-    """Rounds `values` to another type, bfloat16 as its bits; numbers beyond float16 become infinite."""
+    """Rounds `values` to `dtype`. bfloat16 is returned as its bits, uint16. For F16, numbers beyond float16 become infinite."""
     if dtype == "BF16":
         return bfloat16_bits(values)
     with np.errstate(over="ignore"):

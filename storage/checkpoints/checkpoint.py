@@ -1,4 +1,4 @@
-"""A checkpoint as the publisher sees it, whatever its format: configuration, small files, and tensors that are read in rows."""
+"""A checkpoint as the publisher sees it, whatever its format: configuration, small files, and tensors that are read by rows."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,10 @@ BLOCK_BYTES: Final = 8 * 2**20  # about what is read, converted and sent at a ti
 
 @dataclass(frozen=True, slots=True)
 class FourBits:
-    """Rows in four bits: weight = scale * q + minimum, with one scale and minimum for each block of 32 weights of a row."""
+    """Rows of a matrix whose weights have four bits: weight = scale * q + minimum.
+
+    Each block of 32 weights of a row has one scale and one minimum.
+    """
 
     quants: "NDArray[np.uint8]"  # [rows, width], 0 … 15
     scales: "NDArray[np.float16]"  # [rows, blocks]
@@ -24,7 +27,10 @@ class FourBits:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Rows of a matrix in blocks (`storage/models/blocks.py`) as plain arrays. `supers`: groups of weights with a scale."""
+    """Rows of a matrix in blocks (`storage/models/blocks.py`), as plain arrays.
+
+    In the shapes, `supers` is the number of groups of weights in a row. Each group has one scale.
+    """
 
     codes: "NDArray[Any]"  # uint8 [rows, width]
     scales: "NDArray[Any]"  # float16 or float32 [rows, supers]; uint8 if they are powers of two: 2^(scale - 128)
@@ -59,8 +65,10 @@ class SourceTensor:
             yield self.read_rows(first, last)
 
     def row_ranges(self, multiple: int = 1) -> Iterator[tuple[int, int]]:
-        """Yields ranges [first, last) of about BLOCK_BYTES that cover all rows; all but the last have a multiple of `multiple`
-        rows."""
+        """Yields row ranges [first, last) that cover all rows, each of about BLOCK_BYTES.
+
+        The number of rows in a range is divisible by `multiple`, except in the last range.
+        """
         row_bytes = tensor_bytes(self.dtype, self.shape[1:])
         step = max(1, BLOCK_BYTES // max(1, row_bytes) // multiple) * multiple
         for first in range(0, self.rows, step):
@@ -69,9 +77,9 @@ class SourceTensor:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened model that can be published, in the form of a Hugging Face checkpoint whatever its source format.
+    """An opened model that can be published. It looks like a Hugging Face checkpoint, whatever its source format.
 
-    Only config and small files are in memory; a tensor is read from the source when it is used.
+    Only config and small files are in memory. A tensor is read from the source when it is used.
     """
 
     config: Mapping[str, Any]  # config.json as Hugging Face has it

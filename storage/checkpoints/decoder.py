@@ -1,7 +1,8 @@
 """A decoder-only model as data: what each layer computes, and which tensors it has. Stages run this description.
 
-`decoder_families` makes it from a config.json. A publication's config.json has it under `DECODER_KEY`, so that a stage needs no
-table. A description with a field that this version does not know is refused: the field may change numbers.
+`decoder_config` makes the description from a config.json. The config.json of a published model contains it under `DECODER_KEY`,
+so that a stage needs no table of families. A description with a field that this version does not know is refused, because the
+field may change results.
 """
 
 from typing import Any, Final, Literal
@@ -20,7 +21,7 @@ class _Data(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fiel
 
 
 class Norm(_Data, frozen=True, kw_only=True):
-    """A norm of rows: `rms` divides by the root of the mean square, `layer` subtracts the mean first."""
+    """A normalization of rows: `rms` divides a row by the root of its mean square, `layer` subtracts the mean first."""
 
     kind: Literal["rms", "layer"] = "rms"
     eps: float
@@ -29,7 +30,7 @@ class Norm(_Data, frozen=True, kw_only=True):
 
 
 class QKNorm(_Data, frozen=True, kw_only=True):
-    """The norm of queries and keys."""
+    """The normalization of queries and keys."""
 
     norm: Norm
     # What is normalized, with which gain: each head with one gain for all heads or with its own, or all heads as one row.
@@ -38,9 +39,9 @@ class QKNorm(_Data, frozen=True, kw_only=True):
 
 
 class Latent(_Data, frozen=True, kw_only=True):
-    """Latent attention: KV holds one latent of a token and one rotated part of its keys, from which those of all heads follow.
+    """Latent attention (MLA): for each token, KV contains one latent vector and one rotated part of the key.
 
-    It counts as one key head, of rank + rope_size numbers.
+    The keys and values of all heads are computed from these two. In KV they count as one key head of rank + rope_size numbers.
     """
 
     rank: int
@@ -77,13 +78,15 @@ NO_ATTENTION: Final = Attention(num_heads=1, num_kv_heads=1, head_dim=2, scale=1
 
 
 class Recurrent(_Data, frozen=True, kw_only=True):
-    """A mixer that keeps a state of fixed size: the last inputs of a causal convolution and, but for `convolution`, a matrix
-    [key_size, head_size] for each head.
+    """A mixer that keeps a state of fixed size for a sequence.
 
-    `convolution` is LFM2's short convolution: gate * convolution(gate * x). The others get queries, keys and values from the
-    convolution. A token decays a head's matrix and adds the outer product of key and value to it: the value itself, times the
-    step, in `mamba` (Mamba-2), and in `delta` (Gated DeltaNet) what the matrix lacks of it. The head's output is the query
-    times the matrix.
+    Every state contains the last inputs of a causal convolution. In `delta` and `mamba` it also contains a matrix [key_size,
+    head_size] for each head.
+
+    `convolution` is LFM2's short convolution: gate * convolution(gate * x). `delta` (Gated DeltaNet) and `mamba` (Mamba-2) get
+    queries, keys and values from the convolution. At each token they decay a head's matrix and add an outer product of the key
+    to it. In `mamba` the other factor is the value times the step. In `delta` it is derived from the difference between the
+    value and what the matrix returns for the key. The head's output is the query times the matrix.
     """
 
     kind: Literal["convolution", "delta", "mamba"]
@@ -103,21 +106,21 @@ class Recurrent(_Data, frozen=True, kw_only=True):
 
     @property
     def channels(self) -> int:
-        """Numbers of a row that go through the convolution; 0 for `convolution`, whose hidden size they are."""
+        """How many numbers of a row go through the convolution. 0 for the kind `convolution`, which uses the hidden size."""
         return self.inner_size + 2 * self.num_groups * self.key_size
 
     @property
     def inner_size(self) -> int:
-        """Numbers of a row that come out of the heads."""
+        """How many numbers of a row all heads output together."""
         return self.num_heads * self.head_size
 
     def state_values(self, hidden_size: int) -> int:
-        """Numbers, all float32, that the layer keeps of a sequence when layers in C run it."""
+        """How many float32 numbers the layer keeps of a sequence, if layers in C run it."""
         return (self.kernel - 1) * (self.channels or hidden_size) + self.inner_size * self.key_size
 
 
 class FeedForward(_Data, frozen=True, kw_only=True):
-    """down(activation(gate x) * (up x)), or down(activation(up x)) if it is not gated."""
+    """A feed-forward: down(activation(gate x) * (up x)) if it is gated, and down(activation(up x)) if not."""
 
     inner_size: int
     activation: Activation = "silu"
@@ -133,7 +136,7 @@ class FeedForward(_Data, frozen=True, kw_only=True):
 
 
 class Router(_Data, frozen=True, kw_only=True):
-    """Chooses experts for a token by their scores, which it computes in float32. They are the weights of these experts, too."""
+    """Chooses the experts of a token by scores, which it computes in float32. The scores are also the experts' weights."""
 
     num_experts: int
     chosen: int  # experts of a token
@@ -153,15 +156,20 @@ class Router(_Data, frozen=True, kw_only=True):
 
 
 class ExpertsLatent(_Data, frozen=True, kw_only=True):
-    """Experts that compute with narrower rows: they get a projection of hidden states, and the sum of their outputs is
-    projected back."""
+    """The projections around experts that compute with narrower rows than the rest of the layer.
+
+    The experts get a projection of the hidden states. The sum of their outputs is projected back.
+    """
 
     size: int
     biased: bool = False
 
 
 class Experts(_Data, frozen=True, kw_only=True):
-    """Feed-forwards of one shape. The outputs of those that a router chooses are added up, each times its weight."""
+    """The experts of a layer: feed-forwards of one shape, and the router that chooses among them.
+
+    The outputs of the chosen experts are added up, each multiplied by its weight.
+    """
 
     router: Router
     each: FeedForward
@@ -173,11 +181,11 @@ class Experts(_Data, frozen=True, kw_only=True):
 
 
 class LayerInput(_Data, frozen=True, kw_only=True):
-    """Numbers of each token that every layer gets besides hidden states, from the token's id alone.
+    """A second input of every layer, besides hidden states: numbers that depend on the token's id alone.
 
-    They are (norm(W e) + t) / sqrt(2), with the scaled embedding e of the token, a matrix W divided by the root of the hidden
-    size, and a second embedding t times the root of `size`. W and t have rows and columns for each layer. A layer adds
-    norm(out(activation(gate x) * input)) to its hidden states x, last of all.
+    For a token they are (norm(W e) + t) / sqrt(2). Here e is the token's scaled embedding, W is a matrix divided by the root of
+    the hidden size, and t is a second embedding multiplied by the root of `size`. W has rows, and t has columns, for each
+    layer. As its last step, a layer adds norm(out(activation(gate x) * input)) to its hidden states x.
     """
 
     size: int
@@ -186,15 +194,20 @@ class LayerInput(_Data, frozen=True, kw_only=True):
 
 
 class Streams(_Data, frozen=True, kw_only=True):
-    """Several streams of hidden states (alternating updates, https://arxiv.org/abs/2301.13310). Layers compute with the first.
+    """Several parallel streams of hidden states (alternating updates, https://arxiv.org/abs/2301.13310).
 
-    The embedding e makes the others: W e for each, scaled to the root mean square of e. A layer first adds sums of all streams
-    to each, with coefficients A tanh(R norm(x)) for the first stream x. The layer's output y changes x by y - x, and each
-    stream by as much times 1 + C tanh(R norm(y)). Its `LayerInput` is for the first stream, times a learned vector if
-    `scaled`, and added to the others. After the layers come matrices and scales as before them, and the mean of all streams.
+    Before the layers, the first stream is the embedding e. Each other stream is W e, with a matrix W of its own, scaled to the
+    root mean square of e. Layers compute with the first stream. A layer does the following:
 
-    Beside attention, a layer has a path of low rank (Laurel) from its normalized hidden states h: h + norm(B A h) is added, and
-    the sum divided by the root of 2.
+    1. It adds to each stream a sum of all streams, with coefficients A tanh(R norm(x)) for the first stream x.
+    2. It computes its output y from x. To each stream it adds y - x, times 1 + C tanh(R norm(y)).
+    3. It computes its `LayerInput` with the first stream, multiplied by a learned vector if `scaled` is set. It adds the
+       result to the other streams.
+
+    After the layers, each other stream is multiplied by a matrix and scaled again. The result is the mean of all streams.
+
+    Besides attention, a layer has a path of low rank (Laurel). After the output of attention has been added to the hidden
+    states, h + norm(B A h) is added to them, for the normalized input h of attention. The sum is divided by the root of 2.
     """
 
     count: int
@@ -204,10 +217,10 @@ class Streams(_Data, frozen=True, kw_only=True):
 
 
 class Layer(_Data, frozen=True, kw_only=True):
-    """Mixers, then feed-forward, each between two norms that may be absent, and added to the residual stream.
+    """A layer of the model: mixers, then a feed-forward. Each adds its output to the residual stream.
 
-    A layer has attention, a recurrent mixer, both side by side, or none. A parallel layer computes mixers and feed-forward from
-    the same hidden states.
+    Each has a norm before it and one after it; either may be absent. A layer has attention, a recurrent mixer, both side by
+    side, or none. A parallel layer computes mixers and feed-forward from the same hidden states.
     """
 
     attention: Attention | None = None
@@ -224,7 +237,7 @@ class Layer(_Data, frozen=True, kw_only=True):
 
 
 class Rotation(_Data, frozen=True, kw_only=True):
-    """A rotation of queries and keys by position."""
+    """A rotation of queries and keys by position (RoPE)."""
 
     parameters: dict[str, Any]  # rope_type, rope_theta and what the type needs
     rotated: int  # how many numbers of a head are rotated, the first ones
@@ -234,9 +247,9 @@ class Rotation(_Data, frozen=True, kw_only=True):
 
 
 class TensorNames(_Data, frozen=True, kw_only=True):
-    """Names of modules in a checkpoint. Those of a layer follow `layers` and its number.
+    """Names of modules in a checkpoint. The full name of a layer's module begins with `layers` and the layer's number.
 
-    One name for several matrices means that their rows are stored together: queries, keys and values in `qkv`, gate and up.
+    Several matrices with one name are stored as one, row after row: queries, keys and values in `qkv`, or gate and up.
     """
 
     base: str = "model"  # prefix of all names but the head's, which some checkpoints leave out
@@ -307,7 +320,7 @@ class TensorNames(_Data, frozen=True, kw_only=True):
 
 
 class Decoder(_Data, frozen=True, kw_only=True):
-    """A whole model. All layers have as many query heads."""
+    """A whole model. All layers have the same number of query heads."""
 
     num_layers: int
     hidden_size: int
@@ -335,13 +348,13 @@ class Decoder(_Data, frozen=True, kw_only=True):
 
     @property
     def attention(self) -> Attention:
-        """That of the layer with the largest heads, of several the first; NO_ATTENTION if no layer has any."""
+        """The attention with the largest heads in the model, of several the first. NO_ATTENTION if no layer has attention."""
         found = (layer.attention for layer in self.kinds if layer.attention is not None)
         return max(found, key=lambda attention: attention.head_dim, default=NO_ATTENTION)
 
     @property
     def inner_size(self) -> int:
-        """The largest of a feed-forward that is no expert; 1 if all are."""
+        """The largest inner size of a feed-forward that is no expert; 1 if all feed-forwards are experts."""
         return max([1, *(layer.feed_forward.inner_size for layer in self.kinds if layer.feed_forward is not None)])
 
     @property
@@ -351,11 +364,11 @@ class Decoder(_Data, frozen=True, kw_only=True):
 
     @property
     def experts(self) -> tuple[Experts, ...]:
-        """The experts of the different kinds of layers."""
+        """The experts of each kind of layer that has experts."""
         return tuple(layer.experts for layer in self.kinds if layer.experts is not None)
 
     def obstacle_to_cut(self, first: int) -> str | None:
-        """Why no stage can begin with layer `first`, as part of a sentence; None: one can."""
+        """The reason why no stage can begin with layer `first`, as part of a sentence. None if a stage can."""
         for number, layer in enumerate(self.layers[first:], first):
             if layer.attention is not None and layer.attention.kv_layer is not None and layer.attention.kv_layer < first:
                 return f"layer {number} attends to the keys and values of layer {layer.attention.kv_layer}"
@@ -363,17 +376,17 @@ class Decoder(_Data, frozen=True, kw_only=True):
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The window of each layer; None: it has none, or no attention."""
+        """The attention window of each layer, in tokens. None for a layer without a window or without attention."""
         return tuple(None if layer.attention is None else layer.attention.window for layer in self.layers)
 
 
 def full_name(model: Decoder, name: str) -> str:
-    """The name of a tensor with the prefix that some checkpoints leave out."""
+    """The full name of a tensor: `name`, with the prefix `names.base` added if the checkpoint leaves it out."""
     return name if name.startswith((f"{model.names.base}.", f"{model.names.head}.")) else f"{model.names.base}.{name}"
 
 
 def layer_shapes(model: Decoder, layer: Layer) -> Shapes:
-    """Shapes of the tensors of one of the model's layers, by their names in a checkpoint without the prefix of the layer."""
+    """Shapes of the tensors of one layer, by their names in a checkpoint without the layer's prefix."""
     names, hidden = model.names, model.hidden_size
     attention, recurrent, feed_forward, experts = layer.attention, layer.recurrent, layer.feed_forward, layer.experts
     shapes: Shapes = {}
@@ -479,13 +492,15 @@ def layer_shapes(model: Decoder, layer: Layer) -> Shapes:
 
 
 def names_of_feed_forward(names: TensorNames, experts: Experts | None) -> tuple[str, str, str]:
-    """Gate, up and down of a layer's `feed_forward`."""
+    """Names of the matrices gate, up and down of a layer's `feed_forward`."""
     return names.shared if experts is not None and not experts.own_norms else (names.gate, names.up, names.down)
 
 
 def adaptable(model: Decoder, layer: Layer) -> frozenset[str]:
-    """Names of the matrices of a layer to which adapters may add: not those of recurrent mixers, latent attention, routers and
-    routed experts."""
+    """Names of the matrices of a layer that adapters may change.
+
+    Adapters may not change recurrent mixers, latent attention, routers and routed experts.
+    """
     names, shapes = model.names, layer_shapes(model, layer)
     found = set(names_of_feed_forward(names, layer.experts))
     if layer.attention is not None and layer.attention.latent is None:
@@ -494,8 +509,10 @@ def adaptable(model: Decoder, layer: Layer) -> frozenset[str]:
 
 
 def float32_names(model: Decoder) -> frozenset[str]:
-    """The tensors of layers that every publication has in float32: small ones of recurrent mixers, which decide for how long
-    a state lasts. By their names in a checkpoint without the prefix of the layer."""
+    """Names of the layers' tensors that every published model has in float32, without the layer's prefix.
+
+    They are small tensors of recurrent mixers, which decide how long a state lasts.
+    """
     vectors = ("A_log", "D", "dt_bias", f"{model.names.recurrent_kernel}.weight", f"{model.names.recurrent_kernel}.bias")
     return frozenset(f"{model.names.recurrent}.{name}" for name in vectors) if model.names.recurrent else frozenset()
 
@@ -525,7 +542,10 @@ def _recurrent_shapes(names: TensorNames, recurrent: Recurrent, hidden: int) -> 
 
 
 def outer_shapes(model: Decoder) -> Shapes:
-    """Shapes of the tensors outside the layers, by their full names. A tied model may lack the head's weight."""
+    """Shapes of the tensors outside the layers, by their full names.
+
+    The head's weight is included although a tied model may lack it.
+    """
     matrix, names = (model.vocab_size, model.hidden_size), model.names
     shapes: Shapes = {f"{names.embedding}.weight": matrix}
     if model.has_head:
@@ -546,7 +566,7 @@ def outer_shapes(model: Decoder) -> Shapes:
 
 
 def all_shapes(model: Decoder) -> Shapes:
-    """Shapes of all tensors of a publication, by their full names."""
+    """Shapes of all tensors of a published model, by their full names."""
     names, of_kinds = model.names, [layer_shapes(model, layer) for layer in model.kinds]
     shapes = {name: shape for name, shape in outer_shapes(model).items() if not (model.tied and name == f"{names.head}.weight")}
     for number, kind in enumerate(model.order):

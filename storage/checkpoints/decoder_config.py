@@ -1,7 +1,7 @@
-"""Makes the description of a model (`decoder`) from its config.json, by the table of families. Needs no transformers.
+"""Makes the description of a model (`decoder`) from its config.json, with the table of families. Needs no transformers.
 
-It reads the spelling of transformers 4 and 5. A config that the table does not describe is refused here; transformers then runs
-the model, in a float dtype.
+It reads configs as transformers 4 and 5 write them. A config that the table does not describe is refused here. transformers'
+modules then run the model, in a float dtype.
 """
 
 from collections.abc import Mapping, Sequence
@@ -104,10 +104,10 @@ _KEYS_OF_FAMILIES: Final = frozenset((
 def decoder_of(config: Mapping[str, Any]) -> Decoder:
     """Describes what the layers of a model compute. config: its parsed config.json.
 
-    The config.json of a publication has the description. For others it is made by the table of families.
+    The config.json of a published model contains the description. For others the table of families makes it.
 
-    Raises UnsupportedConfig, which names everything that the layers do not run, and ArchitectureUnsupported for a missing or
-    impossible value.
+    Raises UnsupportedConfig, whose message names everything that Lamina's layers do not run, and ArchitectureUnsupported for a
+    missing or impossible value.
     """
     if (published := config.get(DECODER_KEY)) is not None:
         try:
@@ -130,9 +130,9 @@ def decoder_of(config: Mapping[str, Any]) -> Decoder:
 
 
 def with_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config.json with the description of the model's layers added, as publications have it.
+    """Adds the description of the model's layers to a config.json, as published models have it.
 
-    It is unchanged if no row of the table describes them: transformers' modules then run the model.
+    Returns the config unchanged if the table does not describe the model. transformers' modules then run it.
     """
     try:
         return {**config, DECODER_KEY: msgspec.to_builtins(decoder_of(config))}
@@ -197,7 +197,7 @@ def _layer_input(family: DecoderFamily, values: Values, norm: Norm) -> LayerInpu
 
 
 def _rotated_size(layers: list[Layer], head_dim: int, rope: str) -> int:
-    """Numbers of a head that the rotation of this name may rotate; head_dim if no layer has it."""
+    """How many numbers of a head the rotation named `rope` may rotate. `head_dim` if no layer uses this rotation."""
     found = (layer.attention for layer in layers if layer.attention is not None and layer.attention.rope == rope)
     return next((each.head_dim if each.latent is None else each.latent.rope_size for each in found), head_dim)
 
@@ -305,7 +305,7 @@ def _layers(family: DecoderFamily, values: Values, norm: Norm, heads: int, head_
 def _experts(
     family: DecoderFamily, values: Values, activation: Activation
 ) -> tuple[tuple[bool, ...], Experts | None, FeedForward | None]:
-    """Which layers have experts, the experts, and the expert of these layers that every token goes through."""
+    """Returns which layers have experts, the experts, and the shared expert of these layers, which every token goes through."""
     if (row := family.experts) is None:
         return (False,) * values.size("num_hidden_layers"), None, None
     sparse = tuple(row.layers(values))
@@ -362,7 +362,10 @@ def _activation(family: DecoderFamily, values: Values) -> Activation:
 
 
 def _ropes(family: DecoderFamily, values: Values, sizes: Mapping[str, int]) -> dict[str, Rotation]:
-    """sizes: numbers of a head, by the rotation's name in the description."""
+    """The rotations of a model, by their names in the description.
+
+    sizes: how many numbers of a head each rotation may rotate, by the same names.
+    """
     if family.rope is None:
         return {}
     if not family.rope_by_kind:
@@ -405,14 +408,16 @@ def _rope(family: DecoderFamily, values: Values, parameters: dict[str, Any], hea
 
 
 def _rope_parameters(family: DecoderFamily, values: Values) -> dict[str, Any]:
-    """The parameters of the rotation as one flat dict, from `rope_parameters` (transformers 5) or `rope_theta` and
-    `rope_scaling`."""
+    """The parameters of the rotation as one flat dict.
+
+    A config has them in `rope_parameters` (transformers 5), or in `rope_theta` and `rope_scaling`.
+    """
     given = values.get("rope_scaling") or values.get("rope_parameters") or values.default("rope_parameters") or {}
     return _completed(family, values, given if isinstance(given, Mapping) else {"rope_type": repr(given)})
 
 
 def _completed(family: DecoderFamily, values: Values, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a rotation, with those that its config leaves out."""
+    """The parameters of a rotation: those `given` in a config, and values for those that it leaves out."""
     parameters = {key: value for key, value in given.items() if value is not None}
     parameters.setdefault("rope_type", parameters.get("type", "default"))
     parameters.setdefault("rope_theta", values.get("rope_theta") or 10_000.0)
@@ -432,8 +437,10 @@ def _completed(family: DecoderFamily, values: Values, given: Mapping[str, Any]) 
 
 
 def _rope_supported(parameters: Mapping[str, Any], rotated: int) -> bool:
-    """Whether `Rope` (functions/stage/models/llama/rope.py) reads all of the parameters: one that it ignored might change
-    results."""
+    """Whether `Rope` (functions/stage/models/llama/rope.py) reads all of the parameters.
+
+    An ignored parameter might change results.
+    """
     rope_type = parameters["rope_type"]
     needed = _ROPE_NEEDED.get(rope_type) if isinstance(rope_type, str) else None
     if needed is None:

@@ -1,7 +1,7 @@
 """The families that Lamina's own layers run: one table, from which `decoder_config` makes the description of a model.
 
-A row says how the family's class in transformers differs from Llama's, and names that class. It has the defaults of the config
-class too. tests/storage/checkpoints/test_decoder_families.py compares both with transformers.
+A row names the family's class in transformers and says how it differs from Llama's. It also has the defaults of the family's
+config class. tests/storage/checkpoints/test_decoder_families.py compares both with transformers.
 """
 
 import math
@@ -22,7 +22,7 @@ def is_number(value: object) -> bool:
 
 
 class UnsupportedConfig(ArchitectureUnsupported):
-    """Lamina's own layers cannot run a model with this config.json. transformers may, in a float dtype."""
+    """Lamina's own layers cannot run a model with this config.json. transformers' modules may, in a float dtype."""
 
 
 BEFORE: Final = frozenset(("before_attention", "before_feed_forward"))
@@ -32,7 +32,7 @@ _PLAIN: Final[tuple[Part, ...]] = ("attention", "feed_forward")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertsFamily:
-    """How the experts of a family's layers are made from its config. Fields are as those of DecoderFamily."""
+    """Says how a config describes the experts of a family's layers. Its fields are read as those of DecoderFamily."""
 
     count: str = "num_experts"
     chosen: str = "num_experts_per_tok"
@@ -57,7 +57,10 @@ class ExpertsFamily:
 
 @dataclass(frozen=True, slots=True)
 class MergedExperts:
-    """Names of tensors of a checkpoint that have the experts of a layer: [experts, outs, width], gate before up."""
+    """Names of the tensors in a checkpoint that each contain all experts of a layer.
+
+    Their shape is [experts, outs, width]. In `gate_up`, the rows of gate come before those of up.
+    """
 
     gate_up: str
     down: str
@@ -67,9 +70,10 @@ class MergedExperts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderFamily:
-    """How a family's layers are made from its config.
+    """Says how the config of a family describes its layers.
 
-    A field that is a constant or a string has a constant value, or that of the config's key of this name.
+    A field that may be a constant or a string is read as follows: a constant is the value, and a string names the config key
+    that has the value.
     """
 
     source: str  # module and class in transformers that the row describes
@@ -136,7 +140,7 @@ class DecoderFamily:
 
 
 class Values:
-    """Reads values from a config by Llama's names of keys, and checks their types."""
+    """Reads values from a config and checks their types. Callers name keys as Llama's config does."""
 
     def __init__(self, family: DecoderFamily, config: Mapping[str, Any]) -> None:
         self._family = family
@@ -155,7 +159,7 @@ class Values:
         return self._values.get(name)
 
     def without(self, name: str) -> "Values":
-        """These values with None for one key."""
+        """A copy of these values in which one key is None."""
         changed = copy(self)
         changed._values = {**self._values, name: None}
         return changed
@@ -177,7 +181,7 @@ class Values:
         return float(value)
 
     def numbers(self, name: str, count: int) -> tuple[float, ...]:
-        """Those of a list; all 1 if the config has none."""
+        """Reads a list of `count` numbers. All are 1 if the config has no such list."""
         found = self.get(name)
         if found is None:
             return (1.0,) * count
@@ -203,7 +207,10 @@ class Values:
 
 
 def _windows(values: Values, slides: Callable[[int], bool]) -> tuple[int | None, ...]:
-    """The window of each layer. slides: whether a layer has one, by its number, if the config has no list `layer_types`."""
+    """The attention window of each layer; None for a layer without one.
+
+    slides: says for a layer's number whether the layer has a window. It is used if the config has no list `layer_types`.
+    """
     window, layer_types = values.get("sliding_window"), values.get("layer_types")
     if layer_types is not None:
         found = [layer_type == "sliding_attention" for layer_type in layer_types]
@@ -256,7 +263,7 @@ def _windows_of_smollm(values: Values) -> tuple[int | None, ...]:
 
 
 def _windows_by_pattern(values: Values) -> tuple[int | None, ...]:
-    """Every so many layers, one has no window."""
+    """The attention window of each layer, if every `sliding_window_pattern`-th layer has none."""
     pattern = values.size("sliding_window_pattern") if values.get("sliding_window") is not None else 1
     return _windows(values, lambda layer: (layer + 1) % pattern != 0)
 
@@ -276,13 +283,16 @@ def _unrotated_in_granite_swa(values: Values) -> tuple[bool, ...]:
 
 
 def _full_layers(values: Values) -> tuple[bool, ...]:
-    """Layers without a window, if any layer has one."""
+    """For each layer, whether it has no window while the model has windows. All are False in a model without windows."""
     windows = _windows_by_pattern(values)
     return tuple(window is None and values.get("sliding_window") is not None for window in windows)
 
 
 def _scale_of_latent(values: Values, *_: int) -> float:
-    """YaRN's factor for scores beside the one of the rotation (yarn_apply_mscale of transformers)."""
+    """The scale of scores in latent attention: 1 / sqrt(size of a head), times YaRN's factor for scores.
+
+    The factor (yarn_apply_mscale of transformers) is applied in addition to that of the rotation.
+    """
     scale = (values.size("qk_nope_head_dim") + values.size("qk_rope_head_dim")) ** -0.5
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     all_dim: Any = rope.get("mscale_all_dim")
@@ -338,7 +348,10 @@ def _short_convolution(values: Values) -> Recurrent:
 
 
 def _parts_by_type(values: Values) -> list[tuple[Part, ...]]:
-    """Also by the names of layer types that older configs have."""
+    """The parts of each layer, by its type in `layer_types`. Type names of older configs are known, too.
+
+    A config without the list has full attention in every `full_attention_interval`-th layer and linear attention in others.
+    """
     count, types = values.size("num_hidden_layers"), values.get("layer_types")
     if types is None:
         every = values.get("full_attention_interval")
@@ -370,7 +383,10 @@ def _with_layers_of_nemotron_h(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _with_scales_of_phimoe(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Its class multiplies rotations by numbers of its own, and has the factors of short contexts in long ones, too."""
+    """A config of PhiMoE with the rotation that its class really computes.
+
+    The class multiplies rotations by factors of its own, and uses the factors of short contexts for long ones, too.
+    """
     changed = dict(config)
     for key in ("rope_parameters", "rope_scaling"):
         rope: Any = config.get(key)
@@ -389,7 +405,7 @@ def _parts_of_bamba(values: Values) -> list[tuple[Part, ...]]:
 
 
 def _mamba_2(values: Values) -> Recurrent:
-    """By Bamba's names of keys."""
+    """The Mamba-2 mixer of a family whose config has Bamba's names of keys."""
     if (activation := values.get("mamba_hidden_act")) not in (None, "silu", "swish"):
         values.obstacles.append(f"a convolution with activation {activation!r}")
     limits = with_floats(values.get("time_step_limit"))
@@ -463,7 +479,7 @@ def _inner_of_lfm2(values: Values) -> int:
 
 
 def _with_layer_types(config: Mapping[str, Any], default_layers: int, pattern: int) -> Mapping[str, Any]:
-    """With a type for each layer: every so many, one has no window."""
+    """Adds a type for each layer to a config that lacks `layer_types`. Every `pattern`-th layer has no window."""
     count: Any = config.get("num_hidden_layers", default_layers)
     if config.get("layer_types") is not None or type(count) is not int:
         return config
@@ -472,7 +488,7 @@ def _with_layer_types(config: Mapping[str, Any], default_layers: int, pattern: i
 
 
 def _gemma_4_completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The last layer attends to all tokens whatever the config says."""
+    """A config of Gemma 4 with all `layer_types`. The last layer attends to all tokens, whatever the config says."""
     config = _with_layer_types(config, _GEMMA_4_LAYERS, pattern=6)
     types: Any = config.get("layer_types")
     return {**config, "layer_types": [*types[:-1], "full_attention"] if types else types}
@@ -483,7 +499,10 @@ def _full_layers_of_gemma_4(values: Values) -> list[int]:
 
 
 def _heads_of_gemma_4(values: Values) -> list[tuple[int, int]]:
-    """By `per_layer_config`, which newer configs have, or else by the keys for layers without a window."""
+    """The number of KV heads and the size of a head, for each layer.
+
+    Newer configs have them in `per_layer_config`. Others have keys for the layers without a window.
+    """
     kv_heads, size = values.size("num_key_value_heads"), values.size("head_dim")
     global_heads = values.get("num_global_key_value_heads") if values.flag("attention_k_eq_v") else None
     of_full = {"head_dim": values.get("global_head_dim"), "num_key_value_heads": global_heads or kv_heads}
@@ -501,7 +520,10 @@ def _heads_of_gemma_4(values: Values) -> list[tuple[int, int]]:
 
 
 def _shared_kv_layers(values: Values) -> dict[int, int]:
-    """The last layers read the keys and values of the last one of their type before them."""
+    """For each layer without KV of its own, the layer whose keys and values it reads.
+
+    These are the last `num_kv_shared_layers` layers. Each reads those of the last earlier layer of its type that has its own.
+    """
     types, count = values.get("layer_types"), values.size("num_hidden_layers")
     first = count - (values.get("num_kv_shared_layers") or 0)
     owners = {kind: layer for layer, kind in enumerate(types[: max(0, first)])}

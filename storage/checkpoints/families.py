@@ -1,7 +1,8 @@
-"""Which model families stages run, and to which part of a model a tensor belongs. Imports no heavy library.
+"""Says which model families stages run, and to which part of a model a tensor belongs. Imports no heavy library.
 
 A family is a `model_type` of a checkpoint's config.json. Lamina's own layers run the families of a table (`decoder_families`).
-Any other decoder runs by transformers' modules, unless it is listed here. Publication tries whether it can be cut.
+Any other decoder runs with transformers' modules, unless this file lists it as refused. Publishing such a model first tests
+whether it can be cut into stages.
 """
 
 import re
@@ -15,13 +16,13 @@ EMBEDDING_MODULES: Final = frozenset({
     "per_layer_model_projection", "per_layer_projection_norm", "positions_embed", "project_in", "tokens_embed", "w",
     "word_embeddings", "word_embeddings_layernorm", "wpe", "wte",
 })  # fmt: skip
-"""Modules before the layers, which the first stage runs."""
+"""Names of modules before the layers, which the first stage runs."""
 HEAD_MODULES: Final = frozenset({
     "altup_unembed_projections", "decoder", "embed_out", "embedding_norm", "final_layer_norm", "final_layernorm", "final_norm",
     "head", "layer_norm", "layernorm", "lm_head", "ln_f", "ln_out", "norm", "norm_f", "out_norm", "output_projection",
     "project_out",
 })  # fmt: skip
-"""Modules after the layers, which the last stage runs."""
+"""Names of modules after the layers, which the last stage runs."""
 
 REFUSED: Final[Mapping[str, str]] = {
     "blt": "its layers run over patches of bytes, not over tokens",
@@ -36,18 +37,22 @@ REFUSED: Final[Mapping[str, str]] = {
     "qwen4_exp_text": "its KV is compressed in blocks",
     "zaya": "its layers pass a second residual on",
 }
-"""Decoder-only text families that no stage runs, with the reason."""
+"""Decoder-only text families that no stage runs, each with the reason."""
 NO_TEXT_DECODERS: Final = frozenset({
     "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "gemma4_assistant", "git",
     "megatron-bert", "moshi", "phi4_multimodal", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert",
     "roformer", "trocr", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod",
 })  # fmt: skip
-"""Model types that transformers counts among causal language models: encoders, drafters, and models that also see or hear.
+"""Model types that no stage runs although transformers counts them among causal language models.
 
-Tokens of an XLM or XLNet attend to later tokens: both learned to fill in gaps. To generate they get a masked token at the end.
+They are encoders, drafters, and models that also process images or sound. Tokens of an XLM or XLNet attend to later tokens,
+because both learned to fill in gaps. To generate, they need a masked token at the end.
 """
 EMBEDDINGS_PASSED_ON: Final = frozenset({"zamba", "zamba2"})
-"""Families whose layers get hidden states, embeddings and the layer's number: stages pass on hidden states and embeddings."""
+"""Families whose layers get hidden states, embeddings and the layer's number.
+
+Their stages send hidden states and embeddings to the next stage.
+"""
 RECURRENT_ONLY: Final = frozenset({"rwkv", "xlstm"})
 """Families without attention whose configs do not list the kinds of their layers."""
 
@@ -67,15 +72,18 @@ def check_served(config: Mapping[str, Any]) -> None:
 
 
 def layers_key(model_type: str) -> str:
-    """The attribute of transformers' config that counts the layers between which a model can be cut.
+    """Name of the attribute in transformers' config that counts the layers between which a model can be cut.
 
-    A layer of LongCat has two attentions, and its `num_hidden_layers` counts those.
+    A layer of LongCat has two attentions, and its `num_hidden_layers` counts attentions.
     """
     return "num_layers" if model_type == "longcat_flash" else "num_hidden_layers"
 
 
 def part_of(tensor: str) -> int | Literal["embedding", "head"] | None:
-    """The part of a model that a checkpoint's tensor belongs to: a layer, by its number, or an end. None: no known one."""
+    """The part of a model to which a checkpoint's tensor belongs: the number of a layer, `embedding` or `head`.
+
+    None if the tensor's name is unknown.
+    """
     if found := _LAYER.search(tensor):
         return int(found[1])
     modules = tensor.split(".")[:-1]
@@ -85,9 +93,10 @@ def part_of(tensor: str) -> int | Literal["embedding", "head"] | None:
 
 
 def with_shared_blocks(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors of a checkpoint in which each layer has its own, also if layers share a block of weights, as Zamba's do.
+    """Adds a tensor for every layer that uses a shared block of weights, as layers of Zamba do.
 
-    Such a checkpoint has the blocks of the first of these layers, which the others take in turn.
+    The checkpoint has each shared block once, under the first layer that uses it. The other layers use the blocks in turn.
+    Checkpoints without shared blocks are returned unchanged.
     """
     blocks: dict[int, dict[str, Tensor]] = {}
     sharing: dict[int, str] = {}  # layers with a shared block, and the prefix of their tensors
@@ -109,7 +118,7 @@ def with_shared_blocks(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def with_floats(value: Any) -> Any:
-    """A part of a config.json with the numbers that JSON lacks, for example {"__float__": "Infinity"}, as floats."""
+    """Replaces numbers that JSON lacks, for example {"__float__": "Infinity"}, by floats in a part of a config.json."""
     if isinstance(value, Mapping):
         if value.keys() == {"__float__"}:
             return float(value["__float__"])
@@ -118,6 +127,6 @@ def with_floats(value: Any) -> Any:
 
 
 def mixes_longrope(module: object) -> bool:
-    """Whether a transformers module uses LongRoPE for a kind of layers by name, which no stage can run."""
+    """Whether a transformers module has a rotation for each kind of layer and one is LongRoPE. No stage can run this."""
     rope_type = getattr(module, "rope_type", None)
     return isinstance(rope_type, Mapping) and "longrope" in rope_type.values()

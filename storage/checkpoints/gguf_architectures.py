@@ -1,8 +1,8 @@
-"""The architectures of GGUF files that are read, as a table: which model of transformers each is, and how its names translate.
+"""A table of the GGUF architectures that can be read: the class of each in transformers, and how its names translate.
 
-Those with recurrent layers are in `gguf_recurrent`.
+Architectures with recurrent layers are in `gguf_recurrent`.
 
-Names and transformations are those of llama.cpp's converter (conversion/*.py); tests compare with what it writes.
+Names and transformations are those of llama.cpp's converter (conversion/*.py). Tests compare with the files that it writes.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """How a tensor of a layer is computed from tensors that the file stores apart or in another order of dimensions."""
+    """Says how a tensor of a layer is computed from tensors of the file.
+
+    The file has it in several tensors, with other values, or with its dimensions in another order.
+    """
 
     parts: tuple[str, ...]  # names in the file, without the layer
     join: Callable[..., NDArray[Any]]  # from the parts as arrays to the tensor
@@ -23,7 +26,7 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A tensor of a layer whose rows the file has in several tensors."""
+    """Says which tensors of the file contain the rows of one tensor of a layer."""
 
     parts: tuple[str, ...]  # names in the file, without the layer
     # Numbers of the rows in all parts one after another, from the config; None: in this order.
@@ -35,12 +38,12 @@ SIZES: Final[Mapping[str, str]] = {
     "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
     "context_length": "max_position_embeddings",
 }  # fmt: skip
-"""GGUF keys that models with attention have → config keys."""
+"""GGUF keys that every file of a model with attention has, and their config keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """How a GGUF architecture becomes a checkpoint of transformers."""
+    """Says how a GGUF file of one architecture is translated to a checkpoint of transformers."""
 
     model_type: str
     class_name: str
@@ -75,7 +78,7 @@ class Architecture:
 
 
 def _keys_and_values(keys: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
-    """kv_b_proj from keys [heads, rank, key width] and values [heads, value width, rank]."""
+    """Joins keys [heads, rank, key width] and values [heads, value width, rank] to the matrix kv_b_proj."""
     return np.concatenate((keys.swapaxes(1, 2), values), axis=1).reshape(-1, values.shape[2])
 
 
@@ -348,21 +351,21 @@ MIXTRAL: Final = Architecture(
     keys={"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
     config={"hidden_act": "silu", "sliding_window": None}, permuted=True,
 )
-"""An architecture `llama` with experts."""
+"""The variant of the architecture `llama` with experts."""
 OLMO3: Final = Architecture("olmo3", "Olmo3ForCausalLM", modules=_NORMS_AFTER, flags=BIAS, sliding=True)
-"""An architecture `olmo2` with a sliding window."""
+"""The variant of the architecture `olmo2` with a sliding window."""
 MISTRAL: Final = Architecture("mistral", "MistralForCausalLM", permuted=True, sliding=True)
-"""An architecture `llama` with a sliding window, and `mistral3` without scaled queries."""
+"""The variant of the architecture `llama` with a sliding window, and of `mistral3` without scaled queries."""
 GRANITE_SHARED: Final = replace(
     ATTENTION["granitemoe"], model_type="granitemoeshared", class_name="GraniteMoeSharedForCausalLM",
 )
-"""An architecture `granitemoe` with a shared expert."""
+"""The variant of the architecture `granitemoe` with a shared expert."""
 DEEPSEEK3: Final = Architecture(
     "deepseek_v3", "DeepseekV3ForCausalLM", modules=_LATENT, merges=_LATENT_MERGES, keys=_ROUTED_KEYS,
     implied={"expert_gating_func": (SIGMOID,)},
 )
-"""An architecture `deepseek2` whose router is a sigmoid with a bias."""
+"""The variant of the architecture `deepseek2` whose router is a sigmoid with a bias."""
 FALCON_GROUPED: Final = replace(
     ATTENTION["falcon"], modules={**ATTENTION["falcon"].modules, "attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"},
 )
-"""An architecture `falcon` with a norm each for attention and feed-forward."""
+"""The variant of the architecture `falcon` that has separate norms for attention and feed-forward."""

@@ -1,8 +1,8 @@
 """Reads GGUF files of the architectures in `gguf_architectures` as the Hugging Face checkpoints that they were made from.
 
 Tensors are dequantized to float32 as they are read, a few rows at a time. Those in Q4_0 and Q4_1 can also be read in four bits
-without loss. `gguf_config` makes config.json of the metadata, `gguf_tokenizer` the tokenizer's files. This is the only importer
-of gguf.
+without loss. `gguf_config` makes config.json from the metadata, `gguf_tokenizer` the tokenizer's files. This is the only
+importer of gguf.
 """
 
 import math
@@ -37,9 +37,9 @@ _TENSOR_NAME: Final = re.compile(r"(?:blk\.(?P<layer>\d{1,6})\.)?(?P<module>\w+(
 
 
 def open_gguf(path: Path, tokenizer: Mapping[str, bytes] | None = None) -> Checkpoint:
-    """Opens a GGUF file, or all parts of a split one, as a checkpoint; tensors are read only when they are used.
+    """Opens a GGUF file, or all parts of a split one, as a checkpoint. Tensors are read only when they are used.
 
-    tokenizer: files by name to use instead of those made of the file's own tokenizer.
+    tokenizer: tokenizer files by name. If it is None, they are made from the file's own tokenizer.
 
     Raises CheckpointInvalid for anything but a whole GGUF file, ArchitectureUnsupported if the table has no such model.
     """
@@ -84,7 +84,10 @@ def open_gguf(path: Path, tokenizer: Mapping[str, bytes] | None = None) -> Check
 def _sources(
     tensor: GgufTensor, architecture: Architecture, config: Mapping[str, Any], file_bytes: int
 ) -> dict[str, SourceTensor]:
-    """The tensors by their Hugging Face names that a tensor of a GGUF file holds: one, or several that it stacks."""
+    """The Hugging Face tensors that one tensor of a GGUF file contains, by name.
+
+    There are several if the file stacks their rows, as it does with experts.
+    """
     names = {**MODULES, **architecture.modules}
     found = _TENSOR_NAME.fullmatch(tensor.name)
     module, kind = (found["module"], found["kind"] or "weight") if found else ("", "")
@@ -121,7 +124,10 @@ def _sources(
 
 
 def _whole(tensor: GgufTensor, architecture: Architecture, config: Mapping[str, Any], file_bytes: int) -> SourceTensor:
-    """A tensor of a GGUF file with rows and columns in Hugging Face's order, and norms as they are there."""
+    """Translates a tensor of a GGUF file to one tensor of Hugging Face.
+
+    Rows and columns get Hugging Face's order, and weights of norms get their value there.
+    """
     in_layer = tensor.name.split(".", 2)[2] if tensor.name.startswith("blk.") else tensor.name
     module = in_layer.removesuffix(".weight").removesuffix(".bias")
     columns = None
@@ -137,7 +143,10 @@ def _whole(tensor: GgufTensor, architecture: Architecture, config: Mapping[str, 
 
 
 def _listed(places: NDArray[np.intp], tensor: GgufTensor, count: int) -> Callable[[int, int], NDArray[np.intp]]:
-    """Returns a function from rows (or columns) [first, last) to their places. Raises CheckpointInvalid if there are fewer."""
+    """Returns a function that maps rows (or columns) [first, last) to their numbers in the file, which `places` lists.
+
+    Raises CheckpointInvalid if `places` does not have `count` entries.
+    """
     if len(places) != count:
         raise CheckpointInvalid(f"{tensor.path} has {tensor.name!r} as {list(tensor.shape)}, not {len(places)}; make it again")
     return lambda first, last: places[first:last]
@@ -152,11 +161,11 @@ def _source(
     shift: int = 0,
     columns: NDArray[np.intp] | None = None,
 ) -> SourceTensor:
-    """A tensor of a GGUF file, or `rows` of its rows from `first_row` on.
+    """Makes a SourceTensor of floats from a tensor of a GGUF file, or from `rows` of its rows from `first_row` on.
 
-    file_bytes: size of its file. order: maps the rows' numbers here to those in the file, counted from first_row. shift: is
-    added to all values. columns: numbers in the file of the columns here, if they have another order. Raises CheckpointInvalid
-    if the file does not have the whole tensor, or in an unknown format.
+    file_bytes: size of the file. order: maps row numbers of the result to those in the file, counted from first_row. shift:
+    number that is added to all values. columns: for each column of the result, its number in the file; None if they are equal.
+    Raises CheckpointInvalid if the file does not have the whole tensor, or has it in an unknown format.
     """
     dequantize, row_bytes = _quantization(tensor, math.prod(tensor.shape[1:]))
     end = tensor.start + tensor.shape[0] * row_bytes
@@ -187,7 +196,7 @@ def _source(
 
 
 def _merged(merge: Merge, parts: list[SourceTensor]) -> SourceTensor:
-    """The tensor that `merge` makes of `parts`. Reading a row takes the memory of the whole tensor."""
+    """The tensor that `merge` makes from `parts`. Any read loads the whole tensor into memory."""
 
     def rows(first: int, last: int) -> memoryview:
         whole = (np.frombuffer(part.read_rows(0, part.rows), np.float32).reshape(part.shape) for part in parts)
@@ -208,7 +217,11 @@ def _merged(merge: Merge, parts: list[SourceTensor]) -> SourceTensor:
 
 
 def _stacked(parts: list[SourceTensor], order: NDArray[np.intp] | None) -> SourceTensor:
-    """The rows of all parts, one after another, in an order of their numbers. Keeps the parts' format if it is the same."""
+    """A tensor with the rows of all parts, one part after another.
+
+    order: the numbers of these rows in the order of the result; None if it is the same. If all parts have one format, the
+    result can be read in this format, too.
+    """
     ends = np.cumsum([part.rows for part in parts])
     shape, total = parts[0].shape[1:], int(ends[-1])
     places = np.arange(total) if order is None else order
@@ -249,7 +262,7 @@ def _stacked(parts: list[SourceTensor], order: NDArray[np.intp] | None) -> Sourc
 
 
 def _number(path: Path, key: str, numbers: object, layer: int, shape: tuple[int, ...]) -> SourceTensor:
-    """A layer's number in a list of the metadata, as a tensor."""
+    """A tensor with one number: the entry of a layer in a list of the metadata. Raises CheckpointInvalid if there is none."""
     if not isinstance(numbers, list) or layer >= len(numbers) or not isinstance(numbers[layer], float):
         raise CheckpointInvalid(f"{path} has no {key} for layer {layer}; make the GGUF file again")
     number = np.float32(numbers[layer])
@@ -259,7 +272,8 @@ def _number(path: Path, key: str, numbers: object, layer: int, shape: tuple[int,
 def _quantization(tensor: GgufTensor, columns: int) -> tuple[Callable[[NDArray[np.uint8]], Any], int]:
     """Returns (function from bytes [rows, bytes of a row] to dequantized floats [rows, columns], bytes of a row in the file).
 
-    One block is tried at once, so that an unknown quantization fails before anything is published. Raises CheckpointInvalid.
+    One block is dequantized as a trial, so that an unknown quantization fails before anything is published. Raises
+    CheckpointInvalid.
     """
     try:
         kind = _Type(tensor.kind)
@@ -301,9 +315,9 @@ def _row_order(
 ) -> Callable[[int, int], NDArray[np.intp]]:
     """Returns a function that maps rows [first, last) of a tensor in Hugging Face's order to their row numbers in the file.
 
-    They differ for queries and keys of some architectures, where llama.cpp interleaves the two halves of each head, and for
-    attn_qkv of some. module: what the rows are. rows: their number. Raises CheckpointInvalid if they cannot be divided among
-    the heads.
+    The numbers differ in some architectures: for queries and keys, if llama.cpp interleaves the two halves of each head, and
+    for attn_qkv. module: name of the module that the rows belong to. rows: how many there are. Raises CheckpointInvalid if they
+    cannot be divided among the heads.
     """
     heads, kv_heads = (config.get(name, 0) for name in ("num_attention_heads", "num_key_value_heads"))
     if module in ("attn_q", "attn_k") and architecture.permuted:
@@ -328,7 +342,10 @@ def _interleaved(head_rows: int, first: int, last: int) -> NDArray[np.intp]:
 
 
 def _by_kv_head(heads: int, kv_heads: int, head_rows: int, first: int, last: int) -> NDArray[np.intp]:
-    """Rows with each KV head's queries, key and value together, in a file that has all queries, all keys, all values."""
+    """Maps rows [first, last) of attn_qkv to their row numbers in the file.
+
+    Hugging Face has queries, key and value of each KV head together. The file has all queries, then all keys, then all values.
+    """
     head, row = np.divmod(np.arange(first, last), head_rows)
     group, member = np.divmod(head, heads // kv_heads + 2)
     queries = heads // kv_heads

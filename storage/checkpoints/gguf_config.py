@@ -26,7 +26,7 @@ from storage.checkpoints.gguf_tokenizer import BOS, EOS
 from storage.errors import ArchitectureUnsupported, CheckpointInvalid
 
 ARCHITECTURES: Final[Mapping[str, Architecture]] = {**ATTENTION, **RECURRENT}
-"""By the architecture's name in the file."""
+"""The rows of the table, by the architecture's name in the file."""
 _RMS_NORM: Final = "attention.layer_norm_rms_epsilon"
 _LAYER_NORM: Final = "attention.layer_norm_epsilon"
 _FURTHER: Final = "nextn_predict_layers"
@@ -95,11 +95,14 @@ VARIANTS: Final[Mapping[str, tuple[tuple[Architecture, Callable[[Mapping[str, An
     ),
     "mamba": ((FALCON_MAMBA, lambda fields, _: fields.get("mamba.ssm.dt_b_c_rms") is True),),
 }
-"""What else files of an architecture may hold: rows, and whether a file is of a row, by its metadata and names of tensors."""
+"""Further rows for an architecture, by its name in the file.
+
+Each has a function that takes a file's metadata and names of tensors, and says whether the row describes the file.
+"""
 
 
 def architecture_of(path: Path, header: GgufHeader) -> Architecture:
-    """The row of the table for a GGUF file. Raises ArchitectureUnsupported if it has none."""
+    """The row of the table that describes a GGUF file. Raises ArchitectureUnsupported if there is none."""
     name = str(header.fields.get("general.architecture"))
     if name not in ARCHITECTURES:
         raise ArchitectureUnsupported(
@@ -110,10 +113,11 @@ def architecture_of(path: Path, header: GgufHeader) -> Architecture:
 
 
 def model_config(path: Path, header: GgufHeader) -> dict[str, Any]:
-    """The config.json of a GGUF file, parsed.
+    """Makes the parsed config.json of a GGUF file.
 
-    Every key of the architecture must be known: llama.cpp adds keys for deviations, and ignoring one would publish another
-    model. Raises ArchitectureUnsupported for a model that is not in the table, CheckpointInvalid if keys are missing.
+    Every key of the architecture must be known. llama.cpp adds a key if a model deviates from its architecture, and ignoring it
+    would publish another model. Raises ArchitectureUnsupported for a model that is not in the table, CheckpointInvalid if keys
+    are missing.
     """
     architecture = architecture_of(path, header)
     name = str(header.fields["general.architecture"])
@@ -179,7 +183,7 @@ def model_config(path: Path, header: GgufHeader) -> dict[str, Any]:
 
 
 class _Metadata:
-    """The keys of a file's architecture, without its name in front, and its tensors by name."""
+    """The metadata of a file's architecture and the file's tensors. Keys lack the architecture's name in front."""
 
     def __init__(self, path: Path, header: GgufHeader, prefix: str) -> None:
         self.path = path
@@ -190,7 +194,7 @@ class _Metadata:
         self.used: set[str] = set()  # keys that were asked for
 
     def size(self, key: str) -> int:
-        """A size, which all layers have that have it at all."""
+        """Reads a size that all layers have in common; layers without it have 0. Raises CheckpointInvalid."""
         value = self.value(key)
         if isinstance(value, list) and len(different := set(value) - {0}) == 1:
             value = different.pop()
@@ -199,7 +203,7 @@ class _Metadata:
         return value
 
     def sizes(self, key: str, layers: int) -> list[int]:
-        """A size of each layer."""
+        """Reads a size for each layer. Raises CheckpointInvalid."""
         value = self.value(key)
         found = value if isinstance(value, list) else [value] * layers
         if len(found) != layers or not all(type(each) is int and 0 < each < _LARGEST_SIZE for each in found):
@@ -207,7 +211,7 @@ class _Metadata:
         return found
 
     def quotient(self, dividend: str, divisor: str) -> int:
-        """One size divided by another. Raises CheckpointInvalid if it is no whole number."""
+        """Divides one size by another. Raises CheckpointInvalid if the quotient is no whole number."""
         found, rest = divmod(self.size(dividend), self.size(divisor))
         if rest:
             raise self.wrong(dividend, f"is no multiple of {self.prefix}{divisor}")
@@ -231,7 +235,10 @@ class _Metadata:
 
 
 def _layer_types(metadata: _Metadata, architecture: Architecture, layers: int) -> list[str]:
-    """The type of each layer, by the tensors that only layers of this type have; empty if all are of one type."""
+    """The type of each layer, recognized by a tensor that only layers of this type have.
+
+    Empty if the architecture has one type of layer. Raises CheckpointInvalid for a layer of unknown type.
+    """
     if not architecture.layer_types:
         return []
     found = []
@@ -254,7 +261,10 @@ def _listed_types(architecture: Architecture, kinds: list[str]) -> dict[str, Any
 
 
 def _latent_attention(metadata: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of config.json for latent attention (MLA). `_mla` keys have the widths of heads in newer files."""
+    """The entries of config.json for latent attention (MLA).
+
+    Newer files have the widths of heads in keys that end with `_mla`.
+    """
     rotated, rank = metadata.size("rope.dimension_count"), metadata.size("attention.kv_lora_rank")
     metadata.used |= {"attention.q_lora_rank", "attention.key_length", "attention.value_length"}
     key, value = (
@@ -277,7 +287,10 @@ def _latent_attention(metadata: _Metadata, config: Mapping[str, Any]) -> dict[st
 
 
 def _gemma_3n(metadata: _Metadata, layers: int) -> dict[str, Any]:
-    """The sizes of feed-forwards, how sparse they are, and sizes that only tensors tell."""
+    """The entries of config.json that only Gemma 3n has.
+
+    They are the sizes and the sparsity of feed-forwards, and sizes that are read from shapes of tensors.
+    """
     cutoffs = metadata.value("activation_sparsity_scale")
     if (
         not isinstance(cutoffs, list)
@@ -300,7 +313,10 @@ def _gemma_3n(metadata: _Metadata, layers: int) -> dict[str, Any]:
 
 
 def _gemma_4(metadata: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Layers without a window have heads of their own, maybe with keys as values. Layers that share KV may be wider."""
+    """The entries of config.json that only Gemma 4 has.
+
+    Layers without a window have heads of another size, and may use keys as values. Layers that share KV may be wider.
+    """
     layers = config["num_hidden_layers"]
     inner, kv_heads = (metadata.sizes(key, layers) for key in ("feed_forward_length", "attention.head_count_kv"))
     metadata.value(_WINDOW_PATTERN)
@@ -356,7 +372,7 @@ def _rope(metadata: _Metadata, architecture: Architecture, config: Mapping[str, 
 
 
 def _rotated_share(metadata: _Metadata) -> float:
-    """The share of a head that Gemma 4 rotates: `rope_freqs.weight` divides the frequencies of the others by 1e30."""
+    """The share of a head that Gemma 4 rotates. `rope_freqs.weight` divides the frequencies of the rest by 1e30."""
     if "rope_freqs.weight" not in metadata.tensors:
         raise CheckpointInvalid(f"{metadata.path} lacks rope_freqs.weight; make the GGUF file again")
     factors = _floats(metadata.tensors["rope_freqs.weight"])
@@ -369,7 +385,7 @@ def _rotated_share(metadata: _Metadata) -> float:
 
 
 def _yarn_scales(metadata: _Metadata, architecture: Architecture) -> dict[str, Any]:
-    """What YaRN's parameters say beyond those of every family."""
+    """The parameters of YaRN that only some families have."""
     if architecture.model_type == "gpt_oss":
         return {"truncate": False}
     if architecture.model_type not in ("deepseek_v2", "deepseek_v3", "ministral3"):
@@ -387,7 +403,8 @@ def _yarn_scales(metadata: _Metadata, architecture: Architecture) -> dict[str, A
 def _scaled_by_frequency(tensor: GgufTensor, theta: float, head_dim: int) -> dict[str, Any]:
     """The parameters of a rotation whose frequencies are divided by the factors in `rope_freqs.weight`.
 
-    Llama 3's rule if it gives these factors, since its parameters are not in the file; else the factors themselves.
+    The file lacks the parameters of Llama 3's rule. If the rule gives these factors, its parameters are found and returned. If
+    not, the factors themselves are returned, as parameters of longrope.
     """
     factors = _floats(tensor).astype(np.float64)
     wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
@@ -405,7 +422,7 @@ def _scaled_by_frequency(tensor: GgufTensor, theta: float, head_dim: int) -> dic
 
 
 def _floats(tensor: GgufTensor) -> NDArray[np.float32]:
-    """The values of a tensor that is stored in float32."""
+    """Reads a list of float32 numbers above 0. Raises CheckpointInvalid if the tensor is anything else."""
     if tensor.kind != 0 or len(tensor.shape) != 1:
         raise CheckpointInvalid(f"{tensor.path} has {tensor.name!r} in type {tensor.kind}, which is no list of float32")
     with tensor.path.open("rb") as file:
@@ -416,7 +433,10 @@ def _floats(tensor: GgufTensor) -> NDArray[np.float32]:
 
 
 def _windows(metadata: _Metadata, num_layers: int) -> dict[str, Any]:
-    """The sliding window, and which layers have it if the file says so."""
+    """The entries of config.json for the sliding window.
+
+    They list the types of layers if the file says which layers have the window.
+    """
     metadata.used |= {_WINDOW, _WINDOW_PATTERN}
     window = metadata.keys.get(_WINDOW) or None
     if window is not None and type(window) is not int:
@@ -435,7 +455,10 @@ def _windows(metadata: _Metadata, num_layers: int) -> dict[str, Any]:
 
 
 def _check_others(metadata: _Metadata, architecture: Architecture, config: Mapping[str, Any], kinds: list[str]) -> None:
-    """Raises ArchitectureUnsupported if a key that was not used says what the model is not. kinds: of layers."""
+    """Raises ArchitectureUnsupported if a key that was not translated is unknown or may change results.
+
+    kinds: the type of each layer.
+    """
     heads, windowed_heads = (config.get("global_head_dim", config.get("head_dim")),), (config.get("head_dim"),)
     recurrent = [kind == "linear_attention" for kind in kinds]
     # A window as long as the context hides nothing.

@@ -1,7 +1,7 @@
 """Reads the header of a GGUF file (specification versions 2 and 3): metadata and the places of tensors, not their bytes.
 
 gguf's own reader trusts every count in a file (an array of 2⁶⁰ items keeps it busy until memory is gone), maps the file, and
-takes ten times as long. Here no count is followed beyond the file's bytes, so the header's length bounds the work.
+takes ten times as long. Here a count that leads beyond the file's bytes is an error, so the header's length bounds the work.
 """
 
 import re
@@ -45,7 +45,7 @@ class GgufHeader:
 
 
 def gguf_parts(path: Path) -> list[Path]:
-    """All files of a GGUF checkpoint, given any of them: the first has the metadata. Most have one file.
+    """Finds all files of a GGUF checkpoint, given any of them. The first has the metadata. Most checkpoints have one file.
 
     Raises CheckpointInvalid if a part is missing.
     """
@@ -62,7 +62,7 @@ def gguf_parts(path: Path) -> list[Path]:
 def read_header(path: Path) -> GgufHeader:
     """Reads the header of a GGUF file.
 
-    Raises CheckpointInvalid for anything but a whole GGUF file, and for one that contradicts itself.
+    Raises CheckpointInvalid if the file is no GGUF file, is incomplete, or contradicts itself.
     """
     try:
         with path.open("rb") as file:
@@ -75,7 +75,7 @@ class _HeaderReader:
     """Reads the header of an open file once, from front to back. Raises ValueError, struct.error or UnicodeDecodeError."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
-        """size: how many bytes the header may have at most; a length or count that leads beyond is an error."""
+        """Creates a reader of at most `size` bytes from `file`. A length or count that leads beyond them is an error."""
         self._file = file
         self._left = size
 

@@ -1,8 +1,8 @@
-r"""The rules that a GGUF file names in `tokenizer.ggml.pre`: how byte BPE cuts text into words before it merges.
+"""The rules that a GGUF file names in `tokenizer.ggml.pre`: how byte BPE cuts text into words before it merges.
 
-Each rule is a list of regular expressions: the first cuts the text into its matches and what is between them, the next cuts
-each of these pieces, and so on. The names and rules are those of llama.cpp (src/llama-vocab.cpp). Where llama.cpp writes an
-expression in another way, it is the one of the models' own tokenizer.json, since here the same library reads it.
+Each rule is a list of regular expressions. The first cuts the text into its matches and what is between them, the next cuts
+each of these pieces, and so on. The names and rules are those of llama.cpp (src/llama-vocab.cpp). If llama.cpp writes an
+expression differently from the models' own tokenizer.json, the latter is used, since the same library reads it here.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """The architectures of GGUF files with recurrent layers, as rows of the same table as `gguf_architectures`.
 
-The converter stores -exp(A_log), convolutions without their dimension of 1, some vectors as matrices, and heads of values of
-Qwen3.5 in another order.
+llama.cpp's converter stores -exp(A_log) in place of A_log, convolutions without their dimension of size 1, and some vectors as
+matrices. It also stores the value heads of Qwen3.5 in another order.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,10 @@ def _with_channels(convolution: NDArray[Any]) -> NDArray[Any]:
 
 
 def _heads_apart(config: Mapping[str, Any]) -> NDArray[np.intp]:
-    """The numbers, in the file, of the rows of in_proj_qkvz: query, key, values and gates of one key head after the other."""
+    """The number in the file of each row of in_proj_qkvz.
+
+    The matrix has query, key, values and gates of one key head, then those of the next. The file has all queries first.
+    """
     keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
     key_rows, value_rows = keys * config["linear_key_head_dim"], values * config["linear_value_head_dim"]
     ends = np.cumsum([key_rows, key_rows, value_rows, value_rows])
@@ -47,9 +50,9 @@ def _heads_apart(config: Mapping[str, Any]) -> NDArray[np.intp]:
 
 
 def _tiled(config: Mapping[str, Any], width: int = 1) -> NDArray[np.intp]:
-    """The numbers, in the file, of the rows of value heads. The file does not put the heads of one key head side by side.
+    """The number in the file of each row of the value heads.
 
-    width: rows of a head.
+    The file does not put the value heads of one key head side by side. width: rows of a head.
     """
     keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
     heads = np.arange(values).reshape(-1, keys).T.reshape(-1)
@@ -61,7 +64,7 @@ def _tiled_values(config: Mapping[str, Any]) -> NDArray[np.intp]:
 
 
 def _tiled_after_keys(config: Mapping[str, Any]) -> NDArray[np.intp]:
-    """The numbers, in the file, of the rows of queries, keys and values. Only rows of values are in another order there."""
+    """The number in the file of each row of queries, keys and values. Only rows of values are in another order there."""
     first = 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"]
     return np.concatenate([np.arange(first), first + _tiled_values(config)])
 
@@ -158,7 +161,7 @@ GRANITE_DENSE: Final = replace(
     keys={**GRANITE_KEYS, **_MAMBA_KEYS, "expert_shared_feed_forward_length": "shared_intermediate_size"},
     config={**_GRANITE.config, "num_local_experts": 0},
 )
-"""An architecture `granitehybrid` without experts."""
+"""The variant of the architecture `granitehybrid` without experts."""
 
 BAMBA: Final = replace(
     _GRANITE, model_type="bamba", class_name="BambaForCausalLM",
@@ -169,7 +172,7 @@ BAMBA: Final = replace(
     merges=_mamba_merges("mamba"), keys=_MAMBA_KEYS, layer_types_key="attn_layer_indices", config={"hidden_act": "silu"},
     partial_rotation=True,
 )
-"""An architecture `granitehybrid` that rotates queries and keys."""
+"""The variant of the architecture `granitehybrid` that rotates queries and keys."""
 
 _NEMOTRON: Final = Architecture(
     "nemotron_h", "NemotronHForCausalLM",
@@ -254,7 +257,7 @@ FALCON_MAMBA: Final = replace(
     _MAMBA, model_type="falcon_mamba", class_name="FalconMambaForCausalLM",
     implied={**_NO_ATTENTION, "ssm.dt_b_c_rms": (True,)},
 )
-"""An architecture `mamba` that normalizes what it computes of its inputs."""
+"""The variant of the architecture `mamba` that normalizes dt, B and C, which it computes from its inputs."""
 
 RECURRENT: Final[Mapping[str, Architecture]] = {
     "qwen3next": replace(
@@ -282,4 +285,4 @@ RECURRENT: Final[Mapping[str, Architecture]] = {
     "granitehybrid": _GRANITE, "nemotron_h": _NEMOTRON, "nemotron_h_moe": _NEMOTRON, "falcon-h1": _FALCON, "mamba2": _MAMBA_2,
     "mamba": _MAMBA,
 }
-"""By the architecture's name in the file."""
+"""The rows, by the architecture's name in the file."""

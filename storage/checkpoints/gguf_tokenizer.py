@@ -30,7 +30,7 @@ _ENDS_OF_TURN: Final = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>
 
 
 def tokenizer_files(path: Path, fields: Mapping[str, Any]) -> dict[str, bytes]:
-    """The files of a Hugging Face tokenizer by name, made from the GGUF's metadata `fields`. Raises CheckpointInvalid."""
+    """Makes the files of a Hugging Face tokenizer, by name, from the GGUF's metadata `fields`. Raises CheckpointInvalid."""
     tokens = _checked_tokens(path, fields)
     ids = {key: fields.get(f"tokenizer.ggml.{key}_token_id") for key in _TOKEN_IDS}
     if fields["tokenizer.ggml.model"] == "llama":
@@ -116,13 +116,16 @@ def _tokenizer(path: Path, fields: Mapping[str, Any], tokens: list[str], special
 
 
 def _strips(fields: Mapping[str, Any], token: str) -> bool:
-    """Whether spaces after a special token are dropped. Files do not say so: llama.cpp does it by the name of the model."""
+    """Whether spaces after a special token are dropped.
+
+    GGUF files do not say so. llama.cpp decides it by the name of the model, and so does this function.
+    """
     name = str(fields.get("general.name", "")).lower()
     return ("phi-3" in name or "phi3" in name) and token not in ("<unk>", "<s>", "<|endoftext|>")
 
 
 def _checked_tokens(path: Path, fields: Mapping[str, Any]) -> list[str]:
-    """The vocabulary, after a check of all metadata on which the rest of this file relies. Raises CheckpointInvalid."""
+    """Returns the vocabulary, after a check of all metadata that this file reads. Raises CheckpointInvalid."""
     kind = fields.get("tokenizer.ggml.model")
     if not isinstance(kind, str):
         raise CheckpointInvalid(f"{path} has no tokenizer; name a folder with the model's tokenizer.json by --tokenizer")
@@ -165,9 +168,9 @@ def _merges(path: Path, fields: Mapping[str, Any], vocabulary: Mapping[str, int]
 
 
 def _merges_by_score(path: Path, fields: Mapping[str, Any], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Every pair of tokens that makes a third, the best third first.
+    """Lists every pair of tokens that joins to a third token, in the order of the third token's score, best first.
 
-    SentencePiece merges the pair with the best score; a list of merges in the order of scores says the same.
+    SentencePiece merges the pair with the best score. A list of merges in the order of scores has the same effect.
     """
     scores, types = fields["tokenizer.ggml.scores"], fields["tokenizer.ggml.token_type"]
     pieces = {token: number for token, number in vocabulary.items() if types[number] not in (_UNKNOWN, _CONTROL)}

@@ -33,10 +33,10 @@ _SLOW_TOKENIZERS: Final = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece
 
 
 def open_folder(folder: Path, text_only: bool = False) -> Checkpoint:
-    """Opens the folder of a checkpoint; tensors are read only when they are used.
+    """Opens the folder of a checkpoint. Tensors are read only when they are used.
 
-    text_only: only the language model of a checkpoint that also sees or hears. Raises CheckpointInvalid, which names the file
-    and what is wrong with it.
+    If `text_only` is set and the model also processes images or sound, opens only its language model. Raises CheckpointInvalid,
+    which names the file and what is wrong with it.
     """
     config = read_json(folder / "config.json")
     published = dict(config)
@@ -62,7 +62,10 @@ def open_folder(folder: Path, text_only: bool = False) -> Checkpoint:
 def _text_part(
     folder: Path, config: dict[str, Any], tensors: Mapping[str, SourceTensor]
 ) -> tuple[dict[str, Any], dict[str, SourceTensor], tuple[str, ...]]:
-    """Config and tensors of the language model in a larger one, as if saved alone, and what is left out."""
+    """Extracts the language model from a larger model.
+
+    Returns its config, its tensors (both as if saved alone), and a list for people of the modules that are left out.
+    """
     text = config.get("text_config")
     if not isinstance(text, dict) or "model_type" not in text:
         raise CheckpointInvalid(f"{folder / 'config.json'} has no text_config with a model_type: publish the whole model")
@@ -85,7 +88,10 @@ def _text_part(
 
 
 def _quantization_config(folder: Path, config: dict[str, Any]) -> object:
-    """Takes the quantization_config out of a config.json, or reads it from a file of its own; None if there is none."""
+    """Removes `quantization_config` from a config.json and returns it, or reads it from a separate file.
+
+    None if there is neither.
+    """
     settings = config.pop("quantization_config", None)
     found = next((name for name in _QUANTIZATION_FILES if not settings and (folder / name).is_file()), None)
     if found is None:
@@ -95,7 +101,10 @@ def _quantization_config(folder: Path, config: dict[str, Any]) -> object:
 
 
 def tokenizer_folder(folder: Path) -> dict[str, bytes]:
-    """The files of a folder's tokenizer, chat template and end tokens by name. Raises CheckpointInvalid if it has none."""
+    """Reads the files of a folder's tokenizer, chat template and end tokens, by name.
+
+    Raises CheckpointInvalid if the folder has no tokenizer.json.
+    """
     files = {name: content for name, content in _files(folder).items() if name != "config.json"}
     if "tokenizer.json" not in files:
         raise CheckpointInvalid(f"{folder} has no tokenizer.json; name a folder with the model's tokenizer")
@@ -103,7 +112,10 @@ def tokenizer_folder(folder: Path) -> dict[str, bytes]:
 
 
 def folder_tensors(folder: Path) -> Iterator[tuple[str, SourceTensor]]:
-    """The tensors in the safetensors files of a folder, by name; read when they are used. Raises CheckpointInvalid."""
+    """Yields name and tensor for the safetensors files of a folder. Tensors are read when they are used.
+
+    Raises CheckpointInvalid.
+    """
     for path, wanted in _shards(folder).items():
         spans = read_spans(path)
         if missing := sorted(set(wanted or ()) - set(spans)):
@@ -114,7 +126,7 @@ def folder_tensors(folder: Path) -> Iterator[tuple[str, SourceTensor]]:
 
 
 def read_rows(path: Path, span: TensorSpan, first: int, last: int) -> memoryview:
-    """The bytes of rows [first, last) of a tensor in a safetensors file. Raises CheckpointInvalid if the file is too short."""
+    """Reads the bytes of rows [first, last) of a tensor in a safetensors file. Raises CheckpointInvalid if it is too short."""
     row_bytes = tensor_bytes(span.dtype, span.shape[1:])
     view = memoryview(bytearray((last - first) * row_bytes))
     with path.open("rb", buffering=0) as file:
@@ -123,7 +135,7 @@ def read_rows(path: Path, span: TensorSpan, first: int, last: int) -> memoryview
 
 
 def _shards(folder: Path) -> dict[Path, list[str] | None]:
-    """The safetensors files of a checkpoint, each with the tensors that the index lists for it; None: there is no index."""
+    """The safetensors files of a checkpoint, each with the names of its tensors in the index; None if there is no index."""
     if (folder / _INDEX).is_file():
         return dict(_indexed_shards(folder))
     if (folder / _SINGLE).is_file():
@@ -164,9 +176,9 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _embedded_chat_template(folder: Path) -> str | None:
-    """The chat template in tokenizer_config.json, where older checkpoints have it; None if there is none.
+    """Reads the chat template from tokenizer_config.json, where older checkpoints have it. None if there is none.
 
-    If it names several templates, the one named `default`.
+    If the file has several templates, returns the one named `default`.
     """
     path = folder / "tokenizer_config.json"
     template = read_json(path).get("chat_template") if path.is_file() else None
@@ -189,7 +201,7 @@ def _converted_tokenizer(folder: Path) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a checkpoint. Raises CheckpointInvalid if it is missing or is no JSON object."""
+    """Reads a JSON file of a checkpoint. Raises CheckpointInvalid if it is missing or is no JSON object."""
     return read_json_as(path, dict[str, Any])
 
 

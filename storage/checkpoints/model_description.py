@@ -1,7 +1,7 @@
 """Describes a model's shape for its manifest, from its config.json.
 
-`decoder_config` describes the families that Lamina's own layers run. For others transformers' configuration classes know names
-and defaults (n_layer, tie_word_embeddings, head_dim …). No code of a checkpoint is run.
+`decoder_config` describes the families that Lamina's own layers run. For other families, transformers' configuration classes
+supply names and defaults (n_layer, tie_word_embeddings, head_dim …). No code of a checkpoint is run.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ RECURRENT_CONTEXT_TOKENS: Final = 2**20  # of models without attention, whose co
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """The shape of a decoder-only model, as its manifest has it."""
+    """The shape of a decoder-only model: the fields of its manifest, and a few that only publishing needs."""
 
     architecture: str
     model_type: str
@@ -40,9 +40,9 @@ class ModelDescription:
 
 
 def describe_model(config: Mapping[str, Any]) -> ModelDescription:
-    """The shape of the model with this parsed config.json.
+    """Describes the shape of the model with this parsed config.json.
 
-    Raises ArchitectureUnsupported, or LibraryMissing for a family outside the table if transformers is not installed.
+    Raises ArchitectureUnsupported. Raises LibraryMissing for a family outside the table if transformers is not installed.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):

@@ -23,7 +23,7 @@ _CHECKPOINT_SUFFIXES: Final = (".safetensors", ".gguf", ".json", ".jinja", ".txt
 
 
 def locate(source: str | Path) -> Path:
-    """The path of a checkpoint on this machine. A hub id (`owner/name` or `owner/name@revision`) is downloaded first.
+    """Returns the path of a checkpoint on this machine. A hub id (`owner/name` or `owner/name@revision`) is downloaded first.
 
     Raises CheckpointInvalid if `source` is neither a path nor a hub id, or cannot be downloaded.
     """
@@ -52,8 +52,9 @@ def locate(source: str | Path) -> Path:
 def open_checkpoint(path: Path, tokenizer: Path | None = None, text_only: bool = False) -> Checkpoint:
     """Opens the checkpoint in a folder or a GGUF file.
 
-    tokenizer: a folder whose tokenizer, chat template and end tokens are taken instead of the checkpoint's own. text_only:
-    see `open_folder`; GGUF files have text models alone. Raises CheckpointInvalid, also for any other format.
+    tokenizer: a folder whose tokenizer, chat template and end tokens are used instead of the checkpoint's own. text_only: as in
+    `open_folder`; it does not affect GGUF files, which contain text models only. Raises CheckpointInvalid, also for any other
+    format.
     """
     files = tokenizer_folder(tokenizer) if tokenizer else None
     if path.is_dir():
@@ -74,7 +75,7 @@ def open_checkpoint(path: Path, tokenizer: Path | None = None, text_only: bool =
 def checkpoint_fingerprint(path: Path) -> str:
     """BLAKE3 (hex) over the names and contents of the checkpoint's files.
 
-    Every byte is read, because a copied file may keep size and time of change.
+    Every byte is read, because a changed file may keep its size and its time of change.
     """
     digests = []
     for file in _checkpoint_files(path):

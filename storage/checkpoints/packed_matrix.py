@@ -1,7 +1,7 @@
 """Matrices of quantized checkpoints: codes with scales for groups of columns, read as float32 a few rows at a time.
 
-A weight is (code - zero) * scale in float32. Libraries that multiply in float16 or bfloat16 get the same bits, if the product
-here is rounded to that type: the code has few bits, so the exact product is rounded once in both.
+A weight is (code - zero) * scale in float32. A library that multiplies in float16 or bfloat16 gets the same bits as this
+product rounded to that type: codes have few bits, so both round the exact product once.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,10 @@ _SHARING: Final = {"INT4": (128, 64, 32), "INT8": (128, 32), "E4M3": (128, 32)}
 
 
 def _e4m3() -> Array:
-    """float8_e4m3fn: 4 bits of exponent with bias 7, 3 of mantissa; no infinity (arXiv 2209.05433, table 1)."""
+    """The values of all 256 bytes as float8_e4m3fn, which has no infinity (arXiv 2209.05433, table 1).
+
+    A byte has a sign, 4 bits of exponent with bias 7, and 3 bits of mantissa.
+    """
     exponent, mantissa = _BYTES >> 3 & 15, _BYTES & 7
     magnitude = np.where(exponent, np.ldexp(1 + mantissa / 8, exponent - 7), np.ldexp(mantissa / 8, -6))
     magnitude[exponent * 8 + mantissa == 127] = np.nan
@@ -34,7 +37,7 @@ def _e4m3() -> Array:
 
 
 E4M3: Final = _e4m3()
-"""The value of each byte."""
+"""The float8 value of each byte, float32 [256]."""
 # The same by a type's name in safetensors.
 _FLOAT8: Final[Mapping[str, Array]] = {
     "F8_E4M3": E4M3,
@@ -47,9 +50,9 @@ _INTEGERS: Final[Mapping[str, str]] = {"I64": "<i8", "I32": "<i4", "I16": "<i2",
 
 
 def read_array(tensor: SourceTensor, first: int = 0, last: int | None = None) -> Array:
-    """Rows [first, last) of a tensor, of all its rows by default. Floats become float32, integers keep their type.
+    """Reads rows [first, last) of a tensor, all rows by default. Floats become float32, integers keep their type.
 
-    Raises KeyError for a type that is neither.
+    Raises KeyError for any other type.
     """
     last = tensor.rows if last is None else last
     data, shape = tensor.read_rows(first, last), (last - first, *tensor.shape[1:])
@@ -61,13 +64,13 @@ def read_array(tensor: SourceTensor, first: int = 0, last: int | None = None) ->
 
 
 def powers_of_two(stored: Array) -> Array:
-    """2 ^ (e - 127) for each stored exponent e, uint8: E8M0 of OCP Microscaling Formats 1.0 (5.4.1). 255 is no number."""
+    """2 ^ (e - 127) for each stored exponent e, uint8: E8M0 of OCP Microscaling Formats 1.0 (5.4.1). 255 becomes NaN."""
     powers: Array = _FLOAT8["F8_E8M0"].take(stored, mode="wrap")
     return powers
 
 
 def unpack(words: Array, bits: int, count: int) -> NDArray[np.uint8]:
-    """The first `count` integers of `bits` bits (1 to 8) in each row of `words`, from the lowest bit on.
+    """Reads the first `count` integers of `bits` bits (1 to 8) from each row of `words`, beginning at the lowest bit.
 
     words: [rows, words], integers of any width. An integer may begin in one word and end in the next.
     """
@@ -82,7 +85,11 @@ def unpack(words: Array, bits: int, count: int) -> NDArray[np.uint8]:
 
 
 def values_of_halves(data: Array, table: Array, upper_first: bool = False) -> Array:
-    """The values [rows, 2 * bytes] that a table of 16 has for the two halves of each byte of `data`, uint8 [rows, bytes]."""
+    """Looks up the two halves of each byte in a table of 16 values.
+
+    data: uint8 [rows, bytes]. Returns float32 [rows, 2 * bytes]. The lower half comes first, or the upper if `upper_first` is
+    set.
+    """
     halves = [table[_BYTES & 15], table[_BYTES >> 4]]
     pairs = np.stack(halves[::-1] if upper_first else halves, axis=-1, dtype=np.float32)
     # Pairs are looked up as one number of 64 bits each: 20 times as fast as one value at a time.
@@ -91,7 +98,7 @@ def values_of_halves(data: Array, table: Array, upper_first: bool = False) -> Ar
 
 
 def float_source(shape: tuple[int, ...], read: Rows, stored_as: str) -> SourceTensor:
-    """A tensor of float32 whose rows `read` computes. stored_as: the name of its format in the checkpoint."""
+    """Makes a float32 tensor whose rows `read` computes. stored_as: the name of the tensor's format in the checkpoint."""
 
     def read_rows(first: int, last: int) -> memoryview:
         with np.errstate(all="ignore"):  # a checkpoint may have scales that are 0 or infinite
@@ -103,11 +110,12 @@ def float_source(shape: tuple[int, ...], read: Rows, stored_as: str) -> SourceTe
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """A matrix [rows, columns] in few bits. `source` is the same as floats.
+    """A matrix [rows, columns] whose weights have few bits. `source` returns the same matrix as floats.
 
-    codes: rows as numbers [n, columns]. scales, zeros: float32 [n, groups] for the same rows; without zeros they are 0.
-    group_of: the group of each column. stored_as: INT4, INT8 or E4M3 if codes plus `offset` are bytes of that kind, and zeros
-    integers; else a name for people. e4m3: rows of such bytes. is_q4: the codes are integers 0 … 15, every scale is a float16.
+    codes: reads rows, as numbers [n, columns]. scales, zeros: read float32 [n, groups] for the same rows. If `zeros` is None,
+    all zeros are 0. group_of: the group of each column. stored_as: INT4, INT8 or E4M3 if codes plus `offset` are bytes of that
+    kind and zeros are integers; otherwise a name for people. e4m3: reads rows of E4M3 bytes. is_q4: whether all codes are
+    integers 0 … 15 and every scale is a float16.
     """
 
     shape: tuple[int, int]
@@ -121,7 +129,10 @@ class PackedMatrix:
     is_q4: bool = False
 
     def source(self, read: Rows | None = None) -> SourceTensor:
-        """The tensor. read: rows as the library computes them, if that is not (code - zero) * scale."""
+        """The matrix as a tensor of floats. It can also be read in blocks or four bits if its groups allow it.
+
+        read: computes rows as the library does. If it is None, weights are (code - zero) * scale.
+        """
         tensor = float_source(self.shape, read or self._weights, self.stored_as)
         order = np.argsort(self.group_of, kind="stable")
         in_order, columns = self.group_of[order], self.shape[1]
@@ -155,7 +166,10 @@ class PackedMatrix:
         return weights
 
     def _blocks(self, order: NDArray[np.intp] | None, groups: NDArray[np.intp], first: int, last: int) -> Blocks:
-        """The stored codes and scales. order: of the columns; None: their own. groups: of each super."""
+        """Reads rows as the stored codes and scales.
+
+        order: numbers of the columns in the order of the result; None if it is the same. groups: the group of each super.
+        """
         scales = np.ascontiguousarray(self.scales(first, last)[:, groups], np.float32)
         zeros = None
         if self.e4m3 is not None:
@@ -168,7 +182,7 @@ class PackedMatrix:
         return Blocks(np.ascontiguousarray(codes if order is None else codes[:, order]), scales, zeros=zeros)
 
     def _four_bits(self, first: int, last: int) -> FourBits:
-        """The stored integers and scales. A minimum -zero * scale is rounded to float16."""
+        """Reads rows as the stored integers and scales. Their minima, -zero * scale, are rounded to float16."""
         assert self.zeros is not None
         groups = self.group_of[::_FOUR_BITS_BLOCK]
         with np.errstate(all="ignore"):  # the publisher refuses infinite values

@@ -1,7 +1,7 @@
 """Reads quantized Hugging Face checkpoints: replaces the packed parts of each matrix by the matrix as floats.
 
 `_METHODS` maps the `quant_method` of a config.json to its reader. The packing rules are those of the libraries that write these
-checkpoints, cited by file, line and commit; no library is needed to read them. Scales of activations are ignored, because
+checkpoints, cited by file, line and commit. No library is needed to read them. Scales of activations are ignored, because
 Lamina does not quantize activations to 8 bits or fewer as these libraries do.
 """
 
@@ -35,7 +35,7 @@ Settings = Mapping[str, Any]  # a quantization_config
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """The tensors of one matrix, by the rest of their names after its prefix."""
+    """The tensors that store one matrix. A suffix is the name of such a tensor without `prefix`."""
 
     prefix: str
     tensors: Mapping[str, SourceTensor]
@@ -51,7 +51,7 @@ class _Parts:
         return tensor
 
     def matrix(self, suffix: str, *dtypes: str) -> SourceTensor:
-        """The tensor, which must have two dimensions and one of these types."""
+        """The tensor with this suffix. Raises CheckpointInvalid unless it has two dimensions and one of these types."""
         tensor = self[suffix]
         if len(tensor.shape) != 2 or tensor.dtype not in dtypes:
             raise self.invalid(
@@ -61,7 +61,7 @@ class _Parts:
         return tensor
 
     def vector(self, suffix: str, length: int, *dtypes: str) -> SourceTensor:
-        """The tensor, which must have one dimension of this length and one of these types."""
+        """The tensor with this suffix. Raises CheckpointInvalid unless its shape is [length] and its type one of these."""
         tensor = self[suffix]
         if tensor.shape != (length,) or tensor.dtype not in dtypes:
             raise self.invalid(
@@ -71,7 +71,10 @@ class _Parts:
         return tensor
 
     def group_of(self, suffix: str, inputs: int, groups: int) -> Array:
-        """The group of each input, from a tensor or, without it, by its place."""
+        """The group of each input, from the tensor with this suffix.
+
+        If there is no such tensor, each group has the same number of successive inputs.
+        """
         if self.get(suffix) is None:
             return np.arange(inputs) // (inputs // groups)
         group_of = read_array(self.vector(suffix, inputs, "I32", "I64")).astype(np.intp)
@@ -83,7 +86,10 @@ class _Parts:
         return read_array(self[suffix])
 
     def columns(self, suffix: str, first: int, last: int) -> Array:
-        """Columns of a matrix, from the matrix in memory: libraries that pack along the rows store it transposed."""
+        """Columns [first, last) of a matrix that is kept in memory as a whole.
+
+        Libraries that pack along the rows store a matrix transposed, so its rows are columns here.
+        """
         return self.whole(self.prefix + suffix)[:, first:last]
 
     def invalid(self, what: str) -> CheckpointInvalid:
@@ -92,7 +98,7 @@ class _Parts:
 
 @dataclass(frozen=True, slots=True)
 class _Method:
-    """How a method stores matrices: each has a tensor whose name ends with one of `markers`."""
+    """Says how a quantization method stores a matrix. Each such matrix has a tensor whose name ends with one of `markers`."""
 
     read: Callable[[_Parts, Settings], SourceTensor]
     markers: tuple[str, ...]
@@ -109,10 +115,11 @@ def _block_scaled(
     kind: str = "INT8",
     offset: int = 128,
 ) -> SourceTensor:
-    """A matrix with one scale for each block of `grid`: the matrix, each row, groups of columns of a row, or tiles.
+    """Reads a matrix with one scale per block; `grid` contains the scales.
 
-    weight: float8, or int8. block: [rows, columns] of a block, if the checkpoint says so; the last ones may be cut off by the
-    edges of the matrix. kind, offset: of integers, as in PackedMatrix.
+    A block is the whole matrix, a row, a group of columns of a row, or a tile. weight: float8, or int8. block: [rows, columns]
+    of a block, if the checkpoint says so; blocks at the edges of the matrix may be smaller. kind, offset: for integers,
+    `stored_as` and `offset` of PackedMatrix.
     """
     shape = weight.shape[0], weight.shape[1]
     grid = grid.reshape(len(grid), -1)
@@ -141,14 +148,15 @@ def _block_scaled(
 
 
 def _bytes(tensor: SourceTensor, first: int, last: int) -> Array:
-    """Rows [first, last) of a matrix whose items are bytes."""
+    """Reads rows [first, last) of a matrix whose items are bytes."""
     return np.frombuffer(tensor.read_rows(first, last), np.uint8).reshape(last - first, -1)
 
 
 def _fp8(parts: _Parts, settings: Settings) -> SourceTensor:
-    """float8 with a scale for the tensor, each row or tiles of 128 x 128; also with an exponent (E8M0) for tiles.
+    """Reads float8 with a scale for the matrix, each row, or each tile (such as 128 x 128).
 
-    transformers, integrations/finegrained_fp8.py:1130 (5.24.0); named weight_scale by AutoFP8 and fbgemm.
+    A scale of a tile may be an exponent (E8M0). transformers, integrations/finegrained_fp8.py:1130 (5.24.0). AutoFP8 and fbgemm
+    name the scale weight_scale.
     """
     weight = parts.matrix(".weight", "F8_E4M3", "F8_E5M2")
     scale = ".weight_scale_inv" if parts.get(".weight_scale_inv") else ".weight_scale"
@@ -159,16 +167,17 @@ def _fp8(parts: _Parts, settings: Settings) -> SourceTensor:
 
 
 def _block(settings: Settings) -> object:
-    """[rows, columns] of a tile: weight_block_size of transformers, block_structure of compressed-tensors."""
+    """[rows, columns] of a tile, from transformers' weight_block_size or compressed-tensors' block_structure; None if unset."""
     groups = settings.get("config_groups") or {}
     structures = [(group.get("weights") or {}).get("block_structure") for group in groups.values()]
     return settings.get("weight_block_size") or next(filter(None, structures), None)
 
 
 def _awq(parts: _Parts, settings: Settings) -> SourceTensor:
-    """Four bits in groups of inputs, eight outputs in a word of 32 bits, in an order of their own.
+    """Reads AWQ: integers of four bits, with scales and zero points for groups of inputs.
 
-    AutoAWQ, awq/utils/packing_utils.py:4 (order), :87 (value), awq/modules/linear/gemm.py:135 (shapes), 88e4c76.
+    A word of 32 bits has eight outputs, in an order of their own. AutoAWQ, awq/utils/packing_utils.py:4 (order), :87 (value),
+    awq/modules/linear/gemm.py:135 (shapes), 88e4c76.
     """
     version = settings.get("version") or settings.get("format") or settings.get("checkpoint_format") or "gemm"
     if str(version).lower() != "gemm":
@@ -195,9 +204,10 @@ def _awq(parts: _Parts, settings: Settings) -> SourceTensor:
 
 
 def _gptq(parts: _Parts, settings: Settings) -> SourceTensor:
-    """Integers of 2, 3, 4 or 8 bits, packed one after another along the inputs, and their zero points along the outputs.
+    """Reads GPTQ: integers of 2, 3, 4 or 8 bits, with scales and zero points for groups of inputs.
 
-    g_idx has the group of each input, which shares a scale and a zero point.
+    The integers are packed one after another along the inputs, their zero points along the outputs. g_idx has the group of each
+    input.
 
     AutoGPTQ, auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py:123 (packing), :301 (zeros are stored less one, in the format
     `gptq`), qlinear_cuda.py:302 (g_idx), 9f7d370; GPTQModel, gptqmodel/utils/model.py:755 (`gptq_v2` stores zeros), f4c327a17.
@@ -230,7 +240,11 @@ def _gptq(parts: _Parts, settings: Settings) -> SourceTensor:
 
 
 def _groups(parts: _Parts, inputs: int, outputs: int, zero_columns: int, zero_rows: int, any_size: bool = False) -> int:
-    """The number of groups of inputs; AWQ and GPTQ have scales and zeros [groups, outputs]."""
+    """The number of groups of inputs in a matrix of AWQ or GPTQ. Raises CheckpointInvalid if shapes do not match.
+
+    Scales and zeros must be [groups, outputs]. zero_rows, zero_columns: shape of the unpacked zeros. any_size: whether groups
+    may differ in size.
+    """
     groups, columns = parts.matrix(".scales", "F16", "BF16", "F32").shape
     if (columns, zero_columns, zero_rows) != (outputs, outputs, groups) or not groups or (not any_size and inputs % groups):
         raise parts.invalid(
@@ -241,7 +255,7 @@ def _groups(parts: _Parts, inputs: int, outputs: int, zero_columns: int, zero_ro
 
 
 def _scales_are_float16(parts: _Parts, suffix: str) -> bool:
-    """Whether float16 holds all scales without rounding."""
+    """Whether all scales can be converted to float16 without rounding."""
     if parts[suffix].dtype == "F16":
         return True
     scales = parts.array(suffix)
@@ -250,7 +264,10 @@ def _scales_are_float16(parts: _Parts, suffix: str) -> bool:
 
 
 def _compressed_tensors(parts: _Parts, settings: Settings) -> SourceTensor:
-    """float8 or int8 by tensor, row, group or tile; 1 to 8 bits packed in rows; NVFP4, MXFP4 and MXFP8.
+    """Reads compressed-tensors: bytes with scales, packed integers, or a format with blocks.
+
+    The bytes are float8 or int8 with a scale by tensor, row, group or tile. Integers have 1 to 8 bits and are packed in rows.
+    Formats with blocks are NVFP4, MXFP4 and MXFP8.
 
     compressed_tensors 0.20.1: compressors/pack_quantized/helpers.py:105 (a stream of bits, offset 2^(bits-1)), base.py:168
     (zeros packed along the outputs), compressors/nvfp4/base.py:101, compressors/mx_utils.py:33,
@@ -311,9 +328,9 @@ def _packed_stream(parts: _Parts, packed: SourceTensor) -> SourceTensor:
 
 
 def _e2m1(parts: _Parts, suffix: str, global_suffix: str, divide: bool) -> SourceTensor:
-    """float4 (E2M1), two in a byte, the lower half first, with a scale for each group of inputs and one for the matrix.
+    """Reads float4 (E2M1), two numbers in a byte, the lower half first. Each group of inputs and the matrix have a scale.
 
-    divide: whether the scale of the matrix divides the others; else it multiplies them.
+    divide: if it is set, the scale of the matrix divides the others; if not, it multiplies them.
     """
     packed, scales = parts.matrix(suffix, "U8"), parts.matrix(".weight_scale", "F8_E4M3", "U8", "F8_E8M0")
     outputs, inputs = packed.shape[0], packed.shape[1] * 2
@@ -345,7 +362,7 @@ def _e2m1(parts: _Parts, suffix: str, global_suffix: str, divide: bool) -> Sourc
 
 
 def _modelopt(parts: _Parts, settings: Settings) -> SourceTensor:
-    """float8 by tensor or row, NVFP4.
+    """Reads modelopt: float8 or int8 with a scale by tensor or row, or NVFP4.
 
     TensorRT-Model-Optimizer, modelopt/torch/export/convert_hf_config.py (config), quantization/qtensor/nvfp4_tensor.py:345.
     """
@@ -363,7 +380,10 @@ def _modelopt(parts: _Parts, settings: Settings) -> SourceTensor:
 
 
 def _int8_rows(parts: _Parts, _: Settings) -> SourceTensor:
-    """int8 with the largest magnitude of each row. bitsandbytes, _ops.py:121, nn/modules.py:1108 (0.50.2)."""
+    """Reads int8 with the largest magnitude of each row: weight = int8 * magnitude / 127.
+
+    bitsandbytes, _ops.py:121, nn/modules.py:1108 (0.50.2).
+    """
     if parts.get(".weight_format") and parts.array(".weight_format").any():
         raise parts.invalid(f"has {parts.prefix!r} in an order for one kind of GPU (weight_format).")
     weight = parts.matrix(".weight", "I8")
@@ -381,10 +401,11 @@ def _int8_rows(parts: _Parts, _: Settings) -> SourceTensor:
 
 
 def _table_of_16(parts: _Parts, _: Settings) -> SourceTensor:
-    """Four bits (nf4, fp4) as indices of a table, two in a byte, the upper half first; blocks go on from row to row.
+    """Reads indices of four bits (nf4, fp4) into a table of 16 values, two in a byte, the upper half first.
 
-    The scales of blocks are float32, or 8 bits with a table, scales and an offset of their own. bitsandbytes,
-    functional.py:494 (state), :1052 (nested scales), backends/default/ops.py:263 (value), 0.50.2.
+    Each block of weights has a scale, and may continue in the next row. Scales are floats, or indices of 8 bits into a second
+    table that has scales and an offset of its own. bitsandbytes, functional.py:494 (state), :1052 (nested scales),
+    backends/default/ops.py:263 (value), 0.50.2.
     """
     try:
         stored = next(filter(parts.get, _STATES))
@@ -407,7 +428,7 @@ def _table_of_16(parts: _Parts, _: Settings) -> SourceTensor:
         nested_absmax = read_array(parts.vector(".nested_absmax", -(-blocks // nested), "F32"))
 
     def scales(first: int, last: int) -> Array:
-        """The scales of blocks [first, last)."""
+        """The scales of blocks [first, last) of the matrix."""
         if not nested:
             return read_array(absmax, first, last)
         return nested_table[read_array(absmax, first, last)] * nested_absmax[np.arange(first, last) // nested] + offset
@@ -426,9 +447,9 @@ def _table_of_16(parts: _Parts, _: Settings) -> SourceTensor:
 
 
 def _mxfp4(parts: _Parts, settings: Settings) -> SourceTensor:
-    """The experts of gpt-oss: [experts, outputs, groups, 16] bytes, published as transformers has them: [experts, in, out].
+    """Reads the experts of gpt-oss, which are stored as bytes [experts, outputs, groups, 16].
 
-    transformers, integrations/mxfp4.py:229 (5.24.0).
+    They become [experts, in, out], as transformers has them. transformers, integrations/mxfp4.py:229 (5.24.0).
     """
     blocks, scales = parts["_blocks"], parts["_scales"]
     if len(blocks.shape) != 4 or scales.shape != blocks.shape[:3] or {blocks.dtype, scales.dtype} != {"U8"}:
@@ -449,7 +470,7 @@ def _mxfp4(parts: _Parts, settings: Settings) -> SourceTensor:
 
 
 def _torchao(parts: _Parts, settings: Settings) -> SourceTensor:
-    """int8 or float8, and int1 … int8 in a byte each, with scales and zeros for blocks.
+    """Reads torchao: float8, or integers of 1 to 8 bits in a byte each, with scales and zeros for blocks.
 
     torchao 0.18.0: prototype/safetensors/safetensors_support.py:28 (names), quantization/quant_primitives.py:815 and :2360.
     """
@@ -505,11 +526,11 @@ _OF_ACTIVATIONS: Final = re.compile(
 def dequantized(
     folder: Path, settings: object, tensors: Mapping[str, SourceTensor], metadata: Mapping[str, str]
 ) -> tuple[dict[str, SourceTensor], str]:
-    """The tensors of a quantized checkpoint as floats, and the name of its method for people.
+    """Replaces the packed tensors of a quantized checkpoint by tensors of floats.
 
-    settings: the quantization_config of its config.json. metadata: of its safetensors files. Matrices are dequantized as they
-    are read, a few rows at a time; up to four packed tensors are in memory. Raises CheckpointInvalid for an unknown method or
-    layout.
+    Returns all tensors by name, and the name of the method for people. settings: the quantization_config of the checkpoint's
+    config.json. metadata: that of its safetensors files. Matrices are dequantized as they are read, a few rows at a time; up to
+    four packed tensors are in memory. Raises CheckpointInvalid for an unknown method or layout.
     """
     method = "an unnamed method"
     if isinstance(settings, dict):

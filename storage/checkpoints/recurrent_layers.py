@@ -1,7 +1,7 @@
-"""What layers keep of a sequence if they are not all alike: KV, a recurrent state of fixed size, or both.
+"""Sizes of what each layer keeps of a sequence: KV, a recurrent state of fixed size, or both.
 
-transformers' configuration classes know names and defaults. tests/functions/stage/models/test_recurrent.py compares the sizes
-with what a stage measures.
+Only models whose layers differ in this need them. transformers' configuration classes supply names and defaults.
+tests/functions/stage/models/test_recurrent.py compares the sizes with what a stage measures.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from storage.errors import LibraryMissing
 
 @dataclass(frozen=True, slots=True)
 class LayerSizes:
-    """What one layer keeps of a sequence."""
+    """Sizes of what one layer keeps of a sequence."""
 
     has_kv: bool
     tail_values: int  # of convolutions' last inputs, in the dtype of hidden states
@@ -23,7 +23,7 @@ class LayerSizes:
     kv_heads: tuple[int, int] | None = None  # how many, and their size; None: as in the model's other layers
 
     def state_bytes(self, value_bytes: int) -> int:
-        """value_bytes: of a number in hidden states."""
+        """Bytes of the layer's recurrent state of one sequence. value_bytes: bytes of a number in hidden states."""
         return self.tail_values * value_bytes + self.matrix_values * 4
 
 
@@ -49,7 +49,10 @@ def _zamba(config: Any) -> tuple[int, int]:
 
 
 def _mamba_2(heads: str, head_size: str, state_size: str, groups: str, kernel: str) -> Callable[[Any], tuple[int, int]]:
-    """Arguments: names of these sizes in the family's config."""
+    """Returns a function that computes the sizes of a Mamba-2 layer from a config.
+
+    Arguments: names of these sizes in the family's config.
+    """
 
     def sizes(config: Any) -> tuple[int, int]:
         inner, state = getattr(config, heads) * getattr(config, head_size), getattr(config, state_size)
@@ -98,7 +101,10 @@ _RECURRENT: Final = frozenset({"linear_attention", "conv", "hybrid"})
 
 
 def described_sizes(model: Decoder) -> tuple[LayerSizes, ...]:
-    """What each layer of a model keeps by layers in C; states are float32. Empty if all layers keep KV of the same size."""
+    """What each layer keeps of a sequence if Lamina's layers in C run the model; their states are float32.
+
+    Empty if all layers keep KV of the same size and nothing else.
+    """
     found = tuple(
         LayerSizes(
             has_kv=layer.attention is not None and layer.attention.kv_layer is None,
@@ -112,9 +118,9 @@ def described_sizes(model: Decoder) -> tuple[LayerSizes, ...]:
 
 
 def layer_sizes(config: Mapping[str, Any]) -> tuple[LayerSizes, ...]:
-    """What each layer of the model of a config.json keeps by transformers' modules; empty if it has no recurrent layers.
+    """What each layer keeps of a sequence if transformers' modules run the model of this config.json.
 
-    Raises LibraryMissing if it has and transformers is not installed.
+    Empty if the model has no recurrent layers. Raises LibraryMissing if it has some and transformers is not installed.
     """
     sizes = _SIZES.get(str(config.get("model_type")))
     if sizes is None:

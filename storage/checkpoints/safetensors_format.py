@@ -46,7 +46,7 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
 
 
 def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, TensorSpan]]:
-    """Lays out a file with these tensors (dtype and shape by name) in this order.
+    """Lays out a safetensors file with these tensors (dtype and shape by name) in this order.
 
     Returns the header, and the span of each tensor, fillers included.
     """
@@ -70,12 +70,15 @@ def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, 
 
 
 def read_spans(path: Path) -> dict[str, TensorSpan]:
-    """The tensors of a safetensors file. Raises CheckpointInvalid for anything but a whole, well-formed file."""
+    """Reads which tensors a safetensors file has, by name.
+
+    Raises CheckpointInvalid unless the file is whole and well-formed.
+    """
     return read_header(path)[0]
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorSpan], dict[str, str]]:
-    """The tensors of a safetensors file, and its metadata. Raises CheckpointInvalid as `read_spans`."""
+    """Reads which tensors a safetensors file has, and the file's metadata. Raises CheckpointInvalid as `read_spans` does."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -3,8 +3,8 @@
     {prefix}/{pipeline}/{first layer}-{last layer}/{name}
     {prefix}/{pipeline}/{first layer}-{last layer}/writer-{pod}
 
-Pruning needs the pipeline's fingerprint and the layers, so they are legible. The name is a keyed hash of the prefix chain's
-digest, the part, and the layout of its bytes. A lost part costs time only: it is computed again.
+The pipeline's fingerprint and the layers are plain text, because pruning needs them. The name is a keyed hash of the prefix
+chain's digest, the part, and the layout of the part's bytes. If a part is lost, its KV is computed again.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _MAX_PART_BYTES: Final = 2**30
 
 
 class KVObjects:
-    """The objects in the store that hold KV of one stage of a pipeline. Thread-safe."""
+    """The objects in the store that contain KV of one stage of a pipeline. Thread-safe."""
 
     def __init__(self, store: PayloadStore, sealer: Sealer, prefix: str, pipeline: str, layers: tuple[int, int]) -> None:
         self._store = store
@@ -34,7 +34,7 @@ class KVObjects:
     def key(self, kind: str, digest: bytes, part: KVPart) -> str:
         """The object key of a part, that is, of the KV of some successive blocks of tokens.
 
-        kind: names the layout of the part's bytes. digest: of the prefix chain at the part's last block.
+        kind: names the layout of the part's bytes. digest: digest of the prefix chain at the part's last block.
         """
         place = part.first.to_bytes(4, "little") + part.count.to_bytes(4, "little")
         return self.folder + self._sealer.name(kind.encode(), digest, place)
@@ -54,16 +54,16 @@ class KVObjects:
         return len(sealed)
 
     def mark(self, key: str) -> None:
-        """Writes or renews a mark. Raises a StorageError."""
+        """Writes or renews the mark `key`, by which a pod says that it writes here. Raises a StorageError."""
         self._store.put(key, b"writes")
 
     def forget(self, key: str) -> None:
-        """Deletes an object that is of no more use, such as an altered one. Errors of the store are ignored."""
+        """Deletes an object that can no longer be used, such as an altered one. Errors of the store are ignored."""
         with contextlib.suppress(StorageError):
             self._store.delete(key)
 
     def list(self) -> list[ObjectInfo]:
-        """All parts of this stage, and the marks of its pods. Raises a StorageError."""
+        """Lists all parts of this stage, and the marks of its pods. Raises a StorageError."""
         return list(self._store.list(self.folder))
 
     def delete(self, objects: Iterable[ObjectInfo]) -> None:
@@ -73,13 +73,13 @@ class KVObjects:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """How many bytes of KV stay in the store, and for how long."""
+    """Limits for the KV in the store: total bytes and age."""
 
     max_bytes: int
     max_age: timedelta
 
     def expired(self, objects: Iterable[ObjectInfo], now: datetime) -> list[ObjectInfo]:
-        """The objects to delete: those over `max_age`, and the oldest others until the rest has at most `max_bytes`."""
+        """Selects the objects to delete: those over `max_age`, and the oldest others until at most `max_bytes` remain."""
         kept_bytes = 0
         expired = []
         for found in sorted(objects, key=lambda each: (each.modified, each.key), reverse=True):
@@ -90,10 +90,10 @@ class Retention:
 
 
 def prune(store: PayloadStore, prefix: str, retention: Retention, now: datetime) -> list[ObjectInfo]:
-    """Deletes stored KV that is too old or too much, and returns the deleted objects.
+    """Deletes stored KV beyond the limits of `retention`, and returns the deleted objects.
 
-    The limits of `retention` hold for the KV of all pipelines together. prefix: folder in the bucket that holds this KV.
-    Raises a StorageError.
+    The limits apply to the KV of all pipelines together. prefix: folder in the bucket that contains this KV. Raises a
+    StorageError.
     """
     expired = retention.expired(store.list(f"{prefix.strip('/')}/"), now)
     for found in expired:
@@ -102,9 +102,9 @@ def prune(store: PayloadStore, prefix: str, retention: Retention, now: datetime)
 
 
 def pipeline_and_layers(key: str, prefix: str) -> tuple[str, str]:
-    """Returns the pipeline's fingerprint and the stage's layers (such as `0-15`) that the key of a stored KV object contains.
+    """Returns the pipeline's fingerprint and the stage's layers (such as `0-15`) from the key of a stored KV object.
 
-    prefix: folder in the bucket that holds the KV of all pipelines.
+    prefix: folder in the bucket that contains the KV of all pipelines.
     """
     pipeline, _, rest = key.removeprefix(prefix.strip("/") + "/").partition("/")
     return pipeline, rest.partition("/")[0]

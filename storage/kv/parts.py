@@ -24,13 +24,16 @@ class KVPart:
         return self.first + self.count
 
     def halves(self) -> tuple["KVPart", ...]:
-        """The two parts that this one consists of; empty for a single block."""
+        """Splits the part into two of half the size; empty for a part of one block."""
         half = self.count // 2
         return (KVPart(self.first, half), KVPart(self.first + half, half)) if half else ()
 
 
 def most_blocks(block_bytes: int) -> int:
-    """The most blocks that a part may have: a power of two, at most 64, with no more than PART_BYTES unless it is 1."""
+    """The largest number of blocks in a part: a power of two, at most 64.
+
+    A part of several blocks has at most PART_BYTES. A part of one block may have more.
+    """
     most = 1
     while most < _MAX_BLOCKS and 2 * most * block_bytes <= PART_BYTES:
         most *= 2
@@ -38,10 +41,10 @@ def most_blocks(block_bytes: int) -> int:
 
 
 def parts_between(first: int, end: int, most: int) -> Iterator[KVPart]:
-    """Yields the parts that hold the blocks [first, end), as large as possible and in order; the first may begin before
-    `first`.
+    """Yields the parts that contain the blocks [first, end), as large as possible and in order.
 
-    most: highest number of blocks in a part, a power of two. All parts begin at multiples of it, so that readers agree.
+    The first part may begin before `first`. most: highest number of blocks in a part, a power of two. Parts of `most` blocks
+    begin at multiples of `most`, so that readers and writers agree.
     """
     at = first // most * most
     while at < end:

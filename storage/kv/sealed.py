@@ -1,7 +1,8 @@
 """Encryption of stored keys and values: AES-256-GCM, with names that reveal nothing without the key.
 
-The configured key yields two keys, one for names and one for contents. A nonce is 96 random bits, which NIST SP 800-38D
-(section 8.3) allows for 2³² objects under one key. Name and contents are authenticated together: none replaces another.
+Two keys are derived from the configured key: one for names and one for contents. A nonce is 96 random bits, which NIST SP
+800-38D (section 8.3) allows for 2³² objects under one key. Name and contents are authenticated together, so an object cannot
+take the place of another.
 """
 
 import os
@@ -25,13 +26,16 @@ SEAL_BYTES: Final = _HEAD_BYTES + _TAG_BYTES  # that a sealed object has more th
 
 
 class Sealer:
-    """Encrypts and decrypts the objects that hold stored keys and values, and derives their secret names. Thread-safe.
+    """Encrypts and decrypts the objects that contain stored keys and values, and derives their secret names. Thread-safe.
 
-    Without the configured key one can neither read an object nor compute the name that the KV of a prompt would have.
+    Without the configured key, nobody can read an object or compute the name that the KV of a prompt would have.
     """
 
     def __init__(self, key: bytes) -> None:
-        """key: the configured key, of KEY_BYTES; from it the two keys are derived. Raises ValueError for another length."""
+        """Derives the keys for names and for contents from the configured key `key`.
+
+        Raises ValueError if `key` does not have KEY_BYTES.
+        """
         if len(key) != KEY_BYTES:
             raise ValueError(f"a key of {len(key)} bytes; it has {KEY_BYTES}")
         self._names = blake3(key, derive_key_context="lamina 2026-11 kv names").digest()

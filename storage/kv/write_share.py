@@ -1,4 +1,4 @@
-"""How much KV one pod may write to the store, so that all pods of its stage together stay within the configured bytes."""
+"""Limits how much KV one pod writes to the store, so that all pods of its stage together keep within the configured bytes."""
 
 import math
 import secrets
@@ -15,14 +15,18 @@ _LARGEST_SHARE: Final = 32  # one in so many of the bytes: pods that start toget
 
 
 class WriteShare:
-    """Counts what one pod writes between two listings of its stage's objects. Only the thread that writes may call it.
+    """Limits the bytes that one pod writes between two listings of its stage's objects.
 
-    Each pod that writes leaves a mark in the store. A listing deletes objects beyond the age, and the oldest beyond 3/4 of the
-    bytes; what is then free, up to 7/8, is shared by all pods with a mark. A pod whose share is used up lists again.
+    Only the thread that writes may call the methods. Each pod that writes leaves a mark in the store. A listing deletes objects
+    beyond the maximum age, and the oldest others until about 3/4 of the configured bytes are used. The free bytes up to 7/8 are
+    shared by all pods with a mark. A pod that has used up its share lists again.
     """
 
     def __init__(self, store: KVObjects, retention: Retention) -> None:
-        """retention: bytes and age of what all pods of the stage keep."""
+        """Creates a share of 0 bytes; the first call of `admits` lists the store.
+
+        retention: limits for what all pods of the stage keep together.
+        """
         self._store = store
         self._retention = retention
         self._mark = store.marks + secrets.token_hex(8)
@@ -31,27 +35,32 @@ class WriteShare:
         self.stored_keys: set[str] = set()  # of parts that need not be written; any thread may read it
 
     def admits(self, key: str, num_bytes: int) -> bool:
-        """Whether the part `key` shall be written, which takes `num_bytes`. Lists the store first if need be.
+        """Whether to write the part `key` of `num_bytes`.
 
-        False if it is stored already, or larger than what is left for it. Raises a StorageError.
+        False if the part is stored already, or larger than what is left of this pod's share. Lists the store first if the last
+        listing is old or the share is too small. Raises a StorageError.
         """
         if time.monotonic() - self._listed_at > _LISTING_SECONDS or num_bytes > self._share_bytes:
             self._list(num_bytes)
         return key not in self.stored_keys and num_bytes <= self._share_bytes
 
     def writes(self, num_bytes: int) -> None:
-        """Counts a part. Call it before the part is written: a write that fails may have reached the store."""
+        """Subtracts a part from the share.
+
+        Call it before the part is written: a write that fails may have reached the store.
+        """
         self._share_bytes -= num_bytes
 
     def leave(self) -> None:
-        """Removes this pod's mark, so that other pods share its part. Errors of the store are ignored."""
+        """Removes this pod's mark, so that other pods get its share. Errors of the store are ignored."""
         self._share_bytes = 0
         self._store.forget(self._mark)
 
     def _list(self, num_bytes: int) -> None:
-        """Renews the set of stored keys and this pod's share. num_bytes: of the part that it is to have room for.
+        """Lists the store, deletes expired objects, and renews the set of stored keys and this pod's share.
 
-        Objects older than half of the allowed age are left out of the set, so that they are written again while still in use.
+        num_bytes: size of the part to be written next, for which the share should suffice. Objects older than half of the
+        allowed age are left out of the set, so that they are written again while still in use.
         """
         self._store.mark(self._mark)
         objects, now = self._store.list(), datetime.now(UTC)

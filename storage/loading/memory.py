@@ -11,14 +11,14 @@ _MINCORE_STEP_BYTES: Final = 2**30
 
 
 def new_memory(size: int) -> memoryview:
-    """Allocates `size` bytes: writable, page-aligned and zero. The kernel gives each page when it is first touched."""
+    """Allocates `size` bytes: writable, page-aligned and zero. The kernel allocates a page when it is first used."""
     # Without MADV_HUGEPAGE: measured, finding whole huge pages took a loaded machine two to three times as long to fill.
     # mmap(2) maps no empty piece.
     return memoryview(mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))[:size]
 
 
 def populate(part: memoryview) -> None:
-    """Makes the kernel allocate all pages of a page-aligned part at once; does nothing if the kernel cannot.
+    """Makes the kernel allocate all pages of a page-aligned part of memory at once. Does nothing if the kernel cannot.
 
     A read into allocated pages is a tenth faster than one that faults them in one by one.
     """
@@ -28,12 +28,15 @@ def populate(part: memoryview) -> None:
 
 
 def address_of(memory: memoryview) -> int:
-    """The address of writable memory."""
+    """The address of the first byte of writable memory."""
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def drop_pages(address: int, size: int) -> None:
-    """Frees whole pages of a private mapping of a file that nothing wrote to. Later uses read the file again."""
+    """Frees the whole pages within a private mapping of a file to which nothing was written.
+
+    Later uses read the file again.
+    """
     first, last = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
     if first < last and (libc := _libc()) is not None:
         libc.madvise(first, last - first, mmap.MADV_DONTNEED)

@@ -1,11 +1,11 @@
 """A folder of verified objects that outlives the process: the next start maps them instead of reading the store.
 
-Files are named by the digest and checksum of their contents, appear by a rename, and never change. Each use checks them by
-xxh3, which finds damage but no forgery: a process that may write here has the reader's rights anyway. Several processes of one
-node may share the folder. If the cache fails, objects are read from the store.
+Files are named by the digest and checksum of their contents, appear by a rename, and never change. They are checked by xxh3 at
+each use. This finds damage but no forgery: a process that may write here has the reader's rights anyway. Several processes of
+one node may share the folder. If the cache fails, objects are read from the store.
 
 Files are mapped, which takes a tenth of the processor time of reading them. But if a mapped file is truncated, which its mode
-forbids, the process ends by SIGBUS; the next process finds the file too short and removes it.
+forbids, the process ends by SIGBUS. The next process finds that the file is too short and removes it.
 """
 
 import fcntl
@@ -39,9 +39,9 @@ class WeightCache:
         self._mapped: set[Path] = set()
 
     def get(self, stored: StoredObject) -> memoryview | None:
-        """The object's bytes, mapped privately (writes stay in this process) and page-aligned; None: not in the cache.
+        """Returns the object's bytes, page-aligned and mapped privately: writes stay in this process.
 
-        A file that fails its check is removed.
+        None if the object is not in the cache. A file that fails its check is removed.
         """
         try:
             path = next(self._folder.glob(f"{stored.digest}.*{_SUFFIX}"), None)
@@ -80,7 +80,10 @@ class WeightCache:
                 unfinished.unlink()
 
     def _reserve(self, unfinished: Path, size: int) -> BinaryIO | None:
-        """Creates an unfinished file of `size` bytes, which count from now on, locked until it is closed; None: no room."""
+        """Creates an unfinished file of `size` bytes, which is locked until it is closed. None if there is too little space.
+
+        The bytes count as used from now on. Other objects may be evicted for them.
+        """
         with (self._folder / ".lock").open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one thread of one process at a time evicts and reserves
             if not self._evict_for(size):
@@ -112,7 +115,10 @@ class WeightCache:
 
 
 def _removed_if_abandoned(path: Path) -> bool:
-    """Removes an unfinished file if its writer has ended: a live one holds a lock. Returns whether it is gone."""
+    """Removes an unfinished file if its writer has ended. A running writer holds a lock on it.
+
+    Returns whether the file no longer exists.
+    """
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,7 +131,7 @@ def _removed_if_abandoned(path: Path) -> bool:
 
 
 def _map_file(path: Path, size: int) -> memoryview | None:
-    """The file's bytes, mapped privately and page-aligned; None if it has another size."""
+    """Maps a file privately and page-aligned. None if the file does not have `size` bytes."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size != size:
             return None

@@ -1,6 +1,7 @@
 """Loads the objects of a stage's layers from the store, by parallel ranged reads, into the memory that tensors use.
 
-It imports nothing heavy, so that bytes arrive while libraries are still being imported. Every part is verified after its read.
+This file imports nothing heavy, so that bytes arrive while libraries are still being imported. Every part is verified after it
+has been read.
 """
 
 import logging
@@ -30,9 +31,9 @@ _READS_OF_A_BAD_PART: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class RawTensor:
-    """A tensor's bytes in the memory into which they were read: writable, aligned to 64 bytes; for `frombuffer`.
+    """A tensor's bytes, in the memory into which they were read. Writable and aligned to 64 bytes, for `frombuffer`.
 
-    The memory lives for as long as any view of its object does.
+    The memory of an object is freed when no view of it is left.
     """
 
     dtype: str  # a safetensors name: F32, BF16, F16, I8; U8 for matrices in four bits
@@ -43,7 +44,7 @@ class RawTensor:
 
 @dataclass(frozen=True, slots=True)
 class LoadedObject:
-    """One object of a publication with all of its tensors, complete and verified."""
+    """One object of a published model with all of its tensors, complete and verified."""
 
     name: str  # embedding, layer-00007, or head
     tensors: dict[str, RawTensor]
@@ -51,7 +52,7 @@ class LoadedObject:
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
-    """The progress of a load, reported after every part, in the thread that read it."""
+    """The progress of a load. It is reported after every part, in the thread that read the part."""
 
     object: str  # the one that the part belongs to
     done_bytes: int  # of all objects
@@ -65,9 +66,8 @@ ProgressCallback = Callable[[LoadProgress], None]
 def stage_objects(manifest: ModelManifest, first: int, last: int) -> list[str]:
     """Names of the objects that layers [first, last) need, in the order of a forward pass.
 
-    The first stage has the embedding, and so have all if layers get inputs of their own. The last stage has the head, and the
-    embedding too if head and embedding are tied.
-    Raises ValueError for a range that is not in the model.
+    The first stage needs the embedding. If layers get inputs from token ids, every stage needs it. The last stage needs the
+    head, and also the embedding if both are tied. Raises ValueError for a range that is not in the model.
     """
     if not 0 <= first < last <= manifest.num_layers:
         raise ValueError(f"layers {first}:{last} are no part of {manifest.name!r}, which has layers 0:{manifest.num_layers}")
@@ -89,25 +89,28 @@ def iterate_layers(
     on_progress: ProgressCallback | None = None,
     map_files: bool = False,
 ) -> Iterator[LoadedObject]:
-    """Loads the objects that layers [first, last) need, and yields each when it is complete, in the order of a forward pass.
+    """Loads the objects that layers [first, last) need. Yields each when it is complete, in the order of a forward pass.
 
-    map_files: objects that the cache did not have are mapped from it, too, once they are written to it. Raises ValueError for a
-    range outside the model, ChecksumMismatch, which names object and part, or the reader's errors.
+    map_files: if it is set, an object that was not in the cache is mapped from there after it has been written to it. Raises
+    ValueError for a range outside the model, ChecksumMismatch, which names object and part, or the reader's errors.
 
-    Reading starts with this call, not with the first `next`, and goes on in threads. Drop each object before taking the next
-    one: then a caller that copies needs memory for the weights and one layer more.
+    Reading starts with this call, not with the first `next`, and continues in threads. A caller that copies tensors should drop
+    each object before it takes the next one. It then needs memory for the weights and one more layer.
     """
     names = stage_objects(manifest, first, last)
     return _Load(reader, {name: manifest.objects[name] for name in names}, cache, on_progress, map_files).objects()
 
 
 def iterate_objects(reader: "ObjectReader", stored: Mapping[str, StoredObject]) -> Iterator[LoadedObject]:
-    """Loads objects, by name, as `iterate_layers` does, in their order."""
+    """Loads the objects in `stored`, in its order, as `iterate_layers` does."""
     return _Load(reader, stored, None, None, map_files=False, log_level=logging.DEBUG).objects()
 
 
 class _ObjectLoad:
-    """One object that is being read, its memory, and how many of its parts are missing. Several threads may read its parts."""
+    """One object that is being read: its memory, and how many of its parts are missing.
+
+    Several threads may read its parts.
+    """
 
     def __init__(self, name: str, stored: StoredObject) -> None:
         self.name = name
@@ -127,7 +130,7 @@ class _ObjectLoad:
 
 
 class _Load:
-    """One load of a stage: threads read its parts in the order of a forward pass.
+    """One load of a stage. Threads read its parts in the order of a forward pass.
 
     A thread first opens an object: its bytes come from the cache, or its memory is allocated and its parts are queued.
     """
@@ -180,9 +183,9 @@ class _Load:
                     incomplete.complete.set_exception(error)
 
     def _next(self) -> tuple[_ObjectLoad, int | None] | None:
-        """Returns a thread's next task: (object, number of the part to read) or (object to open, None); None: all done.
+        """Returns a thread's next task: (object, number of the part to read), or (object to open, None).
 
-        Waits while another thread opens an object, because that may add parts.
+        None if no task is left. Waits while another thread opens an object, because that may add parts.
         """
         with self._changed:
             while True:
@@ -270,7 +273,7 @@ class _Load:
             load.complete.set_result(load.buffer)
 
     def _stop(self) -> list[_ObjectLoad]:
-        """Drops all tasks that have not begun. Returns the objects that are incomplete, and will remain so."""
+        """Drops all tasks that have not begun. Returns the incomplete objects, which will never be complete."""
         with self._changed:
             self._parts.clear()
             self._unopened.clear()

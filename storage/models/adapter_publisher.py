@@ -1,4 +1,7 @@
-"""Publishes PEFT folders as adapters (`adapters`), after checks against the model that they adapt; shares and deletes them."""
+"""Publishes PEFT folders as adapters (`adapters`), after checks against the model that they adapt.
+
+Also changes the shares of versions, and deletes adapters.
+"""
 
 import hashlib
 import math
@@ -78,9 +81,9 @@ class _Config(msgspec.Struct):
     alpha_pattern: dict[str, float] = {}
 
     def scale(self, module: str, rank: int) -> float:
-        """The factor by which the product of a module's two matrices is multiplied when it is added to the module's own.
+        """The factor by which the product of a module's two adapter matrices is multiplied.
 
-        rank: of the matrices. Raises AdapterInvalid if it is not the config's.
+        rank: the rank of these matrices. Raises AdapterInvalid if the config says another.
         """
         wanted = _of_pattern(self.rank_pattern, module, self.r)
         if rank != wanted:
@@ -90,7 +93,7 @@ class _Config(msgspec.Struct):
 
 
 def plan_adapter(folder: Path, base: ModelManifest, config: Mapping[str, Any]) -> tuple[AdapterManifest, list[ObjectPlan]]:
-    """Checks a PEFT folder against the model that it adapts, and says what a publication would write.
+    """Checks a PEFT folder against the model that it adapts, and plans what publishing it would write.
 
     base, config: manifest and config.json of the model, in any dtype. The manifest's objects have no keys yet. Raises
     AdapterInvalid, which names what was seen, or CheckpointInvalid for files that cannot be read.
@@ -145,7 +148,7 @@ def plan_adapter(folder: Path, base: ModelManifest, config: Mapping[str, Any]) -
 
 
 def _grouped(layers: Mapping[int, Mapping[str, TargetTensor]]) -> Iterator[tuple[int, dict[str, TargetTensor]]]:
-    """Neighbouring layers together, up to _OBJECT_BYTES, with the number of the first."""
+    """Groups neighbouring layers, up to _OBJECT_BYTES. Yields the number of the first layer and the tensors of each group."""
     first, grouped, size = -1, dict[str, TargetTensor](), 0
     for layer, tensors in sorted(layers.items()):
         own = sum(tensor_bytes(tensor.dtype, tensor.shape) for tensor in tensors.values())
@@ -162,9 +165,9 @@ def _grouped(layers: Mapping[int, Mapping[str, TargetTensor]]) -> Iterator[tuple
 def publish_adapter(store: "ObjectStore", model: str, name: str, folder: Path, *, share: int = 100) -> NamedVersion:
     """Publishes a PEFT folder as a version of the adapter `name` of a model, and returns the version.
 
-    share: percent of the requests for `name` that get it; the version that had the largest share before gets the rest. All
-    checks come before the first upload. Raises ValueError for an invalid name, and ModelNotPublished, AdapterInvalid or another
-    StorageError.
+    share: percent of the requests for `name` that get this version. The version that had the largest share before gets the
+    rest. All checks come before the first upload. Raises ValueError for an invalid name, and ModelNotPublished, AdapterInvalid
+    or another StorageError.
     """
     check_name(name, "adapter")
     prefix = adapter_prefix(model)
@@ -193,9 +196,9 @@ def publish_adapter(store: "ObjectStore", model: str, name: str, folder: Path, *
 
 
 def set_share(store: "ObjectStore", model: str, name: str, version: str, share: int) -> AdapterName:
-    """Changes the share of a published version of `name`; of the others, the one with the largest share gets the rest.
+    """Changes the share of a published version of `name`. Of the other versions, the one with the largest share gets the rest.
 
-    version: its digits, or their beginning. Raises AdapterNotPublished.
+    version: its digits, or the first of them. Raises AdapterNotPublished.
     """
     versions = read_name(store, model, name).versions
     chosen = [each for each in versions if each.version.startswith(version)]
@@ -211,7 +214,10 @@ def set_share(store: "ObjectStore", model: str, name: str, version: str, share: 
 
 
 def delete_adapter(store: "ObjectStore", model: str, name: str) -> None:
-    """Removes a name, and all its versions that no other name of the model has. Raises AdapterNotPublished."""
+    """Deletes a name of an adapter, and those of its versions that no other name of the model has.
+
+    Raises AdapterNotPublished.
+    """
     doomed = {each.version for each in read_name(store, model, name).versions}
     store.delete(f"{adapter_prefix(model)}names/{name}.json")
     for other in list_adapters(store, model):
@@ -229,7 +235,10 @@ def adapted_models(store: "ObjectStore") -> list[str]:
 
 
 def _shared(others: Sequence[NamedVersion], own: NamedVersion) -> AdapterName:
-    """`own` with its share, and the rest for the largest of `others`; without others it gets all."""
+    """The versions of a name with new shares: `own` keeps its share, and the largest of `others` gets the rest.
+
+    If there are no others, `own` gets all requests.
+    """
     if not others:
         return AdapterName((msgspec.structs.replace(own, share=100),))
     largest = max(others, key=lambda each: each.share)
@@ -242,7 +251,7 @@ def _write_name(store: "ObjectStore", key: str, name: AdapterName) -> None:
 
 
 def _read_config(folder: Path) -> _Config:
-    """Raises AdapterInvalid for a kind of adapter, or for options, that no stage computes."""
+    """Reads adapter_config.json. Raises AdapterInvalid for a kind of adapter, or for options, that no stage computes."""
     if not (folder / _CONFIG).is_file():
         raise AdapterInvalid(f"{folder} has no {_CONFIG}; name the folder that save_pretrained of peft wrote")
     found = read_json(folder / _CONFIG)
@@ -277,7 +286,7 @@ def _tensors(folder: Path) -> dict[str, SourceTensor]:
 
 
 class _ModuleShapes:
-    """The linear modules in a model's layers, by its description or else by its manifest."""
+    """The shapes of linear modules in a model's layers, from its description or, if it has none, from its manifest."""
 
     def __init__(self, base: ModelManifest, config: Mapping[str, Any]) -> None:
         self._base = base
@@ -288,7 +297,10 @@ class _ModuleShapes:
         self._shapes = [] if self.decoder is None else [layer_shapes(self.decoder, kind) for kind in self.decoder.kinds]
 
     def place(self, module: str) -> tuple[int, str, tuple[int, int]]:
-        """Layer, name without the layer's prefix, and shape [outputs, inputs] of a module. Raises AdapterInvalid."""
+        """Finds the layer of a module, its name without the layer's prefix, and its shape [outputs, inputs].
+
+        Raises AdapterInvalid.
+        """
         layer, found = part_of(f"{module}.weight"), re.fullmatch(r"(.*\.\d+)\.(.+)", module)
         if not isinstance(layer, int) or found is None:
             raise AdapterInvalid(f"{module} is no module in a layer; adapters of embedding and head are not served")
@@ -317,7 +329,7 @@ class _ModuleShapes:
 
 
 def _part_of_layer(model: Decoder, kind: int, inner: str) -> str:
-    """What a matrix of a layer belongs to that no adapter changes, in words. inner: its name in the layer."""
+    """Names the part of a layer that has a given matrix and takes no adapters. inner: the matrix's name in the layer."""
     names, attention = model.names, model.kinds[kind].attention
     if names.recurrent and inner.startswith(f"{names.recurrent}."):
         return "a recurrent mixer"

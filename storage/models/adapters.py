@@ -1,10 +1,10 @@
-"""Adapters (LoRA) in a bucket: published from a PEFT folder, a few layers of the model that they adapt in each object.
+"""Adapters (LoRA) in a bucket, published from PEFT folders. Each object has the tensors of a few layers.
 
     adapters/{model}/versions/{version}/manifest.json, from-00000.safetensors …
     adapters/{model}/names/{name}.json
 
 A version is named by its contents and never changes. A name lists versions with the share of requests that each gets. A push
-writes a version first and its name last, so sequences that run keep the version with which they began.
+writes a version first and its name last. Sequences that run keep the version with which they began.
 """
 
 from typing import TYPE_CHECKING, Annotated, Final, TypeVar
@@ -28,8 +28,11 @@ T = TypeVar("T")
 
 
 class AdapterManifest(msgspec.Struct, frozen=True, kw_only=True):
-    """One version of an adapter. An object has, for each adapted module X of its layers, `X.lora_A` [rank, inputs], `X.lora_B`
-    [outputs, rank] and `X.lora_scale`, a float32: the module's output grows by scale * B A x."""
+    """One version of an adapter.
+
+    An object has three tensors for each adapted module X of its layers: `X.lora_A` [rank, inputs], `X.lora_B` [outputs, rank]
+    and `X.lora_scale`, a float32. The module's output for the input x grows by scale * B A x.
+    """
 
     rank: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)]  # the largest
     modules: tuple[str, ...]  # without the layers' prefix, sorted
@@ -48,12 +51,12 @@ class NamedVersion(msgspec.Struct, frozen=True):
 
 
 class AdapterName(msgspec.Struct, frozen=True):
-    """The versions of a name, the newest last. Their shares add up to 100."""
+    """The versions of an adapter's name, the newest last. Their shares add up to 100."""
 
     versions: Annotated[tuple[NamedVersion, ...], msgspec.Meta(min_length=1)]
 
     def version_at(self, point: float) -> str:
-        """The version for a request. point: in [0, 1), drawn once for each request."""
+        """Chooses the version for a request by the shares. point: a number in [0, 1), drawn once for each request."""
         end = 0
         for each in self.versions:
             end += each.share
@@ -63,7 +66,7 @@ class AdapterName(msgspec.Struct, frozen=True):
 
 
 def adapter_prefix(model: str) -> str:
-    """The prefix of all adapters of a model. Raises ValueError for an invalid name."""
+    """The prefix of the keys of all adapters of a model. Raises ValueError for an invalid name."""
     check_name(model)
     return f"{ADAPTERS}{model}/"
 
@@ -75,13 +78,13 @@ def list_adapters(store: "ObjectStore | PayloadStore", model: str) -> list[str]:
 
 
 def read_name(reader: Reader, model: str, name: str) -> AdapterName:
-    """The versions of a name. Raises AdapterNotPublished, ManifestInvalid, or the reader's errors."""
+    """Reads the versions of an adapter's name. Raises AdapterNotPublished, ManifestInvalid, or the reader's errors."""
     key = f"{adapter_prefix(model)}names/{name}.json"
     return _decoded(reader, key, AdapterName, f"adapter {name!r} of model {model!r} is not published")
 
 
 def read_version(reader: Reader, model: str, version: str) -> AdapterManifest:
-    """The manifest of a version. Raises AdapterNotPublished, ManifestInvalid, or the reader's errors."""
+    """Reads the manifest of a version. Raises AdapterNotPublished, ManifestInvalid, or the reader's errors."""
     key = f"{version_prefix(model, version)}{MANIFEST}"
     manifest = _decoded(reader, key, AdapterManifest, f"version {version} of an adapter of model {model!r} is not published")
     for name, stored in manifest.objects.items():

@@ -1,8 +1,8 @@
-"""Matrices in blocks, without loss: the layout that publications of dtype `kept` hold and kernels read.
+"""Matrices in blocks, without loss: the layout that published models of dtype `kept` have and kernels read.
 
 A row is cut into blocks of 32 weights, and weight = scale * value + minimum. A value is a code minus the format's offset or a
 zero point, the code's entry in a table, or the code itself as float8. Scale, minimum and zero point belong to a super, which is
-1 to 8 blocks; in GGUF's supers of 8 blocks, scale and minimum are multiplied by an integer for each block or half of it.
+1 to 8 blocks. In GGUF's supers of 8 blocks, scale and minimum are multiplied by an integer for each block or half of it.
 `FORMATS` says which format has what.
 
 A matrix [outs, width] is stored as `X.weight`, U8 [groups, supers, bytes], and `X.weight_format`, U8 [...], which is JSON: the
@@ -43,7 +43,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class BlockFormat:
-    """How a kind of block stores weights: bits of a code, scales and minima, and the layout of the file's blocks."""
+    """Says how blocks of one kind store weights: bits of a code, scales and minima, and the layout of the file's blocks."""
 
     name: str
     low: int  # bits of a code in the lower planes: 2, 4 or 8
@@ -69,7 +69,7 @@ class BlockFormat:
 
     @property
     def lanes(self) -> list[tuple[int, int]]:
-        """The vectors that make up a super, in order: (bytes of each of the 16 lanes, number of such vectors)."""
+        """The vectors that make up a super, in order: (bytes of each of the 16 lanes, number of successive such vectors)."""
         integers = 2 if self.factors and self.minimum else self.factors
         parts = [(4, self.low + self.high), (1, integers)] * self.blocks
         parts += [(self.scale_bytes, 1), (2, int(self.minimum)), (1, int(self.zero))]
@@ -77,7 +77,7 @@ class BlockFormat:
 
     @property
     def super_bytes(self) -> int:
-        """Bytes of a super of all 16 rows of a group."""
+        """Bytes that one super takes for all 16 rows of a group."""
         return sum(GROUP * size * count for size, count in self.lanes)
 
 
@@ -90,12 +90,12 @@ class Packing:
 
 
 def packed_shape(form: BlockFormat, outs: int, width: int) -> tuple[int, int, int]:
-    """The shape [groups, supers, bytes] of a packed matrix [outs, width]; rows have whole supers."""
+    """The shape [groups, supers, bytes] of a packed matrix [outs, width]. A row must have whole supers."""
     return -(-outs // GROUP), width // (BLOCK * form.blocks), form.super_bytes
 
 
 def read_blocks(form: BlockFormat, rows: Array) -> Blocks:
-    """Reads rows as a GGUF file has them, uint8 [rows, bytes of a row]. The format must be one that such files have."""
+    """Splits rows as a GGUF file has them, uint8 [rows, bytes of a row]. The format must be one that GGUF files have."""
     assert form.split is not None
     count = len(rows)
     found = form.split(rows.reshape(-1, form.file_bytes))
@@ -156,7 +156,7 @@ def pack(form: BlockFormat, blocks: Blocks) -> Array:
 
 
 def unpack(form: BlockFormat, packed: Array, outs: int, lanes: int = GROUP) -> Blocks:
-    """The inverse of `pack`. outs: rows of the matrix; the last group may have fewer than 16.
+    """Unpacks a matrix: the inverse of `pack`. outs: rows of the matrix; the last group may have fewer than 16.
 
     lanes: rows of a group; 1 for what `single_rows` returns.
     """
@@ -197,7 +197,7 @@ def unpack(form: BlockFormat, packed: Array, outs: int, lanes: int = GROUP) -> B
 
 
 def _mask(bits: int) -> Any:
-    """Selects the lowest bits of each of the four bytes of a uint32."""
+    """A mask for the lowest `bits` bits of each of the four bytes of a uint32."""
     return np.uint32(0x01010101 * ((1 << bits) - 1))
 
 
@@ -209,7 +209,7 @@ def single_rows(form: BlockFormat, packed: Array, rows: Array) -> Array:
 
 @cache
 def _bytes_of_lanes(name: str) -> Array:
-    """Which bytes of a super each of the 16 rows of a group has: [16, bytes]."""
+    """For each of the 16 rows of a group, the positions of its bytes in a super: [16, bytes]."""
     positions, start = [], 0
     for size, count in FORMATS[name].lanes:
         end = start + GROUP * size * count
@@ -219,11 +219,11 @@ def _bytes_of_lanes(name: str) -> Array:
 
 
 def floats_of(form: BlockFormat, blocks: Blocks) -> Floats:
-    """The weights, float32 [rows, width], with the bits that the dequantization of the format's own library has."""
+    """The weights, float32 [rows, width]. They equal, bit by bit, those that the format's own library computes."""
     rows = len(blocks.codes)
 
     def wide(numbers: Array, factors: Array | None) -> Floats:
-        """A scale or minimum for each block or half of a block: [rows, n, 1]."""
+        """Expands scales or minima to one for each block or half of a block: [rows, n, 1]."""
         every: Floats = powers_of_two(numbers) if numbers.dtype == np.uint8 else numbers.astype(np.float32)
         if factors is not None:
             every = every[:, :, None] * factors.reshape(rows, every.shape[1], -1).astype(np.float32)
@@ -252,8 +252,8 @@ def powers_of_two(exponents: Array) -> Floats:
 def packed_rows(form: BlockFormat, packed: Array, rows: Array) -> Array:
     """Selects rows of a packed matrix, and returns them packed.
 
-    rows: numbers of the rows, in the order of the result, in which each 16 of them form a group. Rows that the last group lacks
-    are zero bits.
+    rows: numbers of the rows, in the order of the result. Each 16 of them form a group. If the last group has fewer, its other
+    rows are zero bits.
     """
     supers = packed.shape[1]
     chosen = np.zeros(-(-len(rows) // GROUP) * GROUP, np.int64)
@@ -276,12 +276,15 @@ def packed_rows(form: BlockFormat, packed: Array, rows: Array) -> Array:
 
 
 def _halves(pairs: Array) -> Array:
-    """The 4-bit codes of bytes [n, ..., bytes]: the lower halves of all bytes, then the upper ones."""
+    """Splits bytes [n, ..., bytes] into 4-bit codes: the lower halves of all bytes, then the upper ones."""
     return _bits(pairs, 4, 2).reshape(*pairs.shape[:-1], -1)
 
 
 def _bits(planes: Array, bits: int, places: int) -> Array:
-    """Codes of few bits, [n, ..., places, bytes]: place i of byte j is its bits from i * bits on. Bytes come in fours."""
+    """Splits each byte into codes of `bits` bits: [n, ..., places, bytes]. The number of bytes must be divisible by 4.
+
+    Place i of byte j has the byte's bits from number i * bits on.
+    """
     words: Array = np.ascontiguousarray(planes).view(np.uint64 if planes.shape[-1] % 8 == 0 else np.uint32)
     mask = np.frombuffer(bytes([(1 << bits) - 1] * words.itemsize), words.dtype)[0]
     codes = np.empty((*words.shape[:-1], places, words.shape[-1]), words.dtype)
@@ -334,7 +337,7 @@ def _q3_k(supers: Array) -> Blocks:
 
 
 def _k_factors(packed: Array) -> tuple[Array, Array]:
-    """The 6-bit integers of Q4_K and Q5_K, int8 [n, 8] each: for scales and for minima."""
+    """Unpacks the 6-bit integers of Q4_K and Q5_K. Returns those for scales and those for minima, int8 [n, 8] each."""
     words = np.ascontiguousarray(packed).view(np.uint32)
     six, four, upper = (np.uint32(0x01010101 * mask) for mask in (63, 15, 48))
     two, shift = np.uint32(2), np.uint32(4)
@@ -394,12 +397,14 @@ FORMATS: Final[Mapping[str, BlockFormat]] = {
         *(BlockFormat(f"E4M3_{32 * blocks}", 8, floats=True, scale_bytes=4, blocks=blocks) for blocks in (1, 4)),
     )
 }
-"""By name, in the order of their numbers in functions/stage/native/c/native.h. The number in a name is that of the weights that
-share a scale; all such scales are float32."""
+"""The formats by name, in the order of their numbers in functions/stage/native/c/native.h.
+
+A number after `_` in names such as INT4_32 says how many weights share a scale. These scales are float32.
+"""
 
 
 def packing_of(data: Array | memoryview) -> Packing:
-    """Reads the bytes of an `X.weight_format`. Raises ValueError for an unknown format."""
+    """Parses the bytes of an `X.weight_format`. Raises ValueError for an unknown format."""
     packing = msgspec.json.decode(bytes(data), type=Packing)
     if packing.format not in FORMATS:
         raise ValueError(f"a matrix is in the unknown block format {packing.format!r}; publish it again with this version")

@@ -1,6 +1,6 @@
 """Checks a model before anything of it is written: tensor shapes against config.json, and whether a stage can run the dtype.
 
-`decoder` knows the tensors of the models that Lamina's own layers run. For others transformers builds the model without
+`decoder` knows the tensors of the models that Lamina's own layers run. For other models, transformers builds the model without
 memory (on torch's meta device), which names every tensor with its shape. Stages check again what they load.
 """
 
@@ -28,8 +28,8 @@ _MAX_HEAD_DIM: Final = 1024  # LAMINA_MOST_HEAD of functions/stage/native/c/nati
 def check_runnable(config: Mapping[str, Any], dtype: str) -> None:
     """Raises ArchitectureUnsupported for a model that no stage could run in `dtype`. config: a parsed config.json.
 
-    A stage decides by the same description. transformers runs floats only, and only families of the table have layers of
-    Lamina's own. Other families may have matrices of the same names, so the config decides, not the names.
+    A stage decides by the same description. transformers runs floats only; int8 and q4 need Lamina's own layers, which run only
+    families of the table. Other families may have matrices of the same names, so the config decides, not the names.
     """
     check_served(config)
     if EMBEDDER_KEY in config:
@@ -65,10 +65,10 @@ def is_layer_matrix(name: str, shape: tuple[int, ...]) -> bool:
 def check_shapes(config: Mapping[str, Any], seen: Shapes, dtype: str) -> frozenset[str]:
     """Compares the shapes `seen` in a checkpoint with those that its parsed config.json implies.
 
-    Returns the names of the tensors that stay float32 whatever the `dtype` of the publication, as in transformers: a router's
-    bias, for example, and its matrix if the experts run in C. A model that Lamina's own layers run must have exactly these
-    tensors. In others, tensors with unknown names are left to the stage that loads them, which runs transformers as well.
-    Raises CheckpointInvalid, which names a tensor and both shapes, or LibraryMissing.
+    Returns the names of the tensors that stay float32 whatever the `dtype` of the published model, as in transformers: a
+    router's bias, for example, and its matrix if the experts run in C. A model that Lamina's own layers run must have exactly
+    the tensors that config.json implies. In other models, tensors with unknown names are not checked here: the stage that loads
+    them runs transformers as well. Raises CheckpointInvalid, which names a tensor and both shapes, or LibraryMissing.
     """
     try:
         model = decoder_of(config)
@@ -112,11 +112,11 @@ def _other_shape(name: str, seen: tuple[int, ...], expected: tuple[int, ...]) ->
 
 
 def _shapes_by_transformers(config: Mapping[str, Any], dtype: str) -> tuple[Shapes, str, frozenset[str]]:
-    """The tensors that transformers' model for this config.json has: their shapes by the names that `save_pretrained` writes.
+    """Returns the shapes of the tensors in transformers' model for this config.json, by names as `save_pretrained` writes them.
 
     Also returns the prefix of these names (such as `model`) that some checkpoints omit, and regular expressions for the names
-    of those that the model loads in float32 where `dtype` is narrower. Raises LibraryMissing, and
-    ArchitectureUnsupported if transformers has no language model for the config.
+    of tensors that the model loads in float32 even if `dtype` is narrower. Raises LibraryMissing, and ArchitectureUnsupported
+    if transformers has no language model for the config.
     """
     try:
         import torch

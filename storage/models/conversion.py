@@ -1,9 +1,9 @@
-"""Converts tensors of a checkpoint to those of a publication: a float type, int8 with a scale for each row, four bits, or the
-blocks of a GGUF file.
+"""Converts tensors of a checkpoint to those of a published model: floats, int8, four bits, or the blocks of a GGUF file.
 
-In int8 the matrices of layers are I8, in q4 they have four bits (`q4`). Embedding and head are in `blocks`: a GGUF file's own,
-or Q8_0. Other tensors are bfloat16 in int8 and float32 in q4. Stages run both by layers in C only (`checks`).
-In kept every tensor keeps the checkpoint's format: matrices in the formats of `blocks`, and floats. Others become bfloat16.
+In int8, the matrices of layers are I8 with a scale for each row; in q4, they have four bits (`q4`). In both, embedding and head
+are in `blocks`: a GGUF file's own, or Q8_0. Other tensors are bfloat16 in int8 and float32 in q4. Only layers in C run int8 and
+q4 (`checks`). In kept, every tensor keeps the checkpoint's format if that is a float type or one of `blocks`. Other tensors
+become bfloat16.
 """
 
 import threading
@@ -47,7 +47,7 @@ _FLOATS_OF: Final[Mapping[Dtype, FloatName]] = {
 
 @dataclass(slots=True)
 class RoundingError:
-    """The largest difference between weights and what is published for them, and the largest magnitude of a weight.
+    """The largest difference between a weight and its published value, and the largest magnitude of a weight.
 
     Thread-safe.
     """
@@ -65,7 +65,7 @@ class RoundingError:
 
 
 def _largest_magnitude(numbers: Floats) -> float:
-    """The largest magnitude of those that are finite; 0 if none is."""
+    """The largest magnitude of the finite numbers; 0 if no number is finite."""
     largest = max(float(numbers.max(initial=0)), -float(numbers.min(initial=0)))
     return largest if np.isfinite(largest) else float(np.abs(numbers).max(initial=0, where=np.isfinite(numbers)))
 
@@ -73,9 +73,10 @@ def _largest_magnitude(numbers: Floats) -> float:
 def convert_tensor(
     name: str, source: SourceTensor, dtype: Dtype, error: RoundingError | None = None
 ) -> dict[str, TargetTensor]:
-    """The tensors to store for one tensor of the checkpoint, by name: one in the wanted type, or a matrix and its description.
+    """The tensors to store for one tensor of the checkpoint, by name.
 
-    error: notes what each block loses as it is converted. Raises CheckpointInvalid for a tensor that is no float.
+    These are one tensor in the wanted type, or a matrix and the tensors that describe it. error: records the rounding error of
+    each block when the block is converted. Raises CheckpointInvalid for a tensor that is no float.
     """
     if source.dtype not in FLOATS:
         raise CheckpointInvalid(f"tensor {name!r} is {source.dtype}, no float; publish the unquantized checkpoint")
@@ -116,7 +117,7 @@ def _float_tensor(name: str, source: SourceTensor, dtype: FloatName, error: Roun
 def _int8_matrix(name: str, source: SourceTensor, error: RoundingError | None) -> dict[str, TargetTensor]:
     """A matrix in int8 and its scales: `weight[i, j] = int8[i, j] * scale[i]`, scale[i] = largest magnitude in row i / 127.
 
-    The scales are known once the matrix has been iterated over, and are written after it.
+    The scales are known after the matrix has been iterated over, and are written after it.
     """
     scales: list[memoryview] = []
 
@@ -139,7 +140,10 @@ def _int8_matrix(name: str, source: SourceTensor, error: RoundingError | None) -
 
 
 def _q4_matrix(name: str, source: SourceTensor, error: RoundingError | None) -> TargetTensor:
-    """The matrix packed as in `q4`. Four bits of a checkpoint stay as they are; other weights get the least square error."""
+    """A matrix packed as in `q4`.
+
+    Four bits of a checkpoint stay as they are. Other weights are rounded with the least square error.
+    """
 
     outs, width = source.shape
 
@@ -164,7 +168,7 @@ def _q4_matrix(name: str, source: SourceTensor, error: RoundingError | None) -> 
 def _matrix_in_blocks(
     name: str, source: SourceTensor, form: BlockFormat, error: RoundingError | None
 ) -> dict[str, TargetTensor]:
-    """A matrix packed as in `blocks`, its format, and the order of its columns if that is another."""
+    """A matrix packed as in `blocks`, its format, and the order of its columns if they are stored in another order."""
     stored, order = source.read_blocks, source.order
     assert stored is not None
 
@@ -188,7 +192,7 @@ def _matrix_in_blocks(
 
 
 def _q8_0_matrix(name: str, source: SourceTensor, error: RoundingError | None) -> dict[str, TargetTensor]:
-    """A matrix of floats in Q8_0: blocks of 32 weights, whose scale is the largest magnitude divided by 127."""
+    """A matrix of floats, converted to Q8_0: blocks of 32 weights, whose scale is the largest magnitude divided by 127."""
     form = FORMATS["Q8_0"]
 
     def read(first: int, last: int) -> Blocks:
@@ -208,7 +212,7 @@ def _q8_0_matrix(name: str, source: SourceTensor, error: RoundingError | None) -
 def _in_blocks(
     name: str, source: SourceTensor, form: BlockFormat, read: Callable[[int, int], Blocks]
 ) -> dict[str, TargetTensor]:
-    """read: rows [first, last)."""
+    """The tensors of a packed matrix and of its format. read: returns rows [first, last) in blocks."""
     outs, width = source.shape
     packing = msgspec.json.encode(Packing(form.name, (outs, width)))
 
@@ -223,7 +227,7 @@ def _in_blocks(
 
 
 def _int8(rows: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """Quantizes rows [out, in] to weights [out, in] and scales [out]. If a scale is not finite, its weights mean nothing."""
+    """Quantizes rows [out, in] to weights [out, in] and scales [out]. Weights whose scale is not finite are arbitrary."""
     scales = np.abs(rows).max(axis=1, keepdims=True) / np.float32(_INT8_MAX)
     scales[scales == 0] = 1.0
     with np.errstate(invalid="ignore"):

@@ -1,4 +1,7 @@
-"""What follows the last layer of a model that makes vectors or scores of texts, as its publication's config.json says it."""
+"""Describes what follows the last layer of a model that makes vectors or scores of texts.
+
+The config.json of the published model contains the description.
+"""
 
 from collections.abc import Mapping
 from typing import Any, Final, Literal
@@ -14,7 +17,10 @@ CLASSIFIER: Final = "score.weight"
 
 
 class Dense(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A linear layer after pooling. Its tensors are `{name}.linear.weight` [outs, ins] and, if it has any, `.bias`."""
+    """A linear layer after pooling.
+
+    Its tensors are `{name}.linear.weight` [outs, ins] and, optionally, `{name}.linear.bias`.
+    """
 
     name: str
     ins: int
@@ -23,7 +29,7 @@ class Dense(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Embedder(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """How a model without a head for tokens makes a vector, or scores, of a text's final hidden states."""
+    """Says how a model without a token head makes a vector or a score from the final hidden states of a text."""
 
     pooling: Pooled
     size: int  # of a vector
@@ -37,17 +43,17 @@ class Embedder(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
 
     @property
     def in_one_chunk(self) -> bool:
-        """Whether a text is computed in one chunk: vectors of its parts do not make the vector of the whole."""
+        """Whether a text must be computed in one chunk, because its vector does not follow from those of its parts."""
         return self.bidirectional or (self.pooling == "mean" and bool(self.dense))
 
     @property
     def tensors(self) -> frozenset[str]:
-        """Names of the tensors that follow pooling; a dense layer may lack its bias."""
+        """Names of the tensors that are used after pooling. A dense layer may lack its bias."""
         names = {f"{dense.name}.linear.{part}" for dense in self.dense for part in ("weight", "bias")}
         return frozenset(names | {CLASSIFIER} if self.classifies else names)
 
 
 def embedder_in(config: Mapping[str, Any]) -> Embedder | None:
-    """What the config.json of a publication says of an embedder; None: the model generates tokens."""
+    """Reads the description of an embedder from a published model's config.json. None if the model generates tokens."""
     described = config.get(EMBEDDER_KEY)
     return None if described is None else msgspec.convert(described, Embedder)

@@ -1,6 +1,6 @@
-"""Cuts tensors that hold all experts of a layer into the matrices of each expert, which publications have.
+"""Cuts tensors that contain all experts of a layer into the matrices of each expert, as published models have them.
 
-The table of families says whose checkpoints have such tensors.
+The table of families says which checkpoints have such tensors.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,10 @@ _EXPERTS_AT_ONCE: Final = 4  # that are kept in memory while their rows are read
 
 
 def split_experts(model_type: str, tensors: Mapping[str, SourceTensor]) -> Mapping[str, SourceTensor]:
-    """The tensors of a checkpoint with a matrix for each expert. Raises CheckpointInvalid for tensors that cannot be cut so."""
+    """Replaces each tensor that contains all experts of a layer by the matrices of each expert.
+
+    Raises CheckpointInvalid for tensors that cannot be cut this way.
+    """
     if not (merged := dict(merged_experts(model_type))):
         return tensors
     found: dict[str, SourceTensor] = {}
@@ -51,7 +54,7 @@ def split_experts(model_type: str, tensors: Mapping[str, SourceTensor]) -> Mappi
 
 
 class _WholeExperts:
-    """Reads experts of merged tensors as a whole: a checkpoint's rows are experts. Thread-safe."""
+    """Reads merged tensors by whole experts: a row of such a tensor is an expert. Thread-safe."""
 
     def __init__(self, tensors: Mapping[str, SourceTensor]) -> None:
         self._tensors = tensors
@@ -59,7 +62,10 @@ class _WholeExperts:
         self._read_blocks = lru_cache(_EXPERTS_AT_ONCE)(self._expert_in_blocks)
 
     def rows(self, name: str, expert: int, part: int, parts: int, transposed: bool, first: int, last: int) -> memoryview:
-        """Rows [first, last) of one of the matrices, or biases, of an expert."""
+        """Reads rows [first, last) of a matrix, or numbers of a bias, of one expert in the merged tensor `name`.
+
+        part, parts: number of the matrix among those that are merged, and how many they are.
+        """
         whole = self._read(name, expert)
         if transposed:
             own = whole.T[part::parts]
@@ -69,7 +75,7 @@ class _WholeExperts:
         return as_bytes(np.ascontiguousarray(own[first:last]).copy())
 
     def blocks(self, name: str, expert: int, part: int, parts: int, transposed: bool, first: int, last: int) -> Blocks:
-        """The same of a matrix in blocks, whose rows are outputs also if the floats are transposed."""
+        """As `rows`, for a matrix in blocks. Its rows are outputs, even if the floats are transposed."""
         whole = self._read_blocks(name, expert)
         size = len(whole.codes) // parts
         rows = slice(part, None, parts) if transposed else slice(part * size, (part + 1) * size)
@@ -88,7 +94,10 @@ class _WholeExperts:
 
 
 def merged_experts(model_type: str) -> Iterator[tuple[str, tuple[tuple[str, ...], str, bool]]]:
-    """Names of merged tensors, each with the names of an expert's matrices, their kind, and whether they are transposed."""
+    """Yields the name of each merged tensor, and what it contains.
+
+    That is: the names of an expert's matrices, their kind (`weight` or `bias`), and whether they are transposed.
+    """
     family = DECODER_FAMILIES.get(model_type)
     if family is None or family.merged_experts is None:
         return

@@ -1,6 +1,6 @@
-"""The layout of published models in a bucket, and the manifest that describes one publication.
+"""The layout of published models in a bucket, and the manifest that describes each of them.
 
-The manifest is written last: a publication is visible as a whole or not at all.
+The manifest is written last, so a published model is visible as a whole or not at all.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ _ROOT: Final = "models/"
 
 
 class StoredObject(msgspec.Struct, frozen=True):
-    """One safetensors file of a publication: the embedding, one decoder layer, or the head."""
+    """One safetensors file of a published model: the embedding, one decoder layer, or the head."""
 
     key: str
     bytes: _Size
@@ -51,12 +51,12 @@ class StoredObject(msgspec.Struct, frozen=True):
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) over length and checksums: equal for equal contents, whatever the key."""
+        """SHA-256 (hex) over length and checksums. Objects with equal contents have equal digests, whatever their keys."""
         return hashlib.sha256(msgspec.json.encode((self.bytes, self.part_bytes, self.parts))).hexdigest()
 
 
 class StoredFile(msgspec.Struct, frozen=True):
-    """A small file of the publication: config.json, tokenizer.json …"""
+    """A small file of a published model: config.json, tokenizer.json …"""
 
     key: str
     bytes: int
@@ -64,7 +64,7 @@ class StoredFile(msgspec.Struct, frozen=True):
 
 
 class ModelManifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """The description of one publication. `objects` has embedding, layer-00000 … and head, in this order."""
+    """The description of one published model. `objects` has embedding, layer-00000 … and head, in this order."""
 
     manifest_version: int
     name: str
@@ -86,7 +86,10 @@ class ModelManifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) over contents and description, not over names and places. The pipeline's fingerprint holds it."""
+        """SHA-256 (hex) over the model's contents and description, but not its name and keys.
+
+        The pipeline's fingerprint depends on it.
+        """
         fields = {name: getattr(self, name) for name in self.__struct_fields__ if name not in _PLACES}
         for name in ("embedder", "has_layer_inputs"):  # older publications keep their digest
             if not fields[name]:
@@ -102,7 +105,7 @@ _PLACES: Final = frozenset({"manifest_version", "name", "publication"})  # field
 
 
 class Reader(Protocol):
-    """Reads whole objects by key. ObjectReader and ObjectStore are such."""
+    """Reads whole objects by key, as ObjectReader and ObjectStore do."""
 
     def get(self, key: str) -> bytes: ...
 
@@ -112,17 +115,17 @@ class _Version(msgspec.Struct):
 
 
 def layer_object(layer: int) -> str:
-    """Name of a layer's object: layer-00007."""
+    """Name of the object of a layer, such as layer-00007."""
     return f"layer-{layer:05d}"
 
 
 def object_names(num_layers: int) -> list[str]:
-    """The names of all objects of a publication, in the order of a forward pass."""
+    """The names of all objects of a published model, in the order of a forward pass."""
     return ["embedding", *map(layer_object, range(num_layers)), "head"]
 
 
 def check_name(name: str, what: str = "model") -> None:
-    """Raises ValueError if `name` cannot be part of a key."""
+    """Raises ValueError if `name` cannot be part of a key. what: says in the error what has the name."""
     if not _NAME.fullmatch(name):
         raise ValueError(
             f"{what} name {name!r}: letters, digits, '.', '_' and '-', at most 128, beginning with a letter or digit"
@@ -130,7 +133,10 @@ def check_name(name: str, what: str = "model") -> None:
 
 
 def model_prefix(name: str, dtype: str) -> str:
-    """The prefix of a model's keys in one dtype, with a slash at its end. Raises ValueError for an invalid name or dtype."""
+    """The prefix of the keys of a model in one dtype, with a slash at its end.
+
+    Raises ValueError for an invalid name or dtype.
+    """
     check_name(name)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
@@ -155,7 +161,10 @@ def read_manifest(reader: Reader, name: str, dtype: str) -> ModelManifest:
 
 
 def decode_manifest(data: bytes, key: str) -> ModelManifest:
-    """Parses and checks a manifest. key: for messages. Raises ManifestTooNew, ManifestTooOld or ManifestInvalid."""
+    """Parses and checks a manifest. key: names the manifest in errors.
+
+    Raises ManifestTooNew, ManifestTooOld or ManifestInvalid.
+    """
     try:
         version = msgspec.json.decode(data, type=_Version).manifest_version
         if version > MANIFEST_VERSION:
@@ -179,7 +188,7 @@ def encode_manifest(manifest: ModelManifest) -> bytes:
 
 
 def read_file(reader: Reader, manifest: ModelManifest, name: str) -> bytes:
-    """Reads and verifies a file of the publication, such as tokenizer.json. Raises ObjectNotFound, ChecksumMismatch."""
+    """Reads and verifies a file of a published model, such as tokenizer.json. Raises ObjectNotFound, ChecksumMismatch."""
     if name not in manifest.files:
         raise ObjectNotFound(
             f"model {manifest.name!r} was published without {name}; it has {', '.join(sorted(manifest.files))}. "
@@ -220,7 +229,7 @@ def _check(manifest: ModelManifest, key: str) -> None:
 
 
 def contradiction(stored: StoredObject) -> str | None:
-    """What is wrong with a manifest's description of an object, if it contradicts itself; None: nothing."""
+    """Describes how a manifest's entry for an object contradicts itself, as part of a sentence. None if it does not."""
     if stored.part_bytes % ALIGNMENT or len(stored.parts) != -(-stored.bytes // stored.part_bytes):
         return f"has {stored.bytes} bytes in {len(stored.parts)} parts of {stored.part_bytes}"
     if not stored.tensors:

@@ -1,4 +1,4 @@
-"""Writes one object of a publication: lays it out, streams it into the store, and hashes it on the way."""
+"""Writes one object of a published model: lays it out, streams it into the store, and hashes it on the way."""
 
 import io
 from collections import deque
@@ -25,7 +25,7 @@ class TargetTensor:
 
 @dataclass(frozen=True, slots=True)
 class ObjectPlan:
-    """A safetensors file to write: its header and the place of every tensor."""
+    """A safetensors file to write: its header, its tensors, and the place of each tensor in the file."""
 
     name: str
     tensors: Mapping[str, TargetTensor]
@@ -42,7 +42,7 @@ def plan_object(name: str, tensors: Mapping[str, TargetTensor]) -> ObjectPlan:
 
 
 def write_object(store: ObjectStore, key: str, plan: ObjectPlan, on_bytes: Callable[[int], None]) -> StoredObject:
-    """Streams the object into the store, a few MiB in memory at a time, and returns what the manifest says of it.
+    """Streams an object into the store, with a few MiB in memory at a time. Returns the object's entry in the manifest.
 
     on_bytes: called with the length of every block.
     """
@@ -52,14 +52,14 @@ def write_object(store: ObjectStore, key: str, plan: ObjectPlan, on_bytes: Calla
 
 
 def planned_digests(plan: ObjectPlan, on_bytes: Callable[[int], None]) -> tuple[str, ...]:
-    """The digests of the parts that `write_object` would write. Reads, converts and hashes everything, and sends nothing."""
+    """The digests of the parts that `write_object` would write. Reads, converts and hashes everything, but sends nothing."""
     stream = _PlanStream(plan, on_bytes)
     deque(stream.blocks(), maxlen=0)
     return stream.part_digests()
 
 
 class _PlanStream(io.RawIOBase):
-    """The bytes of a plan as a stream, hashed as they are read, once from front to back."""
+    """The bytes of a planned object as a stream that can be read once. It hashes them as they are read."""
 
     def __init__(self, plan: ObjectPlan, on_bytes: Callable[[int], None]) -> None:
         self._plan = plan
@@ -102,7 +102,7 @@ class _PlanStream(io.RawIOBase):
             yield block
 
     def part_digests(self) -> tuple[str, ...]:
-        """The digests of all parts. Call it only after the end of the stream."""
+        """The digests of all parts. Call this only after the end of the stream."""
         return tuple(self._parts) if not self._hashed else (*self._parts, self._hash.hexdigest())
 
     def _unhashed_blocks(self) -> Iterator[memoryview]:

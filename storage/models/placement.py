@@ -1,4 +1,4 @@
-"""Assigns every tensor of a checkpoint to an object of its publication: embedding, a layer, or head."""
+"""Assigns every tensor of a checkpoint to an object of the published model: embedding, a layer, or head."""
 
 import re
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ Placement = dict[str, dict[str, SourceTensor]]
 def place_tensors(tensors: Mapping[str, SourceTensor], model: ModelDescription) -> Placement:
     """Maps the name of each object, in order, to its tensors. Raises CheckpointInvalid if an object would be incomplete.
 
-    Raises ArchitectureUnsupported for a tensor that is for no object.
+    Raises ArchitectureUnsupported for a tensor that belongs to no object.
     """
     if model.num_layers > len(tensors):
         raise CheckpointInvalid(
@@ -51,17 +51,17 @@ def place_tensors(tensors: Mapping[str, SourceTensor], model: ModelDescription) 
 
 
 def embedding_matrix(placed: Placement) -> str | None:
-    """Name of the token embedding's matrix, or None."""
+    """Name of the token embedding's matrix. None if there is none."""
     return next((name for name in placed["embedding"] if name.endswith(_EMBEDDING_MATRICES)), None)
 
 
 def head_matrix(placed: Placement) -> str | None:
-    """Name of the matrix that makes logits; None: the checkpoint has none and uses the embedding's."""
+    """Name of the matrix that makes logits. None if the checkpoint has none and uses the embedding's."""
     return next((name for name in placed["head"] if name.endswith(_HEAD_MATRICES)), None)
 
 
 def _object_of(name: str, tensor: SourceTensor, model: ModelDescription) -> str | None:
-    """Name of the object that a tensor belongs to; None: the tensor is not published."""
+    """Name of the object to which a tensor belongs. None if the tensor is not published."""
     # A causal mask [1, 1, n, n] has the name that a projection's bias [n] has elsewhere.
     if _BUFFER.search(name) and not (name.endswith(".bias") and len(tensor.shape) < 2):
         return None

@@ -1,9 +1,9 @@
 """Publishes a checkpoint: every decoder layer, the embedding and the head as one object each, then the manifest.
 
-Objects are made and sent by several threads. Memory is bounded: tensors pass through in blocks of a few MiB. Publishing is
-resumable: after every object a fragment of the manifest is written; the next run reads the object's tensors again and sends
-nothing if they give the same bytes. It is idempotent: publishing the same contents again costs one manifest read and one
-reading of the files. Readers see nothing before the manifest. Objects are named by the checkpoint's contents, so that two
+Several threads make and send objects. Memory is bounded: tensors pass through in blocks of a few MiB. Publishing is resumable:
+after every object, a fragment of the manifest is written. The next run reads the object's tensors again and sends nothing if
+they give the same bytes. Publishing is idempotent: to publish the same contents again costs one read of the manifest and one of
+the files. Readers see nothing before the manifest. The names of objects depend on the checkpoint's contents, so two
 publications of one name never mix.
 """
 
@@ -64,7 +64,10 @@ _FRAGMENT_SUFFIX: Final = ".fragment.json"
 
 @dataclass(frozen=True, slots=True)
 class PublishProgress:
-    """The progress of a publication, reported after every block. Bytes of objects sent now or by an earlier run."""
+    """The progress of publishing a model, reported after every block.
+
+    Its bytes are those of objects that this run or an earlier one has sent.
+    """
 
     object: str
     done_bytes: int
@@ -73,7 +76,7 @@ class PublishProgress:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedSource:
-    """What was published of a quantized checkpoint."""
+    """Facts about a quantized checkpoint that was published."""
 
     method: str  # of quantization, for people
     source_bytes: int  # of the checkpoint's files
@@ -83,7 +86,7 @@ class QuantizedSource:
 
 @dataclass(frozen=True, slots=True)
 class PublicationPlan:
-    """What a publication would write."""
+    """What publishing a checkpoint would write."""
 
     checkpoint: Checkpoint
     model: ModelDescription
@@ -114,8 +117,8 @@ def publish(
     source: a Hugging Face folder, a GGUF file, or a hub id. dtype: one of DTYPES. on_quantized: called at the end, if the
     source is a quantized Hugging Face checkpoint and was not published before. afresh: writes every object, even if the store
     seems to have it; this repairs a damaged publication. tokenizer: a folder whose tokenizer is published instead of the
-    source's own. text_only: publishes only the language model of a checkpoint that also sees or hears. check_cut: tries, before
-    anything is written, whether stages can run a model that Lamina's own layers do not.
+    source's own. text_only: publishes only the language model of a checkpoint that also processes images or sound. check_cut:
+    called before anything is written, for a model that Lamina's own layers do not run; raises an error if stages cannot run it.
 
     Raises ValueError for an invalid name or dtype, CheckpointInvalid or another StorageError. After an error, the former
     publication under this name stays as it was.
@@ -181,9 +184,9 @@ def plan_publication(
     note_losses: bool = False,
     check_cut: CutCheck | None = None,
 ) -> PublicationPlan:
-    """Says what `publish` would write of the checkpoint at `path`; reads no tensor, unless it must compare tied matrices.
+    """Plans what `publish` would write for the checkpoint at `path`. Reads no tensor unless it must compare tied matrices.
 
-    note_losses: the plan has an `error` also for checkpoints that are not quantized. Raises as `publish` does.
+    note_losses: if it is set, the plan has an `error` even for checkpoints that are not quantized. Raises as `publish` does.
     """
     from storage.models.conversion import RoundingError  # numpy, which only a real publication needs
 
@@ -218,7 +221,7 @@ def plan_objects(
     in_float32: Collection[str],
     error: "RoundingError | None" = None,
 ) -> list[ObjectPlan]:
-    """The objects of a publication. in_float32: names of tensors that have this dtype in any publication."""
+    """Plans the objects of a published model. in_float32: names of tensors that are float32 whatever the `dtype`."""
     from storage.models.conversion import convert_tensor  # numpy, which only a real publication needs
 
     plans = []
@@ -232,9 +235,9 @@ def plan_objects(
 
 
 def rehearse(plan: PublicationPlan) -> tuple[float, int]:
-    """Converts and hashes the first block of each tensor outside the layers and of layer 0, which fills `plan.error`.
+    """Estimates the cost of a plan. Returns the seconds that all objects take without the upload, and the most bytes of memory.
 
-    Returns estimates of the seconds that all objects take without the upload, and of the bytes of memory at most.
+    Converts and hashes the first block of each tensor of the embedding, layer 0 and the head. This fills `plan.error`.
     """
     converted, started = 0, time.perf_counter()
     for each in (plan.objects[0], plan.objects[1], plan.objects[-1]):
@@ -250,7 +253,7 @@ def rehearse(plan: PublicationPlan) -> tuple[float, int]:
 def _settle_tie(model: ModelDescription, checkpoint: Checkpoint) -> tuple[ModelDescription, Placement]:
     """Places the tensors, and decides on the head matrix of a checkpoint whose config ties it to the embedding.
 
-    If both matrices are equal, the head's is dropped. Else it is used and the model counts as not tied, as in transformers.
+    If both matrices are equal, the head's is dropped. If not, it is used and the model counts as not tied, as in transformers.
     """
     from storage.models.expert_tensors import split_experts  # numpy, as above
 
@@ -272,7 +275,7 @@ def _equal(left: SourceTensor, right: SourceTensor) -> bool:
 
 
 def _warn_of_losses(source: str | Path, placed: Placement) -> None:
-    """Warns if some matrices of the checkpoint are in four bits and others are not: the others lose quality in q4."""
+    """Warns if only some matrices of the checkpoint are in four bits, because the others lose quality in q4."""
     matrices = [
         tensor for members in placed.values() for name, tensor in members.items() if is_layer_matrix(name, tensor.shape)
     ]
@@ -311,11 +314,11 @@ def _check_blocks(source: str | Path, placed: Placement) -> None:
 
 
 class _GivenUp(Exception):
-    """Ends the threads that write further objects when one has failed."""
+    """Ends threads that still write objects after another object has failed."""
 
 
 class _Upload:
-    """Writes the objects and files of one publication, except for the objects that an interrupted run has finished."""
+    """Writes the objects and files of one published model, except for objects that an interrupted run has finished."""
 
     def __init__(
         self, store: ObjectStore, prefix: str, plans: list[ObjectPlan], progress: ProgressCallback | None, afresh: bool
@@ -338,9 +341,9 @@ class _Upload:
         }
 
     def objects(self) -> dict[str, StoredObject]:
-        """Writes all objects, several at a time, and returns what the manifest says of them.
+        """Writes all objects, several at a time. Returns their entries in the manifest, by name.
 
-        After the first error no further object is begun, and those that are being written are given up.
+        After the first error no further object is begun, and objects that are being written are given up.
         """
         with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "publisher") as threads:
             written = {plan.name: threads.submit(self._verified_or_written, plan) for plan in self._plans}
@@ -356,9 +359,9 @@ class _Upload:
         return {name: each.result() for name, each in written.items()}
 
     def _verified_or_written(self, plan: ObjectPlan) -> StoredObject:
-        """Writes the object, unless an earlier run has written it and the checkpoint still gives the same bytes.
+        """Writes an object, unless an earlier run has written it and the checkpoint still gives the same bytes.
 
-        Returns what the manifest says of it.
+        Returns the object's entry in the manifest.
         """
         key, fragment_key = f"{self._prefix}{plan.name}.safetensors", f"{self._prefix}{plan.name}{_FRAGMENT_SUFFIX}"
         report = partial(self._report, plan.name)
@@ -375,7 +378,7 @@ class _Upload:
         return stored
 
     def _report(self, name: str, count: int) -> None:
-        """Counts bytes of an object and tells the caller. Raises _GivenUp if another object has failed."""
+        """Adds `count` bytes to the progress of an object, and reports it. Raises _GivenUp if another object has failed."""
         with self._lock:
             if self._given_up:
                 raise _GivenUp

@@ -1,14 +1,14 @@
-"""Matrices in four bits: the layout that publications of dtype `q4` hold and stages' kernels read, and the rounding to it.
+"""Matrices in four bits: the layout that published models of dtype `q4` have and kernels read, and the rounding to it.
 
-A matrix [outs, width] is cut along its width into blocks of 32 weights. weight = scale * q + minimum, with q 0 … 15; scale and
-minimum are float16, one of each for a block of a row. GGUF's Q4_1 has the same numbers; Q4_0 is minimum = -8 * scale.
+A matrix [outs, width] is cut along its width into blocks of 32 weights. weight = scale * q + minimum, with q 0 … 15. Scale and
+minimum are float16, one of each for a block of a row. GGUF's Q4_1 has the same numbers; Q4_0 has minimum = -8 * scale.
 
 A matrix is stored as `X.weight`, U8 [groups, blocks, 320], in the layout that `blocks` gives to Q4_1: 16 rows of outputs
-together, 5 bits a weight. Padding rows and padding weights are zero bits. The groups of several matrices, concatenated, are the
-stacked matrix, if all rows form whole groups.
+together, 5 bits a weight. Padding rows and padding weights are zero bits. If the rows of several matrices form whole groups,
+their groups can be concatenated to the stacked matrix.
 
-A q4 publication stores the seven matrices of a layer so. Embedding and head are I8 [outs, width] with `X.weight_scale` F32
-[outs] as in int8; all other tensors (gains of norms, biases) are F32.
+The seven matrices of a layer are stored in this way. Embedding and head are I8 [outs, width] with `X.weight_scale` F32 [outs]
+as in int8; all other tensors (gains of norms, biases) are F32.
 """
 
 from typing import Any, Final
@@ -31,7 +31,7 @@ Array = NDArray[Any]
 
 
 def packed_shape(outs: int, width: int) -> tuple[int, int, int]:
-    """The shape [groups, blocks, 320] of a matrix [outs, width] that `pack` has packed into bytes."""
+    """The shape [groups, blocks, 320] of a matrix [outs, width] after `pack`."""
     return blocks.packed_shape(_Q4_1, outs, width + -width % BLOCK)
 
 
@@ -72,9 +72,10 @@ def quantize(rows: Floats) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDAr
 
     Returns q 0 … 15 [outs, width], scales and minima [outs, blocks], as `pack` takes them.
 
-    Every block gets the scale and minimum with the least square error of those tried. The scale that makes its smallest and
-    largest weight 0 and 15 often fits the others badly, so some scales near it are tried too. Each of them rounds the weights;
-    least squares over these give scale and minimum. A scale or minimum beyond float16 is infinite.
+    Several scales are tried for every block, and the one with the least square error is used. The scale that maps the block's
+    smallest and largest weight to 0 and 15 often fits the other weights badly. So scales near it are tried, too. Each of them
+    rounds the weights; least squares over the rounded weights then give scale and minimum. A scale or minimum beyond float16 is
+    infinite.
     """
     outs, width = rows.shape
     # A last block that is not whole repeats its row's last weight.
@@ -94,7 +95,10 @@ def quantize(rows: Floats) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDAr
 
 
 def _best_ends(blocks: Floats) -> tuple[Floats, Floats]:
-    """Scale and minimum with the least square error of those tried, two arrays [blocks], for blocks [blocks, 32]."""
+    """Finds scale and minimum of each block for the least square error of those tried. Returns two arrays [blocks].
+
+    blocks: weights [blocks, 32].
+    """
     weights = np.ascontiguousarray(blocks.T)  # the sums of all blocks are then sums of rows, which are fast
     mean = weights.mean(axis=0)
     weights -= mean  # else the sums below lose the digits in which close weights differ

@@ -1,6 +1,6 @@
-"""Reads how a checkpoint's folder says that its model makes vectors or scores of texts.
+"""Reads from a checkpoint's folder how its model makes vectors or scores of texts.
 
-That is `modules.json` with the folders of its modules, which sentence-transformers writes, or the class
+The folder says so in `modules.json` and the folders of its modules, which sentence-transformers writes, or by the class
 `…ForSequenceClassification`.
 """
 
@@ -31,9 +31,10 @@ _POOLINGS: Final[Mapping[str, Pooled]] = {
 
 
 def with_embedder(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint of a folder with the description of an embedder and its tensors; unchanged if it generates tokens.
+    """Adds the description and the tensors of an embedder to a folder's checkpoint.
 
-    Raises CheckpointInvalid, and ArchitectureUnsupported for modules, pooling or heads that no stage runs.
+    Returns the checkpoint unchanged if the model generates tokens. Raises CheckpointInvalid, and ArchitectureUnsupported for
+    modules, pooling or heads that no stage runs.
     """
     config = checkpoint.config
     architecture = str((config.get("architectures") or [""])[0])
@@ -60,7 +61,7 @@ def _classifier(architecture: str, tensors: Mapping[str, SourceTensor]) -> Embed
 
 
 def _embedder(folder: Path, config: Mapping[str, Any], tensors: dict[str, SourceTensor]) -> Embedder:
-    """Reads the modules of a folder, and adds the tensors of dense ones to `tensors`."""
+    """Reads the modules of a folder, and adds the tensors of dense modules to `tensors`."""
     pooling: Pooled = "last"  # as vLLM has it, of a checkpoint that does not say
     normalized, max_tokens = True, None
     dense: list[Dense] = []

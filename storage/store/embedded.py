@@ -1,6 +1,6 @@
 """The embedded store: `rclone serve s3`, a real S3 server that pip installs, on loopback over a local folder.
 
-It never outlives its parent: it is terminated on close, and Linux kills it when the parent dies.
+The server never outlives its parent: it is terminated on close, and Linux kills it when the parent dies.
 """
 
 import logging
@@ -36,13 +36,16 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class EmbeddedStore:
-    """A running S3 server over `folder`, with one bucket and keys made for this run. A context manager.
+    """A running S3 server over `folder`, with one bucket. A context manager.
 
-    Raises StoreUnreachable, with rclone's output, if it does not start.
+    Raises StoreUnreachable, with rclone's output, if the server does not start.
     """
 
     def __init__(self, folder: Path, *, bucket: str = "lamina", port: int = 0, keys: tuple[str, str] | None = None) -> None:
-        """port 0: a free one. keys: access and secret key that clients already have; None: made for this run."""
+        """Starts the server and creates the bucket. port: if it is 0, a free port is chosen.
+
+        keys: access and secret key that clients already have. If it is None, new keys are made for this run.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._keys = keys or (secrets.token_hex(10), secrets.token_hex(20))
         self._lines: SimpleQueue[str | None] = SimpleQueue()
@@ -64,7 +67,7 @@ class EmbeddedStore:
             raise
 
     def close(self) -> None:
-        """Ends the server; does nothing if it has ended already."""
+        """Stops the server. Does nothing if it has stopped already."""
         process = self._process
         if process is None or process.poll() is not None:
             return
@@ -82,7 +85,7 @@ class EmbeddedStore:
         self.close()
 
     def _run(self) -> None:
-        """Starts the server and waits for its end, in a thread of its own.
+        """Starts the server and waits until it ends. Runs in a thread of its own.
 
         PR_SET_PDEATHSIG fires when the thread that forked ends, not only its process, so this thread lasts as long as the
         server. The launcher sets it in the child, because Python code may not run after the fork of a threaded process.

@@ -1,6 +1,6 @@
 """Reads objects in a pod: signed GETs whose bytes go straight into the caller's memory.
 
-boto3 would cost a pod 0.3 s of import. http.client serves rather than urllib3, because only its `readinto` avoids a copy.
+boto3 would cost a pod 0.3 s of import. http.client is used rather than urllib3, because only its `readinto` avoids a copy.
 Retries, detection of stalls and the mapping of errors are here; callers verify checksums.
 """
 
@@ -46,16 +46,19 @@ class ObjectInfo:
 
 
 class _TransientAnswer(Exception):
-    """The store answered with a 5xx, 408 or 429: the request is repeated until the time for retries ends."""
+    """The store answered with a 5xx, 408 or 429. The request is repeated until the time for retries ends."""
 
 
 class ObjectReader:
-    """Reads objects of one bucket. Thread-safe; connections are kept and reused until it is closed. A context manager."""
+    """Reads objects of one bucket. Thread-safe. A context manager.
+
+    Connections are kept and reused until the reader is closed.
+    """
 
     def __init__(self, settings: StoreSettings, *, stall_seconds: float = 10.0, retry_seconds: float = 60.0) -> None:
-        """stall_seconds: an attempt fails after this time without a byte, or if it is slower than
-        `paced.LEAST_BYTES_PER_SECOND`.
+        """Creates a reader; connections are opened when they are needed.
 
+        stall_seconds: an attempt fails after this time without a byte, or if it is slower than `paced.LEAST_BYTES_PER_SECOND`.
         retry_seconds: failed attempts are repeated, with back-off, until this time has passed since the last progress.
         """
         self.settings = settings
@@ -66,7 +69,7 @@ class ObjectReader:
         self._closed = threading.Event()
 
     def get(self, key: str, *, max_bytes: int = _SMALL_OBJECT_BYTES) -> bytes:
-        """A whole object of at most `max_bytes`. Raises a StorageError subclass that names endpoint, bucket and key."""
+        """Reads a whole object of at most `max_bytes`. Raises a StorageError subclass that names endpoint, bucket and key."""
         path = object_path(self.settings, key)
         for attempt in self._attempts(key):
             with attempt, self._exchange("GET", key, signed_headers(self._keyed(), "GET", path)) as response:
@@ -102,7 +105,7 @@ class ObjectReader:
                     clock.received(count)
 
     def close(self) -> None:
-        """Closes idle connections now and busy ones after their answers, and ends running retries."""
+        """Closes idle connections now and busy ones after their answers. Also ends retries that are running."""
         self._closed.set()
         with suppress(Empty):
             while True:
@@ -169,7 +172,7 @@ class ObjectReader:
     def _exchange(
         self, method: str, key: str, headers: dict[str, str], body: bytes = b"", query: str = ""
     ) -> Iterator[HTTPResponse]:
-        """Sends a request and yields the response if it is a 200, 204 or 206; else raises the error that it means.
+        """Sends a request and yields the response if it is a 200, 204 or 206. Raises the matching exception for any other.
 
         The connection is kept only if the body was read to its end and the server keeps it too.
         """
@@ -210,7 +213,7 @@ class ObjectReader:
 
 
 class _RetryClock:
-    """The time of a read's last progress, from which the time for retries counts.
+    """The time of a read's last progress. The time for retries counts from it.
 
     So a long read that breaks at its end gets as many retries as one that never began.
     """

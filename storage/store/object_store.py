@@ -1,6 +1,6 @@
 """Objects in an S3-compatible store through boto3, for publishing, listing and deleting. Pods read with `object_reader`.
 
-This is the only importer of boto3. It uses path-style addresses and signature version 4, which all such stores accept.
+Only this file imports boto3. It uses path-style addresses and signature version 4, which all such stores accept.
 """
 
 import io
@@ -49,21 +49,20 @@ _Returned = TypeVar("_Returned")
 
 @cache
 def _session() -> boto3.session.Session:
-    """The session of all stores whose keys are given."""
+    """The boto3 session that all stores with explicit access keys share."""
     return boto3.session.Session()
 
 
 class ObjectStore:
-    """Reads and writes objects of one bucket. Thread-safe. Every method raises a StorageError subclass that names the key.
+    """Reads and writes objects of one bucket. Thread-safe.
 
-    The message also names endpoint and bucket.
+    Every method raises a StorageError subclass, whose message names endpoint, bucket and key.
     """
 
     def __init__(self, settings: StoreSettings, *, stall_seconds: float = _STALL_SECONDS) -> None:
-        """stall_seconds: an attempt fails after this time without a byte, or if it is slower than
-        `paced.LEAST_BYTES_PER_SECOND`.
+        """Creates a client; it makes up to four attempts for a request.
 
-        There are four attempts.
+        stall_seconds: an attempt fails after this time without a byte, or if it is slower than `paced.LEAST_BYTES_PER_SECOND`.
         """
         self.settings = settings
         self._bucket = settings.bucket
@@ -100,7 +99,7 @@ class ObjectStore:
         self._transfer.max_in_memory_upload_chunks = _CONNECTIONS  # else ten
 
     def get(self, key: str) -> bytes:
-        """The whole object, in memory: for small ones."""
+        """Reads a whole object into memory. Use it for small objects."""
         return self._call(key, lambda: bytes(self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read()))
 
     def put(self, key: str, data: bytes) -> None:
@@ -108,9 +107,9 @@ class ObjectStore:
         self._call(key, lambda: self._client.put_object(Bucket=self._bucket, Key=key, Body=data))
 
     def put_stream(self, key: str, stream: BinaryIO) -> None:
-        """Writes an object of any length from a stream, in parts, holding a few parts of 8 MiB in memory.
+        """Writes an object of any length from a stream, in parts, with a few parts of 8 MiB in memory.
 
-        The object becomes visible when the last part is in. Exceptions of the stream pass through unchanged.
+        The object becomes visible when the last part is written. Exceptions of the stream pass through unchanged.
         """
         self._call(key, lambda: self._client.upload_fileobj(stream, self._bucket, key, Config=self._transfer))
 
@@ -123,7 +122,7 @@ class ObjectStore:
                 yield ObjectInfo(item["Key"], item["Size"], item["LastModified"])
 
     def delete(self, key: str) -> None:
-        """Deletes an object; a missing one is no error."""
+        """Deletes an object. Does nothing if there is no such object."""
         try:
             self._call(key, lambda: self._client.delete_object(Bucket=self._bucket, Key=key))
         except ObjectNotFound:
@@ -163,8 +162,8 @@ class ObjectStore:
 class _PacedSender:
     """Sends boto3's requests over the connections of `storage.store.paced`, which fail if a transfer stalls or is too slow.
 
-    boto3's own connections only limit the wait for each byte. This is a handler of botocore's event `before-send`: if it
-    returns None, as it does behind a proxy, botocore sends the request itself.
+    boto3's own connections only limit the wait for each byte. This is a handler of botocore's event `before-send`. If it
+    returns None, as it does if a proxy is configured, botocore sends the request itself.
     """
 
     def __init__(self, endpoint_url: str, stall_seconds: float) -> None:
@@ -212,7 +211,7 @@ class _PacedSender:
 
 
 class _BufferedBody(io.BytesIO):
-    """The body of an answer, with the method `stream`, by which botocore reads it."""
+    """The body of an answer, with the method `stream` that botocore reads it with."""
 
     def stream(self, amount: int = _BODY_READ_BYTES, **_: Any) -> Iterator[bytes]:
         while piece := self.read(amount):

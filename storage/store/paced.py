@@ -18,11 +18,14 @@ _BLOCK_BYTES: Final = 2**16
 
 
 class TooSlow(TimeoutError):
-    """A transfer goes on, but below LEAST_BYTES_PER_SECOND. Another attempt may help."""
+    """A transfer is running, but below LEAST_BYTES_PER_SECOND. Another attempt may help."""
 
 
 class Pace:
-    """The time that a request may still wait. Waiting uses it up; transferred bytes restore it, up to 2 * `stall_seconds`."""
+    """The time that a request may still wait.
+
+    Waiting uses it up. Transferred bytes restore it, up to 2 * `stall_seconds`.
+    """
 
     def __init__(self, stall_seconds: float) -> None:
         self._max_seconds = self._seconds_left = 2 * stall_seconds
@@ -37,7 +40,7 @@ class Pace:
 def connect(endpoint_url: str, stall_seconds: float, tls: ssl.SSLContext | None = None) -> HTTPConnection:
     """Opens a connection whose requests fail after `stall_seconds` without a byte, or below LEAST_BYTES_PER_SECOND.
 
-    tls: None: http.client's default. Raises OSError.
+    If `tls` is None, http.client's default is used. Raises OSError.
     """
     parts = urlsplit(endpoint_url)
     pace = partial(Pace, stall_seconds)
@@ -58,7 +61,7 @@ def connect(endpoint_url: str, stall_seconds: float, tls: ssl.SSLContext | None 
 class _PacedSend:
     """Mixin for HTTPConnection that sends in small blocks and fails with TooSlow if they take too long.
 
-    `sendall` has one timeout for all the bytes that it is given. `pace` makes the time limit of each request.
+    `sendall` alone has one timeout for all the bytes that it is given. `pace` makes the time limit of each request.
     """
 
     pace: Callable[[], Pace]

@@ -20,7 +20,10 @@ _RETRY_SECONDS: Final = 20.0  # if that is not enough, the sender delivers the e
 
 
 class PayloadStore(ObjectReader):
-    """An ObjectReader that can write too. Thread-safe. Every method raises a StorageError subclass that names the key."""
+    """An ObjectReader that can write, list and delete, too. Thread-safe.
+
+    Every method raises a StorageError subclass that names the key.
+    """
 
     def __init__(self, settings: StoreSettings, *, stall_seconds: float = 10.0, retry_seconds: float = _RETRY_SECONDS) -> None:
         super().__init__(settings, stall_seconds=stall_seconds, retry_seconds=retry_seconds)
@@ -33,7 +36,10 @@ class PayloadStore(ObjectReader):
         self._request("PUT", key, body=data)
 
     def put_pieces(self, key: str, pieces: Iterable[bytes]) -> None:
-        """Writes or replaces an object of any length, piece by piece, in bounded memory. It appears when it is complete."""
+        """Writes or replaces an object of any length, piece by piece, in bounded memory.
+
+        The object becomes visible when it is complete.
+        """
         parts: list[str] = []
         upload, held = "", bytearray()
         try:
@@ -65,7 +71,10 @@ class PayloadStore(ObjectReader):
         return self._request("PUT", key, query, data)[0]
 
     def _text_of(self, element: "re.Pattern[bytes]", method: str, key: str, query: str, body: bytes = b"") -> str:
-        """The text of an element of the answer. Raises UnexpectedAnswer if it has none: errors come with status 200, too."""
+        """Sends a request, and returns the text of one XML element of the answer.
+
+        Raises UnexpectedAnswer if the answer lacks the element, because errors may come with status 200.
+        """
         answer = self._request(method, key, query, body)[1]
         found = element.search(answer)
         if found is None:
@@ -73,7 +82,10 @@ class PayloadStore(ObjectReader):
         return found[1].decode()
 
     def _request(self, method: str, key: str, query: str = "", body: bytes = b"", *, named: str = "") -> tuple[str, bytes]:
-        """Sends a signed request. Returns the answer's ETag and body. named: in errors, for a request without a key."""
+        """Sends a signed request. Returns the answer's ETag and body.
+
+        named: what errors name if the request has no key.
+        """
         path, digest = object_path(self.settings, key), hashlib.sha256(body).hexdigest()
         for attempt in self._attempts(key or named):
             with attempt:
@@ -83,13 +95,13 @@ class PayloadStore(ObjectReader):
         raise AssertionError("tenacity either returns or raises")
 
     def delete(self, key: str) -> None:
-        """Deletes an object; a missing one is no error."""
+        """Deletes an object. Does nothing if there is no such object."""
         self._request("DELETE", key)
 
     def list(self, prefix: str, *, after: str = "", at_once: int = 1000) -> Iterator[ObjectInfo]:
         """Yields all objects whose keys begin with `prefix` (ListObjectsV2), in the order of their keys.
 
-        after: only those whose keys are greater. at_once: how many are asked for in one request, at most 1000.
+        after: if it is set, only objects with greater keys. at_once: how many objects one request asks for, at most 1000.
         """
         from xml.etree import ElementTree  # only listings need it, no start of a function
 

@@ -18,7 +18,7 @@ _CODE: Final = re.compile(rb"<Code>([A-Za-z0-9]+)</Code>")
 
 
 def error_code(body: bytes) -> str:
-    """The S3 error code in the XML body of an answer; "" if it has none."""
+    """The S3 error code in the XML body of an answer; "" if the body has none."""
     found = _CODE.search(body)
     return found.group(1).decode() if found else ""
 
@@ -29,7 +29,7 @@ def is_transient(status: int) -> bool:
 
 
 def refusal(settings: StoreSettings, key: str, status: int, code: str) -> StorageError:
-    """The exception for an error answer, to be raised by the caller. key: "" for a request about the bucket itself."""
+    """Makes the exception for an error answer; the caller raises it. key: "" for a request about the bucket itself."""
     seen = f"HTTP {status}" + (f" {code}" if code and code != str(status) else "")
     if code == "NoSuchBucket" or (status == 404 and not key):
         return BucketNotFound(f"there is no {settings.place}; create it, or correct its name")

@@ -31,5 +31,5 @@ class StoreSettings:
 
     @property
     def place(self) -> str:
-        """Endpoint and bucket, for messages."""
+        """Names endpoint and bucket, for messages."""
         return f"bucket {self.bucket!r} at {self.endpoint_url}"

@@ -18,7 +18,7 @@ _ALGORITHM: Final = "AWS4-HMAC-SHA256"
 
 
 def object_path(settings: StoreSettings, key: str) -> str:
-    """The path of a request for an object, percent-encoded once, as S3 signs it. It begins with the bucket."""
+    """The URL path of a request for an object: bucket and key, percent-encoded once, as S3 signs it."""
     base = urlsplit(settings.endpoint_url).path.rstrip("/")
     return quote(f"{base}/{settings.bucket}/{key}", safe="/-_.~")
 
@@ -38,7 +38,8 @@ def signed_headers(
 ) -> dict[str, str]:
     """The headers of a signed request for `path?query`, Host included. Others, such as Range, may be added unsigned.
 
-    body_sha256: hexadecimal. query: as `canonical_query` writes it. now: aware, in UTC; None: the present time.
+    body_sha256: hexadecimal. query: as `canonical_query` writes it. now: a time in UTC, with its time zone; if it is None, the
+    present time.
     """
     timestamp = (now or datetime.now(UTC)).strftime("%Y%m%dT%H%M%SZ")
     endpoint = urlsplit(settings.endpoint_url)

@@ -1,7 +1,7 @@
 """Credentials for a pod without keys: its ServiceAccount token is exchanged for keys that last an hour.
 
-This is `AssumeRoleWithWebIdentity` of the AWS STS API, which MinIO and others offer as well. It needs no boto3, like all
-reading in a pod. EKS Pod Identity and the metadata services of machines are not supported.
+The exchange is `AssumeRoleWithWebIdentity` of the AWS STS API, which MinIO and others offer as well. It needs no boto3, like
+all reading in a pod. EKS Pod Identity and the metadata services of machines are not supported.
 """
 
 import logging
@@ -31,15 +31,15 @@ _NEEDED: Final = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration"
 
 
 def keys_of(settings: StoreSettings) -> Callable[[], StoreSettings]:
-    """Returns a function that returns `settings` with keys that are valid now. Call that function before every request.
+    """Makes a function that returns `settings` with keys that are valid now. Call that function before every request.
 
-    It raises AccessDenied if the exchange is refused, and OSError if a retry may help.
+    The function raises AccessDenied if the exchange is refused, and OSError if a retry may help.
     """
     return _ExchangedKeys(settings).current if settings.web_identity_token_file else lambda: settings
 
 
 class _ExchangedKeys:
-    """The keys that the token service gave, renewed before they expire. Thread-safe."""
+    """The keys that the token service issued. They are renewed before they expire. Thread-safe."""
 
     def __init__(self, settings: StoreSettings) -> None:
         self._settings = settings
