@@ -138,7 +138,7 @@ class Cluster:
                 return None
 
     def find(self, api_version: str, kind: str, namespace: str | None, selector: str = "") -> list[KubernetesObject]:
-        """Objects whose labels match the selector, such as `a=b,c=d`. namespace None: objects of all namespaces."""
+        """Objects whose labels match the selector, such as `a=b,c=d`. If `namespace` is None, lists all namespaces."""
         resource = self.require(api_version, kind)
         with self._errors(f"listing {kind} in {namespace or 'all namespaces'}"):
             found = resource.get(namespace=namespace, label_selector=selector, _request_timeout=_TIMEOUT_SECONDS)

@@ -42,7 +42,7 @@ class RevisionUsage:
 
 
 def usage_since_start(cluster: Cluster, namespace: str, name: str, now: datetime | None = None) -> list[RevisionUsage]:
-    """Usage of the pods that run now, each counted from its start until `now` (None: the current time).
+    """Usage of the pods that run now, each counted from its start until `now`, by default the current time.
 
     Pods that have ended are not counted.
     """

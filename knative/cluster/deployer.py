@@ -85,8 +85,8 @@ class Deployer:
     def rollback(self, name: str, number: int | None = None, *, force: bool = False) -> str:
         """Deploys an earlier version and returns the gateway's URL.
 
-        number: the version; None: the last that served or, if that is the newest, the one that served before it. Deletes what a
-        failed deployment or a canary has left.
+        If `number` is None, deploys the last version that served or, if that is the newest, the version that served before
+        it. Deletes what a failed deployment or a canary has left.
         """
         with self._alone(name) as (history, wait):
             version = history.to_go_back_to(number)

@@ -106,8 +106,8 @@ class History:
     def to_go_back_to(self, number: int | None) -> DeployedVersion:
         """The version that a rollback deploys. Raises NothingServes if there is none.
 
-        number: the version; None: the last that served or, if that is the newest, the one with other objects that served before
-        it.
+        If `number` is None, this is the last version that served or, if that is the newest, the version with other objects
+        that served before it.
         """
         known = self.versions()
         if not known:

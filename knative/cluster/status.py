@@ -191,7 +191,7 @@ def _refused_pods(services: list[KubernetesObject], pods: list[KubernetesObject]
 def pipelines(cluster: Cluster, namespace: str | None, say: Callable[[str], None]) -> list[tuple[str, ...]]:
     """All pipelines, as rows of a table with LIST_COLUMNS.
 
-    namespace: only pipelines in it; None: those of all namespaces. If listing all is not permitted, only the context's
+    If `namespace` is None, lists the pipelines of all namespaces. If listing all is not permitted, only the context's
     namespace is listed, and `say` reports that.
     """
     try:

@@ -179,7 +179,7 @@ async def show_answer(
 async def stream_answer(url: str, question: Question, on_progress: OnProgress | None = None) -> AsyncIterator[Answer]:
     """Asks the gateway at `url`; yields token events as they arrive, then the complete response. Raises AskFailed.
 
-    on_progress: called while no tokens come, with what the answer waits for; None: the gateway is not asked to tell.
+    on_progress: called while no tokens come, with what the answer waits for. If it is None, the gateway sends no progress.
     """
     headers, body = _request(question, include_progress=on_progress is not None)
     timeout = aiohttp.ClientTimeout(total=question.timeout_seconds, sock_connect=10)

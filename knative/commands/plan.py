@@ -107,7 +107,10 @@ def plan(
 
 
 def _shape(model: str, dtype: str | None, open_store: OpenStore) -> ModelShape:
-    """dtype: None: the one that `run` would choose for a file or folder, and bfloat16 for a published name."""
+    """Returns the shape of a model.
+
+    If `dtype` is None, a file or folder has the dtype that `run` would choose, and a published name has bfloat16.
+    """
     path = Path(model)
     if path.is_dir():
         if dtype is None and any(path.glob("*.safetensors")):

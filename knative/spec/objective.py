@@ -46,7 +46,7 @@ class ObjectiveSpec(Objective, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Derived(Struct, frozen=True):
-    """Settings that follow from an objective; None: it says nothing about them."""
+    """Settings that follow from an objective. A setting is None if the objective does not determine it."""
 
     window_seconds: int
     timeout_seconds: int  # of a stage's requests, and of a pod's drain

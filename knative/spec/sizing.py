@@ -42,7 +42,7 @@ class StagePlan:
         return SEQUENCE_TOKENS * self.kv_bytes_per_token + STATES_PER_SEQUENCE * self.state_bytes
 
     def kv_tokens(self, kv_cache_bytes: int) -> int | None:
-        """Length of the longest sequence whose memory fits into the stage's `kv_cache`; None: any, as its layers keep no KV.
+        """Length of the longest sequence whose memory fits into `kv_cache`, or None for any length if the layers keep no KV.
 
         With recurrent layers, part of `kv_cache` is for checkpoints.
         """
@@ -118,7 +118,7 @@ def replicas_for(
 
 
 def needed_bytes(stage: StageSpec, weight_bytes: int | None, adapter_bytes: int = 0) -> float:
-    """Memory in bytes that a pod of the stage needs. weight_bytes None: unknown, so weights are not counted.
+    """Memory in bytes that a pod of the stage needs. If `weight_bytes` is None, weights are not counted.
 
     Experts beyond a weights budget do not count: they are in the page cache, which the kernel frees when memory is short.
     adapter_bytes: of all adapters that the stage keeps.

@@ -129,7 +129,7 @@ class Autoscaler:
         self._panic.record(now, value)
 
     def decide(self, now: float, ready: int) -> Decision | None:
-        """Decides by the recorded values. None: nothing was recorded for longer than a stable window: the load is unknown."""
+        """Decides from the recorded values. Returns None if the load is unknown: a stable window passed without a value."""
         if self._pods_report and self._stable.is_empty(now):
             return None
         stable, panic = self._stable.average(now), self._panic.average(now)

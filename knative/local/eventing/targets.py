@@ -40,8 +40,8 @@ class Target(Protocol):
     async def deliver(self, event: CloudEvent, timeout_seconds: float | None, *, prefer_reply: bool) -> TargetReply:
         """Delivers the event once and returns the reply. Raises NoReply.
 
-        timeout_seconds: until the whole reply is there; None: no limit. prefer_reply: whether the target is asked to reply with
-        an event. Only subscribers are.
+        timeout_seconds: time until the whole reply has arrived, or None for no limit.
+        prefer_reply: whether the target is asked to reply with an event. Only subscribers are.
         """
 
 

@@ -115,7 +115,7 @@ class Wiring:
     """
 
     def __init__(self, objects: Iterable[EventingObject], context: EventingContext) -> None:
-        """objects: every Broker, Trigger and Sequence, as changes are not merged with an older Wiring.
+        """objects: every Broker, Trigger and Sequence, because a new Wiring takes nothing from an older one.
 
         Raises UnsupportedManifest if one refers to a Broker or Sequence that is missing.
         """

@@ -180,9 +180,9 @@ class HttpServer:
         self._server: asyncio.Server | None = None
 
     async def start(self, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
-        """Begins to listen. Port 0: the system chooses one, see `port`. Raises OSError if the port is in use.
+        """Begins to listen. If `port` is 0, the system chooses one (see `port`). Raises OSError if the port is in use.
 
-        tls: settings for https; None: http.
+        If `tls` is None, serves http; otherwise https with these settings.
         """
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: _ClientConnection(self), "127.0.0.1", port, backlog=1024, ssl=tls)

@@ -62,7 +62,10 @@ def write_secrets(secrets: NamedData, given: Mapping[str, Path], parent: Path) -
 
 
 def read_data_folder(folder: Path | None) -> NamedData:
-    """Reads Secrets or ConfigMaps laid out as Kubernetes mounts them: a folder for each, a file for each key. None: none."""
+    """Reads Secrets or ConfigMaps laid out as Kubernetes mounts them: a folder for each, a file for each key.
+
+    Returns an empty dict if `folder` is None.
+    """
     if folder is None:
         return {}
     return {

@@ -83,7 +83,10 @@ class QueueProxy:
         self.port = (self._relay or self._server).port
 
     def connect(self, port: int | None) -> None:
-        """Sets the port on which the function listens; None: it does not run. Breaks the connections to the previous port."""
+        """Sets the port on which the function listens, or None if the function does not run.
+
+        Breaks the connections to the previous port.
+        """
         if self._upstream is not None:
             self._upstream.close()
         self._upstream = None if port is None else UpstreamPool(port, self._answer_begins)
@@ -190,7 +193,7 @@ class Breaker:
     """Admits containerConcurrency requests at once, queues ten times as many in order of arrival, and refuses the rest."""
 
     def __init__(self, container_concurrency: int) -> None:
-        """container_concurrency: number of slots; 0: no limit and no queue."""
+        """container_concurrency: number of slots. If it is 0, there is no limit and no queue."""
         self._slots = asyncio.Semaphore(container_concurrency) if container_concurrency else None
         self._places = _QUEUE_FACTOR * container_concurrency  # left in the queue
 

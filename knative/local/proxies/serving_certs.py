@@ -17,7 +17,7 @@ class ServingCerts:
     """
 
     def __init__(self, folder: Path) -> None:
-        """folder: has tls.crt and tls.key. Raises OSError for files that cannot be used."""
+        """folder: the folder that contains tls.crt and tls.key. Raises OSError for files that cannot be used."""
         self._files = (folder / "tls.crt", folder / "tls.key")
         self._state = self._read_state()
         self._current = self._load()
