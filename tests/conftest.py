@@ -9,6 +9,7 @@ import os
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,8 @@ settings.register_profile("wide", settings.get_profile("sample"), max_examples=3
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fast", action="store_true", help="leave out tests that are marked slow and files that need torch")
+    left_out = "leave out tests that are marked slow, and files that need torch or a package that is not installed"
+    parser.addoption("--fast", action="store_true", help=left_out)
     parser.addoption("--wide", action="store_true", help="run all of what make test runs a sample of (make test-wide)")
 
 
@@ -56,7 +58,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
     reached = files_reached(collection_path, in_functions=False)
     names = {name for path in reached for name in imports(path, in_functions=False, for_types=False)}
-    return any(name.split(".")[0] in HEAVY for name in names) or None
+    packages = {name.split(".")[0] for name in names}
+    return any(package in HEAVY or find_spec(package) is None for package in packages) or None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -75,7 +75,7 @@ def test_an_answer_that_failed_leaves_nothing_to_the_garbage_collector(
         ask_either(client, api, streams=streams).close()
         failed = weakref.ref(pipeline.stream)
         del pipeline.stream
-        assert failed() is None
+        wait_until(lambda: failed() is None, "the end of the thread that answered")
     finally:
         gc.enable()
 
