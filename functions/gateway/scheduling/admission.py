@@ -163,11 +163,11 @@ def _peers(state: SchedulerState, instance: Instance, sequences: Items[Sequence]
     Much of a sequence was computed last at such a peer, or at least some of it if the peer terminates. A terminating instance
     is asked for nothing else. Each request makes its queue-proxy wait for another 30 s before the pod ends.
     """
-    leaving, urls = state.placement.leaving(instance), dict[str, None]()
+    known, urls = state.placement.stages[instance.stage], dict[str, None]()
     for sequence in sequences:
         tokens, holder = state.where_held.holder(sequence.prefix_chain(), instance.stage)
-        if holder is None or holder is instance or holder.is_service:
-            continue
-        if holder.url in leaving or (holder.ready and tokens >= state.limits.chunk_tokens):
+        if holder is None or holder is instance or holder.is_service or known.get(holder.url) is not holder:
+            continue  # the last: it is gone
+        if holder.terminating or (holder.ready and tokens >= state.limits.chunk_tokens):
             urls[holder.url] = None
     return tuple(urls)[:MAX_PEERS]

@@ -251,8 +251,9 @@ def begin_prompt_steps(state: SchedulerState, now: float) -> list[Trip]:
     prompts_of: dict[tuple[Instance, ...], list[Sequence]] = {}
     for batch in state.micro_batches:
         instances = batch.route.instances
-        suspended = max([instance.suspended_until for instance in instances]) > now
-        if batch.target is None and instances[0].prompts.idle and not suspended:
+        if batch.target is not None or not instances[0].prompts.idle:
+            continue
+        if max([instance.suspended_until for instance in instances]) <= now:
             prompts = [sequence for sequence in batch.sequences if _has_prompt_chunk(state, sequence)]
             if prompts:
                 prompts_of.setdefault(instances, []).extend(prompts)

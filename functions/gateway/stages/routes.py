@@ -17,7 +17,6 @@ from itertools import count
 from typing import Final
 
 from eventing.http.delivery import RequestTemplate
-from eventing.wire.control import MAX_PEERS
 
 FIRST_SUSPENSION_SECONDS: Final = 0.1
 LONGEST_SUSPENSION_SECONDS: Final = 5.0
@@ -354,12 +353,6 @@ class Placement:
                 if target is not None and target is not instance:
                     return target
         return None
-
-    def leaving(self, instance: Instance) -> tuple[str, ...]:
-        """Returns the URLs of other instances of the same stage that terminate and still answer, at most MAX_PEERS."""
-        others = self.stages[instance.stage].values()
-        urls = [other.url for other in others if other.terminating and not other.is_service and other is not instance]
-        return tuple(urls[:MAX_PEERS])
 
     def strands(self, route: Route) -> bool:
         """Whether an instance of `route` terminates and its stage has no other ready instance. That stage has to be woken."""

@@ -103,22 +103,28 @@ class TextStream:
     ) -> None:
         self._detokenizer = Detokenizer(tokenizer, before, special)
         self._stops = StopStrings(stop_strings, included=stop_included)
-        self.stopped = False  # a stop string was found: tokens after it are no part of the answer
-        self.holds = False  # some text of the tokens so far is not certain yet
+        self._incomplete = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found. Tokens after it are no part of the answer."""
+        return self._stops.found
+
+    @property
+    def holds(self) -> bool:
+        """Whether some text of the tokens so far is not certain yet."""
+        return not self.stopped and (self._incomplete or bool(self._stops.held))
 
     def push(self, token_id: int) -> str:
         text = self._detokenizer.push(token_id)
-        certain = self._stops.push(text)
-        self.stopped = self._stops.found
-        self.holds = not self.stopped and (not text or bool(self._stops.held))
-        return certain
+        self._incomplete = not text
+        return self._stops.push(text)
 
     def finish(self) -> str:
         """Returns the rest of the text, after the last token. It may set `stopped`."""
         if self.stopped:
             return ""
         text = self._stops.push(self._detokenizer.finish())
-        self.stopped = self._stops.found
         return text if self.stopped else text + self._stops.finish()
 
 

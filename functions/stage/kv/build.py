@@ -11,8 +11,7 @@ from functions.stage.engine.kv_tiers import ComputeRate, Tier
 from functions.stage.kv.fetching import Fetcher, FetchEstimate, Observe
 from functions.stage.kv.peer_tier import PeerClient, PeerTier
 from functions.stage.kv.store_tier import KVWriter, StoreTier, Written
-from functions.stage.models.kv_cache import KVBlocks
-from functions.stage.models.layer_group import KVCache
+from functions.stage.models.kv_cache import KVBlocks, KVBudget
 from functions.stage.models.sleep_group import SleepKV
 from functions.threads.pool import ThreadPool
 from storage.kv.kv_store import KVObjects, Retention
@@ -33,7 +32,7 @@ class Tiers:
 
 
 def tiers_of(
-    config: StageConfig, kv: KVCache, rate: ComputeRate, observe: Observe, written: Written, tls: PodTLS | None = None
+    config: StageConfig, kv: KVBudget, rate: ComputeRate, observe: Observe, written: Written, tls: PodTLS | None = None
 ) -> Tiers:
     """Builds the tiers that the configuration names.
 

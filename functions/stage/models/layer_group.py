@@ -14,7 +14,6 @@ from functions.stage.native.layers import NativeThreads
 from storage.loading.weight_loader import RawTensor
 
 KVDtype = Literal["int8"]  # of keys and values, if it is not that of activations
-KVCache = KVBudget
 
 
 class MissingTensors(Exception):

@@ -175,9 +175,12 @@ class HttpServer:
     def __init__(self, handler: Handler) -> None:
         self.handler = handler
         self.connections: set[_ClientConnection] = set()
-        self.port = 0  # from `start` on, as the URL
-        self.url = ""
+        self.port = 0  # from `start` on
         self._server: asyncio.Server | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     async def start(self, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
         """Begins to listen. If `port` is 0, the system chooses one (see `port`). Raises OSError if the port is in use.
@@ -187,7 +190,6 @@ class HttpServer:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: _ClientConnection(self), "127.0.0.1", port, backlog=1024, ssl=tls)
         self.port = self._server.sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
 
     def close(self) -> None:
         """Stops listening and breaks open connections."""

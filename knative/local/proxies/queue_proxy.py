@@ -59,13 +59,21 @@ class QueueProxy:
         self._breaker = Breaker(limits.container_concurrency)
         self._draining = False
         self._upstream: UpstreamPool | None = None
-        self.port = self.tls_port = 0  # from `start` on; tls_port stays 0 without certificates
         self._server = HttpServer(self.serve)
         self._tls_server = HttpServer(self.serve)
         self._certs = certs
         emulated = None if network is None or network == EmulatedNetwork() else network
         self._relay = None if emulated is None else Relay(emulated)
         self._tls_relay = None if emulated is None else Relay(emulated)
+
+    @property
+    def port(self) -> int:
+        return (self._relay or self._server).port
+
+    @property
+    def tls_port(self) -> int:
+        """The port for TLS. 0 without certificates."""
+        return (self._tls_relay or self._tls_server).port
 
     @property
     def function_port(self) -> int | None:
@@ -76,11 +84,9 @@ class QueueProxy:
             await self._tls_server.start(tls=self._certs.listening)
             if self._tls_relay is not None:
                 await self._tls_relay.start(self._tls_server.port)
-            self.tls_port = (self._tls_relay or self._tls_server).port
         await self._server.start()
         if self._relay is not None:
             await self._relay.start(self._server.port)
-        self.port = (self._relay or self._server).port
 
     def connect(self, port: int | None) -> None:
         """Sets the port on which the function listens, or None if the function does not run.

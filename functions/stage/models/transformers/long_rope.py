@@ -28,6 +28,7 @@ class _Rotary:
     """A module that computes LongRoPE embeddings, and both sets of frequencies."""
 
     module: Any
+    original: int  # longest sequence with the first set of frequencies, in tokens
     short: torch.Tensor
     long: torch.Tensor
 
@@ -38,21 +39,23 @@ class LongRope:
     def __init__(self, model: nn.Module) -> None:
         """Raises UnsupportedRope if some kinds of layers use LongRoPE and others do not. No supported family does that."""
         self._rotaries: list[_Rotary] = []
-        self.short_context: int | None = None  # greatest length of a sequence with the first set of frequencies, in tokens
         for module in model.modules():
             if getattr(module, "rope_type", None) == _LONGROPE:
-                self._rotaries.append(self._rotary(module))
+                self._rotaries.append(_taken_over(module))
             elif mixes_longrope(module):
                 raise UnsupportedRope("longrope in some kinds of layers and not in others is not supported")
-
-    def _rotary(self, module: Any) -> _Rotary:
-        original: int = module.config.rope_parameters["original_max_position_embeddings"]
-        self.short_context = min(original, self.short_context or original)
-        long, _ = ROPE_INIT_FUNCTIONS[_LONGROPE](module.config, "cpu", seq_len=original + 1)
-        module.rope_type = _CHOSEN
-        return _Rotary(module, module.inv_freq, long.to(module.inv_freq.device))
+        # Greatest length of a sequence with the first set of frequencies, in tokens.
+        self.short_context = min((rotary.original for rotary in self._rotaries), default=None)
 
     def choose(self, is_long: bool) -> None:
         """Sets the frequencies for the sequence that runs next. is_long: whether it needs the second set."""
         for rotary in self._rotaries:
             rotary.module.inv_freq = rotary.long if is_long else rotary.short
+
+
+def _taken_over(module: Any) -> _Rotary:
+    """Makes a module of transformers keep the frequencies that `LongRope` chooses."""
+    original: int = module.config.rope_parameters["original_max_position_embeddings"]
+    long, _ = ROPE_INIT_FUNCTIONS[_LONGROPE](module.config, "cpu", seq_len=original + 1)
+    module.rope_type = _CHOSEN
+    return _Rotary(module, original, module.inv_freq, long.to(module.inv_freq.device))
