@@ -63,8 +63,7 @@ def _serve(config: Config, start_up: StartUp, environ: Mapping[str, str]) -> int
         from functions.hosting.startup import return_free_memory, use_few_arenas
 
         use_few_arenas()
-        if not isinstance(config, StageConfig):  # a stage's memory is weights, keys and values
-            return_free_memory()
+        return_free_memory()
         form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
         logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr, format=form, force=True)
         try:

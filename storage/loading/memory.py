@@ -4,6 +4,7 @@ import ctypes
 import functools
 import mmap
 import sys
+import weakref
 from typing import Final
 
 _MADV_POPULATE_WRITE: Final = 23  # madvise(2), Linux 5.14
@@ -32,11 +33,19 @@ def address_of(memory: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
-def drop_pages(address: int, size: int) -> None:
-    """Frees the whole pages within a private mapping of a file to which nothing was written.
+def freed_with_last_view(memory: memoryview) -> memoryview:
+    """Returns a view of the same bytes, whose pages are freed when neither it nor a view of it is left.
 
-    Later uses read the file again.
+    The rest of the mapping may live on. So nothing but this view may use these bytes from now on. memory: writable, a part of
+    what `new_memory` or a private mapping of a file gave.
     """
+    owner = (ctypes.c_char * len(memory)).from_buffer(memory)
+    weakref.finalize(owner, drop_pages, ctypes.addressof(owner), len(memory)).atexit = False  # threads may still compute then
+    return memoryview(owner).cast("B")
+
+
+def drop_pages(address: int, size: int) -> None:
+    """Frees the whole pages within private memory. Later uses find what the mapped file has, or zeros if there is no file."""
     first, last = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
     if first < last and (libc := _libc()) is not None:
         libc.madvise(first, last - first, mmap.MADV_DONTNEED)

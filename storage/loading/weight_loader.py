@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from blake3 import blake3
 
 from storage.errors import ChecksumMismatch
-from storage.loading.memory import new_memory, populate
+from storage.loading.memory import freed_with_last_view, new_memory, populate
 from storage.models.model_repository import ModelManifest, StoredObject, layer_object
 
 if TYPE_CHECKING:  # a stage imports this file for RawTensor alone
@@ -33,7 +33,7 @@ _READS_OF_A_BAD_PART: Final = 3
 class RawTensor:
     """A tensor's bytes, in the memory into which they were read. Writable and aligned to 64 bytes, for `frombuffer`.
 
-    The memory of an object is freed when no view of it is left.
+    Its pages are freed when no view of `data` is left, also while other tensors of the object are in use.
     """
 
     dtype: str  # a safetensors name: F32, BF16, F16, I8; U8 for matrices in four bits
@@ -125,8 +125,11 @@ class _ObjectLoad:
         return self.buffer[start : start + self.stored.part_bytes]
 
     def tensors(self, data: memoryview) -> dict[str, RawTensor]:
-        spans = self.stored.tensors.items()
-        return {name: RawTensor(span.dtype, span.shape, data[span.start : span.end], self.from_cache) for name, span in spans}
+        """Returns the tensors in the object's bytes. Call it once: each tensor's bytes are freed with it."""
+        return {
+            name: RawTensor(span.dtype, span.shape, freed_with_last_view(data[span.start : span.end]), self.from_cache)
+            for name, span in self.stored.tensors.items()
+        }
 
 
 class _Load:

@@ -1,9 +1,9 @@
-"""Resident memory as the kernel counts it."""
+"""Resident memory as the kernel counts it, and parts of a mapping that are freed one by one."""
 
 import ctypes
 import mmap
 
-from storage.loading.memory import new_memory, resident_bytes
+from storage.loading.memory import address_of, freed_with_last_view, new_memory, resident_bytes
 
 
 def test_touched_memory_is_resident() -> None:
@@ -28,3 +28,27 @@ def test_memory_of_many_pages_is_counted_in_parts() -> None:
     memory[size - 1] = 1
     memory[0] = 1
     assert resident_bytes(ctypes.addressof(ctypes.c_char.from_buffer(memory)), size) == 2 * mmap.PAGESIZE
+
+
+def test_pages_are_freed_when_the_last_view_of_them_is_gone() -> None:
+    page = mmap.PAGESIZE
+    memory = new_memory(8 * page)
+    memory[:] = bytes([7]) * len(memory)
+    address = address_of(memory)
+    first, second = freed_with_last_view(memory[: 3 * page + 64]), freed_with_last_view(memory[3 * page + 64 :])
+    view = first[page + 1 : page + 2].cast("b")
+    del first
+    assert resident_bytes(address, 8 * page) == 8 * page
+    assert view[0] == 7
+    del view
+    assert resident_bytes(address, 8 * page) == 5 * page, "the page that both have stays"
+    assert bytes(second) == bytes([7]) * len(second)
+    del second
+    assert resident_bytes(address, 8 * page) == page
+
+
+def test_a_view_keeps_its_mapping() -> None:
+    view = freed_with_last_view(new_memory(mmap.PAGESIZE)[100:200])
+    view[:] = bytes(range(100))
+    assert bytes(view) == bytes(range(100))
+    assert len(freed_with_last_view(new_memory(0))) == 0

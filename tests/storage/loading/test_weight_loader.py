@@ -1,6 +1,7 @@
 """Loading a stage: exactly its objects, verified, in parallel, through every fault of a store, never with wrong bytes."""
 
 import ctypes
+import mmap
 import threading
 import weakref
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from storage.checkpoints.safetensors_format import TensorSpan
 from storage.errors import ChecksumMismatch, ObjectAltered, ObjectNotFound, StorageError, StoreUnreachable
+from storage.loading.memory import address_of, resident_bytes
 from storage.loading.weight_cache import WeightCache
 from storage.loading.weight_loader import LoadedObject, LoadProgress, iterate_layers, stage_objects
 from storage.models.model_repository import PART_BYTES, ModelManifest, StoredObject
@@ -112,11 +114,28 @@ def test_reading_begins_with_the_call(manifest: ModelManifest, reader: ObjectRea
 
 
 def test_an_objects_memory_is_freed_with_it(manifest: ModelManifest, reader: ObjectReader) -> None:
+    def mapping_of(loaded: LoadedObject) -> weakref.ref[object]:
+        owner = next(iter(loaded.tensors.values())).data.obj
+        (memory,) = owner._objects.values()
+        return weakref.ref(memory.obj)
+
     objects = iterate_layers(reader, manifest, 0, 6)
-    memory = weakref.ref(next(iter(next(objects).tensors.values())).data.obj)
+    mapping = mapping_of(next(objects))
     assert next(objects).name == "layer-00000"
-    assert memory() is None
+    assert mapping() is None
     assert len(list(objects)) == 6
+
+
+def test_a_tensors_memory_is_freed_before_the_rest_of_its_object(manifest: ModelManifest, reader: ObjectReader) -> None:
+    tensors = next(iterate_layers(reader, manifest, 1, 2)).tensors
+    gone = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    kept = {name: bytes(tensor.data) for name, tensor in tensors.items()}
+    first = -(-address_of(gone.data) // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (address_of(gone.data) + len(gone.data) - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    assert resident_bytes(first, size) == size > 0
+    del gone
+    assert resident_bytes(first, size) == 0
+    assert {name: bytes(tensor.data) for name, tensor in tensors.items()} == kept
 
 
 def test_progress_ends_at_the_total(manifest: ModelManifest, reader: ObjectReader) -> None:
