@@ -16,8 +16,9 @@
 #include <unistd.h>
 
 enum {
-    POOL_TURNS = 2000, /* turns of a loop that waits for the next pass, or for the last helper to leave */
-    PHASE_TURNS = 256, /* turns until a thread that waits for others yields its core: some microseconds */
+    NEXT_TURNS = 200,   /* turns of a loop that waits for the next pass, some microseconds: most passes come far later */
+    LEAVE_TURNS = 2000, /* turns of a loop that waits for the last helper to leave */
+    PHASE_TURNS = 256,  /* turns until a thread that waits for others yields its core: some microseconds */
 };
 
 static inline void pause_thread(void)
@@ -50,7 +51,7 @@ static void *help(void *argument)
     for (;;) {
         if (!pool->seats && !pool->ends) {
             pthread_mutex_unlock(&pool->mutex);
-            for (int turns = 0; turns < POOL_TURNS && !atomic_load_explicit(&pool->seats, memory_order_relaxed); turns++)
+            for (int turns = 0; turns < NEXT_TURNS && !atomic_load_explicit(&pool->seats, memory_order_relaxed); turns++)
                 pause_thread();
             pthread_mutex_lock(&pool->mutex);
         }
@@ -108,7 +109,7 @@ void pool_run(Pool *pool, int64_t threads, void (*work)(void *argument, int64_t 
     pthread_mutex_lock(&pool->mutex);
     pool->seats = 0;
     pthread_mutex_unlock(&pool->mutex);
-    for (int turns = 0; turns < POOL_TURNS && atomic_load_explicit(&pool->inside, memory_order_acquire); turns++)
+    for (int turns = 0; turns < LEAVE_TURNS && atomic_load_explicit(&pool->inside, memory_order_acquire); turns++)
         pause_thread();
     pthread_mutex_lock(&pool->mutex);
     while (pool->inside)
