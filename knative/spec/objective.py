@@ -13,14 +13,15 @@ from functions.configuration.objective import Objective
 from knative.spec.errors import SpecError
 
 _TAIL: Final = 1.5  # a slow token of `share` takes so many times as long as a mean one
-# Events at a pod. The gateway keeps two micro-batches for each pod of the narrowest stage (IN_FLIGHT_PER_INSTANCE): a target
-# that these alone do not exceed would let a pipeline with long answers never grow.
-_MOST_IN_FLIGHT: Final = 1.8
+# Events at a pod. For prompts that wait, the gateway holds two requests at each pod (IN_FLIGHT_PER_INSTANCE), beside the event
+# that is there: a target that these do not exceed would let a stage never grow.
+_MOST_IN_FLIGHT: Final = 2.4
 _LEAST_IN_FLIGHT: Final = 1.4  # that of the defaults: with less, pods idle between events
 _UTILIZATION: Final = 0.7  # the default of target_utilization_percentage
 _ROUND_SHARE: Final = 0.75  # of a token's mean time that a round of passes takes; events wait at pods for the rest
-_FIRST_TOKENS: Final = 5  # times the seconds of a first token: the window, and the time that a pod has to leave
+_FIRST_TOKENS: Final = 5  # times the seconds of a first token: the window
 _WINDOW_SECONDS: Final = (6, 60)  # Knative's least and default
+_LEAST_TIMEOUT_SECONDS: Final = 5  # a stage may hold a reply for 2 s, and a pass comes after it
 _LEAST_CONCURRENCY: Final = 8
 _PATH: Final = "$.objective"
 _Seconds = Annotated[float, Meta(gt=0, le=3600)]
@@ -60,14 +61,15 @@ def derive(objective: ObjectiveSpec, stages: int) -> Derived:
     """The settings for a pipeline of `stages` stages. Raises SpecError if no setting can reach the objective.
 
     Knative's window is five times the first token's seconds, so that pods are wanted before a burst's answers are late. A pod
-    that leaves has as long, in place of queue-proxy's drain of 30 s, in which it would take a device and do nothing. With
+    that leaves has half of it, in place of queue-proxy's drain of 30 s, in which it would take a device and do nothing. With
     measured passes, the mean time of a token is the objective by 1.5: rows are added to a micro-batch until a round takes
     three quarters of it, and so many events may be at a pod as the mean time allows.
     """
     least, most = _WINDOW_SECONDS
     window = min(most, max(least, round(_FIRST_TOKENS * objective.first_token_seconds)))
+    timeout = max(_LEAST_TIMEOUT_SECONDS, window // 2)
     if not objective.pass_seconds:
-        return Derived(window, window)
+        return Derived(window, timeout)
     mean = objective.token_seconds / _TAIL
     alone = stages * objective.pass_seconds[1]
     if alone > mean:
@@ -80,7 +82,7 @@ def derive(objective: ObjectiveSpec, stages: int) -> Derived:
     in_flight = min(_MOST_IN_FLIGHT, max(_LEAST_IN_FLIGHT, mean / (stages * objective.pass_seconds[rows])))
     target = round(in_flight / _UTILIZATION, 2)
     concurrency = max(_LEAST_CONCURRENCY, math.ceil(2 * target) + 2)  # twice the target, and two for the memory backlog
-    return Derived(window, window, target=target, container_concurrency=concurrency, micro_batch_sequences=rows)
+    return Derived(window, timeout, target=target, container_concurrency=concurrency, micro_batch_sequences=rows)
 
 
 def with_objective(document: Any) -> Any:

@@ -74,6 +74,7 @@ class ForwardEvent(Work[Batch]):
         self.pass_seconds = 0.0
         self.pass_tokens = 0
         self.ids: set[str] = set()  # of the rows; the queue fills it
+        self.overtaken = False  # a chunk of a prompt has come before it; the queue sets it
         self.stale: set[int] = set()  # indexes of rows not to be computed: superseded by a newer step, or released
 
 
@@ -92,6 +93,9 @@ class EventQueue:
     Without the second limit all micro-batches would travel together, and only one stage would work at a time. There is one
     exception: if a chunk of a prompt is first, one event with decode steps may join it, which hardly delays the chunk. Events
     that share a sequence are never merged, and keep their order.
+
+    A chunk of a prompt overtakes the decode steps that wait, since a first token needs few passes and an answer many. No event
+    is overtaken twice, so that decode steps do not starve.
     """
 
     def __init__(self, num_stages: int, max_merge: int) -> None:
@@ -121,9 +125,20 @@ class EventQueue:
                 if steps and step < max(steps):
                     event.stale.add(index)
                 steps.append(step)
-            self._waiting.append(event)
+            self._waiting.insert(self._place(event), event)
             if wakes:
                 self._changed.notify()
+
+    def _place(self, event: ForwardEvent) -> int:
+        """Returns the index of a new event among those that wait, and marks the events that it overtakes."""
+        place = len(self._waiting)
+        while event.prompts and place:
+            before = self._waiting[place - 1]
+            if before.prompts or before.overtaken or not before.ids.isdisjoint(event.ids):
+                break
+            before.overtaken = True
+            place -= 1
+        return place
 
     def call(self, action: Callable[[], T]) -> T:
         """Makes the engine call `action` between two passes, and returns the result of `action`.

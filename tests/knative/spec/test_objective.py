@@ -30,15 +30,19 @@ def test_settings_follow_from_the_objective_and_measured_passes() -> None:
     found = spec(GIVEN | {"pass_seconds": PASSES})
     scaling = found.stage.autoscaling
     assert (scaling.target, scaling.window_seconds, scaling.container_concurrency) == (2.38, 10, 8)
-    assert (scaling.scale_down_delay_seconds, found.stage.timeout_seconds) == (0, 10)
+    assert (scaling.scale_down_delay_seconds, found.stage.timeout_seconds) == (0, 5)
     assert found.gateway.micro_batch_sequences == 16
     assert spec({"first_token_seconds": 6, "token_seconds": 2, "pass_seconds": PASSES}).stage.autoscaling.window_seconds == 30
+    assert spec(GIVEN | {"first_token_seconds": 6}).stage.timeout_seconds == 15
+    assert spec(GIVEN | {"first_token_seconds": 1}).stage.timeout_seconds == 5, "requests that a stage holds take 2 s"
 
 
-def test_two_micro_batches_at_a_pod_exceed_the_target_however_quick_passes_are() -> None:
-    """The gateway keeps no more of them for each pod of the narrowest stage, and Knative must see that it is too few."""
-    scaling = spec(GIVEN | {"pass_seconds": {1: 0.001}}).stage.autoscaling
-    assert scaling.target_concurrency < IN_FLIGHT_PER_INSTANCE
+def test_requests_held_for_prompts_that_wait_exceed_the_target_however_quick_passes_are() -> None:
+    """Beside one event at each pod. Micro-batches alone need not exceed it: two at a pod keep the objective for tokens."""
+    quick = spec(GIVEN | {"pass_seconds": {1: 0.001}}).stage.autoscaling
+    assert 2 < quick.target_concurrency < IN_FLIGHT_PER_INSTANCE + 1
+    slower = spec(GIVEN | {"pass_seconds": {1: 0.017}}).stage.autoscaling
+    assert slower.target_concurrency * 4 * 0.017 == pytest.approx(0.2 / 1.5, rel=0.01), "two would take longer than the mean"
 
 
 def test_a_pod_that_saves_its_kv_is_drained_as_long_as_that_takes() -> None:

@@ -91,12 +91,12 @@ def test_waiting_events_are_merged_and_their_replies_split() -> None:
     began = time.perf_counter()
     with crowd(max_merge=8, on_pass=seen.append) as people:
         with people.held():
-            futures = [people.send(step(str(n), 0, n, reserve=10), tokens=[n] * n) for n in (1, 2, 3, 4)]
-        assert [token(future) for future in futures] == [1, 4, 9, 16]
-        assert people.group.passes == [[1], [1, 2, 3, 4]]
+            futures = [people.send(step(str(n), 0, n, reserve=10), tokens=[n] * n) for n in (2, 3, 4, 5)]
+        assert [token(future) for future in futures] == [4, 9, 16, 25]
+        assert people.group.passes == [[1], [2, 3, 4, 5]]
         wait_for(lambda: len(seen) == 2)
     assert [len(statistics.queue_seconds) for statistics in seen] == [1, 4]
-    assert seen[1].tokens == 10
+    assert seen[1].tokens == 14
     assert seen[1].rows == (Status.OK,) * 4
     assert min(seen[1].queue_seconds) > 0
     assert seen[1].queue_seconds[0] == max(seen[1].queue_seconds) < time.perf_counter() - began
@@ -327,18 +327,43 @@ def test_many_threads_at_once_get_their_own_answers() -> None:
         assert engine.cache.free_tokens == 100_000
 
 
+def queue_of(*events: tuple[str, int]) -> EventQueue:
+    """A queue with these events, each of one row: id, and new tokens."""
+    queue = EventQueue(num_stages=4, max_merge=4)
+    for id_, length in events:
+        queue.put(ForwardEvent(Batch((Row(id_, 0, 1, length, Want.TOKEN),), memoryview(b"")), GATEWAY))
+    return queue
+
+
+def taken(queue: EventQueue) -> list[list[str]]:
+    """The ids in each further pass, until the queue is empty."""
+    passes = []
+    while events := queue.take()[1]:
+        passes.append([event.batch.rows[0].id for event in events])
+    return passes
+
+
 def test_a_decode_step_joins_the_chunk_of_a_prompt_that_is_before_it() -> None:
     """In all other orders a pass takes one of so few events, so that micro-batches do not travel as one convoy."""
+    assert taken(queue_of(("chunk", 64), ("a", 1), ("b", 1))) == [["chunk", "a"], ["b"]]
+    assert taken(queue_of(("chunk", 64), ("other", 64), ("a", 1))) == [["chunk", "a"], ["other"]]
+    assert taken(queue_of(("chunk", 64), ("other", 64))) == [["chunk"], ["other"]]
+    assert taken(queue_of(("a", 1), ("b", 1))) == [["a"], ["b"]]
 
-    def taken(*lengths: int) -> list[int]:
-        queue = EventQueue(num_stages=4, max_merge=4)
-        for number, length in enumerate(lengths):
-            row = Row(str(number), 0, 1, length, Want.TOKEN)
-            queue.put(ForwardEvent(Batch((row,), memoryview(b"")), "gateway"))
-        return [event.batch.rows[0].length for event in queue.take()[1]]
 
-    assert taken(64, 1, 1) == [64, 1]
-    assert taken(64, 64, 1) == [64, 1]
-    assert taken(1, 64) == [1]
-    assert taken(64, 64) == [64]
-    assert taken(1, 1) == [1]
+def test_a_chunk_of_a_prompt_overtakes_each_decode_step_that_waits_once_at_most() -> None:
+    assert taken(queue_of(("a", 1), ("b", 1), ("chunk", 64))) == [["chunk", "a"], ["b"]]
+    assert taken(queue_of(("a", 1), ("b", 1), ("chunk", 64), ("c", 1), ("other", 64))) == [
+        ["chunk", "a"],
+        ["b"],
+        ["other", "c"],
+    ]
+    queue = queue_of(("a", 1), ("b", 1), ("c", 1), ("chunk", 64))
+    assert [event.batch.rows[0].id for event in queue.take()[1]] == ["chunk", "a"]
+    queue.put(ForwardEvent(Batch((Row("other", 0, 1, 64, Want.TOKEN),), memoryview(b"")), GATEWAY))
+    assert taken(queue) == [["b"], ["c"], ["other"]], "both were overtaken before"
+
+
+def test_a_chunk_overtakes_no_other_chunk_and_no_event_of_its_own_sequence() -> None:
+    assert taken(queue_of(("first", 64), ("second", 64))) == [["first"], ["second"]]
+    assert taken(queue_of(("own", 1), ("other", 1), ("own", 64))) == [["own"], ["own", "other"]]
