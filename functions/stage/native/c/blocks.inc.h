@@ -93,31 +93,40 @@ INLINE Kind kind_of(const int format)
     return (Kind){form.factors == 2 ? 2 : 1, form.minimum || form.zero, form.offset == 7, form.offset};
 }
 
-/* The hot loop: adds a block's products with `rows` rows to their sums. */
+enum { UNPACKED_AT_ONCE = 16 };
+
+/* The hot loop: adds a block's products with `rows` rows to their sums. Each part is multiplied by all rows in turn, so that no
+   product waits for the one before. */
 INLINE void add_block(const Kind kind, const int rows, const BlockCodes *block, const uint8_t *x, int64_t row_bytes, vec sums[])
 {
     const int parts = BLOCK_PARTS / kind.halves;
+    const bool starts_at_zero = !kind.offset || (kind.wide && !WIDE_CODES_HAVE_OFFSET);
     UNROLL
-    for (int row = 0; row < rows; row++) {
-        const RowBlock *of_row = (const RowBlock *)(x + row * row_bytes);
+    for (int half = 0; half < kind.halves; half++) {
+        const int sum = kind.halves == 1 ? 0 : half + 1;
+        vec products[BLOCK_ROWS];
         UNROLL
-        for (int half = 0; half < kind.halves; half++) {
-            const int sum = kind.halves == 1 ? 0 : half + 1;
-            const bool none = !kind.offset || (kind.wide && !WIDE_CODES_HAVE_OFFSET);
-            vec products = none ? zeros() : shift_left_i32(every_i32(of_row->minus_sums[sum]), kind.offset);
+        for (int row = 0; row < rows; row++) {
+            const RowBlock *of_row = (const RowBlock *)(x + row * row_bytes);
+            products[row] = starts_at_zero ? zeros() : shift_left_i32(every_i32(of_row->minus_sums[sum]), kind.offset);
+        }
+        UNROLL
+        for (int part = half * parts; part < (half + 1) * parts; part++)
             UNROLL
-            for (int part = half * parts; part < (half + 1) * parts; part++) {
-                vec numbers = every_4_bytes(of_row->numbers + 4 * part);
-                products = kind.wide ? dot_wide(products, block->codes[part], numbers) : dot_u7(products, block->codes[part], numbers);
+            for (int row = 0; row < rows; row++) {
+                const vec numbers = every_4_bytes(((const RowBlock *)(x + row * row_bytes))->numbers + 4 * part);
+                products[row] = kind.wide ? dot_wide(products[row], block->codes[part], numbers)
+                                          : dot_u7(products[row], block->codes[part], numbers);
             }
-            sums[row] = fma_f32(mul_f32(f32_of_i32(products), every_f32(of_row->scale)), block->scales[half], sums[row]);
+        UNROLL
+        for (int row = 0; row < rows; row++) {
+            const RowBlock *of_row = (const RowBlock *)(x + row * row_bytes);
+            sums[row] = fma_f32(mul_f32(f32_of_i32(products[row]), every_f32(of_row->scale)), block->scales[half], sums[row]);
             if (kind.minimum)
                 sums[row] = fma_f32(every_f32(of_row->scaled_sums[sum]), block->minima[half], sums[row]);
         }
     }
 }
-
-enum { BLOCK_ROWS = 4, UNPACKED_AT_ONCE = 16 };
 
 /* Prefetches what is as far ahead as block `number` of a super is in it. */
 INLINE void fetch_block(const int format, const uint8_t *super, int64_t number)
@@ -198,25 +207,38 @@ INLINE void add_blocks_of_kind(const Kind kind, int64_t rows, const BlockCodes *
 {
     for (; rows >= BLOCK_ROWS; rows -= BLOCK_ROWS, x += BLOCK_ROWS * row_bytes, sums += BLOCK_ROWS)
         add_blocks_to_rows(kind, BLOCK_ROWS, blocks, count, x, row_bytes, sums);
+    for (; rows >= ROWS; rows -= ROWS, x += ROWS * row_bytes, sums += ROWS)
+        add_blocks_to_rows(kind, ROWS, blocks, count, x, row_bytes, sums);
     for (; rows > 0; rows--, x += row_bytes, sums++)
         add_blocks_to_rows(kind, 1, blocks, count, x, row_bytes, sums);
+}
+
+/* The kinds of all formats, as constants: a shift by a variable takes longer. */
+#define BLOCK_KINDS(each)    \
+    each(1, true, true, 7)   \
+    each(1, false, true, 7)  \
+    each(1, true, false, 0)  \
+    each(1, false, false, 3) \
+    each(1, false, false, 4) \
+    each(2, true, false, 0)  \
+    each(2, false, false, 2) \
+    each(2, false, false, 5)
+
+INLINE bool is_same_kind(Kind a, Kind b)
+{
+    return a.halves == b.halves && a.minimum == b.minimum && a.wide == b.wide && a.offset == b.offset;
 }
 
 NOINLINE void add_unpacked(const Kind kind, int64_t rows, const BlockCodes *blocks, int64_t count, const uint8_t *x,
                            int64_t row_bytes, float (*sums)[LAMINA_GROUP_OUTS])
 {
-    if (kind.wide && kind.minimum)
-        add_blocks_of_kind((Kind){1, true, true, 7}, rows, blocks, count, x, row_bytes, sums);
-    else if (kind.wide)
-        add_blocks_of_kind((Kind){1, false, true, 7}, rows, blocks, count, x, row_bytes, sums);
-    else if (kind.halves == 1 && kind.minimum)
-        add_blocks_of_kind((Kind){1, true, false, 0}, rows, blocks, count, x, row_bytes, sums);
-    else if (kind.halves == 1)
-        add_blocks_of_kind((Kind){1, false, false, kind.offset}, rows, blocks, count, x, row_bytes, sums);
-    else if (kind.minimum)
-        add_blocks_of_kind((Kind){2, true, false, 0}, rows, blocks, count, x, row_bytes, sums);
-    else
-        add_blocks_of_kind((Kind){2, false, false, kind.offset}, rows, blocks, count, x, row_bytes, sums);
+#define ADD_IF_KIND(...)                                                                          \
+    if (is_same_kind(kind, (Kind){__VA_ARGS__})) {                                                \
+        add_blocks_of_kind((Kind){__VA_ARGS__}, rows, blocks, count, x, row_bytes, sums);         \
+        return;                                                                                   \
+    }
+    BLOCK_KINDS(ADD_IF_KIND)
+#undef ADD_IF_KIND
 }
 
 /* Sums of the group that begins with output `out`, for rows [first, first + rows). */

@@ -1,4 +1,5 @@
-/* The source of every level. It needs INLINE, UNROLL, `vec` with its functions, and LEVEL, the name of the table. */
+/* The source of every level. It needs INLINE, UNROLL, `vec` with its functions, BLOCK_ROWS, and LEVEL, the name of the
+   table. */
 
 #include "level.h"
 

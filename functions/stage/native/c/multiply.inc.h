@@ -16,6 +16,15 @@ INLINE vec biases_of(const Matrix *matrix, int64_t out)
     return matrix->biases.bytes ? row_part(matrix->biases.data, out, matrix->outs) : zeros();
 }
 
+/* Stores a group's outputs to a row of y, and fetches the line of the next group for writing: rows are too far apart for the
+   CPU's own prefetcher. `last` ends the outputs of this thread. Others write those beyond. */
+INLINE void store_outputs(float *row, int64_t out, int64_t last, int64_t outs, vec numbers)
+{
+    if (out + LANES < last)
+        __builtin_prefetch(row + out + LANES, 1, 2);
+    store_row_part(row, out, outs, numbers);
+}
+
 static void multiply_groups(const Matrix *matrix, const Rows *x, int64_t first, int64_t last, bool add, float *y)
 {
     GroupSums sums;
@@ -28,7 +37,7 @@ static void multiply_groups(const Matrix *matrix, const Rows *x, int64_t first, 
             for (int64_t i = 0; i < rows; i++) {
                 float *to = y + (row + i) * matrix->outs;
                 vec found = add_f32(load(sums.of[i]), biases);
-                store_row_part(to, out, matrix->outs, add ? add_f32(row_part(to, out, matrix->outs), found) : found);
+                store_outputs(to, out, last, matrix->outs, add ? add_f32(row_part(to, out, matrix->outs), found) : found);
             }
         }
     end_tiles();
@@ -45,8 +54,8 @@ static void multiply_gated_groups(const Matrix *gate, const Matrix *up, const Ro
             sum_outputs(gate, x, row, rows, out, &of_gate);
             sum_outputs(up, x, row, rows, out, &of_up);
             for (int64_t i = 0; i < rows; i++)
-                store_row_part(y + (row + i) * gate->outs, out, gate->outs,
-                               gated(add_f32(load(of_gate.of[i]), gate_biases), add_f32(load(of_up.of[i]), up_biases)));
+                store_outputs(y + (row + i) * gate->outs, out, last, gate->outs,
+                              gated(add_f32(load(of_gate.of[i]), gate_biases), add_f32(load(of_up.of[i]), up_biases)));
         }
     end_tiles();
 }

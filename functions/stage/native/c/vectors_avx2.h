@@ -2,6 +2,8 @@
 
 #include <immintrin.h>
 
+enum { BLOCK_ROWS = 4 /* multiplied by a block together: registers hold their sums and products */ };
+
 typedef struct {
     __m256i low, high;
 } vec;

@@ -2,6 +2,8 @@
 
 #include <immintrin.h>
 
+enum { BLOCK_ROWS = 8 /* multiplied by a block together: registers hold their sums and products */ };
+
 typedef __m512i vec;
 
 #define F32(v) _mm512_castsi512_ps(v)

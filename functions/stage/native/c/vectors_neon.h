@@ -2,6 +2,8 @@
 
 #include <arm_neon.h>
 
+enum { BLOCK_ROWS = 4 /* multiplied by a block together: registers hold their sums and products */ };
+
 typedef struct {
     int32x4_t part[4];
 } vec;

@@ -2,6 +2,8 @@
 
 #include <string.h>
 
+enum { BLOCK_ROWS = 4 /* multiplied by a block together: registers hold their sums and products */ };
+
 typedef int32_t vec __attribute__((vector_size(64)));
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int16_t i16x32 __attribute__((vector_size(64)));
