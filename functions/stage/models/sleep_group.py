@@ -94,10 +94,12 @@ class SleepGroup:
             self.kv.extend(segment.handle, segment.length)
         if self.first_layer > 0:
             return inputs.copy()
-        hidden = np.zeros((len(inputs), self.hidden_size), np.float32)
-        hidden[:, : len(_DIGITS)] = inputs[:, None] // _DIGITS % 2**7
-        hidden[:, len(_DIGITS) :] = _LARGEST
-        return narrowed(hidden, self.hidden_dtype)
+        # Only the digits are converted: rows of float32 would cost more processor time than all else at a sleeping stage.
+        largest = narrowed(np.full((1, 1), _LARGEST, np.float32), self.hidden_dtype)
+        hidden = np.empty((len(inputs), self.hidden_size), largest.dtype)
+        hidden[:] = largest
+        hidden[:, : len(_DIGITS)] = narrowed((inputs[:, None] // _DIGITS % 2**7).astype(np.float32), self.hidden_dtype)
+        return hidden
 
     def logits(self, hidden: Array) -> Float32:
         time.sleep(self._times.logits_seconds(len(hidden)))
