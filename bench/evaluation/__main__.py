@@ -13,6 +13,7 @@ Each run's result is a file in the state folder, and a run with a result is not 
 
 import logging
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -165,6 +166,7 @@ def main(
         shutil.rmtree(state, ignore_errors=True)
     document = document or (None if quick else ROOT / "docs" / "benchmarks.md")
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # a run ends its processes then
     with ExitStack() as stack:
         evaluation = Evaluation(plan, state, stack)
         found: dict[str, list[Result]] = {}
