@@ -239,6 +239,7 @@ NOINLINE void add_unpacked(const Kind kind, int64_t rows, const BlockCodes *bloc
     }
     BLOCK_KINDS(ADD_IF_KIND)
 #undef ADD_IF_KIND
+    __builtin_trap(); /* a format whose kind is missing in BLOCK_KINDS */
 }
 
 /* Sums of the group that begins with output `out`, for rows [first, first + rows). */
