@@ -76,8 +76,9 @@ def output_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def write_section(document: Path, name: str, text: str) -> None:
-    """Replaces section `name` of the document, which is created if it does not exist."""
+    """Replaces section `name` of the document, which is created with its folder if it does not exist."""
     page = document.read_text(encoding="utf-8") if document.exists() else _TITLE
+    document.parent.mkdir(parents=True, exist_ok=True)
     document.write_text(with_section(page, name, text), encoding="utf-8")
 
 

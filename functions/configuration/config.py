@@ -423,9 +423,9 @@ class GatewayConfig(CommonConfig, ClientsConfig):
     prompt_bytes: int = setting(
         "LAMINA_PROMPT_BYTES",
         parsers.integer(1, 2**40),
-        "bytes of prompts' hidden states that may be on their way between stages at once; further chunks wait. They take up to "
-        "twice as much memory",
-        "134217728",
+        "bytes of prompts' hidden states that may be on their way between stages at once; further chunks wait. They take two to "
+        "three times as much memory",
+        "67108864",
     )
     micro_batch_sequences: int = setting(
         "LAMINA_MICRO_BATCH_SEQUENCES", parsers.integer(1, 1024), "most sequences in one micro-batch", "8"

@@ -74,7 +74,7 @@ def test_idle_seconds_are_those_without_a_pod() -> None:
 
 
 def test_a_section_is_replaced_and_others_are_left(tmp_path: Path) -> None:
-    document = tmp_path / "benchmarks.md"
+    document = tmp_path / "new" / "benchmarks.md"
     write_section(document, "one", "first\n")
     write_section(document, "two", "second")
     write_section(document, "one", r"third \1")

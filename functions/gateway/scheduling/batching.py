@@ -24,7 +24,7 @@ class SchedulerLimits:
     queue_limit: int = 256
     chunk_tokens: int = 256
     micro_batch_sequences: int = 8
-    prompt_bytes: int = 128 * 2**20
+    prompt_bytes: int = 64 * 2**20
     stages_at_once: int = 0  # 0: all
     draft_tokens: int = 0  # 0: no speculation
     cold_start_timeout_seconds: float = 300.0

@@ -44,7 +44,7 @@ def test_requests_that_wait_for_memory_leave_places_to_those_that_compute(places
     assert config.max_memory_waiters == awaiting
 
 
-@pytest.mark.parametrize(("memory", "wanted"), [("512Mi", None), ("2Gi", str(512 * 2**20))])
+@pytest.mark.parametrize(("memory", "wanted"), [("512Mi", None), ("2Gi", str(256 * 2**20))])
 def test_hidden_states_of_prompts_may_take_a_part_of_the_gateways_memory(memory: str, wanted: str | None) -> None:
     gateway = services(pipeline(gateway={"resources": {"memory": memory}}))[-1]
     assert environment_of(gateway).get("LAMINA_PROMPT_BYTES") == wanted
