@@ -223,6 +223,7 @@ def test_each_job_counts_once_whatever_goes_wrong(
         faults.put_into(patch)
         answers, dead_letters = asyncio.run(run_jobs(published, functions, tmp_path, jobs))
 
+    check_dead_letters({event.get_id(): event for event in dead_letters.events})  # first: they say why a job has no answer
     once = {id_: event for (_, id_), event in answers.once().items()}
     assert sorted(once) == sorted(map(reply_id, generating + scoring))
     assert len(answers.once()) == 2 * JOBS
@@ -230,7 +231,6 @@ def test_each_job_counts_once_whatever_goes_wrong(
     assert faults.failed >= 30
     assert len(answers.events) > 2 * JOBS, "repetitions reach the sink, which drops them"
     asyncio.run(compare(published, functions, once, generating, scoring))
-    check_dead_letters({event.get_id(): event for event in dead_letters.events})
 
 
 async def compare(
@@ -255,6 +255,8 @@ async def compare(
 
 def check_dead_letters(letters: Mapping[str, CloudEvent]) -> None:
     """They are the events as they were sent: the gateway refuses them before any stage."""
+    unexpected = {id_: letter.get_attributes() for id_, letter in letters.items() if id_ not in POISON}
+    assert not unexpected
     assert sorted(letters) == sorted(POISON)
     for id_, (_, _, code, problem) in POISON.items():
         attributes: dict[str, Any] = dict(letters[id_].get_attributes())

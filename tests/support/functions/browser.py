@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 from PIL import Image
 from selenium import webdriver
-from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
+from selenium.common.exceptions import ElementNotInteractableException, NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
@@ -53,7 +53,8 @@ class Browser:
         return found
 
     def ask(self, question: str) -> None:
-        self.find("#question").send_keys(f"{question}\n")
+        """Types a question. On a busy machine Chromium can refuse keys for a moment."""
+        self.until(lambda: self.find("#question").send_keys(f"{question}\n") or True, "the field for a question takes keys")
 
     def run(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)  # type: ignore[no-untyped-call]
@@ -64,7 +65,7 @@ class Browser:
             try:
                 if found := condition():
                     return found
-            except (NoSuchElementException, StaleElementReferenceException):
+            except (ElementNotInteractableException, NoSuchElementException, StaleElementReferenceException):
                 pass
             assert time.monotonic() < deadline, f"not within {seconds} s: {what}; the page says:\n{self.text('body')}"
             time.sleep(0.05)
