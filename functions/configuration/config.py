@@ -423,8 +423,8 @@ class GatewayConfig(CommonConfig, ClientsConfig):
     prompt_bytes: int = setting(
         "LAMINA_PROMPT_BYTES",
         parsers.integer(1, 2**40),
-        "bytes of prompts' hidden states that may be on their way between stages at once; further chunks wait. They take two "
-        "to three times as much memory",
+        "bytes of prompts' hidden states that may be on their way between stages at once; further chunks wait. The "
+        "gateway needs a multiple of them as memory",
         "67108864",
     )
     micro_batch_sequences: int = setting(

@@ -8,7 +8,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-_DEMAND_SHARE: Final = 0.35  # of the first token's seconds: above what varies within seconds, and time remains to start a pod
+_DEMAND_SHARE: Final = 0.35  # of the first token's seconds: bursts of a second stay below it, and time is left to start a pod
 _Seconds = Annotated[float, Meta(gt=0, le=3600)]
 
 
