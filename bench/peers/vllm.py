@@ -33,7 +33,8 @@ def running_vllm(name: str, folder: Path, log: Path) -> Iterator[Contender]:
         "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     }
-    command = [str(python), "bench/peers/vllm_process.py", str(folder)]
+    # -P: without the script's folder on the path, in which this file would be imported as vllm
+    command = [str(python), "-P", "bench/peers/vllm_process.py", str(folder)]
     with (
         log.open("w") as errors,
         subprocess.Popen(

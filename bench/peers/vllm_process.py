@@ -1,6 +1,6 @@
 """vLLM as a peer of `bench.peers`: a process that loads a model in 8 bits and answers one list of requests a line.
 
-    .vllm/bin/python bench/peers/vllm_process.py FOLDER
+    .vllm/bin/python -P bench/peers/vllm_process.py FOLDER
 
 The environment `.vllm` (`make vllm`) has nothing of Lamina. Requests and answers are JSON lines on stdin and stdout, since
 without HTTP vLLM loses nothing to its server.

@@ -1,18 +1,33 @@
-"""llama.cpp as a peer: a report says why it is missing."""
+"""llama.cpp and vLLM as peers: how vLLM is started, and what a report says of a peer that is missing."""
 
 import asyncio
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from bench import llama_cpp
+from bench.peers import vllm
 from bench.pipeline import DidNotStart
 from bench.serving.client import Measurement
 from bench.serving.contenders import LLAMA_CPP, PREFILL, SINGLE, Contender, ContenderEnded, measure_all
 from bench.serving.report import BF16, Findings, markdown, verdicts
 from bench.serving.requests import Request
+from tests.support.paths import ROOT
 
+# Answers each prompt with as many tokens as were asked for.
+STAND_IN_VLLM = """
+from types import SimpleNamespace as SamplingParams
+
+
+class LLM:
+    def __init__(self, model, **options):
+        assert model == "model"
+
+    def generate(self, prompts, params, use_tqdm):
+        return [SamplingParams(outputs=[SamplingParams(token_ids=[0] * each.max_tokens)]) for each in params]
+"""
 WHY = "llama.cpp is not built: make llama-cpp"
 
 
@@ -21,6 +36,23 @@ def test_without_a_build_the_peer_did_not_start(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DidNotStart) as raised, llama_cpp.llama_server(tmp_path / "model.gguf", tmp_path / "log", 1):
         pass
     assert raised.value.why == WHY
+
+
+def test_vllm_is_started_although_a_module_of_bench_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bench").symlink_to(ROOT / "bench")
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "vllm.py").write_text(STAND_IN_VLLM)
+    python = tmp_path / ".vllm" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nunset LD_PRELOAD\nPYTHONPATH={tmp_path}/packages exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(vllm, "ROOT", tmp_path)
+    with vllm.running_vllm("vLLM", Path("model"), tmp_path / "log") as contender:
+
+        async def answer() -> Measurement:
+            return await contender.answer([Request("a", (1,), 8), Request("b", (1, 2), 5)])
+
+        assert asyncio.run(answer()).tokens == 13
 
 
 def findings(did_not_run: dict[str, str], measured: tuple[str, ...]) -> Findings:
