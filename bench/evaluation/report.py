@@ -220,7 +220,7 @@ def write_document(
     pages: dict[str, str] = {}
     profile = read_profile(SMOLLM2_PROFILE)
     for name, title, note in (
-        ("emulated", "Five ways, devices emulated and the system real", ""),
+        ("emulated", "Ways to serve, devices emulated and the system real", ""),
         ("simulated", "Ways to serve, simulated", ""),
         (
             "measured",

@@ -18,7 +18,9 @@ from tests.support.paths import ROOT
 
 # Answers each prompt with as many tokens as were asked for.
 STAND_IN_VLLM = """
-from types import SimpleNamespace as SamplingParams
+from types import SimpleNamespace
+
+SamplingParams = SimpleNamespace
 
 
 class LLM:
@@ -26,7 +28,7 @@ class LLM:
         assert model == "model"
 
     def generate(self, prompts, params, use_tqdm):
-        return [SamplingParams(outputs=[SamplingParams(token_ids=[0] * each.max_tokens)]) for each in params]
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[0] * each.max_tokens)]) for each in params]
 """
 WHY = "llama.cpp is not built: make llama-cpp"
 
