@@ -37,7 +37,7 @@ _VLLM: Final = "vLLM int8, no HTTP"
 _RPC: Final = "llama.cpp RPC, three servers, Q4_0"
 # Lamina's dtypes, and llama.cpp's formats with as many bits.
 _EQUAL: Final = {"q4": "Q4_0", "kept": "Q4_0", "int8": "Q8_0"}
-# By stages: Lamina's fastest dtype against llama.cpp's fastest format, at each size.
+# By stages: Lamina's best dtype against llama.cpp's fastest format, at each size.
 _WANTED: Final[Mapping[int, Mapping[str, tuple[float, float, float]]]] = {
     1: {SINGLE: (1.3, 1.15, 1.1), CONCURRENT: (2.8, 2.4, 2.4), PREFILL: (3.5, 3.5, 3.5)},
     3: {SINGLE: (0.95, 1.0, 1.05), CONCURRENT: (2.8, 2.4, 2.4), PREFILL: (3.5, 3.5, 3.5)},
@@ -138,25 +138,34 @@ def _requests() -> dict[str, list[Request]]:
     return {SINGLE: [requests.cut(0, 128, 96)], CONCURRENT: requests.ragged(16), PREFILL: [requests.cut(0, 1000, 1)]}
 
 
-def _fastest(results: Mapping[str, list[Measurement]], beginning: str, end: str = "") -> str:
-    """The contender with the highest rate of those whose name begins and ends so, RPC left out; empty: there is none."""
-    names = [name for name in results if name.startswith(beginning) and name.endswith(end) and name != _RPC]
+def _fastest(results: Mapping[str, list[Measurement]], beginning: str) -> str:
+    """The contender with the highest rate of those whose name begins so, RPC left out; empty: there is none."""
+    names = [name for name in results if name.startswith(beginning) and name != _RPC]
     return max(names, key=lambda name: rate(results[name]), default="")
 
 
+def _best_ratio(results: Mapping[str, list[Measurement]], stages: int, peer: str) -> tuple[str, float]:
+    """Lamina's dtype with the highest ratio to a peer in this cut, and the ratio; empty and 0: there is none."""
+    names = [name for name in results if name.startswith("Lamina") and name.endswith(_cut(stages))]
+    return max(((name, ratio(results, name, peer)) for name in names), key=lambda found: found[1], default=("", 0.0))
+
+
 def _verdicts(size: str, found: Results) -> Iterator[Verdict]:
-    """Lamina's fastest dtype against llama.cpp's fastest format, its RPC, and vLLM."""
+    """Lamina's best dtype against llama.cpp's fastest format, its RPC, and vLLM."""
     for workload, results in found.items():
-        peer = _fastest(results, "llama.cpp")
+        llama_cpp = _fastest(results, "llama.cpp")
         for stages, wanted in _WANTED.items():
-            own = _fastest(results, "Lamina", _cut(stages))
-            if own and peer and size in _SIZES:
-                bound = wanted[workload][_SIZES.index(size)]
-                yield judged(f"{size}, {workload}: {own} × {peer}", ratio(results, own, peer), bound)
-            if own and _VLLM in results and (at_least := _WANTED_VLLM[stages].get(workload)) is not None:
-                yield judged(f"{size}, {workload}: {own} × {_VLLM}", ratio(results, own, _VLLM), at_least)
-            if own and stages == 3 and _RPC in results:
-                yield judged(f"{size}, {workload}: {own} × {_RPC}", ratio(results, own, _RPC), _WANTED_RPC[workload])
+            peers = dict[str, float]()
+            if llama_cpp and size in _SIZES:
+                peers[llama_cpp] = wanted[workload][_SIZES.index(size)]
+            if _VLLM in results and (at_least := _WANTED_VLLM[stages].get(workload)) is not None:
+                peers[_VLLM] = at_least
+            if stages == 3 and _RPC in results:
+                peers[_RPC] = _WANTED_RPC[workload]
+            for peer, at_least in peers.items():
+                own, found_ratio = _best_ratio(results, stages, peer)
+                if own:
+                    yield judged(f"{size}, {workload}: {own} × {peer}", found_ratio, at_least)
 
 
 def _table(found: Results, failed: Mapping[str, str]) -> str:

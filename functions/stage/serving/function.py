@@ -4,6 +4,7 @@ import logging
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
@@ -22,6 +23,7 @@ from functions.stage.serving.bring_up import UnservableModel, bring_up
 from functions.stage.serving.handlers import EventHandlers, StageIdentity
 from functions.stage.serving.scoring import Scorer
 from storage.errors import StorageError
+from storage.loading.memory import use_huge_pages
 from storage.store.payload_store import PayloadStore
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ _log: Final = logging.getLogger(__name__)
 
 _STUCK_AFTER_SECONDS: Final = 300.0  # far longer than any pass: a chunk of a large model on a slow core takes tens of seconds
 _KV_WRITE_SECONDS: Final = 20.0  # for writing cached KV at the end, within what queue-proxy's drain leaves of the grace period
+_HUGE_PAGES_AFTER_SECONDS: Final = 3.0  # after the start: moving weights would delay the first token
 _FAILED_STATUS: Final = 1
 _THREADS: Final = 64  # far above any containerConcurrency, so that events that wait for weights do not block others
 _REQUEST_BYTES: Final = 2 * MAX_EVENT_BYTES  # of all events together
@@ -141,6 +144,8 @@ class StageFunction:
             self._changed.notify_all()
         phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self._start_up.phases().items())
         _log.info("ready: %s; layers run by %s", phases, engine.runs_by)
+        time.sleep(_HUGE_PAGES_AFTER_SECONDS)
+        _log.info("%d MiB are in huge pages", use_huge_pages() // 2**20)
 
     def _fail(self, stop: Callable[[int], None]) -> None:
         with self._changed:

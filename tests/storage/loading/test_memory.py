@@ -2,8 +2,11 @@
 
 import ctypes
 import mmap
+from pathlib import Path
 
-from storage.loading.memory import address_of, freed_with_last_view, new_memory, resident_bytes
+import pytest
+
+from storage.loading.memory import address_of, freed_with_last_view, new_memory, resident_bytes, use_huge_pages
 
 
 def test_touched_memory_is_resident() -> None:
@@ -52,3 +55,34 @@ def test_a_view_keeps_its_mapping() -> None:
     view[:] = bytes(range(100))
     assert bytes(view) == bytes(range(100))
     assert len(freed_with_last_view(new_memory(0))) == 0
+
+
+def _has_huge_pages() -> bool:
+    release = Path("/proc/sys/kernel/osrelease")
+    numbers = release.read_text().split(".")[:2] if release.exists() else ["0", "0"]
+    return tuple(map(int, numbers)) >= (6, 1) and Path("/sys/kernel/mm/transparent_hugepage").exists()
+
+
+@pytest.mark.skipif(not _has_huge_pages(), reason="MADV_COLLAPSE takes Linux 6.1 with transparent huge pages")
+def test_only_memory_that_is_in_ram_moves_into_huge_pages() -> None:
+    huge = 2 * 2**20
+    sparse, full = new_memory(8 * huge), new_memory(3 * huge)
+    sparse[: huge // 2] = bytes([1]) * (huge // 2)
+    full[:] = bytes(range(256)) * (len(full) // 256)
+    before = resident_bytes(address_of(sparse), len(sparse))
+    moved = use_huge_pages()
+    assert moved >= 2 * huge, "three huge pages have two between their ends, wherever they begin"
+    assert resident_bytes(address_of(sparse), len(sparse)) <= before + huge, "one may begin in it and end in the other"
+    assert full == bytes(range(256)) * (len(full) // 256)
+    assert sparse[: huge // 2] == bytes([1]) * (huge // 2)
+    assert not any(sparse[huge // 2 :])
+
+
+def test_memory_that_is_gone_is_not_moved() -> None:
+    memory = new_memory(2**22)
+    memory[:] = bytes(2**22)
+    del memory
+    left = new_memory(100)
+    left[:] = bytes(range(100))
+    use_huge_pages()
+    assert left == bytes(range(100))
