@@ -1,5 +1,6 @@
 """The contenders of `bench.serving` and `bench.peers`, the three workloads, and the turns in which they are measured."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ SINGLE: Final = "single stream"
 CONCURRENT: Final = "16 concurrent"
 PREFILL: Final = "prefill of 1k"
 LLAMA_CPP: Final = "llama.cpp server, Q4_0"
+_REST_SECONDS: Final = 3.0  # before each turn: threads of the contender before may wait for work without sleeping
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,9 @@ async def measure_all(
     rounds: int,
     say: Callable[[str], None],
     failed: dict[str, str],
+    rest_seconds: float = _REST_SECONDS,
 ) -> Results:
-    """In the order A B C A B C …, so that changes on the machine meet all of them.
+    """In the order A B C A B C …, so that changes on the machine meet all of them, with a rest before each turn.
 
     failed: gets those that end on the way, by name, and why; what was measured of them before stays.
     """
@@ -66,6 +69,7 @@ async def measure_all(
     for number in range(rounds):
         for workload, asked in work.items():
             for contender in (each for each in contenders if each.name not in failed):
+                await asyncio.sleep(rest_seconds)
                 cpu = cpu_seconds(contender.pids)
                 try:
                     found = await contender.answer(asked)

@@ -96,7 +96,7 @@ def test_a_peer_that_ends_on_the_way_costs_the_others_nothing(tmp_path: Path) ->
     failed: dict[str, str] = {}
     contenders = [Contender("ends", (), ends_in_the_second_round), Contender("stays", (), answers)]
     work = {SINGLE: [Request("a", (1,), 8)]}
-    results = asyncio.run(measure_all(contenders, work, 3, print, failed))
+    results = asyncio.run(measure_all(contenders, work, 3, print, failed, rest_seconds=0))
     assert {name: len(measured) for name, measured in results[SINGLE].items()} == {"ends": 1, "stays": 3}
     assert failed == {"ends": "its process has ended"}
     assert asked == 3
