@@ -15,7 +15,7 @@ SINGLE: Final = "single stream"
 CONCURRENT: Final = "16 concurrent"
 PREFILL: Final = "prefill of 1k"
 LLAMA_CPP: Final = "llama.cpp server, Q4_0"
-_REST_SECONDS: Final = 3.0  # before each turn: threads of the contender before may wait for work without sleeping
+_REST_SECONDS: Final = 3.0  # before each turn: prompts were a third slower directly after vLLM (docs/log.md)
 
 
 @dataclass(frozen=True, slots=True)

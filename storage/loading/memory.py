@@ -4,6 +4,7 @@ import ctypes
 import functools
 import mmap
 import sys
+import threading
 import time
 import weakref
 from typing import Final
@@ -14,39 +15,45 @@ _HUGE_PAGE_BYTES: Final = 2 * 2**20  # of x86-64, and of arm64 with pages of 4 K
 _LEAST_RESIDENT: Final = 0.75  # of a huge page: moving the rest of it into RAM costs memory
 _MINCORE_STEP_BYTES: Final = 2**30
 
+_mappings: Final = weakref.WeakSet[mmap.mmap]()  # that `new_memory` gave and that are in use
+_lock: Final = threading.Lock()  # of `_mappings`: one that grows cannot be listed
+
 
 def new_memory(size: int) -> memoryview:
     """Allocates `size` bytes: writable, page-aligned and zero. The kernel allocates a page when it is first used."""
     # Without MADV_HUGEPAGE: measured, finding whole huge pages took a loaded machine two to three times as long to fill.
     # mmap(2) maps no empty piece.
     mapping = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    _mappings.add(mapping)
+    with _lock:
+        _mappings.add(mapping)
     return memoryview(mapping)[:size]
 
 
-_mappings: Final = weakref.WeakSet[mmap.mmap]()  # that `new_memory` gave and that are in use
-
-
 def use_huge_pages() -> int:
-    """Moves what `new_memory` gave into huge pages, where RAM has three quarters of one already. Returns their bytes.
+    """Moves memory from `new_memory` into huge pages of 2 MiB. Returns how many bytes are in huge pages.
 
-    Takes 0.3 to 8 ms of processor time for each, and as long again asleep. Other threads may use the memory meanwhile. Does
-    nothing before Linux 6.1.
+    Leaves a range of 2 MiB as it is if less than three quarters of it are in RAM. Each takes 0.3 to 8 ms of processor time, and
+    the thread sleeps as long afterwards. Other threads may use the memory meanwhile. Does nothing before Linux 6.1.
     """
     if (libc := _libc()) is None:
         return 0
-    in_use = [memoryview(mapping) for mapping in list(_mappings)]  # keeps them mapped
-    moved = 0
+    with _lock:
+        in_use = [memoryview(mapping) for mapping in _mappings]  # keeps them mapped
+    in_huge_pages = 0
     for address in _huge_pages_of(in_use):
         started = time.perf_counter()
-        if resident_bytes(address, _HUGE_PAGE_BYTES) >= _LEAST_RESIDENT * _HUGE_PAGE_BYTES:
-            moved += _HUGE_PAGE_BYTES * (libc.madvise(address, _HUGE_PAGE_BYTES, _MADV_COLLAPSE) == 0)
+        is_dense = resident_bytes(address, _HUGE_PAGE_BYTES) >= _LEAST_RESIDENT * _HUGE_PAGE_BYTES
+        if is_dense and libc.madvise(address, _HUGE_PAGE_BYTES, _MADV_COLLAPSE) == 0:
+            in_huge_pages += _HUGE_PAGE_BYTES
         time.sleep(time.perf_counter() - started)
-    return moved
+    return in_huge_pages
 
 
 def _huge_pages_of(mappings: list[memoryview]) -> list[int]:
-    """Returns the addresses of whole huge pages. One may hold several mappings side by side, which the kernel joins."""
+    """Returns the addresses of the ranges, each the size of a huge page, that mappings fill from end to end.
+
+    A range may span mappings side by side, which the kernel joins.
+    """
     pieces = sorted((address_of(memory), address_of(memory) + len(memory)) for memory in mappings)
     addresses, end_of_piece, first = [], 0, 0
     for start, end in pieces:
