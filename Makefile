@@ -132,7 +132,7 @@ bench: $(VENV)/bench.stamp $(VENV)/native.stamp ## Throughput and latency of ser
 	$(BIN)/python -m bench.serving
 
 .PHONY: bench-peers
-bench-peers: $(VENV)/bench.stamp $(VENV)/native.stamp llama-cpp vllm ## Beside llama.cpp built for this CPU and vLLM, at three sizes (forty minutes)
+bench-peers: $(VENV)/bench.stamp $(VENV)/native.stamp llama-cpp vllm ## Beside llama.cpp built for this CPU and vLLM, at three sizes (over an hour)
 	$(BIN)/python -m bench.peers
 
 .PHONY: bench-coldstart

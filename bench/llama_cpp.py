@@ -1,7 +1,9 @@
 """llama.cpp as its own experts would run it: built on this machine for this CPU (`make llama-cpp`)."""
 
+import socket
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -43,8 +45,18 @@ def llama_server_over_rpc(file: Path, log: Path, threads: int, servers: int) -> 
         pids = []
         for port in ports:
             command = [str(tool("ggml-rpc-server")), "--threads", str(threads), "--port", str(port)]
-            pids.append(stack.enter_context(started(command, log.with_suffix(f".{port}.log"))).pid)
+            own_log = log.with_suffix(f".{port}.log")
+            process = stack.enter_context(started(command, own_log))
+            wait_for(partial(_listens, port), process, own_log)  # llama-server aborts if it cannot connect at once
+            pids.append(process.pid)
         addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
         options = ["--rpc", addresses, "--n-gpu-layers", "999"]
         url, pid = stack.enter_context(llama_server(file, log, threads, options))
         yield url, (pid, *pids)
+
+
+def _listens(port: int) -> bool | None:
+    """True, or None: nothing listens at the port yet."""
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=30):
+        return True
+    return None

@@ -69,6 +69,11 @@ def command_line(module: str) -> str:
     return f"`{' '.join([f'python -m {module}', *sys.argv[1:]])}`"
 
 
+def help_text(doc: str | None) -> str:
+    """A module's docstring for `--help`, where click does not wrap the indented examples."""
+    return re.sub(r"\n\n(?= )", "\n\n\b\n", doc or "")
+
+
 def output_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds --output, the document to write the section into."""
     path = click.Path(dir_okay=False, path_type=Path)

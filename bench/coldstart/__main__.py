@@ -15,7 +15,7 @@ import click
 
 from bench.coldstart.report import Results, markdown, verdicts
 from bench.coldstart.runs import ColdStart, Store, cold_pipeline
-from bench.report import STATE, conclude, machine
+from bench.report import STATE, conclude, help_text, machine
 from knative.commands.model_choice import DEFAULT_MODEL, packaged_model
 from storage.models.publisher import publish
 from storage.store.embedded import EmbeddedStore
@@ -43,7 +43,7 @@ def _told(name: str, run: ColdStart) -> ColdStart:
     return run
 
 
-@click.command(help=__doc__)
+@click.command(help=help_text(__doc__))
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Medians of so many.")
 @click.option("--bytes-per-second", type=click.FloatRange(min=1), default=50e6, show_default=True, help="Of each pod.")
 @click.option("--folder", type=click.Path(path_type=Path), default=STATE / "coldstart", help="Kept for the next run.")

@@ -34,7 +34,7 @@ from bench.evaluation.report import write_document
 from bench.evaluation.results import Result, Results
 from bench.evaluation.simulator import Overheads
 from bench.evaluation.trace import LOADS, Bursts, TraceInvalid
-from bench.report import ROOT, STATE
+from bench.report import ROOT, STATE, help_text
 from knative.commands.options import STORE_FOLDER
 from storage.store.embedded import EmbeddedStore
 from storage.store.object_store import ObjectStore
@@ -115,7 +115,7 @@ def _networks(plan: Plan, state: Path, evaluation: Evaluation, say: Callable[[st
     return network_experiment.network_table(network_experiment.stage_plans(evaluation.store), found)
 
 
-@click.command(help=__doc__)
+@click.command(help=help_text(__doc__))
 @click.argument("names", nargs=-1, type=click.Choice(NAMES))
 @click.option("--quick", is_flag=True, help="Small versions.")
 @click.option("--trace", type=_FILE, help="TIMESTAMP,ContextTokens,GeneratedTokens.")

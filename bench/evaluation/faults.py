@@ -26,7 +26,7 @@ from bench.evaluation.emulated import EmulatedRun
 from bench.evaluation.experiments import Plan, setting_13b
 from bench.evaluation.setting import OBJECTIVE, WAYS
 from bench.evaluation.trace import make_loads
-from bench.report import STATE
+from bench.report import STATE, help_text
 from knative.commands.options import STORE_FOLDER
 from knative.local.kubelet.pods import LocalPod
 from storage.store.embedded import EmbeddedStore
@@ -81,7 +81,7 @@ def _send(pod: LocalPod, number: signal.Signals) -> None:
             os.kill(pod.pid, number)
 
 
-@click.command(help=__doc__)
+@click.command(help=help_text(__doc__))
 @click.argument("way", type=click.Choice(WAYS), default=OBJECTIVE)
 @click.option("--seconds", type=click.IntRange(min=10), default=120, show_default=True, help="Of bursts.")
 @click.option("--seed", type=int, default=0, show_default=True)

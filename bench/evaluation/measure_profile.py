@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 
 from bench.evaluation.fitting import Point, fit_profile
-from bench.report import machine
+from bench.report import help_text, machine
 from functions.stage.models.build import build_layer_group
 from functions.stage.models.floats import DTYPES
 from functions.stage.models.layer_group import LayerGroup, Segment
@@ -83,7 +83,7 @@ def _group(reader: ObjectReader, manifest: ModelManifest, first: int, last: int)
     return group
 
 
-@click.command(help=__doc__)
+@click.command(help=help_text(__doc__))
 @click.option("--dtype", type=click.Choice(["bfloat16", "int8", "q4"]), default="bfloat16", show_default=True)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), required=True)
 def main(dtype: str, output: Path) -> None:

@@ -19,7 +19,7 @@ from bench.evaluation.experiments import setting_13b
 from bench.evaluation.setting import STATIC
 from bench.evaluation.simulator import Simulation, World
 from bench.evaluation.trace import Sizes, drawn, rates
-from bench.report import ROOT, machine, table, write_section
+from bench.report import ROOT, help_text, machine, table, write_section
 from functions.gateway.scheduling.batching import SchedulerLimits
 
 PODS: Final = 1000
@@ -94,7 +94,7 @@ def relayed_bytes_a_second(size: int, seconds: float = 1.0) -> float:
     return moved / used
 
 
-@click.command(help=__doc__)
+@click.command(help=help_text(__doc__))
 def main() -> None:
     setting, rate = setting_13b(), requests_a_second()
     copies = PODS // setting.stages

@@ -22,7 +22,7 @@ import psutil
 from bench.many.conversations import Conversation, converse
 from bench.many.report import Load, LoadFindings, markdown, verdicts
 from bench.pipeline import NUM_STAGES, gateway_beside, local_spec, published_pipeline, stage_alone
-from bench.report import STATE, machine, output_option, report
+from bench.report import STATE, help_text, machine, output_option, report
 from functions.stage.engine.threads import usable_cores
 from knative.commands.local_pipeline import LocalPipeline
 from knative.commands.model_choice import DEFAULT_MODEL
@@ -34,7 +34,7 @@ _MOST_MERGED: Final = 8
 _KV_CACHE: Final = "4Gi"  # of stages that sleep: a number, not memory
 
 
-@click.command(help=__doc__)
+@click.command(help=help_text(__doc__))
 @click.option("--conversations", type=click.IntRange(min=1), multiple=True, default=(64, 256, 1000), show_default=True)
 @click.option("--gateways", type=click.IntRange(min=1), multiple=True, default=(1, 2, 4), show_default=True)
 @click.option("--max-tokens", type=click.IntRange(min=8), default=48, show_default=True)

@@ -1,6 +1,6 @@
 """`make bench-peers`: Lamina beside llama.cpp and vLLM, built and configured as their own experts would, at several sizes.
 
-    python -m bench.peers                       three sizes, about forty minutes on two cores; writes docs/benchmarks.md
+    python -m bench.peers                       three sizes, over an hour on two cores; writes docs/benchmarks.md
     python -m bench.peers --model 1.1B --dtype q4 --format Q4_0 --rounds 1 --output some/where/benchmarks.md
 
 Needs `make llama-cpp vllm`, and a machine with nothing else to do. One contender is asked at a time; the others are idle.
@@ -23,7 +23,7 @@ from bench.llama_cpp import llama_server, llama_server_over_rpc
 from bench.peers.models import PACKAGED, SHAPES, Model, model
 from bench.peers.vllm import running_vllm
 from bench.pipeline import DidNotStart, running_pipeline
-from bench.report import STATE, Verdict, command_line, judged, machine, output_option, report, table, verdict_table
+from bench.report import STATE, Verdict, command_line, help_text, judged, machine, output_option, report, table, verdict_table
 from bench.serving.client import Client, Measurement
 from bench.serving.contenders import CONCURRENT, PREFILL, SINGLE, Contender, ContenderEnded, Results, measure_all, rate, ratio
 from bench.serving.requests import Request, Requests
@@ -49,7 +49,7 @@ _WANTED_VLLM: Final[Mapping[int, Mapping[str, float]]] = {
 }
 
 
-@click.command(help=__doc__)
+@click.command(help=help_text(__doc__))
 @click.option("--model", "names", type=click.Choice([PACKAGED, *SHAPES]), multiple=True, default=_SIZES, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Each contender's turns.")
 @click.option("--dtype", "dtypes", multiple=True, default=tuple(_EQUAL), show_default=True)

@@ -21,7 +21,7 @@ from bench.llama_cpp import SLOTS, llama_server
 from bench.peers.models import PACKAGED
 from bench.peers.models import model as bench_model
 from bench.pipeline import DidNotStart, RunningPipeline, running_pipeline
-from bench.report import STATE, machine, output_option, report
+from bench.report import STATE, help_text, machine, output_option, report
 from bench.serving.client import Client
 from bench.serving.contenders import CONCURRENT, LLAMA_CPP, PREFILL, SINGLE, Contender, measure_all
 from bench.serving.report import Findings, draw, markdown, verdicts
@@ -32,7 +32,7 @@ _STATE: Final = STATE / "bench"
 _ROUNDS_OF_A_STEP: Final = 60
 
 
-@click.command(help=__doc__)
+@click.command(help=help_text(__doc__))
 @click.option("--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Each contender's turns.")
 @click.option("--new-tokens", type=click.IntRange(min=8), default=96, show_default=True, help="Of the single stream.")
 @click.option("--dtype", "dtypes", multiple=True, default=("bfloat16", "int8", "q4", "float32"), show_default=True)

@@ -30,6 +30,32 @@ class LLM:
     def generate(self, prompts, params, use_tqdm):
         return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[0] * each.max_tokens)]) for each in params]
 """
+# Take half a second to listen, and end at once if a server does not listen yet, as llama.cpp's programs do.
+STAND_IN_RPC_SERVER = """
+import socket, sys, time
+
+time.sleep(0.5)
+listening = socket.create_server(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])))
+while True:
+    listening.accept()[0].close()
+"""
+STAND_IN_LLAMA_SERVER = """
+import http.server, socket, sys
+
+for address in sys.argv[sys.argv.index("--rpc") + 1].split(","):
+    host, port = address.split(":")
+    socket.create_connection((host, int(port))).close()
+
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Healthy).serve_forever()
+"""
 WHY = "llama.cpp is not built: make llama-cpp"
 
 
@@ -38,6 +64,16 @@ def test_without_a_build_the_peer_did_not_start(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DidNotStart) as raised, llama_cpp.llama_server(tmp_path / "model.gguf", tmp_path / "log", 1):
         pass
     assert raised.value.why == WHY
+
+
+def test_rpc_servers_listen_before_llama_server_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (programs := tmp_path / "build" / "bin").mkdir(parents=True)
+    for name, text in (("ggml-rpc-server", STAND_IN_RPC_SERVER), ("llama-server", STAND_IN_LLAMA_SERVER)):
+        (programs / name).write_text(f"#!{sys.executable}\n{text}")
+        (programs / name).chmod(0o755)
+    monkeypatch.setattr(llama_cpp, "SOURCES", tmp_path)
+    with llama_cpp.llama_server_over_rpc(tmp_path / "model.gguf", tmp_path / "server.log", 1, 3) as (_, pids):
+        assert len(pids) == 4
 
 
 def test_vllm_is_started_although_a_module_of_bench_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

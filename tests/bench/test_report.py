@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
 from bench.load.report import Setting, judge, markdown, phase_figures
 from bench.load.series import Answer, Failure, Phase, Replicas, Second, idle_seconds
 from bench.records import Record
-from bench.report import write_section
+from bench.report import help_text, write_section
 
 SETTING = Setting(("s0", "s1"), (0.1, 0.3), 4)
 PLAN = ((0, 5), (1, 40), (8, 60), (0, 200))
@@ -82,3 +84,9 @@ def test_a_section_is_replaced_and_others_are_left(tmp_path: Path) -> None:
     assert text.startswith("# Benchmarks")
     assert "<!-- begin one -->\nthird \\1\n<!-- end one -->\n\n<!-- begin two -->\nsecond\n<!-- end two -->\n" in text
     assert "first" not in text
+
+
+def test_help_keeps_the_lines_of_examples() -> None:
+    command = click.Command("measure", help=help_text("What it does.\n\n    python -m one\n    python -m two\n\nThe rest."))
+    found = CliRunner().invoke(command, ["--help"]).output
+    assert [line.strip() for line in found.splitlines() if "python" in line] == ["python -m one", "python -m two"]
