@@ -3,18 +3,21 @@
 import asyncio
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ctypes.util import find_library
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from bench.pipeline import DidNotStart
 from bench.report import ROOT
 from bench.serving.client import Measurement
 from bench.serving.contenders import Contender, ContenderEnded
 from bench.serving.requests import Request
+
+_STOP_SECONDS: Final = 10.0
 
 
 @contextmanager
@@ -45,6 +48,7 @@ def running_vllm(name: str, folder: Path, log: Path) -> Iterator[Contender]:
             stderr=errors,
             text=True,
             env={**os.environ, **told},
+            start_new_session=True,
         ) as process,
     ):
 
@@ -65,3 +69,7 @@ def running_vllm(name: str, folder: Path, log: Path) -> Iterator[Contender]:
             yield Contender(name, (process.pid,), measure)
         finally:
             process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_STOP_SECONDS)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its engine and worker would go on

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bench import llama_cpp
@@ -16,8 +17,9 @@ from bench.serving.report import BF16, Findings, markdown, verdicts
 from bench.serving.requests import Request
 from tests.support.paths import ROOT
 
-# Answers each prompt with as many tokens as were asked for.
+# Answers each prompt with as many tokens as were asked for, and has a process of its own that does not end by itself.
 STAND_IN_VLLM = """
+import subprocess
 from types import SimpleNamespace
 
 SamplingParams = SimpleNamespace
@@ -26,6 +28,8 @@ SamplingParams = SimpleNamespace
 class LLM:
     def __init__(self, model, **options):
         assert model == "model"
+        with open("engine", "w") as file:
+            file.write(str(subprocess.Popen(["sleep", "600"]).pid))
 
     def generate(self, prompts, params, use_tqdm):
         return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[0] * each.max_tokens)]) for each in params]
@@ -76,7 +80,9 @@ def test_rpc_servers_listen_before_llama_server_starts(tmp_path: Path, monkeypat
         assert len(pids) == 4
 
 
-def test_vllm_is_started_although_a_module_of_bench_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_starts_beside_a_module_of_its_name_and_ends_with_its_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bench").symlink_to(ROOT / "bench")
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "vllm.py").write_text(STAND_IN_VLLM)
@@ -91,6 +97,10 @@ def test_vllm_is_started_although_a_module_of_bench_has_its_name(tmp_path: Path,
             return await contender.answer([Request("a", (1,), 8), Request("b", (1, 2), 5)])
 
         assert asyncio.run(answer()).tokens == 13
+        engine = psutil.Process(int((tmp_path / "engine").read_text()))
+        assert engine.is_running()
+    psutil.wait_procs([engine], timeout=30)
+    assert not engine.is_running()
 
 
 def findings(did_not_run: dict[str, str], measured: tuple[str, ...]) -> Findings:
@@ -116,7 +126,14 @@ def test_the_report_of_a_run_with_a_peer() -> None:
     assert "did not run" not in markdown(found, [], "serving.png")
 
 
-def test_a_peer_that_ends_on_the_way_costs_the_others_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (ContenderEnded("its process has ended", Path("log")), "its process has ended"),
+        (TimeoutError(), "it did not answer in time"),
+    ],
+)
+def test_a_peer_that_ends_on_the_way_costs_the_others_nothing(error: Exception, why: str) -> None:
     asked = 0
 
     async def answers(requests: Sequence[Request]) -> Measurement:
@@ -126,7 +143,7 @@ def test_a_peer_that_ends_on_the_way_costs_the_others_nothing(tmp_path: Path) ->
         nonlocal asked
         asked += 1
         if asked > 2:  # the first time warms up
-            raise ContenderEnded("its process has ended", tmp_path / "log")
+            raise error
         return await answers(requests)
 
     failed: dict[str, str] = {}
@@ -134,5 +151,5 @@ def test_a_peer_that_ends_on_the_way_costs_the_others_nothing(tmp_path: Path) ->
     work = {SINGLE: [Request("a", (1,), 8)]}
     results = asyncio.run(measure_all(contenders, work, 3, print, failed, rest_seconds=0))
     assert {name: len(measured) for name, measured in results[SINGLE].items()} == {"ends": 1, "stays": 3}
-    assert failed == {"ends": "its process has ended"}
+    assert failed == {"ends": why}
     assert asked == 3
