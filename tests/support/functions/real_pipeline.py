@@ -134,9 +134,9 @@ def real_fleet(folder: Path, names: Sequence[str], canary_percent: int) -> Itera
             members = [
                 {
                     "name": name,
-                    "model": {"name": name, "dtype": "float32" if name in names else "bfloat16"},
+                    "model": {"name": name, "dtype": "float32"},  # slow, so that a long answer lasts
                     "cut": cut,
-                    "stage": {"autoscaling": scaling},
+                    "stage": {"autoscaling": scaling, "kv_cache": "256Mi"},
                 }
                 for name, cut in cuts.items()
             ]
