@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from bench.report import ROOT
 from bench.serving.client import Measurement
 from bench.serving.contenders import Contender, ContenderEnded
 from bench.serving.requests import Request
+from knative.local.kubelet.processes import kill_group
 
 _STOP_SECONDS: Final = 10.0
 
@@ -71,5 +71,4 @@ def running_vllm(name: str, folder: Path, log: Path) -> Iterator[Contender]:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_STOP_SECONDS)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its engine and worker would go on
+            kill_group(process.pid)  # its engine and worker would go on

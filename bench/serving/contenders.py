@@ -73,9 +73,13 @@ async def measure_all(
                 cpu = cpu_seconds(contender.pids)
                 try:
                     found = await contender.answer(asked)
-                except (ContenderEnded, TimeoutError) as error:
-                    failed[contender.name] = error.why if isinstance(error, ContenderEnded) else "it did not answer in time"
-                    say(f"{number + 1}/{rounds} {workload}: {contender.name}: {str(error) or failed[contender.name]}")
+                except ContenderEnded as error:
+                    failed[contender.name] = error.why
+                    say(f"{number + 1}/{rounds} {workload}: {contender.name}: {error}")
+                    continue
+                except TimeoutError:
+                    failed[contender.name] = why = "it did not answer in time"
+                    say(f"{number + 1}/{rounds} {workload}: {contender.name}: {why}")
                     continue
                 found = replace(found, cpu_seconds=cpu_seconds(contender.pids) - cpu)
                 if workload == PREFILL:

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
 import pytest
 
 from bench import llama_cpp
@@ -15,6 +14,7 @@ from bench.serving.client import Measurement
 from bench.serving.contenders import LLAMA_CPP, PREFILL, SINGLE, Contender, ContenderEnded, measure_all
 from bench.serving.report import BF16, Findings, markdown, verdicts
 from bench.serving.requests import Request
+from tests.support.functions.functions import alive, wait_until
 from tests.support.paths import ROOT
 
 # Answers each prompt with as many tokens as were asked for, and has a process of its own that does not end by itself.
@@ -97,10 +97,9 @@ def test_vllm_starts_beside_a_module_of_its_name_and_ends_with_its_engine(
             return await contender.answer([Request("a", (1,), 8), Request("b", (1, 2), 5)])
 
         assert asyncio.run(answer()).tokens == 13
-        engine = psutil.Process(int((tmp_path / "engine").read_text()))
-        assert engine.is_running()
-    psutil.wait_procs([engine], timeout=30)
-    assert not engine.is_running()
+        engine = int((tmp_path / "engine").read_text())
+        assert alive(engine)
+    wait_until(lambda: not alive(engine))
 
 
 def findings(did_not_run: dict[str, str], measured: tuple[str, ...]) -> Findings:

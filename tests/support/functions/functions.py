@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -67,6 +68,14 @@ def common_environment(published: Published, cut: Cut = CUT) -> dict[str, str]:
         "AWS_ACCESS_KEY_ID": published.store.access_key_id or "",
         "AWS_SECRET_ACCESS_KEY": published.store.secret_access_key or "",
     }
+
+
+def alive(pid: int) -> bool:
+    """Returns whether a process with this pid runs. One that has ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def wait_until(condition: Callable[[], bool], timeout_seconds: float = 120.0) -> None:

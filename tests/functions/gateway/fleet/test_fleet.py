@@ -369,6 +369,7 @@ def test_members_take_turns_with_few_devices(pipelines: tuple[Pipeline, Pipeline
         assert 0 < metric(process, "lamina_fleet_device_wait_seconds") < 600
         for each in tiny.slices():
             api.delete(each["metadata"]["name"])
-        for each in other.slices():  # as if its pods started at once
+        wait_until(lambda: states(process) == {"tiny": "zero", "other": "starting"})
+        for each in other.slices():
             api.put(each)
         assert waiting.result(timeout=60)[0] == 200

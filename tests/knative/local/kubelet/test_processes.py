@@ -10,14 +10,7 @@ import pytest
 
 from knative.local.kubelet.processes import dying_with_parent, memory_bytes
 from knative.local.platform import ROOT
-from tests.support.functions.functions import wait_until
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+from tests.support.functions.functions import alive, wait_until
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
