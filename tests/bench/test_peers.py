@@ -99,7 +99,7 @@ def test_vllm_starts_beside_a_module_of_its_name_and_ends_with_its_engine(
         assert asyncio.run(answer()).tokens == 13
         engine = int((tmp_path / "engine").read_text())
         assert alive(engine)
-    wait_until(lambda: not alive(engine))
+    wait_until(lambda: not alive(engine), timeout_seconds=30)
 
 
 def findings(did_not_run: dict[str, str], measured: tuple[str, ...]) -> Findings:

@@ -56,7 +56,9 @@ def test_all_models_are_listed_at_zero_and_the_first_is_shown(page: Browser, fle
 
 
 def test_the_chosen_model_answers_while_another_waits_for_a_device(page: Browser, fleet: RealFleet, pictures: Path) -> None:
-    page.ask("Write a very long story about a lighthouse keeper, with many chapters.")  # 1,024 tokens
+    with fleet.paused_store():
+        page.ask("Write a very long story about a lighthouse keeper, with many chapters.")  # 1,024 tokens
+        page.until(lambda: state_of(page, fleet.model) == "starting", "its start")
     page.until(lambda: len(page.text(".turn.assistant .said")) > 200, "a part of the answer")
     page.until(lambda: state_of(page, fleet.model) == "serving", "its state")
     assert page.text(".turn.assistant .who") == fleet.model

@@ -71,7 +71,7 @@ def common_environment(published: Published, cut: Cut = CUT) -> dict[str, str]:
 
 
 def alive(pid: int) -> bool:
-    """Returns whether a process with this pid runs. One that has ended and was not waited for does not."""
+    """Returns whether a process with this pid runs. False for a zombie, which has ended and was not waited for."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

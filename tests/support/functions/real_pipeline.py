@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import psutil
 import yaml
 from click.testing import CliRunner
 from rich.console import Console
@@ -70,6 +71,17 @@ class RealPipeline:
             yield
         finally:
             self._wait(self._platform.delete(objects[::-1]))
+
+    @contextmanager
+    def paused_store(self) -> Iterator[None]:
+        """The store answers nothing meanwhile, so a stage that starts waits for its weights."""
+        folder = str((self._folder / "store").resolve())
+        (process,) = [each for each in psutil.Process().children() if folder in each.cmdline()]
+        process.suspend()
+        try:
+            yield
+        finally:
+            process.resume()
 
     def status(self) -> str:
         """What `python -m knative status` prints."""
